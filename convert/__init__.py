@@ -1,0 +1,7 @@
+"""Conversion of checkpoints from other formats: Hugging Face safetensors folders and GGUF files."""
+
+from __future__ import annotations
+
+from llama_jax.convert.run import convert
+
+__all__ = ["convert"]

@@ -1,0 +1,104 @@
+"""Reading GGUF files as models: Llama, Mistral, Mixtral, SmolLM2 (all "llama"), Qwen2, Qwen3 and SmolLM3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.checkpoint.format import Source
+from llama_jax.config import config_from_hf
+from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
+from llama_jax.convert.gguf_file import GgufFile
+from llama_jax.convert.model_source import some
+from llama_jax.errors import CheckpointError
+from llama_jax.params import ParamSpec, param_specs
+
+
+class GgufModel:
+    """An opened GGUF file; see `convert.model_source.ModelSource`. Quantised tensors are decoded to float32.
+
+    Raises:
+      CheckpointError: the file is damaged, or a tensor is missing, unknown or of the wrong shape; names it.
+      UnsupportedModel: an architecture, key or tensor type that is not supported; names it.
+    """
+
+    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
+        self.path = path
+        self._file = GgufFile(path)
+        try:
+            metadata, tensors = self._file.metadata, self._file.tensors
+            factors = self._file.read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
+            self.config = config_from_hf(config_dict(metadata, tensors, factors))
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+        licence = metadata.get("general.license")
+        self.source = Source("gguf", name or path.name, revision, licence if isinstance(licence, str) else None)
+        self._permuted = metadata["general.architecture"] in PERMUTED
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    @property
+    def generation_config(self) -> Mapping[str, Any]:
+        eos = list(self.config.eos_token_ids)
+        ids = {
+            "bos_token_id": self.config.bos_token_id,
+            "eos_token_id": eos[0] if len(eos) == 1 else eos,
+            "pad_token_id": self.config.pad_token_id,
+        }
+        return {key: value for key, value in ids.items() if value not in (None, [])}
+
+    @property
+    def files(self) -> Mapping[str, bytes | str]:
+        from llama_jax.convert.gguf_tokenizer import tokenizer_files
+
+        return tokenizer_files(self._file.metadata)
+
+    def dtype(self, spec: ParamSpec) -> np.dtype:
+        return self._file.dtype(spec.gguf)
+
+    def read(self, spec: ParamSpec) -> np.ndarray:
+        array = self._file.read(spec.gguf)
+        if self._permuted and ".attn.q_proj." in spec.name:
+            return half_rotation(array, self.config.num_heads)
+        if self._permuted and ".attn.k_proj." in spec.name:
+            return half_rotation(array, self.config.num_kv_heads)
+        return array
+
+    def _check(self) -> None:
+        specs = {spec.gguf: spec for spec in param_specs(self.config)}
+        tensors = self._file.tensors
+        if missing := specs.keys() - tensors.keys():
+            raise CheckpointError(f"{self.path} lacks tensor {some(missing)}", hint=_HINT)
+        if unknown := tensors.keys() - specs.keys() - {ROPE_FACTORS}:
+            raise CheckpointError(f"{self.path} holds unknown tensor {some(unknown)}", hint=_HINT)
+        for name, spec in specs.items():
+            if tensors[name].shape != spec.shape:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} has shape {list(tensors[name].shape)}, "
+                    f"the metadata asks for {list(spec.shape)}",
+                    hint=_HINT,
+                )
+
+
+_HINT = "the file is damaged, or the model has parts that are not supported; try its safetensors weights"
+
+
+def half_rotation(array: np.ndarray, heads: int) -> np.ndarray:
+    """Puts the rows of a query or key projection into the order in which rope rotates halves.
+
+    llama.cpp stores them for interleaved rope: row 2i of a head is our row i, row 2i + 1 is our row head_dim / 2 + i
+    (`LlamaModel.permute` in its convert_hf_to_gguf.py; `_reverse_permute_weights` in transformers).
+
+    Args:
+      array: [heads * head_dim, ...], a weight or a bias.
+      heads: how many heads stand one below the other.
+    """
+    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)

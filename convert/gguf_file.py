@@ -1,0 +1,233 @@
+"""Reading GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), versions 2 and 3, little-endian.
+
+Every length is checked against the file's size before it is used, so a damaged file ends in an error and never in a
+long loop or a large allocation. Data is read with `pread` and not mapped, since a file that is cut short while it is
+mapped kills the process. The quantised formats themselves are decoded by the `gguf` package of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from llama_jax.convert.model_source import BFLOAT16
+from llama_jax.errors import CheckpointError, UnsupportedModel
+
+_HINT = "the file is damaged or was not downloaded completely; get it again"
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_FLOAT32, _STRING, _ARRAY = 6, 8, 9
+_MAX_NAME = 65_535
+_MAX_DIMS = 4
+_BLOCK_BYTES = 16 << 20
+"""Quantised bytes that are decoded at one time."""
+_PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: BFLOAT16}
+"""GGML types that are kept as they are: F32, F16, BF16."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file.
+
+    Attributes:
+      shape: outermost dimension first, the reverse of the file's order.
+      kind: number of the GGML type.
+      offset: where its data begins in the file, in bytes.
+      nbytes: size of its data in the file.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+    nbytes: int
+
+
+class GgufFile:
+    """An open GGUF file.
+
+    Attributes:
+      metadata: key to value; float32 values are the shortest decimal number that rounds to them (1e-05, not
+        9.999999747378752e-06), arrays are lists.
+      tensors: name to tensor.
+
+    Raises:
+      CheckpointError: the file cannot be opened or is malformed.
+      UnsupportedModel: a version, byte order or tensor type that is not supported.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file: BinaryIO = path.open("rb")
+        except OSError as e:
+            raise CheckpointError(
+                f"cannot open {path}: {e.strerror}", hint="check that it is there and readable"
+            ) from e
+        try:
+            self._size = os.fstat(self._file.fileno()).st_size
+            self.metadata, self.tensors = self._parse()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype that `read` gives: the tensor's own, or float32 for quantised ones."""
+        return _PLAIN.get(self.tensors[name].kind, np.dtype(np.float32))
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads a tensor, decoding quantised ones block by block, so that only the result is held in full.
+
+        Raises:
+          CheckpointError: the file ends too early.
+          UnsupportedModel: a quantised type that the gguf package cannot decode.
+        """
+        tensor = self.tensors[name]
+        out = np.empty(tensor.shape, self.dtype(name))
+        if tensor.kind in _PLAIN:
+            self._fill(out.reshape(-1).view(np.uint8), tensor.offset, name)
+            return out
+        import gguf
+
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        rows = out.reshape(-1, tensor.shape[-1])
+        row_bytes = tensor.nbytes // len(rows)
+        step = max(1, _BLOCK_BYTES // row_bytes)
+        for start in range(0, len(rows), step):
+            raw = np.empty((min(step, len(rows) - start), row_bytes), np.uint8)
+            self._fill(raw.reshape(-1), tensor.offset + start * row_bytes, name)
+            try:
+                rows[start : start + len(raw)] = gguf.dequantize(raw, kind)
+            except NotImplementedError as e:
+                raise UnsupportedModel(
+                    f"{self.path}: tensor {name} has type {kind.name}, which cannot be decoded",
+                    hint="use a GGUF file of another quantisation, e.g. Q8_0 or Q4_K_M",
+                ) from e
+        return out
+
+    def _fill(self, out: np.ndarray, offset: int, name: str) -> None:
+        view, done = memoryview(out), 0
+        while done < len(view):
+            n = os.preadv(self._file.fileno(), [view[done : done + (1 << 30)]], offset + done)
+            if n == 0:
+                raise CheckpointError(f"{self.path}: the file ends within tensor {name}", hint=_HINT)
+            done += n
+
+    def _bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what} (near byte {self._file.tell()} of {self._size})", hint=_HINT)
+
+    def _take(self, n: int) -> bytes:
+        if n > self._size - self._file.tell():
+            raise self._bad(f"{n} bytes are announced, which the file does not have")
+        data = self._file.read(n)
+        if len(data) != n:
+            raise self._bad("the file ends too early")
+        return data
+
+    def _number(self, fmt: str) -> Any:
+        return struct.unpack(fmt, self._take(struct.calcsize(fmt)))[0]
+
+    def _text(self, limit: int | None = None) -> str:
+        length = self._number("<Q")
+        if limit is not None and length > limit:
+            raise self._bad(f"a name has {length} bytes")
+        try:
+            return self._take(length).decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise self._bad("a text is not valid UTF-8") from e
+
+    def _value(self, kind: int, depth: int = 0) -> Any:
+        if kind == _STRING:
+            return self._text()
+        if kind == _ARRAY:
+            item, count = self._number("<I"), self._number("<Q")
+            if depth >= 2:
+                raise self._bad("arrays are nested too deeply")
+            if item in _SCALARS:
+                data = np.frombuffer(self._take(count * struct.calcsize(_SCALARS[item])), _SCALARS[item])
+                return [_shortest(x) for x in data] if item == _FLOAT32 else data.tolist()
+            # Every string and every inner array takes eight bytes at least.
+            if count > (self._size - self._file.tell()) // 8:
+                raise self._bad(f"an array of {count} values is announced")
+            return [self._value(item, depth + 1) for _ in range(count)]
+        if kind not in _SCALARS:
+            raise self._bad(f"a value has the unknown type {kind}")
+        value = self._number(_SCALARS[kind])
+        return _shortest(np.float32(value)) if kind == _FLOAT32 else value
+
+    def _parse(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self._size < 24 or self._take(4) != b"GGUF":
+            raise self._bad("this is not a GGUF file")
+        version = self._number("<I")
+        if version not in (2, 3):
+            order = " or byte order" if version & 0xFFFF == 0 else ""
+            raise UnsupportedModel(
+                f"{self.path}: GGUF version {version}{order}", hint="supported: 2 and 3, little-endian"
+            )
+        tensor_count, key_count = self._number("<Q"), self._number("<Q")
+        metadata: dict[str, Any] = {}
+        for _ in self._counted(key_count, 13):
+            key = self._text(_MAX_NAME)
+            if key in metadata:
+                raise self._bad(f"key {key!r} stands twice")
+            metadata[key] = self._value(self._number("<I"))
+        infos = {}
+        for _ in self._counted(tensor_count, 24):
+            name = self._text(_MAX_NAME)
+            if name in infos:
+                raise self._bad(f"tensor {name!r} stands twice")
+            dims = self._number("<I")
+            if not 1 <= dims <= _MAX_DIMS:
+                raise self._bad(f"tensor {name} has {dims} dimensions")
+            shape = tuple(self._number("<Q") for _ in range(dims))[::-1]
+            infos[name] = (shape, self._number("<I"), self._number("<Q"))
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise self._bad(f"alignment {alignment!r} is not a power of two")
+        data = -(-self._file.tell() // alignment) * alignment
+        return metadata, {name: self._tensor(name, *info, data) for name, info in infos.items()}
+
+    def _counted(self, count: int, smallest: int) -> Iterator[int]:
+        if count > self._size // smallest:
+            raise self._bad(f"{count} entries are announced")
+        return iter(range(count))
+
+    def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int) -> Tensor:
+        if kind in _PLAIN:
+            block, size = 1, _PLAIN[kind].itemsize
+        else:
+            import gguf
+
+            try:
+                block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+            except (ValueError, KeyError) as e:
+                raise UnsupportedModel(
+                    f"{self.path}: tensor {name} has the unknown type {kind}", hint="upgrade the gguf package"
+                ) from e
+        if 0 in shape or shape[-1] % block:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has shape {list(shape)}, its rows do not divide into blocks of {block}",
+                hint=_HINT,
+            )
+        nbytes = math.prod(shape) // block * size
+        if data + offset + nbytes > self._size:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} ends at byte {data + offset + nbytes}, the file at {self._size}: "
+                "it is truncated",
+                hint=_HINT,
+            )
+        return Tensor(shape, kind, data + offset, nbytes)
+
+
+def _shortest(value: np.float32) -> float:
+    """The float64 that a person would have written for this float32."""
+    return float(str(value))

@@ -1,0 +1,52 @@
+"""Routed experts: each token passes through a few of many MLPs."""
+
+from __future__ import annotations
+
+import jax
+
+from llama_jax.kernels.dispatch import choose
+from llama_jax.kernels.moe.reference import Activation, routed_experts_reference
+
+BACKENDS = {"reference": routed_experts_reference}
+
+__all__ = ["BACKENDS", "routed_experts", "routed_experts_reference"]
+
+
+def routed_experts(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    activation: Activation,
+    input_scale: jax.Array | None = None,
+    output_scale: jax.Array | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Sum over each token's experts of down(activation(gate(x)) * up(x)).
+
+    Args:
+      x: [tokens, hidden].
+      expert_ids: int32 [tokens, top_k], the experts of each token.
+      gate, up: [experts, intermediate, hidden]. down: [experts, hidden, intermediate].
+      input_scale, output_scale: float32 [tokens, top_k], factors on each expert's input or output.
+      backend: "auto" or the name of one backend.
+
+    Returns:
+      [tokens, hidden] in x's dtype.
+
+    Raises:
+      KernelError: the named backend does not exist.
+    """
+    run = choose("moe", BACKENDS, backend)
+    return run(
+        x,
+        expert_ids,
+        gate,
+        up,
+        down,
+        activation=activation,
+        input_scale=input_scale,
+        output_scale=output_scale,
+    )

@@ -1,0 +1,150 @@
+"""Key/value caches as pytrees, behind one small protocol that hides their layout from the model.
+
+The model books slots for its tokens once (`extend`), then gives each layer's new keys and values to that layer's view
+(`layer(i).attend`). What a slot is, only the cache knows: here one of a dense array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, Self
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import RequestError
+from llama_jax.kernels.attention import Visibility, attention
+
+
+class LayerCache(Protocol):
+    """One layer's view of a cache whose slots are booked."""
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, visibility: Visibility, *, scale: float
+    ) -> tuple[jax.Array, Self]:
+        """Stores k, v [batch, len, kv_heads, head_dim] in the booked slots, then attends with q over all slots."""
+        ...
+
+
+class KVCache(Protocol):
+    """What `forward` asks of a cache."""
+
+    rope_length: jax.Array
+
+    def extend(self, positions: jax.Array, rope_length: jax.Array) -> Self:
+        """Books slots for tokens at `positions` int32 [batch, len] (negative: padding)."""
+        ...
+
+    def layer(self, index: int) -> Any:
+        """The view of layer `index`."""
+        ...
+
+    def with_layers(self, views: list[Any]) -> Self:
+        """The cache with every layer's view put back."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseLayer:
+    """One layer of a `DenseCache`: k, v [batch, kv_heads, capacity, head_dim]."""
+
+    k: jax.Array
+    v: jax.Array
+    positions: jax.Array
+    start: jax.Array
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, visibility: Visibility, *, scale: float
+    ) -> tuple[jax.Array, DenseLayer]:
+        """See `LayerCache`."""
+
+        def store(slots: jax.Array, new: jax.Array) -> jax.Array:
+            new = jnp.swapaxes(new, 1, 2).astype(slots.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, self.start, axis=2)
+
+        layer = dataclasses.replace(self, k=store(self.k, k), v=store(self.v, v))
+        out = attention(q, layer.k, layer.v, q_positions, layer.positions, visibility, scale=scale)
+        return out, layer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseCache:
+    """Every row has `capacity` slots; the tokens of one call take the same slots in every row.
+
+    Each slot remembers its token's position, and attention asks only for positions: so left- and right-padded rows,
+    several prefill chunks and single decode steps are all the same to it.
+
+    Attributes:
+      k, v: per layer [batch, kv_heads, capacity, head_dim].
+      positions: int32 [batch, capacity], -1 where the slot is empty or padding.
+      length: int32 [], slots in use; `start`: where the tokens of the current call go.
+      rope_length: int32 [batch], the text length that fixes the frequencies of dynamic rope, 0 until known.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    positions: jax.Array
+    length: jax.Array
+    start: jax.Array
+    rope_length: jax.Array
+
+    @classmethod
+    def create(cls, config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike) -> DenseCache:
+        """An empty cache for `batch` rows of `capacity` tokens."""
+        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+        # Separate buffers: donated arrays must not alias one another.
+        k = tuple(jnp.zeros(shape, dtype) for _ in config.layers)
+        v = tuple(jnp.zeros(shape, dtype) for _ in config.layers)
+        return cls(
+            k,
+            v,
+            positions=jnp.full((batch, capacity), -1, jnp.int32),
+            length=jnp.zeros((), jnp.int32),
+            start=jnp.zeros((), jnp.int32),
+            rope_length=jnp.zeros((batch,), jnp.int32),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row."""
+        return self.positions.shape[1]
+
+    def extend(self, positions: jax.Array, rope_length: jax.Array) -> DenseCache:
+        """See `KVCache`. Outside of jit, raises RequestError when the slots do not suffice; inside, the caller must
+        have made the cache large enough."""
+        tokens = positions.shape[1]
+        if not isinstance(self.length, jax.core.Tracer) and int(self.length) + tokens > self.capacity:
+            raise RequestError(
+                f"{tokens} more tokens do not fit: {int(self.length)} of the cache's {self.capacity} slots are taken",
+                param="cache",
+                hint="create the cache with a larger capacity",
+            )
+        return dataclasses.replace(
+            self,
+            positions=jax.lax.dynamic_update_slice_in_dim(self.positions, positions, self.length, axis=1),
+            length=self.length + tokens,
+            start=self.length,
+            rope_length=rope_length,
+        )
+
+    def layer(self, index: int) -> DenseLayer:
+        """See `KVCache`."""
+        return DenseLayer(self.k[index], self.v[index], self.positions, self.start)
+
+    def with_layers(self, views: list[DenseLayer]) -> DenseCache:
+        """See `KVCache`."""
+        return dataclasses.replace(self, k=tuple(view.k for view in views), v=tuple(view.v for view in views))
+
+    def rows(self, index: jax.Array) -> DenseCache:
+        """The cache of rows `index` int32 [n]: rows may be repeated (several samples of one prompt) or left out."""
+        return dataclasses.replace(
+            self,
+            k=tuple(x[index] for x in self.k),
+            v=tuple(x[index] for x in self.v),
+            positions=self.positions[index],
+            rope_length=self.rope_length[index],
+        )

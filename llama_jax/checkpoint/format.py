@@ -1,0 +1,232 @@
+"""What stands in a checkpoint folder, and opening one: reads three small JSON files and no tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import LlamaConfig, config_from_hf
+from llama_jax.errors import CheckpointError, ModelNotFound
+
+FORMAT_VERSION = 1
+"""Raised whenever a reader of the older version would misread the new one."""
+
+MARKER = "llama_jax.json"
+PARAMS = "params"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+DTYPES = ("float32", "bfloat16", "float16")
+"""The dtypes that tensors may have on disk."""
+
+# Where Orbax v1 keeps custom metadata and the arrays below the folder of a checkpoint.
+_ORBAX_METADATA = "_CHECKPOINT_METADATA"
+_ORBAX_ARRAYS = "state"
+
+Progress = Callable[[int, int, str], None]
+"""Called with the bytes done, the bytes in all, and the name of the tensor just finished."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint.
+
+    Attributes:
+      shape: canonical shape, as in `llama_jax.params.ParamSpec`.
+      dtype: numpy name of the dtype on disk.
+      digest: "xxh3_128:" and the hash of its little-endian bytes in C order, in hexadecimal.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        n = 4 if self.dtype == "float32" else 2
+        for size in self.shape:
+            n *= size
+        return n
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from.
+
+    Attributes:
+      kind: "huggingface", "gguf" or "arrays".
+      name: name of the model, its folder or its file.
+      revision: commit or digest of the source, where known.
+      licence: as the source states it, where it does.
+    """
+
+    kind: str = "arrays"
+    name: str = ""
+    revision: str | None = None
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder; nothing but metadata has been read.
+
+    Attributes:
+      path: the folder.
+      tensors: dotted name to shape, dtype and digest.
+      generation_config: contents of generation_config.json, empty without one.
+      dtype: dtype of most of the weights.
+      tool: name and version of the program that wrote it.
+      file_digests: digests of the small files beside the tensors, as they were written.
+    """
+
+    path: Path
+    config: LlamaConfig
+    tensors: Mapping[str, TensorInfo]
+    source: Source
+    dtype: str
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    tool: str = ""
+    file_digests: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def arrays_path(self) -> Path:
+        """The OCDBT store that holds the arrays."""
+        return self.path / PARAMS / _ORBAX_ARRAYS
+
+
+def digest(data: Any) -> str:
+    """The digest of a contiguous buffer: xxh3_128, which runs at memory speed and sees every flipped bit.
+
+    It guards against faults of disks and transfers, not against an attacker, who could write a fitting digest as well.
+    """
+    import xxhash
+
+    return "xxh3_128:" + xxhash.xxh3_128_hexdigest(data)
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder holds a finished checkpoint of this format (of any version)."""
+    return (Path(path) / MARKER).is_file()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a checkpoint folder without reading a tensor.
+
+    Raises:
+      ModelNotFound: no such folder.
+      CheckpointError: not a finished checkpoint, of a newer format, or its metadata is damaged; names the file.
+      UnsupportedModel: config.json asks for something that is not supported.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ModelNotFound(f"no checkpoint folder at {path}", hint="see `llama-jax list`")
+    if not is_checkpoint(path):
+        hint = "convert it first: `llama-jax convert SOURCE DESTINATION`"
+        if (path / PARAMS).exists():
+            hint = "its conversion did not finish; run it again"
+        raise CheckpointError(f"{path} is not a finished checkpoint: it has no {MARKER}", hint=hint)
+    marker = read_json(path / MARKER)
+    version = _version(marker, path / MARKER)
+    metadata_path = path / PARAMS / _ORBAX_METADATA
+    custom = read_json(metadata_path).get("custom_metadata")
+    if not isinstance(custom, dict):
+        raise CheckpointError(f"{metadata_path} holds no metadata of llama_jax", hint=_AGAIN)
+    _version(custom, metadata_path)
+    tensors = _tensor_infos(custom, metadata_path)
+    generation = path / GENERATION_CONFIG
+    try:
+        source = Source(**marker.get("source", {}))
+        dtype, files = marker["dtype"], dict(marker.get("files", {}))
+        tool = " ".join(marker.get("tool", {}).values())
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{path / MARKER} is damaged ({type(e).__name__}: {e})", hint=_AGAIN) from e
+    return Checkpoint(
+        path=path,
+        config=config_from_hf(read_json(path / CONFIG)),
+        tensors=tensors,
+        source=source,
+        dtype=dtype,
+        generation_config=read_json(generation) if generation.is_file() else {},
+        tool=tool,
+        file_digests=files,
+        format_version=version,
+    )
+
+
+_AGAIN = "the checkpoint is damaged; convert it again, or copy it again from where it came"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that holds a JSON object.
+
+    Raises:
+      CheckpointError: it is missing, unreadable, not JSON or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path} is missing", hint=_AGAIN) from e
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror}", hint="check its permissions") from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is not valid JSON ({e})", hint=_AGAIN) from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object", hint=_AGAIN)
+    return value
+
+
+def _version(metadata: Mapping[str, Any], path: Path) -> int:
+    version = metadata.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise CheckpointError(f"{path} has no valid format_version (got {version!r})", hint=_AGAIN)
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}",
+            hint="upgrade llama-jax, or convert the model again with this version",
+        )
+    return version
+
+
+def _tensor_infos(custom: Mapping[str, Any], path: Path) -> dict[str, TensorInfo]:
+    try:
+        digests, layouts = custom["digests"], custom["tensors"]
+        infos = {
+            name: TensorInfo(tuple(int(n) for n in layouts[name]["shape"]), layouts[name]["dtype"], value)
+            for name, value in digests.items()
+        }
+        sound = layouts.keys() == digests.keys() and all(
+            i.dtype in DTYPES and isinstance(i.digest, str) and all(n >= 0 for n in i.shape) for i in infos.values()
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{path}: the list of tensors is damaged ({e!r})", hint=_AGAIN) from e
+    if not sound:
+        raise CheckpointError(f"{path}: the list of tensors is inconsistent", hint=_AGAIN)
+    return infos
+
+
+def custom_metadata(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """What is written into the Orbax checkpoint beside the arrays; read by `open_checkpoint`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "digests": {name: t.digest for name, t in tensors.items()},
+        "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype} for name, t in tensors.items()},
+    }
+
+
+def marker(source: Source, dtype: str, tool_version: str, file_digests: Mapping[str, str]) -> dict[str, Any]:
+    """Contents of llama_jax.json."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": asdict(source),
+        "tool": {"name": "llama_jax", "version": tool_version},
+        "dtype": dtype,
+        "files": dict(file_digests),
+    }

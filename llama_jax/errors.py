@@ -1,0 +1,108 @@
+"""The typed errors of llama_jax: one tree, every error with a hint and a stable exit code.
+
+Exit codes follow the command line's contract (`llama-jax --help`): 2 usage, 3 model not found, gated or unsupported,
+4 corrupt or unverified, 5 no usable device, 6 does not fit, 7 network, 70 internal fault, 73 cannot write, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+
+class LlamaJaxError(Exception):
+    """Base of every error that llama_jax raises on purpose.
+
+    Args:
+      message: what is wrong, in one sentence, with the numbers that matter.
+      hint: what the user can do about it.
+    """
+
+    exit_code = 70
+
+    def __init__(self, message: str, *, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} (hint: {self.hint})" if self.hint else self.message
+
+
+class RequestError(LlamaJaxError):
+    """A value that the caller passed is out of range; `param` names it."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, param: str, hint: str = ""):
+        super().__init__(message, hint=hint)
+        self.param = param
+
+
+class ModelNotFound(LlamaJaxError):
+    """No model under this name, folder or file."""
+
+    exit_code = 3
+
+
+class GatedModel(ModelNotFound):
+    """The model exists, but its owner asks for a licence to be accepted or a token."""
+
+
+class UnsupportedModel(LlamaJaxError):
+    """The model asks for something this package does not compute; the message names it."""
+
+    exit_code = 3
+
+
+class CheckpointError(LlamaJaxError):
+    """A checkpoint is damaged, incomplete, inconsistent or of a newer format; names file and tensor."""
+
+    exit_code = 4
+
+
+class TokenizerError(LlamaJaxError):
+    """Tokenizer files are missing or damaged, or a token id is out of range."""
+
+    exit_code = 4
+
+
+class TemplateError(LlamaJaxError):
+    """A chat template is missing, malformed, or refused the messages."""
+
+    exit_code = 4
+
+
+class VerificationError(LlamaJaxError):
+    """Computed numbers differ from the expected ones."""
+
+    exit_code = 4
+
+
+class NoDevice(LlamaJaxError):
+    """The device that was asked for cannot be used."""
+
+    exit_code = 5
+
+
+class DoesNotFit(LlamaJaxError):
+    """Memory or disk space is too small; the message says what is needed and what is free."""
+
+    exit_code = 6
+
+
+class NetworkError(LlamaJaxError):
+    """The network is needed and cannot be reached."""
+
+    exit_code = 7
+
+
+class KernelError(LlamaJaxError):
+    """A kernel backend that was asked for by name cannot run here; the message says why."""
+
+
+class NonFinite(LlamaJaxError):
+    """NaN or infinity where finite numbers are needed."""
+
+
+class StorageError(LlamaJaxError):
+    """A file or folder cannot be written (read-only, no permission)."""
+
+    exit_code = 73

@@ -1,0 +1,150 @@
+"""The pieces of a transformer block, as pure functions of arrays and specs.
+
+Numbers that need it are float32 whatever the compute dtype: norms, rope, softmax, router and logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
+from llama_jax.kernels.moe import routed_experts
+from llama_jax.kernels.precision import matmul_precision
+from llama_jax.params import Params
+from llama_jax.rope import rotate
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] times weight [out, in], accumulated in float32, in x's dtype."""
+    out = jnp.einsum(
+        "...i,oi->...o", x, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32
+    )
+    return out.astype(x.dtype)
+
+
+def lora(x: jax.Array, adapter: Params | None) -> jax.Array | float:
+    """What a low-rank adapter (arXiv:2106.09685) adds: scale * x a^T b^T, with a [rank, in] and b [out, rank]."""
+    if adapter is None:
+        return 0.0
+    return matmul(matmul(x, adapter["a"].astype(x.dtype)), adapter["b"].astype(x.dtype)) * adapter["scale"]
+
+
+def linear(x: jax.Array, leaf: Params, adapter: Params | None = None) -> jax.Array:
+    """Every projection of the model: x [..., in] -> [..., out].
+
+    Args:
+      leaf: {"weight": [out, in]} and, if the projection has one, {"bias": [out]}.
+      adapter: {"a", "b", "scale"} of a low-rank adapter, or None.
+    """
+    out = matmul(x, leaf["weight"])
+    if "bias" in leaf:
+        out = out + leaf["bias"].astype(x.dtype)
+    return (out + lora(x, adapter)).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
+    """Root mean square norm over the last axis (arXiv:1910.07467), in float32; without weight if None."""
+    xf = x.astype(jnp.float32)
+    out = (xf * jax.lax.rsqrt(jnp.mean(xf * xf, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return out if weight is None else out * weight.astype(x.dtype)
+
+
+def project_qkv(
+    x: jax.Array, params: Params, config: LlamaConfig, adapters: Params
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [batch, len, num_heads, head_dim], keys and values [batch, len, num_kv_heads, head_dim].
+
+    Takes the canonical q, k and v projections, or the one that `fuse_params` made of them.
+    """
+    batch, length, _ = x.shape
+    names = ("q_proj", "k_proj", "v_proj")
+    if "qkv_proj" in params:
+        # One group of rows per key/value head: its queries, its key, its value.
+        grouped = linear(x, params["qkv_proj"]).reshape(batch, length, config.num_kv_heads, -1, config.head_dim)
+        parts: tuple[jax.Array, ...] = (grouped[:, :, :, :-2], grouped[:, :, :, -2], grouped[:, :, :, -1])
+        parts = tuple(
+            part.reshape(batch, length, -1) + lora(x, adapters.get(name))
+            for part, name in zip(parts, names, strict=True)
+        )
+    else:
+        parts = tuple(linear(x, params[name], adapters.get(name)) for name in names)
+    q, k, v = (part.astype(x.dtype).reshape(batch, length, -1, config.head_dim) for part in parts)
+    return q, k, v
+
+
+def position_queries_and_keys(
+    q: jax.Array,
+    k: jax.Array,
+    params: Params,
+    config: LlamaConfig,
+    spec: LayerSpec,
+    positions: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Head norms, rope and the query temperature of one layer, in the order the layer's spec implies."""
+    if spec.qk_norm == "rms":
+        q = rms_norm(q, params["q_norm"]["weight"], config.rms_norm_eps)
+        k = rms_norm(k, params["k_norm"]["weight"], config.rms_norm_eps)
+    if spec.rope:
+        q = rotate(q, *angles, interleaved=config.rope.interleaved)
+        k = rotate(k, *angles, interleaved=config.rope.interleaved)
+    if spec.qk_norm == "l2":
+        q = rms_norm(q, None, config.rms_norm_eps)
+        k = rms_norm(k, None, config.rms_norm_eps)
+    if spec.query_scale is not None:
+        steps = jnp.floor((positions.astype(jnp.float32) + 1.0) / spec.query_scale.floor)
+        scale = 1.0 + spec.query_scale.scale * jnp.log1p(jnp.maximum(steps, 0.0))
+        q = (q.astype(jnp.float32) * scale[:, :, None, None]).astype(q.dtype)
+    return q, k
+
+
+def mlp(x: jax.Array, params: Params, config: LlamaConfig, adapters: Params) -> jax.Array:
+    """Gated MLP: down(activation(gate(x)) * up(x))."""
+    activation = ACTIVATIONS[config.activation]
+    if "gate_up_proj" in params:
+        gate, up = jnp.split(linear(x, params["gate_up_proj"]), 2, axis=-1)
+        gate = (gate + lora(x, adapters.get("gate_proj"))).astype(x.dtype)
+        up = (up + lora(x, adapters.get("up_proj"))).astype(x.dtype)
+    else:
+        gate = linear(x, params["gate_proj"], adapters.get("gate_proj"))
+        up = linear(x, params["up_proj"], adapters.get("up_proj"))
+    return linear(activation(gate) * up, params["down_proj"], adapters.get("down_proj"))
+
+
+def moe(x: jax.Array, params: Params, config: LlamaConfig, spec: MoeSpec, adapters: Params) -> jax.Array:
+    """Mixture of experts: float32 router, then each token's top_k experts, plus the shared expert if there is one."""
+    tokens = x.reshape(-1, x.shape[-1])
+    router = params["router"]["weight"].astype(jnp.float32)
+    logits = jnp.einsum("nh,eh->ne", tokens.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+    input_scale = output_scale = None
+    if spec.router == "softmax":
+        weights, expert_ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), spec.top_k)
+        output_scale = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    else:
+        top_logits, expert_ids = jax.lax.top_k(logits, spec.top_k)
+        input_scale = jax.nn.sigmoid(top_logits)
+    experts = params["experts"]
+    out = routed_experts(
+        tokens,
+        expert_ids,
+        experts["gate_proj"]["weight"],
+        experts["up_proj"]["weight"],
+        experts["down_proj"]["weight"],
+        activation=ACTIVATIONS[config.activation],
+        input_scale=input_scale,
+        output_scale=output_scale,
+    ).reshape(x.shape)
+    if spec.shared_intermediate_size:
+        out = out + mlp(x, params["shared"], config, adapters.get("shared", {}))
+    return out

@@ -1,0 +1,254 @@
+"""The forward pass: one pure function for training, prefill and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, TypeVar, overload
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.cache import KVCache, LayerCache
+from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
+from llama_jax.errors import RequestError
+from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.kernels.precision import matmul_precision
+from llama_jax.layers import linear, mlp, moe, position_queries_and_keys, project_qkv, rms_norm
+from llama_jax.params import Params
+from llama_jax.rope import rope_angles
+
+Cache = TypeVar("Cache", bound=KVCache)
+MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
+
+LAYER_ACTIVATIONS = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "out")
+
+
+def activation_names(config: LlamaConfig) -> tuple[str, ...]:
+    """Every name that `capture=` understands, in the order of the forward pass."""
+    layers = (f"layers.{i}.{name}" for i in range(config.num_layers) for name in LAYER_ACTIVATIONS)
+    return ("embed", *layers, "final_norm")
+
+
+@overload
+def forward(
+    params: Params,
+    config: LlamaConfig,
+    tokens: jax.Array | None,
+    positions: jax.Array | None = None,
+    cache: MaybeCache = None,  # type: ignore[assignment]
+    *,
+    inputs_embeds: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    adapters: Params | None = None,
+    logits_at: jax.Array | None = None,
+    capture: None = None,
+) -> tuple[jax.Array, MaybeCache]: ...
+
+
+@overload
+def forward(
+    params: Params,
+    config: LlamaConfig,
+    tokens: jax.Array | None,
+    positions: jax.Array | None = None,
+    cache: MaybeCache = None,  # type: ignore[assignment]
+    *,
+    inputs_embeds: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    adapters: Params | None = None,
+    logits_at: jax.Array | None = None,
+    capture: Sequence[str],
+) -> tuple[jax.Array, MaybeCache, dict[str, jax.Array]]: ...
+
+
+def forward(
+    params: Params,
+    config: LlamaConfig,
+    tokens: jax.Array | None,
+    positions: jax.Array | None = None,
+    cache: Any = None,
+    *,
+    inputs_embeds: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    adapters: Params | None = None,
+    logits_at: jax.Array | None = None,
+    capture: Sequence[str] | None = None,
+) -> Any:
+    """Runs the model over tokens, after those that a cache already holds.
+
+    Pure and differentiable in `params`, `inputs_embeds` and `adapters`. The compute dtype is that of the embedding.
+
+    Args:
+      params: parameter tree (`llama_jax.params`), canonical or fused.
+      tokens: int32 [batch, len], or None with `inputs_embeds`.
+      positions: int32 [batch, len], each token's position in its own text; negative marks padding, which no other
+        token sees. Default: 0, 1, 2, ... (from the start of each segment with `segment_ids`).
+      cache: a `KVCache` with room for `len` more tokens, or None.
+      inputs_embeds: [batch, len, hidden_size] in place of the tokens' embeddings.
+      segment_ids: int32 [batch, len] of several texts packed in one row; they do not see each other. Not with a cache.
+      adapters: low-rank adapters, a tree shaped like `params` with {"a", "b", "scale"} in place of projections.
+      logits_at: int32 [batch, n], the indices in 0..len-1 to compute logits for; all of them by default.
+      capture: names from `activation_names(config)`; the activations come back as a third result.
+
+    Returns:
+      logits float32 [batch, len or n, vocab_size], the cache with the tokens in it (None without one), and with
+      `capture` a dict of the named activations.
+
+    Raises:
+      RequestError: arguments that contradict each other, or an unknown name in `capture`.
+    """
+    x = _embed(params, tokens, inputs_embeds)
+    positions = _positions(x, positions, segment_ids, cache)
+    captured = _Capture(config, capture or ())
+    captured.add("embed", x)
+
+    row_length = jnp.max(positions, axis=1).astype(jnp.int32) + 1
+    if cache is None:
+        rope_length = row_length
+    else:
+        # Frozen by the first call: cached keys were rotated with it.
+        rope_length = jnp.where(cache.rope_length > 0, cache.rope_length, row_length)
+        cache = cache.extend(positions, rope_length)
+    angles = rope_angles(config.rope, config.head_dim, positions, rope_length)
+
+    adapter_layers = (adapters or {}).get("layers", {})
+    views = []
+    for i, spec in enumerate(config.layers):
+        x, view, activations = _layer(
+            x,
+            params["layers"][str(i)],
+            None if cache is None else cache.layer(i),
+            positions,
+            segment_ids,
+            angles,
+            adapter_layers.get(str(i), {}),
+            config=config.replace(layers=(spec,)),
+            capture=captured.of_layer(i),
+        )
+        views.append(view)
+        captured.add_layer(i, activations)
+    if cache is not None:
+        cache = cache.with_layers(views)
+
+    if logits_at is not None:
+        x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
+    x = rms_norm(x, params["final_norm"]["weight"], config.rms_norm_eps)
+    captured.add("final_norm", x)
+    logits = _logits(x, params, config)
+    return (logits, cache) if capture is None else (logits, cache, captured.activations)
+
+
+def _embed(params: Params, tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
+    weight = params["embed"]["weight"]
+    if (tokens is None) == (inputs_embeds is None):
+        raise RequestError("give either tokens or inputs_embeds", param="tokens", hint="pass None for the other one")
+    if inputs_embeds is not None:
+        return inputs_embeds.astype(weight.dtype)
+    return weight[tokens]
+
+
+def _positions(x: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Any) -> jax.Array:
+    batch, length = x.shape[:2]
+    if segment_ids is not None and cache is not None:
+        raise RequestError(
+            "segment_ids cannot be combined with a cache",
+            param="segment_ids",
+            hint="give each text a row of its own when decoding",
+        )
+    if positions is not None:
+        return positions
+    if cache is not None:
+        raise RequestError("a cache needs positions", param="positions", hint="pass int32 [batch, len]")
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    if segment_ids is None:
+        return index
+    starts = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+# A jitted function of its own: equal layers are traced and lowered once, not once each. XLA inlines the calls.
+@partial(jax.jit, static_argnames=("config", "capture"))
+def _layer(
+    x: jax.Array,
+    params: Params,
+    cache: LayerCache | None,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    angles: tuple[jax.Array, jax.Array],
+    adapters: Params,
+    *,
+    config: LlamaConfig,
+    capture: tuple[str, ...],
+) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
+    """One block. `config.layers` holds just this block's spec."""
+    (spec,) = config.layers
+    seen: dict[str, jax.Array] = {}
+    attn_adapters = adapters.get("attn", {})
+
+    seen["attn_in"] = h = rms_norm(x, params["attn_norm"]["weight"], config.rms_norm_eps)
+    q, k, v = project_qkv(h, params["attn"], config, attn_adapters)
+    q, k = position_queries_and_keys(q, k, params["attn"], config, spec, positions, angles)
+    seen |= {"q": q, "k": k, "v": v}
+    visibility = Visibility(spec.attention, spec.window or 0)
+    scale = config.head_dim**-0.5
+    if cache is None:
+        out = attention(
+            q,
+            jnp.swapaxes(k, 1, 2),
+            jnp.swapaxes(v, 1, 2),
+            positions,
+            positions,
+            visibility,
+            scale=scale,
+            q_segments=segment_ids,
+            kv_segments=segment_ids,
+        )
+    else:
+        out, cache = cache.attend(q, k, v, positions, visibility, scale=scale)
+    seen["attn_out"] = out = linear(
+        out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj")
+    )
+    x = x + out
+
+    seen["mlp_in"] = h = rms_norm(x, params["mlp_norm"]["weight"], config.rms_norm_eps)
+    if isinstance(spec.mlp, MoeSpec):
+        out = moe(h, params["moe"], config, spec.mlp, adapters.get("moe", {}))
+    else:
+        out = mlp(h, params["mlp"], config, adapters.get("mlp", {}))
+    seen["mlp_out"] = out
+    seen["out"] = x = x + out
+    return x, cache, {name: seen[name] for name in capture}
+
+
+def _logits(x: jax.Array, params: Params, config: LlamaConfig) -> jax.Array:
+    weight = params["embed" if config.tie_word_embeddings else "lm_head"]["weight"]
+    return jnp.einsum(
+        "btd,vd->btv", x, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32
+    )
+
+
+class _Capture:
+    """Collects the activations that were asked for by name."""
+
+    def __init__(self, config: LlamaConfig, names: Sequence[str]):
+        known = set(activation_names(config))
+        for name in names:
+            if name not in known:
+                raise RequestError(
+                    f"unknown activation {name!r}",
+                    param="capture",
+                    hint="activation_names(config) lists them, e.g. embed, layers.0.attn_out, layers.0.out, final_norm",
+                )
+        self._names = frozenset(names)
+        self.activations: dict[str, jax.Array] = {}
+
+    def add(self, name: str, value: jax.Array) -> None:
+        if name in self._names:
+            self.activations[name] = value
+
+    def of_layer(self, index: int) -> tuple[str, ...]:
+        return tuple(name for name in LAYER_ACTIVATIONS if f"layers.{index}.{name}" in self._names)
+
+    def add_layer(self, index: int, values: dict[str, jax.Array]) -> None:
+        self.activations.update({f"layers.{index}.{name}": value for name, value in values.items()})

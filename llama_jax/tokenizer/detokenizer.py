@@ -1,0 +1,139 @@
+"""Token ids to text, piece by piece, without ever showing half a character.
+
+Every token stands for bytes. The bytes of a stream of tokens pass through one incremental UTF-8 decoder, so the text of
+a stream is that of the whole, and each token costs the same however long the text already is. Bytes that are no UTF-8
+become U+FFFD, one for each maximal ill-formed part (Unicode 17, section 3.9, as in `str.decode(errors="replace")`).
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llama_jax.errors import UnsupportedModel
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """How the tokens of one vocabulary turn into bytes.
+
+    Attributes:
+      byte_level: token strings spell bytes in GPT-2's alphabet.
+      replace: (from, to) pairs applied to every token string.
+      byte_fallback: tokens such as "<0x0A>" stand for a byte.
+      strip_start: how many spaces are taken off the start of the whole text.
+      first_drops: a character that the first token loses (the Metaspace decoder).
+      separator: what stands between two tokens.
+    """
+
+    byte_level: bool = False
+    replace: tuple[tuple[str, str], ...] = ()
+    byte_fallback: bool = False
+    strip_start: int = 0
+    first_drops: str = ""
+    separator: str = ""
+
+    @cached_property
+    def _alphabet(self) -> dict[str, int]:
+        return byte_alphabet()
+
+    def __call__(self, token: str, *, first: bool) -> bytes:
+        """Bytes of one token; `first` says whether it starts the text."""
+        if self.byte_level:
+            try:
+                return bytes([self._alphabet[char] for char in token])
+            except KeyError:  # an added token is spelled as it is
+                return token.encode()
+        if first and self.first_drops:
+            token = token.replace(self.first_drops, "")
+        for old, new in self.replace:
+            token = token.replace(old, new)
+        if self.byte_fallback and (match := _BYTE_TOKEN.match(token)):
+            return bytes([int(match[1], 16)])
+        return (token if first else self.separator + token).encode()
+
+
+def token_bytes(decoder: Mapping[str, Any] | None) -> TokenBytes:
+    """Read the "decoder" entry of a tokenizer.json.
+
+    Raises:
+      UnsupportedModel: for a decoder that no Llama-like tokenizer uses; the message names it.
+    """
+    if decoder is None:
+        return TokenBytes(separator=" ")
+    fields: dict[str, Any] = {"replace": ()}
+    fused = False
+    for step in decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]:
+        match step:
+            case {"type": "ByteLevel"}:
+                fields["byte_level"] = True
+            case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
+                fields["replace"] += ((old, new),)
+            case {"type": "ByteFallback"}:
+                fields["byte_fallback"] = True
+            case {"type": "Fuse"}:
+                fused = True
+            case {"type": "Strip", "content": " ", "start": int(start), "stop": 0} if fused:
+                fields["strip_start"] = start
+            case {"type": "Metaspace", "replacement": str(mark)}:
+                fields["replace"] += ((mark, " "),)
+                if step.get("prepend_scheme", "always") != "never":
+                    fields["first_drops"] = mark
+            case _:
+                raise UnsupportedModel(
+                    f"the tokenizer's decoder {step.get('type')!r} is not supported",
+                    hint="byte-level BPE and SentencePiece-style tokenizers are",
+                )
+    return TokenBytes(**fields)
+
+
+class Detokenizer:
+    """Turns a stream of token ids into text.
+
+    `"".join(d.add(i) for i in ids) + d.finish()` is the text of `ids`.
+
+    Args:
+      to_bytes: bytes of one token id, or None for a token that is not shown.
+      strip_start: how many spaces are taken off the start of the whole text.
+    """
+
+    def __init__(self, to_bytes: Callable[[int, bool], bytes | None], *, strip_start: int = 0):
+        self._to_bytes = to_bytes
+        self._strip = strip_start
+        self._started = False
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_id: int) -> str:
+        """Text that this token completes; empty while a character is unfinished.
+
+        Raises:
+          TokenizerError: the id is out of range.
+        """
+        data = self._to_bytes(token_id, not self._started)
+        if data is None:
+            return ""
+        self._started = True
+        while self._strip and data:
+            if not data.startswith(b" "):
+                self._strip = 0
+                break
+            data = data[1:]
+            self._strip -= 1
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD if the last character never got complete."""
+        return self._utf8.decode(b"", final=True)

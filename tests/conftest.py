@@ -1,0 +1,60 @@
+"""Settings that every test runs under, and the fixtures that all may use.
+
+Environment variables:
+  LLAMA_JAX_TEST_GPU: 1 runs the tests marked `gpu`, on the GPU; without it every test runs on the CPU.
+  LLAMA_JAX_TEST_CACHE: a folder for converted models that outlives the run; without it each run starts with an empty
+    one.
+  HYPOTHESIS_PROFILE: "ci" tries the same examples in every run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ON_GPU = os.environ.get("LLAMA_JAX_TEST_GPU", "0") not in ("", "0")
+DATA = Path(__file__).parent / "data"
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=50)  # the first example compiles
+hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("default"), derandomize=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the environment before anything imports jax; child processes inherit it."""
+    if not ON_GPU:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would need the network fails at once
+    # Compiled programs outlive the run: a second one compiles nothing that has not changed.
+    if cache := getattr(config, "cache", None):  # absent under `-p no:cacheprovider`
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    if hasattr(config, "workerinput"):
+        return  # a worker of pytest-xdist shares the folder that its controller made
+    folder = os.environ.get("LLAMA_JAX_TEST_CACHE")
+    if not folder:
+        folder = tempfile.mkdtemp(prefix="llama-jax-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["LLAMA_JAX_CACHE"] = folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not ON_GPU:
+        pytest.skip("needs a GPU: set LLAMA_JAX_TEST_GPU=1")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of stored reference outputs and small checkpoints."""
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of golden checkpoints: one folder a case, with `expected.npz` from Hugging Face transformers."""
+    return DATA / "goldens"

@@ -1,0 +1,63 @@
+"""Every Python example in README.md and docs/ runs as it stands, and every relative link leads somewhere.
+
+The blocks of one file share one namespace and run in order, in an empty folder. `<!-- skip: REASON -->` on the line
+before a block leaves it out.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("C*.md"))) if p.exists()
+]
+BLOCK = re.compile(r"(?:^<!-- (?P<skip>skip\b.*?) -->\n+)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)]*)?\)")
+
+
+def python_blocks(text: str) -> list[tuple[int, str]]:
+    """(line of the first code line, code) of each ```python block that is not skipped.
+
+    Raises:
+      ValueError: a block is skipped without a reason.
+    """
+    blocks = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code")) + 1
+        skip = match["skip"]
+        if skip is None:
+            blocks.append((line, match["code"]))
+        elif not re.fullmatch(r"skip: .*\w.*", skip):
+            raise ValueError(f"line {line}: say why: `<!-- skip: REASON -->`")
+    return blocks
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for line, code in python_blocks(page.read_text(encoding="utf-8")):
+        # Empty lines in front make tracebacks point at the page's own lines.
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
+
+
+def test_blocks_are_found_with_their_lines() -> None:
+    text = "a\n```python\nx = 1\n```\n```bash\nrm\n```\n"
+    text += "<!-- skip: needs a GPU -->\n```python\nboom\n```\n\n```python\ny = x\n```\n"
+    assert python_blocks(text) == [(3, "x = 1\n"), (14, "y = x\n")]
+
+
+@pytest.mark.parametrize("marker", ["<!-- skip -->", "<!-- skip: -->"])
+def test_skipping_needs_a_reason(marker: str) -> None:
+    with pytest.raises(ValueError, match="line 3"):
+        python_blocks(f"{marker}\n```python\nboom\n```\n")
