@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from llama_jax.checkpoint.format import Progress, is_checkpoint
-from llama_jax.convert.model_source import ModelSource, check_finite
-from llama_jax.errors import ModelNotFound, UnsupportedModel
+from llama_jax.convert.model_source import ModelSource, check_finite, count_nonfinite
+from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
 
 
 def convert(
@@ -56,11 +58,13 @@ def convert(
         total, done = sum(sizes.values()), 0
         # Read first: a model without a usable tokenizer should fail before, not after, an hour of copying.
         files, generation_config = model.files, model.generation_config
-        with CheckpointWriter(dst, total_bytes=total, dtype=dtype, overwrite=overwrite) as writer:
+        with CheckpointWriter(dst, total_bytes=total, overwrite=overwrite) as writer:
             for spec in specs:
                 array = model.read(spec)
                 if not allow_nonfinite:
                     check_finite(spec.name, array, model.path)
+                if wanted is not None and wanted != array.dtype:
+                    array = _cast(spec.name, array, wanted, model.path, allow_nonfinite)
                 writer.add(spec.name, array)
                 done += sizes[spec.name]
                 if progress:
@@ -68,6 +72,18 @@ def convert(
             return writer.commit(model.config, source=model.source, generation_config=generation_config, files=files)
     finally:
         model.close()
+
+
+def _cast(name: str, array: np.ndarray, dtype: np.dtype, path: Path, allow_nonfinite: bool) -> np.ndarray:
+    """Rounds to the nearest; refuses values that the dtype cannot hold (beyond 65504 in float16)."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if not allow_nonfinite and (overflowed := count_nonfinite(cast)):
+        raise CheckpointError(
+            f"{path}: tensor {name} holds {overflowed} values that are too large for {dtype.name}",
+            hint="choose bfloat16 or float32",
+        )
+    return cast
 
 
 def open_source(path: Path, *, name: str | None = None, revision: str | None = None) -> ModelSource:

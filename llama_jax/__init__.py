@@ -1,0 +1,91 @@
+"""llama_jax: a high-performance Llama in JAX, AMD GPUs first.
+
+    import llama_jax as lj
+
+    model, tokenizer = lj.load()
+    print(lj.generate(model, tokenizer, "The capital of France is", max_tokens=8))
+
+Everything here is imported when it is first used: `import llama_jax` alone imports neither jax nor numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.cache import DenseCache
+    from llama_jax.chat import encode_chat, render_chat
+    from llama_jax.checkpoint import load_params, open_checkpoint, save, verify
+    from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
+    from llama_jax.convert import convert
+    from llama_jax.errors import LlamaJaxError
+    from llama_jax.flax_module import Llama
+    from llama_jax.generate import batch_generate, generate, stream_generate
+    from llama_jax.loading import Model, load
+    from llama_jax.model import activation_names, forward
+    from llama_jax.params import abstract_params, count_params, init_params, param_specs
+    from llama_jax.sampling import SamplingParams, sample
+    from llama_jax.tokenizer import Tokenizer, load_tokenizer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "cache": ("DenseCache",),
+    "chat": ("encode_chat", "render_chat"),
+    "checkpoint": ("load_params", "open_checkpoint", "save", "verify"),
+    "config": ("LlamaConfig", "config_from_hf", "config_to_hf", "preset"),
+    "convert": ("convert",),
+    "errors": ("LlamaJaxError",),
+    "flax_module": ("Llama",),
+    "generate": ("batch_generate", "generate", "stream_generate"),
+    "loading": ("Model", "load"),
+    "model": ("activation_names", "forward"),
+    "params": ("abstract_params", "count_params", "init_params", "param_specs"),
+    "sampling": ("SamplingParams", "sample"),
+    "tokenizer": ("Tokenizer", "load_tokenizer"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "DenseCache",
+    "Llama",
+    "LlamaConfig",
+    "LlamaJaxError",
+    "Model",
+    "SamplingParams",
+    "Tokenizer",
+    "__version__",
+    "abstract_params",
+    "activation_names",
+    "batch_generate",
+    "config_from_hf",
+    "config_to_hf",
+    "convert",
+    "count_params",
+    "encode_chat",
+    "forward",
+    "generate",
+    "init_params",
+    "load",
+    "load_params",
+    "load_tokenizer",
+    "open_checkpoint",
+    "param_specs",
+    "preset",
+    "render_chat",
+    "sample",
+    "save",
+    "stream_generate",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"llama_jax.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -139,6 +139,20 @@ class DenseCache:
         """See `KVCache`."""
         return dataclasses.replace(self, k=tuple(view.k for view in views), v=tuple(view.v for view in views))
 
+    def grow(self, capacity: int) -> DenseCache:
+        """The same cache with more slots."""
+        more = capacity - self.capacity
+
+        def pad(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+        return dataclasses.replace(
+            self,
+            k=tuple(map(pad, self.k)),
+            v=tuple(map(pad, self.v)),
+            positions=jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1),
+        )
+
     def rows(self, index: jax.Array) -> DenseCache:
         """The cache of rows `index` int32 [n]: rows may be repeated (several samples of one prompt) or left out."""
         return dataclasses.replace(

@@ -114,19 +114,26 @@ def pad_prompts(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tup
     return tokens, positions
 
 
-@partial(jax.jit, static_argnames=("config", "prompt_logprobs"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("config", "capacity", "dtype", "prompt_logprobs"), donate_argnames=("cache",))
 def _prefill_chunk(
     params: Params,
-    cache: DenseCache,
+    cache: DenseCache | None,
     tokens: jax.Array,
     positions: jax.Array,
     next_tokens: jax.Array,
+    lengths: jax.Array,
     *,
     config: LlamaConfig,
+    capacity: int,
+    dtype: DTypeLike,
     prompt_logprobs: int | None,
 ) -> tuple[jax.Array, DenseCache, Logprobs | None]:
-    """Puts one chunk of the prompts into the cache; logits float32 [batch, vocab] of its last token."""
+    """Puts one chunk of the prompts into the cache, a new one if None; logits float32 [batch, vocab] of its last token."""
     batch, length = tokens.shape
+    if cache is None:
+        cache = DenseCache.create(config, batch, capacity, dtype)
+        # Known only here: a chunk alone does not tell how long its text is.
+        cache = dataclasses.replace(cache, rope_length=lengths)
     if prompt_logprobs is None:
         last = jnp.full((batch, 1), length - 1, jnp.int32)
         logits, cache = forward(params, config, tokens, positions, cache, logits_at=last)
@@ -161,15 +168,14 @@ def prefill(
     """
     length = prompt_bucket(max(len(p) for p in prompts))
     tokens, positions = pad_prompts(prompts, rows, length)
-    cache = DenseCache.create(config, rows, capacity, dtype)
-    cache = dataclasses.replace(cache, rope_length=jnp.asarray(positions.max(axis=1) + 1, jnp.int32))
     chunk = chunk_length(config, rows, length, capacity)
-    if prompt_logprobs is not None:
-        # All positions' logits exist at once here; a quarter of the tokens keeps them as small as the attention's.
-        chunk = min(chunk, 256) if length % min(chunk, 256) == 0 else chunk
+    if prompt_logprobs is not None and length % 256 == 0:
+        # The logits of a whole chunk exist at once here.
+        chunk = min(chunk, 256)
     next_tokens = np.roll(tokens, -1, axis=1)
+    lengths = positions.max(axis=1) + 1
     pieces = []
-    logits = None
+    logits = cache = None
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)
         logits, cache, piece = _prefill_chunk(
@@ -178,11 +184,14 @@ def prefill(
             tokens[:, part],
             positions[:, part],
             next_tokens[:, part],
+            lengths,
             config=config,
+            capacity=capacity,
+            dtype=jnp.dtype(dtype),
             prompt_logprobs=prompt_logprobs,
         )
         pieces.append(piece)
-    assert logits is not None
+    assert logits is not None and cache is not None
     if prompt_logprobs is None:
         return logits, cache, None
     return logits, cache, jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1)[:, :-1], *pieces)
@@ -279,6 +288,29 @@ def _progress(state: DecodeState) -> Progress:
     return Progress(state.output, state.logprobs, state.done, state.finished_by_stop, state.step)
 
 
-def stop_rows(state: DecodeState, rows: np.ndarray) -> DecodeState:
-    """Ends rows bool [batch] from the host's side: a stop string was found, or the reader is gone."""
-    return dataclasses.replace(state, done=state.done | jnp.asarray(rows))
+@partial(jax.jit, donate_argnames=("state",))
+def stop_rows(state: DecodeState, ended: jax.Array) -> DecodeState:
+    """Ends rows bool [batch] from the host's side, because it found a stop string."""
+    return dataclasses.replace(state, done=state.done | ended)
+
+
+@partial(jax.jit, static_argnames=("capacity", "room"))
+def grow(state: DecodeState, *, capacity: int, room: int) -> DecodeState:
+    """The same state with a larger cache, and `room` tokens of output."""
+    more = room - state.output.shape[1]
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
+
+    return dataclasses.replace(
+        state,
+        output=pad(state.output),
+        logprobs=None if state.logprobs is None else jax.tree.map(pad, state.logprobs),
+        cache=state.cache.grow(capacity),
+    )
+
+
+@jax.jit
+def take_rows(logits: jax.Array, cache: DenseCache, index: jax.Array) -> tuple[jax.Array, DenseCache]:
+    """Rows `index` int32 [n] of logits and cache: a prompt is prefilled once for all its continuations."""
+    return logits[index], cache.rows(index)

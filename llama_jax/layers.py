@@ -6,7 +6,6 @@ Numbers that need it are float32 whatever the compute dtype: norms, rope, softma
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

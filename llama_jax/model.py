@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.cache import KVCache, LayerCache
-from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
+from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, attention
 from llama_jax.kernels.precision import matmul_precision
@@ -223,9 +223,7 @@ def _layer(
 
 def _logits(x: jax.Array, params: Params, config: LlamaConfig) -> jax.Array:
     weight = params["embed" if config.tie_word_embeddings else "lm_head"]["weight"]
-    return jnp.einsum(
-        "btd,vd->btv", x, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("btd,vd->btv", x, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
 
 
 class _Capture:

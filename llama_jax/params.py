@@ -68,18 +68,7 @@ def _specs(c: LlamaConfig) -> Iterator[ParamSpec]:
     )
     for i, layer in enumerate(c.layers):
         ours, hf, gguf = f"layers.{i}", f"model.layers.{i}", f"blk.{i}"
-
-        def norm(name: str, hf_name: str, gguf_name: str) -> ParamSpec:
-            return ParamSpec(
-                f"{ours}.{name}.weight",  # noqa: B023
-                (c.hidden_size,),
-                ("embed",),
-                "ones",
-                f"{hf}.{hf_name}.weight",  # noqa: B023
-                f"{gguf}.{gguf_name}.weight",  # noqa: B023
-            )
-
-        yield norm("attn_norm", "input_layernorm", "attn_norm")
+        yield _norm(c, f"{ours}.attn_norm", f"{hf}.input_layernorm", f"{gguf}.attn_norm")
         for name, out, axis, bias, gguf_name in (
             ("q_proj", c.q_dim, "q_heads", c.qkv_bias, "attn_q"),
             ("k_proj", c.kv_dim, "kv_heads", c.qkv_bias, "attn_k"),
@@ -111,14 +100,12 @@ def _specs(c: LlamaConfig) -> Iterator[ParamSpec]:
             f"{hf}.self_attn.o_proj",
             f"{gguf}.attn_output",
         )
-        yield norm("mlp_norm", "post_attention_layernorm", "ffn_norm")
+        yield _norm(c, f"{ours}.mlp_norm", f"{hf}.post_attention_layernorm", f"{gguf}.ffn_norm")
         if isinstance(layer.mlp, MoeSpec):
             yield from _moe(c, layer.mlp, f"{ours}.moe", hf, gguf)
         else:
-            yield from _mlp(c, layer.mlp, f"{ours}.mlp", f"{hf}.{_hf_mlp(c)}", f"{gguf}.ffn_{{}}", c.mlp_bias)
-    yield ParamSpec(
-        "final_norm.weight", (c.hidden_size,), ("embed",), "ones", "model.norm.weight", "output_norm.weight"
-    )
+            yield from _mlp(c, layer.mlp, f"{ours}.mlp", f"{hf}.{c.hf_mlp_module}", f"{gguf}.ffn_{{}}", c.mlp_bias)
+    yield _norm(c, "final_norm", "model.norm", "output_norm")
     if not c.tie_word_embeddings:
         yield ParamSpec(
             "lm_head.weight",
@@ -130,10 +117,8 @@ def _specs(c: LlamaConfig) -> Iterator[ParamSpec]:
         )
 
 
-def _hf_mlp(c: LlamaConfig) -> str:
-    """How Hugging Face names the MLP module: models with sigmoid-routed experts say feed_forward."""
-    sigmoid = any(isinstance(s.mlp, MoeSpec) and s.mlp.router == "sigmoid" for s in c.layers)
-    return "feed_forward" if sigmoid else "mlp"
+def _norm(c: LlamaConfig, name: str, hf: str, gguf: str) -> ParamSpec:
+    return ParamSpec(f"{name}.weight", (c.hidden_size,), ("embed",), "ones", f"{hf}.weight", f"{gguf}.weight")
 
 
 def _linear(

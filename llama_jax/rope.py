@@ -38,12 +38,14 @@ def _llama3(spec: RopeSpec, inv_freq: np.ndarray) -> np.ndarray:
     old = spec.original_max_positions
     assert old is not None
     wavelen = np.float32(2 * math.pi) / inv_freq
+    scaled = inv_freq / np.float32(spec.factor)
+    out = np.where(wavelen > old / spec.low_freq_factor, scaled, inv_freq)
+    if spec.high_freq_factor == spec.low_freq_factor:  # nothing lies between
+        return out
     smooth = (np.float32(old) / wavelen - np.float32(spec.low_freq_factor)) / np.float32(
         spec.high_freq_factor - spec.low_freq_factor
     )
-    scaled = inv_freq / np.float32(spec.factor)
     between = (1 - smooth) * scaled + smooth * inv_freq
-    out = np.where(wavelen > old / spec.low_freq_factor, scaled, inv_freq)
     is_between = (wavelen >= old / spec.high_freq_factor) & (wavelen <= old / spec.low_freq_factor)
     return np.where(is_between, between, out).astype(np.float32)
 

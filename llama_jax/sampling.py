@@ -219,25 +219,27 @@ def make_sampler(
         row_ids[: len(ids)] = ids
     seeds = [secrets.randbits(64) if p.seed is None else p.seed for p in params]
 
-    def floats(name: str) -> jax.Array:
-        return jnp.asarray([getattr(p, name) for p in params], jnp.float32)
+    # numpy arrays: they go to the device with the program that uses them.
+    def floats(name: str) -> Any:
+        return np.asarray([getattr(p, name) for p in params], np.float32)
 
-    return options, SamplerState(
+    state: Any = SamplerState(
         temperature=floats("temperature"),
         top_p=floats("top_p"),
-        top_k=jnp.asarray([p.top_k if p.top_k > 0 else vocab_size for p in params], jnp.int32),
+        top_k=np.asarray([p.top_k if p.top_k > 0 else vocab_size for p in params], np.int32),
         min_p=floats("min_p"),
         presence=floats("presence_penalty"),
         frequency=floats("frequency_penalty"),
         repetition=floats("repetition_penalty"),
-        seed=jnp.asarray([[s >> 32, s & 0xFFFFFFFF] for s in seeds], jnp.uint32),
-        step=jnp.zeros((), jnp.int32),
-        min_tokens=jnp.asarray([p.min_tokens for p in params], jnp.int32),
-        stop_ids=jnp.asarray(stop_ids),
-        bias=None if bias is None else jnp.asarray(bias),
-        in_prompt=None if in_prompt is None else jnp.asarray(in_prompt),
-        counts=None if counts is None else jnp.asarray(counts),
+        seed=np.asarray([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32),
+        step=np.zeros((), np.int32),
+        min_tokens=np.asarray([p.min_tokens for p in params], np.int32),
+        stop_ids=stop_ids,
+        bias=bias,
+        in_prompt=in_prompt,
+        counts=counts,
     )
+    return options, state
 
 
 @jax.tree_util.register_dataclass

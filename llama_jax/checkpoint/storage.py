@@ -128,4 +128,4 @@ def restore_folder(path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".old")
+    return path.with_name(path.name + ".llama_jax-old")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,8 @@ BATCH_BYTES = 256 << 20
 """Tensors are handed to Orbax in batches of at most this many bytes (a larger tensor alone)."""
 CHUNK_BYTES = 256 << 20
 """Smaller tensors are one chunk on disk, larger ones several, so that reading one never needs it twice in memory."""
+UNFINISHED = "unfinished.llama_jax"
+"""Stands in a folder that is being written, so that no other folder of that name is ever cleared away."""
 FILE_BYTES = 1 << 30
 """Size at which Orbax begins another data file."""
 
@@ -38,7 +41,6 @@ class CheckpointWriter:
     Args:
       path: the folder to make.
       total_bytes: size of all tensors together, checked against the free disk space.
-      dtype: stores every tensor in this dtype instead of its own.
       overwrite: whether a checkpoint that stands at `path` may be replaced; it stays until the new one is complete.
 
     Raises:
@@ -46,9 +48,8 @@ class CheckpointWriter:
       DoesNotFit: too little disk space.
     """
 
-    def __init__(self, path: str | Path, *, total_bytes: int, dtype: str | None = None, overwrite: bool = False):
+    def __init__(self, path: str | Path, *, total_bytes: int, overwrite: bool = False):
         self.path = Path(path).absolute()
-        self._dtype = None if dtype is None else storage_dtype(dtype)
         self._total_bytes = total_bytes
         self._overwrite = overwrite
         self._partial = self.path.with_name(self.path.name + ".partial")
@@ -62,10 +63,12 @@ class CheckpointWriter:
             with storage.storage_errors(self.path):
                 storage.restore_folder(self.path)
                 self._check_destination()
-                storage.remove(self._partial)
+                self._clear_partial()
                 storage.check_space(self.path, self._total_bytes)
                 self._partial.mkdir()
-            stack.callback(storage.remove, self._partial)
+                (self._partial / UNFINISHED).touch()
+            # Errors are ignored: after an interrupt Orbax's threads may still be writing there.
+            stack.callback(shutil.rmtree, self._partial, ignore_errors=True)
             self._stack = stack.pop_all()
         return self
 
@@ -85,11 +88,22 @@ class CheckpointWriter:
                 hint="choose another folder",
             )
 
+    def _clear_partial(self) -> None:
+        """Removes what a killed writer left, after making sure that it is that."""
+        left = self._partial
+        if not left.exists():
+            return
+        if not ((left / UNFINISHED).exists() or fmt.is_checkpoint(left) or (left.is_dir() and not any(left.iterdir()))):
+            raise StorageError(
+                f"{left} is in the way and is not of llama_jax", hint="move it, or choose another folder"
+            )
+        storage.remove(left)
+
     def add(self, name: str, array: np.ndarray) -> None:
         """Takes one tensor, under its dotted name. The array must not change before `commit`."""
         if name in self._tensors:
             raise CheckpointError(f"tensor {name} is given twice", hint="this is a fault of the program; report it")
-        array = np.ascontiguousarray(array, dtype=self._dtype)
+        array = np.ascontiguousarray(array)
         if array.dtype.name not in fmt.DTYPES:
             raise CheckpointError(
                 f"tensor {name} has dtype {array.dtype.name}", hint=f"tensors may be {', '.join(fmt.DTYPES)}"
@@ -146,6 +160,7 @@ class CheckpointWriter:
             ocp.partial.finalize(self._partial / fmt.PARAMS)
             digests = {name: _write(self._partial, name, data) for name, data in sorted(contents.items())}
             _write(self._partial, fmt.MARKER, _json(fmt.marker(source, dtype, tool_version(), digests)))
+            (self._partial / UNFINISHED).unlink()
             storage.replace_folder(self._partial, self.path)
         return self.path
 

@@ -28,6 +28,7 @@ class Family:
         max_window_layers on, or layer_types), "nope" (those without rope, or layer_types), "chunked" (those with
         rope, or layer_types), or "none".
       nope: whether some layers may go without rope.
+      mlp_module: name of a layer's MLP in the checkpoints' tensor names.
       experts: router of the mixture of experts, or None for dense models.
     """
 
@@ -42,6 +43,7 @@ class Family:
     nope: bool = False
     experts: Literal["softmax", "sigmoid"] | None = None
     interleaved_rope: bool = False
+    mlp_module: str = "mlp"
     aliases: tuple[str, ...] = field(default=())
 
 
@@ -176,6 +178,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             nope=True,
             experts="sigmoid",
             interleaved_rope=True,
+            mlp_module="feed_forward",
         ),
     }
 )

@@ -140,6 +140,7 @@ def _from_text(hf: Mapping[str, Any], *, prefix: str, extra_architecture: str | 
         eos_token_ids=f.token_ids("eos_token_id", None),
         pad_token_id=f.token_id("pad_token_id", None),
         family=model_type,
+        hf_mlp_module=family.mlp_module,
     )
 
 

@@ -100,7 +100,8 @@ class LlamaConfig:
     """Everything `forward` needs to know about a model besides its weights. Hashable, so it can be a static argument.
 
     Attributes:
-      family: name of the source family, kept so that `to_hf` can write it back; the model never reads it.
+      family: name of the source family, kept so that `config_to_hf` can write it back; the model never reads it.
+      hf_mlp_module: what the family's Hugging Face checkpoints call a layer's MLP.
       layers: one `LayerSpec` per block, in order.
       num_kv_heads: key/value heads; num_heads is a multiple of it (GQA; equal for MHA, 1 for MQA).
       qkv_bias, o_bias, mlp_bias: whether those projections carry a bias.
@@ -128,6 +129,7 @@ class LlamaConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     family: str = "llama"
+    hf_mlp_module: str = "mlp"
 
     def __post_init__(self) -> None:
         for name in (
@@ -165,6 +167,12 @@ class LlamaConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model can look back on; "dynamic" rope stretches what it was trained for."""
+        stretch = self.rope.factor if self.rope.kind == "dynamic" else 1.0
+        return int(self.max_position_embeddings * stretch)
 
     @property
     def q_dim(self) -> int:

@@ -1,8 +1,8 @@
 """Text that must never become a control token.
 
 A tokenizer matches its control tokens ("<|im_end|>") anywhere in a text, no matter who wrote it. To encode such a
-string as plain text, one sentinel character is put inside it, so that it no longer matches. The tokenizer carries a first
-normaliser that takes the sentinel out again; control tokens are matched before normalisation, so what remains is
+string as plain text, one sentinel character is put inside it, so that it no longer matches. The tokenizer carries a
+first normaliser that takes the sentinel out again; control tokens are matched before normalisation, so what remains is
 encoded as ordinary text, with the same merges across its edges as any other text.
 
 The sentinel is U+FDD0, one of the 66 code points that Unicode reserves for internal use by programs (Unicode 17,

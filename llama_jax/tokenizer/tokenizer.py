@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.detokenizer import Detokenizer, token_bytes
-from llama_jax.tokenizer.guard import ControlGuard, escape
+from llama_jax.tokenizer.guard import ESCAPE, SENTINEL, ControlGuard, escape
 
 if TYPE_CHECKING:
     import tokenizers
@@ -115,6 +115,8 @@ class Tokenizer:
         Raises:
           TokenizerError: the text is not valid Unicode, or a control id appears that the text does not spell.
         """
+        if text.startswith(SENTINEL) and not text.startswith(SENTINEL + ESCAPE):
+            text = text[1:]  # it protects nothing there, and would hide the text's start from a prefix-space rule
         ids = self._encode(_valid(text), add_special_tokens)
         found = sum(i in self.special_ids and i != self._unknown_id for i in ids)
         spelled = self.guard.count(text)

