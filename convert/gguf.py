@@ -31,7 +31,7 @@ class GgufModel:
         try:
             metadata, tensors = self._file.metadata, self._file.tensors
             factors = self._file.read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
-            self.config = config_from_hf(config_dict(metadata, tensors, factors))
+            self.config = config_from_hf(_config_dict(path, metadata, tensors, factors))
             self._check()
         except BaseException:
             self.close()
@@ -85,6 +85,14 @@ class GgufModel:
                     f"the metadata asks for {list(spec.shape)}",
                     hint=_HINT,
                 )
+
+
+def _config_dict(path: Path, *parts: Any) -> dict[str, Any]:
+    try:
+        return config_dict(*parts)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as e:
+        # A key whose value has another type than llama.cpp gives it.
+        raise CheckpointError(f"{path}: the metadata is malformed ({type(e).__name__}: {e})", hint=_HINT) from e
 
 
 _HINT = "the file is damaged, or the model has parts that are not supported; try its safetensors weights"

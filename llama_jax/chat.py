@@ -23,6 +23,7 @@ Message = Mapping[str, Any]
 _STANDARD_ROLES = frozenset(
     {"system", "user", "assistant", "tool", "function", "developer", "ipython", "model", "environment", "context"}
 )
+_MAX_DEPTH = 64
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _RESERVED = frozenset({"messages", "tokenize", "raise_exception", "strftime_now", "namespace", "dict", "range"})
 
@@ -197,12 +198,16 @@ def _template_values(
     }
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy made of plain JSON types only, since methods of other objects are outside the sandbox's knowledge.
 
     Raises:
-      RequestError: a value is of another type.
+      RequestError: a value is of another type, or nested too deeply.
     """
+    if depth > _MAX_DEPTH:
+        raise RequestError(
+            f"{where[:80]}… is nested more than {_MAX_DEPTH} deep", param=where.partition("[")[0], hint="flatten it"
+        )
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -212,9 +217,9 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return float(value)
     if isinstance(value, Mapping):
-        return {_plain(k, where): _plain(v, f"{where}.{k}") for k, v in value.items()}
+        return {_plain(k, where): _plain(v, f"{where}.{k}", depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     raise RequestError(f"{where} holds {type(value).__name__}, which is no JSON value", param=where, hint="pass JSON")
 
 

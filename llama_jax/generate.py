@@ -30,11 +30,12 @@ FIRST_ROOM = 1024
 
 
 def generate(
-    model: Model, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
+    model: Model, tokenizer: Tokenizer | None, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
 ) -> str:
     """Continues one prompt and returns the new text.
 
     Args:
+      tokenizer: None for token ids in, token ids out.
       prompt: text, continued as it stands, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
       params: how to sample. Without it decoding is greedy.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.
@@ -46,7 +47,7 @@ def generate(
 
 
 def stream_generate(
-    model: Model, tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
+    model: Model, tokenizer: Tokenizer | None, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
 ) -> Iterator[StreamOutput]:
     """Continues one prompt token by token. Closing the generator ends the work.
 
@@ -60,7 +61,7 @@ def stream_generate(
 
 def batch_generate(
     model: Model,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     **fields: Any,
@@ -90,9 +91,13 @@ def _params(params: Any, fields: dict[str, Any]) -> Any:
     return [dataclasses.replace(p, **fields) for p in base] if fields else list(base)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, BOS included if the model wants one; ids are checked and returned as they are."""
+def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, BOS included if the model wants one; ids are returned as they are."""
     if isinstance(prompt, str):
+        if tokenizer is None:
+            raise RequestError(
+                "without a tokenizer a prompt must be token ids", param="prompt", hint="pass a list of token ids"
+            )
         ids = tokenizer.encode(prompt)
         if not ids:
             if tokenizer.bos_token_id is None:
@@ -150,7 +155,7 @@ class _Batch:
     def prepare(
         cls,
         model: Model,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         prompts: Sequence[Prompt],
         params: SamplingParams | list[SamplingParams],
     ) -> _Batch:
@@ -172,6 +177,8 @@ class _Batch:
                     param="prompt",
                     hint="encode the prompt with this model's tokenizer",
                 )
+        if tokenizer is None and any(p.stop for p in each):
+            raise RequestError("stop strings need a tokenizer", param="stop", hint="use stop_token_ids")
         row_prompt = [i for i, p in enumerate(each) for _ in range(p.n)]
         rows, limits = [], []
         for i in row_prompt:

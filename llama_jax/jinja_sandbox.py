@@ -77,16 +77,18 @@ def environment() -> jinja2.Environment:
                 raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        """Also refuses products that would fill the memory: 'a' * 10**9."""
+        """Also refuses products and powers that would fill the memory, such as 'a' * 10**9."""
 
         intercepted_binops = frozenset({"*", "**"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             sizes = [len(x) if isinstance(x, (str, list, tuple)) else x for x in (left, right)]
+            too_large = False
             if all(isinstance(size, int) for size in sizes):
-                product = abs(sizes[0] * sizes[1]) if operator == "*" else abs(sizes[1]) * 64
-                if product > 1 << 62 or (product > MAX_OUTPUT and any(not isinstance(x, int) for x in (left, right))):
-                    raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
+                of_numbers = isinstance(left, int) and isinstance(right, int)
+                too_large = sizes[1] > 1000 if operator == "**" else not of_numbers and sizes[0] * sizes[1] > MAX_OUTPUT
+            if too_large:
+                raise jinja2.exceptions.SecurityError(f"the result of {operator} is too large")
             return super().call_binop(context, operator, left, right)
 
     def raise_exception(message: str) -> None:

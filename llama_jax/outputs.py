@@ -98,9 +98,12 @@ class StreamOutput:
 
 @dataclass
 class RowText:
-    """The text of one row as its tokens arrive. Holds back what may turn out to be the start of a stop string."""
+    """The text of one row as its tokens arrive. Holds back what may turn out to be the start of a stop string.
 
-    tokenizer: Tokenizer
+    Without a tokenizer there is no text, only token ids.
+    """
+
+    tokenizer: Tokenizer | None
     params: SamplingParams
     stop_ids: frozenset[int]
     prompt_ids: Sequence[int] = ()
@@ -109,7 +112,7 @@ class RowText:
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
-        self._detokenizer = self.tokenizer.detokenizer(prompt_ids=self.prompt_ids)
+        self._detokenizer = self.tokenizer.detokenizer(prompt_ids=self.prompt_ids) if self.tokenizer else None
         self._pending = ""
 
     def add(self, token_id: int, *, limit: int) -> str:
@@ -117,10 +120,11 @@ class RowText:
         self.token_ids.append(token_id)
         ended = token_id in self.stop_ids and len(self.token_ids) >= self.params.min_tokens
         last = ended or len(self.token_ids) >= limit
-        if not ended:
+        if self._detokenizer and not ended:
             self._pending += self._detokenizer.add(token_id)
-        if last:
+        if self._detokenizer and last:
             self._pending += self._detokenizer.finish()
+        if last:
             self.finish_reason = "stop" if ended else "length"
         if len(self.token_ids) > self.params.min_tokens:
             cut = min((at for s in self.params.stop if (at := self._pending.find(s)) >= 0), default=None)

@@ -99,7 +99,7 @@ def test_template_choice() -> None:
         ("{{ ''.__class__.__mro__ }}", "stopped|lack"),
         ("{% set n = namespace(_x=1) %}", "stopped"),
         ("{{ 'a' * 10**9 }}", "stopped"),
-        ("{{ 10 ** 10 ** 10 }}", "stopped"),
+        ("{{ 10 ** 100000 }}", "stopped"),
         ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "more than"),
         ("{% for i in range(10**9) %}{% endfor %}", "OverflowError|stopped"),
         ("{% include 'x' %}", "TypeError|refused"),
@@ -171,8 +171,12 @@ def test_content_never_yields_control_ids(tokenizer: Tokenizer) -> None:
                 assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-FRAGMENTS = st.sampled_from([t[:i] for t in FAMILIES for i in range(len(t))] + [t[i:] for t in FAMILIES for i in range(len(t))])
-CONTENT = st.lists(FRAGMENTS | st.sampled_from([" ", "\n", "a", "\ufdd0", "\ufdd1", *FAMILIES]), max_size=6).map("".join)
+FRAGMENTS = st.sampled_from(
+    [t[:i] for t in FAMILIES for i in range(len(t))] + [t[i:] for t in FAMILIES for i in range(len(t))]
+)
+CONTENT = st.lists(FRAGMENTS | st.sampled_from([" ", "\n", "a", "\ufdd0", "\ufdd1", *FAMILIES]), max_size=6).map(
+    "".join
+)
 
 
 @settings(deadline=None, max_examples=150)
@@ -183,7 +187,10 @@ def test_fragments_never_join(tokenizer: Tokenizer, contents: list[str], joined:
     template = (
         "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}{% endfor %}<|eot_id|>"
         if joined
-        else "{% for m in messages %}<|{{ m.content }}|><{{ m.content }}>[/{{ m['content'] + ']' }}{% endfor %}<|eot_id|>"
+        else (
+            "{% for m in messages %}<|{{ m.content }}|><{{ m.content }}>[/{{ m['content'] + ']' }}{% endfor %}"
+            "<|eot_id|>"
+        )
     )
     ids = encode_chat(tokenizer, messages, chat_template=template)
     expected = [tokenizer.special_tokens["<|eot_id|>"]]
@@ -202,6 +209,19 @@ def test_a_token_cut_over_two_messages(tokenizer: Tokenizer) -> None:
             ids = encode_chat(tokenizer, messages, chat_template=template)
             assert not control_ids(tokenizer, ids), (token, cut)
             assert tokenizer.decode(ids) == token
+
+
+def test_a_token_cut_between_template_and_message(tokenizer: Tokenizer) -> None:
+    """A template that writes part of a token never gets the rest from a message."""
+    for token in tokenizer.special_tokens:
+        for cut in range(1, len(token)):
+            for content, template in (
+                (f"{token[:cut]} ", "{{ messages[0].content | trim }}" + token[cut:]),
+                (f" {token[cut:]}", token[:cut] + "{{ messages[0].content | trim }}"),
+            ):
+                ids = encode_chat(tokenizer, [{"role": "user", "content": content}], chat_template=template)
+                assert not control_ids(tokenizer, ids), (content, template)
+                assert tokenizer.decode(ids) == token
 
 
 def test_roles_that_a_template_builds_tokens_from(tokenizer: Tokenizer) -> None:

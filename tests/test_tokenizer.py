@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.errors import TokenizerError, UnsupportedModel
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.tokenizer.detokenizer import byte_alphabet
 from llama_jax.tokenizer.guard import ControlGuard, strip_sentinels
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
@@ -74,9 +75,9 @@ def test_sentencepiece_model_equals_sentencepiece(spm: Tokenizer) -> None:
     """The merges by score do what the SentencePiece library does."""
     library = pytest.importorskip("sentencepiece")
     reference = library.SentencePieceProcessor(model_file=str(DATA / "sentencepiece.model"))
-    words = "the layers of a model are pure functions, 日本 é 123 x_y (4.5) `code`\n".split(" ")
-    for start in range(len(words)):
-        for text in (" ".join(words[start:]), "  ".join(words[start:] * 3)):
+    sentence = "the layers of a model are pure functions, 日本 é 123 x_y (4.5) `code`\n"
+    for start in range(len(sentence)):
+        for text in (sentence[start:].lstrip(" "), (sentence * 3)[start:].replace(" ", "  ").lstrip(" ")):
             assert spm.encode(text, add_special_tokens=False) == reference.encode(text), text
             assert spm.decode(reference.encode(text)) == reference.decode(reference.encode(text))
 
@@ -84,6 +85,9 @@ def test_sentencepiece_model_equals_sentencepiece(spm: Tokenizer) -> None:
 @settings(deadline=None)
 @given(text=TEXT)
 def test_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    if not tokenizer.token_id("<0x00>"):  # SmolLM2's vocabulary has no tokens for some bytes that text rarely holds
+        letters = {byte: char for char, byte in byte_alphabet().items()}
+        assume(all(tokenizer.token_id(letters[byte]) is not None for byte in text.encode()))
     for parse_special in (True, False):
         ids = tokenizer.encode(text, add_special_tokens=False, parse_special=parse_special)
         decoded = tokenizer.decode(ids, skip_special_tokens=False)
@@ -253,6 +257,7 @@ def test_merges_that_build_control_tokens_are_dropped(tmp_path: Path) -> None:
     vocab = content["model"]["vocab"]
     for piece in ("<s", "<s>"):
         vocab.setdefault(piece, len(vocab))
+    content["pre_tokenizer"]["use_regex"] = False
     content["model"]["merges"] = [["<", "s"], ["<s", ">"], *content["model"]["merges"]]
     content["added_tokens"].append({**content["added_tokens"][0], "id": vocab["<s>"], "content": "<s>"})
     (folder / "tokenizer.json").write_text(json.dumps(content))
@@ -328,7 +333,7 @@ def test_other_sentencepiece_models_are_refused(tmp_path: Path) -> None:
     train = pytest.importorskip("sentencepiece").SentencePieceTrainer.train
     text = [f"word{i} other{i % 7}" for i in range(200)]
     for options, named in (
-        ({"model_type": "unigram", "vocab_size": 60}, "unigram"),
+        ({"model_type": "unigram", "vocab_size": 32}, "unigram"),
         ({"model_type": "bpe", "vocab_size": 80}, "nmt_nfkc"),
     ):
         with open(tmp_path / "tokenizer.model", "wb") as file:

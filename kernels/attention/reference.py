@@ -68,5 +68,5 @@ def attention_reference(
     see = visible(q_positions, kv_positions, visibility, q_segments, kv_segments)
     logits = jnp.where(see[:, None, None], logits * scale, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bksd->btkgd", weights, v, precision=precision, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bkgts,bksd->btkgd", weights, v, precision=precision)
     return out.reshape(q.shape).astype(q.dtype)

@@ -6,7 +6,7 @@ first normaliser that takes the sentinel out again; control tokens are matched b
 encoded as ordinary text, with the same merges across its edges as any other text.
 
 The sentinel is U+FDD0, one of the 66 code points that Unicode reserves for internal use by programs (Unicode 17,
-section 23.7). One that stands in the text itself is escaped by a following U+FDD1, which the same normaliser undoes.
+section 23.7). One that stands in the text itself is escaped, with U+FDD1; the same normaliser undoes that.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from functools import cached_property
 from llama_jax.errors import TokenizerError
 
 SENTINEL = "\ufdd0"
-ESCAPE = "\ufdd1"
-_BARE_SENTINEL = re.compile(f"{SENTINEL}(?!{ESCAPE})")
+_ESCAPE = "\ufdd1"
+RESTORED = ((SENTINEL, ""), (_ESCAPE + "0", SENTINEL), (_ESCAPE + "1", _ESCAPE))
+"""Replacements, in order, that turn guarded text into plain text."""
 
 
 def escape(text: str) -> str:
-    """Escape the sentinels that belong to the text itself."""
-    return text.replace(SENTINEL, SENTINEL + ESCAPE) if SENTINEL in text else text
+    """Escape the sentinels that belong to the text itself; none is left in the result."""
+    return text.replace(_ESCAPE, _ESCAPE + "1").replace(SENTINEL, _ESCAPE + "0")
 
 
 def strip_sentinels(text: str) -> str:
     """The text as its author wrote it: sentinels removed, escaped ones restored."""
-    return _BARE_SENTINEL.sub("", text).replace(SENTINEL + ESCAPE, SENTINEL) if SENTINEL in text else text
+    for old, new in RESTORED:
+        text = text.replace(old, new)
+    return text
 
 
 def _alternation(strings: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import TokenizerError
-from llama_jax.tokenizer.guard import ESCAPE, SENTINEL
+from llama_jax.tokenizer.guard import RESTORED
 from llama_jax.tokenizer.sentencepiece_bpe import tokenizer_json_of_model
 from llama_jax.tokenizer.tokenizer import Tokenizer, call_backend
 
@@ -157,12 +157,9 @@ def _set_post_processor(backend: tokenizers.Tokenizer, config: Mapping[str, Any]
 
 def _install_sentinel(backend: tokenizers.Tokenizer) -> None:
     """Make the tokenizer drop sentinels and restore escaped ones before anything else (`guard`)."""
-    from tokenizers import Regex, normalizers
+    from tokenizers import normalizers
 
-    steps = [
-        normalizers.Replace(Regex(f"{SENTINEL}(?!{ESCAPE})"), ""),
-        normalizers.Replace(SENTINEL + ESCAPE, SENTINEL),
-    ]
+    steps = [normalizers.Replace(old, new) for old, new in RESTORED]
     backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
 
 

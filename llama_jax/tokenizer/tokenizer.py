@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.detokenizer import Detokenizer, token_bytes
-from llama_jax.tokenizer.guard import ESCAPE, SENTINEL, ControlGuard, escape
+from llama_jax.tokenizer.guard import SENTINEL, ControlGuard, escape
 
 if TYPE_CHECKING:
     import tokenizers
@@ -115,8 +115,9 @@ class Tokenizer:
         Raises:
           TokenizerError: the text is not valid Unicode, or a control id appears that the text does not spell.
         """
-        if text.startswith(SENTINEL) and not text.startswith(SENTINEL + ESCAPE):
-            text = text[1:]  # it protects nothing there, and would hide the text's start from a prefix-space rule
+        text = text.removeprefix(
+            SENTINEL
+        )  # it protects nothing there, and would hide the start from a prefix-space rule
         ids = self._encode(_valid(text), add_special_tokens)
         found = sum(i in self.special_ids and i != self._unknown_id for i in ids)
         spelled = self.guard.count(text)
@@ -160,7 +161,7 @@ class Tokenizer:
         return stream
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's own spelling of a token.
+        """The vocabulary's own spelling of a token; empty for an id that the vocabulary skips.
 
         Raises:
           TokenizerError: the id is out of range.
@@ -169,15 +170,12 @@ class Tokenizer:
             index = token_id.__index__()
         except AttributeError:
             index = -1
-        token = None
-        if 0 <= index < self.vocab_size and not isinstance(token_id, bool):
-            token = self._added.get(index) or self._backend.id_to_token(index)
-        if token is None:
+        if not 0 <= index < self.vocab_size or isinstance(token_id, bool):
             raise TokenizerError(
                 f"token id {token_id!r} is not in the vocabulary of {self.vocab_size}",
                 hint=f"ids are integers from 0 to {self.vocab_size - 1}",
             )
-        return token
+        return self._added.get(index) or self._backend.id_to_token(index) or ""
 
     def token_id(self, token: str) -> int | None:
         """The id of a token in the vocabulary's own spelling, or None."""

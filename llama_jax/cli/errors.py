@@ -1,0 +1,68 @@
+"""How the command line reports an error: two lines for people, one JSON object for programs, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+
+from llama_jax.cli.terminal import print_json
+from llama_jax.errors import DoesNotFit, LlamaJaxError, NoDevice
+
+INTERRUPTED = 130
+INTERNAL = 70
+DEBUG_VARIABLE = "LLAMA_JAX_DEBUG"
+
+
+def report(error: BaseException, *, as_json: bool) -> int:
+    """Prints an error and returns the exit code that goes with it.
+
+    People get `error:` and `hint:` lines on standard error; with `as_json` standard output gets
+    `{"error": {"type", "message", "hint", "param"}}` instead. LLAMA_JAX_DEBUG=1 adds the traceback on standard error.
+    """
+    kind, message, hint, param, code = _described(error)
+    if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    if as_json:
+        print_json({"error": {"type": kind, "message": message, "hint": hint, "param": param}})
+    else:
+        print(f"error: {message}", file=sys.stderr)
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
+    return code
+
+
+def _described(error: BaseException) -> tuple[str, str, str, str | None, int]:
+    """Type, message, hint, parameter and exit code."""
+    error = _typed(error)
+    if isinstance(error, LlamaJaxError):
+        param = getattr(error, "param", None)
+        return type(error).__name__, error.message, error.hint, param, error.exit_code
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "llama-jax"
+        param = error.param.name if isinstance(error, click.BadParameter) and error.param else None
+        return "UsageError", error.format_message(), f"see `{command} --help`", param, error.exit_code
+    if isinstance(error, click.ClickException):
+        return type(error).__name__, error.format_message(), "", None, error.exit_code
+    if isinstance(error, click.Abort | KeyboardInterrupt):
+        return "Interrupted", "interrupted", "", None, INTERRUPTED
+    first = (str(error).splitlines() or [""])[0][:500]
+    hint = f"this is a fault of the program; please report it, with what {DEBUG_VARIABLE}=1 adds"
+    return type(error).__name__, f"{type(error).__name__}: {first}", hint, None, INTERNAL
+
+
+def _typed(error: BaseException) -> BaseException:
+    """Errors of the runtime that a user can do something about, as errors of this package; others unchanged."""
+    text = str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
+        reason = f": {text.splitlines()[0][:300]}" if text else ""
+        return DoesNotFit(
+            f"out of memory{reason}", hint="use a smaller model, a shorter context or a 16-bit --dtype"
+        )
+    if isinstance(error, RuntimeError) and "nable to initialize backend" in text:
+        return NoDevice(
+            text.splitlines()[0][:500], hint="see `llama-jax doctor`; JAX_PLATFORMS=cpu runs on the processor"
+        )
+    return error

@@ -1,0 +1,171 @@
+"""`llama-jax generate`: continue a prompt, or answer a conversation."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llama_jax.cli import inputs
+from llama_jax.cli.options import (
+    dtype_option,
+    examples,
+    given,
+    json_option,
+    model_option,
+    quiet_option,
+    sampling_options,
+)
+from llama_jax.cli.progress import Reporter
+from llama_jax.cli.terminal import print_json, write_text
+from llama_jax.errors import RequestError
+
+if TYPE_CHECKING:
+    from llama_jax.loading import Model
+    from llama_jax.sampling import SamplingParams
+    from llama_jax.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 256
+
+
+@click.command(
+    name="generate",
+    epilog=examples(
+        'llama-jax generate "The capital of France is"',
+        'llama-jax generate "Once upon a time" --temperature 0.8 --seed 7 --max-tokens 100',
+        "llama-jax generate - < prompt.txt",
+        "llama-jax generate --messages conversation.json --json",
+    ),
+)
+@click.argument("prompt", required=False)
+@model_option
+@click.option(
+    "--messages", metavar="FILE.json", help="Answer this conversation, a list of role and content; - is standard input."
+)
+@click.option(
+    "--max-tokens",
+    type=int,
+    metavar="N",
+    help=f"New tokens at most. [default: {DEFAULT_MAX_TOKENS}, or what the context leaves]",
+)
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
+)
+@sampling_options
+@dtype_option
+@quiet_option
+@json_option
+def command(
+    prompt: str | None, model: str, messages: str | None, dtype: str | None, quiet: bool, as_json: bool, **fields: Any
+) -> None:
+    """Continue PROMPT as it stands, or answer --messages through the model's chat template.
+
+    PROMPT "-" reads standard input. The new text goes to standard output as it comes; model, device, dtype and speed go
+    to standard error. With --json there is one object at the end: text, token_ids, prompt_token_ids, finish_reason,
+    ttft_ms, prompt_tps, generation_tps, device, model, dtype.
+    """
+    if (prompt is None) == (messages is None):
+        raise click.UsageError("give either a PROMPT or --messages FILE.json")
+    # What can be wrong is looked at before the model is loaded, which may take minutes.
+    text = None if prompt is None else inputs.read_prompt(prompt)
+    conversation = None if messages is None else inputs.read_messages(messages)
+
+    from llama_jax.sampling import SamplingParams
+
+    params = SamplingParams(**{"max_tokens": None, **given(fields)})
+
+    from llama_jax.loading import load
+
+    with Reporter(quiet=quiet or as_json) as reporter:
+        loaded, tokenizer = load(model, dtype=dtype, progress=reporter.progress, notify=reporter.notify)
+    if not quiet:
+        _warn_of_unused_gpu()
+    if conversation is not None:
+        from llama_jax.chat import encode_chat
+
+        ids = encode_chat(tokenizer, conversation)
+    else:
+        from llama_jax.generate import encode_prompt
+
+        assert text is not None
+        ids = encode_prompt(tokenizer, text)
+    params = _limited(params, loaded, len(ids))
+    if as_json:
+        _print_object(loaded, tokenizer, ids, params)
+    else:
+        _stream(loaded, tokenizer, ids, params, quiet=quiet)
+
+
+def _limited(params: SamplingParams, model: Model, prompt_length: int) -> SamplingParams:
+    """Without a limit of the user's: the default one, or less where the context ends sooner."""
+    import dataclasses
+
+    from llama_jax.generate import token_limit
+
+    if params.max_tokens is not None:
+        return params
+    room = token_limit(model.config, prompt_length, None)
+    limit = min(max(DEFAULT_MAX_TOKENS, params.min_tokens), room)
+    if params.min_tokens > limit:
+        raise RequestError(
+            f"min_tokens={params.min_tokens}, but the context leaves room for {room}",
+            param="min_tokens",
+            hint="shorten the prompt, or ask for less",
+        )
+    return dataclasses.replace(params, max_tokens=limit)
+
+
+def _warn_of_unused_gpu() -> None:
+    from llama_jax.doctor import unused_gpu_warning
+
+    if warning := unused_gpu_warning():
+        print(warning, file=sys.stderr)
+
+
+def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, *, quiet: bool) -> None:
+    from llama_jax.generate import stream_generate
+    from llama_jax.runtime import device_name
+
+    if not quiet:
+        print(f"{model.name} on {device_name(model.device)} in {model.dtype.name}", file=sys.stderr, flush=True)
+    last = None
+    ended_line = True
+    try:
+        for last in stream_generate(model, tokenizer, ids, params):
+            if last.text:
+                write_text(last.text)
+                ended_line = last.text.endswith("\n")
+    finally:
+        # Also after Ctrl-C: what has come stays, and the prompt of the shell starts on a line of its own.
+        if not ended_line:
+            write_text("\n")
+        if last and not quiet:
+            print(
+                f"{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f} tokens/s, "
+                f"{last.generation_tokens} new at {last.generation_tps:.1f} tokens/s, "
+                f"first after {last.ttft_s * 1000:.0f} ms, end: {last.finish_reason or 'interrupted'}",
+                file=sys.stderr,
+            )
+
+
+def _print_object(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams) -> None:
+    from llama_jax.generate import batch_generate
+    from llama_jax.runtime import device_name
+
+    (output,) = batch_generate(model, tokenizer, [ids], params)
+    (completion,) = output.outputs
+    print_json(
+        {
+            "text": completion.text,
+            "token_ids": list(completion.token_ids),
+            "prompt_token_ids": list(output.prompt_token_ids),
+            "finish_reason": completion.finish_reason,
+            "ttft_ms": round(output.timing.ttft_s * 1000, 3),
+            "prompt_tps": round(output.timing.prompt_tps, 3),
+            "generation_tps": round(output.timing.generation_tps, 3),
+            "device": device_name(model.device),
+            "model": model.name,
+            "dtype": model.dtype.name,
+        }
+    )

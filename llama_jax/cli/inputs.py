@@ -1,0 +1,65 @@
+"""Reading what the user points at: standard input, and files of messages."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llama_jax.errors import RequestError
+
+
+def read_text(source: str, *, param: str) -> str:
+    """The text of a file, or of standard input for "-".
+
+    Raises:
+      RequestError: it cannot be read, or is not UTF-8.
+    """
+    where = "standard input" if source == "-" else source
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise RequestError(
+            f"{where} is not UTF-8 (byte {e.start})", param=param, hint="convert it, e.g. with iconv"
+        ) from e
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else str(e)
+        raise RequestError(f"cannot read {where}: {reason}", param=param, hint="check the path") from e
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or standard input for "-", without one final newline.
+
+    Raises:
+      RequestError: it is not valid Unicode.
+    """
+    if prompt == "-":
+        return read_text("-", param="prompt").removesuffix("\n")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
+        raise RequestError("the prompt is not UTF-8", param="prompt", hint="convert it, e.g. with iconv") from e
+    return prompt
+
+
+def read_messages(source: str) -> list[dict[str, Any]]:
+    """A conversation from a JSON file, or from standard input for "-": a list of objects with role and content.
+
+    Raises:
+      RequestError: it cannot be read or is not such a list.
+    """
+    text = read_text(source, param="messages")
+    hint = 'it should hold [{"role": "user", "content": "…"}]'
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise RequestError(f"{source} is not valid JSON: {e}", param="messages", hint=hint) from e
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"{source} does not hold a list of messages", param="messages", hint=hint)
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RequestError(f"message {i} of {source} has no role", param="messages", hint=hint)
+    return messages

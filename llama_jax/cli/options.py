@@ -1,0 +1,65 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from llama_jax.models import DEFAULT_MODEL
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def examples(*lines: str) -> str:
+    """The epilog of a command's help: example command lines, kept as they are."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+model_option: Decorator = click.option(
+    "-m",
+    "--model",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    metavar="MODEL",
+    help="A folder, a GGUF file, org/name of the Hugging Face hub, or a name from `llama-jax list`.",
+)
+dtype_option: Decorator = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="What to compute in. [default: float32 on a CPU, bfloat16 on a GPU]",
+)
+json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
+
+_SAMPLING: tuple[Decorator, ...] = (
+    click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that add up to P."),
+    click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest tokens."),
+    click.option("--min-p", type=float, metavar="P", help="Draw from tokens at least P times as likely as the first."),
+    click.option("--presence-penalty", type=float, metavar="X", help="Taken off tokens that occurred, -2 to 2."),
+    click.option("--frequency-penalty", type=float, metavar="X", help="Taken off for each occurrence, -2 to 2."),
+    click.option("--repetition-penalty", type=float, metavar="X", help="Divides the logits of tokens seen; 1 is none."),
+    click.option("--seed", type=int, metavar="N", help="Makes what is drawn reproducible."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be repeated."),
+    click.option("--stop-token-ids", type=int, multiple=True, metavar="ID", help="End after this id. May be repeated."),
+    click.option("--min-tokens", type=int, metavar="N", help="No end before N tokens."),
+    click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's end of text."),
+)
+
+
+def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The fields of SamplingParams besides temperature and max_tokens, whose defaults differ between commands.
+
+    The names are those of the fields; the value of an option that was not given is None or ().
+    """
+    for option in reversed(_SAMPLING):
+        function = option(function)
+    return function
+
+
+def given(fields: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given on the command line."""
+    return {name: value for name, value in fields.items() if value is not None and value != ()}

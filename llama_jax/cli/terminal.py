@@ -1,0 +1,52 @@
+"""Writing to standard output and standard error: model text that cannot take over a terminal, JSON, sizes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+# C0 and C1 control characters and DEL as visible signs, so that no escape sequence of a model's output reaches the
+# terminal. Newline and tab stay; a carriage return could overwrite a line, and is of no use without that.
+_VISIBLE = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_VISIBLE = {code: sign for code, sign in _VISIBLE.items() if chr(code) not in "\n\t\r"} | {ord("\r"): None}
+# Overrides of the writing direction can make a line read as something that it is not.
+_VISIBLE |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may show it: control characters other than newline and tab become visible signs."""
+    return text.translate(_VISIBLE)
+
+
+def write_text(text: str) -> None:
+    """Writes a piece of a model's text to standard output at once; a terminal gets it without control characters.
+
+    Characters that the output's encoding lacks are written as escapes.
+    """
+    out = sys.stdout
+    if out.isatty():
+        text = printable(text)
+    encoding = out.encoding or "utf-8"
+    out.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    out.flush()
+
+
+def print_json(value: Any) -> None:
+    """Writes one JSON value and a newline to standard output, in ASCII, so that it passes through every locale.
+
+    Raises:
+      ValueError: the value holds NaN or infinity, which JSON has not.
+    """
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes for people, in powers of ten: "269 MB"."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}" if unit != "B" else f"{nbytes} B"
+        value /= 1000
+    return f"{value:.3g} TB"

