@@ -31,7 +31,10 @@ class LayerCache(Protocol):
 class KVCache(Protocol):
     """What `forward` asks of a cache."""
 
-    rope_length: jax.Array
+    @property
+    def rope_length(self) -> jax.Array:
+        """int32 [batch], the text length that fixes the frequencies of dynamic rope, 0 until known."""
+        ...
 
     def extend(self, positions: jax.Array, rope_length: jax.Array) -> Self:
         """Books slots for tokens at `positions` int32 [batch, len] (negative: padding)."""

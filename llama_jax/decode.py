@@ -128,19 +128,20 @@ def _prefill_chunk(
     dtype: DTypeLike,
     prompt_logprobs: int | None,
 ) -> tuple[jax.Array, DenseCache, Logprobs | None]:
-    """Puts one chunk of the prompts into the cache, a new one if None; logits float32 [batch, vocab] of its last token."""
+    """Puts one chunk of the prompts into the cache, a new one if None; logits [batch, vocab] of its last token."""
     batch, length = tokens.shape
     if cache is None:
-        cache = DenseCache.create(config, batch, capacity, dtype)
-        # Known only here: a chunk alone does not tell how long its text is.
-        cache = dataclasses.replace(cache, rope_length=lengths)
+        # A chunk alone does not tell how long its text is.
+        slots = dataclasses.replace(DenseCache.create(config, batch, capacity, dtype), rope_length=lengths)
+    else:
+        slots = cache
     if prompt_logprobs is None:
         last = jnp.full((batch, 1), length - 1, jnp.int32)
-        logits, cache = forward(params, config, tokens, positions, cache, logits_at=last)
-        return logits[:, 0], cache, None
-    logits, cache = forward(params, config, tokens, positions, cache)
+        logits, slots = forward(params, config, tokens, positions, slots, logits_at=last)
+        return logits[:, 0], slots, None
+    logits, slots = forward(params, config, tokens, positions, slots)
     flat = token_logprobs(logits.reshape(batch * length, -1), next_tokens.reshape(-1), prompt_logprobs)
-    return logits[:, -1], cache, jax.tree.map(lambda x: x.reshape(batch, length, *x.shape[1:]), flat)
+    return logits[:, -1], slots, jax.tree.map(lambda x: x.reshape(batch, length, *x.shape[1:]), flat)
 
 
 def prefill(

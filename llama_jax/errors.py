@@ -1,7 +1,7 @@
 """The typed errors of llama_jax: one tree, every error with a hint and a stable exit code.
 
-Exit codes follow the command line's contract (`llama-jax --help`): 2 usage, 3 model not found, gated or unsupported,
-4 corrupt or unverified, 5 no usable device, 6 does not fit, 7 network, 70 internal fault, 73 cannot write, 130 interrupted.
+Exit codes are the command line's contract: 2 usage, 3 model not found, gated or unsupported, 4 corrupt or unverified,
+5 no usable device, 6 does not fit, 7 network, 70 internal fault, 73 cannot write, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -15,19 +15,24 @@ def fuse_params(params: Params, config: LlamaConfig) -> Params:
     The rows of `qkv_proj` stand in one group per key/value head (its queries, its key, its value), so that a split by
     heads never cuts through a group.
     """
-    layers = {}
-    for name, layer in params["layers"].items():
-        attn = {k: v for k, v in layer["attn"].items() if k not in ("q_proj", "k_proj", "v_proj")}
-        attn["qkv_proj"] = {
-            leaf: _fuse_qkv(*(layer["attn"][p][leaf] for p in ("q_proj", "k_proj", "v_proj")), config=config)
-            for leaf in layer["attn"]["q_proj"]
-        }
-        layers[name] = {**layer, "attn": attn}
-        if "mlp" in layer:
-            layers[name]["mlp"] = _fuse_mlp(layer["mlp"])
-        elif "shared" in layer["moe"]:
-            layers[name]["moe"] = {**layer["moe"], "shared": _fuse_mlp(layer["moe"]["shared"])}
+    layers = {name: fuse_layer(layer, config) for name, layer in params["layers"].items()}
     return {**params, "layers": layers}
+
+
+def fuse_layer(layer: Params, config: LlamaConfig) -> Params:
+    """One layer of `fuse_params`."""
+    names = ("q_proj", "k_proj", "v_proj")
+    attn = {name: value for name, value in layer["attn"].items() if name not in names}
+    attn["qkv_proj"] = {
+        leaf: _fuse_qkv(*(layer["attn"][name][leaf] for name in names), config=config)
+        for leaf in layer["attn"]["q_proj"]
+    }
+    fused = {**layer, "attn": attn}
+    if "mlp" in layer:
+        fused["mlp"] = _fuse_mlp(layer["mlp"])
+    elif "shared" in layer["moe"]:
+        fused["moe"] = {**layer["moe"], "shared": _fuse_mlp(layer["moe"]["shared"])}
+    return fused
 
 
 def _fuse_qkv(q: jax.Array, k: jax.Array, v: jax.Array, *, config: LlamaConfig) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,6 @@ from llama_jax.layers import linear, mlp, moe, position_queries_and_keys, projec
 from llama_jax.params import Params
 from llama_jax.rope import rope_angles
 
-Cache = TypeVar("Cache", bound=KVCache)
-MaybeCache = TypeVar("MaybeCache", bound=KVCache | None)
-
 LAYER_ACTIVATIONS = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "out")
 
 
@@ -31,7 +28,7 @@ def activation_names(config: LlamaConfig) -> tuple[str, ...]:
 
 
 @overload
-def forward(
+def forward[MaybeCache: KVCache | None](
     params: Params,
     config: LlamaConfig,
     tokens: jax.Array | None,
@@ -47,7 +44,7 @@ def forward(
 
 
 @overload
-def forward(
+def forward[MaybeCache: KVCache | None](
     params: Params,
     config: LlamaConfig,
     tokens: jax.Array | None,

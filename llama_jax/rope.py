@@ -105,7 +105,7 @@ def rope_angles(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:
-    """Rotates pairs of x [batch, len, heads, head_dim] by the angles of cos, sin [batch, len, head_dim / 2], in float32."""
+    """Rotates the pairs of x [batch, len, heads, head_dim] by cos, sin [batch, len, head_dim / 2], in float32."""
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     xf = x.astype(jnp.float32)
     if interleaved:

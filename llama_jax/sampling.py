@@ -223,7 +223,7 @@ def make_sampler(
     def floats(name: str) -> Any:
         return np.asarray([getattr(p, name) for p in params], np.float32)
 
-    state: Any = SamplerState(
+    fields: dict[str, Any] = dict(
         temperature=floats("temperature"),
         top_p=floats("top_p"),
         top_k=np.asarray([p.top_k if p.top_k > 0 else vocab_size for p in params], np.int32),
@@ -239,7 +239,7 @@ def make_sampler(
         in_prompt=in_prompt,
         counts=counts,
     )
-    return options, state
+    return options, SamplerState(**fields)
 
 
 @jax.tree_util.register_dataclass

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.errors import TokenizerError, UnsupportedModel
@@ -73,8 +76,7 @@ def test_sentencepiece_model_equals_transformers(spm: Tokenizer) -> None:
 
 def test_sentencepiece_model_equals_sentencepiece(spm: Tokenizer) -> None:
     """The merges by score do what the SentencePiece library does."""
-    library = pytest.importorskip("sentencepiece")
-    reference = library.SentencePieceProcessor(model_file=str(DATA / "sentencepiece.model"))
+    reference = SentencePieceProcessor(model_file=str(DATA / "sentencepiece.model"))
     sentence = "the layers of a model are pure functions, 日本 é 123 x_y (4.5) `code`\n"
     for start in range(len(sentence)):
         for text in (sentence[start:].lstrip(" "), (sentence * 3)[start:].replace(" ", "  ").lstrip(" ")):
@@ -330,13 +332,96 @@ def test_damaged_sentencepiece_model(tmp_path: Path) -> None:
 
 
 def test_other_sentencepiece_models_are_refused(tmp_path: Path) -> None:
-    train = pytest.importorskip("sentencepiece").SentencePieceTrainer.train
     text = [f"word{i} other{i % 7}" for i in range(200)]
     for options, named in (
         ({"model_type": "unigram", "vocab_size": 32}, "unigram"),
         ({"model_type": "bpe", "vocab_size": 80}, "nmt_nfkc"),
     ):
         with open(tmp_path / "tokenizer.model", "wb") as file:
-            train(sentence_iterator=iter(text), model_writer=file, minloglevel=2, **options)
+            SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=file, minloglevel=2, **options)
         with pytest.raises(UnsupportedModel, match=named):
             load_tokenizer(tmp_path)
+
+
+def write_changed(folder: Path, change: Callable[[Any], None]) -> None:
+    """Write the small model after a change of its ModelProto."""
+    model = ModelProto.FromString((DATA / "sentencepiece.model").read_bytes())
+    change(model)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+
+
+def test_other_spellings_of_spaces_are_refused(tmp_path: Path) -> None:
+    def suffix(model: Any) -> None:
+        model.trainer_spec.treat_whitespace_as_suffix = True
+
+    def plain(model: Any) -> None:
+        model.normalizer_spec.escape_whitespaces = False
+
+    def stripped(model: Any) -> None:
+        model.normalizer_spec.remove_extra_whitespaces = True
+
+    for change, named in ((suffix, "marks spaces"), (plain, "marks spaces"), (stripped, "normalises")):
+        write_changed(tmp_path, change)
+        with pytest.raises(UnsupportedModel, match=rf"tokenizer\.model {named}"):
+            load_tokenizer(tmp_path)
+
+
+def test_vocabulary_that_the_library_refuses(tmp_path: Path) -> None:
+    def repeat(model: Any) -> None:
+        model.pieces[-1].piece = model.pieces[-2].piece
+
+    def no_bytes(model: Any) -> None:
+        del model.pieces[20:]
+
+    for change, named in ((repeat, "already defined"), (no_bytes, "256 byte pieces")):
+        write_changed(tmp_path, change)
+        with pytest.raises(TokenizerError, match=rf"tokenizer\.model is damaged: .*{named}"):
+            load_tokenizer(tmp_path)
+
+
+def test_piece_that_is_no_text(tmp_path: Path) -> None:
+    data = (DATA / "sentencepiece.model").read_bytes()
+    piece = max((piece.piece.encode() for piece in ModelProto.FromString(data).pieces), key=len)
+    (tmp_path / "tokenizer.model").write_bytes(data.replace(piece, b"\xff" * len(piece)))
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model is damaged: .*UTF-8"):
+        load_tokenizer(tmp_path)
+
+
+def test_disagreement_with_the_library_is_an_error(tmp_path: Path) -> None:
+    """Among equal scores the library takes the leftmost pair, which no list of merges can say."""
+
+    def level(model: Any) -> None:
+        for piece in model.pieces:
+            piece.score = 0
+
+    write_changed(tmp_path, level)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model: the sentencepiece library splits") as caught:
+        load_tokenizer(tmp_path)
+    assert "tokenizer.json" in caught.value.hint
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("fallback", [True, False])
+def test_settings_of_the_library_are_followed(tmp_path: Path, prefix: bool, fallback: bool) -> None:
+    def change(model: Any) -> None:
+        model.normalizer_spec.add_dummy_prefix = prefix
+        model.trainer_spec.byte_fallback = fallback
+        if not fallback:
+            normal = [piece for piece in model.pieces if piece.type != piece.BYTE]
+            del model.pieces[:]
+            model.pieces.extend(normal)
+
+    write_changed(tmp_path, change)
+    reference = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in ("the pure model", "日本 the ☃☃ model\n\n 12", "a"):
+        assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text)
+
+
+def test_protobuf_that_does_not_fit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sentencepiece(tmp_path)
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    monkeypatch.delattr("sentencepiece.sentencepiece_model_pb2")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model cannot be read: .*does not import") as caught:
+        load_tokenizer(tmp_path)
+    assert "protobuf" in caught.value.hint

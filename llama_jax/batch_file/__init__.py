@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from llama_jax.batch_file.journal import Journal
 from llama_jax.batch_file.lines import Request, parse_line
-from llama_jax.batch_file.run import Status, Summary, run
+from llama_jax.batch_file.runner import Status, Summary, run
 
 __all__ = ["Journal", "Request", "Status", "Summary", "parse_line", "run"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -109,7 +110,7 @@ class Journal:
           StorageError, DoesNotFit: there is no room for the copy; the file stays complete, but unsorted.
         """
         places = sorted((record["index"], start, len(raw)) for start, raw, record in self._records())
-        if all(a[1] < b[1] for a, b in zip(places, places[1:], strict=False)):
+        if all(a[1] < b[1] for a, b in itertools.pairwise(places)):
             return
         temporary = self.path.with_name(self.path.name + ".tmp")
         try:
@@ -171,7 +172,7 @@ class Journal:
 
     def _open_file(self) -> FileIO:
         try:
-            return open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
+            return open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         except OSError as error:
             raise _storage_error(self.path, error) from error
 
@@ -257,5 +258,7 @@ def _short(value: Any) -> str:
 
 def _storage_error(path: Path, error: OSError) -> LlamaJaxError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DoesNotFit(f"no space left for {path}", hint="free some space and run again: the run goes on where it was")
+        return DoesNotFit(
+            f"no space left for {path}", hint="free some space and run again: the run goes on where it was"
+        )
     return StorageError(f"cannot write {path}: {error.strerror}", hint="check the folder and its permissions")

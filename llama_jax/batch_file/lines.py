@@ -91,7 +91,9 @@ def _object(raw: bytes) -> dict[str, Any]:
     try:
         content = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"the line is not JSON: {error}", param="line", hint="one JSON object on each line") from None
+        raise RequestError(
+            f"the line is not JSON: {error}", param="line", hint="one JSON object on each line"
+        ) from None
     if not isinstance(content, dict):
         raise RequestError("the line is no JSON object", param="line", hint='e.g. {"prompt": "Once upon"}')
     unknown = next((name for name in content if name not in _KNOWN), None)

@@ -70,14 +70,21 @@ class CommandLine(click.Group):
             raise click.exceptions.Exit(_BROKEN_PIPE) from None
         return result
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **kwargs: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Runs the command line and exits the process; every error becomes a message and a stable exit code."""
         args = list(sys.argv[1:] if args is None else args)
         # The XLA runtime logs to standard error at start-up; its errors still come through.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        kwargs["standalone_mode"] = False
         try:
-            result = super().main(args, prog_name or "llama-jax", **kwargs)
+            # Errors come through to here instead of being reported by click.
+            result = super().main(args, prog_name or "llama-jax", complete_var, False, **extra)
         except BaseException as error:
             if isinstance(error, SystemExit | GeneratorExit):
                 raise

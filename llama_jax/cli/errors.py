@@ -58,9 +58,7 @@ def _typed(error: BaseException) -> BaseException:
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
         reason = f": {text.splitlines()[0][:300]}" if text else ""
-        return DoesNotFit(
-            f"out of memory{reason}", hint="use a smaller model, a shorter context or a 16-bit --dtype"
-        )
+        return DoesNotFit(f"out of memory{reason}", hint="use a smaller model, a shorter context or a 16-bit --dtype")
     if isinstance(error, RuntimeError) and "nable to initialize backend" in text:
         return NoDevice(
             text.splitlines()[0][:500], hint="see `llama-jax doctor`; JAX_PLATFORMS=cpu runs on the processor"

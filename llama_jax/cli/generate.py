@@ -77,10 +77,9 @@ def command(
 
     from llama_jax.loading import load
 
-    with Reporter(quiet=quiet or as_json) as reporter:
+    with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = load(model, dtype=dtype, progress=reporter.progress, notify=reporter.notify)
-    if not quiet:
-        _warn_of_unused_gpu()
+        reporter.warn_of_unused_gpu()
     if conversation is not None:
         from llama_jax.chat import encode_chat
 
@@ -114,13 +113,6 @@ def _limited(params: SamplingParams, model: Model, prompt_length: int) -> Sampli
             hint="shorten the prompt, or ask for less",
         )
     return dataclasses.replace(params, max_tokens=limit)
-
-
-def _warn_of_unused_gpu() -> None:
-    from llama_jax.doctor import unused_gpu_warning
-
-    if warning := unused_gpu_warning():
-        print(warning, file=sys.stderr)
 
 
 def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, *, quiet: bool) -> None:

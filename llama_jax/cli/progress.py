@@ -52,6 +52,13 @@ class Reporter:
             print(message, file=sys.stderr, flush=True)
         self._label, self._announced = message.split(maxsplit=1)[0], True
 
+    def warn_of_unused_gpu(self) -> None:
+        """Prints a warning if jax computes on the CPU though there is a GPU and nobody asked for that; imports jax."""
+        from llama_jax.hardware import unused_gpu_warning
+
+        if not self._quiet and (warning := unused_gpu_warning()):
+            print(warning, file=sys.stderr, flush=True)
+
     def progress(self, done: int, total: int, name: str) -> None:
         """Takes bytes done, bytes in all, and the name of the tensor just finished."""
         if self._quiet:

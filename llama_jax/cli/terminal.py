@@ -8,10 +8,13 @@ from typing import Any
 
 # C0 and C1 control characters and DEL as visible signs, so that no escape sequence of a model's output reaches the
 # terminal. Newline and tab stay; a carriage return could overwrite a line, and is of no use without that.
-_VISIBLE = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-_VISIBLE = {code: sign for code, sign in _VISIBLE.items() if chr(code) not in "\n\t\r"} | {ord("\r"): None}
-# Overrides of the writing direction can make a line read as something that it is not.
-_VISIBLE |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+# Overrides of the writing direction go too: they can make a line read as something that it is not.
+_VISIBLE: dict[int, int | None] = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
+    ord("\r"): None,
+    0x7F: 0x2421,
+    **dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD),
+}
 
 
 def printable(text: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import TokenizerError
 from llama_jax.tokenizer.guard import RESTORED
-from llama_jax.tokenizer.sentencepiece_bpe import tokenizer_json_of_model
+from llama_jax.tokenizer.sentencepiece_bpe import load_model
 from llama_jax.tokenizer.tokenizer import Tokenizer, call_backend
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def _read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     if (path := folder / "tokenizer.json").is_file():
         return call_backend(f"{path} cannot be read", Backend.from_file, str(path)), {}
     if (path := folder / "tokenizer.model").is_file():
-        content, defaults = tokenizer_json_of_model(_read_bytes(path), name=str(path))
-        return call_backend(f"{path} cannot be read", Backend.from_str, json.dumps(content)), defaults
+        return load_model(_read_bytes(path), name=str(path))
     raise TokenizerError(
         f"{folder} holds no tokenizer", hint="copy tokenizer.json (or tokenizer.model) of the model there"
     )

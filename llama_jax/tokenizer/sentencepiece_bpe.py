@@ -7,14 +7,28 @@ that score says the same (Kudo and Richardson 2018, arXiv:1808.06226).
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import TokenizerError, UnsupportedModel
+from llama_jax.tokenizer.tokenizer import call_backend
+
+if TYPE_CHECKING:
+    import tokenizers
 
 SPACE = "▁"  # U+2581, SentencePiece's spelling of a space
+
+# It does not start with a space, since the library doubles that one, and transformers' conversion and this one do not.
+# Nothing looks like a control token either, since the library never finds those in a text.
+PROBE = """\
+The quick brown fox jumps over the lazy dog; isn't it 3.14159 or 1,234,567?
+def f(x_y):\n    return  x_y ** 2   # two  and   three spaces\t\ttabs
+
+Ünïcödé façade, Ελληνικά, Кириллица, עברית, العربية, हिन्दी, ไทย, 日本語と中文, 한국어
+emoji 👍🏽 👩\u200d💻 and math ∑∀∂ ½ e\u0301, "quotes" «guillemets» — dash…\r\n
+"""
 
 
 class PieceType(IntEnum):
@@ -52,13 +66,17 @@ def bpe_tokenizer_json(
     *,
     unk_token: str | None,
     add_prefix_space: bool,
+    byte_fallback: bool = True,
 ) -> dict[str, Any]:
-    """A tokenizer.json for a SentencePiece BPE vocabulary with byte fallback.
+    """A tokenizer.json for a SentencePiece BPE vocabulary.
 
     Args:
       pieces: the vocabulary in the order of its ids.
       types: the `PieceType` of each.
       merges: in the order of their priority.
+      unk_token: what text outside the vocabulary becomes.
+      add_prefix_space: put a space before a text.
+      byte_fallback: spell characters outside the vocabulary by its 256 pieces for bytes.
     """
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_prefix_space else []
     return {
@@ -87,7 +105,7 @@ def bpe_tokenizer_json(
             "type": "BPE",
             "unk_token": unk_token,
             "fuse_unk": True,
-            "byte_fallback": True,
+            "byte_fallback": byte_fallback,
             "vocab": {piece: i for i, piece in enumerate(pieces)},
             "merges": [list(merge) for merge in merges],
         },
@@ -118,97 +136,107 @@ def mergeable(pieces: Sequence[str], types: Sequence[int]) -> dict[str, int]:
     return {piece: i for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)) if kind in allowed}
 
 
-def tokenizer_json_of_model(data: bytes, *, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Convert a tokenizer.model.
+def load_model(data: bytes, *, name: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Load a tokenizer.model.
+
+    The sentencepiece library reads and validates the file. Its vocabulary then moves to the encoder of every other
+    model, which knows added tokens; that both encode `PROBE` alike is checked each time.
 
     Args:
-      data: the file, a ModelProto of sentencepiece_model.proto.
+      data: the file, a serialised ModelProto of sentencepiece_model.proto.
       name: what to call it in errors.
 
     Returns:
-      The content of a tokenizer.json, and configuration that tokenizer_config.json overrides.
+      The tokenizer, and configuration that tokenizer_config.json overrides.
 
     Raises:
-      TokenizerError: the file is damaged.
+      TokenizerError: the file is damaged, or the two encoders disagree.
       UnsupportedModel: it is no BPE, or normalises text in a way that no Llama-like model does.
     """
-    pieces: list[str] = []
-    scores: list[float] = []
-    types: list[int] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    try:
-        for field, value in _fields(data):
-            if field == 1:
-                piece = dict(_fields(value))
-                pieces.append(piece[1].decode())
-                scores.append(struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0])
-                types.append(PieceType(piece.get(3, PieceType.NORMAL)))
-            elif field == 2:
-                trainer = dict(_fields(value))
-            elif field == 3:
-                normalizer = dict(_fields(value))
-    except (KeyError, ValueError, AttributeError, TypeError, IndexError, struct.error) as error:
-        raise TokenizerError(f"{name} is damaged: {error!r}", hint="fetch the file again") from error
-    if not pieces:
-        raise TokenizerError(f"{name} holds no vocabulary", hint="fetch the file again")
-    if (kind := trainer.get(3, 1)) != 2:
-        label = {1: "unigram", 3: "word", 4: "char"}.get(kind, str(kind))
-        raise UnsupportedModel(f"{name} is a SentencePiece {label} model", hint="only BPE models are supported")
-    if normalizer.get(2) or normalizer.get(4, 1):
-        raise UnsupportedModel(
-            f"{name} normalises text with {normalizer.get(1, b'').decode(errors='replace')!r}",
-            hint='only the normaliser "identity" without removal of white space is supported',
-        )
-    vocab = mergeable(pieces, types)
+    from tokenizers import Tokenizer as Backend
+
+    processor, model = _read(data, name)
+    _check_supported(model, name)
+    pieces = [piece.piece for piece in model.pieces]
+    if broken := [piece for piece in pieces if not isinstance(piece, str)]:  # protobuf leaves those as bytes
+        raise TokenizerError(f"{name} is damaged: the piece {broken[0]} is not UTF-8", hint="fetch the file again")
+    types = [PieceType(piece.type) for piece in model.pieces]
+    scores = {piece.piece: piece.score for piece in model.pieces}
+    ids = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    defaults: dict[str, Any] = {key: pieces[i] for key, i in ids.items() if i >= 0}  # -1: there is none
     content = bpe_tokenizer_json(
         pieces,
         types,
-        merges_by_score(vocab, dict(zip(pieces, scores, strict=True))),
-        unk_token=next((p for p, kind in zip(pieces, types, strict=True) if kind == PieceType.UNKNOWN), None),
-        add_prefix_space=bool(normalizer.get(3, 1)),
+        merges_by_score(mergeable(pieces, types), scores),
+        unk_token=defaults.get("unk_token"),
+        add_prefix_space=model.normalizer_spec.add_dummy_prefix,
+        byte_fallback=model.trainer_spec.byte_fallback,
     )
-    ids = {"unk_token": trainer.get(40, 0), "bos_token": trainer.get(41, 1), "eos_token": trainer.get(42, 2)}
-    defaults: dict[str, Any] = {key: pieces[i] for key, i in ids.items() if i < len(pieces)}
-    return content, {**defaults, "add_bos_token": "bos_token" in defaults, "add_eos_token": False}
+    backend = call_backend(f"{name} cannot be read", Backend.from_str, json.dumps(content))
+    _check_agreement(processor, backend, name)
+    return backend, {**defaults, "add_bos_token": "bos_token" in defaults, "add_eos_token": False}
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of the fields of a protobuf message: int for varints, bytes for everything else.
+def _read(data: bytes, name: str) -> tuple[Any, Any]:
+    """The library's processor and the ModelProto, which holds what the processor does not tell.
 
     Raises:
-      ValueError: the message is cut short or uses a wire type that protobuf does not have.
+      TokenizerError: the file is damaged, or the protobuf package does not fit the sentencepiece package.
     """
-    position = 0
+    try:
+        from sentencepiece import SentencePieceProcessor
+        from sentencepiece import sentencepiece_model_pb2 as messages
+    except Exception as error:  # an older protobuf raises its own VersionError, a second copy of the messages TypeError
+        raise TokenizerError(
+            f"{name} cannot be read: the sentencepiece package does not import: {error}",
+            hint="install matching versions: pip install -U sentencepiece protobuf",
+        ) from error
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(data)
+    except RuntimeError as error:  # the library reports every damage as one
+        raise TokenizerError(f"{name} is damaged: {error}", hint="fetch the file again") from error
+    # The class is made when the module is imported, where mypy does not see it.
+    return processor, messages.ModelProto.FromString(processor.serialized_model_proto())  # type: ignore[attr-defined]
 
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            if position >= len(data) or shift > 63:
-                raise ValueError("cut short")
-            byte = data[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
 
-    while position < len(data):
-        key = varint()
-        match key & 7:
-            case 0:
-                yield key >> 3, varint()
-                continue
-            case 1:
-                size = 8
-            case 2:
-                size = varint()
-            case 5:
-                size = 4
-            case wire_type:
-                raise ValueError(f"wire type {wire_type}")
-        if size > len(data) - position:
-            raise ValueError("cut short")
-        yield key >> 3, data[position : position + size]
-        position += size
+def _check_supported(model: Any, name: str) -> None:
+    """Refuse a ModelProto whose settings the encoder cannot follow.
+
+    Raises:
+      UnsupportedModel: see the message.
+    """
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE:
+        label = trainer.ModelType.Name(trainer.model_type).lower()
+        raise UnsupportedModel(f"{name} is a SentencePiece {label} model", hint="only BPE models are supported")
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        raise UnsupportedModel(
+            f"{name} normalises text with {normalizer.name!r}",
+            hint='only the normaliser "identity" without removal of white space is supported',
+        )
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        raise UnsupportedModel(
+            f"{name} marks spaces in another way than by {SPACE!r} before a word",
+            hint="only treat_whitespace_as_suffix=false with escape_whitespaces=true is supported",
+        )
+
+
+def _check_agreement(processor: Any, backend: tokenizers.Tokenizer, name: str) -> None:
+    """Compare the library with the encoder made from its vocabulary.
+
+    Raises:
+      TokenizerError: they give `PROBE` different ids.
+    """
+    expected = processor.encode(PROBE)
+    actual = call_backend(f"{name} cannot encode", backend.encode, PROBE, add_special_tokens=False).ids
+    if actual == expected:
+        return
+    shared = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), len(actual))
+    theirs, ours = (
+        [processor.id_to_piece(i) for i in ids[max(shared - 2, 0) : shared + 4]] for ids in (expected, actual)
+    )
+    raise TokenizerError(
+        f"{name}: the sentencepiece library splits a text as …{theirs}…, the encoder made from it as …{ours}…",
+        hint="the file uses a feature of SentencePiece that is not supported; use the model's tokenizer.json instead",
+    )

