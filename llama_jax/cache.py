@@ -68,7 +68,10 @@ class DenseLayer:
             new = jnp.swapaxes(new, 1, 2).astype(slots.dtype)
             return jax.lax.dynamic_update_slice_in_dim(slots, new, self.start, axis=2)
 
-        layer = dataclasses.replace(self, k=store(self.k, k), v=store(self.v, v))
+        # The barrier keeps XLA from doing the update twice, once for the result and once, on a copy of the whole cache,
+        # inside whatever reads it.
+        stored_k, stored_v = jax.lax.optimization_barrier((store(self.k, k), store(self.v, v)))
+        layer = dataclasses.replace(self, k=stored_k, v=stored_v)
         out = attention(q, layer.k, layer.v, q_positions, layer.positions, visibility, scale=scale)
         return out, layer
 

@@ -313,7 +313,12 @@ def check_devices(
             fix = "in a container: docker run --device /dev/kfd --device /dev/dri"
         checks.append(Check("permission", "problem", f"/{hardware.KFD} cannot be opened", fix, code))
     if probe.result is None:
-        fix = "set JAX_PLATFORMS=cpu to go on without a GPU" if found else "pip install --force-reinstall jax jaxlib"
+        if wanted := environ.get("JAX_PLATFORMS", "").replace("cpu", ""):
+            fix = f"unset JAX_PLATFORMS (it is {wanted}), or install what it asks for"
+        elif found:
+            fix = f"{_plugin_fix(found[0].vendor, versions)}; JAX_PLATFORMS=cpu goes on without a GPU"
+        else:
+            fix = "pip install --force-reinstall jax jaxlib"
         return [*checks, Check("device", "problem", probe.error, fix, code)]
     backend, devices = probe.result["backend"], probe.result["devices"]
     kinds = [device["kind"] for device in devices]

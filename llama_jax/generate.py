@@ -76,7 +76,13 @@ def batch_generate(
     Returns:
       One output per prompt, in order.
     """
-    if not prompts:
+    if isinstance(prompts, str | bytes):
+        raise RequestError(
+            "prompts must be a list of prompts, not a single text",
+            param="prompts",
+            hint="pass [prompt], or use generate",
+        )
+    if not len(prompts):
         return []
     batch = _Batch.prepare(model, tokenizer, prompts, _params(params, fields))
     for _ in batch.run(STOP_STRIDE if any(p.stop for p in batch.params) else BATCH_STRIDE):
@@ -104,8 +110,19 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
                 raise RequestError("the prompt is empty", param="prompt", hint="give at least one token")
             ids = [tokenizer.bos_token_id]
         return ids
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
+        raise RequestError(
+            f"a prompt must be text or a list of token ids; got {type(prompt).__name__}",
+            param="prompt",
+            hint="decode bytes as UTF-8; wrap a single id in a list",
+        )
     if not len(prompt):
         raise RequestError("the prompt is empty", param="prompt", hint="give at least one token")
+    for token in prompt:
+        if not isinstance(token, int | np.integer) or isinstance(token, bool):
+            raise RequestError(
+                f"the prompt holds {token!r}, which is no token id", param="prompt", hint="token ids are integers"
+            )
     return [int(token) for token in prompt]
 
 
@@ -146,6 +163,7 @@ class _Batch:
     logprobs: list[list[TokenLogprob]]
     start: float = 0.0
     first: float = 0.0
+    decoding: float = 0.0
     end: float = 0.0
     _prompt_logprobs: Logprobs | None = None
     _seen: int = 0
@@ -168,6 +186,8 @@ class _Batch:
                 hint="give one SamplingParams for all, or one for each prompt",
             )
         config = model.config
+        for p in each:
+            p.check_vocab(config.vocab_size)
         ids = [encode_prompt(tokenizer, p) for p in prompts]
         for i, tokens in enumerate(ids):
             bad = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
@@ -216,9 +236,13 @@ class _Batch:
         room = capacity - padded
         state, progress = decode.first_token(logits, cache, sampler, lengths, limits, options=options, room=room)
         new = self._read(progress)
-        self.first = self.end = time.perf_counter()
+        self.first = self.decoding = self.end = time.perf_counter()
         yield new
 
+        if not all(row.finish_reason for row in self.rows):
+            # No step yet: it only compiles the program, so that the rate of decoding is that of decoding.
+            state, _ = decode.advance(model.params, state, np.int32(1), config=config, options=options)
+            self.decoding = self.end = time.perf_counter()
         ahead: deque[decode.Progress] = deque()
         steps = 1
         while not all(row.finish_reason for row in self.rows):
@@ -273,7 +297,7 @@ class _Batch:
 
     def timing(self) -> Timing:
         """Of the whole batch, as far as it has run."""
-        prefill, decoding = self.first - self.start, self.end - self.first
+        prefill, decoding = self.first - self.start, self.end - self.decoding
         generated = sum(len(row.token_ids) - 1 for row in self.rows)
         return Timing(
             ttft_s=prefill,

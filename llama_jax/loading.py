@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from llama_jax import runtime
 from llama_jax.checkpoint import Progress, load_params, open_checkpoint
 from llama_jax.config import LlamaConfig
+from llama_jax.fuse import fuse_layer
 from llama_jax.models import DEFAULT_MODEL, resolve
 from llama_jax.params import Params
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
@@ -24,7 +25,7 @@ class Model:
     """What `forward` and the generate functions need.
 
     Attributes:
-      params: parameter tree on its devices, canonical (`llama_jax.params`).
+      params: parameter tree on its devices, canonical (`llama_jax.params`) or fused (`llama_jax.fuse`).
       config: what the model is.
       mesh: the devices that the parameters are sharded over, or None for one device.
       generation_config: contents of the model's generation_config.json.
@@ -61,6 +62,7 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
     verify: bool = True,
+    fuse: bool = True,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> tuple[Model, Tokenizer]:
@@ -72,6 +74,8 @@ def load(
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
       mesh: reserved for several devices; the parameters are replicated over it.
       verify: whether to check every tensor's digest while loading.
+      fuse: whether to join projections that share their input (`llama_jax.fuse`), which is faster; False keeps the
+        canonical tree, for training or for `Llama`.
       progress: called while converting and loading.
       notify: called with one line of text before anything that takes long or uses the network.
 
@@ -89,5 +93,8 @@ def load(
         verify=verify,
         progress=progress,
     )
-    name = str(model)
-    return Model(params, checkpoint.config, mesh, checkpoint.generation_config, name), tokenizer
+    if fuse:
+        # Layer by layer in place, so that no more than one layer exists twice.
+        for name, layer in params["layers"].items():
+            params["layers"][name] = fuse_layer(layer, checkpoint.config)
+    return Model(params, checkpoint.config, mesh, checkpoint.generation_config, str(model)), tokenizer

@@ -48,7 +48,7 @@ class Timing:
     Attributes:
       ttft_s: from the call to the first token on the host, compilation included if there was any.
       prompt_tps: prompt tokens of the batch per second of prefill.
-      generation_tps: tokens of the batch per second of decoding, after the first.
+      generation_tps: tokens of the batch per second of decoding, after the first and without compilation.
     """
 
     ttft_s: float

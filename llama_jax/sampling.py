@@ -23,6 +23,7 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
 MAX_LOGPROBS = 20
 _FORBIDDEN = -1e30
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,11 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _items(stop, "stop", "a string or a list of strings"))
+        object.__setattr__(self, "stop_token_ids", _items(self.stop_token_ids, "stop_token_ids", "a list of token ids"))
+        if self.logit_bias is None:
+            object.__setattr__(self, "logit_bias", {})
         _check_number(self, "temperature", 0.0, math.inf)
         _check_number(self, "top_p", 0.0, 1.0, open_low=True)
         _check_number(self, "min_p", 0.0, 1.0)
@@ -90,6 +94,10 @@ class SamplingParams:
         for token in self.stop_token_ids:
             if not _is_int(token) or token < 0:
                 raise _bad("stop_token_ids", token, "token ids, integers from 0 up")
+        if not isinstance(self.ignore_eos, bool):
+            raise _bad("ignore_eos", self.ignore_eos, "True or False")
+        if not isinstance(self.logit_bias, Mapping):
+            raise _bad("logit_bias", self.logit_bias, "a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():
             if not _is_int(token) or token < 0:
                 raise _bad("logit_bias", token, "token ids as keys, integers from 0 up")
@@ -109,6 +117,15 @@ class SamplingParams:
                     raise _bad(name, token, f"token ids below the vocabulary's size, {vocab_size}")
 
 
+def _items(values: Any, name: str, want: str) -> tuple[Any, ...]:
+    """The items of a list; None has none. A text is no list: it would be taken apart silently."""
+    if values is None:
+        return ()
+    if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str | bytes):
+        raise _bad(name, values, want)
+    return tuple(values)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
@@ -123,7 +140,9 @@ def _bad(name: str, value: Any, want: str) -> RequestError:
 
 def _check_number(p: SamplingParams, name: str, low: float, high: float, *, open_low: bool = False) -> None:
     value = getattr(p, name)
-    ok = _is_number(value) and math.isfinite(value) and low <= value <= high and not (open_low and value == low)
+    # Of the size of a float32, as which the device sees it: 1e39 would be infinite there. Compared as Python numbers,
+    # since an integer may be too large for any float.
+    ok = _is_number(value) and low <= value <= high and abs(value) <= _LARGEST and not (open_low and value == low)
     if not ok:
         bounds = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
         raise _bad(name, value, f"a number in {bounds}")
@@ -223,22 +242,22 @@ def make_sampler(
     def floats(name: str) -> Any:
         return np.asarray([getattr(p, name) for p in params], np.float32)
 
-    fields: dict[str, Any] = dict(
-        temperature=floats("temperature"),
-        top_p=floats("top_p"),
-        top_k=np.asarray([p.top_k if p.top_k > 0 else vocab_size for p in params], np.int32),
-        min_p=floats("min_p"),
-        presence=floats("presence_penalty"),
-        frequency=floats("frequency_penalty"),
-        repetition=floats("repetition_penalty"),
-        seed=np.asarray([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32),
-        step=np.zeros((), np.int32),
-        min_tokens=np.asarray([p.min_tokens for p in params], np.int32),
-        stop_ids=stop_ids,
-        bias=bias,
-        in_prompt=in_prompt,
-        counts=counts,
-    )
+    fields: dict[str, Any] = {
+        "temperature": floats("temperature"),
+        "top_p": floats("top_p"),
+        "top_k": np.asarray([p.top_k if p.top_k > 0 else vocab_size for p in params], np.int32),
+        "min_p": floats("min_p"),
+        "presence": floats("presence_penalty"),
+        "frequency": floats("frequency_penalty"),
+        "repetition": floats("repetition_penalty"),
+        "seed": np.asarray([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32),
+        "step": np.zeros((), np.int32),
+        "min_tokens": np.asarray([p.min_tokens for p in params], np.int32),
+        "stop_ids": stop_ids,
+        "bias": bias,
+        "in_prompt": in_prompt,
+        "counts": counts,
+    }
     return options, SamplerState(**fields)
 
 
@@ -287,7 +306,7 @@ def sample(
         tokens = jnp.where(state.temperature < GREEDY_BELOW, tokens, drawn)
     counts = state.counts
     if counts is not None:
-        counts = counts.at[jnp.arange(tokens.shape[0]), tokens].add(1)
+        counts = jnp.asarray(counts).at[jnp.arange(tokens.shape[0]), tokens].add(1)
     new_state = dataclasses.replace(state, step=state.step + 1, counts=counts)
     logprobs = None if options.logprobs is None else token_logprobs(raw, tokens, options.logprobs)
     return tokens, new_state, logprobs
@@ -298,7 +317,8 @@ def _penalize(logits: jax.Array, state: SamplerState) -> jax.Array:
     assert state.counts is not None and state.in_prompt is not None
     generated = state.counts > 0
     factor = jnp.where(generated | state.in_prompt, state.repetition[:, None], 1.0)
-    logits = jnp.where(logits > 0, logits / factor, logits * factor)
+    # Clipped, so that an extreme penalty makes no infinity or NaN.
+    logits = jnp.clip(jnp.where(logits > 0, logits / factor, logits * factor), _FORBIDDEN, -_FORBIDDEN)
     return logits - state.frequency[:, None] * state.counts - state.presence[:, None] * generated
 
 
@@ -333,13 +353,15 @@ def _truncate(logits: jax.Array, state: SamplerState) -> jax.Array:
     nucleus = _bisect(
         lambda cut: jnp.sum(jnp.where(order >= cut[:, None], weights, 0.0), axis=-1) >= enough, logits.shape[0]
     )
+    # A top_p that is zero in float32 would leave nothing.
+    nucleus = jnp.minimum(nucleus, jnp.max(order, axis=-1))
     keep = (order >= nucleus[:, None]) | (state.top_p >= 1.0)[:, None]
     return jnp.where(keep, logits, -jnp.inf)
 
 
 def _ordered(x: jax.Array) -> jax.Array:
     """uint32 of the same order as the float32 x."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0.0 is no less than 0.0
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits & sign, ~bits, bits | sign)
 

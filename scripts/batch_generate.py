@@ -95,6 +95,7 @@ def command(
         loaded, tokenizer = load(
             folder, dtype=dtype, verify=not no_verify, progress=reporter.progress, notify=reporter.notify
         )
+        reporter.warn_of_unused_gpu()
     if not quiet:
         print(f"{model} on {device_name(loaded.device)} in {loaded.dtype.name}", file=sys.stderr, flush=True)
     checkpoint = open_checkpoint(folder)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from tiny_models import LLAMA, write_hf
+
+from llama_jax.convert.gguf_tokenizer import tokenizer_files
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

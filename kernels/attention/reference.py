@@ -63,10 +63,16 @@ def attention_reference(
     batch, q_len, q_heads, head_dim = q.shape
     kv_heads = k.shape[1]
     precision = matmul_precision(q.dtype)
-    grouped = q.reshape(batch, q_len, kv_heads, q_heads // kv_heads, head_dim)
-    logits = jnp.einsum("btkgd,bksd->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    # Two batched products per key/value head, k and v as they lie in memory: only the queries are moved.
+    grouped = q.reshape(batch, q_len, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = grouped.reshape(batch, kv_heads, -1, head_dim)
+    logits = jax.lax.dot_general(
+        rows, k, (((3,), (3,)), ((0, 1), (0, 1))), precision=precision, preferred_element_type=jnp.float32
+    ).reshape(*grouped.shape[:-1], -1)
     see = visible(q_positions, kv_positions, visibility, q_segments, kv_segments)
     logits = jnp.where(see[:, None, None], logits * scale, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bksd->btkgd", weights, v, precision=precision)
-    return out.reshape(q.shape).astype(q.dtype)
+    out = jax.lax.dot_general(
+        weights.reshape(batch, kv_heads, -1, k.shape[2]), v, (((3,), (2,)), ((0, 1), (0, 1))), precision=precision
+    )
+    return out.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

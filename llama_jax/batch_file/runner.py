@@ -109,7 +109,7 @@ def run(
         "format": 1,
         "input": digest,
         "dtype": str(model.dtype),
-        "sampling": _jsonable(sampling),
+        **_jsonable(sampling),
         **(identity or {}),
     }
 

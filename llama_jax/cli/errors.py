@@ -8,7 +8,7 @@ import traceback
 
 import click
 
-from llama_jax.cli.terminal import print_json
+from llama_jax.cli.terminal import print_json, printable
 from llama_jax.errors import DoesNotFit, LlamaJaxError, NoDevice
 
 INTERRUPTED = 130
@@ -28,9 +28,10 @@ def report(error: BaseException, *, as_json: bool) -> int:
     if as_json:
         print_json({"error": {"type": kind, "message": message, "hint": hint, "param": param}})
     else:
-        print(f"error: {message}", file=sys.stderr)
+        # Names of files and tensors are not ours to trust.
+        print(f"error: {printable(message)}", file=sys.stderr)
         if hint:
-            print(f"hint: {hint}", file=sys.stderr)
+            print(f"hint: {printable(hint)}", file=sys.stderr)
     return code
 
 
@@ -63,4 +64,14 @@ def _typed(error: BaseException) -> BaseException:
         return NoDevice(
             text.splitlines()[0][:500], hint="see `llama-jax doctor`; JAX_PLATFORMS=cpu runs on the processor"
         )
+    if isinstance(error, AssertionError) and _raised_in(error) == "xla_bridge.py":
+        # What jax has to say when it knows every backend of JAX_PLATFORMS, but none has a device.
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        return NoDevice(f"jax finds no device for JAX_PLATFORMS={wanted}", hint="unset it, or see `llama-jax doctor`")
     return error
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the file that raised an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return os.path.basename(frames[-1].filename) if frames else ""

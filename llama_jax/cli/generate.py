@@ -119,12 +119,13 @@ def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: Sampling
     from llama_jax.generate import stream_generate
     from llama_jax.runtime import device_name
 
+    steps = stream_generate(model, tokenizer, ids, params)
     if not quiet:
         print(f"{model.name} on {device_name(model.device)} in {model.dtype.name}", file=sys.stderr, flush=True)
     last = None
     ended_line = True
     try:
-        for last in stream_generate(model, tokenizer, ids, params):
+        for last in steps:
             if last.text:
                 write_text(last.text)
                 ended_line = last.text.endswith("\n")

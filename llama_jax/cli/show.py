@@ -15,6 +15,7 @@ from llama_jax.cli.options import examples, json_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, printable, size_text
 from llama_jax.config import LlamaConfig, MoeSpec, config_to_hf
+from llama_jax.errors import TokenizerError
 from llama_jax.models import DEFAULT_MODEL, resolve
 
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
@@ -85,6 +86,10 @@ def _facts_of_source(model: str, path: Path) -> tuple[dict[str, Any], dict[str, 
         dtypes = {spec.name: source.dtype(spec) for spec in specs}
         tensors = {spec.name: {"shape": list(spec.shape), "dtype": dtypes[spec.name].name} for spec in specs}
         nbytes = sum(spec.size * dtypes[spec.name].itemsize for spec in specs)
+        try:
+            template = _has_template(source.files)
+        except TokenizerError:
+            template = None  # without a usable tokenizer there is no knowing; the rest can be shown
         facts = {
             "model": model,
             "format": f"{source.source.kind}, not converted",
@@ -92,7 +97,7 @@ def _facts_of_source(model: str, path: Path) -> tuple[dict[str, Any], dict[str, 
             "source": source.source.name,
             "revision": source.source.revision,
             "licence": source.source.licence,
-            "chat_template": _has_template(source.files),
+            "chat_template": template,
             **_shapes(source.config, tensors),
             "bytes": nbytes,
             "dtype": max(dtypes.values(), key=lambda d: sum(s.size for s in specs if dtypes[s.name] == d)).name,

@@ -1,0 +1,89 @@
+"""`llama-jax chat`: talk to a model in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llama_jax.cli.options import dtype_option, examples, given, model_option, quiet_option, sampling_options
+from llama_jax.cli.progress import Reporter
+
+
+@click.command(
+    name="chat",
+    epilog=examples(
+        "llama-jax chat",
+        'llama-jax chat --system "You answer in one sentence." --temperature 0.3',
+        "llama-jax chat --resume talk.json --history ~/.llama_jax_history",
+        "printf 'Hello!\\nAnd who are you?\\n' | llama-jax chat --seed 1",
+    ),
+)
+@model_option
+@click.option("--system", metavar="TEXT", help="The system prompt.")
+@click.option("--max-tokens", type=int, metavar="N", help="Tokens of an answer at most. [default: the context's rest]")
+@click.option(
+    "--temperature", type=float, metavar="T", help="0 takes the likeliest token. [default: the model's own, or 0.7]"
+)
+@sampling_options
+@dtype_option
+@click.option(
+    "--history",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Remember what you enter in FILE, for you only. Off by default.",
+)
+@click.option(
+    "--resume",
+    metavar="FILE.json",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Go on with a conversation that /save wrote.",
+)
+@quiet_option
+@click.option("--json", "as_json", is_flag=True, help="Print each answer as one JSON object on a line of its own.")
+def command(
+    model: str,
+    system: str | None,
+    dtype: str | None,
+    history: Path | None,
+    resume: Path | None,
+    quiet: bool,
+    as_json: bool,
+    **fields: Any,
+) -> None:
+    """Talk to a model; /help lists the commands.
+
+    Ctrl-C stops an answer, Ctrl-D leaves, Alt-Enter begins a new line. Nothing is written to disk unless you ask for it
+    by --history or /save. In a pipe, every line is a message (or a block between two lines of three quotes), answers go
+    to standard output, and the first error ends the chat.
+    """
+    from llama_jax.cli.chat_conversation import Conversation, default_sampling, load_conversation
+    from llama_jax.cli.chat_screen import Screen
+
+    # What can be wrong is looked at before the model is loaded, which may take minutes.
+    screen = Screen(as_json=as_json, quiet=quiet)
+    conversation = Conversation() if resume is None else load_conversation(resume.expanduser())
+    if system is not None:
+        conversation = conversation.with_system(system)
+    default_sampling({}, given(fields))
+
+    from llama_jax.chat import select_template
+    from llama_jax.cli.chat_session import COMMANDS, Session
+    from llama_jax.loading import load
+    from llama_jax.runtime import device_name
+
+    read = screen.reader(
+        None if history is None else history.expanduser(), [f"/{name}" for name in (*COMMANDS, "exit")]
+    )
+    with Reporter(quiet=quiet) as reporter:
+        loaded, tokenizer = load(model, dtype=dtype, progress=reporter.progress, notify=reporter.notify)
+        reporter.warn_of_unused_gpu()
+    select_template(tokenizer.chat_templates, None, has_tools=False)
+    sampling, origin = default_sampling(loaded.generation_config, given(fields))
+    session = Session(loaded, tokenizer, screen, conversation=conversation, sampling=sampling, origin=origin)
+    if not quiet:
+        screen.note(f"{loaded.name} on {device_name(loaded.device)} in {loaded.dtype.name}; /help lists commands")
+        if resume is not None:
+            screen.note(f"{len(conversation.all_messages)} messages from {resume}")
+    session.run(read)

@@ -1,0 +1,242 @@
+"""The chat's terminal: reading messages with editing and history, or lines from a pipe; showing text and notes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from llama_jax.cli.chat_conversation import is_open
+from llama_jax.cli.terminal import printable, write_text
+from llama_jax.errors import LlamaJaxError, RequestError, StorageError
+
+if TYPE_CHECKING:
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+PROMPT = ">>> "
+CONTINUATION = "... "
+_LEAVE_HINT = "Ctrl-D or /exit leaves"
+
+Reader = Callable[[], str | None]
+"""Returns what the user enters next, or None at the end."""
+
+
+class Screen:
+    """Where answers and notes go.
+
+    Attributes:
+      interactive: a person sits at a terminal. Otherwise only answers and what commands print go to standard output.
+      as_json: answers are JSON objects; everything else goes to standard error.
+      columns: width for notes.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False):
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.as_json = as_json
+        self._quiet = quiet
+        plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
+        self._dim, self._normal = ("", "") if plain else ("\x1b[2m", "\x1b[0m")
+
+    @property
+    def columns(self) -> int:
+        return shutil.get_terminal_size().columns if self.interactive else 200
+
+    def answer(self, text: str) -> None:
+        """Shows a piece of an answer at once."""
+        write_text(text)
+
+    def reply(self, text: str) -> None:
+        """Shows what the user has asked for by a command."""
+        if self.as_json:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            write_text(text + "\n")
+
+    def note(self, text: str) -> None:
+        """Shows a remark, dimmed; in a pipe on standard error."""
+        if self.interactive and not self.as_json:
+            print(f"{self._dim}{printable(text)}{self._normal}", flush=True)
+        elif self.interactive or not self._quiet:
+            print(printable(text), file=sys.stderr, flush=True)
+
+    def error(self, error: LlamaJaxError) -> None:
+        """Shows an error after which the chat goes on."""
+        print(f"error: {printable(error.message)}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {printable(error.hint)}", file=sys.stderr, flush=True)
+
+    def reader(self, history: Path | None, words: Sequence[str]) -> Reader:
+        """How this terminal, or pipe, is read.
+
+        Args:
+          history: file that remembers what was entered, kept to its owner; None remembers nothing.
+          words: what the tab key completes at the beginning of a line.
+
+        Raises:
+          StorageError: the history file cannot be used.
+        """
+        if history is not None:
+            self._secure(history)
+        if self.interactive and os.environ.get("TERM", "dumb") != "dumb":
+            return _edited(history, words, self.note)
+        return _remembering(_typed(self.note) if self.interactive else _piped(), history)
+
+    def _secure(self, path: Path) -> None:
+        """Creates a file for its owner only; takes others' rights from one that exists, and says so."""
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+            try:
+                status = os.fstat(handle)
+                if not stat.S_ISREG(status.st_mode):
+                    raise StorageError(f"{path} is not a regular file", hint="choose another --history file")
+                if status.st_mode & 0o077:
+                    os.fchmod(handle, 0o600)
+                    self.note(f"{path} was open to others (mode {stat.S_IMODE(status.st_mode):03o}); now only to you")
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise StorageError(
+                f"cannot use {path} for the history: {error.strerror}", hint="choose another --history file"
+            ) from error
+
+
+@contextlib.contextmanager
+def catch_interrupt() -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C into a wish that can be asked for; a second Ctrl-C raises KeyboardInterrupt."""
+    asked = False
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals arrive in the main thread
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _edited(history: Path | None, words: Sequence[str], note: Callable[[str], None]) -> Reader:
+    # Imported here, since it takes 0.2 s and pipes do not need it.
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    session: PromptSession[str] = PromptSession(
+        message=PROMPT,
+        multiline=True,
+        prompt_continuation=CONTINUATION,
+        key_bindings=_keys(),
+        history=InMemoryHistory() if history is None else FileHistory(str(history)),
+        completer=WordCompleter(list(words), sentence=True),
+        complete_while_typing=False,
+        enable_suspend=True,
+    )
+
+    def read() -> str | None:
+        while True:
+            try:
+                return session.prompt()
+            except KeyboardInterrupt:
+                note(_LEAVE_HINT)
+            except EOFError:
+                return None
+
+    return read
+
+
+def _keys() -> KeyBindings:
+    """Enter sends, except within an open block of quotes; Alt-Enter (or Esc, Enter) begins a new line."""
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return keys
+
+
+def _typed(note: Callable[[str], None]) -> Reader:
+    """A terminal that can do no more than print (TERM=dumb)."""
+
+    def read() -> str | None:
+        while True:
+            try:
+                text = input(PROMPT)
+                while is_open(text):
+                    text += "\n" + input(CONTINUATION)
+                return text
+            except KeyboardInterrupt:
+                print()
+                note(_LEAVE_HINT)
+            except EOFError:
+                print()
+                return None
+            except UnicodeDecodeError:
+                note("that was not UTF-8; please enter it again")
+
+    return read
+
+
+def _piped() -> Reader:
+    def line() -> str:
+        try:
+            return sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise RequestError(
+                "standard input is not UTF-8", param="messages", hint="convert it, e.g. with iconv"
+            ) from error
+
+    def read() -> str | None:
+        text = line()
+        if not text:
+            return None
+        while is_open(text):
+            more = line()
+            if not more:
+                raise RequestError(
+                    'standard input ends within a block of """', param="messages", hint='end the block with """'
+                )
+            text += more
+        return text
+
+    return read
+
+
+def _remembering(read: Reader, history: Path | None) -> Reader:
+    if history is None:
+        return read
+    from prompt_toolkit.history import FileHistory
+
+    file = FileHistory(str(history))
+
+    def reading() -> str | None:
+        text = read()
+        if text is not None and text.strip():
+            file.store_string(text.rstrip("\n"))
+        return text
+
+    return reading

@@ -1,0 +1,334 @@
+"""A chat while it runs: messages in, answers out, and the /commands in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax
+
+from llama_jax.chat import encode_chat
+from llama_jax.cli.chat_conversation import (
+    Command,
+    Conversation,
+    load_conversation,
+    parse_input,
+    save_conversation,
+    setting_names,
+    with_setting,
+)
+from llama_jax.cli.chat_screen import Reader, Screen, catch_interrupt
+from llama_jax.cli.terminal import print_json
+from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
+from llama_jax.generate import stream_generate
+from llama_jax.loading import Model
+from llama_jax.outputs import StreamOutput
+from llama_jax.runtime import device_name
+from llama_jax.sampling import SamplingParams
+from llama_jax.tokenizer import Tokenizer
+
+NARROW = 70
+"""Columns below which the line after an answer is short."""
+
+
+class Session:
+    """A model, a conversation and a screen.
+
+    Attributes:
+      conversation: as far as it has come; an error leaves it as it was before.
+      sampling: for the next answer. With a seed, answer i takes seed + i, so that /retry gives another one.
+      origin: where the sampling fields that the user did not set come from.
+      answers: how many answers were begun.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        screen: Screen,
+        *,
+        conversation: Conversation,
+        sampling: SamplingParams,
+        origin: str,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.screen = screen
+        self.conversation = conversation
+        self.sampling = sampling
+        self.origin = origin
+        self.answers = 0
+
+    def run(self, read: Reader) -> None:
+        """Answers until the input ends or the user leaves.
+
+        Raises:
+          LlamaJaxError: something went wrong and nobody sits there to be told: later messages may build on it.
+        """
+        while (text := read()) is not None:
+            try:
+                if not self.handle(text):
+                    return
+            except LlamaJaxError as error:
+                if not self.screen.interactive:
+                    raise
+                self.screen.error(error)
+            except KeyboardInterrupt:
+                if not self.screen.interactive:
+                    raise
+                self.screen.note("interrupted")
+
+    def handle(self, text: str) -> bool:
+        """Does what one input asks for; returns whether to go on."""
+        entered = parse_input(text)
+        if isinstance(entered, Command):
+            return self._command(entered)
+        if entered is not None:
+            self._answer(self.conversation.asked(entered))
+        return True
+
+    def tokens_used(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> int:
+        """Tokens that a conversation takes of the context."""
+        messages = conversation.all_messages
+        if not messages:
+            return 0
+        return len(encode_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt))
+
+    def _answer(self, asked: Conversation) -> None:
+        """Answers the last message of `asked`, and keeps both if an answer came, finished or not."""
+        ids = encode_chat(self.tokenizer, asked.all_messages)
+        params = self._params(asked, len(ids))
+        text, last = "", None
+        with catch_interrupt() as interrupted:
+            try:
+                for last in self._stream(ids, params):
+                    text += last.text
+                    if not self.screen.as_json:
+                        self.screen.answer(last.text)
+                    if interrupted():
+                        break
+            except KeyboardInterrupt:
+                pass  # the second Ctrl-C: the first was not seen yet, since the prompt was still being computed
+        if last is None or not (text or last.finish_reason):
+            self.screen.note("stopped before the answer began; your message was taken back")
+            return
+        self.conversation = asked.answered(text)
+        if self.screen.as_json:
+            print_json(_answer_object(text, last))
+            return
+        if not text.endswith("\n"):
+            self.screen.answer("\n")
+        self.screen.note(self._account(last, params))
+
+    def _stream(self, ids: list[int], params: SamplingParams) -> Iterator[StreamOutput]:
+        stream = stream_generate(self.model, self.tokenizer, ids, params)
+        self.answers += 1
+        try:
+            yield from stream
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise DoesNotFit(
+                f"the device's memory is too small for {len(ids)} tokens of conversation and an answer",
+                hint="/trim drops the oldest turns, /set max_tokens N makes answers shorter",
+            ) from error
+
+    def _params(self, asked: Conversation, used: int) -> SamplingParams:
+        """The sampling parameters of the next answer, which has the rest of the context.
+
+        Raises:
+          RequestError: there is no room for an answer.
+        """
+        context = self.model.config.context_length
+        if used >= context:
+            alone = self.tokens_used(asked.without_first_turns(len(asked.turns) - 1), add_generation_prompt=True)
+            fits = alone < context
+            raise RequestError(
+                f"the context is full: the conversation has {used} tokens with this message, the model's context is "
+                f"{context}; your message was taken back",
+                param="messages",
+                hint="/trim drops the oldest turns, /clear all of them" if fits else "the message alone is too long",
+            )
+        p, room = self.sampling, context - used
+        if p.min_tokens > room:
+            raise RequestError(
+                f"min_tokens is {p.min_tokens}, and the context has room for {room}",
+                param="min_tokens",
+                hint="/trim drops the oldest turns, /set min_tokens 0 does without",
+            )
+        limit = room if p.max_tokens is None else min(p.max_tokens, room)
+        seed = None if p.seed is None else (p.seed + self.answers) % 2**64
+        return dataclasses.replace(p, max_tokens=limit, seed=seed)
+
+    def _account(self, last: StreamOutput, params: SamplingParams) -> str:
+        """One line about an answer: speed, tokens, context and an unusual end."""
+        context = self.model.config.context_length
+        used = last.prompt_tokens + last.generation_tokens
+        rate = f"{last.generation_tps:.1f} tok/s" if last.generation_tokens > 1 else f"{last.ttft_s:.2f} s"
+        end = ""
+        if last.finish_reason is None:
+            end = "stopped"
+        elif last.finish_reason == "length":
+            end = f"max_tokens={params.max_tokens} reached" if used < context else "context full: /trim or /clear"
+        if self.screen.columns < NARROW:
+            parts = [rate, f"{last.prompt_tokens}+{last.generation_tokens}/{context}", end]
+        else:
+            parts = [
+                f"{last.generation_tokens} tokens, {rate}",
+                f"prompt {last.prompt_tokens} tokens, {last.prompt_tps:.0f} tok/s, first after {last.ttft_s:.2f} s",
+                f"context {used} of {context}",
+                end,
+            ]
+        return "; ".join(part for part in parts if part)
+
+    def _command(self, command: Command) -> bool:
+        if command.name in ("exit", "bye", "quit"):
+            return False
+        if command.name not in COMMANDS:
+            near = difflib.get_close_matches(command.name, COMMANDS, n=1)
+            raise RequestError(
+                f"there is no command /{command.name}",
+                param=f"/{command.name}",
+                hint=(f"did you mean /{near[0]}? " if near else "")
+                + "/help lists them; // begins a message with a slash",
+            )
+        COMMANDS[command.name][1](self, command.argument)
+        return True
+
+
+def _help(session: Session, argument: str) -> None:
+    lines = [what for what, _ in COMMANDS.values()]
+    lines += [
+        "/exit                leave (also /bye, Ctrl-D)",
+        "",
+        'Alt-Enter begins a new line; so does Enter after """.',
+    ]
+    lines += ["Ctrl-C stops an answer. // begins a message with a slash."]
+    session.screen.reply("\n".join(lines))
+
+
+def _system(session: Session, argument: str) -> None:
+    if not argument:
+        session.screen.reply("no system prompt" if session.conversation.system is None else session.conversation.system)
+        return
+    text = None if argument == '""' else argument
+    session.conversation = session.conversation.with_system(text)
+    session.screen.note("no system prompt from now on" if text is None else "system prompt set")
+
+
+def _set(session: Session, argument: str) -> None:
+    name, _, value = argument.partition(" ")
+    if not value.strip():
+        raise RequestError("/set takes a name and a value", param="/set", hint=f"names: {', '.join(setting_names())}")
+    session.sampling = with_setting(session.sampling, name, value.strip())
+    session.screen.note(f"{name} = {getattr(session.sampling, name)!r}")
+
+
+def _show(session: Session, argument: str) -> None:
+    model, conversation = session.model, session.conversation
+    default = SamplingParams(max_tokens=None)
+    rows = {
+        "model": f"{model.name}, {model.dtype.name} on {device_name(model.device)}",
+        "system": "none" if conversation.system is None else conversation.system,
+        "turns": len(conversation.turns),
+        "context": f"{session.tokens_used(conversation)} of {model.config.context_length} tokens used",
+        "sampling": f"as set here, else from {session.origin}",
+    }
+    for name in setting_names():
+        value = getattr(session.sampling, name)
+        if value != getattr(default, name) or name in ("temperature", "top_p", "top_k", "max_tokens", "seed"):
+            rows[f"  {name}"] = value
+    session.screen.reply("\n".join(f"{name:14}{value}" for name, value in rows.items()))
+
+
+def _clear(session: Session, argument: str) -> None:
+    session.conversation = session.conversation.cleared()
+    session.screen.note("the conversation begins anew; the system prompt stays")
+
+
+def _undo(session: Session, argument: str) -> None:
+    if not session.conversation.turns:
+        raise RequestError("there is nothing to undo", param="/undo", hint="write a message")
+    session.conversation = session.conversation.without_last_turn()
+    session.screen.note(f"the last turn is gone; {len(session.conversation.turns)} left")
+
+
+def _retry(session: Session, argument: str) -> None:
+    asked = session.conversation.without_last_answer()
+    if session.sampling.greedy:
+        session.screen.note("temperature is 0: the answer will be the same")
+    session._answer(asked)
+
+
+def _trim(session: Session, argument: str) -> None:
+    """Drops the oldest turns: as many as said, or until half of the context is free."""
+    turns = len(session.conversation.turns)
+    if argument:
+        if not argument.isdecimal() or not 1 <= int(argument) <= turns:
+            raise RequestError(
+                f"/trim cannot drop {argument} turns", param="/trim", hint=f"a number from 1 to {turns}, or nothing"
+            )
+        count = int(argument)
+    else:
+        context = session.model.config.context_length
+        count = 0
+        while count < turns and session.tokens_used(session.conversation.without_first_turns(count)) > context // 2:
+            count += 1
+    session.conversation = session.conversation.without_first_turns(count)
+    used = session.tokens_used(session.conversation)
+    session.screen.note(f"{count} turns dropped, {turns - count} left: {used} tokens")
+
+
+def _save(session: Session, argument: str) -> None:
+    if not session.conversation.all_messages:
+        raise RequestError("there is nothing to save", param="/save", hint="write a message")
+    path = _path(argument, "/save")
+    save_conversation(session.conversation, path)
+    session.screen.note(f"{len(session.conversation.all_messages)} messages saved in {path}")
+
+
+def _load(session: Session, argument: str) -> None:
+    path = _path(argument, "/load")
+    session.conversation = load_conversation(path)
+    session.screen.note(f"{len(session.conversation.all_messages)} messages loaded from {path}")
+
+
+def _path(argument: str, command: str) -> Path:
+    if not argument or "\0" in argument:
+        raise RequestError(f"{command} takes the name of a file", param=command, hint=f"{command} talk.json")
+    return Path(os.path.expanduser(argument))
+
+
+COMMANDS: Mapping[str, tuple[str, Callable[[Session, str], None]]] = MappingProxyType(
+    {
+        "help": ("/help                this list", _help),
+        "system": ('/system [TEXT]       show or set the system prompt; "" is none', _system),
+        "set": ("/set NAME VALUE      set a sampling field, such as temperature 0.5", _set),
+        "show": ("/show                the model, the settings, what the context holds", _show),
+        "clear": ("/clear               forget the conversation", _clear),
+        "undo": ("/undo                take the last turn back", _undo),
+        "retry": ("/retry               answer the last message again", _retry),
+        "trim": ("/trim [N]            drop the N oldest turns, or half of the context", _trim),
+        "save": ("/save FILE           write the conversation as JSON", _save),
+        "load": ("/load FILE           go on with a saved conversation", _load),
+    }
+)
+"""Name, line of help, and what it does."""
+
+
+def _answer_object(text: str, last: StreamOutput) -> dict[str, Any]:
+    return {
+        "role": "assistant",
+        "content": text,
+        "finish_reason": last.finish_reason or "interrupted",
+        "prompt_tokens": last.prompt_tokens,
+        "generation_tokens": last.generation_tokens,
+        "ttft_ms": round(last.ttft_s * 1000, 3),
+        "prompt_tps": round(last.prompt_tps, 3),
+        "generation_tps": round(last.generation_tps, 3),
+    }

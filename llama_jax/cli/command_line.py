@@ -1,0 +1,118 @@
+"""The group of all commands: a table of names, lazy imports, and one way to report errors."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from llama_jax import __version__
+
+COMMANDS = {
+    "generate": "Continue a prompt or answer messages.",
+    "chat": "Talk to a model in the terminal.",
+    "convert": "Convert a model to a checkpoint.",
+    "verify": "Check a checkpoint's digests and its numbers.",
+    "show": "Show what a model is: shapes, size, dtype, licence.",
+    "list": "List the models that are ready to use.",
+    "bench": "Measure speed.",
+    "doctor": "Check this machine: devices, versions, what is missing.",
+}
+"""Name and one line of help, in the order of `--help`. `llama_jax.cli.<name>` exports the `click.Command` `command`."""
+
+_EXIT_CODES = """\b
+Exit codes:
+  0    done
+  2    wrong usage, or a value out of range
+  3    model not found, gated or not supported
+  4    damaged, or not equal to what was expected
+  5    no usable device
+  6    too little memory or disk space
+  7    the network is needed and cannot be reached
+  70   a fault of the program
+  73   a file cannot be written
+  130  interrupted
+  141  the reader of the output went away
+"""
+_BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for other programs
+
+
+def _is_there(name: str) -> bool:
+    return importlib.util.find_spec(f"llama_jax.cli.{name}") is not None
+
+
+class CommandLine(click.Group):
+    """A group whose commands are modules that are imported on use, and which reports every error in one way."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in COMMANDS if _is_there(name)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS or not _is_there(cmd_name):
+            return None
+        return importlib.import_module(f"llama_jax.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Nobody reads any more, so that there is nobody to tell. What is still buffered must not fail at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(_BROKEN_PIPE) from None
+        return result
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs the command line and exits the process; every error becomes a message and a stable exit code."""
+        args = list(sys.argv[1:] if args is None else args)
+        # The XLA runtime logs to standard error at start-up; its errors still come through.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        try:
+            # Errors come through to here instead of being reported by click.
+            result = super().main(args, prog_name or "llama-jax", complete_var, False, **extra)
+        except BaseException as error:
+            if isinstance(error, SystemExit | GeneratorExit):
+                raise
+            from llama_jax.cli.errors import report
+
+            sys.exit(report(error, as_json="--json" in args))
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+@click.group(
+    cls=CommandLine,
+    invoke_without_command=True,
+    epilog=_EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(__version__, prog_name="llama-jax", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Llama models in JAX: convert a checkpoint, generate text, chat.
+
+    Every command takes --json and --help. MODEL is a folder (a converted checkpoint or a Hugging Face folder), a GGUF
+    file, org/name of the Hugging Face hub, or the default model, which needs no network.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> None:
+    """Entry point of `llama-jax` and `ljx`."""
+    cli.main()

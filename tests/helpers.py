@@ -1,0 +1,170 @@
+"""What the tests of the model core share: golden cases, tiny configurations, random weights."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, QueryScale, RopeSpec
+from llama_jax.convert.run import open_source
+from llama_jax.model import forward
+from llama_jax.params import Params, flatten, param_specs, unflatten
+
+GOLDENS = Path(__file__).parent / "data" / "goldens"
+GOLDEN_CASES = tuple(sorted(path.name for path in GOLDENS.iterdir() if (path / "expected.npz").exists()))
+TOLERANCE = 5e-5
+"""Largest difference to the expected logits, as a share of the largest of them."""
+
+run = jax.jit(forward, static_argnames=("config", "capture"))
+"""`forward` as people use it; one compilation cache for all tests."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A small checkpoint and what Hugging Face transformers computed with it, in float32.
+
+    Attributes:
+      tokens, positions: int32 [batch, len], left-padded; padding has position -1.
+      mask: bool [batch, len].
+      logits: float32 [batch, len, vocab_size].
+      greedy: int32 [batch, n], the likeliest tokens after each row.
+    """
+
+    config: LlamaConfig
+    params: Params
+    tokens: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+    logits: np.ndarray
+    greedy: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.mask.sum(axis=1).astype(np.int32)
+
+
+@functools.cache
+def load_golden(case: str) -> Golden:
+    """A golden case by the name of its folder, weights in float32."""
+    source = open_source(GOLDENS / case)
+    try:
+        leaves = {s.name: jnp.asarray(source.read(s).astype(np.float32)) for s in param_specs(source.config)}
+    finally:
+        source.close()
+    with np.load(GOLDENS / case / "expected.npz") as file:
+        expected = dict(file)
+    mask = expected["attention_mask"] > 0
+    return Golden(
+        config=source.config,
+        params=unflatten(leaves),
+        tokens=expected["input_ids"].astype(np.int32),
+        positions=np.where(mask, np.cumsum(mask, axis=1) - 1, -1).astype(np.int32),
+        mask=mask,
+        logits=expected["logits"],
+        greedy=expected["greedy"].astype(np.int32),
+    )
+
+
+def golden_json(case: str) -> dict[str, Any]:
+    """The config.json of a golden case."""
+    return json.loads((GOLDENS / case / "config.json").read_text())
+
+
+def error(actual: Any, expected: Any, where: np.ndarray | None = None) -> float:
+    """Largest difference as a share of the largest expected value, both taken where `where` is True."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    if where is not None:
+        actual, expected = actual[where], expected[where]
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def tiny_config(*layers: LayerSpec, **changes: Any) -> LlamaConfig:
+    """A configuration that compiles in no time; `changes` are fields of `LlamaConfig`."""
+    fields: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "layers": layers or (LayerSpec(mlp=24),),
+        "max_position_embeddings": 64,
+        "dtype": "float32",
+    }
+    return LlamaConfig(**fields | changes)
+
+
+# Between them every branch of the forward pass.
+TINY: Mapping[str, LlamaConfig] = {
+    "plain": tiny_config(),
+    "biased": tiny_config(
+        LayerSpec("sliding", 3, qk_norm="rms", mlp=24), qkv_bias=True, o_bias=True, mlp_bias=True, num_kv_heads=4
+    ),
+    "tied-mqa": tiny_config(LayerSpec(mlp=24), tie_word_embeddings=True, num_kv_heads=1, activation="gelu_tanh"),
+    "softmax-moe": tiny_config(LayerSpec(mlp=MoeSpec(4, 2, 12))),
+    "sigmoid-moe": tiny_config(
+        LayerSpec("chunked", 4, qk_norm="l2", mlp=MoeSpec(4, 2, 12, router="sigmoid", shared_intermediate_size=12)),
+        LayerSpec(rope=False, query_scale=QueryScale(0.3, 2), mlp=24),
+        rope=RopeSpec(interleaved=True),
+    ),
+}
+
+
+def random_params(config: LlamaConfig, seed: int = 0) -> Params:
+    """Random weights of every leaf: unlike `init_params`, norms are not all ones and biases not all zeros."""
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for spec in param_specs(config):
+        noise = rng.standard_normal(spec.shape)
+        if spec.init == "normal":
+            flat[spec.name] = noise * spec.shape[-1] ** -0.5
+        else:
+            flat[spec.name] = float(spec.init == "ones") + 0.2 * noise
+    return unflatten({name: jnp.asarray(leaf, jnp.float32) for name, leaf in flat.items()})
+
+
+def random_tokens(config: LlamaConfig, batch: int, length: int, seed: int = 0) -> jax.Array:
+    """int32 [batch, length]."""
+    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length)), jnp.int32)
+
+
+def arange_positions(batch: int, length: int) -> jax.Array:
+    """int32 [batch, length]: 0, 1, 2, ... in every row."""
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+
+
+def adaptable(config: LlamaConfig) -> tuple[str, ...]:
+    """Dotted names of the projections that take a low-rank adapter."""
+    names = (s.name for s in param_specs(config))
+    return tuple(n.removesuffix(".weight") for n in names if n.endswith("_proj.weight") and ".experts." not in n)
+
+
+def random_adapters(config: LlamaConfig, rank: int = 2, seed: int = 1) -> Params:
+    """A low-rank adapter for every projection."""
+    rng = np.random.default_rng(seed)
+    shapes = {s.name: s.shape for s in param_specs(config)}
+    flat: dict[str, Any] = {}
+    for name in adaptable(config):
+        out, into = shapes[f"{name}.weight"]
+        flat[f"{name}.a"] = jnp.asarray(rng.standard_normal((rank, into)) * into**-0.5, jnp.float32)
+        flat[f"{name}.b"] = jnp.asarray(rng.standard_normal((out, rank)), jnp.float32)
+        flat[f"{name}.scale"] = jnp.float32(0.5)
+    return unflatten(flat)
+
+
+def merge_adapters(params: Params, adapters: Params) -> Params:
+    """W + scale * b a, in float64 by numpy."""
+    flat, lora = flatten(params), flatten(adapters)
+    for name in {key.rsplit(".", 1)[0] for key in lora}:
+        a, b, scale = (np.asarray(lora[f"{name}.{part}"], np.float64) for part in ("a", "b", "scale"))
+        weight = np.asarray(flat[f"{name}.weight"], np.float64)
+        flat[f"{name}.weight"] = jnp.asarray(weight + scale * b @ a, jnp.float32)
+    return unflatten(flat)

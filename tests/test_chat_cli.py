@@ -1,0 +1,553 @@
+"""`llama-jax chat`: the conversation without a terminal, the session over a pipe, and a real (pseudo-)terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_chat_model import write_chat_model
+
+from llama_jax import encode_chat
+from llama_jax.cli import cli
+from llama_jax.cli.chat_conversation import (
+    Command,
+    Conversation,
+    default_sampling,
+    is_open,
+    load_conversation,
+    parse_input,
+    save_conversation,
+    setting_names,
+    with_setting,
+)
+from llama_jax.cli.chat_screen import Screen
+from llama_jax.cli.chat_session import COMMANDS, Session
+from llama_jax.errors import LlamaJaxError, RequestError, StorageError
+from llama_jax.generate import generate
+from llama_jax.loading import Model, load
+from llama_jax.sampling import SamplingParams
+from llama_jax.tokenizer import Tokenizer
+
+Loaded = tuple[Model, Tokenizer]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("chat") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Loaded:
+    return load(folder)
+
+
+@pytest.fixture
+def session(loaded: Loaded) -> Session:
+    return Session(*loaded, Screen(), conversation=Conversation(), sampling=GREEDY, origin="test")
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_a_conversation_changes() -> None:
+    c = Conversation().asked("a").answered("1").asked("b").answered("2").with_system("s")
+    assert [m["content"] for m in c.all_messages] == ["s", "a", "1", "b", "2"]
+    assert [m["content"] for m in c.without_last_turn().all_messages] == ["s", "a", "1"]
+    assert [m["content"] for m in c.without_last_answer().all_messages] == ["s", "a", "1", "b"]
+    assert [m["content"] for m in c.without_first_turns(1).all_messages] == ["s", "b", "2"]
+    assert c.cleared() == Conversation(system="s")
+    assert c.with_system(None).all_messages == list(c.messages)
+    with pytest.raises(RequestError, match="again"):
+        Conversation().without_last_answer()
+
+
+@given(st.lists(st.sampled_from(["user", "assistant", "tool"]), max_size=9))
+def test_turns_hold_every_message_once(roles: list[str]) -> None:
+    c = Conversation(tuple({"role": r, "content": str(i)} for i, r in enumerate(roles)))
+    assert [m for turn in c.turns for m in turn] == list(c.messages)
+    for n in range(len(c.turns) + 1):
+        kept = c.without_first_turns(n).messages
+        assert kept == c.messages[len(c.messages) - len(kept) :]
+        assert not n or not kept or kept[0]["role"] == "user"
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("hello\n", "hello"),
+        ("  \n", None),
+        ("/set seed 7\n", Command("set", "seed 7")),
+        ("/help", Command("help", "")),
+        ("//etc/hosts holds names", "/etc/hosts holds names"),
+        ('"""a\nb"""\n', "a\nb"),
+        ('"""\n/a\n  b\n"""', "/a\n  b"),
+        ('""""""', None),
+        ("/usr/bin\nand more", "/usr/bin\nand more"),
+    ],
+)
+def test_input(text: str, parsed: object) -> None:
+    assert parse_input(text) == parsed
+
+
+def test_blocks_are_open_until_they_end() -> None:
+    assert [is_open(t) for t in ('"""', '"""a', '"""a"""', '""""', 'a"""', '"""\n"""\n')] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_settings() -> None:
+    p = with_setting(GREEDY, "temperature", "0.5")
+    assert p.temperature == 0.5
+    assert with_setting(p, "max_tokens", "none").max_tokens is None
+    assert with_setting(p, "stop", "END").stop == ("END",)
+    assert with_setting(p, "stop", '["a", "b"]').stop == ("a", "b")
+    assert with_setting(p, "stop", "5").stop == ("5",)
+    assert with_setting(p, "stop", "none").stop == ()
+    assert with_setting(p, "stop_token_ids", "5").stop_token_ids == (5,)
+    assert with_setting(p, "logit_bias", '{"3": 2}').logit_bias == {3: 2}
+    assert with_setting(p, "seed", "7").seed == 7
+    for name, value in (
+        ("temperature", "hot"),
+        ("temperature", "-1"),
+        ("top_p", "0"),
+        ("seed", "1.5"),
+        ("logit_bias", "3"),
+        ("stop_token_ids", "x"),
+        ("n", "2"),
+        ("temprature", "1"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            with_setting(p, name, value)
+        assert caught.value.param == name
+        assert caught.value.hint
+    assert "temperature" in caught.value.hint
+    assert not {"n", "logprobs"} & set(setting_names())
+
+
+def test_default_sampling() -> None:
+    p, origin = default_sampling({"temperature": 0.6, "top_k": 20, "eos_token_id": 2}, {"seed": 1})
+    assert (p.temperature, p.top_k, p.top_p, p.seed, p.max_tokens) == (0.6, 20, 1.0, 1, None)
+    assert "generation_config" in origin
+    p, origin = default_sampling({"top_k": 20}, {"temperature": 0.1})
+    assert (p.temperature, p.top_k, p.top_p) == (0.1, 0, 0.95)
+    assert "generation_config" not in origin
+    with pytest.raises(RequestError, match="temperature"):
+        default_sampling({"temperature": -3}, {})
+
+
+def test_files(tmp_path: Path) -> None:
+    c = Conversation().asked("häh?\x1b[2J").answered("ja").with_system("s")
+    path = tmp_path / "talk.json"
+    save_conversation(c, path)
+    assert mode(path) == 0o600
+    assert load_conversation(path) == c
+    assert json.loads(path.read_text())[0] == {"role": "system", "content": "s"}
+    path.chmod(0o644)
+    save_conversation(c.cleared(), path)
+    assert mode(path) == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["talk.json"]
+    notes = tmp_path / "notes"
+    notes.write_text("mine")
+    with pytest.raises(StorageError, match="not replaced"):
+        save_conversation(c, notes)
+    assert notes.read_text() == "mine"
+    with pytest.raises(StorageError):
+        save_conversation(c, tmp_path / "no" / "folder")
+    for bad in ("[", "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": "user", "content": [1]}]'):
+        notes.write_text(bad)
+        with pytest.raises(RequestError):
+            load_conversation(notes)
+    with pytest.raises(RequestError):
+        load_conversation(tmp_path / "missing")
+
+
+def test_answers_are_those_of_generate(session: Session, loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    messages: list[dict[str, str]] = []
+    for text in ("Hello", "and\nthen?"):
+        assert session.handle(f'"""{text}"""')
+        messages.append(user(text))
+        ids = encode_chat(loaded[1], messages)
+        messages.append({"role": "assistant", "content": generate(*loaded, ids, GREEDY)})
+        assert session.conversation.all_messages == messages
+    out, err = capsys.readouterr()
+    assert out == "".join(m["content"] + "\n" for m in messages if m["role"] == "assistant")
+    used = session.tokens_used(session.conversation)
+    assert f"8 tokens, {0:.0f}"[:8] in err
+    assert f"context {len(ids) + 8} of 256" in err
+    assert "max_tokens=8 reached" in err
+    assert used >= len(ids)
+
+
+def test_commands(session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("/system Be brief.", "one", "two"):
+        session.handle(text)
+    two = session.conversation
+    assert [m["role"] for m in two.all_messages] == ["system", "user", "assistant", "user", "assistant"]
+    session.handle("/undo")
+    assert session.conversation == two.without_last_turn()
+    session.handle(f"/save {tmp_path / 'talk.json'}")
+    session.handle("/clear")
+    assert session.conversation == Conversation(system="Be brief.")
+    session.handle(f"/load {tmp_path / 'talk.json'}")
+    assert session.conversation == two.without_last_turn()
+    session.handle("/retry")
+    assert session.conversation == two.without_last_turn()
+    assert "will be the same" in capsys.readouterr().err
+    session.handle("/set seed 3")
+    session.handle("/set temperature 5")
+    answers = set()
+    for _ in range(4):
+        session.handle("/retry")
+        answers.add(session.conversation.messages[-1]["content"])
+    assert len(answers) > 1
+    session.handle("/system")
+    session.handle("/show")
+    session.handle("/help")
+    out = capsys.readouterr().out
+    assert "Be brief." in out
+    assert f"{session.tokens_used(session.conversation)} of 256 tokens used" in out
+    assert re.search(r"temperature +5", out)
+    assert all(f"/{name}" in out for name in COMMANDS)
+    session.handle("/trim 1")
+    assert session.conversation == Conversation(system="Be brief.")
+    session.handle('/system ""')
+    assert session.conversation == Conversation()
+    before = session.conversation, session.sampling
+    for text in (
+        "/sett x 1",
+        "/set",
+        "/set seed",
+        "/set top_p 2",
+        "/undo",
+        "/retry",
+        "/trim 5",
+        "/save",
+        "/load",
+        "/save x",
+    ):
+        with pytest.raises(LlamaJaxError) as caught:
+            session.handle(text)
+        assert caught.value.hint, text
+    assert (session.conversation, session.sampling) == before
+    assert [session.handle(text) for text in ("/exit", "/bye", "/help")] == [False, False, True]
+
+
+def test_a_full_context_is_refused(session: Session) -> None:
+    session.handle("/set max_tokens 40")
+    for _ in range(4):
+        session.handle("tell me more")
+    before = session.conversation
+    assert session.tokens_used(before) < 256
+    with pytest.raises(RequestError, match="the context is full") as caught:
+        session.handle("x " * 100)
+    assert "/trim" in caught.value.hint
+    assert session.conversation == before
+    session.handle("/trim")
+    assert session.tokens_used(session.conversation) <= 128
+    assert session.conversation.messages == before.messages[-len(session.conversation.messages) :]
+    assert session.conversation.messages
+    session.handle("once more")
+    with pytest.raises(RequestError, match="the context is full") as caught:
+        session.handle("x y " * 300)
+    assert "alone" in caught.value.hint
+    session.handle("/set max_tokens none")
+    session.handle("/set min_tokens 200")
+    with pytest.raises(RequestError, match="room"):
+        session.handle("more")
+
+
+def chat(folder: Path, text: str | bytes, *options: str) -> Result:
+    return CliRunner().invoke(cli, ["chat", "--model", str(folder), "--max-tokens", "8", *options], input=text)
+
+
+def test_over_a_pipe(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
+    text = 'Hello\n\n"""\ntwo\nlines\n"""\n/set temperature 0\nagain\n/bye\nnever read\n'
+    result = chat(folder, text, "--seed", "3", "--system", "Be brief.", "--ignore-eos")
+    assert result.exit_code == 0, result.output
+    messages = [{"role": "system", "content": "Be brief."}, user("Hello")]
+    expected = []
+    for i, more in enumerate(("two\nlines", "again", "")):
+        p = SamplingParams(temperature=0.7 if i < 2 else 0.0, top_p=0.95, seed=3 + i, max_tokens=8, ignore_eos=True)
+        expected.append(generate(*loaded, encode_chat(loaded[1], messages), p))
+        messages += [{"role": "assistant", "content": expected[-1]}, user(more)]
+    assert result.stdout == "".join(text + "\n" for text in expected)
+    assert "float32" in result.stderr
+
+    as_json = chat(folder, text, "--seed", "3", "--system", "Be brief.", "--ignore-eos", "--json", "--quiet")
+    objects = [json.loads(line) for line in as_json.stdout.splitlines()]
+    assert [o["content"] for o in objects] == expected
+    assert {o["finish_reason"] for o in objects} == {"length"}
+    assert objects[0]["generation_tokens"] == 8
+
+
+def test_resume(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    first = chat(folder, f"Hello\n/save {path}\nmore\n", "--temperature", "0")
+    again = chat(folder, "more\n", "--temperature", "0", "--resume", str(path))
+    assert first.exit_code == again.exit_code == 0
+    assert first.stdout.endswith(again.stdout)
+    assert len(again.stdout) > 3
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "code", "message"),
+    [
+        ("/sett x\nHello\n", [], 2, "did you mean /set?"),
+        ('"""\nopen', [], 2, "ends within a block"),
+        (b"\xff\xfe\n", [], 2, "not UTF-8"),
+        ("", ["--temperature", "-1"], 2, "temperature"),
+        ("", ["--resume", "missing.json"], 2, "missing.json"),
+        ("", ["--history", "/dev/null"], 73, "not a regular file"),
+        ("", ["--history", "/no/such/file"], 73, "cannot use"),
+    ],
+)
+def test_errors_in_a_pipe(folder: Path, text: str | bytes, options: list[str], code: int, message: str) -> None:
+    result = chat(folder, text, *options)
+    assert result.exit_code == code, result.output
+    assert message in result.stderr
+    assert "hint: " in result.stderr
+    assert result.stdout == ""
+
+
+def test_no_chat_template(tmp_path: Path) -> None:
+    folder = write_chat_model(tmp_path / "base", template=None)
+    result = chat(folder, "Hello\n")
+    assert result.exit_code == 4
+    assert "error: the model has no chat template" in result.stderr
+    assert "hint: " in result.stderr
+
+
+def test_generation_config_is_the_default(tmp_path: Path) -> None:
+    folder = write_chat_model(tmp_path / "model", temperature=0.25, top_p=0.5)
+    result = chat(folder, "/show\n")
+    assert re.search(r"temperature +0\.25", result.stdout)
+    assert re.search(r"top_p +0\.5\b", result.stdout)
+    assert "generation_config.json" in result.stdout
+
+
+def test_history_file(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    assert chat(folder, "/show\n", "--history", str(path)).exit_code == 0
+    assert mode(path) == 0o600
+    assert "+/show" in path.read_text()
+    path.chmod(0o664)
+    result = chat(folder, "/help\n", "--history", str(path))
+    assert mode(path) == 0o600
+    assert "664" in result.stderr
+    assert "+/show" in path.read_text()
+
+
+def test_history_is_off_by_default(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    chat(folder, "/show\n")
+    assert list(tmp_path.rglob("*")) == []
+
+
+# Ctrl-C reaches the process only if the terminal is its controlling one.
+_OWN_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
+class Terminal:
+    """`llama-jax chat` in a pseudo-terminal."""
+
+    def __init__(self, folder: Path, *options: str, columns: int = 80, **env: str):
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        command = [
+            sys.executable,
+            "-c",
+            _OWN_TERMINAL,
+            sys.executable,
+            "-m",
+            "llama_jax.cli",
+            "chat",
+            "--model",
+            str(folder),
+            *options,
+        ]
+        # Nobody answers the question where the cursor is.
+        env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONUTF8": "1", **env}
+        env.pop("COLUMNS", None)
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def send(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> str:
+        """Reads until the pattern has appeared since the last call, and returns what was read."""
+        deadline = time.monotonic() + seconds
+        read = ""
+        while not re.search(pattern, read):
+            ready, _, _ = select.select([self._master], [], [], 0.2)
+            if ready:
+                try:
+                    data = os.read(self._master, 65536)
+                except OSError:
+                    data = b""
+                if not data:
+                    break
+                read += data.decode(errors="replace")
+            if time.monotonic() > deadline:
+                break
+        self.seen += read
+        if not re.search(pattern, read):
+            self.close()
+            pytest.fail(f"no {pattern!r} in {read!r}")
+        return read
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(timeout=20)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+ENTER, ALT_ENTER, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with so much context that an answer lasts until it is stopped."""
+    return write_chat_model(tmp_path_factory.mktemp("wide") / "tiny", context=1 << 20)
+
+
+def test_in_a_terminal(wide: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    terminal = Terminal(wide, "--ignore-eos", "--seed", "1", "--history", str(tmp_path / "history"))
+    terminal.wait_for(r"/help lists[^\n]*\n[\s\S]*>>>")
+    # Ctrl-C stops the answer, and what has come is kept.
+    terminal.send("one" + ENTER)
+    terminal.wait_for(r"\n[\s\S]{200}")
+    terminal.send(CTRL_C)
+    stopped = terminal.wait_for(r"tok/s[\s\S]*stopped[\s\S]*>>>")
+    assert "\x1b[2m" in stopped  # dimmed
+    # At the prompt it clears the line.
+    terminal.send("rubbish" + CTRL_C)
+    terminal.wait_for(r"/exit leaves[\s\S]*>>>")
+    terminal.send("/set max_tokens 4" + ENTER)
+    terminal.wait_for(r"max_tokens = 4[\s\S]*>>>")
+    # A pasted text, Alt-Enter and an open block are new lines; up-arrow brings it back.
+    terminal.send("\x1b[200~pasted\nlines\x1b[201~" + ALT_ENTER + "end" + ENTER)
+    terminal.wait_for(r"max_tokens=4 reached[\s\S]*>>>")
+    terminal.send(UP + ENTER)
+    terminal.wait_for(r"max_tokens=4 reached[\s\S]*>>>")
+    terminal.send('"""a' + ENTER + 'b"""' + ENTER)
+    terminal.wait_for(r"max_tokens=4 reached[\s\S]*>>>")
+    # An error does not end the chat.
+    terminal.send("/set top_p 7" + ENTER)
+    terminal.wait_for(r"error: top_p[\s\S]*hint: [\s\S]*>>>")
+    terminal.send(f"/save {saved}" + ENTER)
+    terminal.wait_for(r"messages saved[\s\S]*>>>")
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+    messages = json.loads(saved.read_text())
+    assert [m["content"] for m in messages if m["role"] == "user"] == [
+        "one",
+        "pasted\nlines\nend",
+        "pasted\nlines\nend",
+        "a\nb",
+    ]
+    assert len(messages[1]["content"]) > 100
+    assert mode(tmp_path / "history") == 0o600
+    assert "+pasted" in (tmp_path / "history").read_text()
+
+
+def test_in_a_plain_narrow_terminal(folder: Path) -> None:
+    """No colours, no cursor movements, short remarks; and a model that writes escapes cannot reach the terminal."""
+    options = ("--max-tokens", "8", "--ignore-eos", "--temperature", "0")
+    terminal = Terminal(folder, *options, columns=20, TERM="dumb", NO_COLOR="1")
+    terminal.wait_for(">>> ?")
+    terminal.send("hi\r")
+    terminal.wait_for(r"tok/s; \d+\+8/256; max_tokens=8[\s\S]*>>>")
+    time.sleep(0.5)  # until it waits: between the prompt and the wait a signal stays pending
+    terminal.send(CTRL_C)
+    terminal.wait_for(r"/exit leaves[\s\S]*>>>")
+    terminal.send("/system \x1b[31mred\r")
+    terminal.wait_for(">>> ?")
+    terminal.send("/system\r")
+    assert "␛[31mred" in terminal.wait_for(r"red\r\n[\s\S]*>>>")
+    terminal.send("/nonsense\r")
+    terminal.wait_for(r"error: there is no command[\s\S]*>>>")
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+    shown = re.sub(r"/system[^\n]*", "", terminal.seen)  # the terminal's own echo
+    assert "\x1b" not in shown
+
+
+def test_escapes_of_the_model_are_neutralised(loaded: Loaded, tmp_path: Path) -> None:
+    """The bias makes the model write ESC and BEL, the beginnings of what could take over a terminal."""
+    escape, bell = (loaded[1].encode(c)[-1] for c in "\x1b\x07")
+    bias = json.dumps({str(escape): 100, str(bell): 100})
+    folder = write_chat_model(tmp_path / "tiny")
+    terminal = Terminal(folder, "--max-tokens", "6", "--seed", "1", TERM="dumb")
+    terminal.wait_for(">>> ?")
+    terminal.send(f"/set logit_bias {bias}\r")
+    terminal.wait_for(r"logit_bias = [\s\S]*>>>")
+    terminal.send("hi\r")
+    answer = terminal.wait_for(r"tok/s[\s\S]*>>>")
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+    assert len(re.findall("[␛␇]", answer)) == 6
+    assert "\x1b" not in answer
+    assert "\x07" not in answer
+
+
+def test_interrupt_in_a_pipe(wide: Path) -> None:
+    """Ctrl-C ends the answer, and the chat goes on; while it waits for a message, it ends with 130."""
+    command = [sys.executable, "-m", "llama_jax.cli", "chat", "--model", str(wide), "--ignore-eos"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdin.write(b"hello\n")
+        process.stdin.flush()
+        assert len(process.stdout.read(100)) == 100
+        process.send_signal(signal.SIGINT)
+        notes = ""
+        while "tok/s" not in notes:
+            notes = process.stderr.readline().decode()
+            assert notes
+        assert notes.endswith("; stopped\n")
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130, err
