@@ -120,12 +120,13 @@ class DenseCache:
         return self.positions.shape[1]
 
     def extend(self, positions: jax.Array, rope_length: jax.Array) -> DenseCache:
-        """See `KVCache`. Outside of jit, raises RequestError when the slots do not suffice; inside, the caller must
-        have made the cache large enough."""
+        """See `KVCache`. Outside of jit, raises RequestError when the slots do not suffice; inside, where the slots in
+        use are not known, only when all of them would not suffice: the caller must have made the cache large enough."""
         tokens = positions.shape[1]
-        if not isinstance(self.length, jax.core.Tracer) and int(self.length) + tokens > self.capacity:
+        taken = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
+        if taken + tokens > self.capacity:
             raise RequestError(
-                f"{tokens} more tokens do not fit: {int(self.length)} of the cache's {self.capacity} slots are taken",
+                f"{tokens} more tokens do not fit: {taken} of the cache's {self.capacity} slots are taken",
                 param="cache",
                 hint="create the cache with a larger capacity",
             )
@@ -146,8 +147,18 @@ class DenseCache:
         return dataclasses.replace(self, k=tuple(view.k for view in views), v=tuple(view.v for view in views))
 
     def grow(self, capacity: int) -> DenseCache:
-        """The same cache with more slots."""
+        """The same cache with more slots.
+
+        Raises:
+          RequestError: `capacity` is smaller than it is now.
+        """
         more = capacity - self.capacity
+        if more < 0:
+            raise RequestError(
+                f"a cache of {self.capacity} slots cannot grow to {capacity}",
+                param="capacity",
+                hint="create a smaller cache instead",
+            )
 
         def pad(x: jax.Array) -> jax.Array:
             return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))

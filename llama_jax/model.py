@@ -15,7 +15,7 @@ from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, attention
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.layers import linear, mlp, moe, position_queries_and_keys, project_qkv, rms_norm
-from llama_jax.params import Params
+from llama_jax.params import Params, flatten, projection_names
 from llama_jax.rope import rope_angles
 
 LAYER_ACTIVATIONS = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "out")
@@ -93,23 +93,22 @@ def forward(
       `capture` a dict of the named activations.
 
     Raises:
-      RequestError: arguments that contradict each other, or an unknown name in `capture`.
+      RequestError: arguments that contradict each other, or an unknown name in `capture` or `adapters`.
     """
     x = _embed(params, tokens, inputs_embeds)
     positions = _positions(x, positions, segment_ids, cache)
     captured = _Capture(config, capture or ())
     captured.add("embed", x)
 
-    row_length = jnp.max(positions, axis=1).astype(jnp.int32) + 1
-    if cache is None:
-        rope_length = row_length
-    else:
+    rope_length = _text_lengths(positions, segment_ids)
+    if cache is not None:
         # Frozen by the first call: cached keys were rotated with it.
-        rope_length = jnp.where(cache.rope_length > 0, cache.rope_length, row_length)
+        rope_length = jnp.where(cache.rope_length > 0, cache.rope_length, rope_length[:, 0])
         cache = cache.extend(positions, rope_length)
+        rope_length = rope_length[:, None]
     angles = rope_angles(config.rope, config.head_dim, positions, rope_length)
 
-    adapter_layers = (adapters or {}).get("layers", {})
+    adapter_layers = _checked(adapters, config).get("layers", {})
     views = []
     for i, spec in enumerate(config.layers):
         x, view, activations = _layer(
@@ -162,6 +161,28 @@ def _positions(x: jax.Array, positions: jax.Array | None, segment_ids: jax.Array
         return index
     starts = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _text_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Length of the text that each token belongs to: int32 [batch, 1], or [batch, len] with segments."""
+    if segment_ids is None:
+        return jnp.max(positions, axis=1, keepdims=True).astype(jnp.int32) + 1
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jnp.max(jnp.where(same, positions[:, None, :], -1), axis=2).astype(jnp.int32) + 1
+
+
+def _checked(adapters: Params | None, config: LlamaConfig) -> Params:
+    """The adapters, once it is sure that each of them will be used."""
+    known = set(projection_names(config)) if adapters else set()
+    for leaf in flatten(adapters or {}):
+        name, _, part = leaf.rpartition(".")
+        if name not in known or part not in ("a", "b", "scale"):
+            raise RequestError(
+                f"adapters hold {leaf}, which belongs to no projection",
+                param="adapters",
+                hint='give {"a", "b", "scale"} under the names of projection_names(config), canonical also if fused',
+            )
+    return adapters or {}
 
 
 # A jitted function of its own: equal layers are traced and lowered once, not once each. XLA inlines the calls.

@@ -7,6 +7,7 @@ projections are stored `[out, in]`, as in Hugging Face checkpoints, so that conv
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -218,11 +219,20 @@ def init_leaf(spec: ParamSpec, key: jax.Array, dtype: Any) -> jax.Array:
 
 
 def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = None) -> Params:
-    """Random parameters, each leaf from its own key, so that adding a leaf changes no other."""
+    """Random parameters, each leaf from a key that its name gives, so that adding a leaf changes no other."""
     dtype = jnp.dtype(dtype or config.dtype)
-    return unflatten(
-        {s.name: init_leaf(s, jax.random.fold_in(key, i), dtype) for i, s in enumerate(param_specs(config))}
-    )
+
+    def leaf(spec: ParamSpec) -> jax.Array:
+        return init_leaf(spec, jax.random.fold_in(key, zlib.crc32(spec.name.encode())), dtype)
+
+    return unflatten({spec.name: leaf(spec) for spec in param_specs(config)})
+
+
+def projection_names(config: LlamaConfig) -> tuple[str, ...]:
+    """Dotted names of the projections that can carry a low-rank adapter, e.g. "layers.0.attn.q_proj"; routed experts,
+    which are stacks of matrices, cannot."""
+    names = (s.name for s in param_specs(config) if len(s.shape) == 2)
+    return tuple(name.removesuffix(".weight") for name in names if name.endswith("_proj.weight"))
 
 
 def count_params(config: LlamaConfig) -> int:

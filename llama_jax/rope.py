@@ -86,21 +86,22 @@ def rope_angles(
 
     Args:
       positions: int32 [batch, len].
-      rope_length: int32 [batch], the text length that "dynamic" takes its base from; other kinds ignore it.
+      rope_length: int32 [batch, 1] or [batch, len], the text length that "dynamic" takes its base from; other kinds
+        ignore it.
 
     Returns:
       cos, sin: float32 [batch, len, head_dim / 2].
     """
     inv_freq, factor = rope_frequencies(spec, head_dim)
-    freq = jnp.asarray(inv_freq)[None, :]
+    freq = jnp.asarray(inv_freq)
     if spec.kind == "dynamic":
         assert spec.original_max_positions is not None
         length = jnp.maximum(rope_length, spec.original_max_positions).astype(jnp.float32)
         stretch = spec.factor * length / spec.original_max_positions - (spec.factor - 1)
         base = spec.theta * stretch ** (head_dim / (head_dim - 2))
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        freq = 1.0 / base[:, None] ** exponents
-    angles = positions.astype(jnp.float32)[..., None] * freq[:, None, :]
+        freq = 1.0 / base[..., None] ** exponents
+    angles = positions.astype(jnp.float32)[..., None] * freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, QueryScale, RopeSpec
 from llama_jax.convert.run import open_source
 from llama_jax.model import forward
-from llama_jax.params import Params, flatten, param_specs, unflatten
+from llama_jax.params import Params, flatten, param_specs, projection_names, unflatten
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 GOLDEN_CASES = tuple(sorted(path.name for path in GOLDENS.iterdir() if (path / "expected.npz").exists()))
@@ -25,6 +25,12 @@ TOLERANCE = 5e-5
 
 run = jax.jit(forward, static_argnames=("config", "capture"))
 """`forward` as people use it; one compilation cache for all tests."""
+run_unoptimised = jax.jit(
+    forward,
+    static_argnames=("config", "capture"),
+    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+)
+"""The same, compiled in half the time: for tests of what is computed, whose programs run only once or twice."""
 
 
 @dataclass(frozen=True)
@@ -141,18 +147,12 @@ def arange_positions(batch: int, length: int) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
 
 
-def adaptable(config: LlamaConfig) -> tuple[str, ...]:
-    """Dotted names of the projections that take a low-rank adapter."""
-    names = (s.name for s in param_specs(config))
-    return tuple(n.removesuffix(".weight") for n in names if n.endswith("_proj.weight") and ".experts." not in n)
-
-
 def random_adapters(config: LlamaConfig, rank: int = 2, seed: int = 1) -> Params:
     """A low-rank adapter for every projection."""
     rng = np.random.default_rng(seed)
     shapes = {s.name: s.shape for s in param_specs(config)}
     flat: dict[str, Any] = {}
-    for name in adaptable(config):
+    for name in projection_names(config):
         out, into = shapes[f"{name}.weight"]
         flat[f"{name}.a"] = jnp.asarray(rng.standard_normal((rank, into)) * into**-0.5, jnp.float32)
         flat[f"{name}.b"] = jnp.asarray(rng.standard_normal((out, rank)), jnp.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -42,24 +41,20 @@ Exit codes:
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for other programs
 
 
-def _is_there(name: str) -> bool:
-    return importlib.util.find_spec(f"llama_jax.cli.{name}") is not None
-
-
 class CommandLine(click.Group):
     """A group whose commands are modules that are imported on use, and which reports every error in one way."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name in COMMANDS if _is_there(name)]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS or not _is_there(cmd_name):
+        if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f"llama_jax.cli.{cmd_name}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
+            formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

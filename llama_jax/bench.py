@@ -1,0 +1,187 @@
+"""How fast generation is, and how near to what the device can do.
+
+Times run through the public `batch_generate` with random token ids, after one warm-up run per shape; medians over the
+repeats. Ceilings are measured in the same process: sequential reads, and a large matrix product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from llama_jax import runtime
+from llama_jax.config import LlamaConfig, MoeSpec, preset
+from llama_jax.fuse import fuse_layer
+from llama_jax.generate import batch_generate
+from llama_jax.kernels.precision import matmul_precision
+from llama_jax.loading import Model
+from llama_jax.params import init_leaf, param_specs, unflatten
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reached: bytes/s of reads, FLOP/s of a square matrix product in the model's dtype."""
+
+    read_bytes_per_s: float
+    matmul_flops_per_s: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Medians of one shape.
+
+    Attributes:
+      prefill_s: seconds from the call to the first token of every row.
+      step_s: seconds of one decode step of the whole batch.
+      mbu: bytes that a step must read (weights, and the cache at its mean length) per second, over the read ceiling.
+      mfu: FLOPs of prefill per second, over the matrix product's.
+      spread: (slowest - fastest) / median of the decode times.
+    """
+
+    batch: int
+    prompt: int
+    new: int
+    prefill_s: float
+    prefill_tps: float
+    step_s: float
+    decode_tps: float
+    mbu: float
+    mfu: float
+    spread: float
+
+
+def environment(dtype: DTypeLike) -> dict[str, Any]:
+    """What a number depends on besides the code."""
+    import jaxlib
+
+    import llama_jax
+
+    return {
+        "device": runtime.device_name(),
+        "dtype": jnp.dtype(dtype).name,
+        "llama_jax": llama_jax.__version__,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def random_model(name: str, dtype: DTypeLike) -> Model:
+    """A preset's shape with random weights made on the device, fused as `load` does it."""
+    config = preset(name)
+    key = jax.random.key(0)
+    # Leaves of one shape share one program.
+    make = jax.jit(lambda key, spec: init_leaf(spec, key, dtype), static_argnums=1)
+    flat = {
+        spec.name: make(jax.random.fold_in(key, i), dataclasses.replace(spec, name="", hf="", gguf=""))
+        for i, spec in enumerate(param_specs(config))
+    }
+    params = unflatten(flat)
+    del flat
+    for index, layer in params["layers"].items():
+        params["layers"][index] = fuse_layer(layer, config)
+    return Model(params, config, name=name)
+
+
+def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10) -> Ceilings:
+    """Reads of 2 GiB on a GPU (256 MiB on a CPU) at a time, and a matrix product of 8192 x 8192 (2048 x 2048)."""
+    dtype = jnp.dtype(dtype)
+    cpu = jax.default_backend() == "cpu"
+    size, side = (1 << 28, 2048) if cpu else (1 << 31, 8192)
+    key = jax.random.key(0)
+    shape = (size // dtype.itemsize // 1024, 1024)
+    # Several arrays in turn, so that no cache holds what is read.
+    arrays = [jax.random.normal(jax.random.fold_in(key, i), shape, dtype) for i in range(3)]
+    x = jnp.ones((1024,), dtype)
+
+    def read(a: jax.Array) -> jax.Array:
+        # Each byte once with next to no arithmetic, written so that either compiler reads at full speed.
+        return a @ x if cpu else jnp.sum(a.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
+
+    seconds = _per_call(jax.jit(read), [(a,) for a in arrays], repeats)
+    del arrays
+    a = jax.random.normal(key, (side, side), dtype)
+    product = jax.jit(partial(jnp.matmul, precision=matmul_precision(dtype)))
+    return Ceilings(size / seconds, 2 * side**3 / _per_call(product, [(a, a)], repeats))
+
+
+def _per_call(f: Callable[..., jax.Array], arguments: list[tuple[jax.Array, ...]], repeats: int) -> float:
+    """Seconds of one call among many dispatched at once: the best of three rounds."""
+    for args in arguments:
+        f(*args).block_until_ready()
+    rounds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        results = [f(*arguments[i % len(arguments)]) for i in range(repeats)]
+        jax.block_until_ready(results)
+        rounds.append((time.perf_counter() - start) / repeats)
+    return min(rounds)
+
+
+def bench(
+    model: Model, ceilings: Ceilings, *, batch: int, prompt: int, new: int, repeats: int = 5, seed: int = 0
+) -> BenchResult:
+    """Times prefill and decode of `batch` random prompts; every run draws fresh tokens."""
+    rng = np.random.default_rng(seed)
+    prefills, decodes = [], []
+    for run in range(repeats + 1):
+        prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+        timing = batch_generate(model, None, prompts, max_tokens=new, ignore_eos=True)[0].timing
+        if run:  # the first one compiles
+            prefills.append(timing.ttft_s)
+            decodes.append(batch * (new - 1) / timing.generation_tps)
+    prefill, decode = statistics.median(prefills), statistics.median(decodes)
+    step = decode / (new - 1)
+    return BenchResult(
+        batch=batch,
+        prompt=prompt,
+        new=new,
+        prefill_s=prefill,
+        prefill_tps=batch * prompt / prefill,
+        step_s=step,
+        decode_tps=batch / step,
+        mbu=step_bytes(model, batch, prompt + new // 2) / step / ceilings.read_bytes_per_s,
+        mfu=prefill_flops(model.config, batch, prompt) / prefill / ceilings.matmul_flops_per_s,
+        spread=(max(decodes) - min(decodes)) / decode,
+    )
+
+
+def step_bytes(model: Model, batch: int, length: int) -> int:
+    """Bytes that a decode step must read: every weight that it uses once, and `length` tokens of cache for each row."""
+    c, itemsize = model.config, model.dtype.itemsize
+    cache = 2 * c.num_layers * batch * length * c.kv_dim * itemsize
+    return _matmul_params(c, batch) * itemsize + cache
+
+
+def prefill_flops(config: LlamaConfig, batch: int, prompt: int) -> int:
+    """Multiplications and additions of a prompt: all products per token, causal attention, logits of the last token."""
+    head = config.vocab_size * config.hidden_size
+    attention = 2 * prompt * (prompt + 1) * config.q_dim * config.num_layers
+    return batch * (2 * prompt * (_matmul_params(config, 1) - head) + attention + 2 * head)
+
+
+def _matmul_params(c: LlamaConfig, tokens: int) -> int:
+    """Weights that a step of `tokens` tokens multiplies with: the embedding counts once, as logits, and of the experts
+    only as many as the tokens can use."""
+    total = 0
+    for spec in param_specs(c):
+        if spec.name == "embed.weight" and not c.tie_word_embeddings:
+            continue
+        size = spec.size
+        if ".moe.experts." in spec.name:
+            moe = c.layers[int(spec.path[1])].mlp
+            assert isinstance(moe, MoeSpec)
+            size = size * min(moe.num_experts, tokens * moe.top_k) // moe.num_experts
+        total += size
+    return total

@@ -1,0 +1,75 @@
+"""`llama-jax bench`: speed of prefill and decode, beside the device's measured ceilings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from llama_jax.cli.options import dtype_option, examples, json_option, model_option
+from llama_jax.cli.terminal import print_json
+
+
+@click.command(
+    epilog=examples(
+        "llama-jax bench",
+        "llama-jax bench --batch 1 --batch 8 --prompt 128 --new 64 --json",
+        "llama-jax bench --preset llama-3.1-8b --batch 1 --batch 32",
+    )
+)
+@model_option
+@click.option("--preset", metavar="NAME", help="Random weights of a published shape, made on the device.")
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 8), show_default=True)
+@click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens per row.")
+@click.option("--new", type=click.IntRange(2), default=64, show_default=True, help="Generated tokens per row.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
+@dtype_option
+@json_option
+def command(
+    model: str,
+    preset: str | None,
+    batches: tuple[int, ...],
+    prompt: int,
+    new: int,
+    repeats: int,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    """Measure prefill and decode through the public generate functions, with random prompts.
+
+    One warm-up run per shape, then medians. MBU is what a decode step must read (weights and cache) per second, MFU
+    the arithmetic of prefill per second, as shares of the reads and the matrix product measured in the same run.
+    """
+    from llama_jax import runtime
+    from llama_jax.bench import bench, environment, measure_ceilings, random_model
+    from llama_jax.cli.progress import Reporter
+    from llama_jax.loading import load
+
+    runtime.enable_compilation_cache()
+    with Reporter(quiet=as_json) as reporter:
+        reporter.warn_of_unused_gpu()
+        if preset is None:
+            loaded, _ = load(model, dtype=dtype, progress=reporter.progress, notify=reporter.notify)
+        else:
+            loaded = random_model(preset, dtype or runtime.default_dtype())
+    ceilings = measure_ceilings(loaded.dtype)
+    about = {**environment(loaded.dtype), "model": loaded.name, "random_weights": preset is not None}
+    if not as_json:
+        click.echo("  ".join(f"{name}={value}" for name, value in about.items()))
+        click.echo(
+            f"ceilings: {ceilings.read_bytes_per_s / 1e9:.1f} GB/s read, "
+            f"{ceilings.matmul_flops_per_s / 1e12:.2f} TFLOP/s matrix product"
+        )
+        click.echo(f"{'batch':>5} {'prompt':>6} {'new':>4} {'prefill tok/s':>13} {'MFU':>5} {'first ms':>8} ", nl=False)
+        click.echo(f"{'decode tok/s':>12} {'step ms':>8} {'MBU':>5} {'spread':>6}")
+    results = []
+    for batch in batches:
+        r = bench(loaded, ceilings, batch=batch, prompt=prompt, new=new, repeats=repeats)
+        results.append(dataclasses.asdict(r))
+        if not as_json:
+            click.echo(
+                f"{r.batch:5d} {r.prompt:6d} {r.new:4d} {r.prefill_tps:13.0f} {r.mfu:5.2f} {r.prefill_s * 1e3:8.1f} "
+                f"{r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {r.mbu:5.2f} {r.spread:6.2f}"
+            )
+    if as_json:
+        print_json({**about, "ceilings": dataclasses.asdict(ceilings), "results": results})

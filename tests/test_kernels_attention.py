@@ -1,0 +1,177 @@
+"""The attention reference against a loop in float64, written from the definition."""
+
+from __future__ import annotations
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.errors import KernelError
+from llama_jax.kernels.attention import BACKENDS, Visibility, attention, visible
+from llama_jax.kernels.dispatch import choose
+
+run = jax.jit(attention, static_argnames=("visibility", "scale", "backend"))
+
+# (query heads, key/value heads, head_dim): MHA, GQA, MQA, odd sizes
+HEADS = [(2, 2, 4), (6, 2, 3), (3, 1, 5)]
+VISIBILITIES = [
+    Visibility(),
+    Visibility("sliding", 1),
+    Visibility("sliding", 3),
+    Visibility("chunked", 1),
+    Visibility("chunked", 4),
+]
+
+
+def sees(q: int, kv: int, visibility: Visibility) -> bool:
+    """Whether the token at position q sees that at position kv."""
+    if kv < 0 or kv > q:
+        return False
+    if visibility.kind == "sliding":
+        return kv > q - visibility.window
+    if visibility.kind == "chunked":
+        return any(start <= kv <= q < start + visibility.window for start in range(0, q + 1, visibility.window))
+    return True
+
+
+def brute_force(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    q_pos: np.ndarray,
+    kv_pos: np.ndarray,
+    visibility: Visibility,
+    scale: float,
+    q_seg: np.ndarray | None = None,
+    kv_seg: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Output [batch, q_len, q_heads, head_dim] in float64, and bool [batch, q_len] where a query sees anything."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out, some = np.zeros(q.shape), np.zeros(q.shape[:2], bool)
+    group = q.shape[2] // k.shape[1]
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            seen = [
+                s
+                for s in range(k.shape[2])
+                if sees(q_pos[b, t], kv_pos[b, s], visibility) and (q_seg is None or q_seg[b, t] == kv_seg[b, s])
+            ]
+            some[b, t] = bool(seen)
+            for h in range(q.shape[2]) if seen else ():
+                logits = np.array([q[b, t, h] @ k[b, h // group, s] for s in seen]) * scale
+                weights = np.exp(logits - logits.max())
+                out[b, t, h] = weights @ v[b, h // group, seen] / weights.sum()
+    return out, some
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict:
+    """Few shapes, so that little is compiled; any positions, with padding anywhere and slots in any order."""
+    heads, kv_heads, head_dim = draw(st.sampled_from(HEADS))
+    batch, q_len, kv_len = draw(st.sampled_from([(1, 1, 7), (2, 5, 5)]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def positions(length: int) -> np.ndarray:
+        row = st.lists(st.integers(-1, 9), min_size=length, max_size=length)
+        return np.array(draw(st.lists(row, min_size=batch, max_size=batch)), np.int32)
+
+    case = {
+        "q": 3 * rng.standard_normal((batch, q_len, heads, head_dim)),
+        "k": 3 * rng.standard_normal((batch, kv_heads, kv_len, head_dim)),
+        "v": rng.standard_normal((batch, kv_heads, kv_len, head_dim)),
+        "q_positions": positions(q_len),
+        "kv_positions": positions(kv_len),
+        "visibility": draw(st.sampled_from(VISIBILITIES)),
+        "scale": draw(st.sampled_from([1.0, 0.3])),
+    }
+    if draw(st.booleans()):
+        case["q_segments"] = rng.integers(0, 2, (batch, q_len)).astype(np.int32)
+        case["kv_segments"] = rng.integers(0, 2, (batch, kv_len)).astype(np.int32)
+    return case | {name: case[name].astype(np.float32) for name in "qkv"}
+
+
+@hypothesis.given(cases())
+def test_against_the_definition(case: dict) -> None:
+    out = run(**case)
+    assert out.dtype == case["q"].dtype
+    expected, some = brute_force(*case.values())
+    np.testing.assert_allclose(np.asarray(out)[some], expected[some], rtol=2e-5, atol=2e-5)
+    chex.assert_tree_all_finite(out)  # also where there is nothing to see
+
+
+@hypothesis.given(
+    st.integers(-3, 60), st.integers(-3, 60), st.sampled_from(["full", "sliding", "chunked"]), st.integers(1, 12)
+)
+def test_visible(q: int, kv: int, kind: str, window: int) -> None:
+    visibility = Visibility(kind, window)
+    see = visible(np.array([[q]]), np.array([[kv]]), visibility)
+    assert bool(see[0, 0, 0]) == sees(q, kv, visibility)
+
+
+def test_windows_include_the_token_itself() -> None:
+    position = jnp.arange(6)[None]
+    sliding = visible(position, position, Visibility("sliding", 2))[0]
+    chunked = visible(position, position, Visibility("chunked", 3))[0]
+    np.testing.assert_array_equal(np.sum(sliding, axis=1), [1, 2, 2, 2, 2, 2])
+    np.testing.assert_array_equal(np.sum(chunked, axis=1), [1, 2, 3, 1, 2, 3])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits(dtype: str) -> None:
+    """Softmax in float32 over many slots: in 16 bits the sum of 4096 weights would be far off."""
+    rng = np.random.default_rng(0)
+    shape, position = (1, 1, 4096, 8), np.arange(4096, dtype=np.int32)[None]
+    q, k, v = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((1, 1, 2, 8), shape, shape))
+    v = v + 1  # a mean that differs from zero
+    out = run(q, k, v, position[:, -1:], position, Visibility(), scale=0.35)
+    assert out.dtype == jnp.dtype(dtype)
+    arrays = (np.asarray(x, np.float32) for x in (q, k, v))
+    expected, _ = brute_force(*arrays, position[:, -1:], position, Visibility(), 0.35)
+    np.testing.assert_allclose(np.asarray(out, np.float32), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_large_logits() -> None:
+    """The largest weight wins, and nothing overflows."""
+    q = jnp.full((1, 1, 1, 2), 1e3)
+    k = jnp.array([[[[1.0, 1.0], [-1e3, 0.0], [1e3, 1e3]]]])
+    v = jnp.arange(6.0).reshape(1, 1, 3, 2)
+    out = run(q, k, v, jnp.array([[2]]), jnp.arange(3)[None], Visibility(), scale=1.0)
+    np.testing.assert_allclose(out[0, 0, 0], [4.0, 5.0])
+
+
+def test_gradient_with_rows_that_see_nothing() -> None:
+    q = k = v = jnp.ones((1, 2, 2, 4))
+    position = jnp.array([[-1, 0]])
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        out = attention(q, k, v, position, position, Visibility(), scale=1.0)
+        return out[:, 1].sum()
+
+    grads = jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+    chex.assert_tree_all_finite(grads)
+    np.testing.assert_allclose(grads[2][0, 0], [[0] * 4, [1] * 4])  # only the visible slot's value counts
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    x, position = jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(KernelError, match="'attention' has no backend 'cudnn'") as caught:
+        attention(x, x, x, position, position, Visibility(), scale=1.0, backend="cudnn")
+    assert "auto, " in caught.value.hint
+    assert "reference" in caught.value.hint
+    named = attention(x, x, x, position, position, Visibility(), scale=1.0, backend="reference")
+    np.testing.assert_array_equal(named, x)
+
+
+def test_dispatch() -> None:
+    backends = {"reference": lambda: "plain", "fast": lambda: "fast"}
+    assert choose("op", backends, "fast")() == "fast"
+    assert choose("op", backends, "reference")() == "plain"
+    assert choose("op", backends)() in ("plain", "fast")
+    for name in ("", "Reference", "none"):
+        with pytest.raises(KernelError):
+            choose("op", backends, name)
+    assert set(BACKENDS) >= {"reference"}
