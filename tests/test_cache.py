@@ -212,9 +212,9 @@ def copies(compiled: Any, config: Any, capacity: int) -> list[str]:
     size = 2 * config.num_kv_heads * capacity * config.head_dim
     found = []
     for line in compiled.as_text().splitlines():
-        if match := re.search(r"= f32\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", line):
-            if np.prod([int(n) for n in match.group(1).split(",")]) == size:
-                found.append(line.strip())
+        match = re.search(r"= f32\[([\d,]+)\]\S* (?:copy|copy-start|transpose)\(", line)
+        if match and np.prod([int(n) for n in match.group(1).split(",")]) == size:
+            found.append(line.strip())
     return found
 
 

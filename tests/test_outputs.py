@@ -79,7 +79,6 @@ def test_what_was_held_back_comes_at_the_end(tokenizer: Tokenizer, stop: str, sh
     row, pieces = feed(tokenizer, ids, limit=len(ids), stop=[stop])
     assert (row.text, row.finish_reason) == ("hello world", "length")
     assert "".join(pieces) == row.text
-
     held, _ = feed(tokenizer, ids, stop=[stop])
     assert held.text == shown
     ended, _ = feed(tokenizer, [*ids, 2], stop=[stop], stop_ids=[2])

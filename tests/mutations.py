@@ -1,0 +1,549 @@
+"""Mistakes that an implementation of these models can make, each with the tests that have to notice it.
+
+A mutation is one change of the source text. `tests/test_mutations.py` applies each to a copy of the source and runs the
+named tests there: a mutation that survives is a hole in the tests.
+
+Not here, since they change no result: the place of the unlearned head norm relative to rope (a rotation keeps the
+length), a softmax over all experts in place of the chosen ones (the weights are divided by their sum afterwards), and
+the absolute positions of a plain rope model's prompt (only differences count).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MODEL = "tests/test_model.py"
+SAMPLING = "tests/test_sampling.py"
+DECODE = "tests/test_decode.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One wrong version of the source.
+
+    Attributes:
+      name: what is wrong with it.
+      file: path of the changed file, from the root of the repository.
+      old: text that occurs exactly once in the file.
+      new: what stands there instead.
+      killers: ids of the tests that must fail, every one of them.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    killers: tuple[str, ...]
+
+
+def golden(*cases: str) -> tuple[str, ...]:
+    """Logits of these cases against Hugging Face transformers."""
+    return tuple(f"{MODEL}::test_golden[{case}]" for case in cases)
+
+
+ROPE: tuple[Mutation, ...] = (
+    Mutation(
+        "rope theta ignored",
+        "llama_jax/rope.py",
+        "powers = np.float32(spec.theta) ** exponents",
+        "powers = np.float32(10_000.0) ** exponents",
+        golden("mixtral-moe", "smollm3-nope"),
+    ),
+    Mutation(
+        "llama3 scaling ignored",
+        "llama_jax/rope.py",
+        "return _llama3(spec, inv_freq), 1.0",
+        "return inv_freq, 1.0",
+        golden("llama3.1-rope"),
+    ),
+    Mutation(
+        "llama3 middle frequencies not interpolated",
+        "llama_jax/rope.py",
+        "return np.where(is_between, between, out).astype(np.float32)",
+        "return out.astype(np.float32)",
+        golden("llama3.1-rope"),
+    ),
+    Mutation(
+        "linear factor ignored",
+        "llama_jax/rope.py",
+        "return inv_freq / np.float32(spec.factor), 1.0",
+        "return inv_freq, 1.0",
+        golden("llama-rope-linear", "llama-old-config"),
+    ),
+    Mutation(
+        "yarn attention factor dropped",
+        "llama_jax/rope.py",
+        "return inv_freq.astype(np.float32), factor",
+        "return inv_freq.astype(np.float32), 1.0",
+        golden("llama-rope-yarn", "llama-rope-yarn-attention-factor"),
+    ),
+    Mutation(
+        "yarn mscale ignored",
+        "llama_jax/rope.py",
+        "if spec.mscale and spec.mscale_all_dim:",
+        "if False:",
+        golden("llama-rope-yarn-mscale"),
+    ),
+    Mutation(
+        "yarn ramp always rounded to whole dimensions",
+        "llama_jax/rope.py",
+        "if spec.truncate:",
+        "if True:",
+        golden("llama-rope-yarn-mscale"),
+    ),
+    Mutation(
+        "dynamic rope without its exponent",
+        "llama_jax/rope.py",
+        "base = spec.theta * stretch ** (head_dim / (head_dim - 2))",
+        "base = spec.theta * stretch",
+        golden("llama-rope-dynamic"),
+    ),
+    Mutation(
+        "dynamic rope grows while decoding",
+        "llama_jax/model.py",
+        "rope_length = jnp.where(cache.rope_length > 0, cache.rope_length, rope_length[:, 0])",
+        "rope_length = rope_length[:, 0]",
+        (f"{MODEL}::test_golden_token_by_token[llama-rope-dynamic]",),
+    ),
+    Mutation(
+        "neighbours rotated instead of halves, and the other way round",
+        "llama_jax/rope.py",
+        "    if interleaved:\n",
+        "    if not interleaved:\n",
+        golden("llama2-mha", "llama4-scout-like"),
+    ),
+    Mutation(
+        "rotation in the wrong direction",
+        "llama_jax/rope.py",
+        "out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)",
+        "out = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)",
+        ("tests/test_rope.py::test_rotation_is_multiplication_of_complex_numbers[False]",),
+    ),
+    Mutation(
+        "layers without rope rotated",
+        "llama_jax/layers.py",
+        "if spec.rope:",
+        "if True:",
+        golden("smollm3-nope", "llama4-interleaved"),
+    ),
+)
+
+LAYERS: tuple[Mutation, ...] = (
+    Mutation(
+        "norm's epsilon wrong",
+        "llama_jax/layers.py",
+        "keepdims=True) + eps)).astype(x.dtype)",
+        "keepdims=True) + 1e-6)).astype(x.dtype)",
+        golden("llama-gelu"),
+    ),
+    Mutation(
+        "query, key and value biases missing",
+        "llama_jax/layers.py",
+        "parts = tuple(linear(x, params[name], adapters.get(name)) for name in names)",
+        'parts = tuple(linear(x, {"weight": params[name]["weight"]}, adapters.get(name)) for name in names)',
+        golden("qwen2-bias", "llama-biases"),
+    ),
+    Mutation(
+        "fused query, key and value biases missing",
+        "llama_jax/fuse.py",
+        'for leaf in layer["attn"]["q_proj"]',
+        'for leaf in ("weight",)',
+        (f"{MODEL}::test_golden_fused[qwen2-bias]",),
+    ),
+    Mutation(
+        "fused keys and values swapped",
+        "llama_jax/fuse.py",
+        "jnp.concatenate([grouped(q), grouped(k), grouped(v)], axis=1)",
+        "jnp.concatenate([grouped(q), grouped(v), grouped(k)], axis=1)",
+        (f"{MODEL}::test_golden_fused[llama-mqa]",),
+    ),
+    Mutation(
+        "bias of the attention's output missing",
+        "llama_jax/model.py",
+        'params["attn"]["o_proj"], attn_adapters',
+        '{"weight": params["attn"]["o_proj"]["weight"]}, attn_adapters',
+        golden("llama-biases", "smollm3-window"),
+    ),
+    Mutation(
+        "bias of the MLP's output missing",
+        "llama_jax/layers.py",
+        'params["down_proj"], adapters.get("down_proj"))',
+        '{"weight": params["down_proj"]["weight"]}, adapters.get("down_proj"))',
+        golden("llama-biases"),
+    ),
+    Mutation(
+        "gate and up swapped",
+        "llama_jax/layers.py",
+        "return linear(activation(gate) * up,",
+        "return linear(gate * activation(up),",
+        golden("llama2-mha"),
+    ),
+    Mutation(
+        "the other approximation of gelu",
+        "llama_jax/layers.py",
+        "jax.nn.gelu(x, approximate=True)",
+        "jax.nn.gelu(x, approximate=False)",
+        golden("llama-gelu"),
+    ),
+    Mutation(
+        "head norm after rope",
+        "llama_jax/layers.py",
+        """\
+    if spec.qk_norm == "rms":
+        q = rms_norm(q, params["q_norm"]["weight"], config.rms_norm_eps)
+        k = rms_norm(k, params["k_norm"]["weight"], config.rms_norm_eps)
+    if spec.rope:
+        q = rotate(q, *angles, interleaved=config.rope.interleaved)
+        k = rotate(k, *angles, interleaved=config.rope.interleaved)
+""",
+        """\
+    if spec.rope:
+        q = rotate(q, *angles, interleaved=config.rope.interleaved)
+        k = rotate(k, *angles, interleaved=config.rope.interleaved)
+    if spec.qk_norm == "rms":
+        q = rms_norm(q, params["q_norm"]["weight"], config.rms_norm_eps)
+        k = rms_norm(k, params["k_norm"]["weight"], config.rms_norm_eps)
+""",
+        golden("qwen3-qknorm"),
+    ),
+    Mutation(
+        "unlearned head norm dropped",
+        "llama_jax/layers.py",
+        'if spec.qk_norm == "l2":',
+        "if False:",
+        golden("llama4-scout-like"),
+    ),
+    Mutation(
+        "query temperature counts positions from zero",
+        "llama_jax/layers.py",
+        "(positions.astype(jnp.float32) + 1.0) / spec.query_scale.floor",
+        "positions.astype(jnp.float32) / spec.query_scale.floor",
+        golden("llama4-interleaved"),
+    ),
+    Mutation(
+        "output projection of an untied model ignored",
+        "llama_jax/model.py",
+        'params["embed" if config.tie_word_embeddings else "lm_head"]["weight"]',
+        'params["embed"]["weight"]',
+        golden("llama2-mha"),
+    ),
+)
+
+ATTENTION: tuple[Mutation, ...] = (
+    Mutation(
+        "scale from the hidden size instead of the head size",
+        "llama_jax/model.py",
+        "scale = config.head_dim**-0.5",
+        "scale = (config.hidden_size // config.num_heads) ** -0.5",
+        golden("llama-head-dim"),
+    ),
+    Mutation(
+        "attention scale dropped",
+        "kernels/attention/reference.py",
+        "logits * scale, MASKED)",
+        "logits, MASKED)",
+        golden("llama2-mha"),
+    ),
+    Mutation(
+        "causal mask shows the next token",
+        "kernels/attention/reference.py",
+        "see = (kv >= 0) & (kv <= q)",
+        "see = (kv >= 0) & (kv <= q + 1)",
+        golden("llama2-mha"),
+    ),
+    Mutation(
+        "causal mask hides the token itself",
+        "kernels/attention/reference.py",
+        "see = (kv >= 0) & (kv <= q)",
+        "see = (kv >= 0) & (kv < q)",
+        golden("llama2-mha"),
+    ),
+    Mutation(
+        "padding visible",
+        "kernels/attention/reference.py",
+        "see = (kv >= 0) & (kv <= q)",
+        "see = kv <= q",
+        golden("llama2-mha"),
+    ),
+    Mutation(
+        "sliding window one too wide",
+        "kernels/attention/reference.py",
+        "see &= q - kv < visibility.window",
+        "see &= q - kv <= visibility.window",
+        golden("mistral-short-window", "smollm3-window"),
+    ),
+    Mutation(
+        "sliding window one too narrow",
+        "kernels/attention/reference.py",
+        "see &= q - kv < visibility.window",
+        "see &= q - kv < visibility.window - 1",
+        golden("mistral-short-window"),
+    ),
+    Mutation(
+        "chunks begin one token early",
+        "kernels/attention/reference.py",
+        "see &= q // visibility.window == kv // visibility.window",
+        "see &= (q + 1) // visibility.window == (kv + 1) // visibility.window",
+        golden("llama4-interleaved"),
+    ),
+    Mutation(
+        "query heads given to key heads in turn instead of in groups",
+        "kernels/attention/reference.py",
+        "q.reshape(batch, q_len, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)",
+        "q.reshape(batch, q_len, -1, kv_heads, head_dim).transpose(0, 3, 2, 1, 4)",
+        golden("smollm2-odd-heads"),
+    ),
+    Mutation(
+        "packed texts see each other",
+        "kernels/attention/reference.py",
+        "see &= q_segments[:, :, None] == kv_segments[:, None, :]",
+        "see &= q_segments[:, :, None] >= 0",
+        (f"{MODEL}::test_packing[every-visibility]",),
+    ),
+    Mutation(
+        "new keys and values one slot late",
+        "llama_jax/cache.py",
+        "            start=self.length,\n",
+        "            start=self.length + 1,\n",
+        (f"{MODEL}::test_golden_token_by_token[llama2-mha]",),
+    ),
+)
+
+EXPERTS: tuple[Mutation, ...] = (
+    Mutation(
+        "weights of the chosen experts do not sum to one",
+        "llama_jax/layers.py",
+        "output_scale = weights / jnp.sum(weights, axis=-1, keepdims=True)",
+        "output_scale = weights",
+        golden("mixtral-moe"),
+    ),
+    Mutation(
+        "sigmoid router scales the output instead of the input",
+        "llama_jax/layers.py",
+        "input_scale = jax.nn.sigmoid(top_logits)",
+        "output_scale = jax.nn.sigmoid(top_logits)",
+        golden("llama4-scout-like"),
+    ),
+    Mutation(
+        "softmax in place of the router's sigmoid",
+        "llama_jax/layers.py",
+        "input_scale = jax.nn.sigmoid(top_logits)",
+        "input_scale = jax.nn.softmax(top_logits, axis=-1)",
+        golden("llama4-interleaved"),
+    ),
+    Mutation(
+        "shared expert dropped",
+        "llama_jax/layers.py",
+        "if spec.shared_intermediate_size:",
+        "if False:",
+        golden("llama4-scout-like"),
+    ),
+    Mutation(
+        "expert weights not transposed in the product",
+        "kernels/moe/reference.py",
+        "jnp.swapaxes(weight, 1, 2)",
+        "weight.reshape(weight.shape[0], weight.shape[2], weight.shape[1])",
+        golden("mixtral-moe"),
+    ),
+    Mutation(
+        "experts' results added to the wrong tokens",
+        "kernels/moe/reference.py",
+        "jnp.zeros_like(rows).at[order].set(rows)",
+        "rows[order]",
+        golden("mixtral-window-3of8"),
+    ),
+)
+
+CONVERSION: tuple[Mutation, ...] = (
+    Mutation(
+        "output projection transposed",
+        "convert/hf.py",
+        "            self._read_into(made.sources[0], out)\n",
+        "            self._read_into(made.sources[0], out)\n"
+        '            if ".attn.o_proj.weight" in spec.name:\n'
+        "                out = np.ascontiguousarray(out.T)\n",
+        ("tests/test_verification.py::test_golden[llama2-mha]",),
+    ),
+    Mutation(
+        "fused expert weights not transposed",
+        "convert/hf.py",
+        "out[expert] = buffer[:, first : first + width].T",
+        "out[expert] = buffer[:, first : first + width].reshape(out[expert].shape)",
+        ("tests/test_verification.py::test_golden[llama4-scout-like]",),
+    ),
+    Mutation(
+        "fused gate and up experts swapped",
+        "convert/hf.py",
+        "first = (made.part or 0) * width",
+        "first = (made.part == 0) * width",
+        ("tests/test_verification.py::test_golden[llama4-scout-like]",),
+    ),
+    Mutation(
+        "GGUF queries left in llama.cpp's order",
+        "convert/gguf.py",
+        "return half_rotation(array, self.config.num_heads)",
+        "return array",
+        ("tests/test_convert_gguf.py::test_unquantised_files[f32]",),
+    ),
+    Mutation(
+        "GGUF keys put in order by the number of query heads",
+        "convert/gguf.py",
+        "return half_rotation(array, self.config.num_kv_heads)",
+        "return half_rotation(array, self.config.num_heads)",
+        ("tests/test_convert_gguf.py::test_unquantised_files[f32]",),
+    ),
+    Mutation(
+        "digest of a tensor not compared",
+        "llama_jax/checkpoint/tensors.py",
+        "if check and (found := digest(array.reshape(-1).view(np.uint8))) != info.digest:",
+        "if check and not (found := digest(array.reshape(-1).view(np.uint8))):",
+        (
+            "tests/test_verification.py::test_flipped_bit[False]",
+            "tests/test_checkpoint.py::test_damage_is_named[flipped bit]",
+        ),
+    ),
+    Mutation(
+        "digest of a small file not compared",
+        "llama_jax/checkpoint/tensors.py",
+        "return None if found == expected else",
+        "return None if found else",
+        ("tests/test_checkpoint.py::test_verify_checks_the_small_files",),
+    ),
+)
+
+TEXT: tuple[Mutation, ...] = (
+    Mutation(
+        "BOS doubled",
+        "llama_jax/tokenizer/tokenizer.py",
+        "while add_special_tokens and self._adds_bos and ids[:2] == [self.bos_token_id] * 2:",
+        "while False:",
+        ("tests/test_tokenizer.py::test_bos_is_never_doubled",),
+    ),
+    Mutation(
+        "BOS dropped",
+        "llama_jax/tokenizer/tokenizer.py",
+        "ids = self._encode(escape(_valid(text)), add_special_tokens)",
+        "ids = self._encode(escape(_valid(text)), False)",
+        (
+            "tests/test_tokenizer.py::test_bos_is_never_doubled",
+            "tests/test_tokenizer.py::test_post_processor_of_the_file_is_used_without_flags",
+        ),
+    ),
+    Mutation(
+        "prompts padded with the wrong positions",
+        "llama_jax/decode.py",
+        "positions[row, length - len(ids) :] = np.arange(len(ids))",
+        "positions[row, length - len(ids) :] = np.arange(1, len(ids) + 1)",
+        (f"{DECODE}::test_prompts_are_padded_on_the_left",),
+    ),
+    Mutation(
+        "first generated token one position late",
+        "llama_jax/decode.py",
+        "positions=prompt_lengths - 1,",
+        "positions=prompt_lengths,",
+        (f"{DECODE}::test_greedy_tokens_equal_transformers",),
+    ),
+    Mutation(
+        "first stop id forgotten",
+        "llama_jax/decode.py",
+        "hit_stop = jnp.any(tokens[:, None] == state.sampler.stop_ids, axis=1)",
+        "hit_stop = jnp.any(tokens[:, None] == state.sampler.stop_ids[:, 1:], axis=1)",
+        ("tests/test_mutation_gaps.py::test_every_stop_id_ends_a_row[first]",),
+    ),
+    Mutation(
+        "last stop id forgotten",
+        "llama_jax/decode.py",
+        "hit_stop = jnp.any(tokens[:, None] == state.sampler.stop_ids, axis=1)",
+        "hit_stop = jnp.any(tokens[:, None] == state.sampler.stop_ids[:, :-1], axis=1)",
+        ("tests/test_mutation_gaps.py::test_every_stop_id_ends_a_row[last]",),
+    ),
+    Mutation(
+        "min_tokens bars one token too many",
+        "llama_jax/sampling.py",
+        "early = state.step < state.min_tokens",
+        "early = state.step <= state.min_tokens",
+        (f"{SAMPLING}::test_no_end_before_min_tokens[fields1-want1]",),
+    ),
+    Mutation(
+        "stop id shown as text",
+        "llama_jax/outputs.py",
+        "if self._detokenizer and not ended:",
+        "if self._detokenizer:",
+        ("tests/test_outputs.py::test_stop_id_is_kept_in_the_ids_and_has_no_text",),
+    ),
+)
+
+SAMPLER: tuple[Mutation, ...] = (
+    Mutation(
+        "top_p leaves out the token that reaches it",
+        "llama_jax/sampling.py",
+        "nucleus = _bisect(\n",
+        "nucleus = 1 + _bisect(\n",
+        (f"{SAMPLING}::test_distribution[steps-top_p]",),
+    ),
+    Mutation(
+        "top_p keeps one token more when the sum is exact",
+        "llama_jax/sampling.py",
+        "weights, 0.0), axis=-1) >= enough, logits.shape[0]",
+        "weights, 0.0), axis=-1) > enough, logits.shape[0]",
+        ("tests/test_mutation_gaps.py::test_top_p_that_the_likeliest_tokens_reach_exactly",),
+    ),
+    Mutation(
+        "top_k keeps one token more",
+        "llama_jax/sampling.py",
+        "order >= cut[:, None], axis=-1) >= state.top_k",
+        "order >= cut[:, None], axis=-1) > state.top_k",
+        (f"{SAMPLING}::test_distribution[steps-top_k]",),
+    ),
+    Mutation(
+        "top_p is a share of what top_k left out too",
+        "llama_jax/sampling.py",
+        """\
+    logits = jnp.where(order >= kth[:, None], logits, -jnp.inf)
+    # Relative to the best token's, so that the sum is exact enough whatever the vocabulary.
+    weights = jnp.exp(logits - best)
+""",
+        """\
+    weights = jnp.exp(logits - best)
+    logits = jnp.where(order >= kth[:, None], logits, -jnp.inf)
+""",
+        (f"{SAMPLING}::test_min_p_comes_after_temperature_and_top_p_after_top_k",),
+    ),
+    Mutation(
+        "repetition penalty pulls negative logits up",
+        "llama_jax/sampling.py",
+        "jnp.where(logits > 0, logits / factor, logits * factor)",
+        "logits / factor",
+        (f"{SAMPLING}::test_repetition_penalty_pushes_negative_logits_down",),
+    ),
+    Mutation(
+        "repetition penalty spares the prompt",
+        "llama_jax/sampling.py",
+        "factor = jnp.where(generated | state.in_prompt,",
+        "factor = jnp.where(generated,",
+        (f"{SAMPLING}::test_penalties_and_bias[fields6-prompt6-want6]",),
+    ),
+    Mutation(
+        "presence penalty counts occurrences",
+        "llama_jax/sampling.py",
+        "state.presence[:, None] * generated",
+        "state.presence[:, None] * state.counts",
+        (f"{SAMPLING}::test_penalties_and_bias[fields1-prompt1-want1]",),
+    ),
+    Mutation(
+        "every step draws the same noise",
+        "llama_jax/sampling.py",
+        "jax.random.fold_in(key, state.step)",
+        "jax.random.fold_in(key, 0)",
+        (f"{SAMPLING}::test_sampler_is_pure_and_differs_by_step",),
+    ),
+    Mutation(
+        "log-probabilities of the penalised logits",
+        "llama_jax/sampling.py",
+        "token_logprobs(raw, tokens, options.logprobs)",
+        "token_logprobs(logits, tokens, options.logprobs)",
+        (f"{SAMPLING}::test_log_probabilities_are_of_the_raw_logits",),
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (*ROPE, *LAYERS, *ATTENTION, *EXPERTS, *CONVERSION, *TEXT, *SAMPLER)

@@ -1,0 +1,47 @@
+"""Tests that other tests left room for: each fails under a mutation that all others would let pass."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from helpers import load_golden
+
+from llama_jax import decode, sampling
+from llama_jax.sampling import SamplingParams, make_sampler
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_every_stop_id_ends_a_row(place: str) -> None:
+    """The ids are sorted on the way to the device and fill the row's whole width: each place of it counts."""
+    golden = load_golden("llama2-mha")
+    prompt = golden.tokens[0][golden.mask[0]].tolist()
+    tokens = golden.greedy[0].tolist()
+    stop = next(t for t in tokens[2:] if 3 <= t < golden.config.vocab_size - 3)
+    unused = [t for t in range(golden.config.vocab_size) if t not in tokens]
+    below, above = [t for t in unused if t < stop], [t for t in unused if t > stop]
+    others = {"first": above[:3], "middle": [below[0], *above[:2]], "last": below[:3]}[place]
+    assert len(others) == 3
+
+    params = SamplingParams(temperature=0.0, ignore_eos=True, stop_token_ids=[*others, stop])
+    options, sampler = make_sampler([params], [prompt], golden.config.vocab_size)
+    assert sampler.stop_ids.shape == (1, 4)
+    room = len(tokens)
+    capacity = decode.cache_bucket(decode.prompt_bucket(len(prompt)) + room)
+    logits, cache, _ = decode.prefill(
+        golden.params, golden.config, [prompt], rows=1, capacity=capacity, dtype=np.float32
+    )
+    lengths, limits = (np.asarray([n], np.int32) for n in (len(prompt), room))
+    state, _ = decode.first_token(logits, cache, sampler, lengths, limits, options=options, room=room)
+    _, progress = decode.advance(golden.params, state, np.int32(room), config=golden.config, options=options)
+    assert int(progress.step) == tokens.index(stop) + 1
+    assert progress.finished_by_stop.tolist() == [True]
+
+
+def test_top_p_that_the_likeliest_tokens_reach_exactly() -> None:
+    """The smallest set of tokens whose probabilities reach top_p: at 0.5 of (0.5, 0.25, 0.25) it is the first alone."""
+    logits = np.log(np.asarray([[0.25, 0.5, 0.25]], np.float32))
+    for top_p, kept in ((0.5, [1]), (0.501, [0, 1, 2])):
+        _, state = make_sampler([SamplingParams(top_p=top_p)], [[]], 3)
+        cut = jax.jit(sampling._truncate)(logits, state)
+        assert np.flatnonzero(np.isfinite(cut[0])).tolist() == kept

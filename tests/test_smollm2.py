@@ -1,0 +1,109 @@
+"""The default model against Hugging Face transformers, which read the dequantised weights of the same GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.chat import chat_text, encode_chat
+from llama_jax.generate import batch_generate, generate, stream_generate
+from llama_jax.loading import Model
+from llama_jax.model import forward
+from llama_jax.sampling import SamplingParams
+from llama_jax.tokenizer import Tokenizer
+
+Loaded = tuple[Model, Tokenizer]
+ENTRIES = json.loads((Path(__file__).parent / "data" / "goldens" / "smollm2-135m-instruct.json").read_text())
+NAMES = [entry.get("prompt") or entry["messages"][-1]["content"] for entry in ENTRIES]
+PADDED = 48  # one shape for all prompts
+
+
+def ids_of(loaded: Loaded, prompts: list[Any], params: list[SamplingParams]) -> list[tuple[int, ...]]:
+    return [output.outputs[0].token_ids for output in batch_generate(*loaded, prompts, params)]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
+def test_token_ids_and_chat_text(smollm2: Loaded, entry: dict[str, Any]) -> None:
+    _, tokenizer = smollm2
+    if "prompt" in entry:
+        assert tokenizer.encode(entry["prompt"]) == entry["ids"]
+        assert tokenizer.decode(entry["ids"]) == entry["prompt"]
+    else:
+        assert chat_text(tokenizer, entry["messages"]) == entry["text"]
+        assert encode_chat(tokenizer, entry["messages"]) == entry["ids"]
+        assert tokenizer.encode(entry["text"]) == entry["ids"]
+    assert tokenizer.decode(entry["greedy"], skip_special_tokens=False) == entry["greedy_text"]
+
+
+@pytest.fixture(scope="module")
+def logits(smollm2: Loaded) -> np.ndarray:
+    """float32 [entries, PADDED, vocab], of all prompts in one right-padded batch."""
+    model, _ = smollm2
+    tokens = np.zeros((len(ENTRIES), PADDED), np.int32)
+    positions = np.full_like(tokens, -1)
+    for row, entry in enumerate(ENTRIES):
+        tokens[row, : len(entry["ids"])] = entry["ids"]
+        positions[row, : len(entry["ids"])] = np.arange(len(entry["ids"]))
+    run = jax.jit(forward, static_argnames="config")
+    out, _ = run(model.params, model.config, jnp.asarray(tokens), jnp.asarray(positions))
+    return np.asarray(out)
+
+
+@pytest.mark.parametrize("row", range(len(ENTRIES)), ids=NAMES)
+def test_logits_and_likelihood(logits: np.ndarray, row: int) -> None:
+    entry = ENTRIES[row]
+    ids = np.asarray(entry["ids"])
+    own = logits[row, : len(ids)]
+    best = np.argsort(-own[-1], kind="stable")[:20]
+    assert best.tolist() == entry["top_ids"]
+    np.testing.assert_allclose(own[-1][best], entry["top_logits"], atol=1e-3)
+    logprobs = np.asarray(jax.nn.log_softmax(own[:-1].astype(np.float32)))
+    assert -logprobs[np.arange(len(ids) - 1), ids[1:]].mean() == pytest.approx(entry["nll"], abs=1e-4)
+
+
+def test_greedy_tokens(smollm2: Loaded) -> None:
+    """All prompts as one batch, with the cache: token for token."""
+    prompts = [entry["ids"] for entry in ENTRIES]
+    outputs = batch_generate(*smollm2, prompts, SamplingParams(temperature=0.0, max_tokens=48))
+    for entry, output in zip(ENTRIES, outputs, strict=True):
+        assert list(output.outputs[0].token_ids) == entry["greedy"]
+        assert output.text == entry["greedy_text"].removesuffix("<|im_end|>")
+        assert output.outputs[0].finish_reason == ("length" if len(entry["greedy"]) == 48 else "stop")
+
+
+def test_the_first_question(smollm2: Loaded) -> None:
+    entry = ENTRIES[0]
+    steps = list(stream_generate(*smollm2, entry["prompt"], max_tokens=48))
+    assert [step.token for step in steps] == entry["greedy"]
+    assert "".join(step.text for step in steps) == entry["greedy_text"].removesuffix("<|im_end|>")
+    assert generate(*smollm2, entry["prompt"], max_tokens=48, stop=["\n"]) == " Paris."
+
+
+def test_a_row_does_not_depend_on_its_batch(smollm2: Loaded) -> None:
+    """The same rows alone and in batches of 2, 7 and 8, permuted: identical ids."""
+    prompts = [*(entry["ids"] for entry in ENTRIES), "日本の首都は", "x = [", "🙂"]
+    params = [SamplingParams(seed=i, temperature=0.9, top_p=0.95, max_tokens=10) for i in range(8)]
+    params[3] = dataclasses.replace(params[3], temperature=0.0)
+    rng = np.random.default_rng(1)
+    whole = ids_of(smollm2, prompts, params)
+    assert len(set(whole)) == 8
+    for size in (1, 1, 2, 2, 7, 8):
+        rows = rng.permutation(8)[:size].tolist()
+        got = ids_of(smollm2, [prompts[i] for i in rows], [params[i] for i in rows])
+        assert got == [whole[i] for i in rows], rows
+
+
+def test_bfloat16(smollm2: Loaded) -> None:
+    """Not the same numbers, but the same answer."""
+    model, tokenizer = smollm2
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    half = dataclasses.replace(model, params=params)
+    assert half.dtype == jnp.bfloat16
+    assert generate(half, tokenizer, ENTRIES[0]["prompt"], max_tokens=2) == " Paris."
