@@ -5,7 +5,8 @@
     model, tokenizer = lj.load()
     print(lj.generate(model, tokenizer, "The capital of France is", max_tokens=8))
 
-Everything here is imported when it is first used: `import llama_jax` alone imports neither jax nor numpy.
+Everything here is imported when it is first used: `import llama_jax` alone imports neither jax nor numpy. Conversion is
+`llama_jax.convert.convert`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
     from llama_jax.chat import encode_chat, render_chat
     from llama_jax.checkpoint import load_params, open_checkpoint, save, verify
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
-    from llama_jax.convert import convert
     from llama_jax.errors import LlamaJaxError
     from llama_jax.flax_module import Llama
-    from llama_jax.generate import batch_generate, generate, stream_generate
+    from llama_jax.generation import batch_generate, generate, stream_generate
     from llama_jax.loading import Model, load
     from llama_jax.model import activation_names, forward
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
@@ -35,10 +35,9 @@ _HOME = {
     "chat": ("encode_chat", "render_chat"),
     "checkpoint": ("load_params", "open_checkpoint", "save", "verify"),
     "config": ("LlamaConfig", "config_from_hf", "config_to_hf", "preset"),
-    "convert": ("convert",),
     "errors": ("LlamaJaxError",),
     "flax_module": ("Llama",),
-    "generate": ("batch_generate", "generate", "stream_generate"),
+    "generation": ("batch_generate", "generate", "stream_generate"),
     "loading": ("Model", "load"),
     "model": ("activation_names", "forward"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
@@ -61,7 +60,6 @@ __all__ = [
     "batch_generate",
     "config_from_hf",
     "config_to_hf",
-    "convert",
     "count_params",
     "encode_chat",
     "forward",

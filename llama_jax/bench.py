@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from llama_jax import runtime
 from llama_jax.config import LlamaConfig, MoeSpec, preset
 from llama_jax.fuse import fuse_layer
-from llama_jax.generate import batch_generate
+from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.loading import Model
 from llama_jax.params import init_leaf, param_specs, unflatten

@@ -316,6 +316,7 @@ def configs(draw: st.DrawFn, name: str) -> LlamaConfig:
         num_kv_heads=kv_heads,
         head_dim=2 * draw(st.integers(1, 64)),
         layers=tuple(layers),
+        hf_mlp_module=family.mlp_module,
         rope=draw(ropes(max_positions, family.interleaved_rope)),
         rms_norm_eps=draw(st.floats(1e-8, 1e-2)),
         activation=draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"])),

@@ -1,4 +1,4 @@
-"""Tests that other tests left room for: each fails under a mutation that all others would let pass."""
+"""What other tests left room for: each test here fails under a mutation that the tests of its module let pass."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_computing_part_needs_no_optional_package() -> None:
         "sampling",
         "decode",
         "checkpoint",
-        "generate",
+        "generation",
     )
     code = f"""
 import importlib, sys

@@ -65,7 +65,7 @@ def test_programs_are_kept_from_one_process_to_the_next(tmp_path: Path) -> None:
 import sys; sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]
 from pathlib import Path
 import jax
-from llama_jax.generate import generate
+from llama_jax.generation import generate
 from llama_jax.loading import load
 from tiny_chat_model import write_chat_model
 folder = Path("model")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from llama_jax.chat import chat_text, encode_chat
-from llama_jax.generate import batch_generate, generate, stream_generate
+from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.loading import Model
 from llama_jax.model import forward
 from llama_jax.sampling import SamplingParams

@@ -60,7 +60,7 @@ def attention_reference(
     kv_segments: jax.Array | None = None,
 ) -> jax.Array:
     """See `llama_jax.kernels.attention.attention`."""
-    batch, q_len, q_heads, head_dim = q.shape
+    batch, q_len, _, head_dim = q.shape
     kv_heads = k.shape[1]
     precision = matmul_precision(q.dtype)
     # Two batched products per key/value head, k and v as they lie in memory: only the queries are moved.

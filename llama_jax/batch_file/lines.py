@@ -10,7 +10,7 @@ from typing import Any
 from llama_jax.chat import encode_chat
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import LlamaJaxError, RequestError
-from llama_jax.generate import encode_prompt, token_limit
+from llama_jax.generation import encode_prompt, token_limit
 from llama_jax.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from llama_jax.sampling import SamplingParams
 from llama_jax.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ import jax
 from llama_jax.batch_file.journal import Journal
 from llama_jax.batch_file.lines import Request, output_record, parse_line
 from llama_jax.errors import DoesNotFit, RequestError
-from llama_jax.generate import batch_generate
+from llama_jax.generation import batch_generate
 from llama_jax.loading import Model
 from llama_jax.sampling import SamplingParams
 from llama_jax.tokenizer import Tokenizer

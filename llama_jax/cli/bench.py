@@ -11,6 +11,7 @@ from llama_jax.cli.terminal import print_json
 
 
 @click.command(
+    name="bench",
     epilog=examples(
         "llama-jax bench",
         "llama-jax bench --batch 1 --batch 8 --prompt 128 --new 64 --json",

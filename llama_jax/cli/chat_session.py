@@ -25,7 +25,7 @@ from llama_jax.cli.chat_conversation import (
 from llama_jax.cli.chat_screen import Reader, Screen, catch_interrupt
 from llama_jax.cli.terminal import print_json
 from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
-from llama_jax.generate import stream_generate
+from llama_jax.generation import stream_generate
 from llama_jax.loading import Model
 from llama_jax.outputs import StreamOutput
 from llama_jax.runtime import device_name

@@ -85,7 +85,7 @@ def command(
 
         ids = encode_chat(tokenizer, conversation)
     else:
-        from llama_jax.generate import encode_prompt
+        from llama_jax.generation import encode_prompt
 
         assert text is not None
         ids = encode_prompt(tokenizer, text)
@@ -100,7 +100,7 @@ def _limited(params: SamplingParams, model: Model, prompt_length: int) -> Sampli
     """Without a limit of the user's: the default one, or less where the context ends sooner."""
     import dataclasses
 
-    from llama_jax.generate import token_limit
+    from llama_jax.generation import token_limit
 
     if params.max_tokens is not None:
         return params
@@ -116,7 +116,7 @@ def _limited(params: SamplingParams, model: Model, prompt_length: int) -> Sampli
 
 
 def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, *, quiet: bool) -> None:
-    from llama_jax.generate import stream_generate
+    from llama_jax.generation import stream_generate
     from llama_jax.runtime import device_name
 
     steps = stream_generate(model, tokenizer, ids, params)
@@ -143,7 +143,7 @@ def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: Sampling
 
 
 def _print_object(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams) -> None:
-    from llama_jax.generate import batch_generate
+    from llama_jax.generation import batch_generate
     from llama_jax.runtime import device_name
 
     (output,) = batch_generate(model, tokenizer, [ids], params)
