@@ -113,6 +113,7 @@ class RowText:
 
     def __post_init__(self) -> None:
         self._detokenizer = self.tokenizer.detokenizer(prompt_ids=self.prompt_ids) if self.tokenizer else None
+        self._known_ids = self.tokenizer.vocab_size if self.tokenizer else 0
         self._pending = ""
 
     def add(self, token_id: int, *, limit: int) -> str:
@@ -120,7 +121,8 @@ class RowText:
         self.token_ids.append(token_id)
         ended = token_id in self.stop_ids and len(self.token_ids) >= self.params.min_tokens
         last = ended or len(self.token_ids) >= limit
-        if self._detokenizer and not ended:
+        # Some models' vocabularies are padded beyond their tokenizer's: such an id has no text.
+        if self._detokenizer and not ended and token_id < self._known_ids:
             self._pending += self._detokenizer.add(token_id)
         if self._detokenizer and last:
             self._pending += self._detokenizer.finish()

@@ -155,3 +155,11 @@ def test_any_stop_strings(tokenizer: Tokenizer, text: str, stop: list[str], whol
             return
     assert row.text == text
     assert row.finish_reason == ("length" if ids else None)
+
+
+def test_ids_beyond_the_tokenizer_have_no_text(tokenizer: Tokenizer) -> None:
+    """The vocabulary of some models is padded: their tokenizer does not know the last ids."""
+    ids = byte_ids(tokenizer, "ab")
+    row, _ = feed(tokenizer, [ids[0], tokenizer.vocab_size, ids[1]], limit=3)
+    assert row.text == "ab"
+    assert row.token_ids[1] == tokenizer.vocab_size

@@ -16,7 +16,7 @@ from llama_jax.cli.terminal import print_json
         "llama-jax bench",
         "llama-jax bench --batch 1 --batch 8 --prompt 128 --new 64 --json",
         "llama-jax bench --preset llama-3.1-8b --batch 1 --batch 32",
-    )
+    ),
 )
 @model_option
 @click.option("--preset", metavar="NAME", help="Random weights of a published shape, made on the device.")

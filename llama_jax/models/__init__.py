@@ -61,8 +61,13 @@ def cache_dir() -> Path:
     """Folder of converted models, which may not exist yet: LLAMA_JAX_CACHE, else this system's cache folder."""
     if value := os.environ.get(CACHE_VARIABLE):
         return Path(value).expanduser()
-    import platformdirs
-
+    try:
+        import platformdirs
+    except ImportError as error:
+        raise StorageError(
+            "the package platformdirs is not installed, so there is no default for the cache folder",
+            hint=f"set {CACHE_VARIABLE} to a folder, or run: pip install platformdirs",
+        ) from error
     return Path(platformdirs.user_cache_dir("llama_jax"))
 
 
