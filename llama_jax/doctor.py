@@ -205,7 +205,7 @@ def _cache() -> Path | None:
     """The cache folder; None where the package that knows it is missing, which is a finding of its own."""
     try:
         return cache_dir()
-    except ImportError:
+    except StorageError:
         return None
 
 

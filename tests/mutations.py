@@ -467,8 +467,8 @@ TEXT: tuple[Mutation, ...] = (
     Mutation(
         "stop id shown as text",
         "llama_jax/outputs.py",
-        "if self._detokenizer and not ended:",
-        "if self._detokenizer:",
+        "if self._detokenizer and not ended and token_id < self._known_ids:",
+        "if self._detokenizer and token_id < self._known_ids:",
         ("tests/test_outputs.py::test_stop_id_is_kept_in_the_ids_and_has_no_text",),
     ),
 )
