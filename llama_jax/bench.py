@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from llama_jax import runtime
 from llama_jax.config import LlamaConfig, MoeSpec, preset
-from llama_jax.fuse import fuse_layer
+from llama_jax.fuse import fuse_in_place
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.loading import Model
@@ -89,8 +89,7 @@ def random_model(name: str, dtype: DTypeLike) -> Model:
     }
     params = unflatten(flat)
     del flat
-    for index, layer in params["layers"].items():
-        params["layers"][index] = fuse_layer(layer, config)
+    fuse_in_place(params, config)
     return Model(params, config, name=name)
 
 

@@ -19,6 +19,12 @@ def fuse_params(params: Params, config: LlamaConfig) -> Params:
     return {**params, "layers": layers}
 
 
+def fuse_in_place(params: Params, config: LlamaConfig) -> None:
+    """As `fuse_params`, but changes the tree, layer by layer, so that no more than one layer exists twice."""
+    for name, layer in params["layers"].items():
+        params["layers"][name] = fuse_layer(layer, config)
+
+
 def fuse_layer(layer: Params, config: LlamaConfig) -> Params:
     """One layer of `fuse_params`."""
     names = ("q_proj", "k_proj", "v_proj")

@@ -203,8 +203,7 @@ class _Batch:
         rows, limits = [], []
         for i in row_prompt:
             p = each[i]
-            stops = {*p.stop_token_ids, *(() if p.ignore_eos else model.eos_token_ids)}
-            rows.append(RowText(tokenizer, p, frozenset(stops), ids[i]))
+            rows.append(RowText(tokenizer, p, p.ending_ids(model.eos_token_ids), ids[i]))
             limits.append(token_limit(config, len(ids[i]), p.max_tokens))
         return cls(model, ids, list(each), row_prompt, rows, limits, [[] for _ in rows])
 

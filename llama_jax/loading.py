@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from llama_jax import runtime
 from llama_jax.checkpoint import Progress, load_params, open_checkpoint
 from llama_jax.config import LlamaConfig
-from llama_jax.fuse import fuse_layer
+from llama_jax.fuse import fuse_in_place
 from llama_jax.models import DEFAULT_MODEL, resolve
 from llama_jax.params import Params
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
@@ -94,7 +94,5 @@ def load(
         progress=progress,
     )
     if fuse:
-        # Layer by layer in place, so that no more than one layer exists twice.
-        for name, layer in params["layers"].items():
-            params["layers"][name] = fuse_layer(layer, checkpoint.config)
+        fuse_in_place(params, checkpoint.config)
     return Model(params, checkpoint.config, mesh, checkpoint.generation_config, str(model)), tokenizer

@@ -109,6 +109,10 @@ class SamplingParams:
         """Whether the most likely token is taken every time."""
         return self.temperature < GREEDY_BELOW
 
+    def ending_ids(self, eos_token_ids: Sequence[int]) -> frozenset[int]:
+        """Every id that ends a text: the model's own, unless ignored, and stop_token_ids."""
+        return frozenset({*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids})
+
     def check_vocab(self, vocab_size: int) -> None:
         """Raises RequestError if a token id lies outside of the vocabulary."""
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
@@ -230,7 +234,7 @@ def make_sampler(
         for row_mask, prompt in zip(in_prompt, prompts, strict=True):
             row_mask[list(prompt)] = True
         counts = np.zeros((rows, vocab_size), np.int32)
-    stops = [sorted({*(() if p.ignore_eos else eos_token_ids), *p.stop_token_ids}) for p in params]
+    stops = [sorted(p.ending_ids(eos_token_ids)) for p in params]
     # A few widths only, so that the number of stop ids does not make a new program.
     width = max(4, 1 << (max((len(s) for s in stops), default=0) - 1).bit_length())
     stop_ids = np.full((rows, width), -1, np.int32)

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import LLAMA, MIXTRAL, permute, write_gguf
+from tiny_models import LLAMA, MIXTRAL, assert_equal, loaded, permute, write_gguf
 
-from llama_jax.checkpoint import load_params, open_checkpoint
+from llama_jax.checkpoint import open_checkpoint
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
 from llama_jax.convert.gguf import GgufModel, half_rotation
 from llama_jax.convert.gguf_file import GgufFile
 from llama_jax.errors import CheckpointError, LlamaJaxError, UnsupportedModel
 from llama_jax.models import bundled, cache_dir, resolve
-from llama_jax.params import flatten, param_specs
+from llama_jax.params import param_specs
 
 QWEN3 = LLAMA | {"model_type": "qwen3", "attention_bias": False}
 QWEN2 = LLAMA | {"model_type": "qwen2"}
@@ -40,18 +40,6 @@ def without_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     import llama_jax.convert.gguf_tokenizer as module
 
     monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {"tokenizer.json": "{}"})
-
-
-def loaded(path: Path) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in flatten(load_params(path)).items()}
-
-
-def assert_equal(path: Path, leaves: dict[str, np.ndarray]) -> None:
-    found = loaded(path)
-    assert found.keys() == leaves.keys()
-    for name, leaf in leaves.items():
-        assert found[name].dtype == leaf.dtype, name
-        assert found[name].tobytes() == leaf.tobytes(), name
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from tiny_models import DTYPES, LLAMA, LLAMA4, MIXTRAL, hf_tensors, random_leaves, write_hf
+from tiny_models import DTYPES, LLAMA, LLAMA4, MIXTRAL, assert_equal, hf_tensors, loaded, random_leaves, write_hf
 
-from llama_jax.checkpoint import is_checkpoint, load_params, open_checkpoint, verify
+from llama_jax.checkpoint import is_checkpoint, open_checkpoint, verify
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
 from llama_jax.convert.model_source import count_nonfinite
@@ -30,21 +30,8 @@ from llama_jax.errors import (
     StorageError,
     UnsupportedModel,
 )
-from llama_jax.params import flatten
 
 GOLDENS = sorted(p.name for p in (Path(__file__).parent / "data" / "goldens").iterdir() if p.is_dir())
-
-
-def loaded(path: Path) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in flatten(load_params(path)).items()}
-
-
-def assert_equal(path: Path, leaves: dict[str, np.ndarray]) -> None:
-    found = loaded(path)
-    assert found.keys() == leaves.keys()
-    for name, leaf in leaves.items():
-        assert found[name].dtype == leaf.dtype, name
-        assert found[name].tobytes() == leaf.tobytes(), name
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from llama_jax.checkpoint import load_params
 from llama_jax.config import LlamaConfig, config_from_hf
-from llama_jax.params import param_specs
+from llama_jax.params import flatten, param_specs
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -161,3 +162,17 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return leaves
+
+
+def loaded(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint by their dotted names."""
+    return {name: np.asarray(leaf) for name, leaf in flatten(load_params(path)).items()}
+
+
+def assert_equal(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
+    """The checkpoint holds just these tensors, bit for bit."""
+    found = loaded(path)
+    assert found.keys() == leaves.keys()
+    for name, leaf in leaves.items():
+        assert found[name].dtype == leaf.dtype, name
+        assert found[name].tobytes() == leaf.tobytes(), name
