@@ -13,8 +13,7 @@ from llama_jax.cache import KVCache, LayerCache
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, attention
-from llama_jax.kernels.precision import matmul_precision
-from llama_jax.layers import linear, mlp, moe, position_queries_and_keys, project_qkv, rms_norm
+from llama_jax.layers import linear, mlp, moe, position_queries_and_keys, product, project_qkv, rms_norm
 from llama_jax.params import Params, flatten, projection_names
 from llama_jax.rope import rope_angles
 
@@ -241,7 +240,7 @@ def _layer(
 
 def _logits(x: jax.Array, params: Params, config: LlamaConfig) -> jax.Array:
     weight = params["embed" if config.tie_word_embeddings else "lm_head"]["weight"]
-    return jnp.einsum("btd,vd->btv", x, weight, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
+    return product(x, weight)
 
 
 class _Capture:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from llama_jax.layers import (
     mlp,
     moe,
     position_queries_and_keys,
+    product,
     project_qkv,
     rms_norm,
 )
@@ -45,6 +48,21 @@ def test_linear() -> None:
     expected = x @ (weight + 0.25 * b @ a).T + bias
     np.testing.assert_allclose(linear(x, {"weight": weight, "bias": bias}, adapter), expected, atol=1e-5)
     assert lora(x, None) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (2, 8), (17,), (3, 40)])
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_product_of_few_and_many_rows(shape: tuple[int, ...], transform: Callable) -> None:
+    """Up to 16 rows take another road on the CPU; values and gradients are those of float64."""
+    x, weight, direction = normal(*shape, 40), normal(24, 40), normal(*shape, 24)
+    x64, weight64, direction64 = (np.asarray(a, np.float64) for a in (x, weight, direction))
+    out, pull = jax.vjp(transform(product), x, weight)
+    grad_x, grad_weight = pull(direction)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, x64 @ weight64.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(grad_x, direction64 @ weight64, rtol=1e-5, atol=1e-5)
+    expected = direction64.reshape(-1, 24).T @ x64.reshape(-1, 40)
+    np.testing.assert_allclose(grad_weight, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
