@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from llama_jax.convert.hf_names import Recipe, recipe, text_name
 from llama_jax.convert.model_source import some
 from llama_jax.convert.safetensors_file import DTYPES, SafetensorsFile
 from llama_jax.convert.torch_file import TorchFile
-from llama_jax.convert.weight_file import WeightFile
+from llama_jax.convert.weight_file import WeightFile, same_tensor
 from llama_jax.errors import CheckpointError, UnsupportedModel
 from llama_jax.params import ParamSpec, param_specs
 
@@ -167,11 +167,7 @@ class HuggingFaceFolder:
             self._where[embed] = self._where.pop(head)
             return
         (a, a_name), (b, b_name) = self._where[head], self._where[embed]
-        x, y = a.entries[a_name], b.entries[b_name]
-        same = (x.dtype, x.shape) == (y.dtype, y.shape) and all(
-            np.array_equal(p, q) for p, q in zip(_blocks(a, a_name), _blocks(b, b_name), strict=True)
-        )
-        if not same:
+        if not same_tensor(a, a_name, b, b_name):
             raise CheckpointError(
                 f"{a.path}: {CONFIG} says tie_word_embeddings, but tensor {a_name} differs from {b_name}",
                 hint="set tie_word_embeddings to false in config.json if the model has its own output projection",
@@ -181,14 +177,6 @@ class HuggingFaceFolder:
 
 _AGAIN = "the folder is damaged or was not downloaded completely; get it again"
 _MATCH = "config.json and the weights do not belong together, or the download is incomplete"
-
-
-def _blocks(file: WeightFile, name: str, size: int = 16 << 20) -> Iterator[np.ndarray]:
-    nbytes = file.entries[name].nbytes
-    for start in range(0, nbytes, size):
-        block = np.empty(min(size, nbytes - start), np.uint8)
-        file.read_into(name, block, start)
-        yield block
 
 
 def _open_weights(path: Path) -> WeightFile:
