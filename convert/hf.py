@@ -42,7 +42,7 @@ class HuggingFaceFolder:
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
         self.path = path
-        hf = read_json(_inside(path, CONFIG))
+        hf = read_json(inside(path, CONFIG))
         self.config = config_from_hf(hf)
         self.source = Source("huggingface", name or path.resolve().name, revision, _licence(path))
         self._recipes: dict[str, Recipe] = {}
@@ -63,7 +63,7 @@ class HuggingFaceFolder:
     @property
     def generation_config(self) -> Mapping[str, Any]:
         file = self.path / GENERATION_CONFIG
-        return read_json(_inside(self.path, GENERATION_CONFIG)) if file.exists() else {}
+        return read_json(inside(self.path, GENERATION_CONFIG)) if file.exists() else {}
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -103,12 +103,10 @@ class HuggingFaceFolder:
 
     def _open(self, *, multimodal: bool) -> None:
         for shard, promised in _shards(self.path):
-            file = _open_weights(_inside(self.path, shard))
+            file = _open_weights(inside(self.path, shard))
             self._files.append(file)
             if absent := promised - file.entries.keys():
-                raise CheckpointError(
-                    f"{file.path} lacks tensor {some(absent)}, which the index promises", hint=_AGAIN
-                )
+                raise CheckpointError(f"{file.path} lacks tensor {some(absent)}, which the index promises", hint=_AGAIN)
             for name in file.entries:
                 plain = text_name(name, multimodal=multimodal)
                 if plain is None:
@@ -200,7 +198,7 @@ def _shards(path: Path) -> list[tuple[str, set[str]]]:
 
 
 def _indexed(path: Path, index: str) -> list[tuple[str, set[str]]]:
-    where = read_json(_inside(path, index)).get("weight_map")
+    where = read_json(inside(path, index)).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
         raise CheckpointError(f"{path / index} has no valid weight_map", hint=_AGAIN)
     shards: dict[str, set[str]] = {}
@@ -209,7 +207,7 @@ def _indexed(path: Path, index: str) -> list[tuple[str, set[str]]]:
     return sorted(shards.items())
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """A file of the folder. Refuses names and links that lead out of it.
 
     In the cache of huggingface_hub the files of a snapshot are links to `blobs` of the same model, which is fine.
@@ -237,10 +235,9 @@ def copied_files(path: Path) -> dict[str, bytes]:
     found = {}
     for file in sorted(path.iterdir()):
         if COPIED.fullmatch(file.name) and file.is_file():
-            inside = _inside(path, file.name)
-            if inside.stat().st_size > MAX_COPIED_BYTES:
-                raise CheckpointError(f"{file} has {inside.stat().st_size:,} bytes", hint="this is no tokenizer file")
-            found[file.name] = inside.read_bytes()
+            if file.stat().st_size > MAX_COPIED_BYTES:
+                raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes", hint="this is no tokenizer file")
+            found[file.name] = inside(path, file.name).read_bytes()
     return found
 
 
