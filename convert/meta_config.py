@@ -1,8 +1,8 @@
 """Meta's params.json to the keys of Hugging Face's config.json.
 
 Key names and defaults: `ModelArgs` in https://github.com/meta-llama/llama-models, models/llama3/args.py. What the file
-does not say (the context length, the factor of scaled rope) is fixed in Meta's code or model cards; the rules below give
-what the config.json of the same model on the Hugging Face hub says.
+does not say (the context length, the factor of scaled rope) is fixed in Meta's code or model cards; the rules below
+give what the config.json of the same model on the Hugging Face hub says.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def _rope(f: Fields, theta: float, *, scaled: bool, tied: bool) -> dict[str, Any
     return {
         "rope_type": "llama3",
         "rope_theta": theta,
-        # `apply_scaling` in models/llama3/model.py says 8. Llama 3.2 1B and 3B, the ones with tied embeddings, were made
-        # with 32, as their config.json says.
+        # `apply_scaling` in models/llama3/model.py says 8. Llama 3.2 1B and 3B, the ones with tied embeddings, were
+        # made with 32, as their config.json says.
         "factor": f.number("rope_scaling_factor", 32.0 if tied else 8.0),
         "low_freq_factor": 1.0,
         "high_freq_factor": f.number("rope_high_freq_factor", 4.0),

@@ -4,8 +4,8 @@ It is a list of tokens in the format of tiktoken (https://github.com/openai/tikt
 each, its bytes in base64 and its rank, which is its id. How text is cut, and the control tokens, stand in Meta's code:
 https://github.com/meta-llama/llama-models, models/llama3/tokenizer.py.
 
-tiktoken joins the two neighbours whose union has the lowest rank, again and again. As a list of merges that is every way
-to make a token out of two others, in the order of the token's rank.
+tiktoken joins the two neighbours whose union has the lowest rank, again and again. As a list of merges that is every
+way to make a token out of two others, in the order of the token's rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SPECIAL_TOKENS = 256
 """Control tokens, behind the tokens of the file."""
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d{1,7}")
-_NAMED: Mapping[bool, Mapping[int, str]] = {
+_NAMED: Mapping[bool, dict[int, str]] = {
     False: {6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"},
     True: {
         4: "<|finetune_right_pad_id|>",
@@ -102,8 +102,8 @@ def tokenizer_files(ranked: list[bytes], *, llama31: bool, context: int) -> dict
       context: the model's context length in tokens.
 
     Returns:
-      File name to content: tokenizer.json, tokenizer_config.json and special_tokens_map.json. There is no chat template,
-      since Meta's own is code.
+      File name to content: tokenizer.json, tokenizer_config.json and special_tokens_map.json. There is no chat
+      template, since Meta's own is code.
     """
     letter = {byte: char for char, byte in byte_alphabet().items()}
     spelled = {token: "".join(letter[byte] for byte in token) for token in ranked}

@@ -1,7 +1,7 @@
 """Reading the files of `torch.save` (.bin, .pth, .pt) without torch, and without running the pickle inside.
 
-Since torch 1.6 such a file is a zip archive: `data.pkl` describes the tensors, `data/0`, `data/1`, ... hold the numbers.
-Before, it was a sequence of pickles with the numbers behind them. Formats: `_save` and `_legacy_save` in
+Since torch 1.6 such a file is a zip archive: `data.pkl` describes the tensors, `data/0`, `data/1`, ... hold the
+numbers. Before, it was a sequence of pickles with the numbers behind them. Formats: `_save` and `_legacy_save` in
 https://github.com/pytorch/pytorch/blob/main/torch/serialization.py.
 """
 
@@ -66,7 +66,7 @@ class TorchEntry:
 class TorchFile:
     """An open file of `torch.save` that holds a state dict; see `convert.weight_file.WeightFile`.
 
-    Tensors may share a storage (tied weights) and may be views of any strides. Parts of a tensor that overlap each other
+    Tensors may share a storage (tied weights) and may be views of any strides. Elements that stand for several
     (`Tensor.expand`) are refused, so that no tensor is larger than the file.
 
     Attributes:
@@ -112,7 +112,7 @@ class TorchFile:
             self._gather(name, entry, flat, skip)
 
     def _gather(self, name: str, entry: TorchEntry, flat: np.ndarray, skip: int) -> None:
-        """Reads the part of the file in which the wanted rows (of the first dimension) lie, and picks them out of it."""
+        """Reads the part of the file in which the wanted rows (of the first dimension) lie, and picks them out."""
         row = entry.nbytes // entry.shape[0]
         first, last = skip // row, -(-(skip + len(flat)) // row)
         shape = (last - first, *entry.shape[1:])
