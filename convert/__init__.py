@@ -1,4 +1,4 @@
-"""Conversion of checkpoints from other formats: Hugging Face safetensors folders and GGUF files."""
+"""Conversion of checkpoints from other formats: Hugging Face folders, folders of Meta and GGUF files."""
 
 from __future__ import annotations
 

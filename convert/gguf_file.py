@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llama_jax.convert.model_source import BFLOAT16
+from llama_jax.convert.weight_file import read_at
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 _HINT = "the file is damaged or was not downloaded completely; get it again"
@@ -115,12 +116,7 @@ class GgufFile:
         return out
 
     def _fill(self, out: np.ndarray, offset: int, name: str) -> None:
-        view, done = memoryview(out), 0
-        while done < len(view):
-            n = os.preadv(self._file.fileno(), [view[done : done + (1 << 30)]], offset + done)
-            if n == 0:
-                raise CheckpointError(f"{self.path}: the file ends within tensor {name}", hint=_HINT)
-            done += n
+        read_at(self._file.fileno(), memoryview(out), offset, self.path, f"tensor {name}")
 
     def _bad(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {what} (near byte {self._file.tell()} of {self._size})", hint=_HINT)

@@ -12,6 +12,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.errors import TokenizerError, UnsupportedModel
+from llama_jax.tokenizer.byte_level_bpe import (
+    CONTRACTIONS,
+    LLAMA3_SPLIT,
+    PUNCTUATION_AND_SPACE,
+    pre_tokenizer,
+    tokenizer_json,
+)
 from llama_jax.tokenizer.detokenizer import byte_alphabet
 from llama_jax.tokenizer.sentencepiece_bpe import (
     PieceType,
@@ -21,24 +28,21 @@ from llama_jax.tokenizer.sentencepiece_bpe import (
     merges_by_score,
 )
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_PUNCTUATION_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
 
-_LLAMA3 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_PUNCTUATION_AND_SPACE}"
-_QWEN2 = rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_PUNCTUATION_AND_SPACE}"
-_PUNCTUATION_AND_SLASH = _PUNCTUATION_AND_SPACE.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+_QWEN2 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{PUNCTUATION_AND_SPACE}"
+_PUNCTUATION_AND_SLASH = PUNCTUATION_AND_SPACE.replace(r"[\r\n]*", r"[\r\n/]*", 1)
 _TEKKEN = rf"{_CASED.replace('{0}', '')}|\p{{N}}|{_PUNCTUATION_AND_SLASH}"
-_LLAMA4 = rf"{_CASED.replace('{0}', _CONTRACTIONS + '?')}|\p{{N}}{{1,3}}|{_PUNCTUATION_AND_SLASH}"
+_LLAMA4 = rf"{_CASED.replace('{0}', CONTRACTIONS + '?')}|\p{{N}}{{1,3}}|{_PUNCTUATION_AND_SLASH}"
 
 _SPLITS: Mapping[str, str | None] = {
     # None is GPT-2's split. SmolLM's own tokenizer also sets every digit apart; transformers' GGUF reader does not,
     # which shows where two or more spaces stand before a digit, and beside digits beyond 0 to 9.
     "gpt-2": None,
     "smollm": None,
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3", "pixtral", "dbrx"), _LLAMA3),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3", "pixtral", "dbrx"), LLAMA3_SPLIT),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
     "tekken": _TEKKEN,
     **dict.fromkeys(("llama4", "gpt-4o"), _LLAMA4),
@@ -160,42 +164,22 @@ def _byte_level(metadata: Mapping[str, object], tokens: Sequence[str], types: Se
         for token in added_tokens(tokens, types)
         if types[token["id"]] != PieceType.UNKNOWN and original[token["id"]] == token["content"]
     ]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": _pre_tokenizer(metadata.get("tokenizer.ggml.pre")),
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "vocab": vocab,
-            "merges": _merges(metadata),
-        },
-    }
+    return tokenizer_json(
+        vocab, _merges(metadata), added=added, pre_tokenizer=_pre_tokenizer(metadata.get("tokenizer.ggml.pre"))
+    )
 
 
 def _pre_tokenizer(name: object) -> dict[str, Any]:
     """How text is split before merging, for a value of tokenizer.ggml.pre."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     if name in _DIGITS_APART:
-        return {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level]}
+        digits = {"type": "Digits", "individual_digits": True}
+        return {"type": "Sequence", "pretokenizers": [digits, pre_tokenizer(None)]}
     if not isinstance(name, str) or name not in _SPLITS:
         raise UnsupportedModel(
             f"the GGUF pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known",
             hint="convert the model's Hugging Face folder instead; its tokenizer.json says how to split text",
         )
-    pattern = _SPLITS[name]
-    if pattern is None:
-        return byte_level
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
+    return pre_tokenizer(_SPLITS[name])
 
 
 def _sentencepiece(metadata: Mapping[str, object], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Reading Hugging Face folders: config.json and safetensors files, one or several with an index."""
+"""Reading Hugging Face folders: config.json and weights in safetensors or .bin files, one or several with an index."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,15 @@ from llama_jax.config import config_from_hf
 from llama_jax.convert.hf_names import Recipe, recipe, text_name
 from llama_jax.convert.model_source import some
 from llama_jax.convert.safetensors_file import DTYPES, SafetensorsFile
+from llama_jax.convert.torch_file import TorchFile
+from llama_jax.convert.weight_file import WeightFile, same_tensor
 from llama_jax.errors import CheckpointError, UnsupportedModel
 from llama_jax.params import ParamSpec, param_specs
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
+"""One file of weights, or the index of several, by format; the first that is there wins."""
 COPIED = re.compile(
     r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|"
     r"merges\.txt|chat_template\.(jinja|json)|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(md|txt))?"
@@ -38,12 +42,12 @@ class HuggingFaceFolder:
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
         self.path = path
-        hf = read_json(_inside(path, CONFIG))
+        hf = read_json(inside(path, CONFIG))
         self.config = config_from_hf(hf)
         self.source = Source("huggingface", name or path.resolve().name, revision, _licence(path))
         self._recipes: dict[str, Recipe] = {}
-        self._where: dict[str, tuple[SafetensorsFile, str]] = {}
-        self._files: list[SafetensorsFile] = []
+        self._where: dict[str, tuple[WeightFile, str]] = {}
+        self._files: list[WeightFile] = []
         try:
             self._open(multimodal="text_config" in hf)
             self._plan()
@@ -59,20 +63,11 @@ class HuggingFaceFolder:
     @property
     def generation_config(self) -> Mapping[str, Any]:
         file = self.path / GENERATION_CONFIG
-        return read_json(_inside(self.path, GENERATION_CONFIG)) if file.exists() else {}
+        return read_json(inside(self.path, GENERATION_CONFIG)) if file.exists() else {}
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        found = {}
-        for file in sorted(self.path.iterdir()):
-            if COPIED.fullmatch(file.name) and file.is_file():
-                inside = _inside(self.path, file.name)
-                if inside.stat().st_size > MAX_COPIED_BYTES:
-                    raise CheckpointError(
-                        f"{file} has {inside.stat().st_size:,} bytes", hint="this is no tokenizer file"
-                    )
-                found[file.name] = inside.read_bytes()
-        return found
+        return copied_files(self.path)
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
         file, name = self._where[self._recipes[spec.name].sources[0]]
@@ -108,10 +103,10 @@ class HuggingFaceFolder:
 
     def _open(self, *, multimodal: bool) -> None:
         for shard, promised in _shards(self.path):
-            file = SafetensorsFile(_inside(self.path, shard))
+            file = _open_weights(inside(self.path, shard))
             self._files.append(file)
             if absent := promised - file.entries.keys():
-                raise CheckpointError(f"{file.path} lacks tensor {some(absent)}, which {INDEX} promises", hint=_AGAIN)
+                raise CheckpointError(f"{file.path} lacks tensor {some(absent)}, which the index promises", hint=_AGAIN)
             for name in file.entries:
                 plain = text_name(name, multimodal=multimodal)
                 if plain is None:
@@ -170,11 +165,7 @@ class HuggingFaceFolder:
             self._where[embed] = self._where.pop(head)
             return
         (a, a_name), (b, b_name) = self._where[head], self._where[embed]
-        x, y = a.entries[a_name], b.entries[b_name]
-        same = (x.dtype, x.shape) == (y.dtype, y.shape) and all(
-            np.array_equal(p, q) for p, q in zip(_blocks(a, a_name), _blocks(b, b_name), strict=True)
-        )
-        if not same:
+        if not same_tensor(a, a_name, b, b_name):
             raise CheckpointError(
                 f"{a.path}: {CONFIG} says tie_word_embeddings, but tensor {a_name} differs from {b_name}",
                 hint="set tie_word_embeddings to false in config.json if the model has its own output projection",
@@ -186,35 +177,37 @@ _AGAIN = "the folder is damaged or was not downloaded completely; get it again"
 _MATCH = "config.json and the weights do not belong together, or the download is incomplete"
 
 
-def _blocks(file: SafetensorsFile, name: str, size: int = 16 << 20) -> Iterator[np.ndarray]:
-    nbytes = file.entries[name].nbytes
-    for start in range(0, nbytes, size):
-        block = np.empty(min(size, nbytes - start), np.uint8)
-        file.read_into(name, block, start)
-        yield block
+def _open_weights(path: Path) -> WeightFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
 def _shards(path: Path) -> list[tuple[str, set[str]]]:
-    """The safetensors files of a folder, each with the tensors that the index promises in it."""
-    if (path / SINGLE).exists():
-        return [(SINGLE, set())]
-    if (path / INDEX).exists():
-        index = read_json(_inside(path, INDEX)).get("weight_map")
-        if not isinstance(index, dict) or not index or not all(isinstance(f, str) for f in index.values()):
-            raise CheckpointError(f"{path / INDEX} has no valid weight_map", hint=_AGAIN)
-        shards: dict[str, set[str]] = {}
-        for tensor, file in index.items():
-            shards.setdefault(file, set()).add(tensor)
-        return sorted(shards.items())
+    """The weight files of a folder, each with the tensors that the index promises in it."""
+    for single, index in LAYOUTS:
+        if (path / single).exists():
+            return [(single, set())]
+        if (path / index).exists():
+            return _indexed(path, index)
     others = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf"))
     hint = f"it holds {some(others)}; " if others else ""
+    *names, last = (name for layout in LAYOUTS for name in layout)
     raise CheckpointError(
-        f"{path} has neither {SINGLE} nor {INDEX}",
-        hint=f"{hint}a folder of safetensors or a GGUF file can be converted",
+        f"{path} has neither {', '.join(names)} nor {last}",
+        hint=f"{hint}a Hugging Face folder, a folder of Meta or a GGUF file can be converted",
     )
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _indexed(path: Path, index: str) -> list[tuple[str, set[str]]]:
+    where = read_json(inside(path, index)).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
+        raise CheckpointError(f"{path / index} has no valid weight_map", hint=_AGAIN)
+    shards: dict[str, set[str]] = {}
+    for tensor, file in where.items():
+        shards.setdefault(file, set()).add(tensor)
+    return sorted(shards.items())
+
+
+def inside(folder: Path, name: str) -> Path:
     """A file of the folder. Refuses names and links that lead out of it.
 
     In the cache of huggingface_hub the files of a snapshot are links to `blobs` of the same model, which is fine.
@@ -235,6 +228,17 @@ def _inside(folder: Path, name: str) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing", hint="the folder is incomplete; get it again")
     return path
+
+
+def copied_files(path: Path) -> dict[str, bytes]:
+    """The files of a folder that go into the checkpoint as they are."""
+    found = {}
+    for file in sorted(path.iterdir()):
+        if COPIED.fullmatch(file.name) and file.is_file():
+            if file.stat().st_size > MAX_COPIED_BYTES:
+                raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes", hint="this is no tokenizer file")
+            found[file.name] = inside(path, file.name).read_bytes()
+    return found
 
 
 def _licence(path: Path) -> str | None:

@@ -28,7 +28,8 @@ def convert(
     Nothing stands at `dst` before all is done; a conversion that was stopped can simply be run again.
 
     Args:
-      src: a Hugging Face folder (config.json and safetensors) or a GGUF file.
+      src: a Hugging Face folder (config.json and safetensors or .bin), a folder of Meta (params.json and
+        consolidated.*.pth) or a GGUF file.
       dst: the checkpoint's folder.
       dtype: stores all tensors as float32, bfloat16 or float16; their own dtype when None (float32 for quantised GGUF).
       overwrite: whether a checkpoint at `dst` may be replaced; it stays until the new one is complete.
@@ -95,6 +96,7 @@ def open_source(path: Path, *, name: str | None = None, revision: str | None = N
     """
     from llama_jax.convert.gguf import GgufModel
     from llama_jax.convert.hf import HuggingFaceFolder
+    from llama_jax.convert.meta import MetaFolder, is_meta
 
     if path.is_file():
         with path.open("rb") as file:
@@ -102,7 +104,7 @@ def open_source(path: Path, *, name: str | None = None, revision: str | None = N
         if path.suffix.lower() == ".gguf" or magic == b"GGUF":
             return GgufModel(path, name=name, revision=revision)
         raise UnsupportedModel(
-            f"{path} is not a GGUF file", hint="give the folder that holds config.json, or a .gguf file"
+            f"{path} is not a GGUF file", hint="give the folder that holds config.json or params.json, or a .gguf file"
         )
     if not path.is_dir():
         raise ModelNotFound(f"no file or folder at {path}", hint="check the path")
@@ -111,4 +113,6 @@ def open_source(path: Path, *, name: str | None = None, revision: str | None = N
             f"{path} is a converted checkpoint already",
             hint="use it as it is; --dtype of the other commands casts on load",
         )
+    if is_meta(path):
+        return MetaFolder(path, name=name, revision=revision)
     return HuggingFaceFolder(path, name=name, revision=revision)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.convert.model_source import BFLOAT16
+from llama_jax.convert.weight_file import open_file, read_at
 from llama_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -58,12 +59,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY)
-        except OSError as e:
-            raise CheckpointError(
-                f"cannot open {path}: {e.strerror}", hint="check that it is there and readable"
-            ) from e
+        self._fd = open_file(path)
         try:
             self.entries = self._parse()
         except BaseException:
@@ -86,15 +82,7 @@ class SafetensorsFile:
         view = memoryview(out.reshape(-1).view(np.uint8))
         if skip < 0 or skip + len(view) > entry.nbytes:
             raise ValueError(f"{name}: bytes {skip} to {skip + len(view)} of {entry.nbytes}")
-        done = 0
-        while done < len(view):
-            try:
-                n = os.preadv(self._fd, [view[done : done + (1 << 30)]], entry.offset + skip + done)
-            except OSError as e:
-                raise CheckpointError(f"{self.path}: cannot read tensor {name}: {e.strerror}", hint=_HINT) from e
-            if n == 0:
-                raise CheckpointError(f"{self.path}: the file ends within tensor {name}", hint=_HINT)
-            done += n
+        read_at(self._fd, view, entry.offset + skip, self.path, f"tensor {name}")
 
     def _parse(self) -> dict[str, Entry]:
         size = os.fstat(self._fd).st_size

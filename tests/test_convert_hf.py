@@ -288,7 +288,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shape overflows": (write_header({NORM: entry([2**40, 2**40], 0, 64)}, bytes(64)), "but takes up 64"),
     "gap": (write_header({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, bytes(12)), "tensor b begins at byte"),
     "overlap": (write_header({"a": entry([2], 0, 8), "b": entry([1], 4, 8)}, bytes(8)), "tensor b begins at byte"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
     "broken generation config": (lambda f: (f / "generation_config.json").write_text("[1]"), "generation_config.json"),

@@ -56,7 +56,7 @@ class Source:
     """Where the weights came from.
 
     Attributes:
-      kind: "huggingface", "gguf" or "arrays".
+      kind: "huggingface", "meta", "gguf" or "arrays".
       name: name of the model, its folder or its file.
       revision: commit or digest of the source, where known.
       licence: as the source states it, where it does.

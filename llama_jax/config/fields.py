@@ -13,16 +13,16 @@ MAX_INT = 2**31 - 1
 MISSING: Any = object()
 
 
-def bad(key: str, value: object, wanted: str) -> UnsupportedModel:
+def bad(key: str, value: object, wanted: str, file: str = "config.json") -> UnsupportedModel:
     """The error for a value that cannot be right."""
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-    return UnsupportedModel(f"config.json: {key} must be {wanted}, got {shown}", hint="check the model's config.json")
+    return UnsupportedModel(f"{file}: {key} must be {wanted}, got {shown}", hint=f"check the model's {file}")
 
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object and where it stands in config.json; a key that is null counts as absent.
+    """A JSON object and where it stands in config.json (or another file); a key that is null counts as absent.
 
     Every reader takes a key and what to return when it is absent (nothing: the key is required), and raises
     `UnsupportedModel` naming the key when the value has another type or is out of range.
@@ -30,6 +30,7 @@ class Fields:
 
     values: Mapping[str, Any]
     prefix: str = ""
+    file: str = "config.json"
 
     def name(self, key: str) -> str:
         return f"{self.prefix}{key}"
@@ -42,9 +43,13 @@ class Fields:
         value = self.get(key, default)
         if value is MISSING:
             raise UnsupportedModel(
-                f"config.json: {self.name(key)} is missing, it must be {wanted}", hint="check the model's config.json"
+                f"{self.file}: {self.name(key)} is missing, it must be {wanted}",
+                hint=f"check the model's {self.file}",
             )
         return value
+
+    def _bad(self, key: str, value: object, wanted: str) -> UnsupportedModel:
+        return bad(self.name(key), value, wanted, self.file)
 
     def integer(self, key: str, default: Any = MISSING, *, low: int = 1, high: int = MAX_INT) -> Any:
         """An integer in [low, high]; an absent key gives `default` unchecked, so that it may be None."""
@@ -53,7 +58,7 @@ class Fields:
         if value is default:
             return value
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise bad(self.name(key), value, wanted)
+            raise self._bad(key, value, wanted)
         return value
 
     def number(self, key: str, default: Any = MISSING, *, positive: bool = True) -> Any:
@@ -63,11 +68,11 @@ class Fields:
         if value is default:
             return value
         if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise bad(self.name(key), value, wanted)
+            raise self._bad(key, value, wanted)
         # An integer beyond the range of floats must not end in OverflowError.
         number = float(value) if abs(value) < 1e300 else math.inf
         if not math.isfinite(number) or (positive and number <= 0):
-            raise bad(self.name(key), value, wanted)
+            raise self._bad(key, value, wanted)
         return number
 
     def boolean(self, key: str, default: bool, *, integers: bool = False) -> bool:
@@ -75,12 +80,12 @@ class Fields:
         value = self.get(key, default)
         if isinstance(value, bool) or (integers and isinstance(value, int)):
             return bool(value)
-        raise bad(self.name(key), value, "true or false")
+        raise self._bad(key, value, "true or false")
 
     def string(self, key: str, default: Any = MISSING) -> Any:
         value = self._read(key, default, "a string")
         if value is not default and not isinstance(value, str):
-            raise bad(self.name(key), value, "a string")
+            raise self._bad(key, value, "a string")
         return value
 
     def integers(self, key: str, *, low: int, high: int) -> list[int] | None:
@@ -89,10 +94,10 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-            raise bad(self.name(key), value, "a list of integers")
+            raise self._bad(key, value, "a list of integers")
         for item in value:
             if not isinstance(item, int) or not low <= item <= high:
-                raise bad(self.name(key), item, f"a list of integers from {low} to {high}")
+                raise self._bad(key, item, f"a list of integers from {low} to {high}")
         return [int(item) for item in value]
 
     def token_id(self, key: str, default: int | None) -> int | None:
@@ -101,12 +106,12 @@ class Fields:
         if value is None or (type(value) is int and value == -1):
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INT:
-            raise bad(self.name(key), value, "a token id or null")
+            raise self._bad(key, value, "a token id or null")
         return value
 
     def token_ids(self, key: str, default: int | None) -> tuple[int, ...]:
         """One token id, a list of them, or null."""
         value = self.values.get(key, default)
         ids = value if isinstance(value, (list, tuple)) else [value]
-        read = (Fields({key: item}, self.prefix).token_id(key, None) for item in ids)
+        read = (Fields({key: item}, self.prefix, self.file).token_id(key, None) for item in ids)
         return tuple(item for item in read if item is not None)

@@ -1,8 +1,8 @@
 """Model names: what a user may say for a model, and the cache of converted checkpoints behind it.
 
-A model is a folder of this package's own format, a Hugging Face folder, a GGUF file, `org/name` of the Hugging Face hub
-(with `@revision`), or the name of the default model. All but the first are converted once, into the cache. The network
-is used for a hub name only, and for the default model where its package is not installed.
+A model is a folder of this package's own format, a Hugging Face folder, a folder of Meta, a GGUF file, `org/name` of
+the Hugging Face hub (with `@revision`), or the name of the default model. All but the first are converted once, into
+the cache. The network is used for a hub name only, and for the default model where its package is not installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Notify = Callable[[str], None]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}(@[A-Za-z0-9][\w.\-/]{0,127})?", re.ASCII)
 _MAX_NAME = 4096
-_SOURCE_SUFFIXES = (".safetensors", ".json", ".gguf", ".model", ".jinja")
+_SOURCE_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".gguf", ".model", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,13 @@ def _local(path: Path, progress: Progress | None, say: Notify) -> Path:
         return path
     if path.is_dir() and not (path / "config.json").is_file():
         files = sorted(path.glob("*.gguf"))
-        if len(files) != 1:
+        if len(files) == 1:
+            path = files[0]
+        elif not (path / "params.json").is_file():
             raise ModelNotFound(
-                f"{path} holds no model ({len(files)} GGUF files, no config.json)",
-                hint="give a converted checkpoint, a Hugging Face folder or a GGUF file",
+                f"{path} holds no model ({len(files)} GGUF files, no config.json or params.json)",
+                hint="give a converted checkpoint, a Hugging Face folder, a folder of Meta or a GGUF file",
             )
-        path = files[0]
     elif path.is_dir() and (path / "params").is_dir():
         # Ours, but unfinished or stripped: opening it says what is wrong.
         open_checkpoint(path)

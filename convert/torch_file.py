@@ -1,0 +1,212 @@
+"""Reading the files of `torch.save` (.bin, .pth, .pt) without torch, and without running the pickle inside.
+
+Since torch 1.6 such a file is a zip archive: `data.pkl` describes the tensors, `data/0`, `data/1`, ... hold the
+numbers. Before, it was a sequence of pickles with the numbers behind them. Formats: `_save` and `_legacy_save` in
+https://github.com/pytorch/pytorch/blob/main/torch/serialization.py.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llama_jax.convert import torch_pickle, torch_zip
+from llama_jax.convert.torch_pickle import MAX_PICKLE_BYTES, STORAGES, PickleError, Storage, TensorView
+from llama_jax.convert.weight_file import DAMAGED, open_file, read_at
+from llama_jax.errors import CheckpointError
+
+# The first pickle of the old format: a number that `torch.save` puts there.
+_OLD_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_OLD_VERSION = 1001
+# A view is read with all that lies between its elements; this bounds how much more than the tensor that is.
+_MAX_SPREAD = 8
+_SPREAD_BYTES = 1 << 20
+
+_Place = tuple[int, int]
+"""Where a storage begins in the file and how many bytes it has."""
+
+
+@dataclass(frozen=True)
+class TorchEntry:
+    """One tensor of a file.
+
+    Attributes:
+      dtype: safetensors' name of its dtype.
+      shape, strides: in elements; strides need not be those of C order.
+      offset: where its first element stands in the file, in bytes.
+      itemsize: bytes of an element.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the elements follow each other in C order."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return self.nbytes == 0
+            expected *= size
+        return True
+
+
+class TorchFile:
+    """An open file of `torch.save` that holds a state dict; see `convert.weight_file.WeightFile`.
+
+    Tensors may share a storage (tied weights) and may be views of any strides. Elements that stand for several
+    (`Tensor.expand`) are refused, so that no tensor is larger than the file.
+
+    Attributes:
+      path: the file.
+      entries: name to tensor.
+
+    Raises:
+      CheckpointError: the file cannot be opened, is no file of `torch.save`, is malformed, or its pickle holds anything
+        but named tensors; names the file and the tensor.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._fd = open_file(path)
+        try:
+            self.entries: Mapping[str, TorchEntry] = self._parse()
+        except PickleError as e:
+            self.close()
+            raise self._bad(str(e)) from e
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file; reading from it afterwards is an error."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read_into(self, name: str, out: np.ndarray, skip: int = 0) -> None:
+        """Fills a C-contiguous array with bytes of a tensor (in C order), from `skip` bytes behind its beginning on.
+
+        Raises:
+          CheckpointError: the file ends too early or cannot be read.
+        """
+        entry = self.entries[name]
+        flat = out.reshape(-1).view(np.uint8)
+        if skip < 0 or skip + len(flat) > entry.nbytes:
+            raise ValueError(f"{name}: bytes {skip} to {skip + len(flat)} of {entry.nbytes}")
+        if entry.contiguous:
+            read_at(self._fd, memoryview(flat), entry.offset + skip, self.path, f"tensor {name}")
+        elif len(flat):
+            self._gather(name, entry, flat, skip)
+
+    def _gather(self, name: str, entry: TorchEntry, flat: np.ndarray, skip: int) -> None:
+        """Reads the part of the file in which the wanted rows (of the first dimension) lie, and picks them out."""
+        row = entry.nbytes // entry.shape[0]
+        first, last = skip // row, -(-(skip + len(flat)) // row)
+        shape = (last - first, *entry.shape[1:])
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, entry.strides, strict=True))
+        raw = np.empty((span, entry.itemsize), np.uint8)
+        begin = entry.offset + first * entry.strides[0] * entry.itemsize
+        read_at(self._fd, memoryview(raw.reshape(-1)), begin, self.path, f"tensor {name}")
+        rows = np.lib.stride_tricks.as_strided(
+            raw, (*shape, entry.itemsize), (*(s * entry.itemsize for s in entry.strides), 1), writeable=False
+        )
+        if len(flat) == (last - first) * row:
+            flat.reshape(rows.shape)[...] = rows
+        else:
+            flat[:] = rows.reshape(-1)[skip - first * row :][: len(flat)]
+
+    def _bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}", hint=DAMAGED)
+
+    def _parse(self) -> dict[str, TorchEntry]:
+        head = os.pread(self._fd, len(_OLD_MAGIC), 0)
+        if head.startswith(torch_zip.MAGIC):
+            views, place = self._open_zip()
+        elif head == _OLD_MAGIC:
+            views, place = self._open_old()
+        else:
+            raise CheckpointError(
+                f"{self.path} is no file of torch.save: it begins with {head[:8]!r}",
+                hint="it may be damaged or a pointer of git-lfs; get it again",
+            )
+        return {name: self._entry(name, view, place) for name, view in views.items()}
+
+    def _entry(self, name: str, view: TensorView, place: Callable[[Storage], _Place]) -> TorchEntry:
+        dtype, itemsize = STORAGES[view.storage.kind]
+        begin, nbytes = place(view.storage)
+        if nbytes != view.storage.numel * itemsize:
+            raise self._bad(
+                f"tensor {name} lies in a storage of {view.storage.numel} {dtype}, which takes up {nbytes} bytes"
+            )
+        numel = math.prod(view.shape)
+        span = view.offset + 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True)) if numel else 0
+        if max(span, numel) > view.storage.numel:
+            raise self._bad(
+                f"tensor {name} is {dtype}{list(view.shape)} from element {view.offset} on with strides "
+                f"{list(view.strides)}, its storage has {view.storage.numel} elements"
+            )
+        entry = TorchEntry(dtype, view.shape, view.strides, begin + view.offset * itemsize, itemsize)
+        if not entry.contiguous and span * itemsize > _MAX_SPREAD * entry.nbytes + _SPREAD_BYTES:
+            raise self._bad(f"the elements of tensor {name} lie too far apart, with strides {list(view.strides)}")
+        return entry
+
+    def _open_zip(self) -> tuple[dict[str, TensorView], Callable[[Storage], _Place]]:
+        archive = torch_zip.ZipDirectory(self._fd, self.path)
+        roots = [name.removesuffix("data.pkl") for name in archive.members if name.endswith("/data.pkl")]
+        if len(roots) != 1 or roots[0].count("/") != 1:
+            raise self._bad(f"it has {len(roots)} members called data.pkl, not one: it is no file of torch.save")
+        (root,) = roots
+        if f"{root}byteorder" in archive.members and self._member(archive, f"{root}byteorder", 16) != b"little":
+            raise self._bad("its numbers are big-endian, which is not supported")
+        value, _ = torch_pickle.unpickle(self._member(archive, f"{root}data.pkl", MAX_PICKLE_BYTES))
+        return torch_pickle.state_dict(value), lambda storage: archive.place(f"{root}data/{storage.key}")
+
+    def _member(self, archive: torch_zip.ZipDirectory, name: str, limit: int) -> bytes:
+        begin, size = archive.place(name)
+        if size > limit:
+            raise self._bad(f"{name} has {size} bytes, more than any state dict needs")
+        data = bytearray(size)
+        read_at(self._fd, memoryview(data), begin, self.path, name)
+        return bytes(data)
+
+    def _open_old(self) -> tuple[dict[str, TensorView], Callable[[Storage], _Place]]:
+        """The format before torch 1.6: magic, version, facts of the machine, the state dict, keys, storages."""
+        data = os.pread(self._fd, MAX_PICKLE_BYTES, 0)
+        version, at = torch_pickle.unpickle(data, len(_OLD_MAGIC))
+        machine, at = torch_pickle.unpickle(data, at)
+        value, at = torch_pickle.unpickle(data, at)
+        keys, at = torch_pickle.unpickle(data, at)
+        if version != _OLD_VERSION or not isinstance(machine, dict) or machine.get("little_endian") is not True:
+            raise self._bad("it has another version or byte order than torch.save writes here")
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise self._bad("its list of storages is malformed")
+        views = torch_pickle.state_dict(value)
+        itemsizes = {view.storage.key: STORAGES[view.storage.kind][1] for view in views.values()}
+        size, places = os.fstat(self._fd).st_size, {}
+        for key in keys:
+            numel = int.from_bytes(os.pread(self._fd, 8, at), "little")
+            nbytes = numel * itemsizes.get(key, 0)
+            if key not in itemsizes or key in places or at + 8 + nbytes > size:
+                raise self._bad(f"its storage {key!r:.100} is unknown, stands twice, or ends behind the file")
+            places[key] = (at + 8, nbytes)
+            at += 8 + nbytes
+
+        def place(storage: Storage) -> _Place:
+            if storage.key not in places:
+                raise self._bad(f"it lacks the storage {storage.key!r:.100}")
+            return places[storage.key]
+
+        return views, place
