@@ -46,6 +46,12 @@ class ModelSource(Protocol):
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES_BY_NAME: Mapping[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": BFLOAT16,
+    "float16": np.dtype(np.float16),
+}
+"""What a `LlamaConfig.dtype` may be."""
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
