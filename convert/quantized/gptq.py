@@ -84,8 +84,15 @@ class Gptq:
                 f"there are {scales.shape[1]}",
                 hint="the source is damaged; get it again",
             )
-        zeros = unpack(tensors["qzeros"], self.bits, rows).T
-        if self.version == 1:
-            zeros = (zeros + np.uint8(1)) & np.uint8(2**self.bits - 1)
         values = unpack(tensors["qweight"].T, self.bits, cols)
-        return Codes(values, scales, (1, self.group or cols), zeros, groups)
+        return Codes(values, scales, (1, self.group or cols), self._zeros(tensors["qzeros"], rows).T, groups)
+
+    def _zeros(self, words: np.ndarray, rows: int) -> np.ndarray:
+        """[groups, rows] uint8."""
+        largest = 2**self.bits - 1
+        if self.version == 1 and 32 % self.bits == 0:
+            # GPTQModel takes 1 from every number of a word by one subtraction, so that a zero of 0 borrows from its
+            # neighbour; one addition undoes it. Where no zero is 0 the words are the same either way.
+            return unpack(words.view(np.uint32) + np.uint32(0xFFFFFFFF // largest), self.bits, rows)
+        zeros = unpack(words, self.bits, rows)
+        return zeros if self.version == 2 else (zeros + np.uint8(1)) & np.uint8(largest)
