@@ -14,7 +14,7 @@ from llama_jax.config import config_from_hf
 from llama_jax.config.multimodal import text_model
 from llama_jax.convert.hf_names import Names, Recipe, recipe
 from llama_jax.convert.hf_weights import MISMATCH, PlainWeight, Weight
-from llama_jax.convert.model_source import DTYPES_BY_NAME, some
+from llama_jax.convert.model_source import DTYPES_BY_NAME, check_vocabulary, some
 from llama_jax.convert.quantized import scheme_from_hf
 from llama_jax.convert.quantized.weight import QuantizedWeight, take_quantized
 from llama_jax.convert.safetensors_file import SafetensorsFile
@@ -84,6 +84,8 @@ class HuggingFaceFolder:
                         f"{file} has {inside.stat().st_size:,} bytes", hint="this is no tokenizer file"
                     )
                 found[file.name] = inside.read_bytes()
+        extra = self._text.extra_embeddings if self._text else 0
+        check_vocabulary(found.get("tokenizer.json"), self.config.vocab_size + extra, self.path)
         return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
