@@ -24,6 +24,7 @@ from tiny_models import DTYPES, LLAMA4, MIXTRAL, hf_tensors, loaded, random_leav
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
+from llama_jax.convert.quantized import scheme_from_hf
 from llama_jax.convert.quantized.codes import Codes, unpack
 from llama_jax.convert.quantized.settings import pattern
 from llama_jax.convert.run import open_source
@@ -454,3 +455,29 @@ def test_patterns_that_could_run_for_ever(text: str) -> None:
 def test_patterns_of_published_checkpoints() -> None:
     for text in (r".*self_attn\.(q|k|v|o)_proj$", r"model\.layers\.\d+\.mlp.*", r".*language_model.*experts.*_proj"):
         assert pattern("targets", text)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["4x4", "re:.*"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(sorted(LABELS)), st.data())
+def test_any_config_is_read_or_refused(case: str, data: st.DataObject) -> None:
+    """No exception but ours, whatever stands in quantization_config or in its first group's weights."""
+    config = json.loads((DATA / case / "config.json").read_text())["quantization_config"]
+    place = config
+    if case.startswith("ct-") and data.draw(st.booleans()):
+        place = config["config_groups"]["group_0"]
+        place = place["weights"] if data.draw(st.booleans()) else place
+    extra = ["dynamic", "ignore", "sparsity_config", "block_structure", "checkpoint_format", "modules_to_not_convert"]
+    key = data.draw(st.sampled_from(sorted(place) + extra))
+    place[key] = data.draw(JSON)
+    try:
+        scheme = scheme_from_hf({"quantization_config": config})
+    except UnsupportedModel:
+        return
+    assert scheme is not None
+    assert scheme.label
