@@ -96,22 +96,14 @@ class HuggingFaceFolder:
         if len(made.sources) > 1:
             for expert, source in enumerate(made.sources):
                 self._weights[source].read_into(out[expert])
-        elif made.part is None and not made.transposed:
-            self._read_whole(made, out)
+        elif out.ndim < 3:
+            self._weights[made.sources[0]].read_into(out)
         else:
             self._read_experts(made, out)
         return out
 
-    def _read_whole(self, made: Recipe, out: np.ndarray) -> None:
-        weight = self._weights[made.sources[0]]
-        if out.ndim < 3:
-            weight.read_into(out)
-            return
-        for expert in range(len(out)):
-            weight.read_into(out[expert], expert=expert)
-
     def _read_experts(self, made: Recipe, out: np.ndarray) -> None:
-        """Takes a fused tensor apart, expert by expert, so that no second copy of it is ever in memory."""
+        """Takes a stack of experts apart, one by one, so that no second copy of it is ever in memory."""
         weight, width = self._weights[made.sources[0]], out.shape[1]
         first = (made.part or 0) * width
         buffer = np.empty(made.shape[1:], out.dtype) if made.transposed else None
