@@ -409,8 +409,8 @@ CONVERSION: tuple[Mutation, ...] = (
     Mutation(
         "AWQ outputs in the order of their words",
         "convert/quantized/awq.py",
-        "eights[..., _POSITION]",
-        "eights[..., :]",
+        "for i, position in enumerate(_POSITION):",
+        "for i, position in enumerate(range(8)):",
         ("tests/test_convert_quantized.py::test_weights_are_those_of_the_library[awq]",),
     ),
     Mutation(

@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.config.fields import Fields
 from llama_jax.convert.quantized import settings
-from llama_jax.convert.quantized.codes import Codes, unpack
+from llama_jax.convert.quantized.codes import Codes
 from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, PartName, cdiv, unsupported
 
 _NAME = re.compile(r"(.+)\.(qweight|qzeros|scales)")
@@ -66,14 +66,17 @@ class Awq:
 
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         return Codes(
-            _in_order(tensors["qweight"]).T,
+            _in_order(tensors["qweight"]),
             tensors["scales"].T,
             (1, self.group or shape[1]),
-            _in_order(tensors["qzeros"]).T,
+            _in_order(tensors["qzeros"]),
         )
 
 
 def _in_order(words: np.ndarray) -> np.ndarray:
-    """[n, out / 8] int32 to [n, out] uint8."""
-    eights = unpack(words[..., None], _BITS, 8)
-    return eights[..., _POSITION].reshape(words.shape[0], -1)
+    """[n, out / 8] int32 to [out, n] uint8."""
+    turned = np.ascontiguousarray(words.T).view(np.uint32)
+    out = np.empty((turned.shape[0], 8, turned.shape[1]), np.uint8)
+    for i, position in enumerate(_POSITION):
+        out[:, i] = turned >> np.uint32(_BITS * position) & np.uint32(2**_BITS - 1)
+    return out.reshape(-1, turned.shape[1])
