@@ -1,8 +1,9 @@
-"""Reading GGUF files as models: Llama, Mistral, Mixtral, SmolLM2 (all "llama"), Qwen2, Qwen3 and SmolLM3."""
+"""Reading GGUF files as models: Llama, Mistral, Mixtral, SmolLM2 (all "llama"), Llama 4, Qwen2, Qwen3 and SmolLM3."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import numpy as np
 from llama_jax.checkpoint.format import Source
 from llama_jax.config import config_from_hf
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
-from llama_jax.convert.gguf_file import GgufFile
-from llama_jax.convert.model_source import some
+from llama_jax.convert.gguf_parts import GgufParts
+from llama_jax.convert.model_source import check_vocabulary, some
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
 
 
 class GgufModel:
-    """An opened GGUF file; see `convert.model_source.ModelSource`. Quantised tensors are decoded to float32.
+    """An opened GGUF file, or several; see `convert.model_source.ModelSource`. Quantised tensors become float32.
 
     Raises:
       CheckpointError: the file is damaged, or a tensor is missing, unknown or of the wrong shape; names it.
@@ -26,22 +27,24 @@ class GgufModel:
     """
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
-        self.path = path
-        self._file = GgufFile(path)
+        self._file = GgufParts(path)
+        self.path = path = self._file.path
         try:
             metadata, tensors = self._file.metadata, self._file.tensors
             factors = self._file.read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
             self.config = config_from_hf(_config_dict(path, metadata, tensors, factors))
+            self._recipes = {spec.name: _tensors_of(spec, tensors) for spec in param_specs(self.config)}
             self._check()
         except BaseException:
             self.close()
             raise
         licence = metadata.get("general.license")
-        self.source = Source("gguf", name or path.name, revision, licence if isinstance(licence, str) else None)
+        licence = licence if isinstance(licence, str) else None
+        self.source = Source("gguf", name or path.name, revision, licence, self._file.label())
         self._permuted = metadata["general.architecture"] in PERMUTED
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes all files."""
         self._file.close()
 
     @property
@@ -58,13 +61,18 @@ class GgufModel:
     def files(self) -> Mapping[str, bytes | str]:
         from llama_jax.convert.gguf_tokenizer import tokenizer_files
 
-        return tokenizer_files(self._file.metadata)
+        found = tokenizer_files(self._file.metadata)
+        check_vocabulary(found.get("tokenizer.json"), self.config.vocab_size, self.path)
+        return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
-        return self._file.dtype(spec.gguf)
+        return self._file.dtype(self._recipes[spec.name][0])
 
     def read(self, spec: ParamSpec) -> np.ndarray:
-        array = self._file.read(spec.gguf)
+        names = self._recipes[spec.name]
+        array = np.empty(spec.shape, self.dtype(spec))
+        for name, part in zip(names, array if len(names) > 1 else array[None], strict=True):
+            self._file.read_into(name, part)
         if self._permuted and ".attn.q_proj." in spec.name:
             return half_rotation(array, self.config.num_heads)
         if self._permuted and ".attn.k_proj." in spec.name:
@@ -72,19 +80,41 @@ class GgufModel:
         return array
 
     def _check(self) -> None:
-        specs = {spec.gguf: spec for spec in param_specs(self.config)}
+        shapes = {
+            name: spec.shape if len(self._recipes[spec.name]) == 1 else spec.shape[1:]
+            for spec in param_specs(self.config)
+            for name in self._recipes[spec.name]
+        }
         tensors = self._file.tensors
-        if missing := specs.keys() - tensors.keys():
+        if missing := shapes.keys() - tensors.keys():
             raise CheckpointError(f"{self.path} lacks tensor {some(missing)}", hint=_HINT)
-        if unknown := tensors.keys() - specs.keys() - {ROPE_FACTORS}:
+        unknown = {name for name in tensors.keys() - shapes.keys() if not _UNUSED.fullmatch(name)}
+        if unknown:
             raise CheckpointError(f"{self.path} holds unknown tensor {some(unknown)}", hint=_HINT)
-        for name, spec in specs.items():
-            if tensors[name].shape != spec.shape:
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape:
                 raise CheckpointError(
                     f"{self.path}: tensor {name} has shape {list(tensors[name].shape)}, "
-                    f"the metadata asks for {list(spec.shape)}",
+                    f"the metadata asks for {list(shape)}",
                     hint=_HINT,
                 )
+        for names in self._recipes.values():
+            if len({self._file.dtype(name) for name in names}) > 1:
+                raise CheckpointError(f"{self.path}: {names[0]} and its siblings differ in type", hint=_HINT)
+        self._file.check_decodable()
+
+
+# Read for the config, or not at all: llama.cpp computes rotations itself.
+_UNUSED = re.compile(rf"{re.escape(ROPE_FACTORS)}|blk\.\d+\.attn_rot_embd\.weight")
+
+
+def _tensors_of(spec: ParamSpec, names: Container[str]) -> tuple[str, ...]:
+    """The tensor of a leaf; or those of its experts, which the first files of Mixtral hold one by one."""
+    if spec.gguf not in names and "_exps." in spec.gguf:
+        single = tuple(spec.gguf.replace("_exps.", f".{e}.") for e in range(spec.shape[0]))
+        if single[0] in names:
+            return single
+    return (spec.gguf,)
 
 
 def _config_dict(path: Path, *parts: Any) -> dict[str, Any]:

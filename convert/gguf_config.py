@@ -13,7 +13,13 @@ from llama_jax.errors import UnsupportedModel
 
 ROPE_FACTORS = "rope_freqs.weight"
 
-_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
+_MODEL_TYPES = {
+    "llama": "llama",
+    "llama4": "llama4_text",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+}
 PERMUTED = frozenset(("llama", "smollm3"))
 """Architectures whose query and key rows llama.cpp stores in the order of interleaved rope."""
 
@@ -40,6 +46,7 @@ _READ = {
     "rope.scaling.finetuned",
     "tensor_data_layout",
 }
+_READ_TOO = {"llama4": {"expert_feed_forward_length", "interleave_moe_layer_step"}}
 _NEUTRAL: Mapping[str, Any] = {
     "attention.causal": True,
     "expert_shared_count": 0,
@@ -73,13 +80,9 @@ def config_dict(
         raise UnsupportedModel(
             f"GGUF architecture {arch!r} is not supported", hint=f"supported: {', '.join(sorted(_MODEL_TYPES))}"
         )
-    if metadata.get("split.count", 1) > 1:
-        raise UnsupportedModel(
-            "GGUF files in several parts are not supported yet", hint="join them with gguf-split --merge"
-        )
     own = {k.removeprefix(f"{arch}."): v for k, v in metadata.items() if k.startswith(f"{arch}.")}
     for key, value in own.items():
-        if key not in _READ and (key not in _NEUTRAL or value != _NEUTRAL[key]):
+        if key not in _READ | _READ_TOO.get(arch, set()) and (key not in _NEUTRAL or value != _NEUTRAL[key]):
             raise UnsupportedModel(
                 f"GGUF key {arch}.{key} = {value!r} is not supported", hint="use the safetensors weights"
             )
@@ -135,6 +138,21 @@ def config_dict(
         config["no_rope_layer_interval"] = 4
     if experts := own.get("expert_count"):
         config |= {"num_local_experts": experts, "num_experts_per_tok": need("expert_used_count")}
+    if arch == "llama4":
+        config |= {
+            "intermediate_size": need("expert_feed_forward_length"),
+            "intermediate_size_mlp": need("feed_forward_length"),
+            "interleave_moe_layer_step": need("interleave_moe_layer_step"),
+            "num_local_experts": need("expert_count"),
+            # Fixed in llama.cpp, as in all published models: chunks of 8192 and no rope in every fourth layer, query
+            # scales there, and norms of heads in all models but that of 128 experts (src/models/llama4.cpp).
+            "attention_chunk_size": 8192,
+            "no_rope_layer_interval": 4,
+            "attn_temperature_tuning": True,
+            "floor_scale": 8192,
+            "attn_scale": 0.1,
+            "use_qk_norm": experts != 128,
+        }
     return config
 
 
@@ -142,13 +160,13 @@ def _model_type(arch: str, own: Mapping[str, Any]) -> str:
     """llama.cpp's "llama" is also what Mistral and Mixtral are."""
     if arch == "llama" and own.get("expert_count"):
         return "mixtral"
-    if own.get("attention.sliding_window"):
+    if own.get("attention.sliding_window") or (arch == "llama4" and "attention.sliding_window" in own):
         if arch == "llama":
             return "mistral"
         raise UnsupportedModel(
             f"GGUF key {arch}.attention.sliding_window is not supported", hint="use the safetensors weights"
         )
-    if own.get("expert_count"):
+    if own.get("expert_count") and arch != "llama4":
         raise UnsupportedModel(f"GGUF key {arch}.expert_count is not supported", hint="use the safetensors weights")
     return _MODEL_TYPES[arch]
 
@@ -181,22 +199,24 @@ _ROPE_HINT = "use the safetensors weights, whose config.json says how rope is sc
 def _llama3(theta: float, factors: np.ndarray) -> dict[str, Any]:
     """Recovers the parameters of "llama3" scaling from the factors that llama.cpp's converter computed from them.
 
-    All published models share low_freq_factor=1, high_freq_factor=4 and 8192 original positions and differ in `factor`,
-    which is the largest of the factors. The others must then come out equal, or the file is refused.
+    All published models share 8192 original positions and low_freq_factor=1; high_freq_factor is 4, or 1 in Llama 4.
+    They differ in `factor`, which is the largest of the factors. The others must then come out equal, or the file is
+    refused.
     """
-    low, high, original = 1.0, 4.0, 8192
+    low, original = 1.0, 8192
     found = factors.astype(np.float64)
-    factor = float(str(np.float32(factors.max())))
-    inverse = theta ** -(np.arange(len(found)) / len(found))
-    smooth = (original * inverse / (2 * math.pi) - low) / (high - low)
-    expected = 1 / np.where(smooth > 1, 1.0, np.where(smooth < 0, 1 / factor, (1 - smooth) / factor + smooth))
-    if not np.allclose(found, expected, rtol=1e-4, atol=0):
-        raise UnsupportedModel(f"the rope factors in {ROPE_FACTORS} follow no known scaling", hint=_ROPE_HINT)
-    return {
-        "rope_type": "llama3",
-        "rope_theta": theta,
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    factor = float(str(np.float32(factors.max(initial=1.0))))
+    turns = original * theta ** -(np.arange(len(found)) / max(1, len(found))) / (2 * math.pi)
+    for high in (4.0, 1.0):
+        ramp = (turns - low) / (high - low) if high > low else np.where(turns > high, 1.0, 0.0)
+        smooth = np.clip(ramp, 0.0, 1.0)
+        if np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4, atol=0):
+            return {
+                "rope_type": "llama3",
+                "rope_theta": theta,
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise UnsupportedModel(f"the rope factors in {ROPE_FACTORS} follow no known scaling", hint=_ROPE_HINT)

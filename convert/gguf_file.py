@@ -26,8 +26,8 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 _MAX_NAME = 65_535
 _MAX_DIMS = 4
-_BLOCK_BYTES = 16 << 20
-"""Quantised bytes that are decoded at one time."""
+_BLOCK_ELEMENTS = 2 << 20
+"""Numbers that are decoded at one time; the decoders need some ten times the memory of their result."""
 _PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: BFLOAT16}
 """GGML types that are kept as they are: F32, F16, BF16."""
 
@@ -85,35 +85,58 @@ class GgufFile:
         """Dtype that `read` gives: the tensor's own, or float32 for quantised ones."""
         return _PLAIN.get(self.tensors[name].kind, np.dtype(np.float32))
 
+    def type_name(self, name: str) -> str:
+        """GGML's name of a tensor's type."""
+        import gguf
+
+        return gguf.GGMLQuantizationType(self.tensors[name].kind).name
+
     def read(self, name: str) -> np.ndarray:
-        """Reads a tensor, decoding quantised ones block by block, so that only the result is held in full.
+        """Reads a tensor; see `read_into`."""
+        out = np.empty(self.tensors[name].shape, self.dtype(name))
+        self.read_into(name, out)
+        return out
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Fills an array of the tensor's size and `dtype`, decoding quantised ones block by block.
 
         Raises:
           CheckpointError: the file ends too early.
           UnsupportedModel: a quantised type that the gguf package cannot decode.
         """
         tensor = self.tensors[name]
-        out = np.empty(tensor.shape, self.dtype(name))
         if tensor.kind in _PLAIN:
             self._fill(out.reshape(-1).view(np.uint8), tensor.offset, name)
-            return out
-        import gguf
-
-        kind = gguf.GGMLQuantizationType(tensor.kind)
+            return
         rows = out.reshape(-1, tensor.shape[-1])
         row_bytes = tensor.nbytes // len(rows)
-        step = max(1, _BLOCK_BYTES // row_bytes)
+        step = max(1, _BLOCK_ELEMENTS // tensor.shape[-1])
         for start in range(0, len(rows), step):
             raw = np.empty((min(step, len(rows) - start), row_bytes), np.uint8)
             self._fill(raw.reshape(-1), tensor.offset + start * row_bytes, name)
-            try:
-                rows[start : start + len(raw)] = gguf.dequantize(raw, kind)
-            except NotImplementedError as e:
-                raise UnsupportedModel(
-                    f"{self.path}: tensor {name} has type {kind.name}, which cannot be decoded",
-                    hint="use a GGUF file of another quantisation, e.g. Q8_0 or Q4_K_M",
-                ) from e
-        return out
+            rows[start : start + len(raw)] = self._decode(raw, tensor.kind, name)
+
+    def check_decodable(self) -> None:
+        """Raises UnsupportedModel if one of the tensors has a type that the gguf package cannot decode."""
+        import gguf
+
+        names = {tensor.kind: name for name, tensor in self.tensors.items() if tensor.kind not in _PLAIN}
+        for kind, name in names.items():
+            _, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+            self._decode(np.zeros((1, size), np.uint8), kind, name)
+
+    def _decode(self, raw: np.ndarray, number: int, name: str) -> np.ndarray:
+        import gguf
+
+        kind = gguf.GGMLQuantizationType(number)
+        try:
+            with np.errstate(all="ignore"):  # scales of a damaged file; who wants finite weights asks for them
+                return gguf.dequantize(raw, kind)
+        except NotImplementedError as e:
+            raise UnsupportedModel(
+                f"{self.path}: tensor {name} has type {kind.name}, which cannot be decoded",
+                hint="use a GGUF file of another quantisation, e.g. Q8_0 or Q4_K_M",
+            ) from e
 
     def _fill(self, out: np.ndarray, offset: int, name: str) -> None:
         read_at(self._file.fileno(), memoryview(out), offset, self.path, f"tensor {name}")
@@ -190,7 +213,13 @@ class GgufFile:
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise self._bad(f"alignment {alignment!r} is not a power of two")
         data = -(-self._file.tell() // alignment) * alignment
-        return metadata, {name: self._tensor(name, *info, data) for name, info in infos.items()}
+        tensors = {name: self._tensor(name, *info, data) for name, info in infos.items()}
+        end, before = data, ""
+        for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+            if tensor.offset < end:
+                raise CheckpointError(f"{self.path}: tensors {before} and {name} overlap", hint=_HINT)
+            end, before = tensor.offset + tensor.nbytes, name
+        return metadata, tensors
 
     def _counted(self, count: int, smallest: int) -> Iterator[int]:
         if count > self._size // smallest:

@@ -101,9 +101,13 @@ def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
     config["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"))
     config["add_eos_token"] = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
     config["clean_up_tokenization_spaces"] = False
+    templates = _templates(metadata)
+    default = {"chat_template.jinja": templates.pop("")} if "" in templates else {}
+    if templates:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     return {
         "tokenizer.json": json.dumps(content, ensure_ascii=False),
-        **_templates(metadata),
+        **default,
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
     }
 
@@ -205,14 +209,10 @@ def _sentencepiece(metadata: Mapping[str, object], tokens: Sequence[str], types:
 
 
 def _templates(metadata: Mapping[str, object]) -> dict[str, str]:
-    """The default chat template as a file of its own; named ones go to files beside it."""
+    """Chat templates by name; that of the default one is empty."""
     key = "tokenizer.chat_template"
-    files = {}
-    for name, value in metadata.items():
-        if isinstance(value, str) and (name == key or name.startswith(f"{key}.")):
-            label = name.removeprefix(key).removeprefix(".")
-            if not label:
-                files["chat_template.jinja"] = value
-            elif label.replace("_", "").replace("-", "").isalnum():  # it becomes a file name
-                files[f"additional_chat_templates/{label}.jinja"] = value
-    return files
+    return {
+        name.removeprefix(key).removeprefix("."): value
+        for name, value in metadata.items()
+        if isinstance(value, str) and (name == key or name.startswith(f"{key}."))
+    }

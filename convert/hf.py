@@ -11,12 +11,16 @@ import numpy as np
 
 from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Source, read_json
 from llama_jax.config import config_from_hf
-from llama_jax.convert.hf_names import Recipe, recipe, text_name
-from llama_jax.convert.model_source import some
-from llama_jax.convert.safetensors_file import DTYPES, SafetensorsFile
+from llama_jax.config.multimodal import text_model
+from llama_jax.convert.hf_names import Names, Recipe, recipe
+from llama_jax.convert.hf_weights import MISMATCH, PlainWeight, Weight
+from llama_jax.convert.model_source import DTYPES_BY_NAME, check_vocabulary, some
+from llama_jax.convert.quantized import scheme_from_hf
+from llama_jax.convert.quantized.weight import QuantizedWeight, take_quantized
+from llama_jax.convert.safetensors_file import SafetensorsFile
 from llama_jax.convert.torch_file import TorchFile
-from llama_jax.convert.weight_file import WeightFile, same_tensor
-from llama_jax.errors import CheckpointError, UnsupportedModel
+from llama_jax.convert.weight_file import WeightFile
+from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
 
 SINGLE = "model.safetensors"
@@ -35,21 +39,29 @@ MAX_COPIED_BYTES = 512 << 20
 class HuggingFaceFolder:
     """An opened Hugging Face folder; see `convert.model_source.ModelSource`.
 
+    Weights that are stored quantised are read in the dtype that config.json names.
+
     Raises:
       CheckpointError: a file or tensor is missing, unknown, damaged or of the wrong shape; names it.
-      UnsupportedModel: config.json or a dtype asks for something that is not supported.
+      UnsupportedModel: config.json or a dtype asks for something that is not supported, a way of quantising among it.
     """
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
         self.path = path
         hf = read_json(inside(path, CONFIG))
         self.config = config_from_hf(hf)
-        self.source = Source("huggingface", name or path.resolve().name, revision, _licence(path))
+        self._text = text_model(hf)
+        self._scheme = scheme_from_hf(hf)
+        label = self._scheme.label if self._scheme else None
+        self.source = Source("huggingface", name or path.resolve().name, revision, _licence(path), label)
         self._recipes: dict[str, Recipe] = {}
+        self._weights: dict[str, Weight] = {}
         self._where: dict[str, tuple[WeightFile, str]] = {}
         self._files: list[WeightFile] = []
         try:
-            self._open(multimodal="text_config" in hf)
+            self._open(Names(self._text is not None, self._text.skipped_layers if self._text else frozenset()))
+            self._find_weights()
+            self._tie(certain=self._text is None or hf.get("tie_word_embeddings") is not None)
             self._plan()
         except BaseException:
             self.close()
@@ -67,48 +79,45 @@ class HuggingFaceFolder:
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        return copied_files(self.path)
+        found = copied_files(self.path)
+        extra = self._text.extra_embeddings if self._text else 0
+        check_vocabulary(found.get("tokenizer.json"), self.config.vocab_size + extra, self.path)
+        return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
-        file, name = self._where[self._recipes[spec.name].sources[0]]
-        return DTYPES[file.entries[name].dtype]
+        return self._weights[self._recipes[spec.name].sources[0]].dtype
 
     def read(self, spec: ParamSpec) -> np.ndarray:
         made, out = self._recipes[spec.name], np.empty(spec.shape, self.dtype(spec))
         if len(made.sources) > 1:
             for expert, source in enumerate(made.sources):
-                self._read_into(source, out[expert])
-        elif made.part is None and not made.transposed:
-            self._read_into(made.sources[0], out)
+                self._weights[source].read_into(out[expert])
+        elif out.ndim < 3:
+            self._weights[made.sources[0]].read_into(out)
         else:
             self._read_experts(made, out)
         return out
 
     def _read_experts(self, made: Recipe, out: np.ndarray) -> None:
-        """Takes a fused tensor apart, expert by expert, so that no second copy of it is ever in memory."""
-        width, rows = out.shape[1], made.shape[1]
+        """Takes a stack of experts apart, one by one, so that no second copy of it is ever in memory."""
+        weight, width = self._weights[made.sources[0]], out.shape[1]
         first = (made.part or 0) * width
-        one = rows * made.shape[2] * out.itemsize
         buffer = np.empty(made.shape[1:], out.dtype) if made.transposed else None
         for expert in range(out.shape[0]):
             if buffer is None:
-                self._read_into(made.sources[0], out[expert], expert * one + first * made.shape[2] * out.itemsize)
+                weight.read_into(out[expert], expert=expert, row=first)
             else:
-                self._read_into(made.sources[0], buffer, expert * one)
+                weight.read_into(buffer, expert=expert)
                 out[expert] = buffer[:, first : first + width].T
 
-    def _read_into(self, source: str, out: np.ndarray, skip: int = 0) -> None:
-        file, name = self._where[source]
-        file.read_into(name, out, skip)
-
-    def _open(self, *, multimodal: bool) -> None:
+    def _open(self, names: Names) -> None:
         for shard, promised in _shards(self.path):
             file = _open_weights(inside(self.path, shard))
             self._files.append(file)
             if absent := promised - file.entries.keys():
                 raise CheckpointError(f"{file.path} lacks tensor {some(absent)}, which the index promises", hint=_AGAIN)
             for name in file.entries:
-                plain = text_name(name, multimodal=multimodal)
+                plain = names.plain(name)
                 if plain is None:
                     continue
                 if plain in self._where:
@@ -117,64 +126,73 @@ class HuggingFaceFolder:
                     )
                 self._where[plain] = (file, name)
 
-    def _plan(self) -> None:
-        """Finds the tensors of every leaf; checks that none is missing, unknown, or of the wrong shape or dtype."""
-        if self.config.tie_word_embeddings:
-            self._drop_tied_head()
-        for spec in param_specs(self.config):
-            self._recipes[spec.name] = recipe(spec, self._where)
-        used = {source for made in self._recipes.values() for source in made.sources}
-        if missing := used - self._where.keys():
-            raise CheckpointError(f"{self.path} lacks tensor {some(missing)}, which {CONFIG} asks for", hint=_MATCH)
-        if unknown := self._where.keys() - used:
-            file, name = self._where[min(unknown)]
-            raise CheckpointError(
-                f"{file.path} holds tensor {name}, which {CONFIG} does not ask for (unknown: {some(unknown)})",
-                hint=_MATCH,
-            )
-        for made in self._recipes.values():
-            self._check(made)
+    def _find_weights(self) -> None:
+        """Tells quantised weights from plain ones."""
+        if self._scheme is not None:
+            self._weights |= take_quantized(self._scheme, self._where, DTYPES_BY_NAME[self.config.dtype])
+        self._weights |= {name: PlainWeight(*stored) for name, stored in self._where.items()}
+        # AutoGPTQ once gave every layer that it quantised a bias, of zeros where the model has none.
+        wanted = {spec.hf for spec in param_specs(self.config)}
+        for name, weight in list(self._weights.items()):
+            if name.endswith(".bias") and name not in wanted and isinstance(weight, PlainWeight):
+                quantised = self._weights.get(f"{name.removesuffix('bias')}weight")
+                if isinstance(quantised, QuantizedWeight) and weight.all_zero():
+                    del self._weights[name]
 
-    def _check(self, made: Recipe) -> None:
-        for source in made.sources:
-            file, name = self._where[source]
-            entry = file.entries[name]
-            if entry.dtype not in DTYPES:
-                raise UnsupportedModel(
-                    f"{file.path}: tensor {name} has dtype {entry.dtype}", hint=f"supported: {', '.join(DTYPES)}"
-                )
-            if entry.shape != made.shape:
-                raise CheckpointError(
-                    f"{file.path}: tensor {name} has shape {list(entry.shape)}, {CONFIG} asks for {list(made.shape)}",
-                    hint=_MATCH,
-                )
-            first, first_name = self._where[made.sources[0]]
-            if entry.dtype != first.entries[first_name].dtype:
-                raise CheckpointError(
-                    f"{file.path}: tensor {name} has dtype {entry.dtype}, "
-                    f"its sibling {made.sources[0]} {first.entries[first_name].dtype}",
-                    hint=_MATCH,
-                )
+    def _tie(self, *, certain: bool) -> None:
+        """Decides whether the embedding is the output projection as well.
 
-    def _drop_tied_head(self) -> None:
-        """A tied model may still carry lm_head.weight: fine if it is the embedding, or stands for it."""
-        head, embed = "lm_head.weight", "model.embed_tokens.weight"
-        if head not in self._where:
+        A tied model may still carry lm_head.weight: fine if it is the embedding, or stands for it. The config.json of
+        a multimodal model often does not say, or says it wrongly; then the weights decide, as in transformers.
+        """
+        head, embed = self._weights.get(_HEAD), self._weights.get(_EMBED)
+        if not self.config.tie_word_embeddings:
+            if not certain and head is None and not (self._text and self._text.extra_embeddings):
+                self.config = self.config.replace(tie_word_embeddings=True)
             return
-        if embed not in self._where:
-            self._where[embed] = self._where.pop(head)
+        if head is None:
             return
-        (a, a_name), (b, b_name) = self._where[head], self._where[embed]
-        if not same_tensor(a, a_name, b, b_name):
+        if embed is None:
+            self._weights[_EMBED] = self._weights.pop(_HEAD)
+        elif isinstance(head, PlainWeight) and isinstance(embed, PlainWeight) and head.equals(embed):
+            del self._weights[_HEAD]
+        elif self._text is not None:
+            self.config = self.config.replace(tie_word_embeddings=False)
+        else:
             raise CheckpointError(
-                f"{a.path}: {CONFIG} says tie_word_embeddings, but tensor {a_name} differs from {b_name}",
+                f"{head.path}: {CONFIG} says tie_word_embeddings, but tensor {head.name} differs from {embed.name}",
                 hint="set tie_word_embeddings to false in config.json if the model has its own output projection",
             )
-        del self._where[head]
+
+    def _plan(self) -> None:
+        """Finds the tensors of every leaf; checks that none is missing, unknown, or of the wrong shape or dtype."""
+        extra = self._text.extra_embeddings if self._text else 0
+        for spec in param_specs(self.config):
+            self._recipes[spec.name] = recipe(spec, self._weights, extra_embeddings=extra)
+        used = {source for made in self._recipes.values() for source in made.sources}
+        if missing := used - self._weights.keys():
+            raise CheckpointError(f"{self.path} lacks tensor {some(missing)}, which {CONFIG} asks for", hint=MISMATCH)
+        if unknown := self._weights.keys() - used:
+            weight = self._weights[min(unknown)]
+            raise CheckpointError(
+                f"{weight.path} holds tensor {weight.name}, which {CONFIG} does not ask for (unknown: {some(unknown)})",
+                hint=MISMATCH,
+            )
+        for made in self._recipes.values():
+            first = self._weights[made.sources[0]]
+            for source in made.sources:
+                weight = self._weights[source]
+                weight.check(made.shape)
+                if weight.dtype != first.dtype:
+                    raise CheckpointError(
+                        f"{weight.path}: tensor {weight.name} has dtype {weight.dtype.name}, "
+                        f"its sibling {first.name} {first.dtype.name}",
+                        hint=MISMATCH,
+                    )
 
 
+_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _AGAIN = "the folder is damaged or was not downloaded completely; get it again"
-_MATCH = "config.json and the weights do not belong together, or the download is incomplete"
 
 
 def _open_weights(path: Path) -> WeightFile:

@@ -16,6 +16,9 @@ Weights are drawn wide (standard deviation 0.15), norms and biases at random, so
 shows. A seed is taken only if every tensor (and every expert of it) has a gradient, float64 agrees with float32 within
 1e-5 of the largest logit, and no greedy choice is closer than 1e-3 of it: rounding alone must not fail a test.
 
+Multimodal cases (those of tests/data/multimodal) run only the text model, on text; the other parts are as small as they
+can be.
+
 With dynamic NTK rope, transformers recomputes the base while decoding, although the cached keys were rotated with the
 old one. Here the base stays what the prompt made it, both in `logits` and in `greedy`.
 """
@@ -32,14 +35,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One golden: a config, how it is saved, and the lengths of its prompts in tokens."""
+    """One golden: a config, how it is saved, and the lengths of its prompts in tokens.
+
+    With `vision`, the keys of a vision model, it is a multimodal model: `keys` are those of its text model, `top` those
+    of the whole.
+    """
 
     model_type: str
     keys: dict[str, Any] = field(default_factory=dict)
@@ -47,6 +54,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     max_shard_size: str = "50GB"
     old_style: bool = False
+    vision: dict[str, Any] | None = None
+    top: dict[str, Any] = field(default_factory=dict)
 
 
 SMALL: dict[str, Any] = {
@@ -73,6 +82,17 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+
+PIXTRAL = {
+    "head_dim": 4,
+    "hidden_size": 8,
+    "image_size": 16,
+    "intermediate_size": 8,
+    "model_type": "pixtral",
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "patch_size": 8,
 }
 
 CASES: dict[str, Case] = {
@@ -178,6 +198,41 @@ CASES: dict[str, Case] = {
         },
         (40, 21),
     ),
+    "mllama": Case(
+        "mllama",
+        {
+            "num_hidden_layers": 4,
+            "cross_attention_layers": [1, 3],
+            "rope_parameters": LLAMA3,
+        },
+        (40, 21),
+        vision={
+            "attention_heads": 2,
+            "hidden_size": 8,
+            "image_size": 14,
+            "intermediate_layers_indices": [0],
+            "intermediate_size": 8,
+            "num_global_layers": 1,
+            "num_hidden_layers": 1,
+            "patch_size": 14,
+            "vision_output_dim": 16,
+        },
+    ),
+    "mistral3-tied": Case(
+        "mistral3",
+        {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+        (20, 13),
+        dtype=torch.bfloat16,
+        vision=PIXTRAL,
+        top={"tie_word_embeddings": True},
+    ),
+    "mistral3": Case(
+        "mistral3",
+        {"model_type": "mistral", "sliding_window": 6, "head_dim": 12},
+        (20, 13),
+        vision=PIXTRAL,
+        top={"tie_word_embeddings": False},
+    ),
 }
 
 
@@ -191,11 +246,17 @@ def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
             parameter.data = 0.3 * noise
 
 
+def factory(case: Case) -> Any:
+    return AutoModelForCausalLM if case.vision is None else AutoModelForImageTextToText
+
+
 def save(case: Case, seed: int, folder: Path) -> None:
     torch.manual_seed(seed)
     keys = SMALL | {"dtype": "float32"} | copy.deepcopy(case.keys)
+    if case.vision is not None:
+        keys = {"dtype": "float32", "text_config": keys, "vision_config": dict(case.vision), **case.top}
     config = AutoConfig.for_model(case.model_type, **keys)
-    model = AutoModelForCausalLM.from_config(config)
+    model = factory(case).from_config(config)
     randomise(model, torch.Generator().manual_seed(seed))
     model.to(case.dtype).save_pretrained(folder, max_shard_size=case.max_shard_size)
     if case.old_style:
@@ -218,7 +279,7 @@ def run_row(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, li
     # Dynamic rope keeps state between calls: every row starts from a fresh model.
     model = copy.deepcopy(model)
     logits = model(ids[None], use_cache=False).logits[0]
-    rotary = model.model.rotary_emb
+    rotary = getattr(model.model, "language_model", model.model).rotary_emb
     if rotary.rope_type == "dynamic":
         rotary.rope_type = "default"  # from here on the base is frozen
     margin, tokens, current = float("inf"), [], logits[-1]
@@ -231,14 +292,21 @@ def run_row(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, li
     return logits, tokens, margin
 
 
+NO_TEXT = ("vision_tower.", "vision_model.", "multi_modal_projector.")
+
+
 def dead_tensors(model: torch.nn.Module, rows: list[torch.Tensor]) -> list[str]:
     """Parameters (for expert stacks: any expert of one) that no logit depends on."""
     model = copy.deepcopy(model)
     for row in rows:
         logits = model(row[None], use_cache=False).logits
         (logits * torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)).sum().backward()
+    crossing = getattr(model.config.get_text_config(), "cross_attention_layers", ())
+    unused = (*NO_TEXT, *(f"language_model.layers.{i}." for i in crossing))
     dead = []
     for name, parameter in model.named_parameters():
+        if any(part in name for part in unused):
+            continue
         slices = parameter.grad if "experts" in name and parameter.ndim == 3 else [parameter.grad]
         # (A key bias cancels in the softmax unless rope rotates it; rounding then leaves a gradient that is not 0.)
         if any(float(grad.abs().max()) == 0.0 for grad in slices):
@@ -249,7 +317,7 @@ def dead_tensors(model: torch.nn.Module, rows: list[torch.Tensor]) -> list[str]:
 def compute(case: Case, seed: int, folder: Path) -> str | None:
     """Writes expected.npz; returns why this seed will not do, or None."""
     load = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(folder, **load).eval()
+    model = factory(case).from_pretrained(folder, **load).eval()
     rng = np.random.default_rng(seed)
     rows = [torch.from_numpy(rng.integers(3, SMALL["vocab_size"], n)) for n in case.lengths]
     if dead := dead_tensors(model, rows):
@@ -279,9 +347,9 @@ def compute(case: Case, seed: int, folder: Path) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes golden cases with transformers.")
     parser.add_argument("out", type=Path, help="folder for the cases")
-    parser.add_argument("cases", nargs="*", help="names of cases; all when none is named")
+    parser.add_argument("cases", nargs="*", help="names of cases; all text models when none is named")
     args = parser.parse_args()
-    for name in args.cases or CASES:
+    for name in args.cases or [name for name, case in CASES.items() if case.vision is None]:
         folder = args.out / name
         for seed in range(20):
             shutil.rmtree(folder, ignore_errors=True)

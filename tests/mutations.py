@@ -358,8 +358,8 @@ CONVERSION: tuple[Mutation, ...] = (
     Mutation(
         "output projection transposed",
         "convert/hf.py",
-        "            self._read_into(made.sources[0], out)\n",
-        "            self._read_into(made.sources[0], out)\n"
+        "            self._weights[made.sources[0]].read_into(out)\n",
+        "            self._weights[made.sources[0]].read_into(out)\n"
         '            if ".attn.o_proj.weight" in spec.name:\n'
         "                out = np.ascontiguousarray(out.T)\n",
         ("tests/test_verification.py::test_golden[llama2-mha]",),
@@ -391,6 +391,48 @@ CONVERSION: tuple[Mutation, ...] = (
         "return half_rotation(array, self.config.num_kv_heads)",
         "return half_rotation(array, self.config.num_heads)",
         ("tests/test_convert_gguf.py::test_unquantised_files[f32]",),
+    ),
+    Mutation(
+        "GPTQ zeros not raised by 1",
+        "convert/quantized/gptq.py",
+        "words.view(np.uint32) + np.uint32(0xFFFFFFFF // largest)",
+        "words.view(np.uint32)",
+        ("tests/test_convert_quantized.py::test_weights_are_those_of_the_library[gptq-int4]",),
+    ),
+    Mutation(
+        "GPTQ inputs not in the order of activations",
+        "convert/quantized/gptq.py",
+        "rows).T, groups)",
+        "rows).T, None)",
+        ("tests/test_convert_quantized.py::test_weights_are_those_of_the_library[gptq-int4-act-order]",),
+    ),
+    Mutation(
+        "AWQ outputs in the order of their words",
+        "convert/quantized/awq.py",
+        "for i, position in enumerate(_POSITION):",
+        "for i, position in enumerate(range(8)):",
+        ("tests/test_convert_quantized.py::test_weights_are_those_of_the_library[awq]",),
+    ),
+    Mutation(
+        "bitsandbytes nibbles swapped",
+        "convert/quantized/bitsandbytes.py",
+        "[packed >> 4, packed & np.uint8(15)]",
+        "[packed & np.uint8(15), packed >> 4]",
+        ("tests/test_convert_quantized.py::test_weights_are_those_of_the_library[bnb-nf4]",),
+    ),
+    Mutation(
+        "zero points of packed weights along the wrong axis",
+        "convert/quantized/compressed_tensors.py",
+        "unpack(zeros.T, group.bits, rows).T",
+        "unpack(zeros, group.bits, rows * zeros.shape[1] // zeros.shape[0]).reshape(grid)",
+        ("tests/test_convert_quantized.py::test_weights_are_those_of_the_library[ct-int4-group-asymmetric]",),
+    ),
+    Mutation(
+        "Llama 3.2 Vision with the rope base of Llama 2",
+        "llama_jax/config/multimodal.py",
+        '"rope_theta": 500_000.0',
+        '"rope_theta": 10_000.0',
+        ("tests/test_convert_multimodal.py::test_mllama_defaults",),
     ),
     Mutation(
         "digest of a tensor not compared",

@@ -185,7 +185,6 @@ def test_multimodal_wrappers_give_their_text_model() -> None:
         ({"rope_theta": "1e4"}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"hidden_size": "64"}, "hidden_size"),

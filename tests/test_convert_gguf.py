@@ -14,6 +14,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import LLAMA, MIXTRAL, assert_equal, loaded, permute, write_gguf
@@ -30,6 +31,7 @@ from llama_jax.params import param_specs
 QWEN3 = LLAMA | {"model_type": "qwen3", "attention_bias": False}
 QWEN2 = LLAMA | {"model_type": "qwen2"}
 SMOLLM3 = LLAMA | {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layer_interval": 4}
+LLAMA4 = tiny_models.LLAMA4 | {"attention_chunk_size": 8192}
 # Quantised rows are blocks of 32.
 WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 
@@ -54,8 +56,10 @@ def without_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
         ("qwen2", QWEN2),
         ("qwen3", QWEN3),
         ("smollm3", SMOLLM3),
+        ("llama4", LLAMA4),
+        ("llama4", LLAMA4 | {"num_local_experts": 128, "use_qk_norm": False}),
     ],
-    ids=["f32", "f16", "bf16", "tied", "biases", "experts", "qwen2", "qwen3", "smollm3"],
+    ids=["f32", "f16", "bf16", "tied", "biases", "experts", "qwen2", "qwen3", "smollm3", "llama4", "llama4-128"],
 )
 def test_unquantised_files(tmp_path: Path, arch: str, hf: dict[str, Any]) -> None:
     leaves = write_gguf(tmp_path / "m.gguf", hf, arch=arch)
@@ -145,27 +149,27 @@ def test_rope_scaling(tmp_path: Path, extra: dict[str, Any], rope: dict[str, Any
     assert open_checkpoint(convert(tmp_path / "m.gguf", tmp_path / "out")).config.rope == expected
 
 
-def llama3_factors(base: float, dim: int, factor: float, low: float = 1.0) -> np.ndarray:
+def llama3_factors(base: float, dim: int, factor: float, low: float = 1.0, high: float = 4.0) -> np.ndarray:
     """`LlamaModel.generate_extra_tensors` of llama.cpp's convert_hf_to_gguf.py."""
     out = []
     for freq in 1.0 / (base ** (np.arange(0, dim, 2, dtype=np.float32) / dim)):
         wavelen = 2 * math.pi / freq
-        if wavelen < 8192 / 4.0:
+        if wavelen < 8192 / high:
             out.append(1.0)
         elif wavelen > 8192 / low:
             out.append(factor)
         else:
-            smooth = (8192 / wavelen - low) / (4.0 - low)
+            smooth = (8192 / wavelen - low) / (high - low)
             out.append(1 / ((1 - smooth) / factor + smooth))
     return np.array(out, np.float32)
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_rope_factors(tmp_path: Path, factor: float) -> None:
+@pytest.mark.parametrize(("factor", "high"), [(8.0, 4.0), (32.0, 4.0), (16.0, 1.0)])
+def test_llama3_rope_factors(tmp_path: Path, factor: float, high: float) -> None:
     hf = LLAMA | {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-    write_gguf(tmp_path / "m.gguf", hf, tensors={"rope_freqs.weight": llama3_factors(500000.0, 64, factor)})
+    write_gguf(tmp_path / "m.gguf", hf, tensors={"rope_freqs.weight": llama3_factors(500000.0, 64, factor, high=high)})
     rope = open_checkpoint(convert(tmp_path / "m.gguf", tmp_path / "out")).config.rope
-    assert (rope.kind, rope.factor, rope.low_freq_factor, rope.high_freq_factor) == ("llama3", factor, 1.0, 4.0)
+    assert (rope.kind, rope.factor, rope.low_freq_factor, rope.high_freq_factor) == ("llama3", factor, 1.0, high)
     assert rope.original_max_positions == 8192
 
 
@@ -192,7 +196,7 @@ def test_end_of_turn_also_ends_a_text(tmp_path: Path) -> None:
         ({"extra": {"llama.rope.scaling.type": "longrope"}}, "'longrope' is not supported"),
         ({"extra": {"llama.rope.scaling.type": "yarn"}}, "original_context_length"),
         ({"extra": {"llama.rope.dimension_count": 4}}, r"rope\.dimension_count = 4 differs from the head size 8"),
-        ({"extra": {"split.count": 2}}, "several parts"),
+        ({"arch": "llama4", "hf": LLAMA4, "extra": {"llama4.attention.sliding_window": 0}}, r"sliding_window"),
         ({"arch": "qwen3", "hf": QWEN3, "extra": {"qwen3.expert_count": 4}}, r"qwen3\.expert_count"),
         ({"arch": "qwen2", "hf": QWEN2, "extra": {"qwen2.attention.sliding_window": 4}}, r"sliding_window"),
         ({"drop": "token_embd.weight"}, "without token_embd.weight"),
@@ -334,6 +338,13 @@ HOSTILE = {
     "data behind the end": (
         HEAD + struct.pack("<QQ", 1, 0) + text("t") + struct.pack("<IQIQ", 1, 2**50, 0, 0) + bytes(99),
         "it is truncated",
+    ),
+    "overlapping tensors": (
+        HEAD
+        + struct.pack("<QQ", 2, 0)
+        + (text("a") + struct.pack("<IQIQ", 1, 4, 0, 0) + text("b") + struct.pack("<IQIQ", 1, 4, 0, 8))
+        + bytes(99),
+        "tensors a and b overlap",
     ),
     "doubled tensor": (
         HEAD + struct.pack("<QQ", 2, 0) + (text("t") + struct.pack("<IQIQ", 1, 4, 0, 0)) * 2 + bytes(99),

@@ -385,7 +385,7 @@ def test_experts_of_two_dtypes(tmp_path: Path) -> None:
     name = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
     write_hf(tmp_path / "hf", MIXTRAL, tensors=tensors)
-    with pytest.raises(CheckpointError, match=rf"{name} has dtype BF16, its sibling"):
+    with pytest.raises(CheckpointError, match=rf"{name} has dtype bfloat16, its sibling"):
         convert(tmp_path / "hf", tmp_path / "out")
 
 

@@ -121,15 +121,23 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray] | None = None,
     drop: str = "",
     seed: int = 0,
+    tensors_a_part: int = 0,
+    single_experts: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Writes a GGUF file with llama.cpp's own writer and returns the canonical leaves (before any quantisation)."""
+    """Writes a GGUF file with llama.cpp's own writer and returns the canonical leaves (before any quantisation).
+
+    `tensors_a_part` splits it into several files, named as by gguf-split; `single_experts` leaves experts unstacked.
+    """
     config = config_from_hf(hf)
     leaves = random_leaves(config, seed)
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=tensors_a_part)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(hf["intermediate_size"])
+    writer.add_feed_forward_length(hf.get("intermediate_size_mlp", hf["intermediate_size"]))
+    if arch == "llama4":
+        writer.add_expert_feed_forward_length(hf["intermediate_size"])
+        writer.add_interleave_moe_layer_step(hf["interleave_moe_layer_step"])
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
@@ -142,14 +150,18 @@ def write_gguf(
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for key, value in (extra or {}).items():
-        {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)](key, value)
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        add[type(value)](key, value)
     for spec in param_specs(config):
         if spec.gguf == drop:
             continue
         array = leaves[spec.name]
         if arch in ("llama", "smollm3") and (".q_proj." in spec.name or ".k_proj." in spec.name):
             array = permute(array, config.num_heads if ".q_proj." in spec.name else config.num_kv_heads)
-        if array.dtype == ml_dtypes.bfloat16:
+        if single_experts and "_exps." in spec.gguf:
+            for e, expert in enumerate(array):
+                writer.add_tensor(spec.gguf.replace("_exps.", f".{e}."), expert)
+        elif array.dtype == ml_dtypes.bfloat16:
             writer.add_tensor(spec.gguf, array.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
         elif quantisation is not None and array.ndim > 1:
             writer.add_tensor(spec.gguf, gguf.quantize(array, quantisation), raw_dtype=quantisation)

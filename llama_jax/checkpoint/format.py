@@ -60,12 +60,14 @@ class Source:
       name: name of the model, its folder or its file.
       revision: commit or digest of the source, where known.
       licence: as the source states it, where it does.
+      quantization: how the source stores its weights, in a few words; None if they are plain floats.
     """
 
     kind: str = "arrays"
     name: str = ""
     revision: str | None = None
     licence: str | None = None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)

@@ -182,11 +182,3 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
     }
 )
-
-WRAPPERS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "llama4": ("llama4_text", "Llama4ForConditionalGeneration"),
-        "mistral3": ("mistral", "Mistral3ForConditionalGeneration"),
-    }
-)
-"""Multimodal models whose `text_config` is one of the above: its default model_type, and the wrapper's architecture."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.config.families import FAMILIES, WRAPPERS, Family
+from llama_jax.config.families import FAMILIES, Family
 from llama_jax.config.fields import Fields, bad
+from llama_jax.config.multimodal import WRAPPERS, text_model
 from llama_jax.config.rope import rope_from_hf, rope_to_hf
 from llama_jax.config.spec import Activation, AttentionKind, LayerSpec, LlamaConfig, MoeSpec, QueryScale
 from llama_jax.errors import UnsupportedModel
@@ -55,6 +56,8 @@ _LAYER_TYPES: Mapping[str, AttentionKind] = {
 def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
     """Reads a config.json, old style or new, of a supported family or of a multimodal model around one.
 
+    `quantization_config` says how weights are stored, not what the model is: `llama_jax.convert` reads it.
+
     Args:
       hf: the parsed file.
 
@@ -62,28 +65,15 @@ def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
       The configuration; of a multimodal model, that of its text model.
 
     Raises:
-      UnsupportedModel: an unknown model type, architecture, activation, rope type or layer type, a quantised
-        checkpoint, or a value of the wrong type or out of range; the message names the key.
+      UnsupportedModel: an unknown model type, architecture, activation, rope type or layer type, or a value of the
+        wrong type or out of range; the message names the key.
     """
     if not isinstance(hf, Mapping):
         raise UnsupportedModel("config.json does not hold a JSON object", hint="check the model's config.json")
-    if Fields(hf).string("model_type") in WRAPPERS:
-        return _from_wrapper(hf)
-    return _from_text(hf, prefix="", extra_architecture=None)
-
-
-def _from_wrapper(hf: Mapping[str, Any]) -> LlamaConfig:
-    model_type, architecture = WRAPPERS[hf["model_type"]]
-    text = hf.get("text_config")
-    if not isinstance(text, Mapping):
-        raise bad("text_config", text, "an object")
-    _refuse_variants(Fields(hf), (architecture,))
-    merged = {"model_type": model_type, **text}
-    # The wrapper speaks for what its text model leaves open.
-    for key in ("dtype", "torch_dtype", "tie_word_embeddings"):
-        if text.get(key) is None and hf.get(key) is not None:
-            merged[key] = hf[key]
-    return _from_text(merged, prefix="text_config.", extra_architecture=architecture)
+    if (text := text_model(hf)) is None:
+        return _from_text(hf, prefix="", extra_architecture=None)
+    _refuse_variants(Fields(hf), (text.architecture,))
+    return _from_text(text.config, prefix="text_config.", extra_architecture=text.architecture)
 
 
 def _from_text(hf: Mapping[str, Any], *, prefix: str, extra_architecture: str | None) -> LlamaConfig:
@@ -146,12 +136,6 @@ def _from_text(hf: Mapping[str, Any], *, prefix: str, extra_architecture: str | 
 
 def _refuse_variants(f: Fields, architectures: tuple[str, ...]) -> None:
     """Refuses what would change the numbers or the weights, rather than computing something else."""
-    if quantization := f.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedModel(
-            f"config.json: quantised weights ({f.name('quantization_config')}, {method!r}) are not supported yet",
-            hint="use the model's bfloat16, float16 or float32 weights",
-        )
     if f.get("per_layer_config"):
         raise UnsupportedModel(
             f"config.json: {f.name('per_layer_config')} is not supported",

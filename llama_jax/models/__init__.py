@@ -167,7 +167,9 @@ def _local(path: Path, progress: Progress | None, say: Notify) -> Path:
     if is_checkpoint(path):
         return path
     if path.is_dir() and not (path / "config.json").is_file():
-        files = sorted(path.glob("*.gguf"))
+        from llama_jax.convert.gguf_parts import models_of
+
+        files = models_of(path.glob("*.gguf"))
         if len(files) == 1:
             path = files[0]
         elif not (path / "params.json").is_file():

@@ -1,0 +1,131 @@
+"""GGUF models in several files, as llama.cpp's gguf-split writes them: NAME-00001-of-00003.gguf and so on.
+
+The first file holds all metadata and some tensors, the others hold tensors. Each says in `split.no` (from 0 on) and
+`split.count` which it is (https://github.com/ggml-org/llama.cpp/tree/master/tools/gguf-split).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.convert.gguf_file import GgufFile, Tensor
+from llama_jax.errors import CheckpointError
+
+MAX_PARTS = 65_535
+_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_HINT = "the parts belong together and keep their names; get the missing ones, or all of them again"
+
+
+class GgufParts:
+    """An open GGUF model of one file or several.
+
+    Attributes:
+      path: the first file.
+      metadata: of the first file.
+      tensors: of all files.
+
+    Raises:
+      CheckpointError: a file is missing, damaged, or not the part that its name says; names it.
+      UnsupportedModel: see `GgufFile`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = first_part(path)
+        self._files: list[GgufFile] = []
+        self._where: dict[str, GgufFile] = {}
+        try:
+            first = self._open(self.path)
+            self.metadata = first.metadata
+            count = _split(first, "count", 1)
+            if count > 1:
+                self._open_others(first, count)
+        except BaseException:
+            self.close()
+            raise
+        self.tensors: Mapping[str, Tensor] = {name: file.tensors[name] for name, file in self._where.items()}
+
+    def close(self) -> None:
+        """Closes all files."""
+        for file in self._files:
+            file.close()
+
+    def dtype(self, name: str) -> np.dtype:
+        """See `GgufFile.dtype`."""
+        return self._where[name].dtype(name)
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """See `GgufFile.read_into`."""
+        self._where[name].read_into(name, out)
+
+    def read(self, name: str) -> np.ndarray:
+        """See `GgufFile.read`."""
+        return self._where[name].read(name)
+
+    def check_decodable(self) -> None:
+        """See `GgufFile.check_decodable`."""
+        for file in self._files:
+            file.check_decodable()
+
+    def label(self) -> str | None:
+        """The quantised types of matrices, most of the weights first; None if there are none."""
+        sizes: Counter[str] = Counter()
+        for file in self._files:
+            for name, tensor in file.tensors.items():
+                if len(tensor.shape) > 1:
+                    sizes[file.type_name(name)] += math.prod(tensor.shape)
+        kinds = [kind for kind, _ in sizes.most_common()]
+        return f"GGUF {', '.join(kinds)}" if set(kinds) - {"F32", "F16", "BF16"} else None
+
+    def _open(self, path: Path) -> GgufFile:
+        file = GgufFile(path)
+        self._files.append(file)
+        for name in file.tensors:
+            if name in self._where:
+                raise CheckpointError(f"tensor {name} stands both in {self._where[name].path} and {path}", hint=_HINT)
+            self._where[name] = file
+        return file
+
+    def _open_others(self, first: GgufFile, count: int) -> None:
+        named = _NAME.fullmatch(self.path.name)
+        if named is None or int(named[2]) != 1 or int(named[3]) != count or _split(first, "no", 0) != 0:
+            raise CheckpointError(
+                f"{self.path} is the first of {count} parts of a GGUF model by its metadata, but not by its name",
+                hint=f"gguf-split names it NAME-00001-of-{count:05}.gguf",
+            )
+        for number in range(1, count):
+            path = self.path.with_name(f"{named[1]}-{number + 1:05}-of-{count:05}.gguf")
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing", hint=_HINT)
+            file = self._open(path)
+            if (_split(file, "no", -1), _split(file, "count", -1)) != (number, count):
+                raise CheckpointError(f"{path} is not part {number + 1} of {count} by its metadata", hint=_HINT)
+        total = first.metadata.get("split.tensors.count")
+        if total is not None and total != len(self._where):
+            raise CheckpointError(
+                f"{self.path}: the parts hold {len(self._where)} tensors, the metadata says {total}", hint=_HINT
+            )
+
+
+def _split(file: GgufFile, key: str, default: int) -> int:
+    value: Any = file.metadata.get(f"split.{key}", default)
+    if type(value) is not int or not -1 <= value <= MAX_PARTS:
+        raise CheckpointError(f"{file.path}: split.{key} is {value!r:.40}", hint=_HINT)
+    return value
+
+
+def first_part(path: Path) -> Path:
+    """The file to open for a file of a model: the first part, whichever part is named."""
+    found = _NAME.fullmatch(path.name)
+    return path.with_name(f"{found[1]}-00001-of-{found[3]}.gguf") if found else path
+
+
+def models_of(files: Iterable[Path]) -> list[Path]:
+    """One path for each model among GGUF files: parts that belong together count once."""
+    return sorted({first_part(path) for path in files})

@@ -1,0 +1,236 @@
+"""compressed-tensors, the format of llm-compressor and vLLM (https://github.com/vllm-project/compressed-tensors).
+
+One `config_groups` entry says for the modules that its `targets` match how their weights are quantised. Stored are
+`weight` in int8 or float8 (formats `int-quantized`, `float-quantized`, `naive-quantized`) or `weight_packed` with
+integers of `num_bits` in int32 words (`pack-quantized`), and `weight_scale`, in floats, per tensor, row ("channel"),
+group of columns, or block. The value is (code - weight_zero_point) * weight_scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llama_jax.config.fields import Fields, bad
+from llama_jax.convert.quantized import settings
+from llama_jax.convert.quantized.codes import Codes, unpack
+from llama_jax.convert.quantized.scheme import (
+    FLOATS,
+    IGNORED,
+    SAME,
+    Bundle,
+    Part,
+    PartName,
+    cdiv,
+    unsupported,
+)
+from llama_jax.errors import CheckpointError
+
+_NAME = re.compile(r"(.+\.weight)_(packed|scale|zero_point|shape|g_idx)")
+# Scales of activations and of the cache: nothing here is quantised while it is computed.
+_ACTIVATION = re.compile(r".+\.((input|output|[qkv])_(scale|zero_point|global_scale))")
+_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_STRATEGIES = ("tensor", "channel", "group", "block")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the weights of one config group are quantised."""
+
+    targets: tuple[str, ...]
+    packed: bool
+    bits: int
+    kind: str
+    symmetric: bool
+    strategy: str
+    group: int
+    block: tuple[int, int]
+
+    @property
+    def label(self) -> str:
+        where = {"group": f"groups of {self.group}", "block": f"blocks of {self.block[0]}x{self.block[1]}"}
+        return (
+            f"{'fp' if self.kind == 'float' else 'int'}{self.bits}, {where.get(self.strategy, f'per {self.strategy}')}"
+            f"{'' if self.symmetric else ', asymmetric'}"
+        )
+
+    def block_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        rows, cols = shape[-2:]
+        return {"tensor": (rows, cols), "channel": (1, cols), "group": (1, self.group), "block": self.block}[
+            self.strategy
+        ]
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """See `scheme.Scheme`."""
+
+    groups: tuple[Weights, ...]
+    ignored: frozenset[str]
+
+    @classmethod
+    def read(cls, f: Fields) -> CompressedTensors:
+        """Reads `quantization_config`; raises UnsupportedModel naming what is not supported."""
+        settings.absent(f, "transform_config")
+        sparsity = f.get("sparsity_config")
+        if isinstance(sparsity, Mapping) and sparsity and sparsity.get("format") != "dense":
+            raise unsupported(f.name("sparsity_config.format"), sparsity.get("format"), "dense")
+        if f.get("quantization_status", "compressed") not in ("compressed", "frozen"):
+            raise unsupported(f.name("quantization_status"), f.get("quantization_status"), "compressed")
+        groups = f.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise bad(f.name("config_groups"), groups, "an object with an entry at least")
+        read = [_group(f, name, group) for name, group in groups.items()]
+        ignored = (name for name in settings.names(f, "ignore") if not name.startswith("re:"))
+        return cls(tuple(g for g in read if g is not None), frozenset(ignored))
+
+    @property
+    def label(self) -> str:
+        kinds = dict.fromkeys(group.label for group in self.groups)
+        return f"compressed-tensors {'; '.join(kinds) or 'without quantised weights'}"
+
+    def part(self, tensor: str) -> PartName | None:
+        if found := _NAME.fullmatch(tensor):
+            return PartName(found[1], found[2])
+        return IGNORED if _ACTIVATION.fullmatch(tensor) else None
+
+    def ignores(self, module: str) -> bool:
+        return settings.listed(module, self.ignored)
+
+    def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
+        group, (rows, cols) = self._group_of(bundle), shape
+        block = group.block_of(shape)
+        if group.strategy == "group" and cols % group.group:
+            raise unsupported("group_size", group.group, f"divisors of {cols}, the columns of {bundle.weight}")
+        scales = cdiv(rows, block[0]), cdiv(cols, block[1])
+        shapes = {"tensor": ((1,), (), scales), "channel": (scales, (rows,))}.get(group.strategy, (scales,))
+        fp8 = group.kind == "float"
+        parts = {"scale": Part(FLOATS, shapes, scale=True, nonzero=fp8)}
+        if group.packed:
+            parts["packed"] = Part(("I32",), ((rows, cdiv(cols * group.bits, 32)),))
+            parts["shape"] = Part(("I64", "I32"), ((2,),))
+            # Older versions did not pack the zero points.
+            zeros = Part(("I32", "I8"), ((cdiv(rows * group.bits, 32), scales[1]), *shapes))
+        else:
+            parts[SAME] = Part(("F8_E4M3",) if fp8 else ("I8",), ((rows, cols),))
+            zeros = Part(("F8_E4M3",) if fp8 else ("I8",), shapes)
+        # Older versions also stored zero points that are 0.
+        parts["zero_point"] = dataclasses.replace(zeros, optional=group.symmetric)
+        if group.strategy == "group":
+            parts["g_idx"] = Part(("I32",), ((cols,),), optional=True)
+        return parts
+
+    def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
+        group, (rows, cols) = self._group_of(bundle), shape
+        block = group.block_of(shape)
+        grid = cdiv(rows, block[0]), cdiv(cols, block[1])
+        zeros = tensors.get("zero_point")
+        if group.packed:
+            if tuple(tensors["shape"].tolist()) != shape:
+                raise CheckpointError(
+                    f"{bundle.where('shape')} says {tensors['shape'].tolist()}, config.json asks for {list(shape)}",
+                    hint="config.json and the weights do not belong together",
+                )
+            values = unpack(tensors["packed"], group.bits, cols)
+            # Stored is the signed number plus half the range; a zero point is stored likewise, packed down the rows.
+            half = np.full((1, 1), 2 ** (group.bits - 1), np.float32)
+            if zeros is None:
+                zeros = half
+            elif zeros.dtype == np.int8:
+                zeros = zeros.reshape(grid) + half
+            else:
+                zeros = unpack(zeros.T, group.bits, rows).T
+        else:
+            values = tensors[SAME]
+            zeros = None if zeros is None else zeros.reshape(grid)
+        return Codes(values, tensors["scale"].reshape(grid), block, zeros, _columns(bundle, tensors, grid[1]))
+
+    def _group_of(self, bundle: Bundle) -> Weights:
+        """The group whose targets name the module; where there is only one group, that."""
+        module = bundle.weight.removesuffix(".weight")
+        if len(self.groups) == 1:
+            return self.groups[0]
+        names = (module, *(name.rsplit(".", 1)[0] for _, name in bundle.tensors.values()))
+        for matches in (_by_name, _by_pattern, _by_class):
+            for group in self.groups:
+                if any(matches(target, name) for target in group.targets for name in names):
+                    return group
+        raise CheckpointError(
+            f"{bundle.path}: {module} is quantised, but no group of config.json's quantization_config names it",
+            hint="config.json and the weights do not belong together",
+        )
+
+
+def _by_name(target: str, module: str) -> bool:
+    return target == module
+
+
+def _by_pattern(target: str, module: str) -> bool:
+    text = target.removeprefix("re:")
+    return text != target and settings.pattern("targets", text).match(module) is not None
+
+
+def _by_class(target: str, module: str) -> bool:
+    return target == ("Embedding" if module.endswith("embed_tokens") else "Linear")
+
+
+def _columns(bundle: Bundle, tensors: Mapping[str, np.ndarray], groups: int) -> np.ndarray | None:
+    """The group of each column where columns were reordered; -1 everywhere says that they were not."""
+    index = tensors.get("g_idx")
+    if index is None or (index == -1).all():
+        return None
+    if index.min() < 0 or index.max() >= groups:
+        raise CheckpointError(
+            f"{bundle.where('g_idx')} holds groups from {index.min()} to {index.max()}, there are {groups}",
+            hint="the source is damaged; get it again",
+        )
+    return index
+
+
+def _group(f: Fields, name: str, value: Any) -> Weights | None:
+    key = f"config_groups.{name}"
+    if not isinstance(value, Mapping):
+        raise unsupported(f.name(key), value)
+    group = Fields(value, f"{f.name(key)}.")
+    weights = group.get("weights")
+    if weights is None:
+        return None
+    if not isinstance(weights, Mapping):
+        raise bad(group.name("weights"), weights, "an object")
+    w = Fields(weights, group.name("weights."))
+    stored = group.get("format") or f.get("format", "")
+    stored = settings.one_of(Fields({"format": stored}, f.prefix), "format", _FORMATS, "")
+    kind = settings.one_of(w, "type", ("int", "float"), "int")
+    bits = w.integer("num_bits", 8, high=8)
+    packed = stored == "pack-quantized"
+    if (kind == "float" and (bits != 8 or packed)) or (stored == "float-quantized" and kind == "int"):
+        raise unsupported(w.name("num_bits"), bits, f"{kind} weights in another format than {stored}")
+    settings.absent(w, "dynamic")
+    group_size = settings.group_size(w)
+    strategy = settings.one_of(w, "strategy", _STRATEGIES, "group" if group_size else "tensor")
+    block = w.get("block_structure", [1, 1])
+    block = block.split("x") if isinstance(block, str) else block
+    try:
+        block_rows, block_cols = (int(n) for n in block)
+    except (TypeError, ValueError) as e:
+        raise bad(w.name("block_structure"), block, "two integers") from e
+    if min(block_rows, block_cols) < 1:
+        raise bad(w.name("block_structure"), block, "two positive integers")
+    if strategy == "group" and group_size is None:
+        strategy = "channel"
+    return Weights(
+        targets=settings.names(group, "targets"),
+        packed=packed,
+        bits=bits,
+        kind=kind,
+        symmetric=w.boolean("symmetric", True),
+        strategy=strategy,
+        group=group_size or 1,
+        block=(block_rows, block_cols),
+    )

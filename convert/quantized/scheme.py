@@ -1,0 +1,184 @@
+"""What a quantisation scheme is, and the tensors of one quantised weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.convert.model_source import BFLOAT16
+from llama_jax.convert.quantized.codes import Codes
+from llama_jax.convert.weight_file import WeightEntry, WeightFile
+from llama_jax.errors import CheckpointError, UnsupportedModel
+
+FLOATS = ("F32", "BF16", "F16")
+_DTYPES: Mapping[str, np.dtype] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+"""The safetensors dtypes that quantised weights are made of."""
+
+DAMAGED = "config.json and the weights do not belong together, or the download is incomplete"
+
+
+def unsupported(key: str, value: object, supported: str = "") -> UnsupportedModel:
+    """The error for a value of quantization_config that changes the weights in a way that is not known here."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return UnsupportedModel(
+        f"config.json: {key} = {shown} is not supported",
+        hint=f"supported: {supported}" if supported else "use the model's bfloat16, float16 or float32 weights",
+    )
+
+
+class PartName(NamedTuple):
+    """What the name of a tensor says: it is a `part` of what is quantised as `weight`.
+
+    A tensor that says nothing about weights, such as the scale of an activation, has None for both.
+    """
+
+    weight: str | None
+    part: str | None
+
+
+IGNORED = PartName(None, None)
+SAME = "weight"
+"""The part that is called like the weight itself."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one tensor of a quantised weight must be.
+
+    Attributes:
+      dtypes: safetensors names of the dtypes it may have.
+      shapes: the shapes it may have.
+      optional: whether it may be missing.
+      scale: whether its values must be finite.
+      nonzero: whether none of them may be 0.
+    """
+
+    dtypes: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    optional: bool = False
+    scale: bool = False
+    nonzero: bool = False
+
+
+class Bundle:
+    """The tensors that stand for one quantised weight.
+
+    Attributes:
+      weight: name that the weight would have if it were not quantised.
+      tensors: part to the file that holds it and its name there.
+    """
+
+    def __init__(self, weight: str):
+        self.weight = weight
+        self.tensors: dict[str, tuple[WeightFile, str]] = {}
+
+    @property
+    def path(self) -> Path:
+        return next(iter(self.tensors.values()))[0].path
+
+    def entry(self, part: str) -> WeightEntry:
+        file, name = self.tensors[part]
+        return file.entries[name]
+
+    def where(self, part: str) -> str:
+        """File and tensor, for messages."""
+        file, name = self.tensors[part]
+        return f"{file.path}: tensor {name}"
+
+    def read(self, part: str, expert: int | None = None) -> np.ndarray:
+        """Reads one tensor, or what it holds (along its first axis) for one expert."""
+        entry = self.entry(part)
+        shape = entry.shape if expert is None else entry.shape[1:]
+        out = np.empty(shape, _DTYPES[entry.dtype])
+        file, name = self.tensors[part]
+        file.read_into(name, out, (expert or 0) * out.nbytes)
+        return out
+
+    def check(self, parts: Mapping[str, Part]) -> None:
+        """Compares the tensors with what they must be.
+
+        Raises:
+          CheckpointError: one is missing, unknown, or of the wrong dtype or shape; names it.
+        """
+        for part in self.tensors.keys() - parts.keys():
+            raise CheckpointError(
+                f"{self.where(part)} has no place in the quantisation that config.json names", hint=DAMAGED
+            )
+        for part, wanted in parts.items():
+            if part not in self.tensors:
+                if wanted.optional:
+                    continue
+                raise CheckpointError(
+                    f"{self.path}: quantised weight {self.weight} lacks its tensor {part!r}", hint=DAMAGED
+                )
+            entry = self.entry(part)
+            if entry.dtype not in wanted.dtypes:
+                raise CheckpointError(
+                    f"{self.where(part)} has dtype {entry.dtype}, the quantisation asks for "
+                    f"{' or '.join(wanted.dtypes)}",
+                    hint=DAMAGED,
+                )
+            if entry.shape not in wanted.shapes:
+                raise CheckpointError(
+                    f"{self.where(part)} has shape {list(entry.shape)}, the quantisation in config.json asks for "
+                    f"{' or '.join(str(list(shape)) for shape in wanted.shapes)}",
+                    hint=DAMAGED,
+                )
+
+
+class Scheme(Protocol):
+    """One way of quantising weights, with the parameters of one checkpoint."""
+
+    @property
+    def label(self) -> str:
+        """Name and parameters in a few words, for people."""
+        ...
+
+    def part(self, tensor: str) -> PartName | None:
+        """What a tensor is by its name; None if this scheme knows no such name."""
+        ...
+
+    def ignores(self, module: str) -> bool:
+        """Whether config.json names a module, in full, among those that are not quantised."""
+        ...
+
+    def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
+        """What the tensors of a weight of this shape must be; [expert, rows, cols] where experts are stacked.
+
+        Raises:
+          CheckpointError, UnsupportedModel: a small tensor that describes the others is damaged, or asks for more than
+            is supported.
+        """
+        ...
+
+    def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
+        """The codes of one matrix.
+
+        Args:
+          bundle: for messages.
+          tensors: part to contents, those of one expert where experts are stacked.
+          shape: [rows, cols] of the weight.
+        """
+        ...
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
