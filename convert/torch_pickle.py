@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MAX_INSTRUCTIONS = 1_000_000
+MAX_INSTRUCTIONS = 500_000
 """About 30 make a tensor; bounds time and the number of values."""
 MAX_PICKLE_BYTES = 16 << 20
 """About 150 bytes describe a tensor."""
