@@ -12,7 +12,7 @@ from llama_jax.checkpoint.format import Source
 from llama_jax.config import config_from_hf
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
 from llama_jax.convert.gguf_file import GgufFile
-from llama_jax.convert.model_source import some
+from llama_jax.convert.model_source import SourceTensor, some
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
 
@@ -62,6 +62,10 @@ class GgufModel:
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
         return self._file.dtype(spec.gguf)
+
+    def provenance(self, spec: ParamSpec) -> list[SourceTensor]:
+        tensor = self._file.tensors[spec.gguf]
+        return [SourceTensor(spec.gguf, self.path, tensor.offset, tensor.nbytes)]
 
     def read(self, spec: ParamSpec) -> np.ndarray:
         array = self._file.read(spec.gguf)

@@ -12,7 +12,7 @@ import numpy as np
 from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Source, read_json
 from llama_jax.config import config_from_hf
 from llama_jax.convert.hf_names import Recipe, recipe, text_name
-from llama_jax.convert.model_source import some
+from llama_jax.convert.model_source import SourceTensor, some
 from llama_jax.convert.safetensors_file import DTYPES, SafetensorsFile
 from llama_jax.errors import CheckpointError, UnsupportedModel
 from llama_jax.params import ParamSpec, param_specs
@@ -77,6 +77,13 @@ class HuggingFaceFolder:
     def dtype(self, spec: ParamSpec) -> np.dtype:
         file, name = self._where[self._recipes[spec.name].sources[0]]
         return DTYPES[file.entries[name].dtype]
+
+    def provenance(self, spec: ParamSpec) -> list[SourceTensor]:
+        tensors = []
+        for source in self._recipes[spec.name].sources:
+            file, name = self._where[source]
+            tensors.append(SourceTensor(name, file.path, file.entries[name].offset, file.entries[name].nbytes))
+        return tensors
 
     def read(self, spec: ParamSpec) -> np.ndarray:
         made, out = self._recipes[spec.name], np.empty(spec.shape, self.dtype(spec))
