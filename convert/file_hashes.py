@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from llama_jax.checkpoint.storage import forget
 from llama_jax.errors import CheckpointError
 
 _BLOCK_BYTES = 4 << 20
@@ -21,10 +22,12 @@ class FileHashes:
     Args:
       files: all files, in the order in which they will be read.
       known: sha256 in hexadecimal of files that need not be read again.
+      keep: False takes what has been hashed out of the system's memory.
     """
 
-    def __init__(self, files: Sequence[Path], known: Mapping[Path, str] | None = None):
+    def __init__(self, files: Sequence[Path], known: Mapping[Path, str] | None = None, *, keep: bool = True):
         self._files = files
+        self.keep = keep
         self._done = dict(known or {})
         self._open: dict[Path, _Hash] = {}
         self._wanted: queue.SimpleQueue[tuple[Path, int | None] | None] = queue.SimpleQueue()
@@ -101,13 +104,15 @@ class _Hash:
 
     def advance(self, end: int | None, owner: FileHashes) -> bool:
         """Goes on to byte `end` (the end of the file when None); returns whether that was the last one."""
-        view, end = memoryview(self._buffer), self._size if end is None else min(end, self._size)
+        view, end, start = memoryview(self._buffer), self._size if end is None else min(end, self._size), self._position
         while self._position < end and not owner.stopped:
             n = os.preadv(self._fd, [view[: min(_BLOCK_BYTES, end - self._position)]], self._position)
             if n == 0:
                 raise OSError(0, "it has become shorter")
             self._hash.update(view[:n])
             self._position += n
+        if not owner.keep:
+            forget(self._fd, start, self._position - start)
         return self._position == self._size
 
     def hexdigest(self) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from llama_jax.checkpoint.format import digest
 from llama_jax.checkpoint.tensors import Budget
+from llama_jax.convert.file_hashes import FileHashes
 from llama_jax.convert.model_source import ModelSource, check_finite, count_nonfinite, provenance
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec
@@ -44,13 +45,26 @@ def in_file_order(model: ModelSource, specs: Sequence[ParamSpec]) -> list[ParamS
     return sorted(specs, key=place)
 
 
-def read_leaf(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None, *, allow_nonfinite: bool) -> Leaf:
+def memory(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) -> int:
+    """Bytes of host memory that reading a leaf takes: what is read and, where it is cast, what becomes of it."""
+    found = model.dtype(spec)
+    return spec.size * (found.itemsize + (dtype.itemsize if dtype is not None and dtype != found else 0))
+
+
+def read_leaf(
+    model: ModelSource, spec: ParamSpec, dtype: np.dtype | None, *, allow_nonfinite: bool, hashes: FileHashes
+) -> Leaf:
     """Reads one leaf and casts it to `dtype`, if given.
+
+    Args:
+      hashes: told how far the source's files have been read.
 
     Raises:
       CheckpointError: it cannot be read, holds NaN or infinity, or values that are too large for the dtype.
     """
     array = np.ascontiguousarray(model.read(spec))
+    for tensor in provenance(model, spec):
+        hashes.follow(tensor.file, tensor.offset + tensor.nbytes)
     if not allow_nonfinite:
         check_finite(spec.name, array, model.path)
     found = digest(array.reshape(-1).view(np.uint8))

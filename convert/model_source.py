@@ -105,16 +105,17 @@ _FINITE_BLOCK = 1 << 17
 
 def count_nonfinite(array: np.ndarray) -> int:
     """How many elements are NaN or infinite: those whose exponent bits are all ones. Needs no memory to speak of."""
-    bits, mask = {
-        "float32": (np.uint32, 0x7F800000),
-        "bfloat16": (np.uint16, 0x7F80),
-        "float16": (np.uint16, 0x7C00),
-    }[array.dtype.name]
-    flat = np.ascontiguousarray(array).reshape(-1).view(bits)
-    exponents, found = np.empty(min(flat.size, _FINITE_BLOCK), bits), 0
+    exponents_of: Mapping[str, np.unsignedinteger[Any]] = {
+        "float32": np.uint32(0x7F800000),
+        "bfloat16": np.uint16(0x7F80),
+        "float16": np.uint16(0x7C00),
+    }
+    mask = exponents_of[array.dtype.name]
+    flat = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
+    exponents, found = np.empty(min(flat.size, _FINITE_BLOCK), mask.dtype), 0
     for i in range(0, flat.size, _FINITE_BLOCK):
         block = flat[i : i + _FINITE_BLOCK]
-        part = np.bitwise_and(block, bits(mask), out=exponents[: block.size])
+        part = np.bitwise_and(block, mask, out=exponents[: block.size])
         # Nearly always there is none, and a maximum takes half the time of a comparison and a count.
         if part.max() == mask:
             found += int(np.count_nonzero(part == mask))

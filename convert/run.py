@@ -11,9 +11,9 @@ from llama_jax.convert.model_source import ModelSource, provenance, weight_files
 from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from llama_jax.checkpoint.lock import Origin, SourceFile
+    from llama_jax.checkpoint.write import CheckpointWriter
+    from llama_jax.convert.file_hashes import FileHashes
     from llama_jax.convert.leaves import Leaf
     from llama_jax.params import ParamSpec
 
@@ -58,9 +58,10 @@ def convert(
       StorageError, DoesNotFit: `dst` exists or cannot be written, or the disk is too small.
     """
     # Imported here, since these bring jax and orbax, which opening and listing models do not need.
+    from llama_jax.checkpoint.storage import fits_file_cache
     from llama_jax.checkpoint.write import CheckpointWriter, batches, storage_dtype
     from llama_jax.convert.file_hashes import FileHashes
-    from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, read_ahead, read_leaf
+    from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, memory, read_ahead, read_leaf
     from llama_jax.params import param_specs
 
     wanted = None if dtype is None else storage_dtype(dtype)
@@ -81,10 +82,7 @@ def convert(
         files, generation_config = model.files, model.generation_config
 
         def read(name: str) -> Leaf:
-            leaf = read_leaf(model, specs[name], wanted, allow_nonfinite=allow_nonfinite)
-            for tensor in provenance(model, leaf.spec):
-                hashes.follow(tensor.file, tensor.offset + tensor.nbytes)
-            return leaf
+            return read_leaf(model, specs[name], wanted, allow_nonfinite=allow_nonfinite, hashes=hashes)
 
         with CheckpointWriter(
             dst, total_bytes=total, overwrite=overwrite, identity=identity, progress=progress, notify=notify
@@ -92,21 +90,15 @@ def convert(
             done = sum(sizes[name] for name in writer.written)
             left = batches({name: size for name, size in sizes.items() if name not in writer.written})
             with (
-                FileHashes(weights, _known(writer.notes, weights)) as hashes,
-                read_ahead(left, read, lambda name: _memory(model, specs[name], wanted), AHEAD_BYTES) as leaves,
+                FileHashes(weights, _known(writer.notes, weights), keep=fits_file_cache(total)) as hashes,
+                read_ahead(left, read, lambda name: memory(model, specs[name], wanted), AHEAD_BYTES) as leaves,
             ):
-                for batch in leaves:
-                    writer.write(
-                        {leaf.spec.name: leaf.array for leaf in batch},
-                        note={
-                            "source_digests": {leaf.spec.name: leaf.source_digest for leaf in batch},
-                            "sha256": {file.name: value for file, value in hashes.done.items()},
-                        },
-                    )
-                    for leaf in batch:
-                        done += sizes[leaf.spec.name]
+                for batch, names in zip(leaves, left, strict=True):
+                    _write(writer, batch, hashes)
+                    for name in names:
+                        done += sizes[name]
                         if progress:
-                            progress(done, total, leaf.spec.name)
+                            progress(done, total, name)
                 sha256 = hashes.finish()
             if _stamps(weights) != before:
                 raise CheckpointError(
@@ -125,16 +117,19 @@ def convert(
         model.close()
 
 
+def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes) -> None:
+    """Writes leaves, with what model.lock.json will need of them. Keeps none of them alive."""
+    note = {
+        "source_digests": {leaf.spec.name: leaf.source_digest for leaf in batch},
+        "sha256": {file.name: value for file, value in hashes.done.items()},
+    }
+    writer.write({leaf.spec.name: leaf.array for leaf in batch}, note)
+
+
 def _stamps(files: Sequence[Path]) -> list[list[Any]]:
     """Name, size and time of the last change of each file: what tells a resumed conversion that they are the same."""
     stats = [(file.name, file.stat()) for file in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-def _memory(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) -> int:
-    """Bytes of host memory that reading a leaf takes: what is read and, where it is cast, what becomes of it."""
-    found = model.dtype(spec)
-    return spec.size * (found.itemsize + (dtype.itemsize if dtype is not None and dtype != found else 0))
 
 
 def _known(notes: Sequence[Mapping[str, Any]], weights: Sequence[Path]) -> dict[Path, str]:

@@ -3,8 +3,8 @@
     lock_version, tool, dtype      the file's own version, the program that wrote it, the dtype that was asked for
     source                         kind, name, revision, licence
     source_files                   name, size and sha256 of every weight file that was read
-    tensors                        name -> digest in the checkpoint, digest of the source's values before any cast (equal
-                                   where nothing was cast), and the source's tensors with their files
+    tensors                        name -> digest in the checkpoint, digest of the source's values before any cast
+                                   (equal where nothing was cast), and the source's tensors with their files
     files                          digests of the small files beside the tensors (config, tokenizer, template)
     store                          digests of the small files that the array store keeps for itself
 

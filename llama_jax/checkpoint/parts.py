@@ -1,9 +1,10 @@
 """Parts: what an unfinished checkpoint consists of so far, so that a writer that was stopped can go on.
 
-    <path>.partial/unfinished.llama_jax    what is being written (see `Parts`)
-    <path>.partial/parts/0000/params.partial_save/...    one batch of tensors, as `orbax.checkpoint.v1.partial` saves it
-    <path>.partial/parts/0000/part.json    its tensors and their digests; written last, so it says that the part is whole
-    <path>.partial/checkpoint/             the checkpoint that is made of the parts in the end
+    <path>.partial/
+      unfinished.llama_jax                what is being written: the identity that was given to `CheckpointWriter`
+      parts/000000/params.partial_save/   one batch of tensors, as `orbax.checkpoint.v1.partial` saves it
+      parts/000000/part.json              its tensors and their digests; written last: the part is whole if it is there
+      checkpoint/                         the checkpoint that is made of the parts in the end
 
 Each part is a partial save of its own, since one that was killed in its middle leaves a folder that Orbax neither
 continues nor clears away. `orbax.checkpoint.v1.partial.finalize` moves the files of its parts about and cannot be
@@ -79,13 +80,14 @@ class Part:
         return True
 
 
-def write_part(folder: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str, Any]) -> Part:
+def write_part(folder: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str, Any], *, keep: bool = True) -> Part:
     """Writes tensors into a new folder; when this returns they are on the disk itself.
 
     Args:
       folder: must not exist.
       arrays: dotted name to C-contiguous array.
       note: kept with the part.
+      keep: False takes the files out of the system's memory once they are written.
 
     Raises:
       OSError, ValueError: see `storage.storage_errors`.
@@ -100,7 +102,7 @@ def write_part(folder: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str
     context.memory.deepcopy_host_arrays = False
     with context:
         ocp.partial.save(folder / fmt.PARAMS, unflatten(arrays))
-    storage.sync_tree(folder)
+    storage.sync_tree(folder, keep=keep)
     value = {"tensors": {n: [list(t.shape), t.dtype, t.digest] for n, t in tensors.items()}, "note": dict(note)}
     storage.write_file(folder / _JOURNAL, json.dumps(value).encode())
     return Part(folder, tensors, note)

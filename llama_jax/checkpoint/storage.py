@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.errors import DoesNotFit, StorageError
@@ -154,21 +153,46 @@ def write_file(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file's bytes, or a folder's list of names, are on the disk itself."""
+def sync(path: Path, *, keep: bool = True) -> None:
+    """Waits until a file's bytes, or a folder's list of names, are on the disk itself.
+
+    Args:
+      keep: False takes the file out of the system's memory as well.
+    """
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+        if not keep:
+            forget(fd, 0, 0)
     finally:
         os.close(fd)
 
 
-def sync_tree(folder: Path) -> None:
-    """Waits until a folder and all below it are on the disk itself."""
+def sync_tree(folder: Path, *, keep: bool = True) -> None:
+    """Waits until a folder and all below it are on the disk itself; `keep` as for `sync`."""
     for place, _, files in os.walk(folder, topdown=False):
         for name in files:
-            sync(Path(place, name))
+            sync(Path(place, name), keep=keep)
         sync(Path(place))
+
+
+def forget(fd: int, start: int, length: int) -> None:
+    """Takes a range of a file (to its end when `length` is 0) out of the system's memory, where it can be asked to."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, start, length, os.POSIX_FADV_DONTNEED)
+
+
+def fits_file_cache(nbytes: int) -> bool:
+    """Whether files of this size may stay in the system's memory: they take up half of what is available at most.
+
+    Larger ones would drive out what other programs need and, in the end, themselves before they are read again.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return True  # not Linux: the system decides
+    return nbytes <= available // 2
 
 
 def remove(path: Path) -> None:
@@ -230,73 +254,3 @@ def restore_folder(path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(path.name + ASIDE)
-
-
-@dataclass(frozen=True)
-class Leftover:
-    """What a writer that was stopped has left.
-
-    Attributes:
-      path: a folder or an empty file.
-      nbytes: disk space that removing it frees.
-    """
-
-    path: Path
-    nbytes: int
-
-
-def leftovers(folder: Path) -> list[Leftover]:
-    """What stopped writers of checkpoints have left directly in a folder, by name.
-
-    Nothing that a running process is writing, and nothing of another program. A replaced checkpoint that stands alone
-    (its successor never got the name) is no leftover: the next conversion to its place puts it back.
-    """
-    if not folder.is_dir():
-        return []
-    return [Leftover(path, _size(path)) for path in sorted(folder.iterdir()) if _is_leftover(path)]
-
-
-def remove_leftovers(folder: Path) -> list[Leftover]:
-    """Removes what `leftovers` finds and returns it. A conversion that could have gone on has to begin afresh then.
-
-    Raises:
-      StorageError: something cannot be removed.
-    """
-    found = []
-    for left in leftovers(folder):
-        base = _base(left.path)
-        # Held, so that no writer begins to use it meanwhile; a stale lock file goes away with this.
-        with storage_errors(left.path), file_lock(lock_of(base)):
-            remove(left.path)
-        found.append(left)
-    return found
-
-
-def _base(path: Path) -> Path:
-    """The checkpoint that a leftover belongs to."""
-    return path.with_name(path.name.removesuffix(path.suffix))
-
-
-def _is_leftover(path: Path) -> bool:
-    if path.suffix not in (PARTIAL, ASIDE, LOCK) or path.is_symlink():
-        return False
-    base = _base(path)
-    if is_locked(lock_of(base)):
-        return False
-    if path.suffix == PARTIAL:
-        return (path / UNFINISHED).is_file()
-    if path.suffix == ASIDE:
-        return path.is_dir() and base.is_dir()
-    return path.is_file() and path.stat().st_size == 0
-
-
-def _size(path: Path) -> int:
-    """Bytes on disk; files with several names (parts of a conversion) count once."""
-    seen, total = set(), 0
-    for place, _, files in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
-        for name in files:
-            stat = os.lstat(os.path.join(place, name))
-            if (stat.st_dev, stat.st_ino) not in seen:
-                seen.add((stat.st_dev, stat.st_ino))
-                total += stat.st_size
-    return total

@@ -68,6 +68,7 @@ class CheckpointWriter:
         self._say: Callable[[str], None] = notify or (lambda _: None)
         self._partial = self.path.with_name(self.path.name + storage.PARTIAL)
         self._parts: list[parts.Part] = []
+        self._keep_cached = storage.fits_file_cache(total_bytes)
         self._stack = contextlib.ExitStack()
 
     @property
@@ -192,7 +193,7 @@ class CheckpointWriter:
         folder = self._partial / _PARTS / self._next_number()
         with storage.storage_errors(self.path, self._total_bytes - sum(part.nbytes for part in self._parts)):
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            self._parts.append(parts.write_part(folder, contiguous, note or {}))
+            self._parts.append(parts.write_part(folder, contiguous, note or {}, keep=self._keep_cached))
 
     def _next_number(self) -> str:
         return f"{max((int(part.folder.name) for part in self._parts), default=-1) + 1:06}"
