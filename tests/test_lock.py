@@ -27,6 +27,7 @@ from llama_jax.cli import cli
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert, run
 from llama_jax.convert.file_hashes import FileHashes
+from llama_jax.convert.hf import HuggingFaceFolder
 from llama_jax.convert.leaves import read_ahead
 from llama_jax.convert.verify import verify_source
 from llama_jax.errors import CheckpointError
@@ -78,7 +79,8 @@ def test_lock_of_a_folder(tmp_path: Path, dtype: str | None) -> None:
     )
 
 
-def test_lock_of_a_gguf_file(tmp_path: Path) -> None:
+def test_lock_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_jax.convert.gguf_tokenizer.tokenizer_files", lambda metadata: {"tokenizer.json": "{}"})
     leaves = write_gguf(tmp_path / "m.gguf", LLAMA)
     path = convert(tmp_path / "m.gguf", tmp_path / "out")
     lock = read_lock(path)
@@ -101,10 +103,17 @@ def test_lock_of_arrays(tmp_path: Path) -> None:
 
 def test_sources_without_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source may leave it out: then the lock names the files of its folder and no tensors."""
-    from llama_jax.convert.hf import HuggingFaceFolder
+
+    class Silent:
+        """A source with all that the protocol asks for, and no more."""
+
+        def __init__(self, path: Path, **options: Any):
+            self._source = HuggingFaceFolder(path, **options)
+            for name in ("path", "config", "source", "generation_config", "files", "dtype", "read", "close"):
+                setattr(self, name, getattr(self._source, name))
 
     write_hf(tmp_path / "hf", LLAMA, shards=2)
-    monkeypatch.delattr(HuggingFaceFolder, "provenance")
+    monkeypatch.setattr("llama_jax.convert.hf.HuggingFaceFolder", Silent)
     lock = read_lock(convert(tmp_path / "hf", tmp_path / "out"))
     assert [f.sha256 for f in lock.source_files] == [sha256(p) for p in sorted((tmp_path / "hf").glob("*.safetensors"))]
     assert lock.origins["embed.weight"].tensors == ()
@@ -335,8 +344,8 @@ def test_large_models_leave_the_file_cache_alone(tmp_path: Path, monkeypatch: py
     convert(tmp_path / "hf", tmp_path / "large")
     assert tmp_path / "hf" / "model.safetensors" in forgotten
     assert any("ocdbt.process_0/d/" in str(path) for path in forgotten)
-    assert storage.fits_file_cache(1)
     monkeypatch.undo()
+    assert storage.fits_file_cache(1)
     assert not storage.fits_file_cache(1 << 60)
 
 

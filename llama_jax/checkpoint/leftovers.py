@@ -61,7 +61,7 @@ def _is_leftover(path: Path) -> bool:
     if storage.is_locked(storage.lock_of(base)):
         return False
     if path.suffix == storage.PARTIAL:
-        return (path / storage.UNFINISHED).is_file()
+        return storage.is_unfinished(path)
     if path.suffix == storage.ASIDE:
         return path.is_dir() and base.is_dir()
     return path.is_file() and path.stat().st_size == 0

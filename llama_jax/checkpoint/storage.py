@@ -22,6 +22,7 @@ PARTIAL, ASIDE, LOCK = ".partial", ".llama_jax-old", ".lock"
 """What is added to a checkpoint's name for the folder it is written in, for the checkpoint that it replaces (where two
 folders cannot change their names in one step), and for the file that writers lock."""
 
+_TMP = ".tmp"
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
@@ -102,6 +103,14 @@ def file_lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator
         os.close(fd)
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder is what a writer of this program has begun: only such a one is ever cleared away."""
+    if not folder.is_dir():
+        return False
+    # The second: what is left of a writer that was stopped before it had even put its mark.
+    return (folder / UNFINISHED).exists() or {p.name for p in folder.iterdir()} <= {f"{UNFINISHED}{_TMP}"}
+
+
 def lock_of(path: Path) -> Path:
     """The file whose lock a process holds while it writes a checkpoint at `path`."""
     return path.with_name(path.name + LOCK)
@@ -144,7 +153,7 @@ def _locked(path: Path, waiting: Callable[[], None] | None) -> int:
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file in one step: it is there with all of its bytes, on the disk itself, or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(path.name + _TMP)
     with unfinished.open("wb") as file:
         file.write(data)
         file.flush()

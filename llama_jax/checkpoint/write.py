@@ -86,8 +86,15 @@ class CheckpointWriter:
             with storage.storage_errors(self.path, self._total_bytes):
                 storage.restore_folder(self.path)
                 self._check_destination()
-                self._go_on_or_begin()
+                # Older versions gave a finished checkpoint its name in two steps.
+                ours = storage.is_unfinished(self._partial) or fmt.is_checkpoint(self._partial)
+                if self._partial.exists() and not ours:
+                    raise StorageError(
+                        f"{self._partial} is in the way and is not of llama_jax",
+                        hint="move it, or choose another folder",
+                    )
                 stack.push(self._leave)
+                self._go_on_or_begin()
                 done = sum(part.nbytes for part in self._parts)
                 storage.check_space(self.path, self._total_bytes - done)
             self._stack = stack.pop_all()
@@ -115,14 +122,8 @@ class CheckpointWriter:
         """Takes over what a writer of the same tensors has left, or clears away what another one has."""
         left, marker = self._partial, self._partial / storage.UNFINISHED
         identity = json.dumps(self._identity, sort_keys=True).encode()
-        if left.exists():
-            empty = left.is_dir() and not any(left.iterdir())
-            if not (marker.exists() or fmt.is_checkpoint(left) or empty):
-                raise StorageError(
-                    f"{left} is in the way and is not of llama_jax", hint="move it, or choose another folder"
-                )
-            if self._identity is None or not marker.exists() or marker.read_bytes() != identity:
-                storage.remove(left)
+        if self._identity is None or not marker.exists() or marker.read_bytes() != identity:
+            storage.remove(left)
         left.mkdir(exist_ok=True)
         if not marker.exists():
             storage.write_file(marker, identity)
