@@ -13,13 +13,18 @@ repeated if it is stopped, so it is given links to them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -100,12 +105,37 @@ def write_part(folder: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     # Nobody changes the arrays meanwhile, so they need not be copied first.
     context.memory.deepcopy_host_arrays = False
-    with context:
+    with context, _failures_told_once():
         ocp.partial.save(folder / fmt.PARAMS, unflatten(arrays))
     storage.sync_tree(folder, keep=keep)
     value = {"tensors": {n: [list(t.shape), t.dtype, t.digest] for n, t in tensors.items()}, "note": dict(note)}
     storage.write_file(folder / _JOURNAL, json.dumps(value).encode())
     return Part(folder, tensors, note)
+
+
+@contextlib.contextmanager
+def _failures_told_once() -> Iterator[None]:
+    """Keeps Orbax from printing the failure that it raises: its log has the traceback, and the writes that are still
+    under way when it gives up find its event loop closed and say so."""
+    absl, hook = logging.getLogger("absl"), sys.excepthook
+
+    def quiet(record: logging.LogRecord) -> bool:
+        return record.exc_info is None
+
+    def closed_loop_is_no_news(kind: type[BaseException], e: BaseException, tb: TracebackType | None) -> None:
+        if not (isinstance(e, RuntimeError) and "Event loop is closed" in str(e)):
+            hook(kind, e, tb)
+
+    absl.addFilter(quiet)
+    sys.excepthook = closed_loop_is_no_news
+    try:
+        yield
+    except Exception:
+        time.sleep(0.5)  # for those writes; nothing here can wait for them
+        raise
+    finally:
+        absl.removeFilter(quiet)
+        sys.excepthook = hook
 
 
 def read_parts(folder: Path) -> list[Part]:
