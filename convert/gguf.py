@@ -13,7 +13,7 @@ from llama_jax.checkpoint.format import Source
 from llama_jax.config import config_from_hf
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
 from llama_jax.convert.gguf_parts import GgufParts
-from llama_jax.convert.model_source import check_vocabulary, some
+from llama_jax.convert.model_source import SourceTensor, check_vocabulary, some
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
 
@@ -67,6 +67,9 @@ class GgufModel:
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
         return self._file.dtype(self._recipes[spec.name][0])
+
+    def provenance(self, spec: ParamSpec) -> list[SourceTensor]:
+        return [self._file.stored(name) for name in self._recipes[spec.name]]
 
     def read(self, spec: ParamSpec) -> np.ndarray:
         names = self._recipes[spec.name]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.convert.gguf_file import GgufFile, Tensor
+from llama_jax.convert.model_source import SourceTensor
 from llama_jax.errors import CheckpointError
 
 MAX_PARTS = 65_535
@@ -59,6 +60,11 @@ class GgufParts:
     def dtype(self, name: str) -> np.dtype:
         """See `GgufFile.dtype`."""
         return self._where[name].dtype(name)
+
+    def stored(self, name: str) -> SourceTensor:
+        """Which file holds a tensor, and where."""
+        tensor = self.tensors[name]
+        return SourceTensor(name, self._where[name].path, tensor.offset, tensor.nbytes)
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """See `GgufFile.read_into`."""

@@ -14,7 +14,7 @@ from llama_jax.config import config_from_hf
 from llama_jax.config.multimodal import text_model
 from llama_jax.convert.hf_names import Names, Recipe, recipe
 from llama_jax.convert.hf_weights import MISMATCH, PlainWeight, Weight
-from llama_jax.convert.model_source import DTYPES_BY_NAME, check_vocabulary, some
+from llama_jax.convert.model_source import DTYPES_BY_NAME, SourceTensor, check_vocabulary, some
 from llama_jax.convert.quantized import scheme_from_hf
 from llama_jax.convert.quantized.weight import QuantizedWeight, take_quantized
 from llama_jax.convert.safetensors_file import SafetensorsFile
@@ -86,6 +86,9 @@ class HuggingFaceFolder:
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
         return self._weights[self._recipes[spec.name].sources[0]].dtype
+
+    def provenance(self, spec: ParamSpec) -> list[SourceTensor]:
+        return [tensor for source in self._recipes[spec.name].sources for tensor in self._weights[source].stored]
 
     def read(self, spec: ParamSpec) -> np.ndarray:
         made, out = self._recipes[spec.name], np.empty(spec.shape, self.dtype(spec))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from llama_jax.convert.model_source import SourceTensor, source_tensor
 from llama_jax.convert.safetensors_file import DTYPES
 from llama_jax.convert.weight_file import WeightFile, same_tensor
 from llama_jax.errors import CheckpointError, UnsupportedModel
@@ -31,6 +32,11 @@ class Weight(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
 
+    @property
+    def stored(self) -> Sequence[SourceTensor]:
+        """The tensors that hold it."""
+        ...
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises CheckpointError unless it has this shape, UnsupportedModel if its dtype is not supported."""
         ...
@@ -52,6 +58,10 @@ class PlainWeight:
     @property
     def dtype(self) -> np.dtype:
         return DTYPES[self.entry.dtype]
+
+    @property
+    def stored(self) -> Sequence[SourceTensor]:
+        return [source_tensor(self.file, self.name)]
 
     def check(self, shape: tuple[int, ...]) -> None:
         if self.entry.dtype not in DTYPES:

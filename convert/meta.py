@@ -9,7 +9,7 @@ the columns. Norms stand in every file in full.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from llama_jax.convert.meta_tokenizer import (
     special_tokens,
     tokenizer_files,
 )
-from llama_jax.convert.model_source import some
+from llama_jax.convert.model_source import SourceTensor, some, source_tensor
 from llama_jax.convert.safetensors_file import DTYPES
 from llama_jax.convert.torch_file import TorchFile
 from llama_jax.convert.weight_file import same_tensor
@@ -120,6 +120,10 @@ class MetaFolder:
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
         return self._dtype(self._name(spec)[0])
+
+    def provenance(self, spec: ParamSpec) -> Sequence[SourceTensor]:
+        name, axis = self._name(spec)
+        return [source_tensor(file, name) for file in (self._files[:1] if axis is _WHOLE else self._files)]
 
     def read(self, spec: ParamSpec) -> np.ndarray:
         name, axis = self._name(spec)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from llama_jax.checkpoint.format import Progress, is_checkpoint
-from llama_jax.convert.model_source import ModelSource, check_finite, count_nonfinite
+from llama_jax.checkpoint.format import FORMAT_VERSION, Progress, digest, is_checkpoint
+from llama_jax.convert.model_source import ModelSource, provenance, weight_files
 from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
+
+if TYPE_CHECKING:
+    from llama_jax.checkpoint.lock import Origin, SourceFile
+    from llama_jax.checkpoint.write import CheckpointWriter
+    from llama_jax.convert.file_hashes import FileHashes
+    from llama_jax.convert.leaves import Leaf
+    from llama_jax.params import ParamSpec
 
 
 def convert(
@@ -21,11 +28,14 @@ def convert(
     name: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Path:
     """Converts a model to a checkpoint of this package.
 
-    Tensors pass one by one: the host holds the largest of them and a batch of 256 MiB, whatever the model's size.
-    Nothing stands at `dst` before all is done; a conversion that was stopped can simply be run again.
+    Tensors pass one by one, in the order of the source's files: the host holds the largest of them or 768 MiB, whatever
+    the model's size. Nothing stands at `dst` before all is done. A conversion that was stopped, in whatever way, leaves
+    what it has written in `<dst>.partial`; the same call goes on there, after checking every tensor's digest, and gives
+    the same result. A second conversion to the same place waits for the first.
 
     Args:
       src: a Hugging Face folder (config.json and safetensors or .bin), a folder of Meta (params.json and
@@ -37,6 +47,7 @@ def convert(
       name: name of the model in the checkpoint's metadata, instead of that of the folder or file.
       revision: the source's commit or digest, for the metadata.
       progress: called after each tensor.
+      notify: called with a sentence before a wait, and when something is left for the same call to go on with.
 
     Returns:
       `dst`, absolute.
@@ -44,47 +55,113 @@ def convert(
     Raises:
       ModelNotFound: nothing stands at `src`.
       UnsupportedModel: the model asks for something that this package does not compute.
-      CheckpointError: the source is damaged or incomplete, or holds NaN; names file and tensor.
+      CheckpointError: the source is damaged or incomplete, changes meanwhile, or holds NaN; names file and tensor.
       StorageError, DoesNotFit: `dst` exists or cannot be written, or the disk is too small.
     """
     # Imported here, since these bring jax and orbax, which opening and listing models do not need.
-    from llama_jax.checkpoint.write import CheckpointWriter, storage_dtype
+    from llama_jax.checkpoint.storage import fits_file_cache
+    from llama_jax.checkpoint.write import CheckpointWriter, batches, storage_dtype
+    from llama_jax.convert.file_hashes import FileHashes
+    from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, memory, read_ahead, read_leaf
     from llama_jax.params import param_specs
 
     wanted = None if dtype is None else storage_dtype(dtype)
     model = open_source(Path(src), name=name, revision=revision)
     try:
-        specs = param_specs(model.config)
-        sizes = {spec.name: spec.size * (wanted or model.dtype(spec)).itemsize for spec in specs}
-        total, done = sum(sizes.values()), 0
+        specs = {spec.name: spec for spec in in_file_order(model, param_specs(model.config))}
+        weights = weight_files(model, specs.values())
+        before = _stamps(weights)
+        identity = {
+            "format_version": FORMAT_VERSION,
+            "source": [model.source.kind, str(model.path.absolute()), before],
+            "config": digest(repr(model.config).encode()),
+            "options": [dtype, allow_nonfinite],
+        }
+        sizes = {spec.name: spec.size * (wanted or model.dtype(spec)).itemsize for spec in specs.values()}
+        total = sum(sizes.values())
         # Read first: a model without a usable tokenizer should fail before, not after, an hour of copying.
         files, generation_config = model.files, model.generation_config
-        with CheckpointWriter(dst, total_bytes=total, overwrite=overwrite) as writer:
-            for spec in specs:
-                array = model.read(spec)
-                if not allow_nonfinite:
-                    check_finite(spec.name, array, model.path)
-                if wanted is not None and wanted != array.dtype:
-                    array = _cast(spec.name, array, wanted, model.path, allow_nonfinite)
-                writer.add(spec.name, array)
-                done += sizes[spec.name]
-                if progress:
-                    progress(done, total, spec.name)
-            return writer.commit(model.config, source=model.source, generation_config=generation_config, files=files)
+
+        def read(name: str) -> Leaf:
+            return read_leaf(model, specs[name], wanted, allow_nonfinite=allow_nonfinite, hashes=hashes)
+
+        with CheckpointWriter(
+            dst, total_bytes=total, overwrite=overwrite, identity=identity, progress=progress, notify=notify
+        ) as writer:
+            done = sum(sizes[name] for name in writer.written)
+            left = batches({name: size for name, size in sizes.items() if name not in writer.written})
+            with (
+                FileHashes(weights, _known(writer.notes, weights), keep=fits_file_cache(total)) as hashes,
+                read_ahead(left, read, lambda name: memory(model, specs[name], wanted), AHEAD_BYTES) as leaves,
+            ):
+                for batch, names in zip(leaves, left, strict=True):
+                    _write(writer, batch, hashes)
+                    for name in names:
+                        done += sizes[name]
+                        if progress:
+                            progress(done, total, name)
+                sha256 = hashes.finish()
+            if _stamps(weights) != before:
+                raise CheckpointError(
+                    f"a file of {model.path} was changed while it was read", hint="convert it again when it is complete"
+                )
+            return writer.commit(
+                model.config,
+                source=model.source,
+                generation_config=generation_config,
+                files=files,
+                source_files=locked_files(sha256),
+                origins=origins(model, specs.values(), _source_digests(writer.notes)),
+                dtype=dtype,
+            )
     finally:
         model.close()
 
 
-def _cast(name: str, array: np.ndarray, dtype: np.dtype, path: Path, allow_nonfinite: bool) -> np.ndarray:
-    """Rounds to the nearest; refuses values that the dtype cannot hold (beyond 65504 in float16)."""
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if not allow_nonfinite and (overflowed := count_nonfinite(cast)):
-        raise CheckpointError(
-            f"{path}: tensor {name} holds {overflowed} values that are too large for {dtype.name}",
-            hint="choose bfloat16 or float32",
-        )
-    return cast
+def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes) -> None:
+    """Writes leaves, with what model.lock.json will need of them. Keeps none of them alive."""
+    note = {
+        "source_digests": {leaf.spec.name: leaf.source_digest for leaf in batch},
+        "sha256": {file.name: value for file, value in hashes.done.items()},
+    }
+    writer.write({leaf.spec.name: leaf.array for leaf in batch}, note)
+
+
+def _stamps(files: Sequence[Path]) -> list[list[Any]]:
+    """Name, size and time of the last change of each file: what tells a resumed conversion that they are the same."""
+    stats = [(file.name, file.stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _known(notes: Sequence[Mapping[str, Any]], weights: Sequence[Path]) -> dict[Path, str]:
+    """The files that an earlier conversion has hashed to their ends."""
+    found = {name: value for note in notes for name, value in note["sha256"].items()}
+    return {file: found[file.name] for file in weights if file.name in found}
+
+
+def _source_digests(notes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return {name: value for note in notes for name, value in note["source_digests"].items()}
+
+
+def locked_files(sha256: Mapping[Path, str]) -> tuple[SourceFile, ...]:
+    """The source's weight files for model.lock.json, by name."""
+    from llama_jax.checkpoint.lock import SourceFile
+
+    return tuple(SourceFile(file.name, file.stat().st_size, value) for file, value in sorted(sha256.items()))
+
+
+def origins(model: ModelSource, specs: Iterable[ParamSpec], digests: Mapping[str, str]) -> dict[str, Origin]:
+    """What each leaf was made from, for model.lock.json.
+
+    Args:
+      digests: of the leaves' values before any cast.
+    """
+    from llama_jax.checkpoint.lock import Origin
+
+    return {
+        spec.name: Origin(tuple((t.name, t.file.name) for t in provenance(model, spec)), digests[spec.name])
+        for spec in specs
+    }
 
 
 def open_source(path: Path, *, name: str | None = None, revision: str | None = None) -> ModelSource:

@@ -15,12 +15,14 @@ DAMAGED = "the file is damaged or was not downloaded completely; get it again"
 
 
 class WeightEntry(Protocol):
-    """One tensor of a file: safetensors' name of its dtype, its shape, and its size in bytes."""
+    """One tensor of a file: safetensors' name of its dtype, its shape, where it begins, and its size in bytes."""
 
     @property
     def dtype(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def offset(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from llama_jax.convert.model_source import SourceTensor, source_tensor
 from llama_jax.convert.quantized.scheme import DAMAGED, SAME, Bundle, Part, Scheme
 from llama_jax.convert.weight_file import WeightFile
 from llama_jax.errors import CheckpointError
@@ -29,6 +30,10 @@ class QuantizedWeight:
         self._bundle = bundle
         self._shape: tuple[int, ...] = ()
         self._parts: Mapping[str, Part] = {}
+
+    @property
+    def stored(self) -> Sequence[SourceTensor]:
+        return [source_tensor(*stored) for stored in self._bundle.tensors.values()]
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Checks all its tensors against the shape that the weight must have.

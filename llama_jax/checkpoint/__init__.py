@@ -3,6 +3,7 @@
     <folder>/params/            Orbax v1 (OCDBT, zarr3, uncompressed), the tree of `llama_jax.params`; its custom
                                 metadata holds format_version and the digest, dtype and shape of every tensor
     <folder>/config.json        Hugging Face style; generation_config.json and the tokenizer's files beside it
+    <folder>/model.lock.json    what it was made from: files, tensors and their digests (`llama_jax.checkpoint.lock`)
     <folder>/llama_jax.json     format version, source, dtype, digests of the small files; written last
 
 Opening and verifying a checkpoint imports neither jax nor orbax; loading imports jax.

@@ -223,8 +223,14 @@ def custom_metadata(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     }
 
 
+def set_custom_metadata(folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Adds our metadata to the Orbax checkpoint in a folder, where `orbax.checkpoint.v1.metadata` finds it."""
+    path = folder / PARAMS / _ORBAX_METADATA
+    path.write_text(json.dumps(read_json(path) | {"custom_metadata": custom_metadata(tensors)}), encoding="utf-8")
+
+
 def marker(source: Source, dtype: str, tool_version: str, file_digests: Mapping[str, str]) -> dict[str, Any]:
-    """Contents of llama_jax.json."""
+    """Contents of llama_jax.json, but for its own digest."""
     return {
         "format_version": FORMAT_VERSION,
         "source": asdict(source),

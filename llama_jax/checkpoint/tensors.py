@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from llama_jax.checkpoint.format import Checkpoint, Progress, TensorInfo, digest, open_checkpoint
+from llama_jax.checkpoint import lock
+from llama_jax.checkpoint.format import Progress, TensorInfo, digest, open_checkpoint
 from llama_jax.errors import CheckpointError
 
 ALIGNMENT = 64
@@ -31,10 +32,24 @@ IN_FLIGHT_BYTES = 1 << 30
 _DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
 
 
+class Stored(Protocol):
+    """Tensors in one array store on disk: an opened checkpoint, or a part of an unfinished one."""
+
+    @property
+    def arrays_path(self) -> Path:
+        """The OCDBT store that holds the arrays."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Dotted name to shape, dtype and digest."""
+        ...
+
+
 class TensorReader:
     """Reads single tensors of an opened checkpoint; may be used from several threads."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Stored):
         self._checkpoint = checkpoint
         # Every tensor is read once, so a cache would only hold memory.
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
@@ -99,7 +114,7 @@ def empty_aligned(info: TensorInfo) -> np.ndarray:
     return raw[start : start + info.nbytes].view(dtype).reshape(info.shape)
 
 
-class _Budget:
+class Budget:
     """Admits work while its bytes are within a limit; one piece of work is always admitted."""
 
     def __init__(self, limit: int):
@@ -107,17 +122,26 @@ class _Budget:
         self._used = 0
         self._changed = threading.Condition()
 
-    @contextmanager
-    def hold(self, n: int) -> Iterator[None]:
+    def take(self, n: int) -> None:
+        """Waits until n more bytes are within the limit."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + n <= self._limit)
             self._used += n
+
+    def give_back(self, n: int) -> None:
+        """Ends what `take` began."""
+        with self._changed:
+            self._used -= n
+            self._changed.notify_all()
+
+    @contextmanager
+    def hold(self, n: int) -> Iterator[None]:
+        """Takes n bytes for the length of a block."""
+        self.take(n)
         try:
             yield
         finally:
-            with self._changed:
-                self._used -= n
-                self._changed.notify_all()
+            self.give_back(n)
 
 
 def for_each_tensor[T](
@@ -130,7 +154,7 @@ def for_each_tensor[T](
 
     `progress` is called from this thread alone.
     """
-    budget = _Budget(IN_FLIGHT_BYTES)
+    budget = Budget(IN_FLIGHT_BYTES)
 
     def one(name: str) -> T:
         with budget.hold(tensors[name].nbytes):
@@ -170,7 +194,9 @@ class VerifyReport:
 
 
 def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
-    """Reads every tensor and every small file of a checkpoint and compares their digests.
+    """Reads every tensor and every small file of a checkpoint and compares their digests with those that it records.
+
+    Those stand in three places, which have to agree: the array store's metadata, llama_jax.json and model.lock.json.
 
     Args:
       path: checkpoint folder.
@@ -194,13 +220,5 @@ def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
 
     names = list(checkpoint.tensors)
     failures = [f for f in for_each_tensor(checkpoint.tensors, names, check, progress) if f]
-    failures += [f for f in (_check_file(checkpoint.path / n, d) for n, d in checkpoint.file_digests.items()) if f]
+    failures += lock.failures(checkpoint)
     return VerifyReport(checkpoint.path, len(names), checkpoint.nbytes, tuple(failures))
-
-
-def _check_file(path: Path, expected: Any) -> str | None:
-    try:
-        found = digest(path.read_bytes())
-    except OSError as e:
-        return f"{path} cannot be read: {e.strerror}"
-    return None if found == expected else f"{path} has digest {found}, expected {expected}"

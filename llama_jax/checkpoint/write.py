@@ -1,12 +1,10 @@
-"""Writing checkpoints, tensor by tensor: peak memory is one batch or the largest tensor, whatever the model's size."""
+"""Writing checkpoints in batches of tensors, so that a writer that was stopped can go on with the next batch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -14,67 +12,99 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from llama_jax.checkpoint import format as fmt
-from llama_jax.checkpoint import storage
-from llama_jax.config import LlamaConfig, config_to_hf
-from llama_jax.errors import CheckpointError, RequestError, StorageError
-from llama_jax.params import flatten, param_specs, unflatten
+from llama_jax.checkpoint import lock, parts, storage
+from llama_jax.checkpoint.contents import check_names, json_bytes, main_dtype, small_files
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError, UnsupportedModel
+from llama_jax.params import flatten, param_specs
 
 BATCH_BYTES = 256 << 20
-"""Tensors are handed to Orbax in batches of at most this many bytes (a larger tensor alone)."""
-CHUNK_BYTES = 256 << 20
-"""Smaller tensors are one chunk on disk, larger ones several, so that reading one never needs it twice in memory."""
-UNFINISHED = "unfinished.llama_jax"
-"""Stands in a folder that is being written, so that no other folder of that name is ever cleared away."""
-FILE_BYTES = 1 << 30
-"""Size at which Orbax begins another data file."""
+"""Tensors are written in batches of at most this many bytes (a larger tensor alone)."""
+
+_PARTS, _STAGED = "parts", "checkpoint"
 
 
 class CheckpointWriter:
     """Writes one checkpoint; a context manager. Nothing stands at `path` before `commit` has returned.
 
-    Everything is written below `<path>.partial`, which is renamed at the end. Leaving the context without `commit`
-    removes it; a killed process leaves it behind, and the next writer clears it away.
+    Everything is written below `<path>.partial` (see `checkpoint.parts`) and gets its name at the end, in one step.
+    What is left when the context ends early, or the process, depends on `identity`: with one, the batches that were
+    written stay, and the next writer with the same identity goes on behind them. Errors that another try cannot help
+    (a damaged source, say) remove them.
 
     Args:
       path: the folder to make.
       total_bytes: size of all tensors together, checked against the free disk space.
       overwrite: whether a checkpoint that stands at `path` may be replaced; it stays until the new one is complete.
+      identity: a JSON object that is equal for writers that write the same tensors; None for one that begins afresh.
+      progress: called for every tensor that an earlier writer left and that is sound.
+      notify: called with a sentence before a wait, and where something is left for a later try.
+
+    Attributes:
+      written: the tensors on disk.
 
     Raises:
       StorageError: `path` exists (and may not or cannot be replaced), or cannot be written.
       DoesNotFit: too little disk space.
     """
 
-    def __init__(self, path: str | Path, *, total_bytes: int, overwrite: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        total_bytes: int,
+        overwrite: bool = False,
+        identity: Mapping[str, Any] | None = None,
+        progress: fmt.Progress | None = None,
+        notify: Callable[[str], None] | None = None,
+    ):
         self.path = Path(path).absolute()
         self._total_bytes = total_bytes
         self._overwrite = overwrite
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        self._batch: dict[str, np.ndarray] = {}
-        self._tensors: dict[str, fmt.TensorInfo] = {}
+        self._identity = identity
+        self._progress = progress
+        self._say: Callable[[str], None] = notify or (lambda _: None)
+        self._partial = self.path.with_name(self.path.name + storage.PARTIAL)
+        self._parts: list[parts.Part] = []
+        self._keep_cached = storage.fits_file_cache(total_bytes)
         self._stack = contextlib.ExitStack()
+
+    @property
+    def written(self) -> Mapping[str, fmt.TensorInfo]:
+        return {name: info for part in self._parts for name, info in part.tensors.items()}
+
+    @property
+    def notes(self) -> Sequence[Mapping[str, Any]]:
+        """The notes given to `write`, by this writer and by those that it goes on for."""
+        return [part.note for part in self._parts]
 
     def __enter__(self) -> CheckpointWriter:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(storage.file_lock(self.path.with_name(self.path.name + ".lock")))
-            with storage.storage_errors(self.path):
+            stack.enter_context(storage.file_lock(storage.lock_of(self.path), self._waiting))
+            with storage.storage_errors(self.path, self._total_bytes):
                 storage.restore_folder(self.path)
                 self._check_destination()
-                self._clear_partial()
-                storage.check_space(self.path, self._total_bytes)
-                self._partial.mkdir()
-                (self._partial / UNFINISHED).touch()
-            # Errors are ignored: after an interrupt Orbax's threads may still be writing there.
-            stack.callback(shutil.rmtree, self._partial, ignore_errors=True)
+                # Older versions gave a finished checkpoint its name in two steps.
+                ours = storage.is_unfinished(self._partial) or fmt.is_checkpoint(self._partial)
+                if self._partial.exists() and not ours:
+                    raise StorageError(
+                        f"{self._partial} is in the way and is not of llama_jax",
+                        hint="move it, or choose another folder",
+                    )
+                stack.push(self._leave)
+                self._go_on_or_begin()
+                done = sum(part.nbytes for part in self._parts)
+                storage.check_space(self.path, self._total_bytes - done)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self._batch.clear()
-        self._stack.close()
+        self._stack.__exit__(kind, e, tb)
+
+    def _waiting(self) -> None:
+        self._say(f"Waiting for another conversion to {self.path} to end")
 
     def _check_destination(self) -> None:
         if not self.path.exists() and not self.path.is_symlink():
@@ -88,42 +118,86 @@ class CheckpointWriter:
                 hint="choose another folder",
             )
 
-    def _clear_partial(self) -> None:
-        """Removes what a killed writer left, after making sure that it is that."""
-        left = self._partial
-        if not left.exists():
+    def _go_on_or_begin(self) -> None:
+        """Takes over what a writer of the same tensors has left, or clears away what another one has."""
+        left, marker = self._partial, self._partial / storage.UNFINISHED
+        identity = json.dumps(self._identity, sort_keys=True).encode()
+        if self._identity is None or not marker.exists() or marker.read_bytes() != identity:
+            storage.remove(left)
+        left.mkdir(exist_ok=True)
+        if not marker.exists():
+            storage.write_file(marker, identity)
+        storage.remove(left / _STAGED)
+        self._parts = self._sound_parts()
+
+    def _sound_parts(self) -> list[parts.Part]:
+        """The parts that can be read back and have their digests; the others are removed."""
+        found, done = [], 0
+        for part in parts.read_parts(self._partial / _PARTS):
+            for name, info in part.tensors.items():
+                if not part.sound(name):
+                    storage.remove(part.folder)
+                    break
+                done += info.nbytes
+                if self._progress:
+                    self._progress(done, self._total_bytes, name)
+            else:
+                found.append(part)
+        return found
+
+    def _leave(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        if e is None or self._identity is None or not _worth_another_try(e):
+            self._discard()
             return
-        if not ((left / UNFINISHED).exists() or fmt.is_checkpoint(left) or (left.is_dir() and not any(left.iterdir()))):
-            raise StorageError(
-                f"{left} is in the way and is not of llama_jax", hint="move it, or choose another folder"
-            )
-        storage.remove(left)
+        # What is not whole is of no use to the next writer. Orbax's threads may still be writing there.
+        with contextlib.suppress(OSError):
+            self._parts = parts.read_parts(self._partial / _PARTS)
+            storage.remove(self._partial / _STAGED)
+        if not self._parts:
+            self._discard()
+            return
+        done = sum(part.nbytes for part in self._parts)
+        again = (
+            f"{done:,} of {self._total_bytes:,} bytes are done: run it again to go on there, or remove {self._partial}"
+        )
+        if isinstance(e, LlamaJaxError):
+            e.hint = f"{e.hint}; {again}" if e.hint else again
+        else:
+            self._say(f"Stopped: {again}")
 
-    def add(self, name: str, array: np.ndarray) -> None:
-        """Takes one tensor, under its dotted name. The array must not change before `commit`."""
-        if name in self._tensors:
-            raise CheckpointError(f"tensor {name} is given twice", hint="this is a fault of the program; report it")
-        array = np.ascontiguousarray(array)
-        if array.dtype.name not in fmt.DTYPES:
-            raise CheckpointError(
-                f"tensor {name} has dtype {array.dtype.name}", hint=f"tensors may be {', '.join(fmt.DTYPES)}"
-            )
-        pending = sum(a.nbytes for a in self._batch.values())
-        if self._batch and pending + array.nbytes > BATCH_BYTES:
-            self._flush()
-        self._tensors[name] = fmt.TensorInfo(array.shape, array.dtype.name, fmt.digest(array.view(np.uint8)))
-        self._batch[name] = array
+    def _discard(self) -> None:
+        """Removes all that was written, the marker that it may be removed last."""
+        with contextlib.suppress(OSError):
+            for path in self._partial.iterdir():
+                if path.name != storage.UNFINISHED:
+                    storage.remove(path)
+            storage.remove(self._partial)
 
-    def _flush(self, metadata: dict[str, Any] | None = None) -> None:
-        context = ocp.Context()
-        context.array.saving.use_compression = False
-        context.array.saving.ocdbt_target_data_file_size = FILE_BYTES
-        context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-        # Nobody changes the arrays meanwhile, so they need not be copied first.
-        context.memory.deepcopy_host_arrays = False
-        with storage.storage_errors(self.path), context:
-            ocp.partial.save(self._partial / fmt.PARAMS, unflatten(self._batch), custom_metadata=metadata)
-        self._batch.clear()
+    def write(self, arrays: Mapping[str, np.ndarray], note: Mapping[str, Any] | None = None) -> None:
+        """Writes a batch of tensors, under their dotted names. When it returns, they are on the disk itself.
+
+        Args:
+          arrays: must not change meanwhile.
+          note: a JSON object to find again in `notes`, after an interruption too.
+
+        Raises:
+          CheckpointError: a tensor was written before, or its dtype cannot be stored.
+          StorageError, DoesNotFit: the batch cannot be written.
+        """
+        for name, array in arrays.items():
+            if name in self.written:
+                raise CheckpointError(f"tensor {name} is given twice", hint="this is a fault of the program; report it")
+            if array.dtype.name not in fmt.DTYPES:
+                raise CheckpointError(
+                    f"tensor {name} has dtype {array.dtype.name}", hint=f"tensors may be {', '.join(fmt.DTYPES)}"
+                )
+        folder = self._partial / _PARTS / self._next_number()
+        with storage.storage_errors(self.path, self._total_bytes - sum(part.nbytes for part in self._parts)):
+            contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            self._parts.append(parts.write_part(folder, contiguous, note or {}, keep=self._keep_cached))
+
+    def _next_number(self) -> str:
+        return f"{max((int(part.folder.name) for part in self._parts), default=-1) + 1:06}"
 
     def commit(
         self,
@@ -132,37 +206,77 @@ class CheckpointWriter:
         source: fmt.Source,
         generation_config: Mapping[str, Any] | None = None,
         files: Mapping[str, bytes | str] | None = None,
+        source_files: Sequence[lock.SourceFile] = (),
+        origins: Mapping[str, lock.Origin] | None = None,
+        dtype: str | None = None,
     ) -> Path:
-        """Writes what is left, then gives the checkpoint its name.
+        """Puts the checkpoint together and gives it its name.
 
         Args:
           config: written as config.json with the dtype of most of the weights.
           source: where the weights came from.
           generation_config: written as generation_config.json, if given.
           files: further small files (tokenizer, chat template), name to contents.
+          source_files, origins, dtype: for model.lock.json; see `checkpoint.lock`.
 
         Raises:
-          CheckpointError: the tensors that were added are not those that the config asks for.
+          CheckpointError: the tensors that were written are not those that the config asks for.
           UnsupportedModel: a config.json cannot express the config.
         """
-        check_names(self._tensors, config, self.path)
-        # The last batch carries the digests of all, so it is written only now and is never empty.
-        self._flush(fmt.custom_metadata(self._tensors))
-        weight: Counter[str] = Counter()
-        for info in self._tensors.values():
-            weight[info.dtype] += info.nbytes
-        dtype = weight.most_common(1)[0][0]
-        contents = dict(files or {})
-        contents[fmt.CONFIG] = _json(config_to_hf(config.replace(dtype=dtype)))
-        if generation_config:
-            contents[fmt.GENERATION_CONFIG] = _json(generation_config)
+        written = self.written
+        check_names(written, config, self.path)
+        # In the config's order, which does not depend on the order of writing.
+        tensors = {spec.name: written[spec.name] for spec in param_specs(config)}
+        stored = main_dtype(tensors.values())
+        contents = small_files(config, stored, generation_config, files)
+        staged = self._partial / _STAGED
         with storage.storage_errors(self.path):
-            ocp.partial.finalize(self._partial / fmt.PARAMS)
-            digests = {name: _write(self._partial, name, data) for name, data in sorted(contents.items())}
-            _write(self._partial, fmt.MARKER, _json(fmt.marker(source, dtype, tool_version(), digests)))
-            (self._partial / UNFINISHED).unlink()
-            storage.replace_folder(self._partial, self.path)
+            parts.join(self._parts, staged)
+            fmt.set_custom_metadata(staged, tensors)
+            digests = {name: fmt.digest(data) for name, data in contents.items()}
+            for name, data in contents.items():
+                (staged / name).write_bytes(data)
+            locked = lock.Lock(
+                source=source,
+                source_files=tuple(source_files),
+                dtype=dtype,
+                tensors={name: info.digest for name, info in tensors.items()},
+                origins=origins or {},
+                files=digests,
+                tool=tool_version(),
+            )
+            data = json_bytes(lock.contents(locked, lock.store_digests(staged)))
+            (staged / lock.LOCK_FILE).write_bytes(data)
+            marker = fmt.marker(source, stored, tool_version(), digests | {lock.LOCK_FILE: fmt.digest(data)})
+            marker["digest"] = lock.marker_digest(marker)
+            (staged / fmt.MARKER).write_bytes(json_bytes(marker))
+            storage.sync_tree(staged)
+            storage.replace_folder(staged, self.path)
         return self.path
+
+
+def _worth_another_try(e: BaseException) -> bool:
+    """Whether the same call may succeed later: not if the source or the request is at fault."""
+    if isinstance(e, CheckpointError) and isinstance(e.__cause__, OSError):
+        return True  # a source that could not be read just now
+    return not isinstance(e, CheckpointError | RequestError | UnsupportedModel)
+
+
+def batches(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Groups of tensors to write together, in order: at most BATCH_BYTES each, or one larger tensor.
+
+    Args:
+      sizes: dotted name to bytes.
+    """
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = BATCH_BYTES
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def save(
@@ -192,24 +306,11 @@ def save(
                 f"tensor {spec.name} has shape {tuple(flat[spec.name].shape)}, the config asks for {spec.shape}",
                 hint="check that params and config belong together",
             )
-    total = sum(leaf.nbytes for leaf in flat.values())
-    with CheckpointWriter(path, total_bytes=total, overwrite=overwrite) as writer:
-        for spec in param_specs(config):
-            writer.add(spec.name, np.asarray(flat[spec.name]))
+    sizes = {spec.name: flat[spec.name].nbytes for spec in param_specs(config)}
+    with CheckpointWriter(path, total_bytes=sum(sizes.values()), overwrite=overwrite) as writer:
+        for batch in batches(sizes):
+            writer.write({name: np.asarray(flat[name]) for name in batch})
         return writer.commit(config, source=source or fmt.Source(), generation_config=generation_config, files=files)
-
-
-def check_names(names: Mapping[str, Any], config: LlamaConfig, path: Path) -> None:
-    """Raises CheckpointError unless `names` are exactly the tensors that the config asks for."""
-    wanted = {spec.name for spec in param_specs(config)}
-    for what, wrong in (("lacks", wanted - names.keys()), ("holds unknown", names.keys() - wanted)):
-        if wrong:
-            some = sorted(wrong)[:5]
-            more = f" and {len(wrong) - len(some)} more" if len(wrong) > len(some) else ""
-            raise CheckpointError(
-                f"{path} {what} tensor {', '.join(some)}{more}",
-                hint="config and weights do not belong together, or the checkpoint is damaged",
-            )
 
 
 def storage_dtype(name: str) -> np.dtype:
@@ -229,16 +330,3 @@ def tool_version() -> str:
         return version("llama-jax")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-
-
-def _write(folder: Path, name: str, data: bytes | str) -> str:
-    """Writes a small file and returns its digest. Names come from models, so they must not leave the folder."""
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise CheckpointError(f"{name!r} is not a plain file name", hint="this is a fault of the program; report it")
-    raw = data.encode("utf-8") if isinstance(data, str) else data
-    (folder / name).write_bytes(raw)
-    return fmt.digest(raw)

@@ -36,7 +36,8 @@ def command(
     """Convert SRC to a checkpoint at DST.
 
     SRC is a Hugging Face folder (safetensors, one file or several), a GGUF file, org/name of the Hugging Face hub, or
-    the default model. Tensors pass one by one, so memory is needed for the largest one, not for the model.
+    the default model. Tensors pass one by one, so memory is needed for the largest one, not for the model. A conversion
+    that was stopped goes on where it was when the same command is run again.
     """
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.convert import convert
@@ -53,6 +54,7 @@ def command(
             name=name,
             revision=revision,
             progress=reporter.progress,
+            notify=reporter.notify,
         )
     seconds = time.monotonic() - began
     checkpoint = open_checkpoint(path)

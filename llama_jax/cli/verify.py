@@ -10,7 +10,7 @@ import click
 
 from llama_jax.cli.options import examples, json_option, quiet_option
 from llama_jax.cli.progress import Reporter
-from llama_jax.cli.terminal import print_json, size_text
+from llama_jax.cli.terminal import print_json, printable, size_text
 from llama_jax.errors import CheckpointError, VerificationError
 
 
@@ -18,17 +18,23 @@ from llama_jax.errors import CheckpointError, VerificationError
     name="verify",
     epilog=examples(
         "llama-jax verify my-checkpoint",
+        "llama-jax verify my-checkpoint --source ./Llama-3.2-1B-Instruct",
         "llama-jax verify my-checkpoint --expected expected.npz",
         "llama-jax verify my-checkpoint --expected expected.npz --save-logits ours.npz",
     ),
 )
 @click.argument("checkpoint", metavar="CHECKPOINT")
+@click.option("--source", metavar="PATH", help="Also compare with the folder or file that it was converted from.")
 @click.option("--expected", metavar="FILE.npz", help="Also run the model and compare with this file.")
 @click.option("--save-logits", metavar="OUT.npz", help="Write what was computed, for others to compare.")
 @quiet_option
 @json_option
-def command(checkpoint: str, expected: str | None, save_logits: str | None, quiet: bool, as_json: bool) -> None:
+def command(
+    checkpoint: str, source: str | None, expected: str | None, save_logits: str | None, quiet: bool, as_json: bool
+) -> None:
     """Check the digest of every tensor and file of CHECKPOINT (or of any other MODEL, which is converted first).
+
+    With --source, also hash the files there and compare them, and every tensor that they give, with model.lock.json.
 
     With --expected, also run it in float32 on the file's input_ids and attention_mask, compare logits where the mask is
     1, then decode greedily as many tokens as `greedy` has and compare them. Prints one JSON line: max_abs_diff,
@@ -39,29 +45,37 @@ def command(checkpoint: str, expected: str | None, save_logits: str | None, quie
     if save_logits and not expected:
         raise click.UsageError("--save-logits needs --expected, whose input_ids the model is run on")
     with Reporter(quiet=quiet, label="Verifying") as reporter:
-        path = _check_digests(checkpoint, reporter, as_json=as_json, print_report=expected is None)
+        path = _check_digests(checkpoint, source, reporter, as_json=as_json, print_report=expected is None)
         if expected is not None:
             _check_numbers(path, expected, save_logits, reporter, quiet=quiet)
 
 
-def _check_digests(checkpoint: str, reporter: Reporter, *, as_json: bool, print_report: bool) -> Path:
+def _check_digests(
+    checkpoint: str, source: str | None, reporter: Reporter, *, as_json: bool, print_report: bool
+) -> Path:
     from llama_jax.checkpoint import verify
+    from llama_jax.convert.verify import verify_source
     from llama_jax.models import resolve
 
     report = verify(resolve(checkpoint, progress=reporter.progress, notify=reporter.notify), reporter.progress)
+    if source is not None and report.ok:
+        report = verify_source(report.path, source, reporter.progress)
     if print_report and as_json:
         print_json(dataclasses.asdict(report) | {"path": str(report.path), "ok": report.ok})
         if not report.ok:
             raise click.exceptions.Exit(CheckpointError.exit_code)
     if not report.ok:
         for failure in report.failures:
-            print(f"damaged: {failure}", file=sys.stderr)
+            print(f"damaged: {printable(failure)}", file=sys.stderr)
         raise CheckpointError(
-            f"{report.path} is damaged: {len(report.failures)} digests differ",
+            f"{report.path} is damaged or differs from its source: {len(report.failures)} digests differ"
+            if source
+            else f"{report.path} is damaged: {len(report.failures)} digests differ",
             hint="convert it again, or copy it again from where it came",
         )
     if print_report and not as_json:
-        click.echo(f"ok: {report.path}, {report.tensors} tensors, {size_text(report.bytes)}, all digests match")
+        also = f", and {source} gives the same" if source else ""
+        click.echo(f"ok: {report.path}, {report.tensors} tensors, {size_text(report.bytes)}, all digests match{also}")
     return report.path
 
 

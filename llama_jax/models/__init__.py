@@ -219,7 +219,7 @@ def _convert(
 
     say(f"Converting {source} to {path} (once)")
     try:
-        return convert(source, path, name=name, revision=revision, progress=progress)
+        return convert(source, path, name=name, revision=revision, progress=progress, notify=say)
     except StorageError:
         # Another process was converting the same model, this one waited for it, and the result is there.
         if is_checkpoint(path):
