@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint.format import Source
-from llama_jax.config import config_from_hf
+from llama_jax.config import LlamaConfig, config_from_hf
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
 from llama_jax.convert.gguf_file import GgufFile
 from llama_jax.convert.model_source import some
@@ -65,11 +65,8 @@ class GgufModel:
 
     def read(self, spec: ParamSpec) -> np.ndarray:
         array = self._file.read(spec.gguf)
-        if self._permuted and ".attn.q_proj." in spec.name:
-            return half_rotation(array, self.config.num_heads)
-        if self._permuted and ".attn.k_proj." in spec.name:
-            return half_rotation(array, self.config.num_kv_heads)
-        return array
+        heads = rotated_heads(spec, self.config) if self._permuted else None
+        return array if heads is None else half_rotation(array, heads)
 
     def _check(self) -> None:
         specs = {spec.gguf: spec for spec in param_specs(self.config)}
@@ -98,6 +95,13 @@ def _config_dict(path: Path, *parts: Any) -> dict[str, Any]:
 _HINT = "the file is damaged, or the model has parts that are not supported; try its safetensors weights"
 
 
+def rotated_heads(spec: ParamSpec, config: LlamaConfig) -> int | None:
+    """How many heads stand one below the other in a projection whose output is rotated; None for other leaves."""
+    if ".attn.q_proj." in spec.name:
+        return config.num_heads
+    return config.num_kv_heads if ".attn.k_proj." in spec.name else None
+
+
 def half_rotation(array: np.ndarray, heads: int) -> np.ndarray:
     """Puts the rows of a query or key projection into the order in which rope rotates halves.
 
@@ -110,3 +114,9 @@ def half_rotation(array: np.ndarray, heads: int) -> np.ndarray:
     """
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+
+
+def pair_rotation(array: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `half_rotation`."""
+    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)

@@ -1,4 +1,7 @@
-"""GGUF metadata to the keys of Hugging Face's config.json (names: llama.cpp, gguf-py/gguf/constants.py)."""
+"""GGUF metadata to the keys of Hugging Face's config.json (names: llama.cpp, gguf-py/gguf/constants.py).
+
+The tables here serve both ways: `convert.export.gguf_metadata` writes by them what this module reads.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,49 @@ from llama_jax.errors import UnsupportedModel
 
 ROPE_FACTORS = "rope_freqs.weight"
 
-_MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3"}
+ARCHITECTURES = {
+    "llama": ("llama", "mistral", "mixtral"),
+    "qwen2": ("qwen2",),
+    "qwen3": ("qwen3",),
+    "smollm3": ("smollm3",),
+}
+"""llama.cpp's architectures, each with the model types that it stands for; the first where nothing says otherwise."""
 PERMUTED = frozenset(("llama", "smollm3"))
 """Architectures whose query and key rows llama.cpp stores in the order of interleaved rope."""
+BIASES: Mapping[str, tuple[str, ...]] = {
+    "llama": ("qkv_bias", "o_bias", "mlp_bias"),
+    **dict.fromkeys(("qwen2", "qwen3", "smollm3"), ("qkv_bias",)),
+}
+"""Biases (fields of LlamaConfig) that llama.cpp knows in each architecture: `load_arch_tensors` in its src/models."""
+
+REQUIRED: Mapping[str, str] = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+"""Keys that every model has (below its architecture's name), and what config.json calls them."""
+OPTIONAL: Mapping[str, str] = {
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.sliding_window": "sliding_window",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+}
+"""The same of keys that some models have."""
+HEAD_DIM_KEYS = ("attention.key_length", "rope.dimension_count", "attention.value_length")
+"""Keys that all hold the size of a head in the models that are supported."""
+EOS_KEYS = ("eos", "eot", "eom")
+"""Ids that end a text stand in `tokenizer.ggml.<key>_token_id`."""
+YARN_BETAS: Mapping[str, str] = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 
 _READ = {
+    *REQUIRED,
+    *OPTIONAL,
+    *HEAD_DIM_KEYS,
+    *YARN_BETAS,
     "vocab_size",
-    "context_length",
-    "embedding_length",
-    "block_count",
-    "feed_forward_length",
-    "expert_count",
-    "expert_used_count",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window",
-    "rope.dimension_count",
     "rope.freq_base",
     "rope.scale_linear",
     "rope.scaling.type",
@@ -69,9 +96,9 @@ def config_dict(
       UnsupportedModel: the architecture, or a key that would change the numbers; names it.
     """
     arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in _MODEL_TYPES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"GGUF architecture {arch!r} is not supported", hint=f"supported: {', '.join(sorted(_MODEL_TYPES))}"
+            f"GGUF architecture {arch!r} is not supported", hint=f"supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     if metadata.get("split.count", 1) > 1:
         raise UnsupportedModel(
@@ -97,27 +124,20 @@ def config_dict(
     heads, hidden = need("attention.head_count"), need("embedding_length")
     if not isinstance(heads, int) or heads < 1:
         raise UnsupportedModel(f"GGUF key {arch}.attention.head_count = {heads!r}", hint="the file is damaged")
-    head_dim = own.get("attention.key_length", own.get("rope.dimension_count", hidden // heads))
-    for key in ("attention.value_length", "rope.dimension_count"):
+    head_dim = next((own[key] for key in HEAD_DIM_KEYS[:2] if key in own), hidden // heads)
+    for key in HEAD_DIM_KEYS:
         if own.get(key, head_dim) != head_dim:
             raise UnsupportedModel(
                 f"GGUF key {arch}.{key} = {own[key]!r} differs from the head size {head_dim}",
                 hint="supported: rope over whole heads, values as wide as keys",
             )
-    eos = [
-        metadata[f"tokenizer.ggml.{k}_token_id"] for k in ("eos", "eot") if f"tokenizer.ggml.{k}_token_id" in metadata
-    ]
-    config = {
+    eos = [metadata[f"tokenizer.ggml.{k}_token_id"] for k in EOS_KEYS if f"tokenizer.ggml.{k}_token_id" in metadata]
+    config = {name: need(key) for key, name in REQUIRED.items()}
+    config |= {
         "model_type": _model_type(arch, own),
         "vocab_size": embedding.shape[0],
-        "hidden_size": hidden,
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
-        "num_attention_heads": heads,
         "num_key_value_heads": own.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": need("context_length"),
         "rope_parameters": _rope(arch, own, factors),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -150,7 +170,7 @@ def _model_type(arch: str, own: Mapping[str, Any]) -> str:
         )
     if own.get("expert_count"):
         raise UnsupportedModel(f"GGUF key {arch}.expert_count is not supported", hint="use the safetensors weights")
-    return _MODEL_TYPES[arch]
+    return ARCHITECTURES[arch][0]
 
 
 def _rope(arch: str, own: Mapping[str, Any], factors: np.ndarray | None) -> dict[str, Any]:
@@ -162,7 +182,7 @@ def _rope(arch: str, own: Mapping[str, Any], factors: np.ndarray | None) -> dict
     if factors is not None:
         if kind != "none":
             raise UnsupportedModel(f"GGUF file with both {ROPE_FACTORS} and rope scaling {kind!r}", hint=_ROPE_HINT)
-        return _llama3(theta, factors)
+        return _llama3(theta, factors, own.get("rope.scaling.original_context_length", LLAMA3_CONTEXT))
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
     if kind not in ("linear", "yarn"):
@@ -172,31 +192,49 @@ def _rope(arch: str, own: Mapping[str, Any], factors: np.ndarray | None) -> dict
         if "rope.scaling.original_context_length" not in own:
             raise UnsupportedModel(f"GGUF file without {arch}.rope.scaling.original_context_length", hint=_ROPE_HINT)
         rope["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
+        rope |= {name: own[key] for key, name in YARN_BETAS.items() if key in own}
     return rope
 
 
 _ROPE_HINT = "use the safetensors weights, whose config.json says how rope is scaled"
 
 
-def _llama3(theta: float, factors: np.ndarray) -> dict[str, Any]:
+LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
+"""low_freq_factor, high_freq_factor and original positions of all published models with "llama3" scaling."""
+
+
+def llama3_factors(theta: float, size: int, factor: float, original: int) -> np.ndarray:
+    """What "llama3" scaling divides each rope frequency by.
+
+    Args:
+      theta: base of the frequencies.
+      size: how many there are, head_dim / 2.
+      factor: by which the lowest frequencies are divided.
+      original: positions seen in pre-training.
+
+    Returns:
+      float64 [size].
+    """
+    inverse = theta ** -(np.arange(size) / size)
+    smooth = (original * inverse / (2 * math.pi) - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)
+    return 1 / np.where(smooth > 1, 1.0, np.where(smooth < 0, 1 / factor, (1 - smooth) / factor + smooth))
+
+
+def _llama3(theta: float, factors: np.ndarray, original: int) -> dict[str, Any]:
     """Recovers the parameters of "llama3" scaling from the factors that llama.cpp's converter computed from them.
 
-    All published models share low_freq_factor=1, high_freq_factor=4 and 8192 original positions and differ in `factor`,
-    which is the largest of the factors. The others must then come out equal, or the file is refused.
+    All published models share all but `factor`, which is the largest of the factors. The others must then come out
+    equal, or the file is refused.
     """
-    low, high, original = 1.0, 4.0, 8192
-    found = factors.astype(np.float64)
     factor = float(str(np.float32(factors.max())))
-    inverse = theta ** -(np.arange(len(found)) / len(found))
-    smooth = (original * inverse / (2 * math.pi) - low) / (high - low)
-    expected = 1 / np.where(smooth > 1, 1.0, np.where(smooth < 0, 1 / factor, (1 - smooth) / factor + smooth))
-    if not np.allclose(found, expected, rtol=1e-4, atol=0):
+    expected = llama3_factors(theta, len(factors), factor, original)
+    if not np.allclose(factors.astype(np.float64), expected, rtol=1e-4, atol=0):
         raise UnsupportedModel(f"the rope factors in {ROPE_FACTORS} follow no known scaling", hint=_ROPE_HINT)
     return {
         "rope_type": "llama3",
         "rope_theta": theta,
         "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
+        "low_freq_factor": LLAMA3_LOW,
+        "high_freq_factor": LLAMA3_HIGH,
         "original_max_position_embeddings": original,
     }

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from llama_jax.checkpoint.format import Progress, is_checkpoint
-from llama_jax.convert.model_source import ModelSource, check_finite, count_nonfinite
-from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
+from llama_jax.convert.casting import cast, storage_dtype
+from llama_jax.convert.model_source import ModelSource, check_finite
+from llama_jax.errors import ModelNotFound, UnsupportedModel
 
 
 def convert(
@@ -47,7 +46,7 @@ def convert(
       StorageError, DoesNotFit: `dst` exists or cannot be written, or the disk is too small.
     """
     # Imported here, since these bring jax and orbax, which opening and listing models do not need.
-    from llama_jax.checkpoint.write import CheckpointWriter, storage_dtype
+    from llama_jax.checkpoint.write import CheckpointWriter
     from llama_jax.params import param_specs
 
     wanted = None if dtype is None else storage_dtype(dtype)
@@ -64,7 +63,7 @@ def convert(
                 if not allow_nonfinite:
                     check_finite(spec.name, array, model.path)
                 if wanted is not None and wanted != array.dtype:
-                    array = _cast(spec.name, array, wanted, model.path, allow_nonfinite)
+                    array = cast(spec.name, array, wanted, model.path, allow_nonfinite=allow_nonfinite)
                 writer.add(spec.name, array)
                 done += sizes[spec.name]
                 if progress:
@@ -72,18 +71,6 @@ def convert(
             return writer.commit(model.config, source=model.source, generation_config=generation_config, files=files)
     finally:
         model.close()
-
-
-def _cast(name: str, array: np.ndarray, dtype: np.dtype, path: Path, allow_nonfinite: bool) -> np.ndarray:
-    """Rounds to the nearest; refuses values that the dtype cannot hold (beyond 65504 in float16)."""
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if not allow_nonfinite and (overflowed := count_nonfinite(cast)):
-        raise CheckpointError(
-            f"{path}: tensor {name} holds {overflowed} values that are too large for {dtype.name}",
-            hint="choose bfloat16 or float32",
-        )
-    return cast
 
 
 def open_source(path: Path, *, name: str | None = None, revision: str | None = None) -> ModelSource:

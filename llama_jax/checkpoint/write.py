@@ -12,14 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import storage
 from llama_jax.config import LlamaConfig, config_to_hf
-from llama_jax.errors import CheckpointError, RequestError, StorageError
+from llama_jax.errors import CheckpointError, StorageError
 from llama_jax.params import flatten, param_specs, unflatten
 
 BATCH_BYTES = 256 << 20
@@ -210,17 +209,6 @@ def check_names(names: Mapping[str, Any], config: LlamaConfig, path: Path) -> No
                 f"{path} {what} tensor {', '.join(some)}{more}",
                 hint="config and weights do not belong together, or the checkpoint is damaged",
             )
-
-
-def storage_dtype(name: str) -> np.dtype:
-    """The numpy dtype of a name.
-
-    Raises:
-      RequestError: weights are not stored in this dtype.
-    """
-    if name not in fmt.DTYPES:
-        raise RequestError(f"dtype {name!r} is not known", param="dtype", hint=f"one of {', '.join(fmt.DTYPES)}")
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def tool_version() -> str:
