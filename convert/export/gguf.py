@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -51,8 +51,9 @@ def export_gguf(
 ) -> Exported:
     """Writes a checkpoint as a GGUF file, with its tokenizer and chat template.
 
-    Matrices are stored in the type asked for; norms, biases and routers in float32, which llama.cpp needs. Without a
-    type they keep their dtype, so that no number changes. Tensors pass one by one, so that memory is needed for the
+    Matrices are stored in the type asked for; norms, biases and routers in float32, which llama.cpp needs; embedding
+    and output projection in q8_0 at least, since four bits do them the most harm. Without a type they keep their dtype,
+    so that no number changes. Tensors pass one by one, so that memory is needed for the
     largest tensor only. Nothing stands at `dst` before all is done.
 
     Args:
@@ -103,7 +104,11 @@ def _plan(source: ExportSource, kind: str) -> tuple[dict[str, GgufPlan], list[st
         plan[ROPE_FACTORS] = GgufPlan(Kind.F32, factors.shape)
     wanted = Kind[kind.upper()]
     for spec in source.specs:
-        used = Kind.F32 if len(spec.shape) == 1 or spec.name.endswith(".router.weight") else wanted
+        used = wanted
+        if len(spec.shape) == 1 or spec.name.endswith(".router.weight"):
+            used = Kind.F32
+        elif "vocab" in spec.axes and wanted not in _DTYPES:
+            used = Kind.Q8_0
         if spec.shape[-1] % gguf.GGML_QUANT_SIZES[used][0]:
             used, kept = Kind.F16, kept + 1
         plan[spec.gguf] = GgufPlan(used, spec.shape)
@@ -121,6 +126,7 @@ def _metadata(source: ExportSource, kind: str) -> tuple[dict[str, Value], list[s
         "general.architecture": architecture(config),
         "general.type": "model",
         "general.name": checkpoint.source.name or checkpoint.path.name,
+        "general.size_label": _size_label(source.specs),
     }
     if checkpoint.source.licence:
         metadata["general.license"] = checkpoint.source.licence
@@ -140,6 +146,14 @@ def _metadata(source: ExportSource, kind: str) -> tuple[dict[str, Value], list[s
     else:
         keys, more = no_tokenizer(config.bos_token_id, eos, config.pad_token_id), ["the checkpoint has no tokenizer"]
     return metadata | keys, notes + more
+
+
+def _size_label(specs: Sequence[ParamSpec]) -> str:
+    """ "8B", or "8x7B" for a mixture of experts: the size of one expert and all that is not in experts."""
+    stacks = [spec for spec in specs if "expert" in spec.axes and len(spec.shape) == 3]
+    total, routed = sum(spec.size for spec in specs), sum(spec.size for spec in stacks)
+    count = stacks[0].shape[0] if stacks else 0
+    return gguf.size_label(total, total - routed, routed // count if count else 0, count)
 
 
 def _rotated(spec: ParamSpec, config: LlamaConfig, array: np.ndarray) -> np.ndarray:
