@@ -1,4 +1,4 @@
-"""Reading GGUF files as models: Llama, Mistral, Mixtral, SmolLM2 (all "llama"), Qwen2, Qwen3 and SmolLM3."""
+"""Reading GGUF files as models: Llama, Mistral, Mixtral, SmolLM2 (all "llama"), Llama 4, Qwen2, Qwen3 and SmolLM3."""
 
 from __future__ import annotations
 

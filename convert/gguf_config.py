@@ -18,6 +18,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 ARCHITECTURES = {
     "llama": ("llama", "mistral", "mixtral"),
+    "llama4": ("llama4_text",),
     "qwen2": ("qwen2",),
     "qwen3": ("qwen3",),
     "smollm3": ("smollm3",),
@@ -27,7 +28,7 @@ PERMUTED = frozenset(("llama", "smollm3"))
 """Architectures whose query and key rows llama.cpp stores in the order of interleaved rope."""
 BIASES: Mapping[str, tuple[str, ...]] = {
     "llama": ("qkv_bias", "o_bias", "mlp_bias"),
-    **dict.fromkeys(("qwen2", "qwen3", "smollm3"), ("qkv_bias",)),
+    **dict.fromkeys(("llama4", "qwen2", "qwen3", "smollm3"), ("qkv_bias",)),
 }
 """Biases (fields of LlamaConfig) that llama.cpp knows in each architecture: `load_arch_tensors` in its src/models."""
 
@@ -47,6 +48,13 @@ OPTIONAL: Mapping[str, str] = {
     "expert_used_count": "num_experts_per_tok",
 }
 """The same of keys that some models have."""
+LLAMA4: Mapping[str, str] = {
+    "feed_forward_length": "intermediate_size_mlp",
+    "expert_feed_forward_length": "intermediate_size",
+    "interleave_moe_layer_step": "interleave_moe_layer_step",
+    "expert_count": "num_local_experts",
+}
+"""What Llama 4 has besides, or under another name."""
 HEAD_DIM_KEYS = ("attention.key_length", "rope.dimension_count", "attention.value_length")
 """Keys that all hold the size of a head in the models that are supported."""
 EOS_KEYS = ("eos", "eot", "eom")
@@ -106,7 +114,11 @@ def config_dict(
         )
     own = {k.removeprefix(f"{arch}."): v for k, v in metadata.items() if k.startswith(f"{arch}.")}
     for key, value in own.items():
-        if key not in _READ and (key not in _NEUTRAL or value != _NEUTRAL[key]):
+        if (
+            key not in _READ
+            and not (arch == "llama4" and key in LLAMA4)
+            and (key not in _NEUTRAL or value != _NEUTRAL[key])
+        ):
             raise UnsupportedModel(
                 f"GGUF key {arch}.{key} = {value!r} is not supported", hint="use the safetensors weights"
             )
@@ -155,6 +167,18 @@ def config_dict(
         config["no_rope_layer_interval"] = 4
     if experts := own.get("expert_count"):
         config |= {"num_local_experts": experts, "num_experts_per_tok": need("expert_used_count")}
+    if arch == "llama4":
+        config |= {name: need(key) for key, name in LLAMA4.items()}
+        config |= {
+            # Fixed in llama.cpp, as in all published models: chunks of 8192 and no rope in every fourth layer, query
+            # scales there, and norms of heads in all models but that of 128 experts (src/models/llama4.cpp).
+            "attention_chunk_size": 8192,
+            "no_rope_layer_interval": 4,
+            "attn_temperature_tuning": True,
+            "floor_scale": 8192,
+            "attn_scale": 0.1,
+            "use_qk_norm": experts != 128,
+        }
     return config
 
 
@@ -162,13 +186,13 @@ def _model_type(arch: str, own: Mapping[str, Any]) -> str:
     """llama.cpp's "llama" is also what Mistral and Mixtral are."""
     if arch == "llama" and own.get("expert_count"):
         return "mixtral"
-    if own.get("attention.sliding_window"):
+    if own.get("attention.sliding_window") or (arch == "llama4" and "attention.sliding_window" in own):
         if arch == "llama":
             return "mistral"
         raise UnsupportedModel(
             f"GGUF key {arch}.attention.sliding_window is not supported", hint="use the safetensors weights"
         )
-    if own.get("expert_count"):
+    if own.get("expert_count") and arch != "llama4":
         raise UnsupportedModel(f"GGUF key {arch}.expert_count is not supported", hint="use the safetensors weights")
     return ARCHITECTURES[arch][0]
 
@@ -199,42 +223,45 @@ def _rope(arch: str, own: Mapping[str, Any], factors: np.ndarray | None) -> dict
 _ROPE_HINT = "use the safetensors weights, whose config.json says how rope is scaled"
 
 
-LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
-"""low_freq_factor, high_freq_factor and original positions of all published models with "llama3" scaling."""
+LLAMA3_LOW, LLAMA3_HIGHS, LLAMA3_CONTEXT = 1.0, (4.0, 1.0), 8192
+"""low_freq_factor, high_freq_factor and original positions of all published models with "llama3" scaling; Llama 4 has
+the second high_freq_factor."""
 
 
-def llama3_factors(theta: float, size: int, factor: float, original: int) -> np.ndarray:
+def llama3_factors(theta: float, size: int, factor: float, high: float, original: int) -> np.ndarray:
     """What "llama3" scaling divides each rope frequency by.
 
     Args:
       theta: base of the frequencies.
       size: how many there are, head_dim / 2.
       factor: by which the lowest frequencies are divided.
+      high: high_freq_factor; low_freq_factor is 1.
       original: positions seen in pre-training.
 
     Returns:
       float64 [size].
     """
-    inverse = theta ** -(np.arange(size) / size)
-    smooth = (original * inverse / (2 * math.pi) - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)
-    return 1 / np.where(smooth > 1, 1.0, np.where(smooth < 0, 1 / factor, (1 - smooth) / factor + smooth))
+    turns = original * theta ** -(np.arange(size) / max(1, size)) / (2 * math.pi)
+    ramp = (turns - LLAMA3_LOW) / (high - LLAMA3_LOW) if high > LLAMA3_LOW else np.where(turns > high, 1.0, 0.0)
+    smooth = np.clip(ramp, 0.0, 1.0)
+    return 1 / ((1 - smooth) / factor + smooth)
 
 
 def _llama3(theta: float, factors: np.ndarray, original: int) -> dict[str, Any]:
     """Recovers the parameters of "llama3" scaling from the factors that llama.cpp's converter computed from them.
 
-    All published models share all but `factor`, which is the largest of the factors. The others must then come out
-    equal, or the file is refused.
+    `factor` is the largest of the factors. The others must then come out equal, or the file is refused.
     """
-    factor = float(str(np.float32(factors.max())))
-    expected = llama3_factors(theta, len(factors), factor, original)
-    if not np.allclose(factors.astype(np.float64), expected, rtol=1e-4, atol=0):
-        raise UnsupportedModel(f"the rope factors in {ROPE_FACTORS} follow no known scaling", hint=_ROPE_HINT)
-    return {
-        "rope_type": "llama3",
-        "rope_theta": theta,
-        "factor": factor,
-        "low_freq_factor": LLAMA3_LOW,
-        "high_freq_factor": LLAMA3_HIGH,
-        "original_max_position_embeddings": original,
-    }
+    factor = float(str(np.float32(factors.max(initial=1.0))))
+    for high in LLAMA3_HIGHS:
+        expected = llama3_factors(theta, len(factors), factor, high, original)
+        if np.allclose(factors.astype(np.float64), expected, rtol=1e-4, atol=0):
+            return {
+                "rope_type": "llama3",
+                "rope_theta": theta,
+                "factor": factor,
+                "low_freq_factor": LLAMA3_LOW,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise UnsupportedModel(f"the rope factors in {ROPE_FACTORS} follow no known scaling", hint=_ROPE_HINT)

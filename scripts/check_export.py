@@ -28,7 +28,7 @@ TOLERANCE = 5e-5
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors files."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping

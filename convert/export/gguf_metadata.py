@@ -16,6 +16,7 @@ from llama_jax.convert.gguf_config import (
     BIASES,
     HEAD_DIM_KEYS,
     LLAMA3_CONTEXT,
+    LLAMA4,
     OPTIONAL,
     REQUIRED,
     YARN_BETAS,
@@ -47,7 +48,9 @@ def rope_factors(config: LlamaConfig) -> np.ndarray | None:
     if rope.kind != "llama3":
         return None
     assert rope.original_max_positions is not None
-    factors = llama3_factors(rope.theta, config.head_dim // 2, rope.factor, rope.original_max_positions)
+    factors = llama3_factors(
+        rope.theta, config.head_dim // 2, rope.factor, rope.high_freq_factor, rope.original_max_positions
+    )
     return factors.astype(np.float32)
 
 
@@ -59,7 +62,11 @@ def model_metadata(config: LlamaConfig) -> dict[str, Value]:
     """
     arch = architecture(config)
     hf = config_to_hf(config)
-    own = {key: hf[name] for key, name in {**REQUIRED, **OPTIONAL}.items() if hf.get(name) is not None}
+    table = {**REQUIRED, **OPTIONAL}
+    if arch == "llama4":
+        table |= LLAMA4
+        hf |= {"interleave_moe_layer_step": min(hf["moe_layers"], default=0) + 1}
+    own = {key: hf[name] for key, name in table.items() if hf.get(name) is not None}
     own |= {"vocab_size": config.vocab_size, **dict.fromkeys(HEAD_DIM_KEYS, config.head_dim)} | _rope(config.rope)
     metadata = {f"{arch}.{key}": value for key, value in own.items()}
     _check(config, arch, metadata)
