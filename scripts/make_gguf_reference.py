@@ -5,7 +5,8 @@ Needs torch, transformers and a checkout of llama.cpp (https://github.com/ggml-o
     uv run --group hf python scripts/make_gguf_reference.py LLAMA_CPP tests/data/goldens tests/data/gguf_reference.json
 
 For every case that it converts (float32, without a tokenizer) the file holds the metadata of the architecture, and of
-every tensor its type, shape and the first digits of the sha256 of its bytes.
+every tensor its type, shape and the first digits of the sha256 of its bytes; of rope factors, which are computed, the
+values.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def describe(path: Path) -> dict[str, Any]:
             tensor.name: [
                 tensor.tensor_type.name,
                 [int(n) for n in tensor.shape[::-1]],
-                hashlib.sha256(tensor.data.tobytes()).hexdigest()[:16],
+                tensor.data.tolist()
+                if tensor.name == "rope_freqs.weight"
+                else hashlib.sha256(tensor.data.tobytes()).hexdigest()[:16],
             ]
             for tensor in reader.tensors
         },
