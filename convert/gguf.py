@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint.format import Source
-from llama_jax.config import config_from_hf
+from llama_jax.config import LlamaConfig, config_from_hf
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
 from llama_jax.convert.gguf_parts import GgufParts
 from llama_jax.convert.model_source import SourceTensor, check_vocabulary, some
@@ -76,11 +76,8 @@ class GgufModel:
         array = np.empty(spec.shape, self.dtype(spec))
         for name, part in zip(names, array if len(names) > 1 else array[None], strict=True):
             self._file.read_into(name, part)
-        if self._permuted and ".attn.q_proj." in spec.name:
-            return half_rotation(array, self.config.num_heads)
-        if self._permuted and ".attn.k_proj." in spec.name:
-            return half_rotation(array, self.config.num_kv_heads)
-        return array
+        heads = rotated_heads(spec, self.config) if self._permuted else None
+        return array if heads is None else half_rotation(array, heads)
 
     def _check(self) -> None:
         shapes = {
@@ -131,6 +128,13 @@ def _config_dict(path: Path, *parts: Any) -> dict[str, Any]:
 _HINT = "the file is damaged, or the model has parts that are not supported; try its safetensors weights"
 
 
+def rotated_heads(spec: ParamSpec, config: LlamaConfig) -> int | None:
+    """How many heads stand one below the other in a projection whose output is rotated; None for other leaves."""
+    if ".attn.q_proj." in spec.name:
+        return config.num_heads
+    return config.num_kv_heads if ".attn.k_proj." in spec.name else None
+
+
 def half_rotation(array: np.ndarray, heads: int) -> np.ndarray:
     """Puts the rows of a query or key projection into the order in which rope rotates halves.
 
@@ -143,3 +147,9 @@ def half_rotation(array: np.ndarray, heads: int) -> np.ndarray:
     """
     pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+
+
+def pair_rotation(array: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of `half_rotation`."""
+    halves = array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(array.shape)

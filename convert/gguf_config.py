@@ -1,4 +1,7 @@
-"""GGUF metadata to the keys of Hugging Face's config.json (names: llama.cpp, gguf-py/gguf/constants.py)."""
+"""GGUF metadata to the keys of Hugging Face's config.json (names: llama.cpp, gguf-py/gguf/constants.py).
+
+The tables here serve both ways: `convert.export.gguf_metadata` writes by them what this module reads.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,57 @@ from llama_jax.errors import UnsupportedModel
 
 ROPE_FACTORS = "rope_freqs.weight"
 
-_MODEL_TYPES = {
-    "llama": "llama",
-    "llama4": "llama4_text",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "smollm3": "smollm3",
+ARCHITECTURES = {
+    "llama": ("llama", "mistral", "mixtral"),
+    "llama4": ("llama4_text",),
+    "qwen2": ("qwen2",),
+    "qwen3": ("qwen3",),
+    "smollm3": ("smollm3",),
 }
+"""llama.cpp's architectures, each with the model types that it stands for; the first where nothing says otherwise."""
 PERMUTED = frozenset(("llama", "smollm3"))
 """Architectures whose query and key rows llama.cpp stores in the order of interleaved rope."""
+BIASES: Mapping[str, tuple[str, ...]] = {
+    "llama": ("qkv_bias", "o_bias", "mlp_bias"),
+    **dict.fromkeys(("llama4", "qwen2", "qwen3", "smollm3"), ("qkv_bias",)),
+}
+"""Biases (fields of LlamaConfig) that llama.cpp knows in each architecture: `load_arch_tensors` in its src/models."""
+
+REQUIRED: Mapping[str, str] = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+"""Keys that every model has (below its architecture's name), and what config.json calls them."""
+OPTIONAL: Mapping[str, str] = {
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.sliding_window": "sliding_window",
+    "expert_count": "num_local_experts",
+    "expert_used_count": "num_experts_per_tok",
+}
+"""The same of keys that some models have."""
+LLAMA4: Mapping[str, str] = {
+    "feed_forward_length": "intermediate_size_mlp",
+    "expert_feed_forward_length": "intermediate_size",
+    "interleave_moe_layer_step": "interleave_moe_layer_step",
+    "expert_count": "num_local_experts",
+}
+"""What Llama 4 has besides, or under another name."""
+HEAD_DIM_KEYS = ("attention.key_length", "rope.dimension_count", "attention.value_length")
+"""Keys that all hold the size of a head in the models that are supported."""
+EOS_KEYS = ("eos", "eot", "eom")
+"""Ids that end a text stand in `tokenizer.ggml.<key>_token_id`."""
+YARN_BETAS: Mapping[str, str] = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 
 _READ = {
+    *REQUIRED,
+    *OPTIONAL,
+    *HEAD_DIM_KEYS,
+    *YARN_BETAS,
     "vocab_size",
-    "context_length",
-    "embedding_length",
-    "block_count",
-    "feed_forward_length",
-    "expert_count",
-    "expert_used_count",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window",
-    "rope.dimension_count",
     "rope.freq_base",
     "rope.scale_linear",
     "rope.scaling.type",
@@ -46,7 +75,6 @@ _READ = {
     "rope.scaling.finetuned",
     "tensor_data_layout",
 }
-_READ_TOO = {"llama4": {"expert_feed_forward_length", "interleave_moe_layer_step"}}
 _NEUTRAL: Mapping[str, Any] = {
     "attention.causal": True,
     "expert_shared_count": 0,
@@ -76,13 +104,17 @@ def config_dict(
       UnsupportedModel: the architecture, or a key that would change the numbers; names it.
     """
     arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in _MODEL_TYPES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"GGUF architecture {arch!r} is not supported", hint=f"supported: {', '.join(sorted(_MODEL_TYPES))}"
+            f"GGUF architecture {arch!r} is not supported", hint=f"supported: {', '.join(sorted(ARCHITECTURES))}"
         )
     own = {k.removeprefix(f"{arch}."): v for k, v in metadata.items() if k.startswith(f"{arch}.")}
     for key, value in own.items():
-        if key not in _READ | _READ_TOO.get(arch, set()) and (key not in _NEUTRAL or value != _NEUTRAL[key]):
+        if (
+            key not in _READ
+            and not (arch == "llama4" and key in LLAMA4)
+            and (key not in _NEUTRAL or value != _NEUTRAL[key])
+        ):
             raise UnsupportedModel(
                 f"GGUF key {arch}.{key} = {value!r} is not supported", hint="use the safetensors weights"
             )
@@ -100,27 +132,20 @@ def config_dict(
     heads, hidden = need("attention.head_count"), need("embedding_length")
     if not isinstance(heads, int) or heads < 1:
         raise UnsupportedModel(f"GGUF key {arch}.attention.head_count = {heads!r}", hint="the file is damaged")
-    head_dim = own.get("attention.key_length", own.get("rope.dimension_count", hidden // heads))
-    for key in ("attention.value_length", "rope.dimension_count"):
+    head_dim = next((own[key] for key in HEAD_DIM_KEYS[:2] if key in own), hidden // heads)
+    for key in HEAD_DIM_KEYS:
         if own.get(key, head_dim) != head_dim:
             raise UnsupportedModel(
                 f"GGUF key {arch}.{key} = {own[key]!r} differs from the head size {head_dim}",
                 hint="supported: rope over whole heads, values as wide as keys",
             )
-    eos = [
-        metadata[f"tokenizer.ggml.{k}_token_id"] for k in ("eos", "eot") if f"tokenizer.ggml.{k}_token_id" in metadata
-    ]
-    config = {
+    eos = [metadata[f"tokenizer.ggml.{k}_token_id"] for k in EOS_KEYS if f"tokenizer.ggml.{k}_token_id" in metadata]
+    config = {name: need(key) for key, name in REQUIRED.items()}
+    config |= {
         "model_type": _model_type(arch, own),
         "vocab_size": embedding.shape[0],
-        "hidden_size": hidden,
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
-        "num_attention_heads": heads,
         "num_key_value_heads": own.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": need("context_length"),
         "rope_parameters": _rope(arch, own, factors),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -139,11 +164,8 @@ def config_dict(
     if experts := own.get("expert_count"):
         config |= {"num_local_experts": experts, "num_experts_per_tok": need("expert_used_count")}
     if arch == "llama4":
+        config |= {name: need(key) for key, name in LLAMA4.items()}
         config |= {
-            "intermediate_size": need("expert_feed_forward_length"),
-            "intermediate_size_mlp": need("feed_forward_length"),
-            "interleave_moe_layer_step": need("interleave_moe_layer_step"),
-            "num_local_experts": need("expert_count"),
             # Fixed in llama.cpp, as in all published models: chunks of 8192 and no rope in every fourth layer, query
             # scales there, and norms of heads in all models but that of 128 experts (src/models/llama4.cpp).
             "attention_chunk_size": 8192,
@@ -168,7 +190,7 @@ def _model_type(arch: str, own: Mapping[str, Any]) -> str:
         )
     if own.get("expert_count") and arch != "llama4":
         raise UnsupportedModel(f"GGUF key {arch}.expert_count is not supported", hint="use the safetensors weights")
-    return _MODEL_TYPES[arch]
+    return ARCHITECTURES[arch][0]
 
 
 def _rope(arch: str, own: Mapping[str, Any], factors: np.ndarray | None) -> dict[str, Any]:
@@ -180,7 +202,7 @@ def _rope(arch: str, own: Mapping[str, Any], factors: np.ndarray | None) -> dict
     if factors is not None:
         if kind != "none":
             raise UnsupportedModel(f"GGUF file with both {ROPE_FACTORS} and rope scaling {kind!r}", hint=_ROPE_HINT)
-        return _llama3(theta, factors)
+        return _llama3(theta, factors, own.get("rope.scaling.original_context_length", LLAMA3_CONTEXT))
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
     if kind not in ("linear", "yarn"):
@@ -190,32 +212,51 @@ def _rope(arch: str, own: Mapping[str, Any], factors: np.ndarray | None) -> dict
         if "rope.scaling.original_context_length" not in own:
             raise UnsupportedModel(f"GGUF file without {arch}.rope.scaling.original_context_length", hint=_ROPE_HINT)
         rope["original_max_position_embeddings"] = own["rope.scaling.original_context_length"]
+        rope |= {name: own[key] for key, name in YARN_BETAS.items() if key in own}
     return rope
 
 
 _ROPE_HINT = "use the safetensors weights, whose config.json says how rope is scaled"
 
 
-def _llama3(theta: float, factors: np.ndarray) -> dict[str, Any]:
+LLAMA3_LOW, LLAMA3_HIGHS, LLAMA3_CONTEXT = 1.0, (4.0, 1.0), 8192
+"""low_freq_factor, high_freq_factor and original positions of all published models with "llama3" scaling; Llama 4 has
+the second high_freq_factor."""
+
+
+def llama3_factors(theta: float, size: int, factor: float, high: float, original: int) -> np.ndarray:
+    """What "llama3" scaling divides each rope frequency by.
+
+    Args:
+      theta: base of the frequencies.
+      size: how many there are, head_dim / 2.
+      factor: by which the lowest frequencies are divided.
+      high: high_freq_factor; low_freq_factor is 1.
+      original: positions seen in pre-training.
+
+    Returns:
+      float64 [size].
+    """
+    turns = original * theta ** -(np.arange(size) / max(1, size)) / (2 * math.pi)
+    ramp = (turns - LLAMA3_LOW) / (high - LLAMA3_LOW) if high > LLAMA3_LOW else np.where(turns > high, 1.0, 0.0)
+    smooth = np.clip(ramp, 0.0, 1.0)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _llama3(theta: float, factors: np.ndarray, original: int) -> dict[str, Any]:
     """Recovers the parameters of "llama3" scaling from the factors that llama.cpp's converter computed from them.
 
-    All published models share 8192 original positions and low_freq_factor=1; high_freq_factor is 4, or 1 in Llama 4.
-    They differ in `factor`, which is the largest of the factors. The others must then come out equal, or the file is
-    refused.
+    `factor` is the largest of the factors. The others must then come out equal, or the file is refused.
     """
-    low, original = 1.0, 8192
-    found = factors.astype(np.float64)
     factor = float(str(np.float32(factors.max(initial=1.0))))
-    turns = original * theta ** -(np.arange(len(found)) / max(1, len(found))) / (2 * math.pi)
-    for high in (4.0, 1.0):
-        ramp = (turns - low) / (high - low) if high > low else np.where(turns > high, 1.0, 0.0)
-        smooth = np.clip(ramp, 0.0, 1.0)
-        if np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4, atol=0):
+    for high in LLAMA3_HIGHS:
+        expected = llama3_factors(theta, len(factors), factor, high, original)
+        if np.allclose(factors.astype(np.float64), expected, rtol=1e-4, atol=0):
             return {
                 "rope_type": "llama3",
                 "rope_theta": theta,
                 "factor": factor,
-                "low_freq_factor": low,
+                "low_freq_factor": LLAMA3_LOW,
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }

@@ -50,12 +50,15 @@ _SPLITS: Mapping[str, str | None] = {
 _DIGITS_APART = ("starcoder", "refact", "command-r")
 """GPT-2's split after setting every digit apart, as these models' own tokenizer.json does."""
 
-_NAMED_IDS = {
+NAMED_IDS = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
+"""Named tokens, and where their ids stand below "tokenizer.ggml."."""
+NO_TOKENIZER = "none"
+"""The value of tokenizer.ggml.model in files that hold weights only."""
 
 
 def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
@@ -66,6 +69,7 @@ def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
 
     Returns:
       File name -> content: tokenizer.json, tokenizer_config.json and, if there is a template, chat_template.jinja.
+      Nothing for a file that says that it has no tokenizer.
 
     Raises:
       TokenizerError: a key is missing or its value malformed; the message names it.
@@ -76,6 +80,8 @@ def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
         raise TokenizerError(
             "the GGUF file has no tokenizer (tokenizer.ggml.model is missing)", hint="use a file with a tokenizer"
         )
+    if kind == NO_TOKENIZER:
+        return {}
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     types = _token_types(metadata, len(tokens))
     if kind == "gpt2":
@@ -88,7 +94,7 @@ def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
             f"the GGUF tokenizer {kind!r} (tokenizer.ggml.model) is not supported", hint='"gpt2" and "llama" are'
         )
     config: dict[str, Any] = {}
-    for name, key in _NAMED_IDS.items():
+    for name, key in NAMED_IDS.items():
         token_id = metadata.get(f"tokenizer.ggml.{key}")
         if token_id is not None:
             if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
@@ -184,6 +190,20 @@ def _pre_tokenizer(name: object) -> dict[str, Any]:
             hint="convert the model's Hugging Face folder instead; its tokenizer.json says how to split text",
         )
     return pre_tokenizer(_SPLITS[name])
+
+
+def pre_tokenizer_name(content: Mapping[str, Any] | None) -> str | None:
+    """The value of tokenizer.ggml.pre that stands for a tokenizer.json's "pre_tokenizer"; None if there is none."""
+    wanted = _without_offsets(content)
+    names = (*_SPLITS, *_DIGITS_APART)
+    return next((name for name in names if _without_offsets(_pre_tokenizer(name)) == wanted), None)
+
+
+def _without_offsets(content: Any) -> Any:
+    """Drops what says only which characters a token counts as its own."""
+    if isinstance(content, Mapping):
+        return {key: _without_offsets(value) for key, value in content.items() if key != "trim_offsets"}
+    return [_without_offsets(item) for item in content] if isinstance(content, list) else content
 
 
 def _sentencepiece(metadata: Mapping[str, object], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:

@@ -7,15 +7,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from llama_jax.checkpoint.format import digest
 from llama_jax.checkpoint.tensors import Budget
+from llama_jax.convert.casting import cast
 from llama_jax.convert.file_hashes import FileHashes
-from llama_jax.convert.model_source import ModelSource, check_finite, count_nonfinite, provenance
-from llama_jax.errors import CheckpointError
+from llama_jax.convert.model_source import ModelSource, check_finite, provenance
 from llama_jax.params import ParamSpec
 
 AHEAD_BYTES = 768 << 20
@@ -69,20 +68,8 @@ def read_leaf(
         check_finite(spec.name, array, model.path)
     found = digest(array.reshape(-1).view(np.uint8))
     if dtype is not None and dtype != array.dtype:
-        array = _cast(spec.name, array, dtype, model.path, allow_nonfinite)
+        array = cast(spec.name, array, dtype, model.path, allow_nonfinite=allow_nonfinite)
     return Leaf(spec, array, found)
-
-
-def _cast(name: str, array: np.ndarray, dtype: np.dtype, path: Path, allow_nonfinite: bool) -> np.ndarray:
-    """Rounds to the nearest; refuses values that the dtype cannot hold (beyond 65504 in float16)."""
-    with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    if not allow_nonfinite and (overflowed := count_nonfinite(cast)):
-        raise CheckpointError(
-            f"{path}: tensor {name} holds {overflowed} values that are too large for {dtype.name}",
-            hint="choose bfloat16 or float32",
-        )
-    return cast
 
 
 @contextmanager

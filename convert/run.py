@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.checkpoint.format import FORMAT_VERSION, Progress, digest, is_checkpoint
+from llama_jax.convert.casting import storage_dtype
 from llama_jax.convert.model_source import ModelSource, provenance, weight_files
 from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
 
@@ -60,7 +61,7 @@ def convert(
     """
     # Imported here, since these bring jax and orbax, which opening and listing models do not need.
     from llama_jax.checkpoint.storage import fits_file_cache
-    from llama_jax.checkpoint.write import CheckpointWriter, batches, storage_dtype
+    from llama_jax.checkpoint.write import CheckpointWriter, batches
     from llama_jax.convert.file_hashes import FileHashes
     from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, memory, read_ahead, read_leaf
     from llama_jax.params import param_specs

@@ -52,6 +52,7 @@ class SafetensorsFile:
     Attributes:
       path: the file.
       entries: name to tensor.
+      metadata: strings of the header that say nothing about tensors.
 
     Raises:
       CheckpointError: the file cannot be opened, or its header is malformed; names the file and the tensor.
@@ -99,7 +100,8 @@ class SafetensorsFile:
             raise CheckpointError(f"{self.path}: the header is not valid JSON ({e})", hint=_HINT) from e
         if not isinstance(header, dict):
             raise CheckpointError(f"{self.path}: the header is not a JSON object", hint=_HINT)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
+        self.metadata: Mapping[str, Any] = metadata if isinstance(metadata, dict) else {}
         entries = {name: self._entry(name, value, 8 + length) for name, value in header.items()}
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):

@@ -10,14 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import lock, parts, storage
 from llama_jax.checkpoint.contents import check_names, json_bytes, main_dtype, small_files
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError, UnsupportedModel
+from llama_jax.errors import CheckpointError, LlamaJaxError, StorageError, UnsupportedModel
 from llama_jax.params import flatten, param_specs
 
 BATCH_BYTES = 256 << 20
@@ -311,17 +310,6 @@ def save(
         for batch in batches(sizes):
             writer.write({name: np.asarray(flat[name]) for name in batch})
         return writer.commit(config, source=source or fmt.Source(), generation_config=generation_config, files=files)
-
-
-def storage_dtype(name: str) -> np.dtype:
-    """The numpy dtype of a name.
-
-    Raises:
-      RequestError: weights are not stored in this dtype.
-    """
-    if name not in fmt.DTYPES:
-        raise RequestError(f"dtype {name!r} is not known", param="dtype", hint=f"one of {', '.join(fmt.DTYPES)}")
-    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
 def tool_version() -> str:

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "Continue a prompt or answer messages.",
     "chat": "Talk to a model in the terminal.",
     "convert": "Convert a model to a checkpoint.",
+    "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
     "verify": "Check a checkpoint's digests and its numbers.",
     "show": "Show what a model is: shapes, size, dtype, licence.",
     "list": "List the models that are ready to use.",

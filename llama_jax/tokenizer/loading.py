@@ -33,6 +33,22 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       TokenizerError: files are missing or damaged; the message names the file.
       UnsupportedModel: the tokenizer is of a kind that no Llama-like model uses.
     """
+    backend, names, templates = read_tokenizer(folder)
+    backend = _without_control_merges(backend)
+    _install_sentinel(backend)
+    return Tokenizer(backend, special_tokens_map=names, chat_templates=templates)
+
+
+def read_tokenizer(folder: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
+    """Reads what `load_tokenizer` does, for programs that write it in another format.
+
+    Returns:
+      The `tokenizers` library's tokenizer as the model's files describe it, without the guard against control tokens in
+      text; the strings of named tokens ("bos_token"); chat templates by name.
+
+    Raises:
+      TokenizerError, UnsupportedModel: as `load_tokenizer`.
+    """
     folder = Path(folder)
     config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
     backend, defaults = _read_backend(folder)
@@ -40,11 +56,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     names = {name: text for name in _NAMED_TOKENS if (text := _content(config.get(name))) is not None}
     _add_tokens(backend, config, names, folder)
     _set_post_processor(backend, config, names)
-    backend = _without_control_merges(backend)
-    _install_sentinel(backend)
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(backend, special_tokens_map=names, chat_templates=_read_templates(folder, config))
+    return backend, names, _read_templates(folder, config)
 
 
 def _read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

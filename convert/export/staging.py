@@ -1,0 +1,91 @@
+"""Writing a file or folder under another name first, so that nothing half-written ever has the final one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from llama_jax.checkpoint import storage
+from llama_jax.errors import StorageError
+
+UNFINISHED = "unfinished-export.llama_jax"
+"""Stands in a folder that is being written, so that no other folder of that name is ever cleared away."""
+
+
+@contextlib.contextmanager
+def staged(path: Path, *, needed: int, overwrite: bool, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """Lends the name `<path>.partial` to a block that makes a file or a folder there; renames it when the block ends.
+
+    An error in the block removes what was made. A killed process leaves it, and the next call clears it away.
+
+    Args:
+      path: the final name, absolute.
+      needed: bytes that will be written, checked against the free disk space.
+      overwrite: whether what stands at `path` may be replaced; it stays until the new one is complete.
+      replaceable: whether what stands at a path is of a kind that this program writes; nothing else is ever deleted.
+
+    Raises:
+      StorageError: something stands at `path` (and may not be replaced), or it cannot be written.
+      DoesNotFit: too little disk space.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with storage.file_lock(path.with_name(f"{path.name}.lock")), storage.storage_errors(path):
+        storage.restore_folder(path)
+        if path.exists() or path.is_symlink():
+            if not overwrite:
+                raise StorageError(f"{path} exists", hint="choose another name, or pass --overwrite")
+            if not replaceable(path):
+                raise StorageError(
+                    f"{path} exists and is not an export of llama_jax, so it is not overwritten",
+                    hint="choose another name",
+                )
+        if partial.exists():
+            if not ((partial / UNFINISHED).exists() or replaceable(partial)):
+                raise StorageError(
+                    f"{partial} is in the way and is not of llama_jax", hint="move it, or choose another name"
+                )
+            _remove(partial)
+        storage.check_space(path, needed)
+        try:
+            yield partial
+            if partial.is_dir():
+                (partial / UNFINISHED).unlink()
+                sync(partial)
+                storage.replace_folder(partial, path)
+            else:
+                partial.replace(path)
+            sync(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _remove(partial)
+            raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        storage.remove(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def start_folder(path: Path) -> None:
+    """Makes the folder that `staged` lent a name for."""
+    path.mkdir()
+    (path / UNFINISHED).touch()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a small file and waits until it is on the disk."""
+    path.write_bytes(data)
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
