@@ -39,7 +39,7 @@ class ModelSource(Protocol):
         ...
 
     def read(self, spec: ParamSpec) -> np.ndarray:
-        """Reads one leaf in its canonical shape."""
+        """Reads one leaf in its canonical shape. May be called from several threads at once."""
         ...
 
     def close(self) -> None: ...
@@ -77,5 +77,5 @@ def check_finite(name: str, array: np.ndarray, path: Path) -> None:
     if bad := count_nonfinite(array):
         raise CheckpointError(
             f"{path}: tensor {name} holds {bad} values that are NaN or infinite (of {array.size})",
-            hint="the source is damaged; if the values are meant, pass --allow-nonfinite",
+            hint="the source is damaged; if the values are meant, convert it with --allow-nonfinite",
         )
