@@ -42,7 +42,7 @@ class ModelSource(Protocol):
         ...
 
     def read(self, spec: ParamSpec) -> np.ndarray:
-        """Reads one leaf in its canonical shape."""
+        """Reads one leaf in its canonical shape. May be called from several threads at once."""
         ...
 
     def close(self) -> None: ...
@@ -153,7 +153,7 @@ def check_finite(name: str, array: np.ndarray, path: Path) -> None:
         return
     raise CheckpointError(
         f"{path}: tensor {name} holds {what}",
-        hint="the source is damaged; if the values are meant, pass --allow-nonfinite",
+        hint="the source is damaged; if the values are meant, convert it with --allow-nonfinite",
     )
 
 

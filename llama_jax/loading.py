@@ -13,11 +13,14 @@ from jax.typing import DTypeLike
 
 from llama_jax import runtime
 from llama_jax.checkpoint import Progress, load_params, open_checkpoint
+from llama_jax.checkpoint.place import Placements
 from llama_jax.config import LlamaConfig
+from llama_jax.convert.direct import load_source, opened
 from llama_jax.fuse import fuse_in_place
-from llama_jax.models import DEFAULT_MODEL, resolve
-from llama_jax.params import Params
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.models import DEFAULT_MODEL, locate, resolve
+from llama_jax.params import Params, flatten
+from llama_jax.sharding import param_sharding
+from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    convert: bool = True,
     verify: bool = True,
     fuse: bool = True,
     progress: Progress | None = None,
@@ -72,10 +76,15 @@ def load(
       model: the default model's name, a folder (Orbax checkpoint or Hugging Face), a GGUF file, or "org/name" on the
         Hugging Face hub.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
-      mesh: reserved for several devices; the parameters are replicated over it.
-      verify: whether to check every tensor's digest while loading.
+      mesh: devices to spread the parameters over, by the rules of `llama_jax.sharding`: heads, hidden units, experts and
+        the vocabulary over its axis "tensor". A mesh without that axis holds a copy on every device.
+      convert: False reads a source in another format as it is and writes nothing to disk: the same tree, though there
+        are no digests to check, and quantised weights are decoded anew each time.
+      verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
+        it holds neither NaN nor infinity.
       fuse: whether to join projections that share their input (`llama_jax.fuse`), which is faster; False keeps the
-        canonical tree, for training or for `Llama`.
+        canonical tree, for training or for `Llama`. A tree that is split over several devices is never fused: the rows
+        of the joint leaf would have to move between devices.
       progress: called while converting and loading.
       notify: called with one line of text before anything that takes long or uses the network.
 
@@ -83,16 +92,26 @@ def load(
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`.
     """
     runtime.enable_compilation_cache()
-    path = resolve(model, progress=progress, notify=notify)
-    checkpoint = open_checkpoint(path)
-    tokenizer = load_tokenizer(path)
-    params = load_params(
-        path,
-        dtype=runtime.default_dtype() if dtype is None else jnp.dtype(dtype),
-        sharding=None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-        verify=verify,
-        progress=progress,
-    )
-    if fuse:
-        fuse_in_place(params, checkpoint.config)
-    return Model(params, checkpoint.config, mesh, checkpoint.generation_config, str(model)), tokenizer
+    target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
+    located = None if convert else locate(model, notify=notify)
+    if located is None or located.converted is None:
+        path = resolve(model, progress=progress, notify=notify) if located is None else located.path
+        checkpoint = open_checkpoint(path)
+        config, generation_config, tokenizer = checkpoint.config, checkpoint.generation_config, load_tokenizer(path)
+        params = load_params(
+            path, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress, config=config
+        )
+    else:
+        with opened(located.path, name=located.name, revision=located.revision) as source:
+            config, generation_config = source.config, source.generation_config
+            tokenizer = tokenizer_from_files(source.files, located.path)
+            params = load_source(
+                source, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress
+            )
+    if fuse and all(leaf.sharding.is_fully_replicated for leaf in flatten(params).values()):
+        fuse_in_place(params, config)
+    return Model(params, config, mesh, generation_config, str(model)), tokenizer
+
+
+def _sharding(config: LlamaConfig, mesh: jax.sharding.Mesh | None) -> Placements:
+    return None if mesh is None else param_sharding(config, mesh)

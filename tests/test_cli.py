@@ -570,7 +570,7 @@ def test_progress_in_a_log(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
             reporter.progress(i * 50, 500, f"t{i}")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Converting a to b (once)"
-    assert lines[1] == "Converting: 400 B of 1 kB (40%), t4"
+    assert lines[1] == "Converting: 400 B of 1 kB (40%), 100 B/s, 6 s left, t4"
     assert [line.split(":")[0] for line in lines[1:]] == ["Converting"] * 3 + ["Loading"] * 3
 
 
@@ -609,6 +609,7 @@ with Reporter() as reporter:
         os.close(master)
         assert "Converting a" in shown
         assert ("30%" in shown) == has_bar
+        assert ("/s" in shown) == has_bar
 
 
 # --- Start-up ---------------------------------------------------------------------------------------------------------

@@ -104,14 +104,30 @@ class Checkpoint:
         return self.path / PARAMS / _ORBAX_ARRAYS
 
 
-def digest(data: Any) -> str:
-    """The digest of a contiguous buffer: xxh3_128, which runs at memory speed and sees every flipped bit.
+class Digest:
+    """A digest of bytes that come piece by piece: xxh3_128, which runs at memory speed and sees every flipped bit.
 
     It guards against faults of disks and transfers, not against an attacker, who could write a fitting digest as well.
     """
-    import xxhash
 
-    return "xxh3_128:" + xxhash.xxh3_128_hexdigest(data)
+    def __init__(self) -> None:
+        import xxhash
+
+        self._hash = xxhash.xxh3_128()
+
+    def update(self, data: Any) -> None:
+        """Takes the next contiguous buffer of bytes."""
+        self._hash.update(data)
+
+    def __str__(self) -> str:
+        return "xxh3_128:" + self._hash.hexdigest()
+
+
+def digest(data: Any) -> str:
+    """The digest of one contiguous buffer."""
+    whole = Digest()
+    whole.update(data)
+    return str(whole)
 
 
 def is_checkpoint(path: str | Path) -> bool:

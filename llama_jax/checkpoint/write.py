@@ -16,7 +16,7 @@ from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import lock, parts, storage
 from llama_jax.checkpoint.contents import check_names, json_bytes, main_dtype, small_files
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError, LlamaJaxError, StorageError, UnsupportedModel
+from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError, UnsupportedModel
 from llama_jax.params import flatten, param_specs
 
 BATCH_BYTES = 256 << 20

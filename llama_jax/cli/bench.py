@@ -6,7 +6,7 @@ import dataclasses
 
 import click
 
-from llama_jax.cli.options import dtype_option, examples, json_option, model_option
+from llama_jax.cli.options import convert_option, dtype_option, examples, json_option, model_option
 from llama_jax.cli.terminal import print_json
 
 
@@ -25,6 +25,7 @@ from llama_jax.cli.terminal import print_json
 @click.option("--new", type=click.IntRange(2), default=64, show_default=True, help="Generated tokens per row.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
 @dtype_option
+@convert_option
 @json_option
 def command(
     model: str,
@@ -34,6 +35,7 @@ def command(
     new: int,
     repeats: int,
     dtype: str | None,
+    convert: bool,
     as_json: bool,
 ) -> None:
     """Measure prefill and decode through the public generate functions, with random prompts.
@@ -50,7 +52,7 @@ def command(
     with Reporter(quiet=as_json) as reporter:
         reporter.warn_of_unused_gpu()
         if preset is None:
-            loaded, _ = load(model, dtype=dtype, progress=reporter.progress, notify=reporter.notify)
+            loaded, _ = load(model, dtype=dtype, convert=convert, progress=reporter.progress, notify=reporter.notify)
         else:
             loaded = random_model(preset, dtype or runtime.default_dtype())
     ceilings = measure_ceilings(loaded.dtype)

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from llama_jax.cli.options import dtype_option, examples, given, model_option, quiet_option, sampling_options
+from llama_jax.cli.options import (
+    convert_option,
+    dtype_option,
+    examples,
+    given,
+    model_option,
+    quiet_option,
+    sampling_options,
+)
 from llama_jax.cli.progress import Reporter
 
 
@@ -28,6 +36,7 @@ from llama_jax.cli.progress import Reporter
 )
 @sampling_options
 @dtype_option
+@convert_option
 @click.option(
     "--history",
     metavar="FILE",
@@ -46,6 +55,7 @@ def command(
     model: str,
     system: str | None,
     dtype: str | None,
+    convert: bool,
     history: Path | None,
     resume: Path | None,
     quiet: bool,
@@ -77,7 +87,9 @@ def command(
         None if history is None else history.expanduser(), [f"/{name}" for name in (*COMMANDS, "exit")]
     )
     with Reporter(quiet=quiet) as reporter:
-        loaded, tokenizer = load(model, dtype=dtype, progress=reporter.progress, notify=reporter.notify)
+        loaded, tokenizer = load(
+            model, dtype=dtype, convert=convert, progress=reporter.progress, notify=reporter.notify
+        )
         reporter.warn_of_unused_gpu()
     select_template(tokenizer.chat_templates, None, has_tools=False)
     sampling, origin = default_sampling(loaded.generation_config, given(fields))

@@ -9,6 +9,7 @@ import click
 
 from llama_jax.cli import inputs
 from llama_jax.cli.options import (
+    convert_option,
     dtype_option,
     examples,
     given,
@@ -54,10 +55,18 @@ DEFAULT_MAX_TOKENS = 256
 )
 @sampling_options
 @dtype_option
+@convert_option
 @quiet_option
 @json_option
 def command(
-    prompt: str | None, model: str, messages: str | None, dtype: str | None, quiet: bool, as_json: bool, **fields: Any
+    prompt: str | None,
+    model: str,
+    messages: str | None,
+    dtype: str | None,
+    convert: bool,
+    quiet: bool,
+    as_json: bool,
+    **fields: Any,
 ) -> None:
     """Continue PROMPT as it stands, or answer --messages through the model's chat template.
 
@@ -78,7 +87,9 @@ def command(
     from llama_jax.loading import load
 
     with Reporter(quiet=quiet) as reporter:
-        loaded, tokenizer = load(model, dtype=dtype, progress=reporter.progress, notify=reporter.notify)
+        loaded, tokenizer = load(
+            model, dtype=dtype, convert=convert, progress=reporter.progress, notify=reporter.notify
+        )
         reporter.warn_of_unused_gpu()
     if conversation is not None:
         from llama_jax.chat import encode_chat

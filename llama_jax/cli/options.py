@@ -32,6 +32,11 @@ dtype_option: Decorator = click.option(
     type=click.Choice(DTYPES),
     help="What to compute in. [default: float32 on a CPU, bfloat16 on a GPU]",
 )
+convert_option: Decorator = click.option(
+    "--convert/--no-convert",
+    default=True,
+    help="Keep a converted copy of the model in the cache, or read its files as they are each time. [default: convert]",
+)
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
 

@@ -35,7 +35,7 @@ class Reporter:
         self._bars = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._bar: Progress | None = None
         self._task: TaskID | None = None
-        self._began: float | None = None
+        self._began: tuple[float, int] | None = None
         self._announced = False
         self._last_line = 0.0
 
@@ -65,14 +65,15 @@ class Reporter:
             return
         now = time.monotonic()
         if self._began is None:
-            self._began = self._last_line = now
+            self._began, self._last_line = (now, done), now
         if self._bars:
-            if self._announced or now - self._began > SHOW_AFTER_S or self._bar:
+            if self._announced or now - self._began[0] > SHOW_AFTER_S or self._bar:
                 self._update_bar(done, total)
         elif now - self._last_line > LINE_EVERY_S:
             self._last_line = now
             share = f"{size_text(done)} of {size_text(total)} ({done / max(total, 1):.0%})"
-            print(f"{self._label}: {share}, {name}", file=sys.stderr, flush=True)
+            speed = _speed(now - self._began[0], done - self._began[1], total - done)
+            print(f"{self._label}: {share}{speed}, {name}", file=sys.stderr, flush=True)
         if done >= total:
             self._end_stage()
             self._label = self._default_label
@@ -88,6 +89,7 @@ class Reporter:
                 bars.BarColumn(),
                 bars.TaskProgressColumn(),
                 bars.DownloadColumn(),
+                bars.TransferSpeedColumn(),
                 bars.TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,
@@ -102,3 +104,12 @@ class Reporter:
             self._bar.stop()
         self._bar = self._task = self._began = None
         self._announced = False
+
+
+def _speed(seconds: float, done: int, left: int) -> str:
+    """Bytes a second and the time that the rest will take at that rate; empty while there is nothing to go by."""
+    if seconds <= 0 or done <= 0:
+        return ""
+    rate = done / seconds
+    minutes, rest = divmod(round(left / rate), 60)
+    return f", {size_text(round(rate))}/s, {f'{minutes} min ' if minutes else ''}{rest} s left"

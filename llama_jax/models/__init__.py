@@ -71,6 +71,22 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("llama_jax"))
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where a model stands.
+
+    Attributes:
+      path: a checkpoint of this package, or a source in another format.
+      converted: folder for the source's conversion, there or not; None if `path` is a checkpoint.
+      name, revision: of the source, where they are known better than by its path.
+    """
+
+    path: Path
+    converted: Path | None = None
+    name: str | None = None
+    revision: str | None = None
+
+
 def resolve(
     name: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, notify: Notify | None = None
 ) -> Path:
@@ -91,6 +107,17 @@ def resolve(
       CheckpointError, UnsupportedModel: it is damaged, or asks for something that is not supported.
       StorageError, DoesNotFit: the cache cannot be written.
     """
+    if str(name) == DEFAULT_MODEL and is_checkpoint(_default_path()):
+        return _default_path()  # the file that it was made from need not be there any more
+    located = locate(name, notify=notify)
+    return located.path if located.converted is None else _convert(located, progress, notify or _stderr)
+
+
+def locate(name: str | Path = DEFAULT_MODEL, *, notify: Notify | None = None) -> Located:
+    """Finds a model, downloading it if need be, and converts nothing.
+
+    Args, Raises: as `resolve`.
+    """
     name, say = str(name), notify or _stderr
     if not name.strip() or len(name) > _MAX_NAME or "\0" in name:
         raise RequestError(
@@ -99,13 +126,13 @@ def resolve(
             hint="give a path, org/name of the hub, or a name from `llama-jax list`",
         )
     if name == DEFAULT_MODEL:
-        return _default(progress, say)
+        return _default(say)
     if (local := _existing(name)) is not None:
-        return _local(local, progress, say)
+        return _local(local)
     if re.fullmatch(r"[\w.\-]+", name) and ".." not in name and is_checkpoint(_models() / name):
-        return _models() / name
+        return Located(_models() / name)
     if _HUB_NAME.fullmatch(name) and ".." not in name:
-        return _from_hub(name, progress, say)
+        return _from_hub(name, say)
     raise ModelNotFound(
         f"no model {name!r}: neither a file or folder, nor a hub name (org/name), nor in the cache",
         hint=f"see `llama-jax list`; the default is {DEFAULT_MODEL}",
@@ -144,13 +171,10 @@ def _default_path() -> Path:
     return _models() / f"{bundled.NAME}-{bundled.VERSION}-v{FORMAT_VERSION}"
 
 
-def _default(progress: Progress | None, say: Notify) -> Path:
-    path = _default_path()
-    if is_checkpoint(path):
-        return path
+def _default(say: Notify) -> Located:
     gguf = bundled.find(cache_dir()) or bundled.fetch(cache_dir(), say)
     bundled.check(gguf)
-    return _convert(gguf, path, progress, say, name=bundled.NAME, revision=f"sha256:{bundled.GGUF_SHA256}")
+    return Located(gguf, _default_path(), bundled.NAME, f"sha256:{bundled.GGUF_SHA256}")
 
 
 def _existing(name: str) -> Path | None:
@@ -163,9 +187,9 @@ def _existing(name: str) -> Path | None:
         return None
 
 
-def _local(path: Path, progress: Progress | None, say: Notify) -> Path:
+def _local(path: Path) -> Located:
     if is_checkpoint(path):
-        return path
+        return Located(path)
     if path.is_dir() and not (path / "config.json").is_file():
         from llama_jax.convert.gguf_parts import models_of
 
@@ -180,15 +204,15 @@ def _local(path: Path, progress: Progress | None, say: Notify) -> Path:
     elif path.is_dir() and (path / "params").is_dir():
         # Ours, but unfinished or stripped: opening it says what is wrong.
         open_checkpoint(path)
-    return _convert(path, _models() / _slug(path.resolve().stem, path), progress, say)
+    return Located(path, _models() / _slug(path.resolve().stem, path))
 
 
-def _from_hub(name: str, progress: Progress | None, say: Notify) -> Path:
+def _from_hub(name: str, say: Notify) -> Located:
     repo, _, revision = name.partition("@")
     snapshot = hub.snapshot(repo, revision or None, say)
     commit = snapshot.name
     path = _models() / f"{repo.replace('/', '--')}-{commit[:12]}-v{FORMAT_VERSION}"
-    return _convert(snapshot, path, progress, say, name=repo, revision=commit)
+    return Located(snapshot, path, repo, commit)
 
 
 def _slug(stem: str, path: Path) -> str:
@@ -204,22 +228,16 @@ def _slug(stem: str, path: Path) -> str:
     return f"{stem.lower()}-{digest(chr(10).join(parts).encode())[-12:]}-v{FORMAT_VERSION}"
 
 
-def _convert(
-    source: Path,
-    path: Path,
-    progress: Progress | None,
-    say: Notify,
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-) -> Path:
+def _convert(located: Located, progress: Progress | None, say: Notify) -> Path:
+    path = located.converted
+    assert path is not None
     if is_checkpoint(path):
         return path
     from llama_jax.convert import convert
 
-    say(f"Converting {source} to {path} (once)")
+    say(f"Converting {located.path} to {path} (once)")
     try:
-        return convert(source, path, name=name, revision=revision, progress=progress, notify=say)
+        return convert(located.path, path, name=located.name, revision=located.revision, progress=progress, notify=say)
     except StorageError:
         # Another process was converting the same model, this one waited for it, and the result is there.
         if is_checkpoint(path):

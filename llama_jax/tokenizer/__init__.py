@@ -6,7 +6,7 @@ Importing this package is cheap; the `tokenizers` library is imported by `load_t
 from __future__ import annotations
 
 from llama_jax.tokenizer.detokenizer import Detokenizer
-from llama_jax.tokenizer.loading import load_tokenizer
+from llama_jax.tokenizer.loading import load_tokenizer, tokenizer_from_files
 from llama_jax.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["Detokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["Detokenizer", "Tokenizer", "load_tokenizer", "tokenizer_from_files"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.errors import TokenizerError
@@ -15,6 +15,15 @@ from llama_jax.tokenizer.tokenizer import Tokenizer, call_backend
 if TYPE_CHECKING:
     import tokenizers
 
+_TEMPLATES = "additional_chat_templates"
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -33,7 +42,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       TokenizerError: files are missing or damaged; the message names the file.
       UnsupportedModel: the tokenizer is of a kind that no Llama-like model uses.
     """
-    backend, names, templates = read_tokenizer(folder)
+    return tokenizer_from_files(_read_files(Path(folder)), Path(folder))
+
+
+def tokenizer_from_files(files: Mapping[str, bytes | str], folder: Path) -> Tokenizer:
+    """As `load_tokenizer`, from files in memory.
+
+    Args:
+      files: contents by file name; more than are needed may be among them.
+      folder: where they come from, for the messages of errors.
+    """
+    backend, names, templates = _described(files, folder)
     backend = _without_control_merges(backend)
     _install_sentinel(backend)
     return Tokenizer(backend, special_tokens_map=names, chat_templates=templates)
@@ -49,48 +68,69 @@ def read_tokenizer(folder: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, 
     Raises:
       TokenizerError, UnsupportedModel: as `load_tokenizer`.
     """
-    folder = Path(folder)
-    config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
-    backend, defaults = _read_backend(folder)
+    return _described(_read_files(Path(folder)), Path(folder))
+
+
+def _described(
+    files: Mapping[str, bytes | str], folder: Path
+) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
+    config = {
+        **_json_object(files, "special_tokens_map.json", folder),
+        **_json_object(files, "tokenizer_config.json", folder),
+    }
+    backend, defaults = _backend(files, folder)
     config = {**defaults, **{k: v for k, v in config.items() if v is not None or k not in defaults}}
     names = {name: text for name in _NAMED_TOKENS if (text := _content(config.get(name))) is not None}
     _add_tokens(backend, config, names, folder)
     _set_post_processor(backend, config, names)
     backend.no_truncation()
     backend.no_padding()
-    return backend, names, _read_templates(folder, config)
+    return backend, names, _templates(files, config, folder)
 
 
-def _read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def _read_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that a tokenizer is made from, by their names in it."""
+    names = [*_FILES, *(f"{_TEMPLATES}/{path.name}" for path in sorted((folder / _TEMPLATES).glob("*.jinja")))]
+    files = {}
+    for name in names:
+        if (path := folder / name).is_file():
+            try:
+                files[name] = path.read_bytes()
+            except OSError as error:
+                raise TokenizerError(
+                    f"{path} cannot be read: {error.strerror}", hint="check the file's permissions"
+                ) from error
+    return files
+
+
+def _backend(files: Mapping[str, bytes | str], folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """The tokenizer itself, and configuration that its file implies."""
     from tokenizers import Tokenizer as Backend
 
-    if (path := folder / "tokenizer.json").is_file():
-        return call_backend(f"{path} cannot be read", Backend.from_file, str(path)), {}
-    if (path := folder / "tokenizer.model").is_file():
-        return load_model(_read_bytes(path), name=str(path))
+    if "tokenizer.json" in files:
+        path = folder / "tokenizer.json"
+        return call_backend(f"{path} cannot be read", Backend.from_buffer, _as_bytes(files["tokenizer.json"])), {}
+    if "tokenizer.model" in files:
+        return load_model(_as_bytes(files["tokenizer.model"]), name=str(folder / "tokenizer.model"))
     raise TokenizerError(
         f"{folder} holds no tokenizer", hint="copy tokenizer.json (or tokenizer.model) of the model there"
     )
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}", hint="check the file's permissions") from error
+def _as_bytes(content: bytes | str) -> bytes:
+    return content.encode() if isinstance(content, str) else content
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _json_object(files: Mapping[str, bytes | str], name: str, folder: Path) -> dict[str, Any]:
     """A JSON object, empty if there is no such file."""
-    if not path.is_file():
+    if name not in files:
         return {}
     try:
-        content = json.loads(_read_bytes(path))
+        content = json.loads(files[name])
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}", hint="fetch the file again") from error
+        raise TokenizerError(f"{folder / name} is not valid JSON: {error}", hint="fetch the file again") from error
     if not isinstance(content, dict):
-        raise TokenizerError(f"{path} does not hold a JSON object", hint="fetch the file again")
+        raise TokenizerError(f"{folder / name} does not hold a JSON object", hint="fetch the file again")
     return content
 
 
@@ -207,12 +247,12 @@ def _without_control_merges(backend: tokenizers.Tokenizer) -> tokenizers.Tokeniz
     return rebuilt
 
 
-def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _templates(files: Mapping[str, bytes | str], config: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Chat templates by name."""
     templates: dict[str, str] = {}
     given = config.get("chat_template")
     if given is None:
-        given = _read_json(folder / "chat_template.json").get("chat_template")
+        given = _json_object(files, "chat_template.json", folder).get("chat_template")
     if isinstance(given, str):
         templates["default"] = given
     elif isinstance(given, Mapping):
@@ -222,12 +262,11 @@ def _read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             if not (isinstance(entry, dict) and isinstance(entry.get("template"), str)):
                 raise TokenizerError(f"{folder}: chat_template holds {entry!r:.80}", hint="fetch the file again")
             templates[str(entry.get("name", "default"))] = entry["template"]
-    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    named = {path.stem: path for path in files} | {"default": folder / "chat_template.jinja"}
-    for name, path in named.items():
-        if path.is_file():
+    named = {PurePosixPath(file).stem: file for file in files if file.startswith(f"{_TEMPLATES}/")}
+    for name, file in (named | {"default": "chat_template.jinja"}).items():
+        if file in files:
             try:
-                templates[name] = _read_bytes(path).decode()
+                templates[name] = _as_bytes(files[file]).decode()
             except UnicodeDecodeError as error:
-                raise TokenizerError(f"{path} is not UTF-8: {error}", hint="fetch the file again") from error
+                raise TokenizerError(f"{folder / file} is not UTF-8: {error}", hint="fetch the file again") from error
     return templates

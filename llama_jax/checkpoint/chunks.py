@@ -1,0 +1,187 @@
+"""Where the bytes of a checkpoint's tensors stand on disk, and reading any rows of them.
+
+Orbax keeps arrays as zarr v3 (https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html) in an OCDBT database
+(https://google.github.io/tensorstore/kvstore/ocdbt/index.html). Reading them through tensorstore means a whole chunk, up
+to 256 MiB, for a single row, and a second copy of it in memory. The chunks of our checkpoints are not compressed, so
+tensorstore is only asked where they are, and their bytes are read with `pread` straight to where they are wanted: twice
+as fast, and a file that is cut short meanwhile ends in an error.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import tensorstore as ts
+
+_INDEX_BYTES = 20
+"""What zarr's sharding codec puts behind a single inner chunk: its offset and size, 64 bits each, and a checksum."""
+_VALUE = re.compile(r"value:([^:]*):([^:]*):(\d+):(\d+)")
+
+type Location = bytes | tuple[Path, int, int]
+"""A small value itself, or the file, the first byte and the size of a larger one."""
+
+
+@dataclass(frozen=True)
+class ChunkedArray:
+    """One array of a store.
+
+    Attributes:
+      shape, dtype: of the whole array; dtype by name.
+      chunk_shape: every chunk has it, also where it reaches beyond the end of the array.
+      chunks: position in the grid of chunks to where the chunk's bytes stand; None if they are stored in any other way
+        than one after the other, e.g. compressed.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunk_shape: tuple[int, ...]
+    chunks: Mapping[tuple[int, ...], Location] | None
+
+    def read_rows(self, start: int, out: np.ndarray) -> None:
+        """Fills `out` [rows, ...] with the rows from `start` on; reads no other bytes where chunks have whole rows.
+
+        Raises:
+          ValueError: a chunk is missing or too short.
+          OSError: a file cannot be read.
+        """
+        assert self.chunks is not None
+        rows, stop = self.chunk_shape[0], start + len(out)
+        rest = [range(-(-n // size)) for n, size in zip(self.shape[1:], self.chunk_shape[1:], strict=True)]
+        row_bytes = math.prod(self.chunk_shape[1:]) * out.itemsize
+        for first, *others in itertools.product(range(start // rows, -(-stop // rows)), *rest):
+            a, b = max(start, first * rows), min(stop, (first + 1) * rows)
+            where = self.chunks.get((first, *others))
+            if where is None:
+                raise ValueError(f"chunk {[first, *others]} is missing")
+            skip = (a - first * rows) * row_bytes
+            if self.chunk_shape[1:] == self.shape[1:]:
+                _read(where, skip, out[a - start : b - start])
+                continue
+            part = np.empty((b - a, *self.chunk_shape[1:]), out.dtype)
+            _read(where, skip, part)
+            inner = [
+                slice(i * size, min((i + 1) * size, n))
+                for i, size, n in zip(others, self.chunk_shape[1:], self.shape[1:], strict=True)
+            ]
+            box = tuple(slice(s.stop - s.start) for s in inner)
+            out[(slice(a - start, b - start), *inner)] = part[(slice(None), *box)]
+
+
+def _read(where: Location, skip: int, out: np.ndarray) -> None:
+    view = memoryview(out.reshape(-1).view(np.uint8))
+    if isinstance(where, bytes):
+        view[:] = where[skip : skip + len(view)]
+        return
+    path, offset, _ = where
+    # Opened for each read: a store has few files, each block is megabytes, and nothing has to be closed later.
+    fd, done = os.open(path, os.O_RDONLY | os.O_CLOEXEC), 0
+    try:
+        while done < len(view):
+            n = os.preadv(fd, [view[done : done + (1 << 30)]], offset + skip + done)
+            if n == 0:
+                raise ValueError(f"{path} ends at byte {os.fstat(fd).st_size}, it was longer")
+            done += n
+    finally:
+        os.close(fd)
+
+
+def open_arrays(path: Path) -> dict[str, ChunkedArray]:
+    """All arrays of a store by name; reads its index, but no array.
+
+    Args:
+      path: folder of the OCDBT database, absolute.
+
+    Raises:
+      ValueError, OSError: it cannot be read, is damaged, or has chunks outside the folder.
+    """
+    values = dict(_values(path))
+    arrays = {}
+    for key, value in values.items():
+        name, _, last = key.rpartition("/")
+        if last == "zarr.json":
+            raw = value if isinstance(value, bytes) else _whole(value)
+            try:
+                arrays[name] = _array(name, json.loads(raw), values)
+            except (KeyError, TypeError, AttributeError, RecursionError, IndexError) as e:
+                raise ValueError(f"the zarr metadata of {name} is malformed ({e!r})") from e
+    return arrays
+
+
+def _values(path: Path) -> Iterator[tuple[str, Location]]:
+    """Key and place of every value: a walk through the database's B+tree, which tensorstore decodes and checks."""
+    store = ts.KvStore.open({"driver": "file", "path": f"{path}/"}).result()
+    root = ts.ocdbt.dump(store).result()["versions"][-1]["root"]
+    pending = [(root["location"], b"")] if "location" in root else []
+    while pending:
+        location, prefix = pending.pop()
+        for entry in ts.ocdbt.dump(store, location).result()["entries"]:
+            if "location" in entry:
+                pending.append((entry["location"], prefix + entry["subtree_common_prefix"]))
+            elif "inline_value" in entry:
+                yield (prefix + entry["key"]).decode(), bytes(entry["inline_value"])
+            else:
+                yield (prefix + entry["key"]).decode(), _location(path, entry["indirect_value"])
+
+
+def _location(path: Path, reference: str) -> Location:
+    found = _VALUE.fullmatch(reference)
+    if found is None:
+        raise ValueError(f"the index holds the malformed reference {reference!r}")
+    file = PurePosixPath(unquote(found[1]) + unquote(found[2]))
+    if file.is_absolute() or ".." in file.parts:
+        raise ValueError(f"the index points to {file}, outside of the store")
+    return path / file, int(found[3]), int(found[4])
+
+
+def _whole(where: tuple[Path, int, int]) -> bytes:
+    raw = np.empty(where[2], np.uint8)
+    _read(where, 0, raw)
+    return raw.tobytes()
+
+
+def _array(name: str, zarr: dict[str, Any], values: Mapping[str, Location]) -> ChunkedArray:
+    shape, dtype = tuple(zarr["shape"]), zarr["data_type"]
+    chunk_shape = tuple(zarr["chunk_grid"]["configuration"]["chunk_shape"])
+    encoding = zarr["chunk_key_encoding"]
+    separator = encoding.get("configuration", {}).get("separator", "/")
+    plain = zarr["chunk_grid"]["name"] == "regular" and encoding["name"] == "default" and len(shape) > 0
+    extra = _extra_bytes(zarr["codecs"], chunk_shape)
+    if not plain or extra is None:
+        return ChunkedArray(shape, dtype, chunk_shape, None)
+    itemsize = 4 if dtype == "float32" else 2
+    chunks = {}
+    for at in itertools.product(*(range(-(-n // size)) for n, size in zip(shape, chunk_shape, strict=True))):
+        key = f"{name}/" + separator.join(("c", *map(str, at)))
+        if key not in values:
+            continue
+        where = values[key]
+        size = len(where) if isinstance(where, bytes) else where[2]
+        if size != math.prod(chunk_shape) * itemsize + extra:
+            raise ValueError(f"chunk {key} has {size} bytes, its shape asks for {chunk_shape} of {dtype}")
+        chunks[at] = where
+    return ChunkedArray(shape, dtype, chunk_shape, chunks)
+
+
+def _extra_bytes(codecs: list[dict[str, Any]], chunk_shape: tuple[int, ...]) -> int | None:
+    """How many bytes follow a chunk's elements, in order and little-endian; None if they are encoded otherwise."""
+    if len(codecs) != 1:
+        return None
+    name, options = codecs[0]["name"], codecs[0].get("configuration", {})
+    if name == "bytes":
+        return 0 if options.get("endian", "little") == "little" else None
+    if name != "sharding_indexed" or tuple(options["chunk_shape"]) != chunk_shape:
+        return None
+    if options.get("index_location", "end") != "end" or len(options["index_codecs"]) != 2:
+        return None
+    inner = _extra_bytes(options["codecs"], chunk_shape)
+    return _INDEX_BYTES if inner == 0 else None

@@ -1,0 +1,195 @@
+"""Putting a leaf together on its devices from consecutive rows, without ever holding more of it than is needed.
+
+The rows of a tensor pass once through the host's memory. What a device keeps goes to that device; copies of the same
+shard on several devices come from one read. On the CPU the buffer that the rows are read into becomes the device's own.
+For other devices, and for a cast (which the device does), at most BLOCK_BYTES of rows are gathered before they are sent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.checkpoint.format import TensorInfo
+from llama_jax.checkpoint.tensors import empty_aligned
+from llama_jax.params import ParamSpec
+
+type Placement = jax.sharding.Sharding | jax.Device
+"""Where a leaf goes."""
+type Placements = Placement | Callable[[ParamSpec], Placement] | None
+"""One place for all leaves, or a function of the leaf; None is the default device."""
+
+BLOCK_BYTES = 64 << 20
+"""Rows that are gathered on the host before they are sent to a device."""
+READ_BYTES = 8 << 20
+"""Rows that are read at one time: small enough to stay in a processor's cache for the digest."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The next rows of a tensor.
+
+    Attributes:
+      start: the first row.
+      rows: [rows, ...], uninitialised; has to be filled if it is wanted.
+      wanted: whether any device of this process keeps any of it.
+    """
+
+    start: int
+    rows: np.ndarray
+    wanted: bool
+
+
+@dataclass
+class _Shard:
+    """One part of a leaf, and the devices of this process that keep it (None: the default device, uncommitted)."""
+
+    box: tuple[tuple[int, int], ...]
+    devices: list[jax.Device | None]
+    step: int
+    buffer: np.ndarray | None = None
+    made: list[jax.Array] = field(default_factory=list)
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return self.box[0]
+
+    @property
+    def columns(self) -> tuple[slice, ...]:
+        return tuple(slice(*bounds) for bounds in self.box[1:])
+
+    def cuts(self) -> set[int]:
+        return {*range(*self.rows, self.step), self.rows[1]}
+
+    def segment(self, row: int) -> tuple[int, int]:
+        """The rows that are sent together with this one."""
+        first, last = self.rows
+        start = first + (row - first) // self.step * self.step
+        return start, min(start + self.step, last)
+
+
+class LeafBuilder:
+    """Builds one leaf on the devices of this process.
+
+    Args:
+      info: shape and dtype in which the rows come.
+      dtype: of the leaf; that of the rows when None.
+      where: its place; the default device when None.
+    """
+
+    def __init__(self, info: TensorInfo, dtype: np.dtype | None, where: Placement | None):
+        self._info = info
+        self._dtype = dtype
+        self._sharding = jax.sharding.SingleDeviceSharding(where) if isinstance(where, jax.Device) else where
+        self._row_bytes = info.nbytes // max(info.shape[0], 1)
+        self._shards = self._find_shards()
+
+    def blocks(self) -> Iterator[Block]:
+        """Every row of the tensor, in order; a block has been taken when the next one is asked for."""
+        cuts = sorted({0, self._info.shape[0]}.union(*(shard.cuts() for shard in self._shards)))
+        step = max(1, READ_BYTES // max(self._row_bytes, 1))
+        scratch: np.ndarray | None = None
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            takers = [shard for shard in self._shards if shard.rows[0] <= begin < shard.rows[1]]
+            for shard in takers:
+                if shard.buffer is None:
+                    first, last = shard.segment(begin)
+                    shard.buffer = self._empty((last - first, *(b - a for a, b in shard.box[1:])))
+            # A single taker of whole rows has them read to where they stay.
+            direct = takers[0] if len(takers) == 1 and takers[0].box[1:] == self._whole[1:] else None
+            for start in range(begin, end, step):
+                stop = min(start + step, end)
+                if direct is not None and direct.buffer is not None:
+                    origin = direct.segment(begin)[0]
+                    yield Block(start, direct.buffer[start - origin : stop - origin], True)
+                    continue
+                if scratch is None:
+                    scratch = self._empty((min(step, self._info.shape[0]), *self._info.shape[1:]))
+                rows = scratch[: stop - start]
+                yield Block(start, rows, bool(takers))
+                for shard in takers:
+                    assert shard.buffer is not None
+                    origin = shard.segment(begin)[0]
+                    _bits(shard.buffer)[start - origin : stop - origin] = _bits(rows)[(slice(None), *shard.columns)]
+            for shard in takers:
+                if shard.segment(begin)[1] == end:
+                    self._send(shard, shard.segment(begin)[0])
+
+    def result(self) -> jax.Array:
+        """The finished leaf, after all blocks have been taken."""
+        if self._sharding is None:
+            return self._shards[0].made[0]
+        parts = {device: part for s in self._shards for device, part in zip(s.devices, s.made, strict=True)}
+        ordered = [parts[device] for device in self._sharding.addressable_devices_indices_map(self._info.shape)]
+        dtype = self._dtype or jnp.dtype(self._info.dtype)
+        return jax.make_array_from_single_device_arrays(self._info.shape, self._sharding, ordered, dtype=dtype)
+
+    @property
+    def _whole(self) -> tuple[tuple[int, int], ...]:
+        return tuple((0, n) for n in self._info.shape)
+
+    def _empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        return empty_aligned(TensorInfo(shape, self._info.dtype, ""))
+
+    def _find_shards(self) -> list[_Shard]:
+        shape = self._info.shape
+        if self._sharding is None:
+            places: dict[tuple[tuple[int, int], ...], list[jax.Device | None]] = {self._whole: [None]}
+        else:
+            places = {}
+            for device, index in self._sharding.addressable_devices_indices_map(shape).items():
+                box = tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))
+                places.setdefault(box, []).append(device)
+        return [_Shard(box, devices, self._step(box, devices)) for box, devices in places.items()]
+
+    def _step(self, box: tuple[tuple[int, int], ...], devices: list[jax.Device | None]) -> int:
+        """How many rows of a shard are sent together."""
+        cast = self._dtype is not None and self._dtype.name != self._info.dtype
+        on_cpu = all((d.platform if d is not None else jax.default_backend()) == "cpu" for d in devices)
+        whole = max(1, box[0][1] - box[0][0])
+        # The CPU's devices keep the host's buffer, so that sending it in pieces would only add copies.
+        return whole if on_cpu and not cast else min(whole, max(1, BLOCK_BYTES // max(self._row_bytes, 1)))
+
+    def _send(self, shard: _Shard, start: int) -> None:
+        first, last = shard.rows
+        made = []
+        for i, device in enumerate(shard.devices):
+            piece = jax.device_put(shard.buffer, device)
+            if shard.step >= last - first:
+                made.append(piece if self._dtype is None or piece.dtype == self._dtype else piece.astype(self._dtype))
+                continue
+            if shard.made:
+                leaf = shard.made[i]
+            else:
+                shape = tuple(b - a for a, b in shard.box)
+                leaf = jnp.zeros(shape, self._dtype or piece.dtype, device=device)
+            made.append(_write_rows(leaf, piece, start - first))
+        # The transfer has to end before the host's buffer counts as free.
+        shard.made = jax.block_until_ready(made)
+        shard.buffer = None
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_rows(leaf: jax.Array, rows: jax.Array, start: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice(leaf, rows.astype(leaf.dtype), (start, *(0,) * (leaf.ndim - 1)))
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    """The same memory as integers, which numpy copies without holding the interpreter lock, unlike bfloat16."""
+    return array.view(np.dtype(f"u{array.itemsize}"))
+
+
+def host_bytes(nbytes: int) -> int:
+    """The host's memory that building a leaf of so many bytes takes, beside what stays resident."""
+    return min(nbytes, 2 * BLOCK_BYTES)
+
+
+def fill(block: Block, tensor: np.ndarray) -> None:
+    """Fills a block from the whole tensor."""
+    if block.wanted:
+        _bits(block.rows)[...] = _bits(tensor)[block.start : block.start + len(block.rows)]

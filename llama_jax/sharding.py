@@ -1,0 +1,58 @@
+"""Which dimension of a parameter is split over which axis of a mesh.
+
+`ParamSpec.axes` names the dimensions ("q_heads", "mlp", ...); a table of rules maps these names to axes of the mesh. A
+dimension that does not divide evenly stays whole, so every rule is safe for every model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from llama_jax.config import LlamaConfig
+from llama_jax.params import ParamSpec
+
+Rules = Mapping[str, str]
+"""Logical axis to mesh axis; logical axes that are not listed are never split."""
+
+TENSOR_PARALLEL: Rules = MappingProxyType(
+    {
+        "expert": "tensor",
+        "q_heads": "tensor",
+        "kv_heads": "tensor",
+        "mlp": "tensor",
+        "vocab": "tensor",
+    }
+)
+"""Heads, hidden units, experts and the vocabulary over the mesh axis "tensor"."""
+
+
+def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: Mesh, rules: Rules = TENSOR_PARALLEL) -> PartitionSpec:
+    """How one parameter is split.
+
+    Heads are split whole: what has to divide is their number, not their number times head_dim. Each axis of the mesh is
+    used once, for the first dimension that it divides (experts before the width of each).
+    """
+    heads = {"q_heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    used: set[str] = set()
+    split: list[str | None] = []
+    for axis, size in zip(spec.axes, spec.shape, strict=True):
+        over = rules.get(axis) if axis is not None else None
+        if over not in mesh.shape or over in used or heads.get(axis or "", size) % mesh.shape[over]:
+            over = None
+        else:
+            used.add(over)
+        split.append(over)
+    return PartitionSpec(*split)
+
+
+def param_sharding(
+    config: LlamaConfig, mesh: Mesh, rules: Rules = TENSOR_PARALLEL
+) -> Callable[[ParamSpec], NamedSharding]:
+    """The sharding of every parameter of a model, for the argument `sharding` of `load_params`.
+
+    A mesh that lacks the axes of the rules holds a whole copy on every device.
+    """
+    return lambda spec: NamedSharding(mesh, partition_spec(spec, config, mesh, rules))
