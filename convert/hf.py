@@ -40,7 +40,7 @@ class HuggingFaceFolder:
         self.path = path
         hf = read_json(_inside(path, CONFIG))
         self.config = config_from_hf(hf)
-        self.source = Source("huggingface", name or path.resolve().name, revision, _licence(path))
+        self.source = Source("huggingface", name or path.resolve().name, revision, licence(path))
         self._recipes: dict[str, Recipe] = {}
         self._where: dict[str, tuple[SafetensorsFile, str]] = {}
         self._files: list[SafetensorsFile] = []
@@ -217,13 +217,14 @@ def _shards(path: Path) -> list[tuple[str, set[str]]]:
 def _inside(folder: Path, name: str) -> Path:
     """A file of the folder. Refuses names and links that lead out of it.
 
-    In the cache of huggingface_hub the files of a snapshot are links to `blobs` of the same model, which is fine.
+    In the cache of huggingface_hub the files of a snapshot are links to `blobs` of the same model, which is fine; so is
+    the store of contents that its models share.
     """
     path = folder / name
     root = folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        allowed.append(root.parent.parent / "blobs")
+        allowed += [root.parent.parent / "blobs", root.parents[2] / "blobs"]
     if (
         not any(path.resolve().is_relative_to(a) for a in allowed)
         or Path(name).is_absolute()
@@ -237,7 +238,7 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _licence(path: Path) -> str | None:
+def licence(path: Path) -> str | None:
     """The licence that the model card (README.md, YAML between two lines of dashes) names."""
     try:
         with (path / "README.md").open(encoding="utf-8") as card:

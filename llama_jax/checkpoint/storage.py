@@ -12,6 +12,8 @@ from pathlib import Path
 
 from llama_jax.errors import DoesNotFit, StorageError
 
+_OLD = ".llama_jax-old"
+
 SPARE_BYTES = 64 << 20
 """Free space wanted beyond the tensors themselves, for metadata and the small files."""
 
@@ -80,6 +82,37 @@ def file_lock(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def lock_of(path: Path) -> Path:
+    """The file whose lock a process holds while it writes a checkpoint at `path`."""
+    return path.with_name(path.name + ".lock")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a file; False where there is no such file."""
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What stopped writers left in a folder of checkpoints, and nobody is working on: for people to remove."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for ending in (".partial", _OLD, ".lock"):
+            if path.name.endswith(ending) and not path.is_symlink():
+                if not is_locked(lock_of(path.with_name(path.name.removesuffix(ending)))):
+                    found.append(path)
+    return found
+
+
 def _locked(path: Path) -> int:
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -128,4 +161,4 @@ def restore_folder(path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".llama_jax-old")
+    return path.with_name(path.name + _OLD)

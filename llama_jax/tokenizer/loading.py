@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import tokenizers
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_FILE_BYTES = 256 << 20
+"""Several times what the largest tokenizer.json takes."""
+MAX_ADDED_TOKENS = 100_000
+"""Many times what any model adds to its vocabulary; each costs time in every later step."""
+
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -30,12 +35,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       folder: a Hugging Face model folder, or any folder with these files.
 
     Raises:
-      TokenizerError: files are missing or damaged; the message names the file.
+      TokenizerError: files are missing, damaged or far too large; the message names the file.
       UnsupportedModel: the tokenizer is of a kind that no Llama-like model uses.
     """
-    folder = Path(folder)
+    # Everything that follows hands contents of these files to the tokenizers library, which panics over some.
+    return call_backend(f"{folder}: the tokenizer cannot be loaded", _load, Path(folder))
+
+
+def _load(folder: Path) -> Tokenizer:
     config = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / "tokenizer_config.json")}
     backend, defaults = _read_backend(folder)
+    _check_added(len(backend.get_added_tokens_decoder()), folder)
     config = {**defaults, **{k: v for k, v in config.items() if v is not None or k not in defaults}}
     names = {name: text for name in _NAMED_TOKENS if (text := _content(config.get(name))) is not None}
     _add_tokens(backend, config, names, folder)
@@ -52,6 +62,7 @@ def _read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     from tokenizers import Tokenizer as Backend
 
     if (path := folder / "tokenizer.json").is_file():
+        _check_size(path)
         return call_backend(f"{path} cannot be read", Backend.from_file, str(path)), {}
     if (path := folder / "tokenizer.model").is_file():
         return load_model(_read_bytes(path), name=str(path))
@@ -60,8 +71,25 @@ def _read_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     )
 
 
+def _check_size(path: Path) -> None:
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise TokenizerError(
+            f"{path} has {size:,} bytes, a tokenizer's files have {MAX_FILE_BYTES:,} at most",
+            hint="this is no sound tokenizer; get the model from where it was published",
+        )
+
+
+def _check_added(count: int, folder: Path) -> None:
+    if count > MAX_ADDED_TOKENS:
+        raise TokenizerError(
+            f"{folder}: the tokenizer adds {count:,} tokens to its vocabulary, {MAX_ADDED_TOKENS:,} at most are read",
+            hint="this is no sound tokenizer; get the model from where it was published",
+        )
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
+        _check_size(path)
         return path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}", hint="check the file's permissions") from error
@@ -101,6 +129,7 @@ def _add_tokens(
         content: {flag: getattr(token, flag) for flag in _FLAGS} for content, token in present.items()
     }
     listed = dict(_listed_tokens(config, folder))
+    _check_added(len(listed), folder)
     for content, (_, flags) in listed.items():
         wanted[content] = {**wanted.get(content, {}), **flags}
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
