@@ -106,10 +106,9 @@ def leftovers(folder: Path) -> list[Path]:
     """What stopped writers left in a folder of checkpoints, and nobody is working on: for people to remove."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        for ending in (".partial", _OLD, ".lock"):
-            if path.name.endswith(ending) and not path.is_symlink():
-                if not is_locked(lock_of(path.with_name(path.name.removesuffix(ending)))):
-                    found.append(path)
+        ending = next((e for e in (".partial", _OLD, ".lock") if path.name.endswith(e)), None)
+        if ending and not path.is_symlink() and not is_locked(lock_of(path.with_name(path.name.removesuffix(ending)))):
+            found.append(path)
     return found
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "Pulled",
     "Removable",
     "cache_dir",
+    "fetch_source",
     "find_leftovers",
     "find_models",
     "list_downloads",
@@ -109,6 +110,22 @@ def resolve(
             return converted[0]
         return _from_hub(repo, here or hub.snapshot(repo, revision, say, progress), progress, say)
     raise _unknown(name)
+
+
+def fetch_source(name: str, *, progress: Progress | None = None, notify: Notify | None = None) -> tuple[Path, str]:
+    """The folder or file of a hub model or of the default model, downloaded if need be, and its commit or digest.
+
+    Raises:
+      ModelNotFound: it is neither.
+      LlamaJaxError: as `resolve` does.
+    """
+    say = notify or _stderr
+    if name == DEFAULT_MODEL:
+        return _default_gguf(say), f"sha256:{bundled.GGUF_SHA256}"
+    if not _is_hub_name(name):
+        raise ModelNotFound(f"no file or folder at {name}", hint="check the path")
+    snapshot = hub.snapshot(*hub.split_name(name), say, progress)
+    return _source_in(snapshot), snapshot.name
 
 
 def locate(name: str | Path = DEFAULT_MODEL) -> Path:
@@ -217,7 +234,9 @@ def _default(progress: Progress | None, say: Notify) -> Path:
     path = default_path()
     if is_checkpoint(path):
         return path
-    return _convert(_default_gguf(say), path, progress, say, name=bundled.NAME, revision=f"sha256:{bundled.GGUF_SHA256}")
+    return _convert(
+        _default_gguf(say), path, progress, say, name=bundled.NAME, revision=f"sha256:{bundled.GGUF_SHA256}"
+    )
 
 
 def _existing(name: str) -> Path | None:

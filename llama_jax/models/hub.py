@@ -70,7 +70,9 @@ def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]
     whole = f"{repo}@{revision}" if revision else name
     if not NAME.fullmatch(name) or not NAME.fullmatch(whole) or ".." in whole:
         raise RequestError(
-            f"{whole!r:.300} is no name of the Hugging Face hub", param="model", hint="give org/name or org/name@revision"
+            f"{whole!r:.300} is no name of the Hugging Face hub",
+            param="model",
+            hint="give org/name or org/name@revision",
         )
     if revision and own and own != revision:
         raise RequestError(f"{name} and revision {revision} differ", param="revision", hint="give one of them")
@@ -186,39 +188,46 @@ def download(offered: Offer, notify: Notify, progress: Progress | None = None, *
     Returns:
       The folder of the snapshot. Raises as `snapshot` does.
     """
+    folder, lock = hub_cache.repo_folder(offered.repo), hub_cache.lock_path(offered.repo)
+    # Errors of the hub's library are OSErrors as well, so they are recognised first, in the innermost of these.
+    with _storage_hint(), storage_errors(folder), _hub_errors(offered.repo, offered.revision), file_lock(lock):
+        place = folder / "snapshots" / offered.commit
+        missing = [file for file in offered.files if not (place / file.name).exists()]
+        if missing:
+            _announce(offered, missing, notify)
+            _check_space(offered, missing, folder / "blobs", convert=convert)
+        try:
+            return _download(offered, missing, folder / "blobs", progress)
+        except KeyboardInterrupt:
+            notify("Stopped; what was downloaded is kept, and the next run continues there.")
+            raise
+
+
+def _download(offered: Offer, missing: Sequence[RemoteFile], blobs: Path, progress: Progress | None) -> Path:
     import huggingface_hub
 
-    repo, commit = offered.repo, offered.commit
-    folder = hub_cache.repo_folder(repo)
-    # Errors of the hub's library are OSErrors as well, so they are recognised first, in the innermost of these.
-    with _storage_hint(), storage_errors(folder), _hub_errors(repo, offered.revision):
-        with file_lock(hub_cache.lock_path(repo)):
-            blobs, place = folder / "blobs", folder / "snapshots" / commit
-            missing = [file for file in offered.files if not (place / file.name).exists()]
-            if missing:
-                _announce(offered, missing, notify)
-                _check_space(offered, missing, blobs, convert=convert)
-            try:
-                large = [file for file in missing if file.sha256 and not (file.xet and _xet_works())]
-                _snapshot(offered, [file for file in missing if not file.sha256], bars=False)
-                fetch(large, blobs, lambda name: huggingface_hub.hf_hub_url(repo, name, revision=commit), progress)
-                # What remains is to name what was fetched, and what only the hub's own library can fetch.
-                path = _snapshot(offered, offered.files, bars=progress is not None and len(large) < len(missing))
-            except KeyboardInterrupt:
-                notify("Stopped; what was downloaded is kept, and the next run continues there.")
-                raise
-            if path.name != commit:
-                raise NetworkError(f"{repo} changed while it was downloaded", hint="run it again")
-            for file in offered.files:
-                if file not in large:
-                    verify(file, path / file.name)
+    def url(name: str) -> str:
+        return huggingface_hub.hf_hub_url(offered.repo, name, revision=offered.commit)
+
+    xet = not huggingface_hub.constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+    large = [file for file in missing if file.sha256 and not (file.xet and xet)]
+    # First, so that a snapshot which has its weights is complete.
+    _snapshot(offered, [file for file in missing if not file.sha256], bars=False)
+    fetch(large, blobs, url, progress)
+    # What remains is to name what was fetched, and what only the hub's own library can fetch.
+    path = _snapshot(offered, offered.files, bars=progress is not None and len(large) < len(missing))
+    if path.name != offered.commit:
+        raise NetworkError(f"{offered.repo} changed while it was downloaded", hint="run it again")
+    for file in offered.files:
+        if file not in large:
+            verify(file, path / file.name)
     return path
 
 
 def _snapshot(offered: Offer, files: Sequence[RemoteFile], *, bars: bool) -> Path:
     """Lets huggingface_hub download files of a snapshot, or name those whose content is in its cache already."""
     import huggingface_hub
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Silent(tqdm):
         def __init__(self, *args: Any, **kwargs: Any):
@@ -235,12 +244,6 @@ def _snapshot(offered: Offer, files: Sequence[RemoteFile], *, bars: bool) -> Pat
             tqdm_class=tqdm if bars and sys.stderr.isatty() else Silent,
         )
     )
-
-
-def _xet_works() -> bool:
-    import huggingface_hub
-
-    return not huggingface_hub.constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
 
 
 def _announce(offered: Offer, missing: Sequence[RemoteFile], notify: Notify) -> None:

@@ -87,9 +87,7 @@ def fetch(
         progress(total, total, missing[-1].name)
 
 
-def _watch(
-    futures: dict[Future[None], RemoteFile], done: _Counter, total: int, progress: Progress | None
-) -> None:
+def _watch(futures: dict[Future[None], RemoteFile], done: _Counter, total: int, progress: Progress | None) -> None:
     pending = set(futures)
     while pending:
         ended, pending = wait(pending, timeout=_REPORT_EVERY_S, return_when=FIRST_EXCEPTION)
@@ -145,7 +143,7 @@ def _fetch_one(file: RemoteFile, blobs: Path, url: str, done: _Counter, stop: th
 def _append(out: BinaryIO, url: str, file: RemoteFile, done: _Counter, stop: threading.Event) -> None:
     """Asks for the bytes of a file that are missing and appends what comes."""
     from huggingface_hub import constants, get_session
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
     start = out.tell()
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}

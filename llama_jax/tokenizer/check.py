@@ -1,9 +1,9 @@
 """Trying a tokenizer out in a child process before it is trusted: `check_tokenizer`.
 
 tokenizer.json is a program of sorts: it holds regular expressions, and its library panics, aborts or takes all memory
-for some contents. So before a model is converted, its tokenizer is loaded and run on a few texts in a process that has a
-deadline and a limit of memory. A tokenizer that merely does not load passes: `load_tokenizer` says so, and the weights
-can be of use without it.
+for some contents. So before a model is converted into the cache, its tokenizer is loaded and run on a few texts in a
+process that has a deadline and a limit of memory. A tokenizer that merely does not load passes: `load_tokenizer` says
+so, and the weights can be of use without it.
 
 Not covered: an expression that is slow only for texts unlike these. The library gives up on one after ten million steps
 at a place in a text, which is a `TokenizerError`, but one that stays below that can take long for a long text.
@@ -96,7 +96,7 @@ def _child(folder: str, seconds: int, memory_bytes: int) -> int:
         # Damaged or of an unknown kind: harmless, unless the library broke over it.
         cause = e.__cause__
         if isinstance(cause, MemoryError):
-            raise cause
+            return _refuse(f"the tokenizer needs more than {memory_bytes >> 20} MiB of memory")
         if cause is not None and not isinstance(cause, Exception):
             return _refuse(e.message.replace(f"{folder}/", ""))
         return 0
