@@ -58,8 +58,10 @@ def command(model: str, tensors: bool, template: bool, as_json: bool) -> None:
 def _text(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value is None or value == []:
-        return "none" if name in ("experts", "quantisation") else "unknown"
+    if value is None:
+        return "unknown"
+    if value in ([], ""):
+        return "none"
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, dict):

@@ -32,13 +32,13 @@ def describe(path: Path, name: str) -> dict[str, Any]:
     Returns:
       Values that JSON can hold, always under the same names; None where something is not known:
         model, format, path, source, revision, licence: what it is and where it comes from.
-        quantisation: of the source's weights, None if they were not quantised.
+        quantisation: of the source's weights, "" if they were not quantised.
         architecture, parameters, active_parameters (those that one token passes through), context, vocabulary, layers,
         hidden_size, mlp_size, experts, heads, kv_heads, head_dim, attention, layer_kinds, rope, tied_embeddings.
         dtype, bytes: of the weights as they are stored, or would be once they are converted.
         memory_bytes: of the weights in memory, by dtype.
         kv_cache_bytes_per_token: of keys and values of all layers, by dtype.
-        tokenizer: its kind and number of tokens.
+        tokenizer: its kind and number of tokens, "" without one.
         chat_template: its whole text, "" without one.
         files: digests of the checkpoint's small files.
         tensors: by name: shape, dtype, and the digest where there is one.
@@ -122,7 +122,7 @@ def _origin(path: Path, source: Source) -> dict[str, Any]:
     }
 
 
-def _quantisation(model: ModelSource) -> str | None:
+def _quantisation(model: ModelSource) -> str:
     """How the weights of a source are quantised: the method that config.json names, or the types of a GGUF file."""
     if model.source.kind == "gguf":
         from gguf import GGMLQuantizationType
@@ -135,14 +135,14 @@ def _quantisation(model: ModelSource) -> str | None:
         finally:
             file.close()
         if types.keys() <= {"F32", "F16", "BF16"}:
-            return None
+            return ""
         return ", ".join(f"{number}x {kind}" for kind, number in types.most_common())
     try:
         config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # a kind of source without this file
+        return ""  # a kind of source without this file
     quantised = config.get("quantization_config")
-    return str(quantised.get("quant_method", "unknown")) if isinstance(quantised, dict) else None
+    return str(quantised.get("quant_method", "unknown")) if isinstance(quantised, dict) else ""
 
 
 def _shapes(config: LlamaConfig) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def _memory(config: LlamaConfig) -> dict[str, dict[str, int]]:
     }
 
 
-def _tokenizer(files: Mapping[str, bytes | str]) -> str | None:
+def _tokenizer(files: Mapping[str, bytes | str]) -> str:
     """Kind and size of a tokenizer, from its file alone; its library is not needed for that."""
     if "tokenizer.json" in files:
         content = _json(files["tokenizer.json"])
@@ -224,7 +224,7 @@ def _tokenizer(files: Mapping[str, bytes | str]) -> str | None:
         if kind == "BPE":
             kind = "SentencePiece BPE" if model.get("byte_fallback") else "byte-level BPE"
         return f"{kind}, {len(vocabulary) + new:,} tokens"
-    return "SentencePiece (tokenizer.model)" if "tokenizer.model" in files else None
+    return "SentencePiece (tokenizer.model)" if "tokenizer.model" in files else ""
 
 
 def _template(files: Mapping[str, bytes | str]) -> str:

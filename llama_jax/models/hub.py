@@ -122,24 +122,36 @@ def pull(
 
 def offer(repo: str, revision: str | None) -> Offer:
     """Asks the hub what a model is; downloads nothing. Raises as `snapshot` does."""
-    import huggingface_hub
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.hf_api import RepoFile
 
     with _hub_errors(repo, revision):
-        api = huggingface_hub.HfApi()
-        info = api.model_info(repo, revision=revision, timeout=huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT)
-        commit = str(info.sha)
+        api = HfApi()
+        info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        commit = _digits(info.sha, 40, f"commit of {repo}")
         entries = api.list_repo_tree(repo, revision=commit)
-        files = [_remote_file(e) for e in entries if isinstance(e, huggingface_hub.hf_api.RepoFile)]
+        files = [_remote_file(e) for e in entries if isinstance(e, RepoFile)]
     return Offer(repo, revision, commit, _licence(info), _needed(repo, files))
 
 
 def _remote_file(entry: Any) -> RemoteFile:
-    sha256 = entry.lfs.sha256 if entry.lfs is not None else None
     size = entry.lfs.size if entry.lfs is not None else entry.size
-    # Both end as names of files in the cache.
-    if not re.fullmatch(r"[0-9a-f]{64}", sha256 or "0" * 64) or type(size) is not int or size < 0:
-        raise OSError(f"the hub states sha256 {sha256!r:.80} and size {size!r:.40} of {entry.path!r:.200}")
-    return RemoteFile(entry.path, size, sha256, entry.blob_id, bool(getattr(entry, "xet_hash", None)))
+    if type(size) is not int or size < 0:
+        raise NetworkError(f"the hub states the size {size!r:.40} of {entry.path!r:.200}", hint=_NO_HUB)
+    if entry.lfs is None:
+        return RemoteFile(entry.path, size, git_sha1=_digits(entry.blob_id, 40, f"hash of {entry.path!r:.200}"))
+    sha256 = _digits(entry.lfs.sha256, 64, f"sha256 of {entry.path!r:.200}")
+    return RemoteFile(entry.path, size, sha256, xet=bool(getattr(entry, "xet_hash", None)))
+
+
+_NO_HUB = "run it again; if it stays, what answers is no Hugging Face hub: check HF_ENDPOINT and the proxy"
+
+
+def _digits(value: object, number: int, what: str) -> str:
+    """A hash that the hub states. It becomes the name of a file or folder, so nothing else may pass."""
+    if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-f]{{{number}}}", value):
+        raise NetworkError(f"the hub states {value!r:.80} as the {what}", hint=_NO_HUB)
+    return value
 
 
 def _licence(info: Any) -> str | None:
@@ -204,12 +216,12 @@ def download(offered: Offer, notify: Notify, progress: Progress | None = None, *
 
 
 def _download(offered: Offer, missing: Sequence[RemoteFile], blobs: Path, progress: Progress | None) -> Path:
-    import huggingface_hub
+    from huggingface_hub import constants, hf_hub_url
 
     def url(name: str) -> str:
-        return huggingface_hub.hf_hub_url(offered.repo, name, revision=offered.commit)
+        return hf_hub_url(offered.repo, name, revision=offered.commit)
 
-    xet = not huggingface_hub.constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+    xet = not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
     large = [file for file in missing if file.sha256 and not (file.xet and xet)]
     # First, so that a snapshot which has its weights is complete.
     _snapshot(offered, [file for file in missing if not file.sha256], bars=False)
@@ -226,7 +238,7 @@ def _download(offered: Offer, missing: Sequence[RemoteFile], blobs: Path, progre
 
 def _snapshot(offered: Offer, files: Sequence[RemoteFile], *, bars: bool) -> Path:
     """Lets huggingface_hub download files of a snapshot, or name those whose content is in its cache already."""
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     class Silent(tqdm):
@@ -236,7 +248,7 @@ def _snapshot(offered: Offer, files: Sequence[RemoteFile], *, bars: bool) -> Pat
     if not files:
         return Path()
     return Path(
-        huggingface_hub.snapshot_download(
+        snapshot_download(
             offered.repo,
             # By its name, so that the name is known offline as well.
             revision=offered.revision,

@@ -25,6 +25,8 @@ def translated(e: BaseException, repo: str, revision: str | None) -> LlamaJaxErr
             f"the Hugging Face hub knows no model {where}, or it is private",
             hint=f"check the spelling; for a private model {_token_hint()}",
         )
+    if status == 401 and "Invalid credentials" in _header(e, "X-Error-Message"):
+        return GatedModel(f"the Hugging Face hub refuses the token (HTTP 401, asked for {where})", hint=_token_hint())
     if isinstance(e, errors.GatedRepoError) or status in (401, 403):
         return GatedModel(
             f"{where} is gated: its owner wants its licence accepted or a login (HTTP {status or 403})",
@@ -110,9 +112,13 @@ def _status(e: BaseException) -> int | None:
 
 def _retry_after(e: BaseException) -> str | None:
     """Seconds, where the server gave them."""
-    headers: Any = getattr(getattr(e, "response", None), "headers", {})
-    value = str(headers.get("Retry-After") or "")
+    value = _header(e, "Retry-After")
     return value if value.isascii() and value.isdigit() else None
+
+
+def _header(e: BaseException, name: str) -> str:
+    headers: Any = getattr(getattr(e, "response", None), "headers", {})
+    return str(headers.get(name) or "")
 
 
 def _first_line(e: BaseException) -> str:

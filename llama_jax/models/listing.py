@@ -96,13 +96,14 @@ def list_models() -> tuple[ModelInfo, ...]:
 
 def list_downloads() -> tuple[Download, ...]:
     """Models in the hub's cache that this package can use and that have not been converted, complete or not."""
-    from llama_jax.convert.hf import licence
-
     converted = {path.name for path in checkpoints()}
     found = []
     for s in hub_cache.all_snapshots():
         if hub_path(s.repo, s.commit).name in converted or not hub_cache.is_supported(s.path):
             continue
+        # Brings numpy, which a list without downloads does not need.
+        from llama_jax.convert.hf import licence
+
         if "main" in s.refs:
             name = s.repo
         else:

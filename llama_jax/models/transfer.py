@@ -26,7 +26,8 @@ ATTEMPTS = 5
 PAUSE_S = 1.0
 """Seconds before the second attempt; doubled before each further one."""
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 16
+"""What a break can cost."""
 _REPORT_EVERY_S = 0.2
 
 
@@ -210,6 +211,6 @@ def git_sha1_of(path: Path) -> str:
     """The name that git gives to a file's content: sha1 of "blob", its size, a NUL, and the content."""
     hashed = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(_CHUNK_BYTES):
+        while block := file.read(1 << 20):
             hashed.update(block)
     return hashed.hexdigest()
