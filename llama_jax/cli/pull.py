@@ -16,8 +16,8 @@ from llama_jax.models import DEFAULT_MODEL
 @click.command(
     name="pull",
     epilog=examples(
-        "llama-jax pull HuggingFaceTB/SmolLM2-360M-Instruct",
-        "llama-jax pull meta-llama/Llama-3.2-1B-Instruct@main --json",
+        "llama-jax pull org/name",
+        "llama-jax pull org/name@main --json",
         "llama-jax pull org/name --revision v1.0 --no-convert",
         "llama-jax pull",
     ),

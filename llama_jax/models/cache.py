@@ -23,6 +23,11 @@ CACHE_VARIABLE = "LLAMA_JAX_CACHE"
 Notify = Callable[[str], None]
 """Called with a sentence for the user before something slow or large begins."""
 
+REMOVED = ".llama_jax-removed"
+"""Ending of a checkpoint whose removal has begun."""
+UNFINISHED = (".partial", ".llama_jax-old", REMOVED)
+"""Endings of what is no model in the cache, though it may look like one."""
+
 _SOURCE_SUFFIXES = (".safetensors", ".json", ".gguf", ".model", ".jinja")
 _PLAIN = re.compile(r"[\w.\-]+", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
@@ -74,7 +79,7 @@ def local_path(source: Path) -> Path:
 def checkpoints() -> list[Path]:
     """Every finished checkpoint in the cache, by name."""
     try:
-        return sorted(p for p in models_dir().iterdir() if is_checkpoint(p))
+        return sorted(p for p in models_dir().iterdir() if not p.name.endswith(UNFINISHED) and is_checkpoint(p))
     except OSError:
         # No cache yet, or one that cannot be read: nothing has been converted for this user.
         return []
@@ -82,8 +87,10 @@ def checkpoints() -> list[Path]:
 
 def by_name(name: str) -> Path | None:
     """The checkpoint that `list_models` lists under a name."""
+    if not _PLAIN.fullmatch(name) or ".." in name or name.endswith(UNFINISHED):
+        return None
     path = models_dir() / name
-    return path if _PLAIN.fullmatch(name) and ".." not in name and is_checkpoint(path) else None
+    return path if is_checkpoint(path) else None
 
 
 def converted_from_hub(repo: str, revision: str | None = None) -> list[Path]:

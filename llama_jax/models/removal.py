@@ -13,6 +13,8 @@ from llama_jax.checkpoint.storage import remove as remove_folder
 from llama_jax.errors import ModelNotFound, RequestError, StorageError
 from llama_jax.models import bundled, hub, hub_cache
 from llama_jax.models.cache import (
+    REMOVED,
+    UNFINISHED,
     by_name,
     cache_dir,
     converted_from_hub,
@@ -20,9 +22,6 @@ from llama_jax.models.cache import (
     disk_bytes,
     models_dir,
 )
-
-_REMOVED = ".llama_jax-removed"
-"""Ending of a checkpoint whose removal has begun."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def find_leftovers() -> list[Removable]:
     """What stopped conversions, downloads and removals left in the cache, and nobody is working on."""
     found = {path: lock_of(_written(path)) for path in leftovers(models_dir())}
     with contextlib.suppress(OSError):
-        found |= {p: lock_of(_written(p)) for p in models_dir().iterdir() if p.name.endswith(_REMOVED)}
+        found |= {p: lock_of(_written(p)) for p in models_dir().iterdir() if p.name.endswith(REMOVED)}
     found |= dict.fromkeys(bundled.leftovers(cache_dir()), bundled.lock_path(cache_dir()))
     return [
         Removable("leftover", path.name, path, disk_bytes(path), lock)
@@ -119,7 +118,7 @@ def find_leftovers() -> list[Removable]:
 def _written(leftover: Path) -> Path:
     """The checkpoint that was being written (or removed) when something was left."""
     name = leftover.name
-    for ending in (".partial", ".llama_jax-old", _REMOVED, ".lock"):
+    for ending in (*UNFINISHED, ".lock"):
         name = name.split(ending)[0]
     return leftover.with_name(name)
 
@@ -154,7 +153,7 @@ def _remove_path(thing: Removable) -> None:
         raise StorageError(f"{path} does not lie in the cache itself", hint="it is a link; remove it yourself")
     if thing.kind == "model":
         # Renamed first, so that a removal that is stopped half-way leaves no half checkpoint under its name.
-        gone = path.with_name(path.name + _REMOVED)
+        gone = path.with_name(path.name + REMOVED)
         remove_folder(gone)
         path.rename(gone)
         path = gone
