@@ -53,7 +53,7 @@ class HuggingFaceFolder:
         self._text = text_model(hf)
         self._scheme = scheme_from_hf(hf)
         label = self._scheme.label if self._scheme else None
-        self.source = Source("huggingface", name or path.resolve().name, revision, _licence(path), label)
+        self.source = Source("huggingface", name or path.resolve().name, revision, licence(path), label)
         self._recipes: dict[str, Recipe] = {}
         self._weights: dict[str, Weight] = {}
         self._where: dict[str, tuple[WeightFile, str]] = {}
@@ -231,13 +231,14 @@ def _indexed(path: Path, index: str) -> list[tuple[str, set[str]]]:
 def inside(folder: Path, name: str) -> Path:
     """A file of the folder. Refuses names and links that lead out of it.
 
-    In the cache of huggingface_hub the files of a snapshot are links to `blobs` of the same model, which is fine.
+    In the cache of huggingface_hub the files of a snapshot are links to `blobs` of the same model, which is fine; so is
+    the store of contents that its models share.
     """
     path = folder / name
     root = folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        allowed.append(root.parent.parent / "blobs")
+        allowed += [root.parent.parent / "blobs", root.parents[2] / "blobs"]
     if (
         not any(path.resolve().is_relative_to(a) for a in allowed)
         or Path(name).is_absolute()
@@ -262,7 +263,7 @@ def copied_files(path: Path) -> dict[str, bytes]:
     return found
 
 
-def _licence(path: Path) -> str | None:
+def licence(path: Path) -> str | None:
     """The licence that the model card (README.md, YAML between two lines of dashes) names."""
     try:
         with (path / "README.md").open(encoding="utf-8") as card:

@@ -17,7 +17,7 @@ from llama_jax.checkpoint.place import Placements
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.direct import load_source, opened
 from llama_jax.fuse import fuse_in_place
-from llama_jax.models import DEFAULT_MODEL, locate, resolve
+from llama_jax.models import DEFAULT_MODEL, find, resolve
 from llama_jax.params import Params, flatten
 from llama_jax.sharding import param_sharding
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
@@ -93,18 +93,18 @@ def load(
     """
     runtime.enable_compilation_cache()
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
-    located = None if convert else locate(model, notify=notify)
-    if located is None or located.converted is None:
-        path = resolve(model, progress=progress, notify=notify) if located is None else located.path
+    found = None if convert else find(model, progress=progress, notify=notify)
+    if found is None or found.converted is None:
+        path = resolve(model, progress=progress, notify=notify) if found is None else found.path
         checkpoint = open_checkpoint(path)
         config, generation_config, tokenizer = checkpoint.config, checkpoint.generation_config, load_tokenizer(path)
         params = load_params(
             path, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress, config=config
         )
     else:
-        with opened(located.path, name=located.name, revision=located.revision) as source:
+        with opened(found.path, name=found.name, revision=found.revision) as source:
             config, generation_config = source.config, source.generation_config
-            tokenizer = tokenizer_from_files(source.files, located.path)
+            tokenizer = tokenizer_from_files(source.files, found.path)
             params = load_source(
                 source, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress
             )

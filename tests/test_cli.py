@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 
 import click
+import gguf
 import pytest
 from click.testing import CliRunner, Result
+from huggingface_hub import constants as hub_constants
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_chat_model import write_chat_model
+from tiny_chat_model import TEMPLATE, write_chat_model
 from tiny_models import LLAMA, write_gguf, write_hf
 
 import llama_jax
@@ -50,8 +52,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of models."""
+    """An empty cache of models, and an empty one of the hub."""
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "cache"
 
 
@@ -349,32 +352,78 @@ def test_convert_refuses_nonfinite_weights_unless_told(tmp_path: Path) -> None:
     assert run("convert", tmp_path / "hf", tmp_path / "out", "--allow-nonfinite").exit_code == 0
 
 
+FACTS = [
+    "model",
+    "format",
+    "path",
+    "source",
+    "revision",
+    "licence",
+    "quantisation",
+    "architecture",
+    "parameters",
+    "active_parameters",
+    "context",
+    "vocabulary",
+    "layers",
+    "hidden_size",
+    "mlp_size",
+    "experts",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "attention",
+    "layer_kinds",
+    "rope",
+    "tied_embeddings",
+    "dtype",
+    "bytes",
+    "memory_bytes",
+    "kv_cache_bytes_per_token",
+    "tokenizer",
+    "chat_template",
+    "files",
+]
+
+
 def test_show_checkpoint(model: Path) -> None:
     facts = json.loads(run("show", model, "--json").stdout)
-    assert facts["parameters"] == sum(math.prod(t.shape) for t in open_checkpoint(model).tensors.values())
+    assert list(facts) == FACTS
+    checkpoint = open_checkpoint(model)
+    size = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
+    assert facts["parameters"] == facts["active_parameters"] == size
+    assert facts["memory_bytes"] == {"float32": 4 * size, "bfloat16": 2 * size}
+    assert facts["kv_cache_bytes_per_token"] == {"float32": 2 * 2 * 2 * 8 * 4, "bfloat16": 2 * 2 * 2 * 8 * 2}
     assert (facts["layers"], facts["heads"], facts["kv_heads"], facts["context"]) == (2, 4, 2, 256)
-    assert (facts["dtype"], facts["chat_template"], facts["source"]) == ("float32", True, "huggingface hf")
-    assert "tensors" not in facts
+    assert (facts["dtype"], facts["chat_template"], facts["source"]) == ("float32", TEMPLATE, "huggingface hf")
+    assert facts["tokenizer"] == "byte-level BPE, 3,008 tokens"
+    assert facts["layer_kinds"] == ["2x full, mlp 24"]
+    assert facts["files"] == checkpoint.file_digests
     text = run("show", model).stdout
-    assert "chat template:      yes" in text
-    assert "licence:            unknown" in text
+    assert "licence:                  unknown" in text
+    assert f"chat template:            {len(TEMPLATE.splitlines())} lines" in text
+    assert checkpoint.file_digests["tokenizer.json"] in text
+    assert "final_norm.weight" not in text
+    assert run("show", model, "--template").stdout == TEMPLATE + "\n"
 
 
-def test_show_tensors_and_digests(model: Path) -> None:
+def test_show_tensors(model: Path) -> None:
     info = open_checkpoint(model).tensors["final_norm.weight"]
     tensors = json.loads(run("show", model, "--tensors", "--json").stdout)["tensors"]
-    assert tensors["final_norm.weight"] == {"shape": [16], "dtype": "float32"}
+    assert tensors["final_norm.weight"] == {"shape": [16], "dtype": "float32", "digest": info.digest}
     assert list(tensors) == list(open_checkpoint(model).tensors)
-    tensors = json.loads(run("show", model, "--digests", "--json").stdout)["tensors"]
-    assert tensors["final_norm.weight"]["digest"] == info.digest
-    assert info.digest in run("show", model, "--digests").stdout
+    assert info.digest in run("show", model, "--tensors").stdout
 
 
 def test_show_does_not_convert(tmp_path: Path, cache: Path) -> None:
     converted = open_checkpoint(convert(write_chat_model(tmp_path / "hf"), tmp_path / "c"))
     of_folder = json.loads(run("show", tmp_path / "hf", "--json", "--tensors").stdout)
     of_checkpoint = json.loads(run("show", converted.path, "--json", "--tensors").stdout)
-    own = {"model", "format", "path", "source"}
+    assert list(of_folder) == list(of_checkpoint)
+    assert {name: t["shape"] for name, t in of_folder["tensors"].items()} == {
+        name: t["shape"] for name, t in of_checkpoint["tensors"].items()
+    }
+    own = {"model", "format", "path", "source", "files", "tensors", "quantisation"}
     assert {k: v for k, v in of_folder.items() if k not in own} == {
         k: v for k, v in of_checkpoint.items() if k not in own
     }
@@ -385,15 +434,45 @@ def test_show_gguf_without_tokenizer(tmp_path: Path, cache: Path) -> None:
     """It cannot be used, but it can be looked at."""
     write_gguf(tmp_path / "m.gguf", LLAMA)
     facts = json.loads(run("show", tmp_path / "m.gguf", "--json").stdout)
+    assert list(facts) == FACTS
     assert (facts["licence"], facts["chat_template"], facts["layers"]) == ("apache-2.0", None, 2)
-    assert "chat template:      unknown" in run("show", tmp_path).stdout
+    assert facts["quantisation"] == ""
+    assert "chat template:            unknown" in run("show", tmp_path).stdout
+    assert "quantisation:             none" in run("show", tmp_path).stdout
     assert not cache.exists()
+
+
+def test_show_quantised_sources(tmp_path: Path) -> None:
+    wide = LLAMA | {"hidden_size": 32, "intermediate_size": 64}
+    write_gguf(tmp_path / "m.gguf", wide, quantisation=gguf.GGMLQuantizationType.Q8_0)
+    facts = json.loads(run("show", tmp_path / "m.gguf", "--json").stdout)
+    assert facts["quantisation"] == "16x Q8_0, 5x F32"
+    write_hf(tmp_path / "hf", LLAMA)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    template = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    facts = json.loads(run("show", tmp_path / "hf", "--json").stdout)
+    assert (facts["quantisation"], facts["chat_template"], facts["tokenizer"]) == ("", "d", "damaged")
+    assert "rope:                     default, theta 10000" in run("show", tmp_path / "hf").stdout
+    assert config == LLAMA
 
 
 def test_show_mixture_of_experts(data: Path) -> None:
     facts = json.loads(run("show", data / "goldens" / "mixtral-window-3of8", "--json").stdout)
     assert facts["experts"] == ["3 of 8"]
     assert "sliding" in facts["attention"][0]
+    per_expert = 3 * 32 * 16  # gate, up and down of an expert
+    assert facts["parameters"] - facts["active_parameters"] == 2 * 5 * per_expert
+    assert facts["layer_kinds"] == ["2x sliding 6, 3 of 8 experts of 16"]
+    assert facts["tokenizer"] == ""
+    assert "tokenizer:                none" in run("show", data / "goldens" / "mixtral-window-3of8").stdout
+
+
+def test_show_what_is_not_here(cache: Path) -> None:
+    result = run("show", "org/name")
+    assert result.exit_code == 3
+    assert "llama-jax pull org/name" in result.stderr
+    assert run("show", "nothing").exit_code == 3
 
 
 def test_list(tmp_path: Path, cache: Path) -> None:
@@ -404,6 +483,11 @@ def test_list(tmp_path: Path, cache: Path) -> None:
     listed = json.loads(run("list", "--json").stdout)
     assert listed["cache"] == str(cache)
     (_, ours) = listed["models"]
+    assert list(ours) == [
+        *("name", "path", "source", "dtype", "bytes", "disk_bytes", "licence", "revision", "converted", "error")
+    ]
+    assert listed["disk_bytes"] == ours["disk_bytes"] > ours["bytes"]
+    assert "1 converted" in run("list").stdout
     assert ours["source"] == "huggingface hf"
     assert ours["bytes"] > 0
     assert ours["name"] in run("list").stdout

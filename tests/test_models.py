@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import errors as hub_errors
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import LLAMA, write_gguf, write_hf
@@ -24,7 +22,6 @@ from llama_jax.convert import convert
 from llama_jax.errors import (
     CheckpointError,
     DoesNotFit,
-    GatedModel,
     LlamaJaxError,
     ModelNotFound,
     NetworkError,
@@ -257,92 +254,6 @@ def test_no_installer_prints_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "93 MB" in e.value.hint
 
 
-# --- the hub ----------------------------------------------------------------------------------------------------------
-
-
-def response(status: int) -> Any:
-    # Which HTTP library it is depends on the version of huggingface_hub.
-    http = importlib.import_module(hub_errors.HTTPError.__module__.split(".")[0])
-    return http.Response(status, request=http.Request("GET", "https://huggingface.co/x"))
-
-
-def hub_snapshot(monkeypatch: pytest.MonkeyPatch, answer: Any, local: Path | None = None) -> list[dict[str, Any]]:
-    calls: list[dict[str, Any]] = []
-
-    def snapshot_download(repo: str, **options: Any) -> str:
-        calls.append({"repo": repo, **options})
-        if options["local_files_only"]:
-            if local is None:
-                raise hub_errors.LocalEntryNotFoundError("not here")
-            return str(local)
-        if isinstance(answer, BaseException):
-            raise answer
-        return str(answer)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return calls
-
-
-def test_hub_models_on_this_machine_need_no_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
-) -> None:
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123456789abcdef"
-    write_hf(snapshot, LLAMA, shards=2)
-    calls = hub_snapshot(monkeypatch, AssertionError("network"), local=snapshot)
-    path = models.resolve("org/name")
-    assert path == cache / "models" / "org--name-0123456789ab-v1"
-    assert open_checkpoint(path).source.name == "org/name"
-    assert open_checkpoint(path).source.revision == "0123456789abcdef"
-    assert [c["local_files_only"] for c in calls] == [True]
-
-
-def test_incomplete_snapshots_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    snapshot = tmp_path / "snapshots" / "abc"
-    write_hf(snapshot, LLAMA, shards=2)
-    part = tmp_path / "part" / "abc"
-    shutil.copytree(snapshot, part)
-    (part / "model-00002-of-00002.safetensors").unlink()
-    calls = hub_snapshot(monkeypatch, snapshot, local=part)
-    assert is_checkpoint(models.resolve("org/name@v1.0", notify=said.append))
-    assert [(c["local_files_only"], c["revision"]) for c in calls] == [(True, "v1.0"), (False, "v1.0")]
-    assert "org/name" in said[0]
-
-
-@pytest.mark.parametrize(
-    ("error", "expected", "says"),
-    [
-        (hub_errors.GatedRepoError("gated", response=response(403)), GatedModel, "org/name is gated"),
-        (hub_errors.HfHubHTTPError("no", response=response(401)), GatedModel, "HTTP 401"),
-        (hub_errors.RepositoryNotFoundError("none", response=response(401)), ModelNotFound, "knows no model org/name"),
-        (hub_errors.RevisionNotFoundError("none", response=response(404)), ModelNotFound, "no revision"),
-        (hub_errors.HfHubHTTPError("no", response=response(404)), ModelNotFound, "knows no model"),
-        (hub_errors.HfHubHTTPError("slow down", response=response(429)), NetworkError, "HTTP 429"),
-        (hub_errors.HfHubHTTPError("oops", response=response(503)), NetworkError, "HTTP 503"),
-        (hub_errors.OfflineModeIsEnabled("offline"), NetworkError, "HF_HUB_OFFLINE"),
-        (hub_errors.LocalEntryNotFoundError("no net"), NetworkError, "cannot be downloaded"),
-        (ConnectionResetError("reset"), NetworkError, "ConnectionResetError"),
-        (TimeoutError(), NetworkError, "TimeoutError"),
-        (OSError(28, "No space left on device"), DoesNotFit, "No space left"),
-        (PermissionError(13, "Permission denied"), StorageError, "Permission denied"),
-        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
-        (ZeroDivisionError("a fault of the program"), ZeroDivisionError, "a fault"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
-)
-def test_hub_errors(
-    monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: type[BaseException], says: str, said: list[str]
-) -> None:
-    hub_snapshot(monkeypatch, error)
-    with pytest.raises(expected, match=says) as e:
-        models.resolve("org/name", notify=said.append)
-    assert type(e.value) is expected
-    if isinstance(e.value, GatedModel):
-        assert "https://huggingface.co/org/name" in e.value.hint
-        assert "HF_TOKEN" in e.value.hint
-    if expected is KeyboardInterrupt:
-        assert "the next run continues" in said[-1]
-
-
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +266,9 @@ def test_list_models(tmp_path: Path, cache: Path) -> None:
     (broken / "config.json").write_text("{")
     (cache / "models" / "unfinished.partial").mkdir()
     listed = {m.name: m for m in models.list_models()}
+    on_disk = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    assert listed[path.name].disk_bytes == on_disk > listed[path.name].nbytes
+    assert abs(listed[path.name].converted - time.time()) < 100
     assert listed.keys() == {models.DEFAULT_MODEL, path.name, broken.name}
     assert listed[path.name].nbytes == sum(a.nbytes for a in leaves.values())
     assert listed[path.name].dtype == "float32"

@@ -15,11 +15,13 @@ from llama_jax import __version__
 COMMANDS = {
     "generate": "Continue a prompt or answer messages.",
     "chat": "Talk to a model in the terminal.",
+    "pull": "Download a model from the Hugging Face hub.",
     "convert": "Convert a model to a checkpoint.",
     "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
     "verify": "Check a checkpoint's digests and its numbers.",
     "show": "Show what a model is: shapes, size, dtype, licence.",
-    "list": "List the models that are ready to use.",
+    "list": "List the models that are on this machine.",
+    "rm": "Remove models from the cache.",
     "bench": "Measure speed.",
     "doctor": "Check this machine: devices, versions, what is missing.",
 }

