@@ -1,0 +1,114 @@
+"""Fuzzes one target in this process for some seconds; started by run.py.
+
+    python engine.py TARGET --seconds N --work DIR --cases DIR [--engine atheris|random]
+
+atheris (https://github.com/google/atheris, libFuzzer) keeps inputs that reach new code and mutates those; it writes
+inputs that kill the process into DIR/artifacts. "random" mutates the seeds and knows nothing of the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+MAX_BYTES = 1 << 18
+HANGS = 150
+"""Seconds of wall time after which an input that even the time limit cannot stop ends the process."""
+
+
+class Recorder:
+    """Runs inputs and keeps the smallest one for each finding."""
+
+    def __init__(self, read: Callable[[bytes], None], cases: Path):
+        self._read, self._cases = read, cases
+        self._sizes: dict[str, int] = {}
+        self.executions = 0
+
+    def __call__(self, data: bytes) -> None:
+        from fuzz.guard import check
+
+        self.executions += 1
+        finding = check(lambda: self._read(data))
+        if finding is None or len(data) >= self._sizes.get(finding.slug, sys.maxsize):
+            return
+        self._sizes[finding.slug] = len(data)
+        self._cases.mkdir(parents=True, exist_ok=True)
+        for old in self._cases.glob(f"{finding.slug}-????????"):
+            old.unlink()
+        (self._cases / f"{finding.slug}-{hashlib.sha256(data).hexdigest()[:8]}").write_bytes(data)
+        print(f"FINDING {finding.slug} ({len(data)} bytes)\n{finding.detail}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("target")
+    parser.add_argument("--seconds", type=int, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--cases", type=Path, required=True)
+    parser.add_argument("--engine", choices=("atheris", "random"), required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    args = parser.parse_args()
+    {"atheris": with_atheris, "random": at_random}[args.engine](args)
+
+
+def with_atheris(args: argparse.Namespace) -> None:
+    """Does not return: libFuzzer ends the process when the time is over."""
+    import atheris
+
+    with atheris.instrument_imports(include=["llama_jax"]):
+        from fuzz.targets import TARGETS
+    target = TARGETS[args.target]
+    read, seeds = target.prepare(args.work / "files")
+    mutate = target.mutator(seeds)
+    for folder in ("corpus", "seeds", "artifacts"):
+        (args.work / folder).mkdir(exist_ok=True)
+    for i, seed in enumerate(seeds):
+        (args.work / "seeds" / str(i)).write_bytes(seed)
+
+    def custom(data: bytes, limit: int, seed: int) -> bytes:
+        rng = random.Random(seed)
+        if rng.random() < 0.1:
+            return atheris.Mutate(data, limit)
+        return mutate(data, rng)[:limit]
+
+    options = {
+        "max_total_time": args.seconds,
+        "max_len": MAX_BYTES,
+        "timeout": HANGS,
+        "rss_limit_mb": 4096,
+        "artifact_prefix": f"{args.work / 'artifacts'}/",
+        "seed": args.seed,
+        "print_final_stats": 1,
+    }
+    folders = [str(args.work / "corpus"), str(args.work / "seeds")]
+    arguments = [sys.argv[0], *(f"-{key}={value}" for key, value in options.items()), *folders]
+    atheris.Setup(arguments, Recorder(read, args.cases), custom_mutator=custom)
+    atheris.Fuzz()
+
+
+def at_random(args: argparse.Namespace) -> None:
+    from fuzz.targets import TARGETS
+
+    target = TARGETS[args.target]
+    read, seeds = target.prepare(args.work / "files")
+    mutate, record, rng = target.mutator(seeds), Recorder(read, args.cases), random.Random(args.seed)
+    for seed in seeds:
+        record(seed)
+    end = time.monotonic() + args.seconds
+    while time.monotonic() < end:
+        data = rng.choice(seeds)
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            data = mutate(data, rng)[:MAX_BYTES]
+        record(data)
+    print(f"stat::number_of_executed_units: {record.executions}")
+
+
+if __name__ == "__main__":
+    main()
