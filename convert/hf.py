@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Source, read_json
+from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Source, read_generation_config, read_json
 from llama_jax.config import config_from_hf
 from llama_jax.convert.hf_names import Recipe, recipe, text_name
 from llama_jax.convert.model_source import some
@@ -59,7 +59,7 @@ class HuggingFaceFolder:
     @property
     def generation_config(self) -> Mapping[str, Any]:
         file = self.path / GENERATION_CONFIG
-        return read_json(_inside(self.path, GENERATION_CONFIG)) if file.exists() else {}
+        return read_generation_config(_inside(self.path, GENERATION_CONFIG)) if file.exists() else {}
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -224,15 +224,19 @@ def _inside(folder: Path, name: str) -> Path:
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         allowed.append(root.parent.parent / "blobs")
+    try:
+        resolved, there = path.resolve(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as e:  # too long, a loop of links, a NUL or lone surrogate in it
+        raise CheckpointError(f"{folder}: {name!r} is no file name ({type(e).__name__})", hint=_AGAIN) from e
     if (
-        not any(path.resolve().is_relative_to(a) for a in allowed)
+        not any(resolved.is_relative_to(a) for a in allowed)
         or Path(name).is_absolute()
         or ".." in Path(name).parts
     ):
         raise CheckpointError(
             f"{folder}: {name!r} leads out of the folder", hint="a model's files must lie in its own folder"
         )
-    if not path.is_file():
+    if not there:
         raise CheckpointError(f"{path} is missing", hint="the folder is incomplete; get it again")
     return path
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,12 +40,13 @@ class Recorder:
         finding = check(lambda: self._read(data))
         if finding is None or len(data) >= self._sizes.get(finding.slug, sys.maxsize):
             return
+        if finding.slug not in self._sizes:
+            print(f"FINDING {finding.slug}\n{finding.detail}", flush=True)
         self._sizes[finding.slug] = len(data)
         self._cases.mkdir(parents=True, exist_ok=True)
         for old in self._cases.glob(f"{finding.slug}-????????"):
             old.unlink()
         (self._cases / f"{finding.slug}-{hashlib.sha256(data).hexdigest()[:8]}").write_bytes(data)
-        print(f"FINDING {finding.slug} ({len(data)} bytes)\n{finding.detail}", flush=True)
 
 
 def main() -> None:
@@ -76,7 +79,11 @@ def with_atheris(args: argparse.Namespace) -> None:
         rng = random.Random(seed)
         if rng.random() < 0.1:
             return atheris.Mutate(data, limit)
-        return mutate(data, rng)[:limit]
+        try:
+            return mutate(data, rng)[:limit]
+        except Exception:  # libFuzzer would take it for a finding
+            traceback.print_exc()
+            os._exit(1)
 
     options = {
         "max_total_time": args.seconds,

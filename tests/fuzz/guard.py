@@ -20,7 +20,7 @@ from llama_jax.errors import LlamaJaxError
 
 SECONDS = 5.0
 MEMORY = 512 << 20
-MESSAGE = 8_000
+MESSAGE = 10_000
 """Characters of an error that still are a message and not a copy of the file."""
 
 _FUZZ = Path(__file__).parent
@@ -80,7 +80,7 @@ def _finding(kind: str, error: BaseException) -> Finding:
     ours = [f for f in frames if "llama_jax" in Path(f.filename).parts and _FUZZ not in Path(f.filename).parents]
     frame = (ours or frames)[-1]
     lines = traceback.format_exception(type(error), error, error.__traceback__, limit=-6)
-    detail = "".join(lines)[-MESSAGE:].encode("utf-8", "backslashreplace").decode()
+    detail = "".join(lines)[:MESSAGE].encode("utf-8", "backslashreplace").decode()
     return Finding(kind, f"{Path(frame.filename).stem}-{frame.name}", detail)
 
 

@@ -86,8 +86,8 @@ def mutate_value(value: Any, rng: random.Random, words: tuple[str, ...] = ("",),
 def hostile(old: Any, rng: random.Random, pieces: tuple[Any, ...] = ()) -> Any:
     """Something else to stand at the place of `old`."""
     draw = rng.random()
-    if isinstance(old, int | float) and draw < 0.3:
-        return rng.choice((old + 1, old - 1, -old, float(old) if abs(old) < 1e300 else 0, str(old)[:50], [old]))
+    if isinstance(old, int | float) and abs(old) < 2**70 and draw < 0.3:
+        return rng.choice((old + 1, old - 1, -old, float(old), str(old), [old]))
     if isinstance(old, str) and draw < 0.3:
         return rng.choice((old + "x", old[:-1], old.upper(), [old], "../" + old, "/" + old, old * 2))
     if pieces and draw < 0.5:
