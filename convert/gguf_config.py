@@ -98,6 +98,8 @@ def config_dict(
     if not isinstance(heads, int) or heads < 1:
         raise UnsupportedModel(f"GGUF key {arch}.attention.head_count = {heads!r}", hint="the file is damaged")
     head_dim = own.get("attention.key_length", own.get("rope.dimension_count", hidden // heads))
+    if not isinstance(head_dim, int):
+        raise UnsupportedModel(f"GGUF key {arch}.attention.key_length = {head_dim!r}", hint="the file is damaged")
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, head_dim) != head_dim:
             raise UnsupportedModel(

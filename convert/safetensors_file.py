@@ -138,7 +138,9 @@ class SafetensorsFile:
 
     def _entry(self, name: str, value: Any, data: int) -> Entry:
         try:
-            dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+            dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+            if not isinstance(shape, list) or not isinstance(value["data_offsets"], list):
+                raise TypeError("shape and data_offsets are no lists")
             name.encode("utf-8")  # JSON can spell lone surrogates, which are in no other text
             if len(shape) > _MAX_DIMS:
                 raise ValueError(f"{len(shape)} dimensions")
@@ -151,10 +153,10 @@ class SafetensorsFile:
             ) from e
         if end - begin != nbytes:
             raise CheckpointError(
-                f"{self.path}: tensor {name} is {dtype}{list(shape)}, {nbytes} bytes, but takes up {end - begin}",
+                f"{self.path}: tensor {name} is {dtype}{shape}, {nbytes} bytes, but takes up {end - begin}",
                 hint=_HINT,
             )
-        return Entry(dtype, shape, data + begin, nbytes)
+        return Entry(dtype, tuple(shape), data + begin, nbytes)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def read_checkpoint(folder: Path) -> None:
     assert opened.dtype in DTYPES
     for name, value in opened.file_digests.items():
         assert isinstance(value, str)
-        assert name == Path(name).name, f"{name!r} leads out of the folder"
+        assert (folder / name).resolve().is_relative_to(folder.resolve()), f"{name!r} leads out of the folder"
     assert opened.nbytes >= 0
     verify(folder)
 
