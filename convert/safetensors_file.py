@@ -110,7 +110,7 @@ class SafetensorsFile:
             )
         try:
             raw = os.pread(self._fd, length, 8).decode("utf-8")
-            header = json.loads(raw, object_pairs_hook=_no_duplicates)
+            header = json.loads(raw, object_pairs_hook=_checked)
         except (ValueError, RecursionError) as e:
             raise CheckpointError(f"{self.path}: the header is not valid JSON ({e})", hint=_HINT) from e
         # The format wants the brace first of all, even before white space.
@@ -141,7 +141,6 @@ class SafetensorsFile:
             dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
             if not isinstance(shape, list) or not isinstance(value["data_offsets"], list):
                 raise TypeError("shape and data_offsets are no lists")
-            name.encode("utf-8")  # JSON can spell lone surrogates, which are in no other text
             if len(shape) > _MAX_DIMS:
                 raise ValueError(f"{len(shape)} dimensions")
             if not all(type(n) is int and 0 <= n <= _MAX_BYTES for n in (*shape, begin, end)):
@@ -159,8 +158,11 @@ class SafetensorsFile:
         return Entry(dtype, tuple(shape), data + begin, nbytes)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name stands twice")
+    for text in (*found, *found.values()):
+        if isinstance(text, str):
+            text.encode("utf-8")  # fails on lone surrogates, which JSON can spell and no other text can hold
     return found

@@ -6,7 +6,6 @@ Exit codes are the command line's contract: 2 usage, 3 model not found, gated or
 
 from __future__ import annotations
 
-
 _MAX_TEXT = 4_000
 """Characters of a message or hint; much more would be the file and not what is wrong with it."""
 

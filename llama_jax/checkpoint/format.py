@@ -147,7 +147,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         source = Source(**marker.get("source", {}))
         dtype, files = marker["dtype"], dict(marker.get("files", {}))
         tool = " ".join(marker.get("tool", {}).values())
-        texts = (source.kind, source.name, source.revision or "", source.licence or "", *files, *files.values())
+        texts = [source.kind, source.name, *files.values()]
+        texts += [text for text in (source.revision, source.licence) if text is not None]
         if not all(isinstance(text, str) for text in texts) or dtype not in DTYPES:
             raise ValueError("a value has another type than it should")
         if strange := [name for name in files if not is_file_name(name)]:

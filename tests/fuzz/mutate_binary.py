@@ -214,4 +214,3 @@ def _any(kind: int, rng: random.Random, texts: tuple[bytes, ...]) -> _Atom:
         return _Atom("text", rng.choice(texts))
     fmt = _SCALARS[kind]
     return _Atom(fmt, rng.choice(_FLOATS) if fmt in ("<f", "<d") else rng.choice(_LENGTHS))
-

@@ -19,11 +19,16 @@ NUMBERS: tuple[Any, ...] = (
     *(0.0, -0.0, 0.5, 1.0, 2.5, 5e-324, 1e-30, 1e30, 9e299, 1e308, -1e308),
     *(float("inf"), float("-inf"), float("nan")),
 )
-STRINGS = ("", " ", "\0", "\n", "\ud800", "\U0010ffff", "..", "../x", "/etc/passwd", "a/../../b", "%s{0}", "0", "x" * 300)
-OTHERS = ("null", "true", "false", "[]", "{}", "[[]]", "[null]", json.dumps([0] * 40), '{"": {}}', '{"a": [1, {"b": null}]}')
+_PATHS = ("..", "../x", "/etc/passwd", "a/../../b", "x" * 300)
+STRINGS = ("", " ", "\0", "\n", "\ud800", "\U0010ffff", "%s{0}", "0", *_PATHS)
+OTHERS = (
+    *("null", "true", "false", "[]", "{}", "[[]]", "[null]", json.dumps([0] * 40)),
+    *('{"": {}}', '{"a": [1, {"b": null}]}'),
+)
 """Other values, as text, so that every use is a new object."""
 MAX_NODES = 50_000
-_RAW = (b"[" * 20_000, b'{"":' * 20_000, b"9" * 5000, b"1e999", b"-", b"nul", b'"', b"\xff", b"\xef\xbb\xbf", b"\\ud800")
+_DEEP = (b"[" * 20_000, b'{"":' * 20_000)
+_RAW = (*_DEEP, b"9" * 5000, b"1e999", b"-", b"nul", b'"', b"\xff", b"\xef\xbb\xbf", b"\\ud800")
 
 
 def json_mutator(seeds: Iterable[bytes]) -> Mutator:

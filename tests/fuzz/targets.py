@@ -17,10 +17,10 @@ import gguf
 import ml_dtypes
 import numpy as np
 import safetensors
-from fuzz.mutate_binary import gguf_mutator, safetensors_mutator
-from fuzz.mutate_json import Mutator, json_mutator
 from tiny_models import LLAMA, LLAMA4, MIXTRAL, random_leaves, write_gguf, write_hf
 
+from fuzz.mutate_binary import gguf_mutator, safetensors_mutator
+from fuzz.mutate_json import Mutator, json_mutator
 from llama_jax.checkpoint import open_checkpoint, save
 from llama_jax.checkpoint.format import DTYPES, MARKER, PARAMS, read_json
 from llama_jax.checkpoint.tensors import verify
