@@ -227,7 +227,7 @@ def _inside(folder: Path, name: str) -> Path:
     try:
         resolved, there = path.resolve(), path.is_file()
     except (OSError, RuntimeError, ValueError) as e:  # too long, a loop of links, a NUL or lone surrogate in it
-        raise CheckpointError(f"{folder}: {name!r} is no file name ({type(e).__name__})", hint=_AGAIN) from e
+        raise CheckpointError(f"{folder}: {name!r} cannot be looked up ({type(e).__name__})", hint=_AGAIN) from e
     if not any(resolved.is_relative_to(a) for a in allowed) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(
             f"{folder}: {name!r} leads out of the folder", hint="a model's files must lie in its own folder"

@@ -15,10 +15,17 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if TYPE_CHECKING:
+    from fuzz.mutate_json import Mutator
+    from fuzz.targets import Target
+
+type Read = Callable[[bytes], None]
 
 MAX_BYTES = 1 << 18
 HANGS = 150
@@ -28,7 +35,7 @@ HANGS = 150
 class Recorder:
     """Runs inputs and keeps the smallest one for each finding."""
 
-    def __init__(self, read: Callable[[bytes], None], cases: Path):
+    def __init__(self, read: Read, cases: Path):
         self._read, self._cases = read, cases
         self._sizes: dict[str, int] = {}
         self.executions = 0
@@ -67,9 +74,7 @@ def with_atheris(args: argparse.Namespace) -> None:
 
     with atheris.instrument_imports(include=["llama_jax"]):
         from fuzz.targets import TARGETS
-    target = TARGETS[args.target]
-    read, seeds = target.prepare(args.work / "files")
-    mutate = target.mutator(seeds)
+    read, seeds, mutate = prepared(TARGETS, args)
     for folder in ("corpus", "seeds", "artifacts"):
         (args.work / folder).mkdir(exist_ok=True)
     for i, seed in enumerate(seeds):
@@ -100,12 +105,20 @@ def with_atheris(args: argparse.Namespace) -> None:
     atheris.Fuzz()
 
 
+def prepared(targets: Mapping[str, Target], args: argparse.Namespace) -> tuple[Read, list[bytes], Mutator]:
+    """The function to fuzz, the seeds, and how to make inputs of them. The caller imports the targets in its way."""
+    if args.target not in targets:
+        sys.exit(f"no target {args.target}; there are {', '.join(targets)}")
+    target = targets[args.target]
+    read, seeds = target.prepare(args.work / "files")
+    return read, seeds, target.mutator(seeds)
+
+
 def at_random(args: argparse.Namespace) -> None:
     from fuzz.targets import TARGETS
 
-    target = TARGETS[args.target]
-    read, seeds = target.prepare(args.work / "files")
-    mutate, record, rng = target.mutator(seeds), Recorder(read, args.cases), random.Random(args.seed)
+    read, seeds, mutate = prepared(TARGETS, args)
+    record, rng = Recorder(read, args.cases), random.Random(args.seed)
     for seed in seeds:
         record(seed)
     end = time.monotonic() + args.seconds
