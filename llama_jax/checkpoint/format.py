@@ -151,7 +151,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         texts += [text for text in (source.revision, source.licence) if text is not None]
         if not all(isinstance(text, str) for text in texts) or dtype not in DTYPES:
             raise ValueError("a value has another type than it should")
-        if strange := [name for name in files if not is_file_name(name)]:
+        if strange := [name for name in files if not _is_file_name(name)]:
             raise ValueError(f"file {strange[0]!r} leads out of the folder")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path / MARKER} is damaged ({type(e).__name__}: {e})", hint=_AGAIN) from e
@@ -209,14 +209,13 @@ def read_generation_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a name, which may come from a model, is that of a file in a checkpoint's folder or a folder in it."""
+def _is_file_name(name: str) -> bool:
+    """Whether a name is that of a file in the checkpoint's folder, and no path that leads out of it."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
         return False
-    parts = name.split("/")
-    return len(parts) <= 2 and "\0" not in name and not {"", ".", ".."} & set(parts)
+    return name == Path(name).name and "\0" not in name and name not in ("", "..")
 
 
 def _version(metadata: Mapping[str, Any], path: Path) -> int:

@@ -237,9 +237,8 @@ def _json(value: Mapping[str, Any]) -> str:
 
 def _write(folder: Path, name: str, data: bytes | str) -> str:
     """Writes a small file and returns its digest. Names come from models, so they must not leave the folder."""
-    if not fmt.is_file_name(name):
+    if name != Path(name).name or name in ("", ".", ".."):
         raise CheckpointError(f"{name!r} is not a plain file name", hint="this is a fault of the program; report it")
-    (folder / name).parent.mkdir(exist_ok=True)
     raw = data.encode("utf-8") if isinstance(data, str) else data
     (folder / name).write_bytes(raw)
     return fmt.digest(raw)
