@@ -133,6 +133,8 @@ def config_dict(
     if not isinstance(heads, int) or heads < 1:
         raise UnsupportedModel(f"GGUF key {arch}.attention.head_count = {heads!r}", hint="the file is damaged")
     head_dim = next((own[key] for key in HEAD_DIM_KEYS[:2] if key in own), hidden // heads)
+    if not isinstance(head_dim, int):
+        raise UnsupportedModel(f"GGUF key {arch}.attention.key_length = {head_dim!r}", hint="the file is damaged")
     for key in HEAD_DIM_KEYS:
         if own.get(key, head_dim) != head_dim:
             raise UnsupportedModel(

@@ -24,6 +24,8 @@ from llama_jax.errors import CheckpointError, UnsupportedModel
 _HINT = "the file is damaged or was not downloaded completely; get it again"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
+MAX_HEADER_BYTES = 64 << 20
+"""Four times what the largest vocabularies take. As Python's values a header needs up to ten times its size."""
 _MAX_NAME = 65_535
 _MAX_DIMS = 4
 _BLOCK_ELEMENTS = 2 << 20
@@ -147,6 +149,8 @@ class GgufFile:
     def _take(self, n: int) -> bytes:
         if n > self._size - self._file.tell():
             raise self._bad(f"{n} bytes are announced, which the file does not have")
+        if n > MAX_HEADER_BYTES - self._file.tell():
+            raise self._bad(f"metadata and list of tensors have more than {MAX_HEADER_BYTES:,} bytes")
         data = self._file.read(n)
         if len(data) != n:
             raise self._bad("the file ends too early")

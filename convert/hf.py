@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Source, read_json
+from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Source, read_generation_config, read_json
 from llama_jax.config import config_from_hf
 from llama_jax.config.multimodal import text_model
 from llama_jax.convert.hf_names import Names, Recipe, recipe
@@ -75,7 +75,7 @@ class HuggingFaceFolder:
     @property
     def generation_config(self) -> Mapping[str, Any]:
         file = self.path / GENERATION_CONFIG
-        return read_json(inside(self.path, GENERATION_CONFIG)) if file.exists() else {}
+        return read_generation_config(inside(self.path, GENERATION_CONFIG)) if file.exists() else {}
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -239,15 +239,15 @@ def inside(folder: Path, name: str) -> Path:
     allowed = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         allowed += [root.parent.parent / "blobs", root.parents[2] / "blobs"]
-    if (
-        not any(path.resolve().is_relative_to(a) for a in allowed)
-        or Path(name).is_absolute()
-        or ".." in Path(name).parts
-    ):
+    try:
+        resolved, there = path.resolve(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as e:  # too long, a loop of links, a NUL or lone surrogate in it
+        raise CheckpointError(f"{folder}: {name!r} cannot be looked up ({type(e).__name__})", hint=_AGAIN) from e
+    if not any(resolved.is_relative_to(a) for a in allowed) or Path(name).is_absolute() or ".." in Path(name).parts:
         raise CheckpointError(
             f"{folder}: {name!r} leads out of the folder", hint="a model's files must lie in its own folder"
         )
-    if not path.is_file():
+    if not there:
         raise CheckpointError(f"{path} is missing", hint="the folder is incomplete; get it again")
     return path
 

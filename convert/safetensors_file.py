@@ -33,6 +33,10 @@ _ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16"
 _ITEM_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
 _ITEM_SIZES |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
+_MAX_DIMS = 64
+"""Dimensions that an array of numpy can have."""
+_MAX_BYTES = 2**63 - 1
+
 _HINT = "the file is damaged or was not downloaded completely; get it again"
 
 
@@ -95,13 +99,16 @@ class SafetensorsFile:
             )
         try:
             raw = os.pread(self._fd, length, 8).decode("utf-8")
-            header = json.loads(raw, object_pairs_hook=_no_duplicates)
+            header = json.loads(raw, object_pairs_hook=_checked)
         except (ValueError, RecursionError) as e:
             raise CheckpointError(f"{self.path}: the header is not valid JSON ({e})", hint=_HINT) from e
-        if not isinstance(header, dict):
+        # The format wants the brace first of all, even before white space.
+        if not raw.startswith("{"):
             raise CheckpointError(f"{self.path}: the header is not a JSON object", hint=_HINT)
-        metadata = header.pop("__metadata__", None)
-        self.metadata: Mapping[str, Any] = metadata if isinstance(metadata, dict) else {}
+        notes = header.pop("__metadata__", {})
+        if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+            raise CheckpointError(f"{self.path}: the header's __metadata__ holds more than strings", hint=_HINT)
+        self.metadata: Mapping[str, str] = notes
         entries = {name: self._entry(name, value, 8 + length) for name, value in header.items()}
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
@@ -121,9 +128,13 @@ class SafetensorsFile:
 
     def _entry(self, name: str, value: Any, data: int) -> Entry:
         try:
-            dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-                raise ValueError("a size or offset is not a natural number")
+            dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+            if not isinstance(shape, list) or not isinstance(value["data_offsets"], list):
+                raise TypeError("shape and data_offsets are no lists")
+            if len(shape) > _MAX_DIMS:
+                raise ValueError(f"{len(shape)} dimensions")
+            if not all(type(n) is int and 0 <= n <= _MAX_BYTES for n in (*shape, begin, end)):
+                raise ValueError("a size or offset is not a natural number of 63 bits")
             nbytes = math.prod(shape) * _ITEM_SIZES[dtype]
         except (KeyError, TypeError, ValueError) as e:
             raise CheckpointError(
@@ -131,14 +142,17 @@ class SafetensorsFile:
             ) from e
         if end - begin != nbytes:
             raise CheckpointError(
-                f"{self.path}: tensor {name} is {dtype}{list(shape)}, {nbytes} bytes, but takes up {end - begin}",
+                f"{self.path}: tensor {name} is {dtype}{shape}, {nbytes} bytes, but takes up {end - begin}",
                 hint=_HINT,
             )
-        return Entry(dtype, shape, data + begin, nbytes)
+        return Entry(dtype, tuple(shape), data + begin, nbytes)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name stands twice")
+    for text in (*found, *found.values()):
+        if isinstance(text, str):
+            text.encode("utf-8")  # fails on lone surrogates, which JSON can spell and no other text can hold
     return found

@@ -6,9 +6,15 @@ Exit codes are the command line's contract: 2 usage, 3 model not found, gated or
 
 from __future__ import annotations
 
+_MAX_TEXT = 4_000
+"""Characters of a message or hint; much more would be the file and not what is wrong with it."""
+
 
 class LlamaJaxError(Exception):
     """Base of every error that llama_jax raises on purpose.
+
+    Names and values in a message come from files that may be hostile: what UTF-8 cannot encode is escaped, and the
+    middle of an overlong text left out.
 
     Args:
       message: what is wrong, in one sentence, with the numbers that matter.
@@ -18,12 +24,18 @@ class LlamaJaxError(Exception):
     exit_code = 70
 
     def __init__(self, message: str, *, hint: str = ""):
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _readable(message)
+        self.hint = _readable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} (hint: {self.hint})" if self.hint else self.message
+
+
+def _readable(text: str) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    half = _MAX_TEXT // 2
+    return text if len(text) <= _MAX_TEXT else f"{text[:half]} … {text[-half:]}"
 
 
 class RequestError(LlamaJaxError):

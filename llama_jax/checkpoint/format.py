@@ -20,6 +20,7 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes that tensors may have on disk."""
+_MAX_DIMS = 8
 
 # Where Orbax v1 keeps custom metadata and the arrays below the folder of a checkpoint.
 _ORBAX_METADATA = "_CHECKPOINT_METADATA"
@@ -164,6 +165,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         source = Source(**marker.get("source", {}))
         dtype, files = marker["dtype"], dict(marker.get("files", {}))
         tool = " ".join(marker.get("tool", {}).values())
+        texts = [source.kind, source.name, *files.values()]
+        texts += [text for text in (source.revision, source.licence) if text is not None]
+        if not all(isinstance(text, str) for text in texts) or dtype not in DTYPES:
+            raise ValueError("a value has another type than it should")
+        if strange := [name for name in files if not _is_file_name(name)]:
+            raise ValueError(f"file {strange[0]!r} leads out of the folder")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path / MARKER} is damaged ({type(e).__name__}: {e})", hint=_AGAIN) from e
     return Checkpoint(
@@ -172,7 +179,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         tensors=tensors,
         source=source,
         dtype=dtype,
-        generation_config=read_json(generation) if generation.is_file() else {},
+        generation_config=read_generation_config(generation) if generation.is_file() else {},
         tool=tool,
         file_digests=files,
         format_version=version,
@@ -180,15 +187,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 _AGAIN = "the checkpoint is damaged; convert it again, or copy it again from where it came"
+_MAX_JSON_BYTES = 32 << 20
+"""Some times the largest index of a published model; parsed JSON takes up to 25 times the memory of its text."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
 
     Raises:
-      CheckpointError: it is missing, unreadable, not JSON or not an object.
+      CheckpointError: it is missing, unreadable, too large, not JSON or not an object.
     """
     try:
+        if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size:,} bytes", hint=f"at most {_MAX_JSON_BYTES:,} can be read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} is missing", hint=_AGAIN) from e
@@ -199,6 +210,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object", hint=_AGAIN)
     return value
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """Reads a generation_config.json.
+
+    Raises:
+      CheckpointError: see `read_json`; or eos_token_id is neither a token id nor a list of them.
+    """
+    values = read_json(path)
+    eos = values.get("eos_token_id")
+    for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+        # Old files write -1 for none.
+        if type(token) is not int or not -1 <= token < 2**31:
+            raise CheckpointError(f"{path}: eos_token_id is no token id: {token!r}", hint="correct it in the file")
+    return values
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name is that of a file in the checkpoint's folder, and no path that leads out of it."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return name == Path(name).name and "\0" not in name and name not in ("", "..")
 
 
 def _version(metadata: Mapping[str, Any], path: Path) -> int:
@@ -217,11 +252,15 @@ def _tensor_infos(custom: Mapping[str, Any], path: Path) -> dict[str, TensorInfo
     try:
         digests, layouts = custom["digests"], custom["tensors"]
         infos = {
-            name: TensorInfo(tuple(int(n) for n in layouts[name]["shape"]), layouts[name]["dtype"], value)
+            name: TensorInfo(tuple(layouts[name]["shape"]), layouts[name]["dtype"], value)
             for name, value in digests.items()
         }
         sound = layouts.keys() == digests.keys() and all(
-            i.dtype in DTYPES and isinstance(i.digest, str) and all(n >= 0 for n in i.shape) for i in infos.values()
+            i.dtype in DTYPES
+            and isinstance(i.digest, str)
+            and len(i.shape) <= _MAX_DIMS
+            and all(type(n) is int and 0 <= n < 2**63 for n in i.shape)
+            for i in infos.values()
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path}: the list of tensors is damaged ({e!r})", hint=_AGAIN) from e

@@ -10,6 +10,7 @@ from typing import Any
 from llama_jax.errors import UnsupportedModel
 
 MAX_INT = 2**31 - 1
+MAX_FLOAT = 3.4e38
 MISSING: Any = object()
 
 
@@ -69,8 +70,8 @@ class Fields:
             return value
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise self._bad(key, value, wanted)
-        # An integer beyond the range of floats must not end in OverflowError.
-        number = float(value) if abs(value) < 1e300 else math.inf
+        # All of them are used as float32, so a larger one is infinite, however it is written.
+        number = float(value) if abs(value) < MAX_FLOAT else math.inf
         if not math.isfinite(number) or (positive and number <= 0):
             raise self._bad(key, value, wanted)
         return number

@@ -18,7 +18,8 @@ from llama_jax.errors import UnsupportedModel
 
 MAX_LAYERS = 4096
 """More layers than any model has; keeps a damaged file from filling the memory with layer specs."""
-MAX_EXPERTS = 65_536
+MAX_EXPERTS = 131_072
+"""Likewise, in all layers together."""
 
 # Keys whose null says something else than their absence.
 _NULLABLE = frozenset(
@@ -260,7 +261,7 @@ def _mlps(f: Fields, family: Family, n: int) -> list[int | MoeSpec]:
     width = f.integer("intermediate_size")
     if family.experts is None:
         return [width] * n
-    experts = f.integer("num_local_experts", high=MAX_EXPERTS)
+    experts = f.integer("num_local_experts", high=MAX_EXPERTS // n)
     top_k = f.integer("num_experts_per_tok")
     if top_k > experts:
         raise bad(f.name("num_experts_per_tok"), top_k, f"at most num_local_experts={experts}")

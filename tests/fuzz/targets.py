@@ -1,0 +1,255 @@
+"""What is fuzzed: one row of TARGETS a reader.
+
+A row is a folder of sound files, the one among them that is replaced by fuzzed bytes, the function that reads the
+folder, and how to make new bytes out of old ones. Readers check what they are promised: `assert` in them is a finding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+import safetensors
+from tiny_models import LLAMA, LLAMA4, MIXTRAL, random_leaves, write_gguf, write_hf
+
+from fuzz.mutate_binary import gguf_mutator, safetensors_mutator
+from fuzz.mutate_json import Mutator, json_mutator
+from llama_jax.checkpoint import open_checkpoint, save
+from llama_jax.checkpoint.format import DTYPES, MARKER, PARAMS, read_json
+from llama_jax.checkpoint.tensors import verify
+from llama_jax.cli.chat_conversation import default_sampling
+from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf
+from llama_jax.convert.gguf import GgufModel
+from llama_jax.convert.hf import INDEX, SINGLE, HuggingFaceFolder
+from llama_jax.convert.model_source import ModelSource
+from llama_jax.convert.safetensors_file import SafetensorsFile
+from llama_jax.loading import Model
+from llama_jax.params import count_params, param_specs, unflatten
+
+DATA = Path(__file__).parents[1] / "data"
+TINY = LLAMA | {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 12, "head_dim": 4}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One reader.
+
+    Attributes:
+      folder: writes a folder of sound files.
+      file: the one that is fuzzed, relative to the folder.
+      read: reads the folder; may raise LlamaJaxError.
+      mutator: takes the seeds and gives the function that makes new inputs.
+      seeds: more sound contents of `file`, besides the one that `folder` writes.
+    """
+
+    name: str
+    folder: Callable[[Path], None]
+    file: str
+    read: Callable[[Path], object]
+    mutator: Callable[[list[bytes]], Mutator]
+    seeds: Callable[[Path], Iterable[bytes]] = lambda scratch: ()
+
+    def prepare(self, folder: Path) -> tuple[Callable[[bytes], None], list[bytes]]:
+        """Writes the sound files. Returns the function to fuzz and the seeds."""
+        folder.mkdir(parents=True, exist_ok=True)
+        home, scratch = folder / "input", folder / "scratch"
+        scratch.mkdir()
+        self.folder(home)
+        seeds = [(home / self.file).read_bytes(), *self.seeds(scratch)]
+
+        def run(data: bytes) -> None:
+            (home / self.file).write_bytes(data)
+            self.read(home)
+
+        return run, seeds
+
+
+# --- Readers ----------------------------------------------------------------------------------------------------------
+
+
+def read_safetensors(folder: Path) -> None:
+    """Every tensor, compared with the safetensors library: what it refuses or reads otherwise must not pass here."""
+    path = folder / SINGLE
+    with closing(SafetensorsFile(path)) as file:
+        data = {name: np.empty(entry.nbytes, np.uint8) for name, entry in file.entries.items()}
+        for name, out in data.items():
+            file.read_into(name, out)
+        theirs = dict(safetensors.deserialize(path.read_bytes()))
+        assert theirs.keys() == data.keys()
+        for name, entry in file.entries.items():
+            assert (theirs[name]["dtype"], tuple(theirs[name]["shape"])) == (entry.dtype, entry.shape)
+            assert bytes(theirs[name]["data"]) == data[name].tobytes()
+
+
+def read_source(model: ModelSource) -> None:
+    """Everything that a conversion reads."""
+    check_config(model.config)
+    for spec in param_specs(model.config):
+        array = model.read(spec)
+        assert (array.shape, array.dtype) == (spec.shape, model.dtype(spec))
+    for name, content in model.files.items():
+        assert ".." not in Path(name).parts
+        assert isinstance(content, bytes | str)
+    check_generation_config(model.config, model.generation_config)
+
+
+def read_hf(folder: Path) -> None:
+    with closing(HuggingFaceFolder(folder)) as model:
+        for file in model._files:
+            assert file.path.resolve().is_relative_to(folder.resolve())
+        read_source(model)
+
+
+def read_gguf(folder: Path) -> None:
+    with closing(GgufModel(folder / "model.gguf")) as model:
+        read_source(model)
+
+
+def read_config(folder: Path) -> None:
+    config = config_from_hf(read_json(folder / "config.json"))
+    check_config(config)
+
+
+def read_checkpoint(folder: Path) -> None:
+    """The metadata, and the tensors that it names."""
+    opened = open_checkpoint(folder)
+    check_config(opened.config)
+    check_generation_config(opened.config, opened.generation_config)
+    assert all(isinstance(text, str) for text in (opened.source.kind, opened.source.name, opened.tool, opened.dtype))
+    assert all(isinstance(text, str | None) for text in (opened.source.revision, opened.source.licence))
+    assert opened.dtype in DTYPES
+    for name, value in opened.file_digests.items():
+        assert isinstance(value, str)
+        assert (folder / name).resolve().is_relative_to(folder.resolve()), f"{name!r} leads out of the folder"
+    assert opened.nbytes >= 0
+    verify(folder)
+
+
+def check_config(config: LlamaConfig) -> None:
+    """What is accepted can be hashed, counted and written, and reads the same again."""
+    hash(config)
+    assert config.context_length > 0
+    count_params(config)
+    assert config_from_hf(json.loads(json.dumps(config_to_hf(config), allow_nan=False))) == config
+
+
+def check_generation_config(config: LlamaConfig, values: Mapping[str, Any]) -> None:
+    """What chat and generate ask of it."""
+    ids = Model({}, config, generation_config=values).eos_token_ids
+    assert all(type(i) is int for i in ids)
+    default_sampling(values, {})
+
+
+# --- Sound files ------------------------------------------------------------------------------------------------------
+
+
+def hf_folder(hf: Mapping[str, Any] = TINY, *, shards: int = 1) -> Callable[[Path], None]:
+    return lambda folder: _discard(write_hf(folder, hf, shards=shards))
+
+
+def gguf_folder(
+    hf: Mapping[str, Any], tokenizer: str, extra: Mapping[str, Any] | None = None, **options: Any
+) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        metadata = _tokenizer(tokenizer, hf["vocab_size"]) | dict(extra or {})
+        write_gguf(folder / "model.gguf", hf, extra=metadata, **options)
+
+    return write
+
+
+def checkpoint_folder(folder: Path) -> None:
+    config = config_from_hf(TINY)
+    files = {"tokenizer.json": "{}", "tokenizer_config.json": "{}"}
+    generation = {"eos_token_id": [2, 3], "temperature": 0.5, "top_p": 0.9, "top_k": 4, "do_sample": True}
+    save(folder, unflatten(random_leaves(config)), config, generation_config=generation, files=files)
+
+
+def _discard(value: object) -> None:
+    """For functions that are called for what they write."""
+
+
+def _tokenizer(kind: str, size: int) -> dict[str, Any]:
+    """GGUF metadata of a vocabulary of `size` tokens; lists become arrays."""
+    common = {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+        "tokenizer.ggml.token_type": [2, 3, 3] + [1] * (size - 3),
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz"[: size - 4], "ab"],
+    }
+    if kind == "llama":
+        return common | {"tokenizer.ggml.scores": [0.0] * 3 + [-float(i) for i in range(size - 3)]}
+    return common | {"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.merges": ["a b"]}
+
+
+def _gguf_seeds(scratch: Path) -> Iterable[bytes]:
+    wide = TINY | {"hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
+    scaled = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    factors = {"rope_freqs.weight": np.ones(TINY["head_dim"] // 2, np.float32)}
+    mixtral = TINY | {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1}
+    for i, write in enumerate(
+        (
+            gguf_folder(TINY, "llama", tensors=factors),
+            gguf_folder(mixtral, "gpt2"),
+            gguf_folder(wide, "gpt2", quantisation=gguf.GGMLQuantizationType.Q8_0),
+            gguf_folder(TINY, "llama", extra=scaled | {"llama.rope.scaling.original_context_length": 32}),
+            gguf_folder(TINY | {"model_type": "qwen2"}, "gpt2", arch="qwen2"),
+        )
+    ):
+        write(scratch / str(i))
+        yield (scratch / str(i) / "model.gguf").read_bytes()
+
+
+def _safetensors_seeds(scratch: Path) -> Iterable[bytes]:
+    from safetensors.numpy import save as to_bytes
+
+    yield to_bytes({})
+    yield to_bytes({"a": np.zeros((2, 3), np.float16), "b": np.zeros(0, np.int64), "c": np.zeros((), np.bool_)})
+    yield to_bytes({"x": np.ones(3, ml_dtypes.bfloat16), "y": np.ones((1, 1, 2), np.uint8)}, {"format": "pt"})
+
+
+def _config_seeds(scratch: Path) -> Iterable[bytes]:
+    for hf in (LLAMA, MIXTRAL, LLAMA4):
+        yield json.dumps(hf).encode()
+    for file in sorted((DATA / "goldens").glob("*/config.json")):
+        yield file.read_bytes()
+    for case in json.loads((DATA / "hf_configs.json").read_text()):
+        yield json.dumps(case["given"]).encode()
+
+
+def _fitting_config_seeds(scratch: Path) -> Iterable[bytes]:
+    """Configs that fit the tensors of TINY."""
+    yield json.dumps({k: v for k, v in TINY.items() if k != "rope_parameters"} | {"rope_theta": 1e4}).encode()
+    for kind in ("mistral", "mixtral", "qwen2", "llama4_text"):
+        yield json.dumps(LLAMA4 | MIXTRAL | TINY | {"model_type": kind}).encode()
+
+
+def _generation_seeds(scratch: Path) -> Iterable[bytes]:
+    yield b'{"eos_token_id": 2, "repetition_penalty": 1.1, "min_p": 0.05, "max_new_tokens": 10, "num_beams": 1}'
+
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target("safetensors", hf_folder(), SINGLE, read_safetensors, safetensors_mutator, _safetensors_seeds),
+        Target("hf_weights", hf_folder(), SINGLE, read_hf, safetensors_mutator),
+        Target("hf_index", hf_folder(shards=2), INDEX, read_hf, json_mutator),
+        Target("hf_config", hf_folder(), "config.json", read_hf, json_mutator, _fitting_config_seeds),
+        Target("hf_generation", hf_folder(), "generation_config.json", read_hf, json_mutator, _generation_seeds),
+        Target("config", hf_folder(), "config.json", read_config, json_mutator, _config_seeds),
+        Target("gguf", gguf_folder(TINY, "gpt2"), "model.gguf", read_gguf, gguf_mutator, _gguf_seeds),
+        Target("checkpoint_marker", checkpoint_folder, MARKER, read_checkpoint, json_mutator),
+        Target(
+            "checkpoint_tensors", checkpoint_folder, f"{PARAMS}/_CHECKPOINT_METADATA", read_checkpoint, json_mutator
+        ),
+    )
+}
