@@ -105,7 +105,7 @@ def tokenizer_files(ranked: list[bytes], *, llama31: bool, context: int) -> dict
 
     Returns:
       File name to content: tokenizer.json, tokenizer_config.json and special_tokens_map.json. There is no chat
-      template, since Meta's own is code.
+      template, since Meta's own is code; one that lies in the folder is copied like any other file.
     """
     letter = {byte: char for char, byte in byte_alphabet().items()}
     spelled = {token: "".join(letter[byte] for byte in token) for token in ranked}

@@ -526,6 +526,9 @@ def test_the_files_beside_the_weights(tmp_path: Path, stored: Callable[[str, int
     with pytest.raises(TemplateError, match="chat template") as e:
         chat.encode_chat(load_tokenizer(path), [{"role": "user", "content": "hello"}])
     assert e.value.hint
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}<|eot_id|>")
+    ids = chat.encode_chat(load_tokenizer(convert(folder, tmp_path / "chat")), [{"role": "user", "content": "a"}])
+    assert ids == [64, 393]
 
 
 def test_sentencepiece_is_copied(tmp_path: Path, stored: Callable[[str, int], Path], sentencepiece: Path) -> None:
