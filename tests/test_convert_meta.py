@@ -585,6 +585,15 @@ def test_merges_are_every_way_to_make_a_token() -> None:
     ]
 
 
+def test_a_token_that_no_merge_makes(tmp_path: Path) -> None:
+    """tiktoken takes a piece that is a token as it is; the ids are tiktoken's."""
+    ranked = [*(bytes([b]) for b in range(256)), b"xyz", b"ab"]
+    for name, content in meta_tokenizer.tokenizer_files(ranked, llama31=True, context=64).items():
+        (tmp_path / name).write_text(content)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("xyz\nxyzz\nabxyz") == [258, 256, 10, 120, 121, 122, 122, 10, 257, 120, 121, 122]
+
+
 def ranks(lines: Callable[[list[bytes]], Any]) -> bytes:
     found = (Path(__file__).parent / "data" / "meta" / "tokenizer.model").read_bytes().splitlines()
     return b"\n".join(lines(found) or found)
