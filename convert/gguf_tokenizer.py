@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.convert.meta_tokenizer import LLAMA3_SPLIT
 from llama_jax.errors import TokenizerError, UnsupportedModel
 from llama_jax.tokenizer.byte_level_bpe import (
     CONTRACTIONS,
-    LLAMA3_SPLIT,
     PUNCTUATION_AND_SPACE,
     pre_tokenizer,
     tokenizer_json,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config.fields import MAX_INT, Fields, bad
+from llama_jax.config.hf import MAX_LAYERS
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 PARAMS = "params.json"
@@ -77,7 +78,10 @@ def config_dict(
             f"{PARAMS} says vocab_size={stated}, the embedding has {vocab_size} rows",
             hint=f"{PARAMS} and the weights do not belong together, or a file is missing",
         )
-    kv_heads, layers, eps = f.integer("n_kv_heads", heads), f.integer("n_layers"), f.number("norm_eps")
+    kv_heads = f.integer("n_kv_heads", heads)
+    if heads % kv_heads:
+        raise bad("n_kv_heads", kv_heads, f"a divisor of n_heads={heads}", PARAMS)
+    layers, eps = f.integer("n_layers", high=MAX_LAYERS), f.number("norm_eps")
     theta, scaled = f.number("rope_theta", 10_000.0), f.boolean("use_scaled_rope", False)
     return {
         "model_type": "llama",
@@ -109,9 +113,12 @@ def _intermediate_size(f: Fields, dim: int) -> int:
     """`FeedForward.__init__` in models/llama3/model.py: two thirds of 4 * dim, times a factor, rounded up."""
     multiple = f.integer("multiple_of", 256)
     width = f.number("ffn_dim_multiplier", 1.0) * (8 * dim // 3)
-    if not width < MAX_INT:
-        raise bad("ffn_dim_multiplier", f.get("ffn_dim_multiplier"), "a factor of a sensible size", PARAMS)
-    return multiple * -(-int(width) // multiple)
+    rounded = multiple * -(-int(min(width, MAX_INT)) // multiple)
+    if rounded >= MAX_INT:
+        raise bad(
+            "ffn_dim_multiplier", f.get("ffn_dim_multiplier"), f"such that the MLP is narrower than {MAX_INT}", PARAMS
+        )
+    return rounded
 
 
 def _context(*, byte_level: bool, scaled: bool, theta: float, llama1: bool) -> int:

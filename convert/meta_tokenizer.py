@@ -18,9 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.errors import TokenizerError
-from llama_jax.tokenizer.byte_level_bpe import LLAMA3_SPLIT, pre_tokenizer, tokenizer_json
+from llama_jax.tokenizer.byte_level_bpe import CONTRACTIONS, PUNCTUATION_AND_SPACE, pre_tokenizer, tokenizer_json
 from llama_jax.tokenizer.detokenizer import byte_alphabet
 
+LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{PUNCTUATION_AND_SPACE}"
+"""How text is cut before merging (`Tokenizer.pat_str`)."""
 MAX_BYTES = 8 << 20
 """Llama 3's file has 2 MiB."""
 _MAX_TOKEN_BYTES = 256
@@ -103,7 +105,7 @@ def tokenizer_files(ranked: list[bytes], *, llama31: bool, context: int) -> dict
 
     Returns:
       File name to content: tokenizer.json, tokenizer_config.json and special_tokens_map.json. There is no chat
-      template, since Meta's own is code.
+      template, since Meta's own is code; one that lies in the folder is copied like any other file.
     """
     letter = {byte: char for char, byte in byte_alphabet().items()}
     spelled = {token: "".join(letter[byte] for byte in token) for token in ranked}

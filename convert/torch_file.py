@@ -12,11 +12,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llama_jax.convert import torch_pickle, torch_zip
-from llama_jax.convert.torch_pickle import MAX_PICKLE_BYTES, STORAGES, PickleError, Storage, TensorView
+from llama_jax.convert.torch_pickle import MAX_NAME, MAX_PICKLE_BYTES, STORAGES, PickleError, Storage, TensorView
 from llama_jax.convert.weight_file import DAMAGED, open_file, read_at
 from llama_jax.errors import CheckpointError
 
@@ -172,7 +173,7 @@ class TorchFile:
         if f"{root}byteorder" in archive.members and self._member(archive, f"{root}byteorder", 16) != b"little":
             raise self._bad("its numbers are big-endian, which is not supported")
         value, _ = torch_pickle.unpickle(self._member(archive, f"{root}data.pkl", MAX_PICKLE_BYTES))
-        return torch_pickle.state_dict(value), lambda storage: archive.place(f"{root}data/{storage.key}")
+        return _state_dict(value), lambda storage: archive.place(f"{root}data/{storage.key}")
 
     def _member(self, archive: torch_zip.ZipDirectory, name: str, limit: int) -> bytes:
         begin, size = archive.place(name)
@@ -193,7 +194,7 @@ class TorchFile:
             raise self._bad("it has another version or byte order than torch.save writes here")
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise self._bad("its list of storages is malformed")
-        views = torch_pickle.state_dict(value)
+        views = _state_dict(value)
         itemsizes = {view.storage.key: STORAGES[view.storage.kind][1] for view in views.values()}
         size, places = os.fstat(self._fd).st_size, {}
         for key in keys:
@@ -210,3 +211,19 @@ class TorchFile:
             return places[storage.key]
 
         return views, place
+
+
+def _state_dict(value: Any) -> dict[str, TensorView]:
+    """Checks that an unpickled value is a dict of named tensors.
+
+    Raises:
+      PickleError: it is something else.
+    """
+    if not isinstance(value, dict):
+        raise PickleError(f"it holds a {type(value).__name__}, not a state dict of named tensors")
+    for key, tensor in value.items():
+        if not isinstance(key, str) or len(key) > MAX_NAME:
+            raise PickleError("a key of its state dict is no name of a tensor")
+        if not isinstance(tensor, TensorView):
+            raise PickleError(f"its entry {key!r:.200} is a {type(tensor).__name__}, not a tensor")
+    return value

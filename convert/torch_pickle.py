@@ -20,7 +20,7 @@ MAX_PICKLE_BYTES = 16 << 20
 """About 150 bytes describe a tensor."""
 _MAX_INTEGER_BYTES = 16
 _MAX_DIMS = 8
-_MAX_NAME = 4096
+MAX_NAME = 4096
 
 STORAGES: Mapping[str, tuple[str, int]] = {
     "FloatStorage": ("F32", 4),
@@ -80,22 +80,6 @@ class TensorView:
     strides: tuple[int, ...]
 
 
-def state_dict(value: Any) -> dict[str, TensorView]:
-    """Checks that an unpickled value is a dict of named tensors.
-
-    Raises:
-      PickleError: it is something else.
-    """
-    if not isinstance(value, dict):
-        raise PickleError(f"it holds a {type(value).__name__}, not a state dict of named tensors")
-    for key, tensor in value.items():
-        if not isinstance(key, str) or len(key) > _MAX_NAME:
-            raise PickleError("a key of its state dict is no name of a tensor")
-        if not isinstance(tensor, TensorView):
-            raise PickleError(f"its entry {key!r:.200} is a {type(tensor).__name__}, not a tensor")
-    return value
-
-
 def unpickle(data: bytes, start: int = 0) -> tuple[Any, int]:
     """Interprets one pickle.
 
@@ -104,7 +88,7 @@ def unpickle(data: bytes, start: int = 0) -> tuple[Any, int]:
       start: where it begins.
 
     Returns:
-      Its value, made of None, bool, int, float, str, bytes, tuple, list, dict, `Name`, `Storage` and `TensorView`; and
+      Its value, made of None, bool, int, float, str, tuple, list, dict, `Name`, `Storage` and `TensorView`; and
       where it ends in `data`.
 
     Raises:
@@ -150,7 +134,7 @@ class _Machine:
         return struct.unpack(fmt, self.take(struct.calcsize(fmt)))[0]
 
     def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + _MAX_NAME)
+        end = self.data.find(b"\n", self.at, self.at + MAX_NAME)
         if end < 0:
             raise PickleError("its pickle holds a name without an end")
         return self.take(end + 1 - self.at)[:-1].decode("utf-8")
@@ -247,12 +231,8 @@ def _constant(value: Any) -> Callable[[_Machine], None]:
     return lambda m: m.push(value)
 
 
-def _counted(fmt: str, make: Callable[[bytes], Any]) -> Callable[[_Machine], None]:
-    return lambda m: m.push(make(m.take(m.number(fmt))))
-
-
-def _text(raw: bytes) -> str:
-    return raw.decode("utf-8")
+def _text(fmt: str) -> Callable[[_Machine], None]:
+    return lambda m: m.push(m.take(m.number(fmt)).decode("utf-8"))
 
 
 def _integer(fmt: str) -> Callable[[_Machine], None]:
@@ -286,16 +266,13 @@ _INSTRUCTIONS: Mapping[bytes, Callable[[_Machine], None]] = {
     b"G": _integer(">d"),
     b"\x8a": lambda m: m.push(m.integer(m.number("<B"))),  # LONG1
     b"\x8b": lambda m: m.push(m.integer(m.number("<i"))),  # LONG4
-    b"X": _counted("<I", _text),
-    b"\x8c": _counted("<B", _text),
-    b"\x8d": _counted("<Q", _text),
-    b"U": _counted("<B", _text),  # SHORT_BINSTRING, from Python 2
-    b"T": _counted("<I", _text),
-    b"C": _counted("<B", bytes),
-    b"B": _counted("<I", bytes),
+    b"X": _text("<I"),
+    b"\x8c": _text("<B"),
+    b"\x8d": _text("<Q"),
+    b"U": _text("<B"),  # SHORT_BINSTRING and BINSTRING, from Python 2
+    b"T": _text("<I"),
     b"(": _Machine.mark,
     b"t": lambda m: m.push(tuple(m.since_mark())),
-    b"l": lambda m: m.push(m.since_mark()),
     b"\x85": _tuple(1),
     b"\x86": _tuple(2),
     b"\x87": _tuple(3),

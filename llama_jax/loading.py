@@ -73,8 +73,8 @@ def load(
     """Loads a model, converting it into the cache first if it is not an Orbax checkpoint yet.
 
     Args:
-      model: the default model's name, a folder (Orbax checkpoint or Hugging Face), a GGUF file, or "org/name" on the
-        Hugging Face hub.
+      model: the default model's name, a folder (Orbax checkpoint, Hugging Face or Meta), a GGUF file, or "org/name" on
+        the Hugging Face hub.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
       mesh: devices to spread the parameters over, by the rules of `llama_jax.sharding`: heads, hidden units, experts and
         the vocabulary over its axis "tensor". A mesh without that axis holds a copy on every device.

@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
+import tiktoken  # type: ignore[import-not-found]
 import torch
-from tiktoken._educational import bpe_train
+from tiktoken._educational import bpe_train  # type: ignore[import-not-found]
 from transformers import LlamaConfig, LlamaForCausalLM
 
 NEW_TOKENS = 16
 LENGTHS = (20, 13)
 SPECIAL_TOKENS = 256
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 TEXTS = [
     "The quick brown fox jumps over the lazy dog; isn't it? We'll see: THEY'RE here, I'm not, he'd gone.",
@@ -214,10 +215,8 @@ def shard(case: Case, weights: dict[str, torch.Tensor], rank: int, n: int) -> di
     part = collections.OrderedDict()
     for name, weight in weights.items():
         kind = name.split(".")[-2]
-        if kind == "tok_embeddings":
-            axis = 0 if case.rope_factor else 1
-        else:
-            axis = 0 if kind in rows else 1 if kind in ("wo", "w2") else None
+        axes = dict.fromkeys(rows, 0) | {"wo": 1, "w2": 1, "tok_embeddings": 0 if case.rope_factor else 1}
+        axis = axes.get(kind)
         if n == 1 or axis is None:
             part[name] = weight
         else:
@@ -245,7 +244,7 @@ def make_case(case: Case, folder: Path) -> None:
     print(folder, "seed", seed)
 
 
-def compute(case: Case, weights: dict[str, torch.Tensor], rows: list[list[int]]) -> dict[str, np.ndarray] | None:
+def compute(case: Case, weights: dict[str, torch.Tensor], rows: list[list[int]]) -> dict[str, Any] | None:
     """The arrays of expected.npz; None where a greedy choice is too close for float32."""
     longest = max(map(len, rows))
     ids, mask = np.zeros((2, len(rows), longest), np.int64)

@@ -274,6 +274,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: archive(p, {"x/data.pkl": GOOD, "x/data/0": bytes(50 << 20)}, compression=zipfile.ZIP_DEFLATED),
         "compressed",
     ),
+    "another method": (edited(set_at(ENTRY, 10, "<H", 12)), "compressed"),
     "encrypted": (edited(set_at(ENTRY, 8, "<H", 1)), "encrypted"),
     "larger than stored": (edited(set_at(ENTRY, 24, "<I", 1 << 31)), "compressed"),
     "no pickle": (lambda p: archive(p, {"x/data/0": b""}), "0 members called data.pkl"),

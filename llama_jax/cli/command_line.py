@@ -104,8 +104,8 @@ class CommandLine(click.Group):
 def cli(ctx: click.Context) -> None:
     """Llama models in JAX: convert a checkpoint, generate text, chat.
 
-    Every command takes --json and --help. MODEL is a folder (a converted checkpoint or a Hugging Face folder), a GGUF
-    file, org/name of the Hugging Face hub, or the default model, which needs no network.
+    Every command takes --json and --help. MODEL is a folder (a converted checkpoint, or one of Hugging Face or Meta), a
+    GGUF file, org/name of the Hugging Face hub, or the default model, which needs no network.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -7,8 +7,7 @@ from typing import Any
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PUNCTUATION_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{PUNCTUATION_AND_SPACE}"
-"""How Llama 3 cuts text before merging: `Tokenizer.pat_str` in Meta's llama-models, models/llama3/tokenizer.py."""
+"""Parts of the expressions by which many models cut text before merging."""
 
 
 def pre_tokenizer(pattern: str | None) -> dict[str, Any]:
