@@ -42,7 +42,7 @@ class Recorder:
         return result
 
 recorder = Recorder()
-options = ["-q", "--no-header", "--tb=short", "-m", "", "-p", "no:cacheprovider"]
+options = ["-q", "--no-header", "--tb=short", "-m", "", "-p", "no:cacheprovider", "-n", "0"]
 code = int(pytest.main([*options, *tests], plugins=[recorder]))
 Path(report).write_text(json.dumps(recorder.outcomes))
 if module and not Path(sys.modules[module].__file__).resolve().is_relative_to(copy):
