@@ -381,15 +381,15 @@ CONVERSION: tuple[Mutation, ...] = (
     Mutation(
         "GGUF queries left in llama.cpp's order",
         "convert/gguf.py",
-        "return half_rotation(array, self.config.num_heads)",
+        "return array if heads is None else half_rotation(array, heads)",
         "return array",
         ("tests/test_convert_gguf.py::test_unquantised_files[f32]",),
     ),
     Mutation(
         "GGUF keys put in order by the number of query heads",
         "convert/gguf.py",
-        "return half_rotation(array, self.config.num_kv_heads)",
-        "return half_rotation(array, self.config.num_heads)",
+        'return config.num_kv_heads if ".attn.k_proj." in spec.name else None',
+        'return config.num_heads if ".attn.k_proj." in spec.name else None',
         ("tests/test_convert_gguf.py::test_unquantised_files[f32]",),
     ),
     Mutation(
@@ -433,6 +433,34 @@ CONVERSION: tuple[Mutation, ...] = (
         '"rope_theta": 500_000.0',
         '"rope_theta": 10_000.0',
         ("tests/test_convert_multimodal.py::test_mllama_defaults",),
+    ),
+    Mutation(
+        "exported gate and up experts swapped",
+        "convert/export/hf.py",
+        "for leaf in leaves])",
+        "for leaf in leaves[::-1]])",
+        ("tests/test_export_hf.py::test_the_bytes_of_every_golden_come_back[llama4-text]",),
+    ),
+    Mutation(
+        "exported queries left in our order",
+        "convert/export/gguf.py",
+        "return array if heads is None else pair_rotation(array, heads)",
+        "return array",
+        ("tests/test_export_gguf.py::test_goldens_are_what_llama_cpp_makes_of_them[llama2-mha]",),
+    ),
+    Mutation(
+        "GGUF export of models that llama.cpp computes otherwise",
+        "convert/export/gguf_metadata.py",
+        "    if differing:",
+        "    if differing and not found:",
+        ("tests/test_export_gguf.py::test_models_that_llama_cpp_computes_otherwise_are_refused[llama-gelu]",),
+    ),
+    Mutation(
+        "damaged small files exported",
+        "convert/export/source.py",
+        "if digest(found[name]) != expected:",
+        "if not expected:",
+        ("tests/test_export_hf.py::test_damaged_checkpoints_are_named_and_leave_nothing[changed small file]",),
     ),
     Mutation(
         "digest of a tensor not compared",

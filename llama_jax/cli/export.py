@@ -23,7 +23,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
         "llama-jax export ./llama-1b ./llama-1b-hf --to hf",
         "llama-jax export ./llama-1b ./llama-1b-hf --to hf --dtype bfloat16 --shard-size 2GB",
         "llama-jax export ./llama-1b ./llama-1b.gguf --to gguf",
-        "llama-jax export smollm2-135m-instruct smollm2.Q8_0.gguf --to gguf --type q8_0",
+        "llama-jax export ./llama-1b ./llama-1b.q8_0.gguf --to gguf --type q8_0",
     ),
 )
 @click.argument("checkpoint", metavar="CHECKPOINT")
