@@ -19,7 +19,7 @@ from llama_jax.convert.direct import load_source, opened
 from llama_jax.fuse import fuse_in_place
 from llama_jax.models import DEFAULT_MODEL, locate, resolve
 from llama_jax.params import Params, flatten
-from llama_jax.sharding import param_sharding
+from llama_jax.sharding import automatic_mesh, param_sharding
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 
 
@@ -92,6 +92,7 @@ def load(
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`.
     """
     runtime.enable_compilation_cache()
+    mesh = None if mesh is None else automatic_mesh(mesh)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
     located = None if convert else locate(model, notify=notify)
     if located is None or located.converted is None:

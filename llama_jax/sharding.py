@@ -55,4 +55,14 @@ def param_sharding(
 
     A mesh that lacks the axes of the rules holds a whole copy on every device.
     """
-    return lambda spec: NamedSharding(mesh, partition_spec(spec, config, mesh, rules))
+    automatic = automatic_mesh(mesh)
+    return lambda spec: NamedSharding(automatic, partition_spec(spec, config, automatic, rules))
+
+
+def automatic_mesh(mesh: Mesh) -> Mesh:
+    """The same devices and axes, with axes that the compiler shards over by itself.
+
+    `jax.make_mesh` gives axes of the explicit kind, under which every operation of a model would have to name the
+    sharding of its result (https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html).
+    """
+    return Mesh(mesh.devices, mesh.axis_names)
