@@ -76,8 +76,8 @@ def load(
       model: the default model's name, a folder (Orbax checkpoint or Hugging Face), a GGUF file, or "org/name" on the
         Hugging Face hub.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
-      mesh: devices to spread the parameters over, by the rules of `llama_jax.sharding`: heads, hidden units, experts and
-        the vocabulary over its axis "tensor". A mesh without that axis holds a copy on every device.
+      mesh: devices to spread the parameters over, by the rules of `llama_jax.sharding`: heads, hidden units, experts
+        and the vocabulary over its axis "tensor". A mesh without that axis holds a copy on every device.
       convert: False reads a source in another format as it is and writes nothing to disk: the same tree, though there
         are no digests to check, and quantised weights are decoded anew each time.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that

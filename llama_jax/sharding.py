@@ -36,15 +36,15 @@ def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: Mesh, rules: Rule
     used once, for the first dimension that it divides (experts before the width of each).
     """
     heads = {"q_heads": config.num_heads, "kv_heads": config.num_kv_heads}
-    used: set[str] = set()
+    used: set[str | None] = set()
     split: list[str | None] = []
     for axis, size in zip(spec.axes, spec.shape, strict=True):
-        over = rules.get(axis) if axis is not None else None
-        if over not in mesh.shape or over in used or heads.get(axis or "", size) % mesh.shape[over]:
-            over = None
-        else:
+        over = rules.get(axis or "")
+        if over in mesh.shape and over not in used and heads.get(axis or "", size) % mesh.shape[over] == 0:
             used.add(over)
-        split.append(over)
+            split.append(over)
+        else:
+            split.append(None)
     return PartitionSpec(*split)
 
 

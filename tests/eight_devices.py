@@ -30,7 +30,11 @@ from llama_jax.params import flatten
 from llama_jax.sharding import param_sharding
 
 FAMILIES = ("llama3.1-rope", "qwen2-bias", "mixtral-moe", "llama4-text", "smollm2-odd-heads", "llama-mqa")
-MESHES = {"tensor=8": ((8,), ("tensor",)), "data=2, tensor=4": ((2, 4), ("data", "tensor")), "data=8": ((8,), ("data",))}
+MESHES = {
+    "tensor=8": ((8,), ("tensor",)),
+    "data=2, tensor=4": ((2, 4), ("data", "tensor")),
+    "data=8": ((8,), ("data",)),
+}
 
 
 def mesh_of(name: str) -> Mesh:
@@ -122,9 +126,7 @@ def test_any_layout(
         patch.setattr(place, "BLOCK_BYTES", block)
         patch.setattr(place, "READ_BYTES", read)
         dtype = None if wanted is None else jnp.dtype(wanted)
-        builder = LeafBuilder(
-            TensorInfo(shape, stored, ""), dtype, NamedSharding(mesh_of("data=2, tensor=4"), spec)
-        )
+        builder = LeafBuilder(TensorInfo(shape, stored, ""), dtype, NamedSharding(mesh_of("data=2, tensor=4"), spec))
         rows = 0
         for taken in builder.blocks():
             assert taken.start == rows

@@ -1,4 +1,4 @@
-"""Loading: part of a tree, several devices, several processes, a source without conversion, files that change meanwhile."""
+"""Loading: several devices and processes, part of a tree, no conversion, files that change meanwhile."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import tensorstore as ts
 from click.testing import CliRunner
 from helpers import GOLDENS
 from hypothesis import given
@@ -160,7 +162,10 @@ ALL = {s.name for s in param_specs(CONFIG)}
         ({"without": "lm_head.*"}, ALL - {"lm_head.weight"}),
         ({"only": "lm_head.weight"}, {"lm_head.weight"}),
         ({"only": ["layers.0.*", "embed.weight"]}, {n for n in ALL if n.startswith(("layers.0.", "embed"))}),
-        ({"only": "layers.1.*", "without": ["*norm*"]}, {n for n in ALL if n.startswith("layers.1.") and "norm" not in n}),
+        (
+            {"only": "layers.1.*", "without": ["*norm*"]},
+            {n for n in ALL if n.startswith("layers.1.") and "norm" not in n},
+        ),
         ({"only": "layers.[01].attn.[qk]_proj.*"}, {n for n in ALL if ".q_proj." in n or ".k_proj." in n}),
         ({}, ALL),
     ],
@@ -195,8 +200,6 @@ def test_patterns_that_fit_nothing(checkpoint: Path, options: dict[str, Any], pa
 @given(st.data())
 def test_rows_of_any_chunks(data: st.DataObject) -> None:
     """Chunks that cut any dimension, and do not divide it."""
-    import tempfile
-
     shape = tuple(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
     chunk = [data.draw(st.integers(1, n + 1)) for n in shape]
     array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -213,8 +216,6 @@ def test_rows_of_any_chunks(data: st.DataObject) -> None:
 def write_zarr(
     folder: Path, arrays: dict[str, np.ndarray], chunk: list[int], codecs: list[dict[str, Any]], **config: int
 ) -> None:
-    import tensorstore as ts
-
     base = {"driver": "file", "path": f"{folder}/"}
     for name, array in arrays.items():
         metadata = {
@@ -285,7 +286,7 @@ def test_only_the_rows_that_are_wanted_are_read(checkpoint: Path, monkeypatch: p
 
 
 @pytest.fixture
-def interfere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], None], int], None]]:
+def interfere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None], int], None]:
     """interfere(action, n) has `action` happen before the n-th read of the data of a tensor."""
     state: dict[str, Any] = {"left": 0, "action": None}
     original = os.preadv
@@ -303,7 +304,7 @@ def interfere(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[]
     monkeypatch.setattr(place, "READ_BYTES", 256)
     monkeypatch.setattr(tensors.os, "cpu_count", lambda: 1)
 
-    yield lambda action, n: state.update(action=action, left=n)
+    return lambda action, n: state.update(action=action, left=n)
 
 
 def largest(folder: Path, pattern: str) -> Path:
@@ -382,10 +383,9 @@ def test_direct_load_equals_conversion(tmp_path: Path, case: str) -> None:
 def test_direct_load_of_gguf(tmp_path: Path, hf: dict[str, Any]) -> None:
     hf = hf | {"hidden_size": 32, "head_dim": 8, "intermediate_size": 32}
     write_gguf(tmp_path / "m.gguf", hf, quantisation=gguf.GGMLQuantizationType.Q8_0)
-    extra = {n: f for n, f in (("tokenizer.json", "{}"),)}
     with opened(tmp_path / "m.gguf") as source:
         leaves = {s.name: source.read(s) for s in param_specs(source.config)}
-        path = save(tmp_path / "model", unflatten(leaves), source.config, files=extra)
+        path = save(tmp_path / "model", unflatten(leaves), source.config)
     assert direct(tmp_path / "m.gguf") == loaded_bits(load_params(path))
     assert direct(tmp_path / "m.gguf", only="layers.0.*").keys() < direct(tmp_path / "m.gguf").keys()
 

@@ -52,9 +52,7 @@ def command(
     with Reporter(quiet=as_json) as reporter:
         reporter.warn_of_unused_gpu()
         if preset is None:
-            loaded, _ = load(
-            model, dtype=dtype, convert=convert, progress=reporter.progress, notify=reporter.notify
-        )
+            loaded, _ = load(model, dtype=dtype, convert=convert, progress=reporter.progress, notify=reporter.notify)
         else:
             loaded = random_model(preset, dtype or runtime.default_dtype())
     ceilings = measure_ceilings(loaded.dtype)

@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from llama_jax.cli.options import convert_option, dtype_option, examples, given, model_option, quiet_option, sampling_options
+from llama_jax.cli.options import (
+    convert_option,
+    dtype_option,
+    examples,
+    given,
+    model_option,
+    quiet_option,
+    sampling_options,
+)
 from llama_jax.cli.progress import Reporter
 
 
