@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -88,6 +89,14 @@ class HuggingFaceFolder:
         else:
             self._read_experts(made, out)
         return out
+
+    def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> bool:
+        """Reads some rows of a leaf that is a tensor of the file as it is; see `convert.model_source.RowSource`."""
+        made = self._recipes[spec.name]
+        if len(made.sources) > 1 or made.part is not None or made.transposed:
+            return False
+        self._read_into(made.sources[0], out, start * math.prod(spec.shape[1:]) * out.itemsize)
+        return True
 
     def _read_experts(self, made: Recipe, out: np.ndarray) -> None:
         """Takes a fused tensor apart, expert by expert, so that no second copy of it is ever in memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +45,18 @@ class ModelSource(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class RowSource(Protocol):
+    """A source that can read some rows of a leaf, where the leaf stands in its file as it is."""
+
+    def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> bool:
+        """Fills `out` [rows, ...] with the rows from `start` on; False, and nothing read, if only `read` can do it.
+
+        The answer is the same for all rows of a leaf. May be called from several threads at once.
+        """
+        ...
+
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -74,8 +86,13 @@ def count_nonfinite(array: np.ndarray) -> int:
 
 def check_finite(name: str, array: np.ndarray, path: Path) -> None:
     """Raises CheckpointError with the tensor's name and the count if any element is NaN or infinite."""
-    if bad := count_nonfinite(array):
+    refuse_nonfinite(name, count_nonfinite(array), array.size, path)
+
+
+def refuse_nonfinite(name: str, bad: int, size: int, path: Path) -> None:
+    """Raises CheckpointError if `bad` of `size` elements of a tensor are NaN or infinite."""
+    if bad:
         raise CheckpointError(
-            f"{path}: tensor {name} holds {bad} values that are NaN or infinite (of {array.size})",
+            f"{path}: tensor {name} holds {bad} values that are NaN or infinite (of {size})",
             hint="the source is damaged; if the values are meant, convert it with --allow-nonfinite",
         )

@@ -192,5 +192,4 @@ def host_bytes(nbytes: int) -> int:
 
 def fill(block: Block, tensor: np.ndarray) -> None:
     """Fills a block from the whole tensor."""
-    if block.wanted:
-        _bits(block.rows)[...] = _bits(tensor)[block.start : block.start + len(block.rows)]
+    _bits(block.rows)[...] = _bits(tensor)[block.start : block.start + len(block.rows)]
