@@ -10,7 +10,7 @@ from typing import Any
 from llama_jax.checkpoint.format import Progress, TensorInfo
 from llama_jax.checkpoint.load import build_params, select, weights_dtype
 from llama_jax.checkpoint.place import LeafBuilder, Placements, fill, host_bytes
-from llama_jax.convert.model_source import ModelSource, check_finite
+from llama_jax.convert.model_source import ModelSource, RowSource, count_nonfinite, refuse_nonfinite
 from llama_jax.convert.run import open_source
 from llama_jax.errors import CheckpointError
 from llama_jax.params import Params, ParamSpec, param_specs
@@ -28,8 +28,8 @@ def load_source(
 ) -> Params:
     """The tree that `load_params` would give after a conversion; writes nothing.
 
-    Leaf by leaf the source is read, checked and spread over the devices; the host holds at most 1 GiB of leaves in
-    flight, or the largest one.
+    Leaf by leaf the source is read, checked and spread over the devices. Leaves that stand in the source as they are
+    pass row by row, others whole; the host holds at most 1 GiB in flight, or the largest leaf.
 
     Args:
       source: an opened source, which has checked names, shapes and dtypes.
@@ -43,13 +43,21 @@ def load_source(
     target = weights_dtype(dtype)
     specs = select(param_specs(source.config), only, without)
     tensors = {s.name: TensorInfo(s.shape, source.dtype(s).name, "") for s in specs}
+    rows = source if isinstance(source, RowSource) else None
 
     def read(spec: ParamSpec, leaf: LeafBuilder) -> None:
-        array = source.read(spec)
-        if verify:
-            check_finite(spec.name, array, source.path)
+        whole, bad = None, 0
         for block in leaf.blocks():
-            fill(block, array)
+            if not (verify or block.wanted):
+                continue
+            if whole is None and not (rows is not None and rows.read_rows(spec, block.start, block.rows)):
+                whole = source.read(spec)
+            if whole is not None:
+                fill(block, whole)
+            if verify:
+                bad += count_nonfinite(block.rows)
+        if verify:
+            refuse_nonfinite(spec.name, bad, spec.size, source.path)
 
     return build_params(
         specs,

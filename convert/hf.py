@@ -101,6 +101,15 @@ class HuggingFaceFolder:
             self._read_experts(made, out)
         return out
 
+    def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> bool:
+        """Reads some rows of a leaf that is a tensor of the file as it is; see `convert.model_source.RowSource`."""
+        made = self._recipes[spec.name]
+        weight = self._weights[made.sources[0]]
+        if len(made.sources) > 1 or made.part is not None or made.transposed or not isinstance(weight, PlainWeight):
+            return False
+        weight.read_into(out, row=start)
+        return True
+
     def _read_experts(self, made: Recipe, out: np.ndarray) -> None:
         """Takes a stack of experts apart, one by one, so that no second copy of it is ever in memory."""
         weight, width = self._weights[made.sources[0]], out.shape[1]

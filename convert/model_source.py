@@ -97,6 +97,18 @@ def weight_files(model: ModelSource, specs: Iterable[ParamSpec]) -> tuple[Path, 
     return tuple(sorted(files))
 
 
+@runtime_checkable
+class RowSource(Protocol):
+    """A source that can read some rows of a leaf, where the leaf stands in its file as it is."""
+
+    def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> bool:
+        """Fills `out` [rows, ...] with the rows from `start` on; False, and nothing read, if only `read` can do it.
+
+        The answer is the same for all rows of a leaf. May be called from several threads at once.
+        """
+        ...
+
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES_BY_NAME: Mapping[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -143,15 +155,21 @@ def check_finite(name: str, array: np.ndarray, path: Path) -> None:
     Raises:
       CheckpointError: names the tensor, and counts.
     """
-    if bad := count_nonfinite(array):
-        what = f"{bad} values that are NaN or infinite (of {array.size})"
-    elif array.ndim > 1 and not array.any():
-        what = f"nothing but zeros ({array.size} of them)"
-    elif 2 * (few := _count_subnormal(array)) > array.size:
-        what = f"{few} subnormal values (of {array.size}), far too small for weights"
-    else:
-        return
-    raise CheckpointError(
+    refuse_nonfinite(name, count_nonfinite(array), array.size, path)
+    if array.ndim > 1 and not array.any():
+        raise _unsound(name, f"nothing but zeros ({array.size} of them)", path)
+    if 2 * (few := _count_subnormal(array)) > array.size:
+        raise _unsound(name, f"{few} subnormal values (of {array.size}), far too small for weights", path)
+
+
+def refuse_nonfinite(name: str, bad: int, size: int, path: Path) -> None:
+    """Raises CheckpointError if `bad` of `size` elements of a tensor are NaN or infinite."""
+    if bad:
+        raise _unsound(name, f"{bad} values that are NaN or infinite (of {size})", path)
+
+
+def _unsound(name: str, what: str, path: Path) -> CheckpointError:
+    return CheckpointError(
         f"{path}: tensor {name} holds {what}",
         hint="the source is damaged; if the values are meant, convert it with --allow-nonfinite",
     )

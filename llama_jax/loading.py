@@ -19,7 +19,7 @@ from llama_jax.convert.direct import load_source, opened
 from llama_jax.fuse import fuse_in_place
 from llama_jax.models import DEFAULT_MODEL, find, resolve
 from llama_jax.params import Params, flatten
-from llama_jax.sharding import param_sharding
+from llama_jax.sharding import automatic_mesh, param_sharding
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 
 
@@ -76,8 +76,8 @@ def load(
       model: the default model's name, a folder (Orbax checkpoint, Hugging Face or Meta), a GGUF file, or "org/name" on
         the Hugging Face hub.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
-      mesh: devices to spread the parameters over, by the rules of `llama_jax.sharding`: heads, hidden units, experts and
-        the vocabulary over its axis "tensor". A mesh without that axis holds a copy on every device.
+      mesh: devices to spread the parameters over, by the rules of `llama_jax.sharding`: heads, hidden units, experts
+        and the vocabulary over its axis "tensor". A mesh without that axis holds a copy on every device.
       convert: False reads a source in another format as it is and writes nothing to disk: the same tree, though there
         are no digests to check, and quantised weights are decoded anew each time.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
@@ -92,6 +92,7 @@ def load(
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`.
     """
     runtime.enable_compilation_cache()
+    mesh = None if mesh is None else automatic_mesh(mesh)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
     found = None if convert else find(model, progress=progress, notify=notify)
     if found is None or found.converted is None:

@@ -36,15 +36,15 @@ def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: Mesh, rules: Rule
     used once, for the first dimension that it divides (experts before the width of each).
     """
     heads = {"q_heads": config.num_heads, "kv_heads": config.num_kv_heads}
-    used: set[str] = set()
+    used: set[str | None] = set()
     split: list[str | None] = []
     for axis, size in zip(spec.axes, spec.shape, strict=True):
-        over = rules.get(axis) if axis is not None else None
-        if over not in mesh.shape or over in used or heads.get(axis or "", size) % mesh.shape[over]:
-            over = None
-        else:
+        over = rules.get(axis or "")
+        if over in mesh.shape and over not in used and heads.get(axis or "", size) % mesh.shape[over] == 0:
             used.add(over)
-        split.append(over)
+            split.append(over)
+        else:
+            split.append(None)
     return PartitionSpec(*split)
 
 
@@ -55,4 +55,14 @@ def param_sharding(
 
     A mesh that lacks the axes of the rules holds a whole copy on every device.
     """
-    return lambda spec: NamedSharding(mesh, partition_spec(spec, config, mesh, rules))
+    automatic = automatic_mesh(mesh)
+    return lambda spec: NamedSharding(automatic, partition_spec(spec, config, automatic, rules))
+
+
+def automatic_mesh(mesh: Mesh) -> Mesh:
+    """The same devices and axes, with axes that the compiler shards over by itself.
+
+    `jax.make_mesh` gives axes of the explicit kind, under which every operation of a model would have to name the
+    sharding of its result (https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html).
+    """
+    return Mesh(mesh.devices, mesh.axis_names)

@@ -1,10 +1,10 @@
 """Where the bytes of a checkpoint's tensors stand on disk, and reading any rows of them.
 
 Orbax keeps arrays as zarr v3 (https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html) in an OCDBT database
-(https://google.github.io/tensorstore/kvstore/ocdbt/index.html). Reading them through tensorstore means a whole chunk, up
-to 256 MiB, for a single row, and a second copy of it in memory. The chunks of our checkpoints are not compressed, so
-tensorstore is only asked where they are, and their bytes are read with `pread` straight to where they are wanted: twice
-as fast, and a file that is cut short meanwhile ends in an error.
+(https://google.github.io/tensorstore/kvstore/ocdbt/index.html). Reading them through tensorstore means a whole chunk,
+up to 256 MiB, for a single row, and a second copy of it in memory. The chunks of our checkpoints are not compressed, so
+tensorstore is only asked where they are, and their bytes are read with `pread` straight to where they are wanted, which
+is twice as fast.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 The rows of a tensor pass once through the host's memory. What a device keeps goes to that device; copies of the same
 shard on several devices come from one read. On the CPU the buffer that the rows are read into becomes the device's own.
-For other devices, and for a cast (which the device does), at most BLOCK_BYTES of rows are gathered before they are sent.
+For other devices, and for a cast (which the device does), rows are gathered up to BLOCK_BYTES before they are sent.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -94,7 +95,7 @@ class LeafBuilder:
         cuts = sorted({0, self._info.shape[0]}.union(*(shard.cuts() for shard in self._shards)))
         step = max(1, READ_BYTES // max(self._row_bytes, 1))
         scratch: np.ndarray | None = None
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in itertools.pairwise(cuts):
             takers = [shard for shard in self._shards if shard.rows[0] <= begin < shard.rows[1]]
             for shard in takers:
                 if shard.buffer is None:
@@ -191,5 +192,4 @@ def host_bytes(nbytes: int) -> int:
 
 def fill(block: Block, tensor: np.ndarray) -> None:
     """Fills a block from the whole tensor."""
-    if block.wanted:
-        _bits(block.rows)[...] = _bits(tensor)[block.start : block.start + len(block.rows)]
+    _bits(block.rows)[...] = _bits(tensor)[block.start : block.start + len(block.rows)]

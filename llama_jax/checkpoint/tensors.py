@@ -1,7 +1,7 @@
 """Reading tensors of a checkpoint into host memory, and checking them all.
 
-The bytes are read from the files that Orbax wrote, without Orbax (see `chunks`). Buffers are aligned to 64 bytes, so that
-XLA on the CPU uses them in place.
+The bytes are read from the files that Orbax wrote, without Orbax (see `chunks`). Buffers are aligned to 64 bytes, so
+that XLA on the CPU uses them in place.
 """
 
 from __future__ import annotations
