@@ -25,7 +25,6 @@ from llama_jax.models.cache import (
     local_path,
 )
 from llama_jax.models.listing import Download, ModelInfo, list_downloads, list_models
-from llama_jax.models.removal import Removable, find_leftovers, find_models, remove
 
 __all__ = [
     "CACHE_VARIABLE",
@@ -34,16 +33,13 @@ __all__ = [
     "ModelInfo",
     "Notify",
     "Pulled",
-    "Removable",
     "cache_dir",
+    "check_source",
     "fetch_source",
-    "find_leftovers",
-    "find_models",
     "list_downloads",
     "list_models",
     "locate",
     "pull",
-    "remove",
     "resolve",
 ]
 
@@ -281,6 +277,23 @@ def _from_hub(repo: str, snapshot: Path, progress: Progress | None, say: Notify)
     return _convert(_source_in(snapshot), hub_path(repo, commit), progress, say, name=repo, revision=commit)
 
 
+def check_source(source: Path) -> None:
+    """Tries out the tokenizer of a folder or file that is to be converted.
+
+    Raises:
+      TokenizerError: it harms the process that uses it (`llama_jax.tokenizer.check`).
+      LlamaJaxError: it cannot be opened as a model.
+    """
+    from llama_jax.convert.run import open_source
+    from llama_jax.tokenizer.check import check_tokenizer
+
+    model = open_source(source)
+    try:
+        check_tokenizer(model.files)
+    finally:
+        model.close()
+
+
 def _convert(
     source: Path,
     path: Path,
@@ -293,14 +306,8 @@ def _convert(
     if is_checkpoint(path):
         return path
     from llama_jax.convert import convert
-    from llama_jax.convert.run import open_source
-    from llama_jax.tokenizer.check import check_tokenizer
 
-    model = open_source(source)
-    try:
-        check_tokenizer(model.files)
-    finally:
-        model.close()
+    check_source(source)
     say(f"Converting {source} to {path} (once)")
     try:
         return convert(source, path, name=name, revision=revision, progress=progress)
