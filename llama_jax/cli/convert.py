@@ -40,10 +40,12 @@ def command(
     """
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.convert import convert
+    from llama_jax.models import check_source
 
     began = time.monotonic()
     with Reporter(quiet=quiet, label="Converting") as reporter:
         source, name, revision = _source(src, reporter)
+        check_source(source)
         path = convert(
             source,
             dst,

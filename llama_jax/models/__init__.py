@@ -25,7 +25,6 @@ from llama_jax.models.cache import (
     local_path,
 )
 from llama_jax.models.listing import Download, ModelInfo, list_downloads, list_models
-from llama_jax.models.removal import Removable, find_leftovers, find_models, remove
 
 __all__ = [
     "CACHE_VARIABLE",
@@ -35,17 +34,14 @@ __all__ = [
     "ModelInfo",
     "Notify",
     "Pulled",
-    "Removable",
     "cache_dir",
+    "check_source",
     "fetch_source",
     "find",
-    "find_leftovers",
-    "find_models",
     "list_downloads",
     "list_models",
     "locate",
     "pull",
-    "remove",
     "resolve",
 ]
 
@@ -301,6 +297,23 @@ def _from_hub(repo: str, snapshot: Path) -> Found:
     return Found(_source_in(snapshot), hub_path(repo, snapshot.name), repo, snapshot.name)
 
 
+def check_source(source: Path) -> None:
+    """Tries out the tokenizer of a folder or file that is to be converted.
+
+    Raises:
+      TokenizerError: it harms the process that uses it (`llama_jax.tokenizer.check`).
+      LlamaJaxError: it cannot be opened as a model.
+    """
+    from llama_jax.convert.run import open_source
+    from llama_jax.tokenizer.check import check_tokenizer
+
+    model = open_source(source)
+    try:
+        check_tokenizer(model.files)
+    finally:
+        model.close()
+
+
 def _converted(found: Found, progress: Progress | None, say: Notify) -> Path:
     path = found.converted
     if path is None:
@@ -308,14 +321,8 @@ def _converted(found: Found, progress: Progress | None, say: Notify) -> Path:
     if is_checkpoint(path):
         return path
     from llama_jax.convert import convert
-    from llama_jax.convert.run import open_source
-    from llama_jax.tokenizer.check import check_tokenizer
 
-    model = open_source(found.path)
-    try:
-        check_tokenizer(model.files)
-    finally:
-        model.close()
+    check_source(found.path)
     say(f"Converting {found.path} to {path} (once)")
     try:
         return convert(found.path, path, name=found.name, revision=found.revision, progress=progress, notify=say)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from llama_jax.errors import GatedModel, LlamaJaxError, ModelNotFound, NetworkError
 
 _HTTP_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Lets errors of huggingface_hub leave as those of this package."""
+    try:
+        yield
+    except Exception as e:
+        if (known := translated(e, repo, revision)) is not None:
+            raise known from e
+        raise
 
 
 def translated(e: BaseException, repo: str, revision: str | None) -> LlamaJaxError | None:

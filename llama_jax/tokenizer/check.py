@@ -38,6 +38,14 @@ _PROBES = (
 )
 """Texts on which patterns that backtrack without end show it: long runs of one kind, and an end that does not fit."""
 
+# The child finds its modules where this process does, and nowhere else.
+_PROGRAM = """\
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from llama_jax.tokenizer.check import child
+sys.exit(child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+"""
+
 _FILES = ("tokenizer.json", "tokenizer.model")
 _HINT = "do not use this model's tokenizer, unless you trust where it comes from and know why"
 
@@ -61,7 +69,7 @@ def check_tokenizer(
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        command = [sys.executable, "-m", __name__, folder, str(seconds), str(memory_bytes)]
+        command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), folder, str(seconds), str(memory_bytes)]
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=4 * seconds
@@ -81,10 +89,12 @@ def _reason(done: subprocess.CompletedProcess[bytes], seconds: int, memory_bytes
         return f"the tokenizer took more than {seconds} s"
     if "memory" in said.lower():
         return f"the tokenizer needs more than {memory_bytes >> 20} MiB of memory"
-    return f"the tokenizer crashed its library (exit status {done.returncode})"
+    last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
+    return f"the tokenizer crashed its library (exit status {done.returncode}) {last[:200]}".rstrip()
 
 
-def _child(folder: str, seconds: int, memory_bytes: int) -> int:
+def child(folder: str, seconds: int, memory_bytes: int) -> int:
+    """What the child process does; it limits itself. Returns its exit status, and prints a reason unless that is 0."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -113,7 +123,3 @@ def _child(folder: str, seconds: int, memory_bytes: int) -> int:
 def _refuse(reason: str) -> int:
     print(json.dumps(reason[:2000]))
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(_child(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
