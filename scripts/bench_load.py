@@ -64,17 +64,22 @@ def make(path: Path, shape: str, layers: int | None) -> Path:
     import numpy as np
 
     from llama_jax.checkpoint import CheckpointWriter, Source
+    from llama_jax.checkpoint.write import batches
     from llama_jax.config import preset
     from llama_jax.params import count_params, param_specs
 
     config = preset(shape).replace(dtype="bfloat16")
     if layers:
         config = config.replace(layers=config.layers[:layers])
-    rng = np.random.default_rng(0)
+    specs, rng = {spec.name: spec for spec in param_specs(config)}, np.random.default_rng(0)
+
+    def random(size: int, dims: tuple[int, ...]) -> np.ndarray:
+        bits = np.frombuffer(rng.bytes(2 * size), np.uint16) & np.uint16(0xBFFF)  # below 2 in size, so finite
+        return bits.view(ml_dtypes.bfloat16).reshape(dims)
+
     with CheckpointWriter(path, total_bytes=2 * count_params(config)) as writer:
-        for spec in param_specs(config):
-            bits = np.frombuffer(rng.bytes(2 * spec.size), np.uint16) & np.uint16(0xBFFF)  # below 2 in size, so finite
-            writer.add(spec.name, bits.view(ml_dtypes.bfloat16).reshape(spec.shape))
+        for names in batches({name: 2 * spec.size for name, spec in specs.items()}):
+            writer.write({name: random(specs[name].size, specs[name].shape) for name in names})
         return writer.commit(config, source=Source(name=shape))
 
 
