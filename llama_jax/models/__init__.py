@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.checkpoint.format import Progress, is_checkpoint, open_checkpoint
-from llama_jax.errors import ModelNotFound, RequestError, StorageError
+from llama_jax.errors import ModelNotFound, RequestError
 from llama_jax.models import bundled, hub, hub_cache
 from llama_jax.models.cache import (
     CACHE_VARIABLE,
@@ -24,6 +24,7 @@ from llama_jax.models.cache import (
     hub_path,
     local_path,
 )
+from llama_jax.models.conversion import check_source, convert_once
 from llama_jax.models.listing import Download, ModelInfo, list_downloads, list_models
 
 __all__ = [
@@ -230,7 +231,7 @@ def _default(progress: Progress | None, say: Notify) -> Path:
     path = default_path()
     if is_checkpoint(path):
         return path
-    return _convert(
+    return convert_once(
         _default_gguf(say), path, progress, say, name=bundled.NAME, revision=f"sha256:{bundled.GGUF_SHA256}"
     )
 
@@ -252,7 +253,7 @@ def _local(path: Path, progress: Progress | None, say: Notify) -> Path:
     if source.is_dir() and (source / "params").is_dir():
         # Ours, but unfinished or stripped: opening it says what is wrong.
         open_checkpoint(source)
-    return _convert(source, local_path(source), progress, say)
+    return convert_once(source, local_path(source), progress, say)
 
 
 def _source_in(path: Path) -> Path:
@@ -274,45 +275,4 @@ def _source_in(path: Path) -> Path:
 
 def _from_hub(repo: str, snapshot: Path, progress: Progress | None, say: Notify) -> Path:
     commit = snapshot.name
-    return _convert(_source_in(snapshot), hub_path(repo, commit), progress, say, name=repo, revision=commit)
-
-
-def check_source(source: Path) -> None:
-    """Tries out the tokenizer of a folder or file that is to be converted.
-
-    Raises:
-      TokenizerError: it harms the process that uses it (`llama_jax.tokenizer.check`).
-      LlamaJaxError: it cannot be opened as a model.
-    """
-    from llama_jax.convert.run import open_source
-    from llama_jax.tokenizer.check import check_tokenizer
-
-    model = open_source(source)
-    try:
-        check_tokenizer(model.files)
-    finally:
-        model.close()
-
-
-def _convert(
-    source: Path,
-    path: Path,
-    progress: Progress | None,
-    say: Notify,
-    *,
-    name: str | None = None,
-    revision: str | None = None,
-) -> Path:
-    if is_checkpoint(path):
-        return path
-    from llama_jax.convert import convert
-
-    check_source(source)
-    say(f"Converting {source} to {path} (once)")
-    try:
-        return convert(source, path, name=name, revision=revision, progress=progress)
-    except StorageError:
-        # Another process was converting the same model, this one waited for it, and the result is there.
-        if is_checkpoint(path):
-            return path
-        raise
+    return convert_once(_source_in(snapshot), hub_path(repo, commit), progress, say, name=repo, revision=commit)
