@@ -29,6 +29,7 @@ from llama_jax.errors import (
     StorageError,
 )
 from llama_jax.models import bundled, hub
+from llama_jax.models.describe import describe
 
 
 @pytest.fixture(autouse=True)
@@ -129,9 +130,10 @@ def test_an_unfinished_checkpoint_says_so(tmp_path: Path) -> None:
 )
 def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "snapshot", lambda *_: pytest.fail("asked the hub"))
-    with pytest.raises(ModelNotFound) as e:
-        models.resolve(name)
-    assert "llama-jax list" in e.value.hint
+    for find in (models.resolve, models.locate):
+        with pytest.raises(ModelNotFound) as e:
+            find(name)
+        assert "llama-jax list" in e.value.hint
 
 
 @pytest.mark.parametrize("name", ["", "  ", "x" * 10_000, "a\0b"])
@@ -178,6 +180,19 @@ def test_the_default_comes_from_its_package(tiny_default: Path, cache: Path, sai
     shutil.rmtree(tiny_default)
     assert models.resolve(notify=said.append) == path
     assert len(said) == 1
+
+
+def test_pulling_the_default(tiny_default: Path, cache: Path, said: list[str]) -> None:
+    gguf = tiny_default / bundled.GGUF
+    assert models.locate() == gguf
+    pulled = models.pull(convert=False, notify=said.append)
+    assert (pulled.source, pulled.checkpoint, pulled.nbytes) == (gguf, None, gguf.stat().st_size)
+    assert (pulled.licence, pulled.revision) == ("Apache-2.0", f"sha256:{bundled.GGUF_SHA256}")
+    assert said == []
+    path = models.pull(notify=said.append).checkpoint
+    assert path == models.resolve() == models.locate()
+    facts = describe(gguf, "x")
+    assert (facts["source"], facts["revision"]) == (f"gguf {bundled.NAME}", pulled.revision)
 
 
 def test_a_changed_default_is_refused(tiny_default: Path, cache: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.checkpoint.format import Progress, is_checkpoint, open_checkpoint
-from llama_jax.errors import ModelNotFound, RequestError, StorageError
+from llama_jax.errors import ModelNotFound, RequestError
 from llama_jax.models import bundled, hub, hub_cache
 from llama_jax.models.cache import (
     CACHE_VARIABLE,
@@ -24,6 +24,7 @@ from llama_jax.models.cache import (
     hub_path,
     local_path,
 )
+from llama_jax.models.conversion import check_source, convert_once
 from llama_jax.models.listing import Download, ModelInfo, list_downloads, list_models
 
 __all__ = [
@@ -297,37 +298,7 @@ def _from_hub(repo: str, snapshot: Path) -> Found:
     return Found(_source_in(snapshot), hub_path(repo, snapshot.name), repo, snapshot.name)
 
 
-def check_source(source: Path) -> None:
-    """Tries out the tokenizer of a folder or file that is to be converted.
-
-    Raises:
-      TokenizerError: it harms the process that uses it (`llama_jax.tokenizer.check`).
-      LlamaJaxError: it cannot be opened as a model.
-    """
-    from llama_jax.convert.run import open_source
-    from llama_jax.tokenizer.check import check_tokenizer
-
-    model = open_source(source)
-    try:
-        check_tokenizer(model.files)
-    finally:
-        model.close()
-
-
 def _converted(found: Found, progress: Progress | None, say: Notify) -> Path:
-    path = found.converted
-    if path is None:
+    if found.converted is None:
         return found.path
-    if is_checkpoint(path):
-        return path
-    from llama_jax.convert import convert
-
-    check_source(found.path)
-    say(f"Converting {found.path} to {path} (once)")
-    try:
-        return convert(found.path, path, name=found.name, revision=found.revision, progress=progress, notify=say)
-    except StorageError:
-        # Another process was converting the same model, this one waited for it, and the result is there.
-        if is_checkpoint(path):
-            return path
-        raise
+    return convert_once(found.path, found.converted, progress, say, name=found.name, revision=found.revision)
