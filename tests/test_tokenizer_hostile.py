@@ -67,12 +67,14 @@ HARMFUL: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 @pytest.mark.parametrize("name", HARMFUL)
 def test_harmful_tokenizers_are_refused(name: str) -> None:
     content, says = HARMFUL[name]
+    # A machine may be busy: only where time is the point is there little of it.
+    seconds = 2 if "slow" in name else 20
     began = time.monotonic()
     with pytest.raises(TokenizerError, match=says) as e:
-        check_tokenizer({"tokenizer.json": json.dumps(content())}, seconds=2, memory_bytes=1 << 30)
+        check_tokenizer({"tokenizer.json": json.dumps(content())}, seconds=seconds, memory_bytes=1 << 30)
     assert e.value.hint
     assert "/tmp" not in e.value.message
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 def test_harmful_tokenizers_are_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

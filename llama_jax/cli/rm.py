@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.command(
     name="rm",
     epilog=examples(
-        "llama-jax rm smollm2-135m-instruct",
+        "llama-jax rm my-model",
         "llama-jax rm org/name --downloads --yes",
         "llama-jax rm --tmp --yes --json",
     ),
