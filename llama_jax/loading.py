@@ -21,6 +21,7 @@ from llama_jax.models import DEFAULT_MODEL, find, resolve
 from llama_jax.params import Params, flatten
 from llama_jax.sharding import automatic_mesh, param_sharding
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
+from llama_jax.tokenizer.check import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def load(
     else:
         with opened(found.path, name=found.name, revision=found.revision) as source:
             config, generation_config = source.config, source.generation_config
+            check_tokenizer(source.files)
             tokenizer = tokenizer_from_files(source.files, found.path)
             params = load_source(
                 source, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress

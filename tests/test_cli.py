@@ -359,7 +359,7 @@ FACTS = [
     "source",
     "revision",
     "licence",
-    "quantisation",
+    "quantization",
     "architecture",
     "parameters",
     "active_parameters",
@@ -423,7 +423,7 @@ def test_show_does_not_convert(tmp_path: Path, cache: Path) -> None:
     assert {name: t["shape"] for name, t in of_folder["tensors"].items()} == {
         name: t["shape"] for name, t in of_checkpoint["tensors"].items()
     }
-    own = {"model", "format", "path", "source", "files", "tensors", "quantisation"}
+    own = {"model", "format", "path", "source", "files", "tensors", "quantization"}
     assert {k: v for k, v in of_folder.items() if k not in own} == {
         k: v for k, v in of_checkpoint.items() if k not in own
     }
@@ -436,9 +436,9 @@ def test_show_gguf_without_tokenizer(tmp_path: Path, cache: Path) -> None:
     facts = json.loads(run("show", tmp_path / "m.gguf", "--json").stdout)
     assert list(facts) == FACTS
     assert (facts["licence"], facts["chat_template"], facts["layers"]) == ("apache-2.0", None, 2)
-    assert facts["quantisation"] == ""
+    assert facts["quantization"] == ""
     assert "chat template:            unknown" in run("show", tmp_path).stdout
-    assert "quantisation:             none" in run("show", tmp_path).stdout
+    assert "quantization:             none" in run("show", tmp_path).stdout
     assert not cache.exists()
 
 
@@ -446,13 +446,13 @@ def test_show_quantised_sources(tmp_path: Path) -> None:
     wide = LLAMA | {"hidden_size": 32, "intermediate_size": 64}
     write_gguf(tmp_path / "m.gguf", wide, quantisation=gguf.GGMLQuantizationType.Q8_0)
     facts = json.loads(run("show", tmp_path / "m.gguf", "--json").stdout)
-    assert facts["quantisation"] == "16x Q8_0, 5x F32"
+    assert facts["quantization"] == "GGUF Q8_0"
     write_hf(tmp_path / "hf", LLAMA)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     template = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     facts = json.loads(run("show", tmp_path / "hf", "--json").stdout)
-    assert (facts["quantisation"], facts["chat_template"], facts["tokenizer"]) == ("", "d", "damaged")
+    assert (facts["quantization"], facts["chat_template"], facts["tokenizer"]) == ("", "d", "damaged")
     assert "rope:                     default, theta 10000" in run("show", tmp_path / "hf").stdout
     assert config == LLAMA
 

@@ -15,7 +15,7 @@ from llama_jax.models import bundled
 from llama_jax.models.cache import cache_dir
 
 if TYPE_CHECKING:
-    from llama_jax.convert.model_source import ModelSource
+    pass
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -32,7 +32,7 @@ def describe(path: Path, name: str) -> dict[str, Any]:
     Returns:
       Values that JSON can hold, always under the same names; None where something is not known:
         model, format, path, source, revision, licence: what it is and where it comes from.
-        quantisation: of the source's weights, "" if they were not quantised.
+        quantization: of the source's weights, "" if they were not quantised.
         architecture, parameters, active_parameters (those that one token passes through), context, vocabulary, layers,
         hidden_size, mlp_size, experts, heads, kv_heads, head_dim, attention, layer_kinds, rope, tied_embeddings.
         dtype, bytes: of the weights as they are stored, or would be once they are converted.
@@ -57,7 +57,6 @@ def _of_checkpoint(path: Path, name: str) -> dict[str, Any]:
         "model": name,
         "format": f"checkpoint, version {c.format_version}, written by {c.tool}",
         **_origin(path, c.source),
-        "quantisation": getattr(c.source, "quantisation", None),
         **_shapes(c.config),
         "dtype": c.dtype,
         "bytes": c.nbytes,
@@ -89,7 +88,6 @@ def _of_source(path: Path, name: str) -> dict[str, Any]:
             "model": name,
             "format": f"{model.source.kind}, not converted",
             **_origin(path, model.source),
-            "quantisation": _quantisation(model),
             **_shapes(model.config),
             "dtype": by_dtype.most_common(1)[0][0],
             "bytes": sum(spec.size * dtypes[spec.name].itemsize for spec in specs),
@@ -119,30 +117,8 @@ def _origin(path: Path, source: Source) -> dict[str, Any]:
         "source": f"{source.kind} {source.name}".strip(),
         "revision": source.revision,
         "licence": source.licence,
+        "quantization": source.quantization or "",
     }
-
-
-def _quantisation(model: ModelSource) -> str:
-    """How the weights of a source are quantised: the method that config.json names, or the types of a GGUF file."""
-    if model.source.kind == "gguf":
-        from gguf import GGMLQuantizationType
-
-        from llama_jax.convert.gguf_file import GgufFile
-
-        file = GgufFile(model.path)
-        try:
-            types = Counter(GGMLQuantizationType(tensor.kind).name for tensor in file.tensors.values())
-        finally:
-            file.close()
-        if types.keys() <= {"F32", "F16", "BF16"}:
-            return ""
-        return ", ".join(f"{number}x {kind}" for kind, number in types.most_common())
-    try:
-        config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""  # a kind of source without this file
-    quantised = config.get("quantization_config")
-    return str(quantised.get("quant_method", "unknown")) if isinstance(quantised, dict) else ""
 
 
 def _shapes(config: LlamaConfig) -> dict[str, Any]:
