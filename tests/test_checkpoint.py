@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from tiny_models import DTYPES, LLAMA, MIXTRAL, random_leaves
 
 from llama_jax.checkpoint import Source, is_checkpoint, load_params, open_checkpoint, parts, save, verify, write
+from llama_jax.checkpoint.chunks import open_arrays
 from llama_jax.checkpoint.format import TensorInfo, digest
 from llama_jax.checkpoint.tensors import ALIGNMENT, TensorReader, empty_aligned
 from llama_jax.config import config_from_hf
@@ -166,12 +167,12 @@ def test_digest_sees_every_bit(data: np.ndarray, draw: st.DataObject) -> None:
     assert digest(data) != digest(flipped)
 
 
-def flip_each_data_file(path: Path) -> None:
-    """Flips one bit in the middle of the largest data file."""
-    largest = max((p for p in (path / "params" / "state").rglob("d/*")), key=lambda p: p.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    largest.write_bytes(data)
+def flip_a_bit(path: Path) -> None:
+    """Flips one bit in the middle of the embedding."""
+    file, offset, size = open_arrays(path / "params" / "state")["embed.weight"].chunks[0, 0]  # type: ignore[index,misc]
+    data = bytearray(file.read_bytes())
+    data[offset + size // 2] ^= 0x10
+    file.write_bytes(data)
 
 
 def truncate_data(path: Path) -> None:
@@ -194,7 +195,7 @@ def edit_json(file: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[P
 
 METADATA = "params/_CHECKPOINT_METADATA"
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "flipped bit": (flip_each_data_file, r"tensor \S+ has digest"),
+    "flipped bit": (flip_a_bit, r"tensor \S+ has digest"),
     "truncated data": (truncate_data, r"tensor \S+ cannot be read"),
     "missing data": (remove_data, r"tensor \S+ cannot be read"),
     "no manifest": (lambda p: (p / "params/state/manifest.ocdbt").unlink(), r"tensor \S+ cannot be read"),
@@ -257,7 +258,7 @@ def test_damage_is_named(copied: Path, case: str) -> None:
 
 def test_a_flipped_bit_loads_unnoticed_without_verification(copied: Path) -> None:
     """The control: it is our digest that notices it, nothing below."""
-    flip_each_data_file(copied)
+    flip_a_bit(copied)
     loaded = flatten(load_params(copied, verify=False))
     different = [n for n, a in random_leaves(CONFIG).items() if bits(a) != bits(loaded[n])]
     assert len(different) == 1

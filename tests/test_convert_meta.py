@@ -517,6 +517,7 @@ def test_the_files_beside_the_weights(tmp_path: Path, stored: Callable[[str, int
         "config.json",
         "generation_config.json",
         "llama_jax.json",
+        "model.lock.json",
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",

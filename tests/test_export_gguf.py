@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import numpy as np
 import pytest
 from helpers import GOLDEN_CASES
@@ -22,7 +23,7 @@ from llama_jax.convert.gguf import GgufModel, half_rotation, pair_rotation
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, llama3_factors
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.errors import CheckpointError, RequestError, StorageError, UnsupportedModel
-from llama_jax.params import param_specs, unflatten
+from llama_jax.params import init_params, param_specs, unflatten
 from llama_jax.rope import rope_frequencies
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -394,7 +395,10 @@ def test_a_tokenizer_that_reads_back_differently_is_refused(tmp_path: Path) -> N
 
 
 def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path, LLAMA | {"vocab_size": 3007}, tokenizer_files(metadata_of("byte_level")))
+    config = config_from_hf(LLAMA | {"vocab_size": 3007})
+    params = init_params(config, jax.random.key(0))
+    # A conversion would have refused it.
+    source = save(tmp_path / "checkpoint", params, config, files=tokenizer_files(metadata_of("byte_level")))
     with pytest.raises(CheckpointError, match="has the id 3007, the embedding only 3007 rows"):
         export_gguf(source, tmp_path / "m.gguf")
 

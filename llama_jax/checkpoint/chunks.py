@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,8 +24,6 @@ from urllib.parse import unquote
 import numpy as np
 import tensorstore as ts
 
-_INDEX_BYTES = 20
-"""What zarr's sharding codec puts behind a single inner chunk: its offset and size, 64 bits each, and a checksum."""
 _VALUE = re.compile(r"value:([^:]*):([^:]*):(\d+):(\d+)")
 
 type Location = bytes | tuple[Path, int, int]
@@ -40,18 +39,20 @@ class ChunkedArray:
       chunk_shape: every chunk has it, also where it reaches beyond the end of the array.
       chunks: position in the grid of chunks to where the chunk's bytes stand; None if they are stored in any other way
         than one after the other, e.g. compressed.
+      trailer: what stands behind the elements of each chunk.
     """
 
     shape: tuple[int, ...]
     dtype: str
     chunk_shape: tuple[int, ...]
     chunks: Mapping[tuple[int, ...], Location] | None
+    trailer: bytes = b""
 
     def read_rows(self, start: int, out: np.ndarray) -> None:
         """Fills `out` [rows, ...] with the rows from `start` on; reads no other bytes where chunks have whole rows.
 
         Raises:
-          ValueError: a chunk is missing or too short.
+          ValueError: a chunk is missing, too short or has another trailer.
           OSError: a file cannot be read.
         """
         assert self.chunks is not None
@@ -64,6 +65,8 @@ class ChunkedArray:
             if where is None:
                 raise ValueError(f"chunk {[first, *others]} is missing")
             skip = (a - first * rows) * row_bytes
+            if skip == 0 and self.trailer:
+                self._check_trailer(where, rows * row_bytes)
             if self.chunk_shape[1:] == self.shape[1:]:
                 _read(where, skip, out[a - start : b - start])
                 continue
@@ -75,6 +78,13 @@ class ChunkedArray:
             ]
             box = tuple(slice(s.stop - s.start) for s in inner)
             out[(slice(a - start, b - start), *inner)] = part[(slice(None), *box)]
+
+    def _check_trailer(self, where: Location, skip: int) -> None:
+        """Of no use here, but other readers stumble over a damaged one, so it must not pass for sound."""
+        found = np.empty(len(self.trailer), np.uint8)
+        _read(where, skip, found)
+        if found.tobytes() != self.trailer:
+            raise ValueError("the index behind a chunk is damaged")
 
 
 def _read(where: Location, skip: int, out: np.ndarray) -> None:
@@ -155,10 +165,10 @@ def _array(name: str, zarr: dict[str, Any], values: Mapping[str, Location]) -> C
     encoding = zarr["chunk_key_encoding"]
     separator = encoding.get("configuration", {}).get("separator", "/")
     plain = zarr["chunk_grid"]["name"] == "regular" and encoding["name"] == "default" and len(shape) > 0
-    extra = _extra_bytes(zarr["codecs"], chunk_shape)
-    if not plain or extra is None:
+    nbytes = math.prod(chunk_shape) * (4 if dtype == "float32" else 2)
+    trailer = _trailer(zarr["codecs"], chunk_shape, nbytes)
+    if not plain or trailer is None:
         return ChunkedArray(shape, dtype, chunk_shape, None)
-    itemsize = 4 if dtype == "float32" else 2
     chunks = {}
     for at in itertools.product(*(range(-(-n // size)) for n, size in zip(shape, chunk_shape, strict=True))):
         key = f"{name}/" + separator.join(("c", *map(str, at)))
@@ -166,22 +176,39 @@ def _array(name: str, zarr: dict[str, Any], values: Mapping[str, Location]) -> C
             continue
         where = values[key]
         size = len(where) if isinstance(where, bytes) else where[2]
-        if size != math.prod(chunk_shape) * itemsize + extra:
+        if size != nbytes + len(trailer):
             raise ValueError(f"chunk {key} has {size} bytes, its shape asks for {chunk_shape} of {dtype}")
         chunks[at] = where
-    return ChunkedArray(shape, dtype, chunk_shape, chunks)
+    return ChunkedArray(shape, dtype, chunk_shape, chunks, trailer)
 
 
-def _extra_bytes(codecs: list[dict[str, Any]], chunk_shape: tuple[int, ...]) -> int | None:
-    """How many bytes follow a chunk's elements, in order and little-endian; None if they are encoded otherwise."""
+def _trailer(codecs: list[dict[str, Any]], chunk_shape: tuple[int, ...], nbytes: int) -> bytes | None:
+    """What follows a chunk's elements, if these stand in order and little-endian; None if they are encoded otherwise.
+
+    Orbax wraps each chunk into a shard of its own (zarr's codec "sharding_indexed"), which ends in an index: offset and
+    size of the only inner chunk, 64 bits each, and the CRC-32C of both.
+    """
     if len(codecs) != 1:
         return None
     name, options = codecs[0]["name"], codecs[0].get("configuration", {})
     if name == "bytes":
-        return 0 if options.get("endian", "little") == "little" else None
+        return b"" if options.get("endian", "little") == "little" else None
     if name != "sharding_indexed" or tuple(options["chunk_shape"]) != chunk_shape:
         return None
-    if options.get("index_location", "end") != "end" or len(options["index_codecs"]) != 2:
+    index_codecs = [codec["name"] for codec in options["index_codecs"]]
+    if options.get("index_location", "end") != "end" or index_codecs != ["bytes", "crc32c"]:
         return None
-    inner = _extra_bytes(options["codecs"], chunk_shape)
-    return _INDEX_BYTES if inner == 0 else None
+    if _trailer(options["codecs"], chunk_shape, nbytes) != b"":
+        return None
+    index = struct.pack("<QQ", 0, nbytes)
+    return index + struct.pack("<I", _crc32c(index))
+
+
+def _crc32c(data: bytes) -> int:
+    """The CRC of RFC 3720 (Castagnoli), bit by bit: for a few bytes."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF

@@ -281,17 +281,19 @@ def _source_in(path: Path) -> Path:
     Raises:
       ModelNotFound: it is a folder with no model.
     """
-    if not path.is_dir() or any((path / name).is_file() for name in ("config.json", "params.json")):
+    if not path.is_dir() or (path / "config.json").is_file():
         return path
     from llama_jax.convert.gguf_parts import models_of
 
     files = models_of(path.glob("*.gguf"))
-    if len(files) != 1:
-        raise ModelNotFound(
-            f"{path} holds no model ({len(files)} GGUF files, no config.json or params.json)",
-            hint="give a converted checkpoint, a Hugging Face folder, a folder of Meta or a GGUF file",
-        )
-    return files[0]
+    if len(files) == 1:
+        return files[0]
+    if (path / "params.json").is_file():
+        return path
+    raise ModelNotFound(
+        f"{path} holds no model ({len(files)} GGUF files, no config.json or params.json)",
+        hint="give a converted checkpoint, a Hugging Face folder, a folder of Meta or a GGUF file",
+    )
 
 
 def _from_hub(repo: str, snapshot: Path) -> Found:
