@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import random
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from fuzz.targets import TARGETS, Target
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llama_jax.checkpoint import verify
+from llama_jax.checkpoint.lock import read_lock
 from llama_jax.convert.gguf_file import MAX_HEADER_BYTES, GgufFile
 from llama_jax.errors import CheckpointError, LlamaJaxError
 
@@ -79,7 +83,19 @@ def _json(data: bytes) -> bool:
     return json.loads(data) is not None
 
 
-FORMATS = {".gguf": _gguf, ".safetensors": _safetensors, ".json": _json, "": _json}
+def _zip(data: bytes) -> bool:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.testzip() is None
+
+
+def _any(data: bytes) -> bool:
+    return True
+
+
+FORMATS = {
+    **{".gguf": _gguf, ".safetensors": _safetensors, ".json": _json, "": _json},
+    **{".bin": _zip, ".pth": _zip, ".model": _any},
+}
 
 
 def test_mutated_files_are_read_further_than_their_first_bytes(prepared: Prepared) -> None:
@@ -248,6 +264,37 @@ def test_shapes_refused(tmp_path: Path, shape: Any) -> None:
     metadata["custom_metadata"]["tensors"]["final_norm.weight"]["shape"] = shape
     with pytest.raises(CheckpointError, match="list of tensors"):
         read(json.dumps(metadata).encode())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("store", None),
+        ("store", {"/dev/zero": "x"}),
+        ("store", {"../x": "x"}),
+        ("source_files", [{"name": "a", "bytes": "1", "sha256": "x"}]),
+        ("source", {"kind": None}),
+        ("files", {"config.json": 1}),
+        ("tool", {"version": []}),
+    ],
+)
+def test_locks_refused(tmp_path: Path, key: str, value: Any) -> None:
+    TARGETS["checkpoint_lock"].prepare(tmp_path)
+    path = tmp_path / "input" / "out"
+    lock = path / "model.lock.json"
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | {key: value}))
+    assert any("model.lock.json is damaged" in failure for failure in verify(path).failures)
+    with pytest.raises(CheckpointError, match=r"model\.lock\.json is damaged"):
+        read_lock(path)
+
+
+@pytest.mark.parametrize("shape", [[1 << 33, 1 << 10], [1 << 62], [0], [[]], None])
+def test_shapes_take_no_memory(tmp_path: Path, shape: Any) -> None:
+    """Neither the list of tensors nor the store's own metadata can announce more than there is."""
+    read, (seed,) = TARGETS["checkpoint_zarr"].prepare(tmp_path)
+    zarr = json.loads(seed) | {"shape": shape}
+    finding = check(lambda: read(json.dumps(zarr).encode()), seconds=1, memory=64 << 20)
+    assert finding is None, finding.detail
 
 
 def test_messages_are_bounded_and_can_be_written() -> None:

@@ -24,6 +24,9 @@ from urllib.parse import unquote
 import numpy as np
 import tensorstore as ts
 
+_MAX_DIMS = 8
+_MAX_METADATA_BYTES = 1 << 20
+"""Of one array; the largest take some hundred."""
 _VALUE = re.compile(r"value:([^:]*):([^:]*):(\d+):(\d+)")
 
 type Location = bytes | tuple[Path, int, int]
@@ -114,7 +117,15 @@ def open_arrays(path: Path) -> dict[str, ChunkedArray]:
     Raises:
       ValueError, OSError: it cannot be read, is damaged, or has chunks outside the folder.
     """
-    values = dict(_values(path))
+    return find_arrays(dict(_values(path)))
+
+
+def find_arrays(values: Mapping[str, Location]) -> dict[str, ChunkedArray]:
+    """The arrays among the keys and values of a store.
+
+    Raises:
+      ValueError, OSError: the metadata of one cannot be read or is malformed.
+    """
     arrays = {}
     for key, value in values.items():
         name, _, last = key.rpartition("/")
@@ -154,14 +165,16 @@ def _location(path: Path, reference: str) -> Location:
 
 
 def _whole(where: tuple[Path, int, int]) -> bytes:
+    if where[2] > _MAX_METADATA_BYTES:
+        raise ValueError(f"metadata of {where[2]:,} bytes")
     raw = np.empty(where[2], np.uint8)
     _read(where, 0, raw)
     return raw.tobytes()
 
 
 def _array(name: str, zarr: dict[str, Any], values: Mapping[str, Location]) -> ChunkedArray:
-    shape, dtype = tuple(zarr["shape"]), zarr["data_type"]
-    chunk_shape = tuple(zarr["chunk_grid"]["configuration"]["chunk_shape"])
+    shape, dtype = _sizes(zarr["shape"]), zarr["data_type"]
+    chunk_shape = _sizes(zarr["chunk_grid"]["configuration"]["chunk_shape"])
     encoding = zarr["chunk_key_encoding"]
     separator = encoding.get("configuration", {}).get("separator", "/")
     plain = zarr["chunk_grid"]["name"] == "regular" and encoding["name"] == "default" and len(shape) > 0
@@ -169,8 +182,11 @@ def _array(name: str, zarr: dict[str, Any], values: Mapping[str, Location]) -> C
     trailer = _trailer(zarr["codecs"], chunk_shape, nbytes)
     if not plain or trailer is None:
         return ChunkedArray(shape, dtype, chunk_shape, None)
-    chunks = {}
-    for at in itertools.product(*(range(-(-n // size)) for n, size in zip(shape, chunk_shape, strict=True))):
+    chunks: dict[tuple[int, ...], Location] = {}
+    grid = [-(-n // size) for n, size in zip(shape, chunk_shape, strict=True)]
+    if math.prod(grid) > len(values):
+        return ChunkedArray(shape, dtype, chunk_shape, chunks, trailer)  # most are missing, which reading will say
+    for at in itertools.product(*map(range, grid)):
         key = f"{name}/" + separator.join(("c", *map(str, at)))
         if key not in values:
             continue
@@ -180,6 +196,12 @@ def _array(name: str, zarr: dict[str, Any], values: Mapping[str, Location]) -> C
             raise ValueError(f"chunk {key} has {size} bytes, its shape asks for {chunk_shape} of {dtype}")
         chunks[at] = where
     return ChunkedArray(shape, dtype, chunk_shape, chunks, trailer)
+
+
+def _sizes(value: list[int]) -> tuple[int, ...]:
+    if len(value) > _MAX_DIMS or not all(type(n) is int and 0 < n < 2**63 for n in value):
+        raise ValueError(f"{value!r:.80} is no shape")
+    return tuple(value)
 
 
 def _trailer(codecs: list[dict[str, Any]], chunk_shape: tuple[int, ...], nbytes: int) -> bytes | None:

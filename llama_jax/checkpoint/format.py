@@ -162,12 +162,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     tensors = _tensor_infos(custom, metadata_path)
     generation = path / GENERATION_CONFIG
     try:
-        source = Source(**marker.get("source", {}))
+        source = parse_source(marker.get("source", {}))
         dtype, files = marker["dtype"], dict(marker.get("files", {}))
         tool = " ".join(marker.get("tool", {}).values())
-        texts = [source.kind, source.name, *files.values()]
-        texts += [text for text in (source.revision, source.licence) if text is not None]
-        if not all(isinstance(text, str) for text in texts) or dtype not in DTYPES:
+        if not all(isinstance(digest, str) for digest in files.values()) or dtype not in DTYPES:
             raise ValueError("a value has another type than it should")
         if strange := [name for name in files if not _is_file_name(name)]:
             raise ValueError(f"file {strange[0]!r} leads out of the folder")
@@ -225,6 +223,19 @@ def read_generation_config(path: Path) -> dict[str, Any]:
         if type(token) is not int or not -1 <= token < 2**31:
             raise CheckpointError(f"{path}: eos_token_id is no token id: {token!r}", hint="correct it in the file")
     return values
+
+
+def parse_source(value: Mapping[str, Any]) -> Source:
+    """The source that a JSON object names.
+
+    Raises:
+      TypeError, ValueError: it has other keys, or values that are no texts.
+    """
+    source = Source(**value)
+    named = {key: text for key, text in asdict(source).items() if text is not None}
+    if not {"kind", "name"} <= named.keys() or not all(isinstance(text, str) for text in named.values()):
+        raise ValueError("the source has values that are no texts")
+    return source
 
 
 def _is_file_name(name: str) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llama_jax.checkpoint import format as fmt
@@ -103,21 +103,44 @@ def _parsed(value: Mapping[str, Any], path: Path) -> Lock:
                 f"{path} has lock version {value['lock_version']}, this program reads {LOCK_VERSION}",
                 hint="upgrade llama-jax, or convert the model again with this version",
             )
+        for name in _texts(value["store"]):
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"file {name!r} leads out of the folder")
         return Lock(
-            source=fmt.Source(**value["source"]),
-            source_files=tuple(SourceFile(**file) for file in value["source_files"]),
+            source=fmt.parse_source(value["source"]),
+            source_files=tuple(_source_file(file) for file in value["source_files"]),
             dtype=value["dtype"],
-            tensors={name: tensor["digest"] for name, tensor in value["tensors"].items()},
+            tensors=_texts({name: tensor["digest"] for name, tensor in value["tensors"].items()}),
             origins={
-                name: Origin(tuple((t["tensor"], t["file"]) for t in tensor["from"]), tensor["source_digest"])
+                name: Origin(
+                    tuple((_text(t["tensor"]), _text(t["file"])) for t in made), _text(tensor["source_digest"])
+                )
                 for name, tensor in value["tensors"].items()
-                if "from" in tensor
+                if (made := tensor.get("from")) is not None
             },
-            files=dict(value["files"]),
-            tool=value["tool"]["version"],
+            files=_texts(value["files"]),
+            tool=_text(value["tool"]["version"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path} is damaged ({type(e).__name__}: {e})", hint="convert the model again") from e
+
+
+def _source_file(value: Mapping[str, Any]) -> SourceFile:
+    file = SourceFile(**value)
+    _texts({"name": file.name, "sha256": file.sha256})
+    if type(file.bytes) is not int:
+        raise TypeError("a size is no integer")
+    return file
+
+
+def _texts(value: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _text(text) for name, text in value.items()}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
+    return value
 
 
 def store_digests(folder: Path) -> dict[str, str]:
@@ -164,9 +187,11 @@ def failures(checkpoint: fmt.Checkpoint) -> list[str]:
 
 def _file_failure(path: Path, expected: Any) -> str | None:
     try:
+        if not path.is_file():  # a device may have no end
+            return f"{path} is missing"
         found = fmt.digest(path.read_bytes())
-    except OSError as e:
-        return f"{path} cannot be read: {e.strerror}"
+    except (OSError, ValueError) as e:  # ValueError: no file can have such a name
+        return f"{path} cannot be read: {e}"
     return None if found == expected else f"{path} has digest {found}, expected {expected}"
 
 

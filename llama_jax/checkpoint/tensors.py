@@ -72,6 +72,7 @@ class TensorReader:
         Raises:
           CheckpointError: it cannot be read, or shape, dtype or digest differ; names the tensor.
         """
+        self._find(name)  # before memory of the announced size is taken
         array = empty_aligned(self._checkpoint.tensors[name])
         self.read_rows(name, 0, array)
         if check:
@@ -84,30 +85,41 @@ class TensorReader:
         Raises:
           CheckpointError: they cannot be read, or shape or dtype differ; names the tensor.
         """
-        info = self._checkpoint.tensors[name]
+        array = self._find(name)
         try:
-            array = self._arrays.get(name)
-            if array is None:
-                raise ValueError("it is missing")
-            if array.shape != info.shape or array.dtype != info.dtype:
-                raise CheckpointError(
-                    f"{self._where(name)} is {array.dtype}{list(array.shape)}, "
-                    f"the checkpoint's list of tensors says {info.dtype}{list(info.shape)}",
-                    hint=_DAMAGED,
-                )
             if array.chunks is not None:
                 array.read_rows(start, out)
             else:
                 # Compressed, which this program never writes: chunk by chunk through the library.
                 ts.array(out).write(self._open(name)[start : start + len(out)]).result()
         except (ValueError, OSError) as e:
-            raise CheckpointError(f"{self._where(name)} cannot be read ({_first_line(e)})", hint=_DAMAGED) from e
+            raise self._unreadable(name, _first_line(e)) from e
+
+    def _find(self, name: str) -> ChunkedArray:
+        """Where a tensor lies, if the store has it in the shape and dtype of the checkpoint's list."""
+        info = self._checkpoint.tensors[name]
+        try:
+            array = self._arrays.get(name)
+        except (ValueError, OSError) as e:
+            raise self._unreadable(name, _first_line(e)) from e
+        if array is None:
+            raise self._unreadable(name, "it is missing")
+        if array.shape != info.shape or array.dtype != info.dtype:
+            raise CheckpointError(
+                f"{self._where(name)} is {array.dtype}{list(array.shape)}, "
+                f"the checkpoint's list of tensors says {info.dtype}{list(info.shape)}",
+                hint=_DAMAGED,
+            )
+        return array
 
     def check(self, name: str, found: str) -> None:
         """Raises CheckpointError unless `found` is the digest of the tensor."""
         expected = self._checkpoint.tensors[name].digest
         if found != expected:
             raise CheckpointError(f"{self._where(name)} has digest {found}, expected {expected}", hint=_DAMAGED)
+
+    def _unreadable(self, name: str, why: str) -> CheckpointError:
+        return CheckpointError(f"{self._where(name)} cannot be read ({why})", hint=_DAMAGED)
 
     def _where(self, name: str) -> str:
         return f"{self._checkpoint.arrays_path}: tensor {name}"

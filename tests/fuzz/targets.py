@@ -7,6 +7,8 @@ folder, and how to make new bytes out of old ones. Readers check what they are p
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,19 +19,28 @@ import gguf
 import ml_dtypes
 import numpy as np
 import safetensors
-from tiny_models import LLAMA, LLAMA4, MIXTRAL, random_leaves, write_gguf, write_hf
+from tiny_models import LLAMA, LLAMA4, MIXTRAL, hf_tensors, random_leaves, write_gguf, write_hf
+from torch_writer import torch_save
 
 from fuzz.mutate_binary import gguf_mutator, safetensors_mutator
-from fuzz.mutate_json import Mutator, json_mutator
+from fuzz.mutate_json import Mutator, damaged, json_mutator
+from fuzz.mutate_torch import torch_mutator
 from llama_jax.checkpoint import open_checkpoint, save
+from llama_jax.checkpoint.chunks import _values, _whole, find_arrays
 from llama_jax.checkpoint.format import DTYPES, MARKER, PARAMS, read_json
+from llama_jax.checkpoint.lock import LOCK_FILE
 from llama_jax.checkpoint.tensors import verify
 from llama_jax.cli.chat_conversation import default_sampling
 from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf
+from llama_jax.convert import convert
 from llama_jax.convert.gguf import GgufModel
 from llama_jax.convert.hf import INDEX, SINGLE, HuggingFaceFolder
+from llama_jax.convert.meta import MetaFolder
 from llama_jax.convert.model_source import ModelSource
 from llama_jax.convert.safetensors_file import SafetensorsFile
+from llama_jax.convert.torch_file import TorchFile
+from llama_jax.convert.verify import verify_source
+from llama_jax.errors import CheckpointError
 from llama_jax.loading import Model
 from llama_jax.params import count_params, param_specs, unflatten
 
@@ -112,6 +123,17 @@ def read_gguf(folder: Path) -> None:
         read_source(model)
 
 
+def read_torch(folder: Path) -> None:
+    with closing(TorchFile(folder / "pytorch_model.bin")) as file:
+        for name, entry in file.entries.items():
+            file.read_into(name, np.empty(entry.nbytes, np.uint8))
+
+
+def read_meta(folder: Path) -> None:
+    with closing(MetaFolder(folder)) as model:
+        read_source(model)
+
+
 def read_config(folder: Path) -> None:
     config = config_from_hf(read_json(folder / "config.json"))
     check_config(config)
@@ -130,6 +152,23 @@ def read_checkpoint(folder: Path) -> None:
         assert (folder / name).resolve().is_relative_to(folder.resolve()), f"{name!r} leads out of the folder"
     assert opened.nbytes >= 0
     verify(folder)
+
+
+def read_lock(folder: Path) -> None:
+    """All that uses the lock."""
+    verify(folder / "out")
+    verify_source(folder / "out", folder / "source")
+
+
+def read_zarr(folder: Path) -> None:
+    """The metadata of one array in a store that else is sound, and the rows of what it then describes."""
+    values = dict(_values(folder / PARAMS / "state")) | {"embed.weight/zarr.json": (folder / "zarr.json").read_bytes()}
+    try:
+        array = find_arrays(values)["embed.weight"]
+        if array.chunks is not None and math.prod(array.shape) < 1 << 20:
+            array.read_rows(0, np.empty(array.shape, np.float32 if array.dtype == "float32" else np.float16))
+    except (ValueError, OSError) as error:  # TensorReader makes a CheckpointError of these
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def check_config(config: LlamaConfig) -> None:
@@ -165,11 +204,42 @@ def gguf_folder(
     return write
 
 
+def bin_folder(folder: Path) -> None:
+    write_hf(folder, TINY)
+    (folder / SINGLE).unlink()
+    config = config_from_hf(TINY)
+    torch_save(hf_tensors(config, random_leaves(config)), folder / "pytorch_model.bin")
+
+
+def meta_folder(case: str, shards: int, tokenizer: Path) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        shutil.copytree(DATA / "meta" / case / str(shards), folder)
+        shutil.copy(DATA / "meta" / case / "params.json", folder)
+        shutil.copy(tokenizer, folder / "tokenizer.model")
+
+    return write
+
+
+def stored_folder(name: str) -> Callable[[Path], None]:
+    return lambda folder: _discard(shutil.copytree(DATA / name, folder))
+
+
 def checkpoint_folder(folder: Path) -> None:
     config = config_from_hf(TINY)
     files = {"tokenizer.json": "{}", "tokenizer_config.json": "{}"}
     generation = {"eos_token_id": [2, 3], "temperature": 0.5, "top_p": 0.9, "top_k": 4, "do_sample": True}
     save(folder, unflatten(random_leaves(config)), config, generation_config=generation, files=files)
+
+
+def converted_folder(folder: Path) -> None:
+    write_hf(folder / "source", TINY)
+    convert(folder / "source", folder / "out")
+
+
+def zarr_folder(folder: Path) -> None:
+    checkpoint_folder(folder)
+    metadata = dict(_values(folder / PARAMS / "state"))["embed.weight/zarr.json"]
+    (folder / "zarr.json").write_bytes(metadata if isinstance(metadata, bytes) else _whole(metadata))
 
 
 def _discard(value: object) -> None:
@@ -233,9 +303,28 @@ def _fitting_config_seeds(scratch: Path) -> Iterable[bytes]:
         yield json.dumps(LLAMA4 | MIXTRAL | TINY | {"model_type": kind}).encode()
 
 
+def _torch_seeds(scratch: Path) -> Iterable[bytes]:
+    for file in sorted((DATA / "torch").glob("*.bin")):
+        yield file.read_bytes()
+
+
+def _params_seeds(scratch: Path) -> Iterable[bytes]:
+    for file in sorted((DATA / "meta").glob("*/params.json")):
+        yield file.read_bytes()
+
+
+def _bytes_mutator(seeds: list[bytes]) -> Mutator:
+    """For texts without a structure of their own."""
+    return damaged
+
+
 def _generation_seeds(scratch: Path) -> Iterable[bytes]:
     yield b'{"eos_token_id": 2, "repetition_penalty": 1.1, "min_p": 0.05, "max_new_tokens": 10, "num_beams": 1}'
 
+
+RANKS = DATA / "meta" / "tokenizer.model"
+PIECES = DATA / "tokenizer" / "sentencepiece.model"
+QUANTIZED = ("awq", "bnb-nf4-nested", "bnb-int8", "ct-two-groups", "fp8-block", "gptq-int4-act-order")
 
 TARGETS: Mapping[str, Target] = {
     target.name: target
@@ -247,6 +336,23 @@ TARGETS: Mapping[str, Target] = {
         Target("hf_generation", hf_folder(), "generation_config.json", read_hf, json_mutator, _generation_seeds),
         Target("config", hf_folder(), "config.json", read_config, json_mutator, _config_seeds),
         Target("gguf", gguf_folder(TINY, "gpt2"), "model.gguf", read_gguf, gguf_mutator, _gguf_seeds),
+        Target("torch", bin_folder, "pytorch_model.bin", read_torch, torch_mutator, _torch_seeds),
+        Target("hf_bin", bin_folder, "pytorch_model.bin", read_hf, torch_mutator),
+        Target("meta_params", meta_folder("llama3.1", 2, RANKS), "params.json", read_meta, json_mutator, _params_seeds),
+        Target("meta_tokenizer", meta_folder("llama3.1", 2, RANKS), "tokenizer.model", read_meta, _bytes_mutator),
+        Target("meta_weights", meta_folder("llama2", 2, PIECES), "consolidated.01.pth", read_meta, torch_mutator),
+        *(
+            Target(f"quantized_{case}", stored_folder(f"quantized/{case}"), "config.json", read_hf, json_mutator)
+            for case in QUANTIZED
+        ),
+        *(
+            Target(
+                f"quantized_weights_{case}", stored_folder(f"quantized/{case}"), SINGLE, read_hf, safetensors_mutator
+            )
+            for case in ("gptq-int4-act-order", "bnb-nf4-nested")
+        ),
+        Target("checkpoint_lock", converted_folder, f"out/{LOCK_FILE}", read_lock, json_mutator),
+        Target("checkpoint_zarr", zarr_folder, "zarr.json", read_zarr, json_mutator),
         Target("checkpoint_marker", checkpoint_folder, MARKER, read_checkpoint, json_mutator),
         Target(
             "checkpoint_tensors", checkpoint_folder, f"{PARAMS}/_CHECKPOINT_METADATA", read_checkpoint, json_mutator
