@@ -474,9 +474,9 @@ CONVERSION: tuple[Mutation, ...] = (
     ),
     Mutation(
         "digest of a small file not compared",
-        "llama_jax/checkpoint/tensors.py",
-        "return None if found == expected else",
-        "return None if found else",
+        "llama_jax/checkpoint/lock.py",
+        'return None if found == expected else f"{path} has digest {found}, expected',
+        'return None if found else f"{path} has digest {found}, expected',
         ("tests/test_checkpoint.py::test_verify_checks_the_small_files",),
     ),
 )

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 type Read = Callable[[bytes], None]
 
 MAX_BYTES = 1 << 18
-HANGS = 150
-"""Seconds of wall time after which an input that even the time limit cannot stop ends the process."""
+HANGS = 300
+"""Seconds of wall time after which an input that even the time limit cannot stop ends the process; many, since a process
+that somebody has suspended must not look like one that hangs."""
 
 
 class Recorder:

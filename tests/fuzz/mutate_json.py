@@ -27,6 +27,7 @@ OTHERS = (
 )
 """Other values, as text, so that every use is a new object."""
 MAX_NODES = 50_000
+"""Beyond that a mutation would take longer than the reader."""
 _DEEP = (b"[" * 20_000, b'{"":' * 20_000)
 _RAW = (*_DEEP, b"9" * 5000, b"1e999", b"-", b"nul", b'"', b"\xff", b"\xef\xbb\xbf", b"\\ud800")
 
@@ -81,7 +82,7 @@ def mutate_value(value: Any, rng: random.Random, words: tuple[str, ...] = ("",),
         else:
             parent[rng.choice((*words, *STRINGS))] = parent.pop(key)
     elif action < 0.8:
-        parent[key:key] = [parent[key]] * rng.choice((1, 2, 50, 1000))
+        parent[key:key] = [parent[key]] * min(rng.choice((1, 2, 50, 1000)), MAX_NODES // len(places))
     else:
         other = rng.randrange(len(parent))
         parent[key], parent[other] = parent[other], parent[key]
