@@ -99,7 +99,7 @@ class SafetensorsFile:
             )
         try:
             raw = os.pread(self._fd, length, 8).decode("utf-8")
-            header = json.loads(raw, object_pairs_hook=_checked)
+            header = json.loads(raw, object_pairs_hook=_checked, parse_constant=_refused)
         except (ValueError, RecursionError) as e:
             raise CheckpointError(f"{self.path}: the header is not valid JSON ({e})", hint=_HINT) from e
         # The format wants the brace first of all, even before white space.
@@ -146,6 +146,10 @@ class SafetensorsFile:
                 hint=_HINT,
             )
         return Entry(dtype, tuple(shape), data + begin, nbytes)
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

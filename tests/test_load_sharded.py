@@ -57,7 +57,7 @@ def test_on_eight_devices() -> None:
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name("eight_devices.py"))],
-        env=os.environ | EIGHT,
+        env=os.environ | EIGHT | {"PYTEST_ADDOPTS": ""},  # the options of this run are not those of that one
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -59,7 +59,13 @@ def test_lock_of_a_folder(tmp_path: Path, dtype: str | None) -> None:
     value = json.loads((path / "model.lock.json").read_text())
     shards = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert value["source_files"] == [{"name": p.name, "bytes": p.stat().st_size, "sha256": sha256(p)} for p in shards]
-    assert value["source"] == {"kind": "huggingface", "name": "org/name", "revision": "abc", "licence": None}
+    assert value["source"] == {
+        "kind": "huggingface",
+        "name": "org/name",
+        "revision": "abc",
+        "licence": None,
+        "quantization": None,
+    }
     assert value["dtype"] == dtype
     assert value["lock_version"] == 1
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())["weight_map"]

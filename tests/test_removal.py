@@ -254,6 +254,8 @@ def test_rm_tmp(model: Path, cache: Path, tmp_path: Path) -> None:
     for name in ("a.partial", "b.llama_jax-old", "c.llama_jax-removed"):
         (folder / name / "params.partial_save").mkdir(parents=True)
         (folder / name / "params.partial_save" / "data").write_bytes(b"x" * 50)
+    (folder / "a.partial" / "unfinished.llama_jax").touch()
+    (folder / "b").mkdir()  # a replaced checkpoint is left over only where its successor is in place
     (folder / "d.lock").touch()
     (cache / "downloads" / "fetching-abc").mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
@@ -265,7 +267,7 @@ def test_rm_tmp(model: Path, cache: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
         answer = json.loads(result.stdout)
         left = {p.name for p in folder.iterdir()}
-    assert left == {model.name, "notes.txt", "busy.partial", "busy.lock", "e.partial"}
+    assert left == {model.name, "b", "notes.txt", "busy.partial", "busy.lock", "e.partial"}
     assert (tmp_path / "precious").is_dir()
     assert not list((cache / "downloads").iterdir())
     assert answer["freed_bytes"] == 150
