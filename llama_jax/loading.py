@@ -79,8 +79,8 @@ def load(
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
       mesh: devices to spread the parameters over, by the rules of `llama_jax.sharding`: heads, hidden units, experts
         and the vocabulary over its axis "tensor". A mesh without that axis holds a copy on every device.
-      convert: False reads a source in another format as it is and writes nothing to disk: the same tree, though there
-        are no digests to check, and quantised weights are decoded anew each time.
+      convert: False reads a source in another format as it is and puts no converted copy on the disk: the same tree,
+        though there are no digests to check, and quantised weights are decoded anew each time.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
         it holds neither NaN nor infinity.
       fuse: whether to join projections that share their input (`llama_jax.fuse`), which is faster; False keeps the

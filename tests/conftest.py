@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Sets the environment before anything imports jax; child processes inherit it."""
     if not ON_GPU:
         os.environ["JAX_PLATFORMS"] = "cpu"
+    # A shell ignores Ctrl-C on behalf of what it starts in the background, and children would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would need the network fails at once
     # Compiled programs outlive the run: a second one compiles nothing that has not changed.
     if cache := getattr(config, "cache", None):  # absent under `-p no:cacheprovider`

@@ -29,8 +29,8 @@ type Read = Callable[[bytes], None]
 
 MAX_BYTES = 1 << 18
 HANGS = 300
-"""Seconds of wall time after which an input that even the time limit cannot stop ends the process; many, since one
-that somebody has suspended must not look like one that hangs."""
+"""Seconds of wall time after which an input that even the time limit cannot stop ends the process; many, since a
+process that somebody has suspended must not look like one that hangs."""
 
 
 class Recorder:
