@@ -129,6 +129,8 @@ class SafetensorsFile:
     def _entry(self, name: str, value: Any, data: int) -> Entry:
         try:
             dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+            if len(value) != 3:
+                raise ValueError("it has more keys than dtype, shape and data_offsets")
             if not isinstance(shape, list) or not isinstance(value["data_offsets"], list):
                 raise TypeError("shape and data_offsets are no lists")
             if len(shape) > _MAX_DIMS:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +197,10 @@ def test_the_command(tmp_path: Path) -> None:
 # --- What was found, each with the error that it now gives ------------------------------------------------------------
 
 
-def _header(shape: Any = (2,), offsets: Any = (0, 8), name: str = "a", notes: Any = None) -> bytes:
-    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": offsets}}
+def _header(
+    shape: Any = (2,), offsets: Any = (0, 8), name: str = "a", notes: Any = None, more: Mapping[str, Any] | None = None
+) -> bytes:
+    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": offsets} | dict(more or {})}
     raw = json.dumps(header if notes is None else header | {"__metadata__": notes}).encode()
     return len(raw).to_bytes(8, "little") + raw + bytes(8)
 
@@ -212,6 +214,7 @@ DIGITS = 10**4300 - 1
         ("safetensors", _header([DIGITS, DIGITS]), "tensor a is malformed.*63 bits"),
         ("safetensors", _header([1] * 65), "tensor a is malformed.*65 dimensions"),
         ("safetensors", _header({}), "tensor a is malformed.*no lists"),
+        ("safetensors", _header(more={"x": float("-inf")}), "more keys"),
         ("safetensors", _header(name="\ud800"), "not valid JSON.*surrogates"),
         ("safetensors", _header(notes=[1]), "__metadata__"),
         ("safetensors", _header(notes={"a": 1}), "__metadata__"),
