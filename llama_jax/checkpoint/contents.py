@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,11 @@ def small_files(
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     """A JSON file for people to read, the same for equal values."""
     return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode("utf-8")
+
+
+def tool_version() -> str:
+    """Version of the installed package, or "unknown" when it runs from a source tree that is not installed."""
+    try:
+        return version("llama-jax")
+    except PackageNotFoundError:
+        return "unknown"

@@ -151,6 +151,26 @@ def read_parts(folder: Path) -> list[Part]:
     return parts
 
 
+def sound_parts(folder: Path, total_bytes: int, progress: fmt.Progress | None) -> list[Part]:
+    """The parts in a folder whose tensors can all be read back and have their digests; everything else is removed.
+
+    Args:
+      total_bytes: for `progress`, which is called for every tensor that is sound.
+    """
+    found, done = [], 0
+    for part in read_parts(folder):
+        for name, info in part.tensors.items():
+            if not part.sound(name):
+                storage.remove(part.folder)
+                break
+            done += info.nbytes
+            if progress:
+                progress(done, total_bytes, name)
+        else:
+            found.append(part)
+    return found
+
+
 def join(parts: list[Part], folder: Path) -> None:
     """Makes the Orbax checkpoint `folder`/params of the parts, which stay as they are and share their data with it."""
     together = folder / _PARTIAL_SAVE

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import lock, parts, storage
-from llama_jax.checkpoint.contents import check_names, json_bytes, main_dtype, small_files
+from llama_jax.checkpoint.contents import check_names, json_bytes, main_dtype, small_files, tool_version
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError, UnsupportedModel
 from llama_jax.params import flatten, param_specs
@@ -127,22 +126,7 @@ class CheckpointWriter:
         if not marker.exists():
             storage.write_file(marker, identity)
         storage.remove(left / _STAGED)
-        self._parts = self._sound_parts()
-
-    def _sound_parts(self) -> list[parts.Part]:
-        """The parts that can be read back and have their digests; the others are removed."""
-        found, done = [], 0
-        for part in parts.read_parts(self._partial / _PARTS):
-            for name, info in part.tensors.items():
-                if not part.sound(name):
-                    storage.remove(part.folder)
-                    break
-                done += info.nbytes
-                if self._progress:
-                    self._progress(done, self._total_bytes, name)
-            else:
-                found.append(part)
-        return found
+        self._parts = parts.sound_parts(left / _PARTS, self._total_bytes, self._progress)
 
     def _leave(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         if e is None or self._identity is None or not _worth_another_try(e):
@@ -310,11 +294,3 @@ def save(
         for batch in batches(sizes):
             writer.write({name: np.asarray(flat[name]) for name in batch})
         return writer.commit(config, source=source or fmt.Source(), generation_config=generation_config, files=files)
-
-
-def tool_version() -> str:
-    """Version of the installed package, or "unknown" when it runs from a source tree that is not installed."""
-    try:
-        return version("llama-jax")
-    except PackageNotFoundError:
-        return "unknown"
