@@ -240,8 +240,8 @@ ATTENTION: tuple[Mutation, ...] = (
     Mutation(
         "attention scale dropped",
         "kernels/attention/reference.py",
-        "logits * scale, MASKED)",
-        "logits, MASKED)",
+        "logits = logits * scale\n",
+        "logits = logits * 1.0\n",
         golden("llama2-mha"),
     ),
     Mutation(

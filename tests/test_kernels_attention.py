@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import KernelError
-from llama_jax.kernels.attention import BACKENDS, Visibility, attention, visible
-from llama_jax.kernels.dispatch import choose
+from llama_jax.kernels.attention import Visibility, attention, visible
 
 run = jax.jit(attention, static_argnames=("visibility", "scale", "backend"))
 
@@ -158,20 +157,56 @@ def test_gradient_with_rows_that_see_nothing() -> None:
 
 def test_an_unknown_backend_is_refused() -> None:
     x, position = jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32)
-    with pytest.raises(KernelError, match="'attention' has no backend 'cudnn'") as caught:
-        attention(x, x, x, position, position, Visibility(), scale=1.0, backend="cudnn")
+    with pytest.raises(KernelError, match="'decode_attention' has no backend 'none'") as caught:
+        attention(x, x, x, position, position, Visibility(), scale=1.0, backend="none")
     assert "auto, " in caught.value.hint
     assert "reference" in caught.value.hint
     named = attention(x, x, x, position, position, Visibility(), scale=1.0, backend="reference")
     np.testing.assert_array_equal(named, x)
 
 
-def test_dispatch() -> None:
-    backends = {"reference": lambda: "plain", "fast": lambda: "fast"}
-    assert choose("op", backends, "fast")() == "fast"
-    assert choose("op", backends, "reference")() == "plain"
-    assert choose("op", backends)() in ("plain", "fast")
-    for name in ("", "Reference", "none"):
-        with pytest.raises(KernelError):
-            choose("op", backends, name)
-    assert set(BACKENDS) >= {"reference"}
+def test_soft_cap() -> None:
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal((1, 2, 5, 4)).astype(np.float32) * 3 for _ in range(3))
+    position = np.arange(5, dtype=np.int32)[None]
+    out = attention(q.swapaxes(1, 2), k, v, position, position, Visibility(), scale=0.5, soft_cap=2.0)
+    logits = 2.0 * np.tanh(np.einsum("bhqd,bhkd->bhqk", q, k) * 0.5 / 2.0)
+    weights = np.where(np.tri(5, dtype=bool), np.exp(logits), 0)
+    expected = np.einsum("bhqk,bhkd->bqhd", weights / weights.sum(-1, keepdims=True), v)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_take_part_in_the_softmax_only() -> None:
+    """A sink is a key with this logit and a value of zeros."""
+    rng = np.random.default_rng(4)
+    q = rng.standard_normal((1, 3, 4, 8)).astype(np.float32)
+    k, v = (rng.standard_normal((1, 2, 3, 8)).astype(np.float32) for _ in range(2))
+    sinks = np.array([-2.0, 0.0, 1.0, 3.0], np.float32)
+    position = np.arange(3, dtype=np.int32)[None]
+    out = attention(q, k, v, position, position, Visibility(), scale=0.3, sinks=sinks)
+    logits = np.einsum("bqhd,bhkd->bqhk", q, k.repeat(2, axis=1)) * 0.3
+    weights = np.where(np.tri(3, dtype=bool)[None, :, None], np.exp(logits), 0)
+    weights /= weights.sum(-1, keepdims=True) + np.exp(sinks)[:, None]
+    np.testing.assert_allclose(out, np.einsum("bqhk,bhkd->bqhd", weights, v.repeat(2, axis=1)), rtol=1e-5, atol=1e-5)
+
+
+def test_pages_are_slots_in_another_order() -> None:
+    rng = np.random.default_rng(5)
+    k, v = (rng.standard_normal((2, 3, 12, 4)).astype(np.float32) for _ in range(2))
+    q = rng.standard_normal((2, 2, 6, 4)).astype(np.float32)
+    table = np.array([[5, 0, 2], [4, 1, 99]], np.int32)  # 99: no page, and not read
+    kv_positions = np.arange(12, dtype=np.int32)[None].repeat(2, 0)
+    kv_positions[1, 8:] = -1
+    q_positions = np.array([[10, 11], [6, 7]], np.int32)
+
+    def pages(rows: np.ndarray) -> np.ndarray:
+        out = np.full((6, 3, 4, 4), np.nan, np.float32)
+        for b in range(2):
+            for i, page in enumerate(table[b]):
+                if page < 6:
+                    out[page] = rows[b, :, 4 * i : 4 * i + 4]
+        return np.nan_to_num(out)
+
+    dense = attention(q, k, v, q_positions, kv_positions, Visibility(), scale=0.5)
+    paged = attention(q, pages(k), pages(v), q_positions, kv_positions, Visibility(), scale=0.5, page_table=table)
+    np.testing.assert_array_equal(paged, dense)

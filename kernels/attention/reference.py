@@ -47,6 +47,16 @@ def visible(
     return see
 
 
+def gather_pages(pages: jax.Array, page_table: jax.Array) -> jax.Array:
+    """Pages [pages, kv_heads, page_size, head_dim] laid out as rows [batch, kv_heads, kv_len, head_dim].
+
+    Entries of the table outside of the pages give some page; their slots must be invisible.
+    """
+    rows = jnp.take(pages, page_table, axis=0, mode="clip")  # [batch, pages per row, kv_heads, page_size, head_dim]
+    rows = jnp.moveaxis(rows, 2, 1)
+    return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
+
+
 def attention_reference(
     q: jax.Array,
     k: jax.Array,
@@ -56,10 +66,15 @@ def attention_reference(
     visibility: Visibility,
     *,
     scale: float,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
+    page_table: jax.Array | None = None,
 ) -> jax.Array:
     """See `llama_jax.kernels.attention.attention`."""
+    if page_table is not None:
+        k, v = gather_pages(k, page_table), gather_pages(v, page_table)
     batch, q_len, _, head_dim = q.shape
     kv_heads = k.shape[1]
     precision = matmul_precision(q.dtype)
@@ -69,10 +84,20 @@ def attention_reference(
     logits = jax.lax.dot_general(
         rows, k, (((3,), (3,)), ((0, 1), (0, 1))), precision=precision, preferred_element_type=jnp.float32
     ).reshape(*grouped.shape[:-1], -1)
+    logits = logits * scale
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
     see = visible(q_positions, kv_positions, visibility, q_segments, kv_segments)
-    logits = jnp.where(see[:, None, None], logits * scale, MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    logits = jnp.where(see[:, None, None], logits, MASKED)
+    if sinks is None:
+        weights = jax.nn.softmax(logits, axis=-1)
+    else:
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1), (*logits.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([logits, sink], axis=-1), axis=-1)[..., :-1]
     out = jax.lax.dot_general(
-        weights.reshape(batch, kv_heads, -1, k.shape[2]), v, (((3,), (2,)), ((0, 1), (0, 1))), precision=precision
+        weights.astype(v.dtype).reshape(batch, kv_heads, -1, k.shape[2]),
+        v,
+        (((3,), (2,)), ((0, 1), (0, 1))),
+        precision=precision,
     )
     return out.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)

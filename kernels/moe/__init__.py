@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import jax
 
-from llama_jax.kernels.dispatch import choose
+from llama_jax.kernels.dispatch import Backend, Operation
 from llama_jax.kernels.moe.reference import Activation, routed_experts_reference
 
-BACKENDS = {"reference": routed_experts_reference}
+grouped_experts = Operation("moe", {"reference": Backend(routed_experts_reference)})
 
-__all__ = ["BACKENDS", "routed_experts", "routed_experts_reference"]
+__all__ = ["grouped_experts", "routed_experts", "routed_experts_reference"]
 
 
 def routed_experts(
@@ -37,10 +37,9 @@ def routed_experts(
       [tokens, hidden] in x's dtype.
 
     Raises:
-      KernelError: the named backend does not exist.
+      KernelError: the named backend does not exist, or cannot run this here.
     """
-    run = choose("moe", BACKENDS, backend)
-    return run(
+    return grouped_experts(
         x,
         expert_ids,
         gate,
@@ -49,4 +48,5 @@ def routed_experts(
         activation=activation,
         input_scale=input_scale,
         output_scale=output_scale,
+        backend=backend,
     )

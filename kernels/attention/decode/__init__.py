@@ -1,0 +1,11 @@
+"""Attention of a few queries a row (decoding, speculation) over a long cache: bound by reading keys and values."""
+
+from __future__ import annotations
+
+from llama_jax.kernels.attention.reference import attention_reference
+from llama_jax.kernels.dispatch import Backend, Operation
+
+MAX_QUERIES = 8
+"""The most queries a row that count as decoding."""
+
+decode_attention = Operation("decode_attention", {"reference": Backend(attention_reference)})
