@@ -1,8 +1,8 @@
 """Scaled dot-product attention over keys and values whose positions are given, slot by slot.
 
 Causality, sliding windows, chunks, padding and packing are all one rule about positions (`Visibility`), so prefill,
-decode, left- and right-padded batches are the same call. Two operations compute it, with the same arguments and contract
-(`attention_reference`): `flash_attention` for many queries, `decode_attention` for a few.
+decode, left- and right-padded batches are the same call. Two operations compute it, both with these arguments and the
+contract `attention_reference`: `flash_attention` for many queries, `decode_attention` for a few.
 """
 
 from __future__ import annotations
