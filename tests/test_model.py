@@ -79,7 +79,7 @@ def test_there_are_golden_cases() -> None:
     assert len(GOLDEN_CASES) >= 29
 
 
-@pytest.mark.parametrize("case", GOLDEN_CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)  # test_verification.py puts every case through convert and verify
 def test_golden(case: str) -> None:
     """Left- and right-padded rows without a cache, and all tokens at once with one."""
     g = load_golden(case)
@@ -99,7 +99,7 @@ def test_golden(case: str) -> None:
     np.testing.assert_array_equal(cache.rope_length, g.lengths)
 
 
-@pytest.mark.parametrize("case", GOLDEN_CASES)
+@pytest.mark.parametrize("case", EVERY_CASE)
 def test_golden_token_by_token(case: str) -> None:
     """A prefill in chunks of one token, then greedy decoding: the same compiled step throughout."""
     g = load_golden(case)
