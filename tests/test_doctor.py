@@ -18,6 +18,7 @@ from llama_jax import hardware
 from llama_jax.cli import cli
 from llama_jax.doctor import Check, Probe, Report, check_devices, check_packages, check_plugins, doctor, probe_jax
 from llama_jax.hardware import Gpu
+from llama_jax.targets import kfd
 
 VERSIONS: dict[str, str | None] = dict.fromkeys(("jax", "jaxlib", *doctoring.PLUGINS), "0.11.2")
 NO_PLUGINS = VERSIONS | dict.fromkeys(doctoring.PLUGINS)
@@ -35,7 +36,10 @@ def amd_machine(root: Path, *versions: int, kfd: bool = True) -> Path:
     nodes = root / "sys/class/kfd/kfd/topology/nodes"
     write(nodes / "0/properties", "cpu_cores_count 8\nsimd_count 0\ngfx_target_version 0\n")
     for i, version in enumerate(versions):
-        write(nodes / f"{i + 1}/properties", f"cpu_cores_count 0\nsimd_count 1216\ngfx_target_version {version}\n")
+        write(
+            nodes / f"{i + 1}/properties",
+            f"cpu_cores_count 0\nsimd_count 1216\nsimd_per_cu 4\ngfx_target_version {version}\n",
+        )
         write(nodes / f"{i + 1}/mem_banks/0/properties", "heap_type 1\nsize_in_bytes 206141652992\n")
         write(root / f"sys/bus/pci/devices/0000:0{i}:00.0/vendor", "0x1002\n")
         write(root / f"sys/bus/pci/devices/0000:0{i}:00.0/class", "0x120000\n")
@@ -66,7 +70,7 @@ def pci_device(root: Path, vendor: str, kind: str) -> Path:
     ],
 )
 def test_gfx_name(version: int, name: str) -> None:
-    assert hardware.gfx_name(version) == name
+    assert kfd.gfx_name(version) == name
 
 
 def test_amd_gpus(tmp_path: Path) -> None:
@@ -309,6 +313,7 @@ def test_command_exits_with_the_problem(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 5
     assert "PROBLEM device" in result.stdout
     assert "gpu:        amd gfx942, 206 GB" in result.stdout
+    assert "target:     mi300x\n" in result.stdout
     result = CliRunner().invoke(cli, ["doctor", "--json"])
     assert (result.exit_code, json.loads(result.stdout)["ok"]) == (5, False)
 
