@@ -42,7 +42,7 @@ from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.kernels.attention import Visibility, attention, attention_reference
 from llama_jax.loading import Model, load
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
-from llama_jax.sampling import SamplerOptions, SamplingParams, make_sampler, sample, token_logprobs
+from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
 
 MESHES = ("tensor=2", "tensor=4", "data=2,tensor=4")
 
@@ -184,6 +184,7 @@ def test_log_probabilities_of_a_split_vocabulary() -> None:
     np.testing.assert_allclose(found.top, want.top, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_options_of_generate_on_a_mesh() -> None:
     """A few rows with different settings, repeated prompts, log-probabilities, a cache that grows; no program twice."""
     config = tiny_config(LayerSpec(mlp=24), LayerSpec("sliding", 5, mlp=24), max_position_embeddings=256)
@@ -206,7 +207,8 @@ def test_options_of_generate_on_a_mesh() -> None:
         assert [o.token_ids for o in a.outputs] == [o.token_ids for o in b.outputs]
         assert [o.finish_reason for o in a.outputs] == [o.finish_reason for o in b.outputs]
     mine, theirs = (o[0].outputs[0].logprobs for o in (found, want))
-    assert mine is not None and theirs is not None
+    assert mine is not None
+    assert theirs is not None
     np.testing.assert_allclose([t.logprob for t in mine], [t.logprob for t in theirs], rtol=1e-4, atol=1e-5)
     streamed = [s.token for s in stream_generate(split, None, prompts[0], max_tokens=5, ignore_eos=True)]
     assert tuple(streamed) == want[0].outputs[0].token_ids[:5]
@@ -256,6 +258,7 @@ def test_attention_runs_on_local_heads(heads: tuple[int, int], backend: str) -> 
     assert out.sharding.shard_shape(out.shape)[2] == q_heads // local
 
 
+@pytest.mark.slow
 def test_gradients_on_a_mesh() -> None:
     config = TINY["sigmoid-moe"]
     params, tokens = random_params(config), random_tokens(config, 2, 6)
@@ -276,17 +279,16 @@ def test_gradients_on_a_mesh() -> None:
 
 # --- Communication ----------------------------------------------------------------------------------------------------
 
-COLLECTIVE = re.compile(
-    r" = \(*(\w+)\[([\d,]*)\].* (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
+COLLECTIVE = re.compile(r" = (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
 
 
 def collectives(hlo: str) -> Counter[tuple[str, int]]:
-    """Kind and number of elements of every collective in a program's text; a loop's body counts once."""
+    """Kind and number of elements of what each collective in a program's text brings; a loop's body counts once."""
     found: Counter[tuple[str, int]] = Counter()
     for line in hlo.splitlines():
         if match := COLLECTIVE.search(line):
-            found[match[3], int(np.prod([int(n) for n in match[2].split(",") if n]))] += 1
+            for shape in re.findall(r"\w+\[([\d,]*)\]", match[1]):
+                found[match[2], int(np.prod([int(n) for n in shape.split(",") if n]))] += 1
     return found
 
 
@@ -298,7 +300,8 @@ def abstract_model(name: str, layers: int | None, mesh: Mesh) -> tuple[Params, L
 
     def place(name: str, leaf: Any) -> Any:
         axes = PROJECTION_AXES.get(name.split(".")[-2], ())
-        spec = specs.get(name) or PartitionSpec(*(sharding.RULES.get(a or "") for a in axes))
+        over = (sharding.RULES.get(a or "") for a in axes)
+        spec = specs.get(name) or PartitionSpec(*(o if o in mesh.shape else None for o in over))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     fused = jax.eval_shape(lambda p: fuse_params(p, config), abstract_params(config, jnp.bfloat16))
@@ -311,11 +314,11 @@ def compiled(name: str, layers: int | None, mesh: Mesh, step: str, params: Sampl
         model, config = abstract_model(name, layers, mesh)
         options, sampler = make_sampler([params] * batch, [[1]] * batch, config.vocab_size)
 
-        def decode_step(model: Params, tokens: jax.Array, cache: DenseCache) -> Any:
+        def decode_step(model: Params, tokens: jax.Array, cache: DenseCache, sampler: SamplerState) -> Any:
             logits, cache = decode.forward(model, config, tokens[:, None], tokens[:, None], cache)
             return sample(logits[:, 0], sampler, options), cache
 
-        def prefill(model: Params, tokens: jax.Array, cache: DenseCache) -> Any:
+        def prefill(model: Params, tokens: jax.Array, cache: DenseCache, sampler: SamplerState) -> Any:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             return decode.forward(
                 model, config, tokens, positions, cache, logits_at=jnp.full((batch, 1), tokens.shape[1] - 1)
@@ -324,11 +327,11 @@ def compiled(name: str, layers: int | None, mesh: Mesh, step: str, params: Sampl
         tokens = jax.ShapeDtypeStruct((batch,) if step == "decode" else (batch, 256), jnp.int32)
         f = {"decode": decode_step, "prefill": prefill}[step]
         cache = jax.eval_shape(lambda: DenseCache.create(config, batch, 512, jnp.bfloat16))
-        of_kv = NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None, "tensor"))
+        of_kv = NamedSharding(mesh, PartitionSpec(*(a if a in mesh.shape else None for a in ("data", "tensor"))))
         cache = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_kv) if x.ndim == 4 else x, cache
         )
-        return str(jax.jit(f, donate_argnums=2).lower(model, tokens, cache).compile().as_text())
+        return str(jax.jit(f, donate_argnums=2).lower(model, tokens, cache, sampler).compile().as_text())
 
 
 FULL = pytest.mark.slow
@@ -382,7 +385,8 @@ def test_sampling_sends_candidates_only() -> None:
     hlo = compiled("llama-3.1-8b", 1, sharding.make_mesh(tensor=8), "decode", sampled)
     sizes = {key: n for key, n in collectives(hlo).items() if key != ("all-reduce", 8 * 4096)}
     assert max(size for _, size in sizes) == 8 * 8 * 128
-    assert sum(n for (kind, _), n in sizes.items() if kind == "all-gather") == 3
+    gathers = {size: n for (kind, size), n in sizes.items() if kind == "all-gather"}
+    assert gathers == {8 * 8 * 128: 1, 2 * 8 * 8: 2}  # candidates; the likeliest token and the drawn one
 
 
 # --- Through the public doors -----------------------------------------------------------------------------------------
@@ -421,14 +425,14 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
     text = run_cli("show", str(folder), "--tp", "4").stdout
     assert "vocab" in text.split("sharding:")[1]
     failed = CliRunner().invoke(cli, ["generate", "The", "-m", str(folder), "--tp", "16"])
-    assert "needs 16 devices; there are 8" in str(failed.exception)
-    assert getattr(failed.exception, "exit_code", 0) == 5
+    assert "needs 16 devices; there are 8" in failed.output
+    assert failed.exit_code == 5
 
 
+@pytest.mark.slow
 def test_random_models_are_made_in_their_places() -> None:
     model = random_model("smollm2-135m", "bfloat16", sharding.make_mesh(tensor=3))
     assert model.config.num_kv_heads == 3
     leaf = model.params["layers"]["0"]["mlp"]["gate_up_proj"]["weight"]
     assert {s.data.shape for s in leaf.addressable_shards} == {(2, 512, 576)}
     assert float(jnp.std(leaf.astype(jnp.float32))) == pytest.approx(576**-0.5, rel=0.05)
-    assert SamplerOptions().greedy
