@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 
 from llama_jax.kernels.dispatch import Backend, Operation
+from llama_jax.kernels.moe.cases import moe_cases, moe_shape
 from llama_jax.kernels.moe.reference import Activation, routed_experts_reference
 
-grouped_experts = Operation("moe", {"reference": Backend(routed_experts_reference)})
+grouped_experts = Operation("moe", {"reference": Backend(routed_experts_reference)}, moe_shape, moe_cases)
 
 __all__ = ["grouped_experts", "routed_experts", "routed_experts_reference"]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from llama_jax.kernels.attention.cases import decode_cases, decode_shape
 from llama_jax.kernels.attention.reference import attention_reference
 from llama_jax.kernels.dispatch import Backend, Operation
 
 MAX_QUERIES = 8
 """The most queries a row that count as decoding."""
 
-decode_attention = Operation("decode_attention", {"reference": Backend(attention_reference)})
+decode_attention = Operation(
+    "decode_attention", {"reference": Backend(attention_reference)}, decode_shape, decode_cases
+)

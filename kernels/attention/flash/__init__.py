@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
+from llama_jax.kernels.attention.cases import flash_cases, flash_shape
 from llama_jax.kernels.attention.reference import attention_reference
 from llama_jax.kernels.dispatch import Backend, Operation
 
-flash_attention = Operation("flash_attention", {"reference": Backend(attention_reference)})
+flash_attention = Operation("flash_attention", {"reference": Backend(attention_reference)}, flash_shape, flash_cases)
