@@ -22,7 +22,7 @@ def report() -> dict[Choice, int]:
 def plan() -> tuple[Choice, ...]:
     """What `auto` would choose on this device for the small cases of every operation; imports jax, computes nothing."""
     from llama_jax.kernels.dispatch.operation import choose
-    from llama_jax.kernels.dispatch.registry import OPERATIONS, operation
+    from llama_jax.kernels.registry import OPERATIONS, operation
     from llama_jax.targets import current
 
     chosen: dict[Choice, None] = {}

@@ -25,7 +25,7 @@ from llama_jax.config import LlamaConfig, MoeSpec, preset
 from llama_jax.fuse import fuse_in_place
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
-from llama_jax.loading import Model
+from llama_jax.loading import Model, check_kernels_once
 from llama_jax.params import init_leaf, param_specs, unflatten
 
 
@@ -80,6 +80,7 @@ def environment(dtype: DTypeLike) -> dict[str, Any]:
 def random_model(name: str, dtype: DTypeLike) -> Model:
     """A preset's shape with random weights made on the device, fused as `load` does it."""
     config = preset(name)
+    check_kernels_once()
     key = jax.random.key(0)
     # Leaves of one shape share one program.
     make = jax.jit(lambda key, spec: init_leaf(spec, key, dtype), static_argnums=1)

@@ -21,8 +21,8 @@ from llama_jax.kernels.dispatch.extra import extra
 from llama_jax.kernels.dispatch.fingerprint import code_only, source_hash, sources, versions
 from llama_jax.kernels.dispatch.operation import Operation, choose, disable, using
 from llama_jax.kernels.dispatch.record import Choice, Recorder
-from llama_jax.kernels.dispatch.registry import OPERATIONS, operation, parse_backends
 from llama_jax.kernels.dispatch.tables import Rule, parse
+from llama_jax.kernels.registry import OPERATIONS, operation, parse_backends
 from llama_jax.targets import TARGETS, find
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llama_jax.kernels.dispatch.backend import Backend
-from llama_jax.kernels.dispatch.registry import OPERATIONS
+from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.plugins import KERNELS, Plugin, load_plugins
 
 

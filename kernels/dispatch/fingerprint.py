@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llama_jax.kernels.dispatch.registry import OPERATIONS
+from llama_jax.kernels.registry import OPERATIONS
 
 _ROOT = Path(__file__).parents[1]
 _LAYOUT = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
@@ -20,7 +20,7 @@ _SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER
 def sources(operation: str) -> list[Path]:
     """The files that an operation's kernels are made of: its folder, and what stands beside it and above it.
 
-    The choice among backends (`kernels/dispatch`) changes no kernel and is not among them.
+    The choice among backends (`kernels/dispatch`, `registry.py`) changes no kernel and is not among them.
     """
     module = OPERATIONS[operation].partition(":")[0]
     folder = _ROOT.joinpath(*module.split(".")[2:])
@@ -28,7 +28,7 @@ def sources(operation: str) -> list[Path]:
     while folder != _ROOT:
         folder = folder.parent
         files |= set(folder.glob("*.py"))
-    return sorted(files - {_ROOT / "__init__.py"})
+    return sorted(files - {_ROOT / "__init__.py", _ROOT / "registry.py"})
 
 
 @functools.cache

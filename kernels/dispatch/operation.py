@@ -17,9 +17,9 @@ from llama_jax.kernels.dispatch.backend import Backend
 from llama_jax.kernels.dispatch.cases import Case
 from llama_jax.kernels.dispatch.extra import extra
 from llama_jax.kernels.dispatch.record import Choice, Recorder
-from llama_jax.kernels.dispatch.registry import VARIABLE, parse_backends
 from llama_jax.kernels.dispatch.tables import Rule, shipped_rules
 from llama_jax.kernels.dispatch.user_table import user_rules
+from llama_jax.kernels.registry import VARIABLE, parse_backends
 from llama_jax.targets import Target, current
 
 REFERENCE = "reference"

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from llama_jax.kernels.dispatch.extra import extra
 from llama_jax.kernels.dispatch.fingerprint import source_hash, versions
 from llama_jax.kernels.dispatch.numerics import Check, checkable, run_checks
 from llama_jax.kernels.dispatch.operation import Operation, disable
-from llama_jax.kernels.dispatch.registry import OPERATIONS, operation
+from llama_jax.kernels.registry import OPERATIONS, operation
 from llama_jax.targets import current
 
 SWITCH = "LLAMA_JAX_SELF_CHECK"
@@ -62,6 +63,28 @@ def self_check(notify: Notify | None = None) -> tuple[Check, ...]:
         store(failures)
     apply(failures, say)
     return checks
+
+
+def report_checks(crashed: Mapping[str, str]) -> None:
+    """Checks everything and prints one JSON object a line: {"start": name} before each, its result after; for a parent
+    process that outlives a crash. Keeps what failed for later processes.
+
+    Args:
+      crashed: "operation/backend/case" to what happened, of those that are not to be tried again.
+    """
+
+    def starting(*names: str) -> str:
+        name = "/".join(names)
+        if name not in crashed:
+            print(json.dumps({"start": name}), flush=True)
+        return crashed.get(name, "")
+
+    checks = []
+    for check in run_checks(_operations(), starting=starting):
+        checks.append(check)
+        print(json.dumps({"check": asdict(check)}), flush=True)
+    store(failures_of(tuple(checks)))
+    print(json.dumps({"device": device_key()}), flush=True)
 
 
 def failures_of(checks: tuple[Check, ...]) -> dict[str, str]:

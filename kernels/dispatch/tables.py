@@ -23,7 +23,7 @@ from importlib import resources
 from typing import Any
 
 from llama_jax.errors import KernelError
-from llama_jax.kernels.dispatch.registry import OPERATIONS
+from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.targets import Target
 
 

@@ -12,6 +12,7 @@ from llama_jax.cli.options import (
     dtype_option,
     examples,
     given,
+    kernels_option,
     model_option,
     quiet_option,
     sampling_options,
@@ -37,6 +38,7 @@ from llama_jax.cli.progress import Reporter
 @sampling_options
 @dtype_option
 @convert_option
+@kernels_option
 @click.option(
     "--history",
     metavar="FILE",

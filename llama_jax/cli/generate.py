@@ -14,6 +14,7 @@ from llama_jax.cli.options import (
     examples,
     given,
     json_option,
+    kernels_option,
     model_option,
     quiet_option,
     sampling_options,
@@ -56,6 +57,7 @@ DEFAULT_MAX_TOKENS = 256
 @sampling_options
 @dtype_option
 @convert_option
+@kernels_option
 @quiet_option
 @json_option
 def command(
