@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -106,6 +107,9 @@ def _child(
             run.end = f"it took longer than {deadline_s:g} s"
         finally:
             child.kill()
+            # A process that hangs inside a driver does not even die.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=5)
         errors.seek(0)
         said = [text.strip() for text in errors.read().decode(errors="replace").splitlines() if text.strip()]
         if said and not run.device:
