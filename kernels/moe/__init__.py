@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 
 from llama_jax.kernels.dispatch import Backend, Operation
+from llama_jax.kernels.moe import pallas_triton
 from llama_jax.kernels.moe.reference import Activation, routed_experts_reference
 
-grouped_experts = Operation("moe", {"reference": Backend(routed_experts_reference)})
+grouped_experts = Operation(
+    "moe",
+    {
+        "reference": Backend(routed_experts_reference),
+        "pallas_triton": Backend(pallas_triton.run, pallas_triton.unsupported),
+        "pallas_interpret": Backend(
+            partial(pallas_triton.run, interpret=True), pallas_triton.interpret_unsupported
+        ),
+    },
+)
 
 __all__ = ["grouped_experts", "routed_experts", "routed_experts_reference"]
 
