@@ -45,13 +45,15 @@ class Operation:
       backends: those of this package.
       shape: takes the operation's arguments; a short text that is equal for arguments which want the same backend and
         tiles. Tables match patterns against it.
-      cases: arguments to check, tune and compile the backends with.
+      cases: small arguments to check the backends with.
+      models: arguments as real models have them, to tune and to compile the backends with.
     """
 
     name: str
     backends: Mapping[str, Backend]
     shape: Callable[..., str] = _any_shape
     cases: Callable[[], Sequence[Case]] = _no_cases
+    models: Callable[[], Sequence[Case]] = _no_cases
 
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         """Runs the backend of that name, or the best one known for the target.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.kernels.dispatch.cases import Arrays, Case
+from llama_jax.kernels.moe import pallas_triton, shapes
 from llama_jax.kernels.moe.reference import Activation
+from llama_jax.targets import Target
 
 
 def moe_shape(
@@ -17,6 +21,30 @@ def moe_shape(
     """For example "e8 top2 r64": experts, experts a token, rows of all experts up to a power of two."""
     rows = 1 << (x.shape[0] * expert_ids.shape[1] - 1).bit_length()
     return f"e{gate.shape[0]} top{expert_ids.shape[1]} r{rows}"
+
+
+def moe_candidates(
+    target: Target, x: jax.Array, expert_ids: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, **kwargs: Any
+) -> Iterator[pallas_triton.Tiles]:
+    """Tiles worth measuring for a call."""
+    experts, intermediate, hidden = gate.shape
+    return pallas_triton.candidates(
+        target,
+        pairs=expert_ids.shape[0] * expert_ids.shape[1],
+        experts=experts,
+        hidden=hidden,
+        intermediate=intermediate,
+        itemsize=x.dtype.itemsize,
+    )
+
+
+def moe_models(models: Sequence[shapes.MoeShape] = shapes.SHAPES) -> Sequence[Case]:
+    """Decode steps and prefills of models."""
+    return tuple(
+        Case(f"{model.name}, {tokens} tokens", partial(model.example, tokens=tokens), {"activation": jax.nn.silu})
+        for model in models
+        for tokens in (*shapes.DECODE_TOKENS, *shapes.PREFILL_TOKENS)
+    )
 
 
 def moe_cases() -> Sequence[Case]:
