@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llama_jax.kernels.dispatch.backend import Backend
 from llama_jax.kernels.registry import OPERATIONS
-from llama_jax.plugins import KERNELS, Plugin, load_plugins
+from llama_jax.plugins import KERNELS, Plugin, load_each
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def extra() -> Extra:
     backends: dict[str, dict[str, Backend]] = {}
     problems: dict[str, str] = {}
     origins = []
-    for plugin in load_plugins(KERNELS):
+    for plugin in load_each(KERNELS):
         if problem := plugin.problem or _problem(plugin, backends):
             problems[plugin.name] = f"the plugin {plugin.name!r} of {plugin.origin} is broken: {problem}"
             warnings.warn(f"llama_jax: {problems[plugin.name]}", RuntimeWarning, stacklevel=2)
