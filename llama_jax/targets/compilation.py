@@ -63,14 +63,18 @@ class Compilation:
         return self.compiled.runtime_executable().serialize()
 
     @cached_property
+    def _executable(self) -> executable.Fields:
+        return executable.gpu_executable(self.serialized)
+
+    @cached_property
     def kernels(self) -> tuple[Kernel, ...]:
         """Every GPU kernel, in the order of their first launch."""
-        return executable.kernels(self.serialized)
+        return executable.kernels(self._executable)
 
     @cached_property
     def library_calls(self) -> Counter[str]:
         """Calls of libraries and collectives, by kind; a loop's body counts once."""
-        return executable.library_calls(self.serialized)
+        return executable.library_calls(self._executable)
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
