@@ -60,6 +60,11 @@ def _address(ref: Any, index: Index, width: int, valid: jax.Array | None) -> tup
     return ref.at[(*where, columns)], mask
 
 
+def load_row(ref: Any, index: Index, valid: jax.Array | None, other: float) -> jax.Array:
+    """[n] of ref[index], where one of `index` is a vector [n]; `other` where not valid (None: all are)."""
+    return plgpu.load(ref.at[index], mask=valid, other=None if valid is None else other)
+
+
 def load_tile(ref: Any, index: Index, width: int, valid: jax.Array | None = None) -> jax.Array:
     """[rows, width] of ref[*index, :]: zeros in columns that `ref` does not have, and in rows that are not valid."""
     at, mask = _address(ref, index, width, valid)
@@ -94,6 +99,4 @@ def narrow(x: jax.Array, dtype: DTypeLike, *, by_hand: bool) -> jax.Array:
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
     """float32 product of two tiles of one dtype, by the matrix units."""
     contract = (((1,), (1 if transpose_b else 0,)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, contract, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, contract, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)

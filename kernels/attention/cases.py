@@ -13,6 +13,8 @@ from llama_jax.kernels.attention.reference import Visibility
 from llama_jax.kernels.dispatch.cases import Arrays, Case
 
 FULL = Visibility()
+HEADS = ((32, 8, 128), (32, 8, 64))
+"""Query heads, key/value heads and head_dim of most models of 7 billion parameters and more, and of one billion."""
 LONG = 1024
 """Queries of a prefill that is worth large tiles."""
 SPLIT = 8192
@@ -43,6 +45,7 @@ def flash_cases() -> Sequence[Case]:
         make("paged prefix d64", head_dim=64, prefix=93, page_size=16, quick=True),
         make("soft cap, sinks d128", head_dim=128, soft_cap=20.0, sinks=True),
         make("one head a group d256", head_dim=256, heads=2, kv_heads=2),
+        make("in order d128", head_dim=128, uneven=False, quick=True, differentiate=grad),
     )
 
 
@@ -61,6 +64,34 @@ def decode_cases() -> Sequence[Case]:
     )
 
 
+def flash_models() -> Sequence[Case]:
+    """Prefills as models have them: whole prompts, and a chunk over pages that hold a prefix."""
+    found = []
+    for heads, kv_heads, head_dim in HEADS:
+        make = partial(_case, heads=heads, kv_heads=kv_heads, head_dim=head_dim, uneven=False)
+        name = f"h{heads} kv{kv_heads} d{head_dim}"
+        found += [
+            make(f"{name}, {batch} x {length}", batch=batch, q_len=length, prefix=0)
+            for batch, length in ((1, 512), (4, 4096))
+        ]
+        found.append(make(f"{name}, 2048 over 14336 in pages", batch=1, q_len=2048, prefix=14336, page_size=64))
+    name, window = "h32 kv8 d128, 1 x 16384, window 4096", Visibility("sliding", 4096)
+    found.append(_case(name, batch=1, q_len=16384, prefix=0, heads=32, head_dim=128, visibility=window, uneven=False))
+    return tuple(found)
+
+
+def decode_models() -> Sequence[Case]:
+    """Decode steps as models have them: many rows of moderate length, one long one, rows and pages."""
+    found = []
+    for heads, kv_heads, head_dim in HEADS:
+        make = partial(_case, heads=heads, kv_heads=kv_heads, head_dim=head_dim, uneven=False, q_len=1)
+        for batch, slots in ((1, 4096), (8, 4096), (64, 4096), (1, 32768), (1, 131072)):
+            name = f"h{heads} kv{kv_heads} d{head_dim}, {batch} x {slots}"
+            found.append(make(name, batch=batch, prefix=slots - 1))
+            found.append(make(f"{name} in pages", batch=batch, prefix=slots - 1, page_size=64))
+    return tuple(found)
+
+
 def _case(
     name: str,
     *,
@@ -74,11 +105,13 @@ def _case(
     soft_cap: float | None = None,
     sinks: bool = False,
     page_size: int | None = None,
+    uneven: bool = True,
     quick: bool = False,
     differentiate: tuple[str, ...] = (),
 ) -> Case:
-    """Row i has prefix - 7 i tokens (none below 0) in its cache, then its queries; rows but the first have a few
-    queries less, which are padding on the left."""
+    """Every row has `prefix` tokens in its cache, then its queries. If `uneven`, row i has 7 i fewer in its cache, and
+    some queries fewer, which are padding on the left."""
+    step, pad = (7, 3) if uneven else (0, 0)
     slots = prefix + q_len
     if page_size is not None:
         slots = -(-slots // page_size) * page_size
@@ -86,8 +119,8 @@ def _case(
     def arrays(key: jax.Array) -> Arrays:
         keys = jax.random.split(key, 6)
         rows = jnp.arange(batch)[:, None]
-        lengths = jnp.maximum(prefix - 7 * rows, 0)
-        padding = jnp.minimum(3 * rows, q_len - 1)
+        lengths = jnp.maximum(prefix - step * rows, 0)
+        padding = jnp.minimum(pad * rows, q_len - 1)
         at = jnp.arange(q_len)[None] - padding
         slot = jnp.arange(slots)[None]
         made = {
@@ -107,6 +140,8 @@ def _case(
         return made
 
     static = {"visibility": visibility, "scale": head_dim**-0.5, "soft_cap": soft_cap}
+    if q_len > 8 and not prefix and not uneven:
+        static["in_order"] = True
     return Case(name, arrays, static, _is_no_padding, quick, differentiate)
 
 

@@ -71,8 +71,9 @@ def attention_reference(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     page_table: jax.Array | None = None,
+    in_order: bool = False,
 ) -> jax.Array:
-    """See `llama_jax.kernels.attention.attention`."""
+    """See `llama_jax.kernels.attention.attention`; positions alone decide, so `in_order` changes nothing."""
     if page_table is not None:
         k, v = gather_pages(k, page_table), gather_pages(v, page_table)
     batch, q_len, _, head_dim = q.shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llama_jax.kernels.attention.cases import decode_cases, decode_shape
+from llama_jax.kernels.attention.cases import decode_cases, decode_models, decode_shape
 from llama_jax.kernels.attention.reference import attention_reference
 from llama_jax.kernels.dispatch import Backend, Operation
 
@@ -10,5 +10,9 @@ MAX_QUERIES = 8
 """The most queries a row that count as decoding."""
 
 decode_attention = Operation(
-    "decode_attention", {"reference": Backend(attention_reference)}, decode_shape, decode_cases
+    "decode_attention",
+    {"reference": Backend(attention_reference)},
+    shape=decode_shape,
+    cases=decode_cases,
+    models=decode_models,
 )
