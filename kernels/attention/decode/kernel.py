@@ -8,7 +8,7 @@ instruction. It leaves normalised outputs and base-2 log-sum-exps, from which th
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llama_jax.kernels.attention.decode import plan
+from llama_jax.kernels.attention.decode.tiles import Tiles, block_rows
 from llama_jax.kernels.attention.reference import MASKED, Visibility, sees
 from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile
-
-if TYPE_CHECKING:
-    from llama_jax.kernels.attention.decode.pallas_triton import Tiles
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
@@ -65,7 +63,7 @@ def decode(
     kv_heads, page_size, slots = k.shape[1], k.shape[2], kv_positions.shape[1]
     group = q_heads // kv_heads
     width, rows = next_power_of_2(head_dim), group * queries
-    block_k, block_rows = tiles.block_k, min(tiles.block_rows, max(next_power_of_2(rows), 16))
+    block_k, height = tiles.block_k, block_rows(rows)
 
     def ranges(first_ref: Any, end_ref: Any) -> tuple[jax.Array, jax.Array]:
         length = next_power_of_2(batch)
@@ -94,7 +92,7 @@ def decode(
         row, start, stop = plan.share(*ranges(first_ref, end_ref), block_k, wanted, index)
         row = jnp.minimum(row, batch - 1)
 
-        flat = row_block * block_rows + jnp.arange(block_rows, dtype=jnp.int32)
+        flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
         query = jnp.minimum(flat // group, queries - 1)
         q = load_tile(q_ref, (row, query, head * group + flat % group), width)
         q_position = plgpu.load(q_positions_ref.at[row, query])
@@ -136,8 +134,8 @@ def decode(
             acc = acc * decay[:, None] + dot(weights.astype(v.dtype), v)
             return total * decay + jnp.sum(weights, axis=1), above, acc
 
-        nothing = jnp.zeros((block_rows,), jnp.float32)
-        init = (nothing, nothing + NONE, jnp.zeros((block_rows, width), jnp.float32))
+        nothing = jnp.zeros((height,), jnp.float32)
+        init = (nothing, nothing + NONE, jnp.zeros((height, width), jnp.float32))
         total, top, acc = jax.lax.fori_loop(start, stop, step, init)
 
         some = total > 0
@@ -176,7 +174,7 @@ def decode(
     part, lse = launch(
         decode_attention_shares,
         *(first, end, q, k, v, q_positions, kv_positions, page_table, q_segments, kv_segments),
-        grid=(most, kv_heads, -(-rows // block_rows)),
+        grid=(most, kv_heads, -(-rows // height)),
         out=(
             jax.ShapeDtypeStruct((most, kv_heads, rows, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((most, kv_heads, rows), jnp.float32),

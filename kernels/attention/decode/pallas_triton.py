@@ -1,42 +1,18 @@
-"""Decode attention on any GPU through Pallas-Triton: tiles, limits and the entry point."""
+"""Decode attention on any GPU through Pallas-Triton: what it takes, and the call."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels.attention.decode.kernel import decode
+from llama_jax.kernels.attention.decode.tiles import Tiles, block_rows, default_tiles
 from llama_jax.kernels.attention.reference import Visibility
-from llama_jax.kernels.pallas import next_power_of_2
 from llama_jax.targets import Target, current
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """How the work is cut.
-
-    Attributes:
-      block_k: slots that a program reads at a time.
-      block_rows: most query rows (group times queries) of one program.
-      num_warps, num_stages: of Triton.
-      programs_per_unit: programs aimed at for each compute unit of the device, over all heads and rows.
-    """
-
-    block_k: int
-    block_rows: int
-    num_warps: int
-    num_stages: int
-    programs_per_unit: int
-
-
-def default_tiles(target: Target, *, head_dim: int, rows: int, itemsize: int) -> Tiles:
-    return Tiles(64, 64, 4, 1, 4)
-
-
-def unsupported(target: Target, q: jax.Array, k: jax.Array, *args: Any, **kwargs: Any) -> str | None:
-    return None
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def run(
@@ -56,16 +32,20 @@ def run(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """See `llama_jax.kernels.attention.attention`."""
-    from llama_jax.kernels.attention.decode.kernel import decode
+    """See `llama_jax.kernels.attention.attention`.
 
+    Not differentiable. Slots that nothing sees may be read, as padding of a block: what they hold must be finite.
+
+    Args:
+      tiles: default: `default_tiles` of the current target.
+      interpret: runs as plain JAX operations, on any device.
+    """
     target = current()
-    group = q.shape[2] // k.shape[1]
+    rows = q.shape[2] // k.shape[1] * q.shape[1]
     if tiles is None:
-        tiles = default_tiles(target, head_dim=q.shape[3], rows=group * q.shape[1], itemsize=k.dtype.itemsize)
-    rows = group * q.shape[1]
-    blocks = -(-rows // min(tiles.block_rows, max(16, next_power_of_2(rows))))
-    wanted = max(target.compute_units * tiles.programs_per_unit // (k.shape[1] * blocks), 1)
+        itemsize = max(q.dtype.itemsize, k.dtype.itemsize)
+        tiles = default_tiles(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize)
+    programs = k.shape[1] * -(-rows // block_rows(rows))
     return decode(
         q,
         k,
@@ -80,6 +60,6 @@ def run(
         kv_segments=kv_segments,
         page_table=page_table,
         tiles=tiles,
-        wanted=wanted,
+        wanted=max(target.compute_units * tiles.programs_per_unit // programs, 1),
         interpret=interpret,
     )
