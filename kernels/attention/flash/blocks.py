@@ -132,3 +132,5 @@ def visit(span: tuple[jax.Array, ...], step: Callable[[bool, jax.Array, Carry], 
 def load_span(spans: Any, row: jax.Array, block: jax.Array) -> tuple[jax.Array, ...]:
     """The four numbers of `llama_jax.kernels.attention.flash.spans.spans` for one block."""
     return tuple(spans[row, block, i] for i in range(4))
+
+
