@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,10 +64,11 @@ def decode_cases() -> Sequence[Case]:
     )
 
 
-def flash_models() -> Sequence[Case]:
-    """Prefills as models have them: whole prompts, and a chunk over pages that hold a prefix."""
+def flash_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
+    """Prefills of common models, or of the one with these numbers: whole prompts, a chunk over pages with a prefix, and
+    a long prompt with a window."""
     found = []
-    for heads, kv_heads, head_dim in HEADS:
+    for heads, kv_heads, head_dim in _heads(numbers):
         make = partial(_case, heads=heads, kv_heads=kv_heads, head_dim=head_dim, uneven=False)
         name = f"h{heads} kv{kv_heads} d{head_dim}"
         found += [
@@ -75,21 +76,26 @@ def flash_models() -> Sequence[Case]:
             for batch, length in ((1, 512), (4, 4096))
         ]
         found.append(make(f"{name}, 2048 over 14336 in pages", batch=1, q_len=2048, prefix=14336, page_size=64))
-    name, window = "h32 kv8 d128, 1 x 16384, window 4096", Visibility("sliding", 4096)
-    found.append(_case(name, batch=1, q_len=16384, prefix=0, heads=32, head_dim=128, visibility=window, uneven=False))
+        window = Visibility("sliding", 4096)
+        found.append(make(f"{name}, 1 x 16384, window 4096", batch=1, q_len=16384, prefix=0, visibility=window))
     return tuple(found)
 
 
-def decode_models() -> Sequence[Case]:
-    """Decode steps as models have them: many rows of moderate length, one long one, rows and pages."""
+def decode_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
+    """Decode steps of common models, or of the one with these numbers: rows of moderate length, one long one, each as
+    rows and in pages."""
     found = []
-    for heads, kv_heads, head_dim in HEADS:
+    for heads, kv_heads, head_dim in _heads(numbers):
         make = partial(_case, heads=heads, kv_heads=kv_heads, head_dim=head_dim, uneven=False, q_len=1)
         for batch, slots in ((1, 4096), (8, 4096), (64, 4096), (1, 32768), (1, 131072)):
             name = f"h{heads} kv{kv_heads} d{head_dim}, {batch} x {slots}"
             found.append(make(name, batch=batch, prefix=slots - 1))
             found.append(make(f"{name} in pages", batch=batch, prefix=slots - 1, page_size=64))
     return tuple(found)
+
+
+def _heads(numbers: Mapping[str, Any] | None) -> Sequence[tuple[int, int, int]]:
+    return HEADS if numbers is None else ((numbers["heads"], numbers["kv_heads"], numbers["head_dim"]),)
 
 
 def _case(

@@ -32,6 +32,10 @@ def _no_cases() -> Sequence[Case]:
     return ()
 
 
+def _no_models(numbers: Mapping[str, Any] | None) -> Sequence[Case]:
+    return ()
+
+
 def _any_shape(*args: Any, **kwargs: Any) -> str:
     return "any"
 
@@ -46,14 +50,16 @@ class Operation:
       shape: takes the operation's arguments; a short text that is equal for arguments which want the same backend and
         tiles. Tables match patterns against it.
       cases: small arguments to check the backends with.
-      models: arguments as real models have them, to tune and to compile the backends with.
+      models: arguments as real models have them, to tune and to compile the backends with. Takes a model's numbers
+        ("heads", "kv_heads", "head_dim", "experts", "top_k", "hidden", "intermediate", "scaled"), or None for those of
+        common models; a model that does not use the operation has no cases.
     """
 
     name: str
     backends: Mapping[str, Backend]
     shape: Callable[..., str] = _any_shape
     cases: Callable[[], Sequence[Case]] = _no_cases
-    models: Callable[[], Sequence[Case]] = _no_cases
+    models: Callable[[Mapping[str, Any] | None], Sequence[Case]] = _no_models
 
     def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
         """Runs the backend of that name, or the best one known for the target.

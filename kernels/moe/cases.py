@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,8 +38,21 @@ def moe_candidates(
     )
 
 
-def moe_models(models: Sequence[shapes.MoeShape] = shapes.SHAPES) -> Sequence[Case]:
-    """Decode steps and prefills of models."""
+def moe_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
+    """Decode steps and prefills of common models, or of the one with these numbers."""
+    models: Sequence[shapes.MoeShape] = shapes.SHAPES
+    if numbers is not None:
+        if not numbers.get("experts"):
+            return ()
+        model = shapes.MoeShape(
+            "model",
+            experts=numbers["experts"],
+            top_k=numbers["top_k"],
+            hidden=numbers["hidden"],
+            intermediate=numbers["intermediate"],
+            scaled=numbers["scaled"],
+        )
+        models = (model,)
     return tuple(
         Case(f"{model.name}, {tokens} tokens", partial(model.example, tokens=tokens), {"activation": jax.nn.silu})
         for model in models
