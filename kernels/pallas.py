@@ -94,6 +94,4 @@ def narrow(x: jax.Array, dtype: DTypeLike, *, by_hand: bool) -> jax.Array:
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
     """float32 product of two tiles of one dtype, by the matrix units."""
     contract = (((1,), (1 if transpose_b else 0,)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, contract, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, contract, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)

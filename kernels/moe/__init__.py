@@ -15,9 +15,7 @@ grouped_experts = Operation(
     {
         "reference": Backend(routed_experts_reference),
         "pallas_triton": Backend(pallas_triton.run, pallas_triton.unsupported),
-        "pallas_interpret": Backend(
-            partial(pallas_triton.run, interpret=True), pallas_triton.interpret_unsupported
-        ),
+        "pallas_interpret": Backend(partial(pallas_triton.run, interpret=True), pallas_triton.interpret_unsupported),
     },
 )
 

@@ -92,10 +92,10 @@ def default_tiles(
         tiles = replace(tiles, up_inner=tiles.up_inner // 2, down_inner=tiles.down_inner // 2)
     while tiles.num_stages > 1 and tiles.lds_bytes(target, itemsize) > target.lds_bytes > 0:
         tiles = replace(tiles, num_stages=tiles.num_stages - 1)
-    # Enough programs for every compute unit to have four, each with eight steps to do, if need be by splitting.
-    programs = tile_count(pairs, experts, tiles.rows) * -(-hidden // tiles.down_cols)
+    # Eight waves for every compute unit, if need be by splitting, as long as each program has eight steps to do.
+    waves = tile_count(pairs, experts, tiles.rows) * -(-hidden // tiles.down_cols) * tiles.num_warps
     splits = 1
-    while programs * splits < 4 * target.compute_units and intermediate >= 16 * splits * tiles.down_inner:
+    while waves * splits < 8 * target.compute_units and intermediate >= 16 * splits * tiles.down_inner:
         splits *= 2
     return replace(tiles, down_splits=splits)
 

@@ -15,15 +15,21 @@ class MoeShape:
     """The routed experts of one layer.
 
     Attributes:
-      scaled: "input" (Llama 4) or "output" (Mixtral): what the router's weights multiply.
+      experts, top_k: all of them, and those of one token.
+      hidden, intermediate: width of a token, and inside of an expert.
+      scaled: "input" or "output" of the experts, which the router's weights multiply.
     """
 
-    name: str
     experts: int
     top_k: int
     hidden: int
     intermediate: int
     scaled: str
+
+    @property
+    def name(self) -> str:
+        """Such as "e8k2h4096i14336": experts, those of a token, hidden and intermediate size."""
+        return f"e{self.experts}k{self.top_k}h{self.hidden}i{self.intermediate}"
 
     def arguments(self, tokens: int, dtype: DTypeLike = jnp.bfloat16) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays of a call of `routed_experts`."""
@@ -75,12 +81,10 @@ class MoeShape:
 
 
 SHAPES = (
-    # Hugging Face config.json of mistralai/Mixtral-8x7B-v0.1, mistralai/Mixtral-8x22B-v0.1,
-    # meta-llama/Llama-4-Scout-17B-16E and meta-llama/Llama-4-Maverick-17B-128E.
-    MoeShape("mixtral-8x7b", 8, 2, 4096, 14336, "output"),
-    MoeShape("mixtral-8x22b", 8, 2, 6144, 16384, "output"),
-    MoeShape("llama-4-scout", 16, 1, 5120, 8192, "input"),
-    MoeShape("llama-4-maverick", 128, 1, 5120, 8192, "input"),
+    MoeShape(8, 2, 4096, 14336, "output"),  # Mixtral 8x7B (config.json of mistralai/Mixtral-8x7B-v0.1)
+    MoeShape(8, 2, 6144, 16384, "output"),  # Mixtral 8x22B (mistralai/Mixtral-8x22B-v0.1)
+    MoeShape(16, 1, 5120, 8192, "input"),  # Llama 4 Scout (meta-llama/Llama-4-Scout-17B-16E)
+    MoeShape(128, 1, 5120, 8192, "input"),  # Llama 4 Maverick (meta-llama/Llama-4-Maverick-17B-128E)
 )
 
 DECODE_TOKENS = (1, 8, 64)
