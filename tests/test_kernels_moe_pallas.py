@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
+import runpy
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -15,6 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from test_kernels_moe import brute_force
 
 from llama_jax.errors import KernelError
+from llama_jax.kernels.dispatch import Backend
 from llama_jax.kernels.moe import grouped_experts, pallas_triton, routed_experts
 from llama_jax.kernels.moe.pallas_triton import Tiles, candidates, default_tiles
 from llama_jax.kernels.moe.schedule import schedule, tile_count
@@ -217,14 +222,12 @@ def test_decoding_splits_the_inner_axis_and_prefill_does_not() -> None:
 
 
 def lower(target: Any, shape: MoeShape, tokens: int) -> str:
-    """StableHLO of a call for a GPU that is not here."""
-    platform = "rocm" if target.vendor == "amd" else "cuda"
-    kind = target.arch if target.vendor == "amd" else "NVIDIA H100 80GB HBM3"
-    device = AbstractDevice(device_kind=kind, num_cores=target.compute_units, platform="gpu")
+    """StableHLO of a call for an AMD GPU that is not here."""
+    device = AbstractDevice(device_kind=target.arch, num_cores=target.compute_units, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     call = jax.jit(functools.partial(routed_experts, activation=jax.nn.silu, backend="pallas_triton"))
     with use_abstract_mesh(mesh):
-        return call.trace(**shape.arguments(tokens)).lower(lowering_platforms=(platform,)).as_text()
+        return call.trace(**shape.arguments(tokens)).lower(lowering_platforms=("rocm",)).as_text()
 
 
 @pytest.mark.parametrize("target", [t for t in GPUS if t.vendor == "amd"], ids=lambda target: target.name)
@@ -249,6 +252,36 @@ def test_floors() -> None:
     assert shape.floor_seconds(4096, 8, 5.3e12, 1.3e15) == pytest.approx(2.22e-3, rel=0.01)
     assert shape.expected_experts(1) == pytest.approx(2)
     assert shape.expected_experts(64) == pytest.approx(8, abs=1e-6)
+
+
+def test_bench(tmp_path: Path) -> None:
+    """The measuring script, where it can run: tiny shapes, interpreted."""
+    path = Path(__file__).parent.parent / "scripts" / "bench_moe.py"
+    main = runpy.run_path(str(path))["main"]
+    small = ["--calls", "2", "--repeats", "2", "--ceiling-size", "32", "--sweep", "1"]
+    backends = ["--backends", "reference", "pallas_interpret", "pallas_triton"]
+    main(["--shapes", "4,2,32,48,output", "--tokens", "3", *backends, *small, "--json", str(tmp_path / "moe.json")])
+    report = json.loads((tmp_path / "moe.json").read_text())
+    rows = report["rows"]
+    assert [row["backend"] for row in rows] == ["reference", "pallas_interpret", "pallas_triton", "pallas_interpret"]
+    assert "needs a GPU" in rows[2]["failed"]
+    assert set(rows[3]["tiles"]) == {field.name for field in dataclasses.fields(Tiles)}
+    for row in (rows[0], rows[1], rows[3]):
+        assert row["floor_us"] > 0
+        assert row["share_of_floor"] == pytest.approx(row["floor_us"] / row["us"])
+        assert 0 < row["relative_error"] < 0.01
+    assert rows[1]["speedup"] == pytest.approx(rows[0]["us"] / rows[1]["us"])
+    with pytest.raises(SystemExit):
+        main(["--shapes", "no-such-model"])
+
+
+def test_the_bench_notices_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(__file__).parent.parent / "scripts" / "bench_moe.py"
+    monkeypatch.setitem(grouped_experts.__dict__, "backends", {"wrong": Backend(lambda x, *args, **kwargs: x)})
+    rows = runpy.run_path(str(path))["main"](
+        ["--shapes", "4,2,32,48,output", "--tokens", "3", "--backends", "wrong", "--ceiling-size", "32"]
+    )
+    assert rows[0]["failed"].startswith("relative error")
 
 
 def test_the_operation_has_these_backends() -> None:
