@@ -53,6 +53,10 @@ class Tiles:
         down = (self.rows + self.down_cols) * self.down_inner
         return buffers * max(up, down) * itemsize
 
+    def fits(self, target: Target, itemsize: int) -> bool:
+        """Whether the target has that much; a CPU, which only interprets, has no limit."""
+        return not target.lds_bytes or self.lds_bytes(target, itemsize) <= target.lds_bytes
+
 
 # By vendor and wave size, then by rows: what compiles for gfx90a, gfx942, gfx950, gfx1100, gfx1151 and gfx1201 without
 # spills, with the largest share of matrix instructions (many rows) or the most bytes in flight (few rows).
@@ -90,7 +94,7 @@ def default_tiles(
     tiles = family[min(max(next_power_of_2(2 * pairs // min(pairs, experts)), 16), 128)]
     if itemsize > 2:
         tiles = replace(tiles, up_inner=tiles.up_inner // 2, down_inner=tiles.down_inner // 2)
-    while tiles.num_stages > 1 and tiles.lds_bytes(target, itemsize) > target.lds_bytes > 0:
+    while tiles.num_stages > 1 and not tiles.fits(target, itemsize):
         tiles = replace(tiles, num_stages=tiles.num_stages - 1)
     # Eight waves for every compute unit, if need be by splitting, as long as each program has eight steps to do.
     waves = tile_count(pairs, experts, tiles.rows) * -(-hidden // tiles.down_cols) * tiles.num_warps
@@ -123,8 +127,12 @@ def candidates(
                         down_inner=inner,
                         num_stages=num_stages,
                     )
-                    fits = tiles.lds_bytes(target, itemsize) <= target.lds_bytes
-                    if tiles not in seen and fits and 16 <= rows <= 256 and min(cols, inner) >= 16:
+                    if (
+                        tiles not in seen
+                        and tiles.fits(target, itemsize)
+                        and 16 <= rows <= 256
+                        and min(cols, inner) >= 16
+                    ):
                         seen.add(tiles)
                         yield tiles
 
@@ -151,8 +159,10 @@ def unsupported(
     # Triton's dialect has no error function (gelu without the tanh approximation).
     if re.search(r"\berfc?\b", str(jax.make_jaxpr(activation)(jax.ShapeDtypeStruct((), jnp.float32)))):
         return "the activation uses erf"
-    if tiles is not None and (bytes_ := tiles.lds_bytes(target, x.dtype.itemsize)) > target.lds_bytes:
-        return f"the tiles take {bytes_} bytes of local memory, of {target.lds_bytes}"
+    if tiles is not None and not tiles.fits(target, x.dtype.itemsize):
+        return (
+            f"the tiles take {tiles.lds_bytes(target, x.dtype.itemsize)} bytes of local memory, of {target.lds_bytes}"
+        )
     return None
 
 

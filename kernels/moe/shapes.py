@@ -70,14 +70,16 @@ class MoeShape:
         """Experts that some token goes to, on average, where all are equally likely."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
-    def floor_seconds(self, tokens: int, touched: float, bandwidth: float, flops_rate: float) -> float:
+    def floor_seconds(
+        self, tokens: int, touched: float, bandwidth: float, flops_rate: float, itemsize: int = 2
+    ) -> float:
         """The least time on a device: reading the experts, or computing, whichever is longer.
 
         Args:
           touched: experts that some token goes to.
           bandwidth: bytes a second. flops_rate: dense operations a second in the weights' dtype.
         """
-        return max(self.read_bytes(1) * touched / bandwidth, self.flops(tokens) / flops_rate)
+        return max(self.read_bytes(1, itemsize) * touched / bandwidth, self.flops(tokens) / flops_rate)
 
 
 SHAPES = (
