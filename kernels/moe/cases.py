@@ -45,7 +45,6 @@ def moe_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
         if not numbers.get("experts"):
             return ()
         model = shapes.MoeShape(
-            "model",
             experts=numbers["experts"],
             top_k=numbers["top_k"],
             hidden=numbers["hidden"],
