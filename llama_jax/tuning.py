@@ -148,14 +148,11 @@ def tune(
             if key not in known:
                 session = session or _Session(candidate.operation, candidate.case)
                 known[key] = session.measure(candidate, partial(measure, rounds=rounds))
+                entry = _made_with(candidate.operation.name, device) | {"key": key}
+                entry["measurement"] = dataclasses.asdict(known[key])
                 with storage_errors(journal), journal.open("a", encoding="utf-8") as file:
-                    file.write(
-                        json.dumps(
-                            {**_made_with(candidate.operation.name, device), "key": key}
-                            | {"measurement": dataclasses.asdict(known[key])}
-                        )
-                        + "\n"
-                    )
+                    # The newline comes first: a torn line of a run that was killed spoils no other.
+                    file.write("\n" + json.dumps(entry))
             done += 1
             progress(done, len(found), known[key])
         rules = best_rules(list(known.values()), device)
