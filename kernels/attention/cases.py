@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.kernels.attention.reference import Visibility
-from llama_jax.kernels.dispatch.cases import Arrays, Case
+from llama_jax.kernels.dispatch.cases import Arrays, Case, neighbours
+from llama_jax.targets import Target
 
 FULL = Visibility()
+STAGES = {"amd": (1, 2), "nvidia": (2, 3, 4), "cpu": ()}
+"""Steps of a loop that may overlap, by vendor."""
 HEADS = ((32, 8, 128), (32, 8, 64))
 """Query heads, key/value heads and head_dim of most models of 7 billion parameters and more, and of one billion."""
 LONG = 1024
@@ -68,7 +72,9 @@ def flash_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
     """Prefills of common models, or of the one with these numbers: whole prompts, a chunk over pages with a prefix, and
     a long prompt with a window."""
     found = []
-    for heads, kv_heads, head_dim in _heads(numbers):
+    for heads, kv_heads, head_dim in (
+        HEADS if numbers is None else ((numbers["heads"], numbers["kv_heads"], numbers["head_dim"]),)
+    ):
         make = partial(_case, heads=heads, kv_heads=kv_heads, head_dim=head_dim, uneven=False)
         name = f"h{heads} kv{kv_heads} d{head_dim}"
         found += [
@@ -82,20 +88,43 @@ def flash_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
 
 
 def decode_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
-    """Decode steps of common models, or of the one with these numbers: rows of moderate length, one long one, each as
-    rows and in pages."""
-    found = []
-    for heads, kv_heads, head_dim in _heads(numbers):
-        make = partial(_case, heads=heads, kv_heads=kv_heads, head_dim=head_dim, uneven=False, q_len=1)
-        for batch, slots in ((1, 4096), (8, 4096), (64, 4096), (1, 32768), (1, 131072)):
-            name = f"h{heads} kv{kv_heads} d{head_dim}, {batch} x {slots}"
-            found.append(make(name, batch=batch, prefix=slots - 1))
-            found.append(make(f"{name} in pages", batch=batch, prefix=slots - 1, page_size=64))
-    return tuple(found)
+    """Decode steps of common models, or of the one with these numbers."""
+    from llama_jax.kernels.attention.decode.shapes import CASES, MEASURED
+
+    found = CASES if numbers is None else _with_heads(MEASURED, numbers)
+    return tuple(Case(case.name, case.example, case.options()) for case in found)
 
 
-def _heads(numbers: Mapping[str, Any] | None) -> Sequence[tuple[int, int, int]]:
-    return HEADS if numbers is None else ((numbers["heads"], numbers["kv_heads"], numbers["head_dim"]),)
+def decode_tiles(**numbers: int) -> Any:
+    """The tiles of decode attention with these numbers."""
+    from llama_jax.kernels.attention.decode.tiles import Tiles  # Pallas takes 0.3 s to import
+
+    return Tiles(**numbers)
+
+
+def decode_candidates(target: Target, q: jax.Array, k: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Tiles worth measuring for a call: the default and its neighbours."""
+    from llama_jax.kernels.attention.decode.tiles import default_tiles
+
+    rows, itemsize = q.shape[2] // k.shape[1] * q.shape[1], max(q.dtype.itemsize, k.dtype.itemsize)
+    tiles = default_tiles(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize)
+    return neighbours(
+        tiles,
+        block_k=[n for n in (2 * tiles.block_k, tiles.block_k // 2, 4 * tiles.block_k) if n >= 16],
+        programs_per_unit=(tiles.programs_per_unit // 2, 2 * tiles.programs_per_unit),
+        num_warps=[n for n in (2 * tiles.num_warps, tiles.num_warps // 2) if n >= 1],
+        num_stages=STAGES[target.vendor],
+    )
+
+
+def _with_heads(cases: Iterable[Any], numbers: Mapping[str, Any]) -> list[Any]:
+    """The cases with a model's heads, each of them once."""
+    heads = {"q_heads": numbers["heads"], "kv_heads": numbers["kv_heads"], "head_dim": numbers["head_dim"]}
+    named: dict[Any, Any] = {}
+    for case in cases:
+        changed = replace(case, **heads)
+        named.setdefault(replace(changed, name=""), changed)
+    return list(named.values())
 
 
 def _case(

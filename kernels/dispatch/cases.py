@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -40,3 +41,21 @@ class Case:
         """Shapes and dtypes of the arrays."""
         shapes: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(self.arrays, jax.random.key(0))
         return shapes
+
+
+def neighbours(tiles: Any, **choices: Sequence[int]) -> Iterator[Any]:
+    """Tiles to try: these, then those with one number changed, then with two, each once.
+
+    Args:
+      tiles: a dataclass of integers.
+      choices: other numbers for some of its fields, the likelier ones first.
+    """
+    seen = {tiles}
+    yield tiles
+    for count in (1, 2):
+        for names in itertools.combinations(choices, count):
+            for numbers in itertools.product(*(choices[name] for name in names)):
+                changed = replace(tiles, **dict(zip(names, numbers, strict=True)))
+                if changed not in seen:
+                    seen.add(changed)
+                    yield changed

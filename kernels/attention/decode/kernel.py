@@ -8,6 +8,7 @@ instruction. It leaves normalised outputs and base-2 log-sum-exps, from which th
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,15 +17,68 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llama_jax.kernels.attention.decode import plan
-from llama_jax.kernels.attention.decode.tiles import Tiles, block_rows
+from llama_jax.kernels.attention.decode.tiles import Tiles, padded_rows
 from llama_jax.kernels.attention.reference import MASKED, Visibility, sees
 from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
 NONE = MASKED / 2
-# Shares that the second kernel reads at a time.
-COMBINED = 32
+# Numbers that a program of the second kernel reads at a time.
+COMBINED = 1 << 14
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call when it is compiled.
+
+    Attributes:
+      group: query heads of one key/value head.
+      slots: of each row of the cache.
+      page_size: slots of a page; 0 without pages.
+      wanted: shares to cut the cache into, for each key/value head.
+    """
+
+    batch: int
+    queries: int
+    group: int
+    head_dim: int
+    slots: int
+    page_size: int
+    wanted: int
+    visibility: Visibility
+    scale: float
+    soft_cap: float | None
+    tiles: Tiles
+    interpret: bool
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a key/value head."""
+        return self.group * self.queries
+
+    @property
+    def height(self) -> int:
+        """Query rows of one program."""
+        return padded_rows(self.rows, self.tiles.block_rows)
+
+    @property
+    def width(self) -> int:
+        """Columns of a tile."""
+        return next_power_of_2(self.head_dim)
+
+    @property
+    def most_shares(self) -> int:
+        """As many shares as there can be."""
+        return min(self.wanted + self.batch - 1, self.batch * -(-self.slots // self.tiles.block_k))
+
+
+def _ranges(first_ref: Any, end_ref: Any) -> tuple[jax.Array, jax.Array]:
+    """Every row's slots, and empty ones up to a power of two."""
+    batch = first_ref.shape[0]
+    row = jnp.arange(next_power_of_2(batch), dtype=jnp.int32)
+    first, end = (plgpu.load(ref.at[row], mask=row < batch, other=0) for ref in (first_ref, end_ref))
+    return first, end
 
 
 def _cached(ref: Any, index: Index, width: int, dtype: Any) -> jax.Array:
@@ -32,45 +86,33 @@ def _cached(ref: Any, index: Index, width: int, dtype: Any) -> jax.Array:
     return load_tile(ref, index, width).astype(dtype)
 
 
-def _vector(ref: Any, length: int) -> jax.Array:
-    """All of an int32 vector, zeros up to `length`."""
-    index = jnp.arange(length, dtype=jnp.int32)
-    if length == ref.shape[0]:
-        return plgpu.load(ref.at[index])
-    return plgpu.load(ref.at[index], mask=index < ref.shape[0], other=0)
-
-
-def decode(
+def shares(
+    call: Call,
+    first: jax.Array,
+    end: jax.Array,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     q_positions: jax.Array,
     kv_positions: jax.Array,
-    visibility: Visibility,
-    *,
-    scale: float,
-    soft_cap: float | None,
-    sinks: jax.Array | None,
+    page_table: jax.Array | None,
     q_segments: jax.Array | None,
     kv_segments: jax.Array | None,
-    page_table: jax.Array | None,
-    tiles: Tiles,
-    wanted: int,
-    interpret: bool,
-) -> jax.Array:
-    """`llama_jax.kernels.attention.attention` with these tiles, the cache cut into about `wanted` shares a head."""
-    batch, queries, q_heads, head_dim = q.shape
-    kv_heads, page_size, slots = k.shape[1], k.shape[2], kv_positions.shape[1]
-    group = q_heads // kv_heads
-    width, rows = next_power_of_2(head_dim), group * queries
-    block_k, height = tiles.block_k, block_rows(rows)
+) -> tuple[jax.Array, jax.Array]:
+    """Attention within each share.
 
-    def ranges(first_ref: Any, end_ref: Any) -> tuple[jax.Array, jax.Array]:
-        length = next_power_of_2(batch)
-        return _vector(first_ref, length), _vector(end_ref, length)
+    Args:
+      first, end: int32 [batch], the slots of each row that may be seen.
+
+    Returns:
+      float32 [shares, kv_heads, rows, head_dim], and the base-2 log-sum-exp of the logits [shares, kv_heads, rows]:
+      MASKED where nothing is seen.
+    """
+    block_k, height, width = call.tiles.block_k, call.height, call.width
+    kv_heads = k.shape[1]
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
-        entry = jax.lax.div(slot, jnp.full_like(slot, page_size))
+        entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
         # Entries of empty slots may be any number.
         return jnp.clip(plgpu.load(table_ref.at[row, entry]), 0, k.shape[0] - 1)
 
@@ -88,107 +130,113 @@ def decode(
         out_ref: Any,
         lse_ref: Any,
     ) -> None:
-        index, head, row_block = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        row, start, stop = plan.share(*ranges(first_ref, end_ref), block_k, wanted, index)
-        row = jnp.minimum(row, batch - 1)
+        row_block, index, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        row, start, stop = plan.share(*_ranges(first_ref, end_ref), block_k, call.wanted, index)
+        row = jnp.minimum(row, call.batch - 1)
 
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
-        query = jnp.minimum(flat // group, queries - 1)
-        q = load_tile(q_ref, (row, query, head * group + flat % group), width)
+        query = jnp.minimum(flat // call.group, call.queries - 1)
+        q = load_tile(q_ref, (row, query, head * call.group + flat % call.group), width)
         q_position = plgpu.load(q_positions_ref.at[row, query])
 
         def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             total, top, acc = carry
-            lane, start = jnp.arange(block_k, dtype=jnp.int32), block * block_k
-            slot = start + lane
-            exists = slot < slots
-            if slots % block_k:
-                slot = jnp.minimum(slot, slots - 1)
+            begin, lane = block * block_k, jnp.arange(block_k, dtype=jnp.int32)
+            slot = begin + lane
+            if call.slots % block_k:  # the last block repeats the last slot, which is then masked
+                slot = jnp.minimum(slot, call.slots - 1)
             if table_ref is None:
                 at: Index = (row, head, slot)
-            elif page_size % block_k == 0:
-                at = (page_of(table_ref, row, start), head, jax.lax.rem(start, page_size) + lane)
+            elif call.page_size % block_k == 0:
+                at = (page_of(table_ref, row, begin), head, jax.lax.rem(begin, call.page_size) + lane)
             else:
-                at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, page_size)))
-            # Everything is asked for before anything is waited for: each barrier of the products would hold up the loads
-            # behind it.
+                at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
+            # Everything is asked for before anything is waited for: a barrier of the products holds up what is behind it.
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
             k = _cached(k_ref, at, width, q.dtype)
             v = _cached(v_ref, at, width, q.dtype)
-            if slots % block_k:
-                kv_position = jnp.where(exists, kv_position, -1)
+            if call.slots % block_k:
+                kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
 
-            see = sees(q_position[:, None], kv_position[None, :], visibility)
+            see = sees(q_position[:, None], kv_position[None, :], call.visibility)
             if q_segments_ref is not None:
                 q_segment = plgpu.load(q_segments_ref.at[row, query])
                 see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
             logits = dot(q, k, transpose_b=True)
-            if soft_cap is None:
-                logits = logits * (scale * LOG2_E)
+            if call.soft_cap is None:
+                logits = logits * (call.scale * LOG2_E)
             else:
-                logits = jnp.tanh(logits * (scale / soft_cap)) * (soft_cap * LOG2_E)
+                logits = jnp.tanh(logits * (call.scale / call.soft_cap)) * (call.soft_cap * LOG2_E)
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
-            weights = jnp.exp2(logits - above[:, None])
-            decay = jnp.exp2(top - above)
+            weights, decay = jnp.exp2(logits - above[:, None]), jnp.exp2(top - above)
             acc = acc * decay[:, None] + dot(weights.astype(v.dtype), v)
             return total * decay + jnp.sum(weights, axis=1), above, acc
 
-        nothing = jnp.zeros((height,), jnp.float32)
-        init = (nothing, nothing + NONE, jnp.zeros((height, width), jnp.float32))
+        zero = jnp.zeros((height,), jnp.float32)
+        init = (zero, zero + NONE, jnp.zeros((height, width), jnp.float32))
         total, top, acc = jax.lax.fori_loop(start, stop, step, init)
 
-        some = total > 0
+        some, real = total > 0, flat < call.rows
         total = jnp.where(some, total, 1.0)
-        real = flat < rows
         store_tile(out_ref, (index, head, flat), acc / total[:, None], real)
         plgpu.store(lse_ref.at[index, head, flat], jnp.where(some, top + jnp.log2(total), MASKED), mask=real)
+
+    lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
+    return launch(
+        decode_attention_shares,
+        *(first, end, q, k, v, q_positions, kv_positions, page_table, q_segments, kv_segments),
+        grid=(-(-call.rows // height), call.most_shares, kv_heads),
+        out=(jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
+        num_warps=call.tiles.num_warps,
+        num_stages=call.tiles.num_stages,
+        interpret=call.interpret,
+    )
+
+
+def combine(
+    call: Call,
+    first: jax.Array,
+    end: jax.Array,
+    part: jax.Array,
+    lse: jax.Array,
+    sinks: jax.Array | None,
+    out: jax.ShapeDtypeStruct,
+) -> jax.Array:
+    """The result [batch, queries, q_heads, head_dim] from what `shares` returns."""
+    at_a_time = min(next_power_of_2(call.most_shares), COMBINED // call.width)
 
     def decode_attention_combine(
         first_ref: Any, end_ref: Any, part_ref: Any, lse_ref: Any, sinks_ref: Any, out_ref: Any
     ) -> None:
         row, q_head, query = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        start, stop = plan.shares_of(*ranges(first_ref, end_ref), block_k, wanted, row)
-        head, flat = q_head // group, query * group + q_head % group
+        ranges = _ranges(first_ref, end_ref)
+        start, stop = plan.shares_of(*ranges, call.tiles.block_k, call.wanted, row)
+        head, flat = q_head // call.group, query * call.group + q_head % call.group
 
         def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             total, top, acc = carry
-            index = start + i * COMBINED + jnp.arange(COMBINED, dtype=jnp.int32)
+            index = start + i * at_a_time + jnp.arange(at_a_time, dtype=jnp.int32)
             real = index < stop
             lse = plgpu.load(lse_ref.at[index, head, flat], mask=real, other=MASKED)
-            part = load_tile(part_ref, (index, head, flat), width, real)
+            part = load_tile(part_ref, (index, head, flat), call.width, real)
             above = jnp.maximum(top, jnp.max(lse))
-            weights = jnp.exp2(lse - above)
-            decay = jnp.exp2(top - above)
+            weights, decay = jnp.exp2(lse - above), jnp.exp2(top - above)
             return total * decay + jnp.sum(weights), above, acc * decay + jnp.sum(weights[:, None] * part, axis=0)
 
-        total, top, acc = jnp.float32(0), jnp.float32(NONE), jnp.zeros((width,), jnp.float32)
-        if sinks_ref is not None:
+        total, top, acc = jnp.float32(0), jnp.float32(NONE), jnp.zeros((call.width,), jnp.float32)
+        if sinks_ref is not None:  # a slot that everyone sees, with a value of zeros
             total, top = jnp.float32(1), plgpu.load(sinks_ref.at[q_head]).astype(jnp.float32) * LOG2_E
-        steps = (stop - start + COMBINED - 1) // COMBINED
+        steps = (stop - start + at_a_time - 1) // at_a_time
         total, _, acc = jax.lax.fori_loop(0, steps, step, (total, top, acc))
         store_tile(out_ref, (row, query, q_head), (acc / jnp.where(total > 0, total, 1.0))[None])
 
-    first, end = plan.visible_slots(q_positions, kv_positions, visibility)
-    most = min(wanted + batch - 1, batch * -(-slots // block_k))
-    part, lse = launch(
-        decode_attention_shares,
-        *(first, end, q, k, v, q_positions, kv_positions, page_table, q_segments, kv_segments),
-        grid=(most, kv_heads, -(-rows // height)),
-        out=(
-            jax.ShapeDtypeStruct((most, kv_heads, rows, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((most, kv_heads, rows), jnp.float32),
-        ),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        interpret=interpret,
-    )
     return launch(
         decode_attention_combine,
         *(first, end, part, lse, sinks),
-        grid=(batch, q_heads, queries),
-        out=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(call.batch, call.group * lse.shape[1], call.queries),
+        out=out,
         num_warps=4,
         num_stages=1,
-        interpret=interpret,
+        interpret=call.interpret,
     )

@@ -1,18 +1,14 @@
-"""Decode attention on any GPU through Pallas-Triton: what it takes, and the call."""
+"""Decode attention on any GPU through Pallas-Triton."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 
-from llama_jax.kernels.attention.decode.kernel import decode
-from llama_jax.kernels.attention.decode.tiles import Tiles, block_rows, default_tiles
+from llama_jax.kernels.attention.decode.kernel import Call, combine, shares
+from llama_jax.kernels.attention.decode.plan import visible_slots
+from llama_jax.kernels.attention.decode.tiles import Tiles, default_tiles, padded_rows
 from llama_jax.kernels.attention.reference import Visibility
-from llama_jax.targets import Target, current
-
-DTYPES = ("bfloat16", "float16", "float32")
+from llama_jax.targets import current
 
 
 def run(
@@ -45,21 +41,21 @@ def run(
     if tiles is None:
         itemsize = max(q.dtype.itemsize, k.dtype.itemsize)
         tiles = default_tiles(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize)
-    programs = k.shape[1] * -(-rows // block_rows(rows))
-    return decode(
-        q,
-        k,
-        v,
-        q_positions,
-        kv_positions,
-        visibility,
+    programs = k.shape[1] * -(-rows // padded_rows(rows, tiles.block_rows))
+    call = Call(
+        batch=q.shape[0],
+        queries=q.shape[1],
+        group=q.shape[2] // k.shape[1],
+        head_dim=q.shape[3],
+        slots=kv_positions.shape[1],
+        page_size=0 if page_table is None else k.shape[2],
+        wanted=max(max(target.compute_units, 1) * tiles.programs_per_unit // programs, 1),
+        visibility=visibility,
         scale=scale,
         soft_cap=soft_cap,
-        sinks=sinks,
-        q_segments=q_segments,
-        kv_segments=kv_segments,
-        page_table=page_table,
         tiles=tiles,
-        wanted=max(target.compute_units * tiles.programs_per_unit // programs, 1),
         interpret=interpret,
     )
+    ranges = visible_slots(q_positions, kv_positions, visibility)
+    part, lse = shares(call, *ranges, q, k, v, q_positions, kv_positions, page_table, q_segments, kv_segments)
+    return combine(call, *ranges, part, lse, sinks, jax.ShapeDtypeStruct(q.shape, q.dtype))
