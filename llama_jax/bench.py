@@ -7,14 +7,12 @@ repeats. Ceilings are measured in the same process: sequential reads, and a larg
 from __future__ import annotations
 
 import dataclasses
-import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,13 +21,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax import runtime
-from llama_jax.config import LlamaConfig, MoeSpec, preset
+from llama_jax.config import preset
+from llama_jax.costs import prefill_flops, step_bytes
 from llama_jax.fuse import arrange
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
-from llama_jax.loading import Model
+from llama_jax.loading import Model, check_kernels_once
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
-from llama_jax.sharding import RULES, automatic_mesh, check, param_sharding, partition_spec, split_config
+from llama_jax.sharding import automatic_mesh, check, param_sharding, split_config
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ def random_model(name: str, dtype: DTypeLike, mesh: jax.sharding.Mesh | None = N
     if mesh is not None:
         check(preset(name), mesh)
     config = split_config(preset(name), mesh)
+    check_kernels_once()
     key = jax.random.key(0)
     # Leaves of one shape and place share one program.
     makers: dict[Any, Any] = {}
@@ -155,6 +155,13 @@ def bench(
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
     step = decode / (new - 1)
     devices = 1 if model.mesh is None else model.mesh.size
+    needed = step_bytes(
+        model.config,
+        model.dtype.itemsize,
+        batch,
+        prompt + new // 2,
+        axes={} if model.mesh is None else model.mesh.shape,
+    )
     return BenchResult(
         batch=batch,
         prompt=prompt,
@@ -163,41 +170,7 @@ def bench(
         prefill_tps=batch * prompt / prefill,
         step_s=step,
         decode_tps=batch / step,
-        mbu=step_bytes(model, batch, prompt + new // 2) / step / ceilings.read_bytes_per_s,
+        mbu=needed / step / ceilings.read_bytes_per_s,
         mfu=prefill_flops(model.config, batch, prompt) / devices / prefill / ceilings.matmul_flops_per_s,
         spread=(max(decodes) - min(decodes)) / decode,
     )
-
-
-def step_bytes(model: Model, batch: int, length: int) -> float:
-    """Bytes that each device must read in a decode step: its part of every weight that the step uses, once, and of
-    `length` tokens of cache for each row."""
-    c, itemsize = model.config, model.dtype.itemsize
-    cache = 2 * c.num_layers * batch * length * c.kv_dim * itemsize
-    mesh: Mapping[str, int] = {} if model.mesh is None else model.mesh.shape
-    rows = mesh.get(RULES["batch"], 1)
-    heads = mesh.get(RULES["kv_heads"], 1)
-    return _matmul_params(c, batch, mesh) * itemsize + cache / rows / (1 if c.num_kv_heads % heads else heads)
-
-
-def prefill_flops(config: LlamaConfig, batch: int, prompt: int) -> float:
-    """Multiplications and additions of a prompt: all products per token, causal attention, logits of the last token."""
-    head = config.vocab_size * config.hidden_size
-    attention = 2 * prompt * (prompt + 1) * config.q_dim * config.num_layers
-    return batch * (2 * prompt * (_matmul_params(config, 1) - head) + attention + 2 * head)
-
-
-def _matmul_params(c: LlamaConfig, tokens: int, mesh: Mapping[str, int] = MappingProxyType({})) -> float:
-    """Weights that a step of `tokens` tokens multiplies with, on each device of a mesh: the embedding counts once, as
-    logits, and of the experts only as many as the tokens can use."""
-    total = 0.0
-    for spec in param_specs(c):
-        if spec.name == "embed.weight" and not c.tie_word_embeddings:
-            continue
-        size = spec.size / math.prod(mesh[over] for over in partition_spec(spec, c, mesh) if over)
-        if ".moe.experts." in spec.name:
-            moe = c.layers[int(spec.path[1])].mlp
-            assert isinstance(moe, MoeSpec)
-            size = size * min(moe.num_experts, tokens * moe.top_k) / moe.num_experts
-        total += size
-    return total
