@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,11 +194,46 @@ def test_disabled_kernels(rules: list[Rule]) -> None:
     assert OP(ONES, backend="even")[0] == 4
 
 
+SPLIT = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from llama_jax.errors import KernelError
+from llama_jax.kernels.dispatch import operation as operations
+from llama_jax.kernels.dispatch.backend import Backend
+from llama_jax.kernels.dispatch.operation import Operation
+from llama_jax.kernels.dispatch.tables import Rule
+
+op = Operation("moe", {"reference": Backend(lambda x: x * 2), "fast": Backend(lambda x: x * 3)})
+operations.shipped_rules = lambda name, target: (Rule("fast", "s"),)
+assert jax.device_count() == 2
+for devices, expected in ((1, 3), (2, 2)):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("tensor",))
+    x = jax.device_put(jnp.ones((4, 4)), NamedSharding(mesh, P("tensor")))
+    inner = jax.jit(lambda x: op(x + 1) / 2)
+    assert jax.jit(lambda x: inner(x * 1))(x)[0, 0] == expected, devices
+assert "split over tensor" in list(operations.recorder.counts())[-1].passed_over[0][1]
+try:
+    jax.jit(lambda x: op(x, backend="fast"))(x)
+except KernelError as error:
+    assert "split over tensor" in error.message
+else:
+    raise AssertionError("a named kernel ran on split arrays")
+# Inside of shard_map each device has its own arrays.
+local = jax.shard_map(op, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"))
+assert jax.jit(local)(x)[0, 0] == 3
+"""
+
+
+def test_kernels_do_not_run_on_arrays_that_xla_splits(tmp_path: Path) -> None:
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "LLAMA_JAX_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", SPLIT], env=env, check=True)
+
+
 def test_shipped_tables() -> None:
     """Each is well formed, of a known architecture or vendor, and names backends that exist, with their tiles."""
     files = {p.stem: p for p in (Path(tables.__file__).parents[1] / "table").glob("*.json")}
     assert set(files) <= {t.arch for t in TARGETS} | {t.vendor for t in TARGETS}
-    assert {"cpu"} <= set(files)
+    assert {"cpu", "amd", "nvidia", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201"} <= set(files)
     for name, path in files.items():
         assert json.loads(path.read_text())["arch"] == name
         table = tables.shipped(name)

@@ -275,9 +275,13 @@ def test_abstract_mesh_of_others() -> None:
 
 def test_detected(tmp_path: Path) -> None:
     nodes = tmp_path / "sys/class/kfd/kfd/topology/nodes"
-    for i, (version, simds, memory) in enumerate([(0, 0, 0), (90402, 1216, 192), (90402, 1216, 256), (90402, 912, 128)]):
+    for i, (version, simds, memory) in enumerate(
+        [(0, 0, 0), (90402, 1216, 192), (90402, 1216, 256), (90402, 912, 128)]
+    ):
         (nodes / f"{i}/mem_banks/0").mkdir(parents=True)
-        facts = f"simd_count {simds}\nsimd_per_cu 4\nwave_front_size 64\nlds_size_in_kb 64\ngfx_target_version {version}\n"
+        facts = (
+            f"simd_count {simds}\nsimd_per_cu 4\nwave_front_size 64\nlds_size_in_kb 64\ngfx_target_version {version}\n"
+        )
         (nodes / f"{i}/properties").write_text(facts)
         (nodes / f"{i}/mem_banks/0/properties").write_text(f"heap_type 1\nsize_in_bytes {memory * GIB}\n")
     assert [target.name for target in detected(tmp_path)] == ["mi300x", "mi325x", "mi300a"]

@@ -87,7 +87,12 @@ def test_snappy() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [compressed(literal(b"ab"), size=3), compressed(literal(b"ab"), copy(3, 4, 1), size=6), compressed(copy(0, 4, 1), size=4)]
+    "data",
+    [
+        compressed(literal(b"ab"), size=3),
+        compressed(literal(b"ab"), copy(3, 4, 1), size=6),
+        compressed(copy(0, 4, 1), size=4),
+    ],
 )
 def test_damaged_snappy(data: bytes) -> None:
     with pytest.raises(ValueError, match="damaged"):
@@ -164,7 +169,14 @@ def test_msgpack(value: Any) -> None:
 
 
 def test_msgpack_numbers() -> None:
-    for data, value in (("ff", -1), ("cc80", 128), ("cd0100", 256), ("ce00010000", 65536), ("d080", -128), ("d1ff00", -256)):
+    for data, value in (
+        ("ff", -1),
+        ("cc80", 128),
+        ("cd0100", 256),
+        ("ce00010000", 65536),
+        ("d080", -128),
+        ("d1ff00", -256),
+    ):
         assert code_object.msgpack(bytes.fromhex(data))[0] == value
     with pytest.raises(ValueError, match="0xc7"):
         code_object.msgpack(b"\xc7\0\0")
@@ -210,7 +222,9 @@ def test_no_code_object() -> None:
 # --- Occupancy --------------------------------------------------------------------------------------------------------
 
 
-def waves(arch: str, vgpr: int, *, lds: int = 0, threads: int = 256, sgpr: int = 32, wave: int | None = None) -> int | None:
+def waves(
+    arch: str, vgpr: int, *, lds: int = 0, threads: int = 256, sgpr: int = 32, wave: int | None = None
+) -> int | None:
     wave = wave or (64 if arch.startswith("gfx9") else 32)
     return occupancy(arch, vgpr=vgpr, sgpr=sgpr, lds_bytes=lds, threads=threads, wave_size=wave)
 
@@ -220,7 +234,26 @@ def waves(arch: str, vgpr: int, *, lds: int = 0, threads: int = 256, sgpr: int =
     [
         # LLVM's own tables: llvm/test/CodeGen/AMDGPU/occupancy-levels.ll and vgpr-occupancy of gfx90a; gfx1100 has 1536
         # registers in steps of 24, gfx1102 1024 in steps of 16.
-        ("gfx90a", {24: 8, 64: 8, 65: 7, 72: 7, 73: 6, 80: 6, 96: 5, 97: 4, 128: 4, 129: 3, 168: 3, 169: 2, 256: 2, 257: 1, 512: 1}),
+        (
+            "gfx90a",
+            {
+                24: 8,
+                64: 8,
+                65: 7,
+                72: 7,
+                73: 6,
+                80: 6,
+                96: 5,
+                97: 4,
+                128: 4,
+                129: 3,
+                168: 3,
+                169: 2,
+                256: 2,
+                257: 1,
+                512: 1,
+            },
+        ),
         ("gfx942:sramecc+:xnack-", {64: 8, 65: 7, 128: 4, 256: 2, 512: 1}),
         ("gfx1100", {96: 16, 97: 12, 120: 12, 144: 10, 168: 9, 169: 8, 192: 8, 193: 7, 216: 7, 240: 6, 256: 5}),
         ("gfx1102", {64: 16, 65: 12, 80: 12, 96: 10, 112: 9, 128: 8, 144: 7, 160: 6, 192: 5, 256: 4}),
@@ -321,7 +354,7 @@ ENTRY %main.1_spmd (a: bf16[64,128]) -> bf16[64,128] {
   %f = bf16[64,128]{1,0} fusion(%x), kind=kLoop, calls=%body
   ROOT %two = (f32[4]{0}, f32[6]{0}) all-reduce(%x, %y), channel_id=1, replica_groups=mesh['tensor'=8] {'tensor'}, to_apply=%add
 }
-"""
+"""  # noqa: E501
 
 
 def test_collectives() -> None:
@@ -355,7 +388,9 @@ def test_program_without_collectives() -> None:
 
 # --- Stand-ins for libraries ------------------------------------------------------------------------------------------
 
-linux_only = pytest.mark.skipif(not hasattr(ctypes, "CDLL") or not Path("/proc/self/maps").exists(), reason="needs Linux")
+linux_only = pytest.mark.skipif(
+    not hasattr(ctypes, "CDLL") or not Path("/proc/self/maps").exists(), reason="needs Linux"
+)
 
 
 @linux_only

@@ -17,8 +17,6 @@ from llama_jax.targets import Target
 FULL = Visibility()
 STAGES = {"amd": (1, 2), "nvidia": (2, 3, 4), "cpu": ()}
 """Steps of a loop that may overlap, by vendor."""
-HEADS = ((32, 8, 128), (32, 8, 64))
-"""Query heads, key/value heads and head_dim of most models of 7 billion parameters and more, and of one billion."""
 LONG = 1024
 """Queries of a prefill that is worth large tiles."""
 SPLIT = 8192
@@ -69,22 +67,34 @@ def decode_cases() -> Sequence[Case]:
 
 
 def flash_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
-    """Prefills of common models, or of the one with these numbers: whole prompts, a chunk over pages with a prefix, and
-    a long prompt with a window."""
-    found = []
-    for heads, kv_heads, head_dim in (
-        HEADS if numbers is None else ((numbers["heads"], numbers["kv_heads"], numbers["head_dim"]),)
-    ):
-        make = partial(_case, heads=heads, kv_heads=kv_heads, head_dim=head_dim, uneven=False)
-        name = f"h{heads} kv{kv_heads} d{head_dim}"
-        found += [
-            make(f"{name}, {batch} x {length}", batch=batch, q_len=length, prefix=0)
-            for batch, length in ((1, 512), (4, 4096))
-        ]
-        found.append(make(f"{name}, 2048 over 14336 in pages", batch=1, q_len=2048, prefix=14336, page_size=64))
-        window = Visibility("sliding", 4096)
-        found.append(make(f"{name}, 1 x 16384, window 4096", batch=1, q_len=16384, prefix=0, visibility=window))
-    return tuple(found)
+    """Prefills of common models, or of the one with these numbers."""
+    from llama_jax.kernels.attention.flash.shapes import CASES, MEASURED_PREFILL
+
+    found = CASES if numbers is None else _with_heads(MEASURED_PREFILL, numbers)
+    grad = ("q", "k", "v")
+    return tuple(Case(c.name, c.example, c.options(), differentiate=grad if c.backward else ()) for c in found)
+
+
+def flash_tiles(**numbers: int) -> Any:
+    """The tiles of flash attention with these numbers."""
+    from llama_jax.kernels.attention.flash.tiles import Tiles
+
+    return Tiles(**numbers)
+
+
+def flash_candidates(target: Target, q: jax.Array, k: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Tiles worth measuring for a call: the default and its neighbours in the forward kernel."""
+    from llama_jax.kernels.attention.flash.tiles import default_tiles
+
+    group = q.shape[2] // k.shape[1]
+    tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, q_len=q.shape[1], group=group)
+    return neighbours(
+        tiles,
+        block_k=[n for n in (2 * tiles.block_k, tiles.block_k // 2) if n >= 16],
+        block_q=[n for n in (2 * tiles.block_q, tiles.block_q // 2) if n >= 16 * tiles.heads],
+        num_warps=(2 * tiles.num_warps, tiles.num_warps // 2 or 1),
+        num_stages=STAGES[target.vendor],
+    )
 
 
 def decode_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:

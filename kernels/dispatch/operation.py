@@ -159,11 +159,28 @@ def _check_named(op: Operation, target: Target, name: str, who: str, *args: Any,
             f"backend {name!r} of {op.name!r} ({who}) is disabled: {reason}",
             hint="leave the choice to auto; LLAMA_JAX_SELF_CHECK=0 runs it all the same",
         )
-    if reason := backends[name].unsupported(target, *args, **kwargs):
+    reason = backends[name].unsupported(target, *args, **kwargs) or (name != REFERENCE and _split(args, kwargs))
+    if reason:
         raise KernelError(
             f"backend {name!r} of {op.name!r} ({who}) cannot run this on {target.name}: {reason}",
             hint="name another backend, or leave the choice to auto",
         )
+
+
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Why a kernel that XLA cannot split must not run: the arrays may be split over the axes of a mesh. Inside of
+    `jax.shard_map` they are whole on each device. XLA splits references, as plain operations, by itself."""
+    for x in (*args, *kwargs.values()):
+        array = isinstance(x, jax.Array)
+        mesh = getattr(jax.typeof(x).sharding if array else getattr(x, "sharding", None), "mesh", None)
+        if mesh is None:
+            continue
+        axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if split := [name for name, size, kind in axes if size > 1 and kind != jax.sharding.AxisType.Manual]:
+            return (
+                f"the program is split over {', '.join(map(str, split))}, and XLA would gather all of a kernel's arrays"
+            )
+    return None
 
 
 def _cannot(op: Operation, target: Target, rule: Rule, *args: Any, **kwargs: Any) -> str | None:
@@ -173,6 +190,8 @@ def _cannot(op: Operation, target: Target, rule: Rule, *args: Any, **kwargs: Any
         return "there is no such backend here"
     if reason := disabled().get((op.name, rule.backend)):
         return f"disabled: {reason}"
+    if (reason := _split(args, kwargs)) and rule.backend != REFERENCE:
+        return reason
     if rule.tiles:
         try:
             if backend.tiles is None:

@@ -36,8 +36,10 @@ _NOTE = "XLA measures tiles of its own matrix products on the card; here it cann
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Split the model over N devices.")
 @click.option("--mesh", metavar="AXIS=N,...", help="Devices by axis; `tensor` splits the model, others repeat it.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
-@click.option("--context", type=click.IntRange(1), default=4096, show_default=True, help="Tokens a row's cache holds.")
-@click.option("--prompt", type=click.IntRange(1), default=512, show_default=True, help="Prompt tokens of a row.")
+@click.option(
+    "--context", type=click.IntRange(1), help="Tokens that a row's cache holds. [default: 4096, or the model's]"
+)
+@click.option("--prompt", type=click.IntRange(1), help="Prompt tokens of a row. [default: 512, or the context]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of weights and cache.")
 @quiet_option
 @json_option
@@ -47,8 +49,8 @@ def command(
     tp: int | None,
     mesh: str | None,
     batch: int,
-    context: int,
-    prompt: int,
+    context: int | None,
+    prompt: int | None,
     dtype: str,
     quiet: bool,
     as_json: bool,
@@ -174,14 +176,16 @@ def _phase_lines(phase: Phase, chunk: int) -> list[str]:
         f"{title} (traced in {c.trace_s:.1f} s, compiled in {c.compile_s:.1f} s)",
         f"  memory       {size_text(m.total)}: arguments {size_text(m.arguments)}, outputs {size_text(m.outputs)} "
         f"({size_text(m.aliased)} in place), temporary {size_text(m.temporary)}, code {size_text(m.code)}",
-        f"  arithmetic   {c.flops / 1e9:,.1f} GFLOP and {size_text(round(c.bytes_accessed))} moved, by XLA's count, "
-        "on each device",
+        f"  arithmetic   {'unknown' if c.flops is None else f'{c.flops / 1e9:,.1f} GFLOP'} and "
+        f"{size_text(round(c.bytes_accessed))} moved, by XLA's count, on each device",
     ]
     for x in c.collectives:
         unknown = ", some in loops of unknown length" if x.unknown_trips else ""
         lines.append(f"  exchange     {x.count} x {x.kind} of {size_text(x.bytes)} over {x.devices} devices{unknown}")
     lines.append(f"  predicted    {_prediction(phase)}")
-    calls = ", ".join(f"{n} x {name}" for name, n in c.library_calls.items() if name not in {x.kind for x in c.collectives})
+    calls = ", ".join(
+        f"{n} x {name}" for name, n in c.library_calls.items() if name not in {x.kind for x in c.collectives}
+    )
     lines += [f"  libraries    {calls}"] if calls else []
     shown = sorted(c.kernels, key=lambda k: (-k.spills, -k.vgpr))[:_KERNELS]
     lines.append(f"  kernels      {len(c.kernels)}, those with most spills and registers:")

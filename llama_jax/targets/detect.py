@@ -44,8 +44,8 @@ def current() -> Target:
     """The target of the program that is being traced: the abstract device of the mesh in use (compilation for another
     machine), else the default device. Imports jax, and starts its backend where no mesh is in use.
 
-    The abstract mesh is part of jit's cache key, so a program traced for one target is never reused for another. A device
-    that is not in the table gets a target made of what it reports (see `identify`).
+    The abstract mesh is part of jit's cache key, so a program traced for one target is never reused for another. A
+    device that is not in the table gets a target made of what it reports (see `identify`).
     """
     import jax
 

@@ -45,7 +45,8 @@ def load(path: Path) -> tuple[ctypes.CDLL, ...]:
         if "cannot open shared object file" not in str(error) or not path.is_file():
             raise CompilerUnavailable(f"{path} does not load: {error}", hint="install the package again") from error
     needed, undefined = dependencies(path)
-    loaded, files = [], []
+    loaded: list[ctypes.CDLL] = []
+    files: list[int] = []
     try:
         for name in needed:
             # The loader knows a library by its path, here that of the open file: closed only once all are loaded. The
