@@ -40,6 +40,7 @@ from llama_jax.convert.run import open_source
 from llama_jax.fuse import arrange, fuse_params
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.kernels.attention import Visibility, attention, attention_reference
+from llama_jax.kernels.dispatch import using
 from llama_jax.loading import Model, load
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
@@ -235,9 +236,9 @@ def test_adapters_on_a_mesh(name: str) -> None:
 
 
 @pytest.mark.parametrize("heads", [(8, 4), (9, 3), (4, 2)], ids=["split", "odd", "fewer than devices"])
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", "pallas_interpret"])
 def test_attention_runs_on_local_heads(heads: tuple[int, int], backend: str) -> None:
-    """Where they divide, every device sees only its own."""
+    """Where they divide, every device sees only its own; a Pallas kernel could not be dealt out otherwise."""
     q_heads, kv_heads = heads
     mesh, rng = sharding.make_mesh("data=2,tensor=4"), np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((2, 1, q_heads, 16)), jnp.float32)
@@ -256,6 +257,24 @@ def test_attention_runs_on_local_heads(heads: tuple[int, int], backend: str) -> 
     local = 4 if kv_heads % 4 == 0 else 1
     assert f"[1,{kv_heads // local},32,16]" in text
     assert out.sharding.shard_shape(out.shape)[2] == q_heads // local
+
+
+@pytest.mark.slow
+def test_generate_with_kernels_on_a_mesh() -> None:
+    """Prefill, decode steps and experts through the Pallas kernels, each on what a device has."""
+    mixture = MoeSpec(4, 2, 32, router="sigmoid", shared_intermediate_size=32)
+    config = tiny_config(LayerSpec(mlp=mixture), num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=32)
+    params, prompts = random_params(config), [[1, 2, 3], [4, 5, 6, 7]]
+    one = Model(fuse_params(params, config), config)
+    want = batch_generate(one, None, prompts, max_tokens=4, ignore_eos=True)
+    split = on_mesh(params, config, sharding.make_mesh(tensor=2))
+    with using(flash_attention="pallas_interpret", decode_attention="pallas_interpret", moe="pallas_interpret"):
+        found = batch_generate(split, None, prompts, max_tokens=4, ignore_eos=True)
+        with sharding.on(split.mesh):
+            text = str(jax.make_jaxpr(run, static_argnums=1)(split.params, config, random_tokens(config, 2, 16)))
+    assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in want]
+    assert text.count("pallas_call") >= 2
+    assert "shard_map" in text
 
 
 @pytest.mark.slow
