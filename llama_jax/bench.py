@@ -23,11 +23,12 @@ from jax.typing import DTypeLike
 from llama_jax import runtime
 from llama_jax.config import preset
 from llama_jax.costs import prefill_flops, step_bytes
-from llama_jax.fuse import fuse_in_place
+from llama_jax.fuse import arrange
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
-from llama_jax.loading import Model
-from llama_jax.params import init_leaf, param_specs, unflatten
+from llama_jax.loading import Model, check_kernels_once
+from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
+from llama_jax.sharding import automatic_mesh, check, param_sharding, split_config
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class BenchResult:
     Attributes:
       prefill_s: seconds from the call to the first token of every row.
       step_s: seconds of one decode step of the whole batch.
-      mbu: bytes that a step must read (weights, and the cache at its mean length) per second, over the read ceiling.
-      mfu: FLOPs of prefill per second, over the matrix product's.
+      mbu: bytes that each device must read in a step (weights, and the cache at its mean length) per second, over the
+        read ceiling of one device.
+      mfu: FLOPs of prefill per second and device, over the matrix product's.
       spread: (slowest - fastest) / median of the decode times.
     """
 
@@ -62,14 +64,14 @@ class BenchResult:
     spread: float
 
 
-def environment(dtype: DTypeLike) -> dict[str, Any]:
+def environment(dtype: DTypeLike, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
     """What a number depends on besides the code."""
     from importlib.metadata import version
 
     import llama_jax
 
     return {
-        "device": runtime.device_name(),
+        "device": runtime.device_name(mesh=mesh),
         "dtype": jnp.dtype(dtype).name,
         "llama_jax": llama_jax.__version__,
         "jax": jax.__version__,
@@ -78,20 +80,29 @@ def environment(dtype: DTypeLike) -> dict[str, Any]:
     }
 
 
-def random_model(name: str, dtype: DTypeLike) -> Model:
-    """A preset's shape with random weights made on the device, fused as `load` does it."""
-    config = preset(name)
+def random_model(name: str, dtype: DTypeLike, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """A preset's shape with random weights made on the device or devices, fused as `load` does it."""
+    mesh = None if mesh is None else automatic_mesh(mesh)
+    if mesh is not None:
+        check(preset(name), mesh)
+    config = split_config(preset(name), mesh)
+    check_kernels_once()
     key = jax.random.key(0)
-    # Leaves of one shape share one program.
-    make = jax.jit(lambda key, spec: init_leaf(spec, key, dtype), static_argnums=1)
-    flat = {
-        spec.name: make(jax.random.fold_in(key, i), dataclasses.replace(spec, name="", hf="", gguf=""))
-        for i, spec in enumerate(param_specs(config))
-    }
-    params = unflatten(flat)
-    del flat
-    fuse_in_place(params, config)
-    return Model(params, config, name=name)
+    # Leaves of one shape and place share one program.
+    makers: dict[Any, Any] = {}
+
+    def make(spec: ParamSpec, index: int) -> jax.Array:
+        where = None if mesh is None else param_sharding(config, mesh)(spec)
+        alike = dataclasses.replace(spec, name="", hf="", gguf="")
+        maker = makers.setdefault(
+            (alike, where), jax.jit(lambda key: init_leaf(alike, key, dtype), out_shardings=where)
+        )
+        leaf: jax.Array = maker(jax.random.fold_in(key, index))
+        return leaf
+
+    params = unflatten({spec.name: make(spec, i) for i, spec in enumerate(param_specs(config))})
+    arrange(params, config, mesh)
+    return Model(params, config, mesh, name=name)
 
 
 def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10) -> Ceilings:
@@ -143,6 +154,14 @@ def bench(
             decodes.append(batch * (new - 1) / timing.generation_tps)
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
     step = decode / (new - 1)
+    devices = 1 if model.mesh is None else model.mesh.size
+    needed = step_bytes(
+        model.config,
+        model.dtype.itemsize,
+        batch,
+        prompt + new // 2,
+        axes={} if model.mesh is None else model.mesh.shape,
+    )
     return BenchResult(
         batch=batch,
         prompt=prompt,
@@ -151,7 +170,7 @@ def bench(
         prefill_tps=batch * prompt / prefill,
         step_s=step,
         decode_tps=batch / step,
-        mbu=step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2) / step / ceilings.read_bytes_per_s,
-        mfu=prefill_flops(model.config, batch, prompt) / prefill / ceilings.matmul_flops_per_s,
+        mbu=needed / step / ceilings.read_bytes_per_s,
+        mfu=prefill_flops(model.config, batch, prompt) / devices / prefill / ceilings.matmul_flops_per_s,
         spread=(max(decodes) - min(decodes)) / decode,
     )

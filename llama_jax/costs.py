@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.params import ParamSpec, param_specs
+from llama_jax.sharding import RULES, partition_spec
+
+ONE_DEVICE: Mapping[str, int] = MappingProxyType({})
 
 
 def share_used(spec: ParamSpec, config: LlamaConfig, tokens: int) -> float:
@@ -18,15 +25,29 @@ def share_used(spec: ParamSpec, config: LlamaConfig, tokens: int) -> float:
     return min(1.0, tokens * moe.top_k / moe.num_experts)
 
 
-def matmul_params(config: LlamaConfig, tokens: int) -> int:
-    """Weights that a step of `tokens` tokens multiplies with."""
-    return round(sum(spec.size * share_used(spec, config, tokens) for spec in param_specs(config)))
+def matmul_params(config: LlamaConfig, tokens: int, *, axes: Mapping[str, int] = ONE_DEVICE) -> int:
+    """Weights that a step of `tokens` tokens multiplies with, on each device of a mesh with these axes."""
+
+    def parts(spec: ParamSpec) -> int:
+        return math.prod(axes[over] for over in partition_spec(spec, config, axes) if over)
+
+    return round(sum(spec.size * share_used(spec, config, tokens) / parts(spec) for spec in param_specs(config)))
 
 
-def step_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int) -> int:
-    """Bytes that a decode step must read: every weight that it uses once, and `length` tokens of cache for each row."""
-    cache = 2 * config.num_layers * batch * length * config.kv_dim * itemsize
-    return matmul_params(config, batch) * itemsize + cache
+def step_bytes(
+    config: LlamaConfig, itemsize: int, batch: int, length: int, *, axes: Mapping[str, int] = ONE_DEVICE
+) -> int:
+    """Bytes that each device must read in a decode step: its part of every weight that the step uses, once, and of
+    `length` tokens of cache for each row.
+
+    Args:
+      config: on a mesh, as `sharding.split_config` gives it.
+      axes: sizes of the axes of the mesh.
+    """
+    heads, rows = axes.get(RULES["kv_heads"], 1), axes.get(RULES["batch"], 1)
+    parts = rows * (1 if config.num_kv_heads % heads else heads)
+    cache = 2 * config.num_layers * batch * length * config.kv_dim * itemsize // parts
+    return matmul_params(config, batch, axes=axes) * itemsize + cache
 
 
 def prefill_flops(config: LlamaConfig, batch: int, prompt: int) -> int:

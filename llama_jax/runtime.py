@@ -7,14 +7,19 @@ import os
 import jax
 import jax.numpy as jnp
 
+from llama_jax.folders import cache_dir
+
 
 def default_dtype() -> jnp.dtype:
     """Compute dtype when nobody names one: float32 on a CPU, bfloat16 on a GPU."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def device_name(device: jax.Device | None = None) -> str:
-    """How a device is shown to people, e.g. "cpu (TFRT_CPU_0)"."""
+def device_name(device: jax.Device | None = None, mesh: jax.sharding.Mesh | None = None) -> str:
+    """How a device, or a mesh, is shown to people, e.g. "cpu (TFRT_CPU_0)", "4 x cpu (data=2, tensor=2)"."""
+    if mesh is not None:
+        kinds = " and ".join(sorted({d.device_kind for d in mesh.devices.flat}))
+        return f"{mesh.size} x {kinds} ({', '.join(f'{name}={size}' for name, size in mesh.shape.items())})"
     device = device or jax.devices()[0]
     return f"{device.device_kind} ({device})"
 
@@ -26,8 +31,6 @@ def enable_compilation_cache() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        from llama_jax.models import cache_dir  # late: only this line needs to know where the cache is
-
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     # By default jax skips programs that compile in under a second; here many small ones add up at start-up.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -6,7 +6,16 @@ import dataclasses
 
 import click
 
-from llama_jax.cli.options import convert_option, dtype_option, examples, json_option, model_option
+from llama_jax.cli.options import (
+    convert_option,
+    dtype_option,
+    examples,
+    json_option,
+    kernels_option,
+    mesh_options,
+    model_option,
+    requested_mesh,
+)
 from llama_jax.cli.terminal import print_json
 
 
@@ -16,6 +25,7 @@ from llama_jax.cli.terminal import print_json
         "llama-jax bench",
         "llama-jax bench --batch 1 --batch 8 --prompt 128 --new 64 --json",
         "llama-jax bench --preset llama-3.1-8b --batch 1 --batch 32",
+        "llama-jax bench --preset llama-3.1-70b --tp 8",
     ),
 )
 @model_option
@@ -26,6 +36,8 @@ from llama_jax.cli.terminal import print_json
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
 @dtype_option
 @convert_option
+@mesh_options
+@kernels_option
 @json_option
 def command(
     model: str,
@@ -36,27 +48,34 @@ def command(
     repeats: int,
     dtype: str | None,
     convert: bool,
+    mesh: str | None,
+    tp: int | None,
     as_json: bool,
 ) -> None:
     """Measure prefill and decode through the public generate functions, with random prompts.
 
     One warm-up run per shape, then medians. MBU is what a decode step must read (weights and cache) per second, MFU
-    the arithmetic of prefill per second, as shares of the reads and the matrix product measured in the same run.
+    the arithmetic of prefill per second, as shares of the reads and the matrix product measured in the same run. On a
+    mesh both are those of one device, and the ceilings too.
     """
     from llama_jax import runtime
     from llama_jax.bench import bench, environment, measure_ceilings, random_model
     from llama_jax.cli.progress import Reporter
+    from llama_jax.kernels import report
     from llama_jax.loading import load
 
     runtime.enable_compilation_cache()
+    devices = requested_mesh(mesh, tp)
     with Reporter(quiet=as_json) as reporter:
         reporter.warn_of_unused_gpu()
         if preset is None:
-            loaded, _ = load(model, dtype=dtype, convert=convert, progress=reporter.progress, notify=reporter.notify)
+            loaded, _ = load(
+                model, dtype=dtype, mesh=devices, convert=convert, progress=reporter.progress, notify=reporter.notify
+            )
         else:
-            loaded = random_model(preset, dtype or runtime.default_dtype())
+            loaded = random_model(preset, dtype or runtime.default_dtype(), devices)
     ceilings = measure_ceilings(loaded.dtype)
-    about = {**environment(loaded.dtype), "model": loaded.name, "random_weights": preset is not None}
+    about = {**environment(loaded.dtype, loaded.mesh), "model": loaded.name, "random_weights": preset is not None}
     if not as_json:
         click.echo("  ".join(f"{name}={value}" for name, value in about.items()))
         click.echo(
@@ -75,4 +94,14 @@ def command(
                 f"{r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {r.mbu:5.2f} {r.spread:6.2f}"
             )
     if as_json:
-        print_json({**about, "ceilings": dataclasses.asdict(ceilings), "results": results})
+        kernels = [{**choice.to_json(), "traced": count} for choice, count in report().items()]
+        print_json({**about, "ceilings": dataclasses.asdict(ceilings), "results": results, "kernels": kernels})
+        return
+    for choice, count in report().items():
+        tiles = " ".join(f"{name}={number}" for name, number in choice.tiles)
+        click.echo(
+            f"kernel {choice.operation} {choice.dtype} {choice.shape}: {choice.backend} {tiles}"
+            f"({choice.reason}{'' if choice.measured else ', not measured'}; traced {count}x)"
+        )
+        for name, why in choice.passed_over:
+            click.echo(f"       not {name}: {why}")
