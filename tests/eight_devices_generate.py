@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -446,6 +448,27 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
     failed = CliRunner().invoke(cli, ["generate", "The", "-m", str(folder), "--tp", "16"])
     assert "needs 16 devices; there are 8" in failed.output
     assert failed.exit_code == 5
+
+
+@pytest.mark.slow
+def test_bench_and_batches(folder: Path, tmp_path: Path) -> None:
+    """`bench` and `scripts/batch_generate.py` take the same options; a file's results are those of one device."""
+    from llama_jax.cli import cli
+
+    args = ["bench", "-m", str(folder), "--batch", "3", "--prompt", "4", "--new", "3", "--repeats", "1", "--json"]
+    result = CliRunner().invoke(cli, [*args, "--mesh", "data=2,tensor=2"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["device"] == "4 x cpu (data=2, tensor=2)"
+
+    script = Path(__file__).parents[1] / "scripts" / "batch_generate.py"
+    (tmp_path / "in.jsonl").write_text('{"prompt": "The"}\n{"prompt": "a", "temperature": 1}\n{"prompt": "Quick"}\n')
+    results = []
+    for name, more in (("one", ()), ("split", ("--mesh", "data=2,tensor=4"))):
+        target = tmp_path / f"{name}.jsonl"
+        command = [sys.executable, str(script), str(tmp_path / "in.jsonl"), str(target), "-m", str(folder), *more]
+        subprocess.run([*command, "--max-tokens", "5", "--quiet"], check=True)
+        results.append(target.read_text())
+    assert results[0] == results[1]
 
 
 @pytest.mark.slow
