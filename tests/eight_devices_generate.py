@@ -379,16 +379,20 @@ def test_two_sums_a_layer_and_nothing_else(name: str, layers: int | None, step: 
     assert collectives(hlo) == expected
 
 
-def test_a_mixture_is_summed_once() -> None:
-    """Routed and shared experts of a layer in one message."""
+@pytest.mark.parametrize("widths", [(16, 32), (16, 36), (12, 32)])
+def test_a_mixture_is_summed_once(widths: tuple[int, int]) -> None:
+    """Routed and shared experts of a layer in one message; a width that does not divide sends nothing."""
     mesh = sharding.make_mesh(tensor=8)
-    config = tiny_config(
-        LayerSpec(mlp=MoeSpec(4, 2, 16, router="sigmoid", shared_intermediate_size=32)), num_heads=8, num_kv_heads=8
-    )
-    model = on_mesh(random_params(config), config, mesh)
+    experts, shared = widths
+    mixture = MoeSpec(4, 2, experts, router="sigmoid", shared_intermediate_size=shared)
+    config = tiny_config(LayerSpec(mlp=mixture), num_heads=8, num_kv_heads=8)
+    params, tokens = random_params(config), random_tokens(config, 2, 3)
+    model = on_mesh(params, config, mesh)
     with sharding.on(mesh):
-        hlo = run.lower(model.params, config, random_tokens(config, 2, 3)).compile().as_text()
-    assert collectives(hlo) == {("all-reduce", 2 * 3 * config.hidden_size): 3}
+        program = run.lower(model.params, config, tokens).compile()
+        logits, _ = run(model.params, config, tokens)
+    assert collectives(str(program.as_text())) == {("all-reduce", 2 * 3 * config.hidden_size): 3}
+    assert error(logits, run(params, config, tokens)[0]) < 1e-5
 
 
 def test_rows_of_a_batch_never_meet() -> None:
