@@ -146,7 +146,7 @@ def describe(kernel: Kernel, target: Target, has_dot: bool) -> Entry:
             "matrix": loop.matrix,
             "loads": loop.loads,
             "wide_loads": loop.wide_loads,
-        }
+        } | ({"matrix_cycles": loop.matrix_cycles} if loop.matrix_cycles else {})
     return entry
 
 

@@ -1,6 +1,7 @@
 """Every kernel on every AMD architecture stays within its budgets, by results that are as old as the kernels' sources.
 
-`scripts/amd_sweep.py` compiles and writes them. Here their age and their numbers are checked, and some are compiled again.
+`scripts/amd_sweep.py` compiles and writes them. Here their age and their numbers are checked, and a few kernels are
+compiled again.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import struct
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +24,7 @@ from llama_jax.kernels.dispatch import tables
 from llama_jax.kernels.dispatch.fingerprint import source_hash
 from llama_jax.kernels.registry import OPERATIONS, operation
 from llama_jax.targets import find
+from llama_jax.targets.compiler.instructions import Loop, main_loop, matrix_instructions
 
 ROOT = Path(__file__).parents[1]
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201")
@@ -176,6 +179,27 @@ def test_all_cases_compile_to_what_is_stored(arch: str, op: str, compiler: str) 
         for label, case, gradients in sweep.variants(operation(op))
     }
     assert found == stored["cases"]
+
+
+def test_the_main_loop_of_a_kernel() -> None:
+    """Machine code by hand: an outer loop with an innermost one in it, which loads twice and multiplies three times."""
+    nop, end = [0xBF800000], [0xBF810000]
+    product_32, product_16 = [0xD3E00000, 0], [0xD3E10000, 0]
+    wide, narrow = [0xDC008000 | 23 << 18, 0], [0xDC008000 | 20 << 18, 0]
+
+    def back(words: int) -> list[int]:
+        return [0xBF850000 | (-words - 1 & 0xFFFF)]
+
+    body = [*product_32, *wide, *narrow, *product_16, *product_16, *nop]
+    inner = [*body, *back(len(body))]
+    outer = [*product_32, *inner, *nop]
+    words = [*nop, *outer, *back(len(outer)), *end]
+    code = struct.pack(f"<{len(words)}I", *words)
+    assert main_loop("gfx942", code) == Loop(7, 3, 32 + 16 + 16, 2, 1)
+    assert main_loop("gfx90a", code) == Loop(7, 3, 0, 2, 1)  # its cycles are others
+    assert main_loop("gfx942", struct.pack("<2I", *nop, *end)) is None
+    assert main_loop("gfx1100", code) is None
+    assert matrix_instructions("gfx942", code) == 4
 
 
 def test_kernels_of_a_program() -> None:
