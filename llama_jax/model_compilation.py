@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from llama_jax.config import LlamaConfig
 from llama_jax.costs import share_used
 from llama_jax.decode import cache_bucket, chunk_length, decode_step, first_token, prefill_chunk, prompt_bucket
-from llama_jax.errors import RequestError
+from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.fuse import fuse_params
 from llama_jax.params import Params, param_specs, unflatten
 from llama_jax.sampling import SamplingParams, make_sampler
@@ -113,6 +113,7 @@ def compile_model(
 
     Raises:
       RequestError: the prompt is longer than the context, or the context than the model's.
+      DoesNotFit: the weights alone are larger than a device's memory; nothing is compiled then.
       CompilerUnavailable: the compiler for AMD GPUs is missing, or the target is not AMD's.
     """
     say = progress or (lambda line: None)
@@ -136,6 +137,13 @@ def compile_model(
     fused = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     if fused:
         params = _on(mesh, jax.eval_shape(partial(fuse_params, config=config), params))
+    weights = sum(map(_shard_bytes, jax.tree.leaves(params)))
+    if weights > target.memory:
+        raise DoesNotFit(
+            f"the weights alone take {weights / 1e9:.1f} GB on each of {mesh.size} devices, and {target.name} has "
+            f"{target.memory / 1e9:.1f} GB",
+            hint="split the model over more devices (tensor=N), or choose a smaller dtype",
+        )
     length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
     chunk = chunk_length(config, batch, length, capacity)
 

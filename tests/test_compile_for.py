@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from llama_jax import jax_log
 from llama_jax.cli import cli
 from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
-from llama_jax.errors import CompilerUnavailable, RequestError
+from llama_jax.errors import CompilerUnavailable, DoesNotFit, RequestError
 from llama_jax.model_compilation import ModelCompilation, compile_model
 from llama_jax.models.configs import find_config
 from llama_jax.params import count_params, param_specs
@@ -358,6 +358,14 @@ def test_requests_that_make_no_sense(tiny: LlamaConfig, options: dict[str, int],
     with pytest.raises(RequestError) as caught:
         compile_model(tiny, find("mi300x"), **options)
     assert caught.value.param == param
+
+
+@pytest.mark.amd
+def test_weights_that_do_not_fit() -> None:
+    with pytest.raises(DoesNotFit, match=r"141\.1 GB on each of 1 devices, and rx7900xtx has 25\.8 GB"):
+        compile_model(preset("llama-3.1-70b"), find("rx7900xtx"))
+    with pytest.raises(DoesNotFit, match="on each of 4 devices"):
+        compile_model(preset("llama-3.1-70b"), find("rx7900xtx"), {"tensor": 4})
 
 
 @pytest.mark.amd

@@ -24,7 +24,7 @@ COMMANDS = {
     "rm": "Remove models from the cache.",
     "bench": "Measure speed.",
     "tune": "Find the fastest kernels of this device by measuring.",
-    "compile": "Compile a model for an AMD GPU that is not here: memory, kernels, collectives.",
+    "compile": "Compile a model for an AMD GPU that need not be here.",
     "doctor": "Check this machine: devices, versions, what is missing.",
 }
 """Name and one line of help, in the order of `--help`. `llama_jax.cli.<name>` exports the `click.Command` `command`."""
