@@ -7,7 +7,7 @@ from functools import partial
 import jax
 
 from llama_jax.kernels.dispatch import Backend, Operation
-from llama_jax.kernels.moe import pallas_triton
+from llama_jax.kernels.moe import jax_triton, pallas_triton, products
 from llama_jax.kernels.moe.reference import Activation, routed_experts_reference
 
 grouped_experts = Operation(
@@ -15,7 +15,8 @@ grouped_experts = Operation(
     {
         "reference": Backend(routed_experts_reference),
         "pallas_triton": Backend(pallas_triton.run, pallas_triton.unsupported),
-        "pallas_interpret": Backend(partial(pallas_triton.run, interpret=True), pallas_triton.interpret_unsupported),
+        "pallas_interpret": Backend(partial(pallas_triton.run, interpret=True), products.unsupported),
+        "jax_triton": Backend(jax_triton.run, jax_triton.unsupported),
     },
 )
 
