@@ -50,7 +50,10 @@ def _interpretable(
 def _unsupported(target: Target, *args: Any, **kwargs: Any) -> str | None:
     if target.vendor == "cpu":
         return "Pallas-Triton compiles for GPUs only; pallas_interpret runs the same kernels"
-    return _interpretable(target, *args, **kwargs)
+    reason = _interpretable(target, *args, **kwargs)
+    if not reason and target.vendor == "amd" and target.wave_size == 32 and args[0].dtype == "float32":
+        return f"{target.arch} has no matrix instruction for float32, and the kernels would spill registers"
+    return reason
 
 
 decode_attention = Operation(
