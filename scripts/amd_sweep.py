@@ -185,7 +185,8 @@ def made_with(op: str) -> dict[str, str]:
 def dump(results: dict[str, Any]) -> None:
     """Writes results, a line a kernel."""
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    lines, depth = [], 0
+    lines: list[str] = []
+    depth = 0
     for line in text.splitlines():
         stripped = line.strip()
         # A kernel's entry, and what stands in it, goes on one line.
