@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import pytest
 
 from llama_jax.kernels.dispatch import tables
+from llama_jax.kernels.dispatch.cases import Case
 from llama_jax.kernels.dispatch.fingerprint import source_hash
 from llama_jax.kernels.registry import OPERATIONS, operation
 from llama_jax.targets import find
@@ -30,17 +31,20 @@ ROOT = Path(__file__).parents[1]
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201")
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("amd_sweep", ROOT / "scripts" / "amd_sweep.py")
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["amd_sweep"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-sweep: Any = load_script()
+sweep: Any = load_script("amd_sweep")
+
+
+KERNELS = [name for name in OPERATIONS if sweep.BACKEND in operation(name).backends]
 
 
 @pytest.fixture
@@ -61,7 +65,7 @@ def results_of(arch: str, op: str) -> dict[str, Any]:
 # --- The results that are stored --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_results_are_of_these_sources(arch: str, op: str) -> None:
     results = results_of(arch, op)
@@ -72,7 +76,7 @@ def test_results_are_of_these_sources(arch: str, op: str) -> None:
     assert len(set(labels)) == len(labels) > 3
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nothing_exceeds_its_budget(arch: str, op: str) -> None:
     results, target = results_of(arch, op), find(sweep.TARGETS[arch])
@@ -168,7 +172,7 @@ def test_one_case_compiles_to_what_is_stored(arch: str, op: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_all_cases_compile_to_what_is_stored(arch: str, op: str, compiler: str) -> None:
     stored = results_of(arch, op)
@@ -220,3 +224,28 @@ def test_kernels_of_a_program() -> None:
     jaxpr = jax.make_jaxpr(f)(jnp.ones((16, 16))).jaxpr
     assert sweep.pallas_kernels(jaxpr) == {"product": True, "copy": False}
     assert [sweep.plain(name) for name in ("a_b", "a_b_1", "a_b__2", "a_b_1__2")] == ["a_b"] * 4
+
+
+# --- The page that is made of them ------------------------------------------------------------------------------------
+
+
+def test_the_page_of_kernels_is_up_to_date() -> None:
+    docs: Any = load_script("kernel_docs")
+    page = docs.PAGE.read_text(encoding="utf-8")
+    assert docs.filled(page) == page, "run scripts/kernel_docs.py"
+    with pytest.raises(ValueError, match="begin choices"):
+        docs.filled(page.replace("<!-- begin choices -->", ""))
+
+
+def test_floors_and_predictions() -> None:
+    docs: Any = load_script("kernel_docs")
+    target = find("mi300x")
+    reading = Case("reading", lambda key: {}, bytes=target.bandwidth * 1e-4)
+    assert docs._floor(reading, target, "bfloat16") == (pytest.approx(1e-4), "100 M")
+    assert docs.predicted("moe", reading, "bfloat16") == "125"
+    label, entry = next((k, e) for k, e in results_of("gfx942", "moe")["cases"].items() if "4096 tokens" in k)
+    computing = Case(label, lambda key: {}, flops=target.rates.bf16 * 1e-3)
+    busy = sum(kernel["loop"]["matrix_cycles"] for kernel in entry["kernels"])
+    other = sum(4 * (kernel["loop"]["instructions"] - kernel["loop"]["matrix"]) for kernel in entry["kernels"])
+    assert docs._floor(computing, target, "bfloat16")[1] == "1000 C"
+    assert float(docs.predicted("moe", computing, "bfloat16")) == pytest.approx(1000 * (1 + other / busy), rel=1e-2)
