@@ -66,7 +66,7 @@ def load_row(ref: Any, index: Index, valid: jax.Array | None, other: float) -> j
 
 
 def load_tile(ref: Any, index: Index, width: int, valid: jax.Array | None = None, *, first: int = 0) -> jax.Array:
-    """[rows, width] of ref[*index, first:]: zeros in columns that `ref` does not have, and in rows that are not valid."""
+    """[rows, width] of ref[*index, first:]: zeros in columns that `ref` lacks, and in rows that are not valid."""
     at, mask = _address(ref, index, first, width, valid)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0)
 
