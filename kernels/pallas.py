@@ -66,7 +66,7 @@ def load_row(ref: Any, index: Index, valid: jax.Array | None, other: float) -> j
 
 
 def load_tile(ref: Any, index: Index, width: int, valid: jax.Array | None = None, *, first: int = 0) -> jax.Array:
-    """[rows, width] of ref[*index, first:]: zeros in columns that `ref` does not have, and in rows that are not valid."""
+    """[rows, width] of ref[*index, first:]: zeros in columns that `ref` lacks, and in rows that are not valid."""
     at, mask = _address(ref, index, first, width, valid)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0)
 
@@ -99,6 +99,4 @@ def narrow(x: jax.Array, dtype: DTypeLike, *, by_hand: bool) -> jax.Array:
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
     """float32 product of two tiles of one dtype, by the matrix units."""
     contract = (((1,), (1 if transpose_b else 0,)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, contract, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, contract, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
