@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.cache import DenseCache
+    from llama_jax.cache import DenseCache, PagedCache
     from llama_jax.chat import encode_chat, render_chat
     from llama_jax.checkpoint import load_params, open_checkpoint, save, verify
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "cache": ("DenseCache",),
+    "cache": ("DenseCache", "PagedCache"),
     "chat": ("encode_chat", "render_chat"),
     "checkpoint": ("load_params", "open_checkpoint", "save", "verify"),
     "config": ("LlamaConfig", "config_from_hf", "config_to_hf", "preset"),
@@ -52,6 +52,7 @@ __all__ = [
     "LlamaConfig",
     "LlamaJaxError",
     "Model",
+    "PagedCache",
     "SamplingParams",
     "Tokenizer",
     "__version__",

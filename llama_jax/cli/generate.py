@@ -15,6 +15,7 @@ from llama_jax.cli.options import (
     given,
     json_option,
     model_option,
+    page_size_option,
     quiet_option,
     sampling_options,
 )
@@ -54,6 +55,7 @@ DEFAULT_MAX_TOKENS = 256
     "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
 )
 @sampling_options
+@page_size_option
 @dtype_option
 @convert_option
 @quiet_option
@@ -62,6 +64,7 @@ def command(
     prompt: str | None,
     model: str,
     messages: str | None,
+    page_size: int | None,
     dtype: str | None,
     convert: bool,
     quiet: bool,
@@ -102,9 +105,9 @@ def command(
         ids = encode_prompt(tokenizer, text)
     params = _limited(params, loaded, len(ids))
     if as_json:
-        _print_object(loaded, tokenizer, ids, params)
+        _print_object(loaded, tokenizer, ids, params, page_size)
     else:
-        _stream(loaded, tokenizer, ids, params, quiet=quiet)
+        _stream(loaded, tokenizer, ids, params, page_size, quiet=quiet)
 
 
 def _limited(params: SamplingParams, model: Model, prompt_length: int) -> SamplingParams:
@@ -126,11 +129,13 @@ def _limited(params: SamplingParams, model: Model, prompt_length: int) -> Sampli
     return dataclasses.replace(params, max_tokens=limit)
 
 
-def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, *, quiet: bool) -> None:
+def _stream(
+    model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int | None, *, quiet: bool
+) -> None:
     from llama_jax.generation import stream_generate
     from llama_jax.runtime import device_name
 
-    steps = stream_generate(model, tokenizer, ids, params)
+    steps = stream_generate(model, tokenizer, ids, params, page_size=page_size)
     if not quiet:
         print(f"{model.name} on {device_name(model.device)} in {model.dtype.name}", file=sys.stderr, flush=True)
     last = None
@@ -153,11 +158,13 @@ def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: Sampling
             )
 
 
-def _print_object(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams) -> None:
+def _print_object(
+    model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int | None
+) -> None:
     from llama_jax.generation import batch_generate
     from llama_jax.runtime import device_name
 
-    (output,) = batch_generate(model, tokenizer, [ids], params)
+    (output,) = batch_generate(model, tokenizer, [ids], params, page_size=page_size)
     (completion,) = output.outputs
     print_json(
         {
