@@ -23,7 +23,7 @@ from llama_jax.config import config_from_hf
 from llama_jax.errors import KernelError
 from llama_jax.kernels.attention import Visibility, attention, attention_reference, flash_attention, visible
 from llama_jax.kernels.attention.flash import cudnn, pallas_triton
-from llama_jax.kernels.attention.flash.shapes import CASES, MEASURED_DECODE, MEASURED_PREFILL, Case
+from llama_jax.kernels.attention.flash.shapes import CASES, MEASURED_PREFILL, Case
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.flash.tiles import Tiles
 from llama_jax.kernels.dispatch import using
@@ -342,7 +342,7 @@ def test_measured_cases() -> None:
     assert window.pairs() == 4 + 4 + 4
     chunk = Case("chunk", 2, 3, 10, 1, 1, 1, Visibility("chunked", 4))
     assert chunk.pairs() == 2 * (4 + 1 + 2)
-    names = [case.name for case in (*CASES, *MEASURED_PREFILL, *MEASURED_DECODE)]
+    names = [case.name for case in (*CASES, *MEASURED_PREFILL)]
     assert len(set(names)) == len(names)
 
 

@@ -148,10 +148,3 @@ MEASURED_PREFILL = tuple(
     for tokens, batch in ((512, 32), (1024, 16), (2048, 8), (4096, 4), (8192, 2), (16384, 1), (32768, 1))
 )
 """Prompts of 512 to 32k tokens, the same number in all up to 16k."""
-
-MEASURED_DECODE = tuple(
-    Case(f"decode-b{batch}-s{kv_len}{f'-paged-{page}' if page else ''}", batch, 1, kv_len, 32, 8, 128, page_size=page)
-    for batch, kv_len in ((8, 4096), (64, 4096), (1, 32768), (1, 131072))
-    for page in (0, 16, 64)
-)
-"""One token a row over long caches, dense and paged."""
