@@ -1,7 +1,7 @@
 """The backward kernels: weights are made again from the log-sum-exp, block by block.
 
-"FlashAttention-2", arXiv:2307.08691, algorithm 2, as two kernels without atomic additions: one owns a tile of queries and
-walks over slots, the other owns a tile of slots and walks over the queries of all heads of its group.
+"FlashAttention-2", arXiv:2307.08691, algorithm 2, as two kernels without atomic additions: one owns a tile of queries
+and walks over slots, the other owns a tile of slots and walks over the queries of all heads of its group.
 """
 
 from __future__ import annotations
