@@ -50,11 +50,11 @@ def launch(
     return pl.pallas_call(kernel, grid=grid, out_shape=out, compiler_params=params, interpret=interpret)(*args)
 
 
-def _address(ref: Any, index: Index, width: int, valid: jax.Array | None) -> tuple[Any, jax.Array | None]:
-    columns = jnp.arange(width, dtype=jnp.int32)[None, :]
+def _address(ref: Any, index: Index, first: int, width: int, valid: jax.Array | None) -> tuple[Any, Any]:
+    columns = first + jnp.arange(width, dtype=jnp.int32)[None, :]
     where = tuple(i[:, None] if isinstance(i, jax.Array) and i.ndim else i for i in index)
     mask = None if valid is None else valid[:, None]
-    if width != ref.shape[-1]:
+    if first + width > ref.shape[-1]:
         inside = columns < ref.shape[-1]
         mask = inside if mask is None else mask & inside
     return ref.at[(*where, columns)], mask
@@ -65,15 +65,15 @@ def load_row(ref: Any, index: Index, valid: jax.Array | None, other: float) -> j
     return plgpu.load(ref.at[index], mask=valid, other=None if valid is None else other)
 
 
-def load_tile(ref: Any, index: Index, width: int, valid: jax.Array | None = None) -> jax.Array:
-    """[rows, width] of ref[*index, :]: zeros in columns that `ref` does not have, and in rows that are not valid."""
-    at, mask = _address(ref, index, width, valid)
+def load_tile(ref: Any, index: Index, width: int, valid: jax.Array | None = None, *, first: int = 0) -> jax.Array:
+    """[rows, width] of ref[*index, first:]: zeros in columns that `ref` lacks, and in rows that are not valid."""
+    at, mask = _address(ref, index, first, width, valid)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0)
 
 
 def store_tile(ref: Any, index: Index, tile: jax.Array, valid: jax.Array | None = None) -> None:
     """Writes what `load_tile` would read, in ref's dtype: the valid rows, and the columns that `ref` has."""
-    at, mask = _address(ref, index, tile.shape[1], valid)
+    at, mask = _address(ref, index, 0, tile.shape[1], valid)
     plgpu.store(at, tile.astype(ref.dtype), mask=mask)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.jax_log import silence_missing_amd_gpu
 
 if TYPE_CHECKING:
-    from llama_jax.cache import DenseCache
+    from llama_jax.cache import DenseCache, PagedCache
     from llama_jax.chat import encode_chat, render_chat
     from llama_jax.checkpoint import load_params, open_checkpoint, save, verify
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
@@ -37,7 +37,7 @@ __version__ = "0.1.0"
 silence_missing_amd_gpu()
 
 _HOME = {
-    "cache": ("DenseCache",),
+    "cache": ("DenseCache", "PagedCache"),
     "chat": ("encode_chat", "render_chat"),
     "checkpoint": ("load_params", "open_checkpoint", "save", "verify"),
     "config": ("LlamaConfig", "config_from_hf", "config_to_hf", "preset"),
@@ -59,6 +59,7 @@ __all__ = [
     "LlamaConfig",
     "LlamaJaxError",
     "Model",
+    "PagedCache",
     "SamplingParams",
     "Tokenizer",
     "__version__",

@@ -141,14 +141,23 @@ def _per_call(f: Callable[..., jax.Array], arguments: list[tuple[jax.Array, ...]
 
 
 def bench(
-    model: Model, ceilings: Ceilings, *, batch: int, prompt: int, new: int, repeats: int = 5, seed: int = 0
+    model: Model,
+    ceilings: Ceilings,
+    *,
+    batch: int,
+    prompt: int,
+    new: int,
+    repeats: int = 5,
+    seed: int = 0,
+    page_size: int | None = None,
 ) -> BenchResult:
-    """Times prefill and decode of `batch` random prompts; every run draws fresh tokens."""
+    """Times prefill and decode of `batch` random prompts; every run draws fresh tokens. `page_size`: see `generate`."""
     rng = np.random.default_rng(seed)
     prefills, decodes = [], []
     for run in range(repeats + 1):
         prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-        timing = batch_generate(model, None, prompts, max_tokens=new, ignore_eos=True)[0].timing
+        outputs = batch_generate(model, None, prompts, max_tokens=new, ignore_eos=True, page_size=page_size)
+        timing = outputs[0].timing
         if run:  # the first one compiles
             prefills.append(timing.ttft_s)
             decodes.append(batch * (new - 1) / timing.generation_tps)

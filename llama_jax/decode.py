@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from llama_jax.cache import DenseCache
+from llama_jax.cache import Cache, create_cache
 from llama_jax.config import LlamaConfig
 from llama_jax.model import forward
 from llama_jax.params import Params
@@ -53,7 +53,7 @@ class DecodeState:
     logprobs: Logprobs | None
     limit: jax.Array
     step: jax.Array
-    cache: DenseCache
+    cache: Cache
     sampler: SamplerState
 
 
@@ -117,10 +117,12 @@ def pad_prompts(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tup
     return tokens, positions
 
 
-@partial(jax.jit, static_argnames=("config", "capacity", "dtype", "prompt_logprobs"), donate_argnames=("cache",))
+@partial(
+    jax.jit, static_argnames=("config", "capacity", "dtype", "page_size", "prompt_logprobs"), donate_argnames=("cache",)
+)
 def prefill_chunk(
     params: Params,
-    cache: DenseCache | None,
+    cache: Cache | None,
     tokens: jax.Array,
     positions: jax.Array,
     next_tokens: jax.Array,
@@ -129,13 +131,16 @@ def prefill_chunk(
     config: LlamaConfig,
     capacity: int,
     dtype: DTypeLike,
+    page_size: int | None,
     prompt_logprobs: int | None,
-) -> tuple[jax.Array, DenseCache, Logprobs | None]:
+) -> tuple[jax.Array, Cache, Logprobs | None]:
     """Puts one chunk of the prompts into the cache, a new one if None; logits [batch, vocab] of its last token."""
     batch, length = tokens.shape
     if cache is None:
         # A chunk alone does not tell how long its text is.
-        slots = dataclasses.replace(DenseCache.create(config, batch, capacity, dtype), rope_length=lengths)
+        slots = dataclasses.replace(
+            create_cache(config, batch, capacity, dtype, page_size=page_size), rope_length=lengths
+        )
     else:
         slots = cache
     if prompt_logprobs is None:
@@ -155,8 +160,9 @@ def prefill(
     rows: int,
     capacity: int,
     dtype: DTypeLike,
+    page_size: int | None = None,
     prompt_logprobs: int | None = None,
-) -> tuple[jax.Array, DenseCache, Logprobs | None]:
+) -> tuple[jax.Array, Cache, Logprobs | None]:
     """Runs the prompts, chunk by chunk.
 
     Args:
@@ -164,6 +170,7 @@ def prefill(
       rows: batch size of the cache, at least len(prompts).
       capacity: slots of the cache, more than the padded prompts take.
       dtype: of the cache.
+      page_size: slots of a page; None for a dense cache.
       prompt_logprobs: also report each prompt token's log-probability and the n most likely tokens in its place.
 
     Returns:
@@ -192,6 +199,7 @@ def prefill(
             config=config,
             capacity=capacity,
             dtype=jnp.dtype(dtype),
+            page_size=page_size,
             prompt_logprobs=prompt_logprobs,
         )
         pieces.append(piece)
@@ -204,7 +212,7 @@ def prefill(
 @partial(jax.jit, static_argnames=("options", "room"), donate_argnames=("cache",))
 def first_token(
     logits: jax.Array,
-    cache: DenseCache,
+    cache: Cache,
     sampler: SamplerState,
     prompt_lengths: jax.Array,
     limit: jax.Array,
@@ -326,6 +334,6 @@ def grow(state: DecodeState, *, capacity: int, room: int) -> DecodeState:
 
 
 @jax.jit
-def take_rows(logits: jax.Array, cache: DenseCache, index: jax.Array) -> tuple[jax.Array, DenseCache]:
+def take_rows(logits: jax.Array, cache: Cache, index: jax.Array) -> tuple[jax.Array, Cache]:
     """Rows `index` int32 [n] of logits and cache: a prompt is prefilled once for all its continuations."""
     return logits[index], cache.rows(index)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from llama_jax import decode
+from llama_jax.cache import check_page_size
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.loading import Model
@@ -31,7 +32,13 @@ FIRST_ROOM = 1024
 
 
 def generate(
-    model: Model, tokenizer: Tokenizer | None, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    *,
+    page_size: int | None = None,
+    **fields: Any,
 ) -> str:
     """Continues one prompt and returns the new text.
 
@@ -39,22 +46,30 @@ def generate(
       tokenizer: None for token ids in, token ids out.
       prompt: text, continued as it stands, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
       params: how to sample. Without it decoding is greedy.
+      page_size: 16, 32, 64, 128 or 256 keeps keys and values in a paged cache with pages of so many tokens; by default
+        the cache is dense. The tokens are the same.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.
 
     Raises:
       RequestError: a parameter is out of range, or prompt and max_tokens exceed the model's context.
     """
-    return batch_generate(model, tokenizer, [prompt], params, **fields)[0].text
+    return batch_generate(model, tokenizer, [prompt], params, page_size=page_size, **fields)[0].text
 
 
 def stream_generate(
-    model: Model, tokenizer: Tokenizer | None, prompt: Prompt, params: SamplingParams | None = None, **fields: Any
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    *,
+    page_size: int | None = None,
+    **fields: Any,
 ) -> Iterator[StreamOutput]:
     """Continues one prompt token by token. Closing the generator ends the work.
 
     Arguments and errors as for `generate`; n must be 1. Errors are raised here, not at the first token.
     """
-    batch = _Batch.prepare(model, tokenizer, [prompt], _params(params, fields))
+    batch = _Batch.prepare(model, tokenizer, [prompt], _params(params, fields), page_size)
     if batch.params[0].n != 1:
         raise RequestError("a stream has one continuation: n must be 1", param="n", hint="use batch_generate")
     return _stream(batch)
@@ -65,6 +80,8 @@ def batch_generate(
     tokenizer: Tokenizer | None,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    page_size: int | None = None,
     **fields: Any,
 ) -> list[RequestOutput]:
     """Continues several prompts at once, all as one batch on the device.
@@ -72,6 +89,7 @@ def batch_generate(
     Args:
       prompts: texts or lists of token ids.
       params: one for all or one for each.
+      page_size: as for `generate`.
       fields: fields of SamplingParams for all, in place of `params` or changing it.
 
     Returns:
@@ -85,7 +103,7 @@ def batch_generate(
         )
     if not len(prompts):
         return []
-    batch = _Batch.prepare(model, tokenizer, prompts, _params(params, fields))
+    batch = _Batch.prepare(model, tokenizer, prompts, _params(params, fields), page_size)
     for _ in batch.run(STOP_STRIDE if any(p.stop for p in batch.params) else BATCH_STRIDE):
         pass
     return batch.outputs()
@@ -162,6 +180,7 @@ class _Batch:
     rows: list[RowText]
     limits: list[int]
     logprobs: list[list[TokenLogprob]]
+    page_size: int | None = None
     start: float = 0.0
     first: float = 0.0
     decoding: float = 0.0
@@ -177,6 +196,7 @@ class _Batch:
         tokenizer: Tokenizer | None,
         prompts: Sequence[Prompt],
         params: SamplingParams | list[SamplingParams],
+        page_size: int | None,
     ) -> _Batch:
         """Checks everything that can be checked before the device is used."""
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
@@ -186,6 +206,8 @@ class _Batch:
                 param="params",
                 hint="give one SamplingParams for all, or one for each prompt",
             )
+        if page_size is not None:
+            check_page_size(page_size)
         config = model.config
         for p in each:
             p.check_vocab(config.vocab_size)
@@ -206,7 +228,7 @@ class _Batch:
             p = each[i]
             rows.append(RowText(tokenizer, p, p.ending_ids(model.eos_token_ids), ids[i]))
             limits.append(token_limit(config, len(ids[i]), p.max_tokens))
-        return cls(model, ids, list(each), row_prompt, rows, limits, [[] for _ in rows])
+        return cls(model, ids, list(each), row_prompt, rows, limits, [[] for _ in rows], page_size)
 
     def run(self, stride: int) -> Iterator[list[tuple[int, str]]]:
         """Runs the batch, `stride` steps a dispatch; after each yields what is new, a (row, text) pair per token."""
@@ -226,6 +248,7 @@ class _Batch:
             rows=self._rows(len(self.prompts)) if repeated else batch,
             capacity=capacity,
             dtype=model.dtype,
+            page_size=self.page_size,
             prompt_logprobs=max(
                 (p.prompt_logprobs for p in self.params if p.prompt_logprobs is not None), default=None
             ),

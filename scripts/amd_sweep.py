@@ -146,7 +146,7 @@ def describe(kernel: Kernel, target: Target, has_dot: bool) -> Entry:
             "matrix": loop.matrix,
             "loads": loop.loads,
             "wide_loads": loop.wide_loads,
-        }
+        } | ({"matrix_cycles": loop.matrix_cycles} if loop.matrix_cycles else {})
     return entry
 
 
@@ -185,7 +185,8 @@ def made_with(op: str) -> dict[str, str]:
 def dump(results: dict[str, Any]) -> None:
     """Writes results, a line a kernel."""
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    lines, depth = [], 0
+    lines: list[str] = []
+    depth = 0
     for line in text.splitlines():
         stripped = line.strip()
         # A kernel's entry, and what stands in it, goes on one line.

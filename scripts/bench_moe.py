@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from llama_jax.errors import KernelError
 from llama_jax.kernels.moe import pallas_triton, routed_experts
+from llama_jax.kernels.moe.products import DTYPES
 from llama_jax.kernels.moe.shapes import DECODE_TOKENS, PREFILL_TOKENS, SHAPES, MoeShape
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.targets import current
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "--shapes", nargs="+", type=parse_shape, default=SHAPES, help="names, or E,K,HIDDEN,WIDTH,SCALED"
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=(*DECODE_TOKENS, *PREFILL_TOKENS))
-    parser.add_argument("--dtype", default="bfloat16", choices=pallas_triton.DTYPES)
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--backends", nargs="+", default=("reference", "pallas_triton"))
     parser.add_argument("--sweep", type=int, default=0, metavar="N", help="also measure the first N candidate tiles")
     parser.add_argument("--calls", type=int, help="calls in a program; by default as many as take about 20 ms")

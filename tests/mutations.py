@@ -302,7 +302,7 @@ ATTENTION: tuple[Mutation, ...] = (
     ),
     Mutation(
         "new keys and values one slot late",
-        "llama_jax/cache.py",
+        "llama_jax/cache/dense.py",
         "            start=self.length,\n",
         "            start=self.length + 1,\n",
         (f"{MODEL}::test_golden_token_by_token[llama2-mha]",),

@@ -56,6 +56,27 @@ def test_the_reference_itself_passes_in_its_own_dtype(name: str) -> None:
     assert problems(op) == {"same": []}
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_interpreted_kernel_passes(name: str) -> None:
+    op = operation(name)
+    case = next(case for case in op.cases() if case.quick)
+    for found in run_checks(
+        {name: dataclasses.replace(op, cases=lambda: [dataclasses.replace(case, differentiate=())])}
+    ):
+        assert not found.problem
+        assert op.backends[found.backend].interpreted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_interpreted_kernels_pass_on_every_case_with_gradients(name: str) -> None:
+    found = list(run_checks({name: operation(name)}))
+    assert [f"{check.backend}, {check.case}: {check.problem}" for check in found if check.problem] == []
+    kernels = any(backend.interpreted for backend in operation(name).backends.values())
+    assert len(found) == kernels * len(operation(name).cases())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_reference_itself_passes_with_gradients(name: str) -> None:
@@ -120,6 +141,7 @@ def test_wrong_experts_are_found() -> None:
     assert len(found["no_scale"]) == len(found["wrong_expert"]) == 2
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_found() -> None:
     @jax.custom_vjp
     def f(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -327,8 +349,6 @@ def test_findings_of_doctor() -> None:
 
 
 def test_doctor_asks_for_the_choices_in_the_child() -> None:
-    probe = doctoring.probe_jax(os.environ)
-    assert {c["operation"] for c in probe.kernels["choices"]} == set(OPERATIONS)
     broken = doctoring.probe_jax({**os.environ, "LLAMA_JAX_KERNELS": "nothing"})
     assert broken.result is not None
     assert "not of the form" in broken.kernels["error"]

@@ -248,15 +248,18 @@ def test_real_candidates(name: str, target: str) -> None:
     """Every kernel has something to tune on every GPU, and the tiles that go into tables come back from there."""
     op = registry.operation(name)
     found = candidates([op], find(target), None, most=4)
+    kernel = op.backends["pallas_triton"]
+    supported = [c for c in op.models(None) if not kernel.unsupported(find(target), **c.abstract(), **c.static)]
+    assert len(supported) > 3
     assert {c.backend for c in found} >= {"reference", "pallas_triton"}
-    assert len({c.case.name for c in found}) == len(op.models(None))
+    assert {c.case.name for c in found} >= {case.name for case in supported}
     for candidate in found:
         if candidate.tiles is not None:
             tiles = op.backends[candidate.backend].tiles
             assert tiles is not None
             assert tiles(**json.loads(json.dumps(candidate.tile_numbers))) == candidate.tiles
     with_tiles = [c for c in found if c.backend == "pallas_triton" and c.tiles is not None]
-    assert len(with_tiles) > len(op.models(None))
+    assert len(with_tiles) > len(supported)
 
 
 def cli_run(*args: str) -> Result:

@@ -61,8 +61,8 @@ def attention(
       q_segments, kv_segments: int32 [batch, q_len] and [batch, kv_len]; with them, only equal segments see each other.
       page_table: int32 [batch, kv_len // page_size]; slot s of row b is slot s % page_size of page
         page_table[b, s // page_size]. Entries whose slots all have negative positions are not read: any number will do.
-      in_order: the caller vouches that positions are 0, 1, 2, ... in every row of queries and of slots, without padding.
-        A backend that knows causal order only by index (cuDNN) needs it; positions are given all the same.
+      in_order: the caller vouches that positions are 0, 1, 2, ... in every row of queries and of slots, no padding. A
+        backend that knows causal order only by index (cuDNN) needs it; positions are given all the same.
       backend: "auto" or the name of one backend.
 
     Returns:

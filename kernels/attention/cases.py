@@ -72,7 +72,17 @@ def flash_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
 
     found = CASES if numbers is None else _with_heads(MEASURED_PREFILL, numbers)
     grad = ("q", "k", "v")
-    return tuple(Case(c.name, c.example, c.options(), differentiate=grad if c.backward else ()) for c in found)
+    return tuple(
+        Case(
+            case.name,
+            case.example,
+            case.options(),
+            differentiate=grad if case.backward else (),
+            flops=case.flops(),
+            bytes=case.bytes(),
+        )
+        for case in found
+    )
 
 
 def flash_tiles(**numbers: int) -> Any:
@@ -102,7 +112,7 @@ def decode_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
     from llama_jax.kernels.attention.decode.shapes import CASES, MEASURED
 
     found = CASES if numbers is None else _with_heads(MEASURED, numbers)
-    return tuple(Case(case.name, case.example, case.options()) for case in found)
+    return tuple(Case(case.name, case.example, case.options(), bytes=case.bytes()) for case in found)
 
 
 def decode_tiles(**numbers: int) -> Any:

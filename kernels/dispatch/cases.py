@@ -23,6 +23,7 @@ class Case:
       meaningful: bool array that broadcasts against the output: which of it is specified (rows of padding are not).
       quick: small enough for the check at start-up.
       differentiate: names of arrays whose gradients are compared as well, where all is checked.
+      flops, bytes: the least arithmetic of a call, and the least that it reads and writes; 0 where that is not known.
     """
 
     name: str
@@ -31,6 +32,8 @@ class Case:
     meaningful: Callable[[Arrays], jax.Array] | None = None
     quick: bool = False
     differentiate: tuple[str, ...] = ()
+    flops: float = 0
+    bytes: float = 0
 
     def example(self, seed: int = 0) -> Arrays:
         """Fresh random arrays on the default device."""

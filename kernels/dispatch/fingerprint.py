@@ -20,7 +20,7 @@ _SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER
 def sources(operation: str) -> list[Path]:
     """The files that an operation's kernels are made of: its folder, and what stands beside it and above it.
 
-    The choice among backends (`kernels/dispatch`, `registry.py`) changes no kernel and is not among them.
+    The choice among backends (`kernels/dispatch`, `registry.py`, `cases.py`) changes no kernel and is not among them.
     """
     module = OPERATIONS[operation].partition(":")[0]
     folder = _ROOT.joinpath(*module.split(".")[2:])
@@ -28,7 +28,7 @@ def sources(operation: str) -> list[Path]:
     while folder != _ROOT:
         folder = folder.parent
         files |= set(folder.glob("*.py"))
-    return sorted(files - {_ROOT / "__init__.py", _ROOT / "registry.py"})
+    return sorted(p for p in files - {_ROOT / "__init__.py", _ROOT / "registry.py"} if p.name != "cases.py")
 
 
 @functools.cache

@@ -159,8 +159,8 @@ def _check_named(op: Operation, target: Target, name: str, who: str, *args: Any,
             f"backend {name!r} of {op.name!r} ({who}) is disabled: {reason}",
             hint="leave the choice to auto; LLAMA_JAX_SELF_CHECK=0 runs it all the same",
         )
-    reason = backends[name].unsupported(target, *args, **kwargs) or (name != REFERENCE and _split(args, kwargs))
-    if reason:
+    reason = backends[name].unsupported(target, *args, **kwargs)
+    if reason := reason or (None if name == REFERENCE else _split(args, kwargs)):
         raise KernelError(
             f"backend {name!r} of {op.name!r} ({who}) cannot run this on {target.name}: {reason}",
             hint="name another backend, or leave the choice to auto",

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 
 from llama_jax.kernels.dispatch import Backend, Operation
-from llama_jax.kernels.moe import pallas_triton
+from llama_jax.kernels.moe import jax_triton, pallas_triton, products
 from llama_jax.kernels.moe.cases import moe_candidates, moe_cases, moe_models, moe_shape
 from llama_jax.kernels.moe.reference import Activation, routed_experts_reference
 
@@ -19,7 +19,10 @@ grouped_experts = Operation(
             pallas_triton.run, pallas_triton.unsupported, tiles=pallas_triton.Tiles, candidates=moe_candidates
         ),
         "pallas_interpret": Backend(
-            partial(pallas_triton.run, interpret=True), pallas_triton.interpret_unsupported, interpreted=True
+            partial(pallas_triton.run, interpret=True), products.unsupported, interpreted=True
+        ),
+        "jax_triton": Backend(
+            jax_triton.run, jax_triton.unsupported, tiles=pallas_triton.Tiles, candidates=moe_candidates
         ),
     },
     shape=moe_shape,

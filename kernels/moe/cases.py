@@ -53,7 +53,13 @@ def moe_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
         )
         models = (model,)
     return tuple(
-        Case(f"{model.name}, {tokens} tokens", partial(model.example, tokens=tokens), {"activation": jax.nn.silu})
+        Case(
+            f"{model.name}, {tokens} tokens",
+            partial(model.example, tokens=tokens),
+            {"activation": jax.nn.silu},
+            flops=model.flops(tokens),
+            bytes=model.read_bytes(1) * model.expected_experts(tokens),
+        )
         for model in models
         for tokens in (*shapes.DECODE_TOKENS, *shapes.PREFILL_TOKENS)
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llama_jax.kernels.moe.reference import Activation
 from llama_jax.kernels.moe.schedule import Schedule
+from llama_jax.kernels.moe.tiles import Cut
 from llama_jax.kernels.pallas import dot, launch
 
 
@@ -19,36 +21,16 @@ def grouped_product(
     x: jax.Array,
     weights: Sequence[jax.Array],
     schedule: Schedule,
-    combine: Callable[..., jax.Array],
-    *,
+    activation: Activation | None,
     scale: jax.Array | None,
-    block_rows: int,
-    block_cols: int,
-    block_inner: int,
-    splits: int,
-    num_warps: int,
-    num_stages: int,
+    cut: Cut,
+    *,
     interpret: bool,
 ) -> jax.Array:
-    """combine(x[row of pair] @ w[expert of pair].T * scale[pair] for w in weights), for every (token, choice) pair.
-
-    A program computes one tile of the schedule times `block_cols` columns. It gathers the rows of x and reads the
-    weights where they lie, and writes each pair's result to the pair's place: nothing is sorted or padded in memory.
-
-    Args:
-      name: of the kernel in profiles.
-      x: [rows, inner]; pair p reads row p // (pairs // rows).
-      weights: each [experts, columns, inner], in x's dtype.
-      schedule: made with the same `block_rows`.
-      combine: of one float32 [block_rows, block_cols] for each weight, to one.
-      scale: float32 [pairs], or None.
-      splits: so many programs share the inner axis of a tile; each writes its own float32 sum.
-
-    Returns:
-      [splits, pairs, columns], float32 with several splits, else in x's dtype.
-    """
+    """See `llama_jax.kernels.moe.products.GroupedProduct`."""
     pairs = schedule.order.shape[0]
     _, columns, inner = weights[0].shape
+    block_rows, block_cols, block_inner, splits, num_warps, num_stages = cut
     steps = pl.cdiv(pl.cdiv(inner, block_inner), splits)
     scales = () if scale is None else (scale,)
     cols_ragged, inner_ragged = columns % block_cols != 0, splits * steps * block_inner != inner
@@ -86,12 +68,13 @@ def grouped_product(
                 # The products are linear: a scaled sum is the sum of a scaled row.
                 factor = plgpu.load(scale_ref.at[pair])[:, None]
                 sums = tuple(total * factor for total in sums)
+            result = sums[0] if activation is None else activation(sums[0]) * sums[1]
             # Interpret mode writes old values where the mask is off: those rows have to be out of range.
             target = jnp.where(live, pair, pairs)[:, None]
             mask = live[:, None] & (cols < columns)[None, :] if cols_ragged else live[:, None]
             plgpu.store(
                 out.at[split, target, cols[None, :]],
-                combine(*sums).astype(out.dtype),
+                result.astype(out.dtype),
                 mask=jnp.broadcast_to(mask, zero.shape),
             )
 

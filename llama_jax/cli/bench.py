@@ -14,6 +14,7 @@ from llama_jax.cli.options import (
     kernels_option,
     mesh_options,
     model_option,
+    page_size_option,
     requested_mesh,
 )
 from llama_jax.cli.terminal import print_json
@@ -34,6 +35,7 @@ from llama_jax.cli.terminal import print_json
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens per row.")
 @click.option("--new", type=click.IntRange(2), default=64, show_default=True, help="Generated tokens per row.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
+@page_size_option
 @dtype_option
 @convert_option
 @mesh_options
@@ -46,6 +48,7 @@ def command(
     prompt: int,
     new: int,
     repeats: int,
+    page_size: int | None,
     dtype: str | None,
     convert: bool,
     mesh: str | None,
@@ -75,7 +78,12 @@ def command(
         else:
             loaded = random_model(preset, dtype or runtime.default_dtype(), devices)
     ceilings = measure_ceilings(loaded.dtype)
-    about = {**environment(loaded.dtype, loaded.mesh), "model": loaded.name, "random_weights": preset is not None}
+    about = {
+        **environment(loaded.dtype, loaded.mesh),
+        "model": loaded.name,
+        "random_weights": preset is not None,
+        "page_size": page_size,
+    }
     if not as_json:
         click.echo("  ".join(f"{name}={value}" for name, value in about.items()))
         click.echo(
@@ -86,7 +94,7 @@ def command(
         click.echo(f"{'decode tok/s':>12} {'step ms':>8} {'MBU':>5} {'spread':>6}")
     results = []
     for batch in batches:
-        r = bench(loaded, ceilings, batch=batch, prompt=prompt, new=new, repeats=repeats)
+        r = bench(loaded, ceilings, batch=batch, prompt=prompt, new=new, repeats=repeats, page_size=page_size)
         results.append(dataclasses.asdict(r))
         if not as_json:
             click.echo(

@@ -17,6 +17,7 @@ from llama_jax.cli.options import (
     kernels_option,
     mesh_options,
     model_option,
+    page_size_option,
     quiet_option,
     requested_mesh,
     sampling_options,
@@ -57,6 +58,7 @@ DEFAULT_MAX_TOKENS = 256
     "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
 )
 @sampling_options
+@page_size_option
 @dtype_option
 @convert_option
 @mesh_options
@@ -67,6 +69,7 @@ def command(
     prompt: str | None,
     model: str,
     messages: str | None,
+    page_size: int | None,
     dtype: str | None,
     convert: bool,
     mesh: str | None,
@@ -110,9 +113,9 @@ def command(
         ids = encode_prompt(tokenizer, text)
     params = _limited(params, loaded, len(ids))
     if as_json:
-        _print_object(loaded, tokenizer, ids, params)
+        _print_object(loaded, tokenizer, ids, params, page_size)
     else:
-        _stream(loaded, tokenizer, ids, params, quiet=quiet)
+        _stream(loaded, tokenizer, ids, params, page_size, quiet=quiet)
 
 
 def _limited(params: SamplingParams, model: Model, prompt_length: int) -> SamplingParams:
@@ -134,11 +137,13 @@ def _limited(params: SamplingParams, model: Model, prompt_length: int) -> Sampli
     return dataclasses.replace(params, max_tokens=limit)
 
 
-def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, *, quiet: bool) -> None:
+def _stream(
+    model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int | None, *, quiet: bool
+) -> None:
     from llama_jax.generation import stream_generate
     from llama_jax.runtime import device_name
 
-    steps = stream_generate(model, tokenizer, ids, params)
+    steps = stream_generate(model, tokenizer, ids, params, page_size=page_size)
     if not quiet:
         print(
             f"{model.name} on {device_name(model.device, model.mesh)} in {model.dtype.name}",
@@ -165,11 +170,13 @@ def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: Sampling
             )
 
 
-def _print_object(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams) -> None:
+def _print_object(
+    model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int | None
+) -> None:
     from llama_jax.generation import batch_generate
     from llama_jax.runtime import device_name
 
-    (output,) = batch_generate(model, tokenizer, [ids], params)
+    (output,) = batch_generate(model, tokenizer, [ids], params, page_size=page_size)
     (completion,) = output.outputs
     print_json(
         {

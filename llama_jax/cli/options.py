@@ -42,6 +42,11 @@ convert_option: Decorator = click.option(
     default=True,
     help="Keep a converted copy of the model in the cache, or read its files as they are each time. [default: convert]",
 )
+page_size_option: Decorator = click.option(
+    "--page-size",
+    type=click.Choice((16, 32, 64, 128, 256)),
+    help="Keep keys and values in pages of so many tokens. [default: not in pages]",
+)
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 

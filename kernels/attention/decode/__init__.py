@@ -47,10 +47,13 @@ def _interpretable(
     return None
 
 
-def _unsupported(target: Target, *args: Any, **kwargs: Any) -> str | None:
+def _unsupported(target: Target, q: jax.Array, *args: Any, **kwargs: Any) -> str | None:
     if target.vendor == "cpu":
         return "Pallas-Triton compiles for GPUs only; pallas_interpret runs the same kernels"
-    return _interpretable(target, *args, **kwargs)
+    reason = _interpretable(target, q, *args, **kwargs)
+    if not reason and target.vendor == "amd" and target.wave_size == 32 and q.dtype == "float32":
+        return f"{target.arch} has no matrix instruction for float32, and the kernels would spill registers"
+    return reason
 
 
 decode_attention = Operation(

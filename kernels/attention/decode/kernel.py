@@ -151,7 +151,7 @@ def shares(
                 at = (page_of(table_ref, row, begin), head, jax.lax.rem(begin, call.page_size) + lane)
             else:
                 at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
-            # Everything is asked for before anything is waited for: a barrier of the products holds up what is behind it.
+            # All is asked for before anything is waited for: a barrier of the products holds up what is behind it.
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
             k = _cached(k_ref, at, width, q.dtype)
             v = _cached(v_ref, at, width, q.dtype)

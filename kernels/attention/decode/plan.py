@@ -1,9 +1,9 @@
 """Which part of the cache each program of the decode kernels reads.
 
-The slots of a row that any of its queries may see lie between two blocks of `block_k` slots. These ranges, over all rows
-of the batch, are cut into shares of equal length, one for each program of a key/value head: however different the rows'
-lengths are, every program reads about as many bytes, and none reads what no query sees. ("Flash-Decoding",
-https://crfm.stanford.edu/2023/10/12/flashdecoding.html, cuts each row alone.)
+The slots of a row that any of its queries may see lie in a range of blocks of `block_k` slots. These ranges, over all
+rows of the batch, are cut into shares of equal length, one for each program of a key/value head: however different the
+rows' lengths are, every program reads about as many bytes, and none reads what lies before a window or in empty slots.
+("Flash-Decoding", https://crfm.stanford.edu/2023/10/12/flashdecoding.html, cuts each row alone.)
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def visible_slots(
 def shares(
     first: jax.Array, end: jax.Array, block_k: int, wanted: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cuts the rows' slots into about `wanted` shares of whole blocks, at most `wanted` + batch - 1, each within one row.
+    """Cuts the rows' slots into shares of whole blocks, at most `wanted` + batch - 1, each within one row.
 
     Args:
       first, end: int32 [batch], each row's slots.
 
     Returns:
-      int32 []: the blocks of one share (the last one of a row may have fewer). int32 [batch]: each row's first block; how
-      many blocks it has; and in how many shares.
+      int32 []: the blocks of one share (the last one of a row may have fewer). int32 [batch]: each row's first block;
+      how many blocks it has; and in how many shares.
     """
     start = first // block_k
     blocks = jnp.maximum((end + block_k - 1) // block_k - start, 0)

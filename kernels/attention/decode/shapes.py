@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.attention.reference import Visibility
 
+FULL = Visibility()
+
 
 @dataclass(frozen=True)
 class Case:
@@ -29,7 +31,7 @@ class Case:
     q_heads: int
     kv_heads: int
     head_dim: int
-    visibility: Visibility = Visibility()
+    visibility: Visibility = FULL
     dtype: str = "bfloat16"
     page_size: int = 0
     soft_cap: float | None = None

@@ -55,11 +55,13 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) ->
     block_rows = padded_rows(rows, 16 if rdna and wide else 64)
     waves = block_rows // MIN_ROWS
 
-    def slots(tile_bytes: int) -> int:
-        return min(max(tile_bytes // row_bytes, 16), 64)
+    def tiles(num_warps: int, num_stages: int, tile: int, unit: int) -> Tiles:
+        """With `tile` bytes of keys at a time, of which a compute unit's programs together hold `unit`."""
+        block_k = min(max(tile // row_bytes, 16), 64 if target.vendor == "nvidia" else 32)
+        return Tiles(block_rows, block_k, num_warps, num_stages, max(unit // (block_k * row_bytes), 1))
 
     if target.vendor == "nvidia":
-        return Tiles(block_rows, slots(16 << 10), num_warps=4, num_stages=2, programs_per_unit=4)
+        return tiles(4, 2, 16 << 10, 64 << 10)
     if rdna:
-        return Tiles(block_rows, slots(4 << 10), num_warps=4 if wide else 2 * waves, num_stages=1, programs_per_unit=8)
-    return Tiles(block_rows, slots(8 << 10), num_warps=waves, num_stages=1, programs_per_unit=8)
+        return tiles(4 if wide else 2 * waves, 1, 4 << 10, 32 << 10)
+    return tiles(waves, 1, 8 << 10, 64 << 10)

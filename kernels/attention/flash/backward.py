@@ -1,12 +1,13 @@
 """The backward kernels: weights are made again from the log-sum-exp, block by block.
 
-"FlashAttention-2", arXiv:2307.08691, algorithm 2, as two kernels without atomic additions: one owns a tile of queries and
-walks over slots, the other owns a tile of slots and walks over the queries of all heads of its group.
+"FlashAttention-2", arXiv:2307.08691, algorithm 2, as two kernels without atomic additions: one owns a tile of queries
+and walks over slots, the other owns a tile of slots and walks over the queries of all heads of its group.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import functools
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from llama_jax.kernels.attention.flash.blocks import (
 )
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.reference import MASKED
-from llama_jax.kernels.pallas import dot, launch, load_row, load_tile, narrow, next_power_of_2, store_tile
+from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, next_power_of_2, store_tile
 
 
 class Saved(NamedTuple):
@@ -45,20 +46,35 @@ class Saved(NamedTuple):
     delta: Any
 
 
-class _QueryTile(NamedTuple):
-    q: jax.Array
-    out_grad: jax.Array
-    lse: jax.Array
-    delta: jax.Array
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of an array in memory; `held`: in registers too."""
+
+    ref: Any
+    index: Index
+    valid: jax.Array | None
+    held: jax.Array | None = None
+
+    def tile(self) -> jax.Array:
+        """[rows, width], head_dim filled up to a power of two."""
+        return self.piece(0, 1) if self.held is None else self.held
+
+    def piece(self, i: int, pieces: int) -> jax.Array:
+        """The i-th of so many pieces of the columns."""
+        width = next_power_of_2(self.ref.shape[-1]) // pieces
+        return load_tile(self.ref, self.index, width, self.valid, first=i * width)
+
+    def hold(self, pieces: int) -> _Rows:
+        """The same rows, read now if they are to be used in one piece."""
+        return replace(self, held=self.tile()) if pieces == 1 else self
 
 
-def _load_query_tile(saved: Saved, row: Any, query: jax.Array, head: Any, valid: jax.Array | None) -> _QueryTile:
-    width = next_power_of_2(saved.q.shape[3])
-    return _QueryTile(
-        load_tile(saved.q, (row, query, head), width, valid),
-        load_tile(saved.out_grad, (row, query, head), width, valid),
-        load_row(saved.lse, (row, head, query), valid, NOTHING_SEEN),
-        load_row(saved.delta, (row, head, query), valid, 0.0),
+def _products(a: _Rows, b: _Rows, pieces: int) -> jax.Array:
+    """[rows of a, rows of b]: a b^T, float32."""
+    if pieces == 1:
+        return dot(a.tile(), b.tile(), transpose_b=True)
+    return functools.reduce(
+        jnp.add, (dot(a.piece(i, pieces), b.piece(i, pieces), transpose_b=True) for i in range(pieces))
     )
 
 
@@ -92,11 +108,11 @@ def backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array, jax.A
 
 
 def _queries_backward(rule: Rule, saved: Saved, places: Places) -> jax.Array:
-    block_q, block_k = rule.tiles.dq_block_q, rule.tiles.dq_block_k
+    block_q, block_k, pieces = rule.tiles.dq_block_q, rule.tiles.dq_block_k, rule.tiles.dq_pieces
     batch, q_len, q_heads, head_dim = saved.q.shape
     kv_heads, kv_len = saved.k.shape[1:3]
     width = next_power_of_2(head_dim)
-    round_to = partial(narrow, dtype=saved.k.dtype, by_hand=rule.round_by_hand)
+    round_to = functools.partial(narrow, dtype=saved.k.dtype, by_hand=rule.round_by_hand)
 
     def flash_attention_backward_queries(refs: Saved, at: Places, spans_ref: Any, dq_ref: Any) -> None:
         head, row = pl.program_id(0), pl.program_id(2)
@@ -105,17 +121,20 @@ def _queries_backward(rule: Rule, saved: Saved, places: Places) -> jax.Array:
         query = block * block_q + jnp.arange(block_q, dtype=jnp.int32)
         valid = query < q_len if q_len % block_q else None
         query_rows = load_queries(at, row, query, valid, rule)
-        mine = _load_query_tile(refs, row, query, head, valid)
+        q = _Rows(refs.q, (row, query, head), valid).hold(pieces)
+        out_grad = _Rows(refs.out_grad, (row, query, head), valid).hold(pieces)
+        lse = load_row(refs.lse, (row, head, query), valid, NOTHING_SEEN)
+        delta = load_row(refs.delta, (row, head, query), valid, 0.0)
 
         def step(masked: bool, j: jax.Array, dq: jax.Array) -> jax.Array:
             slots = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % block_k else None
-            k = load_tile(refs.k, (row, kv_head, slots), width, there)
-            v = load_tile(refs.v, (row, kv_head, slots), width, there)
+            k = _Rows(refs.k, (row, kv_head, slots), there).hold(pieces)
+            v = _Rows(refs.v, (row, kv_head, slots), there)
             see = sees(query_rows, load_slots(at, row, slots, there)) if masked else None
-            weights, slope = _weights_and_slope(rule, dot(mine.q, k, transpose_b=True), mine.lse[:, None], see)
-            grad = weights * (dot(mine.out_grad, v, transpose_b=True) - mine.delta[:, None]) * slope
-            return dq + dot(round_to(grad), k)
+            weights, slope = _weights_and_slope(rule, _products(q, k, pieces), lse[:, None], see)
+            grad = weights * (_products(out_grad, v, pieces) - delta[:, None]) * slope
+            return dq + dot(round_to(grad), k.tile())
 
         dq = visit(load_span(spans_ref, row, block), step, jnp.zeros((block_q, width), jnp.float32))
         store_tile(dq_ref, (row, query, head), dq * rule.scale, valid)
@@ -134,20 +153,20 @@ def _queries_backward(rule: Rule, saved: Saved, places: Places) -> jax.Array:
 
 
 def _slots_backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array, jax.Array]:
-    block_q, block_k = rule.tiles.dkv_block_q, rule.tiles.dkv_block_k
+    block_q, block_k, pieces = rule.tiles.dkv_block_q, rule.tiles.dkv_block_k, rule.tiles.dkv_pieces
     batch, q_len, q_heads, head_dim = saved.q.shape
     kv_heads, kv_len = saved.k.shape[1:3]
     group = q_heads // kv_heads
     width = next_power_of_2(head_dim)
-    round_to = partial(narrow, dtype=saved.q.dtype, by_hand=rule.round_by_hand)
+    round_to = functools.partial(narrow, dtype=saved.q.dtype, by_hand=rule.round_by_hand)
 
     def flash_attention_backward_slots(refs: Saved, at: Places, spans_ref: Any, dk_ref: Any, dv_ref: Any) -> None:
         kv_head, block, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         slots = block * block_k + jnp.arange(block_k, dtype=jnp.int32)
         there = slots < kv_len if kv_len % block_k else None
         slot_rows = load_slots(at, row, slots, there)
-        k = load_tile(refs.k, (row, kv_head, slots), width, there)
-        v = load_tile(refs.v, (row, kv_head, slots), width, there)
+        k = _Rows(refs.k, (row, kv_head, slots), there).hold(pieces)
+        v = _Rows(refs.v, (row, kv_head, slots), there).hold(pieces)
         span = load_span(spans_ref, row, block)
 
         def of_head(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -157,13 +176,16 @@ def _slots_backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array
                 dk, dv = carry
                 query = j * block_q + jnp.arange(block_q, dtype=jnp.int32)
                 valid = query < q_len if q_len % block_q else None
-                them = _load_query_tile(refs, row, query, head, valid)
+                q = _Rows(refs.q, (row, query, head), valid).hold(pieces)
+                out_grad = _Rows(refs.out_grad, (row, query, head), valid).hold(pieces)
+                lse = load_row(refs.lse, (row, head, query), valid, NOTHING_SEEN)
+                delta = load_row(refs.delta, (row, head, query), valid, 0.0)
                 see = sees(load_queries(at, row, query, valid, rule), slot_rows).T if masked else None
                 # Everything transposed, [slots, queries]: so weights are left operands, as they come.
-                weights, slope = _weights_and_slope(rule, dot(k, them.q, transpose_b=True), them.lse[None, :], see)
-                dv = dv + dot(round_to(weights), them.out_grad)
-                grad = weights * (dot(v, them.out_grad, transpose_b=True) - them.delta[None, :]) * slope
-                return dk + dot(round_to(grad), them.q), dv
+                weights, slope = _weights_and_slope(rule, _products(k, q, pieces), lse[None, :], see)
+                dv = dv + dot(round_to(weights), out_grad.tile())
+                grad = weights * (_products(v, out_grad, pieces) - delta[None, :]) * slope
+                return dk + dot(round_to(grad), q.tile()), dv
 
             return visit(span, step, carry)
 

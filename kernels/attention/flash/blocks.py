@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,10 +113,7 @@ def slot_index(places: Places, row: jax.Array, head: jax.Array, start: jax.Array
     return pages, head, jax.lax.rem(slots, jnp.full_like(slots, page_size))
 
 
-Carry = TypeVar("Carry")
-
-
-def visit(span: tuple[jax.Array, ...], step: Callable[[bool, jax.Array, Carry], Carry], carry: Carry) -> Carry:
+def visit[Carry](span: tuple[jax.Array, ...], step: Callable[[bool, jax.Array, Carry], Carry], carry: Carry) -> Carry:
     """`step(masked, block, carry)` for all blocks of a span: first those that need no mask, in one loop, then the
     others, before and after them, in another."""
     first, whole_first, whole_last, last = span
@@ -132,5 +129,3 @@ def visit(span: tuple[jax.Array, ...], step: Callable[[bool, jax.Array, Carry], 
 def load_span(spans: Any, row: jax.Array, block: jax.Array) -> tuple[jax.Array, ...]:
     """The four numbers of `llama_jax.kernels.attention.flash.spans.spans` for one block."""
     return tuple(spans[row, block, i] for i in range(4))
-
-

@@ -80,9 +80,7 @@ def unsupported(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    rule: Rule, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, places: Places
-) -> jax.Array:
+def _attend(rule: Rule, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, places: Places) -> jax.Array:
     return forward(rule, q, k, v, sinks, places, with_lse=False)[0]
 
 
@@ -100,7 +98,9 @@ def _attend_backward(rule: Rule, saved: Any, out_grad: jax.Array) -> tuple[Any, 
         dq, dk, dv = backward(rule, Saved(q, k, v, out_grad, lse, delta), places)
     else:
         # Only training differentiates, and training does not page: rows will do.
-        (k_rows, v_rows), to_pages = jax.vjp(lambda *pages: tuple(gather_pages(x, places.page_table) for x in pages), k, v)
+        (k_rows, v_rows), to_pages = jax.vjp(
+            lambda *pages: tuple(gather_pages(x, places.page_table) for x in pages), k, v
+        )
         rows = Saved(q, k_rows, v_rows, out_grad, lse, delta)
         dq, *d_rows = backward(rule, rows, places._replace(page_table=None))
         dk, dv = to_pages(tuple(d_rows))

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.attention.reference import Visibility
 
+FULL = Visibility()
+
 
 @dataclass(frozen=True)
 class Case:
@@ -31,7 +33,7 @@ class Case:
     q_heads: int
     kv_heads: int
     head_dim: int
-    visibility: Visibility = Visibility()
+    visibility: Visibility = FULL
     dtype: str = "bfloat16"
     page_size: int = 0
     soft_cap: float | None = None
@@ -98,7 +100,8 @@ class Case:
         return total * self.batch
 
     def flops(self, *, backward: bool = False) -> int:
-        """Floating point operations of the two products over visible pairs; backward five products, two of them again."""
+        """Floating point operations over visible pairs: two products; for gradients alone five, of which one is made
+        again."""
         return self.pairs() * self.q_heads * self.head_dim * 2 * (5 if backward else 2)
 
     def bytes(self) -> int:
@@ -132,7 +135,9 @@ CASES = (
     prefill("llama-4-scout", 1, 16384, 40, 8, 128, visibility=Visibility("chunked", 8192)),
     prefill("phi-2-heads", 1, 2048, 32, 32, 80, backward=True),
     prefill("phi-3-mini-heads", 1, 4096, 32, 32, 96, backward=True),
-    prefill("gemma-2-9b-heads", 1, 8192, 16, 8, 256, visibility=Visibility("sliding", 4096), soft_cap=50.0, backward=True),
+    prefill(
+        "gemma-2-9b-heads", 1, 8192, 16, 8, 256, visibility=Visibility("sliding", 4096), soft_cap=50.0, backward=True
+    ),
     prefill("gpt-oss-20b-heads", 1, 4096, 64, 8, 64, visibility=Visibility("sliding", 128), sinks=True),
 )
 """What the kernels are tested and compiled with. Names with "heads" are head shapes of models of other families."""
@@ -143,10 +148,3 @@ MEASURED_PREFILL = tuple(
     for tokens, batch in ((512, 32), (1024, 16), (2048, 8), (4096, 4), (8192, 2), (16384, 1), (32768, 1))
 )
 """Prompts of 512 to 32k tokens, the same number in all up to 16k."""
-
-MEASURED_DECODE = tuple(
-    Case(f"decode-b{batch}-s{kv_len}{f'-paged-{page}' if page else ''}", batch, 1, kv_len, 32, 8, 128, page_size=page)
-    for batch, kv_len in ((8, 4096), (64, 4096), (1, 32768), (1, 131072))
-    for page in (0, 16, 64)
-)
-"""One token a row over long caches, dense and paged."""

@@ -13,6 +13,9 @@ _LITERAL, _SDWA, _DPP = 255, 249, 250
 _DPP8 = (233, 234)
 # v_accvgpr_read, _write and _mov move registers, and stand among the matrix instructions of gfx9.
 _ACCVGPR = (0x58, 0x59)
+# By opcode: v_mfma_f32_32x32x2_f32, _16x16x4_f32, _32x32x8_f16, _16x16x16_f16, _32x32x8_bf16, _16x16x16_bf16. Cycles
+# follow from the rated peak: 64 (float32) and 512 (16 bits) operations a cycle and SIMD.
+_GFX942_CYCLES = {68: 64, 69: 32, 76: 32, 77: 16, 96: 32, 97: 16}
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,13 @@ class Loop:
 
     Attributes:
       instructions: in its body, and `matrix` of them MFMA.
+      matrix_cycles: that these take on gfx942 at the rate of its matrix units; 0 where that is not known.
       loads: of global memory, and `wide_loads` of them of 16 bytes a lane.
     """
 
     instructions: int
     matrix: int
+    matrix_cycles: int
     loads: int
     wide_loads: int
 
@@ -61,7 +66,9 @@ def main_loop(arch: str, code: bytes) -> Loop | None:
         loads = [
             word >> 18 & 127 for word in body if word >> 26 in (0b110111, 0b111000) and 16 <= word >> 18 & 127 <= 23
         ]
-        loops.append(Loop(len(body), sum(map(_is_mfma, body)), len(loads), loads.count(23)))
+        products = [word >> 16 & 127 for word in body if _is_mfma(word)]
+        cycles = sum(_GFX942_CYCLES[op] for op in products) if _GFX942_CYCLES.keys() >= set(products) else 0
+        loops.append(Loop(len(body), len(products), cycles if arch == "gfx942" else 0, len(loads), loads.count(23)))
     return max(loops, key=lambda loop: (loop.matrix, loop.loads, loop.instructions), default=None)
 
 

@@ -1,0 +1,139 @@
+"""Writes the tables of `docs/kernels.md` from the shipped tables, the budgets and the table of targets.
+
+python scripts/kernel_docs.py           # writes; a test holds the page equal to what this makes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax.numpy as jnp
+
+from llama_jax.kernels.dispatch.cases import Case
+from llama_jax.kernels.dispatch.tables import shipped_rules
+from llama_jax.kernels.registry import OPERATIONS, operation
+from llama_jax.targets import Target, find
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "kernels.md"
+BUDGETS = ROOT / "tests" / "amd_budgets"
+CHOICES = ("mi250x", "mi300x", "mi355x", "rx7900xtx", "radeon8060s", "rx9070xt", "h100", "cpu")
+FLOORS = ("mi250x", "mi300x", "mi355x", "rx7900xtx", "rx9070xt", "h100")
+PREDICTED = "mi300x"
+OTHER_CYCLES = 4
+"""A wave of 64 on a SIMD of 16 lanes takes four cycles for an instruction."""
+READ_SHARE = 0.8
+"""Of the peak bandwidth, assumed for kernels that are bound by reading: the share that they aim at."""
+Row = tuple[object, ...]
+
+
+def table(header: Row, rows: Iterator[Row]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def choices() -> Iterator[Row]:
+    """Operation by target: what `auto` takes first, for 16-bit arrays."""
+    for name in OPERATIONS:
+        cells = []
+        for target in map(find, CHOICES):
+            taken = [r for r in shipped_rules(name, target) if r.applies("bfloat16", "any")]
+            cells.append(", else ".join(dict.fromkeys(r.backend for r in taken if r.dtype != "*" or r is taken[0])))
+        yield (f"`{name}`", *cells)
+
+
+def budgets(arch: str) -> Iterator[Row]:
+    """Each kernel that differs from the others of its name, and how many cases have it."""
+    results = json.loads((BUDGETS / f"{arch}.json").read_text(encoding="utf-8"))["operations"]
+    for op in OPERATIONS:
+        found: dict[str, list[str]] = {}
+        for label, entry in results.get(op, {"cases": {}})["cases"].items():
+            for kernel in entry.get("kernels", ()):
+                found.setdefault(json.dumps(kernel), []).append(label)
+        for text, labels in found.items():
+            kernel = json.loads(text)
+            loop = kernel.get("loop")
+            share = f"{loop['matrix']} of {loop['instructions']}" if loop else ""
+            wide = f"{loop['wide_loads']} of {loop['loads']}" if loop else ""
+            others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+            yield (
+                f"`{kernel['name']}`",
+                f"{labels[0]}{others}",
+                kernel["vgpr"],
+                f"{kernel['lds_bytes'] / 1024:g} KiB",
+                kernel["waves"],
+                kernel["occupancy"],
+                share,
+                wide,
+            )
+
+
+def floors(op: str) -> Iterator[Row]:
+    """Microseconds that each case takes at least on each target; what is predicted, and what has been measured."""
+    for case in operation(op).models(None):
+        dtype = jnp.dtype(next(iter(case.abstract().values())).dtype).name
+        cells = [_floor(case, find(name), dtype) for name in FLOORS]
+        yield (case.name, *(text for _, text in cells), predicted(op, case, dtype), "not measured yet")
+
+
+def _floor(case: Case, target: Target, dtype: str) -> tuple[float, str]:
+    rate = target.rates.of(dtype)
+    compute = case.flops / rate if rate else 0.0
+    memory = case.bytes / target.bandwidth
+    seconds = max(compute, memory)
+    return seconds, f"{_microseconds(seconds)} {'C' if compute > memory else 'M'}"
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.3g}" if seconds < 1e-3 else f"{seconds * 1e6:.0f}"
+
+
+def predicted(op: str, case: Case, dtype: str) -> str:
+    """The floor divided by the share of it that the code can reach, as said on the page; "" if nothing says so."""
+    seconds, text = _floor(case, find(PREDICTED), dtype)
+    if text.endswith("M"):
+        return _microseconds(seconds / READ_SHARE)
+    path = BUDGETS / f"{find(PREDICTED).arch}.json"
+    entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["operations"].get(op, {"cases": {}})["cases"]
+    loops = [kernel["loop"] for kernel in entry.get(case.name, {}).get("kernels", ()) if kernel["multiplies"]]
+    if not loops or not all("matrix_cycles" in loop for loop in loops):
+        return ""
+    busy = sum(loop["matrix_cycles"] for loop in loops)
+    other = sum(OTHER_CYCLES * (loop["instructions"] - loop["matrix"]) for loop in loops)
+    return _microseconds(seconds * (busy + other) / busy)
+
+
+def sections() -> dict[str, str]:
+    """Name of each generated part of the page, and its text."""
+    budget = ("Kernel", "Case", "VGPRs", "LDS", "Waves", "Waves a SIMD", "MFMA in the main loop", "16-byte loads")
+    floor = ("Case", *(find(name).label or name for name in FLOORS), "MI300X, predicted", "H100, measured")
+    return {
+        "choices": table(("Operation", *(find(name).label or name for name in CHOICES)), choices()),
+        "gfx942": table(budget, budgets("gfx942")),
+        **{f"floors of {op}": table(floor, floors(op)) for op in OPERATIONS},
+    }
+
+
+def filled(page: str) -> str:
+    """The page with its generated parts made anew.
+
+    Raises:
+      ValueError: a part has no place on the page.
+    """
+    for name, text in sections().items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        if begin not in page or end not in page:
+            raise ValueError(f"no {begin} ... {end}")
+        before, _, rest = page.partition(begin)
+        page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
