@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.jax_log import silence_missing_amd_gpu
+
 if TYPE_CHECKING:
     from llama_jax.cache import DenseCache
     from llama_jax.chat import encode_chat, render_chat
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
+
+# Before jax can start: this module comes first, whatever of the package is imported.
+silence_missing_amd_gpu()
 
 _HOME = {
     "cache": ("DenseCache",),

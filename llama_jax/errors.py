@@ -94,6 +94,10 @@ class NoDevice(LlamaJaxError):
     exit_code = 5
 
 
+class CompilerUnavailable(NoDevice):
+    """The compiler for a target is not installed, or cannot be loaded on this machine."""
+
+
 class DoesNotFit(LlamaJaxError):
     """Memory or disk space is too small; the message says what is needed and what is free."""
 
@@ -104,6 +108,10 @@ class NetworkError(LlamaJaxError):
     """The network is needed and cannot be reached."""
 
     exit_code = 7
+
+
+class PluginError(LlamaJaxError):
+    """An entry point of another package cannot be loaded, or is not what its group asks for; the message names it."""
 
 
 class KernelError(LlamaJaxError):

@@ -1,7 +1,7 @@
 """What this machine has, read from the kernel's own files: no driver library is loaded, and jax is
 imported only where a function says so.
 
-The files are those of Linux (https://docs.kernel.org/gpu/amdgpu and `kfd_topology.c` for AMD). Where they are absent
+The files are those of Linux (https://docs.kernel.org/gpu/amdgpu; AMD's compute driver: `targets.kfd`). Where they are absent
 nothing is found. Every function takes the root folder, so that another machine's files can be read as well.
 """
 
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ROOT = Path("/")
+from llama_jax.targets import kfd
+
+ROOT = kfd.ROOT
 KFD = "dev/kfd"
 """Device file of the AMD compute driver, below the root."""
 
@@ -91,21 +93,7 @@ def unused_gpu_warning(root: Path = ROOT) -> str | None:
 
 
 def _amd(root: Path) -> list[Gpu]:
-    found = []
-    nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*")
-    for node in sorted(nodes, key=lambda path: (len(path.name), path.name)):
-        version = _properties(node / "properties").get("gfx_target_version", 0)
-        if version:  # 0 is a processor
-            banks = node.glob("mem_banks/*/properties")
-            memory = max((_properties(bank).get("size_in_bytes", 0) for bank in banks), default=0)
-            found.append(Gpu("amd", gfx_name(version), memory))
-    return found
-
-
-def gfx_name(version: int) -> str:
-    """The compiler's target of KFD's number: 90402 is gfx942, 90010 is gfx90a, 110501 is gfx1151."""
-    major, minor, step = version // 10000, version // 100 % 100, version % 100
-    return f"gfx{major}{minor:x}{step:x}"
+    return [Gpu("amd", gpu.arch, gpu.memory) for gpu in kfd.gpus(root)]
 
 
 def _nvidia(root: Path) -> list[Gpu]:
@@ -154,12 +142,6 @@ def memory_limit(root: Path = ROOT) -> int | None:
         if text.isdigit() and int(text) < 1 << 60:
             return int(text)
     return None
-
-
-def _properties(path: Path) -> dict[str, int]:
-    """A topology file of KFD: a name and a number on each line."""
-    pairs = (line.split() for line in _read(path).splitlines())
-    return {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2 and pair[1].isdigit()}
 
 
 def _read(path: Path) -> str:

@@ -18,6 +18,7 @@ from llama_jax import hardware
 from llama_jax.cli import cli
 from llama_jax.doctor import Check, Probe, Report, check_devices, check_packages, check_plugins, doctor, probe_jax
 from llama_jax.hardware import Gpu
+from llama_jax.targets import kfd
 
 VERSIONS: dict[str, str | None] = dict.fromkeys(("jax", "jaxlib", *doctoring.PLUGINS), "0.11.2")
 NO_PLUGINS = VERSIONS | dict.fromkeys(doctoring.PLUGINS)
@@ -66,7 +67,7 @@ def pci_device(root: Path, vendor: str, kind: str) -> Path:
     ],
 )
 def test_gfx_name(version: int, name: str) -> None:
-    assert hardware.gfx_name(version) == name
+    assert kfd.gfx_name(version) == name
 
 
 def test_amd_gpus(tmp_path: Path) -> None:

@@ -1,8 +1,33 @@
-"""What a device is: the numbers that kernels, plans and reports are made from."""
+"""What a device is: the numbers that kernels, plans and reports are made from, and compilation for AMD GPUs from any
+machine.
+
+    target = find("mi300x")
+    compiled = compile_for(target, f, (jax.ShapeDtypeStruct((8, 4096), "bfloat16"),))
+    print(compiled.memory, compiled.kernels)
+
+Importing this package does not import jax.
+"""
 
 from __future__ import annotations
 
-from llama_jax.targets.detect import current
-from llama_jax.targets.table import TARGETS, Target, find
+from llama_jax.targets.compilation import Compilation, compile_for, device_mesh
+from llama_jax.targets.detect import abstract_device, current, detected
+from llama_jax.targets.table import TARGETS, added_targets, find
+from llama_jax.targets.target import Cache, Links, Rates, Source, Target
 
-__all__ = ["TARGETS", "Target", "current", "find"]
+__all__ = [
+    "TARGETS",
+    "Cache",
+    "Compilation",
+    "Links",
+    "Rates",
+    "Source",
+    "Target",
+    "abstract_device",
+    "added_targets",
+    "compile_for",
+    "current",
+    "detected",
+    "device_mesh",
+    "find",
+]

@@ -1,57 +1,62 @@
-"""The table of targets."""
+"""The table of targets, with those that other packages add."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import functools
+import re
 
-from llama_jax.errors import RequestError
+from llama_jax import plugins
+from llama_jax.errors import PluginError, RequestError
+from llama_jax.targets import amd, nvidia
+from llama_jax.targets.target import Target
 
-Vendor = Literal["amd", "nvidia", "cpu"]
+CPU = Target("cpu", "cpu", "cpu", 0, 0, 0)
+
+TARGETS = (*amd.TARGETS, *nvidia.TARGETS, CPU)
+"""Every target of this package. Of several with one architecture the first stands for it."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """One device model.
+@functools.cache
+def added_targets() -> tuple[Target, ...]:
+    """Targets of other packages: entry points of the group `llama_jax.plugins.TARGETS`, each a `Target` or several.
 
-    Attributes:
-      name: how it is named on the command line, e.g. "mi300x".
-      vendor: "amd", "nvidia" or "cpu".
-      arch: the compiler's name of the architecture: "gfx942", "sm_90", "cpu".
-      compute_units: CUs (AMD), SMs (NVIDIA), 0 for a CPU.
-      wave_size: threads that run in step: 64 (CDNA), 32 (RDNA, NVIDIA), 0 for a CPU.
-      lds_bytes: the most local (shared) memory of one work-group.
+    Raises:
+      PluginError: one cannot be loaded, or is something else.
     """
-
-    name: str
-    vendor: Vendor
-    arch: str
-    compute_units: int
-    wave_size: int
-    lds_bytes: int
-
-
-TARGETS = (
-    Target("mi250x", "amd", "gfx90a", 110, 64, 64 << 10),
-    Target("mi300x", "amd", "gfx942", 304, 64, 64 << 10),
-    Target("mi355x", "amd", "gfx950", 256, 64, 160 << 10),
-    Target("rx7900xtx", "amd", "gfx1100", 96, 32, 64 << 10),
-    Target("radeon8060s", "amd", "gfx1151", 40, 32, 64 << 10),
-    Target("rx9070xt", "amd", "gfx1201", 64, 32, 64 << 10),
-    Target("h100", "nvidia", "sm_90", 132, 32, 227 << 10),
-    Target("cpu", "cpu", "cpu", 0, 0, 0),
-)
+    found: list[Target] = []
+    for name, value in plugins.load(plugins.TARGETS):
+        targets = (value,) if isinstance(value, Target) else value
+        if not isinstance(targets, tuple | list) or not all(isinstance(target, Target) for target in targets):
+            raise PluginError(
+                f"entry point {name!r} of {plugins.TARGETS} is neither a Target nor a tuple of them",
+                hint="correct or uninstall the package that has it",
+            )
+        found += targets
+    return tuple(found)
 
 
 def find(name: str) -> Target:
-    """The target of that name or architecture.
+    """The target of that name, product name or architecture.
+
+    Spaces, hyphens, upper case, makers' names and compiler features after a colon do not matter: "MI300X",
+    "AMD Instinct MI300X", "rx-7900-xtx" and "gfx942:sramecc+:xnack-" are found. A name comes before an architecture,
+    this package's targets before those of others.
 
     Raises:
       RequestError: there is none.
+      PluginError: there is none, and a package that adds targets cannot be loaded.
     """
-    key = name.lower().replace(" ", "").replace("-", "").split(":")[0]
-    for target in TARGETS:
-        if key in (target.name, target.arch):
-            return target
-    known = ", ".join(target.name for target in TARGETS)
-    raise RequestError(f"unknown target {name!r}", param="target", hint=f"known: {known}")
+    key = normalised(name)
+    for targets in (TARGETS, added_targets):
+        known = targets() if callable(targets) else targets
+        for fits in (lambda t: key in (t.name, normalised(t.label)), lambda t: key == t.arch):
+            if match := next(filter(fits, known), None):
+                return match
+    names = ", ".join(target.name for target in (*TARGETS, *added_targets()))
+    raise RequestError(f"unknown target {name!r}", param="target", hint=f"known: {names}")
+
+
+def normalised(name: str) -> str:
+    """A product's name without what people leave out or write in several ways."""
+    name = name.split(":")[0].lower()
+    return re.sub(r"\b(amd|nvidia|instinct|geforce|radeon(?= (rx|pro))|pro)\b|[^a-z0-9_]", "", name)
