@@ -39,6 +39,10 @@ class _Marks:
     ones: np.generic
     all_written: np.generic
 
+    def spread(self, bits: Array) -> Array:
+        """Each wave's bit (uint64) at every byte of a unit."""
+        return bits.astype(self.writers.dtype, copy=False) * self.ones
+
     def of_bytes(self, marks: Array) -> Array:
         """uint16 [units, width]."""
         return np.ascontiguousarray(marks).view(U16).reshape(-1, self.width)
@@ -136,7 +140,7 @@ class Lds:
         if (marks.written[unit] != marks.all_written).any():
             at = int(unit[marks.written[unit] != marks.all_written][0]) * marks.width % self.stride
             raise Fault(f"LDS read at {at} of what nobody wrote")
-        mine = bits * marks.ones
+        mine = marks.spread(bits)
         writers = marks.writers[unit]
         if writers.any():
             # A byte that this wave wrote too holds the same value whoever came last: see `_check_write`.
@@ -148,7 +152,7 @@ class Lds:
         self._mark(marks.readers, unit, mine, marks)
 
     def _check_write(self, unit: Array, marks: _Marks, bits: Array, changes: Array) -> None:
-        mine = bits * marks.ones
+        mine = marks.spread(bits)
         others = (marks.writers[unit] | marks.readers[unit]) & ~mine
         if others.any():
             who = marks.of_bytes(others)

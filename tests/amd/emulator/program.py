@@ -56,13 +56,19 @@ class Program:
     arch: str
     blocks: dict[int, Block] = field(default_factory=dict)
     leaders: set[int] = field(default_factory=set)
+    decoded: dict[int, Instruction] = field(default_factory=dict)
 
     @classmethod
     def load(cls, name: str, code: bytes, entry: int, registers: Registers, arch: str) -> Program:
         """Finds the basic blocks that can be reached."""
         program = cls(name, code, entry, registers, arch)
-        program.leaders.update(_leaders(code, entry))
+        program._find_leaders()
         return program
+
+    def _decode(self, pc: int) -> Instruction:
+        if pc not in self.decoded:
+            self.decoded[pc] = decode(self.code, pc)
+        return self.decoded[pc]
 
     def block(self, pc: int) -> Block:
         """The block that starts at `pc`; made when it is first needed, so that only what runs must be known."""
@@ -75,7 +81,7 @@ class Program:
         where: list[Instruction] = []
         count = 0
         while True:
-            x = decode(self.code, pc)
+            x = self._decode(pc)
             pc += x.size
             count += 1
             if x.format == "SOPP":
@@ -98,6 +104,30 @@ class Program:
                     where.append(x)
             if pc in self.leaders:
                 return Block(tuple(steps), tuple(where), count, "branch", pc)
+
+    def _find_leaders(self) -> None:
+        """Where basic blocks start: the entry, every target of a branch, and what follows a branch."""
+        self.leaders.add(self.entry)
+        todo, seen = [self.entry], set()
+        while todo:
+            pc = todo.pop()
+            while pc not in seen:
+                seen.add(pc)
+                if len(seen) > MAX_INSTRUCTIONS:
+                    raise NotModelled(f"{self.name}: more than {MAX_INSTRUCTIONS} instructions")
+                try:
+                    x = self._decode(pc)
+                except NotModelled:
+                    break  # met again, and reported, if it is ever executed
+                pc += x.size
+                if x.name in scalar.BRANCHES:
+                    target = pc + 4 * x.signed("simm16")
+                    self.leaders.update((target, pc))
+                    todo.append(target)
+                    if x.name == "S_BRANCH":
+                        break
+                elif x.name in ("S_ENDPGM", "S_SETPC_B64"):
+                    break
 
     def located(self, error: EmulatorError, x: Instruction) -> EmulatorError:
         """The same error with kernel, program counter and instruction."""
@@ -141,28 +171,3 @@ def step_of(x: Instruction, registers: Registers, arch: str) -> Step | None:
         case "MUBUF":
             return global_memory.mubuf(x, registers)
     raise NotModelled(x.format)
-
-
-def _leaders(code: bytes, entry: int) -> set[int]:
-    """Where basic blocks start: the entry, every target of a branch, and what follows a branch."""
-    leaders, todo, seen = {entry}, [entry], set()
-    while todo:
-        pc = todo.pop()
-        while pc not in seen:
-            seen.add(pc)
-            if len(seen) > MAX_INSTRUCTIONS:
-                raise NotModelled(f"more than {MAX_INSTRUCTIONS} instructions")
-            try:
-                x = decode(code, pc)
-            except NotModelled:
-                break  # met again, and reported, if it is ever executed
-            pc += x.size
-            if x.name in scalar.BRANCHES:
-                target = pc + 4 * x.signed("simm16")
-                leaders |= {target, pc}
-                todo.append(target)
-                if x.name == "S_BRANCH":
-                    break
-            elif x.name in ("S_ENDPGM", "S_SETPC_B64"):
-                break
-    return leaders
