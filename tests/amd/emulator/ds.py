@@ -74,13 +74,12 @@ def read_or_write(x: Instruction, registers: Registers) -> Step:
         loaded = []
         for offset, at in parts:
             start = w.lds.index(w, w.v[address], offset, access.size, mask)
+            if not store:
+                loaded += [(at + k, value) for k, value in enumerate(w.lds.read(w, start, access.size, mask))]
+                continue
             for k, (piece, size) in enumerate(access.pieces):
-                where = start + piece
-                if store:
-                    value = w.v[at + k]
-                    w.lds.write(w, where, access.to_store(value if mask is None else value[mask]), size, mask)
-                else:
-                    loaded.append((at + k, w.lds.read(w, where, size, mask)))
+                value = w.v[at + k]
+                w.lds.write(w, start + piece, access.to_store(value if mask is None else value[mask]), size, mask)
         # Only now: a destination may be the address.
         for at, value in loaded:
             access.extend(w, at, spread(value, mask), mask)
@@ -176,7 +175,7 @@ def read_transposed(x: Instruction, registers: Registers) -> Step:
         if w.lanes() is not None:
             raise Fault("transposed LDS read with lanes off")
         at = w.lds.index(w, w.v[address], offset, 8, None)
-        rows = np.stack([w.lds.read(w, at + size * k, size, None) for k in range(elements)], 2)
+        rows = np.stack([w.lds.read(w, at + size * k, size, None)[0] for k in range(elements)], 2)
         columns = rows[:, source, column]  # [waves, element, lane]
         for k in range(2):
             word = columns[:, k * per_word].copy()

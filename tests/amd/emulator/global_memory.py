@@ -46,12 +46,13 @@ def flat(x: Instruction, registers: Registers) -> Step:
         mask = w.lanes()
         at = address(w)
         at = at if mask is None else at[mask]
+        if not store:
+            for k, value in enumerate(w.memory.load(at, access.size)):
+                access.extend(w, register + k, spread(value, mask), mask)
+            return
         for k, (offset, size) in enumerate(access.pieces):
-            if store:
-                value = w.v[register + k]
-                w.memory.store(at + offset, access.to_store(value if mask is None else value[mask]), size)
-            else:
-                access.extend(w, register + k, spread(w.memory.load(at + offset, size), mask), mask)
+            value = w.v[register + k]
+            w.memory.store(at + offset, access.to_store(value if mask is None else value[mask]), size)
 
     return step
 
@@ -125,7 +126,7 @@ def atomic(x: Instruction, registers: Registers) -> Step:
             return
         operands = [w.v[data + k][mask] for k in range(1 + compare_and_swap)]
         old = apply_in_order(
-            lambda a: w.memory.load(a, 4),
+            lambda a: w.memory.load(a, 4)[0],
             lambda a, value: w.memory.store(a, value, 4),
             address(w)[mask],
             operands,
@@ -160,17 +161,24 @@ def mubuf(x: Instruction, registers: Registers) -> Step | None:
         offset = np.zeros((w.count, 64), I64) if vector is None else w.v[vector].astype(I64)
         offset = offset + immediate & 0xFFFFFFFF
         mask, size = w.lanes(), limit(w).astype(I64)[:, None]
-        for k, (part, width) in enumerate(access.pieces):
-            good = offset + (part + width) <= size
+        # An access is inside or outside as a whole, or else each of its words is.
+        split = (offset + access.size > size) & (offset + min(4, access.size) <= size)
+        parts = access.pieces if split.any() else [(0, access.size)]
+        for start_of, width in parts:
+            good = offset + (start_of + width) <= size
             good = good if mask is None else good & mask
             inside = None if good.all() else good
-            at = offset + (start + part)[:, None]
+            at = offset + (start + start_of)[:, None]
             at = at if inside is None else at[good]
-            if store:
-                value = w.v[register + k]
-                w.memory.store(at, access.to_store(value if inside is None else value[good]), width)
-            else:
-                access.extend(w, register + k, spread(w.memory.load(at, width), inside), mask)
+            first = register + start_of // 4
+            if not store:
+                for k, value in enumerate(w.memory.load(at, width)):
+                    access.extend(w, first + k, spread(value, inside), mask)
+                continue
+            for k in range(0, width, 4):
+                value = w.v[first + k // 4]
+                value = access.to_store(value if inside is None else value[good])
+                w.memory.store(at + k, value, min(4, width - k))
 
     return step
 

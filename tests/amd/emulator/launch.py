@@ -34,7 +34,7 @@ class Options:
     seed: int | None = None
     check_races: bool = True
     limit: int = 10**9
-    waves: int = 128
+    waves: int = 256
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from amd.emulator.errors import Fault
-from amd.emulator.memory import gather, scatter
+from amd.emulator.memory import aligned, gather, scatter
 from amd.emulator.numerics import I64, U16, U64, Array, U
 from amd.emulator.waves import Waves
 
@@ -90,12 +90,13 @@ class Lds:
         at += (w.group * self.stride)[:, None]
         return at if mask is None else at[mask]
 
-    def read(self, w: Waves, at: Array, size: int, mask: Array | None) -> Array:
-        """uint32 at byte indices `at`, those of the lanes of `mask`."""
+    def read(self, w: Waves, at: Array, size: int, mask: Array | None) -> list[Array]:
+        """Loads 1, 2 or 4 bytes, or several words, at byte indices `at`, those of the lanes of `mask`; see `gather`."""
         if self.check_races and at.size:
             bits = _wave_bits(w, mask)
-            for unit, marks in self._units(at, size):
-                self._check_read(unit, marks, bits)
+            for piece in range(0, size, 4):
+                for unit, marks in self._units(at + piece, min(4, size - piece)):
+                    self._check_read(unit, marks, bits)
         return gather(self.raw, self.halves, self.words, at, size)
 
     def write(self, w: Waves, at: Array, value: Array, size: int, mask: Array | None) -> None:
@@ -105,11 +106,11 @@ class Lds:
             scatter(self.raw, self.halves, self.words, at, value, size)
             return
         bits, wanted = _wave_bits(w, mask), value if size == 4 else value & U((1 << 8 * size) - 1)
-        changes = gather(self.raw, self.halves, self.words, at, size) ^ wanted
+        changes = gather(self.raw, self.halves, self.words, at, size)[0] ^ wanted
         for k, (unit, marks) in enumerate(self._units(at, size)):
             self._check_write(unit, marks, bits, changes >> U(8 * k))
         scatter(self.raw, self.halves, self.words, at, value, size)
-        if (gather(self.raw, self.halves, self.words, at, size) != wanted).any():
+        if (gather(self.raw, self.halves, self.words, at, size)[0] != wanted).any():
             raise Fault("LDS race: lanes or waves store unlike values to one address in one instruction")
 
     def barrier(self, groups: Array) -> None:
@@ -130,7 +131,7 @@ class Lds:
     def _units(self, at: Array, size: int) -> Iterator[tuple[Array, _Marks]]:
         """The access as whole units: one if it is aligned, else its bytes."""
         at = at.reshape(-1)
-        if not (at & size - 1).any():
+        if aligned(at, size):
             yield at >> size.bit_length() - 1, self._marks[size]
         else:
             for k in range(size):

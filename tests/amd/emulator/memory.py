@@ -58,22 +58,26 @@ class Memory:
                 raise Fault(f"{what} of {size} bytes at offset {end - size} of {region.name}, {region.size} bytes long")
             yield chosen, which - 1, part - (which << 32)
 
-    def load(self, address: Array, size: int, *, aligned: bool = False) -> Array:
-        """Loads 1, 2 or 4 bytes from each address; uint32, zero-extended.
+    def load(self, address: Array, size: int) -> list[Array]:
+        """Loads 1, 2 or 4 bytes, or several words, from each address.
+
+        Returns:
+          uint32 arrays like `address`, zero-extended: one, or one for each word.
 
         Raises:
           Fault: one of them is outside of its buffer.
         """
+        count = -(-size // 4)
         if not address.size:
-            return np.zeros(address.shape, U)
-        out = None
+            return [np.zeros(address.shape, U)] * count
+        out: list[Array] = []
         for chosen, which, offset in self._pieces(address, size, "load"):
-            value = self._gather(which, offset, size, aligned)
+            values = gather(self.regions[which].raw, self.halves[which], self.words[which], offset, size)
             if chosen is None:
-                return value
-            out = np.zeros(address.shape, U) if out is None else out
-            out[chosen] = value
-        assert out is not None
+                return values
+            out = out or [np.zeros(address.shape, U) for _ in values]
+            for whole, value in zip(out, values, strict=True):
+                whole[chosen] = value
         return out
 
     def store(self, address: Array, value: Array, size: int) -> None:
@@ -96,27 +100,37 @@ class Memory:
                 size,
             )
 
-    def _gather(self, which: int, offset: Array, size: int, aligned: bool) -> Array:
-        return gather(self.regions[which].raw, self.halves[which], self.words[which], offset, size, aligned)
+
+def aligned(offset: Array, size: int) -> bool:
+    """Whether all offsets are multiples of a power of two."""
+    return not int(np.bitwise_or.reduce(offset, axis=None)) & size - 1
 
 
-def gather(raw: Array, halves: Array, words: Array, offset: Array, size: int, aligned: bool = False) -> Array:
-    """Reads 1, 2 or 4 bytes at each byte offset of an array of which three views are given; uint32."""
-    if size == 4 and (aligned or not (offset & 3).any()):
-        return words[offset >> 2]
-    if size == 2 and not (offset & 1).any():
-        return halves[offset >> 1].astype(U)
-    out = raw[offset].astype(U)
-    for k in range(1, size):
-        out |= raw[offset + k].astype(U) << U(8 * k)
+def gather(raw: Array, halves: Array, words: Array, offset: Array, size: int) -> list[Array]:
+    """Reads 1, 2 or 4 bytes, or several words, at each byte offset of an array of which three views are given."""
+    if size >= 4 and aligned(offset, 4):
+        index = offset >> 2
+        if size in (8, 16) and aligned(offset, size) and words.size % (size // 4) == 0:
+            # Rows of words: one look-up each instead of several.
+            rows = words.reshape(-1, size // 4).take(index >> size.bit_length() - 3, axis=0)
+            return [rows[..., k] for k in range(size // 4)]
+        return [words.take(index + k if k else index) for k in range(size // 4)]
+    if size == 2 and aligned(offset, 2):
+        return [halves.take(offset >> 1).astype(U)]
+    out = []
+    for start in range(0, size, 4):
+        word = raw[offset + start].astype(U)
+        for k in range(1, min(4, size - start)):
+            word |= raw[offset + (start + k)].astype(U) << U(8 * k)
+        out.append(word)
     return out
 
 
 def scatter(raw: Array, halves: Array, words: Array, offset: Array, value: Array, size: int) -> None:
     """Writes 1, 2 or 4 bytes at each byte offset; of equal offsets the last one counts."""
-    if size == 4 and not (offset & 3).any():
+    if size == 4 and aligned(offset, 4):
         words[offset >> 2] = value
-    elif size == 2 and not (offset & 1).any():
+    elif size == 2 and aligned(offset, 2):
         halves[offset >> 1] = value.astype(U16)
     else:
         for k in range(size):

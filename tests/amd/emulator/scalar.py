@@ -289,7 +289,7 @@ def smem(x: Instruction) -> Step | None:
         address = base(w).view(I64) + immediate
         if register is not None:
             address = address + w.s[register].astype(I64)
-        values = w.memory.load((address & ~3)[:, None] + span, 4, aligned=True)
+        (values,) = w.memory.load((address & ~3)[:, None] + span, 4)
         for k, write in enumerate(writes):
             write(w, values[:, k])
 

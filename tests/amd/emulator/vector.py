@@ -382,7 +382,7 @@ def compare(x: Instruction, source: Source, d: int) -> Step:
         result, on = test(a(w), b(w)), w.lanes()
         if on is not None:
             result = result & on
-        words = pack_lanes(np.broadcast_to(result, (w.count, 64)))
+        words = pack_lanes(result if result.shape == (w.count, 64) else np.broadcast_to(result, (w.count, 64)))
         low(w, words[:, 0])
         high(w, words[:, 1])
         if also is not None:
