@@ -28,7 +28,7 @@ from amd.emulator.operands import (
     write_lanes,
     write_scalar,
 )
-from amd.emulator.vector_table import COMPARED, OPS, ORDER, Op, float_class
+from amd.emulator.vector_table import COMPARED, OPS, ORDER, Op, float_class, saturated
 from amd.emulator.waves import EXEC, VCC, Waves
 
 type Source = Callable[[int, str], Reader]
@@ -290,6 +290,8 @@ def vop3(x: Instruction, registers: Registers, arch: str) -> Step | None:
     source = vop3_source(x, registers)
     if x.name.startswith(("V_CMP_", "V_CMPX_")):
         return compare(x, source, x.field("vdst"))
+    if x.field("clmp") and (op := saturated(x.name)):
+        return compute(op, _readers(op, x, registers, source), plain_store(x.field("vdst"), registers))
     store = _vop3_store(x, registers, OPS.get(x.name) or FLOAT8_OPS[arch].get(x.name))
     if x.name == "V_CNDMASK_B32":
         return select(source, store, x.field("src2"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from amd.emulator.numerics import (
     F64,
     I64,
     LANES_BEFORE,
-    U16,
     U64,
     Array,
     F,
@@ -26,7 +25,6 @@ from amd.emulator.numerics import (
     leading_zeros,
     permute_bytes,
     reverse_bits,
-    signed16,
     signed_bit_field,
     signed_bytes,
     to_bf16,
@@ -139,6 +137,8 @@ ROWS: dict[str, tuple[Callable[..., Any], str]] = {
     "V_ADD_U32": (np.add, "uu>u"),
     "V_SUB_U32": (np.subtract, "uu>u"),
     "V_SUBREV_U32": (lambda a, b: b - a, "uu>u"),
+    "V_ADD_I32": (np.add, "ii>i"),
+    "V_SUB_I32": (np.subtract, "ii>i"),
     "V_ADD3_U32": (lambda a, b, c: a + b + c, "uuu>u"),
     "V_XAD_U32": (lambda a, b, c: (a ^ b) + c, "uuu>u"),
     "V_LSHL_ADD_U32": (lambda a, b, c: (a << (b & U(31))) + c, "uuu>u"),
@@ -327,6 +327,20 @@ _PACKED: dict[str, tuple[Callable[..., Any], str]] = {
     "MUL_F32": (np.multiply, "ff>f"),
     "FMA_F32": (fma, "fff>f"),
 }
+LIMITS = {"u": (0, 2**32 - 1), "i": (-(2**31), 2**31 - 1), "w": (0, 2**16 - 1), "s": (-(2**15), 2**15 - 1)}
+_SATURATING = "ADD_U32 SUB_U32 SUBREV_U32 ADD_I32 SUB_I32 ADD_U16 SUB_U16 SUBREV_U16".split()
+
+
+def saturated(name: str) -> Op | None:
+    """The row of an integer sum or difference whose result is clamped to its type; None for other instructions."""
+    op = OPS.get(name)
+    if op is None or name.removeprefix("V_") not in _SATURATING:
+        return None
+    low, high = LIMITS[op.result]
+    exact, to = op.fn, {"i": I, "s": I}.get(op.result, U)
+    return replace(op, fn=lambda *x: np.clip(exact(*(a.astype(I64) for a in x)), low, high).astype(to))
+
+
 PACKED: dict[str, Op] = {f"V_PK_{name}": _row(entry) for name, entry in _PACKED.items()}
 """What each half of a packed operation computes."""
 
@@ -379,4 +393,3 @@ def float_class(a: Array, classes: Array) -> Array:
     return out
 
 
-__all__ = ["COMPARED", "OPS", "ORDER", "PACKED", "U16", "Op", "float_class", "signed16"]
