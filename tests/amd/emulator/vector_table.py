@@ -65,7 +65,7 @@ def _frexp(part: int, other: Any) -> Callable[[Array], Array]:
 
 def _fract(a: Array) -> Array:
     # Never 1, also where the subtraction would round to it.
-    return np.where(np.isfinite(a), np.minimum(a - np.floor(a), F(0x1.FFFFFEp-1)), a - a)
+    return np.where(np.isfinite(a), np.minimum(a - np.floor(a), np.nextafter(F(1), F(0))), a - a)
 
 
 def _median(low: Callable[..., Any], high: Callable[..., Any]) -> Callable[..., Any]:
