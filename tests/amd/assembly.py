@@ -19,7 +19,7 @@ from amd.emulator.scheduler import run
 from amd.emulator.waves import EXEC as EXEC_ROW
 from amd.emulator.waves import Waves
 
-__all__ = ["EXEC", "FIRST_BUFFER", "LIT", "M0", "NULL", "SCC", "VCC", "Machine", "bits", "isa", "s", "v"]
+__all__ = ["EXEC", "FIRST_BUFFER", "LIT", "M0", "NULL", "SCC", "VCC", "Machine", "bits", "isa", "rows", "s", "v", "without_base"]
 
 FIRST_BUFFER = 3
 """Address of buffer n: FIRST_BUFFER + n in the upper word, its byte offset in the lower one."""
@@ -71,6 +71,16 @@ class Machine:
         self.executed = run(program, waves, limit=self.limit, rng=rng)
         waves.select(slice(0, self.groups * self.per_group))
         return waves
+
+
+def rows(first: int, count: int) -> Any:
+    """Vector registers as an operand."""
+    return v[first] if count == 1 else v[first : first + count - 1]
+
+
+def without_base(instruction: Any) -> bytes:
+    """A global or scratch access without a scalar address: 127 in its field, as compilers write it."""
+    return (int.from_bytes(instruction.to_bytes(), "little") | 127 << 48).to_bytes(8, "little")
 
 
 def bits(value: Any) -> np.ndarray:

@@ -155,7 +155,10 @@ def _encoding(name: str) -> _Encoding | None:
         return None
     fields = dict(of._fields)
     operations = {}
-    for op in fields["op"].allowed or fields["op"]._enum:
+    allowed = set(fields["op"].allowed or fields["op"]._enum)
+    if name == "VOP3P_MFMA":  # tinygrad puts those of one chip alone (xfloat32) elsewhere
+        allowed |= {op for op in ins.VOP3P.op.allowed if "MFMA" in op.name}
+    for op in allowed:
         operations[int(op.value)] = op.name.removesuffix("_E32").removesuffix("_E64")
     kind, _, variant = name.partition("_")
     variant = "SDWA" if variant.startswith("SDWA") else variant
