@@ -4,6 +4,7 @@ Environment variables:
   LLAMA_JAX_TEST_GPU: 1 runs the tests marked `gpu`, on the GPU; without it every test runs on the CPU.
   LLAMA_JAX_TEST_CACHE: a folder for converted models that outlives the run; without it each run starts with an empty
     one.
+  LLAMA_JAX_REQUIRE_AMD: 1 makes tests that need the packages of the group `amd` fail without them, as CI does.
   HYPOTHESIS_PROFILE: "ci" tries the same examples in every run.
 """
 
@@ -14,8 +15,9 @@ import shutil
 import signal
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -68,6 +70,18 @@ def data() -> Path:
 def goldens() -> Path:
     """The folder of golden checkpoints: one folder a case, with `expected.npz` from Hugging Face transformers."""
     return DATA / "goldens"
+
+
+@pytest.fixture(scope="session")
+def run_on() -> Callable[..., Any]:
+    """`amd.harness.run_on`: a function compiled for an emulated AMD GPU and executed; see tests/amd/README.md."""
+    from amd.requirements import missing, required
+
+    if packages := ", ".join(missing()):
+        (pytest.fail if required() else pytest.skip)(f"needs {packages}")
+    from amd.harness import run_on
+
+    return run_on
 
 
 @pytest.fixture(scope="session")

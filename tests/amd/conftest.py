@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from amd.requirements import missing
 
-collect_ignore_glob = ["test_emulator_*.py", "test_on_*.py"] if missing() else []
+collect_ignore_glob = ["test_emulator_*.py", "test_amd_*.py"] if missing() else []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from amd.emulator import Kernel, Launch, NotModelled, Options, Region, load_kernel
+from amd.emulator import Kernel, KernelCode, Launch, NotModelled, Options, Region, load_kernel
 from amd.emulator.waves import POISON
 from llama_jax.targets.compiler.executable import gpu_executable
 from llama_jax.targets.compiler.wire import fields, integer_at, message_at, messages, text_at, varint
@@ -45,10 +45,14 @@ class _Slice:
 
 
 class Executable:
-    """A serialised executable for one GPU, ready to run any number of times."""
+    """A serialised executable for one GPU, ready to run any number of times.
 
-    def __init__(self, serialized: bytes, arch: str):
-        self.arch = arch
+    Args:
+      edit: changes a kernel's code before it is decoded, to plant a bug.
+    """
+
+    def __init__(self, serialized: bytes, arch: str, edit: Callable[[KernelCode], KernelCode] | None = None):
+        self.arch, self._edit = arch, edit
         self._fields = gpu_executable(serialized)
         self._shared = next((elf for elf in self._fields.get(_CODE, []) if elf[:4] == b"\x7fELF"), b"")
         self._allocations = [
@@ -82,7 +86,8 @@ class Executable:
         """A kernel of its own code object, or of the module's where `elf` is empty; decoded once."""
         key = (name, elf)
         if key not in self._kernels:
-            self._kernels[key] = Kernel(load_kernel(elf or self._shared, name), self.arch)
+            code = load_kernel(elf or self._shared, name)
+            self._kernels[key] = Kernel(self._edit(code) if self._edit else code, self.arch)
         return self._kernels[key]
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from amd.emulator import Options
+from amd.emulator import KernelCode, Options
 from amd.executable import Executable, LaunchRecord
 from llama_jax.targets import Compilation, compile_for
 
@@ -58,15 +58,17 @@ class Program:
         return jax.tree.unflatten(tree, arrays), Report(tuple(launches))
 
 
-def compile_on(arch: str, f: Callable[..., Any], *args: Any) -> Program:
-    """Compiles `f` for the shapes of `args`: trees of arrays or `jax.ShapeDtypeStruct`."""
+def compile_on(
+    arch: str, f: Callable[..., Any], *args: Any, edit: Callable[[KernelCode], KernelCode] | None = None
+) -> Program:
+    """Compiles `f` for the shapes of `args`: trees of arrays or `jax.ShapeDtypeStruct`; `edit` plants a bug."""
 
     def program(*args: Any) -> Any:  # of our own: every argument stays a parameter, whatever `f` is
         return f(*args)
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), args)
     compilation = compile_for(arch, program, shapes, keep_unused=True)
-    return Program(compilation, Executable(compilation.serialized, arch), compilation.compiled.out_info)
+    return Program(compilation, Executable(compilation.serialized, arch, edit), compilation.compiled.out_info)
 
 
 def run_on(arch: str, f: Callable[..., Any], *args: Any, options: Options = Options()) -> tuple[Any, Report]:

@@ -6,6 +6,7 @@ may differ by one step, 2^-8 of its own size; several roundings on the way allow
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +78,9 @@ def gradients(attention: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v
 
 def pallas_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
     """JAX's own Pallas kernel, forward and backward."""
-    from jax.experimental.pallas.ops.gpu import attention
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from jax.experimental.pallas.ops.gpu import attention
 
     sizes = attention.BlockSizes(
         block_q=64, block_k=64, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32
@@ -95,9 +98,12 @@ def transcendental(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x) + jnp.tanh(x) + jnp.log1p(jnp.exp(x)) + jnp.sqrt(abs(x)) + abs(x) ** 3.3
 
 
-def float8_matmul(dtype: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    # Rounded where it starts, so that both chips multiply numbers that are exact in their kind of float8.
-    return jax.lax.dot(x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+def float8_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jax.lax.dot(x, y, preferred_element_type=jnp.float32)
+
+
+def exact_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x.astype(F32), y.astype(F32), precision="highest")
 
 
 def examples() -> dict[str, Callable[[], Example]]:
@@ -124,6 +130,12 @@ def examples() -> dict[str, Callable[[], Example]]:
             lambda x, y: jax.lax.dot(x, y, preferred_element_type=jnp.int32),
             (eight_bits(64, 64), eight_bits(64, 64, seed=1)),
         ),
+        **{
+            f"matmul_{kind}": lambda dtype=dtype: Example(
+                float8_matmul, (normal(64, 64, dtype=dtype), normal(64, 64, dtype=dtype, seed=1)), 1e-6, exact_matmul
+            )
+            for kind, dtype in (("fp8_ocp", jnp.float8_e4m3fn), ("fp8_fnuz", jnp.float8_e4m3fnuz))
+        },
         "int8_weights": lambda: Example(
             lambda x, w, scale: (x @ w.astype(BF16)) * scale,
             (normal(16, 256), eight_bits(256, 128), (normal(128) / 100).astype(BF16)),

@@ -296,6 +296,24 @@ def test_float8(arch: str, kind: str, dtype: Any) -> None:
     assert (w.v[12, 0] >> 16 == 0x7FC0).all()  # the upper half stays as it was
 
 
+@pytest.mark.parametrize("upper", [0, 1])
+def test_scaled_float8(upper: int) -> None:
+    """gfx950: two bytes times the power of two of a float32's exponent, and back."""
+    everything = np.arange(256, dtype=np.uint8)
+    finite = np.where((everything & 0x7F) == 0x7F, 0, everything).astype(np.uint8)  # 0x7f and 0xff are NaN
+    w = Machine(vectors={1: finite.view(np.uint32), 2: -6.5}, arch="gfx950").run(
+        isa.v_cvt_scalef32_pk_f32_fp8(v[8:9], v[1], v[2], opsel=upper),
+        isa.v_cvt_scalef32_pk_bf16_fp8(v[10], v[1], v[2], opsel=upper),
+        isa.v_cvt_scalef32_pk_fp8_f32(v[12], v[8], v[9], v[2], opsel=8 * upper),
+    )
+    of = ml_dtypes.float8_e4m3fn
+    want = finite.view(of).astype(np.float32).reshape(64, 2, 2)[:, upper] * 4
+    np.testing.assert_array_equal(w.f[8:10, 0].T, want)
+    np.testing.assert_array_equal(w.v[10, 0].view(ml_dtypes.bfloat16).reshape(64, 2).astype(np.float32), want)
+    again = (w.v[12, 0] >> 16 * upper & 0xFFFF).astype(np.uint16).view(of).reshape(64, 2).astype(np.float32)
+    np.testing.assert_array_equal(again, want / 4)
+
+
 def test_half_operations() -> None:
     a, b, c = (FLOATS / 1e3).astype(np.float16)
     words = np.stack([a.view(np.uint16), b.view(np.uint16), c.view(np.uint16)]).astype(np.uint32)
