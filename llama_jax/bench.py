@@ -21,7 +21,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax import runtime
-from llama_jax.config import LlamaConfig, MoeSpec, preset
+from llama_jax.config import preset
+from llama_jax.costs import prefill_flops, step_bytes
 from llama_jax.fuse import fuse_in_place
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
@@ -150,37 +151,7 @@ def bench(
         prefill_tps=batch * prompt / prefill,
         step_s=step,
         decode_tps=batch / step,
-        mbu=step_bytes(model, batch, prompt + new // 2) / step / ceilings.read_bytes_per_s,
+        mbu=step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2) / step / ceilings.read_bytes_per_s,
         mfu=prefill_flops(model.config, batch, prompt) / prefill / ceilings.matmul_flops_per_s,
         spread=(max(decodes) - min(decodes)) / decode,
     )
-
-
-def step_bytes(model: Model, batch: int, length: int) -> int:
-    """Bytes that a decode step must read: every weight that it uses once, and `length` tokens of cache for each row."""
-    c, itemsize = model.config, model.dtype.itemsize
-    cache = 2 * c.num_layers * batch * length * c.kv_dim * itemsize
-    return _matmul_params(c, batch) * itemsize + cache
-
-
-def prefill_flops(config: LlamaConfig, batch: int, prompt: int) -> int:
-    """Multiplications and additions of a prompt: all products per token, causal attention, logits of the last token."""
-    head = config.vocab_size * config.hidden_size
-    attention = 2 * prompt * (prompt + 1) * config.q_dim * config.num_layers
-    return batch * (2 * prompt * (_matmul_params(config, 1) - head) + attention + 2 * head)
-
-
-def _matmul_params(c: LlamaConfig, tokens: int) -> int:
-    """Weights that a step of `tokens` tokens multiplies with: the embedding counts once, as logits, and of the experts
-    only as many as the tokens can use."""
-    total = 0
-    for spec in param_specs(c):
-        if spec.name == "embed.weight" and not c.tie_word_embeddings:
-            continue
-        size = spec.size
-        if ".moe.experts." in spec.name:
-            moe = c.layers[int(spec.path[1])].mlp
-            assert isinstance(moe, MoeSpec)
-            size = size * min(moe.num_experts, tokens * moe.top_k) // moe.num_experts
-        total += size
-    return total

@@ -115,7 +115,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tup
 
 
 @partial(jax.jit, static_argnames=("config", "capacity", "dtype", "prompt_logprobs"), donate_argnames=("cache",))
-def _prefill_chunk(
+def prefill_chunk(
     params: Params,
     cache: DenseCache | None,
     tokens: jax.Array,
@@ -179,7 +179,7 @@ def prefill(
     logits = cache = None
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)
-        logits, cache, piece = _prefill_chunk(
+        logits, cache, piece = prefill_chunk(
             params,
             cache,
             tokens[:, part],

@@ -4,7 +4,7 @@ Environment variables:
   LLAMA_JAX_TEST_GPU: 1 runs the tests marked `gpu`, on the GPU; without it every test runs on the CPU.
   LLAMA_JAX_TEST_CACHE: a folder for converted models that outlives the run; without it each run starts with an empty
     one.
-  LLAMA_JAX_REQUIRE_AMD: 1 makes tests that need the packages of the group `amd` fail without them, as CI does.
+  LLAMA_JAX_REQUIRE_AMD: 1 (or CI) fails the tests marked `amd` where their packages are missing.
   HYPOTHESIS_PROFILE: "ci" tries the same examples in every run.
 """
 
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+from amd.requirements import missing, required
 
 if TYPE_CHECKING:  # these import jax, and the environment is set up below
     from llama_jax.loading import Model
@@ -58,6 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not ON_GPU:
         pytest.skip("needs a GPU: set LLAMA_JAX_TEST_GPU=1")
+    if item.get_closest_marker("amd") and missing():
+        reason = f"{', '.join(missing())} not installed: uv sync --group amd"
+        pytest.fail(reason) if required() else pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -74,11 +78,8 @@ def goldens() -> Path:
 
 @pytest.fixture(scope="session")
 def run_on() -> Callable[..., Any]:
-    """`amd.harness.run_on`: a function compiled for an emulated AMD GPU and executed; see tests/amd/README.md."""
-    from amd.requirements import missing, required
-
-    if packages := ", ".join(missing()):
-        (pytest.fail if required() else pytest.skip)(f"needs {packages}")
+    """`amd.harness.run_on`: a function compiled for an emulated AMD GPU and executed; see tests/amd/README.md. Mark tests
+    that use it with `amd`."""
     from amd.harness import run_on
 
     return run_on

@@ -140,14 +140,14 @@ def test_long_prompts_run_in_chunks(golden: Golden, name: str, value: int, monke
     prompts = prompts_of(golden, [200, 150])
     whole, _, whole_logprobs = prefill(golden, prompts, prompt_logprobs=3)
     calls = []
-    original = decode._prefill_chunk
+    original = decode.prefill_chunk
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args[2].shape[1])
         return original(*args, **kwargs)
 
     monkeypatch.setattr(decode, name, value)
-    monkeypatch.setattr(decode, "_prefill_chunk", counted)
+    monkeypatch.setattr(decode, "prefill_chunk", counted)
     chunked, _, _ = prefill(golden, prompts)
     _, _, logprobs = prefill(golden, prompts, prompt_logprobs=3)
     assert len(calls) > 2

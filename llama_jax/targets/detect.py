@@ -44,8 +44,8 @@ def current() -> Target:
     """The target of the program that is being traced: the abstract device of the mesh in use (compilation for another
     machine), else the default device. Imports jax, and starts its backend where no mesh is in use.
 
-    The abstract mesh is part of jit's cache key, so a program traced for one target is never reused for another. A device
-    that is not in the table gets a target made of what it reports (see `identify`).
+    The abstract mesh is part of jit's cache key, so a program traced for one target is never reused for another. A
+    device that is not in the table gets a target made of what it reports (see `identify`).
     """
     import jax
 
@@ -108,7 +108,9 @@ def identify(facts: Facts) -> Target:
     alike = [target for target in known if target.arch == facts.arch]
     same = [target for target in alike if facts.compute_units in (0, target.compute_units)]
     # A driver keeps some memory for itself: compared as a share. The first one where nothing tells them apart.
-    nearest = min(same, key=lambda t: abs(facts.memory / t.memory - 1) if facts.memory and t.memory else 0, default=None)
+    nearest = min(
+        same, key=lambda t: abs(facts.memory / t.memory - 1) if facts.memory and t.memory else 0, default=None
+    )
     return nearest or _unknown(facts, alike[0] if alike else None)
 
 
@@ -172,7 +174,8 @@ def _abstract_facts(device: jax.sharding.AbstractDevice) -> Facts:
 
 
 def _device_facts(device: Any) -> Facts:
-    """Facts of a `jax.Device`; attributes that a backend does not know are left out."""
+    """Facts of a `jax.Device`; attributes that a backend does not know are left out. Whatever is no GPU counts as a
+    CPU: the reference implementations run there."""
     if device.platform not in ("gpu", "cuda", "rocm"):
         return Facts("cpu")
     capability = str(getattr(device, "compute_capability", ""))
@@ -181,8 +184,14 @@ def _device_facts(device: Any) -> Facts:
     arch = capability.split(":")[0] if vendor == "amd" else f"sm_{capability.replace('.', '')}"
     units = int(getattr(device, "core_count", 0))
     # jax states what it may use, by default three quarters: 192 of 256 GB. The driver states all.
-    memory = next((g.memory for g in kfd.gpus() if (g.arch, g.compute_units) == (arch, units)), 0)
+    memory = next((g.memory for g in _driver_gpus() if (g.arch, g.compute_units) == (arch, units)), 0)
     return Facts(vendor, kind, arch, units, memory)
+
+
+@functools.cache
+def _driver_gpus() -> tuple[kfd.KfdGpu, ...]:
+    """Read once: `current` is called for every operation that is traced."""
+    return kfd.gpus()
 
 
 def _vendor(kind: str) -> Vendor:

@@ -17,7 +17,7 @@ from amd.emulator.instruction import decode
 from amd.harness import ARCHS, compile_on, run_on
 
 # Pallas's Triton lowering, which JAX has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")]
 
 ROWS, LENGTH, BLOCK = 4, 100, 128
 RNG = np.random.default_rng(0)

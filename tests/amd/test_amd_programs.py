@@ -15,7 +15,7 @@ from amd.harness import ARCHS, Program, compile_on, run_on
 from amd.programs import examples
 
 # Pallas's Triton lowering, which JAX has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")]
 
 EXAMPLES = examples()
 FAST = {

@@ -123,9 +123,8 @@ def gpu_executable(serialized: bytes) -> Fields:
     return inner
 
 
-def kernels(serialized: bytes) -> tuple[Kernel, ...]:
-    """Every kernel of a serialised executable, in the order of their first launch."""
-    exe = gpu_executable(serialized)
+def kernels(exe: Fields) -> tuple[Kernel, ...]:
+    """Every kernel of an executable (`gpu_executable`), in the order of their first launch."""
     arch = text_at(exe[_DEVICE][0], 2, 1) if _DEVICE in exe else ""
     shared = {
         name: (metadata, elf)
@@ -171,9 +170,8 @@ def kernels(serialized: bytes) -> tuple[Kernel, ...]:
     return tuple(found)
 
 
-def library_calls(serialized: bytes) -> Counter[str]:
+def library_calls(exe: Fields) -> Counter[str]:
     """What an executable runs that is no kernel of its own, and how often it stands there: libraries, collectives."""
-    exe = gpu_executable(serialized)
     return Counter(call for thunk in exe.get(_THUNKS, []) for call in _library_calls(thunk))
 
 

@@ -101,7 +101,8 @@ def snappy(data: bytes) -> bytes:
             length, offset, at = (tag >> 2) + 1, int.from_bytes(data[at : at + width], "little"), at + width
         if not 0 < offset <= len(out):
             raise ValueError("damaged Snappy block")
-        piece = bytes(out[len(out) - offset :][:length])
+        start = len(out) - offset
+        piece = out[start : start + length]
         out += piece if offset >= length else (piece * (length // offset + 1))[:length]
     if len(out) != size:
         raise ValueError("damaged Snappy block")
