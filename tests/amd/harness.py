@@ -15,6 +15,10 @@ from amd.executable import Executable, LaunchRecord
 from llama_jax.targets import Compilation, compile_for
 
 ARCHS = ("gfx942", "gfx950")
+COMPILER_OPTIONS = {
+    # On gfx942 XLA would hand ragged_dot to hipBLASLt, and libraries cannot be emulated.
+    "xla_gpu_experimental_use_ragged_dot_grouped_gemm": False,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def compile_on(
         return f(*args)
 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x)), args)
-    compilation = compile_for(arch, program, shapes, keep_unused=True)
+    compilation = compile_for(arch, program, shapes, compiler_options=COMPILER_OPTIONS, keep_unused=True)
     return Program(compilation, Executable(compilation.serialized, arch, edit), compilation.compiled.out_info)
 
 
