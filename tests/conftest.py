@@ -4,23 +4,24 @@ Environment variables:
   LLAMA_JAX_TEST_GPU: 1 runs the tests marked `gpu`, on the GPU; without it every test runs on the CPU.
   LLAMA_JAX_TEST_CACHE: a folder for converted models that outlives the run; without it each run starts with an empty
     one.
-  LLAMA_JAX_REQUIRE_AMD: 1 (or CI) fails the tests marked `amd` where the compiler for AMD GPUs is missing.
+  LLAMA_JAX_REQUIRE_AMD: 1 (or CI) fails the tests marked `amd` where their packages are missing.
   HYPOTHESIS_PROFILE: "ci" tries the same examples in every run.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+from amd.requirements import missing, required
 
 if TYPE_CHECKING:  # these import jax, and the environment is set up below
     from llama_jax.loading import Model
@@ -58,10 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not ON_GPU:
         pytest.skip("needs a GPU: set LLAMA_JAX_TEST_GPU=1")
-    if item.get_closest_marker("amd") and importlib.util.find_spec("jax_plugins.xla_rocm7") is None:
-        if any(os.environ.get(name, "0") not in ("", "0") for name in ("CI", "LLAMA_JAX_REQUIRE_AMD")):
-            pytest.fail("the compiler for AMD GPUs is not installed: uv sync --group amd")
-        pytest.skip("needs the compiler for AMD GPUs: uv sync --group amd")
+    if item.get_closest_marker("amd") and missing():
+        reason = f"{', '.join(missing())} not installed: uv sync --group amd"
+        pytest.fail(reason) if required() else pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +74,15 @@ def data() -> Path:
 def goldens() -> Path:
     """The folder of golden checkpoints: one folder a case, with `expected.npz` from Hugging Face transformers."""
     return DATA / "goldens"
+
+
+@pytest.fixture(scope="session")
+def run_on() -> Callable[..., Any]:
+    """`amd.harness.run_on`: a function compiled for an emulated AMD GPU and executed; see tests/amd/README.md. Mark tests
+    that use it with `amd`."""
+    from amd.harness import run_on
+
+    return run_on
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""Kernels compiled for AMD GPUs and executed without one; see README.md."""
