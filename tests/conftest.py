@@ -78,8 +78,10 @@ def goldens() -> Path:
 
 @pytest.fixture(scope="session")
 def run_on() -> Callable[..., Any]:
-    """`amd.harness.run_on`: a function compiled for an emulated AMD GPU and executed; see tests/amd/README.md. Mark tests
-    that use it with `amd`."""
+    """`amd.harness.run_on`: a function compiled for an emulated AMD GPU and executed; see tests/amd/README.md.
+
+    Mark tests that use it with `amd`.
+    """
     from amd.harness import run_on
 
     return run_on

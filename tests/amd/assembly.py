@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,28 @@ from amd.emulator.scheduler import run
 from amd.emulator.waves import EXEC as EXEC_ROW
 from amd.emulator.waves import Waves
 
-__all__ = ["EXEC", "FIRST_BUFFER", "LIT", "M0", "NULL", "SCC", "VCC", "Machine", "bits", "isa", "rows", "s", "v", "without_base"]
+__all__ = [
+    "EXEC",
+    "FIRST_BUFFER",
+    "LIT",
+    "M0",
+    "NULL",
+    "SCC",
+    "VCC",
+    "Machine",
+    "bits",
+    "isa",
+    "rows",
+    "s",
+    "v",
+    "without_base",
+]
 
 FIRST_BUFFER = 3
 """Address of buffer n: FIRST_BUFFER + n in the upper word, its byte offset in the lower one."""
+
+
+SIXTY_FOUR = Registers(64, 64)
 
 
 @dataclass
@@ -38,8 +56,8 @@ class Machine:
       buffers: uint8 arrays, padded to whole words.
     """
 
-    vectors: Mapping[int, Any] = field(default_factory=dict)
-    scalars: Mapping[int, int] = field(default_factory=dict)
+    vectors: dict[int, Any] = field(default_factory=dict)
+    scalars: dict[int, int] = field(default_factory=dict)
     exec: int = (1 << 64) - 1
     groups: int = 1
     per_group: int = 1
@@ -50,7 +68,7 @@ class Machine:
     seed: int | None = None
     check_races: bool = True
     limit: int = 100_000
-    registers: Registers = Registers(64, 64)
+    registers: Registers = SIXTY_FOUR
 
     def run(self, *code: Any) -> Waves:
         """Executes instructions (tinygrad's, or their bytes) and S_ENDPGM; returns the registers."""

@@ -1,5 +1,5 @@
-"""Runs whole executables that XLA compiled for gfx942 or gfx950: kernels in the emulator, XLA's own copies, fills, loops
-and branches here. Calls of libraries (hipBLASLt, RCCL, ...) are refused.
+"""Runs whole executables that XLA compiled for gfx942 or gfx950: kernels in the emulator, XLA's own copies, fills,
+loops and branches here. Calls of libraries (hipBLASLt, RCCL, ...) are refused.
 
 What the numbers of protocol buffer fields mean: `llama_jax.targets.compiler.executable`.
 """
@@ -135,7 +135,9 @@ class _Run:
             words = np.full(-(-size // 4), POISON, np.uint32)
             self.allocations[number] = raw = words.view(np.uint8)
             if parameter is not None:
-                raw[: arguments[parameter].nbytes] = np.ascontiguousarray(arguments[parameter]).reshape(-1).view(np.uint8)
+                raw[: arguments[parameter].nbytes] = (
+                    np.ascontiguousarray(arguments[parameter]).reshape(-1).view(np.uint8)
+                )
         for number, body in executable._constants:
             raw = self.allocations[number]
             if not 0 <= raw.size - len(body) < 4:

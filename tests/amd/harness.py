@@ -15,6 +15,7 @@ from amd.executable import Executable, LaunchRecord
 from llama_jax.targets import Compilation, compile_for
 
 ARCHS = ("gfx942", "gfx950")
+IN_ORDER = Options()
 COMPILER_OPTIONS = {
     # On gfx942 XLA would hand ragged_dot to hipBLASLt, and libraries cannot be emulated.
     "xla_gpu_experimental_use_ragged_dot_grouped_gemm": False,
@@ -53,7 +54,7 @@ class Program:
     executable: Executable
     output: Any
 
-    def run(self, *args: Any, options: Options = Options()) -> tuple[Any, Report]:
+    def run(self, *args: Any, options: Options = IN_ORDER) -> tuple[Any, Report]:
         """The function's results, numpy arrays in its tree, and what ran."""
         flat = [np.asarray(x) for x in jax.tree.leaves(args)]
         leaves, tree = jax.tree.flatten(self.output)
@@ -75,7 +76,7 @@ def compile_on(
     return Program(compilation, Executable(compilation.serialized, arch, edit), compilation.compiled.out_info)
 
 
-def run_on(arch: str, f: Callable[..., Any], *args: Any, options: Options = Options()) -> tuple[Any, Report]:
+def run_on(arch: str, f: Callable[..., Any], *args: Any, options: Options = IN_ORDER) -> tuple[Any, Report]:
     """Compiles `f` for an arch of `ARCHS` and runs it on `args`.
 
     Returns:

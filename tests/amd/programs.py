@@ -82,12 +82,8 @@ def pallas_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool =
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas.ops.gpu import attention
 
-    sizes = attention.BlockSizes(
-        block_q=64, block_k=64, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32
-    )
-    return attention.mha(
-        q, k, v, segment_ids=None, causal=True, sm_scale=0.125, block_sizes=sizes, interpret=interpret
-    )
+    sizes = attention.BlockSizes(block_q=64, block_k=64, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)
+    return attention.mha(q, k, v, segment_ids=None, causal=True, sm_scale=0.125, block_sizes=sizes, interpret=interpret)
 
 
 def sample(logits: jax.Array, key: jax.Array) -> jax.Array:

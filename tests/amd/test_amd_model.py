@@ -1,19 +1,22 @@
 """Whole models on emulated GPUs: prefill, then decode steps with the cache, against the same code on the CPU.
 
-Both compute in bfloat16, so they agree as far as bfloat16 goes. With the same tokens given to both, logits may differ by
-LOGITS_TOLERANCE of the largest, keys and values by CACHE_TOLERANCE: a few roundings of 2^-8 each, over two layers.
+Both compute in bfloat16, which alone puts the logits of these models up to 0.013 away from float32 (norm of the
+difference over the norm, of one token). So TOLERANCE between two such computations is 0.025; a window that is one slot
+too wide gives twice as much.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import random_params
+from helpers import random_params, random_tokens, run
 
 from amd.harness import ARCHS, compile_on
 from llama_jax.cache import DenseCache
@@ -26,7 +29,7 @@ from llama_jax.model import forward
 # Pallas's Triton lowering, which JAX has deprecated.
 pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")]
 
-LOGITS_TOLERANCE = CACHE_TOLERANCE = 2.0**-6
+TOLERANCE = 0.025
 PROMPT, STEPS, CAPACITY = 24, 8, 64
 OPERATIONS: tuple[Operation, ...] = (flash_attention, decode_attention, grouped_experts)
 
@@ -51,12 +54,12 @@ MODELS = {
 }
 
 
-def relative_error(actual: np.ndarray, expected: jax.Array) -> float:
-    want = np.asarray(expected, np.float64)
-    got = actual.astype(np.float64)
+def error(actual: np.ndarray | jax.Array, expected: jax.Array) -> float:
+    """||actual - expected|| / ||expected|| of the worst vector (last axis)."""
+    got, want = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert got.shape == want.shape
     assert np.isfinite(got).all()
-    return float(np.abs(got - want).max() / np.abs(want).max())
+    return float((np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)).max())
 
 
 def named(backend: str) -> Mapping[str, str]:
@@ -69,9 +72,20 @@ def assert_launched(kernels: Counter[str], operation: Operation) -> None:
     assert any(name.startswith(operation.name) for name in kernels), f"{operation.name} is not among {dict(kernels)}"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("backend", ["reference", pytest.param("pallas_triton", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("model", ["dense", pytest.param("experts", marks=pytest.mark.slow)])
+def test_the_tolerance_notices_a_window_that_is_too_wide() -> None:
+    cfg, params, tokens = MODELS["dense"], random_params(MODELS["dense"]), random_tokens(MODELS["dense"], 1, PROMPT)
+    wide = cfg.replace(layers=(cfg.layers[0], dataclasses.replace(cfg.layers[1], window=17)))
+    right, wrong = (run(params, c, tokens)[0] for c in (cfg, wide))
+    assert error(wrong, right) > 2 * TOLERANCE
+
+
+CASES = [
+    pytest.param(arch, backend, model, marks=() if n == 0 else pytest.mark.slow, id=f"{model}-{backend}-{arch}")
+    for n, (backend, model, arch) in enumerate(product(("pallas_triton", "reference"), MODELS, ARCHS))
+]
+
+
+@pytest.mark.parametrize(("arch", "backend", "model"), CASES)
 def test_prefill_and_decode(arch: str, backend: str, model: str) -> None:
     chosen = named(backend)
     if not chosen:
@@ -95,7 +109,7 @@ def test_prefill_and_decode(arch: str, backend: str, model: str) -> None:
         (got, cache), report = compile_on(arch, prefill, *first).run(*first)
         kernels = Counter(report.kernels)
         print(f"prefill on {arch}: {report.wave_instructions} wave instructions, {dict(report.kernels)}")
-        assert relative_error(got, want) < LOGITS_TOLERANCE
+        assert error(got, want) < TOLERANCE
         amd_step = compile_on(arch, step, params, tokens[:, :1], positions[:, :1], cache)
         for n in range(PROMPT, PROMPT + STEPS):
             now = (tokens[:, n : n + 1], positions[:, n : n + 1])
@@ -103,10 +117,13 @@ def test_prefill_and_decode(arch: str, backend: str, model: str) -> None:
             kernels += report.kernels
             with using(**named("reference")):
                 want, want_cache = cpu_step(params, *now, want_cache)
-            assert relative_error(got, want) < LOGITS_TOLERANCE
+            assert error(got, want) < TOLERANCE
         print(f"decode step on {arch}: {report.wave_instructions} wave instructions, {dict(report.kernels)}")
-    for mine, theirs in zip(jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((want_cache.k, want_cache.v)), strict=True):
-        assert relative_error(mine, theirs) < CACHE_TOLERANCE
+    for mine, theirs in zip(
+        jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((want_cache.k, want_cache.v)), strict=True
+    ):
+        used = slice(0, PROMPT + STEPS)
+        assert error(mine[:, :, used], theirs[:, :, used]) < TOLERANCE
     np.testing.assert_array_equal(cache.positions, want_cache.positions)
     assert int(cache.length) == PROMPT + STEPS
     if backend != "reference":

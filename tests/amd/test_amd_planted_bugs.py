@@ -49,7 +49,9 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
         out_ref[...] = plgpu.dot(x_ref[...], y_ref[...])
 
     out = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-    return pl.pallas_call(product, out_shape=out, compiler_params=plgpu.CompilerParams(num_warps=4), name="product")(x, y)
+    return pl.pallas_call(product, out_shape=out, compiler_params=plgpu.CompilerParams(num_warps=4), name="product")(
+        x, y
+    )
 
 
 X = RNG.standard_normal((ROWS, LENGTH)).astype(np.float32)

@@ -88,7 +88,7 @@ def test_layout_and_product(name: str, size: int, k: int, blocks: int, of: Any, 
     for register, lane, block, row, column in places:
         added[register, lane] = c[block, row, column]
     left, right = lanes_of(a), lanes_of(b)
-    vectors = {k: x for k, x in enumerate(left)} | {16 + k: x for k, x in enumerate(right)}
+    vectors = dict(enumerate(left)) | {16 + k: x for k, x in enumerate(right)}
     vectors |= {32 + k: x for k, x in enumerate(added.view(np.uint32))}
     code = getattr(isa, name)(
         rows(80, registers), rows(0, len(left)), rows(16, len(right)), rows(32, registers), **unpacked(name)

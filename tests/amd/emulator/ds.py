@@ -10,7 +10,7 @@ from amd.emulator.access import Access, spread
 from amd.emulator.errors import Fault, NotModelled
 from amd.emulator.global_memory import apply_in_order, compare_swap
 from amd.emulator.instruction import Instruction
-from amd.emulator.numerics import LANES, F, Array, I, U
+from amd.emulator.numerics import LANES, Array, F, I, U
 from amd.emulator.operands import Registers, Step
 from amd.emulator.waves import Waves
 

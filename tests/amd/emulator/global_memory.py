@@ -10,7 +10,7 @@ from amd.emulator.access import Access, spread
 from amd.emulator.errors import Fault, NotModelled
 from amd.emulator.instruction import Instruction
 from amd.emulator.memory import as_int64
-from amd.emulator.numerics import F, I64, U64, Array, I, U, half, join, to_half
+from amd.emulator.numerics import I64, U64, Array, F, I, U, half, join, to_half
 from amd.emulator.operands import Reader, Registers, Step, scalar
 from amd.emulator.waves import Waves
 

@@ -117,7 +117,7 @@ def dpp_lanes(control: int) -> tuple[Array, Array]:
     raise NotModelled(f"DPP control {control:#x}")
 
 
-def dpp_source(x: Instruction, registers: Registers) -> tuple[Reader, Reader]:
+def dpp_source(x: Instruction, registers: Registers) -> tuple[Reader, Callable[[Waves], Array | None]]:
     """Operand 0 of a DPP instruction as words, and the lanes that it writes."""
     source, ok = dpp_lanes(x.field("dpp"))
     source = np.clip(source, 0, 63)

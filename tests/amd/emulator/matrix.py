@@ -21,6 +21,7 @@ from amd.emulator.numerics import U16, Array, F, I, U
 from amd.emulator.operands import Registers, Step, is_vector, scalar
 from amd.emulator.waves import Waves
 
+
 @dataclass(frozen=True)
 class Shape:
     """M x N x K of each of `blocks` products."""

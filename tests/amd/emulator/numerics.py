@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-U, I, F = np.uint32, np.int32, np.float32
+U, I, F = np.uint32, np.int32, np.float32  # noqa: E741
 U16, U64, I64, F64 = np.uint16, np.uint64, np.int64, np.float64
 type Array = np.ndarray
 

@@ -12,7 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from amd.emulator.errors import Fault, NotModelled
-from amd.emulator.numerics import F, F64, I, I64, INLINE_FLOATS, U, U16, U64, Array, half, join, signed16, to_half
+from amd.emulator.numerics import (
+    F64,
+    I64,
+    INLINE_FLOATS,
+    U64,
+    Array,
+    F,
+    I,
+    U,
+    half,
+    join,
+    signed16,
+    to_half,
+    unpack_lanes,
+)
 from amd.emulator.waves import EXEC, Waves
 
 type Reader = Callable[[Waves], Array]
@@ -92,7 +106,9 @@ def constant(code: int, kind: str, literal: int) -> int:
         number = np.float64(INLINE_FLOATS[code])
         if kind in "UI":
             raise NotModelled(f"inline constant {number} of a 64-bit integer operand")
-        of = {"h": np.float16, "w": np.float16, "s": np.float16, "d": np.float64}.get(kind, np.float32)
+        of: type[np.floating] = {"h": np.float16, "w": np.float16, "s": np.float16, "d": np.float64}.get(
+            kind, np.float32
+        )
         value = int(of(number).view(f"u{of().itemsize}"))
     elif code == 255:
         if kind in WIDE and (kind == "d" or literal >> 31):
@@ -180,13 +196,6 @@ def write_lanes(code: int) -> Write:
 
 def read_lanes(code: int) -> Reader:
     """Reads a pair of scalar registers as bool [waves, 64]."""
-    from amd.emulator.numerics import unpack_lanes
-
     if code >= 128:
         raise NotModelled(f"lane mask from operand {code}")
     return lambda w: unpack_lanes(w.s[code], w.s[code + 1])
-
-
-def low16(x: Array) -> Array:
-    """The low 16 bits in place, as uint16."""
-    return x.astype(U16)

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
+from amd.emulator.encodings import plain_store
 from amd.emulator.errors import NotModelled
 from amd.emulator.instruction import Instruction
 from amd.emulator.matrix import mfma
-from amd.emulator.numerics import Array, F, U, fma, half, to_half
+from amd.emulator.numerics import Array, F, I, U, fma, half, to_half
 from amd.emulator.operands import AS, FROM, Reader, Registers, Step, is_vector, vector
-from amd.emulator.vector import compute, plain_store
-from amd.emulator.vector_table import OPS, PACKED
+from amd.emulator.vector import compute
+from amd.emulator.vector_table import OPS, Op, row
 from amd.emulator.waves import Waves
+
+_PACKED: dict[str, tuple[Callable[..., Any], str]] = {
+    "MUL_LO_U16": (np.multiply, "ww>w"),
+    "ADD_U16": (np.add, "ww>w"),
+    "ADD_I16": (np.add, "ss>s"),
+    "SUB_U16": (np.subtract, "ww>w"),
+    "SUB_I16": (np.subtract, "ss>s"),
+    "MAD_U16": (lambda a, b, c: a * b + c, "www>w"),
+    "MAD_I16": (lambda a, b, c: a * b + c, "sss>s"),
+    "LSHLREV_B16": (lambda a, b: b << (a & U(15)), "ww>w"),
+    "LSHRREV_B16": (lambda a, b: b >> (a & U(15)), "ww>w"),
+    "ASHRREV_I16": (lambda a, b: b >> (a & U(15)).astype(I), "ws>s"),
+    "MIN_U16": (np.minimum, "ww>w"),
+    "MAX_U16": (np.maximum, "ww>w"),
+    "MIN_I16": (np.minimum, "ss>s"),
+    "MAX_I16": (np.maximum, "ss>s"),
+    "ADD_F16": (np.add, "hh>h"),
+    "MUL_F16": (np.multiply, "hh>h"),
+    "MIN_F16": (np.fmin, "hh>h"),
+    "MAX_F16": (np.fmax, "hh>h"),
+    "FMA_F16": (fma, "hhh>h"),
+    "ADD_F32": (np.add, "ff>f"),
+    "MUL_F32": (np.multiply, "ff>f"),
+    "FMA_F32": (fma, "fff>f"),
+}
+PACKED: dict[str, Op] = {f"V_PK_{name}": row(entry) for name, entry in _PACKED.items()}
+"""What each half of a packed operation computes."""
 
 
 def vop3p(x: Instruction, registers: Registers, arch: str) -> Step:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from amd.emulator import ds, global_memory, packed, scalar, vector
+from amd.emulator import control, ds, global_memory, packed, scalar, vector
 from amd.emulator.errors import EmulatorError, NotModelled
 from amd.emulator.instruction import Instruction, decode
 from amd.emulator.numerics import Array
@@ -85,14 +85,14 @@ class Program:
             pc += x.size
             count += 1
             if x.format == "SOPP":
-                if x.name in scalar.BRANCHES:
+                if x.name in control.BRANCHES:
                     target = pc + 4 * x.signed("simm16")
-                    return Block(tuple(steps), tuple(where), count, "branch", pc, target, scalar.BRANCHES[x.name])
+                    return Block(tuple(steps), tuple(where), count, "branch", pc, target, control.BRANCHES[x.name])
                 if x.name == "S_BARRIER":
                     return Block(tuple(steps), tuple(where), count, "barrier", pc)
                 if x.name == "S_ENDPGM":
                     return Block(tuple(steps), tuple(where), count, "end", pc)
-                if x.name not in scalar.NO_OPS:
+                if x.name not in control.NO_OPS:
                     raise self.located(NotModelled(x.name), x)
             else:
                 try:
@@ -120,7 +120,7 @@ class Program:
                 except NotModelled:
                     break  # met again, and reported, if it is ever executed
                 pc += x.size
-                if x.name in scalar.BRANCHES:
+                if x.name in control.BRANCHES:
                     target = pc + 4 * x.signed("simm16")
                     self.leaders.update((target, pc))
                     todo.append(target)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from amd.emulator.control import NO_OPS
 from amd.emulator.errors import NotModelled
 from amd.emulator.instruction import Instruction
 from amd.emulator.numerics import (
@@ -22,7 +23,7 @@ from amd.emulator.numerics import (
     trailing_zeros,
 )
 from amd.emulator.operands import Step, scalar, write_scalar, write_scalar64
-from amd.emulator.waves import EXEC, VCC, Waves
+from amd.emulator.waves import EXEC, Waves
 
 type Result = tuple[Array, Array | None]
 
@@ -193,7 +194,7 @@ def sop1(x: Instruction) -> Step:
     if x.name == "S_GETPC_B64":
         from amd.emulator.memory import CODE
 
-        write, after = write_scalar64(d), np.uint64((CODE << 32) + x.pc + x.size)
+        write, after = write_scalar64(d), np.asarray((CODE << 32) + x.pc + x.size, U64)
         return lambda w: write(w, after)
     raise NotModelled(x.name)
 
@@ -223,7 +224,7 @@ def sopc(x: Instruction) -> Step:
 def sopk(x: Instruction) -> Step:
     """An operation with a 16-bit immediate."""
     d, k = x.field("sdst"), x.signed("simm16")
-    value = U(k & 0xFFFFFFFF)
+    value = np.asarray(k & 0xFFFFFFFF, U)
     _, first, *rest = x.name.split("_")
     if x.name == "S_MOVK_I32":
         write = write_scalar(d)
@@ -244,30 +245,13 @@ def sopk(x: Instruction) -> Step:
     if first == "CMPK":
         kind = "i" if rest[1] == "I32" else "u"
         compare, left = ORDER[rest[0]], scalar(d, kind)
-        right = I(k) if kind == "i" else U(x.field("simm16"))
+        right = np.asarray(k, I) if kind == "i" else np.asarray(x.field("simm16"), U)
 
         def test(w: Waves) -> None:
             w.scc[...] = compare(left(w), right)
 
         return test
     raise NotModelled(x.name)
-
-
-BRANCHES: dict[str, Callable[[Waves], Array]] = {
-    "S_BRANCH": lambda w: np.ones(w.count, bool),
-    "S_CBRANCH_SCC0": lambda w: ~w.scc,
-    "S_CBRANCH_SCC1": lambda w: w.scc.copy(),
-    "S_CBRANCH_EXECZ": lambda w: (w.s[EXEC] | w.s[EXEC + 1]) == 0,
-    "S_CBRANCH_EXECNZ": lambda w: (w.s[EXEC] | w.s[EXEC + 1]) != 0,
-    "S_CBRANCH_VCCZ": lambda w: (w.s[VCC] | w.s[VCC + 1]) == 0,
-    "S_CBRANCH_VCCNZ": lambda w: (w.s[VCC] | w.s[VCC + 1]) != 0,
-}
-"""Which of the executing waves jump."""
-
-# No effect here: waits (loads arrive at once), hints, caches (there are none).
-NO_OPS = frozenset(
-    "S_NOP S_WAITCNT S_SLEEP S_SETPRIO S_ICACHE_INV S_DCACHE_INV S_DCACHE_WB S_INCPERFLEVEL S_DECPERFLEVEL".split()
-)
 
 
 def smem(x: Instruction) -> Step | None:

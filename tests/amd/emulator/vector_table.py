@@ -210,7 +210,7 @@ ROWS: dict[str, tuple[Callable[..., Any], str]] = {
     "V_LDEXP_F32": (np.ldexp, "fi>f"),
     "V_FREXP_MANT_F32": (_frexp(0, lambda a: a), "f>f"),
     "V_FREXP_EXP_I32_F32": (_frexp(1, lambda a: I(0)), "f>i"),
-    # XLA divides by scaling, refining, fixing up. Without the scaling (V_DIV_SCALE, vector.py) the last step may divide.
+    # Compilers divide by scaling, refining, fixing up. Without the scaling (see vector.py) the last step may divide.
     "V_DIV_FMAS_F32": (fma, "fff>f"),
     "V_DIV_FIXUP_F32": (lambda a, b, c: c.astype(F64) / b, "fff>f"),
     # --- float64
@@ -291,44 +291,21 @@ DOTS: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
-def _row(entry: tuple[Callable[..., Any], str], **more: bool) -> Op:
+def row(entry: tuple[Callable[..., Any], str], **more: bool) -> Op:
+    """From a function and its types, operands before `>` and the result behind it."""
     sources, _, result = entry[1].partition(">")
     return Op(entry[0], sources, result, **more)
 
 
 OPS: dict[str, Op] = {
-    **{name: _row(entry) for name, entry in ROWS.items()},
-    **{name: _row(entry, accumulate=True) for name, entry in ACCUMULATING.items()},
-    **{name: _row(entry, keeps_high=True) for name, entry in KEEPING_HIGH.items()},
-    **{name: _row(entry) for name, entry in DOTS.items()},
+    **{name: row(entry) for name, entry in ROWS.items()},
+    **{name: row(entry, accumulate=True) for name, entry in ACCUMULATING.items()},
+    **{name: row(entry, keeps_high=True) for name, entry in KEEPING_HIGH.items()},
+    **{name: row(entry) for name, entry in DOTS.items()},
 }
 
-_PACKED: dict[str, tuple[Callable[..., Any], str]] = {
-    "MUL_LO_U16": (np.multiply, "ww>w"),
-    "ADD_U16": (np.add, "ww>w"),
-    "ADD_I16": (np.add, "ss>s"),
-    "SUB_U16": (np.subtract, "ww>w"),
-    "SUB_I16": (np.subtract, "ss>s"),
-    "MAD_U16": (lambda a, b, c: a * b + c, "www>w"),
-    "MAD_I16": (lambda a, b, c: a * b + c, "sss>s"),
-    "LSHLREV_B16": (lambda a, b: b << (a & U(15)), "ww>w"),
-    "LSHRREV_B16": (lambda a, b: b >> (a & U(15)), "ww>w"),
-    "ASHRREV_I16": (lambda a, b: b >> (a & U(15)).astype(I), "ws>s"),
-    "MIN_U16": (np.minimum, "ww>w"),
-    "MAX_U16": (np.maximum, "ww>w"),
-    "MIN_I16": (np.minimum, "ss>s"),
-    "MAX_I16": (np.maximum, "ss>s"),
-    "ADD_F16": (np.add, "hh>h"),
-    "MUL_F16": (np.multiply, "hh>h"),
-    "MIN_F16": (np.fmin, "hh>h"),
-    "MAX_F16": (np.fmax, "hh>h"),
-    "FMA_F16": (fma, "hhh>h"),
-    "ADD_F32": (np.add, "ff>f"),
-    "MUL_F32": (np.multiply, "ff>f"),
-    "FMA_F32": (fma, "fff>f"),
-}
 LIMITS = {"u": (0, 2**32 - 1), "i": (-(2**31), 2**31 - 1), "w": (0, 2**16 - 1), "s": (-(2**15), 2**15 - 1)}
-_SATURATING = "ADD_U32 SUB_U32 SUBREV_U32 ADD_I32 SUB_I32 ADD_U16 SUB_U16 SUBREV_U16".split()
+_SATURATING = ["ADD_U32", "SUB_U32", "SUBREV_U32", "ADD_I32", "SUB_I32", "ADD_U16", "SUB_U16", "SUBREV_U16"]
 
 
 def saturated(name: str) -> Op | None:
@@ -339,57 +316,3 @@ def saturated(name: str) -> Op | None:
     low, high = LIMITS[op.result]
     exact, to = op.fn, {"i": I, "s": I}.get(op.result, U)
     return replace(op, fn=lambda *x: np.clip(exact(*(a.astype(I64) for a in x)), low, high).astype(to))
-
-
-PACKED: dict[str, Op] = {f"V_PK_{name}": _row(entry) for name, entry in _PACKED.items()}
-"""What each half of a packed operation computes."""
-
-ORDER: dict[str, Callable[[Array, Array], Array]] = {
-    "F": lambda a, b: np.zeros(np.broadcast_shapes(np.shape(a), np.shape(b)), bool),
-    "T": lambda a, b: np.ones(np.broadcast_shapes(np.shape(a), np.shape(b)), bool),
-    "EQ": np.equal,
-    "NE": np.not_equal,
-    "LT": np.less,
-    "LE": np.less_equal,
-    "GT": np.greater,
-    "GE": np.greater_equal,
-    "LG": lambda a, b: (a < b) | (a > b),
-    "O": lambda a, b: (a == a) & (b == b),
-    "U": lambda a, b: (a != a) | (b != b),
-    "NEQ": np.not_equal,
-    "NLG": lambda a, b: ~((a < b) | (a > b)),
-    "NLT": lambda a, b: ~(a < b),
-    "NLE": lambda a, b: ~(a <= b),
-    "NGT": lambda a, b: ~(a > b),
-    "NGE": lambda a, b: ~(a >= b),
-}
-ORDER["TRU"] = ORDER["T"]
-"""Comparisons; those whose names begin with N and a letter more are true when an operand is NaN."""
-
-COMPARED = {
-    **{"F16": "h", "F32": "f", "F64": "d", "I16": "s", "U16": "w"},
-    **{"I32": "i", "U32": "u", "I64": "I", "U64": "U"},
-}
-"""Operand types of comparisons."""
-
-
-def float_class(a: Array, classes: Array) -> Array:
-    """V_CMP_CLASS_F32: whether words `a` are of one of the ten classes whose bits are set.
-
-    From bit 0: signalling NaN, quiet NaN, -inf, -normal, -subnormal, -0, +0, +subnormal, +normal, +inf.
-    """
-    magnitude = a & U(0x7FFFFFFF)
-    minus, nan, quiet = a >> U(31) == 1, magnitude > 0x7F800000, a >> U(22) & U(1) == 1
-    kinds = [
-        magnitude == 0x7F800000,
-        (magnitude >= 0x800000) & (magnitude < 0x7F800000),
-        (magnitude > 0) & (magnitude < 0x800000),
-        magnitude == 0,
-    ]
-    member = [nan & ~quiet, nan & quiet, *(kind & minus for kind in kinds), *(kind & ~minus for kind in kinds[::-1])]
-    out = np.zeros(np.broadcast_shapes(np.shape(a), np.shape(classes)), bool)
-    for k, is_member in enumerate(member):
-        out |= is_member & (classes >> U(k) & U(1) == 1)
-    return out
-
-

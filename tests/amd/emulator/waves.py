@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amd.emulator.numerics import F, I, U, Array, unpack_lanes
+from amd.emulator.numerics import Array, F, I, U, unpack_lanes
 
 if TYPE_CHECKING:
     from amd.emulator.lds import Lds

@@ -1,0 +1,83 @@
+"""The default model, SmolLM2-135M, generates on emulated GPUs what it generates on the CPU. Takes minutes."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from amd.emulator import Options
+from amd.harness import ARCHS, compile_on
+from amd.test_amd_model import assert_launched, named
+from llama_jax.cache import DenseCache
+from llama_jax.kernels.attention import decode_attention, flash_attention
+from llama_jax.kernels.dispatch import using
+from llama_jax.loading import Model
+from llama_jax.model import forward
+from llama_jax.tokenizer import Tokenizer
+
+# Pallas's Triton lowering, which JAX has deprecated.
+pytestmark = [
+    pytest.mark.amd,
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
+]
+
+TOKENS = 8
+PROMPT = "The capital of France is the city of"
+# Races are looked for in the tests of smaller programs; here that would double the time.
+OPTIONS = Options(check_races=False)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_greedy_tokens(smollm2: tuple[Model, Tokenizer], arch: str) -> None:
+    """Eight tokens in bfloat16, through the Pallas kernels where there are some."""
+    model, tokenizer = smollm2
+    cfg = model.config
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    ids = tokenizer.encode(PROMPT)
+    tokens, positions = np.array([ids], np.int32), np.arange(len(ids), dtype=np.int32)[None]
+
+    def prefill(params, tokens, positions):  # type: ignore[no-untyped-def]
+        cache = DenseCache.create(cfg, 1, 64, jnp.bfloat16)
+        last = jnp.full((1, 1), tokens.shape[1] - 1, jnp.int32)
+        logits, cache = forward(params, cfg, tokens, positions, cache, logits_at=last)
+        return jnp.argmax(logits[:, 0], -1).astype(jnp.int32), cache
+
+    def step(params, token, position, cache):  # type: ignore[no-untyped-def]
+        logits, cache = forward(params, cfg, token[:, None], position[:, None], cache)
+        return jnp.argmax(logits[:, 0], -1).astype(jnp.int32), cache
+
+    with using(**named("reference")):
+        next_on_cpu = jax.jit(step)
+        token, cache = jax.jit(prefill)(params, tokens, positions)
+        expected = [int(token[0])]
+        for n in range(len(ids), len(ids) + TOKENS - 1):
+            token, cache = next_on_cpu(params, token, np.full(1, n, np.int32), cache)
+            expected.append(int(token[0]))
+
+    kernels: Counter[str] = Counter()
+    with using(**named("pallas_triton")):
+        began = time.process_time()
+        (token, cache), report = compile_on(arch, prefill, params, tokens, positions).run(
+            params, tokens, positions, options=OPTIONS
+        )
+        kernels += report.kernels
+        print(f"prefill on {arch}: {report.wave_instructions / 1e6:.1f} M wave instructions")
+        got = [int(token[0])]
+        next_on_amd = compile_on(arch, step, params, token, np.full(1, 0, np.int32), cache)
+        for n in range(len(ids), len(ids) + TOKENS - 1):
+            (token, cache), report = next_on_amd.run(params, token, np.full(1, n, np.int32), cache, options=OPTIONS)
+            kernels += report.kernels
+            got.append(int(token[0]))
+            print(f"decode step on {arch}: {report.wave_instructions / 1e6:.1f} M wave instructions")
+    print(f"{tokenizer.decode(got)!r} in {time.process_time() - began:.0f} s of processor time")
+    assert got == expected
+    for operation in (flash_attention, decode_attention):
+        if "pallas_triton" in operation.backends:
+            assert_launched(kernels, operation)
