@@ -49,7 +49,7 @@ def choices() -> Iterator[Row]:
 
 
 def budgets(arch: str) -> Iterator[Row]:
-    """Each kernel by what it needs: cases that differ in registers and loops alone share a row, which shows the ranges."""
+    """Each kernel by what it needs: cases that differ in registers and loops alone share a row of ranges."""
     results = json.loads((BUDGETS / f"{arch}.json").read_text(encoding="utf-8"))["operations"]
     for op in OPERATIONS:
         found: dict[Row, list[tuple[str, dict[str, Any]]]] = {}
