@@ -68,12 +68,15 @@ def compile_case(op: Operation, case: Case, gradients: bool, target: Target) -> 
     tiles = dict(choice.tiles) if choice.backend == BACKEND else {}
     f = program(runner(op, BACKEND, tiles), case, gradients)
     with abstract_device(target):
-        names = pallas_kernels(jax.make_jaxpr(f)(case.abstract()).jaxpr)
+        products = pallas_kernels(jax.make_jaxpr(f)(case.abstract()).jaxpr)
+    # RDNA has no matrix instructions for float32.
+    without = {"float32"} if target.wave_size == 32 else set()
+    names = {name: bool(dtypes - without) for name, dtypes in products.items()}
     compilation = compile_for(target, f, (case.abstract(),))
     ours = [kernel for kernel in compilation.kernels if plain(kernel.name) in names]
     if missing := set(names) - {plain(kernel.name) for kernel in ours}:
         raise RuntimeError(f"{missing} are not among {[kernel.name for kernel in compilation.kernels]}")
-    found = [describe(kernel, target, names[plain(kernel.name)]) for kernel in ours]
+    found = [describe(kernel, names[plain(kernel.name)]) for kernel in ours]
     return {"kernels": found} | ({"tiles": tiles} if tiles else {})
 
 
@@ -97,24 +100,25 @@ def program(run: Callable[..., jax.Array], case: Case, gradients: bool) -> Calla
     return backward if gradients else forward
 
 
-def pallas_kernels(jaxpr: Any) -> dict[str, bool]:
-    """Name of each Pallas kernel in a program, and whether it multiplies matrices."""
-    found: dict[str, bool] = {}
+def pallas_kernels(jaxpr: Any) -> dict[str, set[str]]:
+    """Name of each Pallas kernel in a program, and the dtypes of the matrices that it multiplies."""
+    found: dict[str, set[str]] = {}
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             body = equation.params["jaxpr"]
             name = equation.params["name"] or body.debug_info.func_name
-            found[name] = found.get(name, False) or "dot_general" in primitives(body)
+            found[name] = found.get(name, set()) | factors(body)
         else:
             for inner in inner_jaxprs(equation):
-                found |= pallas_kernels(inner)
+                for name, dtypes in pallas_kernels(inner).items():
+                    found[name] = found.get(name, set()) | dtypes
     return found
 
 
-def primitives(jaxpr: Any) -> set[str]:
-    """Names of all primitives in a program."""
-    found = {equation.primitive.name for equation in jaxpr.eqns}
-    return found.union(*(primitives(inner) for e in jaxpr.eqns for inner in inner_jaxprs(e)))
+def factors(jaxpr: Any) -> set[str]:
+    """The dtypes of all matrices that a program multiplies."""
+    found = {e.invars[0].aval.dtype.name for e in jaxpr.eqns if e.primitive.name == "dot_general"}
+    return found.union(*(factors(inner) for e in jaxpr.eqns for inner in inner_jaxprs(e)))
 
 
 def inner_jaxprs(equation: Any) -> Iterator[Any]:
@@ -125,8 +129,12 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
                 yield inner
 
 
-def describe(kernel: Kernel, target: Target, has_dot: bool) -> Entry:
-    """What stands in the results for a kernel; `exceeds` only where it breaks a budget."""
+def describe(kernel: Kernel, multiplies: bool) -> Entry:
+    """What stands in the results for a kernel.
+
+    Args:
+      multiplies: whether it has products that the hardware has matrix instructions for.
+    """
     entry: Entry = {
         "name": kernel.name,
         "vgpr": kernel.vgpr,
@@ -138,7 +146,7 @@ def describe(kernel: Kernel, target: Target, has_dot: bool) -> Entry:
         "waves": kernel.waves,
         "occupancy": kernel.occupancy,
         "matrix_instructions": kernel.matrix_instructions,
-        "multiplies": has_dot,
+        "multiplies": multiplies,
     }
     if loop := main_loop(kernel.arch, code_object.code(kernel.elf, kernel.name)):
         entry["loop"] = {

@@ -49,29 +49,31 @@ def choices() -> Iterator[Row]:
 
 
 def budgets(arch: str) -> Iterator[Row]:
-    """Each kernel that differs from the others of its name, and how many cases have it."""
+    """Each kernel by what it needs: cases that differ in registers and loops alone share a row of ranges."""
     results = json.loads((BUDGETS / f"{arch}.json").read_text(encoding="utf-8"))["operations"]
     for op in OPERATIONS:
-        found: dict[str, list[str]] = {}
+        found: dict[Row, list[tuple[str, dict[str, Any]]]] = {}
         for label, entry in results.get(op, {"cases": {}})["cases"].items():
             for kernel in entry.get("kernels", ()):
-                found.setdefault(json.dumps(kernel), []).append(label)
-        for text, labels in found.items():
-            kernel = json.loads(text)
-            loop = kernel.get("loop")
-            share = f"{loop['matrix']} of {loop['instructions']}" if loop else ""
-            wide = f"{loop['wide_loads']} of {loop['loads']}" if loop else ""
-            others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+                key = (kernel["name"], kernel["lds_bytes"], kernel["waves"], kernel["occupancy"])
+                found.setdefault(key, []).append((label, kernel))
+        for (name, lds_bytes, waves, occupancy), group in found.items():
+            loops = [kernel["loop"] for _, kernel in group if "loop" in kernel]
             yield (
-                f"`{kernel['name']}`",
-                f"{labels[0]}{others}",
-                kernel["vgpr"],
-                f"{kernel['lds_bytes'] / 1024:g} KiB",
-                kernel["waves"],
-                kernel["occupancy"],
-                share,
-                wide,
+                f"`{name}`",
+                f"{group[0][0]}{f' and {len(group) - 1} more' if len(group) > 1 else ''}",
+                _range([kernel["vgpr"] for _, kernel in group], "{}"),
+                f"{int(str(lds_bytes)) / 1024:g} KiB",
+                waves,
+                occupancy,
+                _range([loop["matrix"] / loop["instructions"] for loop in loops], "{:.0%}"),
+                _range([loop["wide_loads"] / max(loop["loads"], 1) for loop in loops], "{:.0%}"),
             )
+
+
+def _range(numbers: list[float], form: str) -> str:
+    ends = [form.format(number) for number in (min(numbers), max(numbers))] if numbers else [""]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def floors(op: str) -> Iterator[Row]:
@@ -111,7 +113,16 @@ def predicted(op: str, case: Case, dtype: str) -> str:
 
 def sections() -> dict[str, str]:
     """Name of each generated part of the page, and its text."""
-    budget = ("Kernel", "Case", "VGPRs", "LDS", "Waves", "Waves a SIMD", "MFMA in the main loop", "16-byte loads")
+    budget = (
+        "Kernel",
+        "Case",
+        "VGPRs",
+        "LDS",
+        "Waves",
+        "Waves a SIMD",
+        "MFMA of the main loop",
+        "16-byte loads of its loads",
+    )
     floor = ("Case", *(find(name).label or name for name in FLOORS), "MI300X, predicted", "H100, measured")
     return {
         "choices": table(("Operation", *(find(name).label or name for name in CHOICES)), choices()),

@@ -251,7 +251,7 @@ def test_an_architecture_without_a_table_takes_its_vendors() -> None:
     other = dataclasses.replace(find("mi300x"), name="other", arch="gfx999")
     for op in OPERATIONS:
         assert tables.shipped_rules(op, other) == tables.shipped("amd").get(op, ())
-        assert tables.shipped_rules(op, find("cpu")) == tables.shipped("cpu")[op]
+        assert tables.shipped_rules(op, find("cpu")) == tables.shipped("cpu").get(op, ())
 
 
 GOOD = {"backend": "fast", "source": "s", "measured": False}
@@ -337,7 +337,7 @@ def test_sources_of_an_operation() -> None:
     assert not has("flash_attention", "attention/decode/__init__.py")
     assert has("moe", "kernels/precision.py")
     assert not any(has(op, "kernels/dispatch/operation.py") for op in OPERATIONS)
-    assert len({source_hash(op) for op in OPERATIONS}) == 3
+    assert len({source_hash(op) for op in OPERATIONS}) == len(OPERATIONS)
 
 
 def test_hashes_see_code_only() -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner, Result
 
-from llama_jax import tuning
+from llama_jax import runtime, tuning
 from llama_jax.cli import cli
 from llama_jax.config import preset
 from llama_jax.errors import StorageError
@@ -267,6 +267,8 @@ def cli_run(*args: str) -> Result:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The compilation cache would stay in this test's folder for the rest of the process.
+    monkeypatch.setattr(runtime, "enable_compilation_cache", lambda: None)
     assert "nothing to measure" in cli_run("--model", "llama-3.1-8b").stdout
     monkeypatch.setattr(registry, "operation", lambda name: OP)
     dry = cli_run("--op", "moe", "--dry-run", "--most", "1")

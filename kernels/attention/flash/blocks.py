@@ -92,10 +92,10 @@ def load_slots(places: Places, row: jax.Array, index: jax.Array, valid: jax.Arra
 
 def sees(queries: Queries, slots: Slots) -> jax.Array:
     """bool [queries, slots]."""
-    see = (slots.positions[None, :] <= queries.last[:, None]) & (slots.positions[None, :] >= queries.first[:, None])
+    positions = slots.positions[None, :]
     if queries.segments is not None and slots.segments is not None:
-        see &= queries.segments[:, None] == slots.segments[None, :]
-    return see
+        positions = jnp.where(queries.segments[:, None] == slots.segments[None, :], positions, EMPTY)
+    return (positions <= queries.last[:, None]) & (positions >= queries.first[:, None])
 
 
 def slot_index(places: Places, row: jax.Array, head: jax.Array, start: jax.Array, block: int, page_size: int) -> Index:
