@@ -27,7 +27,8 @@ from llama_jax.fuse import fuse_in_place
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.loading import Model
-from llama_jax.params import init_leaf, param_specs, unflatten
+from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
+from llama_jax.sharding import automatic_mesh, check, on, param_sharding, split_config
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,29 @@ def environment(dtype: DTypeLike) -> dict[str, Any]:
     }
 
 
-def random_model(name: str, dtype: DTypeLike) -> Model:
-    """A preset's shape with random weights made on the device, fused as `load` does it."""
-    config = preset(name)
+def random_model(name: str, dtype: DTypeLike, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """A preset's shape with random weights made on the device or devices, fused as `load` does it."""
+    mesh = None if mesh is None else automatic_mesh(mesh)
+    if mesh is not None:
+        check(preset(name), mesh)
+    config = split_config(preset(name), mesh)
     key = jax.random.key(0)
-    # Leaves of one shape share one program.
-    make = jax.jit(lambda key, spec: init_leaf(spec, key, dtype), static_argnums=1)
-    flat = {
-        spec.name: make(jax.random.fold_in(key, i), dataclasses.replace(spec, name="", hf="", gguf=""))
-        for i, spec in enumerate(param_specs(config))
-    }
-    params = unflatten(flat)
-    del flat
-    fuse_in_place(params, config)
-    return Model(params, config, name=name)
+    # Leaves of one shape and place share one program.
+    makers: dict[Any, Any] = {}
+
+    def make(spec: ParamSpec, index: int) -> jax.Array:
+        where = None if mesh is None else param_sharding(config, mesh)(spec)
+        alike = dataclasses.replace(spec, name="", hf="", gguf="")
+        maker = makers.setdefault(
+            (alike, where), jax.jit(lambda key: init_leaf(alike, key, dtype), out_shardings=where)
+        )
+        leaf: jax.Array = maker(jax.random.fold_in(key, index))
+        return leaf
+
+    params = unflatten({spec.name: make(spec, i) for i, spec in enumerate(param_specs(config))})
+    with on(mesh):
+        fuse_in_place(params, config)
+    return Model(params, config, mesh, name=name)
 
 
 def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10) -> Ceilings:

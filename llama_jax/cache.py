@@ -16,6 +16,10 @@ from jax.typing import DTypeLike
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.sharding import constrain
+
+DENSE_AXES = ("batch", "kv_heads")
+"""Logical axes of keys and values [batch, kv_heads, capacity, head_dim]."""
 
 
 class LayerCache(Protocol):
@@ -66,7 +70,7 @@ class DenseLayer:
 
         def store(slots: jax.Array, new: jax.Array) -> jax.Array:
             new = jnp.swapaxes(new, 1, 2).astype(slots.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(slots, new, self.start, axis=2)
+            return constrain(jax.lax.dynamic_update_slice_in_dim(slots, new, self.start, axis=2), DENSE_AXES)
 
         # The barrier keeps XLA from doing the update twice, once for the result and once, on a copy of the whole cache,
         # inside whatever reads it.
@@ -103,8 +107,8 @@ class DenseCache:
         """An empty cache for `batch` rows of `capacity` tokens."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         # Separate buffers: donated arrays must not alias one another.
-        k = tuple(jnp.zeros(shape, dtype) for _ in config.layers)
-        v = tuple(jnp.zeros(shape, dtype) for _ in config.layers)
+        k = tuple(constrain(jnp.zeros(shape, dtype), DENSE_AXES) for _ in config.layers)
+        v = tuple(constrain(jnp.zeros(shape, dtype), DENSE_AXES) for _ in config.layers)
         return cls(
             k,
             v,
@@ -161,7 +165,7 @@ class DenseCache:
             )
 
         def pad(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))
+            return constrain(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), DENSE_AXES)
 
         return dataclasses.replace(
             self,
@@ -174,8 +178,8 @@ class DenseCache:
         """The cache of rows `index` int32 [n]: rows may be repeated (several samples of one prompt) or left out."""
         return dataclasses.replace(
             self,
-            k=tuple(x[index] for x in self.k),
-            v=tuple(x[index] for x in self.v),
+            k=tuple(constrain(x[index], DENSE_AXES) for x in self.k),
+            v=tuple(constrain(x[index], DENSE_AXES) for x in self.v),
             positions=self.positions[index],
             rope_length=self.rope_length[index],
         )

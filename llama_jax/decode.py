@@ -20,7 +20,8 @@ from llama_jax.cache import DenseCache
 from llama_jax.config import LlamaConfig
 from llama_jax.model import forward
 from llama_jax.params import Params
-from llama_jax.sampling import Logprobs, SamplerOptions, SamplerState, sample, token_logprobs
+from llama_jax.sampling import Logprobs, SamplerOptions, SamplerState, sample, sampler_axes, token_logprobs
+from llama_jax.sharding import constrain, local_size
 
 MIN_PROMPT = 16
 MAX_CHUNK = 2048
@@ -97,7 +98,9 @@ def batch_bucket(rows: int) -> int:
 def chunk_length(config: LlamaConfig, batch: int, prompt: int, capacity: int) -> int:
     """Prompt tokens of one prefill call; divides the padded prompt length."""
     chunk = min(prompt, MAX_CHUNK)
-    while chunk % 2 == 0 and chunk > 128 and 4 * batch * config.num_heads * chunk * capacity > ATTENTION_BYTES:
+    rows, heads = local_size("batch", batch), local_size("kv_heads", config.num_kv_heads)
+    heads *= config.num_heads // config.num_kv_heads
+    while chunk % 2 == 0 and chunk > 128 and 4 * rows * heads * chunk * capacity > ATTENTION_BYTES:
         chunk //= 2
     return chunk
 
@@ -234,7 +237,7 @@ def first_token(
         cache=cache,
         sampler=sampler,
     )
-    state = _emit(logits, state, options)
+    state = _by_rows(_emit(logits, state, options))
     return state, _progress(state)
 
 
@@ -282,7 +285,18 @@ def advance(
         return (state.step < until) & ~jnp.all(state.done)
 
     state = jax.lax.while_loop(unfinished, partial(decode_step, params, config=config, options=options), state)
+    state = _by_rows(state)
     return state, _progress(state)
+
+
+def _by_rows(state: DecodeState) -> DecodeState:
+    """The state, laid out over a mesh in one way at the end of every dispatch, so that the next needs no new program."""
+
+    axes = {"sampler": sampler_axes(state.sampler)}
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    # A cache lays itself out.
+    placed = {n: constrain(x, axes.get(n, ("batch",))) for n, x in fields.items() if n != "cache"}
+    return dataclasses.replace(state, **placed)
 
 
 def _progress(state: DecodeState) -> Progress:

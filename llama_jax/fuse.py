@@ -1,19 +1,30 @@
-"""A load-time layout of the parameters with fewer, larger matrix products; `forward` takes either layout."""
+"""Layouts of the parameters that are made while loading; `forward` takes each of them.
+
+`fuse_params` joins projections that share their input, for fewer and larger matrix products. `repeat_kv_heads` gives a
+model more key/value heads, where there are fewer of them than devices.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
-from llama_jax.params import Params
+from llama_jax.params import PROJECTION_AXES, Params
+from llama_jax.sharding import constrain
+
+_QKV = ("q_proj", "k_proj", "v_proj")
 
 
 def fuse_params(params: Params, config: LlamaConfig) -> Params:
     """q, k and v projections in one `qkv_proj`, gate and up in one `gate_up_proj`; everything else as it is.
 
-    The rows of `qkv_proj` stand in one group per key/value head (its queries, its key, its value), so that a split by
-    heads never cuts through a group.
+    qkv_proj has weights [kv_heads, group + 2, head_dim, hidden], of each key/value head its queries, its key and its
+    value; gate_up_proj has [2, mlp, hidden]; biases lack the last dimension. So a split by heads or by hidden units takes
+    whole, consecutive rows of all of them.
     """
     layers = {name: fuse_layer(layer, config) for name, layer in params["layers"].items()}
     return {**params, "layers": layers}
@@ -27,10 +38,9 @@ def fuse_in_place(params: Params, config: LlamaConfig) -> None:
 
 def fuse_layer(layer: Params, config: LlamaConfig) -> Params:
     """One layer of `fuse_params`."""
-    names = ("q_proj", "k_proj", "v_proj")
-    attn = {name: value for name, value in layer["attn"].items() if name not in names}
+    attn = {name: value for name, value in layer["attn"].items() if name not in _QKV}
     attn["qkv_proj"] = {
-        leaf: _fuse_qkv(*(layer["attn"][name][leaf] for name in names), config=config)
+        leaf: _fuse_qkv(*(layer["attn"][name][leaf] for name in _QKV), config.num_kv_heads, config.head_dim)
         for leaf in layer["attn"]["q_proj"]
     }
     fused = {**layer, "attn": attn}
@@ -41,14 +51,42 @@ def fuse_layer(layer: Params, config: LlamaConfig) -> Params:
     return fused
 
 
-def _fuse_qkv(q: jax.Array, k: jax.Array, v: jax.Array, *, config: LlamaConfig) -> jax.Array:
-    def grouped(x: jax.Array) -> jax.Array:
-        return x.reshape(config.num_kv_heads, -1, *x.shape[1:])
-
-    fused = jnp.concatenate([grouped(q), grouped(k), grouped(v)], axis=1)
-    return fused.reshape(-1, *q.shape[1:])
+@partial(jax.jit, static_argnums=(3, 4))
+def _fuse_qkv(q: jax.Array, k: jax.Array, v: jax.Array, kv_heads: int, head_dim: int) -> jax.Array:
+    heads = [x.reshape(kv_heads, -1, head_dim, *x.shape[1:]) for x in (q, k, v)]
+    return constrain(jnp.concatenate(heads, axis=1), PROJECTION_AXES["qkv_proj"])
 
 
 def _fuse_mlp(mlp: Params) -> Params:
-    fused = {leaf: jnp.concatenate([mlp["gate_proj"][leaf], mlp["up_proj"][leaf]]) for leaf in mlp["gate_proj"]}
+    fused = {leaf: _stack(mlp["gate_proj"][leaf], mlp["up_proj"][leaf]) for leaf in mlp["gate_proj"]}
     return {"gate_up_proj": fused, "down_proj": mlp["down_proj"]}
+
+
+@jax.jit
+def _stack(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return constrain(jnp.stack([gate, up]), PROJECTION_AXES["gate_up_proj"])
+
+
+def repeat_kv_heads(params: Params, config: LlamaConfig, repeated: LlamaConfig) -> None:
+    """Repeats the rows of canonical key and value projections, in place, for a model with more key/value heads.
+
+    Args:
+      params: of the model `config`, or adapters of it.
+      repeated: as `sharding.split_config` gives it.
+    """
+    times = repeated.num_kv_heads // config.num_kv_heads
+    for leaves in _keys_and_values(params) if times > 1 else ():
+        for name in {"weight", "bias", "b"} & leaves.keys():
+            leaves[name] = _repeat(leaves[name], heads=config.num_kv_heads, times=times)
+
+
+def _keys_and_values(params: Params) -> Iterator[Params]:
+    for layer in params.get("layers", {}).values():
+        attn = layer.get("attn", {})
+        yield from (attn[name] for name in ("k_proj", "v_proj") if name in attn)
+
+
+@partial(jax.jit, static_argnames=("heads", "times"))
+def _repeat(x: jax.Array, *, heads: int, times: int) -> jax.Array:
+    rows = jnp.repeat(x.reshape(heads, -1, *x.shape[1:]), times, axis=0)
+    return constrain(rows, ("kv_heads",)).reshape(-1, *x.shape[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from llama_jax.errors import RequestError
 from llama_jax.loading import Model
 from llama_jax.outputs import CompletionOutput, RequestOutput, RowText, StreamOutput, Timing, TokenLogprob
 from llama_jax.sampling import Logprobs, SamplerOptions, SamplerState, SamplingParams, make_sampler
+from llama_jax.sharding import on, parts
 from llama_jax.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -214,14 +215,15 @@ class _Batch:
         padded = decode.prompt_bucket(max(len(p) for p in self.prompts))
         longest = max(self.limits)
         capacity = decode.cache_bucket(padded + min(longest, FIRST_ROOM))
-        batch = decode.batch_bucket(len(self.rows))
+        batch = self._rows(len(self.rows))
         options, sampler = self._sampler(batch)
         repeated = len(self.rows) != len(self.prompts)
-        logits, cache, self._prompt_logprobs = decode.prefill(
+        logits, cache, self._prompt_logprobs = self._on_devices(
+            decode.prefill,
             model.params,
             config,
             self.prompts,
-            rows=decode.batch_bucket(len(self.prompts)) if repeated else batch,
+            rows=self._rows(len(self.prompts)) if repeated else batch,
             capacity=capacity,
             dtype=model.dtype,
             prompt_logprobs=max(
@@ -229,18 +231,22 @@ class _Batch:
             ),
         )
         if repeated:
-            logits, cache = decode.take_rows(logits, cache, _padded(self.row_prompt, batch, 0))
+            logits, cache = self._on_devices(decode.take_rows, logits, cache, _padded(self.row_prompt, batch, 0))
         lengths = _padded([len(self.prompts[i]) for i in self.row_prompt], batch, 1)
         limits = _padded(self.limits, batch, 0)
         room = capacity - padded
-        state, progress = decode.first_token(logits, cache, sampler, lengths, limits, options=options, room=room)
+        state, progress = self._on_devices(
+            decode.first_token, logits, cache, sampler, lengths, limits, options=options, room=room
+        )
         new = self._read(progress)
         self.first = self.decoding = self.end = time.perf_counter()
         yield new
 
         if not all(row.finish_reason for row in self.rows):
             # No step yet: it only compiles the program, so that the rate of decoding is that of decoding.
-            state, _ = decode.advance(model.params, state, np.int32(1), config=config, options=options)
+            state, _ = self._on_devices(
+                decode.advance, model.params, state, np.int32(1), config=config, options=options
+            )
             self.decoding = self.end = time.perf_counter()
         ahead: deque[decode.Progress] = deque()
         steps = 1
@@ -250,17 +256,29 @@ class _Batch:
                 if steps == room:
                     capacity = decode.cache_bucket(2 * capacity)
                     room = capacity - padded
-                    state = decode.grow(state, capacity=capacity, room=room)
+                    state = self._on_devices(decode.grow, state, capacity=capacity, room=room)
                 steps = min(steps + stride, room)
-                state, progress = decode.advance(model.params, state, np.int32(steps), config=config, options=options)
+                state, progress = self._on_devices(
+                    decode.advance, model.params, state, np.int32(steps), config=config, options=options
+                )
                 ahead.append(progress)
             new = self._read(ahead.popleft())
             self.end = time.perf_counter()
             if self._stopped_here:
                 ended = [row.finish_reason is not None for row in self.rows]
-                state = decode.stop_rows(state, _padded(ended, batch, True))
+                state = self._on_devices(decode.stop_rows, state, _padded(ended, batch, True))
                 self._stopped_here = False
             yield new
+
+    def _on_devices[**P, R](self, dispatch: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """A call for the model's mesh. Not a context around `run`: the caller's own code runs between its yields."""
+        with on(self.model.mesh):
+            return dispatch(*args, **kwargs)
+
+    def _rows(self, rows: int) -> int:
+        """Padded batch size, the same on every device."""
+        with on(self.model.mesh):
+            return -(-decode.batch_bucket(rows) // parts("batch")) * parts("batch")
 
     def _sampler(self, batch: int) -> tuple[SamplerOptions, SamplerState]:
         """The sampler of the padded batch. With n > 1 and a seed, the continuations take seed, seed + 1, ..."""

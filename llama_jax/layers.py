@@ -5,17 +5,18 @@ Numbers that need it are float32 whatever the compute dtype: norms, rope, softma
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.moe import routed_experts
 from llama_jax.kernels.precision import matmul_precision
-from llama_jax.params import Params
+from llama_jax.params import PROJECTION_AXES, Params
 from llama_jax.rope import rotate
+from llama_jax.sharding import in_use, local
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -29,28 +30,35 @@ FEW_ROWS = 16
 """Up to so many rows a product on the CPU puts the weight first."""
 
 
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [out, in]: float32 [..., out], accumulated in float32."""
+def product(x: jax.Array, weight: jax.Array, *, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """x [..., in] times weight [*out, in]: [..., *out], accumulated in float32, in `dtype`."""
     precision = matmul_precision(x.dtype)
 
     def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jnp.einsum("...i,oi->...o", x, weight, precision=precision, preferred_element_type=jnp.float32)
+        contracted = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
+        return jax.lax.dot_general(x, weight, contracted, precision=precision, preferred_element_type=dtype)
 
     def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
-        rows = x.reshape(-1, x.shape[-1])
-        out = jnp.einsum("oi,ri->or", weight, rows, precision=precision, preferred_element_type=jnp.float32)
         # The barrier keeps XLA from swapping the operands back.
-        return jax.lax.optimization_barrier(out).T.reshape(*x.shape[:-1], -1)
+        out = jax.lax.optimization_barrier(plain(weight, x))
+        return jnp.transpose(out, (*range(weight.ndim - 1, out.ndim), *range(weight.ndim - 1)))
 
     # XLA's CPU library rearranges the right operand before it multiplies. Of a large weight and a few tokens (decoding
     # a batch) that should be the tokens: a step of SmolLM2-135M at batch 8 takes 51 ms so, 64 ms the other way.
-    if 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
+    if 1 < x.size // x.shape[-1] <= FEW_ROWS:
         return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=plain)
     return plain(x, weight)
 
 
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] times weight [out, in], accumulated in float32, in x's dtype."""
+def matmul(x: jax.Array, weight: jax.Array, *, split_in: bool = False) -> jax.Array:
+    """x [..., in] times weight [*out, in], accumulated in float32, in x's dtype.
+
+    Args:
+      split_in: the rules split `in` over devices. On a mesh their sums are then added up in x's dtype, so that half as
+        many bytes are sent for bfloat16 as for float32.
+    """
+    if split_in and in_use():
+        return product(x, weight, dtype=x.dtype)
     return product(x, weight).astype(x.dtype)
 
 
@@ -61,14 +69,16 @@ def lora(x: jax.Array, adapter: Params | None) -> jax.Array | float:
     return matmul(matmul(x, adapter["a"].astype(x.dtype)), adapter["b"].astype(x.dtype)) * adapter["scale"]
 
 
-def linear(x: jax.Array, leaf: Params, adapter: Params | None = None) -> jax.Array:
+def linear(x: jax.Array, leaf: Params, adapter: Params | None = None, *, split_in: bool = False) -> jax.Array:
     """Every projection of the model: x [..., in] -> [..., out].
 
     Args:
-      leaf: {"weight": [out, in]} and, if the projection has one, {"bias": [out]}.
+      leaf: {"weight": [out, in]} and, if the projection has one, {"bias": [out]}. Joint projections
+        (`llama_jax.fuse`) have several dimensions in place of `out`.
       adapter: {"a", "b", "scale"} of a low-rank adapter, or None.
+      split_in: see `matmul`.
     """
-    out = matmul(x, leaf["weight"])
+    out = matmul(x, leaf["weight"], split_in=split_in)
     if "bias" in leaf:
         out = out + leaf["bias"].astype(x.dtype)
     return (out + lora(x, adapter)).astype(x.dtype)
@@ -91,8 +101,8 @@ def project_qkv(
     batch, length, _ = x.shape
     names = ("q_proj", "k_proj", "v_proj")
     if "qkv_proj" in params:
-        # One group of rows per key/value head: its queries, its key, its value.
-        grouped = linear(x, params["qkv_proj"]).reshape(batch, length, config.num_kv_heads, -1, config.head_dim)
+        # [batch, len, kv_heads, group + 2, head_dim]: of each key/value head its queries, its key, its value.
+        grouped = linear(x, params["qkv_proj"])
         parts: tuple[jax.Array, ...] = (grouped[:, :, :, :-2], grouped[:, :, :, -2], grouped[:, :, :, -1])
         parts = tuple(
             part.reshape(batch, length, -1) + lora(x, adapters.get(name))
@@ -134,13 +144,13 @@ def mlp(x: jax.Array, params: Params, config: LlamaConfig, adapters: Params) -> 
     """Gated MLP: down(activation(gate(x)) * up(x))."""
     activation = ACTIVATIONS[config.activation]
     if "gate_up_proj" in params:
-        gate, up = jnp.split(linear(x, params["gate_up_proj"]), 2, axis=-1)
-        gate = (gate + lora(x, adapters.get("gate_proj"))).astype(x.dtype)
-        up = (up + lora(x, adapters.get("up_proj"))).astype(x.dtype)
+        both = linear(x, params["gate_up_proj"])  # [batch, len, 2, mlp]
+        gate = (both[..., 0, :] + lora(x, adapters.get("gate_proj"))).astype(x.dtype)
+        up = (both[..., 1, :] + lora(x, adapters.get("up_proj"))).astype(x.dtype)
     else:
         gate = linear(x, params["gate_proj"], adapters.get("gate_proj"))
         up = linear(x, params["up_proj"], adapters.get("up_proj"))
-    return linear(activation(gate) * up, params["down_proj"], adapters.get("down_proj"))
+    return linear(activation(gate) * up, params["down_proj"], adapters.get("down_proj"), split_in=True)
 
 
 def moe(x: jax.Array, params: Params, config: LlamaConfig, spec: MoeSpec, adapters: Params) -> jax.Array:
@@ -155,17 +165,55 @@ def moe(x: jax.Array, params: Params, config: LlamaConfig, spec: MoeSpec, adapte
     else:
         top_logits, expert_ids = jax.lax.top_k(logits, spec.top_k)
         input_scale = jax.nn.sigmoid(top_logits)
-    experts = params["experts"]
-    out = routed_experts(
-        tokens,
-        expert_ids,
-        experts["gate_proj"]["weight"],
-        experts["up_proj"]["weight"],
-        experts["down_proj"]["weight"],
-        activation=ACTIVATIONS[config.activation],
-        input_scale=input_scale,
-        output_scale=output_scale,
-    ).reshape(x.shape)
-    if spec.shared_intermediate_size:
-        out = out + mlp(x, params["shared"], config, adapters.get("shared", {}))
-    return out
+    experts = {name: leaf["weight"] for name, leaf in params["experts"].items()}
+
+    def mixture(
+        tokens: jax.Array,
+        expert_ids: jax.Array,
+        scales: tuple[jax.Array | None, jax.Array | None],
+        experts: Params,
+        shared: Params | None,
+        adapters: Params,
+    ) -> jax.Array:
+        out = routed_experts(
+            tokens,
+            expert_ids,
+            experts["gate_proj"],
+            experts["up_proj"],
+            experts["down_proj"],
+            activation=ACTIVATIONS[config.activation],
+            input_scale=scales[0],
+            output_scale=scales[1],
+        )
+        return out if shared is None else out + mlp(tokens, shared, config, adapters)
+
+    # All of it on each device's part of every expert's width, so that there is one sum over the devices.
+    arguments = {
+        "tokens": tokens,
+        "expert_ids": expert_ids,
+        "scales": (input_scale, output_scale),
+        "experts": experts,
+        "shared": params.get("shared"),
+        "adapters": adapters.get("shared", {}),
+    }
+    axes = {
+        "tokens": ("batch",),
+        "expert_ids": ("batch",),
+        "scales": ("batch",),
+        "experts": {name: ("expert", *PROJECTION_AXES[name]) for name in experts},
+        "shared": _axes(arguments["shared"]),
+        "adapters": _axes(arguments["adapters"]),
+    }
+    return local(mixture, arguments, axes, ("batch",), summed="mlp").reshape(x.shape)
+
+
+def _axes(projections: Params | None) -> Params | None:
+    """Logical axes of the leaves of some projections, or of their adapters."""
+    if projections is None:
+        return None
+    axes = {}
+    for name, leaves in projections.items():
+        *out, into = PROJECTION_AXES[name]
+        known = {"weight": (*out, into), "bias": tuple(out), "a": (None, into), "b": (out[0], None), "scale": ()}
+        axes[name] = {leaf: known[leaf] for leaf in leaves}
+    return axes

@@ -16,10 +16,10 @@ from llama_jax.checkpoint import Progress, load_params, open_checkpoint
 from llama_jax.checkpoint.place import Placements
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.direct import load_source, opened
-from llama_jax.fuse import fuse_in_place
+from llama_jax.fuse import fuse_in_place, repeat_kv_heads
 from llama_jax.models import DEFAULT_MODEL, find, resolve
-from llama_jax.params import Params, flatten
-from llama_jax.sharding import automatic_mesh, param_sharding
+from llama_jax.params import Params
+from llama_jax.sharding import automatic_mesh, check, explain, on, param_sharding, split_config
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 from llama_jax.tokenizer.check import check_tokenizer
 
@@ -30,7 +30,8 @@ class Model:
 
     Attributes:
       params: parameter tree on its devices, canonical (`llama_jax.params`) or fused (`llama_jax.fuse`).
-      config: what the model is.
+      config: what the model is; on a mesh with more devices than key/value heads, with these heads repeated
+        (`sharding.split_config`).
       mesh: the devices that the parameters are sharded over, or None for one device.
       generation_config: contents of the model's generation_config.json.
       name: what it was loaded from.
@@ -77,15 +78,15 @@ def load(
       model: the default model's name, a folder (Orbax checkpoint, Hugging Face or Meta), a GGUF file, or "org/name" on
         the Hugging Face hub.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
-      mesh: devices to spread the parameters over, by the rules of `llama_jax.sharding`: heads, hidden units, experts
-        and the vocabulary over its axis "tensor". A mesh without that axis holds a copy on every device.
+      mesh: devices to spread the model over, by the rules of `llama_jax.sharding`: heads, hidden units and the
+        vocabulary over its axis "tensor", rows of a batch over "data". A mesh without "tensor" holds a copy of the
+        parameters on every device. What is not simply split is told to `notify`.
       convert: False reads a source in another format as it is and puts no converted copy on the disk: the same tree,
         though there are no digests to check, and quantised weights are decoded anew each time.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
         it holds neither NaN nor infinity.
       fuse: whether to join projections that share their input (`llama_jax.fuse`), which is faster; False keeps the
-        canonical tree, for training or for `Llama`. A tree that is split over several devices is never fused: the rows
-        of the joint leaf would have to move between devices.
+        canonical tree, for training or for `Llama`.
       progress: called while converting and loading.
       notify: called with one line of text before anything that takes long or uses the network.
 
@@ -100,21 +101,36 @@ def load(
         path = resolve(model, progress=progress, notify=notify) if found is None else found.path
         checkpoint = open_checkpoint(path)
         config, generation_config, tokenizer = checkpoint.config, checkpoint.generation_config, load_tokenizer(path)
+        _announce(config, mesh, notify)
         params = load_params(
             path, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress, config=config
         )
     else:
         with opened(found.path, name=found.name, revision=found.revision) as source:
             config, generation_config = source.config, source.generation_config
+            _announce(config, mesh, notify)
             check_tokenizer(source.files)
             tokenizer = tokenizer_from_files(source.files, found.path)
             params = load_source(
                 source, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress
             )
-    if fuse and all(leaf.sharding.is_fully_replicated for leaf in flatten(params).values()):
-        fuse_in_place(params, config)
-    return Model(params, config, mesh, generation_config, str(model)), tokenizer
+    split = split_config(config, mesh)
+    with on(mesh):
+        repeat_kv_heads(params, config, split)
+        if fuse:
+            fuse_in_place(params, split)
+    return Model(params, split, mesh, generation_config, str(model)), tokenizer
 
 
 def _sharding(config: LlamaConfig, mesh: jax.sharding.Mesh | None) -> Placements:
     return None if mesh is None else param_sharding(config, mesh)
+
+
+def _announce(config: LlamaConfig, mesh: jax.sharding.Mesh | None, notify: Callable[[str], None] | None) -> None:
+    """Refuses a mesh of no use; says what is not simply split."""
+    if mesh is None:
+        return
+    check(config, mesh)
+    for split in explain(config, mesh):
+        if split.note and notify is not None and split.size is not None:
+            notify(str(split))

@@ -16,7 +16,10 @@ from llama_jax.kernels.attention import Visibility, attention
 from llama_jax.layers import linear, mlp, moe, position_queries_and_keys, product, project_qkv, rms_norm
 from llama_jax.params import Params, flatten, projection_names
 from llama_jax.rope import rope_angles
+from llama_jax.sharding import constrain
 
+ACTIVATION_AXES = ("batch", "length", "embed")
+"""Of what passes from block to block: each device has all of its rows, so that a block ends in one sum over devices."""
 LAYER_ACTIVATIONS = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "out")
 
 
@@ -139,8 +142,8 @@ def _embed(params: Params, tokens: jax.Array | None, inputs_embeds: jax.Array | 
     if (tokens is None) == (inputs_embeds is None):
         raise RequestError("give either tokens or inputs_embeds", param="tokens", hint="pass None for the other one")
     if inputs_embeds is not None:
-        return inputs_embeds.astype(weight.dtype)
-    return weight[tokens]
+        return constrain(inputs_embeds.astype(weight.dtype), ACTIVATION_AXES)
+    return constrain(weight[tokens], ACTIVATION_AXES)
 
 
 def _positions(x: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Any) -> jax.Array:
@@ -223,9 +226,10 @@ def _layer(
         )
     else:
         out, cache = cache.attend(q, k, v, positions, visibility, scale=scale)
-    seen["attn_out"] = out = linear(
-        out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj")
+    out = linear(
+        out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj"), split_in=True
     )
+    seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
     x = x + out
 
     seen["mlp_in"] = h = rms_norm(x, params["mlp_norm"]["weight"], config.rms_norm_eps)
@@ -233,14 +237,14 @@ def _layer(
         out = moe(h, params["moe"], config, spec.mlp, adapters.get("moe", {}))
     else:
         out = mlp(h, params["mlp"], config, adapters.get("mlp", {}))
-    seen["mlp_out"] = out
+    seen["mlp_out"] = out = constrain(out, ACTIVATION_AXES)
     seen["out"] = x = x + out
     return x, cache, {name: seen[name] for name in capture}
 
 
 def _logits(x: jax.Array, params: Params, config: LlamaConfig) -> jax.Array:
     weight = params["embed" if config.tie_word_embeddings else "lm_head"]["weight"]
-    return product(x, weight)
+    return constrain(product(x, weight), ("batch", "length", "vocab"))
 
 
 class _Capture:

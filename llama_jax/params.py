@@ -10,6 +10,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -21,6 +22,25 @@ Params = dict[str, Any]
 """Nested dict of arrays: `params["layers"]["0"]["attn"]["q_proj"]["weight"]`."""
 
 Init = Literal["normal", "ones", "zeros"]
+
+Axes = tuple[str | None, ...]
+"""The logical name of each dimension of an array."""
+
+PROJECTION_AXES: Mapping[str, Axes] = MappingProxyType(
+    {
+        "q_proj": ("q_heads", "embed"),
+        "k_proj": ("kv_heads", "embed"),
+        "v_proj": ("kv_heads", "embed"),
+        "o_proj": ("embed", "q_heads"),
+        "gate_proj": ("mlp", "embed"),
+        "up_proj": ("mlp", "embed"),
+        "down_proj": ("embed", "mlp"),
+        # The joint projections of `llama_jax.fuse`: a split of a named dimension never cuts through what is joint.
+        "qkv_proj": ("kv_heads", None, "head_dim", "embed"),
+        "gate_up_proj": (None, "mlp", "embed"),
+    }
+)
+"""Logical axes of the weight of each projection; its bias lacks the last one."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +59,7 @@ class ParamSpec:
 
     name: str
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: Axes
     init: Init
     hf: str
     gguf: str
@@ -70,15 +90,14 @@ def _specs(c: LlamaConfig) -> Iterator[ParamSpec]:
     for i, layer in enumerate(c.layers):
         ours, hf, gguf = f"layers.{i}", f"model.layers.{i}", f"blk.{i}"
         yield _norm(c, f"{ours}.attn_norm", f"{hf}.input_layernorm", f"{gguf}.attn_norm")
-        for name, out, axis, bias, gguf_name in (
-            ("q_proj", c.q_dim, "q_heads", c.qkv_bias, "attn_q"),
-            ("k_proj", c.kv_dim, "kv_heads", c.qkv_bias, "attn_k"),
-            ("v_proj", c.kv_dim, "kv_heads", c.qkv_bias, "attn_v"),
+        for name, out, bias, gguf_name in (
+            ("q_proj", c.q_dim, c.qkv_bias, "attn_q"),
+            ("k_proj", c.kv_dim, c.qkv_bias, "attn_k"),
+            ("v_proj", c.kv_dim, c.qkv_bias, "attn_v"),
         ):
             yield from _linear(
                 f"{ours}.attn.{name}",
                 (out, c.hidden_size),
-                (axis, "embed"),
                 bias,
                 f"{hf}.self_attn.{name}",
                 f"{gguf}.{gguf_name}",
@@ -96,7 +115,6 @@ def _specs(c: LlamaConfig) -> Iterator[ParamSpec]:
         yield from _linear(
             f"{ours}.attn.o_proj",
             (c.hidden_size, c.q_dim),
-            ("embed", "q_heads"),
             c.o_bias,
             f"{hf}.self_attn.o_proj",
             f"{gguf}.attn_output",
@@ -122,9 +140,8 @@ def _norm(c: LlamaConfig, name: str, hf: str, gguf: str) -> ParamSpec:
     return ParamSpec(f"{name}.weight", (c.hidden_size,), ("embed",), "ones", f"{hf}.weight", f"{gguf}.weight")
 
 
-def _linear(
-    name: str, shape: tuple[int, int], axes: tuple[str, str], bias: bool, hf: str, gguf: str
-) -> Iterator[ParamSpec]:
+def _linear(name: str, shape: tuple[int, int], bias: bool, hf: str, gguf: str) -> Iterator[ParamSpec]:
+    axes = PROJECTION_AXES[name.rpartition(".")[2]]
     yield ParamSpec(f"{name}.weight", shape, axes, "normal", f"{hf}.weight", f"{gguf}.weight")
     if bias:
         yield ParamSpec(f"{name}.bias", shape[:1], axes[:1], "zeros", f"{hf}.bias", f"{gguf}.bias")
@@ -133,10 +150,8 @@ def _linear(
 def _mlp(c: LlamaConfig, width: int, name: str, hf: str, gguf: str, bias: bool) -> Iterator[ParamSpec]:
     """gate, up and down of a dense MLP; "{}" in `gguf` is filled with each one's short name."""
     for short in ("gate", "up", "down"):
-        shape, axes = ((width, c.hidden_size), ("mlp", "embed"))
-        if short == "down":
-            shape, axes = shape[::-1], axes[::-1]
-        yield from _linear(f"{name}.{short}_proj", shape, axes, bias, f"{hf}.{short}_proj", gguf.format(short))
+        shape = (c.hidden_size, width) if short == "down" else (width, c.hidden_size)
+        yield from _linear(f"{name}.{short}_proj", shape, bias, f"{hf}.{short}_proj", gguf.format(short))
 
 
 def _moe(c: LlamaConfig, moe: MoeSpec, name: str, hf: str, gguf: str) -> Iterator[ParamSpec]:
@@ -158,13 +173,12 @@ def _moe(c: LlamaConfig, moe: MoeSpec, name: str, hf: str, gguf: str) -> Iterato
         f"{gguf}.ffn_gate_inp.weight",
     )
     for short in ("gate", "up", "down"):
-        shape, axes = (moe.intermediate_size, c.hidden_size), ("mlp", "embed")
-        if short == "down":
-            shape, axes = shape[::-1], axes[::-1]
+        width = moe.intermediate_size
+        shape = (c.hidden_size, width) if short == "down" else (width, c.hidden_size)
         yield ParamSpec(
             f"{name}.experts.{short}_proj.weight",
             (moe.num_experts, *shape),
-            ("expert", *axes),
+            ("expert", *PROJECTION_AXES[f"{short}_proj"]),
             "normal",
             experts[short],
             f"{gguf}.ffn_{short}_exps.weight",

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, arange_positions, error, random_params, random_tokens, run_unoptimised
+from helpers import TINY, arange_positions, error, random_adapters, random_params, random_tokens, run_unoptimised
 
 from llama_jax.cache import DenseCache
-from llama_jax.fuse import fuse_params
+from llama_jax.fuse import fuse_params, repeat_kv_heads
 from llama_jax.model import activation_names
 from llama_jax.params import abstract_params, count_params, flatten
 
@@ -37,16 +37,16 @@ def test_layout(name: str) -> None:
     before, after = flatten(params), flatten(fuse_params(params, config))
     assert sum(x.size for x in after.values()) == count_params(config)
     for i, layer in enumerate(config.layers):
-        path = f"layers.{i}.attn.qkv_proj.weight"
-        assert after.pop(path).shape == (config.q_dim + 2 * config.kv_dim, config.hidden_size)
+        heads = (config.num_kv_heads, config.num_heads // config.num_kv_heads + 2, config.head_dim)
+        assert after.pop(f"layers.{i}.attn.qkv_proj.weight").shape == (*heads, config.hidden_size)
         if config.qkv_bias:
-            assert after.pop(f"layers.{i}.attn.qkv_proj.bias").shape == (config.q_dim + 2 * config.kv_dim,)
+            assert after.pop(f"layers.{i}.attn.qkv_proj.bias").shape == heads
         width = layer.mlp if isinstance(layer.mlp, int) else layer.mlp.shared_intermediate_size
         where = f"layers.{i}.{'mlp' if isinstance(layer.mlp, int) else 'moe.shared'}.gate_up_proj"
         if width:
-            assert after.pop(f"{where}.weight").shape == (2 * width, config.hidden_size)
+            assert after.pop(f"{where}.weight").shape == (2, width, config.hidden_size)
         if width and config.mlp_bias:
-            assert after.pop(f"{where}.bias").shape == (2 * width,)
+            assert after.pop(f"{where}.bias").shape == (2, width)
     assert all(after[key] is before[key] for key in after)
     assert not any("qkv" in key or "gate_up" in key for key in after)
 
@@ -56,13 +56,33 @@ def test_rows_of_one_key_value_head_stand_together() -> None:
     attn = random_params(config)["layers"]["0"]["attn"]
     fused = fuse_params(random_params(config), config)["layers"]["0"]["attn"]["qkv_proj"]["weight"]
     q, k, v = (np.asarray(attn[name]["weight"]) for name in ("q_proj", "k_proj", "v_proj"))
-    np.testing.assert_array_equal(fused, np.concatenate([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]]))
+    rows = np.concatenate([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]])
+    np.testing.assert_array_equal(np.reshape(fused, rows.shape), rows)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("fused", [False, True])
+def test_repeated_key_value_heads_compute_the_same(name: str, fused: bool) -> None:
+    """As many of them as query heads; adapters of the keys and values are repeated with them."""
+    config = TINY[name]
+    repeated = config.replace(num_kv_heads=config.num_heads)
+    params, adapters = random_params(config), random_adapters(config)
+    tokens = random_tokens(config, 2, 6)
+    expected, _ = run_unoptimised(params, config, tokens, adapters=adapters)
+    repeat_kv_heads(params, config, repeated)
+    repeat_kv_heads(adapters, config, repeated)
+    k = params["layers"]["0"]["attn"]["k_proj"]["weight"]
+    assert k.shape == (repeated.kv_dim, config.hidden_size)
+    logits, _ = run_unoptimised(
+        fuse_params(params, repeated) if fused else params, repeated, tokens, adapters=adapters
+    )
+    assert error(logits, expected) < 1e-5
 
 
 def test_traceable_and_differentiable() -> None:
     config = TINY["biased"]
     shapes = jax.eval_shape(lambda p: fuse_params(p, config), abstract_params(config))
-    assert shapes["layers"]["0"]["attn"]["qkv_proj"]["bias"].shape == (config.q_dim + 2 * config.kv_dim,)
+    assert shapes["layers"]["0"]["attn"]["qkv_proj"]["bias"].shape == (4, 3, 8)
     params = random_params(config)
     grads = jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(fuse_params(p, config))) / 2)(params)
     chex.assert_trees_all_close(grads, params)

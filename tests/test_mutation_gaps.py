@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from helpers import load_golden
 
-from llama_jax import decode, sampling
+from llama_jax import decode
 from llama_jax.sampling import SamplingParams, make_sampler
+from llama_jax.sampling.truncation import truncate
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
@@ -43,5 +44,5 @@ def test_top_p_that_the_likeliest_tokens_reach_exactly() -> None:
     logits = np.log(np.asarray([[0.25, 0.5, 0.25]], np.float32))
     for top_p, kept in ((0.5, [1]), (0.501, [0, 1, 2])):
         _, state = make_sampler([SamplingParams(top_p=top_p)], [[]], 3)
-        cut = jax.jit(sampling._truncate)(logits, state)
+        cut = jax.jit(truncate)(logits, state)
         assert np.flatnonzero(np.isfinite(cut[0])).tolist() == kept

@@ -15,13 +15,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from llama_jax import sampling
 from llama_jax.sampling import SamplerOptions, SamplerState, SamplingParams, make_sampler, sample, token_logprobs
+from llama_jax.sampling.truncation import truncate
 
 # A few sizes of vocabulary only, since each compiles programs of its own.
 VOCABULARIES = st.sampled_from([1, 2, 5, 17, 200])
 jitted_sample = jax.jit(sample, static_argnames="options")
-jitted_truncate = jax.jit(sampling._truncate)
+jitted_truncate = jax.jit(truncate)
 
 
 def reference_logits(

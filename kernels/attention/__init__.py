@@ -7,11 +7,14 @@ contract `attention_reference`: `flash_attention` for many queries, `decode_atte
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from llama_jax.kernels.attention.decode import MAX_QUERIES, decode_attention
 from llama_jax.kernels.attention.flash import flash_attention
 from llama_jax.kernels.attention.reference import Visibility, attention_reference, gather_pages, visible
+from llama_jax.sharding import local
 
 __all__ = [
     "Visibility",
@@ -65,18 +68,28 @@ def attention(
       KernelError: the named backend does not exist, or cannot run this here.
     """
     op = decode_attention if q.shape[1] <= MAX_QUERIES else flash_attention
-    return op(
-        q,
-        k,
-        v,
-        q_positions,
-        kv_positions,
-        visibility,
-        scale=scale,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        q_segments=q_segments,
-        kv_segments=kv_segments,
-        page_table=page_table,
-        backend=backend,
-    )
+    arrays = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "q_positions": q_positions,
+        "kv_positions": kv_positions,
+        "sinks": sinks,
+        "q_segments": q_segments,
+        "kv_segments": kv_segments,
+        "page_table": page_table,
+    }
+    # Query heads are split with the key/value heads that they use. Any row may use any page.
+    of_cache = ("batch" if page_table is None else None, "kv_heads")
+    axes = dict.fromkeys(arrays, ("batch",)) | {
+        "q": ("batch", None, "kv_heads"),
+        "k": of_cache,
+        "v": of_cache,
+        "sinks": ("kv_heads",),
+    }
+
+    def run(**a: Any) -> jax.Array:
+        first = [a.pop(name) for name in ("q", "k", "v", "q_positions", "kv_positions")]
+        return op(*first, visibility, scale=scale, soft_cap=soft_cap, backend=backend, **a)
+
+    return local(run, arrays, axes, ("batch", None, "kv_heads"))
