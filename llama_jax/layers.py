@@ -33,6 +33,11 @@ FEW_ROWS = 16
 def product(x: jax.Array, weight: jax.Array, *, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """x [..., in] times weight [*out, in]: [..., *out], accumulated in float32, in `dtype`."""
     precision = matmul_precision(x.dtype)
+    if weight.ndim > 2 and not in_use():
+        # XLA's CPU compiler would copy the whole weight in every step, to make one matrix of it. (On a mesh the dimension
+        # that is split has to stay; the compiler for AMD GPUs copies nothing either way.)
+        rows = product(x, weight.reshape(-1, weight.shape[-1]), dtype=dtype)
+        return rows.reshape(*x.shape[:-1], *weight.shape[:-1])
 
     def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
         contracted = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))

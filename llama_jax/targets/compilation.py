@@ -177,7 +177,7 @@ def compile_for(
     keywords = {name: _abstract(value, None, mesh) for name, value in (kwargs or {}).items()}
     jitted = f if hasattr(f, "trace") else jax.jit(f, **jit_options)
     start = time.perf_counter()
-    with abstract_device(target):
+    with abstract_device(target, mesh):
         lowered = jitted.trace(*shaped, **keywords).lower(lowering_platforms=("rocm",))
     traced = time.perf_counter()
     compiled = lowered.compile()
