@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_jax import hardware
+from llama_jax import hardware, targets
 from llama_jax.checkpoint.storage import existing_parent
 from llama_jax.errors import NoDevice, StorageError
 from llama_jax.models import DEFAULT_MODEL, bundled, cache_dir, list_models
@@ -184,6 +184,7 @@ def _system(root: Path, found: tuple[hardware.Gpu, ...], environ: Mapping[str, s
         "memory_total": total,
         "memory_available": available,
         "gpus": [{"vendor": g.vendor, "name": g.name, "memory": g.memory, "driver": g.driver} for g in found],
+        "targets": [target.name for target in targets.detected(root)],
         "drivers": hardware.driver_versions(root),
         "cache": None if cache is None else str(cache),
         "compilation_cache": environ.get("JAX_COMPILATION_CACHE_DIR")

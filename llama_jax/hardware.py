@@ -1,8 +1,8 @@
 """What this machine has, read from the kernel's own files: no driver library is loaded, and jax is
 imported only where a function says so.
 
-The files are those of Linux (https://docs.kernel.org/gpu/amdgpu; AMD's compute driver: `targets.kfd`). Where they are absent
-nothing is found. Every function takes the root folder, so that another machine's files can be read as well.
+The files are those of Linux (https://docs.kernel.org/gpu/amdgpu; AMD's compute driver: `targets.kfd`). Where they are
+absent nothing is found. Every function takes the root folder, so that another machine's files can be read as well.
 """
 
 from __future__ import annotations

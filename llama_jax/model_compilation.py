@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from llama_jax.config import LlamaConfig
 from llama_jax.costs import share_used
 from llama_jax.decode import cache_bucket, chunk_length, decode_step, first_token, prefill_chunk, prompt_bucket
-from llama_jax.errors import RequestError
+from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.fuse import fuse_params
 from llama_jax.params import Params, param_specs, unflatten
 from llama_jax.sampling import SamplingParams, make_sampler
@@ -37,8 +37,8 @@ class Phase:
       name: "prefill" or "decode".
       tokens: that one run puts into the cache, of all rows.
       read_bytes: what one device has to read at least: the weights that so many tokens use, and the cache.
-      compute_s, memory_s, links_s: the least time for the arithmetic that XLA counts, for `read_bytes`, and for what the
-        devices send one another, at the target's peak rates; None where the table has no such rate.
+      compute_s, memory_s, links_s: the least time for the arithmetic that XLA counts, for `read_bytes`, and for what
+        the devices send one another, at the target's peak rates; None where amount or rate is not known.
     """
 
     name: str
@@ -95,8 +95,8 @@ def compile_model(
     mesh_shape: Mapping[str, int] | None = None,
     *,
     batch: int = 1,
-    context: int = 4096,
-    prompt: int = 512,
+    context: int | None = None,
+    prompt: int | None = None,
     dtype: DTypeLike = "bfloat16",
     progress: Callable[[str], None] | None = None,
 ) -> ModelCompilation:
@@ -105,17 +105,21 @@ def compile_model(
     Args:
       mesh_shape: axis name to number of devices; the axis "tensor" splits the model, any other repeats it.
       batch: rows.
-      context: tokens of a row that the cache has to hold.
-      prompt: tokens of a row that prefill is compiled for; long ones run in chunks, of which one is compiled.
+      context: tokens of a row that the cache has to hold; by default 4096, or what the model can take if that is less.
+      prompt: tokens of a row that prefill is compiled for, by default 512 or the context; long ones run in chunks, of
+        which one is compiled.
       dtype: of parameters and cache.
       progress: called with a line of text before each program.
 
     Raises:
       RequestError: the prompt is longer than the context, or the context than the model's.
+      DoesNotFit: the weights alone are larger than a device's memory; nothing is compiled then.
       CompilerUnavailable: the compiler for AMD GPUs is missing, or the target is not AMD's.
     """
     say = progress or (lambda line: None)
     dtype = jnp.dtype(dtype)
+    context = min(4096, config.context_length) if context is None else context
+    prompt = min(512, context) if prompt is None else prompt
     if context > config.context_length:
         raise RequestError(
             f"a context of {context} tokens is longer than the model's, {config.context_length}",
@@ -124,13 +128,22 @@ def compile_model(
         )
     if prompt > context:
         raise RequestError(
-            f"a prompt of {prompt} tokens does not fit a context of {context}", param="prompt", hint="choose a longer one"
+            f"a prompt of {prompt} tokens does not fit a context of {context}",
+            param="prompt",
+            hint="choose a longer one",
         )
     mesh = device_mesh(target, mesh_shape or {})
     params = _params(config, mesh, dtype)
     fused = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     if fused:
         params = _on(mesh, jax.eval_shape(partial(fuse_params, config=config), params))
+    weights = sum(map(_shard_bytes, jax.tree.leaves(params)))
+    if weights > target.memory:
+        raise DoesNotFit(
+            f"the weights alone take {weights / 1e9:.1f} GB on each of {mesh.size} devices, and {target.name} has "
+            f"{target.memory / 1e9:.1f} GB",
+            hint="split the model over more devices (tensor=N), or choose a smaller dtype",
+        )
     length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
     chunk = chunk_length(config, batch, length, capacity)
 
@@ -178,9 +191,7 @@ def compile_model(
 
 def _params(config: LlamaConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Params:
     sharding = param_sharding(config, mesh)
-    return unflatten(
-        {s.name: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding(s)) for s in param_specs(config)}
-    )
+    return unflatten({s.name: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding(s)) for s in param_specs(config)})
 
 
 def _on(mesh: jax.sharding.Mesh, tree: Any, **parts: Any) -> Any:
@@ -227,7 +238,7 @@ def _phase(
     )
 
 
-def _seconds(amount: float, rate: float) -> float | None:
-    if not amount:
+def _seconds(amount: float | None, rate: float) -> float | None:
+    if amount == 0:
         return 0.0
-    return amount / rate if rate else None
+    return amount / rate if amount and rate else None

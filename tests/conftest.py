@@ -4,11 +4,13 @@ Environment variables:
   LLAMA_JAX_TEST_GPU: 1 runs the tests marked `gpu`, on the GPU; without it every test runs on the CPU.
   LLAMA_JAX_TEST_CACHE: a folder for converted models that outlives the run; without it each run starts with an empty
     one.
+  LLAMA_JAX_REQUIRE_AMD: 1 (or CI) fails the tests marked `amd` where the compiler for AMD GPUs is missing.
   HYPOTHESIS_PROFILE: "ci" tries the same examples in every run.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -56,6 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not ON_GPU:
         pytest.skip("needs a GPU: set LLAMA_JAX_TEST_GPU=1")
+    if item.get_closest_marker("amd") and importlib.util.find_spec("jax_plugins.xla_rocm7") is None:
+        if any(os.environ.get(name, "0") not in ("", "0") for name in ("CI", "LLAMA_JAX_REQUIRE_AMD")):
+            pytest.fail("the compiler for AMD GPUs is not installed: uv sync --group amd")
+        pytest.skip("needs the compiler for AMD GPUs: uv sync --group amd")
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,10 @@ def amd_machine(root: Path, *versions: int, kfd: bool = True) -> Path:
     nodes = root / "sys/class/kfd/kfd/topology/nodes"
     write(nodes / "0/properties", "cpu_cores_count 8\nsimd_count 0\ngfx_target_version 0\n")
     for i, version in enumerate(versions):
-        write(nodes / f"{i + 1}/properties", f"cpu_cores_count 0\nsimd_count 1216\ngfx_target_version {version}\n")
+        write(
+            nodes / f"{i + 1}/properties",
+            f"cpu_cores_count 0\nsimd_count 1216\nsimd_per_cu 4\ngfx_target_version {version}\n",
+        )
         write(nodes / f"{i + 1}/mem_banks/0/properties", "heap_type 1\nsize_in_bytes 206141652992\n")
         write(root / f"sys/bus/pci/devices/0000:0{i}:00.0/vendor", "0x1002\n")
         write(root / f"sys/bus/pci/devices/0000:0{i}:00.0/class", "0x120000\n")
@@ -310,6 +313,7 @@ def test_command_exits_with_the_problem(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 5
     assert "PROBLEM device" in result.stdout
     assert "gpu:        amd gfx942, 206 GB" in result.stdout
+    assert "target:     mi300x\n" in result.stdout
     result = CliRunner().invoke(cli, ["doctor", "--json"])
     assert (result.exit_code, json.loads(result.stdout)["ok"]) == (5, False)
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "list": "List the models that are on this machine.",
     "rm": "Remove models from the cache.",
     "bench": "Measure speed.",
+    "compile": "Compile a model for an AMD GPU that need not be here.",
     "doctor": "Check this machine: devices, versions, what is missing.",
 }
 """Name and one line of help, in the order of `--help`. `llama_jax.cli.<name>` exports the `click.Command` `command`."""

@@ -51,6 +51,7 @@ def _text(report: Report) -> str:
     for gpu in system["gpus"]:
         memory = f", {size_text(gpu['memory'])}" if gpu["memory"] else ""
         line("gpu", f"{gpu['vendor']} {gpu['name']}{memory}{'' if gpu['driver'] else ', no driver'}")
+    line("target", ", ".join(system["targets"]))
     line("drivers", ", ".join(f"{name} {version}" for name, version in system["drivers"].items()))
     for device in report.devices:
         memory = f", {size_text(device['memory'])}" if device["memory"] else ""

@@ -202,7 +202,7 @@ RADEON8060S = _gfx11(
     l1=Cache(32 * _KIB, 40),
     l2=Cache(2 * _MIB),
     l3=Cache(32 * _MIB),
-    # Shared with the processor: up to 96 of 128 GB can be set apart for graphics, more is reached through the page table.
+    # Shared with the processor: up to 96 of 128 GB can be set apart for graphics.
     memory=96 * _GIB,
     bandwidth=256e9,
     bus=(256, 8e9),

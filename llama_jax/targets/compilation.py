@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -57,10 +58,14 @@ class Compilation:
     trace_s: float
     compile_s: float
 
+    @property
+    def _runtime_executable(self) -> Any:
+        return self.compiled.runtime_executable()
+
     @cached_property
     def serialized(self) -> bytes:
         """The executable as XLA stores it."""
-        return self.compiled.runtime_executable().serialize()
+        return self._runtime_executable.serialize()
 
     @cached_property
     def _executable(self) -> executable.Fields:
@@ -79,7 +84,7 @@ class Compilation:
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
         """What devices exchange, those that move most first."""
-        return hlo.collectives(self.compiled.as_text(), self.devices) if self.devices > 1 else ()
+        return hlo.collectives(self.compiled.as_text() or "", self.devices) if self.devices > 1 else ()
 
     @cached_property
     def memory(self) -> Memory:
@@ -98,9 +103,9 @@ class Compilation:
     @cached_property
     def _cost(self) -> Mapping[str, float]:
         from jax._src import xla_bridge
-        from jax._src.lib import _jax, xla_client
+        from jaxlib import _jax, xla_client
 
-        (module,) = self.compiled.runtime_executable().hlo_modules()
+        (module,) = self._runtime_executable.hlo_modules()
         try:
             client = xla_bridge.get_backend("cpu")
         except RuntimeError:  # jax was told to use a GPU alone
@@ -109,8 +114,11 @@ class Compilation:
         return _jax.hlo_module_cost_analysis(client, module)
 
     @property
-    def flops(self) -> float:
-        """Floating-point operations of one device, by XLA's count; bodies of loops count once."""
+    def flops(self) -> float | None:
+        """Floating-point operations of one device, by XLA's count; bodies of loops count once. None if libraries do
+        some of them, which XLA does not count."""
+        if set(self.library_calls) - set(hlo.KINDS):
+            return None
         return self._cost.get("flops", 0.0)
 
     @property
@@ -149,6 +157,7 @@ def compile_for(
     mesh: jax.sharding.Mesh | None = None,
     in_shardings: Any = None,
     kwargs: Mapping[str, Any] | None = None,
+    compiler_options: Mapping[str, Any] | None = None,
     **jit_options: Any,
 ) -> Compilation:
     """Compiles a function for AMD GPUs. Needs neither a GPU nor ROCm, and leaves the devices of this process alone.
@@ -162,6 +171,7 @@ def compile_for(
       in_shardings: a tree like `args` (or the beginning of one) of `PartitionSpec` or `NamedSharding`; what has neither
         that nor a sharding of its own is on every device.
       kwargs: keyword arguments; static ones have to be named in `static_argnames`.
+      compiler_options: XLA's flags, e.g. {"xla_gpu_enable_triton_gemm": False} for hipBLASLt's products.
       jit_options: passed to `jax.jit` if `f` is a plain function: `static_argnames`, `donate_argnums`, `out_shardings`
         (on `mesh`), ...
 
@@ -170,6 +180,7 @@ def compile_for(
       RequestError: no target has this name.
     """
     import jax
+    from jax._src import config
 
     target = find(target) if isinstance(target, str) else target
     mesh = device_mesh(target, mesh_shape or {}) if mesh is None else mesh
@@ -180,7 +191,9 @@ def compile_for(
     with abstract_device(target, mesh):
         lowered = jitted.trace(*shaped, **keywords).lower(lowering_platforms=("rocm",))
     traced = time.perf_counter()
-    compiled = lowered.compile()
+    # Kept out of the cache on disk: reading an entry needs a real device, and fails with a warning.
+    with config.persistent_cache_min_compile_time_secs(math.inf):
+        compiled = lowered.compile(compiler_options=dict(compiler_options or {}) or None)
     return Compilation(target, mesh.size, compiled, traced - start, time.perf_counter() - traced)
 
 

@@ -44,8 +44,8 @@ def current() -> Target:
     """The target of the program that is being traced: the abstract device of the mesh in use (compilation for another
     machine), else the default device. Imports jax, and starts its backend where no mesh is in use.
 
-    The abstract mesh is part of jit's cache key, so a program traced for one target is never reused for another. A device
-    that is not in the table gets a target made of what it reports (see `identify`).
+    The abstract mesh is part of jit's cache key, so a program traced for one target is never reused for another. A
+    device that is not in the table gets a target made of what it reports (see `identify`).
     """
     import jax
 
@@ -115,7 +115,9 @@ def identify(facts: Facts) -> Target:
     alike = [target for target in known if target.arch == facts.arch]
     same = [target for target in alike if facts.compute_units in (0, target.compute_units)]
     # A driver keeps some memory for itself: compared as a share. The first one where nothing tells them apart.
-    nearest = min(same, key=lambda t: abs(facts.memory / t.memory - 1) if facts.memory and t.memory else 0, default=None)
+    nearest = min(
+        same, key=lambda t: abs(facts.memory / t.memory - 1) if facts.memory and t.memory else 0, default=None
+    )
     return nearest or _unknown(facts, alike[0] if alike else None)
 
 

@@ -38,7 +38,8 @@ def gpus(root: Path = ROOT) -> tuple[KfdGpu, ...]:
         if version := facts.get("gfx_target_version", 0):  # 0 is a processor
             banks = node.glob("mem_banks/*/properties")
             memory = max((_properties(bank).get("size_in_bytes", 0) for bank in banks), default=0)
-            units = facts.get("simd_count", 0) // max(facts.get("simd_per_cu", 0), 1)
+            simds, per_unit = facts.get("simd_count", 0), facts.get("simd_per_cu", 0)
+            units = simds // per_unit if per_unit else 0
             wave_size, lds_kib = facts.get("wave_front_size", 0), facts.get("lds_size_in_kb", 0)
             found.append(KfdGpu(gfx_name(version), units, wave_size, lds_kib << 10, memory))
     return tuple(found)

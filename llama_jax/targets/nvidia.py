@@ -98,9 +98,7 @@ L40S = _sm(
     bus=(384, 18e9),
     rates=Rates(bf16=362.05e12, fp8=733e12, fp8_flavour="ocp", int8=733e12, f32=91.6e12),
     links=Links(1, 32e9, "pcie"),
-    sources=_sources(
-        _ADA, _PAPER_FIELDS, "https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413"
-    ),
+    sources=_sources(_ADA, _PAPER_FIELDS, "https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413"),
 )
 
 RTX4090 = _sm(

@@ -47,13 +47,16 @@ def find(name: str) -> Target:
       PluginError: there is none, and a package that adds targets cannot be loaded.
     """
     key = normalised(name)
-    for targets in (TARGETS, added_targets):
-        known = targets() if callable(targets) else targets
-        for fits in (lambda t: key in (t.name, normalised(t.label)), lambda t: key == t.arch):
-            if match := next(filter(fits, known), None):
-                return match
-    names = ", ".join(target.name for target in (*TARGETS, *added_targets()))
-    raise RequestError(f"unknown target {name!r}", param="target", hint=f"known: {names}")
+    match = _match(key, TARGETS) or _match(key, added_targets())
+    if match is None:
+        names = ", ".join(target.name for target in (*TARGETS, *added_targets()))
+        raise RequestError(f"unknown target {name!r}", param="target", hint=f"known: {names}")
+    return match
+
+
+def _match(key: str, targets: tuple[Target, ...]) -> Target | None:
+    named = (t for t in targets if key and key in (t.name, normalised(t.label)))
+    return next(named, None) or next((t for t in targets if key == t.arch), None)
 
 
 def normalised(name: str) -> str:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _WIDTH = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
@@ -87,14 +87,16 @@ def _read(text: str, devices: int) -> tuple[str, dict[str, list[tuple[str, int, 
             entry = name if header[1] else entry
         elif name and (instruction := _INSTRUCTION.match(line)):
             shape, opcode, rest = instruction.groups()
-            if (kind := opcode.removesuffix("-start")) in _KINDS:
+            if (kind := opcode.removesuffix("-start")) in KINDS:
                 group = _group_size(rest, devices)
                 found.setdefault(name, []).append((kind, group, _payload(kind, opcode, shape, group)))
             calls.setdefault(name, []).extend(_called(opcode, rest))
     return entry, found, calls
 
 
-def _runs(name: str, calls: dict[str, list[_Call]], times: int = 1, known: bool = True) -> Iterator[tuple[str, int, bool]]:
+def _runs(
+    name: str, calls: dict[str, list[_Call]], times: int = 1, known: bool = True
+) -> Iterator[tuple[str, int, bool]]:
     yield name, times, known
     for call in calls.get(name, ()):
         yield from _runs(call.name, calls, times * call.times, known and call.known)

@@ -45,7 +45,8 @@ def load(path: Path) -> tuple[ctypes.CDLL, ...]:
         if "cannot open shared object file" not in str(error) or not path.is_file():
             raise CompilerUnavailable(f"{path} does not load: {error}", hint="install the package again") from error
     needed, undefined = dependencies(path)
-    loaded, files = [], []
+    loaded: list[ctypes.CDLL] = []
+    files: list[int] = []
     try:
         for name in needed:
             # The loader knows a library by its path, here that of the open file: closed only once all are loaded. The
@@ -130,9 +131,7 @@ def stand_in(name: str, functions: Sequence[str] = ()) -> bytes:
     body += strings
     dynamic_at = (_PAGE + len(body) + _PAGE - 1) & -_PAGE
     # SONAME, HASH, STRTAB, SYMTAB, STRSZ, SYMENT, NULL
-    dynamic = struct.pack(
-        "<14Q", 14, 1, 4, hash_at, 5, strings_at, 6, _PAGE + 16, 10, len(strings), 11, 24, 0, 0
-    )
+    dynamic = struct.pack("<14Q", 14, 1, 4, hash_at, 5, strings_at, 6, _PAGE + 16, 10, len(strings), 11, 24, 0, 0)
     header = b"\x7fELF\2\1\1".ljust(16, b"\0")
     header += struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, 64, 0, 0, 64, 56, 4, 64, 0, 0)
 

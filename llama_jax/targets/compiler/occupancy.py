@@ -17,8 +17,8 @@ class _Limits:
     Attributes:
       registers, granule: vector registers of a SIMD lane, and the steps that they are allocated in.
       waves: the most of a SIMD.
-      lds_bytes, simds: local memory that the work-groups of a compute unit share (RDNA: of a pair of them, which work as
-        one), and its SIMDs.
+      lds_bytes, simds: local memory that the work-groups of a compute unit share (RDNA: of a pair of them, which work
+        as one), and its SIMDs.
       scalar_registers: that the waves of a SIMD share; 0 where each wave has its own full set.
     """
 

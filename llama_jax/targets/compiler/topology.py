@@ -46,7 +46,8 @@ def devices(target: Target, count: int = 1) -> list[jax.Device]:
         return topology._make_compile_only_devices()
     except Exception as error:  # of jax's runtime, under several names
         raise CompilerUnavailable(
-            f"XLA's plugin for ROCm has no topology of {count} x {target.name}: {error}", hint=f"reinstall it: {INSTALL}"
+            f"XLA's plugin for ROCm has no topology of {count} x {target.name}: {error}",
+            hint=f"reinstall it: {INSTALL}",
         ) from error
 
 
@@ -54,7 +55,7 @@ def devices(target: Target, count: int = 1) -> list[jax.Device]:
 def _topology_maker() -> Any:
     """The function of the plugin that makes topologies. Loaded once a process; the library stays."""
     from jax._src import xla_bridge
-    from jax._src.lib import xla_client
+    from jaxlib import xla_client
 
     library = plugin_library()
     # Registers what is installed without starting it. On a machine with an AMD GPU the plugin is among that.
@@ -76,18 +77,16 @@ def plugin_library() -> Path:
     Raises:
       CompilerUnavailable: it is not installed, or is of another version than jaxlib.
     """
-    import jaxlib
-
     try:
         spec = importlib.util.find_spec(_PLUGIN)
     except ModuleNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
         raise CompilerUnavailable("XLA's compiler for AMD GPUs is not installed", hint=INSTALL)
-    version = importlib.metadata.version("jax-rocm7-pjrt")
-    if version != jaxlib.__version__:
+    version, jaxlib = (importlib.metadata.version(name) for name in ("jax-rocm7-pjrt", "jaxlib"))
+    if version != jaxlib:
         raise CompilerUnavailable(
-            f"jax-rocm7-pjrt is {version}, jaxlib {jaxlib.__version__}: they have to be of one version", hint=INSTALL
+            f"jax-rocm7-pjrt is {version}, jaxlib {jaxlib}: they have to be of one version", hint=INSTALL
         )
     return Path(spec.origin).parent / _LIBRARY
 

@@ -1,0 +1,479 @@
+"""Compilation for AMD GPUs on a machine that need not have one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from llama_jax import jax_log
+from llama_jax.cli import cli
+from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
+from llama_jax.errors import CompilerUnavailable, DoesNotFit, RequestError
+from llama_jax.model_compilation import ModelCompilation, compile_model
+from llama_jax.models.configs import find_config
+from llama_jax.params import count_params, param_specs
+from llama_jax.targets import Target, compile_for, current, device_mesh, find
+from llama_jax.targets.compiler import code_object, topology
+
+ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201")
+F32, BF16 = jnp.float32, jnp.bfloat16
+
+
+def shape(*dims: int, dtype: Any = BF16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+# --- Programs ---------------------------------------------------------------------------------------------------------
+
+
+def _product_kernel(x: Any, y: Any, out: Any) -> None:
+    out[...] = plgpu.dot(x[...], y[...]).astype(out.dtype)
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """A product in one Pallas kernel, whose tiles are known: four work-groups of 64 x 64."""
+    return pl.pallas_call(
+        _product_kernel,
+        out_shape=jax.ShapeDtypeStruct((128, 128), BF16),
+        grid=(2, 2),
+        in_specs=[pl.BlockSpec((64, 64), lambda i, j: (i, 0)), pl.BlockSpec((64, 64), lambda i, j: (0, j))],
+        out_specs=pl.BlockSpec((64, 64), lambda i, j: (i, j)),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        name="our_product",
+    )(x, y)
+
+
+@pytest.mark.amd
+@pytest.mark.filterwarnings("ignore:.*[Tt]riton:DeprecationWarning")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_pallas_kernel(arch: str) -> None:
+    seen = []
+
+    def f(x: jax.Array, y: jax.Array) -> jax.Array:
+        seen.append(current())
+        return _product(x, y)
+
+    compilation = compile_for(arch, f, (shape(128, 64), shape(64, 128)))
+    target = find(arch)
+    assert seen == [target]
+    (kernel,) = compilation.kernels
+    assert kernel.name.startswith("our_product")
+    assert (kernel.arch, kernel.grid, kernel.wave_size) == (arch, (2, 2, 1), target.wave_size)
+    assert (kernel.waves, kernel.launches) == (4, 1)
+    assert kernel.block[0] == 4 * target.wave_size
+    assert 16 < kernel.vgpr <= 256
+    assert (kernel.spills, kernel.scratch_bytes) == (0, 0)
+    assert 0 < kernel.lds_bytes <= target.lds_bytes
+    assert kernel.occupancy is not None
+    assert kernel.occupancy >= 1
+    # 64 x 64 x 64 by four waves, with tiles of 16 or 32 a side: at least eight a wave.
+    assert kernel.matrix_instructions is not None
+    assert kernel.matrix_instructions >= 4
+    assert kernel.code_bytes == len(code_object.code(kernel.elf, kernel.name)) > 100
+    assert compilation.library_calls == {}
+    memory = compilation.memory
+    assert (memory.arguments, memory.outputs, memory.aliased) == (2 * 128 * 64 * 2, 128 * 128 * 2, 0)
+    assert memory.code >= kernel.code_bytes
+
+
+@pytest.mark.amd
+@pytest.mark.parametrize("arch", ["gfx942", "gfx1100"])
+def test_matrix_instructions_as_tinygrad_reads_them(arch: str) -> None:
+    """An independent disassembler, instruction by instruction."""
+    amd = pytest.importorskip("tinygrad.renderer.amd")
+    family = "cdna" if arch.startswith("gfx9") else "rdna3"
+    compilation = compile_for(arch, lambda x, y: jnp.sort(x @ y), (shape(64, 512), shape(512, 64)))
+    assert len(compilation.kernels) > 1
+    total = 0
+    for kernel in compilation.kernels:
+        code, at, count = code_object.code(kernel.elf, kernel.name), 0, 0
+        while at < len(code):
+            try:
+                instruction = amd.decode_inst(code[at : at + 24], family)
+            except ValueError:  # it knows no buffer instructions of RDNA; those are two words
+                at += 8
+                continue
+            count += bool(re.match("v_(mfma|smfmac|wmma)", str(instruction)))
+            at += instruction.size()
+        assert kernel.matrix_instructions == count
+        total += count
+    assert total
+
+
+@pytest.mark.amd
+def test_collectives_and_memory_of_a_split_program() -> None:
+    mesh = device_mesh("mi300x", {"data": 2, "tensor": 4})
+    assert dict(mesh.shape) == {"data": 2, "tensor": 4}
+
+    def f(x: jax.Array, w: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            hidden = jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, P(None, "tensor")))
+            return jax.lax.with_sharding_constraint(hidden @ w.T, NamedSharding(mesh, P())), None
+
+        return jax.lax.scan(layer, x, length=5)[0]
+
+    compilation = compile_for(
+        "mi300x",
+        f,
+        (shape(64, 256), shape(256, 512)),
+        mesh=mesh,
+        in_shardings=(P(), P(None, "tensor")),
+        donate_argnums=0,
+    )
+    (collective,) = compilation.collectives
+    assert (collective.kind, collective.devices, collective.count) == ("all-reduce", 4, 5)  # one a turn of the loop
+    assert collective.bytes in (64 * 256 * 2, 64 * 256 * 4)
+    assert not collective.unknown_trips
+    x, w = 64 * 256 * 2, 256 * 512 * 2
+    assert compilation.memory.arguments == x + w // 4
+    assert compilation.memory.aliased == x
+    # Two products of a quarter of the width, in one turn: 2 x 2 x 64 x 256 x 128; the rest is small.
+    assert compilation.flops == pytest.approx(2 * 2 * 64 * 256 * 128, rel=0.05)
+    assert compilation.devices == 8
+
+
+@pytest.mark.amd
+def test_arguments() -> None:
+    """Arrays, shapes with shardings of their own, a jitted function, static keywords."""
+    mesh = device_mesh("mi300x", {"x": 2})
+    split = jax.ShapeDtypeStruct((8, 4), F32, sharding=NamedSharding(mesh, P("x")))
+
+    @jax.jit
+    def f(tree: dict[str, jax.Array], scale: jax.Array) -> jax.Array:
+        return tree["a"] * scale + tree["b"]
+
+    args = ({"a": split, "b": np.ones((8, 4), np.float32)}, jnp.ones(()))
+    compilation = compile_for("mi300x", f, args, mesh=mesh)
+    assert compilation.memory.arguments == 8 * 4 * 4 // 2 + 8 * 4 * 4 + 4
+    compilation = compile_for("mi300x", f, args, mesh=mesh, in_shardings=(P("x"), P()))
+    assert compilation.memory.arguments == 8 * 4 * 4 + 4
+    options = {"xla_gpu_enable_triton_gemm": False}
+    compilation = compile_for("mi300x", lambda x: x @ x, (shape(64, 64),), compiler_options=options)
+    assert compilation.library_calls == {"hipBLASLt matmul": 1}
+    assert compilation.flops is None  # nobody counts what libraries do
+    compilation = compile_for(
+        "mi300x", lambda x, *, n: jnp.tile(x, n), (shape(4),), kwargs={"n": 3}, static_argnames="n"
+    )
+    assert compilation.memory.outputs == 3 * 4 * 2
+
+
+@pytest.mark.amd
+def test_devices_of_this_process_stay() -> None:
+    before = jax.devices()
+    compile_for("mi300x", lambda x: x + 1, (shape(4),))
+    assert jax.devices() == before
+    assert jax.jit(lambda x: x + 1)(1) == 2
+
+
+def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"} | environ
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.mark.amd
+@pytest.mark.parametrize("platforms", ["", "cpu"])
+def test_fresh_process(platforms: str) -> None:
+    """The compiler before and after jax's start, and nothing of the plugin in the log."""
+    code = """
+import llama_jax, jax
+from llama_jax.targets import compile_for
+shape = jax.ShapeDtypeStruct((4,), "float32")
+first = compile_for("gfx1100", lambda x: x + 1, (shape,))
+print(jax.jit(lambda x: x + 1)(1), {d.platform for d in jax.devices()} & {"rocm"})
+print(first.kernels[0].arch, compile_for("gfx942", lambda x: x + 1, (shape,)).kernels[0].arch)
+"""
+    done = run(code, JAX_PLATFORMS=platforms)
+    assert (done.returncode, done.stdout) == (0, "2 set()\ngfx1100 gfx942\n"), done.stderr
+    assert "plugin" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- The plugin's message at jax's start ------------------------------------------------------------------------------
+
+
+@pytest.mark.amd
+@pytest.mark.skipif(Path("/sys/class/kfd/kfd/topology/nodes/1").exists(), reason="this machine may have an AMD GPU")
+def test_message_of_the_plugin() -> None:
+    loud = run("import jax; jax.devices()")
+    assert jax_log._NO_GPU in loud.stderr  # what is silenced is still what jax says
+    quiet = run("import llama_jax.config, jax; jax.devices()")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+
+
+def test_other_messages_of_jax_pass(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("jax._src.xla_bridge")
+    for error in (ValueError("another"), RuntimeError(jax_log._NO_GPU), ValueError(jax_log._NO_GPU)):
+        try:
+            raise error
+        except Exception:
+            logger.exception("when calling %s", type(error).__name__)
+    logger.warning("plain")
+    assert [r.getMessage() for r in caplog.records] == ["when calling ValueError", "when calling RuntimeError", "plain"]
+
+
+# --- What cannot be compiled ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["h100", "cpu"])
+def test_targets_without_a_compiler(name: str) -> None:
+    with pytest.raises(CompilerUnavailable, match="AMD GPUs only"):
+        compile_for(name, lambda x: x, (shape(4),))
+
+
+def test_plugin_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "_PLUGIN", "jax_plugins.xla_rocm_of_nobody")
+    with pytest.raises(CompilerUnavailable, match="not installed") as caught:
+        topology.plugin_library()
+    assert "pip install 'llama-jax[rocm-aot]'" in str(caught.value)
+    monkeypatch.setattr(topology, "_PLUGIN", "no_such_package_at_all.plugin")
+    with pytest.raises(CompilerUnavailable, match="not installed"):
+        topology.plugin_library()
+
+
+@pytest.mark.amd
+def test_plugin_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert topology.plugin_library().is_file()
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.9.1" if "rocm" in name else "0.11.2")
+    with pytest.raises(CompilerUnavailable, match=r"is 0\.9\.1, jaxlib"):
+        topology.plugin_library()
+
+
+@pytest.mark.amd
+def test_target_that_xla_refuses() -> None:
+    with pytest.raises(CompilerUnavailable, match="at least one") as caught:
+        topology.devices(find("mi300x"), 0)
+    assert caught.value.hint
+
+
+def test_real_backend_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with an AMD GPU jax has registered the plugin itself; a second copy must not be loaded."""
+    from jax._src import xla_bridge
+
+    def registered(name: str, **options: str) -> None:
+        raise AssertionError("not called here")
+
+    monkeypatch.setattr(topology, "plugin_library", lambda: Path("/nowhere"))
+    monkeypatch.setitem(xla_bridge._topology_factories, "rocm", registered)
+    assert topology._topology_maker.__wrapped__() is registered
+
+
+# --- Whole models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LlamaConfig:
+    return config_from_hf(
+        {
+            "model_type": "llama",
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "vocab_size": 1024,
+            "max_position_embeddings": 256,
+            "dtype": "bfloat16",
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """What was said while `on_one` was made."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def on_one(tiny: LlamaConfig, said: list[str]) -> ModelCompilation:
+    return compile_model(tiny, find("mi300x"), batch=2, context=128, prompt=32, progress=said.append)
+
+
+@pytest.fixture(scope="module")
+def on_eight(tiny: LlamaConfig) -> ModelCompilation:
+    return compile_model(tiny, find("mi355x"), {"data": 2, "tensor": 4}, context=128, prompt=16, dtype="float16")
+
+
+@pytest.mark.amd
+def test_model_on_one_device(tiny: LlamaConfig, on_one: ModelCompilation, said: list[str]) -> None:
+    result = on_one
+    assert said == [
+        "compiling prefill of 2 x 32 tokens for 1 x mi300x",
+        "compiling a decode step of 2 rows for 1 x mi300x",
+    ]
+    assert (result.fused, result.fits, result.capacity, result.chunk) == (True, True, 128, 32)
+    weights = 2 * count_params(tiny)
+    # Keys and values; positions, two lengths, the lengths for rope.
+    cache = 2 * 2 * 2 * 128 * tiny.kv_dim * 2 + (2 * 128 + 2 + 2) * 4
+    tokens = 2 * 32 * 4
+    # Tokens and positions; next tokens are not used without log-probabilities, lengths are eight bytes.
+    assert result.prefill.compilation.memory.arguments == weights + 2 * tokens + 8
+    assert weights + cache < result.decode.compilation.memory.arguments < weights + cache + 10_000
+    assert cache <= result.decode.compilation.memory.aliased
+    embedding = 2 * tiny.vocab_size * tiny.hidden_size
+    assert result.decode.read_bytes == weights - embedding + cache
+    assert result.prefill.read_bytes == weights - embedding
+    assert result.decode.compilation.flops >= 2 * 2 * (count_params(tiny) - tiny.vocab_size * tiny.hidden_size)
+    assert result.decode.compilation.collectives == ()
+    target = result.target
+    assert result.decode.floor_s == max(result.decode.compute_s or 0, result.decode.memory_s or 0)
+    assert result.decode.memory_s == result.decode.read_bytes / target.bandwidth
+    assert result.prefill.compute_s == result.prefill.compilation.flops / target.rates.bf16
+
+
+@pytest.mark.amd
+def test_model_on_several_devices(tiny: LlamaConfig, on_eight: ModelCompilation) -> None:
+    result = on_eight
+    assert (result.fused, result.mesh_shape, result.dtype) == (False, {"data": 2, "tensor": 4}, "float16")
+    # Every matrix is split in four, the norms are not.
+    norms = sum(s.size for s in param_specs(tiny) if len(s.shape) == 1)
+    share = (count_params(tiny) - norms) // 4 + norms
+    assert result.prefill.compilation.memory.arguments == 2 * share + 2 * 16 * 4 + 4
+    for phase in (result.prefill, result.decode):
+        reduces = [c for c in phase.compilation.collectives if c.kind == "all-reduce" and c.devices == 4]
+        assert sum(c.count for c in reduces) >= 4  # two in each layer
+        assert phase.links_s is not None
+        assert phase.floor_s == max(phase.compute_s or 0, phase.memory_s or 0) + phase.links_s > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "param"), [({"context": 512}, "context"), ({"prompt": 65, "context": 64}, "prompt")]
+)
+def test_requests_that_make_no_sense(tiny: LlamaConfig, options: dict[str, int], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        compile_model(tiny, find("mi300x"), **options)
+    assert caught.value.param == param
+
+
+@pytest.mark.amd
+def test_weights_that_do_not_fit() -> None:
+    with pytest.raises(DoesNotFit, match=r"141\.1 GB on each of 1 devices, and rx7900xtx has 25\.8 GB"):
+        compile_model(preset("llama-3.1-70b"), find("rx7900xtx"))
+    with pytest.raises(DoesNotFit, match="on each of 4 devices"):
+        compile_model(preset("llama-3.1-70b"), find("rx7900xtx"), {"tensor": 4})
+
+
+@pytest.mark.amd
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "batch", "gigabytes"), [("llama-3.1-8b", 1, 2.1), ("llama-3.1-70b", 32, 23.0)])
+def test_published_models_over_eight_devices(name: str, batch: int, gigabytes: float) -> None:
+    result = compile_model(preset(name), find("mi300x"), {"tensor": 8}, batch=batch)
+    assert result.fits
+    assert result.decode.compilation.memory.arguments == pytest.approx(gigabytes * 1e9, rel=0.02)
+    layers = preset(name).num_layers
+    reduces = sum(c.count for c in result.decode.compilation.collectives if c.kind == "all-reduce")
+    assert 2 * layers <= reduces <= 2 * layers + 2
+    assert not any("permute" in c.kind for c in result.decode.compilation.collectives)
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tiny: LlamaConfig, tmp_path: Path) -> Path:
+    """A folder with nothing but a config.json."""
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(tiny)))
+    return tmp_path
+
+
+def test_find_config(tiny: LlamaConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_config(str(folder)) == tiny
+    assert find_config("Llama-3.1-8B") == preset("llama-3.1-8b")
+    monkeypatch.chdir(folder.parent)
+    folder.rename("llama-3.1-8b")
+    assert find_config("llama-3.1-8b") == tiny  # what lies here comes first
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, on_one: ModelCompilation, on_eight: ModelCompilation) -> list[Any]:
+    """What the command asks to be compiled; it gets what has been compiled already."""
+    calls: list[Any] = []
+
+    def compiled(config: LlamaConfig, target: Target, mesh_shape: dict[str, int], **options: Any) -> ModelCompilation:
+        options.pop("progress")("compiling something")
+        calls.append((config, target.name, mesh_shape, options))
+        return on_eight if mesh_shape else on_one
+
+    monkeypatch.setattr("llama_jax.model_compilation.compile_model", compiled)
+    return calls
+
+
+@pytest.mark.amd
+def test_command(tiny: LlamaConfig, folder: Path, asked: list[Any]) -> None:
+    result = CliRunner().invoke(cli, ["compile", str(folder), "--target", "MI300X", "--context", "64"])
+    assert result.exit_code == 0, result.output
+    options = {"batch": 1, "context": 64, "prompt": None, "dtype": "bfloat16"}
+    assert asked == [(tiny, "mi300x", {}, options)]
+    assert "1 x AMD Instinct MI300X (gfx942), one device; not run" in result.stdout
+    assert "fits: " in result.stdout
+    assert result.stdout.count("predicted    at least") == 2
+    assert re.fullmatch(r"\[ +0\.\d s\] compiling something\n", result.stderr)
+
+
+@pytest.mark.amd
+@pytest.mark.parametrize("mesh", [["--tp", "8"], ["--mesh", "data=2,tensor=4"]])
+def test_command_as_json(folder: Path, asked: list[Any], mesh: list[str]) -> None:
+    result = CliRunner().invoke(cli, ["compile", str(folder), "--target", "mi355x", "--json", *mesh])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert asked[0][2] == ({"tensor": 8} if "--tp" in mesh else {"data": 2, "tensor": 4})
+    report = json.loads(result.stdout)
+    assert (report["target"], report["devices"], report["mesh"]) == ("mi355x", 8, {"data": 2, "tensor": 4})
+    assert report["fits"] is True
+    for phase in report["phases"].values():
+        assert phase["memory"]["total"] > 0
+        assert phase["predicted"]["floor_s"] > 0
+        assert phase["kernels"][0]["vgpr"] > 0
+        assert "all-reduce" in {collective["kind"] for collective in phase["collectives"]}
+    text = CliRunner().invoke(cli, ["compile", str(folder), "--target", "mi355x", "-q", *mesh])
+    assert "data=2 tensor=4" in text.stdout
+    assert "x all-reduce of " in text.stdout
+    assert text.stderr == ""
+
+
+@pytest.mark.amd
+def test_command_says_what_does_not_fit(folder: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModelCompilation, "fits", False)
+    result = CliRunner().invoke(cli, ["compile", str(folder), "--target", "gfx1100", "-q"])
+    assert (result.exit_code, result.stderr) == (6, "")
+    assert "DOES NOT FIT: needs " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["--target", "mi300x", "--tp", "2", "--mesh", "tensor=2"], 2, "give one of them"),
+        (["--target", "mi300x", "--mesh", "tensor"], 2, "tensor=4,data=2"),
+        (["--target", "mi300x", "--mesh", "a=1,a=2"], 2, "tensor=4,data=2"),
+        (["--target", "mi300x", "--mesh", "a=0"], 2, "tensor=4,data=2"),
+        (["--target", "mi9000"], 2, "unknown target"),
+        (["--target", "h100"], 5, "AMD GPUs only"),
+        (["--target", "mi300x", "--context", "100000000"], 2, "longer than the model's"),
+    ],
+)
+def test_command_that_fails(folder: Path, args: list[str], code: int, said: str) -> None:
+    done = CliRunner().invoke(cli, ["compile", str(folder), *args])
+    assert done.exit_code == code
+    assert said in done.stderr
+
+
+def test_command_without_a_model() -> None:
+    done = CliRunner().invoke(cli, ["compile", "llama-9.9-1b", "--target", "mi300x"])
+    assert done.exit_code == 3
+    assert "presets: " in done.stderr
+    assert "llama-3.1-8b" in done.stderr
