@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llama_jax.model import activation_names, forward
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
     from llama_jax.sampling import SamplingParams, sample
+    from llama_jax.sharding import make_mesh
     from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ _HOME = {
     "model": ("activation_names", "forward"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
     "sampling": ("SamplingParams", "sample"),
+    "sharding": ("make_mesh",),
     "tokenizer": ("Tokenizer", "load_tokenizer"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -73,6 +75,7 @@ __all__ = [
     "load",
     "load_params",
     "load_tokenizer",
+    "make_mesh",
     "open_checkpoint",
     "param_specs",
     "preset",

@@ -22,13 +22,13 @@ from jax.typing import DTypeLike
 
 from llama_jax import runtime
 from llama_jax.config import preset
-from llama_jax.costs import prefill_flops, step_bytes
-from llama_jax.fuse import fuse_in_place
+from llama_jax.costs import ONE_DEVICE, prefill_flops, step_bytes
+from llama_jax.fuse import arrange
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.loading import Model
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
-from llama_jax.sharding import automatic_mesh, check, on, param_sharding, split_config
+from llama_jax.sharding import automatic_mesh, check, param_sharding, split_config
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class BenchResult:
     Attributes:
       prefill_s: seconds from the call to the first token of every row.
       step_s: seconds of one decode step of the whole batch.
-      mbu: bytes that a step must read (weights, and the cache at its mean length) per second, over the read ceiling.
-      mfu: FLOPs of prefill per second, over the matrix product's.
+      mbu: bytes that each device must read in a step (weights, and the cache at its mean length) per second, over the
+        read ceiling of one device.
+      mfu: FLOPs of prefill per second and device, over the matrix product's.
       spread: (slowest - fastest) / median of the decode times.
     """
 
@@ -63,14 +64,14 @@ class BenchResult:
     spread: float
 
 
-def environment(dtype: DTypeLike) -> dict[str, Any]:
+def environment(dtype: DTypeLike, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
     """What a number depends on besides the code."""
     from importlib.metadata import version
 
     import llama_jax
 
     return {
-        "device": runtime.device_name(),
+        "device": runtime.device_name(mesh=mesh),
         "dtype": jnp.dtype(dtype).name,
         "llama_jax": llama_jax.__version__,
         "jax": jax.__version__,
@@ -99,8 +100,7 @@ def random_model(name: str, dtype: DTypeLike, mesh: jax.sharding.Mesh | None = N
         return leaf
 
     params = unflatten({spec.name: make(spec, i) for i, spec in enumerate(param_specs(config))})
-    with on(mesh):
-        fuse_in_place(params, config)
+    arrange(params, config, mesh)
     return Model(params, config, mesh, name=name)
 
 
@@ -153,6 +153,7 @@ def bench(
             decodes.append(batch * (new - 1) / timing.generation_tps)
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
     step = decode / (new - 1)
+    sizes = ONE_DEVICE if model.mesh is None else model.mesh.shape
     return BenchResult(
         batch=batch,
         prompt=prompt,
@@ -161,7 +162,9 @@ def bench(
         prefill_tps=batch * prompt / prefill,
         step_s=step,
         decode_tps=batch / step,
-        mbu=step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2) / step / ceilings.read_bytes_per_s,
-        mfu=prefill_flops(model.config, batch, prompt) / prefill / ceilings.matmul_flops_per_s,
+        mbu=step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, sizes)
+        / step
+        / ceilings.read_bytes_per_s,
+        mfu=prefill_flops(model.config, batch, prompt, sizes) / prefill / ceilings.matmul_flops_per_s,
         spread=(max(decodes) - min(decodes)) / decode,
     )

@@ -301,7 +301,7 @@ def advance(
 
 
 def _by_rows(state: DecodeState) -> DecodeState:
-    """The state, laid out over a mesh in one way at the end of every dispatch, so that the next needs no new program."""
+    """The state, laid out over a mesh alike at the end of every dispatch, so that the next needs no new program."""
 
     axes = {"sampler": sampler_axes(state.sampler)}
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}

@@ -1,7 +1,7 @@
 """Layouts of the parameters that are made while loading; `forward` takes each of them.
 
 `fuse_params` joins projections that share their input, for fewer and larger matrix products. `repeat_kv_heads` gives a
-model more key/value heads, where there are fewer of them than devices.
+model more key/value heads, where there are fewer of them than devices. `arrange` is both, as `load` needs them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
 from llama_jax.params import PROJECTION_AXES, Params
-from llama_jax.sharding import constrain
+from llama_jax.sharding import constrain, on, split_config
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -23,8 +23,8 @@ def fuse_params(params: Params, config: LlamaConfig) -> Params:
     """q, k and v projections in one `qkv_proj`, gate and up in one `gate_up_proj`; everything else as it is.
 
     qkv_proj has weights [kv_heads, group + 2, head_dim, hidden], of each key/value head its queries, its key and its
-    value; gate_up_proj has [2, mlp, hidden]; biases lack the last dimension. So a split by heads or by hidden units takes
-    whole, consecutive rows of all of them.
+    value; gate_up_proj has [2, mlp, hidden]; biases lack the last dimension. So a split by heads or by hidden units
+    takes whole rows of each of them.
     """
     layers = {name: fuse_layer(layer, config) for name, layer in params["layers"].items()}
     return {**params, "layers": layers}
@@ -65,6 +65,23 @@ def _fuse_mlp(mlp: Params) -> Params:
 @jax.jit
 def _stack(gate: jax.Array, up: jax.Array) -> jax.Array:
     return constrain(jnp.stack([gate, up]), PROJECTION_AXES["gate_up_proj"])
+
+
+def arrange(params: Params, config: LlamaConfig, mesh: jax.sharding.Mesh | None, *, fuse: bool = True) -> LlamaConfig:
+    """Puts canonical parameters, in place, into the layout in which a mesh computes with them.
+
+    Args:
+      params: on the devices of `mesh`, as `sharding.param_sharding` places them; anywhere if it is None.
+
+    Returns:
+      The config of what they are now (`sharding.split_config`).
+    """
+    split = split_config(config, mesh)
+    with on(mesh):
+        repeat_kv_heads(params, config, split)
+        if fuse:
+            fuse_in_place(params, split)
+    return split
 
 
 def repeat_kv_heads(params: Params, config: LlamaConfig, repeated: LlamaConfig) -> None:

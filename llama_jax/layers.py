@@ -5,6 +5,7 @@ Numbers that need it are float32 whatever the compute dtype: norms, rope, softma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -32,27 +33,27 @@ FEW_ROWS = 16
 
 def product(x: jax.Array, weight: jax.Array, *, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """x [..., in] times weight [*out, in]: [..., *out], accumulated in float32, in `dtype`."""
-    precision = matmul_precision(x.dtype)
     if weight.ndim > 2 and not in_use():
-        # XLA's CPU compiler would copy the whole weight in every step, to make one matrix of it. (On a mesh the dimension
-        # that is split has to stay; the compiler for AMD GPUs copies nothing either way.)
-        rows = product(x, weight.reshape(-1, weight.shape[-1]), dtype=dtype)
-        return rows.reshape(*x.shape[:-1], *weight.shape[:-1])
+        # The CPU's compiler would make a transposed copy of the weight. On a mesh this might join dimensions across
+        # what the devices have.
+        out = product(x, weight.reshape(-1, weight.shape[-1]), dtype=dtype)
+        return out.reshape(*x.shape[:-1], *weight.shape[:-1])
+    precision = matmul_precision(x.dtype)
 
-    def plain(x: jax.Array, weight: jax.Array) -> jax.Array:
-        contracted = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-        return jax.lax.dot_general(x, weight, contracted, precision=precision, preferred_element_type=dtype)
+    def contract(a: jax.Array, b: jax.Array) -> jax.Array:
+        last = (((a.ndim - 1,), (b.ndim - 1,)), ((), ()))
+        return jax.lax.dot_general(a, b, last, precision=precision, preferred_element_type=dtype)
 
     def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
         # The barrier keeps XLA from swapping the operands back.
-        out = jax.lax.optimization_barrier(plain(weight, x))
-        return jnp.transpose(out, (*range(weight.ndim - 1, out.ndim), *range(weight.ndim - 1)))
+        out = jax.lax.optimization_barrier(contract(weight, x.reshape(-1, x.shape[-1])))
+        return jnp.moveaxis(out, -1, 0).reshape(*x.shape[:-1], *weight.shape[:-1])
 
     # XLA's CPU library rearranges the right operand before it multiplies. Of a large weight and a few tokens (decoding
     # a batch) that should be the tokens: a step of SmolLM2-135M at batch 8 takes 51 ms so, 64 ms the other way.
-    if 1 < x.size // x.shape[-1] <= FEW_ROWS:
-        return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=plain)
-    return plain(x, weight)
+    if 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
+        return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=contract)
+    return contract(x, weight)
 
 
 def matmul(x: jax.Array, weight: jax.Array, *, split_in: bool = False) -> jax.Array:

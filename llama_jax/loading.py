@@ -16,10 +16,10 @@ from llama_jax.checkpoint import Progress, load_params, open_checkpoint
 from llama_jax.checkpoint.place import Placements
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.direct import load_source, opened
-from llama_jax.fuse import fuse_in_place, repeat_kv_heads
+from llama_jax.fuse import arrange
 from llama_jax.models import DEFAULT_MODEL, find, resolve
 from llama_jax.params import Params
-from llama_jax.sharding import automatic_mesh, check, explain, on, param_sharding, split_config
+from llama_jax.sharding import automatic_mesh, check, explain, param_sharding
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 from llama_jax.tokenizer.check import check_tokenizer
 
@@ -114,11 +114,7 @@ def load(
             params = load_source(
                 source, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress
             )
-    split = split_config(config, mesh)
-    with on(mesh):
-        repeat_kv_heads(params, config, split)
-        if fuse:
-            fuse_in_place(params, split)
+    split = arrange(params, config, mesh, fuse=fuse)
     return Model(params, split, mesh, generation_config, str(model)), tokenizer
 
 

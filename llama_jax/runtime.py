@@ -13,8 +13,11 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def device_name(device: jax.Device | None = None) -> str:
-    """How a device is shown to people, e.g. "cpu (TFRT_CPU_0)"."""
+def device_name(device: jax.Device | None = None, mesh: jax.sharding.Mesh | None = None) -> str:
+    """How a device, or a mesh, is shown to people, e.g. "cpu (TFRT_CPU_0)", "4 x cpu (data=2, tensor=2)"."""
+    if mesh is not None:
+        kinds = " and ".join(sorted({d.device_kind for d in mesh.devices.flat}))
+        return f"{mesh.size} x {kinds} ({', '.join(f'{name}={size}' for name, size in mesh.shape.items())})"
     device = device or jax.devices()[0]
     return f"{device.device_kind} ({device})"
 

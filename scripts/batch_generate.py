@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llama_jax.cli.options import dtype_option, given, model_option, quiet_option, sampling_options
+from llama_jax.cli.options import (
+    dtype_option,
+    given,
+    mesh_options,
+    model_option,
+    quiet_option,
+    requested_mesh,
+    sampling_options,
+)
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json
 
@@ -54,6 +62,7 @@ Run the same command again after an interruption: it goes on where it was.
 )
 @sampling_options
 @dtype_option
+@mesh_options
 @click.option("--strict", is_flag=True, help="Stop at a bad line, before anything is generated.")
 @click.option("--overwrite", is_flag=True, help="Start afresh, whatever OUT.jsonl holds.")
 @click.option("--no-verify", is_flag=True, help="Do not check the weights' digests while loading.")
@@ -65,6 +74,8 @@ def command(
     model: str,
     batch_size: int,
     dtype: str | None,
+    mesh: str | None,
+    tp: int | None,
     strict: bool,
     overwrite: bool,
     no_verify: bool,
@@ -90,14 +101,22 @@ def command(
     from llama_jax.models import resolve
     from llama_jax.runtime import device_name
 
+    devices = requested_mesh(mesh, tp)
     with Reporter(quiet=quiet) as reporter:
         folder = resolve(model, progress=reporter.progress, notify=reporter.notify)
         loaded, tokenizer = load(
-            folder, dtype=dtype, verify=not no_verify, progress=reporter.progress, notify=reporter.notify
+            folder,
+            dtype=dtype,
+            mesh=devices,
+            verify=not no_verify,
+            progress=reporter.progress,
+            notify=reporter.notify,
         )
         reporter.warn_of_unused_gpu()
     if not quiet:
-        print(f"{model} on {device_name(loaded.device)} in {loaded.dtype.name}", file=sys.stderr, flush=True)
+        print(
+            f"{model} on {device_name(loaded.device, loaded.mesh)} in {loaded.dtype.name}", file=sys.stderr, flush=True
+        )
     checkpoint = open_checkpoint(folder)
     # The weights, the tokenizer and the chat template, whatever name they go by.
     parts = [*(f"{name} {t.digest}" for name, t in checkpoint.tensors.items()), *checkpoint.file_digests.values()]

@@ -73,9 +73,7 @@ def test_repeated_key_value_heads_compute_the_same(name: str, fused: bool) -> No
     repeat_kv_heads(adapters, config, repeated)
     k = params["layers"]["0"]["attn"]["k_proj"]["weight"]
     assert k.shape == (repeated.kv_dim, config.hidden_size)
-    logits, _ = run_unoptimised(
-        fuse_params(params, repeated) if fused else params, repeated, tokens, adapters=adapters
-    )
+    logits, _ = run_unoptimised(fuse_params(params, repeated) if fused else params, repeated, tokens, adapters=adapters)
     assert error(logits, expected) < 1e-5
 
 

@@ -124,10 +124,11 @@ def _split(name: str, mesh: tuple[int, ...] = (2,), config: Any = CONFIG) -> Par
         ("layers.0.attn.k_proj.weight", 2, ("tensor", None)),
         ("layers.0.attn.k_proj.weight", 4, (None, None)),  # two heads of eight rows: heads are never cut
         ("layers.0.attn_norm.weight", 2, (None,)),
-        ("layers.0.moe.experts.gate_proj.weight", 3, ("tensor", None, None)),
-        ("layers.0.moe.experts.gate_proj.weight", 8, (None, "tensor", None)),  # three experts, their width instead
+        ("layers.0.moe.experts.gate_proj.weight", 3, (None, "tensor", None)),  # every expert's width
+        ("layers.0.moe.experts.gate_proj.weight", 8, (None, "tensor", None)),
+        ("layers.0.moe.experts.gate_proj.weight", 5, (None, None, None)),
         ("layers.0.moe.experts.down_proj.weight", 8, (None, None, "tensor")),
-        ("layers.0.moe.router.weight", 3, ("tensor", None)),
+        ("layers.0.moe.router.weight", 3, (None, None)),
         ("embed.weight", 8, ("tensor", None)),
         ("embed.weight", 5, (None, None)),
         ("lm_head.weight", 2, ("tensor", None)),

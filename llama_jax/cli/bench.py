@@ -6,7 +6,15 @@ import dataclasses
 
 import click
 
-from llama_jax.cli.options import convert_option, dtype_option, examples, json_option, model_option
+from llama_jax.cli.options import (
+    convert_option,
+    dtype_option,
+    examples,
+    json_option,
+    mesh_options,
+    model_option,
+    requested_mesh,
+)
 from llama_jax.cli.terminal import print_json
 
 
@@ -16,6 +24,7 @@ from llama_jax.cli.terminal import print_json
         "llama-jax bench",
         "llama-jax bench --batch 1 --batch 8 --prompt 128 --new 64 --json",
         "llama-jax bench --preset llama-3.1-8b --batch 1 --batch 32",
+        "llama-jax bench --preset llama-3.1-70b --tp 8",
     ),
 )
 @model_option
@@ -26,6 +35,7 @@ from llama_jax.cli.terminal import print_json
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
 @dtype_option
 @convert_option
+@mesh_options
 @json_option
 def command(
     model: str,
@@ -36,12 +46,15 @@ def command(
     repeats: int,
     dtype: str | None,
     convert: bool,
+    mesh: str | None,
+    tp: int | None,
     as_json: bool,
 ) -> None:
     """Measure prefill and decode through the public generate functions, with random prompts.
 
     One warm-up run per shape, then medians. MBU is what a decode step must read (weights and cache) per second, MFU
-    the arithmetic of prefill per second, as shares of the reads and the matrix product measured in the same run.
+    the arithmetic of prefill per second, as shares of the reads and the matrix product measured in the same run. On a
+    mesh both are those of one device, and the ceilings too.
     """
     from llama_jax import runtime
     from llama_jax.bench import bench, environment, measure_ceilings, random_model
@@ -49,14 +62,17 @@ def command(
     from llama_jax.loading import load
 
     runtime.enable_compilation_cache()
+    devices = requested_mesh(mesh, tp)
     with Reporter(quiet=as_json) as reporter:
         reporter.warn_of_unused_gpu()
         if preset is None:
-            loaded, _ = load(model, dtype=dtype, convert=convert, progress=reporter.progress, notify=reporter.notify)
+            loaded, _ = load(
+                model, dtype=dtype, mesh=devices, convert=convert, progress=reporter.progress, notify=reporter.notify
+            )
         else:
-            loaded = random_model(preset, dtype or runtime.default_dtype())
+            loaded = random_model(preset, dtype or runtime.default_dtype(), devices)
     ceilings = measure_ceilings(loaded.dtype)
-    about = {**environment(loaded.dtype), "model": loaded.name, "random_weights": preset is not None}
+    about = {**environment(loaded.dtype, loaded.mesh), "model": loaded.name, "random_weights": preset is not None}
     if not as_json:
         click.echo("  ".join(f"{name}={value}" for name, value in about.items()))
         click.echo(

@@ -12,8 +12,10 @@ from llama_jax.cli.options import (
     dtype_option,
     examples,
     given,
+    mesh_options,
     model_option,
     quiet_option,
+    requested_mesh,
     sampling_options,
 )
 from llama_jax.cli.progress import Reporter
@@ -37,6 +39,7 @@ from llama_jax.cli.progress import Reporter
 @sampling_options
 @dtype_option
 @convert_option
+@mesh_options
 @click.option(
     "--history",
     metavar="FILE",
@@ -56,6 +59,8 @@ def command(
     system: str | None,
     dtype: str | None,
     convert: bool,
+    mesh: str | None,
+    tp: int | None,
     history: Path | None,
     resume: Path | None,
     quiet: bool,
@@ -83,19 +88,22 @@ def command(
     from llama_jax.loading import load
     from llama_jax.runtime import device_name
 
+    devices = requested_mesh(mesh, tp)
     read = screen.reader(
         None if history is None else history.expanduser(), [f"/{name}" for name in (*COMMANDS, "exit")]
     )
     with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = load(
-            model, dtype=dtype, convert=convert, progress=reporter.progress, notify=reporter.notify
+            model, dtype=dtype, mesh=devices, convert=convert, progress=reporter.progress, notify=reporter.notify
         )
         reporter.warn_of_unused_gpu()
     select_template(tokenizer.chat_templates, None, has_tools=False)
     sampling, origin = default_sampling(loaded.generation_config, given(fields))
     session = Session(loaded, tokenizer, screen, conversation=conversation, sampling=sampling, origin=origin)
     if not quiet:
-        screen.note(f"{loaded.name} on {device_name(loaded.device)} in {loaded.dtype.name}; /help lists commands")
+        screen.note(
+            f"{loaded.name} on {device_name(loaded.device, loaded.mesh)} in {loaded.dtype.name}; /help lists commands"
+        )
         if resume is not None:
             screen.note(f"{len(conversation.all_messages)} messages from {resume}")
     session.run(read)

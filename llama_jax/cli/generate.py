@@ -14,8 +14,10 @@ from llama_jax.cli.options import (
     examples,
     given,
     json_option,
+    mesh_options,
     model_option,
     quiet_option,
+    requested_mesh,
     sampling_options,
 )
 from llama_jax.cli.progress import Reporter
@@ -56,6 +58,7 @@ DEFAULT_MAX_TOKENS = 256
 @sampling_options
 @dtype_option
 @convert_option
+@mesh_options
 @quiet_option
 @json_option
 def command(
@@ -64,6 +67,8 @@ def command(
     messages: str | None,
     dtype: str | None,
     convert: bool,
+    mesh: str | None,
+    tp: int | None,
     quiet: bool,
     as_json: bool,
     **fields: Any,
@@ -83,12 +88,13 @@ def command(
     from llama_jax.sampling import SamplingParams
 
     params = SamplingParams(**{"max_tokens": None, **given(fields)})
+    devices = requested_mesh(mesh, tp)
 
     from llama_jax.loading import load
 
     with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = load(
-            model, dtype=dtype, convert=convert, progress=reporter.progress, notify=reporter.notify
+            model, dtype=dtype, mesh=devices, convert=convert, progress=reporter.progress, notify=reporter.notify
         )
         reporter.warn_of_unused_gpu()
     if conversation is not None:
@@ -132,7 +138,11 @@ def _stream(model: Model, tokenizer: Tokenizer, ids: list[int], params: Sampling
 
     steps = stream_generate(model, tokenizer, ids, params)
     if not quiet:
-        print(f"{model.name} on {device_name(model.device)} in {model.dtype.name}", file=sys.stderr, flush=True)
+        print(
+            f"{model.name} on {device_name(model.device, model.mesh)} in {model.dtype.name}",
+            file=sys.stderr,
+            flush=True,
+        )
     last = None
     ended_line = True
     try:
@@ -168,7 +178,7 @@ def _print_object(model: Model, tokenizer: Tokenizer, ids: list[int], params: Sa
             "ttft_ms": round(output.timing.ttft_s * 1000, 3),
             "prompt_tps": round(output.timing.prompt_tps, 3),
             "generation_tps": round(output.timing.generation_tps, 3),
-            "device": device_name(model.device),
+            "device": device_name(model.device, model.mesh),
             "model": model.name,
             "dtype": model.dtype.name,
         }

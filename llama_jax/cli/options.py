@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llama_jax.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -39,6 +42,33 @@ convert_option: Decorator = click.option(
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
+
+_MESH: tuple[Decorator, ...] = (
+    click.option("--tp", type=int, metavar="N", help="Split the model over N devices; short for --mesh tensor=N."),
+    click.option(
+        "--mesh", metavar="AXES", help="Devices to use, e.g. data=2,tensor=4: 2 groups of rows, each over 4 devices."
+    ),
+)
+
+
+def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--tp` and `--mesh`, as `requested_mesh` takes them."""
+    for option in reversed(_MESH):
+        function = option(function)
+    return function
+
+
+def requested_mesh(mesh: str | None, tp: int | None) -> Mesh | None:
+    """The mesh that the options ask for, or None. Imports jax.
+
+    Raises:
+      RequestError, NoDevice: see `sharding.requested_axes` and `sharding.make_mesh`.
+    """
+    from llama_jax.sharding import make_mesh, requested_axes
+
+    sizes = requested_axes(mesh, tp)
+    return None if sizes is None else make_mesh(sizes)
+
 
 _SAMPLING: tuple[Decorator, ...] = (
     click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that add up to P."),

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llama_jax.cli.options import examples, json_option
+from llama_jax.cli.options import examples, json_option, mesh_options
 from llama_jax.cli.terminal import print_json, printable, size_text
 from llama_jax.models import DEFAULT_MODEL, locate
 
@@ -22,6 +22,7 @@ _TEMPLATE_WIDTH = 100
         "llama-jax show my-checkpoint --tensors",
         "llama-jax show m.gguf --json",
         "llama-jax show org/name",
+        "llama-jax show org/name --tp 8",
     ),
 )
 @click.argument("model", default=DEFAULT_MODEL)
@@ -29,16 +30,22 @@ _TEMPLATE_WIDTH = 100
     "--tensors", is_flag=True, help="Also list every tensor: shape, dtype, digest (of converted checkpoints)."
 )
 @click.option("--template", is_flag=True, help="Print the whole chat template, and nothing else.")
+@mesh_options
 @json_option
-def command(model: str, tensors: bool, template: bool, as_json: bool) -> None:
+def command(model: str, tensors: bool, template: bool, mesh: str | None, tp: int | None, as_json: bool) -> None:
     """Show what MODEL is (by default the default model): shapes, size, memory, tokenizer, source, licence, digests.
 
     No weights are read, and nothing is converted or downloaded: a folder, a GGUF file or a download of the hub is shown
-    as it is.
+    as it is. With --tp or --mesh, also how it is split over so many devices; they need not be there.
     """
     from llama_jax.models.describe import describe
 
-    facts = describe(locate(model), model)
+    axes = None
+    if mesh is not None or tp is not None:
+        from llama_jax.sharding import requested_axes
+
+        axes = requested_axes(mesh, tp)
+    facts = describe(locate(model), model, axes)
     listed = facts.pop("tensors")
     if as_json:
         print_json(facts | ({"tensors": listed} if tensors else {}))
@@ -47,9 +54,10 @@ def command(model: str, tensors: bool, template: bool, as_json: bool) -> None:
     if template:
         click.echo(printable(text or ""))
         return
-    files = facts.pop("files")
+    files, sharding = facts.pop("files"), facts.pop("sharding", [])
     lines = [f"{name.replace('_', ' ') + ':':<26}{_text(name, value)}" for name, value in facts.items()]
     lines.append(f"{'chat template:':<26}{_first_lines(text)}")
+    lines += ["", "sharding:", *(f"  {line}" for line in sharding)] if sharding else []
     lines += ["", *(f"{name:<48}{digest}" for name, digest in files.items())] if files else []
     lines += ["", *(_tensor_line(name, tensor) for name, tensor in listed.items())] if tensors else []
     click.echo(printable("\n".join(lines)))

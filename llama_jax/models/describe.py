@@ -22,12 +22,13 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
-def describe(path: Path, name: str) -> dict[str, Any]:
+def describe(path: Path, name: str, axes: Mapping[str, int] | None = None) -> dict[str, Any]:
     """Facts about a model at a path that `locate` gave; the command `show` prints them.
 
     Args:
       path: a checkpoint, a Hugging Face folder or a GGUF file.
       name: what the user called it.
+      axes: sizes of the axes of a mesh, to be told how the model is split over it.
 
     Returns:
       Values that JSON can hold, always under the same names; None where something is not known:
@@ -40,16 +41,17 @@ def describe(path: Path, name: str) -> dict[str, Any]:
         kv_cache_bytes_per_token: of keys and values of all layers, by dtype.
         tokenizer: its kind and number of tokens, "" without one.
         chat_template: its whole text, "" without one.
+        sharding: with `axes`, one line for each logical axis: split over what, or whole and why.
         files: digests of the checkpoint's small files.
         tensors: by name: shape, dtype, and the digest where there is one.
 
     Raises:
-      LlamaJaxError: it is damaged or not supported.
+      LlamaJaxError: it is damaged or not supported, or nothing of it can be split over `axes`.
     """
-    return _of_checkpoint(path, name) if is_checkpoint(path) else _of_source(path, name)
+    return _of_checkpoint(path, name, axes) if is_checkpoint(path) else _of_source(path, name, axes)
 
 
-def _of_checkpoint(path: Path, name: str) -> dict[str, Any]:
+def _of_checkpoint(path: Path, name: str, axes: Mapping[str, int] | None) -> dict[str, Any]:
     c = open_checkpoint(path)
     files = {n: (path / n).read_bytes() for n in (*_TOKENIZER_FILES, *_TEMPLATE_FILES) if (path / n).is_file()}
     tensors = {n: {"shape": list(t.shape), "dtype": t.dtype, "digest": t.digest} for n, t in c.tensors.items()}
@@ -63,12 +65,13 @@ def _of_checkpoint(path: Path, name: str) -> dict[str, Any]:
         **_memory(c.config),
         "tokenizer": _tokenizer(files),
         "chat_template": _template(files),
+        **_sharding(c.config, axes),
         "files": dict(c.file_digests),
         "tensors": tensors,
     }
 
 
-def _of_source(path: Path, name: str) -> dict[str, Any]:
+def _of_source(path: Path, name: str, axes: Mapping[str, int] | None) -> dict[str, Any]:
     from llama_jax.convert.run import open_source
     from llama_jax.params import param_specs
 
@@ -94,11 +97,21 @@ def _of_source(path: Path, name: str) -> dict[str, Any]:
             **_memory(model.config),
             "tokenizer": None if files is None else _tokenizer(files),
             "chat_template": None if files is None else _template(files),
+            **_sharding(model.config, axes),
             "files": {},
             "tensors": {s.name: {"shape": list(s.shape), "dtype": dtypes[s.name].name} for s in specs},
         }
     finally:
         model.close()
+
+
+def _sharding(config: LlamaConfig, axes: Mapping[str, int] | None) -> dict[str, list[str]]:
+    if axes is None:
+        return {}
+    from llama_jax.sharding import check, explain
+
+    check(config, axes)
+    return {"sharding": [str(split) for split in explain(config, axes)] or ["whole on one device"]}
 
 
 def _identity(path: Path) -> tuple[str | None, str | None]:

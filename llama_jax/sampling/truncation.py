@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -105,7 +106,7 @@ def _ordered(x: jax.Array) -> jax.Array:
     return jnp.where(bits & sign, ~bits, bits | sign)
 
 
-def _bisect(holds: Any, rows: int) -> jax.Array:
+def _bisect(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
     """The largest uint32 cut [rows] for which `holds(cut)`; it must hold for 0 and be monotone."""
 
     def halve(i: jax.Array, cut: jax.Array) -> jax.Array:

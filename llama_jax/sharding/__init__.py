@@ -1,9 +1,9 @@
 """Where every array of a model lives on several devices, as data: axes of a mesh, rules, and what they come to.
 
-A mesh has named axes (`MESH_AXES`). Every dimension of a parameter, a cache or an activation has a logical name ("mlp",
-"kv_heads", "batch", ...), and one table (`RULES`) says over which axis of the mesh a name is split. Where a size does not
-divide, `explain` says what happens instead. XLA makes the communication from that; no other part of the code knows how
-many devices there are.
+A mesh has named axes (`MESH_AXES`). Every dimension of a parameter, a cache or an activation has a logical name
+("mlp", "kv_heads", "batch", ...), and one table (`RULES`) says over which axis of the mesh a name is split. Where a
+size does not divide, `explain` says what happens instead. XLA makes the communication from that; no other part of the
+code knows how many devices there are.
 
     mesh = make_mesh(tensor=8)
     model, tokenizer = load("org/name", mesh=mesh)

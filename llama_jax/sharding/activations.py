@@ -1,4 +1,4 @@
-"""Activations and caches while a program is traced: without a mesh in use (`on`, `jax.set_mesh`) nothing happens here."""
+"""Activations and caches while a program is traced. Without a mesh in use (`on`, `jax.set_mesh`) nothing happens."""
 
 from __future__ import annotations
 

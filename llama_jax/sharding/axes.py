@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from llama_jax.errors import RequestError
 
 MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
-"""Axes that a mesh can have, in the order of its dimensions: "tensor", which communicates most, runs over neighbours."""
+"""Axes that a mesh can have, in the order of its dimensions: "tensor", which sends most, runs over neighbours."""
 
 SUPPORTED = ("data", "tensor")
 """Those that loading and generating split over; the others are kept for what is not here yet."""
@@ -25,10 +26,10 @@ RULES: Rules = MappingProxyType(
         "vocab": "tensor",
     }
 )
-"""Tensor parallelism as in Megatron-LM (arXiv:1909.08053): heads, hidden units of every MLP (of each expert too) and the
-vocabulary over "tensor"; rows of a batch over "data". Experts are not dealt out to devices: each device holds a part of
-the width of all of them, so that every step reads as much on one device as on another, whichever experts it needs.
-"length" and "embed" of activations stay whole."""
+"""Tensor parallelism as in Megatron-LM (arXiv:1909.08053): heads, hidden units of every MLP (of each expert too) and
+the vocabulary over "tensor"; rows of a batch over "data". Experts are not dealt out: each device holds a part of the
+width of all of them, so that a step reads as much on one device as on another, whichever experts it needs. "length" and
+"embed" of activations stay whole."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -40,7 +41,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, equals, number = part.strip().partition("=")
-        if not equals or not (number.isascii() and number.isdigit()) or not 0 < int(number[:9]) or len(number) > 9:
+        if not equals or not re.fullmatch(r"0*[1-9][0-9]{0,8}", number):
             raise _bad(text, f"{part.strip()!r} is not NAME=SIZE with a positive size")
         if name not in MESH_AXES:
             raise _bad(text, f"{name!r} is no axis; there are {', '.join(MESH_AXES)}")
@@ -75,9 +76,7 @@ def checked_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     """
     for name, size in sizes.items():
         if name not in MESH_AXES:
-            raise RequestError(
-                f"{name!r} is no axis of a mesh", param="mesh", hint=f"there are {', '.join(MESH_AXES)}"
-            )
+            raise RequestError(f"{name!r} is no axis of a mesh", param="mesh", hint=f"there are {', '.join(MESH_AXES)}")
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise RequestError(
                 f"axis {name} of the mesh must have a positive size; got {size!r}", param="mesh", hint="e.g. tensor=2"

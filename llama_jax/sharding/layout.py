@@ -35,7 +35,7 @@ def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: Sizes, rules: Rul
     heads = {"q_heads": config.num_heads, "kv_heads": config.num_kv_heads}
     split: list[str | None] = []
     for axis, size in zip(spec.axes, spec.shape, strict=True):
-        over = rules.get(axis or "")
+        over = rules.get(axis or "", "")
         divides = over in sizes and heads.get(axis or "", size) % sizes[over] == 0
         split.append(over if divides else None)
     used = [over for over in split if over is not None]
@@ -61,8 +61,8 @@ def split_config(config: LlamaConfig, mesh: Sizes | None) -> LlamaConfig:
     """The model as it is computed on a mesh: with more key/value heads where there are fewer than devices.
 
     Each key/value head is repeated for the query heads that use it, until every device has what its own query heads
-    need. The repeated model computes the same numbers. Heads that divide, and query heads that do not, leave the model as
-    it is.
+    need. The repeated model computes the same numbers. Heads that divide, and query heads that do not, leave the model
+    as it is.
     """
     over = 1 if mesh is None else _sizes(mesh).get(RULES["q_heads"], 1)
     if config.num_heads % over:
@@ -93,8 +93,8 @@ class Split:
 
     def __str__(self) -> str:
         what = self.axis if self.size is None else f"{self.axis} {self.size}"
-        how = f"split over {self.over}={self.ways}" if self.parts > 1 else f"whole on each device of {self.over}={self.ways}"
-        return f"{what}: {how}{': ' if self.note else ''}{self.note}"
+        how = "split over" if self.parts > 1 else "whole on each device of"
+        return f"{what}: {how} {self.over}={self.ways}{', ' if self.note else ''}{self.note}"
 
 
 def explain(config: LlamaConfig, mesh: Sizes) -> tuple[Split, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import jax
@@ -12,30 +12,31 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from llama_jax.errors import NoDevice
-from llama_jax.sharding.axes import MESH_AXES, checked_sizes
+from llama_jax.sharding.axes import MESH_AXES, checked_sizes, parse_mesh
 
 
-def make_mesh(*, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
-    """A mesh of some or all devices: `make_mesh(tensor=8)`, `make_mesh(data=2, tensor=4)`.
+def make_mesh(axes: str | Mapping[str, int] = "", *, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
+    """A mesh of some or all devices: `make_mesh(tensor=8)`, `make_mesh("data=2,tensor=4")`.
 
     Args:
+      axes, sizes: sizes by axis of `MESH_AXES`, in either way; axes that are not named are left out.
       devices: by default those of jax, of which the first are taken if the mesh is smaller.
-      sizes: by axis of `MESH_AXES`; axes that are not named are left out.
 
     Raises:
       RequestError: an axis is unknown or not supported yet, or a size is not positive.
       NoDevice: there are fewer devices than the mesh has places.
     """
-    sizes = checked_sizes(sizes)
+    named = parse_mesh(axes) if axes and isinstance(axes, str) else dict(axes or {})
+    sizes = checked_sizes(named | sizes)
     names = tuple(name for name in MESH_AXES if name in sizes) or ("tensor",)
     shape = tuple(sizes.get(name, 1) for name in names)
     there = list(jax.devices() if devices is None else devices)
     wanted = math.prod(shape)
     if wanted > len(there):
-        axes = ", ".join(f"{name}={size}" for name, size in zip(names, shape, strict=True))
-        kinds = ", ".join(sorted({d.device_kind for d in there}))
+        text = ", ".join(f"{name}={size}" for name, size in zip(names, shape, strict=True))
+        have = f"there {'is' if len(there) == 1 else 'are'} {len(there)} ({', '.join({d.device_kind for d in there})})"
         raise NoDevice(
-            f"a mesh of {axes} needs {wanted} devices; there {'is' if len(there) == 1 else 'are'} {len(there)} ({kinds})",
+            f"a mesh of {text} needs {wanted} devices; {have}",
             hint="choose smaller sizes; `llama-jax doctor` lists the devices",
         )
     if devices is None and wanted == len(there):

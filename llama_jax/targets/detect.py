@@ -73,7 +73,9 @@ def abstract_device(target: Target, mesh: jax.sharding.Mesh | None = None) -> It
     kind = target.arch if target.vendor == "amd" else target.label or target.arch
     device = AbstractDevice(device_kind=kind, num_cores=target.compute_units or None, platform=platform)
     # One device is no mesh: its axes would only be in the way.
-    sizes, names, kinds = (mesh.axis_sizes, mesh.axis_names, mesh.axis_types) if mesh and mesh.size > 1 else ((), (), ())
+    sizes, names, kinds = (
+        (mesh.axis_sizes, mesh.axis_names, mesh.axis_types) if mesh and mesh.size > 1 else ((), (), ())
+    )
     in_use = AbstractMesh(sizes, names, axis_types=kinds, abstract_device=device)
     with _tracing_for()(target), use_abstract_mesh(in_use):
         yield

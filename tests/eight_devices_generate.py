@@ -1,0 +1,438 @@
+"""Tests that generate on eight devices; `test_sharding.py` runs them in a process of its own, on simulated ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from helpers import (
+    GOLDEN_CASES,
+    GOLDENS,
+    TINY,
+    TOLERANCE,
+    error,
+    load_golden,
+    random_adapters,
+    random_params,
+    random_tokens,
+    run,
+    tiny_config,
+)
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiny_chat_model import write_chat_model
+
+from llama_jax import decode, sharding
+from llama_jax.bench import random_model
+from llama_jax.cache import DenseCache
+from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, preset
+from llama_jax.convert.direct import load_source
+from llama_jax.convert.run import open_source
+from llama_jax.fuse import arrange, fuse_params
+from llama_jax.generation import batch_generate, generate, stream_generate
+from llama_jax.kernels.attention import Visibility, attention, attention_reference
+from llama_jax.loading import Model, load
+from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
+from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
+
+MESHES = ("tensor=2", "tensor=4", "data=2,tensor=4")
+
+
+def on_mesh(params: Params, config: LlamaConfig, mesh: Mesh, **options: Any) -> Model:
+    """Canonical parameters as `load` would have placed them."""
+    where = sharding.param_sharding(config, mesh)
+    flat = flatten(params)
+    placed = unflatten({s.name: jax.device_put(flat[s.name], where(s)) for s in param_specs(config)})
+    return Model(placed, arrange(placed, config, mesh, **options), mesh)
+
+
+# --- Every family -----------------------------------------------------------------------------------------------------
+
+FAST = {
+    ("llama3.1-rope", "tensor=4"),  # key/value heads are repeated
+    ("smollm2-odd-heads", "tensor=2"),  # nine heads on two devices
+    ("llama4-text", "data=2,tensor=4"),  # experts beside a shared one
+}
+CASES = [
+    pytest.param(case, mesh, marks=() if (case, mesh) in FAST else pytest.mark.slow)
+    for case in GOLDEN_CASES
+    for mesh in MESHES
+]
+
+
+@pytest.mark.parametrize(("case", "mesh"), CASES)
+def test_generate_equals_transformers(case: str, mesh: str) -> None:
+    """Greedy tokens through `batch_generate` and its cache; logits; and each device holds its own part alone."""
+    golden, made = load_golden(case), sharding.make_mesh(mesh)
+    source = open_source(GOLDENS / case)
+    where = sharding.param_sharding(source.config, made)
+    params = load_source(source, dtype=jnp.dtype("float32"), sharding=where)
+    source.close()
+    config = arrange(params, source.config, made)
+    assert_parts(params, config, made)
+
+    prompts = [row[mask].tolist() for row, mask in zip(golden.tokens, golden.mask, strict=True)]
+    outputs = batch_generate(
+        Model(params, config, made), None, prompts, max_tokens=golden.greedy.shape[1], ignore_eos=True
+    )
+    assert [list(output.outputs[0].token_ids) for output in outputs] == golden.greedy.tolist()
+    with sharding.on(made):
+        logits, _ = run(params, config, golden.tokens, golden.positions)
+    assert error(logits, golden.logits, golden.mask) < TOLERANCE
+    rows, vocab = sharding.partition_spec(param_specs(config)[0], config, made)[0], config.vocab_size
+    assert logits.sharding.shard_shape(logits.shape)[2] == vocab // (made.shape["tensor"] if rows else 1)
+
+
+def assert_parts(params: Params, config: LlamaConfig, mesh: Mesh) -> None:
+    """Shapes of the parts on the devices, by the numbers of the model alone."""
+    tensor = mesh.shape["tensor"]
+    heads = 1 if config.num_heads % tensor else tensor
+    width = next(w.intermediate_size if isinstance(w, MoeSpec) else w for w in [config.layers[0].mlp])
+    layer = params["layers"]["0"]
+    kv_heads, hidden = config.num_kv_heads // heads, config.hidden_size
+    group = config.num_heads // config.num_kv_heads + 2
+    parts = {
+        (kv_heads, group, config.head_dim, hidden): layer["attn"]["qkv_proj"]["weight"],
+        (hidden, config.q_dim // heads): layer["attn"]["o_proj"]["weight"],
+        (config.vocab_size // tensor, hidden): params["embed"]["weight"],
+        (hidden,): layer["attn_norm"]["weight"],
+    }
+    if "mlp" in layer:
+        parts[2, width // tensor, hidden] = layer["mlp"]["gate_up_proj"]["weight"]
+        parts[hidden, width // tensor] = layer["mlp"]["down_proj"]["weight"]
+    else:
+        experts = layer["moe"]["experts"]
+        parts[len(experts["gate_proj"]["weight"]), width // tensor, hidden] = experts["gate_proj"]["weight"]
+    for shape, leaf in parts.items():
+        assert {shard.device for shard in leaf.addressable_shards} == set(mesh.devices.flat)
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {shape}
+
+
+# --- The sampler ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(batch: int, vocab: int, spread: float, seed: int) -> jax.Array:
+    """Logits with ties among them."""
+    logits = np.random.default_rng(seed).standard_normal((batch, vocab)) * spread
+    return jnp.asarray(np.round(logits, 2), jnp.float32)
+
+
+SAMPLINGS: Mapping[str, SamplingParams] = {
+    "greedy": SamplingParams(temperature=0.0, logprobs=5),
+    "free": SamplingParams(seed=3),
+    "top_k": SamplingParams(temperature=0.8, top_k=40, seed=4),
+    "top_k of more than the candidates": SamplingParams(top_k=700, seed=5),
+    "top_p": SamplingParams(top_p=0.9, seed=6),
+    "top_p of a flat distribution": SamplingParams(temperature=50.0, top_p=0.95, seed=7),
+    "min_p": SamplingParams(min_p=0.02, seed=8),
+    "all": SamplingParams(
+        temperature=1.2,
+        top_k=60,
+        top_p=0.8,
+        min_p=0.001,
+        frequency_penalty=0.4,
+        presence_penalty=0.3,
+        repetition_penalty=1.3,
+        logit_bias={3: 2.0, 900: -100.0},
+        min_tokens=2,
+        stop_token_ids=[7, 1000, 1023],
+        logprobs=3,
+        seed=9,
+    ),
+}
+
+
+@pytest.mark.parametrize("mesh", ["tensor=4", "data=2,tensor=4"])
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_the_same_tokens_from_a_split_vocabulary(name: str, mesh: str) -> None:
+    """Token for token over three steps, with the state that each leaves; logits of four different spreads."""
+    batch, vocab = 4, 1024
+    params = [dataclasses.replace(SAMPLINGS[name], seed=(SAMPLINGS[name].seed or 0) + i) for i in range(batch)]
+    options, state = make_sampler(params, [[1, 2, 3, 900 + i] for i in range(batch)], vocab, [1000])
+    plain = jax.jit(sample, static_argnames="options")
+    other, here = state, state
+    for step in range(3):
+        logits = rows_of(batch, vocab, (1.0, 3.0, 8.0)[step], step)
+        tokens, state, logprobs = plain(logits, state, options=options)
+        with sharding.on(sharding.make_mesh(mesh)):
+            split = jax.device_put(logits, PartitionSpec("data" if "data" in mesh else None, "tensor"))
+            found, other, found_logprobs = plain(split, here, options=options)
+        assert found.tolist() == tokens.tolist()
+        jax.tree.map(np.testing.assert_array_equal, other, state)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found_logprobs, logprobs)
+        here = jax.tree.map(np.asarray, other)
+
+
+def test_log_probabilities_of_a_split_vocabulary() -> None:
+    logits, tokens = rows_of(6, 1024, 4.0, 0), jnp.asarray([0, 255, 256, 511, 512, 1023])
+    want = token_logprobs(logits, tokens, 7)
+    exact = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(want.token, exact[jnp.arange(6), tokens], rtol=1e-6)
+    with sharding.on(sharding.make_mesh("data=2,tensor=4")):
+        found = jax.jit(token_logprobs, static_argnums=2)(logits, tokens, 7)
+    assert found.top_ids.tolist() == want.top_ids.tolist() == jax.lax.top_k(exact, 7)[1].tolist()
+    np.testing.assert_allclose(found.token, want.token, rtol=1e-6)
+    np.testing.assert_allclose(found.top, want.top, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_options_of_generate_on_a_mesh() -> None:
+    """A few rows with different settings, repeated prompts, log-probabilities, a cache that grows; no program twice."""
+    config = tiny_config(LayerSpec(mlp=24), LayerSpec("sliding", 5, mlp=24), max_position_embeddings=256)
+    params = random_params(config)
+    one = Model(fuse_params(params, config), config)
+    split = on_mesh(params, config, sharding.make_mesh("data=2,tensor=4"))
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    each = [
+        SamplingParams(temperature=0.0, logprobs=2, prompt_logprobs=1, max_tokens=90, ignore_eos=True),
+        SamplingParams(n=2, seed=5, top_k=7, top_p=0.9, max_tokens=30),
+        SamplingParams(seed=8, repetition_penalty=1.2, stop_token_ids=[11, 12], max_tokens=40),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_jax.generation.FIRST_ROOM", 50)
+        want = batch_generate(one, None, prompts, each)
+        before = decode.advance._cache_size()
+        found = batch_generate(split, None, prompts, each)
+    assert decode.advance._cache_size() - before == 2  # one for each size of the cache
+    for a, b in zip(found, want, strict=True):
+        assert [o.token_ids for o in a.outputs] == [o.token_ids for o in b.outputs]
+        assert [o.finish_reason for o in a.outputs] == [o.finish_reason for o in b.outputs]
+    mine, theirs = (o[0].outputs[0].logprobs for o in (found, want))
+    assert mine is not None
+    assert theirs is not None
+    np.testing.assert_allclose([t.logprob for t in mine], [t.logprob for t in theirs], rtol=1e-4, atol=1e-5)
+    streamed = [s.token for s in stream_generate(split, None, prompts[0], max_tokens=5, ignore_eos=True)]
+    assert tuple(streamed) == want[0].outputs[0].token_ids[:5]
+
+
+# --- Functions on a mesh ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_adapters_on_a_mesh(name: str) -> None:
+    """Low-rank adapters, also of a shared expert, which is computed on each device's part."""
+    config = TINY[name]
+    params, adapters, tokens = random_params(config), random_adapters(config), random_tokens(config, 2, 6)
+    expected, _ = run(params, config, tokens, adapters=adapters)
+    mesh = sharding.make_mesh("data=2,tensor=2")
+    model = on_mesh(params, config, mesh, fuse=name != "plain")
+    arranged = jax.tree.map(jnp.asarray, adapters)
+    with sharding.on(mesh):
+        from llama_jax.fuse import repeat_kv_heads
+
+        repeat_kv_heads(arranged, config, model.config)
+        logits, _ = run(model.params, model.config, tokens, adapters=arranged)
+    assert error(logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("heads", [(8, 4), (9, 3), (4, 2)], ids=["split", "odd", "fewer than devices"])
+@pytest.mark.parametrize("backend", ["reference"])
+def test_attention_runs_on_local_heads(heads: tuple[int, int], backend: str) -> None:
+    """Where they divide, every device sees only its own."""
+    q_heads, kv_heads = heads
+    mesh, rng = sharding.make_mesh("data=2,tensor=4"), np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, 1, q_heads, 16)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((2, kv_heads, 32, 16)), jnp.float32) for _ in range(2))
+    q_positions, kv_positions = jnp.asarray([[31], [20]]), jnp.tile(jnp.arange(32), (2, 1))
+    args = (q_positions, kv_positions, Visibility())
+    expected = attention_reference(q, k, v, *args, scale=0.25)
+
+    def compute(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, *args, scale=0.25, backend=backend)
+
+    with sharding.on(mesh):
+        out = jax.jit(compute)(q, k, v)
+        text = str(jax.make_jaxpr(compute)(q, k, v))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    local = 4 if kv_heads % 4 == 0 else 1
+    assert f"[1,{kv_heads // local},32,16]" in text
+    assert out.sharding.shard_shape(out.shape)[2] == q_heads // local
+
+
+@pytest.mark.slow
+def test_gradients_on_a_mesh() -> None:
+    config = TINY["sigmoid-moe"]
+    params, tokens = random_params(config), random_tokens(config, 2, 6)
+    fused = fuse_params(params, config)
+
+    def loss(params: Params) -> jax.Array:
+        logits, _ = run(params, config, tokens)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+
+    expected = jax.grad(loss)(fused)
+    mesh = sharding.make_mesh("data=2,tensor=2")
+    model = on_mesh(params, config, mesh)
+    with sharding.on(mesh):
+        found = jax.jit(jax.grad(loss))(model.params)
+    for name, leaf in flatten(expected).items():
+        assert error(flatten(found)[name], leaf) < 1e-4, name
+
+
+# --- Communication ----------------------------------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(r" = (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
+
+
+def collectives(hlo: str) -> Counter[tuple[str, int]]:
+    """Kind and number of elements of what each collective in a program's text brings; a loop's body counts once."""
+    found: Counter[tuple[str, int]] = Counter()
+    for line in hlo.splitlines():
+        if match := COLLECTIVE.search(line):
+            for shape in re.findall(r"\w+\[([\d,]*)\]", match[1]):
+                found[match[2], int(np.prod([int(n) for n in shape.split(",") if n]))] += 1
+    return found
+
+
+def abstract_model(name: str, layers: int | None, mesh: Mesh) -> tuple[Params, LlamaConfig]:
+    """A preset's fused parameters as shapes with places; nothing is allocated."""
+    config = preset(name)
+    config = sharding.split_config(config.replace(layers=config.layers[:layers]), mesh)
+    specs = {s.name: sharding.partition_spec(s, config, mesh) for s in param_specs(config)}
+
+    def place(name: str, leaf: Any) -> Any:
+        axes = PROJECTION_AXES.get(name.split(".")[-2], ())
+        over = (sharding.RULES.get(a or "") for a in axes)
+        spec = specs.get(name) or PartitionSpec(*(o if o in mesh.shape else None for o in over))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    fused = jax.eval_shape(lambda p: fuse_params(p, config), abstract_params(config, jnp.bfloat16))
+    return unflatten({n: place(n, leaf) for n, leaf in flatten(fused).items()}), config
+
+
+def compiled(name: str, layers: int | None, mesh: Mesh, step: str, params: SamplingParams, batch: int = 8) -> str:
+    """The optimised program of a decode step, or of a prefill of 256 tokens a row."""
+    with sharding.on(mesh):
+        model, config = abstract_model(name, layers, mesh)
+        options, sampler = make_sampler([params] * batch, [[1]] * batch, config.vocab_size)
+
+        def decode_step(model: Params, tokens: jax.Array, cache: DenseCache, sampler: SamplerState) -> Any:
+            logits, cache = decode.forward(model, config, tokens[:, None], tokens[:, None], cache)
+            return sample(logits[:, 0], sampler, options), cache
+
+        def prefill(model: Params, tokens: jax.Array, cache: DenseCache, sampler: SamplerState) -> Any:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            return decode.forward(
+                model, config, tokens, positions, cache, logits_at=jnp.full((batch, 1), tokens.shape[1] - 1)
+            )
+
+        tokens = jax.ShapeDtypeStruct((batch,) if step == "decode" else (batch, 256), jnp.int32)
+        f = {"decode": decode_step, "prefill": prefill}[step]
+        cache = jax.eval_shape(lambda: DenseCache.create(config, batch, 512, jnp.bfloat16))
+        of_kv = NamedSharding(mesh, PartitionSpec(*(a if a in mesh.shape else None for a in ("data", "tensor"))))
+        cache = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_kv) if x.ndim == 4 else x, cache
+        )
+        return str(jax.jit(f, donate_argnums=2).lower(model, tokens, cache, sampler).compile().as_text())
+
+
+FULL = pytest.mark.slow
+MODELS = [
+    ("llama-3.1-8b", 2),
+    ("llama-3.1-70b", 1),
+    pytest.param("llama-3.1-8b", None, marks=FULL),
+    pytest.param("llama-3.1-70b", None, marks=FULL),
+]
+
+
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+@pytest.mark.parametrize(("name", "layers"), MODELS)
+def test_two_sums_a_layer_and_nothing_else(name: str, layers: int | None, step: str) -> None:
+    """Beside them one of the embedding, and of the greedy sampler one number and one index a row from each device."""
+    mesh, batch = sharding.make_mesh(tensor=8), 8
+    config = preset(name)
+    n = config.num_layers if layers is None else layers
+    hlo = compiled(name, layers, mesh, step, SamplingParams(temperature=0.0), batch)
+    tokens = batch * (1 if step == "decode" else 256)
+    expected = Counter({("all-reduce", tokens * config.hidden_size): 2 * n + 1})
+    if step == "decode":
+        expected["all-gather", 2 * 8 * batch] = 1
+    assert collectives(hlo) == expected
+
+
+def test_a_mixture_is_summed_once() -> None:
+    """Routed and shared experts of a layer in one message."""
+    mesh = sharding.make_mesh(tensor=8)
+    config = tiny_config(
+        LayerSpec(mlp=MoeSpec(4, 2, 16, router="sigmoid", shared_intermediate_size=32)), num_heads=8, num_kv_heads=8
+    )
+    model = on_mesh(random_params(config), config, mesh)
+    with sharding.on(mesh):
+        hlo = run.lower(model.params, config, random_tokens(config, 2, 3)).compile().as_text()
+    assert collectives(hlo) == {("all-reduce", 2 * 3 * config.hidden_size): 3}
+
+
+def test_rows_of_a_batch_never_meet() -> None:
+    """Over "data" nothing is sent; the sums stay among the devices of a group."""
+    mesh = sharding.make_mesh("data=2,tensor=4")
+    hlo = compiled("llama-3.1-8b", 1, mesh, "decode", SamplingParams(temperature=0.0))
+    assert collectives(hlo) == {("all-reduce", 4 * 4096): 3, ("all-gather", 2 * 4 * 4): 1}
+    alone = compiled("llama-3.1-8b", 1, sharding.make_mesh(data=8), "decode", SamplingParams(temperature=0.0))
+    assert not collectives(alone)
+
+
+def test_sampling_sends_candidates_only() -> None:
+    """Of 128,256 logits a row each of 8 devices sends 128 and a few sums; more only in the branch for flat rows."""
+    sampled = SamplingParams(temperature=0.7, top_k=40, top_p=0.9, seed=1)
+    hlo = compiled("llama-3.1-8b", 1, sharding.make_mesh(tensor=8), "decode", sampled)
+    sizes = {key: n for key, n in collectives(hlo).items() if key != ("all-reduce", 8 * 4096)}
+    assert max(size for _, size in sizes) == 8 * 8 * 128
+    gathers = {size: n for (kind, size), n in sizes.items() if kind == "all-gather"}
+    assert gathers == {8 * 8 * 128: 1, 2 * 8 * 8: 2}  # candidates; the likeliest token and the drawn one
+
+
+# --- Through the public doors -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("chat") / "tiny")
+
+
+def test_load_and_generate(folder: Path) -> None:
+    """What stays whole or is repeated is said; fused and canonical trees give the same text."""
+    plain, tokenizer = load(folder)
+    want = generate(plain, tokenizer, "The quick", max_tokens=6)
+    for fuse in (True, False):
+        said: list[str] = []
+        model, _ = load(folder, mesh=sharding.make_mesh(tensor=4), fuse=fuse, notify=said.append)
+        assert generate(model, tokenizer, "The quick", max_tokens=6) == want
+        notes = [str(s) for s in sharding.explain(plain.config, {"tensor": 4}) if s.note]
+        assert [line for line in said if "tensor=4" in line] == notes
+        assert notes
+
+
+def test_command_line(folder: Path, tmp_path: Path) -> None:
+    from llama_jax.cli import cli
+
+    def run_cli(*args: str) -> Any:
+        result = CliRunner().invoke(cli, list(args))
+        assert result.exit_code == 0, result.output
+        return result
+
+    args = ("generate", "The", "-m", str(folder), "--max-tokens", "4", "--json", "--quiet")
+    alone, split = (json.loads(run_cli(*args, *more).stdout) for more in ((), ("--mesh", "data=2,tensor=4")))
+    assert split["token_ids"] == alone["token_ids"]
+    assert split["device"] == "8 x cpu (data=2, tensor=4)"
+    text = run_cli("show", str(folder), "--tp", "4").stdout
+    assert "vocab" in text.split("sharding:")[1]
+    failed = CliRunner().invoke(cli, ["generate", "The", "-m", str(folder), "--tp", "16"])
+    assert "needs 16 devices; there are 8" in failed.output
+    assert failed.exit_code == 5
+
+
+@pytest.mark.slow
+def test_random_models_are_made_in_their_places() -> None:
+    model = random_model("smollm2-135m", "bfloat16", sharding.make_mesh(tensor=3))
+    assert model.config.num_kv_heads == 3
+    leaf = model.params["layers"]["0"]["mlp"]["gate_up_proj"]["weight"]
+    assert {s.data.shape for s in leaf.addressable_shards} == {(2, 512, 576)}
+    assert float(jnp.std(leaf.astype(jnp.float32))) == pytest.approx(576**-0.5, rel=0.05)

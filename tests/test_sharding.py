@@ -1,0 +1,216 @@
+"""Rules, meshes and what they say; `eight_devices_generate.py` runs on eight simulated devices."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from helpers import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from llama_jax import sharding
+from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, preset
+from llama_jax.errors import NoDevice, RequestError
+from llama_jax.params import param_specs
+
+# The checks are of numbers and of what is sent, not of speed.
+XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+
+
+def on_eight_devices(*marks: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--durations=5", "-p", "no:cacheprovider", *marks]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("eight_devices_generate.py"))],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS, "PYTEST_ADDOPTS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
+
+
+def test_on_eight_devices() -> None:
+    on_eight_devices("-m", "not slow")
+
+
+@pytest.mark.slow
+def test_every_family_and_whole_models_on_eight_devices() -> None:
+    on_eight_devices("-m", "slow")
+
+
+# --- Meshes -----------------------------------------------------------------------------------------------------------
+
+
+def test_mesh_texts() -> None:
+    assert sharding.parse_mesh("data=2,tensor=4") == {"data": 2, "tensor": 4}
+    assert sharding.parse_mesh(" tensor=8 ") == {"tensor": 8}
+    assert sharding.requested_axes(None, None) is None
+    assert sharding.requested_axes(None, 8) == {"tensor": 8}
+    assert sharding.requested_axes("data=1,fsdp=1", None) == {"data": 1, "fsdp": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "'' is not NAME=SIZE"),
+        ("8", "'8' is not NAME=SIZE"),
+        ("tensor", "'tensor' is not"),
+        ("tensor=", "'tensor=' is not"),
+        ("tensor=0", "positive size"),
+        ("tensor=-2", "positive size"),
+        ("tensor=2.0", "positive size"),
+        ("tensor=٢", "positive size"),
+        ("tensor=2,", "'' is not"),
+        ("tensor=2,tensor=2", "'tensor' occurs twice"),
+        ("model=2", "'model' is no axis; there are data, fsdp"),
+        ("tensor=99999999999999999999", "positive size"),
+        ("fsdp=2", "nothing is split over the axis 'fsdp'"),
+        ("expert=4,tensor=2", "nothing is split over the axis 'expert'"),
+    ],
+)
+def test_malformed_meshes(text: str, says: str) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        sharding.requested_axes(text, None)
+    assert caught.value.param == "mesh"
+    assert caught.value.hint
+
+
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(RequestError, match="both given"):
+        sharding.requested_axes("tensor=2", 2)
+    for size in (0, -1):
+        with pytest.raises(RequestError, match="positive size"):
+            sharding.requested_axes(None, size)
+
+
+@given(st.text("datensorfp=,0123 ", max_size=24))
+def test_any_text_is_a_mesh_or_an_error(text: str) -> None:
+    try:
+        sizes = sharding.parse_mesh(text)
+    except RequestError:
+        return
+    assert sizes
+    assert set(sizes) <= set(sharding.MESH_AXES)
+    assert all(size > 0 for size in sizes.values())
+
+
+def test_more_places_than_devices() -> None:
+    there = len(jax.devices())
+    with pytest.raises(NoDevice, match=rf"data=2, tensor=64 needs 128 devices; there (is|are) {there} \(") as caught:
+        sharding.make_mesh("data=2,tensor=64")
+    assert caught.value.exit_code == 5
+    with pytest.raises(RequestError, match="no axis"):
+        sharding.make_mesh(model=1)
+    with pytest.raises(RequestError, match="positive size"):
+        sharding.make_mesh(tensor=True)
+    mesh = sharding.make_mesh(tensor=1)
+    assert mesh.shape == {"tensor": 1}
+    with sharding.on(mesh):
+        assert not sharding.in_use()
+    with sharding.on(None):
+        assert sharding.parts("mlp") == 1
+
+
+# --- Rules ------------------------------------------------------------------------------------------------------------
+
+
+def test_colliding_rules_are_refused() -> None:
+    config = tiny_config(LayerSpec(mlp=MoeSpec(4, 2, 12)))
+    spec = next(s for s in param_specs(config) if s.name.endswith("experts.gate_proj.weight"))
+    with pytest.raises(RequestError, match=r"two dimensions of layers\.0.*\(4, 12, 16\)") as caught:
+        sharding.partition_spec(spec, config, {"tensor": 2}, {"expert": "tensor", "mlp": "tensor"})
+    assert "expert, mlp, embed" in caught.value.hint
+    rules = {"expert": "expert", "mlp": "tensor"}
+    found = sharding.partition_spec(spec, config, {"tensor": 2, "expert": 2}, rules)
+    assert found == PartitionSpec("expert", "tensor", None)
+
+
+def lines(config: LlamaConfig, **sizes: int) -> list[str]:
+    return [str(split) for split in sharding.explain(config, sizes)]
+
+
+def test_what_is_said_about_real_models() -> None:
+    assert lines(preset("llama-3.1-8b"), data=2, tensor=8) == [
+        "batch: split over data=2, rows are filled up to a multiple",
+        "q_heads 32: split over tensor=8",
+        "kv_heads 8: split over tensor=8",
+        "mlp 14336: split over tensor=8",
+        "vocab 128256: split over tensor=8",
+    ]
+    assert lines(preset("llama-3.1-8b"), tensor=16)[1] == (
+        "kv_heads 8: split over tensor=16, each head is held 2 times, since 16 does not divide 8"
+    )
+    assert lines(preset("smollm2-135m"), tensor=2) == [
+        "q_heads 9: whole on each device of tensor=2, 2 does not divide 9, so every device computes all of attention",
+        "kv_heads 3: whole on each device of tensor=2, 2 does not divide 3",
+        "mlp 1536: split over tensor=2",
+        "vocab 49152: split over tensor=2",
+    ]
+    assert lines(preset("llama-3.1-8b"), data=1, tensor=1) == []
+    mixed = tiny_config(LayerSpec(mlp=24), LayerSpec(mlp=MoeSpec(4, 2, 12, "sigmoid", 16)))
+    assert [line.split(":")[0] for line in lines(mixed, tensor=2)] == [
+        "q_heads 4",
+        "kv_heads 2",
+        "mlp 24",
+        "mlp of each expert 12",
+        "mlp of the shared expert 16",
+        "vocab 40",
+    ]
+
+
+def test_a_mesh_of_no_use_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"tensor=7 divides nothing of this model \(q_heads 9, kv_heads 3, mlp 1536"):
+        sharding.check(preset("smollm2-135m"), {"tensor": 7})
+    sharding.check(preset("smollm2-135m"), {"tensor": 2})
+    sharding.check(preset("smollm2-135m"), {"data": 7})
+
+
+@given(st.integers(1, 12), st.integers(1, 8), st.integers(1, 32))
+def test_repeated_heads(kv_heads: int, group: int, tensor: int) -> None:
+    """As few as will do; the query heads of a device find theirs on it."""
+    config = tiny_config(num_kv_heads=kv_heads, num_heads=kv_heads * group)
+    split = sharding.split_config(config, {"tensor": tensor})
+    if config.num_heads % tensor:
+        assert split == config
+        return
+    assert split == config.replace(num_kv_heads=split.num_kv_heads)
+    assert split.num_kv_heads % tensor == 0
+    assert split.num_kv_heads == min(
+        n for n in range(kv_heads, config.num_heads + 1, kv_heads) if n % tensor == 0 and config.num_heads % n == 0
+    )
+    times = split.num_kv_heads // kv_heads
+    for q in range(config.num_heads):
+        assert q // (config.num_heads // split.num_kv_heads) // times == q // group
+
+
+@given(st.sampled_from([1, 2, 3, 4, 5, 6, 8, 16]), st.integers(0, 2**16))
+def test_parts_of_all_parameters(tensor: int, seed: int) -> None:
+    """No part is larger than the whole, and what is split divides; the explanation tells the same."""
+    kv_heads = 1 + seed % 4
+    config = tiny_config(
+        LayerSpec(mlp=8 * (1 + seed % 3)),
+        LayerSpec(mlp=MoeSpec(3, 2, 12)),
+        num_kv_heads=kv_heads,
+        num_heads=kv_heads * (1 + seed % 5),
+        vocab_size=40 + seed % 9,
+    )
+    config = sharding.split_config(config, {"tensor": tensor})
+    mesh = AbstractMesh((tensor,), ("tensor",))
+    said = {(s.axis.split()[0], s.size): s.parts for s in sharding.explain(config, mesh)}
+    sizes = {"q_heads": config.num_heads, "kv_heads": config.num_kv_heads}
+    for spec in param_specs(config):
+        split = sharding.partition_spec(spec, config, mesh)
+        assert math.prod(tensor for over in split if over) in (1, tensor)
+        for axis, size, over in zip(spec.axes, spec.shape, split, strict=True):
+            if axis in sharding.RULES and tensor > 1:
+                assert (over is not None) == (said[axis, sizes.get(axis, size)] > 1)
