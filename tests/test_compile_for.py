@@ -163,6 +163,8 @@ def test_arguments() -> None:
     assert compilation.memory.arguments == 8 * 4 * 4 // 2 + 8 * 4 * 4 + 4
     compilation = compile_for("mi300x", f, args, mesh=mesh, in_shardings=(P("x"), P()))
     assert compilation.memory.arguments == 8 * 4 * 4 + 4
+    with pytest.raises(RequestError, match="donate_argnums cannot be given"):
+        compile_for("mi300x", f, args, mesh=mesh, donate_argnums=0)
     options = {"xla_gpu_enable_triton_gemm": False}
     compilation = compile_for("mi300x", lambda x: x @ x, (shape(64, 64),), compiler_options=options)
     assert compilation.library_calls == {"hipBLASLt matmul": 1}
@@ -471,6 +473,17 @@ def test_command_that_fails(folder: Path, args: list[str], code: int, said: str)
     done = CliRunner().invoke(cli, ["compile", str(folder), *args])
     assert done.exit_code == code
     assert said in done.stderr
+
+
+@pytest.mark.amd
+def test_command_without_a_target(folder: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama_jax.targets.detected", lambda: ())
+    done = CliRunner().invoke(cli, ["compile", str(folder)])
+    assert done.exit_code == 2
+    assert "hint: add --target" in done.stderr
+    monkeypatch.setattr("llama_jax.targets.detected", lambda: (find("w7900"), find("mi300x")))
+    assert CliRunner().invoke(cli, ["compile", str(folder)]).exit_code == 0
+    assert asked[0][1] == "w7900"
 
 
 def test_command_without_a_model() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.errors import RequestError
 from llama_jax.targets.compiler import executable, hlo, topology
 from llama_jax.targets.compiler.executable import Kernel
 from llama_jax.targets.compiler.hlo import Collective
@@ -177,7 +178,7 @@ def compile_for(
 
     Raises:
       CompilerUnavailable: the compiler is missing, cannot be loaded here, or the target is not AMD's.
-      RequestError: no target has this name.
+      RequestError: no target has this name, or `jit_options` come with a jitted function.
     """
     import jax
     from jax._src import config
@@ -186,6 +187,12 @@ def compile_for(
     mesh = device_mesh(target, mesh_shape or {}) if mesh is None else mesh
     shaped = _abstract(args, in_shardings, mesh)
     keywords = {name: _abstract(value, None, mesh) for name, value in (kwargs or {}).items()}
+    if hasattr(f, "trace") and jit_options:
+        raise RequestError(
+            f"{', '.join(jit_options)} cannot be given for a function that is jitted already",
+            param=next(iter(jit_options)),
+            hint="give them to jax.jit, or pass the plain function",
+        )
     jitted = f if hasattr(f, "trace") else jax.jit(f, **jit_options)
     start = time.perf_counter()
     with abstract_device(target, mesh):

@@ -183,7 +183,8 @@ def _abstract_facts(device: jax.sharding.AbstractDevice) -> Facts:
 
 
 def _device_facts(device: Any) -> Facts:
-    """Facts of a `jax.Device`; attributes that a backend does not know are left out."""
+    """Facts of a `jax.Device`; attributes that a backend does not know are left out. Whatever is no GPU counts as a
+    CPU: the reference implementations run there."""
     if device.platform not in ("gpu", "cuda", "rocm"):
         return Facts("cpu")
     capability = str(getattr(device, "compute_capability", ""))
@@ -192,8 +193,14 @@ def _device_facts(device: Any) -> Facts:
     arch = capability.split(":")[0] if vendor == "amd" else f"sm_{capability.replace('.', '')}"
     units = int(getattr(device, "core_count", 0))
     # jax states what it may use, by default three quarters: 192 of 256 GB. The driver states all.
-    memory = next((g.memory for g in kfd.gpus() if (g.arch, g.compute_units) == (arch, units)), 0)
+    memory = next((g.memory for g in _driver_gpus() if (g.arch, g.compute_units) == (arch, units)), 0)
     return Facts(vendor, kind, arch, units, memory)
+
+
+@functools.cache
+def _driver_gpus() -> tuple[kfd.KfdGpu, ...]:
+    """Read once: `current` is called for every operation that is traced."""
+    return kfd.gpus()
 
 
 def _vendor(kind: str) -> Vendor:
