@@ -14,14 +14,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from llama_jax import hardware, targets
 from llama_jax.checkpoint.storage import existing_parent
-from llama_jax.errors import NoDevice, StorageError
+from llama_jax.errors import NoDevice, StorageError, VerificationError
+from llama_jax.kernel_check import Numerics, check_kernels
 from llama_jax.models import DEFAULT_MODEL, bundled, cache_dir, list_models
 
 Status = Literal["ok", "warning", "problem"]
@@ -64,10 +65,13 @@ ENVIRONMENT = (
     "ROCR_VISIBLE_DEVICES",
     "HSA_OVERRIDE_GFX_VERSION",
     "LLAMA_JAX_CACHE",
+    "LLAMA_JAX_KERNELS",
+    "LLAMA_JAX_SELF_CHECK",
     "HF_HUB_OFFLINE",
 )
 """Variables that change what runs where, and are shown if they are set."""
 
+_ANSWERS = ("probe", "kernels")
 # Runs in the child: lists the devices and computes something small on the first one.
 _PROBE = """
 import json, jax, jax.numpy as jnp
@@ -83,7 +87,17 @@ print("probe:" + json.dumps({
     "backend": jax.default_backend(),
     "platform_version": devices[0].client.platform_version,
     "devices": [{"name": str(d), "kind": d.device_kind, "memory": memory(d)} for d in devices],
-}))
+}), flush=True)
+# What this package would run there comes second: if that fails, the devices are known all the same.
+try:
+    from llama_jax.errors import LlamaJaxError
+    from llama_jax.kernels import plan
+    try:
+        print("kernels:" + json.dumps({"choices": [choice.to_json() for choice in plan()]}))
+    except LlamaJaxError as error:
+        print("kernels:" + json.dumps({"error": error.message, "hint": error.hint}))
+except ImportError as error:
+    print("kernels:" + json.dumps({"error": str(error), "hint": "install the missing package"}))
 """
 
 
@@ -112,6 +126,8 @@ class Report:
       checks: in the order of looking.
       system, versions, environment: facts without a judgement.
       devices: as jax sees them, empty if it does not answer.
+      kernels: what `auto` would choose there for small arguments of every operation (`llama_jax.kernels.plan`).
+      numerics: each check of a kernel against the reference, where that was asked for.
     """
 
     checks: tuple[Check, ...]
@@ -120,6 +136,8 @@ class Report:
     environment: dict[str, str] = field(default_factory=dict)
     backend: str | None = None
     devices: tuple[dict[str, Any], ...] = ()
+    kernels: tuple[dict[str, Any], ...] = ()
+    numerics: tuple[dict[str, Any], ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -133,15 +151,21 @@ class Report:
 
 @dataclass(frozen=True)
 class Probe:
-    """What jax answered: either `result` or the reason why there is none."""
+    """What jax answered: either `result` or the reason why there is none; `kernels` has "choices" or "error"."""
 
     result: dict[str, Any] | None = None
     error: str = ""
     said: str = ""
+    kernels: dict[str, Any] = field(default_factory=dict)
 
 
 def doctor(
-    *, root: Path = hardware.ROOT, environ: Mapping[str, str] | None = None, deadline_s: float = PROBE_DEADLINE_S
+    *,
+    root: Path = hardware.ROOT,
+    environ: Mapping[str, str] | None = None,
+    deadline_s: float = PROBE_DEADLINE_S,
+    numerics: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
 ) -> Report:
     """Looks at the machine and at this installation; starts one child process and changes nothing.
 
@@ -149,6 +173,9 @@ def doctor(
       root: where the kernel's files are.
       environ: the environment; that of this process when None.
       deadline_s: seconds that jax has to name its devices.
+      numerics: also compare every kernel with the reference on the device, in child processes; the result is kept, and
+        kernels that fail are not chosen any more.
+      progress: called with the name of each of these comparisons as it begins.
     """
     environ = os.environ if environ is None else environ
     found = hardware.gpus(root)
@@ -160,8 +187,13 @@ def doctor(
         *check_plugins(versions),
         *check_devices(found, probe, versions, environ, root),
         *check_environment(environ),
+        *check_choices(probe.kernels),
         *check_cache(),
     ]
+    found_numerics = Numerics(())
+    if numerics and probe.result is not None:
+        found_numerics = check_kernels(environ, progress=progress)
+        checks += check_numerics(found_numerics)
     return Report(
         checks=tuple(checks),
         system=_system(root, found, environ),
@@ -169,6 +201,8 @@ def doctor(
         environment={name: environ[name] for name in ENVIRONMENT if name in environ},
         backend=result.get("backend"),
         devices=tuple(result.get("devices", ())),
+        kernels=tuple(probe.kernels.get("choices", ())),
+        numerics=found_numerics.checks,
     )
 
 
@@ -284,9 +318,10 @@ def probe_jax(environ: Mapping[str, str], *, deadline_s: float = PROBE_DEADLINE_
         child.kill()
         raise
     lines = [line.strip() for line in err.splitlines() if line.strip()]
-    for line in out.splitlines():
-        if line.startswith("probe:"):
-            return Probe(json.loads(line.removeprefix("probe:")), said="\n".join(lines))
+    said = [line.partition(":") for line in out.splitlines()]
+    answers = {name: json.loads(rest) for name, _, rest in said if name in _ANSWERS}
+    if "probe" in answers:
+        return Probe(answers["probe"], said="\n".join(lines), kernels=answers.get("kernels", {}))
     reason = lines[-1][:500] if lines else "no message"
     return Probe(error=f"jax failed (exit status {child.returncode}): {reason}", said="\n".join(lines))
 
@@ -354,6 +389,41 @@ def check_environment(environ: Mapping[str, str]) -> list[Check]:
         detail = f"HSA_OVERRIDE_GFX_VERSION={value} makes ROCm run code of another GPU: wrong results, or crashes"
         return [Check("environment", "warning", detail, "unset HSA_OVERRIDE_GFX_VERSION")]
     return []
+
+
+def check_choices(kernels: Mapping[str, Any]) -> list[Check]:
+    """What `auto` chooses here; a kernel that is disabled, or a choice that cannot be made, is a finding."""
+    if error := kernels.get("error"):
+        return [Check("kernels", "problem", error, kernels["hint"])]
+    backends: dict[str, list[str]] = {}
+    for choice in kernels.get("choices", ()):
+        known = choice["measured"] or choice["backend"] == "reference"
+        backends.setdefault(choice["operation"], []).append(choice["backend"] + ("" if known else " (not measured)"))
+    if not backends:
+        return []
+    detail = "; ".join(f"{op}: {', '.join(dict.fromkeys(names))}" for op, names in backends.items())
+    return [Check("kernels", "ok", detail)]
+
+
+def check_numerics(found: Numerics) -> list[Check]:
+    """Whether the kernels compute what the reference does."""
+    if found.error:
+        fix = "see the message; LLAMA_JAX_KERNELS names other kernels"
+        return [Check("numerics", "problem", f"the kernels could not be checked: {found.error}", fix)]
+    checks = [
+        Check(
+            "numerics",
+            "problem",
+            f"{check['operation']}/{check['backend']}, {check['case']}: {check['problem']}",
+            "this kernel is not chosen on this device any more; a newer jax or GPU plugin may compute right",
+            VerificationError.exit_code,
+        )
+        for check in found.failed
+    ]
+    if not checks:
+        names = dict.fromkeys(f"{check['operation']}/{check['backend']}" for check in found.checks)
+        checks.append(Check("numerics", "ok", f"{len(found.checks)} comparisons agree: {', '.join(names) or 'none'}"))
+    return checks
 
 
 def check_cache() -> list[Check]:

@@ -17,7 +17,7 @@ from llama_jax.kernels.moe import routed_experts
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.params import PROJECTION_AXES, Params
 from llama_jax.rope import rotate
-from llama_jax.sharding import in_use, local
+from llama_jax.sharding import in_use, local, split_over
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -193,14 +193,19 @@ def moe(x: jax.Array, params: Params, config: LlamaConfig, spec: MoeSpec, adapte
         )
         return out if shared is None else out + mlp(tokens, shared, config, adapters)
 
-    # All of it on each device's part of every expert's width, so that there is one sum over the devices.
+    # All of it on each device's part of every expert's width, so that there is one sum over the devices. A shared
+    # expert stands apart if its width divides where that of the others does not, or the other way round.
+    shared = params.get("shared")
+    apart = shared is not None and (
+        split_over("mlp", spec.intermediate_size) != split_over("mlp", spec.shared_intermediate_size)
+    )
     arguments = {
         "tokens": tokens,
         "expert_ids": expert_ids,
         "scales": (input_scale, output_scale),
         "experts": experts,
-        "shared": params.get("shared"),
-        "adapters": adapters.get("shared", {}),
+        "shared": None if apart else shared,
+        "adapters": {} if apart else adapters.get("shared", {}),
     }
     axes = {
         "tokens": ("batch",),
@@ -210,7 +215,8 @@ def moe(x: jax.Array, params: Params, config: LlamaConfig, spec: MoeSpec, adapte
         "shared": _axes(arguments["shared"]),
         "adapters": _axes(arguments["adapters"]),
     }
-    return local(mixture, arguments, axes, ("batch",), summed="mlp").reshape(x.shape)
+    out = local(mixture, arguments, axes, ("batch",), summed="mlp").reshape(x.shape)
+    return out + mlp(x, params["shared"], config, adapters.get("shared", {})) if apart else out
 
 
 def _axes(projections: Params | None) -> Params | None:

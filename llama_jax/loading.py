@@ -17,9 +17,11 @@ from llama_jax.checkpoint.place import Placements
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.direct import load_source, opened
 from llama_jax.fuse import arrange
+from llama_jax.kernels.dispatch.self_check import self_check
 from llama_jax.models import DEFAULT_MODEL, find, resolve
 from llama_jax.params import Params
 from llama_jax.sharding import automatic_mesh, check, explain, param_sharding
+from llama_jax.targets import current
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 from llama_jax.tokenizer.check import check_tokenizer
 
@@ -74,6 +76,9 @@ def load(
 ) -> tuple[Model, Tokenizer]:
     """Loads a model, converting it into the cache first if it is not an Orbax checkpoint yet.
 
+    On a GPU the kernels are compared with their references first, once a device and version; one that computes
+    something else is not chosen. LLAMA_JAX_SELF_CHECK=0 leaves that out.
+
     Args:
       model: the default model's name, a folder (Orbax checkpoint, Hugging Face or Meta), a GGUF file, or "org/name" on
         the Hugging Face hub.
@@ -94,6 +99,7 @@ def load(
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`.
     """
     runtime.enable_compilation_cache()
+    check_kernels_once(notify)
     mesh = None if mesh is None else automatic_mesh(mesh)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
     found = None if convert else find(model, progress=progress, notify=notify)
@@ -116,6 +122,12 @@ def load(
             )
     split = arrange(params, config, mesh, fuse=fuse)
     return Model(params, split, mesh, generation_config, str(model)), tokenizer
+
+
+def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
+    """On a GPU, the check of `llama_jax.kernels.dispatch.self_check`; nothing on a CPU, which runs the references."""
+    if current().vendor != "cpu":
+        self_check(notify)
 
 
 def _sharding(config: LlamaConfig, mesh: jax.sharding.Mesh | None) -> Placements:

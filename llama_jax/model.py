@@ -98,6 +98,7 @@ def forward(
       RequestError: arguments that contradict each other, or an unknown name in `capture` or `adapters`.
     """
     x = _embed(params, tokens, inputs_embeds)
+    in_order = positions is None and segment_ids is None
     positions = _positions(x, positions, segment_ids, cache)
     captured = _Capture(config, capture or ())
     captured.add("embed", x)
@@ -123,6 +124,7 @@ def forward(
             adapter_layers.get(str(i), {}),
             config=config.replace(layers=(spec,)),
             capture=captured.of_layer(i),
+            in_order=in_order,
         )
         views.append(view)
         captured.add_layer(i, activations)
@@ -188,7 +190,7 @@ def _checked(adapters: Params | None, config: LlamaConfig) -> Params:
 
 
 # A jitted function of its own: equal layers are traced and lowered once, not once each. XLA inlines the calls.
-@partial(jax.jit, static_argnames=("config", "capture"))
+@partial(jax.jit, static_argnames=("config", "capture", "in_order"))
 def _layer(
     x: jax.Array,
     params: Params,
@@ -200,8 +202,9 @@ def _layer(
     *,
     config: LlamaConfig,
     capture: tuple[str, ...],
+    in_order: bool,
 ) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
-    """One block. `config.layers` holds just this block's spec."""
+    """One block. `config.layers` holds just this block's spec; `in_order`: positions are 0, 1, 2, ... in every row."""
     (spec,) = config.layers
     seen: dict[str, jax.Array] = {}
     attn_adapters = adapters.get("attn", {})
@@ -223,6 +226,7 @@ def _layer(
             scale=scale,
             q_segments=segment_ids,
             kv_segments=segment_ids,
+            in_order=in_order,
         )
     else:
         out, cache = cache.attend(q, k, v, positions, visibility, scale=scale)

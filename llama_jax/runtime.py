@@ -7,6 +7,8 @@ import os
 import jax
 import jax.numpy as jnp
 
+from llama_jax.folders import cache_dir
+
 
 def default_dtype() -> jnp.dtype:
     """Compute dtype when nobody names one: float32 on a CPU, bfloat16 on a GPU."""
@@ -29,8 +31,6 @@ def enable_compilation_cache() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        from llama_jax.models import cache_dir  # late: only this line needs to know where the cache is
-
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     # By default jax skips programs that compile in under a second; here many small ones add up at start-up.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +42,7 @@ from llama_jax.convert.run import open_source
 from llama_jax.fuse import arrange, fuse_params
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.kernels.attention import Visibility, attention, attention_reference
+from llama_jax.kernels.dispatch import using
 from llama_jax.loading import Model, load
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
@@ -235,9 +238,9 @@ def test_adapters_on_a_mesh(name: str) -> None:
 
 
 @pytest.mark.parametrize("heads", [(8, 4), (9, 3), (4, 2)], ids=["split", "odd", "fewer than devices"])
-@pytest.mark.parametrize("backend", ["reference"])
+@pytest.mark.parametrize("backend", ["reference", "pallas_interpret"])
 def test_attention_runs_on_local_heads(heads: tuple[int, int], backend: str) -> None:
-    """Where they divide, every device sees only its own."""
+    """Where they divide, every device sees only its own; a Pallas kernel could not be dealt out otherwise."""
     q_heads, kv_heads = heads
     mesh, rng = sharding.make_mesh("data=2,tensor=4"), np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((2, 1, q_heads, 16)), jnp.float32)
@@ -256,6 +259,24 @@ def test_attention_runs_on_local_heads(heads: tuple[int, int], backend: str) -> 
     local = 4 if kv_heads % 4 == 0 else 1
     assert f"[1,{kv_heads // local},32,16]" in text
     assert out.sharding.shard_shape(out.shape)[2] == q_heads // local
+
+
+@pytest.mark.slow
+def test_generate_with_kernels_on_a_mesh() -> None:
+    """Prefill, decode steps and experts through the Pallas kernels, each on what a device has."""
+    mixture = MoeSpec(4, 2, 32, router="sigmoid", shared_intermediate_size=32)
+    config = tiny_config(LayerSpec(mlp=mixture), num_heads=4, num_kv_heads=2, head_dim=16, hidden_size=32)
+    params, prompts = random_params(config), [[1, 2, 3], [4, 5, 6, 7]]
+    one = Model(fuse_params(params, config), config)
+    want = batch_generate(one, None, prompts, max_tokens=4, ignore_eos=True)
+    split = on_mesh(params, config, sharding.make_mesh(tensor=2))
+    with using(flash_attention="pallas_interpret", decode_attention="pallas_interpret", moe="pallas_interpret"):
+        found = batch_generate(split, None, prompts, max_tokens=4, ignore_eos=True)
+        with sharding.on(split.mesh):
+            text = str(jax.make_jaxpr(run, static_argnums=1)(split.params, config, random_tokens(config, 2, 16)))
+    assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in want]
+    assert text.count("pallas_call") >= 2
+    assert "shard_map" in text
 
 
 @pytest.mark.slow
@@ -358,16 +379,20 @@ def test_two_sums_a_layer_and_nothing_else(name: str, layers: int | None, step: 
     assert collectives(hlo) == expected
 
 
-def test_a_mixture_is_summed_once() -> None:
-    """Routed and shared experts of a layer in one message."""
+@pytest.mark.parametrize("widths", [(16, 32), (16, 36), (12, 32)])
+def test_a_mixture_is_summed_once(widths: tuple[int, int]) -> None:
+    """Routed and shared experts of a layer in one message; a width that does not divide sends nothing."""
     mesh = sharding.make_mesh(tensor=8)
-    config = tiny_config(
-        LayerSpec(mlp=MoeSpec(4, 2, 16, router="sigmoid", shared_intermediate_size=32)), num_heads=8, num_kv_heads=8
-    )
-    model = on_mesh(random_params(config), config, mesh)
+    experts, shared = widths
+    mixture = MoeSpec(4, 2, experts, router="sigmoid", shared_intermediate_size=shared)
+    config = tiny_config(LayerSpec(mlp=mixture), num_heads=8, num_kv_heads=8)
+    params, tokens = random_params(config), random_tokens(config, 2, 3)
+    model = on_mesh(params, config, mesh)
     with sharding.on(mesh):
-        hlo = run.lower(model.params, config, random_tokens(config, 2, 3)).compile().as_text()
-    assert collectives(hlo) == {("all-reduce", 2 * 3 * config.hidden_size): 3}
+        program = run.lower(model.params, config, tokens).compile()
+        logits, _ = run(model.params, config, tokens)
+    assert collectives(str(program.as_text())) == {("all-reduce", 2 * 3 * config.hidden_size): 3}
+    assert error(logits, run(params, config, tokens)[0]) < 1e-5
 
 
 def test_rows_of_a_batch_never_meet() -> None:
@@ -427,6 +452,27 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
     failed = CliRunner().invoke(cli, ["generate", "The", "-m", str(folder), "--tp", "16"])
     assert "needs 16 devices; there are 8" in failed.output
     assert failed.exit_code == 5
+
+
+@pytest.mark.slow
+def test_bench_and_batches(folder: Path, tmp_path: Path) -> None:
+    """`bench` and `scripts/batch_generate.py` take the same options; a file's results are those of one device."""
+    from llama_jax.cli import cli
+
+    args = ["bench", "-m", str(folder), "--batch", "3", "--prompt", "4", "--new", "3", "--repeats", "1", "--json"]
+    result = CliRunner().invoke(cli, [*args, "--mesh", "data=2,tensor=2"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["device"] == "4 x cpu (data=2, tensor=2)"
+
+    script = Path(__file__).parents[1] / "scripts" / "batch_generate.py"
+    (tmp_path / "in.jsonl").write_text('{"prompt": "The"}\n{"prompt": "a", "temperature": 1}\n{"prompt": "Quick"}\n')
+    results = []
+    for name, more in (("one", ()), ("split", ("--mesh", "data=2,tensor=4"))):
+        target = tmp_path / f"{name}.jsonl"
+        command = [sys.executable, str(script), str(tmp_path / "in.jsonl"), str(target), "-m", str(folder), *more]
+        subprocess.run([*command, "--max-tokens", "5", "--quiet"], check=True)
+        results.append(target.read_text())
+    assert results[0] == results[1]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from click.testing import CliRunner
 from helpers import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +92,26 @@ def test_options_that_contradict_each_other() -> None:
     for size in (0, -1):
         with pytest.raises(RequestError, match="positive size"):
             sharding.requested_axes(None, size)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "exit_code"),
+    [
+        ("generate", ["a prompt", "--mesh", "tensor"], 2),
+        ("generate", ["a prompt", "--tp", "0"], 2),
+        ("chat", ["--tp", "2", "--mesh", "data=2"], 2),
+        ("bench", ["--mesh", "fsdp=2"], 2),
+        ("bench", ["--tp", "4096"], 5),
+        ("show", ["--tp", "-1"], 2),
+    ],
+)
+def test_refused_before_anything_is_loaded(command: str, options: list[str], exit_code: int) -> None:
+    from llama_jax.cli import cli
+
+    model = ["no such model"] if command == "show" else ["-m", "no such model"]
+    result = CliRunner().invoke(cli, [command, *options, *model])
+    assert result.exit_code == exit_code, result.output
+    assert "no such model" not in result.output
 
 
 @given(st.text("datensorfp=,0123 ", max_size=24))

@@ -7,6 +7,7 @@ contract `attention_reference`: `flash_attention` for many queries, `decode_atte
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ def attention(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     page_table: jax.Array | None = None,
+    in_order: bool = False,
     backend: str = "auto",
 ) -> jax.Array:
     """Attention of `q` over the visible ones of `k`, `v`.
@@ -59,6 +61,8 @@ def attention(
       q_segments, kv_segments: int32 [batch, q_len] and [batch, kv_len]; with them, only equal segments see each other.
       page_table: int32 [batch, kv_len // page_size]; slot s of row b is slot s % page_size of page
         page_table[b, s // page_size]. Entries whose slots all have negative positions are not read: any number will do.
+      in_order: the caller vouches that positions are 0, 1, 2, ... in every row of queries and of slots, without padding.
+        A backend that knows causal order only by index (cuDNN) needs it; positions are given all the same.
       backend: "auto" or the name of one backend.
 
     Returns:
@@ -67,7 +71,8 @@ def attention(
     Raises:
       KernelError: the named backend does not exist, or cannot run this here.
     """
-    op = decode_attention if q.shape[1] <= MAX_QUERIES else flash_attention
+    # A few queries over a cache are never known to be in order, so decoding is not told.
+    op = decode_attention if q.shape[1] <= MAX_QUERIES else partial(flash_attention, in_order=in_order)
     arrays = {
         "q": q,
         "k": k,

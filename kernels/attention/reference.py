@@ -27,6 +27,16 @@ class Visibility:
     window: int = 0
 
 
+def sees(q_position: jax.Array, kv_position: jax.Array, visibility: Visibility) -> jax.Array:
+    """Whether a query at one position sees the slot of another one, element by element."""
+    see = (kv_position >= 0) & (kv_position <= q_position)
+    if visibility.kind == "sliding":
+        see &= q_position - kv_position < visibility.window
+    elif visibility.kind == "chunked":
+        see &= q_position // visibility.window == kv_position // visibility.window
+    return see
+
+
 def visible(
     q_positions: jax.Array,
     kv_positions: jax.Array,
@@ -35,13 +45,7 @@ def visible(
     kv_segments: jax.Array | None = None,
 ) -> jax.Array:
     """bool [batch, q_len, kv_len]: whether each query sees each slot."""
-    q = q_positions[:, :, None]
-    kv = kv_positions[:, None, :]
-    see = (kv >= 0) & (kv <= q)
-    if visibility.kind == "sliding":
-        see &= q - kv < visibility.window
-    elif visibility.kind == "chunked":
-        see &= q // visibility.window == kv // visibility.window
+    see = sees(q_positions[:, :, None], kv_positions[:, None, :], visibility)
     if q_segments is not None and kv_segments is not None:
         see &= q_segments[:, :, None] == kv_segments[:, None, :]
     return see
@@ -71,8 +75,9 @@ def attention_reference(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     page_table: jax.Array | None = None,
+    in_order: bool = False,
 ) -> jax.Array:
-    """See `llama_jax.kernels.attention.attention`."""
+    """See `llama_jax.kernels.attention.attention`; positions alone decide, so `in_order` changes nothing."""
     if page_table is not None:
         k, v = gather_pages(k, page_table), gather_pages(v, page_table)
     batch, q_len, _, head_dim = q.shape

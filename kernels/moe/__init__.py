@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 
 from llama_jax.kernels.dispatch import Backend, Operation
+from llama_jax.kernels.moe import pallas_triton
+from llama_jax.kernels.moe.cases import moe_candidates, moe_cases, moe_models, moe_shape
 from llama_jax.kernels.moe.reference import Activation, routed_experts_reference
 
-grouped_experts = Operation("moe", {"reference": Backend(routed_experts_reference)})
+grouped_experts = Operation(
+    "moe",
+    {
+        "reference": Backend(routed_experts_reference),
+        "pallas_triton": Backend(
+            pallas_triton.run, pallas_triton.unsupported, tiles=pallas_triton.Tiles, candidates=moe_candidates
+        ),
+        "pallas_interpret": Backend(
+            partial(pallas_triton.run, interpret=True), pallas_triton.interpret_unsupported, interpreted=True
+        ),
+    },
+    shape=moe_shape,
+    cases=moe_cases,
+    models=moe_models,
+)
 
 __all__ = ["grouped_experts", "routed_experts", "routed_experts_reference"]
 

@@ -11,6 +11,7 @@ from llama_jax.cli.options import (
     dtype_option,
     examples,
     json_option,
+    kernels_option,
     mesh_options,
     model_option,
     requested_mesh,
@@ -36,6 +37,7 @@ from llama_jax.cli.terminal import print_json
 @dtype_option
 @convert_option
 @mesh_options
+@kernels_option
 @json_option
 def command(
     model: str,
@@ -59,6 +61,7 @@ def command(
     from llama_jax import runtime
     from llama_jax.bench import bench, environment, measure_ceilings, random_model
     from llama_jax.cli.progress import Reporter
+    from llama_jax.kernels import report
     from llama_jax.loading import load
 
     runtime.enable_compilation_cache()
@@ -91,4 +94,14 @@ def command(
                 f"{r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {r.mbu:5.2f} {r.spread:6.2f}"
             )
     if as_json:
-        print_json({**about, "ceilings": dataclasses.asdict(ceilings), "results": results})
+        kernels = [{**choice.to_json(), "traced": count} for choice, count in report().items()]
+        print_json({**about, "ceilings": dataclasses.asdict(ceilings), "results": results, "kernels": kernels})
+        return
+    for choice, count in report().items():
+        tiles = " ".join(f"{name}={number}" for name, number in choice.tiles)
+        click.echo(
+            f"kernel {choice.operation} {choice.dtype} {choice.shape}: {choice.backend} {tiles}"
+            f"({choice.reason}{'' if choice.measured else ', not measured'}; traced {count}x)"
+        )
+        for name, why in choice.passed_over:
+            click.echo(f"       not {name}: {why}")

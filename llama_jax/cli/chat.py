@@ -12,6 +12,7 @@ from llama_jax.cli.options import (
     dtype_option,
     examples,
     given,
+    kernels_option,
     mesh_options,
     model_option,
     quiet_option,
@@ -40,6 +41,7 @@ from llama_jax.cli.progress import Reporter
 @dtype_option
 @convert_option
 @mesh_options
+@kernels_option
 @click.option(
     "--history",
     metavar="FILE",

@@ -16,19 +16,27 @@ if TYPE_CHECKING:
 _SIGNS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
 
 
-@click.command(name="doctor", epilog=examples("llama-jax doctor", "llama-jax doctor --json > report.json"))
+@click.command(
+    name="doctor",
+    epilog=examples("llama-jax doctor", "llama-jax doctor --numerics", "llama-jax doctor --json > report.json"),
+)
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=90, show_default=True, help="Seconds to wait for the devices."
 )
+@click.option("--numerics", is_flag=True, help="Compare every kernel with its reference on the device; takes a minute.")
 @json_option
-def command(timeout: float, as_json: bool) -> None:
+def command(timeout: float, numerics: bool, as_json: bool) -> None:
     """Look at devices, versions, drivers and folders, and say what is missing and which command fixes it.
 
-    Exits with 0 if nothing stands in the way, 5 if jax cannot use a device that is there.
+    Exits with 0 if nothing stands in the way, 5 if jax cannot use a device that is there, 4 if a kernel computes
+    something else than the reference.
     """
     from llama_jax.doctor import doctor
 
-    report = doctor(deadline_s=timeout)
+    def progress(name: str) -> None:
+        click.echo(f"checking {printable(name)}", err=True)
+
+    report = doctor(deadline_s=timeout, numerics=numerics, progress=progress)
     if as_json:
         print_json(dataclasses.asdict(report) | {"ok": report.ok})
     else:
@@ -56,6 +64,10 @@ def _text(report: Report) -> str:
     for device in report.devices:
         memory = f", {size_text(device['memory'])}" if device["memory"] else ""
         line("jax device", f"{device['name']}: {device['kind']}{memory}")
+    for choice in report.kernels:
+        if choice["passed_over"]:
+            passed = "; ".join(f"not {p['backend']}: {p['reason']}" for p in choice["passed_over"])
+            line("kernel", f"{choice['operation']} {choice['shape']}: {choice['backend']} ({passed})")
     line("cache", system["cache"])
     line("xla cache", system["compilation_cache"])
     line("variables", " ".join(f"{name}={value}" for name, value in report.environment.items()))

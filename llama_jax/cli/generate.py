@@ -14,6 +14,7 @@ from llama_jax.cli.options import (
     examples,
     given,
     json_option,
+    kernels_option,
     mesh_options,
     model_option,
     quiet_option,
@@ -59,6 +60,7 @@ DEFAULT_MAX_TOKENS = 256
 @dtype_option
 @convert_option
 @mesh_options
+@kernels_option
 @quiet_option
 @json_option
 def command(

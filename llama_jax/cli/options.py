@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from llama_jax.kernels.registry import VARIABLE, parse_backends
 from llama_jax.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -41,6 +43,22 @@ convert_option: Decorator = click.option(
     help="Keep a converted copy of the model in the cache, or read its files as they are each time. [default: convert]",
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+def _name_backends(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Puts the names where this process and its children look for them; wrong ones are found before anything loads."""
+    if value is not None:
+        parse_backends(value)
+        os.environ[VARIABLE] = value
+
+
+kernels_option: Decorator = click.option(
+    "--kernels",
+    metavar="OP=BACKEND,...",
+    callback=_name_backends,
+    expose_value=False,
+    help=f"Which implementation runs, e.g. flash_attention=reference. [default: ${VARIABLE}, else the best one known]",
+)
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
 
 _MESH: tuple[Decorator, ...] = (

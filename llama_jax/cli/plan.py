@@ -37,7 +37,9 @@ _AUTO = "auto"
 @click.option("--devices", type=click.IntRange(1), metavar="N", help="How many there are. [default: as the mesh has]")
 @mesh_options
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Texts at a time.")
-@click.option("--context", type=click.IntRange(1), metavar="N", help="Tokens of a text. [default: 4096, or the model's]")
+@click.option(
+    "--context", type=click.IntRange(1), metavar="N", help="Tokens of a text. [default: 4096, or the model's]"
+)
 @click.option("--prompt", type=click.IntRange(1), metavar="N", help="Of these, the prompt's. [default: 512, or all]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of weights and cache. [default: bfloat16; float32 on a CPU]")
 @click.option(
@@ -47,7 +49,11 @@ _AUTO = "auto"
     help="Of a device's memory, what jax may use. [default: XLA_PYTHON_CLIENT_MEM_FRACTION, or 0.75 as jax has it]",
 )
 @click.option(
-    "--latency", type=click.FloatRange(0), default=0.0, metavar="US", help="Microseconds that each collective takes too."
+    "--latency",
+    type=click.FloatRange(0),
+    default=0.0,
+    metavar="US",
+    help="Microseconds that each collective takes too.",
 )
 @click.option("--compile", "compiled", is_flag=True, help="Also compile it, for AMD GPUs, and show XLA's own numbers.")
 @json_option
@@ -90,7 +96,9 @@ def command(
     if as_json:
         print_json(_facts(model, config, plan, xla))
     else:
-        click.echo(printable("\n".join([*_report(model, plan), *([] if xla is None else _compared(config, plan, xla))])))
+        click.echo(
+            printable("\n".join([*_report(model, plan), *([] if xla is None else _compared(config, plan, xla))]))
+        )
     raise click.exceptions.Exit(DoesNotFit.exit_code if plan.fits is False else 0)
 
 

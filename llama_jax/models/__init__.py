@@ -13,12 +13,11 @@ from pathlib import Path
 
 from llama_jax.checkpoint.format import Progress, is_checkpoint, open_checkpoint
 from llama_jax.errors import ModelNotFound, RequestError
+from llama_jax.folders import CACHE_VARIABLE, cache_dir
 from llama_jax.models import bundled, hub, hub_cache
 from llama_jax.models.cache import (
-    CACHE_VARIABLE,
     Notify,
     by_name,
-    cache_dir,
     converted_from_hub,
     default_path,
     hub_path,

@@ -9,16 +9,14 @@ share.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from llama_jax.checkpoint.format import FORMAT_VERSION, digest, is_checkpoint, open_checkpoint
-from llama_jax.errors import LlamaJaxError, StorageError
+from llama_jax.errors import LlamaJaxError
+from llama_jax.folders import cache_dir
 from llama_jax.models import bundled
-
-CACHE_VARIABLE = "LLAMA_JAX_CACHE"
 
 Notify = Callable[[str], None]
 """Called with a sentence for the user before something slow or large begins."""
@@ -31,20 +29,6 @@ UNFINISHED = (".partial", ".llama_jax-old", REMOVED)
 _SOURCE_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".gguf", ".model", ".jinja")
 _PLAIN = re.compile(r"[\w.\-]+", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
-
-
-def cache_dir() -> Path:
-    """Folder of converted models, which may not exist yet: LLAMA_JAX_CACHE, else this system's cache folder."""
-    if value := os.environ.get(CACHE_VARIABLE):
-        return Path(value).expanduser()
-    try:
-        import platformdirs
-    except ImportError as error:
-        raise StorageError(
-            "the package platformdirs is not installed, so there is no default for the cache folder",
-            hint=f"set {CACHE_VARIABLE} to a folder, or run: pip install platformdirs",
-        ) from error
-    return Path(platformdirs.user_cache_dir("llama_jax"))
 
 
 def models_dir() -> Path:

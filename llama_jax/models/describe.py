@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.checkpoint.format import Source, is_checkpoint, open_checkpoint
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, config_to_hf
 from llama_jax.errors import TokenizerError
+from llama_jax.folders import cache_dir
 from llama_jax.models import bundled
-from llama_jax.models.cache import cache_dir
 
 if TYPE_CHECKING:
     pass

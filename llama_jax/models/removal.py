@@ -12,12 +12,12 @@ from llama_jax.checkpoint.leftovers import leftovers
 from llama_jax.checkpoint.storage import file_lock, is_locked, lock_of, storage_errors
 from llama_jax.checkpoint.storage import remove as remove_folder
 from llama_jax.errors import ModelNotFound, RequestError, StorageError
+from llama_jax.folders import cache_dir
 from llama_jax.models import bundled, hub, hub_cache
 from llama_jax.models.cache import (
     REMOVED,
     UNFINISHED,
     by_name,
-    cache_dir,
     converted_from_hub,
     default_path,
     disk_bytes,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.costs import local_heads
 from llama_jax.kernels.attention import MAX_QUERIES, Visibility, decode_attention, flash_attention
-from llama_jax.kernels.dispatch import Operation, choose
+from llama_jax.kernels.dispatch import choose
 from llama_jax.kernels.moe import grouped_experts
 from llama_jax.targets import Target
 
@@ -39,9 +39,10 @@ def backends(
 
     heads, kv_heads = local_heads(config, sizes)
     slots = array(rows, kv_heads, capacity, config.head_dim)
-    attention = _chosen(
+    attention = choose(
         decode_attention if tokens <= MAX_QUERIES else flash_attention,
         target,
+        "auto",
         array(rows, tokens, heads, config.head_dim),
         slots,
         slots,
@@ -49,7 +50,7 @@ def backends(
         array(rows, capacity, dtype=jnp.int32),
         Visibility(),
         scale=config.head_dim**-0.5,
-    )
+    ).backend
     moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
     if moe is None:
         return Backends(attention, "")
@@ -58,11 +59,5 @@ def backends(
     x, ids = array(rows * tokens, config.hidden_size), array(rows * tokens, moe.top_k, dtype=jnp.int32)
     scale = array(rows * tokens, moe.top_k, dtype=jnp.float32)
     scales = {"input_scale": scale} if moe.router == "sigmoid" else {"output_scale": scale}
-    return Backends(
-        attention, _chosen(grouped_experts, target, x, ids, up, up, down, activation=jax.nn.silu, **scales)
-    )
-
-
-def _chosen(op: Operation, target: Target, *args: Any, **kwargs: Any) -> str:
-    backend = choose(op, target, "auto", *args, **kwargs)
-    return next(name for name, known in op.backends.items() if known is backend)
+    experts = choose(grouped_experts, target, "auto", x, ids, up, up, down, activation=jax.nn.silu, **scales)
+    return Backends(attention, experts.backend)

@@ -1,4 +1,4 @@
-"""Counts matrix instructions in AMD machine code: just enough decoding to walk from one instruction to the next.
+"""Counts instructions in AMD machine code: just enough decoding to walk from one instruction to the next.
 
 Encodings: the ISA documents of CDNA 2, 3 and 4, RDNA 3 and 4, chapter "Microcode formats"
 (https://gpuopen.com/amd-gpu-architecture-programming-documentation/).
@@ -7,11 +7,27 @@ Encodings: the ISA documents of CDNA 2, 3 and 4, RDNA 3 and 4, chapter "Microcod
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 _LITERAL, _SDWA, _DPP = 255, 249, 250
 _DPP8 = (233, 234)
 # v_accvgpr_read, _write and _mov move registers, and stand among the matrix instructions of gfx9.
 _ACCVGPR = (0x58, 0x59)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop of a kernel.
+
+    Attributes:
+      instructions: in its body, and `matrix` of them MFMA.
+      loads: of global memory, and `wide_loads` of them of 16 bytes a lane.
+    """
+
+    instructions: int
+    matrix: int
+    loads: int
+    wide_loads: int
 
 
 def matrix_instructions(arch: str, code: bytes) -> int | None:
@@ -20,20 +36,58 @@ def matrix_instructions(arch: str, code: bytes) -> int | None:
     Returns:
       None for an architecture that is not known here, and for code that ends within an instruction.
     """
+    words = _walk(arch, code)
+    if words is None:
+        return None
+    is_matrix = _is_mfma if arch.startswith("gfx9") else _is_wmma
+    return sum(is_matrix(word) for _, word in words)
+
+
+def main_loop(arch: str, code: bytes) -> Loop | None:
+    """Of a gfx9 kernel's innermost loops the one with the most matrix instructions, then the most loads.
+
+    Returns:
+      None for other architectures, for code that cannot be read, and where there is no loop.
+    """
+    words = _walk(arch, code)
+    if words is None or not arch.startswith("gfx9"):
+        return None
+    # A loop is what lies between a branch backwards and its target.
+    spans = [(at + 1 + _offset(word), at) for at, word in words if _is_branch_gfx9(word) and _offset(word) < 0]
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    loops = []
+    for start, end in inner:
+        body = [word for at, word in words if start <= at <= end]
+        loads = [
+            word >> 18 & 127 for word in body if word >> 26 in (0b110111, 0b111000) and 16 <= word >> 18 & 127 <= 23
+        ]
+        loops.append(Loop(len(body), sum(map(_is_mfma, body)), len(loads), loads.count(23)))
+    return max(loops, key=lambda loop: (loop.matrix, loop.loads, loop.instructions), default=None)
+
+
+def _walk(arch: str, code: bytes) -> list[tuple[int, int]] | None:
+    """Position, in words, and first word of each instruction; None where the code cannot be read."""
     family = next((f for f in ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12") if arch.startswith(f)), None)
     if family is None:
         return None
     words = struct.unpack(f"<{len(code) // 4}I", code[: len(code) // 4 * 4])
-    at = count = 0
+    found = []
+    at = 0
     while at < len(words):
         word, following = words[at], words[at + 1] if at + 1 < len(words) else 0
-        if family.startswith("gfx9"):
-            count += _is_mfma(word)
-            at += _size_gfx9(word)
-        else:
-            count += _is_wmma(word)
-            at += _size_rdna(word, following, gfx12=family == "gfx12")
-    return count if at == len(words) else None
+        found.append((at, word))
+        at += _size_gfx9(word) if family.startswith("gfx9") else _size_rdna(word, following, gfx12=family == "gfx12")
+    return found if at == len(words) else None
+
+
+def _is_branch_gfx9(word: int) -> bool:
+    """s_branch or s_cbranch_*."""
+    return word >> 23 == 0b101111111 and word >> 16 & 127 in (2, 4, 5, 6, 7, 8, 9)
+
+
+def _offset(word: int) -> int:
+    """Words that a branch jumps, counted from the instruction behind it."""
+    return (word & 0xFFFF) - (word >> 15 & 1) * 0x10000
 
 
 def _is_mfma(word: int) -> bool:

@@ -1,0 +1,198 @@
+"""What kind of attention a call is, for the tables, and small cases that show a wrong mask, scale or head mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.kernels.attention.reference import Visibility
+from llama_jax.kernels.dispatch.cases import Arrays, Case, neighbours
+from llama_jax.targets import Target
+
+FULL = Visibility()
+STAGES = {"amd": (1, 2), "nvidia": (2, 3, 4), "cpu": ()}
+"""Steps of a loop that may overlap, by vendor."""
+LONG = 1024
+"""Queries of a prefill that is worth large tiles."""
+SPLIT = 8192
+"""Slots from which splitting a row's keys over several groups pays most."""
+
+
+def flash_shape(q: jax.Array, k: jax.Array, *args: Any, page_table: jax.Array | None = None, **kwargs: Any) -> str:
+    """For example "d128 long", "d64 short paged"."""
+    length = "long" if q.shape[1] >= LONG else "short"
+    return f"d{q.shape[3]} {length}{'' if page_table is None else ' paged'}"
+
+
+def decode_shape(q: jax.Array, k: jax.Array, *args: Any, page_table: jax.Array | None = None, **kwargs: Any) -> str:
+    """For example "d128 b8 long", "d64 b1 short paged": head_dim, rows up to a power of two, slots a row."""
+    slots = k.shape[2] if page_table is None else page_table.shape[1] * k.shape[2]
+    rows = 1 << (q.shape[0] - 1).bit_length()
+    return f"d{q.shape[3]} b{rows} {'long' if slots >= SPLIT else 'short'}{'' if page_table is None else ' paged'}"
+
+
+def flash_cases() -> Sequence[Case]:
+    """Small prefills: padding, windows, chunks, groups of heads, pages with a prefix already in them."""
+    grad = ("q", "k", "v")
+    make = partial(_case, batch=2, q_len=130, prefix=0)
+    return (
+        make("causal d64", head_dim=64, quick=True, differentiate=grad),
+        make("window d128", head_dim=128, visibility=Visibility("sliding", 37), quick=True, differentiate=grad),
+        make("chunks d80", head_dim=80, visibility=Visibility("chunked", 48)),
+        make("paged prefix d64", head_dim=64, prefix=93, page_size=16, quick=True),
+        make("soft cap, sinks d128", head_dim=128, soft_cap=20.0, sinks=True),
+        make("one head a group d256", head_dim=256, heads=2, kv_heads=2),
+        make("in order d128", head_dim=128, uneven=False, quick=True, differentiate=grad),
+    )
+
+
+def decode_cases() -> Sequence[Case]:
+    """Small decode steps: rows of different lengths, several queries, windows, pages in any order."""
+    make = partial(_case, batch=3, q_len=1, prefix=300)
+    return (
+        make("d64", head_dim=64, quick=True),
+        make("paged d128", head_dim=128, page_size=64, quick=True),
+        make("window, 4 queries d128", head_dim=128, q_len=4, visibility=Visibility("sliding", 100)),
+        make(
+            "chunks, soft cap, sinks d64", head_dim=64, visibility=Visibility("chunked", 128), soft_cap=9.0, sinks=True
+        ),
+        make("paged, 8 queries d80", head_dim=80, q_len=8, page_size=16),
+        make("one key/value head d128", head_dim=128, heads=8, kv_heads=1),
+    )
+
+
+def flash_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
+    """Prefills of common models, or of the one with these numbers."""
+    from llama_jax.kernels.attention.flash.shapes import CASES, MEASURED_PREFILL
+
+    found = CASES if numbers is None else _with_heads(MEASURED_PREFILL, numbers)
+    grad = ("q", "k", "v")
+    return tuple(Case(c.name, c.example, c.options(), differentiate=grad if c.backward else ()) for c in found)
+
+
+def flash_tiles(**numbers: int) -> Any:
+    """The tiles of flash attention with these numbers."""
+    from llama_jax.kernels.attention.flash.tiles import Tiles
+
+    return Tiles(**numbers)
+
+
+def flash_candidates(target: Target, q: jax.Array, k: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Tiles worth measuring for a call: the default and its neighbours in the forward kernel."""
+    from llama_jax.kernels.attention.flash.tiles import default_tiles
+
+    group = q.shape[2] // k.shape[1]
+    tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, q_len=q.shape[1], group=group)
+    return neighbours(
+        tiles,
+        block_k=[n for n in (2 * tiles.block_k, tiles.block_k // 2) if n >= 16],
+        block_q=[n for n in (2 * tiles.block_q, tiles.block_q // 2) if n >= 16 * tiles.heads],
+        num_warps=(2 * tiles.num_warps, tiles.num_warps // 2 or 1),
+        num_stages=STAGES[target.vendor],
+    )
+
+
+def decode_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
+    """Decode steps of common models, or of the one with these numbers."""
+    from llama_jax.kernels.attention.decode.shapes import CASES, MEASURED
+
+    found = CASES if numbers is None else _with_heads(MEASURED, numbers)
+    return tuple(Case(case.name, case.example, case.options()) for case in found)
+
+
+def decode_tiles(**numbers: int) -> Any:
+    """The tiles of decode attention with these numbers."""
+    from llama_jax.kernels.attention.decode.tiles import Tiles  # Pallas takes 0.3 s to import
+
+    return Tiles(**numbers)
+
+
+def decode_candidates(target: Target, q: jax.Array, k: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """Tiles worth measuring for a call: the default and its neighbours."""
+    from llama_jax.kernels.attention.decode.tiles import default_tiles
+
+    rows, itemsize = q.shape[2] // k.shape[1] * q.shape[1], max(q.dtype.itemsize, k.dtype.itemsize)
+    tiles = default_tiles(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize)
+    return neighbours(
+        tiles,
+        block_k=[n for n in (2 * tiles.block_k, tiles.block_k // 2, 4 * tiles.block_k) if n >= 16],
+        programs_per_unit=(tiles.programs_per_unit // 2, 2 * tiles.programs_per_unit),
+        num_warps=[n for n in (2 * tiles.num_warps, tiles.num_warps // 2) if n >= 1],
+        num_stages=STAGES[target.vendor],
+    )
+
+
+def _with_heads(cases: Iterable[Any], numbers: Mapping[str, Any]) -> list[Any]:
+    """The cases with a model's heads, each of them once."""
+    heads = {"q_heads": numbers["heads"], "kv_heads": numbers["kv_heads"], "head_dim": numbers["head_dim"]}
+    named: dict[Any, Any] = {}
+    for case in cases:
+        changed = replace(case, **heads)
+        named.setdefault(replace(changed, name=""), changed)
+    return list(named.values())
+
+
+def _case(
+    name: str,
+    *,
+    batch: int,
+    q_len: int,
+    prefix: int,
+    head_dim: int,
+    heads: int = 8,
+    kv_heads: int = 2,
+    visibility: Visibility = FULL,
+    soft_cap: float | None = None,
+    sinks: bool = False,
+    page_size: int | None = None,
+    uneven: bool = True,
+    quick: bool = False,
+    differentiate: tuple[str, ...] = (),
+) -> Case:
+    """Every row has `prefix` tokens in its cache, then its queries. If `uneven`, row i has 7 i fewer in its cache, and
+    some queries fewer, which are padding on the left."""
+    step, pad = (7, 3) if uneven else (0, 0)
+    slots = prefix + q_len
+    if page_size is not None:
+        slots = -(-slots // page_size) * page_size
+
+    def arrays(key: jax.Array) -> Arrays:
+        keys = jax.random.split(key, 6)
+        rows = jnp.arange(batch)[:, None]
+        lengths = jnp.maximum(prefix - step * rows, 0)
+        padding = jnp.minimum(pad * rows, q_len - 1)
+        at = jnp.arange(q_len)[None] - padding
+        slot = jnp.arange(slots)[None]
+        made = {
+            "q": _normal(keys[0], (batch, q_len, heads, head_dim)),
+            "k": _normal(keys[1], (batch, kv_heads, slots, head_dim)),
+            "v": _normal(keys[2], (batch, kv_heads, slots, head_dim)),
+            "q_positions": jnp.where(at >= 0, lengths + at, -1).astype(jnp.int32),
+            "kv_positions": jnp.where(slot < lengths + q_len - padding, slot, -1).astype(jnp.int32),
+        }
+        if sinks:
+            made["sinks"] = jax.random.normal(keys[3], (heads,), jnp.float32)
+        if page_size is not None:
+            pages = batch * slots // page_size
+            made["k"], made["v"] = (_normal(k, (pages, kv_heads, page_size, head_dim)) for k in keys[1:3])
+            order = jax.random.permutation(keys[4], pages)
+            made["page_table"] = order.reshape(batch, -1).astype(jnp.int32)
+        return made
+
+    static = {"visibility": visibility, "scale": head_dim**-0.5, "soft_cap": soft_cap}
+    if q_len > 8 and not prefix and not uneven:
+        static["in_order"] = True
+    return Case(name, arrays, static, _is_no_padding, quick, differentiate)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.bfloat16)
+
+
+def _is_no_padding(arrays: Arrays) -> jax.Array:
+    return (arrays["q_positions"] >= 0)[:, :, None, None]

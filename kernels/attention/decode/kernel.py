@@ -1,0 +1,242 @@
+"""The two Pallas-Triton kernels of decode attention: shares of the cache, then their combination.
+
+A program of the first kernel reads one share (`plan.py`) of one key/value head and keeps a running softmax of its rows:
+the queries of the group that the head serves, times the queries of one text, padded to the 16 rows of a matrix
+instruction. It leaves normalised outputs and base-2 log-sum-exps, from which the second kernel makes the result.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from llama_jax.kernels.attention.decode import plan
+from llama_jax.kernels.attention.decode.tiles import Tiles, padded_rows
+from llama_jax.kernels.attention.reference import MASKED, Visibility, sees
+from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile
+
+LOG2_E = math.log2(math.e)
+# The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
+NONE = MASKED / 2
+# Numbers that a program of the second kernel reads at a time.
+COMBINED = 1 << 14
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of a call when it is compiled.
+
+    Attributes:
+      group: query heads of one key/value head.
+      slots: of each row of the cache.
+      page_size: slots of a page; 0 without pages.
+      wanted: shares to cut the cache into, for each key/value head.
+    """
+
+    batch: int
+    queries: int
+    group: int
+    head_dim: int
+    slots: int
+    page_size: int
+    wanted: int
+    visibility: Visibility
+    scale: float
+    soft_cap: float | None
+    tiles: Tiles
+    interpret: bool
+
+    @property
+    def rows(self) -> int:
+        """Query rows that share a key/value head."""
+        return self.group * self.queries
+
+    @property
+    def height(self) -> int:
+        """Query rows of one program."""
+        return padded_rows(self.rows, self.tiles.block_rows)
+
+    @property
+    def width(self) -> int:
+        """Columns of a tile."""
+        return next_power_of_2(self.head_dim)
+
+    @property
+    def most_shares(self) -> int:
+        """As many shares as there can be."""
+        return min(self.wanted + self.batch - 1, self.batch * -(-self.slots // self.tiles.block_k))
+
+
+def _ranges(first_ref: Any, end_ref: Any) -> tuple[jax.Array, jax.Array]:
+    """Every row's slots, and empty ones up to a power of two."""
+    batch = first_ref.shape[0]
+    row = jnp.arange(next_power_of_2(batch), dtype=jnp.int32)
+    first, end = (plgpu.load(ref.at[row], mask=row < batch, other=0) for ref in (first_ref, end_ref))
+    return first, end
+
+
+def _cached(ref: Any, index: Index, width: int, dtype: Any) -> jax.Array:
+    """Rows of the cache in the dtype of the queries. A quantised cache would be dequantised here."""
+    return load_tile(ref, index, width).astype(dtype)
+
+
+def shares(
+    call: Call,
+    first: jax.Array,
+    end: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    page_table: jax.Array | None,
+    q_segments: jax.Array | None,
+    kv_segments: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention within each share.
+
+    Args:
+      first, end: int32 [batch], the slots of each row that may be seen.
+
+    Returns:
+      float32 [shares, kv_heads, rows, head_dim], and the base-2 log-sum-exp of the logits [shares, kv_heads, rows]:
+      MASKED where nothing is seen.
+    """
+    block_k, height, width = call.tiles.block_k, call.height, call.width
+    kv_heads = k.shape[1]
+
+    def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
+        entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
+        # Entries of empty slots may be any number.
+        return jnp.clip(plgpu.load(table_ref.at[row, entry]), 0, k.shape[0] - 1)
+
+    def decode_attention_shares(
+        first_ref: Any,
+        end_ref: Any,
+        q_ref: Any,
+        k_ref: Any,
+        v_ref: Any,
+        q_positions_ref: Any,
+        kv_positions_ref: Any,
+        table_ref: Any,
+        q_segments_ref: Any,
+        kv_segments_ref: Any,
+        out_ref: Any,
+        lse_ref: Any,
+    ) -> None:
+        row_block, index, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        row, start, stop = plan.share(*_ranges(first_ref, end_ref), block_k, call.wanted, index)
+        row = jnp.minimum(row, call.batch - 1)
+
+        flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
+        query = jnp.minimum(flat // call.group, call.queries - 1)
+        q = load_tile(q_ref, (row, query, head * call.group + flat % call.group), width)
+        q_position = plgpu.load(q_positions_ref.at[row, query])
+
+        def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            total, top, acc = carry
+            begin, lane = block * block_k, jnp.arange(block_k, dtype=jnp.int32)
+            slot = begin + lane
+            if call.slots % block_k:  # the last block repeats the last slot, which is then masked
+                slot = jnp.minimum(slot, call.slots - 1)
+            if table_ref is None:
+                at: Index = (row, head, slot)
+            elif call.page_size % block_k == 0:
+                at = (page_of(table_ref, row, begin), head, jax.lax.rem(begin, call.page_size) + lane)
+            else:
+                at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
+            # Everything is asked for before anything is waited for: a barrier of the products holds up what is behind it.
+            kv_position = plgpu.load(kv_positions_ref.at[row, slot])
+            k = _cached(k_ref, at, width, q.dtype)
+            v = _cached(v_ref, at, width, q.dtype)
+            if call.slots % block_k:
+                kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
+
+            see = sees(q_position[:, None], kv_position[None, :], call.visibility)
+            if q_segments_ref is not None:
+                q_segment = plgpu.load(q_segments_ref.at[row, query])
+                see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
+            logits = dot(q, k, transpose_b=True)
+            if call.soft_cap is None:
+                logits = logits * (call.scale * LOG2_E)
+            else:
+                logits = jnp.tanh(logits * (call.scale / call.soft_cap)) * (call.soft_cap * LOG2_E)
+            logits = jnp.where(see, logits, MASKED)
+            above = jnp.maximum(top, jnp.max(logits, axis=1))
+            weights, decay = jnp.exp2(logits - above[:, None]), jnp.exp2(top - above)
+            acc = acc * decay[:, None] + dot(weights.astype(v.dtype), v)
+            return total * decay + jnp.sum(weights, axis=1), above, acc
+
+        zero = jnp.zeros((height,), jnp.float32)
+        init = (zero, zero + NONE, jnp.zeros((height, width), jnp.float32))
+        total, top, acc = jax.lax.fori_loop(start, stop, step, init)
+
+        some, real = total > 0, flat < call.rows
+        total = jnp.where(some, total, 1.0)
+        store_tile(out_ref, (index, head, flat), acc / total[:, None], real)
+        plgpu.store(lse_ref.at[index, head, flat], jnp.where(some, top + jnp.log2(total), MASKED), mask=real)
+
+    lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
+    return launch(
+        decode_attention_shares,
+        *(first, end, q, k, v, q_positions, kv_positions, page_table, q_segments, kv_segments),
+        grid=(-(-call.rows // height), call.most_shares, kv_heads),
+        out=(jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
+        num_warps=call.tiles.num_warps,
+        num_stages=call.tiles.num_stages,
+        interpret=call.interpret,
+    )
+
+
+def combine(
+    call: Call,
+    first: jax.Array,
+    end: jax.Array,
+    part: jax.Array,
+    lse: jax.Array,
+    sinks: jax.Array | None,
+    out: jax.ShapeDtypeStruct,
+) -> jax.Array:
+    """The result [batch, queries, q_heads, head_dim] from what `shares` returns."""
+    at_a_time = min(next_power_of_2(call.most_shares), COMBINED // call.width)
+
+    def decode_attention_combine(
+        first_ref: Any, end_ref: Any, part_ref: Any, lse_ref: Any, sinks_ref: Any, out_ref: Any
+    ) -> None:
+        row, q_head, query = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        ranges = _ranges(first_ref, end_ref)
+        start, stop = plan.shares_of(*ranges, call.tiles.block_k, call.wanted, row)
+        head, flat = q_head // call.group, query * call.group + q_head % call.group
+
+        def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            total, top, acc = carry
+            index = start + i * at_a_time + jnp.arange(at_a_time, dtype=jnp.int32)
+            real = index < stop
+            lse = plgpu.load(lse_ref.at[index, head, flat], mask=real, other=MASKED)
+            part = load_tile(part_ref, (index, head, flat), call.width, real)
+            above = jnp.maximum(top, jnp.max(lse))
+            weights, decay = jnp.exp2(lse - above), jnp.exp2(top - above)
+            return total * decay + jnp.sum(weights), above, acc * decay + jnp.sum(weights[:, None] * part, axis=0)
+
+        total, top, acc = jnp.float32(0), jnp.float32(NONE), jnp.zeros((call.width,), jnp.float32)
+        if sinks_ref is not None:  # a slot that everyone sees, with a value of zeros
+            total, top = jnp.float32(1), plgpu.load(sinks_ref.at[q_head]).astype(jnp.float32) * LOG2_E
+        steps = (stop - start + at_a_time - 1) // at_a_time
+        total, _, acc = jax.lax.fori_loop(0, steps, step, (total, top, acc))
+        store_tile(out_ref, (row, query, q_head), (acc / jnp.where(total > 0, total, 1.0))[None])
+
+    return launch(
+        decode_attention_combine,
+        *(first, end, part, lse, sinks),
+        grid=(call.batch, call.group * lse.shape[1], call.queries),
+        out=out,
+        num_warps=4,
+        num_stages=1,
+        interpret=call.interpret,
+    )

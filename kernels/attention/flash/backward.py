@@ -1,0 +1,189 @@
+"""The backward kernels: weights are made again from the log-sum-exp, block by block.
+
+"FlashAttention-2", arXiv:2307.08691, algorithm 2, as two kernels without atomic additions: one owns a tile of queries and
+walks over slots, the other owns a tile of slots and walks over the queries of all heads of its group.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from llama_jax.kernels.attention.flash.blocks import (
+    NOTHING_SEEN,
+    Places,
+    Rule,
+    load_queries,
+    load_slots,
+    load_span,
+    sees,
+    visit,
+)
+from llama_jax.kernels.attention.flash.spans import block_pairs, spans
+from llama_jax.kernels.attention.reference import MASKED
+from llama_jax.kernels.pallas import dot, launch, load_row, load_tile, narrow, next_power_of_2, store_tile
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs; k and v are rows, not pages.
+
+    Attributes:
+      q, out_grad: [batch, q_len, q_heads, head_dim]. k, v: [batch, kv_heads, kv_len, head_dim].
+      lse: float32 [batch, q_heads, q_len], from `forward`.
+      delta: float32 [batch, q_heads, q_len], the sum over head_dim of output times its gradient.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    out_grad: Any
+    lse: Any
+    delta: Any
+
+
+class _QueryTile(NamedTuple):
+    q: jax.Array
+    out_grad: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+def _load_query_tile(saved: Saved, row: Any, query: jax.Array, head: Any, valid: jax.Array | None) -> _QueryTile:
+    width = next_power_of_2(saved.q.shape[3])
+    return _QueryTile(
+        load_tile(saved.q, (row, query, head), width, valid),
+        load_tile(saved.out_grad, (row, query, head), width, valid),
+        load_row(saved.lse, (row, head, query), valid, NOTHING_SEEN),
+        load_row(saved.delta, (row, head, query), valid, 0.0),
+    )
+
+
+def _pairs(rule: Rule, places: Places, block_q: int, block_k: int) -> tuple[jax.Array, jax.Array]:
+    return block_pairs(
+        places.q_positions,
+        places.kv_positions,
+        rule.visibility,
+        places.q_segments,
+        places.kv_segments,
+        block_q,
+        block_k,
+    )
+
+
+def _weights_and_slope(
+    rule: Rule, products: jax.Array, lse: jax.Array, see: jax.Array | None
+) -> tuple[jax.Array, jax.Array | float]:
+    """Softmax weights for q k^T, and the derivative of the logits; lse must broadcast against products."""
+    logits = rule.logits(products)
+    slope = rule.logits_slope(logits)
+    if see is not None:
+        logits = jnp.where(see, logits, MASKED)
+    return jnp.exp2(logits * rule.factor - lse), slope
+
+
+def backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v, in their shapes and dtypes."""
+    dk, dv = _slots_backward(rule, saved, places)
+    return _queries_backward(rule, saved, places), dk, dv
+
+
+def _queries_backward(rule: Rule, saved: Saved, places: Places) -> jax.Array:
+    block_q, block_k = rule.tiles.dq_block_q, rule.tiles.dq_block_k
+    batch, q_len, q_heads, head_dim = saved.q.shape
+    kv_heads, kv_len = saved.k.shape[1:3]
+    width = next_power_of_2(head_dim)
+    round_to = partial(narrow, dtype=saved.k.dtype, by_hand=rule.round_by_hand)
+
+    def flash_attention_backward_queries(refs: Saved, at: Places, spans_ref: Any, dq_ref: Any) -> None:
+        head, row = pl.program_id(0), pl.program_id(2)
+        block = pl.num_programs(1) - 1 - pl.program_id(1)
+        kv_head = jax.lax.div(head, q_heads // kv_heads)
+        query = block * block_q + jnp.arange(block_q, dtype=jnp.int32)
+        valid = query < q_len if q_len % block_q else None
+        query_rows = load_queries(at, row, query, valid, rule)
+        mine = _load_query_tile(refs, row, query, head, valid)
+
+        def step(masked: bool, j: jax.Array, dq: jax.Array) -> jax.Array:
+            slots = j * block_k + jnp.arange(block_k, dtype=jnp.int32)
+            there = slots < kv_len if kv_len % block_k else None
+            k = load_tile(refs.k, (row, kv_head, slots), width, there)
+            v = load_tile(refs.v, (row, kv_head, slots), width, there)
+            see = sees(query_rows, load_slots(at, row, slots, there)) if masked else None
+            weights, slope = _weights_and_slope(rule, dot(mine.q, k, transpose_b=True), mine.lse[:, None], see)
+            grad = weights * (dot(mine.out_grad, v, transpose_b=True) - mine.delta[:, None]) * slope
+            return dq + dot(round_to(grad), k)
+
+        dq = visit(load_span(spans_ref, row, block), step, jnp.zeros((block_q, width), jnp.float32))
+        store_tile(dq_ref, (row, query, head), dq * rule.scale, valid)
+
+    return launch(
+        flash_attention_backward_queries,
+        saved,
+        places,
+        spans(*_pairs(rule, places, block_q, block_k)),
+        grid=(q_heads, -(-q_len // block_q), batch),
+        out=jax.ShapeDtypeStruct(saved.q.shape, saved.q.dtype),
+        num_warps=rule.tiles.dq_warps,
+        num_stages=rule.tiles.backward_stages,
+        interpret=rule.interpret,
+    )
+
+
+def _slots_backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array, jax.Array]:
+    block_q, block_k = rule.tiles.dkv_block_q, rule.tiles.dkv_block_k
+    batch, q_len, q_heads, head_dim = saved.q.shape
+    kv_heads, kv_len = saved.k.shape[1:3]
+    group = q_heads // kv_heads
+    width = next_power_of_2(head_dim)
+    round_to = partial(narrow, dtype=saved.q.dtype, by_hand=rule.round_by_hand)
+
+    def flash_attention_backward_slots(refs: Saved, at: Places, spans_ref: Any, dk_ref: Any, dv_ref: Any) -> None:
+        kv_head, block, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        slots = block * block_k + jnp.arange(block_k, dtype=jnp.int32)
+        there = slots < kv_len if kv_len % block_k else None
+        slot_rows = load_slots(at, row, slots, there)
+        k = load_tile(refs.k, (row, kv_head, slots), width, there)
+        v = load_tile(refs.v, (row, kv_head, slots), width, there)
+        span = load_span(spans_ref, row, block)
+
+        def of_head(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            head = kv_head * group + i
+
+            def step(masked: bool, j: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                dk, dv = carry
+                query = j * block_q + jnp.arange(block_q, dtype=jnp.int32)
+                valid = query < q_len if q_len % block_q else None
+                them = _load_query_tile(refs, row, query, head, valid)
+                see = sees(load_queries(at, row, query, valid, rule), slot_rows).T if masked else None
+                # Everything transposed, [slots, queries]: so weights are left operands, as they come.
+                weights, slope = _weights_and_slope(rule, dot(k, them.q, transpose_b=True), them.lse[None, :], see)
+                dv = dv + dot(round_to(weights), them.out_grad)
+                grad = weights * (dot(v, them.out_grad, transpose_b=True) - them.delta[None, :]) * slope
+                return dk + dot(round_to(grad), them.q), dv
+
+            return visit(span, step, carry)
+
+        zeros = jnp.zeros((block_k, width), jnp.float32)
+        dk, dv = jax.lax.fori_loop(0, group, of_head, (zeros, zeros))
+        store_tile(dk_ref, (row, kv_head, slots), dk * rule.scale, there)
+        store_tile(dv_ref, (row, kv_head, slots), dv, there)
+
+    some, every = (jnp.swapaxes(x, 1, 2) for x in _pairs(rule, places, block_q, block_k))
+    return launch(
+        flash_attention_backward_slots,
+        saved,
+        places,
+        spans(some, every),
+        grid=(kv_heads, -(-kv_len // block_k), batch),
+        out=(
+            jax.ShapeDtypeStruct(saved.k.shape, saved.k.dtype),
+            jax.ShapeDtypeStruct(saved.v.shape, saved.v.dtype),
+        ),
+        num_warps=rule.tiles.dkv_warps,
+        num_stages=rule.tiles.backward_stages,
+        interpret=rule.interpret,
+    )

@@ -1,0 +1,122 @@
+"""The forward kernel: a tile of queries against one block of slots after another, with a running softmax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from llama_jax.kernels.attention.flash.blocks import (
+    LOG2_E,
+    NOTHING_SEEN,
+    Places,
+    Rule,
+    load_queries,
+    load_slots,
+    load_span,
+    sees,
+    slot_index,
+    visit,
+)
+from llama_jax.kernels.attention.flash.spans import block_pairs, spans
+from llama_jax.kernels.attention.reference import MASKED
+from llama_jax.kernels.pallas import dot, launch, load_row, load_tile, narrow, next_power_of_2, store_tile
+
+
+def forward(
+    rule: Rule, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, places: Places, *, with_lse: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Attention, and with `with_lse` the log-sum-exp of each query's logits (sink included), as powers of two.
+
+    Returns:
+      [batch, q_len, q_heads, head_dim] in q's dtype; float32 [batch, q_heads, q_len] or None. Queries that are padding
+      or see nothing: zeros, and `NOTHING_SEEN`.
+    """
+    tiles = rule.tiles
+    batch, q_len, q_heads, head_dim = q.shape
+    kv_heads, page_size = k.shape[1], k.shape[2]
+    kv_len = places.kv_positions.shape[1]
+    group = q_heads // kv_heads
+    queries = tiles.block_q // tiles.heads  # of each head in a tile
+    width = next_power_of_2(head_dim)
+    pairs = block_pairs(
+        places.q_positions,
+        places.kv_positions,
+        rule.visibility,
+        places.q_segments,
+        places.kv_segments,
+        queries,
+        tiles.block_k,
+    )
+
+    def flash_attention_forward(
+        q_ref: Any, k_ref: Any, v_ref: Any, sinks_ref: Any, at: Places, spans_ref: Any, out_ref: Any, lse_ref: Any
+    ) -> None:
+        # Work-groups with consecutive numbers go to the XCDs of an MI300 in turn: those of one key/value head share one
+        # XCD's cache. The last queries of a causal text have the most to do, so they begin.
+        kv_head = jax.lax.rem(pl.program_id(0), kv_heads)
+        block = pl.num_programs(1) - 1 - pl.program_id(1)
+        row = pl.program_id(2)
+        lane = jnp.arange(tiles.block_q, dtype=jnp.int32)
+        heads = jnp.full_like(lane, tiles.heads)
+        first_head = kv_head * group + jax.lax.div(pl.program_id(0), kv_heads) * tiles.heads
+        head = first_head + jax.lax.rem(lane, heads)
+        nth = jax.lax.div(lane, heads)
+        query = block * queries + nth
+        valid = (nth < queries) & (query < q_len)
+        query_rows = load_queries(at, row, query, valid, rule)
+        q_tile = load_tile(q_ref, (row, query, head), width, valid)
+
+        def step(masked: bool, j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            acc, peak, total = carry
+            start = j * tiles.block_k
+            index = slot_index(at, row, kv_head, start, tiles.block_k, page_size)
+            slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
+            there = slots < kv_len if kv_len % tiles.block_k else None
+            logits = rule.logits(dot(q_tile, load_tile(k_ref, index, width, there), transpose_b=True))
+            if masked:
+                see = sees(query_rows, load_slots(at, row, slots, there))
+                logits = jnp.where(see, logits, MASKED)
+            new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
+            weights = jnp.exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
+            shrink = jnp.exp2((peak - new_peak) * rule.factor)
+            total = total * shrink + jnp.sum(weights, axis=1)
+            values = load_tile(v_ref, index, width, there)
+            acc = acc * shrink[:, None] + dot(narrow(weights, values.dtype, by_hand=rule.round_by_hand), values)
+            return acc, new_peak, total
+
+        peak = jnp.full((tiles.block_q,), MASKED, jnp.float32)
+        total = jnp.zeros((tiles.block_q,), jnp.float32)
+        if sinks_ref is not None:  # a slot that everyone sees, with a value of zeros
+            sink = load_row(sinks_ref, (head,), valid, 0.0)
+            peak, total = sink * (LOG2_E / rule.factor), total + 1.0
+        acc = jnp.zeros((tiles.block_q, width), jnp.float32)
+        acc, peak, total = visit(load_span(spans_ref, row, block), step, (acc, peak, total))
+
+        # What padding saw in blocks without a mask, and what the others made of blocks where they see nothing, is void.
+        seen = (peak > MASKED / 2) & (query_rows.last >= 0)
+        store_tile(out_ref, (row, query, head), jnp.where(seen[:, None], acc / total[:, None], 0.0), valid)
+        if lse_ref is not None:
+            lse = jnp.where(seen, peak * rule.factor + jnp.log2(total), NOTHING_SEEN)
+            plgpu.store(lse_ref.at[row, head, query], lse, mask=valid)
+
+    return launch(
+        flash_attention_forward,
+        q,
+        k,
+        v,
+        sinks,
+        places,
+        spans(*pairs),
+        grid=(q_heads // tiles.heads, -(-q_len // queries), batch),
+        out=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, q_heads, q_len), jnp.float32) if with_lse else None,
+        ),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        interpret=rule.interpret,
+    )

@@ -1,0 +1,154 @@
+"""Calls of attention as real models make them: to test, to compile for every target, and to measure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.kernels.attention.reference import Visibility
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `llama_jax.kernels.attention.attention`.
+
+    Attributes:
+      q_len: queries of a row, its last tokens; kv_len: slots of a row, all filled.
+      page_size: slots of a page; 0: rows, not pages.
+      sinks, segments: whether the call has them.
+      in_order: the queries are all the tokens.
+      backward: whether training calls it, so that gradients are wanted.
+    """
+
+    name: str
+    batch: int
+    q_len: int
+    kv_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    visibility: Visibility = Visibility()
+    dtype: str = "bfloat16"
+    page_size: int = 0
+    soft_cap: float | None = None
+    sinks: bool = False
+    segments: bool = False
+    in_order: bool = False
+    backward: bool = False
+
+    def arguments(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The array arguments of the call, by name."""
+
+        def struct(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        slots = (self.batch, self.kv_heads, self.kv_len)
+        if self.page_size:
+            slots = (self.batch * self.kv_len // self.page_size, self.kv_heads, self.page_size)
+        made = {
+            "q": struct(self.batch, self.q_len, self.q_heads, self.head_dim, dtype=self.dtype),
+            "k": struct(*slots, self.head_dim, dtype=self.dtype),
+            "v": struct(*slots, self.head_dim, dtype=self.dtype),
+            "q_positions": struct(self.batch, self.q_len),
+            "kv_positions": struct(self.batch, self.kv_len),
+        }
+        if self.sinks:
+            made["sinks"] = struct(self.q_heads, dtype=jnp.float32)
+        if self.segments:
+            made |= {"q_segments": struct(self.batch, self.q_len), "kv_segments": struct(self.batch, self.kv_len)}
+        if self.page_size:
+            made["page_table"] = struct(self.batch, self.kv_len // self.page_size)
+        return made
+
+    def options(self) -> dict[str, Any]:
+        """The other arguments, by name."""
+        options: dict[str, Any] = {"visibility": self.visibility, "scale": self.head_dim**-0.5}
+        if self.soft_cap is not None:
+            options["soft_cap"] = self.soft_cap
+        if self.in_order:
+            options["in_order"] = True
+        return options
+
+    def example(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Arrays for a call: random numbers; consecutive positions; with segments, two texts in a row; pages in any
+        order."""
+        made = {}
+        for name, struct in self.arguments().items():
+            key, own = jax.random.split(key)
+            if jnp.issubdtype(struct.dtype, jnp.floating):
+                made[name] = jax.random.normal(own, struct.shape, struct.dtype)
+            elif name == "page_table":
+                made[name] = jax.random.permutation(own, math.prod(struct.shape)).reshape(struct.shape)
+            else:
+                slots = jnp.arange(self.kv_len, dtype=jnp.int32)[-struct.shape[1] :]
+                values = slots // -(-self.kv_len // 2) if name.endswith("segments") else slots
+                made[name] = jnp.broadcast_to(values, struct.shape)
+        return {name: x.astype(self.arguments()[name].dtype) for name, x in made.items()}
+
+    def pairs(self) -> int:
+        """Pairs of a query and a slot that it sees, of one head (segments left out of account)."""
+        total, window = 0, self.visibility.window
+        for position in range(self.kv_len - self.q_len, self.kv_len):
+            seen = {"full": position, "sliding": min(position, window - 1), "chunked": position % max(window, 1)}
+            total += seen[self.visibility.kind] + 1
+        return total * self.batch
+
+    def flops(self, *, backward: bool = False) -> int:
+        """Floating point operations of the two products over visible pairs; backward five products, two of them again."""
+        return self.pairs() * self.q_heads * self.head_dim * 2 * (5 if backward else 2)
+
+    def bytes(self) -> int:
+        """Bytes of queries, output, and all keys and values, each once."""
+        itemsize = jnp.dtype(self.dtype).itemsize
+        rows = self.q_len * self.q_heads + self.kv_len * self.kv_heads
+        return 2 * self.batch * rows * self.head_dim * itemsize
+
+
+def prefill(name: str, batch: int, tokens: int, q_heads: int, kv_heads: int, head_dim: int, **more: Any) -> Case:
+    """A call of a whole prompt at once."""
+    return Case(name, batch, tokens, tokens, q_heads, kv_heads, head_dim, in_order=True, **more)
+
+
+LLAMA_8B = prefill("llama-3.1-8b", 4, 4096, 32, 8, 128, backward=True)
+LLAMA_1B = prefill("llama-3.2-1b", 4, 4096, 32, 8, 64, backward=True)
+
+CASES = (
+    LLAMA_8B,
+    replace(LLAMA_8B, name="llama-3.1-8b-f16", dtype="float16"),
+    prefill("llama-3.1-70b-one-of-8", 1, 4096, 8, 1, 128),
+    Case("llama-3.1-8b-short-chunk", 4, 32, 4096, 32, 8, 128),
+    Case("llama-3.1-8b-paged-16", 4, 512, 8192, 32, 8, 128, page_size=16),
+    Case("llama-3.1-8b-paged-128", 4, 512, 8192, 32, 8, 128, page_size=128),
+    replace(LLAMA_8B, name="llama-3.1-8b-packed", in_order=False, segments=True),
+    LLAMA_1B,
+    replace(LLAMA_1B, name="llama-3.2-1b-f32", dtype="float32", batch=1, q_len=512, kv_len=512),
+    prefill("smollm2-135m", 8, 512, 9, 3, 64, backward=True),
+    prefill("llama-2-7b", 2, 4096, 32, 32, 128),
+    prefill("mistral-7b", 1, 8192, 32, 8, 128, visibility=Visibility("sliding", 4096)),
+    prefill("llama-4-scout", 1, 16384, 40, 8, 128, visibility=Visibility("chunked", 8192)),
+    prefill("phi-2-heads", 1, 2048, 32, 32, 80, backward=True),
+    prefill("phi-3-mini-heads", 1, 4096, 32, 32, 96, backward=True),
+    prefill(
+        "gemma-2-9b-heads", 1, 8192, 16, 8, 256, visibility=Visibility("sliding", 4096), soft_cap=50.0, backward=True
+    ),
+    prefill("gpt-oss-20b-heads", 1, 4096, 64, 8, 64, visibility=Visibility("sliding", 128), sinks=True),
+)
+"""What the kernels are tested and compiled with. Names with "heads" are head shapes of models of other families."""
+
+MEASURED_PREFILL = tuple(
+    replace(case, name=f"{case.name}-b{batch}-t{tokens}", batch=batch, q_len=tokens, kv_len=tokens)
+    for case in (LLAMA_8B, LLAMA_1B)
+    for tokens, batch in ((512, 32), (1024, 16), (2048, 8), (4096, 4), (8192, 2), (16384, 1), (32768, 1))
+)
+"""Prompts of 512 to 32k tokens, the same number in all up to 16k."""
+
+MEASURED_DECODE = tuple(
+    Case(f"decode-b{batch}-s{kv_len}{f'-paged-{page}' if page else ''}", batch, 1, kv_len, 32, 8, 128, page_size=page)
+    for batch, kv_len in ((8, 4096), (64, 4096), (1, 32768), (1, 131072))
+    for page in (0, 16, 64)
+)
+"""One token a row over long caches, dense and paged."""

@@ -1,0 +1,15 @@
+"""Which implementation of an operation runs. A backend named by the caller works or raises; nothing falls back unseen.
+
+The choice is made while a program is traced, from shapes, dtypes and the target (`llama_jax.targets.current`), so a
+compiled program holds one implementation and costs nothing to choose. Who decides, the first that speaks: the argument
+`backend`, `using`, the variable LLAMA_JAX_KERNELS, the user's tuned table, the shipped table.
+"""
+
+from __future__ import annotations
+
+from llama_jax.kernels.dispatch.backend import Backend
+from llama_jax.kernels.dispatch.cases import Case
+from llama_jax.kernels.dispatch.operation import Operation, choose, disable, disabled, using
+from llama_jax.kernels.dispatch.record import Choice
+
+__all__ = ["Backend", "Case", "Choice", "Operation", "choose", "disable", "disabled", "using"]

@@ -1,0 +1,61 @@
+"""Sets of arguments of an operation: to check its backends with, to tune them, to compile them for other targets."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one operation, by keyword.
+
+    Attributes:
+      name: unique among the operation's cases.
+      arrays: makes the arrays from a random key; traceable, so that shapes are known without making them.
+      static: the other arguments.
+      meaningful: bool array that broadcasts against the output: which of it is specified (rows of padding are not).
+      quick: small enough for the check at start-up.
+      differentiate: names of arrays whose gradients are compared as well, where all is checked.
+    """
+
+    name: str
+    arrays: Callable[[jax.Array], Arrays]
+    static: Mapping[str, Any] = field(default_factory=dict)
+    meaningful: Callable[[Arrays], jax.Array] | None = None
+    quick: bool = False
+    differentiate: tuple[str, ...] = ()
+
+    def example(self, seed: int = 0) -> Arrays:
+        """Fresh random arrays on the default device."""
+        made: Arrays = jax.jit(self.arrays)(jax.random.key(seed))
+        return made
+
+    def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the arrays."""
+        shapes: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(self.arrays, jax.random.key(0))
+        return shapes
+
+
+def neighbours(tiles: Any, **choices: Sequence[int]) -> Iterator[Any]:
+    """Tiles to try: these, then those with one number changed, then with two, each once.
+
+    Args:
+      tiles: a dataclass of integers.
+      choices: other numbers for some of its fields, the likelier ones first.
+    """
+    seen = {tiles}
+    yield tiles
+    for count in (1, 2):
+        for names in itertools.combinations(choices, count):
+            for numbers in itertools.product(*(choices[name] for name in names)):
+                changed = replace(tiles, **dict(zip(names, numbers, strict=True)))
+                if changed not in seen:
+                    seen.add(changed)
+                    yield changed

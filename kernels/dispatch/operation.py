@@ -1,0 +1,202 @@
+"""Operations, and the choice among their backends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.errors import KernelError
+from llama_jax.kernels.dispatch.backend import Backend
+from llama_jax.kernels.dispatch.cases import Case
+from llama_jax.kernels.dispatch.extra import extra
+from llama_jax.kernels.dispatch.record import Choice, Recorder
+from llama_jax.kernels.dispatch.tables import Rule, shipped_rules
+from llama_jax.kernels.dispatch.user_table import user_rules
+from llama_jax.kernels.registry import VARIABLE, parse_backends
+from llama_jax.targets import Target, current
+
+REFERENCE = "reference"
+
+recorder = Recorder()
+"""What was chosen in this process; only reports read it."""
+
+
+def _no_cases() -> Sequence[Case]:
+    return ()
+
+
+def _no_models(numbers: Mapping[str, Any] | None) -> Sequence[Case]:
+    return ()
+
+
+def _any_shape(*args: Any, **kwargs: Any) -> str:
+    return "any"
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """An operation and its implementations by name; "reference", the contract, is always among them.
+
+    Attributes:
+      name: its key in tables, in `using` and in LLAMA_JAX_KERNELS.
+      backends: those of this package.
+      shape: takes the operation's arguments; a short text that is equal for arguments which want the same backend and
+        tiles. Tables match patterns against it.
+      cases: small arguments to check the backends with.
+      models: arguments as real models have them, to tune and to compile the backends with. Takes a model's numbers
+        ("heads", "kv_heads", "head_dim", "experts", "top_k", "hidden", "intermediate", "scaled"), or None for those of
+        common models; a model that does not use the operation has no cases.
+    """
+
+    name: str
+    backends: Mapping[str, Backend]
+    shape: Callable[..., str] = _any_shape
+    cases: Callable[[], Sequence[Case]] = _no_cases
+    models: Callable[[Mapping[str, Any] | None], Sequence[Case]] = _no_models
+
+    def __call__(self, *args: Any, backend: str = "auto", **kwargs: Any) -> Any:
+        """Runs the backend of that name, or the best one known for the target.
+
+        Raises:
+          KernelError: no backend of that name exists, or it cannot run these arguments on this target.
+        """
+        choice = choose(self, current(), backend, *args, **kwargs)
+        recorder.add(choice)
+        return runner(self, choice.backend, dict(choice.tiles))(*args, **kwargs)
+
+    def all_backends(self) -> Mapping[str, Backend]:
+        """The backends of this package and of plugins."""
+        return {**extra().backends.get(self.name, {}), **self.backends}
+
+
+# Both are part of jit's cache key: programs traced under another choice are traced anew.
+_preferred = jax.make_user_context(())
+_disabled = jax.make_user_context(())
+
+
+@contextmanager
+def using(**backends: str) -> Iterator[None]:
+    """Names the backend of operations for everything traced inside: `with using(flash_attention="reference"): ...`"""
+    merged = dict(_preferred.value) | backends
+    with _preferred(tuple(sorted(merged.items()))):
+        yield
+
+
+def disable(operation: str, backend: str, reason: str) -> None:
+    """Keeps a backend from being chosen in this process: by `auto` it is passed over, by name it raises."""
+    _disabled.set_global(tuple(sorted({**disabled(), (operation, backend): reason}.items())))
+
+
+def disabled() -> dict[tuple[str, str], str]:
+    """(operation, backend) to the reason why it may not be chosen."""
+    return dict(_disabled.get_global() or ())
+
+
+def runner(op: Operation, backend: str, tiles: Mapping[str, int]) -> Callable[..., Any]:
+    """The function behind a choice. Tiles become the backend's own dataclass."""
+    chosen = op.all_backends()[backend]
+    if not tiles:
+        return chosen.run
+    assert chosen.tiles is not None
+    return partial(chosen.run, tiles=chosen.tiles(**tiles))
+
+
+def choose(op: Operation, target: Target, name: str, *args: Any, **kwargs: Any) -> Choice:
+    """What to run on `target` for these arguments, which may be shapes alone.
+
+    Args:
+      name: a backend's name, or "auto": the one that `using` or LLAMA_JAX_KERNELS names, else the first rule of the
+        user's table and of the shipped one whose backend can run this, else the reference.
+
+    Raises:
+      KernelError: the named backend does not exist, is disabled, or cannot run this.
+      RequestError: LLAMA_JAX_KERNELS cannot be understood.
+    """
+    dtype = next((jnp.dtype(x.dtype).name for x in (*args, *kwargs.values()) if hasattr(x, "dtype")), "")
+    shape = op.shape(*args, **kwargs)
+    choice = partial(Choice, op.name, target.name, dtype, shape)
+    name, who = _named(op.name, name)
+    if name != "auto":
+        _check_named(op, target, name, who, *args, **kwargs)
+        return choice(name, reason=who)
+    rules, notes = user_rules(op.name, target)
+    passed_over = list(notes)
+    for rule in (*rules, *shipped_rules(op.name, target)):
+        if not rule.applies(dtype, shape):
+            continue
+        if not (why := _cannot(op, target, rule, *args, **kwargs)):
+            return choice(rule.backend, rule.tiles, rule.source, rule.measured, tuple(passed_over))
+        passed_over.append((rule.backend, why))
+    return choice(REFERENCE, reason="no rule for this", passed_over=tuple(passed_over))
+
+
+def _named(operation: str, name: str) -> tuple[str, str]:
+    """The backend that somebody has named, and who it was."""
+    if name != "auto":
+        return name, "named by the caller"
+    if (preferred := dict(_preferred.value).get(operation, "auto")) != "auto":
+        return preferred, "named by using()"
+    return parse_backends(os.environ.get(VARIABLE, "")).get(operation, "auto"), f"named by {VARIABLE}"
+
+
+def _check_named(op: Operation, target: Target, name: str, who: str, *args: Any, **kwargs: Any) -> None:
+    backends = op.all_backends()
+    if name not in backends:
+        broken = extra().problems.get(name)
+        raise KernelError(
+            f"operation {op.name!r} has no backend {name!r} ({who})" + (f": {broken}" if broken else ""),
+            hint=f"choose one of: auto, {', '.join(sorted(backends))}",
+        )
+    if reason := disabled().get((op.name, name)):
+        raise KernelError(
+            f"backend {name!r} of {op.name!r} ({who}) is disabled: {reason}",
+            hint="leave the choice to auto; LLAMA_JAX_SELF_CHECK=0 runs it all the same",
+        )
+    reason = backends[name].unsupported(target, *args, **kwargs) or (name != REFERENCE and _split(args, kwargs))
+    if reason:
+        raise KernelError(
+            f"backend {name!r} of {op.name!r} ({who}) cannot run this on {target.name}: {reason}",
+            hint="name another backend, or leave the choice to auto",
+        )
+
+
+def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+    """Why a kernel that XLA cannot split must not run: the arrays may be split over the axes of a mesh. Inside of
+    `jax.shard_map` they are whole on each device. XLA splits references, as plain operations, by itself."""
+    for x in (*args, *kwargs.values()):
+        array = isinstance(x, jax.Array)
+        mesh = getattr(jax.typeof(x).sharding if array else getattr(x, "sharding", None), "mesh", None)
+        if mesh is None:
+            continue
+        axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if split := [name for name, size, kind in axes if size > 1 and kind != jax.sharding.AxisType.Manual]:
+            return (
+                f"the program is split over {', '.join(map(str, split))}, and XLA would gather all of a kernel's arrays"
+            )
+    return None
+
+
+def _cannot(op: Operation, target: Target, rule: Rule, *args: Any, **kwargs: Any) -> str | None:
+    """Why the backend of a rule cannot be taken; None if it can."""
+    backend = op.all_backends().get(rule.backend)
+    if backend is None:
+        return "there is no such backend here"
+    if reason := disabled().get((op.name, rule.backend)):
+        return f"disabled: {reason}"
+    if (reason := _split(args, kwargs)) and rule.backend != REFERENCE:
+        return reason
+    if rule.tiles:
+        try:
+            if backend.tiles is None:
+                return "it takes no tiles, though the table has some"
+            backend.tiles(**dict(rule.tiles))
+        except TypeError as error:
+            return f"the table's tiles are not its own: {error}"
+    return backend.unsupported(target, *args, **kwargs)

@@ -1,0 +1,82 @@
+"""`llama-jax tune`: the fastest kernels and tiles of this device, measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import click
+
+from llama_jax.cli.options import examples, json_option
+from llama_jax.cli.terminal import print_json, printable
+from llama_jax.kernels.registry import OPERATIONS
+
+if TYPE_CHECKING:
+    from llama_jax.tuning import Candidate, Measurement
+
+
+@click.command(
+    name="tune",
+    epilog=examples("llama-jax tune", "llama-jax tune --op moe", "llama-jax tune --model llama-3.1-8b --dry-run"),
+)
+@click.option("--op", "names", type=click.Choice(tuple(OPERATIONS)), multiple=True, help="Only this operation.")
+@click.option("--model", metavar="PRESET", help="Shapes of this published model. [default: of common models]")
+@click.option("--most", type=click.IntRange(1), default=16, show_default=True, help="Tiles of a kernel on one shape.")
+@click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="The medians are of these.")
+@click.option("--dry-run", is_flag=True, help="Say what would be measured.")
+@json_option
+def command(names: tuple[str, ...], model: str | None, most: int, repeats: int, dry_run: bool, as_json: bool) -> None:
+    """Measure every kernel that runs on this device, with several tilings, and keep the fastest.
+
+    Each is compared with the reference first. The result is a table in the cache, which wins over the shipped one until
+    the kernels or jax change. Ctrl-C keeps what has been measured; the next run goes on from there.
+    """
+    from llama_jax import runtime
+    from llama_jax.config import preset
+    from llama_jax.kernels.registry import operation
+    from llama_jax.loading import check_kernels_once
+    from llama_jax.targets import current
+    from llama_jax.tuning import candidates, numbers_of, tune
+
+    runtime.enable_compilation_cache()
+    numbers = None if model is None else numbers_of(preset(model))
+    check_kernels_once(lambda line: click.echo(line, err=True))
+    found = candidates([operation(name) for name in names or OPERATIONS], current(), numbers, most)
+    if dry_run or not found:
+        _print_plan(found, as_json=as_json)
+        return
+    tuning = tune(found, rounds=repeats, progress=lambda *args: click.echo(printable(_line(*args)), err=True))
+    rules = {op: [rule.to_json() for rule in rules] for op, rules in tuning.rules.items()}
+    if as_json:
+        measurements = [dataclasses.asdict(m) for m in tuning.measurements]
+        table = str(tuning.table)
+        print_json({"device": tuning.device, "table": table, "rules": rules, "measurements": measurements})
+        return
+    for op, lines in rules.items():
+        for rule in lines:
+            tiles = " ".join(f"{name}={number}" for name, number in rule.get("tiles", {}).items())
+            click.echo(f"{op} {rule['dtype']} {rule['shape']}: {rule['backend']} {tiles}({rule['source']})")
+    click.echo(f"written to {tuning.table}")
+
+
+def _print_plan(found: tuple[Candidate, ...], *, as_json: bool) -> None:
+    plan = [
+        {"operation": c.operation.name, "case": c.case.name, "backend": c.backend, "tiles": c.tile_numbers}
+        for c in found
+    ]
+    if as_json:
+        print_json({"candidates": plan})
+        return
+    for item in plan:
+        tiles = " ".join(f"{name}={number}" for name, number in item["tiles"].items())  # type: ignore[attr-defined]
+        click.echo(f"{item['operation']}, {item['case']}: {item['backend']} {tiles}".rstrip())
+    if found:
+        click.echo(f"{len(found)} candidates")
+    else:
+        click.echo("nothing to measure: on this device the references are all there is")
+
+
+def _line(done: int, total: int, m: Measurement) -> str:
+    tiles = " ".join(f"{name}={number}" for name, number in m.tiles.items())
+    outcome = m.problem if m.seconds is None else f"{m.seconds * 1e6:.1f} µs"
+    return f"[{done}/{total}] {m.operation}, {m.case}: {' '.join(filter(None, (m.backend, tiles)))}: {outcome}"

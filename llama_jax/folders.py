@@ -1,0 +1,28 @@
+"""Where this package keeps what it can make again: converted models, compiled programs, measurements of kernels."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llama_jax.errors import StorageError
+
+CACHE_VARIABLE = "LLAMA_JAX_CACHE"
+
+
+def cache_dir() -> Path:
+    """The cache folder, which may not exist yet: LLAMA_JAX_CACHE, else this system's folder for caches.
+
+    Raises:
+      StorageError: the variable is not set and platformdirs is not installed.
+    """
+    if value := os.environ.get(CACHE_VARIABLE):
+        return Path(value).expanduser()
+    try:
+        import platformdirs
+    except ImportError as error:
+        raise StorageError(
+            "the package platformdirs is not installed, so there is no default for the cache folder",
+            hint=f"set {CACHE_VARIABLE} to a folder, or run: pip install platformdirs",
+        ) from error
+    return Path(platformdirs.user_cache_dir("llama_jax"))

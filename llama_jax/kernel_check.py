@@ -1,0 +1,135 @@
+"""Checks every kernel on this machine's device, in a child process: one that crashes or hangs takes nothing along."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+DEADLINE_S = 120.0
+"""Seconds that one check may take, compiling included."""
+_TRIES = 20
+
+_CHILD = """
+import json, sys
+from llama_jax import runtime
+from llama_jax.kernels.dispatch.self_check import report_checks
+runtime.enable_compilation_cache()
+report_checks(json.loads(sys.argv[1]))
+"""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What was found.
+
+    Attributes:
+      checks: one dict a check, the fields of `llama_jax.kernels.dispatch.numerics.Check`.
+      device: what the result holds for; "" if the check could not be finished.
+      error: why it could not be.
+    """
+
+    checks: tuple[dict[str, Any], ...]
+    device: str = ""
+    error: str = ""
+
+    @property
+    def failed(self) -> tuple[dict[str, Any], ...]:
+        return tuple(check for check in self.checks if check["problem"])
+
+
+@dataclass
+class _Run:
+    """What one child has said."""
+
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    current: str = ""
+    device: str = ""
+    end: str = ""
+
+
+def check_kernels(
+    environ: Mapping[str, str],
+    *,
+    deadline_s: float = DEADLINE_S,
+    progress: Callable[[str], None] = lambda name: None,
+    code: str = _CHILD,
+) -> Numerics:
+    """Runs every check. A child that dies or hangs in one is started again without that one.
+
+    Args:
+      environ: of the child.
+      deadline_s: seconds for a check (and for starting).
+      progress: called with the name of each check as it begins.
+    """
+    crashed: dict[str, str] = {}
+    for _ in range(_TRIES):
+        run = _child(environ, crashed, deadline_s, progress, code)
+        if run.device or not run.current:
+            return Numerics(tuple(run.checks), run.device, "" if run.device else run.end)
+        crashed[run.current] = run.end
+    return Numerics(tuple(run.checks), error=f"gave up after {_TRIES} crashes; the last one: {run.end}")
+
+
+def _child(
+    environ: Mapping[str, str],
+    crashed: Mapping[str, str],
+    deadline_s: float,
+    progress: Callable[[str], None],
+    code: str,
+) -> _Run:
+    run = _Run()
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(crashed)],
+            # Only as much of the GPU's memory as it needs: others may be computing there.
+            env={"TF_CPP_MIN_LOG_LEVEL": "2", **environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+        assert child.stdout is not None
+        lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=_read_lines, args=(child.stdout, lines), daemon=True).start()
+        try:
+            while (line := lines.get(timeout=deadline_s)) is not None:
+                if line.startswith(b"{"):
+                    _take(json.loads(line), run, progress)
+            run.end = f"the process ended with status {child.wait(timeout=deadline_s)}"
+        except (queue.Empty, subprocess.TimeoutExpired):
+            run.end = f"it took longer than {deadline_s:g} s"
+        finally:
+            child.kill()
+            # A process that hangs inside a driver does not even die.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=5)
+        errors.seek(0)
+        said = [text.strip() for text in errors.read().decode(errors="replace").splitlines() if text.strip()]
+        if said and not run.device:
+            run.end += f": {said[-1][:300]}"
+    return run
+
+
+def _read_lines(stream: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put(None)
+
+
+def _take(message: dict[str, Any], run: _Run, progress: Callable[[str], None]) -> None:
+    if "start" in message:
+        run.current = message["start"]
+        progress(run.current)
+    elif "check" in message:
+        run.checks.append(message["check"])
+        run.current = ""
+    else:
+        run.device = message["device"]

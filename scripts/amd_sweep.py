@@ -1,0 +1,246 @@
+"""Compiles every Pallas kernel for every AMD architecture and writes down what each needs, without a GPU.
+
+    python scripts/amd_sweep.py                       # everything that has changed: minutes
+    python scripts/amd_sweep.py --arch gfx942 --op moe --all
+
+The results are `tests/amd_budgets/<arch>.json`, keyed by a hash of the kernels' sources; the tests fail when they are
+stale, and when a kernel exceeds its budget. Needs the extra `rocm-aot`. `docs/kernels.md` gets its table from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.kernels.dispatch.cases import Case
+from llama_jax.kernels.dispatch.fingerprint import source_hash
+from llama_jax.kernels.dispatch.operation import Operation, choose, runner
+from llama_jax.kernels.registry import OPERATIONS, operation
+from llama_jax.targets import Target, abstract_device, compile_for, find
+from llama_jax.targets.compiler import code_object
+from llama_jax.targets.compiler.executable import Kernel
+from llama_jax.targets.compiler.instructions import main_loop
+
+ROOT = Path(__file__).parents[1]
+BUDGETS = ROOT / "tests" / "amd_budgets"
+TARGETS = {
+    "gfx90a": "mi250x",
+    "gfx942": "mi300x",
+    "gfx950": "mi355x",
+    "gfx1100": "rx7900xtx",
+    "gfx1151": "radeon8060s",
+    "gfx1201": "rx9070xt",
+}
+"""Architecture to the device model that stands for it."""
+BACKEND = "pallas_triton"
+MOST_THREADS = 1024
+Entry = dict[str, Any]
+
+
+def variants(op: Operation) -> Iterator[tuple[str, Case, bool]]:
+    """Name, case and whether its gradient is taken, of all that is compiled."""
+    for case in op.models(None):
+        yield case.name, case, False
+        if case.differentiate:
+            yield f"{case.name}, gradients", case, True
+
+
+def compile_case(op: Operation, case: Case, gradients: bool, target: Target) -> Entry:
+    """What the kernels of one case need: {"kernels": [...]}, or {"unsupported": reason}."""
+    arguments = {**case.abstract(), **case.static}
+    if reason := op.backends[BACKEND].unsupported(target, **arguments):
+        return {"unsupported": reason}
+    with abstract_device(target):
+        choice = choose(op, target, "auto", **arguments)
+    tiles = dict(choice.tiles) if choice.backend == BACKEND else {}
+    f = program(runner(op, BACKEND, tiles), case, gradients)
+    with abstract_device(target):
+        names = pallas_kernels(jax.make_jaxpr(f)(case.abstract()).jaxpr)
+    compilation = compile_for(target, f, (case.abstract(),))
+    ours = [kernel for kernel in compilation.kernels if plain(kernel.name) in names]
+    if missing := set(names) - {plain(kernel.name) for kernel in ours}:
+        raise RuntimeError(f"{missing} are not among {[kernel.name for kernel in compilation.kernels]}")
+    found = [describe(kernel, target, names[plain(kernel.name)]) for kernel in ours]
+    return {"kernels": found} | ({"tiles": tiles} if tiles else {})
+
+
+def plain(name: str) -> str:
+    """A kernel's name without the number that tells several of one name apart."""
+    return re.sub(r"(_+\d+)+$", "", name)
+
+
+def program(run: Callable[..., jax.Array], case: Case, gradients: bool) -> Callable[[dict[str, Any]], Any]:
+    """The function of the arrays alone that is compiled."""
+
+    def forward(arrays: dict[str, Any]) -> jax.Array:
+        return run(**arrays, **case.static)
+
+    def backward(arrays: dict[str, Any]) -> Any:
+        def loss(some: dict[str, Any]) -> jax.Array:
+            return jnp.sum(forward(arrays | some).astype(jnp.float32) ** 2)
+
+        return jax.grad(loss)({name: arrays[name] for name in case.differentiate})
+
+    return backward if gradients else forward
+
+
+def pallas_kernels(jaxpr: Any) -> dict[str, bool]:
+    """Name of each Pallas kernel in a program, and whether it multiplies matrices."""
+    found: dict[str, bool] = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            body = equation.params["jaxpr"]
+            name = equation.params["name"] or body.debug_info.func_name
+            found[name] = found.get(name, False) or "dot_general" in primitives(body)
+        else:
+            for inner in inner_jaxprs(equation):
+                found |= pallas_kernels(inner)
+    return found
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    """Names of all primitives in a program."""
+    found = {equation.primitive.name for equation in jaxpr.eqns}
+    return found.union(*(primitives(inner) for e in jaxpr.eqns for inner in inner_jaxprs(e)))
+
+
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(item, "jaxpr", item)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def describe(kernel: Kernel, target: Target, has_dot: bool) -> Entry:
+    """What stands in the results for a kernel; `exceeds` only where it breaks a budget."""
+    entry: Entry = {
+        "name": kernel.name,
+        "vgpr": kernel.vgpr,
+        "agpr": kernel.agpr,
+        "sgpr": kernel.sgpr,
+        "spills": kernel.spills,
+        "scratch_bytes": kernel.scratch_bytes,
+        "lds_bytes": kernel.lds_bytes,
+        "waves": kernel.waves,
+        "occupancy": kernel.occupancy,
+        "matrix_instructions": kernel.matrix_instructions,
+        "multiplies": has_dot,
+    }
+    if loop := main_loop(kernel.arch, code_object.code(kernel.elf, kernel.name)):
+        entry["loop"] = {
+            "instructions": loop.instructions,
+            "matrix": loop.matrix,
+            "loads": loop.loads,
+            "wide_loads": loop.wide_loads,
+        }
+    return entry
+
+
+def exceeded(entry: Entry, target: Target) -> list[str]:
+    """Which budgets a kernel's entry breaks, in words."""
+    found = []
+    if entry["spills"] or entry["scratch_bytes"]:
+        found.append(f"{entry['spills']} spilled registers, {entry['scratch_bytes']} bytes of scratch")
+    if entry["lds_bytes"] > target.lds_bytes:
+        found.append(f"{entry['lds_bytes']} bytes of local memory, of {target.lds_bytes}")
+    if entry["waves"] * target.wave_size > MOST_THREADS:
+        found.append(f"{entry['waves']} waves of {target.wave_size}, of {MOST_THREADS} threads")
+    if entry["multiplies"] and not entry["matrix_instructions"]:
+        found.append("it multiplies matrices without matrix instructions")
+    if not entry["occupancy"]:
+        found.append("no wave of it fits, or its occupancy is not known")
+    return [f"{entry['name']}: {problem}" for problem in found]
+
+
+def path_of(arch: str) -> Path:
+    return BUDGETS / f"{arch}.json"
+
+
+def load(arch: str) -> dict[str, Any]:
+    """The results of an architecture; empty ones where there are none yet."""
+    path = path_of(arch)
+    empty: dict[str, Any] = {"arch": arch, "target": TARGETS[arch], "operations": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else empty
+
+
+def made_with(op: str) -> dict[str, str]:
+    """What results hold for."""
+    return {"sources": source_hash(op), "jax": jax.__version__, "compiler": version("jax-rocm7-pjrt")}
+
+
+def dump(results: dict[str, Any]) -> None:
+    """Writes results, a line a kernel."""
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    lines, depth = [], 0
+    for line in text.splitlines():
+        stripped = line.strip()
+        # A kernel's entry, and what stands in it, goes on one line.
+        if depth or (stripped == "{" and lines and lines[-1].rstrip().endswith(("[", "},"))):
+            lines = [*lines, line.rstrip()] if not depth else [*lines[:-1], f"{lines[-1]} {stripped}"]
+            depth += stripped.count("{") - stripped.count("}")
+        else:
+            lines.append(line)
+    path = path_of(results["arch"])
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def sweep(arch: str, names: list[str], everything: bool) -> list[str]:
+    """Compiles what is new or has changed, keeps the results after each operation; what exceeds a budget."""
+    target, results, problems = find(TARGETS[arch]), load(arch), []
+    for name in names:
+        op = operation(name)
+        if BACKEND not in op.backends:
+            continue
+        kept = results["operations"].get(name, {})
+        if everything or kept.get("made_with") != made_with(name):
+            entries: dict[str, Entry] = {}
+            for label, case, gradients in variants(op):
+                began = time.perf_counter()
+                entries[label] = compile_case(op, case, gradients, target)
+                print(f"{arch} {name}, {label}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+            results["operations"][name] = kept = {"made_with": made_with(name), "cases": entries}
+            dump(results)
+        problems += problems_of(arch, name, kept, target)
+    return problems
+
+
+def problems_of(arch: str, name: str, results: dict[str, Any], target: Target) -> list[str]:
+    """What exceeds a budget in the results of one operation."""
+    return [
+        f"{arch} {name}, {label}: {problem}"
+        for label, entry in results["cases"].items()
+        for kernel in entry.get("kernels", ())
+        for problem in exceeded(kernel, target)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", action="append", choices=tuple(TARGETS), help="only this architecture")
+    parser.add_argument("--op", action="append", choices=tuple(OPERATIONS), help="only this operation")
+    parser.add_argument("--all", action="store_true", help="also what has not changed")
+    options = parser.parse_args()
+    problems = []
+    for arch in options.arch or TARGETS:
+        problems += sweep(arch, options.op or list(OPERATIONS), options.all)
+    print("\n".join(problems) or "every kernel is within its budget")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""The flash attention kernels against the reference in float32: forward and gradients, on the CPU in Pallas' interpret
+mode, and on a GPU for real (`gpu`)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.errors import KernelError
+from llama_jax.kernels.attention import Visibility, attention, attention_reference, flash_attention, visible
+from llama_jax.kernels.attention.flash import cudnn, pallas_triton
+from llama_jax.kernels.attention.flash.shapes import CASES, MEASURED_DECODE, MEASURED_PREFILL, Case
+from llama_jax.kernels.attention.flash.spans import block_pairs, spans
+from llama_jax.kernels.attention.flash.tiles import Tiles
+from llama_jax.kernels.dispatch import using
+from llama_jax.kernels.pallas import narrow, rounds_to_bfloat16
+from llama_jax.targets import TARGETS, find
+
+SMALL = Tiles(
+    block_q=16, block_k=16, dq_block_q=16, dq_block_k=32, dkv_block_q=32, dkv_block_k=16, num_warps=4, num_stages=1
+)
+PACKED = Tiles(
+    block_q=16, block_k=32, heads=3, dq_block_q=32, dq_block_k=16, dkv_block_q=16, dkv_block_k=32, num_warps=4
+)
+FULL, SLIDING, CHUNKED = Visibility(), Visibility("sliding", 11), Visibility("chunked", 13)
+
+# (what is special, tiles): few, as each is compiled; odd lengths, head sizes and groups all the same.
+CALLS = [
+    (Case("plain", 2, 48, 64, 4, 2, 16, FULL, dtype="float32"), SMALL),
+    (Case("ragged", 2, 37, 53, 3, 1, 20, FULL, segments=True, dtype="float32"), SMALL),
+    (Case("sliding", 1, 50, 50, 6, 2, 24, SLIDING, sinks=True, dtype="float32"), PACKED),
+    (Case("chunked", 2, 33, 41, 2, 2, 8, CHUNKED, soft_cap=3.0, dtype="float32"), SMALL),
+    (Case("small pages", 2, 20, 56, 6, 2, 16, FULL, page_size=8, dtype="float32"), PACKED),
+    (Case("large pages", 2, 35, 96, 2, 1, 16, SLIDING, page_size=32, sinks=True, soft_cap=2.0, dtype="float32"), SMALL),
+]
+
+
+@functools.cache
+def compiled(case: Case, tiles: Tiles | None, interpret: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Output and gradients by floating arguments of the kernels, and of the reference in float32."""
+
+    def both(f: Callable[..., Any], arrays: dict[str, Any], out_grad: Any) -> tuple[Any, Any]:
+        floats = {name: x for name, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+        out, pull = jax.vjp(lambda moved: f(**(arrays | moved), **case.options()), floats)
+        return out, pull(out_grad.astype(out.dtype))[0]
+
+    def exact(arrays: dict[str, Any], out_grad: Any) -> tuple[Any, Any]:
+        wide = {name: x.astype(jnp.float32) if x.dtype.kind != "i" else x for name, x in arrays.items()}
+        return both(attention_reference, wide, out_grad)
+
+    run = functools.partial(pallas_triton.run, tiles=tiles, interpret=interpret)
+    return jax.jit(functools.partial(both, run)), jax.jit(exact)
+
+
+def lookers(case: Case, arrays: dict[str, Any]) -> np.ndarray:
+    """bool [batch, q_len]: the queries that see something."""
+    see = visible(
+        arrays["q_positions"],
+        arrays["kv_positions"],
+        case.visibility,
+        arrays.get("q_segments"),
+        arrays.get("kv_segments"),
+    )
+    return np.asarray(see.any(axis=2))
+
+
+def check(
+    case: Case, tiles: Tiles | None, arrays: dict[str, Any], key: jax.Array, close: Callable[..., None], interpret: bool
+) -> None:
+    """Forward and backward; queries that see nothing give zeros, and no gradient."""
+    run, exact = compiled(case, tiles, interpret)
+    some = lookers(case, arrays)
+    out_grad = jax.random.normal(key, arrays["q"].shape) * some[:, :, None, None]
+    (out, grads), (expected, expected_grads) = run(arrays, out_grad), exact(arrays, out_grad)
+    assert out.dtype == arrays["q"].dtype
+    chex.assert_tree_all_finite((out, grads))
+    close(out, np.where(some[:, :, None, None], expected, 0), "out")
+    for name, grad in grads.items():
+        assert grad.dtype == arrays[name].dtype
+        close(grad, expected_grads[name], name)
+
+
+def close_float32(actual: Any, expected: Any, name: str) -> None:
+    """Rounding of float32 only: a wrong mask, scale or head is thousands of times further off."""
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def close_16_bits(actual: Any, expected: Any, name: str) -> None:
+    """Inputs and weights have 8 bits (bfloat16): nearly all numbers within 1%, of the typical size where they cancel."""
+    actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
+    error = np.abs(actual - expected) / (np.abs(expected) + np.sqrt(np.mean(expected**2)))
+    assert np.quantile(error, 0.5) < 0.003, name
+    assert np.quantile(error, 0.99) < 0.012, name
+    assert error.max() < 0.05, name
+    assert np.linalg.norm(actual - expected) < 0.006 * np.linalg.norm(expected), name
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[Case, Tiles, dict[str, Any], jax.Array]:
+    """Consecutive positions behind a prefix, with padding before, behind or anywhere; or any positions in any order."""
+    case, tiles = draw(st.sampled_from(CALLS))
+    key = jax.random.key(draw(st.integers(0, 2**32 - 1)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    arrays = {name: np.array(x) for name, x in case.example(key).items()}
+    kind = draw(st.sampled_from(["in order", "padded", "holes", "any"]))
+    q, kv = arrays["q_positions"], arrays["kv_positions"]
+    for row in range(case.batch):
+        if kind == "padded":
+            left, right = draw(st.integers(0, 20)), draw(st.integers(0, 20))
+            kv[row] = np.where(np.arange(case.kv_len) < left, -1, np.arange(case.kv_len) - left)
+            kv[row, case.kv_len - right :] = -1
+            q[row] = kv[row, -case.q_len :]
+        elif kind == "holes":
+            kv[row, rng.random(case.kv_len) < 0.3] = -1
+            q[row, rng.random(case.q_len) < 0.3] = -1
+        elif kind == "any":
+            kv[row], q[row] = rng.integers(-1, 40, case.kv_len), rng.integers(-1, 40, case.q_len)
+        if case.segments:
+            arrays["q_segments"][row] = np.sort(rng.integers(0, 3, case.q_len))
+            arrays["kv_segments"][row] = np.sort(rng.integers(0, 3, case.kv_len))
+    if case.page_size:  # pages that hold nothing visible may have any number
+        empty = (kv < 0).reshape(case.batch, -1, case.page_size).all(axis=2)
+        arrays["page_table"] = np.where(empty & (rng.random(empty.shape) < 0.5), 10**6, arrays["page_table"])
+    return case, tiles, {name: jnp.asarray(x) for name, x in arrays.items()}, key
+
+
+@hypothesis.given(calls())
+@hypothesis.settings(max_examples=25)
+def test_against_the_reference(call: tuple[Case, Tiles, dict[str, Any], jax.Array]) -> None:
+    case, tiles, arrays, key = call
+    check(case, tiles, arrays, key, close_float32, interpret=True)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits(dtype: str) -> None:
+    case = Case("sixteen", 1, 96, 128, 4, 2, 32, Visibility("sliding", 70), dtype=dtype)
+    key = jax.random.key(1)
+    check(case, SMALL, case.example(key), key, close_16_bits, interpret=True)
+
+
+def test_default_tiles_and_the_operation() -> None:
+    case = Case("default", 1, 20, 20, 2, 1, 16, dtype="float32", in_order=True)
+    arrays = case.example(jax.random.key(2))
+    expected = attention_reference(**arrays, **case.options())
+    close_float32(attention(**arrays, **case.options(), backend="pallas_interpret"), expected, "out")
+    with using(flash_attention="pallas_interpret"):
+        close_float32(jax.jit(functools.partial(attention, **case.options()))(**arrays), expected, "out")
+
+
+def test_extreme_logits() -> None:
+    """Weights that overflow float32, a sink that takes all, and one that takes nothing."""
+    case = Case("extreme", 1, 16, 16, 3, 1, 16, dtype="float32", sinks=True)
+    arrays = case.example(jax.random.key(3))
+    arrays |= {"q": arrays["q"] * 1e4, "sinks": jnp.array([1e6, -1e6, 0.0])}
+    out = pallas_triton.run(**arrays, **case.options(), tiles=SMALL, interpret=True)
+    close_float32(out, attention_reference(**arrays, **case.options()), "out")
+    assert not np.asarray(out[:, :, 0]).any()
+
+
+@pytest.mark.parametrize("visibility", [FULL, SLIDING, CHUNKED, Visibility("sliding", 1), Visibility("chunked", 1)])
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=30)
+def test_spans_hold_all_that_is_visible(visibility: Visibility, data: st.DataObject) -> None:
+    """Blocks outside of a span hold nothing visible, those within its whole part only what is visible."""
+    block_q, block_k = 4, 3
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    q_len, kv_len = (data.draw(st.integers(1, 30)) for _ in range(2))
+    in_order = data.draw(st.booleans())
+    q, kv = (np.arange(n)[None] if in_order else rng.integers(-1, 30, (1, n)) for n in (q_len, kv_len))
+    segments: tuple[Any, Any] = (None, None)
+    if data.draw(st.booleans()):
+        segments = tuple(jnp.asarray(np.sort(rng.integers(0, 3, (1, n)))) for n in (q_len, kv_len))
+    see = np.asarray(visible(q, kv, visibility, *segments))[0]
+    real = q[0] >= 0
+    some, every = block_pairs(jnp.asarray(q), jnp.asarray(kv), visibility, *segments, block_q, block_k)
+    table = np.asarray(spans(some, every))[0]
+    for i in range(-(-q_len // block_q)):
+        first, whole_first, whole_last, last = table[i]
+        assert 0 <= first <= whole_first <= whole_last <= last <= -(-kv_len // block_k)
+        rows = see[block_q * i :][:block_q]
+        for j in range(-(-kv_len // block_k)):
+            pairs = rows[:, block_k * j :][:, :block_k]
+            if not first <= j < last:
+                assert not pairs.any()
+            if whole_first <= j < whole_last:
+                assert pairs.shape[1] == block_k
+                assert pairs[real[block_q * i :][:block_q]].all()
+        if in_order and segments[0] is None:  # nothing is visited in vain, and no mask used without need
+            blocks = [j for j in range(-(-kv_len // block_k)) if rows[:, block_k * j :][:, :block_k].any()]
+            whole = [j for j in blocks if block_k * (j + 1) <= kv_len and rows[:, block_k * j :][:, :block_k].all()]
+            assert list(range(first, last)) == blocks
+            assert list(range(whole_first, whole_last)) == whole
+
+
+def test_rounding_by_hand() -> None:
+    """To the nearest bfloat16, ties away from zero."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal(10_000) * 10.0 ** rng.integers(-30, 30, 10_000), jnp.float32)
+    x = jnp.concatenate([x, jnp.array([0.0, -0.0, jnp.inf, -jnp.inf, 1.0, -2.5, 1 + 2**-8, 1 + 2**-8 + 2**-20])])
+    hand = np.asarray(narrow(x, jnp.bfloat16, by_hand=True))
+    nearest = np.asarray(x.astype(jnp.bfloat16))
+    tie = np.asarray(jax.lax.bitcast_convert_type(x, jnp.int32)) & 0xFFFF == 0x8000
+    np.testing.assert_array_equal(hand[~tie], nearest[~tie])
+    np.testing.assert_array_equal(hand[-2:], np.array([1 + 2**-7] * 2, hand.dtype))
+    assert np.isnan(np.asarray(narrow(jnp.array([jnp.nan]), jnp.bfloat16, by_hand=True), np.float32))
+    assert narrow(x, jnp.float16, by_hand=True).dtype == jnp.float16
+    assert {target.arch for target in TARGETS if target.vendor == "amd" and rounds_to_bfloat16(target)} == {"gfx950"}
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """Arguments of a call that every GPU backend takes, and changes to it."""
+    made: dict[str, Any] = prefill_case().arguments() | prefill_case().options()
+    return made | changes
+
+
+def prefill_case() -> Case:
+    return Case("prefill", 1, 64, 64, 4, 2, 64, in_order=True)
+
+
+def struct(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"q": struct(1, 64, 4, 64, dtype="float32")}, "different types"),
+        ({name: struct(1, 2, 64, 64, dtype="float8_e4m3fn") for name in "qkv"}, "float8_e4m3fn is not one of"),
+        ({"q": struct(1, 64, 4, 512)}, "head_dim 512"),
+        ({"scale": -1.0}, "not positive"),
+        ({"k": struct(1, 2, 2**27, 64)}, "elements"),
+    ],
+)
+def test_what_the_kernels_refuse(changes: dict[str, Any], reason: str) -> None:
+    for name in ("mi300x", "rx7900xtx", "h100"):
+        assert pallas_triton.unsupported(find(name), **arguments()) is None
+        assert reason in (pallas_triton.unsupported(find(name), **arguments(**changes)) or "")
+
+
+def test_the_kernels_are_for_gpus() -> None:
+    arrays = prefill_case().example(jax.random.key(0))
+    with pytest.raises(KernelError, match="GPUs only"):
+        flash_attention(**arrays, **prefill_case().options(), backend="pallas_triton") if not on_gpu() else fail()
+
+
+def on_gpu() -> bool:
+    return jax.default_backend() != "cpu"
+
+
+def fail() -> None:
+    raise KernelError("GPUs only")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"in_order": False}, "in order"),
+        ({"visibility": CHUNKED}, "chunked"),
+        ({"soft_cap": 3.0}, "soft cap"),
+        ({"sinks": struct(4)}, "sinks"),
+        ({"q_segments": struct(1, 64), "kv_segments": struct(1, 64)}, "segments"),
+        ({"page_table": struct(1, 4)}, "pages"),
+        ({"k": struct(1, 2, 128, 64)}, "not the same tokens"),
+        ({name: struct(*prefill_case().arguments()[name].shape, dtype="float32") for name in "qkv"}, "float32"),
+        ({"q": struct(1, 64, 4, 100)}, "head_dim 100"),
+        ({"q": struct(1, 64, 4, 256)}, "head_dim 256"),
+    ],
+)
+def test_what_cudnn_refuses(changes: dict[str, Any], reason: str) -> None:
+    assert cudnn.unsupported(find("h100"), **arguments()) is None
+    assert reason in (cudnn.unsupported(find("h100"), **arguments(**changes)) or "")
+    assert "NVIDIA" in (cudnn.unsupported(find("mi300x"), **arguments()) or "")
+
+
+@pytest.mark.parametrize("visibility", [FULL, SLIDING])
+def test_cudnn_is_asked_for_the_same(visibility: Visibility, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that goes to cuDNN, computed by XLA."""
+    plain = jax.nn.dot_product_attention
+    asked = []
+
+    def by_xla(*args: Any, implementation: str, **kwargs: Any) -> jax.Array:
+        asked.append(implementation)
+        return plain(*args, **kwargs, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    case = Case("cudnn", 2, 24, 24, 6, 2, 16, visibility, dtype="float32", in_order=True)
+    arrays = case.example(jax.random.key(4))
+    with jax.default_matmul_precision("highest"):
+        out = cudnn.run(**arrays, **case.options())
+    close_float32(out, attention_reference(**arrays, **case.options()), "out")
+    assert asked == ["cudnn"]
+
+
+def device(name: str) -> Any:
+    """A context in which programs are traced for a GPU that is not there."""
+    target = find(name)
+    kind = target.arch if target.vendor == "amd" else "NVIDIA H100 80GB HBM3"
+    abstract = jax.sharding.AbstractDevice(device_kind=kind, num_cores=target.compute_units, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=abstract))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cases_lower_for_amd(case: Case) -> None:
+    """Triton's language has all that the kernels use, forward and backward."""
+    names = list(case.arguments())
+
+    def call(*arrays: jax.Array) -> jax.Array:
+        return flash_attention(**dict(zip(names, arrays, strict=True)), **case.options(), backend="pallas_triton")
+
+    def train(*arrays: jax.Array) -> Any:
+        return jax.grad(lambda *a: call(*a).astype(jnp.float32).sum(), argnums=(0, 1, 2))(*arrays)
+
+    for target in ("mi300x",):
+        with device(target):
+            traced = jax.jit(train if case.backward else call).trace(*case.arguments().values())
+            text = traced.lower(lowering_platforms=("rocm",)).as_text()
+        assert text.count("flash_attention_forward") >= 1
+        assert ("flash_attention_backward_slots" in text) == case.backward
+
+
+def test_measured_cases() -> None:
+    """The costs that speeds are computed from, for one case by hand."""
+    case = next(case for case in MEASURED_PREFILL if case.name == "llama-3.1-8b-b4-t4096")
+    assert case.flops() == 4 * (4096 * 4097 // 2) * 32 * 128 * 2 * 2
+    assert case.bytes() == 2 * 2 * 4 * 4096 * (32 + 8) * 128
+    window = Case("window", 1, 3, 10, 1, 1, 1, Visibility("sliding", 4))
+    assert window.pairs() == 4 + 4 + 4
+    chunk = Case("chunk", 2, 3, 10, 1, 1, 1, Visibility("chunked", 4))
+    assert chunk.pairs() == 2 * (4 + 1 + 2)
+    names = [case.name for case in (*CASES, *MEASURED_PREFILL, *MEASURED_DECODE)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0].name)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_on_the_gpu(call: tuple[Case, Tiles], dtype: str) -> None:
+    """The same calls for real, with the small tiles and with those of the target."""
+    import dataclasses
+
+    case = dataclasses.replace(call[0], dtype=dtype)
+    key = jax.random.key(5)
+    close = close_float32 if dtype == "float32" else close_16_bits
+    for tiles in (call[1], None):
+        check(case, tiles, case.example(key), key, close, interpret=False)

@@ -1,0 +1,334 @@
+"""The check of kernels on the device: wrong ones of every kind are found, disabled by name, and remembered."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llama_jax import doctor as doctoring
+from llama_jax.doctor import check_choices, check_numerics
+from llama_jax.errors import KernelError
+from llama_jax.kernel_check import Numerics, check_kernels
+from llama_jax.kernels.attention.reference import attention_reference
+from llama_jax.kernels.dispatch import operation as operations
+from llama_jax.kernels.dispatch import self_check as checking
+from llama_jax.kernels.dispatch.backend import Backend
+from llama_jax.kernels.dispatch.numerics import GRADIENTS, LIMITS, Check, check, reference, row_error, run_checks
+from llama_jax.kernels.dispatch.operation import Operation, disabled
+from llama_jax.kernels.moe.reference import routed_experts_reference
+from llama_jax.kernels.registry import OPERATIONS, operation
+
+
+def with_backends(op: str, *, only: str | None = None, **runs: Callable[..., jax.Array]) -> Operation:
+    """The operation with backends of a test beside its reference alone, and with one case or all."""
+    real = operation(op)
+    backends = {"reference": real.backends["reference"]} | {name: Backend(run) for name, run in runs.items()}
+    cases = [case for case in real.cases() if only in (None, case.name)]
+    assert cases
+    return dataclasses.replace(real, backends=backends, cases=lambda: cases)
+
+
+def problems(op: Operation, *, quick: bool = True) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {name: [] for name in op.backends if name != "reference"}
+    for result in run_checks({op.name: op}, quick=quick):
+        if result.problem:
+            found[result.backend].append(result.problem)
+    return found
+
+
+# --- What is found ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_reference_itself_passes_in_its_own_dtype(name: str) -> None:
+    quick = [case.name for case in operation(name).cases() if case.quick]
+    assert 1 < len(quick) < 4
+    op = with_backends(name, only=quick[0], same=operation(name).backends["reference"].run)
+    assert problems(op) == {"same": []}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_reference_itself_passes_with_gradients(name: str) -> None:
+    op = with_backends(name, same=operation(name).backends["reference"].run)
+    assert problems(op, quick=False) == {"same": []}
+
+
+def wrong_scale(*args: Any, scale: float, **kwargs: Any) -> jax.Array:
+    return attention_reference(*args, scale=scale * 1.1, **kwargs)
+
+
+def one_key_too_many(*args: Any, kv_positions: jax.Array, **kwargs: Any) -> jax.Array:
+    """The first empty slot of each row is seen; the first row has none."""
+    empty = jnp.sum(kv_positions >= 0, axis=1)
+    seen = kv_positions.at[jnp.arange(len(empty)), empty].set(0, mode="drop")
+    return attention_reference(*args, kv_positions=seen, **kwargs)
+
+
+def wrong_heads(*args: Any, q: jax.Array, **kwargs: Any) -> jax.Array:
+    return attention_reference(*args, q=jnp.roll(q, 1, axis=2), **kwargs)
+
+
+def swapped_pages(*args: Any, page_table: jax.Array | None = None, **kwargs: Any) -> jax.Array:
+    page_table = None if page_table is None else page_table[:, ::-1]
+    return attention_reference(*args, page_table=page_table, **kwargs)
+
+
+def not_finite(*args: Any, **kwargs: Any) -> jax.Array:
+    return attention_reference(*args, **kwargs).at[0, -1, 0, 0].set(jnp.nan)
+
+
+def one_row(*args: Any, **kwargs: Any) -> jax.Array:
+    return attention_reference(*args, **kwargs).at[0, -1, 3].set(0)
+
+
+def raising(*args: Any, **kwargs: Any) -> jax.Array:
+    raise RuntimeError("INTERNAL: no kernel\nimage is available")
+
+
+@pytest.mark.parametrize("name", ["flash_attention", "decode_attention"])
+def test_wrong_attention_is_found(name: str) -> None:
+    wrong = {
+        f.__name__: f for f in (wrong_scale, one_key_too_many, wrong_heads, swapped_pages, not_finite, one_row, raising)
+    }
+    found = problems(with_backends(name, **wrong))
+    assert not [each for each, said in found.items() if not said]
+    assert found["raising"][0] == "RuntimeError: INTERNAL: no kernel"
+    assert "nan" in found["not_finite"][0]
+    # A wrong table shows where there are pages, and only there.
+    assert len(found["swapped_pages"]) < len(found["wrong_scale"])
+
+
+def test_wrong_experts_are_found() -> None:
+    def wrong_expert(*args: Any, expert_ids: jax.Array, **kwargs: Any) -> jax.Array:
+        return routed_experts_reference(*args, expert_ids=expert_ids.at[-1, 0].add(1), **kwargs)
+
+    def no_scale(*args: Any, **kwargs: Any) -> jax.Array:
+        scales = {k: jnp.ones_like(x) for k, x in kwargs.items() if k.endswith("_scale")}
+        return routed_experts_reference(*args, **kwargs | scales)
+
+    found = problems(with_backends("moe", wrong_expert=wrong_expert, no_scale=no_scale))
+    assert len(found["no_scale"]) == len(found["wrong_expert"]) == 2
+
+
+def test_a_wrong_gradient_is_found() -> None:
+    @jax.custom_vjp
+    def f(x: jax.Array, weights: jax.Array) -> jax.Array:
+        return x
+
+    f.defvjp(lambda x, w: (x, w), lambda w, g: (jnp.roll(g, 1, axis=0), jnp.zeros_like(w)))
+
+    def run(x: jax.Array, gate: jax.Array, **kwargs: Any) -> jax.Array:
+        return routed_experts_reference(f(x, gate), gate=gate, **kwargs)
+
+    op = with_backends("moe", only="300 tokens", wrong=run)
+    (case,) = op.cases()
+    arrays = case.example()
+    for gradients, right in ((False, True), (True, False)):
+        found = check(op, "wrong", case, arrays, reference(op, case, arrays, gradients=gradients), gradients=gradients)
+        assert (found.problem == "") is right
+        assert found.error is not None
+    assert found.error > 1 / GRADIENTS
+
+
+def test_row_errors() -> None:
+    rows = jax.random.normal(jax.random.key(0), (1000, 8))
+    assert row_error(rows, rows) == 0
+    assert row_error(rows.at[7].multiply(1.01), rows) == pytest.approx(0.01, rel=1e-3)
+    assert row_error(rows.at[7, 3].set(jnp.inf), rows) == jnp.inf
+    assert row_error(rows.at[7, 3].set(jnp.nan), rows) != row_error(rows, rows.at[7, 3].set(0))
+    # Rows of zeros, such as padding, are not divided by.
+    assert row_error(rows.at[7].set(0), rows.at[7].set(0)) == 0
+    assert row_error(rows.at[7].set(1.0), rows.at[7].set(0)) > 1
+    assert set(LIMITS) == {"float32", "float16", "bfloat16"}
+
+
+def test_unsupported_and_interpreted_backends_are_left_out() -> None:
+    real = operation("decode_attention")
+    backends = {
+        "reference": real.backends["reference"],
+        "elsewhere": Backend(raising, lambda target, *args, **kwargs: "not here"),
+        "paged": Backend(
+            raising, lambda target, *args, page_table=None, **kwargs: "no" if page_table is None else None
+        ),
+        "interpreter": Backend(attention_reference, interpreted=True),
+    }
+    op = dataclasses.replace(real, backends=backends, cases=lambda: real.cases()[:2])
+    assert [(c.backend, c.case) for c in run_checks({op.name: op}, quick=True)] == [("paged", "paged d128")]
+    everything = [(c.backend, c.case) for c in run_checks({op.name: op})]
+    assert everything == [("interpreter", "d64"), ("interpreter", "paged d128"), ("paged", "paged d128")]
+
+
+# --- Once a device and version ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def operations_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Sets the operations that the check at start-up sees; an empty cache, and nothing disabled afterwards."""
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+
+    def give(**runs: Callable[..., jax.Array]) -> None:
+        op = with_backends("decode_attention", only="d64", **runs)
+        monkeypatch.setattr(checking, "_operations", lambda: {op.name: op})
+
+    yield give
+    operations._disabled.set_global(())
+
+
+WRONG = ("decode_attention", "wrong")
+
+
+def test_a_wrong_kernel_is_disabled_and_remembered(operations_with: Callable[..., None]) -> None:
+    said: list[str] = []
+    operations_with(wrong=wrong_scale, same=attention_reference)
+    first = checking.self_check(said.append)
+    assert [(c.backend, bool(c.problem)) for c in first] == [("same", False), ("wrong", True)]
+    assert list(disabled()) == [WRONG]
+    assert [line for line in said if "decode_attention/wrong is disabled: d64: a row is off" in line]
+    # The next process takes the result from the file.
+    operations._disabled.set_global(())
+    assert checking.self_check(said.append) == ()
+    assert list(disabled()) == [WRONG]
+    op = with_backends("decode_attention", only="d64", wrong=wrong_scale)
+    (case,) = op.cases()
+    with pytest.raises(KernelError, match="is disabled: it was wrong on this device"):
+        op(**case.example(), **case.static, backend="wrong")
+    assert op(**case.example(), **case.static).shape == (3, 1, 8, 64)
+
+
+def test_right_kernels_are_checked_once(operations_with: Callable[..., None]) -> None:
+    operations_with(same=attention_reference)
+    assert len(checking.self_check(lambda line: None)) == 1
+    assert checking.self_check(lambda line: None) == ()
+    assert not disabled()
+    path = checking.results_path()
+    assert list(json.loads(path.read_text()).values()) == [{}]
+    path.write_text("[")  # damaged: checked again
+    assert len(checking.self_check(lambda line: None)) == 1
+
+
+@pytest.mark.parametrize("what", ["source_hash", "versions", "plugins"])
+def test_another_version_is_checked_again(
+    operations_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    operations_with(same=attention_reference)
+    checking.self_check(lambda line: None)
+    if what == "source_hash":
+        monkeypatch.setattr(checking, "source_hash", lambda name: "other")
+    elif what == "versions":
+        monkeypatch.setattr(checking, "versions", lambda: {"jax": "0.1"})
+    else:
+        monkeypatch.setattr(checking, "extra", lambda: dataclasses.replace(operations.extra(), origins=("p 1.0",)))
+    assert len(checking.self_check(lambda line: None)) == 1
+    assert len(json.loads(checking.results_path().read_text())) == 2
+
+
+def test_it_can_be_turned_off(operations_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    operations_with(wrong=wrong_scale)
+    monkeypatch.setenv("LLAMA_JAX_SELF_CHECK", "0")
+    assert checking.self_check(lambda line: pytest.fail(line)) == ()
+    assert not disabled()
+
+
+def test_a_folder_that_cannot_be_written(operations_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_JAX_CACHE", os.devnull)
+    operations_with(wrong=wrong_scale)
+    assert len(checking.self_check(lambda line: None)) == 1
+    assert list(disabled()) == [WRONG]
+
+
+def test_several_processes_must_agree(operations_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    operations_with(wrong=wrong_scale)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(KernelError, match="'wrong' of 'decode_attention' is wrong on this device") as caught:
+        checking.self_check(lambda line: None)
+    assert "LLAMA_JAX_KERNELS=decode_attention=reference" in caught.value.hint
+
+
+# --- In a child process -----------------------------------------------------------------------------------------------
+
+ONE = json.dumps({"check": dataclasses.asdict(Check("moe", "fast", "small", 0.001, 0.01, "", 0.1))})
+CHILD = f"""
+import json, os, sys, time
+crashed = json.loads(sys.argv[1])
+print("a line that is none of ours")
+print(json.dumps({{"start": "moe/fast/small"}}), flush=True)
+print('''{ONE}''', flush=True)
+if "moe/bad/small" not in crashed:
+    print(json.dumps({{"start": "moe/bad/small"}}), flush=True)
+    BREAK
+one = json.loads('''{ONE}''')["check"]
+print(json.dumps({{"check": one | {{"backend": "bad", "problem": crashed["moe/bad/small"]}}}}), flush=True)
+print(json.dumps({{"device": "a device"}}), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [
+        ("os.abort()", "the process ended with status -6"),
+        ("sys.exit('Memory access fault by GPU node-1')", "status 1: Memory access fault by GPU node-1"),
+        ("time.sleep(60)", "it took longer than 2 s"),
+    ],
+)
+def test_a_kernel_that_crashes_or_hangs_is_left_out(code: str, end: str) -> None:
+    began = time.monotonic()
+    names: list[str] = []
+    found = check_kernels(os.environ, deadline_s=2, progress=names.append, code=CHILD.replace("BREAK", code))
+    assert time.monotonic() - began < 20
+    assert (found.device, found.error) == ("a device", "")
+    assert [(c["backend"], c["problem"]) for c in found.checks[:1]] == [("fast", "")]
+    assert [c["backend"] for c in found.failed] == ["bad"]
+    assert end in found.failed[0]["problem"]
+    assert names == ["moe/fast/small", "moe/bad/small", "moe/fast/small"]
+
+
+def test_a_child_that_cannot_start() -> None:
+    found = check_kernels(os.environ, code="raise SystemExit('no device')")
+    assert found == Numerics((), error="the process ended with status 1: no device")
+    (finding,) = check_numerics(found)
+    assert (finding.status, finding.exit_code) == ("problem", 0)
+    assert "no device" in finding.detail
+
+
+def test_the_real_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a CPU: nothing but the interpreted kernels, and the result is kept."""
+    child = "from llama_jax.kernels.dispatch.self_check import *\nimport llama_jax.kernels.dispatch.self_check as s\n"
+    child += "s._operations = dict\nreport_checks({})"
+    found = check_kernels({**os.environ, "LLAMA_JAX_CACHE": str(tmp_path)}, code=child)
+    assert found.error == ""
+    assert found.device.startswith("cpu, jax")
+    assert list(json.loads((tmp_path / "kernels/numerics.json").read_text()).values()) == [{}]
+
+
+def test_findings_of_doctor() -> None:
+    good = dataclasses.asdict(Check("moe", "fast", "small", 0.001, 0.01, "", 0.1))
+    bad = good | {"backend": "bad", "problem": "a row is off"}
+    (fine,) = check_numerics(Numerics((good,), "device"))
+    assert (fine.status, fine.detail) == ("ok", "1 comparisons agree: moe/fast")
+    (found,) = check_numerics(Numerics((good, bad), "device"))
+    assert (found.status, found.exit_code, found.detail) == ("problem", 4, "moe/bad, small: a row is off")
+    choice = {"operation": "moe", "backend": "fast", "measured": False}
+    others = [choice | {"measured": True}, choice | {"backend": "reference"}]
+    (line,) = check_choices({"choices": [choice, *others, choice]})
+    assert line.detail == "moe: fast (not measured), fast, reference"
+    assert check_choices({}) == []
+    (broken,) = check_choices({"error": "the table is damaged", "hint": "remove it"})
+    assert (broken.status, broken.fix) == ("problem", "remove it")
+
+
+def test_doctor_asks_for_the_choices_in_the_child() -> None:
+    probe = doctoring.probe_jax(os.environ)
+    assert {c["operation"] for c in probe.kernels["choices"]} == set(OPERATIONS)
+    broken = doctoring.probe_jax({**os.environ, "LLAMA_JAX_KERNELS": "nothing"})
+    assert broken.result is not None
+    assert "not of the form" in broken.kernels["error"]
