@@ -93,8 +93,8 @@ def cache_bucket(slots: int) -> int:
 
 
 def capacities(padded: int, new: int) -> tuple[int, ...]:
-    """Capacities that a cache has one after the other while `new` tokens follow a padded prompt: it starts with room for
-    FIRST_ROOM of them, and is grown when they are used up."""
+    """Capacities that a cache has one after the other while `new` tokens follow a padded prompt: it starts with room
+    for FIRST_ROOM of them, and is grown when they are used up."""
     sizes = [cache_bucket(padded + min(new, FIRST_ROOM))]
     while sizes[-1] < padded + new:
         sizes.append(cache_bucket(2 * sizes[-1]))

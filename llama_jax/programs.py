@@ -9,20 +9,19 @@ they take, without a model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from llama_jax.cache import DENSE_AXES, DenseCache
 from llama_jax.config import LlamaConfig
-from llama_jax.decode import DecodeState, decode_step, first_token, prefill_chunk
+from llama_jax.decode import decode_step, first_token, prefill_chunk
 from llama_jax.fuse import fuse_params
 from llama_jax.params import PROJECTION_AXES, Axes, Params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplingParams, make_sampler

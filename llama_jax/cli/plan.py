@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -75,8 +76,8 @@ def command(
     """Say whether MODEL fits a number of devices, and the least time that it could take there.
 
     MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. `--mesh auto`
-    takes the smallest tensor parallelism that fits. Bytes of weights and cache are exact; times follow from data sheets:
-    predictions that nothing can beat, and no measurements.
+    takes the smallest tensor parallelism that fits. Bytes of weights and cache are exact; times follow from data
+    sheets: predictions that nothing can beat, and no measurements.
 
     Exits with 6 if it does not fit.
     """
@@ -144,9 +145,7 @@ def _sizes(
         if mesh == _AUTO or devices is not None:
             return smallest_mesh(config, target, workload, devices=devices, memory_fraction=fraction)
         return {}
-    from math import prod
-
-    in_mesh = prod(asked.values())
+    in_mesh = math.prod(asked.values())
     if devices is not None and devices % in_mesh:
         raise RequestError(
             f"a mesh of {in_mesh} devices does not divide {devices}",
@@ -203,7 +202,7 @@ def _report(model: str, plan: Plan) -> list[str]:
         f"  {'':12} {'reading':>22} {'arithmetic':>24} {'exchange':>22} {'together':>10}  bound by",
         _floor("prefill", plan.prefill),
         _floor("decode step", plan.decode),
-        f"  first token of every row after {_ms(plan.first_token_s)}, then {_rate(plan)} (predicted, at the whole context)",
+        f"  first token of every row after {_ms(plan.first_token_s)}, then {_rate(plan)} (predicted)",
         *(f"  exchange in {name}: {_exchanged(f.collectives)}" for name, f in _phases(plan) if f.collectives),
     ]
 
@@ -250,7 +249,7 @@ def _ms(seconds: float | None) -> str:
 
 
 def _rate(plan: Plan) -> str:
-    return "an unknown rate" if plan.tokens_per_s is None else f"at most {plan.tokens_per_s:,.0f} tokens/s for all rows"
+    return "an unknown rate" if plan.tokens_per_s is None else f"at most {plan.tokens_per_s:,.0f} tokens/s together"
 
 
 def _programs(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> dict[str, tuple[Bytes, Any]]:

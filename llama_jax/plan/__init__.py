@@ -4,7 +4,8 @@
     print(plan.fits, plan.needs.peak, plan.tokens_per_s)
 
 Nothing is downloaded, compiled or run, and no device is started. Bytes of weights and cache are exact, temporary ones a
-stated formula (`plan.memory`); times are predictions from peak rates (`plan.roofline`). `docs/plan.md` explains each line.
+stated formula (`plan.memory`); times are predictions from peak rates (`plan.roofline`). `docs/plan.md` explains every
+line of the report.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.costs import local_heads
-from llama_jax.kernels.attention import MAX_QUERIES, Visibility, decode_attention, flash_attention
+from llama_jax.kernels.attention import Visibility, decode_attention, flash_attention
+from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.dispatch import choose
 from llama_jax.kernels.moe import grouped_experts
 from llama_jax.targets import Target
@@ -34,8 +34,8 @@ def backends(
       config: as `sharding.split_config` gives it for the mesh of these sizes.
     """
 
-    def array(*shape: int, dtype: Any = jnp.dtype(dtype)) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
+    def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     heads, kv_heads = local_heads(config, sizes)
     slots = array(rows, kv_heads, capacity, config.head_dim)
@@ -46,8 +46,8 @@ def backends(
         array(rows, tokens, heads, config.head_dim),
         slots,
         slots,
-        array(rows, tokens, dtype=jnp.int32),
-        array(rows, capacity, dtype=jnp.int32),
+        array(rows, tokens, dtype="int32"),
+        array(rows, capacity, dtype="int32"),
         Visibility(),
         scale=config.head_dim**-0.5,
     ).backend
@@ -56,8 +56,8 @@ def backends(
         return Backends(attention, "")
     up = array(moe.num_experts, moe.intermediate_size, config.hidden_size)
     down = array(moe.num_experts, config.hidden_size, moe.intermediate_size)
-    x, ids = array(rows * tokens, config.hidden_size), array(rows * tokens, moe.top_k, dtype=jnp.int32)
-    scale = array(rows * tokens, moe.top_k, dtype=jnp.float32)
+    x, ids = array(rows * tokens, config.hidden_size), array(rows * tokens, moe.top_k, dtype="int32")
+    scale = array(rows * tokens, moe.top_k, dtype="float32")
     scales = {"input_scale": scale} if moe.router == "sigmoid" else {"output_scale": scale}
     experts = choose(grouped_experts, target, "auto", x, ids, up, up, down, activation=jax.nn.silu, **scales)
     return Backends(attention, experts.backend)

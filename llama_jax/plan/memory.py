@@ -80,8 +80,8 @@ class Place:
 
     @cached_property
     def loading(self) -> int:
-        """Peak while the weights are read, with key/value heads that do not divide whole on each device, and one layer's
-        joint projections are made while their parts are still there."""
+        """Peak while the weights are read, with key/value heads that do not divide whole on each device, and while one
+        layer's joint projections are made of parts that are still there."""
         read = self.itemsize * sum(local_size(spec, self.model, self.sizes) for spec in param_specs(self.model))
         joint: Counter[str] = Counter()
         for spec in param_specs(self.config):
@@ -151,7 +151,8 @@ class Place:
         return 4 * rows + copies
 
     def _expert_copies(self, layers: Iterable[LayerSpec]) -> int:
-        """Every routed expert of these layers. XLA's CPU compiler transposes those of all layers before the first runs."""
+        """Every routed expert of these layers. XLA's CPU compiler transposes those of all layers before the first
+        runs."""
         total = 0
         for layer in layers:
             if isinstance(layer.mlp, MoeSpec):

@@ -124,13 +124,14 @@ def collectives(
     ways = sizes.get(RULES["mlp"], 1)
     if ways == 1:
         return ()
-    sums = config.vocab_size % ways == 0
+    sums = int(config.vocab_size % ways == 0)
     for layer in config.layers:
         if isinstance(layer.mlp, MoeSpec):
-            widths = [layer.mlp.intermediate_size, layer.mlp.shared_intermediate_size]
+            widths = {layer.mlp.intermediate_size, layer.mlp.shared_intermediate_size} - {0}
         else:
-            widths = [layer.mlp]
-        sums += (config.num_kv_heads % ways == 0) + all(width % ways == 0 for width in widths)
+            widths = {layer.mlp}
+        # Of experts of which some are split and others not, only the former need a sum.
+        sums += (config.num_kv_heads % ways == 0) + any(width % ways == 0 for width in widths)
     found = [Collective("all-reduce", ways, sums, rows * tokens * config.hidden_size * itemsize)] if sums else []
     if greedy and config.vocab_size % ways == 0:
         found.append(Collective("all-gather", ways, 1, 8 * rows * ways))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
@@ -112,13 +111,13 @@ def make_plan(
     usable = int(target.memory * memory_fraction) if target.memory else None
     shapes, *chosen = _programs(place, workload)
 
-    def fits(**changed: int) -> bool:
-        return _needs(place, dataclasses.replace(workload, **changed)).peak <= (usable or 0)
+    def fits(other: Workload) -> bool:
+        return _needs(place, other).peak <= (usable or 0)
 
     largest_batch = largest_context = None
     if usable is not None:
-        largest_batch = _largest_batch(lambda n: fits(batch=n))
-        largest_context = _largest(workload.prompt, config.context_length, lambda n: fits(context=n))
+        largest_batch = _largest_batch(lambda n: fits(replace(workload, batch=n)))
+        largest_context = _largest(workload.prompt, config.context_length, lambda n: fits(replace(workload, context=n)))
     return Plan(
         target=target,
         sizes=sizes,
@@ -200,8 +199,8 @@ def _largest_batch(fits: Callable[[int], bool]) -> int:
 
 
 def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from `least` to `most` that fits, where a larger one never fits if a smaller one does not; 0 if
-    none does."""
+    """The largest number from `least` to `most` that fits, where a larger one never fits if a smaller one does not; 0
+    if none does."""
     if not fits(least):
         return 0
     while least < most:
