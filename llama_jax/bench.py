@@ -22,11 +22,11 @@ from jax.typing import DTypeLike
 
 from llama_jax import runtime
 from llama_jax.config import preset
-from llama_jax.costs import prefill_flops, step_bytes
+from llama_jax.costs import ONE_DEVICE, prefill_flops, step_bytes
 from llama_jax.fuse import arrange
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
-from llama_jax.loading import Model, check_kernels_once
+from llama_jax.loading import Model
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
 from llama_jax.sharding import automatic_mesh, check, param_sharding, split_config
 
@@ -86,7 +86,6 @@ def random_model(name: str, dtype: DTypeLike, mesh: jax.sharding.Mesh | None = N
     if mesh is not None:
         check(preset(name), mesh)
     config = split_config(preset(name), mesh)
-    check_kernels_once()
     key = jax.random.key(0)
     # Leaves of one shape and place share one program.
     makers: dict[Any, Any] = {}
@@ -163,14 +162,7 @@ def bench(
             decodes.append(batch * (new - 1) / timing.generation_tps)
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
     step = decode / (new - 1)
-    devices = 1 if model.mesh is None else model.mesh.size
-    needed = step_bytes(
-        model.config,
-        model.dtype.itemsize,
-        batch,
-        prompt + new // 2,
-        axes={} if model.mesh is None else model.mesh.shape,
-    )
+    sizes = ONE_DEVICE if model.mesh is None else model.mesh.shape
     return BenchResult(
         batch=batch,
         prompt=prompt,
@@ -179,7 +171,9 @@ def bench(
         prefill_tps=batch * prompt / prefill,
         step_s=step,
         decode_tps=batch / step,
-        mbu=needed / step / ceilings.read_bytes_per_s,
-        mfu=prefill_flops(model.config, batch, prompt) / devices / prefill / ceilings.matmul_flops_per_s,
+        mbu=step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, sizes)
+        / step
+        / ceilings.read_bytes_per_s,
+        mfu=prefill_flops(model.config, batch, prompt, sizes) / prefill / ceilings.matmul_flops_per_s,
         spread=(max(decodes) - min(decodes)) / decode,
     )

@@ -1,16 +1,39 @@
-"""What a model costs to run, counted from its shapes: weights that are read, and arithmetic."""
+"""What a model costs to run, counted from its shapes: weights and keys that are read, and arithmetic.
+
+Everything is counted for one device of a mesh, the one that has most to do. `sizes` are the sizes of the mesh's axes by
+name; an empty mapping is one device. Key/value heads are those of `config`: on a mesh give `sharding.split_config`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from llama_jax.config import LlamaConfig, MoeSpec
+from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.params import ParamSpec, param_specs
 from llama_jax.sharding import RULES, partition_spec
+from llama_jax.targets import Collective, Target
 
-ONE_DEVICE: Mapping[str, int] = MappingProxyType({})
+Sizes = Mapping[str, int]
+ONE_DEVICE: Sizes = MappingProxyType({})
+
+
+def local_size(spec: ParamSpec, config: LlamaConfig, sizes: Sizes = ONE_DEVICE) -> int:
+    """Numbers of a parameter that one device holds."""
+    return spec.size // math.prod(sizes[over] for over in partition_spec(spec, config, sizes) if over)
+
+
+def local_rows(batch: int, sizes: Sizes) -> int:
+    """Rows of a batch that one device works on: the most that any has."""
+    return -(-batch // sizes.get(RULES["batch"], 1))
+
+
+def local_heads(config: LlamaConfig, sizes: Sizes) -> tuple[int, int]:
+    """Query heads and key/value heads of one device: split together, or not at all."""
+    ways = sizes.get(RULES["kv_heads"], 1)
+    ways = 1 if config.num_kv_heads % ways else ways
+    return config.num_heads // ways, config.num_kv_heads // ways
 
 
 def share_used(spec: ParamSpec, config: LlamaConfig, tokens: int) -> float:
@@ -25,33 +48,76 @@ def share_used(spec: ParamSpec, config: LlamaConfig, tokens: int) -> float:
     return min(1.0, tokens * moe.top_k / moe.num_experts)
 
 
-def matmul_params(config: LlamaConfig, tokens: int, *, axes: Mapping[str, int] = ONE_DEVICE) -> int:
-    """Weights that a step of `tokens` tokens multiplies with, on each device of a mesh with these axes."""
-
-    def parts(spec: ParamSpec) -> int:
-        return math.prod(axes[over] for over in partition_spec(spec, config, axes) if over)
-
-    return round(sum(spec.size * share_used(spec, config, tokens) / parts(spec) for spec in param_specs(config)))
+def matmul_params(config: LlamaConfig, tokens: int, sizes: Sizes = ONE_DEVICE) -> float:
+    """Weights that a step of `tokens` tokens multiplies with."""
+    return sum(local_size(s, config, sizes) * share_used(s, config, tokens) for s in param_specs(config))
 
 
-def step_bytes(
-    config: LlamaConfig, itemsize: int, batch: int, length: int, *, axes: Mapping[str, int] = ONE_DEVICE
-) -> int:
-    """Bytes that each device must read in a decode step: its part of every weight that the step uses, once, and of
-    `length` tokens of cache for each row.
+def attended(layer: LayerSpec, length: int) -> int:
+    """Tokens that the last of `length` tokens sees at most."""
+    return length if layer.attention == "full" else min(length, layer.window or length)
+
+
+def attended_by_all(layer: LayerSpec, length: int) -> int:
+    """Pairs of a token and one that it sees, of a text of `length` tokens."""
+    width = attended(layer, length)
+    if layer.attention == "chunked":
+        whole, rest = divmod(length, width)
+        return whole * _triangle(width) + _triangle(rest)
+    return _triangle(width) + (length - width) * width
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
+
+
+def cache_read_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> int:
+    """Bytes of keys and values that a decode step reads when each row has `length` tokens: of what it can see."""
+    seen = sum(attended(layer, length) for layer in config.layers)
+    return 2 * local_rows(batch, sizes) * seen * local_heads(config, sizes)[1] * config.head_dim * itemsize
+
+
+def step_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> int:
+    """Bytes that a decode step must read: every weight that it uses once, and the cache of `length` tokens a row."""
+    weights = round(matmul_params(config, local_rows(batch, sizes), sizes) * itemsize)
+    return weights + cache_read_bytes(config, itemsize, batch, length, sizes)
+
+
+def step_flops(config: LlamaConfig, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> float:
+    """Multiplications and additions of a decode step when each row has `length` tokens."""
+    attention = 4 * sum(attended(layer, length) for layer in config.layers)
+    attention *= local_heads(config, sizes)[0] * config.head_dim
+    return local_rows(batch, sizes) * (2 * matmul_params(config, 1, sizes) + attention)
+
+
+def prefill_flops(config: LlamaConfig, batch: int, prompt: int, sizes: Sizes = ONE_DEVICE) -> float:
+    """Multiplications and additions of a prompt: all products per token, attention, logits of the last token."""
+    head = math.prod((config.vocab_size, config.hidden_size))
+    ways = sizes.get(RULES["vocab"], 1)
+    head //= 1 if config.vocab_size % ways else ways
+    attention = 4 * sum(attended_by_all(layer, prompt) for layer in config.layers)
+    attention *= local_heads(config, sizes)[0] * config.head_dim
+    products = 2 * prompt * (matmul_params(config, 1, sizes) - head)
+    return local_rows(batch, sizes) * (products + attention + 2 * head)
+
+
+def seconds(amount: float | None, rate: float) -> float | None:
+    """The least time for an amount at a rate; None if either is not known."""
+    if amount == 0:
+        return 0.0
+    return amount / rate if amount and rate else None
+
+
+def exchange_s(collectives: Iterable[Collective], target: Target, *, latency_s: float = 0.0) -> float | None:
+    """The least time in which the devices of one host can exchange what they have to; None if the rate is not known.
 
     Args:
-      config: on a mesh, as `sharding.split_config` gives it.
-      axes: sizes of the axes of the mesh.
+      latency_s: seconds that each collective takes besides what its bytes take.
     """
-    heads, rows = axes.get(RULES["kv_heads"], 1), axes.get(RULES["batch"], 1)
-    parts = rows * (1 if config.num_kv_heads % heads else heads)
-    cache = 2 * config.num_layers * batch * length * config.kv_dim * itemsize // parts
-    return matmul_params(config, batch, axes=axes) * itemsize + cache
-
-
-def prefill_flops(config: LlamaConfig, batch: int, prompt: int) -> int:
-    """Multiplications and additions of a prompt: all products per token, causal attention, logits of the last token."""
-    head = config.vocab_size * config.hidden_size
-    attention = 2 * prompt * (prompt + 1) * config.q_dim * config.num_layers
-    return batch * (2 * prompt * (matmul_params(config, 1) - head) + attention + 2 * head)
+    total = 0.0
+    for c in collectives:
+        sending = seconds(c.traffic, target.links.ring_bandwidth(c.devices))
+        if sending is None or c.devices > target.links.host_devices:
+            return None
+        total += sending + c.count * latency_s
+    return total

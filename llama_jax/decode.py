@@ -21,10 +21,12 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import forward
 from llama_jax.params import Params
 from llama_jax.sampling import Logprobs, SamplerOptions, SamplerState, sample, sampler_axes, token_logprobs
-from llama_jax.sharding import constrain, local_size
+from llama_jax.sharding import constrain, local_size, parts
 
 MIN_PROMPT = 16
 MAX_CHUNK = 2048
+# Room for new tokens that a request without a small limit starts with; the cache grows when it is used up.
+FIRST_ROOM = 1024
 # Attention materialises float32 logits of the prompt chunk against the cache: this bounds them.
 ATTENTION_BYTES = 2 << 30
 
@@ -90,9 +92,18 @@ def cache_bucket(slots: int) -> int:
     return bucket(slots, 64, 4)
 
 
+def capacities(padded: int, new: int) -> tuple[int, ...]:
+    """Capacities that a cache has one after the other while `new` tokens follow a padded prompt: it starts with room
+    for FIRST_ROOM of them, and is grown when they are used up."""
+    sizes = [cache_bucket(padded + min(new, FIRST_ROOM))]
+    while sizes[-1] < padded + new:
+        sizes.append(cache_bucket(2 * sizes[-1]))
+    return tuple(sizes)
+
+
 def batch_bucket(rows: int) -> int:
-    """Padded batch size: powers of two."""
-    return 1 << (rows - 1).bit_length()
+    """Padded batch size: powers of two, and the same number on every device of the mesh in use."""
+    return -(-(1 << (rows - 1).bit_length()) // parts("batch")) * parts("batch")
 
 
 def chunk_length(config: LlamaConfig, batch: int, prompt: int, capacity: int) -> int:

@@ -17,6 +17,8 @@ from llama_jax.params import PROJECTION_AXES, Params
 from llama_jax.sharding import constrain, on, split_config
 
 _QKV = ("q_proj", "k_proj", "v_proj")
+JOINED = (*_QKV, "gate_proj", "up_proj")
+"""Projections that become part of a joint one; routed experts stay as they are."""
 
 
 def fuse_params(params: Params, config: LlamaConfig) -> Params:

@@ -19,7 +19,7 @@ from llama_jax.errors import RequestError
 from llama_jax.loading import Model
 from llama_jax.outputs import CompletionOutput, RequestOutput, RowText, StreamOutput, Timing, TokenLogprob
 from llama_jax.sampling import Logprobs, SamplerOptions, SamplerState, SamplingParams, make_sampler
-from llama_jax.sharding import on, parts
+from llama_jax.sharding import on
 from llama_jax.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -27,8 +27,6 @@ Prompt = str | Sequence[int]
 # Steps per dispatch of a batch: the host looks at the tokens this often, for stop strings and for Ctrl-C.
 BATCH_STRIDE = 64
 STOP_STRIDE = 16
-# Room for new tokens that a request without a small limit starts with; the cache grows when it is used up.
-FIRST_ROOM = 1024
 
 
 def generate(
@@ -236,7 +234,7 @@ class _Batch:
         self.start = time.perf_counter()
         padded = decode.prompt_bucket(max(len(p) for p in self.prompts))
         longest = max(self.limits)
-        capacity = decode.cache_bucket(padded + min(longest, FIRST_ROOM))
+        capacity, *larger = decode.capacities(padded, longest)
         batch = self._rows(len(self.rows))
         options, sampler = self._sampler(batch)
         repeated = len(self.rows) != len(self.prompts)
@@ -277,7 +275,7 @@ class _Batch:
             # A stream keeps one dispatch ahead: the device works while the host turns the last token into text.
             while len(ahead) < (2 if stride == 1 else 1) and steps < longest:
                 if steps == room:
-                    capacity = decode.cache_bucket(2 * capacity)
+                    capacity = larger.pop(0)
                     room = capacity - padded
                     state = self._on_devices(decode.grow, state, capacity=capacity, room=room)
                 steps = min(steps + stride, room)
@@ -301,7 +299,7 @@ class _Batch:
     def _rows(self, rows: int) -> int:
         """Padded batch size, the same on every device."""
         with on(self.model.mesh):
-            return -(-decode.batch_bucket(rows) // parts("batch")) * parts("batch")
+            return decode.batch_bucket(rows)
 
     def _sampler(self, batch: int) -> tuple[SamplerOptions, SamplerState]:
         """The sampler of the padded batch. With n > 1 and a seed, the continuations take seed, seed + 1, ..."""

@@ -6,26 +6,21 @@ Prefill and the decode step are the programs that `generate` runs, with paramete
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from llama_jax.config import LlamaConfig
-from llama_jax.costs import share_used
-from llama_jax.decode import cache_bucket, chunk_length, decode_step, first_token, prefill_chunk, prompt_bucket
+from llama_jax.costs import cache_read_bytes, exchange_s, local_rows, local_size, matmul_params, seconds
+from llama_jax.decode import batch_bucket, cache_bucket, chunk_length, prompt_bucket
 from llama_jax.errors import DoesNotFit, RequestError
-from llama_jax.fuse import fuse_params
-from llama_jax.params import Params, param_specs, unflatten
-from llama_jax.sampling import SamplingParams, make_sampler
-from llama_jax.sharding import param_sharding
+from llama_jax.params import param_specs
+from llama_jax.programs import Program, decode_program, prefill_program
+from llama_jax.sharding import split_config
 from llama_jax.targets import Compilation, Target, abstract_device, compile_for, device_mesh
 
 
@@ -64,8 +59,8 @@ class ModelCompilation:
 
     Attributes:
       mesh_shape: axis name to number of devices.
-      batch: rows; `capacity`: slots of the cache of each; `chunk`: prompt tokens of a row in one prefill.
-      fused: whether parameters are in the layout of `llama_jax.fuse`, as where each device has them whole.
+      batch: rows, filled up as `generate` does it; `capacity`: slots of the cache of each; `chunk`: prompt tokens of a
+        row in one prefill.
     """
 
     target: Target
@@ -74,7 +69,6 @@ class ModelCompilation:
     batch: int
     capacity: int
     chunk: int
-    fused: bool
     prefill: Phase
     decode: Phase
 
@@ -103,7 +97,7 @@ def compile_model(
     """Compiles prefill and the decode step of a model.
 
     Args:
-      mesh_shape: axis name to number of devices; the axis "tensor" splits the model, any other repeats it.
+      mesh_shape: axis name to number of devices: "tensor" splits the model, "data" the batch.
       batch: rows.
       context: tokens of a row that the cache has to hold; by default 4096, or what the model can take if that is less.
       prompt: tokens of a row that prefill is compiled for, by default 512 or the context; long ones run in chunks, of
@@ -133,81 +127,38 @@ def compile_model(
             hint="choose a longer one",
         )
     mesh = device_mesh(target, mesh_shape or {})
-    params = _params(config, mesh, dtype)
-    fused = all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
-    if fused:
-        params = _on(mesh, jax.eval_shape(partial(fuse_params, config=config), params))
-    weights = sum(map(_shard_bytes, jax.tree.leaves(params)))
+    split = split_config(config, mesh)
+    with abstract_device(target, mesh):
+        rows = batch_bucket(batch)
+        length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
+        chunk = chunk_length(split, rows, length, capacity)
+    weights = sum(local_size(spec, split, mesh.shape) for spec in param_specs(split)) * dtype.itemsize
     if weights > target.memory:
         raise DoesNotFit(
             f"the weights alone take {weights / 1e9:.1f} GB on each of {mesh.size} devices, and {target.name} has "
             f"{target.memory / 1e9:.1f} GB",
             hint="split the model over more devices (tensor=N), or choose a smaller dtype",
         )
-    length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
-    chunk = chunk_length(config, batch, length, capacity)
 
-    say(f"compiling prefill of {batch} x {chunk} tokens for {mesh.size} x {target.name}")
-    tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    static: dict[str, Any] = {"config": config, "capacity": capacity, "dtype": dtype, "prompt_logprobs": None}
-    prefill_args = (params, None, tokens, tokens, tokens, lengths)
-    prefill = compile_for(target, prefill_chunk, prefill_args, mesh=mesh, kwargs=static)
-    with abstract_device(target):
-        logits, cache, _ = jax.eval_shape(partial(prefill_chunk, **static), *prefill_args)
-    # The cache stays where prefill has put it.
-    cache = jax.tree.map(_with_sharding, cache, prefill.compiled.output_shardings[1])
+    def compiled(program: Program) -> Compilation:
+        return compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
 
-    say(f"compiling a decode step of {batch} rows for {mesh.size} x {target.name}")
-    options, sampler = make_sampler([SamplingParams(seed=0)] * batch, [[]] * batch, config.vocab_size)
-    start = partial(first_token, options=options, room=capacity)
-    with abstract_device(target):
-        state, _ = jax.eval_shape(start, logits, cache, sampler, lengths, lengths)
-    state = _on(mesh, state, cache=cache)
-    decode = compile_for(
-        target,
-        decode_step,
-        (params, state),
-        mesh=mesh,
-        kwargs={"config": config, "options": options},
-        static_argnames=("config", "options"),
-        donate_argnames=("state",),
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state),
-    )
-    cache_bytes = sum(map(_shard_bytes, jax.tree.leaves(cache)))
-    phase = partial(_phase, config=config, mesh=mesh, dtype=dtype, target=target)
+    phase = partial(_phase, config=split, mesh=mesh, dtype=dtype, target=target)
+    say(f"compiling prefill of {rows} x {chunk} tokens for {mesh.size} x {target.name}")
+    prefill = compiled(prefill_program(config, mesh, batch=rows, capacity=capacity, chunk=chunk, dtype=dtype))
+    say(f"compiling a decode step of {rows} rows for {mesh.size} x {target.name}")
+    decode = compiled(decode_program(config, mesh, batch=rows, capacity=capacity, dtype=dtype))
+    cache = cache_read_bytes(split, dtype.itemsize, rows, capacity, mesh.shape)
     return ModelCompilation(
         target=target,
         mesh_shape=dict(mesh.shape) if mesh_shape else {},
         dtype=dtype.name,
-        batch=batch,
+        batch=rows,
         capacity=capacity,
         chunk=chunk,
-        fused=fused,
-        prefill=phase("prefill", batch * chunk, prefill, 0),
-        decode=phase("decode", batch, decode, cache_bytes),
+        prefill=phase("prefill", rows * chunk, prefill, 0),
+        decode=phase("decode", rows, decode, cache),
     )
-
-
-def _params(config: LlamaConfig, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> Params:
-    sharding = param_sharding(config, mesh)
-    return unflatten({s.name: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding(s)) for s in param_specs(config)})
-
-
-def _on(mesh: jax.sharding.Mesh, tree: Any, **parts: Any) -> Any:
-    """A tree of shapes, whole on every device; `parts` take the place of fields of it."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(lambda leaf: _with_sharding(leaf, whole), tree)
-    return dataclasses.replace(placed, **parts) if parts else placed
-
-
-def _with_sharding(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    assert leaf.sharding is not None
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _phase(
@@ -221,24 +172,14 @@ def _phase(
     dtype: jnp.dtype,
     target: Target,
 ) -> Phase:
-    sharding = param_sharding(config, mesh)
-    weights = sum(
-        math.prod(sharding(s).shard_shape(s.shape)) * share_used(s, config, tokens) for s in param_specs(config)
-    )
+    weights = matmul_params(config, local_rows(tokens, mesh.shape), mesh.shape)
     read_bytes = round(weights * dtype.itemsize) + cache_bytes
-    traffic = sum(collective.traffic for collective in compilation.collectives)
     return Phase(
         name,
         tokens,
         compilation,
         read_bytes,
-        compute_s=_seconds(compilation.flops, target.rates.of(dtype.name)),
-        memory_s=_seconds(read_bytes, target.bandwidth),
-        links_s=_seconds(traffic, target.links.ring_bandwidth(compilation.devices)),
+        compute_s=seconds(compilation.flops, target.rates.of(dtype.name)),
+        memory_s=seconds(read_bytes, target.bandwidth),
+        links_s=exchange_s(compilation.collectives, target),
     )
-
-
-def _seconds(amount: float | None, rate: float) -> float | None:
-    if amount == 0:
-        return 0.0
-    return amount / rate if amount and rate else None

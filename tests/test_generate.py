@@ -386,7 +386,7 @@ def test_growing_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.Mon
     monkeypatch.setattr(decode, "grow", counted)
     assert ids_of(batch_generate(model, None, prompts, params)[0]) == ids_of(whole[0])
     assert grown == []
-    monkeypatch.setattr(sys.modules[batch_generate.__module__], "FIRST_ROOM", 8)
+    monkeypatch.setattr(decode, "FIRST_ROOM", 8)
     outputs = batch_generate(model, None, prompts, params)
     assert len(grown) >= 2
     assert sorted(set(grown)) == grown

@@ -120,7 +120,6 @@ def _facts(model: str, result: ModelCompilation) -> dict[str, Any]:
         "batch": result.batch,
         "capacity": result.capacity,
         "prompt_chunk": result.chunk,
-        "fused": result.fused,
         "fits": result.fits,
         "needed_bytes": result.needed_bytes,
         "memory_bytes": target.memory,
@@ -160,8 +159,7 @@ def _report(model: str, result: ModelCompilation) -> str:
     memory = f"{size_text(result.needed_bytes)} of {size_text(target.memory)} on each device"
     lines = [
         f"{model} compiled for {devices} x {target.label or target.name} ({target.arch}), {mesh}; not run",
-        f"{result.dtype}, batch {result.batch}, cache of {result.capacity} tokens a row, "
-        f"{'fused' if result.fused else 'split'} parameters",
+        f"{result.dtype}, {result.batch} rows, cache of {result.capacity} tokens a row",
         f"fits: {memory}" if result.fits else f"DOES NOT FIT: needs {memory}",
     ]
     for phase in (result.prefill, result.decode):

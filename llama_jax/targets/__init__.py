@@ -11,6 +11,7 @@ Importing this package does not import jax.
 from __future__ import annotations
 
 from llama_jax.targets.compilation import Compilation, compile_for, device_mesh
+from llama_jax.targets.compiler.hlo import Collective
 from llama_jax.targets.detect import abstract_device, current, detected
 from llama_jax.targets.table import TARGETS, added_targets, find
 from llama_jax.targets.target import Cache, Links, Rates, Source, Target
@@ -18,6 +19,7 @@ from llama_jax.targets.target import Cache, Links, Rates, Source, Target
 __all__ = [
     "TARGETS",
     "Cache",
+    "Collective",
     "Compilation",
     "Links",
     "Rates",

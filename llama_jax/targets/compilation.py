@@ -195,7 +195,7 @@ def compile_for(
         )
     jitted = f if hasattr(f, "trace") else jax.jit(f, **jit_options)
     start = time.perf_counter()
-    with abstract_device(target):
+    with abstract_device(target, mesh):
         lowered = jitted.trace(*shaped, **keywords).lower(lowering_platforms=("rocm",))
     traced = time.perf_counter()
     # Kept out of the cache on disk: reading an entry needs a real device, and fails with a warning.

@@ -59,16 +59,25 @@ def current() -> Target:
 
 
 @contextmanager
-def abstract_device(target: Target) -> Iterator[None]:
+def abstract_device(target: Target, mesh: jax.sharding.Mesh | None = None) -> Iterator[None]:
     """Everything traced inside is traced for `target`, whatever device this process has: `current` gives it, and Pallas
-    lowers for it. Imports jax."""
+    lowers for it. Imports jax.
+
+    Args:
+      mesh: what `jax.sharding.get_abstract_mesh` gives inside, but for its device; an empty one by default.
+    """
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
     platform = "cpu" if target.vendor == "cpu" else "gpu"
     # Pallas takes the kind of an AMD device for its architecture.
     kind = target.arch if target.vendor == "amd" else target.label or target.arch
     device = AbstractDevice(device_kind=kind, num_cores=target.compute_units or None, platform=platform)
-    with _tracing_for()(target), use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    # One device is no mesh: its axes would only be in the way.
+    sizes, names, kinds = (
+        (mesh.axis_sizes, mesh.axis_names, mesh.axis_types) if mesh and mesh.size > 1 else ((), (), ())
+    )
+    in_use = AbstractMesh(sizes, names, axis_types=kinds, abstract_device=device)
+    with _tracing_for()(target), use_abstract_mesh(in_use):
         yield
 
 

@@ -69,6 +69,11 @@ class Links:
     bandwidth: float = 0
     topology: Topology = "none"
 
+    @property
+    def host_devices(self) -> int:
+        """Devices that reach one another so: of a full mesh as many as have links, else the eight of a common host."""
+        return self.count + 1 if self.topology == "full mesh" else 8
+
     def ring_bandwidth(self, devices: int) -> float:
         """Bytes a second that one of `devices` can send in a collective that uses all of its links to the others."""
         used = min(self.count, devices - 1) if self.topology == "full mesh" else self.count

@@ -1,0 +1,63 @@
+"""Which implementation of attention and of routed experts a program would hold, asked of the dispatch itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import LlamaConfig, MoeSpec
+from llama_jax.costs import local_heads
+from llama_jax.kernels.attention import Visibility, decode_attention, flash_attention
+from llama_jax.kernels.attention.decode import MAX_QUERIES
+from llama_jax.kernels.dispatch import choose
+from llama_jax.kernels.moe import grouped_experts
+from llama_jax.targets import Target
+
+
+@dataclass(frozen=True)
+class Backends:
+    """Names of backends; `moe` is "" for a model without experts."""
+
+    attention: str = "reference"
+    moe: str = "reference"
+
+
+def backends(
+    config: LlamaConfig, target: Target, sizes: Mapping[str, int], dtype: str, *, rows: int, tokens: int, capacity: int
+) -> Backends:
+    """What "auto" stands for on one device of a target, for `tokens` tokens in each of `rows` rows.
+
+    Args:
+      config: as `sharding.split_config` gives it for the mesh of these sizes.
+    """
+
+    def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    heads, kv_heads = local_heads(config, sizes)
+    slots = array(rows, kv_heads, capacity, config.head_dim)
+    attention = choose(
+        decode_attention if tokens <= MAX_QUERIES else flash_attention,
+        target,
+        "auto",
+        array(rows, tokens, heads, config.head_dim),
+        slots,
+        slots,
+        array(rows, tokens, dtype="int32"),
+        array(rows, capacity, dtype="int32"),
+        Visibility(),
+        scale=config.head_dim**-0.5,
+    ).backend
+    moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
+    if moe is None:
+        return Backends(attention, "")
+    up = array(moe.num_experts, moe.intermediate_size, config.hidden_size)
+    down = array(moe.num_experts, config.hidden_size, moe.intermediate_size)
+    x, ids = array(rows * tokens, config.hidden_size), array(rows * tokens, moe.top_k, dtype="int32")
+    scale = array(rows * tokens, moe.top_k, dtype="float32")
+    scales = {"input_scale": scale} if moe.router == "sigmoid" else {"output_scale": scale}
+    experts = choose(grouped_experts, target, "auto", x, ids, up, up, down, activation=jax.nn.silu, **scales)
+    return Backends(attention, experts.backend)

@@ -1,0 +1,220 @@
+"""Bytes of one device: what the programs take and give, and what they need besides while they run.
+
+Arguments and results follow from the table of parameters, the rules of sharding and the cache's layout, to the byte but
+for a few scalars. Temporary memory is what XLA's buffer assignment comes to (jaxlib 0.11.2, looked up for the shapes in
+`tests/test_plan.py`): at any moment one block runs, so it is the largest of a block's intermediate results, and
+activations that live across them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
+from llama_jax.costs import local_heads, local_size
+from llama_jax.fuse import JOINED
+from llama_jax.params import param_specs
+from llama_jax.plan.backends import Backends
+from llama_jax.plan.workload import Calls
+from llama_jax.sharding import RULES, split_config
+from llama_jax.targets import Target
+
+_STATE_ROW = 74
+"""Bytes of a row in the state of decoding besides cache, positions and output: last token, flags, limits, sampling."""
+
+_STATE_SCALARS = 12
+
+PAGE_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of one program on one device, under the names of XLA's memory analysis.
+
+    Attributes:
+      aliased: of the outputs, those that take the place of donated arguments.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporary
+
+
+@dataclass(frozen=True)
+class Place:
+    """One device of a mesh, and what it holds of a model.
+
+    Attributes:
+      model: as it is read.
+      sizes: of the mesh's axes, by name.
+      itemsize: bytes of a number of weights, activations and cache.
+    """
+
+    model: LlamaConfig
+    target: Target
+    sizes: Mapping[str, int]
+    itemsize: int
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        """The model as it is computed on the mesh: with key/value heads repeated where there are too few."""
+        return split_config(self.model, self.sizes)
+
+    def split(self, axis: str, size: int) -> int:
+        """How much of a dimension one device has."""
+        ways = self.sizes.get(RULES[axis], 1)
+        return size if size % ways else size // ways
+
+    @cached_property
+    def weights(self) -> int:
+        """Parameters, in the layout of `fuse`, which has as many numbers as the canonical one."""
+        return self.itemsize * sum(local_size(spec, self.config, self.sizes) for spec in param_specs(self.config))
+
+    @cached_property
+    def loading(self) -> int:
+        """Peak while the weights are read, with key/value heads that do not divide whole on each device, and while one
+        layer's joint projections are made of parts that are still there."""
+        read = self.itemsize * sum(local_size(spec, self.model, self.sizes) for spec in param_specs(self.model))
+        joint: Counter[str] = Counter()
+        for spec in param_specs(self.config):
+            if spec.path[-2] in JOINED and "experts" not in spec.path:
+                joint[spec.path[1]] += local_size(spec, self.config, self.sizes)
+        return max(read, self.weights) + self.itemsize * max(joint.values())
+
+    def cache(self, rows: int, slots: int) -> int:
+        """Keys and values of all layers. A layer with a window keeps as many as the others."""
+        heads = local_heads(self.config, self.sizes)[1]
+        return 2 * self.config.num_layers * rows * slots * heads * self.config.head_dim * self.itemsize
+
+    def paged_cache(self, rows: int, tokens: int, page_size: int = PAGE_SIZE) -> int:
+        """As `cache`, of as many pages as the tokens need; with the page table and the positions."""
+        pages = -(-tokens // page_size)
+        return self.cache(rows, pages * page_size) + 4 * rows * pages * (1 + page_size)
+
+    def prefill(self, rows: int, tokens: int, capacity: int, backends: Backends) -> Bytes:
+        """The first chunk of the prompts into a new cache; in later ones the cache is donated."""
+        tables = 4 * rows * (capacity + 1)
+        logits = 4 * rows * self.split("vocab", self.config.vocab_size)
+        return Bytes(
+            arguments=self.weights + 8 * rows * tokens + 4 * rows,
+            outputs=logits + self.cache(rows, capacity) + tables,
+            aliased=0,
+            temporary=self.temporary(rows, tokens, capacity, backends),
+        )
+
+    def decode(self, rows: int, capacity: int, backends: Backends) -> Bytes:
+        """One step, with all of its state donated."""
+        state = self.state(rows, capacity)
+        return Bytes(self.weights + state, state, state, self.temporary(rows, 1, capacity, backends))
+
+    def state(self, rows: int, capacity: int) -> int:
+        """Cache, the positions in it, output (of at most as many tokens), and the numbers of each row."""
+        return self.cache(rows, capacity) + rows * (8 * capacity + _STATE_ROW) + _STATE_SCALARS
+
+    def temporary(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
+        """Of a call with `tokens` tokens in each of `rows` rows, over a cache of `capacity` slots."""
+        on_cpu = self.target.vendor == "cpu"
+        stream = rows * tokens * self.config.hidden_size
+        # The residual and what is added to it; on GPUs also the residual in float32, before and after a norm.
+        live = 2 * stream * self.itemsize + (0 if on_cpu else 8 * stream)
+        blocks = [self._attention(rows, tokens, capacity, backends)]
+        blocks += [self._mlp(layer, rows * tokens, backends) for layer in set(self.config.layers)]
+        logits = 4 * rows * self.split("vocab", self.config.vocab_size)
+        return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
+
+    def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
+        """The reference has logits in float32 and weights in the compute dtype at once; kernels keep tiles of them on
+        the chip."""
+        if backends.attention != "reference":
+            return 0
+        heads = local_heads(self.config, self.sizes)[0]
+        return (4 + self.itemsize) * rows * heads * tokens * capacity
+
+    def _mlp(self, layer: LayerSpec, tokens: int, backends: Backends) -> int:
+        """gate, up, and their product; of routed experts, for each of a token's experts, with what they are made of."""
+        if not isinstance(layer.mlp, MoeSpec):
+            return 3 * tokens * self.split("mlp", layer.mlp) * self.itemsize
+        moe = layer.mlp
+        rows = tokens * moe.top_k * self.split("mlp", moe.intermediate_size) * self.itemsize
+        if backends.moe != "reference":
+            return 3 * rows
+        # On GPUs the ragged product of the reference first transposes the experts of a layer.
+        copies = 0 if self.target.vendor == "cpu" else self._expert_copies([layer])
+        return 4 * rows + copies
+
+    def _expert_copies(self, layers: Iterable[LayerSpec]) -> int:
+        """Every routed expert of these layers. XLA's CPU compiler transposes those of all layers before the first
+        runs."""
+        total = 0
+        for layer in layers:
+            if isinstance(layer.mlp, MoeSpec):
+                width = self.split("mlp", layer.mlp.intermediate_size)
+                total += 3 * layer.mlp.num_experts * width * self.config.hidden_size * self.itemsize
+        return total
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of one device for a workload.
+
+    Attributes:
+      weights, cache: of all layers; the cache at its last capacity.
+      paged_cache: what the cache would take in pages.
+      loading: peak while weights are loaded and joined: one layer exists twice.
+      prefill, decode: of the programs.
+      growing: peak while the cache grows: the old one and the new one; 0 where it need not.
+    """
+
+    weights: int
+    cache: int
+    paged_cache: int
+    loading: int
+    prefill: Bytes
+    decode: Bytes
+    growing: int
+
+    @property
+    def peak(self) -> int:
+        """Of the phase that needs most."""
+        return max(self.phases.values())
+
+    @property
+    def phases(self) -> Mapping[str, int]:
+        """The peak of each phase, in order."""
+        return {
+            "loading": self.loading,
+            "prefill": self.prefill.total,
+            "growing": self.growing,
+            "decode": self.decode.total,
+        }
+
+
+def needs(place: Place, shapes: Calls, context: int, prefill: Backends, decode: Backends) -> Needs:
+    """What a workload takes on one device.
+
+    Args:
+      shapes: from `plan.workload.calls`.
+      context: tokens of each row.
+      prefill, decode: what the two programs compute with.
+    """
+    rows, first, last = shapes.rows, shapes.capacities[0], shapes.capacities[-1]
+    growing = 0
+    if len(shapes.capacities) > 1:
+        growing = place.weights + place.state(rows, shapes.capacities[-2]) + place.state(rows, last)
+    return Needs(
+        weights=place.weights,
+        cache=place.cache(rows, last),
+        paged_cache=place.paged_cache(rows, context),
+        loading=place.loading,
+        prefill=place.prefill(rows, shapes.chunk, first, prefill),
+        decode=place.decode(rows, last, decode),
+        growing=growing,
+    )

@@ -1,0 +1,138 @@
+"""The least time of prefill and of a decode step: peak rates of the data sheet, and nothing else.
+
+What a program reads, computes and sends is counted from shapes (`costs`); a device reads and computes at the same time,
+but the sums over devices have to be there before the next product starts ("Roofline", doi:10.1145/1498765.1498785). So
+these are predictions that nothing can beat: launches, latencies and everything below the peak come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llama_jax.config import LlamaConfig, MoeSpec
+from llama_jax.costs import (
+    exchange_s,
+    local_heads,
+    local_rows,
+    matmul_params,
+    prefill_flops,
+    seconds,
+    step_bytes,
+    step_flops,
+)
+from llama_jax.plan.workload import Workload
+from llama_jax.sharding import RULES
+from llama_jax.targets import Collective, Target
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time of one run on the device that has most to do.
+
+    Attributes:
+      read_bytes: weights that the tokens use, and keys and values that they see.
+      flops: multiplications and additions.
+      collectives: what devices exchange.
+      memory_s, compute_s, links_s: seconds for each at the target's peak rates; None where the rate is not known.
+    """
+
+    read_bytes: int
+    flops: float
+    collectives: tuple[Collective, ...]
+    memory_s: float | None
+    compute_s: float | None
+    links_s: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Reading and arithmetic overlap, exchange does not."""
+        if self.memory_s is None or self.compute_s is None or self.links_s is None:
+            return None
+        return max(self.memory_s, self.compute_s) + self.links_s
+
+    @property
+    def bound(self) -> str | None:
+        """Which of the three takes longest: "memory", "arithmetic" or "links"."""
+        times = {"memory": self.memory_s, "arithmetic": self.compute_s, "links": self.links_s}
+        known = {name: time for name, time in times.items() if time is not None}
+        return max(known, key=lambda name: known[name]) if len(known) == len(times) else None
+
+
+def decode_floor(
+    config: LlamaConfig, target: Target, sizes: Mapping[str, int], workload: Workload, *, latency_s: float = 0.0
+) -> Floor:
+    """Of a decode step when every text has reached the whole context.
+
+    Args:
+      config: as `sharding.split_config` gives it for the mesh.
+      latency_s: seconds of each collective besides what its bytes take.
+    """
+    w = workload
+    return _floor(
+        target,
+        w.dtype,
+        step_bytes(config, w.itemsize, w.batch, w.context, sizes),
+        step_flops(config, w.batch, w.context, sizes),
+        collectives(config, sizes, rows=local_rows(w.batch, sizes), tokens=1, itemsize=w.itemsize, greedy=True),
+        latency_s,
+    )
+
+
+def prefill_floor(
+    config: LlamaConfig, target: Target, sizes: Mapping[str, int], workload: Workload, *, latency_s: float = 0.0
+) -> Floor:
+    """Of all prompts at once: weights are read once, keys and values written.
+
+    Args: as `decode_floor`.
+    """
+    w = workload
+    rows = local_rows(w.batch, sizes)
+    cache = 2 * config.num_layers * rows * w.prompt * local_heads(config, sizes)[1] * config.head_dim
+    return _floor(
+        target,
+        w.dtype,
+        round((matmul_params(config, rows * w.prompt, sizes) + cache) * w.itemsize),
+        prefill_flops(config, w.batch, w.prompt, sizes),
+        collectives(config, sizes, rows=rows, tokens=w.prompt, itemsize=w.itemsize),
+        latency_s,
+    )
+
+
+def _floor(
+    target: Target, dtype: str, read: int, flops: float, exchanged: tuple[Collective, ...], latency_s: float
+) -> Floor:
+    return Floor(
+        read,
+        flops,
+        exchanged,
+        memory_s=seconds(read, target.bandwidth),
+        compute_s=seconds(flops, target.rates.of(dtype)),
+        links_s=exchange_s(exchanged, target, latency_s=latency_s),
+    )
+
+
+def collectives(
+    config: LlamaConfig, sizes: Mapping[str, int], *, rows: int, tokens: int, itemsize: int, greedy: bool = False
+) -> tuple[Collective, ...]:
+    """What the rules of sharding make devices exchange: after each block that is split over "tensor" one sum of its
+    output, one for the embedding, and with `greedy` sampling the best token of each device's part of the vocabulary.
+
+    Args:
+      rows, tokens: of one device, and of each row.
+    """
+    ways = sizes.get(RULES["mlp"], 1)
+    if ways == 1:
+        return ()
+    sums = int(config.vocab_size % ways == 0)
+    for layer in config.layers:
+        if isinstance(layer.mlp, MoeSpec):
+            widths = {layer.mlp.intermediate_size, layer.mlp.shared_intermediate_size} - {0}
+        else:
+            widths = {layer.mlp}
+        # Of experts of which some are split and others not, only the former need a sum.
+        sums += (config.num_kv_heads % ways == 0) + any(width % ways == 0 for width in widths)
+    found = [Collective("all-reduce", ways, sums, rows * tokens * config.hidden_size * itemsize)] if sums else []
+    if greedy and config.vocab_size % ways == 0:
+        found.append(Collective("all-gather", ways, 1, 8 * rows * ways))
+    return tuple(found)

@@ -1,0 +1,209 @@
+"""Plans: one for a mesh, the largest batch and context that fit it, and the smallest mesh that a workload fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import RequestError
+from llama_jax.plan.backends import Backends, backends
+from llama_jax.plan.memory import Needs, Place, needs
+from llama_jax.plan.roofline import Floor, decode_floor, prefill_floor
+from llama_jax.plan.workload import Calls, Workload, calls
+from llama_jax.sharding import check
+from llama_jax.targets import Target
+
+MEMORY_FRACTION = 0.75
+"""What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+(https://docs.jax.dev/en/latest/gpu_memory_allocation.html). Code, the libraries' own buffers and the display have the
+rest."""
+
+_MOST_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a workload comes to on a mesh of devices.
+
+    Attributes:
+      sizes: of the mesh's axes by name; empty for one device.
+      shapes: of the programs.
+      prefill_backends, decode_backends: that attention and experts would run with.
+      needs: bytes of each device.
+      usable: bytes of a device that jax may use; None where the table has no memory for the target.
+      largest_batch, largest_context: the most rows with this context, and tokens with this batch, that fit: 0 where not
+        even one row, or the prompt with one token more, fits. None where memory is unknown.
+      prefill, decode: the least times of all prompts, and of a step at the whole context.
+    """
+
+    target: Target
+    sizes: Mapping[str, int]
+    workload: Workload
+    shapes: Calls
+    prefill_backends: Backends
+    decode_backends: Backends
+    needs: Needs
+    usable: int | None
+    largest_batch: int | None
+    largest_context: int | None
+    prefill: Floor
+    decode: Floor
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.sizes.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """None where memory is unknown."""
+        return None if self.usable is None else self.needs.peak <= self.usable
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Predicted best of all rows together."""
+        return None if self.decode.seconds is None else self.workload.batch / self.decode.seconds
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Predicted best time until every row has its first token."""
+        return self.prefill.seconds
+
+
+def make_plan(
+    config: LlamaConfig,
+    target: Target,
+    sizes: Mapping[str, int] | None = None,
+    workload: Workload | None = None,
+    *,
+    memory_fraction: float = MEMORY_FRACTION,
+    latency_s: float = 0.0,
+) -> Plan:
+    """The plan of a workload.
+
+    Args:
+      sizes: of the mesh's axes "data" and "tensor"; one device by default.
+      workload: by default one row of 4096 tokens, or as many as the model can take.
+      memory_fraction: of each device's memory that jax may use.
+      latency_s: seconds that each collective takes besides what its bytes take, if they have been measured.
+
+    Raises:
+      RequestError: the workload does not go with the model, or nothing of the model divides by "tensor".
+    """
+    sizes = dict(sizes or {})
+    workload = workload or Workload(context=min(4096, config.context_length), prompt=min(512, config.context_length))
+    workload.check(config)
+    check(config, sizes)
+    if target.vendor == "cpu" and workload.dtype != "float32":
+        raise RequestError(
+            f"plans for a CPU are for float32, not {workload.dtype}, of which XLA makes float32 copies there",
+            param="dtype",
+            hint="choose float32, or a GPU as the target",
+        )
+    if not 0 < memory_fraction <= 1:
+        raise RequestError(
+            f"a fraction of {memory_fraction} of the memory is not between 0 and 1",
+            param="memory_fraction",
+            hint=f"jax's own default is {MEMORY_FRACTION}",
+        )
+    place = Place(config, target, sizes, workload.itemsize)
+    usable = int(target.memory * memory_fraction) if target.memory else None
+    shapes, *chosen = _programs(place, workload)
+
+    def fits(other: Workload) -> bool:
+        return _needs(place, other).peak <= (usable or 0)
+
+    largest_batch = largest_context = None
+    if usable is not None:
+        largest_batch = _largest_batch(lambda n: fits(replace(workload, batch=n)))
+        largest_context = _largest(workload.prompt, config.context_length, lambda n: fits(replace(workload, context=n)))
+    return Plan(
+        target=target,
+        sizes=sizes,
+        workload=workload,
+        shapes=shapes,
+        prefill_backends=chosen[0],
+        decode_backends=chosen[1],
+        needs=_needs(place, workload),
+        usable=usable,
+        largest_batch=largest_batch,
+        largest_context=largest_context,
+        prefill=prefill_floor(place.config, target, sizes, workload, latency_s=latency_s),
+        decode=decode_floor(place.config, target, sizes, workload, latency_s=latency_s),
+    )
+
+
+def smallest_mesh(
+    config: LlamaConfig,
+    target: Target,
+    workload: Workload,
+    *,
+    devices: int | None = None,
+    memory_fraction: float = MEMORY_FRACTION,
+) -> dict[str, int]:
+    """The smallest "tensor" with which a workload fits, or the largest that is possible if it fits none.
+
+    Args:
+      devices: how many there are; those that "tensor" leaves share the batch as "data". By default as few as it takes.
+
+    Raises:
+      RequestError: see `make_plan`.
+    """
+    most = target.links.host_devices
+    possible = [n for n in range(1, most + 1) if (devices % n if devices else n & (n - 1)) == 0]
+    chosen = {}
+    for ways in possible:
+        sizes = {"data": devices // ways} if devices and devices > ways else {}
+        sizes |= {"tensor": ways} if ways > 1 else {}
+        try:
+            check(config, sizes)
+        except RequestError:
+            continue
+        chosen = sizes
+        peak = _needs(Place(config, target, sizes, workload.itemsize), workload).peak
+        if not target.memory or peak <= target.memory * memory_fraction:
+            break
+    return chosen
+
+
+def _programs(place: Place, workload: Workload) -> tuple[Calls, Backends, Backends]:
+    """The shapes of prefill and decode, and what each computes with."""
+    shapes = calls(place.config, place.sizes, workload)
+
+    def chosen(tokens: int, capacity: int) -> Backends:
+        return backends(
+            place.config,
+            place.target,
+            place.sizes,
+            workload.dtype,
+            rows=shapes.rows,
+            tokens=tokens,
+            capacity=capacity,
+        )
+
+    return shapes, chosen(shapes.chunk, shapes.capacities[0]), chosen(1, shapes.capacities[-1])
+
+
+def _needs(place: Place, workload: Workload) -> Needs:
+    shapes, prefill, decode = _programs(place, workload)
+    return needs(place, shapes, workload.context, prefill, decode)
+
+
+def _largest_batch(fits: Callable[[int], bool]) -> int:
+    """Batches are filled up to powers of two, so no others need to be tried."""
+    rows = 0
+    while rows < _MOST_ROWS and fits(2 * rows or 1):
+        rows = 2 * rows or 1
+    return rows
+
+
+def _largest(least: int, most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from `least` to `most` that fits, where a larger one never fits if a smaller one does not; 0
+    if none does."""
+    if not fits(least):
+        return 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least

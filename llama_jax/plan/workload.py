@@ -1,0 +1,92 @@
+"""What is asked of a model, and the shapes of the programs that `generate` runs for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from llama_jax.config import LlamaConfig
+from llama_jax.costs import local_rows
+from llama_jax.decode import batch_bucket, capacities, chunk_length, prompt_bucket
+from llama_jax.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch of texts of equal length.
+
+    Attributes:
+      batch: texts at a time, over all devices.
+      context: tokens of each, prompt and answer together.
+      prompt: tokens of each prompt.
+      dtype: of weights, activations and cache.
+    """
+
+    batch: int = 1
+    context: int = 4096
+    prompt: int = 512
+    dtype: str = "bfloat16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return jnp.dtype(self.dtype).itemsize
+
+    def check(self, config: LlamaConfig) -> None:
+        """Raises RequestError for sizes that are not positive, or do not go together."""
+        for name in ("batch", "context", "prompt"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be positive, got {getattr(self, name)}", param=name, hint="1 or more")
+        if self.context > config.context_length:
+            raise RequestError(
+                f"a context of {self.context} tokens is longer than the model's, {config.context_length}",
+                param="context",
+                hint=f"choose at most {config.context_length}",
+            )
+        if self.prompt > self.context:
+            raise RequestError(
+                f"a prompt of {self.prompt} tokens does not fit a context of {self.context}",
+                param="prompt",
+                hint="choose a shorter prompt or a longer context",
+            )
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The programs' shapes, on one device.
+
+    Attributes:
+      rows: of the batch, filled up.
+      chunk: prompt tokens of one call of prefill; `padded`: of the prompt, a multiple of it.
+      capacities: slots of a row's cache, from prefill to the last token: it grows when it is full.
+    """
+
+    rows: int
+    chunk: int
+    padded: int
+    capacities: tuple[int, ...]
+
+
+def calls(config: LlamaConfig, sizes: Mapping[str, int], workload: Workload) -> Calls:
+    """What `generate` calls on a mesh of these sizes.
+
+    Args:
+      config: as `sharding.split_config` gives it for that mesh.
+    """
+    with assumed(sizes):
+        rows = batch_bucket(workload.batch)
+        padded = prompt_bucket(workload.prompt)
+        slots = capacities(padded, max(workload.context - workload.prompt, 1))
+        chunk = chunk_length(config, rows, padded, slots[0])
+    return Calls(local_rows(rows, sizes), chunk, padded, slots)
+
+
+def assumed(sizes: Mapping[str, int]) -> AbstractContextManager[object]:
+    """Shapes inside are those on a mesh of these sizes, whose devices need not exist."""
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.sharding.use_abstract_mesh(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds))
