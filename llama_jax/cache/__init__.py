@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.typing import DTypeLike
 
-from llama_jax.cache.dense import DenseCache
+from llama_jax.cache.dense import DENSE_AXES, DenseCache
 from llama_jax.cache.paged import DEFAULT_PAGE_SIZE, PAGE_SIZES, PagedCache, check_page_size
 from llama_jax.cache.pool import PagePool
 from llama_jax.cache.protocol import KVCache, LayerCache
@@ -12,6 +12,7 @@ from llama_jax.config import LlamaConfig
 
 __all__ = [
     "DEFAULT_PAGE_SIZE",
+    "DENSE_AXES",
     "PAGE_SIZES",
     "Cache",
     "DenseCache",
