@@ -62,7 +62,13 @@ def prefill_program(
     tokens = _array((batch, chunk), jnp.int32, ("batch",), mesh)
     lengths = _array((batch,), jnp.int32, ("batch",), mesh)
     args = (fused_parameters(config, mesh, dtype), None, tokens, tokens, tokens, lengths)
-    static = {"config": config, "capacity": capacity, "dtype": jnp.dtype(dtype), "prompt_logprobs": None}
+    static = {
+        "config": config,
+        "capacity": capacity,
+        "dtype": jnp.dtype(dtype),
+        "prompt_logprobs": None,
+        "page_size": None,
+    }
     return Program("prefill", prefill_chunk, args, static)
 
 
