@@ -75,6 +75,25 @@ def lora(x: jax.Array, adapter: Params | None) -> jax.Array | float:
     return matmul(matmul(x, adapter["a"].astype(x.dtype)), adapter["b"].astype(x.dtype)) * adapter["scale"]
 
 
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows `tokens` int32 [batch, len] of `table` [vocab, hidden].
+
+    Where the vocabulary is split, each device looks up what it has and the results are added up: for a single token XLA
+    would rather send the whole table to all devices.
+    """
+    axis = split_over("vocab", table.shape[0])
+    if axis is None:
+        return table[tokens]
+
+    def own(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        row = tokens - jax.lax.axis_index(axis) * table.shape[0]
+        here = (row >= 0) & (row < table.shape[0])
+        return jnp.where(here[..., None], table[jnp.where(here, row, 0)], 0)
+
+    arguments = {"table": table, "tokens": tokens}
+    return local(own, arguments, {"table": ("vocab",), "tokens": ("batch",)}, ("batch",), summed="vocab")
+
+
 def linear(x: jax.Array, leaf: Params, adapter: Params | None = None, *, split_in: bool = False) -> jax.Array:
     """Every projection of the model: x [..., in] -> [..., out].
 

@@ -13,7 +13,7 @@ from llama_jax.cache import KVCache, LayerCache
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, attention
-from llama_jax.layers import linear, mlp, moe, position_queries_and_keys, product, project_qkv, rms_norm
+from llama_jax.layers import linear, lookup, mlp, moe, position_queries_and_keys, product, project_qkv, rms_norm
 from llama_jax.params import Params, flatten, projection_names
 from llama_jax.rope import rope_angles
 from llama_jax.sharding import constrain
@@ -145,7 +145,7 @@ def _embed(params: Params, tokens: jax.Array | None, inputs_embeds: jax.Array | 
         raise RequestError("give either tokens or inputs_embeds", param="tokens", hint="pass None for the other one")
     if inputs_embeds is not None:
         return constrain(inputs_embeds.astype(weight.dtype), ACTIVATION_AXES)
-    return constrain(weight[tokens], ACTIVATION_AXES)
+    return constrain(lookup(weight, tokens), ACTIVATION_AXES)
 
 
 def _positions(x: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Any) -> jax.Array:

@@ -364,11 +364,11 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("step", ["decode", "prefill"])
+@pytest.mark.parametrize(("step", "batch"), [("decode", 1), ("decode", 8), ("prefill", 8)])
 @pytest.mark.parametrize(("name", "layers"), MODELS)
-def test_two_sums_a_layer_and_nothing_else(name: str, layers: int | None, step: str) -> None:
+def test_two_sums_a_layer_and_nothing_else(name: str, layers: int | None, step: str, batch: int) -> None:
     """Beside them one of the embedding, and of the greedy sampler one number and one index a row from each device."""
-    mesh, batch = sharding.make_mesh(tensor=8), 8
+    mesh = sharding.make_mesh(tensor=8)
     config = preset(name)
     n = config.num_layers if layers is None else layers
     hlo = compiled(name, layers, mesh, step, SamplingParams(temperature=0.0), batch)
