@@ -338,7 +338,7 @@ def test_cases() -> None:
         assert pallas.unsupported(find("mi300x"), *arguments, **case.options()) is None
         out = jax.eval_shape(lambda structs, case=case: attention_reference(**structs, **case.options()), structs)
         assert out.shape == structs["q"].shape
-    window = next(case for case in CASES if case.name == "mistral-7b")
+    window = next(case for case in CASES if case.name == "llama-3.1-8b-window-4096")
     assert window.bytes() == 2 * 8 * 4096 * 8 * 128 * 2
     long = next(case for case in MEASURED if case.name == "llama-3.1-8b-b1-s131072")
     assert long.bytes() == 2 * 131072 * 8 * 128 * 2
