@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from llama_jax.kernels.precision import matmul_precision
+from llama_jax.targets import Target
 
 MAX_ELEMENTS = 2**31 - 1
 """The most elements of an array that a kernel addresses: Pallas-Triton computes offsets in 32 bits."""
@@ -48,31 +50,53 @@ def launch(
     return pl.pallas_call(kernel, grid=grid, out_shape=out, compiler_params=params, interpret=interpret)(*args)
 
 
-def _address(ref: Any, index: Index, width: int, valid: jax.Array | None) -> tuple[Any, jax.Array | None]:
-    columns = jnp.arange(width, dtype=jnp.int32)[None, :]
+def _address(ref: Any, index: Index, first: int, width: int, valid: jax.Array | None) -> tuple[Any, Any]:
+    columns = first + jnp.arange(width, dtype=jnp.int32)[None, :]
     where = tuple(i[:, None] if isinstance(i, jax.Array) and i.ndim else i for i in index)
     mask = None if valid is None else valid[:, None]
-    if width != ref.shape[-1]:
+    if first + width > ref.shape[-1]:
         inside = columns < ref.shape[-1]
         mask = inside if mask is None else mask & inside
     return ref.at[(*where, columns)], mask
 
 
-def load_tile(ref: Any, index: Index, width: int, valid: jax.Array | None = None) -> jax.Array:
-    """[rows, width] of ref[*index, :]: zeros in columns that `ref` does not have, and in rows that are not valid."""
-    at, mask = _address(ref, index, width, valid)
+def load_row(ref: Any, index: Index, valid: jax.Array | None, other: float) -> jax.Array:
+    """[n] of ref[index], where one of `index` is a vector [n]; `other` where not valid (None: all are)."""
+    return plgpu.load(ref.at[index], mask=valid, other=None if valid is None else other)
+
+
+def load_tile(ref: Any, index: Index, width: int, valid: jax.Array | None = None, *, first: int = 0) -> jax.Array:
+    """[rows, width] of ref[*index, first:]: zeros in columns that `ref` lacks, and in rows that are not valid."""
+    at, mask = _address(ref, index, first, width, valid)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0)
 
 
 def store_tile(ref: Any, index: Index, tile: jax.Array, valid: jax.Array | None = None) -> None:
     """Writes what `load_tile` would read, in ref's dtype: the valid rows, and the columns that `ref` has."""
-    at, mask = _address(ref, index, tile.shape[1], valid)
+    at, mask = _address(ref, index, 0, tile.shape[1], valid)
     plgpu.store(at, tile.astype(ref.dtype), mask=mask)
+
+
+def rounds_to_bfloat16(target: Target) -> bool:
+    """Whether one instruction rounds float32 to bfloat16 there. CDNA 3 and older, and RDNA, take five."""
+    return target.vendor == "nvidia" or target.arch == "gfx950"
+
+
+def narrow(x: jax.Array, dtype: DTypeLike, *, by_hand: bool) -> jax.Array:
+    """float32 `x` in a narrower dtype.
+
+    Args:
+      by_hand: to bfloat16 in two integer operations, ties away from zero: half a loop's conversions on targets where
+        `rounds_to_bfloat16` is false. Infinities stay what they are; of NaN only those with all bits set do not.
+    """
+    if not by_hand or jnp.dtype(dtype) != jnp.bfloat16:
+        return x.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) + 0x8000
+    upper = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)).astype(jnp.int16)
+    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
 
 
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
     """float32 product of two tiles of one dtype, by the matrix units."""
     contract = (((1,), (1 if transpose_b else 0,)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, contract, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, contract, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)

@@ -108,7 +108,7 @@ CASES = (
     Case("llama-3.1-8b-f16", 8, 1, 4096, 32, 8, 128, dtype="float16", page_size=64),
     Case("llama-3.1-8b-f32", 2, 1, 1024, 32, 8, 128, dtype="float32"),
     Case("llama-3.1-70b-one-of-8", 8, 1, 4096, 8, 1, 128, page_size=256),
-    Case("llama-4-scout", 1, 1, 16384, 40, 8, 128, visibility=Visibility("chunked", 8192), page_size=32),
+    Case("heads-40-8-chunked-8192", 1, 1, 16384, 40, 8, 128, visibility=Visibility("chunked", 8192), page_size=32),
     Case("llama-3.1-8b-window-4096", 8, 1, 8192, 32, 8, 128, visibility=Visibility("sliding", 4096)),
     Case("heads-9-3", 8, 1, 2048, 9, 3, 64),
     Case("phi-2-heads", 8, 1, 2048, 32, 32, 80),
