@@ -150,7 +150,8 @@ def compile_model(
     say(f"compiling prefill of {batch} x {chunk} tokens for {mesh.size} x {target.name}")
     tokens = jax.ShapeDtypeStruct((batch, chunk), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    static: dict[str, Any] = {"config": config, "capacity": capacity, "dtype": dtype, "prompt_logprobs": None}
+    static: dict[str, Any] = {"config": config, "capacity": capacity, "dtype": dtype}
+    static |= {"page_size": None, "prompt_logprobs": None}
     prefill_args = (params, None, tokens, tokens, tokens, lengths)
     prefill = compile_for(target, prefill_chunk, prefill_args, mesh=mesh, kwargs=static)
     with abstract_device(target):
