@@ -14,7 +14,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from click.testing import CliRunner
 
+from llama_jax.cli import cli
 from llama_jax.errors import KernelError, RequestError
 from llama_jax.kernels import dispatch, plan
 from llama_jax.kernels.dispatch import operation as operations
@@ -428,3 +430,30 @@ def test_public_names() -> None:
     assert {"Backend", "Operation", "using"} <= set(dispatch.__all__)
     with pytest.raises(RequestError, match="no operation 'rope'"):
         operation("rope")
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench"])
+def test_wrong_names_are_found_before_a_model_is_loaded(command: str) -> None:
+    done = CliRunner().invoke(cli, [command, "--kernels", "moe:fast", "--model", "no-such-model"])
+    assert done.exit_code == RequestError.exit_code
+    assert "'moe:fast' is not of the form operation=backend" in done.stderr
+
+
+def test_bench_says_what_ran(tmp_path: Path) -> None:
+    from tiny_chat_model import write_chat_model
+
+    from llama_jax.convert import convert
+
+    model = convert(write_chat_model(tmp_path / "hf"), tmp_path / "tiny")
+    args = ["bench", "-m", str(model), "--batch", "1", "--prompt", "16", "--new", "2", "--repeats", "1", "--json"]
+    env = os.environ | {"LLAMA_JAX_CACHE": str(tmp_path)}
+    command = [sys.executable, "-m", "llama_jax.cli", *args, "--kernels", "flash_attention=reference"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    kernels = {kernel["operation"]: kernel for kernel in json.loads(done.stdout)["kernels"]}
+    assert kernels["flash_attention"]["reason"] == "named by LLAMA_JAX_KERNELS"
+    assert kernels["decode_attention"]["reason"] == "Pallas kernels do not compile for a CPU"
+    assert {kernel["backend"] for kernel in kernels.values()} == {"reference"}
+    assert all(kernel["traced"] > 0 and kernel["target"] == "cpu" for kernel in kernels.values())
