@@ -143,7 +143,8 @@ def _embed(params: Params, tokens: jax.Array | None, inputs_embeds: jax.Array | 
     weight = params["embed"]["weight"]
     if (tokens is None) == (inputs_embeds is None):
         raise RequestError("give either tokens or inputs_embeds", param="tokens", hint="pass None for the other one")
-    if inputs_embeds is not None:
+    if tokens is None:
+        assert inputs_embeds is not None
         return constrain(inputs_embeds.astype(weight.dtype), ACTIVATION_AXES)
     return constrain(lookup(weight, tokens), ACTIVATION_AXES)
 
