@@ -16,7 +16,7 @@ from llama_jax.errors import KernelError
 from llama_jax.kernels.attention import Visibility, attention, attention_reference, decode_attention, visible
 from llama_jax.kernels.attention.decode import plan
 from llama_jax.kernels.attention.decode.shapes import CASES, MEASURED, Case
-from llama_jax.kernels.attention.decode.tiles import Tiles, default_tiles, padded_rows
+from llama_jax.kernels.attention.decode.tiles import Tiles, candidates, default_tiles, padded_rows
 from llama_jax.targets import TARGETS, find
 
 # The GPU runs the compiled kernels, the CPU the same ones interpreted.
@@ -176,6 +176,19 @@ def test_tiles_of_every_target() -> None:
                 assert padded_rows(rows, tiles.block_rows) <= tiles.block_rows
 
 
+def test_candidates() -> None:
+    for target in TARGETS:
+        if target.vendor == "cpu":
+            continue
+        shape = {"rows": 4, "head_dim": 128, "itemsize": 2}
+        found = list(candidates(target, **shape))
+        assert found[0] == default_tiles(target, **shape)
+        assert len(set(found)) == len(found) > 10
+        for tiles in found:
+            assert 2 * tiles.block_k * 256 * tiles.num_stages <= target.lds_bytes
+            assert tiles.block_k >= 16
+
+
 # ---- the kernels
 
 
@@ -325,7 +338,7 @@ def test_cases() -> None:
         assert pallas.unsupported(find("mi300x"), *arguments, **case.options()) is None
         out = jax.eval_shape(lambda structs, case=case: attention_reference(**structs, **case.options()), structs)
         assert out.shape == structs["q"].shape
-    window = next(case for case in CASES if case.name == "mistral-7b")
+    window = next(case for case in CASES if case.name == "llama-3.1-8b-window-4096")
     assert window.bytes() == 2 * 8 * 4096 * 8 * 128 * 2
     long = next(case for case in MEASURED if case.name == "llama-3.1-8b-b1-s131072")
     assert long.bytes() == 2 * 131072 * 8 * 128 * 2

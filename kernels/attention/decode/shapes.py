@@ -108,9 +108,9 @@ CASES = (
     Case("llama-3.1-8b-f16", 8, 1, 4096, 32, 8, 128, dtype="float16", page_size=64),
     Case("llama-3.1-8b-f32", 2, 1, 1024, 32, 8, 128, dtype="float32"),
     Case("llama-3.1-70b-one-of-8", 8, 1, 4096, 8, 1, 128, page_size=256),
-    Case("llama-4-scout", 1, 1, 16384, 40, 8, 128, visibility=Visibility("chunked", 8192), page_size=32),
-    Case("mistral-7b", 8, 1, 8192, 32, 8, 128, visibility=Visibility("sliding", 4096)),
-    Case("smollm2-135m", 8, 1, 2048, 9, 3, 64),
+    Case("heads-40-8-chunked-8192", 1, 1, 16384, 40, 8, 128, visibility=Visibility("chunked", 8192), page_size=32),
+    Case("llama-3.1-8b-window-4096", 8, 1, 8192, 32, 8, 128, visibility=Visibility("sliding", 4096)),
+    Case("heads-9-3", 8, 1, 2048, 9, 3, 64),
     Case("phi-2-heads", 8, 1, 2048, 32, 32, 80),
     Case("phi-3-mini-heads", 8, 1, 4096, 32, 32, 96, page_size=64),
     Case("gemma-2-9b-heads", 8, 1, 8192, 16, 8, 256, visibility=Visibility("sliding", 4096), soft_cap=50.0),
@@ -118,4 +118,4 @@ CASES = (
     Case("gpt-oss-20b-heads", 8, 1, 4096, 64, 8, 64, visibility=Visibility("sliding", 128), sinks=True, page_size=16),
     Case("one-kv-head-drafts-8", 8, 8, 2048, 16, 1, 128, page_size=64),
 )
-"""What the kernels are compiled for. Names with "heads" are head shapes of models of other families."""
+"""What the kernels are compiled for. Names with "heads" are the head shapes of models of other families."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from llama_jax.kernels.pallas import next_power_of_2
 from llama_jax.targets import Target
@@ -65,3 +66,26 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) ->
     if rdna:
         return tiles(4 if wide else 2 * waves, 1, 4 << 10, 32 << 10)
     return tiles(waves, 1, 8 << 10, 64 << 10)
+
+
+def candidates(target: Target, *, rows: int, head_dim: int, itemsize: int) -> Iterator[Tiles]:
+    """Tiles worth measuring on a target: the default first, then neighbours whose keys and values fit into the local
+    memory. Arguments as for `default_tiles`."""
+    best = default_tiles(target, rows=rows, head_dim=head_dim, itemsize=itemsize)
+    row_bytes = next_power_of_2(head_dim) * itemsize
+    tried: dict[Tiles, None] = {best: None}  # in order
+    for block_k in (best.block_k, best.block_k // 2, best.block_k * 2):
+        for num_warps in (best.num_warps, best.num_warps // 2, best.num_warps * 2):
+            for num_stages in (1, 2) if target.vendor == "amd" else (2, 3, 4):
+                for programs in (best.programs_per_unit, best.programs_per_unit // 2, best.programs_per_unit * 2):
+                    tiles = replace(
+                        best,
+                        block_k=block_k,
+                        num_warps=num_warps,
+                        num_stages=num_stages,
+                        programs_per_unit=programs,
+                    )
+                    fits = 2 * block_k * row_bytes * num_stages <= target.lds_bytes
+                    if fits and block_k >= MIN_ROWS and 1 <= num_warps <= 8 and programs:
+                        tried[tiles] = None
+    yield from tried
