@@ -85,10 +85,11 @@ def parse_shape(text: str) -> Case:
     numbers = [int(x) for x in text.split(",")]
     if len(numbers) not in (6, 7):
         raise argparse.ArgumentTypeError("six or seven numbers: batch,q_len,kv_len,q_heads,kv_heads,head_dim,page_size")
-    page_size = numbers[6] if len(numbers) == 7 else 0
-    if numbers[1] <= MAX_QUERIES:
-        return decode_shapes.Case(text, *numbers[:6], page_size=page_size)
-    return shapes.Case(text, *numbers[:6], page_size=page_size, in_order=numbers[1] == numbers[2] and not page_size)
+    batch, q_len, kv_len, q_heads, kv_heads, head_dim, page_size = (*numbers, 0)[:7]
+    sizes = (batch, q_len, kv_len, q_heads, kv_heads, head_dim)
+    if q_len <= MAX_QUERIES:
+        return decode_shapes.Case(text, *sizes, page_size=page_size)
+    return shapes.Case(text, *sizes, page_size=page_size, in_order=q_len == kv_len and not page_size)
 
 
 def chosen(names: Sequence[str]) -> list[Case]:
@@ -98,7 +99,7 @@ def chosen(names: Sequence[str]) -> list[Case]:
       SystemExit: there is no case of a name.
     """
     known: dict[str, list[Case]] = {"prefill": list(PREFILL), "decode": list(DECODE)}
-    known |= {case.name: [case] for case in (*PREFILL, *DECODE)}
+    known |= {case.name: [case] for case in known["prefill"] + known["decode"]}
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"no case is called {unknown[0]}; known: {', '.join(known)}")
     return [case for name in names for case in known[name]]
@@ -170,7 +171,9 @@ def sampled(case: Case, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Ar
     @jax.jit
     def exact(arrays: dict[str, jax.Array]) -> jax.Array:
         few = {name: jnp.take(x, index, axis=1) for name, x in arrays.items() if name.startswith("q")}
-        wide = {name: x.astype(jnp.float32) for name, x in (arrays | few).items() if x.dtype.kind != "i"}
+        wide: dict[str, Any] = {
+            name: x.astype(jnp.float32) for name, x in (arrays | few).items() if x.dtype.kind != "i"
+        }
         return attention_reference(**(arrays | few | wide), **case.options())
 
     return exact(arrays), index

@@ -260,6 +260,11 @@ def test_what_the_kernels_refuse(changes: dict[str, Any], reason: str) -> None:
         assert reason in (pallas_triton.unsupported(find(name), **arguments(**changes)) or "")
 
 
+def test_tiles_that_do_not_fit_the_heads() -> None:
+    with pytest.raises(KernelError, match="3 heads do not divide groups of 2"):
+        pallas_triton.run(**prefill_case().example(jax.random.key(0)), **prefill_case().options(), tiles=PACKED)
+
+
 @pytest.mark.skipif(os.environ.get("JAX_PLATFORMS") != "cpu", reason="on a GPU they run")
 def test_the_kernels_are_for_gpus() -> None:
     with pytest.raises(KernelError, match="GPUs only"):

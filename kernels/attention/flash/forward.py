@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,15 @@ from llama_jax.kernels.attention.flash.blocks import (
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.pallas import dot, launch, load_row, load_tile, narrow, next_power_of_2, store_tile
+
+
+class _Softmax(NamedTuple):
+    """The running softmax of a tile of queries: weighted values [queries, head_dim], the largest logit, and the sum of
+    weights, relative to it."""
+
+    acc: jax.Array
+    peak: jax.Array
+    total: jax.Array
 
 
 def forward(
@@ -70,7 +79,7 @@ def forward(
         query_rows = load_queries(at, row, query, valid, rule)
         q_tile = load_tile(q_ref, (row, query, head), width, valid)
 
-        def step(masked: bool, j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
             start = j * tiles.block_k
             index = slot_index(at, row, kv_head, start, tiles.block_k, page_size)
@@ -86,7 +95,7 @@ def forward(
             total = total * shrink + jnp.sum(weights, axis=1)
             values = load_tile(v_ref, index, width, there)
             acc = acc * shrink[:, None] + dot(narrow(weights, values.dtype, by_hand=rule.round_by_hand), values)
-            return acc, new_peak, total
+            return _Softmax(acc, new_peak, total)
 
         peak = jnp.full((tiles.block_q,), MASKED, jnp.float32)
         total = jnp.zeros((tiles.block_q,), jnp.float32)
@@ -94,11 +103,12 @@ def forward(
             sink = load_row(sinks_ref, (head,), valid, 0.0)
             peak, total = sink * (LOG2_E / rule.factor), total + 1.0
         acc = jnp.zeros((tiles.block_q, width), jnp.float32)
-        acc, peak, total = visit(load_span(spans_ref, row, block), step, (acc, peak, total))
+        acc, peak, total = visit(load_span(spans_ref, row, block), step, _Softmax(acc, peak, total))
 
         # What padding saw in blocks without a mask, and what the others made of blocks where they see nothing, is void.
         seen = (peak > MASKED / 2) & (query_rows.last >= 0)
-        store_tile(out_ref, (row, query, head), jnp.where(seen[:, None], acc / total[:, None], 0.0), valid)
+        out = jnp.where(seen[:, None], acc * (1.0 / total)[:, None], 0.0)
+        store_tile(out_ref, (row, query, head), out, valid)
         if lse_ref is not None:
             lse = jnp.where(seen, peak * rule.factor + jnp.log2(total), NOTHING_SEEN)
             plgpu.store(lse_ref.at[row, head, query], lse, mask=valid)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.errors import KernelError
 from llama_jax.kernels.attention.flash.backward import Saved, backward
 from llama_jax.kernels.attention.flash.blocks import LOG2_E, Places, Rule
 from llama_jax.kernels.attention.flash.forward import forward
@@ -44,12 +45,20 @@ def run(
     Args:
       tiles: how to cut up the work; by default what `default_tiles` gives for the target.
       interpret: run the kernels as plain JAX operations, on any device.
+
+    Raises:
+      KernelError: the tiles do not fit the call.
     """
     del in_order  # the positions say so too
     target = current()
     if tiles is None:
         tiles = default_tiles(
             target, head_dim=q.shape[3], dtype=q.dtype, q_len=q.shape[1], group=q.shape[2] // k.shape[1]
+        )
+    if (q.shape[2] // k.shape[1]) % tiles.heads:
+        raise KernelError(
+            f"tiles of {tiles.heads} heads do not divide groups of {q.shape[2] // k.shape[1]} query heads",
+            hint="set heads to a divisor of the group, or leave the tiles to default_tiles",
         )
     rule = Rule(visibility, scale, soft_cap, tiles, interpret, round_by_hand=not rounds_to_bfloat16(target))
     if q_segments is None or kv_segments is None:
