@@ -18,9 +18,7 @@ grouped_experts = Operation(
         "pallas_triton": Backend(
             pallas_triton.run, pallas_triton.unsupported, tiles=pallas_triton.Tiles, candidates=moe_candidates
         ),
-        "pallas_interpret": Backend(
-            partial(pallas_triton.run, interpret=True), products.unsupported, interpreted=True
-        ),
+        "pallas_interpret": Backend(partial(pallas_triton.run, interpret=True), products.unsupported, interpreted=True),
         "jax_triton": Backend(
             jax_triton.run, jax_triton.unsupported, tiles=pallas_triton.Tiles, candidates=moe_candidates
         ),
