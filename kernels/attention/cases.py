@@ -123,18 +123,11 @@ def decode_tiles(**numbers: int) -> Any:
 
 
 def decode_candidates(target: Target, q: jax.Array, k: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    """Tiles worth measuring for a call: the default and its neighbours."""
-    from llama_jax.kernels.attention.decode.tiles import default_tiles
+    """Tiles worth measuring for a call."""
+    from llama_jax.kernels.attention.decode.tiles import candidates
 
     rows, itemsize = q.shape[2] // k.shape[1] * q.shape[1], max(q.dtype.itemsize, k.dtype.itemsize)
-    tiles = default_tiles(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize)
-    return neighbours(
-        tiles,
-        block_k=[n for n in (2 * tiles.block_k, tiles.block_k // 2, 4 * tiles.block_k) if n >= 16],
-        programs_per_unit=(tiles.programs_per_unit // 2, 2 * tiles.programs_per_unit),
-        num_warps=[n for n in (2 * tiles.num_warps, tiles.num_warps // 2) if n >= 1],
-        num_stages=STAGES[target.vendor],
-    )
+    return candidates(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize)
 
 
 def _with_heads(cases: Iterable[Any], numbers: Mapping[str, Any]) -> list[Any]:

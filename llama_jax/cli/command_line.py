@@ -24,7 +24,7 @@ COMMANDS = {
     "rm": "Remove models from the cache.",
     "bench": "Measure speed.",
     "tune": "Find the fastest kernels of this device by measuring.",
-    "plan": "Say whether a model fits some devices, and how fast it could be there.",
+    "plan": "Does a model fit, and how fast could it be?",
     "compile": "Compile a model for an AMD GPU that need not be here.",
     "doctor": "Check this machine: devices, versions, what is missing.",
 }
