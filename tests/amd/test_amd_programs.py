@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 from tinygrad.renderer.amd import decode_inst
 
 from amd.emulator import Options, load_kernel
@@ -91,6 +94,26 @@ def test_instructions_are_decoded_as_tinygrad_decodes_them(attention: Program) -
             if own.name == "S_ENDPGM":
                 break
     assert seen > 500
+
+
+@pytest.mark.slow  # the compiler takes its time over 512 registers
+@pytest.mark.parametrize("arch", ARCHS)
+def test_spilled_registers(arch: str) -> None:
+    """One wave that holds more numbers than it has registers: the rest goes to scratch memory and comes back."""
+
+    def normalise(x_ref, out_ref):  # type: ignore[no-untyped-def]
+        x = x_ref[...]
+        out_ref[...] = x / jnp.sum(x)
+
+    def f(x: jax.Array) -> jax.Array:
+        one_wave = plgpu.CompilerParams(num_warps=1)
+        return pl.pallas_call(normalise, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), compiler_params=one_wave)(x)
+
+    x = np.random.default_rng(0).random(1 << 15).astype(np.float32)
+    program = compile_on(arch, f, x)
+    assert program.compilation.kernels[0].scratch_bytes > 0
+    got, _ = program.run(x)
+    np.testing.assert_allclose(got, x / x.sum(), rtol=1e-6)
 
 
 def test_limit() -> None:
