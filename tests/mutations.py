@@ -153,8 +153,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "fused keys and values swapped",
         "llama_jax/fuse.py",
-        "jnp.concatenate([grouped(q), grouped(k), grouped(v)], axis=1)",
-        "jnp.concatenate([grouped(q), grouped(v), grouped(k)], axis=1)",
+        "for x in (q, k, v)]",
+        "for x in (q, v, k)]",
         (f"{MODEL}::test_golden_fused[llama-mqa]",),
     ),
     Mutation(
@@ -167,8 +167,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "bias of the MLP's output missing",
         "llama_jax/layers.py",
-        'params["down_proj"], adapters.get("down_proj"))',
-        '{"weight": params["down_proj"]["weight"]}, adapters.get("down_proj"))',
+        'params["down_proj"], adapters.get("down_proj"), split_in=True)',
+        '{"weight": params["down_proj"]["weight"]}, adapters.get("down_proj"), split_in=True)',
         golden("llama-biases"),
     ),
     Mutation(
@@ -247,43 +247,43 @@ ATTENTION: tuple[Mutation, ...] = (
     Mutation(
         "causal mask shows the next token",
         "kernels/attention/reference.py",
-        "see = (kv >= 0) & (kv <= q)",
-        "see = (kv >= 0) & (kv <= q + 1)",
+        "see = (kv_position >= 0) & (kv_position <= q_position)",
+        "see = (kv_position >= 0) & (kv_position <= q_position + 1)",
         golden("llama2-mha"),
     ),
     Mutation(
         "causal mask hides the token itself",
         "kernels/attention/reference.py",
-        "see = (kv >= 0) & (kv <= q)",
-        "see = (kv >= 0) & (kv < q)",
+        "see = (kv_position >= 0) & (kv_position <= q_position)",
+        "see = (kv_position >= 0) & (kv_position < q_position)",
         golden("llama2-mha"),
     ),
     Mutation(
         "padding visible",
         "kernels/attention/reference.py",
-        "see = (kv >= 0) & (kv <= q)",
-        "see = kv <= q",
+        "see = (kv_position >= 0) & (kv_position <= q_position)",
+        "see = kv_position <= q_position",
         golden("llama2-mha"),
     ),
     Mutation(
         "sliding window one too wide",
         "kernels/attention/reference.py",
-        "see &= q - kv < visibility.window",
-        "see &= q - kv <= visibility.window",
+        "see &= q_position - kv_position < visibility.window",
+        "see &= q_position - kv_position <= visibility.window",
         golden("mistral-short-window", "smollm3-window"),
     ),
     Mutation(
         "sliding window one too narrow",
         "kernels/attention/reference.py",
-        "see &= q - kv < visibility.window",
-        "see &= q - kv < visibility.window - 1",
+        "see &= q_position - kv_position < visibility.window",
+        "see &= q_position - kv_position < visibility.window - 1",
         golden("mistral-short-window"),
     ),
     Mutation(
         "chunks begin one token early",
         "kernels/attention/reference.py",
-        "see &= q // visibility.window == kv // visibility.window",
-        "see &= (q + 1) // visibility.window == (kv + 1) // visibility.window",
+        "see &= q_position // visibility.window == kv_position // visibility.window",
+        "see &= (q_position + 1) // visibility.window == (kv_position + 1) // visibility.window",
         golden("llama4-interleaved"),
     ),
     Mutation(
@@ -334,8 +334,8 @@ EXPERTS: tuple[Mutation, ...] = (
     Mutation(
         "shared expert dropped",
         "llama_jax/layers.py",
-        "if spec.shared_intermediate_size:",
-        "if False:",
+        "return out if shared is None else out + mlp(tokens, shared, config, adapters)",
+        "return out",
         golden("llama4-scout-like"),
     ),
     Mutation(
@@ -529,7 +529,7 @@ TEXT: tuple[Mutation, ...] = (
     ),
     Mutation(
         "min_tokens bars one token too many",
-        "llama_jax/sampling.py",
+        "llama_jax/sampling/sampler.py",
         "early = state.step < state.min_tokens",
         "early = state.step <= state.min_tokens",
         (f"{SAMPLING}::test_no_end_before_min_tokens[fields1-want1]",),
@@ -546,72 +546,69 @@ TEXT: tuple[Mutation, ...] = (
 SAMPLER: tuple[Mutation, ...] = (
     Mutation(
         "top_p leaves out the token that reaches it",
-        "llama_jax/sampling.py",
-        "nucleus = _bisect(\n",
-        "nucleus = 1 + _bisect(\n",
+        "llama_jax/sampling/truncation.py",
+        "nucleus = _nucleus(order, weights, limits.top_p * rows.total(weights, axis), axis)",
+        "nucleus = 1 + _nucleus(order, weights, limits.top_p * rows.total(weights, axis), axis)",
         (f"{SAMPLING}::test_distribution[steps-top_p]",),
     ),
     Mutation(
         "top_p keeps one token more when the sum is exact",
-        "llama_jax/sampling.py",
-        "weights, 0.0), axis=-1) >= enough, logits.shape[0]",
-        "weights, 0.0), axis=-1) > enough, logits.shape[0]",
+        "llama_jax/sampling/truncation.py",
+        "weights, 0.0), axis) >= enough, order.shape[0]",
+        "weights, 0.0), axis) > enough, order.shape[0]",
         ("tests/test_mutation_gaps.py::test_top_p_that_the_likeliest_tokens_reach_exactly",),
     ),
     Mutation(
         "top_k keeps one token more",
-        "llama_jax/sampling.py",
-        "order >= cut[:, None], axis=-1) >= state.top_k",
-        "order >= cut[:, None], axis=-1) > state.top_k",
+        "llama_jax/sampling/truncation.py",
+        "rows.total(order >= cut[:, None], axis) >= k",
+        "rows.total(order >= cut[:, None], axis) > k",
         (f"{SAMPLING}::test_distribution[steps-top_k]",),
     ),
     Mutation(
         "top_p is a share of what top_k left out too",
-        "llama_jax/sampling.py",
+        "llama_jax/sampling/truncation.py",
         """\
-    logits = jnp.where(order >= kth[:, None], logits, -jnp.inf)
-    # Relative to the best token's, so that the sum is exact enough whatever the vocabulary.
-    weights = jnp.exp(logits - best)
-""",
+    weights = jnp.where(order >= kth[:, None], jnp.exp(logits - best), 0.0)
+    nucleus = _nucleus(order, weights, limits.top_p * rows""",
         """\
     weights = jnp.exp(logits - best)
-    logits = jnp.where(order >= kth[:, None], logits, -jnp.inf)
-""",
+    nucleus = _nucleus(order, weights, limits.top_p * rows""",
         (f"{SAMPLING}::test_min_p_comes_after_temperature_and_top_p_after_top_k",),
     ),
     Mutation(
         "repetition penalty pulls negative logits up",
-        "llama_jax/sampling.py",
+        "llama_jax/sampling/sampler.py",
         "jnp.where(logits > 0, logits / factor, logits * factor)",
         "logits / factor",
         (f"{SAMPLING}::test_repetition_penalty_pushes_negative_logits_down",),
     ),
     Mutation(
         "repetition penalty spares the prompt",
-        "llama_jax/sampling.py",
+        "llama_jax/sampling/sampler.py",
         "factor = jnp.where(generated | state.in_prompt,",
         "factor = jnp.where(generated,",
         (f"{SAMPLING}::test_penalties_and_bias[fields6-prompt6-want6]",),
     ),
     Mutation(
         "presence penalty counts occurrences",
-        "llama_jax/sampling.py",
+        "llama_jax/sampling/sampler.py",
         "state.presence[:, None] * generated",
         "state.presence[:, None] * state.counts",
         (f"{SAMPLING}::test_penalties_and_bias[fields1-prompt1-want1]",),
     ),
     Mutation(
         "every step draws the same noise",
-        "llama_jax/sampling.py",
+        "llama_jax/sampling/sampler.py",
         "jax.random.fold_in(key, state.step)",
         "jax.random.fold_in(key, 0)",
         (f"{SAMPLING}::test_sampler_is_pure_and_differs_by_step",),
     ),
     Mutation(
         "log-probabilities of the penalised logits",
-        "llama_jax/sampling.py",
-        "token_logprobs(raw, tokens, options.logprobs)",
-        "token_logprobs(logits, tokens, options.logprobs)",
+        "llama_jax/sampling/sampler.py",
+        "_token_logprobs(raw, tokens, n=options.logprobs, axis=axis)",
+        "_token_logprobs(logits, tokens, n=options.logprobs, axis=axis)",
         (f"{SAMPLING}::test_log_probabilities_are_of_the_raw_logits",),
     ),
 )
