@@ -455,6 +455,7 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_bench_and_batches(folder: Path, tmp_path: Path) -> None:
     """`bench` and `scripts/batch_generate.py` take the same options; a file's results are those of one device."""
     from llama_jax.cli import cli

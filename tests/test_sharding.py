@@ -40,11 +40,13 @@ def on_eight_devices(*marks: str) -> None:
     assert " skipped" not in done.stdout
 
 
+@pytest.mark.timeout(600)  # a process of its own, for some tens of seconds on an idle machine
 def test_on_eight_devices() -> None:
     on_eight_devices("-m", "not slow")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_family_and_whole_models_on_eight_devices() -> None:
     on_eight_devices("-m", "slow")
 
