@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -480,7 +482,7 @@ sys.exit(xla_bridge.backends_are_initialized())
 
 
 @pytest.mark.amd
-def test_command_compiles(tmp_path: Any) -> None:
+def test_command_compiles(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"dtype": "bfloat16", "num_hidden_layers": 2}))
     args = [str(tmp_path), "--target", "mi300x", "--tp", "4", "--context", "256", "--prompt", "64", "--compile"]
     result = run(*args, "--json")
@@ -489,3 +491,19 @@ def test_command_compiles(tmp_path: Any) -> None:
         assert program["predicted"]["arguments"] == program["xla"]["arguments"]
         assert sum(c["count"] for c in program["collectives"] if c["kind"] == "all-reduce") == 5
     assert "decode   arguments" in run(*args).stdout
+
+
+def test_the_table_in_the_docs_is_that_of_today() -> None:
+    """The rows of one model; `python scripts/plan_table.py` writes all of them anew."""
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("plan_table", root / "scripts/plan_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.MODELS = ("llama-4-scout",)
+    counted = json.loads(script.COUNTED.read_text())
+    page = script.PAGE.read_text()
+    rows = [script.line(model, plan, counted) for model, plan in script.plans()]
+    assert len(rows) == 14
+    assert [row for row in rows if row not in page] == []
