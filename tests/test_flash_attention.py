@@ -107,18 +107,16 @@ def close_16_bits(actual: Any, expected: Any, name: str) -> None:
     assert np.linalg.norm(actual - expected) < 0.006 * np.linalg.norm(expected), name
 
 
-@st.composite
-def calls(draw: st.DrawFn) -> tuple[Case, Tiles, dict[str, Any], jax.Array]:
+def placed(case: Case, data: st.DataObject) -> tuple[dict[str, Any], jax.Array]:
     """Consecutive positions behind a prefix, with padding before, behind or anywhere; or any positions in any order."""
-    case, tiles = draw(st.sampled_from(CALLS))
-    key = jax.random.key(draw(st.integers(0, 2**32 - 1)))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    key, rng = jax.random.key(seed), np.random.default_rng(seed)
+    kind = data.draw(st.sampled_from(["in order", "padded", "holes", "any"]))
     arrays = {name: np.array(x) for name, x in case.example(key).items()}
-    kind = draw(st.sampled_from(["in order", "padded", "holes", "any"]))
     q, kv = arrays["q_positions"], arrays["kv_positions"]
     for row in range(case.batch):
         if kind == "padded":
-            left, right = draw(st.integers(0, 20)), draw(st.integers(0, 20))
+            left, right = rng.integers(0, 20, 2)
             kv[row] = np.where(np.arange(case.kv_len) < left, -1, np.arange(case.kv_len) - left)
             kv[row, case.kv_len - right :] = -1
             q[row] = kv[row, -case.q_len :]
@@ -133,13 +131,15 @@ def calls(draw: st.DrawFn) -> tuple[Case, Tiles, dict[str, Any], jax.Array]:
     if case.page_size:  # pages that hold nothing visible may have any number
         empty = (kv < 0).reshape(case.batch, -1, case.page_size).all(axis=2)
         arrays["page_table"] = np.where(empty & (rng.random(empty.shape) < 0.5), 10**6, arrays["page_table"])
-    return case, tiles, {name: jnp.asarray(x) for name, x in arrays.items()}, key
+    return {name: jnp.asarray(x) for name, x in arrays.items()}, key
 
 
-@hypothesis.given(calls())
-@hypothesis.settings(max_examples=25)
-def test_against_the_reference(call: tuple[Case, Tiles, dict[str, Any], jax.Array]) -> None:
-    case, tiles, arrays, key = call
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0].name)
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=10)
+def test_against_the_reference(call: tuple[Case, Tiles], data: st.DataObject) -> None:
+    case, tiles = call
+    arrays, key = placed(case, data)
     check(case, tiles, arrays, key, close_float32, interpret=True)
 
 
