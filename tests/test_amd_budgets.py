@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import struct
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,17 +44,6 @@ sweep: Any = load_script("amd_sweep")
 
 
 KERNELS = [name for name in OPERATIONS if sweep.BACKEND in operation(name).backends]
-
-
-@pytest.fixture
-def compiler() -> str:
-    """The version of the AMD compiler. Without it the tests that need it are skipped, but not where all must run."""
-    try:
-        return version("jax-rocm7-pjrt")
-    except PackageNotFoundError:
-        if os.environ.get("CI") or os.environ.get("LLAMA_JAX_REQUIRE_AMD"):
-            raise
-        pytest.skip("needs the AMD compiler: pip install 'llama-jax[rocm-aot]'")
 
 
 def results_of(arch: str, op: str) -> dict[str, Any]:
@@ -160,7 +148,7 @@ def test_results_are_written_a_line_a_kernel(monkeypatch: pytest.MonkeyPatch, tm
 # --- Compiled here and now --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.amd
 @pytest.mark.parametrize(
     ("arch", "op"), [("gfx942", "flash_attention"), ("gfx1100", "decode_attention"), ("gfx942", "moe")]
 )
@@ -170,12 +158,13 @@ def test_one_case_compiles_to_what_is_stored(arch: str, op: str) -> None:
     assert found == results_of(arch, op)["cases"][label]
 
 
+@pytest.mark.amd
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_all_cases_compile_to_what_is_stored(arch: str, op: str, compiler: str) -> None:
-    stored = results_of(arch, op)
+def test_all_cases_compile_to_what_is_stored(arch: str, op: str) -> None:
+    stored, compiler = results_of(arch, op), version("jax-rocm7-pjrt")
     if stored["made_with"]["compiler"] != compiler:
         pytest.skip(f"the results are of compiler {stored['made_with']['compiler']}, this is {compiler}")
     found = {
