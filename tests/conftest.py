@@ -64,11 +64,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(reason) if required() else pytest.skip(reason)
 
 
-def _has_amd_compiler() -> bool:
-    # Of a package that is missing, too, `find_spec` raises instead of saying None.
-    return bool(importlib.util.find_spec("jax_plugins") and importlib.util.find_spec("jax_plugins.xla_rocm7"))
-
-
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of stored reference outputs and small checkpoints."""
