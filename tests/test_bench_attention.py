@@ -17,6 +17,7 @@ import bench_attention as bench
 TINY = ["--ceiling-size", "64", "--repeats", "1", "--calls", "1", "--dtype", "float32"]
 
 
+@pytest.mark.slow
 def test_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.json"
     shape = ["--shape", "1,16,16,2,1,16", "--backends", "reference", "pallas_interpret"]

@@ -136,7 +136,7 @@ def placed(case: Case, data: st.DataObject) -> tuple[dict[str, Any], jax.Array]:
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0].name)
 @hypothesis.given(data=st.data())
-@hypothesis.settings(max_examples=10)
+@hypothesis.settings(max_examples=6)
 def test_against_the_reference(call: tuple[Case, Tiles], data: st.DataObject) -> None:
     case, tiles = call
     arrays, key = placed(case, data)

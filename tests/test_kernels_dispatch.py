@@ -442,6 +442,7 @@ def test_wrong_names_are_found_before_a_model_is_loaded(command: str) -> None:
     assert "'moe:fast' is not of the form operation=backend" in done.stderr
 
 
+@pytest.mark.slow
 def test_bench_says_what_ran(tmp_path: Path) -> None:
     from tiny_chat_model import write_chat_model
 

@@ -254,6 +254,7 @@ def test_floors() -> None:
     assert shape.expected_experts(64) == pytest.approx(8, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_bench(tmp_path: Path) -> None:
     """The measuring script, where it can run: tiny shapes, interpreted."""
     path = Path(__file__).parent.parent / "scripts" / "bench_moe.py"

@@ -116,7 +116,7 @@ def raising(*args: Any, **kwargs: Any) -> jax.Array:
     raise RuntimeError("INTERNAL: no kernel\nimage is available")
 
 
-@pytest.mark.parametrize("name", ["flash_attention", "decode_attention"])
+@pytest.mark.parametrize("name", [pytest.param("flash_attention", marks=pytest.mark.slow), "decode_attention"])
 def test_wrong_attention_is_found(name: str) -> None:
     wrong = {
         f.__name__: f for f in (wrong_scale, one_key_too_many, wrong_heads, swapped_pages, not_finite, one_row, raising)
