@@ -26,6 +26,7 @@ from llama_jax.config import LayerSpec, config_from_hf, preset
 from llama_jax.decode import capacities
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, visible
+from llama_jax.kernels.dispatch import using
 from llama_jax.params import count_params
 from llama_jax.plan import Bytes, Place, Plan, Workload, calls, make_plan, smallest_mesh
 from llama_jax.plan.backends import Backends, backends
@@ -116,11 +117,12 @@ def test_a_published_model_on_the_cpu() -> None:
     ("name", "ways", "rows"),
     [("llama-3.1-8b", 1, 8), ("llama-3.1-8b", 8, 8), ("llama-3.1-70b", 8, 32), ("mixtral-8x7b", 1, 4)],
 )
-def test_published_models_on_mi300x(
-    name: str, ways: int, rows: int, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    operations = ("flash_attention", "decode_attention", "moe")
-    monkeypatch.setenv("LLAMA_JAX_KERNELS", ",".join(f"{op}={backend}" for op in operations))
+def test_published_models_on_mi300x(name: str, ways: int, rows: int, backend: str) -> None:
+    with using(flash_attention=backend, decode_attention=backend, moe=backend):
+        assert_mi300x(name, ways, rows, "reference" if backend == "reference" else "pallas_triton")
+
+
+def assert_mi300x(name: str, ways: int, rows: int, attention: str) -> None:
     config, target, sizes = preset(name), find("mi300x"), {"tensor": ways}
     mesh = device_mesh(target, sizes)
     place = Place(config, target, sizes, 2)
@@ -129,7 +131,7 @@ def test_published_models_on_mi300x(
     def chosen(tokens: int) -> Backends:
         return backends(place.config, target, sizes, "bfloat16", tokens=tokens, **shape)
 
-    assert chosen(1).attention == ("reference" if backend == "reference" else "pallas_triton")
+    assert chosen(1).attention == attention
     for program, predicted, exchanged in (
         (
             prefill_program(config, mesh, batch=rows, capacity=2048, chunk=256, dtype="bfloat16"),
