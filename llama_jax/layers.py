@@ -56,16 +56,13 @@ def product(x: jax.Array, weight: jax.Array, *, dtype: DTypeLike = jnp.float32) 
     return contract(x, weight)
 
 
-def matmul(x: jax.Array, weight: jax.Array, *, split_in: bool = False) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in] times weight [*out, in], accumulated in float32, in x's dtype.
 
-    Args:
-      split_in: the rules split `in` over devices. On a mesh their sums are then added up in x's dtype, so that half as
-        many bytes are sent for bfloat16 as for float32.
+    The product itself is in that dtype: a float32 one would be written out, read and rounded by a second kernel (a
+    tenth of a long prefill of bfloat16 on an H100), and its sum over devices would send twice the bytes.
     """
-    if split_in and in_use():
-        return product(x, weight, dtype=x.dtype)
-    return product(x, weight).astype(x.dtype)
+    return product(x, weight, dtype=x.dtype)
 
 
 def lora(x: jax.Array, adapter: Params | None) -> jax.Array | float:
@@ -94,16 +91,15 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     return local(own, arguments, {"table": ("vocab",), "tokens": ("batch",)}, ("batch",), summed="vocab")
 
 
-def linear(x: jax.Array, leaf: Params, adapter: Params | None = None, *, split_in: bool = False) -> jax.Array:
+def linear(x: jax.Array, leaf: Params, adapter: Params | None = None) -> jax.Array:
     """Every projection of the model: x [..., in] -> [..., out].
 
     Args:
       leaf: {"weight": [out, in]} and, if the projection has one, {"bias": [out]}. Joint projections
         (`llama_jax.fuse`) have several dimensions in place of `out`.
       adapter: {"a", "b", "scale"} of a low-rank adapter, or None.
-      split_in: see `matmul`.
     """
-    out = matmul(x, leaf["weight"], split_in=split_in)
+    out = matmul(x, leaf["weight"])
     if "bias" in leaf:
         out = out + leaf["bias"].astype(x.dtype)
     return (out + lora(x, adapter)).astype(x.dtype)
@@ -175,7 +171,7 @@ def mlp(x: jax.Array, params: Params, config: LlamaConfig, adapters: Params) -> 
     else:
         gate = linear(x, params["gate_proj"], adapters.get("gate_proj"))
         up = linear(x, params["up_proj"], adapters.get("up_proj"))
-    return linear(activation(gate) * up, params["down_proj"], adapters.get("down_proj"), split_in=True)
+    return linear(activation(gate) * up, params["down_proj"], adapters.get("down_proj"))
 
 
 def moe(x: jax.Array, params: Params, config: LlamaConfig, spec: MoeSpec, adapters: Params) -> jax.Array:

@@ -231,7 +231,7 @@ def _layer(
         )
     else:
         out, cache = cache.attend(q, k, v, positions, visibility, scale=scale)
-    out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj"), split_in=True)
+    out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj"))
     seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
     x = x + out
 

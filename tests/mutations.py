@@ -167,8 +167,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "bias of the MLP's output missing",
         "llama_jax/layers.py",
-        'params["down_proj"], adapters.get("down_proj"), split_in=True)',
-        '{"weight": params["down_proj"]["weight"]}, adapters.get("down_proj"), split_in=True)',
+        'params["down_proj"], adapters.get("down_proj"))',
+        '{"weight": params["down_proj"]["weight"]}, adapters.get("down_proj"))',
         golden("llama-biases"),
     ),
     Mutation(

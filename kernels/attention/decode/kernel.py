@@ -19,13 +19,14 @@ from jax.experimental.pallas import triton as plgpu
 from llama_jax.kernels.attention.decode import plan
 from llama_jax.kernels.attention.decode.tiles import Tiles, padded_rows
 from llama_jax.kernels.attention.reference import MASKED, Visibility, sees
+from llama_jax.kernels.exponential import exp2
 from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
 NONE = MASKED / 2
-# Numbers that a program of the second kernel reads at a time.
-COMBINED = 1 << 14
+# Shares that a program of the second kernel reads at a time, at most: 16 KiB of float32 for a head_dim of 128.
+COMBINED = 32
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Call:
     def most_shares(self) -> int:
         """As many shares as there can be."""
         return min(self.wanted + self.batch - 1, self.batch * -(-self.slots // self.tiles.block_k))
+
+    @property
+    def combined(self) -> int:
+        """Shares that are combined at a time: those of a row, if the rows are of one length."""
+        return min(next_power_of_2(-(-self.most_shares // self.batch)), COMBINED)
 
 
 def _ranges(first_ref: Any, end_ref: Any) -> tuple[jax.Array, jax.Array]:
@@ -169,7 +175,7 @@ def shares(
                 logits = jnp.tanh(logits * (call.scale / call.soft_cap)) * (call.soft_cap * LOG2_E)
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
-            weights, decay = jnp.exp2(logits - above[:, None]), jnp.exp2(top - above)
+            weights, decay = exp2(logits - above[:, None]), exp2(top - above)
             acc = acc * decay[:, None] + dot(weights.astype(v.dtype), v)
             return total * decay + jnp.sum(weights, axis=1), above, acc
 
@@ -204,7 +210,7 @@ def combine(
     out: jax.ShapeDtypeStruct,
 ) -> jax.Array:
     """The result [batch, queries, q_heads, head_dim] from what `shares` returns."""
-    at_a_time = min(next_power_of_2(call.most_shares), COMBINED // call.width)
+    at_a_time = call.combined
 
     def decode_attention_combine(
         first_ref: Any, end_ref: Any, part_ref: Any, lse_ref: Any, sinks_ref: Any, out_ref: Any
@@ -221,7 +227,7 @@ def combine(
             lse = plgpu.load(lse_ref.at[index, head, flat], mask=real, other=MASKED)
             part = load_tile(part_ref, (index, head, flat), call.width, real)
             above = jnp.maximum(top, jnp.max(lse))
-            weights, decay = jnp.exp2(lse - above), jnp.exp2(top - above)
+            weights, decay = exp2(lse - above), exp2(top - above)
             return total * decay + jnp.sum(weights), above, acc * decay + jnp.sum(weights[:, None] * part, axis=0)
 
         total, top, acc = jnp.float32(0), jnp.float32(NONE), jnp.zeros((call.width,), jnp.float32)

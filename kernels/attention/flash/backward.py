@@ -26,6 +26,7 @@ from llama_jax.kernels.attention.flash.blocks import (
 )
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.reference import MASKED
+from llama_jax.kernels.exponential import exp2
 from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, next_power_of_2, store_tile
 
 
@@ -98,7 +99,7 @@ def _weights_and_slope(
     slope = rule.logits_slope(logits)
     if see is not None:
         logits = jnp.where(see, logits, MASKED)
-    return jnp.exp2(logits * rule.factor - lse), slope
+    return exp2(logits * rule.factor - lse), slope
 
 
 def backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -23,6 +23,7 @@ from llama_jax.kernels.attention.flash.blocks import (
 )
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.reference import MASKED
+from llama_jax.kernels.exponential import exp2
 from llama_jax.kernels.pallas import dot, launch, load_row, load_tile, narrow, next_power_of_2, store_tile
 
 
@@ -90,8 +91,8 @@ def forward(
                 see = sees(query_rows, load_slots(at, row, slots, there))
                 logits = jnp.where(see, logits, MASKED)
             new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
-            weights = jnp.exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
-            shrink = jnp.exp2((peak - new_peak) * rule.factor)
+            weights = exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
+            shrink = exp2((peak - new_peak) * rule.factor)
             total = total * shrink + jnp.sum(weights, axis=1)
             values = load_tile(v_ref, index, width, there)
             acc = acc * shrink[:, None] + dot(narrow(weights, values.dtype, by_hand=rule.round_by_hand), values)

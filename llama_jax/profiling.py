@@ -1,0 +1,124 @@
+"""Where the time of a run goes on a GPU: kernels by program, from JAX's own profiler."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llama_jax.errors import NoDevice
+
+KINDS = ("product", "attention", "experts", "communication", "copy", "other")
+"""What kernels do; by `kind` of their names."""
+
+_SIGNS = {
+    "communication": ("nccl", "rccl", "allreduce", "all-reduce", "all_reduce", "all-gather", "all_gather"),
+    "attention": ("attention", "flash", "fmha", "sdpa"),
+    "experts": ("moe_",),
+    "product": ("gemm", "cutlass", "nvjet", "cublas", "cijk", "splitk", "dot"),
+    "copy": ("memcpy", "memset", "copy"),
+}
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """All runs of one kernel: their number, and seconds together."""
+
+    name: str
+    calls: int
+    seconds: float
+
+    @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        name = self.name.lower()
+        return next((kind for kind, signs in _SIGNS.items() if any(sign in name for sign in signs)), "other")
+
+
+@dataclass(frozen=True)
+class ProgramTime:
+    """What one device did for one compiled program.
+
+    Attributes:
+      program: the name of the jitted function.
+      busy_s: seconds in which at least one kernel ran. span_s: from the first kernel's start to the last one's end.
+      kernels: the longest first.
+    """
+
+    device: str
+    program: str
+    busy_s: float
+    span_s: float
+    kernels: tuple[KernelTime, ...]
+
+    def by_kind(self) -> dict[str, float]:
+        """Seconds of the kernels of each kind; kernels that overlap count both."""
+        seconds = dict.fromkeys(KINDS, 0.0)
+        for kernel in self.kernels:
+            seconds[kernel.kind] += kernel.seconds
+        return {kind: s for kind, s in seconds.items() if s}
+
+
+def profile(run: Callable[[], Any]) -> tuple[ProgramTime, ...]:
+    """Runs a function once under the profiler.
+
+    Args:
+      run: has been run before, so that nothing is compiled now; waits for the device itself.
+
+    Raises:
+      NoDevice: the profiler saw no kernel of a GPU.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 0
+    with tempfile.TemporaryDirectory(prefix="llama-jax-profile-") as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        files = sorted(Path(folder).rglob("*.xplane.pb"))
+        found = [p for file in files for p in programs(jax.profiler.ProfileData.from_file(str(file)))]
+    if not found:
+        raise NoDevice(
+            "the profiler saw no kernel",
+            hint="profiles need a GPU and its profiling library (NVIDIA: CUPTI, AMD: rocprofiler-sdk)",
+        )
+    return tuple(found)
+
+
+def programs(data: jax.profiler.ProfileData) -> Iterator[ProgramTime]:
+    """The programs in a profile, by device."""
+    for plane in data.planes:
+        if "/device:" not in plane.name or "CPU" in plane.name:
+            continue
+        spans: dict[str, list[tuple[float, float, str]]] = {}
+        for line in plane.lines:
+            # Other lines repeat the same kernels, grouped by operation and program.
+            if not line.name.startswith("Stream"):
+                continue
+            for event in line.events:
+                program = str(dict(event.stats).get("hlo_module", "")).split("(")[0]
+                spans.setdefault(program, []).append((event.start_ns, event.start_ns + event.duration_ns, event.name))
+        for program, events in sorted(spans.items()):
+            yield _summary(plane.name, program, events)
+
+
+def _summary(device: str, program: str, events: list[tuple[float, float, str]]) -> ProgramTime:
+    totals: dict[str, tuple[int, float]] = {}
+    for start, end, name in events:
+        calls, seconds = totals.get(name, (0, 0.0))
+        totals[name] = (calls + 1, seconds + (end - start) / 1e9)
+    kernels = sorted((KernelTime(name, *total) for name, total in totals.items()), key=lambda k: -k.seconds)
+    span = max(end for _, end, _ in events) - min(start for start, _, _ in events)
+    return ProgramTime(device, program, _covered((s, e) for s, e, _ in events) / 1e9, span / 1e9, tuple(kernels))
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    return total
