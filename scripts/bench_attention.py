@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Attention on one GPU: our kernels beside XLA, JAX's own Pallas kernels and cuDNN, as shares of what the card can do.
 
-Needs jax alone, on an AMD or NVIDIA GPU; with --peers also torch. For each case and backend: first fresh random inputs
+Needs an AMD or NVIDIA GPU, and with --peers also torch. For each case and backend: first fresh random inputs
 against float32 sums for some of the queries; then the time of a call, the median of several programs that each make
 many calls in a row. The ceilings are measured in the same run as `llama-jax bench` measures them: a large matrix
 product, and reading a large array. A call's share is that of whichever bounds it.

@@ -52,4 +52,5 @@ def write(
         "ceilings": {dtype: dataclasses.asdict(numbers) for dtype, numbers in found.items()},
         "rows": list(rows),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
