@@ -38,6 +38,11 @@ class Ceilings:
     read_bytes_per_s: float
     matmul_flops_per_s: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.read_bytes_per_s / 1e9:.1f} GB/s read, {self.matmul_flops_per_s / 1e12:.2f} TFLOP/s matrix product"
+        )
+
 
 @dataclass(frozen=True)
 class BenchResult:
@@ -104,11 +109,18 @@ def random_model(name: str, dtype: DTypeLike, mesh: jax.sharding.Mesh | None = N
     return Model(params, config, mesh, name=name)
 
 
-def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10) -> Ceilings:
-    """Reads of 2 GiB on a GPU (256 MiB on a CPU) at a time, and a matrix product of 8192 x 8192 (2048 x 2048)."""
+def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10, side: int | None = None) -> Ceilings:
+    """Reads of 2 GiB on a GPU (256 MiB on a CPU) at a time, and a matrix product of 8192 x 8192 (2048 x 2048).
+
+    Args:
+      side: of the matrices, instead; a read is then of 32 * side**2 bytes. At least 32.
+    """
     dtype = jnp.dtype(dtype)
     cpu = jax.default_backend() == "cpu"
-    size, side = (1 << 28, 2048) if cpu else (1 << 31, 8192)
+    if side is not None:
+        size = 32 * side**2
+    else:
+        size, side = (1 << 28, 2048) if cpu else (1 << 31, 8192)
     key = jax.random.key(0)
     shape = (size // dtype.itemsize // 1024, 1024)
     # Several arrays in turn, so that no cache holds what is read.

@@ -1,28 +1,29 @@
 #!/usr/bin/env python
 """Attention on one GPU: our kernels beside XLA, JAX's own Pallas kernels and cuDNN, as shares of what the card can do.
 
-Needs jax alone, on an AMD or NVIDIA GPU. For each case and backend: first fresh random inputs against float32 sums for
-some of the queries; then the time of a call, the median of several programs that each make many calls in a row. The
-ceilings are measured in the same run: a large matrix product (prefill is bound by it) and reading a large array
-(decoding is bound by that).
+Needs an AMD or NVIDIA GPU, and with --peers also torch. For each case and backend: first fresh random inputs
+against float32 sums for some of the queries; then the time of a call, the median of several programs that each make
+many calls in a row. The ceilings are measured in the same run as `llama-jax bench` measures them: a large matrix
+product, and reading a large array. A call's share is that of whichever bounds it.
 
     python scripts/bench_attention.py --json attention.json
+    python scripts/bench_attention.py --cases prefill decode floors --peers --json docs/measured/h100-attention.json
     python scripts/bench_attention.py --cases prefill --backward
     python scripts/bench_attention.py --cases llama-3.1-8b-b4-t4096 --backends pallas_triton --sweep 40
     python scripts/bench_attention.py --shape 4,4096,4096,32,8,128 --shape 8,1,4096,32,8,128,16
 
 A shape is batch, queries and slots of a row, query heads, key/value heads, head_dim and, with pages, their size.
-Backends are those of the operations, and "stock": mha (keys and values repeated for each query head beforehand) and gqa
-of jax.experimental.pallas.ops.gpu.
+Backends are those of the operations; "stock": mha (keys and values repeated for each query head beforehand) and gqa
+of jax.experimental.pallas.ops.gpu; and PyTorch's (`scripts/bench_attention_torch.py`), for full visibility without
+pages. A backend that has no such call is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
-import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,52 +32,60 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bench_attention_torch as peers
 import jax
 import jax.numpy as jnp
+from bench_shared import ceilings, seconds, write
 
-from llama_jax.errors import KernelError
+from llama_jax.bench import Ceilings
 from llama_jax.kernels.attention import attention, attention_reference
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.attention.decode import shapes as decode_shapes
 from llama_jax.kernels.attention.flash import pallas_triton, shapes
 from llama_jax.kernels.attention.reference import Visibility
-from llama_jax.kernels.precision import matmul_precision
+from llama_jax.kernels.registry import operation
 from llama_jax.targets import current
 
 Case = shapes.Case | decode_shapes.Case
-ERROR_LIMIT = 2.0
-"""Largest relative error, in units of the dtype's epsilon."""
+ERROR_LIMIT = {"bfloat16": 2.0, "float16": 2.0, "float32": 16.0}
+"""Largest relative error, in units of the dtype's epsilon; in float32 the sums round as much as the results."""
 CHECKED_QUERIES = 64
 PREFILL, DECODE = shapes.MEASURED_PREFILL, decode_shapes.MEASURED
+FLOORS: tuple[Case, ...] = (*shapes.CASES, *decode_shapes.CASES)
+"""The cases of the tables in docs/kernels.md."""
+OPERATIONS = ("flash_attention", "decode_attention")
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", default=["prefill", "decode"], help="prefill, decode, or names")
+    parser.add_argument("--cases", nargs="+", default=["prefill", "decode"], help="prefill, decode, floors, or names")
     parser.add_argument("--shape", action="append", type=parse_shape, default=[], help="a case of your own")
     parser.add_argument("--backends", nargs="+", default=["reference", "stock", "cudnn", "pallas_triton"])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--backward", action="store_true", help="also time output and gradients, of the prefill cases")
+    parser.add_argument("--peers", action="store_true", help=f"also {', '.join(peers.BACKENDS)}")
+    parser.add_argument("--torch-python", default=sys.executable, help="the interpreter that has torch, if another one")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="by default that of the case")
+    parser.add_argument("--backward", action="store_true", help="also time gradients, where training wants them")
     parser.add_argument(
         "--sweep", type=int, default=0, metavar="N", help="also time N other tiles of each prefill case"
     )
     parser.add_argument("--calls", type=int, help="calls in a program; by default as many as take about 20 ms")
     parser.add_argument("--repeats", type=int, default=7, help="programs that are timed")
-    parser.add_argument("--ceiling-size", type=int, default=8192, help="side of the matrices that the rates come from")
-    parser.add_argument("--json", type=Path, dest="out", help="write the numbers to this file")
+    parser.add_argument("--ceiling-size", type=int, help="side of the matrices that the rates come from")
+    parser.add_argument("--json", type=Path, dest="out", help="write the numbers to this file, after each row")
     args = parser.parse_args(argv)
+    args.backends = list(dict.fromkeys([*args.backends, *(peers.BACKENDS if args.peers else ())]))
 
-    rate, bandwidth = ceilings(jnp.dtype(args.dtype), args.ceiling_size, args.repeats)
-    device = jax.devices()[0]
-    about = {"device": device.device_kind, "jax": jax.__version__, "flops_per_s": rate, "read_bytes_per_s": bandwidth}
-    print(f"{device.device_kind}, jax {jax.__version__}: {rate / 1e12:.0f} TFLOP/s, reads {bandwidth / 1e12:.2f} TB/s")
-    rows = []
-    for case in args.shape or chosen(args.cases):
-        for row in measure(replace(case, dtype=args.dtype), args, rate, bandwidth):
-            rows.append(row)
-            print(line(row), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    cases = [replace(case, dtype=args.dtype or case.dtype) for case in args.shape or chosen(args.cases)]
+    theirs = measure_torch(cases, args)  # before JAX takes most of the memory
+    torch = next((found["torch"] for _, _, found in itertools.chain(*theirs) if "torch" in found), None)
+    rows: list[dict[str, Any]] = []
+    known: dict[str, Ceilings] = {}
+    for case, measured in zip(cases, theirs, strict=True):
+        known[case.dtype] = ceilings(case.dtype, args.ceiling_size)
+        for backend, backward, found in itertools.chain(measure(case, args, known[case.dtype]), measured):
+            rows.append(row(case, backend, found, known[case.dtype], backward=backward))
+            print(line(rows[-1]), flush=True)
+            write(args.out, rows, known, torch=torch)
     return rows
 
 
@@ -89,59 +98,142 @@ def parse_shape(text: str) -> Case:
     sizes = (batch, q_len, kv_len, q_heads, kv_heads, head_dim)
     if q_len <= MAX_QUERIES:
         return decode_shapes.Case(text, *sizes, page_size=page_size)
-    return shapes.Case(text, *sizes, page_size=page_size, in_order=q_len == kv_len and not page_size)
+    dense = not page_size
+    return shapes.Case(text, *sizes, page_size=page_size, in_order=q_len == kv_len and dense, backward=dense)
 
 
 def chosen(names: Sequence[str]) -> list[Case]:
-    """The measured cases of these names.
+    """The cases of these names, each once. A few prefills and decode steps share a name.
 
     Raises:
       SystemExit: there is no case of a name.
     """
-    known: dict[str, list[Case]] = {"prefill": list(PREFILL), "decode": list(DECODE)}
-    known |= {case.name: [case] for case in known["prefill"] + known["decode"]}
+    known: dict[str, list[Case]] = {"prefill": list(PREFILL), "decode": list(DECODE), "floors": list(FLOORS)}
+    for case in dict.fromkeys(itertools.chain(*known.values())):
+        known.setdefault(case.name, []).append(case)
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"no case is called {unknown[0]}; known: {', '.join(known)}")
-    return [case for name in names for case in known[name]]
+    return list(dict.fromkeys(case for name in names for case in known[name]))
 
 
-def measure(case: Case, args: argparse.Namespace, rate: float, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """A row for each backend, and for each tile of a sweep."""
+Found = tuple[str, bool, dict[str, Any]]
+"""A backend; whether gradients are in it; what came out: "relative_error" and "seconds" of a call, or "failed"."""
+
+
+def measure_torch(cases: Sequence[Case], args: argparse.Namespace) -> list[list[Found]]:
+    """What PyTorch takes for each case, by those of its backends that were asked for."""
+    options = {"calls": args.calls, "repeats": args.repeats, "checked": CHECKED_QUERIES}
+    found: list[list[Found]] = [[] for _ in cases]
+    for backend in peers.BACKENDS:
+        if backend not in args.backends:
+            continue
+        asked = [
+            (i, backward)
+            for i, case in enumerate(cases)
+            if torch_has(backend, case)
+            for backward in (False, True)
+            if not backward or (args.backward and trained(case))
+        ]
+        requests = [
+            {name: getattr(cases[i], name) for name in peers.SIZES} | {"backward": backward} for i, backward in asked
+        ]
+        results = peers.results(backend, requests, args.torch_python, **options)
+        for (i, backward), result in zip(asked, results, strict=True):
+            found[i].append((backend, backward, result))
+    return found
+
+
+def torch_has(backend: str, case: Case) -> bool:
+    """Whether a backend of PyTorch can be asked for a case: without a mask the first query is at the first slot."""
+    return is_plain(case) and (backend == peers.FLEX or case.q_len in (1, case.kv_len))
+
+
+def is_plain(case: Case) -> bool:
+    """Whether causal order is all that there is to a case."""
+    segments = isinstance(case, shapes.Case) and case.segments
+    return not (case.page_size or case.visibility != Visibility() or case.soft_cap or case.sinks or segments)
+
+
+def trained(case: Case) -> bool:
+    return isinstance(case, shapes.Case) and case.backward
+
+
+def measure(case: Case, args: argparse.Namespace, limits: Ceilings) -> Iterator[Found]:
+    """What JAX takes for a case, by each backend, and by each tile of a sweep."""
     arrays = case.example(jax.random.key(time.time_ns() % 2**32))
     expected, index = sampled(case, arrays)
-    flops = case.flops() if isinstance(case, shapes.Case) else 0
-    floor = max(flops / rate, case.bytes() / bandwidth)
-    calls = args.calls or max(4, math.ceil(0.02 / max(floor, 1e-5)))
+    calls = args.calls or max(4, math.ceil(0.02 / max(floor_seconds(case, limits), 1e-5)))
 
-    def row(backend: str, call: Callable[..., jax.Array], more: dict[str, Any], *, backward: bool) -> dict[str, Any]:
-        result = {"case": case.name, "dtype": case.dtype, "backend": backend, "backward": backward} | more
-        work = flops + (case.flops(backward=True) if backward and isinstance(case, shapes.Case) else 0)
+    def timed(call: Callable[..., jax.Array], *, backward: bool) -> dict[str, Any]:
         try:
             out = jnp.take(jax.jit(call)(**arrays), index, axis=1).astype(jnp.float32)
             error = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
-            if not error <= ERROR_LIMIT * float(jnp.finfo(case.dtype).eps):
-                return result | {"failed": f"relative error {error:.2e}"}
+            if not right(error, case):
+                return {"relative_error": error}
             many = jax.jit(gradients(call, calls) if backward else outputs(call, calls))
-            once = seconds(many, arrays, repeats=args.repeats) / calls
-        except (KernelError, NotImplementedError, RuntimeError, ValueError) as problem:
-            return result | {"failed": str(problem).splitlines()[0][:200]}
-        rates = {"TFLOP_per_s": work / once / 1e12} if work else {"TB_per_s": case.bytes() / once / 1e12}
-        share = (work / rate if work else case.bytes() / bandwidth) / once
-        return result | {"relative_error": error, "us": once * 1e6, "share_of_ceiling": share} | rates
+            return {"relative_error": error, "seconds": seconds(many, arrays, repeats=args.repeats) / calls}
+        except Exception as problem:  # of whatever kind: it is this backend's result, and the others go on
+            return {"failed": next(iter(str(problem).splitlines()), type(problem).__name__)[:200]}
 
-    prefill = isinstance(case, shapes.Case)
+    mine, other = (operation(name).all_backends() for name in OPERATIONS[:: 1 if is_prefill(case) else -1])
     for backend in args.backends:
+        if backend in peers.BACKENDS or (backend in other and backend not in mine):
+            continue
         call = stock(case) if backend == "stock" else partial(attention, **case.options(), backend=backend)
         if call is None or (backend == "reference" and logits_bytes(case) > memory() // 4):
             continue
-        yield row(backend, call, {}, backward=False)
-        if args.backward and prefill:
-            yield row(backend, call, {}, backward=True)
-    for backend in args.backends if prefill else ():
+        yield backend, False, timed(call, backward=False)
+        if args.backward and trained(case):
+            yield backend, True, timed(call, backward=True)
+    for backend in args.backends if is_prefill(case) else ():
         if backend in ("pallas_triton", "pallas_interpret"):
             for tiles in itertools.islice(sweep(case), args.sweep):
                 run = partial(pallas_triton.run, **case.options(), tiles=tiles, interpret=backend == "pallas_interpret")
-                yield row(backend, run, {"tiles": vars(tiles)}, backward=False)
+                yield backend, False, {"tiles": vars(tiles)} | timed(run, backward=False)
+
+
+def is_prefill(case: Case) -> bool:
+    return isinstance(case, shapes.Case)
+
+
+def right(error: float, case: Case) -> bool:
+    """Whether an error is one of rounding; NaN is not."""
+    return error <= ERROR_LIMIT[case.dtype] * float(jnp.finfo(case.dtype).eps)
+
+
+def operations(case: Case, *, backward: bool = False) -> int:
+    """Floating point operations of a call; 0 for a decode step, which they do not bound."""
+    if not isinstance(case, shapes.Case):
+        return 0
+    return case.flops() + (case.flops(backward=True) if backward else 0)
+
+
+def floor_seconds(case: Case, limits: Ceilings, *, backward: bool = False) -> float:
+    """The least time of a call: computing or reading, whichever is longer."""
+    computing = operations(case, backward=backward) / limits.matmul_flops_per_s
+    return max(computing, case.bytes() / limits.read_bytes_per_s)
+
+
+def row(case: Case, backend: str, found: dict[str, Any], limits: Ceilings, *, backward: bool) -> dict[str, Any]:
+    """What is printed and written of one measurement."""
+    name = OPERATIONS[0 if is_prefill(case) else 1]
+    result: dict[str, Any] = {"operation": name, "case": case.name, "dtype": case.dtype}
+    result |= {"backend": backend, "backward": backward}
+    result |= {name: found[name] for name in ("tiles", "timing") if name in found}
+    if "failed" in found:
+        return result | {"failed": found["failed"]}
+    if not right(found["relative_error"], case):
+        return result | {"failed": f"relative error {found['relative_error']:.2e}"}
+    once = found["seconds"]
+    work = operations(case, backward=backward)
+    rates = {"TFLOP_per_s": work / once / 1e12} if work else {"TB_per_s": case.bytes() / once / 1e12}
+    share = floor_seconds(case, limits, backward=backward) / once
+    return result | {
+        "relative_error": found["relative_error"],
+        "us": once * 1e6,
+        "share_of_ceiling": share,
+        **rates,
+    }
 
 
 def sweep(case: Case) -> Iterator[pallas_triton.Tiles]:
@@ -181,7 +273,7 @@ def sampled(case: Case, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Ar
 
 def stock(case: Case) -> Callable[..., jax.Array] | None:
     """JAX's own Pallas kernel for a case, if there is one."""
-    if case.page_size or case.visibility != Visibility() or case.soft_cap or case.sinks:
+    if not is_plain(case):
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -234,34 +326,6 @@ def memory() -> int:
     return stats.get("bytes_limit", 16 << 30)
 
 
-def ceilings(dtype: Any, size: int, repeats: int) -> tuple[float, float]:
-    """Operations a second of a large matrix product, and bytes a second of reading a large array."""
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    big = jnp.ones((16, size, size), dtype)
-    multiply = partial(jnp.matmul, precision=matmul_precision(dtype))
-
-    @jax.jit
-    def product(a: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, 8, lambda i, b: multiply(a, b) * jnp.asarray(size**-0.5, dtype), a)
-
-    @jax.jit  # each sum takes another number off, so that no two passes are the same
-    def read(big: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, 8, lambda i, total: total + jnp.max(big - total.astype(big.dtype)), jnp.float32(0))
-
-    return 16 * size**3 / seconds(product, a, repeats=repeats), 8 * big.nbytes / seconds(read, big, repeats=repeats)
-
-
-def seconds(f: Callable[..., Any], *args: Any, repeats: int) -> float:
-    """Median time of a program, once it is compiled."""
-    jax.block_until_ready(f(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(f(*args))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
     sizes = [row["tiles"][name] for name in ("block_q", "block_k", "num_warps", "num_stages")] if "tiles" in row else []
@@ -270,7 +334,8 @@ def line(row: dict[str, Any]) -> str:
         return f"{row['case']:32} {name:32} {row['failed']}"
     unit = "TFLOP" if "TFLOP_per_s" in row else "TB"
     speed = f"{row[unit + '_per_s']:8.2f} {unit}/s {row['share_of_ceiling']:5.0%}"
-    return f"{row['case']:32} {name:32} {row['us']:10.1f} us {speed}  error {row['relative_error']:.1e}"
+    note = ", started call by call" if row.get("timing") == peers.CALL_BY_CALL else ""
+    return f"{row['case']:32} {name:32} {row['us']:10.1f} us {speed}  error {row['relative_error']:.1e}{note}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 For each shape and number of tokens: first fresh random inputs through each backend, against sums in float32 for some of
 the tokens; then the time of a call, the median of several programs that each make many calls one after another, with
 other experts every time. The floor is the longer of reading the experts' weights once, at the read rate, and computing,
-at the rate of a large matrix product, both measured in the same run.
+at the rate of a large matrix product, both measured in the same run as `llama-jax bench` measures them. Without
+arguments the cases are those of the table in docs/kernels.md.
 
 The rule: a kernel that is at least 1.5 times as fast as ragged_dot is worth choosing; otherwise ragged_dot stays.
 
@@ -15,9 +16,7 @@ The rule: a kernel that is at least 1.5 times as fast as ragged_dot is worth cho
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,12 +25,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from bench_shared import ceilings, seconds, write
 
+from llama_jax.bench import Ceilings
 from llama_jax.errors import KernelError
 from llama_jax.kernels.moe import pallas_triton, routed_experts
 from llama_jax.kernels.moe.products import DTYPES
 from llama_jax.kernels.moe.shapes import DECODE_TOKENS, PREFILL_TOKENS, SHAPES, MoeShape
-from llama_jax.kernels.precision import matmul_precision
 from llama_jax.targets import current
 
 WORTH_IT = 1.5
@@ -50,34 +50,25 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--sweep", type=int, default=0, metavar="N", help="also measure the first N candidate tiles")
     parser.add_argument("--calls", type=int, help="calls in a program; by default as many as take about 20 ms")
     parser.add_argument("--repeats", type=int, default=7, help="programs that are timed")
-    parser.add_argument("--ceiling-size", type=int, default=8192, help="side of the matrices that the rates come from")
-    parser.add_argument("--json", type=Path, dest="out", help="write the numbers to this file")
+    parser.add_argument("--ceiling-size", type=int, help="side of the matrices that the rates come from")
+    parser.add_argument("--json", type=Path, dest="out", help="write the numbers to this file, after each case")
     args = parser.parse_args(argv)
 
     dtype = jnp.dtype(args.dtype)
-    bandwidth, rate = ceilings(dtype, args.ceiling_size, args.repeats)
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}: reads {bandwidth / 1e12:.2f} TB/s, {rate / 1e12:.0f} TFLOP/s")
-    rows = []
+    limits = ceilings(args.dtype, args.ceiling_size)
+    rows: list[dict[str, Any]] = []
     for shape in args.shapes:
-        if too_large(shape, dtype.itemsize, device):
+        if too_large(shape, dtype.itemsize, jax.devices()[0]):
             print(f"{shape.name}: left out, its weights take more than half of the memory")
             continue
         weights = None  # freed before the next shape's are made
         weights = shape.example(jax.random.key(1), 1, dtype)
         weights = {name: weights[name] for name in ("gate", "up", "down")}
         for tokens in args.tokens:
-            for row in measure(shape, tokens, weights, args, bandwidth, rate):
+            for row in measure(shape, tokens, weights, args, limits):
                 rows.append(row)
                 print(line(row), flush=True)
-    if args.out:
-        about = {
-            "device": device.device_kind,
-            "jax": jax.__version__,
-            "read_bytes_per_s": bandwidth,
-            "flops_per_s": rate,
-        }
-        args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+            write(args.out, rows, {args.dtype: limits})
     return rows
 
 
@@ -99,40 +90,12 @@ def too_large(shape: MoeShape, itemsize: int, device: jax.Device) -> bool:
     return limit is not None and shape.read_bytes(shape.experts, itemsize) > limit / 2
 
 
-def ceilings(dtype: Any, size: int, repeats: int) -> tuple[float, float]:
-    """Bytes a second of reading a large array, and operations a second of a large matrix product."""
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    big = jnp.ones((16, size, size), dtype)
-    multiply = partial(jnp.matmul, precision=matmul_precision(dtype))
-
-    @jax.jit
-    def product(a: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, 8, lambda i, b: multiply(a, b) * jnp.asarray(size**-0.5, dtype), a)
-
-    # Each sum takes another number off, so that no two passes are the same.
-    @jax.jit
-    def read(big: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, 8, lambda i, total: total + jnp.max(big - total.astype(big.dtype)), jnp.float32(0))
-
-    return 8 * big.nbytes / seconds(read, big, repeats=repeats), 16 * size**3 / seconds(product, a, repeats=repeats)
-
-
-def seconds(f: Callable[..., Any], *args: Any, repeats: int) -> float:
-    """Median time of a call, after one that compiles."""
-    jax.block_until_ready(f(*args))
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(f(*args))
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
 def measure(
-    shape: MoeShape, tokens: int, weights: dict[str, jax.Array], args: argparse.Namespace, bandwidth: float, rate: float
+    shape: MoeShape, tokens: int, weights: dict[str, jax.Array], args: argparse.Namespace, limits: Ceilings
 ) -> list[dict[str, Any]]:
     """A row for each backend, and for each tile of a sweep."""
     dtype = jnp.dtype(args.dtype)
+    bandwidth, rate = limits.read_bytes_per_s, limits.matmul_flops_per_s
     bound = shape.floor_seconds(tokens, shape.expected_experts(tokens), bandwidth, rate, dtype.itemsize)
     calls = args.calls or max(4, math.ceil(0.02 / max(bound, 1e-5)))
     ids = jax.jit(jax.vmap(lambda key: routing(key, shape, tokens)))(jax.random.split(jax.random.key(2), calls))
@@ -149,7 +112,8 @@ def measure(
         if tiles is not None:
             interpret = backend == "pallas_interpret"
             call = partial(pallas_triton.run, activation=jax.nn.silu, tiles=tiles, interpret=interpret)
-        result = {"shape": shape.name, "tokens": tokens, "dtype": args.dtype, "backend": backend, "experts": touched}
+        result = {"operation": "moe", "case": f"{shape.name}, {tokens} tokens", "shape": shape.name, "tokens": tokens}
+        result |= {"dtype": args.dtype, "backend": backend, "experts": touched}
         result |= {"tiles": vars(tiles)} if tiles else {}
         try:
             out = jax.jit(call)(**small, expert_ids=ids[0], **weights)
@@ -166,7 +130,7 @@ def measure(
         return result | {
             "us": once * 1e6,
             "floor_us": floor * 1e6,
-            "share_of_floor": floor / once,
+            "share_of_ceiling": floor / once,
             "TB_per_s": read / once / 1e12,
             "TFLOP_per_s": flops / once / 1e12,
         }
@@ -231,7 +195,7 @@ def line(row: dict[str, Any]) -> str:
     tiles = " " + "/".join(map(str, row["tiles"].values())) if "tiles" in row else ""
     speedup = f", {row['speedup']:.2f} x ragged_dot" if "speedup" in row else ""
     return (
-        f"{name} {row['us']:9.1f} us, {100 * row['share_of_floor']:3.0f}% of the ceiling, {row['TB_per_s']:.2f} TB/s, "
+        f"{name} {row['us']:9.1f} us, {row['share_of_ceiling']:4.0%} of the ceiling, {row['TB_per_s']:.2f} TB/s, "
         f"{row['TFLOP_per_s']:.0f} TFLOP/s, error {row['relative_error']:.1e}{speedup}{tiles}"
     )
 

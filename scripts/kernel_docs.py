@@ -1,13 +1,17 @@
-"""Writes the tables of `docs/kernels.md` from the shipped tables, the budgets and the table of targets.
+"""Writes the tables of `docs/kernels.md` from the shipped tables, the budgets, the table of targets and measurements.
 
 python scripts/kernel_docs.py           # writes; a test holds the page equal to what this makes
+
+Measurements are what `bench_attention.py` and `bench_moe.py` write with `--json`: `h100-attention.json` and
+`h100-moe.json` in `docs/measured`. What several runs measured may lie in several files (`h100-attention-floors.json`);
+of what was measured twice, the file whose name sorts last counts. None need be there, and none need hold every case.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax.numpy as jnp
 
+from llama_jax.kernels.attention.decode.shapes import MEASURED
+from llama_jax.kernels.attention.flash.shapes import MEASURED_PREFILL
 from llama_jax.kernels.dispatch.cases import Case
 from llama_jax.kernels.dispatch.tables import shipped_rules
 from llama_jax.kernels.registry import OPERATIONS, operation
@@ -23,14 +29,25 @@ from llama_jax.targets import Target, find
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
 BUDGETS = ROOT / "tests" / "amd_budgets"
+MEASUREMENTS = ROOT / "docs" / "measured"
 CHOICES = ("mi250x", "mi300x", "mi355x", "rx7900xtx", "radeon8060s", "rx9070xt", "h100", "cpu")
 FLOORS = ("mi250x", "mi300x", "mi355x", "rx7900xtx", "rx9070xt", "h100")
-PREDICTED = "mi300x"
+PREDICTED, MEASURED_ON = "mi300x", "h100"
 OTHER_CYCLES = 4
 """A wave of 64 on a SIMD of 16 lanes takes four cycles for an instruction."""
 READ_SHARE = 0.8
 """Of the peak bandwidth, assumed for kernels that are bound by reading: the share that they aim at."""
 Row = tuple[object, ...]
+Report = dict[str, Any]
+"""What a benchmark wrote."""
+NOT_YET, FAILED, NO_SUCH_CALL = "not measured yet", "failed", "–"
+KERNEL = "pallas_triton"
+PEERS = ("stock", "torch_flash", "torch_cudnn", "torch_flex")
+BESIDE: dict[str, tuple[Sequence[Any], tuple[str, ...]]] = {
+    "flash_attention": (MEASURED_PREFILL, ("reference", "cudnn", KERNEL, *PEERS)),
+    "decode_attention": (MEASURED, ("reference", KERNEL, *PEERS)),
+}
+"""By operation: the cases that are measured with every backend and peer, and these."""
 
 
 def table(header: Row, rows: Iterator[Row]) -> str:
@@ -76,12 +93,18 @@ def _range(numbers: list[float], form: str) -> str:
     return " to ".join(dict.fromkeys(ends))
 
 
-def floors(op: str) -> Iterator[Row]:
+def floors(op: str, reports: Sequence[Report]) -> Iterator[Row]:
     """Microseconds that each case takes at least on each target; what is predicted, and what has been measured."""
+    found = measured(reports, op)
     for case in operation(op).models(None):
         dtype = jnp.dtype(next(iter(case.abstract().values())).dtype).name
         cells = [_floor(case, find(name), dtype) for name in FLOORS]
-        yield (case.name, *(text for _, text in cells), predicted(op, case, dtype), "not measured yet")
+        yield (
+            case.name,
+            *(text for _, text in cells),
+            predicted(op, case, dtype),
+            fastest(found, op, case.name, dtype),
+        )
 
 
 def _floor(case: Case, target: Target, dtype: str) -> tuple[float, str]:
@@ -111,8 +134,74 @@ def predicted(op: str, case: Case, dtype: str) -> str:
     return _microseconds(seconds * (busy + other) / busy)
 
 
-def sections() -> dict[str, str]:
+def read_reports(folder: Path) -> list[Report]:
+    """The files of measurements, in the order of their names."""
+    paths = [p for kind in ("attention", "moe") for p in sorted(folder.glob(f"{MEASURED_ON}-{kind}*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def measured(reports: Sequence[Report], op: str) -> list[dict[str, Any]]:
+    """Rows of an operation without gradients, with the tiles that it takes by itself; of rows made twice, the later."""
+    rows = [row for report in reports for row in report["rows"] if row["operation"] == op]
+    rows = [row for row in rows if "tiles" not in row and not row.get("backward")]
+    return list({(row["case"], row["dtype"], row["backend"]): row for row in rows}.values())
+
+
+def fastest(rows: Sequence[dict[str, Any]], op: str, case: str, dtype: str) -> str:
+    """Microseconds of the fastest of this project's backends and their share of the ceiling; its name unless it is our
+    kernel."""
+    ours = operation(op).backends
+    mine = [r for r in rows if (r["case"], r["dtype"]) == (case, dtype) and r["backend"] in ours]
+    done = [row for row in mine if "us" in row]
+    if not done:
+        return FAILED if mine else NOT_YET
+    best = min(done, key=lambda row: row["us"])
+    name = "" if best["backend"] == KERNEL else f", `{best['backend']}`"
+    return f"{_microseconds(best['us'] * 1e-6)} ({best['share_of_ceiling']:.0%}{name})"
+
+
+def beside(op: str, reports: Sequence[Report]) -> str:
+    """What was measured with, and a table of rates and shares of every backend and peer, the fastest in bold."""
+    cases, backends = BESIDE[op]
+    rows = {(r["case"], r["dtype"], r["backend"]): r for r in measured(reports, op)}
+
+    def lines() -> Iterator[Row]:
+        for case in cases:
+            mine = [rows.get((case.name, case.dtype, backend)) for backend in backends]
+            best = min((row["us"] for row in mine if row and "us" in row), default=0)
+            yield (case.name, *(_rate(row, best) if any(mine) else NOT_YET for row in mine))
+
+    header = ("Case", *(f"`{backend}`" for backend in backends))
+    return f"{origin(reports, op)}\n\n{table(header, lines())}"
+
+
+def _rate(row: dict[str, Any] | None, best: float) -> str:
+    if row is None:
+        return NO_SUCH_CALL
+    if "us" not in row:
+        return FAILED
+    rate = f"{row['TFLOP_per_s']:.0f}" if "TFLOP_per_s" in row else f"{row['TB_per_s']:.2f}"
+    text = f"{rate} ({row['share_of_ceiling']:.0%})"
+    return f"**{text}**" if row["us"] == best else text
+
+
+def origin(reports: Sequence[Report], op: str) -> str:
+    """What the numbers of an operation were measured with and are shares of: a sentence for each run and dtype."""
+    runs = [
+        f"Measured on {report['device']} with jax {report['jax']}"
+        + (f" and torch {report['torch']}" if "torch" in report else "")
+        + f"; ceilings in {dtype}: {limits['read_bytes_per_s'] / 1e12:.2f} TB/s and "
+        f"{limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s."
+        for report in reports
+        for dtype, limits in report["ceilings"].items()
+        if any((row["operation"], row["dtype"]) == (op, dtype) for row in report["rows"])
+    ]
+    return "\n".join(runs) or "Not measured yet."
+
+
+def sections(measurements: Path = MEASUREMENTS) -> dict[str, str]:
     """Name of each generated part of the page, and its text."""
+    reports = read_reports(measurements)
     budget = (
         "Kernel",
         "Case",
@@ -127,17 +216,21 @@ def sections() -> dict[str, str]:
     return {
         "choices": table(("Operation", *(find(name).label or name for name in CHOICES)), choices()),
         "gfx942": table(budget, budgets("gfx942")),
-        **{f"floors of {op}": table(floor, floors(op)) for op in OPERATIONS},
+        **{f"floors of {op}": table(floor, floors(op, reports)) for op in OPERATIONS},
+        **{f"measured {op}": beside(op, reports) for op in BESIDE},
     }
 
 
-def filled(page: str) -> str:
+def filled(page: str, measurements: Path = MEASUREMENTS) -> str:
     """The page with its generated parts made anew.
+
+    Args:
+      measurements: the folder of the files that benchmarks wrote.
 
     Raises:
       ValueError: a part has no place on the page.
     """
-    for name, text in sections().items():
+    for name, text in sections(measurements).items():
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         if begin not in page or end not in page:
             raise ValueError(f"no {begin} ... {end}")

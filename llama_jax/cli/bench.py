@@ -86,10 +86,7 @@ def command(
     }
     if not as_json:
         click.echo("  ".join(f"{name}={value}" for name, value in about.items()))
-        click.echo(
-            f"ceilings: {ceilings.read_bytes_per_s / 1e9:.1f} GB/s read, "
-            f"{ceilings.matmul_flops_per_s / 1e12:.2f} TFLOP/s matrix product"
-        )
+        click.echo(f"ceilings: {ceilings}")
         click.echo(f"{'batch':>5} {'prompt':>6} {'new':>4} {'prefill tok/s':>13} {'MFU':>5} {'first ms':>8} ", nl=False)
         click.echo(f"{'decode tok/s':>12} {'step ms':>8} {'MBU':>5} {'spread':>6}")
     results = []
