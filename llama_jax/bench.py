@@ -28,7 +28,8 @@ from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.loading import Model
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
-from llama_jax.sharding import automatic_mesh, check, param_sharding, split_config
+from llama_jax.plan import MeshRequest, resolve_mesh
+from llama_jax.sharding import check, param_sharding, split_config
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,12 @@ def environment(dtype: DTypeLike, mesh: jax.sharding.Mesh | None = None) -> dict
     }
 
 
-def random_model(name: str, dtype: DTypeLike, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """A preset's shape with random weights made on the device or devices, fused as `load` does it."""
-    mesh = None if mesh is None else automatic_mesh(mesh)
+def random_model(
+    name: str, dtype: DTypeLike, mesh: MeshRequest = None, *, notify: Callable[[str], None] | None = None
+) -> Model:
+    """A preset's shape with random weights made on the device or devices, fused as `load` does it; `mesh` and `notify`
+    are those of `load`."""
+    mesh = resolve_mesh(mesh, preset(name), dtype, notify)
     if mesh is not None:
         check(preset(name), mesh)
     config = split_config(preset(name), mesh)

@@ -20,7 +20,8 @@ from llama_jax.fuse import arrange
 from llama_jax.kernels.dispatch.self_check import self_check
 from llama_jax.models import DEFAULT_MODEL, find, resolve
 from llama_jax.params import Params
-from llama_jax.sharding import automatic_mesh, check, explain, param_sharding
+from llama_jax.plan import MeshRequest, resolve_mesh
+from llama_jax.sharding import check, explain, param_sharding
 from llama_jax.targets import current
 from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 from llama_jax.tokenizer.check import check_tokenizer
@@ -67,7 +68,7 @@ def load(
     model: str | Path = DEFAULT_MODEL,
     *,
     dtype: DTypeLike | None = None,
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: MeshRequest = None,
     convert: bool = True,
     verify: bool = True,
     fuse: bool = True,
@@ -85,7 +86,10 @@ def load(
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
       mesh: devices to spread the model over, by the rules of `llama_jax.sharding`: heads, hidden units and the
         vocabulary over its axis "tensor", rows of a batch over "data". A mesh without "tensor" holds a copy of the
-        parameters on every device. What is not simply split is told to `notify`.
+        parameters on every device. What is not simply split is told to `notify`. "auto" chooses, from the devices that
+        are here and their free memory: as few devices for a copy of the model as hold it with as many rows as there are
+        devices, of 4096 tokens, and the others for further copies (`llama_jax.plan.AutoMesh` states other numbers).
+        What it has chosen, and why, is told to `notify`, and stands in the model's `mesh`, None for one device.
       convert: False reads a source in another format as it is and puts no converted copy on the disk: the same tree,
         though there are no digests to check, and quantised weights are decoded anew each time.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
@@ -96,32 +100,31 @@ def load(
       notify: called with one line of text before anything that takes long or uses the network.
 
     Raises:
-      LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`.
+      LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`. DoesNotFit: "auto" finds no mesh.
     """
     runtime.enable_compilation_cache()
     check_kernels_once(notify)
-    mesh = None if mesh is None else automatic_mesh(mesh)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
     found = None if convert else find(model, progress=progress, notify=notify)
     if found is None or found.converted is None:
         path = resolve(model, progress=progress, notify=notify) if found is None else found.path
         checkpoint = open_checkpoint(path)
         config, generation_config, tokenizer = checkpoint.config, checkpoint.generation_config, load_tokenizer(path)
-        _announce(config, mesh, notify)
+        devices = _placed(config, mesh, target, notify)
         params = load_params(
-            path, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress, config=config
+            path, dtype=target, sharding=_sharding(config, devices), verify=verify, progress=progress, config=config
         )
     else:
         with opened(found.path, name=found.name, revision=found.revision) as source:
             config, generation_config = source.config, source.generation_config
-            _announce(config, mesh, notify)
+            devices = _placed(config, mesh, target, notify)
             check_tokenizer(source.files)
             tokenizer = tokenizer_from_files(source.files, found.path)
             params = load_source(
-                source, dtype=target, sharding=_sharding(config, mesh), verify=verify, progress=progress
+                source, dtype=target, sharding=_sharding(config, devices), verify=verify, progress=progress
             )
-    split = arrange(params, config, mesh, fuse=fuse)
-    return Model(params, split, mesh, generation_config, str(model)), tokenizer
+    split = arrange(params, config, devices, fuse=fuse)
+    return Model(params, split, devices, generation_config, str(model)), tokenizer
 
 
 def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
@@ -134,11 +137,15 @@ def _sharding(config: LlamaConfig, mesh: jax.sharding.Mesh | None) -> Placements
     return None if mesh is None else param_sharding(config, mesh)
 
 
-def _announce(config: LlamaConfig, mesh: jax.sharding.Mesh | None, notify: Callable[[str], None] | None) -> None:
-    """Refuses a mesh of no use; says what is not simply split."""
-    if mesh is None:
-        return
-    check(config, mesh)
-    for split in explain(config, mesh):
+def _placed(
+    config: LlamaConfig, mesh: MeshRequest, dtype: jnp.dtype, notify: Callable[[str], None] | None
+) -> jax.sharding.Mesh | None:
+    """The devices. Refuses a mesh of no use; says what was chosen, and what is not simply split."""
+    devices = resolve_mesh(mesh, config, dtype, notify)
+    if devices is None:
+        return None
+    check(config, devices)
+    for split in explain(config, devices):
         if split.note and notify is not None and split.size is not None:
             notify(str(split))
+    return devices

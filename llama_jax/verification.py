@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,12 +19,16 @@ import numpy as np
 
 from llama_jax import decode
 from llama_jax.cache import DenseCache
+from llama_jax.checkpoint import Progress, load_params
 from llama_jax.checkpoint.storage import storage_errors
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError, VerificationError
+from llama_jax.fuse import arrange
 from llama_jax.model import forward
 from llama_jax.params import Params
+from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.sampling import SamplingParams, make_sampler
+from llama_jax.sharding import check, on, param_sharding, parts
 
 TOLERANCE = 5e-5
 """Largest difference of a logit, as a share of the largest absolute logit."""
@@ -48,6 +53,20 @@ class Inputs:
     tokens: np.ndarray
     mask: np.ndarray
     greedy: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A checkpoint's parameters on their devices, canonical and in float32.
+
+    Attributes:
+      config: as it is computed on the mesh (`sharding.split_config`).
+      mesh: None for one device.
+    """
+
+    params: Params
+    config: LlamaConfig
+    mesh: jax.sharding.Mesh | None = None
 
 
 @dataclass(frozen=True)
@@ -123,15 +142,49 @@ def read_inputs(path: str | Path) -> Inputs:
     return Inputs(tokens.astype(np.int64), mask, greedy[1] if greedy else 0)
 
 
-def compute(params: Params, config: LlamaConfig, inputs: Inputs) -> Computed:
+def place(
+    path: Path,
+    config: LlamaConfig,
+    mesh: MeshRequest = None,
+    *,
+    progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Placed:
+    """Reads a checkpoint, whose digests have been checked before, for `compute`.
+
+    Args:
+      mesh, progress, notify: those of `load`.
+
+    Raises:
+      RequestError, DoesNotFit: the mesh is of no use, or there is none that the model fits.
+    """
+    devices = resolve_mesh(mesh, config, jnp.float32, notify)
+    if devices is not None:
+        check(config, devices)
+    where = None if devices is None else param_sharding(config, devices)
+    params = load_params(path, dtype="float32", sharding=where, verify=False, progress=progress)
+    return Placed(params, arrange(params, config, devices, fuse=False), devices)
+
+
+def compute(params: Params, config: LlamaConfig, inputs: Inputs, mesh: jax.sharding.Mesh | None = None) -> Computed:
     """Runs the model: one pass over the tokens with a cache, then single steps with that cache.
 
     Args:
       params: parameter tree, in float32 for comparable numbers.
+      mesh: the devices that it is spread over; None for one. The rows are filled up to a multiple of "data".
 
     Raises:
       VerificationError: a token is outside of the model's vocabulary.
     """
+    batch = len(inputs.tokens)
+    with on(mesh):
+        # The first rows once more: every row has to show a token.
+        rows = np.arange(-(-batch // parts("batch")) * parts("batch")) % batch
+        computed = _compute(params, config, Inputs(inputs.tokens[rows], inputs.mask[rows], inputs.greedy))
+    return Computed(computed.logits[:batch], computed.greedy[:batch])
+
+
+def _compute(params: Params, config: LlamaConfig, inputs: Inputs) -> Computed:
     shown = inputs.tokens[inputs.mask]
     if shown.min() < 0 or shown.max() >= config.vocab_size:
         raise VerificationError(

@@ -101,7 +101,7 @@ def command(
     from llama_jax.models import resolve
     from llama_jax.runtime import device_name
 
-    devices = requested_mesh(mesh, tp)
+    devices = requested_mesh(mesh, tp, batch=batch_size)
     with Reporter(quiet=quiet) as reporter:
         folder = resolve(model, progress=reporter.progress, notify=reporter.notify)
         loaded, tokenizer = load(

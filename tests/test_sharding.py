@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 from click.testing import CliRunner
-from helpers import tiny_config
+from helpers import on_eight_devices, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -21,34 +17,16 @@ from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, preset
 from llama_jax.errors import NoDevice, RequestError
 from llama_jax.params import param_specs
 
-# The checks are of numbers and of what is sent, not of speed.
-XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-
-
-def on_eight_devices(*marks: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--durations=5", "-p", "no:cacheprovider", *marks]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("eight_devices_generate.py"))],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS, "PYTEST_ADDOPTS": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
-    assert " skipped" not in done.stdout
-
 
 @pytest.mark.timeout(600)  # a process of its own, for some tens of seconds on an idle machine
 def test_on_eight_devices() -> None:
-    on_eight_devices("-m", "not slow")
+    on_eight_devices("eight_devices_generate.py", "-m", "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_family_and_whole_models_on_eight_devices() -> None:
-    on_eight_devices("-m", "slow")
+    on_eight_devices("eight_devices_generate.py", "-m", "slow")
 
 
 # --- Meshes -----------------------------------------------------------------------------------------------------------

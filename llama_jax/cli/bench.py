@@ -68,7 +68,7 @@ def command(
     from llama_jax.loading import load
 
     runtime.enable_compilation_cache()
-    devices = requested_mesh(mesh, tp)
+    devices = requested_mesh(mesh, tp, batch=max(batches), context=prompt + new, prompt=prompt)
     with Reporter(quiet=as_json) as reporter:
         reporter.warn_of_unused_gpu()
         if preset is None:
@@ -76,7 +76,7 @@ def command(
                 model, dtype=dtype, mesh=devices, convert=convert, progress=reporter.progress, notify=reporter.notify
             )
         else:
-            loaded = random_model(preset, dtype or runtime.default_dtype(), devices)
+            loaded = random_model(preset, dtype or runtime.default_dtype(), devices, notify=reporter.notify)
     ceilings = measure_ceilings(loaded.dtype)
     about = {
         **environment(loaded.dtype, loaded.mesh),

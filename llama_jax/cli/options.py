@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llama_jax.errors import RequestError
 from llama_jax.kernels.registry import VARIABLE, parse_backends
 from llama_jax.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from llama_jax.plan import AutoMesh
+
+AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -69,7 +73,9 @@ quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Noth
 _MESH: tuple[Decorator, ...] = (
     click.option("--tp", type=int, metavar="N", help="Split the model over N devices; short for --mesh tensor=N."),
     click.option(
-        "--mesh", metavar="AXES", help="Devices to use, e.g. data=2,tensor=4: 2 groups of rows, each over 4 devices."
+        "--mesh",
+        metavar="AXES",
+        help="Devices to use, e.g. data=2,tensor=4: 2 groups of rows, each over 4 devices; auto chooses by memory.",
     ),
 )
 
@@ -81,12 +87,32 @@ def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def requested_mesh(mesh: str | None, tp: int | None) -> Mesh | None:
+def is_auto(mesh: str | None, tp: int | None) -> bool:
+    """Whether the options ask that a mesh be chosen.
+
+    Raises:
+      RequestError: they ask for a size, too.
+    """
+    if mesh == AUTO and tp is not None:
+        raise RequestError("--mesh auto chooses --tp by itself", param="mesh", hint="give one of them")
+    return mesh == AUTO
+
+
+def requested_mesh(
+    mesh: str | None, tp: int | None, *, batch: int = 1, context: int | None = None, prompt: int | None = None
+) -> Mesh | AutoMesh | None:
     """The mesh that the options ask for, or None. Imports jax.
+
+    Args:
+      batch, context, prompt: what `--mesh auto` has to make room for (`plan.AutoMesh`).
 
     Raises:
       RequestError, NoDevice: see `sharding.requested_axes` and `sharding.make_mesh`.
     """
+    if is_auto(mesh, tp):
+        from llama_jax.plan import AutoMesh
+
+        return AutoMesh(batch, context, prompt)
     from llama_jax.sharding import make_mesh, requested_axes
 
     sizes = requested_axes(mesh, tp)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from llama_jax.cli.options import DTYPES, examples, json_option, mesh_options
+from llama_jax.cli.options import DTYPES, examples, is_auto, json_option, mesh_options
 from llama_jax.cli.plan_report import compared, facts, report
 from llama_jax.cli.terminal import print_json, printable
 from llama_jax.errors import DoesNotFit, RequestError
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from llama_jax.model_compilation import ModelCompilation
     from llama_jax.plan import Plan, Workload
     from llama_jax.targets import Target
-
-_FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-_AUTO = "auto"
 
 
 @click.command(
@@ -76,21 +72,21 @@ def command(
     """Say whether MODEL fits a number of devices, and the least time that it could take there.
 
     MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. `--mesh auto`
-    takes the smallest tensor parallelism that fits. Bytes of weights and cache are exact; times follow from data
-    sheets: predictions that nothing can beat, and no measurements.
+    takes the smallest tensor parallelism that fits, as it does in the commands that run a model. Bytes of weights and
+    cache are exact; times follow from data sheets: predictions that nothing can beat, and no measurements.
 
     Exits with 6 if it does not fit.
     """
     from llama_jax.models.configs import find_config
-    from llama_jax.plan import Workload, make_plan
+    from llama_jax.plan import default_workload, make_plan
+    from llama_jax.plan import memory_fraction as usual_fraction
 
     chosen = _target(target)
     config = find_config(model)
-    context = min(4096, config.context_length) if context is None else context
-    prompt = min(512, context) if prompt is None else prompt
-    workload = Workload(batch, context, prompt, dtype or ("float32" if chosen.vendor == "cpu" else "bfloat16"))
+    dtype = dtype or ("float32" if chosen.vendor == "cpu" else "bfloat16")
+    workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt)
     workload.check(config)
-    fraction = _fraction() if memory_fraction is None else memory_fraction
+    fraction = usual_fraction() if memory_fraction is None else memory_fraction
     sizes = _sizes(config, chosen, workload, mesh, tp, devices, fraction)
     plan = make_plan(config, chosen, sizes, workload, memory_fraction=fraction, latency_s=latency * 1e-6)
     xla = _compile(config, plan, quiet=as_json) if compiled else None
@@ -111,19 +107,6 @@ def _target(name: str | None) -> Target:
     return here[0] if here else current()
 
 
-def _fraction() -> float:
-    """What the environment says, or jax's default."""
-    from llama_jax.plan import MEMORY_FRACTION
-
-    name = next((name for name in _FRACTION_VARIABLES if os.environ.get(name)), None)
-    if name is None:
-        return MEMORY_FRACTION
-    try:
-        return float(os.environ[name])
-    except ValueError:
-        raise RequestError(f"{name}={os.environ[name]!r} is no number", param=name, hint="e.g. 0.9") from None
-
-
 def _sizes(
     config: LlamaConfig,
     target: Target,
@@ -137,11 +120,10 @@ def _sizes(
     from llama_jax.plan import smallest_mesh
     from llama_jax.sharding import requested_axes
 
-    asked = requested_axes(None if mesh == _AUTO else mesh, tp)
-    if mesh == _AUTO and tp is not None:
-        raise RequestError("--mesh auto chooses --tp by itself", param="mesh", hint="give one of them")
+    auto = is_auto(mesh, tp)
+    asked = None if auto else requested_axes(mesh, tp)
     if asked is None:
-        if mesh == _AUTO or devices is not None:
+        if auto or devices is not None:
             return smallest_mesh(config, target, workload, devices=devices, memory_fraction=fraction)
         return {}
     in_mesh = math.prod(asked.values())

@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from llama_jax.cli.options import examples, json_option, quiet_option
+from llama_jax.cli.options import examples, json_option, mesh_options, quiet_option, requested_mesh
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, printable, size_text
 from llama_jax.errors import CheckpointError, VerificationError
+
+if TYPE_CHECKING:
+    from llama_jax.plan import MeshRequest
+    from llama_jax.verification import Inputs
 
 
 @click.command(
@@ -27,10 +32,18 @@ from llama_jax.errors import CheckpointError, VerificationError
 @click.option("--source", metavar="PATH", help="Also compare with the folder or file that it was converted from.")
 @click.option("--expected", metavar="FILE.npz", help="Also run the model and compare with this file.")
 @click.option("--save-logits", metavar="OUT.npz", help="Write what was computed, for others to compare.")
+@mesh_options
 @quiet_option
 @json_option
 def command(
-    checkpoint: str, source: str | None, expected: str | None, save_logits: str | None, quiet: bool, as_json: bool
+    checkpoint: str,
+    source: str | None,
+    expected: str | None,
+    save_logits: str | None,
+    mesh: str | None,
+    tp: int | None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Check the digest of every tensor and file of CHECKPOINT (or of any other MODEL, which is converted first).
 
@@ -38,16 +51,24 @@ def command(
 
     With --expected, also run it in float32 on the file's input_ids and attention_mask, compare logits where the mask is
     1, then decode greedily as many tokens as `greedy` has and compare them. Prints one JSON line: max_abs_diff,
-    max_rel_diff (as a share of the largest expected logit), greedy_match, ok.
+    max_rel_diff (as a share of the largest expected logit), greedy_match, ok. --tp and --mesh run it on
+    several devices.
 
     Exits with 4 if anything is damaged, a logit differs by more than 5e-5 of the largest one, or a token differs.
     """
     if save_logits and not expected:
         raise click.UsageError("--save-logits needs --expected, whose input_ids the model is run on")
+    if expected is None and (mesh is not None or tp is not None):
+        raise click.UsageError("--tp and --mesh need --expected: without it no model is run")
+    inputs = devices = None
+    if expected is not None:
+        inputs = _inputs(expected, save_logits)
+        batch, length = inputs.tokens.shape
+        devices = requested_mesh(mesh, tp, batch=batch, context=length + max(inputs.greedy, 1), prompt=length)
     with Reporter(quiet=quiet, label="Verifying") as reporter:
         path = _check_digests(checkpoint, source, reporter, as_json=as_json, print_report=expected is None)
-        if expected is not None:
-            _check_numbers(path, expected, save_logits, reporter, quiet=quiet)
+        if expected is not None and inputs is not None:
+            _check_numbers(path, expected, inputs, devices, save_logits, reporter, quiet=quiet)
 
 
 def _check_digests(
@@ -79,23 +100,34 @@ def _check_digests(
     return report.path
 
 
-def _check_numbers(path: Path, expected: str, save_logits: str | None, reporter: Reporter, *, quiet: bool) -> None:
+def _inputs(expected: str, save_logits: str | None) -> Inputs:
     from llama_jax import verification
 
     inputs = verification.read_inputs(expected)
     if save_logits and not inputs.greedy:
         inputs = dataclasses.replace(inputs, greedy=verification.GREEDY_TO_SAVE)
+    return inputs
 
-    from llama_jax import runtime
-    from llama_jax.checkpoint import load_params, open_checkpoint
+
+def _check_numbers(
+    path: Path,
+    expected: str,
+    inputs: Inputs,
+    mesh: MeshRequest,
+    save_logits: str | None,
+    reporter: Reporter,
+    *,
+    quiet: bool,
+) -> None:
+    from llama_jax import runtime, verification
+    from llama_jax.checkpoint import open_checkpoint
 
     runtime.enable_compilation_cache()
     config = open_checkpoint(path).config
-    # The digests have just been checked.
-    params = load_params(path, dtype="float32", verify=False, progress=reporter.progress)
+    placed = verification.place(path, config, mesh, progress=reporter.progress, notify=reporter.notify)
     reporter.warn_of_unused_gpu()
     try:
-        computed = verification.compute(params, config, inputs)
+        computed = verification.compute(placed.params, placed.config, inputs, placed.mesh)
         if save_logits:
             verification.save(save_logits, inputs, computed)
         result = verification.compare(computed, inputs, expected)
@@ -105,7 +137,9 @@ def _check_numbers(path: Path, expected: str, save_logits: str | None, reporter:
     for reason in result.reasons:
         print(f"failed: {reason}", file=sys.stderr)
     if result.ok and not quiet:
-        print(f"ok: {path} agrees with {expected} on {runtime.device_name()} in float32", file=sys.stderr)
+        print(
+            f"ok: {path} agrees with {expected} on {runtime.device_name(mesh=placed.mesh)} in float32", file=sys.stderr
+        )
     print_json(
         {
             "max_abs_diff": result.max_abs_diff,

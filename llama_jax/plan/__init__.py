@@ -3,28 +3,40 @@
     plan = make_plan(preset("llama-3.1-70b"), find("mi300x"), {"tensor": 8}, Workload(batch=32, context=8192))
     print(plan.fits, plan.needs.peak, plan.tokens_per_s)
 
-Nothing is downloaded, compiled or run, and no device is started. Bytes of weights and cache are exact, temporary ones a
-stated formula (`plan.memory`); times are predictions from peak rates (`plan.roofline`). `docs/plan.md` explains every
-line of the report.
+Nothing is downloaded, compiled or run. No device is started but by `resolve_mesh`, which `load` calls for
+`mesh="auto"`. Bytes of weights and cache are exact, temporary ones a stated formula (`plan.memory`); times are
+predictions from peak rates (`plan.roofline`). `docs/plan.md` explains every line of the report.
 """
 
 from __future__ import annotations
 
+from llama_jax.plan.automatic import AUTO, AutoMesh, MeshRequest, resolve_mesh
+from llama_jax.plan.device_memory import MEMORY_FRACTION, memory_fraction
 from llama_jax.plan.memory import Bytes, Needs, Place
+from llama_jax.plan.mesh_choice import Candidate, MeshChoice, choose_mesh, smallest_mesh
 from llama_jax.plan.roofline import Floor
-from llama_jax.plan.search import MEMORY_FRACTION, Plan, make_plan, smallest_mesh
-from llama_jax.plan.workload import Calls, Workload, calls
+from llama_jax.plan.search import Plan, make_plan
+from llama_jax.plan.workload import Calls, Workload, calls, default_workload
 
 __all__ = [
+    "AUTO",
     "MEMORY_FRACTION",
+    "AutoMesh",
     "Bytes",
     "Calls",
+    "Candidate",
     "Floor",
+    "MeshChoice",
+    "MeshRequest",
     "Needs",
     "Place",
     "Plan",
     "Workload",
     "calls",
+    "choose_mesh",
+    "default_workload",
     "make_plan",
+    "memory_fraction",
+    "resolve_mesh",
     "smallest_mesh",
 ]

@@ -1,4 +1,4 @@
-"""Plans: one for a mesh, the largest batch and context that fit it, and the smallest mesh that a workload fits."""
+"""Plans: one for a mesh, with the largest batch and context that fit it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from dataclasses import dataclass, replace
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.plan.backends import Backends, backends
+from llama_jax.plan.device_memory import MEMORY_FRACTION, share
 from llama_jax.plan.memory import Needs, Place, needs
 from llama_jax.plan.roofline import Floor, decode_floor, prefill_floor
-from llama_jax.plan.workload import Calls, Workload, calls
+from llama_jax.plan.workload import Calls, Workload, calls, default_workload
 from llama_jax.sharding import check
 from llama_jax.targets import Target
-
-MEMORY_FRACTION = 0.75
-"""What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-(https://docs.jax.dev/en/latest/gpu_memory_allocation.html). Code, the libraries' own buffers and the display have the
-rest."""
 
 _MOST_ROWS = 1 << 20
 
@@ -92,7 +88,7 @@ def make_plan(
       RequestError: the workload does not go with the model, or nothing of the model divides by "tensor".
     """
     sizes = dict(sizes or {})
-    workload = workload or Workload(context=min(4096, config.context_length), prompt=min(512, config.context_length))
+    workload = workload or default_workload(config, "bfloat16")
     workload.check(config)
     check(config, sizes)
     if target.vendor == "cpu" and workload.dtype != "float32":
@@ -108,11 +104,11 @@ def make_plan(
             hint=f"jax's own default is {MEMORY_FRACTION}",
         )
     place = Place(config, target, sizes, workload.itemsize)
-    usable = int(target.memory * memory_fraction) if target.memory else None
+    usable = share(target, memory_fraction)
     shapes, *chosen = _programs(place, workload)
 
     def fits(other: Workload) -> bool:
-        return _needs(place, other).peak <= (usable or 0)
+        return needs_of(place, other).peak <= (usable or 0)
 
     largest_batch = largest_context = None
     if usable is not None:
@@ -125,46 +121,13 @@ def make_plan(
         shapes=shapes,
         prefill_backends=chosen[0],
         decode_backends=chosen[1],
-        needs=_needs(place, workload),
+        needs=needs_of(place, workload),
         usable=usable,
         largest_batch=largest_batch,
         largest_context=largest_context,
         prefill=prefill_floor(place.config, target, sizes, workload, latency_s=latency_s),
         decode=decode_floor(place.config, target, sizes, workload, latency_s=latency_s),
     )
-
-
-def smallest_mesh(
-    config: LlamaConfig,
-    target: Target,
-    workload: Workload,
-    *,
-    devices: int | None = None,
-    memory_fraction: float = MEMORY_FRACTION,
-) -> dict[str, int]:
-    """The smallest "tensor" with which a workload fits, or the largest that is possible if it fits none.
-
-    Args:
-      devices: how many there are; those that "tensor" leaves share the batch as "data". By default as few as it takes.
-
-    Raises:
-      RequestError: see `make_plan`.
-    """
-    most = target.links.host_devices
-    possible = [n for n in range(1, most + 1) if (devices % n if devices else n & (n - 1)) == 0]
-    chosen = {}
-    for ways in possible:
-        sizes = {"data": devices // ways} if devices and devices > ways else {}
-        sizes |= {"tensor": ways} if ways > 1 else {}
-        try:
-            check(config, sizes)
-        except RequestError:
-            continue
-        chosen = sizes
-        peak = _needs(Place(config, target, sizes, workload.itemsize), workload).peak
-        if not target.memory or peak <= target.memory * memory_fraction:
-            break
-    return chosen
 
 
 def _programs(place: Place, workload: Workload) -> tuple[Calls, Backends, Backends]:
@@ -185,7 +148,8 @@ def _programs(place: Place, workload: Workload) -> tuple[Calls, Backends, Backen
     return shapes, chosen(shapes.chunk, shapes.capacities[0]), chosen(1, shapes.capacities[-1])
 
 
-def _needs(place: Place, workload: Workload) -> Needs:
+def needs_of(place: Place, workload: Workload) -> Needs:
+    """What a workload takes on one device."""
     shapes, prefill, decode = _programs(place, workload)
     return needs(place, shapes, workload.context, prefill, decode)
 

@@ -15,6 +15,9 @@ from llama_jax.costs import local_rows
 from llama_jax.decode import batch_bucket, capacities, chunk_length, prompt_bucket
 from llama_jax.errors import RequestError
 
+DEFAULT_CONTEXT = 4096
+DEFAULT_PROMPT = 512
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -54,6 +57,15 @@ class Workload:
                 param="prompt",
                 hint="choose a shorter prompt or a longer context",
             )
+
+
+def default_workload(
+    config: LlamaConfig, dtype: str, *, batch: int = 1, context: int | None = None, prompt: int | None = None
+) -> Workload:
+    """What a plan is for when nobody says more: texts of 4096 tokens, 512 of them the prompt's, or as many as the model
+    can take."""
+    context = min(DEFAULT_CONTEXT, config.context_length) if context is None else context
+    return Workload(batch, context, min(DEFAULT_PROMPT, context) if prompt is None else prompt, dtype)
 
 
 @dataclass(frozen=True)

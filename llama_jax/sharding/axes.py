@@ -57,6 +57,12 @@ def requested_axes(mesh: str | None, tp: int | None) -> dict[str, int] | None:
     Raises:
       RequestError: both are given, or one is malformed.
     """
+    if mesh == "auto":
+        raise RequestError(
+            "no mesh is chosen here: --mesh auto is for commands that run the model on this machine",
+            param="mesh",
+            hint="`llama-jax plan MODEL --mesh auto` says what it would be; give its numbers here",
+        )
     if mesh is not None and tp is not None:
         raise RequestError(
             f"--tp {tp} and --mesh {mesh} were both given",

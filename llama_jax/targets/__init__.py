@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from llama_jax.targets.compilation import Compilation, compile_for, device_mesh
 from llama_jax.targets.compiler.hlo import Collective
-from llama_jax.targets.detect import abstract_device, current, detected
+from llama_jax.targets.detect import abstract_device, current, default_device, detected, of_device
 from llama_jax.targets.table import TARGETS, added_targets, find
 from llama_jax.targets.target import Cache, Links, Rates, Source, Target
 
@@ -29,7 +29,9 @@ __all__ = [
     "added_targets",
     "compile_for",
     "current",
+    "default_device",
     "detected",
     "device_mesh",
     "find",
+    "of_device",
 ]

@@ -52,10 +52,23 @@ def current() -> Target:
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
         return _tracing_for().value or identify(_abstract_facts(device))
+    return of_device(default_device())
+
+
+def default_device() -> jax.Device:
+    """Where jax puts what nobody places. Imports jax, and starts its backend."""
+    import jax
+
     chosen: Any = jax.config.jax_default_device
     if chosen is None or isinstance(chosen, str):
         chosen = jax.local_devices(backend=chosen)[0]
-    return identify(_device_facts(chosen))
+    device: jax.Device = chosen
+    return device
+
+
+def of_device(device: jax.Device) -> Target:
+    """The target of a device that jax computes on."""
+    return identify(_device_facts(device))
 
 
 @contextmanager

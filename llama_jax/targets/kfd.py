@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path("/")
 _NODES = "sys/class/kfd/kfd/topology/nodes"
+# Types and flags of links: drivers/gpu/drm/amd/amdkfd/kfd_crat.h.
+_LINK_KINDS: dict[int, Literal["xgmi", "pcie"]] = {2: "pcie", 11: "xgmi"}
+_NO_PEER_ACCESS = 1 << 4
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,54 @@ class KfdGpu:
     memory: int
 
 
+@dataclass(frozen=True)
+class KfdLink:
+    """A way from one GPU to another's memory.
+
+    Attributes:
+      source, target: numbers of the GPUs, from 0 in the order of `gpus`.
+      kind: "xgmi" (Infinity Fabric) or "pcie".
+    """
+
+    source: int
+    target: int
+    kind: Literal["xgmi", "pcie"]
+
+
 def gpus(root: Path = ROOT) -> tuple[KfdGpu, ...]:
     """Every AMD GPU that the driver has taken, in its order; none where there is no such driver."""
     found = []
-    for node in sorted((root / _NODES).glob("*"), key=lambda path: (len(path.name), path.name)):
-        facts = _properties(node / "properties")
-        if version := facts.get("gfx_target_version", 0):  # 0 is a processor
-            banks = node.glob("mem_banks/*/properties")
-            memory = max((_properties(bank).get("size_in_bytes", 0) for bank in banks), default=0)
-            simds, per_unit = facts.get("simd_count", 0), facts.get("simd_per_cu", 0)
-            units = simds // per_unit if per_unit else 0
-            wave_size, lds_kib = facts.get("wave_front_size", 0), facts.get("lds_size_in_kb", 0)
-            found.append(KfdGpu(gfx_name(version), units, wave_size, lds_kib << 10, memory))
+    for node, facts in _gpu_nodes(root):
+        banks = node.glob("mem_banks/*/properties")
+        memory = max((_properties(bank).get("size_in_bytes", 0) for bank in banks), default=0)
+        simds, per_unit = facts.get("simd_count", 0), facts.get("simd_per_cu", 0)
+        units = simds // per_unit if per_unit else 0
+        wave_size, lds_kib = facts.get("wave_front_size", 0), facts.get("lds_size_in_kb", 0)
+        found.append(KfdGpu(gfx_name(facts["gfx_target_version"]), units, wave_size, lds_kib << 10, memory))
     return tuple(found)
+
+
+def links(root: Path = ROOT) -> tuple[KfdLink, ...]:
+    """Links between the GPUs that the driver offers: XGMI stands among a node's io_links, peer access over PCIe among
+    its p2p_links (and, by some versions, among the former). A link to a processor is none of them."""
+    nodes = _gpu_nodes(root)
+    number = {int(node.name): i for i, (node, _) in enumerate(nodes) if node.name.isdigit()}
+    found = []
+    for node, _ in nodes:
+        for file in sorted([*node.glob("io_links/*/properties"), *node.glob("p2p_links/*/properties")]):
+            facts = _properties(file)
+            source, target = (number.get(facts.get(name, -1)) for name in ("node_from", "node_to"))
+            kind = _LINK_KINDS.get(facts.get("type", 0))
+            if source is not None and target is not None and kind and not facts.get("flags", 0) & _NO_PEER_ACCESS:
+                found.append(KfdLink(source, target, kind))
+    return tuple(found)
+
+
+def _gpu_nodes(root: Path) -> list[tuple[Path, dict[str, int]]]:
+    """Folders and properties of the nodes that are GPUs, not processors, in the driver's order."""
+    nodes = sorted((root / _NODES).glob("*"), key=lambda path: (len(path.name), path.name))
+    read = [(node, _properties(node / "properties")) for node in nodes]
+    return [(node, facts) for node, facts in read if facts.get("gfx_target_version", 0)]  # 0 is a processor
 
 
 def gfx_name(version: int) -> str:

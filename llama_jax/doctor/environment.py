@@ -1,0 +1,89 @@
+"""Environment variables that change what runs where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from llama_jax import hardware
+from llama_jax.doctor.probe import Probe
+from llama_jax.doctor.report import Check
+
+ENVIRONMENT = (
+    "JAX_PLATFORMS",
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_ENABLE_COMPILATION_CACHE",
+    "XLA_FLAGS",
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "AMD_COMGR_NAMESPACE",
+    "LLAMA_JAX_CACHE",
+    "LLAMA_JAX_KERNELS",
+    "LLAMA_JAX_SELF_CHECK",
+    "HF_HUB_OFFLINE",
+)
+"""Variables that change what runs where, and are shown if they are set."""
+PREFIXES = ("NCCL_", "RCCL_", "HSA_")
+"""So are all that begin so: settings of the libraries that GPUs exchange data with, and of AMD's runtime."""
+
+_SLOW = {
+    "NCCL_P2P_DISABLE": "GPUs do not copy to one another, but through the host's memory",
+    "NCCL_SHM_DISABLE": "GPUs that cannot copy to one another exchange data through network sockets",
+}
+_COMGR_FIXED = (7, 13)
+"""ROCm before this needs AMD_COMGR_NAMESPACE=1 (ROCm/jax#800, known issues of ROCm 7.12)."""
+
+
+def shown(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of interest that are set."""
+    prefixed = sorted(name for name in environ if name.startswith(PREFIXES))
+    return {name: environ[name] for name in (*ENVIRONMENT, *prefixed) if name in environ}
+
+
+def check_environment(
+    environ: Mapping[str, str],
+    found: tuple[hardware.Gpu, ...] = (),
+    probe: Probe | None = None,
+    root: Path = hardware.ROOT,
+) -> list[Check]:
+    """Variables that make GPUs fail in ways that look like something else, or slow, and one that may be missing.
+
+    Args:
+      found: the machine's GPUs.
+      probe: what jax answered; None if it was not asked.
+      root: where the kernel's files, and ROCm, are.
+    """
+    checks = []
+    if value := environ.get("HSA_OVERRIDE_GFX_VERSION"):
+        detail = f"HSA_OVERRIDE_GFX_VERSION={value} makes ROCm run code of another GPU: wrong results, or crashes"
+        checks.append(Check("environment", "warning", detail, "unset HSA_OVERRIDE_GFX_VERSION"))
+    if len(found) > 1:
+        for name, effect in _SLOW.items():
+            if environ.get(name, "0") not in ("", "0"):
+                fix = f"unset {name}, unless exchange hangs without it"
+                checks.append(Check("environment", "warning", f"{name}={environ[name]}: {effect}", fix))
+    return checks + _check_namespace(environ, found, probe, root)
+
+
+def _check_namespace(
+    environ: Mapping[str, str], found: tuple[hardware.Gpu, ...], probe: Probe | None, root: Path
+) -> list[Check]:
+    """The first start on gfx950 takes minutes, without a word, where ROCm's compiler shares its symbols with XLA's."""
+    if environ.get("AMD_COMGR_NAMESPACE") == "1" or not any(gpu.name == "gfx950" for gpu in found):
+        return []
+    text = hardware.driver_versions(root).get("rocm", "")
+    version = re.match(r"(\d+)\.(\d+)", text)
+    old = version is not None and (int(version[1]), int(version[2])) < _COMGR_FIXED
+    silent = version is None and probe is not None and probe.result is None
+    if not old and not silent:
+        return []
+    of = f"ROCm {text}" if text else "an older ROCm"
+    detail = f"with {of}, jax may hang for minutes when it starts on gfx950, unless AMD_COMGR_NAMESPACE=1 is set"
+    return [Check("environment", "warning", detail, "export AMD_COMGR_NAMESPACE=1")]

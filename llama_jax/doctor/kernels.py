@@ -1,0 +1,45 @@
+"""Which kernels run here, and whether they compute right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama_jax.doctor.report import Check
+from llama_jax.errors import VerificationError
+from llama_jax.kernel_check import Numerics
+
+
+def check_choices(kernels: Mapping[str, Any]) -> list[Check]:
+    """What `auto` chooses here; a kernel that is disabled, or a choice that cannot be made, is a finding."""
+    if error := kernels.get("error"):
+        return [Check("kernels", "problem", error, kernels["hint"])]
+    backends: dict[str, list[str]] = {}
+    for choice in kernels.get("choices", ()):
+        known = choice["measured"] or choice["backend"] == "reference"
+        backends.setdefault(choice["operation"], []).append(choice["backend"] + ("" if known else " (not measured)"))
+    if not backends:
+        return []
+    detail = "; ".join(f"{op}: {', '.join(dict.fromkeys(names))}" for op, names in backends.items())
+    return [Check("kernels", "ok", detail)]
+
+
+def check_numerics(found: Numerics) -> list[Check]:
+    """Whether the kernels compute what the reference does."""
+    if found.error:
+        fix = "see the message; LLAMA_JAX_KERNELS names other kernels"
+        return [Check("numerics", "problem", f"the kernels could not be checked: {found.error}", fix)]
+    checks = [
+        Check(
+            "numerics",
+            "problem",
+            f"{check['operation']}/{check['backend']}, {check['case']}: {check['problem']}",
+            "this kernel is not chosen on this device any more; a newer jax or GPU plugin may compute right",
+            VerificationError.exit_code,
+        )
+        for check in found.failed
+    ]
+    if not checks:
+        names = dict.fromkeys(f"{check['operation']}/{check['backend']}" for check in found.checks)
+        checks.append(Check("numerics", "ok", f"{len(found.checks)} comparisons agree: {', '.join(names) or 'none'}"))
+    return checks

@@ -1,0 +1,61 @@
+"""How much of a device's memory a model may use: what jax says of it, or a share of what the table says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import jax
+
+from llama_jax.errors import RequestError
+from llama_jax.targets import Target
+
+MEMORY_FRACTION = 0.75
+"""What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+(https://docs.jax.dev/en/latest/gpu_memory_allocation.html). Code, the libraries' own buffers and the display have the
+rest."""
+
+_FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+def memory_fraction() -> float:
+    """What the environment says, or jax's default.
+
+    Raises:
+      RequestError: the variable holds no number.
+    """
+    name = next((name for name in _FRACTION_VARIABLES if os.environ.get(name)), None)
+    if name is None:
+        return MEMORY_FRACTION
+    try:
+        return float(os.environ[name])
+    except ValueError:
+        raise RequestError(f"{name}={os.environ[name]!r} is no number", param=name, hint="e.g. 0.9") from None
+
+
+def share(target: Target, fraction: float) -> int | None:
+    """Bytes of a device that jax may use; None where the table has no memory for the target."""
+    return int(target.memory * fraction) if target.memory else None
+
+
+def free_bytes(devices: Sequence[jax.Device], target: Target) -> int | None:
+    """Bytes that are free on each of these devices, by the one that has least: of what jax may use, less what this
+    process has there already. Other processes' memory is not seen. None where it is not known, as on a CPU.
+
+    Args:
+      devices: which are all of the kind `target`.
+    """
+    known = [_free(device) for device in devices]
+    found = [share(target, memory_fraction()) if free is None else free for free in known]
+    each = [free for free in found if free is not None]
+    return min(each) if each and len(each) == len(found) else None
+
+
+def _free(device: jax.Device) -> int | None:
+    """By the device's own allocator; None for one that keeps no account, such as a CPU's, or "platform" on a GPU."""
+    try:
+        stats = device.memory_stats() or {}
+    except RuntimeError:
+        return None
+    limit = stats.get("bytes_limit")
+    return None if not limit else max(0, limit - stats.get("bytes_in_use", 0))
