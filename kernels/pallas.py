@@ -33,7 +33,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def tile_width(n: int) -> int:
-    """The columns of a tile that holds n: a power of two that products may sum over; `load_tile` fills up with zeros."""
+    """The columns of a tile that holds n: a power of two that products may sum over. `load_tile` fills it up."""
     return max(next_power_of_2(n), MIN_CONTRACTION)
 
 

@@ -165,7 +165,7 @@ def doctor(
     environ: Mapping[str, str] | None = None,
     deadline_s: float = PROBE_DEADLINE_S,
     numerics: bool = False,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Looks at the machine and at this installation; starts one child process and changes nothing.
 
@@ -175,7 +175,7 @@ def doctor(
       deadline_s: seconds that jax has to name its devices.
       numerics: also compare every kernel with the reference on the device, in child processes; the result is kept, and
         kernels that fail are not chosen any more.
-      progress: called with the name of each of these comparisons as it begins.
+      progress: called with a line for each of these comparisons as it ends, and while they are compiled.
     """
     environ = os.environ if environ is None else environ
     found = hardware.gpus(root)
@@ -415,7 +415,9 @@ def check_numerics(found: Numerics) -> list[Check]:
             "numerics",
             "problem",
             f"{check['operation']}/{check['backend']}, {check['case']}: {check['problem']}",
-            "this kernel is not chosen on this device any more; a newer jax or GPU plugin may compute right",
+            "kernels cannot be compared with it; a newer jax or GPU plugin may compute right"
+            if check["backend"] == "reference"
+            else "this kernel is not chosen on this device any more; a newer jax or GPU plugin may compute right",
             VerificationError.exit_code,
         )
         for check in found.failed
