@@ -12,11 +12,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
+from llama_jax.errors import KernelError
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.targets import Target
 
 MAX_ELEMENTS = 2**31 - 1
 """The most elements of an array that a kernel addresses: Pallas-Triton computes offsets in 32 bits."""
+
+MIN_CONTRACTION = 16
+"""The least numbers that a product of tiles may sum over. Of shorter sums of 16-bit numbers Triton makes wrong results
+on NVIDIA GPUs, without a word (seen on an H100); one rule holds for all dtypes and targets."""
 
 Index = tuple[int | jax.Array, ...]
 """Where the rows of a tile stand in all axes but the last: numbers, and vectors with one number a row."""
@@ -25,6 +30,11 @@ Index = tuple[int | jax.Array, ...]
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def tile_width(n: int) -> int:
+    """The columns of a tile that holds n: a power of two that products may sum over. `load_tile` fills it up."""
+    return max(next_power_of_2(n), MIN_CONTRACTION)
 
 
 def launch(
@@ -97,6 +107,15 @@ def narrow(x: jax.Array, dtype: DTypeLike, *, by_hand: bool) -> jax.Array:
 
 
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
-    """float32 product of two tiles of one dtype, by the matrix units."""
+    """float32 product of two tiles of one dtype, by the matrix units.
+
+    Raises:
+      KernelError: it sums over fewer than `MIN_CONTRACTION` numbers.
+    """
+    if a.shape[1] < MIN_CONTRACTION:
+        raise KernelError(
+            f"a kernel's product sums over {a.shape[1]} numbers; fewer than {MIN_CONTRACTION} compile to wrong results",
+            hint=f"make every block of the tiles at least {MIN_CONTRACTION}, or leave them to default_tiles",
+        )
     contract = (((1,), (1 if transpose_b else 0,)), ((), ()))
     return jax.lax.dot_general(a, b, contract, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)

@@ -11,12 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import LLAMA, random_leaves
 
+from llama_jax.config import config_from_hf
 from llama_jax.errors import KernelError
 from llama_jax.kernels.attention import Visibility, attention, attention_reference, decode_attention, visible
 from llama_jax.kernels.attention.decode import plan
 from llama_jax.kernels.attention.decode.shapes import CASES, MEASURED, Case
 from llama_jax.kernels.attention.decode.tiles import Tiles, candidates, default_tiles, padded_rows
+from llama_jax.kernels.dispatch import using
+from llama_jax.model import forward
+from llama_jax.params import unflatten
 from llama_jax.targets import TARGETS, find
 
 # The GPU runs the compiled kernels, the CPU the same ones interpreted.
@@ -280,6 +285,54 @@ def test_any_cut_gives_the_same(backend: str) -> None:
 
         out = compile_call(run, backend, **options)(call)
         np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_gradients(backend: str, page_size: int) -> None:
+    """Those of the reference; queries that see nothing have none."""
+    call = random_call(9, batch=2, q_len=3, slots=48, page_size=page_size, lengths=[41, 20])
+    call["q_positions"][1, 0] = -1
+    rng = np.random.default_rng(10)
+    out_grad = rng.standard_normal(call["q"].shape).astype(np.float32)
+    floats = {n: jnp.asarray(call.pop(n)) for n in ("q", "k", "v")}
+    floats["sinks"] = jnp.asarray(rng.standard_normal(4).astype(np.float32))
+    options = {"visibility": Visibility("sliding", 30), "scale": 0.3, "soft_cap": 4.0}
+
+    def gradients(function: Any, out_grad: np.ndarray) -> dict[str, jax.Array]:
+        return jax.jit(lambda x: jax.vjp(lambda x: function(**x, **call, **options), x)[1](out_grad)[0])(floats)
+
+    found = gradients(partial(decode_attention, backend=backend), out_grad)
+    out_grad[1, 0] = 0
+    want = gradients(attention_reference, out_grad)
+    assert found.keys() == want.keys()
+    for name, gradient in found.items():
+        assert np.abs(want[name]).max() > 0.01
+        np.testing.assert_allclose(gradient, want[name], rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_is_trained_on_a_short_text(backend: str) -> None:
+    """Four tokens are few enough to be decode attention."""
+    config = config_from_hf(LLAMA)
+    params = jax.tree.map(jnp.asarray, unflatten(random_leaves(config)))
+    tokens = jnp.array([[1, 7, 11, 3], [1, 2, 40, 5]])
+
+    def gradients() -> Any:
+        def loss(params: Any) -> jax.Array:
+            chances = jax.nn.log_softmax(forward(params, config, tokens)[0][:, :-1])
+            return -jnp.take_along_axis(chances, tokens[:, 1:, None], axis=2).mean()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    want = gradients()
+    with using(decode_attention=backend):
+        found = gradients()
+    unequal = 0
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), rtol=2e-4)
+        unequal += not np.array_equal(a, b)
+    assert unequal  # something else did run
 
 
 def test_slots_before_a_window_are_not_read() -> None:

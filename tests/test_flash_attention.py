@@ -25,9 +25,9 @@ from llama_jax.kernels.attention import Visibility, attention, attention_referen
 from llama_jax.kernels.attention.flash import cudnn, pallas_triton
 from llama_jax.kernels.attention.flash.shapes import CASES, MEASURED_PREFILL, Case
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
-from llama_jax.kernels.attention.flash.tiles import Tiles
+from llama_jax.kernels.attention.flash.tiles import Tiles, pieces_of
 from llama_jax.kernels.dispatch import using
-from llama_jax.kernels.pallas import narrow, rounds_to_bfloat16
+from llama_jax.kernels.pallas import dot, narrow, rounds_to_bfloat16, tile_width
 from llama_jax.model import forward
 from llama_jax.params import abstract_params, unflatten
 from llama_jax.targets import TARGETS, find
@@ -98,13 +98,16 @@ def close_float32(actual: Any, expected: Any, name: str) -> None:
 
 
 def close_16_bits(actual: Any, expected: Any, name: str) -> None:
-    """Inputs and weights have 8 bits (bfloat16): nearly all numbers within 1% (of a typical one at least)."""
+    """Inputs and weights have 8 bits (bfloat16): nearly all numbers within 1% (of a typical one at least). Of a few
+    numbers (sinks) one decides the norm, and quantiles say nothing."""
     actual, expected = np.asarray(actual, np.float32), np.asarray(expected, np.float32)
     error = np.abs(actual - expected) / (np.abs(expected) + np.sqrt(np.mean(expected**2)))
-    assert np.quantile(error, 0.5) < 0.003, name
-    assert np.quantile(error, 0.99) < 0.012, name
+    many = error.size >= 100
+    if many:
+        assert np.quantile(error, 0.5) < 0.003, name
+        assert np.quantile(error, 0.99) < 0.012, name
     assert error.max() < 0.05, name
-    assert np.linalg.norm(actual - expected) < 0.006 * np.linalg.norm(expected), name
+    assert np.linalg.norm(actual - expected) < (0.006 if many else 0.012) * np.linalg.norm(expected), name
 
 
 def placed(case: Case, data: st.DataObject) -> tuple[dict[str, Any], jax.Array]:
@@ -157,6 +160,34 @@ def test_default_tiles_and_the_operation() -> None:
     close_float32(attention(**arrays, **case.options(), backend="pallas_interpret"), expected, "out")
     with using(flash_attention="pallas_interpret"):
         close_float32(jax.jit(functools.partial(attention, **case.options()))(**arrays), expected, "out")
+
+
+def test_rows_that_see_nothing_of_their_first_block() -> None:
+    """A fused multiplication and addition must not leave the rounding of a masked logit, which is as large as 1e22."""
+    case = Case("chunks", 1, 128, 128, 1, 1, 16, Visibility("chunked", 48), dtype="float32")
+    arrays = case.example(jax.random.key(6))
+    options = case.options() | {"scale": 80**-0.5}
+    out = jax.jit(functools.partial(pallas_triton.run, tiles=Tiles(), interpret=True, **options))(**arrays)
+    close_float32(out, attention_reference(**arrays, **options), "out")
+
+
+def test_products_sum_over_enough_numbers() -> None:
+    """Of shorter sums of 16-bit numbers Triton makes wrong results on NVIDIA GPUs."""
+    tile = jnp.ones((16, 32), jnp.bfloat16)
+    assert float(dot(tile, tile, transpose_b=True)[0, 0]) == 32
+    assert float(dot(tile[:, :16], tile)[0, 0]) == 16
+    for transpose_b in (True, False):
+        with pytest.raises(KernelError, match="over 8 numbers"):
+            dot(tile[:, :8], tile[:, :8] if transpose_b else tile[:8], transpose_b=transpose_b)
+    assert [tile_width(n) for n in (1, 8, 16, 17, 80, 256)] == [16, 16, 16, 32, 128, 256]
+    assert [pieces_of(n, 4) for n in (8, 16, 24, 64, 80, 256)] == [1, 1, 2, 4, 4, 4]
+    assert pieces_of(256, 16) == 16
+    case = Case("short blocks", 1, 16, 16, 1, 1, 16)
+    with pytest.raises(KernelError, match="over 8 numbers") as caught:
+        pallas_triton.run(
+            **case.example(jax.random.key(7)), **case.options(), tiles=replace(SMALL, block_k=8), interpret=True
+        )
+    assert "at least 16" in caught.value.hint
 
 
 def test_extreme_logits() -> None:

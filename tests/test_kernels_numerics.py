@@ -162,6 +162,55 @@ def test_a_wrong_gradient_is_found() -> None:
     assert found.error > 1 / GRADIENTS
 
 
+def test_one_by_one_is_the_same() -> None:
+    """And says what it is at before it traces, so that whatever happens is due to that."""
+    op = with_backends("decode_attention", wrong=wrong_scale, raising=raising)
+    found = {}
+    for at_once in (True, False):
+        said: list[tuple[str, str]] = []
+
+        def notify(event: str, name: str, said: list[tuple[str, str]] = said) -> None:
+            said.append((event, name))
+
+        checks = run_checks({op.name: op}, quick=True, at_once=at_once, notify=notify)
+        found[at_once] = [dataclasses.replace(check, seconds=0) for check in checks]
+        names = [f"decode_attention/{b}/{c}" for c in ("d64", "paged d128") for b in ("reference", "raising", "wrong")]
+        events = ["prepare", "compiled", "start"] if at_once else ["start"]
+        # Nothing is compiled before all is traced, as far as anybody hears, and nothing runs before all is compiled.
+        assert said == [(event, name) for event in events for name in names]
+    assert found[True] == found[False]
+    assert all(check.problem for check in found[True])
+
+
+def test_a_reference_that_fails_is_no_kernels_fault(
+    operations_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operations_with(same=attention_reference)
+    (op,) = checking._operations().values()
+    broken = dataclasses.replace(op, backends={**op.backends, "reference": Backend(raising)})
+    (only,) = run_checks({op.name: broken}, quick=True)
+    assert (only.backend, only.problem) == ("reference", "RuntimeError: INTERNAL: no kernel")
+    assert checking.failures_of((only,)) == {}
+    monkeypatch.setattr(checking, "_operations", lambda: {op.name: broken})
+    said: list[str] = []
+    checking.self_check(said.append)
+    assert said[1] == "warning: kernels of decode_attention were not compared, d64: RuntimeError: INTERNAL: no kernel"
+    assert not disabled()
+    assert checking.stored_failures() is None  # the next process tries again
+    (finding,) = check_numerics(Numerics((dataclasses.asdict(only),), "device"))
+    assert "cannot be compared" in finding.fix
+    # One that has crashed before is not tried again, nor is what would be compared with it.
+    (known,) = run_checks({op.name: op}, quick=True, crashed={"decode_attention/reference/d64": "it crashed"})
+    assert (known.backend, known.problem) == ("reference", "it crashed")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_examples_have_the_shapes_that_are_promised(name: str) -> None:
+    for case in operation(name).cases():
+        arrays = {key: (x.shape, x.dtype) for key, x in case.example().items()}
+        assert arrays == {key: (x.shape, x.dtype) for key, x in case.abstract().items()}
+
+
 def test_row_errors() -> None:
     rows = jax.random.normal(jax.random.key(0), (1000, 8))
     assert row_error(rows, rows) == 0
@@ -304,14 +353,101 @@ print(json.dumps({{"device": "a device"}}), flush=True)
 )
 def test_a_kernel_that_crashes_or_hangs_is_left_out(code: str, end: str) -> None:
     began = time.monotonic()
-    names: list[str] = []
-    found = check_kernels(os.environ, deadline_s=2, progress=names.append, code=CHILD.replace("BREAK", code))
+    lines: list[str] = []
+    found = check_kernels(os.environ, deadline_s=2, progress=lines.append, code=CHILD.replace("BREAK", code))
     assert time.monotonic() - began < 20
     assert (found.device, found.error) == ("a device", "")
     assert [(c["backend"], c["problem"]) for c in found.checks[:1]] == [("fast", "")]
     assert [c["backend"] for c in found.failed] == ["bad"]
     assert end in found.failed[0]["problem"]
-    assert names == ["moe/fast/small", "moe/bad/small", "moe/fast/small"]
+    good = ["checking moe/fast/small", "moe/fast, small: agrees, off by 0.001 of a row at most (0.01 is allowed)"]
+    problem = found.failed[0]["problem"]
+    again = ["checking moe/bad/small", f"moe/bad/small: {problem}; starting again without it"]
+    assert lines == [*good, *again, *good, f"moe/bad, small: {problem}"]
+
+
+TOGETHER = f"""
+import json, os, sys
+crashed, at_once = json.loads(sys.argv[1]), sys.argv[2] == "at once"
+names = ["moe/fast/small", "moe/bad/small", "moe/other/small"]
+def say(event, value):
+    print(json.dumps({{event: value}}), flush=True)
+for event in ("prepare", "compiled") if at_once else ():
+    for name in names:
+        if name not in crashed:
+            say(event, name)
+            WHILE_COMPILING
+for name in names:
+    if name not in crashed:
+        say("start", name)
+        WHILE_RUNNING
+    one = json.loads({ONE!r})["check"]
+    say("check", one | {{"backend": name.split("/")[1], "problem": crashed.get(name, "")}})
+say("device", "a device")
+"""
+
+
+@pytest.mark.parametrize("event", ["prepare", "compiled"])
+@pytest.mark.parametrize("name", ["fast", "other"])
+def test_nobody_is_blamed_for_a_crash_while_several_compile(event: str, name: str) -> None:
+    """The crash comes when the parent has heard last of another kernel than the bad one."""
+    code = TOGETHER.replace("WHILE_COMPILING", f"if (event, name) == ({event!r}, 'moe/{name}/small'): os.abort()")
+    code = code.replace("WHILE_RUNNING", "if name == 'moe/bad/small': os.abort()")
+    lines: list[str] = []
+    found = check_kernels(os.environ, progress=lines.append, code=code)
+    assert (found.device, found.error) == ("a device", "")
+    assert [c["backend"] for c in found.checks] == ["fast", "bad", "other"]
+    assert [c["backend"] for c in found.failed] == ["bad"]
+    assert lines[0].startswith("compiling all")
+    assert len([line for line in lines if "status -6; taking one after the other" in line]) == 1
+
+
+def test_a_crash_while_running_is_blamed_at_once() -> None:
+    """Nothing is compiled any more by then, and the next child compiles all but that one together again."""
+    code = TOGETHER.replace("WHILE_COMPILING", "pass").replace(
+        "WHILE_RUNNING", "if name == 'moe/bad/small': os.abort()"
+    )
+    lines: list[str] = []
+    found = check_kernels(os.environ, progress=lines.append, code=code)
+    assert (found.device, [c["backend"] for c in found.failed]) == ("a device", ["bad"])
+    assert [line for line in lines if line.startswith("compiled")] == ["compiled 3 of 3", "compiled 2 of 2"]
+    assert not [line for line in lines if line.startswith("checking")]
+
+
+def test_a_child_that_never_gets_to_its_checks() -> None:
+    """One after the other it is the same: that is no kernel's fault, and not tried for ever."""
+    code = "import json, sys; print(json.dumps({'prepare': 'moe/fast/small'})); raise SystemExit('no memory')"
+    found = check_kernels(os.environ, code=code)
+    assert found == Numerics((), error="the process ended with status 1: no memory")
+
+
+@pytest.mark.slow
+def test_a_compiler_that_crashes_in_a_thread(tmp_path: Path) -> None:
+    """The real thing: a kernel in the middle, and others that compile beside it."""
+    code = """
+import dataclasses, json, os, sys, time
+import jax.numpy as jnp
+from llama_jax.kernels.attention.reference import attention_reference
+from llama_jax.kernels.dispatch import Backend, self_check, stages
+from llama_jax.kernels.registry import operation
+real, compile = operation("decode_attention"), stages.Traced.compile
+runs = {name: Backend(attention_reference) for name in ("reference", "first", "last")}
+runs["hard"] = Backend(lambda **a: jnp.tanh(attention_reference(**a)))
+op = dataclasses.replace(real, backends=runs, cases=lambda: real.cases()[:1])
+self_check._operations = lambda: {op.name: op}
+def crash():
+    time.sleep(0.3)
+    os.abort()
+def crashing(self, pool):
+    return (pool.submit(crash),) if "tanh" in self.programs[0].as_text() else compile(self, pool)
+stages.Traced.compile = crashing
+self_check.report_checks(json.loads(sys.argv[1]), at_once=sys.argv[2] == "at once")
+"""
+    found = check_kernels({**os.environ, "LLAMA_JAX_CACHE": str(tmp_path)}, code=code)
+    assert (found.error, [c["backend"] for c in found.checks]) == ("", ["first", "hard", "last"])
+    assert [c["backend"] for c in found.failed] == ["hard"]
+    (kept,) = json.loads((tmp_path / "kernels/numerics.json").read_text()).values()
+    assert list(kept) == ["decode_attention/hard"]
 
 
 def test_a_child_that_cannot_start() -> None:

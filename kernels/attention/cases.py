@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.kernels.attention.reference import Visibility
 from llama_jax.kernels.dispatch.cases import Arrays, Case, neighbours
@@ -164,37 +165,34 @@ def _case(
     if page_size is not None:
         slots = -(-slots // page_size) * page_size
 
-    def arrays(key: jax.Array) -> Arrays:
-        keys = jax.random.split(key, 6)
-        rows = jnp.arange(batch)[:, None]
-        lengths = jnp.maximum(prefix - step * rows, 0)
-        padding = jnp.minimum(pad * rows, q_len - 1)
-        at = jnp.arange(q_len)[None] - padding
-        slot = jnp.arange(slots)[None]
+    def arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        def normal(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
+
+        rows = np.arange(batch)[:, None]
+        lengths = np.maximum(prefix - step * rows, 0)
+        padding = np.minimum(pad * rows, q_len - 1)
+        at = np.arange(q_len)[None] - padding
+        slot = np.arange(slots)[None]
+        pages = 0 if page_size is None else batch * slots // page_size
+        cache = (batch, kv_heads, slots) if page_size is None else (pages, kv_heads, page_size)
         made = {
-            "q": _normal(keys[0], (batch, q_len, heads, head_dim)),
-            "k": _normal(keys[1], (batch, kv_heads, slots, head_dim)),
-            "v": _normal(keys[2], (batch, kv_heads, slots, head_dim)),
-            "q_positions": jnp.where(at >= 0, lengths + at, -1).astype(jnp.int32),
-            "kv_positions": jnp.where(slot < lengths + q_len - padding, slot, -1).astype(jnp.int32),
+            "q": normal(batch, q_len, heads, head_dim),
+            "k": normal(*cache, head_dim),
+            "v": normal(*cache, head_dim),
+            "q_positions": np.where(at >= 0, lengths + at, -1).astype(np.int32),
+            "kv_positions": np.where(slot < lengths + q_len - padding, slot, -1).astype(np.int32),
         }
         if sinks:
-            made["sinks"] = jax.random.normal(keys[3], (heads,), jnp.float32)
-        if page_size is not None:
-            pages = batch * slots // page_size
-            made["k"], made["v"] = (_normal(k, (pages, kv_heads, page_size, head_dim)) for k in keys[1:3])
-            order = jax.random.permutation(keys[4], pages)
-            made["page_table"] = order.reshape(batch, -1).astype(jnp.int32)
+            made["sinks"] = rng.standard_normal(heads, np.float32)
+        if pages:
+            made["page_table"] = rng.permutation(pages).reshape(batch, -1).astype(np.int32)
         return made
 
     static = {"visibility": visibility, "scale": head_dim**-0.5, "soft_cap": soft_cap}
     if q_len > 8 and not prefix and not uneven:
         static["in_order"] = True
-    return Case(name, arrays, static, _is_no_padding, quick, differentiate)
-
-
-def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.random.normal(key, shape, jnp.bfloat16)
+    return Case(name, arrays, static, _is_no_padding, quick, differentiate, numpy=True)
 
 
 def _is_no_padding(arrays: Arrays) -> jax.Array:

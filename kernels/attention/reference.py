@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.precision import matmul_precision
 
-# Finite, so that a row with nothing to see (padding) gives numbers and not NaN.
-MASKED = -1e30
+# Finite, so that a row with nothing to see (padding) gives numbers and not NaN. A power of two, so that its product
+# with a factor is exact: a compiler may fuse MASKED * factor - MASKED * factor, of which rounding would leave 1e22.
+MASKED = -(2.0**100)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 The choice is made while a program is traced, from shapes, dtypes and the target (`llama_jax.targets.current`), so a
 compiled program holds one implementation and costs nothing to choose. Who decides, the first that speaks: the argument
-`backend`, `using`, the variable LLAMA_JAX_KERNELS, the user's tuned table, the shipped table.
+`backend`, `using`, the variable LLAMA_JAX_KERNELS (as the first choice of a process finds it), the user's tuned table,
+the shipped table.
 """
 
 from __future__ import annotations

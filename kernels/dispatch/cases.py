@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 Arrays = dict[str, jax.Array]
 
@@ -18,7 +20,8 @@ class Case:
 
     Attributes:
       name: unique among the operation's cases.
-      arrays: makes the arrays from a random key; traceable, so that shapes are known without making them.
+      arrays: makes the arrays from a random key; traceable, so that shapes are known without making them. With `numpy`
+        it makes numpy arrays from a `numpy.random.Generator`: small ones, for which nothing is to be compiled.
       static: the other arguments.
       meaningful: bool array that broadcasts against the output: which of it is specified (rows of padding are not).
       quick: small enough for the check at start-up.
@@ -27,21 +30,27 @@ class Case:
     """
 
     name: str
-    arrays: Callable[[jax.Array], Arrays]
+    arrays: Callable[[Any], Mapping[str, Any]]
     static: Mapping[str, Any] = field(default_factory=dict)
     meaningful: Callable[[Arrays], jax.Array] | None = None
     quick: bool = False
     differentiate: tuple[str, ...] = ()
     flops: float = 0
     bytes: float = 0
+    numpy: bool = False
 
     def example(self, seed: int = 0) -> Arrays:
         """Fresh random arrays on the default device."""
+        if self.numpy:
+            return {name: jnp.asarray(x) for name, x in self.arrays(np.random.default_rng(seed)).items()}
         made: Arrays = jax.jit(self.arrays)(jax.random.key(seed))
         return made
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays."""
+        if self.numpy:
+            made = self.arrays(np.random.default_rng(0))
+            return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in made.items()}
         shapes: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(self.arrays, jax.random.key(0))
         return shapes
 

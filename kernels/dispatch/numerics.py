@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.kernels.dispatch.cases import Arrays, Case
 from llama_jax.kernels.dispatch.operation import REFERENCE, Operation
+from llama_jax.kernels.dispatch.stages import Traced, threads, trace
 from llama_jax.targets import Target, current
 
 LIMITS = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 1.5e-2}
@@ -23,14 +28,14 @@ GRADIENTS = 5.0
 
 @dataclass(frozen=True)
 class Check:
-    """One backend on one case.
+    """One backend on one case; the reference only where it failed, so that nothing could be compared.
 
     Attributes:
       error: the largest relative error of a row, a gradient's divided by GRADIENTS; None where nothing could be
         computed.
       limit: what is allowed.
       problem: what is wrong; "" if nothing.
-      seconds: compiling and running, once.
+      seconds: tracing, waiting for what is compiled (perhaps beside others), and running, once.
     """
 
     operation: str
@@ -54,94 +59,187 @@ def checkable(op: Operation, case: Case, target: Target, *, interpreted: bool = 
     ]
 
 
+Event = Literal["prepare", "compiled", "start"]
+
+
 def run_checks(
     operations: Mapping[str, Operation],
     *,
     quick: bool = False,
-    starting: Callable[[str, str, str], str] = lambda *_: "",
+    at_once: bool = True,
+    crashed: Mapping[str, str] = MappingProxyType({}),
+    notify: Callable[[Event, str], None] = lambda event, name: None,
 ) -> Iterator[Check]:
     """Checks every backend that supports the device, one result after the other.
 
     Args:
       operations: by name.
       quick: only the small cases, and no gradients; else everything, interpreted backends too where there is no GPU.
-      starting: called with operation, backend and case before each; what it returns, if not "", is taken as the problem
-        and the case is not run.
+      at_once: traces everything, compiles it in as many threads as there are processors, and only then runs one after
+        the other; else one check is finished before the next is traced.
+      crashed: "operation/backend/case" to what is known to be wrong, of those that are not to be tried.
+      notify: called with each name before it is traced, when it is compiled, and before it runs. If not `at_once`, only
+        with "start", before anything is done for it: whatever happens then is due to that one.
     """
+    parts = list(_parts(operations, quick))
+    with_gradients = not quick
+    pool = ThreadPoolExecutor(threads(), thread_name_prefix="compile")
+    try:
+        begun: dict[str, _Begun | Exception] = {}
+        if at_once:
+            wanted = [part for part in parts if part.name not in crashed]
+            for part in wanted:
+                notify("prepare", part.name)
+                begun[part.name] = _begin(part, pool, with_gradients)
+            for name, work in begun.items():
+                if isinstance(work, _Begun):
+                    wait(work.compiling)
+                notify("compiled", name)
+        expected: list[np.ndarray] | None = None
+        for part in parts:
+            is_reference = part.backend == REFERENCE
+            if not is_reference and expected is None:
+                continue
+            if known := crashed.get(part.name):
+                expected = None if is_reference else expected
+                yield part.failed(known)
+                continue
+            notify("start", part.name)
+            began = time.perf_counter()
+            work = begun.pop(part.name) if at_once else _begin(part, pool, with_gradients)
+            if not is_reference:
+                assert expected is not None
+                yield _compared(part, partial(_values, work), expected, began)
+                continue
+            try:
+                expected = _values(work)
+            except Exception as error:
+                expected = None
+                yield part.failed(_message(error), time.perf_counter() - began)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One backend, or the reference, on one case."""
+
+    op: Operation
+    backend: str
+    case: Case
+    arrays: Arrays
+
+    @property
+    def name(self) -> str:
+        return f"{self.op.name}/{self.backend}/{self.case.name}"
+
+    def failed(self, problem: str, seconds: float = 0.0) -> Check:
+        return Check(self.op.name, self.backend, self.case.name, None, 0.0, problem, seconds)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What is traced and on its way through the compiler."""
+
+    traced: Traced
+    compiling: tuple[Future[jax.stages.Compiled], ...]
+
+
+def _parts(operations: Mapping[str, Operation], quick: bool) -> Iterator[_Part]:
+    """The reference of each case, and behind it what is compared with it."""
     target = current()
     for op in operations.values():
         for case in op.cases():
             if quick and not case.quick:
                 continue
             names = checkable(op, case, target, interpreted=not quick and target.vendor == "cpu")
-            expected = None
-            for name in names:
-                if known := starting(op.name, name, case.name):
-                    yield Check(op.name, name, case.name, None, 0.0, known, 0.0)
-                    continue
-                arrays = case.example()
-                if expected is None:
-                    expected = reference(op, case, arrays, gradients=not quick)
-                yield check(op, name, case, arrays, expected, gradients=not quick)
+            arrays = case.example() if names else {}
+            yield from (_Part(op, name, case, arrays) for name in ((REFERENCE, *names) if names else ()))
 
 
-def reference(op: Operation, case: Case, arrays: Arrays, *, gradients: bool) -> list[jax.Array]:
+def _begin(part: _Part, pool: Executor, gradients: bool) -> _Begun | Exception:
+    """Traces, and begins to compile; what tracing raised, which is for the one who asks for the values."""
+    try:
+        if part.backend == REFERENCE:
+            traced = _trace_reference(part.op, part.case, part.arrays, gradients)
+        else:
+            run = part.op.all_backends()[part.backend].run
+            traced = trace(run, part.case, part.arrays, gradients=gradients)
+        return _Begun(traced, traced.compile(pool))
+    except Exception as error:
+        return error
+
+
+def _values(work: _Begun | Exception) -> list[np.ndarray]:
+    if isinstance(work, Exception):
+        raise work
+    return work.traced.run([each.result() for each in work.compiling])
+
+
+def _trace_reference(op: Operation, case: Case, arrays: Arrays, gradients: bool) -> Traced:
+    host = {name: np.asarray(x) for name, x in arrays.items()}
+    wide = {
+        name: jnp.asarray(x.astype(np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x)
+        for name, x in host.items()
+    }
+    return trace(op.backends[REFERENCE].run, case, wide, gradients=gradients, jointly=True)
+
+
+def reference(op: Operation, case: Case, arrays: Arrays, *, gradients: bool) -> list[np.ndarray]:
     """The reference's output, then its gradients, all computed in float32."""
-    wide = {k: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for k, x in arrays.items()}
-    return _evaluate(op.backends[REFERENCE].run, case, wide, gradients)
+    return _compute(_trace_reference(op, case, arrays, gradients))
 
 
 def check(
-    op: Operation, name: str, case: Case, arrays: Arrays, expected: list[jax.Array], *, gradients: bool, **options: Any
+    op: Operation, name: str, case: Case, arrays: Arrays, expected: list[np.ndarray], *, gradients: bool, **options: Any
 ) -> Check:
-    """Runs one backend and compares; what it raises becomes the problem."""
-    began = time.perf_counter()
-    backend = op.all_backends()[name]
+    """Runs one backend and compares; what it raises becomes the problem.
+
+    Args:
+      expected: what `reference` gives.
+      options: further arguments of the backend.
+    """
+    run = partial(op.all_backends()[name].run, **options)
+
+    def values() -> list[np.ndarray]:
+        return _compute(trace(run, case, arrays, gradients=gradients))
+
+    return _compared(_Part(op, name, case, arrays), values, expected, time.perf_counter())
+
+
+def _compute(traced: Traced) -> list[np.ndarray]:
+    return traced.run([program.compile() for program in traced.programs])
+
+
+def _compared(part: _Part, compute: Callable[[], list[np.ndarray]], expected: list[np.ndarray], began: float) -> Check:
     try:
-
-        def run(**arguments: Any) -> jax.Array:
-            return backend.run(**arguments, **options)
-
-        values = _evaluate(run, case, arrays, gradients)
+        values = compute()
         errors = [row_error(*pair) for pair in zip(values, expected, strict=True)]
-        # A NaN is not within any limit, and max() would lose it.
-        error = max([errors[0], *(e / GRADIENTS for e in errors[1:])], key=lambda e: (e != e, e))
     except Exception as raised:  # a compiler's or driver's error is what is looked for
-        problem = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:200]}"
-        return Check(op.name, name, case.name, None, 0.0, problem, time.perf_counter() - began)
+        return part.failed(_message(raised), time.perf_counter() - began)
+    # A NaN is not within any limit, and max() would lose it.
+    error = max([errors[0], *(e / GRADIENTS for e in errors[1:])], key=lambda e: (e != e, e))
     limit = LIMITS[jnp.dtype(values[0].dtype).name]
     problem = "" if error <= limit else f"a row is off by {error:.2g} of its length; {limit:g} is allowed"
-    return Check(op.name, name, case.name, error, limit, problem, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Check(part.op.name, part.backend, part.case.name, error, limit, problem, seconds)
 
 
-def _evaluate(run: Callable[..., jax.Array], case: Case, arrays: Arrays, gradients: bool) -> list[jax.Array]:
-    """Output with what is not meaningful set to zero, then the gradients that the case asks for."""
-
-    def output(arrays: Arrays) -> jax.Array:
-        out = run(**arrays, **case.static)
-        return out if case.meaningful is None else jnp.where(case.meaningful(arrays), out, 0)
-
-    def loss(some: Arrays, others: Arrays) -> jax.Array:
-        out = output(others | some)
-        weights = jax.random.normal(jax.random.key(1), out.shape, jnp.float32)
-        return jnp.sum(out.astype(jnp.float32) * weights)
-
-    values = [jax.jit(output)(arrays)]
-    if gradients and case.differentiate:
-        some = {name: arrays[name] for name in case.differentiate}
-        found = jax.jit(jax.grad(loss))(some, {k: x for k, x in arrays.items() if k not in some})
-        values += [found[name] for name in case.differentiate]
-    return jax.block_until_ready(values)
+def _message(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
-def row_error(value: jax.Array, expected: jax.Array) -> float:
+def row_error(value: jax.Array | np.ndarray, expected: jax.Array | np.ndarray) -> float:
     """The largest ‖row - expected row‖ / ‖expected row‖ over rows of the last axis.
 
     A row a tenth as long as the typical one, or shorter, counts as that long: its relative error means nothing. One
     wrong row among thousands shows, as it would not in the norm of the whole. NaN where `value` is not finite.
+    Arrays of numpy are compared by numpy: on a device each step would be a program to compile.
     """
-    value, expected = value.astype(jnp.float32), expected.astype(jnp.float32)
-    lengths = jnp.linalg.norm(expected, axis=-1)
-    typical = jnp.sqrt(jnp.sum(lengths**2) / jnp.maximum(jnp.sum(lengths > 0), 1))
-    errors = jnp.linalg.norm(value - expected, axis=-1) / jnp.maximum(lengths, 0.1 * typical + 1e-30)
-    return float(jnp.max(errors))
+    xp: Any = np if isinstance(value, np.ndarray) else jnp
+    with np.errstate(all="ignore"):
+        value, expected = value.astype(jnp.float32), expected.astype(jnp.float32)
+        lengths = xp.linalg.norm(expected, axis=-1)
+        typical = xp.sqrt(xp.sum(lengths**2) / xp.maximum(xp.sum(lengths > 0), 1))
+        errors = xp.linalg.norm(value - expected, axis=-1) / xp.maximum(lengths, 0.1 * typical + 1e-30)
+        return float(xp.max(errors))

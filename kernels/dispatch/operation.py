@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -143,7 +144,14 @@ def _named(operation: str, name: str) -> tuple[str, str]:
         return name, "named by the caller"
     if (preferred := dict(_preferred.value).get(operation, "auto")) != "auto":
         return preferred, "named by using()"
-    return parse_backends(os.environ.get(VARIABLE, "")).get(operation, "auto"), f"named by {VARIABLE}"
+    return _named_for_the_process().get(operation, "auto"), f"named by {VARIABLE}"
+
+
+@functools.cache
+def _named_for_the_process() -> Mapping[str, str]:
+    """LLAMA_JAX_KERNELS as it stood when the first program was traced: a program that is compiled already would not
+    follow a later change, which `using` is for."""
+    return parse_backends(os.environ.get(VARIABLE, ""))
 
 
 def _check_named(op: Operation, target: Target, name: str, who: str, *args: Any, **kwargs: Any) -> None:

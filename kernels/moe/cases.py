@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llama_jax.kernels.dispatch.cases import Arrays, Case
+from llama_jax.kernels.dispatch.cases import Case
 from llama_jax.kernels.moe import pallas_triton, shapes
 from llama_jax.kernels.moe.reference import Activation
 from llama_jax.targets import Target
@@ -87,17 +88,20 @@ def _case(
     quick: bool = False,
     differentiate: tuple[str, ...] = (),
 ) -> Case:
-    def arrays(key: jax.Array) -> Arrays:
-        keys = jax.random.split(key, 6)
+    def arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        def normal(*shape: int, width: int = 1) -> np.ndarray:
+            return (rng.standard_normal(shape, np.float32) * width**-0.5).astype(jnp.bfloat16)
+
         # The last expert gets no token.
-        scores = jax.random.uniform(keys[0], (tokens, experts)).at[:, -1].set(-1.0)
+        chosen = np.argsort(rng.random((tokens, experts - 1)), axis=1)[:, :top_k]
         return {
-            "x": jax.random.normal(keys[1], (tokens, hidden), jnp.bfloat16),
-            "expert_ids": jax.lax.top_k(scores, top_k)[1].astype(jnp.int32),
-            "gate": jax.random.normal(keys[2], (experts, intermediate, hidden), jnp.bfloat16) * hidden**-0.5,
-            "up": jax.random.normal(keys[3], (experts, intermediate, hidden), jnp.bfloat16) * hidden**-0.5,
-            "down": jax.random.normal(keys[4], (experts, hidden, intermediate), jnp.bfloat16) * intermediate**-0.5,
-            scale: jax.random.uniform(keys[5], (tokens, top_k), jnp.float32, 0.1, 1.0),
+            "x": normal(tokens, hidden),
+            "expert_ids": chosen.astype(np.int32),
+            "gate": normal(experts, intermediate, hidden, width=hidden),
+            "up": normal(experts, intermediate, hidden, width=hidden),
+            "down": normal(experts, hidden, intermediate, width=intermediate),
+            scale: rng.uniform(0.1, 1.0, (tokens, top_k)).astype(np.float32),
         }
 
-    return Case(name, arrays, {"activation": activation}, quick=quick, differentiate=differentiate)
+    static = {"activation": activation}
+    return Case(name, arrays, static, quick=quick, differentiate=differentiate, numpy=True)

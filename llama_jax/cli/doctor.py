@@ -23,7 +23,7 @@ _SIGNS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=90, show_default=True, help="Seconds to wait for the devices."
 )
-@click.option("--numerics", is_flag=True, help="Compare every kernel with its reference on the device; takes a minute.")
+@click.option("--numerics", is_flag=True, help="Compare every kernel with its reference on the device. Takes minutes.")
 @json_option
 def command(timeout: float, numerics: bool, as_json: bool) -> None:
     """Look at devices, versions, drivers and folders, and say what is missing and which command fixes it.
@@ -33,8 +33,11 @@ def command(timeout: float, numerics: bool, as_json: bool) -> None:
     """
     from llama_jax.doctor import doctor
 
-    def progress(name: str) -> None:
-        click.echo(f"checking {printable(name)}", err=True)
+    def progress(line: str) -> None:
+        click.echo(printable(line), err=True)
+
+    if numerics:
+        progress("Comparing kernels: everything is compiled first, which takes minutes (fewer on many processors).")
 
     report = doctor(deadline_s=timeout, numerics=numerics, progress=progress)
     if as_json:

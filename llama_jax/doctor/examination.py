@@ -29,7 +29,7 @@ def doctor(
     environ: Mapping[str, str] | None = None,
     deadline_s: float = PROBE_DEADLINE_S,
     numerics: bool = False,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Looks at the machine and at this installation; starts one child process and changes nothing.
 
@@ -39,7 +39,7 @@ def doctor(
       deadline_s: seconds that jax has to name its devices.
       numerics: also compare every kernel with the reference on the device, in child processes; the result is kept, and
         kernels that fail are not chosen any more.
-      progress: called with the name of each of these comparisons as it begins.
+      progress: called with a line for each of these comparisons as it ends, and while they are compiled.
     """
     environ = os.environ if environ is None else environ
     found = hardware.gpus(root)

@@ -20,7 +20,7 @@ from llama_jax.kernels.attention.decode import plan
 from llama_jax.kernels.attention.decode.tiles import Tiles, padded_rows
 from llama_jax.kernels.attention.reference import MASKED, Visibility, sees
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile
+from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile, tile_width
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
@@ -66,7 +66,7 @@ class Call:
     @property
     def width(self) -> int:
         """Columns of a tile."""
-        return next_power_of_2(self.head_dim)
+        return tile_width(self.head_dim)
 
     @property
     def most_shares(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from llama_jax.kernels.pallas import next_power_of_2
+from llama_jax.kernels.pallas import next_power_of_2, tile_width
 from llama_jax.targets import Target
 
 MIN_ROWS = 16
@@ -50,7 +50,7 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) ->
       head_dim: numbers of a head.
       itemsize: bytes of a number, the wider of queries' and cache's.
     """
-    row_bytes = next_power_of_2(head_dim) * itemsize
+    row_bytes = tile_width(head_dim) * itemsize
     wide = row_bytes > 256
     rdna = target.vendor == "amd" and target.wave_size == 32
     block_rows = padded_rows(rows, 16 if rdna and wide else 64)
@@ -72,7 +72,7 @@ def candidates(target: Target, *, rows: int, head_dim: int, itemsize: int) -> It
     """Tiles worth measuring on a target: the default first, then neighbours whose keys and values fit into the local
     memory. Arguments as for `default_tiles`."""
     best = default_tiles(target, rows=rows, head_dim=head_dim, itemsize=itemsize)
-    row_bytes = next_power_of_2(head_dim) * itemsize
+    row_bytes = tile_width(head_dim) * itemsize
     tried: dict[Tiles, None] = {best: None}  # in order
     for block_k in (best.block_k, best.block_k // 2, best.block_k * 2):
         for num_warps in (best.num_warps, best.num_warps // 2, best.num_warps * 2):

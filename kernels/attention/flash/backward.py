@@ -25,9 +25,10 @@ from llama_jax.kernels.attention.flash.blocks import (
     visit,
 )
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
+from llama_jax.kernels.attention.flash.tiles import pieces_of
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, next_power_of_2, store_tile
+from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width
 
 
 class Saved(NamedTuple):
@@ -57,12 +58,12 @@ class _Rows:
     held: jax.Array | None = None
 
     def tile(self) -> jax.Array:
-        """[rows, width], head_dim filled up to a power of two."""
+        """[rows, width], head_dim filled up."""
         return self.piece(0, 1) if self.held is None else self.held
 
     def piece(self, i: int, pieces: int) -> jax.Array:
         """The i-th of so many pieces of the columns."""
-        width = next_power_of_2(self.ref.shape[-1]) // pieces
+        width = tile_width(self.ref.shape[-1]) // pieces
         return load_tile(self.ref, self.index, width, self.valid, first=i * width)
 
     def hold(self, pieces: int) -> _Rows:
@@ -109,10 +110,11 @@ def backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array, jax.A
 
 
 def _queries_backward(rule: Rule, saved: Saved, places: Places) -> jax.Array:
-    block_q, block_k, pieces = rule.tiles.dq_block_q, rule.tiles.dq_block_k, rule.tiles.dq_pieces
+    block_q, block_k = rule.tiles.dq_block_q, rule.tiles.dq_block_k
     batch, q_len, q_heads, head_dim = saved.q.shape
+    pieces = pieces_of(head_dim, rule.tiles.dq_pieces)
     kv_heads, kv_len = saved.k.shape[1:3]
-    width = next_power_of_2(head_dim)
+    width = tile_width(head_dim)
     round_to = functools.partial(narrow, dtype=saved.k.dtype, by_hand=rule.round_by_hand)
 
     def flash_attention_backward_queries(refs: Saved, at: Places, spans_ref: Any, dq_ref: Any) -> None:
@@ -154,11 +156,12 @@ def _queries_backward(rule: Rule, saved: Saved, places: Places) -> jax.Array:
 
 
 def _slots_backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array, jax.Array]:
-    block_q, block_k, pieces = rule.tiles.dkv_block_q, rule.tiles.dkv_block_k, rule.tiles.dkv_pieces
+    block_q, block_k = rule.tiles.dkv_block_q, rule.tiles.dkv_block_k
     batch, q_len, q_heads, head_dim = saved.q.shape
+    pieces = pieces_of(head_dim, rule.tiles.dkv_pieces)
     kv_heads, kv_len = saved.k.shape[1:3]
     group = q_heads // kv_heads
-    width = next_power_of_2(head_dim)
+    width = tile_width(head_dim)
     round_to = functools.partial(narrow, dtype=saved.q.dtype, by_hand=rule.round_by_hand)
 
     def flash_attention_backward_slots(refs: Saved, at: Places, spans_ref: Any, dk_ref: Any, dv_ref: Any) -> None:

@@ -24,7 +24,7 @@ from llama_jax.kernels.attention.flash.blocks import (
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import dot, launch, load_row, load_tile, narrow, next_power_of_2, store_tile
+from llama_jax.kernels.pallas import dot, launch, load_row, load_tile, narrow, store_tile, tile_width
 
 
 class _Softmax(NamedTuple):
@@ -51,7 +51,7 @@ def forward(
     kv_len = places.kv_positions.shape[1]
     group = q_heads // kv_heads
     queries = tiles.block_q // tiles.heads  # of each head in a tile
-    width = next_power_of_2(head_dim)
+    width = tile_width(head_dim)
     pairs = block_pairs(
         places.q_positions,
         places.kv_positions,

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llama_jax.kernels.pallas import next_power_of_2
+from llama_jax.kernels.pallas import MIN_CONTRACTION, tile_width
 from llama_jax.targets import Target
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut up. Block sizes are powers of two.
+    """How the work is cut up. Block sizes are powers of two, at least 16.
 
     Attributes:
       block_q: query rows of a tile in the forward kernel; block_k: key/value slots that it takes a step.
@@ -22,7 +22,8 @@ class Tiles:
       dq_block_q, dq_block_k, dq_warps: likewise for the gradient of the queries,
       dkv_block_q, dkv_block_k, dkv_warps: and for that of keys and values, which steps over queries.
       dq_pieces, dkv_pieces: pieces of the head dimension, the sum of whose products is a block of logits. One keeps
-        the kernel's own tiles in registers; more are read again in each step, and take fewer.
+        the kernel's own tiles in registers; more are read again in each step, and take fewer. `pieces_of` says how many
+        a small head_dim is really cut into.
       backward_stages: as num_stages, in both of these.
     """
 
@@ -83,6 +84,11 @@ _FLOAT32 = _tiles((32, 16, 4), (32, 16, 4, 4), (16, 32, 4, 4))
 _FLOAT32_RDNA = _tiles((16, 16, 4), (16, 16, 4, 4), (16, 16, 4, 4))
 
 
+def pieces_of(head_dim: int, wanted: int) -> int:
+    """Into how many pieces a head_dim is cut: fewer than wanted where a product would sum over too few columns."""
+    return min(wanted, tile_width(head_dim) // MIN_CONTRACTION)
+
+
 def _family(target: Target) -> dict[int, Tiles]:
     if target.vendor == "nvidia":
         return _BY_WIDTH["nvidia"]
@@ -99,7 +105,7 @@ def default_tiles(target: Target, *, head_dim: int, dtype: DTypeLike, q_len: int
     Args:
       group: query heads of a key/value head.
     """
-    width = max(64, next_power_of_2(head_dim))
+    width = max(64, tile_width(head_dim))
     if jnp.dtype(dtype) == jnp.float32:
         tiles = _FLOAT32_RDNA if target.wave_size == 32 and target.vendor == "amd" else _FLOAT32
     else:
