@@ -7,7 +7,8 @@ told: to the end for a batch, once for a stream. Shapes come from a few buckets,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +22,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import forward
 from llama_jax.params import Params
 from llama_jax.sampling import Logprobs, SamplerOptions, SamplerState, sample, sampler_axes, token_logprobs
-from llama_jax.sharding import constrain, local_size, parts
+from llama_jax.sharding import capture_options, constrain, local_size, parts
 
 MIN_PROMPT = 16
 MAX_CHUNK = 2048
@@ -294,18 +295,45 @@ def decode_step(params: Params, state: DecodeState, *, config: LlamaConfig, opti
     return _emit(logits[:, 0], dataclasses.replace(state, cache=cache), options)
 
 
-@partial(jax.jit, static_argnames=("config", "options"), donate_argnames=("state",))
 def advance(
-    params: Params, state: DecodeState, until: jax.Array, *, config: LlamaConfig, options: SamplerOptions
+    params: Params,
+    state: DecodeState,
+    until: jax.Array | np.ndarray | np.int32,
+    *,
+    config: LlamaConfig,
+    options: SamplerOptions,
+    captured: bool = False,
 ) -> tuple[DecodeState, Progress]:
-    """Decode steps until every row is done or has `until` int32 [] tokens. The state is donated."""
+    """Decode steps until every row is done or has `until` int32 [] tokens. The state is donated.
 
-    def unfinished(state: DecodeState) -> jax.Array:
-        return (state.step < until) & ~jnp.all(state.done)
+    Args:
+      captured: many steps will run, so that a program made for them is worth it (`sharding.capture_options`).
+    """
+    compiler_options = tuple(sorted(capture_options().items())) if captured else ()
+    return compiled_advance(compiler_options)(params, state, until, config=config, options=options)
 
-    state = jax.lax.while_loop(unfinished, partial(decode_step, params, config=config, options=options), state)
-    state = _by_rows(state)
-    return state, _progress(state)
+
+@functools.cache
+def compiled_advance(compiler_options: tuple[tuple[str, str], ...] = ()) -> Callable[..., tuple[DecodeState, Progress]]:
+    """The jitted function behind `advance`, compiled with these options of XLA."""
+
+    @partial(
+        jax.jit,
+        static_argnames=("config", "options"),
+        donate_argnames=("state",),
+        compiler_options=dict(compiler_options) or None,
+    )
+    def advance(
+        params: Params, state: DecodeState, until: jax.Array, *, config: LlamaConfig, options: SamplerOptions
+    ) -> tuple[DecodeState, Progress]:
+        def unfinished(state: DecodeState) -> jax.Array:
+            return (state.step < until) & ~jnp.all(state.done)
+
+        state = jax.lax.while_loop(unfinished, partial(decode_step, params, config=config, options=options), state)
+        state = _by_rows(state)
+        return state, _progress(state)
+
+    return advance
 
 
 def _by_rows(state: DecodeState) -> DecodeState:

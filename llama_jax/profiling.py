@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +100,16 @@ def programs(data: jax.profiler.ProfileData) -> Iterator[ProgramTime]:
             if not line.name.startswith("Stream"):
                 continue
             for event in line.events:
-                program = str(dict(event.stats).get("hlo_module", "")).split("(")[0]
+                program = _stat(event, "hlo_module").split("(")[0]
                 spans.setdefault(program, []).append((event.start_ns, event.start_ns + event.duration_ns, event.name))
         for program, events in sorted(spans.items()):
             yield _summary(plane.name, program, events)
+
+
+def _stat(event: Any, name: str) -> str:
+    with warnings.catch_warnings():  # the first look at a type of jaxlib's that lacks a __module__
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
+        return str(dict(event.stats).get(name, ""))
 
 
 def _summary(device: str, program: str, events: list[tuple[float, float, str]]) -> ProgramTime:

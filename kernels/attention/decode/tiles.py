@@ -37,7 +37,8 @@ def padded_rows(rows: int, most: int) -> int:
 
 
 def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) -> Tiles:
-    """The best choice known for a target; chosen by budgets (registers, local memory, bytes in flight), not measured.
+    """The best choice known for a target: NVIDIA's measured on an H100, the others by budgets (registers, local memory,
+    bytes in flight).
 
     AMD, CDNA: a wave alone, for there is then no barrier in the loop, and the 16 rows of a matrix instruction are not
     computed once for each wave; 8 KiB of keys at a time leave registers for two waves a SIMD, eight a unit, whose 64 to
@@ -62,7 +63,7 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) ->
         return Tiles(block_rows, block_k, num_warps, num_stages, max(unit // (block_k * row_bytes), 1))
 
     if target.vendor == "nvidia":
-        return tiles(4, 2, 16 << 10, 64 << 10)
+        return tiles(2 if block_rows == MIN_ROWS else 4, 2, 8 << 10, 32 << 10)
     if rdna:
         return tiles(4 if wide else 2 * waves, 1, 4 << 10, 32 << 10)
     return tiles(waves, 1, 8 << 10, 64 << 10)

@@ -44,14 +44,19 @@ class Tiles:
 
 
 def _tiles(
-    forward: tuple[int, int, int], dq: tuple[int, int, int, int], dkv: tuple[int, int, int, int], stages: int = 1
+    forward: tuple[int, int, int],
+    dq: tuple[int, int, int, int],
+    dkv: tuple[int, int, int, int],
+    stages: int = 1,
+    backward_stages: int = 1,
 ) -> Tiles:
     """From (block_q, block_k, warps) and (block_q, block_k, warps, pieces) twice."""
-    return Tiles(*forward, stages, 1, *dq, *dkv, backward_stages=min(stages, 2))
+    return Tiles(*forward, stages, 1, *dq, *dkv, backward_stages=backward_stages)
 
 
 # By family and head_dim filled up to a power of two. AMD: chosen by compilation, so that nothing spills and two
-# work-groups of the forward kernel share a CU (docs/architecture.md). NVIDIA: to be measured.
+# work-groups of the forward kernel share a CU (docs/architecture.md). Hopper: measured on an H100 for a head_dim of 64
+# and 128. Other NVIDIA GPUs have less local memory: to be measured.
 _BY_WIDTH: dict[str, dict[int, Tiles]] = {
     "cdna": {
         64: _tiles((128, 64, 4), (128, 32, 4, 1), (32, 128, 4, 1)),
@@ -73,12 +78,20 @@ _BY_WIDTH: dict[str, dict[int, Tiles]] = {
         128: _tiles((128, 32, 8), (64, 32, 8, 1), (16, 64, 16, 2)),
         256: _tiles((64, 16, 8), (32, 16, 16, 8), (16, 32, 16, 16)),
     },
+    "hopper": {
+        64: _tiles((64, 64, 4), (128, 64, 8, 1), (64, 64, 4, 1), 3, 3),
+        128: _tiles((256, 64, 8), (128, 32, 8, 1), (64, 128, 8, 1), 3, 3),
+        256: _tiles((128, 32, 8), (64, 32, 8, 1), (32, 64, 8, 1), 2, 2),
+    },
     "nvidia": {
-        64: _tiles((128, 64, 4), (128, 32, 4, 1), (32, 128, 4, 1), stages=3),
-        128: _tiles((128, 64, 8), (128, 32, 8, 1), (32, 128, 8, 1), stages=2),
-        256: _tiles((128, 32, 8), (64, 32, 8, 1), (32, 64, 8, 1), stages=2),
+        64: _tiles((128, 64, 4), (128, 32, 4, 1), (32, 128, 4, 1), 3, 2),
+        128: _tiles((128, 64, 8), (128, 32, 8, 1), (32, 128, 8, 1), 2, 2),
+        256: _tiles((128, 32, 8), (64, 32, 8, 1), (32, 64, 8, 1), 2, 2),
     },
 }
+# A tile of 256 queries has too little to do before it ends: measured up to 1024 queries.
+_HOPPER_SHORT = 1024
+_HOPPER_SHORT_TILE = {"block_q": 64, "block_k": 64, "num_warps": 4}
 # float32 is for tests: RDNA has no matrix instruction for it, and everything takes twice the registers.
 _FLOAT32 = _tiles((32, 16, 4), (32, 16, 4, 4), (16, 32, 4, 4))
 _FLOAT32_RDNA = _tiles((16, 16, 4), (16, 16, 4, 4), (16, 16, 4, 4))
@@ -91,7 +104,7 @@ def pieces_of(head_dim: int, wanted: int) -> int:
 
 def _family(target: Target) -> dict[int, Tiles]:
     if target.vendor == "nvidia":
-        return _BY_WIDTH["nvidia"]
+        return _BY_WIDTH["hopper" if target.arch == "sm_90" else "nvidia"]
     if target.arch.startswith("gfx11"):
         return _BY_WIDTH["rdna3"]
     if target.arch.startswith("gfx12"):
@@ -110,6 +123,8 @@ def default_tiles(target: Target, *, head_dim: int, dtype: DTypeLike, q_len: int
         tiles = _FLOAT32_RDNA if target.wave_size == 32 and target.vendor == "amd" else _FLOAT32
     else:
         tiles = _family(target)[width]
+        if target.arch == "sm_90" and width == 128 and q_len <= _HOPPER_SHORT:
+            tiles = replace(tiles, **_HOPPER_SHORT_TILE)
     # A few queries do not fill a tile: then heads that read the same keys share one.
     heads = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * q_len <= tiles.block_q))
     return replace(tiles, heads=heads)
