@@ -86,7 +86,7 @@ def run_checks(
 
 
 def reference(op: Operation, case: Case, arrays: Arrays, *, gradients: bool) -> list[jax.Array]:
-    """The reference's output, then its gradients, all computed in float32."""
+    """The reference's outputs, then its gradients, all computed in float32."""
     wide = {k: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x for k, x in arrays.items()}
     return _evaluate(op.backends[REFERENCE].run, case, wide, gradients)
 
@@ -99,13 +99,13 @@ def check(
     backend = op.all_backends()[name]
     try:
 
-        def run(**arguments: Any) -> jax.Array:
+        def run(**arguments: Any) -> Any:
             return backend.run(**arguments, **options)
 
         values = _evaluate(run, case, arrays, gradients)
         errors = [row_error(*pair) for pair in zip(values, expected, strict=True)]
-        # A NaN is not within any limit, and max() would lose it.
-        error = max([errors[0], *(e / GRADIENTS for e in errors[1:])], key=lambda e: (e != e, e))
+        outputs = len(errors) - (len(case.differentiate) if gradients else 0)
+        error = _largest([*errors[:outputs], *(e / GRADIENTS for e in errors[outputs:])])
     except Exception as raised:  # a compiler's or driver's error is what is looked for
         problem = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0][:200]}"
         return Check(op.name, name, case.name, None, 0.0, problem, time.perf_counter() - began)
@@ -114,24 +114,37 @@ def check(
     return Check(op.name, name, case.name, error, limit, problem, time.perf_counter() - began)
 
 
-def _evaluate(run: Callable[..., jax.Array], case: Case, arrays: Arrays, gradients: bool) -> list[jax.Array]:
-    """Output with what is not meaningful set to zero, then the gradients that the case asks for."""
+def _evaluate(run: Callable[..., Any], case: Case, arrays: Arrays, gradients: bool) -> list[jax.Array]:
+    """Outputs with what is not meaningful set to zero, then the gradients that the case asks for."""
 
-    def output(arrays: Arrays) -> jax.Array:
-        out = run(**arrays, **case.static)
-        return out if case.meaningful is None else jnp.where(case.meaningful(arrays), out, 0)
+    def outputs(arrays: Arrays) -> list[jax.Array]:
+        found = jax.tree.leaves(run(**arrays, **case.static))
+        return [out if case.meaningful is None else jnp.where(case.meaningful(arrays), out, 0) for out in found]
 
     def loss(some: Arrays, others: Arrays) -> jax.Array:
-        out = output(others | some)
-        weights = jax.random.normal(jax.random.key(1), out.shape, jnp.float32)
-        return jnp.sum(out.astype(jnp.float32) * weights)
+        total = jnp.float32(0)
+        for i, out in enumerate(outputs(others | some)):
+            weights = jax.random.normal(jax.random.key(1 + i), out.shape, jnp.float32)
+            total += jnp.sum(out.astype(jnp.float32) * weights)
+        return total
 
-    values = [jax.jit(output)(arrays)]
+    values = list(jax.jit(outputs)(arrays))
     if gradients and case.differentiate:
         some = {name: arrays[name] for name in case.differentiate}
         found = jax.jit(jax.grad(loss))(some, {k: x for k, x in arrays.items() if k not in some})
         values += [found[name] for name in case.differentiate]
     return jax.block_until_ready(values)
+
+
+def worst_row_error(values: Any, expected: Any) -> float:
+    """The largest `row_error` of an operation's outputs, an array or a tuple of them."""
+    pairs = zip(jax.tree.leaves(values), jax.tree.leaves(expected), strict=True)
+    return _largest([row_error(*pair) for pair in pairs])
+
+
+def _largest(errors: list[float]) -> float:
+    """The largest; a NaN, which is not within any limit and which max() would lose, if there is one."""
+    return max(errors, key=lambda e: (e != e, e))
 
 
 def row_error(value: jax.Array, expected: jax.Array) -> float:
