@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.moe import routed_experts
+from llama_jax.kernels.norm import rms_norm
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.params import PROJECTION_AXES, Params
 from llama_jax.rope import rotate
@@ -103,13 +104,6 @@ def linear(x: jax.Array, leaf: Params, adapter: Params | None = None) -> jax.Arr
     if "bias" in leaf:
         out = out + leaf["bias"].astype(x.dtype)
     return (out + lora(x, adapter)).astype(x.dtype)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array | None, eps: float) -> jax.Array:
-    """Root mean square norm over the last axis (arXiv:1910.07467), in float32; without weight if None."""
-    xf = x.astype(jnp.float32)
-    out = (xf * jax.lax.rsqrt(jnp.mean(xf * xf, axis=-1, keepdims=True) + eps)).astype(x.dtype)
-    return out if weight is None else out * weight.astype(x.dtype)
 
 
 def project_qkv(

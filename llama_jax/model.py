@@ -13,7 +13,8 @@ from llama_jax.cache import KVCache, LayerCache
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, attention
-from llama_jax.layers import linear, lookup, mlp, moe, position_queries_and_keys, product, project_qkv, rms_norm
+from llama_jax.kernels.norm import add_rms_norm, rms_norm
+from llama_jax.layers import linear, lookup, mlp, moe, position_queries_and_keys, product, project_qkv
 from llama_jax.params import Params, flatten, projection_names
 from llama_jax.rope import rope_angles
 from llama_jax.sharding import constrain
@@ -113,9 +114,11 @@ def forward(
 
     adapter_layers = _checked(adapters, config).get("layers", {})
     views = []
+    delta = None
     for i, spec in enumerate(config.layers):
-        x, view, activations = _layer(
+        x, delta, view, activations = _layer(
             x,
+            delta,
             params["layers"][str(i)],
             None if cache is None else cache.layer(i),
             positions,
@@ -132,10 +135,10 @@ def forward(
         cache = cache.with_layers(views)
 
     if logits_at is not None:
-        x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
-    x = rms_norm(x, params["final_norm"]["weight"], config.rms_norm_eps)
-    captured.add("final_norm", x)
-    logits = _logits(x, params, config)
+        x, delta = jax.tree.map(lambda x: jnp.take_along_axis(x, logits_at[:, :, None], axis=1), (x, delta))
+    _, h = _add_norm(x, delta, params["final_norm"], config)
+    captured.add("final_norm", h)
+    logits = _logits(h, params, config)
     return (logits, cache) if capture is None else (logits, cache, captured.activations)
 
 
@@ -194,6 +197,7 @@ def _checked(adapters: Params | None, config: LlamaConfig) -> Params:
 @partial(jax.jit, static_argnames=("config", "capture", "in_order"))
 def _layer(
     x: jax.Array,
+    delta: jax.Array | None,
     params: Params,
     cache: LayerCache | None,
     positions: jax.Array,
@@ -204,13 +208,21 @@ def _layer(
     config: LlamaConfig,
     capture: tuple[str, ...],
     in_order: bool,
-) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
-    """One block. `config.layers` holds just this block's spec; `in_order`: positions are 0, 1, 2, ... in every row."""
+) -> tuple[jax.Array, jax.Array, LayerCache | None, dict[str, jax.Array]]:
+    """One block.
+
+    Args:
+      x, delta: what goes in is their sum, which the norm makes on the way; of the first block delta is None. What comes
+        out is so too.
+      config: its `layers` hold just this block's spec.
+      in_order: positions are 0, 1, 2, ... in every row.
+    """
     (spec,) = config.layers
     seen: dict[str, jax.Array] = {}
     attn_adapters = adapters.get("attn", {})
 
-    seen["attn_in"] = h = rms_norm(x, params["attn_norm"]["weight"], config.rms_norm_eps)
+    x, h = _add_norm(x, delta, params["attn_norm"], config)
+    seen["attn_in"] = h
     q, k, v = project_qkv(h, params["attn"], config, attn_adapters)
     q, k = position_queries_and_keys(q, k, params["attn"], config, spec, positions, angles)
     seen |= {"q": q, "k": k, "v": v}
@@ -233,16 +245,24 @@ def _layer(
         out, cache = cache.attend(q, k, v, positions, visibility, scale=scale)
     out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj"))
     seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
-    x = x + out
 
-    seen["mlp_in"] = h = rms_norm(x, params["mlp_norm"]["weight"], config.rms_norm_eps)
+    x, h = _add_norm(x, out, params["mlp_norm"], config)
+    seen["mlp_in"] = h
     if isinstance(spec.mlp, MoeSpec):
         out = moe(h, params["moe"], config, spec.mlp, adapters.get("moe", {}))
     else:
         out = mlp(h, params["mlp"], config, adapters.get("mlp", {}))
     seen["mlp_out"] = out = constrain(out, ACTIVATION_AXES)
-    seen["out"] = x = x + out
-    return x, cache, {name: seen[name] for name in capture}
+    if "out" in capture:
+        seen["out"] = x + out
+    return x, out, cache, {name: seen[name] for name in capture}
+
+
+def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+    """x + delta and its norm; without delta x itself."""
+    if delta is None:
+        return x, rms_norm(x, leaf["weight"], config.rms_norm_eps)
+    return add_rms_norm(x, delta, leaf["weight"], eps=config.rms_norm_eps)
 
 
 def _logits(x: jax.Array, params: Params, config: LlamaConfig) -> jax.Array:

@@ -23,7 +23,7 @@ from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.kernels.dispatch.cases import Arrays, Case
 from llama_jax.kernels.dispatch.fingerprint import source_hash, versions
 from llama_jax.kernels.dispatch.measure import seconds_per_call
-from llama_jax.kernels.dispatch.numerics import LIMITS, check, reference, row_error
+from llama_jax.kernels.dispatch.numerics import LIMITS, check, reference, worst_row_error
 from llama_jax.kernels.dispatch.operation import REFERENCE, Operation, disabled
 from llama_jax.kernels.dispatch.tables import Rule
 from llama_jax.kernels.dispatch.user_table import path_of
@@ -170,7 +170,7 @@ class _Session:
         self._dtype = jnp.dtype(next(iter(shapes.values())).dtype).name
         self._shape = op.shape(**shapes, **case.static)
         self._arrays: Arrays = {}
-        self._expected: jax.Array | None = None
+        self._expected: Any = None
 
     def measure(self, candidate: Candidate, measure: Callable[..., float]) -> Measurement:
         seconds, problem = None, ""
@@ -202,7 +202,7 @@ class _Session:
         if self._expected is None:
             return self._wrong_on_small_cases(candidate)
         out = jax.block_until_ready(jax.jit(_call(candidate))(**self._arrays))
-        error, limit = row_error(out, self._expected), 2 * LIMITS[jnp.dtype(out.dtype).name]
+        error, limit = worst_row_error(out, self._expected), 2 * LIMITS[jax.tree.leaves(out)[0].dtype.name]
         return "" if error <= limit else f"a row is off by {error:.2g} of its length; {limit:g} is allowed"
 
     def _wrong_on_small_cases(self, candidate: Candidate) -> str:
@@ -218,7 +218,7 @@ class _Session:
         return ""
 
 
-def _call(candidate: Candidate) -> Callable[..., jax.Array]:
+def _call(candidate: Candidate) -> Callable[..., Any]:
     run = candidate.operation.all_backends()[candidate.backend].run
     options = {} if candidate.tiles is None else {"tiles": candidate.tiles}
     return partial(run, **candidate.case.static, **options)

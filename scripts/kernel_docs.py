@@ -80,7 +80,7 @@ def budgets(arch: str) -> Iterator[Row]:
                 f"`{name}`",
                 f"{group[0][0]}{f' and {len(group) - 1} more' if len(group) > 1 else ''}",
                 _range([kernel["vgpr"] for _, kernel in group], "{}"),
-                f"{int(str(lds_bytes)) / 1024:g} KiB",
+                f"{lds_bytes} bytes" if int(str(lds_bytes)) < 1024 else f"{int(str(lds_bytes)) / 1024:g} KiB",
                 waves,
                 occupancy,
                 _range([loop["matrix"] / loop["instructions"] for loop in loops], "{:.0%}"),

@@ -41,8 +41,10 @@ from llama_jax.convert.direct import load_source
 from llama_jax.convert.run import open_source
 from llama_jax.fuse import arrange, fuse_params
 from llama_jax.generation import batch_generate, generate, stream_generate
+from llama_jax.kernels import report
 from llama_jax.kernels.attention import Visibility, attention, attention_reference
 from llama_jax.kernels.dispatch import using
+from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.loading import Model, load
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
@@ -270,12 +272,13 @@ def test_generate_with_kernels_on_a_mesh() -> None:
     one = Model(fuse_params(params, config), config)
     want = batch_generate(one, None, prompts, max_tokens=4, ignore_eos=True)
     split = on_mesh(params, config, sharding.make_mesh(tensor=2))
-    with using(flash_attention="pallas_interpret", decode_attention="pallas_interpret", moe="pallas_interpret"):
+    with using(**dict.fromkeys(OPERATIONS, "pallas_interpret")):
         found = batch_generate(split, None, prompts, max_tokens=4, ignore_eos=True)
         with sharding.on(split.mesh):
             text = str(jax.make_jaxpr(run, static_argnums=1)(split.params, config, random_tokens(config, 2, 16)))
     assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in want]
     assert text.count("pallas_call") >= 2
+    assert {choice.operation for choice in report() if choice.backend == "pallas_interpret"} == set(OPERATIONS)
     assert "shard_map" in text
 
 

@@ -131,7 +131,7 @@ ROPE: tuple[Mutation, ...] = (
 LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "norm's epsilon wrong",
-        "llama_jax/layers.py",
+        "kernels/norm/reference.py",
         "keepdims=True) + eps)).astype(x.dtype)",
         "keepdims=True) + 1e-6)).astype(x.dtype)",
         golden("llama-gelu"),

@@ -27,6 +27,7 @@ from llama_jax.decode import capacities
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, visible
 from llama_jax.kernels.dispatch import using
+from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.params import count_params
 from llama_jax.plan import Bytes, Place, Plan, Workload, calls, make_plan, smallest_mesh
 from llama_jax.plan.backends import Backends, backends
@@ -118,7 +119,7 @@ def test_a_published_model_on_the_cpu() -> None:
     [("llama-3.1-8b", 1, 8), ("llama-3.1-8b", 8, 8), ("llama-3.1-70b", 8, 32), ("mixtral-8x7b", 1, 4)],
 )
 def test_published_models_on_mi300x(name: str, ways: int, rows: int, backend: str) -> None:
-    with using(flash_attention=backend, decode_attention=backend, moe=backend):
+    with using(**dict.fromkeys(OPERATIONS, backend)):
         assert_mi300x(name, ways, rows, "reference" if backend == "reference" else "pallas_triton")
 
 

@@ -23,7 +23,7 @@ class Case:
       arrays: makes the arrays from a random key; traceable, so that shapes are known without making them. With `numpy`
         it makes numpy arrays from a `numpy.random.Generator`: small ones, for which nothing is to be compiled.
       static: the other arguments.
-      meaningful: bool array that broadcasts against the output: which of it is specified (rows of padding are not).
+      meaningful: bool array that broadcasts against each output: which of it is specified (rows of padding are not).
       quick: small enough for the check at start-up.
       differentiate: names of arrays whose gradients are compared as well, where all is checked.
       flops, bytes: the least arithmetic of a call, and the least that it reads and writes; 0 where that is not known.

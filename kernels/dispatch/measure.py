@@ -16,7 +16,7 @@ ROUND_S = 0.02
 MOST_CALLS = 500
 
 
-def seconds_per_call(run: Callable[..., jax.Array], arrays: Arrays, rounds: int) -> float:
+def seconds_per_call(run: Callable[..., Any], arrays: Arrays, rounds: int) -> float:
     """The median over `rounds` of the time of one call, in seconds.
 
     Many calls stand in one compiled loop, each waiting for the one before, so that neither Python nor the start of a
@@ -39,10 +39,10 @@ def _timed(f: Callable[[Arrays], Any], arrays: Arrays) -> float:
     return time.perf_counter() - began
 
 
-def _repeat(run: Callable[..., jax.Array], arrays: Arrays, calls: int) -> jax.Array:
+def _repeat(run: Callable[..., Any], arrays: Arrays, calls: int) -> Any:
     """`calls` calls. The barrier makes the arrays of each wait for the result of the one before."""
 
-    def body(_: int, state: tuple[Arrays, jax.Array]) -> tuple[Arrays, jax.Array]:
+    def body(_: int, state: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
         return jax.lax.optimization_barrier((state[0], run(**state[0])))
 
     out = run(**arrays)

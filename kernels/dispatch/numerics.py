@@ -109,7 +109,7 @@ def run_checks(
             work = begun.pop(part.name) if at_once else _begin(part, pool, with_gradients)
             if not is_reference:
                 assert expected is not None
-                yield _compared(part, partial(_values, work), expected, began)
+                yield _compared(part, partial(_values, work), expected, began, with_gradients)
                 continue
             try:
                 expected = _values(work)
@@ -186,7 +186,7 @@ def _trace_reference(op: Operation, case: Case, arrays: Arrays, gradients: bool)
 
 
 def reference(op: Operation, case: Case, arrays: Arrays, *, gradients: bool) -> list[np.ndarray]:
-    """The reference's output, then its gradients, all computed in float32."""
+    """The reference's outputs, then its gradients, all computed in float32."""
     return _compute(_trace_reference(op, case, arrays, gradients))
 
 
@@ -204,21 +204,23 @@ def check(
     def values() -> list[np.ndarray]:
         return _compute(trace(run, case, arrays, gradients=gradients))
 
-    return _compared(_Part(op, name, case, arrays), values, expected, time.perf_counter())
+    return _compared(_Part(op, name, case, arrays), values, expected, time.perf_counter(), gradients)
 
 
 def _compute(traced: Traced) -> list[np.ndarray]:
     return traced.run([program.compile() for program in traced.programs])
 
 
-def _compared(part: _Part, compute: Callable[[], list[np.ndarray]], expected: list[np.ndarray], began: float) -> Check:
+def _compared(
+    part: _Part, compute: Callable[[], list[np.ndarray]], expected: list[np.ndarray], began: float, gradients: bool
+) -> Check:
     try:
         values = compute()
         errors = [row_error(*pair) for pair in zip(values, expected, strict=True)]
     except Exception as raised:  # a compiler's or driver's error is what is looked for
         return part.failed(_message(raised), time.perf_counter() - began)
-    # A NaN is not within any limit, and max() would lose it.
-    error = max([errors[0], *(e / GRADIENTS for e in errors[1:])], key=lambda e: (e != e, e))
+    outputs = len(errors) - (len(part.case.differentiate) if gradients else 0)
+    error = _largest([*errors[:outputs], *(e / GRADIENTS for e in errors[outputs:])])
     limit = LIMITS[jnp.dtype(values[0].dtype).name]
     problem = "" if error <= limit else f"a row is off by {error:.2g} of its length; {limit:g} is allowed"
     seconds = time.perf_counter() - began
@@ -227,6 +229,17 @@ def _compared(part: _Part, compute: Callable[[], list[np.ndarray]], expected: li
 
 def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def worst_row_error(values: Any, expected: Any) -> float:
+    """The largest `row_error` of an operation's outputs, an array or a tuple of them."""
+    pairs = zip(jax.tree.leaves(values), jax.tree.leaves(expected), strict=True)
+    return _largest([row_error(*pair) for pair in pairs])
+
+
+def _largest(errors: list[float]) -> float:
+    """The largest; a NaN, which is not within any limit and which max() would lose, if there is one."""
+    return max(errors, key=lambda e: (e != e, e))
 
 
 def row_error(value: jax.Array | np.ndarray, expected: jax.Array | np.ndarray) -> float:

@@ -19,8 +19,8 @@ from llama_jax.kernels.dispatch.cases import Arrays, Case
 class Traced:
     """Programs that are traced but not compiled, with their arguments.
 
-    The first gives the output. The last gives the output and its gradients, where those are wanted; it may be the only
-    one.
+    The first gives the outputs. The last gives the outputs and their gradients, where those are wanted; it may be the
+    only one.
     """
 
     programs: tuple[jax.stages.Lowered, ...]
@@ -32,45 +32,44 @@ class Traced:
         return tuple(pool.submit(program.compile) for program in self.programs)
 
     def run(self, compiled: Sequence[jax.stages.Compiled]) -> list[np.ndarray]:
-        """The output, then the gradients."""
+        """The outputs, then the gradients."""
         results = [program(*arguments) for program, arguments in zip(compiled, self.arguments, strict=True)]
         if not self.gradients:
-            return [jax.device_get(results[0])]
-        out = results[0] if len(results) > 1 else results[0][0]
-        values: list[np.ndarray] = jax.device_get([out, *results[-1][1]])
+            return list(jax.device_get(results[0]))
+        outputs = results[0] if len(results) > 1 else results[0][0]
+        values: list[np.ndarray] = jax.device_get([*outputs, *results[-1][1]])
         return values
 
 
-def trace(
-    run: Callable[..., jax.Array], case: Case, arrays: Arrays, *, gradients: bool, jointly: bool = False
-) -> Traced:
+def trace(run: Callable[..., Any], case: Case, arrays: Arrays, *, gradients: bool, jointly: bool = False) -> Traced:
     """Traces an implementation.
 
     Args:
-      gradients: those that the case asks for as well, of a sum of the output by fixed random weights.
-      jointly: output and gradients by one program: less to compile. What computes the output on its own may be another
-        kernel than what computes it for a gradient.
+      gradients: those that the case asks for as well, of a sum of the outputs by fixed random weights.
+      jointly: outputs and gradients by one program: less to compile. What computes the outputs on their own may be
+        another kernel than what computes them for a gradient.
     """
 
-    def output(arrays: Arrays) -> jax.Array:
+    def outputs(arrays: Arrays) -> list[jax.Array]:
         """With what is not meaningful set to zero."""
-        out = run(**arrays, **case.static)
-        return out if case.meaningful is None else jnp.where(case.meaningful(arrays), out, 0)
+        found = jax.tree.leaves(run(**arrays, **case.static))
+        return [out if case.meaningful is None else jnp.where(case.meaningful(arrays), out, 0) for out in found]
 
-    def pulled(some: Arrays, others: Arrays, weights: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        out, pull = jax.vjp(lambda some: output(others | some), some)
-        (found,) = pull(weights.astype(out.dtype))
-        return out, [found[name] for name in case.differentiate]
+    def pulled(some: Arrays, others: Arrays, weights: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+        found, pull = jax.vjp(lambda some: outputs(others | some), some)
+        (by_name,) = pull([w.astype(out.dtype) for w, out in zip(weights, found, strict=True)])
+        return found, [by_name[name] for name in case.differentiate]
 
     wanted = gradients and bool(case.differentiate)
     programs: list[jax.stages.Lowered] = []
     arguments: list[tuple[Any, ...]] = []
     if not (wanted and jointly):
-        programs.append(jax.jit(output).lower(arrays))
+        programs.append(jax.jit(outputs).lower(arrays))
         arguments.append((arrays,))
     if wanted:
-        shape = programs[0].out_info.shape if programs else jax.eval_shape(output, arrays).shape
-        weights = jnp.asarray(np.random.default_rng(1).standard_normal(shape, np.float32))
+        shapes = programs[0].out_info if programs else jax.eval_shape(outputs, arrays)
+        rng = np.random.default_rng(1)
+        weights = [jnp.asarray(rng.standard_normal(out.shape, np.float32)) for out in shapes]
         some = {name: arrays[name] for name in case.differentiate}
         others = {name: x for name, x in arrays.items() if name not in some}
         programs.append(jax.jit(pulled).lower(some, others, weights))

@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.kernels.norm import add_rms_norm_reference, pallas_triton
+from llama_jax.kernels.norm.tiles import Tiles
+
 BF16, F32 = jnp.bfloat16, np.float32
 ONE_STEP = 2.0**-8
 
@@ -84,6 +87,16 @@ def pallas_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool =
 
     sizes = attention.BlockSizes(block_q=64, block_k=64, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)
     return attention.mha(q, k, v, segment_ids=None, causal=True, sm_scale=0.125, block_sizes=sizes, interpret=interpret)
+
+
+def add_norm_gradients(run: Callable[..., Any], x: jax.Array, delta: jax.Array, weight: jax.Array) -> Any:
+    """Sum and norm, and the gradients of both by all arguments."""
+
+    def loss(*args: jax.Array) -> tuple[jax.Array, Any]:
+        total, normed = run(*args, eps=1e-5)
+        return (total.astype(F32) * normed.astype(F32)).sum(), (total, normed)
+
+    return jax.grad(loss, (0, 1, 2), has_aux=True)(x, delta, weight)
 
 
 def sample(logits: jax.Array, key: jax.Array) -> jax.Array:
@@ -159,6 +172,18 @@ def examples() -> dict[str, Callable[[], Example]]:
             tuple(normal(1, 128, 1, 64, seed=n) for n in range(3)),
             3 * ONE_STEP,
             reference=partial(gradients, partial(pallas_attention, interpret=True)),
+        ),
+        "add_rms_norm": lambda: Example(
+            partial(pallas_triton.run, eps=1e-5),
+            (normal(3, 5, 320), normal(3, 5, 320, seed=1), normal(320)),
+            ONE_STEP,
+            reference=partial(add_rms_norm_reference, eps=1e-5),
+        ),
+        "add_rms_norm_gradients": lambda: Example(
+            partial(add_norm_gradients, partial(pallas_triton.run, tiles=Tiles(4, 2))),
+            (normal(7, 96), normal(7, 96, seed=1), normal(96)),
+            2 * ONE_STEP,
+            reference=partial(add_norm_gradients, add_rms_norm_reference),
         ),
         "scan": lambda: Example(
             blocks,

@@ -24,6 +24,7 @@ from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.attention import decode_attention, flash_attention
 from llama_jax.kernels.dispatch import Operation, using
 from llama_jax.kernels.moe import grouped_experts
+from llama_jax.kernels.norm import add_rms_norm_op
 from llama_jax.model import forward
 
 # Pallas's Triton lowering, which JAX has deprecated.
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:Deprecation
 
 TOLERANCE = 0.025
 PROMPT, STEPS, CAPACITY = 24, 8, 64
-OPERATIONS: tuple[Operation, ...] = (flash_attention, decode_attention, grouped_experts)
+OPERATIONS: tuple[Operation, ...] = (flash_attention, decode_attention, grouped_experts, add_rms_norm_op)
 
 
 def config(*layers: LayerSpec) -> LlamaConfig:

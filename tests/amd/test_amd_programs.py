@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:Deprecation
 
 EXAMPLES = examples()
 FAST = {
-    "gfx942": ("rope", "sample", "matmul_f16", "matmul_fp8_fnuz", "cross_entropy", "attention", "scan"),
+    "gfx942": ("rope", "sample", "matmul_f16", "matmul_fp8_fnuz", "cross_entropy", "attention", "add_rms_norm", "scan"),
     "gfx950": ("argmax", "matmul_bf16", "matmul_fp8_ocp", "cache_update", "attention"),
 }
 CASES = [

@@ -16,6 +16,7 @@ from amd.test_amd_model import assert_launched, named
 from llama_jax.cache import DenseCache
 from llama_jax.kernels.attention import decode_attention, flash_attention
 from llama_jax.kernels.dispatch import using
+from llama_jax.kernels.norm import add_rms_norm_op
 from llama_jax.loading import Model
 from llama_jax.model import forward
 from llama_jax.tokenizer import Tokenizer
@@ -79,6 +80,6 @@ def test_greedy_tokens(smollm2: tuple[Model, Tokenizer], arch: str) -> None:
             print(f"decode step on {arch}: {report.wave_instructions / 1e6:.1f} M wave instructions")
     print(f"{tokenizer.decode(got)!r} in {time.process_time() - began:.0f} s of processor time")
     assert got == expected
-    for operation in (flash_attention, decode_attention):
+    for operation in (flash_attention, decode_attention, add_rms_norm_op):
         if "pallas_triton" in operation.backends:
             assert_launched(kernels, operation)
