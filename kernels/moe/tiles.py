@@ -70,7 +70,7 @@ class Tiles:
 
 
 # By rows: what compiles for gfx90a, gfx942 and gfx950, or for gfx1100, gfx1151 and gfx1201, without spills and with the
-# largest share of matrix instructions (many rows) or the most bytes in flight (few rows). NVIDIA's: measured on an H100.
+# largest share of matrix instructions (many rows) or the most bytes in flight (few rows). NVIDIA: measured on an H100.
 _CDNA = {
     16: Tiles(16, 32, 128, 32, 128, 1, num_warps=2, num_stages=2),
     32: Tiles(32, 64, 64, 64, 64, 1, num_warps=4, num_stages=2),
