@@ -15,6 +15,7 @@ from dataclasses import dataclass
 MODEL = "tests/test_model.py"
 SAMPLING = "tests/test_sampling.py"
 DECODE = "tests/test_decode.py"
+NORM = "tests/test_kernels_norm.py"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,34 @@ LAYERS: tuple[Mutation, ...] = (
         "keepdims=True) + eps)).astype(x.dtype)",
         "keepdims=True) + 1e-6)).astype(x.dtype)",
         golden("llama-gelu"),
+    ),
+    Mutation(
+        "final norm without what the last MLP adds",
+        "llama_jax/model.py",
+        '_, h = _add_norm(x, delta, params["final_norm"], config)',
+        '_, h = _add_norm(x, None, params["final_norm"], config)',
+        golden("llama2-mha"),
+    ),
+    Mutation(
+        "captured output of a layer without what its MLP adds",
+        "llama_jax/model.py",
+        'seen["out"] = x + out',
+        'seen["out"] = x',
+        (f"{MODEL}::test_capture",),
+    ),
+    Mutation(
+        "mean square over the columns of a program",
+        "kernels/norm/pallas_triton.py",
+        "jnp.sum(wide * wide, axis=1) * (1 / hidden)",
+        "jnp.sum(wide * wide, axis=1) * (1 / width)",
+        (f"{NORM}::test_gradients",),
+    ),
+    Mutation(
+        "gradient of the residual sum only through its norm",
+        "kernels/norm/gradient.py",
+        "for_terms = for_total + through_norm",
+        "for_terms = through_norm",
+        (f"{NORM}::test_gradients",),
     ),
     Mutation(
         "query, key and value biases missing",
