@@ -29,6 +29,7 @@ from llama_jax.kernels.precision import matmul_precision
 from llama_jax.loading import Model
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
 from llama_jax.plan import MeshRequest, resolve_mesh
+from llama_jax.profiling import ProgramTime, profile
 from llama_jax.sharding import check, param_sharding, split_config
 
 
@@ -193,3 +194,15 @@ def bench(
         mfu=prefill_flops(model.config, batch, prompt, sizes) / prefill / ceilings.matmul_flops_per_s,
         spread=(max(decodes) - min(decodes)) / decode,
     )
+
+
+def profile_generation(
+    model: Model, *, batch: int, prompt: int, new: int, seed: int = 0, page_size: int | None = None
+) -> tuple[ProgramTime, ...]:
+    """One more run of what `bench` has timed, under the profiler: the kernels of prefill and of decode steps.
+
+    Raises:
+      NoDevice: there is no GPU whose kernels the profiler sees.
+    """
+    prompts = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    return profile(lambda: batch_generate(model, None, prompts, max_tokens=new, ignore_eos=True, page_size=page_size))

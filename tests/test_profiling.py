@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import jax
 import pytest
+from click.testing import CliRunner
 from jax.profiler import ProfileData
 
+from llama_jax import bench
+from llama_jax.cli import cli
 from llama_jax.errors import NoDevice
 from llama_jax.profiling import KernelTime, profile, programs
 
@@ -68,3 +74,25 @@ def test_kinds(name: str, kind: str) -> None:
 def test_a_cpu_has_no_such_profile() -> None:
     with pytest.raises(NoDevice, match="no kernel"):
         profile(lambda: jax.block_until_ready(jax.numpy.ones(3) + 1))
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_bench_shows_where_the_time_goes(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    data = ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(PROFILE))
+    found = tuple(programs(data))
+    model = SimpleNamespace(dtype=jax.numpy.dtype("float32"), mesh=None, name="tiny")
+    timed = bench.BenchResult(2, 4, 3, *[1.0] * 7)
+    monkeypatch.setattr(bench, "random_model", lambda *args, **options: model)
+    monkeypatch.setattr(bench, "measure_ceilings", lambda dtype: bench.Ceilings(1e9, 1e9))
+    monkeypatch.setattr(bench, "bench", lambda model, ceilings, **options: timed)
+    monkeypatch.setattr(bench, "profile_generation", lambda model, **options: found)
+    args = ["bench", "--preset", "tiny", "--batch", "2", "--profile", *(["--json"] if as_json else [])]
+    done = CliRunner().invoke(cli, args, catch_exceptions=False)
+    assert done.exit_code == 0
+    if as_json:
+        (profiled,) = json.loads(done.stdout)["profiles"]
+        assert profiled["batch"] == 2
+        assert [program["program"] for program in profiled["programs"]] == ["jit_other", "jit_step"]
+    else:
+        assert "jit_step: 0.008 ms in kernels (product 0.005, attention 0.002, communication 0.002)" in done.stdout
+        assert "2 x     2.50 us  gemm_fusion_dot_3" in done.stdout

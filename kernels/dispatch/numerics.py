@@ -16,7 +16,7 @@ import numpy as np
 
 from llama_jax.kernels.dispatch.cases import Arrays, Case
 from llama_jax.kernels.dispatch.operation import REFERENCE, Operation
-from llama_jax.kernels.dispatch.stages import Traced, threads, trace
+from llama_jax.kernels.dispatch.stages import Traced, compiled, threads, trace
 from llama_jax.targets import Target, current
 
 LIMITS = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 1.5e-2}
@@ -208,7 +208,7 @@ def check(
 
 
 def _compute(traced: Traced) -> list[np.ndarray]:
-    return traced.run([program.compile() for program in traced.programs])
+    return traced.run([compiled(program) for program in traced.programs])
 
 
 def _compared(

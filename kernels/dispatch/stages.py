@@ -14,6 +14,14 @@ import numpy as np
 
 from llama_jax.kernels.dispatch.cases import Arrays, Case
 
+# XLA need not look for the fastest of its own products: what is compared is numbers, and only once.
+_COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
+
+
+def compiled(program: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiled quickly rather than for speed."""
+    return program.compile(compiler_options=_COMPILER_OPTIONS)
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -29,7 +37,7 @@ class Traced:
 
     def compile(self, pool: Executor) -> tuple[Future[jax.stages.Compiled], ...]:
         """Begins to compile all programs in a pool of threads: XLA lets go of Python's lock."""
-        return tuple(pool.submit(program.compile) for program in self.programs)
+        return tuple(pool.submit(compiled, program) for program in self.programs)
 
     def run(self, compiled: Sequence[jax.stages.Compiled]) -> list[np.ndarray]:
         """The outputs, then the gradients."""

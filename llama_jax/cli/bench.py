@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,6 +20,13 @@ from llama_jax.cli.options import (
     requested_mesh,
 )
 from llama_jax.cli.terminal import print_json
+
+if TYPE_CHECKING:
+    from llama_jax.profiling import ProgramTime
+
+SHOWN_KERNELS = 8
+SHOWN_SHARE = 0.01
+"""Programs that take less of the device's time than this are left out of a profile."""
 
 
 @click.command(
@@ -40,6 +49,7 @@ from llama_jax.cli.terminal import print_json
 @convert_option
 @mesh_options
 @kernels_option
+@click.option("--profile", is_flag=True, help="Also show which kernels the time goes to. Needs a GPU.")
 @json_option
 def command(
     model: str,
@@ -53,6 +63,7 @@ def command(
     convert: bool,
     mesh: str | None,
     tp: int | None,
+    profile: bool,
     as_json: bool,
 ) -> None:
     """Measure prefill and decode through the public generate functions, with random prompts.
@@ -62,7 +73,7 @@ def command(
     mesh both are those of one device, and the ceilings too.
     """
     from llama_jax import runtime
-    from llama_jax.bench import bench, environment, measure_ceilings, random_model
+    from llama_jax.bench import bench, environment, measure_ceilings, profile_generation, random_model
     from llama_jax.cli.progress import Reporter
     from llama_jax.kernels import report
     from llama_jax.loading import load
@@ -89,7 +100,7 @@ def command(
         click.echo(f"ceilings: {ceilings}")
         click.echo(f"{'batch':>5} {'prompt':>6} {'new':>4} {'prefill tok/s':>13} {'MFU':>5} {'first ms':>8} ", nl=False)
         click.echo(f"{'decode tok/s':>12} {'step ms':>8} {'MBU':>5} {'spread':>6}")
-    results = []
+    results, profiles = [], []
     for batch in batches:
         r = bench(loaded, ceilings, batch=batch, prompt=prompt, new=new, repeats=repeats, page_size=page_size)
         results.append(dataclasses.asdict(r))
@@ -98,9 +109,15 @@ def command(
                 f"{r.batch:5d} {r.prompt:6d} {r.new:4d} {r.prefill_tps:13.0f} {r.mfu:5.2f} {r.prefill_s * 1e3:8.1f} "
                 f"{r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {r.mbu:5.2f} {r.spread:6.2f}"
             )
+        if profile:
+            found = profile_generation(loaded, batch=batch, prompt=prompt, new=new, page_size=page_size)
+            profiles.append({"batch": batch, "programs": [dataclasses.asdict(program) for program in found]})
+            if not as_json:
+                _print_profile(found)
     if as_json:
         kernels = [{**choice.to_json(), "traced": count} for choice, count in report().items()]
-        print_json({**about, "ceilings": dataclasses.asdict(ceilings), "results": results, "kernels": kernels})
+        report_of = {**about, "ceilings": dataclasses.asdict(ceilings), "results": results, "kernels": kernels}
+        print_json(report_of | ({"profiles": profiles} if profile else {}))
         return
     for choice, count in report().items():
         tiles = " ".join(f"{name}={number}" for name, number in choice.tiles)
@@ -110,3 +127,19 @@ def command(
         )
         for name, why in choice.passed_over:
             click.echo(f"       not {name}: {why}")
+
+
+def _print_profile(found: Sequence[ProgramTime]) -> None:
+    """The programs of the first device, what kinds of kernels take their time, and the longest of these."""
+    first = min(program.device for program in found)
+    here = [program for program in found if program.device == first]
+    for program in here:
+        if program.busy_s < SHOWN_SHARE * sum(p.busy_s for p in here):
+            continue
+        kinds = ", ".join(f"{kind} {s * 1e3:.3f}" for kind, s in program.by_kind().items())
+        click.echo(f"      {program.program}: {program.busy_s * 1e3:.3f} ms in kernels ({kinds})")
+        for kernel in program.kernels[:SHOWN_KERNELS]:
+            each = kernel.seconds / kernel.calls * 1e6
+            click.echo(
+                f"        {kernel.seconds * 1e3:9.2f} ms = {kernel.calls:5d} x {each:8.2f} us  {kernel.name[:80]}"
+            )
