@@ -40,7 +40,8 @@ READ_SHARE = 0.8
 Row = tuple[object, ...]
 Report = dict[str, Any]
 """What a benchmark wrote."""
-NOT_YET, FAILED, NO_SUCH_CALL = "not measured yet", "failed", "–"
+NOTHING = "Not measured yet."
+NOT_YET, FAILED, NO_SUCH_CALL = "", "failed", "–"
 KERNEL = "pallas_triton"
 PEERS = ("stock", "torch_flash", "torch_cudnn", "torch_flex")
 BESIDE: dict[str, tuple[Sequence[Any], tuple[str, ...]]] = {
@@ -161,15 +162,21 @@ def fastest(rows: Sequence[dict[str, Any]], op: str, case: str, dtype: str) -> s
 
 
 def beside(op: str, reports: Sequence[Report]) -> str:
-    """What was measured with, and a table of rates and shares of every backend and peer, the fastest in bold."""
+    """What was measured with, and a table of rates and shares of every backend and peer, the fastest in bold.
+
+    Cases that have not been measured are left out.
+    """
     cases, backends = BESIDE[op]
     rows = {(r["case"], r["dtype"], r["backend"]): r for r in measured(reports, op)}
+    if not rows:
+        return NOTHING
 
     def lines() -> Iterator[Row]:
         for case in cases:
             mine = [rows.get((case.name, case.dtype, backend)) for backend in backends]
-            best = min((row["us"] for row in mine if row and "us" in row), default=0)
-            yield (case.name, *(_rate(row, best) if any(mine) else NOT_YET for row in mine))
+            if any(mine):
+                best = min((row["us"] for row in mine if row and "us" in row), default=0)
+                yield (case.name, *(_rate(row, best) for row in mine))
 
     header = ("Case", *(f"`{backend}`" for backend in backends))
     return f"{origin(reports, op)}\n\n{table(header, lines())}"
@@ -196,7 +203,7 @@ def origin(reports: Sequence[Report], op: str) -> str:
         for dtype, limits in report["ceilings"].items()
         if any((row["operation"], row["dtype"]) == (op, dtype) for row in report["rows"])
     ]
-    return "\n".join(runs) or "Not measured yet."
+    return "\n".join(runs)
 
 
 def sections(measurements: Path = MEASUREMENTS) -> dict[str, str]:

@@ -57,16 +57,21 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) ->
     block_rows = padded_rows(rows, 16 if rdna and wide else 64)
     waves = block_rows // MIN_ROWS
 
-    def tiles(num_warps: int, num_stages: int, tile: int, unit: int) -> Tiles:
-        """With `tile` bytes of keys at a time, of which a compute unit's programs together hold `unit`."""
-        block_k = min(max(tile // row_bytes, 16), 64 if target.vendor == "nvidia" else 32)
-        return Tiles(block_rows, block_k, num_warps, num_stages, max(unit // (block_k * row_bytes), 1))
+    def slots(tile: int, most: int) -> int:
+        """How many slots have `tile` bytes of keys."""
+        return min(max(tile // row_bytes, MIN_ROWS), most)
 
     if target.vendor == "nvidia":
-        return tiles(2 if block_rows == MIN_ROWS else 4, 2, 8 << 10, 32 << 10)
+        return Tiles(block_rows, slots(16 << 10, 64), 2 if block_rows == MIN_ROWS else 4, 2, 3)
+
+    def tiles(num_warps: int, tile: int, unit: int) -> Tiles:
+        """With `tile` bytes of keys at a time, of which a compute unit's programs together hold `unit`."""
+        block_k = slots(tile, 32)
+        return Tiles(block_rows, block_k, num_warps, 1, max(unit // (block_k * row_bytes), 1))
+
     if rdna:
-        return tiles(4 if wide else 2 * waves, 1, 4 << 10, 32 << 10)
-    return tiles(waves, 1, 8 << 10, 64 << 10)
+        return tiles(4 if wide else 2 * waves, 4 << 10, 32 << 10)
+    return tiles(waves, 8 << 10, 64 << 10)
 
 
 def candidates(target: Target, *, rows: int, head_dim: int, itemsize: int) -> Iterator[Tiles]:

@@ -58,10 +58,11 @@ class Places(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """Some queries of one row, by vectors: the positions they see, and their segments."""
+    """Some queries of one row, by vectors: the last position that they see, their own, how many they see before it, and
+    their segments."""
 
-    first: jax.Array
     last: jax.Array
+    before: jax.Array
     segments: jax.Array | None
 
 
@@ -71,7 +72,7 @@ def load_queries(places: Places, row: jax.Array, index: jax.Array, valid: jax.Ar
     segments = None
     if places.q_segments is not None:
         segments = load_row(places.q_segments, (row, index), valid, 0)
-    return Queries(visible_from(last, rule.visibility), last, segments)
+    return Queries(last, jnp.maximum(last - visible_from(last, rule.visibility), 0), segments)
 
 
 class Slots(NamedTuple):
@@ -95,7 +96,9 @@ def sees(queries: Queries, slots: Slots) -> jax.Array:
     positions = slots.positions[None, :]
     if queries.segments is not None and slots.segments is not None:
         positions = jnp.where(queries.segments[:, None] == slots.segments[None, :], positions, EMPTY)
-    return (positions <= queries.last[:, None]) & (positions >= queries.first[:, None])
+    # One comparison for both ends: what is behind the last position is far as an unsigned number.
+    away = (queries.last[:, None] - positions).astype(jnp.uint32)
+    return away <= queries.before[:, None].astype(jnp.uint32)
 
 
 def slot_index(places: Places, row: jax.Array, head: jax.Array, start: jax.Array, block: int, page_size: int) -> Index:

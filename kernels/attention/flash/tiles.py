@@ -70,7 +70,7 @@ _BY_WIDTH: dict[str, dict[int, Tiles]] = {
     },
     "rdna3": {
         64: _tiles((64, 32, 4), (64, 32, 8, 1), (16, 64, 8, 1)),
-        128: _tiles((64, 16, 4), (64, 32, 16, 2), (16, 64, 16, 4)),
+        128: _tiles((64, 16, 4), (64, 16, 16, 2), (16, 64, 16, 4)),
         256: _tiles((32, 16, 8), (16, 16, 8, 4), (16, 32, 16, 8)),
     },
     "rdna4": {
@@ -94,7 +94,7 @@ _HOPPER_SHORT = 1024
 _HOPPER_SHORT_TILE = {"block_q": 64, "block_k": 64, "num_warps": 4}
 # float32 is for tests: RDNA has no matrix instruction for it, and everything takes twice the registers.
 _FLOAT32 = _tiles((32, 16, 4), (32, 16, 4, 4), (16, 32, 4, 4))
-_FLOAT32_RDNA = _tiles((16, 16, 4), (16, 16, 4, 4), (16, 16, 4, 4))
+_FLOAT32_RDNA = _tiles((16, 16, 8), (16, 16, 4, 4), (16, 16, 4, 4))
 
 
 def pieces_of(head_dim: int, wanted: int) -> int:
