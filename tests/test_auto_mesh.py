@@ -24,6 +24,7 @@ CPU, MI300X = find("cpu"), find("mi300x")
 USABLE = int(0.75 * MI300X.memory)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # a process of its own, for some tens of seconds on an idle machine
 def test_on_eight_devices() -> None:
     on_eight_devices("eight_devices_auto.py")

@@ -173,6 +173,7 @@ def test_strict_stops_before_anything(tmp_path: Path, loaded: Loaded) -> None:
     assert not target.exists()
 
 
+@pytest.mark.slow
 def test_every_cut_heals(tmp_path: Path, loaded: Loaded) -> None:
     """Whatever part of the output a kill has left, the resumed run ends with the same bytes."""
     source, target = write_input(tmp_path / "in.jsonl", requests(24)), tmp_path / "out.jsonl"

@@ -38,6 +38,7 @@ def test_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "TFLOP/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_decode() -> None:
     rows = bench.main([*TINY, "--shape", "2,1,32,2,1,16,8", "--backends", "reference", "pallas_interpret"])
     assert [row["backend"] for row in rows] == ["reference", "pallas_interpret"]

@@ -552,7 +552,9 @@ def test_unknown_command() -> None:
     assert "frobnicate" in error_of(result)["message"]
 
 
-@pytest.mark.parametrize("platforms", ["cuda", "rocm", "nonsense"])
+@pytest.mark.parametrize(
+    "platforms", ["cuda", *(pytest.param(p, marks=pytest.mark.slow) for p in ("rocm", "nonsense"))]
+)
 def test_device_that_is_not_there(model: Path, platforms: str) -> None:
     env = os.environ | {"JAX_PLATFORMS": platforms}
     command = [*LLAMA_JAX, "generate", "x", "-m", str(model), "--json"]

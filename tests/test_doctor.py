@@ -292,7 +292,10 @@ def test_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "its first use converts it" in doctoring.check_default_model(tmp_path).detail
 
 
-@pytest.mark.parametrize("missing", ["platformdirs", "psutil", "jax"])
+@pytest.mark.parametrize(
+    "missing",
+    [pytest.param("platformdirs", marks=pytest.mark.slow), pytest.param("psutil", marks=pytest.mark.slow), "jax"],
+)
 def test_doctor_survives_what_it_looks_for(missing: str, tmp_path: Path) -> None:
     """A package that is not there is a finding, not a crash."""
     code = f"import sys; sys.modules[{missing!r}] = None; from llama_jax.doctor import doctor; print(doctor().system)"

@@ -45,6 +45,8 @@ CALLS = [
     (Case("small pages", 2, 20, 56, 6, 2, 16, FULL, page_size=8, dtype="float32"), PACKED),
     (Case("large pages", 2, 35, 96, 2, 1, 16, SLIDING, page_size=32, sinks=True, soft_cap=2.0, dtype="float32"), SMALL),
 ]
+OFTEN = ("sliding", "chunked", "small pages")
+"""Calls that the fast tests try with many arrays: between them they have all that is special."""
 
 
 @functools.cache
@@ -137,7 +139,10 @@ def placed(case: Case, data: st.DataObject) -> tuple[dict[str, Any], jax.Array]:
     return {name: jnp.asarray(x) for name, x in arrays.items()}, key
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0].name)
+@pytest.mark.parametrize(
+    "call",
+    [pytest.param(call, id=call[0].name, marks=[] if call[0].name in OFTEN else [pytest.mark.slow]) for call in CALLS],
+)
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=6)
 def test_against_the_reference(call: tuple[Case, Tiles], data: st.DataObject) -> None:

@@ -370,7 +370,13 @@ def test_without_max_tokens_the_context_is_the_limit(length: int) -> None:
     assert exact.token_ids == output.token_ids
 
 
-@pytest.mark.parametrize("fields", [{"temperature": 0.0}, {"seed": 3, "logprobs": 2, "frequency_penalty": 0.5}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"temperature": 0.0},
+        pytest.param({"seed": 3, "logprobs": 2, "frequency_penalty": 0.5}, marks=pytest.mark.slow),
+    ],
+)
 def test_growing_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(150)
     prompts = random_prompts(model, [3, 30])
@@ -517,9 +523,11 @@ def test_bad_batches() -> None:
 
 
 USES = (
-    "import llama_jax as lj",
+    pytest.param("import llama_jax as lj", marks=pytest.mark.slow),
     "import llama_jax.generation, llama_jax.convert, llama_jax.loading, llama_jax as lj",
-    "from llama_jax import batch_generate, generate, load; import llama_jax as lj",
+    pytest.param(
+        "from llama_jax import batch_generate, generate, load; import llama_jax as lj", marks=pytest.mark.slow
+    ),
 )
 
 
@@ -550,11 +558,11 @@ def test_nothing_compiles_after_warm_up(tmp_path: Path) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for size in sorted({decode.prompt_bucket(n) for n in range(1, 201)}):
-            both([1] * min(size, 200), seed=0)
+        for size in sorted({decode.prompt_bucket(n) for n in range(1, 97)}):
+            both([1] * min(size, 96), seed=0)
         assert compiled  # the listener hears
         compiled.clear()
-        for seed, length in enumerate(np.random.default_rng(0).integers(1, 201, 50).tolist()):
+        for seed, length in enumerate(np.random.default_rng(0).integers(1, 97, 50).tolist()):
             both(random_prompts(model, [length], seed)[0], seed)
         assert compiled == []
         batch_generate(model, None, [[1]], dataclasses.replace(params, logprobs=1))

@@ -376,7 +376,9 @@ def test_adapters_that_nothing_would_use(path: str) -> None:
 # ---- transformations
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [n if n in ("plain", "sigmoid-moe") else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
+)
 def test_gradients(name: str) -> None:
     """Against finite differences, in parameters, input embeddings and adapters, with a padded row."""
     config = TINY[name]

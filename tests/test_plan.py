@@ -485,6 +485,7 @@ sys.exit(xla_bridge.backends_are_initialized())
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.amd
 def test_command_compiles(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"dtype": "bfloat16", "num_hidden_layers": 2}))

@@ -58,6 +58,7 @@ def test_the_cache_folder_is_ours_unless_the_user_chose_one(
     assert got == [part.format(cache=tmp_path / "cache") for part in want]
 
 
+@pytest.mark.slow
 def test_programs_are_kept_from_one_process_to_the_next(tmp_path: Path) -> None:
     """load() turns the cache on; a second process finds what the first one compiled."""
     tests = Path(__file__).parent

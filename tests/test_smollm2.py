@@ -86,6 +86,7 @@ def test_the_first_question(smollm2: Loaded) -> None:
     assert generate(*smollm2, entry["prompt"], max_tokens=48, stop=["\n"]) == " Paris."
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_batch(smollm2: Loaded) -> None:
     """The same rows alone and in batches of 2, 7 and 8, permuted: identical ids."""
     prompts = [*(entry["ids"] for entry in ENTRIES), "日本の首都は", "x = [", "🙂"]
@@ -100,6 +101,7 @@ def test_a_row_does_not_depend_on_its_batch(smollm2: Loaded) -> None:
         assert got == [whole[i] for i in rows], rows
 
 
+@pytest.mark.slow
 def test_bfloat16(smollm2: Loaded) -> None:
     """Not the same numbers, but the same answer."""
     model, tokenizer = smollm2

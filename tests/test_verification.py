@@ -235,6 +235,7 @@ def test_token_outside_of_the_vocabulary(checkpoint: Path) -> None:
 # --- Long inputs, saving ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_chunks_give_the_numbers_of_one_pass(tmp_path: Path) -> None:
     import jax.numpy as jnp
 
