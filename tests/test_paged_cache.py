@@ -325,6 +325,7 @@ def model() -> Model:
     return Model(golden.params, golden.config)
 
 
+@pytest.mark.slow
 def test_generation_gives_the_same_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of unlike lengths, two samples of one of them, chunked prefill, and growth while decoding."""
     monkeypatch.setattr("llama_jax.decode.chunk_length", lambda *_: 16)
