@@ -27,6 +27,7 @@ from llama_jax.fuse import arrange
 from llama_jax.generation import batch_generate
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.loading import Model
+from llama_jax.outputs import Timing
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.profiling import ProgramTime, profile
@@ -171,9 +172,7 @@ def bench(
     rng = np.random.default_rng(seed)
     prefills, decodes = [], []
     for run in range(repeats + 1):
-        prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-        outputs = batch_generate(model, None, prompts, max_tokens=new, ignore_eos=True, page_size=page_size)
-        timing = outputs[0].timing
+        timing = _generate(model, rng, batch, prompt, new, page_size)
         if run:  # the first one compiles
             prefills.append(timing.ttft_s)
             decodes.append(batch * (new - 1) / timing.generation_tps)
@@ -204,5 +203,14 @@ def profile_generation(
     Raises:
       NoDevice: there is no GPU whose kernels the profiler sees.
     """
-    prompts = np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    return profile(lambda: batch_generate(model, None, prompts, max_tokens=new, ignore_eos=True, page_size=page_size))
+    rng = np.random.default_rng(seed)
+    return profile(lambda: _generate(model, rng, batch, prompt, new, page_size))
+
+
+def _generate(
+    model: Model, rng: np.random.Generator, batch: int, prompt: int, new: int, page_size: int | None
+) -> Timing:
+    """`new` tokens after each of `batch` random prompts."""
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    outputs = batch_generate(model, None, prompts, max_tokens=new, ignore_eos=True, page_size=page_size)
+    return outputs[0].timing

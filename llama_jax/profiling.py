@@ -94,22 +94,23 @@ def programs(data: jax.profiler.ProfileData) -> Iterator[ProgramTime]:
     for plane in data.planes:
         if "/device:" not in plane.name or "CPU" in plane.name:
             continue
-        spans: dict[str, list[tuple[float, float, str]]] = {}
+        for program, events in sorted(_kernels(plane).items()):
+            yield _summary(plane.name, program, events)
+
+
+def _kernels(plane: Any) -> dict[str, list[tuple[float, float, str]]]:
+    """Start, end and name of each kernel of a device, by program."""
+    found: dict[str, list[tuple[float, float, str]]] = {}
+    with warnings.catch_warnings():  # jaxlib's type of an event's stats lacks a __module__
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
         for line in plane.lines:
             # Other lines repeat the same kernels, grouped by operation and program.
             if not line.name.startswith("Stream"):
                 continue
             for event in line.events:
-                program = _stat(event, "hlo_module").split("(")[0]
-                spans.setdefault(program, []).append((event.start_ns, event.start_ns + event.duration_ns, event.name))
-        for program, events in sorted(spans.items()):
-            yield _summary(plane.name, program, events)
-
-
-def _stat(event: Any, name: str) -> str:
-    with warnings.catch_warnings():  # the first look at a type of jaxlib's that lacks a __module__
-        warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
-        return str(dict(event.stats).get(name, ""))
+                program = str(dict(event.stats).get("hlo_module", "")).split("(")[0]
+                found.setdefault(program, []).append((event.start_ns, event.start_ns + event.duration_ns, event.name))
+    return found
 
 
 def _summary(device: str, program: str, events: list[tuple[float, float, str]]) -> ProgramTime:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -24,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from bench_shared import seconds, write
 
 from llama_jax.errors import KernelError
 from llama_jax.kernels.norm import add_rms_norm, pallas_triton
@@ -50,15 +49,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--json", type=Path, dest="out", help="write the numbers to this file")
     args = parser.parse_args(argv)
 
-    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    print(f"{about['device']}, jax {about['jax']}")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     rows = []
     for count, hidden in itertools.product(args.rows, args.hidden):
         for row in measure(NormShape(count, hidden, args.dtype), args):
             rows.append(row)
             print(line(row), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+            write(args.out, rows, {})
     return rows
 
 
@@ -86,7 +83,7 @@ def timed(
         if not error <= ERROR_LIMIT * float(jnp.finfo(shape.dtype).eps):
             return result | {"failed": f"relative error {error:.2e}"}
         steps = -(-args.calls // UNROLL)
-        once = seconds(jax.jit(partial(many, call, steps)), arrays, args.repeats) / (steps * UNROLL)
+        once = seconds(jax.jit(partial(many, call, steps)), arrays, repeats=args.repeats) / (steps * UNROLL)
     except (KernelError, NotImplementedError, RuntimeError, ValueError) as problem:
         return result | {"failed": str(problem).splitlines()[0][:200]}
     return result | {"relative_error": error, "us": once * 1e6, "TB_per_s": shape.bytes() / once / 1e12}
@@ -113,17 +110,6 @@ def many(call: Call, steps: int, arrays: dict[str, jax.Array]) -> tuple[jax.Arra
         return state
 
     return jax.lax.fori_loop(0, steps, step, (arrays["x"], arrays["delta"]))
-
-
-def seconds(f: Callable[..., Any], arrays: dict[str, jax.Array], repeats: int) -> float:
-    """Median time of a program, once it is compiled."""
-    jax.block_until_ready(f(arrays))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(f(arrays))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def line(row: dict[str, Any]) -> str:

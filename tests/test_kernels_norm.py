@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import bench_norm as bench
 
 from llama_jax.errors import KernelError
 from llama_jax.kernels.dispatch.numerics import worst_row_error
@@ -176,15 +180,9 @@ def test_lowers_for_amd(shape: NormShape) -> None:
     assert "add_rms_norm" in text
 
 
-def test_the_benchmark(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_benchmark(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On the CPU, with tiny shapes: what runs says how long, what cannot says why, a wrong backend is not timed."""
-    path = Path(__file__).parents[1] / "scripts" / "bench_norm.py"
-    spec = importlib.util.spec_from_file_location("bench_norm", path)
-    assert spec is not None
-    assert spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
-    bench.UNROLL = 1
+    monkeypatch.setattr(bench, "UNROLL", 1)
     out = tmp_path / "rows.json"
     tiny = ["--rows", "2", "--hidden", "32", "--dtype", "float32", "--calls", "2", "--repeats", "1"]
     backends = ["--backends", "reference", "pallas_interpret", "nonsense", "--sweep", "1"]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from click.testing import CliRunner
-from helpers import GOLDENS
+from helpers import GOLDENS, on_eight_devices
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -53,19 +53,7 @@ def loaded_bits(params: Any) -> dict[str, bytes]:
 
 
 def test_on_eight_devices() -> None:
-    """`eight_devices.py` in a process that has eight simulated devices; its output tells which test failed."""
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("eight_devices.py"))],
-        env=os.environ | EIGHT | {"PYTEST_ADDOPTS": ""},  # the options of this run are not those of that one
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert " passed" in done.stdout
-    assert " skipped" not in done.stdout
+    on_eight_devices("eight_devices.py", "-m", "")
 
 
 PROCESS = """
