@@ -91,14 +91,26 @@ def step_flops(config: LlamaConfig, batch: int, length: int, sizes: Sizes = ONE_
 
 
 def prefill_flops(config: LlamaConfig, batch: int, prompt: int, sizes: Sizes = ONE_DEVICE) -> float:
-    """Multiplications and additions of a prompt: all products per token, attention, logits of the last token."""
-    head = math.prod((config.vocab_size, config.hidden_size))
-    ways = sizes.get(RULES["vocab"], 1)
-    head //= 1 if config.vocab_size % ways else ways
-    attention = 4 * sum(attended_by_all(layer, prompt) for layer in config.layers)
+    """Multiplications and additions of a prompt. Of all tokens the products up to the last layer's queries, keys and
+    values, and attention up to the layer before; of the last token what follows."""
+    *before, last = config.layers
+    once = sum(
+        local_size(s, config, sizes) * share_used(s, config, 1)
+        for s in param_specs(config)
+        if _of_last_token(s, config)
+    )
+    attention = 4 * (sum(attended_by_all(layer, prompt) for layer in before) + attended(last, prompt))
     attention *= local_heads(config, sizes)[0] * config.head_dim
-    products = 2 * prompt * (matmul_params(config, 1, sizes) - head)
-    return local_rows(batch, sizes) * (products + attention + 2 * head)
+    products = 2 * (prompt * (matmul_params(config, 1, sizes) - once) + once)
+    return local_rows(batch, sizes) * (products + attention)
+
+
+def _of_last_token(spec: ParamSpec, config: LlamaConfig) -> bool:
+    """Whether prefill multiplies with a parameter for the last token alone."""
+    if spec.path[0] != "layers":
+        return True
+    before = ("attn_norm", "q_proj", "k_proj", "v_proj")
+    return spec.path[1] == str(config.num_layers - 1) and spec.path[-2] not in before
 
 
 def seconds(amount: float | None, rate: float) -> float | None:
@@ -106,6 +118,16 @@ def seconds(amount: float | None, rate: float) -> float | None:
     if amount == 0:
         return 0.0
     return amount / rate if amount and rate else None
+
+
+def least_s(
+    compute_s: float | None, memory_s: float | None, links_s: float | None, *, overlapped: bool
+) -> float | None:
+    """Seconds of arithmetic and reading, which overlap, with exchange, which may; None if one is not known."""
+    if compute_s is None or memory_s is None or links_s is None:
+        return None
+    alone = max(compute_s, memory_s)
+    return max(alone, links_s) if overlapped else alone + links_s
 
 
 def exchange_s(collectives: Iterable[Collective], target: Target, *, latency_s: float = 0.0) -> float | None:

@@ -28,6 +28,8 @@ MIN_PROMPT = 16
 MAX_CHUNK = 2048
 # Room for new tokens that a request without a small limit starts with; the cache grows when it is used up.
 FIRST_ROOM = 1024
+# Prompt tokens of a device in each of two pieces that run side by side: products of so many still run at full speed.
+PIECE_TOKENS = 4096
 # Attention materialises float32 logits of the prompt chunk against the cache: this bounds them.
 ATTENTION_BYTES = 2 << 30
 
@@ -117,6 +119,15 @@ def chunk_length(config: LlamaConfig, batch: int, prompt: int, capacity: int) ->
     return chunk
 
 
+def pieces(rows: int, length: int, ways: int) -> int:
+    """Into how many pieces a device's `rows` rows of `length` prompt tokens are cut in one prefill call.
+
+    Two where `ways` devices add up what they computed: XLA's scheduler then lets one piece compute while the sums of
+    the other are under way. Each piece needs the keys and values of the one before, layer by layer, and no more.
+    """
+    return 2 if ways > 1 and length % 2 == 0 and rows * length >= 2 * PIECE_TOKENS else 1
+
+
 def pad_prompts(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Left-padded token ids and positions, int32 [rows, length]; padding has position -1. Extra rows are all padding
     but for one token, so that every row has something to attend to."""
@@ -156,8 +167,10 @@ def prefill_chunk(
     else:
         slots = cache
     if prompt_logprobs is None:
-        last = jnp.full((batch, 1), length - 1, jnp.int32)
-        logits, slots = forward(params, config, tokens, positions, slots, logits_at=last)
+        count = pieces(local_size("batch", batch), length, parts("mlp"))
+        last = jnp.full((batch, 1), length // count - 1, jnp.int32)
+        for ids, places in zip(jnp.split(tokens, count, axis=1), jnp.split(positions, count, axis=1), strict=True):
+            logits, slots = forward(params, config, ids, places, slots, logits_at=last)
         return logits[:, 0], slots, None
     logits, slots = forward(params, config, tokens, positions, slots)
     flat = token_logprobs(logits.reshape(batch * length, -1), next_tokens.reshape(-1), prompt_logprobs)
@@ -314,7 +327,9 @@ def advance(
 
 
 @functools.cache
-def compiled_advance(compiler_options: tuple[tuple[str, str], ...] = ()) -> Callable[..., tuple[DecodeState, Progress]]:
+def compiled_advance(
+    compiler_options: tuple[tuple[str, str], ...] = (),
+) -> Callable[..., tuple[DecodeState, Progress]]:
     """The jitted function behind `advance`, compiled with these options of XLA."""
 
     @partial(

@@ -115,6 +115,8 @@ def forward(
     adapter_layers = _checked(adapters, config).get("layers", {})
     views = []
     delta = None
+    # Behind the keys and values of the last layer nothing is needed of the other tokens.
+    only_last = logits_at is not None and not captured.of_layer(config.num_layers - 1)
     for i, spec in enumerate(config.layers):
         x, delta, view, activations = _layer(
             x,
@@ -125,6 +127,7 @@ def forward(
             segment_ids,
             angles,
             adapter_layers.get(str(i), {}),
+            logits_at if only_last and i == config.num_layers - 1 else None,
             config=config.replace(layers=(spec,)),
             capture=captured.of_layer(i),
             in_order=in_order,
@@ -134,8 +137,8 @@ def forward(
     if cache is not None:
         cache = cache.with_layers(views)
 
-    if logits_at is not None:
-        x, delta = jax.tree.map(lambda x: jnp.take_along_axis(x, logits_at[:, :, None], axis=1), (x, delta))
+    if not only_last:
+        x, delta = _tokens((x, delta), logits_at)
     _, h = _add_norm(x, delta, params["final_norm"], config)
     captured.add("final_norm", h)
     logits = _logits(h, params, config)
@@ -204,6 +207,7 @@ def _layer(
     segment_ids: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
     adapters: Params,
+    at: jax.Array | None,
     *,
     config: LlamaConfig,
     capture: tuple[str, ...],
@@ -214,6 +218,7 @@ def _layer(
     Args:
       x, delta: what goes in is their sum, which the norm makes on the way; of the first block delta is None. What comes
         out is so too.
+      at: int32 [batch, n], the tokens that are wanted of what comes out; None is all of them.
       config: its `layers` hold just this block's spec.
       in_order: positions are 0, 1, 2, ... in every row.
     """
@@ -226,6 +231,7 @@ def _layer(
     q, k, v = project_qkv(h, params["attn"], config, attn_adapters)
     q, k = position_queries_and_keys(q, k, params["attn"], config, spec, positions, angles)
     seen |= {"q": q, "k": k, "v": v}
+    x, q, q_positions, q_segments = _tokens((x, q, positions, segment_ids), at)
     visibility = Visibility(spec.attention, spec.window or 0)
     scale = config.head_dim**-0.5
     if cache is None:
@@ -233,16 +239,16 @@ def _layer(
             q,
             jnp.swapaxes(k, 1, 2),
             jnp.swapaxes(v, 1, 2),
-            positions,
+            q_positions,
             positions,
             visibility,
             scale=scale,
-            q_segments=segment_ids,
+            q_segments=q_segments,
             kv_segments=segment_ids,
-            in_order=in_order,
+            in_order=in_order and at is None,
         )
     else:
-        out, cache = cache.attend(q, k, v, positions, visibility, scale=scale)
+        out, cache = cache.attend(q, k, v, q_positions, positions, visibility, scale=scale)
     out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj"))
     seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
 
@@ -256,6 +262,13 @@ def _layer(
     if "out" in capture:
         seen["out"] = x + out
     return x, out, cache, {name: seen[name] for name in capture}
+
+
+def _tokens[Tree](tree: Tree, at: jax.Array | None) -> Tree:
+    """Tokens `at` int32 [batch, n] of arrays [batch, len, ...]; all of them for None."""
+    if at is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1), tree)
 
 
 def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax.config import LlamaConfig
-from llama_jax.costs import cache_read_bytes, exchange_s, local_rows, local_size, matmul_params, seconds
-from llama_jax.decode import batch_bucket, cache_bucket, chunk_length, prompt_bucket
+from llama_jax.costs import cache_read_bytes, exchange_s, least_s, local_rows, local_size, matmul_params, seconds
+from llama_jax.decode import batch_bucket, cache_bucket, chunk_length, pieces, prompt_bucket
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.params import param_specs
 from llama_jax.programs import Program, decode_program, prefill_program
-from llama_jax.sharding import split_config
+from llama_jax.sharding import parts, split_config
 from llama_jax.targets import Compilation, Target, abstract_device, compile_for, device_mesh
 
 
@@ -34,6 +34,7 @@ class Phase:
       read_bytes: what one device has to read at least: the weights that so many tokens use, and the cache.
       compute_s, memory_s, links_s: the least time for the arithmetic that XLA counts, for `read_bytes`, and for what
         the devices send one another, at the target's peak rates; None where amount or rate is not known.
+      overlapped: whether devices compute while they exchange.
     """
 
     name: str
@@ -43,14 +44,13 @@ class Phase:
     compute_s: float | None
     memory_s: float | None
     links_s: float | None
+    overlapped: bool = False
 
     @property
     def floor_s(self) -> float | None:
-        """Least seconds of one run: arithmetic and reading overlap, exchange with other devices does not. A prediction
-        from peak rates: launches, latencies and everything below the peak come on top."""
-        if self.compute_s is None or self.memory_s is None or self.links_s is None:
-            return None
-        return max(self.compute_s, self.memory_s) + self.links_s
+        """Least seconds of one run: arithmetic and reading overlap, exchange with other devices only where prefill runs
+        in pieces. A prediction from peak rates: launches, latencies and everything below the peak come on top."""
+        return least_s(self.compute_s, self.memory_s, self.links_s, overlapped=self.overlapped)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def compile_model(
         rows = batch_bucket(batch)
         length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
         chunk = chunk_length(split, rows, length, capacity)
+        cut = pieces(local_rows(rows, mesh.shape), chunk, parts("mlp"))
     weights = sum(local_size(spec, split, mesh.shape) for spec in param_specs(split)) * dtype.itemsize
     if weights > target.memory:
         raise DoesNotFit(
@@ -156,7 +157,7 @@ def compile_model(
         batch=rows,
         capacity=capacity,
         chunk=chunk,
-        prefill=phase("prefill", rows * chunk, prefill, 0),
+        prefill=phase("prefill", rows * chunk, prefill, 0, overlapped=cut > 1),
         decode=phase("decode", rows, decode, cache),
     )
 
@@ -167,6 +168,7 @@ def _phase(
     compilation: Compilation,
     cache_bytes: int,
     *,
+    overlapped: bool = False,
     config: LlamaConfig,
     mesh: jax.sharding.Mesh,
     dtype: jnp.dtype,
@@ -182,4 +184,5 @@ def _phase(
         compute_s=seconds(compilation.flops, target.rates.of(dtype.name)),
         memory_s=seconds(read_bytes, target.bandwidth),
         links_s=exchange_s(compilation.collectives, target),
+        overlapped=overlapped,
     )

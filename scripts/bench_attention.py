@@ -35,7 +35,7 @@ from typing import Any
 import bench_attention_torch as peers
 import jax
 import jax.numpy as jnp
-from bench_shared import ceilings, seconds, write
+from bench_shared import UNTUNED, ceilings, seconds, write
 
 from llama_jax.bench import Ceilings
 from llama_jax.kernels.attention import attention, attention_reference
@@ -50,6 +50,8 @@ Case = shapes.Case | decode_shapes.Case
 ERROR_LIMIT = {"bfloat16": 2.0, "float16": 2.0, "float32": 16.0}
 """Largest relative error, in units of the dtype's epsilon; in float32 the sums round as much as the results."""
 CHECKED_QUERIES = 64
+LAYERS = 8
+"""Calls of decode attention in one step, as a model has layers: what positions alone decide is found once for all."""
 PREFILL, DECODE = shapes.MEASURED_PREFILL, decode_shapes.MEASURED
 FLOORS: tuple[Case, ...] = (*shapes.CASES, *decode_shapes.CASES)
 """The cases of the tables in docs/kernels.md."""
@@ -162,7 +164,9 @@ def measure(case: Case, args: argparse.Namespace, limits: Ceilings) -> Iterator[
     """What JAX takes for a case, by each backend, and by each tile of a sweep."""
     arrays = case.example(jax.random.key(time.time_ns() % 2**32))
     expected, index = sampled(case, arrays)
+    layers = 1 if is_prefill(case) else LAYERS
     calls = args.calls or max(4, math.ceil(0.02 / max(floor_seconds(case, limits), 1e-5)))
+    calls = layers * math.ceil(calls / layers)
 
     def timed(call: Callable[..., jax.Array], *, backward: bool) -> dict[str, Any]:
         try:
@@ -170,7 +174,7 @@ def measure(case: Case, args: argparse.Namespace, limits: Ceilings) -> Iterator[
             error = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
             if not right(error, case):
                 return {"relative_error": error}
-            many = jax.jit(gradients(call, calls) if backward else outputs(call, calls))
+            many = jax.jit(gradients(call, calls) if backward else outputs(call, calls, layers))
             return {"relative_error": error, "seconds": seconds(many, arrays, repeats=args.repeats) / calls}
         except Exception as problem:  # of whatever kind: it is this backend's result, and the others go on
             return {"failed": next(iter(str(problem).splitlines()), type(problem).__name__)[:200]}
@@ -260,7 +264,7 @@ def sampled(case: Case, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Ar
     count = min(case.q_len, CHECKED_QUERIES)
     index = jnp.sort(jax.random.permutation(jax.random.key(time.time_ns() % 2**32), case.q_len)[:count])
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=UNTUNED)
     def exact(arrays: dict[str, jax.Array]) -> jax.Array:
         few = {name: jnp.take(x, index, axis=1) for name, x in arrays.items() if name.startswith("q")}
         wide: dict[str, Any] = {
@@ -293,11 +297,19 @@ def stock(case: Case) -> Callable[..., jax.Array] | None:
     return prefill if case.q_len == case.kv_len else None
 
 
-def outputs(call: Callable[..., jax.Array], calls: int) -> Callable[..., jax.Array]:
-    """Calls in a row: each one's output is the next one's queries. What depends on k and v alone, XLA does once."""
+def outputs(call: Callable[..., jax.Array], calls: int, layers: int) -> Callable[..., jax.Array]:
+    """Calls in a row, each one's output the next one's queries.
+
+    What depends on k and v alone, XLA does once; what depends on positions alone, once for `layers` calls.
+    """
+
+    def step(i: jax.Array, q: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+        for _ in range(layers):
+            q = call(**(arrays | {"q": q})).astype(q.dtype)
+        return q
 
     def many(arrays: dict[str, jax.Array]) -> jax.Array:
-        return jax.lax.fori_loop(0, calls, lambda i, q: call(**(arrays | {"q": q})).astype(q.dtype), arrays["q"])
+        return jax.lax.fori_loop(0, calls // layers, partial(step, arrays=arrays), arrays["q"])
 
     return many
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from bench_shared import ceilings, seconds, write
+from bench_shared import UNTUNED, ceilings, seconds, write
 
 from llama_jax.bench import Ceilings
 from llama_jax.errors import KernelError
@@ -160,7 +160,7 @@ def exact(ids: jax.Array, small: dict[str, jax.Array], weights: dict[str, jax.Ar
     ids, small = ids[:most], {name: array[:most].astype(jnp.float32) for name, array in small.items()}
     ones = jnp.ones(ids.shape)
 
-    def pair(args: tuple[jax.Array, ...]) -> jax.Array:
+    def pair(weights: dict[str, jax.Array], args: tuple[jax.Array, ...]) -> jax.Array:
         row, expert, before, after = args
         gate, up, down = (weights[name][expert].astype(jnp.float32) for name in ("gate", "up", "down"))
 
@@ -171,7 +171,9 @@ def exact(ids: jax.Array, small: dict[str, jax.Array], weights: dict[str, jax.Ar
 
     rows = jnp.repeat(small["x"], ids.shape[1], axis=0)
     scales = (small.get(f"{side}_scale", ones).reshape(-1) for side in ("input", "output"))
-    out = jax.jit(lambda *a: jax.lax.map(pair, a))(rows, ids.reshape(-1), *scales)
+    # The weights are an argument: a constant of gigabytes takes the compiler minutes.
+    every = jax.jit(lambda weights, *a: jax.lax.map(partial(pair, weights), a), compiler_options=UNTUNED)
+    out = every(weights, rows, ids.reshape(-1), *scales)
     return out.reshape(*ids.shape, -1).sum(1)
 
 

@@ -15,6 +15,9 @@ import jax
 
 from llama_jax.bench import Ceilings, measure_ceilings
 
+UNTUNED = {"xla_gpu_autotune_level": 0}
+"""For programs that are not timed: XLA takes seconds for each of their products to find the fastest kernel."""
+
 
 @cache
 def ceilings(dtype: str, side: int | None) -> Ceilings:

@@ -47,6 +47,7 @@ from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.loading import Model, load
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
+from llama_jax.programs import prefill_program
 from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
 
 MESHES = ("tensor=2", "tensor=4", "data=2,tensor=4")
@@ -335,6 +336,11 @@ def abstract_model(name: str, layers: int | None, mesh: Mesh) -> tuple[Params, L
 def compiled(name: str, layers: int | None, mesh: Mesh, step: str, params: SamplingParams, batch: int = 8) -> str:
     """The optimised program of a decode step, or of a prefill of 256 tokens a row."""
     with sharding.on(mesh):
+        if step == "prefill":
+            config = preset(name)
+            config = config.replace(layers=config.layers[:layers])
+            program = prefill_program(config, mesh, batch=batch, capacity=512, chunk=256, dtype="bfloat16")
+            return str(program.lower().compile().as_text())
         model, config = abstract_model(name, layers, mesh)
         options, sampler = make_sampler([params] * batch, [[1]] * batch, config.vocab_size)
 
@@ -342,20 +348,13 @@ def compiled(name: str, layers: int | None, mesh: Mesh, step: str, params: Sampl
             logits, cache = decode.forward(model, config, tokens[:, None], tokens[:, None], cache)
             return sample(logits[:, 0], sampler, options), cache
 
-        def prefill(model: Params, tokens: jax.Array, cache: DenseCache, sampler: SamplerState) -> Any:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            return decode.forward(
-                model, config, tokens, positions, cache, logits_at=jnp.full((batch, 1), tokens.shape[1] - 1)
-            )
-
-        tokens = jax.ShapeDtypeStruct((batch,) if step == "decode" else (batch, 256), jnp.int32)
-        f = {"decode": decode_step, "prefill": prefill}[step]
+        tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
         cache = jax.eval_shape(lambda: DenseCache.create(config, batch, 512, jnp.bfloat16))
         of_kv = NamedSharding(mesh, PartitionSpec(*(a if a in mesh.shape else None for a in ("data", "tensor"))))
         cache = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=of_kv) if x.ndim == 4 else x, cache
         )
-        return str(jax.jit(f, donate_argnums=2).lower(model, tokens, cache, sampler).compile().as_text())
+        return str(jax.jit(decode_step, donate_argnums=2).lower(model, tokens, cache, sampler).compile().as_text())
 
 
 FULL = pytest.mark.slow
@@ -367,19 +366,51 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("step", "batch"), [("decode", 1), ("decode", 8), ("prefill", 8)])
+@pytest.mark.parametrize(("step", "batch"), [("decode", 1), ("decode", 8), ("prefill", 8), ("prefill", 32)])
 @pytest.mark.parametrize(("name", "layers"), MODELS)
 def test_two_sums_a_layer_and_nothing_else(name: str, layers: int | None, step: str, batch: int) -> None:
-    """Beside them one of the embedding, and of the greedy sampler one number and one index a row from each device."""
+    """Beside them one of the embedding, and of the greedy sampler one number and one index a row from each device.
+
+    Prefill sums the last layer for one token a row, and long ones sum in two pieces.
+    """
     mesh = sharding.make_mesh(tensor=8)
     config = preset(name)
     n = config.num_layers if layers is None else layers
     hlo = compiled(name, layers, mesh, step, SamplingParams(temperature=0.0), batch)
-    tokens = batch * (1 if step == "decode" else 256)
-    expected = Counter({("all-reduce", tokens * config.hidden_size): 2 * n + 1})
+    row = config.hidden_size
     if step == "decode":
-        expected["all-gather", 2 * 8 * batch] = 1
+        expected = Counter({("all-reduce", batch * row): 2 * n + 1, ("all-gather", 2 * 8 * batch): 1})
+    else:
+        pieces = 2 if batch == 32 else 1
+        expected = Counter({("all-reduce", batch * row): 2})
+        expected["all-reduce", batch * 256 // pieces * row] += pieces * (2 * (n - 1) + 1)
     assert collectives(hlo) == expected
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of unlike lengths, one of them shorter than the second piece; then tokens that follow."""
+    golden = load_golden("llama3.1-rope")
+    texts = [np.random.default_rng(n).integers(0, golden.config.vocab_size, n).tolist() for n in (3, 20, 41)]
+    mesh = sharding.make_mesh("data=2,tensor=2")
+    model = on_mesh(golden.params, golden.config, mesh)
+    one = Model(fuse_params(golden.params, golden.config), golden.config)
+    want = batch_generate(one, None, texts, max_tokens=8, ignore_eos=True, page_size=page_size)
+
+    monkeypatch.setattr(decode, "PIECE_TOKENS", 16)
+    decode.prefill_chunk.clear_cache()
+    with sharding.on(mesh):
+        assert decode.pieces(2, decode.prompt_bucket(41), sharding.parts("mlp")) == 2
+        logits, cache, _ = decode.prefill(
+            model.params, model.config, texts, rows=4, capacity=80, dtype=jnp.float32, page_size=page_size
+        )
+    assert [int((row >= 0).sum()) for row in cache.positions[:3]] == [3, 20, 41]
+    for row, text in enumerate(texts):
+        expected, _ = run(golden.params, golden.config, jnp.asarray([text]))
+        assert error(logits[row], expected[0, -1]) < TOLERANCE
+    found = batch_generate(model, None, texts, max_tokens=8, ignore_eos=True, page_size=page_size)
+    assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in want]
+    decode.prefill_chunk.clear_cache()
 
 
 @pytest.mark.parametrize("widths", [(16, 32), (16, 36), (12, 32)])

@@ -149,7 +149,15 @@ class BackwardsLayer:
     positions: jax.Array
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, visibility: Visibility, *, scale: float
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_positions: jax.Array,
+        positions: jax.Array,
+        visibility: Visibility,
+        *,
+        scale: float,
     ) -> tuple[jax.Array, BackwardsLayer]:
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.concatenate([jnp.swapaxes(new, 1, 2)[:, :, ::-1], old], axis=2)

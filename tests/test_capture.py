@@ -43,3 +43,7 @@ def test_what_the_user_sets_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = capture_options()
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x --xla_gpu_enable_command_buffer=FUSION")
     assert set(whole) - set(capture_options()) == {"xla_gpu_enable_command_buffer"}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer_va_remapping=true")
+    assert capture_options() == whole
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")
+    assert set(whole) - set(capture_options()) == {"xla_gpu_enable_command_buffer"}

@@ -159,6 +159,15 @@ def test_long_prompts_run_in_chunks(golden: Golden, name: str, value: int, monke
         np.testing.assert_array_equal(logprobs.top_ids[row][own], whole_logprobs.top_ids[row][own])
 
 
+@pytest.mark.parametrize(
+    ("rows", "length", "ways", "expected"),
+    [(64, 512, 2, 2), (16, 512, 8, 2), (1, 8192, 2, 2), (8, 512, 2, 1), (64, 512, 1, 1), (9, 1023, 2, 1), (1, 1, 8, 1)],
+)
+def test_pieces(rows: int, length: int, ways: int, expected: int) -> None:
+    """Two where devices add up, and each piece has enough tokens for products at full speed."""
+    assert decode.pieces(rows, length, ways) == expected
+
+
 def test_dynamic_rope_knows_the_length_from_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its base depends on the length of the whole prompt, which exceeds the original context here."""
     config = tiny_config(rope=RopeSpec(kind="dynamic", factor=4.0, original_max_positions=16))

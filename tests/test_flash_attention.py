@@ -383,6 +383,10 @@ def test_measured_cases() -> None:
     assert window.pairs() == 4 + 4 + 4
     chunk = Case("chunk", 2, 3, 10, 1, 1, 1, Visibility("chunked", 4))
     assert chunk.pairs() == 2 * (4 + 1 + 2)
+    packed = Case("packed", 1, 5, 5, 1, 1, 1, segments=True)
+    assert packed.pairs() == (1 + 2 + 3) + (1 + 2)
+    windows = Case("packed windows", 1, 6, 6, 1, 1, 1, Visibility("sliding", 2), segments=True)
+    assert windows.pairs() == 2 * (1 + 2 + 2)
     names = [case.name for case in (*CASES, *MEASURED_PREFILL)]
     assert len(set(names)) == len(names)
 

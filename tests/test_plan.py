@@ -77,7 +77,7 @@ def assert_close(predicted: Bytes, actual: Bytes) -> None:
     assert predicted.aliased == actual.aliased
     assert 0 <= actual.outputs - predicted.outputs < 2048
     assert predicted.total == pytest.approx(actual.total, rel=0.05)
-    assert predicted.temporary == pytest.approx(actual.temporary, rel=0.15, abs=1 << 16)
+    assert predicted.temporary == pytest.approx(actual.temporary, rel=0.15, abs=1 << 17)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
@@ -314,7 +314,9 @@ def test_prefill_floor_by_hand() -> None:
     head = 128256 * 4096
     layers = 8_030_261_248 - 2 * head
     pairs = sum(range(1, 1001))
-    assert floor.flops == 2 * (2 * 1000 * layers + 2 * head + 4 * 32 * 32 * 128 * pairs)
+    # Behind the queries, keys and values of the last layer only the last token goes on.
+    once = (layers - 4096) // 32 - (6144 * 4096 + 4096) + 4096 + head  # less what is before, and with the last norm
+    assert floor.flops == 2 * (2 * 1000 * (layers + head - once) + 2 * once + 4 * 32 * 128 * (31 * pairs + 1000))
     assert floor.bound == "arithmetic"
     assert floor.seconds == floor.compute_s
 

@@ -348,6 +348,7 @@ ENTRY %main.1_spmd (a: bf16[64,128]) -> bf16[64,128] {
   %ag = (bf16[8,128]{1,0}, bf16[64,128]{1,0}) all-gather-start(%a), replica_groups=[1,8]<=[8], dimensions={0}
   %agd = bf16[64,128]{1,0} all-gather-done(%ag)
   %w = (s32[], bf16[64,128]{1,0}) while(%t0), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"32"}}
+  %ars = ((bf16[8,16]{1,0}), bf16[8,16]{1,0}) all-reduce-start(%a), replica_groups={{0,1},{2,3}}, to_apply=%add
   %w2 = s32[] while(%t1), condition=%cond, body=%unknown
   %s = ((f32[2,8]{1,0}), f32[2,1]{1,0}, u32[]) async-start(%b), calls=%async
   %c = f32[] conditional(%i, %x, %y), branch_computations={%branch.1, %branch.2}
@@ -367,6 +368,7 @@ def test_collectives() -> None:
         ("reduce-scatter", 8, 1, 2 * 8 * 4),
         ("collective-broadcast", 8, 1, 4),
         ("all-reduce", 8, 1, 40),
+        ("all-reduce", 2, 1, 256),
     }
     assert [c.kind for c in found.values() if c.unknown_trips] == ["all-to-all"]
 

@@ -40,7 +40,10 @@ def _timed(f: Callable[[Arrays], Any], arrays: Arrays) -> float:
 
 
 def _repeat(run: Callable[..., Any], arrays: Arrays, calls: int) -> Any:
-    """`calls` calls. The barrier makes the arrays of each wait for the result of the one before."""
+    """`calls` calls. The barrier makes the arrays of each wait for the result of the one before.
+
+    The number is compiled in: in a loop with any other end the host is asked in each turn.
+    """
 
     def body(_: int, state: tuple[Arrays, Any]) -> tuple[Arrays, Any]:
         return jax.lax.optimization_barrier((state[0], run(**state[0])))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,6 +22,9 @@ from llama_jax.targets import Target, current
 
 # The kernel is written in another language, so an activation has to be known to it by name.
 ACTIVATIONS: dict[Activation | None, str] = {None: "none", jax.nn.silu: "silu", jax.nn.relu: "relu"}
+
+OLDEST_TRITON = (3, 7)
+"""What jax-triton 0.4 asks of triton; PyTorch brings older ones, with which it fails in the middle."""
 
 
 def unsupported(
@@ -38,8 +42,10 @@ def unsupported(
     """Why this backend cannot run a call on `target`, or None."""
     if target.vendor == "cpu":
         return "it needs a GPU"
-    if find_spec("jax_triton") is None:
+    if find_spec("jax_triton") is None or find_spec("triton") is None:
         return "jax-triton is not installed (pip install 'llama-jax[triton]')"
+    if tuple(map(int, (found := version("triton")).split(".")[:2])) < OLDEST_TRITON:
+        return f"jax-triton needs triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer; {found} is installed"
     if target.vendor == "amd" and target.wave_size != 64:
         return "jaxlib launches kernels of jax-triton with waves of 64 threads"
     if target.vendor == "amd" and jax.config.jax_compilation_cache_dir:

@@ -28,7 +28,15 @@ class DenseLayer:
     start: jax.Array
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, visibility: Visibility, *, scale: float
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_positions: jax.Array,
+        positions: jax.Array,
+        visibility: Visibility,
+        *,
+        scale: float,
     ) -> tuple[jax.Array, DenseLayer]:
         """See `LayerCache`."""
 

@@ -46,11 +46,19 @@ class PagedLayer:
     start: jax.Array
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, visibility: Visibility, *, scale: float
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_positions: jax.Array,
+        positions: jax.Array,
+        visibility: Visibility,
+        *,
+        scale: float,
     ) -> tuple[jax.Array, PagedLayer]:
         """See `LayerCache`."""
         pages, _, page_size, _ = self.k.shape
-        page, slot = _places(self.page_table, self.start, q_positions, pages, page_size)
+        page, slot = _places(self.page_table, self.start, positions, pages, page_size)
 
         def store(into: jax.Array, new: jax.Array) -> jax.Array:
             return into.at[page, :, slot % page_size].set(new.astype(into.dtype), mode="drop")

@@ -17,9 +17,22 @@ class LayerCache(Protocol):
     """One layer's view of a cache whose slots are booked."""
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, q_positions: jax.Array, visibility: Visibility, *, scale: float
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_positions: jax.Array,
+        positions: jax.Array,
+        visibility: Visibility,
+        *,
+        scale: float,
     ) -> tuple[jax.Array, Self]:
-        """Stores k, v [batch, len, kv_heads, head_dim] in the booked slots, then attends with q over all slots."""
+        """Stores keys and values in the booked slots, then attends over all slots.
+
+        Args:
+          q: [batch, queries, num_heads, head_dim]; q_positions: int32 [batch, queries].
+          k, v: [batch, len, kv_heads, head_dim]; positions: int32 [batch, len], those that the slots were booked for.
+        """
         ...
 
 

@@ -125,8 +125,10 @@ class Place:
         stream = rows * tokens * self.config.hidden_size
         # The residual and what is added to it; on GPUs also the residual in float32, before and after a norm.
         live = 2 * stream * self.itemsize + (0 if on_cpu else 8 * stream)
-        blocks = [self._attention(rows, tokens, capacity, backends)]
-        blocks += [self._mlp(layer, rows * tokens, backends) for layer in set(self.config.layers)]
+        *before, last = self.config.layers
+        blocks = [self._attention(rows, tokens if before else 1, capacity, backends)]
+        blocks += [self._mlp(layer, rows * tokens, backends) for layer in set(before)]
+        blocks += [self._mlp(last, rows, backends)]  # of the last token alone
         logits = 4 * rows * self.split("vocab", self.config.vocab_size)
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 

@@ -1,18 +1,21 @@
 """The least time of prefill and of a decode step: peak rates of the data sheet, and nothing else.
 
 What a program reads, computes and sends is counted from shapes (`costs`); a device reads and computes at the same time,
-but the sums over devices have to be there before the next product starts ("Roofline", doi:10.1145/1498765.1498785). So
-these are predictions that nothing can beat: launches, latencies and everything below the peak come on top.
+but the sums over devices have to be there before the next product starts, unless there is another piece of the prompts
+to compute ("Roofline", doi:10.1145/1498765.1498785). So these are predictions that nothing can beat: launches,
+latencies and everything below the peak come on top.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.costs import (
     exchange_s,
+    least_s,
     local_heads,
     local_rows,
     matmul_params,
@@ -21,6 +24,7 @@ from llama_jax.costs import (
     step_bytes,
     step_flops,
 )
+from llama_jax.decode import pieces
 from llama_jax.plan.workload import Workload
 from llama_jax.sharding import RULES
 from llama_jax.targets import Collective, Target
@@ -35,6 +39,7 @@ class Floor:
       flops: multiplications and additions.
       collectives: what devices exchange.
       memory_s, compute_s, links_s: seconds for each at the target's peak rates; None where the rate is not known.
+      overlapped: whether devices compute while they exchange.
     """
 
     read_bytes: int
@@ -43,13 +48,12 @@ class Floor:
     memory_s: float | None
     compute_s: float | None
     links_s: float | None
+    overlapped: bool = False
 
     @property
     def seconds(self) -> float | None:
-        """Reading and arithmetic overlap, exchange does not."""
-        if self.memory_s is None or self.compute_s is None or self.links_s is None:
-            return None
-        return max(self.memory_s, self.compute_s) + self.links_s
+        """Reading and arithmetic overlap; exchange only where there are pieces."""
+        return least_s(self.compute_s, self.memory_s, self.links_s, overlapped=self.overlapped)
 
     @property
     def bound(self) -> str | None:
@@ -96,11 +100,19 @@ def prefill_floor(
         prefill_flops(config, w.batch, w.prompt, sizes),
         collectives(config, sizes, rows=rows, tokens=w.prompt, itemsize=w.itemsize),
         latency_s,
+        overlapped=pieces(rows, w.prompt, sizes.get(RULES["mlp"], 1)) > 1,
     )
 
 
 def _floor(
-    target: Target, dtype: str, read: int, flops: float, exchanged: tuple[Collective, ...], latency_s: float
+    target: Target,
+    dtype: str,
+    read: int,
+    flops: float,
+    exchanged: tuple[Collective, ...],
+    latency_s: float,
+    *,
+    overlapped: bool = False,
 ) -> Floor:
     return Floor(
         read,
@@ -109,6 +121,7 @@ def _floor(
         memory_s=seconds(read, target.bandwidth),
         compute_s=seconds(flops, target.rates.of(dtype)),
         links_s=exchange_s(exchanged, target, latency_s=latency_s),
+        overlapped=overlapped,
     )
 
 
@@ -116,7 +129,8 @@ def collectives(
     config: LlamaConfig, sizes: Mapping[str, int], *, rows: int, tokens: int, itemsize: int, greedy: bool = False
 ) -> tuple[Collective, ...]:
     """What the rules of sharding make devices exchange: after each block that is split over "tensor" one sum of its
-    output, one for the embedding, and with `greedy` sampling the best token of each device's part of the vocabulary.
+    output and one for the embedding, of each piece where prefill runs in pieces; with `greedy` sampling the best token
+    of each device's part of the vocabulary.
 
     Args:
       rows, tokens: of one device, and of each row.
@@ -124,15 +138,21 @@ def collectives(
     ways = sizes.get(RULES["mlp"], 1)
     if ways == 1:
         return ()
-    sums = int(config.vocab_size % ways == 0)
-    for layer in config.layers:
+    count = pieces(rows, tokens, ways)
+    sums = Counter({tokens // count: count * (config.vocab_size % ways == 0)})
+    for i, layer in enumerate(config.layers):
         if isinstance(layer.mlp, MoeSpec):
             widths = {layer.mlp.intermediate_size, layer.mlp.shared_intermediate_size} - {0}
         else:
             widths = {layer.mlp}
         # Of experts of which some are split and others not, only the former need a sum.
-        sums += (config.num_kv_heads % ways == 0) + any(width % ways == 0 for width in widths)
-    found = [Collective("all-reduce", ways, sums, rows * tokens * config.hidden_size * itemsize)] if sums else []
+        each = (config.num_kv_heads % ways == 0) + any(width % ways == 0 for width in widths)
+        if i == config.num_layers - 1:  # its output is needed for the last token alone
+            sums[1] += each
+        else:
+            sums[tokens // count] += each * count
+    row = config.hidden_size * itemsize
+    found = [Collective("all-reduce", ways, n, rows * length * row) for length, n in sums.items() if n]
     if greedy and config.vocab_size % ways == 0:
         found.append(Collective("all-gather", ways, 1, 8 * rows * ways))
     return tuple(found)

@@ -31,5 +31,5 @@ def capture_options() -> dict[str, str]:
     """
     if not in_use() or current().vendor != "nvidia":
         return {}
-    flags = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in _CAPTURED.items() if name not in flags}
+    set_by_user = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
+    return {name: value for name, value in _CAPTURED.items() if name not in set_by_user}

@@ -87,17 +87,23 @@ class Case:
                 made[name] = jax.random.permutation(own, math.prod(struct.shape)).reshape(struct.shape)
             else:
                 slots = jnp.arange(self.kv_len, dtype=jnp.int32)[-struct.shape[1] :]
-                values = slots // -(-self.kv_len // 2) if name.endswith("segments") else slots
+                values = slots // self._text if name.endswith("segments") else slots
                 made[name] = jnp.broadcast_to(values, struct.shape)
         return {name: x.astype(self.arguments()[name].dtype) for name, x in made.items()}
 
     def pairs(self) -> int:
-        """Pairs of a query and a slot that it sees, of one head (segments left out of account)."""
+        """Pairs of a query and a slot that it sees, of one head."""
         total, window = 0, self.visibility.window
         for position in range(self.kv_len - self.q_len, self.kv_len):
             seen = {"full": position, "sliding": min(position, window - 1), "chunked": position % max(window, 1)}
-            total += seen[self.visibility.kind] + 1
+            of_its_text = position % self._text if self.segments else position
+            total += min(seen[self.visibility.kind], of_its_text) + 1
         return total * self.batch
+
+    @property
+    def _text(self) -> int:
+        """Tokens of the first of two texts in a row."""
+        return -(-self.kv_len // 2)
 
     def flops(self, *, backward: bool = False) -> int:
         """Floating point operations over visible pairs: two products; for gradients alone five, of which one is made

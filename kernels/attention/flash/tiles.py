@@ -83,15 +83,16 @@ _BY_WIDTH: dict[str, dict[int, Tiles]] = {
         128: _tiles((256, 64, 8), (128, 32, 8, 1), (64, 128, 8, 1), 3, 3),
         256: _tiles((128, 32, 8), (64, 32, 8, 1), (32, 64, 8, 1), 2, 2),
     },
+    # A tile of 256 queries has too little to do before a short prompt ends.
+    "hopper, short prompts": {128: _tiles((64, 64, 4), (128, 32, 8, 1), (64, 128, 8, 1), 3, 3)},
     "nvidia": {
         64: _tiles((128, 64, 4), (128, 32, 4, 1), (32, 128, 4, 1), 3, 2),
         128: _tiles((128, 64, 8), (128, 32, 8, 1), (32, 128, 8, 1), 2, 2),
         256: _tiles((128, 32, 8), (64, 32, 8, 1), (32, 64, 8, 1), 2, 2),
     },
 }
-# A tile of 256 queries has too little to do before it ends: measured up to 1024 queries.
-_HOPPER_SHORT = 1024
-_HOPPER_SHORT_TILE = {"block_q": 64, "block_k": 64, "num_warps": 4}
+_SHORT = 1024
+"""Queries of a short prompt at most, as measured on an H100."""
 # float32 is for tests: RDNA has no matrix instruction for it, and everything takes twice the registers.
 _FLOAT32 = _tiles((32, 16, 4), (32, 16, 4, 4), (16, 32, 4, 4))
 _FLOAT32_RDNA = _tiles((16, 16, 8), (16, 16, 4, 4), (16, 16, 4, 4))
@@ -102,14 +103,17 @@ def pieces_of(head_dim: int, wanted: int) -> int:
     return min(wanted, tile_width(head_dim) // MIN_CONTRACTION)
 
 
-def _family(target: Target) -> dict[int, Tiles]:
+def _families(target: Target, q_len: int) -> tuple[str, ...]:
+    """Names in `_BY_WIDTH`; the first that has a width counts."""
+    if target.arch == "sm_90":
+        return ("hopper, short prompts", "hopper") if q_len <= _SHORT else ("hopper",)
     if target.vendor == "nvidia":
-        return _BY_WIDTH["hopper" if target.arch == "sm_90" else "nvidia"]
+        return ("nvidia",)
     if target.arch.startswith("gfx11"):
-        return _BY_WIDTH["rdna3"]
+        return ("rdna3",)
     if target.arch.startswith("gfx12"):
-        return _BY_WIDTH["rdna4"]
-    return _BY_WIDTH["cdna4" if target.arch == "gfx950" else "cdna"]
+        return ("rdna4",)
+    return ("cdna4" if target.arch == "gfx950" else "cdna",)
 
 
 def default_tiles(target: Target, *, head_dim: int, dtype: DTypeLike, q_len: int, group: int) -> Tiles:
@@ -122,9 +126,7 @@ def default_tiles(target: Target, *, head_dim: int, dtype: DTypeLike, q_len: int
     if jnp.dtype(dtype) == jnp.float32:
         tiles = _FLOAT32_RDNA if target.wave_size == 32 and target.vendor == "amd" else _FLOAT32
     else:
-        tiles = _family(target)[width]
-        if target.arch == "sm_90" and width == 128 and q_len <= _HOPPER_SHORT:
-            tiles = replace(tiles, **_HOPPER_SHORT_TILE)
+        tiles = next(_BY_WIDTH[name][width] for name in _families(target, q_len) if width in _BY_WIDTH[name])
     # A few queries do not fill a tile: then heads that read the same keys share one.
     heads = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * q_len <= tiles.block_q))
     return replace(tiles, heads=heads)

@@ -120,10 +120,10 @@ def _called(opcode: str, rest: str) -> Iterator[_Call]:
 
 def _payload(kind: str, opcode: str, shape: str, group: int) -> int:
     sizes = [_bytes(dtype, dims) for dtype, dims in _ARRAY.findall(shape)]
-    if opcode.endswith("-start") and kind == "all-gather":
-        sizes = sizes[len(sizes) // 2 :]  # operands, then results
-    elif opcode.endswith("-start") and kind == "collective-permute":
+    if opcode.endswith("-start") and kind == "collective-permute":
         sizes = sizes[:1]  # operand, result, counters
+    elif opcode.endswith("-start") and (kind == "all-gather" or shape.startswith("((")):
+        sizes = sizes[len(sizes) // 2 :]  # operands, then results
     return sum(sizes) * (group if kind == "reduce-scatter" else 1)
 
 
