@@ -204,7 +204,7 @@ def test_options_of_generate_on_a_mesh() -> None:
         SamplingParams(seed=8, repetition_penalty=1.2, stop_token_ids=[11, 12], max_tokens=40),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llama_jax.generation.FIRST_ROOM", 50)
+        patch.setattr(decode, "FIRST_ROOM", 50)
         want = batch_generate(one, None, prompts, each)
         before = decode.compiled_advance()._cache_size()
         found = batch_generate(split, None, prompts, each)

@@ -145,6 +145,13 @@ LAYERS: tuple[Mutation, ...] = (
         golden("llama2-mha"),
     ),
     Mutation(
+        "the last layer's queries at the places of the first tokens",
+        "llama_jax/model.py",
+        "x, q, q_positions, q_segments = _tokens((x, q, positions, segment_ids), at)",
+        "(x, q, q_segments), q_positions = _tokens((x, q, segment_ids), at), positions[:, : at if at is None else 2]",
+        (f"{MODEL}::test_logits_at",),
+    ),
+    Mutation(
         "captured output of a layer without what its MLP adds",
         "llama_jax/model.py",
         'seen["out"] = x + out',
