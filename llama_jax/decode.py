@@ -327,9 +327,7 @@ def advance(
 
 
 @functools.cache
-def compiled_advance(
-    compiler_options: tuple[tuple[str, str], ...] = (),
-) -> Callable[..., tuple[DecodeState, Progress]]:
+def compiled_advance(compiler_options: tuple[tuple[str, str], ...]) -> Callable[..., tuple[DecodeState, Progress]]:
     """The jitted function behind `advance`, compiled with these options of XLA."""
 
     @partial(

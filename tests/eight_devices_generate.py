@@ -206,9 +206,9 @@ def test_options_of_generate_on_a_mesh() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "FIRST_ROOM", 50)
         want = batch_generate(one, None, prompts, each)
-        before = decode.compiled_advance()._cache_size()
+        before = decode.compiled_advance(())._cache_size()
         found = batch_generate(split, None, prompts, each)
-    assert decode.compiled_advance()._cache_size() - before == 2  # one for each size of the cache
+    assert decode.compiled_advance(())._cache_size() - before == 2  # one for each size of the cache
     for a, b in zip(found, want, strict=True):
         assert [o.token_ids for o in a.outputs] == [o.token_ids for o in b.outputs]
         assert [o.finish_reason for o in a.outputs] == [o.finish_reason for o in b.outputs]
