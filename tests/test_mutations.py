@@ -16,7 +16,7 @@ import pytest
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("llama_jax", "kernels", "convert", "tests", "pyproject.toml")
+COPIED = ("llama_jax", "kernels", "convert", "scripts", "tests", "pyproject.toml")
 SECONDS = 300
 
 # Runs the named tests in the copy and reports, per test, how each phase ended and by which exception. The exit codes 90
