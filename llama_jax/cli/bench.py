@@ -137,7 +137,8 @@ def _print_profile(found: Sequence[ProgramTime]) -> None:
         if program.busy_s < SHOWN_SHARE * sum(p.busy_s for p in here):
             continue
         kinds = ", ".join(f"{kind} {s * 1e3:.3f}" for kind, s in program.by_kind().items())
-        click.echo(f"      {program.program}: {program.busy_s * 1e3:.3f} ms in kernels ({kinds})")
+        times = f"{program.busy_s * 1e3:.3f} ms in kernels, of {program.span_s * 1e3:.3f} from first to last"
+        click.echo(f"      {program.program}: {times} ({kinds})")
         for kernel in program.kernels[:SHOWN_KERNELS]:
             each = kernel.seconds / kernel.calls * 1e6
             click.echo(
