@@ -168,7 +168,8 @@ def beside(op: str, reports: Sequence[Report]) -> str:
     """
     cases, backends = BESIDE[op]
     rows = {(r["case"], r["dtype"], r["backend"]): r for r in measured(reports, op)}
-    if not rows:
+    shown = [rows[key] for case in cases for name in backends if (key := (case.name, case.dtype, name)) in rows]
+    if not shown:
         return NOTHING
 
     def lines() -> Iterator[Row]:
@@ -179,7 +180,7 @@ def beside(op: str, reports: Sequence[Report]) -> str:
                 yield (case.name, *(_rate(row, best) for row in mine))
 
     header = ("Case", *(f"`{backend}`" for backend in backends))
-    return f"{origin(reports, op)}\n\n{table(header, lines())}"
+    return f"{origin(reports, shown)}\n\n{table(header, lines())}"
 
 
 def _rate(row: dict[str, Any] | None, best: float) -> str:
@@ -192,8 +193,8 @@ def _rate(row: dict[str, Any] | None, best: float) -> str:
     return f"**{text}**" if row["us"] == best else text
 
 
-def origin(reports: Sequence[Report], op: str) -> str:
-    """What the numbers of an operation were measured with and are shares of: a sentence for each run and dtype."""
+def origin(reports: Sequence[Report], rows: Sequence[dict[str, Any]]) -> str:
+    """What rows were measured with and are shares of: a sentence for each run and dtype."""
     runs = [
         f"Measured on {report['device']} with jax {report['jax']}"
         + (f" and torch {report['torch']}" if "torch" in report else "")
@@ -201,7 +202,7 @@ def origin(reports: Sequence[Report], op: str) -> str:
         f"{limits['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s."
         for report in reports
         for dtype, limits in report["ceilings"].items()
-        if any((row["operation"], row["dtype"]) == (op, dtype) for row in report["rows"])
+        if any(row["dtype"] == dtype and any(row is one for one in rows) for row in report["rows"])
     ]
     return "\n".join(runs)
 
