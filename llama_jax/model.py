@@ -88,7 +88,8 @@ def forward(
       inputs_embeds: [batch, len, hidden_size] in place of the tokens' embeddings.
       segment_ids: int32 [batch, len] of several texts packed in one row; they do not see each other. Not with a cache.
       adapters: low-rank adapters, a tree shaped like `params` with {"a", "b", "scale"} in place of projections.
-      logits_at: int32 [batch, n], the indices in 0..len-1 to compute logits for; all of them by default.
+      logits_at: int32 [batch, n], the indices in 0..len-1 to compute logits for; all of them by default. The others go
+        through the last layer no further than its keys and values.
       capture: names from `activation_names(config)`; the activations come back as a third result.
 
     Returns:
