@@ -56,6 +56,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["LLAMA_JAX_CACHE"] = folder
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, by the time that they are allowed: at the end one would keep one process busy, others idle."""
+
+    def allowed(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("timeout")
+        return float(marker.args[0]) if marker else 0.0
+
+    items.sort(key=allowed, reverse=True)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not ON_GPU:
         pytest.skip("needs a GPU: set LLAMA_JAX_TEST_GPU=1")

@@ -387,7 +387,7 @@ def test_two_sums_a_layer_and_nothing_else(name: str, layers: int | None, step: 
     assert collectives(hlo) == expected
 
 
-@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("page_size", [None, pytest.param(16, marks=pytest.mark.slow)])
 def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of unlike lengths, one of them shorter than the second piece; then tokens that follow."""
     golden = load_golden("llama3.1-rope")

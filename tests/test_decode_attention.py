@@ -28,7 +28,7 @@ from llama_jax.targets import TARGETS, find
 BACKENDS = ["pallas_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)]
 # Each program runs once or a few times: compiling it well costs more.
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-EXAMPLES = hypothesis.settings(max_examples=12)
+EXAMPLES = hypothesis.settings(max_examples=8)
 VISIBILITIES = [Visibility(), Visibility("sliding", 1), Visibility("sliding", 20), Visibility("chunked", 16)]
 
 

@@ -66,6 +66,7 @@ def test_limits(installed: str | None, target: str, change: dict, reason: str | 
 
 def test_compiled_programs_must_not_be_kept_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax_triton, "find_spec", lambda name: object())
+    monkeypatch.setattr(jax_triton, "version", lambda name: "3.7.0")
     jax.config.update("jax_compilation_cache_dir", "/somewhere")
     check = functools.partial(jax_triton.unsupported, **SHAPE, activation=jax.nn.silu)
     assert "JAX_COMPILATION_CACHE_DIR" in (check(find("mi300x")) or "")
