@@ -434,8 +434,9 @@ def test_rows_of_a_batch_never_meet() -> None:
     mesh = sharding.make_mesh("data=2,tensor=4")
     hlo = compiled("llama-3.1-8b", 1, mesh, "decode", SamplingParams(temperature=0.0))
     assert collectives(hlo) == {("all-reduce", 4 * 4096): 3, ("all-gather", 2 * 4 * 4): 1}
-    alone = compiled("llama-3.1-8b", 1, sharding.make_mesh(data=8), "decode", SamplingParams(temperature=0.0))
-    assert not collectives(alone)
+    for step in ("decode", "prefill"):
+        alone = compiled("llama-3.1-8b", 1, sharding.make_mesh(data=8), step, SamplingParams(temperature=0.0))
+        assert not collectives(alone)
 
 
 def test_sampling_sends_candidates_only() -> None:
