@@ -77,7 +77,7 @@ def assert_close(predicted: Bytes, actual: Bytes) -> None:
     assert predicted.aliased == actual.aliased
     assert 0 <= actual.outputs - predicted.outputs < 2048
     assert predicted.total == pytest.approx(actual.total, rel=0.05)
-    assert predicted.temporary == pytest.approx(actual.temporary, rel=0.15, abs=1 << 17)
+    assert predicted.temporary == pytest.approx(actual.temporary, rel=0.15, abs=1 << 16)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

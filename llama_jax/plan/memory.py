@@ -107,7 +107,7 @@ class Place:
             arguments=self.weights + 8 * rows * tokens + 4 * rows,
             outputs=logits + self.cache(rows, capacity) + tables,
             aliased=0,
-            temporary=self.temporary(rows, tokens, capacity, backends),
+            temporary=self.temporary(rows, tokens, capacity, backends, unwritten=self._last_keys(rows, capacity)),
         )
 
     def decode(self, rows: int, capacity: int, backends: Backends) -> Bytes:
@@ -119,15 +119,27 @@ class Place:
         """Cache, the positions in it, output (of at most as many tokens), and the numbers of each row."""
         return self.cache(rows, capacity) + rows * (8 * capacity + _STATE_ROW) + _STATE_SCALARS
 
-    def temporary(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
-        """Of a call with `tokens` tokens in each of `rows` rows, over a cache of `capacity` slots."""
+    def _last_keys(self, rows: int, capacity: int) -> int:
+        """Bytes that XLA's CPU compiler lends to other arrays until the last layer's keys are written there."""
+        if self.target.vendor != "cpu":
+            return 0
+        heads = local_heads(self.config, self.sizes)[1]
+        return rows * capacity * heads * self.config.head_dim * self.itemsize
+
+    def temporary(self, rows: int, tokens: int, capacity: int, backends: Backends, *, unwritten: int = 0) -> int:
+        """Of a call with `tokens` tokens in each of `rows` rows, over a cache of `capacity` slots.
+
+        Args:
+          unwritten: bytes of an output in which what lives across blocks lies, and one array of a block, if they fit.
+        """
         on_cpu = self.target.vendor == "cpu"
         stream = rows * tokens * self.config.hidden_size
         # The residual and what is added to it; on GPUs also the residual in float32, before and after a norm.
         live = 2 * stream * self.itemsize + (0 if on_cpu else 8 * stream)
+        live = 0 if stream * self.itemsize <= unwritten else live
         *before, last = self.config.layers
         blocks = [self._attention(rows, tokens if before else 1, capacity, backends)]
-        blocks += [self._mlp(layer, rows * tokens, backends) for layer in set(before)]
+        blocks += [self._mlp(layer, rows * tokens, backends, unwritten) for layer in set(before)]
         blocks += [self._mlp(last, rows, backends)]  # of the last token alone
         logits = 4 * rows * self.split("vocab", self.config.vocab_size)
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
@@ -140,10 +152,11 @@ class Place:
         heads = local_heads(self.config, self.sizes)[0]
         return (4 + self.itemsize) * rows * heads * tokens * capacity
 
-    def _mlp(self, layer: LayerSpec, tokens: int, backends: Backends) -> int:
+    def _mlp(self, layer: LayerSpec, tokens: int, backends: Backends, unwritten: int = 0) -> int:
         """gate, up, and their product; of routed experts, for each of a token's experts, with what they are made of."""
         if not isinstance(layer.mlp, MoeSpec):
-            return 3 * tokens * self.split("mlp", layer.mlp) * self.itemsize
+            each = tokens * self.split("mlp", layer.mlp) * self.itemsize
+            return (2 if each <= unwritten else 3) * each
         moe = layer.mlp
         rows = tokens * moe.top_k * self.split("mlp", moe.intermediate_size) * self.itemsize
         if backends.moe != "reference":
