@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,17 +49,25 @@ def no_compilation_cache() -> Iterator[None]:
     [
         ("3.7.0", "cpu", {}, "needs a GPU"),
         (None, "mi300x", {}, "jax-triton is not installed (pip install 'llama-jax[triton]')"),
-        ("3.6.0", "h100", {}, "jax-triton needs triton 3.7 or newer; 3.6.0 is installed"),
+        ("3.6.0", "h100", {}, "jax-triton needs triton 3.7 or newer; 3.6 is installed"),
         ("3.7.0", "rx7900xtx", {}, "waves of 64"),
         ("3.7.0", "mi300x", {"activation": jnp.tanh}, "only silu, relu"),
         ("3.7.0", "mi300x", {"up": jax.ShapeDtypeStruct((8, 14336, 4096), jnp.int8)}, "one dtype"),
         ("3.7.0", "mi300x", {"tiles": Tiles(128, 128, 128, 256, 64, 1, 8, 2)}, "98304 bytes"),
         ("3.10.1", "mi300x", {}, None),
+        ("3.8rc1", "mi300x", {}, None),
+        ("pytorch-triton-rocm", "mi300x", {}, None),
     ],
 )
 def test_limits(installed: str | None, target: str, change: dict, reason: str | None, monkeypatch: Any) -> None:
     monkeypatch.setattr(jax_triton, "find_spec", lambda name: object() if installed else None)
-    monkeypatch.setattr(jax_triton, "version", lambda name: installed)
+
+    def version(name: str) -> str | None:
+        if installed == "pytorch-triton-rocm":
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(jax_triton, "version", version)
     found = jax_triton.unsupported(find(target), **SHAPE | {"activation": jax.nn.silu} | change)
     assert (reason is None) == (found is None)
     assert reason is None or reason in (found or "")

@@ -6,8 +6,9 @@ JAX has deprecated Pallas-Triton; this is the road once it is gone. Needs the ex
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,6 +28,14 @@ OLDEST_TRITON = (3, 7)
 """What jax-triton 0.4 asks of triton; PyTorch brings older ones, with which it fails in the middle."""
 
 
+def _triton_version() -> tuple[int, ...] | None:
+    """The first two numbers; None of a Triton that was installed under another name, such as pytorch-triton-rocm."""
+    try:
+        return tuple(int(number) for number in re.findall(r"\d+", version("triton"))[:2])
+    except PackageNotFoundError:
+        return None
+
+
 def unsupported(
     target: Target,
     x: jax.Array,
@@ -44,8 +53,9 @@ def unsupported(
         return "it needs a GPU"
     if find_spec("jax_triton") is None or find_spec("triton") is None:
         return "jax-triton is not installed (pip install 'llama-jax[triton]')"
-    if tuple(map(int, (found := version("triton")).split(".")[:2])) < OLDEST_TRITON:
-        return f"jax-triton needs triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer; {found} is installed"
+    if (found := _triton_version()) and found < OLDEST_TRITON:
+        needed, installed = (".".join(map(str, numbers)) for numbers in (OLDEST_TRITON, found))
+        return f"jax-triton needs triton {needed} or newer; {installed} is installed"
     if target.vendor == "amd" and target.wave_size != 64:
         return "jaxlib launches kernels of jax-triton with waves of 64 threads"
     if target.vendor == "amd" and jax.config.jax_compilation_cache_dir:
