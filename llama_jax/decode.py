@@ -19,10 +19,11 @@ from jax.typing import DTypeLike
 
 from llama_jax.cache import Cache, create_cache
 from llama_jax.config import LlamaConfig
+from llama_jax.graphs import graph_options
 from llama_jax.model import forward
 from llama_jax.params import Params
 from llama_jax.sampling import Logprobs, SamplerOptions, SamplerState, sample, sampler_axes, token_logprobs
-from llama_jax.sharding import capture_options, constrain, local_size, parts
+from llama_jax.sharding import constrain, local_size, parts
 
 MIN_PROMPT = 16
 MAX_CHUNK = 2048
@@ -315,14 +316,14 @@ def advance(
     *,
     config: LlamaConfig,
     options: SamplerOptions,
-    captured: bool = False,
+    many: bool = False,
 ) -> tuple[DecodeState, Progress]:
     """Decode steps until every row is done or has `until` int32 [] tokens. The state is donated.
 
     Args:
-      captured: many steps will run, so that a program made for them is worth it (`sharding.capture_options`).
+      many: many steps will run, so that a program made for them is worth it (`graph_options`).
     """
-    compiler_options = tuple(sorted(capture_options().items())) if captured else ()
+    compiler_options = tuple(sorted(graph_options().items())) if many else ()
     return compiled_advance(compiler_options)(params, state, until, config=config, options=options)
 
 

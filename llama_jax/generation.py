@@ -266,7 +266,7 @@ class _Batch:
         if not all(row.finish_reason for row in self.rows):
             # No step yet: it only compiles the program, so that the rate of decoding is that of decoding.
             state, _ = self._on_devices(
-                decode.advance, model.params, state, np.int32(1), config=config, options=options, captured=stride > 1
+                decode.advance, model.params, state, np.int32(1), config=config, options=options, many=stride > 1
             )
             self.decoding = self.end = time.perf_counter()
         ahead: deque[decode.Progress] = deque()
@@ -286,7 +286,7 @@ class _Batch:
                     np.int32(steps),
                     config=config,
                     options=options,
-                    captured=stride > 1,
+                    many=stride > 1,
                 )
                 ahead.append(progress)
             new = self._read(ahead.popleft())

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from llama_jax.sharding.activations import constrain, in_use, local, local_size, parts, split_over
 from llama_jax.sharding.axes import MESH_AXES, RULES, Rules, parse_mesh, requested_axes
-from llama_jax.sharding.capture import capture_options
 from llama_jax.sharding.layout import Split, check, explain, param_sharding, partition_spec, split_config
 from llama_jax.sharding.mesh import automatic_mesh, make_mesh, on
 
@@ -26,7 +25,6 @@ __all__ = [
     "Rules",
     "Split",
     "automatic_mesh",
-    "capture_options",
     "check",
     "constrain",
     "explain",
