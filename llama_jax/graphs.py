@@ -30,14 +30,17 @@ _SEVERAL_DEVICES = {
 """NCCL for every sum, sums in graphs, and nothing beside them to overlap with."""
 
 
-def graph_options() -> dict[str, str]:
-    """Compiler options for a program that runs many steps a dispatch, on the mesh in use or one device.
+def graph_options(*, several: bool | None = None) -> dict[str, str]:
+    """Compiler options for a program that runs many steps a dispatch.
 
     Empty on AMD GPUs, where nothing of this has been measured. A flag that the user has set in XLA_FLAGS is left to the
     user. Making such a graph ready takes some milliseconds a dispatch, so it is not for single steps.
+
+    Args:
+      several: whether the model is split over devices; by default whether a mesh is in use.
     """
     if current().vendor != "nvidia":
         return {}
     set_by_user = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    options = _SEVERAL_DEVICES if in_use() else _ONE_DEVICE
+    options = _SEVERAL_DEVICES if (in_use() if several is None else several) else _ONE_DEVICE
     return {name: value for name, value in options.items() if name not in set_by_user}

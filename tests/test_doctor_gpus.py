@@ -19,6 +19,7 @@ from llama_jax.doctor import (
     Check,
     Probe,
     check_environment,
+    check_graphs,
     check_links,
     check_several,
     check_shared_memory,
@@ -298,6 +299,17 @@ def test_nothing_is_hidden() -> None:
     assert check_visibility({}, AMD) == []
     assert check_visibility({"HIP_VISIBLE_DEVICES": "0"}, NVIDIA) == []
     assert check_visibility({"CUDA_VISIBLE_DEVICES": "0"}, ()) == []
+
+
+# --- Graphs -----------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_decode_steps() -> None:
+    assert check_graphs([{}, {}]) == []  # AMD
+    (one,) = check_graphs([{"xla_a": "1,2", "xla_b": ""}])
+    assert one == Check("graphs", "ok", "decode steps of a batch are compiled with xla_a=1,2 xla_b=")
+    _, several = check_graphs([{"xla_a": "1"}, {"xla_c": "3"}])
+    assert several.detail == "a split model's decode steps of a batch are compiled with xla_c=3"
 
 
 # --- All together -----------------------------------------------------------------------------------------------------

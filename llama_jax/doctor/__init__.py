@@ -10,6 +10,7 @@ from llama_jax.doctor.cache import check_cache, check_default_model, check_folde
 from llama_jax.doctor.devices import check_devices
 from llama_jax.doctor.environment import ENVIRONMENT, PREFIXES, check_environment, shown
 from llama_jax.doctor.examination import check_several, doctor, gpus_in_use
+from llama_jax.doctor.graphs import check_graphs
 from llama_jax.doctor.kernels import check_choices, check_numerics
 from llama_jax.doctor.links import check_links
 from llama_jax.doctor.packages import PACKAGES, PLUGINS, check_packages, check_plugins, installed_versions
@@ -35,6 +36,7 @@ __all__ = [
     "check_devices",
     "check_environment",
     "check_folder",
+    "check_graphs",
     "check_links",
     "check_numerics",
     "check_packages",

@@ -13,6 +13,7 @@ from llama_jax import hardware, targets
 from llama_jax.doctor.cache import check_cache, known_cache
 from llama_jax.doctor.devices import check_devices
 from llama_jax.doctor.environment import check_environment, shown
+from llama_jax.doctor.graphs import check_graphs
 from llama_jax.doctor.kernels import check_choices, check_numerics
 from llama_jax.doctor.links import check_links
 from llama_jax.doctor.packages import check_packages, check_plugins, installed_versions
@@ -54,6 +55,7 @@ def doctor(
         *check_visibility(environ, found),
         *check_several(environ, found, probe, root),
         *check_choices(probe.kernels),
+        *check_graphs(probe.kernels.get("graphs", ())),
         *check_cache(),
     ]
     found_numerics = Numerics(())

@@ -32,9 +32,11 @@ print("probe:" + json.dumps({
 # What this package would run there comes second: if that fails, the devices are known all the same.
 try:
     from llama_jax.errors import LlamaJaxError
+    from llama_jax.graphs import graph_options
     from llama_jax.kernels import plan
     try:
-        print("kernels:" + json.dumps({"choices": [choice.to_json() for choice in plan()]}))
+        graphs = [graph_options(several=several) for several in (False, True)[:len(devices)]]
+        print("kernels:" + json.dumps({"choices": [choice.to_json() for choice in plan()], "graphs": graphs}))
     except LlamaJaxError as error:
         print("kernels:" + json.dumps({"error": error.message, "hint": error.hint}))
 except ImportError as error:
@@ -44,7 +46,8 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Probe:
-    """What jax answered: either `result` or the reason why there is none; `kernels` has "choices" or "error"."""
+    """What jax answered: either `result` or the reason why there is none; `kernels` has "choices" and "graphs", or
+    "error"."""
 
     result: dict[str, Any] | None = None
     error: str = ""
