@@ -112,7 +112,6 @@ def prefill(golden: Golden, prompts: list[list[int]], **fields: Any) -> Any:
 @pytest.mark.parametrize(
     ("case", "chunk"),
     [
-        ("llama2-mha", None),
         ("llama2-mha", 16),
         ("mistral-short-window", 16),
         ("llama-rope-dynamic", None),

@@ -340,8 +340,7 @@ export_{kind}({source!r}, {target!r}, progress=progress)
 """
 
 
-@pytest.mark.parametrize("kind", ["hf", "gguf"])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(("how", "kind"), [(signal.SIGKILL, "hf"), (signal.SIGINT, "hf"), (signal.SIGKILL, "gguf")])
 def test_killed_exports(tmp_path: Path, how: signal.Signals, kind: str) -> None:
     write_chat_model(tmp_path / "source")
     source = convert(tmp_path / "source", tmp_path / "checkpoint")
