@@ -5,6 +5,8 @@ Environment variables:
   LLAMA_JAX_TEST_CACHE: a folder for converted models that outlives the run; without it each run starts with an empty
     one.
   LLAMA_JAX_REQUIRE_AMD: 1 (or CI) fails the tests marked `amd` where their packages are missing.
+  JAX_DISABLE_MOST_OPTIMIZATIONS: 0 has XLA optimise what the tests run on the CPU, as it does for users; by default it
+    does so only for tests marked `amd`, which look at what it made.
   HYPOTHESIS_PROFILE: "ci" tries the same examples in every run.
 """
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # these import jax, and the environment is set up below
 
 ON_GPU = os.environ.get("LLAMA_JAX_TEST_GPU", "0") not in ("", "0")
 DATA = Path(__file__).parent / "data"
+UNOPTIMIZED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)  # the first example compiles
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("default"), derandomize=True)
@@ -39,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Sets the environment before anything imports jax; child processes inherit it."""
     if not ON_GPU:
         os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ.setdefault(UNOPTIMIZED, "1")  # compiling is most of what the tests do
     # A shell ignores Ctrl-C on behalf of what it starts in the background, and children would inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,6 +76,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("amd") and missing():
         reason = f"{', '.join(missing())} not installed: uv sync --group amd"
         pytest.fail(reason) if required() else pytest.skip(reason)
+    if not ON_GPU:
+        import jax
+
+        unoptimized = os.environ[UNOPTIMIZED] != "0" and not item.get_closest_marker("amd")
+        jax.config.update(UNOPTIMIZED.lower(), unoptimized)
 
 
 @pytest.fixture(scope="session")

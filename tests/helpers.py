@@ -38,8 +38,7 @@ run_unoptimised = jax.jit(
 
 def on_eight_devices(file: str, *marks: str) -> None:
     """Runs the tests of a file in a process that has eight simulated devices; its output tells which one failed."""
-    # The checks are of numbers and of what is sent, not of speed.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--durations=5", "-p", "no:cacheprovider", *marks]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name(file))],

@@ -76,7 +76,7 @@ def test_a_mesh_tells_nccl_that_nothing_runs_beside_a_graph(
     monkeypatch.setenv(name, before or "")  # also has it put back afterwards
     if before is None:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(mesh, "current", lambda: find(device))
+    monkeypatch.setattr(mesh, "of_device", lambda _: find(device))
     make_mesh(tensor=1)
     assert os.environ.get(name) == after
 

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from llama_jax.errors import NoDevice
 from llama_jax.sharding.axes import MESH_AXES, checked_sizes, parse_mesh
-from llama_jax.targets import current
+from llama_jax.targets import of_device
 
 
 def make_mesh(axes: str | Mapping[str, int] = "", *, devices: Sequence[jax.Device] | None = None, **sizes: int) -> Mesh:
@@ -43,18 +43,18 @@ def make_mesh(axes: str | Mapping[str, int] = "", *, devices: Sequence[jax.Devic
             f"a mesh of {text} needs {wanted} devices; {have}",
             hint="choose smaller sizes; `llama-jax doctor` lists the devices",
         )
-    _prepare_nccl()
+    _prepare_nccl(there[0])
     if devices is None and wanted == len(there):
         # All of them: jax knows which are neighbours.
         return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))
     return Mesh(np.asarray(there[:wanted]).reshape(shape), names)
 
 
-def _prepare_nccl() -> None:
+def _prepare_nccl(device: jax.Device) -> None:
     """NCCL reads its variables when it first connects GPUs. By default it guards every sum in a graph against sums that
     run beside the graph, with two events that cost 2 µs; XLA runs one program at a time on a device, and waits for its
     sums before the next. RCCL knows the variable as well; there nothing has been measured."""
-    if current().vendor == "nvidia":
+    if of_device(device).vendor == "nvidia":
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
 
 
