@@ -1,13 +1,13 @@
 """How XLA compiles a program of many decode steps into graphs of the GPU, where its defaults lose time.
 
 XLA replays the kernels of a step as a CUDA graph, and asks the host after each whether there is another one. A graph
-can loop by itself: a step of Llama-3.2-1B on an H100 took 1.21 ms instead of 1.30, one of 8B 2 % less.
+can loop by itself: a step of Llama-3.2-1B on an H100 took 1.21 ms instead of 1.30, one of 8B 3 % less.
 
 A step of a split model passes through two small sums a layer. XLA's own kernel for small sums cannot be part of a
 graph: a step of Llama-3.1-8B on two H100s became 66 graphs with a sum between each two, and lost 0.55 of its 4.5 ms
 waiting for launches. NCCL's sums can be, so that a step is one graph (docs/sharding.md has the profile). In a graph
-that loops they can be only if NCCL was told so before it first connected the GPUs, which cannot be known here: on
-several devices it is one graph a step.
+that loops they can be only if NCCL was told, before it first connected the GPUs, that nothing runs beside it
+(`make_mesh` does), which cannot be known here: on several devices it is one graph a step.
 """
 
 from __future__ import annotations

@@ -28,12 +28,6 @@ TOLERANCE = 5e-5
 
 run = jax.jit(forward, static_argnames=("config", "capture"))
 """`forward` as people use it; one compilation cache for all tests."""
-run_unoptimised = jax.jit(
-    forward,
-    static_argnames=("config", "capture"),
-    compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-)
-"""The same, compiled in half the time: for tests of what is computed, whose programs run only once or twice."""
 
 
 def on_eight_devices(file: str, *marks: str) -> None:

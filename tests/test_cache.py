@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, arange_positions, error, random_params, random_tokens, run, run_unoptimised, tiny_config
+from helpers import TINY, arange_positions, error, random_params, random_tokens, run, tiny_config
 
 from llama_jax.cache import DenseCache
 from llama_jax.config import LayerSpec
@@ -26,14 +26,12 @@ PARAMS = random_params(CONFIG)
 def prefilled(batch: int, length: int, capacity: int, seed: int = 0) -> tuple[jax.Array, DenseCache]:
     """Logits and cache after random texts of `length` tokens."""
     cache = DenseCache.create(CONFIG, batch, capacity, jnp.float32)
-    return run_unoptimised(
-        PARAMS, CONFIG, random_tokens(CONFIG, batch, length, seed), arange_positions(batch, length), cache
-    )
+    return run(PARAMS, CONFIG, random_tokens(CONFIG, batch, length, seed), arange_positions(batch, length), cache)
 
 
 def decode(cache: DenseCache, token: list[int], position: int) -> tuple[jax.Array, DenseCache]:
     tokens = jnp.array(token, jnp.int32)[:, None]
-    return run_unoptimised(PARAMS, CONFIG, tokens, jnp.full_like(tokens, position), cache)
+    return run(PARAMS, CONFIG, tokens, jnp.full_like(tokens, position), cache)
 
 
 def test_create() -> None:
@@ -50,7 +48,7 @@ def test_slots_hold_what_was_stored() -> None:
     _, cache = prefilled(2, 4, 7)
     assert int(cache.length) == 4
     np.testing.assert_array_equal(cache.positions, [[0, 1, 2, 3, -1, -1, -1]] * 2)
-    _, _, seen = run_unoptimised(PARAMS, CONFIG, random_tokens(CONFIG, 2, 4), capture=("layers.0.k", "layers.1.v"))
+    _, _, seen = run(PARAMS, CONFIG, random_tokens(CONFIG, 2, 4), capture=("layers.0.k", "layers.1.v"))
     chex.assert_trees_all_close(jnp.swapaxes(cache.k[0][:, :, :4], 1, 2), seen["layers.0.k"], atol=1e-5)
     chex.assert_trees_all_close(jnp.swapaxes(cache.v[1][:, :, :4], 1, 2), seen["layers.1.v"], atol=1e-5)
     assert not np.any(cache.k[0][:, :, 4:])
@@ -114,24 +112,20 @@ def test_rows_of_different_lengths_share_slots() -> None:
     cache = DenseCache.create(CONFIG, 2, 8, jnp.float32)
     parts = []
     for start in range(0, 8, 4):
-        logits, cache = run_unoptimised(
-            PARAMS, CONFIG, tokens[:, start : start + 4], positions[:, start : start + 4], cache
-        )
+        logits, cache = run(PARAMS, CONFIG, tokens[:, start : start + 4], positions[:, start : start + 4], cache)
         parts.append(logits)
     logits = np.concatenate(parts, axis=1)
     for row in range(2):
         real = np.asarray(positions[row]) >= 0
-        alone, _ = run_unoptimised(PARAMS, CONFIG, tokens[row, real][None])
+        alone, _ = run(PARAMS, CONFIG, tokens[row, real][None])
         assert error(logits[row, real], alone[0]) < 1e-5
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 2e-2), ("float16", 3e-3)])
 def test_sixteen_bit_slots(dtype: str, bound: float) -> None:
     tokens, positions = random_tokens(CONFIG, 2, 6), arange_positions(2, 6)
-    exact, _ = run_unoptimised(PARAMS, CONFIG, tokens, positions)
-    logits, cache = run_unoptimised(
-        PARAMS, CONFIG, tokens, positions, DenseCache.create(CONFIG, 2, 6, jnp.dtype(dtype))
-    )
+    exact, _ = run(PARAMS, CONFIG, tokens, positions)
+    logits, cache = run(PARAMS, CONFIG, tokens, positions, DenseCache.create(CONFIG, 2, 6, jnp.dtype(dtype)))
     assert cache.k[0].dtype == jnp.dtype(dtype)
     assert 1e-5 < error(logits, exact) < bound
 
@@ -193,11 +187,11 @@ def test_the_model_does_not_know_the_layout() -> None:
         tuple(BackwardsLayer(empty, empty, nowhere) for _ in CONFIG.layers), nowhere, jnp.zeros(2, jnp.int32)
     )
     tokens, positions = random_tokens(CONFIG, 2, 6), arange_positions(2, 6)
-    whole, _ = run_unoptimised(PARAMS, CONFIG, tokens, positions)
+    whole, _ = run(PARAMS, CONFIG, tokens, positions)
     parts = []
     for start in (0, 4, 5):
         stop = {0: 4, 4: 5, 5: 6}[start]
-        logits, cache = run_unoptimised(PARAMS, CONFIG, tokens[:, start:stop], positions[:, start:stop], cache)
+        logits, cache = run(PARAMS, CONFIG, tokens[:, start:stop], positions[:, start:stop], cache)
         parts.append(logits)
     assert error(np.concatenate(parts, axis=1), whole) < 1e-5
 

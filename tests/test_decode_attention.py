@@ -26,8 +26,6 @@ from llama_jax.targets import TARGETS, find
 
 # The GPU runs the compiled kernels, the CPU the same ones interpreted.
 BACKENDS = ["pallas_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)]
-# Each program runs once or a few times: compiling it well costs more.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 EXAMPLES = hypothesis.settings(max_examples=8)
 VISIBILITIES = [Visibility(), Visibility("sliding", 1), Visibility("sliding", 20), Visibility("chunked", 16)]
 
@@ -80,9 +78,9 @@ def expected(call: dict[str, Any], **options: Any) -> np.ndarray:
 
 
 def compile_call(function: Any, backend: str, **options: Any) -> Any:
-    """`function` of a dict of arrays, compiled: on a GPU as people do it."""
+    """`function` of a dict of arrays, compiled."""
     run = partial(function, **options, backend=backend)
-    return jax.jit(lambda call: run(**call), compiler_options=QUICKLY if backend == "pallas_interpret" else None)
+    return jax.jit(lambda call: run(**call))
 
 
 def compute(call: dict[str, Any], backend: str, **options: Any) -> np.ndarray:

@@ -221,6 +221,7 @@ def test_probe() -> None:
     assert probe.error == ""
     assert probe.result is not None
     assert probe.result["devices"]
+    assert probe.kernels["graphs"] == [{}]  # one CPU, for which XLA's own options stay
 
 
 def test_probe_that_hangs_is_killed() -> None:

@@ -53,8 +53,7 @@ def test_apply_equals_forward(name: str) -> None:
     """Bit for bit, with and without jit, whichever of the two the parameters come from."""
     config = TINY[name]
     tokens, model = random_tokens(config, 2, 5), Llama(config)
-    init = jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})
-    apply = jax.jit(model.apply)
+    init, apply = jax.jit(model.init), jax.jit(model.apply)
     for params in (
         random_params(config),
         init(jax.random.key(1), tokens)["params"],

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, arange_positions, error, random_adapters, random_params, random_tokens, run_unoptimised
+from helpers import TINY, arange_positions, error, random_adapters, random_params, random_tokens, run
 
 from llama_jax.cache import DenseCache
 from llama_jax.fuse import fuse_params, repeat_kv_heads
@@ -22,8 +22,8 @@ def test_same_logits_and_activations(name: str) -> None:
     cache = DenseCache.create(config, 2, 6, jnp.float32)
     args = (config, tokens, arange_positions(2, 6), cache)
     names = activation_names(config)
-    expected, before, seen = run_unoptimised(params, *args, capture=names)
-    logits, after, fused_seen = run_unoptimised(fuse_params(params, config), *args, capture=names)
+    expected, before, seen = run(params, *args, capture=names)
+    logits, after, fused_seen = run(fuse_params(params, config), *args, capture=names)
     assert error(logits, expected) < 1e-5
     chex.assert_trees_all_close(after, before, atol=1e-5)
     chex.assert_trees_all_close(fused_seen, seen, atol=1e-4)
@@ -68,12 +68,12 @@ def test_repeated_key_value_heads_compute_the_same(name: str, fused: bool) -> No
     repeated = config.replace(num_kv_heads=config.num_heads)
     params, adapters = random_params(config), random_adapters(config)
     tokens = random_tokens(config, 2, 6)
-    expected, _ = run_unoptimised(params, config, tokens, adapters=adapters)
+    expected, _ = run(params, config, tokens, adapters=adapters)
     repeat_kv_heads(params, config, repeated)
     repeat_kv_heads(adapters, config, repeated)
     k = params["layers"]["0"]["attn"]["k_proj"]["weight"]
     assert k.shape == (repeated.kv_dim, config.hidden_size)
-    logits, _ = run_unoptimised(fuse_params(params, repeated) if fused else params, repeated, tokens, adapters=adapters)
+    logits, _ = run(fuse_params(params, repeated) if fused else params, repeated, tokens, adapters=adapters)
     assert error(logits, expected) < 1e-5
 
 

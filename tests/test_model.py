@@ -22,7 +22,6 @@ from helpers import (
     random_params,
     random_tokens,
     run,
-    run_unoptimised,
     tiny_config,
 )
 
@@ -65,9 +64,7 @@ def prefill(golden: Golden, cache: DenseCache, chunk: int) -> tuple[np.ndarray, 
     out = []
     for start in range(0, length + pad, chunk):
         stop = start + chunk
-        logits, cache = run_unoptimised(
-            golden.params, golden.config, tokens[:, start:stop], positions[:, start:stop], cache
-        )
+        logits, cache = run(golden.params, golden.config, tokens[:, start:stop], positions[:, start:stop], cache)
         out.append(np.asarray(logits))
     return np.concatenate(out, axis=1)[:, :length], cache
 
@@ -93,7 +90,7 @@ def test_golden(case: str) -> None:
     logits, _ = run(g.params, g.config, right[0], right[1])
     assert error(np.asarray(logits)[right[2]], g.logits[g.mask]) < TOLERANCE
 
-    logits, cache = run_unoptimised(g.params, g.config, g.tokens, g.positions, filled_cache(g))
+    logits, cache = run(g.params, g.config, g.tokens, g.positions, filled_cache(g))
     assert error(logits, g.logits, g.mask) < TOLERANCE
     np.testing.assert_array_equal(cache.positions, g.positions)
     np.testing.assert_array_equal(cache.rope_length, g.lengths)
@@ -110,7 +107,7 @@ def test_golden_token_by_token(case: str) -> None:
     for step in range(steps):
         generated.append(np.argmax(last, axis=-1).astype(np.int32))
         positions = (g.lengths + step)[:, None].astype(np.int32)
-        out, cache = run_unoptimised(g.params, g.config, generated[-1][:, None], positions, cache)
+        out, cache = run(g.params, g.config, generated[-1][:, None], positions, cache)
         last = np.asarray(out)[:, 0]
     np.testing.assert_array_equal(np.stack(generated, axis=1), g.greedy)
 
@@ -125,7 +122,7 @@ def test_golden_in_chunks(case: str) -> None:
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_golden_fused(case: str) -> None:
     g = load_golden(case)
-    logits, _ = run_unoptimised(fuse_params(g.params, g.config), g.config, g.tokens, g.positions)
+    logits, _ = run(fuse_params(g.params, g.config), g.config, g.tokens, g.positions)
     assert error(logits, g.logits, g.mask) < TOLERANCE
 
 
@@ -164,14 +161,14 @@ def test_golden_notices(control: str) -> None:
     g = load_golden(case)
     config = change(g.config)
     assert config != g.config
-    logits, _ = run_unoptimised(g.params, config, g.tokens, g.positions)
+    logits, _ = run(g.params, config, g.tokens, g.positions)
     assert error(logits, g.logits, g.mask) > 2 * TOLERANCE
 
 
 def test_golden_notices_visible_padding() -> None:
     g = load_golden("llama-gelu")
     seen = np.where(g.mask, g.positions, 0).astype(np.int32)
-    logits, _ = run_unoptimised(g.params, g.config, g.tokens, seen)
+    logits, _ = run(g.params, g.config, g.tokens, seen)
     assert error(logits, g.logits, g.mask) > 100 * TOLERANCE
 
 
@@ -179,8 +176,8 @@ def test_padding_tokens_do_not_matter() -> None:
     g = load_golden("llama2-mha")
     other = np.where(g.mask, g.tokens, 7).astype(np.int32)
     assert (other != g.tokens).any()
-    a, _ = run_unoptimised(g.params, g.config, g.tokens, g.positions)
-    b, _ = run_unoptimised(g.params, g.config, other, g.positions)
+    a, _ = run(g.params, g.config, g.tokens, g.positions)
+    b, _ = run(g.params, g.config, other, g.positions)
     np.testing.assert_array_equal(np.asarray(a)[g.mask], np.asarray(b)[g.mask])
     chex.assert_tree_all_finite(a)  # the padding's own logits mean nothing, but are numbers
 
@@ -198,8 +195,8 @@ def test_sixteen_bits(case: str, dtype: str, bound: float) -> None:
     g = load_golden(case)
     low = jax.tree.map(lambda x: x.astype(dtype), g.params)
     rounded = jax.tree.map(lambda x: x.astype(jnp.float32), low)
-    expected, _ = run_unoptimised(rounded, g.config, g.tokens, g.positions)
-    actual, cache = run_unoptimised(low, g.config, g.tokens, g.positions, filled_cache(g))
+    expected, _ = run(rounded, g.config, g.tokens, g.positions)
+    actual, cache = run(low, g.config, g.tokens, g.positions, filled_cache(g))
     assert actual.dtype == jnp.float32
     chex.assert_tree_all_finite(actual)
     expected, actual = np.asarray(expected)[g.mask], np.asarray(actual)[g.mask]
@@ -214,7 +211,7 @@ def test_compute_dtype_is_that_of_the_embedding(dtype: str) -> None:
     config = TINY["sigmoid-moe"]
     params = jax.tree.map(lambda x: x.astype(dtype), random_params(config))
     names = activation_names(config)
-    _, _, seen = run_unoptimised(params, config, random_tokens(config, 2, 5), capture=names)
+    _, _, seen = run(params, config, random_tokens(config, 2, 5), capture=names)
     assert {name: x.dtype for name, x in seen.items()} == dict.fromkeys(names, jnp.dtype(dtype))
 
 
@@ -226,9 +223,7 @@ def test_inputs_embeds(name: str) -> None:
     config = TINY[name]
     params, tokens = random_params(config), random_tokens(config, 2, 6)
     embeds = params["embed"]["weight"][tokens]
-    chex.assert_trees_all_equal(
-        run_unoptimised(params, config, tokens), run_unoptimised(params, config, None, inputs_embeds=embeds)
-    )
+    chex.assert_trees_all_equal(run(params, config, tokens), run(params, config, None, inputs_embeds=embeds))
 
 
 def test_contradicting_arguments() -> None:
@@ -268,28 +263,26 @@ def test_packing(config: LlamaConfig) -> None:
     params, lengths = random_params(config), (5, 9, 3)
     tokens = random_tokens(config, 3, 9)
     positions = np.where(np.arange(9) < np.array(lengths)[:, None], np.arange(9), -1).astype(np.int32)
-    alone, _ = run_unoptimised(params, config, tokens, positions)
+    alone, _ = run(params, config, tokens, positions)
 
     row = jnp.concatenate([tokens[i, :n] for i, n in enumerate(lengths)])[None]
     segments = np.repeat([4, 2, 9], lengths)[None].astype(np.int32)
-    packed, _ = run_unoptimised(params, config, row, segment_ids=segments)
+    packed, _ = run(params, config, row, segment_ids=segments)
     expected = np.concatenate([alone[i, :n] for i, n in enumerate(lengths)])[None]
     assert error(packed, expected) < 1e-5
 
     explicit = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
-    chex.assert_trees_all_close(
-        run_unoptimised(params, config, row, explicit, segment_ids=segments)[0], packed, atol=1e-6
-    )
-    mixed, _ = run_unoptimised(params, config, row, explicit)
+    chex.assert_trees_all_close(run(params, config, row, explicit, segment_ids=segments)[0], packed, atol=1e-6)
+    mixed, _ = run(params, config, row, explicit)
     assert error(mixed, expected) > 1e-2  # the segments matter
 
 
 def test_logits_at() -> None:
     config = TINY["sigmoid-moe"]
     params, tokens = random_params(config), random_tokens(config, 3, 6)
-    every, _ = run_unoptimised(params, config, tokens)
+    every, _ = run(params, config, tokens)
     at = jnp.array([[5, 0], [2, 2], [1, 4]], jnp.int32)
-    some, _ = run_unoptimised(params, config, tokens, logits_at=at)
+    some, _ = run(params, config, tokens, logits_at=at)
     chex.assert_shape(some, (3, 2, config.vocab_size))
     chex.assert_trees_all_close(some, jnp.take_along_axis(every, at[:, :, None], axis=1), atol=1e-6)
 
@@ -299,8 +292,8 @@ def test_capture() -> None:
     params, tokens = random_params(config), random_tokens(config, 2, 6)
     names = activation_names(config)
     assert len(names) == len(set(names)) == 2 + 8 * config.num_layers
-    logits, cache, seen = run_unoptimised(params, config, tokens, capture=names)
-    plain, _ = run_unoptimised(params, config, tokens)
+    logits, cache, seen = run(params, config, tokens, capture=names)
+    plain, _ = run(params, config, tokens)
     chex.assert_trees_all_close(logits, plain, atol=1e-5)
     assert cache is None
     assert set(seen) == set(names)
@@ -326,9 +319,9 @@ def test_capture() -> None:
     assert error(seen["final_norm"], norm(x, params["final_norm"]["weight"])) < 1e-5
     assert error(logits, np.asarray(seen["final_norm"]) @ np.asarray(params["lm_head"]["weight"]).T) < 1e-5
 
-    one = run_unoptimised(params, config, tokens, capture=("layers.1.v",))[2]
+    one = run(params, config, tokens, capture=("layers.1.v",))[2]
     assert list(one) == ["layers.1.v"]
-    assert run_unoptimised(params, config, tokens, capture=())[2] == {}
+    assert run(params, config, tokens, capture=())[2] == {}
 
 
 # ---- adapters
@@ -340,15 +333,15 @@ def test_adapters_equal_merged_weights(name: str, fused: bool) -> None:
     config = TINY[name]
     params, adapters, tokens = random_params(config), random_adapters(config), random_tokens(config, 2, 6)
     layout = fuse_params(params, config) if fused else params
-    adapted, _ = run_unoptimised(layout, config, tokens, adapters=adapters)
-    merged, _ = run_unoptimised(merge_adapters(params, adapters), config, tokens)
+    adapted, _ = run(layout, config, tokens, adapters=adapters)
+    merged, _ = run(merge_adapters(params, adapters), config, tokens)
     assert error(adapted, merged) < 2e-5
 
     # Each of them counts: without it the logits are others.
     for projection in projection_names(config):
         without = flatten(adapters)
         without[f"{projection}.scale"] = jnp.zeros_like(without[f"{projection}.scale"])
-        logits, _ = run_unoptimised(layout, config, tokens, adapters=unflatten(without))
+        logits, _ = run(layout, config, tokens, adapters=unflatten(without))
         assert error(logits, merged) > 1e-3, projection
 
 
@@ -427,7 +420,7 @@ def test_vmap(name: str) -> None:
     models = [random_params(config, seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *models)
     logits = jax.vmap(lambda p, t: forward(p, config, t[None])[0][0])(stacked, tokens)
-    expected = np.stack([run_unoptimised(p, config, t[None])[0][0] for p, t in zip(models, tokens, strict=True)])
+    expected = np.stack([run(p, config, t[None])[0][0] for p, t in zip(models, tokens, strict=True)])
     assert error(logits, expected) < 1e-5
 
     caches = jax.vmap(lambda _: DenseCache.create(config, 1, 6, jnp.float32))(jnp.arange(3))

@@ -21,7 +21,7 @@ from helpers import (
     load_golden,
     random_params,
     random_tokens,
-    run_unoptimised,
+    run,
     tiny_config,
 )
 
@@ -46,7 +46,7 @@ PARAMS = random_params(CONFIG)
 
 def step(cache: Any, tokens: Any, positions: Any) -> tuple[np.ndarray, Any]:
     tokens, positions = jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)
-    logits, cache = run_unoptimised(PARAMS, CONFIG, tokens, positions, cache)
+    logits, cache = run(PARAMS, CONFIG, tokens, positions, cache)
     return np.asarray(logits), cache
 
 
@@ -161,7 +161,7 @@ def test_golden(case: str) -> None:
     cache, parts = golden_cache(g, steps), []
     for start in range(0, length + pad, 16):
         part = slice(start, start + 16)
-        out, cache = run_unoptimised(g.params, g.config, tokens[:, part], positions[:, part], cache)
+        out, cache = run(g.params, g.config, tokens[:, part], positions[:, part], cache)
         parts.append(np.asarray(out))
     logits = np.concatenate(parts, axis=1)[:, pad:]
     assert error(logits, g.logits, g.mask) < TOLERANCE
@@ -169,7 +169,7 @@ def test_golden(case: str) -> None:
     for i in range(steps):
         generated.append(np.argmax(last, axis=-1).astype(np.int32))
         at = (g.lengths + i)[:, None].astype(np.int32)
-        out, cache = run_unoptimised(g.params, g.config, generated[-1][:, None], at, cache)
+        out, cache = run(g.params, g.config, generated[-1][:, None], at, cache)
         last = np.asarray(out)[:, 0]
     np.testing.assert_array_equal(np.stack(generated, axis=1), g.greedy)
 
@@ -178,14 +178,14 @@ def test_golden(case: str) -> None:
 def test_golden_through_the_kernels(case: str) -> None:
     """Greedy decoding, each step through the interpreted Pallas kernels."""
     g = load_golden(case)
-    _, cache = run_unoptimised(g.params, g.config, g.tokens, g.positions, golden_cache(g, 3))
+    _, cache = run(g.params, g.config, g.tokens, g.positions, golden_cache(g, 3))
     last = g.logits[:, -1]
     with using(decode_attention="pallas_interpret"):
         for i in range(3):
             token = np.argmax(last, axis=-1).astype(np.int32)
             np.testing.assert_array_equal(token, g.greedy[:, i])
             at = (g.lengths + i)[:, None].astype(np.int32)
-            out, cache = run_unoptimised(g.params, g.config, token[:, None], at, cache)
+            out, cache = run(g.params, g.config, token[:, None], at, cache)
             last = np.asarray(out)[:, 0]
 
 

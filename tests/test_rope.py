@@ -15,7 +15,7 @@ from helpers import (
     error,
     random_params,
     random_tokens,
-    run_unoptimised,
+    run,
     tiny_config,
 )
 
@@ -227,11 +227,11 @@ def test_each_row_has_the_base_of_its_own_length() -> None:
     tokens, lengths = random_tokens(DYNAMIC, 3, 15), (15, 9, 4)
     index = np.arange(15)
     left = np.stack([np.where(index >= 15 - n, index - (15 - n), -1) for n in lengths]).astype(np.int32)
-    logits, _ = run_unoptimised(PARAMS, DYNAMIC, tokens, left)
+    logits, _ = run(PARAMS, DYNAMIC, tokens, left)
     for row, n in enumerate(lengths):
-        alone, _ = run_unoptimised(PARAMS, frozen_at(n), tokens[row : row + 1], left[row : row + 1])
+        alone, _ = run(PARAMS, frozen_at(n), tokens[row : row + 1], left[row : row + 1])
         assert error(logits[row, -n:], alone[0, -n:]) < 1e-5, n
-    other, _ = run_unoptimised(PARAMS, frozen_at(9), tokens[:1], left[:1])
+    other, _ = run(PARAMS, frozen_at(9), tokens[:1], left[:1])
     assert error(logits[:1], other) > 1e-3
 
 
@@ -240,27 +240,27 @@ def test_decoding_keeps_the_base_of_the_prompt(prompt: int) -> None:
     """Cached keys were rotated with it, so the base must not grow with the text, from either side of the old length."""
     tokens, positions = random_tokens(DYNAMIC, 2, 15), arange_positions(2, 15)
     cache = DenseCache.create(DYNAMIC, 2, 15, jnp.float32)
-    out, cache = run_unoptimised(PARAMS, DYNAMIC, tokens[:, :prompt], positions[:, :prompt], cache)
+    out, cache = run(PARAMS, DYNAMIC, tokens[:, :prompt], positions[:, :prompt], cache)
     parts = [out]
     for i in range(prompt, 15):
-        out, cache = run_unoptimised(PARAMS, DYNAMIC, tokens[:, i : i + 1], positions[:, i : i + 1], cache)
+        out, cache = run(PARAMS, DYNAMIC, tokens[:, i : i + 1], positions[:, i : i + 1], cache)
         parts.append(out)
-    expected, _ = run_unoptimised(PARAMS, frozen_at(prompt), tokens, positions)
+    expected, _ = run(PARAMS, frozen_at(prompt), tokens, positions)
     assert error(jnp.concatenate(parts, axis=1), expected) < 1e-5
     np.testing.assert_array_equal(cache.rope_length, [prompt, prompt])
-    whole, _ = run_unoptimised(PARAMS, DYNAMIC, tokens, positions)
+    whole, _ = run(PARAMS, DYNAMIC, tokens, positions)
     assert error(jnp.concatenate(parts, axis=1), whole) > 1e-3
 
 
 def test_chunks_of_a_prompt_whose_length_is_known() -> None:
     tokens, positions = random_tokens(DYNAMIC, 2, 12), arange_positions(2, 12)
-    whole, _ = run_unoptimised(PARAMS, DYNAMIC, tokens, positions)
+    whole, _ = run(PARAMS, DYNAMIC, tokens, positions)
     for lengths, equal in (([12, 12], True), ([0, 0], False)):  # unknown, so taken from the first chunk
         cache = dataclasses.replace(
             DenseCache.create(DYNAMIC, 2, 12, jnp.float32), rope_length=jnp.array(lengths, jnp.int32)
         )
         parts = []
         for i in range(0, 12, 4):
-            out, cache = run_unoptimised(PARAMS, DYNAMIC, tokens[:, i : i + 4], positions[:, i : i + 4], cache)
+            out, cache = run(PARAMS, DYNAMIC, tokens[:, i : i + 4], positions[:, i : i + 4], cache)
             parts.append(out)
         assert (error(jnp.concatenate(parts, axis=1), whole) < 1e-5) is equal
