@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from llama_jax.checkpoint.storage import forget
+from llama_jax.disk import forget
 from llama_jax.errors import CheckpointError
 
 _BLOCK_BYTES = 4 << 20

@@ -13,14 +13,14 @@ from typing import Any
 
 from llama_jax.convert.meta_tokenizer import LLAMA3_SPLIT
 from llama_jax.errors import TokenizerError, UnsupportedModel
-from llama_jax.tokenizer.byte_level_bpe import (
+from llama_jax.text.tokenizer.byte_level_bpe import (
     CONTRACTIONS,
     PUNCTUATION_AND_SPACE,
     pre_tokenizer,
     tokenizer_json,
 )
-from llama_jax.tokenizer.detokenizer import byte_alphabet
-from llama_jax.tokenizer.sentencepiece_bpe import (
+from llama_jax.text.tokenizer.detokenizer import byte_alphabet
+from llama_jax.text.tokenizer.sentencepiece_bpe import (
     PieceType,
     added_tokens,
     bpe_tokenizer_json,

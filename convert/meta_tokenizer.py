@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.errors import TokenizerError
-from llama_jax.tokenizer.byte_level_bpe import CONTRACTIONS, PUNCTUATION_AND_SPACE, pre_tokenizer, tokenizer_json
-from llama_jax.tokenizer.detokenizer import byte_alphabet
+from llama_jax.text.tokenizer.byte_level_bpe import CONTRACTIONS, PUNCTUATION_AND_SPACE, pre_tokenizer, tokenizer_json
+from llama_jax.text.tokenizer.detokenizer import byte_alphabet
 
 LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{PUNCTUATION_AND_SPACE}"
 """How text is cut before merging (`Tokenizer.pat_str`)."""

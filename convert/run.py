@@ -60,10 +60,10 @@ def convert(
       StorageError, DoesNotFit: `dst` exists or cannot be written, or the disk is too small.
     """
     # Imported here, since these bring jax and orbax, which opening and listing models do not need.
-    from llama_jax.checkpoint.storage import fits_file_cache
     from llama_jax.checkpoint.write import CheckpointWriter, batches
     from llama_jax.convert.file_hashes import FileHashes
     from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, memory, read_ahead, read_leaf
+    from llama_jax.disk import fits_file_cache
     from llama_jax.params import param_specs
 
     wanted = None if dtype is None else storage_dtype(dtype)

@@ -34,11 +34,11 @@ def verify_source(checkpoint: str | Path, src: str | Path, progress: Progress | 
       CheckpointError: the checkpoint has no lock, or either cannot be opened.
       ModelNotFound, UnsupportedModel: there is no such source.
     """
-    from llama_jax.checkpoint.storage import fits_file_cache
     from llama_jax.checkpoint.write import batches
     from llama_jax.convert.casting import storage_dtype
     from llama_jax.convert.file_hashes import FileHashes
     from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, memory, read_ahead, read_leaf
+    from llama_jax.disk import fits_file_cache
     from llama_jax.params import param_specs
 
     opened = open_checkpoint(checkpoint)

@@ -18,18 +18,18 @@ from llama_jax.jax_log import silence_missing_amd_gpu
 
 if TYPE_CHECKING:
     from llama_jax.cache import DenseCache, PagedCache
-    from llama_jax.chat import encode_chat, render_chat
     from llama_jax.checkpoint import load_params, open_checkpoint, save, verify
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
     from llama_jax.errors import LlamaJaxError
-    from llama_jax.flax_module import Llama
     from llama_jax.generation import batch_generate, generate, stream_generate
     from llama_jax.loading import Model, load
     from llama_jax.model import activation_names, forward
+    from llama_jax.model.flax_module import Llama
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
     from llama_jax.sampling import SamplingParams, sample
     from llama_jax.sharding import make_mesh
-    from llama_jax.tokenizer import Tokenizer, load_tokenizer
+    from llama_jax.text.chat import encode_chat, render_chat
+    from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 __version__ = "0.1.0"
 
@@ -38,18 +38,18 @@ silence_missing_amd_gpu()
 
 _HOME = {
     "cache": ("DenseCache", "PagedCache"),
-    "chat": ("encode_chat", "render_chat"),
+    "text.chat": ("encode_chat", "render_chat"),
     "checkpoint": ("load_params", "open_checkpoint", "save", "verify"),
     "config": ("LlamaConfig", "config_from_hf", "config_to_hf", "preset"),
     "errors": ("LlamaJaxError",),
-    "flax_module": ("Llama",),
+    "model.flax_module": ("Llama",),
     "generation": ("batch_generate", "generate", "stream_generate"),
     "loading": ("Model", "load"),
     "model": ("activation_names", "forward"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
     "sampling": ("SamplingParams", "sample"),
     "sharding": ("make_mesh",),
-    "tokenizer": ("Tokenizer", "load_tokenizer"),
+    "text.tokenizer": ("Tokenizer", "load_tokenizer"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

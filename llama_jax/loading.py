@@ -16,15 +16,15 @@ from llama_jax.checkpoint import Progress, load_params, open_checkpoint
 from llama_jax.checkpoint.place import Placements
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.direct import load_source, opened
-from llama_jax.fuse import arrange
-from llama_jax.kernels.dispatch.self_check import self_check
-from llama_jax.models import DEFAULT_MODEL, find, resolve
+from llama_jax.kernels.checking.startup import self_check
+from llama_jax.layout import check, explain, param_sharding
+from llama_jax.library import DEFAULT_MODEL, find, resolve
+from llama_jax.model.fuse import arrange
 from llama_jax.params import Params
 from llama_jax.plan import MeshRequest, resolve_mesh
-from llama_jax.sharding import check, explain, param_sharding
 from llama_jax.targets import current
-from llama_jax.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
-from llama_jax.tokenizer.check import check_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
+from llama_jax.text.tokenizer.check import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Model:
     """What `forward` and the generate functions need.
 
     Attributes:
-      params: parameter tree on its devices, canonical (`llama_jax.params`) or fused (`llama_jax.fuse`).
+      params: parameter tree on its devices, canonical (`llama_jax.params`) or fused (`llama_jax.model.fuse`).
       config: what the model is; on a mesh with more devices than key/value heads, with these heads repeated
         (`sharding.split_config`).
       mesh: the devices that the parameters are sharded over, or None for one device.
@@ -94,8 +94,8 @@ def load(
         though there are no digests to check, and quantised weights are decoded anew each time.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
         it holds neither NaN nor infinity.
-      fuse: whether to join projections that share their input (`llama_jax.fuse`), which is faster; False keeps the
-        canonical tree, for training or for `Llama`.
+      fuse: whether to join projections that share their input (`llama_jax.model.fuse`), which is faster; False keeps
+        the canonical tree, for training or for `Llama`.
       progress: called while converting and loading.
       notify: called with one line of text before anything that takes long or uses the network.
 
@@ -128,7 +128,7 @@ def load(
 
 
 def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
-    """On a GPU, the check of `llama_jax.kernels.dispatch.self_check`; nothing on a CPU, which runs the references."""
+    """On a GPU, the check of `llama_jax.kernels.checking.startup`; nothing on a CPU, which runs the references."""
     if current().vendor != "cpu":
         self_check(notify)
 

@@ -17,14 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
+from llama_jax.sharding import Axes
 
 Params = dict[str, Any]
 """Nested dict of arrays: `params["layers"]["0"]["attn"]["q_proj"]["weight"]`."""
 
 Init = Literal["normal", "ones", "zeros"]
-
-Axes = tuple[str | None, ...]
-"""The logical name of each dimension of an array."""
 
 PROJECTION_AXES: Mapping[str, Axes] = MappingProxyType(
     {
@@ -35,7 +33,7 @@ PROJECTION_AXES: Mapping[str, Axes] = MappingProxyType(
         "gate_proj": ("mlp", "embed"),
         "up_proj": ("mlp", "embed"),
         "down_proj": ("embed", "mlp"),
-        # The joint projections of `llama_jax.fuse`: a split of a named dimension never cuts through what is joint.
+        # The joint projections of `model.fuse`: a split of a named dimension never cuts through what is joint.
         "qkv_proj": ("kv_heads", None, "head_dim", "embed"),
         "gate_up_proj": (None, "mlp", "embed"),
     }

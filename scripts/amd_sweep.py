@@ -25,14 +25,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 
+from llama_jax.aot import compile_for
+from llama_jax.aot.compiler import code_object
+from llama_jax.aot.compiler.executable import Kernel
+from llama_jax.aot.compiler.instructions import main_loop
 from llama_jax.kernels.dispatch.cases import Case
 from llama_jax.kernels.dispatch.fingerprint import source_hash
 from llama_jax.kernels.dispatch.operation import Operation, choose, runner
 from llama_jax.kernels.registry import OPERATIONS, operation
-from llama_jax.targets import Target, abstract_device, compile_for, find
-from llama_jax.targets.compiler import code_object
-from llama_jax.targets.compiler.executable import Kernel
-from llama_jax.targets.compiler.instructions import main_loop
+from llama_jax.targets import Target, abstract_device, find
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = ROOT / "tests" / "amd_budgets"

@@ -97,8 +97,8 @@ def command(
     from llama_jax.batch_file import run
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.checkpoint.format import digest
+    from llama_jax.library import resolve
     from llama_jax.loading import load
-    from llama_jax.models import resolve
     from llama_jax.runtime import device_name
 
     devices = requested_mesh(mesh, tp, batch=batch_size)

@@ -37,13 +37,13 @@ import jax
 import jax.numpy as jnp
 from bench_shared import UNTUNED, ceilings, seconds, write
 
-from llama_jax.bench import Ceilings
 from llama_jax.kernels.attention import attention, attention_reference
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.attention.decode import shapes as decode_shapes
 from llama_jax.kernels.attention.flash import pallas_triton, shapes
 from llama_jax.kernels.attention.reference import Visibility
 from llama_jax.kernels.registry import operation
+from llama_jax.measure.bench import Ceilings
 from llama_jax.targets import current
 
 Case = shapes.Case | decode_shapes.Case

@@ -164,8 +164,8 @@ def load_once(path: Path, run: str, dtype: str | None) -> dict[str, Any]:
 
     from llama_jax.checkpoint import is_checkpoint, load_params, open_checkpoint
     from llama_jax.convert.direct import load_source, opened
+    from llama_jax.layout import param_sharding
     from llama_jax.params import flatten
-    from llama_jax.sharding import param_sharding
 
     mesh = jax.make_mesh((jax.device_count(),), ("tensor",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -207,8 +207,8 @@ def load_with_orbax(path: Path, mesh: Any, dtype: str | None) -> Any:
     from orbax.checkpoint import v1 as ocp
 
     from llama_jax.checkpoint import open_checkpoint
+    from llama_jax.layout import param_sharding
     from llama_jax.params import param_specs, unflatten
-    from llama_jax.sharding import param_sharding
 
     config = open_checkpoint(path).config
     sharding = param_sharding(config, mesh)

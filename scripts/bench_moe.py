@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 from bench_shared import UNTUNED, ceilings, seconds, write
 
-from llama_jax.bench import Ceilings
 from llama_jax.errors import KernelError
 from llama_jax.kernels.moe import pallas_triton, routed_experts
 from llama_jax.kernels.moe.products import DTYPES
 from llama_jax.kernels.moe.shapes import DECODE_TOKENS, PREFILL_TOKENS, SHAPES, MoeShape
+from llama_jax.measure.bench import Ceilings
 from llama_jax.targets import current
 
 WORTH_IT = 1.5

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.bench import Ceilings, measure_ceilings
+from llama_jax.measure.bench import Ceilings, measure_ceilings
 
 UNTUNED = {"xla_gpu_autotune_level": 0}
 """For programs that are not timed: XLA takes seconds for each of their products to find the fastest kernel."""

@@ -255,7 +255,7 @@ def show(report: dict[str, Any]) -> None:
 
 def default_gguf() -> str:
     """The GGUF file of the default model."""
-    from llama_jax.models import bundled, cache_dir
+    from llama_jax.library import bundled, cache_dir
 
     found = bundled.find(cache_dir())
     if found is None:
@@ -292,7 +292,7 @@ def main() -> None:
     if args.new < 2 or min(args.rounds, args.repeats, args.prompt, *batches) < 1:
         parser.error("--new must be at least 2, all other numbers at least 1")
 
-    from llama_jax.models import DEFAULT_MODEL
+    from llama_jax.library import DEFAULT_MODEL
 
     request = {
         "ours": args.model or DEFAULT_MODEL,

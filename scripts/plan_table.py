@@ -47,8 +47,8 @@ def key(model: str, plan: Plan) -> str:
 
 def count(model: str, plan: Plan) -> list[dict[str, Any]]:
     """The collectives of the compiled decode step, by kind."""
-    from llama_jax.programs import decode_program
-    from llama_jax.targets import compile_for, device_mesh
+    from llama_jax.aot import compile_for, device_mesh
+    from llama_jax.aot.programs import decode_program
 
     config = preset(model)
     mesh = device_mesh(plan.target, {"tensor": plan.sizes["tensor"]})

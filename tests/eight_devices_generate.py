@@ -33,21 +33,24 @@ from helpers import (
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_chat_model import write_chat_model
 
-from llama_jax import decode, sharding
-from llama_jax.bench import random_model
+from llama_jax import sharding
+from llama_jax.aot.programs import prefill_program
 from llama_jax.cache import DenseCache
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, preset
 from llama_jax.convert.direct import load_source
 from llama_jax.convert.run import open_source
-from llama_jax.fuse import arrange, fuse_params
+from llama_jax.decode import buckets, loop
+from llama_jax.decode import prefill as prefill_module
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.kernels import report
 from llama_jax.kernels.attention import Visibility, attention, attention_reference
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.loading import Model, load
+from llama_jax.measure.bench import random_model
+from llama_jax.model import forward
+from llama_jax.model.fuse import arrange, fuse_params
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
-from llama_jax.programs import prefill_program
 from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
 
 MESHES = ("tensor=2", "tensor=4", "data=2,tensor=4")
@@ -204,11 +207,11 @@ def test_options_of_generate_on_a_mesh() -> None:
         SamplingParams(seed=8, repetition_penalty=1.2, stop_token_ids=[11, 12], max_tokens=40),
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "FIRST_ROOM", 50)
+        patch.setattr(buckets, "FIRST_ROOM", 50)
         want = batch_generate(one, None, prompts, each)
-        before = decode.compiled_advance(())._cache_size()
+        before = loop.compiled_advance(())._cache_size()
         found = batch_generate(split, None, prompts, each)
-    assert decode.compiled_advance(())._cache_size() - before == 2  # one for each size of the cache
+    assert loop.compiled_advance(())._cache_size() - before == 2  # one for each size of the cache
     for a, b in zip(found, want, strict=True):
         assert [o.token_ids for o in a.outputs] == [o.token_ids for o in b.outputs]
         assert [o.finish_reason for o in a.outputs] == [o.finish_reason for o in b.outputs]
@@ -233,7 +236,7 @@ def test_adapters_on_a_mesh(name: str) -> None:
     model = on_mesh(params, config, mesh, fuse=name != "plain")
     arranged = jax.tree.map(jnp.asarray, adapters)
     with sharding.on(mesh):
-        from llama_jax.fuse import repeat_kv_heads
+        from llama_jax.model.fuse import repeat_kv_heads
 
         repeat_kv_heads(arranged, config, model.config)
         logits, _ = run(model.params, model.config, tokens, adapters=arranged)
@@ -345,7 +348,7 @@ def compiled(name: str, layers: int | None, mesh: Mesh, step: str, params: Sampl
         options, sampler = make_sampler([params] * batch, [[1]] * batch, config.vocab_size)
 
         def decode_step(model: Params, tokens: jax.Array, cache: DenseCache, sampler: SamplerState) -> Any:
-            logits, cache = decode.forward(model, config, tokens[:, None], tokens[:, None], cache)
+            logits, cache = forward(model, config, tokens[:, None], tokens[:, None], cache)
             return sample(logits[:, 0], sampler, options), cache
 
         tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -397,11 +400,11 @@ def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatc
     one = Model(fuse_params(golden.params, golden.config), golden.config)
     want = batch_generate(one, None, texts, max_tokens=8, ignore_eos=True, page_size=page_size)
 
-    monkeypatch.setattr(decode, "PIECE_TOKENS", 16)
-    decode.prefill_chunk.clear_cache()
+    monkeypatch.setattr(buckets, "PIECE_TOKENS", 16)
+    prefill_module.prefill_chunk.clear_cache()
     with sharding.on(mesh):
-        assert decode.pieces(2, decode.prompt_bucket(41), sharding.parts("mlp")) == 2
-        logits, cache, _ = decode.prefill(
+        assert buckets.pieces(2, buckets.prompt_bucket(41), sharding.parts("mlp")) == 2
+        logits, cache, _ = prefill_module.prefill(
             model.params, model.config, texts, rows=4, capacity=80, dtype=jnp.float32, page_size=page_size
         )
     assert [int((row >= 0).sum()) for row in cache.positions[:3]] == [3, 20, 41]
@@ -410,7 +413,7 @@ def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatc
         assert error(logits[row], expected[0, -1]) < TOLERANCE
     found = batch_generate(model, None, texts, max_tokens=8, ignore_eos=True, page_size=page_size)
     assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in want]
-    decode.prefill_chunk.clear_cache()
+    prefill_module.prefill_chunk.clear_cache()
 
 
 @pytest.mark.parametrize("widths", [(16, 32), (16, 36), (12, 32)])

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from llama_jax.aot.compiler.instructions import Loop, main_loop, matrix_instructions
 from llama_jax.kernels.dispatch import tables
 from llama_jax.kernels.dispatch.cases import Case
 from llama_jax.kernels.dispatch.fingerprint import source_hash
 from llama_jax.kernels.registry import OPERATIONS, operation
 from llama_jax.targets import find
-from llama_jax.targets.compiler.instructions import Loop, main_loop, matrix_instructions
 
 ROOT = Path(__file__).parents[1]
 ARCHS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201")

@@ -23,7 +23,7 @@ from llama_jax.batch_file import Summary, run
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError
 from llama_jax.loading import Model, load
 from llama_jax.sampling import SamplingParams
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "batch_generate.py"

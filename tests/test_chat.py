@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.chat import chat_text, encode_chat, render_chat, select_template
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.errors import RequestError, TemplateError
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.chat import chat_text, encode_chat, render_chat, select_template
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 TEMPLATES = {path.stem: path.read_text() for path in (DATA / "templates").glob("*.jinja")}

@@ -42,7 +42,7 @@ from llama_jax.errors import LlamaJaxError, RequestError, StorageError
 from llama_jax.generation import generate
 from llama_jax.loading import Model, load
 from llama_jax.sampling import SamplingParams
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 Loaded = tuple[Model, Tokenizer]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)

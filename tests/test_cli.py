@@ -476,7 +476,7 @@ def test_show_what_is_not_here(cache: Path) -> None:
 
 
 def test_list(tmp_path: Path, cache: Path) -> None:
-    assert [m["name"] for m in json.loads(run("list", "--json").stdout)["models"]] == [llama_jax.models.DEFAULT_MODEL]
+    assert [m["name"] for m in json.loads(run("list", "--json").stdout)["models"]] == [llama_jax.library.DEFAULT_MODEL]
     assert "not converted yet" in run("list").stdout
     write_hf(tmp_path / "hf", LLAMA)
     assert run("verify", tmp_path / "hf").exit_code == 0
@@ -536,7 +536,7 @@ def test_unexpected_error_is_one_line_unless_debugging(monkeypatch: pytest.Monke
     def fail() -> None:
         raise ZeroDivisionError("first\nsecond")
 
-    monkeypatch.setattr("llama_jax.models.list_models", fail)
+    monkeypatch.setattr("llama_jax.library.list_models", fail)
     result = run("list")
     assert result.exit_code == 70
     assert result.stderr.splitlines()[0] == "error: ZeroDivisionError: first"
@@ -665,7 +665,7 @@ def test_progress_quiet(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     with Reporter(quiet=True) as reporter:
         reporter.notify("Converting a")
         reporter.progress(1, 2, "t")
-        monkeypatch.setattr("llama_jax.hardware.unused_gpu_warning", lambda: "warning: x")
+        monkeypatch.setattr("llama_jax.targets.hardware.unused_gpu_warning", lambda: "warning: x")
         reporter.warn_of_unused_gpu()
     assert capsys.readouterr().err == ""
     Reporter().warn_of_unused_gpu()

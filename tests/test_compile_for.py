@@ -22,14 +22,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import jax_log
+from llama_jax.aot import compile_for, device_mesh
+from llama_jax.aot.compiler import code_object, topology
+from llama_jax.aot.model import ModelCompilation, compile_model
 from llama_jax.cli import cli
 from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
 from llama_jax.errors import CompilerUnavailable, DoesNotFit, RequestError
-from llama_jax.model_compilation import ModelCompilation, compile_model
-from llama_jax.models.configs import find_config
+from llama_jax.library.configs import find_config
 from llama_jax.params import count_params, param_specs
-from llama_jax.targets import Target, compile_for, current, device_mesh, find
-from llama_jax.targets.compiler import code_object, topology
+from llama_jax.targets import Target, current, find
 
 ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201")
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -194,7 +195,7 @@ def test_fresh_process(platforms: str) -> None:
     """The compiler before and after jax's start, and nothing of the plugin in the log."""
     code = """
 import llama_jax, jax
-from llama_jax.targets import compile_for
+from llama_jax.aot import compile_for
 shape = jax.ShapeDtypeStruct((4,), "float32")
 first = compile_for("gfx1100", lambda x: x + 1, (shape,))
 print(jax.jit(lambda x: x + 1)(1), {d.platform for d in jax.devices()} & {"rocm"})
@@ -413,7 +414,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, on_one: ModelCompilation, on_eight: M
         calls.append((config, target.name, mesh_shape, options))
         return on_eight if mesh_shape else on_one
 
-    monkeypatch.setattr("llama_jax.model_compilation.compile_model", compiled)
+    monkeypatch.setattr("llama_jax.aot.model.compile_model", compiled)
     return calls
 
 

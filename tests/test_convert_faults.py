@@ -18,7 +18,8 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 from tiny_models import LLAMA, assert_equal, write_hf
 
-from llama_jax.checkpoint import open_checkpoint, parts, save, storage, verify, write
+from llama_jax import disk
+from llama_jax.checkpoint import open_checkpoint, parts, save, verify, write
 from llama_jax.checkpoint.leftovers import leftovers, remove_leftovers
 from llama_jax.checkpoint.lock import read_lock
 from llama_jax.config import config_from_hf
@@ -195,9 +196,9 @@ def test_another_conversion_begins_afresh(source: Path, tmp_path: Path, reads: l
     elif change == "nonfinite":
         options["allow_nonfinite"] = True
     elif change == "older writer":
-        (tmp_path / "out.partial" / storage.UNFINISHED).write_bytes(b"")
+        (tmp_path / "out.partial" / disk.UNFINISHED).write_bytes(b"")
     else:
-        (tmp_path / "out.partial" / storage.UNFINISHED).write_bytes(b"{")
+        (tmp_path / "out.partial" / disk.UNFINISHED).write_bytes(b"{")
     reads.clear()
     assert verify(convert(source, tmp_path / "out", **options)).ok
     assert len(reads) == total
@@ -414,7 +415,8 @@ mount -t tmpfs -o size={size} tmpfs "$1" || exit 77
 "$3" -c '
 import os, sys
 from pathlib import Path
-from llama_jax.checkpoint import storage, verify, write
+from llama_jax import disk
+from llama_jax.checkpoint import verify, write
 from llama_jax.convert import convert
 from llama_jax.errors import DoesNotFit
 write.BATCH_BYTES = 6000
@@ -424,7 +426,7 @@ try:
     print("not refused")
 except DoesNotFit as e:
     print(e.message)
-storage.SPARE_BYTES = -(1 << 40)
+files.SPARE_BYTES = -(1 << 40)
 try:
     convert(sys.argv[2], dst)
     print("not full")
@@ -578,7 +580,7 @@ def test_temporary_folders_do_no_harm(checkpoint: Path, tmp_path: Path) -> None:
     (path / "params" / "state.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "out.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / storage.UNFINISHED).write_bytes(b"null")
+    (tmp_path / "out.partial" / disk.UNFINISHED).write_bytes(b"null")
     assert verify(path).ok
     for unfinished in (tmp_path / "out.partial", tmp_path / "out.orbax-checkpoint-tmp"):
         with pytest.raises(CheckpointError, match="not a finished checkpoint"):
@@ -613,8 +615,8 @@ def test_leftovers(source: Path, tmp_path: Path) -> None:
     (folder / "thesis.partial").mkdir()
     (folder / "thesis.partial" / "thesis.txt").write_text("years of work")
     (folder / "busy.partial").mkdir()
-    (folder / "busy.partial" / storage.UNFINISHED).touch()
-    with storage.file_lock(folder / "busy.lock"):
+    (folder / "busy.partial" / disk.UNFINISHED).touch()
+    with disk.file_lock(folder / "busy.lock"):
         found = leftovers(folder)
         assert [left.path.name for left in found] == ["stopped.partial", "whole.llama_jax-old", "whole.lock"]
         assert found[0].nbytes > 6000

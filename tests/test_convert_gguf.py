@@ -25,7 +25,7 @@ from llama_jax.convert import convert
 from llama_jax.convert.gguf import GgufModel, half_rotation
 from llama_jax.convert.gguf_file import GgufFile
 from llama_jax.errors import CheckpointError, LlamaJaxError, UnsupportedModel
-from llama_jax.models import bundled, cache_dir, resolve
+from llama_jax.library import bundled, cache_dir, resolve
 from llama_jax.params import param_specs
 
 QWEN3 = LLAMA | {"model_type": "qwen3", "attention_bias": False}

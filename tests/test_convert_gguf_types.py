@@ -19,7 +19,7 @@ from llama_jax.convert import convert, gguf_file
 from llama_jax.convert.gguf_file import GgufFile
 from llama_jax.convert.gguf_parts import GgufParts, first_part, models_of
 from llama_jax.errors import CheckpointError, UnsupportedModel
-from llama_jax.models import resolve
+from llama_jax.library import resolve
 
 WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 PLAIN = {Kind.F32, Kind.F16, Kind.BF16}

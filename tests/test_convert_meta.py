@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from tiny_models import LLAMA, loaded, random_leaves, write_gguf
 from torch_writer import torch_save
 
-from llama_jax import chat, verification
 from llama_jax.checkpoint import load_params, open_checkpoint
 from llama_jax.config import LlamaConfig, config_from_hf
 from llama_jax.config.presets import preset
@@ -25,9 +24,11 @@ from llama_jax.convert.meta_config import config_dict
 from llama_jax.convert.model_source import BFLOAT16
 from llama_jax.convert.run import open_source
 from llama_jax.errors import CheckpointError, LlamaJaxError, TemplateError, TokenizerError, UnsupportedModel
-from llama_jax.models import resolve
+from llama_jax.library import resolve
+from llama_jax.measure import verification
 from llama_jax.params import param_specs
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.text import chat
+from llama_jax.text.tokenizer import load_tokenizer
 
 CASES = [("llama2", 1), ("llama2", 2), ("llama2", 4), ("llama3.1", 2), ("llama3.2", 1)]
 

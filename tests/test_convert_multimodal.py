@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import LLAMA, assert_equal, hf_tensors, loaded, random_leaves, write_hf
 
-from llama_jax import verification
 from llama_jax.checkpoint import load_params, open_checkpoint
 from llama_jax.config import config_from_hf, config_to_hf
 from llama_jax.convert import convert
 from llama_jax.errors import CheckpointError, UnsupportedModel
+from llama_jax.measure import verification
 
 DATA = Path(__file__).parent / "data" / "multimodal"
 CASES = {"mllama": "LlamaForCausalLM", "mistral3": "MistralForCausalLM", "mistral3-tied": "MistralForCausalLM"}

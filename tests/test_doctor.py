@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner
 
 import llama_jax.doctor as doctoring
-from llama_jax import hardware
 from llama_jax.cli import cli
 from llama_jax.doctor import (
     Check,
@@ -29,8 +28,8 @@ from llama_jax.doctor import (
     packages,
     probe_jax,
 )
-from llama_jax.hardware import Gpu
-from llama_jax.targets import kfd
+from llama_jax.targets import hardware, kfd
+from llama_jax.targets.hardware import Gpu
 
 VERSIONS: dict[str, str | None] = dict.fromkeys(("jax", "jaxlib", *doctoring.PLUGINS), "0.11.2")
 NO_PLUGINS = VERSIONS | dict.fromkeys(doctoring.PLUGINS)

@@ -13,7 +13,6 @@ import pytest
 from click.testing import CliRunner
 from test_doctor import ON_CPU, ON_GPU, amd_machine, write
 
-from llama_jax import hardware
 from llama_jax.cli import cli
 from llama_jax.doctor import (
     Check,
@@ -30,8 +29,8 @@ from llama_jax.doctor import (
     shown,
 )
 from llama_jax.doctor.links import read_nvidia_topology
-from llama_jax.hardware import Gpu
-from llama_jax.targets import kfd
+from llama_jax.targets import hardware, kfd
+from llama_jax.targets.hardware import Gpu
 
 FINE = {"HSA_FORCE_FINE_GRAIN_PCIE": "1"}
 NVIDIA = (Gpu("nvidia", "NVIDIA H100"),) * 2

@@ -23,9 +23,9 @@ from llama_jax.convert.gguf import GgufModel, half_rotation, pair_rotation
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, llama3_factors
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.errors import CheckpointError, RequestError, StorageError, UnsupportedModel
+from llama_jax.model.rope import rope_frequencies
 from llama_jax.params import init_params, param_specs, unflatten
-from llama_jax.rope import rope_frequencies
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parent / "data"
 TOKENIZERS = DATA / "tokenizer"

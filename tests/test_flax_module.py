@@ -15,9 +15,9 @@ from helpers import TINY, arange_positions, load_golden, random_params, random_t
 
 from llama_jax.cache import DenseCache
 from llama_jax.config import preset
-from llama_jax.flax_module import Llama
-from llama_jax.fuse import fuse_params
 from llama_jax.model import forward
+from llama_jax.model.flax_module import Llama
+from llama_jax.model.fuse import fuse_params
 from llama_jax.params import abstract_params, flatten, param_specs
 
 

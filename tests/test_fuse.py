@@ -10,8 +10,8 @@ import pytest
 from helpers import TINY, arange_positions, error, random_adapters, random_params, random_tokens, run
 
 from llama_jax.cache import DenseCache
-from llama_jax.fuse import fuse_params, repeat_kv_heads
 from llama_jax.model import activation_names
+from llama_jax.model.fuse import fuse_params, repeat_kv_heads
 from llama_jax.params import abstract_params, count_params, flatten
 
 

@@ -18,13 +18,13 @@ import pytest
 from helpers import load_golden, random_params, run, tiny_config
 from tiny_chat_model import write_chat_model
 
-from llama_jax import decode
+from llama_jax.decode import buckets, loop
 from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate, stream_generate
+from llama_jax.generation.outputs import RequestOutput
 from llama_jax.loading import Model, load
-from llama_jax.outputs import RequestOutput
 from llama_jax.sampling import SamplingParams
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 Loaded = tuple[Model, Tokenizer]
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -383,16 +383,16 @@ def test_growing_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.Mon
     params = SamplingParams(max_tokens=None, **fields)
     whole = batch_generate(model, None, prompts, params)
     grown = []
-    original = decode.grow
+    original = loop.grow
 
     def counted(state: Any, **sizes: int) -> Any:
         grown.append(sizes["capacity"])
         return original(state, **sizes)
 
-    monkeypatch.setattr(decode, "grow", counted)
+    monkeypatch.setattr(loop, "grow", counted)
     assert ids_of(batch_generate(model, None, prompts, params)[0]) == ids_of(whole[0])
     assert grown == []
-    monkeypatch.setattr(decode, "FIRST_ROOM", 8)
+    monkeypatch.setattr(buckets, "FIRST_ROOM", 8)
     outputs = batch_generate(model, None, prompts, params)
     assert len(grown) >= 2
     assert sorted(set(grown)) == grown
@@ -411,7 +411,7 @@ def test_long_prompts_run_in_chunks(golden: Model, name: str, monkeypatch: pytes
     prompts = random_prompts(golden, [200, 17, 131])
     params = SamplingParams(seed=1, max_tokens=6, prompt_logprobs=1)
     whole = batch_generate(golden, None, prompts, params)
-    monkeypatch.setattr(decode, name, 32 if name == "MAX_CHUNK" else 1)
+    monkeypatch.setattr(buckets, name, 32 if name == "MAX_CHUNK" else 1)
     chunked = batch_generate(golden, None, prompts, params)
     assert [ids_of(o) for o in chunked] == [ids_of(o) for o in whole]
     for ours, theirs in zip(chunked, whole, strict=True):
@@ -558,7 +558,7 @@ def test_nothing_compiles_after_warm_up(tmp_path: Path) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for size in sorted({decode.prompt_bucket(n) for n in range(1, 49)}):
+        for size in sorted({buckets.prompt_bucket(n) for n in range(1, 49)}):
             both([1] * size, seed=0)
         assert compiled  # the listener hears
         compiled.clear()

@@ -12,7 +12,7 @@ import pytest
 
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.errors import TokenizerError, UnsupportedModel
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 EXPECTED = json.loads((DATA / "expected_small.json").read_text())
@@ -163,7 +163,7 @@ def test_smollm2_ids_equal_transformers(smollm2: Tokenizer) -> None:
 
 
 def test_smollm2_chats_equal_transformers(smollm2: Tokenizer) -> None:
-    from llama_jax.chat import chat_text, encode_chat
+    from llama_jax.text.chat import chat_text, encode_chat
 
     for case in json.loads((DATA / "expected_smollm2.json").read_text())["chats"]:
         options = {"add_generation_prompt": case["add_generation_prompt"]}

@@ -9,11 +9,12 @@ import jax
 import pytest
 from helpers import random_params, tiny_config
 
-from llama_jax import SamplingParams, batch_generate, graphs, stream_generate
+from llama_jax import SamplingParams, batch_generate, stream_generate
 from llama_jax.config import LayerSpec, MoeSpec
-from llama_jax.fuse import fuse_params
-from llama_jax.graphs import graph_options
+from llama_jax.decode import graphs
+from llama_jax.decode.graphs import graph_options
 from llama_jax.loading import Model
+from llama_jax.model.fuse import fuse_params
 from llama_jax.sharding import make_mesh, mesh
 from llama_jax.targets import find
 

@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from tiny_models import LLAMA, assert_equal, write_gguf, write_hf
 
-from llama_jax import models
+from llama_jax import library
 from llama_jax.checkpoint import is_checkpoint, open_checkpoint
 from llama_jax.errors import (
     CheckpointError,
@@ -37,8 +37,8 @@ from llama_jax.errors import (
     StorageError,
     UnsupportedModel,
 )
-from llama_jax.models import hub_errors as our_hub_errors
-from llama_jax.models import transfer
+from llama_jax.library import hub_errors as our_hub_errors
+from llama_jax.library import transfer
 
 CARD = b"---\nlicense: apache-2.0\n---\n# A model\n"
 LLAMA_JAX = [sys.executable, "-m", "llama_jax.cli"]
@@ -83,7 +83,7 @@ def one_large(tmp_path: Path, hub: FakeHub) -> FakeHub:
 
 def pull_files(hub: FakeHub) -> None:
     """Downloads the model, which has to arrive byte for byte."""
-    source = models.pull("org/name", convert=False, notify=lambda _: None).source
+    source = library.pull("org/name", convert=False, notify=lambda _: None).source
     assert {p.name: p.read_bytes() for p in source.iterdir()} == {
         name: data for name, data in hub.files.items() if name != "pytorch_model.bin"
     }
@@ -98,7 +98,7 @@ def digests(path: Path) -> dict[str, str]:
 
 def test_pull(hub: FakeHub, goldens: Path, cache: Path, tmp_path: Path, said: list[str]) -> None:
     seen: list[tuple[int, int, str]] = []
-    pulled = models.pull("org/name", notify=said.append, progress=lambda *p: seen.append(p))
+    pulled = library.pull("org/name", notify=said.append, progress=lambda *p: seen.append(p))
     assert pulled.checkpoint == cache / "models" / f"org--name-{COMMIT[:12]}-v1"
     source = open_checkpoint(pulled.checkpoint).source
     assert (source.name, source.revision, source.licence) == ("org/name", COMMIT, "apache-2.0")
@@ -116,51 +116,51 @@ def test_pull(hub: FakeHub, goldens: Path, cache: Path, tmp_path: Path, said: li
 
 
 def test_a_second_pull_downloads_nothing(hub: FakeHub, said: list[str]) -> None:
-    first = models.pull("org/name", notify=said.append)
+    first = library.pull("org/name", notify=said.append)
     sent = len(hub.bytes_sent())
     said.clear()
-    assert models.pull("org/name", notify=said.append) == first
+    assert library.pull("org/name", notify=said.append) == first
     assert len(hub.bytes_sent()) == sent == 3
     assert said == []
 
 
 def test_resolve_needs_the_hub_once(hub: FakeHub, said: list[str], cache: Path) -> None:
-    path = models.resolve("org/name", notify=said.append)
+    path = library.resolve("org/name", notify=said.append)
     asked = len(hub.requests)
-    assert models.resolve("org/name", notify=said.append) == path
-    assert models.resolve("org/name@main", notify=said.append) == path
-    assert models.resolve(f"org/name@{COMMIT[:8]}", notify=said.append) == path
+    assert library.resolve("org/name", notify=said.append) == path
+    assert library.resolve("org/name@main", notify=said.append) == path
+    assert library.resolve(f"org/name@{COMMIT[:8]}", notify=said.append) == path
     assert len(hub.requests) == asked
     assert [m.split()[0] for m in said] == ["Downloading", "Converting"]
 
 
 def test_a_converted_model_outlives_its_download(hub: FakeHub, tmp_path: Path) -> None:
-    path = models.resolve("org/name", notify=lambda _: None)
+    path = library.resolve("org/name", notify=lambda _: None)
     shutil.rmtree(tmp_path / "hub")
     asked = len(hub.requests)
-    assert models.resolve("org/name") == path
-    assert models.resolve(f"org/name@{COMMIT}") == path
-    assert models.locate("org/name") == path
+    assert library.resolve("org/name") == path
+    assert library.resolve(f"org/name@{COMMIT}") == path
+    assert library.locate("org/name") == path
     assert len(hub.requests) == asked
 
 
 def test_pull_sees_a_new_commit(hub: FakeHub, said: list[str]) -> None:
-    first = models.pull("org/name", notify=said.append)
+    first = library.pull("org/name", notify=said.append)
     hub.commit = "f" * 40
     hub.files["README.md"] = CARD + b"news\n"
-    second = models.pull("org/name", notify=said.append)
+    second = library.pull("org/name", notify=said.append)
     assert second.revision == hub.commit
     assert second.checkpoint != first.checkpoint
     assert len(hub.bytes_sent()) == 3  # the weights are the same
-    assert second.checkpoint == models.resolve("org/name")
+    assert second.checkpoint == library.resolve("org/name")
 
 
 @pytest.mark.parametrize(("name", "revision"), [("org/name@v1.0", None), ("org/name", "v1.0"), ("org/name", COMMIT)])
 def test_revisions(hub: FakeHub, name: str, revision: str | None) -> None:
-    pulled = models.pull(name, revision=revision, convert=False, notify=lambda _: None)
+    pulled = library.pull(name, revision=revision, convert=False, notify=lambda _: None)
     assert pulled.checkpoint is None
     assert pulled.source.name == COMMIT
-    assert models.locate(f"org/name@{revision or 'v1.0'}") == pulled.source
+    assert library.locate(f"org/name@{revision or 'v1.0'}") == pulled.source
 
 
 @pytest.mark.parametrize(
@@ -168,9 +168,9 @@ def test_revisions(hub: FakeHub, name: str, revision: str | None) -> None:
 )
 def test_names_that_pull_refuses(name: str, revision: str | None, hub: FakeHub) -> None:
     with pytest.raises(RequestError):
-        models.pull(name, revision=revision)
+        library.pull(name, revision=revision)
     with pytest.raises(RequestError):
-        models.pull(models.DEFAULT_MODEL, revision="main")
+        library.pull(library.DEFAULT_MODEL, revision="main")
     assert hub.requests == []
 
 
@@ -188,7 +188,7 @@ def test_names_that_pull_refuses(name: str, revision: str | None, hub: FakeHub) 
 def test_one_copy_of_the_weights(hub: FakeHub, weights: list[str], chosen: list[str]) -> None:
     small = ["config.json", "tokenizer.model", "chat_template.jinja", "LICENSE.txt", "params.json"]
     hub.files = {name: name.encode() for name in [*weights, *small, "picture.png", "train.py", "optimizer.pt"]}
-    files = [f.name for f in models.hub.offer("org/name", None).files]
+    files = [f.name for f in library.hub.offer("org/name", None).files]
     assert set(files[: len(small)]) == set(small)
     assert [f[: len(c)] for f, c in zip(files[len(small) :], chosen, strict=True)] == chosen
 
@@ -197,7 +197,7 @@ def test_one_copy_of_the_weights(hub: FakeHub, weights: list[str], chosen: list[
 def test_repositories_without_a_choice(hub: FakeHub, weights: list[str]) -> None:
     hub.files = dict.fromkeys(["config.json", *weights], b"x")
     with pytest.raises(UnsupportedModel) as e:
-        models.pull("org/name")
+        library.pull("org/name")
     assert e.value.hint
     assert all(w in e.value.message for w in weights if w.endswith("gguf"))
 
@@ -209,12 +209,12 @@ def test_a_repository_with_one_gguf_file(hub: FakeHub, tmp_path: Path, monkeypat
     (tmp_path / "made").mkdir()
     leaves = write_gguf(tmp_path / "made" / "m.gguf", LLAMA)
     hub.files = fake_hub.files_of(tmp_path / "made") | {"README.md": CARD}
-    assert_equal(models.resolve("org/name", notify=lambda _: None), leaves)
-    assert models.resolve("org/name") == models.pull("org/name").checkpoint
+    assert_equal(library.resolve("org/name", notify=lambda _: None), leaves)
+    assert library.resolve("org/name") == library.pull("org/name").checkpoint
 
 
 def test_the_token_goes_to_the_hub_alone(hub: FakeHub) -> None:
-    models.pull("org/name", convert=False, notify=lambda _: None)
+    library.pull("org/name", convert=False, notify=lambda _: None)
     assert {token for kind, token in hub.tokens if kind != "cdn"} == {"Bearer hf_secret"}
     assert {token for kind, token in hub.tokens if kind == "cdn"} == {None}
 
@@ -239,7 +239,7 @@ def test_a_connection_that_never_lasts(one_large: FakeHub, tmp_path: Path) -> No
     one_large.cut_after = [100_000] + [0] * 20
     one_large.ends_early = True
     with pytest.raises(NetworkError) as e:
-        models.pull("org/name", notify=lambda _: None)
+        library.pull("org/name", notify=lambda _: None)
     assert "cannot be downloaded" in e.value.message
     assert "it continues" in e.value.hint
     (part,) = (tmp_path / "hub").rglob("*.incomplete")
@@ -254,7 +254,7 @@ def test_a_connection_that_never_lasts(one_large: FakeHub, tmp_path: Path) -> No
 def test_a_server_that_knows_no_ranges(one_large: FakeHub) -> None:
     one_large.cut_after, one_large.ends_early, one_large.ignores_ranges = [100_000], True, True
     seen: list[tuple[int, int, str]] = []
-    pulled = models.pull("org/name", convert=False, notify=lambda _: None, progress=lambda *p: seen.append(p))
+    pulled = library.pull("org/name", convert=False, notify=lambda _: None, progress=lambda *p: seen.append(p))
     assert (pulled.source / "model.safetensors").read_bytes() == one_large.files["model.safetensors"]
     assert all(done <= total for done, total, _ in seen)
 
@@ -267,7 +267,7 @@ def test_an_unfinished_file_that_is_wrong(one_large: FakeHub, tmp_path: Path, le
     part.write_bytes(left)
     if len(left) < 1_000_000:
         with pytest.raises(CheckpointError, match=r"model.safetensors was delivered with sha256"):
-            models.pull("org/name", notify=lambda _: None)
+            library.pull("org/name", notify=lambda _: None)
         assert not part.exists()
     pull_files(one_large)
 
@@ -308,7 +308,7 @@ def test_two_pulls_at_once(one_large: FakeHub, tmp_path: Path, cache: Path) -> N
     answers = [json.loads(run.communicate(timeout=100)[0]) for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert answers[0]["source"] == answers[1]["source"]
-    assert models.locate("org/name") == Path(answers[0]["source"])
+    assert library.locate("org/name") == Path(answers[0]["source"])
     assert one_large.bytes_sent() == [""]
 
 
@@ -321,7 +321,7 @@ def test_wrong_bytes(hub: FakeHub, tmp_path: Path, name: str, same_size: bool) -
     right = hub.files[name]
     hub.delivered[name] = bytes([right[0] ^ 1]) + right[1:] + (b"" if same_size else b"more")
     with pytest.raises((CheckpointError, NetworkError)) as e:
-        models.pull("org/name", notify=lambda _: None)
+        library.pull("org/name", notify=lambda _: None)
     if same_size:
         assert type(e.value) is CheckpointError
         assert name in e.value.message
@@ -336,25 +336,25 @@ def test_wrong_bytes(hub: FakeHub, tmp_path: Path, name: str, same_size: bool) -
 def test_wrong_etag(hub: FakeHub, name: str) -> None:
     hub.announced[name] = "ab" * (32 if hub.is_large(name) else 20)
     with pytest.raises(CheckpointError, match=f"{name} was delivered with .* the hub announces .*abab"):
-        models.pull("org/name", notify=lambda _: None)
+        library.pull("org/name", notify=lambda _: None)
 
 
 @pytest.mark.parametrize("announced", ["../../../x", "A" * 64, ""])
 def test_hashes_that_are_paths(hub: FakeHub, announced: str, tmp_path: Path) -> None:
     hub.announced["model-00001-of-00003.safetensors"] = announced
     with pytest.raises(NetworkError):
-        models.pull("org/name", notify=lambda _: None)
+        library.pull("org/name", notify=lambda _: None)
     assert not (tmp_path / "hub").exists()
 
 
 def test_a_file_that_rotted_here_is_found(hub: FakeHub) -> None:
-    pulled = models.pull("org/name", convert=False, notify=lambda _: None)
+    pulled = library.pull("org/name", convert=False, notify=lambda _: None)
     file = pulled.source / "model-00001-of-00003.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.resolve().write_bytes(data)
     with pytest.raises(CheckpointError, match="model-00001"):
-        models.pull("org/name", notify=lambda _: None)
+        library.pull("org/name", notify=lambda _: None)
     pull_files(hub)
 
 
@@ -363,7 +363,7 @@ def test_a_file_that_rotted_here_is_found(hub: FakeHub) -> None:
 
 def refusal(hub: FakeHub, name: str = "org/name", **options: Any) -> LlamaJaxError:
     with pytest.raises(LlamaJaxError) as e:
-        models.pull(name, notify=lambda _: None, **options)
+        library.pull(name, notify=lambda _: None, **options)
     assert e.value.hint
     assert "\n" not in e.value.message + e.value.hint
     return e.value
@@ -465,7 +465,7 @@ def test_a_hub_that_never_answers(one_large: FakeHub, monkeypatch: pytest.Monkey
 def test_without_network(
     hub: FakeHub, how: str, cached: bool, monkeypatch: pytest.MonkeyPatch, said: list[str], tmp_path: Path
 ) -> None:
-    first = models.pull("org/name", convert=False, notify=said.append) if cached else None
+    first = library.pull("org/name", convert=False, notify=said.append) if cached else None
     said.clear()
     if how == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -482,12 +482,12 @@ def test_without_network(
             assert type(e) is NetworkError
             assert {"offline": "HF_HUB_OFFLINE", "down": "check the network", "proxy": ""}[how] in e.hint
             with pytest.raises(NetworkError):
-                models.resolve("org/name", notify=said.append)
+                library.resolve("org/name", notify=said.append)
         else:
-            again = models.pull("org/name", notify=said.append)
+            again = library.pull("org/name", notify=said.append)
             assert (again.source, again.revision, again.fresh) == (first.source, COMMIT, False)
             assert said[0].startswith(f"Using the copy of org/name on this machine, commit {COMMIT[:12]}")
-            assert models.resolve("org/name") == again.checkpoint
+            assert library.resolve("org/name") == again.checkpoint
             assert again.licence == "apache-2.0"
             assert again.nbytes == first.nbytes
     finally:
@@ -495,15 +495,15 @@ def test_without_network(
 
 
 def test_an_incomplete_copy_is_none(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    pulled = models.pull("org/name", convert=False, notify=lambda _: None)
+    pulled = library.pull("org/name", convert=False, notify=lambda _: None)
     (pulled.source / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ModelNotFound, match="not on this machine") as e:
-        models.locate("org/name")
+        library.locate("org/name")
     assert "llama-jax pull org/name" in e.value.hint
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert type(refusal(hub)) is NetworkError
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert is_checkpoint(models.resolve("org/name", notify=lambda _: None))
+    assert is_checkpoint(library.resolve("org/name", notify=lambda _: None))
 
 
 def response(status: int, **headers: str) -> Any:
@@ -550,7 +550,7 @@ def test_space_is_looked_at_first(hub: FakeHub, monkeypatch: pytest.MonkeyPatch,
     assert type(e) is DoesNotFit
     assert f"{free:,} are free" in e.message
     assert hub.bytes_sent() == []
-    assert models.pull("org/name", convert=False, notify=lambda _: None).source.is_dir()
+    assert library.pull("org/name", convert=False, notify=lambda _: None).source.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -583,19 +583,19 @@ def test_a_hub_cache_that_cannot_be_made(hub: FakeHub, tmp_path: Path, monkeypat
 
 def test_contents_that_models_share(hub: FakeHub, tmp_path: Path) -> None:
     """huggingface_hub may keep contents in one store for all models; another place is still refused."""
-    pulled = models.pull("org/name", convert=False, notify=lambda _: None)
+    pulled = library.pull("org/name", convert=False, notify=lambda _: None)
     store = tmp_path / "hub" / "blobs" / "ab"
     store.mkdir(parents=True)
     blob = (pulled.source / "model-00001-of-00003.safetensors").resolve()
     shutil.move(blob, store / "abc")
     blob.symlink_to(store / "abc")
-    assert is_checkpoint(models.resolve("org/name", notify=lambda _: None))
+    assert is_checkpoint(library.resolve("org/name", notify=lambda _: None))
     shutil.rmtree(tmp_path / "cache")
     shutil.move(store / "abc", tmp_path / "elsewhere")
     blob.unlink()
     blob.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="leads out of the folder"):
-        models.resolve("org/name", notify=lambda _: None)
+        library.resolve("org/name", notify=lambda _: None)
 
 
 def test_progress_comes_from_the_calling_thread(one_large: FakeHub) -> None:
@@ -606,7 +606,7 @@ def test_progress_comes_from_the_calling_thread(one_large: FakeHub) -> None:
         threads.add(threading.get_ident())
         done.append((n, total, name))
 
-    models.pull("org/name", convert=False, notify=lambda _: None, progress=progress)
+    library.pull("org/name", convert=False, notify=lambda _: None, progress=progress)
     size = len(one_large.files["model.safetensors"])
     assert threads == {threading.get_ident()}
     assert len(done) > 2

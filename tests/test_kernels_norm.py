@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import bench_norm as bench
 
 from llama_jax.errors import KernelError
-from llama_jax.kernels.dispatch.numerics import worst_row_error
+from llama_jax.kernels.checking.compare import worst_row_error
 from llama_jax.kernels.norm import add_rms_norm, add_rms_norm_op, add_rms_norm_reference, pallas_triton, rms_norm
 from llama_jax.kernels.norm.cases import norm_cases, norm_models, norm_shape
 from llama_jax.kernels.norm.shapes import MEASURED, ROWS, SHAPES, NormShape

@@ -17,12 +17,12 @@ import pytest
 from llama_jax import doctor as doctoring
 from llama_jax.doctor import check_choices, check_numerics
 from llama_jax.errors import KernelError
-from llama_jax.kernel_check import Numerics, check_kernels
 from llama_jax.kernels.attention.reference import attention_reference
+from llama_jax.kernels.checking import startup as checking
+from llama_jax.kernels.checking.child import Numerics, check_kernels
+from llama_jax.kernels.checking.compare import GRADIENTS, LIMITS, Check, check, reference, row_error, run_checks
 from llama_jax.kernels.dispatch import operation as operations
-from llama_jax.kernels.dispatch import self_check as checking
 from llama_jax.kernels.dispatch.backend import Backend
-from llama_jax.kernels.dispatch.numerics import GRADIENTS, LIMITS, Check, check, reference, row_error, run_checks
 from llama_jax.kernels.dispatch.operation import Operation, disabled
 from llama_jax.kernels.moe.reference import routed_experts_reference
 from llama_jax.kernels.registry import OPERATIONS, operation
@@ -428,20 +428,22 @@ def test_a_compiler_that_crashes_in_a_thread(tmp_path: Path) -> None:
 import dataclasses, json, os, sys, time
 import jax.numpy as jnp
 from llama_jax.kernels.attention.reference import attention_reference
-from llama_jax.kernels.dispatch import Backend, self_check, stages
+from llama_jax.kernels.dispatch import Backend
+from llama_jax.kernels.checking import startup
+from llama_jax.kernels.checking import stages
 from llama_jax.kernels.registry import operation
 real, compile = operation("decode_attention"), stages.Traced.compile
 runs = {name: Backend(attention_reference) for name in ("reference", "first", "last")}
 runs["hard"] = Backend(lambda **a: jnp.tanh(attention_reference(**a)))
 op = dataclasses.replace(real, backends=runs, cases=lambda: real.cases()[:1])
-self_check._operations = lambda: {op.name: op}
+startup._operations = lambda: {op.name: op}
 def crash():
     time.sleep(0.3)
     os.abort()
 def crashing(self, pool):
     return (pool.submit(crash),) if "tanh" in self.programs[0].as_text() else compile(self, pool)
 stages.Traced.compile = crashing
-self_check.report_checks(json.loads(sys.argv[1]), at_once=sys.argv[2] == "at once")
+startup.report_checks(json.loads(sys.argv[1]), at_once=sys.argv[2] == "at once")
 """
     found = check_kernels({**os.environ, "LLAMA_JAX_CACHE": str(tmp_path)}, code=code)
     assert (found.error, [c["backend"] for c in found.checks]) == ("", ["first", "hard", "last"])
@@ -460,7 +462,7 @@ def test_a_child_that_cannot_start() -> None:
 
 def test_the_real_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a CPU: nothing but the interpreted kernels, and the result is kept."""
-    child = "from llama_jax.kernels.dispatch.self_check import *\nimport llama_jax.kernels.dispatch.self_check as s\n"
+    child = "from llama_jax.kernels.checking.startup import *\nimport llama_jax.kernels.checking.startup as s\n"
     child += "s._operations = dict\nreport_checks({})"
     found = check_kernels({**os.environ, "LLAMA_JAX_CACHE": str(tmp_path)}, code=child)
     assert found.error == ""

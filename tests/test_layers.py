@@ -13,7 +13,7 @@ import pytest
 from helpers import arange_positions, random_tokens, tiny_config
 
 from llama_jax.config import LayerSpec, MoeSpec, QueryScale, RopeSpec
-from llama_jax.layers import (
+from llama_jax.model.layers import (
     ACTIVATIONS,
     linear,
     lora,
@@ -25,7 +25,7 @@ from llama_jax.layers import (
     project_qkv,
     rms_norm,
 )
-from llama_jax.rope import rope_angles, rotate
+from llama_jax.model.rope import rope_angles, rotate
 
 RNG_SHAPE = (2, 5, 16)
 

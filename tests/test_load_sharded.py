@@ -33,9 +33,9 @@ from llama_jax.convert import convert
 from llama_jax.convert.direct import load_source, opened
 from llama_jax.errors import CheckpointError, RequestError
 from llama_jax.generation import batch_generate
+from llama_jax.layout import partition_spec
 from llama_jax.loading import load
 from llama_jax.params import flatten, param_specs, unflatten
-from llama_jax.sharding import partition_spec
 
 EIGHT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 CONFIG = config_from_hf(LLAMA)
@@ -62,7 +62,7 @@ import jax, numpy as np
 address, rank, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, num_processes=2, process_id=rank)
 from llama_jax.checkpoint import chunks, load_params, open_checkpoint
-from llama_jax.sharding import param_sharding
+from llama_jax.layout import param_sharding
 from llama_jax.params import flatten
 whole = flatten(load_params(path, sharding=jax.local_devices()[0]))
 checkpoint, original, read = open_checkpoint(path), chunks._read, []

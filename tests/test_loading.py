@@ -15,8 +15,8 @@ from tiny_models import LLAMA, write_hf
 from llama_jax.checkpoint import is_checkpoint
 from llama_jax.errors import CheckpointError, LlamaJaxError, ModelNotFound, RequestError
 from llama_jax.generation import batch_generate
+from llama_jax.library import resolve
 from llama_jax.loading import Model, load
-from llama_jax.models import resolve
 from llama_jax.params import flatten
 
 

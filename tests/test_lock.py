@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from tiny_models import DTYPES, LLAMA, MIXTRAL, random_leaves, write_gguf, write_hf
 from xxhash import xxh3_128_hexdigest
 
-from llama_jax.checkpoint import open_checkpoint, save, storage, verify, write
+from llama_jax import disk
+from llama_jax.checkpoint import open_checkpoint, save, verify, write
 from llama_jax.checkpoint.lock import read_lock
 from llama_jax.cli import cli
 from llama_jax.config import config_from_hf
@@ -342,17 +343,17 @@ def test_large_models_leave_the_file_cache_alone(tmp_path: Path, monkeypatch: py
     def forget(fd: int, start: int, length: int) -> None:
         forgotten.add(Path(os.readlink(f"/proc/self/fd/{fd}")))
 
-    monkeypatch.setattr(storage, "forget", forget)
+    monkeypatch.setattr(disk, "forget", forget)
     monkeypatch.setattr("llama_jax.convert.file_hashes.forget", forget)
     convert(tmp_path / "hf", tmp_path / "small")
     assert forgotten == set()
-    monkeypatch.setattr(storage, "fits_file_cache", lambda nbytes: False)
+    monkeypatch.setattr(disk, "fits_file_cache", lambda nbytes: False)
     convert(tmp_path / "hf", tmp_path / "large")
     assert tmp_path / "hf" / "model.safetensors" in forgotten
     assert any("ocdbt.process_0/d/" in str(path) for path in forgotten)
     monkeypatch.undo()
-    assert storage.fits_file_cache(1)
-    assert not storage.fits_file_cache(1 << 60)
+    assert disk.fits_file_cache(1)
+    assert not disk.fits_file_cache(1 << 60)
 
 
 def test_resumed_conversions_hash_files_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import bench_attention as bench
 import bench_shared
 import kernel_docs as docs
 
-from llama_jax.bench import Ceilings
+from llama_jax.measure.bench import Ceilings
 
 LIMITS = Ceilings(read_bytes_per_s=3.06e12, matmul_flops_per_s=795e12)
 TILES = {"block_q": 64}

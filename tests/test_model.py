@@ -28,8 +28,8 @@ from helpers import (
 from llama_jax.cache import DenseCache
 from llama_jax.config import LayerSpec, LlamaConfig, QueryScale, RopeSpec, preset
 from llama_jax.errors import RequestError
-from llama_jax.fuse import fuse_params
 from llama_jax.model import activation_names, forward
+from llama_jax.model.fuse import fuse_params
 from llama_jax.params import Params, abstract_params, flatten, init_params, projection_names, unflatten
 
 # Cases that between them hold every feature; the others run where a test is marked slow.

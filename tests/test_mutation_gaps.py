@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from helpers import load_golden
 
-from llama_jax import decode
+from llama_jax.decode import buckets, loop
+from llama_jax.decode import prefill as prefill_module
 from llama_jax.sampling import SamplingParams, make_sampler
 from llama_jax.sampling.truncation import truncate
 
@@ -28,13 +29,13 @@ def test_every_stop_id_ends_a_row(place: str) -> None:
     options, sampler = make_sampler([params], [prompt], golden.config.vocab_size)
     assert sampler.stop_ids.shape == (1, 4)
     room = len(tokens)
-    capacity = decode.cache_bucket(decode.prompt_bucket(len(prompt)) + room)
-    logits, cache, _ = decode.prefill(
+    capacity = buckets.cache_bucket(buckets.prompt_bucket(len(prompt)) + room)
+    logits, cache, _ = prefill_module.prefill(
         golden.params, golden.config, [prompt], rows=1, capacity=capacity, dtype=np.float32
     )
     lengths, limits = (np.asarray([n], np.int32) for n in (len(prompt), room))
-    state, _ = decode.first_token(logits, cache, sampler, lengths, limits, options=options, room=room)
-    _, progress = decode.advance(golden.params, state, np.int32(room), config=golden.config, options=options)
+    state, _ = loop.first_token(logits, cache, sampler, lengths, limits, options=options, room=room)
+    _, progress = loop.advance(golden.params, state, np.int32(room), config=golden.config, options=options)
     assert int(progress.step) == tokens.index(stop) + 1
     assert progress.finished_by_stop.tolist() == [True]
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
-from llama_jax.outputs import RowText
+from llama_jax.generation.outputs import RowText
 from llama_jax.sampling import SamplingParams
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 METADATA = Path(__file__).parent / "data" / "tokenizer" / "byte_level_gguf.json"
 

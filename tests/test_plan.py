@@ -20,21 +20,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, AxisType
 
-from llama_jax import costs
+from llama_jax.aot import compile_for, device_mesh
+from llama_jax.aot.programs import Program, decode_program, prefill_program
 from llama_jax.cli import cli
 from llama_jax.config import LayerSpec, config_from_hf, preset
-from llama_jax.decode import capacities
+from llama_jax.decode.buckets import capacities
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, visible
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import OPERATIONS
+from llama_jax.layout import split_config
 from llama_jax.params import count_params
-from llama_jax.plan import Bytes, Place, Plan, Workload, calls, make_plan, smallest_mesh
+from llama_jax.plan import Bytes, Place, Plan, Workload, calls, costs, make_plan, smallest_mesh
 from llama_jax.plan.backends import Backends, backends
 from llama_jax.plan.roofline import collectives, decode_floor, prefill_floor
-from llama_jax.programs import Program, decode_program, prefill_program
-from llama_jax.sharding import split_config
-from llama_jax.targets import compile_for, device_mesh, find
+from llama_jax.targets import find
 
 LLAMA = {
     "model_type": "llama",

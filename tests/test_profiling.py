@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 from jax.profiler import ProfileData
 
-from llama_jax import bench
 from llama_jax.cli import cli
 from llama_jax.errors import NoDevice
-from llama_jax.profiling import KernelTime, profile, programs
+from llama_jax.measure import bench
+from llama_jax.measure.profiling import KernelTime, profile, programs
 
 PROFILE = """
 planes {

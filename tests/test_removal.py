@@ -20,11 +20,11 @@ from click.testing import CliRunner, Result
 from fake_hub import COMMIT, FakeHub
 from tiny_models import LLAMA, write_hf
 
-from llama_jax import models
+from llama_jax import library
 from llama_jax.checkpoint import is_checkpoint
 from llama_jax.cli import cli
 from llama_jax.convert import convert
-from llama_jax.models import bundled, removal
+from llama_jax.library import bundled, removal
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def model(tmp_path: Path, cache: Path) -> Path:
     """A converted model in the cache."""
     write_hf(tmp_path / "hf", LLAMA)
-    return models.resolve(tmp_path / "hf", notify=lambda _: None)
+    return library.resolve(tmp_path / "hf", notify=lambda _: None)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_rm(model: Path, cache: Path, tmp_path: Path) -> None:
     }
     assert list((cache / "models").iterdir()) == []
     assert (tmp_path / "hf" / "model.safetensors").exists()
-    assert models.resolve(tmp_path / "hf", notify=lambda _: None) == model
+    assert library.resolve(tmp_path / "hf", notify=lambda _: None) == model
 
 
 @pytest.mark.parametrize("args", [[], ["--json"]])
@@ -162,8 +162,8 @@ def test_rm_that_is_stopped_leaves_no_half_model(model: Path, monkeypatch: pytes
         patched.setattr(removal, "remove_folder", stop)
         assert run("rm", model.name, "--yes").exit_code == 130
     assert not model.exists()
-    assert [m.name for m in models.list_models()] == [models.DEFAULT_MODEL]
-    assert models.resolve(tmp_path / "hf", notify=lambda _: None) == model
+    assert [m.name for m in library.list_models()] == [library.DEFAULT_MODEL]
+    assert library.resolve(tmp_path / "hf", notify=lambda _: None) == model
     freed = json.loads(run("rm", "--tmp", "--yes", "--json").stdout)
     assert [t["kind"] for t in freed["removed"]] == ["leftover"]
     assert sorted(p.name for p in model.parent.iterdir()) == [model.name]
@@ -182,14 +182,14 @@ def test_rm_that_cannot(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rm_the_default_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hf(tmp_path / "hf", LLAMA)
-    path = convert(tmp_path / "hf", models.cache.default_path())
+    path = convert(tmp_path / "hf", library.cache.default_path())
     kept = cache / "downloads" / bundled.GGUF
     kept.parent.mkdir()
     kept.write_bytes(b"gguf")
-    assert run("rm", models.DEFAULT_MODEL, "--yes").exit_code == 0
+    assert run("rm", library.DEFAULT_MODEL, "--yes").exit_code == 0
     assert (path.exists(), kept.exists()) == (False, True)
-    assert run("rm", models.DEFAULT_MODEL, "--yes").exit_code == 3
-    assert run("rm", models.DEFAULT_MODEL, "--downloads", "--yes").exit_code == 0
+    assert run("rm", library.DEFAULT_MODEL, "--yes").exit_code == 3
+    assert run("rm", library.DEFAULT_MODEL, "--downloads", "--yes").exit_code == 0
     assert not kept.exists()
 
 
@@ -197,9 +197,9 @@ def test_rm_the_default_model(cache: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_rm_by_hub_name(hub: FakeHub, tmp_path: Path) -> None:
-    old = models.pull("org/name", notify=lambda _: None)
+    old = library.pull("org/name", notify=lambda _: None)
     hub.commit, hub.files["README.md"] = "f" * 40, b"news\n"
-    new = models.pull("org/name", notify=lambda _: None)
+    new = library.pull("org/name", notify=lambda _: None)
     assert run("rm", f"org/name@{COMMIT[:9]}", "--yes").exit_code == 0
     assert [is_checkpoint(p.checkpoint) for p in (old, new)] == [False, True]
     assert [p.source.exists() for p in (old, new)] == [True, True]
@@ -211,9 +211,9 @@ def test_rm_by_hub_name(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_rm_downloads(hub: FakeHub, tmp_path: Path) -> None:
-    old = models.pull("org/name", notify=lambda _: None)
+    old = library.pull("org/name", notify=lambda _: None)
     hub.commit, hub.files["README.md"] = "f" * 40, b"news\n"
-    new = models.pull("org/name", notify=lambda _: None)
+    new = library.pull("org/name", notify=lambda _: None)
     before = size_of(tmp_path / "hub")
     # The weights belong to both commits.
     assert run("rm", f"org/name@{COMMIT[:9]}", "--downloads", "--yes").exit_code == 0
@@ -223,8 +223,8 @@ def test_rm_downloads(hub: FakeHub, tmp_path: Path) -> None:
     assert [t["kind"] for t in json.loads(result.stdout)["removed"]] == ["model", "download"]
     assert not list((tmp_path / "hub").rglob("*.safetensors"))
     assert size_of(tmp_path / "hub") < before / 10
-    with pytest.raises(models.ModelNotFound):
-        models.locate("org/name")
+    with pytest.raises(library.ModelNotFound):
+        library.locate("org/name")
 
 
 def test_rm_unfinished_downloads(cache: Path, tmp_path: Path) -> None:
@@ -239,11 +239,11 @@ def test_rm_unfinished_downloads(cache: Path, tmp_path: Path) -> None:
 
 
 def test_rm_leaves_what_is_being_downloaded(hub: FakeHub, tmp_path: Path) -> None:
-    pulled = models.pull("org/name", convert=False, notify=lambda _: None)
-    lock = models.hub_cache.lock_path("org/name")
+    pulled = library.pull("org/name", convert=False, notify=lambda _: None)
+    lock = library.hub_cache.lock_path("org/name")
     with Writing(lock.with_suffix("")):
         assert run("rm", "org/name", "--downloads", "--yes").exit_code == 73
-    assert models.locate("org/name") == pulled.source
+    assert library.locate("org/name") == pulled.source
 
 
 # --- rm --tmp ---------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_rm_tmp_without_a_cache(cache: Path) -> None:
 
 
 def test_locks_are_seen(tmp_path: Path) -> None:
-    from llama_jax.checkpoint.storage import is_locked
+    from llama_jax.disk import is_locked
 
     path = tmp_path / "x.lock"
     assert not is_locked(path)
@@ -297,7 +297,7 @@ def test_locks_are_seen(tmp_path: Path) -> None:
 
 def test_list_downloads(hub: FakeHub, tmp_path: Path) -> None:
     hub.files["README.md"] = b"---\nlicense: mit\n---\n"
-    pulled = models.pull("org/name", convert=False, notify=lambda _: None)
+    pulled = library.pull("org/name", convert=False, notify=lambda _: None)
     bert = tmp_path / "hub" / "models--some--bert" / "snapshots" / ("b" * 40)
     bert.mkdir(parents=True)
     (bert / "config.json").write_text('{"model_type": "bert"}')
@@ -324,7 +324,7 @@ def test_list_downloads(hub: FakeHub, tmp_path: Path) -> None:
     assert run("show", "org/name").stdout.count("org/name") >= 2
     (pulled.source / "model-00002-of-00003.safetensors").unlink()
     assert "`llama-jax pull org/name`" in run("list").stdout
-    models.pull("org/name", notify=lambda _: None)
+    library.pull("org/name", notify=lambda _: None)
     listed = json.loads(run("list", "--json").stdout)
     assert listed["downloads"] == []
     assert (listed["models"][1]["revision"], listed["models"][1]["licence"]) == (COMMIT, "mit")
@@ -332,8 +332,8 @@ def test_list_downloads(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_downloads_of_other_revisions(hub: FakeHub) -> None:
-    models.pull("org/name@v1.0", convert=False, notify=lambda _: None)
-    assert [d.name for d in models.list_downloads()] == ["org/name@v1.0"]
+    library.pull("org/name@v1.0", convert=False, notify=lambda _: None)
+    assert [d.name for d in library.list_downloads()] == ["org/name@v1.0"]
 
 
 def test_pull_on_the_command_line(hub: FakeHub, cache: Path) -> None:

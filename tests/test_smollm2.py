@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.chat import chat_text, encode_chat
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.loading import Model
 from llama_jax.model import forward
 from llama_jax.sampling import SamplingParams
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.chat import chat_text, encode_chat
+from llama_jax.text.tokenizer import Tokenizer
 
 Loaded = tuple[Model, Tokenizer]
 ENTRIES = json.loads((Path(__file__).parent / "data" / "goldens" / "smollm2-135m-instruct.json").read_text())

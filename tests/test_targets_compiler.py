@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_jax.aot.compiler import code_object, hlo, libraries, wire
+from llama_jax.aot.compiler.instructions import matrix_instructions
+from llama_jax.aot.compiler.occupancy import occupancy
 from llama_jax.errors import CompilerUnavailable
-from llama_jax.targets.compiler import code_object, hlo, libraries, wire
-from llama_jax.targets.compiler.instructions import matrix_instructions
-from llama_jax.targets.compiler.occupancy import occupancy
 
 # --- Protocol buffers, Snappy, Riegeli --------------------------------------------------------------------------------
 

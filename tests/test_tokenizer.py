@@ -17,9 +17,9 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.errors import TokenizerError, UnsupportedModel
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.tokenizer.detokenizer import byte_alphabet
-from llama_jax.tokenizer.guard import ControlGuard, strip_sentinels
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer.detokenizer import byte_alphabet
+from llama_jax.text.tokenizer.guard import ControlGuard, strip_sentinels
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
 EXPECTED = json.loads((DATA / "expected_small.json").read_text())
@@ -60,7 +60,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 def test_import_is_lazy() -> None:
     code = (
-        "import sys, llama_jax.tokenizer, llama_jax.chat; "
+        "import sys, llama_jax.text.tokenizer, llama_jax.text.chat; "
         "print([m for m in ('jax', 'tokenizers', 'jinja2', 'sentencepiece') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

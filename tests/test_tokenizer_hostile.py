@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 from tiny_chat_model import write_chat_model
 
-from llama_jax import models
+from llama_jax import library
 from llama_jax.cli import cli
 from llama_jax.errors import LlamaJaxError, TokenizerError
-from llama_jax.tokenizer import load_tokenizer, loading
-from llama_jax.tokenizer.check import check_tokenizer
-from llama_jax.tokenizer.tokenizer import call_backend
+from llama_jax.text.tokenizer import load_tokenizer, loading
+from llama_jax.text.tokenizer.check import check_tokenizer
+from llama_jax.text.tokenizer.tokenizer import call_backend
 
 PANICS = "(a+)+b"  # exponential: the library panics after ten million steps
 SLOW = r"(?=(\w+\w+\d))"  # cubic: never as many steps at one place, yet minutes for a few thousand letters
@@ -84,7 +84,7 @@ def test_harmful_tokenizers_are_not_converted(tmp_path: Path, monkeypatch: pytes
     (folder / "tokenizer_config.json").unlink()
     said: list[str] = []
     with pytest.raises(TokenizerError, match="retry-limit"):
-        models.resolve(folder, notify=said.append)
+        library.resolve(folder, notify=said.append)
     assert said == []
     assert not (tmp_path / "cache").exists()
     result = CliRunner().invoke(cli, ["convert", str(folder), str(tmp_path / "out")])

@@ -39,7 +39,7 @@ from llama_jax.convert import convert
 from llama_jax.convert.safetensors_file import DTYPES as READ_AS
 from llama_jax.convert.torch_file import TorchFile
 from llama_jax.errors import CheckpointError, UnsupportedModel
-from llama_jax.models import resolve
+from llama_jax.library import resolve
 
 FORMATS = ("zip.bin", "before_1.6.bin")
 NUMPY = {"I64": np.dtype(np.int64), "BOOL": np.dtype(bool)} | dict(READ_AS)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner, Result
 
-from llama_jax import runtime, tuning
+from llama_jax import runtime
 from llama_jax.cli import cli
 from llama_jax.config import preset
 from llama_jax.errors import StorageError
@@ -26,8 +26,9 @@ from llama_jax.kernels.dispatch.operation import Operation
 from llama_jax.kernels.dispatch.record import Recorder
 from llama_jax.kernels.dispatch.tables import parse
 from llama_jax.kernels.dispatch.user_table import path_of
+from llama_jax.measure import tuning
+from llama_jax.measure.tuning import Candidate, Measurement, Tuning, best_rules, candidates, numbers_of, tune
 from llama_jax.targets import find
-from llama_jax.tuning import Candidate, Measurement, Tuning, best_rules, candidates, numbers_of, tune
 
 
 @dataclasses.dataclass(frozen=True)

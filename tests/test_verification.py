@@ -15,7 +15,7 @@ from llama_jax.checkpoint import load_params, open_checkpoint
 from llama_jax.cli import cli
 from llama_jax.convert import convert
 from llama_jax.errors import RequestError, VerificationError
-from llama_jax.verification import CHUNK, Inputs, compare, compute, read_inputs, save
+from llama_jax.measure.verification import CHUNK, Inputs, compare, compute, read_inputs, save
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 CASES = sorted(path.parent.name for path in GOLDENS.glob("*/expected.npz"))

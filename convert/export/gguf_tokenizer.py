@@ -18,9 +18,9 @@ from llama_jax.convert.export.gguf_writer import Value
 from llama_jax.convert.gguf_config import EOS_KEYS
 from llama_jax.convert.gguf_tokenizer import NAMED_IDS, NO_TOKENIZER, pre_tokenizer_name, tokenizer_files
 from llama_jax.errors import CheckpointError, UnsupportedModel
-from llama_jax.tokenizer.loading import read_tokenizer
-from llama_jax.tokenizer.sentencepiece_bpe import PROBE, SPACE, PieceType
-from llama_jax.tokenizer.tokenizer import call_backend
+from llama_jax.text.tokenizer.loading import read_tokenizer
+from llama_jax.text.tokenizer.sentencepiece_bpe import PROBE, SPACE, PieceType
+from llama_jax.text.tokenizer.tokenizer import call_backend
 
 if TYPE_CHECKING:
     import tokenizers

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llama_jax.checkpoint import storage
+from llama_jax import disk
 from llama_jax.errors import StorageError
 
 UNFINISHED = "unfinished-export.llama_jax"
@@ -31,8 +31,8 @@ def staged(path: Path, *, needed: int, overwrite: bool, replaceable: Callable[[P
       DoesNotFit: too little disk space.
     """
     partial = path.with_name(f"{path.name}.partial")
-    with storage.file_lock(path.with_name(f"{path.name}.lock")), storage.storage_errors(path):
-        storage.restore_folder(path)
+    with disk.file_lock(path.with_name(f"{path.name}.lock")), disk.storage_errors(path):
+        disk.restore_folder(path)
         if path.exists() or path.is_symlink():
             if not overwrite:
                 raise StorageError(f"{path} exists", hint="choose another name, or pass --overwrite")
@@ -47,13 +47,13 @@ def staged(path: Path, *, needed: int, overwrite: bool, replaceable: Callable[[P
                     f"{partial} is in the way and is not of llama_jax", hint="move it, or choose another name"
                 )
             _remove(partial)
-        storage.check_space(path, needed)
+        disk.check_space(path, needed)
         try:
             yield partial
             if partial.is_dir():
                 (partial / UNFINISHED).unlink()
                 sync(partial)
-                storage.replace_folder(partial, path)
+                disk.replace_folder(partial, path)
             else:
                 partial.replace(path)
             sync(path.parent)
@@ -65,7 +65,7 @@ def staged(path: Path, *, needed: int, overwrite: bool, replaceable: Callable[[P
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        storage.remove(path)
+        disk.remove(path)
     else:
         path.unlink(missing_ok=True)
 

@@ -7,13 +7,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from llama_jax.chat import encode_chat
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import LlamaJaxError, RequestError
 from llama_jax.generation import encode_prompt, token_limit
-from llama_jax.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from llama_jax.generation.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from llama_jax.sampling import SamplingParams
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.chat import encode_chat
+from llama_jax.text.tokenizer import Tokenizer
 
 SOURCES = ("prompt", "messages", "token_ids")
 _FIELDS = tuple(f.name for f in dataclasses.fields(SamplingParams))

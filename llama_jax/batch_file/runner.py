@@ -23,7 +23,7 @@ from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.generation import batch_generate
 from llama_jax.loading import Model
 from llama_jax.sampling import SamplingParams
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 # Batches whose lines are read and sorted by length together: enough to sort well, little enough to start soon.
 WINDOW = 32

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_jax.checkpoint import storage
+from llama_jax import disk
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def remove_leftovers(folder: Path) -> list[Leftover]:
     for left in leftovers(folder):
         base = _base(left.path)
         # Held, so that no writer begins to use it meanwhile; a stale lock file goes away with this.
-        with storage.storage_errors(left.path), storage.file_lock(storage.lock_of(base)):
-            storage.remove(left.path)
+        with disk.storage_errors(left.path), disk.file_lock(disk.lock_of(base)):
+            disk.remove(left.path)
         found.append(left)
     return found
 
@@ -55,14 +55,14 @@ def _base(path: Path) -> Path:
 
 
 def _is_leftover(path: Path) -> bool:
-    if path.suffix not in (storage.PARTIAL, storage.ASIDE, storage.LOCK) or path.is_symlink():
+    if path.suffix not in (disk.PARTIAL, disk.ASIDE, disk.LOCK) or path.is_symlink():
         return False
     base = _base(path)
-    if storage.is_locked(storage.lock_of(base)):
+    if disk.is_locked(disk.lock_of(base)):
         return False
-    if path.suffix == storage.PARTIAL:
-        return storage.is_unfinished(path)
-    if path.suffix == storage.ASIDE:
+    if path.suffix == disk.PARTIAL:
+        return disk.is_unfinished(path)
+    if path.suffix == disk.ASIDE:
         return path.is_dir() and base.is_dir()
     return path.is_file() and path.stat().st_size == 0
 
@@ -70,8 +70,8 @@ def _is_leftover(path: Path) -> bool:
 def _size(path: Path) -> int:
     """Bytes on disk; files with several names (parts of a conversion) count once."""
     seen, total = set(), 0
-    for place, _, files in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
-        for name in files:
+    for place, _, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
+        for name in names:
             stat = os.lstat(os.path.join(place, name))
             if (stat.st_dev, stat.st_ino) not in seen:
                 seen.add((stat.st_dev, stat.st_ino))

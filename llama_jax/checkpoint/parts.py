@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from llama_jax import disk
 from llama_jax.checkpoint import format as fmt
-from llama_jax.checkpoint import storage
 from llama_jax.checkpoint.tensors import TensorReader
 from llama_jax.errors import CheckpointError
 from llama_jax.params import unflatten
@@ -95,7 +95,7 @@ def write_part(folder: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str
       keep: False takes the files out of the system's memory once they are written.
 
     Raises:
-      OSError, ValueError: see `storage.storage_errors`.
+      OSError, ValueError: see `disk.storage_errors`.
     """
     tensors = {n: fmt.TensorInfo(a.shape, a.dtype.name, fmt.digest(a.view(np.uint8))) for n, a in arrays.items()}
     folder.mkdir(parents=True)
@@ -107,9 +107,9 @@ def write_part(folder: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str
     context.memory.deepcopy_host_arrays = False
     with context, _failures_told_once():
         ocp.partial.save(folder / fmt.PARAMS, unflatten(arrays))
-    storage.sync_tree(folder, keep=keep)
+    disk.sync_tree(folder, keep=keep)
     value = {"tensors": {n: [list(t.shape), t.dtype, t.digest] for n, t in tensors.items()}, "note": dict(note)}
-    storage.write_file(folder / _JOURNAL, json.dumps(value).encode())
+    disk.write_file(folder / _JOURNAL, json.dumps(value).encode())
     return Part(folder, tensors, note)
 
 
@@ -147,7 +147,7 @@ def read_parts(folder: Path) -> list[Part]:
             tensors = {n: fmt.TensorInfo(tuple(shape), dtype, d) for n, (shape, dtype, d) in value["tensors"].items()}
             parts.append(Part(path, tensors, value["note"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            storage.remove(path)
+            disk.remove(path)
     return parts
 
 
@@ -161,7 +161,7 @@ def sound_parts(folder: Path, total_bytes: int, progress: fmt.Progress | None) -
     for part in read_parts(folder):
         for name, info in part.tensors.items():
             if not part.sound(name):
-                storage.remove(part.folder)
+                disk.remove(part.folder)
                 break
             done += info.nbytes
             if progress:
@@ -196,5 +196,5 @@ def _link_tree(src: Path, dst: Path) -> None:
     except OSError as e:
         if e.errno not in _UNLINKABLE:
             raise
-        storage.remove(dst)
+        disk.remove(dst)
         src.rename(dst)

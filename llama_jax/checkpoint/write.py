@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax import disk
 from llama_jax.checkpoint import format as fmt
-from llama_jax.checkpoint import lock, parts, storage
+from llama_jax.checkpoint import lock, parts
 from llama_jax.checkpoint.contents import check_names, json_bytes, main_dtype, small_files, tool_version
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError, UnsupportedModel
@@ -64,9 +65,9 @@ class CheckpointWriter:
         self._identity = identity
         self._progress = progress
         self._say: Callable[[str], None] = notify or (lambda _: None)
-        self._partial = self.path.with_name(self.path.name + storage.PARTIAL)
+        self._partial = self.path.with_name(self.path.name + disk.PARTIAL)
         self._parts: list[parts.Part] = []
-        self._keep_cached = storage.fits_file_cache(total_bytes)
+        self._keep_cached = disk.fits_file_cache(total_bytes)
         self._stack = contextlib.ExitStack()
 
     @property
@@ -80,12 +81,12 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(storage.file_lock(storage.lock_of(self.path), self._waiting))
-            with storage.storage_errors(self.path, self._total_bytes):
-                storage.restore_folder(self.path)
+            stack.enter_context(disk.file_lock(disk.lock_of(self.path), self._waiting))
+            with disk.storage_errors(self.path, self._total_bytes):
+                disk.restore_folder(self.path)
                 self._check_destination()
                 # Older versions gave a finished checkpoint its name in two steps.
-                ours = storage.is_unfinished(self._partial) or fmt.is_checkpoint(self._partial)
+                ours = disk.is_unfinished(self._partial) or fmt.is_checkpoint(self._partial)
                 if self._partial.exists() and not ours:
                     raise StorageError(
                         f"{self._partial} is in the way and is not of llama_jax",
@@ -94,7 +95,7 @@ class CheckpointWriter:
                 stack.push(self._leave)
                 self._go_on_or_begin()
                 done = sum(part.nbytes for part in self._parts)
-                storage.check_space(self.path, self._total_bytes - done)
+                disk.check_space(self.path, self._total_bytes - done)
             self._stack = stack.pop_all()
         return self
 
@@ -118,14 +119,14 @@ class CheckpointWriter:
 
     def _go_on_or_begin(self) -> None:
         """Takes over what a writer of the same tensors has left, or clears away what another one has."""
-        left, marker = self._partial, self._partial / storage.UNFINISHED
+        left, marker = self._partial, self._partial / disk.UNFINISHED
         identity = json.dumps(self._identity, sort_keys=True).encode()
         if self._identity is None or not marker.exists() or marker.read_bytes() != identity:
-            storage.remove(left)
+            disk.remove(left)
         left.mkdir(exist_ok=True)
         if not marker.exists():
-            storage.write_file(marker, identity)
-        storage.remove(left / _STAGED)
+            disk.write_file(marker, identity)
+        disk.remove(left / _STAGED)
         self._parts = parts.sound_parts(left / _PARTS, self._total_bytes, self._progress)
 
     def _leave(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
@@ -135,7 +136,7 @@ class CheckpointWriter:
         # What is not whole is of no use to the next writer. Orbax's threads may still be writing there.
         with contextlib.suppress(OSError):
             self._parts = parts.read_parts(self._partial / _PARTS)
-            storage.remove(self._partial / _STAGED)
+            disk.remove(self._partial / _STAGED)
         if not self._parts:
             self._discard()
             return
@@ -152,9 +153,9 @@ class CheckpointWriter:
         """Removes all that was written, the marker that it may be removed last."""
         with contextlib.suppress(OSError):
             for path in self._partial.iterdir():
-                if path.name != storage.UNFINISHED:
-                    storage.remove(path)
-            storage.remove(self._partial)
+                if path.name != disk.UNFINISHED:
+                    disk.remove(path)
+            disk.remove(self._partial)
 
     def write(self, arrays: Mapping[str, np.ndarray], note: Mapping[str, Any] | None = None) -> None:
         """Writes a batch of tensors, under their dotted names. When it returns, they are on the disk itself.
@@ -175,7 +176,7 @@ class CheckpointWriter:
                     f"tensor {name} has dtype {array.dtype.name}", hint=f"tensors may be {', '.join(fmt.DTYPES)}"
                 )
         folder = self._partial / _PARTS / self._next_number()
-        with storage.storage_errors(self.path, self._total_bytes - sum(part.nbytes for part in self._parts)):
+        with disk.storage_errors(self.path, self._total_bytes - sum(part.nbytes for part in self._parts)):
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
             self._parts.append(parts.write_part(folder, contiguous, note or {}, keep=self._keep_cached))
 
@@ -213,7 +214,7 @@ class CheckpointWriter:
         stored = main_dtype(tensors.values())
         contents = small_files(config, stored, generation_config, files)
         staged = self._partial / _STAGED
-        with storage.storage_errors(self.path):
+        with disk.storage_errors(self.path):
             parts.join(self._parts, staged)
             fmt.set_custom_metadata(staged, tensors)
             digests = {name: fmt.digest(data) for name, data in contents.items()}
@@ -233,8 +234,8 @@ class CheckpointWriter:
             marker = fmt.marker(source, stored, tool_version(), digests | {lock.LOCK_FILE: fmt.digest(data)})
             marker["digest"] = lock.marker_digest(marker)
             (staged / fmt.MARKER).write_bytes(json_bytes(marker))
-            storage.sync_tree(staged)
-            storage.replace_folder(staged, self.path)
+            disk.sync_tree(staged)
+            disk.replace_folder(staged, self.path)
         return self.path
 
 

@@ -22,7 +22,7 @@ from llama_jax.cli.options import (
 from llama_jax.cli.terminal import print_json
 
 if TYPE_CHECKING:
-    from llama_jax.profiling import ProgramTime
+    from llama_jax.measure.profiling import ProgramTime
 
 SHOWN_KERNELS = 8
 SHOWN_SHARE = 0.01
@@ -73,10 +73,10 @@ def command(
     mesh both are those of one device, and the ceilings too.
     """
     from llama_jax import runtime
-    from llama_jax.bench import bench, environment, measure_ceilings, profile_generation, random_model
     from llama_jax.cli.progress import Reporter
     from llama_jax.kernels import report
     from llama_jax.loading import load
+    from llama_jax.measure.bench import bench, environment, measure_ceilings, profile_generation, random_model
 
     runtime.enable_compilation_cache()
     devices = requested_mesh(mesh, tp, batch=max(batches), context=prompt + new, prompt=prompt)

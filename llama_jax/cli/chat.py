@@ -85,10 +85,10 @@ def command(
         conversation = conversation.with_system(system)
     default_sampling({}, given(fields))
 
-    from llama_jax.chat import select_template
     from llama_jax.cli.chat_session import COMMANDS, Session
     from llama_jax.loading import load
     from llama_jax.runtime import device_name
+    from llama_jax.text.chat import select_template
 
     devices = requested_mesh(mesh, tp)
     read = screen.reader(

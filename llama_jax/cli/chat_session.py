@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-from llama_jax.chat import encode_chat
 from llama_jax.cli.chat_conversation import (
     Command,
     Conversation,
@@ -26,11 +25,12 @@ from llama_jax.cli.chat_screen import Reader, Screen, catch_interrupt
 from llama_jax.cli.terminal import print_json
 from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
 from llama_jax.generation import stream_generate
+from llama_jax.generation.outputs import StreamOutput
 from llama_jax.loading import Model
-from llama_jax.outputs import StreamOutput
 from llama_jax.runtime import device_name
 from llama_jax.sampling import SamplingParams
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.chat import encode_chat
+from llama_jax.text.tokenizer import Tokenizer
 
 NARROW = 70
 """Columns below which the line after an answer is short."""

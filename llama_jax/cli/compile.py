@@ -14,7 +14,7 @@ from llama_jax.cli.terminal import print_json, printable, size_text
 from llama_jax.errors import DoesNotFit, RequestError
 
 if TYPE_CHECKING:
-    from llama_jax.model_compilation import ModelCompilation, Phase
+    from llama_jax.aot.model import ModelCompilation, Phase
     from llama_jax.targets import Target
 
 _KERNELS = 5
@@ -67,8 +67,8 @@ def command(
         raise click.UsageError("--tp N is short for --mesh tensor=N: give one of them")
     chosen = _target(target)
     mesh_shape = _mesh_shape(mesh) if mesh else {"tensor": tp} if tp and tp > 1 else {}
-    from llama_jax.model_compilation import compile_model
-    from llama_jax.models.configs import find_config
+    from llama_jax.aot.model import compile_model
+    from llama_jax.library.configs import find_config
 
     config = find_config(model)
     began = time.monotonic()

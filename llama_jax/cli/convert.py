@@ -40,7 +40,7 @@ def command(
     """
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.convert import convert
-    from llama_jax.models import check_source
+    from llama_jax.library import check_source
 
     began = time.monotonic()
     with Reporter(quiet=quiet, label="Converting") as reporter:
@@ -81,7 +81,7 @@ def command(
 
 def _source(src: str, reporter: Reporter) -> tuple[Path, str | None, str | None]:
     """The folder or file that SRC means, and name and revision for the checkpoint's metadata where SRC knows better."""
-    from llama_jax.models import DEFAULT_MODEL, fetch_source
+    from llama_jax.library import DEFAULT_MODEL, fetch_source
 
     path = Path(src)
     if path.exists():

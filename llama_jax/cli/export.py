@@ -69,7 +69,7 @@ def command(
     shard_bytes = None if shard_size is None else _size(shard_size)
 
     from llama_jax.convert.export import SHARD_BYTES, export_gguf, export_hf
-    from llama_jax.models import resolve
+    from llama_jax.library import resolve
 
     with Reporter(quiet=quiet, label="Exporting") as reporter:
         path = resolve(checkpoint, progress=reporter.progress, notify=reporter.notify)

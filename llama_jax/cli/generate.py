@@ -29,7 +29,7 @@ from llama_jax.errors import RequestError
 if TYPE_CHECKING:
     from llama_jax.loading import Model
     from llama_jax.sampling import SamplingParams
-    from llama_jax.tokenizer import Tokenizer
+    from llama_jax.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -103,7 +103,7 @@ def command(
         )
         reporter.warn_of_unused_gpu()
     if conversation is not None:
-        from llama_jax.chat import encode_chat
+        from llama_jax.text.chat import encode_chat
 
         ids = encode_chat(tokenizer, conversation)
     else:

@@ -12,7 +12,7 @@ from llama_jax.cli.options import examples, json_option
 from llama_jax.cli.terminal import print_json, printable, size_text
 
 if TYPE_CHECKING:
-    from llama_jax.models import Download, ModelInfo
+    from llama_jax.library import Download, ModelInfo
 
 _HEAD = ("NAME", "SIZE", "DTYPE", "LICENCE", "REVISION", "DATE", "SOURCE")
 _REVISION = 12
@@ -27,7 +27,7 @@ def command(as_json: bool) -> None:
 
     SIZE is what a model takes up on the disk, DATE when it was converted (or downloaded).
     """
-    from llama_jax.models import cache_dir, hub_cache, list_downloads, list_models
+    from llama_jax.library import cache_dir, hub_cache, list_downloads, list_models
 
     models, downloads = list_models(), list_downloads()
     if as_json:

@@ -10,7 +10,7 @@ import click
 
 from llama_jax.errors import RequestError
 from llama_jax.kernels.registry import VARIABLE, parse_backends
-from llama_jax.models import DEFAULT_MODEL
+from llama_jax.library import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

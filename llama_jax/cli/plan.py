@@ -14,8 +14,8 @@ from llama_jax.cli.terminal import print_json, printable
 from llama_jax.errors import DoesNotFit, RequestError
 
 if TYPE_CHECKING:
+    from llama_jax.aot.model import ModelCompilation
     from llama_jax.config import LlamaConfig
-    from llama_jax.model_compilation import ModelCompilation
     from llama_jax.plan import Plan, Workload
     from llama_jax.targets import Target
 
@@ -77,7 +77,7 @@ def command(
 
     Exits with 6 if it does not fit.
     """
-    from llama_jax.models.configs import find_config
+    from llama_jax.library.configs import find_config
     from llama_jax.plan import default_workload, make_plan
     from llama_jax.plan import memory_fraction as usual_fraction
 
@@ -139,7 +139,7 @@ def _sizes(
 
 
 def _compile(config: LlamaConfig, plan: Plan, *, quiet: bool) -> ModelCompilation:
-    from llama_jax.model_compilation import compile_model
+    from llama_jax.aot.model import compile_model
 
     def say(line: str) -> None:
         if not quiet:

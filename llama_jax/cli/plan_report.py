@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.cli.terminal import size_text
 
 if TYPE_CHECKING:
+    from llama_jax.aot.model import ModelCompilation
     from llama_jax.config import LlamaConfig
-    from llama_jax.model_compilation import ModelCompilation
     from llama_jax.plan import Bytes, Floor, Plan
     from llama_jax.targets import Collective
 
@@ -92,8 +92,8 @@ def _rate(plan: Plan) -> str:
 
 def _programs(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> dict[str, tuple[Bytes, Any]]:
     """Of each program what was predicted for the shapes that were compiled, and its compilation."""
-    from llama_jax.costs import local_rows
     from llama_jax.plan import Place
+    from llama_jax.plan.costs import local_rows
 
     place = Place(config, plan.target, plan.sizes, plan.workload.itemsize)
     rows = local_rows(xla.batch, plan.sizes)

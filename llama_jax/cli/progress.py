@@ -54,7 +54,7 @@ class Reporter:
 
     def warn_of_unused_gpu(self) -> None:
         """Prints a warning if jax computes on the CPU though there is a GPU and nobody asked for that; imports jax."""
-        from llama_jax.hardware import unused_gpu_warning
+        from llama_jax.targets.hardware import unused_gpu_warning
 
         if not self._quiet and (warning := unused_gpu_warning()):
             print(warning, file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ import click
 from llama_jax.cli.options import examples, json_option, quiet_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, printable, size_text
-from llama_jax.models import DEFAULT_MODEL
+from llama_jax.library import DEFAULT_MODEL
 
 
 @click.command(
@@ -34,7 +34,7 @@ def command(name: str, revision: str | None, no_convert: bool, quiet: bool, as_j
     licence and model card. A pull that was stopped continues where it was. Gated models need a token: `hf auth login`,
     or HF_TOKEN.
     """
-    from llama_jax.models import pull
+    from llama_jax.library import pull
 
     began = time.monotonic()
     with Reporter(quiet=quiet, label="Downloading") as reporter:

@@ -13,7 +13,7 @@ from llama_jax.cli.terminal import print_json, printable, size_text
 from llama_jax.errors import RequestError
 
 if TYPE_CHECKING:
-    from llama_jax.models.removal import Removable
+    from llama_jax.library.removal import Removable
 
 
 @click.command(
@@ -35,7 +35,7 @@ def command(names: tuple[str, ...], downloads: bool, tmp: bool, yes: bool, as_js
     Nothing outside the cache is ever removed, and nothing that another process is writing. With --downloads the hub's
     cache is cleared of these models as well, which other programs may use.
     """
-    from llama_jax.models.removal import find_leftovers, find_models, remove
+    from llama_jax.library.removal import find_leftovers, find_models, remove
 
     if not names and not tmp:
         raise RequestError("no model is named", param="names", hint="give names from `llama-jax list`, or --tmp")

@@ -9,7 +9,7 @@ import click
 
 from llama_jax.cli.options import examples, json_option, mesh_options
 from llama_jax.cli.terminal import print_json, printable, size_text
-from llama_jax.models import DEFAULT_MODEL, locate
+from llama_jax.library import DEFAULT_MODEL, locate
 
 _TEMPLATE_LINES = 3
 _TEMPLATE_WIDTH = 100
@@ -38,7 +38,7 @@ def command(model: str, tensors: bool, template: bool, mesh: str | None, tp: int
     No weights are read, and nothing is converted or downloaded: a folder, a GGUF file or a download of the hub is shown
     as it is. With --tp or --mesh, also how it is split over so many devices; they need not be there.
     """
-    from llama_jax.models.describe import describe
+    from llama_jax.library.describe import describe
 
     axes = None
     if mesh is not None or tp is not None:

@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from llama_jax.models.sizes import size_text as size_text
+from llama_jax.library.sizes import size_text as size_text
 
 # C0 and C1 control characters and DEL as visible signs, so that no escape sequence of a model's output reaches the
 # terminal. Newline and tab stay; a carriage return could overwrite a line, and is of no use without that.

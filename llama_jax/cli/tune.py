@@ -12,7 +12,7 @@ from llama_jax.cli.terminal import print_json, printable
 from llama_jax.kernels.registry import OPERATIONS
 
 if TYPE_CHECKING:
-    from llama_jax.tuning import Candidate, Measurement
+    from llama_jax.measure.tuning import Candidate, Measurement
 
 
 @click.command(
@@ -35,8 +35,8 @@ def command(names: tuple[str, ...], model: str | None, most: int, repeats: int, 
     from llama_jax.config import preset
     from llama_jax.kernels.registry import operation
     from llama_jax.loading import check_kernels_once
+    from llama_jax.measure.tuning import candidates, numbers_of, tune
     from llama_jax.targets import current
-    from llama_jax.tuning import candidates, numbers_of, tune
 
     runtime.enable_compilation_cache()
     numbers = None if model is None else numbers_of(preset(model))

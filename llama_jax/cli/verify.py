@@ -15,8 +15,8 @@ from llama_jax.cli.terminal import print_json, printable, size_text
 from llama_jax.errors import CheckpointError, VerificationError
 
 if TYPE_CHECKING:
+    from llama_jax.measure.verification import Inputs
     from llama_jax.plan import MeshRequest
-    from llama_jax.verification import Inputs
 
 
 @click.command(
@@ -76,7 +76,7 @@ def _check_digests(
 ) -> Path:
     from llama_jax.checkpoint import verify
     from llama_jax.convert.verify import verify_source
-    from llama_jax.models import resolve
+    from llama_jax.library import resolve
 
     report = verify(resolve(checkpoint, progress=reporter.progress, notify=reporter.notify), reporter.progress)
     if source is not None and report.ok:
@@ -101,7 +101,7 @@ def _check_digests(
 
 
 def _inputs(expected: str, save_logits: str | None) -> Inputs:
-    from llama_jax import verification
+    from llama_jax.measure import verification
 
     inputs = verification.read_inputs(expected)
     if save_logits and not inputs.greedy:
@@ -119,8 +119,9 @@ def _check_numbers(
     *,
     quiet: bool,
 ) -> None:
-    from llama_jax import runtime, verification
+    from llama_jax import runtime
     from llama_jax.checkpoint import open_checkpoint
+    from llama_jax.measure import verification
 
     runtime.enable_compilation_cache()
     config = open_checkpoint(path).config

@@ -6,7 +6,6 @@ who asks; this package imports neither jax nor numpy.
 
 from __future__ import annotations
 
-from llama_jax.doctor.cache import check_cache, check_default_model, check_folder
 from llama_jax.doctor.devices import check_devices
 from llama_jax.doctor.environment import ENVIRONMENT, PREFIXES, check_environment, shown
 from llama_jax.doctor.examination import check_several, doctor, gpus_in_use
@@ -17,6 +16,7 @@ from llama_jax.doctor.packages import PACKAGES, PLUGINS, check_packages, check_p
 from llama_jax.doctor.probe import PROBE_DEADLINE_S, Probe, probe_jax
 from llama_jax.doctor.report import INTERNAL, Check, Report, Status
 from llama_jax.doctor.shared_memory import check_shared_memory
+from llama_jax.doctor.storage import check_cache, check_default_model, check_folder
 from llama_jax.doctor.visibility import check_visibility
 
 __all__ = [

@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama_jax import hardware
 from llama_jax.doctor.probe import Probe
 from llama_jax.doctor.report import Check
 from llama_jax.errors import NoDevice
+from llama_jax.targets import hardware
 
 
 def check_devices(

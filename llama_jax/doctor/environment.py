@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama_jax import hardware
 from llama_jax.doctor.probe import Probe
 from llama_jax.doctor.report import Check
+from llama_jax.targets import hardware
 
 ENVIRONMENT = (
     "JAX_PLATFORMS",

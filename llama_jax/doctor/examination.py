@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_jax import hardware, targets
-from llama_jax.doctor.cache import check_cache, known_cache
+from llama_jax import targets
 from llama_jax.doctor.devices import check_devices
 from llama_jax.doctor.environment import check_environment, shown
 from llama_jax.doctor.graphs import check_graphs
@@ -20,8 +19,10 @@ from llama_jax.doctor.packages import check_packages, check_plugins, installed_v
 from llama_jax.doctor.probe import PROBE_DEADLINE_S, Probe, probe_jax
 from llama_jax.doctor.report import Check, Report
 from llama_jax.doctor.shared_memory import check_shared_memory
+from llama_jax.doctor.storage import check_cache, known_cache
 from llama_jax.doctor.visibility import check_visibility
-from llama_jax.kernel_check import Numerics, check_kernels
+from llama_jax.kernels.checking.child import Numerics, check_kernels
+from llama_jax.targets import hardware
 
 
 def doctor(

@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_jax.doctor.report import Check
 from llama_jax.errors import VerificationError
-from llama_jax.kernel_check import Numerics
+from llama_jax.kernels.checking.child import Numerics
 
 
 def check_choices(kernels: Mapping[str, Any]) -> list[Check]:

@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from llama_jax import hardware
 from llama_jax.doctor.child import run_child
 from llama_jax.doctor.report import Check
-from llama_jax.targets import kfd
+from llama_jax.targets import hardware, kfd
 
 NVIDIA_SMI_DEADLINE_S = 10.0
 

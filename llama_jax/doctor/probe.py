@@ -32,7 +32,7 @@ print("probe:" + json.dumps({
 # What this package would run there comes second: if that fails, the devices are known all the same.
 try:
     from llama_jax.errors import LlamaJaxError
-    from llama_jax.graphs import graph_options
+    from llama_jax.decode.graphs import graph_options
     from llama_jax.kernels import plan
     try:
         graphs = [graph_options(several=several) for several in (False, True)[:len(devices)]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from llama_jax import hardware
 from llama_jax.doctor.report import Check
+from llama_jax.targets import hardware
 
 LEAST = 1 << 30
 """Bytes of /dev/shm. RCCL takes some tens of megabytes for each pair of GPUs; containers have 64 MB by default

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llama_jax import hardware
 from llama_jax.doctor.report import Check
+from llama_jax.targets import hardware
 
 _NAMES = {
     "amd": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),

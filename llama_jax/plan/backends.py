@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
-from llama_jax.costs import local_heads
 from llama_jax.kernels.attention import Visibility, decode_attention, flash_attention
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.dispatch import choose
 from llama_jax.kernels.moe import grouped_experts
+from llama_jax.plan.costs import local_heads
 from llama_jax.targets import Target
 
 

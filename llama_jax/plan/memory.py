@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
-from llama_jax.costs import local_heads, local_size
-from llama_jax.fuse import JOINED
+from llama_jax.layout import split_config
+from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
 from llama_jax.plan.backends import Backends
+from llama_jax.plan.costs import local_heads, local_size
 from llama_jax.plan.workload import Calls
-from llama_jax.sharding import RULES, split_config
+from llama_jax.sharding import RULES
 from llama_jax.targets import Target
 
 _STATE_ROW = 74

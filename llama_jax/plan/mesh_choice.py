@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
+from llama_jax.layout import check
 from llama_jax.plan.device_memory import MEMORY_FRACTION, share
 from llama_jax.plan.memory import Place
 from llama_jax.plan.search import needs_of
 from llama_jax.plan.workload import Workload
-from llama_jax.sharding import check
 from llama_jax.targets import Target
 
 

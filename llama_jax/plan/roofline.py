@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llama_jax.config import LlamaConfig, MoeSpec
-from llama_jax.costs import (
+from llama_jax.decode.buckets import pieces
+from llama_jax.plan.costs import (
     exchange_s,
     least_s,
     local_heads,
@@ -24,7 +25,6 @@ from llama_jax.costs import (
     step_bytes,
     step_flops,
 )
-from llama_jax.decode import pieces
 from llama_jax.plan.workload import Workload
 from llama_jax.sharding import RULES
 from llama_jax.targets import Collective, Target

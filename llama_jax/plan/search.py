@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
+from llama_jax.layout import check
 from llama_jax.plan.backends import Backends, backends
 from llama_jax.plan.device_memory import MEMORY_FRACTION, share
 from llama_jax.plan.memory import Needs, Place, needs
 from llama_jax.plan.roofline import Floor, decode_floor, prefill_floor
 from llama_jax.plan.workload import Calls, Workload, calls, default_workload
-from llama_jax.sharding import check
 from llama_jax.targets import Target
 
 _MOST_ROWS = 1 << 20

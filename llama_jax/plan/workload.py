@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from llama_jax.config import LlamaConfig
-from llama_jax.costs import local_rows
-from llama_jax.decode import batch_bucket, capacities, chunk_length, prompt_bucket
+from llama_jax.decode.buckets import batch_bucket, capacities, chunk_length, prompt_bucket
 from llama_jax.errors import RequestError
+from llama_jax.plan.costs import local_rows
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PROMPT = 512

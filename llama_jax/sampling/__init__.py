@@ -2,7 +2,8 @@
 
 Field names, defaults and order are vLLM's: log-probabilities of the raw logits; then min_tokens, logit_bias, penalties,
 temperature, min_p, top_k, top_p. Every row draws from its own key, so a row's tokens do not depend on its batch. On
-several devices each keeps its part of the vocabulary; only a few candidates of each row are sent (`sharding.rows`).
+several devices each keeps its part of the vocabulary; only a few candidates of each row are sent
+(`sharding.reductions`).
 """
 
 from __future__ import annotations

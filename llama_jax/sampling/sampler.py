@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.sampling.params import GREEDY_BELOW, SamplingParams
 from llama_jax.sampling.truncation import truncate
-from llama_jax.sharding import constrain, local, rows, split_over
+from llama_jax.sharding import constrain, local, reductions, split_over
 
 _FORBIDDEN = -1e30
 
@@ -143,9 +143,9 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> Logprobs:
 
 
 def _token_logprobs(logits: jax.Array, tokens: jax.Array, *, n: int, axis: str | None) -> Logprobs:
-    logprobs = rows.log_softmax(logits, axis)
-    top, top_ids = rows.top_k(logprobs, max(n, 1), axis)
-    return Logprobs(rows.take(logprobs, tokens, axis), top_ids, top)
+    logprobs = reductions.log_softmax(logits, axis)
+    top, top_ids = reductions.top_k(logprobs, max(n, 1), axis)
+    return Logprobs(reductions.take(logprobs, tokens, axis), top_ids, top)
 
 
 def sample(
@@ -193,7 +193,7 @@ def _sample(
     """`sample` of this device's rows and part of the vocabulary."""
     raw = logits
     batch, width = logits.shape
-    first, row = rows.start(logits, axis), jnp.arange(batch)
+    first, row = reductions.start(logits, axis), jnp.arange(batch)
     if options.min_tokens:
         early = state.step < state.min_tokens
         column = state.stop_ids - first
@@ -203,12 +203,12 @@ def _sample(
         logits = logits + state.bias
     if options.penalties:
         logits = _penalize(logits, state)
-    tokens = rows.argmax(logits, axis)
+    tokens = reductions.argmax(logits, axis)
     if noise is not None:
         scaled = logits / jnp.maximum(state.temperature, GREEDY_BELOW)[:, None]
         if options.truncate:
             scaled = truncate(scaled, state, axis)
-        drawn = rows.argmax(scaled + noise, axis)
+        drawn = reductions.argmax(scaled + noise, axis)
         tokens = jnp.where(state.temperature < GREEDY_BELOW, tokens, drawn)
     counts = state.counts
     if counts is not None:

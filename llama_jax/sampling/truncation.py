@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from llama_jax.sharding import rows
+from llama_jax.sharding import reductions
 
 CANDIDATES = 128
 """Of each device's part of a row, so many of the largest logits are compared with those of the other devices."""
@@ -38,7 +38,7 @@ def truncate(logits: jax.Array, limits: Limits, axis: str | None = None) -> jax.
     Returns:
       The logits, -inf where a token is forbidden.
     """
-    best = rows.largest(logits, axis)[:, None]
+    best = reductions.largest(logits, axis)[:, None]
     logits = jnp.where(logits - best < jnp.log(limits.min_p)[:, None], -jnp.inf, logits)
     cut = _exact_cut(logits, best, limits, None) if axis is None else _cut_of_parts(logits, best, limits, axis)
     return jnp.where(_ordered(logits) >= cut[:, None], logits, -jnp.inf)
@@ -50,9 +50,9 @@ def _exact_cut(logits: jax.Array, best: jax.Array, limits: Limits, axis: str | N
     kth = _kth(order, limits.top_k, axis)
     # Relative to the best token's, so that the sum is exact enough whatever the vocabulary.
     weights = jnp.where(order >= kth[:, None], jnp.exp(logits - best), 0.0)
-    nucleus = _nucleus(order, weights, limits.top_p * rows.total(weights, axis), axis)
+    nucleus = _nucleus(order, weights, limits.top_p * reductions.total(weights, axis), axis)
     # A top_p that is zero in float32 would leave nothing.
-    nucleus = jnp.minimum(nucleus, rows.largest(order, axis))
+    nucleus = jnp.minimum(nucleus, reductions.largest(order, axis))
     return jnp.maximum(kth, jnp.where(limits.top_p >= 1.0, jnp.uint32(0), nucleus))
 
 
@@ -74,7 +74,7 @@ def _cut_of_parts(logits: jax.Array, best: jax.Array, limits: Limits, axis: str)
 
     all_kept = limits.top_k >= logits.shape[1] * jax.lax.axis_size(axis)
     kth = jnp.where(all_kept, jnp.uint32(0), _kth(order, limits.top_k, None))
-    mass = rows.total(jnp.where(_ordered(logits) >= kth[:, None], jnp.exp(logits - best), 0.0), axis)
+    mass = reductions.total(jnp.where(_ordered(logits) >= kth[:, None], jnp.exp(logits - best), 0.0), axis)
     weights = jnp.where(order >= kth[:, None], jnp.exp(candidates - best), 0.0)
     nucleus = _nucleus(order, weights, limits.top_p * mass, None)
     nucleus = jnp.minimum(nucleus, jnp.max(order, axis=-1))
@@ -89,13 +89,13 @@ def _cut_of_parts(logits: jax.Array, best: jax.Array, limits: Limits, axis: str)
 
 def _kth(order: jax.Array, k: jax.Array, axis: str | None) -> jax.Array:
     """The k-th largest number of each row of `order`; 0 if there are fewer."""
-    return _bisect(lambda cut: rows.total(order >= cut[:, None], axis) >= k, order.shape[0])
+    return _bisect(lambda cut: reductions.total(order >= cut[:, None], axis) >= k, order.shape[0])
 
 
 def _nucleus(order: jax.Array, weights: jax.Array, enough: jax.Array, axis: str | None) -> jax.Array:
     """The largest cut at which the weights of numbers no smaller add up to `enough`; 0 if they never do."""
     return _bisect(
-        lambda cut: rows.total(jnp.where(order >= cut[:, None], weights, 0.0), axis) >= enough, order.shape[0]
+        lambda cut: reductions.total(jnp.where(order >= cut[:, None], weights, 0.0), axis) >= enough, order.shape[0]
     )
 
 

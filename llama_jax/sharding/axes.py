@@ -14,6 +14,9 @@ MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 SUPPORTED = ("data", "tensor")
 """Those that loading and generating split over; the others are kept for what is not here yet."""
 
+Axes = tuple[str | None, ...]
+"""The logical name of each dimension of an array."""
+
 Rules = Mapping[str, str]
 """Logical axis to mesh axis; logical axes that are not listed are never split."""
 

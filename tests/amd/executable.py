@@ -1,7 +1,7 @@
 """Runs whole executables that XLA compiled for gfx942 or gfx950: kernels in the emulator, XLA's own copies, fills,
 loops and branches here. Calls of libraries (hipBLASLt, RCCL, ...) are refused.
 
-What the numbers of protocol buffer fields mean: `llama_jax.targets.compiler.executable`.
+What the numbers of protocol buffer fields mean: `llama_jax.aot.compiler.executable`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 from amd.emulator import Kernel, KernelCode, Launch, NotModelled, Options, Region, load_kernel
 from amd.emulator.waves import POISON
-from llama_jax.targets.compiler.executable import gpu_executable
-from llama_jax.targets.compiler.wire import fields, integer_at, message_at, messages, text_at, varint
+from llama_jax.aot.compiler.executable import gpu_executable
+from llama_jax.aot.compiler.wire import fields, integer_at, message_at, messages, text_at, varint
 
 # Fields of GpuExecutableProto.
 _MODULE, _CODE, _BUFFERS, _OUTPUTS, _CONSTANTS, _THUNKS = 1, 4, 10, 11, 12, 13

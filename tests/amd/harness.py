@@ -12,7 +12,7 @@ import numpy as np
 
 from amd.emulator import KernelCode, Options
 from amd.executable import Executable, LaunchRecord
-from llama_jax.targets import Compilation, compile_for
+from llama_jax.aot import Compilation, compile_for
 
 ARCHS = ("gfx942", "gfx950")
 IN_ORDER = Options()

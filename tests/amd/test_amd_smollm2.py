@@ -19,7 +19,7 @@ from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.norm import add_rms_norm_op
 from llama_jax.loading import Model
 from llama_jax.model import forward
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 # Pallas's Triton lowering, which JAX has deprecated.
 pytestmark = [

@@ -1,0 +1,190 @@
+"""A whole model compiled for AMD GPUs that this machine does not have: does it fit, what do the devices exchange, which
+kernels run, and how fast could it be.
+
+Prefill and the decode step are the programs that `generate` runs, with parameters laid out and split as `load` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from llama_jax.aot import Compilation, compile_for, device_mesh
+from llama_jax.aot.programs import Program, decode_program, prefill_program
+from llama_jax.config import LlamaConfig
+from llama_jax.decode.buckets import batch_bucket, cache_bucket, chunk_length, pieces, prompt_bucket
+from llama_jax.errors import DoesNotFit, RequestError
+from llama_jax.layout import split_config
+from llama_jax.params import param_specs
+from llama_jax.plan.costs import cache_read_bytes, exchange_s, least_s, local_rows, local_size, matmul_params, seconds
+from llama_jax.sharding import parts
+from llama_jax.targets import Target, abstract_device
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Prefill or the decode step.
+
+    Attributes:
+      name: "prefill" or "decode".
+      tokens: that one run puts into the cache, of all rows.
+      read_bytes: what one device has to read at least: the weights that so many tokens use, and the cache.
+      compute_s, memory_s, links_s: the least time for the arithmetic that XLA counts, for `read_bytes`, and for what
+        the devices send one another, at the target's peak rates; None where amount or rate is not known.
+      overlapped: whether devices compute while they exchange.
+    """
+
+    name: str
+    tokens: int
+    compilation: Compilation
+    read_bytes: int
+    compute_s: float | None
+    memory_s: float | None
+    links_s: float | None
+    overlapped: bool = False
+
+    @property
+    def floor_s(self) -> float | None:
+        """Least seconds of one run: arithmetic and reading overlap, exchange with other devices only where prefill runs
+        in pieces. A prediction from peak rates: launches, latencies and everything below the peak come on top."""
+        return least_s(self.compute_s, self.memory_s, self.links_s, overlapped=self.overlapped)
+
+
+@dataclass(frozen=True)
+class ModelCompilation:
+    """A model compiled for a target.
+
+    Attributes:
+      mesh_shape: axis name to number of devices.
+      batch: rows, filled up as `generate` does it; `capacity`: slots of the cache of each; `chunk`: prompt tokens of a
+        row in one prefill.
+    """
+
+    target: Target
+    mesh_shape: Mapping[str, int]
+    dtype: str
+    batch: int
+    capacity: int
+    chunk: int
+    prefill: Phase
+    decode: Phase
+
+    @property
+    def needed_bytes(self) -> int:
+        """Memory of one device in the phase that needs more."""
+        return max(phase.compilation.memory.total for phase in (self.prefill, self.decode))
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has that much."""
+        return self.needed_bytes <= self.target.memory
+
+
+def compile_model(
+    config: LlamaConfig,
+    target: Target,
+    mesh_shape: Mapping[str, int] | None = None,
+    *,
+    batch: int = 1,
+    context: int | None = None,
+    prompt: int | None = None,
+    dtype: DTypeLike = "bfloat16",
+    progress: Callable[[str], None] | None = None,
+) -> ModelCompilation:
+    """Compiles prefill and the decode step of a model.
+
+    Args:
+      mesh_shape: axis name to number of devices: "tensor" splits the model, "data" the batch.
+      batch: rows.
+      context: tokens of a row that the cache has to hold; by default 4096, or what the model can take if that is less.
+      prompt: tokens of a row that prefill is compiled for, by default 512 or the context; long ones run in chunks, of
+        which one is compiled.
+      dtype: of parameters and cache.
+      progress: called with a line of text before each program.
+
+    Raises:
+      RequestError: the prompt is longer than the context, or the context than the model's.
+      DoesNotFit: the weights alone are larger than a device's memory; nothing is compiled then.
+      CompilerUnavailable: the compiler for AMD GPUs is missing, or the target is not AMD's.
+    """
+    say = progress or (lambda line: None)
+    dtype = jnp.dtype(dtype)
+    context = min(4096, config.context_length) if context is None else context
+    prompt = min(512, context) if prompt is None else prompt
+    if context > config.context_length:
+        raise RequestError(
+            f"a context of {context} tokens is longer than the model's, {config.context_length}",
+            param="context",
+            hint=f"choose at most {config.context_length}",
+        )
+    if prompt > context:
+        raise RequestError(
+            f"a prompt of {prompt} tokens does not fit a context of {context}",
+            param="prompt",
+            hint="choose a longer one",
+        )
+    mesh = device_mesh(target, mesh_shape or {})
+    split = split_config(config, mesh)
+    with abstract_device(target, mesh):
+        rows = batch_bucket(batch)
+        length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
+        chunk = chunk_length(split, rows, length, capacity)
+        cut = pieces(local_rows(rows, mesh.shape), chunk, parts("mlp"))
+    weights = sum(local_size(spec, split, mesh.shape) for spec in param_specs(split)) * dtype.itemsize
+    if weights > target.memory:
+        raise DoesNotFit(
+            f"the weights alone take {weights / 1e9:.1f} GB on each of {mesh.size} devices, and {target.name} has "
+            f"{target.memory / 1e9:.1f} GB",
+            hint="split the model over more devices (tensor=N), or choose a smaller dtype",
+        )
+
+    def compiled(program: Program) -> Compilation:
+        return compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
+
+    phase = partial(_phase, config=split, mesh=mesh, dtype=dtype, target=target)
+    say(f"compiling prefill of {rows} x {chunk} tokens for {mesh.size} x {target.name}")
+    prefill = compiled(prefill_program(config, mesh, batch=rows, capacity=capacity, chunk=chunk, dtype=dtype))
+    say(f"compiling a decode step of {rows} rows for {mesh.size} x {target.name}")
+    decode = compiled(decode_program(config, mesh, batch=rows, capacity=capacity, dtype=dtype))
+    cache = cache_read_bytes(split, dtype.itemsize, rows, capacity, mesh.shape)
+    return ModelCompilation(
+        target=target,
+        mesh_shape=dict(mesh.shape) if mesh_shape else {},
+        dtype=dtype.name,
+        batch=rows,
+        capacity=capacity,
+        chunk=chunk,
+        prefill=phase("prefill", rows * chunk, prefill, 0, overlapped=cut > 1),
+        decode=phase("decode", rows, decode, cache),
+    )
+
+
+def _phase(
+    name: str,
+    tokens: int,
+    compilation: Compilation,
+    cache_bytes: int,
+    *,
+    overlapped: bool = False,
+    config: LlamaConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: jnp.dtype,
+    target: Target,
+) -> Phase:
+    weights = matmul_params(config, local_rows(tokens, mesh.shape), mesh.shape)
+    read_bytes = round(weights * dtype.itemsize) + cache_bytes
+    return Phase(
+        name,
+        tokens,
+        compilation,
+        read_bytes,
+        compute_s=seconds(compilation.flops, target.rates.of(dtype.name)),
+        memory_s=seconds(read_bytes, target.bandwidth),
+        links_s=exchange_s(compilation.collectives, target),
+        overlapped=overlapped,
+    )

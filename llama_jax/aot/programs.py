@@ -1,0 +1,118 @@
+"""The programs that `generate` runs, as functions with the shapes of their arguments: to compile them, or to count what
+they take, without a model.
+
+    program = decode_program(config, mesh, batch=8, capacity=4096, dtype="bfloat16")
+    with on(mesh):
+        compiled = program.lower().compile()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from llama_jax.cache import DENSE_AXES, DenseCache
+from llama_jax.config import LlamaConfig
+from llama_jax.decode.loop import decode_step, first_token
+from llama_jax.decode.prefill import prefill_chunk
+from llama_jax.layout import partition_spec, split_config
+from llama_jax.model.fuse import fuse_params
+from llama_jax.params import PROJECTION_AXES, Params, flatten, param_specs, unflatten
+from llama_jax.sampling import SamplingParams, make_sampler
+from llama_jax.sharding import RULES, Axes
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function with everything that it takes to compile it.
+
+    Attributes:
+      args: trees of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.
+      static: keyword arguments that the program is made for.
+    """
+
+    name: str
+    function: Any
+    args: tuple[Any, ...]
+    static: Mapping[str, Any]
+
+    def lower(self) -> jax.stages.Lowered:
+        """For the devices of its arguments' mesh, or the default device. On a mesh: inside of `sharding.on(mesh)`."""
+        return self.function.lower(*self.args, **self.static)
+
+
+_decode_step = partial(jax.jit, static_argnames=("config", "options"), donate_argnames=("state",))(decode_step)
+
+
+def prefill_program(
+    config: LlamaConfig, mesh: Mesh | None = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
+) -> Program:
+    """The first `chunk` tokens of the prompts of `batch` rows, into a new cache of `capacity` slots a row.
+
+    Args:
+      config: of the model; on a mesh, key/value heads are repeated as `load` does it.
+    """
+    config = split_config(config, mesh)
+    tokens = _array((batch, chunk), jnp.int32, ("batch",), mesh)
+    lengths = _array((batch,), jnp.int32, ("batch",), mesh)
+    args = (fused_parameters(config, mesh, dtype), None, tokens, tokens, tokens, lengths)
+    static = {
+        "config": config,
+        "capacity": capacity,
+        "dtype": jnp.dtype(dtype),
+        "prompt_logprobs": None,
+        "page_size": None,
+    }
+    return Program("prefill", prefill_chunk, args, static)
+
+
+def decode_program(
+    config: LlamaConfig, mesh: Mesh | None = None, *, batch: int, capacity: int, dtype: DTypeLike
+) -> Program:
+    """One greedy decode step of `batch` rows over a cache of `capacity` slots a row, its state donated."""
+    config = split_config(config, mesh)
+    options, sampler = make_sampler([SamplingParams(seed=0, temperature=0.0)] * batch, [[]] * batch, config.vocab_size)
+    cache = jax.eval_shape(partial(DenseCache.create, config, batch, capacity, dtype))
+    ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    logits = jax.ShapeDtypeStruct((batch, config.vocab_size), jnp.float32)
+    start = partial(first_token, options=options, room=capacity)
+    state, _ = jax.eval_shape(start, logits, cache, sampler, ints, ints)
+    state = jax.tree.map(lambda x: _array(x.shape, x.dtype, ("batch",) if x.shape else (), mesh), state)
+    slots = [_array(k.shape, k.dtype, DENSE_AXES, mesh) for k in cache.k]
+    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, k=tuple(slots), v=tuple(slots)))
+    args = (fused_parameters(config, mesh, dtype), state)
+    return Program("decode", _decode_step, args, {"config": config, "options": options})
+
+
+def fused_parameters(config: LlamaConfig, mesh: Mesh | None, dtype: DTypeLike) -> Params:
+    """Shapes and shardings of the parameters as `load` lays them out."""
+    canonical = {s.name: jax.ShapeDtypeStruct(s.shape, dtype) for s in param_specs(config)}
+    fused = flatten(jax.eval_shape(partial(fuse_params, config=config), unflatten(canonical)))
+    if mesh is None:
+        return unflatten(fused)
+    specs = {s.name: partition_spec(s, config, mesh) for s in param_specs(config)}
+
+    def place(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if name in specs:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, specs[name]))
+        return _array(x.shape, x.dtype, PROJECTION_AXES[name.split(".")[-2]], mesh)
+
+    return unflatten({name: place(name, x) for name, x in fused.items()})
+
+
+def _array(shape: tuple[int, ...], dtype: Any, axes: Axes, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    """The shape, laid out by the rules; a dimension that does not divide stays whole."""
+    if mesh is None:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    over = [RULES.get(axis or "") for axis in axes]
+    sizes = [mesh.shape.get(o, 1) if o else 1 for o in over]
+    split = (o if n > 1 and size % n == 0 else None for o, n, size in zip(over, sizes, shape, strict=False))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*split)))

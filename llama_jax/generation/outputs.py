@@ -1,0 +1,148 @@
+"""What generation returns, and how a row's token ids become its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llama_jax.sampling import SamplingParams
+from llama_jax.text.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of one token, and those of the most likely tokens in its place (itself among them).
+
+    All are under the model's raw logits: before temperature, penalties and truncation.
+    """
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One continuation of a prompt.
+
+    Attributes:
+      token_ids: what was generated; the id that ended the text, if one did, is the last.
+      text: without stop strings and control tokens.
+      finish_reason: "stop" (end of text, stop id or stop string) or "length".
+    """
+
+    index: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds and rates of the batch that a request ran in.
+
+    Attributes:
+      ttft_s: from the call to the first token on the host, compilation included if there was any.
+      prompt_tps: prompt tokens of the batch per second of prefill.
+      generation_tps: tokens of the batch per second of decoding, after the first and without compilation.
+    """
+
+    ttft_s: float
+    prompt_tps: float
+    generation_tps: float
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """All that came of one prompt.
+
+    Attributes:
+      prompt_logprobs: one entry per prompt token; None for the first, which nothing predicts.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    timing: Timing
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of the first continuation."""
+        return self.outputs[0].text
+
+
+@dataclass(frozen=True)
+class StreamOutput:
+    """One step of `stream_generate`; field names as in mlx-lm.
+
+    Attributes:
+      text: what this token adds to the text: often empty while a character or a possible stop string is incomplete.
+      token: its id.
+      finish_reason: set on the last one only.
+    """
+
+    text: str
+    token: int
+    logprobs: TokenLogprob | None
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    ttft_s: float
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class RowText:
+    """The text of one row as its tokens arrive. Holds back what may turn out to be the start of a stop string.
+
+    Without a tokenizer there is no text, only token ids.
+    """
+
+    tokenizer: Tokenizer | None
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    prompt_ids: Sequence[int] = ()
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self._detokenizer = self.tokenizer.detokenizer(prompt_ids=self.prompt_ids) if self.tokenizer else None
+        self._known_ids = self.tokenizer.vocab_size if self.tokenizer else 0
+        self._pending = ""
+
+    def add(self, token_id: int, *, limit: int) -> str:
+        """Takes the next token, the last one if it makes `limit` tokens; returns the text that is now certain."""
+        self.token_ids.append(token_id)
+        ended = token_id in self.stop_ids and len(self.token_ids) >= self.params.min_tokens
+        last = ended or len(self.token_ids) >= limit
+        # Some models' vocabularies are padded beyond their tokenizer's: such an id has no text.
+        if self._detokenizer and not ended and token_id < self._known_ids:
+            self._pending += self._detokenizer.add(token_id)
+        if self._detokenizer and last:
+            self._pending += self._detokenizer.finish()
+        if last:
+            self.finish_reason = "stop" if ended else "length"
+        if len(self.token_ids) > self.params.min_tokens:
+            cut = min((at for s in self.params.stop if (at := self._pending.find(s)) >= 0), default=None)
+            if cut is not None:
+                self._pending = self._pending[:cut]
+                self.finish_reason = "stop"
+        held = 0 if self.finish_reason else max((_overlap(self._pending, s) for s in self.params.stop), default=0)
+        certain = self._pending[: len(self._pending) - held]
+        self._pending = self._pending[len(certain) :]
+        self.text += certain
+        return certain
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that a stop string could start with."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-n:]):
+            return n
+    return 0

@@ -1,0 +1,40 @@
+"""The configuration of a model by its name, without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama_jax.checkpoint.format import is_checkpoint, open_checkpoint, read_json
+from llama_jax.config import PRESETS, LlamaConfig, config_from_hf, preset
+from llama_jax.errors import ModelNotFound
+from llama_jax.library import locate
+
+
+def find_config(name: str) -> LlamaConfig:
+    """The configuration of a preset, or of a model on this machine. Downloads and converts nothing.
+
+    Args:
+      name: a preset such as "llama-3.1-70b", a folder (one with nothing but a config.json will do), a GGUF file, or any
+        other name that `locate` knows.
+
+    Raises:
+      ModelNotFound: there is no such model on this machine, and no such preset.
+      CheckpointError, UnsupportedModel: it is damaged, or asks for something that is not supported.
+    """
+    if name.lower() in PRESETS and not Path(name).exists():
+        return preset(name)
+    try:
+        path = locate(name)
+    except ModelNotFound as error:
+        raise ModelNotFound(error.message, hint=f"{error.hint}; presets: {', '.join(PRESETS)}") from error
+    if is_checkpoint(path):
+        return open_checkpoint(path).config
+    if (path / "config.json").is_file():
+        return config_from_hf(read_json(path / "config.json"))
+    from llama_jax.convert.run import open_source
+
+    source = open_source(path)
+    try:
+        return source.config
+    finally:
+        source.close()

@@ -1,0 +1,62 @@
+"""Converting a source into the cache, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llama_jax.checkpoint.format import Progress, is_checkpoint
+from llama_jax.errors import StorageError
+from llama_jax.library.converted import Notify
+
+
+def check_source(source: Path) -> None:
+    """Tries out the tokenizer of a folder or file that is to be converted.
+
+    Raises:
+      TokenizerError: it harms the process that uses it (`llama_jax.text.tokenizer.check`).
+      LlamaJaxError: it cannot be opened as a model.
+    """
+    from llama_jax.convert.run import open_source
+    from llama_jax.text.tokenizer.check import check_tokenizer
+
+    model = open_source(source)
+    try:
+        check_tokenizer(model.files)
+    finally:
+        model.close()
+
+
+def convert_once(
+    source: Path,
+    path: Path,
+    progress: Progress | None,
+    say: Notify,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Converts a source to its place in the cache, unless that has been done.
+
+    Args:
+      source: folder or file.
+      path: where the checkpoint belongs.
+      progress: called during the conversion.
+      say: told before it begins.
+      name, revision: of the source, where its files do not say.
+
+    Raises:
+      LlamaJaxError: as `llama_jax.convert.convert` and `check_source` do.
+    """
+    if is_checkpoint(path):
+        return path
+    from llama_jax.convert import convert
+
+    check_source(source)
+    say(f"Converting {source} to {path} (once)")
+    try:
+        return convert(source, path, name=name, revision=revision, progress=progress, notify=say)
+    except StorageError:
+        # Another process was converting the same model, this one waited for it, and the result is there.
+        if is_checkpoint(path):
+            return path
+        raise

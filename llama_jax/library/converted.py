@@ -1,0 +1,118 @@
+"""The cache of converted models: where it is, and what a model is called in it.
+
+    <cache>/models/<name>/      one checkpoint a model; writers put `<name>.partial` and `<name>.lock` beside it
+    <cache>/downloads/          the default model's file, where its package is not installed
+
+What comes from the Hugging Face hub lies in the hub's own cache (`llama_jax.library.hub_cache`), which other programs
+share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from llama_jax.checkpoint.format import FORMAT_VERSION, digest, is_checkpoint, open_checkpoint
+from llama_jax.errors import LlamaJaxError
+from llama_jax.folders import cache_dir
+from llama_jax.library import bundled
+
+Notify = Callable[[str], None]
+"""Called with a sentence for the user before something slow or large begins."""
+
+REMOVED = ".llama_jax-removed"
+"""Ending of a checkpoint whose removal has begun."""
+UNFINISHED = (".partial", ".llama_jax-old", REMOVED)
+"""Endings of what is no model in the cache, though it may look like one."""
+
+_SOURCE_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".gguf", ".model", ".jinja")
+_PLAIN = re.compile(r"[\w.\-]+", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
+
+
+def models_dir() -> Path:
+    """Folder that holds one checkpoint a model."""
+    return cache_dir() / "models"
+
+
+def default_path() -> Path:
+    """Where the default model's checkpoint lies once it has been converted."""
+    return models_dir() / f"{bundled.NAME}-{bundled.VERSION}-v{FORMAT_VERSION}"
+
+
+def hub_path(repo: str, commit: str) -> Path:
+    """Where the checkpoint of a hub model at a commit lies once it has been converted."""
+    return models_dir() / f"{_hub_stem(repo)}-{commit[:12]}-v{FORMAT_VERSION}"
+
+
+def local_path(source: Path) -> Path:
+    """Where the checkpoint of a local folder or file lies: another place as soon as a file of the source changes."""
+    if source.is_file():
+        files = [source]
+    else:
+        files = sorted(p for p in source.iterdir() if p.suffix in _SOURCE_SUFFIXES and p.is_file())
+    parts = [str(source.resolve())]
+    for file in files:
+        stat = file.stat()
+        parts.append(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}")
+    stem = re.sub(r"[^A-Za-z0-9.\-]+", "-", source.resolve().stem).strip("-.")[:64] or "model"
+    return models_dir() / f"{stem.lower()}-{digest(chr(10).join(parts).encode())[-12:]}-v{FORMAT_VERSION}"
+
+
+def checkpoints() -> list[Path]:
+    """Every finished checkpoint in the cache, by name."""
+    try:
+        return sorted(p for p in models_dir().iterdir() if not p.name.endswith(UNFINISHED) and is_checkpoint(p))
+    except OSError:
+        # No cache yet, or one that cannot be read: nothing has been converted for this user.
+        return []
+
+
+def by_name(name: str) -> Path | None:
+    """The checkpoint that `list_models` lists under a name."""
+    if not _PLAIN.fullmatch(name) or ".." in name or name.endswith(UNFINISHED):
+        return None
+    path = models_dir() / name
+    return path if is_checkpoint(path) else None
+
+
+def converted_from_hub(repo: str, revision: str | None = None) -> list[Path]:
+    """The checkpoints of a hub model, the newest first.
+
+    Args:
+      repo: `org/name`.
+      revision: only those of this commit (seven of its digits or more); all when None. The name of a branch or tag
+        matches none, since a checkpoint knows its commit only.
+    """
+    found = []
+    for path in checkpoints():
+        # The folder's name saves opening the others; it alone could be that of another model.
+        if not path.name.startswith(_hub_stem(repo) + "-"):
+            continue
+        try:
+            source = open_checkpoint(path).source
+        except LlamaJaxError:
+            continue
+        commit = source.revision or ""
+        if source.name == repo and (
+            revision is None or (_COMMIT.fullmatch(revision) is not None and commit.startswith(revision))
+        ):
+            found.append(path)
+    return sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
+
+
+def _hub_stem(repo: str) -> str:
+    return repo.replace("/", "--")
+
+
+def disk_bytes(path: Path) -> int:
+    """Bytes that a file, or all files below a folder, take up; links count as nothing."""
+    total = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        try:
+            if file.is_file() and not file.is_symlink():
+                total += file.stat().st_size
+        except OSError:
+            continue  # it went away meanwhile
+    return total

@@ -1,0 +1,1 @@
+"""What can be measured of a model on a device: speed, profiles, agreement with a reference, the fastest kernels."""

@@ -1,0 +1,216 @@
+"""How fast generation is, and how near to what the device can do.
+
+Times run through the public `batch_generate` with random token ids, after one warm-up run per shape; medians over the
+repeats. Ceilings are measured in the same process: sequential reads, and a large matrix product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from llama_jax import runtime
+from llama_jax.config import preset
+from llama_jax.generation import batch_generate
+from llama_jax.generation.outputs import Timing
+from llama_jax.kernels.precision import matmul_precision
+from llama_jax.layout import check, param_sharding, split_config
+from llama_jax.loading import Model
+from llama_jax.measure.profiling import ProgramTime, profile
+from llama_jax.model.fuse import arrange
+from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
+from llama_jax.plan import MeshRequest, resolve_mesh
+from llama_jax.plan.costs import ONE_DEVICE, prefill_flops, step_bytes
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reached: bytes/s of reads, FLOP/s of a square matrix product in the model's dtype."""
+
+    read_bytes_per_s: float
+    matmul_flops_per_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.read_bytes_per_s / 1e9:.1f} GB/s read, {self.matmul_flops_per_s / 1e12:.2f} TFLOP/s matrix product"
+        )
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Medians of one shape.
+
+    Attributes:
+      prefill_s: seconds from the call to the first token of every row.
+      step_s: seconds of one decode step of the whole batch.
+      mbu: bytes that each device must read in a step (weights, and the cache at its mean length) per second, over the
+        read ceiling of one device.
+      mfu: FLOPs of prefill per second and device, over the matrix product's.
+      spread: (slowest - fastest) / median of the decode times.
+    """
+
+    batch: int
+    prompt: int
+    new: int
+    prefill_s: float
+    prefill_tps: float
+    step_s: float
+    decode_tps: float
+    mbu: float
+    mfu: float
+    spread: float
+
+
+def environment(dtype: DTypeLike, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+    """What a number depends on besides the code."""
+    from importlib.metadata import version
+
+    import llama_jax
+
+    return {
+        "device": runtime.device_name(mesh=mesh),
+        "dtype": jnp.dtype(dtype).name,
+        "llama_jax": llama_jax.__version__,
+        "jax": jax.__version__,
+        "jaxlib": version("jaxlib"),
+        "python": platform.python_version(),
+    }
+
+
+def random_model(
+    name: str, dtype: DTypeLike, mesh: MeshRequest = None, *, notify: Callable[[str], None] | None = None
+) -> Model:
+    """A preset's shape with random weights made on the device or devices, fused as `load` does it; `mesh` and `notify`
+    are those of `load`."""
+    mesh = resolve_mesh(mesh, preset(name), dtype, notify)
+    if mesh is not None:
+        check(preset(name), mesh)
+    config = split_config(preset(name), mesh)
+    key = jax.random.key(0)
+    # Leaves of one shape and place share one program.
+    makers: dict[Any, Any] = {}
+
+    def make(spec: ParamSpec, index: int) -> jax.Array:
+        where = None if mesh is None else param_sharding(config, mesh)(spec)
+        alike = dataclasses.replace(spec, name="", hf="", gguf="")
+        maker = makers.setdefault(
+            (alike, where), jax.jit(lambda key: init_leaf(alike, key, dtype), out_shardings=where)
+        )
+        leaf: jax.Array = maker(jax.random.fold_in(key, index))
+        return leaf
+
+    params = unflatten({spec.name: make(spec, i) for i, spec in enumerate(param_specs(config))})
+    arrange(params, config, mesh)
+    return Model(params, config, mesh, name=name)
+
+
+def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10, side: int | None = None) -> Ceilings:
+    """Reads of 2 GiB on a GPU (256 MiB on a CPU) at a time, and a matrix product of 8192 x 8192 (2048 x 2048).
+
+    Args:
+      side: of the matrices, instead; a read is then of 32 * side**2 bytes. At least 32.
+    """
+    dtype = jnp.dtype(dtype)
+    cpu = jax.default_backend() == "cpu"
+    if side is not None:
+        size = 32 * side**2
+    else:
+        size, side = (1 << 28, 2048) if cpu else (1 << 31, 8192)
+    key = jax.random.key(0)
+    shape = (size // dtype.itemsize // 1024, 1024)
+    # Several arrays in turn, so that no cache holds what is read.
+    arrays = [jax.random.normal(jax.random.fold_in(key, i), shape, dtype) for i in range(3)]
+    x = jnp.ones((1024,), dtype)
+
+    def read(a: jax.Array) -> jax.Array:
+        # Each byte once with next to no arithmetic, written so that either compiler reads at full speed.
+        return a @ x if cpu else jnp.sum(a.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
+
+    seconds = _per_call(jax.jit(read), [(a,) for a in arrays], repeats)
+    del arrays
+    a = jax.random.normal(key, (side, side), dtype)
+    product = jax.jit(partial(jnp.matmul, precision=matmul_precision(dtype)))
+    return Ceilings(size / seconds, 2 * side**3 / _per_call(product, [(a, a)], repeats))
+
+
+def _per_call(f: Callable[..., jax.Array], arguments: list[tuple[jax.Array, ...]], repeats: int) -> float:
+    """Seconds of one call among many dispatched at once: the best of three rounds."""
+    for args in arguments:
+        f(*args).block_until_ready()
+    rounds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        results = [f(*arguments[i % len(arguments)]) for i in range(repeats)]
+        jax.block_until_ready(results)
+        rounds.append((time.perf_counter() - start) / repeats)
+    return min(rounds)
+
+
+def bench(
+    model: Model,
+    ceilings: Ceilings,
+    *,
+    batch: int,
+    prompt: int,
+    new: int,
+    repeats: int = 5,
+    seed: int = 0,
+    page_size: int | None = None,
+) -> BenchResult:
+    """Times prefill and decode of `batch` random prompts; every run draws fresh tokens. `page_size`: see `generate`."""
+    rng = np.random.default_rng(seed)
+    prefills, decodes = [], []
+    for run in range(repeats + 1):
+        timing = _generate(model, rng, batch, prompt, new, page_size)
+        if run:  # the first one compiles
+            prefills.append(timing.ttft_s)
+            decodes.append(batch * (new - 1) / timing.generation_tps)
+    prefill, decode = statistics.median(prefills), statistics.median(decodes)
+    step = decode / (new - 1)
+    sizes = ONE_DEVICE if model.mesh is None else model.mesh.shape
+    return BenchResult(
+        batch=batch,
+        prompt=prompt,
+        new=new,
+        prefill_s=prefill,
+        prefill_tps=batch * prompt / prefill,
+        step_s=step,
+        decode_tps=batch / step,
+        mbu=step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, sizes)
+        / step
+        / ceilings.read_bytes_per_s,
+        mfu=prefill_flops(model.config, batch, prompt, sizes) / prefill / ceilings.matmul_flops_per_s,
+        spread=(max(decodes) - min(decodes)) / decode,
+    )
+
+
+def profile_generation(
+    model: Model, *, batch: int, prompt: int, new: int, seed: int = 0, page_size: int | None = None
+) -> tuple[ProgramTime, ...]:
+    """One more run of what `bench` has timed, under the profiler: the kernels of prefill and of decode steps.
+
+    Raises:
+      NoDevice: there is no GPU whose kernels the profiler sees.
+    """
+    rng = np.random.default_rng(seed)
+    return profile(lambda: _generate(model, rng, batch, prompt, new, page_size))
+
+
+def _generate(
+    model: Model, rng: np.random.Generator, batch: int, prompt: int, new: int, page_size: int | None
+) -> Timing:
+    """`new` tokens after each of `batch` random prompts."""
+    prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
+    outputs = batch_generate(model, None, prompts, max_tokens=new, ignore_eos=True, page_size=page_size)
+    return outputs[0].timing

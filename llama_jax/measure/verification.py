@@ -1,0 +1,343 @@
+"""Comparing a checkpoint's numbers with those of another program: logits and greedy tokens, in float32.
+
+The other program's numbers stand in an npz file: `input_ids` and `attention_mask` [batch, seq], `logits`
+[batch, seq, vocab], `greedy` [batch, n]. `compute` sees only the first two and the number n; `compare` reads the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.cache import DenseCache
+from llama_jax.checkpoint import Progress, load_params
+from llama_jax.config import LlamaConfig
+from llama_jax.decode import loop
+from llama_jax.disk import storage_errors
+from llama_jax.errors import RequestError, VerificationError
+from llama_jax.layout import check, param_sharding
+from llama_jax.model import forward
+from llama_jax.model.fuse import arrange
+from llama_jax.params import Params
+from llama_jax.plan import MeshRequest, resolve_mesh
+from llama_jax.sampling import SamplingParams, make_sampler
+from llama_jax.sharding import on, parts
+
+TOLERANCE = 5e-5
+"""Largest difference of a logit, as a share of the largest absolute logit."""
+CHUNK = 512
+"""Tokens of one prefill call: bounds the logits that are on the device at a time."""
+GREEDY_TO_SAVE = 16
+"""Greedy tokens of a file that asks for none."""
+
+_HINT = "the file has to be an npz with input_ids, attention_mask, logits and greedy"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the model is run on.
+
+    Attributes:
+      tokens: int32 [batch, seq].
+      mask: bool [batch, seq], False for padding.
+      greedy: number of tokens to decode.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    greedy: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A checkpoint's parameters on their devices, canonical and in float32.
+
+    Attributes:
+      config: as it is computed on the mesh (`sharding.split_config`).
+      mesh: None for one device.
+    """
+
+    params: Params
+    config: LlamaConfig
+    mesh: jax.sharding.Mesh | None = None
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What the model made of the inputs.
+
+    Attributes:
+      logits: float32 [batch, seq, vocab], zero where the mask is False.
+      greedy: int32 [batch, n], the likeliest tokens after each row.
+    """
+
+    logits: np.ndarray
+    greedy: np.ndarray
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far computed and expected numbers are apart.
+
+    Attributes:
+      max_abs_diff: largest difference of a logit where the mask is True; None if one of them is NaN or infinite, or if
+        there are none to compare.
+      max_rel_diff: the same as a share of the largest expected absolute logit.
+      greedy_match: whether all tokens are equal; None if there are none to compare.
+      reasons: one sentence for each thing that is wrong.
+    """
+
+    max_abs_diff: float | None
+    max_rel_diff: float | None
+    greedy_match: bool | None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.reasons
+
+
+def read_inputs(path: str | Path) -> Inputs:
+    """Reads `input_ids` and `attention_mask` of a file, and only the shape of `greedy`.
+
+    Without a mask no token is padding; without `greedy` there is nothing to decode.
+
+    Raises:
+      RequestError: the file cannot be read, or holds no such arrays.
+    """
+    with _Npz(path) as file:
+        tokens = file.array("input_ids")
+        if tokens is None:
+            raise RequestError(f"{path} has no input_ids", param="expected", hint=_HINT)
+        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+            raise RequestError(
+                f"{path}: input_ids is {tokens.dtype}{list(tokens.shape)}, integers [batch, seq] are needed",
+                param="expected",
+                hint=_HINT,
+            )
+        mask = file.array("attention_mask")
+        mask = np.ones(tokens.shape, bool) if mask is None else mask != 0
+        if mask.shape != tokens.shape:
+            raise RequestError(
+                f"{path}: attention_mask has shape {list(mask.shape)}, input_ids {list(tokens.shape)}",
+                param="expected",
+                hint=_HINT,
+            )
+        if empty := [row for row in range(len(mask)) if not mask[row].any()]:
+            raise RequestError(
+                f"{path}: attention_mask hides all of row {empty[0]}", param="expected", hint="leave the row out"
+            )
+        greedy = file.shape("greedy")
+    if greedy is not None and (len(greedy) != 2 or greedy[0] != len(tokens)):
+        raise RequestError(
+            f"{path}: greedy has shape {list(greedy)} for {len(tokens)} rows of input_ids", param="expected", hint=_HINT
+        )
+    return Inputs(tokens.astype(np.int64), mask, greedy[1] if greedy else 0)
+
+
+def place(
+    path: Path,
+    config: LlamaConfig,
+    mesh: MeshRequest = None,
+    *,
+    progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Placed:
+    """Reads a checkpoint, whose digests have been checked before, for `compute`.
+
+    Args:
+      mesh, progress, notify: those of `load`.
+
+    Raises:
+      RequestError, DoesNotFit: the mesh is of no use, or there is none that the model fits.
+    """
+    devices = resolve_mesh(mesh, config, jnp.float32, notify)
+    if devices is not None:
+        check(config, devices)
+    where = None if devices is None else param_sharding(config, devices)
+    params = load_params(path, dtype="float32", sharding=where, verify=False, progress=progress)
+    return Placed(params, arrange(params, config, devices, fuse=False), devices)
+
+
+def compute(params: Params, config: LlamaConfig, inputs: Inputs, mesh: jax.sharding.Mesh | None = None) -> Computed:
+    """Runs the model: one pass over the tokens with a cache, then single steps with that cache.
+
+    Args:
+      params: parameter tree, in float32 for comparable numbers.
+      mesh: the devices that it is spread over; None for one. The rows are filled up to a multiple of "data".
+
+    Raises:
+      VerificationError: a token is outside of the model's vocabulary.
+    """
+    batch = len(inputs.tokens)
+    with on(mesh):
+        # The first rows once more: every row has to show a token.
+        rows = np.arange(-(-batch // parts("batch")) * parts("batch")) % batch
+        computed = _compute(params, config, Inputs(inputs.tokens[rows], inputs.mask[rows], inputs.greedy))
+    return Computed(computed.logits[:batch], computed.greedy[:batch])
+
+
+def _compute(params: Params, config: LlamaConfig, inputs: Inputs) -> Computed:
+    shown = inputs.tokens[inputs.mask]
+    if shown.min() < 0 or shown.max() >= config.vocab_size:
+        raise VerificationError(
+            f"input_ids reach from {shown.min()} to {shown.max()}, the model's vocabulary has {config.vocab_size}",
+            hint="the file belongs to another model",
+        )
+    batch, length = inputs.tokens.shape
+    tokens = np.where(inputs.mask, inputs.tokens, 0).astype(np.int32)
+    # Padding may stand anywhere: a token's position counts only the tokens that are shown.
+    positions = np.where(inputs.mask, np.cumsum(inputs.mask, axis=1) - 1, -1).astype(np.int32)
+    lengths = inputs.mask.sum(axis=1).astype(np.int32)
+
+    cache = DenseCache.create(config, batch, length + max(inputs.greedy, 1), jnp.float32)
+    cache = dataclasses.replace(cache, rope_length=jnp.asarray(lengths))
+    logits = np.empty((batch, length, config.vocab_size), np.float32)
+    for start in range(0, length, CHUNK):
+        part = slice(start, start + CHUNK)
+        chunk, cache = _prefill(params, cache, tokens[:, part], positions[:, part], config=config)
+        logits[:, part] = jax.device_get(chunk)
+    last = length - 1 - np.argmax(inputs.mask[:, ::-1], axis=1)
+    after = logits[np.arange(batch), last]
+    logits[~inputs.mask] = 0.0
+    return Computed(logits, _greedy(params, config, cache, after, lengths, inputs.greedy))
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+def _prefill(
+    params: Params, cache: DenseCache, tokens: jax.Array, positions: jax.Array, *, config: LlamaConfig
+) -> tuple[jax.Array, DenseCache]:
+    return forward(params, config, tokens, positions, cache)
+
+
+def _greedy(
+    params: Params, config: LlamaConfig, cache: DenseCache, logits: np.ndarray, lengths: np.ndarray, n: int
+) -> np.ndarray:
+    """The n likeliest tokens after each row, by the decode step that `generate` runs; int32 [batch, n]."""
+    batch = len(lengths)
+    if n == 0:
+        return np.empty((batch, 0), np.int32)
+    wanted = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True)
+    options, sampler = make_sampler([wanted] * batch, [[]] * batch, config.vocab_size)
+    limits = np.full((batch,), n, np.int32)
+    state, _ = loop.first_token(jnp.asarray(logits), cache, sampler, lengths, limits, options=options, room=n)
+    _, progress = loop.advance(params, state, np.int32(n), config=config, options=options)
+    return np.asarray(jax.device_get(progress.output))
+
+
+def compare(computed: Computed, inputs: Inputs, path: str | Path) -> Comparison:
+    """Reads the expected logits and greedy tokens of a file and compares.
+
+    Raises:
+      RequestError: the file holds neither.
+      VerificationError: the expected arrays have other shapes than the computed ones.
+    """
+    with _Npz(path) as file:
+        logits, greedy = file.array("logits"), file.array("greedy")
+    if logits is None and greedy is None:
+        raise RequestError(f"{path} has neither logits nor greedy", param="expected", hint=_HINT)
+    for name, expected, found in (("logits", logits, computed.logits), ("greedy", greedy, computed.greedy)):
+        if expected is not None and expected.shape != found.shape:
+            raise VerificationError(
+                f"{path}: {name} has shape {list(expected.shape)}, the model gives {list(found.shape)}",
+                hint="the file belongs to another model",
+            )
+    reasons = []
+    diff = scale = None
+    if logits is not None:
+        want = logits[inputs.mask].astype(np.float64)
+        have = computed.logits[inputs.mask].astype(np.float64)
+        for name, values in (("expected", want), ("computed", have)):
+            if bad := int(np.count_nonzero(~np.isfinite(values))):
+                reasons.append(f"{bad} of {values.size} {name} logits are NaN or infinite")
+        if not reasons:
+            diff, scale = float(np.abs(want - have).max()), float(np.abs(want).max())
+            if not diff <= TOLERANCE * scale:
+                reasons.append(f"logits differ by {diff:.3g}, at most {TOLERANCE * scale:.3g} is allowed")
+    match = None
+    if greedy is not None:
+        differ = np.argwhere(greedy != computed.greedy)
+        match = not len(differ)
+        if not match:
+            row, step = (int(i) for i in differ[0])
+            reasons.append(
+                f"{len(differ)} of {greedy.size} greedy tokens differ, the first in row {row} at step {step}: "
+                f"{computed.greedy[row, step]} in place of {greedy[row, step]}"
+            )
+    relative = None if diff is None else diff / scale if scale else None if diff else 0.0
+    return Comparison(diff, relative, match, tuple(reasons))
+
+
+def save(path: str | Path, inputs: Inputs, computed: Computed) -> None:
+    """Writes inputs, logits and greedy tokens as an npz file, for others to compare with.
+
+    Raises:
+      StorageError, DoesNotFit: it cannot be written.
+    """
+    path = Path(path)
+    with storage_errors(path), path.open("wb") as file:
+        np.savez(
+            file,
+            input_ids=inputs.tokens,
+            attention_mask=inputs.mask.astype(np.int64),
+            logits=computed.logits,
+            greedy=computed.greedy,
+        )
+
+
+class _Npz:
+    """An opened npz file; arrays are read when asked for, and pickled objects never."""
+
+    def __init__(self, path: str | Path):
+        self._path = path
+
+    def __enter__(self) -> _Npz:
+        try:
+            self._zip = zipfile.ZipFile(self._path)
+        except (OSError, ValueError, zipfile.BadZipFile) as e:
+            reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+            raise RequestError(f"cannot read {self._path}: {reason}", param="expected", hint=_HINT) from e
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._zip.close()
+
+    def array(self, name: str) -> np.ndarray | None:
+        """The array, or None if the file has none of this name."""
+        if f"{name}.npy" not in self._zip.namelist():
+            return None
+        try:
+            with self._zip.open(f"{name}.npy") as member:
+                value = np.lib.format.read_array(member, allow_pickle=False)
+        except _UNREADABLE as e:
+            raise self._damaged(name, e) from e
+        if value.dtype.kind not in "iufb":
+            raise RequestError(f"{self._path}: {name} holds {value.dtype}", param="expected", hint=_HINT)
+        return value
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The array's shape, from its header alone."""
+        if f"{name}.npy" not in self._zip.namelist():
+            return None
+        try:
+            with self._zip.open(f"{name}.npy") as member:
+                version = np.lib.format.read_magic(member)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                return read(member)[0]
+        except _UNREADABLE as e:
+            raise self._damaged(name, e) from e
+
+    def _damaged(self, name: str, e: Exception) -> RequestError:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        return RequestError(f"{self._path}: {name} cannot be read ({reason})", param="expected", hint=_HINT)
+
+
+_UNREADABLE = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zipfile.LargeZipFile)

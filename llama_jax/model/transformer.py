@@ -1,0 +1,310 @@
+"""The forward pass: one pure function for training, prefill and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.cache import KVCache, LayerCache
+from llama_jax.config import LlamaConfig, MoeSpec
+from llama_jax.errors import RequestError
+from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.kernels.norm import add_rms_norm, rms_norm
+from llama_jax.model.layers import linear, lookup, mlp, moe, position_queries_and_keys, product, project_qkv
+from llama_jax.model.rope import rope_angles
+from llama_jax.params import Params, flatten, projection_names
+from llama_jax.sharding import constrain
+
+ACTIVATION_AXES = ("batch", "length", "embed")
+"""Of what passes from block to block: each device has all of its rows, so that a block ends in one sum over devices."""
+LAYER_ACTIVATIONS = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "out")
+
+
+def activation_names(config: LlamaConfig) -> tuple[str, ...]:
+    """Every name that `capture=` understands, in the order of the forward pass."""
+    layers = (f"layers.{i}.{name}" for i in range(config.num_layers) for name in LAYER_ACTIVATIONS)
+    return ("embed", *layers, "final_norm")
+
+
+@overload
+def forward[MaybeCache: KVCache | None](
+    params: Params,
+    config: LlamaConfig,
+    tokens: jax.Array | None,
+    positions: jax.Array | None = None,
+    cache: MaybeCache = None,  # type: ignore[assignment]
+    *,
+    inputs_embeds: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    adapters: Params | None = None,
+    logits_at: jax.Array | None = None,
+    capture: None = None,
+) -> tuple[jax.Array, MaybeCache]: ...
+
+
+@overload
+def forward[MaybeCache: KVCache | None](
+    params: Params,
+    config: LlamaConfig,
+    tokens: jax.Array | None,
+    positions: jax.Array | None = None,
+    cache: MaybeCache = None,  # type: ignore[assignment]
+    *,
+    inputs_embeds: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    adapters: Params | None = None,
+    logits_at: jax.Array | None = None,
+    capture: Sequence[str],
+) -> tuple[jax.Array, MaybeCache, dict[str, jax.Array]]: ...
+
+
+def forward(
+    params: Params,
+    config: LlamaConfig,
+    tokens: jax.Array | None,
+    positions: jax.Array | None = None,
+    cache: Any = None,
+    *,
+    inputs_embeds: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    adapters: Params | None = None,
+    logits_at: jax.Array | None = None,
+    capture: Sequence[str] | None = None,
+) -> Any:
+    """Runs the model over tokens, after those that a cache already holds.
+
+    Pure and differentiable in `params`, `inputs_embeds` and `adapters`. The compute dtype is that of the embedding.
+
+    Args:
+      params: parameter tree (`llama_jax.params`), canonical or fused.
+      tokens: int32 [batch, len], or None with `inputs_embeds`.
+      positions: int32 [batch, len], each token's position in its own text; negative marks padding, which no other
+        token sees. Default: 0, 1, 2, ... (from the start of each segment with `segment_ids`).
+      cache: a `KVCache` with room for `len` more tokens, or None.
+      inputs_embeds: [batch, len, hidden_size] in place of the tokens' embeddings.
+      segment_ids: int32 [batch, len] of several texts packed in one row; they do not see each other. Not with a cache.
+      adapters: low-rank adapters, a tree shaped like `params` with {"a", "b", "scale"} in place of projections.
+      logits_at: int32 [batch, n], the indices in 0..len-1 to compute logits for; all of them by default. The others go
+        through the last layer no further than its keys and values.
+      capture: names from `activation_names(config)`; the activations come back as a third result.
+
+    Returns:
+      logits float32 [batch, len or n, vocab_size], the cache with the tokens in it (None without one), and with
+      `capture` a dict of the named activations.
+
+    Raises:
+      RequestError: arguments that contradict each other, or an unknown name in `capture` or `adapters`.
+    """
+    x = _embed(params, tokens, inputs_embeds)
+    in_order = positions is None and segment_ids is None
+    positions = _positions(x, positions, segment_ids, cache)
+    captured = _Capture(config, capture or ())
+    captured.add("embed", x)
+
+    rope_length = _text_lengths(positions, segment_ids)
+    if cache is not None:
+        # Frozen by the first call: cached keys were rotated with it.
+        rope_length = jnp.where(cache.rope_length > 0, cache.rope_length, rope_length[:, 0])
+        cache = cache.extend(positions, rope_length)
+        rope_length = rope_length[:, None]
+    angles = rope_angles(config.rope, config.head_dim, positions, rope_length)
+
+    adapter_layers = _checked(adapters, config).get("layers", {})
+    views = []
+    delta = None
+    # Behind the keys and values of the last layer nothing is needed of the other tokens.
+    only_last = logits_at is not None and not captured.of_layer(config.num_layers - 1)
+    for i, spec in enumerate(config.layers):
+        x, delta, view, activations = _layer(
+            x,
+            delta,
+            params["layers"][str(i)],
+            None if cache is None else cache.layer(i),
+            positions,
+            segment_ids,
+            angles,
+            adapter_layers.get(str(i), {}),
+            logits_at if only_last and i == config.num_layers - 1 else None,
+            config=config.replace(layers=(spec,)),
+            capture=captured.of_layer(i),
+            in_order=in_order,
+        )
+        views.append(view)
+        captured.add_layer(i, activations)
+    if cache is not None:
+        cache = cache.with_layers(views)
+
+    if not only_last:
+        x, delta = _tokens((x, delta), logits_at)
+    _, h = _add_norm(x, delta, params["final_norm"], config)
+    captured.add("final_norm", h)
+    logits = _logits(h, params, config)
+    return (logits, cache) if capture is None else (logits, cache, captured.activations)
+
+
+def _embed(params: Params, tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
+    weight = params["embed"]["weight"]
+    if (tokens is None) == (inputs_embeds is None):
+        raise RequestError("give either tokens or inputs_embeds", param="tokens", hint="pass None for the other one")
+    if tokens is None:
+        assert inputs_embeds is not None
+        return constrain(inputs_embeds.astype(weight.dtype), ACTIVATION_AXES)
+    return constrain(lookup(weight, tokens), ACTIVATION_AXES)
+
+
+def _positions(x: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Any) -> jax.Array:
+    batch, length = x.shape[:2]
+    if segment_ids is not None and cache is not None:
+        raise RequestError(
+            "segment_ids cannot be combined with a cache",
+            param="segment_ids",
+            hint="give each text a row of its own when decoding",
+        )
+    if positions is not None:
+        return positions
+    if cache is not None:
+        raise RequestError("a cache needs positions", param="positions", hint="pass int32 [batch, len]")
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    if segment_ids is None:
+        return index
+    starts = jnp.concatenate([jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _text_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Length of the text that each token belongs to: int32 [batch, 1], or [batch, len] with segments."""
+    if segment_ids is None:
+        return jnp.max(positions, axis=1, keepdims=True).astype(jnp.int32) + 1
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jnp.max(jnp.where(same, positions[:, None, :], -1), axis=2).astype(jnp.int32) + 1
+
+
+def _checked(adapters: Params | None, config: LlamaConfig) -> Params:
+    """The adapters, once it is sure that each of them will be used."""
+    known = set(projection_names(config)) if adapters else set()
+    for leaf in flatten(adapters or {}):
+        name, _, part = leaf.rpartition(".")
+        if name not in known or part not in ("a", "b", "scale"):
+            raise RequestError(
+                f"adapters hold {leaf}, which belongs to no projection",
+                param="adapters",
+                hint='give {"a", "b", "scale"} under the names of projection_names(config), canonical also if fused',
+            )
+    return adapters or {}
+
+
+# A jitted function of its own: equal layers are traced and lowered once, not once each. XLA inlines the calls.
+@partial(jax.jit, static_argnames=("config", "capture", "in_order"))
+def _layer(
+    x: jax.Array,
+    delta: jax.Array | None,
+    params: Params,
+    cache: LayerCache | None,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    angles: tuple[jax.Array, jax.Array],
+    adapters: Params,
+    at: jax.Array | None,
+    *,
+    config: LlamaConfig,
+    capture: tuple[str, ...],
+    in_order: bool,
+) -> tuple[jax.Array, jax.Array, LayerCache | None, dict[str, jax.Array]]:
+    """One block.
+
+    Args:
+      x, delta: what goes in is their sum, which the norm makes on the way; of the first block delta is None. What comes
+        out is so too.
+      at: int32 [batch, n], the tokens that are wanted of what comes out; None is all of them.
+      config: its `layers` hold just this block's spec.
+      in_order: positions are 0, 1, 2, ... in every row.
+    """
+    (spec,) = config.layers
+    seen: dict[str, jax.Array] = {}
+    attn_adapters = adapters.get("attn", {})
+
+    x, h = _add_norm(x, delta, params["attn_norm"], config)
+    seen["attn_in"] = h
+    q, k, v = project_qkv(h, params["attn"], config, attn_adapters)
+    q, k = position_queries_and_keys(q, k, params["attn"], config, spec, positions, angles)
+    seen |= {"q": q, "k": k, "v": v}
+    x, q, q_positions, q_segments = _tokens((x, q, positions, segment_ids), at)
+    visibility = Visibility(spec.attention, spec.window or 0)
+    scale = config.head_dim**-0.5
+    if cache is None:
+        out = attention(
+            q,
+            jnp.swapaxes(k, 1, 2),
+            jnp.swapaxes(v, 1, 2),
+            q_positions,
+            positions,
+            visibility,
+            scale=scale,
+            q_segments=q_segments,
+            kv_segments=segment_ids,
+            in_order=in_order and at is None,
+        )
+    else:
+        out, cache = cache.attend(q, k, v, q_positions, positions, visibility, scale=scale)
+    out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj"))
+    seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
+
+    x, h = _add_norm(x, out, params["mlp_norm"], config)
+    seen["mlp_in"] = h
+    if isinstance(spec.mlp, MoeSpec):
+        out = moe(h, params["moe"], config, spec.mlp, adapters.get("moe", {}))
+    else:
+        out = mlp(h, params["mlp"], config, adapters.get("mlp", {}))
+    seen["mlp_out"] = out = constrain(out, ACTIVATION_AXES)
+    if "out" in capture:
+        seen["out"] = x + out
+    return x, out, cache, {name: seen[name] for name in capture}
+
+
+def _tokens[Tree](tree: Tree, at: jax.Array | None) -> Tree:
+    """Tokens `at` int32 [batch, n] of arrays [batch, len, ...]; all of them for None."""
+    if at is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1), tree)
+
+
+def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+    """x + delta and its norm; without delta x itself."""
+    if delta is None:
+        return x, rms_norm(x, leaf["weight"], config.rms_norm_eps)
+    return add_rms_norm(x, delta, leaf["weight"], eps=config.rms_norm_eps)
+
+
+def _logits(x: jax.Array, params: Params, config: LlamaConfig) -> jax.Array:
+    weight = params["embed" if config.tie_word_embeddings else "lm_head"]["weight"]
+    return constrain(product(x, weight), ("batch", "length", "vocab"))
+
+
+class _Capture:
+    """Collects the activations that were asked for by name."""
+
+    def __init__(self, config: LlamaConfig, names: Sequence[str]):
+        known = set(activation_names(config))
+        for name in names:
+            if name not in known:
+                raise RequestError(
+                    f"unknown activation {name!r}",
+                    param="capture",
+                    hint="activation_names(config) lists them, e.g. embed, layers.0.attn_out, layers.0.out, final_norm",
+                )
+        self._names = frozenset(names)
+        self.activations: dict[str, jax.Array] = {}
+
+    def add(self, name: str, value: jax.Array) -> None:
+        if name in self._names:
+            self.activations[name] = value
+
+    def of_layer(self, index: int) -> tuple[str, ...]:
+        return tuple(name for name in LAYER_ACTIVATIONS if f"layers.{index}.{name}" in self._names)
+
+    def add_layer(self, index: int, values: dict[str, jax.Array]) -> None:
+        self.activations.update({f"layers.{index}.{name}": value for name, value in values.items()})

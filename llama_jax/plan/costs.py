@@ -1,0 +1,146 @@
+"""What a model costs to run, counted from its shapes: weights and keys that are read, and arithmetic.
+
+Everything is counted for one device of a mesh, the one that has most to do. `sizes` are the sizes of the mesh's axes by
+name; an empty mapping is one device. Key/value heads are those of `config`: on a mesh give `sharding.split_config`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
+from llama_jax.layout import partition_spec
+from llama_jax.params import ParamSpec, param_specs
+from llama_jax.sharding import RULES
+from llama_jax.targets import Collective, Target
+
+Sizes = Mapping[str, int]
+ONE_DEVICE: Sizes = MappingProxyType({})
+
+
+def local_size(spec: ParamSpec, config: LlamaConfig, sizes: Sizes = ONE_DEVICE) -> int:
+    """Numbers of a parameter that one device holds."""
+    return spec.size // math.prod(sizes[over] for over in partition_spec(spec, config, sizes) if over)
+
+
+def local_rows(batch: int, sizes: Sizes) -> int:
+    """Rows of a batch that one device works on: the most that any has."""
+    return -(-batch // sizes.get(RULES["batch"], 1))
+
+
+def local_heads(config: LlamaConfig, sizes: Sizes) -> tuple[int, int]:
+    """Query heads and key/value heads of one device: split together, or not at all."""
+    ways = sizes.get(RULES["kv_heads"], 1)
+    ways = 1 if config.num_kv_heads % ways else ways
+    return config.num_heads // ways, config.num_kv_heads // ways
+
+
+def share_used(spec: ParamSpec, config: LlamaConfig, tokens: int) -> float:
+    """Part of a parameter that a step of `tokens` tokens multiplies with: the embedding counts once, as logits, and of
+    the experts only as many as the tokens can use."""
+    if spec.name == "embed.weight" and not config.tie_word_embeddings:
+        return 0.0
+    if ".moe.experts." not in spec.name:
+        return 1.0
+    moe = config.layers[int(spec.path[1])].mlp
+    assert isinstance(moe, MoeSpec)
+    return min(1.0, tokens * moe.top_k / moe.num_experts)
+
+
+def matmul_params(config: LlamaConfig, tokens: int, sizes: Sizes = ONE_DEVICE) -> float:
+    """Weights that a step of `tokens` tokens multiplies with."""
+    return sum(local_size(s, config, sizes) * share_used(s, config, tokens) for s in param_specs(config))
+
+
+def attended(layer: LayerSpec, length: int) -> int:
+    """Tokens that the last of `length` tokens sees at most."""
+    return length if layer.attention == "full" else min(length, layer.window or length)
+
+
+def attended_by_all(layer: LayerSpec, length: int) -> int:
+    """Pairs of a token and one that it sees, of a text of `length` tokens."""
+    width = attended(layer, length)
+    if layer.attention == "chunked":
+        whole, rest = divmod(length, width)
+        return whole * _triangle(width) + _triangle(rest)
+    return _triangle(width) + (length - width) * width
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
+
+
+def cache_read_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> int:
+    """Bytes of keys and values that a decode step reads when each row has `length` tokens: of what it can see."""
+    seen = sum(attended(layer, length) for layer in config.layers)
+    return 2 * local_rows(batch, sizes) * seen * local_heads(config, sizes)[1] * config.head_dim * itemsize
+
+
+def step_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> int:
+    """Bytes that a decode step must read: every weight that it uses once, and the cache of `length` tokens a row."""
+    weights = round(matmul_params(config, local_rows(batch, sizes), sizes) * itemsize)
+    return weights + cache_read_bytes(config, itemsize, batch, length, sizes)
+
+
+def step_flops(config: LlamaConfig, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> float:
+    """Multiplications and additions of a decode step when each row has `length` tokens."""
+    attention = 4 * sum(attended(layer, length) for layer in config.layers)
+    attention *= local_heads(config, sizes)[0] * config.head_dim
+    return local_rows(batch, sizes) * (2 * matmul_params(config, 1, sizes) + attention)
+
+
+def prefill_flops(config: LlamaConfig, batch: int, prompt: int, sizes: Sizes = ONE_DEVICE) -> float:
+    """Multiplications and additions of a prompt. Of all tokens the products up to the last layer's queries, keys and
+    values, and attention up to the layer before; of the last token what follows."""
+    *before, last = config.layers
+    once = sum(
+        local_size(s, config, sizes) * share_used(s, config, 1)
+        for s in param_specs(config)
+        if _of_last_token(s, config)
+    )
+    attention = 4 * (sum(attended_by_all(layer, prompt) for layer in before) + attended(last, prompt))
+    attention *= local_heads(config, sizes)[0] * config.head_dim
+    products = 2 * (prompt * (matmul_params(config, 1, sizes) - once) + once)
+    return local_rows(batch, sizes) * (products + attention)
+
+
+def _of_last_token(spec: ParamSpec, config: LlamaConfig) -> bool:
+    """Whether prefill multiplies with a parameter for the last token alone."""
+    if spec.path[0] != "layers":
+        return True
+    before = ("attn_norm", "q_proj", "k_proj", "v_proj")
+    return spec.path[1] == str(config.num_layers - 1) and spec.path[-2] not in before
+
+
+def seconds(amount: float | None, rate: float) -> float | None:
+    """The least time for an amount at a rate; None if either is not known."""
+    if amount == 0:
+        return 0.0
+    return amount / rate if amount and rate else None
+
+
+def least_s(
+    compute_s: float | None, memory_s: float | None, links_s: float | None, *, overlapped: bool
+) -> float | None:
+    """Seconds of arithmetic and reading, which overlap, with exchange, which may; None if one is not known."""
+    if compute_s is None or memory_s is None or links_s is None:
+        return None
+    alone = max(compute_s, memory_s)
+    return max(alone, links_s) if overlapped else alone + links_s
+
+
+def exchange_s(collectives: Iterable[Collective], target: Target, *, latency_s: float = 0.0) -> float | None:
+    """The least time in which the devices of one host can exchange what they have to; None if the rate is not known.
+
+    Args:
+      latency_s: seconds that each collective takes besides what its bytes take.
+    """
+    total = 0.0
+    for c in collectives:
+        sending = seconds(c.traffic, target.links.ring_bandwidth(c.devices))
+        if sending is None or c.devices > target.links.host_devices:
+            return None
+        total += sending + c.count * latency_s
+    return total

@@ -1,0 +1,303 @@
+"""Read a tokenizer from a model's folder: tokenizer.json or tokenizer.model, and the configuration beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from llama_jax.errors import TokenizerError
+from llama_jax.text.tokenizer.guard import RESTORED
+from llama_jax.text.tokenizer.sentencepiece_bpe import load_model
+from llama_jax.text.tokenizer.tokenizer import Tokenizer, call_backend
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_TEMPLATES = "additional_chat_templates"
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_FILE_BYTES = 256 << 20
+"""Several times what the largest tokenizer.json takes."""
+MAX_ADDED_TOKENS = 100_000
+"""Many times what any model adds to its vocabulary; each costs time in every later step."""
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Load the tokenizer of a model.
+
+    Reads tokenizer.json, or else tokenizer.model; tokenizer_config.json and special_tokens_map.json for added and named
+    tokens, BOS and EOS; chat_template.jinja, additional_chat_templates/*.jinja, chat_template.json or
+    tokenizer_config.json for chat templates, in that order, as transformers does.
+
+    Args:
+      folder: a Hugging Face model folder, or any folder with these files.
+
+    Raises:
+      TokenizerError: files are missing, damaged or far too large; the message names the file.
+      UnsupportedModel: the tokenizer is of a kind that no Llama-like model uses.
+    """
+    return tokenizer_from_files(_read_files(Path(folder)), Path(folder))
+
+
+def tokenizer_from_files(files: Mapping[str, bytes | str], folder: Path) -> Tokenizer:
+    """As `load_tokenizer`, from files in memory.
+
+    Args:
+      files: contents by file name; more than are needed may be among them.
+      folder: where they come from, for the messages of errors.
+    """
+
+    def made() -> Tokenizer:
+        backend, names, templates = _described(files, folder)
+        backend = _without_control_merges(backend)
+        _install_sentinel(backend)
+        return Tokenizer(backend, special_tokens_map=names, chat_templates=templates)
+
+    # All of it hands contents of these files to the tokenizers library, which panics over some.
+    return call_backend(f"{folder}: the tokenizer cannot be loaded", made)
+
+
+def read_tokenizer(folder: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
+    """Reads what `load_tokenizer` does, for programs that write it in another format.
+
+    Returns:
+      The `tokenizers` library's tokenizer as the model's files describe it, without the guard against control tokens in
+      text; the strings of named tokens ("bos_token"); chat templates by name.
+
+    Raises:
+      TokenizerError, UnsupportedModel: as `load_tokenizer`.
+    """
+    folder = Path(folder)
+    return call_backend(f"{folder}: the tokenizer cannot be loaded", _described, _read_files(folder), folder)
+
+
+def _described(
+    files: Mapping[str, bytes | str], folder: Path
+) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
+    config = {
+        **_json_object(files, "special_tokens_map.json", folder),
+        **_json_object(files, "tokenizer_config.json", folder),
+    }
+    backend, defaults = _backend(files, folder)
+    _check_added(len(backend.get_added_tokens_decoder()), folder)
+    config = {**defaults, **{k: v for k, v in config.items() if v is not None or k not in defaults}}
+    names = {name: text for name in _NAMED_TOKENS if (text := _content(config.get(name))) is not None}
+    _add_tokens(backend, config, names, folder)
+    _set_post_processor(backend, config, names)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, names, _templates(files, config, folder)
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that a tokenizer is made from, by their names in it."""
+    names = [*_FILES, *(f"{_TEMPLATES}/{path.name}" for path in sorted((folder / _TEMPLATES).glob("*.jinja")))]
+    files = {}
+    for name in names:
+        if (path := folder / name).is_file():
+            try:
+                _check_size(path.stat().st_size, path)
+                files[name] = path.read_bytes()
+            except OSError as error:
+                raise TokenizerError(
+                    f"{path} cannot be read: {error.strerror}", hint="check the file's permissions"
+                ) from error
+    return files
+
+
+def _backend(files: Mapping[str, bytes | str], folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The tokenizer itself, and configuration that its file implies."""
+    from tokenizers import Tokenizer as Backend
+
+    if "tokenizer.json" in files:
+        path = folder / "tokenizer.json"
+        _check_size(len(files["tokenizer.json"]), path)
+        return call_backend(f"{path} cannot be read", Backend.from_buffer, _as_bytes(files["tokenizer.json"])), {}
+    if "tokenizer.model" in files:
+        return load_model(_as_bytes(files["tokenizer.model"]), name=str(folder / "tokenizer.model"))
+    raise TokenizerError(
+        f"{folder} holds no tokenizer", hint="copy tokenizer.json (or tokenizer.model) of the model there"
+    )
+
+
+def _as_bytes(content: bytes | str) -> bytes:
+    return content.encode() if isinstance(content, str) else content
+
+
+def _check_size(size: int, path: Path) -> None:
+    if size > MAX_FILE_BYTES:
+        raise TokenizerError(
+            f"{path} has {size:,} bytes, a tokenizer's files have {MAX_FILE_BYTES:,} at most",
+            hint="this is no sound tokenizer; get the model from where it was published",
+        )
+
+
+def _check_added(count: int, folder: Path) -> None:
+    if count > MAX_ADDED_TOKENS:
+        raise TokenizerError(
+            f"{folder}: the tokenizer adds {count:,} tokens to its vocabulary, {MAX_ADDED_TOKENS:,} at most are read",
+            hint="this is no sound tokenizer; get the model from where it was published",
+        )
+
+
+def _json_object(files: Mapping[str, bytes | str], name: str, folder: Path) -> dict[str, Any]:
+    """A JSON object, empty if there is no such file."""
+    if name not in files:
+        return {}
+    try:
+        content = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{folder / name} is not valid JSON: {error}", hint="fetch the file again") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{folder / name} does not hold a JSON object", hint="fetch the file again")
+    return content
+
+
+def _content(token: object) -> str | None:
+    """The string of a token that a configuration gives as a string or as an object."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Mapping[str, str], folder: Path
+) -> None:
+    """Add the configuration's tokens, and make every control token match before normalisation.
+
+    Adding a token that is there already changes only its flags.
+    """
+    from tokenizers import AddedToken
+
+    present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    wanted: dict[str, dict[str, bool]] = {
+        content: {flag: getattr(token, flag) for flag in _FLAGS} for content, token in present.items()
+    }
+    listed = dict(_listed_tokens(config, folder))
+    _check_added(len(listed), folder)
+    for content, (_, flags) in listed.items():
+        wanted[content] = {**wanted.get(content, {}), **flags}
+    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    for token in [*names.values(), *(extra.values() if isinstance(extra, dict) else extra)]:
+        if (text := _content(token)) is not None:
+            wanted[text] = {**wanted.get(text, {}), "special": True}
+    changed = []
+    for content, flags in wanted.items():
+        if flags.get("special"):
+            flags["normalized"] = False  # so that the sentinel of `guard`, a normaliser, can hide its lookalikes
+        if content and (
+            content not in present or any(getattr(present[content], flag) != flags[flag] for flag in flags)
+        ):
+            changed.append(AddedToken(content, **flags))
+    if changed:
+        call_backend("added tokens are refused", backend.add_tokens, changed)
+    for content, (token_id, _) in listed.items():
+        if (actual := backend.token_to_id(content)) != token_id:
+            raise TokenizerError(
+                f"{folder}: tokenizer_config.json gives {content!r} the id {token_id}, the tokenizer {actual}",
+                hint="the files of two models may be mixed; fetch them again",
+            )
+
+
+def _listed_tokens(config: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, tuple[int, dict[str, bool]]]]:
+    """(content, (id, flags)) of tokenizer_config.json's added_tokens_decoder, by id, since ids are given in order."""
+    listed = config.get("added_tokens_decoder") or {}
+    try:
+        for token_id, token in sorted(listed.items(), key=lambda item: int(item[0])):
+            yield token["content"], (int(token_id), {flag: bool(token[flag]) for flag in _FLAGS if flag in token})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is malformed: {error!r}",
+            hint="fetch the file again",
+        ) from error
+
+
+def _set_post_processor(backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Let explicit add_bos_token and add_eos_token settle what is added, as transformers (5.x) does."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    from tokenizers.processors import TemplateProcessing
+
+    bos = names.get("bos_token") if config.get("add_bos_token") else None
+    eos = names.get("eos_token") if config.get("add_eos_token") else None
+    single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+    backend.post_processor = TemplateProcessing(
+        single=single,
+        pair=[*single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])],
+        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys([bos, eos]) if token],
+    )
+
+
+def _install_sentinel(backend: tokenizers.Tokenizer) -> None:
+    """Make the tokenizer drop sentinels and restore escaped ones before anything else (`guard`)."""
+    from tokenizers import normalizers
+
+    steps = [normalizers.Replace(old, new) for old, new in RESTORED]
+    backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
+
+
+def _without_control_merges(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Drop BPE merges that build a control token out of plain text.
+
+    Some vocabularies list "<s>" like any other piece. The tokenizer is rebuilt only if one of its control tokens does
+    come out of plain text.
+    """
+    unknown = getattr(backend.model, "unk_token", None)
+    special = {
+        token.content: i
+        for i, token in backend.get_added_tokens_decoder().items()
+        if token.special and token.content != unknown
+    }
+    plain = type(backend)(backend.model)  # the model alone, without added tokens
+    if not any(
+        special[token] in plain.encode(prefix + token, add_special_tokens=False).ids
+        for token in special
+        for prefix in ("", "a")
+    ):
+        return backend
+    content = json.loads(backend.to_str())
+    if content["model"]["type"] != "BPE":
+        return backend  # `Tokenizer.encode_guarded` refuses what comes out
+    content["model"]["merges"] = [
+        merge
+        for merge in content["model"]["merges"]
+        if ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1)) not in special
+    ]
+    rebuilt = call_backend("the tokenizer cannot be rebuilt", type(backend).from_str, json.dumps(content))
+    return rebuilt
+
+
+def _templates(files: Mapping[str, bytes | str], config: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Chat templates by name."""
+    templates: dict[str, str] = {}
+    given = config.get("chat_template")
+    if given is None:
+        given = _json_object(files, "chat_template.json", folder).get("chat_template")
+    if isinstance(given, str):
+        templates["default"] = given
+    elif isinstance(given, Mapping):
+        templates.update({str(name): str(text) for name, text in given.items()})
+    elif isinstance(given, list):
+        for entry in given:
+            if not (isinstance(entry, dict) and isinstance(entry.get("template"), str)):
+                raise TokenizerError(f"{folder}: chat_template holds {entry!r:.80}", hint="fetch the file again")
+            templates[str(entry.get("name", "default"))] = entry["template"]
+    named = {PurePosixPath(file).stem: file for file in files if file.startswith(f"{_TEMPLATES}/")}
+    for name, file in (named | {"default": "chat_template.jinja"}).items():
+        if file in files:
+            try:
+                templates[name] = _as_bytes(files[file]).decode()
+            except UnicodeDecodeError as error:
+                raise TokenizerError(f"{folder / file} is not UTF-8: {error}", hint="fetch the file again") from error
+    return templates

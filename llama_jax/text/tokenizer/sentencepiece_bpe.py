@@ -1,0 +1,242 @@
+"""SentencePiece BPE vocabularies (tokenizer.model, and "llama" in GGUF files) as the content of a tokenizer.json.
+
+One encoder then serves every model, and its ids are those of transformers, which converts these files the same way. A
+SentencePiece BPE joins, again and again, the two neighbours whose union has the best score; a list of merges ordered by
+that score says the same (Kudo and Richardson 2018, arXiv:1808.06226).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+from llama_jax.errors import TokenizerError, UnsupportedModel
+from llama_jax.text.tokenizer.tokenizer import call_backend
+
+if TYPE_CHECKING:
+    import tokenizers
+
+SPACE = "▁"  # U+2581, SentencePiece's spelling of a space
+
+# It does not start with a space, since the library doubles that one, and transformers' conversion and this one do not.
+# Nothing looks like a control token either, since the library never finds those in a text.
+PROBE = """\
+The quick brown fox jumps over the lazy dog; isn't it 3.14159 or 1,234,567?
+def f(x_y):\n    return  x_y ** 2   # two  and   three spaces\t\ttabs
+
+Ünïcödé façade, Ελληνικά, Кириллица, עברית, العربية, हिन्दी, ไทย, 日本語と中文, 한국어
+emoji 👍🏽 👩\u200d💻 and math ∑∀∂ ½ e\u0301, "quotes" «guillemets» — dash…\r\n
+"""
+
+
+class PieceType(IntEnum):
+    """Kinds of pieces, numbered as in sentencepiece_model.proto; GGUF's token_type uses the same numbers."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def merges_by_score(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to build a piece from two others, best score first.
+
+    Args:
+      vocab: piece -> id, of the pieces that plain text may yield.
+      scores: piece -> score of its log probability.
+    """
+    merges = []
+    for piece in vocab:
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
+        splits.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        merges += [(scores[piece], len(left), len(right), left, right) for left, right in splits]
+    # Ties go to longer parts first and then keep their order (a stable sort), as in transformers' conversion.
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [(left, right) for *_, left, right in merges]
+
+
+def bpe_tokenizer_json(
+    pieces: Sequence[str],
+    types: Sequence[int],
+    merges: Sequence[tuple[str, str]],
+    *,
+    unk_token: str | None,
+    add_prefix_space: bool,
+    byte_fallback: bool = True,
+) -> dict[str, Any]:
+    """A tokenizer.json for a SentencePiece BPE vocabulary.
+
+    Args:
+      pieces: the vocabulary in the order of its ids.
+      types: the `PieceType` of each.
+      merges: in the order of their priority.
+      unk_token: what text outside the vocabulary becomes.
+      add_prefix_space: put a space before a text.
+      byte_fallback: spell characters outside the vocabulary by its 256 pieces for bytes.
+    """
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_prefix_space else []
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens(pieces, types),
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Metaspace",
+            "replacement": SPACE,
+            "prepend_scheme": "first" if add_prefix_space else "never",
+            "split": False,
+        },
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *strip,
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": unk_token,
+            "fuse_unk": True,
+            "byte_fallback": byte_fallback,
+            "vocab": {piece: i for i, piece in enumerate(pieces)},
+            "merges": [list(merge) for merge in merges],
+        },
+    }
+
+
+def added_tokens(pieces: Sequence[str], types: Sequence[int]) -> list[dict[str, Any]]:
+    """The tokens matched whole in a text: control tokens, the unknown token and user-defined ones."""
+    kinds = {PieceType.CONTROL: True, PieceType.UNKNOWN: True, PieceType.USER_DEFINED: False}
+    return [
+        {
+            "id": i,
+            "content": piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kinds[PieceType(kind)],
+        }
+        for i, (piece, kind) in enumerate(zip(pieces, types, strict=True))
+        if kind in kinds
+    ]
+
+
+def mergeable(pieces: Sequence[str], types: Sequence[int]) -> dict[str, int]:
+    """The pieces that plain text may be merged into: a control token never is one, whatever its score."""
+    allowed = (PieceType.NORMAL, PieceType.USER_DEFINED)
+    return {piece: i for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)) if kind in allowed}
+
+
+def load_model(data: bytes, *, name: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Load a tokenizer.model.
+
+    The sentencepiece library reads and validates the file. Its vocabulary then moves to the encoder of every other
+    model, which knows added tokens; that both encode `PROBE` alike is checked each time.
+
+    Args:
+      data: the file, a serialised ModelProto of sentencepiece_model.proto.
+      name: what to call it in errors.
+
+    Returns:
+      The tokenizer, and configuration that tokenizer_config.json overrides.
+
+    Raises:
+      TokenizerError: the file is damaged, or the two encoders disagree.
+      UnsupportedModel: it is no BPE, or normalises text in a way that no Llama-like model does.
+    """
+    from tokenizers import Tokenizer as Backend
+
+    processor, model = _read(data, name)
+    _check_supported(model, name)
+    pieces = [piece.piece for piece in model.pieces]
+    if broken := [piece for piece in pieces if not isinstance(piece, str)]:  # protobuf leaves those as bytes
+        raise TokenizerError(f"{name} is damaged: the piece {broken[0]} is not UTF-8", hint="fetch the file again")
+    types = [PieceType(piece.type) for piece in model.pieces]
+    scores = {piece.piece: piece.score for piece in model.pieces}
+    ids = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
+    defaults: dict[str, Any] = {key: pieces[i] for key, i in ids.items() if i >= 0}  # -1: there is none
+    content = bpe_tokenizer_json(
+        pieces,
+        types,
+        merges_by_score(mergeable(pieces, types), scores),
+        unk_token=defaults.get("unk_token"),
+        add_prefix_space=model.normalizer_spec.add_dummy_prefix,
+        byte_fallback=model.trainer_spec.byte_fallback,
+    )
+    backend = call_backend(f"{name} cannot be read", Backend.from_str, json.dumps(content))
+    _check_agreement(processor, backend, name)
+    return backend, {**defaults, "add_bos_token": "bos_token" in defaults, "add_eos_token": False}
+
+
+def _read(data: bytes, name: str) -> tuple[Any, Any]:
+    """The library's processor and the ModelProto, which holds what the processor does not tell.
+
+    Raises:
+      TokenizerError: the file is damaged, or the protobuf package does not fit the sentencepiece package.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+        from sentencepiece import sentencepiece_model_pb2 as messages
+    except Exception as error:  # an older protobuf raises its own VersionError, a second copy of the messages TypeError
+        raise TokenizerError(
+            f"{name} cannot be read: the sentencepiece package does not import: {error}",
+            hint="install matching versions: pip install -U sentencepiece protobuf",
+        ) from error
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(data)
+    except RuntimeError as error:  # the library reports every damage as one
+        raise TokenizerError(f"{name} is damaged: {error}", hint="fetch the file again") from error
+    # The class is made when the module is imported, where mypy does not see it.
+    return processor, messages.ModelProto.FromString(processor.serialized_model_proto())  # type: ignore[attr-defined]
+
+
+def _check_supported(model: Any, name: str) -> None:
+    """Refuse a ModelProto whose settings the encoder cannot follow.
+
+    Raises:
+      UnsupportedModel: see the message.
+    """
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != trainer.BPE:
+        label = trainer.ModelType.Name(trainer.model_type).lower()
+        raise UnsupportedModel(f"{name} is a SentencePiece {label} model", hint="only BPE models are supported")
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
+        raise UnsupportedModel(
+            f"{name} normalises text with {normalizer.name!r}",
+            hint='only the normaliser "identity" without removal of white space is supported',
+        )
+    if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
+        raise UnsupportedModel(
+            f"{name} marks spaces in another way than by {SPACE!r} before a word",
+            hint="only treat_whitespace_as_suffix=false with escape_whitespaces=true is supported",
+        )
+
+
+def _check_agreement(processor: Any, backend: tokenizers.Tokenizer, name: str) -> None:
+    """Compare the library with the encoder made from its vocabulary.
+
+    Raises:
+      TokenizerError: they give `PROBE` different ids.
+    """
+    expected = processor.encode(PROBE)
+    actual = call_backend(f"{name} cannot encode", backend.encode, PROBE, add_special_tokens=False).ids
+    if actual == expected:
+        return
+    shared = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), len(actual))
+    theirs, ours = (
+        [processor.id_to_piece(i) for i in ids[max(shared - 2, 0) : shared + 4]] for ids in (expected, actual)
+    )
+    raise TokenizerError(
+        f"{name}: the sentencepiece library splits a text as …{theirs}…, the encoder made from it as …{ours}…",
+        hint="the file uses a feature of SentencePiece that is not supported; use the model's tokenizer.json instead",
+    )
