@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.cache import DENSE_AXES, DenseCache
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.loop import decode_step, first_token
+from llama_jax.decode.loop import decode_step, idle_state
 from llama_jax.decode.prefill import prefill_chunk
 from llama_jax.layout import partition_spec, split_config
 from llama_jax.model.fuse import fuse_params
@@ -49,13 +49,13 @@ class Program:
         return self.function.lower(*self.args, **self.static)
 
 
-_decode_step = partial(jax.jit, static_argnames=("config", "options"), donate_argnames=("state",))(decode_step)
+_decode_step = partial(jax.jit, static_argnames=("config", "profile"), donate_argnames=("state",))(decode_step)
 
 
 def prefill_program(
     config: LlamaConfig, mesh: Mesh | None = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
 ) -> Program:
-    """The first `chunk` tokens of the prompts of `batch` rows, into a new cache of `capacity` slots a row.
+    """The first `chunk` tokens of the prompts of `batch` rows, into a cache of `capacity` slots a row.
 
     Args:
       config: of the model; on a mesh, key/value heads are repeated as `load` does it.
@@ -63,15 +63,9 @@ def prefill_program(
     config = split_config(config, mesh)
     tokens = _array((batch, chunk), jnp.int32, ("batch",), mesh)
     lengths = _array((batch,), jnp.int32, ("batch",), mesh)
-    args = (fused_parameters(config, mesh, dtype), None, tokens, tokens, tokens, lengths)
-    static = {
-        "config": config,
-        "capacity": capacity,
-        "dtype": jnp.dtype(dtype),
-        "prompt_logprobs": None,
-        "page_size": None,
-    }
-    return Program("prefill", prefill_chunk, args, static)
+    cache = _dense_cache(config, mesh, batch, capacity, dtype)
+    args = (fused_parameters(config, mesh, dtype), cache, None, tokens, tokens, tokens, lengths)
+    return Program("prefill", prefill_chunk, args, {"config": config, "prompt_logprobs": False})
 
 
 def decode_program(
@@ -79,17 +73,20 @@ def decode_program(
 ) -> Program:
     """One greedy decode step of `batch` rows over a cache of `capacity` slots a row, its state donated."""
     config = split_config(config, mesh)
-    options, sampler = make_sampler([SamplingParams(seed=0, temperature=0.0)] * batch, [[]] * batch, config.vocab_size)
-    cache = jax.eval_shape(partial(DenseCache.create, config, batch, capacity, dtype))
-    ints = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    logits = jax.ShapeDtypeStruct((batch, config.vocab_size), jnp.float32)
-    start = partial(first_token, options=options, room=capacity)
-    state, _ = jax.eval_shape(start, logits, cache, sampler, ints, ints)
+    profile, sampler = make_sampler([SamplingParams(seed=0, temperature=0.0)] * batch, [[]] * batch, config.vocab_size)
+    cache = _dense_cache(config, mesh, batch, capacity, dtype)
+    state = jax.eval_shape(idle_state, cache, sampler)
     state = jax.tree.map(lambda x: _array(x.shape, x.dtype, ("batch",) if x.shape else (), mesh), state)
-    slots = [_array(k.shape, k.dtype, DENSE_AXES, mesh) for k in cache.k]
-    state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, k=tuple(slots), v=tuple(slots)))
-    args = (fused_parameters(config, mesh, dtype), state)
-    return Program("decode", _decode_step, args, {"config": config, "options": options})
+    args = (fused_parameters(config, mesh, dtype), dataclasses.replace(state, cache=cache))
+    return Program("decode", _decode_step, args, {"config": config, "profile": profile})
+
+
+def _dense_cache(config: LlamaConfig, mesh: Mesh | None, batch: int, capacity: int, dtype: DTypeLike) -> DenseCache:
+    """Shapes of a cache and where it lies."""
+    cache = jax.eval_shape(partial(DenseCache.create, config, batch, capacity, dtype))
+    k, v = ([_array(x.shape, x.dtype, DENSE_AXES, mesh) for x in each] for each in (cache.k, cache.v))
+    positions, length = _array(cache.positions.shape, jnp.int32, ("batch",), mesh), _array((), jnp.int32, (), mesh)
+    return jax.tree.unflatten(jax.tree.structure(cache), [*k, *v, positions, length])
 
 
 def fused_parameters(config: LlamaConfig, mesh: Mesh | None, dtype: DTypeLike) -> Params:

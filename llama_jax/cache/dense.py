@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,24 +26,24 @@ class DenseLayer:
     k: jax.Array
     v: jax.Array
     positions: jax.Array
-    start: jax.Array
 
     def attend(
         self,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
+        slots: jax.Array,
         q_positions: jax.Array,
-        positions: jax.Array,
+        q_rows: None,
         visibility: Visibility,
         *,
         scale: float,
     ) -> tuple[jax.Array, DenseLayer]:
         """See `LayerCache`."""
 
-        def store(slots: jax.Array, new: jax.Array) -> jax.Array:
-            new = jnp.swapaxes(new, 1, 2).astype(slots.dtype)
-            return constrain(jax.lax.dynamic_update_slice_in_dim(slots, new, self.start, axis=2), DENSE_AXES)
+        def store(into: jax.Array, new: jax.Array) -> jax.Array:
+            new = jnp.swapaxes(new, 1, 2).astype(into.dtype)
+            return constrain(jax.lax.dynamic_update_slice_in_dim(into, new, slots, axis=2), DENSE_AXES)
 
         # The barrier keeps XLA from doing the update twice, once for the result and once, on a copy of the whole cache,
         # inside whatever reads it.
@@ -58,21 +59,19 @@ class DenseCache:
     """Every row has `capacity` slots; the tokens of one call take the same slots in every row.
 
     Each slot remembers its token's position, and attention asks only for positions: so left- and right-padded rows,
-    several prefill chunks and single decode steps are all the same to it.
+    several prefill chunks and single decode steps are all the same to it. A row that has nothing to store still uses up
+    a slot, so rows that come and go are for the paged cache.
 
     Attributes:
       k, v: per layer [batch, kv_heads, capacity, head_dim].
       positions: int32 [batch, capacity], -1 where the slot is empty or padding.
-      length: int32 [], slots in use; `start`: where the tokens of the current call go.
-      rope_length: int32 [batch], the text length that fixes the frequencies of dynamic rope, 0 until known.
+      length: int32 [], slots in use.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     positions: jax.Array
     length: jax.Array
-    start: jax.Array
-    rope_length: jax.Array
 
     @classmethod
     def create(cls, config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike) -> DenseCache:
@@ -81,23 +80,23 @@ class DenseCache:
         # Separate buffers: donated arrays must not alias one another.
         k = tuple(constrain(jnp.zeros(shape, dtype), DENSE_AXES) for _ in config.layers)
         v = tuple(constrain(jnp.zeros(shape, dtype), DENSE_AXES) for _ in config.layers)
-        return cls(
-            k,
-            v,
-            positions=jnp.full((batch, capacity), -1, jnp.int32),
-            length=jnp.zeros((), jnp.int32),
-            start=jnp.zeros((), jnp.int32),
-            rope_length=jnp.zeros((batch,), jnp.int32),
-        )
+        return cls(k, v, jnp.full((batch, capacity), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
     @property
     def capacity(self) -> int:
         """Slots of each row."""
         return self.positions.shape[1]
 
-    def extend(self, positions: jax.Array, rope_length: jax.Array) -> DenseCache:
-        """See `KVCache`. Outside of jit, raises RequestError when the slots do not suffice; inside, where the slots in
-        use are not known, only when all of them would not suffice: the caller must have made the cache large enough."""
+    def extend(self, positions: jax.Array, rows: jax.Array | None = None) -> tuple[DenseCache, jax.Array]:
+        """See `KVCache`; the record is the first slot, int32 []. Outside of jit, raises RequestError when the slots do
+        not suffice; inside, where the slots in use are not known, only when all of them would not suffice: the caller
+        must have made the cache large enough."""
+        if rows is not None:
+            raise RequestError(
+                "a dense cache takes no packed tokens: its rows have their slots in common",
+                param="cache",
+                hint="use a PagedCache (page_size=)",
+            )
         tokens = positions.shape[1]
         taken = 0 if isinstance(self.length, jax.core.Tracer) else int(self.length)
         if taken + tokens > self.capacity:
@@ -106,17 +105,12 @@ class DenseCache:
                 param="cache",
                 hint="create the cache with a larger capacity",
             )
-        return dataclasses.replace(
-            self,
-            positions=jax.lax.dynamic_update_slice_in_dim(self.positions, positions, self.length, axis=1),
-            length=self.length + tokens,
-            start=self.length,
-            rope_length=rope_length,
-        )
+        written = jax.lax.dynamic_update_slice_in_dim(self.positions, positions, self.length, axis=1)
+        return dataclasses.replace(self, positions=written, length=self.length + tokens), self.length
 
     def layer(self, index: int) -> DenseLayer:
         """See `KVCache`."""
-        return DenseLayer(self.k[index], self.v[index], self.positions, self.start)
+        return DenseLayer(self.k[index], self.v[index], self.positions)
 
     def with_layers(self, views: list[DenseLayer]) -> DenseCache:
         """See `KVCache`."""
@@ -136,22 +130,44 @@ class DenseCache:
                 hint="create a smaller cache instead",
             )
 
-        def pad(x: jax.Array) -> jax.Array:
-            return constrain(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), DENSE_AXES)
-
-        return dataclasses.replace(
-            self,
-            k=tuple(map(pad, self.k)),
-            v=tuple(map(pad, self.v)),
-            positions=jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1),
+        return self._with(
+            lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))),
+            jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1),
         )
 
-    def rows(self, index: jax.Array) -> DenseCache:
-        """The cache of rows `index` int32 [n]: rows may be repeated (several samples of one prompt) or left out."""
-        return dataclasses.replace(
-            self,
-            k=tuple(constrain(x[index], DENSE_AXES) for x in self.k),
-            v=tuple(constrain(x[index], DENSE_AXES) for x in self.v),
-            positions=self.positions[index],
-            rope_length=self.rope_length[index],
-        )
+    def select(self, rows: jax.Array) -> DenseCache:
+        """See `KVCache`; a copy."""
+
+        def take(x: jax.Array, fill: int) -> jax.Array:
+            return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
+
+        return self._with(lambda x: take(x, 0), take(self.positions, -1))
+
+    def put(self, rows: jax.Array, part: DenseCache) -> DenseCache:
+        """See `KVCache`. Other rows have nothing in the slots that the part has taken meanwhile."""
+
+        def write(into: jax.Array, new: jax.Array) -> jax.Array:
+            return into.at[rows].set(new, mode="drop")
+
+        k = tuple(constrain(write(a, b), DENSE_AXES) for a, b in zip(self.k, part.k, strict=True))
+        v = tuple(constrain(write(a, b), DENSE_AXES) for a, b in zip(self.v, part.v, strict=True))
+        length = jnp.maximum(self.length, part.length)
+        return DenseCache(k, v, write(self.positions, part.positions), length)
+
+    def fork(self, source: jax.Array, target: jax.Array) -> DenseCache:
+        """See `KVCache`; a copy."""
+        return self.put(target, self.select(source))
+
+    def truncate(self, lengths: jax.Array) -> DenseCache:
+        """See `KVCache`; slots of dropped tokens stay used up."""
+        rank = jnp.cumsum(self.positions >= 0, axis=1)
+        return dataclasses.replace(self, positions=jnp.where(rank <= lengths[:, None], self.positions, -1))
+
+    def release(self, rows: jax.Array) -> DenseCache:
+        """See `KVCache`; slots of the released rows stay used up."""
+        return dataclasses.replace(self, positions=jnp.where(rows[:, None], -1, self.positions))
+
+    def _with(self, change: Callable[[jax.Array], jax.Array], positions: jax.Array) -> DenseCache:
+        """Keys and values changed in one way."""
+        k, v = (tuple(constrain(change(x), DENSE_AXES) for x in each) for each in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, positions=positions)

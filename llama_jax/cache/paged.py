@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.sharding import constrain, local, parts
 
 DEFAULT_PAGE_SIZE = 64
 """A block of the decode kernels then lies in one page on every target, and a row leaves 32 slots unused on average."""
@@ -21,7 +23,10 @@ DEFAULT_PAGE_SIZE = 64
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
 NO_PAGE = -1
-"""Stands in the page table where no page is booked."""
+"""In the page table where no page is booked."""
+
+PAGE_AXES = ("batch", "kv_heads")
+"""Logical axes of pages [pages, kv_heads, page_size, head_dim]: each replica of the model has a pool of its own."""
 
 
 def check_page_size(page_size: int) -> None:
@@ -34,6 +39,14 @@ def check_page_size(page_size: int) -> None:
         )
 
 
+class PagedSlots(NamedTuple):
+    """Where new tokens go, int32 [batch, len]: the page, and the slot in it. The page of padding, and of tokens for
+    which no page is booked, does not exist, so that a write there is dropped."""
+
+    page: jax.Array
+    offset: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedLayer:
@@ -43,49 +56,67 @@ class PagedLayer:
     v: jax.Array
     page_table: jax.Array
     positions: jax.Array
-    start: jax.Array
 
     def attend(
         self,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
+        slots: PagedSlots,
         q_positions: jax.Array,
-        positions: jax.Array,
+        q_rows: jax.Array | None,
         visibility: Visibility,
         *,
         scale: float,
     ) -> tuple[jax.Array, PagedLayer]:
-        """See `LayerCache`."""
-        pages, _, page_size, _ = self.k.shape
-        page, slot = _places(self.page_table, self.start, positions, pages, page_size)
+        """See `LayerCache`. On a mesh every replica works on its own rows and pages, without communication."""
 
-        def store(into: jax.Array, new: jax.Array) -> jax.Array:
-            return into.at[page, :, slot % page_size].set(new.astype(into.dtype), mode="drop")
+        def run(
+            layer: PagedLayer, q: jax.Array, new: tuple[jax.Array, jax.Array], slots: PagedSlots, at: Queries
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            def store(into: jax.Array, new: jax.Array) -> jax.Array:
+                return into.at[slots.page, :, slots.offset].set(new.astype(into.dtype), mode="drop")
 
-        # As in a dense layer: the barrier keeps XLA from storing twice, for the result and, on a copy, for its reader.
-        stored_k, stored_v = jax.lax.optimization_barrier((store(self.k, k), store(self.v, v)))
-        layer = dataclasses.replace(self, k=stored_k, v=stored_v)
-        out = attention(
-            q, layer.k, layer.v, q_positions, self.positions, visibility, scale=scale, page_table=self.page_table
-        )
-        return out, layer
+            # As in a dense layer: the barrier keeps XLA from storing twice, for the result and, on a copy, its reader.
+            k, v = jax.lax.optimization_barrier((store(layer.k, new[0]), store(layer.v, new[1])))
+            return _attention(q, k, v, layer, at, visibility, scale), (k, v)
+
+        arguments = {
+            "layer": self,
+            "q": q,
+            "new": (k, v),
+            "slots": slots,
+            "at": Queries(q_positions, q_rows),
+        }
+        heads = ("batch", None, "kv_heads")
+        axes = {
+            "layer": PagedLayer(PAGE_AXES, PAGE_AXES, ("batch",), ("batch",)),  # type: ignore[arg-type]
+            "q": heads,
+            "new": heads,
+            "slots": ("batch",),
+            "at": ("batch",),
+        }
+        out, (stored_k, stored_v) = local(run, arguments, axes, (heads, PAGE_AXES))
+        return out, dataclasses.replace(self, k=stored_k, v=stored_v)
 
 
-def _places(
-    page_table: jax.Array, start: jax.Array, positions: jax.Array, pages: int, page_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Where new tokens go: each row's real ones, in their order, from its slot `start` on.
+class Queries(NamedTuple):
+    """Positions of queries, int32 [batch, queries], and the row of each where tokens are packed."""
 
-    Returns:
-      page and slot in the row, int32 [batch, len]: those of padding and of tokens for which no page is booked do not
-      exist (`pages`, and the row's number of slots), so that a write there is dropped.
-    """
-    real = positions >= 0
-    slot = start[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-    page = jnp.take_along_axis(page_table, slot // page_size, axis=1, mode="fill", fill_value=NO_PAGE)
-    booked = real & (page >= 0) & (page < pages)
-    return jnp.where(booked, page, pages), jnp.where(booked, slot, page_table.shape[1] * page_size)
+    positions: jax.Array
+    rows: jax.Array | None
+
+
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: PagedLayer, at: Queries, visibility: Visibility, scale: float
+) -> jax.Array:
+    if at.rows is None:
+        return attention(q, k, v, at.positions, layer.positions, visibility, scale=scale, page_table=layer.page_table)
+    # Each packed token is a batch row of one query, with the page table's line of its own row.
+    rows, positions = at.rows[0], at.positions[0][:, None]
+    table = jnp.take(layer.page_table, rows, axis=0, mode="fill", fill_value=NO_PAGE)
+    slots = jnp.take(layer.positions, rows, axis=0, mode="fill", fill_value=-1)
+    return attention(q[0][:, None], k, v, positions, slots, visibility, scale=scale, page_table=table)[:, 0][None]
 
 
 @jax.tree_util.register_dataclass
@@ -93,17 +124,20 @@ def _places(
 class PagedCache:
     """Each row appends its own tokens, and no padding, to the pages that its line of the table names.
 
-    `create` books pages for every slot. Whoever hands out pages by need (`PagePool`) writes them into `page_table`
-    before the tokens come. Rows may have pages in common as long as none of them appends to such a page: who shares
-    pages knows which of them has to be copied first.
+    `create` books pages for every slot. Whoever hands out pages by need (`PagePool`) books them (`book`) before the
+    tokens come. Rows may have pages in common at their beginning; `extend` never writes there.
+
+    On a mesh that splits rows over several replicas, each replica has a pool of its own, and numbers in the page table
+    count the pages of the row's replica.
 
     Attributes:
       k, v: per layer [pages, kv_heads, page_size, head_dim].
       page_table: int32 [batch, pages_per_row]: entry i is the page of slots i * page_size and following of the row;
         NO_PAGE, or any number that is no page, where none is booked.
       positions: int32 [batch, pages_per_row * page_size], of the token in each slot, -1 where there is none.
-      lengths: int32 [batch], tokens of each row; `start`: without those of the current call.
-      rope_length: int32 [batch], the text length that fixes the frequencies of dynamic rope, 0 until known.
+      lengths: int32 [batch], tokens of each row.
+      shared: int32 [batch], slots at the row's beginning that lie in pages which other rows may read.
+      replicas: pools that the pages are divided into.
     """
 
     k: tuple[jax.Array, ...]
@@ -111,8 +145,8 @@ class PagedCache:
     page_table: jax.Array
     positions: jax.Array
     lengths: jax.Array
-    start: jax.Array
-    rope_length: jax.Array
+    shared: jax.Array
+    replicas: int = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
     def create(
@@ -128,27 +162,35 @@ class PagedCache:
         """An empty cache for `batch` rows of `capacity` tokens, rounded up to whole pages.
 
         Args:
-          pages: so many pages, none of them booked; by default as many as there are slots for, all booked.
+          pages: pages of the store, none of them booked; by default as many as there are slots for, all booked.
 
         Raises:
-          RequestError: `page_size` is not one of PAGE_SIZES.
+          RequestError: `page_size` is not one of PAGE_SIZES, or the mesh in use cannot split the rows or pages.
         """
         check_page_size(page_size)
         per_row = -(-capacity // page_size)
+        count = batch * per_row if pages is None else pages
+        replicas = parts("batch")
+        if batch % replicas or count % replicas:
+            raise RequestError(
+                f"{batch} rows and {count} pages cannot be divided among {replicas} replicas of the model",
+                param="cache",
+                hint=f"make both a multiple of {replicas}",
+            )
         if pages is None:
-            table = jnp.arange(batch * per_row, dtype=jnp.int32).reshape(batch, per_row)
+            table = (jnp.arange(count, dtype=jnp.int32) % (count // replicas)).reshape(batch, per_row)
         else:
             table = jnp.full((batch, per_row), NO_PAGE, jnp.int32)
-        shape = (table.size if pages is None else pages, config.num_kv_heads, page_size, config.head_dim)
+        shape = (count, config.num_kv_heads, page_size, config.head_dim)
         # Separate buffers: donated arrays must not alias one another.
         return cls(
-            k=tuple(jnp.zeros(shape, dtype) for _ in config.layers),
-            v=tuple(jnp.zeros(shape, dtype) for _ in config.layers),
+            k=tuple(constrain(jnp.zeros(shape, dtype), PAGE_AXES) for _ in config.layers),
+            v=tuple(constrain(jnp.zeros(shape, dtype), PAGE_AXES) for _ in config.layers),
             page_table=table,
             positions=jnp.full((batch, per_row * page_size), -1, jnp.int32),
             lengths=jnp.zeros((batch,), jnp.int32),
-            start=jnp.zeros((batch,), jnp.int32),
-            rope_length=jnp.zeros((batch,), jnp.int32),
+            shared=jnp.zeros((batch,), jnp.int32),
+            replicas=replicas,
         )
 
     @property
@@ -158,97 +200,199 @@ class PagedCache:
 
     @property
     def pages(self) -> int:
-        """Pages of the store."""
-        return self.k[0].shape[0]
+        """Pages of each pool."""
+        return self.k[0].shape[0] // self.replicas
 
     @property
     def page_size(self) -> int:
         """Slots of a page."""
         return self.k[0].shape[2]
 
-    def extend(self, positions: jax.Array, rope_length: jax.Array) -> PagedCache:
+    def book(self, rows: jax.Array, pages: jax.Array, shared: jax.Array | None = None) -> PagedCache:
+        """The cache with pages int32 [n, pages_per_row] as the lines of the page table of rows int32 [n].
+
+        Args:
+          shared: int32 [n], tokens at the beginning of each row that lie in pages of other rows too, a multiple of
+            page_size: they are there, at positions 0, 1, 2, ..., and are never written. None: the rows keep what they
+            have.
+        """
+        booked = dataclasses.replace(self, page_table=self.page_table.at[rows].set(pages, mode="drop"))
+        if shared is None:
+            return booked
+        slot = jnp.arange(self.capacity, dtype=jnp.int32)
+        there = jnp.where(slot < shared[:, None], slot, -1)
+        return dataclasses.replace(
+            booked,
+            positions=self.positions.at[rows].set(there, mode="drop"),
+            lengths=self.lengths.at[rows].set(shared, mode="drop"),
+            shared=self.shared.at[rows].set(shared, mode="drop"),
+        )
+
+    def extend(self, positions: jax.Array, rows: jax.Array | None = None) -> tuple[PagedCache, PagedSlots]:
         """See `KVCache`. Outside of jit, raises RequestError when a token has no slot; inside, where that is not known,
         such tokens are dropped: the caller must have made the cache large enough and booked the pages."""
-        page, slot = _places(self.page_table, self.lengths, positions, self.pages, self.page_size)
-        lost = jnp.sum((positions >= 0) & (page == self.pages))
+        self._check_mesh(packed=rows is not None)
+        real = positions >= 0
+        if rows is None:
+            row = jnp.broadcast_to(jnp.arange(len(positions), dtype=jnp.int32)[:, None], positions.shape)
+            rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+        else:
+            row = rows
+            index = jnp.arange(rows.shape[1])
+            before = (rows[0] == rows[0][:, None]) & real[0] & (index < index[:, None])
+            rank = jnp.sum(before, axis=1, dtype=jnp.int32)[None]
+        slot = self.lengths.at[row].get(mode="fill", fill_value=0) + rank
+        page = self.page_table.at[row, slot // self.page_size].get(mode="fill", fill_value=NO_PAGE)
+        owned = slot >= self.shared.at[row].get(mode="fill", fill_value=0)
+        booked = real & owned & (page >= 0) & (page < self.pages)
+        lost = jnp.sum(real & ~booked)
         if not isinstance(lost, jax.core.Tracer) and lost:
-            full = self.lengths + jnp.sum(positions >= 0, axis=1) > self.capacity
+            full = jnp.any(real & (slot >= self.capacity))
             raise RequestError(
                 f"{int(lost)} tokens do not fit into the pages of their rows",
                 param="cache",
-                hint="create the cache with a larger capacity" if full.any() else "book pages for them first",
+                hint="create the cache with a larger capacity" if full else "book pages for them first",
             )
-        rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
-        return dataclasses.replace(
+        page, slot = jnp.where(booked, page, self.pages), jnp.where(booked, slot, self.capacity)
+        extended = dataclasses.replace(
             self,
-            positions=self.positions.at[rows, slot].set(positions, mode="drop"),
-            lengths=self.lengths + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32),
-            start=self.lengths,
-            rope_length=rope_length,
+            positions=self.positions.at[row, slot].set(positions, mode="drop"),
+            lengths=self.lengths.at[row].add(real.astype(jnp.int32), mode="drop"),
         )
+        return extended, PagedSlots(page, slot % self.page_size)
 
     def layer(self, index: int) -> PagedLayer:
         """See `KVCache`."""
-        return PagedLayer(self.k[index], self.v[index], self.page_table, self.positions, self.start)
+        return PagedLayer(self.k[index], self.v[index], self.page_table, self.positions)
 
     def with_layers(self, views: list[PagedLayer]) -> PagedCache:
         """See `KVCache`."""
         return dataclasses.replace(self, k=tuple(view.k for view in views), v=tuple(view.v for view in views))
 
-    def truncate(self, lengths: jax.Array) -> PagedCache:
-        """The cache with only the first `lengths` int32 [batch] tokens of each row: drafts that were not accepted are
-        dropped, and a row of length 0 is free for another text."""
-        lengths = jnp.minimum(self.lengths, lengths.astype(jnp.int32))
-        keep = jnp.arange(self.capacity, dtype=jnp.int32) < lengths[:, None]
+    def select(self, rows: jax.Array) -> PagedCache:
+        """See `KVCache`; the part has the same pages, of which nothing is copied."""
+        self._check_one_pool()
+
+        def take(x: jax.Array, fill: int) -> jax.Array:
+            return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
+
         return dataclasses.replace(
             self,
-            positions=jnp.where(keep, self.positions, -1),
-            lengths=lengths,
-            rope_length=jnp.where(lengths > 0, self.rope_length, 0),
+            page_table=take(self.page_table, NO_PAGE),
+            positions=take(self.positions, -1),
+            lengths=take(self.lengths, 0),
+            shared=take(self.shared, 0),
+        )
+
+    def put(self, rows: jax.Array, part: PagedCache) -> PagedCache:
+        """See `KVCache`; the pages are the part's, which has those of all rows."""
+        self._check_one_pool()
+
+        def write(into: jax.Array, new: jax.Array) -> jax.Array:
+            return into.at[rows].set(new, mode="drop")
+
+        return dataclasses.replace(
+            part,
+            page_table=write(self.page_table, part.page_table),
+            positions=write(self.positions, part.positions),
+            lengths=write(self.lengths, part.lengths),
+            shared=write(self.shared, part.shared),
+        )
+
+    def fork(self, source: jax.Array, target: jax.Array) -> PagedCache:
+        """See `KVCache`. Full pages are shared; the partial last one is copied into the page that the target has booked
+        for these slots. Outside of jit, raises RequestError where it has booked none."""
+        self._check_one_pool()
+        part = self.select(source)
+        own = jnp.take(self.page_table, target, axis=0, mode="fill", fill_value=NO_PAGE)
+        full = part.lengths // self.page_size
+        last = jnp.minimum(full, own.shape[1] - 1)[:, None]
+        old, new = (jnp.take_along_axis(table, last, axis=1)[:, 0] for table in (part.page_table, own))
+        partial = part.lengths % self.page_size > 0
+        booked = (new >= 0) & (new < self.pages)
+        missing = jnp.any(partial & ~booked & (target < len(self.lengths)))
+        if not isinstance(missing, jax.core.Tracer) and missing:
+            raise RequestError(
+                "a row to fork into has no page for the last tokens of the text",
+                param="cache",
+                hint="book pages for the target rows first",
+            )
+        to = jnp.where(partial & booked, new, self.pages)
+
+        def copy(x: jax.Array) -> jax.Array:
+            return x.at[to].set(jnp.take(x, old, axis=0, mode="clip"), mode="drop")
+
+        kept = jnp.arange(own.shape[1]) < full[:, None]
+        shared = jnp.maximum(part.shared, full * self.page_size)
+        part = dataclasses.replace(
+            part,
+            k=tuple(map(copy, self.k)),
+            v=tuple(map(copy, self.v)),
+            page_table=jnp.where(kept, part.page_table, own),
+            shared=shared,
+        )
+        forked = self.put(target, part)
+        return dataclasses.replace(forked, shared=forked.shared.at[source].max(shared, mode="drop"))
+
+    def truncate(self, lengths: jax.Array) -> PagedCache:
+        """See `KVCache`: drafts that were not accepted are dropped. A row that was cut within shared pages can only be
+        read, forked or released."""
+        lengths = jnp.minimum(self.lengths, lengths.astype(jnp.int32))
+        keep = jnp.arange(self.capacity, dtype=jnp.int32) < lengths[:, None]
+        return dataclasses.replace(self, positions=jnp.where(keep, self.positions, -1), lengths=lengths)
+
+    def release(self, rows: jax.Array) -> PagedCache:
+        """See `KVCache`. The rows have no pages any more: `book` gives them some for the next text."""
+        line = rows[:, None]
+        return dataclasses.replace(
+            self,
+            page_table=jnp.where(line, NO_PAGE, self.page_table),
+            positions=jnp.where(line, -1, self.positions),
+            lengths=jnp.where(rows, 0, self.lengths),
+            shared=jnp.where(rows, 0, self.shared),
         )
 
     def grow(self, capacity: int) -> PagedCache:
-        """The same cache with more slots, and new pages for them.
-
-        Raises:
-          RequestError: `capacity` is smaller than it is now.
-        """
+        """See `KVCache`; every row gets new pages for the new slots, added to the store behind the old ones."""
         if capacity < self.capacity:
             raise RequestError(
                 f"a cache of {self.capacity} slots cannot grow to {capacity}",
                 param="capacity",
                 hint="create a smaller cache instead",
             )
-        batch = self.page_table.shape[0]
-        more = -(-capacity // self.page_size) - self.page_table.shape[1]
-        new = self.pages + jnp.arange(batch * more, dtype=jnp.int32).reshape(batch, more)
+        batch, per_row = self.page_table.shape
+        more = -(-capacity // self.page_size) - per_row
+        rows = batch // self.replicas
+        new = self.pages + jnp.arange(rows * more, dtype=jnp.int32).reshape(rows, more)
 
         def pad(x: jax.Array) -> jax.Array:
-            return jnp.pad(x, ((0, batch * more), (0, 0), (0, 0), (0, 0)))
+            pools = x.reshape(self.replicas, self.pages, *x.shape[1:])
+            pools = jnp.pad(pools, ((0, 0), (0, rows * more), (0, 0), (0, 0), (0, 0)))
+            return constrain(pools.reshape(-1, *x.shape[1:]), PAGE_AXES)
 
         return dataclasses.replace(
             self,
             k=tuple(map(pad, self.k)),
             v=tuple(map(pad, self.v)),
-            page_table=jnp.concatenate([self.page_table, new], axis=1),
+            page_table=jnp.concatenate([self.page_table, jnp.tile(new, (self.replicas, 1))], axis=1),
             positions=jnp.pad(self.positions, ((0, 0), (0, more * self.page_size)), constant_values=-1),
         )
 
-    def rows(self, index: jax.Array) -> PagedCache:
-        """The cache of rows `index` int32 [n]: rows may be repeated (several samples of one prompt) or left out. Each
-        row gets pages of its own, copies of those it comes from."""
-        table = self.page_table[index]
+    def _check_mesh(self, *, packed: bool) -> None:
+        if self.replicas != parts("batch"):
+            raise RequestError(
+                f"the paged cache has {self.replicas} pools, the mesh in use {parts('batch')} replicas of the model",
+                param="cache",
+                hint="create the cache inside of `sharding.on(mesh)`",
+            )
+        if packed:
+            self._check_one_pool()
 
-        def copy(x: jax.Array) -> jax.Array:
-            return jnp.take(x, table.reshape(-1), axis=0, mode="clip")
-
-        return dataclasses.replace(
-            self,
-            k=tuple(map(copy, self.k)),
-            v=tuple(map(copy, self.v)),
-            page_table=jnp.arange(table.size, dtype=jnp.int32).reshape(table.shape),
-            positions=self.positions[index],
-            lengths=self.lengths[index],
-            start=self.start[index],
-            rope_length=self.rope_length[index],
-        )
+    def _check_one_pool(self) -> None:
+        """Rows of different replicas have no page in common, so tokens and rows are not moved among them."""
+        if self.replicas > 1:
+            raise RequestError(
+                f"rows of a paged cache with {self.replicas} pools cannot be selected, forked or packed",
+                param="cache",
+                hint="give each replica of the model a cache of its own",
+            )

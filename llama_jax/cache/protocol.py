@@ -1,7 +1,8 @@
-"""What the model asks of a key/value cache, and nothing else: how it lies in memory is the cache's own affair.
+"""What the model and generation ask of a key/value cache; how it lies in memory is the cache's own affair.
 
 The model books slots for its tokens once (`extend`), then gives each layer's new keys and values to that layer's view
-(`layer(i).attend`). What a slot is, only the cache knows.
+(`layer(i).attend`). What a slot is, only the cache knows: the record of the booked slots passes through the model
+unread. Any class with these methods is a cache, also one of another package.
 """
 
 from __future__ import annotations
@@ -14,44 +15,94 @@ from llama_jax.kernels.attention import Visibility
 
 
 class LayerCache(Protocol):
-    """One layer's view of a cache whose slots are booked."""
+    """One layer's view of a cache."""
 
     def attend(
         self,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
+        slots: Any,
         q_positions: jax.Array,
-        positions: jax.Array,
+        q_rows: jax.Array | None,
         visibility: Visibility,
         *,
         scale: float,
     ) -> tuple[jax.Array, Self]:
-        """Stores keys and values in the booked slots, then attends over all slots.
+        """Stores keys and values in the booked slots, then attends over all slots of each query's row.
 
         Args:
-          q: [batch, queries, num_heads, head_dim]; q_positions: int32 [batch, queries].
-          k, v: [batch, len, kv_heads, head_dim]; positions: int32 [batch, len], those that the slots were booked for.
+          q: [batch, queries, num_heads, head_dim].
+          k, v: [batch, len, kv_heads, head_dim] of the tokens that `slots` were booked for.
+          slots: what `extend` returned.
+          q_positions: int32 [batch, queries].
+          q_rows: int32 [1, queries], the row of each query of packed tokens; None if query and row have one batch
+            index.
         """
         ...
 
 
 class KVCache(Protocol):
-    """What `forward` asks of a cache."""
+    """Keys and values of `rows` texts, each of at most `capacity` tokens. Every operation returns a new cache.
+
+    Row numbers may lie beyond the last row where they are arguments: such entries are padding, read as an empty row and
+    never written.
+    """
 
     @property
-    def rope_length(self) -> jax.Array:
-        """int32 [batch], the text length that fixes the frequencies of dynamic rope, 0 until known."""
+    def capacity(self) -> int:
+        """Slots of each row."""
         ...
 
-    def extend(self, positions: jax.Array, rope_length: jax.Array) -> Self:
-        """Books slots for tokens at `positions` int32 [batch, len] (negative: padding)."""
+    def extend(self, positions: jax.Array, rows: jax.Array | None = None) -> tuple[Self, Any]:
+        """Books slots for new tokens.
+
+        Args:
+          positions: int32 [batch, len], of each token in its text; negative for padding, which nothing ever sees.
+          rows: int32 [1, len], the row of each packed token; None if tokens [i, :] belong to row i.
+
+        Returns:
+          The cache that knows of these tokens, and the record of their slots for `LayerCache.attend`.
+
+        Raises:
+          RequestError: outside of jit: the tokens do not fit. At any time: this kind of cache takes no packed tokens.
+        """
         ...
 
     def layer(self, index: int) -> Any:
-        """The view of layer `index`."""
+        """The view of layer `index`, a `LayerCache`."""
         ...
 
     def with_layers(self, views: list[Any]) -> Self:
         """The cache with every layer's view put back."""
+        ...
+
+    def select(self, rows: jax.Array) -> Self:
+        """The rows `rows` int32 [n] as a cache of their own, to be changed and put back; each row at most once."""
+        ...
+
+    def put(self, rows: jax.Array, part: Self) -> Self:
+        """The cache with rows `rows` int32 [n] replaced by those of `part`, which `select` has made of this cache."""
+        ...
+
+    def fork(self, source: jax.Array, target: jax.Array) -> Self:
+        """The cache with rows `target` int32 [n] holding the texts of rows `source` int32 [n]: several continuations of
+        one prompt. From then on neither row's new tokens touch the other's."""
+        ...
+
+    def truncate(self, lengths: jax.Array) -> Self:
+        """The cache with only the first `lengths` int32 [batch] tokens of each row; longer than a row is changes
+        nothing."""
+        ...
+
+    def release(self, rows: jax.Array) -> Self:
+        """The cache with rows bool [batch] emptied, ready for other texts."""
+        ...
+
+    def grow(self, capacity: int) -> Self:
+        """The cache with at least `capacity` slots a row.
+
+        Raises:
+          RequestError: it has more already.
+        """
         ...

@@ -1,7 +1,9 @@
-"""Prefill and the decode step on the device, and the loop that runs it: token ids in, token ids out.
+"""The decode step on the device, and the loop that runs it: token ids in, token ids out.
 
-The step is written once, in `_emit` and `decode_step`. `advance` runs it in a `lax.while_loop` as many times as it is
-told: to the end for a batch, once for a stream. Shapes come from a few buckets, so that few programs are compiled.
+Every row counts its own tokens: it may start and end at any step, and draws what it would draw alone. The step is
+  written
+once, in `_step`. `advance` runs it in a `lax.while_loop` as many times as it is told: many times for
+a batch, once for a stream.
 """
 
 from __future__ import annotations
@@ -11,150 +13,271 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.cache import Cache
+from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.model import forward
 from llama_jax.params import Params
-from llama_jax.sampling import Logprobs, SamplerOptions, SamplerState, sample, sampler_axes
+from llama_jax.sampling import MAX_LOGPROBS, Logprobs, SamplerProfile, SamplerState, sample, sampler_axes
 from llama_jax.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Everything that changes from step to step.
+    """Everything that changes from step to step; arrays [batch], a number for each row.
 
     Attributes:
-      tokens: int32 [batch], the last token of each row, not yet in the cache.
-      positions: int32 [batch], its position.
-      done: bool [batch].
-      finished_by_stop: bool [batch], whether a stop id ended the row.
-      output: int32 [batch, room], the tokens so far.
-      logprobs: of the tokens so far, [batch, room] and [batch, room, n], or None.
-      limit: int32 [batch], tokens each row may have.
-      step: int32 [], tokens so far.
+      tokens: int32, the last token, not yet in the cache; positions: int32, its position.
+      done: bool, whether the row has ended, or has never begun: it stores nothing and draws nothing.
+      finished_by_stop: bool, whether a stop id ended it.
+      limit: int32, tokens that it may have; the sampler's `count` says how many it has.
+      rope_lengths: int32, see `forward`.
+      adapter_ids: int32, the adapter's slot, 0 for none.
     """
 
     tokens: jax.Array
     positions: jax.Array
     done: jax.Array
     finished_by_stop: jax.Array
-    output: jax.Array
-    logprobs: Logprobs | None
     limit: jax.Array
-    step: jax.Array
-    cache: Cache
+    rope_lengths: jax.Array
+    adapter_ids: jax.Array
+    cache: KVCache
     sampler: SamplerState
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Progress:
-    """What the host reads between dispatches: copies, so that the state itself can be donated to the next one."""
+    """The new tokens of a dispatch, for the host: copies, so that the state itself can be donated to the next one.
 
-    output: jax.Array
+    Attributes:
+      tokens: int32 [batch, stride]; those of row i are tokens[i, :new[i]].
+      logprobs: of them, arrays [batch, stride] and [batch, stride, n], or None.
+      new: int32 [batch].
+      done, finished_by_stop: bool [batch], after the dispatch.
+    """
+
+    tokens: jax.Array
     logprobs: Logprobs | None
+    new: jax.Array
     done: jax.Array
     finished_by_stop: jax.Array
-    step: jax.Array
 
 
-@partial(jax.jit, static_argnames=("options", "room"), donate_argnames=("cache",))
-def first_token(
-    logits: jax.Array,
-    cache: Cache,
-    sampler: SamplerState,
-    prompt_lengths: jax.Array,
-    limit: jax.Array,
-    *,
-    options: SamplerOptions,
-    room: int,
-) -> tuple[DecodeState, Progress]:
-    """The state after the first token was drawn from the prompts' logits float32 [batch, vocab].
+def idle_state(cache: KVCache, sampler: SamplerState) -> DecodeState:
+    """The state of a batch none of whose rows has begun."""
+    batch = sampler.count.shape[0]
 
-    Args:
-      prompt_lengths, limit: int32 [batch]; rows with limit 0 are dummies.
-      room: tokens that the output can hold.
-    """
-    batch = logits.shape[0]
-    logprobs = None
-    if options.logprobs is not None:
-        n = max(options.logprobs, 1)
-        logprobs = Logprobs(
-            jnp.zeros((batch, room)), jnp.zeros((batch, room, n), jnp.int32), jnp.zeros((batch, room, n))
-        )
-    state = DecodeState(
-        tokens=jnp.zeros((batch,), jnp.int32),
-        positions=prompt_lengths - 1,
-        done=limit <= 0,
+    def numbers() -> jax.Array:
+        # Separate buffers: donated arrays must not alias one another.
+        return jnp.zeros((batch,), jnp.int32)
+
+    return DecodeState(
+        tokens=numbers(),
+        positions=numbers() - 1,
+        done=jnp.ones((batch,), bool),
         finished_by_stop=jnp.zeros((batch,), bool),
-        output=jnp.zeros((batch, room), jnp.int32),
-        logprobs=logprobs,
-        limit=limit,
-        step=jnp.zeros((), jnp.int32),
+        limit=numbers(),
+        rope_lengths=numbers(),
+        adapter_ids=numbers(),
         cache=cache,
         sampler=sampler,
     )
-    state = _by_rows(_emit(logits, state, options))
-    return state, _progress(state)
 
 
-def _emit(logits: jax.Array, state: DecodeState, options: SamplerOptions) -> DecodeState:
-    """Draws the next token of every row, records it, and sees whether the row has ended."""
-    tokens, sampler, drawn = sample(logits, state.sampler, options)
-    step = state.step + 1
-    hit_stop = jnp.any(tokens[:, None] == state.sampler.stop_ids, axis=1)
-    if options.min_tokens:
-        hit_stop &= step >= sampler.min_tokens
-    logprobs = state.logprobs
-    if logprobs is not None:
+@partial(jax.jit, static_argnames=("profile",), donate_argnames=("cache",))
+def begin(
+    logits: jax.Array,
+    cache: KVCache,
+    sampler: SamplerState,
+    prompt_lengths: jax.Array,
+    limit: jax.Array,
+    adapter_ids: jax.Array,
+    source: jax.Array | None = None,
+    *,
+    profile: SamplerProfile,
+) -> tuple[DecodeState, Progress]:
+    """The state of a batch after the first token of every row was drawn.
 
-        def record(buffer: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(buffer, new, state.step, axis=1)
+    Args:
+      logits: float32 [rows, vocab] of the prompts' last tokens.
+      cache: with the prompts in it.
+      prompt_lengths, limit, adapter_ids: int32 [batch]; rows with limit 0 stay idle.
+      source: int32 [batch], the row of `logits` that each row of the batch continues; None if they are the same.
+    """
+    state = _begun(idle_state(cache, sampler), sampler, prompt_lengths, limit, adapter_ids)
+    return _first(logits if source is None else logits[source], state, profile)
 
-        logprobs = jax.tree.map(record, logprobs, drawn)
-    return DecodeState(
-        tokens=tokens,
-        positions=state.positions + 1,
-        done=state.done | hit_stop | (step >= state.limit),
-        finished_by_stop=state.finished_by_stop | (~state.done & hit_stop),
-        output=jax.lax.dynamic_update_index_in_dim(state.output, tokens, state.step, axis=1),
-        logprobs=logprobs,
-        limit=state.limit,
-        step=step,
-        cache=state.cache,
+
+@partial(jax.jit, static_argnames=("profile",), donate_argnames=("state",))
+def join(
+    state: DecodeState,
+    rows: jax.Array,
+    logits: jax.Array,
+    sampler: SamplerState,
+    prompt_lengths: jax.Array,
+    limit: jax.Array,
+    adapter_ids: jax.Array,
+    *,
+    profile: SamplerProfile,
+) -> tuple[DecodeState, Progress]:
+    """The state after idle rows have begun a text, at any step of the others, whose first tokens were drawn.
+
+    Args:
+      state: its cache has the prompts in it (`prefill(cache=, rows=)`).
+      rows: int32 [n], those that begin; a number beyond the last row is padding.
+      logits: float32 [n, vocab] of the prompts' last tokens.
+      sampler: of the n rows, of the same profile.
+      prompt_lengths, limit, adapter_ids: int32 [n].
+
+    Returns:
+      The state, and the progress of the n rows.
+    """
+    part = _begun(idle_state(state.cache, sampler), sampler, prompt_lengths, limit, adapter_ids)
+    part, progress = _first(logits, part, profile)
+
+    def put(into: Any, new: Any) -> Any:
+        return jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), into, new)
+
+    fields = {f.name for f in dataclasses.fields(state)} - {"cache"}
+    joined = {name: put(getattr(state, name), getattr(part, name)) for name in fields}
+    return _by_rows(dataclasses.replace(state, **joined)), progress
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def leave(state: DecodeState, rows: jax.Array) -> DecodeState:
+    """Ends rows bool [batch] and empties them. Their pages are free once every dispatch made before has ended."""
+    return dataclasses.replace(state, done=state.done | rows, cache=state.cache.release(rows))
+
+
+def _begun(
+    state: DecodeState, sampler: SamplerState, prompt_lengths: jax.Array, limit: jax.Array, adapter_ids: jax.Array
+) -> DecodeState:
+    return dataclasses.replace(
+        state,
+        positions=prompt_lengths - 1,
+        done=limit <= 0,
+        limit=limit,
+        rope_lengths=prompt_lengths,
+        adapter_ids=adapter_ids,
         sampler=sampler,
     )
 
 
-def decode_step(params: Params, state: DecodeState, *, config: LlamaConfig, options: SamplerOptions) -> DecodeState:
-    """One token more for every row: the last tokens go through the model, the next ones are drawn."""
-    logits, cache = forward(params, config, state.tokens[:, None], state.positions[:, None], state.cache)
-    return _emit(logits[:, 0], dataclasses.replace(state, cache=cache), options)
+def _first(logits: jax.Array, state: DecodeState, profile: SamplerProfile) -> tuple[DecodeState, Progress]:
+    progress = _no_progress(state, 1, profile)
+    state, progress = _emit(logits, state, progress, 0, profile)
+    return _by_rows(state), progress
+
+
+def _no_progress(state: DecodeState, stride: int, profile: SamplerProfile) -> Progress:
+    batch, vocab = len(state.done), MAX_LOGPROBS
+    logprobs = None
+    if profile.logprobs:
+        shape = (batch, stride, vocab)
+        logprobs = Logprobs(jnp.zeros((batch, stride)), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
+    return Progress(
+        tokens=jnp.zeros((batch, stride), jnp.int32),
+        logprobs=logprobs,
+        new=jnp.zeros((batch,), jnp.int32),
+        done=state.done,
+        finished_by_stop=state.finished_by_stop,
+    )
+
+
+def _emit(
+    logits: jax.Array, state: DecodeState, progress: Progress, column: jax.Array | int, profile: SamplerProfile
+) -> tuple[DecodeState, Progress]:
+    """Draws and records the next token of every row that has not ended, and sees whether it ends the row."""
+    tokens, sampler, drawn = sample(logits, state.sampler, profile)
+    going = ~state.done
+    count = jnp.where(going, sampler.count, state.sampler.count)
+    hit_stop = jnp.any(tokens[:, None] == sampler.stop_ids, axis=1) & (count >= sampler.min_tokens)
+
+    def record(buffer: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(buffer, new, column, axis=1)
+
+    state = dataclasses.replace(
+        state,
+        tokens=tokens,
+        positions=state.positions + going,
+        done=state.done | hit_stop | (count >= state.limit),
+        finished_by_stop=state.finished_by_stop | (going & hit_stop),
+        sampler=dataclasses.replace(sampler, count=count),
+    )
+    progress = Progress(
+        tokens=record(progress.tokens, tokens),
+        logprobs=None if progress.logprobs is None else jax.tree.map(record, progress.logprobs, drawn),
+        new=progress.new + going,
+        done=state.done,
+        finished_by_stop=state.finished_by_stop,
+    )
+    return state, progress
+
+
+def decode_step(
+    params: Params,
+    state: DecodeState,
+    *,
+    config: LlamaConfig,
+    profile: SamplerProfile,
+    adapters: Params | None = None,
+) -> tuple[DecodeState, Progress]:
+    """One token more for every row that has not ended: the last tokens go through the model, the next ones are
+    drawn."""
+    return _step(params, state, _no_progress(state, 1, profile), 0, adapters, config=config, profile=profile)
+
+
+def _step(
+    params: Params,
+    state: DecodeState,
+    progress: Progress,
+    column: jax.Array | int,
+    adapters: Params | None,
+    *,
+    config: LlamaConfig,
+    profile: SamplerProfile,
+) -> tuple[DecodeState, Progress]:
+    # Rows that have ended store nothing.
+    positions = jnp.where(state.done, -1, state.positions)
+    logits, cache = forward(
+        params,
+        config,
+        state.tokens[:, None],
+        positions[:, None],
+        state.cache,
+        rope_lengths=state.rope_lengths,
+        adapters=adapters,
+    )
+    return _emit(logits[:, 0], dataclasses.replace(state, cache=cache), progress, column, profile)
 
 
 def advance(
     params: Params,
     state: DecodeState,
-    until: jax.Array | np.ndarray | np.int32,
+    steps: jax.Array | np.ndarray | np.int32,
     *,
     config: LlamaConfig,
-    options: SamplerOptions,
-    many: bool = False,
+    profile: SamplerProfile,
+    stride: int,
+    adapters: Params | None = None,
 ) -> tuple[DecodeState, Progress]:
-    """Decode steps until every row is done or has `until` int32 [] tokens. The state is donated.
+    """Decode steps until every row has ended or `steps` int32 [] have run. The state is donated.
 
     Args:
-      many: many steps will run, so that a program made for them is worth it (`graph_options`).
+      stride: the most steps of a dispatch; programs with more than one are made for many of them (`graph_options`).
     """
-    compiler_options = tuple(sorted(graph_options().items())) if many else ()
-    return compiled_advance(compiler_options)(params, state, until, config=config, options=options)
+    compiler_options = tuple(sorted(graph_options().items())) if stride > 1 else ()
+    run = compiled_advance(compiler_options)
+    return run(params, state, steps, adapters, config=config, profile=profile, stride=stride)
 
 
 @functools.cache
@@ -163,35 +286,44 @@ def compiled_advance(compiler_options: tuple[tuple[str, str], ...]) -> Callable[
 
     @partial(
         jax.jit,
-        static_argnames=("config", "options"),
+        static_argnames=("config", "profile", "stride"),
         donate_argnames=("state",),
         compiler_options=dict(compiler_options) or None,
     )
     def advance(
-        params: Params, state: DecodeState, until: jax.Array, *, config: LlamaConfig, options: SamplerOptions
+        params: Params,
+        state: DecodeState,
+        steps: jax.Array,
+        adapters: Params | None,
+        *,
+        config: LlamaConfig,
+        profile: SamplerProfile,
+        stride: int,
     ) -> tuple[DecodeState, Progress]:
-        def unfinished(state: DecodeState) -> jax.Array:
-            return (state.step < until) & ~jnp.all(state.done)
+        type Carry = tuple[jax.Array, DecodeState, Progress]
 
-        state = jax.lax.while_loop(unfinished, partial(decode_step, params, config=config, options=options), state)
-        state = _by_rows(state)
-        return state, _progress(state)
+        def unfinished(carry: Carry) -> jax.Array:
+            step, state, _ = carry
+            return (step < jnp.minimum(steps, stride)) & ~jnp.all(state.done)
+
+        def run(carry: Carry) -> Carry:
+            step, state, progress = carry
+            return step + 1, *_step(params, state, progress, step, adapters, config=config, profile=profile)
+
+        start = (jnp.int32(0), state, _no_progress(state, stride, profile))
+        _, state, progress = jax.lax.while_loop(unfinished, run, start)
+        return _by_rows(state), progress
 
     return advance
 
 
 def _by_rows(state: DecodeState) -> DecodeState:
     """The state, laid out over a mesh alike at the end of every dispatch, so that the next needs no new program."""
-
     axes = {"sampler": sampler_axes(state.sampler)}
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     # A cache lays itself out.
     placed = {n: constrain(x, axes.get(n, ("batch",))) for n, x in fields.items() if n != "cache"}
     return dataclasses.replace(state, **placed)
-
-
-def _progress(state: DecodeState) -> Progress:
-    return Progress(state.output, state.logprobs, state.done, state.finished_by_stop, state.step)
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -200,17 +332,7 @@ def stop_rows(state: DecodeState, ended: jax.Array) -> DecodeState:
     return dataclasses.replace(state, done=state.done | ended)
 
 
-@partial(jax.jit, static_argnames=("capacity", "room"))
-def grow(state: DecodeState, *, capacity: int, room: int) -> DecodeState:
-    """The same state with a larger cache, and `room` tokens of output."""
-    more = room - state.output.shape[1]
-
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, 0), (0, more)) + ((0, 0),) * (x.ndim - 2))
-
-    return dataclasses.replace(
-        state,
-        output=pad(state.output),
-        logprobs=None if state.logprobs is None else jax.tree.map(pad, state.logprobs),
-        cache=state.cache.grow(capacity),
-    )
+@partial(jax.jit, static_argnames=("capacity",))
+def grow(state: DecodeState, *, capacity: int) -> DecodeState:
+    """The same state with a larger cache."""
+    return dataclasses.replace(state, cache=state.cache.grow(capacity))

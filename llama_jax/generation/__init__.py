@@ -1,7 +1,8 @@
-"""Text from text, over the decode step of `llama_jax.decode`."""
+"""Text from text: requests, the session that runs them, and what comes back."""
 
 from __future__ import annotations
 
-from llama_jax.generation.batch import batch_generate, encode_prompt, generate, stream_generate, token_limit
+from llama_jax.generation.api import batch_generate, generate, stream_generate
+from llama_jax.generation.request import encode_prompt, token_limit
 
 __all__ = ["batch_generate", "encode_prompt", "generate", "stream_generate", "token_limit"]

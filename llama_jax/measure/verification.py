@@ -6,7 +6,6 @@ The other program's numbers stand in an npz file: `input_ids` and `attention_mas
 
 from __future__ import annotations
 
-import dataclasses
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -199,11 +198,10 @@ def _compute(params: Params, config: LlamaConfig, inputs: Inputs) -> Computed:
     lengths = inputs.mask.sum(axis=1).astype(np.int32)
 
     cache = DenseCache.create(config, batch, length + max(inputs.greedy, 1), jnp.float32)
-    cache = dataclasses.replace(cache, rope_length=jnp.asarray(lengths))
     logits = np.empty((batch, length, config.vocab_size), np.float32)
     for start in range(0, length, CHUNK):
         part = slice(start, start + CHUNK)
-        chunk, cache = _prefill(params, cache, tokens[:, part], positions[:, part], config=config)
+        chunk, cache = _prefill(params, cache, tokens[:, part], positions[:, part], lengths, config=config)
         logits[:, part] = jax.device_get(chunk)
     last = length - 1 - np.argmax(inputs.mask[:, ::-1], axis=1)
     after = logits[np.arange(batch), last]
@@ -213,9 +211,15 @@ def _compute(params: Params, config: LlamaConfig, inputs: Inputs) -> Computed:
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def _prefill(
-    params: Params, cache: DenseCache, tokens: jax.Array, positions: jax.Array, *, config: LlamaConfig
+    params: Params,
+    cache: DenseCache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    lengths: jax.Array,
+    *,
+    config: LlamaConfig,
 ) -> tuple[jax.Array, DenseCache]:
-    return forward(params, config, tokens, positions, cache)
+    return forward(params, config, tokens, positions, cache, rope_lengths=lengths)
 
 
 def _greedy(
@@ -226,11 +230,11 @@ def _greedy(
     if n == 0:
         return np.empty((batch, 0), np.int32)
     wanted = SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True)
-    options, sampler = make_sampler([wanted] * batch, [[]] * batch, config.vocab_size)
-    limits = np.full((batch,), n, np.int32)
-    state, _ = loop.first_token(jnp.asarray(logits), cache, sampler, lengths, limits, options=options, room=n)
-    _, progress = loop.advance(params, state, np.int32(n), config=config, options=options)
-    return np.asarray(jax.device_get(progress.output))
+    profile, sampler = make_sampler([wanted] * batch, [[]] * batch, config.vocab_size)
+    limits, adapter_ids = np.full((batch,), n, np.int32), np.zeros((batch,), np.int32)
+    state, first = loop.begin(jnp.asarray(logits), cache, sampler, lengths, limits, adapter_ids, profile=profile)
+    _, rest = loop.advance(params, state, np.int32(n), config=config, profile=profile, stride=n)
+    return np.concatenate(jax.device_get((first.tokens, rest.tokens)), axis=1)[:, :n]
 
 
 def compare(computed: Computed, inputs: Inputs, path: str | Path) -> Comparison:

@@ -40,6 +40,8 @@ def forward[MaybeCache: KVCache | None](
     *,
     inputs_embeds: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    rows: jax.Array | None = None,
+    rope_lengths: jax.Array | None = None,
     adapters: Params | None = None,
     logits_at: jax.Array | None = None,
     capture: None = None,
@@ -56,6 +58,8 @@ def forward[MaybeCache: KVCache | None](
     *,
     inputs_embeds: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    rows: jax.Array | None = None,
+    rope_lengths: jax.Array | None = None,
     adapters: Params | None = None,
     logits_at: jax.Array | None = None,
     capture: Sequence[str],
@@ -71,6 +75,8 @@ def forward(
     *,
     inputs_embeds: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    rows: jax.Array | None = None,
+    rope_lengths: jax.Array | None = None,
     adapters: Params | None = None,
     logits_at: jax.Array | None = None,
     capture: Sequence[str] | None = None,
@@ -87,9 +93,14 @@ def forward(
       cache: a `KVCache` with room for `len` more tokens, or None.
       inputs_embeds: [batch, len, hidden_size] in place of the tokens' embeddings.
       segment_ids: int32 [batch, len] of several texts packed in one row; they do not see each other. Not with a cache.
+      rows: int32 [1, len], the row of the cache that each token belongs to: tokens of several rows packed in one axis
+        (`tokens` is [1, len]), as many of each row as it has. Only with a cache that takes packed tokens.
+      rope_lengths: int32 [batch], with `rows` [rows of the cache]: the text length that fixes the frequencies of
+        dynamic rope, which with a cache must stay the same from call to call. Other kinds of rope ignore it. Default
+        without a cache: the length of each text.
       adapters: low-rank adapters, a tree shaped like `params` with {"a", "b", "scale"} in place of projections.
-      logits_at: int32 [batch, n], the indices in 0..len-1 to compute logits for; all of them by default. The others go
-        through the last layer no further than its keys and values.
+      logits_at: int32 [batch, n], the indices in 0..len-1 (with `rows` too: [1, n]) to compute logits for; all of them
+        by default. The others go through the last layer no further than its keys and values.
       capture: names from `activation_names(config)`; the activations come back as a third result.
 
     Returns:
@@ -100,18 +111,22 @@ def forward(
       RequestError: arguments that contradict each other, or an unknown name in `capture` or `adapters`.
     """
     x = _embed(params, tokens, inputs_embeds)
+    if rows is not None and (cache is None or rows.shape != x.shape[:2] or len(rows) != 1):
+        raise RequestError(
+            "packed tokens are int32 [1, len], with a row for each of them and a cache",
+            param="rows",
+            hint="without a cache pack texts with segment_ids",
+        )
     in_order = positions is None and segment_ids is None
     positions = _positions(x, positions, segment_ids, cache)
     captured = _Capture(config, capture or ())
     captured.add("embed", x)
 
-    rope_length = _text_lengths(positions, segment_ids)
+    lengths = _rope_lengths(config, positions, segment_ids, rows, rope_lengths, cached=cache is not None)
+    angles = rope_angles(config.rope, config.head_dim, positions, lengths)
+    slots = None
     if cache is not None:
-        # Frozen by the first call: cached keys were rotated with it.
-        rope_length = jnp.where(cache.rope_length > 0, cache.rope_length, rope_length[:, 0])
-        cache = cache.extend(positions, rope_length)
-        rope_length = rope_length[:, None]
-    angles = rope_angles(config.rope, config.head_dim, positions, rope_length)
+        cache, slots = cache.extend(positions, rows)
 
     adapter_layers = _checked(adapters, config).get("layers", {})
     views = []
@@ -124,8 +139,10 @@ def forward(
             delta,
             params["layers"][str(i)],
             None if cache is None else cache.layer(i),
+            slots,
             positions,
             segment_ids,
+            rows,
             angles,
             adapter_layers.get(str(i), {}),
             logits_at if only_last and i == config.num_layers - 1 else None,
@@ -175,8 +192,24 @@ def _positions(x: jax.Array, positions: jax.Array | None, segment_ids: jax.Array
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def _text_lengths(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """Length of the text that each token belongs to: int32 [batch, 1], or [batch, len] with segments."""
+def _rope_lengths(
+    config: LlamaConfig,
+    positions: jax.Array,
+    segment_ids: jax.Array | None,
+    rows: jax.Array | None,
+    given: jax.Array | None,
+    *,
+    cached: bool,
+) -> jax.Array:
+    """Length of the text that each token belongs to: int32 [batch, 1] or [batch, len]."""
+    if given is not None:
+        return given[:, None] if rows is None else given.at[rows].get(mode="fill", fill_value=0)
+    if cached and config.rope.kind == "dynamic":
+        raise RequestError(
+            "dynamic rope with a cache needs the length that fixes its frequencies: cached keys were rotated by it",
+            param="rope_lengths",
+            hint="pass the length of each whole prompt, the same in every call",
+        )
     if segment_ids is None:
         return jnp.max(positions, axis=1, keepdims=True).astype(jnp.int32) + 1
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
@@ -204,8 +237,10 @@ def _layer(
     delta: jax.Array | None,
     params: Params,
     cache: LayerCache | None,
+    slots: Any,
     positions: jax.Array,
     segment_ids: jax.Array | None,
+    rows: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
     adapters: Params,
     at: jax.Array | None,
@@ -232,7 +267,7 @@ def _layer(
     q, k, v = project_qkv(h, params["attn"], config, attn_adapters)
     q, k = position_queries_and_keys(q, k, params["attn"], config, spec, positions, angles)
     seen |= {"q": q, "k": k, "v": v}
-    x, q, q_positions, q_segments = _tokens((x, q, positions, segment_ids), at)
+    x, q, q_positions, q_segments, q_rows = _tokens((x, q, positions, segment_ids, rows), at)
     visibility = Visibility(spec.attention, spec.window or 0)
     scale = config.head_dim**-0.5
     if cache is None:
@@ -249,7 +284,7 @@ def _layer(
             in_order=in_order and at is None,
         )
     else:
-        out, cache = cache.attend(q, k, v, q_positions, positions, visibility, scale=scale)
+        out, cache = cache.attend(q, k, v, slots, q_positions, q_rows, visibility, scale=scale)
     out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj"))
     seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
 

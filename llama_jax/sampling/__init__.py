@@ -11,7 +11,7 @@ from __future__ import annotations
 from llama_jax.sampling.params import GREEDY_BELOW, MAX_LOGPROBS, SamplingParams
 from llama_jax.sampling.sampler import (
     Logprobs,
-    SamplerOptions,
+    SamplerProfile,
     SamplerState,
     make_sampler,
     sample,
@@ -23,7 +23,7 @@ __all__ = [
     "GREEDY_BELOW",
     "MAX_LOGPROBS",
     "Logprobs",
-    "SamplerOptions",
+    "SamplerProfile",
     "SamplerState",
     "SamplingParams",
     "make_sampler",

@@ -7,43 +7,61 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.sampling.params import GREEDY_BELOW, SamplingParams
+from llama_jax.errors import RequestError
+from llama_jax.sampling.params import GREEDY_BELOW, MAX_LOGPROBS, SamplingParams
 from llama_jax.sampling.truncation import truncate
 from llama_jax.sharding import constrain, local, reductions, split_over
 
 _FORBIDDEN = -1e30
+_KINDS = ("greedy", "sampling", "full")
+
+
+STOP_IDS = 16
+"""Stop ids that every row has room for; a batch with more has room for a power of two."""
 
 
 @dataclass(frozen=True)
-class SamplerOptions:
-    """What the compiled sampler can do: the static half. A batch compiles only the steps that one of its rows needs."""
+class SamplerProfile:
+    """What a compiled sampler can do. There are six, so that a new mix of requests compiles nothing.
 
-    greedy: bool = True
-    bias: bool = False
-    penalties: bool = False
-    truncate: bool = False
-    min_tokens: bool = False
-    logprobs: int | None = None
+    Attributes:
+      kind: "greedy"; "sampling", with temperature, top_p, top_k and min_p; "full", with logit_bias, penalties and
+        min_tokens besides. Each can do what the ones before it can.
+      logprobs: whether it reports log-probabilities, of the chosen token and of the `MAX_LOGPROBS` most likely.
+    """
+
+    kind: Literal["greedy", "sampling", "full"] = "greedy"
+    logprobs: bool = False
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> SamplerProfile:
+        """The least profile that serves all of them."""
+        full = any(
+            p.logit_bias or p.min_tokens or p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0
+            for p in params
+        )
+        kind: Any = "full" if full else "greedy" if all(p.greedy for p in params) else "sampling"
+        return cls(kind, any(p.logprobs is not None for p in params))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplerState:
-    """The numbers of each row, arrays [batch] unless said otherwise; None where no row needs them.
+    """The numbers of each row, arrays [batch] unless said otherwise; None where the profile needs none.
 
     Attributes:
       seed: uint32 [batch, 2], the high and low half of each row's seed.
-      step: int32, tokens drawn so far.
+      count: int32 [batch], tokens drawn so far. Seed and count alone decide a row's random numbers.
+      stop_ids: int32 [batch, k], ids that end the row, -1 for none.
       bias: float32 [batch, vocab].
       in_prompt: bool [batch, vocab], tokens of the prompt.
-      counts: int32 [batch, vocab], occurrences among the generated tokens.
-      stop_ids: int32 [batch, k], ids that end the row, -1 for none.
+      seen: int32 [batch, vocab], occurrences among the generated tokens.
     """
 
     temperature: jax.Array
@@ -54,12 +72,12 @@ class SamplerState:
     frequency: jax.Array
     repetition: jax.Array
     seed: jax.Array
-    step: jax.Array
+    count: jax.Array
     min_tokens: jax.Array
     stop_ids: jax.Array
     bias: jax.Array | None
     in_prompt: jax.Array | None
-    counts: jax.Array | None
+    seen: jax.Array | None
 
 
 def make_sampler(
@@ -67,36 +85,39 @@ def make_sampler(
     prompts: Sequence[Sequence[int]],
     vocab_size: int,
     eos_token_ids: Sequence[int] = (),
-) -> tuple[SamplerOptions, SamplerState]:
-    """The sampler of a batch, one entry of `params` and `prompts` (token ids) per row.
+    profile: SamplerProfile | None = None,
+) -> tuple[SamplerProfile, SamplerState]:
+    """The sampler of some rows, one entry of `params` and `prompts` (token ids) per row.
 
     Rows whose seed is None draw one here.
+
+    Args:
+      profile: one that serves all of them; by default the least.
+
+    Raises:
+      RequestError: the profile lacks what a row asks for.
     """
     for p in params:
         p.check_vocab(vocab_size)
-    options = SamplerOptions(
-        greedy=all(p.greedy for p in params),
-        bias=any(p.logit_bias for p in params),
-        penalties=any(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1.0 for p in params),
-        truncate=any(not p.greedy and (p.top_p < 1 or p.top_k > 0 or p.min_p > 0) for p in params),
-        min_tokens=any(p.min_tokens > 0 for p in params),
-        logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
-    )
+    least = SamplerProfile.of(params)
+    profile = profile or least
+    if _KINDS.index(profile.kind) < _KINDS.index(least.kind) or (least.logprobs and not profile.logprobs):
+        raise RequestError(
+            f"the sampler is of profile {profile}, a request needs {least}",
+            param="profile",
+            hint="make the sampler with a profile that serves every request",
+        )
     rows = len(params)
-    bias = in_prompt = counts = None
-    if options.bias:
+    bias = in_prompt = seen = None
+    if profile.kind == "full":
         bias = np.zeros((rows, vocab_size), np.float32)
-        for row, p in zip(bias, params, strict=True):
-            for token, value in p.logit_bias.items():
-                row[token] = value
-    if options.penalties:
         in_prompt = np.zeros((rows, vocab_size), bool)
-        for row_mask, prompt in zip(in_prompt, prompts, strict=True):
-            row_mask[list(prompt)] = True
-        counts = np.zeros((rows, vocab_size), np.int32)
+        seen = np.zeros((rows, vocab_size), np.int32)
+        for row, (p, prompt) in enumerate(zip(params, prompts, strict=True)):
+            in_prompt[row, list(prompt)] = True
+            bias[row, list(p.logit_bias)] = list(p.logit_bias.values())
     stops = [sorted(p.ending_ids(eos_token_ids)) for p in params]
-    # A few widths only, so that the number of stop ids does not make a new program.
-    width = max(4, 1 << (max((len(s) for s in stops), default=0) - 1).bit_length())
+    width = max(STOP_IDS, 1 << (max((len(s) for s in stops), default=0) - 1).bit_length())
     stop_ids = np.full((rows, width), -1, np.int32)
     for row_ids, ids in zip(stop_ids, stops, strict=True):
         row_ids[: len(ids)] = ids
@@ -115,14 +136,14 @@ def make_sampler(
         "frequency": floats("frequency_penalty"),
         "repetition": floats("repetition_penalty"),
         "seed": np.asarray([[s >> 32, s & 0xFFFFFFFF] for s in seeds], np.uint32),
-        "step": np.zeros((), np.int32),
+        "count": np.zeros((rows,), np.int32),
         "min_tokens": np.asarray([p.min_tokens for p in params], np.int32),
         "stop_ids": stop_ids,
         "bias": bias,
         "in_prompt": in_prompt,
-        "counts": counts,
+        "seen": seen,
     }
-    return options, SamplerState(**fields)
+    return profile, SamplerState(**fields)
 
 
 @jax.tree_util.register_dataclass
@@ -144,12 +165,13 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> Logprobs:
 
 def _token_logprobs(logits: jax.Array, tokens: jax.Array, *, n: int, axis: str | None) -> Logprobs:
     logprobs = reductions.log_softmax(logits, axis)
-    top, top_ids = reductions.top_k(logprobs, max(n, 1), axis)
+    vocab = logits.shape[1] * (1 if axis is None else jax.lax.axis_size(axis))
+    top, top_ids = reductions.top_k(logprobs, min(max(n, 1), vocab), axis)
     return Logprobs(reductions.take(logprobs, tokens, axis), top_ids, top)
 
 
 def sample(
-    logits: jax.Array, state: SamplerState, options: SamplerOptions
+    logits: jax.Array, state: SamplerState, profile: SamplerProfile
 ) -> tuple[jax.Array, SamplerState, Logprobs | None]:
     """Draws each row's next token.
 
@@ -157,14 +179,14 @@ def sample(
       logits: float32 [batch, vocab].
 
     Returns:
-      tokens int32 [batch], the state after the draw, and the log-probabilities if `options` ask for them.
+      tokens int32 [batch], the state after the draw, and the log-probabilities if the profile has them.
     """
     vocab = logits.shape[1]
     # Made outside: noise has the same numbers however the vocabulary is split.
-    noise = None if options.greedy else constrain(_noise(state, vocab), ("batch", "vocab"))
+    noise = None if profile.kind == "greedy" else constrain(_noise(state, vocab), ("batch", "vocab"))
     of_state = sampler_axes(state)
     return local(
-        partial(_sample, options=options, axis=split_over("vocab", vocab)),
+        partial(_sample, profile=profile, axis=split_over("vocab", vocab)),
         {"logits": logits, "state": state, "noise": noise},
         {"logits": ("batch", "vocab"), "state": of_state, "noise": ("batch", "vocab")},
         (("batch",), of_state, ("batch",)),
@@ -178,52 +200,55 @@ def sampler_axes(state: SamplerState) -> SamplerState:
 
 
 def _noise(state: SamplerState, vocab: int) -> jax.Array:
-    """Gumbel noise float32 [batch, vocab] of this step, each row from its own key."""
+    """Gumbel noise float32 [batch, vocab] of each row's next draw, from its own key."""
 
-    def gumbel(seed: jax.Array) -> jax.Array:
+    def gumbel(seed: jax.Array, count: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.gumbel(jax.random.fold_in(key, state.step), (vocab,), jnp.float32)
+        return jax.random.gumbel(jax.random.fold_in(key, count), (vocab,), jnp.float32)
 
-    return jax.vmap(gumbel)(state.seed)
+    return jax.vmap(gumbel)(state.seed, state.count)
 
 
 def _sample(
-    logits: jax.Array, state: SamplerState, noise: jax.Array | None, *, options: SamplerOptions, axis: str | None
+    logits: jax.Array, state: SamplerState, noise: jax.Array | None, *, profile: SamplerProfile, axis: str | None
 ) -> tuple[jax.Array, SamplerState, Logprobs | None]:
     """`sample` of this device's rows and part of the vocabulary."""
     raw = logits
     batch, width = logits.shape
     first, row = reductions.start(logits, axis), jnp.arange(batch)
-    if options.min_tokens:
-        early = state.step < state.min_tokens
+    if state.bias is not None:
+        early = state.count < state.min_tokens
         column = state.stop_ids - first
         here = early[:, None] & (state.stop_ids >= 0) & (column >= 0)
         logits = logits.at[row[:, None], jnp.where(here, column, width)].set(_FORBIDDEN, mode="drop")
-    if options.bias and state.bias is not None:
-        logits = logits + state.bias
-    if options.penalties:
-        logits = _penalize(logits, state)
+        logits = _penalize(logits + state.bias, state)
     tokens = reductions.argmax(logits, axis)
     if noise is not None:
         scaled = logits / jnp.maximum(state.temperature, GREEDY_BELOW)[:, None]
-        if options.truncate:
-            scaled = truncate(scaled, state, axis)
+        vocab = width if axis is None else width * jax.lax.axis_size(axis)
+        limited = (state.top_p < 1) | (state.top_k < vocab) | (state.min_p > 0)
+        # Most requests sample from the whole distribution: the bisection runs only where a row asks for it.
+        scaled = jax.lax.cond(
+            jnp.any(limited & (state.temperature >= GREEDY_BELOW)),
+            lambda: truncate(scaled, state, axis),
+            lambda: scaled,
+        )
         drawn = reductions.argmax(scaled + noise, axis)
         tokens = jnp.where(state.temperature < GREEDY_BELOW, tokens, drawn)
-    counts = state.counts
-    if counts is not None:
+    seen = state.seen
+    if seen is not None:
         column = tokens - first
-        counts = jnp.asarray(counts).at[row, jnp.where(column >= 0, column, width)].add(1, mode="drop")
-    new_state = dataclasses.replace(state, step=state.step + 1, counts=counts)
-    logprobs = None if options.logprobs is None else _token_logprobs(raw, tokens, n=options.logprobs, axis=axis)
+        seen = jnp.asarray(seen).at[row, jnp.where(column >= 0, column, width)].add(1, mode="drop")
+    new_state = dataclasses.replace(state, count=state.count + 1, seen=seen)
+    logprobs = _token_logprobs(raw, tokens, n=MAX_LOGPROBS, axis=axis) if profile.logprobs else None
     return tokens, new_state, logprobs
 
 
 def _penalize(logits: jax.Array, state: SamplerState) -> jax.Array:
     """Repetition penalty (arXiv:1909.05858) on prompt and output tokens, then frequency and presence on output's."""
-    assert state.counts is not None and state.in_prompt is not None
-    generated = state.counts > 0
+    assert state.seen is not None and state.in_prompt is not None
+    generated = state.seen > 0
     factor = jnp.where(generated | state.in_prompt, state.repetition[:, None], 1.0)
     # Clipped, so that an extreme penalty makes no infinity or NaN.
     logits = jnp.clip(jnp.where(logits > 0, logits / factor, logits * factor), _FORBIDDEN, -_FORBIDDEN)
-    return logits - state.frequency[:, None] * state.counts - state.presence[:, None] * generated
+    return logits - state.frequency[:, None] * state.seen - state.presence[:, None] * generated

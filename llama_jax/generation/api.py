@@ -1,0 +1,119 @@
+"""`generate`, `stream_generate` and `batch_generate`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llama_jax.errors import RequestError
+from llama_jax.generation.batch import BATCH_STRIDE, STOP_STRIDE, Batch
+from llama_jax.generation.outputs import RequestOutput, StreamOutput
+from llama_jax.generation.request import Prompt, prepare
+from llama_jax.loading import Model
+from llama_jax.sampling import SamplingParams
+from llama_jax.text.tokenizer import Tokenizer
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    *,
+    page_size: int | None = None,
+    **fields: Any,
+) -> str:
+    """Continues one prompt and returns the new text.
+
+    Args:
+      tokenizer: None for token ids in, token ids out.
+      prompt: text, continued as it stands, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
+      params: how to sample. Without it decoding is greedy.
+      page_size: 16, 32, 64, 128 or 256 keeps keys and values in a paged cache with pages of so many tokens; by default
+        the cache is dense. The tokens are the same.
+      fields: fields of SamplingParams, e.g. `max_tokens=128`.
+
+    Raises:
+      RequestError: a parameter is out of range, or prompt and max_tokens exceed the model's context.
+    """
+    return batch_generate(model, tokenizer, [prompt], params, page_size=page_size, **fields)[0].text
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    *,
+    page_size: int | None = None,
+    **fields: Any,
+) -> Iterator[StreamOutput]:
+    """Continues one prompt token by token. Closing the generator ends the work.
+
+    Arguments and errors as for `generate`; n must be 1. Errors are raised here, not at the first token.
+    """
+    requests = prepare(model, tokenizer, [prompt], _params(params, fields), page_size)
+    if len(requests.rows) != 1:
+        raise RequestError("a stream has one continuation: n must be 1", param="n", hint="use batch_generate")
+    return _stream(Batch(model, tokenizer, requests))
+
+
+def batch_generate(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    page_size: int | None = None,
+    **fields: Any,
+) -> list[RequestOutput]:
+    """Continues several prompts at once, all as one batch on the device.
+
+    Args:
+      prompts: texts or lists of token ids.
+      params: one for all or one for each.
+      page_size: as for `generate`.
+      fields: fields of SamplingParams for all, in place of `params` or changing it.
+
+    Returns:
+      One output per prompt, in order.
+    """
+    if isinstance(prompts, str | bytes):
+        raise RequestError(
+            "prompts must be a list of prompts, not a single text",
+            param="prompts",
+            hint="pass [prompt], or use generate",
+        )
+    if not len(prompts):
+        return []
+    requests = prepare(model, tokenizer, prompts, _params(params, fields), page_size)
+    batch = Batch(model, tokenizer, requests)
+    for _ in batch.run(STOP_STRIDE if any(p.stop for p in requests.params) else BATCH_STRIDE):
+        pass
+    return batch.outputs()
+
+
+def _params(params: Any, fields: dict[str, Any]) -> Any:
+    base = SamplingParams(temperature=0.0) if params is None else params
+    if isinstance(base, SamplingParams):
+        return dataclasses.replace(base, **fields) if fields else base
+    return [dataclasses.replace(p, **fields) for p in base] if fields else list(base)
+
+
+def _stream(batch: Batch) -> Iterator[StreamOutput]:
+    (row,) = batch.rows
+    for new in batch.run(steps=1):
+        for _, text in new:
+            timing = batch.timing()
+            yield StreamOutput(
+                text=text,
+                token=row.token_ids[-1],
+                logprobs=batch.logprobs[0][-1] if batch.logprobs[0] else None,
+                prompt_tokens=len(batch.requests.prompts[0]),
+                prompt_tps=timing.prompt_tps,
+                generation_tokens=len(row.token_ids),
+                generation_tps=timing.generation_tps,
+                ttft_s=timing.ttft_s,
+                finish_reason=row.finish_reason,
+            )

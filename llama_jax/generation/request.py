@@ -1,0 +1,161 @@
+"""Requests: prompts and sampling parameters, checked before any device is used."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llama_jax.cache import check_page_size
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import RequestError
+from llama_jax.loading import Model
+from llama_jax.sampling import SamplingParams
+from llama_jax.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One continuation of a prompt.
+
+    Attributes:
+      prompt: number of the prompt.
+      params: how to sample; with its own seed where the request has one.
+      limit: tokens that it may have.
+    """
+
+    prompt: int
+    params: SamplingParams
+    limit: int
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A batch of prompts, ready to run.
+
+    Attributes:
+      prompts: token ids; params: of each prompt.
+      rows: the continuations, those of one prompt side by side.
+      page_size: slots of a page; None for a dense cache.
+    """
+
+    prompts: tuple[list[int], ...]
+    params: tuple[SamplingParams, ...]
+    rows: tuple[Row, ...]
+    page_size: int | None
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    def prompt_of(self, row: int) -> list[int]:
+        """Token ids that a row continues."""
+        return self.prompts[self.rows[row].prompt]
+
+
+def prepare(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | Sequence[SamplingParams],
+    page_size: int | None,
+) -> Requests:
+    """Checks everything that can be checked before a device is used.
+
+    Raises:
+      RequestError: a prompt, a parameter or the page size is wrong, or exceeds the model's context.
+    """
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(prompts):
+        raise RequestError(
+            f"{len(prompts)} prompts but {len(each)} sampling parameters",
+            param="params",
+            hint="give one SamplingParams for all, or one for each prompt",
+        )
+    if page_size is not None:
+        check_page_size(page_size)
+    config = model.config
+    for p in each:
+        p.check_vocab(config.vocab_size)
+    ids = [encode_prompt(tokenizer, p) for p in prompts]
+    for i, tokens in enumerate(ids):
+        bad = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
+        if bad is not None:
+            raise RequestError(
+                f"prompt {i} holds token id {bad}; the vocabulary has {config.vocab_size}",
+                param="prompt",
+                hint="encode the prompt with this model's tokenizer",
+            )
+    if tokenizer is None and any(p.stop for p in each):
+        raise RequestError("stop strings need a tokenizer", param="stop", hint="use stop_token_ids")
+    rows = [
+        Row(i, _with_seed(p, copy), token_limit(config, len(ids[i]), p.max_tokens))
+        for i, p in enumerate(each)
+        for copy in range(p.n)
+    ]
+    return Requests(tuple(ids), tuple(each), tuple(rows), page_size)
+
+
+def _with_seed(params: SamplingParams, copy: int) -> SamplingParams:
+    """With n > 1 and a seed, the continuations take seed, seed + 1, ..."""
+    if params.seed is None or not copy:
+        return params
+    return dataclasses.replace(params, seed=(params.seed + copy) % 2**64)
+
+
+def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt, BOS included if the model wants one; ids are returned as they are."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise RequestError(
+                "without a tokenizer a prompt must be token ids", param="prompt", hint="pass a list of token ids"
+            )
+        ids = tokenizer.encode(prompt)
+        if not ids:
+            if tokenizer.bos_token_id is None:
+                raise RequestError("the prompt is empty", param="prompt", hint="give at least one token")
+            ids = [tokenizer.bos_token_id]
+        return ids
+    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
+        raise RequestError(
+            f"a prompt must be text or a list of token ids; got {type(prompt).__name__}",
+            param="prompt",
+            hint="decode bytes as UTF-8; wrap a single id in a list",
+        )
+    if not len(prompt):
+        raise RequestError("the prompt is empty", param="prompt", hint="give at least one token")
+    for token in prompt:
+        if not isinstance(token, int | np.integer) or isinstance(token, bool):
+            raise RequestError(
+                f"the prompt holds {token!r}, which is no token id", param="prompt", hint="token ids are integers"
+            )
+    return [int(token) for token in prompt]
+
+
+def token_limit(config: LlamaConfig, prompt_length: int, max_tokens: int | None) -> int:
+    """How many tokens may follow a prompt; the model's context bounds both together.
+
+    Raises:
+      RequestError: the prompt, or prompt and max_tokens, exceed the context.
+    """
+    context = config.context_length
+    if prompt_length >= context:
+        raise RequestError(
+            f"the prompt has {prompt_length} tokens, the model's context is {context}",
+            param="prompt",
+            hint="shorten the prompt",
+        )
+    if max_tokens is None:
+        return context - prompt_length
+    if prompt_length + max_tokens > context:
+        raise RequestError(
+            f"{prompt_length} prompt tokens and max_tokens={max_tokens} exceed the model's context of {context}",
+            param="max_tokens",
+            hint=f"max_tokens can be {context - prompt_length} at most",
+        )
+    return max_tokens

@@ -1,0 +1,127 @@
+"""The device's side of a batch whose rows begin together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from llama_jax.cache import create_cache
+from llama_jax.decode import buckets, loop
+from llama_jax.decode.prefill import fork_rows, prefill
+from llama_jax.generation.request import Requests
+from llama_jax.loading import Model
+from llama_jax.sampling import Logprobs, SamplingParams, make_sampler
+from llama_jax.sharding import on, parts
+
+NO_ROW = np.iinfo(np.int32).max
+"""Beyond the last row of every cache: padding among row numbers."""
+
+
+class Session:
+    """Prefill, then dispatches of decode steps. Each call returns before the device has done the work."""
+
+    def __init__(self, model: Model, requests: Requests, stride: int):
+        self._model, self._requests, self._stride = model, requests, stride
+        self._padded = buckets.prompt_bucket(requests.longest_prompt)
+        self._longest = max(row.limit for row in requests.rows)
+        self._capacity, *self._larger = buckets.capacities(self._padded, self._longest)
+        self._batch = self._on_devices(buckets.batch_bucket, len(requests.rows))
+        self._tokens = 1
+        self._state: loop.DecodeState
+
+    @property
+    def ended(self) -> bool:
+        """Whether the longest row has all of its tokens."""
+        return self._tokens >= self._longest
+
+    def begin(self) -> tuple[loop.Progress, Logprobs | None]:
+        """Runs the prompts and draws the first tokens; also the prompts' log-probabilities, if asked for."""
+        model, requests = self._model, self._requests
+        rows = requests.rows
+        # Of each row the prompt that it is prefilled with; a prompt's later rows are forked from its first one.
+        owners = [row.prompt for row in rows]
+        first = [owners.index(i) for i in range(len(requests.prompts))]
+        fork = len(first) < len(rows) and not self._on_devices(self._several_pools)
+        cache = self._on_devices(
+            create_cache, model.config, self._batch, self._capacity, model.dtype, page_size=requests.page_size
+        )
+        prompts = requests.prompts if fork else [requests.prompts[i] for i in owners]
+        logits, cache, prompt_logprobs = self._on_devices(
+            prefill,
+            model.params,
+            model.config,
+            prompts,
+            cache,
+            rows=first if fork else None,
+            padded_rows=self._on_devices(buckets.batch_bucket, len(prompts)) if fork else self._batch,
+            prompt_logprobs=any(p.prompt_logprobs is not None for p in requests.params),
+        )
+        if prompt_logprobs is not None and not fork:
+            prompt_logprobs = Logprobs(*(x[np.asarray(first)] for x in vars(prompt_logprobs).values()))
+        source = None
+        if fork:
+            others = [i for i in range(len(rows)) if i not in first]
+            sources = _padded([first[owners[i]] for i in others], self._batch, NO_ROW)
+            cache = self._on_devices(fork_rows, cache, sources, _padded(others, self._batch, NO_ROW))
+            source = _padded(owners, self._batch, 0)
+        idle = SamplingParams(temperature=0.0)
+        spare = self._batch - len(rows)
+        self._profile, sampler = make_sampler(
+            [*(row.params for row in rows), *[idle] * spare],
+            [*(requests.prompt_of(i) for i in range(len(rows))), *[()] * spare],
+            model.config.vocab_size,
+            model.eos_token_ids,
+        )
+        self._state, progress = self._on_devices(
+            loop.begin,
+            logits,
+            cache,
+            sampler,
+            _padded([len(requests.prompts[i]) for i in owners], self._batch, 1),
+            _padded([row.limit for row in rows], self._batch, 0),
+            np.zeros((self._batch,), np.int32),
+            source,
+            profile=self._profile,
+        )
+        return progress, prompt_logprobs
+
+    def advance(self, steps: int) -> loop.Progress:
+        """Up to so many decode steps; none only compiles the program."""
+        room = self._capacity - self._padded
+        if steps and self._tokens == room:
+            self._capacity = self._larger.pop(0)
+            self._state = self._on_devices(loop.grow, self._state, capacity=self._capacity)
+            room = self._capacity - self._padded
+        steps = min(steps, room - self._tokens)
+        self._tokens += steps
+        self._state, progress = self._on_devices(
+            loop.advance,
+            self._model.params,
+            self._state,
+            np.int32(steps),
+            config=self._model.config,
+            profile=self._profile,
+            stride=self._stride,
+        )
+        return progress
+
+    def stop(self, rows: Sequence[bool]) -> None:
+        """Ends rows."""
+        self._state = self._on_devices(loop.stop_rows, self._state, _padded(rows, self._batch, True))
+
+    def _several_pools(self) -> bool:
+        """Whether rows are in pools of different replicas, so that they have no pages in common."""
+        return self._requests.page_size is not None and parts("batch") > 1
+
+    def _on_devices[**P, R](self, dispatch: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """A call for the model's mesh. Not a context around `run`: the caller's own code runs between its yields."""
+        with on(self._model.mesh):
+            return dispatch(*args, **kwargs)
+
+
+def _padded(values: Sequence[Any], length: int, fill: Any) -> np.ndarray:
+    """Array of `values` with `fill` up to `length`: int32, or bool for bools."""
+    array = np.asarray([*values, *[fill] * (length - len(values))])
+    return array if array.dtype == bool else array.astype(np.int32)
