@@ -35,7 +35,7 @@ from tiny_chat_model import write_chat_model
 
 from llama_jax import sharding
 from llama_jax.aot.programs import prefill_program
-from llama_jax.cache import DenseCache
+from llama_jax.cache import DenseCache, create_cache
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, preset
 from llama_jax.convert.direct import load_source
 from llama_jax.convert.run import open_source
@@ -166,15 +166,15 @@ def test_the_same_tokens_from_a_split_vocabulary(name: str, mesh: str) -> None:
     """Token for token over three steps, with the state that each leaves; logits of four different spreads."""
     batch, vocab = 4, 1024
     params = [dataclasses.replace(SAMPLINGS[name], seed=(SAMPLINGS[name].seed or 0) + i) for i in range(batch)]
-    options, state = make_sampler(params, [[1, 2, 3, 900 + i] for i in range(batch)], vocab, [1000])
-    plain = jax.jit(sample, static_argnames="options")
+    profile, state = make_sampler(params, [[1, 2, 3, 900 + i] for i in range(batch)], vocab, [1000])
+    plain = jax.jit(sample, static_argnames="profile")
     other, here = state, state
     for step in range(3):
         logits = rows_of(batch, vocab, (1.0, 3.0, 8.0)[step], step)
-        tokens, state, logprobs = plain(logits, state, options=options)
+        tokens, state, logprobs = plain(logits, state, profile=profile)
         with sharding.on(sharding.make_mesh(mesh)):
             split = jax.device_put(logits, PartitionSpec("data" if "data" in mesh else None, "tensor"))
-            found, other, found_logprobs = plain(split, here, options=options)
+            found, other, found_logprobs = plain(split, here, profile=profile)
         assert found.tolist() == tokens.tolist()
         jax.tree.map(np.testing.assert_array_equal, other, state)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found_logprobs, logprobs)
@@ -345,11 +345,11 @@ def compiled(name: str, layers: int | None, mesh: Mesh, step: str, params: Sampl
             program = prefill_program(config, mesh, batch=batch, capacity=512, chunk=256, dtype="bfloat16")
             return str(program.lower().compile().as_text())
         model, config = abstract_model(name, layers, mesh)
-        options, sampler = make_sampler([params] * batch, [[1]] * batch, config.vocab_size)
+        profile, sampler = make_sampler([params] * batch, [[1]] * batch, config.vocab_size)
 
         def decode_step(model: Params, tokens: jax.Array, cache: DenseCache, sampler: SamplerState) -> Any:
             logits, cache = forward(model, config, tokens[:, None], tokens[:, None], cache)
-            return sample(logits[:, 0], sampler, options), cache
+            return sample(logits[:, 0], sampler, profile), cache
 
         tokens = jax.ShapeDtypeStruct((batch,), jnp.int32)
         cache = jax.eval_shape(lambda: DenseCache.create(config, batch, 512, jnp.bfloat16))
@@ -404,9 +404,8 @@ def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatc
     prefill_module.prefill_chunk.clear_cache()
     with sharding.on(mesh):
         assert buckets.pieces(2, buckets.prompt_bucket(41), sharding.parts("mlp")) == 2
-        logits, cache, _ = prefill_module.prefill(
-            model.params, model.config, texts, rows=4, capacity=80, dtype=jnp.float32, page_size=page_size
-        )
+        cache = create_cache(model.config, 4, 80, jnp.dtype(jnp.float32), page_size=page_size)
+        logits, cache, _ = prefill_module.prefill(model.params, model.config, texts, cache, padded_rows=4)
     assert [int((row >= 0).sum()) for row in cache.positions[:3]] == [3, 20, 41]
     for row, text in enumerate(texts):
         expected, _ = run(golden.params, golden.config, jnp.asarray([text]))

@@ -102,8 +102,8 @@ ROPE: tuple[Mutation, ...] = (
     Mutation(
         "dynamic rope grows while decoding",
         "llama_jax/model/transformer.py",
-        "rope_length = jnp.where(cache.rope_length > 0, cache.rope_length, rope_length[:, 0])",
-        "rope_length = rope_length[:, 0]",
+        "return given[:, None] if rows is None else",
+        "return jnp.max(positions, axis=1, keepdims=True) + 1 if rows is None else",
         (f"{MODEL}::test_golden_token_by_token[llama-rope-dynamic]",),
     ),
     Mutation(
@@ -147,8 +147,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "the last layer's queries at the places of the first tokens",
         "llama_jax/model/transformer.py",
-        "x, q, q_positions, q_segments = _tokens((x, q, positions, segment_ids), at)",
-        "(x, q, q_segments), q_positions = _tokens((x, q, segment_ids), at), positions[:, : at if at is None else 2]",
+        "x, q, q_positions, q_segments, q_rows = _tokens((x, q, positions, segment_ids, rows), at)",
+        "(x, q, q_segments, q_rows), q_positions = _tokens((x, q, segment_ids, rows), at), positions[:, : at and 2]",
         (f"{MODEL}::test_logits_at",),
     ),
     Mutation(
@@ -339,8 +339,8 @@ ATTENTION: tuple[Mutation, ...] = (
     Mutation(
         "new keys and values one slot late",
         "llama_jax/cache/dense.py",
-        "            start=self.length,\n",
-        "            start=self.length + 1,\n",
+        "length=self.length + tokens), self.length",
+        "length=self.length + tokens), self.length + 1",
         (f"{MODEL}::test_golden_token_by_token[llama2-mha]",),
     ),
 )
@@ -537,7 +537,7 @@ TEXT: tuple[Mutation, ...] = (
     ),
     Mutation(
         "prompts padded with the wrong positions",
-        "llama_jax/decode/loop.py",
+        "llama_jax/decode/prefill.py",
         "positions[row, length - len(ids) :] = np.arange(len(ids))",
         "positions[row, length - len(ids) :] = np.arange(1, len(ids) + 1)",
         (f"{DECODE}::test_prompts_are_padded_on_the_left",),
@@ -552,22 +552,22 @@ TEXT: tuple[Mutation, ...] = (
     Mutation(
         "first stop id forgotten",
         "llama_jax/decode/loop.py",
-        "hit_stop = jnp.any(tokens[:, None] == state.sampler.stop_ids, axis=1)",
-        "hit_stop = jnp.any(tokens[:, None] == state.sampler.stop_ids[:, 1:], axis=1)",
+        "hit_stop = jnp.any(tokens[:, None] == sampler.stop_ids, axis=1)",
+        "hit_stop = jnp.any(tokens[:, None] == sampler.stop_ids[:, 1:], axis=1)",
         ("tests/test_mutation_gaps.py::test_every_stop_id_ends_a_row[first]",),
     ),
     Mutation(
         "last stop id forgotten",
         "llama_jax/decode/loop.py",
-        "hit_stop = jnp.any(tokens[:, None] == state.sampler.stop_ids, axis=1)",
-        "hit_stop = jnp.any(tokens[:, None] == state.sampler.stop_ids[:, :-1], axis=1)",
+        "hit_stop = jnp.any(tokens[:, None] == sampler.stop_ids, axis=1)",
+        "hit_stop = jnp.any(tokens[:, None] == sampler.stop_ids[:, :-1], axis=1)",
         ("tests/test_mutation_gaps.py::test_every_stop_id_ends_a_row[last]",),
     ),
     Mutation(
         "min_tokens bars one token too many",
         "llama_jax/sampling/sampler.py",
-        "early = state.step < state.min_tokens",
-        "early = state.step <= state.min_tokens",
+        "early = state.count < state.min_tokens",
+        "early = state.count <= state.min_tokens",
         (f"{SAMPLING}::test_no_end_before_min_tokens[fields1-want1]",),
     ),
     Mutation(
@@ -606,11 +606,39 @@ SAMPLER: tuple[Mutation, ...] = (
         "llama_jax/sampling/truncation.py",
         """\
     weights = jnp.where(order >= kth[:, None], jnp.exp(logits - best), 0.0)
-    nucleus = _nucleus(order, weights, limits.top_p * rows""",
+    nucleus = _nucleus(order, weights, limits.top_p * reductions""",
         """\
     weights = jnp.exp(logits - best)
-    nucleus = _nucleus(order, weights, limits.top_p * rows""",
+    nucleus = _nucleus(order, weights, limits.top_p * reductions""",
         (f"{SAMPLING}::test_min_p_comes_after_temperature_and_top_p_after_top_k",),
+    ),
+    Mutation(
+        "rows that have ended go on storing",
+        "llama_jax/decode/loop.py",
+        "positions = jnp.where(state.done, -1, state.positions)",
+        "positions = state.positions",
+        (f"{DECODE}::test_a_row_that_joins_and_leaves_gets_the_tokens_it_gets_alone[greedy]",),
+    ),
+    Mutation(
+        "rows that have ended go on counting",
+        "llama_jax/decode/loop.py",
+        "count = jnp.where(going, sampler.count, state.sampler.count)",
+        "count = sampler.count",
+        (f"{DECODE}::test_any_division_into_dispatches_gives_the_same_tokens[strides2]",),
+    ),
+    Mutation(
+        "a fork copies no partial page",
+        "llama_jax/cache/paged.py",
+        "to = jnp.where(partial & booked, new, self.pages)",
+        "to = jnp.where(partial & booked, self.pages, self.pages)",
+        ("tests/test_paged_cache.py::test_forked_rows_diverge",),
+    ),
+    Mutation(
+        "packed tokens of a row all take its first free slot",
+        "llama_jax/cache/paged.py",
+        "rank = jnp.sum(before, axis=1, dtype=jnp.int32)[None]",
+        "rank = jnp.zeros_like(rows)",
+        ("tests/test_paged_cache.py::test_packed_tokens_are_separate_calls[llama2-mha]",),
     ),
     Mutation(
         "repetition penalty pulls negative logits up",
@@ -630,21 +658,21 @@ SAMPLER: tuple[Mutation, ...] = (
         "presence penalty counts occurrences",
         "llama_jax/sampling/sampler.py",
         "state.presence[:, None] * generated",
-        "state.presence[:, None] * state.counts",
+        "state.presence[:, None] * state.seen",
         (f"{SAMPLING}::test_penalties_and_bias[fields1-prompt1-want1]",),
     ),
     Mutation(
         "every step draws the same noise",
         "llama_jax/sampling/sampler.py",
-        "jax.random.fold_in(key, state.step)",
+        "jax.random.fold_in(key, count)",
         "jax.random.fold_in(key, 0)",
-        (f"{SAMPLING}::test_sampler_is_pure_and_differs_by_step",),
+        (f"{SAMPLING}::test_sampler_is_pure_and_differs_by_count",),
     ),
     Mutation(
         "log-probabilities of the penalised logits",
         "llama_jax/sampling/sampler.py",
-        "_token_logprobs(raw, tokens, n=options.logprobs, axis=axis)",
-        "_token_logprobs(logits, tokens, n=options.logprobs, axis=axis)",
+        "_token_logprobs(raw, tokens, n=MAX_LOGPROBS, axis=axis)",
+        "_token_logprobs(logits, tokens, n=MAX_LOGPROBS, axis=axis)",
         (f"{SAMPLING}::test_log_probabilities_are_of_the_raw_logits",),
     ),
 )

@@ -57,10 +57,10 @@ def test_slots_hold_what_was_stored() -> None:
 def test_overflow() -> None:
     _, cache = prefilled(2, 6, 8)
     positions = arange_positions(2, 2) + 6
-    cache = cache.extend(positions, cache.rope_length)  # fits exactly
-    assert int(cache.length) == 8
+    cache, slots = cache.extend(positions)  # fits exactly
+    assert (int(cache.length), int(slots)) == (8, 6)
     with pytest.raises(RequestError, match=r"1 more tokens do not fit: 8 of the cache's 8 slots") as caught:
-        cache.extend(positions[:, :1], cache.rope_length)
+        cache.extend(positions[:, :1])
     assert caught.value.param == "cache"
     with pytest.raises(RequestError):
         forward(PARAMS, CONFIG, random_tokens(CONFIG, 2, 1), positions[:, :1], cache)
@@ -74,18 +74,52 @@ def test_overflow() -> None:
         )
 
 
-def test_rows() -> None:
-    _, cache = prefilled(3, 5, 8)
-    cache = dataclasses.replace(cache, rope_length=jnp.array([5, 6, 7]))
+BEYOND = 2**31 - 1
+
+
+def test_select_and_put() -> None:
+    """Rows prefilled apart, in any order, and put back; other rows keep what they have. Numbers beyond are padding."""
+    _, cache = prefilled(3, 5, 12)
     every, _ = decode(cache, [1, 2, 3], 5)
-    index = [2, 0, 0, 2]
-    picked = cache.rows(jnp.array(index))
-    np.testing.assert_array_equal(picked.rope_length, [7, 5, 5, 7])
-    some, after = decode(picked, [3, 1, 1, 3], 5)
-    np.testing.assert_allclose(some, every[jnp.array(index)], atol=1e-5)
-    assert int(after.length) == 6
-    one, _ = decode(cache.rows(jnp.array([1])), [2], 5)
-    np.testing.assert_allclose(one, every[1:2], atol=1e-5)
+    rows = jnp.array([2, 0, BEYOND])
+    part = cache.select(rows)
+    some, part = decode(part, [3, 1, 0], 5)
+    np.testing.assert_allclose(some[:2], every[jnp.array([2, 0])], atol=1e-5)
+    cache = cache.put(rows, part)
+    assert int(cache.length) == 6
+    np.testing.assert_array_equal(cache.positions[:, 5], [5, -1, 5])
+    _, want = decode(prefilled(3, 5, 12)[1], [1, 2, 3], 5)
+    for tokens, position in (([7, 0, 7], 6), ([8, 0, 8], 7)):
+        at = jnp.array([[position], [-1], [position]], jnp.int32)
+        got, cache = run(PARAMS, CONFIG, jnp.array(tokens)[:, None], at, cache)
+        expected, want = decode(want, tokens, position)
+        np.testing.assert_allclose(got[jnp.array([0, 2])], expected[jnp.array([0, 2])], atol=1e-5)
+    late, _ = run(PARAMS, CONFIG, jnp.array([[0], [2], [0]]), jnp.array([[-1], [5], [-1]], jnp.int32), cache)
+    np.testing.assert_allclose(late[1], every[1], atol=1e-5)
+
+
+def test_fork_truncate_and_release() -> None:
+    _, cache = prefilled(3, 5, 12)
+    forked = cache.fork(jnp.array([0, BEYOND]), jnp.array([2, BEYOND]))
+    a, _ = decode(forked, [4, 4, 4], 5)
+    np.testing.assert_allclose(a[2], a[0], atol=1e-6)
+    np.testing.assert_allclose(a[:2], decode(cache, [4, 4, 4], 5)[0][:2], atol=1e-5)
+    shorter = cache.truncate(jnp.array([3, 99, 5]))
+    np.testing.assert_array_equal((shorter.positions >= 0).sum(axis=1), [3, 5, 5])
+    b, _ = run(PARAMS, CONFIG, jnp.full((3, 1), 4), jnp.array([[3], [5], [5]], jnp.int32), shorter)
+    short, _ = run(PARAMS, CONFIG, jnp.append(random_tokens(CONFIG, 3, 5)[0, :3], 4)[None])
+    np.testing.assert_allclose(b[0, 0], short[0, -1], atol=1e-5)
+    emptied = cache.release(jnp.array([False, True, False]))
+    c, _ = run(PARAMS, CONFIG, jnp.full((3, 1), 4), jnp.array([[5], [0], [5]], jnp.int32), emptied)
+    alone, _ = run(PARAMS, CONFIG, jnp.full((1, 1), 4))
+    np.testing.assert_allclose(c[1], alone[0], atol=1e-5)
+
+
+def test_packed_tokens_need_a_paged_cache() -> None:
+    cache = DenseCache.create(CONFIG, 2, 8, jnp.float32)
+    with pytest.raises(RequestError, match="packed") as caught:
+        run(PARAMS, CONFIG, jnp.ones((1, 2), jnp.int32), jnp.zeros((1, 2), jnp.int32), cache, rows=jnp.array([[0, 1]]))
+    assert caught.value.param == "cache"
 
 
 def test_grow() -> None:
@@ -147,8 +181,9 @@ class BackwardsLayer:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
+        slots: None,
         q_positions: jax.Array,
-        positions: jax.Array,
+        q_rows: None,
         visibility: Visibility,
         *,
         scale: float,
@@ -167,11 +202,10 @@ class BackwardsCache:
 
     layers: tuple[BackwardsLayer, ...]
     positions: jax.Array
-    rope_length: jax.Array
 
-    def extend(self, positions: jax.Array, rope_length: jax.Array) -> BackwardsCache:
+    def extend(self, positions: jax.Array, rows: None = None) -> tuple[BackwardsCache, None]:
         positions = jnp.concatenate([positions[:, ::-1], self.positions], axis=1)
-        return dataclasses.replace(self, positions=positions, rope_length=rope_length)
+        return dataclasses.replace(self, positions=positions), None
 
     def layer(self, index: int) -> BackwardsLayer:
         return dataclasses.replace(self.layers[index], positions=self.positions)
@@ -183,9 +217,7 @@ class BackwardsCache:
 def test_the_model_does_not_know_the_layout() -> None:
     empty = jnp.zeros((2, CONFIG.num_kv_heads, 0, CONFIG.head_dim))
     nowhere = jnp.zeros((2, 0), jnp.int32)
-    cache: Any = BackwardsCache(
-        tuple(BackwardsLayer(empty, empty, nowhere) for _ in CONFIG.layers), nowhere, jnp.zeros(2, jnp.int32)
-    )
+    cache: Any = BackwardsCache(tuple(BackwardsLayer(empty, empty, nowhere) for _ in CONFIG.layers), nowhere)
     tokens, positions = random_tokens(CONFIG, 2, 6), arange_positions(2, 6)
     whole, _ = run(PARAMS, CONFIG, tokens, positions)
     parts = []

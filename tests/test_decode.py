@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,10 +15,13 @@ from helpers import Golden, load_golden, random_params, run, tiny_config
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from llama_jax import batch_generate
+from llama_jax.cache import PagedCache, create_cache
 from llama_jax.config import LayerSpec, RopeSpec
 from llama_jax.decode import buckets, loop
 from llama_jax.decode import prefill as prefill_module
-from llama_jax.sampling import SamplingParams, make_sampler
+from llama_jax.loading import Model
+from llama_jax.sampling import SamplerProfile, SamplerState, SamplingParams, make_sampler
 
 SIZES = st.integers(1, 1 << 20)
 
@@ -93,7 +98,7 @@ def test_prompts_are_padded_on_the_left(prompts: list[list[int]], dummies: int) 
         assert tokens[row][positions[row] >= 0].tolist() == prompt
         assert positions[row][-len(prompt) :].tolist() == list(range(len(prompt)))
         assert (positions[row][: -len(prompt)] == -1).all()
-    assert ((positions[len(prompts) :] >= 0).sum(axis=1) == 1).all()  # something to attend to
+    assert (positions[len(prompts) :] == -1).all()
 
 
 # Prefill.
@@ -104,10 +109,20 @@ def prompts_of(golden: Golden, lengths: list[int], seed: int = 0) -> list[list[i
     return [rng.integers(0, golden.config.vocab_size, n).tolist() for n in lengths]
 
 
-def prefill(golden: Golden, prompts: list[list[int]], **fields: Any) -> Any:
-    length = buckets.prompt_bucket(max(map(len, prompts)))
-    fields = {"rows": len(prompts), "capacity": length + 16, "dtype": jnp.float32, **fields}
-    return prefill_module.prefill(golden.params, golden.config, prompts, **fields)
+def prefill(
+    golden: Golden,
+    prompts: list[list[int]],
+    *,
+    batch: int | None = None,
+    room: int = 16,
+    page_size: int | None = None,
+    **fields: Any,
+) -> Any:
+    """Logits, cache and log-probabilities of prompts in a cache of `batch` rows with room for more tokens."""
+    batch = batch or len(prompts)
+    capacity = buckets.prompt_bucket(max(map(len, prompts))) + room
+    cache = create_cache(golden.config, batch, capacity, np.dtype(np.float32), page_size=page_size)
+    return prefill_module.prefill(golden.params, golden.config, prompts, cache, padded_rows=batch, **fields)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +141,7 @@ def test_prefill_equals_forward(case: str, chunk: int | None, monkeypatch: pytes
     prompts = prompts_of(golden, [3, 41, 64])
     if chunk:
         monkeypatch.setattr(buckets, "chunk_length", lambda *_: chunk)
-    logits, cache, _ = prefill(golden, prompts, rows=4, capacity=80)
+    logits, cache, _ = prefill(golden, prompts, batch=4)
     assert logits.shape == (4, golden.config.vocab_size)
     assert int(cache.length) == 64
     for row, prompt in enumerate(prompts):
@@ -138,18 +153,18 @@ def test_prefill_equals_forward(case: str, chunk: int | None, monkeypatch: pytes
 @pytest.mark.parametrize(("name", "value"), [("MAX_CHUNK", 16), ("ATTENTION_BYTES", 1)])
 def test_long_prompts_run_in_chunks(golden: Golden, name: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of(golden, [200, 150])
-    whole, _, whole_logprobs = prefill(golden, prompts, prompt_logprobs=3)
+    whole, _, whole_logprobs = prefill(golden, prompts, prompt_logprobs=True)
     calls = []
     original = prefill_module.prefill_chunk
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args[2].shape[1])
+        calls.append(args[3].shape[1])
         return original(*args, **kwargs)
 
     monkeypatch.setattr(buckets, name, value)
     monkeypatch.setattr(prefill_module, "prefill_chunk", counted)
     chunked, _, _ = prefill(golden, prompts)
-    _, _, logprobs = prefill(golden, prompts, prompt_logprobs=3)
+    _, _, logprobs = prefill(golden, prompts, prompt_logprobs=True)
     assert len(calls) > 2
     assert max(calls) <= 128
     np.testing.assert_allclose(chunked, whole, atol=1e-4)
@@ -171,37 +186,78 @@ def test_pieces(rows: int, length: int, ways: int, expected: int) -> None:
 def test_dynamic_rope_knows_the_length_from_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its base depends on the length of the whole prompt, which exceeds the original context here."""
     config = tiny_config(rope=RopeSpec(kind="dynamic", factor=4.0, original_max_positions=16))
-    params = random_params(config)
+    golden = Golden(config, random_params(config), *[np.zeros(0)] * 5)
     prompt = np.random.default_rng(0).integers(0, 40, 48).tolist()
-    fields: dict[str, Any] = {"rows": 1, "capacity": 64, "dtype": jnp.float32}
-    whole, cache, _ = prefill_module.prefill(params, config, [prompt], **fields)
+    whole, _, _ = prefill(golden, [prompt])
     monkeypatch.setattr(buckets, "chunk_length", lambda *_: 16)
-    chunked, chunked_cache, _ = prefill_module.prefill(params, config, [prompt], **fields)
+    chunked, _, _ = prefill(golden, [prompt])
     np.testing.assert_allclose(chunked, whole, atol=1e-4)
-    assert cache.rope_length.tolist() == chunked_cache.rope_length.tolist() == [48]
+
+
+def test_prefill_into_given_rows(golden: Golden) -> None:
+    """Two prompts into rows 3 and 1 of four, one of them in a second call; the other rows stay empty."""
+    prompts = prompts_of(golden, [9, 5, 20])
+    want, _, _ = prefill(golden, prompts)
+    for page_size in (None, 16):
+        cache = create_cache(golden.config, 4, 64, np.dtype(np.float32), page_size=page_size)
+        run_into = partial(prefill_module.prefill, golden.params, golden.config)
+        first, cache, _ = run_into(prompts[:2], cache, rows=[3, 1], padded_rows=2)
+        second, cache, _ = run_into(prompts[2:], cache, rows=[0], padded_rows=2)  # one row of padding
+        np.testing.assert_allclose(np.concatenate([first, second[:1]]), want, atol=1e-4)
+        assert (cache.positions >= 0).sum(axis=1).tolist() == [20, 5, 0, 9]
 
 
 # The loop.
 
 
-def start(golden: Golden, prompts: list[list[int]], params: list[SamplingParams], limits: list[int], room: int) -> Any:
-    options, sampler = make_sampler(params, prompts, golden.config.vocab_size, golden.config.eos_token_ids)
-    length = buckets.prompt_bucket(max(map(len, prompts)))
-    logits, cache, _ = prefill(golden, prompts, capacity=length + room)
-    lengths = np.asarray([len(p) for p in prompts], np.int32)
-    state, progress = loop.first_token(
-        logits, cache, sampler, lengths, np.asarray(limits, np.int32), options=options, room=room
-    )
-    return state, progress, options
+def start(
+    golden: Golden, prompts: list[list[int]], params: list[SamplingParams], limits: list[int], **fields: Any
+) -> Any:
+    """State, progress and profile after the first tokens."""
+    profile, sampler = make_sampler(params, prompts, golden.config.vocab_size, golden.config.eos_token_ids)
+    logits, cache, _ = prefill(golden, prompts, **fields)
+    lengths, adapters = np.asarray([len(p) for p in prompts], np.int32), np.zeros(len(prompts), np.int32)
+    limit = np.asarray(limits, np.int32)
+    state, progress = loop.begin(logits, cache, sampler, lengths, limit, adapters, profile=profile)
+    return state, progress, profile
+
+
+class Rows:
+    """The tokens and log-probabilities of each row, from one dispatch after the other."""
+
+    def __init__(self, rows: int):
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.logprobs: list[list[float]] = [[] for _ in range(rows)]
+
+    def add(self, progress: loop.Progress, rows: Sequence[int] | None = None) -> None:
+        host = jax.device_get(progress)
+        for i, row in enumerate(range(len(self.tokens)) if rows is None else rows):
+            self.tokens[row] += host.tokens[i, : host.new[i]].tolist()
+            if host.logprobs is not None:
+                self.logprobs[row] += host.logprobs.token[i, : host.new[i]].tolist()
+
+
+def advance(golden: Golden, state: loop.DecodeState, steps: int, profile: SamplerProfile, stride: int = 16) -> Any:
+    return loop.advance(golden.params, state, np.int32(steps), config=golden.config, profile=profile, stride=stride)
+
+
+def finished(
+    golden: Golden, prompts: list[list[int]], params: list[SamplingParams], limits: list[int], **fields: Any
+) -> Rows:
+    """Everything in one dispatch."""
+    state, progress, profile = start(golden, prompts, params, limits, **fields)
+    rows = Rows(len(prompts))
+    rows.add(progress)
+    rows.add(advance(golden, state, 64, profile, 64)[1])
+    return rows
 
 
 def test_greedy_tokens_equal_transformers(golden: Golden) -> None:
     prompts = [golden.tokens[row][golden.mask[row]].tolist() for row in range(len(golden.tokens))]
     n = golden.greedy.shape[1]
     params = [SamplingParams(temperature=0.0, ignore_eos=True)] * len(prompts)
-    state, _, options = start(golden, prompts, params, [n] * len(prompts), n)
-    _, progress = loop.advance(golden.params, state, np.int32(n), config=golden.config, options=options)
-    np.testing.assert_array_equal(progress.output[:, :n], golden.greedy)
+    rows = finished(golden, prompts, params, [n] * len(prompts), room=n)
+    np.testing.assert_array_equal(rows.tokens, golden.greedy)
 
 
 @pytest.mark.parametrize("strides", [[1] * 12, [3, 5, 4], [12]])
@@ -211,78 +267,203 @@ def test_any_division_into_dispatches_gives_the_same_tokens(golden: Golden, stri
         SamplingParams(seed=1, ignore_eos=True, logprobs=2),
         SamplingParams(seed=2, ignore_eos=True, frequency_penalty=1.0),
     ]
-    state, progress, options = start(golden, prompts, params, [13, 7], 16)
-    assert int(progress.step) == 1
-    until = 1
-    for stride in strides:
-        until += stride
-        state, progress = loop.advance(golden.params, state, np.int32(until), config=golden.config, options=options)
-        assert int(progress.step) == until
+    state, progress, profile = start(golden, prompts, params, [13, 7])
+    assert progress.new.tolist() == [1, 1]
+    rows = Rows(2)
+    rows.add(progress)
+    for steps in strides:
+        state, progress = advance(golden, state, steps, profile)
+        rows.add(progress)
     assert progress.done.tolist() == [True, True]
     assert progress.finished_by_stop.tolist() == [False, False]
-    whole, _, options = start(golden, prompts, params, [13, 7], 16)
-    _, want = loop.advance(golden.params, whole, np.int32(13), config=golden.config, options=options)
-    assert progress.output[0, :13].tolist() == want.output[0, :13].tolist()
-    assert progress.output[1, :7].tolist() == want.output[1, :7].tolist()
-    jax.tree.map(np.testing.assert_array_equal, progress.logprobs, want.logprobs)
+    assert state.sampler.count.tolist() == [13, 7]
+    want = finished(golden, prompts, params, [13, 7])
+    assert rows.tokens == want.tokens
+    assert [len(t) for t in rows.tokens] == [13, 7]
+    for ours, theirs in zip(rows.logprobs, want.logprobs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_the_loop_ends_when_every_row_has(golden: Golden) -> None:
     prompts = prompts_of(golden, [5, 9])
     params = [SamplingParams(temperature=0.0, ignore_eos=True)] * 2
-    state, _, options = start(golden, prompts, params, [3, 5], 16)
-    state, progress = loop.advance(golden.params, state, np.int32(16), config=golden.config, options=options)
-    assert int(progress.step) == 5
-    state, progress = loop.advance(golden.params, state, np.int32(16), config=golden.config, options=options)
-    assert int(progress.step) == 5
+    state, _, profile = start(golden, prompts, params, [3, 5])
+    state, progress = advance(golden, state, 16, profile)
+    assert progress.new.tolist() == [2, 4]
+    assert int(state.cache.length) == 16 + 4
+    state, progress = advance(golden, state, 16, profile)
+    assert progress.new.tolist() == [0, 0]
+    assert int(state.cache.length) == 16 + 4
 
 
 def test_rows_that_the_host_ends(golden: Golden) -> None:
     prompts = prompts_of(golden, [5, 9])
     params = [SamplingParams(temperature=0.0, ignore_eos=True)] * 2
-    state, _, options = start(golden, prompts, params, [16, 5], 16)
+    state, _, profile = start(golden, prompts, params, [16, 5])
     state = loop.stop_rows(state, np.asarray([True, False]))
-    _, progress = loop.advance(golden.params, state, np.int32(16), config=golden.config, options=options)
-    assert int(progress.step) == 5
+    _, progress = advance(golden, state, 16, profile)
+    assert progress.new.tolist() == [0, 4]
 
 
 def test_stop_ids_end_a_row(golden: Golden) -> None:
     prompts = prompts_of(golden, [5])
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
-    state, _, options = start(golden, prompts, [greedy], [8], 8)
-    _, progress = loop.advance(golden.params, state, np.int32(8), config=golden.config, options=options)
-    tokens = progress.output[0].tolist()
+    (tokens,) = finished(golden, prompts, [greedy], [8]).tokens
     stop = tokens[4]
     params = dataclasses.replace(greedy, stop_token_ids=[stop, 0])
-    state, _, options = start(golden, prompts, [params], [8], 8)
-    _, progress = loop.advance(golden.params, state, np.int32(8), config=golden.config, options=options)
-    assert int(progress.step) == tokens.index(stop) + 1
+    state, _, profile = start(golden, prompts, [params], [8])
+    _, progress = advance(golden, state, 8, profile)
+    assert progress.new.tolist() == [tokens.index(stop)]
     assert progress.finished_by_stop.tolist() == [True]
 
 
 def test_growing_keeps_everything(golden: Golden) -> None:
     prompts = prompts_of(golden, [5, 9])
     params = [SamplingParams(seed=7, ignore_eos=True, logprobs=1)] * 2
-    state, _, options = start(golden, prompts, params, [20, 20], 20)
-    _, want = loop.advance(golden.params, state, np.int32(20), config=golden.config, options=options)
+    want = finished(golden, prompts, params, [20, 20], room=20)
 
-    state, _, options = start(golden, prompts, params, [20, 20], 8)
-    state, _ = loop.advance(golden.params, state, np.int32(8), config=golden.config, options=options)
-    state = loop.grow(state, capacity=48, room=32)
-    _, progress = loop.advance(golden.params, state, np.int32(20), config=golden.config, options=options)
-    np.testing.assert_array_equal(progress.output[:, :20], want.output)
-    np.testing.assert_allclose(progress.logprobs.token[:, :20], want.logprobs.token, atol=1e-5)
+    state, progress, profile = start(golden, prompts, params, [20, 20], room=8)
+    rows = Rows(2)
+    rows.add(progress)
+    state, progress = advance(golden, state, 7, profile)
+    rows.add(progress)
+    state = loop.grow(state, capacity=48)
+    rows.add(advance(golden, state, 16, profile)[1])
+    assert rows.tokens == want.tokens
+    np.testing.assert_allclose(rows.logprobs, want.logprobs, atol=1e-5)
 
 
-def test_rows_of_a_cache_can_be_repeated(golden: Golden) -> None:
-    prompts = prompts_of(golden, [5, 9, 2])
-    logits, cache, _ = prefill(golden, prompts)
-    index = np.asarray([2, 2, 0], np.int32)
-    picked, rows = prefill_module.take_rows(logits, cache, index)
-    np.testing.assert_array_equal(picked, logits[index])
-    np.testing.assert_array_equal(rows.positions, cache.positions[index])
-    for ours, theirs in zip((*rows.k, *rows.v), (*cache.k, *cache.v), strict=True):
-        np.testing.assert_array_equal(ours, theirs[index])
+# Rows that come and go.
+
+
+SETTINGS = {
+    "greedy": SamplingParams(temperature=0.0, ignore_eos=True, logprobs=1),
+    "sampling": SamplingParams(seed=3, top_p=0.9, ignore_eos=True, logprobs=1),
+    "penalties": SamplingParams(
+        seed=5, repetition_penalty=1.3, frequency_penalty=0.4, min_tokens=3, ignore_eos=True, logprobs=1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_row_that_joins_and_leaves_gets_the_tokens_it_gets_alone(golden: Golden, name: str) -> None:
+    """It joins a running batch at step 7, leaves at step 19, and its neighbours do not notice."""
+    prompts = prompts_of(golden, [5, 12, 20, 9])
+    params = [SETTINGS[name], SETTINGS["greedy"], SETTINGS["sampling"], SETTINGS["penalties"]]
+    limits = [64, 30, 4, 30]
+    alone = [
+        finished(golden, [p], [s], [n], room=64, page_size=16) for p, s, n in zip(prompts, params, limits, strict=True)
+    ]
+    profile, samplers = make_sampler(params, prompts, golden.config.vocab_size)
+
+    def of_rows(*rows: int) -> SamplerState:
+        picked: SamplerState = jax.tree.map(lambda x: x[list(rows)], samplers)
+        return picked
+
+    # Row 0 idles at first. Pages of every row come from a pool, in no order.
+    cache = PagedCache.create(golden.config, 4, 96, np.float32, page_size=16, pages=24)
+    table = np.random.default_rng(0).permutation(24).reshape(4, 6).astype(np.int32)
+    cache = cache.book(np.arange(1, 4), table[1:])
+    logits, cache, _ = prefill_module.prefill(
+        golden.params, golden.config, prompts[1:], cache, rows=[1, 2, 3], padded_rows=4
+    )
+    state = jax.jit(loop.idle_state)(cache, samplers)
+    join = partial(loop.join, profile=profile)
+    none = np.zeros(1, np.int32)
+    rows = Rows(4)
+    lengths = np.asarray([len(p) for p in prompts], np.int32)
+    state, progress = join(
+        state, np.arange(1, 4), logits[:3], of_rows(1, 2, 3), lengths[1:], np.asarray(limits[1:]), np.zeros(3, np.int32)
+    )
+    rows.add(progress, [1, 2, 3])
+    for _ in range(7):
+        state, progress = advance(golden, state, 1, profile, 1)
+        rows.add(progress)
+    assert [len(t) for t in rows.tokens] == [0, 8, 4, 8]
+    ended = jax.device_get((state.cache.k, state.cache.v))
+
+    cache = state.cache.book(np.asarray([0]), table[:1])
+    logits, cache, _ = prefill_module.prefill(golden.params, golden.config, prompts[:1], cache, rows=[0], padded_rows=1)
+    state, progress = join(
+        dataclasses.replace(state, cache=cache),
+        np.asarray([0]),
+        logits,
+        of_rows(0),
+        lengths[:1],
+        np.asarray(limits[:1]),
+        none,
+    )
+    rows.add(progress, [0])
+    state, progress = advance(golden, state, 12, profile)
+    rows.add(progress)
+    state = loop.leave(state, np.asarray([True, False, False, False]))
+    left = jax.device_get((state.cache.k, state.cache.v))
+    state, progress = advance(golden, state, 64, profile, 64)
+    rows.add(progress)
+
+    assert len(rows.tokens[0]) == 13
+    assert rows.tokens[0] == alone[0].tokens[0][:13]
+    np.testing.assert_allclose(rows.logprobs[0], alone[0].logprobs[0][:13], atol=1e-5)
+    for row in (1, 2, 3):
+        assert rows.tokens[row] == alone[row].tokens[0]
+        np.testing.assert_allclose(rows.logprobs[row], alone[row].logprobs[0], atol=1e-5)
+    # Pages of a row that has ended, and of one that has left, do not change, bit for bit.
+    assert int(state.cache.lengths[2]) == 20 + 3
+    after = jax.device_get((state.cache.k, state.cache.v))
+    for before, row in ((ended, 2), (left, 0)):
+        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(old[table[row]], new[table[row]])
+
+
+def test_a_dense_row_that_has_ended_stores_nothing_visible(golden: Golden) -> None:
+    prompts = prompts_of(golden, [5, 9])
+    params = [SamplingParams(temperature=0.0, ignore_eos=True)] * 2
+    state, _, profile = start(golden, prompts, params, [3, 12])
+    state, _ = advance(golden, state, 16, profile)
+    assert (state.cache.positions >= 0).sum(axis=1).tolist() == [5 + 2, 9 + 11]
+
+
+def test_a_new_mix_of_settings_compiles_nothing(golden: Golden) -> None:
+    """Once each profile has run, twenty mixes of settings find their programs compiled."""
+    rng = np.random.default_rng(0)
+    model = Model(golden.params, golden.config)
+    prompts = prompts_of(golden, [5, 9])
+    fields = {"max_tokens": 3, "ignore_eos": True}
+    for kind in ({"temperature": 0.0}, {"seed": 1}, {"seed": 1, "presence_penalty": 0.5}):
+        for logprobs in (None, 1):
+            batch_generate(model, None, prompts, SamplingParams(**kind, **fields, logprobs=logprobs))  # type: ignore[arg-type]
+
+    def mix() -> SamplingParams:
+        return SamplingParams(
+            temperature=rng.choice([0.0, 0.7, 1.3]),
+            top_p=rng.choice([1.0, 0.9, 0.3]),
+            top_k=int(rng.choice([0, 1, 7])),
+            min_p=rng.choice([0.0, 0.1]),
+            presence_penalty=rng.choice([0.0, 0.5]),
+            repetition_penalty=rng.choice([1.0, 1.2]),
+            logit_bias={} if rng.random() < 0.5 else {3: 1.0},
+            min_tokens=int(rng.integers(0, 3)),
+            stop_token_ids=rng.integers(0, 40, rng.integers(0, 9)).tolist(),
+            logprobs=rng.choice([None, 0, 1, 5, 20]),
+            seed=int(rng.integers(100)),
+            **fields,
+        )
+
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for _ in range(20):
+            batch_generate(model, None, prompts, [mix(), mix()])
+        assert compiled == []
+        jax.jit(lambda x: x * 41 + 7)(np.float32(1)).block_until_ready()
+        assert compiled  # compilation would have been heard
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @given(length=st.integers(1, 60), seed=st.integers(0, 2**16))
@@ -291,11 +472,10 @@ def test_cached_decoding_equals_forward_over_the_whole_text(length: int, seed: i
     config = tiny_config(LayerSpec(mlp=24), LayerSpec("sliding", 7, mlp=24))
     golden = Golden(config, random_params(config), *[np.zeros(0)] * 5)
     prompt = prompts_of(golden, [length], seed)
-    state, _, options = start(golden, prompt, [SamplingParams(temperature=0.0)], [5], 8)
-    _, progress = loop.advance(golden.params, state, np.int32(5), config=config, options=options)
+    (tokens,) = finished(golden, prompt, [SamplingParams(temperature=0.0)], [5]).tokens
     text = np.zeros((1, 80), np.int32)
-    text[0, : length + 5] = [*prompt[0], *progress.output[0, :5].tolist()]
+    text[0, : length + 5] = [*prompt[0], *tokens]
     logits = np.asarray(run(golden.params, config, text)[0][0, length - 1 : length + 4])
     best_two = np.sort(logits, axis=-1)[:, -2:]
     assume((best_two[:, 1] - best_two[:, 0]).min() > 1e-4)
-    assert logits.argmax(-1).tolist() == progress.output[0, :5].tolist()
+    assert logits.argmax(-1).tolist() == tokens

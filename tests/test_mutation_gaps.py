@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from helpers import load_golden
 
+from llama_jax.cache import create_cache
 from llama_jax.decode import buckets, loop
 from llama_jax.decode import prefill as prefill_module
 from llama_jax.sampling import SamplingParams, make_sampler
+from llama_jax.sampling.sampler import STOP_IDS
 from llama_jax.sampling.truncation import truncate
 
 
@@ -19,24 +21,25 @@ def test_every_stop_id_ends_a_row(place: str) -> None:
     golden = load_golden("llama2-mha")
     prompt = golden.tokens[0][golden.mask[0]].tolist()
     tokens = golden.greedy[0].tolist()
-    stop = next(t for t in tokens[2:] if 3 <= t < golden.config.vocab_size - 3)
+    margin = STOP_IDS + len(tokens)
+    stop = next(t for t in tokens[2:] if margin <= t < golden.config.vocab_size - margin)
     unused = [t for t in range(golden.config.vocab_size) if t not in tokens]
     below, above = [t for t in unused if t < stop], [t for t in unused if t > stop]
-    others = {"first": above[:3], "middle": [below[0], *above[:2]], "last": below[:3]}[place]
-    assert len(others) == 3
+    spare = STOP_IDS - 1
+    others = {"first": above[:spare], "middle": [*below[:2], *above[: spare - 2]], "last": below[:spare]}[place]
+    assert len(others) == spare
 
     params = SamplingParams(temperature=0.0, ignore_eos=True, stop_token_ids=[*others, stop])
-    options, sampler = make_sampler([params], [prompt], golden.config.vocab_size)
-    assert sampler.stop_ids.shape == (1, 4)
+    profile, sampler = make_sampler([params], [prompt], golden.config.vocab_size)
+    assert sampler.stop_ids.shape == (1, STOP_IDS)
     room = len(tokens)
     capacity = buckets.cache_bucket(buckets.prompt_bucket(len(prompt)) + room)
-    logits, cache, _ = prefill_module.prefill(
-        golden.params, golden.config, [prompt], rows=1, capacity=capacity, dtype=np.float32
-    )
-    lengths, limits = (np.asarray([n], np.int32) for n in (len(prompt), room))
-    state, _ = loop.first_token(logits, cache, sampler, lengths, limits, options=options, room=room)
-    _, progress = loop.advance(golden.params, state, np.int32(room), config=golden.config, options=options)
-    assert int(progress.step) == tokens.index(stop) + 1
+    cache = create_cache(golden.config, 1, capacity, np.dtype(np.float32))
+    logits, cache, _ = prefill_module.prefill(golden.params, golden.config, [prompt], cache, padded_rows=1)
+    lengths, limits, none = (np.asarray([n], np.int32) for n in (len(prompt), room, 0))
+    state, _ = loop.begin(logits, cache, sampler, lengths, limits, none, profile=profile)
+    _, progress = loop.advance(golden.params, state, np.int32(room), config=golden.config, profile=profile, stride=room)
+    assert 1 + int(progress.new[0]) == tokens.index(stop) + 1
     assert progress.finished_by_stop.tolist() == [True]
 
 

@@ -93,13 +93,13 @@ def test_padding_is_not_stored() -> None:
 
 def test_tokens_without_a_slot() -> None:
     _, cache = prefilled(2, 15, capacity=16)
-    cache = cache.extend(jnp.array([[15], [-1]]), cache.rope_length)  # fits exactly
+    cache, _ = cache.extend(jnp.array([[15], [-1]]))  # fits exactly
     with pytest.raises(RequestError, match="1 tokens do not fit") as caught:
-        cache.extend(jnp.array([[16], [15]]), cache.rope_length)
+        cache.extend(jnp.array([[16], [15]]))
     assert "larger capacity" in caught.value.hint
     unbooked = PagedCache.create(CONFIG, 2, 32, jnp.float32, page_size=16, pages=3)
     with pytest.raises(RequestError, match="2 tokens do not fit") as caught:
-        unbooked.extend(jnp.array([[0, -1], [0, -1]]), unbooked.rope_length)
+        unbooked.extend(jnp.array([[0, -1], [0, -1]]))
     assert "book pages" in caught.value.hint
     # Where it cannot be known, such tokens change nothing: neither other rows' pages nor what is seen.
     table = jnp.array([[2, -1], [99, 0]], jnp.int32)
@@ -147,7 +147,7 @@ def golden_cache(golden: Golden, extra: int) -> PagedCache:
     for row, tokens in enumerate(golden.lengths):
         need = -(-(int(tokens) + extra) // 16)
         table[row, :need], free = free[:need], free[need:]
-    return dataclasses.replace(cache, page_table=jnp.asarray(table), rope_length=jnp.asarray(golden.lengths))
+    return cache.book(np.arange(batch), jnp.asarray(table))
 
 
 @pytest.mark.parametrize("case", EVERY_CASE)
@@ -161,7 +161,7 @@ def test_golden(case: str) -> None:
     cache, parts = golden_cache(g, steps), []
     for start in range(0, length + pad, 16):
         part = slice(start, start + 16)
-        out, cache = run(g.params, g.config, tokens[:, part], positions[:, part], cache)
+        out, cache = run(g.params, g.config, tokens[:, part], positions[:, part], cache, rope_lengths=g.lengths)
         parts.append(np.asarray(out))
     logits = np.concatenate(parts, axis=1)[:, pad:]
     assert error(logits, g.logits, g.mask) < TOLERANCE
@@ -169,7 +169,7 @@ def test_golden(case: str) -> None:
     for i in range(steps):
         generated.append(np.argmax(last, axis=-1).astype(np.int32))
         at = (g.lengths + i)[:, None].astype(np.int32)
-        out, cache = run(g.params, g.config, generated[-1][:, None], at, cache)
+        out, cache = run(g.params, g.config, generated[-1][:, None], at, cache, rope_lengths=g.lengths)
         last = np.asarray(out)[:, 0]
     np.testing.assert_array_equal(np.stack(generated, axis=1), g.greedy)
 
@@ -208,48 +208,150 @@ def test_truncate() -> None:
     # Longer than a row is: nothing happens. Empty rows forget everything.
     np.testing.assert_array_equal(after.truncate(jnp.array([99, 99])).lengths, [16, 16])
     emptied = after.truncate(jnp.array([0, 16]))
-    assert emptied.rope_length[0] == 0 < emptied.rope_length[1]
     fresh, _ = step(emptied, [[3], [4]], [[0], [16]])
     alone, _ = step(PagedCache.create(CONFIG, 1, 16, jnp.float32, page_size=16), [[3]], [[0]])
     np.testing.assert_allclose(fresh[0], alone[0], atol=1e-5)
 
 
-def test_rows_and_grow() -> None:
+BEYOND = 2**31 - 1
+
+
+def test_select_and_put_copy_no_pages() -> None:
+    """Rows prefilled apart and put back; numbers beyond the last row are padding."""
+    _, cache = prefilled(3, 14)
+    every, after = step(cache, [[1], [2], [3]], [[14]] * 3)
+    rows = jnp.array([2, 0, BEYOND])
+    part = cache.select(rows)
+    assert all(x is y for x, y in zip((*part.k, *part.v), (*cache.k, *cache.v), strict=True))
+    some, part = step(part, [[3], [1], [0]], [[14], [14], [-1]])
+    np.testing.assert_allclose(some[:2], every[[2, 0]], atol=1e-5)
+    back = cache.put(rows, part)
+    np.testing.assert_array_equal(back.lengths, [15, 14, 15])
+    np.testing.assert_array_equal(back.page_table, cache.page_table)
+    _, back = step(back, [[0], [2], [0]], [[-1], [14], [-1]])
+    for row in range(3):
+        np.testing.assert_allclose(stored(back, row), stored(after, row), atol=1e-6)
+
+
+def test_grow() -> None:
     _, cache = prefilled(3, 14, capacity=16)
-    every, _ = step(cache, [[1], [2], [3]], [[14]] * 3)
-    index = [2, 0, 0, 2]
-    picked = cache.rows(jnp.array(index))
-    assert len(np.unique(picked.page_table)) == 4  # no page in common
-    some, after = step(picked, [[3], [1], [5], [3]], [[14]] * 4)
-    np.testing.assert_allclose(some[[0, 1, 3]], every[[2, 0, 2]], atol=1e-5)
-    grown = after.grow(33)
-    assert (grown.capacity, grown.pages) == (48, 12)
-    assert len(np.unique(grown.page_table)) == 12
-    want, now = step(DenseCache.create(CONFIG, 1, 48, jnp.float32), random_tokens(CONFIG, 3, 14)[2:], [range(14)])
-    for token, at in ((3, 14), *((i, i) for i in range(15, 36))):  # across the old end, and the next page's
-        want, now = step(now, [[token]], [[at]])
-        if at > 14:
-            got, grown = step(grown, [[token]] * 4, [[at]] * 4)
-            np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    grown = cache.grow(33)
+    assert (grown.capacity, grown.pages) == (48, 9)
+    assert len(np.unique(grown.page_table)) == 9
+    want = DenseCache.create(CONFIG, 1, 48, jnp.float32)
+    _, want = step(want, random_tokens(CONFIG, 3, 14)[2:], [range(14)])
+    for at in range(14, 36):  # across the old end, and the next page's
+        expected, want = step(want, [[at]], [[at]])
+        got, grown = step(grown, [[at]] * 3, [[at]] * 3)
+        np.testing.assert_allclose(got[2], expected[0], atol=1e-5)
     with pytest.raises(RequestError) as caught:
         grown.grow(32)
     assert caught.value.param == "capacity"
 
 
+def test_forked_rows_diverge() -> None:
+    """Full pages are shared, the partial last one is copied, and neither text touches the other's slots."""
+    text = random_tokens(CONFIG, 1, 21)
+    cache = PagedCache.create(CONFIG, 3, 48, jnp.float32, page_size=16)
+    _, cache = step(cache, np.repeat(text, 3, axis=0), [range(21), [-1] * 21, [-1] * 21])
+    forked = cache.fork(jnp.array([0, 0, BEYOND]), jnp.array([2, 1, BEYOND]))
+    table = np.asarray(forked.page_table)
+    assert table[0, 0] == table[1, 0] == table[2, 0]
+    assert len({*table[:, 1]}) == 3
+    np.testing.assert_array_equal(forked.shared, [16, 16, 16])
+    before, at = forked, 21
+    for tokens in ([[5], [6], [7]], [[8], [9], [8]]):
+        got, forked = step(forked, tokens, [[at]] * 3)
+        at += 1
+    for row, more in enumerate(([5, 8], [6, 9], [7, 8])):
+        whole, _ = step(None, np.concatenate([text, [more]], axis=1), arange_positions(1, 23))
+        np.testing.assert_allclose(got[row], whole[0, -1:], atol=1e-5)
+    shared = table[0, 0]
+    for old, new in zip((*before.k, *before.v), (*forked.k, *forked.v), strict=True):
+        np.testing.assert_array_equal(old[shared], new[shared])
+    # A row that was cut within shared pages must not write there.
+    with pytest.raises(RequestError, match="do not fit"):
+        forked.truncate(jnp.array([10, 99, 99])).extend(jnp.array([[10], [-1], [-1]]))
+    unbooked = PagedCache.create(CONFIG, 2, 32, jnp.float32, page_size=16, pages=2)
+    unbooked = unbooked.book(jnp.array([0]), jnp.array([[0, 1]]))
+    _, unbooked = step(unbooked, np.repeat(text[:, :4], 2, axis=0), [range(4), [-1] * 4])
+    with pytest.raises(RequestError, match="no page"):
+        unbooked.fork(jnp.array([0]), jnp.array([1]))
+
+
+def test_released_rows_have_no_pages() -> None:
+    _, cache = prefilled(2, 14)
+    released = cache.release(jnp.array([True, False]))
+    np.testing.assert_array_equal(released.lengths, [0, 14])
+    with pytest.raises(RequestError, match="do not fit") as caught:
+        released.extend(jnp.array([[0], [-1]]))
+    assert "book pages" in caught.value.hint
+    again = released.book(jnp.array([0, BEYOND]), cache.page_table[jnp.array([0, 1])])
+    got, _ = step(again, [[3], [4]], [[0], [14]])
+    alone, _ = step(PagedCache.create(CONFIG, 1, 16, jnp.float32, page_size=16), [[3]], [[0]])
+    np.testing.assert_allclose(got[0], alone[0], atol=1e-5)
+
+
 def test_rows_with_a_common_beginning() -> None:
-    """16 tokens stored once; each row goes on in a page of its own."""
+    """16 tokens stored once; each row continues in a page of its own."""
     cache = PagedCache.create(CONFIG, 2, 32, jnp.float32, page_size=16, pages=3)
-    cache = dataclasses.replace(cache, page_table=jnp.array([[1, 0], [1, 2]], jnp.int32))
+    cache = cache.book(jnp.array([0]), jnp.array([[1, 0]]))
     text = random_tokens(CONFIG, 1, 16)
     _, cache = step(cache, np.repeat(text, 2, axis=0), np.stack([np.arange(16), np.full(16, -1)]))
-    cache = dataclasses.replace(
-        cache, positions=cache.positions[jnp.array([0, 0])], lengths=cache.lengths[jnp.array([0, 0])]
-    )
+    cache = cache.book(jnp.array([1]), jnp.array([[1, 2]]), shared=jnp.array([16]))
     got, cache = step(cache, [[5], [6]], [[16], [16]])
     got, cache = step(cache, [[7], [8]], [[17], [17]])
     for row, more in enumerate(([5, 7], [6, 8])):
         whole, _ = step(None, np.concatenate([text, [more]], axis=1), arange_positions(1, 18))
         np.testing.assert_allclose(got[row], whole[0, -1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["llama2-mha", "llama4-text", "llama-rope-dynamic", "mistral-short-window"])
+def test_packed_tokens_are_separate_calls(case: str) -> None:
+    """Rows with 37, 12 and 1 new tokens behind 5, 0 and 20 old ones, in one axis and in three calls."""
+    g = load_golden(case)
+    rng = np.random.default_rng(0)
+    old, new = (5, 0, 20), (37, 12, 1)
+    texts = [rng.integers(0, g.config.vocab_size, (1, a + b)) for a, b in zip(old, new, strict=True)]
+    lengths = np.asarray([a + b for a, b in zip(old, new, strict=True)], np.int32)
+    cache = PagedCache.create(g.config, 3, 48, jnp.float32, page_size=16)
+    table = np.random.default_rng(1).permutation(cache.pages).reshape(3, -1)
+    cache = cache.book(np.arange(3), jnp.asarray(table, jnp.int32))
+    separate = []
+    for row, (text, a) in enumerate(zip(texts, old, strict=True)):
+        positions = np.full((3, text.size), -1)
+        positions[row] = np.arange(text.size)
+        tokens = np.repeat(text, 3, axis=0)
+        if a:
+            _, cache = run(g.params, g.config, tokens[:, :a], positions[:, :a], cache, rope_lengths=lengths)
+        one = cache.select(jnp.array([row]))
+        want, one = run(
+            g.params, g.config, text[:, a:], positions[row : row + 1, a:], one, rope_lengths=lengths[row : row + 1]
+        )
+        separate.append((np.asarray(want)[0], one))
+    # Interleaved, with padding between them: only the order within a row counts.
+    rows = np.repeat(np.arange(3), new)
+    order = np.argsort(rng.random(rows.size), kind="stable")
+    order = np.concatenate([order, [0, 0]])
+    rows, positions, tokens = rows[order], np.empty(order.size, int), np.empty(order.size, int)
+    taken = list(old)
+    for i, row in enumerate(rows):
+        if i >= order.size - 2:
+            positions[i], tokens[i] = -1, 0
+            continue
+        positions[i], tokens[i] = taken[row], texts[row][0, taken[row]]
+        taken[row] += 1
+    packed = tuple(np.asarray(x, np.int32)[None] for x in (tokens, positions, rows))
+    got, after = run(g.params, g.config, *packed[:2], cache, rows=packed[2], rope_lengths=lengths)
+    scale = max(np.abs(want).max() for want, _ in separate)
+    for row, (want, one) in enumerate(separate):
+        mine = np.flatnonzero((rows == row) & (positions >= 0))
+        np.testing.assert_allclose(got[0, mine], want, atol=TOLERANCE * scale)
+        np.testing.assert_allclose(stored(after, row), stored(one, 0), atol=1e-5)
+    np.testing.assert_array_equal(after.lengths, lengths)
+    last = np.asarray([[np.flatnonzero((rows == row) & (positions >= 0))[-1] for row in range(3)]])
+    picked, _ = run(g.params, g.config, *packed[:2], cache, rows=packed[2], rope_lengths=lengths, logits_at=last)
+    np.testing.assert_allclose(picked[0], np.asarray(got)[0, last[0]], atol=TOLERANCE * scale)
 
 
 def test_pool() -> None:

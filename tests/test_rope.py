@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import hypothesis
@@ -21,6 +20,7 @@ from helpers import (
 
 from llama_jax.cache import DenseCache
 from llama_jax.config import LlamaConfig, RopeSpec
+from llama_jax.errors import RequestError
 from llama_jax.model.rope import rope_angles, rope_frequencies, rotate
 
 THETAS = st.floats(10.0, 5e6)
@@ -240,14 +240,15 @@ def test_decoding_keeps_the_base_of_the_prompt(prompt: int) -> None:
     """Cached keys were rotated with it, so the base must not grow with the text, from either side of the old length."""
     tokens, positions = random_tokens(DYNAMIC, 2, 15), arange_positions(2, 15)
     cache = DenseCache.create(DYNAMIC, 2, 15, jnp.float32)
-    out, cache = run(PARAMS, DYNAMIC, tokens[:, :prompt], positions[:, :prompt], cache)
+    lengths = jnp.full((2,), prompt, jnp.int32)
+    out, cache = run(PARAMS, DYNAMIC, tokens[:, :prompt], positions[:, :prompt], cache, rope_lengths=lengths)
     parts = [out]
     for i in range(prompt, 15):
-        out, cache = run(PARAMS, DYNAMIC, tokens[:, i : i + 1], positions[:, i : i + 1], cache)
+        one = slice(i, i + 1)
+        out, cache = run(PARAMS, DYNAMIC, tokens[:, one], positions[:, one], cache, rope_lengths=lengths)
         parts.append(out)
     expected, _ = run(PARAMS, frozen_at(prompt), tokens, positions)
     assert error(jnp.concatenate(parts, axis=1), expected) < 1e-5
-    np.testing.assert_array_equal(cache.rope_length, [prompt, prompt])
     whole, _ = run(PARAMS, DYNAMIC, tokens, positions)
     assert error(jnp.concatenate(parts, axis=1), whole) > 1e-3
 
@@ -255,12 +256,18 @@ def test_decoding_keeps_the_base_of_the_prompt(prompt: int) -> None:
 def test_chunks_of_a_prompt_whose_length_is_known() -> None:
     tokens, positions = random_tokens(DYNAMIC, 2, 12), arange_positions(2, 12)
     whole, _ = run(PARAMS, DYNAMIC, tokens, positions)
-    for lengths, equal in (([12, 12], True), ([0, 0], False)):  # unknown, so taken from the first chunk
-        cache = dataclasses.replace(
-            DenseCache.create(DYNAMIC, 2, 12, jnp.float32), rope_length=jnp.array(lengths, jnp.int32)
-        )
+    for lengths, equal in (([12, 12], True), ([4, 4], False)):
+        cache = DenseCache.create(DYNAMIC, 2, 12, jnp.float32)
         parts = []
         for i in range(0, 12, 4):
-            out, cache = run(PARAMS, DYNAMIC, tokens[:, i : i + 4], positions[:, i : i + 4], cache)
+            part = tokens[:, i : i + 4], positions[:, i : i + 4], cache
+            out, cache = run(PARAMS, DYNAMIC, *part, rope_lengths=jnp.array(lengths))
             parts.append(out)
         assert (error(jnp.concatenate(parts, axis=1), whole) < 1e-5) is equal
+
+
+def test_a_cache_with_dynamic_rope_needs_the_lengths() -> None:
+    cache = DenseCache.create(DYNAMIC, 2, 12, jnp.float32)
+    with pytest.raises(RequestError) as caught:
+        run(PARAMS, DYNAMIC, random_tokens(DYNAMIC, 2, 4), arange_positions(2, 4), cache)
+    assert caught.value.param == "rope_lengths"

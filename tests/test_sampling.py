@@ -15,12 +15,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from llama_jax.sampling import SamplerOptions, SamplerState, SamplingParams, make_sampler, sample, token_logprobs
+from llama_jax.errors import RequestError
+from llama_jax.sampling import SamplerProfile, SamplerState, SamplingParams, make_sampler, sample, token_logprobs
 from llama_jax.sampling.truncation import truncate
 
 # A few sizes of vocabulary only, since each compiles programs of its own.
 VOCABULARIES = st.sampled_from([1, 2, 5, 17, 200])
-jitted_sample = jax.jit(sample, static_argnames="options")
+jitted_sample = jax.jit(sample, static_argnames="profile")
 jitted_truncate = jax.jit(truncate)
 
 
@@ -149,24 +150,12 @@ def test_sampler_equals_reference(data: st.DataObject, vocab: int, rng: np.rando
     batch = [data.draw(requests(vocab)) for _ in range(3)]
     prompts = [rng.integers(0, vocab, n).tolist() for n in (1, 4, 0)]
     eos = [1]
-    options, state = make_sampler(batch, prompts, vocab, eos)
-    # Everything compiled in, whether a row needs it or not: one program for all examples.
-    blank = np.zeros((3, vocab))
-    in_prompt = np.zeros((3, vocab), bool)
-    for row, prompt in zip(in_prompt, prompts, strict=True):
-        row[prompt] = True
-    full = dataclasses.replace(
-        state,
-        bias=blank.astype(np.float32) if state.bias is None else state.bias,
-        in_prompt=in_prompt,
-        counts=blank.astype(np.int32) if state.counts is None else state.counts,
-    )
-    everything = SamplerOptions(greedy=False, bias=True, penalties=True, truncate=True, min_tokens=True, logprobs=2)
-    assert dataclasses.replace(options, logprobs=2) != options or options.logprobs == 2
+    everything = SamplerProfile("full", logprobs=True)
+    _, full = make_sampler(batch, prompts, vocab, eos, everything)
     outputs: list[list[int]] = [[], [], []]
     for step in range(4):
         raw = (rng.standard_normal((3, vocab)) * 3).astype(np.float32)
-        tokens, full, logprobs = jitted_sample(raw, full, options=everything)
+        tokens, full, logprobs = jitted_sample(raw, full, profile=everything)
         for row, p in enumerate(batch):
             token = int(tokens[row])
             x = reference_logits(raw[row], p, prompt=prompts[row], output=outputs[row], eos=eos)
@@ -182,8 +171,8 @@ def test_sampler_equals_reference(data: st.DataObject, vocab: int, rng: np.rando
             shifted = raw[row].astype(np.float64) - raw[row].max()
             want = shifted - np.log(np.exp(shifted).sum())
             assert float(logprobs.token[row]) == pytest.approx(want[token], abs=1e-5)
-            np.testing.assert_array_equal(logprobs.top_ids[row], np.argsort(-want, kind="stable")[:2])
-            np.testing.assert_allclose(logprobs.top[row], np.sort(want)[::-1][:2], atol=1e-5)
+            np.testing.assert_array_equal(logprobs.top_ids[row], np.argsort(-want, kind="stable")[:20])
+            np.testing.assert_allclose(logprobs.top[row], np.sort(want)[::-1][:20], atol=1e-5)
 
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -202,6 +191,10 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+NEED_STATE = ("bias", "repetition", "presence", "frequency", "min_tokens")
+"""Features that need arrays as wide as the vocabulary."""
+
+
 @pytest.mark.parametrize("other", FEATURES)
 def test_what_another_row_asks_for_changes_nothing(other: str) -> None:
     """A batch compiles what one of its rows needs; the others must not notice."""
@@ -210,10 +203,10 @@ def test_what_another_row_asks_for_changes_nothing(other: str) -> None:
     params = {name: SamplingParams(**{"seed": 11, **fields}) for name, fields in FEATURES.items()}
 
     def tokens(batch: list[SamplingParams]) -> list[int]:
-        options, state = make_sampler(batch, [[1, 2]] * len(batch), vocab)
+        profile, state = make_sampler(batch, [[1, 2]] * len(batch), vocab)
         drawn = []
         for logits in raw:
-            out, state, _ = jitted_sample(jnp.tile(logits, (len(batch), 1)), state, options=options)
+            out, state, _ = jitted_sample(jnp.tile(logits, (len(batch), 1)), state, profile=profile)
             drawn.append(int(out[0]))
         return drawn
 
@@ -221,24 +214,50 @@ def test_what_another_row_asks_for_changes_nothing(other: str) -> None:
         assert tokens([params[name]]) == tokens([params[name], params[other]]), name
 
 
-def test_feature_list_is_complete() -> None:
-    """Each field turns on the part of the sampler that it needs."""
-    for name, want in {
-        "greedy": SamplerOptions(),
-        "plain": SamplerOptions(greedy=False),
-        "top_k": SamplerOptions(greedy=False, truncate=True),
-        "top_p": SamplerOptions(greedy=False, truncate=True),
-        "min_p": SamplerOptions(greedy=False, truncate=True),
-        "bias": SamplerOptions(greedy=False, bias=True),
-        "repetition": SamplerOptions(greedy=False, penalties=True),
-        "presence": SamplerOptions(greedy=False, penalties=True),
-        "frequency": SamplerOptions(greedy=False, penalties=True),
-        "min_tokens": SamplerOptions(greedy=False, min_tokens=True),
-        "logprobs": SamplerOptions(greedy=False, logprobs=3),
-    }.items():
-        assert make_sampler([SamplingParams(**FEATURES[name])], [[]], 24)[0] == want, name
-    greedy = SamplingParams(temperature=0.0, top_p=0.5, top_k=3)
-    assert make_sampler([greedy], [[]], 24)[0] == SamplerOptions()
+def test_every_setting_has_its_profile() -> None:
+    for name, fields in FEATURES.items():
+        kind = "greedy" if name == "greedy" else "full" if name in NEED_STATE else "sampling"
+        assert SamplerProfile.of([SamplingParams(**fields)]) == SamplerProfile(kind, name == "logprobs"), name  # type: ignore[arg-type]
+    assert SamplerProfile.of([SamplingParams(temperature=0.0, top_p=0.5, top_k=3)]) == SamplerProfile()
+    mixed = SamplerProfile.of([SamplingParams(**fields) for fields in FEATURES.values()])
+    assert mixed == SamplerProfile("full", logprobs=True)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_profile_that_can_do_more_draws_the_same(name: str) -> None:
+    """So that a request may join a batch that runs with more."""
+    params = SamplingParams(**{"seed": 4, **FEATURES[name]})
+    logits = jnp.asarray(np.random.default_rng(1).standard_normal((1, 24)) * 2, jnp.float32)
+    least = SamplerProfile.of([params])
+    drawn = {}
+    for profile in (least, SamplerProfile("full", least.logprobs), SamplerProfile("full", logprobs=True)):
+        _, state = make_sampler([params], [[1, 2]], 24, profile=profile)
+        tokens = []
+        for _ in range(6):
+            out, state, _ = jitted_sample(logits, state, profile=profile)
+            tokens.append(int(out[0]))
+        drawn[profile] = tokens
+    assert len({tuple(t) for t in drawn.values()}) == 1
+    if least.kind != "greedy":
+        with pytest.raises(RequestError) as caught:
+            make_sampler([params], [[1, 2]], 24, profile=SamplerProfile())
+        assert caught.value.param == "profile"
+
+
+def test_rows_count_for_themselves() -> None:
+    """Noise is of a row's own seed and count, whatever the counts of its neighbours."""
+    params = [SamplingParams(seed=7)] * 3
+    profile, state = make_sampler(params, [[]] * 3, 50)
+    logits = jnp.zeros((3, 50))
+    alone = []
+    one = dataclasses.replace(state)
+    for _ in range(4):
+        out, one, _ = jitted_sample(logits, one, profile=profile)
+        alone.append(out.tolist()[0])
+    shifted = dataclasses.replace(state, count=np.asarray([0, 2, 3], np.int32))
+    tokens, after, _ = jitted_sample(logits, shifted, profile=profile)
+    assert tokens.tolist() == [alone[0], alone[2], alone[3]]
+    assert after.count.tolist() == [1, 3, 4]
 
 
 # Single properties.
@@ -247,19 +266,19 @@ def test_feature_list_is_complete() -> None:
 def draw_many(logits: np.ndarray, rows: int, *, steps: int = 1, **fields: Any) -> np.ndarray:
     """Tokens [rows * steps] of as many rows, seeds 0, 1, 2, ..."""
     p = SamplingParams(seed=0, **fields)
-    options, state = make_sampler([p], [[]], len(logits))
+    profile, state = make_sampler([p], [[]], len(logits))
     wide = {
         f.name: np.repeat(value, rows, axis=0)
         for f in dataclasses.fields(SamplerState)
-        if (value := getattr(state, f.name)) is not None and np.ndim(value)
+        if (value := getattr(state, f.name)) is not None
     }
     wide["seed"] = np.stack([np.zeros(rows), np.arange(rows)], axis=1).astype(np.uint32)
     state = dataclasses.replace(state, **wide)
     tokens = []
     for _ in range(steps):
-        drawn, state, _ = jitted_sample(np.tile(logits, (rows, 1)), state, options=options)
-        if state.counts is not None:  # draws of one distribution: what came before must not count
-            state = dataclasses.replace(state, counts=jnp.zeros_like(state.counts))
+        drawn, state, _ = jitted_sample(np.tile(logits, (rows, 1)), state, profile=profile)
+        if state.seen is not None:  # draws of one distribution: what came before must not count
+            state = dataclasses.replace(state, seen=jnp.zeros_like(state.seen))
         tokens.append(np.asarray(drawn))
     return np.concatenate(tokens)
 
@@ -340,9 +359,9 @@ def test_greedy_below_a_hundred_thousandth(temperature: float, greedy: bool) -> 
 )
 def test_extremes_give_tokens_and_no_nan(fields: dict[str, Any], scale: float) -> None:
     logits = np.asarray([[scale, -scale, 0.0, -0.0, scale / 2, -np.inf]], np.float32)
-    options, state = make_sampler([SamplingParams(seed=1, logprobs=2, **fields)], [[0, 1, 2, 5]], 6)
+    profile, state = make_sampler([SamplingParams(seed=1, logprobs=2, **fields)], [[0, 1, 2, 5]], 6)
     for _ in range(5):
-        tokens, state, logprobs = jitted_sample(jnp.asarray(logits), state, options=options)
+        tokens, state, logprobs = jitted_sample(jnp.asarray(logits), state, profile=profile)
         assert 0 <= int(tokens[0]) < 5  # the impossible one never
         assert logprobs is not None
         assert not np.isnan(logprobs.token).any()
@@ -353,16 +372,16 @@ def test_extremes_give_tokens_and_no_nan(fields: dict[str, Any], scale: float) -
 def test_when_every_token_would_end_the_text_too_early(temperature: float) -> None:
     """min_tokens that leave nothing: some token of the vocabulary comes all the same."""
     p = SamplingParams(temperature=temperature, top_p=0.5, min_tokens=2, stop_token_ids=range(4), seed=0)
-    options, state = make_sampler([p], [[]], 4)
-    tokens, _, _ = jitted_sample(jnp.zeros((1, 4)), state, options=options)
+    profile, state = make_sampler([p], [[]], 4)
+    tokens, _, _ = jitted_sample(jnp.zeros((1, 4)), state, profile=profile)
     assert 0 <= int(tokens[0]) < 4
 
 
 def run_greedy(logits: Sequence[float], steps: int, prompt: Sequence[int] = (), **fields: Any) -> list[int]:
-    options, state = make_sampler([SamplingParams(temperature=0.0, **fields)], [prompt], len(logits), [0])
+    profile, state = make_sampler([SamplingParams(temperature=0.0, **fields)], [prompt], len(logits), [0])
     tokens = []
     for _ in range(steps):
-        out, state, _ = jitted_sample(jnp.asarray([logits], jnp.float32), state, options=options)
+        out, state, _ = jitted_sample(jnp.asarray([logits], jnp.float32), state, profile=profile)
         tokens.append(int(out[0]))
     return tokens
 
@@ -433,14 +452,14 @@ def test_log_probabilities_are_of_the_raw_logits() -> None:
         min_tokens=1,
         stop_token_ids=[1],
     )
-    options, state = make_sampler([p], [[3]], 4)
-    tokens, _, logprobs = jitted_sample(logits, state, options=options)
+    profile, state = make_sampler([p], [[3]], 4)
+    tokens, _, logprobs = jitted_sample(logits, state, profile=profile)
     want = np.asarray(jax.nn.log_softmax(logits[0]))
     assert logprobs is not None
     assert tokens.tolist() == [3]
     assert float(logprobs.token[0]) == pytest.approx(want[3])
-    assert logprobs.top_ids.tolist() == [[1, 2]]
-    np.testing.assert_allclose(logprobs.top[0], want[[1, 2]], rtol=1e-6)
+    assert logprobs.top_ids.tolist() == [[1, 2, 0, 3]]  # all of the few there are
+    np.testing.assert_allclose(logprobs.top[0], want[[1, 2, 0, 3]], rtol=1e-6)
 
 
 def test_token_logprobs_of_the_whole_vocabulary() -> None:
@@ -452,9 +471,9 @@ def test_token_logprobs_of_the_whole_vocabulary() -> None:
     np.testing.assert_allclose(np.exp(got.top).sum(1), 1, rtol=1e-5)
 
 
-def test_sampler_is_pure_and_differs_by_step() -> None:
-    options, state = make_sampler([SamplingParams(seed=3)], [[]], 1000)
-    run = partial(jitted_sample, jnp.zeros((1, 1000)), options=options)
+def test_sampler_is_pure_and_differs_by_count() -> None:
+    profile, state = make_sampler([SamplingParams(seed=3)], [[]], 1000)
+    run = partial(jitted_sample, jnp.zeros((1, 1000)), profile=profile)
     first, after, _ = run(state)
     again, _, _ = run(state)
     second, _, _ = run(after)
@@ -464,9 +483,9 @@ def test_sampler_is_pure_and_differs_by_step() -> None:
 def test_sampler_outside_of_jit() -> None:
     """A researcher may call it as it is, with the state as `make_sampler` returns it."""
     p = SamplingParams(seed=3, top_p=0.9, min_tokens=1, repetition_penalty=1.2, logit_bias={1: 1.0}, logprobs=1)
-    options, state = make_sampler([p], [[2]], 8, [0])
+    profile, state = make_sampler([p], [[2]], 8, [0])
     logits = jnp.arange(8.0)[None]
-    tokens, after, logprobs = sample(logits, state, options)
-    want, want_after, want_logprobs = jitted_sample(logits, state, options=options)
+    tokens, after, logprobs = sample(logits, state, profile)
+    want, want_after, want_logprobs = jitted_sample(logits, state, profile=profile)
     assert tokens.tolist() == want.tolist()
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), (after, logprobs), (want_after, want_logprobs))

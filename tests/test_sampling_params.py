@@ -146,6 +146,6 @@ def test_stop_ids_come_in_few_widths(counts: list[int]) -> None:
     """The number of stop ids makes no program of its own, and no id is lost."""
     params = [SamplingParams(stop_token_ids=list(range(10, 10 + n))) for n in counts]
     _, state = make_sampler(params, [[]] * len(params), 64, eos_token_ids=[3, 3])
-    assert state.stop_ids.shape[1] in (4, 8, 16, 32, 64)
+    assert state.stop_ids.shape[1] in (16, 32, 64)
     for row, n in zip(state.stop_ids.tolist(), counts, strict=True):
         assert sorted(t for t in row if t >= 0) == [3, *range(10, 10 + n)]
