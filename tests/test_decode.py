@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llama_jax import batch_generate
-from llama_jax.cache import PagedCache, create_cache
+from llama_jax.cache import NewCache, PagedCache
 from llama_jax.config import LayerSpec, RopeSpec
 from llama_jax.decode import buckets, loop
 from llama_jax.decode import prefill as prefill_module
@@ -121,7 +121,7 @@ def prefill(
     """Logits, cache and log-probabilities of prompts in a cache of `batch` rows with room for more tokens."""
     batch = batch or len(prompts)
     capacity = buckets.prompt_bucket(max(map(len, prompts))) + room
-    cache = create_cache(golden.config, batch, capacity, np.dtype(np.float32), page_size=page_size)
+    cache = NewCache(batch, capacity, np.dtype(np.float32), page_size)
     return prefill_module.prefill(golden.params, golden.config, prompts, cache, padded_rows=batch, **fields)
 
 
@@ -199,7 +199,7 @@ def test_prefill_into_given_rows(golden: Golden) -> None:
     prompts = prompts_of(golden, [9, 5, 20])
     want, _, _ = prefill(golden, prompts)
     for page_size in (None, 16):
-        cache = create_cache(golden.config, 4, 64, np.dtype(np.float32), page_size=page_size)
+        cache: Any = NewCache(4, 64, np.dtype(np.float32), page_size)
         run_into = partial(prefill_module.prefill, golden.params, golden.config)
         first, cache, _ = run_into(prompts[:2], cache, rows=[3, 1], padded_rows=2)
         second, cache, _ = run_into(prompts[2:], cache, rows=[0], padded_rows=2)  # one row of padding

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import load_golden
 
-from llama_jax.cache import create_cache
+from llama_jax.cache import NewCache
 from llama_jax.decode import buckets, loop
 from llama_jax.decode import prefill as prefill_module
 from llama_jax.sampling import SamplingParams, make_sampler
@@ -34,7 +34,7 @@ def test_every_stop_id_ends_a_row(place: str) -> None:
     assert sampler.stop_ids.shape == (1, STOP_IDS)
     room = len(tokens)
     capacity = buckets.cache_bucket(buckets.prompt_bucket(len(prompt)) + room)
-    cache = create_cache(golden.config, 1, capacity, np.dtype(np.float32))
+    cache = NewCache(1, capacity, np.dtype(np.float32))
     logits, cache, _ = prefill_module.prefill(golden.params, golden.config, [prompt], cache, padded_rows=1)
     lengths, limits, none = (np.asarray([n], np.int32) for n in (len(prompt), room, 0))
     state, _ = loop.begin(logits, cache, sampler, lengths, limits, none, profile=profile)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from llama_jax.cache import DENSE_AXES, DenseCache
+from llama_jax.cache import DENSE_AXES, DenseCache, NewCache
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import decode_step, idle_state
 from llama_jax.decode.prefill import prefill_chunk
@@ -55,7 +55,7 @@ _decode_step = partial(jax.jit, static_argnames=("config", "profile"), donate_ar
 def prefill_program(
     config: LlamaConfig, mesh: Mesh | None = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
 ) -> Program:
-    """The first `chunk` tokens of the prompts of `batch` rows, into a cache of `capacity` slots a row.
+    """The first `chunk` tokens of the prompts of `batch` rows, into a new cache of `capacity` slots a row.
 
     Args:
       config: of the model; on a mesh, key/value heads are repeated as `load` does it.
@@ -63,9 +63,9 @@ def prefill_program(
     config = split_config(config, mesh)
     tokens = _array((batch, chunk), jnp.int32, ("batch",), mesh)
     lengths = _array((batch,), jnp.int32, ("batch",), mesh)
-    cache = _dense_cache(config, mesh, batch, capacity, dtype)
-    args = (fused_parameters(config, mesh, dtype), cache, None, tokens, tokens, tokens, lengths)
-    return Program("prefill", prefill_chunk, args, {"config": config, "prompt_logprobs": False})
+    args = (fused_parameters(config, mesh, dtype), None, None, tokens, tokens, tokens, lengths)
+    new = NewCache(batch, capacity, jnp.dtype(dtype))
+    return Program("prefill", prefill_chunk, args, {"config": config, "new": new, "prompt_logprobs": False})
 
 
 def decode_program(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 
-import jax
 from jax.typing import DTypeLike
 
 from llama_jax.cache.dense import DENSE_AXES, DenseCache
@@ -21,22 +20,33 @@ __all__ = [
     "DenseCache",
     "KVCache",
     "LayerCache",
+    "NewCache",
     "PagePool",
     "PagedCache",
     "check_page_size",
-    "create_cache",
 ]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), static_argnames=("page_size",))
-def create_cache(
-    config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike, *, page_size: int | None = None
-) -> KVCache:
-    """An empty cache, made by one program: dense, or with a page size paged, with pages for every slot.
+@dataclass(frozen=True)
+class NewCache:
+    """A cache that is still to be made: prefill makes it within its first program.
 
-    Raises:
-      RequestError: a page cannot have that size.
+    Attributes:
+      rows, capacity: of the cache; dtype: of keys and values.
+      page_size: slots of a page, of which there are enough for every slot; None for a dense cache.
     """
-    if page_size is None:
-        return DenseCache.create(config, batch, capacity, dtype)
-    return PagedCache.create(config, batch, capacity, dtype, page_size=page_size)
+
+    rows: int
+    capacity: int
+    dtype: DTypeLike
+    page_size: int | None = None
+
+    def create(self, config: LlamaConfig) -> KVCache:
+        """The cache, empty.
+
+        Raises:
+          RequestError: a page cannot have that size.
+        """
+        if self.page_size is None:
+            return DenseCache.create(config, self.rows, self.capacity, self.dtype)
+        return PagedCache.create(config, self.rows, self.capacity, self.dtype, page_size=self.page_size)

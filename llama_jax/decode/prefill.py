@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.cache import KVCache
+from llama_jax.cache import KVCache, NewCache
 from llama_jax.config import LlamaConfig
 from llama_jax.decode import buckets
 from llama_jax.model import forward
@@ -29,10 +29,10 @@ def pad_prompts(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tup
     return tokens, positions
 
 
-@partial(jax.jit, static_argnames=("config", "prompt_logprobs"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("config", "new", "prompt_logprobs"), donate_argnames=("cache",))
 def prefill_chunk(
     params: Params,
-    cache: KVCache,
+    cache: KVCache | None,
     rows: jax.Array | None,
     tokens: jax.Array,
     positions: jax.Array,
@@ -42,17 +42,22 @@ def prefill_chunk(
     adapter_ids: jax.Array | None = None,
     *,
     config: LlamaConfig,
+    new: NewCache | None = None,
     prompt_logprobs: bool,
 ) -> tuple[jax.Array, KVCache, Logprobs | None]:
     """Puts one chunk of the prompts int32 [n, length] into rows int32 [n] of the cache (None: all of them, in order).
 
     Args:
+      new: the cache to make where there is none.
       lengths: int32 [n], of the whole prompts: a chunk alone does not tell how long its text is.
 
     Returns:
       float32 logits [n, vocab] of the chunk's last token, the cache, and the prompt's log-probabilities if asked for.
     """
     batch, length = tokens.shape
+    if cache is None:
+        assert new is not None
+        cache = new.create(config)
     part = cache if rows is None else cache.select(rows)
     run = partial(forward, params, config, rope_lengths=lengths, adapters=adapters)
     logprobs = None
@@ -72,7 +77,7 @@ def prefill(
     params: Params,
     config: LlamaConfig,
     prompts: Sequence[Sequence[int]],
-    cache: KVCache,
+    cache: KVCache | NewCache,
     *,
     rows: Sequence[int] | np.ndarray | None = None,
     padded_rows: int,
@@ -84,7 +89,7 @@ def prefill(
 
     Args:
       prompts: token ids of each row.
-      cache: is donated; the rows that are filled must be empty.
+      cache: one that is there, which is donated, or one to make. The rows that are filled must be empty.
       rows: the rows of the cache for the prompts; None: the first ones, and the cache has `padded_rows` of them.
       padded_rows: rows of the program, at least len(prompts).
       prompt_logprobs: also report each prompt token's log-probability and the most likely tokens in its place.
@@ -106,11 +111,12 @@ def prefill(
         into[: len(rows)] = rows
     found = []
     logits = None
+    slots, new = (None, cache) if isinstance(cache, NewCache) else (cache, None)
     for start in range(0, length, chunk):
         part = slice(start, start + chunk)
-        logits, cache, logprobs = prefill_chunk(
+        logits, slots, logprobs = prefill_chunk(
             params,
-            cache,
+            slots,
             into,
             tokens[:, part],
             positions[:, part],
@@ -119,13 +125,15 @@ def prefill(
             adapters,
             adapter_ids,
             config=config,
+            new=new,
             prompt_logprobs=prompt_logprobs,
         )
+        new = None
         found.append(logprobs)
-    assert logits is not None
+    assert logits is not None and slots is not None
     if not prompt_logprobs:
-        return logits, cache, None
-    return logits, cache, jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1)[:, :-1], *found)
+        return logits, slots, None
+    return logits, slots, jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1)[:, :-1], *found)
 
 
 @partial(jax.jit, donate_argnames=("cache",))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.cache import create_cache
+from llama_jax.cache import NewCache
 from llama_jax.decode import buckets, loop
 from llama_jax.decode.prefill import fork_rows, prefill
 from llama_jax.generation.request import Requests
@@ -44,16 +44,13 @@ class Session:
         owners = [row.prompt for row in rows]
         first = [owners.index(i) for i in range(len(requests.prompts))]
         fork = len(first) < len(rows) and not self._on_devices(self._several_pools)
-        cache = self._on_devices(
-            create_cache, model.config, self._batch, self._capacity, model.dtype, page_size=requests.page_size
-        )
         prompts = requests.prompts if fork else [requests.prompts[i] for i in owners]
         logits, cache, prompt_logprobs = self._on_devices(
             prefill,
             model.params,
             model.config,
             prompts,
-            cache,
+            NewCache(self._batch, self._capacity, model.dtype, requests.page_size),
             rows=first if fork else None,
             padded_rows=self._on_devices(buckets.batch_bucket, len(prompts)) if fork else self._batch,
             prompt_logprobs=any(p.prompt_logprobs is not None for p in requests.params),
