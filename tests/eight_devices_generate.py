@@ -404,7 +404,7 @@ def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatc
     prefill_module.prefill_chunk.clear_cache()
     with sharding.on(mesh):
         assert buckets.pieces(2, buckets.prompt_bucket(41), sharding.parts("mlp")) == 2
-        cache = create_cache(model.config, 4, 80, jnp.dtype(jnp.float32), page_size=page_size)
+        cache: Any = NewCache(4, 80, jnp.dtype(jnp.float32), page_size)
         logits, cache, _ = prefill_module.prefill(model.params, model.config, texts, cache, padded_rows=4)
     assert [int((row >= 0).sum()) for row in cache.positions[:3]] == [3, 20, 41]
     for row, text in enumerate(texts):
