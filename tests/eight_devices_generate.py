@@ -35,7 +35,7 @@ from tiny_chat_model import write_chat_model
 
 from llama_jax import sharding
 from llama_jax.aot.programs import prefill_program
-from llama_jax.cache import DenseCache
+from llama_jax.cache import DenseCache, NewCache
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, preset
 from llama_jax.convert.direct import load_source
 from llama_jax.convert.run import open_source
