@@ -22,6 +22,7 @@ from tiny_models import LLAMA, write_hf
 
 from llama_jax.checkpoint import is_checkpoint, open_checkpoint, verify, write
 from llama_jax.convert import convert
+from llama_jax.convert.run import open_source
 
 write.BATCH_BYTES = 6000  # a handful of parts
 
@@ -79,6 +80,7 @@ def main() -> None:
     folder, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
     write_hf(folder / "hf", LLAMA)
     write_hf(folder / "other", LLAMA, seed=1)
+    open_source(folder / "hf").close()  # imports the readers, which every fork would do again
     dst = folder / "out"
     _, seconds = forked(folder / "hf", folder / "whole", overwrite=False)
     _, seconds = forked(folder / "hf", folder / "whole", overwrite=True)  # files and code are warm now

@@ -1,7 +1,7 @@
 """Mistakes that an implementation of these models can make, each with the tests that have to notice it.
 
-A mutation is one change of the source text. `tests/test_mutations.py` applies each to a copy of the source and runs the
-named tests there: a mutation that survives is a hole in the tests.
+A mutation is one change of the source text. `tests/test_mutations.py` runs the named tests in a process that reads the
+changed text in place of the file: a mutation that survives is a hole in the tests.
 
 Not here, since they change no result: the place of the unlearned head norm relative to rope (a rotation keeps the
 length), a softmax over all experts in place of the chosen ones (the weights are divided by their sum afterwards), and

