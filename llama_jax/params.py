@@ -1,10 +1,10 @@
 """The one table of parameters: names, shapes, logical axes, initialisers and the names other formats use.
 
-`param_specs(config)` alone drives initialisation, abstract shapes, sharding, loading, saving and the memory plan. Weights
-of projections are stored `[out, in]`, as in Hugging Face checkpoints, so that converting one is a copy of its bytes.
-
-A weight of two or more dimensions may be stored in another form, by a `Scheme` (`llama_jax.schemes`): `config.schemes`
-names it, leaf by leaf, and its members take the place of the leaf's "weight". `canonical_specs` is the table before that.
+`param_specs(config)` alone drives initialisation, abstract shapes, sharding, loading, saving and the memory plan.
+Weights of projections are stored `[out, in]`, as in Hugging Face checkpoints, so that converting one is a copy of its
+bytes. A weight of two or more dimensions may be stored in another form, by a `Scheme` (`llama_jax.schemes`):
+`config.schemes` names it, leaf by leaf, and its members take the place of the leaf's "weight". `canonical_specs` is the
+table without that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import UnsupportedModel
-from llama_jax.schemes import PLAIN, scheme_named
+from llama_jax.schemes import PLAIN, Scheme, scheme_named
 from llama_jax.sharding import Axes
 
 Params = dict[str, Any]
@@ -44,6 +44,12 @@ PROJECTION_AXES: Mapping[str, Axes] = MappingProxyType(
     }
 )
 """Logical axes of the weight of each projection; its bias lacks the last one."""
+
+JOINT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+)
+"""What each joint projection is made of."""
+
 
 @dataclass(frozen=True)
 class ParamSpec:
@@ -107,7 +113,7 @@ def canonical_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
 
 def _schemes(config: LlamaConfig) -> dict[str, str]:
     schemes = dict(config.schemes)
-    if strange := schemes.keys() - {s.leaf for s in canonical_specs(config) if _may_have_scheme(s)}:
+    if strange := schemes.keys() - {s.leaf for s in canonical_specs(config) if len(s.shape) > 1}:
         raise UnsupportedModel(
             f"schemes are given for {', '.join(sorted(strange)[:5])}, which the model does not have",
             hint="weights of two or more dimensions can have one, e.g. layers.0.attn.q_proj",
@@ -115,16 +121,17 @@ def _schemes(config: LlamaConfig) -> dict[str, str]:
     return schemes
 
 
-def _may_have_scheme(spec: ParamSpec) -> bool:
-    return spec.path[-1] == "weight" and len(spec.shape) > 1
+def _scheme(spec: ParamSpec, schemes: Mapping[str, str]) -> Scheme | None:
+    """What stores a leaf of the canonical table; None for a plain one, and for a bias."""
+    return scheme_named(schemes[spec.leaf]) if spec.leaf in schemes and spec.path[-1] == "weight" else None
 
 
 def _members(spec: ParamSpec, schemes: Mapping[str, str]) -> Iterator[ParamSpec]:
     """What a leaf of the canonical table is stored as."""
-    if not _may_have_scheme(spec) or spec.leaf not in schemes:
+    scheme = _scheme(spec, schemes)
+    if scheme is None:
         yield spec
         return
-    scheme = scheme_named(schemes[spec.leaf])
     for name, member in scheme.members.items():
         yield replace(
             spec,
@@ -297,8 +304,8 @@ def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = None) -> Param
     schemes, flat = _schemes(config), {}
     for spec in canonical_specs(config):
         leaf = init_leaf(spec, jax.random.fold_in(key, zlib.crc32(spec.name.encode())), dtype)
-        of_scheme = _may_have_scheme(spec) and spec.leaf in schemes
-        members = scheme_named(schemes[spec.leaf]).encode(leaf) if of_scheme else {spec.path[-1]: leaf}
+        scheme = _scheme(spec, schemes)
+        members = {spec.path[-1]: leaf} if scheme is None else scheme.encode(leaf)
         flat.update({f"{spec.leaf}.{name}": member for name, member in members.items()})
     return unflatten(flat)
 

@@ -1,11 +1,15 @@
 """How a weight is stored: plainly, or by a scheme that another package registers.
 
 A leaf of the parameter tree is a dict of members: {"weight"} of a plain one, and "bias" beside the weight if the
-projection has one. A scheme has other members in place of "weight" (values and their scales, say), each with a dtype, a
-shape and logical axes of its own. Which scheme a leaf has is told by the names of its members alone, so that a tree says
-what it is; members that no registered scheme has are an error.
+projection has one. A scheme has other members in place of "weight" (values and their scales, say), each with a dtype,
+a shape and logical axes of its own. Which scheme a leaf has is told by the names of its members alone, so that a tree
+says what it is; members that no registered scheme has are an error.
 
-    register_scheme(Scheme("int8_rows", {"values": Member("int8"), "scale": Member("float32", rows, rows)}, encode, decode))
+    def rows(dimensions):
+        return dimensions[:-1]
+
+    members = {"values": Member("int8"), "scale": Member("float32", rows, rows)}
+    register_scheme(Scheme("int8_rows", members, encode, decode))
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from llama_jax.sharding import Axes
 
 Members = Mapping[str, Any]
 """The arrays of one leaf, by name."""
+
 
 def _same[T](x: T) -> T:
     return x
@@ -53,8 +58,8 @@ class Scheme:
       members: by name; no other scheme has exactly these names.
       encode: weight [..., in] in floating point -> its members.
       decode: members, dtype -> the weight, in that dtype or near it; of any shape that fusing may have made.
-      product: x [..., in], members of a weight [*out, in], dtype -> [..., *out] in that dtype. By default a product with
-        the decoded weight, accumulated in float32.
+      product: x [..., in], members of a weight [*out, in], dtype -> [..., *out] in that dtype. By default a product
+        with the decoded weight, accumulated in float32.
       lookup: members of a table [vocab, hidden], int32 tokens [batch, len], dtype -> [batch, len, hidden]. By default
         rows of the decoded table.
     """
