@@ -25,8 +25,8 @@ def _sizes(mesh: Sizes) -> Mapping[str, int]:
 def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: Sizes, rules: Rules = RULES) -> PartitionSpec:
     """How one canonical parameter is split.
 
-    A dimension that does not divide stays whole. Heads are split whole: what has to divide is their number, not their
-    number times head_dim.
+    A dimension that does not divide stays whole. Heads are split whole: what has to divide is their number too, not
+    only the rows that hold them.
 
     Raises:
       RequestError: the rules split two dimensions of the parameter over the same axis of the mesh.
@@ -36,7 +36,7 @@ def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: Sizes, rules: Rul
     split: list[str | None] = []
     for axis, size in zip(spec.axes, spec.shape, strict=True):
         over = rules.get(axis or "", "")
-        divides = over in sizes and heads.get(axis or "", size) % sizes[over] == 0
+        divides = over in sizes and heads.get(axis or "", size) % sizes[over] == 0 and size % sizes[over] == 0
         split.append(over if divides else None)
     used = [over for over in split if over is not None]
     if len(used) > len(set(used)):

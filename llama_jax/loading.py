@@ -20,6 +20,7 @@ from llama_jax.kernels.checking.startup import self_check
 from llama_jax.layout import check, explain, param_sharding
 from llama_jax.library import DEFAULT_MODEL, find, resolve
 from llama_jax.model.fuse import arrange
+from llama_jax.model.weights import compute_dtype
 from llama_jax.params import Params
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.targets import current
@@ -48,13 +49,13 @@ class Model:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Compute dtype: that of the embedding."""
-        return self.params["embed"]["weight"].dtype
+        """Compute dtype (`weights.compute_dtype`)."""
+        return compute_dtype(self.params)
 
     @property
     def device(self) -> jax.Device:
         """The device of the parameters (the first, if there are several)."""
-        return min(self.params["embed"]["weight"].devices(), key=lambda d: d.id)
+        return min(jax.tree.leaves(self.params["final_norm"])[0].devices(), key=lambda d: d.id)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -123,7 +124,7 @@ def load(
             params = load_source(
                 source, dtype=target, sharding=_sharding(config, devices), verify=verify, progress=progress
             )
-    split = arrange(params, config, devices, fuse=fuse)
+    params, split = arrange(params, config, devices, fuse=fuse, donate=True)
     return Model(params, split, devices, generation_config, str(model)), tokenizer
 
 

@@ -1,7 +1,10 @@
 """The one table of parameters: names, shapes, logical axes, initialisers and the names other formats use.
 
-`param_specs(config)` alone drives initialisation, abstract shapes, sharding, conversion and the memory plan. Weights of
-projections are stored `[out, in]`, as in Hugging Face checkpoints, so that converting one is a copy of its bytes.
+`param_specs(config)` alone drives initialisation, abstract shapes, sharding, loading, saving and the memory plan.
+Weights of projections are stored `[out, in]`, as in Hugging Face checkpoints, so that converting one is a copy of its
+bytes. A weight of two or more dimensions may be stored in another form, by a `Scheme` (`llama_jax.schemes`):
+`config.schemes` names it, leaf by leaf, and its members take the place of the leaf's "weight". `canonical_specs` is the
+table without that.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,6 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
+from llama_jax.errors import UnsupportedModel
+from llama_jax.schemes import PLAIN, Scheme, scheme_named
 from llama_jax.sharding import Axes
 
 Params = dict[str, Any]
@@ -40,6 +45,11 @@ PROJECTION_AXES: Mapping[str, Axes] = MappingProxyType(
 )
 """Logical axes of the weight of each projection; its bias lacks the last one."""
 
+JOINT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+)
+"""What each joint projection is made of."""
+
 
 @dataclass(frozen=True)
 class ParamSpec:
@@ -53,6 +63,8 @@ class ParamSpec:
       init: "normal" (standard deviation `fan_in ** -0.5`), "ones" or "zeros".
       hf: name in a Hugging Face checkpoint; "{e}" stands for the expert where experts are separate tensors.
       gguf: name in a GGUF file, where experts are always stacked.
+      dtype: numpy name of the only dtype that it can have; None is the one that the model computes in.
+      scheme: what stores the weight that it is a member of.
     """
 
     name: str
@@ -61,6 +73,13 @@ class ParamSpec:
     init: Init
     hf: str
     gguf: str
+    dtype: str | None = None
+    scheme: str = PLAIN.name
+
+    @property
+    def leaf(self) -> str:
+        """Dotted path of the leaf that it is a member of, e.g. "layers.0.attn.q_proj"."""
+        return self.name.rpartition(".")[0]
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -70,10 +89,58 @@ class ParamSpec:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    def itemsize(self, computed: int) -> int:
+        """Bytes of one number in memory, where those of the dtype that the model computes in take `computed`."""
+        return computed if self.dtype is None else jnp.dtype(self.dtype).itemsize
+
 
 def param_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
-    """Every leaf of a model's parameter tree, in the order of the forward pass."""
+    """Every array of a model's parameter tree, in the order of the forward pass.
+
+    Raises:
+      UnsupportedModel: `config.schemes` names a scheme that is not registered, or a leaf that cannot have one.
+    """
+    if not config.schemes:
+        return canonical_specs(config)
+    schemes = _schemes(config)
+    return tuple(member for spec in canonical_specs(config) for member in _members(spec, schemes))
+
+
+def canonical_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
+    """The table as if every weight was stored plainly: what counts for arithmetic and for other formats."""
     return tuple(_specs(config))
+
+
+def _schemes(config: LlamaConfig) -> dict[str, str]:
+    schemes = dict(config.schemes)
+    if strange := schemes.keys() - {s.leaf for s in canonical_specs(config) if len(s.shape) > 1}:
+        raise UnsupportedModel(
+            f"schemes are given for {', '.join(sorted(strange)[:5])}, which the model does not have",
+            hint="weights of two or more dimensions can have one, e.g. layers.0.attn.q_proj",
+        )
+    return schemes
+
+
+def _scheme(spec: ParamSpec, schemes: Mapping[str, str]) -> Scheme | None:
+    """What stores a leaf of the canonical table; None for a plain one, and for a bias."""
+    return scheme_named(schemes[spec.leaf]) if spec.leaf in schemes and spec.path[-1] == "weight" else None
+
+
+def _members(spec: ParamSpec, schemes: Mapping[str, str]) -> Iterator[ParamSpec]:
+    """What a leaf of the canonical table is stored as."""
+    scheme = _scheme(spec, schemes)
+    if scheme is None:
+        yield spec
+        return
+    for name, member in scheme.members.items():
+        yield replace(
+            spec,
+            name=f"{spec.leaf}.{name}",
+            shape=member.shape(spec.shape),
+            axes=member.axes(spec.axes),
+            dtype=member.dtype,
+            scheme=scheme.name,
+        )
 
 
 def _specs(c: LlamaConfig) -> Iterator[ParamSpec]:
@@ -219,11 +286,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def abstract_params(config: LlamaConfig, dtype: Any = None) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct` leaves; dtype defaults to the config's."""
     dtype = jnp.dtype(dtype or config.dtype)
-    return unflatten({s.name: jax.ShapeDtypeStruct(s.shape, dtype) for s in param_specs(config)})
+    return unflatten({s.name: jax.ShapeDtypeStruct(s.shape, s.dtype or dtype) for s in param_specs(config)})
 
 
 def init_leaf(spec: ParamSpec, key: jax.Array, dtype: Any) -> jax.Array:
-    """One freshly initialised leaf."""
+    """One freshly initialised leaf of the canonical table."""
     if spec.init == "normal":
         scale = spec.shape[-1] ** -0.5
         return (jax.random.normal(key, spec.shape, jnp.float32) * scale).astype(dtype)
@@ -234,19 +301,21 @@ def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = None) -> Param
     """Random parameters, each leaf from a key that its name gives, so that adding a leaf changes no other."""
     dtype = jnp.dtype(dtype or config.dtype)
 
-    def leaf(spec: ParamSpec) -> jax.Array:
-        return init_leaf(spec, jax.random.fold_in(key, zlib.crc32(spec.name.encode())), dtype)
-
-    return unflatten({spec.name: leaf(spec) for spec in param_specs(config)})
+    schemes, flat = _schemes(config), {}
+    for spec in canonical_specs(config):
+        leaf = init_leaf(spec, jax.random.fold_in(key, zlib.crc32(spec.name.encode())), dtype)
+        scheme = _scheme(spec, schemes)
+        members = {spec.path[-1]: leaf} if scheme is None else scheme.encode(leaf)
+        flat.update({f"{spec.leaf}.{name}": member for name, member in members.items()})
+    return unflatten(flat)
 
 
 def projection_names(config: LlamaConfig) -> tuple[str, ...]:
     """Dotted names of the projections that can carry a low-rank adapter, e.g. "layers.0.attn.q_proj"; routed experts,
     which are stacks of matrices, cannot."""
-    names = (s.name for s in param_specs(config) if len(s.shape) == 2)
-    return tuple(name.removesuffix(".weight") for name in names if name.endswith("_proj.weight"))
+    return tuple(s.leaf for s in canonical_specs(config) if len(s.shape) == 2 and s.name.endswith("_proj.weight"))
 
 
 def count_params(config: LlamaConfig) -> int:
-    """Number of weights, tied ones counted once."""
-    return sum(s.size for s in param_specs(config))
+    """Number of weights, tied ones counted once, however they are stored."""
+    return sum(s.size for s in canonical_specs(config))

@@ -12,7 +12,7 @@ import numpy as np
 from llama_jax.checkpoint.format import Checkpoint, digest, open_checkpoint
 from llama_jax.checkpoint.tensors import TensorReader
 from llama_jax.convert.model_source import some
-from llama_jax.errors import CheckpointError
+from llama_jax.errors import CheckpointError, UnsupportedModel
 from llama_jax.params import ParamSpec, param_specs
 
 _AGAIN = "the checkpoint is damaged; convert it again, or copy it again from where it came"
@@ -52,6 +52,11 @@ class ExportSource:
 
     def __init__(self, path: str | Path):
         self.checkpoint: Checkpoint = open_checkpoint(path)
+        if schemes := {scheme for _, scheme in self.checkpoint.config.schemes}:
+            raise UnsupportedModel(
+                f"{self.checkpoint.path} stores weights by {', '.join(sorted(schemes))}, which no other format knows",
+                hint="export the checkpoint that it was made from",
+            )
         self.specs: tuple[ParamSpec, ...] = param_specs(self.checkpoint.config)
         self._reader = TensorReader(self.checkpoint)
         found, wanted = self.checkpoint.tensors, {spec.name: spec for spec in self.specs}

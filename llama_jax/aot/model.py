@@ -20,8 +20,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.decode.buckets import batch_bucket, cache_bucket, chunk_length, pieces, prompt_bucket
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.layout import split_config
-from llama_jax.params import param_specs
-from llama_jax.plan.costs import cache_read_bytes, exchange_s, least_s, local_rows, local_size, matmul_params, seconds
+from llama_jax.plan.costs import cache_read_bytes, exchange_s, held_bytes, least_s, local_rows, read_bytes, seconds
 from llama_jax.sharding import parts
 from llama_jax.targets import Target, abstract_device
 
@@ -135,7 +134,7 @@ def compile_model(
         length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
         chunk = chunk_length(split, rows, length, capacity)
         cut = pieces(local_rows(rows, mesh.shape), chunk, parts("mlp"))
-    weights = sum(local_size(spec, split, mesh.shape) for spec in param_specs(split)) * dtype.itemsize
+    weights = held_bytes(split, dtype.itemsize, mesh.shape)
     if weights > target.memory:
         raise DoesNotFit(
             f"the weights alone take {weights / 1e9:.1f} GB on each of {mesh.size} devices, and {target.name} has "
@@ -176,15 +175,14 @@ def _phase(
     dtype: jnp.dtype,
     target: Target,
 ) -> Phase:
-    weights = matmul_params(config, local_rows(tokens, mesh.shape), mesh.shape)
-    read_bytes = round(weights * dtype.itemsize) + cache_bytes
+    read = read_bytes(config, dtype.itemsize, local_rows(tokens, mesh.shape), mesh.shape) + cache_bytes
     return Phase(
         name,
         tokens,
         compilation,
-        read_bytes,
+        read,
         compute_s=seconds(compilation.flops, target.rates.of(dtype.name)),
-        memory_s=seconds(read_bytes, target.bandwidth),
+        memory_s=seconds(read, target.bandwidth),
         links_s=exchange_s(compilation.collectives, target),
         overlapped=overlapped,
     )

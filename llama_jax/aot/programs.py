@@ -25,8 +25,9 @@ from llama_jax.decode.loop import decode_step, idle_state
 from llama_jax.decode.prefill import prefill_chunk
 from llama_jax.layout import partition_spec, split_config
 from llama_jax.model.fuse import fuse_params
-from llama_jax.params import PROJECTION_AXES, Params, flatten, param_specs, unflatten
+from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplingParams, make_sampler
+from llama_jax.schemes import leaf_axes
 from llama_jax.sharding import RULES, Axes
 
 
@@ -91,8 +92,7 @@ def _dense_cache(config: LlamaConfig, mesh: Mesh | None, batch: int, capacity: i
 
 def fused_parameters(config: LlamaConfig, mesh: Mesh | None, dtype: DTypeLike) -> Params:
     """Shapes and shardings of the parameters as `load` lays them out."""
-    canonical = {s.name: jax.ShapeDtypeStruct(s.shape, dtype) for s in param_specs(config)}
-    fused = flatten(jax.eval_shape(partial(fuse_params, config=config), unflatten(canonical)))
+    fused = flatten(jax.eval_shape(partial(fuse_params, config=config), abstract_params(config, dtype)))
     if mesh is None:
         return unflatten(fused)
     specs = {s.name: partition_spec(s, config, mesh) for s in param_specs(config)}
@@ -100,7 +100,9 @@ def fused_parameters(config: LlamaConfig, mesh: Mesh | None, dtype: DTypeLike) -
     def place(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if name in specs:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, specs[name]))
-        return _array(x.shape, x.dtype, PROJECTION_AXES[name.split(".")[-2]], mesh)
+        leaf, _, member = name.rpartition(".")
+        members = [other.rpartition(".")[2] for other in fused if other.rpartition(".")[0] == leaf]
+        return _array(x.shape, x.dtype, leaf_axes(members, PROJECTION_AXES[leaf.rpartition(".")[2]])[member], mesh)
 
     return unflatten({name: place(name, x) for name, x in fused.items()})
 

@@ -24,6 +24,8 @@ from urllib.parse import unquote
 import numpy as np
 import tensorstore as ts
 
+from llama_jax.checkpoint.format import ITEMSIZES
+
 _MAX_DIMS = 8
 _MAX_METADATA_BYTES = 1 << 20
 """Of one array; the largest take some hundred."""
@@ -178,7 +180,7 @@ def _array(name: str, zarr: dict[str, Any], values: Mapping[str, Location]) -> C
     encoding = zarr["chunk_key_encoding"]
     separator = encoding.get("configuration", {}).get("separator", "/")
     plain = zarr["chunk_grid"]["name"] == "regular" and encoding["name"] == "default" and len(shape) > 0
-    nbytes = math.prod(chunk_shape) * (4 if dtype == "float32" else 2)
+    nbytes = math.prod(chunk_shape) * ITEMSIZES[dtype]
     trailer = _trailer(zarr["codecs"], chunk_shape, nbytes)
     if not plain or trailer is None:
         return ChunkedArray(shape, dtype, chunk_shape, None)

@@ -29,11 +29,23 @@ def check_names(names: Mapping[str, Any], config: LlamaConfig, path: Path) -> No
             )
 
 
+def check_dtypes(tensors: Mapping[str, fmt.TensorInfo], config: LlamaConfig, path: Path) -> None:
+    """Raises CheckpointError unless every tensor has a dtype, and is of the scheme, that the config asks for."""
+    for spec in param_specs(config):
+        found, allowed = tensors[spec.name], fmt.DTYPES if spec.dtype is None else (spec.dtype,)
+        if found.dtype not in allowed or found.scheme != spec.scheme:
+            raise CheckpointError(
+                f"{path}: tensor {spec.name} is {found.dtype} of scheme {found.scheme}; "
+                f"it should be {' or '.join(allowed)} of scheme {spec.scheme}",
+                hint="config and weights do not belong together, or the checkpoint is damaged",
+            )
+
+
 def main_dtype(tensors: Iterable[fmt.TensorInfo]) -> str:
-    """The dtype that takes up most of the bytes."""
+    """The dtype that takes up most of the bytes of plain tensors."""
     weight: Counter[str] = Counter()
     for info in tensors:
-        weight[info.dtype] += info.nbytes
+        weight[info.dtype] += info.nbytes if info.scheme == "plain" else 0
     return weight.most_common(1)[0][0]
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llama_jax.config import LlamaConfig, config_from_hf
@@ -19,7 +20,13 @@ PARAMS = "params"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 DTYPES = ("float32", "bfloat16", "float16")
-"""The dtypes that tensors may have on disk."""
+"""The dtypes that plain tensors may have on disk, and that models compute in."""
+ITEMSIZES: Mapping[str, int] = MappingProxyType(
+    dict.fromkeys(("float32", "int32", "uint32"), 4)
+    | dict.fromkeys(("bfloat16", "float16"), 2)
+    | dict.fromkeys(("int8", "uint8", "float8_e4m3fn", "float8_e5m2"), 1)
+)
+"""Bytes of a number of every dtype that a tensor may have on disk, those of schemes included."""
 _MAX_DIMS = 8
 
 # Where Orbax v1 keeps custom metadata and the arrays below the folder of a checkpoint.
@@ -38,15 +45,17 @@ class TensorInfo:
       shape: canonical shape, as in `llama_jax.params.ParamSpec`.
       dtype: numpy name of the dtype on disk.
       digest: "xxh3_128:" and the hash of its little-endian bytes in C order, in hexadecimal.
+      scheme: name of the scheme that stores the weight that it is a member of (`llama_jax.schemes`).
     """
 
     shape: tuple[int, ...]
     dtype: str
     digest: str
+    scheme: str = "plain"
 
     @property
     def nbytes(self) -> int:
-        n = 4 if self.dtype == "float32" else 2
+        n = ITEMSIZES[self.dtype]
         for size in self.shape:
             n *= size
         return n
@@ -173,7 +182,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path / MARKER} is damaged ({type(e).__name__}: {e})", hint=_AGAIN) from e
     return Checkpoint(
         path=path,
-        config=config_from_hf(read_json(path / CONFIG)),
+        config=config_from_hf(read_json(path / CONFIG)).replace(schemes=_schemes(tensors, metadata_path)),
         tensors=tensors,
         source=source,
         dtype=dtype,
@@ -263,12 +272,15 @@ def _tensor_infos(custom: Mapping[str, Any], path: Path) -> dict[str, TensorInfo
     try:
         digests, layouts = custom["digests"], custom["tensors"]
         infos = {
-            name: TensorInfo(tuple(layouts[name]["shape"]), layouts[name]["dtype"], value)
+            name: TensorInfo(
+                tuple(layouts[name]["shape"]), layouts[name]["dtype"], value, layouts[name].get("scheme", "plain")
+            )
             for name, value in digests.items()
         }
         sound = layouts.keys() == digests.keys() and all(
-            i.dtype in DTYPES
+            i.dtype in (DTYPES if i.scheme == "plain" else ITEMSIZES)
             and isinstance(i.digest, str)
+            and isinstance(i.scheme, str)
             and len(i.shape) <= _MAX_DIMS
             and all(type(n) is int and 0 <= n < 2**63 for n in i.shape)
             for i in infos.values()
@@ -280,12 +292,23 @@ def _tensor_infos(custom: Mapping[str, Any], path: Path) -> dict[str, TensorInfo
     return infos
 
 
+def _schemes(tensors: Mapping[str, TensorInfo], path: Path) -> tuple[tuple[str, str], ...]:
+    """The scheme of every leaf that is not plain, by name, for `LlamaConfig.schemes`."""
+    pairs = sorted({(name.rpartition(".")[0], t.scheme) for name, t in tensors.items() if t.scheme != "plain"})
+    if len(dict(pairs)) < len(pairs):
+        raise CheckpointError(f"{path}: the members of a leaf name several schemes", hint=_AGAIN)
+    return tuple(pairs)
+
+
 def custom_metadata(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """What is written into the Orbax checkpoint beside the arrays; read by `open_checkpoint`."""
     return {
         "format_version": FORMAT_VERSION,
         "digests": {name: t.digest for name, t in tensors.items()},
-        "tensors": {name: {"shape": list(t.shape), "dtype": t.dtype} for name, t in tensors.items()},
+        "tensors": {
+            name: {"shape": list(t.shape), "dtype": t.dtype} | ({} if t.scheme == "plain" else {"scheme": t.scheme})
+            for name, t in tensors.items()
+        },
     }
 
 

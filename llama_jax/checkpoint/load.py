@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.checkpoint.contents import check_dtypes
 from llama_jax.checkpoint.format import DTYPES, Digest, Progress, TensorInfo, open_checkpoint
 from llama_jax.checkpoint.place import LeafBuilder, Placements, host_bytes
 from llama_jax.checkpoint.tensors import TensorReader, for_each_tensor
@@ -41,7 +42,7 @@ def load_params(
 
     Args:
       path: checkpoint folder.
-      dtype: dtype of the leaves; that on disk when None.
+      dtype: dtype of the leaves; that on disk when None. What a scheme stores in a dtype of its own keeps it.
       sharding: where the leaves go: one place for all, or a function of the leaf (see `llama_jax.sharding`); the
         default device when None.
       only, without: dotted names of the leaves to load or to leave out, with `*`, `?` and `[...]` as in file names,
@@ -61,6 +62,7 @@ def load_params(
     checkpoint = open_checkpoint(path)
     specs = param_specs(config or checkpoint.config)
     _check_tensors(checkpoint.path, checkpoint.tensors, specs)
+    check_dtypes(checkpoint.tensors, config or checkpoint.config, checkpoint.path)
     reader = TensorReader(checkpoint)
 
     def read(spec: ParamSpec, leaf: LeafBuilder) -> None:
@@ -104,7 +106,8 @@ def build_params(
     def load(name: str) -> jax.Array:
         spec = by_name[name]
         with jax.default_device(default_device):
-            leaf = LeafBuilder(tensors[name], dtype, sharding(spec) if callable(sharding) else sharding)
+            cast = dtype if spec.dtype is None else None
+            leaf = LeafBuilder(tensors[name], cast, sharding(spec) if callable(sharding) else sharding)
             read(spec, leaf)
             return leaf.result()
 

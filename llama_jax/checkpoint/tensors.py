@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401
 import numpy as np
 import tensorstore as ts
 
@@ -149,8 +149,8 @@ def empty_aligned(info: TensorInfo) -> np.ndarray:
     """An uninitialised array whose first byte stands at a multiple of ALIGNMENT."""
     raw = np.empty(info.nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    dtype = np.dtype(ml_dtypes.bfloat16 if info.dtype == "bfloat16" else info.dtype)
-    return raw[start : start + info.nbytes].view(dtype).reshape(info.shape)
+    # The names of small floats are known to numpy once ml_dtypes is imported.
+    return raw[start : start + info.nbytes].view(np.dtype(info.dtype)).reshape(info.shape)
 
 
 class Budget:

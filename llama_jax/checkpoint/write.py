@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from llama_jax import disk
 from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import lock, parts
-from llama_jax.checkpoint.contents import check_names, json_bytes, main_dtype, small_files, tool_version
+from llama_jax.checkpoint.contents import check_dtypes, check_names, json_bytes, main_dtype, small_files, tool_version
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError, UnsupportedModel
 from llama_jax.params import flatten, param_specs
@@ -165,15 +166,15 @@ class CheckpointWriter:
           note: a JSON object to find again in `notes`, after an interruption too.
 
         Raises:
-          CheckpointError: a tensor was written before, or its dtype cannot be stored.
+          CheckpointError: a tensor was written before, or its dtype cannot be stored by any scheme.
           StorageError, DoesNotFit: the batch cannot be written.
         """
         for name, array in arrays.items():
             if name in self.written:
                 raise CheckpointError(f"tensor {name} is given twice", hint="this is a fault of the program; report it")
-            if array.dtype.name not in fmt.DTYPES:
+            if array.dtype.name not in fmt.ITEMSIZES:
                 raise CheckpointError(
-                    f"tensor {name} has dtype {array.dtype.name}", hint=f"tensors may be {', '.join(fmt.DTYPES)}"
+                    f"tensor {name} has dtype {array.dtype.name}", hint=f"tensors may be {', '.join(fmt.ITEMSIZES)}"
                 )
         folder = self._partial / _PARTS / self._next_number()
         with disk.storage_errors(self.path, self._total_bytes - sum(part.nbytes for part in self._parts)):
@@ -210,7 +211,8 @@ class CheckpointWriter:
         written = self.written
         check_names(written, config, self.path)
         # In the config's order, which does not depend on the order of writing.
-        tensors = {spec.name: written[spec.name] for spec in param_specs(config)}
+        tensors = {spec.name: replace(written[spec.name], scheme=spec.scheme) for spec in param_specs(config)}
+        check_dtypes(tensors, config, self.path)
         stored = main_dtype(tensors.values())
         contents = small_files(config, stored, generation_config, files)
         staged = self._partial / _STAGED

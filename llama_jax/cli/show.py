@@ -89,4 +89,5 @@ def _first_lines(template: str | None) -> str:
 
 
 def _tensor_line(name: str, tensor: Mapping[str, Any]) -> str:
-    return f"{name:<48}{tensor['dtype']:<10}{tensor['shape']!s:<18}{tensor.get('digest', '')}".rstrip()
+    digest, scheme = tensor.get("digest", ""), tensor.get("scheme", "")
+    return f"{name:<48}{tensor['dtype']:<14}{tensor['shape']!s:<18}{digest} {scheme}".rstrip()

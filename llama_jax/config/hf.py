@@ -276,7 +276,8 @@ def _mlps(f: Fields, family: Family, n: int) -> list[int | MoeSpec]:
 
 
 def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
-    """Writes a config.json in the style of transformers 5, with every key that its family reads.
+    """Writes a config.json in the style of transformers 5, with every key that its family reads. How weights are stored
+    (`config.schemes`) is not among them.
 
     Raises:
       UnsupportedModel: the config does not fit its `family`, so that reading the result would give another config.
@@ -314,7 +315,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         hf["mlp_bias"] = config.mlp_bias
     hf |= _mlps_to_hf(config, family) | _layers_to_hf(config, family)
     # One check for everything that a family's keys cannot say.
-    if (read := config_from_hf(hf)) != config:
+    if (read := config_from_hf(hf).replace(schemes=config.schemes)) != config:
         differing = [name for name, value in vars(config).items() if getattr(read, name) != value]
         raise UnsupportedModel(
             f"a config.json of model type {config.family!r} cannot express {', '.join(differing)} of this config",

@@ -108,6 +108,8 @@ class LlamaConfig:
       max_position_embeddings: the context length the model was made for, in tokens.
       dtype: dtype of the source weights.
       eos_token_ids: every id that ends a text.
+      schemes: pairs of a leaf ("layers.0.attn.q_proj") and the scheme that stores its weight (`llama_jax.schemes`), for
+        leaves that are not plain. A checkpoint records them with its tensors, not in config.json.
     """
 
     vocab_size: int
@@ -130,6 +132,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
     family: str = "llama"
     hf_mlp_module: str = "mlp"
+    schemes: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         for name in (

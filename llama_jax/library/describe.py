@@ -43,7 +43,7 @@ def describe(path: Path, name: str, axes: Mapping[str, int] | None = None) -> di
         chat_template: its whole text, "" without one.
         sharding: with `axes`, one line for each logical axis: split over what, or whole and why.
         files: digests of the checkpoint's small files.
-        tensors: by name: shape, dtype, and the digest where there is one.
+        tensors: by name: shape, dtype, the digest where there is one, and the scheme of one that is not plain.
 
     Raises:
       LlamaJaxError: it is damaged or not supported, or nothing of it can be split over `axes`.
@@ -54,7 +54,11 @@ def describe(path: Path, name: str, axes: Mapping[str, int] | None = None) -> di
 def _of_checkpoint(path: Path, name: str, axes: Mapping[str, int] | None) -> dict[str, Any]:
     c = open_checkpoint(path)
     files = {n: (path / n).read_bytes() for n in (*_TOKENIZER_FILES, *_TEMPLATE_FILES) if (path / n).is_file()}
-    tensors = {n: {"shape": list(t.shape), "dtype": t.dtype, "digest": t.digest} for n, t in c.tensors.items()}
+    tensors = {
+        n: {"shape": list(t.shape), "dtype": t.dtype, "digest": t.digest}
+        | ({} if t.scheme == "plain" else {"scheme": t.scheme})
+        for n, t in c.tensors.items()
+    }
     return {
         "model": name,
         "format": f"checkpoint, version {c.format_version}, written by {c.tool}",
@@ -175,10 +179,10 @@ def _mlp(layer: LayerSpec) -> str:
 
 def _parameters(config: LlamaConfig) -> tuple[int, int]:
     """Number of parameters, and of those that one token passes through."""
-    from llama_jax.params import param_specs
+    from llama_jax.params import canonical_specs
 
     total = active = 0
-    for spec in param_specs(config):
+    for spec in canonical_specs(config):
         total += spec.size
         share = 1.0
         # Of a stack of experts a token sees some; the router, which has an axis of experts as well, it sees as a whole.
@@ -191,10 +195,12 @@ def _parameters(config: LlamaConfig) -> tuple[int, int]:
 
 
 def _memory(config: LlamaConfig) -> dict[str, dict[str, int]]:
-    total, _ = _parameters(config)
+    from llama_jax.params import param_specs
+
+    specs = param_specs(config)
     per_token = 2 * config.kv_dim * config.num_layers
     return {
-        "memory_bytes": {dtype: total * size for dtype, size in _BYTES.items()},
+        "memory_bytes": {dtype: sum(s.size * s.itemsize(n) for s in specs) for dtype, n in _BYTES.items()},
         "kv_cache_bytes_per_token": {dtype: per_token * size for dtype, size in _BYTES.items()},
     }
 

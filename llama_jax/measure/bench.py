@@ -111,8 +111,7 @@ def random_model(
         return leaf
 
     params = unflatten({spec.name: make(spec, i) for i, spec in enumerate(param_specs(config))})
-    arrange(params, config, mesh)
-    return Model(params, config, mesh, name=name)
+    return Model(*arrange(params, config, mesh, donate=True), mesh, name=name)
 
 
 def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10, side: int | None = None) -> Ceilings:

@@ -163,7 +163,7 @@ def place(
         check(config, devices)
     where = None if devices is None else param_sharding(config, devices)
     params = load_params(path, dtype="float32", sharding=where, verify=False, progress=progress)
-    return Placed(params, arrange(params, config, devices, fuse=False), devices)
+    return Placed(*arrange(params, config, devices, fuse=False, donate=True), devices)
 
 
 def compute(params: Params, config: LlamaConfig, inputs: Inputs, mesh: jax.sharding.Mesh | None = None) -> Computed:

@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.cache import KVCache, LayerCache
-from llama_jax.config import LlamaConfig, MoeSpec
+from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, attention
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
-from llama_jax.model.layers import linear, lookup, mlp, moe, position_queries_and_keys, product, project_qkv
+from llama_jax.model.adapters import Adapters, checked
+from llama_jax.model.layers import Dims, mlp, moe, position_queries_and_keys, project_qkv
 from llama_jax.model.rope import rope_angles
-from llama_jax.params import Params, flatten, projection_names
+from llama_jax.model.weights import compute_dtype, linear, logits, lookup, norm_weight
+from llama_jax.params import Params
 from llama_jax.sharding import constrain
 
 ACTIVATION_AXES = ("batch", "length", "embed")
@@ -43,6 +45,7 @@ def forward[MaybeCache: KVCache | None](
     rows: jax.Array | None = None,
     rope_lengths: jax.Array | None = None,
     adapters: Params | None = None,
+    adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
     capture: None = None,
 ) -> tuple[jax.Array, MaybeCache]: ...
@@ -61,6 +64,7 @@ def forward[MaybeCache: KVCache | None](
     rows: jax.Array | None = None,
     rope_lengths: jax.Array | None = None,
     adapters: Params | None = None,
+    adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
     capture: Sequence[str],
 ) -> tuple[jax.Array, MaybeCache, dict[str, jax.Array]]: ...
@@ -78,12 +82,13 @@ def forward(
     rows: jax.Array | None = None,
     rope_lengths: jax.Array | None = None,
     adapters: Params | None = None,
+    adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
     capture: Sequence[str] | None = None,
 ) -> Any:
     """Runs the model over tokens, after those that a cache already holds.
 
-    Pure and differentiable in `params`, `inputs_embeds` and `adapters`. The compute dtype is that of the embedding.
+    Pure and differentiable in `params`, `inputs_embeds` and `adapters`. It computes in `weights.compute_dtype(params)`.
 
     Args:
       params: parameter tree (`llama_jax.params`), canonical or fused.
@@ -98,7 +103,9 @@ def forward(
       rope_lengths: int32 [batch], with `rows` [rows of the cache]: the text length that fixes the frequencies of
         dynamic rope, which with a cache must stay the same from call to call. Other kinds of rope ignore it. Default
         without a cache: the length of each text.
-      adapters: low-rank adapters, a tree shaped like `params` with {"a", "b", "scale"} in place of projections.
+      adapters: low-rank adapters in slots (`llama_jax.model.adapters`), a tree shaped like the canonical `params` with
+        {"a" [slots, rank, in], "b" [slots, out, rank], "scale" [slots]} in place of projections.
+      adapter_ids: int32 [batch, len], the slot that each token uses, or [batch, 1] for whole rows; 0 is none.
       logits_at: int32 [batch, n], the indices in 0..len-1 (with `rows` too: [1, n]) to compute logits for; all of them
         by default. The others go through the last layer no further than its keys and values.
       capture: names from `activation_names(config)`; the activations come back as a third result.
@@ -108,7 +115,8 @@ def forward(
       `capture` a dict of the named activations.
 
     Raises:
-      RequestError: arguments that contradict each other, or an unknown name in `capture` or `adapters`.
+      RequestError: arguments that contradict each other, adapters that do not fit, an unknown name in `capture` or
+        `adapters`, or a leaf of `params` with members that no scheme has.
     """
     x = _embed(params, tokens, inputs_embeds)
     if rows is not None and (cache is None or rows.shape != x.shape[:2] or len(rows) != 1):
@@ -128,28 +136,31 @@ def forward(
     if cache is not None:
         cache, slots = cache.extend(positions, rows)
 
-    adapter_layers = _checked(adapters, config).get("layers", {})
+    of_layers = checked(adapters, adapter_ids, config, *x.shape[:2]).of("layers")
     views = []
     delta = None
     # Behind the keys and values of the last layer nothing is needed of the other tokens.
     only_last = logits_at is not None and not captured.of_layer(config.num_layers - 1)
     for i, spec in enumerate(config.layers):
-        x, delta, view, activations = _layer(
-            x,
-            delta,
-            params["layers"][str(i)],
-            None if cache is None else cache.layer(i),
-            slots,
-            positions,
-            segment_ids,
-            rows,
-            angles,
-            adapter_layers.get(str(i), {}),
-            logits_at if only_last and i == config.num_layers - 1 else None,
-            config=config.replace(layers=(spec,)),
-            capture=captured.of_layer(i),
-            in_order=in_order,
-        )
+        # Around the call and not within: what names the layer must not keep equal layers from sharing a trace.
+        with jax.named_scope(f"layers.{i}"):
+            x, delta, view, activations = _layer(
+                x,
+                delta,
+                params["layers"][str(i)],
+                None if cache is None else cache.layer(i),
+                slots,
+                positions,
+                segment_ids,
+                rows,
+                angles,
+                of_layers.of(str(i)),
+                logits_at if only_last and i == config.num_layers - 1 else None,
+                spec=spec,
+                dims=Dims.of(config),
+                capture=captured.of_layer(i),
+                in_order=in_order,
+            )
         views.append(view)
         captured.add_layer(i, activations)
     if cache is not None:
@@ -157,20 +168,23 @@ def forward(
 
     if not only_last:
         x, delta = _tokens((x, delta), logits_at)
-    _, h = _add_norm(x, delta, params["final_norm"], config)
+    with jax.named_scope("final_norm"):
+        _, h = _add_norm(x, delta, params["final_norm"], config.rms_norm_eps)
     captured.add("final_norm", h)
-    logits = _logits(h, params, config)
-    return (logits, cache) if capture is None else (logits, cache, captured.activations)
+    with jax.named_scope("logits"):
+        out = constrain(logits(h, params, tied=config.tie_word_embeddings), ("batch", "length", "vocab"))
+    return (out, cache) if capture is None else (out, cache, captured.activations)
 
 
+@jax.named_scope("embed")
 def _embed(params: Params, tokens: jax.Array | None, inputs_embeds: jax.Array | None) -> jax.Array:
-    weight = params["embed"]["weight"]
+    dtype = compute_dtype(params)
     if (tokens is None) == (inputs_embeds is None):
         raise RequestError("give either tokens or inputs_embeds", param="tokens", hint="pass None for the other one")
     if tokens is None:
         assert inputs_embeds is not None
-        return constrain(inputs_embeds.astype(weight.dtype), ACTIVATION_AXES)
-    return constrain(lookup(weight, tokens), ACTIVATION_AXES)
+        return constrain(inputs_embeds.astype(dtype), ACTIVATION_AXES)
+    return constrain(lookup(params["embed"], tokens, dtype), ACTIVATION_AXES)
 
 
 def _positions(x: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Any) -> jax.Array:
@@ -216,22 +230,8 @@ def _rope_lengths(
     return jnp.max(jnp.where(same, positions[:, None, :], -1), axis=2).astype(jnp.int32) + 1
 
 
-def _checked(adapters: Params | None, config: LlamaConfig) -> Params:
-    """The adapters, once it is sure that each of them will be used."""
-    known = set(projection_names(config)) if adapters else set()
-    for leaf in flatten(adapters or {}):
-        name, _, part = leaf.rpartition(".")
-        if name not in known or part not in ("a", "b", "scale"):
-            raise RequestError(
-                f"adapters hold {leaf}, which belongs to no projection",
-                param="adapters",
-                hint='give {"a", "b", "scale"} under the names of projection_names(config), canonical also if fused',
-            )
-    return adapters or {}
-
-
 # A jitted function of its own: equal layers are traced and lowered once, not once each. XLA inlines the calls.
-@partial(jax.jit, static_argnames=("config", "capture", "in_order"))
+@partial(jax.jit, static_argnames=("spec", "dims", "capture", "in_order"))
 def _layer(
     x: jax.Array,
     delta: jax.Array | None,
@@ -242,10 +242,11 @@ def _layer(
     segment_ids: jax.Array | None,
     rows: jax.Array | None,
     angles: tuple[jax.Array, jax.Array],
-    adapters: Params,
+    adapters: Adapters,
     at: jax.Array | None,
     *,
-    config: LlamaConfig,
+    spec: LayerSpec,
+    dims: Dims,
     capture: tuple[str, ...],
     in_order: bool,
 ) -> tuple[jax.Array, jax.Array, LayerCache | None, dict[str, jax.Array]]:
@@ -255,45 +256,47 @@ def _layer(
       x, delta: what goes in is their sum, which the norm makes on the way; of the first block delta is None. What comes
         out is so too.
       at: int32 [batch, n], the tokens that are wanted of what comes out; None is all of them.
-      config: its `layers` hold just this block's spec.
       in_order: positions are 0, 1, 2, ... in every row.
     """
-    (spec,) = config.layers
     seen: dict[str, jax.Array] = {}
-    attn_adapters = adapters.get("attn", {})
+    of_attn = adapters.of("attn")
 
-    x, h = _add_norm(x, delta, params["attn_norm"], config)
+    with jax.named_scope("attn_norm"):
+        x, h = _add_norm(x, delta, params["attn_norm"], dims.rms_norm_eps)
     seen["attn_in"] = h
-    q, k, v = project_qkv(h, params["attn"], config, attn_adapters)
-    q, k = position_queries_and_keys(q, k, params["attn"], config, spec, positions, angles)
-    seen |= {"q": q, "k": k, "v": v}
-    x, q, q_positions, q_segments, q_rows = _tokens((x, q, positions, segment_ids, rows), at)
-    visibility = Visibility(spec.attention, spec.window or 0)
-    scale = config.head_dim**-0.5
-    if cache is None:
-        out = attention(
-            q,
-            jnp.swapaxes(k, 1, 2),
-            jnp.swapaxes(v, 1, 2),
-            q_positions,
-            positions,
-            visibility,
-            scale=scale,
-            q_segments=q_segments,
-            kv_segments=segment_ids,
-            in_order=in_order and at is None,
-        )
-    else:
-        out, cache = cache.attend(q, k, v, slots, q_positions, q_rows, visibility, scale=scale)
-    out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj"))
-    seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
+    with jax.named_scope("attn"):
+        q, k, v = project_qkv(h, params["attn"], dims, of_attn)
+        q, k = position_queries_and_keys(q, k, params["attn"], dims, spec, positions, angles)
+        seen |= {"q": q, "k": k, "v": v}
+        x, q, q_positions, q_segments, q_rows = _tokens((x, q, positions, segment_ids, rows), at)
+        adapters, of_attn = adapters.at(at), of_attn.at(at)
+        visibility = Visibility(spec.attention, spec.window or 0)
+        scale = dims.head_dim**-0.5
+        if cache is None:
+            out = attention(
+                q,
+                jnp.swapaxes(k, 1, 2),
+                jnp.swapaxes(v, 1, 2),
+                q_positions,
+                positions,
+                visibility,
+                scale=scale,
+                q_segments=q_segments,
+                kv_segments=segment_ids,
+                in_order=in_order and at is None,
+            )
+        else:
+            out, cache = cache.attend(q, k, v, slots, q_positions, q_rows, visibility, scale=scale)
+        out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], of_attn.of("o_proj"))
+        seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
 
-    x, h = _add_norm(x, out, params["mlp_norm"], config)
+    with jax.named_scope("mlp_norm"):
+        x, h = _add_norm(x, out, params["mlp_norm"], dims.rms_norm_eps)
     seen["mlp_in"] = h
     if isinstance(spec.mlp, MoeSpec):
-        out = moe(h, params["moe"], config, spec.mlp, adapters.get("moe", {}))
+        out = moe(h, params["moe"], dims, spec.mlp, adapters.of("moe"))
     else:
-        out = mlp(h, params["mlp"], config, adapters.get("mlp", {}))
+        out = mlp(h, params["mlp"], dims, adapters.of("mlp"))
     seen["mlp_out"] = out = constrain(out, ACTIVATION_AXES)
     if "out" in capture:
         seen["out"] = x + out
@@ -307,16 +310,10 @@ def _tokens[Tree](tree: Tree, at: jax.Array | None) -> Tree:
     return jax.tree.map(lambda x: jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1), tree)
 
 
-def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, config: LlamaConfig) -> tuple[jax.Array, jax.Array]:
+def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, eps: float) -> tuple[jax.Array, jax.Array]:
     """x + delta and its norm; without delta x itself."""
-    if delta is None:
-        return x, rms_norm(x, leaf["weight"], config.rms_norm_eps)
-    return add_rms_norm(x, delta, leaf["weight"], eps=config.rms_norm_eps)
-
-
-def _logits(x: jax.Array, params: Params, config: LlamaConfig) -> jax.Array:
-    weight = params["embed" if config.tie_word_embeddings else "lm_head"]["weight"]
-    return constrain(product(x, weight), ("batch", "length", "vocab"))
+    weight = norm_weight(leaf)
+    return (x, rms_norm(x, weight, eps)) if delta is None else add_rms_norm(x, delta, weight, eps=eps)
 
 
 class _Capture:

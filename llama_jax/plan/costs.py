@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.layout import partition_spec
-from llama_jax.params import ParamSpec, param_specs
+from llama_jax.params import ParamSpec, canonical_specs, param_specs
 from llama_jax.sharding import RULES
 from llama_jax.targets import Collective, Target
 
@@ -23,6 +23,15 @@ ONE_DEVICE: Sizes = MappingProxyType({})
 def local_size(spec: ParamSpec, config: LlamaConfig, sizes: Sizes = ONE_DEVICE) -> int:
     """Numbers of a parameter that one device holds."""
     return spec.size // math.prod(sizes[over] for over in partition_spec(spec, config, sizes) if over)
+
+
+def held_bytes(config: LlamaConfig, itemsize: int, sizes: Sizes = ONE_DEVICE) -> int:
+    """Bytes of the parameters that one device holds.
+
+    Args:
+      itemsize: bytes of a number of the dtype that the model computes in.
+    """
+    return sum(local_size(s, config, sizes) * s.itemsize(itemsize) for s in param_specs(config))
 
 
 def local_rows(batch: int, sizes: Sizes) -> int:
@@ -40,7 +49,7 @@ def local_heads(config: LlamaConfig, sizes: Sizes) -> tuple[int, int]:
 def share_used(spec: ParamSpec, config: LlamaConfig, tokens: int) -> float:
     """Part of a parameter that a step of `tokens` tokens multiplies with: the embedding counts once, as logits, and of
     the experts only as many as the tokens can use."""
-    if spec.name == "embed.weight" and not config.tie_word_embeddings:
+    if spec.leaf == "embed" and not config.tie_word_embeddings:
         return 0.0
     if ".moe.experts." not in spec.name:
         return 1.0
@@ -51,7 +60,13 @@ def share_used(spec: ParamSpec, config: LlamaConfig, tokens: int) -> float:
 
 def matmul_params(config: LlamaConfig, tokens: int, sizes: Sizes = ONE_DEVICE) -> float:
     """Weights that a step of `tokens` tokens multiplies with."""
-    return sum(local_size(s, config, sizes) * share_used(s, config, tokens) for s in param_specs(config))
+    return sum(local_size(s, config, sizes) * share_used(s, config, tokens) for s in canonical_specs(config))
+
+
+def read_bytes(config: LlamaConfig, itemsize: int, tokens: int, sizes: Sizes = ONE_DEVICE) -> int:
+    """Bytes of the parameters that a step of `tokens` tokens reads, as they are stored: each that it uses once."""
+    used = ((s, local_size(s, config, sizes) * share_used(s, config, tokens)) for s in param_specs(config))
+    return round(sum(numbers * spec.itemsize(itemsize) for spec, numbers in used))
 
 
 def attended(layer: LayerSpec, length: int) -> int:
@@ -80,7 +95,7 @@ def cache_read_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int
 
 def step_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> int:
     """Bytes that a decode step must read: every weight that it uses once, and the cache of `length` tokens a row."""
-    weights = round(matmul_params(config, local_rows(batch, sizes), sizes) * itemsize)
+    weights = read_bytes(config, itemsize, local_rows(batch, sizes), sizes)
     return weights + cache_read_bytes(config, itemsize, batch, length, sizes)
 
 
@@ -97,7 +112,7 @@ def prefill_flops(config: LlamaConfig, batch: int, prompt: int, sizes: Sizes = O
     *before, last = config.layers
     once = sum(
         local_size(s, config, sizes) * share_used(s, config, 1)
-        for s in param_specs(config)
+        for s in canonical_specs(config)
         if _of_last_token(s, config)
     )
     attention = 4 * (sum(attended_by_all(layer, prompt) for layer in before) + attended(last, prompt))

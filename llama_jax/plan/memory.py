@@ -18,7 +18,7 @@ from llama_jax.layout import split_config
 from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
 from llama_jax.plan.backends import Backends
-from llama_jax.plan.costs import local_heads, local_size
+from llama_jax.plan.costs import held_bytes, local_heads, local_size
 from llama_jax.plan.workload import Calls
 from llama_jax.sharding import RULES
 from llama_jax.targets import Target
@@ -56,7 +56,7 @@ class Place:
     Attributes:
       model: as it is read.
       sizes: of the mesh's axes, by name.
-      itemsize: bytes of a number of weights, activations and cache.
+      itemsize: bytes of a number of activations, cache, and weights, of which a scheme may give some others.
     """
 
     model: LlamaConfig
@@ -77,18 +77,18 @@ class Place:
     @cached_property
     def weights(self) -> int:
         """Parameters, in the layout of `fuse`, which has as many numbers as the canonical one."""
-        return self.itemsize * sum(local_size(spec, self.config, self.sizes) for spec in param_specs(self.config))
+        return held_bytes(self.config, self.itemsize, self.sizes)
 
     @cached_property
     def loading(self) -> int:
         """Peak while the weights are read, with key/value heads that do not divide whole on each device, and while one
         layer's joint projections are made of parts that are still there."""
-        read = self.itemsize * sum(local_size(spec, self.model, self.sizes) for spec in param_specs(self.model))
+        read = held_bytes(self.model, self.itemsize, self.sizes)
         joint: Counter[str] = Counter()
         for spec in param_specs(self.config):
             if spec.path[-2] in JOINED and "experts" not in spec.path:
-                joint[spec.path[1]] += local_size(spec, self.config, self.sizes)
-        return max(read, self.weights) + self.itemsize * max(joint.values())
+                joint[spec.path[1]] += local_size(spec, self.config, self.sizes) * spec.itemsize(self.itemsize)
+        return max(read, self.weights) + max(joint.values())
 
     def cache(self, rows: int, slots: int) -> int:
         """Keys and values of all layers. A layer with a window keeps as many as the others."""

@@ -19,8 +19,8 @@ from llama_jax.plan.costs import (
     least_s,
     local_heads,
     local_rows,
-    matmul_params,
     prefill_flops,
+    read_bytes,
     seconds,
     step_bytes,
     step_flops,
@@ -96,7 +96,7 @@ def prefill_floor(
     return _floor(
         target,
         w.dtype,
-        round((matmul_params(config, rows * w.prompt, sizes) + cache) * w.itemsize),
+        read_bytes(config, w.itemsize, rows * w.prompt, sizes) + cache * w.itemsize,
         prefill_flops(config, w.batch, w.prompt, sizes),
         collectives(config, sizes, rows=rows, tokens=w.prompt, itemsize=w.itemsize),
         latency_s,

@@ -1,0 +1,223 @@
+"""Low-rank adapters in slots: several of them on the device at once, and each token uses one, or none.
+
+    slots = empty_slots(config, slots=8, rank=16, targets=("q_proj", "v_proj"))
+    slots = put_adapter(slots, 1, adapter)          # compiled once, whatever adapter goes into whichever slot
+    forward(params, config, tokens, adapters=slots, adapter_ids=jnp.array([[1], [0]]))
+
+A tree of slots is shaped like the canonical parameters, with {"a" [slots, rank, in], "b" [slots, out, rank], "scale"
+[slots]} in place of a projection's members; it goes with canonical and fused parameters alike. Slot 0 is no adapter,
+whatever lies in it. Any projection can have slots, also those of a shared expert, but routed experts cannot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import RequestError
+from llama_jax.params import PROJECTION_AXES, Params, canonical_specs, flatten, projection_names, unflatten
+from llama_jax.sharding import Axes, constrain
+
+MEMBERS = ("a", "b", "scale")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["tree", "ids"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The slots of one part of the model, and the slot that each token uses.
+
+    Attributes:
+      tree: slots, shaped like that part of the parameters; empty without any.
+      ids: int32 [batch, len], or [batch, 1] for whole rows; None without slots. Ids that are no slot are as 0.
+    """
+
+    tree: Params
+    ids: jax.Array | None
+
+    def of(self, name: str) -> Adapters:
+        """Those of a part of this part."""
+        tree = self.tree.get(name)
+        return Adapters(tree, self.ids) if tree else NO_ADAPTERS
+
+    def at(self, index: jax.Array | None) -> Adapters:
+        """For the tokens `index` int32 [batch, n] of each row; for all with None."""
+        if index is None or self.ids is None or self.ids.shape[1] == 1:
+            return self
+        return Adapters(self.tree, jnp.take_along_axis(self.ids, index, axis=1))
+
+    def of_tokens(self, shape: tuple[int, ...]) -> Adapters:
+        """For tokens [batch, len] that were put into one axis."""
+        return self if self.ids is None else Adapters(self.tree, jnp.broadcast_to(self.ids, shape).reshape(-1))
+
+
+NO_ADAPTERS = Adapters({}, None)
+
+
+def adapter_axes(projection: str) -> dict[str, Axes]:
+    """Logical axes of the members of a projection's slots."""
+    out, into = PROJECTION_AXES[projection]
+    return {"a": (None, None, into), "b": (None, out, None), "scale": (None,)}
+
+
+def abstract_slots(
+    config: LlamaConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None, dtype: DTypeLike | None = None
+) -> Params:
+    """Slots as `jax.ShapeDtypeStruct` leaves; see `empty_slots`."""
+    dtype = jnp.dtype(dtype or config.dtype)
+    for name, value, least in (("slots", slots, 2), ("rank", rank, 1)):
+        if value < least:
+            raise RequestError(f"{name}={value} of adapters", param=name, hint=f"give at least {least}; slot 0 is none")
+    flat: dict[str, Any] = {}
+    for name, (out, into) in _targeted(config, targets).items():
+        flat[f"{name}.a"] = jax.ShapeDtypeStruct((slots, rank, into), dtype)
+        flat[f"{name}.b"] = jax.ShapeDtypeStruct((slots, out, rank), dtype)
+        flat[f"{name}.scale"] = jax.ShapeDtypeStruct((slots,), jnp.float32)
+    return unflatten(flat)
+
+
+def empty_slots(
+    config: LlamaConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None, dtype: DTypeLike | None = None
+) -> Params:
+    """Slots that hold nothing, in memory; with a mesh in use (`sharding.on`), laid out like the projections.
+
+    Args:
+      config: the model's, on a mesh as `load` gives it.
+      slots: their number, with slot 0.
+      rank: the largest that an adapter can have.
+      targets: the projections that have slots: "q_proj" (of all layers) or "layers.0.attn.q_proj". Default: all of
+        `params.projection_names`.
+      dtype: of `a` and `b`; the config's by default. The model's own is best, since they are cast to it.
+
+    Raises:
+      RequestError: there is no such projection, or no room for an adapter.
+    """
+    shapes = flatten(abstract_slots(config, slots=slots, rank=rank, targets=targets, dtype=dtype))
+
+    def make() -> Params:
+        made = {}
+        for name, x in shapes.items():
+            *_, projection, member = name.split(".")
+            made[name] = constrain(jnp.zeros(x.shape, x.dtype), adapter_axes(projection)[member])
+        return unflatten(made)
+
+    return jax.jit(make)()
+
+
+def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
+    """Puts one adapter into a slot, in place of what was there. All shapes stay, so nothing that uses the slots is
+    compiled anew.
+
+    Args:
+      slots: of `empty_slots`. Their arrays are used up: go on with those that are returned.
+      slot: 1 or higher.
+      adapter: a tree shaped like the canonical parameters, with {"a" [r, in], "b" [out, r], "scale" scalar} in place of
+        projections; r may be smaller than the slots' rank, and may differ. Projections that it lacks get none. On a
+        mesh that repeats key/value heads, give it through `fuse.repeat_kv_heads` first.
+
+    Raises:
+      RequestError: there is no such slot, a projection has no slots, or a shape does not fit; names it.
+    """
+    into, given = flatten(slots), {name: np.asarray(x) for name, x in flatten(adapter).items()}
+    projections = {name.rpartition(".")[0] for name in given}
+    number = next(iter(into.values())).shape[0]
+    if not 0 < slot < number:
+        raise RequestError(f"slot {slot} of {number}", param="slot", hint=f"give 1 to {number - 1}; slot 0 is none")
+    full = {name: np.zeros(x.shape[1:], x.dtype) for name, x in into.items()}
+    for name in projections:
+        parts = {member: given.get(f"{name}.{member}") for member in MEMBERS}
+        found = sum(key.rpartition(".")[0] == name for key in given)
+        if f"{name}.a" not in into or found != len(MEMBERS) or any(part is None for part in parts.values()):
+            raise RequestError(
+                f"the adapter holds {name}, which has no slots, or not {{'a', 'b', 'scale'}}",
+                param="adapter",
+                hint="make slots with these targets (`empty_slots`); names are canonical, also if the model is fused",
+            )
+        a, b, scale = (np.asarray(part) for part in parts.values())
+        most, width = full[f"{name}.a"].shape
+        out = full[f"{name}.b"].shape[0]
+        rank = len(a) if a.ndim else 0
+        if a.shape != (rank, width) or b.shape != (out, rank) or scale.shape != () or not 0 < rank <= most:
+            raise RequestError(
+                f"the adapter of {name} has a {a.shape}, b {b.shape} and scale {scale.shape}; its slots take "
+                f"a [r, {width}], b [{out}, r] and a scalar, with r up to {most}",
+                param="adapter",
+                hint="make slots of a higher rank, or load an adapter that was made for this model",
+            )
+        full[f"{name}.a"][:rank], full[f"{name}.b"][:, :rank], full[f"{name}.scale"][...] = a, b, scale
+    return _put(slots, unflatten(full), slot)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(slots: Params, adapter: Params, slot: jax.Array) -> Params:
+    return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, slot, 0), slots, adapter)
+
+
+def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig, batch: int, length: int) -> Adapters:
+    """The adapters of a forward pass, once it is sure that each of them will be used, and that all shapes fit.
+
+    Raises:
+      RequestError: names what does not fit.
+    """
+    if (adapters is None) != (ids is None):
+        raise RequestError(
+            "adapters and adapter_ids go together",
+            param="adapter_ids",
+            hint="give slots, and int32 ids [batch, len] or [batch, 1] of the slot of each token; 0 is none",
+        )
+    if adapters is None or ids is None:
+        return NO_ADAPTERS
+    if ids.shape not in ((batch, length), (batch, 1)) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise RequestError(
+            f"adapter_ids are {ids.dtype}{list(ids.shape)}",
+            param="adapter_ids",
+            hint=f"give integers [{batch}, {length}], or [{batch}, 1] for whole rows",
+        )
+    shapes, flat = _targeted(config, None), flatten(adapters)
+    slots = {x.shape[0] for x in flat.values() if x.ndim}
+    for path in flat:
+        name, _, member = path.rpartition(".")
+        if name not in shapes or member not in MEMBERS:
+            raise RequestError(
+                f"adapters hold {path}, which belongs to no projection",
+                param="adapters",
+                hint='give {"a", "b", "scale"} under the names of projection_names(config), canonical also if fused',
+            )
+    for name in dict.fromkeys(path.rpartition(".")[0] for path in flat):
+        out, into = shapes[name]
+        found = {member: flat[f"{name}.{member}"].shape for member in MEMBERS if f"{name}.{member}" in flat}
+        rank = found["a"][1] if len(found.get("a", ())) == 3 else 0
+        number = min(slots, default=0)
+        wanted = {"a": (number, rank, into), "b": (number, out, rank), "scale": (number,)}
+        if found != wanted or len(slots) != 1:
+            raise RequestError(
+                f"the adapters of {name} have the shapes {found}",
+                param="adapters",
+                hint=f"give a [slots, rank, {into}], b [slots, {out}, rank], scale [slots], of one number of slots",
+            )
+    return Adapters(adapters, ids)
+
+
+def _targeted(config: LlamaConfig, targets: Sequence[str] | None) -> dict[str, tuple[int, int]]:
+    """out and in of the projections that are meant, by dotted name."""
+    shapes = {spec.leaf: spec.shape for spec in canonical_specs(config) if spec.path[-1] == "weight"}
+    names = projection_names(config)
+    known = {*names, *(name.rpartition(".")[2] for name in names)}
+    if targets is not None and (not targets or not known >= set(targets)):
+        raise RequestError(
+            f"adapters for {sorted(set(targets) - known) or 'no projection'}",
+            param="targets",
+            hint=f"give some of {', '.join(sorted({name.rpartition('.')[2] for name in names}))}, or dotted names",
+        )
+    return {
+        name: (shapes[name][0], shapes[name][1])
+        for name in names
+        if targets is None or name in targets or name.rpartition(".")[2] in targets
+    }

@@ -1,0 +1,232 @@
+"""The one door to the weights: only these functions read the leaves of the parameter tree.
+
+What a leaf is, plain or stored by a scheme, with a bias or without, with adapters or without, is known here and nowhere
+else in the model. A leaf with members that no scheme has is refused, whatever uses it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from llama_jax.errors import RequestError
+from llama_jax.kernels.moe import routed_experts
+from llama_jax.kernels.moe.reference import Activation
+from llama_jax.kernels.precision import matmul_precision
+from llama_jax.model.adapters import NO_ADAPTERS, Adapters
+from llama_jax.params import JOINT, Params
+from llama_jax.schemes import PLAIN, Members, Scheme, scheme_of
+from llama_jax.sharding import in_use, local, split_over
+
+FEW_ROWS = 16
+"""Up to so many rows a product on the CPU puts the weight first."""
+
+
+def product(x: jax.Array, weight: jax.Array, *, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """x [..., in] times weight [*out, in]: [..., *out], accumulated in float32, in `dtype`."""
+    if weight.ndim > 2 and not in_use():
+        # The CPU's compiler would make a transposed copy of the weight. On a mesh this might join dimensions across
+        # what the devices have.
+        out = product(x, weight.reshape(-1, weight.shape[-1]), dtype=dtype)
+        return out.reshape(*x.shape[:-1], *weight.shape[:-1])
+    precision = matmul_precision(x.dtype)
+
+    def contract(a: jax.Array, b: jax.Array) -> jax.Array:
+        last = (((a.ndim - 1,), (b.ndim - 1,)), ((), ()))
+        return jax.lax.dot_general(a, b, last, precision=precision, preferred_element_type=dtype)
+
+    def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
+        # The barrier keeps XLA from swapping the operands back.
+        out = jax.lax.optimization_barrier(contract(weight, x.reshape(-1, x.shape[-1])))
+        return jnp.moveaxis(out, -1, 0).reshape(*x.shape[:-1], *weight.shape[:-1])
+
+    # XLA's CPU library rearranges the right operand before it multiplies. Of a large weight and a few tokens (decoding
+    # a batch) that should be the tokens: a step of SmolLM2-135M at batch 8 takes 51 ms so, 64 ms the other way.
+    if 1 < math.prod(x.shape[:-1]) <= FEW_ROWS:
+        return jax.lax.platform_dependent(x, weight, cpu=weight_first, default=contract)
+    return contract(x, weight)
+
+
+def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] times weight [*out, in], accumulated in float32, in x's dtype.
+
+    The product itself is in that dtype: a float32 one would be written out, read and rounded by a second kernel (a
+    tenth of a long prefill of bfloat16 on an H100), and its sum over devices would send twice the bytes.
+    """
+    return product(x, weight, dtype=x.dtype)
+
+
+def _taken_apart(leaf: Params) -> tuple[Scheme, Members, jax.Array | None]:
+    """The scheme of a leaf, the members of its weight, and its bias."""
+    return scheme_of(leaf), {name: leaf[name] for name in leaf if name != "bias"}, leaf.get("bias")
+
+
+def _unbiased(leaf: Params) -> tuple[Scheme, Members]:
+    scheme, members, bias = _taken_apart(leaf)
+    if bias is not None:
+        raise RequestError(
+            "a leaf of the parameters has a bias that nothing would add",
+            param="params",
+            hint="only projections can have one: neither embeddings, norms, routers nor routed experts",
+        )
+    return scheme, members
+
+
+def _times(x: jax.Array, scheme: Scheme, members: Members, dtype: DTypeLike) -> jax.Array:
+    if scheme.product is not None:
+        return scheme.product(x, members, dtype)
+    return product(x, scheme.decode(members, x.dtype), dtype=dtype)
+
+
+def compute_dtype(params: Params) -> jnp.dtype:
+    """The dtype that a model computes in: that of its embedding, or, where a scheme stores that, of its last norm."""
+    plain = scheme_of(params["embed"]) is PLAIN
+    return params["embed" if plain else "final_norm"]["weight"].dtype
+
+
+def linear(x: jax.Array, leaf: Params, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
+    """Every projection of the model: x [..., in] -> [..., out].
+
+    Args:
+      leaf: the members of a weight [out, in], {"weight"} of a plain one, and, if the projection has one, "bias" [out].
+        Joint projections (`llama_jax.model.fuse`) have several dimensions in place of `out`.
+      adapters: of this projection.
+    """
+    scheme, members, bias = _taken_apart(leaf)
+    out = _times(x, scheme, members, x.dtype)
+    if bias is not None:
+        out = out + bias.astype(x.dtype)
+    return _adapted(out, x, adapters)
+
+
+def joint(x: jax.Array, params: Params, name: str, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, ...]:
+    """Projections that share their input: x [..., in] -> [..., out] of each of `JOINT[name]`.
+
+    Args:
+      params: holds either these, or the joint one `name` that `llama_jax.model.fuse` made of them.
+    """
+    parts = JOINT[name]
+    if name not in params:
+        return tuple(linear(x, params[part], adapters.of(part)) for part in parts)
+    out, lead = linear(x, params[name]), x.shape[:-1]
+    split: tuple[jax.Array, ...] = (out[..., 0, :], out[..., 1, :])  # [..., 2, mlp]
+    if (
+        name == "qkv_proj"
+    ):  # [..., kv_heads, group + 2, head_dim]: of each key/value head its queries, its key, its value
+        split = tuple(part.reshape(*lead, -1) for part in (out[..., :-2, :], out[..., -2, :], out[..., -1, :]))
+    return tuple(_adapted(y, x, adapters.of(part)) for y, part in zip(split, parts, strict=True))
+
+
+def _adapted(out: jax.Array, x: jax.Array, adapters: Adapters) -> jax.Array:
+    """`out` [..., out] of a projection of `x` [..., in], with what the adapters add."""
+    return (out + lora(x, adapters) if adapters.tree else out).astype(x.dtype)
+
+
+def lora(x: jax.Array, adapters: Adapters) -> jax.Array:
+    """Low-rank adapters (arXiv:2106.09685) of one projection: of each token's slot scale * x a^T b^T.
+
+    Where each row of a large set of slots has one, its slot is gathered: read, written and read again. Otherwise `x` is
+    multiplied with `a` of all slots at once, and what is not the token's own is zeroed before `b`: that takes
+    slots * rank multiplications for each number of x and of the result, beside the weight's thousands, and reads
+    every slot once, however many tokens there are.
+
+    Args:
+      x: [batch, len, in], or [tokens, in] with an id for each token.
+      adapters: of this projection: {"a" [slots, rank, in], "b" [slots, out, rank], "scale" [slots]}, and ids.
+
+    Returns:
+      [..., out] in x's dtype, exactly 0 for slot 0 and for ids that are none.
+    """
+    a, b = (adapters.tree[name].astype(x.dtype) for name in ("a", "b"))
+    scale, ids = adapters.tree["scale"], adapters.ids
+    assert ids is not None
+    slots, precision = len(scale), matmul_precision(x.dtype)
+    if ids.size == len(x) and 3 * len(x) <= slots:
+        ids = ids.reshape(len(x))
+        used = (ids > 0) & (ids < slots)
+        ids = jnp.where(used, ids, 0)
+        inner = jnp.einsum("n...i,nri->n...r", x, a[ids], precision=precision)
+        to_rows = (len(x),) + (1,) * (x.ndim - 1)
+        inner = jnp.where(used.reshape(to_rows), inner * scale[ids].reshape(to_rows), 0).astype(x.dtype)
+        return jnp.einsum("n...r,nor->n...o", inner, b[ids], precision=precision)
+    used = (ids[..., None] == jnp.arange(slots)) & (ids[..., None] > 0)
+    inner = jnp.where(used[..., None], matmul(x, a) * scale[:, None], 0).astype(x.dtype)  # [..., slots, rank]
+    return jnp.einsum("...sr,sor->...o", inner, b, precision=precision)
+
+
+def lookup(leaf: Params, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Rows `tokens` int32 [batch, len] of a table [vocab, hidden]: [batch, len, hidden].
+
+    Where the vocabulary is split, each device looks up what it has and the results are added up: for a single token XLA
+    would rather send the whole table to all devices.
+    """
+    scheme, table = _unbiased(leaf)
+    axes = scheme.axes(("vocab", "embed"))
+    (member, *_) = (name for name, names in axes.items() if names[0] == "vocab")
+
+    def rows(table: Members, tokens: jax.Array) -> jax.Array:
+        return scheme.decode(table, dtype)[tokens] if scheme.lookup is None else scheme.lookup(table, tokens, dtype)
+
+    axis = split_over("vocab", table[member].shape[0])
+    if axis is None:
+        return rows(table, tokens)
+
+    def own(table: Members, tokens: jax.Array) -> jax.Array:
+        size = table[member].shape[0]
+        row = tokens - jax.lax.axis_index(axis) * size
+        here = (row >= 0) & (row < size)
+        return jnp.where(here[..., None], rows(table, jnp.where(here, row, 0)), 0)
+
+    arguments = {"table": table, "tokens": tokens}
+    return local(own, arguments, {"table": axes, "tokens": ("batch",)}, ("batch",), summed="vocab")
+
+
+def logits(x: jax.Array, params: Params, *, tied: bool) -> jax.Array:
+    """x [..., hidden] -> float32 [..., vocab], by the output projection, or by the embedding that it is tied to."""
+    return _times(x, *_unbiased(params["embed" if tied else "lm_head"]), jnp.float32)
+
+
+def router(x: jax.Array, leaf: Params) -> jax.Array:
+    """x [tokens, hidden] -> logits float32 [tokens, experts], multiplied in float32 whatever the dtypes."""
+    scheme, members = _unbiased(leaf)
+    weight = scheme.decode(members, jnp.float32).astype(jnp.float32)
+    return jnp.einsum("nh,eh->ne", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+
+
+def experts(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    leaves: Params,
+    *,
+    activation: Activation,
+    input_scale: jax.Array | None,
+    output_scale: jax.Array | None,
+) -> jax.Array:
+    """Routed experts (`kernels.moe.routed_experts`) with the weights of "gate_proj", "up_proj" and "down_proj"."""
+
+    def weight(name: str) -> jax.Array:
+        scheme, members = _unbiased(leaves[name])
+        return scheme.decode(members, x.dtype)
+
+    return routed_experts(
+        x,
+        expert_ids,
+        weight("gate_proj"),
+        weight("up_proj"),
+        weight("down_proj"),
+        activation=activation,
+        input_scale=input_scale,
+        output_scale=output_scale,
+    )
+
+
+def norm_weight(leaf: Params) -> jax.Array:
+    """The weight of a norm, which is always plain."""
+    if _unbiased(leaf)[0] is not PLAIN:
+        raise RequestError(
+            f"a norm has the members {sorted(leaf)}", param="params", hint='norms are plain: give {"weight"}'
+        )
+    return leaf["weight"]

@@ -1,0 +1,142 @@
+"""How a weight is stored: plainly, or by a scheme that another package registers.
+
+A leaf of the parameter tree is a dict of members: {"weight"} of a plain one, and "bias" beside the weight if the
+projection has one. A scheme has other members in place of "weight" (values and their scales, say), each with a dtype,
+a shape and logical axes of its own. Which scheme a leaf has is told by the names of its members alone, so that a tree
+says what it is; members that no registered scheme has are an error.
+
+    def rows(dimensions):
+        return dimensions[:-1]
+
+    members = {"values": Member("int8"), "scale": Member("float32", rows, rows)}
+    register_scheme(Scheme("int8_rows", members, encode, decode))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.typing import DTypeLike
+
+from llama_jax.errors import RequestError, UnsupportedModel
+from llama_jax.sharding import Axes
+
+Members = Mapping[str, Any]
+"""The arrays of one leaf, by name."""
+
+
+def _same[T](x: T) -> T:
+    return x
+
+
+@dataclass(frozen=True)
+class Member:
+    """One array that a scheme stores of a weight.
+
+    Attributes:
+      dtype: numpy name, one of `checkpoint.format.ITEMSIZES`; None is the dtype that the model computes in.
+      shape: gives its shape, of at least one dimension, from the weight's canonical shape ([out, in], or
+        [expert, out, in]).
+      axes: gives its logical axes from the weight's. Where all members begin with the weight's first axis, projections
+        are fused: the dimension `out` then becomes several, in this member too.
+    """
+
+    dtype: str | None
+    shape: Callable[[tuple[int, ...]], tuple[int, ...]] = _same
+    axes: Callable[[Axes], Axes] = _same
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A way to store weights. Its functions are pure, traceable, and blind to meshes.
+
+    Attributes:
+      name: as checkpoints record it.
+      members: by name; no other scheme has exactly these names.
+      encode: weight [..., in] in floating point -> its members.
+      decode: members, dtype -> the weight, in that dtype or near it; of any shape that fusing may have made.
+      product: x [..., in], members of a weight [*out, in], dtype -> [..., *out] in that dtype. By default a product
+        with the decoded weight, accumulated in float32.
+      lookup: members of a table [vocab, hidden], int32 tokens [batch, len], dtype -> [batch, len, hidden]. By default
+        rows of the decoded table.
+    """
+
+    name: str
+    members: Mapping[str, Member]
+    encode: Callable[[jax.Array], Members]
+    decode: Callable[[Members, DTypeLike], jax.Array]
+    product: Callable[[jax.Array, Members, DTypeLike], jax.Array] | None = None
+    lookup: Callable[[Members, jax.Array, DTypeLike], jax.Array] | None = None
+
+    def axes(self, weight: Axes) -> dict[str, Axes]:
+        """Logical axes of each member of a weight with these."""
+        return {name: member.axes(weight) for name, member in self.members.items()}
+
+
+PLAIN = Scheme("plain", {"weight": Member(None)}, lambda weight: {"weight": weight}, lambda leaf, _: leaf["weight"])
+_registered: dict[str, Scheme] = {PLAIN.name: PLAIN}
+
+
+def register_scheme(scheme: Scheme) -> None:
+    """Makes a scheme known to this process, once and for all.
+
+    Raises:
+      RequestError: another scheme has its name or the names of its members, or a member is called "bias".
+    """
+    for other in _registered.values():
+        same_members = other.members.keys() == scheme.members.keys()
+        if other is not scheme and (other.name == scheme.name or same_members):
+            what = f"the members {sorted(scheme.members)}" if same_members else f"the name {scheme.name!r}"
+            raise RequestError(
+                f"{what} of a scheme belong to the scheme {other.name!r} already",
+                param="scheme",
+                hint="choose other names: a leaf's scheme is told by the names of its members",
+            )
+    if "bias" in scheme.members or not scheme.members:
+        raise RequestError(
+            f"the scheme {scheme.name!r} has the members {sorted(scheme.members)}",
+            param="scheme",
+            hint='name at least one, and none "bias", which stays beside a weight whatever its scheme',
+        )
+    _registered[scheme.name] = scheme
+
+
+def scheme_named(name: str) -> Scheme:
+    """The scheme of this name.
+
+    Raises:
+      UnsupportedModel: none is registered.
+    """
+    if name not in _registered:
+        raise UnsupportedModel(
+            f"weights are stored by the scheme {name!r}, which is not known here",
+            hint=f"import the package that registers it first; there are {', '.join(sorted(_registered))}",
+        )
+    return _registered[name]
+
+
+def scheme_of(members: Iterable[str]) -> Scheme:
+    """The scheme of a leaf with these members, of which "bias" may be one.
+
+    Raises:
+      RequestError: no registered scheme has exactly these.
+    """
+    names = set(members) - {"bias"}
+    for scheme in _registered.values():
+        if scheme.members.keys() == names:
+            return scheme
+    raise RequestError(
+        f"a leaf of the parameters has the members {sorted(names)}, which no scheme has",
+        param="params",
+        hint="; ".join(f"{s.name}: {', '.join(s.members)}" for s in _registered.values()),
+    )
+
+
+def leaf_axes(members: Iterable[str], weight: Axes) -> dict[str, Axes]:
+    """Logical axes of each member of a leaf, given those of its weight; a bias lacks the last of these."""
+    names = tuple(members)
+    axes = scheme_of(names).axes(weight) | {"bias": weight[:-1]}
+    return {name: axes[name] for name in names}
