@@ -256,6 +256,7 @@ def _step(
         state.cache,
         rope_lengths=state.rope_lengths,
         adapters=adapters,
+        adapter_ids=None if adapters is None else state.adapter_ids[:, None],
     )
     return _emit(logits[:, 0], dataclasses.replace(state, cache=cache), progress, column, profile)
 
@@ -274,6 +275,7 @@ def advance(
 
     Args:
       stride: the most steps of a dispatch; programs with more than one are made for many of them (`graph_options`).
+      adapters: slots of adapters (`model.adapters`), of which each row uses the one that it has begun with.
     """
     compiler_options = tuple(sorted(graph_options().items())) if stride > 1 else ()
     run = compiled_advance(compiler_options)

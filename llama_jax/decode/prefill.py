@@ -50,6 +50,7 @@ def prefill_chunk(
     Args:
       new: the cache to make where there is none.
       lengths: int32 [n], of the whole prompts: a chunk alone does not tell how long its text is.
+      adapters, adapter_ids: see `forward`; int32 [n, 1].
 
     Returns:
       float32 logits [n, vocab] of the chunk's last token, the cache, and the prompt's log-probabilities if asked for.
@@ -59,7 +60,7 @@ def prefill_chunk(
         assert new is not None
         cache = new.create(config)
     part = cache if rows is None else cache.select(rows)
-    run = partial(forward, params, config, rope_lengths=lengths, adapters=adapters)
+    run = partial(forward, params, config, rope_lengths=lengths, adapters=adapters, adapter_ids=adapter_ids)
     logprobs = None
     if prompt_logprobs:
         logits, part = run(tokens, positions, part)
@@ -82,7 +83,7 @@ def prefill(
     rows: Sequence[int] | np.ndarray | None = None,
     padded_rows: int,
     adapters: Params | None = None,
-    adapter_ids: np.ndarray | None = None,
+    adapter_ids: Sequence[int] | None = None,
     prompt_logprobs: bool = False,
 ) -> tuple[jax.Array, KVCache, Logprobs | None]:
     """Runs the prompts, chunk by chunk.
@@ -92,6 +93,7 @@ def prefill(
       cache: one that is there, which is donated, or one to make. The rows that are filled must be empty.
       rows: the rows of the cache for the prompts; None: the first ones, and the cache has `padded_rows` of them.
       padded_rows: rows of the program, at least len(prompts).
+      adapters: slots of adapters (`model.adapters`); adapter_ids: the slot of each prompt, all 0 by default.
       prompt_logprobs: also report each prompt token's log-probability and the most likely tokens in its place.
 
     Returns:
@@ -109,6 +111,10 @@ def prefill(
     into = None if rows is None else np.full((padded_rows,), np.iinfo(np.int32).max, np.int32)
     if into is not None and rows is not None:
         into[: len(rows)] = rows
+    ids = None
+    if adapters is not None:
+        ids = np.zeros((padded_rows, 1), np.int32)
+        ids[: len(prompts), 0] = adapter_ids or 0
     found = []
     logits = None
     slots, new = (None, cache) if isinstance(cache, NewCache) else (cache, None)
@@ -123,7 +129,7 @@ def prefill(
             next_tokens[:, part],
             lengths,
             adapters,
-            adapter_ids,
+            ids,
             config=config,
             new=new,
             prompt_logprobs=prompt_logprobs,

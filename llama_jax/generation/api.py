@@ -11,6 +11,7 @@ from llama_jax.generation.batch import BATCH_STRIDE, STOP_STRIDE, Batch
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
 from llama_jax.generation.request import Prompt, prepare
 from llama_jax.loading import Model
+from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -22,6 +23,8 @@ def generate(
     params: SamplingParams | None = None,
     *,
     page_size: int | None = None,
+    adapters: Params | None = None,
+    adapter_ids: int = 0,
     **fields: Any,
 ) -> str:
     """Continues one prompt and returns the new text.
@@ -32,12 +35,23 @@ def generate(
       params: how to sample. Without it decoding is greedy.
       page_size: 16, 32, 64, 128 or 256 keeps keys and values in a paged cache with pages of so many tokens; by default
         the cache is dense. The tokens are the same.
+      adapters: slots of low-rank adapters (`llama_jax.model.adapters`); adapter_ids: the slot to use, 0 for none.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.
 
     Raises:
       RequestError: a parameter is out of range, or prompt and max_tokens exceed the model's context.
     """
-    return batch_generate(model, tokenizer, [prompt], params, page_size=page_size, **fields)[0].text
+    outputs = batch_generate(
+        model,
+        tokenizer,
+        [prompt],
+        params,
+        page_size=page_size,
+        adapters=adapters,
+        adapter_ids=adapter_ids,
+        **fields,
+    )
+    return outputs[0].text
 
 
 def stream_generate(
@@ -47,13 +61,15 @@ def stream_generate(
     params: SamplingParams | None = None,
     *,
     page_size: int | None = None,
+    adapters: Params | None = None,
+    adapter_ids: int = 0,
     **fields: Any,
 ) -> Iterator[StreamOutput]:
     """Continues one prompt token by token. Closing the generator ends the work.
 
     Arguments and errors as for `generate`; n must be 1. Errors are raised here, not at the first token.
     """
-    requests = prepare(model, tokenizer, [prompt], _params(params, fields), page_size)
+    requests = prepare(model, tokenizer, [prompt], _params(params, fields), page_size, adapters, adapter_ids)
     if len(requests.rows) != 1:
         raise RequestError("a stream has one continuation: n must be 1", param="n", hint="use batch_generate")
     return _stream(Batch(model, tokenizer, requests))
@@ -66,6 +82,8 @@ def batch_generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     page_size: int | None = None,
+    adapters: Params | None = None,
+    adapter_ids: int | Sequence[int] = 0,
     **fields: Any,
 ) -> list[RequestOutput]:
     """Continues several prompts at once, all as one batch on the device.
@@ -73,7 +91,8 @@ def batch_generate(
     Args:
       prompts: texts or lists of token ids.
       params: one for all or one for each.
-      page_size: as for `generate`.
+      page_size, adapters: as for `generate`.
+      adapter_ids: one slot for all prompts, or one for each.
       fields: fields of SamplingParams for all, in place of `params` or changing it.
 
     Returns:
@@ -87,7 +106,7 @@ def batch_generate(
         )
     if not len(prompts):
         return []
-    requests = prepare(model, tokenizer, prompts, _params(params, fields), page_size)
+    requests = prepare(model, tokenizer, prompts, _params(params, fields), page_size, adapters, adapter_ids)
     batch = Batch(model, tokenizer, requests)
     for _ in batch.run(STOP_STRIDE if any(p.stop for p in requests.params) else BATCH_STRIDE):
         pass

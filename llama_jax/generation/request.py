@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from llama_jax.cache import check_page_size
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.loading import Model
+from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -41,12 +43,15 @@ class Requests:
       prompts: token ids; params: of each prompt.
       rows: the continuations, those of one prompt side by side.
       page_size: slots of a page; None for a dense cache.
+      adapters: slots of adapters (`model.adapters`), or None; adapter_ids: the slot of each prompt.
     """
 
     prompts: tuple[list[int], ...]
     params: tuple[SamplingParams, ...]
     rows: tuple[Row, ...]
     page_size: int | None
+    adapters: Params | None
+    adapter_ids: tuple[int, ...]
 
     @property
     def longest_prompt(self) -> int:
@@ -63,12 +68,14 @@ def prepare(
     tokenizer: Tokenizer | None,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams],
-    page_size: int | None,
+    page_size: int | None = None,
+    adapters: Params | None = None,
+    adapter_ids: int | Sequence[int] = 0,
 ) -> Requests:
     """Checks everything that can be checked before a device is used.
 
     Raises:
-      RequestError: a prompt, a parameter or the page size is wrong, or exceeds the model's context.
+      RequestError: a prompt, a parameter, the page size or an adapter's slot is wrong, or exceeds the model's context.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
@@ -98,7 +105,21 @@ def prepare(
         for i, p in enumerate(each)
         for copy in range(p.n)
     ]
-    return Requests(tuple(ids), tuple(each), tuple(rows), page_size)
+    slots = _adapter_slots(
+        adapters, [adapter_ids] * len(ids) if isinstance(adapter_ids, int) else adapter_ids, len(ids)
+    )
+    return Requests(tuple(ids), tuple(each), tuple(rows), page_size, adapters, slots)
+
+
+def _adapter_slots(adapters: Params | None, ids: Sequence[int], prompts: int) -> tuple[int, ...]:
+    slots = min((leaf.shape[0] for leaf in jax.tree.leaves(adapters)), default=1)
+    if len(ids) != prompts or any(not 0 <= i < slots for i in ids):
+        raise RequestError(
+            f"adapter_ids {list(ids)} for {prompts} prompts and {slots} slots",
+            param="adapter_ids",
+            hint="give one slot for all prompts or one for each, 0 for none; slots come from adapters=",
+        )
+    return tuple(int(i) for i in ids)
 
 
 def _with_seed(params: SamplingParams, copy: int) -> SamplingParams:

@@ -53,6 +53,8 @@ class Session:
             NewCache(self._batch, self._capacity, model.dtype, requests.page_size),
             rows=first if fork else None,
             padded_rows=self._on_devices(buckets.batch_bucket, len(prompts)) if fork else self._batch,
+            adapters=requests.adapters,
+            adapter_ids=requests.adapter_ids if fork else [requests.adapter_ids[i] for i in owners],
             prompt_logprobs=any(p.prompt_logprobs is not None for p in requests.params),
         )
         if prompt_logprobs is not None and not fork:
@@ -78,7 +80,7 @@ class Session:
             sampler,
             _padded([len(requests.prompts[i]) for i in owners], self._batch, 1),
             _padded([row.limit for row in rows], self._batch, 0),
-            np.zeros((self._batch,), np.int32),
+            _padded([requests.adapter_ids[i] for i in owners], self._batch, 0),
             source,
             profile=self._profile,
         )
@@ -101,6 +103,7 @@ class Session:
             config=self._model.config,
             profile=self._profile,
             stride=self._stride,
+            adapters=self._requests.adapters,
         )
         return progress
 
