@@ -406,6 +406,31 @@ def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatc
     prefill_module.prefill_chunk.clear_cache()
 
 
+def test_pages_never_cross_the_data_axis() -> None:
+    """Each replica has a pool of its own: a decode step of rows over eight of them sends nothing."""
+    config = tiny_config()
+    mesh = sharding.make_mesh(data=8)
+    model = on_mesh(random_params(config), config, mesh)
+    profile, sampler = make_sampler([SamplingParams(temperature=0.0)] * 16, [[1]] * 16, config.vocab_size)
+    step = jax.jit(loop.decode_step, static_argnames=("config", "profile"), donate_argnames="state")
+    with sharding.on(mesh):
+        cache: Any = jax.jit(lambda: NewCache(16, 32, jnp.dtype(jnp.float32), 16).create(config))()
+        assert (cache.replicas, cache.pages) == (8, 4)
+        assert cache.k[0].sharding.spec[0] == "data"
+        assert cache.page_table.max() == 3
+        state = jax.jit(loop.idle_state)(cache, sampler)
+        hlo = step.lower(model.params, state, config=model.config, profile=profile).compile().as_text()
+        assert not collectives(str(hlo))
+        for change in (
+            lambda: cache.select(jnp.zeros(2, int)),
+            lambda: cache.fork(jnp.zeros(1, int), jnp.ones(1, int)),
+        ):
+            with pytest.raises(RequestError, match="8 pools"):
+                change()
+    with pytest.raises(RequestError, match="replicas"):
+        cache.extend(jnp.zeros((16, 1), jnp.int32))
+
+
 @pytest.mark.parametrize("widths", [(16, 32), (16, 36), (12, 32)])
 def test_a_mixture_is_summed_once(widths: tuple[int, int]) -> None:
     """Routed and shared experts of a layer in one message; a width that does not divide sends nothing."""
