@@ -19,10 +19,10 @@ from llama_jax.aot.programs import Program, decode_program, prefill_program
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.buckets import batch_bucket, cache_bucket, chunk_length, pieces, prompt_bucket
 from llama_jax.errors import DoesNotFit, RequestError
-from llama_jax.layout import split_config
+from llama_jax.layout import local_size, split_config
 from llama_jax.params import param_specs
-from llama_jax.plan.costs import cache_read_bytes, exchange_s, least_s, local_rows, local_size, matmul_params, seconds
-from llama_jax.sharding import parts
+from llama_jax.plan.costs import cache_read_bytes, exchange_s, least_s, local_rows, matmul_params, seconds
+from llama_jax.sharding import ways
 from llama_jax.targets import Target, abstract_device
 
 
@@ -134,8 +134,8 @@ def compile_model(
         rows = batch_bucket(batch)
         length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
         chunk = chunk_length(split, rows, length, capacity)
-        cut = pieces(local_rows(rows, mesh.shape), chunk, parts("mlp"))
-    weights = sum(local_size(spec, split, mesh.shape) for spec in param_specs(split)) * dtype.itemsize
+        cut = pieces(local_rows(rows, mesh), chunk, ways("mlp"))
+    weights = sum(local_size(spec, split, mesh) for spec in param_specs(split)) * dtype.itemsize
     if weights > target.memory:
         raise DoesNotFit(
             f"the weights alone take {weights / 1e9:.1f} GB on each of {mesh.size} devices, and {target.name} has "
@@ -151,7 +151,7 @@ def compile_model(
     prefill = compiled(prefill_program(config, mesh, batch=rows, capacity=capacity, chunk=chunk, dtype=dtype))
     say(f"compiling a decode step of {rows} rows for {mesh.size} x {target.name}")
     decode = compiled(decode_program(config, mesh, batch=rows, capacity=capacity, dtype=dtype))
-    cache = cache_read_bytes(split, dtype.itemsize, rows, capacity, mesh.shape)
+    cache = cache_read_bytes(split, dtype.itemsize, rows, capacity, mesh)
     return ModelCompilation(
         target=target,
         mesh_shape=dict(mesh.shape) if mesh_shape else {},
@@ -176,7 +176,7 @@ def _phase(
     dtype: jnp.dtype,
     target: Target,
 ) -> Phase:
-    weights = matmul_params(config, local_rows(tokens, mesh.shape), mesh.shape)
+    weights = matmul_params(config, local_rows(tokens, mesh), mesh)
     read_bytes = round(weights * dtype.itemsize) + cache_bytes
     return Phase(
         name,

@@ -17,7 +17,7 @@ from llama_jax.decode import buckets
 from llama_jax.model import forward
 from llama_jax.params import Params
 from llama_jax.sampling import Logprobs, token_logprobs
-from llama_jax.sharding import local_size, parts
+from llama_jax.sharding import share, ways
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +59,7 @@ def prefill_chunk(
     else:
         slots = cache
     if prompt_logprobs is None:
-        count = buckets.pieces(local_size("batch", batch), length, parts("mlp"))
+        count = buckets.pieces(share("batch", batch), length, ways("mlp"))
         last = jnp.full((batch, 1), length // count - 1, jnp.int32)
         for ids, places in zip(jnp.split(tokens, count, axis=1), jnp.split(positions, count, axis=1), strict=True):
             logits, slots = forward(params, config, ids, places, slots, logits_at=last)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from llama_jax.config import LlamaConfig
 from llama_jax.layout import split_config
 from llama_jax.params import PROJECTION_AXES, Params
-from llama_jax.sharding import constrain, on
+from llama_jax.sharding import DeviceMesh, constrain, on
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 JOINED = (*_QKV, "gate_proj", "up_proj")
@@ -70,14 +70,14 @@ def _stack(gate: jax.Array, up: jax.Array) -> jax.Array:
     return constrain(jnp.stack([gate, up]), PROJECTION_AXES["gate_up_proj"])
 
 
-def arrange(params: Params, config: LlamaConfig, mesh: jax.sharding.Mesh | None, *, fuse: bool = True) -> LlamaConfig:
+def arrange(params: Params, config: LlamaConfig, mesh: DeviceMesh | None, *, fuse: bool = True) -> LlamaConfig:
     """Puts canonical parameters, in place, into the layout in which a mesh computes with them.
 
     Args:
-      params: on the devices of `mesh`, as `sharding.param_sharding` places them; anywhere if it is None.
+      params: on the devices of `mesh`, as `layout.param_sharding` places them; anywhere if it is None.
 
     Returns:
-      The config of what they are now (`sharding.split_config`).
+      The config of what they are now (`layout.split_config`).
     """
     split = split_config(config, mesh)
     with on(mesh):
@@ -92,7 +92,7 @@ def repeat_kv_heads(params: Params, config: LlamaConfig, repeated: LlamaConfig) 
 
     Args:
       params: of the model `config`, or adapters of it.
-      repeated: as `sharding.split_config` gives it.
+      repeated: as `layout.split_config` gives it.
     """
     times = repeated.num_kv_heads // config.num_kv_heads
     for leaves in _keys_and_values(params) if times > 1 else ():

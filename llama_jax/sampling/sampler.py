@@ -15,7 +15,7 @@ import numpy as np
 
 from llama_jax.sampling.params import GREEDY_BELOW, SamplingParams
 from llama_jax.sampling.truncation import truncate
-from llama_jax.sharding import constrain, local, reductions, split_over
+from llama_jax.sharding import MeshAxes, constrain, local, reductions, split_over
 
 _FORBIDDEN = -1e30
 
@@ -142,7 +142,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> Logprobs:
     return local(compute, {"logits": logits, "tokens": tokens}, axes, ("batch",))
 
 
-def _token_logprobs(logits: jax.Array, tokens: jax.Array, *, n: int, axis: str | None) -> Logprobs:
+def _token_logprobs(logits: jax.Array, tokens: jax.Array, *, n: int, axis: MeshAxes | None) -> Logprobs:
     logprobs = reductions.log_softmax(logits, axis)
     top, top_ids = reductions.top_k(logprobs, max(n, 1), axis)
     return Logprobs(reductions.take(logprobs, tokens, axis), top_ids, top)
@@ -188,7 +188,7 @@ def _noise(state: SamplerState, vocab: int) -> jax.Array:
 
 
 def _sample(
-    logits: jax.Array, state: SamplerState, noise: jax.Array | None, *, options: SamplerOptions, axis: str | None
+    logits: jax.Array, state: SamplerState, noise: jax.Array | None, *, options: SamplerOptions, axis: MeshAxes | None
 ) -> tuple[jax.Array, SamplerState, Logprobs | None]:
     """`sample` of this device's rows and part of the vocabulary."""
     raw = logits
