@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.params import ParamSpec
-from llama_jax.sharding.axes import RULES, Rules
-from llama_jax.sharding.mesh import automatic_mesh
-
-type Sizes = Mapping[str, int] | Mesh | AbstractMesh
-"""A mesh, or the sizes of its axes by name."""
+from llama_jax.sharding import RULES, AnyMesh, DeviceMesh, RuledMesh, automatic_mesh, jax_mesh, ruled
+from llama_jax.sharding.axes import refuse_unused
 
 
-def _sizes(mesh: Sizes) -> Mapping[str, int]:
-    return mesh if isinstance(mesh, Mapping) else mesh.shape
-
-
-def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: Sizes, rules: Rules = RULES) -> PartitionSpec:
-    """How one canonical parameter is split.
+def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> PartitionSpec:
+    """How one canonical parameter is split by the mesh's rules.
 
     A dimension that does not divide stays whole. Heads are split whole: what has to divide is their number too, not
     only the rows that hold them.
@@ -31,44 +24,43 @@ def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: Sizes, rules: Rul
     Raises:
       RequestError: the rules split two dimensions of the parameter over the same axis of the mesh.
     """
-    sizes = _sizes(mesh)
+    return ruled(mesh).spec(spec.axes, _units(spec, config), f"{spec.name} {spec.shape}")
+
+
+def local_size(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> int:
+    """How many of a parameter's numbers each device holds."""
+    parts = map(ruled(mesh).ways, spec.axes, _units(spec, config))
+    return spec.size // math.prod(parts)
+
+
+def _units(spec: ParamSpec, config: LlamaConfig) -> tuple[int, ...]:
+    """The parameter's shape, with the number of heads where a dimension is made of heads."""
     heads = {"q_heads": config.num_heads, "kv_heads": config.num_kv_heads}
-    split: list[str | None] = []
-    for axis, size in zip(spec.axes, spec.shape, strict=True):
-        over = rules.get(axis or "", "")
-        divides = over in sizes and heads.get(axis or "", size) % sizes[over] == 0 and size % sizes[over] == 0
-        split.append(over if divides else None)
-    used = [over for over in split if over is not None]
-    if len(used) > len(set(used)):
-        raise RequestError(
-            f"the rules split two dimensions of {spec.name} {spec.shape} over one axis of the mesh: {split}",
-            param="rules",
-            hint="give each of its logical axes, " + ", ".join(a for a in spec.axes if a) + ", an axis of its own",
-        )
-    return PartitionSpec(*split)
+    units = ((heads.get(axis or "", size), size) for axis, size in zip(spec.axes, spec.shape, strict=True))
+    return tuple(math.gcd(*unit) for unit in units)
 
 
-def param_sharding(config: LlamaConfig, mesh: Mesh, rules: Rules = RULES) -> Callable[[ParamSpec], NamedSharding]:
+def param_sharding(config: LlamaConfig, mesh: DeviceMesh) -> Callable[[ParamSpec], NamedSharding]:
     """The sharding of every parameter of a model, for the argument `sharding` of `load_params`.
 
-    A mesh that lacks the axes of the rules holds a whole copy on every device.
+    A mesh that lacks the axes of its rules holds a whole copy on every device.
     """
     automatic = automatic_mesh(mesh)
-    return lambda spec: NamedSharding(automatic, partition_spec(spec, config, automatic, rules))
+    return lambda spec: NamedSharding(jax_mesh(automatic), partition_spec(spec, config, automatic))
 
 
-def split_config(config: LlamaConfig, mesh: Sizes | None) -> LlamaConfig:
+def split_config(config: LlamaConfig, mesh: AnyMesh) -> LlamaConfig:
     """The model as it is computed on a mesh: with more key/value heads where there are fewer than devices.
 
     Each key/value head is repeated for the query heads that use it, until every device has what its own query heads
     need. The repeated model computes the same numbers. Heads that divide, and query heads that do not, leave the model
     as it is.
     """
-    over = 1 if mesh is None else _sizes(mesh).get(RULES["q_heads"], 1)
-    if config.num_heads % over:
+    ways = ruled(mesh).ways("kv_heads")
+    if config.num_heads % ways:
         return config
     # Both divide the number of query heads, so their least common multiple does too.
-    return config.replace(num_kv_heads=math.lcm(config.num_kv_heads, over))
+    return config.replace(num_kv_heads=math.lcm(config.num_kv_heads, ways))
 
 
 @dataclass(frozen=True)
@@ -78,46 +70,49 @@ class Split:
     Attributes:
       axis: its name, with what it belongs to where that differs between layers.
       size: of the model; None for the rows of a batch.
-      over: axis of the mesh.
-      ways: size of that axis.
-      parts: into how many parts it is split; 1 is whole.
+      over: axes of the mesh.
+      ways: the product of their sizes, and how they make it up, e.g. "tensor=8" or "data=2 x tensor=4".
+      parts: into how many parts it is split: all of `ways`, or 1, which is whole.
       note: why it is not simply split, or "".
     """
 
     axis: str
     size: int | None
-    over: str
-    ways: int
+    over: tuple[str, ...]
+    ways: str
     parts: int
     note: str = ""
 
     def __str__(self) -> str:
         what = self.axis if self.size is None else f"{self.axis} {self.size}"
         how = "split over" if self.parts > 1 else "whole on each device of"
-        return f"{what}: {how} {self.over}={self.ways}{', ' if self.note else ''}{self.note}"
+        return f"{what}: {how} {self.ways}{', ' if self.note else ''}{self.note}"
 
 
-def explain(config: LlamaConfig, mesh: Sizes) -> tuple[Split, ...]:
-    """What is split over which axis of the mesh, what stays whole, and why; axes of one device are left out."""
-    sizes, splits = _sizes(mesh), []
-    if (data := sizes.get(RULES["batch"], 1)) > 1:
-        splits.append(Split("batch", None, RULES["batch"], data, data, "rows are filled up to a multiple"))
+def explain(config: LlamaConfig, mesh: AnyMesh) -> tuple[Split, ...]:
+    """What is split over which axes of the mesh, what stays whole, and why; axes of one device are left out."""
+    by, splits = ruled(mesh), []
     for axis, size in _split_sizes(config):
-        over = RULES[axis.split()[0]]
-        if (ways := sizes.get(over, 1)) == 1:
+        name = axis.split()[0]
+        if not (over := by.over(name)):
             continue
-        divides, note = size % ways == 0, f"{ways} does not divide {size}"
-        if axis == "q_heads" and not divides:
+        ways = by.ways(name)
+        text = " x ".join(f"{a}={by.shape[a]}" for a in over)
+        if size is None:
+            splits.append(Split(axis, size, over, text, ways, "rows are filled up to a multiple"))
+            continue
+        parts, note = by.ways(name, size), "" if size % ways == 0 else f"{ways} does not divide {size}"
+        if note and axis == "q_heads":
             note += ", so every device computes all of attention"
-        if axis == "kv_heads" and not divides and config.num_heads % ways == 0:
+        if note and axis == "kv_heads" and config.num_heads % ways == 0:
             repeats = math.lcm(size, ways) // size
-            divides, note = True, f"each head is held {repeats} times, since {note}"
-        splits.append(Split(axis, size, over, ways, ways if divides else 1, note if size % ways else ""))
+            parts, note = ways, f"each head is held {repeats} times, since {note}"
+        splits.append(Split(axis, size, over, text, parts, note))
     return tuple(splits)
 
 
-def _split_sizes(config: LlamaConfig) -> list[tuple[str, int]]:
-    widths: dict[tuple[str, int], None] = {}
+def _split_sizes(config: LlamaConfig) -> list[tuple[str, int | None]]:
+    widths: dict[tuple[str, int | None], None] = {}
     for layer in config.layers:
         if not isinstance(layer.mlp, MoeSpec):
             widths["mlp", layer.mlp] = None
@@ -125,20 +120,44 @@ def _split_sizes(config: LlamaConfig) -> list[tuple[str, int]]:
         widths["mlp of each expert", layer.mlp.intermediate_size] = None
         if layer.mlp.shared_intermediate_size:
             widths["mlp of the shared expert", layer.mlp.shared_intermediate_size] = None
-    return [("q_heads", config.num_heads), ("kv_heads", config.num_kv_heads), *widths, ("vocab", config.vocab_size)]
+    heads = [("q_heads", config.num_heads), ("kv_heads", config.num_kv_heads)]
+    return [("batch", None), *heads, *widths, ("vocab", config.vocab_size)]
 
 
-def check(config: LlamaConfig, mesh: Sizes) -> None:
-    """Refuses a mesh over whose axis "tensor" nothing of the model can be split.
+def check(config: LlamaConfig, mesh: AnyMesh) -> None:
+    """Refuses a mesh with an axis over which nothing of the model can be split, and rules that programs cannot follow.
 
     Raises:
-      RequestError: with the numbers.
+      RequestError: with the numbers, or the rules.
     """
-    tensor = [split for split in explain(config, mesh) if split.over == "tensor"]
-    if tensor and all(split.parts == 1 for split in tensor):
-        numbers = ", ".join(f"{split.axis} {split.size}" for split in tensor)
-        raise RequestError(
-            f"tensor={tensor[0].ways} divides nothing of this model ({numbers}): every device would compute everything",
-            param="mesh",
-            hint="choose a number that divides the heads, or data=N, which splits the batch",
-        )
+    by = ruled(mesh)
+    if by.rules is not RULES:
+        refuse_unused(by.shape, by.rules)
+        _check_rules(by)
+    splits = [split for split in explain(config, mesh) if split.size is not None]
+    for axis in dict.fromkeys(a for split in splits for a in split.over):
+        over = [split for split in splits if axis in split.over]
+        if all(split.parts == 1 for split in over):
+            numbers = ", ".join(f"{split.axis} {split.size}" for split in over)
+            raise RequestError(
+                f"{over[0].ways} divides nothing of this model ({numbers}): every device would compute everything",
+                param="mesh",
+                hint="choose a number that divides the heads, or data=N, which splits the batch",
+            )
+
+
+def _check_rules(mesh: RuledMesh) -> None:
+    """Raises RequestError for rules under which programs would give other numbers, or none."""
+
+    def refuse(what: str, hint: str) -> RequestError:
+        return RequestError(f"rules {dict(mesh.rules)}: {what}", param="rules", hint=hint)
+
+    if other := sorted(mesh.rules.keys() - RULES.keys()):
+        raise refuse(f"{', '.join(other)} cannot be split", f"there are {', '.join(RULES)}")
+    if mesh.over("q_heads") != mesh.over("kv_heads"):
+        raise refuse("query heads are computed beside their key/value heads", "split q_heads and kv_heads alike")
+    for over in mesh.over("batch"):
+        if beside := [axis for axis in RULES if axis != "batch" and over in mesh.over(axis)]:
+            raise refuse(
+                f"batch and {', '.join(beside)} are both split over {over}", "rows of a batch need axes of their own"
+            )

@@ -23,6 +23,7 @@ from llama_jax.model.fuse import arrange
 from llama_jax.model.weights import compute_dtype
 from llama_jax.params import Params
 from llama_jax.plan import MeshRequest, resolve_mesh
+from llama_jax.sharding import DeviceMesh
 from llama_jax.targets import current
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 from llama_jax.text.tokenizer.check import check_tokenizer
@@ -35,15 +36,15 @@ class Model:
     Attributes:
       params: parameter tree on its devices, canonical (`llama_jax.params`) or fused (`llama_jax.model.fuse`).
       config: what the model is; on a mesh with more devices than key/value heads, with these heads repeated
-        (`sharding.split_config`).
-      mesh: the devices that the parameters are sharded over, or None for one device.
+        (`layout.split_config`).
+      mesh: the devices that the parameters are sharded over, with its rules; or None for one device.
       generation_config: contents of the model's generation_config.json.
       name: what it was loaded from.
     """
 
     params: Params
     config: LlamaConfig
-    mesh: jax.sharding.Mesh | None = None
+    mesh: DeviceMesh | None = None
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
 
@@ -85,12 +86,13 @@ def load(
       model: the default model's name, a folder (Orbax checkpoint, Hugging Face or Meta), a GGUF file, or "org/name" on
         the Hugging Face hub.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
-      mesh: devices to spread the model over, by the rules of `llama_jax.sharding`: heads, hidden units and the
-        vocabulary over its axis "tensor", rows of a batch over "data". A mesh without "tensor" holds a copy of the
-        parameters on every device. What is not simply split is told to `notify`. "auto" chooses, from the devices that
-        are here and their free memory: as few devices for a copy of the model as hold it with as many rows as there are
-        devices, of 4096 tokens, and the others for further copies (`llama_jax.plan.AutoMesh` states other numbers).
-        What it has chosen, and why, is told to `notify`, and stands in the model's `mesh`, None for one device.
+      mesh: devices to spread the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):
+        heads, hidden units and the vocabulary over its axis "tensor", rows of a batch over "data". A mesh without
+        "tensor" holds a copy of the parameters on every device. What is not simply split is told to `notify`. "auto"
+        chooses, from the devices that are here and their free memory: as few devices for a copy of the model as hold it
+        with as many rows as there are devices, of 4096 tokens, and the others for further copies
+        (`llama_jax.plan.AutoMesh` states other numbers). What it has chosen, and why, is told to `notify`, and stands
+        in the model's `mesh`, None for one device.
       convert: False reads a source in another format as it is and puts no converted copy on the disk: the same tree,
         though there are no digests to check, and quantised weights are decoded anew each time.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
@@ -134,13 +136,13 @@ def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
         self_check(notify)
 
 
-def _sharding(config: LlamaConfig, mesh: jax.sharding.Mesh | None) -> Placements:
+def _sharding(config: LlamaConfig, mesh: DeviceMesh | None) -> Placements:
     return None if mesh is None else param_sharding(config, mesh)
 
 
 def _placed(
     config: LlamaConfig, mesh: MeshRequest, dtype: jnp.dtype, notify: Callable[[str], None] | None
-) -> jax.sharding.Mesh | None:
+) -> DeviceMesh | None:
     """The devices. Refuses a mesh of no use; says what was chosen, and what is not simply split."""
     devices = resolve_mesh(mesh, config, dtype, notify)
     if devices is None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.folders import cache_dir
+
+if TYPE_CHECKING:
+    from llama_jax.sharding import DeviceMesh
 
 
 def default_dtype() -> jnp.dtype:
@@ -15,7 +19,7 @@ def default_dtype() -> jnp.dtype:
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def device_name(device: jax.Device | None = None, mesh: jax.sharding.Mesh | None = None) -> str:
+def device_name(device: jax.Device | None = None, mesh: DeviceMesh | None = None) -> str:
     """How a device, or a mesh, is shown to people, e.g. "cpu (TFRT_CPU_0)", "4 x cpu (data=2, tensor=2)"."""
     if mesh is not None:
         kinds = " and ".join(sorted({d.device_kind for d in mesh.devices.flat}))

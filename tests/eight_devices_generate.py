@@ -34,7 +34,7 @@ from helpers import (
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_chat_model import write_chat_model
 
-from llama_jax import sharding
+from llama_jax import layout, sharding
 from llama_jax.aot.programs import prefill_program
 from llama_jax.cache import DenseCache, NewCache
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, preset
@@ -42,6 +42,7 @@ from llama_jax.convert.direct import load_source
 from llama_jax.convert.run import open_source
 from llama_jax.decode import buckets, loop
 from llama_jax.decode import prefill as prefill_module
+from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.kernels import report
 from llama_jax.kernels.attention import Visibility, attention, attention_reference
@@ -59,7 +60,7 @@ MESHES = ("tensor=2", "data=2,tensor=4")
 
 def on_mesh(params: Params, config: LlamaConfig, mesh: Mesh, **options: Any) -> Model:
     """Canonical parameters as `load` would have placed them."""
-    where = sharding.param_sharding(config, mesh)
+    where = layout.param_sharding(config, mesh)
     flat = flatten(params)
     placed = unflatten({s.name: jax.device_put(flat[s.name], where(s)) for s in param_specs(config)})
     return Model(placed, arrange(placed, config, mesh, **options), mesh)
@@ -80,7 +81,7 @@ def test_generate_equals_transformers(case: str, mesh: str) -> None:
     """Greedy tokens through `batch_generate` and its cache; logits; and each device holds its own part alone."""
     golden, made = load_golden(case), sharding.make_mesh(mesh)
     source = open_source(GOLDENS / case)
-    where = sharding.param_sharding(source.config, made)
+    where = layout.param_sharding(source.config, made)
     params = load_source(source, dtype=jnp.dtype("float32"), sharding=where)
     source.close()
     config = arrange(params, source.config, made)
@@ -94,7 +95,7 @@ def test_generate_equals_transformers(case: str, mesh: str) -> None:
     with sharding.on(made):
         logits, _ = run(params, config, golden.tokens, golden.positions)
     assert error(logits, golden.logits, golden.mask) < TOLERANCE
-    rows, vocab = sharding.partition_spec(param_specs(config)[0], config, made)[0], config.vocab_size
+    rows, vocab = layout.partition_spec(param_specs(config)[0], config, made)[0], config.vocab_size
     assert logits.sharding.shard_shape(logits.shape)[2] == vocab // (made.shape["tensor"] if rows else 1)
 
 
@@ -320,12 +321,12 @@ def collectives(hlo: str) -> Counter[tuple[str, int]]:
 def abstract_model(name: str, layers: int, mesh: Mesh) -> tuple[Params, LlamaConfig]:
     """A preset's fused parameters as shapes with places; nothing is allocated."""
     config = preset(name)
-    config = sharding.split_config(config.replace(layers=config.layers[:layers]), mesh)
-    specs = {s.name: sharding.partition_spec(s, config, mesh) for s in param_specs(config)}
+    config = layout.split_config(config.replace(layers=config.layers[:layers]), mesh)
+    specs = {s.name: layout.partition_spec(s, config, mesh) for s in param_specs(config)}
 
     def place(name: str, leaf: Any) -> Any:
         axes = PROJECTION_AXES.get(name.split(".")[-2], ())
-        over = (sharding.RULES.get(a or "") for a in axes)
+        over = (sharding.RULES.get(a or "", (None,))[0] for a in axes)
         spec = specs.get(name) or PartitionSpec(*(o if o in mesh.shape else None for o in over))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
@@ -394,7 +395,7 @@ def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(buckets, "PIECE_TOKENS", 16)
     prefill_module.prefill_chunk.clear_cache()
     with sharding.on(mesh):
-        assert buckets.pieces(2, buckets.prompt_bucket(41), sharding.parts("mlp")) == 2
+        assert buckets.pieces(2, buckets.prompt_bucket(41), sharding.ways("mlp")) == 2
         cache: Any = NewCache(4, 80, jnp.dtype(jnp.float32), page_size)
         logits, cache, _ = prefill_module.prefill(model.params, model.config, texts, cache, padded_rows=4)
     assert [int((row >= 0).sum()) for row in cache.positions[:3]] == [3, 20, 41]
@@ -483,7 +484,7 @@ def test_load_and_generate(folder: Path) -> None:
         said: list[str] = []
         model, _ = load(folder, mesh=sharding.make_mesh(tensor=4), fuse=fuse, notify=said.append)
         assert generate(model, tokenizer, "The quick", max_tokens=6) == want
-        notes = [str(s) for s in sharding.explain(plain.config, {"tensor": 4}) if s.note]
+        notes = [str(s) for s in layout.explain(plain.config, {"tensor": 4}) if s.note]
         assert [line for line in said if "tensor=4" in line] == notes
         assert notes
 

@@ -36,6 +36,7 @@ from llama_jax.generation import batch_generate
 from llama_jax.layout import partition_spec
 from llama_jax.loading import load
 from llama_jax.params import flatten, param_specs, unflatten
+from llama_jax.sharding import RuledMesh, Rules
 
 EIGHT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 CONFIG = config_from_hf(LLAMA)
@@ -129,8 +130,8 @@ def test_rules(name: str, size: int, expected: tuple[str | None, ...]) -> None:
 def test_other_rules() -> None:
     spec = next(s for s in param_specs(CONFIG) if s.name == "layers.0.attn.q_proj.weight")
     mesh = AbstractMesh((4, 2), ("x", "y"))
-    rules = {"q_heads": "x", "embed": "y"}
-    assert partition_spec(spec, CONFIG, mesh, rules) == PartitionSpec("x", "y")  # type: ignore[arg-type]
+    ruled = RuledMesh(mesh, Rules({"q_heads": "x", "embed": "y"}))
+    assert partition_spec(spec, CONFIG, ruled) == PartitionSpec("x", "y")  # type: ignore[arg-type]
     assert partition_spec(spec, CONFIG, mesh) == PartitionSpec(None, None)  # type: ignore[arg-type]
 
 

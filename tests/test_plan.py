@@ -31,7 +31,7 @@ from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.layout import split_config
 from llama_jax.params import count_params
-from llama_jax.plan import Bytes, Place, Plan, Workload, calls, costs, make_plan, smallest_mesh
+from llama_jax.plan import Bytes, DeviceShare, Plan, Workload, calls, costs, make_plan, smallest_mesh
 from llama_jax.plan.backends import Backends, backends
 from llama_jax.plan.roofline import collectives, decode_floor, prefill_floor
 from llama_jax.targets import find
@@ -86,27 +86,27 @@ def assert_close(predicted: Bytes, actual: Bytes) -> None:
 @pytest.mark.parametrize(("rows", "tokens", "capacity"), [(1, 16, 128), (2, 512, 1024)])
 @pytest.mark.parametrize("name", MODELS)
 def test_prefill_on_the_cpu(name: str, rows: int, tokens: int, capacity: int) -> None:
-    place = Place(MODELS[name], find("cpu"), {}, 4)
+    share = DeviceShare(MODELS[name], find("cpu"), {}, 4)
     program = prefill_program(MODELS[name], batch=rows, capacity=capacity, chunk=tokens, dtype="float32")
-    assert_close(place.prefill(rows, tokens, capacity, Backends()), compiled(program))
+    assert_close(share.prefill(rows, tokens, capacity, Backends()), compiled(program))
 
 
 @pytest.mark.parametrize(("rows", "capacity"), [(1, 128), (32, 512)])
 @pytest.mark.parametrize("name", MODELS)
 def test_decode_on_the_cpu(name: str, rows: int, capacity: int) -> None:
-    place = Place(MODELS[name], find("cpu"), {}, 4)
+    share = DeviceShare(MODELS[name], find("cpu"), {}, 4)
     program = decode_program(MODELS[name], batch=rows, capacity=capacity, dtype="float32")
-    assert_close(place.decode(rows, capacity, Backends()), compiled(program))
+    assert_close(share.decode(rows, capacity, Backends()), compiled(program))
 
 
 @pytest.mark.slow
 def test_a_published_model_on_the_cpu() -> None:
     config = preset("llama-3.2-1b")
-    place = Place(config, find("cpu"), {}, 4)
+    share = DeviceShare(config, find("cpu"), {}, 4)
     program = prefill_program(config, batch=8, capacity=1024, chunk=512, dtype="float32")
-    assert_close(place.prefill(8, 512, 1024, Backends()), compiled(program))
+    assert_close(share.prefill(8, 512, 1024, Backends()), compiled(program))
     assert_close(
-        place.decode(8, 1024, Backends()), compiled(decode_program(config, batch=8, capacity=1024, dtype="float32"))
+        share.decode(8, 1024, Backends()), compiled(decode_program(config, batch=8, capacity=1024, dtype="float32"))
     )
 
 
@@ -126,23 +126,23 @@ def test_published_models_on_mi300x(name: str, ways: int, rows: int, backend: st
 def assert_mi300x(name: str, ways: int, rows: int, attention: str) -> None:
     config, target, sizes = preset(name), find("mi300x"), {"tensor": ways}
     mesh = device_mesh(target, sizes)
-    place = Place(config, target, sizes, 2)
+    share = DeviceShare(config, target, sizes, 2)
     shape = {"rows": rows, "capacity": 2048}
 
     def chosen(tokens: int) -> Backends:
-        return backends(place.config, target, sizes, "bfloat16", tokens=tokens, **shape)
+        return backends(share.config, target, sizes, "bfloat16", tokens=tokens, **shape)
 
     assert chosen(1).attention == attention
     for program, predicted, exchanged in (
         (
             prefill_program(config, mesh, batch=rows, capacity=2048, chunk=256, dtype="bfloat16"),
-            place.prefill(rows, 256, 2048, chosen(256)),
-            collectives(place.config, sizes, rows=rows, tokens=256, itemsize=2),
+            share.prefill(rows, 256, 2048, chosen(256)),
+            collectives(share.config, sizes, rows=rows, tokens=256, itemsize=2),
         ),
         (
             decode_program(config, mesh, batch=rows, capacity=2048, dtype="bfloat16"),
-            place.decode(rows, 2048, chosen(1)),
-            collectives(place.config, sizes, rows=rows, tokens=1, itemsize=2, greedy=True),
+            share.decode(rows, 2048, chosen(1)),
+            collectives(share.config, sizes, rows=rows, tokens=1, itemsize=2, greedy=True),
         ),
     ):
         compilation = compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
@@ -162,31 +162,31 @@ def test_arguments_on_a_mesh(name: str, sizes: dict[str, int]) -> None:
     """Eight devices have more than there are key/value heads; three divide the vocabulary and widths of nothing."""
     config = MODELS[name].replace(vocab_size=4098)
     mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    place = Place(config, find("mi300x"), sizes, 2)
+    share = DeviceShare(config, find("mi300x"), sizes, 2)
     params, state = decode_program(config, mesh, batch=8, capacity=256, dtype="bfloat16").args
 
     def nbytes(tree: Any) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-    assert place.weights == nbytes(params)
-    assert place.weights < count_params(place.config) * 2 or "tensor" not in sizes
+    assert share.weights == nbytes(params)
+    assert share.weights < count_params(share.config) * 2 or "tensor" not in sizes
     rows = 8 // sizes.get("data", 1)
-    assert place.cache(rows, 256) == nbytes((state.cache.k, state.cache.v))
+    assert share.cache(rows, 256) == nbytes((state.cache.k, state.cache.v))
     # Two scalars are not read by a greedy step.
-    assert 0 <= nbytes(state) - place.state(rows, 256) <= 8
+    assert 0 <= nbytes(state) - share.state(rows, 256) <= 8
 
 
 def test_kernels_need_no_logits_in_memory() -> None:
-    place = Place(preset("llama-3.1-8b"), find("mi300x"), {}, 2)
-    reference = place.temporary(1, 512, 4096, Backends())
-    kernel = place.temporary(1, 512, 4096, Backends(attention="pallas_triton"))
+    share = DeviceShare(preset("llama-3.1-8b"), find("mi300x"), {}, 2)
+    reference = share.temporary(1, 512, 4096, Backends())
+    kernel = share.temporary(1, 512, 4096, Backends(attention="pallas_triton"))
     assert reference - kernel == (4 + 2) * 32 * 512 * 4096 - 3 * 512 * 14336 * 2
 
 
 def test_cache_in_pages() -> None:
-    place = Place(MODELS["llama"], find("mi300x"), {}, 2)
+    share = DeviceShare(MODELS["llama"], find("mi300x"), {}, 2)
     token = 2 * 3 * 4 * 32 * 2
-    assert place.paged_cache(5, 129, 64) == 5 * 3 * (64 * token + 4 * 64 + 4)
+    assert share.paged_cache(5, 129, 64) == 5 * 3 * (64 * token + 4 * 64 + 4)
 
 
 @given(st.integers(1, 5000), st.integers(1, 20000))
@@ -199,12 +199,12 @@ def test_a_cache_grows_until_it_holds_everything(padded: int, new: int) -> None:
 
 def test_phases_of_a_plan() -> None:
     plan = make_plan(MODELS["llama"], find("mi300x"), workload=Workload(3, 4096, 100))
-    needs, place = plan.needs, Place(MODELS["llama"], find("mi300x"), {}, 2)
+    needs, share = plan.needs, DeviceShare(MODELS["llama"], find("mi300x"), {}, 2)
     assert plan.shapes == calls(MODELS["llama"], {}, plan.workload)
     assert (plan.shapes.rows, plan.shapes.padded, plan.shapes.capacities) == (4, 128, (1280, 2560, 5120))
     layer = (256 * 256 * 2 + 2 * 704 * 256) * 2  # q, k and v; gate and up
     assert needs.loading == needs.weights + layer
-    assert needs.growing == needs.weights + place.state(4, 2560) + place.state(4, 5120)
+    assert needs.growing == needs.weights + share.state(4, 2560) + share.state(4, 5120)
     assert needs.cache == 4 * 5120 * 2 * 3 * 128 * 2
     assert needs.peak == max(needs.loading, needs.growing, needs.prefill.total, needs.decode.total)
     assert plan.usable == int(0.75 * 192 * 2**30)
@@ -212,10 +212,10 @@ def test_phases_of_a_plan() -> None:
 
 def test_heads_that_do_not_divide_are_read_whole() -> None:
     """Eight devices and four key/value heads: while loading, each device has all four."""
-    place = Place(MODELS["llama"], find("mi300x"), {"tensor": 8}, 2)
+    share = DeviceShare(MODELS["llama"], find("mi300x"), {"tensor": 8}, 2)
     kv_rows = 4 * 32 - 32  # of all heads, less the one that it keeps
     joint = (32 * 3 + 2 * 88) * 256 * 2
-    assert place.loading == place.weights + 3 * 2 * kv_rows * 256 * 2 + joint
+    assert share.loading == share.weights + 3 * 2 * kv_rows * 256 * 2 + joint
 
 
 # --- What fits --------------------------------------------------------------------------------------------------------

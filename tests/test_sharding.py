@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from llama_jax import sharding
+from llama_jax import layout, sharding
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, preset
 from llama_jax.errors import NoDevice, RequestError
 from llama_jax.params import param_specs
+from llama_jax.plan import Workload, make_plan
+from llama_jax.sharding import RuledMesh, Rules
+from llama_jax.targets import find
 
 
 @pytest.mark.timeout(600)  # a process of its own, for some tens of seconds on an idle machine
@@ -119,7 +122,7 @@ def test_more_places_than_devices() -> None:
     with sharding.on(mesh):
         assert not sharding.in_use()
     with sharding.on(None):
-        assert sharding.parts("mlp") == 1
+        assert sharding.ways("mlp") == 1
 
 
 # --- Rules ------------------------------------------------------------------------------------------------------------
@@ -129,15 +132,15 @@ def test_colliding_rules_are_refused() -> None:
     config = tiny_config(LayerSpec(mlp=MoeSpec(4, 2, 12)))
     spec = next(s for s in param_specs(config) if s.name.endswith("experts.gate_proj.weight"))
     with pytest.raises(RequestError, match=r"two dimensions of layers\.0.*\(4, 12, 16\)") as caught:
-        sharding.partition_spec(spec, config, {"tensor": 2}, {"expert": "tensor", "mlp": "tensor"})
+        layout.partition_spec(spec, config, RuledMesh({"tensor": 2}, Rules({"expert": "tensor", "mlp": "tensor"})))
     assert "expert, mlp, embed" in caught.value.hint
-    rules = {"expert": "expert", "mlp": "tensor"}
-    found = sharding.partition_spec(spec, config, {"tensor": 2, "expert": 2}, rules)
+    rules = Rules({"expert": "expert", "mlp": "tensor"})
+    found = layout.partition_spec(spec, config, RuledMesh({"tensor": 2, "expert": 2}, rules))
     assert found == PartitionSpec("expert", "tensor", None)
 
 
 def lines(config: LlamaConfig, **sizes: int) -> list[str]:
-    return [str(split) for split in sharding.explain(config, sizes)]
+    return [str(split) for split in layout.explain(config, sizes)]
 
 
 def test_what_is_said_about_real_models() -> None:
@@ -171,16 +174,16 @@ def test_what_is_said_about_real_models() -> None:
 
 def test_a_mesh_of_no_use_is_refused() -> None:
     with pytest.raises(RequestError, match=r"tensor=7 divides nothing of this model \(q_heads 9, kv_heads 3, mlp 1536"):
-        sharding.check(preset("smollm2-135m"), {"tensor": 7})
-    sharding.check(preset("smollm2-135m"), {"tensor": 2})
-    sharding.check(preset("smollm2-135m"), {"data": 7})
+        layout.check(preset("smollm2-135m"), {"tensor": 7})
+    layout.check(preset("smollm2-135m"), {"tensor": 2})
+    layout.check(preset("smollm2-135m"), {"data": 7})
 
 
 @given(st.integers(1, 12), st.integers(1, 8), st.integers(1, 32))
 def test_repeated_heads(kv_heads: int, group: int, tensor: int) -> None:
     """As few as will do; the query heads of a device find theirs on it."""
     config = tiny_config(num_kv_heads=kv_heads, num_heads=kv_heads * group)
-    split = sharding.split_config(config, {"tensor": tensor})
+    split = layout.split_config(config, {"tensor": tensor})
     if config.num_heads % tensor:
         assert split == config
         return
@@ -205,13 +208,80 @@ def test_parts_of_all_parameters(tensor: int, seed: int) -> None:
         num_heads=kv_heads * (1 + seed % 5),
         vocab_size=40 + seed % 9,
     )
-    config = sharding.split_config(config, {"tensor": tensor})
+    config = layout.split_config(config, {"tensor": tensor})
     mesh = AbstractMesh((tensor,), ("tensor",))
-    said = {(s.axis.split()[0], s.size): s.parts for s in sharding.explain(config, mesh)}
+    said = {(s.axis.split()[0], s.size): s.parts for s in layout.explain(config, mesh)}
     sizes = {"q_heads": config.num_heads, "kv_heads": config.num_kv_heads}
     for spec in param_specs(config):
-        split = sharding.partition_spec(spec, config, mesh)
+        split = layout.partition_spec(spec, config, mesh)
         assert math.prod(tensor for over in split if over) in (1, tensor)
         for axis, size, over in zip(spec.axes, spec.shape, split, strict=True):
             if axis in sharding.RULES and tensor > 1:
                 assert (over is not None) == (said[axis, sizes.get(axis, size)] > 1)
+
+
+# --- Rules of one's own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(600)
+def test_other_rules_on_eight_devices() -> None:
+    on_eight_devices("eight_devices_rules.py", "-m", "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_kind_of_model_by_other_rules() -> None:
+    on_eight_devices("eight_devices_rules.py", "-m", "slow")
+
+
+def test_rules_are_values() -> None:
+    rules = Rules({"mlp": ("fsdp", "tensor"), "batch": "data"})
+    assert rules == Rules({"batch": ("data",), "mlp": ["fsdp", "tensor"]})  # type: ignore[dict-item]
+    assert hash(rules) == hash(Rules({"batch": "data", "mlp": ("fsdp", "tensor")}))
+    assert rules != Rules({"mlp": ("tensor", "fsdp"), "batch": "data"})
+    with pytest.raises(RequestError, match="names an axis twice"):
+        Rules({"mlp": ("tensor", "tensor")})
+
+
+def test_axes_that_the_rules_use_can_be_given() -> None:
+    rules = {"mlp": ("fsdp", "tensor")}
+    assert sharding.axes.checked_sizes({"fsdp": 2, "tensor": 4}, Rules(rules)) == {"fsdp": 2, "tensor": 4}
+    with pytest.raises(RequestError, match="nothing is split over the axis 'data'") as caught:
+        sharding.make_mesh(data=2, rules=rules)
+    assert "fsdp and tensor" in caught.value.hint
+    with pytest.raises(RequestError, match="nothing is split over the axis 'data'"):
+        layout.check(tiny_config(), RuledMesh({"data": 2, "tensor": 2}, Rules(rules)))
+
+
+@pytest.mark.parametrize(
+    ("rules", "says"),
+    [
+        ({"mpl": "tensor"}, "mpl cannot be split"),
+        ({"expert": "expert", "mlp": "tensor"}, "expert cannot be split"),
+        ({"q_heads": "tensor"}, "beside their key/value heads"),
+        ({"batch": "tensor", "vocab": "tensor"}, "batch and vocab are both split over tensor"),
+    ],
+)
+def test_rules_that_no_program_follows(rules: dict[str, str], says: str) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
+        layout.check(tiny_config(), RuledMesh({"tensor": 2, "expert": 1}, Rules(rules)))
+    assert caught.value.param == "rules"
+    assert caught.value.hint
+
+
+def test_plans_follow_the_rules() -> None:
+    """A tensor axis under another name costs the same; two axes for the MLP alone are counted where they are."""
+    config, target = preset("llama-3.1-8b"), find("mi300x")
+    workload = Workload(batch=8, context=4096)
+    renamed = RuledMesh({"expert": 8}, Rules({name: "expert" for name in sharding.RULES if name != "batch"}))
+    a, b = (make_plan(config, target, mesh, workload) for mesh in (renamed, {"tensor": 8}))
+    assert (a.needs, a.prefill, a.decode, a.shapes) == (b.needs, b.prefill, b.decode, b.shapes)
+    heads = {"q_heads": "tensor", "kv_heads": "tensor"}
+    sizes = {"fsdp": 2, "tensor": 4}
+    mixed = make_plan(config, target, RuledMesh(sizes, Rules({**heads, "mlp": ("fsdp", "tensor")})), workload)
+    norms, attention, mlp, vocab = 65 * 4096, 32 * 4096 * 2 * (4096 + 1024), 32 * 4096 * 3 * 14336, 2 * 128256 * 4096
+    assert mixed.needs.weights == 2 * (norms + attention // 4 + mlp // 8 + vocab)
+    # Of each layer a sum over the four devices that share heads, and one over all eight; the vocabulary is whole.
+    sums = {(c.devices, c.bytes): c.count for c in mixed.decode.collectives}
+    row = 8 * config.hidden_size * 2
+    assert sums == {(4, row): 32, (8, row): 32}

@@ -21,7 +21,7 @@ from llama_jax.decode.buckets import batch_bucket, cache_bucket, chunk_length, p
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.layout import split_config
 from llama_jax.plan.costs import cache_read_bytes, exchange_s, held_bytes, least_s, local_rows, read_bytes, seconds
-from llama_jax.sharding import parts
+from llama_jax.sharding import ways
 from llama_jax.targets import Target, abstract_device
 
 
@@ -133,8 +133,8 @@ def compile_model(
         rows = batch_bucket(batch)
         length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
         chunk = chunk_length(split, rows, length, capacity)
-        cut = pieces(local_rows(rows, mesh.shape), chunk, parts("mlp"))
-    weights = held_bytes(split, dtype.itemsize, mesh.shape)
+        cut = pieces(local_rows(rows, mesh), chunk, ways("mlp"))
+    weights = held_bytes(split, dtype.itemsize, mesh)
     if weights > target.memory:
         raise DoesNotFit(
             f"the weights alone take {weights / 1e9:.1f} GB on each of {mesh.size} devices, and {target.name} has "
@@ -150,7 +150,7 @@ def compile_model(
     prefill = compiled(prefill_program(config, mesh, batch=rows, capacity=capacity, chunk=chunk, dtype=dtype))
     say(f"compiling a decode step of {rows} rows for {mesh.size} x {target.name}")
     decode = compiled(decode_program(config, mesh, batch=rows, capacity=capacity, dtype=dtype))
-    cache = cache_read_bytes(split, dtype.itemsize, rows, capacity, mesh.shape)
+    cache = cache_read_bytes(split, dtype.itemsize, rows, capacity, mesh)
     return ModelCompilation(
         target=target,
         mesh_shape=dict(mesh.shape) if mesh_shape else {},
@@ -175,7 +175,7 @@ def _phase(
     dtype: jnp.dtype,
     target: Target,
 ) -> Phase:
-    read = read_bytes(config, dtype.itemsize, local_rows(tokens, mesh.shape), mesh.shape) + cache_bytes
+    read = read_bytes(config, dtype.itemsize, local_rows(tokens, mesh), mesh) + cache_bytes
     return Phase(
         name,
         tokens,

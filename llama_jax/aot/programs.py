@@ -16,19 +16,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from llama_jax.cache import DENSE_AXES, DenseCache, NewCache
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import decode_step, idle_state
 from llama_jax.decode.prefill import prefill_chunk
-from llama_jax.layout import partition_spec, split_config
+from llama_jax.layout import param_sharding, split_config
 from llama_jax.model.fuse import fuse_params
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplingParams, make_sampler
 from llama_jax.schemes import leaf_axes
-from llama_jax.sharding import RULES, Axes
+from llama_jax.sharding import Axes, DeviceMesh, jax_mesh, ruled
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ _decode_step = partial(jax.jit, static_argnames=("config", "profile"), donate_ar
 
 
 def prefill_program(
-    config: LlamaConfig, mesh: Mesh | None = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
+    config: LlamaConfig, mesh: DeviceMesh | None = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
 ) -> Program:
     """The first `chunk` tokens of the prompts of `batch` rows, into a new cache of `capacity` slots a row.
 
@@ -70,7 +70,7 @@ def prefill_program(
 
 
 def decode_program(
-    config: LlamaConfig, mesh: Mesh | None = None, *, batch: int, capacity: int, dtype: DTypeLike
+    config: LlamaConfig, mesh: DeviceMesh | None = None, *, batch: int, capacity: int, dtype: DTypeLike
 ) -> Program:
     """One greedy decode step of `batch` rows over a cache of `capacity` slots a row, its state donated."""
     config = split_config(config, mesh)
@@ -82,7 +82,9 @@ def decode_program(
     return Program("decode", _decode_step, args, {"config": config, "profile": profile})
 
 
-def _dense_cache(config: LlamaConfig, mesh: Mesh | None, batch: int, capacity: int, dtype: DTypeLike) -> DenseCache:
+def _dense_cache(
+    config: LlamaConfig, mesh: DeviceMesh | None, batch: int, capacity: int, dtype: DTypeLike
+) -> DenseCache:
     """Shapes of a cache and where it lies."""
     cache = jax.eval_shape(partial(DenseCache.create, config, batch, capacity, dtype))
     k, v = ([_array(x.shape, x.dtype, DENSE_AXES, mesh) for x in each] for each in (cache.k, cache.v))
@@ -90,28 +92,26 @@ def _dense_cache(config: LlamaConfig, mesh: Mesh | None, batch: int, capacity: i
     return jax.tree.unflatten(jax.tree.structure(cache), [*k, *v, positions, length])
 
 
-def fused_parameters(config: LlamaConfig, mesh: Mesh | None, dtype: DTypeLike) -> Params:
+def fused_parameters(config: LlamaConfig, mesh: DeviceMesh | None, dtype: DTypeLike) -> Params:
     """Shapes and shardings of the parameters as `load` lays them out."""
     fused = flatten(jax.eval_shape(partial(fuse_params, config=config), abstract_params(config, dtype)))
     if mesh is None:
         return unflatten(fused)
-    specs = {s.name: partition_spec(s, config, mesh) for s in param_specs(config)}
+    where = param_sharding(config, mesh)
+    canonical = {s.name: where(s) for s in param_specs(config)}
 
-    def place(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if name in specs:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, specs[name]))
+    def lay_out(name: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if name in canonical:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=canonical[name])
         leaf, _, member = name.rpartition(".")
         members = [other.rpartition(".")[2] for other in fused if other.rpartition(".")[0] == leaf]
         return _array(x.shape, x.dtype, leaf_axes(members, PROJECTION_AXES[leaf.rpartition(".")[2]])[member], mesh)
 
-    return unflatten({name: place(name, x) for name, x in fused.items()})
+    return unflatten({name: lay_out(name, x) for name, x in fused.items()})
 
 
-def _array(shape: tuple[int, ...], dtype: Any, axes: Axes, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+def _array(shape: tuple[int, ...], dtype: Any, axes: Axes, mesh: DeviceMesh | None) -> jax.ShapeDtypeStruct:
     """The shape, laid out by the rules; a dimension that does not divide stays whole."""
     if mesh is None:
         return jax.ShapeDtypeStruct(shape, dtype)
-    over = [RULES.get(axis or "") for axis in axes]
-    sizes = [mesh.shape.get(o, 1) if o else 1 for o in over]
-    split = (o if n > 1 and size % n == 0 else None for o, n, size in zip(over, sizes, shape, strict=False))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*split)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax_mesh(mesh), ruled(mesh).spec(axes, shape)))

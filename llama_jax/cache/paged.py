@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Visibility, attention
-from llama_jax.sharding import constrain, local, parts
+from llama_jax.sharding import constrain, local, ways
 
 DEFAULT_PAGE_SIZE = 64
 """A block of the decode kernels then lies in one page on every target, and a row leaves 32 slots unused on average."""
@@ -170,7 +170,7 @@ class PagedCache:
         check_page_size(page_size)
         per_row = -(-capacity // page_size)
         count = batch * per_row if pages is None else pages
-        replicas = parts("batch")
+        replicas = ways("batch")
         if batch % replicas or count % replicas:
             raise RequestError(
                 f"{batch} rows and {count} pages cannot be divided among {replicas} replicas of the model",
@@ -379,9 +379,9 @@ class PagedCache:
         )
 
     def _check_mesh(self, *, packed: bool) -> None:
-        if self.replicas != parts("batch"):
+        if self.replicas != ways("batch"):
             raise RequestError(
-                f"the paged cache has {self.replicas} pools, the mesh in use {parts('batch')} replicas of the model",
+                f"the paged cache has {self.replicas} pools, the mesh in use {ways('batch')} replicas of the model",
                 param="cache",
                 hint="create the cache inside of `sharding.on(mesh)`",
             )

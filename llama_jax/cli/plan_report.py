@@ -92,17 +92,17 @@ def _rate(plan: Plan) -> str:
 
 def _programs(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> dict[str, tuple[Bytes, Any]]:
     """Of each program what was predicted for the shapes that were compiled, and its compilation."""
-    from llama_jax.plan import Place
+    from llama_jax.plan import DeviceShare
     from llama_jax.plan.costs import local_rows
 
-    place = Place(config, plan.target, plan.sizes, plan.workload.itemsize)
+    share = DeviceShare(config, plan.target, plan.sizes, plan.workload.itemsize)
     rows = local_rows(xla.batch, plan.sizes)
     return {
         "prefill": (
-            place.prefill(rows, xla.chunk, xla.capacity, plan.prefill_backends),
+            share.prefill(rows, xla.chunk, xla.capacity, plan.prefill_backends),
             xla.prefill.compilation,
         ),
-        "decode": (place.decode(rows, xla.capacity, plan.decode_backends), xla.decode.compilation),
+        "decode": (share.decode(rows, xla.capacity, plan.decode_backends), xla.decode.compilation),
     }
 
 

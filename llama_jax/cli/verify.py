@@ -125,10 +125,10 @@ def _check_numbers(
 
     runtime.enable_compilation_cache()
     config = open_checkpoint(path).config
-    placed = verification.place(path, config, mesh, progress=reporter.progress, notify=reporter.notify)
+    model = verification.load_float32(path, config, mesh, progress=reporter.progress, notify=reporter.notify)
     reporter.warn_of_unused_gpu()
     try:
-        computed = verification.compute(placed.params, placed.config, inputs, placed.mesh)
+        computed = verification.compute(model.params, model.config, inputs, model.mesh)
         if save_logits:
             verification.save(save_logits, inputs, computed)
         result = verification.compare(computed, inputs, expected)
@@ -139,7 +139,7 @@ def _check_numbers(
         print(f"failed: {reason}", file=sys.stderr)
     if result.ok and not quiet:
         print(
-            f"ok: {path} agrees with {expected} on {runtime.device_name(mesh=placed.mesh)} in float32", file=sys.stderr
+            f"ok: {path} agrees with {expected} on {runtime.device_name(mesh=model.mesh)} in float32", file=sys.stderr
         )
     print_json(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llama_jax.config import LlamaConfig
-from llama_jax.sharding import local_size, parts
+from llama_jax.sharding import share, ways
 
 MIN_PROMPT = 16
 MAX_CHUNK = 2048
@@ -47,23 +47,23 @@ def capacities(padded: int, new: int) -> tuple[int, ...]:
 
 def batch_bucket(rows: int) -> int:
     """Padded batch size: powers of two, and the same number on every device of the mesh in use."""
-    return -(-(1 << (rows - 1).bit_length()) // parts("batch")) * parts("batch")
+    return -(-(1 << (rows - 1).bit_length()) // ways("batch")) * ways("batch")
 
 
 def chunk_length(config: LlamaConfig, batch: int, prompt: int, capacity: int) -> int:
     """Prompt tokens of one prefill call; divides the padded prompt length."""
     chunk = min(prompt, MAX_CHUNK)
-    rows, heads = local_size("batch", batch), local_size("kv_heads", config.num_kv_heads)
+    rows, heads = share("batch", batch), share("kv_heads", config.num_kv_heads)
     heads *= config.num_heads // config.num_kv_heads
     while chunk % 2 == 0 and chunk > 128 and 4 * rows * heads * chunk * capacity > ATTENTION_BYTES:
         chunk //= 2
     return chunk
 
 
-def pieces(rows: int, length: int, ways: int) -> int:
+def pieces(rows: int, length: int, devices: int) -> int:
     """Into how many pieces a device's `rows` rows of `length` prompt tokens are cut in one prefill call.
 
-    Two where `ways` devices add up what they computed: XLA's scheduler then lets one piece compute while the sums of
+    Two where several `devices` add up what they computed: XLA's scheduler then lets one piece compute while the sums of
     the other are under way. Each piece needs the keys and values of the one before, layer by layer, and no more.
     """
-    return 2 if ways > 1 and length % 2 == 0 and rows * length >= 2 * PIECE_TOKENS else 1
+    return 2 if devices > 1 and length % 2 == 0 and rows * length >= 2 * PIECE_TOKENS else 1

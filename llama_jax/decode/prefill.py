@@ -15,7 +15,7 @@ from llama_jax.decode import buckets
 from llama_jax.model import forward
 from llama_jax.params import Params
 from llama_jax.sampling import MAX_LOGPROBS, Logprobs, token_logprobs
-from llama_jax.sharding import local_size, parts
+from llama_jax.sharding import share, ways
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +67,7 @@ def prefill_chunk(
         flat = token_logprobs(logits.reshape(batch * length, -1), next_tokens.reshape(-1), MAX_LOGPROBS)
         logprobs = jax.tree.map(lambda x: x.reshape(batch, length, *x.shape[1:]), flat)
     else:
-        count = buckets.pieces(local_size("batch", batch), length, parts("mlp"))
+        count = buckets.pieces(share("batch", batch), length, ways("mlp"))
         last = jnp.full((batch, 1), length // count - 1, jnp.int32)
         for ids, at in zip(jnp.split(tokens, count, axis=1), jnp.split(positions, count, axis=1), strict=True):
             logits, part = run(ids, at, part, logits_at=last)

@@ -13,7 +13,7 @@ from llama_jax.decode.prefill import fork_rows, prefill
 from llama_jax.generation.request import Requests
 from llama_jax.loading import Model
 from llama_jax.sampling import Logprobs, SamplingParams, make_sampler
-from llama_jax.sharding import on, parts
+from llama_jax.sharding import on, ways
 
 NO_ROW = np.iinfo(np.int32).max
 """Beyond the last row of every cache: padding among row numbers."""
@@ -113,7 +113,7 @@ class Session:
 
     def _several_pools(self) -> bool:
         """Whether rows are in pools of different replicas, so that they have no pages in common."""
-        return self._requests.page_size is not None and parts("batch") > 1
+        return self._requests.page_size is not None and ways("batch") > 1
 
     def _on_devices[**P, R](self, dispatch: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """A call for the model's mesh. Not a context around `run`: the caller's own code runs between its yields."""

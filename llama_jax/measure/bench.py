@@ -31,7 +31,8 @@ from llama_jax.measure.profiling import ProgramTime, profile
 from llama_jax.model.fuse import arrange
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
 from llama_jax.plan import MeshRequest, resolve_mesh
-from llama_jax.plan.costs import ONE_DEVICE, prefill_flops, step_bytes
+from llama_jax.plan.costs import prefill_flops, step_bytes
+from llama_jax.sharding import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class BenchResult:
     spread: float
 
 
-def environment(dtype: DTypeLike, mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+def environment(dtype: DTypeLike, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     """What a number depends on besides the code."""
     from importlib.metadata import version
 
@@ -177,7 +178,6 @@ def bench(
             decodes.append(batch * (new - 1) / timing.generation_tps)
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
     step = decode / (new - 1)
-    sizes = ONE_DEVICE if model.mesh is None else model.mesh.shape
     return BenchResult(
         batch=batch,
         prompt=prompt,
@@ -186,10 +186,10 @@ def bench(
         prefill_tps=batch * prompt / prefill,
         step_s=step,
         decode_tps=batch / step,
-        mbu=step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, sizes)
+        mbu=step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, model.mesh)
         / step
         / ceilings.read_bytes_per_s,
-        mfu=prefill_flops(model.config, batch, prompt, sizes) / prefill / ceilings.matmul_flops_per_s,
+        mfu=prefill_flops(model.config, batch, prompt, model.mesh) / prefill / ceilings.matmul_flops_per_s,
         spread=(max(decodes) - min(decodes)) / decode,
     )
 

@@ -23,12 +23,13 @@ from llama_jax.decode import loop
 from llama_jax.disk import storage_errors
 from llama_jax.errors import RequestError, VerificationError
 from llama_jax.layout import check, param_sharding
+from llama_jax.loading import Model
 from llama_jax.model import forward
 from llama_jax.model.fuse import arrange
 from llama_jax.params import Params
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.sampling import SamplingParams, make_sampler
-from llama_jax.sharding import on, parts
+from llama_jax.sharding import DeviceMesh, on, ways
 
 TOLERANCE = 5e-5
 """Largest difference of a logit, as a share of the largest absolute logit."""
@@ -53,20 +54,6 @@ class Inputs:
     tokens: np.ndarray
     mask: np.ndarray
     greedy: int
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A checkpoint's parameters on their devices, canonical and in float32.
-
-    Attributes:
-      config: as it is computed on the mesh (`sharding.split_config`).
-      mesh: None for one device.
-    """
-
-    params: Params
-    config: LlamaConfig
-    mesh: jax.sharding.Mesh | None = None
 
 
 @dataclass(frozen=True)
@@ -142,15 +129,15 @@ def read_inputs(path: str | Path) -> Inputs:
     return Inputs(tokens.astype(np.int64), mask, greedy[1] if greedy else 0)
 
 
-def place(
+def load_float32(
     path: Path,
     config: LlamaConfig,
     mesh: MeshRequest = None,
     *,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
-) -> Placed:
-    """Reads a checkpoint, whose digests have been checked before, for `compute`.
+) -> Model:
+    """A checkpoint, whose digests have been checked before, for `compute`: canonical and in float32.
 
     Args:
       mesh, progress, notify: those of `load`.
@@ -163,10 +150,11 @@ def place(
         check(config, devices)
     where = None if devices is None else param_sharding(config, devices)
     params = load_params(path, dtype="float32", sharding=where, verify=False, progress=progress)
-    return Placed(*arrange(params, config, devices, fuse=False, donate=True), devices)
+    params, config = arrange(params, config, devices, fuse=False, donate=True)
+    return Model(params, config, devices, name=str(path))
 
 
-def compute(params: Params, config: LlamaConfig, inputs: Inputs, mesh: jax.sharding.Mesh | None = None) -> Computed:
+def compute(params: Params, config: LlamaConfig, inputs: Inputs, mesh: DeviceMesh | None = None) -> Computed:
     """Runs the model: one pass over the tokens with a cache, then single steps with that cache.
 
     Args:
@@ -179,7 +167,7 @@ def compute(params: Params, config: LlamaConfig, inputs: Inputs, mesh: jax.shard
     batch = len(inputs.tokens)
     with on(mesh):
         # The first rows once more: every row has to show a token.
-        rows = np.arange(-(-batch // parts("batch")) * parts("batch")) % batch
+        rows = np.arange(-(-batch // ways("batch")) * ways("batch")) % batch
         computed = _compute(params, config, Inputs(inputs.tokens[rows], inputs.mask[rows], inputs.greedy))
     return Computed(computed.logits[:batch], computed.greedy[:batch])
 

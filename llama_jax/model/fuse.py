@@ -20,7 +20,7 @@ from llama_jax.layout import split_config
 from llama_jax.model.adapters import MEMBERS
 from llama_jax.params import JOINT, PROJECTION_AXES, Params
 from llama_jax.schemes import leaf_axes
-from llama_jax.sharding import Axes, constrain, on
+from llama_jax.sharding import Axes, DeviceMesh, constrain, on
 
 JOINED = tuple(part for parts in JOINT.values() for part in parts)
 """Projections that become part of a joint one; routed experts stay as they are."""
@@ -84,7 +84,7 @@ def _stack(gate: jax.Array, up: jax.Array, *, axes: Axes) -> jax.Array:
 
 
 def arrange(
-    params: Params, config: LlamaConfig, mesh: jax.sharding.Mesh | None, *, fuse: bool = True, donate: bool = False
+    params: Params, config: LlamaConfig, mesh: DeviceMesh | None, *, fuse: bool = True, donate: bool = False
 ) -> tuple[Params, LlamaConfig]:
     """Canonical parameters in the layout in which a mesh computes with them.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from llama_jax.plan.automatic import AUTO, AutoMesh, MeshRequest, resolve_mesh
 from llama_jax.plan.device_memory import MEMORY_FRACTION, memory_fraction
-from llama_jax.plan.memory import Bytes, Needs, Place
+from llama_jax.plan.memory import Bytes, DeviceShare, Needs
 from llama_jax.plan.mesh_choice import Candidate, MeshChoice, choose_mesh, smallest_mesh
 from llama_jax.plan.roofline import Floor
 from llama_jax.plan.search import Plan, make_plan
@@ -25,11 +25,11 @@ __all__ = [
     "Bytes",
     "Calls",
     "Candidate",
+    "DeviceShare",
     "Floor",
     "MeshChoice",
     "MeshRequest",
     "Needs",
-    "Place",
     "Plan",
     "Workload",
     "calls",

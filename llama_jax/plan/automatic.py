@@ -16,7 +16,7 @@ from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.plan.device_memory import free_bytes
 from llama_jax.plan.mesh_choice import MeshChoice, choose_mesh
 from llama_jax.plan.workload import Workload, default_workload
-from llama_jax.sharding import automatic_mesh, make_mesh
+from llama_jax.sharding import DeviceMesh, RuledMesh, automatic_mesh, make_mesh
 from llama_jax.targets import Target, default_device, of_device
 
 AUTO = "auto"
@@ -50,13 +50,13 @@ class AutoMesh:
         return workload
 
 
-type MeshRequest = Mesh | AutoMesh | Literal["auto"] | None
+type MeshRequest = DeviceMesh | AutoMesh | Literal["auto"] | None
 """What `load` takes: the devices themselves, or the wish that they be chosen."""
 
 
 def resolve_mesh(
     mesh: MeshRequest, config: LlamaConfig, dtype: DTypeLike, notify: Callable[[str], None] | None = None
-) -> Mesh | None:
+) -> DeviceMesh | None:
     """The mesh that was asked for, with automatic axes; None for one device.
 
     Args:
@@ -69,7 +69,7 @@ def resolve_mesh(
     """
     if mesh is None:
         return None
-    if isinstance(mesh, Mesh):
+    if isinstance(mesh, Mesh | RuledMesh):
         return automatic_mesh(mesh)
     request = AutoMesh() if mesh == AUTO else mesh
     if not isinstance(request, AutoMesh):
@@ -109,7 +109,7 @@ def _devices() -> tuple[Target, list[jax.Device], list[jax.Device]]:
 def explain_choice(choice: MeshChoice, workload: Workload, kind: str, devices: int) -> str:
     """One line: what was chosen, of what, and why."""
     chosen = choice.chosen
-    place = f"{chosen.devices} of {devices} x {kind}" if devices > 1 else kind
+    here = f"{chosen.devices} of {devices} x {kind}" if devices > 1 else kind
     reasons = [_memory(choice)]
     if choice.rejected:
         need = choice.rejected[-1]
@@ -118,7 +118,7 @@ def explain_choice(choice: MeshChoice, workload: Workload, kind: str, devices: i
     if chosen.devices < devices:
         rows = "1 row has" if workload.batch == 1 else f"{workload.batch} rows have"
         reasons.append(f"{rows} no use for more copies, but a larger tensor=N of your own may be faster")
-    return f"Loading on {place} ({_axes(chosen.sizes)}), chosen for {_text(workload)}: {'; '.join(reasons)}"
+    return f"Loading on {here} ({_axes(chosen.sizes)}), chosen for {_text(workload)}: {'; '.join(reasons)}"
 
 
 def _memory(choice: MeshChoice) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
@@ -14,6 +13,7 @@ from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.dispatch import choose
 from llama_jax.kernels.moe import grouped_experts
 from llama_jax.plan.costs import local_heads
+from llama_jax.sharding import AnyMesh
 from llama_jax.targets import Target
 
 
@@ -26,18 +26,18 @@ class Backends:
 
 
 def backends(
-    config: LlamaConfig, target: Target, sizes: Mapping[str, int], dtype: str, *, rows: int, tokens: int, capacity: int
+    config: LlamaConfig, target: Target, mesh: AnyMesh, dtype: str, *, rows: int, tokens: int, capacity: int
 ) -> Backends:
     """What "auto" stands for on one device of a target, for `tokens` tokens in each of `rows` rows.
 
     Args:
-      config: as `sharding.split_config` gives it for the mesh of these sizes.
+      config: as `layout.split_config` gives it for the mesh.
     """
 
     def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    heads, kv_heads = local_heads(config, sizes)
+    heads, kv_heads = local_heads(config, mesh)
     slots = array(rows, kv_heads, capacity, config.head_dim)
     attention = choose(
         decode_attention if tokens <= MAX_QUERIES else flash_attention,

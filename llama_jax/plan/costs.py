@@ -1,48 +1,37 @@
 """What a model costs to run, counted from its shapes: weights and keys that are read, and arithmetic.
 
-Everything is counted for one device of a mesh, the one that has most to do. `sizes` are the sizes of the mesh's axes by
-name; an empty mapping is one device. Key/value heads are those of `config`: on a mesh give `sharding.split_config`.
+Everything is counted for one device of a mesh, the one that has most to do; without a mesh, for one device. Key/value
+heads are those of `config`: on a mesh give `layout.split_config`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
-from llama_jax.layout import partition_spec
+from llama_jax.layout import local_size
 from llama_jax.params import ParamSpec, canonical_specs, param_specs
-from llama_jax.sharding import RULES
+from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import Collective, Target
 
-Sizes = Mapping[str, int]
-ONE_DEVICE: Sizes = MappingProxyType({})
 
-
-def local_size(spec: ParamSpec, config: LlamaConfig, sizes: Sizes = ONE_DEVICE) -> int:
-    """Numbers of a parameter that one device holds."""
-    return spec.size // math.prod(sizes[over] for over in partition_spec(spec, config, sizes) if over)
-
-
-def held_bytes(config: LlamaConfig, itemsize: int, sizes: Sizes = ONE_DEVICE) -> int:
+def held_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh = None) -> int:
     """Bytes of the parameters that one device holds.
 
     Args:
       itemsize: bytes of a number of the dtype that the model computes in.
     """
-    return sum(local_size(s, config, sizes) * s.itemsize(itemsize) for s in param_specs(config))
+    return sum(local_size(s, config, mesh) * s.itemsize(itemsize) for s in param_specs(config))
 
 
-def local_rows(batch: int, sizes: Sizes) -> int:
+def local_rows(batch: int, mesh: AnyMesh) -> int:
     """Rows of a batch that one device works on: the most that any has."""
-    return -(-batch // sizes.get(RULES["batch"], 1))
+    return -(-batch // ruled(mesh).ways("batch"))
 
 
-def local_heads(config: LlamaConfig, sizes: Sizes) -> tuple[int, int]:
+def local_heads(config: LlamaConfig, mesh: AnyMesh) -> tuple[int, int]:
     """Query heads and key/value heads of one device: split together, or not at all."""
-    ways = sizes.get(RULES["kv_heads"], 1)
-    ways = 1 if config.num_kv_heads % ways else ways
+    ways = ruled(mesh).ways("kv_heads", config.num_kv_heads)
     return config.num_heads // ways, config.num_kv_heads // ways
 
 
@@ -58,14 +47,14 @@ def share_used(spec: ParamSpec, config: LlamaConfig, tokens: int) -> float:
     return min(1.0, tokens * moe.top_k / moe.num_experts)
 
 
-def matmul_params(config: LlamaConfig, tokens: int, sizes: Sizes = ONE_DEVICE) -> float:
+def matmul_params(config: LlamaConfig, tokens: int, mesh: AnyMesh = None) -> float:
     """Weights that a step of `tokens` tokens multiplies with."""
-    return sum(local_size(s, config, sizes) * share_used(s, config, tokens) for s in canonical_specs(config))
+    return sum(local_size(s, config, mesh) * share_used(s, config, tokens) for s in canonical_specs(config))
 
 
-def read_bytes(config: LlamaConfig, itemsize: int, tokens: int, sizes: Sizes = ONE_DEVICE) -> int:
+def read_bytes(config: LlamaConfig, itemsize: int, tokens: int, mesh: AnyMesh = None) -> int:
     """Bytes of the parameters that a step of `tokens` tokens reads, as they are stored: each that it uses once."""
-    used = ((s, local_size(s, config, sizes) * share_used(s, config, tokens)) for s in param_specs(config))
+    used = ((s, local_size(s, config, mesh) * share_used(s, config, tokens)) for s in param_specs(config))
     return round(sum(numbers * spec.itemsize(itemsize) for spec, numbers in used))
 
 
@@ -87,38 +76,38 @@ def _triangle(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def cache_read_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> int:
+def cache_read_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, mesh: AnyMesh = None) -> int:
     """Bytes of keys and values that a decode step reads when each row has `length` tokens: of what it can see."""
     seen = sum(attended(layer, length) for layer in config.layers)
-    return 2 * local_rows(batch, sizes) * seen * local_heads(config, sizes)[1] * config.head_dim * itemsize
+    return 2 * local_rows(batch, mesh) * seen * local_heads(config, mesh)[1] * config.head_dim * itemsize
 
 
-def step_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> int:
+def step_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, mesh: AnyMesh = None) -> int:
     """Bytes that a decode step must read: every weight that it uses once, and the cache of `length` tokens a row."""
-    weights = read_bytes(config, itemsize, local_rows(batch, sizes), sizes)
-    return weights + cache_read_bytes(config, itemsize, batch, length, sizes)
+    weights = read_bytes(config, itemsize, local_rows(batch, mesh), mesh)
+    return weights + cache_read_bytes(config, itemsize, batch, length, mesh)
 
 
-def step_flops(config: LlamaConfig, batch: int, length: int, sizes: Sizes = ONE_DEVICE) -> float:
+def step_flops(config: LlamaConfig, batch: int, length: int, mesh: AnyMesh = None) -> float:
     """Multiplications and additions of a decode step when each row has `length` tokens."""
     attention = 4 * sum(attended(layer, length) for layer in config.layers)
-    attention *= local_heads(config, sizes)[0] * config.head_dim
-    return local_rows(batch, sizes) * (2 * matmul_params(config, 1, sizes) + attention)
+    attention *= local_heads(config, mesh)[0] * config.head_dim
+    return local_rows(batch, mesh) * (2 * matmul_params(config, 1, mesh) + attention)
 
 
-def prefill_flops(config: LlamaConfig, batch: int, prompt: int, sizes: Sizes = ONE_DEVICE) -> float:
+def prefill_flops(config: LlamaConfig, batch: int, prompt: int, mesh: AnyMesh = None) -> float:
     """Multiplications and additions of a prompt. Of all tokens the products up to the last layer's queries, keys and
     values, and attention up to the layer before; of the last token what follows."""
     *before, last = config.layers
     once = sum(
-        local_size(s, config, sizes) * share_used(s, config, 1)
+        local_size(s, config, mesh) * share_used(s, config, 1)
         for s in canonical_specs(config)
         if _of_last_token(s, config)
     )
     attention = 4 * (sum(attended_by_all(layer, prompt) for layer in before) + attended(last, prompt))
-    attention *= local_heads(config, sizes)[0] * config.head_dim
-    products = 2 * (prompt * (matmul_params(config, 1, sizes) - once) + once)
-    return local_rows(batch, sizes) * (products + attention)
+    attention *= local_heads(config, mesh)[0] * config.head_dim
+    products = 2 * (prompt * (matmul_params(config, 1, mesh) - once) + once)
+    return local_rows(batch, mesh) * (products + attention)
 
 
 def _of_last_token(spec: ParamSpec, config: LlamaConfig) -> bool:

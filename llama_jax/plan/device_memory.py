@@ -33,7 +33,7 @@ def memory_fraction() -> float:
         raise RequestError(f"{name}={os.environ[name]!r} is no number", param=name, hint="e.g. 0.9") from None
 
 
-def share(target: Target, fraction: float) -> int | None:
+def usable_bytes(target: Target, fraction: float) -> int | None:
     """Bytes of a device that jax may use; None where the table has no memory for the target."""
     return int(target.memory * fraction) if target.memory else None
 
@@ -46,7 +46,7 @@ def free_bytes(devices: Sequence[jax.Device], target: Target) -> int | None:
       devices: which are all of the kind `target`.
     """
     known = [_free(device) for device in devices]
-    found = [share(target, memory_fraction()) if free is None else free for free in known]
+    found = [usable_bytes(target, memory_fraction()) if free is None else free for free in known]
     each = [free for free in found if free is not None]
     return min(each) if each and len(each) == len(found) else None
 

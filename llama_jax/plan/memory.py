@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
-from llama_jax.layout import split_config
+from llama_jax.layout import local_size, split_config
 from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
 from llama_jax.plan.backends import Backends
-from llama_jax.plan.costs import held_bytes, local_heads, local_size
+from llama_jax.plan.costs import held_bytes, local_heads
 from llama_jax.plan.workload import Calls
-from llama_jax.sharding import RULES
+from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import Target
 
 _STATE_ROW = 74
@@ -50,49 +50,48 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class Place:
-    """One device of a mesh, and what it holds of a model.
+class DeviceShare:
+    """What one device of a mesh holds of a model.
 
     Attributes:
       model: as it is read.
-      sizes: of the mesh's axes, by name.
+      mesh: its sizes and rules; devices are not asked for.
       itemsize: bytes of a number of activations, cache, and weights, of which a scheme may give some others.
     """
 
     model: LlamaConfig
     target: Target
-    sizes: Mapping[str, int]
+    mesh: AnyMesh
     itemsize: int
 
     @cached_property
     def config(self) -> LlamaConfig:
         """The model as it is computed on the mesh: with key/value heads repeated where there are too few."""
-        return split_config(self.model, self.sizes)
+        return split_config(self.model, self.mesh)
 
-    def split(self, axis: str, size: int) -> int:
+    def of(self, axis: str, size: int) -> int:
         """How much of a dimension one device has."""
-        ways = self.sizes.get(RULES[axis], 1)
-        return size if size % ways else size // ways
+        return ruled(self.mesh).share(axis, size)
 
     @cached_property
     def weights(self) -> int:
         """Parameters, in the layout of `fuse`, which has as many numbers as the canonical one."""
-        return held_bytes(self.config, self.itemsize, self.sizes)
+        return held_bytes(self.config, self.itemsize, self.mesh)
 
     @cached_property
     def loading(self) -> int:
         """Peak while the weights are read, with key/value heads that do not divide whole on each device, and while one
         layer's joint projections are made of parts that are still there."""
-        read = held_bytes(self.model, self.itemsize, self.sizes)
+        read = held_bytes(self.model, self.itemsize, self.mesh)
         joint: Counter[str] = Counter()
         for spec in param_specs(self.config):
             if spec.path[-2] in JOINED and "experts" not in spec.path:
-                joint[spec.path[1]] += local_size(spec, self.config, self.sizes) * spec.itemsize(self.itemsize)
+                joint[spec.path[1]] += local_size(spec, self.config, self.mesh) * spec.itemsize(self.itemsize)
         return max(read, self.weights) + max(joint.values())
 
     def cache(self, rows: int, slots: int) -> int:
         """Keys and values of all layers. A layer with a window keeps as many as the others."""
-        heads = local_heads(self.config, self.sizes)[1]
+        heads = local_heads(self.config, self.mesh)[1]
         return 2 * self.config.num_layers * rows * slots * heads * self.config.head_dim * self.itemsize
 
     def paged_cache(self, rows: int, tokens: int, page_size: int = PAGE_SIZE) -> int:
@@ -103,7 +102,7 @@ class Place:
     def prefill(self, rows: int, tokens: int, capacity: int, backends: Backends) -> Bytes:
         """The first chunk of the prompts into a new cache; in later ones the cache is donated."""
         tables = 4 * rows * (capacity + 1)
-        logits = 4 * rows * self.split("vocab", self.config.vocab_size)
+        logits = 4 * rows * self.of("vocab", self.config.vocab_size)
         return Bytes(
             arguments=self.weights + 8 * rows * tokens + 4 * rows,
             outputs=logits + self.cache(rows, capacity) + tables,
@@ -124,7 +123,7 @@ class Place:
         """Bytes that XLA's CPU compiler lends to other arrays until the last layer's keys are written there."""
         if self.target.vendor != "cpu":
             return 0
-        heads = local_heads(self.config, self.sizes)[1]
+        heads = local_heads(self.config, self.mesh)[1]
         return rows * capacity * heads * self.config.head_dim * self.itemsize
 
     def temporary(self, rows: int, tokens: int, capacity: int, backends: Backends, *, unwritten: int = 0) -> int:
@@ -142,7 +141,7 @@ class Place:
         blocks = [self._attention(rows, tokens if before else 1, capacity, backends)]
         blocks += [self._mlp(layer, rows * tokens, backends, unwritten) for layer in set(before)]
         blocks += [self._mlp(last, rows, backends)]  # of the last token alone
-        logits = 4 * rows * self.split("vocab", self.config.vocab_size)
+        logits = 4 * rows * self.of("vocab", self.config.vocab_size)
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
@@ -150,16 +149,16 @@ class Place:
         the chip."""
         if backends.attention != "reference":
             return 0
-        heads = local_heads(self.config, self.sizes)[0]
+        heads = local_heads(self.config, self.mesh)[0]
         return (4 + self.itemsize) * rows * heads * tokens * capacity
 
     def _mlp(self, layer: LayerSpec, tokens: int, backends: Backends, unwritten: int = 0) -> int:
         """gate, up, and their product; of routed experts, for each of a token's experts, with what they are made of."""
         if not isinstance(layer.mlp, MoeSpec):
-            each = tokens * self.split("mlp", layer.mlp) * self.itemsize
+            each = tokens * self.of("mlp", layer.mlp) * self.itemsize
             return (2 if each <= unwritten else 3) * each
         moe = layer.mlp
-        rows = tokens * moe.top_k * self.split("mlp", moe.intermediate_size) * self.itemsize
+        rows = tokens * moe.top_k * self.of("mlp", moe.intermediate_size) * self.itemsize
         if backends.moe != "reference":
             return 3 * rows
         # On GPUs the ragged product of the reference first transposes the experts of a layer.
@@ -172,7 +171,7 @@ class Place:
         total = 0
         for layer in layers:
             if isinstance(layer.mlp, MoeSpec):
-                width = self.split("mlp", layer.mlp.intermediate_size)
+                width = self.of("mlp", layer.mlp.intermediate_size)
                 total += 3 * layer.mlp.num_experts * width * self.config.hidden_size * self.itemsize
         return total
 
@@ -213,7 +212,7 @@ class Needs:
         }
 
 
-def needs(place: Place, shapes: Calls, context: int, prefill: Backends, decode: Backends) -> Needs:
+def needs(share: DeviceShare, shapes: Calls, context: int, prefill: Backends, decode: Backends) -> Needs:
     """What a workload takes on one device.
 
     Args:
@@ -224,13 +223,13 @@ def needs(place: Place, shapes: Calls, context: int, prefill: Backends, decode: 
     rows, first, last = shapes.rows, shapes.capacities[0], shapes.capacities[-1]
     growing = 0
     if len(shapes.capacities) > 1:
-        growing = place.weights + place.state(rows, shapes.capacities[-2]) + place.state(rows, last)
+        growing = share.weights + share.state(rows, shapes.capacities[-2]) + share.state(rows, last)
     return Needs(
-        weights=place.weights,
-        cache=place.cache(rows, last),
-        paged_cache=place.paged_cache(rows, context),
-        loading=place.loading,
-        prefill=place.prefill(rows, shapes.chunk, first, prefill),
-        decode=place.decode(rows, last, decode),
+        weights=share.weights,
+        cache=share.cache(rows, last),
+        paged_cache=share.paged_cache(rows, context),
+        loading=share.loading,
+        prefill=share.prefill(rows, shapes.chunk, first, prefill),
+        decode=share.decode(rows, last, decode),
         growing=growing,
     )

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.layout import check
-from llama_jax.plan.device_memory import MEMORY_FRACTION, share
-from llama_jax.plan.memory import Place
+from llama_jax.plan.device_memory import MEMORY_FRACTION, usable_bytes
+from llama_jax.plan.memory import DeviceShare
 from llama_jax.plan.search import needs_of
 from llama_jax.plan.workload import Workload
 from llama_jax.targets import Target
@@ -73,7 +73,7 @@ def choose_mesh(
     for sizes in _possible(config, target, workload, devices):
         peak = None
         if usable is not None:
-            peak = needs_of(Place(config, target, sizes, workload.itemsize), workload).peak
+            peak = needs_of(DeviceShare(config, target, sizes, workload.itemsize), workload).peak
         tried.append(Candidate(sizes, peak))
         if tried[-1].fits(usable) is not False:
             break
@@ -93,7 +93,7 @@ def smallest_mesh(
     Args:
       memory_fraction: of each device's memory that jax may use.
     """
-    usable = share(target, memory_fraction)
+    usable = usable_bytes(target, memory_fraction)
     return dict(choose_mesh(config, target, workload, devices=devices, usable=usable).chosen.sizes)
 
 

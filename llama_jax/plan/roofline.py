@@ -9,7 +9,6 @@ latencies and everything below the peak come on top.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llama_jax.config import LlamaConfig, MoeSpec
@@ -26,7 +25,7 @@ from llama_jax.plan.costs import (
     step_flops,
 )
 from llama_jax.plan.workload import Workload
-from llama_jax.sharding import RULES
+from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import Collective, Target
 
 
@@ -64,43 +63,43 @@ class Floor:
 
 
 def decode_floor(
-    config: LlamaConfig, target: Target, sizes: Mapping[str, int], workload: Workload, *, latency_s: float = 0.0
+    config: LlamaConfig, target: Target, mesh: AnyMesh, workload: Workload, *, latency_s: float = 0.0
 ) -> Floor:
     """Of a decode step when every text has reached the whole context.
 
     Args:
-      config: as `sharding.split_config` gives it for the mesh.
+      config: as `layout.split_config` gives it for the mesh.
       latency_s: seconds of each collective besides what its bytes take.
     """
     w = workload
     return _floor(
         target,
         w.dtype,
-        step_bytes(config, w.itemsize, w.batch, w.context, sizes),
-        step_flops(config, w.batch, w.context, sizes),
-        collectives(config, sizes, rows=local_rows(w.batch, sizes), tokens=1, itemsize=w.itemsize, greedy=True),
+        step_bytes(config, w.itemsize, w.batch, w.context, mesh),
+        step_flops(config, w.batch, w.context, mesh),
+        collectives(config, mesh, rows=local_rows(w.batch, mesh), tokens=1, itemsize=w.itemsize, greedy=True),
         latency_s,
     )
 
 
 def prefill_floor(
-    config: LlamaConfig, target: Target, sizes: Mapping[str, int], workload: Workload, *, latency_s: float = 0.0
+    config: LlamaConfig, target: Target, mesh: AnyMesh, workload: Workload, *, latency_s: float = 0.0
 ) -> Floor:
     """Of all prompts at once: weights are read once, keys and values written.
 
     Args: as `decode_floor`.
     """
     w = workload
-    rows = local_rows(w.batch, sizes)
-    cache = 2 * config.num_layers * rows * w.prompt * local_heads(config, sizes)[1] * config.head_dim
+    rows = local_rows(w.batch, mesh)
+    cache = 2 * config.num_layers * rows * w.prompt * local_heads(config, mesh)[1] * config.head_dim
     return _floor(
         target,
         w.dtype,
-        read_bytes(config, w.itemsize, rows * w.prompt, sizes) + cache * w.itemsize,
-        prefill_flops(config, w.batch, w.prompt, sizes),
-        collectives(config, sizes, rows=rows, tokens=w.prompt, itemsize=w.itemsize),
+        read_bytes(config, w.itemsize, rows * w.prompt, mesh) + cache * w.itemsize,
+        prefill_flops(config, w.batch, w.prompt, mesh),
+        collectives(config, mesh, rows=rows, tokens=w.prompt, itemsize=w.itemsize),
         latency_s,
-        overlapped=pieces(rows, w.prompt, sizes.get(RULES["mlp"], 1)) > 1,
+        overlapped=pieces(rows, w.prompt, ruled(mesh).ways("mlp")) > 1,
     )
 
 
@@ -126,33 +125,33 @@ def _floor(
 
 
 def collectives(
-    config: LlamaConfig, sizes: Mapping[str, int], *, rows: int, tokens: int, itemsize: int, greedy: bool = False
+    config: LlamaConfig, mesh: AnyMesh, *, rows: int, tokens: int, itemsize: int, greedy: bool = False
 ) -> tuple[Collective, ...]:
-    """What the rules of sharding make devices exchange: after each block that is split over "tensor" one sum of its
-    output and one for the embedding, of each piece where prefill runs in pieces; with `greedy` sampling the best token
+    """What the rules of sharding make devices exchange: after each block that is split one sum of its output
+    and one for the embedding, of each piece where prefill runs in pieces; with `greedy` sampling the best token
     of each device's part of the vocabulary.
 
     Args:
       rows, tokens: of one device, and of each row.
     """
-    ways = sizes.get(RULES["mlp"], 1)
-    if ways == 1:
-        return ()
-    count = pieces(rows, tokens, ways)
-    sums = Counter({tokens // count: count * (config.vocab_size % ways == 0)})
+    by = ruled(mesh)
+    heads, vocab = by.ways("kv_heads", config.num_kv_heads), by.ways("vocab", config.vocab_size)
+    count = pieces(rows, tokens, by.ways("mlp"))
+    # How many sums there are over so many devices, of so many tokens a row.
+    sums = Counter({(vocab, tokens // count): count})
     for i, layer in enumerate(config.layers):
         if isinstance(layer.mlp, MoeSpec):
             widths = {layer.mlp.intermediate_size, layer.mlp.shared_intermediate_size} - {0}
         else:
             widths = {layer.mlp}
         # Of experts of which some are split and others not, only the former need a sum.
-        each = (config.num_kv_heads % ways == 0) + any(width % ways == 0 for width in widths)
-        if i == config.num_layers - 1:  # its output is needed for the last token alone
-            sums[1] += each
-        else:
-            sums[tokens // count] += each * count
+        for ways in (heads, max(by.ways("mlp", width) for width in widths)):
+            if i == config.num_layers - 1:  # its output is needed for the last token alone
+                sums[ways, 1] += 1
+            else:
+                sums[ways, tokens // count] += count
     row = config.hidden_size * itemsize
-    found = [Collective("all-reduce", ways, n, rows * length * row) for length, n in sums.items() if n]
-    if greedy and config.vocab_size % ways == 0:
-        found.append(Collective("all-gather", ways, 1, 8 * rows * ways))
+    found = [Collective("all-reduce", ways, n, rows * length * row) for (ways, length), n in sums.items() if ways > 1]
+    if greedy and vocab > 1:
+        found.append(Collective("all-gather", vocab, 1, 8 * rows * vocab))
     return tuple(found)

@@ -10,10 +10,11 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.layout import check
 from llama_jax.plan.backends import Backends, backends
-from llama_jax.plan.device_memory import MEMORY_FRACTION, share
-from llama_jax.plan.memory import Needs, Place, needs
+from llama_jax.plan.device_memory import MEMORY_FRACTION, usable_bytes
+from llama_jax.plan.memory import DeviceShare, Needs, needs
 from llama_jax.plan.roofline import Floor, decode_floor, prefill_floor
 from llama_jax.plan.workload import Calls, Workload, calls, default_workload
+from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import Target
 
 _MOST_ROWS = 1 << 20
@@ -70,7 +71,7 @@ class Plan:
 def make_plan(
     config: LlamaConfig,
     target: Target,
-    sizes: Mapping[str, int] | None = None,
+    mesh: AnyMesh = None,
     workload: Workload | None = None,
     *,
     memory_fraction: float = MEMORY_FRACTION,
@@ -79,7 +80,7 @@ def make_plan(
     """The plan of a workload.
 
     Args:
-      sizes: of the mesh's axes "data" and "tensor"; one device by default.
+      mesh: one device by default; sizes of axes, e.g. {"tensor": 8}, or these with rules (`sharding.RuledMesh`).
       workload: by default one row of 4096 tokens, or as many as the model can take.
       memory_fraction: of each device's memory that jax may use.
       latency_s: seconds that each collective takes besides what its bytes take, if they have been measured.
@@ -87,10 +88,9 @@ def make_plan(
     Raises:
       RequestError: the workload does not go with the model, or nothing of the model divides by "tensor".
     """
-    sizes = dict(sizes or {})
     workload = workload or default_workload(config, "bfloat16")
     workload.check(config)
-    check(config, sizes)
+    check(config, mesh)
     if target.vendor == "cpu" and workload.dtype != "float32":
         raise RequestError(
             f"plans for a CPU are for float32, not {workload.dtype}, of which XLA makes float32 copies there",
@@ -103,12 +103,12 @@ def make_plan(
             param="memory_fraction",
             hint=f"jax's own default is {MEMORY_FRACTION}",
         )
-    place = Place(config, target, sizes, workload.itemsize)
-    usable = share(target, memory_fraction)
-    shapes, *chosen = _programs(place, workload)
+    share = DeviceShare(config, target, mesh, workload.itemsize)
+    usable = usable_bytes(target, memory_fraction)
+    shapes, *chosen = _programs(share, workload)
 
     def fits(other: Workload) -> bool:
-        return needs_of(place, other).peak <= (usable or 0)
+        return needs_of(share, other).peak <= (usable or 0)
 
     largest_batch = largest_context = None
     if usable is not None:
@@ -116,29 +116,29 @@ def make_plan(
         largest_context = _largest(workload.prompt, config.context_length, lambda n: fits(replace(workload, context=n)))
     return Plan(
         target=target,
-        sizes=sizes,
+        sizes=dict(ruled(mesh).shape),
         workload=workload,
         shapes=shapes,
         prefill_backends=chosen[0],
         decode_backends=chosen[1],
-        needs=needs_of(place, workload),
+        needs=needs_of(share, workload),
         usable=usable,
         largest_batch=largest_batch,
         largest_context=largest_context,
-        prefill=prefill_floor(place.config, target, sizes, workload, latency_s=latency_s),
-        decode=decode_floor(place.config, target, sizes, workload, latency_s=latency_s),
+        prefill=prefill_floor(share.config, target, mesh, workload, latency_s=latency_s),
+        decode=decode_floor(share.config, target, mesh, workload, latency_s=latency_s),
     )
 
 
-def _programs(place: Place, workload: Workload) -> tuple[Calls, Backends, Backends]:
+def _programs(share: DeviceShare, workload: Workload) -> tuple[Calls, Backends, Backends]:
     """The shapes of prefill and decode, and what each computes with."""
-    shapes = calls(place.config, place.sizes, workload)
+    shapes = calls(share.config, share.mesh, workload)
 
     def chosen(tokens: int, capacity: int) -> Backends:
         return backends(
-            place.config,
-            place.target,
-            place.sizes,
+            share.config,
+            share.target,
+            share.mesh,
             workload.dtype,
             rows=shapes.rows,
             tokens=tokens,
@@ -148,10 +148,10 @@ def _programs(place: Place, workload: Workload) -> tuple[Calls, Backends, Backen
     return shapes, chosen(shapes.chunk, shapes.capacities[0]), chosen(1, shapes.capacities[-1])
 
 
-def needs_of(place: Place, workload: Workload) -> Needs:
+def needs_of(share: DeviceShare, workload: Workload) -> Needs:
     """What a workload takes on one device."""
-    shapes, prefill, decode = _programs(place, workload)
-    return needs(place, shapes, workload.context, prefill, decode)
+    shapes, prefill, decode = _programs(share, workload)
+    return needs(share, shapes, workload.context, prefill, decode)
 
 
 def _largest_batch(fits: Callable[[int], bool]) -> int:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
 
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.buckets import batch_bucket, capacities, chunk_length, prompt_bucket
 from llama_jax.errors import RequestError
 from llama_jax.plan.costs import local_rows
+from llama_jax.sharding import AnyMesh, on, ruled
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PROMPT = 512
@@ -84,21 +81,15 @@ class Calls:
     capacities: tuple[int, ...]
 
 
-def calls(config: LlamaConfig, sizes: Mapping[str, int], workload: Workload) -> Calls:
-    """What `generate` calls on a mesh of these sizes.
+def calls(config: LlamaConfig, mesh: AnyMesh, workload: Workload) -> Calls:
+    """What `generate` calls on a mesh.
 
     Args:
-      config: as `sharding.split_config` gives it for that mesh.
+      config: as `layout.split_config` gives it for that mesh.
     """
-    with assumed(sizes):
+    with on(ruled(mesh)):
         rows = batch_bucket(workload.batch)
         padded = prompt_bucket(workload.prompt)
         slots = capacities(padded, max(workload.context - workload.prompt, 1))
         chunk = chunk_length(config, rows, padded, slots[0])
-    return Calls(local_rows(rows, sizes), chunk, padded, slots)
-
-
-def assumed(sizes: Mapping[str, int]) -> AbstractContextManager[object]:
-    """Shapes inside are those on a mesh of these sizes, whose devices need not exist."""
-    kinds = (AxisType.Auto,) * len(sizes)
-    return jax.sharding.use_abstract_mesh(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds))
+    return Calls(local_rows(rows, mesh), chunk, padded, slots)

@@ -16,7 +16,7 @@ import numpy as np
 from llama_jax.errors import RequestError
 from llama_jax.sampling.params import GREEDY_BELOW, MAX_LOGPROBS, SamplingParams
 from llama_jax.sampling.truncation import truncate
-from llama_jax.sharding import constrain, local, reductions, split_over
+from llama_jax.sharding import MeshAxes, constrain, local, reductions, split_over
 
 _FORBIDDEN = -1e30
 _KINDS = ("greedy", "sampling", "full")
@@ -163,7 +163,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> Logprobs:
     return local(compute, {"logits": logits, "tokens": tokens}, axes, ("batch",))
 
 
-def _token_logprobs(logits: jax.Array, tokens: jax.Array, *, n: int, axis: str | None) -> Logprobs:
+def _token_logprobs(logits: jax.Array, tokens: jax.Array, *, n: int, axis: MeshAxes | None) -> Logprobs:
     logprobs = reductions.log_softmax(logits, axis)
     vocab = logits.shape[1] * (1 if axis is None else jax.lax.axis_size(axis))
     top, top_ids = reductions.top_k(logprobs, min(max(n, 1), vocab), axis)
@@ -210,7 +210,7 @@ def _noise(state: SamplerState, vocab: int) -> jax.Array:
 
 
 def _sample(
-    logits: jax.Array, state: SamplerState, noise: jax.Array | None, *, profile: SamplerProfile, axis: str | None
+    logits: jax.Array, state: SamplerState, noise: jax.Array | None, *, profile: SamplerProfile, axis: MeshAxes | None
 ) -> tuple[jax.Array, SamplerState, Logprobs | None]:
     """`sample` of this device's rows and part of the vocabulary."""
     raw = logits

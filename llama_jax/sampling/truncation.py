@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from llama_jax.sharding import reductions
+from llama_jax.sharding import MeshAxes, reductions
 
 CANDIDATES = 128
 """Of each device's part of a row, so many of the largest logits are compared with those of the other devices."""
@@ -25,7 +25,7 @@ class Limits(Protocol):
     def top_p(self) -> jax.Array: ...
 
 
-def truncate(logits: jax.Array, limits: Limits, axis: str | None = None) -> jax.Array:
+def truncate(logits: jax.Array, limits: Limits, axis: MeshAxes | None = None) -> jax.Array:
     """Forbids the tokens that min_p, top_k and top_p leave out, in this order.
 
     Instead of sorting the vocabulary, bisects for the smallest logit that is kept: 32 halvings of the ordered integers
@@ -44,7 +44,7 @@ def truncate(logits: jax.Array, limits: Limits, axis: str | None = None) -> jax.
     return jnp.where(_ordered(logits) >= cut[:, None], logits, -jnp.inf)
 
 
-def _exact_cut(logits: jax.Array, best: jax.Array, limits: Limits, axis: str | None) -> jax.Array:
+def _exact_cut(logits: jax.Array, best: jax.Array, limits: Limits, axis: MeshAxes | None) -> jax.Array:
     """uint32 [batch], `_ordered` of the smallest logit that top_k and top_p keep."""
     order = _ordered(logits)
     kth = _kth(order, limits.top_k, axis)
@@ -56,7 +56,7 @@ def _exact_cut(logits: jax.Array, best: jax.Array, limits: Limits, axis: str | N
     return jnp.maximum(kth, jnp.where(limits.top_p >= 1.0, jnp.uint32(0), nucleus))
 
 
-def _cut_of_parts(logits: jax.Array, best: jax.Array, limits: Limits, axis: str) -> jax.Array:
+def _cut_of_parts(logits: jax.Array, best: jax.Array, limits: Limits, axis: MeshAxes) -> jax.Array:
     """`_exact_cut` of a split row, from the largest logits of every part.
 
     No logit above `floor` is missing among these candidates. So a cut at or above it is the row's own: above it the
@@ -87,12 +87,12 @@ def _cut_of_parts(logits: jax.Array, best: jax.Array, limits: Limits, axis: str)
     )
 
 
-def _kth(order: jax.Array, k: jax.Array, axis: str | None) -> jax.Array:
+def _kth(order: jax.Array, k: jax.Array, axis: MeshAxes | None) -> jax.Array:
     """The k-th largest number of each row of `order`; 0 if there are fewer."""
     return _bisect(lambda cut: reductions.total(order >= cut[:, None], axis) >= k, order.shape[0])
 
 
-def _nucleus(order: jax.Array, weights: jax.Array, enough: jax.Array, axis: str | None) -> jax.Array:
+def _nucleus(order: jax.Array, weights: jax.Array, enough: jax.Array, axis: MeshAxes | None) -> jax.Array:
     """The largest cut at which the weights of numbers no smaller add up to `enough`; 0 if they never do."""
     return _bisect(
         lambda cut: reductions.total(jnp.where(order >= cut[:, None], weights, 0.0), axis) >= enough, order.shape[0]

@@ -1,9 +1,9 @@
 """Where every array of a model lives on several devices, as data: axes of a mesh, and rules.
 
 A mesh has named axes (`MESH_AXES`). Every dimension of a parameter, a cache or an activation has a logical name
-("mlp", "kv_heads", "batch", ...), and one table (`RULES`) says over which axis of the mesh a name is split. What
-they come to for a model is in `llama_jax.layout`. XLA makes the communication from that; no other part of the code
-knows how many devices there are.
+("mlp", "kv_heads", "batch", ...), and rules say over which axes of the mesh a name is split: `RULES`, or those that a
+`RuledMesh` carries. `RuledMesh.over` and `share` are the only code that reads them. What they come to for a model is in
+`llama_jax.layout`. XLA makes the communication from that; no other part of the code knows how many devices there are.
 
     mesh = make_mesh(tensor=8)
     model, tokenizer = load("org/name", mesh=mesh)
@@ -14,24 +14,30 @@ knows how many devices there are.
 
 from __future__ import annotations
 
-from llama_jax.sharding.axes import MESH_AXES, RULES, Axes, Rules, parse_mesh, requested_axes
-from llama_jax.sharding.context import constrain, in_use, local, local_size, parts, split_over
-from llama_jax.sharding.mesh import automatic_mesh, make_mesh, on
+from llama_jax.sharding.axes import MESH_AXES, RULES, Axes, MeshAxes, Rules, parse_mesh, requested_axes
+from llama_jax.sharding.context import constrain, in_use, local, on, share, split_over, ways
+from llama_jax.sharding.mesh import AnyMesh, DeviceMesh, RuledMesh, automatic_mesh, jax_mesh, make_mesh, ruled
 
 __all__ = [
     "MESH_AXES",
     "RULES",
+    "AnyMesh",
     "Axes",
+    "DeviceMesh",
+    "MeshAxes",
+    "RuledMesh",
     "Rules",
     "automatic_mesh",
     "constrain",
     "in_use",
+    "jax_mesh",
     "local",
-    "local_size",
     "make_mesh",
     "on",
     "parse_mesh",
-    "parts",
     "requested_axes",
+    "ruled",
+    "share",
     "split_over",
+    "ways",
 ]

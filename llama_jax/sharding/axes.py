@@ -1,26 +1,60 @@
-"""Names: the axes of a mesh, and the table of rules from logical axes to them."""
+"""Names: the axes of a mesh, and rules from logical axes to them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 
 from llama_jax.errors import RequestError
 
 MESH_AXES = ("data", "fsdp", "sequence", "expert", "tensor")
 """Axes that a mesh can have, in the order of its dimensions: "tensor", which sends most, runs over neighbours."""
 
-SUPPORTED = ("data", "tensor")
-"""Those that loading and generating split over; the others are kept for what is not here yet."""
-
 Axes = tuple[str | None, ...]
 """The logical name of each dimension of an array."""
 
-Rules = Mapping[str, str]
-"""Logical axis to mesh axis; logical axes that are not listed are never split."""
+type MeshAxes = str | tuple[str, ...]
+"""The axis of a mesh that a dimension is split over; or several, the first of which cuts it into the largest parts."""
 
-RULES: Rules = MappingProxyType(
+
+class Rules(Mapping[str, tuple[str, ...]]):
+    """Logical axis to the axes of the mesh that it is split over; logical axes that are not listed are never split.
+
+    A dimension is split over all of these axes (those that the mesh lacks count as one device) or, where the product of
+    their sizes does not divide it, over none: never over a part of them.
+
+    Args:
+      rules: e.g. {"batch": "data", "mlp": ("fsdp", "tensor")}.
+
+    Raises:
+      RequestError: an axis of the mesh occurs twice in one rule.
+    """
+
+    def __init__(self, rules: Mapping[str, MeshAxes]) -> None:
+        self._over = {name: (over,) if isinstance(over, str) else tuple(over) for name, over in rules.items()}
+        for name, over in self._over.items():
+            if len(set(over)) < len(over):
+                raise RequestError(
+                    f"the rule for {name} names an axis twice: {over}", param="rules", hint="name each axis once"
+                )
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        return self._over[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._over)
+
+    def __len__(self) -> int:
+        return len(self._over)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._over.items()))
+
+    def __repr__(self) -> str:
+        return f"Rules({self._over})"
+
+
+RULES = Rules(
     {
         "batch": "data",
         "q_heads": "tensor",
@@ -77,11 +111,11 @@ def requested_axes(mesh: str | None, tp: int | None) -> dict[str, int] | None:
     return None if mesh is None else checked_sizes(parse_mesh(mesh))
 
 
-def checked_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes, once it is sure that something is split over every axis of more than one device.
+def checked_sizes(sizes: Mapping[str, int], rules: Rules = RULES) -> dict[str, int]:
+    """The sizes, once it is sure that the rules split something over every axis of more than one device.
 
     Raises:
-      RequestError: a size is not positive, an axis is unknown, or nothing is split over it yet.
+      RequestError: a size is not positive, an axis is unknown, or nothing is split over it.
     """
     for name, size in sizes.items():
         if name not in MESH_AXES:
@@ -90,13 +124,24 @@ def checked_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
             raise RequestError(
                 f"axis {name} of the mesh must have a positive size; got {size!r}", param="mesh", hint="e.g. tensor=2"
             )
-        if size > 1 and name not in SUPPORTED:
-            raise RequestError(
-                f"nothing is split over the axis {name!r} yet, so {name}={size} would waste devices",
-                param="mesh",
-                hint=f"use {' and '.join(SUPPORTED)}",
-            )
+    refuse_unused(sizes, rules)
     return dict(sizes)
+
+
+def refuse_unused(sizes: Mapping[str, int], rules: Rules) -> None:
+    """Refuses a mesh with more than one device along an axis that no rule names.
+
+    Raises:
+      RequestError: naming the axis.
+    """
+    used = dict.fromkeys(axis for over in rules.values() for axis in over)
+    for name, size in sizes.items():
+        if size > 1 and name not in used:
+            raise RequestError(
+                f"nothing is split over the axis {name!r} by these rules, so {name}={size} would waste devices",
+                param="mesh",
+                hint=f"use {' and '.join(used)}, or rules of your own (`make_mesh(rules=...)`)",
+            )
 
 
 def _bad(text: str, why: str) -> RequestError:

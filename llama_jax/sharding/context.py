@@ -2,42 +2,72 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from llama_jax.sharding.axes import RULES, Axes
+from llama_jax.errors import RequestError
+from llama_jax.sharding.axes import RULES, Axes, MeshAxes
+from llama_jax.sharding.mesh import AnyMesh, RuledMesh, automatic_mesh, jax_mesh, ruled, spec_entry
+
+# Part of jit's cache key, as the mesh in use is: programs traced under other rules are traced anew.
+_rules = jax.make_user_context(RULES)
+
+_ONE_DEVICE = RuledMesh({})
 
 
-def _mesh_in_use() -> AbstractMesh | None:
-    """The mesh that the program is traced for, unless this is a part of it that runs on each device for itself."""
+@contextlib.contextmanager
+def on(mesh: AnyMesh) -> Iterator[None]:
+    """Everything that is traced inside is sharded over `mesh` by its rules; None changes nothing.
+
+    A mesh of sizes alone serves to ask for shapes (`ways`, `share`) where there are no such devices.
+    """
+    if mesh is None:
+        yield
+        return
+    given = ruled(mesh)
+    with _entered(given), _rules(given.rules):
+        yield
+
+
+def _entered(mesh: RuledMesh) -> contextlib.AbstractContextManager[object]:
+    if isinstance(mesh.mesh, Mesh):
+        return jax.set_mesh(jax_mesh(automatic_mesh(mesh)))
+    kinds = (AxisType.Auto,) * len(mesh.shape)
+    return jax.sharding.use_abstract_mesh(AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.shape), axis_types=kinds))
+
+
+def current() -> RuledMesh:
+    """The mesh that the program is traced for, with its rules: that of one device where there is none, and in a part of
+    the program that runs on each device for itself."""
     mesh = jax.sharding.get_abstract_mesh()
     automatic = [kind == AxisType.Auto for kind in mesh.axis_types]
-    return mesh if mesh.size > 1 and automatic and all(automatic) else None
+    return RuledMesh(mesh, _rules.value) if mesh.size > 1 and automatic and all(automatic) else _ONE_DEVICE
 
 
 def in_use() -> bool:
     """Whether the program is traced for several devices, and the compiler deals it out to them."""
-    return _mesh_in_use() is not None
+    return current() is not _ONE_DEVICE
 
 
-def parts(logical: str) -> int:
-    """Into how many parts a logical axis is split if its size divides."""
-    mesh = _mesh_in_use()
-    return 1 if mesh is None else mesh.shape.get(RULES.get(logical, ""), 1)
+def ways(axis: str) -> int:
+    """Into how many parts a logical axis is split on the mesh in use, if its size divides."""
+    return current().ways(axis)
 
 
-def split_over(logical: str, size: int) -> str | None:
-    """The axis of the mesh in use over which a dimension of this name and size is split, or None."""
-    ways = parts(logical)
-    return RULES[logical] if ways > 1 and size % ways == 0 else None
+def share(axis: str, size: int) -> int:
+    """How much of a dimension of this name and size each device of the mesh in use holds."""
+    return current().share(axis, size)
 
 
-def local_size(logical: str, size: int) -> int:
-    """How much of a dimension of this name and size each device of the mesh in use has."""
-    return size if split_over(logical, size) is None else size // parts(logical)
+def split_over(axis: str, size: int) -> MeshAxes | None:
+    """What a dimension of this name and size is split over on the mesh in use, as collectives take it; None if it is
+    whole."""
+    return spec_entry(current().over(axis, size))
 
 
 def constrain[Tree](x: Tree, axes: Any) -> Tree:
@@ -47,15 +77,18 @@ def constrain[Tree](x: Tree, axes: Any) -> Tree:
       x: an array, or a tree of arrays.
       axes: the logical name of each dimension, of which those at the end may be left out; or a tree of these, of the
         structure of `x` or a shorter one.
+
+    Raises:
+      RequestError: the rules split two dimensions of an array over the same axis of the mesh.
     """
     if not in_use():
         return x
+    mesh = current()
 
-    def place(axes: Axes, x: jax.Array) -> jax.Array:
-        over = (None if axis is None else split_over(axis, size) for axis, size in zip(axes, x.shape, strict=False))
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*over))
+    def lay_out(axes: Axes, x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, mesh.spec(axes, x.shape))
 
-    return jax.tree.map(place, _broadcast(axes, x), x, is_leaf=_is_axes)
+    return jax.tree.map(lay_out, _broadcast(axes, x), x, is_leaf=_is_axes)
 
 
 def local(
@@ -71,31 +104,38 @@ def local(
       axes: for each argument a tree of the same shape, or of a shorter one, that holds `Axes`.
       out: likewise for what `run` returns.
       summed: the logical axis over whose parts the results have to be added up.
+
+    Raises:
+      RequestError: the rules split two logical axes over the same axis of the mesh, so that no device has every
+        combination of their parts.
     """
-    mesh = _mesh_in_use()
-    if mesh is None:
+    if not in_use():
         return run(**arguments)
+    mesh = current()
     full = {name: _broadcast(axes[name], value) for name, value in arguments.items()}
-    whole = {
-        axis
-        for name, value in arguments.items()
-        for axis, size in _dimensions(full[name], value)
-        if split_over(axis, size) is None
-    }
+    dimensions = [d for name, value in arguments.items() for d in _dimensions(full[name], value)]
+    whole = {axis for axis, size in dimensions if not mesh.over(axis, size)}
+    split = {axis: mesh.over(axis) for axis, _ in dimensions if axis not in whole}
+    for (a, over), (b, other) in itertools.combinations(split.items(), 2):
+        if common := set(over) & set(other):
+            raise RequestError(
+                f"the rules split both {a} and {b} over {', '.join(sorted(common))}, and one operation needs all "
+                "combinations of their parts",
+                param="rules",
+                hint=f"give {a} and {b} axes of their own",
+            )
 
     def spec(names: Axes) -> PartitionSpec:
-        return PartitionSpec(*(None if n is None or n in whole or parts(n) == 1 else RULES[n] for n in names))
+        return PartitionSpec(*(None if n in whole else spec_entry(mesh.over(n)) for n in names))
 
     def specs(tree: Any) -> Any:
         return jax.tree.map(spec, tree, is_leaf=_is_axes)
 
-    adds = summed is not None and summed not in whole and parts(summed) > 1
-
     def part(arguments: dict[str, Any]) -> Any:
         result = run(**arguments)
-        return jax.lax.psum(result, RULES[summed]) if adds and summed else result
+        return jax.lax.psum(result, split[summed]) if summed in split else result
 
-    return jax.shard_map(part, mesh=mesh, in_specs=(specs(full),), out_specs=specs(out), check_vma=False)(arguments)
+    return jax.shard_map(part, in_specs=(specs(full),), out_specs=specs(out), check_vma=False)(arguments)
 
 
 def _is_axes(x: Any) -> bool:

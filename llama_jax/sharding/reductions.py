@@ -1,7 +1,7 @@
 """Rows [batch, n] of numbers of which every device may hold a part: what it takes to choose from them.
 
-`axis` is the axis of the mesh that the rows are split over, inside of `sharding.local`, or None where they are whole.
-Each function sends a few numbers a row, never the rows themselves, and gives what `jnp` gives for whole rows.
+`axis` is what the rows are split over, an axis of the mesh or several, inside of `sharding.local`; None where they are
+whole. Each function sends a few numbers a row, never the rows themselves, and gives what `jnp` gives for whole rows.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llama_jax.sharding.axes import MeshAxes
 
-def start(x: jax.Array, axis: str | None) -> jax.Array | int:
+
+def start(x: jax.Array, axis: MeshAxes | None) -> jax.Array | int:
     """Index of the first of this device's columns in the whole row."""
     return 0 if axis is None else jax.lax.axis_index(axis) * x.shape[1]
 
 
-def argmax(x: jax.Array, axis: str | None) -> jax.Array:
+def argmax(x: jax.Array, axis: MeshAxes | None) -> jax.Array:
     """int32 [batch], the index of the largest number of each row; of equal ones the first."""
     best = jnp.argmax(x, axis=-1).astype(jnp.int32)
     if axis is None:
@@ -28,7 +30,7 @@ def argmax(x: jax.Array, axis: str | None) -> jax.Array:
     return jnp.take_along_axis(index, shard[None], axis=0)[0]
 
 
-def top_k(x: jax.Array, k: int, axis: str | None) -> tuple[jax.Array, jax.Array]:
+def top_k(x: jax.Array, k: int, axis: MeshAxes | None) -> tuple[jax.Array, jax.Array]:
     """The k largest numbers [batch, k] of each row, in descending order, and their int32 indices."""
     if axis is None:
         top, index = jax.lax.top_k(x, k)
@@ -41,7 +43,7 @@ def top_k(x: jax.Array, k: int, axis: str | None) -> tuple[jax.Array, jax.Array]
     return top, jnp.take_along_axis(index, among, axis=1)
 
 
-def take(x: jax.Array, index: jax.Array, axis: str | None) -> jax.Array:
+def take(x: jax.Array, index: jax.Array, axis: MeshAxes | None) -> jax.Array:
     """[batch], the number at int32 `index` [batch] of each row."""
     if axis is None:
         return jnp.take_along_axis(x, index[:, None], axis=1)[:, 0]
@@ -51,19 +53,19 @@ def take(x: jax.Array, index: jax.Array, axis: str | None) -> jax.Array:
     return jax.lax.psum(jnp.where(here, value, 0), axis)
 
 
-def total(x: jax.Array, axis: str | None) -> jax.Array:
+def total(x: jax.Array, axis: MeshAxes | None) -> jax.Array:
     """Sums [batch] of the rows."""
     own = jnp.sum(x, axis=-1)
     return own if axis is None else jax.lax.psum(own, axis)
 
 
-def largest(x: jax.Array, axis: str | None) -> jax.Array:
+def largest(x: jax.Array, axis: MeshAxes | None) -> jax.Array:
     """The largest number [batch] of each row."""
     own = jnp.max(x, axis=-1)
     return own if axis is None else jax.lax.pmax(own, axis)
 
 
-def log_softmax(x: jax.Array, axis: str | None) -> jax.Array:
+def log_softmax(x: jax.Array, axis: MeshAxes | None) -> jax.Array:
     """x - log(sum(exp(x))) of each row, [batch, n] as x."""
     shifted = x - jax.lax.stop_gradient(largest(x, axis))[:, None]
     return shifted - jnp.log(total(jnp.exp(shifted), axis))[:, None]
