@@ -63,7 +63,7 @@ def on_mesh(params: Params, config: LlamaConfig, mesh: Mesh, **options: Any) -> 
     where = layout.param_sharding(config, mesh)
     flat = flatten(params)
     placed = unflatten({s.name: jax.device_put(flat[s.name], where(s)) for s in param_specs(config)})
-    return Model(placed, arrange(placed, config, mesh, **options), mesh)
+    return Model(*arrange(placed, config, mesh, **options), mesh)
 
 
 # --- Every family -----------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_generate_equals_transformers(case: str, mesh: str) -> None:
     where = layout.param_sharding(source.config, made)
     params = load_source(source, dtype=jnp.dtype("float32"), sharding=where)
     source.close()
-    config = arrange(params, source.config, made)
+    params, config = arrange(params, source.config, made)
     assert_parts(params, config, made)
 
     prompts = [row[mask].tolist() for row, mask in zip(golden.tokens, golden.mask, strict=True)]
@@ -419,7 +419,7 @@ def test_pages_never_cross_the_data_axis() -> None:
         assert (cache.replicas, cache.pages) == (8, 4)
         assert cache.k[0].sharding.spec[0] == "data"
         assert cache.page_table.max() == 3
-        state = jax.jit(loop.idle_state)(cache, sampler)
+        state = jax.jit(lambda *parts: loop._by_rows(loop.idle_state(*parts)))(cache, sampler)
         hlo = step.lower(model.params, state, config=model.config, profile=profile).compile().as_text()
         assert not collectives(str(hlo))
         for change in (

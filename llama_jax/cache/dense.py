@@ -78,9 +78,8 @@ class DenseCache:
         """An empty cache for `batch` rows of `capacity` tokens."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         # Separate buffers: donated arrays must not alias one another.
-        k = tuple(constrain(jnp.zeros(shape, dtype), DENSE_AXES) for _ in config.layers)
-        v = tuple(constrain(jnp.zeros(shape, dtype), DENSE_AXES) for _ in config.layers)
-        return cls(k, v, jnp.full((batch, capacity), -1, jnp.int32), jnp.zeros((), jnp.int32))
+        k, v = (tuple(jnp.zeros(shape, dtype) for _ in config.layers) for _ in "kv")
+        return cls(k, v, jnp.full((batch, capacity), -1, jnp.int32), jnp.zeros((), jnp.int32))._laid_out()
 
     @property
     def capacity(self) -> int:
@@ -106,7 +105,7 @@ class DenseCache:
                 hint="create the cache with a larger capacity",
             )
         written = jax.lax.dynamic_update_slice_in_dim(self.positions, positions, self.length, axis=1)
-        return dataclasses.replace(self, positions=written, length=self.length + tokens), self.length
+        return dataclasses.replace(self, positions=written, length=self.length + tokens)._laid_out(), self.length
 
     def layer(self, index: int) -> DenseLayer:
         """See `KVCache`."""
@@ -149,10 +148,9 @@ class DenseCache:
         def write(into: jax.Array, new: jax.Array) -> jax.Array:
             return into.at[rows].set(new, mode="drop")
 
-        k = tuple(constrain(write(a, b), DENSE_AXES) for a, b in zip(self.k, part.k, strict=True))
-        v = tuple(constrain(write(a, b), DENSE_AXES) for a, b in zip(self.v, part.v, strict=True))
+        k, v = (tuple(map(write, a, b)) for a, b in ((self.k, part.k), (self.v, part.v)))
         length = jnp.maximum(self.length, part.length)
-        return DenseCache(k, v, write(self.positions, part.positions), length)
+        return DenseCache(k, v, write(self.positions, part.positions), length)._laid_out()
 
     def fork(self, source: jax.Array, target: jax.Array) -> DenseCache:
         """See `KVCache`; a copy."""
@@ -169,5 +167,10 @@ class DenseCache:
 
     def _with(self, change: Callable[[jax.Array], jax.Array], positions: jax.Array) -> DenseCache:
         """Keys and values changed in one way."""
-        k, v = (tuple(constrain(change(x), DENSE_AXES) for x in each) for each in (self.k, self.v))
-        return dataclasses.replace(self, k=k, v=v, positions=positions)
+        k, v = (tuple(map(change, each)) for each in (self.k, self.v))
+        return dataclasses.replace(self, k=k, v=v, positions=positions)._laid_out()
+
+    def _laid_out(self) -> DenseCache:
+        """Over a mesh alike after every change, so that no program is compiled twice."""
+        k, v = (tuple(constrain(x, DENSE_AXES) for x in each) for each in (self.k, self.v))
+        return DenseCache(k, v, constrain(self.positions, ("batch",)), constrain(self.length, ()))

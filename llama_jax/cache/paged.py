@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +119,46 @@ def _attention(
     return attention(q[0][:, None], k, v, positions, slots, visibility, scale=scale, page_table=table)[:, 0][None]
 
 
+def _book(
+    page_table: jax.Array,
+    slot_positions: jax.Array,
+    lengths: jax.Array,
+    shared: jax.Array,
+    positions: jax.Array,
+    rows: jax.Array | None,
+    page_size: int,
+    pages: int,
+) -> tuple[jax.Array, ...]:
+    """Slots for new tokens, in their order, behind those of their rows.
+
+    Args:
+      page_table, slot_positions, lengths, shared: of a `PagedCache`.
+      positions, rows: of `KVCache.extend`.
+
+    Returns:
+      page and offset of each token, int32 [batch, len], and the cache's new positions and lengths; then, bool
+      [batch, len], which tokens have no slot, and which of them because their row is full.
+    """
+    capacity, real = slot_positions.shape[1], positions >= 0
+    if rows is None:
+        row = jnp.broadcast_to(jnp.arange(len(positions), dtype=jnp.int32)[:, None], positions.shape)
+        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    else:
+        row = rows
+        index = jnp.arange(rows.shape[1])
+        before = (rows[0] == rows[0][:, None]) & real[0] & (index < index[:, None])
+        rank = jnp.sum(before, axis=1, dtype=jnp.int32)[None]
+    slot = lengths.at[row].get(mode="fill", fill_value=0) + rank
+    page = page_table.at[row, slot // page_size].get(mode="fill", fill_value=NO_PAGE)
+    owned = slot >= shared.at[row].get(mode="fill", fill_value=0)
+    booked = real & owned & (page >= 0) & (page < pages)
+    lost = real & ~booked
+    page, into = jnp.where(booked, page, pages), jnp.where(booked, slot, capacity)
+    written = slot_positions.at[row, into].set(positions, mode="drop")
+    lengths = lengths.at[row].add(real.astype(jnp.int32), mode="drop")
+    return page, into % page_size, written, lengths, lost, lost & (slot >= capacity)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedCache:
@@ -183,7 +223,7 @@ class PagedCache:
             table = jnp.full((batch, per_row), NO_PAGE, jnp.int32)
         shape = (count, config.num_kv_heads, page_size, config.head_dim)
         # Separate buffers: donated arrays must not alias one another.
-        return cls(
+        cache = cls(
             k=tuple(constrain(jnp.zeros(shape, dtype), PAGE_AXES) for _ in config.layers),
             v=tuple(constrain(jnp.zeros(shape, dtype), PAGE_AXES) for _ in config.layers),
             page_table=table,
@@ -192,6 +232,7 @@ class PagedCache:
             shared=jnp.zeros((batch,), jnp.int32),
             replicas=replicas,
         )
+        return cache._laid_out()
 
     @property
     def capacity(self) -> int:
@@ -232,34 +273,30 @@ class PagedCache:
         """See `KVCache`. Outside of jit, raises RequestError when a token has no slot; inside, where that is not known,
         such tokens are dropped: the caller must have made the cache large enough and booked the pages."""
         self._check_mesh(packed=rows is not None)
-        real = positions >= 0
-        if rows is None:
-            row = jnp.broadcast_to(jnp.arange(len(positions), dtype=jnp.int32)[:, None], positions.shape)
-            rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-        else:
-            row = rows
-            index = jnp.arange(rows.shape[1])
-            before = (rows[0] == rows[0][:, None]) & real[0] & (index < index[:, None])
-            rank = jnp.sum(before, axis=1, dtype=jnp.int32)[None]
-        slot = self.lengths.at[row].get(mode="fill", fill_value=0) + rank
-        page = self.page_table.at[row, slot // self.page_size].get(mode="fill", fill_value=NO_PAGE)
-        owned = slot >= self.shared.at[row].get(mode="fill", fill_value=0)
-        booked = real & owned & (page >= 0) & (page < self.pages)
-        lost = jnp.sum(real & ~booked)
-        if not isinstance(lost, jax.core.Tracer) and lost:
-            full = jnp.any(real & (slot >= self.capacity))
-            raise RequestError(
-                f"{int(lost)} tokens do not fit into the pages of their rows",
-                param="cache",
-                hint="create the cache with a larger capacity" if full else "book pages for them first",
-            )
-        page, slot = jnp.where(booked, page, self.pages), jnp.where(booked, slot, self.capacity)
-        extended = dataclasses.replace(
-            self,
-            positions=self.positions.at[row, slot].set(positions, mode="drop"),
-            lengths=self.lengths.at[row].add(real.astype(jnp.int32), mode="drop"),
+
+        def book(cache: Any, positions: jax.Array, rows: jax.Array | None) -> tuple[Any, ...]:
+            return _book(*cache, positions, rows, self.page_size, self.pages)
+
+        line = ("batch",)
+        *booked, lost, full = local(
+            book,
+            {
+                "cache": (self.page_table, self.positions, self.lengths, self.shared),
+                "positions": positions,
+                "rows": rows,
+            },
+            {"cache": line, "positions": line, "rows": line},
+            line,
         )
-        return extended, PagedSlots(page, slot % self.page_size)
+        page, offset, slot_positions, lengths = booked
+        if not isinstance(lost, jax.core.Tracer) and lost.any():
+            raise RequestError(
+                f"{int(lost.sum())} tokens do not fit into the pages of their rows",
+                param="cache",
+                hint="create the cache with a larger capacity" if full.any() else "book pages for them first",
+            )
+        extended = dataclasses.replace(self, positions=slot_positions, lengths=lengths)
+        return extended, PagedSlots(page, offset)
 
     def layer(self, index: int) -> PagedLayer:
         """See `KVCache`."""
@@ -370,13 +407,19 @@ class PagedCache:
             pools = jnp.pad(pools, ((0, 0), (0, rows * more), (0, 0), (0, 0), (0, 0)))
             return constrain(pools.reshape(-1, *x.shape[1:]), PAGE_AXES)
 
-        return dataclasses.replace(
+        grown = dataclasses.replace(
             self,
             k=tuple(map(pad, self.k)),
             v=tuple(map(pad, self.v)),
             page_table=jnp.concatenate([self.page_table, jnp.tile(new, (self.replicas, 1))], axis=1),
             positions=jnp.pad(self.positions, ((0, 0), (0, more * self.page_size)), constant_values=-1),
         )
+        return grown._laid_out()
+
+    def _laid_out(self) -> PagedCache:
+        """Rows over a mesh, with the pages that `PAGE_AXES` lay out, so that no program is compiled twice."""
+        names = ("page_table", "positions", "lengths", "shared")
+        return dataclasses.replace(self, **{name: constrain(getattr(self, name), ("batch",)) for name in names})
 
     def _check_mesh(self, *, packed: bool) -> None:
         if self.replicas != ways("batch"):
