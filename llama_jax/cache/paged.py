@@ -274,8 +274,9 @@ class PagedCache:
         such tokens are dropped: the caller must have made the cache large enough and booked the pages."""
         self._check_mesh(packed=rows is not None)
 
-        def book(cache: Any, positions: jax.Array, rows: jax.Array | None) -> tuple[Any, ...]:
-            return _book(*cache, positions, rows, self.page_size, self.pages)
+        def book(cache: Any, positions: jax.Array, rows: jax.Array | None) -> tuple[jax.Array, ...]:
+            table, slot_positions, lengths, shared = cache
+            return _book(table, slot_positions, lengths, shared, positions, rows, self.page_size, self.pages)
 
         line = ("batch",)
         *booked, lost, full = local(
