@@ -27,7 +27,7 @@ from llama_jax.layout import param_sharding, split_config
 from llama_jax.model.fuse import fuse_params
 from llama_jax.params import PROJECTION_AXES, Params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplingParams, make_sampler
-from llama_jax.sharding import Axes, DeviceMesh, jax_mesh, ruled
+from llama_jax.sharding import AnyMesh, Axes, ruled
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ _decode_step = partial(jax.jit, static_argnames=("config", "options"), donate_ar
 
 
 def prefill_program(
-    config: LlamaConfig, mesh: DeviceMesh | None = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
+    config: LlamaConfig, mesh: AnyMesh = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
 ) -> Program:
     """The first `chunk` tokens of the prompts of `batch` rows, into a new cache of `capacity` slots a row.
 
@@ -75,7 +75,7 @@ def prefill_program(
 
 
 def decode_program(
-    config: LlamaConfig, mesh: DeviceMesh | None = None, *, batch: int, capacity: int, dtype: DTypeLike
+    config: LlamaConfig, mesh: AnyMesh = None, *, batch: int, capacity: int, dtype: DTypeLike
 ) -> Program:
     """One greedy decode step of `batch` rows over a cache of `capacity` slots a row, its state donated."""
     config = split_config(config, mesh)
@@ -92,7 +92,7 @@ def decode_program(
     return Program("decode", _decode_step, args, {"config": config, "options": options})
 
 
-def fused_parameters(config: LlamaConfig, mesh: DeviceMesh | None, dtype: DTypeLike) -> Params:
+def fused_parameters(config: LlamaConfig, mesh: AnyMesh, dtype: DTypeLike) -> Params:
     """Shapes and shardings of the parameters as `load` lays them out."""
     canonical = {s.name: jax.ShapeDtypeStruct(s.shape, dtype) for s in param_specs(config)}
     fused = flatten(jax.eval_shape(partial(fuse_params, config=config), unflatten(canonical)))
@@ -107,8 +107,9 @@ def fused_parameters(config: LlamaConfig, mesh: DeviceMesh | None, dtype: DTypeL
     return unflatten({name: lay_out(name, x) for name, x in fused.items()})
 
 
-def _array(shape: tuple[int, ...], dtype: Any, axes: Axes, mesh: DeviceMesh | None) -> jax.ShapeDtypeStruct:
+def _array(shape: tuple[int, ...], dtype: Any, axes: Axes, mesh: AnyMesh) -> jax.ShapeDtypeStruct:
     """The shape, laid out by the rules; a dimension that does not divide stays whole."""
     if mesh is None:
         return jax.ShapeDtypeStruct(shape, dtype)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax_mesh(mesh), ruled(mesh).spec(axes, shape)))
+    by = ruled(mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(by.automatic, by.spec(axes, shape)))
