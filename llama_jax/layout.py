@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.params import ParamSpec
-from llama_jax.sharding import RULES, AnyMesh, DeviceMesh, RuledMesh, automatic_mesh, jax_mesh, ruled
+from llama_jax.sharding import RULES, AnyMesh, RuledMesh, ruled
 from llama_jax.sharding.axes import refuse_unused
 
 
@@ -40,13 +40,13 @@ def _units(spec: ParamSpec, config: LlamaConfig) -> tuple[int, ...]:
     return tuple(math.gcd(*unit) for unit in units)
 
 
-def param_sharding(config: LlamaConfig, mesh: DeviceMesh) -> Callable[[ParamSpec], NamedSharding]:
+def param_sharding(config: LlamaConfig, mesh: AnyMesh) -> Callable[[ParamSpec], NamedSharding]:
     """The sharding of every parameter of a model, for the argument `sharding` of `load_params`.
 
     A mesh that lacks the axes of its rules holds a whole copy on every device.
     """
-    automatic = automatic_mesh(mesh)
-    return lambda spec: NamedSharding(jax_mesh(automatic), partition_spec(spec, config, automatic))
+    by = ruled(mesh)
+    return lambda spec: NamedSharding(by.automatic, partition_spec(spec, config, by))
 
 
 def split_config(config: LlamaConfig, mesh: AnyMesh) -> LlamaConfig:

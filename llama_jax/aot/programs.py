@@ -28,7 +28,7 @@ from llama_jax.model.fuse import fuse_params
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplingParams, make_sampler
 from llama_jax.schemes import leaf_axes
-from llama_jax.sharding import Axes, DeviceMesh, jax_mesh, ruled
+from llama_jax.sharding import AnyMesh, Axes, ruled
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ _decode_step = partial(jax.jit, static_argnames=("config", "profile"), donate_ar
 
 
 def prefill_program(
-    config: LlamaConfig, mesh: DeviceMesh | None = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
+    config: LlamaConfig, mesh: AnyMesh = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
 ) -> Program:
     """The first `chunk` tokens of the prompts of `batch` rows, into a new cache of `capacity` slots a row.
 
@@ -70,7 +70,7 @@ def prefill_program(
 
 
 def decode_program(
-    config: LlamaConfig, mesh: DeviceMesh | None = None, *, batch: int, capacity: int, dtype: DTypeLike
+    config: LlamaConfig, mesh: AnyMesh = None, *, batch: int, capacity: int, dtype: DTypeLike
 ) -> Program:
     """One greedy decode step of `batch` rows over a cache of `capacity` slots a row, its state donated."""
     config = split_config(config, mesh)
@@ -82,9 +82,7 @@ def decode_program(
     return Program("decode", _decode_step, args, {"config": config, "profile": profile})
 
 
-def _dense_cache(
-    config: LlamaConfig, mesh: DeviceMesh | None, batch: int, capacity: int, dtype: DTypeLike
-) -> DenseCache:
+def _dense_cache(config: LlamaConfig, mesh: AnyMesh, batch: int, capacity: int, dtype: DTypeLike) -> DenseCache:
     """Shapes of a cache and where it lies."""
     cache = jax.eval_shape(partial(DenseCache.create, config, batch, capacity, dtype))
     k, v = ([_array(x.shape, x.dtype, DENSE_AXES, mesh) for x in each] for each in (cache.k, cache.v))
@@ -92,7 +90,7 @@ def _dense_cache(
     return jax.tree.unflatten(jax.tree.structure(cache), [*k, *v, positions, length])
 
 
-def fused_parameters(config: LlamaConfig, mesh: DeviceMesh | None, dtype: DTypeLike) -> Params:
+def fused_parameters(config: LlamaConfig, mesh: AnyMesh, dtype: DTypeLike) -> Params:
     """Shapes and shardings of the parameters as `load` lays them out."""
     fused = flatten(jax.eval_shape(partial(fuse_params, config=config), abstract_params(config, dtype)))
     if mesh is None:
@@ -110,8 +108,9 @@ def fused_parameters(config: LlamaConfig, mesh: DeviceMesh | None, dtype: DTypeL
     return unflatten({name: lay_out(name, x) for name, x in fused.items()})
 
 
-def _array(shape: tuple[int, ...], dtype: Any, axes: Axes, mesh: DeviceMesh | None) -> jax.ShapeDtypeStruct:
+def _array(shape: tuple[int, ...], dtype: Any, axes: Axes, mesh: AnyMesh) -> jax.ShapeDtypeStruct:
     """The shape, laid out by the rules; a dimension that does not divide stays whole."""
     if mesh is None:
         return jax.ShapeDtypeStruct(shape, dtype)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax_mesh(mesh), ruled(mesh).spec(axes, shape)))
+    by = ruled(mesh)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(by.automatic, by.spec(axes, shape)))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from llama_jax.sharding.axes import MESH_AXES, RULES, Axes, MeshAxes, Rules, parse_mesh, requested_axes
 from llama_jax.sharding.context import constrain, in_use, local, on, share, split_over, ways
-from llama_jax.sharding.mesh import AnyMesh, DeviceMesh, RuledMesh, automatic_mesh, jax_mesh, make_mesh, ruled
+from llama_jax.sharding.mesh import AnyMesh, DeviceMesh, RuledMesh, automatic_mesh, make_mesh, ruled
 
 __all__ = [
     "MESH_AXES",
@@ -30,7 +30,6 @@ __all__ = [
     "automatic_mesh",
     "constrain",
     "in_use",
-    "jax_mesh",
     "local",
     "make_mesh",
     "on",

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from llama_jax.errors import RequestError
 from llama_jax.sharding.axes import RULES, Axes, MeshAxes
-from llama_jax.sharding.mesh import AnyMesh, RuledMesh, automatic_mesh, jax_mesh, ruled, spec_entry
+from llama_jax.sharding.mesh import AnyMesh, RuledMesh, ruled, spec_entry
 
 # Part of jit's cache key, as the mesh in use is: programs traced under other rules are traced anew.
 _rules = jax.make_user_context(RULES)
@@ -30,15 +30,10 @@ def on(mesh: AnyMesh) -> Iterator[None]:
         yield
         return
     given = ruled(mesh)
-    with _entered(given), _rules(given.rules):
+    automatic = given.automatic
+    enter = jax.set_mesh(automatic) if isinstance(automatic, Mesh) else jax.sharding.use_abstract_mesh(automatic)
+    with enter, _rules(given.rules):
         yield
-
-
-def _entered(mesh: RuledMesh) -> contextlib.AbstractContextManager[object]:
-    if isinstance(mesh.mesh, Mesh):
-        return jax.set_mesh(jax_mesh(automatic_mesh(mesh)))
-    kinds = (AxisType.Auto,) * len(mesh.shape)
-    return jax.sharding.use_abstract_mesh(AbstractMesh(tuple(mesh.shape.values()), tuple(mesh.shape), axis_types=kinds))
 
 
 def current() -> RuledMesh:

@@ -47,7 +47,20 @@ class RuledMesh:
     @property
     def devices(self) -> np.ndarray:
         """The devices of a mesh that has some."""
-        return jax_mesh(self).devices
+        assert isinstance(self.mesh, Mesh)
+        return self.mesh.devices
+
+    @property
+    def automatic(self) -> Mesh | AbstractMesh:
+        """The mesh for jax, with axes that the compiler shards over by itself; an abstract one of sizes alone.
+
+        `jax.make_mesh` gives axes of the explicit kind, under which every operation of a model would have to name the
+        sharding of its result (https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html).
+        """
+        if isinstance(self.mesh, Mesh):
+            return Mesh(self.mesh.devices, self.mesh.axis_names)
+        kinds = (AxisType.Auto,) * len(self.shape)
+        return AbstractMesh(tuple(self.shape.values()), tuple(self.shape), axis_types=kinds)
 
     def over(self, axis: str | None, size: int | None = None) -> tuple[str, ...]:
         """The axes of more than one device that a dimension is split over; none where it stays whole.
@@ -102,18 +115,6 @@ type AnyMesh = DeviceMesh | AbstractMesh | Mapping[str, int] | None
 def ruled(mesh: AnyMesh) -> RuledMesh:
     """The mesh with its rules."""
     return mesh if isinstance(mesh, RuledMesh) else RuledMesh({} if mesh is None else mesh)
-
-
-def jax_mesh(mesh: DeviceMesh) -> Mesh:
-    """The mesh without its rules.
-
-    Raises:
-      RequestError: it has no devices, only sizes.
-    """
-    found = mesh.mesh if isinstance(mesh, RuledMesh) else mesh
-    if isinstance(found, Mesh):
-        return found
-    raise RequestError(f"{found} is a mesh without devices", param="mesh", hint="make one with `make_mesh`")
 
 
 def spec_entry(over: tuple[str, ...]) -> MeshAxes | None:
@@ -187,9 +188,10 @@ def _prepare_nccl(device: jax.Device) -> None:
 def automatic_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The same devices, axes and rules, with axes that the compiler shards over by itself.
 
-    `jax.make_mesh` gives axes of the explicit kind, under which every operation of a model would have to name the
-    sharding of its result (https://docs.jax.dev/en/latest/notebooks/explicit-sharding.html).
+    Raises:
+      RequestError: the mesh has sizes and no devices.
     """
-    found = jax_mesh(mesh)
-    automatic = Mesh(found.devices, found.axis_names)
+    automatic = ruled(mesh).automatic
+    if not isinstance(automatic, Mesh):
+        raise RequestError(f"{automatic} has no devices", param="mesh", hint="make a mesh with `make_mesh`")
     return RuledMesh(automatic, mesh.rules) if isinstance(mesh, RuledMesh) else automatic
