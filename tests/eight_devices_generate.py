@@ -24,6 +24,7 @@ from helpers import (
     TINY,
     TOLERANCE,
     error,
+    in_slots,
     load_golden,
     random_adapters,
     random_params,
@@ -51,7 +52,8 @@ from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.loading import Model, load
 from llama_jax.measure.bench import random_model
 from llama_jax.model import forward
-from llama_jax.model.fuse import arrange, fuse_params
+from llama_jax.model.adapters import empty_slots, put_adapter
+from llama_jax.model.fuse import arrange, fuse_params, repeat_kv_heads
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
 
@@ -229,15 +231,17 @@ def test_adapters_on_a_mesh(name: str) -> None:
     """Low-rank adapters, also of a shared expert, which is computed on each device's part."""
     config = TINY[name]
     params, adapters, tokens = random_params(config), random_adapters(config), random_tokens(config, 2, 6)
-    expected, _ = run(params, config, tokens, adapters=adapters)
+    ids = jnp.array([[1, 1, 0, 2, 2, 1], [0, 0, 0, 1, 2, 1]])
+    expected, _ = run(params, config, tokens, adapters=in_slots(adapters, adapters), adapter_ids=ids)
     mesh = sharding.make_mesh("data=2,tensor=2")
     model = on_mesh(params, config, mesh, fuse=name != "plain")
-    arranged = jax.tree.map(jnp.asarray, adapters)
     with sharding.on(mesh):
-        from llama_jax.model.fuse import repeat_kv_heads
-
-        repeat_kv_heads(arranged, config, model.config)
-        logits, _ = run(model.params, model.config, tokens, adapters=arranged)
+        slots = empty_slots(model.config, slots=3, rank=4, dtype="float32")
+        for slot in (1, 2):
+            slots = put_adapter(slots, slot, repeat_kv_heads(adapters, config, model.config))
+        logits, _ = run(model.params, model.config, tokens, adapters=slots, adapter_ids=ids)
+    split = slots["layers"]["0"]["attn"]["o_proj"]["a"]
+    assert split.sharding.shard_shape(split.shape) == (3, 4, config.q_dim // 2)
     assert error(logits, expected) < 1e-5
 
 

@@ -174,6 +174,12 @@ def random_adapters(config: LlamaConfig, rank: int = 2, seed: int = 1) -> Params
     return unflatten(flat)
 
 
+def in_slots(*adapters: Params) -> Params:
+    """The adapters in slots 1, 2, ...; slot 0 holds noise, which nothing may use."""
+    noise = jax.tree.map(lambda x: jnp.full_like(x, 7.0), adapters[0])
+    return jax.tree.map(lambda *x: jnp.stack(x), noise, *adapters)
+
+
 def merge_adapters(params: Params, adapters: Params) -> Params:
     """W + scale * b a, in float64 by numpy."""
     flat, lora = flatten(params), flatten(adapters)

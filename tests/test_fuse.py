@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, arange_positions, error, random_adapters, random_params, random_tokens, run
+from helpers import TINY, arange_positions, error, in_slots, random_adapters, random_params, random_tokens, run
 
 from llama_jax.cache import DenseCache
 from llama_jax.model import activation_names
@@ -68,12 +68,18 @@ def test_repeated_key_value_heads_compute_the_same(name: str, fused: bool) -> No
     repeated = config.replace(num_kv_heads=config.num_heads)
     params, adapters = random_params(config), random_adapters(config)
     tokens = random_tokens(config, 2, 6)
-    expected, _ = run(params, config, tokens, adapters=adapters)
-    repeat_kv_heads(params, config, repeated)
-    repeat_kv_heads(adapters, config, repeated)
+    ids = jnp.array([[1], [0]])
+    expected, _ = run(params, config, tokens, adapters=in_slots(adapters), adapter_ids=ids)
+    params, adapters = (repeat_kv_heads(tree, config, repeated) for tree in (params, adapters))
     k = params["layers"]["0"]["attn"]["k_proj"]["weight"]
     assert k.shape == (repeated.kv_dim, config.hidden_size)
-    logits, _ = run(fuse_params(params, repeated) if fused else params, repeated, tokens, adapters=adapters)
+    logits, _ = run(
+        fuse_params(params, repeated) if fused else params,
+        repeated,
+        tokens,
+        adapters=in_slots(adapters),
+        adapter_ids=ids,
+    )
     assert error(logits, expected) < 1e-5
 
 

@@ -13,19 +13,11 @@ import pytest
 from helpers import arange_positions, random_tokens, tiny_config
 
 from llama_jax.config import LayerSpec, MoeSpec, QueryScale, RopeSpec
-from llama_jax.model.layers import (
-    ACTIVATIONS,
-    linear,
-    lora,
-    matmul,
-    mlp,
-    moe,
-    position_queries_and_keys,
-    product,
-    project_qkv,
-    rms_norm,
-)
+from llama_jax.kernels.norm import rms_norm
+from llama_jax.model.adapters import Adapters
+from llama_jax.model.layers import ACTIVATIONS, Dims, mlp, moe, position_queries_and_keys, project_qkv
 from llama_jax.model.rope import rope_angles, rotate
+from llama_jax.model.weights import linear, matmul, product
 
 RNG_SHAPE = (2, 5, 16)
 
@@ -44,10 +36,10 @@ def test_linear() -> None:
     np.testing.assert_allclose(linear(x, {"weight": weight}), x @ weight.T, atol=1e-5)
     np.testing.assert_allclose(linear(x, {"weight": weight, "bias": bias}), x @ weight.T + bias, atol=1e-5)
     a, b = normal(2, 16, seed=1), normal(6, 2, seed=2)
-    adapter = {"a": a, "b": b, "scale": 0.25}
+    slots = {"a": np.stack([a, a]), "b": np.stack([b, b]), "scale": np.float32([0.25, 0.25])}
     expected = x @ (weight + 0.25 * b @ a).T + bias
-    np.testing.assert_allclose(linear(x, {"weight": weight, "bias": bias}, adapter), expected, atol=1e-5)
-    assert lora(x, None) == 0.0
+    adapted = linear(x, {"weight": weight, "bias": bias}, Adapters(slots, jnp.ones((2, 1), jnp.int32)))
+    np.testing.assert_allclose(adapted, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (2, 8), (17,), (3, 40)])
@@ -74,8 +66,9 @@ def test_linear_keeps_the_dtype_and_sums_in_float32(dtype: str) -> None:
     assert out.dtype == jnp.dtype(dtype)
     assert float(out[0, 0]) == pytest.approx(exact, rel=5e-3)  # a bfloat16 sum would stop at 256
     leaf = {"weight": weight, "bias": jnp.ones(1, jnp.float32)}
-    adapter = {"a": jnp.ones((2, 4096)), "b": jnp.ones((1, 2)), "scale": jnp.float32(0.5)}
-    assert linear(x, leaf, adapter).dtype == jnp.dtype(dtype)
+    for slots in (2, 8):
+        adapter = {"a": jnp.ones((slots, 2, 4096)), "b": jnp.ones((slots, 1, 2)), "scale": jnp.full(slots, 0.5)}
+        assert linear(x, leaf, Adapters(adapter, jnp.ones(1, jnp.int32))).dtype == jnp.dtype(dtype)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
@@ -125,7 +118,7 @@ def mlp64(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> 
 def test_mlp() -> None:
     x, params = normal(*RNG_SHAPE), mlp_params(16, 24)
     expected = mlp64(x, *(params[n]["weight"] for n in ("gate_proj", "up_proj", "down_proj")))
-    np.testing.assert_allclose(mlp(x, params, tiny_config(), {}), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(mlp(x, params, Dims.of(tiny_config())), expected, rtol=1e-4, atol=1e-4)
 
 
 def moe64(x: np.ndarray, params: dict, spec: MoeSpec) -> np.ndarray:
@@ -172,7 +165,7 @@ def moe_params(spec: MoeSpec, hidden: int = 16) -> dict:
 )
 def test_moe(spec: MoeSpec) -> None:
     x, params = normal(*RNG_SHAPE), moe_params(spec)
-    out = moe(x, params, tiny_config(), spec, {})
+    out = moe(x, params, Dims.of(tiny_config()), spec)
     np.testing.assert_allclose(out, moe64(x, params, spec), rtol=1e-4, atol=1e-3)
 
 
@@ -181,7 +174,7 @@ def test_moe_ties_go_to_the_first_expert() -> None:
     spec = MoeSpec(4, 2, 8)
     x, params = normal(1, 3, 16), moe_params(spec)
     params["router"]["weight"] = np.tile(params["router"]["weight"][:1], (4, 1))
-    out = moe(x, params, tiny_config(), spec, {})
+    out = moe(x, params, Dims.of(tiny_config()), spec)
     np.testing.assert_allclose(out, moe64(x, params, spec), rtol=1e-4, atol=1e-3)
 
 
@@ -194,7 +187,7 @@ def test_moe_router_is_float32() -> None:
     params["router"]["weight"] = router
     x = np.zeros((1, 1, 16), np.float32)
     x[..., 0], x[..., 1] = 1.0, 2.0**-6  # the logits are 1 and 1 + 2^-12
-    out = moe(jnp.asarray(x, jnp.bfloat16), params, tiny_config(), spec, {})
+    out = moe(jnp.asarray(x, jnp.bfloat16), params, Dims.of(tiny_config()), spec)
     second = [params["experts"][n]["weight"][1] for n in ("gate_proj", "up_proj", "down_proj")]
     expected = mlp64(x[0, 0], *second)
     assert np.abs(np.asarray(out[0, 0], np.float64) - expected).max() < 0.05 * np.abs(expected).max()
@@ -207,7 +200,7 @@ def test_project_qkv() -> None:
         name: {"weight": normal(out, 16, seed=i), "bias": normal(out, seed=i)}
         for i, (name, out) in enumerate({"q_proj": 32, "k_proj": 16, "v_proj": 16}.items())
     }
-    for out, name, heads in zip(project_qkv(x, params, config, {}), params, (4, 2, 2), strict=True):
+    for out, name, heads in zip(project_qkv(x, params, Dims.of(config)), params, (4, 2, 2), strict=True):
         expected = (x @ params[name]["weight"].T + params[name]["bias"]).reshape(2, 5, heads, 8)
         np.testing.assert_allclose(out, expected, atol=1e-4)
 
@@ -222,14 +215,16 @@ def test_learned_norm_comes_before_rope_and_unlearned_after_it(interleaved: bool
     def turn(x: np.ndarray) -> np.ndarray:
         return np.asarray(rotate(jnp.asarray(x, jnp.float32), *angles, interleaved=interleaved))
 
-    out = position_queries_and_keys(q, k, params, config, LayerSpec(qk_norm="rms"), positions, angles)
+    out = position_queries_and_keys(q, k, params, Dims.of(config), LayerSpec(qk_norm="rms"), positions, angles)
     for got, x, name in zip(out, (q, k), ("q_norm", "k_norm"), strict=True):
         np.testing.assert_allclose(got, turn(norm64(x, 1e-5) * params[name]["weight"]), atol=2e-5)
-    out = position_queries_and_keys(q, k, {}, config, LayerSpec(qk_norm="l2"), positions, angles)
+    out = position_queries_and_keys(q, k, {}, Dims.of(config), LayerSpec(qk_norm="l2"), positions, angles)
     for got, x in zip(out, (q, k), strict=True):
         np.testing.assert_allclose(got, norm64(turn(x), 1e-5), atol=2e-5)
     for got, x in zip(
-        position_queries_and_keys(q, k, {}, config, LayerSpec(rope=False), positions, angles), (q, k), strict=True
+        position_queries_and_keys(q, k, {}, Dims.of(config), LayerSpec(rope=False), positions, angles),
+        (q, k),
+        strict=True,
     ):
         np.testing.assert_array_equal(got, x)
 
@@ -240,7 +235,7 @@ def test_query_scale() -> None:
     positions = jnp.array([[-1, 0, 2, 3, 4, 6, 7, 8191]])
     q, k = normal(1, 8, 4, 8), normal(1, 8, 2, 8)
     angles = rope_angles(config.rope, 8, positions, jnp.array([[8192]]))
-    scaled, same = position_queries_and_keys(q, k, {}, config, spec, positions, angles)
+    scaled, same = position_queries_and_keys(q, k, {}, Dims.of(config), spec, positions, angles)
     np.testing.assert_array_equal(same, k)
     steps = np.array([0, 0, 0, 1, 1, 1, 2, 2048])
     np.testing.assert_allclose(scaled, q * (1 + 0.1 * np.log(1 + steps))[None, :, None, None], rtol=1e-5)

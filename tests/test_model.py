@@ -16,6 +16,7 @@ from helpers import (
     Golden,
     arange_positions,
     error,
+    in_slots,
     load_golden,
     merge_adapters,
     random_adapters,
@@ -332,7 +333,8 @@ def test_adapters_equal_merged_weights(name: str, fused: bool) -> None:
     config = TINY[name]
     params, adapters, tokens = random_params(config), random_adapters(config), random_tokens(config, 2, 6)
     layout = fuse_params(params, config) if fused else params
-    adapted, _ = run(layout, config, tokens, adapters=adapters)
+    ids = jnp.ones((2, 1), jnp.int32)
+    adapted, _ = run(layout, config, tokens, adapters=in_slots(adapters), adapter_ids=ids)
     merged, _ = run(merge_adapters(params, adapters), config, tokens)
     assert error(adapted, merged) < 2e-5
 
@@ -340,7 +342,7 @@ def test_adapters_equal_merged_weights(name: str, fused: bool) -> None:
     for projection in projection_names(config):
         without = flatten(adapters)
         without[f"{projection}.scale"] = jnp.zeros_like(without[f"{projection}.scale"])
-        logits, _ = run(layout, config, tokens, adapters=unflatten(without))
+        logits, _ = run(layout, config, tokens, adapters=in_slots(unflatten(without)), adapter_ids=ids)
         assert error(logits, merged) > 1e-3, projection
 
 
@@ -358,9 +360,15 @@ def test_adapters_equal_merged_weights(name: str, fused: bool) -> None:
 )
 def test_adapters_that_nothing_would_use(path: str) -> None:
     config = TINY["sigmoid-moe"]
-    leaf = {"a": jnp.zeros((1, 16)), "b": jnp.zeros((16, 1)), "scale": jnp.float32(1)}
+    slots = in_slots(unflatten({path: {"a": jnp.zeros((1, 16)), "b": jnp.zeros((16, 1)), "scale": jnp.float32(1)}}))
     with pytest.raises(RequestError) as caught:
-        forward(random_params(config), config, random_tokens(config, 1, 3), adapters=unflatten({path: leaf}))
+        forward(
+            random_params(config),
+            config,
+            random_tokens(config, 1, 3),
+            adapters=slots,
+            adapter_ids=jnp.ones((1, 1), jnp.int32),
+        )
     assert caught.value.param == "adapters"
     assert path in str(caught.value)
 
@@ -374,7 +382,8 @@ def test_adapters_that_nothing_would_use(path: str) -> None:
 def test_gradients(name: str) -> None:
     """Against finite differences, in parameters, input embeddings and adapters, with a padded row."""
     config = TINY[name]
-    params, adapters = random_params(config), random_adapters(config)
+    params, adapters = random_params(config), in_slots(random_adapters(config))
+    ids = jnp.array([[1, 1, 1, 1, 0], [0, 0, 0, 1, 1]])
     tokens = random_tokens(config, 2, 5)
     positions = jnp.array([[0, 1, 2, 3, 4], [-1, -1, 0, 1, 2]], jnp.int32)
     mask = (positions >= 0).astype(jnp.float32)
@@ -382,7 +391,7 @@ def test_gradients(name: str) -> None:
 
     @jax.jit
     def loss(params: Params, embeds: jax.Array, adapters: Params) -> jax.Array:
-        logits, _ = forward(params, config, None, positions, inputs_embeds=embeds, adapters=adapters)
+        logits, _ = forward(params, config, None, positions, inputs_embeds=embeds, adapters=adapters, adapter_ids=ids)
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, :, None], axis=-1)[..., 0]
         return jnp.sum(picked * mask) / jnp.sum(mask)
 
