@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_jax.checkpoint.build import build_params, select, weights_dtype
 from llama_jax.checkpoint.format import Progress, TensorInfo
-from llama_jax.checkpoint.load import build_params, select, weights_dtype
-from llama_jax.checkpoint.place import LeafBuilder, Placements, fill, host_bytes
+from llama_jax.checkpoint.leaf_builder import LeafBuilder, Shardings, fill, host_bytes
 from llama_jax.convert.model_source import ModelSource, RowSource, count_nonfinite, refuse_nonfinite
 from llama_jax.convert.run import open_source
 from llama_jax.errors import CheckpointError
@@ -20,7 +20,7 @@ def load_source(
     source: ModelSource,
     *,
     dtype: Any = None,
-    sharding: Placements = None,
+    sharding: Shardings = None,
     only: str | Sequence[str] | None = None,
     without: str | Sequence[str] = (),
     verify: bool = True,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_jax.checkpoint.format import digest
-from llama_jax.checkpoint.tensors import Budget
+from llama_jax.checkpoint.read import Budget
 from llama_jax.convert.casting import cast
 from llama_jax.convert.file_hashes import FileHashes
 from llama_jax.convert.model_source import ModelSource, check_finite, provenance

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from llama_jax import runtime
 from llama_jax.checkpoint import Progress, load_params, open_checkpoint
-from llama_jax.checkpoint.place import Placements
+from llama_jax.checkpoint.leaf_builder import Shardings
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.direct import load_source, opened
 from llama_jax.kernels.checking.startup import self_check
@@ -133,7 +133,7 @@ def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
         self_check(notify)
 
 
-def _sharding(config: LlamaConfig, mesh: jax.sharding.Mesh | None) -> Placements:
+def _sharding(config: LlamaConfig, mesh: jax.sharding.Mesh | None) -> Shardings:
     return None if mesh is None else param_sharding(config, mesh)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.checkpoint.format import Checkpoint, digest, open_checkpoint
-from llama_jax.checkpoint.tensors import TensorReader
+from llama_jax.checkpoint.read import TensorReader
 from llama_jax.convert.model_source import some
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs

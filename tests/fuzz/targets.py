@@ -26,10 +26,10 @@ from fuzz.mutate_binary import gguf_mutator, safetensors_mutator
 from fuzz.mutate_json import Mutator, damaged, json_mutator
 from fuzz.mutate_torch import torch_mutator
 from llama_jax.checkpoint import open_checkpoint, save
-from llama_jax.checkpoint.chunks import _values, _whole, find_arrays
+from llama_jax.checkpoint.array_store import _values, _whole, find_arrays
 from llama_jax.checkpoint.format import DTYPES, MARKER, PARAMS, read_json
 from llama_jax.checkpoint.lock import LOCK_FILE
-from llama_jax.checkpoint.tensors import verify
+from llama_jax.checkpoint.read import verify
 from llama_jax.cli.chat_conversation import default_sampling
 from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf
 from llama_jax.convert import convert

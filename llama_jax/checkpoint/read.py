@@ -1,7 +1,7 @@
-"""Reading tensors of a checkpoint into host memory, and checking them all.
+"""Reads tensors of a checkpoint into host memory, and checks them all.
 
-The bytes are read from the files that Orbax wrote, without Orbax (see `chunks`). Buffers are aligned to 64 bytes, so
-that XLA on the CPU uses them in place.
+The bytes are read from the files that Orbax wrote, without Orbax (see `array_store`). Buffers are aligned to 64 bytes,
+so that XLA on the CPU uses them in place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 
 from llama_jax.checkpoint import lock
-from llama_jax.checkpoint.chunks import ChunkedArray, open_arrays
+from llama_jax.checkpoint.array_store import ChunkedArray, open_arrays
 from llama_jax.checkpoint.format import Progress, TensorInfo, digest, open_checkpoint
 from llama_jax.errors import CheckpointError
 

@@ -1,4 +1,4 @@
-"""What stands in a checkpoint beside its tensors, and which tensors there must be."""
+"""The small files of a checkpoint beside its tensors, and which tensors there must be."""
 
 from __future__ import annotations
 

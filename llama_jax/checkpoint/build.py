@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.format import DTYPES, Digest, Progress, TensorInfo, open_checkpoint
-from llama_jax.checkpoint.place import LeafBuilder, Placements, host_bytes
-from llama_jax.checkpoint.tensors import TensorReader, for_each_tensor
+from llama_jax.checkpoint.leaf_builder import LeafBuilder, Shardings, host_bytes
+from llama_jax.checkpoint.read import TensorReader, for_each_tensor
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, RequestError
 from llama_jax.params import Params, ParamSpec, param_specs, unflatten
@@ -23,7 +23,7 @@ def load_params(
     path: str | Path,
     *,
     dtype: Any = None,
-    sharding: Placements = None,
+    sharding: Shardings = None,
     only: str | Sequence[str] | None = None,
     without: str | Sequence[str] = (),
     verify: bool = True,
@@ -84,7 +84,7 @@ def build_params(
     read: Callable[[ParamSpec, LeafBuilder], None],
     *,
     dtype: np.dtype | None,
-    sharding: Placements,
+    sharding: Shardings,
     progress: Progress | None,
     held: Callable[[int], int] = host_bytes,
 ) -> Params:
