@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from llama_jax.checkpoint.format import Progress, digest, open_checkpoint
 from llama_jax.checkpoint.lock import Lock, SourceFile, read_lock
 from llama_jax.checkpoint.read import VerifyReport
-from llama_jax.convert.model_source import ModelSource, weight_files
-from llama_jax.convert.run import locked_files, open_source
+from llama_jax.checkpoint.source import ModelSource, weight_files
+from llama_jax.convert.opening import open_source
+from llama_jax.convert.run import locked_files
 
 if TYPE_CHECKING:
     from llama_jax.convert.leaves import Leaf

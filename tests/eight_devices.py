@@ -19,11 +19,11 @@ from tiny_chat_model import write_chat_model
 from tiny_models import DTYPES, LLAMA, write_hf
 
 from llama_jax.checkpoint import array_store, leaf_builder, load_params, open_checkpoint
+from llama_jax.checkpoint.build import load_source
 from llama_jax.checkpoint.format import TensorInfo
 from llama_jax.checkpoint.leaf_builder import LeafBuilder, fill
 from llama_jax.convert import convert
-from llama_jax.convert.direct import load_source
-from llama_jax.convert.run import open_source
+from llama_jax.convert.opening import open_source
 from llama_jax.generation import batch_generate
 from llama_jax.layout import param_sharding
 from llama_jax.loading import load

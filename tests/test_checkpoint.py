@@ -216,7 +216,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
                 for k in ("digests", "tensors")
             ],
         ),
-        r"holds unknown tensor odd",
+        r"holds tensor odd",
     ),
     "list of tensors disagrees with the data": (
         edit_json(METADATA, lambda m: m["custom_metadata"]["tensors"]["embed.weight"].update(dtype="float16")),

@@ -28,9 +28,10 @@ from tiny_models import LLAMA, LLAMA4, MIXTRAL, hf_tensors, random_leaves, write
 
 from llama_jax.checkpoint import array_store, leaf_builder, load_params, open_checkpoint, save
 from llama_jax.checkpoint.array_store import open_arrays
+from llama_jax.checkpoint.build import load_source
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
-from llama_jax.convert.direct import load_source, opened
+from llama_jax.convert.opening import opened
 from llama_jax.errors import CheckpointError, RequestError
 from llama_jax.generation import batch_generate
 from llama_jax.layout import partition_spec

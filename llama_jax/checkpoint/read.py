@@ -30,7 +30,7 @@ ALIGNMENT = 64
 IN_FLIGHT_BYTES = 1 << 30
 """Host memory for tensors that are being read at one time (a larger tensor is read alone)."""
 
-_DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
+DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
 
 
 class Stored(Protocol):
@@ -108,7 +108,7 @@ class TensorReader:
             raise CheckpointError(
                 f"{self._where(name)} is {array.dtype}{list(array.shape)}, "
                 f"the checkpoint's list of tensors says {info.dtype}{list(info.shape)}",
-                hint=_DAMAGED,
+                hint=DAMAGED,
             )
         return array
 
@@ -116,10 +116,10 @@ class TensorReader:
         """Raises CheckpointError unless `found` is the digest of the tensor."""
         expected = self._checkpoint.tensors[name].digest
         if found != expected:
-            raise CheckpointError(f"{self._where(name)} has digest {found}, expected {expected}", hint=_DAMAGED)
+            raise CheckpointError(f"{self._where(name)} has digest {found}, expected {expected}", hint=DAMAGED)
 
     def _unreadable(self, name: str, why: str) -> CheckpointError:
-        return CheckpointError(f"{self._where(name)} cannot be read ({why})", hint=_DAMAGED)
+        return CheckpointError(f"{self._where(name)} cannot be read ({why})", hint=DAMAGED)
 
     def _where(self, name: str) -> str:
         return f"{self._checkpoint.arrays_path}: tensor {name}"
@@ -188,17 +188,17 @@ def for_each_tensor[T](
     names: Sequence[str],
     work: Callable[[str], T],
     progress: Progress | None = None,
-    held: Callable[[int], int] = int,
+    held: Callable[[str], int] | None = None,
 ) -> list[T]:
     """Runs `work` for every tensor on a few threads, within IN_FLIGHT_BYTES; returns the results in order.
 
     `progress` is called from this thread alone. `held` tells how many bytes of the host's memory the work on a tensor
-    takes, given the tensor's size.
+    takes; the tensor's size when None.
     """
     budget = Budget(IN_FLIGHT_BYTES)
 
     def one(name: str) -> T:
-        with budget.hold(held(tensors[name].nbytes)):
+        with budget.hold(held(name) if held else tensors[name].nbytes):
             return work(name)
 
     total, done, results = sum(tensors[n].nbytes for n in names), 0, []

@@ -14,7 +14,8 @@ import numpy as np
 from llama_jax import disk
 from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import journal, lock
-from llama_jax.checkpoint.small_files import check_names, json_bytes, main_dtype, small_files, tool_version
+from llama_jax.checkpoint.small_files import json_bytes, main_dtype, small_files, tool_version
+from llama_jax.checkpoint.source import check_tensors
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError, UnsupportedModel
 from llama_jax.params import flatten, param_specs
@@ -23,6 +24,7 @@ BATCH_BYTES = 256 << 20
 """Tensors are written in batches of at most this many bytes (a larger tensor alone)."""
 
 _PARTS, _STAGED = "parts", "checkpoint"
+_MISMATCH = "check that the tensors and the config belong together"
 
 
 class CheckpointWriter:
@@ -208,7 +210,8 @@ class CheckpointWriter:
           UnsupportedModel: a config.json cannot express the config.
         """
         written = self.written
-        check_names(written, config, self.path)
+        shapes = {name: info.shape for name, info in written.items()}
+        check_tensors(self.path, shapes, param_specs(config), hint=_MISMATCH, asks="the config")
         # In the config's order, which does not depend on the order of writing.
         tensors = {spec.name: written[spec.name] for spec in param_specs(config)}
         stored = main_dtype(tensors.values())
@@ -283,13 +286,8 @@ def save(
       StorageError, DoesNotFit: see `CheckpointWriter`.
     """
     flat = flatten(params)
-    check_names(flat, config, Path(path))
-    for spec in param_specs(config):
-        if tuple(flat[spec.name].shape) != spec.shape:
-            raise CheckpointError(
-                f"tensor {spec.name} has shape {tuple(flat[spec.name].shape)}, the config asks for {spec.shape}",
-                hint="check that params and config belong together",
-            )
+    shapes = {name: leaf.shape for name, leaf in flat.items()}
+    check_tensors(Path(path), shapes, param_specs(config), hint=_MISMATCH, asks="the config")
     sizes = {spec.name: flat[spec.name].nbytes for spec in param_specs(config)}
     with CheckpointWriter(path, total_bytes=sum(sizes.values()), overwrite=overwrite) as writer:
         for batch in batches(sizes):

@@ -17,7 +17,8 @@ from llama_jax.config import LlamaConfig
 from llama_jax.decode import buckets, loop, prefill
 from llama_jax.errors import RequestError
 from llama_jax.generation.outputs import CompletionOutput, RequestOutput, RowText, StreamOutput, Timing, TokenLogprob
-from llama_jax.loading import Model
+from llama_jax.kernels.dispatch import using
+from llama_jax.model.loaded import Model
 from llama_jax.sampling import Logprobs, SamplerOptions, SamplerState, SamplingParams, make_sampler
 from llama_jax.sharding import on
 from llama_jax.text.tokenizer import Tokenizer
@@ -298,8 +299,8 @@ class _Batch:
             yield new
 
     def _on_devices[**P, R](self, dispatch: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """A call for the model's mesh. Not a context around `run`: the caller's own code runs between its yields."""
-        with on(self.model.mesh):
+        """A call on the model's mesh with its kernels. No context around `run`, which yields to the caller."""
+        with on(self.model.mesh), using(**self.model.kernels):
             return dispatch(*args, **kwargs)
 
     def _rows(self, rows: int) -> int:
