@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.checkpoint.format import DTYPES
-from llama_jax.convert.model_source import BFLOAT16, count_nonfinite
+from llama_jax.checkpoint.source import BFLOAT16
+from llama_jax.checkpoint.values import count_nonfinite
 from llama_jax.errors import CheckpointError, RequestError
 
 

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint.format import Source
+from llama_jax.checkpoint.source import SourceTensor, check_names, check_vocabulary
 from llama_jax.config import LlamaConfig, config_from_hf
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
 from llama_jax.convert.gguf_parts import GgufParts
-from llama_jax.convert.model_source import SourceTensor, check_vocabulary, some
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
 
 
 class GgufModel:
-    """An opened GGUF file, or several; see `convert.model_source.ModelSource`. Quantised tensors become float32.
+    """An opened GGUF file, or several; see `checkpoint.source.ModelSource`. Quantised tensors become float32.
 
     Raises:
       CheckpointError: the file is damaged, or a tensor is missing, unknown or of the wrong shape; names it.
@@ -86,11 +86,8 @@ class GgufModel:
             for name in self._recipes[spec.name]
         }
         tensors = self._file.tensors
-        if missing := shapes.keys() - tensors.keys():
-            raise CheckpointError(f"{self.path} lacks tensor {some(missing)}", hint=_HINT)
-        unknown = {name for name in tensors.keys() - shapes.keys() if not _UNUSED.fullmatch(name)}
-        if unknown:
-            raise CheckpointError(f"{self.path} holds unknown tensor {some(unknown)}", hint=_HINT)
+        found = {name for name in tensors if name in shapes or not _UNUSED.fullmatch(name)}
+        check_names(self.path, found, shapes, hint=_HINT, asks="the metadata")
         for name, shape in shapes.items():
             if tensors[name].shape != shape:
                 raise CheckpointError(

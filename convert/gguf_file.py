@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llama_jax.convert.model_source import BFLOAT16
+from llama_jax.checkpoint.source import BFLOAT16
 from llama_jax.convert.weight_file import read_at
 from llama_jax.errors import CheckpointError, UnsupportedModel
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.checkpoint.source import SourceTensor
 from llama_jax.convert.gguf_file import GgufFile, Tensor
-from llama_jax.convert.model_source import SourceTensor
 from llama_jax.errors import CheckpointError
 
 MAX_PARTS = 65_535

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Source, read_generation_config, read_json
+from llama_jax.checkpoint.small_files import copied_files
+from llama_jax.checkpoint.source import DTYPES_BY_NAME, SourceTensor, check_names, check_vocabulary, some
 from llama_jax.config import config_from_hf
+from llama_jax.config.families import find_family
 from llama_jax.config.multimodal import text_model
 from llama_jax.convert.hf_names import Names, Recipe, recipe
 from llama_jax.convert.hf_weights import MISMATCH, PlainWeight, Weight
-from llama_jax.convert.model_source import DTYPES_BY_NAME, SourceTensor, check_vocabulary, some
 from llama_jax.convert.quantized import scheme_from_hf
 from llama_jax.convert.quantized.weight import QuantizedWeight, take_quantized
 from llama_jax.convert.safetensors_file import SafetensorsFile
@@ -27,17 +29,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 """One file of weights, or the index of several, by format; the first that is there wins."""
-COPIED = re.compile(
-    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|"
-    r"merges\.txt|chat_template\.(jinja|json)|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(md|txt))?"
-)
-"""Files that go into the converted checkpoint as they are."""
-MAX_COPIED_BYTES = 512 << 20
-"""More than any tokenizer file has."""
 
 
 class HuggingFaceFolder:
-    """An opened Hugging Face folder; see `convert.model_source.ModelSource`.
+    """An opened Hugging Face folder; see `checkpoint.source.ModelSource`.
 
     Weights that are stored quantised are read in the dtype that config.json names.
 
@@ -59,7 +54,9 @@ class HuggingFaceFolder:
         self._where: dict[str, tuple[WeightFile, str]] = {}
         self._files: list[WeightFile] = []
         try:
-            self._open(Names(self._text is not None, self._text.skipped_layers if self._text else frozenset()))
+            skipped = self._text.skipped_layers if self._text else frozenset()
+            modules = {new: old for old, new in find_family(self.config.family).tensor_names.items()}
+            self._open(Names(self._text is not None, skipped, modules))
             self._find_weights()
             self._tie(certain=self._text is None or hf.get("tie_word_embeddings") is not None)
             self._plan()
@@ -79,7 +76,7 @@ class HuggingFaceFolder:
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        found = copied_files(self.path)
+        found = copied_files(self.path, inside)
         extra = self._text.extra_embeddings if self._text else 0
         check_vocabulary(found.get("tokenizer.json"), self.config.vocab_size + extra, self.path)
         return found
@@ -101,14 +98,16 @@ class HuggingFaceFolder:
             self._read_experts(made, out)
         return out
 
-    def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> bool:
-        """Reads some rows of a leaf that is a tensor of the file as it is; see `convert.model_source.RowSource`."""
+    def has_rows(self, spec: ParamSpec) -> bool:
+        """Whether the leaf is a tensor of the file as it is; see `checkpoint.source.RowSource`."""
         made = self._recipes[spec.name]
-        weight = self._weights[made.sources[0]]
-        if len(made.sources) > 1 or made.part is not None or made.transposed or not isinstance(weight, PlainWeight):
-            return False
+        plain = isinstance(self._weights[made.sources[0]], PlainWeight)
+        return plain and len(made.sources) == 1 and made.part is None and not made.transposed
+
+    def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> None:
+        weight = self._weights[self._recipes[spec.name].sources[0]]
+        assert isinstance(weight, PlainWeight)
         weight.read_into(out, row=start)
-        return True
 
     def _read_experts(self, made: Recipe, out: np.ndarray) -> None:
         """Takes a stack of experts apart, one by one, so that no second copy of it is ever in memory."""
@@ -182,14 +181,7 @@ class HuggingFaceFolder:
         for spec in param_specs(self.config):
             self._recipes[spec.name] = recipe(spec, self._weights, extra_embeddings=extra)
         used = {source for made in self._recipes.values() for source in made.sources}
-        if missing := used - self._weights.keys():
-            raise CheckpointError(f"{self.path} lacks tensor {some(missing)}, which {CONFIG} asks for", hint=MISMATCH)
-        if unknown := self._weights.keys() - used:
-            weight = self._weights[min(unknown)]
-            raise CheckpointError(
-                f"{weight.path} holds tensor {weight.name}, which {CONFIG} does not ask for (unknown: {some(unknown)})",
-                hint=MISMATCH,
-            )
+        check_names(self.path, self._weights, used, hint=MISMATCH, holder=lambda name: self._weights[name].path)
         for made in self._recipes.values():
             first = self._weights[made.sources[0]]
             for source in made.sources:
@@ -259,17 +251,6 @@ def inside(folder: Path, name: str) -> Path:
     if not there:
         raise CheckpointError(f"{path} is missing", hint="the folder is incomplete; get it again")
     return path
-
-
-def copied_files(path: Path) -> dict[str, bytes]:
-    """The files of a folder that go into the checkpoint as they are."""
-    found = {}
-    for file in sorted(path.iterdir()):
-        if COPIED.fullmatch(file.name) and file.is_file():
-            if file.stat().st_size > MAX_COPIED_BYTES:
-                raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes", hint="this is no tokenizer file")
-            found[file.name] = inside(path, file.name).read_bytes()
-    return found
 
 
 def licence(path: Path) -> str | None:

@@ -9,9 +9,11 @@ quantisers (`gate_proj`, `up_proj`, `down_proj`); all experts' gate and up proje
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
+from llama_jax.config.families import renamed
 from llama_jax.params import ParamSpec
 
 _EXPERTS = re.compile(r"layers\.(\d+)\.moe\.experts\.(gate|up|down)_proj\.weight")
@@ -92,10 +94,12 @@ class Names:
     Attributes:
       multimodal: whether the text model is a part of it.
       skipped_layers: layers that a text-only model does not have.
+      modules: the family's names of modules, each with Llama's.
     """
 
     multimodal: bool = False
     skipped_layers: frozenset[int] = frozenset()
+    modules: Mapping[str, str] = MappingProxyType({})
 
     def plain(self, name: str) -> str | None:
         """The name of a tensor as a text-only model would have it; None if it carries no weight of the text model."""
@@ -106,6 +110,7 @@ class Names:
                 if name.startswith(prefix):
                     name = plain + name.removeprefix(prefix)
                     break
+        name = renamed(name, self.modules)
         if self.skipped_layers and (found := _LAYER.fullmatch(name)):
             layer = int(found[1])
             if layer in self.skipped_layers:

@@ -9,9 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from llama_jax.convert.model_source import SourceTensor, source_tensor
+from llama_jax.checkpoint.source import SourceTensor
 from llama_jax.convert.safetensors_file import DTYPES
-from llama_jax.convert.weight_file import WeightFile, same_tensor
+from llama_jax.convert.weight_file import WeightFile, same_tensor, source_tensor
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 MISMATCH = "config.json and the weights do not belong together, or the download is incomplete"

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_jax.checkpoint.format import digest
-from llama_jax.checkpoint.tensors import Budget
+from llama_jax.checkpoint.read import Budget
+from llama_jax.checkpoint.source import ModelSource, provenance
+from llama_jax.checkpoint.values import check_finite
 from llama_jax.convert.casting import cast
 from llama_jax.convert.file_hashes import FileHashes
-from llama_jax.convert.model_source import ModelSource, check_finite, provenance
 from llama_jax.params import ParamSpec
 
 AHEAD_BYTES = 768 << 20

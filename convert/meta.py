@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint.format import Source, read_json
+from llama_jax.checkpoint.small_files import copied_files
+from llama_jax.checkpoint.source import SourceTensor, check_names, some
 from llama_jax.config import config_from_hf
 from llama_jax.convert.gguf import half_rotation
-from llama_jax.convert.hf import copied_files, inside
+from llama_jax.convert.hf import inside
 from llama_jax.convert.meta_config import PARAMS, config_dict
 from llama_jax.convert.meta_tokenizer import (
     MAX_BYTES,
@@ -28,10 +30,9 @@ from llama_jax.convert.meta_tokenizer import (
     special_tokens,
     tokenizer_files,
 )
-from llama_jax.convert.model_source import SourceTensor, some, source_tensor
 from llama_jax.convert.safetensors_file import DTYPES
 from llama_jax.convert.torch_file import TorchFile
-from llama_jax.convert.weight_file import same_tensor
+from llama_jax.convert.weight_file import same_tensor, source_tensor
 from llama_jax.errors import CheckpointError, TokenizerError, UnsupportedModel
 from llama_jax.params import ParamSpec, param_specs
 
@@ -61,7 +62,7 @@ _BLOCK_BYTES = 16 << 20
 
 
 class MetaFolder:
-    """An opened folder of Meta; see `convert.model_source.ModelSource`.
+    """An opened folder of Meta; see `checkpoint.source.ModelSource`.
 
     Raises:
       CheckpointError: a file or tensor is missing, unknown, damaged or of the wrong shape; names it.
@@ -111,7 +112,7 @@ class MetaFolder:
 
     @property
     def files(self) -> Mapping[str, bytes | str]:
-        found: dict[str, bytes | str] = {**copied_files(self.path), TOKENIZER: self._tokenizer}
+        found: dict[str, bytes | str] = {**copied_files(self.path, inside), TOKENIZER: self._tokenizer}
         if self._ranked is not None:
             del found[TOKENIZER]
             context = self.config.max_position_embeddings
@@ -192,13 +193,8 @@ class MetaFolder:
         expected = {self._name(spec): spec.shape for spec in param_specs(self.config)}
         names = {name for name, _ in expected}
         for file in self._files:
-            if missing := names - file.entries.keys():
-                raise CheckpointError(f"{file.path} lacks tensor {some(missing)}, which {PARAMS} asks for", hint=_MATCH)
-            unknown = {n for n in file.entries.keys() - names - {_HEAD} if not _BUFFERS.fullmatch(n)}
-            if unknown:
-                raise CheckpointError(
-                    f"{file.path} holds tensor {some(unknown)}, which {PARAMS} does not ask for", hint=_MATCH
-                )
+            found = {n for n in file.entries if n in names or not (n == _HEAD or _BUFFERS.fullmatch(n))}
+            check_names(file.path, found, names, hint=_MATCH, asks=PARAMS)
             for (name, axis), shape in expected.items():
                 parts = [len(self._files) if i == axis else 1 for i in range(len(shape))]
                 entry = file.entries[name]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.checkpoint.format import FORMAT_VERSION, Progress, digest, is_checkpoint
+from llama_jax.checkpoint.format import FORMAT_VERSION, Progress, digest
+from llama_jax.checkpoint.source import ModelSource, provenance, weight_files
 from llama_jax.convert.casting import storage_dtype
-from llama_jax.convert.model_source import ModelSource, provenance, weight_files
-from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
+from llama_jax.convert.opening import open_source
+from llama_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
     from llama_jax.checkpoint.lock import Origin, SourceFile
@@ -163,34 +164,3 @@ def origins(model: ModelSource, specs: Iterable[ParamSpec], digests: Mapping[str
         spec.name: Origin(tuple((t.name, t.file.name) for t in provenance(model, spec)), digests[spec.name])
         for spec in specs
     }
-
-
-def open_source(path: Path, *, name: str | None = None, revision: str | None = None) -> ModelSource:
-    """Opens whatever stands at `path` for conversion.
-
-    Raises:
-      ModelNotFound: nothing does.
-      UnsupportedModel: something does that cannot be converted.
-    """
-    from llama_jax.convert.gguf import GgufModel
-    from llama_jax.convert.hf import HuggingFaceFolder
-    from llama_jax.convert.meta import MetaFolder, is_meta
-
-    if path.is_file():
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if path.suffix.lower() == ".gguf" or magic == b"GGUF":
-            return GgufModel(path, name=name, revision=revision)
-        raise UnsupportedModel(
-            f"{path} is not a GGUF file", hint="give the folder that holds config.json or params.json, or a .gguf file"
-        )
-    if not path.is_dir():
-        raise ModelNotFound(f"no file or folder at {path}", hint="check the path")
-    if is_checkpoint(path):
-        raise UnsupportedModel(
-            f"{path} is a converted checkpoint already",
-            hint="use it as it is; --dtype of the other commands casts on load",
-        )
-    if is_meta(path):
-        return MetaFolder(path, name=name, revision=revision)
-    return HuggingFaceFolder(path, name=name, revision=revision)

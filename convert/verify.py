@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from llama_jax.checkpoint.format import Progress, digest, open_checkpoint
 from llama_jax.checkpoint.lock import Lock, SourceFile, read_lock
-from llama_jax.checkpoint.tensors import VerifyReport
-from llama_jax.convert.model_source import ModelSource, weight_files
-from llama_jax.convert.run import locked_files, open_source
+from llama_jax.checkpoint.read import VerifyReport
+from llama_jax.checkpoint.source import ModelSource, weight_files
+from llama_jax.convert.opening import open_source
+from llama_jax.convert.run import locked_files
 
 if TYPE_CHECKING:
     from llama_jax.convert.leaves import Leaf
@@ -103,7 +104,7 @@ def _tensor(src: str, leaf: Leaf, locked: Lock) -> list[str]:
 
 
 def _small_files(model: ModelSource, dtype: str, locked: Lock) -> list[str]:
-    from llama_jax.checkpoint.contents import small_files
+    from llama_jax.checkpoint.small_files import small_files
 
     contents = small_files(model.config, dtype, model.generation_config, model.files)
     found = {name: digest(data) for name, data in contents.items()}

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from llama_jax.checkpoint.source import SourceTensor
 from llama_jax.errors import CheckpointError
 
 DAMAGED = "the file is damaged or was not downloaded completely; get it again"
@@ -44,6 +45,12 @@ class WeightFile(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def source_tensor(file: WeightFile, name: str) -> SourceTensor:
+    """A tensor of an opened file of weights."""
+    entry = file.entries[name]
+    return SourceTensor(name, file.path, entry.offset, entry.nbytes)
 
 
 def open_file(path: Path) -> int:

@@ -6,6 +6,7 @@ Nothing here imports jax before an operation is asked for, so that the command l
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from llama_jax.errors import RequestError
@@ -38,27 +39,50 @@ def operation(name: str) -> Operation:
     return found
 
 
-def parse_backends(text: str) -> dict[str, str]:
-    """Operation to backend from "op=backend,op=backend"; "" is none. Whether a backend exists is not looked at.
+def parse_backends(named: str | Mapping[str, str], param: str = VARIABLE) -> dict[str, str]:
+    """Operation to backend from "op=backend,op=backend", or from a mapping. Whether a backend exists is not looked at.
+
+    Args:
+      param: what is read, for messages.
 
     Raises:
       RequestError: an item is not of this form, or an operation is unknown or named twice.
     """
-    named: dict[str, str] = {}
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, backend = (part.strip() for part in item.partition("="))
+    if isinstance(named, str):
+        items = [part.partition("=") for part in named.split(",") if part.strip()]
+    else:
+        items = [(name, "=", backend) for name, backend in named.items()]
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, backend = (part.strip() if isinstance(part, str) else "" for part in item)
         if not equals or not backend:
-            problem = f"{item!r} is not of the form operation=backend"
+            problem = f"{''.join(map(str, item)).strip()!r} is not of the form operation=backend"
         elif name not in OPERATIONS:
             problem = f"there is no operation {name!r}"
-        elif name in named:
+        elif name in found:
             problem = f"{name!r} is named twice"
         else:
-            named[name] = backend
+            found[name] = backend
             continue
         raise RequestError(
-            f"{VARIABLE}: {problem}",
-            param=VARIABLE,
-            hint=f"for example {VARIABLE}=flash_attention=reference; operations: {', '.join(OPERATIONS)}",
+            f"{param}: {problem}",
+            param=param,
+            hint=f"for example flash_attention=reference; operations: {', '.join(OPERATIONS)}",
         )
-    return named
+    return found
+
+
+def checked_backends(named: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Operation to backend, as `load(kernels=)` takes them; every backend exists. Imports jax.
+
+    Raises:
+      RequestError: as `parse_backends` says.
+      KernelError: an operation has no backend of that name.
+    """
+    from llama_jax.kernels.dispatch.operation import find_backend
+
+    found = parse_backends(named or {}, "kernels")
+    for name, backend in found.items():
+        if backend != "auto":
+            find_backend(operation(name), backend, "named by load(kernels=)")
+    return found

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
     from llama_jax.errors import LlamaJaxError
     from llama_jax.generation import batch_generate, generate, stream_generate
-    from llama_jax.loading import Model, load
+    from llama_jax.loading import load
     from llama_jax.model import activation_names, forward
     from llama_jax.model.flax_module import Llama
+    from llama_jax.model.loaded import Model
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
     from llama_jax.sampling import SamplingParams, sample
     from llama_jax.sharding import make_mesh
@@ -43,8 +44,9 @@ _HOME = {
     "config": ("LlamaConfig", "config_from_hf", "config_to_hf", "preset"),
     "errors": ("LlamaJaxError",),
     "model.flax_module": ("Llama",),
+    "model.loaded": ("Model",),
     "generation": ("batch_generate", "generate", "stream_generate"),
-    "loading": ("Model", "load"),
+    "loading": ("load",),
     "model": ("activation_names", "forward"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
     "sampling": ("SamplingParams", "sample"),

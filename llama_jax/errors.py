@@ -110,10 +110,6 @@ class NetworkError(LlamaJaxError):
     exit_code = 7
 
 
-class PluginError(LlamaJaxError):
-    """An entry point of another package cannot be loaded, or is not what its group asks for; the message names it."""
-
-
 class KernelError(LlamaJaxError):
     """A kernel backend that was asked for by name cannot run here; the message says why."""
 

@@ -3,67 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax import runtime
-from llama_jax.checkpoint import Progress, load_params, open_checkpoint
-from llama_jax.checkpoint.place import Placements
+from llama_jax.checkpoint import Progress
+from llama_jax.checkpoint.build import load_source
 from llama_jax.config import LlamaConfig
-from llama_jax.convert.direct import load_source, opened
+from llama_jax.convert.opening import opened
 from llama_jax.kernels.checking.startup import self_check
+from llama_jax.kernels.registry import checked_backends
 from llama_jax.layout import check, explain, param_sharding
-from llama_jax.library import DEFAULT_MODEL, find, resolve
+from llama_jax.library import DEFAULT_MODEL, Found, find, resolve
 from llama_jax.model.fuse import arrange
-from llama_jax.model.weights import compute_dtype
-from llama_jax.params import Params
+from llama_jax.model.loaded import Model
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.sharding import DeviceMesh
 from llama_jax.targets import current
-from llama_jax.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
+from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
 from llama_jax.text.tokenizer.check import check_tokenizer
-
-
-@dataclass(frozen=True)
-class Model:
-    """What `forward` and the generate functions need.
-
-    Attributes:
-      params: parameter tree on its devices, canonical (`llama_jax.params`) or fused (`llama_jax.model.fuse`).
-      config: what the model is; on a mesh with more devices than key/value heads, with these heads repeated
-        (`layout.split_config`).
-      mesh: the devices that the parameters are sharded over, with its rules; or None for one device.
-      generation_config: contents of the model's generation_config.json.
-      name: what it was loaded from.
-    """
-
-    params: Params
-    config: LlamaConfig
-    mesh: DeviceMesh | None = None
-    generation_config: Mapping[str, Any] = field(default_factory=dict)
-    name: str = ""
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Compute dtype (`weights.compute_dtype`)."""
-        return compute_dtype(self.params)
-
-    @property
-    def device(self) -> jax.Device:
-        """The device of the parameters (the first, if there are several)."""
-        return min(jax.tree.leaves(self.params["final_norm"])[0].devices(), key=lambda d: d.id)
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Every id that ends a text, by the model's config and its generation config."""
-        extra = self.generation_config.get("eos_token_id")
-        ids = () if extra is None else tuple(extra) if isinstance(extra, list | tuple) else (extra,)
-        return tuple(sorted({*self.config.eos_token_ids, *ids}))
 
 
 def load(
@@ -74,6 +34,7 @@ def load(
     convert: bool = True,
     verify: bool = True,
     fuse: bool = True,
+    kernels: str | Mapping[str, str] | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> tuple[Model, Tokenizer]:
@@ -99,35 +60,35 @@ def load(
         it holds neither NaN nor infinity.
       fuse: whether to join projections that share their input (`llama_jax.model.fuse`), which is faster; False keeps
         the canonical tree, for training or for `Llama`.
+      kernels: the backend of operations in the programs that generate with this model, by name:
+        {"flash_attention": "reference"} or "flash_attention=reference,moe=pallas_triton". Others are chosen as ever, by
+        LLAMA_JAX_KERNELS first.
       progress: called while converting and loading.
       notify: called with one line of text before anything that takes long or uses the network.
 
     Raises:
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`. DoesNotFit: "auto" finds no mesh.
+        RequestError, KernelError: `kernels` names an operation or a backend that does not exist; nothing was loaded.
     """
     runtime.enable_compilation_cache()
+    named = checked_backends(kernels)
     check_kernels_once(notify)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
-    found = None if convert else find(model, progress=progress, notify=notify)
-    if found is None or found.converted is None:
-        path = resolve(model, progress=progress, notify=notify) if found is None else found.path
-        checkpoint = open_checkpoint(path)
-        config, generation_config, tokenizer = checkpoint.config, checkpoint.generation_config, load_tokenizer(path)
-        devices = _placed(config, mesh, target, notify)
-        params = load_params(
-            path, dtype=target, sharding=_sharding(config, devices), verify=verify, progress=progress, config=config
-        )
-    else:
-        with opened(found.path, name=found.name, revision=found.revision) as source:
-            config, generation_config = source.config, source.generation_config
-            devices = _placed(config, mesh, target, notify)
-            check_tokenizer(source.files)
-            tokenizer = tokenizer_from_files(source.files, found.path)
-            params = load_source(
-                source, dtype=target, sharding=_sharding(config, devices), verify=verify, progress=progress
-            )
-    params, split = arrange(params, config, devices, fuse=fuse, donate=True)
-    return Model(params, split, devices, generation_config, str(model)), tokenizer
+    found = (
+        Found(resolve(model, progress=progress, notify=notify))
+        if convert
+        else find(model, progress=progress, notify=notify)
+    )
+    with opened(found.path, name=found.name, revision=found.revision) as source:
+        devices = _on_mesh(source.config, mesh, target, notify)
+        if found.converted is not None:
+            check_tokenizer(source.files)  # those of checkpoints were checked when they were converted
+        tokenizer = tokenizer_from_files(source.files, source.path)
+        sharding = None if devices is None else param_sharding(source.config, devices)
+        params = load_source(source, dtype=target, sharding=sharding, verify=verify, progress=progress)
+        config, generation_config = source.config, source.generation_config
+    params, config = arrange(params, config, devices, fuse=fuse, donate=True)
+    return Model(params, config, devices, generation_config, str(model), named), tokenizer
 
 
 def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
@@ -136,11 +97,7 @@ def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
         self_check(notify)
 
 
-def _sharding(config: LlamaConfig, mesh: DeviceMesh | None) -> Placements:
-    return None if mesh is None else param_sharding(config, mesh)
-
-
-def _placed(
+def _on_mesh(
     config: LlamaConfig, mesh: MeshRequest, dtype: jnp.dtype, notify: Callable[[str], None] | None
 ) -> DeviceMesh | None:
     """The devices. Refuses a mesh of no use; says what was chosen, and what is not simply split."""

@@ -1,21 +1,51 @@
-"""What other packages can add, by entry points: the names of the groups, and how they are loaded.
+"""What other packages can add, by entry points: the groups, and how they are loaded and checked (docs/plugins.md).
 
 https://packaging.python.org/en/latest/specifications/entry-points/
+
+A plugin that is broken is reported, once as a warning and in `llama-jax plugins`, and takes nothing else with it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from llama_jax.errors import PluginError
 
-TARGETS = "llama_jax.targets"
-"""Group of device models: each entry point is a `llama_jax.targets.Target`, or a tuple of them."""
-KERNELS = "llama_jax.kernels"
-"""Group of backends: each entry point has a backend's name, and is a mapping from the names of operations to
+@dataclass(frozen=True)
+class Group:
+    """A group of entry points.
+
+    Attributes:
+      name: of the group, as packages write it.
+      check: "module:function" of the room that owns the group. The function takes a plugin and the sound ones before it
+        in the group, and returns what is wrong with it, "" if nothing.
+    """
+
+    name: str
+    check: str
+
+    def problem(self, plugin: Plugin, earlier: Sequence[Plugin]) -> str:
+        """What is wrong with a plugin; "" if nothing."""
+        module, _, function = self.check.partition(":")
+        check: Callable[[Plugin, Sequence[Plugin]], str] = getattr(importlib.import_module(module), function)
+        return check(plugin, earlier)
+
+
+TARGETS = Group("llama_jax.targets", "llama_jax.targets.table:plugin_problem")
+"""Device models: each entry point is a `llama_jax.targets.Target`, or a tuple of them."""
+KERNELS = Group("llama_jax.kernels", "llama_jax.kernels.dispatch.extra:plugin_problem")
+"""Backends: each entry point has a backend's name, and is a mapping from the names of operations to
 `llama_jax.kernels.dispatch.Backend`."""
+FAMILIES = Group("llama_jax.families", "llama_jax.config.families:plugin_problem")
+"""Architectures: each entry point has the `model_type` of a config.json as its name, and is a
+`llama_jax.config.families.Family`."""
+GROUPS = (TARGETS, KERNELS, FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -23,42 +53,56 @@ class Plugin:
     """One entry point of a group.
 
     Attributes:
+      group: name of the group.
       name: as its package registers it.
       origin: package, version and object, for messages.
       value: the object; None if it cannot be imported.
-      problem: why it cannot be imported, or "".
+      problem: why it cannot be used, or "".
     """
 
+    group: str
     name: str
     origin: str
     value: Any = None
     problem: str = ""
 
+    @property
+    def state(self) -> str:
+        """ "ok" or "broken"."""
+        return "broken" if self.problem else "ok"
 
-def load_each(group: str) -> tuple[Plugin, ...]:
-    """Every entry point of a group, in the order of the names. What one of them raises becomes its `problem`."""
-    found = []
-    for point in sorted(entry_points(group=group), key=lambda point: point.name):
+    @property
+    def report(self) -> str:
+        """One sentence about a broken plugin."""
+        return f"the plugin {self.name!r} of {self.origin} is broken: {self.problem}"
+
+
+@functools.cache
+def load(group: Group) -> tuple[Plugin, ...]:
+    """Every entry point of a group, in the order of the names, looked up once a process.
+
+    What one of them raises, and what the group's check finds, becomes its `problem`, and a RuntimeWarning.
+    """
+    found: list[Plugin] = []
+    for point in sorted(entry_points(group=group.name), key=lambda point: (point.name, point.value)):
         package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
-        origin = f"{package} ({point.value})"
+        plugin = Plugin(group.name, point.name, f"{package} ({point.value})")
         try:
-            found.append(Plugin(point.name, origin, point.load()))
+            plugin = dataclasses.replace(plugin, value=point.load())
+            problem = group.problem(plugin, [p for p in found if not p.problem])
         except Exception as error:  # other people's code: anything may come
-            found.append(Plugin(point.name, origin, problem=f"{type(error).__name__}: {error}"))
+            problem = f"{type(error).__name__}: {error}"
+        found.append(dataclasses.replace(plugin, problem=problem))
+        if problem:
+            warnings.warn(f"llama_jax: {found[-1].report}", RuntimeWarning, stacklevel=2)
     return tuple(found)
 
 
-def load(group: str) -> tuple[tuple[str, Any], ...]:
-    """Name and object of every entry point of a group, in the order of the names.
+def sound(group: Group) -> tuple[Plugin, ...]:
+    """The plugins of a group that can be used."""
+    return tuple(plugin for plugin in load(group) if not plugin.problem)
 
-    Raises:
-      PluginError: one of them cannot be imported; names it and its package.
-    """
-    found = load_each(group)
-    for plugin in found:
-        if plugin.problem:
-            raise PluginError(
-                f"entry point {plugin.name!r} of {group} in {plugin.origin} cannot be loaded: {plugin.problem}",
-                hint="update or uninstall that package",
-            )
-    return tuple((plugin.name, plugin.value) for plugin in found)
+
+def reports(group: Group) -> str:
+    """What is wrong with the broken plugins of a group, to be added to a hint; "" if nothing."""
+    return "".join(f"; {plugin.report}" for plugin in load(group) if plugin.problem)

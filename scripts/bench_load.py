@@ -163,7 +163,8 @@ def load_once(path: Path, run: str, dtype: str | None) -> dict[str, Any]:
     import numpy as np
 
     from llama_jax.checkpoint import is_checkpoint, load_params, open_checkpoint
-    from llama_jax.convert.direct import load_source, opened
+    from llama_jax.checkpoint.build import load_source
+    from llama_jax.convert.opening import opened
     from llama_jax.layout import param_sharding
     from llama_jax.params import flatten
 

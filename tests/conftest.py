@@ -27,7 +27,7 @@ import pytest
 from amd.requirements import missing, required
 
 if TYPE_CHECKING:  # these import jax, and the environment is set up below
-    from llama_jax.loading import Model
+    from llama_jax.model.loaded import Model
     from llama_jax.text.tokenizer import Tokenizer
 
 ON_GPU = os.environ.get("LLAMA_JAX_TEST_GPU", "0") not in ("", "0")

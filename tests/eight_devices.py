@@ -18,12 +18,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_chat_model import write_chat_model
 from tiny_models import DTYPES, LLAMA, write_hf
 
-from llama_jax.checkpoint import chunks, load_params, open_checkpoint, place
+from llama_jax.checkpoint import array_store, leaf_builder, load_params, open_checkpoint
+from llama_jax.checkpoint.build import load_source
 from llama_jax.checkpoint.format import TensorInfo
-from llama_jax.checkpoint.place import LeafBuilder, fill
+from llama_jax.checkpoint.leaf_builder import LeafBuilder, fill
 from llama_jax.convert import convert
-from llama_jax.convert.direct import load_source
-from llama_jax.convert.run import open_source
+from llama_jax.convert.opening import open_source
 from llama_jax.generation import batch_generate
 from llama_jax.layout import param_sharding
 from llama_jax.loading import load
@@ -91,8 +91,8 @@ def test_same_leaves_as_on_one_device(family: tuple[Path, Path], mesh: str) -> N
 def test_casts_equal_astype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: str, wanted: str, blocks: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(place, "BLOCK_BYTES", blocks[0])
-    monkeypatch.setattr(place, "READ_BYTES", blocks[1])
+    monkeypatch.setattr(leaf_builder, "BLOCK_BYTES", blocks[0])
+    monkeypatch.setattr(leaf_builder, "READ_BYTES", blocks[1])
     leaves = write_hf(tmp_path / "hf", LLAMA | {"dtype": stored})
     path = convert(tmp_path / "hf", tmp_path / "model")
     sharding = param_sharding(open_checkpoint(path).config, mesh_of("data=2, tensor=4"))
@@ -123,8 +123,8 @@ def test_any_layout(
     shape, spec = layout
     tensor = np.random.default_rng(0).standard_normal(shape).astype(DTYPES[stored])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(place, "BLOCK_BYTES", block)
-        patch.setattr(place, "READ_BYTES", read)
+        patch.setattr(leaf_builder, "BLOCK_BYTES", block)
+        patch.setattr(leaf_builder, "READ_BYTES", read)
         dtype = None if wanted is None else jnp.dtype(wanted)
         builder = LeafBuilder(TensorInfo(shape, stored, ""), dtype, NamedSharding(mesh_of("data=2, tensor=4"), spec))
         rows = 0
@@ -142,8 +142,10 @@ def test_every_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     write_hf(tmp_path / "hf", LLAMA)
     path = convert(tmp_path / "hf", tmp_path / "model")
     checkpoint, read = open_checkpoint(path), []
-    original = chunks._read
-    monkeypatch.setattr(chunks, "_read", lambda where, skip, out: (read.append(out.nbytes), original(where, skip, out)))
+    original = array_store._read
+    monkeypatch.setattr(
+        array_store, "_read", lambda where, skip, out: (read.append(out.nbytes), original(where, skip, out))
+    )
     for mesh in MESHES:
         read.clear()
         load_params(path, sharding=param_sharding(checkpoint.config, mesh_of(mesh)))

@@ -38,9 +38,9 @@ from tiny_chat_model import write_chat_model
 from llama_jax import layout, sharding
 from llama_jax.aot.programs import prefill_program
 from llama_jax.cache import DenseCache, NewCache
+from llama_jax.checkpoint.build import load_source
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, preset
-from llama_jax.convert.direct import load_source
-from llama_jax.convert.run import open_source
+from llama_jax.convert.opening import open_source
 from llama_jax.decode import buckets, loop
 from llama_jax.decode import prefill as prefill_module
 from llama_jax.errors import RequestError
@@ -49,11 +49,12 @@ from llama_jax.kernels import report
 from llama_jax.kernels.attention import Visibility, attention, attention_reference
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import OPERATIONS
-from llama_jax.loading import Model, load
+from llama_jax.loading import load
 from llama_jax.measure.bench import random_model
 from llama_jax.model import forward
 from llama_jax.model.adapters import empty_slots, put_adapter
 from llama_jax.model.fuse import arrange, fuse_params, repeat_kv_heads
+from llama_jax.model.loaded import Model
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
 from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
 

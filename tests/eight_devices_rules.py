@@ -17,8 +17,9 @@ from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate
 from llama_jax.layout import explain, local_size
-from llama_jax.loading import Model, load
+from llama_jax.loading import load
 from llama_jax.model.fuse import fuse_params
+from llama_jax.model.loaded import Model
 from llama_jax.params import flatten, param_specs
 from llama_jax.sampling import make_sampler, sample
 from llama_jax.sharding import RuledMesh, constrain, local, make_mesh, on, share, split_over, ways

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, QueryScale, RopeSpec
-from llama_jax.convert.run import open_source
+from llama_jax.convert.opening import open_source
 from llama_jax.model import forward
 from llama_jax.params import Params, flatten, param_specs, projection_names, unflatten
 

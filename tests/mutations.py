@@ -501,7 +501,7 @@ CONVERSION: tuple[Mutation, ...] = (
     ),
     Mutation(
         "digest of a tensor not compared",
-        "llama_jax/checkpoint/tensors.py",
+        "llama_jax/checkpoint/read.py",
         "if found != expected:",
         "if not found:",
         (

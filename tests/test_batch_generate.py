@@ -21,7 +21,8 @@ from tiny_chat_model import write_chat_model
 from llama_jax import batch_generate, encode_chat
 from llama_jax.batch_file import Summary, run
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError
-from llama_jax.loading import Model, load
+from llama_jax.loading import load
+from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 

@@ -40,7 +40,8 @@ from llama_jax.cli.chat_screen import Screen
 from llama_jax.cli.chat_session import COMMANDS, Session
 from llama_jax.errors import LlamaJaxError, RequestError, StorageError
 from llama_jax.generation import generate
-from llama_jax.loading import Model, load
+from llama_jax.loading import load
+from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 

@@ -23,10 +23,10 @@ from hypothesis.extra import numpy as hnp
 from orbax.checkpoint import v1 as ocp
 from tiny_models import DTYPES, LLAMA, MIXTRAL, random_leaves
 
-from llama_jax.checkpoint import Source, is_checkpoint, load_params, open_checkpoint, parts, save, verify, write
-from llama_jax.checkpoint.chunks import open_arrays
+from llama_jax.checkpoint import Source, is_checkpoint, journal, load_params, open_checkpoint, save, verify, write
+from llama_jax.checkpoint.array_store import open_arrays
 from llama_jax.checkpoint.format import TensorInfo, digest
-from llama_jax.checkpoint.tensors import ALIGNMENT, TensorReader, empty_aligned
+from llama_jax.checkpoint.read import ALIGNMENT, TensorReader, empty_aligned
 from llama_jax.config import config_from_hf
 from llama_jax.errors import CheckpointError, DoesNotFit, ModelNotFound, RequestError, StorageError
 from llama_jax.params import flatten, unflatten
@@ -103,7 +103,7 @@ def test_save_takes_jax_arrays(tmp_path: Path) -> None:
 
 def test_large_tensors_are_written_in_batches_and_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "BATCH_BYTES", 1500)
-    monkeypatch.setattr(parts, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(journal, "CHUNK_BYTES", 1000)
     path, leaves = written(tmp_path)
     assert {n: bits(a) for n, a in flatten(load_params(path)).items()} == {n: bits(a) for n, a in leaves.items()}
     name = "embed.weight"
@@ -216,7 +216,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
                 for k in ("digests", "tensors")
             ],
         ),
-        r"holds unknown tensor odd",
+        r"holds tensor odd",
     ),
     "list of tensors disagrees with the data": (
         edit_json(METADATA, lambda m: m["custom_metadata"]["tensors"]["embed.weight"].update(dtype="float16")),

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import DTYPES, LLAMA, LLAMA4, MIXTRAL, assert_equal, hf_tensors, random_leaves, write_hf
 
+from llama_jax.checkpoint.values import check_finite
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
-from llama_jax.convert.model_source import check_finite
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from tiny_models import LLAMA, assert_equal, write_hf
 
 from llama_jax import disk
-from llama_jax.checkpoint import open_checkpoint, parts, save, verify, write
+from llama_jax.checkpoint import journal, open_checkpoint, save, verify, write
 from llama_jax.checkpoint.leftovers import leftovers, remove_leftovers
 from llama_jax.checkpoint.lock import read_lock
 from llama_jax.config import config_from_hf
@@ -138,7 +138,7 @@ def test_goes_on_where_it_was_stopped(source: Path, tmp_path: Path, reads: list[
     assert len(said) == 1
     assert "run it again" in said[0]
     assert names(tmp_path) == ["hf", "out.partial", "whole"]
-    left = {n for p in parts.read_parts(tmp_path / "out.partial" / "parts") for n in p.tensors}
+    left = {n for p in journal.read_parts(tmp_path / "out.partial" / "parts") for n in p.tensors}
     assert 0 < len(left) < total
     reads.clear()
     steps: list[tuple[int, int, str]] = []

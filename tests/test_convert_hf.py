@@ -18,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import DTYPES, LLAMA, LLAMA4, MIXTRAL, assert_equal, hf_tensors, loaded, random_leaves, write_hf
 
 from llama_jax.checkpoint import is_checkpoint, open_checkpoint, verify
+from llama_jax.checkpoint.values import count_nonfinite
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
-from llama_jax.convert.model_source import count_nonfinite
 from llama_jax.convert.safetensors_file import SafetensorsFile
 from llama_jax.errors import (
     CheckpointError,

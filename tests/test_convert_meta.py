@@ -17,12 +17,12 @@ from tiny_models import LLAMA, loaded, random_leaves, write_gguf
 from torch_writer import torch_save
 
 from llama_jax.checkpoint import load_params, open_checkpoint
+from llama_jax.checkpoint.source import BFLOAT16
 from llama_jax.config import LlamaConfig, config_from_hf
 from llama_jax.config.presets import preset
 from llama_jax.convert import convert, meta, meta_tokenizer
 from llama_jax.convert.meta_config import config_dict
-from llama_jax.convert.model_source import BFLOAT16
-from llama_jax.convert.run import open_source
+from llama_jax.convert.opening import open_source
 from llama_jax.errors import CheckpointError, LlamaJaxError, TemplateError, TokenizerError, UnsupportedModel
 from llama_jax.library import resolve
 from llama_jax.measure import verification

@@ -24,10 +24,10 @@ from tiny_models import DTYPES, LLAMA4, MIXTRAL, hf_tensors, loaded, random_leav
 from llama_jax.checkpoint import open_checkpoint
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
+from llama_jax.convert.opening import open_source
 from llama_jax.convert.quantized import scheme_from_hf
 from llama_jax.convert.quantized.codes import Codes, unpack
 from llama_jax.convert.quantized.settings import pattern
-from llama_jax.convert.run import open_source
 from llama_jax.errors import CheckpointError, UnsupportedModel
 from llama_jax.params import param_specs
 

@@ -20,7 +20,7 @@ from llama_jax.cache import NewCache, PagedCache
 from llama_jax.config import LayerSpec, RopeSpec
 from llama_jax.decode import buckets, loop
 from llama_jax.decode import prefill as prefill_module
-from llama_jax.loading import Model
+from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplerProfile, SamplerState, SamplingParams, make_sampler
 
 SIZES = st.integers(1, 1 << 20)

@@ -22,8 +22,9 @@ from llama_jax.decode import buckets, loop
 from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.generation.outputs import RequestOutput
-from llama_jax.loading import Model, load
+from llama_jax.loading import load
 from llama_jax.model.adapters import empty_slots, put_adapter
+from llama_jax.model.loaded import Model
 from llama_jax.params import flatten, unflatten
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer

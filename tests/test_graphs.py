@@ -13,8 +13,8 @@ from llama_jax import SamplingParams, batch_generate, stream_generate
 from llama_jax.config import LayerSpec, MoeSpec
 from llama_jax.decode import graphs
 from llama_jax.decode.graphs import graph_options
-from llama_jax.loading import Model
 from llama_jax.model.fuse import fuse_params
+from llama_jax.model.loaded import Model
 from llama_jax.sharding import make_mesh, mesh
 from llama_jax.targets import find
 

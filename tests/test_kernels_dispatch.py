@@ -459,7 +459,7 @@ def test_bench_says_what_ran(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llama_jax.cli", *args, "--kernels", "flash_attention=reference"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     kernels = {kernel["operation"]: kernel for kernel in json.loads(done.stdout)["kernels"]}
-    assert kernels["flash_attention"]["reason"] == "named by LLAMA_JAX_KERNELS"
+    assert kernels["flash_attention"]["reason"] == "named by using() or load(kernels=)"
     assert kernels["decode_attention"]["reason"] == "Pallas kernels do not compile for a CPU"
     assert {kernel["backend"] for kernel in kernels.values()} == {"reference"}
     assert all(kernel["traced"] > 0 and kernel["target"] == "cpu" for kernel in kernels.values())

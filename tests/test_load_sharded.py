@@ -26,11 +26,12 @@ from orbax.checkpoint import v1 as ocp
 from tiny_chat_model import write_chat_model
 from tiny_models import LLAMA, LLAMA4, MIXTRAL, hf_tensors, random_leaves, write_gguf, write_hf
 
-from llama_jax.checkpoint import chunks, load_params, open_checkpoint, place, save, tensors
-from llama_jax.checkpoint.chunks import open_arrays
+from llama_jax.checkpoint import array_store, leaf_builder, load_params, open_checkpoint, save
+from llama_jax.checkpoint.array_store import open_arrays
+from llama_jax.checkpoint.build import load_source
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
-from llama_jax.convert.direct import load_source, opened
+from llama_jax.convert.opening import opened
 from llama_jax.errors import CheckpointError, RequestError
 from llama_jax.generation import batch_generate
 from llama_jax.layout import partition_spec
@@ -62,12 +63,12 @@ import sys
 import jax, numpy as np
 address, rank, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, num_processes=2, process_id=rank)
-from llama_jax.checkpoint import chunks, load_params, open_checkpoint
+from llama_jax.checkpoint import array_store, load_params, open_checkpoint
 from llama_jax.layout import param_sharding
 from llama_jax.params import flatten
 whole = flatten(load_params(path, sharding=jax.local_devices()[0]))
-checkpoint, original, read = open_checkpoint(path), chunks._read, []
-chunks._read = lambda where, skip, out: (read.append(out.nbytes), original(where, skip, out))
+checkpoint, original, read = open_checkpoint(path), array_store._read, []
+array_store._read = lambda where, skip, out: (read.append(out.nbytes), original(where, skip, out))
 mesh = jax.make_mesh((2, 4), ("tensor", "data"))  # each process has all of one half
 sharding = param_sharding(checkpoint.config, mesh)
 for verify in (True, False):
@@ -273,9 +274,9 @@ def test_every_flipped_bit_of_a_data_file_is_noticed(tmp_path: Path) -> None:
 def test_an_index_that_points_outside(tmp_path: Path, file: str) -> None:
     for reference in (f"value::{file}:0:10", f"value:{file}/:x:0:10"):
         with pytest.raises(ValueError, match="outside"):
-            chunks._location(tmp_path, reference)
+            array_store._location(tmp_path, reference)
     with pytest.raises(ValueError, match="malformed"):
-        chunks._location(tmp_path, "value::d/x:0")
+        array_store._location(tmp_path, "value::d/x:0")
 
 
 def test_only_the_rows_that_are_wanted_are_read(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,8 +311,8 @@ def interfere(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None], 
 
     monkeypatch.setattr(os, "preadv", preadv)
     # Several reads a tensor, on one thread, so that the moment is the same each time.
-    monkeypatch.setattr(place, "READ_BYTES", 256)
-    monkeypatch.setattr(tensors.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(leaf_builder, "READ_BYTES", 256)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
 
     return lambda action, n: state.update(action=action, left=n)
 

@@ -16,7 +16,8 @@ from llama_jax.checkpoint import is_checkpoint
 from llama_jax.errors import CheckpointError, LlamaJaxError, ModelNotFound, RequestError
 from llama_jax.generation import batch_generate
 from llama_jax.library import resolve
-from llama_jax.loading import Model, load
+from llama_jax.loading import load
+from llama_jax.model.loaded import Model
 from llama_jax.params import flatten
 
 

@@ -30,8 +30,8 @@ from llama_jax.cache import PAGE_SIZES, DenseCache, PagedCache, PagePool
 from llama_jax.config import LayerSpec
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.kernels.dispatch import using
-from llama_jax.loading import Model
 from llama_jax.model import forward
+from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
 
 # Cases that between them hold every kind of attention and cache; the others run where a test is marked slow.

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from llama_jax.generation import batch_generate, generate, stream_generate
-from llama_jax.loading import Model
 from llama_jax.model import forward
+from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.chat import chat_text, encode_chat
 from llama_jax.text.tokenizer import Tokenizer

@@ -10,17 +10,18 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
+from llama_jax.checkpoint.checkpoint_source import CheckpointSource
 from llama_jax.checkpoint.format import Progress
+from llama_jax.checkpoint.source import BFLOAT16
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.casting import cast, row_blocks
 from llama_jax.convert.export.gguf_metadata import architecture, model_metadata, rope_factors
 from llama_jax.convert.export.gguf_tokenizer import no_tokenizer, tokenizer_metadata
 from llama_jax.convert.export.gguf_writer import GgufPlan, GgufWriter, Value, data_bytes
-from llama_jax.convert.export.source import Exported, ExportSource
+from llama_jax.convert.export.source import Exported, open_plain
 from llama_jax.convert.export.staging import staged
 from llama_jax.convert.gguf import pair_rotation, rotated_heads
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS
-from llama_jax.convert.model_source import BFLOAT16
 from llama_jax.errors import RequestError
 from llama_jax.params import ParamSpec
 
@@ -72,7 +73,7 @@ def export_gguf(
     dst = Path(dst).absolute()
     if dst.suffix != ".gguf":
         raise RequestError(f"{dst.name} does not end in .gguf", param="dst", hint="GGUF export makes a single file")
-    source = ExportSource(checkpoint)
+    source = open_plain(checkpoint)
     kind = kind or _STORED[source.checkpoint.dtype]
     if kind not in GGUF_TYPES:
         raise RequestError(f"GGUF type {kind!r} is not known", param="kind", hint=f"one of {', '.join(GGUF_TYPES)}")
@@ -96,7 +97,7 @@ def export_gguf(
     return Exported(dst, (dst.name,), len(plan), sum(tensor.nbytes for tensor in plan.values()), kind, (*more, *notes))
 
 
-def _plan(source: ExportSource, kind: str) -> tuple[dict[str, GgufPlan], list[str]]:
+def _plan(source: CheckpointSource, kind: str) -> tuple[dict[str, GgufPlan], list[str]]:
     """Type and shape of every tensor; and a note if some cannot have the type."""
     plan, kept = {}, 0
     factors = rope_factors(source.checkpoint.config)
@@ -118,7 +119,7 @@ def _plan(source: ExportSource, kind: str) -> tuple[dict[str, GgufPlan], list[st
     return plan, [f"{kept} tensors are stored as f16, since their rows do not divide into {kind}'s blocks of {block}"]
 
 
-def _metadata(source: ExportSource, kind: str) -> tuple[dict[str, Value], list[str]]:
+def _metadata(source: CheckpointSource, kind: str) -> tuple[dict[str, Value], list[str]]:
     checkpoint = source.checkpoint
     config = checkpoint.config
     notes = []
@@ -161,7 +162,7 @@ def _rotated(spec: ParamSpec, config: LlamaConfig, array: np.ndarray) -> np.ndar
     return array if heads is None else pair_rotation(array, heads)
 
 
-def _write(writer: GgufWriter, name: str, array: np.ndarray, kind: Kind, source: ExportSource) -> None:
+def _write(writer: GgufWriter, name: str, array: np.ndarray, kind: Kind, source: CheckpointSource) -> None:
     for _, block in row_blocks(array):
         if kind in _DTYPES:
             writer.write(cast(name, block, _DTYPES[kind], source.checkpoint.path))

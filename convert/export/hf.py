@@ -6,19 +6,22 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llama_jax.checkpoint.checkpoint_source import CheckpointSource
 from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Progress
+from llama_jax.checkpoint.small_files import COPIED
 from llama_jax.config import config_to_hf
+from llama_jax.config.families import find_family, renamed
 from llama_jax.convert.casting import cast, row_blocks, storage_dtype
 from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
-from llama_jax.convert.export.source import Exported, ExportSource
+from llama_jax.convert.export.source import Exported, checked_files, open_plain
 from llama_jax.convert.export.staging import staged, start_folder, write_file
-from llama_jax.convert.hf import COPIED, INDEX, SINGLE
+from llama_jax.convert.hf import INDEX, SINGLE
 from llama_jax.convert.hf_names import Recipe, recipe
 from llama_jax.convert.safetensors_file import SafetensorsFile
 from llama_jax.errors import CheckpointError, RequestError, UnsupportedModel
@@ -62,9 +65,9 @@ def export_hf(
     if shard_bytes < 1:
         raise RequestError(f"a shard of {shard_bytes} bytes holds nothing", param="shard_bytes", hint="at least 1")
     wanted = None if dtype is None else storage_dtype(dtype)
-    source, dst = ExportSource(checkpoint), Path(dst).absolute()
+    source, dst = open_plain(checkpoint), Path(dst).absolute()
     steps = _steps(source, None if wanted is None else wanted.name)
-    files = dict(source.files(_FILES))
+    files = checked_files(source.checkpoint, _FILES)
     stored = source.checkpoint.dtype
     if wanted is not None and wanted.name != stored:
         stored = wanted.name
@@ -108,13 +111,15 @@ class _Step:
                 yield self.made.sources[0], expert, np.ascontiguousarray(piece.T if self.made.transposed else piece)
 
 
-def _steps(source: ExportSource, dtype: str | None) -> list[_Step]:
+def _steps(source: CheckpointSource, dtype: str | None) -> list[_Step]:
     steps: dict[tuple[str, ...], _Step] = {}
+    names = find_family(source.config.family).tensor_names
     for spec in source.specs:
         made = recipe(spec, frozenset())
+        made = replace(made, sources=tuple(renamed(name, names) for name in made.sources))
         step = steps.setdefault(made.sources, _Step(made))
         step.specs.append(spec)
-        plan = TensorPlan(dtype or source.dtype(spec), made.shape)
+        plan = TensorPlan(dtype or source.dtype(spec).name, made.shape)
         for name in made.sources:
             if step.tensors.setdefault(name, plan) != plan:
                 raise UnsupportedModel(
@@ -143,7 +148,7 @@ def _shards(steps: Sequence[_Step], shard_bytes: int) -> dict[str, dict[str, Ten
 
 
 def _write_tensors(
-    source: ExportSource,
+    source: CheckpointSource,
     steps: Sequence[_Step],
     shards: Mapping[str, Mapping[str, TensorPlan]],
     folder: Path,

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from llama_jax.convert.model_source import BFLOAT16
+from llama_jax.checkpoint.source import BFLOAT16
 from llama_jax.convert.quantized.codes import Codes
 from llama_jax.convert.weight_file import WeightEntry, WeightFile
 from llama_jax.errors import CheckpointError, UnsupportedModel

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.convert.model_source import SourceTensor, source_tensor
+from llama_jax.checkpoint.source import SourceTensor
 from llama_jax.convert.quantized.scheme import DAMAGED, SAME, Bundle, Part, Scheme
-from llama_jax.convert.weight_file import WeightFile
+from llama_jax.convert.weight_file import WeightFile, source_tensor
 from llama_jax.errors import CheckpointError
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llama_jax.kernels.dispatch.backend import Backend
-from llama_jax.kernels.registry import OPERATIONS
-from llama_jax.plugins import KERNELS, Plugin, load_each
+from llama_jax.kernels.registry import OPERATIONS, operation
+from llama_jax.plugins import KERNELS, Plugin, load, sound
 
 
 @dataclass(frozen=True)
@@ -27,30 +25,24 @@ class Extra:
     origins: tuple[str, ...] = ()
 
 
-@functools.cache
 def extra() -> Extra:
-    """Looked up once a process; each broken plugin gives one warning, and an error when its backend is named."""
+    """Backends of sound plugins. A broken one is an error when its backend is named."""
     backends: dict[str, dict[str, Backend]] = {}
-    problems: dict[str, str] = {}
-    origins = []
-    for plugin in load_each(KERNELS):
-        if problem := plugin.problem or _problem(plugin, backends):
-            problems[plugin.name] = f"the plugin {plugin.name!r} of {plugin.origin} is broken: {problem}"
-            warnings.warn(f"llama_jax: {problems[plugin.name]}", RuntimeWarning, stacklevel=2)
-            continue
-        for operation, backend in plugin.value.items():
-            backends.setdefault(operation, {})[plugin.name] = backend
-        origins.append(plugin.origin)
-    return Extra(backends, problems, tuple(sorted(origins)))
+    for plugin in sound(KERNELS):
+        for name, backend in plugin.value.items():
+            backends.setdefault(name, {})[plugin.name] = backend
+    problems = {plugin.name: plugin.report for plugin in load(KERNELS) if plugin.problem}
+    return Extra(backends, problems, tuple(sorted(plugin.origin for plugin in sound(KERNELS))))
 
 
-def _problem(plugin: Plugin, taken: Mapping[str, Mapping[str, Backend]]) -> str:
-    """What is wrong with a plugin that could be imported; "" if nothing."""
+def plugin_problem(plugin: Plugin, earlier: Sequence[Plugin]) -> str:
+    """What is wrong with a plugin that is to add a backend; "" if nothing."""
     value = plugin.value
     if not isinstance(value, Mapping) or not value or not all(isinstance(b, Backend) for b in value.values()):
         return "it is not a mapping from operations to llama_jax.kernels.dispatch.Backend"
     if unknown := [name for name in value if name not in OPERATIONS]:
         return f"there is no operation {unknown[0]!r}; known: {', '.join(OPERATIONS)}"
-    if twice := [name for name in value if plugin.name in taken.get(name, ())]:
-        return f"another plugin has given {twice[0]!r} a backend of this name"
+    taken = [name for p in earlier if p.name == plugin.name for name in p.value]
+    if twice := [name for name in value if name in taken or plugin.name in operation(name).backends]:
+        return f"{twice[0]!r} has another backend of this name"
     return ""

@@ -143,7 +143,7 @@ def _named(operation: str, name: str) -> tuple[str, str]:
     if name != "auto":
         return name, "named by the caller"
     if (preferred := dict(_preferred.value).get(operation, "auto")) != "auto":
-        return preferred, "named by using()"
+        return preferred, "named by using() or load(kernels=)"
     return _named_for_the_process().get(operation, "auto"), f"named by {VARIABLE}"
 
 
@@ -154,7 +154,15 @@ def _named_for_the_process() -> Mapping[str, str]:
     return parse_backends(os.environ.get(VARIABLE, ""))
 
 
-def _check_named(op: Operation, target: Target, name: str, who: str, *args: Any, **kwargs: Any) -> None:
+def find_backend(op: Operation, name: str, who: str) -> Backend:
+    """The backend of that name.
+
+    Args:
+      who: has named it, for messages.
+
+    Raises:
+      KernelError: there is none.
+    """
     backends = op.all_backends()
     if name not in backends:
         broken = extra().problems.get(name)
@@ -162,12 +170,17 @@ def _check_named(op: Operation, target: Target, name: str, who: str, *args: Any,
             f"operation {op.name!r} has no backend {name!r} ({who})" + (f": {broken}" if broken else ""),
             hint=f"choose one of: auto, {', '.join(sorted(backends))}",
         )
+    return backends[name]
+
+
+def _check_named(op: Operation, target: Target, name: str, who: str, *args: Any, **kwargs: Any) -> None:
+    backend = find_backend(op, name, who)
     if reason := disabled().get((op.name, name)):
         raise KernelError(
             f"backend {name!r} of {op.name!r} ({who}) is disabled: {reason}",
             hint="leave the choice to auto; LLAMA_JAX_SELF_CHECK=0 runs it all the same",
         )
-    reason = backends[name].unsupported(target, *args, **kwargs)
+    reason = backend.unsupported(target, *args, **kwargs)
     if reason := reason or (None if name == REFERENCE else _split(args, kwargs)):
         raise KernelError(
             f"backend {name!r} of {op.name!r} ({who}) cannot run this on {target.name}: {reason}",

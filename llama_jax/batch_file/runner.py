@@ -21,7 +21,7 @@ from llama_jax.batch_file.journal import Journal
 from llama_jax.batch_file.lines import Request, output_record, parse_line
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.generation import batch_generate
-from llama_jax.loading import Model
+from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 

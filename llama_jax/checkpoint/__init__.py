@@ -24,8 +24,8 @@ from llama_jax.checkpoint.format import (
 )
 
 if TYPE_CHECKING:
-    from llama_jax.checkpoint.load import load_params
-    from llama_jax.checkpoint.tensors import VerifyReport, verify
+    from llama_jax.checkpoint.build import load_params
+    from llama_jax.checkpoint.read import VerifyReport, verify
     from llama_jax.checkpoint.write import CheckpointWriter, save
 
 __all__ = [
@@ -51,11 +51,11 @@ def __getattr__(name: str) -> Any:
 
         return getattr(write, name)
     if name in ("VerifyReport", "verify"):
-        from llama_jax.checkpoint import tensors
+        from llama_jax.checkpoint import read
 
-        return getattr(tensors, name)
+        return getattr(read, name)
     if name == "load_params":
-        from llama_jax.checkpoint.load import load_params
+        from llama_jax.checkpoint.build import load_params
 
         return load_params
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,8 +14,9 @@ import numpy as np
 
 from llama_jax import disk
 from llama_jax.checkpoint import format as fmt
-from llama_jax.checkpoint import lock, parts
-from llama_jax.checkpoint.contents import check_dtypes, check_names, json_bytes, main_dtype, small_files, tool_version
+from llama_jax.checkpoint import journal, lock
+from llama_jax.checkpoint.small_files import json_bytes, main_dtype, small_files, tool_version
+from llama_jax.checkpoint.source import check_dtypes, check_tensors
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError, UnsupportedModel
 from llama_jax.params import flatten, param_specs
@@ -24,12 +25,13 @@ BATCH_BYTES = 256 << 20
 """Tensors are written in batches of at most this many bytes (a larger tensor alone)."""
 
 _PARTS, _STAGED = "parts", "checkpoint"
+_MISMATCH = "check that the tensors and the config belong together"
 
 
 class CheckpointWriter:
     """Writes one checkpoint; a context manager. Nothing stands at `path` before `commit` has returned.
 
-    Everything is written below `<path>.partial` (see `checkpoint.parts`) and gets its name at the end, in one step.
+    Everything is written below `<path>.partial` (see `checkpoint.journal`) and gets its name at the end, in one step.
     What is left when the context ends early, or the process, depends on `identity`: with one, the batches that were
     written stay, and the next writer with the same identity goes on behind them. Errors that another try cannot help
     (a damaged source, say) remove them.
@@ -67,7 +69,7 @@ class CheckpointWriter:
         self._progress = progress
         self._say: Callable[[str], None] = notify or (lambda _: None)
         self._partial = self.path.with_name(self.path.name + disk.PARTIAL)
-        self._parts: list[parts.Part] = []
+        self._parts: list[journal.Part] = []
         self._keep_cached = disk.fits_file_cache(total_bytes)
         self._stack = contextlib.ExitStack()
 
@@ -128,7 +130,7 @@ class CheckpointWriter:
         if not marker.exists():
             disk.write_file(marker, identity)
         disk.remove(left / _STAGED)
-        self._parts = parts.sound_parts(left / _PARTS, self._total_bytes, self._progress)
+        self._parts = journal.sound_parts(left / _PARTS, self._total_bytes, self._progress)
 
     def _leave(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         if e is None or self._identity is None or not _worth_another_try(e):
@@ -136,7 +138,7 @@ class CheckpointWriter:
             return
         # What is not whole is of no use to the next writer. Orbax's threads may still be writing there.
         with contextlib.suppress(OSError):
-            self._parts = parts.read_parts(self._partial / _PARTS)
+            self._parts = journal.read_parts(self._partial / _PARTS)
             disk.remove(self._partial / _STAGED)
         if not self._parts:
             self._discard()
@@ -179,7 +181,7 @@ class CheckpointWriter:
         folder = self._partial / _PARTS / self._next_number()
         with disk.storage_errors(self.path, self._total_bytes - sum(part.nbytes for part in self._parts)):
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            self._parts.append(parts.write_part(folder, contiguous, note or {}, keep=self._keep_cached))
+            self._parts.append(journal.write_part(folder, contiguous, note or {}, keep=self._keep_cached))
 
     def _next_number(self) -> str:
         return f"{max((int(part.folder.name) for part in self._parts), default=-1) + 1:06}"
@@ -209,7 +211,8 @@ class CheckpointWriter:
           UnsupportedModel: a config.json cannot express the config.
         """
         written = self.written
-        check_names(written, config, self.path)
+        shapes = {name: info.shape for name, info in written.items()}
+        check_tensors(self.path, shapes, param_specs(config), hint=_MISMATCH, asks="the config")
         # In the config's order, which does not depend on the order of writing.
         tensors = {spec.name: replace(written[spec.name], scheme=spec.scheme) for spec in param_specs(config)}
         check_dtypes(tensors, config, self.path)
@@ -217,7 +220,7 @@ class CheckpointWriter:
         contents = small_files(config, stored, generation_config, files)
         staged = self._partial / _STAGED
         with disk.storage_errors(self.path):
-            parts.join(self._parts, staged)
+            journal.join(self._parts, staged)
             fmt.set_custom_metadata(staged, tensors)
             digests = {name: fmt.digest(data) for name, data in contents.items()}
             for name, data in contents.items():
@@ -285,13 +288,8 @@ def save(
       StorageError, DoesNotFit: see `CheckpointWriter`.
     """
     flat = flatten(params)
-    check_names(flat, config, Path(path))
-    for spec in param_specs(config):
-        if tuple(flat[spec.name].shape) != spec.shape:
-            raise CheckpointError(
-                f"tensor {spec.name} has shape {tuple(flat[spec.name].shape)}, the config asks for {spec.shape}",
-                hint="check that params and config belong together",
-            )
+    shapes = {name: leaf.shape for name, leaf in flat.items()}
+    check_tensors(Path(path), shapes, param_specs(config), hint=_MISMATCH, asks="the config")
     sizes = {spec.name: flat[spec.name].nbytes for spec in param_specs(config)}
     with CheckpointWriter(path, total_bytes=sum(sizes.values()), overwrite=overwrite) as writer:
         for batch in batches(sizes):

@@ -63,6 +63,7 @@ def command(
     convert: bool,
     mesh: str | None,
     tp: int | None,
+    kernels: dict[str, str],
     profile: bool,
     as_json: bool,
 ) -> None:
@@ -75,6 +76,7 @@ def command(
     from llama_jax import runtime
     from llama_jax.cli.progress import Reporter
     from llama_jax.kernels import report
+    from llama_jax.kernels.registry import checked_backends
     from llama_jax.loading import load
     from llama_jax.measure.bench import bench, environment, measure_ceilings, profile_generation, random_model
 
@@ -84,10 +86,18 @@ def command(
         reporter.warn_of_unused_gpu()
         if preset is None:
             loaded, _ = load(
-                model, dtype=dtype, mesh=devices, convert=convert, progress=reporter.progress, notify=reporter.notify
+                model,
+                dtype=dtype,
+                mesh=devices,
+                convert=convert,
+                kernels=kernels,
+                progress=reporter.progress,
+                notify=reporter.notify,
             )
         else:
+            named = checked_backends(kernels)
             loaded = random_model(preset, dtype or runtime.default_dtype(), devices, notify=reporter.notify)
+            loaded = dataclasses.replace(loaded, kernels=named)
     ceilings = measure_ceilings(loaded.dtype)
     about = {
         **environment(loaded.dtype, loaded.mesh),
@@ -115,8 +125,8 @@ def command(
             if not as_json:
                 _print_profile(found)
     if as_json:
-        kernels = [{**choice.to_json(), "traced": count} for choice, count in report().items()]
-        report_of = {**about, "ceilings": dataclasses.asdict(ceilings), "results": results, "kernels": kernels}
+        chosen = [{**choice.to_json(), "traced": count} for choice, count in report().items()]
+        report_of = {**about, "ceilings": dataclasses.asdict(ceilings), "results": results, "kernels": chosen}
         print_json(report_of | ({"profiles": profiles} if profile else {}))
         return
     for choice, count in report().items():

@@ -63,6 +63,7 @@ def command(
     convert: bool,
     mesh: str | None,
     tp: int | None,
+    kernels: dict[str, str],
     history: Path | None,
     resume: Path | None,
     quiet: bool,
@@ -96,7 +97,13 @@ def command(
     )
     with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = load(
-            model, dtype=dtype, mesh=devices, convert=convert, progress=reporter.progress, notify=reporter.notify
+            model,
+            dtype=dtype,
+            mesh=devices,
+            convert=convert,
+            kernels=kernels,
+            progress=reporter.progress,
+            notify=reporter.notify,
         )
         reporter.warn_of_unused_gpu()
     select_template(tokenizer.chat_templates, None, has_tools=False)

@@ -26,7 +26,7 @@ from llama_jax.cli.terminal import print_json
 from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
 from llama_jax.generation import stream_generate
 from llama_jax.generation.outputs import StreamOutput
-from llama_jax.loading import Model
+from llama_jax.model.loaded import Model
 from llama_jax.runtime import device_name
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.chat import encode_chat

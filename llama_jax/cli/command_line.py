@@ -26,6 +26,7 @@ COMMANDS = {
     "tune": "Find the fastest kernels of this device by measuring.",
     "plan": "Does a model fit, and how fast could it be?",
     "compile": "Compile a model for an AMD GPU that need not be here.",
+    "plugins": "List what other packages add: targets, kernels, families.",
     "doctor": "Check this machine: devices, versions, what is missing.",
 }
 """Name and one line of help, in the order of `--help`. `llama_jax.cli.<name>` exports the `click.Command` `command`."""

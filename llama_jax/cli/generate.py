@@ -27,7 +27,7 @@ from llama_jax.cli.terminal import print_json, write_text
 from llama_jax.errors import RequestError
 
 if TYPE_CHECKING:
-    from llama_jax.loading import Model
+    from llama_jax.model.loaded import Model
     from llama_jax.sampling import SamplingParams
     from llama_jax.text.tokenizer import Tokenizer
 
@@ -74,6 +74,7 @@ def command(
     convert: bool,
     mesh: str | None,
     tp: int | None,
+    kernels: dict[str, str],
     quiet: bool,
     as_json: bool,
     **fields: Any,
@@ -99,7 +100,13 @@ def command(
 
     with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = load(
-            model, dtype=dtype, mesh=devices, convert=convert, progress=reporter.progress, notify=reporter.notify
+            model,
+            dtype=dtype,
+            mesh=devices,
+            convert=convert,
+            kernels=kernels,
+            progress=reporter.progress,
+            notify=reporter.notify,
         )
         reporter.warn_of_unused_gpu()
     if conversation is not None:

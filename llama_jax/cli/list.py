@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from llama_jax.cli.options import examples, json_option
-from llama_jax.cli.terminal import print_json, printable, size_text
+from llama_jax.cli.terminal import print_json, printable, size_text, table
 
 if TYPE_CHECKING:
     from llama_jax.library import Download, ModelInfo
@@ -43,7 +42,7 @@ def command(as_json: bool) -> None:
         )
         return
     rows = [_HEAD, *map(_model_row, models), *map(_download_row, downloads)]
-    for line in _table(rows):
+    for line in table(rows):
         click.echo(printable(line))
     converted = [m for m in models if m.path]
     size = size_text(sum(m.disk_bytes for m in converted))
@@ -105,10 +104,3 @@ def _short(revision: str | None) -> str:
 
 def _iso(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -54,18 +53,15 @@ page_size_option: Decorator = click.option(
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-def _name_backends(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Puts the names where this process and its children look for them; wrong ones are found before anything loads."""
-    if value is not None:
-        parse_backends(value)
-        os.environ[VARIABLE] = value
+def _name_backends(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, str]:
+    """Operation to backend, for `load`; what is misspelt is found before jax is imported."""
+    return parse_backends(value or "", "--kernels")
 
 
 kernels_option: Decorator = click.option(
     "--kernels",
     metavar="OP=BACKEND,...",
     callback=_name_backends,
-    expose_value=False,
     help=f"Which implementation runs, e.g. flash_attention=reference. [default: ${VARIABLE}, else the best one known]",
 )
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")

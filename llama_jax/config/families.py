@@ -1,16 +1,23 @@
-"""The model families, as data: what an absent key of config.json means in each.
+"""The model families, as data: what an absent key of config.json means in each, and how its tensors are called.
 
 Source of every default: `models/<family>/configuration_<family>.py` of transformers 5.23.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from llama_jax import plugins
+from llama_jax.config.multimodal import WRAPPERS
 from llama_jax.config.spec import QkNorm
+from llama_jax.errors import UnsupportedModel
+
+Windows = Literal["none", "all", "qwen", "nope", "chunked"]
+Router = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,9 @@ class Family:
       nope: whether some layers may go without rope.
       mlp_module: name of a layer's MLP in the checkpoints' tensor names.
       experts: router of the mixture of experts, or None for dense models.
+      tensor_names: what the family's checkpoints call modules, by Llama's names for them; modules left out have
+        Llama's. "{n}" stands for a layer, "{e}" for an expert:
+        {"model.layers.{n}.self_attn.q_proj": "transformer.h.{n}.attn.q"}.
     """
 
     architecture: str
@@ -39,12 +49,13 @@ class Family:
     o_bias: bool | Literal["attention_bias"] = False
     mlp_bias: bool = False
     qk_norm: QkNorm = "none"
-    windows: Literal["none", "all", "qwen", "nope", "chunked"] = "none"
+    windows: Windows = "none"
     nope: bool = False
-    experts: Literal["softmax", "sigmoid"] | None = None
+    experts: Router | None = None
     interleaved_rope: bool = False
     mlp_module: str = "mlp"
     aliases: tuple[str, ...] = field(default=())
+    tensor_names: Mapping[str, str] = field(default=MappingProxyType({}))
 
 
 def _defaults(**values: Any) -> Mapping[str, Any]:
@@ -182,3 +193,65 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
     }
 )
+"""The families of this package."""
+
+
+def find_family(model_type: str) -> Family:
+    """The family of a `model_type`: one of this package, or of a plugin (`llama_jax.plugins.FAMILIES`).
+
+    Raises:
+      UnsupportedModel: there is none.
+    """
+    if (family := FAMILIES.get(model_type)) is not None:
+        return family
+    added = {plugin.name: plugin.value for plugin in plugins.sound(plugins.FAMILIES)}
+    if model_type in added:
+        return added[model_type]
+    supported = ", ".join([*FAMILIES, *WRAPPERS, *added])
+    raise UnsupportedModel(
+        f"config.json: model type {model_type!r} is not supported",
+        hint=f"supported: {supported}{plugins.reports(plugins.FAMILIES)}",
+    )
+
+
+def plugin_problem(plugin: plugins.Plugin, earlier: Sequence[plugins.Plugin]) -> str:
+    """What is wrong with a plugin that is to add a family; "" if nothing."""
+    family = plugin.value
+    if not isinstance(family, Family):
+        return "it is not a llama_jax.config.families.Family"
+    if plugin.name in (*FAMILIES, *WRAPPERS, *(p.name for p in earlier)):
+        return f"there is another model type {plugin.name!r}"
+    for key, allowed in (
+        ("qkv_bias", (True, False, "attention_bias")),
+        ("o_bias", (True, False, "attention_bias")),
+        ("qk_norm", get_args(QkNorm)),
+        ("windows", get_args(Windows)),
+        ("experts", (None, *get_args(Router))),
+    ):
+        if getattr(family, key) not in allowed:
+            return f"its {key} is {getattr(family, key)!r}, not one of {', '.join(map(repr, allowed))}"
+    if family.windows == "chunked" and "attention_chunk_size" not in family.defaults:
+        return "its windows are chunked, and its defaults have no attention_chunk_size"
+    for ours, theirs in family.tensor_names.items():
+        holes = _HOLE.findall(ours)
+        if sorted(holes) != sorted(_HOLE.findall(theirs)) or len(set(holes)) < len(holes):
+            return f"its tensor names {ours!r} and {theirs!r} do not have the same holes, each once"
+    if len(set(family.tensor_names.values())) < len(family.tensor_names):
+        return "its tensor_names give two modules one name"
+    return ""
+
+
+_HOLE = re.compile(r"{(\w)}")
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """A tensor's name with its module renamed: "a.3.q.weight" is "b.3.wq.weight" by {"a.{n}.q": "b.{n}.wq"}.
+
+    Args:
+      names: as `Family.tensor_names`; a tensor of another module keeps its name.
+    """
+    for old, new in names.items():
+        pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(old))
+        if found := re.fullmatch(rf"{pattern}(?P<rest>(\.\w+)?)", name):
+            return _HOLE.sub(lambda hole: found[hole[1]], new) + found["rest"]
+    return name

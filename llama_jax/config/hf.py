@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llama_jax.config.families import FAMILIES, Family
+from llama_jax.config.families import Family, find_family
 from llama_jax.config.fields import Fields, bad
-from llama_jax.config.multimodal import WRAPPERS, text_model
+from llama_jax.config.multimodal import text_model
 from llama_jax.config.rope import rope_from_hf, rope_to_hf
 from llama_jax.config.spec import Activation, AttentionKind, LayerSpec, LlamaConfig, MoeSpec, QueryScale
 from llama_jax.errors import UnsupportedModel
@@ -80,12 +80,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
 def _from_text(hf: Mapping[str, Any], *, prefix: str, extra_architecture: str | None) -> LlamaConfig:
     given = Fields(hf, prefix)
     model_type = given.string("model_type")
-    if model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"config.json: model type {model_type!r} is not supported",
-            hint=f"supported: {', '.join([*FAMILIES, *WRAPPERS])}",
-        )
-    family = FAMILIES[model_type]
+    family = find_family(model_type)
     extra = (extra_architecture,) if extra_architecture else ()
     _refuse_variants(given, (family.architecture, *family.aliases, *extra))
 
@@ -282,11 +277,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     Raises:
       UnsupportedModel: the config does not fit its `family`, so that reading the result would give another config.
     """
-    family = FAMILIES.get(config.family)
-    if family is None:
-        raise UnsupportedModel(
-            f"model type {config.family!r} is not supported", hint=f"supported: {', '.join(FAMILIES)}"
-        )
+    family = find_family(config.family)
     eos = config.eos_token_ids
     hf: dict[str, Any] = {
         "architectures": [family.architecture],

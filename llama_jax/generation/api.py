@@ -10,7 +10,7 @@ from llama_jax.errors import RequestError
 from llama_jax.generation.batch import BATCH_STRIDE, STOP_STRIDE, Batch
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
 from llama_jax.generation.request import Prompt, prepare
-from llama_jax.loading import Model
+from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from llama_jax.decode.loop import Progress
 from llama_jax.generation.outputs import CompletionOutput, RequestOutput, RowText, Timing, TokenLogprob
 from llama_jax.generation.request import Requests
 from llama_jax.generation.session import Session
-from llama_jax.loading import Model
+from llama_jax.model.loaded import Model
 from llama_jax.sampling import Logprobs
 from llama_jax.text.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ import numpy as np
 from llama_jax.cache import check_page_size
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
-from llama_jax.loading import Model
+from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer

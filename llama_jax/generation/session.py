@@ -11,7 +11,8 @@ from llama_jax.cache import NewCache
 from llama_jax.decode import buckets, loop
 from llama_jax.decode.prefill import fork_rows, prefill
 from llama_jax.generation.request import Requests
-from llama_jax.loading import Model
+from llama_jax.kernels.dispatch import using
+from llama_jax.model.loaded import Model
 from llama_jax.sampling import Logprobs, SamplingParams, make_sampler
 from llama_jax.sharding import on, ways
 
@@ -116,8 +117,8 @@ class Session:
         return self._requests.page_size is not None and ways("batch") > 1
 
     def _on_devices[**P, R](self, dispatch: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """A call for the model's mesh. Not a context around `run`: the caller's own code runs between its yields."""
-        with on(self._model.mesh):
+        """A call on the model's mesh, with its kernels."""
+        with on(self._model.mesh), using(**self._model.kernels):
             return dispatch(*args, **kwargs)
 
 

@@ -31,7 +31,7 @@ def find_config(name: str) -> LlamaConfig:
         return open_checkpoint(path).config
     if (path / "config.json").is_file():
         return config_from_hf(read_json(path / "config.json"))
-    from llama_jax.convert.run import open_source
+    from llama_jax.convert.opening import open_source
 
     source = open_source(path)
     try:

@@ -16,7 +16,7 @@ def check_source(source: Path) -> None:
       TokenizerError: it harms the process that uses it (`llama_jax.text.tokenizer.check`).
       LlamaJaxError: it cannot be opened as a model.
     """
-    from llama_jax.convert.run import open_source
+    from llama_jax.convert.opening import open_source
     from llama_jax.text.tokenizer.check import check_tokenizer
 
     model = open_source(source)

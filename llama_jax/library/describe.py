@@ -76,7 +76,7 @@ def _of_checkpoint(path: Path, name: str, axes: Mapping[str, int] | None) -> dic
 
 
 def _of_source(path: Path, name: str, axes: Mapping[str, int] | None) -> dict[str, Any]:
-    from llama_jax.convert.run import open_source
+    from llama_jax.convert.opening import open_source
     from llama_jax.params import param_specs
 
     known, revision = _identity(path)

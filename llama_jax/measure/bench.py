@@ -26,9 +26,9 @@ from llama_jax.generation import batch_generate
 from llama_jax.generation.outputs import Timing
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.layout import check, param_sharding, split_config
-from llama_jax.loading import Model
 from llama_jax.measure.profiling import ProgramTime, profile
 from llama_jax.model.fuse import arrange
+from llama_jax.model.loaded import Model
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.plan.costs import prefill_flops, step_bytes

@@ -23,9 +23,9 @@ from llama_jax.decode import loop
 from llama_jax.disk import storage_errors
 from llama_jax.errors import RequestError, VerificationError
 from llama_jax.layout import check, param_sharding
-from llama_jax.loading import Model
 from llama_jax.model import forward
 from llama_jax.model.fuse import arrange
+from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.sampling import SamplingParams, make_sampler

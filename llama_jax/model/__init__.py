@@ -1,7 +1,7 @@
 """The model: `forward`, a pure function for training, prefill and decode, and what it is made of.
 
 `transformer` is the forward pass, `layers` are the parts of a block, `rope` the rotations, `fuse` the load-time
-layouts, `flax_module` the Linen face.
+layouts, `flax_module` the Linen face, `loaded` a model as `load` gives it.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.errors import PluginError
 from llama_jax.targets import kfd
 from llama_jax.targets.table import CPU, TARGETS, added_targets
 from llama_jax.targets.target import Rates, Target, Vendor
@@ -121,7 +120,7 @@ def identify(facts: Facts) -> Target:
     """
     if facts.vendor == "cpu":
         return CPU
-    known = [target for target in _known() if target.vendor == facts.vendor]
+    known = [target for target in (*TARGETS, *added_targets()) if target.vendor == facts.vendor]
     if named := [target for target in known if _names(target.label, facts.name)]:
         best = max(named, key=lambda target: len(target.label))
         if facts.compute_units in (0, best.compute_units):
@@ -134,14 +133,6 @@ def identify(facts: Facts) -> Target:
         same, key=lambda t: abs(facts.memory / t.memory - 1) if facts.memory and t.memory else 0, default=None
     )
     return nearest or _unknown(facts, alike[0] if alike else None)
-
-
-def _known() -> tuple[Target, ...]:
-    try:
-        return (*TARGETS, *added_targets())
-    except PluginError:
-        # Computing goes on without what others add; naming such a target raises.
-        return TARGETS
 
 
 def _names(label: str, name: str) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from llama_jax import plugins
-from llama_jax.errors import PluginError, RequestError
+from llama_jax.errors import RequestError
 from llama_jax.targets import amd, nvidia
 from llama_jax.targets.target import Target
 
@@ -16,23 +17,23 @@ TARGETS = (*amd.TARGETS, *nvidia.TARGETS, CPU)
 """Every target of this package. Of several with one architecture the first stands for it."""
 
 
-@functools.cache
 def added_targets() -> tuple[Target, ...]:
-    """Targets of other packages: entry points of the group `llama_jax.plugins.TARGETS`, each a `Target` or several.
+    """Targets of other packages (`llama_jax.plugins.TARGETS`)."""
+    return tuple(target for plugin in plugins.sound(plugins.TARGETS) for target in _as_tuple(plugin.value))
 
-    Raises:
-      PluginError: one cannot be loaded, or is something else.
-    """
-    found: list[Target] = []
-    for name, value in plugins.load(plugins.TARGETS):
-        targets = (value,) if isinstance(value, Target) else value
-        if not isinstance(targets, tuple | list) or not all(isinstance(target, Target) for target in targets):
-            raise PluginError(
-                f"entry point {name!r} of {plugins.TARGETS} is neither a Target nor a tuple of them",
-                hint="correct or uninstall the package that has it",
-            )
-        found += targets
-    return tuple(found)
+
+def plugin_problem(plugin: plugins.Plugin, earlier: Sequence[plugins.Plugin]) -> str:
+    """What is wrong with a plugin that is to add targets; "" if nothing."""
+    targets = _as_tuple(plugin.value)
+    if not isinstance(targets, tuple | list) or not all(isinstance(target, Target) for target in targets):
+        return "it is neither a llama_jax.targets.Target nor a tuple of them"
+    names = [target.name for target in (*TARGETS, *(t for p in earlier for t in _as_tuple(p.value)), *targets)]
+    twice = next((target.name for target in targets if names.count(target.name) > 1), None)
+    return "" if twice is None else f"there is another target {twice!r}"
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, Target) else value
 
 
 def find(name: str) -> Target:
@@ -44,13 +45,13 @@ def find(name: str) -> Target:
 
     Raises:
       RequestError: there is none.
-      PluginError: there is none, and a package that adds targets cannot be loaded.
     """
     key = normalised(name)
     match = _match(key, TARGETS) or _match(key, added_targets())
     if match is None:
         names = ", ".join(target.name for target in (*TARGETS, *added_targets()))
-        raise RequestError(f"unknown target {name!r}", param="target", hint=f"known: {names}")
+        hint = f"known: {names}{plugins.reports(plugins.TARGETS)}"
+        raise RequestError(f"unknown target {name!r}", param="target", hint=hint)
     return match
 
 

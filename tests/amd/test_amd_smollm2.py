@@ -17,8 +17,8 @@ from llama_jax.cache import DenseCache
 from llama_jax.kernels.attention import decode_attention, flash_attention
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.norm import add_rms_norm_op
-from llama_jax.loading import Model
 from llama_jax.model import forward
+from llama_jax.model.loaded import Model
 from llama_jax.text.tokenizer import Tokenizer
 
 # Pallas's Triton lowering, which JAX has deprecated.

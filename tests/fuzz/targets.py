@@ -26,22 +26,22 @@ from fuzz.mutate_binary import gguf_mutator, safetensors_mutator
 from fuzz.mutate_json import Mutator, damaged, json_mutator
 from fuzz.mutate_torch import torch_mutator
 from llama_jax.checkpoint import open_checkpoint, save
-from llama_jax.checkpoint.chunks import _values, _whole, find_arrays
+from llama_jax.checkpoint.array_store import _values, _whole, find_arrays
 from llama_jax.checkpoint.format import DTYPES, MARKER, PARAMS, read_json
 from llama_jax.checkpoint.lock import LOCK_FILE
-from llama_jax.checkpoint.tensors import verify
+from llama_jax.checkpoint.read import verify
+from llama_jax.checkpoint.source import ModelSource
 from llama_jax.cli.chat_conversation import default_sampling
 from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf
 from llama_jax.convert import convert
 from llama_jax.convert.gguf import GgufModel
 from llama_jax.convert.hf import INDEX, SINGLE, HuggingFaceFolder
 from llama_jax.convert.meta import MetaFolder
-from llama_jax.convert.model_source import ModelSource
 from llama_jax.convert.safetensors_file import SafetensorsFile
 from llama_jax.convert.torch_file import TorchFile
 from llama_jax.convert.verify import verify_source
 from llama_jax.errors import CheckpointError
-from llama_jax.loading import Model
+from llama_jax.model.loaded import Model
 from llama_jax.params import count_params, param_specs, unflatten
 
 DATA = Path(__file__).parents[1] / "data"

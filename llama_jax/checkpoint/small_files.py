@@ -1,10 +1,11 @@
-"""What stands in a checkpoint beside its tensors, and which tensors there must be."""
+"""The small files of a checkpoint, beside its tensors."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,32 +14,35 @@ from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import lock
 from llama_jax.config import LlamaConfig, config_to_hf
 from llama_jax.errors import CheckpointError
-from llama_jax.params import param_specs
+
+COPIED = re.compile(
+    r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|"
+    r"merges\.txt|chat_template\.(jinja|json)|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(md|txt))?"
+)
+"""Files that go from a model's folder into a checkpoint as they are."""
+MAX_COPIED_BYTES = 512 << 20
+"""More than any tokenizer file has."""
 
 
-def check_names(names: Mapping[str, Any], config: LlamaConfig, path: Path) -> None:
-    """Raises CheckpointError unless `names` are exactly the tensors that the config asks for."""
-    wanted = {spec.name for spec in param_specs(config)}
-    for what, wrong in (("lacks", wanted - names.keys()), ("holds unknown", names.keys() - wanted)):
-        if wrong:
-            some = sorted(wrong)[:5]
-            more = f" and {len(wrong) - len(some)} more" if len(wrong) > len(some) else ""
-            raise CheckpointError(
-                f"{path} {what} tensor {', '.join(some)}{more}",
-                hint="config and weights do not belong together, or the checkpoint is damaged",
-            )
+def copied_files(folder: Path, inside: Callable[[Path, str], Path] = Path.joinpath) -> dict[str, bytes]:
+    """The files of a folder whose names match COPIED, name to contents.
 
+    Args:
+      inside: gives the path of a file in the folder, or refuses it.
 
-def check_dtypes(tensors: Mapping[str, fmt.TensorInfo], config: LlamaConfig, path: Path) -> None:
-    """Raises CheckpointError unless every tensor has a dtype, and is of the scheme, that the config asks for."""
-    for spec in param_specs(config):
-        found, allowed = tensors[spec.name], fmt.DTYPES if spec.dtype is None else (spec.dtype,)
-        if found.dtype not in allowed or found.scheme != spec.scheme:
-            raise CheckpointError(
-                f"{path}: tensor {spec.name} is {found.dtype} of scheme {found.scheme}; "
-                f"it should be {' or '.join(allowed)} of scheme {spec.scheme}",
-                hint="config and weights do not belong together, or the checkpoint is damaged",
-            )
+    Raises:
+      CheckpointError: a file is far too large, or cannot be read.
+    """
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if COPIED.fullmatch(file.name) and file.is_file():
+            if file.stat().st_size > MAX_COPIED_BYTES:
+                raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes", hint="this is no tokenizer file")
+            try:
+                found[file.name] = inside(folder, file.name).read_bytes()
+            except OSError as e:
+                raise CheckpointError(f"{file} cannot be read: {e.strerror}", hint="check its permissions") from e
+    return found
 
 
 def main_dtype(tensors: Iterable[fmt.TensorInfo]) -> str:

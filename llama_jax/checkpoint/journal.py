@@ -1,4 +1,4 @@
-"""Parts: what an unfinished checkpoint consists of so far, so that a writer that was stopped can go on.
+"""The journal of an unfinished checkpoint: the parts written so far, from which a stopped writer resumes.
 
     <path>.partial/
       unfinished.llama_jax                what is being written: the identity that was given to `CheckpointWriter`
@@ -32,7 +32,7 @@ from orbax.checkpoint import v1 as ocp
 
 from llama_jax import disk
 from llama_jax.checkpoint import format as fmt
-from llama_jax.checkpoint.tensors import TensorReader
+from llama_jax.checkpoint.read import TensorReader
 from llama_jax.errors import CheckpointError
 from llama_jax.params import unflatten
 

@@ -1,4 +1,4 @@
-"""Putting a leaf together on its devices from consecutive rows, without ever holding more of it than is needed.
+"""Builds a leaf on its devices from consecutive rows, without ever holding more of it than is needed.
 
 The rows of a tensor pass once through the host's memory. What a device keeps goes to that device; copies of the same
 shard on several devices come from one read. On the CPU the buffer that the rows are read into becomes the device's own.
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.checkpoint.format import TensorInfo
-from llama_jax.checkpoint.tensors import empty_aligned
+from llama_jax.checkpoint.read import empty_aligned
 from llama_jax.params import ParamSpec
 
-type Placement = jax.sharding.Sharding | jax.Device
+type LeafSharding = jax.sharding.Sharding | jax.Device
 """Where a leaf goes."""
-type Placements = Placement | Callable[[ParamSpec], Placement] | None
+type Shardings = LeafSharding | Callable[[ParamSpec], LeafSharding] | None
 """One place for all leaves, or a function of the leaf; None is the default device."""
 
 BLOCK_BYTES = 64 << 20
@@ -83,7 +83,7 @@ class LeafBuilder:
       where: its place; the default device when None.
     """
 
-    def __init__(self, info: TensorInfo, dtype: np.dtype | None, where: Placement | None):
+    def __init__(self, info: TensorInfo, dtype: np.dtype | None, where: LeafSharding | None):
         self._info = info
         self._dtype = dtype
         self._sharding = jax.sharding.SingleDeviceSharding(where) if isinstance(where, jax.Device) else where
@@ -140,13 +140,13 @@ class LeafBuilder:
     def _find_shards(self) -> list[_Shard]:
         shape = self._info.shape
         if self._sharding is None:
-            places: dict[tuple[tuple[int, int], ...], list[jax.Device | None]] = {self._whole: [None]}
+            boxes: dict[tuple[tuple[int, int], ...], list[jax.Device | None]] = {self._whole: [None]}
         else:
-            places = {}
+            boxes = {}
             for device, index in self._sharding.addressable_devices_indices_map(shape).items():
                 box = tuple(part.indices(n)[:2] for part, n in zip(index or (), shape, strict=True))
-                places.setdefault(box, []).append(device)
-        return [_Shard(box, devices, self._step(box, devices)) for box, devices in places.items()]
+                boxes.setdefault(box, []).append(device)
+        return [_Shard(box, devices, self._step(box, devices)) for box, devices in boxes.items()]
 
     def _step(self, box: tuple[tuple[int, int], ...], devices: list[jax.Device | None]) -> int:
         """How many rows of a shard are sent together."""

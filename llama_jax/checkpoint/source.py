@@ -1,27 +1,28 @@
-"""What conversion asks of a source format, and checks that all of them share."""
+"""The protocol of a model's source, in whatever format it is stored, and checks that all formats share."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
-from llama_jax.checkpoint.format import Source
+from llama_jax.checkpoint.format import CONFIG, DTYPES, Source, TensorInfo
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from llama_jax.convert.weight_file import WeightFile
-    from llama_jax.params import ParamSpec
+from llama_jax.params import ParamSpec, param_specs
 
 
 class ModelSource(Protocol):
-    """An opened source model: all of its tensors are known to be there and of the right shape, none has been read."""
+    """An opened model: all of its tensors are known to be there and of the right shape, none has been read.
+
+    Checkpoints implement it (`checkpoint.checkpoint_source`), and every format of `llama_jax.convert`. Conversion and
+    `checkpoint.build.load_source` read models through it alone.
+    """
 
     path: Path
     config: LlamaConfig
@@ -64,12 +65,6 @@ class SourceTensor:
     nbytes: int = 0
 
 
-def source_tensor(file: WeightFile, name: str) -> SourceTensor:
-    """A tensor of an opened file of weights."""
-    entry = file.entries[name]
-    return SourceTensor(name, file.path, entry.offset, entry.nbytes)
-
-
 @runtime_checkable
 class HasProvenance(Protocol):
     """A `ModelSource` that knows which tensors of which files a leaf is made from. Every source should."""
@@ -101,11 +96,21 @@ def weight_files(model: ModelSource, specs: Iterable[ParamSpec]) -> tuple[Path, 
 class RowSource(Protocol):
     """A source that can read some rows of a leaf, where the leaf stands in its file as it is."""
 
-    def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> bool:
-        """Fills `out` [rows, ...] with the rows from `start` on; False, and nothing read, if only `read` can do it.
+    def has_rows(self, spec: ParamSpec) -> bool:
+        """Whether `read_rows` can read this leaf; if not, only `read` can."""
+        ...
 
-        The answer is the same for all rows of a leaf. May be called from several threads at once.
-        """
+    def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> None:
+        """Fills `out` [rows, ...] with the rows from `start` on. May be called from several threads at once."""
+        ...
+
+
+@runtime_checkable
+class HasDigests(Protocol):
+    """A source that recorded the digest of each leaf when it was written."""
+
+    def check(self, spec: ParamSpec, digest: str) -> None:
+        """Raises CheckpointError unless this is the digest (`checkpoint.format.Digest`) of the leaf's bytes."""
         ...
 
 
@@ -125,74 +130,51 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + more
 
 
-_FINITE_BLOCK = 1 << 17
-"""Elements that are looked at together: they and what is made of them stay in the processor's cache."""
-_SAMPLE = 1 << 14
+def check_names(
+    path: Path,
+    found: Iterable[str],
+    wanted: Iterable[str],
+    *,
+    hint: str,
+    asks: str = CONFIG,
+    holder: Callable[[str], Path] | None = None,
+) -> None:
+    """Raises CheckpointError unless the tensors `found` are exactly those that are `wanted`.
 
-
-def count_nonfinite(array: np.ndarray) -> int:
-    """How many elements are NaN or infinite: those whose exponent bits are all ones. Needs no memory to speak of."""
-    exponents_of: Mapping[str, np.unsignedinteger[Any]] = {
-        "float32": np.uint32(0x7F800000),
-        "bfloat16": np.uint16(0x7F80),
-        "float16": np.uint16(0x7C00),
-    }
-    mask = exponents_of[array.dtype.name]
-    flat = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
-    exponents, found = np.empty(min(flat.size, _FINITE_BLOCK), mask.dtype), 0
-    for i in range(0, flat.size, _FINITE_BLOCK):
-        block = flat[i : i + _FINITE_BLOCK]
-        part = np.bitwise_and(block, mask, out=exponents[: block.size])
-        # Nearly always there is none, and a maximum takes half the time of a comparison and a count.
-        if part.max() == mask:
-            found += int(np.count_nonzero(part == mask))
-    return found
-
-
-def check_finite(name: str, array: np.ndarray, path: Path) -> None:
-    """Refuses what only a damaged file holds: NaN, infinity, a matrix of zeros, a tensor of subnormal numbers.
-
-    Raises:
-      CheckpointError: names the tensor, and counts.
+    Args:
+      path: the model's file or folder, for messages.
+      asks: what it is that asks for tensors.
+      holder: the file of a tensor that was found, where that is not `path`.
     """
-    refuse_nonfinite(name, count_nonfinite(array), array.size, path)
-    if array.ndim > 1 and not array.any():
-        raise _unsound(name, f"nothing but zeros ({array.size} of them)", path)
-    if 2 * (few := _count_subnormal(array)) > array.size:
-        raise _unsound(name, f"{few} subnormal values (of {array.size}), far too small for weights", path)
+    found, wanted = set(found), set(wanted)
+    if missing := wanted - found:
+        raise CheckpointError(f"{path} lacks tensor {some(missing)}, which {asks} asks for", hint=hint)
+    if unknown := found - wanted:
+        where = holder(min(unknown)) if holder else path
+        raise CheckpointError(f"{where} holds tensor {some(unknown)}, which {asks} does not ask for", hint=hint)
 
 
-def refuse_nonfinite(name: str, bad: int, size: int, path: Path) -> None:
-    """Raises CheckpointError if `bad` of `size` elements of a tensor are NaN or infinite."""
-    if bad:
-        raise _unsound(name, f"{bad} values that are NaN or infinite (of {size})", path)
+def check_tensors(
+    path: Path,
+    found: Mapping[str, tuple[int, ...]],
+    specs: Iterable[ParamSpec],
+    *,
+    hint: str,
+    asks: str = CONFIG,
+) -> None:
+    """Raises CheckpointError unless the tensors are those of the leaves `specs`, in name and shape.
 
-
-def _unsound(name: str, what: str, path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: tensor {name} holds {what}",
-        hint="the source is damaged; if the values are meant, convert it with --allow-nonfinite",
-    )
-
-
-def _count_subnormal(array: np.ndarray) -> int:
-    """How many elements are smaller than the smallest normal number, but not 0; 0 if a sample shows less than half.
-
-    float16 has too narrow a range for this to say anything.
+    Args:
+      found: dotted name to shape.
+      path, asks: as for `check_names`.
     """
-    if array.dtype == np.float16:
-        return 0
-    flat = array.reshape(-1)
-    smallest = np.float32(2.0**-126)  # of bfloat16 as well
-
-    def count(part: np.ndarray) -> int:
-        size = np.abs(part.astype(np.float32))
-        return int(np.count_nonzero((size > 0) & (size < smallest)))
-
-    sample = flat[:: max(1, flat.size // _SAMPLE)]
-    if 2 * count(sample) <= sample.size:
-        return 0
-    return sum(count(flat[i : i + _FINITE_BLOCK]) for i in range(0, flat.size, _FINITE_BLOCK))
+    wanted = {spec.name: spec.shape for spec in specs}
+    check_names(path, found, wanted, hint=hint, asks=asks)
+    for name, shape in wanted.items():
+        if tuple(found[name]) != shape:
+            raise CheckpointError(
+                f"{path}: tensor {name} has shape {list(found[name])}, {asks} asks for {list(shape)}", hint=hint
+            )
 
 
 def check_vocabulary(tokenizer_json: bytes | str | None, vocab_size: int, path: Path) -> None:
@@ -212,3 +194,15 @@ def check_vocabulary(tokenizer_json: bytes | str | None, vocab_size: int, path: 
             f"{path}: the tokenizer has ids up to {largest}, the model's vocabulary ends at {vocab_size - 1}",
             hint="the tokenizer is that of another model; get the files again",
         )
+
+
+def check_dtypes(tensors: Mapping[str, TensorInfo], config: LlamaConfig, path: Path) -> None:
+    """Raises CheckpointError unless every tensor has a dtype, and is of the scheme, that the config asks for."""
+    for spec in param_specs(config):
+        found, allowed = tensors[spec.name], DTYPES if spec.dtype is None else (spec.dtype,)
+        if found.dtype not in allowed or found.scheme != spec.scheme:
+            raise CheckpointError(
+                f"{path}: tensor {spec.name} is {found.dtype} of scheme {found.scheme}; "
+                f"it should be {' or '.join(allowed)} of scheme {spec.scheme}",
+                hint="config and weights do not belong together, or the checkpoint is damaged",
+            )

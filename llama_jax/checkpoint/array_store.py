@@ -1,4 +1,4 @@
-"""Where the bytes of a checkpoint's tensors stand on disk, and reading any rows of them.
+"""The array store of a checkpoint: where the bytes of its tensors are on disk, and how any rows of them are read.
 
 Orbax keeps arrays as zarr v3 (https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html) in an OCDBT database
 (https://google.github.io/tensorstore/kvstore/ocdbt/index.html). Reading them through tensorstore means a whole chunk,

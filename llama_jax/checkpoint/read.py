@@ -1,7 +1,7 @@
-"""Reading tensors of a checkpoint into host memory, and checking them all.
+"""Reads tensors of a checkpoint into host memory, and checks them all.
 
-The bytes are read from the files that Orbax wrote, without Orbax (see `chunks`). Buffers are aligned to 64 bytes, so
-that XLA on the CPU uses them in place.
+The bytes are read from the files that Orbax wrote, without Orbax (see `array_store`). Buffers are aligned to 64 bytes,
+so that XLA on the CPU uses them in place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import tensorstore as ts
 
 from llama_jax.checkpoint import lock
-from llama_jax.checkpoint.chunks import ChunkedArray, open_arrays
+from llama_jax.checkpoint.array_store import ChunkedArray, open_arrays
 from llama_jax.checkpoint.format import Progress, TensorInfo, digest, open_checkpoint
 from llama_jax.errors import CheckpointError
 
@@ -30,7 +30,7 @@ ALIGNMENT = 64
 IN_FLIGHT_BYTES = 1 << 30
 """Host memory for tensors that are being read at one time (a larger tensor is read alone)."""
 
-_DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
+DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
 
 
 class Stored(Protocol):
@@ -108,7 +108,7 @@ class TensorReader:
             raise CheckpointError(
                 f"{self._where(name)} is {array.dtype}{list(array.shape)}, "
                 f"the checkpoint's list of tensors says {info.dtype}{list(info.shape)}",
-                hint=_DAMAGED,
+                hint=DAMAGED,
             )
         return array
 
@@ -116,10 +116,10 @@ class TensorReader:
         """Raises CheckpointError unless `found` is the digest of the tensor."""
         expected = self._checkpoint.tensors[name].digest
         if found != expected:
-            raise CheckpointError(f"{self._where(name)} has digest {found}, expected {expected}", hint=_DAMAGED)
+            raise CheckpointError(f"{self._where(name)} has digest {found}, expected {expected}", hint=DAMAGED)
 
     def _unreadable(self, name: str, why: str) -> CheckpointError:
-        return CheckpointError(f"{self._where(name)} cannot be read ({why})", hint=_DAMAGED)
+        return CheckpointError(f"{self._where(name)} cannot be read ({why})", hint=DAMAGED)
 
     def _where(self, name: str) -> str:
         return f"{self._checkpoint.arrays_path}: tensor {name}"
@@ -188,17 +188,17 @@ def for_each_tensor[T](
     names: Sequence[str],
     work: Callable[[str], T],
     progress: Progress | None = None,
-    held: Callable[[int], int] = int,
+    held: Callable[[str], int] | None = None,
 ) -> list[T]:
     """Runs `work` for every tensor on a few threads, within IN_FLIGHT_BYTES; returns the results in order.
 
     `progress` is called from this thread alone. `held` tells how many bytes of the host's memory the work on a tensor
-    takes, given the tensor's size.
+    takes; the tensor's size when None.
     """
     budget = Budget(IN_FLIGHT_BYTES)
 
     def one(name: str) -> T:
-        with budget.hold(held(tensors[name].nbytes)):
+        with budget.hold(held(name) if held else tensors[name].nbytes):
             return work(name)
 
     total, done, results = sum(tensors[n].nbytes for n in names), 0, []

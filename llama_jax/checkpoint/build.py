@@ -1,9 +1,9 @@
-"""Loading a checkpoint's tensors onto devices."""
+"""Builds a tree of parameters on devices from a model in any format, leaf by leaf."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoint.contents import check_dtypes
-from llama_jax.checkpoint.format import DTYPES, Digest, Progress, TensorInfo, open_checkpoint
-from llama_jax.checkpoint.place import LeafBuilder, Placements, host_bytes
-from llama_jax.checkpoint.tensors import TensorReader, for_each_tensor
+from llama_jax.checkpoint.checkpoint_source import CheckpointSource
+from llama_jax.checkpoint.format import DTYPES, Digest, Progress, TensorInfo
+from llama_jax.checkpoint.leaf_builder import LeafBuilder, Shardings, fill, host_bytes
+from llama_jax.checkpoint.read import for_each_tensor
+from llama_jax.checkpoint.source import HasDigests, ModelSource, RowSource
+from llama_jax.checkpoint.values import count_nonfinite, refuse_nonfinite
 from llama_jax.config import LlamaConfig
-from llama_jax.errors import CheckpointError, RequestError
+from llama_jax.errors import RequestError
 from llama_jax.params import Params, ParamSpec, param_specs, unflatten
 
 
@@ -24,7 +26,7 @@ def load_params(
     path: str | Path,
     *,
     dtype: Any = None,
-    sharding: Placements = None,
+    sharding: Shardings = None,
     only: str | Sequence[str] | None = None,
     without: str | Sequence[str] = (),
     verify: bool = True,
@@ -58,61 +60,79 @@ def load_params(
       CheckpointError: a tensor is missing, unknown, damaged, or of another shape than the config asks for.
       RequestError: weights cannot be of this dtype, or a pattern fits no tensor.
     """
-    target = weights_dtype(dtype)
-    checkpoint = open_checkpoint(path)
-    specs = param_specs(config or checkpoint.config)
-    _check_tensors(checkpoint.path, checkpoint.tensors, specs)
-    check_dtypes(checkpoint.tensors, config or checkpoint.config, checkpoint.path)
-    reader = TensorReader(checkpoint)
-
-    def read(spec: ParamSpec, leaf: LeafBuilder) -> None:
-        digest = Digest()
-        for block in leaf.blocks():
-            if verify or block.wanted:
-                reader.read_rows(spec.name, block.start, block.rows)
-            if verify:
-                digest.update(block.rows.reshape(-1).view(np.uint8))
-        if verify:
-            reader.check(spec.name, str(digest))
-
-    return build_params(
-        select(specs, only, without), checkpoint.tensors, read, dtype=target, sharding=sharding, progress=progress
+    source = CheckpointSource(path, config=config)
+    return load_source(
+        source, dtype=dtype, sharding=sharding, only=only, without=without, verify=verify, progress=progress
     )
 
 
-def build_params(
-    specs: Sequence[ParamSpec],
-    tensors: Mapping[str, TensorInfo],
-    read: Callable[[ParamSpec, LeafBuilder], None],
+def load_source(
+    source: ModelSource,
     *,
-    dtype: np.dtype | None,
-    sharding: Placements,
-    progress: Progress | None,
-    held: Callable[[int], int] = host_bytes,
+    dtype: Any = None,
+    sharding: Shardings = None,
+    only: str | Sequence[str] | None = None,
+    without: str | Sequence[str] = (),
+    verify: bool = True,
+    progress: Progress | None = None,
 ) -> Params:
-    """Builds the tree of some leaves on a few threads.
+    """Loads a model from any format: a checkpoint, or a source that has not been converted. Writes nothing.
+
+    Leaf by leaf the source is read, checked and spread over the devices, on a few threads. Leaves that the source holds
+    as they are pass row by row, others whole; the host holds at most 1 GiB in flight, or the largest leaf.
 
     Args:
-      specs: the leaves.
-      tensors: shape and dtype in which each is read, by name.
-      read: fills every block of a leaf.
-      dtype, sharding, progress: see `load_params`.
-      held: host memory that a tensor of so many bytes takes while it is read.
+      source: an opened source, which has checked names, shapes and dtypes.
+      dtype, sharding, only, without, progress: see `load_params`.
+      verify: whether to compare each tensor with its digest, or, where the source has none, to refuse NaN and infinity.
+
+    Raises:
+      CheckpointError: a tensor cannot be read, is damaged, or holds NaN or infinity; names file and tensor.
+      RequestError: weights cannot be of this dtype, or a pattern fits no tensor.
     """
-    by_name = {spec.name: spec for spec in specs}
+    target = weights_dtype(dtype)
+    specs = {spec.name: spec for spec in select(param_specs(source.config), only, without)}
+    tensors = {name: TensorInfo(spec.shape, source.dtype(spec).name, "") for name, spec in specs.items()}
+    rows = {name for name, spec in specs.items() if isinstance(source, RowSource) and source.has_rows(spec)}
+    digests = source if isinstance(source, HasDigests) else None
+
+    def read(spec: ParamSpec, leaf: LeafBuilder) -> None:
+        whole, bad, digest = None, 0, Digest()
+        for block in leaf.blocks():
+            if not (verify or block.wanted):
+                continue
+            if spec.name in rows:
+                assert isinstance(source, RowSource)
+                source.read_rows(spec, block.start, block.rows)
+            else:
+                whole = source.read(spec) if whole is None else whole
+                fill(block, whole)
+            if verify and digests:
+                digest.update(block.rows.reshape(-1).view(np.uint8))
+            elif verify:
+                bad += count_nonfinite(block.rows)
+        if verify and digests:
+            digests.check(spec, str(digest))
+        elif verify:
+            refuse_nonfinite(spec.name, bad, spec.size, source.path)
+
     # Contexts such as `with jax.default_device(...)` belong to the calling thread.
     default_device = jax.config.jax_default_device
 
     def load(name: str) -> jax.Array:
-        spec = by_name[name]
+        spec = specs[name]
         with jax.default_device(default_device):
-            cast = dtype if spec.dtype is None else None
+            cast = target if spec.dtype is None else None
             leaf = LeafBuilder(tensors[name], cast, sharding(spec) if callable(sharding) else sharding)
             read(spec, leaf)
             return leaf.result()
 
-    leaves = for_each_tensor(tensors, list(by_name), load, progress, held)
-    return unflatten(dict(zip(by_name, leaves, strict=True)))
+    def held(name: str) -> int:
+        nbytes = tensors[name].nbytes
+        return host_bytes(nbytes) if name in rows else nbytes + host_bytes(nbytes)
+
+    leaves = for_each_tensor(tensors, list(specs), load, progress, held)
+    return unflatten(dict(zip(specs, leaves, strict=True)))
 
 
 def weights_dtype(dtype: Any) -> np.dtype | None:
@@ -157,22 +177,3 @@ def select(
     if not kept:
         raise RequestError("no tensor is left to load", param="only", hint="only and without exclude all of them")
     return [s for s in specs if s.name in kept]
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, TensorInfo], specs: Sequence[ParamSpec]) -> None:
-    """Raises CheckpointError unless the tensors are those that the config asks for, in its shapes."""
-    wanted = {spec.name for spec in specs}
-    hint = "config.json and the weights do not belong together, or the checkpoint is damaged"
-    for what, names in (
-        ("lacks", [s.name for s in specs if s.name not in tensors]),
-        ("holds unknown", [n for n in tensors if n not in wanted]),
-    ):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise CheckpointError(f"{path} {what} tensor {', '.join(names[:5])}{more}", hint=hint)
-    for spec in specs:
-        if tensors[spec.name].shape != spec.shape:
-            raise CheckpointError(
-                f"{path}: tensor {spec.name} has shape {tensors[spec.name].shape}, config.json asks for {spec.shape}",
-                hint=hint,
-            )

@@ -1,0 +1,88 @@
+"""Opens a model in whatever format it is stored."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from llama_jax.checkpoint.format import is_checkpoint
+from llama_jax.checkpoint.source import ModelSource
+from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
+
+
+def open_source(path: Path, *, name: str | None = None, revision: str | None = None) -> ModelSource:
+    """Opens whatever stands at `path` for conversion.
+
+    Raises:
+      ModelNotFound: nothing does.
+      UnsupportedModel: something does that cannot be converted.
+    """
+    from llama_jax.convert.gguf import GgufModel
+    from llama_jax.convert.hf import HuggingFaceFolder
+    from llama_jax.convert.meta import MetaFolder, is_meta
+
+    if path.is_file():
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if path.suffix.lower() == ".gguf" or magic == b"GGUF":
+            return GgufModel(path, name=name, revision=revision)
+        raise UnsupportedModel(
+            f"{path} is not a GGUF file", hint="give the folder that holds config.json or params.json, or a .gguf file"
+        )
+    if not path.is_dir():
+        raise ModelNotFound(f"no file or folder at {path}", hint="check the path")
+    if is_checkpoint(path):
+        raise UnsupportedModel(
+            f"{path} is a converted checkpoint already",
+            hint="use it as it is; --dtype of the other commands casts on load",
+        )
+    if is_meta(path):
+        return MetaFolder(path, name=name, revision=revision)
+    return HuggingFaceFolder(path, name=name, revision=revision)
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, name: str | None = None, revision: str | None = None) -> Iterator[ModelSource]:
+    """Opens a checkpoint or a source for as long as it is loaded; a context manager.
+
+    Not every format has digests, so a file that is replaced or written to while it is read is noticed by its size and
+    time.
+
+    Args:
+      name, revision: of a source, where they are known better than by its path.
+
+    Raises:
+      ModelNotFound, UnsupportedModel, CheckpointError: see `open_source` and `CheckpointSource`.
+      CheckpointError: on leaving, if a file has changed; names it.
+    """
+    # Imported here, since it brings jax, which opening a source for a listing does not need.
+    from llama_jax.checkpoint.checkpoint_source import CheckpointSource
+
+    before = _stamps(path)
+    source: ModelSource
+    if is_checkpoint(path):
+        source = CheckpointSource(path)
+    else:
+        source = open_source(path, name=name, revision=revision)
+    try:
+        yield source
+    finally:
+        source.close()
+    after = _stamps(path)
+    if changed := sorted(str(file) for file in before.keys() | after.keys() if before.get(file) != after.get(file)):
+        raise CheckpointError(
+            f"{', '.join(changed[:5])} changed while the model was being loaded",
+            hint="wait until whatever writes there has finished, and load again",
+        )
+
+
+def _stamps(path: Path) -> dict[Path, tuple[int, int, int]]:
+    """Inode, size and time of the last change of a file, or of each file in a folder."""
+    stamps = {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for file in path.iterdir() if path.is_dir() else [path]:
+            with contextlib.suppress(FileNotFoundError):
+                stat = file.stat()
+                stamps[file] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    return stamps

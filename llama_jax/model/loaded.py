@@ -1,0 +1,54 @@
+"""A model that has been loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import LlamaConfig
+from llama_jax.model.weights import compute_dtype
+from llama_jax.params import Params
+from llama_jax.sharding import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Model:
+    """What `forward` and the generate functions need.
+
+    Attributes:
+      params: parameter tree on its devices, canonical (`llama_jax.params`) or fused (`llama_jax.model.fuse`).
+      config: what the model is; on a mesh with more devices than key/value heads, with these heads repeated
+        (`layout.split_config`).
+      mesh: the devices that the parameters are sharded over, with its rules; or None for one device.
+      generation_config: contents of the model's generation_config.json.
+      name: what it was loaded from.
+      kernels: the backend of operations in the programs that compute with it, by name (`kernels.dispatch.using`).
+    """
+
+    params: Params
+    config: LlamaConfig
+    mesh: DeviceMesh | None = None
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    kernels: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Compute dtype (`weights.compute_dtype`)."""
+        return compute_dtype(self.params)
+
+    @property
+    def device(self) -> jax.Device:
+        """The device of the parameters (the first, if there are several)."""
+        return min(jax.tree.leaves(self.params["final_norm"])[0].devices(), key=lambda d: d.id)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text, by the model's config and its generation config."""
+        extra = self.generation_config.get("eos_token_id")
+        ids = () if extra is None else tuple(extra) if isinstance(extra, list | tuple) else (extra,)
+        return tuple(sorted({*self.config.eos_token_ids, *ids}))

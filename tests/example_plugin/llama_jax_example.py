@@ -1,0 +1,57 @@
+"""A device model, a kernel backend and a model family from outside of llama_jax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config.families import Family
+from llama_jax.kernels.dispatch import Backend
+from llama_jax.targets import Rates, Target
+
+TARGET = Target(
+    name="example-gpu",
+    label="Example GPU",
+    vendor="amd",
+    arch="gfx942",
+    compute_units=100,
+    wave_size=64,
+    lds_bytes=64 << 10,
+    memory=64 << 30,
+    bandwidth=2e12,
+    rates=Rates(bf16=200e12),
+)
+
+
+def _add_rms_norm(x: jax.Array, delta: jax.Array, weight: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
+    """See `llama_jax.kernels.norm.add_rms_norm`."""
+    total = x + delta
+    wide = total.astype(jnp.float32)
+    scale = jnp.sqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return total, (wide / scale).astype(x.dtype) * weight
+
+
+def _unsupported(target: Target, x: Any, *args: Any, **kwargs: Any) -> str | None:
+    return None if x.ndim > 1 else "it needs rows"
+
+
+KERNELS = {"add_rms_norm": Backend(_add_rms_norm, _unsupported)}
+
+# Llama's architecture with other defaults, and with other names in the files of weights.
+FAMILY = Family(
+    architecture="ExampleForCausalLM",
+    defaults={"rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64},
+    theta=10_000.0,
+    tensor_names={
+        "model.embed_tokens": "transformer.wte",
+        "model.layers.{n}.input_layernorm": "transformer.h.{n}.norm_1",
+        "model.layers.{n}.self_attn.q_proj": "transformer.h.{n}.attn.q",
+        "model.layers.{n}.self_attn.k_proj": "transformer.h.{n}.attn.k",
+        "model.layers.{n}.self_attn.v_proj": "transformer.h.{n}.attn.v",
+        "model.layers.{n}.self_attn.o_proj": "transformer.h.{n}.attn.out",
+        "model.layers.{n}.post_attention_layernorm": "transformer.h.{n}.norm_2",
+        "model.norm": "transformer.norm",
+    },
+)
