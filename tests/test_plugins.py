@@ -199,7 +199,7 @@ def test_a_family_is_found_by_its_model_type(families: list[tuple[str, str]]) ->
         ("odd", "NOT_A_FAMILY", "it is not a llama_jax.config.families.Family"),
         ("llama", "GOOD", "another model type 'llama'"),
         ("mllama", "GOOD", "another model type 'mllama'"),
-        ("good", "CHUNKS", "another model type 'good'"),
+        ("good", "WINDOWS", "another model type 'good'"),
         ("odd", "WINDOWS", "its windows is 'some'"),
         ("odd", "BIAS", "its qkv_bias is 'sometimes'"),
         ("odd", "CHUNKS", "no attention_chunk_size"),
