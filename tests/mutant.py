@@ -101,7 +101,8 @@ def main(tests: Sequence[str], file: str | None, text: str, out: Path, report: P
     if loader:
         sys.meta_path.insert(0, Finder(loader))
     recorder = Recorder()
-    options = ["-q", "--no-header", "--tb=short", "-m", "", "-p", "no:cacheprovider", "-n", "0"]
+    # Without a time limit here: one that is passed looks like a failed assertion. The test that waits for this has one.
+    options = ["-q", "--no-header", "--tb=short", "-m", "", "-p", "no:cacheprovider", "-n", "0", "--timeout=0"]
     options += ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]  # hypothesis
     code = int(pytest.main([*options, *tests], plugins=[recorder]))
     report.write_text(json.dumps({"outcomes": recorder.outcomes, "loaded": loader.loaded if loader else None}))

@@ -55,7 +55,7 @@ def test_names_are_unique() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_killers_pass_without_a_mutation(tmp_path: Path) -> None:
     """The control: of the unchanged source every killer passes."""
     killers = sorted({killer for m in MUTATIONS for killer in m.killers})
@@ -65,7 +65,6 @@ def test_killers_pass_without_a_mutation(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_mutation_is_killed(mutation: Mutation, tmp_path: Path) -> None:
     """Every killer fails, and by what it asserts: a mutation that merely crashes shows nothing about the tests."""
