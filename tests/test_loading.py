@@ -105,7 +105,7 @@ def test_named_kernels_run_in_what_generates(folder: Path, kernels: str | dict[s
         recorder.clear()
         texts.append(batch_generate(loaded, tokenizer, ["The"], max_tokens=4)[0].text)
         chosen = {choice.backend for choice in recorder.counts() if choice.operation == "flash_attention"}
-        # Programs that were traced for one model are not those of the other; the second time there may be none to trace.
+        # One model's programs are not those of the other. The second time there may be none to trace.
         assert chosen == {want} or (len(texts) > 2 and not chosen)
     assert len(set(texts)) == 1
 
