@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner
 
+from llama_jax import plugins
 from llama_jax.cli import cli
 from llama_jax.errors import KernelError, RequestError
 from llama_jax.kernels import dispatch, plan
@@ -369,9 +370,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (info / "entry_points.txt").write_text("[llama_jax.kernels]\nmine = a_kernel_plugin:BACKENDS\n")
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(__import__("sys").modules, "a_kernel_plugin", raising=False)
-    extra.cache_clear()
+    plugins.load.cache_clear()
     yield folder / "a_kernel_plugin.py"
-    extra.cache_clear()
+    plugins.load.cache_clear()
 
 
 def test_a_plugin_adds_a_backend(plugin: Path, rules: list[Rule]) -> None:
@@ -383,6 +384,14 @@ def test_a_plugin_adds_a_backend(plugin: Path, rules: list[Rule]) -> None:
     assert "mine" in operation("moe").all_backends()
     assert "mine" not in operation("flash_attention").all_backends()
     assert extra().origins == ("a-kernel-plugin 1.2 (a_kernel_plugin:BACKENDS)",)
+
+
+def test_a_plugin_cannot_replace_a_backend(plugin: Path) -> None:
+    (info,) = plugin.parent.glob("*.dist-info")
+    (info / "entry_points.txt").write_text("[llama_jax.kernels]\nreference = a_kernel_plugin:BACKENDS\n")
+    plugin.write_text("from llama_jax.kernels.dispatch import Backend\nBACKENDS = {'moe': Backend(print)}\n")
+    with pytest.warns(RuntimeWarning, match="'moe' has another backend of this name"):
+        assert extra().backends == {}
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ GOOD = Family(
     defaults=FAMILIES["llama"].defaults,
     tensor_names={"model.layers.{n}.mlp": "blocks.{n}.ffn"},
 )
+GOOD_TOO = Family("GoodForCausalLM", {})
 NOT_A_FAMILY = {"architecture": "Odd"}
 WINDOWS = Family("Odd", {}, windows="some")  # type: ignore[arg-type]
 BIAS = Family("Odd", {}, qkv_bias="sometimes")  # type: ignore[arg-type]
@@ -199,7 +200,7 @@ def test_a_family_is_found_by_its_model_type(families: list[tuple[str, str]]) ->
         ("odd", "NOT_A_FAMILY", "it is not a llama_jax.config.families.Family"),
         ("llama", "GOOD", "another model type 'llama'"),
         ("mllama", "GOOD", "another model type 'mllama'"),
-        ("good", "WINDOWS", "another model type 'good'"),
+        ("good", "GOOD_TOO", "another model type 'good'"),
         ("odd", "WINDOWS", "its windows is 'some'"),
         ("odd", "BIAS", "its qkv_bias is 'sometimes'"),
         ("odd", "CHUNKS", "no attention_chunk_size"),

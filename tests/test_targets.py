@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from llama_jax import plugins
-from llama_jax.errors import PluginError, RequestError
+from llama_jax.errors import RequestError
 from llama_jax.targets import TARGETS, Target, abstract_device, added_targets, current, detected, find, kfd
 from llama_jax.targets.detect import Facts, identify
 
@@ -303,10 +303,10 @@ def entry_point(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
         return [importlib.metadata.EntryPoint(name, value, group) for name, value in points.items()]
 
     monkeypatch.setattr(plugins, "entry_points", entry_points)
-    for cached in (added_targets, identify):
+    for cached in (plugins.load, identify):
         cached.cache_clear()
     yield points
-    for cached in (added_targets, identify):
+    for cached in (plugins.load, identify):
         cached.cache_clear()
 
 
@@ -321,11 +321,27 @@ def test_entry_point(entry_point: dict[str, str]) -> None:
     assert identify(Facts("amd", "AMD Instinct MI999", "gfx999", 999)) is NEW
 
 
-@pytest.mark.parametrize("value", ["no_such_module_at_all:x", f"{__name__}:no_such_name", f"{__name__}:NOT_A_TARGET"])
-def test_broken_entry_point(entry_point: dict[str, str], value: str) -> None:
-    entry_point["broken"] = value
-    with pytest.raises(PluginError, match="'broken'"):
-        find("mi999")
+KNOWN = (Target("mi998", "amd", "gfx999", 1, 64, 1 << 20), Target("mi300x", "amd", "gfx942", 1, 64, 1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("no_such_module_at_all:x", "No module named"),
+        (f"{__name__}:no_such_name", "no attribute"),
+        (f"{__name__}:NOT_A_TARGET", "neither a llama_jax.targets.Target nor a tuple of them"),
+        (f"{__name__}:KNOWN", "another target 'mi300x'"),
+    ],
+)
+def test_broken_entry_point(entry_point: dict[str, str], value: str, problem: str) -> None:
+    """It is reported, and takes neither another package's targets with it nor ours."""
+    entry_point |= {"broken": value, "new": f"{__name__}:NEW"}
+    with pytest.warns(RuntimeWarning, match=f"the plugin 'broken' of an unknown package .*{problem}"):
+        assert find("mi999") is NEW
+    with pytest.raises(RequestError, match="unknown target 'mi998'") as caught:
+        find("mi998")
+    assert "the plugin 'broken'" in str(caught.value.hint)
+    assert problem in str(caught.value.hint)
     # What this package knows works on.
     assert find("mi300x").name == "mi300x"
     assert identify(Facts("amd", "AMD Instinct MI300X", "gfx942", 304)).name == "mi300x"
