@@ -140,8 +140,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "final norm without what the last MLP adds",
         "llama_jax/model/transformer.py",
-        '_, h = _add_norm(x, delta, params["final_norm"], config)',
-        '_, h = _add_norm(x, None, params["final_norm"], config)',
+        '_, h = _add_norm(x, delta, params["final_norm"], config.rms_norm_eps)',
+        '_, h = _add_norm(x, None, params["final_norm"], config.rms_norm_eps)',
         golden("llama2-mha"),
     ),
     Mutation(
@@ -175,16 +175,16 @@ LAYERS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "query, key and value biases missing",
-        "llama_jax/model/layers.py",
-        "parts = tuple(linear(x, params[name], adapters.get(name)) for name in names)",
-        'parts = tuple(linear(x, {"weight": params[name]["weight"]}, adapters.get(name)) for name in names)',
+        "llama_jax/model/weights.py",
+        "return tuple(linear(x, params[part], adapters.of(part)) for part in parts)",
+        'return tuple(linear(x, {"weight": params[part]["weight"]}, adapters.of(part)) for part in parts)',
         golden("qwen2-bias", "llama-biases"),
     ),
     Mutation(
         "fused query, key and value biases missing",
         "llama_jax/model/fuse.py",
-        'for leaf in layer["attn"]["q_proj"]',
-        'for leaf in ("weight",)',
+        "for member in parts[0]}",
+        'for member in ("weight",)}',
         (f"{MODEL}::test_golden_fused[qwen2-bias]",),
     ),
     Mutation(
@@ -197,15 +197,15 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "bias of the attention's output missing",
         "llama_jax/model/transformer.py",
-        'params["attn"]["o_proj"], attn_adapters',
-        '{"weight": params["attn"]["o_proj"]["weight"]}, attn_adapters',
+        'params["attn"]["o_proj"], of_attn',
+        '{"weight": params["attn"]["o_proj"]["weight"]}, of_attn',
         golden("llama-biases", "smollm3-window"),
     ),
     Mutation(
         "bias of the MLP's output missing",
         "llama_jax/model/layers.py",
-        'params["down_proj"], adapters.get("down_proj"))',
-        '{"weight": params["down_proj"]["weight"]}, adapters.get("down_proj"))',
+        'params["down_proj"], adapters.of("down_proj"))',
+        '{"weight": params["down_proj"]["weight"]}, adapters.of("down_proj"))',
         golden("llama-biases"),
     ),
     Mutation(
@@ -227,19 +227,19 @@ LAYERS: tuple[Mutation, ...] = (
         "llama_jax/model/layers.py",
         """\
     if spec.qk_norm == "rms":
-        q = rms_norm(q, params["q_norm"]["weight"], config.rms_norm_eps)
-        k = rms_norm(k, params["k_norm"]["weight"], config.rms_norm_eps)
+        q = rms_norm(q, norm_weight(params["q_norm"]), dims.rms_norm_eps)
+        k = rms_norm(k, norm_weight(params["k_norm"]), dims.rms_norm_eps)
     if spec.rope:
-        q = rotate(q, *angles, interleaved=config.rope.interleaved)
-        k = rotate(k, *angles, interleaved=config.rope.interleaved)
+        q = rotate(q, *angles, interleaved=dims.interleaved)
+        k = rotate(k, *angles, interleaved=dims.interleaved)
 """,
         """\
     if spec.rope:
-        q = rotate(q, *angles, interleaved=config.rope.interleaved)
-        k = rotate(k, *angles, interleaved=config.rope.interleaved)
+        q = rotate(q, *angles, interleaved=dims.interleaved)
+        k = rotate(k, *angles, interleaved=dims.interleaved)
     if spec.qk_norm == "rms":
-        q = rms_norm(q, params["q_norm"]["weight"], config.rms_norm_eps)
-        k = rms_norm(k, params["k_norm"]["weight"], config.rms_norm_eps)
+        q = rms_norm(q, norm_weight(params["q_norm"]), dims.rms_norm_eps)
+        k = rms_norm(k, norm_weight(params["k_norm"]), dims.rms_norm_eps)
 """,
         golden("qwen3-qknorm"),
     ),
@@ -259,9 +259,9 @@ LAYERS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "output projection of an untied model ignored",
-        "llama_jax/model/transformer.py",
-        'params["embed" if config.tie_word_embeddings else "lm_head"]["weight"]',
-        'params["embed"]["weight"]',
+        "llama_jax/model/weights.py",
+        'params["embed" if tied else "lm_head"]',
+        'params["embed"]',
         golden("llama2-mha"),
     ),
 )
@@ -270,8 +270,8 @@ ATTENTION: tuple[Mutation, ...] = (
     Mutation(
         "scale from the hidden size instead of the head size",
         "llama_jax/model/transformer.py",
-        "scale = config.head_dim**-0.5",
-        "scale = (config.hidden_size // config.num_heads) ** -0.5",
+        "scale = dims.head_dim**-0.5",
+        "scale = (x.shape[-1] // q.shape[2]) ** -0.5",
         golden("llama-head-dim"),
     ),
     Mutation(
@@ -371,7 +371,7 @@ EXPERTS: tuple[Mutation, ...] = (
     Mutation(
         "shared expert dropped",
         "llama_jax/model/layers.py",
-        "return out if shared is None else out + mlp(tokens, shared, config, adapters)",
+        "return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))",
         "return out",
         golden("llama4-scout-like"),
     ),
