@@ -1,4 +1,4 @@
-"""A scheme from outside of the package: 8-bit integers, and of each row the float32 scale that they are multiplied with."""
+"""Two schemes from outside of the package: 8-bit integers, and a float32 scale of each row or of the whole weight."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from helpers import random_params
 
 from llama_jax.config import LlamaConfig
 from llama_jax.params import Params, canonical_specs, flatten, unflatten
@@ -63,10 +64,10 @@ def with_scheme(config: LlamaConfig, scheme: Scheme = TOY, *, without: tuple[str
     return config.replace(schemes=tuple((leaf, scheme.name) for leaf in leaves))
 
 
-def encoded(params: Params, config: LlamaConfig) -> tuple[Params, Params]:
-    """Plain canonical parameters as the schemes of `config` store them; and plain ones that equal these exactly."""
+def encoded(config: LlamaConfig) -> tuple[Params, Params]:
+    """Random parameters as the schemes of `config` store them; and plain ones that equal these exactly."""
     flat, plain, schemes = {}, {}, dict(config.schemes)
-    for name, leaf in flatten(params).items():
+    for name, leaf in flatten(random_params(config.replace(schemes=()))).items():
         where, _, member = name.rpartition(".")
         scheme = {TOY.name: TOY, WHOLE.name: WHOLE}.get(schemes.get(where, "")) if member == "weight" else None
         members = {member: leaf} if scheme is None else scheme.encode(leaf)
