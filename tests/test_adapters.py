@@ -12,7 +12,7 @@ from helpers import TINY, error, in_slots, merge_adapters, random_adapters, rand
 
 from llama_jax.errors import RequestError
 from llama_jax.model import forward
-from llama_jax.model.adapters import abstract_slots, empty_slots, put_adapter
+from llama_jax.model.adapters import _put, abstract_slots, empty_slots, put_adapter
 from llama_jax.model.fuse import fuse_params
 from llama_jax.params import Params, flatten, projection_names, unflatten
 
@@ -77,7 +77,7 @@ def test_slots_are_filled_and_replaced_without_compiling() -> None:
         lambda x: (x.shape, x.dtype), abstract_slots(CONFIG, slots=4, rank=3)
     )
     plain, _ = run(params, CONFIG, tokens)
-    np.testing.assert_array_equal(call(slots, jnp.array([[1], [3]])), plain)
+    assert error(call(slots, jnp.array([[1], [3]])), plain) < 1e-5
     compiled = None
     for slot, rank, seed in ((1, 3, 1), (3, 2, 2), (1, 1, 3)):
         adapter = random_adapters(CONFIG, rank=rank, seed=seed)
@@ -85,8 +85,6 @@ def test_slots_are_filled_and_replaced_without_compiling() -> None:
         slots = put_adapter(slots, slot, adapter)
         expected, _ = run(merge_adapters(params, adapter), CONFIG, tokens)
         assert error(call(slots, jnp.full((2, 1), slot, jnp.int32)), expected) < 2e-5
-        from llama_jax.model.adapters import _put
-
         compiled = compiled or _put._cache_size()
         assert _put._cache_size() == compiled
     assert traces == 1

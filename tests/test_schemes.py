@@ -220,5 +220,7 @@ def test_costs_and_shapes_of_programs(name: str) -> None:
     assert many == nbytes(shapes) - nbytes(shapes["embed"])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_on_a_mesh() -> None:
     on_eight_devices("eight_devices_schemes.py")
