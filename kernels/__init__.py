@@ -19,7 +19,7 @@ def report() -> dict[Choice, int]:
     return recorder.counts()
 
 
-def plan() -> tuple[Choice, ...]:
+def choices() -> tuple[Choice, ...]:
     """What `auto` would choose on this device for the small cases of every operation; imports jax, computes nothing."""
     from llama_jax.kernels.dispatch.operation import choose
     from llama_jax.kernels.registry import OPERATIONS, operation

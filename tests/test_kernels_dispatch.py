@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from llama_jax import plugins
 from llama_jax.cli import cli
 from llama_jax.errors import KernelError, RequestError
-from llama_jax.kernels import dispatch, plan
+from llama_jax.kernels import choices, dispatch
 from llama_jax.kernels.dispatch import operation as operations
 from llama_jax.kernels.dispatch import tables, user_table
 from llama_jax.kernels.dispatch.backend import Backend
@@ -357,6 +357,59 @@ def test_hashes_see_code_only() -> None:
     assert code_only("if x:\n  y\nz\n") != code_only("if x:\n  y\n  z\n")
 
 
+# --- What is imported, and when ---------------------------------------------------------------------------------------
+
+
+LOADED = """
+import sys, {}
+print(*(name for name in sys.modules if name.startswith({!r})))
+"""
+
+
+def loaded(modules: str, *prefixes: str) -> list[str]:
+    """What a new process has loaded, of modules that begin with one of the prefixes, once it imported some others."""
+    code = LOADED.format(modules, prefixes)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_kernels_import_nothing_of_the_model() -> None:
+    kernels = "llama_jax.kernels"
+    modules = f"{kernels}.attention, {kernels}.moe, {kernels}.norm, {kernels}.tuning.tune, {kernels}.checking.startup"
+    assert f"{kernels}.moe" in loaded(modules, kernels)
+    assert loaded(modules, "llama_jax.config", "llama_jax.params", "llama_jax.model") == []
+
+
+def test_the_choice_among_backends_does_not_load_pallas() -> None:
+    pallas = "jax.experimental.pallas"
+    assert loaded("llama_jax.kernels.dispatch, llama_jax.kernels.registry, llama_jax.kernels.tuning.tune", pallas) == []
+    assert pallas in loaded(pallas, pallas)
+
+
+def test_a_backend_names_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is imported when it is first asked for something, not before."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_lazy_kernel.py").write_text(
+        "def run(x, *, tiles=None, interpret=False): return x * (20 if interpret else 10)\n"
+        "def unsupported(target, x, *, interpret=False): return None if x.ndim == 1 or interpret else 'not a vector'\n"
+    )
+    backend = Backend.at("a_lazy_kernel", tiles=Tiles)
+    interpreted = Backend.at("a_lazy_kernel", interpreted=True, interpret=True)
+    op = Operation("moe", {"reference": Backend(lambda x: x * 2), "lazy": backend, "interpreted": interpreted})
+    assert (backend.tiles, interpreted.tiles) == (Tiles, None)
+    assert interpreted.interpreted > backend.interpreted
+    assert op(ONES)[0] == 2
+    assert "a_lazy_kernel" not in sys.modules
+    assert op(ONES, backend="lazy")[0] == 10
+    assert monkeypatch.delitem(sys.modules, "a_lazy_kernel") is None
+    assert op(ONES[None], backend="interpreted")[0, 0] == 20
+    with pytest.raises(KernelError, match="not a vector"):
+        op(ONES[None], backend="lazy")
+    missing = Operation("moe", {"reference": Backend(lambda x: x * 2), "lazy": Backend.at("no_such_kernel")})
+    with pytest.raises(KernelError, match="no_such_kernel") as caught:
+        missing(ONES, backend="lazy")
+    assert caught.value.hint
+
+
 # --- Plugins and the record -------------------------------------------------------------------------------------------
 
 
@@ -423,17 +476,17 @@ def test_the_record_counts_traces_from_any_thread() -> None:
         run(ONES)
     assert list(operations.recorder.counts().values()) == [1]
     recorder = Recorder()
-    choices = [Choice("moe", "cpu", "float32", f"n{i}", "reference") for i in range(3)]
+    some = [Choice("moe", "cpu", "float32", f"n{i}", "reference") for i in range(3)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(recorder.add, choices * 200))
-    assert recorder.counts() == dict.fromkeys(choices, 200)
+        list(pool.map(recorder.add, some * 200))
+    assert recorder.counts() == dict.fromkeys(some, 200)
     assert json.dumps([c.to_json() for c in recorder.counts()])
     recorder.clear()
     assert recorder.counts() == {}
 
 
-def test_the_plan_of_this_device() -> None:
-    chosen = plan()
+def test_choices_on_this_device() -> None:
+    chosen = choices()
     assert {c.operation for c in chosen} == set(OPERATIONS)
     assert {c.backend for c in chosen} == {"reference"}
     assert {c.target for c in chosen} == {"cpu"}

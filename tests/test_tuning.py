@@ -21,13 +21,14 @@ from llama_jax.kernels import registry
 from llama_jax.kernels.dispatch import operation as operations
 from llama_jax.kernels.dispatch.backend import Backend
 from llama_jax.kernels.dispatch.cases import Arrays, Case
-from llama_jax.kernels.dispatch.measure import seconds_per_call
 from llama_jax.kernels.dispatch.operation import Operation
 from llama_jax.kernels.dispatch.record import Recorder
 from llama_jax.kernels.dispatch.tables import parse
 from llama_jax.kernels.dispatch.user_table import path_of
-from llama_jax.measure import tuning
-from llama_jax.measure.tuning import Candidate, Measurement, Tuning, best_rules, candidates, numbers_of, tune
+from llama_jax.kernels.tuning import tune as tuning
+from llama_jax.kernels.tuning.timing import seconds_per_call
+from llama_jax.kernels.tuning.tune import Candidate, Measurement, Tuning, best_rules, candidates, tune
+from llama_jax.measure.numbers import numbers_of
 from llama_jax.targets import find
 
 

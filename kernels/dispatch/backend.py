@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from llama_jax.errors import KernelError
 from llama_jax.targets import Target
 
 
@@ -35,3 +37,38 @@ class Backend:
     tiles: Callable[..., Any] | None = None
     candidates: Callable[..., Iterable[Any]] = _none
     interpreted: bool = False
+
+    @classmethod
+    def at(
+        cls,
+        module: str,
+        *,
+        tiles: Callable[..., Any] | None = None,
+        candidates: Callable[..., Iterable[Any]] = _none,
+        interpreted: bool = False,
+        **options: Any,
+    ) -> Backend:
+        """A backend made of `run` and `unsupported` of a module, which is imported when one of them is first called.
+
+        Args:
+          module: its import name; Pallas, which takes 0.3 s to import, is loaded by those who run it.
+          options: further keywords of both functions.
+
+        Raises:
+          KernelError: by the first call: the module cannot be imported.
+        """
+
+        def function(name: str) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                try:
+                    found = importlib.import_module(module)
+                except ImportError as error:
+                    raise KernelError(
+                        f"the module {module!r} of a backend cannot be imported: {error}",
+                        hint="install what it needs, or name another backend",
+                    ) from error
+                return getattr(found, name)(*args, **kwargs, **options)
+
+            return call
+
+        return cls(function("run"), function("unsupported"), tiles, candidates, interpreted)

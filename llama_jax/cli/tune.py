@@ -12,7 +12,7 @@ from llama_jax.cli.terminal import print_json, printable
 from llama_jax.kernels.registry import OPERATIONS
 
 if TYPE_CHECKING:
-    from llama_jax.measure.tuning import Candidate, Measurement
+    from llama_jax.kernels.tuning.tune import Candidate, Measurement
 
 
 @click.command(
@@ -34,8 +34,9 @@ def command(names: tuple[str, ...], model: str | None, most: int, repeats: int, 
     from llama_jax import runtime
     from llama_jax.config import preset
     from llama_jax.kernels.registry import operation
+    from llama_jax.kernels.tuning.tune import candidates, tune
     from llama_jax.loading import check_kernels_once
-    from llama_jax.measure.tuning import candidates, numbers_of, tune
+    from llama_jax.measure.numbers import numbers_of
     from llama_jax.targets import current
 
     runtime.enable_compilation_cache()

@@ -33,10 +33,10 @@ print("probe:" + json.dumps({
 try:
     from llama_jax.errors import LlamaJaxError
     from llama_jax.decode.graphs import graph_options
-    from llama_jax.kernels import plan
+    from llama_jax.kernels import choices
     try:
         graphs = [graph_options(several=several) for several in (False, True)[:len(devices)]]
-        print("kernels:" + json.dumps({"choices": [choice.to_json() for choice in plan()], "graphs": graphs}))
+        print("kernels:" + json.dumps({"choices": [choice.to_json() for choice in choices()], "graphs": graphs}))
     except LlamaJaxError as error:
         print("kernels:" + json.dumps({"error": error.message, "hint": error.hint}))
 except ImportError as error:

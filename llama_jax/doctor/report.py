@@ -36,7 +36,7 @@ class Report:
       checks: in the order of looking.
       system, versions, environment: facts without a judgement.
       devices: as jax sees them, empty if it does not answer.
-      kernels: what `auto` would choose there for small arguments of every operation (`llama_jax.kernels.plan`).
+      kernels: what `auto` would choose there for small arguments of every operation (`llama_jax.kernels.choices`).
       numerics: each check of a kernel against the reference, where that was asked for.
     """
 

@@ -18,15 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.disk import storage_errors
 from llama_jax.kernels.checking.compare import LIMITS, check, reference, worst_row_error
 from llama_jax.kernels.dispatch.cases import Arrays, Case
 from llama_jax.kernels.dispatch.fingerprint import source_hash, versions
-from llama_jax.kernels.dispatch.measure import seconds_per_call
 from llama_jax.kernels.dispatch.operation import REFERENCE, Operation, disabled
 from llama_jax.kernels.dispatch.tables import Rule
 from llama_jax.kernels.dispatch.user_table import path_of
+from llama_jax.kernels.tuning.timing import seconds_per_call
 from llama_jax.targets import Target, current
 
 
@@ -77,22 +76,6 @@ class Tuning:
     table: Path
     measurements: tuple[Measurement, ...]
     rules: Mapping[str, tuple[Rule, ...]]
-
-
-def numbers_of(config: LlamaConfig) -> dict[str, Any]:
-    """A model's numbers, as the cases of operations take them."""
-    moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
-    numbers: dict[str, Any] = {
-        "heads": config.num_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden": config.hidden_size,
-    }
-    if moe is not None:
-        scaled = "output" if moe.router == "softmax" else "input"
-        numbers |= {"experts": moe.num_experts, "top_k": moe.top_k, "intermediate": moe.intermediate_size}
-        numbers |= {"scaled": scaled}
-    return numbers
 
 
 def candidates(
