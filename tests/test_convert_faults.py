@@ -426,7 +426,7 @@ try:
     print("not refused")
 except DoesNotFit as e:
     print(e.message)
-files.SPARE_BYTES = -(1 << 40)
+disk.SPARE_BYTES = -(1 << 40)
 try:
     convert(sys.argv[2], dst)
     print("not full")
