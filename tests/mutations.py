@@ -537,7 +537,7 @@ TEXT: tuple[Mutation, ...] = (
     ),
     Mutation(
         "prompts padded with the wrong positions",
-        "llama_jax/decode/loop.py",
+        "llama_jax/decode/prefill.py",
         "positions[row, length - len(ids) :] = np.arange(len(ids))",
         "positions[row, length - len(ids) :] = np.arange(1, len(ids) + 1)",
         (f"{DECODE}::test_prompts_are_padded_on_the_left",),
@@ -606,10 +606,10 @@ SAMPLER: tuple[Mutation, ...] = (
         "llama_jax/sampling/truncation.py",
         """\
     weights = jnp.where(order >= kth[:, None], jnp.exp(logits - best), 0.0)
-    nucleus = _nucleus(order, weights, limits.top_p * rows""",
+    nucleus = _nucleus(order, weights, limits.top_p * reductions""",
         """\
     weights = jnp.exp(logits - best)
-    nucleus = _nucleus(order, weights, limits.top_p * rows""",
+    nucleus = _nucleus(order, weights, limits.top_p * reductions""",
         (f"{SAMPLING}::test_min_p_comes_after_temperature_and_top_p_after_top_k",),
     ),
     Mutation(
