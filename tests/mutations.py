@@ -636,7 +636,7 @@ SAMPLER: tuple[Mutation, ...] = (
     ),
     Mutation(
         "packed tokens of a row all take its first free slot",
-        "llama_jax/cache/paged.py",
+        "llama_jax/cache/pages.py",
         "rank = jnp.sum(before, axis=1, dtype=jnp.int32)[None]",
         "rank = jnp.zeros_like(rows)",
         ("tests/test_paged_cache.py::test_packed_tokens_are_separate_calls[llama2-mha]",),

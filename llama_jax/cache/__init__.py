@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from jax.typing import DTypeLike
 
 from llama_jax.cache.dense import DENSE_AXES, DenseCache
-from llama_jax.cache.paged import DEFAULT_PAGE_SIZE, NO_PAGE, PAGE_SIZES, PagedCache, check_page_size
+from llama_jax.cache.paged import DEFAULT_PAGE_SIZE, PAGE_SIZES, PagedCache, check_page_size
+from llama_jax.cache.pages import NO_PAGE
 from llama_jax.cache.pool import PagePool
 from llama_jax.cache.protocol import KVCache, LayerCache
 from llama_jax.config import LlamaConfig

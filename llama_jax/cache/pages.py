@@ -1,0 +1,138 @@
+"""Pages as the model sees them: which slots new tokens get, and one layer's keys and values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.sharding import local
+
+NO_PAGE = -1
+"""In the page table where no page is booked."""
+
+PAGE_AXES = ("batch", "kv_heads")
+"""Logical axes of pages [pages, kv_heads, page_size, head_dim]: each replica of the model has a pool of its own."""
+
+
+class PagedSlots(NamedTuple):
+    """Where new tokens go, int32 [batch, len]: the page, and the slot in it. The page of padding, and of tokens for
+    which no page is booked, does not exist, so that a write there is dropped."""
+
+    page: jax.Array
+    offset: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedLayer:
+    """One layer of a `PagedCache`: k, v [pages, kv_heads, page_size, head_dim]."""
+
+    k: jax.Array
+    v: jax.Array
+    page_table: jax.Array
+    positions: jax.Array
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        slots: PagedSlots,
+        q_positions: jax.Array,
+        q_rows: jax.Array | None,
+        visibility: Visibility,
+        *,
+        scale: float,
+    ) -> tuple[jax.Array, PagedLayer]:
+        """See `LayerCache`. On a mesh every replica works on its own rows and pages, without communication."""
+
+        def run(
+            layer: PagedLayer, q: jax.Array, new: tuple[jax.Array, jax.Array], slots: PagedSlots, at: Queries
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            def store(into: jax.Array, new: jax.Array) -> jax.Array:
+                return into.at[slots.page, :, slots.offset].set(new.astype(into.dtype), mode="drop")
+
+            # As in a dense layer: the barrier keeps XLA from storing twice, for the result and, on a copy, its reader.
+            k, v = jax.lax.optimization_barrier((store(layer.k, new[0]), store(layer.v, new[1])))
+            return _attention(q, k, v, layer, at, visibility, scale), (k, v)
+
+        arguments = {
+            "layer": self,
+            "q": q,
+            "new": (k, v),
+            "slots": slots,
+            "at": Queries(q_positions, q_rows),
+        }
+        heads = ("batch", None, "kv_heads")
+        axes = {
+            "layer": PagedLayer(PAGE_AXES, PAGE_AXES, ("batch",), ("batch",)),  # type: ignore[arg-type]
+            "q": heads,
+            "new": heads,
+            "slots": ("batch",),
+            "at": ("batch",),
+        }
+        out, (stored_k, stored_v) = local(run, arguments, axes, (heads, PAGE_AXES))
+        return out, dataclasses.replace(self, k=stored_k, v=stored_v)
+
+
+class Queries(NamedTuple):
+    """Positions of queries, int32 [batch, queries], and the row of each where tokens are packed."""
+
+    positions: jax.Array
+    rows: jax.Array | None
+
+
+def _attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, layer: PagedLayer, at: Queries, visibility: Visibility, scale: float
+) -> jax.Array:
+    if at.rows is None:
+        return attention(q, k, v, at.positions, layer.positions, visibility, scale=scale, page_table=layer.page_table)
+    # Each packed token is a batch row of one query, with the page table's line of its own row.
+    rows, positions = at.rows[0], at.positions[0][:, None]
+    table = jnp.take(layer.page_table, rows, axis=0, mode="fill", fill_value=NO_PAGE)
+    slots = jnp.take(layer.positions, rows, axis=0, mode="fill", fill_value=-1)
+    return attention(q[0][:, None], k, v, positions, slots, visibility, scale=scale, page_table=table)[:, 0][None]
+
+
+def book(
+    page_table: jax.Array,
+    slot_positions: jax.Array,
+    lengths: jax.Array,
+    shared: jax.Array,
+    positions: jax.Array,
+    rows: jax.Array | None,
+    page_size: int,
+    pages: int,
+) -> tuple[jax.Array, ...]:
+    """Slots for new tokens, in their order, behind those of their rows.
+
+    Args:
+      page_table, slot_positions, lengths, shared: of a `PagedCache`.
+      positions, rows: of `KVCache.extend`.
+
+    Returns:
+      page and offset of each token, int32 [batch, len], and the cache's new positions and lengths; then, bool
+      [batch, len], which tokens have no slot, and which of them because their row is full.
+    """
+    capacity, real = slot_positions.shape[1], positions >= 0
+    if rows is None:
+        row = jnp.broadcast_to(jnp.arange(len(positions), dtype=jnp.int32)[:, None], positions.shape)
+        rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    else:
+        row = rows
+        index = jnp.arange(rows.shape[1])
+        before = (rows[0] == rows[0][:, None]) & real[0] & (index < index[:, None])
+        rank = jnp.sum(before, axis=1, dtype=jnp.int32)[None]
+    slot = lengths.at[row].get(mode="fill", fill_value=0) + rank
+    page = page_table.at[row, slot // page_size].get(mode="fill", fill_value=NO_PAGE)
+    owned = slot >= shared.at[row].get(mode="fill", fill_value=0)
+    booked = real & owned & (page >= 0) & (page < pages)
+    lost = real & ~booked
+    page, into = jnp.where(booked, page, pages), jnp.where(booked, slot, capacity)
+    written = slot_positions.at[row, into].set(positions, mode="drop")
+    lengths = lengths.at[row].add(real.astype(jnp.int32), mode="drop")
+    return page, into % page_size, written, lengths, lost, lost & (slot >= capacity)
