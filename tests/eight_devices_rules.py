@@ -122,12 +122,12 @@ def test_all_of_the_axes_or_none(size: int) -> None:
 @pytest.mark.parametrize("mesh", ["wide", "model only"])
 def test_the_same_tokens_from_a_vocabulary_over_two_axes(name: str, mesh: str) -> None:
     batch, vocab = 4, 1024
-    options, state = make_sampler([SAMPLINGS[name]] * batch, [[1, 2, 3, 900]] * batch, vocab, [1000])
+    profile, state = make_sampler([SAMPLINGS[name]] * batch, [[1, 2, 3, 900]] * batch, vocab, [1000])
     logits = rows_of(batch, vocab, 3.0, 0)
-    plain = jax.jit(sample, static_argnames="options")
-    tokens, want, logprobs = plain(logits, state, options=options)
+    plain = jax.jit(sample, static_argnames="profile")
+    tokens, want, logprobs = plain(logits, state, profile=profile)
     with on(mesh_of(mesh)):
-        found, have, found_logprobs = plain(logits, state, options=options)
+        found, have, found_logprobs = plain(logits, state, profile=profile)
     assert found.tolist() == tokens.tolist()
     jax.tree.map(np.testing.assert_array_equal, have, want)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found_logprobs, logprobs)

@@ -322,11 +322,11 @@ def test_model_on_one_device(tiny: LlamaConfig, on_one: ModelCompilation, said: 
     assert (result.fits, result.capacity, result.chunk) == (True, 128, 32)
     weights = 2 * count_params(tiny)
     keys_and_values = 2 * 2 * 2 * 128 * tiny.kv_dim * 2
-    # Positions, two lengths, the lengths for rope.
-    cache = keys_and_values + (2 * 128 + 2 + 2) * 4
+    # Positions, and how many slots are in use.
+    cache = keys_and_values + (2 * 128 + 1) * 4
     tokens = 2 * 32 * 4
-    # Tokens and positions; next tokens are not used without log-probabilities, lengths are eight bytes.
-    assert result.prefill.compilation.memory.arguments == weights + 2 * tokens + 8
+    # Tokens and positions; next tokens are not used without log-probabilities, lengths without dynamic rope.
+    assert result.prefill.compilation.memory.arguments == weights + 2 * tokens
     assert weights + cache < result.decode.compilation.memory.arguments < weights + cache + 10_000
     assert cache <= result.decode.compilation.memory.aliased
     embedding = 2 * tiny.vocab_size * tiny.hidden_size
@@ -347,7 +347,7 @@ def test_model_on_several_devices(tiny: LlamaConfig, on_eight: ModelCompilation)
     # Every matrix is split in four, the norms are not.
     norms = sum(s.size for s in param_specs(tiny) if len(s.shape) == 1)
     share = (count_params(tiny) - norms) // 4 + norms
-    assert result.prefill.compilation.memory.arguments == 2 * share + 2 * 16 * 4 + 4
+    assert result.prefill.compilation.memory.arguments == 2 * share + 2 * 16 * 4
     for phase in (result.prefill, result.decode):
         reduces = [c for c in phase.compilation.collectives if c.kind == "all-reduce" and c.devices == 4]
         assert sum(c.count for c in reduces) >= 4  # two in each layer

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import jax
 import pytest
 from click.testing import CliRunner
+from helpers import tiny_config
 from jax.profiler import ProfileData
 
 from llama_jax.cli import cli
 from llama_jax.errors import NoDevice
 from llama_jax.measure import bench
 from llama_jax.measure.profiling import KernelTime, profile, programs
+from llama_jax.model.loaded import Model
+from llama_jax.params import init_params
 
 PROFILE = """
 planes {
@@ -80,7 +82,7 @@ def test_a_cpu_has_no_such_profile() -> None:
 def test_bench_shows_where_the_time_goes(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
     data = ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(PROFILE))
     found = tuple(programs(data))
-    model = SimpleNamespace(dtype=jax.numpy.dtype("float32"), mesh=None, name="tiny")
+    model = Model(init_params(tiny_config(), jax.random.key(0)), tiny_config(), name="tiny")
     timed = bench.BenchResult(2, 4, 3, *[1.0] * 7)
     monkeypatch.setattr(bench, "random_model", lambda *args, **options: model)
     monkeypatch.setattr(bench, "measure_ceilings", lambda dtype: bench.Ceilings(1e9, 1e9))

@@ -182,7 +182,7 @@ def test_rm_that_cannot(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rm_the_default_model(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_hf(tmp_path / "hf", LLAMA)
-    path = convert(tmp_path / "hf", library.cache.default_path())
+    path = convert(tmp_path / "hf", library.converted.default_path())
     kept = cache / "downloads" / bundled.GGUF
     kept.parent.mkdir()
     kept.write_bytes(b"gguf")

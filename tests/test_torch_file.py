@@ -130,7 +130,7 @@ def refused(path: Path, match: str) -> None:
     began = time.perf_counter()
     with pytest.raises(CheckpointError, match=match) as e:
         TorchFile(path)
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 20
     assert str(path) in e.value.message
     assert len(e.value.message) < 1000
     assert e.value.hint

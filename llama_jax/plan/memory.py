@@ -23,10 +23,10 @@ from llama_jax.plan.workload import Calls
 from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import Target
 
-_STATE_ROW = 74
-"""Bytes of a row in the state of decoding besides cache, positions and output: last token, flags, limits, sampling."""
+_STATE_ROW = 130
+"""Bytes of a row in the state of decoding besides its cache: last token and its position, flags, limits, sampling."""
 
-_STATE_SCALARS = 12
+_STATE_SCALARS = 4
 
 PAGE_SIZE = 64
 
@@ -101,10 +101,10 @@ class DeviceShare:
 
     def prefill(self, rows: int, tokens: int, capacity: int, backends: Backends) -> Bytes:
         """The first chunk of the prompts into a new cache; in later ones the cache is donated."""
-        tables = 4 * rows * (capacity + 1)
+        tables = 4 * rows * capacity
         logits = 4 * rows * self.of("vocab", self.config.vocab_size)
         return Bytes(
-            arguments=self.weights + 8 * rows * tokens + 4 * rows,
+            arguments=self.weights + 8 * rows * tokens,
             outputs=logits + self.cache(rows, capacity) + tables,
             aliased=0,
             temporary=self.temporary(rows, tokens, capacity, backends, unwritten=self._last_keys(rows, capacity)),
@@ -116,8 +116,8 @@ class DeviceShare:
         return Bytes(self.weights + state, state, state, self.temporary(rows, 1, capacity, backends))
 
     def state(self, rows: int, capacity: int) -> int:
-        """Cache, the positions in it, output (of at most as many tokens), and the numbers of each row."""
-        return self.cache(rows, capacity) + rows * (8 * capacity + _STATE_ROW) + _STATE_SCALARS
+        """Cache, the positions in it, and the numbers of each row."""
+        return self.cache(rows, capacity) + rows * (4 * capacity + _STATE_ROW) + _STATE_SCALARS
 
     def _last_keys(self, rows: int, capacity: int) -> int:
         """Bytes that XLA's CPU compiler lends to other arrays until the last layer's keys are written there."""
