@@ -1,4 +1,4 @@
-"""What the rules come to for one model on one mesh: where each parameter goes, and why."""
+"""Layout of a model's parameters on a mesh by the rules, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both exports share: their report, and a checkpoint's small files."""
+"""Parts that both exports share: their report, and a checkpoint's small files."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def extra() -> Extra:
 
 
 def plugin_problem(plugin: Plugin, earlier: Sequence[Plugin]) -> str:
-    """What is wrong with a plugin that is to add a backend; "" if nothing."""
+    """Describes the fault of a plugin that should add backends; "" if it has none."""
     value = plugin.value
     if not isinstance(value, Mapping) or not value or not all(isinstance(b, Backend) for b in value.values()):
         return "it is not a mapping from operations to llama_jax.kernels.dispatch.Backend"

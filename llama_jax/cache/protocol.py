@@ -1,4 +1,4 @@
-"""What the model and generation ask of a key/value cache; how it lies in memory is the cache's own affair.
+"""The protocol between a key/value cache and its users; its layout in memory is the cache's own affair.
 
 The model books slots for its tokens once (`extend`), then gives each layer's new keys and values to that layer's view
 (`layer(i).attend`). What a slot is, only the cache knows: the record of the booked slots passes through the model

@@ -215,7 +215,7 @@ def find_family(model_type: str) -> Family:
 
 
 def plugin_problem(plugin: plugins.Plugin, earlier: Sequence[plugins.Plugin]) -> str:
-    """What is wrong with a plugin that is to add a family; "" if nothing."""
+    """Describes the fault of a plugin that should add a family; "" if it has none."""
     family = plugin.value
     if not isinstance(family, Family):
         return "it is not a llama_jax.config.families.Family"

@@ -1,9 +1,7 @@
 """The decode step on the device, and the loop that runs it: token ids in, token ids out.
 
-Every row counts its own tokens: it may start and end at any step, and draws what it would draw alone. The step is
-  written
-once, in `_step`. `advance` runs it in a `lax.while_loop` as many times as it is told: many times for
-a batch, once for a stream.
+Every row counts its own tokens: it may start and end at any step, and draws what it would draw alone. `_step` is the
+only implementation of a step. `advance` runs it in a `lax.while_loop`: many times for a batch, once for a stream.
 """
 
 from __future__ import annotations
@@ -179,10 +177,10 @@ def _first(logits: jax.Array, state: DecodeState, profile: SamplerProfile) -> tu
 
 
 def _no_progress(state: DecodeState, stride: int, profile: SamplerProfile) -> Progress:
-    batch, vocab = len(state.done), MAX_LOGPROBS
+    batch = len(state.done)
     logprobs = None
     if profile.logprobs:
-        shape = (batch, stride, vocab)
+        shape = (batch, stride, MAX_LOGPROBS)
         logprobs = Logprobs(jnp.zeros((batch, stride)), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     return Progress(
         tokens=jnp.zeros((batch, stride), jnp.int32),

@@ -17,6 +17,9 @@ from llama_jax.params import Params
 from llama_jax.sampling import MAX_LOGPROBS, Logprobs, token_logprobs
 from llama_jax.sharding import share, ways
 
+NO_ROW = np.iinfo(np.int32).max
+"""Beyond the last row of every cache: padding among row numbers."""
+
 
 def pad_prompts(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Left-padded token ids and positions, int32 [rows, length]; padding has position -1. Rows beyond the prompts are
@@ -108,7 +111,7 @@ def prefill(
         chunk = min(chunk, 256)
     next_tokens = np.roll(tokens, -1, axis=1)
     lengths = positions.max(axis=1) + 1
-    into = None if rows is None else np.full((padded_rows,), np.iinfo(np.int32).max, np.int32)
+    into = None if rows is None else np.full((padded_rows,), NO_ROW, np.int32)
     if into is not None and rows is not None:
         into[: len(rows)] = rows
     ids = None

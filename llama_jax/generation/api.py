@@ -33,7 +33,7 @@ def generate(
       tokenizer: None for token ids in, token ids out.
       prompt: text, continued as it stands, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
       params: how to sample. Without it decoding is greedy.
-      page_size: 16, 32, 64, 128 or 256 keeps keys and values in a paged cache with pages of so many tokens; by default
+      page_size: N = 16, 32, 64, 128 or 256 keeps keys and values in a paged cache with pages of N tokens; by default
         the cache is dense. The tokens are the same.
       adapters: slots of low-rank adapters (`llama_jax.model.adapters`); adapter_ids: the slot to use, 0 for none.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.

@@ -9,15 +9,12 @@ import numpy as np
 
 from llama_jax.cache import NewCache
 from llama_jax.decode import buckets, loop
-from llama_jax.decode.prefill import fork_rows, prefill
+from llama_jax.decode.prefill import NO_ROW, fork_rows, prefill
 from llama_jax.generation.request import Requests
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import Logprobs, SamplingParams, make_sampler
 from llama_jax.sharding import on, ways
-
-NO_ROW = np.iinfo(np.int32).max
-"""Beyond the last row of every cache: padding among row numbers."""
 
 
 class Session:
@@ -58,7 +55,7 @@ class Session:
             adapter_ids=requests.adapter_ids if fork else [requests.adapter_ids[i] for i in owners],
             prompt_logprobs=any(p.prompt_logprobs is not None for p in requests.params),
         )
-        if prompt_logprobs is not None and not fork:
+        if prompt_logprobs is not None and not fork and len(first) < len(rows):
             prompt_logprobs = Logprobs(*(x[np.asarray(first)] for x in vars(prompt_logprobs).values()))
         source = None
         if fork:
@@ -88,7 +85,7 @@ class Session:
         return progress, prompt_logprobs
 
     def advance(self, steps: int) -> loop.Progress:
-        """Up to so many decode steps; none only compiles the program."""
+        """Runs at most `steps` decode steps; 0 only compiles the program."""
         room = self._capacity - self._padded
         if steps and self._tokens == room:
             self._capacity = self._larger.pop(0)

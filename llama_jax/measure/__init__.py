@@ -1,1 +1,1 @@
-"""What can be measured of a model on a device: speed, profiles, agreement with a reference, the fastest kernels."""
+"""Measurements of a model on a device: speed, profiles, agreement with a reference, the fastest kernels."""

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Dims(NamedTuple):
-    """What a block takes from the config besides its own spec: equal for all layers, which so share one trace."""
+    """Fields of the config that every block needs besides its own spec; equal layers thus share one trace."""
 
     head_dim: int
     rms_norm_eps: float
@@ -119,7 +119,7 @@ def moe(x: jax.Array, params: Params, dims: Dims, spec: MoeSpec, adapters: Adapt
         )
         return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))
 
-    # All of it on each device's part of every expert's width, so that there is one sum over the devices. A shared
+    # All of it on each device's part of every expert's width, so that there is one all-reduce. A shared
     # expert stands apart if its width divides where that of the others does not, or the other way round.
     shared = params.get("shared")
     apart = shared is not None and (

@@ -17,7 +17,7 @@ from llama_jax.sharding import DeviceMesh
 
 @dataclass(frozen=True)
 class Model:
-    """What `forward` and the generate functions need.
+    """Everything that `forward` and the generate functions need.
 
     Attributes:
       params: parameter tree on its devices, canonical (`llama_jax.params`) or fused (`llama_jax.model.fuse`).
