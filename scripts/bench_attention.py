@@ -38,10 +38,11 @@ import jax.numpy as jnp
 from bench_shared import UNTUNED, ceilings, seconds, write
 
 from llama_jax.kernels.attention import attention, attention_reference
+from llama_jax.kernels.attention.cases import arguments
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.attention.decode import shapes as decode_shapes
 from llama_jax.kernels.attention.flash import pallas_triton, shapes
-from llama_jax.kernels.attention.reference import Visibility
+from llama_jax.kernels.attention.records import Visibility
 from llama_jax.kernels.registry import operation
 from llama_jax.measure.bench import Ceilings
 from llama_jax.targets import current
@@ -150,6 +151,11 @@ def torch_has(backend: str, case: Case) -> bool:
     return is_plain(case) and (backend == peers.FLEX or case.q_len in (1, case.kv_len))
 
 
+def called(run: Callable[..., jax.Array], case: Case) -> Callable[..., jax.Array]:
+    """An implementation of attention as a function of a case's arrays by name."""
+    return lambda **arrays: run(**arguments(**arrays, **case.options()))
+
+
 def is_plain(case: Case) -> bool:
     """Whether causal order is all that there is to a case."""
     segments = isinstance(case, shapes.Case) and case.segments
@@ -183,7 +189,7 @@ def measure(case: Case, args: argparse.Namespace, limits: Ceilings) -> Iterator[
     for backend in args.backends:
         if backend in peers.BACKENDS or (backend in other and backend not in mine):
             continue
-        call = stock(case) if backend == "stock" else partial(attention, **case.options(), backend=backend)
+        call = stock(case) if backend == "stock" else called(partial(attention, backend=backend), case)
         if call is None or (backend == "reference" and logits_bytes(case) > memory() // 4):
             continue
         yield backend, False, timed(call, backward=False)
@@ -192,7 +198,8 @@ def measure(case: Case, args: argparse.Namespace, limits: Ceilings) -> Iterator[
     for backend in args.backends if is_prefill(case) else ():
         if backend in ("pallas_triton", "pallas_interpret"):
             for tiles in itertools.islice(sweep(case), args.sweep):
-                run = partial(pallas_triton.run, **case.options(), tiles=tiles, interpret=backend == "pallas_interpret")
+                kernels = partial(pallas_triton.run, tiles=tiles, interpret=backend == "pallas_interpret")
+                run = called(kernels, case)
                 yield backend, False, {"tiles": vars(tiles)} | timed(run, backward=False)
 
 
@@ -270,7 +277,7 @@ def sampled(case: Case, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Ar
         wide: dict[str, Any] = {
             name: x.astype(jnp.float32) for name, x in (arrays | few).items() if x.dtype.kind != "i"
         }
-        return attention_reference(**(arrays | few | wide), **case.options())
+        return called(attention_reference, case)(**(arrays | few | wide))
 
     return exact(arrays), index
 

@@ -11,11 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_calls import flat, visible
 from tiny_models import LLAMA, random_leaves
 
 from llama_jax.config import config_from_hf
 from llama_jax.errors import KernelError
-from llama_jax.kernels.attention import Visibility, attention, attention_reference, decode_attention, visible
+from llama_jax.kernels.attention import Visibility
+from llama_jax.kernels.attention import attention as attention_of_records
+from llama_jax.kernels.attention import attention_reference as reference_of_records
+from llama_jax.kernels.attention import decode_attention as decode_of_records
+from llama_jax.kernels.attention.cases import arguments as arguments_of
 from llama_jax.kernels.attention.decode import plan
 from llama_jax.kernels.attention.decode.shapes import CASES, MEASURED, Case
 from llama_jax.kernels.attention.decode.tiles import Tiles, candidates, default_tiles, padded_rows
@@ -27,6 +32,9 @@ from llama_jax.targets import TARGETS, find
 # The GPU runs the compiled kernels, the CPU the same ones interpreted.
 BACKENDS = ["pallas_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)]
 EXAMPLES = hypothesis.settings(max_examples=8)
+attention, attention_reference, decode_attention = map(
+    flat, (attention_of_records, reference_of_records, decode_of_records)
+)
 VISIBILITIES = [Visibility(), Visibility("sliding", 1), Visibility("sliding", 20), Visibility("chunked", 16)]
 
 
@@ -279,7 +287,7 @@ def test_any_cut_gives_the_same(backend: str) -> None:
     for tiles in (Tiles(16, 16, 1, 1, 1), Tiles(16, 32, 4, 1, 9), Tiles(64, 64, 2, 2, 200)):
 
         def run(backend: str, tiles: Tiles = tiles, **call: Any) -> jax.Array:
-            return pallas_triton.run(**call, tiles=tiles, interpret=backend == "pallas_interpret")
+            return flat(pallas_triton.run)(**call, tiles=tiles, interpret=backend == "pallas_interpret")
 
         out = compile_call(run, backend, **options)(call)
         np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
@@ -373,20 +381,19 @@ def test_what_is_not_supported() -> None:
     for bad, reason in [(many, "9 queries"), (empty, "no slots"), (wide, "head_dim 512"), (bytes_, "dtype int8")]:
         with pytest.raises(KernelError, match=reason):
             decode_attention(**bad, **options, backend="pallas_interpret")
-    unsupported = decode_attention.backends["pallas_triton"].unsupported
-    arguments = [call[n] for n in ("q", "k", "v", "q_positions", "kv_positions")]
-    assert "GPUs only" in str(unsupported(find("cpu"), *arguments, **options))
-    assert "float32" in str(unsupported(find("gfx1100"), *arguments, **options))
-    assert unsupported(find("mi300x"), *arguments, **options) is None
+    unsupported = decode_of_records.backends["pallas_triton"].unsupported
+    arguments = arguments_of(**call, **options)
+    assert "GPUs only" in str(unsupported(find("cpu"), **arguments))
+    assert "float32" in str(unsupported(find("gfx1100"), **arguments))
+    assert unsupported(find("mi300x"), **arguments) is None
 
 
 def test_cases() -> None:
     assert len({case.name for case in CASES + MEASURED}) == len(set(CASES + MEASURED))
-    pallas = decode_attention.backends["pallas_triton"]
+    pallas = decode_of_records.backends["pallas_triton"]
     for case in CASES + MEASURED:
         structs = case.arguments()
-        arguments = [structs[name] for name in ("q", "k", "v", "q_positions", "kv_positions")]
-        assert pallas.unsupported(find("mi300x"), *arguments, **case.options()) is None
+        assert pallas.unsupported(find("mi300x"), **arguments_of(**structs, **case.options())) is None
         out = jax.eval_shape(lambda structs, case=case: attention_reference(**structs, **case.options()), structs)
         assert out.shape == structs["q"].shape
     window = next(case for case in CASES if case.name == "llama-3.1-8b-window-4096")

@@ -16,12 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_calls import flat, visible
 from tiny_models import LLAMA, random_leaves
 
 from llama_jax.cache import DenseCache
 from llama_jax.config import config_from_hf
 from llama_jax.errors import KernelError
-from llama_jax.kernels.attention import Visibility, attention, attention_reference, flash_attention, visible
+from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility
+from llama_jax.kernels.attention import attention as attention_of_records
+from llama_jax.kernels.attention import attention_reference as reference_of_records
+from llama_jax.kernels.attention import flash_attention as flash_of_records
+from llama_jax.kernels.attention.cases import arguments as arguments_of
 from llama_jax.kernels.attention.flash import cudnn, pallas_triton
 from llama_jax.kernels.attention.flash.shapes import CASES, MEASURED_PREFILL, Case
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
@@ -32,6 +37,10 @@ from llama_jax.model import forward
 from llama_jax.params import abstract_params, unflatten
 from llama_jax.targets import TARGETS, find
 
+attention, attention_reference, flash_attention = map(
+    flat, (attention_of_records, reference_of_records, flash_of_records)
+)
+run_kernels = flat(pallas_triton.run)
 SMALL = Tiles(block_q=16, block_k=16, dq_block_q=16, dq_block_k=32, dkv_block_q=32, dkv_block_k=16)
 PACKED = replace(SMALL, block_k=32, heads=3, dq_block_q=32, dq_pieces=2, dkv_block_k=32, dkv_pieces=2)
 FULL, SLIDING, CHUNKED = Visibility(), Visibility("sliding", 11), Visibility("chunked", 13)
@@ -62,7 +71,7 @@ def compiled(case: Case, tiles: Tiles | None, interpret: bool) -> tuple[Callable
         wide = {name: x.astype(jnp.float32) if x.dtype.kind != "i" else x for name, x in arrays.items()}
         return both(attention_reference, wide, out_grad)
 
-    run = functools.partial(pallas_triton.run, tiles=tiles, interpret=interpret)
+    run = functools.partial(run_kernels, tiles=tiles, interpret=interpret)
     return jax.jit(functools.partial(both, run)), jax.jit(exact)
 
 
@@ -172,7 +181,7 @@ def test_rows_that_see_nothing_of_their_first_block() -> None:
     case = Case("chunks", 1, 128, 128, 1, 1, 16, Visibility("chunked", 48), dtype="float32")
     arrays = case.example(jax.random.key(6))
     options = case.options() | {"scale": 80**-0.5}
-    out = jax.jit(functools.partial(pallas_triton.run, tiles=Tiles(), interpret=True, **options))(**arrays)
+    out = jax.jit(functools.partial(run_kernels, tiles=Tiles(), interpret=True, **options))(**arrays)
     close_float32(out, attention_reference(**arrays, **options), "out")
 
 
@@ -189,7 +198,7 @@ def test_products_sum_over_enough_numbers() -> None:
     assert pieces_of(256, 16) == 16
     case = Case("short blocks", 1, 16, 16, 1, 1, 16)
     with pytest.raises(KernelError, match="over 8 numbers") as caught:
-        pallas_triton.run(
+        run_kernels(
             **case.example(jax.random.key(7)), **case.options(), tiles=replace(SMALL, block_k=8), interpret=True
         )
     assert "at least 16" in caught.value.hint
@@ -200,7 +209,7 @@ def test_extreme_logits() -> None:
     case = Case("extreme", 1, 16, 16, 3, 1, 16, dtype="float32", sinks=True)
     arrays = case.example(jax.random.key(3))
     arrays |= {"q": arrays["q"] * 1e4, "sinks": jnp.array([1e6, -1e6, 0.0])}
-    out = pallas_triton.run(**arrays, **case.options(), tiles=SMALL, interpret=True)
+    out = run_kernels(**arrays, **case.options(), tiles=SMALL, interpret=True)
     close_float32(out, attention_reference(**arrays, **case.options()), "out")
     assert not np.asarray(out[:, :, 0]).any()
 
@@ -210,7 +219,7 @@ def compiled_spans(visibility: Visibility) -> Callable[..., Any]:
     """Jitted `visible`, and `spans` of blocks of 4 queries and 3 slots."""
     pairs = functools.partial(block_pairs, block_q=4, block_k=3)
     return jax.jit(
-        lambda q, kv, *segments: (visible(q, kv, visibility, *segments), pairs(q, kv, visibility, *segments))
+        lambda q, kv, *segments: (visible(q, kv, visibility, *segments), pairs(Places(q, kv, *segments), visibility))
     )
 
 
@@ -269,7 +278,7 @@ def test_rounding_by_hand() -> None:
 def arguments(**changes: Any) -> dict[str, Any]:
     """Arguments of a call that every GPU backend takes, and changes to it."""
     made: dict[str, Any] = prefill_case().arguments() | prefill_case().options()
-    return made | changes
+    return arguments_of(**(made | changes))
 
 
 def prefill_case() -> Case:
@@ -298,7 +307,7 @@ def test_what_the_kernels_refuse(changes: dict[str, Any], reason: str) -> None:
 
 def test_tiles_that_do_not_fit_the_heads() -> None:
     with pytest.raises(KernelError, match="3 heads do not divide groups of 2"):
-        pallas_triton.run(**prefill_case().example(jax.random.key(0)), **prefill_case().options(), tiles=PACKED)
+        run_kernels(**prefill_case().example(jax.random.key(0)), **prefill_case().options(), tiles=PACKED)
 
 
 @pytest.mark.skipif(os.environ.get("JAX_PLATFORMS") != "cpu", reason="on a GPU they run")
@@ -344,7 +353,7 @@ def test_cudnn_is_asked_for_the_same(visibility: Visibility, monkeypatch: pytest
     case = Case("cudnn", 2, 24, 24, 6, 2, 16, visibility, dtype="float32", in_order=True)
     arrays = case.example(jax.random.key(4))
     with jax.default_matmul_precision("highest"):
-        out = cudnn.run(**arrays, **case.options())
+        out = flat(cudnn.run)(**arrays, **case.options())
     close_float32(out, attention_reference(**arrays, **case.options()), "out")
     assert asked == ["cudnn"]
 
@@ -407,9 +416,9 @@ def test_forward_says_when_positions_are_in_order(monkeypatch: pytest.MonkeyPatc
     """Only a call whose positions `forward` made itself may go to a backend that reads none."""
     seen: list[bool] = []
 
-    def spy(*args: Any, in_order: bool, **kwargs: Any) -> jax.Array:
-        seen.append(in_order)
-        return attention_reference(*args, **kwargs)
+    def spy(q: jax.Array, kv: KeysValues, places: Places, rule: Rule) -> jax.Array:
+        seen.append(rule.in_order)
+        return reference_of_records(q, kv, places, rule)
 
     monkeypatch.setattr("llama_jax.model.attention", spy)
     config, tokens = config_from_hf(LLAMA), jnp.ones((1, 3), jnp.int32)

@@ -250,7 +250,7 @@ def test_real_candidates(name: str, target: str) -> None:
     op = registry.operation(name)
     found = candidates([op], find(target), None, most=4)
     kernel = op.backends["pallas_triton"]
-    supported = [c for c in op.models(None) if not kernel.unsupported(find(target), **c.abstract(), **c.static)]
+    supported = [c for c in op.models(None) if not kernel.unsupported(find(target), **c.arguments())]
     assert len(supported) > 3
     assert {c.backend for c in found} >= {"reference", "pallas_triton"}
     assert {c.case.name for c in found} >= {case.name for case in supported}

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.cache import KVCache, LayerCache
+from llama_jax.cache.protocol import Queries
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
-from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
 from llama_jax.model.layers import linear, lookup, mlp, moe, position_queries_and_keys, product, project_qkv
 from llama_jax.model.rope import rope_angles
@@ -268,23 +269,13 @@ def _layer(
     q, k = position_queries_and_keys(q, k, params["attn"], config, spec, positions, angles)
     seen |= {"q": q, "k": k, "v": v}
     x, q, q_positions, q_segments, q_rows = _tokens((x, q, positions, segment_ids, rows), at)
-    visibility = Visibility(spec.attention, spec.window or 0)
-    scale = config.head_dim**-0.5
+    ordered = cache is None and in_order and at is None
+    rule = Rule(Visibility(spec.attention, spec.window or 0), config.head_dim**-0.5, in_order=ordered)
     if cache is None:
-        out = attention(
-            q,
-            jnp.swapaxes(k, 1, 2),
-            jnp.swapaxes(v, 1, 2),
-            q_positions,
-            positions,
-            visibility,
-            scale=scale,
-            q_segments=q_segments,
-            kv_segments=segment_ids,
-            in_order=in_order and at is None,
-        )
+        kv = KeysValues(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        out = attention(q, kv, Places(q_positions, positions, q_segments, segment_ids), rule)
     else:
-        out, cache = cache.attend(q, k, v, slots, q_positions, q_rows, visibility, scale=scale)
+        out, cache = cache.attend(q, k, v, slots, Queries(q_positions, q_rows), rule)
     out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], attn_adapters.get("o_proj"))
     seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
 

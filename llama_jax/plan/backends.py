@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
-from llama_jax.kernels.attention import Visibility, decode_attention, flash_attention
+from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, decode_attention, flash_attention
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.dispatch import choose
 from llama_jax.kernels.moe import grouped_experts
@@ -44,12 +44,9 @@ def backends(
         target,
         "auto",
         array(rows, tokens, heads, config.head_dim),
-        slots,
-        slots,
-        array(rows, tokens, dtype="int32"),
-        array(rows, capacity, dtype="int32"),
-        Visibility(),
-        scale=config.head_dim**-0.5,
+        KeysValues(slots, slots),
+        Places(array(rows, tokens, dtype="int32"), array(rows, capacity, dtype="int32")),
+        Rule(Visibility(), config.head_dim**-0.5),
     ).backend
     moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
     if moe is None:

@@ -14,6 +14,7 @@ from llama_jax.kernels.attention.cases import (
     decode_shape,
     decode_tiles,
 )
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels
 from llama_jax.kernels.attention.reference import attention_reference
 from llama_jax.kernels.dispatch import Backend, Operation
 from llama_jax.targets import Target
@@ -32,19 +33,19 @@ def _pallas_triton(*args: Any, **kwargs: Any) -> jax.Array:
 
 
 def _interpretable(
-    target: Target, q: jax.Array, k: jax.Array, v: jax.Array, q_positions: Any, kv_positions: Any, *_: Any, **__: Any
+    target: Target, q: jax.Array, kv: KeysValues, places: Places, rule: Rule, *, sinks: jax.Array | None = None
 ) -> str | None:
     """Why the kernels cannot compute this anywhere, or None."""
     if not 0 < q.shape[1] <= MAX_QUERIES:
         return f"{q.shape[1]} queries a row, it takes 1 to {MAX_QUERIES}"
     if q.shape[3] > MAX_HEAD_DIM:
         return f"head_dim {q.shape[3]} is more than {MAX_HEAD_DIM}"
-    if not kv_positions.shape[1]:
+    if not places.kv_positions.shape[1]:
         return "the cache has no slots"
-    for x in (q, k, v):
+    for x in (q, kv.k, kv.v):
         if x.dtype.name not in DTYPES:
             return f"dtype {x.dtype.name}, it takes {', '.join(DTYPES)}"
-    return None
+    return beyond_kernels(kv, places, rule)
 
 
 def _unsupported(target: Target, q: jax.Array, *args: Any, **kwargs: Any) -> str | None:

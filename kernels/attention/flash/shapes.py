@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention.reference import Visibility
+from llama_jax.kernels.attention.records import Visibility
 
 FULL = Visibility()
 
