@@ -420,7 +420,7 @@ def test_forward_says_when_positions_are_in_order(monkeypatch: pytest.MonkeyPatc
         seen.append(rule.in_order)
         return reference_of_records(q, kv, places, rule)
 
-    monkeypatch.setattr("llama_jax.model.attention", spy)
+    monkeypatch.setattr("llama_jax.model.transformer.attention", spy)
     config, tokens = config_from_hf(LLAMA), jnp.ones((1, 3), jnp.int32)
 
     def in_order(**more: Any) -> set[bool]:
