@@ -28,6 +28,6 @@ def choices() -> tuple[Choice, ...]:
     chosen: dict[Choice, None] = {}
     for op in map(operation, OPERATIONS):
         for case in op.cases():
-            choice = choose(op, current(), "auto", **case.abstract(), **case.static)
+            choice = choose(op, current(), "auto", **case.arguments())
             chosen[choice] = None
     return tuple(chosen)

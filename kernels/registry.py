@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 OPERATIONS = {
     "flash_attention": "llama_jax.kernels.attention.flash:flash_attention",
     "decode_attention": "llama_jax.kernels.attention.decode:decode_attention",
-    "moe": "llama_jax.kernels.moe:grouped_experts",
+    "moe": "llama_jax.kernels.moe:routed_experts_op",
     "add_rms_norm": "llama_jax.kernels.norm:add_rms_norm_op",
 }
 """Name of each operation and where it stands."""

@@ -61,7 +61,7 @@ def variants(op: Operation) -> Iterator[tuple[str, Case, bool]]:
 
 def compile_case(op: Operation, case: Case, gradients: bool, target: Target) -> Entry:
     """What the kernels of one case need: {"kernels": [...]}, or {"unsupported": reason}."""
-    arguments = {**case.abstract(), **case.static}
+    arguments = case.arguments()
     if reason := op.backends[BACKEND].unsupported(target, **arguments):
         return {"unsupported": reason}
     with abstract_device(target):
@@ -90,7 +90,7 @@ def program(run: Callable[..., jax.Array], case: Case, gradients: bool) -> Calla
     """The function of the arrays alone that is compiled."""
 
     def forward(arrays: dict[str, Any]) -> jax.Array:
-        return run(**arrays, **case.static)
+        return run(**case.arguments(arrays))
 
     def backward(arrays: dict[str, Any]) -> Any:
         def loss(some: dict[str, Any]) -> jax.Array:

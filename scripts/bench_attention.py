@@ -38,22 +38,27 @@ import jax.numpy as jnp
 from bench_shared import UNTUNED, ceilings, seconds, write
 
 from llama_jax.kernels.attention import attention, attention_reference
+from llama_jax.kernels.attention.cases import arguments
 from llama_jax.kernels.attention.decode import MAX_QUERIES
-from llama_jax.kernels.attention.decode import shapes as decode_shapes
-from llama_jax.kernels.attention.flash import pallas_triton, shapes
-from llama_jax.kernels.attention.reference import Visibility
+from llama_jax.kernels.attention.flash import pallas_triton
+from llama_jax.kernels.attention.records import Visibility
+from llama_jax.kernels.attention.shapes import (
+    DECODES,
+    MEASURED_DECODES,
+    MEASURED_PREFILLS,
+    PREFILLS,
+    AttentionShape,
+)
 from llama_jax.kernels.registry import operation
 from llama_jax.measure.bench import Ceilings
 from llama_jax.targets import current
 
-Case = shapes.Case | decode_shapes.Case
 ERROR_LIMIT = {"bfloat16": 2.0, "float16": 2.0, "float32": 16.0}
 """Largest relative error, in units of the dtype's epsilon; in float32 the sums round as much as the results."""
 CHECKED_QUERIES = 64
 LAYERS = 8
 """Calls of decode attention in one step, as a model has layers: what positions alone decide is found once for all."""
-PREFILL, DECODE = shapes.MEASURED_PREFILL, decode_shapes.MEASURED
-FLOORS: tuple[Case, ...] = (*shapes.CASES, *decode_shapes.CASES)
+FLOORS = (*PREFILLS, *DECODES)
 """The cases of the tables in docs/kernels.md."""
 OPERATIONS = ("flash_attention", "decode_attention")
 
@@ -91,26 +96,29 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def parse_shape(text: str) -> Case:
+def parse_shape(text: str) -> AttentionShape:
     """A case from batch,q_len,kv_len,q_heads,kv_heads,head_dim[,page_size]."""
     numbers = [int(x) for x in text.split(",")]
     if len(numbers) not in (6, 7):
         raise argparse.ArgumentTypeError("six or seven numbers: batch,q_len,kv_len,q_heads,kv_heads,head_dim,page_size")
     batch, q_len, kv_len, q_heads, kv_heads, head_dim, page_size = (*numbers, 0)[:7]
-    sizes = (batch, q_len, kv_len, q_heads, kv_heads, head_dim)
-    if q_len <= MAX_QUERIES:
-        return decode_shapes.Case(text, *sizes, page_size=page_size)
-    dense = not page_size
-    return shapes.Case(text, *sizes, page_size=page_size, in_order=q_len == kv_len and dense, backward=dense)
+    dense = q_len > MAX_QUERIES and not page_size
+    return AttentionShape(
+        text,
+        *(batch, q_len, kv_len, q_heads, kv_heads, head_dim),
+        page_size=page_size,
+        in_order=dense and q_len == kv_len,
+        backward=dense,
+    )
 
 
-def chosen(names: Sequence[str]) -> list[Case]:
+def chosen(names: Sequence[str]) -> list[AttentionShape]:
     """The cases of these names, each once. A few prefills and decode steps share a name.
 
     Raises:
       SystemExit: there is no case of a name.
     """
-    known: dict[str, list[Case]] = {"prefill": list(PREFILL), "decode": list(DECODE), "floors": list(FLOORS)}
+    known = {"prefill": list(MEASURED_PREFILLS), "decode": list(MEASURED_DECODES), "floors": list(FLOORS)}
     for case in dict.fromkeys(itertools.chain(*known.values())):
         known.setdefault(case.name, []).append(case)
     if unknown := [name for name in names if name not in known]:
@@ -122,7 +130,7 @@ Found = tuple[str, bool, dict[str, Any]]
 """A backend; whether gradients are in it; what came out: "relative_error" and "seconds" of a call, or "failed"."""
 
 
-def measure_torch(cases: Sequence[Case], args: argparse.Namespace) -> list[list[Found]]:
+def measure_torch(cases: Sequence[AttentionShape], args: argparse.Namespace) -> list[list[Found]]:
     """What PyTorch takes for each case, by those of its backends that were asked for."""
     options = {"calls": args.calls, "repeats": args.repeats, "checked": CHECKED_QUERIES}
     found: list[list[Found]] = [[] for _ in cases]
@@ -134,7 +142,7 @@ def measure_torch(cases: Sequence[Case], args: argparse.Namespace) -> list[list[
             for i, case in enumerate(cases)
             if torch_has(backend, case)
             for backward in (False, True)
-            if not backward or (args.backward and trained(case))
+            if not backward or (args.backward and case.backward)
         ]
         requests = [
             {name: getattr(cases[i], name) for name in peers.SIZES} | {"backward": backward} for i, backward in asked
@@ -145,22 +153,22 @@ def measure_torch(cases: Sequence[Case], args: argparse.Namespace) -> list[list[
     return found
 
 
-def torch_has(backend: str, case: Case) -> bool:
+def torch_has(backend: str, case: AttentionShape) -> bool:
     """Whether a backend of PyTorch can be asked for a case: without a mask the first query is at the first slot."""
     return is_plain(case) and (backend == peers.FLEX or case.q_len in (1, case.kv_len))
 
 
-def is_plain(case: Case) -> bool:
+def called(run: Callable[..., jax.Array], case: AttentionShape) -> Callable[..., jax.Array]:
+    """An implementation of attention as a function of a case's arrays by name."""
+    return lambda **arrays: run(**arguments(**arrays, **case.options()))
+
+
+def is_plain(case: AttentionShape) -> bool:
     """Whether causal order is all that there is to a case."""
-    segments = isinstance(case, shapes.Case) and case.segments
-    return not (case.page_size or case.visibility != Visibility() or case.soft_cap or case.sinks or segments)
+    return not (case.page_size or case.visibility != Visibility() or case.soft_cap or case.sinks or case.segments)
 
 
-def trained(case: Case) -> bool:
-    return isinstance(case, shapes.Case) and case.backward
-
-
-def measure(case: Case, args: argparse.Namespace, limits: Ceilings) -> Iterator[Found]:
+def measure(case: AttentionShape, args: argparse.Namespace, limits: Ceilings) -> Iterator[Found]:
     """What JAX takes for a case, by each backend, and by each tile of a sweep."""
     arrays = case.example(jax.random.key(time.time_ns() % 2**32))
     expected, index = sampled(case, arrays)
@@ -183,42 +191,45 @@ def measure(case: Case, args: argparse.Namespace, limits: Ceilings) -> Iterator[
     for backend in args.backends:
         if backend in peers.BACKENDS or (backend in other and backend not in mine):
             continue
-        call = stock(case) if backend == "stock" else partial(attention, **case.options(), backend=backend)
+        call = stock(case) if backend == "stock" else called(partial(attention, backend=backend), case)
         if call is None or (backend == "reference" and logits_bytes(case) > memory() // 4):
             continue
         yield backend, False, timed(call, backward=False)
-        if args.backward and trained(case):
+        if args.backward and case.backward:
             yield backend, True, timed(call, backward=True)
     for backend in args.backends if is_prefill(case) else ():
         if backend in ("pallas_triton", "pallas_interpret"):
             for tiles in itertools.islice(sweep(case), args.sweep):
-                run = partial(pallas_triton.run, **case.options(), tiles=tiles, interpret=backend == "pallas_interpret")
+                kernels = partial(pallas_triton.run, tiles=tiles, interpret=backend == "pallas_interpret")
+                run = called(kernels, case)
                 yield backend, False, {"tiles": vars(tiles)} | timed(run, backward=False)
 
 
-def is_prefill(case: Case) -> bool:
-    return isinstance(case, shapes.Case)
+def is_prefill(case: AttentionShape) -> bool:
+    return case.q_len > MAX_QUERIES
 
 
-def right(error: float, case: Case) -> bool:
+def right(error: float, case: AttentionShape) -> bool:
     """Whether an error is one of rounding; NaN is not."""
     return error <= ERROR_LIMIT[case.dtype] * float(jnp.finfo(case.dtype).eps)
 
 
-def operations(case: Case, *, backward: bool = False) -> int:
+def operations(case: AttentionShape, *, backward: bool = False) -> int:
     """Floating point operations of a call; 0 for a decode step, which they do not bound."""
-    if not isinstance(case, shapes.Case):
+    if not is_prefill(case):
         return 0
     return case.flops() + (case.flops(backward=True) if backward else 0)
 
 
-def floor_seconds(case: Case, limits: Ceilings, *, backward: bool = False) -> float:
+def floor_seconds(case: AttentionShape, limits: Ceilings, *, backward: bool = False) -> float:
     """The least time of a call: computing or reading, whichever is longer."""
     computing = operations(case, backward=backward) / limits.matmul_flops_per_s
     return max(computing, case.bytes() / limits.read_bytes_per_s)
 
 
-def row(case: Case, backend: str, found: dict[str, Any], limits: Ceilings, *, backward: bool) -> dict[str, Any]:
+def row(
+    case: AttentionShape, backend: str, found: dict[str, Any], limits: Ceilings, *, backward: bool
+) -> dict[str, Any]:
     """What is printed and written of one measurement."""
     name = OPERATIONS[0 if is_prefill(case) else 1]
     result: dict[str, Any] = {"operation": name, "case": case.name, "dtype": case.dtype}
@@ -240,7 +251,7 @@ def row(case: Case, backend: str, found: dict[str, Any], limits: Ceilings, *, ba
     }
 
 
-def sweep(case: Case) -> Iterator[pallas_triton.Tiles]:
+def sweep(case: AttentionShape) -> Iterator[pallas_triton.Tiles]:
     """Tiles of the forward kernel whose operands fit into local memory, those nearest to the default first."""
     target = current()
     group = case.q_heads // case.kv_heads
@@ -259,7 +270,7 @@ def sweep(case: Case) -> Iterator[pallas_triton.Tiles]:
             yield replace(best, block_q=block_q, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
 
 
-def sampled(case: Case, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def sampled(case: AttentionShape, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Exact outputs for some of the queries, and which ones."""
     count = min(case.q_len, CHECKED_QUERIES)
     index = jnp.sort(jax.random.permutation(jax.random.key(time.time_ns() % 2**32), case.q_len)[:count])
@@ -270,12 +281,12 @@ def sampled(case: Case, arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Ar
         wide: dict[str, Any] = {
             name: x.astype(jnp.float32) for name, x in (arrays | few).items() if x.dtype.kind != "i"
         }
-        return attention_reference(**(arrays | few | wide), **case.options())
+        return called(attention_reference, case)(**(arrays | few | wide))
 
     return exact(arrays), index
 
 
-def stock(case: Case) -> Callable[..., jax.Array] | None:
+def stock(case: AttentionShape) -> Callable[..., jax.Array] | None:
     """JAX's own Pallas kernel for a case, if there is one."""
     if not is_plain(case):
         return None
@@ -327,7 +338,7 @@ def gradients(call: Callable[..., jax.Array], calls: int) -> Callable[..., Any]:
     return many
 
 
-def logits_bytes(case: Case) -> int:
+def logits_bytes(case: AttentionShape) -> int:
     """What the reference needs, logits and weights in float32."""
     return 8 * case.batch * case.q_heads * case.q_len * case.kv_len
 

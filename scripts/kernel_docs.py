@@ -19,8 +19,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention.decode.shapes import MEASURED
-from llama_jax.kernels.attention.flash.shapes import MEASURED_PREFILL
+from llama_jax.kernels.attention.shapes import MEASURED_DECODES, MEASURED_PREFILLS
 from llama_jax.kernels.dispatch.cases import Case
 from llama_jax.kernels.dispatch.tables import shipped_rules
 from llama_jax.kernels.registry import OPERATIONS, operation
@@ -45,8 +44,8 @@ NOT_YET, FAILED, NO_SUCH_CALL = "", "failed", "–"
 KERNEL = "pallas_triton"
 PEERS = ("stock", "torch_flash", "torch_cudnn", "torch_flex")
 BESIDE: dict[str, tuple[Sequence[Any], tuple[str, ...]]] = {
-    "flash_attention": (MEASURED_PREFILL, ("reference", "cudnn", KERNEL, *PEERS)),
-    "decode_attention": (MEASURED, ("reference", KERNEL, *PEERS)),
+    "flash_attention": (MEASURED_PREFILLS, ("reference", "cudnn", KERNEL, *PEERS)),
+    "decode_attention": (MEASURED_DECODES, ("reference", KERNEL, *PEERS)),
 }
 """By operation: the cases that are measured with every backend and peer, and these."""
 

@@ -46,7 +46,7 @@ from llama_jax.decode import prefill as prefill_module
 from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.kernels import report
-from llama_jax.kernels.attention import Visibility, attention, attention_reference
+from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention, attention_reference
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.loading import load
@@ -255,11 +255,11 @@ def test_attention_runs_on_local_heads(heads: tuple[int, int], backend: str) -> 
     q = jnp.asarray(rng.standard_normal((2, 1, q_heads, 16)), jnp.float32)
     k, v = (jnp.asarray(rng.standard_normal((2, kv_heads, 32, 16)), jnp.float32) for _ in range(2))
     q_positions, kv_positions = jnp.asarray([[31], [20]]), jnp.tile(jnp.arange(32), (2, 1))
-    args = (q_positions, kv_positions, Visibility())
-    expected = attention_reference(q, k, v, *args, scale=0.25)
+    args = Places(q_positions, kv_positions), Rule(Visibility(), 0.25)
+    expected = attention_reference(q, KeysValues(k, v), *args)
 
     def compute(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, k, v, *args, scale=0.25, backend=backend)
+        return attention(q, KeysValues(k, v), *args, backend=backend)
 
     with sharding.on(mesh):
         out = jax.jit(compute)(q, k, v)

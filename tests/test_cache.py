@@ -14,9 +14,10 @@ import pytest
 from helpers import TINY, arange_positions, error, random_params, random_tokens, run, tiny_config
 
 from llama_jax.cache import DenseCache
+from llama_jax.cache.protocol import Queries
 from llama_jax.config import LayerSpec
 from llama_jax.errors import RequestError
-from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
 from llama_jax.model import forward
 
 CONFIG = tiny_config(LayerSpec(mlp=24), LayerSpec("sliding", 3, mlp=24))
@@ -182,17 +183,15 @@ class BackwardsLayer:
         k: jax.Array,
         v: jax.Array,
         slots: None,
-        q_positions: jax.Array,
-        q_rows: None,
-        visibility: Visibility,
-        *,
-        scale: float,
+        queries: Queries,
+        rule: Rule,
     ) -> tuple[jax.Array, BackwardsLayer]:
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.concatenate([jnp.swapaxes(new, 1, 2)[:, :, ::-1], old], axis=2)
 
         layer = dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
-        return attention(q, layer.k, layer.v, q_positions, self.positions, visibility, scale=scale), layer
+        places = Places(queries.positions, self.positions)
+        return attention(q, KeysValues(layer.k, layer.v), places, rule), layer
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""Decode attention on Pallas: its plan, and the kernels against the reference in float32, interpreted or on a GPU."""
+"""Decode attention on Pallas: its partition, and kernels against the reference in float32, interpreted or on a GPU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_calls import flat, visible
 from tiny_models import LLAMA, random_leaves
 
 from llama_jax.config import config_from_hf
 from llama_jax.errors import KernelError
-from llama_jax.kernels.attention import Visibility, attention, attention_reference, decode_attention, visible
-from llama_jax.kernels.attention.decode import plan
-from llama_jax.kernels.attention.decode.shapes import CASES, MEASURED, Case
+from llama_jax.kernels.attention import Visibility
+from llama_jax.kernels.attention import attention as attention_of_records
+from llama_jax.kernels.attention import attention_reference as reference_of_records
+from llama_jax.kernels.attention import decode_attention as decode_of_records
+from llama_jax.kernels.attention.cases import arguments as arguments_of
+from llama_jax.kernels.attention.decode import partition
 from llama_jax.kernels.attention.decode.tiles import Tiles, candidates, default_tiles, padded_rows
+from llama_jax.kernels.attention.shapes import DECODES, MEASURED_DECODES, AttentionShape
 from llama_jax.kernels.dispatch import using
 from llama_jax.model import forward
 from llama_jax.params import unflatten
@@ -27,6 +32,9 @@ from llama_jax.targets import TARGETS, find
 # The GPU runs the compiled kernels, the CPU the same ones interpreted.
 BACKENDS = ["pallas_interpret", pytest.param("pallas_triton", marks=pytest.mark.gpu)]
 EXAMPLES = hypothesis.settings(max_examples=8)
+attention, attention_reference, decode_attention = map(
+    flat, (attention_of_records, reference_of_records, decode_of_records)
+)
 VISIBILITIES = [Visibility(), Visibility("sliding", 1), Visibility("sliding", 20), Visibility("chunked", 16)]
 
 
@@ -96,16 +104,16 @@ def seen(call: dict[str, Any], visibility: Visibility) -> np.ndarray:
     return np.asarray(see.any(axis=2) & (call["q_positions"] >= 0))
 
 
-# ---- the plan
+# ---- the partition
 
-visible_slots = jax.jit(plan.visible_slots, static_argnums=2)
+visible_slots = jax.jit(partition.visible_slots, static_argnums=2)
 
 
 @jax.jit
 def all_shares(first: jax.Array, end: jax.Array, block_k: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
     """Row, start and stop of shares 0 .. 31; first and last share of each row."""
-    at = partial(plan.share, first, end, block_k, wanted)
-    of_row = partial(plan.shares_of, first, end, block_k, wanted)
+    at = partial(partition.share, first, end, block_k, wanted)
+    of_row = partial(partition.shares_of, first, end, block_k, wanted)
     return *jax.vmap(at)(jnp.arange(32)), *jax.vmap(of_row)(jnp.arange(first.shape[0]))
 
 
@@ -139,10 +147,10 @@ def test_ranges_hold_no_more_than_needed() -> None:
         (Visibility("sliding", 8), [61, 21], [70, 30]),
         (Visibility("chunked", 16), [64, 16], [70, 30]),
     ]:
-        ranges = plan.visible_slots(jnp.array([[68, 69], [28, 29]]), kv_positions, visibility)
+        ranges = partition.visible_slots(jnp.array([[68, 69], [28, 29]]), kv_positions, visibility)
         np.testing.assert_array_equal(ranges, [first, end])
     # A row that sees nothing has no slots; left padding is left out.
-    first, end = plan.visible_slots(jnp.array([[-1, -1], [-1, 9]]), kv_positions[:, ::-1], Visibility())
+    first, end = partition.visible_slots(jnp.array([[-1, -1], [-1, 9]]), kv_positions[:, ::-1], Visibility())
     assert first[0] >= end[0]
     assert (first[1], end[1]) == (90, 100)
 
@@ -279,7 +287,7 @@ def test_any_cut_gives_the_same(backend: str) -> None:
     for tiles in (Tiles(16, 16, 1, 1, 1), Tiles(16, 32, 4, 1, 9), Tiles(64, 64, 2, 2, 200)):
 
         def run(backend: str, tiles: Tiles = tiles, **call: Any) -> jax.Array:
-            return pallas_triton.run(**call, tiles=tiles, interpret=backend == "pallas_interpret")
+            return flat(pallas_triton.run)(**call, tiles=tiles, interpret=backend == "pallas_interpret")
 
         out = compile_call(run, backend, **options)(call)
         np.testing.assert_allclose(out, want, rtol=2e-5, atol=2e-5)
@@ -345,14 +353,14 @@ def test_slots_before_a_window_are_not_read() -> None:
     np.testing.assert_allclose(compute(call, "pallas_interpret", **options), want, rtol=2e-5, atol=2e-5)
 
 
-def test_layers_share_the_plan() -> None:
+def test_layers_share_the_partition() -> None:
     """It depends on positions only: three layers, one pass over them."""
     call = random_call(7, batch=2, q_len=1, slots=64)
 
     def passes(layers: int) -> int:
         def model(call: dict[str, Any]) -> list[Any]:
             at = call["q_positions"], call["kv_positions"]
-            ranges = [plan.visible_slots(*at, Visibility()) for _ in range(layers)]
+            ranges = [partition.visible_slots(*at, Visibility()) for _ in range(layers)]
             return [(first * i, end * i) for i, (first, end) in enumerate(ranges, 2)]
 
         return jax.jit(model).lower(call).compile().as_text().count(" reduce(")
@@ -373,31 +381,30 @@ def test_what_is_not_supported() -> None:
     for bad, reason in [(many, "9 queries"), (empty, "no slots"), (wide, "head_dim 512"), (bytes_, "dtype int8")]:
         with pytest.raises(KernelError, match=reason):
             decode_attention(**bad, **options, backend="pallas_interpret")
-    unsupported = decode_attention.backends["pallas_triton"].unsupported
-    arguments = [call[n] for n in ("q", "k", "v", "q_positions", "kv_positions")]
-    assert "GPUs only" in str(unsupported(find("cpu"), *arguments, **options))
-    assert "float32" in str(unsupported(find("gfx1100"), *arguments, **options))
-    assert unsupported(find("mi300x"), *arguments, **options) is None
+    unsupported = decode_of_records.backends["pallas_triton"].unsupported
+    arguments = arguments_of(**call, **options)
+    assert "GPUs only" in str(unsupported(find("cpu"), **arguments))
+    assert "float32" in str(unsupported(find("gfx1100"), **arguments))
+    assert unsupported(find("mi300x"), **arguments) is None
 
 
 def test_cases() -> None:
-    assert len({case.name for case in CASES + MEASURED}) == len(set(CASES + MEASURED))
-    pallas = decode_attention.backends["pallas_triton"]
-    for case in CASES + MEASURED:
+    assert len({case.name for case in DECODES + MEASURED_DECODES}) == len(set(DECODES + MEASURED_DECODES))
+    pallas = decode_of_records.backends["pallas_triton"]
+    for case in DECODES + MEASURED_DECODES:
         structs = case.arguments()
-        arguments = [structs[name] for name in ("q", "k", "v", "q_positions", "kv_positions")]
-        assert pallas.unsupported(find("mi300x"), *arguments, **case.options()) is None
+        assert pallas.unsupported(find("mi300x"), **arguments_of(**structs, **case.options())) is None
         out = jax.eval_shape(lambda structs, case=case: attention_reference(**structs, **case.options()), structs)
         assert out.shape == structs["q"].shape
-    window = next(case for case in CASES if case.name == "llama-3.1-8b-window-4096")
-    assert window.bytes() == 2 * 8 * 4096 * 8 * 128 * 2
-    long = next(case for case in MEASURED if case.name == "llama-3.1-8b-b1-s131072")
-    assert long.bytes() == 2 * 131072 * 8 * 128 * 2
+    window = next(case for case in DECODES if case.name == "llama-3.1-8b-window-4096")
+    assert window.bytes() == 2 * 8 * (4096 * 8 + 32) * 128 * 2
+    long = next(case for case in MEASURED_DECODES if case.name == "llama-3.1-8b-b1-s131072")
+    assert long.bytes() == 2 * (131072 * 8 + 32) * 128 * 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_example_case(backend: str) -> None:
-    case = Case("small", 2, 1, 128, 4, 2, 64, page_size=16, sinks=True, dtype="float32")
+    case = AttentionShape("small", 2, 1, 128, 4, 2, 64, page_size=16, sinks=True, dtype="float32")
     call = case.example(jax.random.key(0))
     out = compile_call(attention, backend, **case.options())(call)
     np.testing.assert_allclose(out, attention_reference(**call, **case.options()), rtol=2e-5, atol=2e-5)

@@ -16,41 +16,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_calls import flat, visible
 from tiny_models import LLAMA, random_leaves
 
 from llama_jax.cache import DenseCache
 from llama_jax.config import config_from_hf
 from llama_jax.errors import KernelError
-from llama_jax.kernels.attention import Visibility, attention, attention_reference, flash_attention, visible
+from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility
+from llama_jax.kernels.attention import attention as attention_of_records
+from llama_jax.kernels.attention import attention_reference as reference_of_records
+from llama_jax.kernels.attention import flash_attention as flash_of_records
+from llama_jax.kernels.attention.cases import arguments as arguments_of
 from llama_jax.kernels.attention.flash import cudnn, pallas_triton
-from llama_jax.kernels.attention.flash.shapes import CASES, MEASURED_PREFILL, Case
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.flash.tiles import Tiles, pieces_of
+from llama_jax.kernels.attention.shapes import MEASURED_PREFILLS, PREFILLS, AttentionShape
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.pallas import dot, narrow, rounds_to_bfloat16, tile_width
 from llama_jax.model import forward
 from llama_jax.params import abstract_params, unflatten
 from llama_jax.targets import TARGETS, find
 
+attention, attention_reference, flash_attention = map(
+    flat, (attention_of_records, reference_of_records, flash_of_records)
+)
+run_kernels = flat(pallas_triton.run)
 SMALL = Tiles(block_q=16, block_k=16, dq_block_q=16, dq_block_k=32, dkv_block_q=32, dkv_block_k=16)
 PACKED = replace(SMALL, block_k=32, heads=3, dq_block_q=32, dq_pieces=2, dkv_block_k=32, dkv_pieces=2)
 FULL, SLIDING, CHUNKED = Visibility(), Visibility("sliding", 11), Visibility("chunked", 13)
 
 # (what is special, tiles): few, as each is compiled; odd lengths, head sizes and groups all the same.
 CALLS = [
-    (Case("plain", 2, 48, 64, 4, 2, 16, FULL, dtype="float32"), SMALL),
-    (Case("ragged", 2, 37, 53, 3, 1, 20, FULL, segments=True, dtype="float32"), SMALL),
-    (Case("sliding", 1, 50, 50, 6, 2, 24, SLIDING, sinks=True, dtype="float32"), PACKED),
-    (Case("chunked", 2, 33, 41, 2, 2, 8, CHUNKED, soft_cap=3.0, dtype="float32"), SMALL),
-    (Case("small pages", 2, 20, 56, 6, 2, 16, FULL, page_size=8, dtype="float32"), PACKED),
-    (Case("large pages", 2, 35, 96, 2, 1, 16, SLIDING, page_size=32, sinks=True, soft_cap=2.0, dtype="float32"), SMALL),
+    (AttentionShape("plain", 2, 48, 64, 4, 2, 16, FULL, dtype="float32"), SMALL),
+    (AttentionShape("ragged", 2, 37, 53, 3, 1, 20, FULL, segments=True, dtype="float32"), SMALL),
+    (AttentionShape("sliding", 1, 50, 50, 6, 2, 24, SLIDING, sinks=True, dtype="float32"), PACKED),
+    (AttentionShape("chunked", 2, 33, 41, 2, 2, 8, CHUNKED, soft_cap=3.0, dtype="float32"), SMALL),
+    (AttentionShape("small pages", 2, 20, 56, 6, 2, 16, FULL, page_size=8, dtype="float32"), PACKED),
+    (
+        AttentionShape(
+            "large pages", 2, 35, 96, 2, 1, 16, SLIDING, page_size=32, sinks=True, soft_cap=2.0, dtype="float32"
+        ),
+        SMALL,
+    ),
 ]
 OFTEN = ("sliding", "chunked", "small pages")
 """Calls that the fast tests try with many arrays: between them they have all that is special."""
 
 
 @functools.cache
-def compiled(case: Case, tiles: Tiles | None, interpret: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def compiled(
+    case: AttentionShape, tiles: Tiles | None, interpret: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Output and gradients by floating arguments of the kernels, and of the reference in float32."""
 
     def both(f: Callable[..., Any], arrays: dict[str, Any], out_grad: Any) -> tuple[Any, Any]:
@@ -62,11 +78,11 @@ def compiled(case: Case, tiles: Tiles | None, interpret: bool) -> tuple[Callable
         wide = {name: x.astype(jnp.float32) if x.dtype.kind != "i" else x for name, x in arrays.items()}
         return both(attention_reference, wide, out_grad)
 
-    run = functools.partial(pallas_triton.run, tiles=tiles, interpret=interpret)
+    run = functools.partial(run_kernels, tiles=tiles, interpret=interpret)
     return jax.jit(functools.partial(both, run)), jax.jit(exact)
 
 
-def lookers(case: Case, arrays: dict[str, Any]) -> np.ndarray:
+def lookers(case: AttentionShape, arrays: dict[str, Any]) -> np.ndarray:
     """bool [batch, q_len]: the queries that see something."""
     see = visible(
         arrays["q_positions"],
@@ -79,7 +95,12 @@ def lookers(case: Case, arrays: dict[str, Any]) -> np.ndarray:
 
 
 def check(
-    case: Case, tiles: Tiles | None, arrays: dict[str, Any], key: jax.Array, close: Callable[..., None], interpret: bool
+    case: AttentionShape,
+    tiles: Tiles | None,
+    arrays: dict[str, Any],
+    key: jax.Array,
+    close: Callable[..., None],
+    interpret: bool,
 ) -> None:
     """Forward and backward; queries that see nothing give zeros, and no gradient."""
     run, exact = compiled(case, tiles, interpret)
@@ -112,7 +133,7 @@ def close_16_bits(actual: Any, expected: Any, name: str) -> None:
     assert np.linalg.norm(actual - expected) < (0.006 if many else 0.012) * np.linalg.norm(expected), name
 
 
-def placed(case: Case, data: st.DataObject) -> tuple[dict[str, Any], jax.Array]:
+def placed(case: AttentionShape, data: st.DataObject) -> tuple[dict[str, Any], jax.Array]:
     """Consecutive positions behind a prefix, with padding before, behind or anywhere; or any positions in any order."""
     seed = data.draw(st.integers(0, 2**32 - 1))
     key, rng = jax.random.key(seed), np.random.default_rng(seed)
@@ -145,7 +166,7 @@ def placed(case: Case, data: st.DataObject) -> tuple[dict[str, Any], jax.Array]:
 )
 @hypothesis.given(data=st.data())
 @hypothesis.settings(max_examples=6)
-def test_against_the_reference(call: tuple[Case, Tiles], data: st.DataObject) -> None:
+def test_against_the_reference(call: tuple[AttentionShape, Tiles], data: st.DataObject) -> None:
     case, tiles = call
     arrays, key = placed(case, data)
     check(case, tiles, arrays, key, close_float32, interpret=True)
@@ -153,13 +174,13 @@ def test_against_the_reference(call: tuple[Case, Tiles], data: st.DataObject) ->
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits(dtype: str) -> None:
-    case = Case("sixteen", 1, 96, 128, 4, 2, 32, Visibility("sliding", 70), dtype=dtype)
+    case = AttentionShape("sixteen", 1, 96, 128, 4, 2, 32, Visibility("sliding", 70), dtype=dtype)
     key = jax.random.key(1)
     check(case, SMALL, case.example(key), key, close_16_bits, interpret=True)
 
 
 def test_default_tiles_and_the_operation() -> None:
-    case = Case("default", 1, 20, 20, 2, 1, 16, dtype="float32", in_order=True)
+    case = AttentionShape("default", 1, 20, 20, 2, 1, 16, dtype="float32", in_order=True)
     arrays = case.example(jax.random.key(2))
     expected = attention_reference(**arrays, **case.options())
     close_float32(attention(**arrays, **case.options(), backend="pallas_interpret"), expected, "out")
@@ -169,10 +190,10 @@ def test_default_tiles_and_the_operation() -> None:
 
 def test_rows_that_see_nothing_of_their_first_block() -> None:
     """A fused multiplication and addition must not leave the rounding of a masked logit, which is as large as 1e22."""
-    case = Case("chunks", 1, 128, 128, 1, 1, 16, Visibility("chunked", 48), dtype="float32")
+    case = AttentionShape("chunks", 1, 128, 128, 1, 1, 16, Visibility("chunked", 48), dtype="float32")
     arrays = case.example(jax.random.key(6))
     options = case.options() | {"scale": 80**-0.5}
-    out = jax.jit(functools.partial(pallas_triton.run, tiles=Tiles(), interpret=True, **options))(**arrays)
+    out = jax.jit(functools.partial(run_kernels, tiles=Tiles(), interpret=True, **options))(**arrays)
     close_float32(out, attention_reference(**arrays, **options), "out")
 
 
@@ -187,9 +208,9 @@ def test_products_sum_over_enough_numbers() -> None:
     assert [tile_width(n) for n in (1, 8, 16, 17, 80, 256)] == [16, 16, 16, 32, 128, 256]
     assert [pieces_of(n, 4) for n in (8, 16, 24, 64, 80, 256)] == [1, 1, 2, 4, 4, 4]
     assert pieces_of(256, 16) == 16
-    case = Case("short blocks", 1, 16, 16, 1, 1, 16)
+    case = AttentionShape("short blocks", 1, 16, 16, 1, 1, 16)
     with pytest.raises(KernelError, match="over 8 numbers") as caught:
-        pallas_triton.run(
+        run_kernels(
             **case.example(jax.random.key(7)), **case.options(), tiles=replace(SMALL, block_k=8), interpret=True
         )
     assert "at least 16" in caught.value.hint
@@ -197,10 +218,10 @@ def test_products_sum_over_enough_numbers() -> None:
 
 def test_extreme_logits() -> None:
     """Weights that overflow float32, a sink that takes all, and one that takes nothing."""
-    case = Case("extreme", 1, 16, 16, 3, 1, 16, dtype="float32", sinks=True)
+    case = AttentionShape("extreme", 1, 16, 16, 3, 1, 16, dtype="float32", sinks=True)
     arrays = case.example(jax.random.key(3))
     arrays |= {"q": arrays["q"] * 1e4, "sinks": jnp.array([1e6, -1e6, 0.0])}
-    out = pallas_triton.run(**arrays, **case.options(), tiles=SMALL, interpret=True)
+    out = run_kernels(**arrays, **case.options(), tiles=SMALL, interpret=True)
     close_float32(out, attention_reference(**arrays, **case.options()), "out")
     assert not np.asarray(out[:, :, 0]).any()
 
@@ -210,7 +231,7 @@ def compiled_spans(visibility: Visibility) -> Callable[..., Any]:
     """Jitted `visible`, and `spans` of blocks of 4 queries and 3 slots."""
     pairs = functools.partial(block_pairs, block_q=4, block_k=3)
     return jax.jit(
-        lambda q, kv, *segments: (visible(q, kv, visibility, *segments), pairs(q, kv, visibility, *segments))
+        lambda q, kv, *segments: (visible(q, kv, visibility, *segments), pairs(Places(q, kv, *segments), visibility))
     )
 
 
@@ -269,11 +290,11 @@ def test_rounding_by_hand() -> None:
 def arguments(**changes: Any) -> dict[str, Any]:
     """Arguments of a call that every GPU backend takes, and changes to it."""
     made: dict[str, Any] = prefill_case().arguments() | prefill_case().options()
-    return made | changes
+    return arguments_of(**(made | changes))
 
 
-def prefill_case() -> Case:
-    return Case("prefill", 1, 64, 64, 4, 2, 64, in_order=True)
+def prefill_case() -> AttentionShape:
+    return AttentionShape("prefill", 1, 64, 64, 4, 2, 64, in_order=True)
 
 
 def struct(*shape: int, dtype: str = "bfloat16") -> jax.ShapeDtypeStruct:
@@ -298,7 +319,7 @@ def test_what_the_kernels_refuse(changes: dict[str, Any], reason: str) -> None:
 
 def test_tiles_that_do_not_fit_the_heads() -> None:
     with pytest.raises(KernelError, match="3 heads do not divide groups of 2"):
-        pallas_triton.run(**prefill_case().example(jax.random.key(0)), **prefill_case().options(), tiles=PACKED)
+        run_kernels(**prefill_case().example(jax.random.key(0)), **prefill_case().options(), tiles=PACKED)
 
 
 @pytest.mark.skipif(os.environ.get("JAX_PLATFORMS") != "cpu", reason="on a GPU they run")
@@ -341,10 +362,10 @@ def test_cudnn_is_asked_for_the_same(visibility: Visibility, monkeypatch: pytest
         return plain(*args, **kwargs, implementation="xla")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    case = Case("cudnn", 2, 24, 24, 6, 2, 16, visibility, dtype="float32", in_order=True)
+    case = AttentionShape("cudnn", 2, 24, 24, 6, 2, 16, visibility, dtype="float32", in_order=True)
     arrays = case.example(jax.random.key(4))
     with jax.default_matmul_precision("highest"):
-        out = cudnn.run(**arrays, **case.options())
+        out = flat(cudnn.run)(**arrays, **case.options())
     close_float32(out, attention_reference(**arrays, **case.options()), "out")
     assert asked == ["cudnn"]
 
@@ -356,8 +377,8 @@ def device(name: str) -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=abstract))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_cases_lower_for_amd(case: Case) -> None:
+@pytest.mark.parametrize("case", PREFILLS, ids=lambda case: case.name)
+def test_cases_lower_for_amd(case: AttentionShape) -> None:
     """Triton's language has all that the kernels use, forward and backward."""
     names = list(case.arguments())
 
@@ -376,25 +397,25 @@ def test_cases_lower_for_amd(case: Case) -> None:
 
 def test_measured_cases() -> None:
     """The costs that speeds are computed from, for one case by hand."""
-    case = next(case for case in MEASURED_PREFILL if case.name == "llama-3.1-8b-b4-t4096")
+    case = next(case for case in MEASURED_PREFILLS if case.name == "llama-3.1-8b-b4-t4096")
     assert case.flops() == 4 * (4096 * 4097 // 2) * 32 * 128 * 2 * 2
     assert case.bytes() == 2 * 2 * 4 * 4096 * (32 + 8) * 128
-    window = Case("window", 1, 3, 10, 1, 1, 1, Visibility("sliding", 4))
+    window = AttentionShape("window", 1, 3, 10, 1, 1, 1, Visibility("sliding", 4))
     assert window.pairs() == 4 + 4 + 4
-    chunk = Case("chunk", 2, 3, 10, 1, 1, 1, Visibility("chunked", 4))
+    chunk = AttentionShape("chunk", 2, 3, 10, 1, 1, 1, Visibility("chunked", 4))
     assert chunk.pairs() == 2 * (4 + 1 + 2)
-    packed = Case("packed", 1, 5, 5, 1, 1, 1, segments=True)
+    packed = AttentionShape("packed", 1, 5, 5, 1, 1, 1, segments=True)
     assert packed.pairs() == (1 + 2 + 3) + (1 + 2)
-    windows = Case("packed windows", 1, 6, 6, 1, 1, 1, Visibility("sliding", 2), segments=True)
+    windows = AttentionShape("packed windows", 1, 6, 6, 1, 1, 1, Visibility("sliding", 2), segments=True)
     assert windows.pairs() == 2 * (1 + 2 + 2)
-    names = [case.name for case in (*CASES, *MEASURED_PREFILL)]
+    names = [case.name for case in (*PREFILLS, *MEASURED_PREFILLS)]
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call[0].name)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_on_the_gpu(call: tuple[Case, Tiles], dtype: str) -> None:
+def test_on_the_gpu(call: tuple[AttentionShape, Tiles], dtype: str) -> None:
     """The same calls for real, with the small tiles and with those of the target."""
     case = replace(call[0], dtype=dtype)
     key = jax.random.key(5)
@@ -407,9 +428,9 @@ def test_forward_says_when_positions_are_in_order(monkeypatch: pytest.MonkeyPatc
     """Only a call whose positions `forward` made itself may go to a backend that reads none."""
     seen: list[bool] = []
 
-    def spy(*args: Any, in_order: bool, **kwargs: Any) -> jax.Array:
-        seen.append(in_order)
-        return attention_reference(*args, **kwargs)
+    def spy(q: jax.Array, kv: KeysValues, places: Places, rule: Rule) -> jax.Array:
+        seen.append(rule.in_order)
+        return reference_of_records(q, kv, places, rule)
 
     monkeypatch.setattr("llama_jax.model.transformer.attention", spy)
     config, tokens = config_from_hf(LLAMA), jnp.ones((1, 3), jnp.int32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import chex
 import hypothesis
 import hypothesis.strategies as st
@@ -9,11 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_calls import flat, visible
 
 from llama_jax.errors import KernelError
-from llama_jax.kernels.attention import Visibility, attention, visible
+from llama_jax.kernels.attention import (
+    KeysValues,
+    Places,
+    Rule,
+    Visibility,
+    attention_reference,
+    decode_attention,
+    flash_attention,
+)
+from llama_jax.kernels.attention import attention as attention_of_records
+from llama_jax.kernels.dispatch import Operation
+from llama_jax.targets import find
 
-run = jax.jit(attention, static_argnames=("visibility", "scale", "backend"))
+attention = flat(attention_of_records)
+run = jax.jit(attention, static_argnums=5, static_argnames=("visibility", "scale", "backend"))
 
 # (query heads, key/value heads, head_dim): MHA, GQA, MQA, odd sizes
 HEADS = [(2, 2, 4), (6, 2, 3), (3, 1, 5)]
@@ -165,6 +181,15 @@ def test_an_unknown_backend_is_refused() -> None:
     np.testing.assert_array_equal(named, x)
 
 
+@pytest.mark.parametrize("given", ["q_segments", "kv_segments", "q_spans", "kv_spans"])
+def test_half_a_pair_is_refused(given: str) -> None:
+    x, position = jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32)
+    places = replace(Places(position, position), **{given: position})
+    with pytest.raises(KernelError, match=f"{given} without") as caught:
+        attention_of_records(x, KeysValues(x, x), places, Rule(Visibility(), 1.0))
+    assert caught.value.hint == "give both or neither"
+
+
 def test_soft_cap() -> None:
     rng = np.random.default_rng(3)
     q, k, v = (rng.standard_normal((1, 2, 5, 4)).astype(np.float32) * 3 for _ in range(3))
@@ -210,3 +235,111 @@ def test_pages_are_slots_in_another_order() -> None:
     dense = attention(q, k, v, q_positions, kv_positions, Visibility(), scale=0.5)
     paged = attention(q, pages(k), pages(v), q_positions, kv_positions, Visibility(), scale=0.5, page_table=table)
     np.testing.assert_array_equal(paged, dense)
+
+
+def random_calls(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q [2, 5, 4, 8], k and v [2, 2, 6, 8]."""
+    rng = np.random.default_rng(seed)
+    k, v = (rng.standard_normal((2, 2, 6, 8)).astype(np.float32) for _ in range(2))
+    return rng.standard_normal((2, 5, 4, 8)).astype(np.float32), k, v
+
+
+def by_definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, see: np.ndarray, scale: float) -> np.ndarray:
+    """In float64; see: bool [batch, q_len, kv_len]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    group = q.shape[2] // k.shape[1]
+    logits = np.einsum("bqhd,bhkd->bhqk", q, k.repeat(group, axis=1)) * scale
+    weights = np.where(see[:, None], np.exp(logits), 0)
+    return np.einsum("bhqk,bhkd->bqhd", weights / weights.sum(-1, keepdims=True), v.repeat(group, axis=1))
+
+
+PLACES = Places(np.array([[1, 2, 3, 4, 5], [0, 1, 2, 3, 4]], np.int32), np.arange(6, dtype=np.int32)[None].repeat(2, 0))
+
+
+def test_tokens_of_a_span_see_each_other() -> None:
+    """Whatever the window; not those of another span or segment, and no empty slot."""
+    q, k, v = random_calls(6)
+    kv_spans = np.array([[-1, 0, 0, 0, 1, 1], [-1, -1, 3, 3, 3, -1]], np.int32)
+    q_spans = np.array([kv_spans[0, 1:], kv_spans[1, :5]], np.int32)
+    kv_positions = PLACES.kv_positions.copy()
+    kv_positions[1, 4] = -1
+    kv_segments = np.array([[0, 0, 0, 1, 1, 1], [0] * 6], np.int32)
+    q_segments = np.array([kv_segments[0, 1:], kv_segments[1, :5]], np.int32)
+    places = Places(PLACES.q_positions, kv_positions, q_segments, kv_segments, q_spans=q_spans, kv_spans=kv_spans)
+    see = np.zeros((2, 5, 6), bool)
+    for b, t, s in np.ndindex(*see.shape):
+        near = 0 <= places.q_positions[b, t] - kv_positions[b, s] < 2
+        together = q_spans[b, t] >= 0 and q_spans[b, t] == kv_spans[b, s]
+        see[b, t, s] = (near or together) and kv_positions[b, s] >= 0 and q_segments[b, t] == kv_segments[b, s]
+    rule = Rule(Visibility("sliding", 2), 0.4)
+    out = attention_of_records(q, KeysValues(k, v), places, rule)
+    np.testing.assert_allclose(out, by_definition(q, k, v, see, 0.4), rtol=2e-5, atol=2e-5)
+
+
+def test_cross_attention_sees_all_that_is_there() -> None:
+    q, k, v = random_calls(7)
+    kv_positions = np.array([[0, 1, 2, 3, -1, -1], [9, 8, -1, 0, 3, 70]], np.int32)
+    rule = Rule(Visibility("all"), 0.4)
+    out = attention_of_records(q, KeysValues(k, v), Places(PLACES.q_positions, kv_positions), rule)
+    see = (kv_positions >= 0)[:, None].repeat(5, axis=1)
+    np.testing.assert_allclose(out, by_definition(q, k, v, see, 0.4), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_quantised_keys_and_values(paged: bool) -> None:
+    q, k, v = random_calls(8)
+    scales = [np.abs(x).max(axis=-1) / 127 for x in (k, v)]
+    small = [np.round(x / s[..., None]).astype(np.int8) for x, s in zip((k, v), scales, strict=True)]
+    exact = [x * s[..., None].astype(np.float64) for x, s in zip(small, scales, strict=True)]
+    see = PLACES.kv_positions[:, None] <= PLACES.q_positions[..., None]
+    kv = KeysValues(*small, k_scale=scales[0], v_scale=scales[1])
+    if paged:  # pages of 3 slots, the last one first
+        in_pages = [
+            x.reshape(2, 2, 2, 3, *x.shape[3:]).swapaxes(1, 2).reshape(4, 2, 3, *x.shape[3:]) for x in (*small, *scales)
+        ]
+        kv = KeysValues(
+            *(x[::-1] for x in in_pages[:2]), np.array([[3, 2], [1, 0]], np.int32), *(x[::-1] for x in in_pages[2:])
+        )
+    out = attention_of_records(q, kv, PLACES, Rule(Visibility(), 0.4))
+    np.testing.assert_allclose(out, by_definition(q, *exact, see, 0.4), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("f", [attention_of_records, attention_reference])
+def test_packed_queries_see_their_own_row(f: Callable[..., jax.Array], paged: bool) -> None:
+    """Rows in any order; a row beyond the last is padding."""
+    q, k, v = random_calls(9)
+    rows, at = np.array([1, 0, 2, 1, 0], np.int32), np.array([3, 5, -1, 1, 0], np.int32)
+    kv = KeysValues(k, v)
+    if paged:
+        pages = [x.reshape(2, 2, 2, 3, 8).swapaxes(1, 2).reshape(4, 2, 3, 8)[::-1] for x in (k, v)]
+        kv = KeysValues(*pages, np.array([[3, 2], [1, 0]], np.int32))
+    out = f(q[:1], kv, Places(at[None], PLACES.kv_positions, rows=rows[None]), Rule(Visibility(), 0.4))
+    assert out.shape == q[:1].shape
+    chex.assert_tree_all_finite(out)
+    for i in (0, 1, 3, 4):
+        b = slice(rows[i], rows[i] + 1)
+        see = (PLACES.kv_positions[b] <= at[i])[:, None]
+        np.testing.assert_allclose(
+            out[:, i : i + 1], by_definition(q[:1, i : i + 1], k[b], v[b], see, 0.4), rtol=2e-5, atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("op", [decode_attention, flash_attention])
+def test_kernels_refuse_what_they_do_not_know(op: Operation) -> None:
+    """Every one of them, with a reason."""
+    length = 4 if op is decode_attention else 16
+    q, k = jax.ShapeDtypeStruct((1, length, 2, 64), "bfloat16"), jax.ShapeDtypeStruct((1, 2, length, 64), "bfloat16")
+    at, scale = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1, 2, length), "float32")
+    kv, places, rule = KeysValues(k, k), Places(at, at), Rule(Visibility(), 1.0, in_order=True)
+    calls = {
+        "": (kv, places, rule),
+        "quantised": (replace(kv, k_scale=scale, v_scale=scale), places, rule),
+        "packed": (kv, replace(places, rows=at), rule),
+        "spans": (kv, replace(places, q_spans=at, kv_spans=at), rule),
+        "see all": (kv, places, replace(rule, visibility=Visibility("all"))),
+    }
+    for reason, call in calls.items():
+        for name, backend in op.backends.items():
+            said = backend.unsupported(find("h100"), q, *call) or ""
+            assert reason in said if name != "reference" and reason else not said, (name, said)

@@ -379,27 +379,46 @@ def test_kernels_import_nothing_of_the_model() -> None:
     assert loaded(modules, "llama_jax.config", "llama_jax.params", "llama_jax.model") == []
 
 
-def test_the_choice_among_backends_does_not_load_pallas() -> None:
+def test_pallas_is_loaded_by_what_runs_it() -> None:
     pallas = "jax.experimental.pallas"
-    assert loaded("llama_jax.kernels.dispatch, llama_jax.kernels.registry, llama_jax.kernels.tuning.tune", pallas) == []
-    assert pallas in loaded(pallas, pallas)
+    without = "llama_jax.model.transformer, llama_jax.generation.api, llama_jax.kernels.tuning.tune"
+    assert loaded(without, pallas) == []
+    assert pallas in loaded("llama_jax.kernels.norm.pallas_triton", pallas)
+
+
+def test_a_model_on_a_cpu_runs_without_pallas() -> None:
+    code = """if True:
+        import sys, jax, llama_jax as lj
+        from helpers import TINY
+        from llama_jax.kernels import report
+        config = TINY["sigmoid-moe"]
+        params = lj.init_params(config, jax.random.key(0))
+        lj.generate(lj.Model(params, config), None, [1, 2, 3], max_tokens=3)
+        print(*sorted({choice.operation for choice in report()}), "jax.experimental.pallas" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [*sorted(OPERATIONS), "False"]
 
 
 def test_a_backend_names_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is imported when it is first asked for something, not before."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "a_lazy_kernel.py").write_text(
+        "class Tiles: pass\n"
         "def run(x, *, tiles=None, interpret=False): return x * (20 if interpret else 10)\n"
         "def unsupported(target, x, *, interpret=False): return None if x.ndim == 1 or interpret else 'not a vector'\n"
     )
-    backend = Backend.at("a_lazy_kernel", tiles=Tiles)
+    backend = Backend.at("a_lazy_kernel", candidates=lambda *args: ())
     interpreted = Backend.at("a_lazy_kernel", interpreted=True, interpret=True)
     op = Operation("moe", {"reference": Backend(lambda x: x * 2), "lazy": backend, "interpreted": interpreted})
-    assert (backend.tiles, interpreted.tiles) == (Tiles, None)
+    assert interpreted.tiles is None
     assert interpreted.interpreted > backend.interpreted
     assert op(ONES)[0] == 2
     assert "a_lazy_kernel" not in sys.modules
     assert op(ONES, backend="lazy")[0] == 10
+    assert backend.tiles is not None
+    assert type(backend.tiles()).__name__ == "Tiles"
     assert monkeypatch.delitem(sys.modules, "a_lazy_kernel") is None
     assert op(ONES[None], backend="interpreted")[0, 0] == 20
     with pytest.raises(KernelError, match="not a vector"):

@@ -20,7 +20,7 @@ from test_kernels_moe import brute_force
 
 from llama_jax.errors import KernelError
 from llama_jax.kernels.dispatch import Backend
-from llama_jax.kernels.moe import grouped_experts, pallas_triton, routed_experts
+from llama_jax.kernels.moe import pallas_triton, routed_experts, routed_experts_op
 from llama_jax.kernels.moe.pallas_triton import Tiles, candidates, default_tiles
 from llama_jax.kernels.moe.schedule import schedule, tile_count
 from llama_jax.kernels.moe.shapes import DECODE_TOKENS, PREFILL_TOKENS, SHAPES, MoeShape
@@ -278,7 +278,7 @@ def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_bench_notices_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     path = Path(__file__).parent.parent / "scripts" / "bench_moe.py"
-    monkeypatch.setitem(grouped_experts.__dict__, "backends", {"wrong": Backend(lambda x, *args, **kwargs: x)})
+    monkeypatch.setitem(routed_experts_op.__dict__, "backends", {"wrong": Backend(lambda x, *args, **kwargs: x)})
     monkeypatch.syspath_prepend(path.parent)
     rows = runpy.run_path(str(path))["main"](
         ["--shapes", "4,2,32,48,output", "--tokens", "3", "--backends", "wrong", "--ceiling-size", "32"]
@@ -287,4 +287,4 @@ def test_the_bench_notices_wrong_results(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_operation_has_these_backends() -> None:
-    assert {"reference", "pallas_triton", "pallas_interpret"} <= set(grouped_experts.backends)
+    assert {"reference", "pallas_triton", "pallas_interpret"} <= set(routed_experts_op.backends)

@@ -17,6 +17,7 @@ import pytest
 from llama_jax import doctor as doctoring
 from llama_jax.doctor import check_choices, check_numerics
 from llama_jax.errors import KernelError
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule
 from llama_jax.kernels.attention.reference import attention_reference
 from llama_jax.kernels.checking import startup as checking
 from llama_jax.kernels.checking.child import Numerics, check_kernels
@@ -84,24 +85,25 @@ def test_the_reference_itself_passes_with_gradients(name: str) -> None:
     assert problems(op, quick=False) == {"same": []}
 
 
-def wrong_scale(*args: Any, scale: float, **kwargs: Any) -> jax.Array:
-    return attention_reference(*args, scale=scale * 1.1, **kwargs)
+def wrong_scale(*args: Any, rule: Rule, **kwargs: Any) -> jax.Array:
+    return attention_reference(*args, rule=dataclasses.replace(rule, scale=rule.scale * 1.1), **kwargs)
 
 
-def one_key_too_many(*args: Any, kv_positions: jax.Array, **kwargs: Any) -> jax.Array:
+def one_key_too_many(*args: Any, places: Places, **kwargs: Any) -> jax.Array:
     """The first empty slot of each row is seen; the first row has none."""
+    kv_positions = places.kv_positions
     empty = jnp.sum(kv_positions >= 0, axis=1)
     seen = kv_positions.at[jnp.arange(len(empty)), empty].set(0, mode="drop")
-    return attention_reference(*args, kv_positions=seen, **kwargs)
+    return attention_reference(*args, places=dataclasses.replace(places, kv_positions=seen), **kwargs)
 
 
 def wrong_heads(*args: Any, q: jax.Array, **kwargs: Any) -> jax.Array:
     return attention_reference(*args, q=jnp.roll(q, 1, axis=2), **kwargs)
 
 
-def swapped_pages(*args: Any, page_table: jax.Array | None = None, **kwargs: Any) -> jax.Array:
-    page_table = None if page_table is None else page_table[:, ::-1]
-    return attention_reference(*args, page_table=page_table, **kwargs)
+def swapped_pages(*args: Any, kv: KeysValues, **kwargs: Any) -> jax.Array:
+    page_table = None if kv.page_table is None else kv.page_table[:, ::-1]
+    return attention_reference(*args, kv=dataclasses.replace(kv, page_table=page_table), **kwargs)
 
 
 def not_finite(*args: Any, **kwargs: Any) -> jax.Array:
@@ -272,8 +274,8 @@ def test_a_wrong_kernel_is_disabled_and_remembered(operations_with: Callable[...
     op = with_backends("decode_attention", only="d64", wrong=wrong_scale)
     (case,) = op.cases()
     with pytest.raises(KernelError, match="is disabled: it was wrong on this device"):
-        op(**case.example(), **case.static, backend="wrong")
-    assert op(**case.example(), **case.static).shape == (3, 1, 8, 64)
+        op(**case.arguments(case.example()), backend="wrong")
+    assert op(**case.arguments(case.example())).shape == (3, 1, 8, 64)
 
 
 def test_right_kernels_are_checked_once(operations_with: Callable[..., None]) -> None:

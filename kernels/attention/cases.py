@@ -11,11 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.kernels.attention.reference import Visibility
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, Visibility
+from llama_jax.kernels.attention.shapes import (
+    DECODES,
+    FULL,
+    MEASURED_DECODES,
+    MEASURED_PREFILLS,
+    PREFILLS,
+    AttentionShape,
+)
 from llama_jax.kernels.dispatch.cases import Arrays, Case, neighbours
 from llama_jax.targets import Target
 
-FULL = Visibility()
 STAGES = {"amd": (1, 2), "nvidia": (2, 3, 4), "cpu": ()}
 """Steps of a loop that may overlap, by vendor."""
 LONG = 1024
@@ -24,17 +31,43 @@ SPLIT = 8192
 """Slots from which splitting a row's keys over several groups pays most."""
 
 
-def flash_shape(q: jax.Array, k: jax.Array, *args: Any, page_table: jax.Array | None = None, **kwargs: Any) -> str:
+def arguments(
+    *,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    visibility: Visibility,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    q_segments: jax.Array | None = None,
+    kv_segments: jax.Array | None = None,
+    page_table: jax.Array | None = None,
+    in_order: bool = False,
+) -> dict[str, Any]:
+    """A case's arrays and options, each by its name, as the arguments of `llama_jax.kernels.attention.attention`."""
+    return {
+        "q": q,
+        "kv": KeysValues(k, v, page_table),
+        "places": Places(q_positions, kv_positions, q_segments, kv_segments),
+        "rule": Rule(visibility, scale, soft_cap, in_order),
+        "sinks": sinks,
+    }
+
+
+def flash_shape(q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> str:
     """For example "d128 long", "d64 short paged"."""
     length = "long" if q.shape[1] >= LONG else "short"
-    return f"d{q.shape[3]} {length}{'' if page_table is None else ' paged'}"
+    return f"d{q.shape[3]} {length}{'' if kv.page_table is None else ' paged'}"
 
 
-def decode_shape(q: jax.Array, k: jax.Array, *args: Any, page_table: jax.Array | None = None, **kwargs: Any) -> str:
+def decode_shape(q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> str:
     """For example "d128 b8 long", "d64 b1 short paged": head_dim, rows up to a power of two, slots a row."""
-    slots = k.shape[2] if page_table is None else page_table.shape[1] * k.shape[2]
+    slots = kv.k.shape[2] if kv.page_table is None else kv.page_table.shape[1] * kv.k.shape[2]
     rows = 1 << (q.shape[0] - 1).bit_length()
-    return f"d{q.shape[3]} b{rows} {'long' if slots >= SPLIT else 'short'}{'' if page_table is None else ' paged'}"
+    return f"d{q.shape[3]} b{rows} {'long' if slots >= SPLIT else 'short'}{'' if kv.page_table is None else ' paged'}"
 
 
 def flash_cases() -> Sequence[Case]:
@@ -69,35 +102,27 @@ def decode_cases() -> Sequence[Case]:
 
 def flash_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
     """Prefills of common models, or of the one with these numbers."""
-    from llama_jax.kernels.attention.flash.shapes import CASES, MEASURED_PREFILL
-
-    found = CASES if numbers is None else _with_heads(MEASURED_PREFILL, numbers)
+    found = PREFILLS if numbers is None else _with_heads(MEASURED_PREFILLS, numbers)
     grad = ("q", "k", "v")
     return tuple(
         Case(
-            case.name,
-            case.example,
-            case.options(),
-            differentiate=grad if case.backward else (),
-            flops=case.flops(),
-            bytes=case.bytes(),
+            shape.name,
+            shape.example,
+            shape.options(),
+            differentiate=grad if shape.backward else (),
+            flops=shape.flops(),
+            bytes=shape.bytes(),
+            call=arguments,
         )
-        for case in found
+        for shape in found
     )
 
 
-def flash_tiles(**numbers: int) -> Any:
-    """The tiles of flash attention with these numbers."""
-    from llama_jax.kernels.attention.flash.tiles import Tiles
-
-    return Tiles(**numbers)
-
-
-def flash_candidates(target: Target, q: jax.Array, k: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Any]:
+def flash_candidates(target: Target, q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> Iterator[Any]:
     """Tiles worth measuring for a call: the default and its neighbours in the forward kernel."""
     from llama_jax.kernels.attention.flash.tiles import default_tiles
 
-    group = q.shape[2] // k.shape[1]
+    group = q.shape[2] // kv.k.shape[1]
     tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, q_len=q.shape[1], group=group)
     return neighbours(
         tiles,
@@ -110,33 +135,26 @@ def flash_candidates(target: Target, q: jax.Array, k: jax.Array, *args: Any, **k
 
 def decode_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
     """Decode steps of common models, or of the one with these numbers."""
-    from llama_jax.kernels.attention.decode.shapes import CASES, MEASURED
-
-    found = CASES if numbers is None else _with_heads(MEASURED, numbers)
-    return tuple(Case(case.name, case.example, case.options(), bytes=case.bytes()) for case in found)
-
-
-def decode_tiles(**numbers: int) -> Any:
-    """The tiles of decode attention with these numbers."""
-    from llama_jax.kernels.attention.decode.tiles import Tiles  # Pallas takes 0.3 s to import
-
-    return Tiles(**numbers)
+    found = DECODES if numbers is None else _with_heads(MEASURED_DECODES, numbers)
+    return tuple(
+        Case(shape.name, shape.example, shape.options(), bytes=shape.bytes(), call=arguments) for shape in found
+    )
 
 
-def decode_candidates(target: Target, q: jax.Array, k: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Any]:
+def decode_candidates(target: Target, q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> Iterator[Any]:
     """Tiles worth measuring for a call."""
     from llama_jax.kernels.attention.decode.tiles import candidates
 
-    rows, itemsize = q.shape[2] // k.shape[1] * q.shape[1], max(q.dtype.itemsize, k.dtype.itemsize)
+    rows, itemsize = q.shape[2] // kv.k.shape[1] * q.shape[1], max(q.dtype.itemsize, kv.k.dtype.itemsize)
     return candidates(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize)
 
 
-def _with_heads(cases: Iterable[Any], numbers: Mapping[str, Any]) -> list[Any]:
-    """The cases with a model's heads, each of them once."""
+def _with_heads(shapes: Iterable[AttentionShape], numbers: Mapping[str, Any]) -> list[AttentionShape]:
+    """The shapes with a model's heads, each of them once."""
     heads = {"q_heads": numbers["heads"], "kv_heads": numbers["kv_heads"], "head_dim": numbers["head_dim"]}
-    named: dict[Any, Any] = {}
-    for case in cases:
-        changed = replace(case, **heads)
+    named: dict[AttentionShape, AttentionShape] = {}
+    for shape in shapes:
+        changed = replace(shape, **heads)
         named.setdefault(replace(changed, name=""), changed)
     return list(named.values())
 
@@ -192,7 +210,7 @@ def _case(
     static = {"visibility": visibility, "scale": head_dim**-0.5, "soft_cap": soft_cap}
     if q_len > 8 and not prefix and not uneven:
         static["in_order"] = True
-    return Case(name, arrays, static, _is_no_padding, quick, differentiate, numpy=True)
+    return Case(name, arrays, static, _is_no_padding, quick, differentiate, numpy=True, call=arguments)
 
 
 def _is_no_padding(arrays: Arrays) -> jax.Array:

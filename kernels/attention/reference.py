@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, Visibility, by_row
 from llama_jax.kernels.precision import matmul_precision
 
 # Finite, so that a row with nothing to see (padding) gives numbers and not NaN. A power of two, so that its product
@@ -15,21 +13,10 @@ from llama_jax.kernels.precision import matmul_precision
 MASKED = -(2.0**100)
 
 
-@dataclass(frozen=True)
-class Visibility:
-    """Which positions a query sees: always its own and earlier ones, at most.
-
-    Attributes:
-      kind: "full"; "sliding", the last `window` positions, its own included; "chunked", those of its own chunk of
-        `window` positions.
-    """
-
-    kind: Literal["full", "sliding", "chunked"] = "full"
-    window: int = 0
-
-
 def sees(q_position: jax.Array, kv_position: jax.Array, visibility: Visibility) -> jax.Array:
     """Whether a query at one position sees the slot of another one, element by element."""
+    if visibility.kind == "all":
+        return jnp.broadcast_to(kv_position >= 0, jnp.broadcast_shapes(q_position.shape, kv_position.shape))
     see = (kv_position >= 0) & (kv_position <= q_position)
     if visibility.kind == "sliding":
         see &= q_position - kv_position < visibility.window
@@ -38,17 +25,20 @@ def sees(q_position: jax.Array, kv_position: jax.Array, visibility: Visibility) 
     return see
 
 
-def visible(
-    q_positions: jax.Array,
-    kv_positions: jax.Array,
-    visibility: Visibility,
-    q_segments: jax.Array | None = None,
-    kv_segments: jax.Array | None = None,
-) -> jax.Array:
+def visible(places: Places, visibility: Visibility) -> jax.Array:
     """bool [batch, q_len, kv_len]: whether each query sees each slot."""
-    see = sees(q_positions[:, :, None], kv_positions[:, None, :], visibility)
-    if q_segments is not None and kv_segments is not None:
-        see &= q_segments[:, :, None] == kv_segments[:, None, :]
+
+    def pairs(q: jax.Array, kv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return q[:, :, None], kv[:, None, :]
+
+    q_position, kv_position = pairs(places.q_positions, places.kv_positions)
+    see = sees(q_position, kv_position, visibility)
+    if places.q_spans is not None and places.kv_spans is not None:
+        q_span, kv_span = pairs(places.q_spans, places.kv_spans)
+        see |= (q_span >= 0) & (q_span == kv_span) & (kv_position >= 0)
+    if places.q_segments is not None and places.kv_segments is not None:
+        q_segment, kv_segment = pairs(places.q_segments, places.kv_segments)
+        see &= q_segment == kv_segment
     return see
 
 
@@ -62,25 +52,19 @@ def gather_pages(pages: jax.Array, page_table: jax.Array) -> jax.Array:
     return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
 
 
+def _dequantised(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    return x if scale is None else (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
+
+
 def attention_reference(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_positions: jax.Array,
-    kv_positions: jax.Array,
-    visibility: Visibility,
-    *,
-    scale: float,
-    soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    q_segments: jax.Array | None = None,
-    kv_segments: jax.Array | None = None,
-    page_table: jax.Array | None = None,
-    in_order: bool = False,
+    q: jax.Array, kv: KeysValues, places: Places, rule: Rule, *, sinks: jax.Array | None = None
 ) -> jax.Array:
     """See `llama_jax.kernels.attention.attention`; positions alone decide, so `in_order` changes nothing."""
-    if page_table is not None:
-        k, v = gather_pages(k, page_table), gather_pages(v, page_table)
+    if places.rows is not None:
+        return attention_reference(*by_row(q, kv, places), rule, sinks=sinks)[:, 0][None]
+    k, v = _dequantised(kv.k, kv.k_scale, q.dtype), _dequantised(kv.v, kv.v_scale, q.dtype)
+    if kv.page_table is not None:
+        k, v = gather_pages(k, kv.page_table), gather_pages(v, kv.page_table)
     batch, q_len, _, head_dim = q.shape
     kv_heads = k.shape[1]
     precision = matmul_precision(q.dtype)
@@ -90,10 +74,10 @@ def attention_reference(
     logits = jax.lax.dot_general(
         rows, k, (((3,), (3,)), ((0, 1), (0, 1))), precision=precision, preferred_element_type=jnp.float32
     ).reshape(*grouped.shape[:-1], -1)
-    logits = logits * scale
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    see = visible(q_positions, kv_positions, visibility, q_segments, kv_segments)
+    logits = logits * rule.scale
+    if rule.soft_cap is not None:
+        logits = rule.soft_cap * jnp.tanh(logits / rule.soft_cap)
+    see = visible(places, rule.visibility)
     logits = jnp.where(see[:, None, None], logits, MASKED)
     if sinks is None:
         weights = jax.nn.softmax(logits, axis=-1)

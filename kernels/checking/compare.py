@@ -49,13 +49,11 @@ class Check:
 
 def checkable(op: Operation, case: Case, target: Target, *, interpreted: bool = False) -> list[str]:
     """The backends besides the reference that say they can run a case on a target."""
-    shapes = case.abstract()
+    arguments = case.arguments()
     return [
         name
         for name, backend in sorted(op.all_backends().items())
-        if name != REFERENCE
-        and backend.interpreted <= interpreted
-        and backend.unsupported(target, **shapes, **case.static) is None
+        if name != REFERENCE and backend.interpreted <= interpreted and backend.unsupported(target, **arguments) is None
     ]
 
 

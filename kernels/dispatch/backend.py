@@ -43,8 +43,7 @@ class Backend:
         cls,
         module: str,
         *,
-        tiles: Callable[..., Any] | None = None,
-        candidates: Callable[..., Iterable[Any]] = _none,
+        candidates: Callable[..., Iterable[Any]] | None = None,
         interpreted: bool = False,
         **options: Any,
     ) -> Backend:
@@ -52,13 +51,14 @@ class Backend:
 
         Args:
           module: its import name; Pallas, which takes 0.3 s to import, is loaded by those who run it.
+          candidates: as above; with it there is something to tune, the module's `Tiles`.
           options: further keywords of both functions.
 
         Raises:
           KernelError: by the first call: the module cannot be imported.
         """
 
-        def function(name: str) -> Callable[..., Any]:
+        def function(name: str, **options: Any) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 try:
                     found = importlib.import_module(module)
@@ -71,4 +71,10 @@ class Backend:
 
             return call
 
-        return cls(function("run"), function("unsupported"), tiles, candidates, interpreted)
+        return cls(
+            function("run", **options),
+            function("unsupported", **options),
+            tiles=None if candidates is None else function("Tiles"),
+            candidates=candidates or _none,
+            interpreted=interpreted,
+        )

@@ -26,6 +26,7 @@ class Case:
       meaningful: bool array that broadcasts against each output: which of it is specified (rows of padding are not).
       quick: small enough for the check at start-up.
       differentiate: names of arrays whose gradients are compared as well, where all is checked.
+      call: takes the arrays and the static arguments by name; the keyword arguments of the operation.
       flops, bytes: the least arithmetic of a call, and the least that it reads and writes; 0 where that is not known.
     """
 
@@ -38,6 +39,7 @@ class Case:
     flops: float = 0
     bytes: float = 0
     numpy: bool = False
+    call: Callable[..., dict[str, Any]] = dict
 
     def example(self, seed: int = 0) -> Arrays:
         """Fresh random arrays on the default device."""
@@ -45,6 +47,10 @@ class Case:
             return {name: jnp.asarray(x) for name, x in self.arrays(np.random.default_rng(seed)).items()}
         made: Arrays = jax.jit(self.arrays)(jax.random.key(seed))
         return made
+
+    def arguments(self, arrays: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The operation's keyword arguments with these arrays; by default with their shapes and dtypes."""
+        return self.call(**(self.abstract() if arrays is None else arrays), **self.static)
 
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the arrays."""

@@ -109,7 +109,7 @@ def runner(op: Operation, backend: str, tiles: Mapping[str, int]) -> Callable[..
     return partial(chosen.run, tiles=chosen.tiles(**tiles))
 
 
-def choose(op: Operation, target: Target, name: str, *args: Any, **kwargs: Any) -> Choice:
+def choose(op: Operation, target: Target, name: str, /, *args: Any, **kwargs: Any) -> Choice:
     """What to run on `target` for these arguments, which may be shapes alone.
 
     Args:
@@ -120,7 +120,7 @@ def choose(op: Operation, target: Target, name: str, *args: Any, **kwargs: Any) 
       KernelError: the named backend does not exist, is disabled, or cannot run this.
       RequestError: LLAMA_JAX_KERNELS cannot be understood.
     """
-    dtype = next((jnp.dtype(x.dtype).name for x in (*args, *kwargs.values()) if hasattr(x, "dtype")), "")
+    dtype = next((jnp.dtype(x.dtype).name for x in _leaves(args, kwargs) if hasattr(x, "dtype")), "")
     shape = op.shape(*args, **kwargs)
     choice = partial(Choice, op.name, target.name, dtype, shape)
     name, who = _named(op.name, name)
@@ -136,6 +136,11 @@ def choose(op: Operation, target: Target, name: str, *args: Any, **kwargs: Any) 
             return choice(rule.backend, rule.tiles, rule.source, rule.measured, tuple(passed_over))
         passed_over.append((rule.backend, why))
     return choice(REFERENCE, reason="no rule for this", passed_over=tuple(passed_over))
+
+
+def _leaves(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arrays and static arguments of a call, out of their records, in the order in which they are given."""
+    return jax.tree.leaves([*args, *kwargs.values()])
 
 
 def _named(operation: str, name: str) -> tuple[str, str]:
@@ -173,7 +178,7 @@ def find_backend(op: Operation, name: str, who: str) -> Backend:
     return backends[name]
 
 
-def _check_named(op: Operation, target: Target, name: str, who: str, *args: Any, **kwargs: Any) -> None:
+def _check_named(op: Operation, target: Target, name: str, who: str, /, *args: Any, **kwargs: Any) -> None:
     backend = find_backend(op, name, who)
     if reason := disabled().get((op.name, name)):
         raise KernelError(
@@ -191,7 +196,7 @@ def _check_named(op: Operation, target: Target, name: str, who: str, *args: Any,
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     """Why a kernel that XLA cannot split must not run: the arrays may be split over the axes of a mesh. Inside of
     `jax.shard_map` they are whole on each device. XLA splits references, as plain operations, by itself."""
-    for x in (*args, *kwargs.values()):
+    for x in _leaves(args, kwargs):
         array = isinstance(x, jax.Array)
         mesh = getattr(jax.typeof(x).sharding if array else getattr(x, "sharding", None), "mesh", None)
         if mesh is None:
@@ -204,7 +209,7 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _cannot(op: Operation, target: Target, rule: Rule, *args: Any, **kwargs: Any) -> str | None:
+def _cannot(op: Operation, target: Target, rule: Rule, /, *args: Any, **kwargs: Any) -> str | None:
     """Why the backend of a rule cannot be taken; None if it can."""
     backend = op.all_backends().get(rule.backend)
     if backend is None:

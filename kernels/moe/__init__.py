@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 
 from llama_jax.kernels.dispatch import Backend, Operation
-from llama_jax.kernels.moe import jax_triton, pallas_triton, products
 from llama_jax.kernels.moe.cases import moe_candidates, moe_cases, moe_models, moe_shape
 from llama_jax.kernels.moe.reference import Activation, routed_experts_reference
 
-grouped_experts = Operation(
+routed_experts_op = Operation(
     "moe",
     {
         "reference": Backend(routed_experts_reference),
-        "pallas_triton": Backend(
-            pallas_triton.run, pallas_triton.unsupported, tiles=pallas_triton.Tiles, candidates=moe_candidates
-        ),
-        "pallas_interpret": Backend(partial(pallas_triton.run, interpret=True), products.unsupported, interpreted=True),
-        "jax_triton": Backend(
-            jax_triton.run, jax_triton.unsupported, tiles=pallas_triton.Tiles, candidates=moe_candidates
-        ),
+        "pallas_triton": Backend.at(f"{__name__}.pallas_triton", candidates=moe_candidates),
+        "pallas_interpret": Backend.at(f"{__name__}.pallas_triton", interpreted=True, interpret=True),
+        "jax_triton": Backend.at(f"{__name__}.jax_triton", candidates=moe_candidates),
     },
     shape=moe_shape,
     cases=moe_cases,
     models=moe_models,
 )
 
-__all__ = ["grouped_experts", "routed_experts", "routed_experts_reference"]
+__all__ = ["routed_experts", "routed_experts_op", "routed_experts_reference"]
 
 
 def routed_experts(
@@ -58,7 +51,7 @@ def routed_experts(
     Raises:
       KernelError: the named backend does not exist, or cannot run this here.
     """
-    return grouped_experts(
+    return routed_experts_op(
         x,
         expert_ids,
         gate,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.kernels.dispatch.cases import Case
-from llama_jax.kernels.moe import pallas_triton, shapes
+from llama_jax.kernels.moe import shapes
 from llama_jax.kernels.moe.reference import Activation
 from llama_jax.targets import Target
 
@@ -26,10 +26,12 @@ def moe_shape(
 
 def moe_candidates(
     target: Target, x: jax.Array, expert_ids: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, **kwargs: Any
-) -> Iterator[pallas_triton.Tiles]:
+) -> Iterator[Any]:
     """Tiles worth measuring for a call."""
+    from llama_jax.kernels.moe.tiles import candidates
+
     experts, intermediate, hidden = gate.shape
-    return pallas_triton.candidates(
+    return candidates(
         target,
         pairs=expert_ids.shape[0] * expert_ids.shape[1],
         experts=experts,

@@ -35,12 +35,13 @@ def unsupported(
     *,
     activation: Activation,
     tiles: Tiles | None = None,
+    interpret: bool = False,
     **scales: Any,
 ) -> str | None:
     """Why this backend cannot run a call on `target`, or None."""
-    if target.vendor == "cpu":
+    if target.vendor == "cpu" and not interpret:
         return "it needs a GPU"
-    if reason := products.unsupported(target, x, expert_ids, gate, up, down):
+    if (reason := products.unsupported(target, x, expert_ids, gate, up, down)) or interpret:
         return reason
     if x.dtype == jnp.float32 and target.vendor == "amd" and target.wave_size == 32:
         return "RDNA has no matrix instructions for float32"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 
 from llama_jax.kernels.dispatch import Backend, Operation
-from llama_jax.kernels.norm import pallas_triton
 from llama_jax.kernels.norm.cases import norm_candidates, norm_cases, norm_models, norm_shape
 from llama_jax.kernels.norm.gradient import with_gradient
 from llama_jax.kernels.norm.reference import add_rms_norm_reference, rms_norm
@@ -19,14 +16,8 @@ add_rms_norm_op = Operation(
     "add_rms_norm",
     {
         "reference": Backend(add_rms_norm_reference),
-        "pallas_triton": Backend(
-            pallas_triton.run, pallas_triton.unsupported, tiles=pallas_triton.Tiles, candidates=norm_candidates
-        ),
-        "pallas_interpret": Backend(
-            partial(pallas_triton.run, interpret=True),
-            partial(pallas_triton.unsupported, interpret=True),
-            interpreted=True,
-        ),
+        "pallas_triton": Backend.at(f"{__name__}.pallas_triton", candidates=norm_candidates),
+        "pallas_interpret": Backend.at(f"{__name__}.pallas_triton", interpreted=True, interpret=True),
     },
     shape=norm_shape,
     cases=norm_cases,

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.dispatch.cases import Arrays, Case
 from llama_jax.kernels.norm.shapes import ROWS, SHAPES, NormShape
-from llama_jax.kernels.norm.tiles import Tiles, candidates
 from llama_jax.targets import Target
 
 MANY = 512
@@ -23,8 +22,10 @@ def norm_shape(x: jax.Array, *args: Any, **kwargs: Any) -> str:
     return f"h{x.shape[-1]} {'many' if math.prod(x.shape[:-1]) >= MANY else 'few'}"
 
 
-def norm_candidates(target: Target, x: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Tiles]:
+def norm_candidates(target: Target, x: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Any]:
     """Tiles worth measuring for a call."""
+    from llama_jax.kernels.norm.tiles import candidates
+
     return candidates(target, rows=math.prod(x.shape[:-1]), hidden=x.shape[-1])
 
 

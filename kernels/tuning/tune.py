@@ -86,7 +86,7 @@ def candidates(
     found: list[Candidate] = []
     for op in operations:
         for case in op.models(numbers):
-            arguments: dict[str, Any] = {**case.abstract(), **case.static}
+            arguments = case.arguments()
             others = []
             for name, backend in sorted(op.all_backends().items()):
                 if name == REFERENCE or backend.interpreted or (op.name, name) in disabled():
@@ -149,9 +149,8 @@ class _Session:
 
     def __init__(self, op: Operation, case: Case):
         self._op, self._case = op, case
-        shapes = case.abstract()
-        self._dtype = jnp.dtype(next(iter(shapes.values())).dtype).name
-        self._shape = op.shape(**shapes, **case.static)
+        self._dtype = jnp.dtype(next(iter(case.abstract().values())).dtype).name
+        self._shape = op.shape(**case.arguments())
         self._arrays: Arrays = {}
         self._expected: Any = None
 
@@ -191,7 +190,7 @@ class _Session:
     def _wrong_on_small_cases(self, candidate: Candidate) -> str:
         op, options = self._op, {} if candidate.tiles is None else {"tiles": candidate.tiles}
         for case in op.cases():
-            arguments: dict[str, Any] = {**case.abstract(), **case.static}
+            arguments = case.arguments()
             if case.quick and op.all_backends()[candidate.backend].unsupported(current(), **arguments) is None:
                 arrays = case.example()
                 expected = reference(op, case, arrays, gradients=False)
@@ -204,7 +203,7 @@ class _Session:
 def _call(candidate: Candidate) -> Callable[..., Any]:
     run = candidate.operation.all_backends()[candidate.backend].run
     options = {} if candidate.tiles is None else {"tiles": candidate.tiles}
-    return partial(run, **candidate.case.static, **options)
+    return lambda **arrays: run(**candidate.case.arguments(arrays), **options)
 
 
 def _key(candidate: Candidate) -> str:

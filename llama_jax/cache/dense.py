@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from llama_jax.cache.protocol import Queries
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
-from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
 from llama_jax.sharding import constrain
 
 DENSE_AXES = ("batch", "kv_heads")
@@ -33,11 +34,8 @@ class DenseLayer:
         k: jax.Array,
         v: jax.Array,
         slots: jax.Array,
-        q_positions: jax.Array,
-        q_rows: None,
-        visibility: Visibility,
-        *,
-        scale: float,
+        queries: Queries,
+        rule: Rule,
     ) -> tuple[jax.Array, DenseLayer]:
         """See `LayerCache`."""
 
@@ -49,8 +47,8 @@ class DenseLayer:
         # inside whatever reads it.
         stored_k, stored_v = jax.lax.optimization_barrier((store(self.k, k), store(self.v, v)))
         layer = dataclasses.replace(self, k=stored_k, v=stored_v)
-        out = attention(q, layer.k, layer.v, q_positions, layer.positions, visibility, scale=scale)
-        return out, layer
+        places = Places(queries.positions, layer.positions, rows=queries.rows)
+        return attention(q, KeysValues(layer.k, layer.v), places, rule), layer
 
 
 @jax.tree_util.register_dataclass

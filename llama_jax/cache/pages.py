@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.cache.protocol import Queries
+from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
 from llama_jax.sharding import local
 
 NO_PAGE = -1
@@ -42,11 +43,8 @@ class PagedLayer:
         k: jax.Array,
         v: jax.Array,
         slots: PagedSlots,
-        q_positions: jax.Array,
-        q_rows: jax.Array | None,
-        visibility: Visibility,
-        *,
-        scale: float,
+        queries: Queries,
+        rule: Rule,
     ) -> tuple[jax.Array, PagedLayer]:
         """See `LayerCache`. On a mesh every replica works on its own rows and pages, without communication."""
 
@@ -58,14 +56,15 @@ class PagedLayer:
 
             # As in a dense layer: the barrier keeps XLA from storing twice, for the result and, on a copy, its reader.
             k, v = jax.lax.optimization_barrier((store(layer.k, new[0]), store(layer.v, new[1])))
-            return _attention(q, k, v, layer, at, visibility, scale), (k, v)
+            places = Places(at.positions, layer.positions, rows=at.rows)
+            return attention(q, KeysValues(k, v, layer.page_table), places, rule), (k, v)
 
         arguments = {
             "layer": self,
             "q": q,
             "new": (k, v),
             "slots": slots,
-            "at": Queries(q_positions, q_rows),
+            "at": queries,
         }
         heads = ("batch", None, "kv_heads")
         axes = {
@@ -77,25 +76,6 @@ class PagedLayer:
         }
         out, (stored_k, stored_v) = local(run, arguments, axes, (heads, PAGE_AXES))
         return out, dataclasses.replace(self, k=stored_k, v=stored_v)
-
-
-class Queries(NamedTuple):
-    """Positions of queries, int32 [batch, queries], and the row of each where tokens are packed."""
-
-    positions: jax.Array
-    rows: jax.Array | None
-
-
-def _attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, layer: PagedLayer, at: Queries, visibility: Visibility, scale: float
-) -> jax.Array:
-    if at.rows is None:
-        return attention(q, k, v, at.positions, layer.positions, visibility, scale=scale, page_table=layer.page_table)
-    # Each packed token is a batch row of one query, with the page table's line of its own row.
-    rows, positions = at.rows[0], at.positions[0][:, None]
-    table = jnp.take(layer.page_table, rows, axis=0, mode="fill", fill_value=NO_PAGE)
-    slots = jnp.take(layer.positions, rows, axis=0, mode="fill", fill_value=-1)
-    return attention(q[0][:, None], k, v, positions, slots, visibility, scale=scale, page_table=table)[:, 0][None]
 
 
 def book(

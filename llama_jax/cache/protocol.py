@@ -7,11 +7,23 @@ unread. Any class with these methods is a cache, also one of another package.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 
-from llama_jax.kernels.attention import Visibility
+from llama_jax.kernels.attention import Rule
+
+
+class Queries(NamedTuple):
+    """Where queries stand.
+
+    Attributes:
+      positions: int32 [batch, queries], in the text of each.
+      rows: int32 [1, queries], the row of each query of packed tokens; None if query and row have one batch index.
+    """
+
+    positions: jax.Array
+    rows: jax.Array | None = None
 
 
 class LayerCache(Protocol):
@@ -23,11 +35,8 @@ class LayerCache(Protocol):
         k: jax.Array,
         v: jax.Array,
         slots: Any,
-        q_positions: jax.Array,
-        q_rows: jax.Array | None,
-        visibility: Visibility,
-        *,
-        scale: float,
+        queries: Queries,
+        rule: Rule,
     ) -> tuple[jax.Array, Self]:
         """Stores keys and values in the booked slots, then attends over all slots of each query's row.
 
@@ -35,9 +44,6 @@ class LayerCache(Protocol):
           q: [batch, queries, num_heads, head_dim].
           k, v: [batch, len, kv_heads, head_dim] of the tokens that `slots` were booked for.
           slots: what `extend` returned.
-          q_positions: int32 [batch, queries].
-          q_rows: int32 [1, queries], the row of each query of packed tokens; None if query and row have one batch
-            index.
         """
         ...
 

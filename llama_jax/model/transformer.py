@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.cache import KVCache, LayerCache
+from llama_jax.cache.protocol import Queries
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
-from llama_jax.kernels.attention import Visibility, attention
+from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
 from llama_jax.model.adapters import Adapters, checked
 from llama_jax.model.layers import Dims, mlp, moe, position_queries_and_keys, project_qkv
@@ -270,23 +271,13 @@ def _layer(
         seen |= {"q": q, "k": k, "v": v}
         x, q, q_positions, q_segments, q_rows = _tokens((x, q, positions, segment_ids, rows), at)
         adapters, of_attn = adapters.at(at), of_attn.at(at)
-        visibility = Visibility(spec.attention, spec.window or 0)
-        scale = dims.head_dim**-0.5
+        ordered = cache is None and in_order and at is None
+        rule = Rule(Visibility(spec.attention, spec.window or 0), dims.head_dim**-0.5, in_order=ordered)
         if cache is None:
-            out = attention(
-                q,
-                jnp.swapaxes(k, 1, 2),
-                jnp.swapaxes(v, 1, 2),
-                q_positions,
-                positions,
-                visibility,
-                scale=scale,
-                q_segments=q_segments,
-                kv_segments=segment_ids,
-                in_order=in_order and at is None,
-            )
+            kv = KeysValues(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+            out = attention(q, kv, Places(q_positions, positions, q_segments, segment_ids), rule)
         else:
-            out, cache = cache.attend(q, k, v, slots, q_positions, q_rows, visibility, scale=scale)
+            out, cache = cache.attend(q, k, v, slots, Queries(q_positions, q_rows), rule)
         out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], of_attn.of("o_proj"))
         seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
-from llama_jax.kernels.attention import Visibility, decode_attention, flash_attention
+from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, decode_attention, flash_attention
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.dispatch import choose
-from llama_jax.kernels.moe import grouped_experts
+from llama_jax.kernels.moe import routed_experts_op
 from llama_jax.plan.costs import local_heads
 from llama_jax.sharding import AnyMesh
 from llama_jax.targets import Target
@@ -44,12 +44,9 @@ def backends(
         target,
         "auto",
         array(rows, tokens, heads, config.head_dim),
-        slots,
-        slots,
-        array(rows, tokens, dtype="int32"),
-        array(rows, capacity, dtype="int32"),
-        Visibility(),
-        scale=config.head_dim**-0.5,
+        KeysValues(slots, slots),
+        Places(array(rows, tokens, dtype="int32"), array(rows, capacity, dtype="int32")),
+        Rule(Visibility(), config.head_dim**-0.5),
     ).backend
     moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
     if moe is None:
@@ -59,5 +56,5 @@ def backends(
     x, ids = array(rows * tokens, config.hidden_size), array(rows * tokens, moe.top_k, dtype="int32")
     scale = array(rows * tokens, moe.top_k, dtype="float32")
     scales = {"input_scale": scale} if moe.router == "sigmoid" else {"output_scale": scale}
-    experts = choose(grouped_experts, target, "auto", x, ids, up, up, down, activation=jax.nn.silu, **scales)
+    experts = choose(routed_experts_op, target, "auto", x, ids, up, up, down, activation=jax.nn.silu, **scales)
     return Backends(attention, experts.backend)

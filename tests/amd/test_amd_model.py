@@ -23,7 +23,7 @@ from llama_jax.cache import DenseCache
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.attention import decode_attention, flash_attention
 from llama_jax.kernels.dispatch import Operation, using
-from llama_jax.kernels.moe import grouped_experts
+from llama_jax.kernels.moe import routed_experts_op
 from llama_jax.kernels.norm import add_rms_norm_op
 from llama_jax.model import forward
 
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:Deprecation
 
 TOLERANCE = 0.025
 PROMPT, STEPS, CAPACITY = 24, 8, 64
-OPERATIONS: tuple[Operation, ...] = (flash_attention, decode_attention, grouped_experts, add_rms_norm_op)
+OPERATIONS: tuple[Operation, ...] = (flash_attention, decode_attention, routed_experts_op, add_rms_norm_op)
 
 
 def config(*layers: LayerSpec) -> LlamaConfig:
@@ -129,5 +129,5 @@ def test_prefill_and_decode(arch: str, backend: str, model: str) -> None:
     assert int(cache.length) == PROMPT + STEPS
     if backend != "reference":
         for operation in OPERATIONS:
-            if operation.name in chosen and (operation is not grouped_experts or model == "experts"):
+            if operation.name in chosen and (operation is not routed_experts_op or model == "experts"):
                 assert_launched(kernels, operation)

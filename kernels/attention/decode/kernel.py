@@ -1,7 +1,7 @@
 """The two Pallas-Triton kernels of decode attention: shares of the cache, then their combination.
 
-A program of the first kernel reads one share (`plan.py`) of one key/value head and keeps a running softmax of its rows:
-the queries of the group that the head serves, times the queries of one text, padded to the 16 rows of a matrix
+A program of the first kernel reads one share (`partition.py`) of one key/value head and keeps a running softmax of its
+rows: the queries of the group that the head serves, times the queries of one text, padded to the 16 rows of a matrix
 instruction. It leaves normalised outputs and base-2 log-sum-exps, from which the second kernel makes the result.
 """
 
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention.decode import plan
+from llama_jax.kernels.attention.decode import partition
 from llama_jax.kernels.attention.decode.tiles import Tiles, padded_rows
-from llama_jax.kernels.attention.reference import MASKED, Visibility, sees
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule
+from llama_jax.kernels.attention.reference import MASKED, sees
 from llama_jax.kernels.exponential import exp2
 from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile, tile_width
 
@@ -47,9 +48,7 @@ class Call:
     slots: int
     page_size: int
     wanted: int
-    visibility: Visibility
-    scale: float
-    soft_cap: float | None
+    rule: Rule
     tiles: Tiles
     interpret: bool
 
@@ -97,13 +96,8 @@ def shares(
     first: jax.Array,
     end: jax.Array,
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    q_positions: jax.Array,
-    kv_positions: jax.Array,
-    page_table: jax.Array | None,
-    q_segments: jax.Array | None,
-    kv_segments: jax.Array | None,
+    kv: KeysValues,
+    places: Places,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention within each share.
 
@@ -115,12 +109,12 @@ def shares(
       MASKED where nothing is seen.
     """
     block_k, height, width = call.tiles.block_k, call.height, call.width
-    kv_heads = k.shape[1]
+    kv_heads = kv.k.shape[1]
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
         entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
         # Entries of empty slots may be any number.
-        return jnp.clip(plgpu.load(table_ref.at[row, entry]), 0, k.shape[0] - 1)
+        return jnp.clip(plgpu.load(table_ref.at[row, entry]), 0, kv.k.shape[0] - 1)
 
     def decode_attention_shares(
         first_ref: Any,
@@ -137,7 +131,7 @@ def shares(
         lse_ref: Any,
     ) -> None:
         row_block, index, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        row, start, stop = plan.share(*_ranges(first_ref, end_ref), block_k, call.wanted, index)
+        row, start, stop = partition.share(*_ranges(first_ref, end_ref), block_k, call.wanted, index)
         row = jnp.minimum(row, call.batch - 1)
 
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
@@ -164,15 +158,15 @@ def shares(
             if call.slots % block_k:
                 kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
 
-            see = sees(q_position[:, None], kv_position[None, :], call.visibility)
+            see = sees(q_position[:, None], kv_position[None, :], call.rule.visibility)
             if q_segments_ref is not None:
                 q_segment = plgpu.load(q_segments_ref.at[row, query])
                 see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
             logits = dot(q, k, transpose_b=True)
-            if call.soft_cap is None:
-                logits = logits * (call.scale * LOG2_E)
+            if call.rule.soft_cap is None:
+                logits = logits * (call.rule.scale * LOG2_E)
             else:
-                logits = jnp.tanh(logits * (call.scale / call.soft_cap)) * (call.soft_cap * LOG2_E)
+                logits = jnp.tanh(logits * (call.rule.scale / call.rule.soft_cap)) * (call.rule.soft_cap * LOG2_E)
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
@@ -191,7 +185,8 @@ def shares(
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
     return launch(
         decode_attention_shares,
-        *(first, end, q, k, v, q_positions, kv_positions, page_table, q_segments, kv_segments),
+        *(first, end, q, kv.k, kv.v, places.q_positions, places.kv_positions, kv.page_table),
+        *(places.q_segments, places.kv_segments),
         grid=(-(-call.rows // height), call.most_shares, kv_heads),
         out=(jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
         num_warps=call.tiles.num_warps,
@@ -217,7 +212,7 @@ def combine(
     ) -> None:
         row, q_head, query = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         ranges = _ranges(first_ref, end_ref)
-        start, stop = plan.shares_of(*ranges, call.tiles.block_k, call.wanted, row)
+        start, stop = partition.shares_of(*ranges, call.tiles.block_k, call.wanted, row)
         head, flat = q_head // call.group, query * call.group + q_head % call.group
 
         def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -5,31 +5,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from llama_jax.kernels.attention.cases import (
-    flash_candidates,
-    flash_cases,
-    flash_models,
-    flash_shape,
-    flash_tiles,
-)
-from llama_jax.kernels.attention.flash import cudnn, pallas_triton
+from llama_jax.kernels.attention.cases import flash_candidates, flash_cases, flash_models, flash_shape
+from llama_jax.kernels.attention.flash import cudnn
 from llama_jax.kernels.attention.reference import attention_reference
 from llama_jax.kernels.dispatch import Backend, Operation
+
+_KERNELS = f"{__name__}.pallas_triton"
 
 flash_attention = Operation(
     "flash_attention",
     {
         "reference": Backend(attention_reference),
-        "pallas_triton": Backend(
-            pallas_triton.run, pallas_triton.unsupported, tiles=flash_tiles, candidates=flash_candidates
-        ),
-        "pallas_interpret": Backend(
-            partial(pallas_triton.run, interpret=True),
-            partial(pallas_triton.unsupported, interpret=True),
-            interpreted=True,
-        ),
+        "pallas_triton": Backend.at(_KERNELS, candidates=flash_candidates),
+        "pallas_interpret": Backend.at(_KERNELS, interpreted=True, interpret=True),
         "cudnn": Backend(cudnn.run, cudnn.unsupported),
     },
     shape=flash_shape,

@@ -16,8 +16,7 @@ from jax.experimental import pallas as pl
 
 from llama_jax.kernels.attention.flash.blocks import (
     NOTHING_SEEN,
-    Places,
-    Rule,
+    Program,
     load_queries,
     load_slots,
     load_span,
@@ -26,6 +25,7 @@ from llama_jax.kernels.attention.flash.blocks import (
 )
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.flash.tiles import pieces_of
+from llama_jax.kernels.attention.records import Places
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
 from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width
@@ -80,20 +80,8 @@ def _products(a: _Rows, b: _Rows, pieces: int) -> jax.Array:
     )
 
 
-def _pairs(rule: Rule, places: Places, block_q: int, block_k: int) -> tuple[jax.Array, jax.Array]:
-    return block_pairs(
-        places.q_positions,
-        places.kv_positions,
-        rule.visibility,
-        places.q_segments,
-        places.kv_segments,
-        block_q,
-        block_k,
-    )
-
-
 def _weights_and_slope(
-    rule: Rule, products: jax.Array, lse: jax.Array, see: jax.Array | None
+    rule: Program, products: jax.Array, lse: jax.Array, see: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | float]:
     """Softmax weights for q k^T, and the derivative of the logits; lse must broadcast against products."""
     logits = rule.logits(products)
@@ -103,13 +91,13 @@ def _weights_and_slope(
     return exp2(logits * rule.factor - lse), slope
 
 
-def backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
+def backward(rule: Program, saved: Saved, places: Places) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v, in their shapes and dtypes."""
     dk, dv = _slots_backward(rule, saved, places)
     return _queries_backward(rule, saved, places), dk, dv
 
 
-def _queries_backward(rule: Rule, saved: Saved, places: Places) -> jax.Array:
+def _queries_backward(rule: Program, saved: Saved, places: Places) -> jax.Array:
     block_q, block_k = rule.tiles.dq_block_q, rule.tiles.dq_block_k
     batch, q_len, q_heads, head_dim = saved.q.shape
     pieces = pieces_of(head_dim, rule.tiles.dq_pieces)
@@ -146,7 +134,7 @@ def _queries_backward(rule: Rule, saved: Saved, places: Places) -> jax.Array:
         flash_attention_backward_queries,
         saved,
         places,
-        spans(*_pairs(rule, places, block_q, block_k)),
+        spans(*block_pairs(places, rule.visibility, block_q, block_k)),
         grid=(q_heads, -(-q_len // block_q), batch),
         out=jax.ShapeDtypeStruct(saved.q.shape, saved.q.dtype),
         num_warps=rule.tiles.dq_warps,
@@ -155,7 +143,7 @@ def _queries_backward(rule: Rule, saved: Saved, places: Places) -> jax.Array:
     )
 
 
-def _slots_backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array, jax.Array]:
+def _slots_backward(rule: Program, saved: Saved, places: Places) -> tuple[jax.Array, jax.Array]:
     block_q, block_k = rule.tiles.dkv_block_q, rule.tiles.dkv_block_k
     batch, q_len, q_heads, head_dim = saved.q.shape
     pieces = pieces_of(head_dim, rule.tiles.dkv_pieces)
@@ -198,7 +186,7 @@ def _slots_backward(rule: Rule, saved: Saved, places: Places) -> tuple[jax.Array
         store_tile(dk_ref, (row, kv_head, slots), dk * rule.scale, there)
         store_tile(dv_ref, (row, kv_head, slots), dv, there)
 
-    some, every = (jnp.swapaxes(x, 1, 2) for x in _pairs(rule, places, block_q, block_k))
+    some, every = (jnp.swapaxes(x, 1, 2) for x in block_pairs(places, rule.visibility, block_q, block_k))
     return launch(
         flash_attention_backward_slots,
         saved,

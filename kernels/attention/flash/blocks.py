@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.attention.flash.spans import EMPTY, visible_from
 from llama_jax.kernels.attention.flash.tiles import Tiles
-from llama_jax.kernels.attention.reference import MASKED, Visibility
+from llama_jax.kernels.attention.records import Places, Rule
+from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.pallas import Index, load_row
 
 LOG2_E = math.log2(math.e)
@@ -20,13 +21,10 @@ NOTHING_SEEN = -MASKED
 """The log-sum-exp of a query that sees nothing: weights made from it are zero."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What does not depend on data: who sees whom, how logits are made, and how the work is cut up."""
+@dataclass(frozen=True, kw_only=True)
+class Program(Rule):
+    """The rule of a call, and how the work is cut up."""
 
-    visibility: Visibility
-    scale: float
-    soft_cap: float | None
     tiles: Tiles
     interpret: bool
     round_by_hand: bool
@@ -45,16 +43,6 @@ class Rule:
     def logits_slope(self, logits: jax.Array) -> jax.Array | float:
         """Derivative of the logits by scale * q k^T."""
         return 1.0 if self.soft_cap is None else 1.0 - jnp.square(logits / self.soft_cap)
-
-
-class Places(NamedTuple):
-    """Where queries and slots stand: the integer arguments of `llama_jax.kernels.attention.attention`."""
-
-    q_positions: Any
-    kv_positions: Any
-    q_segments: Any = None
-    kv_segments: Any = None
-    page_table: Any = None
 
 
 class Queries(NamedTuple):
@@ -101,18 +89,18 @@ def sees(queries: Queries, slots: Slots) -> jax.Array:
     return away <= queries.before[:, None].astype(jnp.uint32)
 
 
-def slot_index(places: Places, row: jax.Array, head: jax.Array, start: jax.Array, block: int, page_size: int) -> Index:
+def slot_index(table: Any, row: jax.Array, head: jax.Array, start: jax.Array, block: int, page_size: int) -> Index:
     """Where slots start .. start + block - 1 of a row lie in k and v, which are pages if there is a page table."""
     offsets = jnp.arange(block, dtype=jnp.int32)
-    if places.page_table is None:
+    if table is None:
         return row, head, start + offsets
     size = jnp.int32(page_size)
     if page_size % block == 0:  # one page for all
-        return places.page_table[row, jax.lax.div(start, size)], head, jax.lax.rem(start, size) + offsets
+        return table[row, jax.lax.div(start, size)], head, jax.lax.rem(start, size) + offsets
     slots = start + offsets
     page = jax.lax.div(slots, jnp.full_like(slots, page_size))
-    inside = page < places.page_table.shape[1]
-    pages = load_row(places.page_table, (row, page), inside, 0)
+    inside = page < table.shape[1]
+    pages = load_row(table, (row, page), inside, 0)
     return pages, head, jax.lax.rem(slots, jnp.full_like(slots, page_size))
 
 

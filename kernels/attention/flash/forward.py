@@ -12,8 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from llama_jax.kernels.attention.flash.blocks import (
     LOG2_E,
     NOTHING_SEEN,
-    Places,
-    Rule,
+    Program,
     load_queries,
     load_slots,
     load_span,
@@ -22,6 +21,7 @@ from llama_jax.kernels.attention.flash.blocks import (
     visit,
 )
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
+from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
 from llama_jax.kernels.pallas import dot, launch, load_row, load_tile, narrow, store_tile, tile_width
@@ -37,7 +37,7 @@ class _Softmax(NamedTuple):
 
 
 def forward(
-    rule: Rule, q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, places: Places, *, with_lse: bool
+    rule: Program, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, places: Places, *, with_lse: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """Attention, and with `with_lse` the log-sum-exp of each query's logits (sink included), as powers of two.
 
@@ -47,23 +47,23 @@ def forward(
     """
     tiles = rule.tiles
     batch, q_len, q_heads, head_dim = q.shape
-    kv_heads, page_size = k.shape[1], k.shape[2]
+    kv_heads, page_size = kv.k.shape[1], kv.k.shape[2]
     kv_len = places.kv_positions.shape[1]
     group = q_heads // kv_heads
     queries = tiles.block_q // tiles.heads  # of each head in a tile
     width = tile_width(head_dim)
-    pairs = block_pairs(
-        places.q_positions,
-        places.kv_positions,
-        rule.visibility,
-        places.q_segments,
-        places.kv_segments,
-        queries,
-        tiles.block_k,
-    )
+    pairs = block_pairs(places, rule.visibility, queries, tiles.block_k)
 
     def flash_attention_forward(
-        q_ref: Any, k_ref: Any, v_ref: Any, sinks_ref: Any, at: Places, spans_ref: Any, out_ref: Any, lse_ref: Any
+        q_ref: Any,
+        k_ref: Any,
+        v_ref: Any,
+        sinks_ref: Any,
+        at: Places,
+        table_ref: Any,
+        spans_ref: Any,
+        out_ref: Any,
+        lse_ref: Any,
     ) -> None:
         # Work-groups with consecutive numbers go to the XCDs of an MI300 in turn: those of one key/value head share one
         # XCD's cache. The last queries of a causal text have the most to do, so they begin.
@@ -83,7 +83,7 @@ def forward(
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
             start = j * tiles.block_k
-            index = slot_index(at, row, kv_head, start, tiles.block_k, page_size)
+            index = slot_index(table_ref, row, kv_head, start, tiles.block_k, page_size)
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
             logits = rule.logits(dot(q_tile, load_tile(k_ref, index, width, there), transpose_b=True))
@@ -117,10 +117,11 @@ def forward(
     return launch(
         flash_attention_forward,
         q,
-        k,
-        v,
+        kv.k,
+        kv.v,
         sinks,
         places,
+        kv.page_table,
         spans(*pairs),
         grid=(q_heads // tiles.heads, -(-q_len // queries), batch),
         out=(

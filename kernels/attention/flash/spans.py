@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention.reference import Visibility
+from llama_jax.kernels.attention.records import Places, Visibility
 
 EMPTY = 2**30
 """Beyond every position: where a slot stands that no query sees."""
@@ -31,15 +31,7 @@ def _in_blocks(x: jax.Array, block: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -length % block)), constant_values=-1).reshape(batch, -1, block)
 
 
-def block_pairs(
-    q_positions: jax.Array,
-    kv_positions: jax.Array,
-    visibility: Visibility,
-    q_segments: jax.Array | None,
-    kv_segments: jax.Array | None,
-    block_q: int,
-    block_k: int,
-) -> tuple[jax.Array, jax.Array]:
+def block_pairs(places: Places, visibility: Visibility, block_q: int, block_k: int) -> tuple[jax.Array, jax.Array]:
     """Whether some query of a block may see some slot of a block, and whether all queries see all of its slots.
 
     "Some" errs on the side of yes. Padding queries and queries beyond the last are left out of account: they may see
@@ -48,7 +40,7 @@ def block_pairs(
     Returns:
       bool [batch, query blocks, slot blocks], twice.
     """
-    q, kv = _in_blocks(q_positions, block_q), _in_blocks(kv_positions, block_k)
+    q, kv = _in_blocks(places.q_positions, block_q), _in_blocks(places.kv_positions, block_k)
     real, filled = q >= 0, kv >= 0
 
     def bounds(x: jax.Array, keep: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -59,9 +51,9 @@ def block_pairs(
     kv_min, kv_max = (x[:, None, :] for x in bounds(kv, filled))
     some = (kv_min <= q_max) & (kv_max >= from_min)
     every = (kv_max <= q_min) & (kv_min >= from_max) & jnp.all(filled, axis=2)[:, None, :]
-    if q_segments is not None and kv_segments is not None:
-        q_first, q_last = (x[:, :, None] for x in bounds(_in_blocks(q_segments, block_q), real))
-        kv_first, kv_last = (x[:, None, :] for x in bounds(_in_blocks(kv_segments, block_k), filled))
+    if places.q_segments is not None and places.kv_segments is not None:
+        q_first, q_last = (x[:, :, None] for x in bounds(_in_blocks(places.q_segments, block_q), real))
+        kv_first, kv_last = (x[:, None, :] for x in bounds(_in_blocks(places.kv_segments, block_k), filled))
         some &= (q_first <= kv_last) & (kv_first <= q_last)
         every &= (q_first == q_last) & (kv_first == kv_last) & (q_first == kv_first)
     return some, some & every

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention.reference import Visibility
+from llama_jax.kernels.attention.records import Visibility
 
 FULL = Visibility()
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionShape:
     """One call of `llama_jax.kernels.attention.attention`.
 
     Attributes:
@@ -111,27 +111,31 @@ class Case:
         return self.pairs() * self.q_heads * self.head_dim * 2 * (5 if backward else 2)
 
     def bytes(self) -> int:
-        """Bytes of queries, output, and all keys and values, each once."""
-        itemsize = jnp.dtype(self.dtype).itemsize
-        rows = self.q_len * self.q_heads + self.kv_len * self.kv_heads
-        return 2 * self.batch * rows * self.head_dim * itemsize
+        """Bytes of queries, output, and the keys and values that some query sees, each once."""
+        first, window = self.kv_len - self.q_len, self.visibility.window
+        unseen = {"sliding": max(first - window + 1, 0), "chunked": first // max(window, 1) * window}
+        slots = self.kv_len - unseen.get(self.visibility.kind, 0)
+        rows = self.q_len * self.q_heads + slots * self.kv_heads
+        return 2 * self.batch * rows * self.head_dim * jnp.dtype(self.dtype).itemsize
 
 
-def prefill(name: str, batch: int, tokens: int, q_heads: int, kv_heads: int, head_dim: int, **more: Any) -> Case:
+def prefill(
+    name: str, batch: int, tokens: int, q_heads: int, kv_heads: int, head_dim: int, **more: Any
+) -> AttentionShape:
     """A call of a whole prompt at once."""
-    return Case(name, batch, tokens, tokens, q_heads, kv_heads, head_dim, in_order=True, **more)
+    return AttentionShape(name, batch, tokens, tokens, q_heads, kv_heads, head_dim, in_order=True, **more)
 
 
 LLAMA_8B = prefill("llama-3.1-8b", 4, 4096, 32, 8, 128, backward=True)
 LLAMA_1B = prefill("llama-3.2-1b", 4, 4096, 32, 8, 64, backward=True)
 
-CASES = (
+PREFILLS = (
     LLAMA_8B,
     replace(LLAMA_8B, name="llama-3.1-8b-f16", dtype="float16"),
     prefill("llama-3.1-70b-one-of-8", 1, 4096, 8, 1, 128),
-    Case("llama-3.1-8b-short-chunk", 4, 32, 4096, 32, 8, 128),
-    Case("llama-3.1-8b-paged-16", 4, 512, 8192, 32, 8, 128, page_size=16),
-    Case("llama-3.1-8b-paged-128", 4, 512, 8192, 32, 8, 128, page_size=128),
+    AttentionShape("llama-3.1-8b-short-chunk", 4, 32, 4096, 32, 8, 128),
+    AttentionShape("llama-3.1-8b-paged-16", 4, 512, 8192, 32, 8, 128, page_size=16),
+    AttentionShape("llama-3.1-8b-paged-128", 4, 512, 8192, 32, 8, 128, page_size=128),
     replace(LLAMA_8B, name="llama-3.1-8b-packed", in_order=False, segments=True),
     LLAMA_1B,
     replace(LLAMA_1B, name="llama-3.2-1b-f32", dtype="float32", batch=1, q_len=512, kv_len=512),
@@ -148,9 +152,48 @@ CASES = (
 )
 """What the kernels are tested and compiled with. Names with "heads" are head shapes of models of other families."""
 
-MEASURED_PREFILL = tuple(
-    replace(case, name=f"{case.name}-b{batch}-t{tokens}", batch=batch, q_len=tokens, kv_len=tokens)
-    for case in (LLAMA_8B, LLAMA_1B)
+MEASURED_PREFILLS = tuple(
+    replace(shape, name=f"{shape.name}-b{batch}-t{tokens}", batch=batch, q_len=tokens, kv_len=tokens)
+    for shape in (LLAMA_8B, LLAMA_1B)
     for tokens, batch in ((512, 32), (1024, 16), (2048, 8), (4096, 4), (8192, 2), (16384, 1), (32768, 1))
 )
 """Prompts of 512 to 32k tokens, the same number in all up to 16k."""
+
+
+def _decodes(model: str, q_heads: int, kv_heads: int, head_dim: int) -> tuple[AttentionShape, ...]:
+    return tuple(
+        AttentionShape(
+            f"{model}-b{batch}-s{kv_len}{f'-paged-{page}' if page else ''}",
+            *(batch, 1, kv_len, q_heads, kv_heads, head_dim),
+            page_size=page,
+        )
+        for batch, kv_len in ((8, 4096), (64, 4096), (1, 32768), (1, 131072))
+        for page in (0, 16, 128)
+    )
+
+
+MEASURED_DECODES = (*_decodes("llama-3.1-8b", 32, 8, 128), *_decodes("llama-3.2-1b", 32, 8, 64))
+"""One token a row over long caches, dense and paged: to measure."""
+
+DECODES = (
+    *(shape for shape in MEASURED_DECODES if shape.batch == 8 or shape.kv_len == 131072),
+    AttentionShape("llama-3.1-8b-drafts-4", 8, 4, 4096, 32, 8, 128, page_size=16),
+    AttentionShape("llama-3.1-8b-drafts-8", 8, 8, 4096, 32, 8, 128, page_size=128),
+    AttentionShape("llama-3.1-8b-f16", 8, 1, 4096, 32, 8, 128, dtype="float16", page_size=64),
+    AttentionShape("llama-3.1-8b-f32", 2, 1, 1024, 32, 8, 128, dtype="float32"),
+    AttentionShape("llama-3.1-70b-one-of-8", 8, 1, 4096, 8, 1, 128, page_size=256),
+    AttentionShape(
+        "heads-40-8-chunked-8192", 1, 1, 16384, 40, 8, 128, visibility=Visibility("chunked", 8192), page_size=32
+    ),
+    AttentionShape("llama-3.1-8b-window-4096", 8, 1, 8192, 32, 8, 128, visibility=Visibility("sliding", 4096)),
+    AttentionShape("heads-9-3", 8, 1, 2048, 9, 3, 64),
+    AttentionShape("phi-2-heads", 8, 1, 2048, 32, 32, 80),
+    AttentionShape("phi-3-mini-heads", 8, 1, 4096, 32, 32, 96, page_size=64),
+    AttentionShape("gemma-2-9b-heads", 8, 1, 8192, 16, 8, 256, visibility=Visibility("sliding", 4096), soft_cap=50.0),
+    AttentionShape("gemma-2-9b-heads-drafts-8", 8, 8, 8192, 16, 8, 256, page_size=64, soft_cap=50.0),
+    AttentionShape(
+        "gpt-oss-20b-heads", 8, 1, 4096, 64, 8, 64, visibility=Visibility("sliding", 128), sinks=True, page_size=16
+    ),
+    AttentionShape("one-kv-head-drafts-8", 8, 8, 2048, 16, 1, 128, page_size=64),
+)
+"""What the kernels are compiled for. Names with "heads" are the head shapes of models of other families."""

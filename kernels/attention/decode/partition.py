@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention.reference import Visibility
+from llama_jax.kernels.attention.records import Visibility
 
 
 def visible_slots(

@@ -1,0 +1,128 @@
+"""What a call of attention is made of: keys and values, where they and the queries stand, and the rule between them.
+
+`KeysValues` and `Places` are pytrees of arrays, `Rule` is static. Every implementation takes them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which positions a query sees: always its own and earlier ones, at most, unless it is "all".
+
+    Attributes:
+      kind: "full"; "sliding", the last `window` positions, its own included; "chunked", those of its own chunk of
+        `window` positions; "all", every slot that holds something, wherever it stands (cross attention).
+    """
+
+    kind: Literal["full", "sliding", "chunked", "all"] = "full"
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What does not depend on data.
+
+    Attributes:
+      visibility: which positions a query sees.
+      scale: factor on the logits, usually head_dim ** -0.5.
+      soft_cap: logits become soft_cap * tanh(logits / soft_cap) (Gemma 2, arXiv:2408.00118, section 2).
+      in_order: the caller vouches that positions are 0, 1, 2, ... in every row of queries and of slots, no padding. A
+        backend that knows causal order only by index (cuDNN) needs it; positions are given all the same.
+    """
+
+    visibility: Visibility
+    scale: float
+    soft_cap: float | None = None
+    in_order: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values: a row of slots for each row of queries, or pages that rows take their slots from.
+
+    Attributes:
+      k, v: [batch, kv_heads, kv_len, head_dim]; query head i uses key/value head i // (q_heads // kv_heads). With a
+        page table [pages, kv_heads, page_size, head_dim].
+      page_table: int32 [batch, kv_len // page_size]; slot s of row b is slot s % page_size of page
+        page_table[b, s // page_size]. Entries whose slots all have negative positions are not read: any number will do.
+      k_scale, v_scale: float32, k's or v's shape without head_dim: factors on quantised keys and values.
+    """
+
+    k: Any
+    v: Any
+    page_table: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Places:
+    """Where queries and slots stand. Segments and spans are given of both or of neither.
+
+    Attributes:
+      q_positions: int32 [batch, q_len], the position of each query in its text; negative for padding.
+      kv_positions: int32 [batch, kv_len], likewise for each slot; negative for an empty or padded slot.
+      q_segments, kv_segments: int32 [batch, q_len] and [batch, kv_len]; with them, only equal segments see each other.
+      rows: int32 [1, q_len], of queries packed into one row: which row of keys, page table and `kv_*` each belongs to.
+        Rows beyond the last are padding. None: query and row have one batch index.
+      q_spans, kv_spans: int32 [batch, q_len] and [batch, kv_len]; tokens of one span >= 0 (an image) see each other
+        whatever their order, within their segment; -1 for none.
+    """
+
+    q_positions: Any
+    kv_positions: Any
+    q_segments: Any = None
+    kv_segments: Any = None
+    rows: Any = None
+    q_spans: Any = None
+    kv_spans: Any = None
+
+
+def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
+    """What a call asks for that the reference alone computes, as a reason for `unsupported`; None if nothing."""
+    if kv.k_scale is not None or kv.v_scale is not None:
+        return "it takes no quantised keys and values"
+    if places.rows is not None:
+        return "it takes no packed queries"
+    if places.q_spans is not None or places.kv_spans is not None:
+        return "it knows no spans of tokens that see each other"
+    if rule.visibility.kind == "all":
+        return "it knows causal order only, and here queries see all"
+    return None
+
+
+def by_row(q: jax.Array, kv: KeysValues, places: Places) -> tuple[jax.Array, KeysValues, Places]:
+    """Packed queries [1, n, ...] as n batch rows of one query each, with what each one's row has.
+
+    Rows without a page table are copied for each of their queries.
+    """
+    rows = places.rows[0]
+
+    def take(x: Any, fill: int) -> Any:
+        return None if x is None else jnp.take(jnp.asarray(x), rows, axis=0, mode="fill", fill_value=fill)
+
+    def column(x: Any) -> Any:
+        return None if x is None else x[0][:, None]
+
+    if kv.page_table is None:
+        kv = jax.tree.map(lambda x: take(x, 0), kv)
+    else:
+        kv = replace(kv, page_table=take(kv.page_table, -1))
+    at = Places(
+        q_positions=column(places.q_positions),
+        kv_positions=take(places.kv_positions, -1),
+        q_segments=column(places.q_segments),
+        kv_segments=take(places.kv_segments, -1),
+        q_spans=column(places.q_spans),
+        kv_spans=take(places.kv_spans, -1),
+    )
+    return q[0][:, None], kv, at
