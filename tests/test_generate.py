@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -263,6 +264,19 @@ def test_logprobs_equal_forward(golden: Model, temperature: float) -> None:
             assert set(entry.top) == {*best, text[at]}
             for token, value in entry.top.items():
                 assert value == pytest.approx(expected[token], abs=2e-4)
+
+
+def test_logprobs_of_a_small_vocabulary() -> None:
+    """There are at most as many of them as there are tokens."""
+    model = tiny(vocab_size=7)
+    (output,) = batch_generate(model, None, [[1, 2, 3]], max_tokens=3, logprobs=5, prompt_logprobs=20, ignore_eos=True)
+    assert output.outputs[0].logprobs is not None
+    for entry in output.outputs[0].logprobs:
+        assert len(entry.top) in (5, 6)
+    assert output.prompt_logprobs is not None
+    for entry in output.prompt_logprobs[1:]:
+        assert entry is not None
+        assert sum(map(math.exp, entry.top.values())) == pytest.approx(1, abs=1e-5)
 
 
 def test_logprobs_0_is_the_chosen_token_only(golden: Model) -> None:

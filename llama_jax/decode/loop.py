@@ -171,16 +171,16 @@ def _begun(
 
 
 def _first(logits: jax.Array, state: DecodeState, profile: SamplerProfile) -> tuple[DecodeState, Progress]:
-    progress = _no_progress(state, 1, profile)
+    progress = _no_progress(state, 1, profile, logits.shape[1])
     state, progress = _emit(logits, state, progress, 0, profile)
     return _by_rows(state), progress
 
 
-def _no_progress(state: DecodeState, stride: int, profile: SamplerProfile) -> Progress:
+def _no_progress(state: DecodeState, stride: int, profile: SamplerProfile, vocab_size: int) -> Progress:
     batch = len(state.done)
     logprobs = None
     if profile.logprobs:
-        shape = (batch, stride, MAX_LOGPROBS)
+        shape = (batch, stride, min(MAX_LOGPROBS, vocab_size))
         logprobs = Logprobs(jnp.zeros((batch, stride)), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     return Progress(
         tokens=jnp.zeros((batch, stride), jnp.int32),
@@ -231,7 +231,8 @@ def decode_step(
 ) -> tuple[DecodeState, Progress]:
     """One token more for every row that has not ended: the last tokens go through the model, the next ones are
     drawn."""
-    return _step(params, state, _no_progress(state, 1, profile), 0, adapters, config=config, profile=profile)
+    progress = _no_progress(state, 1, profile, config.vocab_size)
+    return _step(params, state, progress, 0, adapters, config=config, profile=profile)
 
 
 def _step(
@@ -310,7 +311,7 @@ def compiled_advance(compiler_options: tuple[tuple[str, str], ...]) -> Callable[
             step, state, progress = carry
             return step + 1, *_step(params, state, progress, step, adapters, config=config, profile=profile)
 
-        start = (jnp.int32(0), state, _no_progress(state, stride, profile))
+        start = (jnp.int32(0), state, _no_progress(state, stride, profile, config.vocab_size))
         _, state, progress = jax.lax.while_loop(unfinished, run, start)
         return _by_rows(state), progress
 

@@ -40,7 +40,7 @@ class Session:
         rows = requests.rows
         # Of each row the prompt that it is prefilled with; a prompt's later rows are forked from its first one.
         owners = [row.prompt for row in rows]
-        first = [owners.index(i) for i in range(len(requests.prompts))]
+        first = np.unique(owners, return_index=True)[1].tolist()
         fork = len(first) < len(rows) and not self._on_devices(self._several_pools)
         prompts = requests.prompts if fork else [requests.prompts[i] for i in owners]
         logits, cache, prompt_logprobs = self._on_devices(
@@ -59,7 +59,7 @@ class Session:
             prompt_logprobs = Logprobs(*(x[np.asarray(first)] for x in vars(prompt_logprobs).values()))
         source = None
         if fork:
-            others = [i for i in range(len(rows)) if i not in first]
+            others = np.setdiff1d(np.arange(len(rows)), first).tolist()
             sources = _padded([first[owners[i]] for i in others], self._batch, NO_ROW)
             cache = self._on_devices(fork_rows, cache, sources, _padded(others, self._batch, NO_ROW))
             source = _padded(owners, self._batch, 0)
