@@ -1,6 +1,6 @@
-"""What a call of attention is made of: keys and values, where they and the queries stand, and the rule between them.
+"""The arguments of attention: keys and values, positions of queries and slots, and the rule that relates them.
 
-`KeysValues` and `Places` are pytrees of arrays, `Rule` is static. Every implementation takes them as they are.
+`KeysValues` and `Places` are pytrees of arrays, `Rule` is static. Every implementation takes all three.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which positions a query sees: always its own and earlier ones, at most, unless it is "all".
+    """Which positions a query sees: its own and earlier ones, unless the kind is "all".
 
     Attributes:
       kind: "full"; "sliding", the last `window` positions, its own included; "chunked", those of its own chunk of
-        `window` positions; "all", every slot that holds something, wherever it stands (cross attention).
+        `window` positions; "all", every slot that is not empty, at any position (cross attention).
     """
 
     kind: Literal["full", "sliding", "chunked", "all"] = "full"
@@ -27,14 +27,14 @@ class Visibility:
 
 @dataclass(frozen=True)
 class Rule:
-    """What does not depend on data.
+    """The static part of a call.
 
     Attributes:
       visibility: which positions a query sees.
       scale: factor on the logits, usually head_dim ** -0.5.
       soft_cap: logits become soft_cap * tanh(logits / soft_cap) (Gemma 2, arXiv:2408.00118, section 2).
-      in_order: the caller vouches that positions are 0, 1, 2, ... in every row of queries and of slots, no padding. A
-        backend that knows causal order only by index (cuDNN) needs it; positions are given all the same.
+      in_order: the caller guarantees that positions are 0, 1, 2, ... in every row of queries and of slots, no padding. A
+        backend that masks by index rather than by position (cuDNN) needs it; positions are given all the same.
     """
 
     visibility: Visibility
@@ -46,13 +46,13 @@ class Rule:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values: a row of slots for each row of queries, or pages that rows take their slots from.
+    """Keys and values: one row of slots for each row of queries, or pages shared by all rows.
 
     Attributes:
       k, v: [batch, kv_heads, kv_len, head_dim]; query head i uses key/value head i // (q_heads // kv_heads). With a
         page table [pages, kv_heads, page_size, head_dim].
       page_table: int32 [batch, kv_len // page_size]; slot s of row b is slot s % page_size of page
-        page_table[b, s // page_size]. Entries whose slots all have negative positions are not read: any number will do.
+        page_table[b, s // page_size]. Entries whose slots all have negative positions may hold any number.
       k_scale, v_scale: float32, k's or v's shape without head_dim: factors on quantised keys and values.
     """
 
@@ -66,14 +66,14 @@ class KeysValues:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Places:
-    """Where queries and slots stand. Segments and spans are given of both or of neither.
+    """Positions of queries and slots, and what groups them. Segments and spans are given of both or of neither.
 
     Attributes:
       q_positions: int32 [batch, q_len], the position of each query in its text; negative for padding.
       kv_positions: int32 [batch, kv_len], likewise for each slot; negative for an empty or padded slot.
       q_segments, kv_segments: int32 [batch, q_len] and [batch, kv_len]; with them, only equal segments see each other.
-      rows: int32 [1, q_len], of queries packed into one row: which row of keys, page table and `kv_*` each belongs to.
-        Rows beyond the last are padding. None: query and row have one batch index.
+      rows: int32 [1, q_len], for queries packed into one row: the row of keys, page table and `kv_*` that each belongs
+        to. Rows beyond the last are padding. None: query and row share a batch index.
       q_spans, kv_spans: int32 [batch, q_len] and [batch, kv_len]; tokens of one span >= 0 (an image) see each other
         whatever their order, within their segment; -1 for none.
     """
@@ -88,7 +88,7 @@ class Places:
 
 
 def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
-    """What a call asks for that the reference alone computes, as a reason for `unsupported`; None if nothing."""
+    """Why no kernel can run a call so far, as a reason for `unsupported`; None if one can."""
     if kv.k_scale is not None or kv.v_scale is not None:
         return "it takes no quantised keys and values"
     if places.rows is not None:
@@ -101,7 +101,7 @@ def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
 
 
 def by_row(q: jax.Array, kv: KeysValues, places: Places) -> tuple[jax.Array, KeysValues, Places]:
-    """Packed queries [1, n, ...] as n batch rows of one query each, with what each one's row has.
+    """Packed queries [1, n, ...] as n batch rows of one query each, beside the keys of their rows.
 
     Rows without a page table are copied for each of their queries.
     """
