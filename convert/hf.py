@@ -21,7 +21,7 @@ from llama_jax.convert.quantized import scheme_from_hf
 from llama_jax.convert.quantized.weight import QuantizedWeight, take_quantized
 from llama_jax.convert.safetensors_file import SafetensorsFile
 from llama_jax.convert.torch_file import TorchFile
-from llama_jax.convert.weight_file import WeightFile
+from llama_jax.convert.weight_file import WeightFile, closed_on_error
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
 
@@ -53,16 +53,13 @@ class HuggingFaceFolder:
         self._weights: dict[str, Weight] = {}
         self._where: dict[str, tuple[WeightFile, str]] = {}
         self._files: list[WeightFile] = []
-        try:
+        with closed_on_error(self):
             skipped = self._text.skipped_layers if self._text else frozenset()
             modules = {new: old for old, new in find_family(self.config.family).tensor_names.items()}
             self._open(Names(self._text is not None, skipped, modules))
             self._find_weights()
             self._tie(certain=self._text is None or hf.get("tie_word_embeddings") is not None)
             self._plan()
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Closes all files."""

@@ -12,6 +12,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from llama_jax.convert.weight_file import closed_on_error
+
 ALIGNMENT = 32
 """Bytes; what the format assumes when "general.alignment" does not say otherwise."""
 
@@ -49,11 +51,8 @@ class GgufWriter:
 
     def __init__(self, path: Path, metadata: Mapping[str, Value], plan: Mapping[str, GgufPlan]):
         self._file = path.open("xb")
-        try:
+        with closed_on_error(self._file):
             self._file.write(_header(metadata, plan))
-        except BaseException:
-            self._file.close()
-            raise
 
     def __enter__(self) -> GgufWriter:
         return self

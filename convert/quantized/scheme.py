@@ -12,7 +12,7 @@ import numpy as np
 
 from llama_jax.checkpoint.source import BFLOAT16
 from llama_jax.convert.quantized.codes import Codes
-from llama_jax.convert.weight_file import WeightEntry, WeightFile
+from llama_jax.convert.weight_file import Entry, WeightFile
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 FLOATS = ("F32", "BF16", "F16")
@@ -93,7 +93,7 @@ class Bundle:
     def path(self) -> Path:
         return next(iter(self.tensors.values()))[0].path
 
-    def entry(self, part: str) -> WeightEntry:
+    def entry(self, part: str) -> Entry:
         file, name = self.tensors[part]
         return file.entries[name]
 
