@@ -71,6 +71,12 @@ _LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_MISTRAL = {
+    **_LLAMA,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
 _QWEN = {
     "vocab_size": 151936,
     "hidden_size": 4096,
@@ -95,22 +101,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "mistral": Family(
             architecture="MistralForCausalLM",
-            defaults=_defaults(
-                **_LLAMA,
-                intermediate_size=14336,
-                num_key_value_heads=8,
-                max_position_embeddings=131072,
-                sliding_window=4096,
-            ),
+            defaults=_defaults(**_MISTRAL, sliding_window=4096),
             windows="all",
         ),
         "mixtral": Family(
             architecture="MixtralForCausalLM",
             defaults=_defaults(
-                **_LLAMA,
-                intermediate_size=14336,
-                num_key_value_heads=8,
-                max_position_embeddings=131072,
+                **_MISTRAL,
                 rms_norm_eps=1e-5,
                 sliding_window=None,
                 num_local_experts=8,

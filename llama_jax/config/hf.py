@@ -318,20 +318,13 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 def _mlps_to_hf(config: LlamaConfig, family: Family) -> dict[str, Any]:
     dense = [layer.mlp for layer in config.layers if not isinstance(layer.mlp, MoeSpec)]
     sparse = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)]
-    if family.experts is None or not sparse:
-        width = dense[0] if dense else sparse[0].intermediate_size
-        hf: dict[str, Any] = {"intermediate_size": width}
-        if family.experts == "sigmoid":
-            hf |= {"intermediate_size_mlp": width, "moe_layers": []}
-        return hf
-    moe = sparse[0]
-    hf = {
-        "intermediate_size": moe.intermediate_size,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-    }
+    width = dense[0] if dense else sparse[0].intermediate_size
+    hf: dict[str, Any] = {"intermediate_size": width}
+    if family.experts is not None and sparse:
+        hf["intermediate_size"] = sparse[0].intermediate_size
+        hf |= {"num_local_experts": sparse[0].num_experts, "num_experts_per_tok": sparse[0].top_k}
     if family.experts == "sigmoid":
-        hf["intermediate_size_mlp"] = dense[0] if dense else moe.intermediate_size
+        hf["intermediate_size_mlp"] = width
         hf["moe_layers"] = [i for i, layer in enumerate(config.layers) if isinstance(layer.mlp, MoeSpec)]
     return hf
 

@@ -106,10 +106,6 @@ def rope_to_hf(rope: RopeSpec) -> dict[str, Any]:
         result |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.kind == "yarn":
         result |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-        optional = {
-            "attention_factor": rope.attention_factor,
-            "mscale": rope.mscale,
-            "mscale_all_dim": rope.mscale_all_dim,
-        }
-        result |= {key: value for key, value in optional.items() if value is not None}
+        optional = ("attention_factor", "mscale", "mscale_all_dim")
+        result |= {name: value for name in optional if (value := getattr(rope, name)) is not None}
     return result
