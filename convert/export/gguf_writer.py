@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -31,10 +32,7 @@ class GgufPlan:
     @property
     def nbytes(self) -> int:
         block, size = gguf.GGML_QUANT_SIZES[self.kind]
-        n = size
-        for length in (*self.shape[:-1], self.shape[-1] // block):
-            n *= length
-        return n
+        return math.prod(self.shape) // block * size
 
 
 class GgufWriter:
