@@ -120,7 +120,8 @@ class HuggingFaceFolder:
 
     def _open(self, names: Names) -> None:
         for shard, promised in _shards(self.path):
-            file = _open_weights(inside(self.path, shard))
+            path = inside(self.path, shard)
+            file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
             self._files.append(file)
             if absent := promised - file.entries.keys():
                 raise CheckpointError(f"{file.path} lacks tensor {some(absent)}, which the index promises", hint=_AGAIN)
@@ -194,10 +195,6 @@ class HuggingFaceFolder:
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _AGAIN = "the folder is damaged or was not downloaded completely; get it again"
-
-
-def _open_weights(path: Path) -> WeightFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
 def _shards(path: Path) -> list[tuple[str, set[str]]]:
