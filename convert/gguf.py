@@ -30,7 +30,7 @@ class GgufModel:
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
         self._file = GgufParts(path)
         self.path = path = self._file.path
-        with closed_on_error(self):
+        with closed_on_error(self.close):
             metadata, tensors = self._file.metadata, self._file.tensors
             factors = self._file.read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
             self.config = config_from_hf(_config_dict(path, metadata, tensors, factors))

@@ -71,7 +71,7 @@ class GgufFile:
             raise CheckpointError(
                 f"cannot open {path}: {e.strerror}", hint="check that it is there and readable"
             ) from e
-        with closed_on_error(self):
+        with closed_on_error(self.close):
             self._size = os.fstat(self._file.fileno()).st_size
             self.metadata, self.tensors = self._parse()
 

@@ -42,7 +42,7 @@ class GgufParts:
         self.path = first_part(path)
         self._files: list[GgufFile] = []
         self._where: dict[str, GgufFile] = {}
-        with closed_on_error(self):
+        with closed_on_error(self.close):
             first = self._open(self.path)
             self.metadata = first.metadata
             count = _split(first, "count", 1)

@@ -53,7 +53,7 @@ class HuggingFaceFolder:
         self._weights: dict[str, Weight] = {}
         self._where: dict[str, tuple[WeightFile, str]] = {}
         self._files: list[WeightFile] = []
-        with closed_on_error(self):
+        with closed_on_error(self.close):
             skipped = self._text.skipped_layers if self._text else frozenset()
             modules = {new: old for old, new in find_family(self.config.family).tensor_names.items()}
             self._open(Names(self._text is not None, skipped, modules))

@@ -76,7 +76,7 @@ class MetaFolder:
         params = read_json(inside(path, PARAMS))
         self._tokenizer = _read_tokenizer(path)
         self._files: list[TorchFile] = []
-        with closed_on_error(self):
+        with closed_on_error(self.close):
             for shard in _shards(path):
                 self._files.append(TorchFile(inside(path, shard)))
             self._embed_dim, vocab_size = self._embedding(params)

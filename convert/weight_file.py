@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -44,7 +43,7 @@ class WeightFile(ABC):
     def __init__(self, path: Path):
         self.path = path
         self._fd = open_file(path)
-        with closed_on_error(self):
+        with closed_on_error(self.close):
             self.entries = self._parse()
 
     def close(self) -> None:
@@ -75,19 +74,13 @@ class WeightFile(ABC):
     def _parse(self) -> Mapping[str, Entry]: ...
 
 
-class Closeable(Protocol):
-    """What has to be closed."""
-
-    def close(self) -> None: ...
-
-
 @contextlib.contextmanager
-def closed_on_error(opened: Closeable) -> Iterator[None]:
+def closed_on_error(close: Callable[[], object]) -> Iterator[None]:
     """Closes something if the block, which opens the rest of it, fails."""
     try:
         yield
     except BaseException:
-        opened.close()
+        close()
         raise
 
 

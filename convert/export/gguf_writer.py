@@ -49,7 +49,7 @@ class GgufWriter:
 
     def __init__(self, path: Path, metadata: Mapping[str, Value], plan: Mapping[str, GgufPlan]):
         self._file = path.open("xb")
-        with closed_on_error(self._file):
+        with closed_on_error(self._file.close):
             self._file.write(_header(metadata, plan))
 
     def __enter__(self) -> GgufWriter:

@@ -182,8 +182,7 @@ def _is_export(path: Path) -> bool:
     if not found:
         return not any(path.iterdir())
     try:
-        file = SafetensorsFile(found[0])
+        with contextlib.closing(SafetensorsFile(found[0])) as file:
+            return _MADE_BY in file.metadata
     except CheckpointError:
         return False
-    file.close()
-    return _MADE_BY in file.metadata

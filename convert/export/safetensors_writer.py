@@ -50,7 +50,7 @@ class SafetensorsWriter:
         header, self._offsets = _layout(plan, metadata)
         self._left = sum(tensor.nbytes for tensor in plan.values())
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        with closed_on_error(self):
+        with closed_on_error(self.close):
             self._put(header, 0)
 
     def write(self, name: str, array: np.ndarray, skip: int = 0) -> None:

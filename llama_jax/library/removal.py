@@ -16,7 +16,6 @@ from llama_jax.folders import cache_dir
 from llama_jax.library import bundled, hub, hub_cache
 from llama_jax.library.converted import (
     REMOVED,
-    UNFINISHED,
     by_name,
     converted_from_hub,
     default_path,
@@ -105,23 +104,17 @@ def _downloads(repo: str, revision: str | None) -> list[Removable]:
 
 def find_leftovers() -> list[Removable]:
     """What stopped conversions, downloads and removals left in the cache, and nobody is working on."""
-    found = {path: lock_of(_written(path)) for path in leftovers(models_dir())}
+    paths = leftovers(models_dir())
     with contextlib.suppress(OSError):
-        found |= {p: lock_of(_written(p)) for p in models_dir().iterdir() if p.name.endswith(REMOVED)}
+        paths += [path for path in models_dir().iterdir() if path.name.endswith(REMOVED)]
+    # Each has the name of the checkpoint that was being written (or removed), and an ending.
+    found = {path: lock_of(path.with_suffix("")) for path in paths}
     found |= dict.fromkeys(bundled.leftovers(cache_dir()), bundled.lock_path(cache_dir()))
     return [
         Removable("leftover", path.name, path, disk_bytes(path), lock)
         for path, lock in sorted(found.items())
         if not path.is_symlink() and not is_locked(lock)
     ]
-
-
-def _written(leftover: Path) -> Path:
-    """The checkpoint that was being written (or removed) when something was left."""
-    name = leftover.name
-    for ending in (*UNFINISHED, ".lock"):
-        name = name.split(ending)[0]
-    return leftover.with_name(name)
 
 
 def _model(name: str, path: Path) -> Removable:
