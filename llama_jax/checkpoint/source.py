@@ -143,18 +143,17 @@ def check_names(
 def check_tensors(
     path: Path,
     found: Mapping[str, tuple[int, ...]],
-    specs: Iterable[ParamSpec],
+    wanted: Mapping[str, tuple[int, ...]],
     *,
     hint: str,
     asks: str = CONFIG,
 ) -> None:
-    """Raises CheckpointError unless the tensors are those of the leaves `specs`, in name and shape.
+    """Raises CheckpointError unless the tensors are those that are wanted, in name and shape.
 
     Args:
-      found: dotted name to shape.
+      found, wanted: name to shape.
       path, asks: as for `check_names`.
     """
-    wanted = {spec.name: spec.shape for spec in specs}
     check_names(path, found, wanted, hint=hint, asks=asks)
     for name, shape in wanted.items():
         if tuple(found[name]) != shape:

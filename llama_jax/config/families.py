@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from llama_jax import plugins
+from llama_jax.config.fields import not_supported
 from llama_jax.config.multimodal import WRAPPERS
 from llama_jax.config.spec import QkNorm
-from llama_jax.errors import UnsupportedModel
 
 Windows = Literal["none", "all", "qwen", "nope", "chunked"]
 Router = Literal["softmax", "sigmoid"]
@@ -205,10 +205,7 @@ def find_family(model_type: str) -> Family:
     if model_type in added:
         return added[model_type]
     supported = ", ".join([*FAMILIES, *WRAPPERS, *added])
-    raise UnsupportedModel(
-        f"config.json: model type {model_type!r} is not supported",
-        hint=f"supported: {supported}{plugins.reports(plugins.FAMILIES)}",
-    )
+    raise not_supported(f"model type {model_type!r}", supported + plugins.reports(plugins.FAMILIES))
 
 
 def plugin_problem(plugin: plugins.Plugin, earlier: Sequence[plugins.Plugin]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config.families import Family, find_family
-from llama_jax.config.fields import Fields, bad
+from llama_jax.config.fields import Fields, bad, not_supported
 from llama_jax.config.multimodal import text_model
 from llama_jax.config.rope import rope_from_hf, rope_to_hf
 from llama_jax.config.spec import Activation, AttentionKind, LayerSpec, LlamaConfig, MoeSpec, QueryScale
@@ -98,10 +98,7 @@ def _from_text(hf: Mapping[str, Any], *, prefix: str, extra_architecture: str | 
         head_dim = hidden // heads
     activation = f.string("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
-        raise UnsupportedModel(
-            f"config.json: {f.name('hidden_act')} {activation!r} is not supported",
-            hint=f"supported: {', '.join(_ACTIVATIONS)}",
-        )
+        raise not_supported(f"{f.name('hidden_act')} {activation!r}", ", ".join(_ACTIVATIONS))
     max_positions = f.integer("max_position_embeddings")
     biased = f.boolean("attention_bias", False)
     return LlamaConfig(
@@ -133,10 +130,7 @@ def _from_text(hf: Mapping[str, Any], *, prefix: str, extra_architecture: str | 
 def _refuse_variants(f: Fields, architectures: tuple[str, ...]) -> None:
     """Refuses what would change the numbers or the weights, rather than computing something else."""
     if f.get("per_layer_config"):
-        raise UnsupportedModel(
-            f"config.json: {f.name('per_layer_config')} is not supported",
-            hint="supported: one set of sizes for all layers",
-        )
+        raise not_supported(f.name("per_layer_config"), "one set of sizes for all layers")
     named = f.get("architectures", [])
     if not isinstance(named, (list, tuple)):
         raise bad(f.name("architectures"), named, "a list of class names")
@@ -151,9 +145,7 @@ def _dtype(f: Fields) -> str:
     key = "dtype" if f.get("dtype") is not None else "torch_dtype"
     dtype = f.string(key, "float32").removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise UnsupportedModel(
-            f"config.json: {f.name(key)} {dtype!r} is not supported", hint=f"supported: {', '.join(_DTYPES)}"
-        )
+        raise not_supported(f"{f.name(key)} {dtype!r}", ", ".join(_DTYPES))
     return dtype
 
 
