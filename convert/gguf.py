@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint.format import Source
-from llama_jax.checkpoint.source import SourceTensor, check_tensors, check_vocabulary
+from llama_jax.checkpoint.source import SourceTensor, check_names, check_vocabulary
 from llama_jax.config import LlamaConfig, config_from_hf
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
 from llama_jax.convert.gguf_parts import GgufParts
@@ -84,8 +84,15 @@ class GgufModel:
             for name in self._recipes[spec.name]
         }
         tensors = self._file.tensors
-        found = {name: t.shape for name, t in tensors.items() if name in shapes or not _UNUSED.fullmatch(name)}
-        check_tensors(self.path, found, shapes, hint=_HINT, asks="the metadata")
+        found = {name for name in tensors if name in shapes or not _UNUSED.fullmatch(name)}
+        check_names(self.path, found, shapes, hint=_HINT, asks="the metadata")
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name} has shape {list(tensors[name].shape)}, "
+                    f"the metadata asks for {list(shape)}",
+                    hint=_HINT,
+                )
         for names in self._recipes.values():
             if len({self._file.dtype(name) for name in names}) > 1:
                 raise CheckpointError(f"{self.path}: {names[0]} and its siblings differ in type", hint=_HINT)

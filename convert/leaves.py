@@ -12,7 +12,7 @@ import numpy as np
 
 from llama_jax.checkpoint.format import digest
 from llama_jax.checkpoint.read import Budget
-from llama_jax.checkpoint.source import ForeignSource, ModelSource
+from llama_jax.checkpoint.source import ModelSource, provenance
 from llama_jax.checkpoint.values import check_finite
 from llama_jax.convert.casting import cast
 from llama_jax.convert.file_hashes import FileHashes
@@ -35,12 +35,12 @@ class Leaf:
     source_digest: str
 
 
-def in_file_order(model: ForeignSource, specs: Sequence[ParamSpec]) -> list[ParamSpec]:
-    """The leaves in the order in which a disk reads them best."""
+def in_file_order(model: ModelSource, specs: Sequence[ParamSpec]) -> list[ParamSpec]:
+    """The leaves in the order in which a disk reads them best; unknown ones last, in their own order."""
 
-    def place(spec: ParamSpec) -> tuple[str, int]:
-        first = model.provenance(spec)[0]
-        return str(first.file), first.offset
+    def place(spec: ParamSpec) -> tuple[bool, str, int]:
+        tensors = provenance(model, spec)
+        return (False, str(tensors[0].file), tensors[0].offset) if tensors else (True, "", 0)
 
     return sorted(specs, key=place)
 
@@ -52,7 +52,7 @@ def memory(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) -> int:
 
 
 def read_leaf(
-    model: ForeignSource, spec: ParamSpec, dtype: np.dtype | None, *, allow_nonfinite: bool, hashes: FileHashes
+    model: ModelSource, spec: ParamSpec, dtype: np.dtype | None, *, allow_nonfinite: bool, hashes: FileHashes
 ) -> Leaf:
     """Reads one leaf and casts it to `dtype`, if given.
 
@@ -63,7 +63,7 @@ def read_leaf(
       CheckpointError: it cannot be read, holds NaN or infinity, or values that are too large for the dtype.
     """
     array = np.ascontiguousarray(model.read(spec))
-    for tensor in model.provenance(spec):
+    for tensor in provenance(model, spec):
         hashes.follow(tensor.file, tensor.offset + tensor.nbytes)
     if not allow_nonfinite:
         check_finite(spec.name, array, model.path)

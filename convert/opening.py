@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.checkpoint.format import is_checkpoint
-from llama_jax.checkpoint.source import ForeignSource, ModelSource
+from llama_jax.checkpoint.source import ModelSource
 from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
 
 
-def open_source(path: Path, *, name: str | None = None, revision: str | None = None) -> ForeignSource:
+def open_source(path: Path, *, name: str | None = None, revision: str | None = None) -> ModelSource:
     """Opens whatever stands at `path` for conversion.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.checkpoint.format import FORMAT_VERSION, Progress, digest
-from llama_jax.checkpoint.source import ForeignSource, weight_files
+from llama_jax.checkpoint.source import ModelSource, provenance, weight_files
 from llama_jax.convert.casting import storage_dtype
 from llama_jax.convert.opening import open_source
 from llama_jax.errors import CheckpointError
@@ -147,7 +147,7 @@ def locked_files(sha256: Mapping[Path, str]) -> tuple[SourceFile, ...]:
     return tuple(SourceFile(file.name, file.stat().st_size, value) for file, value in sorted(sha256.items()))
 
 
-def origins(model: ForeignSource, specs: Iterable[ParamSpec], digests: Mapping[str, str]) -> dict[str, Origin]:
+def origins(model: ModelSource, specs: Iterable[ParamSpec], digests: Mapping[str, str]) -> dict[str, Origin]:
     """What each leaf was made from, for model.lock.json.
 
     Args:
@@ -156,6 +156,6 @@ def origins(model: ForeignSource, specs: Iterable[ParamSpec], digests: Mapping[s
     from llama_jax.checkpoint.lock import Origin
 
     return {
-        spec.name: Origin(tuple((t.name, t.file.name) for t in model.provenance(spec)), digests[spec.name])
+        spec.name: Origin(tuple((t.name, t.file.name) for t in provenance(model, spec)), digests[spec.name])
         for spec in specs
     }

@@ -28,6 +28,7 @@ from llama_jax.cli import cli
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert, run
 from llama_jax.convert.file_hashes import FileHashes
+from llama_jax.convert.hf import HuggingFaceFolder
 from llama_jax.convert.leaves import read_ahead
 from llama_jax.convert.verify import verify_source
 from llama_jax.errors import CheckpointError
@@ -105,6 +106,25 @@ def test_lock_of_arrays(tmp_path: Path) -> None:
     assert lock.tensors == {name: xxh3(leaf) for name, leaf in leaves.items()}
     assert lock.source_files == ()
     assert lock.origins == {}
+
+
+def test_sources_without_provenance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source may leave it out: then the lock names the files of its folder and no tensors."""
+
+    class Silent:
+        """A source with all that the protocol asks for, and no more."""
+
+        def __init__(self, path: Path, **options: Any):
+            self._source = HuggingFaceFolder(path, **options)
+            for name in ("path", "config", "source", "generation_config", "files", "dtype", "read", "close"):
+                setattr(self, name, getattr(self._source, name))
+
+    write_hf(tmp_path / "hf", LLAMA, shards=2)
+    monkeypatch.setattr("llama_jax.convert.hf.HuggingFaceFolder", Silent)
+    lock = read_lock(convert(tmp_path / "hf", tmp_path / "out"))
+    assert [f.sha256 for f in lock.source_files] == [sha256(p) for p in sorted((tmp_path / "hf").glob("*.safetensors"))]
+    assert lock.origins["embed.weight"].tensors == ()
+    assert verify_source(tmp_path / "out", tmp_path / "hf").ok
 
 
 # --- Against the source -----------------------------------------------------------------------------------------------

@@ -39,8 +39,7 @@ class CheckpointSource:
         self.config = config or self.checkpoint.config
         self.specs = param_specs(self.config)
         shapes = {name: info.shape for name, info in self.checkpoint.tensors.items()}
-        wanted = {spec.name: spec.shape for spec in self.specs}
-        check_tensors(self.path, shapes, wanted, hint=f"config.json is of another model, or {DAMAGED}")
+        check_tensors(self.path, shapes, self.specs, hint=f"config.json is of another model, or {DAMAGED}")
         check_dtypes(self.checkpoint.tensors, self.config, self.path)
         self._reader = TensorReader(self.checkpoint)
 

@@ -56,26 +56,40 @@ class SourceTensor:
     Attributes:
       name: what the source calls it.
       file: the file that holds it.
-      offset, nbytes: its place in the file; of use for reading in the files' order.
+      offset, nbytes: its place in the file; of use for reading in the files' order. 0 where that is not known.
     """
 
     name: str
     file: Path
-    offset: int
-    nbytes: int
+    offset: int = 0
+    nbytes: int = 0
 
 
-class ForeignSource(ModelSource, Protocol):
-    """A `ModelSource` of another format, which knows which tensors of which files a leaf is made from."""
+@runtime_checkable
+class HasProvenance(Protocol):
+    """A `ModelSource` that knows which tensors of which files a leaf is made from. Every source should."""
 
     def provenance(self, spec: ParamSpec) -> Sequence[SourceTensor]:
         """The source's tensors that `read` makes this leaf from, in order."""
         ...
 
 
-def weight_files(model: ForeignSource, specs: Iterable[ParamSpec]) -> tuple[Path, ...]:
-    """The files that hold the weights, sorted."""
-    return tuple(sorted({tensor.file for spec in specs for tensor in model.provenance(spec)}))
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+
+
+def provenance(model: ModelSource, spec: ParamSpec) -> tuple[SourceTensor, ...]:
+    """The source's tensors behind a leaf; empty for a source that does not know."""
+    return tuple(model.provenance(spec)) if isinstance(model, HasProvenance) else ()
+
+
+def weight_files(model: ModelSource, specs: Iterable[ParamSpec]) -> tuple[Path, ...]:
+    """The files that hold the weights, sorted. A source that does not know counts with all of its folder."""
+    files = {tensor.file for spec in specs for tensor in provenance(model, spec)}
+    if not files:
+        files = {model.path}
+        if model.path.is_dir():
+            files = {path for path in model.path.iterdir() if path.suffix in _WEIGHTS and path.is_file()}
+    return tuple(sorted(files))
 
 
 @runtime_checkable
@@ -143,17 +157,18 @@ def check_names(
 def check_tensors(
     path: Path,
     found: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
+    specs: Iterable[ParamSpec],
     *,
     hint: str,
     asks: str = CONFIG,
 ) -> None:
-    """Raises CheckpointError unless the tensors are those that are wanted, in name and shape.
+    """Raises CheckpointError unless the tensors are those of the leaves `specs`, in name and shape.
 
     Args:
-      found, wanted: name to shape.
+      found: dotted name to shape.
       path, asks: as for `check_names`.
     """
+    wanted = {spec.name: spec.shape for spec in specs}
     check_names(path, found, wanted, hint=hint, asks=asks)
     for name, shape in wanted.items():
         if tuple(found[name]) != shape:

@@ -208,7 +208,7 @@ class CheckpointWriter:
         """
         written = self.written
         shapes = {name: info.shape for name, info in written.items()}
-        check_tensors(self.path, shapes, _shapes(config), hint=_MISMATCH, asks="the config")
+        check_tensors(self.path, shapes, param_specs(config), hint=_MISMATCH, asks="the config")
         # In the config's order, which does not depend on the order of writing.
         tensors = {spec.name: replace(written[spec.name], scheme=spec.scheme) for spec in param_specs(config)}
         check_dtypes(tensors, config, self.path)
@@ -238,10 +238,6 @@ class CheckpointWriter:
             disk.sync_tree(staged)
             disk.replace_folder(staged, self.path)
         return self.path
-
-
-def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    return {spec.name: spec.shape for spec in param_specs(config)}
 
 
 def _worth_another_try(e: BaseException) -> bool:
@@ -289,7 +285,7 @@ def save(
     """
     flat = flatten(params)
     shapes = {name: leaf.shape for name, leaf in flat.items()}
-    check_tensors(Path(path), shapes, _shapes(config), hint=_MISMATCH, asks="the config")
+    check_tensors(Path(path), shapes, param_specs(config), hint=_MISMATCH, asks="the config")
     sizes = {spec.name: flat[spec.name].nbytes for spec in param_specs(config)}
     with CheckpointWriter(path, total_bytes=sum(sizes.values()), overwrite=overwrite) as writer:
         for batch in batches(sizes):
