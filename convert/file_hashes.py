@@ -27,9 +27,10 @@ class FileHashes:
 
     def __init__(self, files: Sequence[Path], known: Mapping[Path, str] | None = None, *, keep: bool = True):
         self._files = files
-        self.keep = keep
+        self._keep = keep
         self._done = dict(known or {})
-        self._open: dict[Path, _Hash] = {}
+        self._open: dict[Path, _Hashed] = {}
+        self._buffer = memoryview(bytearray(_BLOCK_BYTES))
         self._wanted: queue.SimpleQueue[tuple[Path, int | None] | None] = queue.SimpleQueue()
         self._failure: CheckpointError | None = None
         self._stopped = False
@@ -44,7 +45,7 @@ class FileHashes:
         self._wanted.put(None)
         self._thread.join()
         for opened in self._open.values():
-            opened.close()
+            opened.file.close()
 
     @property
     def done(self) -> Mapping[Path, str]:
@@ -75,48 +76,37 @@ class FileHashes:
             if file in self._done:
                 continue
             try:
-                if file not in self._open:
-                    self._open[file] = _Hash(file)
-                if self._open[file].advance(end, self):
-                    self._done[file] = self._open[file].hexdigest()
-                    self._open.pop(file).close()
+                self._advance(file, end)
             except OSError as e:
                 self._failure = CheckpointError(
                     f"cannot read {file}: {e.strerror}", hint="check that it is there and readable"
                 )
                 self._failure.__cause__ = e
 
-    @property
-    def stopped(self) -> bool:
-        """Whether nobody wants the rest."""
-        return self._stopped
+    def _advance(self, path: Path, end: int | None) -> None:
+        """Hashes a file up to byte `end`, to its own end when None."""
+        if path not in self._open:
+            self._open[path] = _Hashed(path)
+        hashed = self._open[path]
+        end, start = hashed.size if end is None else min(end, hashed.size), hashed.position
+        while hashed.position < end and not self._stopped:
+            n = hashed.file.readinto(self._buffer[: end - hashed.position])
+            if not n:
+                raise OSError(0, "it has become shorter")
+            hashed.hash.update(self._buffer[:n])
+            hashed.position += n
+        if not self._keep:
+            forget(hashed.file.fileno(), start, hashed.position - start)
+        if hashed.position == hashed.size:
+            self._done[path] = hashed.hash.hexdigest()
+            self._open.pop(path).file.close()
 
 
-class _Hash:
-    """One file, hashed up to some byte."""
+class _Hashed:
+    """One open file, hashed up to some byte."""
 
     def __init__(self, path: Path):
-        self._fd = os.open(path, os.O_RDONLY)
-        self._size = os.fstat(self._fd).st_size
-        self._position = 0
-        self._hash = hashlib.sha256()
-        self._buffer = bytearray(_BLOCK_BYTES)
-
-    def advance(self, end: int | None, owner: FileHashes) -> bool:
-        """Goes on to byte `end` (the end of the file when None); returns whether that was the last one."""
-        view, end, start = memoryview(self._buffer), self._size if end is None else min(end, self._size), self._position
-        while self._position < end and not owner.stopped:
-            n = os.preadv(self._fd, [view[: min(_BLOCK_BYTES, end - self._position)]], self._position)
-            if n == 0:
-                raise OSError(0, "it has become shorter")
-            self._hash.update(view[:n])
-            self._position += n
-        if not owner.keep:
-            forget(self._fd, start, self._position - start)
-        return self._position == self._size
-
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        os.close(self._fd)
+        self.file = path.open("rb", buffering=0)
+        self.size = os.fstat(self.file.fileno()).st_size
+        self.position = 0
+        self.hash = hashlib.sha256()

@@ -14,6 +14,7 @@ from llama_jax.checkpoint.source import SourceTensor, check_names, check_vocabul
 from llama_jax.config import LlamaConfig, config_from_hf
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
 from llama_jax.convert.gguf_parts import GgufParts
+from llama_jax.convert.weight_file import closed_on_error
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
 
@@ -29,15 +30,12 @@ class GgufModel:
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
         self._file = GgufParts(path)
         self.path = path = self._file.path
-        try:
+        with closed_on_error(self.close):
             metadata, tensors = self._file.metadata, self._file.tensors
             factors = self._file.read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
             self.config = config_from_hf(_config_dict(path, metadata, tensors, factors))
             self._recipes = {spec.name: _tensors_of(spec, tensors) for spec in param_specs(self.config)}
             self._check()
-        except BaseException:
-            self.close()
-            raise
         licence = metadata.get("general.license")
         licence = licence if isinstance(licence, str) else None
         self.source = Source("gguf", name or path.name, revision, licence, self._file.label())

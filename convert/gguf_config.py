@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.config.rope import rope_to_hf
+from llama_jax.config.spec import RopeSpec
 from llama_jax.convert.gguf_file import Tensor
 from llama_jax.errors import UnsupportedModel
 
@@ -85,6 +87,7 @@ _NEUTRAL: Mapping[str, Any] = {
     "use_parallel_residual": False,
 }
 """Keys that are not read, with the only value that changes nothing."""
+_SAFETENSORS = "use the safetensors weights"
 
 
 def config_dict(
@@ -115,15 +118,13 @@ def config_dict(
             and not (arch == "llama4" and key in LLAMA4)
             and (key not in _NEUTRAL or value != _NEUTRAL[key])
         ):
-            raise UnsupportedModel(
-                f"GGUF key {arch}.{key} = {value!r} is not supported", hint="use the safetensors weights"
-            )
+            raise UnsupportedModel(f"GGUF key {arch}.{key} = {value!r} is not supported", hint=_SAFETENSORS)
 
     def need(key: str) -> Any:
         if key not in own:
             raise UnsupportedModel(f"GGUF file without {arch}.{key}", hint="the file is damaged or no language model")
         if isinstance(own[key], list):
-            raise UnsupportedModel(f"GGUF key {arch}.{key} differs between layers", hint="use the safetensors weights")
+            raise UnsupportedModel(f"GGUF key {arch}.{key} differs between layers", hint=_SAFETENSORS)
         return own[key]
 
     embedding = tensors.get("token_embd.weight")
@@ -187,11 +188,9 @@ def _model_type(arch: str, own: Mapping[str, Any]) -> str:
     if own.get("attention.sliding_window") or (arch == "llama4" and "attention.sliding_window" in own):
         if arch == "llama":
             return "mistral"
-        raise UnsupportedModel(
-            f"GGUF key {arch}.attention.sliding_window is not supported", hint="use the safetensors weights"
-        )
+        raise UnsupportedModel(f"GGUF key {arch}.attention.sliding_window is not supported", hint=_SAFETENSORS)
     if own.get("expert_count") and arch != "llama4":
-        raise UnsupportedModel(f"GGUF key {arch}.expert_count is not supported", hint="use the safetensors weights")
+        raise UnsupportedModel(f"GGUF key {arch}.expert_count is not supported", hint=_SAFETENSORS)
     return ARCHITECTURES[arch][0]
 
 
@@ -254,12 +253,5 @@ def _llama3(theta: float, factors: np.ndarray, original: int) -> dict[str, Any]:
     for high in LLAMA3_HIGHS:
         expected = llama3_factors(theta, len(factors), factor, high, original)
         if np.allclose(factors.astype(np.float64), expected, rtol=1e-4, atol=0):
-            return {
-                "rope_type": "llama3",
-                "rope_theta": theta,
-                "factor": factor,
-                "low_freq_factor": LLAMA3_LOW,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": original,
-            }
+            return rope_to_hf(RopeSpec(theta, "llama3", factor, original, LLAMA3_LOW, high))
     raise UnsupportedModel(f"the rope factors in {ROPE_FACTORS} follow no known scaling", hint=_ROPE_HINT)

@@ -18,10 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llama_jax.checkpoint.source import BFLOAT16
-from llama_jax.convert.weight_file import read_at
+from llama_jax.convert.weight_file import DAMAGED, closed_on_error, read_at
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
-_HINT = "the file is damaged or was not downloaded completely; get it again"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 MAX_HEADER_BYTES = 64 << 20
@@ -72,12 +71,9 @@ class GgufFile:
             raise CheckpointError(
                 f"cannot open {path}: {e.strerror}", hint="check that it is there and readable"
             ) from e
-        try:
+        with closed_on_error(self.close):
             self._size = os.fstat(self._file.fileno()).st_size
             self.metadata, self.tensors = self._parse()
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Closes the file."""
@@ -144,7 +140,7 @@ class GgufFile:
         read_at(self._file.fileno(), memoryview(out), offset, self.path, f"tensor {name}")
 
     def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what} (near byte {self._file.tell()} of {self._size})", hint=_HINT)
+        return CheckpointError(f"{self.path}: {what} (near byte {self._file.tell()} of {self._size})", hint=DAMAGED)
 
     def _take(self, n: int) -> bytes:
         if n > self._size - self._file.tell():
@@ -221,7 +217,7 @@ class GgufFile:
         end, before = data, ""
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
             if tensor.offset < end:
-                raise CheckpointError(f"{self.path}: tensors {before} and {name} overlap", hint=_HINT)
+                raise CheckpointError(f"{self.path}: tensors {before} and {name} overlap", hint=DAMAGED)
             end, before = tensor.offset + tensor.nbytes, name
         return metadata, tensors
 
@@ -245,14 +241,14 @@ class GgufFile:
         if 0 in shape or shape[-1] % block:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has shape {list(shape)}, its rows do not divide into blocks of {block}",
-                hint=_HINT,
+                hint=DAMAGED,
             )
         nbytes = math.prod(shape) // block * size
         if data + offset + nbytes > self._size:
             raise CheckpointError(
                 f"{self.path}: tensor {name} ends at byte {data + offset + nbytes}, the file at {self._size}: "
                 "it is truncated",
-                hint=_HINT,
+                hint=DAMAGED,
             )
         return Tensor(shape, kind, data + offset, nbytes)
 

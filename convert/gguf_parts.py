@@ -17,6 +17,7 @@ import numpy as np
 
 from llama_jax.checkpoint.source import SourceTensor
 from llama_jax.convert.gguf_file import GgufFile, Tensor
+from llama_jax.convert.weight_file import closed_on_error
 from llama_jax.errors import CheckpointError
 
 MAX_PARTS = 65_535
@@ -41,15 +42,12 @@ class GgufParts:
         self.path = first_part(path)
         self._files: list[GgufFile] = []
         self._where: dict[str, GgufFile] = {}
-        try:
+        with closed_on_error(self.close):
             first = self._open(self.path)
             self.metadata = first.metadata
             count = _split(first, "count", 1)
             if count > 1:
                 self._open_others(first, count)
-        except BaseException:
-            self.close()
-            raise
         self.tensors: Mapping[str, Tensor] = {name: file.tensors[name] for name, file in self._where.items()}
 
     def close(self) -> None:

@@ -59,6 +59,7 @@ NAMED_IDS = {
 """Named tokens, and where their ids stand below "tokenizer.ggml."."""
 NO_TOKENIZER = "none"
 """The value of tokenizer.ggml.model in files that hold weights only."""
+_DAMAGED = "the GGUF file is damaged; fetch it again"
 
 
 def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
@@ -99,8 +100,7 @@ def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
         if token_id is not None:
             if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
                 raise TokenizerError(
-                    f"tokenizer.ggml.{key} is {token_id!r}, the vocabulary has {len(tokens)} tokens",
-                    hint="the GGUF file is damaged; fetch it again",
+                    f"tokenizer.ggml.{key} is {token_id!r}, the vocabulary has {len(tokens)} tokens", hint=_DAMAGED
                 )
             config[name] = tokens[token_id]
     # llama.cpp adds BOS to a SentencePiece vocabulary that does not say otherwise.
@@ -121,11 +121,9 @@ def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
 def _strings(metadata: Mapping[str, object], key: str) -> list[str]:
     value = metadata.get(key)
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
-        raise TokenizerError(f"{key} is missing or empty", hint="the GGUF file is damaged; fetch it again")
+        raise TokenizerError(f"{key} is missing or empty", hint=_DAMAGED)
     if not all(isinstance(item, str) for item in value):
-        raise TokenizerError(
-            f"{key} holds something that is no string", hint="the GGUF file is damaged; fetch it again"
-        )
+        raise TokenizerError(f"{key} holds something that is no string", hint=_DAMAGED)
     return list(value)
 
 
@@ -215,8 +213,7 @@ def _sentencepiece(metadata: Mapping[str, object], tokens: Sequence[str], types:
         scores = metadata.get("tokenizer.ggml.scores")
         if not isinstance(scores, Sequence) or len(scores) != len(tokens):
             raise TokenizerError(
-                f"tokenizer.ggml.scores does not hold a score for all {len(tokens)} tokens",
-                hint="the GGUF file is damaged; fetch it again",
+                f"tokenizer.ggml.scores does not hold a score for all {len(tokens)} tokens", hint=_DAMAGED
             )
         merges = merges_by_score(vocab, dict(zip(tokens, scores, strict=True)))
     return bpe_tokenizer_json(

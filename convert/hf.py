@@ -21,7 +21,7 @@ from llama_jax.convert.quantized import scheme_from_hf
 from llama_jax.convert.quantized.weight import QuantizedWeight, take_quantized
 from llama_jax.convert.safetensors_file import SafetensorsFile
 from llama_jax.convert.torch_file import TorchFile
-from llama_jax.convert.weight_file import WeightFile
+from llama_jax.convert.weight_file import WeightFile, closed_on_error
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
 
@@ -53,16 +53,13 @@ class HuggingFaceFolder:
         self._weights: dict[str, Weight] = {}
         self._where: dict[str, tuple[WeightFile, str]] = {}
         self._files: list[WeightFile] = []
-        try:
+        with closed_on_error(self.close):
             skipped = self._text.skipped_layers if self._text else frozenset()
             modules = {new: old for old, new in find_family(self.config.family).tensor_names.items()}
             self._open(Names(self._text is not None, skipped, modules))
             self._find_weights()
             self._tie(certain=self._text is None or hf.get("tie_word_embeddings") is not None)
             self._plan()
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Closes all files."""
@@ -123,7 +120,8 @@ class HuggingFaceFolder:
 
     def _open(self, names: Names) -> None:
         for shard, promised in _shards(self.path):
-            file = _open_weights(inside(self.path, shard))
+            path = inside(self.path, shard)
+            file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
             self._files.append(file)
             if absent := promised - file.entries.keys():
                 raise CheckpointError(f"{file.path} lacks tensor {some(absent)}, which the index promises", hint=_AGAIN)
@@ -197,10 +195,6 @@ class HuggingFaceFolder:
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
 _AGAIN = "the folder is damaged or was not downloaded completely; get it again"
-
-
-def _open_weights(path: Path) -> WeightFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
 def _shards(path: Path) -> list[tuple[str, set[str]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_jax.checkpoint.source import SourceTensor
 from llama_jax.convert.safetensors_file import DTYPES
-from llama_jax.convert.weight_file import WeightFile, same_tensor, source_tensor
+from llama_jax.convert.weight_file import WeightFile, blocks, same_tensor, source_tensor
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 MISMATCH = "config.json and the weights do not belong together, or the download is incomplete"
@@ -87,11 +87,4 @@ class PlainWeight:
 
     def all_zero(self) -> bool:
         """Whether every byte is 0."""
-        return not any(block.any() for block in self.blocks())
-
-    def blocks(self, size: int = 16 << 20) -> Iterator[np.ndarray]:
-        """The bytes, some at a time."""
-        for start in range(0, self.entry.nbytes, size):
-            block = np.empty(min(size, self.entry.nbytes - start), np.uint8)
-            self.file.read_into(self.name, block, start)
-            yield block
+        return not any(block.any() for block in blocks(self.file, self.name))

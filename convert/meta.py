@@ -19,7 +19,7 @@ from llama_jax.checkpoint.format import Source, read_json
 from llama_jax.checkpoint.small_files import copied_files
 from llama_jax.checkpoint.source import SourceTensor, check_names, some
 from llama_jax.config import config_from_hf
-from llama_jax.convert.gguf import half_rotation
+from llama_jax.convert.gguf import half_rotation, rotated_heads
 from llama_jax.convert.hf import inside
 from llama_jax.convert.meta_config import PARAMS, config_dict
 from llama_jax.convert.meta_tokenizer import (
@@ -32,7 +32,7 @@ from llama_jax.convert.meta_tokenizer import (
 )
 from llama_jax.convert.safetensors_file import DTYPES
 from llama_jax.convert.torch_file import TorchFile
-from llama_jax.convert.weight_file import same_tensor, source_tensor
+from llama_jax.convert.weight_file import closed_on_error, same_tensor, source_tensor
 from llama_jax.errors import CheckpointError, TokenizerError, UnsupportedModel
 from llama_jax.params import ParamSpec, param_specs
 
@@ -76,7 +76,7 @@ class MetaFolder:
         params = read_json(inside(path, PARAMS))
         self._tokenizer = _read_tokenizer(path)
         self._files: list[TorchFile] = []
-        try:
+        with closed_on_error(self.close):
             for shard in _shards(path):
                 self._files.append(TorchFile(inside(path, shard)))
             self._embed_dim, vocab_size = self._embedding(params)
@@ -92,9 +92,6 @@ class MetaFolder:
                 )
             )
             self._check()
-        except BaseException:
-            self.close()
-            raise
 
     def close(self) -> None:
         """Closes all files."""
@@ -134,11 +131,8 @@ class MetaFolder:
         else:
             for file, part in zip(self._files, np.split(out, len(self._files), axis), strict=True):
                 _read_part(file, name, part)
-        if ".attn.q_proj." in spec.name:
-            return half_rotation(out, self.config.num_heads)
-        if ".attn.k_proj." in spec.name:
-            return half_rotation(out, self.config.num_kv_heads)
-        return out
+        heads = rotated_heads(spec, self.config)
+        return out if heads is None else half_rotation(out, heads)
 
     @property
     def _llama31(self) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 from llama_jax.config.fields import MAX_INT, Fields, bad
 from llama_jax.config.hf import MAX_LAYERS
+from llama_jax.config.rope import rope_to_hf
+from llama_jax.config.spec import RopeSpec
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 PARAMS = "params.json"
@@ -132,14 +134,9 @@ def _context(*, byte_level: bool, scaled: bool, theta: float, llama1: bool) -> i
 
 def _rope(f: Fields, theta: float, *, scaled: bool, tied: bool) -> dict[str, Any]:
     if not scaled:
-        return {"rope_type": "default", "rope_theta": theta}
-    return {
-        "rope_type": "llama3",
-        "rope_theta": theta,
-        # `apply_scaling` in models/llama3/model.py says 8. Llama 3.2 1B and 3B, the ones with tied embeddings, were
-        # made with 32, as their config.json says.
-        "factor": f.number("rope_scaling_factor", 32.0 if tied else 8.0),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": f.number("rope_high_freq_factor", 4.0),
-        "original_max_position_embeddings": 8192,
-    }
+        return rope_to_hf(RopeSpec(theta))
+    # `apply_scaling` in models/llama3/model.py says 8. Llama 3.2 1B and 3B, the ones with tied embeddings, were made
+    # with 32, as their config.json says.
+    factor = f.number("rope_scaling_factor", 32.0 if tied else 8.0)
+    high = f.number("rope_high_freq_factor", 4.0)
+    return rope_to_hf(RopeSpec(theta, "llama3", factor, 8192, high_freq_factor=high))

@@ -65,10 +65,8 @@ def opened(path: Path, *, name: str | None = None, revision: str | None = None) 
         source = CheckpointSource(path)
     else:
         source = open_source(path, name=name, revision=revision)
-    try:
+    with contextlib.closing(source):
         yield source
-    finally:
-        source.close()
     after = _stamps(path)
     if changed := sorted(str(file) for file in before.keys() | after.keys() if before.get(file) != after.get(file)):
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,7 @@ def convert(
     from llama_jax.params import param_specs
 
     wanted = None if dtype is None else storage_dtype(dtype)
-    model = open_source(Path(src), name=name, revision=revision)
-    try:
+    with closing(open_source(Path(src), name=name, revision=revision)) as model:
         specs = {spec.name: spec for spec in in_file_order(model, param_specs(model.config))}
         weights = weight_files(model, specs.values())
         before = _stamps(weights)
@@ -107,17 +107,16 @@ def convert(
                 raise CheckpointError(
                     f"a file of {model.path} was changed while it was read", hint="convert it again when it is complete"
                 )
+            digests = {name: value for note in writer.notes for name, value in note["source_digests"].items()}
             return writer.commit(
                 model.config,
                 source=model.source,
                 generation_config=generation_config,
                 files=files,
                 source_files=locked_files(sha256),
-                origins=origins(model, specs.values(), _source_digests(writer.notes)),
+                origins=origins(model, specs.values(), digests),
                 dtype=dtype,
             )
-    finally:
-        model.close()
 
 
 def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes) -> None:
@@ -139,10 +138,6 @@ def _known(notes: Sequence[Mapping[str, Any]], weights: Sequence[Path]) -> dict[
     """The files that an earlier conversion has hashed to their ends."""
     found = {name: value for note in notes for name, value in note["sha256"].items()}
     return {file: found[file.name] for file in weights if file.name in found}
-
-
-def _source_digests(notes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    return {name: value for note in notes for name, value in note["source_digests"].items()}
 
 
 def locked_files(sha256: Mapping[Path, str]) -> tuple[SourceFile, ...]:

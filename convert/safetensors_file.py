@@ -10,14 +10,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax.checkpoint.source import BFLOAT16
-from llama_jax.convert.weight_file import open_file, read_at
+from llama_jax.convert.weight_file import DAMAGED, Entry, WeightFile
 from llama_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -37,57 +35,13 @@ _MAX_DIMS = 64
 """Dimensions that an array of numpy can have."""
 _MAX_BYTES = 2**63 - 1
 
-_HINT = "the file is damaged or was not downloaded completely; get it again"
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: safetensors name of its dtype, shape, and where its bytes begin in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-class SafetensorsFile:
-    """An open safetensors file.
+class SafetensorsFile(WeightFile):
+    """An open safetensors file; see `WeightFile`.
 
     Attributes:
-      path: the file.
-      entries: name to tensor.
       metadata: strings of the header that say nothing about tensors.
-
-    Raises:
-      CheckpointError: the file cannot be opened, or its header is malformed; names the file and the tensor.
     """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._fd = open_file(path)
-        try:
-            self.entries = self._parse()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Closes the file; reading from it afterwards is an error."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def read_into(self, name: str, out: np.ndarray, skip: int = 0) -> None:
-        """Fills a C-contiguous array with bytes of a tensor, from `skip` bytes behind its beginning on.
-
-        Raises:
-          CheckpointError: the file ends too early or cannot be read.
-        """
-        entry = self.entries[name]
-        view = memoryview(out.reshape(-1).view(np.uint8))
-        if skip < 0 or skip + len(view) > entry.nbytes:
-            raise ValueError(f"{name}: bytes {skip} to {skip + len(view)} of {entry.nbytes}")
-        read_at(self._fd, view, entry.offset + skip, self.path, f"tensor {name}")
 
     def _parse(self) -> dict[str, Entry]:
         size = os.fstat(self._fd).st_size
@@ -95,35 +49,30 @@ class SafetensorsFile:
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{self.path}: a header of {length} bytes does not fit a file of {size}",
-                hint=_HINT if size >= 8 else "the file is empty or not a safetensors file",
+                hint=DAMAGED if size >= 8 else "the file is empty or not a safetensors file",
             )
         try:
             raw = os.pread(self._fd, length, 8).decode("utf-8")
             header = json.loads(raw, object_pairs_hook=_checked, parse_constant=_refused)
         except (ValueError, RecursionError) as e:
-            raise CheckpointError(f"{self.path}: the header is not valid JSON ({e})", hint=_HINT) from e
+            raise self._bad(f"the header is not valid JSON ({e})") from e
         # The format wants the brace first of all, even before white space.
         if not raw.startswith("{"):
-            raise CheckpointError(f"{self.path}: the header is not a JSON object", hint=_HINT)
+            raise self._bad("the header is not a JSON object")
         notes = header.pop("__metadata__", {})
         if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-            raise CheckpointError(f"{self.path}: the header's __metadata__ holds more than strings", hint=_HINT)
+            raise self._bad("the header's __metadata__ holds more than strings")
         self.metadata: Mapping[str, str] = notes
         entries = {name: self._entry(name, value, 8 + length) for name, value in header.items()}
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
             if entry.offset != end:
-                raise CheckpointError(
-                    f"{self.path}: tensor {name} begins at byte {entry.offset}, the one before it ends at {end}",
-                    hint=_HINT,
-                )
+                raise self._bad(f"tensor {name} begins at byte {entry.offset}, the one before it ends at {end}")
             end += entry.nbytes
             if end > size:
-                raise CheckpointError(
-                    f"{self.path}: tensor {name} ends at byte {end}, the file at {size}: it is truncated", hint=_HINT
-                )
+                raise self._bad(f"tensor {name} ends at byte {end}, the file at {size}: it is truncated")
         if end != size:
-            raise CheckpointError(f"{self.path}: {size - end} bytes follow the last tensor", hint=_HINT)
+            raise self._bad(f"{size - end} bytes follow the last tensor")
         return entries
 
     def _entry(self, name: str, value: Any, data: int) -> Entry:
@@ -139,14 +88,9 @@ class SafetensorsFile:
                 raise ValueError("a size or offset is not a natural number of 63 bits")
             nbytes = math.prod(shape) * _ITEM_SIZES[dtype]
         except (KeyError, TypeError, ValueError) as e:
-            raise CheckpointError(
-                f"{self.path}: the header's entry of tensor {name} is malformed ({e!r})", hint=_HINT
-            ) from e
+            raise self._bad(f"the header's entry of tensor {name} is malformed ({e!r})") from e
         if end - begin != nbytes:
-            raise CheckpointError(
-                f"{self.path}: tensor {name} is {dtype}{shape}, {nbytes} bytes, but takes up {end - begin}",
-                hint=_HINT,
-            )
+            raise self._bad(f"tensor {name} is {dtype}{shape}, {nbytes} bytes, but takes up {end - begin}")
         return Entry(dtype, tuple(shape), data + begin, nbytes)
 
 

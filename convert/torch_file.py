@@ -11,14 +11,13 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llama_jax.convert import torch_pickle, torch_zip
 from llama_jax.convert.torch_pickle import MAX_NAME, MAX_PICKLE_BYTES, STORAGES, PickleError, Storage, TensorView
-from llama_jax.convert.weight_file import DAMAGED, open_file, read_at
+from llama_jax.convert.weight_file import Entry, WeightFile, read_at
 from llama_jax.errors import CheckpointError
 
 # The first pickle of the old format: a number that `torch.save` puts there.
@@ -33,25 +32,16 @@ _Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class TorchEntry:
+class TorchEntry(Entry):
     """One tensor of a file.
 
     Attributes:
-      dtype: safetensors' name of its dtype.
-      shape, strides: in elements; strides need not be those of C order.
-      offset: where its first element stands in the file, in bytes.
+      strides: in elements; they need not be those of C order.
       itemsize: bytes of an element.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
     strides: tuple[int, ...]
-    offset: int
     itemsize: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.itemsize
 
     @property
     def contiguous(self) -> bool:
@@ -64,51 +54,20 @@ class TorchEntry:
         return True
 
 
-class TorchFile:
-    """An open file of `torch.save` that holds a state dict; see `convert.weight_file.WeightFile`.
+class TorchFile(WeightFile):
+    """An open file of `torch.save` that holds a state dict; see `WeightFile`.
 
     Tensors may share a storage (tied weights) and may be views of any strides. Elements that stand for several
-    (`Tensor.expand`) are refused, so that no tensor is larger than the file.
-
-    Attributes:
-      path: the file.
-      entries: name to tensor.
-
-    Raises:
-      CheckpointError: the file cannot be opened, is no file of `torch.save`, is malformed, or its pickle holds anything
-        but named tensors; names the file and the tensor.
+    (`Tensor.expand`) are refused, so that no tensor is larger than the file. So is a pickle that holds anything but
+    named tensors.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._fd = open_file(path)
-        try:
-            self.entries: Mapping[str, TorchEntry] = self._parse()
-        except PickleError as e:
-            self.close()
-            raise self._bad(str(e)) from e
-        except BaseException:
-            self.close()
-            raise
+    entries: Mapping[str, TorchEntry]
 
-    def close(self) -> None:
-        """Closes the file; reading from it afterwards is an error."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def read_into(self, name: str, out: np.ndarray, skip: int = 0) -> None:
-        """Fills a C-contiguous array with bytes of a tensor (in C order), from `skip` bytes behind its beginning on.
-
-        Raises:
-          CheckpointError: the file ends too early or cannot be read.
-        """
+    def _read(self, name: str, flat: np.ndarray, skip: int) -> None:
         entry = self.entries[name]
-        flat = out.reshape(-1).view(np.uint8)
-        if skip < 0 or skip + len(flat) > entry.nbytes:
-            raise ValueError(f"{name}: bytes {skip} to {skip + len(flat)} of {entry.nbytes}")
         if entry.contiguous:
-            read_at(self._fd, memoryview(flat), entry.offset + skip, self.path, f"tensor {name}")
+            super()._read(name, flat, skip)
         elif len(flat):
             self._gather(name, entry, flat, skip)
 
@@ -129,20 +88,20 @@ class TorchFile:
         else:
             flat[:] = rows.reshape(-1)[skip - first * row :][: len(flat)]
 
-    def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what}", hint=DAMAGED)
-
     def _parse(self) -> dict[str, TorchEntry]:
         head = os.pread(self._fd, len(_OLD_MAGIC), 0)
-        if head.startswith(torch_zip.MAGIC):
-            views, place = self._open_zip()
-        elif head == _OLD_MAGIC:
-            views, place = self._open_old()
-        else:
-            raise CheckpointError(
-                f"{self.path} is no file of torch.save: it begins with {head[:8]!r}",
-                hint="it may be damaged or a pointer of git-lfs; get it again",
-            )
+        try:
+            if head.startswith(torch_zip.MAGIC):
+                views, place = self._open_zip()
+            elif head == _OLD_MAGIC:
+                views, place = self._open_old()
+            else:
+                raise CheckpointError(
+                    f"{self.path} is no file of torch.save: it begins with {head[:8]!r}",
+                    hint="it may be damaged or a pointer of git-lfs; get it again",
+                )
+        except PickleError as e:
+            raise self._bad(str(e)) from e
         return {name: self._entry(name, view, place) for name, view in views.items()}
 
     def _entry(self, name: str, view: TensorView, place: Callable[[Storage], _Place]) -> TorchEntry:
@@ -159,7 +118,8 @@ class TorchFile:
                 f"tensor {name} is {dtype}{list(view.shape)} from element {view.offset} on with strides "
                 f"{list(view.strides)}, its storage has {view.storage.numel} elements"
             )
-        entry = TorchEntry(dtype, view.shape, view.strides, begin + view.offset * itemsize, itemsize)
+        offset = begin + view.offset * itemsize
+        entry = TorchEntry(dtype, view.shape, offset, numel * itemsize, view.strides, itemsize)
         if not entry.contiguous and span * itemsize > _MAX_SPREAD * entry.nbytes + _SPREAD_BYTES:
             raise self._bad(f"the elements of tensor {name} lie too far apart, with strides {list(view.strides)}")
         return entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,14 +46,13 @@ def verify_source(checkpoint: str | Path, src: str | Path, progress: Progress | 
     opened = open_checkpoint(checkpoint)
     locked = read_lock(opened.path)
     dtype = None if locked.dtype is None else storage_dtype(locked.dtype)
-    model = open_source(Path(src))
     failures: list[str] = []
 
     def read(name: str) -> Leaf:
         # NaN has passed when the checkpoint was made; its digest says whether it is the same.
         return read_leaf(model, specs[name], dtype, allow_nonfinite=True, hashes=hashes)
 
-    try:
+    with closing(open_source(Path(src))) as model:
         specs = {spec.name: spec for spec in in_file_order(model, param_specs(model.config))}
         sizes = {name: memory(model, spec, dtype) for name, spec in specs.items()}
         weights = weight_files(model, specs.values())
@@ -70,8 +70,6 @@ def verify_source(checkpoint: str | Path, src: str | Path, progress: Progress | 
                     if progress:
                         progress(done, total, name)
             found = {file.name: file for file in locked_files(hashes.finish())}
-    finally:
-        model.close()
     missing = locked.tensors.keys() - specs.keys()
     failures += [f"{src} does not give tensor {name}" for name in sorted(missing)]
     return VerifyReport(opened.path, len(specs), total, tuple(_files(src, found, locked) + failures))

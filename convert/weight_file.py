@@ -1,11 +1,13 @@
-"""What the readers of weight files share: their interface, the dtypes of weights, and reading bytes at a place."""
+"""What the readers of weight files share: opening and closing, and reading bytes at a place."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -15,26 +17,40 @@ from llama_jax.errors import CheckpointError
 DAMAGED = "the file is damaged or was not downloaded completely; get it again"
 
 
-class WeightEntry(Protocol):
+@dataclass(frozen=True)
+class Entry:
     """One tensor of a file: safetensors' name of its dtype, its shape, where it begins, and its size in bytes."""
 
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
 
 
-class WeightFile(Protocol):
-    """An open file of named tensors, none of which has been read: `SafetensorsFile` or `TorchFile`."""
+class WeightFile(ABC):
+    """An open file of named tensors, none of which has been read: `SafetensorsFile` or `TorchFile`.
 
-    path: Path
+    Attributes:
+      path: the file.
+      entries: name to tensor.
 
-    @property
-    def entries(self) -> Mapping[str, WeightEntry]: ...
+    Raises:
+      CheckpointError: the file cannot be opened, or is malformed; names the file and the tensor.
+    """
+
+    entries: Mapping[str, Entry]
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._fd = open_file(path)
+        with closed_on_error(self.close):
+            self.entries = self._parse()
+
+    def close(self) -> None:
+        """Closes the file; reading from it afterwards is an error."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def read_into(self, name: str, out: np.ndarray, skip: int = 0) -> None:
         """Fills a C-contiguous array with bytes of a tensor (in C order), from `skip` bytes behind its beginning on.
@@ -42,9 +58,30 @@ class WeightFile(Protocol):
         Raises:
           CheckpointError: the file ends too early or cannot be read.
         """
-        ...
+        nbytes, flat = self.entries[name].nbytes, out.reshape(-1).view(np.uint8)
+        if skip < 0 or skip + len(flat) > nbytes:
+            raise ValueError(f"{name}: bytes {skip} to {skip + len(flat)} of {nbytes}")
+        self._read(name, flat, skip)
 
-    def close(self) -> None: ...
+    def _read(self, name: str, flat: np.ndarray, skip: int) -> None:
+        read_at(self._fd, memoryview(flat), self.entries[name].offset + skip, self.path, f"tensor {name}")
+
+    def _bad(self, what: str) -> CheckpointError:
+        """The error for a file that is not what its format asks for."""
+        return CheckpointError(f"{self.path}: {what}", hint=DAMAGED)
+
+    @abstractmethod
+    def _parse(self) -> Mapping[str, Entry]: ...
+
+
+@contextlib.contextmanager
+def closed_on_error(close: Callable[[], object]) -> Iterator[None]:
+    """Closes something if the block, which opens the rest of it, fails."""
+    try:
+        yield
+    except BaseException:
+        close()
+        raise
 
 
 def source_tensor(file: WeightFile, name: str) -> SourceTensor:
@@ -83,17 +120,20 @@ def read_at(fd: int, view: memoryview, offset: int, path: Path, what: str) -> No
         done += n
 
 
-def same_tensor(a: WeightFile, a_name: str, b: WeightFile, b_name: str, block: int = 16 << 20) -> bool:
+def same_tensor(a: WeightFile, a_name: str, b: WeightFile, b_name: str) -> bool:
     """Whether two tensors are equal, bit for bit; reads them in blocks, unless they are one place in one file."""
     x, y = a.entries[a_name], b.entries[b_name]
     if a is b and x == y:
         return True
     if (x.dtype, x.shape) != (y.dtype, y.shape):
         return False
-    for start in range(0, x.nbytes, block):
-        p, q = (np.empty(min(block, x.nbytes - start), np.uint8) for _ in range(2))
-        a.read_into(a_name, p, start)
-        b.read_into(b_name, q, start)
-        if not np.array_equal(p, q):
-            return False
-    return True
+    return all(np.array_equal(p, q) for p, q in zip(blocks(a, a_name), blocks(b, b_name), strict=True))
+
+
+def blocks(file: WeightFile, name: str, size: int = 16 << 20) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, some at a time."""
+    nbytes = file.entries[name].nbytes
+    for start in range(0, nbytes, size):
+        block = np.empty(min(size, nbytes - start), np.uint8)
+        file.read_into(name, block, start)
+        yield block

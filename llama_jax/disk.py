@@ -62,9 +62,7 @@ def _typed(path: Path, number: int, reason: str, needed: int) -> DoesNotFit | St
 def existing_parent(path: Path) -> Path:
     """The path itself or the nearest folder above it that exists."""
     path = path.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def check_space(path: Path, needed: int) -> None:

@@ -144,14 +144,8 @@ def _members(spec: ParamSpec, schemes: Mapping[str, str]) -> Iterator[ParamSpec]
 
 
 def _specs(c: LlamaConfig) -> Iterator[ParamSpec]:
-    yield ParamSpec(
-        "embed.weight",
-        (c.vocab_size, c.hidden_size),
-        ("vocab", "embed"),
-        "normal",
-        "model.embed_tokens.weight",
-        "token_embd.weight",
-    )
+    vocabulary, axes = (c.vocab_size, c.hidden_size), ("vocab", "embed")
+    yield _weight("embed", vocabulary, axes, "model.embed_tokens", "token_embd")
     for i, layer in enumerate(c.layers):
         ours, hf, gguf = f"layers.{i}", f"model.layers.{i}", f"blk.{i}"
         yield _norm(c, f"{ours}.attn_norm", f"{hf}.input_layernorm", f"{gguf}.attn_norm")
@@ -160,30 +154,14 @@ def _specs(c: LlamaConfig) -> Iterator[ParamSpec]:
             ("k_proj", c.kv_dim, c.qkv_bias, "attn_k"),
             ("v_proj", c.kv_dim, c.qkv_bias, "attn_v"),
         ):
-            yield from _linear(
-                f"{ours}.attn.{name}",
-                (out, c.hidden_size),
-                bias,
-                f"{hf}.self_attn.{name}",
-                f"{gguf}.{gguf_name}",
-            )
+            shape = out, c.hidden_size
+            yield from _linear(f"{ours}.attn.{name}", shape, bias, f"{hf}.self_attn.{name}", f"{gguf}.{gguf_name}")
         if layer.qk_norm == "rms":
             for name in ("q_norm", "k_norm"):
-                yield ParamSpec(
-                    f"{ours}.attn.{name}.weight",
-                    (c.head_dim,),
-                    ("head_dim",),
-                    "ones",
-                    f"{hf}.self_attn.{name}.weight",
-                    f"{gguf}.attn_{name}.weight",
-                )
-        yield from _linear(
-            f"{ours}.attn.o_proj",
-            (c.hidden_size, c.q_dim),
-            c.o_bias,
-            f"{hf}.self_attn.o_proj",
-            f"{gguf}.attn_output",
-        )
+                names = f"{hf}.self_attn.{name}", f"{gguf}.attn_{name}"
+                yield _weight(f"{ours}.attn.{name}", (c.head_dim,), ("head_dim",), *names, init="ones")
+        shape = c.hidden_size, c.q_dim
+        yield from _linear(f"{ours}.attn.o_proj", shape, c.o_bias, f"{hf}.self_attn.o_proj", f"{gguf}.attn_output")
         yield _norm(c, f"{ours}.mlp_norm", f"{hf}.post_attention_layernorm", f"{gguf}.ffn_norm")
         if isinstance(layer.mlp, MoeSpec):
             yield from _moe(c, layer.mlp, f"{ours}.moe", hf, gguf)
@@ -191,72 +169,59 @@ def _specs(c: LlamaConfig) -> Iterator[ParamSpec]:
             yield from _mlp(c, layer.mlp, f"{ours}.mlp", f"{hf}.{c.hf_mlp_module}", f"{gguf}.ffn_{{}}", c.mlp_bias)
     yield _norm(c, "final_norm", "model.norm", "output_norm")
     if not c.tie_word_embeddings:
-        yield ParamSpec(
-            "lm_head.weight",
-            (c.vocab_size, c.hidden_size),
-            ("vocab", "embed"),
-            "normal",
-            "lm_head.weight",
-            "output.weight",
-        )
+        yield _weight("lm_head", vocabulary, axes, "lm_head", "output")
+
+
+def _weight(name: str, shape: tuple[int, ...], axes: Axes, hf: str, gguf: str, *, init: Init = "normal") -> ParamSpec:
+    """The weight of a module, which has a name here, in Hugging Face checkpoints and in GGUF files."""
+    return ParamSpec(f"{name}.weight", shape, axes, init, f"{hf}.weight", f"{gguf}.weight")
 
 
 def _norm(c: LlamaConfig, name: str, hf: str, gguf: str) -> ParamSpec:
-    return ParamSpec(f"{name}.weight", (c.hidden_size,), ("embed",), "ones", f"{hf}.weight", f"{gguf}.weight")
+    return _weight(name, (c.hidden_size,), ("embed",), hf, gguf, init="ones")
 
 
 def _linear(name: str, shape: tuple[int, int], bias: bool, hf: str, gguf: str) -> Iterator[ParamSpec]:
     axes = PROJECTION_AXES[name.rpartition(".")[2]]
-    yield ParamSpec(f"{name}.weight", shape, axes, "normal", f"{hf}.weight", f"{gguf}.weight")
+    yield _weight(name, shape, axes, hf, gguf)
     if bias:
         yield ParamSpec(f"{name}.bias", shape[:1], axes[:1], "zeros", f"{hf}.bias", f"{gguf}.bias")
 
 
 def _mlp(c: LlamaConfig, width: int, name: str, hf: str, gguf: str, bias: bool) -> Iterator[ParamSpec]:
     """gate, up and down of a dense MLP; "{}" in `gguf` is filled with each one's short name."""
-    for short in ("gate", "up", "down"):
-        shape = (c.hidden_size, width) if short == "down" else (width, c.hidden_size)
+    for short, shape in _mlp_shapes(c, width).items():
         yield from _linear(f"{name}.{short}_proj", shape, bias, f"{hf}.{short}_proj", gguf.format(short))
+
+
+def _mlp_shapes(c: LlamaConfig, width: int) -> dict[str, tuple[int, int]]:
+    return {"gate": (width, c.hidden_size), "up": (width, c.hidden_size), "down": (c.hidden_size, width)}
 
 
 def _moe(c: LlamaConfig, moe: MoeSpec, name: str, hf: str, gguf: str) -> Iterator[ParamSpec]:
     if moe.router == "sigmoid":
-        router = f"{hf}.feed_forward.router.weight"
+        router = f"{hf}.feed_forward.router"
         experts = {s: f"{hf}.feed_forward.experts.{s}_proj" for s in ("gate", "up", "down")}
     else:
-        router = f"{hf}.block_sparse_moe.gate.weight"
+        router = f"{hf}.block_sparse_moe.gate"
         experts = {
             s: f"{hf}.block_sparse_moe.experts.{{e}}.{w}.weight"
             for s, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
         }
-    yield ParamSpec(
-        f"{name}.router.weight",
-        (moe.num_experts, c.hidden_size),
-        ("expert", "embed"),
-        "normal",
-        router,
-        f"{gguf}.ffn_gate_inp.weight",
-    )
-    for short in ("gate", "up", "down"):
-        width = moe.intermediate_size
-        shape = (c.hidden_size, width) if short == "down" else (width, c.hidden_size)
+    shape = moe.num_experts, c.hidden_size
+    yield _weight(f"{name}.router", shape, ("expert", "embed"), router, f"{gguf}.ffn_gate_inp")
+    for short, matrix in _mlp_shapes(c, moe.intermediate_size).items():
         yield ParamSpec(
             f"{name}.experts.{short}_proj.weight",
-            (moe.num_experts, *shape),
+            (moe.num_experts, *matrix),
             ("expert", *PROJECTION_AXES[f"{short}_proj"]),
             "normal",
             experts[short],
             f"{gguf}.ffn_{short}_exps.weight",
         )
     if moe.shared_intermediate_size:
-        yield from _mlp(
-            c,
-            moe.shared_intermediate_size,
-            f"{name}.shared",
-            f"{hf}.feed_forward.shared_expert",
-            f"{gguf}.ffn_{{}}_shexp",
-            False,
-        )
+        names = f"{name}.shared", f"{hf}.feed_forward.shared_expert", f"{gguf}.ffn_{{}}_shexp"
+        yield from _mlp(c, moe.shared_intermediate_size, *names, False)
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:

@@ -20,12 +20,13 @@ from tiny_models import LLAMA, assert_equal, write_hf
 
 from llama_jax import disk
 from llama_jax.checkpoint import journal, open_checkpoint, save, verify, write
-from llama_jax.checkpoint.leftovers import leftovers, remove_leftovers
+from llama_jax.checkpoint.leftovers import leftovers
 from llama_jax.checkpoint.lock import read_lock
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
 from llama_jax.convert.hf import HuggingFaceFolder
 from llama_jax.errors import CheckpointError, DoesNotFit, LlamaJaxError, StorageError
+from llama_jax.library import removal
 from llama_jax.params import unflatten
 
 TESTS = Path(__file__).parent
@@ -344,7 +345,8 @@ def test_every_write_may_fail(
     assert count
     # Not the very last calls: then the new checkpoint has its name already.
     for n in sorted({1, count // 2, 3 * count // 4} - {0}):
-        remove_leftovers(tmp_path)
+        for path in leftovers(tmp_path):
+            disk.remove(path)
         with monkeypatch.context() as patch:
             fail_nth(patch, owner, name, n, OSError(number, os.strerror(number)))
             with pytest.raises(EXPECTED[number]) as e:
@@ -602,7 +604,8 @@ def test_checkpoints_without_a_lock_still_verify(checkpoint: Path, tmp_path: Pat
 # --- Leftovers --------------------------------------------------------------------------------------------------------
 
 
-def test_leftovers(source: Path, tmp_path: Path) -> None:
+def test_leftovers(source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
     folder = tmp_path / "models"
     folder.mkdir()
     stopped(source, folder / "stopped")
@@ -617,11 +620,11 @@ def test_leftovers(source: Path, tmp_path: Path) -> None:
     (folder / "busy.partial").mkdir()
     (folder / "busy.partial" / disk.UNFINISHED).touch()
     with disk.file_lock(folder / "busy.lock"):
-        found = leftovers(folder)
-        assert [left.path.name for left in found] == ["stopped.partial", "whole.llama_jax-old", "whole.lock"]
+        found = removal.find_leftovers()
+        assert [left.name for left in found] == ["stopped.partial", "whole.llama_jax-old", "whole.lock"]
         assert found[0].nbytes > 6000
         assert found[2].nbytes == 0
-        assert remove_leftovers(folder) == found
+        assert removal.remove(found) == sum(left.nbytes for left in found)
         assert leftovers(folder) == []
     expected = ["busy.partial", "lost.llama_jax-old", "poetry.lock", "thesis.partial", "whole"]
     assert names(folder) == expected

@@ -159,7 +159,7 @@ def test_rm_that_is_stopped_leaves_no_half_model(model: Path, monkeypatch: pytes
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(removal, "remove_folder", stop)
+        patched.setattr(removal, "remove_path", stop)
         assert run("rm", model.name, "--yes").exit_code == 130
     assert not model.exists()
     assert [m.name for m in library.list_models()] == [library.DEFAULT_MODEL]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 import gguf
 import numpy as np
+
+from llama_jax.convert.weight_file import closed_on_error
 
 ALIGNMENT = 32
 """Bytes; what the format assumes when "general.alignment" does not say otherwise."""
@@ -29,10 +32,7 @@ class GgufPlan:
     @property
     def nbytes(self) -> int:
         block, size = gguf.GGML_QUANT_SIZES[self.kind]
-        n = size
-        for length in (*self.shape[:-1], self.shape[-1] // block):
-            n *= length
-        return n
+        return math.prod(self.shape) // block * size
 
 
 class GgufWriter:
@@ -49,11 +49,8 @@ class GgufWriter:
 
     def __init__(self, path: Path, metadata: Mapping[str, Value], plan: Mapping[str, GgufPlan]):
         self._file = path.open("xb")
-        try:
+        with closed_on_error(self._file.close):
             self._file.write(_header(metadata, plan))
-        except BaseException:
-            self._file.close()
-            raise
 
     def __enter__(self) -> GgufWriter:
         return self

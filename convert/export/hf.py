@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from llama_jax.checkpoint.checkpoint_source import CheckpointSource
 from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Progress
-from llama_jax.checkpoint.small_files import COPIED
+from llama_jax.checkpoint.small_files import COPIED, json_bytes
 from llama_jax.config import config_to_hf
 from llama_jax.config.families import find_family, renamed
 from llama_jax.convert.casting import cast, row_blocks, storage_dtype
@@ -71,11 +69,11 @@ def export_hf(
     stored = source.checkpoint.dtype
     if wanted is not None and wanted.name != stored:
         stored = wanted.name
-        files[CONFIG] = _json(config_to_hf(source.checkpoint.config.replace(dtype=stored)))
+        files[CONFIG] = json_bytes(config_to_hf(source.checkpoint.config.replace(dtype=stored)))
     shards = _shards(steps, shard_bytes)
     total = sum(plan.nbytes for shard in shards.values() for plan in shard.values())
     if len(shards) > 1:
-        files[INDEX] = _json(
+        files[INDEX] = json_bytes(
             {
                 "metadata": {"total_parameters": sum(s.size for s in source.specs), "total_size": total},
                 "weight_map": {name: file for file, shard in shards.items() for name in sorted(shard)},
@@ -184,12 +182,7 @@ def _is_export(path: Path) -> bool:
     if not found:
         return not any(path.iterdir())
     try:
-        file = SafetensorsFile(found[0])
+        with contextlib.closing(SafetensorsFile(found[0])) as file:
+            return _MADE_BY in file.metadata
     except CheckpointError:
         return False
-    file.close()
-    return _MADE_BY in file.metadata
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.convert.safetensors_file import DTYPES
+from llama_jax.convert.weight_file import closed_on_error
 
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
@@ -49,11 +50,8 @@ class SafetensorsWriter:
         header, self._offsets = _layout(plan, metadata)
         self._left = sum(tensor.nbytes for tensor in plan.values())
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
+        with closed_on_error(self.close):
             self._put(header, 0)
-        except BaseException:
-            self.close()
-            raise
 
     def write(self, name: str, array: np.ndarray, skip: int = 0) -> None:
         """Writes bytes of a tensor, from `skip` bytes behind its beginning on. The last byte of all closes the file.

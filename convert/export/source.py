@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.checkpoint.checkpoint_source import CheckpointSource
-from llama_jax.checkpoint.format import Checkpoint, digest
-from llama_jax.checkpoint.read import DAMAGED
+from llama_jax.checkpoint.format import DAMAGED, Checkpoint, digest
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,8 +29,8 @@ def staged(path: Path, *, needed: int, overwrite: bool, replaceable: Callable[[P
       StorageError: something stands at `path` (and may not be replaced), or it cannot be written.
       DoesNotFit: too little disk space.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    with disk.file_lock(path.with_name(f"{path.name}.lock")), disk.storage_errors(path):
+    partial = path.with_name(path.name + disk.PARTIAL)
+    with disk.file_lock(disk.lock_of(path)), disk.storage_errors(path):
         disk.restore_folder(path)
         if path.exists() or path.is_symlink():
             if not overwrite:
@@ -46,28 +45,21 @@ def staged(path: Path, *, needed: int, overwrite: bool, replaceable: Callable[[P
                 raise StorageError(
                     f"{partial} is in the way and is not of llama_jax", hint="move it, or choose another name"
                 )
-            _remove(partial)
+            disk.remove(partial)
         disk.check_space(path, needed)
         try:
             yield partial
             if partial.is_dir():
                 (partial / UNFINISHED).unlink()
-                sync(partial)
+                disk.sync(partial)
                 disk.replace_folder(partial, path)
             else:
                 partial.replace(path)
-            sync(path.parent)
+            disk.sync(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
-                _remove(partial)
+                disk.remove(partial)
             raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        disk.remove(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def start_folder(path: Path) -> None:
@@ -79,13 +71,4 @@ def start_folder(path: Path) -> None:
 def write_file(path: Path, data: bytes) -> None:
     """Writes a small file and waits until it is on the disk."""
     path.write_bytes(data)
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    disk.sync(path)

@@ -16,20 +16,21 @@ import numpy as np
 from llama_jax.config.fields import Fields
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes
-from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, PartName, cdiv, unsupported
+from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, Scheme, cdiv, unsupported
 
-_NAME = re.compile(r"(.+)\.(qweight|qzeros|scales)")
 _POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word each of eight neighbouring outputs stands."""
 _BITS = 4
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(Scheme):
     """See `scheme.Scheme`."""
 
     group: int | None
-    ignored: frozenset[str]
+
+    names = re.compile(r"(.+)\.(qweight|qzeros|scales)")
+    suffix = ".weight"
 
     @classmethod
     def read(cls, f: Fields) -> Awq:
@@ -45,13 +46,6 @@ class Awq:
     @property
     def label(self) -> str:
         return f"awq int{_BITS}, {'per channel' if self.group is None else f'groups of {self.group}'}"
-
-    def part(self, tensor: str) -> PartName | None:
-        found = _NAME.fullmatch(tensor)
-        return PartName(f"{found[1]}.weight", found[2]) if found else None
-
-    def ignores(self, module: str) -> bool:
-        return settings.listed(module, self.ignored)
 
     def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
         rows, cols = shape

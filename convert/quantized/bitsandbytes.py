@@ -19,13 +19,9 @@ import numpy as np
 from llama_jax.config.fields import MISSING, Fields
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes
-from llama_jax.convert.quantized.scheme import DAMAGED, FLOATS, SAME, Bundle, Part, PartName, cdiv
+from llama_jax.convert.quantized.scheme import DAMAGED, FLOATS, SAME, Bundle, Part, Scheme, cdiv
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
-_NAME4 = re.compile(
-    r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))"
-)
-_NAME8 = re.compile(r"(.+)\.(SCB|weight_format)")
 _MAX_STATE_BYTES = 4096
 
 
@@ -39,29 +35,25 @@ class _State:
 
 
 @dataclass(frozen=True)
-class Bitsandbytes4:
+class Bitsandbytes4(Scheme):
     """See `scheme.Scheme`."""
 
     kind: str
-    ignored: frozenset[str]
+
+    names = re.compile(
+        r"(.+\.weight)\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__(?:nf4|fp4))"
+    )
 
     @classmethod
     def read(cls, f: Fields) -> Bitsandbytes4:
         return cls(
-            settings.one_of(f, "bnb_4bit_quant_type", ("nf4", "fp4"), "fp4"),
-            frozenset(settings.names(f, "llm_int8_skip_modules")),
+            kind=settings.one_of(f, "bnb_4bit_quant_type", ("nf4", "fp4"), "fp4"),
+            ignored=frozenset(settings.names(f, "llm_int8_skip_modules")),
         )
 
     @property
     def label(self) -> str:
         return f"bitsandbytes {self.kind}"
-
-    def part(self, tensor: str) -> PartName | None:
-        found = _NAME4.fullmatch(tensor)
-        return PartName(found[1], found[2]) if found else None
-
-    def ignores(self, module: str) -> bool:
-        return settings.listed(module, self.ignored)
 
     def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
         state_part = self._state_part(bundle)
@@ -99,9 +91,7 @@ class Bitsandbytes4:
     def _state_part(self, bundle: Bundle) -> str:
         part = f"quant_state.bitsandbytes__{self.kind}"
         if part not in bundle.tensors:
-            raise CheckpointError(
-                f"{bundle.path}: quantised weight {bundle.weight} lacks its tensor {part!r}", hint=DAMAGED
-            )
+            raise bundle.lacks(part)
         return part
 
     def _state(self, bundle: Bundle, shape: tuple[int, ...]) -> _State:
@@ -126,10 +116,11 @@ class Bitsandbytes4:
 
 
 @dataclass(frozen=True)
-class Bitsandbytes8:
+class Bitsandbytes8(Scheme):
     """See `scheme.Scheme`."""
 
-    ignored: frozenset[str]
+    names = re.compile(r"(.+)\.(SCB|weight_format)")
+    suffix = ".weight"
 
     @classmethod
     def read(cls, f: Fields) -> Bitsandbytes8:
@@ -139,13 +130,6 @@ class Bitsandbytes8:
     @property
     def label(self) -> str:
         return "bitsandbytes int8, per channel"
-
-    def part(self, tensor: str) -> PartName | None:
-        found = _NAME8.fullmatch(tensor)
-        return PartName(f"{found[1]}.weight", found[2]) if found else None
-
-    def ignores(self, module: str) -> bool:
-        return settings.listed(module, self.ignored)
 
     def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
         return {

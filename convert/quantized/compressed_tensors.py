@@ -19,21 +19,9 @@ import numpy as np
 from llama_jax.config.fields import Fields, bad
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes, unpack
-from llama_jax.convert.quantized.scheme import (
-    FLOATS,
-    IGNORED,
-    SAME,
-    Bundle,
-    Part,
-    PartName,
-    cdiv,
-    unsupported,
-)
+from llama_jax.convert.quantized.scheme import FLOATS, SAME, Bundle, Part, Scheme, cdiv, unsupported
 from llama_jax.errors import CheckpointError
 
-_NAME = re.compile(r"(.+\.weight)_(packed|scale|zero_point|shape|g_idx)")
-# Scales of activations and of the cache: nothing here is quantised while it is computed.
-_ACTIVATION = re.compile(r".+\.((input|output|[qkv])_(scale|zero_point|global_scale))")
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _STRATEGIES = ("tensor", "channel", "group", "block")
 
@@ -68,11 +56,14 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(Scheme):
     """See `scheme.Scheme`."""
 
     groups: tuple[Weights, ...]
-    ignored: frozenset[str]
+
+    names = re.compile(r"(.+\.weight)_(packed|scale|zero_point|shape|g_idx)")
+    # Scales of activations and of the cache: nothing here is quantised while it is computed.
+    activations = re.compile(r".+\.((input|output|[qkv])_(scale|zero_point|global_scale))")
 
     @classmethod
     def read(cls, f: Fields) -> CompressedTensors:
@@ -88,20 +79,12 @@ class CompressedTensors:
             raise bad(f.name("config_groups"), groups, "an object with an entry at least")
         read = [_group(f, name, group) for name, group in groups.items()]
         ignored = (name for name in settings.names(f, "ignore") if not name.startswith("re:"))
-        return cls(tuple(g for g in read if g is not None), frozenset(ignored))
+        return cls(frozenset(ignored), tuple(g for g in read if g is not None))
 
     @property
     def label(self) -> str:
         kinds = dict.fromkeys(group.label for group in self.groups)
         return f"compressed-tensors {'; '.join(kinds) or 'without quantised weights'}"
-
-    def part(self, tensor: str) -> PartName | None:
-        if found := _NAME.fullmatch(tensor):
-            return PartName(found[1], found[2])
-        return IGNORED if _ACTIVATION.fullmatch(tensor) else None
-
-    def ignores(self, module: str) -> bool:
-        return settings.listed(module, self.ignored)
 
     def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
         group, (rows, cols) = self._group_of(bundle), shape
@@ -185,11 +168,7 @@ def _columns(bundle: Bundle, tensors: Mapping[str, np.ndarray], groups: int) -> 
     index = tensors.get("g_idx")
     if index is None or (index == -1).all():
         return None
-    if index.min() < 0 or index.max() >= groups:
-        raise CheckpointError(
-            f"{bundle.where('g_idx')} holds groups from {index.min()} to {index.max()}, there are {groups}",
-            hint="the source is damaged; get it again",
-        )
+    bundle.check_groups("g_idx", index, groups)
     return index
 
 

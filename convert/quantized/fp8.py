@@ -17,20 +17,20 @@ import numpy as np
 from llama_jax.config.fields import Fields, bad
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes
-from llama_jax.convert.quantized.scheme import FLOATS, IGNORED, SAME, Bundle, Part, PartName, cdiv
+from llama_jax.convert.quantized.scheme import FLOATS, SAME, Bundle, Part, Scheme, cdiv
 
 _STACKED = r"\.experts\.(?:gate_up|down)_proj"
-_BLOCK_SCALE = re.compile(rf"(.+(?:\.weight|{_STACKED}))_(scale_inv)")
-_ROW_SCALE = re.compile(rf"(.+(?:\.weight|{_STACKED}))_(scale)")
 _ACTIVATION = re.compile(r".+[._](activation_scale|input_scale|input_scale_ub)")
 
 
 @dataclass(frozen=True)
-class BlockFp8:
+class BlockFp8(Scheme):
     """See `scheme.Scheme`."""
 
     block: tuple[int, int] | None
-    ignored: frozenset[str]
+
+    names = re.compile(rf"(.+(?:\.weight|{_STACKED}))_(scale_inv)")
+    activations = _ACTIVATION
 
     @classmethod
     def read(cls, f: Fields) -> BlockFp8:
@@ -42,19 +42,11 @@ class BlockFp8:
         if block is None and key not in f.values:
             block = [128, 128]
         ignored = settings.names(f, "modules_to_not_convert") + settings.names(f, "ignored_layers")
-        return cls(None if block is None else (block[0], block[1]), frozenset(ignored))
+        return cls(frozenset(ignored), None if block is None else (block[0], block[1]))
 
     @property
     def label(self) -> str:
         return "fp8, per tensor" if self.block is None else f"fp8, blocks of {self.block[0]}x{self.block[1]}"
-
-    def part(self, tensor: str) -> PartName | None:
-        if found := _BLOCK_SCALE.fullmatch(tensor):
-            return PartName(found[1], found[2])
-        return IGNORED if _ACTIVATION.fullmatch(tensor) else None
-
-    def ignores(self, module: str) -> bool:
-        return settings.listed(module, self.ignored)
 
     def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
         *experts, rows, cols = shape
@@ -75,10 +67,11 @@ class BlockFp8:
 
 
 @dataclass(frozen=True)
-class FbgemmFp8:
+class FbgemmFp8(Scheme):
     """See `scheme.Scheme`."""
 
-    ignored: frozenset[str]
+    names = re.compile(rf"(.+(?:\.weight|{_STACKED}))_(scale)")
+    activations = _ACTIVATION
 
     @classmethod
     def read(cls, f: Fields) -> FbgemmFp8:
@@ -87,14 +80,6 @@ class FbgemmFp8:
     @property
     def label(self) -> str:
         return "fbgemm_fp8, per channel"
-
-    def part(self, tensor: str) -> PartName | None:
-        if found := _ROW_SCALE.fullmatch(tensor):
-            return PartName(found[1], found[2])
-        return IGNORED if _ACTIVATION.fullmatch(tensor) else None
-
-    def ignores(self, module: str) -> bool:
-        return settings.listed(module, self.ignored)
 
     def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
         *experts, rows, cols = shape

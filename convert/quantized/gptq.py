@@ -16,21 +16,20 @@ import numpy as np
 from llama_jax.config.fields import Fields
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes, unpack
-from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, PartName, cdiv, unsupported
-from llama_jax.errors import CheckpointError
-
-_NAME = re.compile(r"(.+)\.(qweight|qzeros|scales|g_idx)")
+from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, Scheme, cdiv, unsupported
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(Scheme):
     """See `scheme.Scheme`."""
 
     bits: int
     group: int | None
     desc_act: bool
     version: int
-    ignored: frozenset[str]
+
+    names = re.compile(r"(.+)\.(qweight|qzeros|scales|g_idx)")
+    suffix = ".weight"
 
     @classmethod
     def read(cls, f: Fields) -> Gptq:
@@ -55,13 +54,6 @@ class Gptq:
         groups = "per channel" if self.group is None else f"groups of {self.group}"
         return f"gptq int{self.bits}, {groups}{', act order' if self.desc_act else ''}"
 
-    def part(self, tensor: str) -> PartName | None:
-        found = _NAME.fullmatch(tensor)
-        return PartName(f"{found[1]}.weight", found[2]) if found else None
-
-    def ignores(self, module: str) -> bool:
-        return settings.listed(module, self.ignored)
-
     def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
         rows, cols = shape
         if rows * self.bits % 32 or cols * self.bits % 32:
@@ -78,12 +70,8 @@ class Gptq:
         rows, cols = shape
         scales = tensors["scales"].T
         groups = tensors.get("g_idx")
-        if groups is not None and (groups.min() < 0 or groups.max() >= scales.shape[1]):
-            raise CheckpointError(
-                f"{bundle.where('g_idx')} holds groups from {groups.min()} to {groups.max()}, "
-                f"there are {scales.shape[1]}",
-                hint="the source is damaged; get it again",
-            )
+        if groups is not None:
+            bundle.check_groups("g_idx", groups, scales.shape[1])
         values = unpack(tensors["qweight"].T, self.bits, cols)
         return Codes(values, scales, (1, self.group or cols), self._zeros(tensors["qzeros"], rows).T, groups)
 

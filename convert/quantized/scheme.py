@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from llama_jax.checkpoint.source import BFLOAT16
 from llama_jax.convert.quantized.codes import Codes
-from llama_jax.convert.weight_file import WeightEntry, WeightFile
+from llama_jax.convert.safetensors_file import DTYPES
+from llama_jax.convert.weight_file import Entry, WeightFile
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 FLOATS = ("F32", "BF16", "F16")
 _DTYPES: Mapping[str, np.dtype] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": BFLOAT16,
+    **DTYPES,
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "I8": np.dtype("i1"),
@@ -93,7 +93,7 @@ class Bundle:
     def path(self) -> Path:
         return next(iter(self.tensors.values()))[0].path
 
-    def entry(self, part: str) -> WeightEntry:
+    def entry(self, part: str) -> Entry:
         file, name = self.tensors[part]
         return file.entries[name]
 
@@ -111,6 +111,18 @@ class Bundle:
         file.read_into(name, out, (expert or 0) * out.nbytes)
         return out
 
+    def lacks(self, part: str) -> CheckpointError:
+        """The error for a tensor that is missing."""
+        return CheckpointError(f"{self.path}: quantised weight {self.weight} lacks its tensor {part!r}", hint=DAMAGED)
+
+    def check_groups(self, part: str, index: np.ndarray, count: int) -> None:
+        """Raises CheckpointError unless a tensor holds numbers of groups, of which there are `count`."""
+        if index.min() < 0 or index.max() >= count:
+            raise CheckpointError(
+                f"{self.where(part)} holds groups from {index.min()} to {index.max()}, there are {count}",
+                hint="the source is damaged; get it again",
+            )
+
     def check(self, parts: Mapping[str, Part]) -> None:
         """Compares the tensors with what they must be.
 
@@ -125,9 +137,7 @@ class Bundle:
             if part not in self.tensors:
                 if wanted.optional:
                     continue
-                raise CheckpointError(
-                    f"{self.path}: quantised weight {self.weight} lacks its tensor {part!r}", hint=DAMAGED
-                )
+                raise self.lacks(part)
             entry = self.entry(part)
             if entry.dtype not in wanted.dtypes:
                 raise CheckpointError(
@@ -143,22 +153,39 @@ class Bundle:
                 )
 
 
-class Scheme(Protocol):
-    """One way of quantising weights, with the parameters of one checkpoint."""
+@dataclass(frozen=True)
+class Scheme(ABC):
+    """One way of quantising weights, with the parameters of one checkpoint.
+
+    Attributes:
+      ignored: modules that config.json names, in full, as not quantised.
+      names: of tensors; the first group is the weight that one belongs to, but for `suffix`, the second is its part.
+      activations: names of tensors that say nothing about weights.
+    """
+
+    ignored: frozenset[str]
+
+    names: ClassVar[re.Pattern[str]]
+    suffix: ClassVar[str] = ""
+    activations: ClassVar[re.Pattern[str] | None] = None
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """Name and parameters in a few words, for people."""
-        ...
 
     def part(self, tensor: str) -> PartName | None:
         """What a tensor is by its name; None if this scheme knows no such name."""
-        ...
+        if found := self.names.fullmatch(tensor):
+            return PartName(found[1] + self.suffix, found[2])
+        return IGNORED if self.activations and self.activations.fullmatch(tensor) else None
 
     def ignores(self, module: str) -> bool:
-        """Whether config.json names a module, in full, among those that are not quantised."""
-        ...
+        """Whether config.json names a module, or one that it is in, among those that are not quantised."""
+        parts = module.split(".")
+        return any(".".join(parts[:n]) in self.ignored for n in range(2, len(parts) + 1))
 
+    @abstractmethod
     def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
         """What the tensors of a weight of this shape must be; [expert, rows, cols] where experts are stacked.
 
@@ -166,8 +193,8 @@ class Scheme(Protocol):
           CheckpointError, UnsupportedModel: a small tensor that describes the others is damaged, or asks for more than
             is supported.
         """
-        ...
 
+    @abstractmethod
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         """The codes of one matrix.
 
@@ -176,7 +203,6 @@ class Scheme(Protocol):
           tensors: part to contents, those of one expert where experts are stacked.
           shape: [rows, cols] of the weight.
         """
-        ...
 
 
 def cdiv(a: int, b: int) -> int:

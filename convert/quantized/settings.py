@@ -21,12 +21,6 @@ def names(f: Fields, key: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def listed(module: str, full_names: Collection[str]) -> bool:
-    """Whether a list names a module, or one that it is in, in full."""
-    parts = module.split(".")
-    return any(".".join(parts[:n]) in full_names for n in range(2, len(parts) + 1))
-
-
 def one_of(f: Fields, key: str, allowed: Collection[Any], default: Any) -> Any:
     """A value out of a few.
 

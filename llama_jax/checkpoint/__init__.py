@@ -11,6 +11,7 @@ Opening and verifying a checkpoint imports neither jax nor orbax; loading import
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.checkpoint.format import (
@@ -46,16 +47,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # These need numpy, tensorstore, jax or orbax, so they are loaded when first asked for.
-    if name in ("CheckpointWriter", "save"):
-        from llama_jax.checkpoint import write
-
-        return getattr(write, name)
-    if name in ("VerifyReport", "verify"):
-        from llama_jax.checkpoint import read
-
-        return getattr(read, name)
-    if name == "load_params":
-        from llama_jax.checkpoint.build import load_params
-
-        return load_params
+    homes = {
+        "CheckpointWriter": "write",
+        "save": "write",
+        "VerifyReport": "read",
+        "verify": "read",
+        "load_params": "build",
+    }
+    if name in homes:
+        return getattr(importlib.import_module(f"{__name__}.{homes[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

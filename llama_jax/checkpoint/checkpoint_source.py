@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.checkpoint.format import open_checkpoint
-from llama_jax.checkpoint.read import DAMAGED, TensorReader
+from llama_jax.checkpoint.format import DAMAGED, open_checkpoint
+from llama_jax.checkpoint.read import TensorReader
 from llama_jax.checkpoint.small_files import copied_files
 from llama_jax.checkpoint.source import check_dtypes, check_tensors
 from llama_jax.config import LlamaConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,10 +56,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        n = ITEMSIZES[self.dtype]
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape) * ITEMSIZES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     metadata_path = path / PARAMS / _ORBAX_METADATA
     custom = read_json(metadata_path).get("custom_metadata")
     if not isinstance(custom, dict):
-        raise CheckpointError(f"{metadata_path} holds no metadata of llama_jax", hint=_AGAIN)
+        raise CheckpointError(f"{metadata_path} holds no metadata of llama_jax", hint=DAMAGED)
     _version(custom, metadata_path)
     tensors = _tensor_infos(custom, metadata_path)
     generation = path / GENERATION_CONFIG
@@ -179,7 +177,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if strange := [name for name in files if not _is_file_name(name)]:
             raise ValueError(f"file {strange[0]!r} leads out of the folder")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise CheckpointError(f"{path / MARKER} is damaged ({type(e).__name__}: {e})", hint=_AGAIN) from e
+        raise CheckpointError(f"{path / MARKER} is damaged ({type(e).__name__}: {e})", hint=DAMAGED) from e
     return Checkpoint(
         path=path,
         config=config_from_hf(read_json(path / CONFIG)).replace(schemes=_schemes(tensors, metadata_path)),
@@ -193,7 +191,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-_AGAIN = "the checkpoint is damaged; convert it again, or copy it again from where it came"
+DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
 _MAX_JSON_BYTES = 32 << 20
 """Some times the largest index of a published model; parsed JSON takes up to 25 times the memory of its text."""
 
@@ -209,13 +207,13 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has {size:,} bytes", hint=f"at most {_MAX_JSON_BYTES:,} can be read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise CheckpointError(f"{path} is missing", hint=_AGAIN) from e
+        raise CheckpointError(f"{path} is missing", hint=DAMAGED) from e
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}", hint="check its permissions") from e
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not valid JSON ({e})", hint=_AGAIN) from e
+        raise CheckpointError(f"{path} is not valid JSON ({e})", hint=DAMAGED) from e
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object", hint=_AGAIN)
+        raise CheckpointError(f"{path} does not hold a JSON object", hint=DAMAGED)
     return value
 
 
@@ -259,7 +257,7 @@ def _is_file_name(name: str) -> bool:
 def _version(metadata: Mapping[str, Any], path: Path) -> int:
     version = metadata.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise CheckpointError(f"{path} has no valid format_version (got {version!r})", hint=_AGAIN)
+        raise CheckpointError(f"{path} has no valid format_version (got {version!r})", hint=DAMAGED)
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}",
@@ -286,9 +284,9 @@ def _tensor_infos(custom: Mapping[str, Any], path: Path) -> dict[str, TensorInfo
             for i in infos.values()
         )
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise CheckpointError(f"{path}: the list of tensors is damaged ({e!r})", hint=_AGAIN) from e
+        raise CheckpointError(f"{path}: the list of tensors is damaged ({e!r})", hint=DAMAGED) from e
     if not sound:
-        raise CheckpointError(f"{path}: the list of tensors is inconsistent", hint=_AGAIN)
+        raise CheckpointError(f"{path}: the list of tensors is inconsistent", hint=DAMAGED)
     return infos
 
 
@@ -296,7 +294,7 @@ def _schemes(tensors: Mapping[str, TensorInfo], path: Path) -> tuple[tuple[str, 
     """The scheme of every leaf that is not plain, by name, for `LlamaConfig.schemes`."""
     pairs = sorted({(name.rpartition(".")[0], t.scheme) for name, t in tensors.items() if t.scheme != "plain"})
     if len(dict(pairs)) < len(pairs):
-        raise CheckpointError(f"{path}: the members of a leaf name several schemes", hint=_AGAIN)
+        raise CheckpointError(f"{path}: the members of a leaf name several schemes", hint=DAMAGED)
     return tuple(pairs)
 
 

@@ -76,14 +76,6 @@ class Part:
         found = sorted((self.folder / _PARTIAL_SAVE).glob("*.pending_*"))
         return found[0] if len(found) == 1 else self.folder / _PARTIAL_SAVE / "missing"
 
-    def sound(self, name: str) -> bool:
-        """Whether a tensor can be read back and has its digest."""
-        try:
-            TensorReader(self).read(name)
-        except CheckpointError:
-            return False
-        return True
-
 
 def write_part(folder: Path, arrays: Mapping[str, np.ndarray], note: Mapping[str, Any], *, keep: bool = True) -> Part:
     """Writes tensors into a new folder; when this returns they are on the disk itself.
@@ -159,8 +151,11 @@ def sound_parts(folder: Path, total_bytes: int, progress: fmt.Progress | None) -
     """
     found, done = [], 0
     for part in read_parts(folder):
+        reader = TensorReader(part)
         for name, info in part.tensors.items():
-            if not part.sound(name):
+            try:
+                reader.read(name)
+            except CheckpointError:
                 disk.remove(part.folder)
                 break
             done += info.nbytes

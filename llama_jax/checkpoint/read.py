@@ -22,15 +22,13 @@ import tensorstore as ts
 
 from llama_jax.checkpoint import lock
 from llama_jax.checkpoint.array_store import ChunkedArray, open_arrays
-from llama_jax.checkpoint.format import Progress, TensorInfo, digest, open_checkpoint
+from llama_jax.checkpoint.format import DAMAGED, Progress, TensorInfo, digest, open_checkpoint
 from llama_jax.errors import CheckpointError
 
 ALIGNMENT = 64
 """Bytes; what XLA's CPU client asks of a buffer that it is to use without a copy."""
 IN_FLIGHT_BYTES = 1 << 30
 """Host memory for tensors that are being read at one time (a larger tensor is read alone)."""
-
-DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
 
 
 class Stored(Protocol):

@@ -84,7 +84,8 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(disk.file_lock(disk.lock_of(self.path), self._waiting))
+            waiting = f"Waiting for another conversion to {self.path} to end"
+            stack.enter_context(disk.file_lock(disk.lock_of(self.path), lambda: self._say(waiting)))
             with disk.storage_errors(self.path, self._total_bytes):
                 disk.restore_folder(self.path)
                 self._check_destination()
@@ -104,9 +105,6 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.__exit__(kind, e, tb)
-
-    def _waiting(self) -> None:
-        self._say(f"Waiting for another conversion to {self.path} to end")
 
     def _check_destination(self) -> None:
         if not self.path.exists() and not self.path.is_symlink():
@@ -178,13 +176,11 @@ class CheckpointWriter:
                 raise CheckpointError(
                     f"tensor {name} has dtype {array.dtype.name}", hint=f"tensors may be {', '.join(fmt.ITEMSIZES)}"
                 )
-        folder = self._partial / _PARTS / self._next_number()
+        number = max((int(part.folder.name) for part in self._parts), default=-1) + 1
+        folder = self._partial / _PARTS / f"{number:06}"
         with disk.storage_errors(self.path, self._total_bytes - sum(part.nbytes for part in self._parts)):
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
             self._parts.append(journal.write_part(folder, contiguous, note or {}, keep=self._keep_cached))
-
-    def _next_number(self) -> str:
-        return f"{max((int(part.folder.name) for part in self._parts), default=-1) + 1:06}"
 
     def commit(
         self,

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from llama_jax import plugins
+from llama_jax.config.fields import not_supported
 from llama_jax.config.multimodal import WRAPPERS
 from llama_jax.config.spec import QkNorm
-from llama_jax.errors import UnsupportedModel
 
 Windows = Literal["none", "all", "qwen", "nope", "chunked"]
 Router = Literal["softmax", "sigmoid"]
@@ -71,6 +71,12 @@ _LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_MISTRAL = {
+    **_LLAMA,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
 _QWEN = {
     "vocab_size": 151936,
     "hidden_size": 4096,
@@ -95,22 +101,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
         "mistral": Family(
             architecture="MistralForCausalLM",
-            defaults=_defaults(
-                **_LLAMA,
-                intermediate_size=14336,
-                num_key_value_heads=8,
-                max_position_embeddings=131072,
-                sliding_window=4096,
-            ),
+            defaults=_defaults(**_MISTRAL, sliding_window=4096),
             windows="all",
         ),
         "mixtral": Family(
             architecture="MixtralForCausalLM",
             defaults=_defaults(
-                **_LLAMA,
-                intermediate_size=14336,
-                num_key_value_heads=8,
-                max_position_embeddings=131072,
+                **_MISTRAL,
                 rms_norm_eps=1e-5,
                 sliding_window=None,
                 num_local_experts=8,
@@ -208,10 +205,7 @@ def find_family(model_type: str) -> Family:
     if model_type in added:
         return added[model_type]
     supported = ", ".join([*FAMILIES, *WRAPPERS, *added])
-    raise UnsupportedModel(
-        f"config.json: model type {model_type!r} is not supported",
-        hint=f"supported: {supported}{plugins.reports(plugins.FAMILIES)}",
-    )
+    raise not_supported(f"model type {model_type!r}", supported + plugins.reports(plugins.FAMILIES))
 
 
 def plugin_problem(plugin: plugins.Plugin, earlier: Sequence[plugins.Plugin]) -> str:

@@ -21,6 +21,11 @@ def bad(key: str, value: object, wanted: str, file: str = "config.json") -> Unsu
     return UnsupportedModel(f"{file}: {key} must be {wanted}, got {shown}", hint=f"check the model's {file}")
 
 
+def not_supported(what: str, supported: str) -> UnsupportedModel:
+    """The error for something that this package does not compute."""
+    return UnsupportedModel(f"config.json: {what} is not supported", hint=f"supported: {supported}")
+
+
 @dataclass(frozen=True)
 class Fields:
     """A JSON object and where it stands in config.json (or another file); a key that is null counts as absent.

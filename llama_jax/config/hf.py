@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama_jax.config.families import Family, find_family
-from llama_jax.config.fields import Fields, bad
+from llama_jax.config.fields import Fields, bad, not_supported
 from llama_jax.config.multimodal import text_model
 from llama_jax.config.rope import rope_from_hf, rope_to_hf
 from llama_jax.config.spec import Activation, AttentionKind, LayerSpec, LlamaConfig, MoeSpec, QueryScale
@@ -98,10 +98,7 @@ def _from_text(hf: Mapping[str, Any], *, prefix: str, extra_architecture: str | 
         head_dim = hidden // heads
     activation = f.string("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
-        raise UnsupportedModel(
-            f"config.json: {f.name('hidden_act')} {activation!r} is not supported",
-            hint=f"supported: {', '.join(_ACTIVATIONS)}",
-        )
+        raise not_supported(f"{f.name('hidden_act')} {activation!r}", ", ".join(_ACTIVATIONS))
     max_positions = f.integer("max_position_embeddings")
     biased = f.boolean("attention_bias", False)
     return LlamaConfig(
@@ -133,10 +130,7 @@ def _from_text(hf: Mapping[str, Any], *, prefix: str, extra_architecture: str | 
 def _refuse_variants(f: Fields, architectures: tuple[str, ...]) -> None:
     """Refuses what would change the numbers or the weights, rather than computing something else."""
     if f.get("per_layer_config"):
-        raise UnsupportedModel(
-            f"config.json: {f.name('per_layer_config')} is not supported",
-            hint="supported: one set of sizes for all layers",
-        )
+        raise not_supported(f.name("per_layer_config"), "one set of sizes for all layers")
     named = f.get("architectures", [])
     if not isinstance(named, (list, tuple)):
         raise bad(f.name("architectures"), named, "a list of class names")
@@ -151,9 +145,7 @@ def _dtype(f: Fields) -> str:
     key = "dtype" if f.get("dtype") is not None else "torch_dtype"
     dtype = f.string(key, "float32").removeprefix("torch.")
     if dtype not in _DTYPES:
-        raise UnsupportedModel(
-            f"config.json: {f.name(key)} {dtype!r} is not supported", hint=f"supported: {', '.join(_DTYPES)}"
-        )
+        raise not_supported(f"{f.name(key)} {dtype!r}", ", ".join(_DTYPES))
     return dtype
 
 
@@ -318,20 +310,13 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 def _mlps_to_hf(config: LlamaConfig, family: Family) -> dict[str, Any]:
     dense = [layer.mlp for layer in config.layers if not isinstance(layer.mlp, MoeSpec)]
     sparse = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)]
-    if family.experts is None or not sparse:
-        width = dense[0] if dense else sparse[0].intermediate_size
-        hf: dict[str, Any] = {"intermediate_size": width}
-        if family.experts == "sigmoid":
-            hf |= {"intermediate_size_mlp": width, "moe_layers": []}
-        return hf
-    moe = sparse[0]
-    hf = {
-        "intermediate_size": moe.intermediate_size,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-    }
+    width = dense[0] if dense else sparse[0].intermediate_size
+    hf: dict[str, Any] = {"intermediate_size": width}
+    if family.experts is not None and sparse:
+        hf["intermediate_size"] = sparse[0].intermediate_size
+        hf |= {"num_local_experts": sparse[0].num_experts, "num_experts_per_tok": sparse[0].top_k}
     if family.experts == "sigmoid":
-        hf["intermediate_size_mlp"] = dense[0] if dense else moe.intermediate_size
+        hf["intermediate_size_mlp"] = width
         hf["moe_layers"] = [i for i, layer in enumerate(config.layers) if isinstance(layer.mlp, MoeSpec)]
     return hf
 

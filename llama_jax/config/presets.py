@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from llama_jax.config.hf import config_from_hf
-from llama_jax.config.spec import LlamaConfig
+from llama_jax.config.rope import rope_to_hf
+from llama_jax.config.spec import LlamaConfig, RopeSpec
 from llama_jax.errors import ModelNotFound
 
 
@@ -43,17 +44,13 @@ def _codellama(*shape: int, vocab: int = 32016) -> dict[str, Any]:
 
 def _llama3(*shape: int, rope_factor: float | None = None, **keys: Any) -> dict[str, Any]:
     """Llama 3; with a rope factor, Llama 3.1 and later."""
-    rope = _rope(500_000.0)
-    if rope_factor:
-        rope |= {"rope_type": "llama3", "factor": rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        rope["original_max_position_embeddings"] = 8192
     base = {
         "model_type": "llama",
         "dtype": "bfloat16",
         "vocab_size": 128256,
         "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131072 if rope_factor else 8192,
-        "rope_parameters": rope,
+        "rope_parameters": _rope(500_000.0, rope_factor),
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     }
@@ -98,8 +95,11 @@ def _smollm2(*shape: int, theta: float) -> dict[str, Any]:
     } | _shape(*shape)
 
 
-def _rope(theta: float) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta}
+def _rope(theta: float, factor: float | None = None, high_freq_factor: float = 4.0) -> dict[str, Any]:
+    """Plain rope; with a factor, "llama3" scaling."""
+    if factor is None:
+        return rope_to_hf(RopeSpec(theta))
+    return rope_to_hf(RopeSpec(theta, "llama3", factor, 8192, high_freq_factor=high_freq_factor))
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -128,14 +128,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             step=1,
             qk_norm=True,
             context=10_485_760,
-            rope=_rope(500_000.0)
-            | {
-                "rope_type": "llama3",
-                "factor": 16.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 1.0,
-                "original_max_position_embeddings": 8192,
-            },
+            rope=_rope(500_000.0, 16.0, high_freq_factor=1.0),
         ),
         "llama-4-maverick": _llama4(experts=128, step=2, qk_norm=False, context=1_048_576, rope=_rope(500_000.0)),
         "mistral-7b-v0.1": _mistral(sliding_window=4096),

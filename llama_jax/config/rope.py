@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from llama_jax.config.fields import MISSING, Fields, bad
+from llama_jax.config.fields import MISSING, Fields, bad, not_supported
 from llama_jax.config.spec import RopeKind, RopeSpec
 from llama_jax.errors import UnsupportedModel
 
@@ -42,15 +42,10 @@ def rope_from_hf(fields: Fields, *, default_theta: float, max_positions: int, in
     for place in (scaling, fields):
         rotated = place.number("partial_rotary_factor", 1.0, positive=False)
         if rotated != 1.0:
-            raise UnsupportedModel(
-                f"config.json: {place.name('partial_rotary_factor')}={rotated} is not supported",
-                hint="supported: 1.0, the whole head is rotated",
-            )
+            raise not_supported(f"{place.name('partial_rotary_factor')}={rotated}", "1.0, the whole head is rotated")
     kind = scaling.string("rope_type", None) or scaling.string("type", "default")
     if kind not in get_args(RopeKind):
-        raise UnsupportedModel(
-            f"config.json: rope type {kind!r} is not supported", hint=f"supported: {', '.join(get_args(RopeKind))}"
-        )
+        raise not_supported(f"rope type {kind!r}", ", ".join(get_args(RopeKind)))
     theta = scaling.number("rope_theta", None) or fields.number("rope_theta", default_theta)
     # A base of 1 or less gives equal or growing frequencies; yarn divides by its logarithm.
     if theta <= 1.0:
@@ -106,10 +101,6 @@ def rope_to_hf(rope: RopeSpec) -> dict[str, Any]:
         result |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.kind == "yarn":
         result |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
-        optional = {
-            "attention_factor": rope.attention_factor,
-            "mscale": rope.mscale,
-            "mscale_all_dim": rope.mscale_all_dim,
-        }
-        result |= {key: value for key, value in optional.items() if value is not None}
+        optional = ("attention_factor", "mscale", "mscale_all_dim")
+        result |= {name: value for name in optional if (value := getattr(rope, name)) is not None}
     return result

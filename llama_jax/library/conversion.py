@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from llama_jax.checkpoint.format import Progress, is_checkpoint
@@ -19,11 +20,8 @@ def check_source(source: Path) -> None:
     from llama_jax.convert.opening import open_source
     from llama_jax.text.tokenizer.check import check_tokenizer
 
-    model = open_source(source)
-    try:
+    with closing(open_source(source)) as model:
         check_tokenizer(model.files)
-    finally:
-        model.close()
 
 
 def convert_once(

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_jax.checkpoint.format import Source, is_checkpoint, open_checkpoint
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec, config_to_hf
 from llama_jax.errors import TokenizerError
 from llama_jax.folders import cache_dir
 from llama_jax.library import bundled
-
-if TYPE_CHECKING:
-    pass
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -80,8 +78,7 @@ def _of_source(path: Path, name: str, axes: Mapping[str, int] | None) -> dict[st
     from llama_jax.params import param_specs
 
     known, revision = _identity(path)
-    model = open_source(path, name=known, revision=revision)
-    try:
+    with closing(open_source(path, name=known, revision=revision)) as model:
         specs = param_specs(model.config)
         dtypes = {spec.name: model.dtype(spec) for spec in specs}
         by_dtype: Counter[str] = Counter()
@@ -105,8 +102,6 @@ def _of_source(path: Path, name: str, axes: Mapping[str, int] | None) -> dict[st
             "files": {},
             "tensors": {s.name: {"shape": list(s.shape), "dtype": dtypes[s.name].name} for s in specs},
         }
-    finally:
-        model.close()
 
 
 def _sharding(config: LlamaConfig, axes: Mapping[str, int] | None) -> dict[str, list[str]]:

@@ -55,8 +55,8 @@ def translated(e: BaseException, repo: str, revision: str | None) -> LlamaJaxErr
             hint=f"check the spelling, and https://huggingface.co/{repo}/tree/main",
         )
     if status == 429:
-        wait = _retry_after(e)
-        again = f"in {wait} seconds" if wait else "later"
+        wait = _header(e, "Retry-After")
+        again = f"in {wait} seconds" if wait.isascii() and wait.isdigit() else "later"
         return NetworkError(
             f"the Hugging Face hub has had too many requests from here (HTTP 429, asked for {where})",
             hint=f"try again {again}; what was downloaded is kept. A login allows more: {_token_hint()}",
@@ -121,12 +121,6 @@ def _status(e: BaseException) -> int | None:
     response: Any = getattr(e, "response", None)
     status = getattr(response, "status_code", None)
     return status if isinstance(status, int) else None
-
-
-def _retry_after(e: BaseException) -> str | None:
-    """Seconds, where the server gave them."""
-    value = _header(e, "Retry-After")
-    return value if value.isascii() and value.isdigit() else None
 
 
 def _header(e: BaseException, name: str) -> str:

@@ -10,13 +10,12 @@ from pathlib import Path
 from llama_jax.checkpoint.format import is_checkpoint
 from llama_jax.checkpoint.leftovers import leftovers
 from llama_jax.disk import file_lock, is_locked, lock_of, storage_errors
-from llama_jax.disk import remove as remove_folder
+from llama_jax.disk import remove as remove_path
 from llama_jax.errors import ModelNotFound, RequestError, StorageError
 from llama_jax.folders import cache_dir
 from llama_jax.library import bundled, hub, hub_cache
 from llama_jax.library.converted import (
     REMOVED,
-    UNFINISHED,
     by_name,
     converted_from_hub,
     default_path,
@@ -105,23 +104,17 @@ def _downloads(repo: str, revision: str | None) -> list[Removable]:
 
 def find_leftovers() -> list[Removable]:
     """What stopped conversions, downloads and removals left in the cache, and nobody is working on."""
-    found = {left.path: lock_of(_written(left.path)) for left in leftovers(models_dir())}
+    paths = leftovers(models_dir())
     with contextlib.suppress(OSError):
-        found |= {p: lock_of(_written(p)) for p in models_dir().iterdir() if p.name.endswith(REMOVED)}
+        paths += [path for path in models_dir().iterdir() if path.name.endswith(REMOVED)]
+    # Each has the name of the checkpoint that was being written (or removed), and an ending.
+    found = {path: lock_of(path.with_suffix("")) for path in paths}
     found |= dict.fromkeys(bundled.leftovers(cache_dir()), bundled.lock_path(cache_dir()))
     return [
         Removable("leftover", path.name, path, disk_bytes(path), lock)
         for path, lock in sorted(found.items())
         if not path.is_symlink() and not is_locked(lock)
     ]
-
-
-def _written(leftover: Path) -> Path:
-    """The checkpoint that was being written (or removed) when something was left."""
-    name = leftover.name
-    for ending in (*UNFINISHED, ".lock"):
-        name = name.split(ending)[0]
-    return leftover.with_name(name)
 
 
 def _model(name: str, path: Path) -> Removable:
@@ -143,25 +136,22 @@ def remove(what: Sequence[Removable]) -> int:
             if thing.snapshot is not None:
                 freed += hub_cache.delete(thing.snapshot)
             else:
-                _remove_path(thing)
+                _remove_one(thing)
                 freed += thing.nbytes
     return freed
 
 
-def _remove_path(thing: Removable) -> None:
+def _remove_one(thing: Removable) -> None:
     path, inside = thing.path, hub_cache.root() if thing.path.name.endswith(".incomplete") else cache_dir()
     if path.is_symlink() or not path.resolve().is_relative_to(inside.resolve()):
         raise StorageError(f"{path} does not lie in the cache itself", hint="it is a link; remove it yourself")
     if thing.kind == "model":
         # Renamed first, so that a removal that is stopped half-way leaves no half checkpoint under its name.
         gone = path.with_name(path.name + REMOVED)
-        remove_folder(gone)
+        remove_path(gone)
         path.rename(gone)
         path = gone
-    if path.is_dir():
-        remove_folder(path)
-    else:
-        path.unlink(missing_ok=True)
+    remove_path(path)
 
 
 @contextlib.contextmanager

@@ -155,7 +155,8 @@ def _append(out: BinaryIO, url: str, file: RemoteFile, done: _Counter, stop: thr
         "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
     ) as response:
         hf_raise_for_status(response)
-        if start and (response.status_code != 206 or not _begins_at(response.headers.get("Content-Range"), start)):
+        sent = response.headers.get("Content-Range") or ""
+        if start and (response.status_code != 206 or not sent.startswith(f"bytes {start}-")):
             # The server sends the whole file again.
             out.seek(0)
             out.truncate()
@@ -168,10 +169,6 @@ def _append(out: BinaryIO, url: str, file: RemoteFile, done: _Counter, stop: thr
             done.add(len(chunk))
             if out.tell() == file.size:
                 return  # what may follow is not asked for; the hash decides about the rest
-
-
-def _begins_at(content_range: str | None, start: int) -> bool:
-    return (content_range or "").startswith(f"bytes {start}-")
 
 
 def verify(file: RemoteFile, path: Path) -> None:
