@@ -9,13 +9,11 @@ import click
 
 from llama_jax.cli import inputs
 from llama_jax.cli.options import (
-    convert_option,
-    dtype_option,
+    LoadOptions,
     examples,
     given,
     json_option,
-    kernels_option,
-    mesh_options,
+    load_options,
     model_option,
     page_size_option,
     quiet_option,
@@ -59,10 +57,7 @@ DEFAULT_MAX_TOKENS = 256
 )
 @sampling_options
 @page_size_option
-@dtype_option
-@convert_option
-@mesh_options
-@kernels_option
+@load_options
 @quiet_option
 @json_option
 def command(
@@ -70,11 +65,7 @@ def command(
     model: str,
     messages: str | None,
     page_size: int | None,
-    dtype: str | None,
-    convert: bool,
-    mesh: str | None,
-    tp: int | None,
-    kernels: dict[str, str],
+    loading: LoadOptions,
     quiet: bool,
     as_json: bool,
     **fields: Any,
@@ -94,20 +85,9 @@ def command(
     from llama_jax.sampling import SamplingParams
 
     params = SamplingParams(**{"max_tokens": None, **given(fields)})
-    devices = requested_mesh(mesh, tp)
-
-    from llama_jax.loading import load
-
+    devices = requested_mesh(loading.mesh, loading.tp)
     with Reporter(quiet=quiet) as reporter:
-        loaded, tokenizer = load(
-            model,
-            dtype=dtype,
-            mesh=devices,
-            convert=convert,
-            kernels=kernels,
-            progress=reporter.progress,
-            notify=reporter.notify,
-        )
+        loaded, tokenizer = loading.load(model, devices, reporter)
         reporter.warn_of_unused_gpu()
     if conversation is not None:
         from llama_jax.text.chat import encode_chat
