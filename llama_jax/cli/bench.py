@@ -17,7 +17,7 @@ from llama_jax.cli.options import (
     page_size_option,
     requested_mesh,
 )
-from llama_jax.cli.terminal import print_json
+from llama_jax.cli.terminal import pairs_text, print_json
 
 if TYPE_CHECKING:
     from llama_jax.measure.profiling import ProgramTime
@@ -112,7 +112,7 @@ def command(
         print_json(report_of | ({"profiles": profiles} if profile else {}))
         return
     for choice, count in report().items():
-        tiles = " ".join(f"{name}={number}" for name, number in choice.tiles)
+        tiles = pairs_text(dict(choice.tiles))
         click.echo(
             f"kernel {choice.operation} {choice.dtype} {choice.shape}: {choice.backend} {tiles}"
             f"({choice.reason}{'' if choice.measured else ', not measured'}; traced {count}x)"

@@ -21,8 +21,8 @@ from llama_jax.cli.chat_conversation import (
     setting_names,
     with_setting,
 )
-from llama_jax.cli.chat_screen import Reader, Screen, catch_interrupt
-from llama_jax.cli.terminal import print_json
+from llama_jax.cli.chat_screen import Reader, Screen
+from llama_jax.cli.terminal import catch_interrupt, print_error, print_json
 from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
 from llama_jax.generation import stream_generate
 from llama_jax.generation.outputs import StreamOutput
@@ -77,7 +77,7 @@ class Session:
             except LlamaJaxError as error:
                 if not self.screen.interactive:
                     raise
-                self.screen.error(error)
+                print_error(error.message, error.hint)
             except KeyboardInterrupt:
                 if not self.screen.interactive:
                     raise

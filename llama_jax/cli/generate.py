@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -132,11 +131,7 @@ def _stream(
 
     steps = stream_generate(model, tokenizer, ids, params, page_size=page_size)
     if not quiet:
-        print(
-            f"{model.name} on {device_name(model.device, model.mesh)} in {model.dtype.name}",
-            file=sys.stderr,
-            flush=True,
-        )
+        click.echo(f"{model.name} on {device_name(model.device, model.mesh)} in {model.dtype.name}", err=True)
     last = None
     ended_line = True
     try:
@@ -149,11 +144,11 @@ def _stream(
         if not ended_line:
             write_text("\n")
         if last and not quiet:
-            print(
+            click.echo(
                 f"{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f} tokens/s, "
                 f"{last.generation_tokens} new at {last.generation_tps:.1f} tokens/s, "
                 f"first after {last.ttft_s * 1000:.0f} ms, end: {last.finish_reason or 'interrupted'}",
-                file=sys.stderr,
+                err=True,
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,7 +86,7 @@ def _check_digests(
             raise click.exceptions.Exit(CheckpointError.exit_code)
     if not report.ok:
         for failure in report.failures:
-            print(f"damaged: {printable(failure)}", file=sys.stderr)
+            click.echo(f"damaged: {printable(failure)}", err=True)
         raise CheckpointError(
             f"{report.path} is damaged or differs from its source: {len(report.failures)} digests differ"
             if source
@@ -136,11 +135,10 @@ def _check_numbers(
         # The file cannot be compared with this model at all, which is a result like any other.
         result = verification.Comparison(None, None, None, (f"{e.message}; {e.hint}",))
     for reason in result.reasons:
-        print(f"failed: {reason}", file=sys.stderr)
+        click.echo(f"failed: {reason}", err=True)
     if result.ok and not quiet:
-        print(
-            f"ok: {path} agrees with {expected} on {runtime.device_name(mesh=model.mesh)} in float32", file=sys.stderr
-        )
+        device = runtime.device_name(mesh=model.mesh)
+        click.echo(f"ok: {path} agrees with {expected} on {device} in float32", err=True)
     print_json(
         {
             "max_abs_diff": result.max_abs_diff,
