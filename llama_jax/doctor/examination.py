@@ -12,8 +12,7 @@ from typing import Any
 from llama_jax import targets
 from llama_jax.doctor.devices import check_devices
 from llama_jax.doctor.environment import check_environment, shown
-from llama_jax.doctor.graphs import check_graphs
-from llama_jax.doctor.kernels import check_choices, check_numerics
+from llama_jax.doctor.kernels import check_choices, check_graphs, check_numerics
 from llama_jax.doctor.links import check_links
 from llama_jax.doctor.packages import check_packages, check_plugins, installed_versions
 from llama_jax.doctor.probe import PROBE_DEADLINE_S, Probe, probe_jax

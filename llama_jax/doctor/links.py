@@ -86,10 +86,12 @@ def _nvidia(environ: Mapping[str, str], deadline_s: float) -> list[Check]:
     if done is None:
         detail = f"`nvidia-smi topo -m` did not answer within {deadline_s:g} s"
         return [Check(_NAME, "warning", detail, "look for errors of the driver in `dmesg`; a restart may be needed")]
-    pairs = read_nvidia_topology(done.out)
+    pairs = read_nvidia_topology(done.stdout)
     if not pairs:
-        said = (done.err or done.out).strip().splitlines()
-        detail = f"`nvidia-smi topo -m` names no links (exit status {done.status}): {said[-1][:200] if said else ''}"
+        said = (done.stderr or done.stdout).strip().splitlines()
+        detail = (
+            f"`nvidia-smi topo -m` names no links (exit status {done.returncode}): {said[-1][:200] if said else ''}"
+        )
         return [Check(_NAME, "warning", detail, "run it by hand; its driver and library have to be of one version")]
     return check_nvidia_links(pairs)
 
