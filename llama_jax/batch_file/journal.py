@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from llama_jax.disk import sync
@@ -57,26 +56,18 @@ class Journal:
             raise StorageError(f"{path} is not a regular file", hint="give the name of a file for the output")
         if not overwrite and _size(self.path) and not self._meta_path.exists():
             raise RequestError(f"{path} exists and has no {self._meta_path.name}", param="output", hint=_FRESH)
-        self._meta = _open(self._meta_path)
-        try:
+        with contextlib.ExitStack() as opened:
+            self._meta = opened.enter_context(_open(self._meta_path))
             self._lock()
             self._settle(dict(settings), overwrite)
-            self._out = _open(self.path)
-        except BaseException:
-            self._meta.close()
-            raise
-        try:
+            self._out = opened.enter_context(_open(self.path))
             self._take_stock()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            opened.pop_all()  # from here on __exit__ closes them
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._out.close()
         self._meta.close()
 

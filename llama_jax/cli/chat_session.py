@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,6 +37,7 @@ NARROW = 70
 """Columns below which the line after an answer is short."""
 
 
+@dataclass(eq=False, repr=False)
 class Session:
     """A model, a conversation and a screen.
 
@@ -46,23 +48,14 @@ class Session:
       answers: how many answers were begun.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        tokenizer: Tokenizer,
-        screen: Screen,
-        *,
-        conversation: Conversation,
-        sampling: SamplingParams,
-        origin: str,
-    ):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.screen = screen
-        self.conversation = conversation
-        self.sampling = sampling
-        self.origin = origin
-        self.answers = 0
+    model: Model
+    tokenizer: Tokenizer
+    screen: Screen
+    _: KW_ONLY
+    conversation: Conversation
+    sampling: SamplingParams
+    origin: str
+    answers: int = 0
 
     def run(self, read: Reader) -> None:
         """Answers until the input ends or the user leaves.
