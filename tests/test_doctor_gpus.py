@@ -18,9 +18,8 @@ from llama_jax.doctor import Check, doctor, examination
 from llama_jax.doctor.environment import check_environment, shown
 from llama_jax.doctor.examination import check_several, gpus_in_use
 from llama_jax.doctor.kernels import check_graphs
-from llama_jax.doctor.links import check_links, read_nvidia_topology
+from llama_jax.doctor.links import check_links, check_shared_memory, read_nvidia_topology
 from llama_jax.doctor.probe import Probe
-from llama_jax.doctor.shared_memory import check_shared_memory
 from llama_jax.doctor.visibility import check_visibility
 from llama_jax.targets import hardware, kfd
 from llama_jax.targets.hardware import Gpu

@@ -45,10 +45,6 @@ class Screen:
     def columns(self) -> int:
         return shutil.get_terminal_size().columns if self.interactive else 200
 
-    def answer(self, text: str) -> None:
-        """Shows a piece of an answer at once."""
-        write_text(text)
-
     def reply(self, text: str) -> None:
         """Shows what the user has asked for by a command."""
         if self.as_json:

@@ -23,7 +23,7 @@ from llama_jax.cli.chat_conversation import (
     with_setting,
 )
 from llama_jax.cli.chat_screen import Reader, Screen
-from llama_jax.cli.terminal import catch_interrupt, print_error, print_json
+from llama_jax.cli.terminal import catch_interrupt, print_error, print_json, write_text
 from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
 from llama_jax.generation import stream_generate
 from llama_jax.generation.outputs import StreamOutput
@@ -102,7 +102,7 @@ class Session:
                 for last in self._stream(ids, params):
                     text += last.text
                     if not self.screen.as_json:
-                        self.screen.answer(last.text)
+                        write_text(last.text)
                     if interrupted():
                         break
             except KeyboardInterrupt:
@@ -115,7 +115,7 @@ class Session:
             print_json(_answer_object(text, last))
             return
         if not text.endswith("\n"):
-            self.screen.answer("\n")
+            write_text("\n")
         self.screen.note(self._account(last, params))
 
     def _stream(self, ids: list[int], params: SamplingParams) -> Iterator[StreamOutput]:

@@ -61,7 +61,11 @@ def command(
         raise click.UsageError("--tp and --mesh need --expected: without it no model is run")
     inputs = devices = None
     if expected is not None:
-        inputs = _inputs(expected, save_logits)
+        from llama_jax.measure import verification
+
+        inputs = verification.read_inputs(expected)
+        if save_logits and not inputs.greedy:
+            inputs = dataclasses.replace(inputs, greedy=verification.GREEDY_TO_SAVE)
         batch, length = inputs.tokens.shape
         devices = requested_mesh(mesh, tp, batch=batch, context=length + max(inputs.greedy, 1), prompt=length)
     with Reporter(quiet=quiet, label="Verifying") as reporter:
@@ -97,15 +101,6 @@ def _check_digests(
         also = f", and {source} gives the same" if source else ""
         click.echo(f"ok: {report.path}, {report.tensors} tensors, {size_text(report.bytes)}, all digests match{also}")
     return report.path
-
-
-def _inputs(expected: str, save_logits: str | None) -> Inputs:
-    from llama_jax.measure import verification
-
-    inputs = verification.read_inputs(expected)
-    if save_logits and not inputs.greedy:
-        inputs = dataclasses.replace(inputs, greedy=verification.GREEDY_TO_SAVE)
-    return inputs
 
 
 def _check_numbers(

@@ -53,11 +53,6 @@ class Requests:
     adapters: Params | None
     adapter_ids: tuple[int, ...]
 
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(map(len, self.prompts))
-
     def prompt_of(self, row: int) -> list[int]:
         """Token ids that a row continues."""
         return self.prompts[self.rows[row].prompt]
