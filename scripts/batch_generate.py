@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from llama_jax.cli.command_line import run_command
+from llama_jax.cli.errors import INTERRUPTED
 from llama_jax.cli.options import (
     dtype_option,
     given,
@@ -23,14 +23,13 @@ from llama_jax.cli.options import (
     sampling_options,
 )
 from llama_jax.cli.progress import Reporter
-from llama_jax.cli.terminal import print_json
+from llama_jax.cli.terminal import catch_interrupt, print_json
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from llama_jax.batch_file import Status, Summary
 
-INTERRUPTED = 130
 LINE_EVERY_S = 10.0
 
 
@@ -114,15 +113,14 @@ def command(
         )
         reporter.warn_of_unused_gpu()
     if not quiet:
-        print(
-            f"{model} on {device_name(loaded.device, loaded.mesh)} in {loaded.dtype.name}", file=sys.stderr, flush=True
-        )
+        click.echo(f"{model} on {device_name(loaded.device, loaded.mesh)} in {loaded.dtype.name}", err=True)
     checkpoint = open_checkpoint(folder)
     # The weights, the tokenizer and the chat template, whatever name they go by.
     parts = [*(f"{name} {t.digest}" for name, t in checkpoint.tensors.items()), *checkpoint.file_digests.values()]
     identity = {"model": digest("\n".join(sorted(parts)).encode())}
 
-    with _Display(quiet=quiet) as display, _Interrupt() as interrupt:
+    notice = "\nending after this batch; Ctrl-C again ends at once"
+    with _Display(quiet=quiet) as display, catch_interrupt(notice) as interrupted:
         summary = run(
             loaded,
             tokenizer,
@@ -134,30 +132,10 @@ def command(
             overwrite=overwrite,
             identity=identity,
             progress=display.show,
-            stop=lambda: interrupt.asked,
+            stop=interrupted,
         )
     _report(summary, target, quiet=quiet, as_json=as_json)
     return INTERRUPTED if summary.interrupted else 0
-
-
-class _Interrupt:
-    """Ctrl-C as a wish that the run can see; the second one interrupts at once. A context manager."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> _Interrupt:
-        self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nending after this batch; Ctrl-C again ends at once", file=sys.stderr, flush=True)
 
 
 class _Display:
@@ -197,7 +175,7 @@ class _Display:
             self._bar.update(self._task, completed=status.done, total=status.total, rate=rate, left=left)
         elif not self._quiet and time.monotonic() - self._last_line > LINE_EVERY_S:
             self._last_line = time.monotonic()
-            print(f"{status.done} of {status.total} lines, {rate}, {left}", file=sys.stderr, flush=True)
+            click.echo(f"{status.done} of {status.total} lines, {rate}, {left}", err=True)
 
 
 def _time_left(status: Status) -> str:
@@ -209,7 +187,7 @@ def _time_left(status: Status) -> str:
 
 def _report(summary: Summary, target: Path, *, quiet: bool, as_json: bool) -> None:
     if summary.cut and not quiet:
-        print(f"cut off an unfinished line of {summary.cut} bytes that an earlier run had left", file=sys.stderr)
+        click.echo(f"cut off an unfinished line of {summary.cut} bytes that an earlier run had left", err=True)
     if as_json:
         print_json(
             {
@@ -227,29 +205,19 @@ def _report(summary: Summary, target: Path, *, quiet: bool, as_json: bool) -> No
         )
     elif not quiet:
         before = summary.done - summary.fresh
-        print(
+        click.echo(
             f"{summary.done} of {summary.total} lines in {target}"
             + (f", {before} of them from before" if before else "")
             + (f", {summary.errors} with an error" if summary.errors else "")
             + f"; {summary.generated_tokens} tokens in {summary.seconds:.1f} s ({summary.generation_tps:.0f} tokens/s)"
             + ("; run the same command to go on" if summary.interrupted else ""),
-            file=sys.stderr,
+            err=True,
         )
 
 
 def main() -> None:
     """Runs the script; errors become a message and the exit codes of `llama-jax --help`."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        code = command.main(standalone_mode=False)
-    except Exception as error:
-        from llama_jax.cli.errors import report
-
-        sys.exit(report(error, as_json="--json" in sys.argv))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    sys.exit(code if isinstance(code, int) else 0)
+    run_command(command.main, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.errors import RequestError, TemplateError
-from llama_jax.text.chat import chat_text, encode_chat, render_chat, select_template
+from llama_jax.text.chat import encode_chat, render_chat, select_template
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
@@ -156,6 +156,11 @@ def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
 def benign_ids(tokenizer: Tokenizer, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
     """Control ids of the same conversation with harmless contents."""
     return control_ids(tokenizer, encode_chat(tokenizer, [{**m, "content": "x"} for m in messages], **kwargs))
+
+
+def chat_text(tokenizer: Tokenizer, messages: Any, chat_template: str | None = None, **kwargs: Any) -> str:
+    template = select_template(tokenizer.chat_templates, chat_template, has_tools=False)
+    return render_chat(messages, template, special_tokens=tokenizer.special_tokens_map, **kwargs)
 
 
 def test_content_never_yields_control_ids(tokenizer: Tokenizer) -> None:

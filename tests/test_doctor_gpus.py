@@ -14,21 +14,13 @@ from click.testing import CliRunner
 from test_doctor import ON_CPU, ON_GPU, amd_machine, write
 
 from llama_jax.cli import cli
-from llama_jax.doctor import (
-    Check,
-    Probe,
-    check_environment,
-    check_graphs,
-    check_links,
-    check_several,
-    check_shared_memory,
-    check_visibility,
-    doctor,
-    examination,
-    gpus_in_use,
-    shown,
-)
-from llama_jax.doctor.links import read_nvidia_topology
+from llama_jax.doctor import Check, doctor, examination
+from llama_jax.doctor.environment import check_environment, shown
+from llama_jax.doctor.examination import check_several, gpus_in_use
+from llama_jax.doctor.kernels import check_graphs
+from llama_jax.doctor.links import check_links, check_shared_memory, read_nvidia_topology
+from llama_jax.doctor.probe import Probe
+from llama_jax.doctor.visibility import check_visibility
 from llama_jax.targets import hardware, kfd
 from llama_jax.targets.hardware import Gpu
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax import doctor as doctoring
-from llama_jax.doctor import check_choices, check_numerics
+from llama_jax.doctor.kernels import check_choices, check_numerics
+from llama_jax.doctor.probe import probe_jax
 from llama_jax.errors import KernelError
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule
 from llama_jax.kernels.attention.reference import attention_reference
@@ -489,6 +489,6 @@ def test_findings_of_doctor() -> None:
 
 
 def test_doctor_asks_for_the_choices_in_the_child() -> None:
-    broken = doctoring.probe_jax({**os.environ, "LLAMA_JAX_KERNELS": "nothing"})
+    broken = probe_jax({**os.environ, "LLAMA_JAX_KERNELS": "nothing"})
     assert broken.result is not None
     assert "not of the form" in broken.kernels["error"]

@@ -16,7 +16,7 @@ from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.model import forward
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
-from llama_jax.text.chat import chat_text, encode_chat
+from llama_jax.text.chat import encode_chat, render_chat
 from llama_jax.text.tokenizer import Tokenizer
 
 Loaded = tuple[Model, Tokenizer]
@@ -36,7 +36,8 @@ def test_token_ids_and_chat_text(smollm2: Loaded, entry: dict[str, Any]) -> None
         assert tokenizer.encode(entry["prompt"]) == entry["ids"]
         assert tokenizer.decode(entry["ids"]) == entry["prompt"]
     else:
-        assert chat_text(tokenizer, entry["messages"]) == entry["text"]
+        template, names = tokenizer.chat_templates["default"], tokenizer.special_tokens_map
+        assert render_chat(entry["messages"], template, special_tokens=names) == entry["text"]
         assert encode_chat(tokenizer, entry["messages"]) == entry["ids"]
         assert tokenizer.encode(entry["text"]) == entry["ids"]
     assert tokenizer.decode(entry["greedy"], skip_special_tokens=False) == entry["greedy_text"]

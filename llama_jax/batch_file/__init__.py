@@ -6,8 +6,6 @@ survives a kill at any moment. `scripts/batch_generate.py` is its command line.
 
 from __future__ import annotations
 
-from llama_jax.batch_file.journal import Journal
-from llama_jax.batch_file.lines import Request, parse_line
 from llama_jax.batch_file.runner import Status, Summary, run
 
-__all__ = ["Journal", "Request", "Status", "Summary", "parse_line", "run"]
+__all__ = ["Status", "Summary", "run"]

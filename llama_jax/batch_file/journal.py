@@ -7,6 +7,7 @@ When every line is there, OUT is put into the order of the input.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -16,10 +17,10 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from llama_jax.errors import CheckpointError, DoesNotFit, LlamaJaxError, RequestError, StorageError
+from llama_jax.disk import sync
+from llama_jax.errors import CheckpointError, DoesNotFit, RequestError, StorageError
 
 _FRESH = "choose another output file, or start afresh with --overwrite"
 
@@ -55,29 +56,18 @@ class Journal:
             raise StorageError(f"{path} is not a regular file", hint="give the name of a file for the output")
         if not overwrite and _size(self.path) and not self._meta_path.exists():
             raise RequestError(f"{path} exists and has no {self._meta_path.name}", param="output", hint=_FRESH)
-        try:
-            self._meta = open(os.open(self._meta_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise _storage_error(self._meta_path, error) from error
-        try:
+        with contextlib.ExitStack() as opened:
+            self._meta = opened.enter_context(_open(self._meta_path))
             self._lock()
             self._settle(dict(settings), overwrite)
-            self._out = self._open_file()
-        except BaseException:
-            self._meta.close()
-            raise
-        try:
+            self._out = opened.enter_context(_open(self.path))
             self._take_stock()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            opened.pop_all()  # from here on __exit__ closes them
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._out.close()
         self._meta.close()
 
@@ -91,14 +81,15 @@ class Journal:
             return
         data = b"".join(map(_line, records))
         start = self._out.seek(0, os.SEEK_END)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[self._out.write(view) :]
-            os.fsync(self._out.fileno())
-        except OSError as error:
-            self._out.truncate(start)
-            raise _storage_error(self.path, error) from error
+        with _storage_errors(self.path):
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[self._out.write(view) :]
+                os.fsync(self._out.fileno())
+            except OSError:
+                self._out.truncate(start)
+                raise
         for record in records:
             self.done.add(record["index"])
             self.errors += "error" in record
@@ -113,35 +104,36 @@ class Journal:
         if all(a[1] < b[1] for a, b in itertools.pairwise(places)):
             return
         temporary = self.path.with_name(self.path.name + ".tmp")
-        try:
-            with open(temporary, "wb") as sorted_file:
-                for _, start, size in places:
-                    self._out.seek(start)
-                    sorted_file.write(_read(self._out, size))
-                sorted_file.flush()
-                os.fsync(sorted_file.fileno())
-            shutil.copymode(self.path, temporary)
-            os.replace(temporary, self.path)
-            _sync_folder(self.path.parent)
-            self._out.close()
-            self._out = self._open_file()
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise _storage_error(temporary, error) from error
+        with _storage_errors(temporary):
+            try:
+                with open(self.path, "rb") as unsorted_file, open(temporary, "wb") as sorted_file:
+                    for _, start, size in places:
+                        unsorted_file.seek(start)
+                        if sorted_file.write(unsorted_file.read(size)) < size:
+                            raise OSError(errno.EIO, "the file became shorter while it was read")
+                    sorted_file.flush()
+                    os.fsync(sorted_file.fileno())
+                shutil.copymode(self.path, temporary)
+                os.replace(temporary, self.path)
+                sync(self.path.parent)
+                self._out.close()
+                self._out = _open(self.path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._meta, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+        with _storage_errors(self._meta_path):
+            try:
+                fcntl.flock(self._meta, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
                 raise StorageError(
                     f"another process is writing {self.path}", hint="wait for it, or choose another output file"
                 ) from error
-            raise _storage_error(self._meta_path, error) from error
 
     def _settle(self, settings: dict[str, Any], overwrite: bool) -> None:
         """Agrees with what OUT.meta.json says, or writes it if there are no results yet."""
-        try:
+        with _storage_errors(self.path):
             if overwrite and _size(self.path):
                 os.truncate(self.path, 0)
             if not _size(self.path):
@@ -150,12 +142,10 @@ class Journal:
                 self._meta.seek(0)
                 self._meta.write(json.dumps(settings, indent=1, sort_keys=True).encode() + b"\n")
                 os.fsync(self._meta.fileno())
-                _sync_folder(self.path.parent)
+                sync(self.path.parent)
                 return
             self._meta.seek(0)
             raw = self._meta.read()
-        except OSError as error:
-            raise _storage_error(self.path, error) from error
         try:
             before = json.loads(raw)
         except ValueError:
@@ -170,15 +160,9 @@ class Journal:
                     hint=f"run with the same settings and input to go on, {_FRESH}",
                 )
 
-    def _open_file(self) -> FileIO:
-        try:
-            return open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-        except OSError as error:
-            raise _storage_error(self.path, error) from error
-
     def _take_stock(self) -> None:
         """Notes what stands in the file, and cuts off a torn end."""
-        try:
+        with _storage_errors(self.path):
             size, end = self._out.seek(0, os.SEEK_END), 0
             for start, raw, record in self._records():
                 if record["index"] in self.done:
@@ -190,9 +174,7 @@ class Journal:
             if self.cut:
                 self._out.truncate(end)
                 os.fsync(self._out.fileno())
-            _sync_folder(self.path.parent)
-        except OSError as error:
-            raise _storage_error(self.path, error) from error
+            sync(self.path.parent)
 
     def _records(self) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
         """Offset, bytes and content of every output line, up to a torn end."""
@@ -226,16 +208,6 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and type(record.get("index")) is int else None
 
 
-def _read(file: FileIO, size: int) -> bytes:
-    data = file.read(size)
-    while len(data) < size:
-        more = file.read(size - len(data))
-        if not more:
-            raise OSError(errno.EIO, "the file became shorter while it was read")
-        data += more
-    return data
-
-
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -243,22 +215,26 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _storage_error(path: Path, error: OSError) -> LlamaJaxError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DoesNotFit(
-            f"no space left for {path}", hint="free some space and run again: the run goes on where it was"
-        )
-    return StorageError(f"cannot write {path}: {error.strerror}", hint="check the folder and its permissions")
+def _open(path: Path) -> FileIO:
+    with _storage_errors(path):
+        return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Turns the failures of writing a file into DoesNotFit (disk full, quota) and StorageError (all others)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFit(
+                f"no space left for {path}", hint="free some space and run again: the run goes on where it was"
+            ) from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}", hint="check the folder and its permissions"
+        ) from error

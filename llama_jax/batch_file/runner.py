@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ def run(
         "format": 1,
         "input": digest,
         "dtype": str(model.dtype),
-        **_jsonable(sampling),
+        **json.loads(json.dumps(dataclasses.asdict(sampling))),  # as they are read back from the disk
         **(identity or {}),
     }
 
@@ -224,9 +225,3 @@ def _open(source: Path) -> BinaryIO:
         raise RequestError(
             f"cannot read {source}: {error.strerror}", param="input", hint="give a file of JSON lines"
         ) from error
-
-
-def _jsonable(sampling: SamplingParams) -> dict[str, Any]:
-    made = dataclasses.asdict(sampling)
-    made["logit_bias"] = {str(k): v for k, v in made["logit_bias"].items()}
-    return made | {"stop": list(made["stop"]), "stop_token_ids": list(made["stop_token_ids"])}

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 from llama_jax.cli.options import (
-    convert_option,
-    dtype_option,
+    LoadOptions,
     examples,
     json_option,
-    kernels_option,
-    mesh_options,
+    load_options,
     model_option,
     page_size_option,
     requested_mesh,
 )
-from llama_jax.cli.terminal import print_json
+from llama_jax.cli.terminal import pairs_text, print_json
 
 if TYPE_CHECKING:
     from llama_jax.measure.profiling import ProgramTime
@@ -45,10 +43,7 @@ SHOWN_SHARE = 0.01
 @click.option("--new", type=click.IntRange(2), default=64, show_default=True, help="Generated tokens per row.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
 @page_size_option
-@dtype_option
-@convert_option
-@mesh_options
-@kernels_option
+@load_options
 @click.option("--profile", is_flag=True, help="Also show which kernels the time goes to. Needs a GPU.")
 @json_option
 def command(
@@ -59,11 +54,7 @@ def command(
     new: int,
     repeats: int,
     page_size: int | None,
-    dtype: str | None,
-    convert: bool,
-    mesh: str | None,
-    tp: int | None,
-    kernels: dict[str, str],
+    loading: LoadOptions,
     profile: bool,
     as_json: bool,
 ) -> None:
@@ -77,26 +68,17 @@ def command(
     from llama_jax.cli.progress import Reporter
     from llama_jax.kernels import report
     from llama_jax.kernels.registry import checked_backends
-    from llama_jax.loading import load
     from llama_jax.measure.bench import bench, environment, measure_ceilings, profile_generation, random_model
 
     runtime.enable_compilation_cache()
-    devices = requested_mesh(mesh, tp, batch=max(batches), context=prompt + new, prompt=prompt)
+    devices = requested_mesh(loading.mesh, loading.tp, batch=max(batches), context=prompt + new, prompt=prompt)
     with Reporter(quiet=as_json) as reporter:
         reporter.warn_of_unused_gpu()
         if preset is None:
-            loaded, _ = load(
-                model,
-                dtype=dtype,
-                mesh=devices,
-                convert=convert,
-                kernels=kernels,
-                progress=reporter.progress,
-                notify=reporter.notify,
-            )
+            loaded, _ = loading.load(model, devices, reporter)
         else:
-            named = checked_backends(kernels)
-            loaded = random_model(preset, dtype or runtime.default_dtype(), devices, notify=reporter.notify)
+            named = checked_backends(loading.kernels)
+            loaded = random_model(preset, loading.dtype or runtime.default_dtype(), devices, notify=reporter.notify)
             loaded = dataclasses.replace(loaded, kernels=named)
     ceilings = measure_ceilings(loaded.dtype)
     about = {
@@ -130,7 +112,7 @@ def command(
         print_json(report_of | ({"profiles": profiles} if profile else {}))
         return
     for choice, count in report().items():
-        tiles = " ".join(f"{name}={number}" for name, number in choice.tiles)
+        tiles = pairs_text(dict(choice.tiles))
         click.echo(
             f"kernel {choice.operation} {choice.dtype} {choice.shape}: {choice.backend} {tiles}"
             f"({choice.reason}{'' if choice.measured else ', not measured'}; traced {count}x)"

@@ -8,12 +8,10 @@ from typing import Any
 import click
 
 from llama_jax.cli.options import (
-    convert_option,
-    dtype_option,
+    LoadOptions,
     examples,
     given,
-    kernels_option,
-    mesh_options,
+    load_options,
     model_option,
     quiet_option,
     requested_mesh,
@@ -38,10 +36,7 @@ from llama_jax.cli.progress import Reporter
     "--temperature", type=float, metavar="T", help="0 takes the likeliest token. [default: the model's own, or 0.7]"
 )
 @sampling_options
-@dtype_option
-@convert_option
-@mesh_options
-@kernels_option
+@load_options
 @click.option(
     "--history",
     metavar="FILE",
@@ -59,11 +54,7 @@ from llama_jax.cli.progress import Reporter
 def command(
     model: str,
     system: str | None,
-    dtype: str | None,
-    convert: bool,
-    mesh: str | None,
-    tp: int | None,
-    kernels: dict[str, str],
+    loading: LoadOptions,
     history: Path | None,
     resume: Path | None,
     quiet: bool,
@@ -87,24 +78,15 @@ def command(
     default_sampling({}, given(fields))
 
     from llama_jax.cli.chat_session import COMMANDS, Session
-    from llama_jax.loading import load
     from llama_jax.runtime import device_name
     from llama_jax.text.chat import select_template
 
-    devices = requested_mesh(mesh, tp)
+    devices = requested_mesh(loading.mesh, loading.tp)
     read = screen.reader(
         None if history is None else history.expanduser(), [f"/{name}" for name in (*COMMANDS, "exit")]
     )
     with Reporter(quiet=quiet) as reporter:
-        loaded, tokenizer = load(
-            model,
-            dtype=dtype,
-            mesh=devices,
-            convert=convert,
-            kernels=kernels,
-            progress=reporter.progress,
-            notify=reporter.notify,
-        )
+        loaded, tokenizer = loading.load(model, devices, reporter)
         reporter.warn_of_unused_gpu()
     select_template(tokenizer.chat_templates, None, has_tools=False)
     sampling, origin = default_sampling(loaded.generation_config, given(fields))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import itertools
 import json
 import os
 import tempfile
@@ -47,12 +48,8 @@ class Conversation:
     @property
     def turns(self) -> list[tuple[Mapping[str, Any], ...]]:
         """The messages in groups that each begin with one of the user's."""
-        groups: list[list[Mapping[str, Any]]] = []
-        for message in self.messages:
-            if message["role"] == "user" or not groups:
-                groups.append([])
-            groups[-1].append(message)
-        return [tuple(group) for group in groups]
+        starts = [i for i, message in enumerate(self.messages) if message["role"] == "user" or i == 0]
+        return [self.messages[a:b] for a, b in itertools.pairwise([*starts, len(self.messages)])]
 
     def with_system(self, text: str | None) -> Conversation:
         """With another system prompt, or none."""

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
 import stat
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from llama_jax.cli.chat_conversation import is_open
 from llama_jax.cli.terminal import printable, write_text
-from llama_jax.errors import LlamaJaxError, RequestError, StorageError
+from llama_jax.errors import RequestError, StorageError
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -49,10 +45,6 @@ class Screen:
     def columns(self) -> int:
         return shutil.get_terminal_size().columns if self.interactive else 200
 
-    def answer(self, text: str) -> None:
-        """Shows a piece of an answer at once."""
-        write_text(text)
-
     def reply(self, text: str) -> None:
         """Shows what the user has asked for by a command."""
         if self.as_json:
@@ -66,12 +58,6 @@ class Screen:
             print(f"{self._dim}{printable(text)}{self._normal}", flush=True)
         elif self.interactive or not self._quiet:
             print(printable(text), file=sys.stderr, flush=True)
-
-    def error(self, error: LlamaJaxError) -> None:
-        """Shows an error after which the chat goes on."""
-        print(f"error: {printable(error.message)}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {printable(error.hint)}", file=sys.stderr, flush=True)
 
     def reader(self, history: Path | None, words: Sequence[str]) -> Reader:
         """How this terminal, or pipe, is read.
@@ -106,27 +92,6 @@ class Screen:
             raise StorageError(
                 f"cannot use {path} for the history: {error.strerror}", hint="choose another --history file"
             ) from error
-
-
-@contextlib.contextmanager
-def catch_interrupt() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C into a wish that can be asked for; a second Ctrl-C raises KeyboardInterrupt."""
-    asked = False
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # signals arrive in the main thread
-        return
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _edited(history: Path | None, words: Sequence[str], note: Callable[[str], None]) -> Reader:

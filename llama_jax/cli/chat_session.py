@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,8 +22,8 @@ from llama_jax.cli.chat_conversation import (
     setting_names,
     with_setting,
 )
-from llama_jax.cli.chat_screen import Reader, Screen, catch_interrupt
-from llama_jax.cli.terminal import print_json
+from llama_jax.cli.chat_screen import Reader, Screen
+from llama_jax.cli.terminal import catch_interrupt, print_error, print_json, write_text
 from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
 from llama_jax.generation import stream_generate
 from llama_jax.generation.outputs import StreamOutput
@@ -36,6 +37,7 @@ NARROW = 70
 """Columns below which the line after an answer is short."""
 
 
+@dataclass(eq=False, repr=False)
 class Session:
     """A model, a conversation and a screen.
 
@@ -46,23 +48,14 @@ class Session:
       answers: how many answers were begun.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        tokenizer: Tokenizer,
-        screen: Screen,
-        *,
-        conversation: Conversation,
-        sampling: SamplingParams,
-        origin: str,
-    ):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.screen = screen
-        self.conversation = conversation
-        self.sampling = sampling
-        self.origin = origin
-        self.answers = 0
+    model: Model
+    tokenizer: Tokenizer
+    screen: Screen
+    _: KW_ONLY
+    conversation: Conversation
+    sampling: SamplingParams
+    origin: str
+    answers: int = 0
 
     def run(self, read: Reader) -> None:
         """Answers until the input ends or the user leaves.
@@ -77,7 +70,7 @@ class Session:
             except LlamaJaxError as error:
                 if not self.screen.interactive:
                     raise
-                self.screen.error(error)
+                print_error(error.message, error.hint)
             except KeyboardInterrupt:
                 if not self.screen.interactive:
                     raise
@@ -109,7 +102,7 @@ class Session:
                 for last in self._stream(ids, params):
                     text += last.text
                     if not self.screen.as_json:
-                        self.screen.answer(last.text)
+                        write_text(last.text)
                     if interrupted():
                         break
             except KeyboardInterrupt:
@@ -122,7 +115,7 @@ class Session:
             print_json(_answer_object(text, last))
             return
         if not text.endswith("\n"):
-            self.screen.answer("\n")
+            write_text("\n")
         self.screen.note(self._account(last, params))
 
     def _stream(self, ids: list[int], params: SamplingParams) -> Iterator[StreamOutput]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -81,20 +81,25 @@ class CommandLine(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Runs the command line and exits the process; every error becomes a message and a stable exit code."""
+        """Runs the command line and exits the process; see `run_command`."""
         args = list(sys.argv[1:] if args is None else args)
-        # The XLA runtime logs to standard error at start-up; its errors still come through.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        try:
-            # Errors come through to here instead of being reported by click.
-            result = super().main(args, prog_name or "llama-jax", complete_var, False, **extra)
-        except BaseException as error:
-            if isinstance(error, SystemExit | GeneratorExit):
-                raise
-            from llama_jax.cli.errors import report
+        run_command(super().main, args, prog_name or "llama-jax", complete_var, **extra)
 
-            sys.exit(report(error, as_json="--json" in args))
-        sys.exit(result if isinstance(result, int) else 0)
+
+def run_command(main: Callable[..., Any], args: list[str], *others: Any, **extra: Any) -> NoReturn:
+    """Calls `click.Command.main` and exits the process; every error becomes a message and a stable exit code."""
+    # The XLA runtime logs to standard error at start-up; its errors still come through.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        # Errors come through to here instead of being reported by click.
+        result = main(args, *others, standalone_mode=False, **extra)
+    except BaseException as error:
+        if isinstance(error, SystemExit | GeneratorExit):
+            raise
+        from llama_jax.cli.errors import report
+
+        sys.exit(report(error, as_json="--json" in args))
+    sys.exit(result if isinstance(result, int) else 0)
 
 
 @click.group(

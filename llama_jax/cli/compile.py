@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option
-from llama_jax.cli.terminal import print_json, printable, size_text
+from llama_jax.cli.terminal import ms_text, pairs_text, print_json, printable, size_text
 from llama_jax.errors import DoesNotFit, RequestError
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def command(
 
     def say(line: str) -> None:
         if not quiet and not as_json:
-            print(f"[{time.monotonic() - began:5.1f} s] {line}", file=sys.stderr, flush=True)
+            click.echo(f"[{time.monotonic() - began:5.1f} s] {line}", err=True)
 
     result = compile_model(
         config, chosen, mesh_shape, batch=batch, context=context, prompt=prompt, dtype=dtype, progress=say
@@ -155,7 +154,7 @@ def _phase_facts(phase: Phase) -> dict[str, Any]:
 
 def _report(model: str, result: ModelCompilation) -> str:
     target, devices = result.target, result.prefill.compilation.devices
-    mesh = " ".join(f"{axis}={size}" for axis, size in result.mesh_shape.items()) or "one device"
+    mesh = pairs_text(result.mesh_shape) or "one device"
     memory = f"{size_text(result.needed_bytes)} of {size_text(target.memory)} on each device"
     lines = [
         f"{model} compiled for {devices} x {target.label or target.name} ({target.arch}), {mesh}; not run",
@@ -180,7 +179,11 @@ def _phase_lines(phase: Phase, chunk: int) -> list[str]:
     for x in c.collectives:
         unknown = ", some in loops of unknown length" if x.unknown_trips else ""
         lines.append(f"  exchange     {x.count} x {x.kind} of {size_text(x.bytes)} over {x.devices} devices{unknown}")
-    lines.append(f"  predicted    {_prediction(phase)}")
+    lines.append(
+        f"  predicted    at least {ms_text(phase.floor_s)} (peak rates of the data sheet: arithmetic "
+        f"{ms_text(phase.compute_s)}, reading {size_text(phase.read_bytes)} {ms_text(phase.memory_s)}, exchange "
+        f"{ms_text(phase.links_s)})"
+    )
     calls = ", ".join(
         f"{n} x {name}" for name, n in c.library_calls.items() if name not in {x.kind for x in c.collectives}
     )
@@ -195,15 +198,3 @@ def _phase_lines(phase: Phase, chunk: int) -> list[str]:
             f"{occupancy:>10} {matrix:>6}"
         )
     return lines
-
-
-def _prediction(phase: Phase) -> str:
-    """The roofline in words."""
-
-    def ms(seconds: float | None) -> str:
-        return "unknown" if seconds is None else f"{seconds * 1e3:.3g} ms"
-
-    return (
-        f"at least {ms(phase.floor_s)} (peak rates of the data sheet: arithmetic {ms(phase.compute_s)}, reading "
-        f"{size_text(phase.read_bytes)} {ms(phase.memory_s)}, exchange {ms(phase.links_s)})"
-    )

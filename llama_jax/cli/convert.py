@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -73,10 +72,8 @@ def command(
         return
     click.echo(path)
     if not quiet:
-        print(
-            f"{len(checkpoint.tensors)} tensors, {size_text(checkpoint.nbytes)}, {checkpoint.dtype}, {seconds:.1f} s",
-            file=sys.stderr,
-        )
+        size = size_text(checkpoint.nbytes)
+        click.echo(f"{len(checkpoint.tensors)} tensors, {size}, {checkpoint.dtype}, {seconds:.1f} s", err=True)
 
 
 def _source(src: str, reporter: Reporter) -> tuple[Path, str | None, str | None]:

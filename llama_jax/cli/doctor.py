@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llama_jax.cli.options import examples, json_option
-from llama_jax.cli.terminal import print_json, printable, size_text
+from llama_jax.cli.terminal import pairs_text, print_json, printable, size_text
 
 if TYPE_CHECKING:
     from llama_jax.doctor import Report
@@ -73,7 +73,7 @@ def _text(report: Report) -> str:
             line("kernel", f"{choice['operation']} {choice['shape']}: {choice['backend']} ({passed})")
     line("cache", system["cache"])
     line("xla cache", system["compilation_cache"])
-    line("variables", " ".join(f"{name}={value}" for name, value in report.environment.items()))
+    line("variables", pairs_text(report.environment))
     line("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items() if version))
     lines.append("")
     for check in report.checks:

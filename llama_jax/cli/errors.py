@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 
 import click
 
-from llama_jax.cli.terminal import print_json, printable
+from llama_jax.cli.terminal import print_error, print_json
 from llama_jax.errors import DoesNotFit, LlamaJaxError, NoDevice
 
 INTERRUPTED = 130
@@ -28,10 +27,7 @@ def report(error: BaseException, *, as_json: bool) -> int:
     if as_json:
         print_json({"error": {"type": kind, "message": message, "hint": hint, "param": param}})
     else:
-        # Names of files and tensors are not ours to trust.
-        print(f"error: {printable(message)}", file=sys.stderr)
-        if hint:
-            print(f"hint: {printable(hint)}", file=sys.stderr)
+        print_error(message, hint)
     return code
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 import time
 
 import click
@@ -93,8 +92,8 @@ def command(
     click.echo(made.path)
     if not quiet:
         for note in made.notes:
-            print(f"note: {note}", file=sys.stderr)
-        print(f"{made.tensors} tensors, {size_text(made.bytes)}, {made.dtype}, {seconds:.1f} s", file=sys.stderr)
+            click.echo(f"note: {note}", err=True)
+        click.echo(f"{made.tensors} tensors, {size_text(made.bytes)}, {made.dtype}, {seconds:.1f} s", err=True)
 
 
 def _size(text: str) -> int:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llama_jax.cli import inputs
 from llama_jax.cli.options import (
-    convert_option,
-    dtype_option,
+    LoadOptions,
     examples,
     given,
     json_option,
-    kernels_option,
-    mesh_options,
+    load_options,
     model_option,
     page_size_option,
     quiet_option,
@@ -59,10 +56,7 @@ DEFAULT_MAX_TOKENS = 256
 )
 @sampling_options
 @page_size_option
-@dtype_option
-@convert_option
-@mesh_options
-@kernels_option
+@load_options
 @quiet_option
 @json_option
 def command(
@@ -70,11 +64,7 @@ def command(
     model: str,
     messages: str | None,
     page_size: int | None,
-    dtype: str | None,
-    convert: bool,
-    mesh: str | None,
-    tp: int | None,
-    kernels: dict[str, str],
+    loading: LoadOptions,
     quiet: bool,
     as_json: bool,
     **fields: Any,
@@ -94,20 +84,9 @@ def command(
     from llama_jax.sampling import SamplingParams
 
     params = SamplingParams(**{"max_tokens": None, **given(fields)})
-    devices = requested_mesh(mesh, tp)
-
-    from llama_jax.loading import load
-
+    devices = requested_mesh(loading.mesh, loading.tp)
     with Reporter(quiet=quiet) as reporter:
-        loaded, tokenizer = load(
-            model,
-            dtype=dtype,
-            mesh=devices,
-            convert=convert,
-            kernels=kernels,
-            progress=reporter.progress,
-            notify=reporter.notify,
-        )
+        loaded, tokenizer = loading.load(model, devices, reporter)
         reporter.warn_of_unused_gpu()
     if conversation is not None:
         from llama_jax.text.chat import encode_chat
@@ -152,11 +131,7 @@ def _stream(
 
     steps = stream_generate(model, tokenizer, ids, params, page_size=page_size)
     if not quiet:
-        print(
-            f"{model.name} on {device_name(model.device, model.mesh)} in {model.dtype.name}",
-            file=sys.stderr,
-            flush=True,
-        )
+        click.echo(f"{model.name} on {device_name(model.device, model.mesh)} in {model.dtype.name}", err=True)
     last = None
     ended_line = True
     try:
@@ -169,11 +144,11 @@ def _stream(
         if not ended_line:
             write_text("\n")
         if last and not quiet:
-            print(
+            click.echo(
                 f"{last.prompt_tokens} prompt tokens at {last.prompt_tps:.1f} tokens/s, "
                 f"{last.generation_tokens} new at {last.generation_tps:.1f} tokens/s, "
                 f"first after {last.ttft_s * 1000:.0f} ms, end: {last.finish_reason or 'interrupted'}",
-                file=sys.stderr,
+                err=True,
             )
 
 

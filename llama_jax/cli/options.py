@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +17,10 @@ from llama_jax.library import DEFAULT_MODEL
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from llama_jax.cli.progress import Reporter
+    from llama_jax.model.loaded import Model
     from llama_jax.plan import AutoMesh
+    from llama_jax.text.tokenizer import Tokenizer
 
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -25,6 +31,17 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 def examples(*lines: str) -> str:
     """The epilog of a command's help: example command lines, kept as they are."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _together(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in the order of `--help`."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 model_option: Decorator = click.option(
@@ -66,7 +83,7 @@ kernels_option: Decorator = click.option(
 )
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
 
-_MESH: tuple[Decorator, ...] = (
+mesh_options = _together(
     click.option("--tp", type=int, metavar="N", help="Split the model over N devices; short for --mesh tensor=N."),
     click.option(
         "--mesh",
@@ -74,13 +91,7 @@ _MESH: tuple[Decorator, ...] = (
         help="Devices to use, e.g. data=2,tensor=4: 2 groups of rows, each over 4 devices; auto chooses by memory.",
     ),
 )
-
-
-def mesh_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--tp` and `--mesh`, as `requested_mesh` takes them."""
-    for option in reversed(_MESH):
-        function = option(function)
-    return function
+"""`--tp` and `--mesh`, as `requested_mesh` takes them."""
 
 
 def is_auto(mesh: str | None, tp: int | None) -> bool:
@@ -115,7 +126,43 @@ def requested_mesh(
     return None if sizes is None else make_mesh(sizes)
 
 
-_SAMPLING: tuple[Decorator, ...] = (
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded, as `load_options` takes it from the command line."""
+
+    dtype: str | None
+    convert: bool
+    mesh: str | None
+    tp: int | None
+    kernels: dict[str, str]
+
+    def load(self, model: str, devices: Mesh | AutoMesh | None, reporter: Reporter) -> tuple[Model, Tokenizer]:
+        """Loads a model on the devices that `requested_mesh` gives for `mesh` and `tp`."""
+        from llama_jax.loading import load
+
+        return load(
+            model,
+            dtype=self.dtype,
+            mesh=devices,
+            convert=self.convert,
+            kernels=self.kernels,
+            progress=reporter.progress,
+            notify=reporter.notify,
+        )
+
+
+def load_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--dtype`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's argument `loading`, of `LoadOptions`."""
+
+    @functools.wraps(function)
+    def command(**values: Any) -> Any:
+        loading = LoadOptions(**{field.name: values.pop(field.name) for field in dataclasses.fields(LoadOptions)})
+        return function(loading=loading, **values)
+
+    return _together(dtype_option, convert_option, mesh_options, kernels_option)(command)
+
+
+sampling_options = _together(
     click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that add up to P."),
     click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest tokens."),
     click.option("--min-p", type=float, metavar="P", help="Draw from tokens at least P times as likely as the first."),
@@ -128,16 +175,10 @@ _SAMPLING: tuple[Decorator, ...] = (
     click.option("--min-tokens", type=int, metavar="N", help="No end before N tokens."),
     click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's end of text."),
 )
+"""The fields of SamplingParams besides temperature and max_tokens, whose defaults differ between commands.
 
-
-def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The fields of SamplingParams besides temperature and max_tokens, whose defaults differ between commands.
-
-    The names are those of the fields; the value of an option that was not given is None or ().
-    """
-    for option in reversed(_SAMPLING):
-        function = option(function)
-    return function
+The names are those of the fields; the value of an option that was not given is None or ().
+"""
 
 
 def given(fields: dict[str, Any]) -> dict[str, Any]:

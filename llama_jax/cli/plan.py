@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -141,10 +140,6 @@ def _sizes(
 def _compile(config: LlamaConfig, plan: Plan, *, quiet: bool) -> ModelCompilation:
     from llama_jax.aot.model import compile_model
 
-    def say(line: str) -> None:
-        if not quiet:
-            print(line, file=sys.stderr, flush=True)
-
     w = plan.workload
     return compile_model(
         config,
@@ -154,5 +149,5 @@ def _compile(config: LlamaConfig, plan: Plan, *, quiet: bool) -> ModelCompilatio
         context=w.context,
         prompt=w.prompt,
         dtype=w.dtype,
-        progress=say,
+        progress=None if quiet else lambda line: click.echo(line, err=True),
     )

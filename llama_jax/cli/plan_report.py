@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.terminal import size_text
+from llama_jax.cli.terminal import ms_text, pairs_text, size_text
 
 if TYPE_CHECKING:
     from llama_jax.aot.model import ModelCompilation
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def report(model: str, plan: Plan) -> list[str]:
     """The plan in lines."""
     target, w, needs, shapes = plan.target, plan.workload, plan.needs, plan.shapes
-    mesh = " ".join(f"{axis}={size}" for axis, size in plan.sizes.items()) or "one device"
+    mesh = pairs_text(plan.sizes) or "one device"
     dense, pages = size_text(needs.cache), size_text(needs.paged_cache)
     worst = max(needs.phases, key=lambda phase: needs.phases[phase])
     phases = ", ".join(f"{name} {size_text(size)}" for name, size in needs.phases.items() if size)
@@ -40,7 +40,7 @@ def report(model: str, plan: Plan) -> list[str]:
         f"  {'':12} {'reading':>22} {'arithmetic':>24} {'exchange':>22} {'together':>10}  bound by",
         _floor("prefill", plan.prefill),
         _floor("decode step", plan.decode),
-        f"  first token of every row after {_ms(plan.first_token_s)}, then {_rate(plan)} (predicted)",
+        f"  first token of every row after {ms_text(plan.first_token_s)}, then {_rate(plan)} (predicted)",
         *(f"  exchange in {name}: {_exchanged(f.collectives)}" for name, f in _phases(plan) if f.collectives),
     ]
 
@@ -71,19 +71,15 @@ def _verdict(plan: Plan) -> str:
 
 
 def _floor(name: str, floor: Floor) -> str:
-    read = f"{size_text(floor.read_bytes)} {_ms(floor.memory_s)}"
-    flops = f"{floor.flops / 1e12:,.3g} TFLOP {_ms(floor.compute_s)}"
-    sent = f"{size_text(round(sum(c.traffic for c in floor.collectives)))} {_ms(floor.links_s)}"
-    together = _ms(floor.seconds)
+    read = f"{size_text(floor.read_bytes)} {ms_text(floor.memory_s)}"
+    flops = f"{floor.flops / 1e12:,.3g} TFLOP {ms_text(floor.compute_s)}"
+    sent = f"{size_text(round(sum(c.traffic for c in floor.collectives)))} {ms_text(floor.links_s)}"
+    together = ms_text(floor.seconds)
     return f"  {name:12} {read:>22} {flops:>24} {sent:>22} {together:>10}  {floor.bound or 'unknown'}"
 
 
 def _exchanged(collectives: tuple[Collective, ...]) -> str:
     return ", ".join(f"{c.count} x {c.kind} of {size_text(c.bytes)} over {c.devices}" for c in collectives)
-
-
-def _ms(seconds: float | None) -> str:
-    return "unknown" if seconds is None else f"{seconds * 1e3:.3g} ms"
 
 
 def _rate(plan: Plan) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 
 import click
@@ -62,4 +61,4 @@ def command(name: str, revision: str | None, no_convert: bool, quiet: bool, as_j
     click.echo(printable(str(pulled.checkpoint or pulled.source)))
     if not quiet:
         facts = f"{pulled.name}: {size_text(pulled.nbytes)}, licence {pulled.licence or 'not stated'}"
-        print(printable(f"{facts}, revision {pulled.revision}"), file=sys.stderr)
+        click.echo(printable(f"{facts}, revision {pulled.revision}"), err=True)

@@ -1,10 +1,14 @@
-"""Writing to standard output and standard error: model text that cannot take over a terminal, JSON, sizes."""
+"""The terminal: model text that cannot take it over, JSON, errors, tables, sizes; and Ctrl-C."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from llama_jax.library.sizes import size_text as size_text
@@ -54,3 +58,48 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
     ]
+
+
+def pairs_text(pairs: Mapping[str, object]) -> str:
+    """Names and values as in "data=2 tensor=4"."""
+    return " ".join(f"{name}={value}" for name, value in pairs.items())
+
+
+def ms_text(seconds: float | None) -> str:
+    """Seconds as milliseconds with three figures, "unknown" for None."""
+    return "unknown" if seconds is None else f"{seconds * 1e3:.3g} ms"
+
+
+def print_error(message: str, hint: str) -> None:
+    """Writes an error for people to standard error."""
+    # Names of files and tensors are not ours to trust.
+    print(f"error: {printable(message)}", file=sys.stderr)
+    if hint:
+        print(f"hint: {printable(hint)}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def catch_interrupt(notice: str = "") -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C into a wish that can be asked for; a second Ctrl-C raises KeyboardInterrupt.
+
+    Args:
+      notice: what the first Ctrl-C writes to standard error.
+    """
+    asked = False
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        if notice:
+            print(notice, file=sys.stderr, flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # signals arrive in the main thread
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

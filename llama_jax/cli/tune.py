@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llama_jax.cli.options import examples, json_option
-from llama_jax.cli.terminal import print_json, printable
+from llama_jax.cli.terminal import pairs_text, print_json, printable
 from llama_jax.kernels.registry import OPERATIONS
 
 if TYPE_CHECKING:
@@ -55,13 +55,13 @@ def command(names: tuple[str, ...], model: str | None, most: int, repeats: int, 
         return
     for op, lines in rules.items():
         for rule in lines:
-            tiles = " ".join(f"{name}={number}" for name, number in rule.get("tiles", {}).items())
+            tiles = pairs_text(rule.get("tiles", {}))
             click.echo(f"{op} {rule['dtype']} {rule['shape']}: {rule['backend']} {tiles}({rule['source']})")
     click.echo(f"written to {tuning.table}")
 
 
 def _print_plan(found: tuple[Candidate, ...], *, as_json: bool) -> None:
-    plan = [
+    plan: list[dict[str, Any]] = [
         {"operation": c.operation.name, "case": c.case.name, "backend": c.backend, "tiles": c.tile_numbers}
         for c in found
     ]
@@ -69,8 +69,7 @@ def _print_plan(found: tuple[Candidate, ...], *, as_json: bool) -> None:
         print_json({"candidates": plan})
         return
     for item in plan:
-        tiles = " ".join(f"{name}={number}" for name, number in item["tiles"].items())  # type: ignore[attr-defined]
-        click.echo(f"{item['operation']}, {item['case']}: {item['backend']} {tiles}".rstrip())
+        click.echo(f"{item['operation']}, {item['case']}: {item['backend']} {pairs_text(item['tiles'])}".rstrip())
     if found:
         click.echo(f"{len(found)} candidates")
     else:
@@ -78,6 +77,6 @@ def _print_plan(found: tuple[Candidate, ...], *, as_json: bool) -> None:
 
 
 def _line(done: int, total: int, m: Measurement) -> str:
-    tiles = " ".join(f"{name}={number}" for name, number in m.tiles.items())
+    tried = " ".join(filter(None, (m.backend, pairs_text(m.tiles))))
     outcome = m.problem if m.seconds is None else f"{m.seconds * 1e6:.1f} µs"
-    return f"[{done}/{total}] {m.operation}, {m.case}: {' '.join(filter(None, (m.backend, tiles)))}: {outcome}"
+    return f"[{done}/{total}] {m.operation}, {m.case}: {tried}: {outcome}"

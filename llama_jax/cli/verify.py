@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +61,11 @@ def command(
         raise click.UsageError("--tp and --mesh need --expected: without it no model is run")
     inputs = devices = None
     if expected is not None:
-        inputs = _inputs(expected, save_logits)
+        from llama_jax.measure import verification
+
+        inputs = verification.read_inputs(expected)
+        if save_logits and not inputs.greedy:
+            inputs = dataclasses.replace(inputs, greedy=verification.GREEDY_TO_SAVE)
         batch, length = inputs.tokens.shape
         devices = requested_mesh(mesh, tp, batch=batch, context=length + max(inputs.greedy, 1), prompt=length)
     with Reporter(quiet=quiet, label="Verifying") as reporter:
@@ -87,7 +90,7 @@ def _check_digests(
             raise click.exceptions.Exit(CheckpointError.exit_code)
     if not report.ok:
         for failure in report.failures:
-            print(f"damaged: {printable(failure)}", file=sys.stderr)
+            click.echo(f"damaged: {printable(failure)}", err=True)
         raise CheckpointError(
             f"{report.path} is damaged or differs from its source: {len(report.failures)} digests differ"
             if source
@@ -98,15 +101,6 @@ def _check_digests(
         also = f", and {source} gives the same" if source else ""
         click.echo(f"ok: {report.path}, {report.tensors} tensors, {size_text(report.bytes)}, all digests match{also}")
     return report.path
-
-
-def _inputs(expected: str, save_logits: str | None) -> Inputs:
-    from llama_jax.measure import verification
-
-    inputs = verification.read_inputs(expected)
-    if save_logits and not inputs.greedy:
-        inputs = dataclasses.replace(inputs, greedy=verification.GREEDY_TO_SAVE)
-    return inputs
 
 
 def _check_numbers(
@@ -136,11 +130,10 @@ def _check_numbers(
         # The file cannot be compared with this model at all, which is a result like any other.
         result = verification.Comparison(None, None, None, (f"{e.message}; {e.hint}",))
     for reason in result.reasons:
-        print(f"failed: {reason}", file=sys.stderr)
+        click.echo(f"failed: {reason}", err=True)
     if result.ok and not quiet:
-        print(
-            f"ok: {path} agrees with {expected} on {runtime.device_name(mesh=model.mesh)} in float32", file=sys.stderr
-        )
+        device = runtime.device_name(mesh=model.mesh)
+        click.echo(f"ok: {path} agrees with {expected} on {device} in float32", err=True)
     print_json(
         {
             "max_abs_diff": result.max_abs_diff,

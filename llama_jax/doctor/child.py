@@ -5,19 +5,11 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
-class Done:
-    """What a child has said, and its exit status."""
-
-    out: str
-    err: str
-    status: int
-
-
-def run_child(command: Sequence[str], environ: Mapping[str, str], *, deadline_s: float) -> Done | None:
+def run_child(
+    command: Sequence[str], environ: Mapping[str, str], *, deadline_s: float
+) -> subprocess.CompletedProcess[str] | None:
     """Runs a command to its end; None if it was killed at the deadline.
 
     Raises:
@@ -43,4 +35,4 @@ def run_child(command: Sequence[str], environ: Mapping[str, str], *, deadline_s:
     except BaseException:
         child.kill()
         raise
-    return Done(out, err, child.returncode)
+    return subprocess.CompletedProcess(command, child.returncode, out, err)

@@ -1,8 +1,8 @@
-"""Which kernels run here, and whether they compute right."""
+"""Which kernels run here, whether they compute right, and with which options of XLA decode steps are compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.doctor.report import Check
@@ -45,3 +45,15 @@ def check_numerics(found: Numerics) -> list[Check]:
         names = dict.fromkeys(f"{check['operation']}/{check['backend']}" for check in found.checks)
         checks.append(Check("numerics", "ok", f"{len(found.checks)} comparisons agree: {', '.join(names) or 'none'}"))
     return checks
+
+
+def check_graphs(graphs: Sequence[dict[str, str]]) -> list[Check]:
+    """What `graph_options` gives on one device and, if there are several, for a model that is split over them.
+
+    Nothing where it leaves the choice to XLA.
+    """
+    return [
+        Check("graphs", "ok", f"{what} of a batch are compiled with {' '.join(map('='.join, options.items()))}")
+        for what, options in zip(("decode steps", "a split model's decode steps"), graphs, strict=False)
+        if options
+    ]

@@ -1,4 +1,4 @@
-"""How GPUs reach one another: from the files of AMD's compute driver, and from `nvidia-smi topo -m`."""
+"""How GPUs reach one another: by links (AMD's compute driver, `nvidia-smi topo -m`), else by shared memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ _P2P_FIX = (
     "the kernel needs CONFIG_HSA_AMD_P2P and CONFIG_DMABUF_MOVE_NOTIFY"
 )
 _FINE_GRAIN = "HSA_FORCE_FINE_GRAIN_PCIE"
+LEAST_SHARED_MEMORY = 1 << 30
+"""Bytes of /dev/shm. RCCL takes some tens of megabytes for each pair of GPUs; containers have 64 MB by default
+(https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html)."""
+
+_SHARED_MEMORY_FIX = (
+    "docker run --shm-size=16g (or --ipc=host); Kubernetes: an emptyDir with medium Memory at /dev/shm; "
+    "without a container: sudo mount -o remount,size=16g /dev/shm"
+)
 
 type Pairs = Mapping[tuple[int, int], str]
 """GPUs by their numbers, the smaller first, and what is between them."""
@@ -86,10 +94,12 @@ def _nvidia(environ: Mapping[str, str], deadline_s: float) -> list[Check]:
     if done is None:
         detail = f"`nvidia-smi topo -m` did not answer within {deadline_s:g} s"
         return [Check(_NAME, "warning", detail, "look for errors of the driver in `dmesg`; a restart may be needed")]
-    pairs = read_nvidia_topology(done.out)
+    pairs = read_nvidia_topology(done.stdout)
     if not pairs:
-        said = (done.err or done.out).strip().splitlines()
-        detail = f"`nvidia-smi topo -m` names no links (exit status {done.status}): {said[-1][:200] if said else ''}"
+        said = (done.stderr or done.stdout).strip().splitlines()
+        detail = (
+            f"`nvidia-smi topo -m` names no links (exit status {done.returncode}): {said[-1][:200] if said else ''}"
+        )
         return [Check(_NAME, "warning", detail, "run it by hand; its driver and library have to be of one version")]
     return check_nvidia_links(pairs)
 
@@ -140,3 +150,15 @@ def _summary(pairs: Pairs) -> str:
     kinds = {kind: sum(link == kind for link in pairs.values()) for kind in dict.fromkeys(pairs.values())}
     each = ", ".join(f"{number} over {kind.upper() if kind == 'xgmi' else kind}" for kind, number in kinds.items())
     return f"pairs of GPUs: {each}"
+
+
+def check_shared_memory(root: Path = hardware.ROOT) -> list[Check]:
+    """/dev/shm, through which NCCL and RCCL exchange what GPUs cannot copy to one another."""
+    try:
+        size = shutil.disk_usage(root / "dev/shm").total
+    except OSError:
+        return [Check("shared memory", "warning", "there is no /dev/shm, which NCCL and RCCL use", _SHARED_MEMORY_FIX)]
+    if size < LEAST_SHARED_MEMORY:
+        detail = f"/dev/shm has {size / 1e6:.0f} MB; NCCL and RCCL fail where it is too small for all GPUs"
+        return [Check("shared memory", "warning", detail, _SHARED_MEMORY_FIX)]
+    return [Check("shared memory", "ok", f"/dev/shm has {size / 1e9:.1f} GB")]

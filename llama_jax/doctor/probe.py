@@ -62,10 +62,10 @@ def probe_jax(environ: Mapping[str, str], *, deadline_s: float = PROBE_DEADLINE_
     done = run_child([sys.executable, "-c", code], environ, deadline_s=deadline_s)
     if done is None:
         return Probe(error=f"jax did not name its devices within {deadline_s:g} s")
-    lines = [line.strip() for line in done.err.splitlines() if line.strip()]
-    said = [line.partition(":") for line in done.out.splitlines()]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    said = [line.partition(":") for line in done.stdout.splitlines()]
     answers = {name: json.loads(rest) for name, _, rest in said if name in _ANSWERS}
     if "probe" in answers:
         return Probe(answers["probe"], said="\n".join(lines), kernels=answers.get("kernels", {}))
     reason = lines[-1][:500] if lines else "no message"
-    return Probe(error=f"jax failed (exit status {done.status}): {reason}", said="\n".join(lines))
+    return Probe(error=f"jax failed (exit status {done.returncode}): {reason}", said="\n".join(lines))

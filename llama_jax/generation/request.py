@@ -53,11 +53,6 @@ class Requests:
     adapters: Params | None
     adapter_ids: tuple[int, ...]
 
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(map(len, self.prompts))
-
     def prompt_of(self, row: int) -> list[int]:
         """Token ids that a row continues."""
         return self.prompts[self.rows[row].prompt]
@@ -105,13 +100,12 @@ def prepare(
         for i, p in enumerate(each)
         for copy in range(p.n)
     ]
-    slots = _adapter_slots(
-        adapters, [adapter_ids] * len(ids) if isinstance(adapter_ids, int) else adapter_ids, len(ids)
-    )
+    slots = _adapter_slots(adapters, adapter_ids, len(ids))
     return Requests(tuple(ids), tuple(each), tuple(rows), page_size, adapters, slots)
 
 
-def _adapter_slots(adapters: Params | None, ids: Sequence[int], prompts: int) -> tuple[int, ...]:
+def _adapter_slots(adapters: Params | None, ids: int | Sequence[int], prompts: int) -> tuple[int, ...]:
+    ids = [ids] * prompts if isinstance(ids, int) else ids
     slots = min((leaf.shape[0] for leaf in jax.tree.leaves(adapters)), default=1)
     if len(ids) != prompts or any(not 0 <= i < slots for i in ids):
         raise RequestError(
@@ -137,25 +131,24 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
                 "without a tokenizer a prompt must be token ids", param="prompt", hint="pass a list of token ids"
             )
         ids = tokenizer.encode(prompt)
-        if not ids:
-            if tokenizer.bos_token_id is None:
-                raise RequestError("the prompt is empty", param="prompt", hint="give at least one token")
+        if not ids and tokenizer.bos_token_id is not None:
             ids = [tokenizer.bos_token_id]
-        return ids
-    if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
-        raise RequestError(
-            f"a prompt must be text or a list of token ids; got {type(prompt).__name__}",
-            param="prompt",
-            hint="decode bytes as UTF-8; wrap a single id in a list",
-        )
-    if not len(prompt):
-        raise RequestError("the prompt is empty", param="prompt", hint="give at least one token")
-    for token in prompt:
-        if not isinstance(token, int | np.integer) or isinstance(token, bool):
+    else:
+        if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes):
             raise RequestError(
-                f"the prompt holds {token!r}, which is no token id", param="prompt", hint="token ids are integers"
+                f"a prompt must be text or a list of token ids; got {type(prompt).__name__}",
+                param="prompt",
+                hint="decode bytes as UTF-8; wrap a single id in a list",
             )
-    return [int(token) for token in prompt]
+        for token in prompt:
+            if not isinstance(token, int | np.integer) or isinstance(token, bool):
+                raise RequestError(
+                    f"the prompt holds {token!r}, which is no token id", param="prompt", hint="token ids are integers"
+                )
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise RequestError("the prompt is empty", param="prompt", hint="give at least one token")
+    return ids
 
 
 def token_limit(config: LlamaConfig, prompt_length: int, max_tokens: int | None) -> int:

@@ -22,7 +22,7 @@ class Session:
 
     def __init__(self, model: Model, requests: Requests, stride: int):
         self._model, self._requests, self._stride = model, requests, stride
-        self._padded = buckets.prompt_bucket(requests.longest_prompt)
+        self._padded = buckets.prompt_bucket(max(map(len, requests.prompts)))
         self._longest = max(row.limit for row in requests.rows)
         self._capacity, *self._larger = buckets.capacities(self._padded, self._longest)
         self._batch = self._on_devices(buckets.batch_bucket, len(requests.rows))

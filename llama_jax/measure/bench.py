@@ -108,8 +108,7 @@ def random_model(
         maker = makers.setdefault(
             (alike, where), jax.jit(lambda key: init_leaf(alike, key, dtype), out_shardings=where)
         )
-        leaf: jax.Array = maker(jax.random.fold_in(key, index))
-        return leaf
+        return maker(jax.random.fold_in(key, index))
 
     params = unflatten({spec.name: make(spec, i) for i, spec in enumerate(param_specs(config))})
     return Model(*arrange(params, config, mesh, donate=True), mesh, name=name)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,6 @@ CHUNK = 512
 """Tokens of one prefill call: bounds the logits that are on the device at a time."""
 GREEDY_TO_SAVE = 16
 """Greedy tokens of a file that asks for none."""
-
-_HINT = "the file has to be an npz with input_ids, attention_mask, logits and greedy"
 
 
 @dataclass(frozen=True)
@@ -102,30 +101,20 @@ def read_inputs(path: str | Path) -> Inputs:
     with _Npz(path) as file:
         tokens = file.array("input_ids")
         if tokens is None:
-            raise RequestError(f"{path} has no input_ids", param="expected", hint=_HINT)
+            raise _unusable(f"{path} has no input_ids")
         if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-            raise RequestError(
-                f"{path}: input_ids is {tokens.dtype}{list(tokens.shape)}, integers [batch, seq] are needed",
-                param="expected",
-                hint=_HINT,
+            raise _unusable(
+                f"{path}: input_ids is {tokens.dtype}{list(tokens.shape)}, integers [batch, seq] are needed"
             )
         mask = file.array("attention_mask")
         mask = np.ones(tokens.shape, bool) if mask is None else mask != 0
         if mask.shape != tokens.shape:
-            raise RequestError(
-                f"{path}: attention_mask has shape {list(mask.shape)}, input_ids {list(tokens.shape)}",
-                param="expected",
-                hint=_HINT,
-            )
+            raise _unusable(f"{path}: attention_mask has shape {list(mask.shape)}, input_ids {list(tokens.shape)}")
         if empty := [row for row in range(len(mask)) if not mask[row].any()]:
-            raise RequestError(
-                f"{path}: attention_mask hides all of row {empty[0]}", param="expected", hint="leave the row out"
-            )
+            raise _unusable(f"{path}: attention_mask hides all of row {empty[0]}", hint="leave the row out")
         greedy = file.shape("greedy")
     if greedy is not None and (len(greedy) != 2 or greedy[0] != len(tokens)):
-        raise RequestError(
-            f"{path}: greedy has shape {list(greedy)} for {len(tokens)} rows of input_ids", param="expected", hint=_HINT
-        )
+        raise _unusable(f"{path}: greedy has shape {list(greedy)} for {len(tokens)} rows of input_ids")
     return Inputs(tokens.astype(np.int64), mask, greedy[1] if greedy else 0)
 
 
@@ -235,7 +224,7 @@ def compare(computed: Computed, inputs: Inputs, path: str | Path) -> Comparison:
     with _Npz(path) as file:
         logits, greedy = file.array("logits"), file.array("greedy")
     if logits is None and greedy is None:
-        raise RequestError(f"{path} has neither logits nor greedy", param="expected", hint=_HINT)
+        raise _unusable(f"{path} has neither logits nor greedy")
     for name, expected, found in (("logits", logits, computed.logits), ("greedy", greedy, computed.greedy)):
         if expected is not None and expected.shape != found.shape:
             raise VerificationError(
@@ -296,7 +285,7 @@ class _Npz:
             self._zip = zipfile.ZipFile(self._path)
         except (OSError, ValueError, zipfile.BadZipFile) as e:
             reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-            raise RequestError(f"cannot read {self._path}: {reason}", param="expected", hint=_HINT) from e
+            raise _unusable(f"cannot read {self._path}: {reason}") from e
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -304,32 +293,33 @@ class _Npz:
 
     def array(self, name: str) -> np.ndarray | None:
         """The array, or None if the file has none of this name."""
-        if f"{name}.npy" not in self._zip.namelist():
-            return None
-        try:
-            with self._zip.open(f"{name}.npy") as member:
-                value = np.lib.format.read_array(member, allow_pickle=False)
-        except _UNREADABLE as e:
-            raise self._damaged(name, e) from e
-        if value.dtype.kind not in "iufb":
-            raise RequestError(f"{self._path}: {name} holds {value.dtype}", param="expected", hint=_HINT)
+        value = self._read(name, partial(np.lib.format.read_array, allow_pickle=False))
+        if value is not None and value.dtype.kind not in "iufb":
+            raise _unusable(f"{self._path}: {name} holds {value.dtype}")
         return value
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The array's shape, from its header alone."""
+        return self._read(name, _read_shape)
+
+    def _read[T](self, name: str, read: Callable[[IO[bytes]], T]) -> T | None:
         if f"{name}.npy" not in self._zip.namelist():
             return None
         try:
             with self._zip.open(f"{name}.npy") as member:
-                version = np.lib.format.read_magic(member)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                return read(member)[0]
-        except _UNREADABLE as e:
-            raise self._damaged(name, e) from e
-
-    def _damaged(self, name: str, e: Exception) -> RequestError:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        return RequestError(f"{self._path}: {name} cannot be read ({reason})", param="expected", hint=_HINT)
+                return read(member)
+        except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zipfile.LargeZipFile) as e:
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise _unusable(f"{self._path}: {name} cannot be read ({reason})") from e
 
 
-_UNREADABLE = (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zipfile.LargeZipFile)
+def _read_shape(member: IO[bytes]) -> tuple[int, ...]:
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(member)[0]
+
+
+def _unusable(
+    message: str, hint: str = "the file has to be an npz with input_ids, attention_mask, logits and greedy"
+) -> RequestError:
+    return RequestError(message, param="expected", hint=hint)

@@ -55,7 +55,7 @@ def render_chat(
       RequestError: messages, tools or a variable are not what a template can take.
     """
     values = _template_values(messages, tools, documents, kwargs)
-    return _render(template, special_tokens or {}, add_generation_prompt, values, _now())
+    return _render(template, special_tokens or {}, add_generation_prompt, values, datetime.datetime.now())
 
 
 def encode_chat(
@@ -87,7 +87,7 @@ def encode_chat(
     template = select_template(tokenizer.chat_templates, chat_template, has_tools=tools is not None)
     values = _template_values(messages, tools, documents, template_kwargs)
     names = tokenizer.special_tokens_map
-    now = _now()
+    now = datetime.datetime.now()
     literals = template_literals(template)
     protected = _map_strings(values, lambda text: _protect(text, tokenizer.guard, literals))
     rendered = _render(template, names, add_generation_prompt, protected, now)
@@ -99,14 +99,6 @@ def encode_chat(
                 hint="remove control tokens from the messages",
             )
     return tokenizer.encode_guarded(rendered)
-
-
-def chat_text(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, chat_template: str | None = None, **kwargs: Any
-) -> str:
-    """The text that a model's template makes of messages; arguments as for `encode_chat`."""
-    template = select_template(tokenizer.chat_templates, chat_template, has_tools=kwargs.get("tools") is not None)
-    return render_chat(messages, template, special_tokens=tokenizer.special_tokens_map, **kwargs)
 
 
 def select_template(templates: Mapping[str, str], chosen: str | None, *, has_tools: bool) -> str:
@@ -152,10 +144,6 @@ def _protect(text: str, guard: ControlGuard, literals: Sequence[str]) -> str:
                 return SENTINEL + protected
             start = token.find(core, start + 1)
     return protected
-
-
-def _now() -> datetime.datetime:
-    return datetime.datetime.now()
 
 
 def _template_values(

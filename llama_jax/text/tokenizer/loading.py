@@ -274,8 +274,7 @@ def _without_control_merges(backend: tokenizers.Tokenizer) -> tokenizers.Tokeniz
         for merge in content["model"]["merges"]
         if ("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1)) not in special
     ]
-    rebuilt = call_backend("the tokenizer cannot be rebuilt", type(backend).from_str, json.dumps(content))
-    return rebuilt
+    return call_backend("the tokenizer cannot be rebuilt", type(backend).from_str, json.dumps(content))
 
 
 def _templates(files: Mapping[str, bytes | str], config: Mapping[str, Any], folder: Path) -> dict[str, str]:

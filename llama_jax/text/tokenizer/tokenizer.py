@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama_jax.errors import LlamaJaxError, TokenizerError
 from llama_jax.text.tokenizer.detokenizer import Detokenizer, token_bytes
@@ -122,9 +122,8 @@ class Tokenizer:
         Raises:
           TokenizerError: the text is not valid Unicode, or a control id appears that the text does not spell.
         """
-        text = text.removeprefix(
-            SENTINEL
-        )  # it protects nothing there, and would hide the start from a prefix-space rule
+        # At the start it protects nothing, and would hide the start from a prefix-space rule.
+        text = text.removeprefix(SENTINEL)
         ids = self._encode(_valid(text), add_special_tokens)
         found = sum(i in self.special_ids and i != self._unknown_id for i in ids)
         spelled = self.guard.count(text)
@@ -141,8 +140,7 @@ class Tokenizer:
         encoding = call_backend(
             "the text cannot be encoded", self._backend.encode, text, add_special_tokens=add_special_tokens
         )
-        ids: list[int] = encoding.ids
-        return ids
+        return encoding.ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids.
@@ -186,8 +184,7 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a token in the vocabulary's own spelling, or None."""
-        found: Any = self._backend.token_to_id(_valid(token))
-        return found
+        return self._backend.token_to_id(_valid(token))
 
 
 def _valid(text: str) -> str:
