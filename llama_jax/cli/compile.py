@@ -141,12 +141,12 @@ def _phase_facts(phase: Phase) -> dict[str, Any]:
         "collectives": [dataclasses.asdict(x) | {"traffic": x.traffic} for x in c.collectives],
         "flops": c.flops,
         "bytes_accessed": c.bytes_accessed,
-        "read_bytes": phase.read_bytes,
+        "read_bytes": phase.floor.read_bytes,
         "predicted": {
-            "compute_s": phase.compute_s,
-            "memory_s": phase.memory_s,
-            "links_s": phase.links_s,
-            "floor_s": phase.floor_s,
+            "compute_s": phase.floor.compute_s,
+            "memory_s": phase.floor.memory_s,
+            "links_s": phase.floor.links_s,
+            "floor_s": phase.floor.seconds,
         },
         "library_calls": dict(c.library_calls),
         "kernels": kernels,
@@ -203,7 +203,8 @@ def _prediction(phase: Phase) -> str:
     def ms(seconds: float | None) -> str:
         return "unknown" if seconds is None else f"{seconds * 1e3:.3g} ms"
 
+    floor = phase.floor
     return (
-        f"at least {ms(phase.floor_s)} (peak rates of the data sheet: arithmetic {ms(phase.compute_s)}, reading "
-        f"{size_text(phase.read_bytes)} {ms(phase.memory_s)}, exchange {ms(phase.links_s)})"
+        f"at least {ms(floor.seconds)} (peak rates of the data sheet: arithmetic {ms(floor.compute_s)}, reading "
+        f"{size_text(floor.read_bytes)} {ms(floor.memory_s)}, exchange {ms(floor.links_s)})"
     )
