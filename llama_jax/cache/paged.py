@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -139,7 +140,8 @@ class PagedCache:
         if shared is not None:
             slot = jnp.arange(self.capacity, dtype=jnp.int32)
             new |= {"positions": jnp.where(slot < shared[:, None], slot, -1), "lengths": shared, "shared": shared}
-        return dataclasses.replace(self, **{name: put_rows(getattr(self, name), rows, x) for name, x in new.items()})
+        booked: dict[str, Any] = {name: put_rows(getattr(self, name), rows, x) for name, x in new.items()}
+        return dataclasses.replace(self, **booked)
 
     def extend(self, positions: jax.Array, rows: jax.Array | None = None) -> tuple[PagedCache, PagedSlots]:
         """See `KVCache`. Outside of jit, raises RequestError when a token has no slot; inside, where that is not known,
@@ -182,13 +184,14 @@ class PagedCache:
     def select(self, rows: jax.Array) -> PagedCache:
         """See `KVCache`; the part has the same pages, of which nothing is copied."""
         self._check_one_pool()
-        taken = {name: take_rows(getattr(self, name), rows, empty) for name, empty in _EMPTY_ROW.items()}
-        return dataclasses.replace(self, **taken)
+        return self._by_row(lambda x, empty: take_rows(x, rows, empty))
 
     def put(self, rows: jax.Array, part: PagedCache) -> PagedCache:
         """See `KVCache`; the pages are the part's, which has those of all rows."""
         self._check_one_pool()
-        written = {name: put_rows(getattr(self, name), rows, getattr(part, name)) for name in _EMPTY_ROW}
+        written: dict[str, Any] = {
+            name: put_rows(getattr(self, name), rows, getattr(part, name)) for name in _EMPTY_ROW
+        }
         return dataclasses.replace(part, **written)
 
     def fork(self, source: jax.Array, target: jax.Array) -> PagedCache:
@@ -236,9 +239,7 @@ class PagedCache:
     def release(self, rows: jax.Array) -> PagedCache:
         """See `KVCache`. The rows have no pages any more: `book` gives them some for the next text."""
         line = rows[:, None]
-        held = {name: getattr(self, name) for name in _EMPTY_ROW}
-        released = {n: jnp.where(line if x.ndim > 1 else rows, _EMPTY_ROW[n], x) for n, x in held.items()}
-        return dataclasses.replace(self, **released)
+        return self._by_row(lambda x, empty: jnp.where(line if x.ndim > 1 else rows, empty, x))
 
     def grow(self, capacity: int) -> PagedCache:
         """See `KVCache`; every row gets new pages for the new slots, added to the store behind the old ones."""
@@ -264,7 +265,12 @@ class PagedCache:
 
     def _laid_out(self) -> PagedCache:
         """Rows over a mesh, with the pages that `PAGE_AXES` lay out, so that no program is compiled twice."""
-        return dataclasses.replace(self, **{name: constrain(getattr(self, name), ("batch",)) for name in _EMPTY_ROW})
+        return self._by_row(lambda x, _: constrain(x, ("batch",)))
+
+    def _by_row(self, change: Callable[[jax.Array, int], jax.Array]) -> PagedCache:
+        """The arrays of `_EMPTY_ROW` changed in one way, which is told what an empty row has."""
+        changed: dict[str, Any] = {name: change(getattr(self, name), empty) for name, empty in _EMPTY_ROW.items()}
+        return dataclasses.replace(self, **changed)
 
     def _check_mesh(self, *, packed: bool) -> None:
         if self.replicas != ways("batch"):
