@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import LlamaConfig, config_to_hf, preset
+from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.params import param_specs
 
 SHARD_BYTES = 5_000_000_000
@@ -69,30 +70,28 @@ def make(folder: Path, config: LlamaConfig) -> int:
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         index |= dict.fromkeys(shard, file)
-        header, end = {}, 0
-        for name, shape in shard.items():
-            size = 2 * int(np.prod(shape))
-            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
-            end += size
-        raw = json.dumps(header).encode()
-        raw += b" " * (-len(raw) % 8)
-        with (folder / file).open("wb") as out:
-            out.write(len(raw).to_bytes(8, "little") + raw)
-            for start in range(0, end, BLOCK_BYTES):
-                out.write(block[: min(BLOCK_BYTES, end - start)])
+        plan = {name: TensorPlan("bfloat16", shape) for name, shape in shard.items()}
+        writer = SafetensorsWriter(folder / file, plan, {"format": "pt"})
+        for name, tensor in plan.items():
+            for start in range(0, tensor.nbytes, BLOCK_BYTES):
+                writer.write(name, block[: tensor.nbytes - start], skip=start)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     os.sync()
     return sum(2 * spec.size for spec in param_specs(config))
 
 
-def drop(folder: Path) -> None:
-    """Drops the pages of all files below a folder from the system's memory."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
+def files(path: Path) -> list[Path]:
+    """A file, or all files below a folder."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def drop(path: Path) -> None:
+    """Drops the pages of a file, or of all files below a folder, from the system's memory."""
+    for file in files(path):
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)  # pages that are not on the disk yet cannot be dropped
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
 
 
 def timed_copy(src: Path, dst: Path) -> float:

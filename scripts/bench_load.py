@@ -31,6 +31,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench_convert import drop, files
+
 RUNS = ("cold", "warm", "unverified")
 BLOCK = 16 << 20
 
@@ -130,26 +132,13 @@ def print_report(result: dict[str, Any]) -> None:
         print(f"{name}: {rate / 1e9:.2f} GB/s")
 
 
-def weight_files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-
-
-def drop(path: Path) -> None:
-    """Takes the files out of the page cache."""
-    for file in weight_files(path):
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)  # pages that are not on the disk yet cannot be dropped
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
 def read_rate(path: Path, *, cold: bool) -> float:
     """Bytes a second of reading all files one after the other."""
     if cold:
         drop(path)
     buffer, done = memoryview(bytearray(BLOCK)), 0
     began = time.monotonic()
-    for file in weight_files(path):
+    for file in files(path):
         fd = os.open(file, os.O_RDONLY)
         while n := os.readv(fd, [buffer]):
             done += n

@@ -222,15 +222,6 @@ def summarise(rounds: Sequence[dict[str, Any]], request: dict[str, Any]) -> list
     return rows
 
 
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def show(report: dict[str, Any]) -> None:
     """The report as text."""
     print(f"{report['processor']}, {report['cpus']} processors, load {report['load'][0]:.2f} at the start")
@@ -293,6 +284,7 @@ def main() -> None:
         parser.error("--new must be at least 2, all other numbers at least 1")
 
     from llama_jax.library import DEFAULT_MODEL
+    from llama_jax.targets import hardware
 
     request = {
         "ours": args.model or DEFAULT_MODEL,
@@ -310,10 +302,11 @@ def main() -> None:
             print(f"round {index + 1} of {args.rounds}: {side}", file=sys.stderr)
             done[side] = run_child(python, side, seeded)
         rounds.append(done)
+    cpu = hardware.cpu()
     report = {
         "model": Path(str(request["theirs"])).name,
-        "processor": processor(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "processor": cpu.name,
+        "cpus": cpu.cores,
         "load": load,
         "settings": {name: request[name] for name in ("batches", "prompt", "new", "repeats")},
         "rounds": args.rounds,

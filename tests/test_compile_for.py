@@ -330,14 +330,14 @@ def test_model_on_one_device(tiny: LlamaConfig, on_one: ModelCompilation, said: 
     assert weights + cache < result.decode.compilation.memory.arguments < weights + cache + 10_000
     assert cache <= result.decode.compilation.memory.aliased
     embedding = 2 * tiny.vocab_size * tiny.hidden_size
-    assert result.decode.read_bytes == weights - embedding + keys_and_values
-    assert result.prefill.read_bytes == weights - embedding
+    assert result.decode.floor.read_bytes == weights - embedding + keys_and_values
+    assert result.prefill.floor.read_bytes == weights - embedding
     assert result.decode.compilation.flops >= 2 * 2 * (count_params(tiny) - tiny.vocab_size * tiny.hidden_size)
     assert result.decode.compilation.collectives == ()
     target = result.target
-    assert result.decode.floor_s == max(result.decode.compute_s or 0, result.decode.memory_s or 0)
-    assert result.decode.memory_s == result.decode.read_bytes / target.bandwidth
-    assert result.prefill.compute_s == result.prefill.compilation.flops / target.rates.bf16
+    assert result.decode.floor.seconds == max(result.decode.floor.compute_s or 0, result.decode.floor.memory_s or 0)
+    assert result.decode.floor.memory_s == result.decode.floor.read_bytes / target.bandwidth
+    assert result.prefill.floor.compute_s == result.prefill.compilation.flops / target.rates.bf16
 
 
 @pytest.mark.amd
@@ -351,8 +351,9 @@ def test_model_on_several_devices(tiny: LlamaConfig, on_eight: ModelCompilation)
     for phase in (result.prefill, result.decode):
         reduces = [c for c in phase.compilation.collectives if c.kind == "all-reduce" and c.devices == 4]
         assert sum(c.count for c in reduces) >= 4  # two in each layer
-        assert phase.links_s is not None
-        assert phase.floor_s == max(phase.compute_s or 0, phase.memory_s or 0) + phase.links_s > 0
+        floor = phase.floor
+        assert floor.links_s is not None
+        assert floor.seconds == max(floor.compute_s or 0, floor.memory_s or 0) + floor.links_s > 0
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def test_detected(tmp_path: Path) -> None:
         (nodes / f"{i}/mem_banks/0/properties").write_text(f"heap_type 1\nsize_in_bytes {memory * GIB}\n")
     assert [target.name for target in detected(tmp_path)] == ["mi300x", "mi325x", "mi300a"]
     first = kfd.gpus(tmp_path)[0]
-    assert first == kfd.KfdGpu("gfx942", 304, 64, 64 << 10, 192 * GIB)
+    assert first == kfd.KfdGpu("gfx942", 304, 192 * GIB)
     assert detected(tmp_path / "nothing") == ()
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -18,9 +16,10 @@ from llama_jax.aot import Compilation, compile_for, device_mesh
 from llama_jax.aot.programs import Program, decode_program, prefill_program
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.buckets import batch_bucket, cache_bucket, chunk_length, pieces, prompt_bucket
-from llama_jax.errors import DoesNotFit, RequestError
+from llama_jax.errors import DoesNotFit
 from llama_jax.layout import split_config
-from llama_jax.plan.costs import cache_read_bytes, exchange_s, held_bytes, least_s, local_rows, read_bytes, seconds
+from llama_jax.plan import Floor, default_workload
+from llama_jax.plan.costs import cache_read_bytes, held_bytes, local_rows, read_bytes
 from llama_jax.sharding import ways
 from llama_jax.targets import Target, abstract_device
 
@@ -32,26 +31,15 @@ class Phase:
     Attributes:
       name: "prefill" or "decode".
       tokens: that one run puts into the cache, of all rows.
-      read_bytes: what one device has to read at least: the weights that so many tokens use, and the cache.
-      compute_s, memory_s, links_s: the least time for the arithmetic that XLA counts, for `read_bytes`, and for what
-        the devices send one another, at the target's peak rates; None where amount or rate is not known.
-      overlapped: whether devices compute while they exchange.
+      floor: the least time of one run, for the arithmetic that XLA counts, for what one device has to read at least
+        (the weights that so many tokens use, and the cache), and for what the devices send one another. A prediction
+        from peak rates: launches, latencies and everything below the peak come on top.
     """
 
     name: str
     tokens: int
     compilation: Compilation
-    read_bytes: int
-    compute_s: float | None
-    memory_s: float | None
-    links_s: float | None
-    overlapped: bool = False
-
-    @property
-    def floor_s(self) -> float | None:
-        """Least seconds of one run: arithmetic and reading overlap, exchange with other devices only where prefill runs
-        in pieces. A prediction from peak rates: launches, latencies and everything below the peak come on top."""
-        return least_s(self.compute_s, self.memory_s, self.links_s, overlapped=self.overlapped)
+    floor: Floor
 
 
 @dataclass(frozen=True)
@@ -107,31 +95,19 @@ def compile_model(
       progress: called with a line of text before each program.
 
     Raises:
-      RequestError: the prompt is longer than the context, or the context than the model's.
+      RequestError: a number is not positive, the prompt is longer than the context, or the context than the model's.
       DoesNotFit: the weights alone are larger than a device's memory; nothing is compiled then.
       CompilerUnavailable: the compiler for AMD GPUs is missing, or the target is not AMD's.
     """
     say = progress or (lambda line: None)
     dtype = jnp.dtype(dtype)
-    context = min(4096, config.context_length) if context is None else context
-    prompt = min(512, context) if prompt is None else prompt
-    if context > config.context_length:
-        raise RequestError(
-            f"a context of {context} tokens is longer than the model's, {config.context_length}",
-            param="context",
-            hint=f"choose at most {config.context_length}",
-        )
-    if prompt > context:
-        raise RequestError(
-            f"a prompt of {prompt} tokens does not fit a context of {context}",
-            param="prompt",
-            hint="choose a longer one",
-        )
+    workload = default_workload(config, dtype.name, batch=batch, context=context, prompt=prompt)
+    workload.check(config)
     mesh = device_mesh(target, mesh_shape or {})
     split = split_config(config, mesh)
     with abstract_device(target, mesh):
-        rows = batch_bucket(batch)
-        length, capacity = prompt_bucket(prompt), cache_bucket(max(context, prompt_bucket(prompt)))
+        rows, length = batch_bucket(batch), prompt_bucket(workload.prompt)
+        capacity = cache_bucket(max(workload.context, length))
         chunk = chunk_length(split, rows, length, capacity)
         cut = pieces(local_rows(rows, mesh), chunk, ways("mlp"))
     weights = held_bytes(split, dtype.itemsize, mesh)
@@ -142,15 +118,18 @@ def compile_model(
             hint="split the model over more devices (tensor=N), or choose a smaller dtype",
         )
 
-    def compiled(program: Program) -> Compilation:
-        return compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
+    def compiled(program: Program, tokens: int, cache: int, *, overlapped: bool = False) -> Phase:
+        c = compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
+        read = read_bytes(split, dtype.itemsize, local_rows(tokens, mesh), mesh) + cache
+        floor = Floor.of(target, dtype.name, read, c.flops, c.collectives, overlapped=overlapped)
+        return Phase(program.name, tokens, c, floor)
 
-    phase = partial(_phase, config=split, mesh=mesh, dtype=dtype, target=target)
     say(f"compiling prefill of {rows} x {chunk} tokens for {mesh.size} x {target.name}")
-    prefill = compiled(prefill_program(config, mesh, batch=rows, capacity=capacity, chunk=chunk, dtype=dtype))
+    program = prefill_program(config, mesh, batch=rows, capacity=capacity, chunk=chunk, dtype=dtype)
+    prefill = compiled(program, rows * chunk, 0, overlapped=cut > 1)
     say(f"compiling a decode step of {rows} rows for {mesh.size} x {target.name}")
-    decode = compiled(decode_program(config, mesh, batch=rows, capacity=capacity, dtype=dtype))
-    cache = cache_read_bytes(split, dtype.itemsize, rows, capacity, mesh)
+    program = decode_program(config, mesh, batch=rows, capacity=capacity, dtype=dtype)
+    decode = compiled(program, rows, cache_read_bytes(split, dtype.itemsize, rows, capacity, mesh))
     return ModelCompilation(
         target=target,
         mesh_shape=dict(mesh.shape) if mesh_shape else {},
@@ -158,31 +137,6 @@ def compile_model(
         batch=rows,
         capacity=capacity,
         chunk=chunk,
-        prefill=phase("prefill", rows * chunk, prefill, 0, overlapped=cut > 1),
-        decode=phase("decode", rows, decode, cache),
-    )
-
-
-def _phase(
-    name: str,
-    tokens: int,
-    compilation: Compilation,
-    cache_bytes: int,
-    *,
-    overlapped: bool = False,
-    config: LlamaConfig,
-    mesh: jax.sharding.Mesh,
-    dtype: jnp.dtype,
-    target: Target,
-) -> Phase:
-    read = read_bytes(config, dtype.itemsize, local_rows(tokens, mesh), mesh) + cache_bytes
-    return Phase(
-        name,
-        tokens,
-        compilation,
-        read,
-        compute_s=seconds(compilation.flops, target.rates.of(dtype.name)),
-        memory_s=seconds(read, target.bandwidth),
-        links_s=exchange_s(compilation.collectives, target),
-        overlapped=overlapped,
+        prefill=prefill,
+        decode=decode,
     )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llama_jax.cache.protocol import Queries
+from llama_jax.cache.protocol import Queries, check_grows, put_rows, take_rows
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
@@ -119,14 +119,8 @@ class DenseCache:
         Raises:
           RequestError: `capacity` is smaller than it is now.
         """
+        check_grows(self.capacity, capacity)
         more = capacity - self.capacity
-        if more < 0:
-            raise RequestError(
-                f"a cache of {self.capacity} slots cannot grow to {capacity}",
-                param="capacity",
-                hint="create a smaller cache instead",
-            )
-
         return self._with(
             lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))),
             jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1),
@@ -134,17 +128,13 @@ class DenseCache:
 
     def select(self, rows: jax.Array) -> DenseCache:
         """See `KVCache`; a copy."""
-
-        def take(x: jax.Array, fill: int) -> jax.Array:
-            return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
-
-        return self._with(lambda x: take(x, 0), take(self.positions, -1))
+        return self._with(lambda x: take_rows(x, rows, 0), take_rows(self.positions, rows, -1))
 
     def put(self, rows: jax.Array, part: DenseCache) -> DenseCache:
         """See `KVCache`. Other rows have nothing in the slots that the part has taken meanwhile."""
 
         def write(into: jax.Array, new: jax.Array) -> jax.Array:
-            return into.at[rows].set(new, mode="drop")
+            return put_rows(into, rows, new)
 
         k, v = (tuple(map(write, a, b)) for a, b in ((self.k, part.k), (self.v, part.v)))
         length = jnp.maximum(self.length, part.length)

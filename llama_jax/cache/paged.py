@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax.cache.pages import NO_PAGE, PAGE_AXES, PagedLayer, PagedSlots, book
+from llama_jax.cache.protocol import check_grows, put_rows, take_rows
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.sharding import constrain, local, ways
@@ -21,6 +23,9 @@ DEFAULT_PAGE_SIZE = 64
 """A block of the decode kernels then lies in one page on every target, and a row leaves 32 slots unused on average."""
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
+
+_EMPTY_ROW = {"page_table": NO_PAGE, "positions": -1, "lengths": 0, "shared": 0}
+"""Arrays of a `PagedCache` with a line for each row, and what a row without a text has there."""
 
 
 def check_page_size(page_size: int) -> None:
@@ -131,17 +136,12 @@ class PagedCache:
             page_size: they are there, at positions 0, 1, 2, ..., and are never written. None: the rows keep what they
             have.
         """
-        booked = dataclasses.replace(self, page_table=self.page_table.at[rows].set(pages, mode="drop"))
-        if shared is None:
-            return booked
-        slot = jnp.arange(self.capacity, dtype=jnp.int32)
-        there = jnp.where(slot < shared[:, None], slot, -1)
-        return dataclasses.replace(
-            booked,
-            positions=self.positions.at[rows].set(there, mode="drop"),
-            lengths=self.lengths.at[rows].set(shared, mode="drop"),
-            shared=self.shared.at[rows].set(shared, mode="drop"),
-        )
+        new = {"page_table": pages}
+        if shared is not None:
+            slot = jnp.arange(self.capacity, dtype=jnp.int32)
+            new |= {"positions": jnp.where(slot < shared[:, None], slot, -1), "lengths": shared, "shared": shared}
+        booked: dict[str, Any] = {name: put_rows(getattr(self, name), rows, x) for name, x in new.items()}
+        return dataclasses.replace(self, **booked)
 
     def extend(self, positions: jax.Array, rows: jax.Array | None = None) -> tuple[PagedCache, PagedSlots]:
         """See `KVCache`. Outside of jit, raises RequestError when a token has no slot; inside, where that is not known,
@@ -184,39 +184,22 @@ class PagedCache:
     def select(self, rows: jax.Array) -> PagedCache:
         """See `KVCache`; the part has the same pages, of which nothing is copied."""
         self._check_one_pool()
-
-        def take(x: jax.Array, fill: int) -> jax.Array:
-            return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
-
-        return dataclasses.replace(
-            self,
-            page_table=take(self.page_table, NO_PAGE),
-            positions=take(self.positions, -1),
-            lengths=take(self.lengths, 0),
-            shared=take(self.shared, 0),
-        )
+        return self._by_row(lambda x, empty: take_rows(x, rows, empty))
 
     def put(self, rows: jax.Array, part: PagedCache) -> PagedCache:
         """See `KVCache`; the pages are the part's, which has those of all rows."""
         self._check_one_pool()
-
-        def write(into: jax.Array, new: jax.Array) -> jax.Array:
-            return into.at[rows].set(new, mode="drop")
-
-        return dataclasses.replace(
-            part,
-            page_table=write(self.page_table, part.page_table),
-            positions=write(self.positions, part.positions),
-            lengths=write(self.lengths, part.lengths),
-            shared=write(self.shared, part.shared),
-        )
+        written: dict[str, Any] = {
+            name: put_rows(getattr(self, name), rows, getattr(part, name)) for name in _EMPTY_ROW
+        }
+        return dataclasses.replace(part, **written)
 
     def fork(self, source: jax.Array, target: jax.Array) -> PagedCache:
         """See `KVCache`. Full pages are shared; the partial last one is copied into the page that the target has booked
         for these slots. Outside of jit, raises RequestError where it has booked none."""
         self._check_one_pool()
         part = self.select(source)
-        own = jnp.take(self.page_table, target, axis=0, mode="fill", fill_value=NO_PAGE)
+        own = take_rows(self.page_table, target, NO_PAGE)
         full = part.lengths // self.page_size
         last = jnp.minimum(full, own.shape[1] - 1)[:, None]
         old, new = (jnp.take_along_axis(table, last, axis=1)[:, 0] for table in (part.page_table, own))
@@ -256,22 +239,11 @@ class PagedCache:
     def release(self, rows: jax.Array) -> PagedCache:
         """See `KVCache`. The rows have no pages any more: `book` gives them some for the next text."""
         line = rows[:, None]
-        return dataclasses.replace(
-            self,
-            page_table=jnp.where(line, NO_PAGE, self.page_table),
-            positions=jnp.where(line, -1, self.positions),
-            lengths=jnp.where(rows, 0, self.lengths),
-            shared=jnp.where(rows, 0, self.shared),
-        )
+        return self._by_row(lambda x, empty: jnp.where(line if x.ndim > 1 else rows, empty, x))
 
     def grow(self, capacity: int) -> PagedCache:
         """See `KVCache`; every row gets new pages for the new slots, added to the store behind the old ones."""
-        if capacity < self.capacity:
-            raise RequestError(
-                f"a cache of {self.capacity} slots cannot grow to {capacity}",
-                param="capacity",
-                hint="create a smaller cache instead",
-            )
+        check_grows(self.capacity, capacity)
         batch, per_row = self.page_table.shape
         more = -(-capacity // self.page_size) - per_row
         rows = batch // self.replicas
@@ -293,8 +265,12 @@ class PagedCache:
 
     def _laid_out(self) -> PagedCache:
         """Rows over a mesh, with the pages that `PAGE_AXES` lay out, so that no program is compiled twice."""
-        names = ("page_table", "positions", "lengths", "shared")
-        return dataclasses.replace(self, **{name: constrain(getattr(self, name), ("batch",)) for name in names})
+        return self._by_row(lambda x, _: constrain(x, ("batch",)))
+
+    def _by_row(self, change: Callable[[jax.Array, int], jax.Array]) -> PagedCache:
+        """The arrays of `_EMPTY_ROW` changed in one way, which is told what an empty row has."""
+        changed: dict[str, Any] = {name: change(getattr(self, name), empty) for name, empty in _EMPTY_ROW.items()}
+        return dataclasses.replace(self, **changed)
 
     def _check_mesh(self, *, packed: bool) -> None:
         if self.replicas != ways("batch"):

@@ -1,4 +1,5 @@
-"""The protocol between a key/value cache and its users; its layout in memory is the cache's own affair.
+"""The protocol between a key/value cache and its users; its layout in memory is the cache's own affair. Also what the
+caches of this package do alike.
 
 The model books slots for its tokens once (`extend`), then gives each layer's new keys and values to that layer's view
 (`layer(i).attend`). What a slot is, only the cache knows: the record of the booked slots passes through the model
@@ -10,7 +11,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
+import jax.numpy as jnp
 
+from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Rule
 
 
@@ -112,3 +115,23 @@ class KVCache(Protocol):
           RequestError: it has more already.
         """
         ...
+
+
+def take_rows(x: jax.Array, rows: jax.Array, empty: int) -> jax.Array:
+    """Rows `rows` int32 [n] of an array with a row for each text; `empty` beyond the last one."""
+    return jnp.take(x, rows, axis=0, mode="fill", fill_value=empty)
+
+
+def put_rows(x: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
+    """The array with `new` as its rows `rows` int32 [n]; those beyond the last one are dropped."""
+    return x.at[rows].set(new, mode="drop")
+
+
+def check_grows(old: int, new: int) -> None:
+    """Raises RequestError unless a cache of `old` slots a row can grow to `new`."""
+    if new < old:
+        raise RequestError(
+            f"a cache of {old} slots cannot grow to {new}",
+            param="capacity",
+            hint="create a smaller cache instead",
+        )

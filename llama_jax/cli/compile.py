@@ -140,12 +140,12 @@ def _phase_facts(phase: Phase) -> dict[str, Any]:
         "collectives": [dataclasses.asdict(x) | {"traffic": x.traffic} for x in c.collectives],
         "flops": c.flops,
         "bytes_accessed": c.bytes_accessed,
-        "read_bytes": phase.read_bytes,
+        "read_bytes": phase.floor.read_bytes,
         "predicted": {
-            "compute_s": phase.compute_s,
-            "memory_s": phase.memory_s,
-            "links_s": phase.links_s,
-            "floor_s": phase.floor_s,
+            "compute_s": phase.floor.compute_s,
+            "memory_s": phase.floor.memory_s,
+            "links_s": phase.floor.links_s,
+            "floor_s": phase.floor.seconds,
         },
         "library_calls": dict(c.library_calls),
         "kernels": kernels,
@@ -179,10 +179,11 @@ def _phase_lines(phase: Phase, chunk: int) -> list[str]:
     for x in c.collectives:
         unknown = ", some in loops of unknown length" if x.unknown_trips else ""
         lines.append(f"  exchange     {x.count} x {x.kind} of {size_text(x.bytes)} over {x.devices} devices{unknown}")
+    floor = phase.floor
     lines.append(
-        f"  predicted    at least {ms_text(phase.floor_s)} (peak rates of the data sheet: arithmetic "
-        f"{ms_text(phase.compute_s)}, reading {size_text(phase.read_bytes)} {ms_text(phase.memory_s)}, exchange "
-        f"{ms_text(phase.links_s)})"
+        f"  predicted    at least {ms_text(floor.seconds)} (peak rates of the data sheet: arithmetic "
+        f"{ms_text(floor.compute_s)}, reading {size_text(floor.read_bytes)} {ms_text(floor.memory_s)}, exchange "
+        f"{ms_text(floor.links_s)})"
     )
     calls = ", ".join(
         f"{n} x {name}" for name, n in c.library_calls.items() if name not in {x.kind for x in c.collectives}

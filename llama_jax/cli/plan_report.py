@@ -72,6 +72,7 @@ def _verdict(plan: Plan) -> str:
 
 def _floor(name: str, floor: Floor) -> str:
     read = f"{size_text(floor.read_bytes)} {ms_text(floor.memory_s)}"
+    assert floor.flops is not None  # counted from shapes
     flops = f"{floor.flops / 1e12:,.3g} TFLOP {ms_text(floor.compute_s)}"
     sent = f"{size_text(round(sum(c.traffic for c in floor.collectives)))} {ms_text(floor.links_s)}"
     together = ms_text(floor.seconds)

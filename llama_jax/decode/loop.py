@@ -111,8 +111,8 @@ def begin(
       prompt_lengths, limit, adapter_ids: int32 [batch]; rows with limit 0 stay idle.
       source: int32 [batch], the row of `logits` that each row of the batch continues; None if they are the same.
     """
-    state = _begun(idle_state(cache, sampler), sampler, prompt_lengths, limit, adapter_ids)
-    return _first(logits if source is None else logits[source], state, profile)
+    logits = logits if source is None else logits[source]
+    return _begun(logits, cache, sampler, prompt_lengths, limit, adapter_ids, profile)
 
 
 @partial(jax.jit, static_argnames=("profile",), donate_argnames=("state",))
@@ -139,8 +139,7 @@ def join(
     Returns:
       The state, and the progress of the n rows.
     """
-    part = _begun(idle_state(state.cache, sampler), sampler, prompt_lengths, limit, adapter_ids)
-    part, progress = _first(logits, part, profile)
+    part, progress = _begun(logits, state.cache, sampler, prompt_lengths, limit, adapter_ids, profile)
 
     def put(into: Any, new: Any) -> Any:
         return jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), into, new)
@@ -157,20 +156,23 @@ def leave(state: DecodeState, rows: jax.Array) -> DecodeState:
 
 
 def _begun(
-    state: DecodeState, sampler: SamplerState, prompt_lengths: jax.Array, limit: jax.Array, adapter_ids: jax.Array
-) -> DecodeState:
-    return dataclasses.replace(
-        state,
+    logits: jax.Array,
+    cache: KVCache,
+    sampler: SamplerState,
+    prompt_lengths: jax.Array,
+    limit: jax.Array,
+    adapter_ids: jax.Array,
+    profile: SamplerProfile,
+) -> tuple[DecodeState, Progress]:
+    """Rows that have begun, after their first tokens were drawn."""
+    state = dataclasses.replace(
+        idle_state(cache, sampler),
         positions=prompt_lengths - 1,
         done=limit <= 0,
         limit=limit,
         rope_lengths=prompt_lengths,
         adapter_ids=adapter_ids,
-        sampler=sampler,
     )
-
-
-def _first(logits: jax.Array, state: DecodeState, profile: SamplerProfile) -> tuple[DecodeState, Progress]:
     progress = _no_progress(state, 1, profile, logits.shape[1])
     state, progress = _emit(logits, state, progress, 0, profile)
     return _by_rows(state), progress

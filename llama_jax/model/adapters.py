@@ -67,22 +67,6 @@ def adapter_axes(projection: str) -> dict[str, Axes]:
     return {"a": (None, None, into), "b": (None, out, None), "scale": (None,)}
 
 
-def abstract_slots(
-    config: LlamaConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None, dtype: DTypeLike | None = None
-) -> Params:
-    """Slots as `jax.ShapeDtypeStruct` leaves; see `empty_slots`."""
-    dtype = jnp.dtype(dtype or config.dtype)
-    for name, value, least in (("slots", slots, 2), ("rank", rank, 1)):
-        if value < least:
-            raise RequestError(f"{name}={value} of adapters", param=name, hint=f"give at least {least}; slot 0 is none")
-    flat: dict[str, Any] = {}
-    for name, (out, into) in _targeted(config, targets).items():
-        flat[f"{name}.a"] = jax.ShapeDtypeStruct((slots, rank, into), dtype)
-        flat[f"{name}.b"] = jax.ShapeDtypeStruct((slots, out, rank), dtype)
-        flat[f"{name}.scale"] = jax.ShapeDtypeStruct((slots,), jnp.float32)
-    return unflatten(flat)
-
-
 def empty_slots(
     config: LlamaConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None, dtype: DTypeLike | None = None
 ) -> Params:
@@ -99,13 +83,19 @@ def empty_slots(
     Raises:
       RequestError: there is no such projection, or no room for an adapter.
     """
-    shapes = flatten(abstract_slots(config, slots=slots, rank=rank, targets=targets, dtype=dtype))
+    dtype = jnp.dtype(dtype or config.dtype)
+    for name, value, least in (("slots", slots, 2), ("rank", rank, 1)):
+        if value < least:
+            raise RequestError(f"{name}={value} of adapters", param=name, hint=f"give at least {least}; slot 0 is none")
+    projections = _targeted(config, targets)
 
     def make() -> Params:
         made = {}
-        for name, x in shapes.items():
-            *_, projection, member = name.split(".")
-            made[name] = constrain(jnp.zeros(x.shape, x.dtype), adapter_axes(projection)[member])
+        for name, (out, into) in projections.items():
+            axes = adapter_axes(name.rpartition(".")[2])
+            made[f"{name}.a"] = constrain(jnp.zeros((slots, rank, into), dtype), axes["a"])
+            made[f"{name}.b"] = constrain(jnp.zeros((slots, out, rank), dtype), axes["b"])
+            made[f"{name}.scale"] = constrain(jnp.zeros((slots,), jnp.float32), axes["scale"])
         return unflatten(made)
 
     return jax.jit(make)()
@@ -125,22 +115,19 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
     Raises:
       RequestError: there is no such slot, a projection has no slots, or a shape does not fit; names it.
     """
-    into, given = flatten(slots), {name: np.asarray(x) for name, x in flatten(adapter).items()}
-    projections = {name.rpartition(".")[0] for name in given}
+    into = flatten(slots)
     number = next(iter(into.values())).shape[0]
     if not 0 < slot < number:
         raise RequestError(f"slot {slot} of {number}", param="slot", hint=f"give 1 to {number - 1}; slot 0 is none")
     full = {name: np.zeros(x.shape[1:], x.dtype) for name, x in into.items()}
-    for name in projections:
-        parts = {member: given.get(f"{name}.{member}") for member in MEMBERS}
-        found = sum(key.rpartition(".")[0] == name for key in given)
-        if f"{name}.a" not in into or found != len(MEMBERS) or any(part is None for part in parts.values()):
+    for name, members in _by_projection(adapter).items():
+        if f"{name}.a" not in into or members.keys() != set(MEMBERS):
             raise RequestError(
                 f"the adapter holds {name}, which has no slots, or not {{'a', 'b', 'scale'}}",
                 param="adapter",
                 hint="make slots with these targets (`empty_slots`); names are canonical, also if the model is fused",
             )
-        a, b, scale = (np.asarray(part) for part in parts.values())
+        a, b, scale = (np.asarray(part) for part in (members[m] for m in MEMBERS))
         most, width = full[f"{name}.a"].shape
         out = full[f"{name}.b"].shape[0]
         rank = len(a) if a.ndim else 0
@@ -180,19 +167,20 @@ def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig,
             param="adapter_ids",
             hint=f"give integers [{batch}, {length}], or [{batch}, 1] for whole rows",
         )
-    shapes, flat = _targeted(config, None), flatten(adapters)
-    slots = {x.shape[0] for x in flat.values() if x.ndim}
-    for path in flat:
-        name, _, member = path.rpartition(".")
-        if name not in shapes or member not in MEMBERS:
-            raise RequestError(
-                f"adapters hold {path}, which belongs to no projection",
-                param="adapters",
-                hint='give {"a", "b", "scale"} under the names of projection_names(config), canonical also if fused',
-            )
-    for name in dict.fromkeys(path.rpartition(".")[0] for path in flat):
+    shapes, given = _targeted(config, None), _by_projection(adapters)
+    slots = {x.shape[0] for members in given.values() for x in members.values() if x.ndim}
+    for name, members in given.items():
+        for member in members:
+            if name not in shapes or member not in MEMBERS:
+                raise RequestError(
+                    f"adapters hold {name}.{member}, which belongs to no projection",
+                    param="adapters",
+                    hint='give {"a", "b", "scale"} under the names of projection_names(config), canonical also if '
+                    "fused",
+                )
+    for name, members in given.items():
         out, into = shapes[name]
-        found = {member: flat[f"{name}.{member}"].shape for member in MEMBERS if f"{name}.{member}" in flat}
+        found = {member: members[member].shape for member in MEMBERS if member in members}
         rank = found["a"][1] if len(found.get("a", ())) == 3 else 0
         number = min(slots, default=0)
         wanted = {"a": (number, rank, into), "b": (number, out, rank), "scale": (number,)}
@@ -203,6 +191,15 @@ def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig,
                 hint=f"give a [slots, rank, {into}], b [slots, {out}, rank], scale [slots], of one number of slots",
             )
     return Adapters(adapters, ids)
+
+
+def _by_projection(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The members of each projection of an adapter or of slots, by dotted name."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, x in flatten(tree).items():
+        name, _, member = path.rpartition(".")
+        found.setdefault(name, {})[member] = x
+    return found
 
 
 def _targeted(config: LlamaConfig, targets: Sequence[str] | None) -> dict[str, tuple[int, int]]:

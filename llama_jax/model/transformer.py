@@ -128,8 +128,9 @@ def forward(
         )
     in_order = positions is None and segment_ids is None
     positions = _positions(x, positions, segment_ids, cache)
-    captured = _Capture(config, capture or ())
-    captured.add("embed", x)
+    wanted = _checked_names(config, capture or ())
+    of_layer = [tuple(n for n in LAYER_ACTIVATIONS if f"layers.{i}.{n}" in wanted) for i in range(config.num_layers)]
+    seen = {"embed": x}
 
     lengths = _rope_lengths(config, positions, segment_ids, rows, rope_lengths, cached=cache is not None)
     angles = rope_angles(config.rope, config.head_dim, positions, lengths)
@@ -141,7 +142,7 @@ def forward(
     views = []
     delta = None
     # Behind the keys and values of the last layer nothing is needed of the other tokens.
-    only_last = logits_at is not None and not captured.of_layer(config.num_layers - 1)
+    only_last = logits_at is not None and not of_layer[-1]
     for i, spec in enumerate(config.layers):
         # Around the call and not within: what names the layer must not keep equal layers from sharing a trace.
         with jax.named_scope(f"layers.{i}"):
@@ -159,11 +160,11 @@ def forward(
                 logits_at if only_last and i == config.num_layers - 1 else None,
                 spec=spec,
                 dims=Dims.of(config),
-                capture=captured.of_layer(i),
+                capture=of_layer[i],
                 in_order=in_order,
             )
         views.append(view)
-        captured.add_layer(i, activations)
+        seen |= {f"layers.{i}.{name}": value for name, value in activations.items()}
     if cache is not None:
         cache = cache.with_layers(views)
 
@@ -171,10 +172,12 @@ def forward(
         x, delta = _tokens((x, delta), logits_at)
     with jax.named_scope("final_norm"):
         _, h = _add_norm(x, delta, params["final_norm"], config.rms_norm_eps)
-    captured.add("final_norm", h)
+    seen["final_norm"] = h
     with jax.named_scope("logits"):
         out = constrain(logits(h, params, tied=config.tie_word_embeddings), ("batch", "length", "vocab"))
-    return (out, cache) if capture is None else (out, cache, captured.activations)
+    if capture is None:
+        return out, cache
+    return out, cache, {name: value for name, value in seen.items() if name in wanted}
 
 
 @jax.named_scope("embed")
@@ -307,27 +310,14 @@ def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, eps: float) -
     return (x, rms_norm(x, weight, eps)) if delta is None else add_rms_norm(x, delta, weight, eps=eps)
 
 
-class _Capture:
-    """Collects the activations that were asked for by name."""
-
-    def __init__(self, config: LlamaConfig, names: Sequence[str]):
-        known = set(activation_names(config))
-        for name in names:
-            if name not in known:
-                raise RequestError(
-                    f"unknown activation {name!r}",
-                    param="capture",
-                    hint="activation_names(config) lists them, e.g. embed, layers.0.attn_out, layers.0.out, final_norm",
-                )
-        self._names = frozenset(names)
-        self.activations: dict[str, jax.Array] = {}
-
-    def add(self, name: str, value: jax.Array) -> None:
-        if name in self._names:
-            self.activations[name] = value
-
-    def of_layer(self, index: int) -> tuple[str, ...]:
-        return tuple(name for name in LAYER_ACTIVATIONS if f"layers.{index}.{name}" in self._names)
-
-    def add_layer(self, index: int, values: dict[str, jax.Array]) -> None:
-        self.activations.update({f"layers.{index}.{name}": value for name, value in values.items()})
+def _checked_names(config: LlamaConfig, names: Sequence[str]) -> frozenset[str]:
+    """The activations that are asked for, once it is sure that there are such."""
+    known = set(activation_names(config))
+    for name in names:
+        if name not in known:
+            raise RequestError(
+                f"unknown activation {name!r}",
+                param="capture",
+                hint="activation_names(config) lists them, e.g. embed, layers.0.attn_out, layers.0.out, final_norm",
+            )
+    return frozenset(names)

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.layout import local_size, split_config
 from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
-from llama_jax.plan.backends import Backends
+from llama_jax.plan.backends import Backends, backends
 from llama_jax.plan.costs import held_bytes, local_heads
-from llama_jax.plan.workload import Calls
+from llama_jax.plan.workload import Calls, Workload, calls
 from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import Target
 
@@ -212,14 +212,17 @@ class Needs:
         }
 
 
-def needs(share: DeviceShare, shapes: Calls, context: int, prefill: Backends, decode: Backends) -> Needs:
-    """What a workload takes on one device.
+def programs(share: DeviceShare, workload: Workload) -> tuple[Calls, Backends, Backends]:
+    """The shapes of prefill and decode, and what each computes with."""
+    shapes = calls(share.config, share.mesh, workload)
+    chosen = partial(backends, share.config, share.target, share.mesh, workload.dtype, rows=shapes.rows)
+    prefill = chosen(tokens=shapes.chunk, capacity=shapes.capacities[0])
+    return shapes, prefill, chosen(tokens=1, capacity=shapes.capacities[-1])
 
-    Args:
-      shapes: from `plan.workload.calls`.
-      context: tokens of each row.
-      prefill, decode: what the two programs compute with.
-    """
+
+def needs_of(share: DeviceShare, workload: Workload) -> Needs:
+    """What a workload takes on one device."""
+    shapes, prefill, decode = programs(share, workload)
     rows, first, last = shapes.rows, shapes.capacities[0], shapes.capacities[-1]
     growing = 0
     if len(shapes.capacities) > 1:
@@ -227,7 +230,7 @@ def needs(share: DeviceShare, shapes: Calls, context: int, prefill: Backends, de
     return Needs(
         weights=share.weights,
         cache=share.cache(rows, last),
-        paged_cache=share.paged_cache(rows, context),
+        paged_cache=share.paged_cache(rows, workload.context),
         loading=share.loading,
         prefill=share.prefill(rows, shapes.chunk, first, prefill),
         decode=share.decode(rows, last, decode),

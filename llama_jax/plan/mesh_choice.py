@@ -10,8 +10,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.layout import check
 from llama_jax.plan.device_memory import MEMORY_FRACTION, usable_bytes
-from llama_jax.plan.memory import DeviceShare
-from llama_jax.plan.search import needs_of
+from llama_jax.plan.memory import DeviceShare, needs_of
 from llama_jax.plan.workload import Workload
 from llama_jax.targets import Target
 

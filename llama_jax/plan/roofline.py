@@ -35,19 +35,42 @@ class Floor:
 
     Attributes:
       read_bytes: weights that the tokens use, and keys and values that they see.
-      flops: multiplications and additions.
+      flops: multiplications and additions; None where they are not known.
       collectives: what devices exchange.
       memory_s, compute_s, links_s: seconds for each at the target's peak rates; None where the rate is not known.
       overlapped: whether devices compute while they exchange.
     """
 
     read_bytes: int
-    flops: float
+    flops: float | None
     collectives: tuple[Collective, ...]
     memory_s: float | None
     compute_s: float | None
     links_s: float | None
     overlapped: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        target: Target,
+        dtype: str,
+        read: int,
+        flops: float | None,
+        exchanged: tuple[Collective, ...],
+        *,
+        latency_s: float = 0.0,
+        overlapped: bool = False,
+    ) -> Floor:
+        """What these amounts take at a target's peak rates; `latency_s` of each collective besides its bytes."""
+        return cls(
+            read,
+            flops,
+            exchanged,
+            memory_s=seconds(read, target.bandwidth),
+            compute_s=seconds(flops, target.rates.of(dtype)),
+            links_s=exchange_s(exchanged, target, latency_s=latency_s),
+            overlapped=overlapped,
+        )
 
     @property
     def seconds(self) -> float | None:
@@ -72,13 +95,13 @@ def decode_floor(
       latency_s: seconds of each collective besides what its bytes take.
     """
     w = workload
-    return _floor(
+    return Floor.of(
         target,
         w.dtype,
         step_bytes(config, w.itemsize, w.batch, w.context, mesh),
         step_flops(config, w.batch, w.context, mesh),
         collectives(config, mesh, rows=local_rows(w.batch, mesh), tokens=1, itemsize=w.itemsize, greedy=True),
-        latency_s,
+        latency_s=latency_s,
     )
 
 
@@ -92,35 +115,14 @@ def prefill_floor(
     w = workload
     rows = local_rows(w.batch, mesh)
     cache = 2 * config.num_layers * rows * w.prompt * local_heads(config, mesh)[1] * config.head_dim
-    return _floor(
+    return Floor.of(
         target,
         w.dtype,
         read_bytes(config, w.itemsize, rows * w.prompt, mesh) + cache * w.itemsize,
         prefill_flops(config, w.batch, w.prompt, mesh),
         collectives(config, mesh, rows=rows, tokens=w.prompt, itemsize=w.itemsize),
-        latency_s,
+        latency_s=latency_s,
         overlapped=pieces(rows, w.prompt, ruled(mesh).ways("mlp")) > 1,
-    )
-
-
-def _floor(
-    target: Target,
-    dtype: str,
-    read: int,
-    flops: float,
-    exchanged: tuple[Collective, ...],
-    latency_s: float,
-    *,
-    overlapped: bool = False,
-) -> Floor:
-    return Floor(
-        read,
-        flops,
-        exchanged,
-        memory_s=seconds(read, target.bandwidth),
-        compute_s=seconds(flops, target.rates.of(dtype)),
-        links_s=exchange_s(exchanged, target, latency_s=latency_s),
-        overlapped=overlapped,
     )
 
 

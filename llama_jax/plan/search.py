@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.layout import check
-from llama_jax.plan.backends import Backends, backends
+from llama_jax.plan.backends import Backends
 from llama_jax.plan.device_memory import MEMORY_FRACTION, usable_bytes
-from llama_jax.plan.memory import DeviceShare, Needs, needs
+from llama_jax.plan.memory import DeviceShare, Needs, needs_of, programs
 from llama_jax.plan.roofline import Floor, decode_floor, prefill_floor
-from llama_jax.plan.workload import Calls, Workload, calls, default_workload
+from llama_jax.plan.workload import Calls, Workload, default_workload
 from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import Target
 
@@ -105,7 +105,7 @@ def make_plan(
         )
     share = DeviceShare(config, target, mesh, workload.itemsize)
     usable = usable_bytes(target, memory_fraction)
-    shapes, *chosen = _programs(share, workload)
+    shapes, *chosen = programs(share, workload)
 
     def fits(other: Workload) -> bool:
         return needs_of(share, other).peak <= (usable or 0)
@@ -128,30 +128,6 @@ def make_plan(
         prefill=prefill_floor(share.config, target, mesh, workload, latency_s=latency_s),
         decode=decode_floor(share.config, target, mesh, workload, latency_s=latency_s),
     )
-
-
-def _programs(share: DeviceShare, workload: Workload) -> tuple[Calls, Backends, Backends]:
-    """The shapes of prefill and decode, and what each computes with."""
-    shapes = calls(share.config, share.mesh, workload)
-
-    def chosen(tokens: int, capacity: int) -> Backends:
-        return backends(
-            share.config,
-            share.target,
-            share.mesh,
-            workload.dtype,
-            rows=shapes.rows,
-            tokens=tokens,
-            capacity=capacity,
-        )
-
-    return shapes, chosen(shapes.chunk, shapes.capacities[0]), chosen(1, shapes.capacities[-1])
-
-
-def needs_of(share: DeviceShare, workload: Workload) -> Needs:
-    """What a workload takes on one device."""
-    shapes, prefill, decode = _programs(share, workload)
-    return needs(share, shapes, workload.context, prefill, decode)
 
 
 def _largest_batch(fits: Callable[[int], bool]) -> int:

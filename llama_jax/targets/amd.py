@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from llama_jax.targets.target import Cache, Links, Rates, Source, Target
@@ -24,16 +25,14 @@ def _instinct(sheet: str, architecture: str) -> tuple[Source, ...]:
     return (Source(_HARDWARE_FIELDS, _HARDWARE), Source(_SHEET_FIELDS, sheet), Source("links rates", architecture))
 
 
-_gfx90a = partial(Target, vendor="amd", arch="gfx90a", wave_size=64, lds_bytes=64 * _KIB, register_bytes=512 * _KIB)
-_gfx942 = partial(Target, vendor="amd", arch="gfx942", wave_size=64, lds_bytes=64 * _KIB, register_bytes=512 * _KIB)
-_gfx950 = partial(Target, vendor="amd", arch="gfx950", wave_size=64, lds_bytes=160 * _KIB, register_bytes=512 * _KIB)
-# RDNA: a work-group may use 64 of the 128 KiB that two compute units share (LLVM, AMDGPUUsage); rates of WMMA products.
-_gfx11 = partial(Target, vendor="amd", wave_size=32, lds_bytes=64 * _KIB, register_bytes=768 * _KIB)
+_cdna = partial(Target, vendor="amd", wave_size=64, register_bytes=512 * _KIB)
 
-MI210 = _gfx90a(
+MI210 = _cdna(
     name="mi210",
     label="AMD Instinct MI210",
+    arch="gfx90a",
     compute_units=104,
+    lds_bytes=64 * _KIB,
     clock_hz=1.7e9,
     l1=Cache(16 * _KIB, 104),
     l2=Cache(8 * _MIB),
@@ -45,27 +44,25 @@ MI210 = _gfx90a(
     sources=_instinct("https://www.amd.com/en/products/accelerators/instinct/mi200/mi210.html", _CDNA2),
 )
 
-MI250X = _gfx90a(
+MI250X = replace(
     # One of its two dies: each is a device of its own, with half of the memory.
+    MI210,
     name="mi250x",
     label="AMD Instinct MI250X",
     compute_units=110,
-    clock_hz=1.7e9,
     l1=Cache(16 * _KIB, 110),
-    l2=Cache(8 * _MIB),
-    memory=64 * _GIB,
-    bandwidth=1638.4e9,
-    bus=(4096, 3.2e9),
     rates=Rates(bf16=191.5e12, int8=191.5e12, f32=47.9e12),
     # Links differ by pair: four to the die in the same package, one or two to some of the others, none to the rest.
     links=Links(1, 50e9, "full mesh"),
     sources=_instinct("https://www.amd.com/en/products/accelerators/instinct/mi200/mi250x.html", _CDNA2),
 )
 
-MI300X = _gfx942(
+MI300X = _cdna(
     name="mi300x",
     label="AMD Instinct MI300X",
+    arch="gfx942",
     compute_units=304,
+    lds_bytes=64 * _KIB,
     clock_hz=2.1e9,
     l1=Cache(32 * _KIB, 304),
     l2=Cache(4 * _MIB, 8),
@@ -78,62 +75,36 @@ MI300X = _gfx942(
     sources=_instinct(f"{_DATA_SHEETS}/data-sheets/amd-instinct-mi300x-data-sheet.pdf", _CDNA3),
 )
 
-MI325X = _gfx942(
+MI325X = replace(
+    MI300X,
     name="mi325x",
     label="AMD Instinct MI325X",
-    compute_units=304,
-    clock_hz=2.1e9,
-    l1=Cache(32 * _KIB, 304),
-    l2=Cache(4 * _MIB, 8),
-    l3=Cache(256 * _MIB),
     memory=256 * _GIB,
     bandwidth=6000e9,
     bus=(8192, 6.0e9),
-    rates=Rates(bf16=1307.4e12, fp8=2614.9e12, fp8_flavour="fnuz", int8=2614.9e12, f32=163.4e12),
-    links=Links(7, 64e9, "full mesh"),
-    sources=_instinct(
-        f"{_DATA_SHEETS}/product-briefs/instinct-mi325x-datasheet.pdf",
-        _CDNA3,
-    ),
+    sources=_instinct(f"{_DATA_SHEETS}/product-briefs/instinct-mi325x-datasheet.pdf", _CDNA3),
 )
 
-MI300A = _gfx942(
+MI300A = replace(
+    MI300X,
     name="mi300a",
     label="AMD Instinct MI300A",
     compute_units=228,
-    clock_hz=2.1e9,
     l1=Cache(32 * _KIB, 228),
     l2=Cache(4 * _MIB, 6),
-    l3=Cache(256 * _MIB),
     memory=128 * _GIB,
-    bandwidth=5325e9,
-    bus=(8192, 5.2e9),
     rates=Rates(bf16=980.6e12, fp8=1961.2e12, fp8_flavour="fnuz", int8=1961.2e12, f32=122.6e12),
     # Four of them in a node, two links to each other one.
     links=Links(3, 128e9, "full mesh"),
     sources=_instinct(f"{_DATA_SHEETS}/data-sheets/amd-instinct-mi300a-data-sheet.pdf", _CDNA3),
 )
 
-MI350X = _gfx950(
-    name="mi350x",
-    label="AMD Instinct MI350X",
-    compute_units=256,
-    clock_hz=2.2e9,
-    l1=Cache(32 * _KIB, 256),
-    l2=Cache(4 * _MIB, 8),
-    l3=Cache(256 * _MIB),
-    memory=288 * _GIB,
-    bandwidth=8000e9,
-    bus=(8192, 8.0e9),
-    rates=Rates(bf16=2306.9e12, fp8=4613.7e12, fp8_flavour="ocp", int8=4613.7e12, f32=144.2e12),
-    links=Links(7, 76.8e9, "full mesh"),
-    sources=_instinct(f"{_DATA_SHEETS}/product-briefs/amd-instinct-mi350x-gpu-brochure.pdf", _CDNA4),
-)
-
-MI355X = _gfx950(
+MI355X = _cdna(
     name="mi355x",
     label="AMD Instinct MI355X",
+    arch="gfx950",
     compute_units=256,
+    lds_bytes=160 * _KIB,
     clock_hz=2.4e9,
     l1=Cache(32 * _KIB, 256),
     l2=Cache(4 * _MIB, 8),
@@ -146,6 +117,15 @@ MI355X = _gfx950(
     sources=_instinct(f"{_DATA_SHEETS}/product-briefs/amd-instinct-mi355x-gpu-brochure.pdf", _CDNA4),
 )
 
+MI350X = replace(
+    MI355X,
+    name="mi350x",
+    label="AMD Instinct MI350X",
+    clock_hz=2.2e9,
+    rates=Rates(bf16=2306.9e12, fp8=4613.7e12, fp8_flavour="ocp", int8=4613.7e12, f32=144.2e12),
+    sources=_instinct(f"{_DATA_SHEETS}/product-briefs/amd-instinct-mi350x-gpu-brochure.pdf", _CDNA4),
+)
+
 
 def _radeon(page: str, rates: str) -> tuple[Source, ...]:
     return (
@@ -156,8 +136,10 @@ def _radeon(page: str, rates: str) -> tuple[Source, ...]:
 
 
 _WMMA = "https://gpuopen.com/learn/wmma_on_rdna3/"
+# RDNA: a work-group may use 64 of the 128 KiB that two compute units share (LLVM, AMDGPUUsage); rates of WMMA products.
+_rdna = partial(Target, vendor="amd", wave_size=32, lds_bytes=64 * _KIB, register_bytes=768 * _KIB)
 
-RX7900XTX = _gfx11(
+RX7900XTX = _rdna(
     name="rx7900xtx",
     label="AMD Radeon RX 7900 XTX",
     arch="gfx1100",
@@ -176,24 +158,19 @@ RX7900XTX = _gfx11(
     ),
 )
 
-W7900 = _gfx11(
+W7900 = replace(
+    RX7900XTX,
     name="w7900",
     label="AMD Radeon PRO W7900",
-    arch="gfx1100",
-    compute_units=96,
     clock_hz=2.495e9,
-    l1=Cache(32 * _KIB, 96),
-    l2=Cache(6 * _MIB),
-    l3=Cache(96 * _MIB),
     memory=48 * _GIB,
     bandwidth=864e9,
     bus=(384, 18e9),
     rates=Rates(bf16=122.6e12, int8=122.6e12, f32=61.3e12),
-    links=Links(1, 32e9, "pcie"),
     sources=_radeon("https://www.amd.com/en/products/graphics/workstations/radeon-pro/w7900.html", _WMMA),
 )
 
-RADEON8060S = _gfx11(
+RADEON8060S = _rdna(
     name="radeon8060s",
     label="AMD Radeon 8060S",
     arch="gfx1151",
@@ -218,7 +195,7 @@ RADEON8060S = _gfx11(
     ),
 )
 
-RX9070XT = _gfx11(
+RX9070XT = _rdna(
     name="rx9070xt",
     label="AMD Radeon RX 9070 XT",
     arch="gfx1201",

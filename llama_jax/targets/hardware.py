@@ -59,7 +59,7 @@ class Cpu:
 
 def gpus(root: Path = ROOT) -> tuple[Gpu, ...]:
     """Every AMD and NVIDIA GPU; one without its driver is found on the PCI bus."""
-    found = [*_amd(root), *_nvidia(root)]
+    found = [*(Gpu("amd", gpu.arch, gpu.memory) for gpu in kfd.gpus(root)), *_nvidia(root)]
     with_driver = {gpu.vendor for gpu in found}
     for device in sorted((root / "sys/bus/pci/devices").glob("*")):
         vendor = _PCI_VENDORS.get(_read(device / "vendor"))
@@ -90,10 +90,6 @@ def unused_gpu_warning(root: Path = ROOT) -> str | None:
         f"warning: {names(found)} found, but jax computes on the CPU; "
         "run `llama-jax doctor` for the reason, or set JAX_PLATFORMS=cpu if that is meant"
     )
-
-
-def _amd(root: Path) -> list[Gpu]:
-    return [Gpu("amd", gpu.arch, gpu.memory) for gpu in kfd.gpus(root)]
 
 
 def _nvidia(root: Path) -> list[Gpu]:

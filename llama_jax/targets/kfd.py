@@ -23,14 +23,11 @@ class KfdGpu:
     Attributes:
       arch: the compiler's name, e.g. "gfx942".
       compute_units: those that are enabled.
-      wave_size, lds_bytes: threads that run in step; local memory of a work-group.
       memory: bytes of its own memory, 0 if unknown.
     """
 
     arch: str
     compute_units: int
-    wave_size: int
-    lds_bytes: int
     memory: int
 
 
@@ -56,8 +53,7 @@ def gpus(root: Path = ROOT) -> tuple[KfdGpu, ...]:
         memory = max((_properties(bank).get("size_in_bytes", 0) for bank in banks), default=0)
         simds, per_unit = facts.get("simd_count", 0), facts.get("simd_per_cu", 0)
         units = simds // per_unit if per_unit else 0
-        wave_size, lds_kib = facts.get("wave_front_size", 0), facts.get("lds_size_in_kb", 0)
-        found.append(KfdGpu(gfx_name(facts["gfx_target_version"]), units, wave_size, lds_kib << 10, memory))
+        found.append(KfdGpu(gfx_name(facts["gfx_target_version"]), units, memory))
     return tuple(found)
 
 

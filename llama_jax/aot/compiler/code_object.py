@@ -6,6 +6,7 @@ https://llvm.org/docs/AMDGPUUsage.html#code-object-metadata; https://github.com/
 from __future__ import annotations
 
 import struct
+from mmap import mmap
 from typing import Any
 
 ELF = b"\x7fELF"
@@ -13,7 +14,7 @@ _NOTE, _SYMBOLS = 7, 2
 _AMDGPU_METADATA = 32
 
 
-def is_code_object(data: bytes) -> bool:
+def is_code_object(data: bytes | mmap) -> bool:
     return data[:4] == ELF
 
 
@@ -23,8 +24,10 @@ def kernels(elf: bytes) -> dict[str, dict[str, Any]]:
     Raises:
       ValueError: it is no AMDGPU code object.
     """
-    for at, size in _sections(elf, _NOTE):
-        end = at + size
+    for header in section_headers(elf):
+        if header[1] != _NOTE:
+            continue
+        at, end = header[4], header[4] + header[5]
         while at < end:
             name_size, size, kind = struct.unpack_from("<III", elf, at)
             name, content = at + 12, at + 12 + (name_size + 3 & ~3)
@@ -37,7 +40,7 @@ def kernels(elf: bytes) -> dict[str, dict[str, Any]]:
 
 def code(elf: bytes, kernel: str) -> bytes:
     """Machine code of a kernel, by its symbol; empty if there is none."""
-    headers = _headers(elf)
+    headers = section_headers(elf)
     for header in headers:
         if header[1] != _SYMBOLS:
             continue
@@ -51,17 +54,13 @@ def code(elf: bytes, kernel: str) -> bytes:
     return b""
 
 
-def _headers(elf: bytes) -> list[tuple[int, ...]]:
+def section_headers(elf: bytes | mmap) -> list[tuple[int, ...]]:
+    """Of each section of an ELF64 file: name, type, flags, address, offset, size, link, info, alignment, entry size."""
     if not is_code_object(elf):
         raise ValueError("not an ELF file")
     (start,) = struct.unpack_from("<Q", elf, 40)
     size, count = struct.unpack_from("<HH", elf, 58)
     return [struct.unpack_from("<IIQQQQIIQQ", elf, start + i * size) for i in range(count)]
-
-
-def _sections(elf: bytes, kind: int) -> list[tuple[int, int]]:
-    """Offset and size of every section of a kind."""
-    return [(header[4], header[5]) for header in _headers(elf) if header[1] == kind]
 
 
 _WIDTH = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4, 0xDC: 2, 0xDD: 4, 0xDE: 2, 0xDF: 4}

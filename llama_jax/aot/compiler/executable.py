@@ -9,7 +9,7 @@ https://github.com/openxla/xla/blob/main/xla/backends/gpu/runtime/thunk.proto.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from llama_jax.aot.compiler import code_object
@@ -132,7 +132,7 @@ def kernels(exe: Fields) -> tuple[Kernel, ...]:
         if code_object.is_code_object(elf)
         for name, metadata in code_object.kernels(elf).items()
     }
-    launches = Counter(launch for thunk in exe.get(_THUNKS, []) for launch in _launches(thunk))
+    launches = Counter(_launches(exe))
     found = []
     for launch, times in launches.items():
         if launch.elf:
@@ -172,7 +172,13 @@ def kernels(exe: Fields) -> tuple[Kernel, ...]:
 
 def library_calls(exe: Fields) -> Counter[str]:
     """What an executable runs that is no kernel of its own, and how often it stands there: libraries, collectives."""
-    return Counter(call for thunk in exe.get(_THUNKS, []) for call in _library_calls(thunk))
+    calls: Counter[str] = Counter()
+    for number, value in _of_thunks(exe.get(_THUNKS, [])):
+        if number == _CUSTOM_CALL and isinstance(value, bytes):
+            calls[f"custom call {text_at(value, 1)}"] += 1
+        elif number in _LIBRARY:
+            calls[_LIBRARY[number]] += 1
+    return calls
 
 
 def _joined(file: bytes) -> tuple[str, Fields]:
@@ -189,6 +195,13 @@ def _joined(file: bytes) -> tuple[str, Fields]:
     return text_at(manifest, 1), joined
 
 
+def _of_thunks(thunks: Iterable[bytes]) -> Iterator[tuple[int, int | bytes]]:
+    """Fields of these thunks and of all inside them: of each its own first."""
+    for thunk in thunks:
+        yield from fields(thunk)
+        yield from _of_thunks(_inside(thunk))
+
+
 def _inside(thunk: bytes) -> Iterator[bytes]:
     """The thunks directly inside one."""
     for number, value in fields(thunk):
@@ -201,27 +214,15 @@ def _inside(thunk: bytes) -> Iterator[bytes]:
                 yield from messages(sequence, 1)
 
 
-def _launches(thunk: bytes) -> Iterator[_Launch]:
-    """Kernel launches of a thunk and of all inside it."""
-    for number, value in fields(thunk):
+def _launches(exe: Fields) -> Iterator[_Launch]:
+    """Kernel launches of an executable."""
+    for number, value in _of_thunks(exe.get(_THUNKS, [])):
         if number == _CUSTOM_KERNEL and isinstance(value, bytes):  # brings its own code object
             spec = message_at(value, 3)
             name, elf = text_at(spec, 2, 4), message_at(spec, 2, 2, 1)
             yield _Launch(name, elf, integer_at(spec, 6), _size(spec, 3, 2), _size(spec, 4, 1))
         elif number == _KERNEL and isinstance(value, bytes):  # of the module's code object
             yield _Launch(text_at(value, 3), b"", integer_at(value, 6), _size(value, 4, 1, 2), _size(value, 4, 2, 1))
-    for inner in _inside(thunk):
-        yield from _launches(inner)
-
-
-def _library_calls(thunk: bytes) -> Iterator[str]:
-    for number, value in fields(thunk):
-        if number == _CUSTOM_CALL and isinstance(value, bytes):
-            yield f"custom call {text_at(value, 1)}"
-        elif number in _LIBRARY:
-            yield _LIBRARY[number]
-    for inner in _inside(thunk):
-        yield from _library_calls(inner)
 
 
 def _size(message: bytes, *path: int) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from llama_jax.aot.compiler.code_object import section_headers
 from llama_jax.errors import CompilerUnavailable
 
 _DYNAMIC, _DYNSYM, _VERNEED, _VERSYM = 6, 11, 0x6FFFFFFE, 0x6FFFFFFF
@@ -79,9 +80,7 @@ def dependencies(path: Path) -> tuple[list[str], list[str]]:
     """Libraries that an ELF64 library needs beyond those of the C and C++ runtime, and the symbols that it takes from
     them."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
-        (start,) = struct.unpack_from("<Q", image, 40)
-        size, count = struct.unpack_from("<HH", image, 58)
-        headers = [struct.unpack_from("<IIQQQQIIQQ", image, start + i * size) for i in range(count)]
+        headers = section_headers(image)
         by_type = {header[1]: header for header in headers}  # one each of the kinds that matter
         dynamic, symbols = by_type[_DYNAMIC], by_type[_DYNSYM]
         versions, needs = by_type[_VERSYM], by_type[_VERNEED]
