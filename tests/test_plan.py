@@ -26,7 +26,7 @@ from llama_jax.cli import cli
 from llama_jax.config import LayerSpec, config_from_hf, preset
 from llama_jax.decode.buckets import capacities
 from llama_jax.errors import RequestError
-from llama_jax.kernels.attention import Visibility, visible
+from llama_jax.kernels.attention import Places, Visibility, visible
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.layout import split_config
@@ -377,7 +377,7 @@ def test_few_tokens_need_few_experts() -> None:
 def test_attended_tokens(kind: Any, window: int, length: int) -> None:
     layer = LayerSpec(attention=kind, window=None if kind == "full" else window)
     positions: Any = np.arange(length)[None]
-    see = np.asarray(visible(positions, positions, Visibility(kind, window)))
+    see = np.asarray(visible(Places(positions, positions), Visibility(kind, window)))
     assert costs.attended_by_all(layer, length) == see.sum()
     assert costs.attended(layer, length) == max(see.sum(axis=-1).max(), 1)
 

@@ -33,8 +33,8 @@ class Rule:
       visibility: which positions a query sees.
       scale: factor on the logits, usually head_dim ** -0.5.
       soft_cap: logits become soft_cap * tanh(logits / soft_cap) (Gemma 2, arXiv:2408.00118, section 2).
-      in_order: the caller guarantees that positions are 0, 1, 2, ... in every row of queries and of slots, no padding. A
-        backend that masks by index rather than by position (cuDNN) needs it; positions are given all the same.
+      in_order: the caller guarantees that positions are 0, 1, 2, ... in every row of queries and of slots, no padding.
+        A backend that masks by index rather than by position (cuDNN) needs it; positions are given all the same.
     """
 
     visibility: Visibility

@@ -23,10 +23,12 @@ class Queries(NamedTuple):
     Attributes:
       positions: int32 [batch, queries], in the text of each.
       rows: int32 [1, queries], the row of each query of packed tokens; None if query and row have one batch index.
+      segments: int32 [batch, queries], of texts packed in one row; None with a cache.
     """
 
     positions: jax.Array
     rows: jax.Array | None = None
+    segments: jax.Array | None = None
 
 
 class LayerCache(Protocol):

@@ -152,9 +152,7 @@ def forward(
                 params["layers"][str(i)],
                 None if cache is None else cache.layer(i),
                 slots,
-                positions,
-                segment_ids,
-                rows,
+                Queries(positions, rows, segment_ids),
                 angles,
                 of_layers.of(str(i)),
                 logits_at if only_last and i == config.num_layers - 1 else None,
@@ -242,9 +240,7 @@ def _layer(
     params: Params,
     cache: LayerCache | None,
     slots: Any,
-    positions: jax.Array,
-    segment_ids: jax.Array | None,
-    rows: jax.Array | None,
+    tokens: Queries,
     angles: tuple[jax.Array, jax.Array],
     adapters: Adapters,
     at: jax.Array | None,
@@ -270,17 +266,17 @@ def _layer(
     seen["attn_in"] = h
     with jax.named_scope("attn"):
         q, k, v = project_qkv(h, params["attn"], dims, of_attn)
-        q, k = position_queries_and_keys(q, k, params["attn"], dims, spec, positions, angles)
+        q, k = position_queries_and_keys(q, k, params["attn"], dims, spec, tokens.positions, angles)
         seen |= {"q": q, "k": k, "v": v}
-        x, q, q_positions, q_segments, q_rows = _tokens((x, q, positions, segment_ids, rows), at)
+        x, q, queries = _tokens((x, q, tokens), at)
         adapters, of_attn = adapters.at(at), of_attn.at(at)
         ordered = cache is None and in_order and at is None
         rule = Rule(Visibility(spec.attention, spec.window or 0), dims.head_dim**-0.5, in_order=ordered)
         if cache is None:
             kv = KeysValues(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-            out = attention(q, kv, Places(q_positions, positions, q_segments, segment_ids), rule)
+            out = attention(q, kv, Places(queries.positions, tokens.positions, queries.segments, tokens.segments), rule)
         else:
-            out, cache = cache.attend(q, k, v, slots, Queries(q_positions, q_rows), rule)
+            out, cache = cache.attend(q, k, v, slots, queries, rule)
         out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], of_attn.of("o_proj"))
         seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
 
