@@ -160,18 +160,20 @@ def test_one_case_compiles_to_what_is_stored(arch: str, op: str) -> None:
 
 @pytest.mark.amd
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_all_cases_compile_to_what_is_stored(arch: str, op: str) -> None:
+def test_cases_compile_to_what_is_stored(arch: str, op: str) -> None:
+    """Each case is compiled for one architecture, another one after each change of the kernels."""
+    turn = (ARCHS.index(arch) + int(source_hash(op), 16)) % len(ARCHS)
     stored, compiler = results_of(arch, op), version("jax-rocm7-pjrt")
     if stored["made_with"]["compiler"] != compiler:
         pytest.skip(f"the results are of compiler {stored['made_with']['compiler']}, this is {compiler}")
-    found = {
-        label: sweep.compile_case(operation(op), case, gradients, find(sweep.TARGETS[arch]))
-        for label, case, gradients in sweep.variants(operation(op))
-    }
-    assert found == stored["cases"]
+    cases = list(sweep.variants(operation(op)))
+    assert {label for label, _, _ in cases} == set(stored["cases"])
+    for label, case, gradients in cases[turn :: len(ARCHS)]:
+        found = sweep.compile_case(operation(op), case, gradients, find(sweep.TARGETS[arch]))
+        assert found == stored["cases"][label], label
 
 
 def test_the_main_loop_of_a_kernel() -> None:

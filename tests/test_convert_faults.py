@@ -125,7 +125,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_kill_at_many_random_moments(tmp_path: Path) -> None:
-    check_kills(kills(tmp_path, 80, seed=1), 80)
+    check_kills(kills(tmp_path, 40, seed=1), 40)
 
 
 # --- Going on ---------------------------------------------------------------------------------------------------------
