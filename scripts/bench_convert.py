@@ -33,6 +33,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig, config_to_hf, preset
 from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
+from llama_jax.disk import sync
 from llama_jax.params import param_specs
 
 SHARD_BYTES = 5_000_000_000
@@ -88,10 +89,7 @@ def files(path: Path) -> list[Path]:
 def drop(path: Path) -> None:
     """Drops the pages of a file, or of all files below a folder, from the system's memory."""
     for file in files(path):
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)  # pages that are not on the disk yet cannot be dropped
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+        sync(file, keep=False)  # pages that are not on the disk yet cannot be dropped
 
 
 def timed_copy(src: Path, dst: Path) -> float:
