@@ -114,10 +114,6 @@ class KernelError(LlamaJaxError):
     """A kernel backend that was asked for by name cannot run here; the message says why."""
 
 
-class NonFinite(LlamaJaxError):
-    """NaN or infinity where finite numbers are needed."""
-
-
 class StorageError(LlamaJaxError):
     """A file or folder cannot be written (read-only, no permission)."""
 

@@ -33,6 +33,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig, config_to_hf, preset
 from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
+from llama_jax.disk import sync
 from llama_jax.params import param_specs
 
 SHARD_BYTES = 5_000_000_000
@@ -88,10 +89,7 @@ def files(path: Path) -> list[Path]:
 def drop(path: Path) -> None:
     """Drops the pages of a file, or of all files below a folder, from the system's memory."""
     for file in files(path):
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)  # pages that are not on the disk yet cannot be dropped
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+        sync(file, keep=False)  # pages that are not on the disk yet cannot be dropped
 
 
 def timed_copy(src: Path, dst: Path) -> float:
@@ -146,24 +144,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="only so many of its layers")
     parser.add_argument("--folder", type=Path, help="where to make it; needs twice the model's size [a temporary one]")
     parser.add_argument("--rounds", type=int, default=1, help="copies and conversions in turn; medians count [1]")
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write the result as JSON [to stdout]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
     args = parser.parse_args()
     config = preset(args.shape)
     if args.layers:
         config = config.replace(layers=config.layers[: args.layers])
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-convert-") as folder:
         result = {"shape": args.shape, "layers": config.num_layers} | measure(config, Path(folder), args.rounds)
-    if args.json == "-":
-        print(json.dumps(result))
-    else:
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
-        print(
-            f"{result['shape']}, {result['layers']} layers, {result['bytes'] / 1e9:.1f} GB: "
-            f"cp + sync {result['copy_bytes_per_second'] / 1e6:.0f} MB/s, "
-            f"convert {result['convert_bytes_per_second'] / 1e6:.0f} MB/s ({result['ratio']:.0%}), "
-            f"peak memory {result['peak_rss_bytes'] / 1e9:.2f} GB"
-        )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(
+        f"{result['shape']}, {result['layers']} layers, {result['bytes'] / 1e9:.1f} GB: "
+        f"cp + sync {result['copy_bytes_per_second'] / 1e6:.0f} MB/s, "
+        f"convert {result['convert_bytes_per_second'] / 1e6:.0f} MB/s ({result['ratio']:.0%}), "
+        f"peak memory {result['peak_rss_bytes'] / 1e9:.2f} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -46,13 +46,12 @@ def main() -> None:
         "--folder", type=Path, help="where to make it (and remove it again); a temporary folder if unset"
     )
     parser.add_argument("--devices", type=int, default=8, help="simulated devices where there is no GPU")
-    parser.add_argument("--dtype", help="cast while loading")
     parser.add_argument("--orbax", action="store_true", help="also load through Orbax itself")
     parser.add_argument("--json", type=Path, dest="out", help="write the numbers to this file")
     parser.add_argument("--child", choices=[*RUNS, "orbax"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(load_once(args.checkpoint, args.child, args.dtype)))
+        print(json.dumps(load_once(args.checkpoint, args.child)))
     elif args.checkpoint:
         report(args, args.checkpoint)
     else:
@@ -104,13 +103,8 @@ def start(args: argparse.Namespace, path: Path, run: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--checkpoint", str(path), "--child", run]
     # The flag concerns the CPU backend alone.
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}".strip()
-    done = subprocess.run(
-        [*command, *(["--dtype", args.dtype] if args.dtype else [])],
-        env=os.environ | {"XLA_FLAGS": flags},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
@@ -146,7 +140,7 @@ def read_rate(path: Path, *, cold: bool) -> float:
     return done / (time.monotonic() - began)
 
 
-def load_once(path: Path, run: str, dtype: str | None) -> dict[str, Any]:
+def load_once(path: Path, run: str) -> dict[str, Any]:
     """Loads in this process; what has to be imported and started is not counted."""
     import jax
     import numpy as np
@@ -163,14 +157,14 @@ def load_once(path: Path, run: str, dtype: str | None) -> dict[str, Any]:
     before = reset_peak()
     began = time.monotonic()
     if run == "orbax":
-        params = load_with_orbax(path, mesh, dtype)
+        params = load_with_orbax(path, mesh)
     elif is_checkpoint(path):
         sharding = param_sharding(open_checkpoint(path).config, mesh)
-        params = load_params(path, sharding=sharding, dtype=dtype, verify=run != "unverified")
+        params = load_params(path, sharding=sharding, verify=run != "unverified")
     else:
         with opened(path) as source:
             sharding = param_sharding(source.config, mesh)
-            params = load_source(source, sharding=sharding, dtype=dtype, verify=run != "unverified")
+            params = load_source(source, sharding=sharding, verify=run != "unverified")
     jax.block_until_ready(params)
     seconds = time.monotonic() - began
     leaves, devices = flatten(params), dict.fromkeys(map(str, jax.devices()), 0)
@@ -192,7 +186,7 @@ def load_once(path: Path, run: str, dtype: str | None) -> dict[str, Any]:
     }
 
 
-def load_with_orbax(path: Path, mesh: Any, dtype: str | None) -> Any:
+def load_with_orbax(path: Path, mesh: Any) -> Any:
     import jax
     from orbax.checkpoint import v1 as ocp
 
@@ -202,14 +196,9 @@ def load_with_orbax(path: Path, mesh: Any, dtype: str | None) -> Any:
 
     config = open_checkpoint(path).config
     sharding = param_sharding(config, mesh)
-    abstract = unflatten(
-        {
-            s.name: jax.ShapeDtypeStruct(s.shape, dtype or config.dtype, sharding=sharding(s))
-            for s in param_specs(config)
-        }
-    )
+    leaves = {s.name: jax.ShapeDtypeStruct(s.shape, config.dtype, sharding=sharding(s)) for s in param_specs(config)}
     with ocp.Context():
-        return ocp.load(path / "params", abstract)
+        return ocp.load(path / "params", unflatten(leaves))
 
 
 def fresh_memory_rate(size: int = 512 << 20) -> float:

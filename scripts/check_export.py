@@ -66,7 +66,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="holds a folder for each checkpoint")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has llama_jax [default: this one]")
-    parser.add_argument("--shard-size", default="5GB", help="as of `llama-jax export`")
     args = parser.parse_args()
     torch.set_num_threads(1)
     bad = 0
@@ -75,8 +74,8 @@ def main() -> int:
             converted, exported = Path(scratch) / "converted", Path(scratch) / "exported"
             run = [args.python, "-m", "llama_jax.cli"]
             subprocess.run([*run, "convert", "-q", case, converted], check=True, stdout=subprocess.DEVNULL)
-            more = ["--to", "hf", "--shard-size", args.shard_size]
-            subprocess.run([*run, "export", "-q", converted, exported, *more], check=True, stdout=subprocess.DEVNULL)
+            export = [*run, "export", "-q", converted, exported, "--to", "hf"]
+            subprocess.run(export, check=True, stdout=subprocess.DEVNULL)
             equal = same_bytes(tensors(case), tensors(exported))
             found = error(exported, case / "expected.npz")
         ok = equal and found <= TOLERANCE

@@ -175,9 +175,12 @@ def affine(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, t
     return scale.half(), torch.round(-low / scale).clamp(1, 2**bits - 1)
 
 
-def gptq(layer: ModuleType, bits: int, group: int, *, act_order: bool = False) -> Quantize:
+def gptq(layer: ModuleType, bits: int, group_size: int, *, act_order: bool = False) -> Quantize:
+    """Groups of so many columns; of -1, of all."""
+
     def quantize(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         rows, cols = weight.shape
+        group = group_size if group_size > 0 else cols
         index = torch.arange(cols) // group
         if act_order:
             index = index[torch.randperm(cols, generator=torch.Generator().manual_seed(len(name)))]
@@ -321,12 +324,7 @@ def main() -> None:
     plain = module_of(args.gptq, "auto_gptq/nn_modules/qlinear/qlinear_cuda.py")
     for bits, columns in ((4, 32), (8, -1), (3, 32), (2, 16)):
         method = {"quant_method": "gptq", "bits": bits, "group_size": columns, "desc_act": False, "sym": False}
-        size = columns if columns > 0 else None
-
-        def per_layer(name: str, w: torch.Tensor, bits: int = bits, size: int | None = size) -> Any:
-            return gptq(plain, bits, size or w.shape[1])(name, w)
-
-        write(out / f"gptq-int{bits}", method, per_layer, dtype="float16")
+        write(out / f"gptq-int{bits}", method, gptq(plain, bits, columns), dtype="float16")
     method = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
     write(out / "gptq-int4-act-order", method, gptq(plain, 4, 32, act_order=True), dtype="float16")
 

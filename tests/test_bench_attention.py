@@ -114,7 +114,7 @@ def test_cases_by_name() -> None:
     }
     assert [case.q_len for case in bench.chosen(["phi-2-heads"])] == [2048, 1]
     assert bench.chosen(["llama-3.1-8b-b4-t4096"])[0].kv_len == 4096
-    assert len(bench.chosen(["prefill", "decode"])) == len(bench.PREFILL) + len(bench.DECODE)
+    assert len(bench.chosen(["prefill", "decode"])) == len(bench.MEASURED_PREFILLS) + len(bench.MEASURED_DECODES)
     with pytest.raises(SystemExit, match="no case is called x"):
         bench.chosen(["x"])
 

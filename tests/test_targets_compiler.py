@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -138,54 +139,10 @@ def test_riegeli_of_another_kind() -> None:
 # --- Code objects -----------------------------------------------------------------------------------------------------
 
 
-def packed(value: Any) -> bytes:
-    """MessagePack, in the smallest forms but for numbers."""
-    if value is None or isinstance(value, bool):
-        return {None: b"\xc0", False: b"\xc2", True: b"\xc3"}[value]
-    if isinstance(value, int):
-        return bytes([value]) if 0 <= value < 128 else b"\xd3" + value.to_bytes(8, "big", signed=True)
-    if isinstance(value, str):
-        data = value.encode()
-        return (bytes([0xA0 | len(data)]) if len(data) < 32 else b"\xda" + len(data).to_bytes(2, "big")) + data
-    if isinstance(value, bytes):
-        return b"\xc4" + bytes([len(value)]) + value
-    items = [x for pair in value.items() for x in pair] if isinstance(value, dict) else value
-    small, large = (0x80, b"\xde") if isinstance(value, dict) else (0x90, b"\xdc")
-    head = bytes([small | len(value)]) if len(value) < 16 else large + len(value).to_bytes(2, "big")
-    return head + b"".join(map(packed, items))
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(max_size=40) | st.binary(max_size=5),
-    lambda inner: st.lists(inner, max_size=20) | st.dictionaries(st.text(max_size=5), inner, max_size=20),
-    max_leaves=20,
-)
-
-
-@given(VALUES)
-def test_msgpack(value: Any) -> None:
-    data = packed(value)
-    assert code_object.msgpack(data) == (value, len(data))
-
-
-def test_msgpack_numbers() -> None:
-    for data, value in (
-        ("ff", -1),
-        ("cc80", 128),
-        ("cd0100", 256),
-        ("ce00010000", 65536),
-        ("d080", -128),
-        ("d1ff00", -256),
-    ):
-        assert code_object.msgpack(bytes.fromhex(data))[0] == value
-    with pytest.raises(ValueError, match="0xc7"):
-        code_object.msgpack(b"\xc7\0\0")
-
-
 def code_object_file(kernels: dict[str, bytes], metadata: Any = None) -> bytes:
     """An ELF64 file with an AMDGPU note, a symbol for each kernel, and its code at address 0x1000 and up."""
     metadata = {"amdhsa.kernels": [{".name": name} for name in kernels]} if metadata is None else metadata
-    content = packed(metadata)
+    content = msgpack.packb(metadata)
     note = struct.pack("<III", 7, len(content), 32) + b"AMDGPU\0\0" + content + bytes(-len(content) % 4)
     note = struct.pack("<III", 4, 4, 1) + b"GNU\0" + b"\1\2\3\4" + note  # another note comes first
     strings, symbols, text = b"\0", bytes(24), b""
@@ -217,6 +174,13 @@ def test_no_code_object() -> None:
         code_object.kernels(elf.replace(b"AMDGPU", b"NVIDIA"))
     with pytest.raises(ValueError, match="not an ELF"):
         code_object.kernels(b"MZ" + elf)
+
+
+@pytest.mark.parametrize("name", [msgpack.ExtType(7, b"x"), b"\xff"])
+def test_damaged_code_object(name: object) -> None:
+    elf = code_object_file({}, {"amdhsa.kernels": [{".name": name}]})
+    with pytest.raises(ValueError, match="damaged MessagePack"):
+        code_object.kernels(elf.replace(b"\xc4\1\xff", b"\xc1\1\xff"))
 
 
 # --- Occupancy --------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ PACKAGES = (
     "platformdirs",
     "psutil",
     "xxhash",
+    "msgpack",
 )
 """What this package imports."""
 PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-rocm7-plugin", "jax-rocm7-pjrt")

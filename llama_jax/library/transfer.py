@@ -208,6 +208,4 @@ def git_sha1_of(path: Path) -> str:
     """The name that git gives to a file's content: sha1 of "blob", its size, a NUL, and the content."""
     hashed = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            hashed.update(block)
-    return hashed.hexdigest()
+        return hashlib.file_digest(file, lambda: hashed).hexdigest()
