@@ -30,13 +30,18 @@ run = jax.jit(forward, static_argnames=("config", "capture"))
 """`forward` as people use it; one compilation cache for all tests."""
 
 
+def simulated(devices: int, **variables: str) -> dict[str, str]:
+    """The environment of a process with some simulated devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | variables
+
+
 def on_eight_devices(file: str, *marks: str) -> None:
     """Runs the tests of a file in a process that has eight simulated devices; its output tells which one failed."""
-    flags = "--xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--durations=5", "-p", "no:cacheprovider", *marks]
     done = subprocess.run(
         [*command, str(Path(__file__).with_name(file))],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTEST_ADDOPTS": ""},
+        env=simulated(8, PYTEST_ADDOPTS=""),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -147,9 +147,9 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "the last layer's queries at the places of the first tokens",
         "llama_jax/model/transformer.py",
-        "x, q, q_positions, q_segments, q_rows = _tokens((x, q, positions, segment_ids, rows), at)",
-        "(x, q, q_segments, q_rows), q_positions = "
-        "_tokens((x, q, segment_ids, rows), at), positions[:, : at if at is None else 2]",
+        "x, q, queries = _tokens((x, q, tokens), at)",
+        "(x, q), queries = _tokens((x, q), at), tokens\n"
+        "        queries = queries if at is None else queries._replace(positions=queries.positions[:, :2])",
         (f"{MODEL}::test_logits_at",),
     ),
     Mutation(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from click.testing import CliRunner
+from helpers import simulated
 
 from llama_jax import plugins
 from llama_jax.cli import cli
@@ -233,7 +234,7 @@ assert jax.jit(local)(x)[0, 0] == 3
 
 
 def test_kernels_do_not_run_on_arrays_that_xla_splits(tmp_path: Path) -> None:
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "LLAMA_JAX_CACHE": str(tmp_path)}
+    env = simulated(2, LLAMA_JAX_CACHE=str(tmp_path))
     subprocess.run([sys.executable, "-c", SPLIT], env=env, check=True)
 
 

@@ -230,9 +230,7 @@ def test_unsupported_and_interpreted_backends_are_left_out() -> None:
     backends = {
         "reference": real.backends["reference"],
         "elsewhere": Backend(raising, lambda target, *args, **kwargs: "not here"),
-        "paged": Backend(
-            raising, lambda target, *args, page_table=None, **kwargs: "no" if page_table is None else None
-        ),
+        "paged": Backend(raising, lambda target, q, kv, **kwargs: "no" if kv.page_table is None else None),
         "interpreter": Backend(attention_reference, interpreted=True),
     }
     op = dataclasses.replace(real, backends=backends, cases=lambda: real.cases()[:2])

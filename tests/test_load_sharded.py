@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from click.testing import CliRunner
-from helpers import GOLDENS, on_eight_devices
+from helpers import GOLDENS, on_eight_devices, simulated
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, PartitionSpec
@@ -39,7 +39,6 @@ from llama_jax.loading import load
 from llama_jax.params import flatten, param_specs, unflatten
 from llama_jax.sharding import RuledMesh, Rules
 
-EIGHT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 CONFIG = config_from_hf(LLAMA)
 
 
@@ -87,7 +86,7 @@ def test_two_processes_read_what_their_devices_keep(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = os.environ | EIGHT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    env = simulated(4)
     running = [
         subprocess.Popen([sys.executable, "-c", PROCESS, address, str(rank), str(path)], env=env, stdout=-1, text=True)
         for rank in range(2)
