@@ -335,8 +335,10 @@ def test_a_model_is_trained_on_a_short_text(backend: str) -> None:
     with using(decode_attention=backend):
         found = gradients()
     unequal = 0
+    # The first layer's queries and keys hardly matter here: their gradients are what rounding leaves of larger numbers.
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(want))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), rtol=2e-4)
+        np.testing.assert_allclose(a, b, atol=1e-6 * largest, rtol=2e-4)
         unequal += not np.array_equal(a, b)
     assert unequal  # something else did run
 
