@@ -27,7 +27,8 @@ def _decode(leaf: Members, dtype: Any) -> jax.Array:
 
 
 def _product(x: jax.Array, leaf: Members, dtype: Any) -> jax.Array:
-    out = jnp.tensordot(x.astype(jnp.float32), leaf["values"].astype(jnp.float32), axes=(-1, -1))
+    values = leaf["values"].astype(jnp.float32)
+    out = jnp.tensordot(x.astype(jnp.float32), values, axes=(-1, -1), precision=jax.lax.Precision.HIGHEST)
     return (out * leaf["row_scale"]).astype(dtype)
 
 
