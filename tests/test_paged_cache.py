@@ -306,7 +306,14 @@ def test_rows_with_a_common_beginning() -> None:
         np.testing.assert_allclose(got[row], whole[0, -1:], atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama2-mha", "llama4-text", "llama-rope-dynamic", "mistral-short-window"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama2-mha",
+        "mistral-short-window",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("llama4-text", "llama-rope-dynamic")),
+    ],
+)
 def test_packed_tokens_are_separate_calls(case: str) -> None:
     """Rows with 37, 12 and 1 new tokens behind 5, 0 and 20 old ones, in one axis and in three calls."""
     g = load_golden(case)
