@@ -335,7 +335,7 @@ from llama_jax.convert import export_gguf, export_hf
 def progress(done, total, name):
     if name == "layers.0.mlp.up_proj.weight":
         print("writing", flush=True)
-        time.sleep(60)
+        time.sleep({pause})
 export_{kind}({source!r}, {target!r}, progress=progress)
 """
 
@@ -345,7 +345,7 @@ def test_killed_exports(tmp_path: Path, how: signal.Signals, kind: str) -> None:
     write_chat_model(tmp_path / "source")
     source = convert(tmp_path / "source", tmp_path / "checkpoint")
     out = tmp_path / "out" / "model.gguf"
-    code = CHILD.format(kind=kind, source=str(source), target=str(out))
+    code = CHILD.format(kind=kind, source=str(source), target=str(out), pause=60)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
@@ -359,7 +359,7 @@ def test_killed_exports(tmp_path: Path, how: signal.Signals, kind: str) -> None:
 
 
 def test_the_second_export_waits_for_the_first(tmp_path: Path, tiny: Path) -> None:
-    code = CHILD.format(kind="hf", source=str(tiny), target=str(tmp_path / "out")).replace("60", "1.5")
+    code = CHILD.format(kind="hf", source=str(tiny), target=str(tmp_path / "out"), pause=1.5)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"

@@ -53,6 +53,7 @@ def loaded_bits(params: Any) -> dict[str, bytes]:
 # --- Several devices --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_on_eight_devices() -> None:
     on_eight_devices("eight_devices.py", "-m", "")
 

@@ -223,6 +223,7 @@ def test_parts_of_all_parameters(tensor: int, seed: int) -> None:
 # --- Rules of one's own -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_other_rules_on_eight_devices() -> None:
     on_eight_devices("eight_devices_rules.py", "-m", "not slow")
