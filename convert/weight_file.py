@@ -1,4 +1,4 @@
-"""What the readers of weight files share: opening and closing, and reading bytes at a place."""
+"""Base of the readers of weight files: opens and closes them, and reads bytes at an offset."""
 
 from __future__ import annotations
 

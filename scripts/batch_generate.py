@@ -48,7 +48,7 @@ the input's order.
 Examples:
   python scripts/batch_generate.py prompts.jsonl answers.jsonl
   python scripts/batch_generate.py prompts.jsonl answers.jsonl --batch-size 32 --temperature 0.7 --top-p 0.95
-Run the same command again after an interruption: it goes on where it was.
+Run the same command again after an interruption: it resumes.
 """
 )
 @click.argument("source", metavar="IN.jsonl", type=click.Path(path_type=Path))

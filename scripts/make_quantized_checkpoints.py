@@ -176,7 +176,7 @@ def affine(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, t
 
 
 def gptq(layer: ModuleType, bits: int, group_size: int, *, act_order: bool = False) -> Quantize:
-    """Groups of so many columns; of -1, of all."""
+    """Quantises in groups of `group_size` columns; -1 is one group of all."""
 
     def quantize(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         rows, cols = weight.shape

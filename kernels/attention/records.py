@@ -88,7 +88,7 @@ class Places:
 
 
 def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
-    """Why no kernel can run a call so far, as a reason for `unsupported`; None if one can."""
+    """The reason why no kernel can run a call so far, for `unsupported`; None if one can."""
     if kv.k_scale is not None or kv.v_scale is not None:
         return "it takes no quantised keys and values"
     if places.rows is not None:

@@ -150,7 +150,7 @@ PREFILLS = (
     ),
     prefill("gpt-oss-20b-heads", 1, 4096, 64, 8, 64, visibility=Visibility("sliding", 128), sinks=True),
 )
-"""What the kernels are tested and compiled with. Names with "heads" are head shapes of models of other families."""
+"""Shapes that the kernels are tested and compiled with. Names with "heads" are those of models of other families."""
 
 MEASURED_PREFILLS = tuple(
     replace(shape, name=f"{shape.name}-b{batch}-t{tokens}", batch=batch, q_len=tokens, kv_len=tokens)
@@ -196,4 +196,4 @@ DECODES = (
     ),
     AttentionShape("one-kv-head-drafts-8", 8, 8, 2048, 16, 1, 128, page_size=64),
 )
-"""What the kernels are compiled for. Names with "heads" are the head shapes of models of other families."""
+"""Shapes that the kernels are compiled for. Names with "heads" are the head shapes of models of other families."""

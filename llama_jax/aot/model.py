@@ -32,7 +32,7 @@ class Phase:
       name: "prefill" or "decode".
       tokens: that one run puts into the cache, of all rows.
       floor: the least time of one run, for the arithmetic that XLA counts, for what one device has to read at least
-        (the weights that so many tokens use, and the cache), and for what the devices send one another. A prediction
+        (the weights that this many tokens use, and the cache), and for what the devices exchange. A prediction
         from peak rates: launches, latencies and everything below the peak come on top.
     """
 

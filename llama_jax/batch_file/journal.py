@@ -233,7 +233,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DoesNotFit(
-                f"no space left for {path}", hint="free some space and run again: the run goes on where it was"
+                f"no space left for {path}", hint="free some space and run again: the run resumes"
             ) from error
         raise StorageError(
             f"cannot write {path}: {error.strerror}", hint="check the folder and its permissions"

@@ -176,7 +176,7 @@ def _generate(model: Model, tokenizer: Tokenizer, batch: list[Request]) -> list[
         rows, longest = sum(r.params.n for r in batch), max(len(r.prompt) for r in batch)
         raise DoesNotFit(
             f"a batch of {rows} with up to {longest} prompt tokens does not fit into the device's memory",
-            hint="run again with a smaller --batch-size: the run goes on where it was",
+            hint="run again with a smaller --batch-size: the run resumes",
         ) from error
     return [output_record(r, output) for r, output in zip(batch, outputs, strict=True)]
 

@@ -1,5 +1,5 @@
-"""The protocol between a key/value cache and its users; its layout in memory is the cache's own affair. Also what the
-caches of this package do alike.
+"""The protocol between a key/value cache and its users; its layout in memory is the cache's own affair. Also
+functions that the caches of this package share.
 
 The model books slots for its tokens once (`extend`), then gives each layer's new keys and values to that layer's view
 (`layer(i).attend`). What a slot is, only the cache knows: the record of the booked slots passes through the model
@@ -18,7 +18,7 @@ from llama_jax.kernels.attention import Rule
 
 
 class Queries(NamedTuple):
-    """Where queries stand.
+    """Queries of a call of attention, by position, row and segment.
 
     Attributes:
       positions: int32 [batch, queries], in the text of each.

@@ -34,8 +34,8 @@ def command(
 
     SRC is a Hugging Face folder (safetensors or .bin, one file or several), a folder of Meta (params.json and
     consolidated.*.pth), a GGUF file, org/name of the Hugging Face hub, or the default model. Tensors pass one by one,
-    so memory is needed for the largest one, not for the model. A conversion that was stopped goes on where it was when
-    the same command is run again.
+    so memory is needed for the largest one, not for the model. A conversion that was stopped resumes when the same
+    command is run again.
     """
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.convert import convert

@@ -128,7 +128,7 @@ def requested_mesh(
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is loaded, as `load_options` takes it from the command line."""
+    """Options of the command line that say how to load a model; see `load_options`."""
 
     dtype: str | None
     convert: bool

@@ -1,4 +1,4 @@
-"""Which kernels run here, whether they compute right, and with which options of XLA decode steps are compiled."""
+"""Checks of kernels: the choice among them, their results, and the XLA options that decode steps are compiled with."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def check_numerics(found: Numerics) -> list[Check]:
 
 
 def check_graphs(graphs: Sequence[dict[str, str]]) -> list[Check]:
-    """What `graph_options` gives on one device and, if there are several, for a model that is split over them.
+    """Reports the options from `graph_options`, on one device and, with several, of a model that is split over them.
 
-    Nothing where it leaves the choice to XLA.
+    No check where the choice is left to XLA.
     """
     return [
         Check("graphs", "ok", f"{what} of a batch are compiled with {' '.join(map('='.join, options.items()))}")

@@ -221,7 +221,7 @@ def programs(share: DeviceShare, workload: Workload) -> tuple[Calls, Backends, B
 
 
 def needs_of(share: DeviceShare, workload: Workload) -> Needs:
-    """What a workload takes on one device."""
+    """Memory that a workload takes on one device."""
     shapes, prefill, decode = programs(share, workload)
     rows, first, last = shapes.rows, shapes.capacities[0], shapes.capacities[-1]
     growing = 0

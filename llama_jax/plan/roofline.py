@@ -61,7 +61,7 @@ class Floor:
         latency_s: float = 0.0,
         overlapped: bool = False,
     ) -> Floor:
-        """What these amounts take at a target's peak rates; `latency_s` of each collective besides its bytes."""
+        """The floor of these amounts at a target's peak rates; each collective takes `latency_s` besides its bytes."""
         return cls(
             read,
             flops,

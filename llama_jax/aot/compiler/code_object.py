@@ -67,7 +67,7 @@ def code(elf: bytes, kernel: str) -> bytes:
 
 
 def section_headers(elf: bytes | mmap) -> list[tuple[int, ...]]:
-    """Of each section of an ELF64 file: name, type, flags, address, offset, size, link, info, alignment, entry size."""
+    """Section headers of an ELF64 file: name, type, flags, address, offset, size, link, info, alignment, entry size."""
     if not is_code_object(elf):
         raise ValueError("not an ELF file")
     (start,) = struct.unpack_from("<Q", elf, 40)
