@@ -71,6 +71,7 @@ def start(source: Path, target: Path, folder: Path, *options: str) -> subprocess
     return subprocess.Popen([*command, "--max-tokens", "6", *options], stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_results_are_those_of_batch_generate(tmp_path: Path, loaded: Loaded) -> None:
     model, tokenizer = loaded
     messages = [{"role": "user", "content": "hi"}]
@@ -327,6 +328,7 @@ def disturbed(source: Path, target: Path, folder: Path, number: int, lines: int)
     pytest.fail("the run was never disturbed")
 
 
+@pytest.mark.slow
 def test_kill_and_resume(tmp_path: Path, folder: Path, undisturbed: tuple[Path, bytes]) -> None:
     source, whole = undisturbed
     target = tmp_path / "out.jsonl"

@@ -451,6 +451,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chat_model(tmp_path_factory.mktemp("wide") / "tiny", context=1 << 20)
 
 
+@pytest.mark.slow
 def test_in_a_terminal(wide: Path, tmp_path: Path) -> None:
     saved = tmp_path / "talk.json"
     terminal = Terminal(wide, "--ignore-eos", "--seed", "1", "--history", str(tmp_path / "history"))

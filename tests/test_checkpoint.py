@@ -412,6 +412,7 @@ def test_killed_writers(tmp_path: Path, how: signal.Signals) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_the_second_writer_waits_for_the_first(tmp_path: Path) -> None:
     with child(tmp_path / "model", 1.5) as process:
         start = time.monotonic()

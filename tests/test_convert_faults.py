@@ -118,6 +118,7 @@ def check_kills(results: list[dict[str, Any]], n: int) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_kill_at_random_moments(tmp_path: Path) -> None:
     check_kills(kills(tmp_path, 8, seed=0), 8)
 

@@ -317,6 +317,7 @@ def test_stop_ids_end_a_row(golden: Golden) -> None:
     assert progress.finished_by_stop.tolist() == [True]
 
 
+@pytest.mark.slow
 def test_growing_keeps_everything(golden: Golden) -> None:
     prompts = prompts_of(golden, [5, 9])
     params = [SamplingParams(seed=7, ignore_eos=True, logprobs=1)] * 2
@@ -346,6 +347,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.slow
 def test_a_row_that_joins_and_leaves_gets_the_tokens_it_gets_alone(golden: Golden, name: str) -> None:
     """It joins a running batch at step 7, leaves at step 19, and its neighbours do not notice."""
     prompts = prompts_of(golden, [5, 12, 20, 9])
@@ -423,6 +425,7 @@ def test_a_dense_row_that_has_ended_stores_nothing_visible(golden: Golden) -> No
     assert (state.cache.positions >= 0).sum(axis=1).tolist() == [5 + 2, 9 + 11]
 
 
+@pytest.mark.slow
 def test_a_new_mix_of_settings_compiles_nothing(golden: Golden) -> None:
     """Once each profile has run, twenty mixes of settings find their programs compiled."""
     rng = np.random.default_rng(0)

@@ -318,6 +318,7 @@ def test_gradients(backend: str, page_size: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow
 def test_a_model_is_trained_on_a_short_text(backend: str) -> None:
     """Four tokens are few enough to be decode attention."""
     config = config_from_hf(LLAMA)

@@ -424,6 +424,7 @@ def test_on_the_gpu(call: tuple[AttentionShape, Tiles], dtype: str) -> None:
         check(case, tiles, case.example(key), key, close, interpret=False)
 
 
+@pytest.mark.slow
 def test_forward_says_when_positions_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a call whose positions `forward` made itself may go to a backend that reads none."""
     seen: list[bool] = []

@@ -588,6 +588,7 @@ def test_nothing_compiles_after_warm_up(tmp_path: Path) -> None:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 def test_adapters_of_one_batch(golden: Model) -> None:
     """Three prompts with no adapter, one and another: each gets the tokens of a model with its adapter merged."""
     rng = np.random.default_rng(0)

@@ -387,6 +387,7 @@ def test_pallas_is_loaded_by_what_runs_it() -> None:
     assert pallas in loaded("llama_jax.kernels.norm.pallas_triton", pallas)
 
 
+@pytest.mark.slow
 def test_a_model_on_a_cpu_runs_without_pallas() -> None:
     code = """if True:
         import sys, jax, llama_jax as lj

@@ -92,6 +92,7 @@ SIZES = {
 
 
 @hypothesis.given(st.data(), st.sampled_from(sorted(SIZES)), st.integers(0, 2**32 - 1))
+@pytest.mark.slow
 def test_against_the_definition(data: st.DataObject, sizes: tuple[int, int, int, int, int], seed: int) -> None:
     tokens, top_k, experts, hidden, width = sizes
     tiles, without = SIZES[sizes]

@@ -504,6 +504,7 @@ def test_command_compiles(tmp_path: Path) -> None:
     assert "decode   arguments" in run(*args).stdout
 
 
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_that_of_today() -> None:
     """The rows of one model; `python scripts/plan_table.py` writes all of them anew."""
     root = Path(__file__).parent.parent

@@ -22,6 +22,7 @@ from llama_jax.targets import find
 
 
 @pytest.mark.timeout(600)  # a process of its own, for some tens of seconds on an idle machine
+@pytest.mark.slow
 def test_on_eight_devices() -> None:
     on_eight_devices("eight_devices_generate.py", "-m", "not slow")
 

@@ -69,6 +69,7 @@ def test_logits_and_likelihood(logits: np.ndarray, row: int) -> None:
     assert -logprobs[np.arange(len(ids) - 1), ids[1:]].mean() == pytest.approx(entry["nll"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_greedy_tokens(smollm2: Loaded) -> None:
     """All prompts as one batch, with the cache: token for token."""
     prompts = [entry["ids"] for entry in ENTRIES]

@@ -381,6 +381,7 @@ def test_hostile_files_of_the_old_format(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.slow
 def test_hostile_files_take_no_memory(tmp_path: Path) -> None:
     """Measured on a process of its own, since allocations of libraries count too."""
     for i, (data, _) in enumerate(PICKLES.values()):
