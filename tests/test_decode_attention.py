@@ -225,6 +225,7 @@ def calls(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @EXAMPLES
 @hypothesis.given(drawn=calls())
+@pytest.mark.slow
 def test_against_the_reference(backend: str, drawn: tuple[dict[str, Any], dict[str, Any]]) -> None:
     call, options = drawn
     out = compute(call, backend, **options)
