@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,10 +19,13 @@ from hypothesis import strategies as st
 from llama_jax import batch_generate
 from llama_jax.cache import NewCache, PagedCache
 from llama_jax.config import LayerSpec, RopeSpec
-from llama_jax.decode import buckets, loop
+from llama_jax.decode import buckets, chunks, loop
 from llama_jax.decode import prefill as prefill_module
+from llama_jax.errors import KernelError
+from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplerProfile, SamplerState, SamplingParams, make_sampler
+from llama_jax.targets import find
 
 SIZES = st.integers(1, 1 << 20)
 
@@ -73,20 +77,43 @@ def test_prompt_buckets_are_whole_chunks(n: int) -> None:
 
 
 @given(
-    length=st.integers(1, 20_000),
+    length=st.integers(1, 200_000),
     batch=st.sampled_from([1, 2, 8, 64]),
     room=st.integers(1, 5000),
     heads=st.integers(1, 128),
+    target=st.sampled_from(["cpu", "h100", "mi300x"]),
 )
-def test_chunks_divide_the_prompt_and_bound_the_memory(length: int, batch: int, room: int, heads: int) -> None:
-    config = tiny_config(num_heads=heads, num_kv_heads=heads)
+def test_chunks_divide_the_prompt_and_bound_the_memory(
+    length: int, batch: int, room: int, heads: int, target: str
+) -> None:
+    """What the reference writes is bounded; kernels write nothing, so their chunks are as long as any."""
+    config = tiny_config(num_heads=heads, num_kv_heads=heads, head_dim=64)
     prompt = buckets.prompt_bucket(length)
-    capacity = buckets.cache_bucket(prompt + room)
-    chunk = buckets.chunk_length(config, batch, prompt, capacity)
-    assert 1 <= chunk <= min(prompt, buckets.MAX_CHUNK)
+    shape = {"batch": batch, "prompt": prompt, "capacity": buckets.cache_bucket(prompt + room)}
+    chunk = chunks.chunk_length(config, find(target), jnp.bfloat16, **shape)
+    longest = min(prompt, buckets.MAX_CHUNK)
+    assert 1 <= chunk <= longest
     assert prompt % chunk == 0
-    if chunk > 128:
-        assert 4 * batch * heads * chunk * capacity <= buckets.ATTENTION_BYTES
+    if target != "cpu" and batch * heads * shape["capacity"] * 64 < 2**31:
+        assert chunk == longest
+    elif chunk > chunks.SHORTEST:
+        assert (4 + 2) * batch * heads * chunk * shape["capacity"] <= chunks.ATTENTION_BYTES
+
+
+def test_chunks_follow_from_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A named backend, and a cache that the kernel does not take, are what the length follows from."""
+    config, target = tiny_config(num_heads=32, num_kv_heads=8, head_dim=128), find("mi300x")
+
+    def length(**given: Any) -> int:
+        shape = {"batch": 1, "prompt": 32768, "capacity": 40960}
+        return chunks.chunk_length(config, target, jnp.bfloat16, **shape, **given)
+
+    assert length() == 2048
+    with using(flash_attention="reference"):
+        assert length() == 512
+    assert length(cache_dtype=jnp.float32) == 512
+    with using(flash_attention="cudnn"), pytest.raises(KernelError, match="cuDNN is for NVIDIA"):
+        length()
 
 
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=12), min_size=1, max_size=4), st.integers(0, 3))
@@ -140,7 +167,7 @@ def test_prefill_equals_forward(case: str, chunk: int | None, monkeypatch: pytes
     golden = load_golden(case)
     prompts = prompts_of(golden, [3, 41, 64])
     if chunk:
-        monkeypatch.setattr(buckets, "chunk_length", lambda *_: chunk)
+        monkeypatch.setattr(chunks, "chunk_length", lambda *_, **__: chunk)
     logits, cache, _ = prefill(golden, prompts, batch=4)
     assert logits.shape == (4, golden.config.vocab_size)
     assert int(cache.length) == 64
@@ -150,8 +177,10 @@ def test_prefill_equals_forward(case: str, chunk: int | None, monkeypatch: pytes
     assert np.isfinite(np.asarray(logits)).all()
 
 
-@pytest.mark.parametrize(("name", "value"), [("MAX_CHUNK", 16), ("ATTENTION_BYTES", 1)])
-def test_long_prompts_run_in_chunks(golden: Golden, name: str, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "name", "value"), [(buckets, "MAX_CHUNK", 16), (chunks, "ATTENTION_BYTES", 1)])
+def test_long_prompts_run_in_chunks(
+    golden: Golden, module: ModuleType, name: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = prompts_of(golden, [200, 150])
     whole, _, whole_logprobs = prefill(golden, prompts, prompt_logprobs=True)
     calls = []
@@ -161,7 +190,7 @@ def test_long_prompts_run_in_chunks(golden: Golden, name: str, value: int, monke
         calls.append(args[3].shape[1])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(buckets, name, value)
+    monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(prefill_module, "prefill_chunk", counted)
     chunked, _, _ = prefill(golden, prompts)
     _, _, logprobs = prefill(golden, prompts, prompt_logprobs=True)
@@ -189,7 +218,7 @@ def test_dynamic_rope_knows_the_length_from_the_first_chunk(monkeypatch: pytest.
     golden = Golden(config, random_params(config), *[np.zeros(0)] * 5)
     prompt = np.random.default_rng(0).integers(0, 40, 48).tolist()
     whole, _, _ = prefill(golden, [prompt])
-    monkeypatch.setattr(buckets, "chunk_length", lambda *_: 16)
+    monkeypatch.setattr(chunks, "chunk_length", lambda *_, **__: 16)
     chunked, _, _ = prefill(golden, [prompt])
     np.testing.assert_allclose(chunked, whole, atol=1e-4)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import pytest
 from helpers import load_golden, random_params, run, tiny_config
 from tiny_chat_model import write_chat_model
 
-from llama_jax.decode import buckets, loop
+from llama_jax.decode import buckets, chunks, loop
 from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.generation.outputs import RequestOutput
@@ -423,12 +424,14 @@ def test_growing_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.Mon
             assert a.top == pytest.approx(b.top, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["MAX_CHUNK", "ATTENTION_BYTES"])
-def test_long_prompts_run_in_chunks(golden: Model, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "name"), [(buckets, "MAX_CHUNK"), (chunks, "ATTENTION_BYTES")])
+def test_long_prompts_run_in_chunks(
+    golden: Model, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = random_prompts(golden, [200, 17, 131])
     params = SamplingParams(seed=1, max_tokens=6, prompt_logprobs=1)
     whole = batch_generate(golden, None, prompts, params)
-    monkeypatch.setattr(buckets, name, 32 if name == "MAX_CHUNK" else 1)
+    monkeypatch.setattr(module, name, 32 if name == "MAX_CHUNK" else 1)
     chunked = batch_generate(golden, None, prompts, params)
     assert [ids_of(o) for o in chunked] == [ids_of(o) for o in whole]
     for ours, theirs in zip(chunked, whole, strict=True):

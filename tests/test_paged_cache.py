@@ -437,7 +437,7 @@ def model() -> Model:
 @pytest.mark.slow
 def test_generation_gives_the_same_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of unlike lengths, two samples of one of them, chunked prefill, and growth while decoding."""
-    monkeypatch.setattr("llama_jax.decode.buckets.chunk_length", lambda *_: 16)
+    monkeypatch.setattr("llama_jax.decode.chunks.chunk_length", lambda *_, **__: 16)
     monkeypatch.setattr("llama_jax.decode.buckets.FIRST_ROOM", 8)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, model.config.vocab_size, n).tolist() for n in (3, 20, 33)]

@@ -137,7 +137,7 @@ def assert_mi300x(name: str, ways: int, rows: int, attention: str) -> None:
     def chosen(tokens: int) -> Backends:
         return backends(share.config, target, sizes, "bfloat16", tokens=tokens, **shape)
 
-    assert chosen(1).attention == attention
+    assert chosen(1).attention == (attention,)
     for program, predicted, exchanged in (
         (
             prefill_program(config, mesh, batch=rows, capacity=2048, chunk=256, dtype="bfloat16"),
@@ -204,7 +204,7 @@ def test_a_cache_grows_until_it_holds_everything(padded: int, new: int) -> None:
 def test_phases_of_a_plan() -> None:
     plan = make_plan(MODELS["llama"], find("mi300x"), workload=Workload(3, 4096, 100))
     needs, share = plan.needs, DeviceShare(MODELS["llama"], find("mi300x"), {}, 2)
-    assert plan.shapes == calls(MODELS["llama"], {}, plan.workload)
+    assert plan.shapes == calls(MODELS["llama"], plan.target, {}, plan.workload)
     assert (plan.shapes.rows, plan.shapes.padded, plan.shapes.capacities) == (4, 128, (1280, 2560, 5120))
     layer = (256 * 256 * 2 + 2 * 704 * 256) * 2  # q, k and v; gate and up
     assert needs.loading == needs.weights + layer

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from llama_jax.kernels.dispatch.backend import Backend
 from llama_jax.kernels.dispatch.cases import Case
-from llama_jax.kernels.dispatch.operation import Operation, choose, disable, disabled, using
+from llama_jax.kernels.dispatch.operation import REFERENCE, Operation, choose, disable, disabled, using
 from llama_jax.kernels.dispatch.record import Choice
 
-__all__ = ["Backend", "Case", "Choice", "Operation", "choose", "disable", "disabled", "using"]
+__all__ = ["REFERENCE", "Backend", "Case", "Choice", "Operation", "choose", "disable", "disabled", "using"]

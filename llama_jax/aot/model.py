@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from llama_jax.aot import Compilation, compile_for, device_mesh
 from llama_jax.aot.programs import Program, decode_program, prefill_program
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.buckets import batch_bucket, cache_bucket, chunk_length, pieces, prompt_bucket
+from llama_jax.decode.buckets import batch_bucket, cache_bucket, pieces, prompt_bucket
+from llama_jax.decode.chunks import chunk_length
 from llama_jax.errors import DoesNotFit
 from llama_jax.layout import split_config
 from llama_jax.plan import Floor, default_workload
@@ -108,7 +109,7 @@ def compile_model(
     with abstract_device(target, mesh):
         rows, length = batch_bucket(batch), prompt_bucket(workload.prompt)
         capacity = cache_bucket(max(workload.context, length))
-        chunk = chunk_length(split, rows, length, capacity)
+        chunk = chunk_length(split, target, dtype, batch=rows, prompt=length, capacity=capacity)
         cut = pieces(local_rows(rows, mesh), chunk, ways("mlp"))
     weights = held_bytes(split, dtype.itemsize, mesh)
     if weights > target.memory:

@@ -84,6 +84,11 @@ class DenseCache:
         """Slots of each row."""
         return self.positions.shape[1]
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """See `KVCache`."""
+        return self.k[0].dtype
+
     def extend(self, positions: jax.Array, rows: jax.Array | None = None) -> tuple[DenseCache, jax.Array]:
         """See `KVCache`; the record is the first slot, int32 []. Outside of jit, raises RequestError when the slots do
         not suffice; inside, where the slots in use are not known, only when all of them would not suffice: the caller

@@ -119,6 +119,11 @@ class PagedCache:
         return self.positions.shape[1]
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """See `KVCache`."""
+        return self.k[0].dtype
+
+    @property
     def pages(self) -> int:
         """Pages of each pool."""
         return self.k[0].shape[0] // self.replicas

@@ -65,6 +65,11 @@ class KVCache(Protocol):
         """Slots of each row."""
         ...
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of keys and values."""
+        ...
+
     def extend(self, positions: jax.Array, rows: jax.Array | None = None) -> tuple[Self, Any]:
         """Books slots for new tokens.
 

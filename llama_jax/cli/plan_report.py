@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llama_jax.aot.model import ModelCompilation
     from llama_jax.config import LlamaConfig
     from llama_jax.plan import Bytes, Floor, Plan
+    from llama_jax.plan.backends import Backends
     from llama_jax.targets import Collective
 
 
@@ -49,8 +50,9 @@ def _phases(plan: Plan) -> list[tuple[str, Floor]]:
     return [("prefill", plan.prefill), ("a decode step", plan.decode)]
 
 
-def _backends(names: Any) -> str:
-    return ", ".join(f"{op}: {name}" for op, name in dataclasses.asdict(names).items() if name)
+def _backends(names: Backends) -> str:
+    found = {"attention": " and ".join(names.attention), "moe": names.moe}
+    return ", ".join(f"{op}: {name}" for op, name in found.items() if name)
 
 
 def _usable(plan: Plan) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from llama_jax.config import LlamaConfig
-from llama_jax.sharding import share, ways
+from llama_jax.sharding import ways
 
 MIN_PROMPT = 16
 MAX_CHUNK = 2048
@@ -11,8 +10,6 @@ MAX_CHUNK = 2048
 FIRST_ROOM = 1024
 # Prompt tokens of a device in each of two pieces that run side by side: products of so many still run at full speed.
 PIECE_TOKENS = 4096
-# Attention materialises float32 logits of the prompt chunk against the cache: this bounds them.
-ATTENTION_BYTES = 2 << 30
 
 
 def bucket(n: int, minimum: int, per_octave: int) -> int:
@@ -48,16 +45,6 @@ def capacities(padded: int, new: int) -> tuple[int, ...]:
 def batch_bucket(rows: int) -> int:
     """Padded batch size: powers of two, and the same number on every device of the mesh in use."""
     return -(-(1 << (rows - 1).bit_length()) // ways("batch")) * ways("batch")
-
-
-def chunk_length(config: LlamaConfig, batch: int, prompt: int, capacity: int) -> int:
-    """Prompt tokens of one prefill call; divides the padded prompt length."""
-    chunk = min(prompt, MAX_CHUNK)
-    rows, heads = share("batch", batch), share("kv_heads", config.num_kv_heads)
-    heads *= config.num_heads // config.num_kv_heads
-    while chunk % 2 == 0 and chunk > 128 and 4 * rows * heads * chunk * capacity > ATTENTION_BYTES:
-        chunk //= 2
-    return chunk
 
 
 def pieces(rows: int, length: int, devices: int) -> int:

@@ -11,11 +11,13 @@ import numpy as np
 
 from llama_jax.cache import KVCache, NewCache
 from llama_jax.config import LlamaConfig
-from llama_jax.decode import buckets
+from llama_jax.decode import buckets, chunks
 from llama_jax.model import forward
+from llama_jax.model.weights import compute_dtype
 from llama_jax.params import Params
 from llama_jax.sampling import MAX_LOGPROBS, Logprobs, token_logprobs
 from llama_jax.sharding import share, ways
+from llama_jax.targets import current
 
 NO_ROW = np.iinfo(np.int32).max
 """Beyond the last row of every cache: padding among row numbers."""
@@ -105,7 +107,15 @@ def prefill(
     """
     length = buckets.prompt_bucket(max(len(p) for p in prompts))
     tokens, positions = pad_prompts(prompts, padded_rows, length)
-    chunk = buckets.chunk_length(config, padded_rows, length, cache.capacity)
+    chunk = chunks.chunk_length(
+        config,
+        current(),
+        compute_dtype(params),
+        batch=padded_rows,
+        prompt=length,
+        capacity=cache.capacity,
+        cache_dtype=cache.dtype,
+    )
     if prompt_logprobs and length % 256 == 0:
         # The logits of a whole chunk exist at once here.
         chunk = min(chunk, 256)

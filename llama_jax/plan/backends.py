@@ -8,21 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
-from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, decode_attention, flash_attention
-from llama_jax.kernels.attention.decode import MAX_QUERIES
-from llama_jax.kernels.dispatch import choose
+from llama_jax.decode.chunks import attention_backends
+from llama_jax.kernels.dispatch import REFERENCE, choose
 from llama_jax.kernels.moe import routed_experts_op
-from llama_jax.plan.costs import local_heads
-from llama_jax.sharding import AnyMesh
+from llama_jax.sharding import AnyMesh, on, ruled
 from llama_jax.targets import Target
 
 
 @dataclass(frozen=True)
 class Backends:
-    """Names of backends; `moe` is "" for a model without experts."""
+    """Names of backends: of attention those of all layers, each once; `moe` is "" for a model without experts."""
 
-    attention: str = "reference"
-    moe: str = "reference"
+    attention: tuple[str, ...] = (REFERENCE,)
+    moe: str = REFERENCE
 
 
 def backends(
@@ -37,17 +35,8 @@ def backends(
     def array(*shape: int, dtype: str = dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    heads, kv_heads = local_heads(config, mesh)
-    slots = array(rows, kv_heads, capacity, config.head_dim)
-    attention = choose(
-        decode_attention if tokens <= MAX_QUERIES else flash_attention,
-        target,
-        "auto",
-        array(rows, tokens, heads, config.head_dim),
-        KeysValues(slots, slots),
-        Places(array(rows, tokens, dtype="int32"), array(rows, capacity, dtype="int32")),
-        Rule(Visibility(), config.head_dim**-0.5),
-    ).backend
+    with on(ruled(mesh)):
+        attention = attention_backends(config, target, dtype, rows=rows, tokens=tokens, capacity=capacity)
     moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
     if moe is None:
         return Backends(attention, "")

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
+from llama_jax.decode.chunks import written_bytes
 from llama_jax.layout import local_size, split_config
 from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
 from llama_jax.plan.backends import Backends, backends
 from llama_jax.plan.costs import held_bytes, local_heads
 from llama_jax.plan.workload import Calls, Workload, calls
-from llama_jax.sharding import AnyMesh, ruled
+from llama_jax.sharding import AnyMesh, on, ruled
 from llama_jax.targets import Target
 
 _STATE_ROW = 130
@@ -145,12 +146,9 @@ class DeviceShare:
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
-        """The reference has logits in float32 and weights in the compute dtype at once; kernels keep tiles of them on
-        the chip."""
-        if backends.attention != "reference":
-            return 0
-        heads = local_heads(self.config, self.mesh)[0]
-        return (4 + self.itemsize) * rows * heads * tokens * capacity
+        """What attention of one layer writes: see `written_bytes`."""
+        with on(ruled(self.mesh)):
+            return written_bytes(backends.attention, self.config, self.itemsize, rows, tokens, capacity)
 
     def _mlp(self, layer: LayerSpec, tokens: int, backends: Backends, unwritten: int = 0) -> int:
         """gate, up, and their product; of routed experts, for each of a token's experts, with what they are made of."""
@@ -214,7 +212,7 @@ class Needs:
 
 def programs(share: DeviceShare, workload: Workload) -> tuple[Calls, Backends, Backends]:
     """The shapes of prefill and decode, and what each computes with."""
-    shapes = calls(share.config, share.mesh, workload)
+    shapes = calls(share.config, share.target, share.mesh, workload)
     chosen = partial(backends, share.config, share.target, share.mesh, workload.dtype, rows=shapes.rows)
     prefill = chosen(tokens=shapes.chunk, capacity=shapes.capacities[0])
     return shapes, prefill, chosen(tokens=1, capacity=shapes.capacities[-1])

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.buckets import batch_bucket, capacities, chunk_length, prompt_bucket
+from llama_jax.decode.buckets import batch_bucket, capacities, prompt_bucket
+from llama_jax.decode.chunks import chunk_length
 from llama_jax.errors import RequestError
 from llama_jax.plan.costs import local_rows
 from llama_jax.sharding import AnyMesh, on, ruled
+from llama_jax.targets import Target
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_PROMPT = 512
@@ -81,8 +83,8 @@ class Calls:
     capacities: tuple[int, ...]
 
 
-def calls(config: LlamaConfig, mesh: AnyMesh, workload: Workload) -> Calls:
-    """What `generate` calls on a mesh.
+def calls(config: LlamaConfig, target: Target, mesh: AnyMesh, workload: Workload) -> Calls:
+    """What `generate` calls on a mesh of a target's devices.
 
     Args:
       config: as `layout.split_config` gives it for that mesh.
@@ -91,5 +93,5 @@ def calls(config: LlamaConfig, mesh: AnyMesh, workload: Workload) -> Calls:
         rows = batch_bucket(workload.batch)
         padded = prompt_bucket(workload.prompt)
         slots = capacities(padded, max(workload.context - workload.prompt, 1))
-        chunk = chunk_length(config, rows, padded, slots[0])
+        chunk = chunk_length(config, target, workload.dtype, batch=rows, prompt=padded, capacity=slots[0])
     return Calls(local_rows(rows, mesh), chunk, padded, slots)

@@ -1,0 +1,122 @@
+"""How many prompt tokens one call of prefill takes: few enough that what attention writes to memory stays bounded.
+
+The reference writes the logits of every query against every slot of the cache. Kernels keep tiles of them on the chip,
+so their chunks are bounded by `buckets.MAX_CHUNK` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from llama_jax.config import LlamaConfig
+from llama_jax.decode import buckets
+from llama_jax.kernels.attention import (
+    KeysValues,
+    Places,
+    Rule,
+    Visibility,
+    decode_attention,
+    flash_attention,
+)
+from llama_jax.kernels.attention.decode import MAX_QUERIES
+from llama_jax.kernels.dispatch import REFERENCE, choose
+from llama_jax.sharding import share
+from llama_jax.targets import Target
+
+ATTENTION_BYTES = 4 << 30
+"""Of logits and weights of one call, at most; a chunk of `SHORTEST` tokens may take more."""
+SHORTEST = 128
+
+
+def heads_of(config: LlamaConfig) -> tuple[int, int]:
+    """Query heads and key/value heads of one device of the mesh in use: split together, or not at all."""
+    kv_heads = share("kv_heads", config.num_kv_heads)
+    return kv_heads * (config.num_heads // config.num_kv_heads), kv_heads
+
+
+def attention_backends(
+    config: LlamaConfig,
+    target: Target,
+    dtype: DTypeLike,
+    *,
+    rows: int,
+    tokens: int,
+    capacity: int,
+    cache_dtype: DTypeLike | None = None,
+) -> tuple[str, ...]:
+    """The backends that run on one device of the mesh in use, by name: of the model's layers, each once.
+
+    Args:
+      rows: of one device, each with `tokens` queries and `capacity` slots.
+      dtype: of queries, and of the cache too unless `cache_dtype` is given.
+
+    Raises:
+      KernelError: a backend that somebody has named cannot run this.
+    """
+
+    def array(*shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    heads, kv_heads = heads_of(config)
+    operation = decode_attention if tokens <= MAX_QUERIES else flash_attention
+    slots = array(rows, kv_heads, capacity, config.head_dim, dtype=dtype if cache_dtype is None else cache_dtype)
+    arrays = (
+        array(rows, tokens, heads, config.head_dim, dtype=dtype),
+        KeysValues(slots, slots),
+        Places(array(rows, tokens, dtype=jnp.int32), array(rows, capacity, dtype=jnp.int32)),
+    )
+    seen = dict.fromkeys(Visibility(layer.attention, layer.window or 0) for layer in config.layers)
+    rules = [Rule(visibility, config.head_dim**-0.5) for visibility in seen]
+    return tuple(dict.fromkeys(choose(operation, target, "auto", *arrays, rule).backend for rule in rules))
+
+
+def written_bytes(
+    backends: Iterable[str], config: LlamaConfig, itemsize: int, rows: int, tokens: int, slots: int
+) -> int:
+    """Bytes of a layer's logits in float32 and weights in the compute dtype where attention writes them to memory.
+
+    Args:
+      backends: those of `attention_backends`.
+      rows: of one device, each with `tokens` queries over `slots` slots.
+    """
+    if REFERENCE not in backends:
+        return 0
+    return (4 + itemsize) * rows * heads_of(config)[0] * tokens * slots
+
+
+def chunk_length(
+    config: LlamaConfig,
+    target: Target,
+    dtype: DTypeLike,
+    *,
+    batch: int,
+    prompt: int,
+    capacity: int,
+    cache_dtype: DTypeLike | None = None,
+) -> int:
+    """Prompt tokens of one call of prefill on the mesh in use; divides the padded prompt length.
+
+    Args:
+      dtype: that the model computes in; `cache_dtype`: of keys and values, the same by default.
+      batch: rows of the program over all devices.
+      prompt: padded length; capacity: slots of a row's cache.
+
+    Raises:
+      KernelError: a backend that somebody has named cannot run this.
+    """
+    rows, itemsize = share("batch", batch), jnp.dtype(dtype).itemsize
+    chunk = min(prompt, buckets.MAX_CHUNK)
+
+    def written() -> int:
+        names = attention_backends(
+            config, target, dtype, rows=rows, tokens=chunk, capacity=capacity, cache_dtype=cache_dtype
+        )
+        return written_bytes(names, config, itemsize, rows, chunk, capacity)
+
+    while chunk % 2 == 0 and chunk > SHORTEST and written() > ATTENTION_BYTES:
+        chunk //= 2
+    return chunk
