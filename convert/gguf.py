@@ -60,7 +60,7 @@ class GgufModel:
         from llama_jax.convert.gguf_tokenizer import tokenizer_files
 
         found = tokenizer_files(self._file.metadata)
-        check_vocabulary(found.get("tokenizer.json"), self.config.vocab_size, self.path)
+        check_vocabulary(found, self.config.vocab_size, self.path)
         return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:

@@ -75,7 +75,7 @@ class HuggingFaceFolder:
     def files(self) -> Mapping[str, bytes]:
         found = copied_files(self.path, inside)
         extra = self._text.extra_embeddings if self._text else 0
-        check_vocabulary(found.get("tokenizer.json"), self.config.vocab_size + extra, self.path)
+        check_vocabulary(found, self.config.vocab_size + extra, self.path)
         return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:

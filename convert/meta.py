@@ -17,7 +17,7 @@ import numpy as np
 
 from llama_jax.checkpoint.format import Source, read_json
 from llama_jax.checkpoint.small_files import copied_files
-from llama_jax.checkpoint.source import SourceTensor, check_names, some
+from llama_jax.checkpoint.source import SourceTensor, check_names, check_vocabulary, some
 from llama_jax.config import config_from_hf
 from llama_jax.convert.gguf import half_rotation, rotated_heads
 from llama_jax.convert.hf import inside
@@ -114,6 +114,7 @@ class MetaFolder:
             del found[TOKENIZER]
             context = self.config.max_position_embeddings
             found |= tokenizer_files(self._ranked, llama31=self._llama31, context=context)
+        check_vocabulary(found, self.config.vocab_size, self.path)
         return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:

@@ -82,8 +82,11 @@ def load(
     with opened(found.path, name=found.name, revision=found.revision) as source:
         devices = _on_mesh(source.config, mesh, target, notify)
         if found.converted is not None:
-            check_tokenizer(source.files)  # those of checkpoints were checked when they were converted
-        tokenizer = tokenizer_from_files(source.files, source.path)
+            # Those of checkpoints were checked when they were converted.
+            check_tokenizer(source.files, source.config.vocab_size)
+        tokenizer = tokenizer_from_files(source.files, source.path).for_model(source.config.vocab_size)
+        if notify is not None and (note := tokenizer.without_rows(source.config.vocab_size)):
+            notify(note)
         sharding = None if devices is None else param_sharding(source.config, devices)
         params = load_source(source, dtype=target, sharding=sharding, verify=verify, progress=progress)
         config, generation_config = source.config, source.generation_config

@@ -44,7 +44,7 @@ def command(
     began = time.monotonic()
     with Reporter(quiet=quiet, label="Converting") as reporter:
         source, name, revision = _source(src, reporter)
-        check_source(source)
+        check_source(source, reporter.notify)
         path = convert(
             source,
             dst,

@@ -10,8 +10,11 @@ from llama_jax.errors import StorageError
 from llama_jax.library.converted import Notify
 
 
-def check_source(source: Path) -> None:
+def check_source(source: Path, say: Notify) -> None:
     """Tries out the tokenizer of a folder or file that is to be converted.
+
+    Args:
+      say: told of tokens that the model has no embedding for.
 
     Raises:
       TokenizerError: it harms the process that uses it (`llama_jax.text.tokenizer.check`).
@@ -21,7 +24,8 @@ def check_source(source: Path) -> None:
     from llama_jax.text.tokenizer.check import check_tokenizer
 
     with closing(open_source(source)) as model:
-        check_tokenizer(model.files)
+        if note := check_tokenizer(model.files, model.config.vocab_size):
+            say(note)
 
 
 def convert_once(
@@ -49,7 +53,7 @@ def convert_once(
         return path
     from llama_jax.convert import convert
 
-    check_source(source)
+    check_source(source, say)
     say(f"Converting {source} to {path} (once)")
     try:
         return convert(source, path, name=name, revision=revision, progress=progress, notify=say)
