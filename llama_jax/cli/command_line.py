@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from llama_jax import __version__
+from llama_jax.errors import did_you_mean
 
 COMMANDS = {
     "generate": "Continue a prompt or answer messages.",
@@ -59,6 +60,15 @@ class CommandLine(click.Group):
             return None
         return importlib.import_module(f"llama_jax.cli.{cmd_name}").command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = did_you_mean(args[0], COMMANDS)
+            raise click.UsageError(f"{error.message} {near}".rstrip(), ctx) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -98,8 +108,16 @@ def run_command(main: Callable[..., Any], args: list[str], *others: Any, **extra
             raise
         from llama_jax.cli.errors import report
 
-        sys.exit(report(error, as_json="--json" in args))
+        sys.exit(report(error, as_json="--json" in args, flags=_flags(args)))
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _flags(args: Sequence[str]) -> dict[str, str]:
+    """The options of the command that `args` name, by the names of their values."""
+    if not args or args[0] not in COMMANDS:
+        return {}
+    options = importlib.import_module(f"llama_jax.cli.{args[0]}").command.params
+    return {option.name: max(option.opts, key=len) for option in options if isinstance(option, click.Option)}
 
 
 @click.group(

@@ -28,9 +28,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def examples(*lines: str) -> str:
-    """The epilog of a command's help: example command lines, kept as they are."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+def examples(*lines: str, more: str = "") -> str:
+    """The epilog of a command's help: example command lines, kept as they are, and what else there is to say."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines) + (f"\n\n{more}" if more else "")
 
 
 def _together(*options: Decorator) -> Decorator:
@@ -80,6 +80,12 @@ kernels_option: Decorator = click.option(
     metavar="OP=BACKEND,...",
     callback=_name_backends,
     help=f"Which implementation runs, e.g. flash_attention=reference. [default: ${VARIABLE}, else the best one known]",
+)
+memory_fraction_option: Decorator = click.option(
+    "--memory-fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="F",
+    help="Of a device's memory, what jax may use. [default: XLA_PYTHON_CLIENT_MEM_FRACTION, or 0.75 as jax has it]",
 )
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.checkpoint.format import Progress, is_checkpoint, open_checkpoint
-from llama_jax.errors import ModelNotFound, RequestError
+from llama_jax.errors import ModelNotFound, RequestError, did_you_mean
 from llama_jax.folders import CACHE_VARIABLE, cache_dir
 from llama_jax.library import bundled, hub, hub_cache
 from llama_jax.library.conversion import check_source, convert_once
 from llama_jax.library.converted import (
     Notify,
     by_name,
+    checkpoints,
     converted_from_hub,
     default_path,
     hub_path,
@@ -244,8 +245,12 @@ def _is_hub_name(name: str) -> bool:
 def _unknown(name: str) -> ModelNotFound:
     return ModelNotFound(
         f"no model {name!r}: neither a file or folder, nor a hub name (org/name), nor in the cache",
-        hint=f"see `llama-jax list`; the default is {DEFAULT_MODEL}",
+        hint=f"{did_you_mean(name, _names())} see `llama-jax list`; the default is {DEFAULT_MODEL}".lstrip(),
     )
+
+
+def _names() -> list[str]:
+    return [DEFAULT_MODEL, *(path.name for path in checkpoints())]
 
 
 def _default_gguf(say: Notify) -> Path:
