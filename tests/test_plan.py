@@ -414,7 +414,7 @@ def test_command() -> None:
     assert result.exit_code == 0, result.output
     assert "llama-3.1-70b on 8 x AMD Instinct MI300X (gfx942), data=4 tensor=2: predicted" in result.stdout
     assert "weights      70.6 GB" in result.stdout
-    assert re.search(r"^fits: \d+ GB of the 155 GB that jax may use; largest batch", result.stdout, re.M)
+    assert re.search(r"^fits: [\d.]+ GB of the 155 GB that jax may use; largest batch", result.stdout, re.M)
     assert "161 x all-reduce of 131 kB over 2" in result.stdout
 
 
