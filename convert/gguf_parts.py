@@ -22,7 +22,7 @@ from llama_jax.errors import CheckpointError
 
 MAX_PARTS = 65_535
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_HINT = "the parts belong together and keep their names; get the missing ones, or all of them again"
+_HINT = "the parts belong together and keep their names: give them their own again, or get the missing ones"
 
 
 class GgufParts:
@@ -40,6 +40,8 @@ class GgufParts:
 
     def __init__(self, path: Path):
         self.path = first_part(path)
+        if not self.path.exists() and path.exists():
+            raise CheckpointError(f"{self.path} is missing, the first part of the model of {path.name}", hint=_HINT)
         self._files: list[GgufFile] = []
         self._where: dict[str, GgufFile] = {}
         with closed_on_error(self.close):
@@ -47,7 +49,8 @@ class GgufParts:
             self.metadata = first.metadata
             count = _split(first, "count", 1)
             if count > 1:
-                self._open_others(first, count)
+                self._open_others(self._stem(first, count), count)
+                self._check_total(first)
         self.tensors: Mapping[str, Tensor] = {name: file.tensors[name] for name, file in self._where.items()}
 
     def close(self) -> None:
@@ -96,20 +99,31 @@ class GgufParts:
             self._where[name] = file
         return file
 
-    def _open_others(self, first: GgufFile, count: int) -> None:
-        named = _NAME.fullmatch(self.path.name)
-        if named is None or int(named[2]) != 1 or int(named[3]) != count or _split(first, "no", 0) != 0:
-            raise CheckpointError(
-                f"{self.path} is the first of {count} parts of a GGUF model by its metadata, but not by its name",
-                hint=f"gguf-split names it NAME-00001-of-{count:05}.gguf",
-            )
-        for number in range(1, count):
-            path = self.path.with_name(f"{named[1]}-{number + 1:05}-of-{count:05}.gguf")
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing", hint=_HINT)
+    def _stem(self, first: GgufFile, count: int) -> str:
+        """The name that all parts share."""
+        named, number = _NAME.fullmatch(self.path.name), _split(first, "no", 0) + 1
+        if named is not None and int(named[2]) == number == 1 and int(named[3]) == count:
+            return named[1]
+        which = f"the first of {count} parts" if number == 1 else f"part {number} of {count}"
+        right = f"gguf-split names it NAME-{number:05}-of-{count:05}.gguf"
+        raise CheckpointError(
+            f"{self.path} is {which} of a GGUF model by its metadata, but not by its name",
+            hint=right if number == 1 else f"{right}; rename all parts so, and give NAME-00001-of-{count:05}.gguf",
+        )
+
+    def _open_others(self, stem: str, count: int) -> None:
+        paths = [self.path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(2, count + 1)]
+        if missing := [path for path in paths if not path.is_file()]:
+            more = f", and {len(missing) - 1} more of {count} parts" if len(missing) > 1 else ""
+            raise CheckpointError(f"{missing[0]} is missing{more}", hint=_HINT)
+        for number, path in enumerate(paths, 2):
             file = self._open(path)
-            if (_split(file, "no", -1), _split(file, "count", -1)) != (number, count):
-                raise CheckpointError(f"{path} is not part {number + 1} of {count} by its metadata", hint=_HINT)
+            own = _split(file, "no", -1) + 1, _split(file, "count", -1)
+            if own != (number, count):
+                says = f"but part {own[0]} of {own[1]}" if min(own) > 0 else "which names no part"
+                raise CheckpointError(f"{path} is not part {number} of {count} by its metadata, {says}", hint=_HINT)
+
+    def _check_total(self, first: GgufFile) -> None:
         total = first.metadata.get("split.tensors.count")
         if total is not None and total != len(self._where):
             raise CheckpointError(

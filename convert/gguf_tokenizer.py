@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.convert.gguf_config import NO_ID
 from llama_jax.convert.meta_tokenizer import LLAMA3_SPLIT
 from llama_jax.errors import TokenizerError, UnsupportedModel
 from llama_jax.text.tokenizer.byte_level_bpe import (
@@ -97,7 +98,7 @@ def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
     config: dict[str, Any] = {}
     for name, key in NAMED_IDS.items():
         token_id = metadata.get(f"tokenizer.ggml.{key}")
-        if token_id is not None:
+        if token_id is not None and token_id not in NO_ID:
             if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
                 raise TokenizerError(
                     f"tokenizer.ggml.{key} is {token_id!r}, the vocabulary has {len(tokens)} tokens", hint=_DAMAGED

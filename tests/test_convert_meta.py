@@ -283,7 +283,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "width of another model": (lambda f: edit_params(f, {"multiple_of": 7}), "feed_forward.w1.weight has shape"),
     "size of another model": (lambda f: edit_params(f, {"dim": 32}), r"asks for|params\.json"),
     "vocabulary": (lambda f: edit_params(f, {"vocab_size": 47}), "vocab_size=47, the embedding has 48"),
-    "params missing": (lambda f: (f / "params.json").unlink(), "config.json is missing"),
+    "params missing": (lambda f: (f / "params.json").unlink(), "params.json is missing"),
     "params broken": (lambda f: (f / "params.json").write_text("{"), "params.json is not valid JSON"),
     "params no object": (lambda f: (f / "params.json").write_text("[]"), "params.json does not hold"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "has no tokenizer.model"),
@@ -335,6 +335,7 @@ def test_found_by_name(tmp_path: Path, sentencepiece: Path, monkeypatch: pytest.
     write_gguf(tmp_path / "m" / "m.gguf", LLAMA)
     monkeypatch.setattr("llama_jax.convert.gguf_tokenizer.tokenizer_files", lambda metadata: {})
     assert open_checkpoint(resolve(tmp_path / "m", notify=lambda _: None)).source.kind == "gguf"
+    (tmp_path / "m" / "m.gguf").unlink()
     (tmp_path / "m" / "config.json").write_text("{}")
     with pytest.raises(UnsupportedModel, match=r"config\.json"):
         convert(tmp_path / "m", tmp_path / "out")

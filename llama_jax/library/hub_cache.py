@@ -68,7 +68,7 @@ def complete_snapshot(repo: str, revision: str | None = None) -> Path | None:
 
 def is_complete(path: Path) -> bool:
     """Whether a snapshot can be converted: no weights are missing, and all that goes with them came before them."""
-    from llama_jax.convert.hf import is_huggingface, required_files
+    from llama_jax.convert.hf_files import is_huggingface, required_files
 
     try:
         if is_huggingface(path) and all(file.is_file() for file in required_files(path)):
