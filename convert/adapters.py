@@ -16,7 +16,7 @@ from llama_jax.errors import UnsupportedModel
 _CONFIG = "adapter_config.json"
 _MLX = "adapters.safetensors"
 _FILE = re.compile(r"adapter_config\.json|adapter_model\.(?:safetensors|bin)|(?:\d+_)?adapters\.safetensors")
-TENSOR = re.compile(r"(?:.*\.)?(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|ia3_l)\b.*")
+_TENSOR = re.compile(r"(?:.*\.)?(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|ia3_l)\b.*")
 """Names that tensors of adapters have, or those of a model that is still wrapped in one."""
 # The weights of these change what a model reads, not what it multiplies with.
 _NOT_MERGED = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
@@ -50,6 +50,14 @@ def adapter_error(folder: Path) -> UnsupportedModel:
     elif mlx:
         hint = f"merge it into its base with `mlx_lm.fuse --model BASE --adapter-path {folder}`, and convert the result"
     return UnsupportedModel(f"{folder} holds a {kind} adapter {of}, not a model", hint=hint)
+
+
+def refuse_adapted(folder: Path, unknown: Iterable[str]) -> None:
+    """Raises UnsupportedModel if tensors that a model has no place for are those of an adapter; names one."""
+    if found := sorted(name for name in unknown if _TENSOR.fullmatch(name)):
+        raise UnsupportedModel(
+            f"{folder} holds an adapter among the model's weights ({found[0]})", hint=merge_hint(folder)
+        )
 
 
 def _about(path: Path) -> Mapping[str, Any]:

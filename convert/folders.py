@@ -8,12 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_jax.checkpoint.format import CONFIG, PARAMS, is_checkpoint, open_checkpoint
-from llama_jax.checkpoint.source import some
-from llama_jax.checkpoint.wrong_file import read_head
+from llama_jax.checkpoint.wrong_file import GGUF, other_format, read_head, refuse, wrong_file
 from llama_jax.convert.adapters import adapter_error, is_adapter
-from llama_jax.convert.gguf_file import MAGIC
-from llama_jax.convert.gguf_parts import models_of
-from llama_jax.convert.weight_file import refuse_other
 from llama_jax.errors import CheckpointError, LlamaJaxError, ModelNotFound, UnsupportedModel
 
 SINGLE = "model.safetensors"
@@ -77,8 +73,7 @@ def model_in(path: Path) -> Path:
     """
     if not path.is_dir() or is_checkpoint(path) or has_weights(path):
         return path
-    files = models_of(_ggufs(path))
-    if len(files) == 1:
+    if len(files := _gguf_models(path)) == 1:
         return files[0]
     if (path / PARAMS).is_dir():
         open_checkpoint(path)  # ours, but unfinished or stripped: it says what is wrong
@@ -94,6 +89,8 @@ def has_weights(path: Path) -> bool:
 
 def no_model(path: Path) -> LlamaJaxError:
     """The error for a folder without weights that can be read: what it holds, and what to do with it."""
+    from llama_jax.checkpoint.source import some
+
     entries = _entries(path)
     names = [p.name for p in entries]
     if is_adapter(names):
@@ -117,7 +114,7 @@ def no_model(path: Path) -> LlamaJaxError:
         return CheckpointError(f"{path / META} is missing", hint=MISSING)
     for error in filter(None, map(_piece_error, entries)):
         return error
-    if len(files := models_of(_ggufs(path))) > 1:
+    if len(files := _gguf_models(path)) > 1:
         held = some([file.name for file in files])
         return ModelNotFound(f"{path} holds {len(files)} GGUF models: {held}", hint=f"give one of them: {files[0]}")
     wanted = [name for layout in LAYOUTS for name in layout]
@@ -135,7 +132,7 @@ def no_model(path: Path) -> LlamaJaxError:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file is to be read as GGUF, by its name or its first bytes."""
-    return path.suffix.lower() == ".gguf" or (read_head(path)[0].startswith(MAGIC) and not _PIECE.fullmatch(path.name))
+    return path.suffix.lower() == ".gguf" or (read_head(path)[0].startswith(GGUF) and not _PIECE.fullmatch(path.name))
 
 
 def no_model_file(path: Path) -> LlamaJaxError:
@@ -145,7 +142,8 @@ def no_model_file(path: Path) -> LlamaJaxError:
     if path.suffix in _WEIGHTS or path.name in (CONFIG, META, INDEX):
         folder = path.absolute().parent
         return UnsupportedModel(f"{path} is a part of a model's folder", hint=f"give the folder: {folder}")
-    refuse_other(path, MAGIC, kind="any")
+    head, size = read_head(path)
+    refuse(path, wrong_file(head, size, "any") or other_format(head))
     return UnsupportedModel(
         f"{path} is not a GGUF file", hint="give the folder that holds config.json or params.json, or a .gguf file"
     )
@@ -186,8 +184,15 @@ def _numbered(path: Path) -> list[str]:
     return [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def _ggufs(path: Path) -> list[Path]:
-    return [p for p in _entries(path) if p.suffix.lower() == ".gguf" and p.is_file()]
+def _gguf_models(path: Path) -> list[Path]:
+    """The GGUF models of a folder, each by its first file."""
+    files = [p for p in _entries(path) if p.suffix.lower() == ".gguf" and p.is_file()]
+    if not files:
+        return []
+    # Imported here, since it brings jax, which finding a model that has been converted does not need.
+    from llama_jax.convert.gguf_parts import models_of
+
+    return models_of(files)
 
 
 def _entries(path: Path) -> list[Path]:

@@ -18,11 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llama_jax.checkpoint.source import BFLOAT16
-from llama_jax.checkpoint.wrong_file import AGAIN
+from llama_jax.checkpoint.wrong_file import AGAIN, GGUF
 from llama_jax.convert.weight_file import closed_on_error, read_at, refuse_other
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
-MAGIC = b"GGUF"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 MAX_HEADER_BYTES = 64 << 20
@@ -197,8 +196,8 @@ class GgufFile:
         return _shortest(np.float32(value)) if kind == _FLOAT32 else value
 
     def _parse(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if self._size < 24 or self._take(4) != MAGIC:
-            refuse_other(self.path, MAGIC)
+        if self._size < 24 or self._take(4) != GGUF:
+            refuse_other(self.path, GGUF)
             raise self._bad("this is not a GGUF file")
         version = self._number("<I")
         if version not in (2, 3):

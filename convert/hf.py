@@ -14,6 +14,7 @@ from llama_jax.checkpoint.source import DTYPES_BY_NAME, SourceTensor, check_name
 from llama_jax.config import config_from_hf
 from llama_jax.config.families import find_family
 from llama_jax.config.multimodal import text_model
+from llama_jax.convert.adapters import refuse_adapted
 from llama_jax.convert.hf_files import AGAIN, check_promised, inside, licence, weight_shards
 from llama_jax.convert.hf_names import CACHE_SCALE, Names, Recipe, recipe
 from llama_jax.convert.hf_weights import MISMATCH, PlainWeight, Weight
@@ -38,6 +39,7 @@ class HuggingFaceFolder:
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
         self.path = path
+        shards = weight_shards(path)
         hf = read_json(inside(path, CONFIG), hint=CORRECT)
         self.config = config_from_hf(hf)
         self._text = text_model(hf)
@@ -52,7 +54,7 @@ class HuggingFaceFolder:
         with closed_on_error(self.close):
             skipped = self._text.skipped_layers if self._text else frozenset()
             modules = {new: old for old, new in find_family(self.config.family).tensor_names.items()}
-            self._open(Names(self._text is not None, skipped, modules))
+            self._open(shards, Names(self._text is not None, skipped, modules))
             self._find_weights()
             self._tie(certain=self._text is None or hf.get("tie_word_embeddings") is not None)
             self._plan()
@@ -125,8 +127,7 @@ class HuggingFaceFolder:
                 weight.read_into(buffer, expert=expert)
                 out[expert] = buffer[:, first : first + width].T
 
-    def _open(self, names: Names) -> None:
-        shards = weight_shards(self.path)
+    def _open(self, shards: Mapping[str, set[str]], names: Names) -> None:
         for shard, promised in shards.items():
             path = inside(self.path, shard)
             file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
@@ -189,6 +190,7 @@ class HuggingFaceFolder:
         for spec in param_specs(self.config):
             self._recipes[spec.name] = recipe(spec, self._weights, extra_embeddings=extra)
         used = {source for made in self._recipes.values() for source in made.sources}
+        refuse_adapted(self.path, self._weights.keys() - used)
         check_names(self.path, self._weights, used, hint=MISMATCH, holder=lambda name: self._weights[name].path)
         for made in self._recipes.values():
             first = self._weights[made.sources[0]]

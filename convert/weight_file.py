@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from llama_jax.checkpoint.source import SourceTensor
-from llama_jax.checkpoint.wrong_file import AGAIN, Kind, other_format, read_head, refuse, wrong_file
+from llama_jax.checkpoint.wrong_file import AGAIN, other_format, read_head, refuse, wrong_file
 from llama_jax.errors import CheckpointError
 
 
@@ -80,16 +80,15 @@ class WeightFile(ABC):
     def _parse(self) -> Mapping[str, Entry]: ...
 
 
-def refuse_other(path: Path, magic: bytes, cause: BaseException | None = None, *, kind: Kind = "binary") -> None:
+def refuse_other(path: Path, magic: bytes, cause: BaseException | None = None) -> None:
     """Raises CheckpointError if a file of weights, which its parser refuses, is something else; says what.
 
     Args:
       magic: the first bytes of the format that it should be.
-      kind: "any" where nothing says that it should be weights.
     """
     head, size = read_head(path)
     if not (magic and head.startswith(magic)):
-        refuse(path, wrong_file(head, size, kind) or other_format(head), cause)
+        refuse(path, wrong_file(head, size, "binary") or other_format(head), cause)
 
 
 @contextlib.contextmanager

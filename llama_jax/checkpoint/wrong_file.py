@@ -15,6 +15,8 @@ from llama_jax.errors import CheckpointError
 AGAIN = "the file is damaged or was not downloaded completely; get it again"
 """The hint where a file's format is violated in a way that has no better name."""
 
+GGUF = b"GGUF"
+"""The first bytes of a GGUF file."""
 _HEAD_BYTES = 1024
 
 type Kind = Literal["binary", "json", "any"]
@@ -43,7 +45,7 @@ _OLD_GGML = (
 )
 
 _FORMATS: tuple[tuple[bytes, str, str], ...] = (
-    (b"GGUF", "a GGUF file", "give it a name that ends in .gguf, alone in its folder or by its path"),
+    (GGUF, "a GGUF file", "give it a name that ends in .gguf, alone in its folder or by its path"),
     (b"PK\x03\x04", "a zip archive, perhaps one of torch.save", "if torch.save made it, name it pytorch_model.bin"),
     (b"\x1f\x8b", "compressed (gzip)", _UNPACK),
     (b"\xfd7zXZ", "compressed (xz)", _UNPACK),

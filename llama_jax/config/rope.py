@@ -47,10 +47,11 @@ def rope_from_hf(fields: Fields, *, default_theta: float, max_positions: int, in
     kind = scaling.string("rope_type", None) or scaling.string("type", "default")
     if kind not in get_args(RopeKind):
         raise fields.not_supported(f"rope type {kind!r}", ", ".join(get_args(RopeKind)))
-    theta = scaling.number("rope_theta", None) or fields.number("rope_theta", default_theta)
+    place = fields if scaling.get("rope_theta") is None else scaling
+    theta = place.number("rope_theta", default_theta)
     # A base of 1 or less gives equal or growing frequencies; yarn divides by its logarithm.
     if theta <= 1.0:
-        raise fields.bad("rope_theta", theta, "greater than 1")
+        raise place.bad("rope_theta", theta, "greater than 1")
     base = {"theta": theta, "kind": kind, "interleaved": interleaved}
     if kind == "default":
         return RopeSpec(**base)
