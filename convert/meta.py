@@ -19,6 +19,7 @@ from llama_jax.checkpoint.format import CORRECT, Source, read_json
 from llama_jax.checkpoint.small_files import copied_files
 from llama_jax.checkpoint.source import SourceTensor, check_names, some
 from llama_jax.config import config_from_hf
+from llama_jax.convert.folders import MISSING
 from llama_jax.convert.gguf import half_rotation, rotated_heads
 from llama_jax.convert.hf_files import inside
 from llama_jax.convert.meta_config import NAMES, PARAMS, config_dict
@@ -240,7 +241,7 @@ def _shards(path: Path) -> list[str]:
         )
     for i, name in enumerate(found):
         if name != f"consolidated.{i:02}.pth":
-            raise CheckpointError(f"{path / f'consolidated.{i:02}.pth'} is missing", hint="get the folder again")
+            raise CheckpointError(f"{path / f'consolidated.{i:02}.pth'} is missing", hint=MISSING)
     return found
 
 

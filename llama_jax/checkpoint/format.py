@@ -193,6 +193,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
+UPGRADE = "upgrade llama-jax, or convert the model again with this version"
 CORRECT = "correct the file, or get it again from where the model came"
 """The hint where a file of a source, which people edit, cannot be parsed."""
 _MAX_JSON_BYTES = 32 << 20
@@ -268,7 +269,7 @@ def _version(metadata: Mapping[str, Any], path: Path) -> int:
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}",
-            hint="upgrade llama-jax, or convert the model again with this version",
+            hint=UPGRADE,
         )
     return version
 

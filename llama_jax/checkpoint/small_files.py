@@ -12,7 +12,7 @@ from typing import Any
 
 from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import lock
-from llama_jax.checkpoint.wrong_file import refuse, wrong_file
+from llama_jax.checkpoint.wrong_file import refuse, wrong_small_file
 from llama_jax.config import LlamaConfig, config_to_hf
 from llama_jax.errors import CheckpointError
 
@@ -43,10 +43,7 @@ def copied_files(folder: Path, inside: Callable[[Path, str], Path] = Path.joinpa
                 data = inside(folder, file.name).read_bytes()
             except OSError as e:
                 raise CheckpointError(f"{file} cannot be read: {e.strerror}", hint="check its permissions") from e
-            if file.suffix in (".json", ".model"):
-                refuse(file, wrong_file(data[:1024], len(data), "json" if file.suffix == ".json" else "any"))
-            elif data:  # a template or a licence may well be empty
-                refuse(file, wrong_file(data[:1024], len(data), "any"))
+            refuse(file, wrong_small_file(file.name, data))
             found[file.name] = data
     return found
 

@@ -88,6 +88,13 @@ def wrong_file(head: bytes, size: int, kind: Kind) -> WrongFile | None:
     return None
 
 
+def wrong_small_file(name: str, data: bytes) -> WrongFile | None:
+    """The same for a tokenizer's file, a template or a licence, by its name; templates and licences may be empty."""
+    if not data and not name.endswith((".json", ".model")):
+        return None
+    return wrong_file(data[:_HEAD_BYTES], len(data), "json" if name.endswith(".json") else "any")
+
+
 _TEXT = "the server's answer was saved in place of the file, if that is one; download the model with `hf download`"
 
 
