@@ -23,8 +23,8 @@ _NOT_MERGED = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_T
 _MAX_BYTES = 1 << 20
 
 
-def merge_hint(folder: Path) -> str:
-    """What to do with an adapter of PEFT."""
+def merge_hint(folder: Path | str) -> str:
+    """What to do with an adapter of PEFT: a folder, or a name on the hub."""
     return (
         "merge it into its base with peft, and convert the result: "
         f"`AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(OUT)`"

@@ -49,7 +49,8 @@ class GgufParts:
             self.metadata = first.metadata
             count = _split(first, "count", 1)
             if count > 1:
-                self._open_others(self._stem(first, count), count)
+                self._check_name(first, count)
+                self._open_others(count)
                 self._check_total(first)
         self.tensors: Mapping[str, Tensor] = {name: file.tensors[name] for name, file in self._where.items()}
 
@@ -99,11 +100,11 @@ class GgufParts:
             self._where[name] = file
         return file
 
-    def _stem(self, first: GgufFile, count: int) -> str:
-        """The name that all parts share."""
+    def _check_name(self, first: GgufFile, count: int) -> None:
+        """Raises CheckpointError unless the name of the first part says what its metadata says."""
         named, number = _NAME.fullmatch(self.path.name), _split(first, "no", 0) + 1
         if named is not None and int(named[2]) == number == 1 and int(named[3]) == count:
-            return named[1]
+            return
         which = f"the first of {count} parts" if number == 1 else f"part {number} of {count}"
         right = f"gguf-split names it NAME-{number:05}-of-{count:05}.gguf"
         raise CheckpointError(
@@ -111,8 +112,8 @@ class GgufParts:
             hint=right if number == 1 else f"{right}; rename all parts so, and give NAME-00001-of-{count:05}.gguf",
         )
 
-    def _open_others(self, stem: str, count: int) -> None:
-        paths = [self.path.with_name(f"{stem}-{number:05}-of-{count:05}.gguf") for number in range(2, count + 1)]
+    def _open_others(self, count: int) -> None:
+        paths = parts_by_name(self.path)[1:]
         if missing := [path for path in paths if not path.is_file()]:
             more = f", and {len(missing) - 1} more of {count} parts" if len(missing) > 1 else ""
             raise CheckpointError(f"{missing[0]} is missing{more}", hint=_HINT)
@@ -138,10 +139,17 @@ def _split(file: GgufFile, key: str, default: int) -> int:
     return value
 
 
+def parts_by_name(path: Path) -> list[Path]:
+    """All files of the model that a file is a part of by its name, the first part first; itself, if it is whole."""
+    found = _NAME.fullmatch(path.name)
+    if found is None:
+        return [path]
+    return [path.with_name(f"{found[1]}-{n:05}-of-{found[3]}.gguf") for n in range(1, max(1, int(found[3])) + 1)]
+
+
 def first_part(path: Path) -> Path:
     """The file to open for a file of a model: the first part, whichever part is named."""
-    found = _NAME.fullmatch(path.name)
-    return path.with_name(f"{found[1]}-00001-of-{found[3]}.gguf") if found else path
+    return parts_by_name(path)[0]
 
 
 def models_of(files: Iterable[Path]) -> list[Path]:
