@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llama_jax.convert.gguf_config import NO_ID
 from llama_jax.convert.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from llama_jax.errors import TokenizerError, UnsupportedModel
 from llama_jax.text.tokenizer.byte_level_bpe import around, tokenizer_json
@@ -30,8 +31,6 @@ NAMED_IDS = {
     "pad_token": "padding_token_id",
 }
 """Named tokens, and where their ids stand below "tokenizer.ggml."."""
-_NO_ID = (-1, 0xFFFFFFFF)
-"""What some writers give as the id of a token that there is not."""
 NO_TOKENIZER = "none"
 """The value of tokenizer.ggml.model in files that hold weights only."""
 _DAMAGED = "the GGUF file is damaged; fetch it again"
@@ -94,7 +93,7 @@ def _named_ids(metadata: Mapping[str, object], size: int) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, key in NAMED_IDS.items():
         token_id = metadata.get(f"tokenizer.ggml.{key}")
-        if token_id is None or token_id in _NO_ID:
+        if token_id is None or token_id in NO_ID:
             continue
         if not isinstance(token_id, int) or not 0 <= token_id < size:
             raise TokenizerError(

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from llama_jax import runtime
 from llama_jax.checkpoint import Progress
 from llama_jax.checkpoint.build import load_source
+from llama_jax.checkpoint.source import tell_notes
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.opening import opened
 from llama_jax.kernels.checking.startup import self_check
@@ -88,7 +89,8 @@ def load(
         if notify is not None and (note := tokenizer.without_rows(source.config.vocab_size)):
             notify(note)
         sharding = None if devices is None else param_sharding(source.config, devices)
-        params = load_source(source, dtype=target, sharding=sharding, verify=verify, progress=progress)
+        tell_notes(source, notify)
+        params = load_source(source, dtype=target, sharding=sharding, verify=verify, progress=progress, notify=notify)
         config, generation_config = source.config, source.generation_config
     params, config = arrange(params, config, devices, fuse=fuse, donate=True)
     return Model(params, config, devices, generation_config, str(model), named), tokenizer

@@ -37,13 +37,18 @@ CASES = [("llama2", 1), ("llama2", 2), ("llama2", 4), ("llama3.1", 2), ("llama3.
 @pytest.fixture(scope="session")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer.model of 40 pieces, all single characters: no model here has fewer rows."""
+    return few_pieces(tmp_path_factory.mktemp("sentencepiece"))
+
+
+def few_pieces(folder: Path) -> Path:
     whole = Path(__file__).parent / "data" / "tokenizer" / "sentencepiece.model"
     model = ModelProto.FromString(whole.read_bytes())
     kept = [*model.pieces[:3], *(piece for piece in model.pieces if len(piece.piece) == 1)][:40]
     del model.pieces[:]
     model.pieces.extend(kept)
     model.trainer_spec.byte_fallback = False
-    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    folder.mkdir(exist_ok=True)
+    path = folder / "tokenizer.model"
     path.write_bytes(model.SerializeToString())
     return path
 
@@ -293,7 +298,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "width of another model": (lambda f: edit_params(f, {"multiple_of": 7}), "feed_forward.w1.weight has shape"),
     "size of another model": (lambda f: edit_params(f, {"dim": 32}), r"asks for|params\.json"),
     "vocabulary": (lambda f: edit_params(f, {"vocab_size": 47}), "vocab_size=47, the embedding has 48"),
-    "params missing": (lambda f: (f / "params.json").unlink(), "config.json is missing"),
+    "params missing": (lambda f: (f / "params.json").unlink(), "params.json is missing"),
     "params broken": (lambda f: (f / "params.json").write_text("{"), "params.json is not valid JSON"),
     "params no object": (lambda f: (f / "params.json").write_text("[]"), "params.json does not hold"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "has no tokenizer.model"),
@@ -345,6 +350,7 @@ def test_found_by_name(tmp_path: Path, sentencepiece: Path, monkeypatch: pytest.
     write_gguf(tmp_path / "m" / "m.gguf", LLAMA)
     monkeypatch.setattr("llama_jax.convert.gguf_tokenizer.tokenizer_files", lambda metadata: {})
     assert open_checkpoint(resolve(tmp_path / "m", notify=lambda _: None)).source.kind == "gguf"
+    (tmp_path / "m" / "m.gguf").unlink()
     (tmp_path / "m" / "config.json").write_text("{}")
     with pytest.raises(UnsupportedModel, match=r"config\.json"):
         convert(tmp_path / "m", tmp_path / "out")

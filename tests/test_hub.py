@@ -202,15 +202,29 @@ def test_repositories_without_a_choice(hub: FakeHub, weights: list[str]) -> None
     assert all(w in e.value.message for w in weights if w.endswith("gguf"))
 
 
-def test_a_repository_with_one_gguf_file(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", [False, True])
+@pytest.mark.parametrize("parts", [0, 8])
+def test_a_repository_with_one_gguf_model(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, config: bool
+) -> None:
+    """In one file or in several; many such repositories hold the config.json of the original as well."""
     import llama_jax.convert.gguf_tokenizer as module
 
     monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {})
     (tmp_path / "made").mkdir()
-    leaves = write_gguf(tmp_path / "made" / "m.gguf", LLAMA)
+    leaves = write_gguf(tmp_path / "made" / "m.gguf", LLAMA, tensors_a_part=parts)
     hub.files = fake_hub.files_of(tmp_path / "made") | {"README.md": CARD}
+    if config:
+        hub.files["config.json"] = json.dumps(LLAMA).encode()
     assert_equal(library.resolve("org/name", notify=lambda _: None), leaves)
     assert library.resolve("org/name") == library.pull("org/name").checkpoint
+
+
+def test_an_adapter_is_told_from_a_model(hub: FakeHub) -> None:
+    hub.files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "README.md": CARD}
+    with pytest.raises(UnsupportedModel, match="org/name is an adapter") as e:
+        library.resolve("org/name", notify=lambda _: None)
+    assert "AutoPeftModelForCausalLM.from_pretrained('org/name')" in e.value.hint
 
 
 def test_the_token_goes_to_the_hub_alone(hub: FakeHub) -> None:

@@ -95,7 +95,7 @@ def test_gguf_files_and_folders_with_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert is_checkpoint(path)
     assert library.resolve(tmp_path / "folder") == path
     write_gguf(tmp_path / "folder" / "other.gguf", LLAMA)
-    with pytest.raises(ModelNotFound, match="2 GGUF files"):
+    with pytest.raises(ModelNotFound, match="2 GGUF models"):
         library.resolve(tmp_path / "folder")
 
 

@@ -74,6 +74,23 @@ class HasProvenance(Protocol):
         ...
 
 
+@runtime_checkable
+class HasNotes(Protocol):
+    """A source that has something to say about what becomes of it."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences for the user, e.g. about what was left out."""
+        ...
+
+
+def tell_notes(model: ModelSource, notify: Callable[[str], None] | None) -> None:
+    """Tells `notify` what a source has to say."""
+    if notify is not None and isinstance(model, HasNotes):
+        for note in model.notes:
+            notify(note)
+
+
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 

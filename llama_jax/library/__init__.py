@@ -273,31 +273,14 @@ def _local(path: Path) -> Found:
     if is_checkpoint(path):
         return Found(path)
     source = _source_in(path)
-    if source.is_dir() and (source / "params").is_dir():
-        # Ours, but unfinished or stripped: opening it says what is wrong.
-        open_checkpoint(source)
     return Found(source, local_path(source))
 
 
 def _source_in(path: Path) -> Path:
-    """What is to be converted of a path: itself, or the GGUF file of a folder that holds no other model.
+    """What is to be converted of a path; see `llama_jax.convert.folders.model_in`."""
+    from llama_jax.convert.folders import model_in
 
-    Raises:
-      ModelNotFound: it is a folder with no model.
-    """
-    if not path.is_dir() or (path / "config.json").is_file():
-        return path
-    from llama_jax.convert.gguf_parts import models_of
-
-    files = models_of(path.glob("*.gguf"))
-    if len(files) == 1:
-        return files[0]
-    if (path / "params.json").is_file():
-        return path
-    raise ModelNotFound(
-        f"{path} holds no model ({len(files)} GGUF files, no config.json or params.json)",
-        hint="give a converted checkpoint, a Hugging Face folder, a folder of Meta or a GGUF file",
-    )
+    return model_in(path)
 
 
 def _from_hub(repo: str, snapshot: Path) -> Found:
@@ -307,4 +290,12 @@ def _from_hub(repo: str, snapshot: Path) -> Found:
 def _converted(found: Found, progress: Progress | None, say: Notify) -> Path:
     if found.converted is None:
         return found.path
-    return convert_once(found.path, found.converted, progress, say, name=found.name, revision=found.revision)
+    return convert_once(
+        found.path,
+        found.converted,
+        progress,
+        say,
+        warn_larger=found.name != DEFAULT_MODEL,  # it is small, and its numbers are to be exact
+        name=found.name,
+        revision=found.revision,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from llama_jax.checkpoint.format import is_checkpoint, open_checkpoint, read_json
+from llama_jax.checkpoint.format import CORRECT, is_checkpoint, open_checkpoint, read_json
 from llama_jax.config import PRESETS, LlamaConfig, config_from_hf, preset
 from llama_jax.errors import ModelNotFound, did_you_mean
 from llama_jax.library import locate
@@ -37,7 +37,7 @@ def find_config(name: str) -> LlamaConfig:
     if is_checkpoint(path):
         return open_checkpoint(path).config
     if (path / "config.json").is_file():
-        return config_from_hf(read_json(path / "config.json"))
+        return config_from_hf(read_json(path / "config.json", hint=CORRECT))
     from llama_jax.convert.opening import open_source
 
     with closing(open_source(path)) as source:

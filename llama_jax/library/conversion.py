@@ -34,6 +34,7 @@ def convert_once(
     progress: Progress | None,
     say: Notify,
     *,
+    warn_larger: bool = True,
     name: str | None = None,
     revision: str | None = None,
 ) -> Path:
@@ -44,6 +45,7 @@ def convert_once(
       path: where the checkpoint belongs.
       progress: called during the conversion.
       say: told before it begins.
+      warn_larger: see `llama_jax.convert.convert`.
       name, revision: of the source, where its files do not say.
 
     Raises:
@@ -54,9 +56,10 @@ def convert_once(
     from llama_jax.convert import convert
 
     check_source(source, say)
-    say(f"Converting {source} to {path} (once)")
     try:
-        return convert(source, path, name=name, revision=revision, progress=progress, notify=say)
+        return convert(
+            source, path, warn_larger=warn_larger, name=name, revision=revision, progress=progress, notify=say
+        )
     except StorageError:
         # Another process was converting the same model, this one waited for it, and the result is there.
         if is_checkpoint(path):

@@ -17,7 +17,6 @@ MAX_ADDED_TOKENS = 100_000
 """Many times what any model adds to its vocabulary; each costs time in every later step."""
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_AGAIN = "fetch the file again"
 
 
 @dataclass
@@ -84,14 +83,18 @@ def _decoder(config: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Wan
             flags = {flag: bool(token[flag]) for flag in _FLAGS if flag in token}
             yield token["content"], Wanted(flags, int(token_id), name)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(f"{folder / name}: added_tokens_decoder is malformed: {error!r}", hint=_AGAIN) from error
+        raise TokenizerError(
+            f"{folder / name}: added_tokens_decoder is malformed: {error!r}", hint="fetch the file again"
+        ) from error
 
 
 def _ids(older: Mapping[str, Any], folder: Path) -> list[tuple[str, int]]:
     """The tokens of added_tokens.json, by id."""
     for token, token_id in older.items():
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise TokenizerError(f"{folder / 'added_tokens.json'} gives {token!r} the id {token_id!r:.80}", hint=_AGAIN)
+            raise TokenizerError(
+                f"{folder / 'added_tokens.json'} gives {token!r} the id {token_id!r:.80}", hint="fetch the file again"
+            )
     return sorted(older.items(), key=lambda item: item[1])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.checkpoint.wrong_file import wrong_small_file
 from llama_jax.errors import TokenizerError
 from llama_jax.text.tokenizer.added import add_tokens, check_added, content, wanted_tokens
 from llama_jax.text.tokenizer.guard import RESTORED
@@ -145,6 +146,8 @@ def _read_files(folder: Path) -> dict[str, bytes]:
             try:
                 _check_size(path.stat().st_size, path)
                 files[name] = path.read_bytes()
+                if (found := wrong_small_file(name, files[name])) is not None:
+                    raise TokenizerError(f"{path} {found.what}", hint=found.hint)
             except OSError as error:
                 raise TokenizerError(
                     f"{path} cannot be read: {error.strerror}", hint="check the file's permissions"
