@@ -111,6 +111,10 @@ def no_model(path: Path) -> LlamaJaxError:
             hint=MISSING,
         )
     if any(re.fullmatch(r"consolidated\.\d\d\.pth", name) for name in names):
+        if META in names:
+            return UnsupportedModel(
+                f"{path} has a {CONFIG} beside Meta's own files", hint=f"take {CONFIG} away to read them as Meta's"
+            )
         return CheckpointError(f"{path / META} is missing", hint=MISSING)
     for error in filter(None, map(_piece_error, entries)):
         return error

@@ -138,12 +138,6 @@ CASES = (
     ),
     # Files of sources in general.
     case(
-        "llama_jax/checkpoint/source.py::check_vocabulary",
-        "of another model",
-        "hf",
-        text("tokenizer.json", json.dumps({"model": {"vocab": {f"t{i}": i for i in range(49)}}})),
-    ),
-    case(
         "llama_jax/checkpoint/values.py::_unsound",
         "get it again",
         "hf",
