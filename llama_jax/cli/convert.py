@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option
+from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option, yes_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, size_text
 
@@ -25,6 +25,7 @@ from llama_jax.cli.terminal import print_json, size_text
 @click.option("--dtype", type=click.Choice(DTYPES), help="Store all tensors in it. [default: the source's own]")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
 @click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
+@yes_option
 @quiet_option
 @json_option
 def command(
