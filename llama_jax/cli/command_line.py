@@ -15,6 +15,7 @@ from llama_jax import __version__
 COMMANDS = {
     "generate": "Continue a prompt or answer messages.",
     "chat": "Talk to a model in the terminal.",
+    "batch": "Generate a file of prompts, resumable; also OpenAI's lines.",
     "pull": "Download a model from the Hugging Face hub.",
     "convert": "Convert a model to a checkpoint.",
     "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
@@ -34,6 +35,7 @@ COMMANDS = {
 _EXIT_CODES = """\b
 Exit codes:
   0    done
+  1    done, but some lines of a batch have an error
   2    wrong usage, or a value out of range
   3    model not found, gated or not supported
   4    damaged, or not equal to what was expected
