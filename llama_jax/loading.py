@@ -65,7 +65,8 @@ def load(
         {"flash_attention": "reference"} or "flash_attention=reference,moe=pallas_triton". Others are chosen as ever, by
         LLAMA_JAX_KERNELS first.
       progress: called while converting and loading.
-      notify: called with one line of text before anything that takes long or uses the network.
+      notify: called with one line of text before anything that takes long or uses the network. Before the default model
+        is fetched, where its package is not installed, the terminal asks; LLAMA_JAX_YES=1 agrees beforehand.
 
     Raises:
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`. DoesNotFit: "auto" finds no mesh.

@@ -181,7 +181,8 @@ def test_files(tmp_path: Path) -> None:
     assert notes.read_text() == "mine"
     with pytest.raises(StorageError):
         save_conversation(c, tmp_path / "no" / "folder")
-    for bad in ("[", "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": "user", "content": [1]}]'):
+    alien = '[{"role": "usr", "content": "x"}]'
+    for bad in ("[", "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": "user", "content": [1]}]', alien):
         notes.write_text(bad)
         with pytest.raises(RequestError):
             load_conversation(notes)

@@ -474,7 +474,7 @@ def test_a_hub_that_never_answers(one_large: FakeHub, monkeypatch: pytest.Monkey
 # --- No network -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["offline", "down", "proxy"])
+@pytest.mark.parametrize("how", ["offline", "ours", "down", "proxy"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_without_network(
     hub: FakeHub, how: str, cached: bool, monkeypatch: pytest.MonkeyPatch, said: list[str], tmp_path: Path
@@ -483,6 +483,9 @@ def test_without_network(
     said.clear()
     if how == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif how == "ours":
+        monkeypatch.setenv("LLAMA_JAX_OFFLINE", "1")
+        hub.requests.clear()
     elif how == "down":
         fake_hub.use("http://127.0.0.1:9", tmp_path / "hub", monkeypatch)
     else:
@@ -494,7 +497,8 @@ def test_without_network(
         if first is None:
             e = refusal(hub)
             assert type(e) is NetworkError
-            assert {"offline": "HF_HUB_OFFLINE", "down": "check the network", "proxy": ""}[how] in e.hint
+            hints = {"offline": "HF_HUB_OFFLINE", "ours": "LLAMA_JAX_OFFLINE", "down": "check the network", "proxy": ""}
+            assert hints[how] in e.hint
             with pytest.raises(NetworkError):
                 library.resolve("org/name", notify=said.append)
         else:
@@ -504,6 +508,8 @@ def test_without_network(
             assert library.resolve("org/name") == again.checkpoint
             assert again.licence == "apache-2.0"
             assert again.nbytes == first.nbytes
+        if how == "ours":
+            assert hub.requests == []
     finally:
         huggingface_hub.close_session()
 

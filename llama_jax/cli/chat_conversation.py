@@ -155,7 +155,7 @@ def default_sampling(generation_config: Mapping[str, Any], given: Mapping[str, A
         origin = "the model's generation_config.json"
     else:
         advised, origin = dict(_DEFAULTS), "llama-jax chat"
-    return SamplingParams(**{"max_tokens": None, **advised, **given}), origin
+    return _of_chat(SamplingParams(**{"max_tokens": None, **advised, **given})), origin
 
 
 def setting_names() -> list[str]:
@@ -192,7 +192,12 @@ def with_setting(params: SamplingParams, name: str, text: str) -> SamplingParams
             raise RequestError(
                 f"logit_bias cannot be {text}", param=name, hint='an object of token ids and numbers: {"42": -100}'
             ) from None
-    return dataclasses.replace(params, **{name: value})
+    return _of_chat(dataclasses.replace(params, **{name: value}))
+
+
+def _of_chat(params: SamplingParams) -> SamplingParams:
+    params.check_generates("an answer")
+    return params
 
 
 @dataclass(frozen=True)

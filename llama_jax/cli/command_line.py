@@ -16,6 +16,7 @@ from llama_jax.errors import did_you_mean
 COMMANDS = {
     "generate": "Continue a prompt or answer messages.",
     "chat": "Talk to a model in the terminal.",
+    "batch": "Generate a file of prompts, resumable; also OpenAI's lines.",
     "pull": "Download a model from the Hugging Face hub.",
     "convert": "Convert a model to a checkpoint.",
     "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
@@ -35,6 +36,7 @@ COMMANDS = {
 _EXIT_CODES = """\b
 Exit codes:
   0    done
+  1    done, but some lines of a batch have an error
   2    wrong usage, or a value out of range
   3    model not found, gated or not supported
   4    damaged, or not equal to what was expected
@@ -132,7 +134,10 @@ def cli(ctx: click.Context) -> None:
     """Llama models in JAX: convert a checkpoint, generate text, chat.
 
     Every command takes --json and --help. MODEL is a folder (a converted checkpoint, or one of Hugging Face or Meta), a
-    GGUF file, org/name of the Hugging Face hub, or the default model, which needs no network.
+    GGUF file, org/name of the Hugging Face hub, or the default model.
+
+    The network is used for a name of the hub that is not here yet, and for the default model where its package is not
+    installed (93 MB, once; a checkout has it), after a question that --yes answers. LLAMA_JAX_OFFLINE=1 forbids both.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

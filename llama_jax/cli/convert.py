@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option
+from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option, yes_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, size_text
 
@@ -31,6 +31,7 @@ from llama_jax.cli.terminal import print_json, size_text
     is_flag=True,
     help="Accept weights of any values: NaN, infinite, far too small, or zero in most of the matrices.",
 )
+@yes_option
 @quiet_option
 @json_option
 def command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import click
 
 from llama_jax.errors import RequestError
 from llama_jax.kernels.registry import VARIABLE, parse_backends
-from llama_jax.library import DEFAULT_MODEL
+from llama_jax.library import DEFAULT_MODEL, network
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -44,14 +45,31 @@ def _together(*options: Decorator) -> Decorator:
     return decorate
 
 
-model_option: Decorator = click.option(
-    "-m",
-    "--model",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    metavar="MODEL",
-    help="A folder, a GGUF file, org/name of the Hugging Face hub, or a name from `llama-jax list`.",
+def _agree(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Says yes for this process, and for those that it starts."""
+    if value:
+        os.environ[network.YES] = "1"
+
+
+yes_option: Decorator = click.option(
+    "--yes",
+    is_flag=True,
+    expose_value=False,
+    callback=_agree,
+    help=f"Fetch the default model without asking, if it is not here. [also: {network.YES}=1]",
 )
+model_option = _together(
+    click.option(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        metavar="MODEL",
+        help="A folder, a GGUF file, org/name of the Hugging Face hub, or a name from `llama-jax list`.",
+    ),
+    yes_option,
+)
+"""`--model`, and `--yes` for the model that nobody names."""
 dtype_option: Decorator = click.option(
     "--dtype",
     type=click.Choice(DTYPES),

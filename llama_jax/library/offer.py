@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import NetworkError, UnsupportedModel
+from llama_jax.library import network
 from llama_jax.library.hub_errors import hub_errors
 from llama_jax.library.transfer import RemoteFile
 
@@ -50,6 +51,8 @@ class Offer:
 
 def offer(repo: str, revision: str | None) -> Offer:
     """Asks the hub what a model is; downloads nothing. Raises as `hub.snapshot` does."""
+    where = f"{repo}@{revision}" if revision else repo
+    network.check_online(where, otherwise="copy the hub's cache of a machine that has it, or give a local path")
     from huggingface_hub import HfApi, constants
     from huggingface_hub.hf_api import RepoFile
 

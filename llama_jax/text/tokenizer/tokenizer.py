@@ -233,6 +233,10 @@ class Tokenizer:
             )
         return self._added.get(index) or self._backend.id_to_token(index) or ""
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to a text, other than at its start; nothing for an id beyond the vocabulary."""
+        return self._bytes_of(self.token(token_id), first=False) if token_id < self.vocab_size else b""
+
     def token_id(self, token: str) -> int | None:
         """The id of a token in the vocabulary's own spelling, or None."""
         return self._backend.token_to_id(_valid(token))
