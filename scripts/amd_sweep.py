@@ -16,7 +16,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.aot import compile_for
-from llama_jax.aot.compiler import code_object
+from llama_jax.aot.compiler import code_object, topology
 from llama_jax.aot.compiler.executable import Kernel
 from llama_jax.aot.compiler.instructions import main_loop
 from llama_jax.kernels.dispatch.cases import Case
@@ -188,7 +187,7 @@ def load(arch: str) -> dict[str, Any]:
 
 def made_with(op: str) -> dict[str, str]:
     """What results hold for."""
-    return {"sources": source_hash(op), "jax": jax.__version__, "compiler": version("jax-rocm7-pjrt")}
+    return {"sources": source_hash(op), "jax": jax.__version__, "compiler": topology.compiler()[1]}
 
 
 def dump(results: dict[str, Any]) -> None:

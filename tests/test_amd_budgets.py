@@ -10,7 +10,6 @@ import importlib.util
 import json
 import struct
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from llama_jax.aot.compiler import topology
 from llama_jax.aot.compiler.instructions import Loop, main_loop, matrix_instructions
 from llama_jax.kernels.dispatch import tables
 from llama_jax.kernels.dispatch.cases import Case
@@ -152,10 +152,14 @@ def test_results_are_written_a_line_a_kernel(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     ("arch", "op"), [("gfx942", "flash_attention"), ("gfx1100", "decode_attention"), ("gfx942", "moe")]
 )
-def test_one_case_compiles_to_what_is_stored(arch: str, op: str) -> None:
+def test_one_case_compiles_within_its_budget(arch: str, op: str) -> None:
+    """To what is stored, where that is of this compiler; plugins for different generations of ROCm count as one."""
     label, case, gradients = next(iter(sweep.variants(operation(op))))
-    found = sweep.compile_case(operation(op), case, gradients, find(sweep.TARGETS[arch]))
-    assert found == results_of(arch, op)["cases"][label]
+    target, stored = find(sweep.TARGETS[arch]), results_of(arch, op)
+    found = sweep.compile_case(operation(op), case, gradients, target)
+    assert [problem for kernel in found["kernels"] for problem in sweep.exceeded(kernel, target)] == []
+    if stored["made_with"]["compiler"] == topology.compiler()[1]:
+        assert found == stored["cases"][label]
 
 
 @pytest.mark.amd
@@ -166,7 +170,7 @@ def test_one_case_compiles_to_what_is_stored(arch: str, op: str) -> None:
 def test_cases_compile_to_what_is_stored(arch: str, op: str) -> None:
     """Each case is compiled for one architecture, another one after each change of the kernels."""
     turn = (ARCHS.index(arch) + int(source_hash(op), 16)) % len(ARCHS)
-    stored, compiler = results_of(arch, op), version("jax-rocm7-pjrt")
+    stored, compiler = results_of(arch, op), topology.compiler()[1]
     if stored["made_with"]["compiler"] != compiler:
         pytest.skip(f"the results are of compiler {stored['made_with']['compiler']}, this is {compiler}")
     cases = list(sweep.variants(operation(op)))

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from llama_jax.errors import CompilerUnavailable, DoesNotFit, RequestError
 from llama_jax.library.configs import find_config
 from llama_jax.params import count_params, param_specs
 from llama_jax.plan import Verdict
-from llama_jax.targets import Target, current, find
+from llama_jax.targets import Target, current, find, rocm
 
 ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201")
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -240,22 +241,64 @@ def test_targets_without_a_compiler(name: str) -> None:
         compile_for(name, lambda x: x, (shape(4),))
 
 
-def test_plugin_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topology, "_PLUGIN", "jax_plugins.xla_rocm_of_nobody")
-    with pytest.raises(CompilerUnavailable, match="not installed") as caught:
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes plugins of these generations and versions the installed ones, beside a jaxlib."""
+
+    def install(jaxlib: str, **versions: str) -> None:
+        found = [(p, versions[p.extra]) for p in reversed(rocm.PLUGINS) if p.extra in versions]
+        monkeypatch.setattr(rocm, "installed", lambda: found)
+        monkeypatch.setattr(topology.importlib.metadata, "version", lambda name: {"jaxlib": jaxlib}[name])
+        monkeypatch.delenv(topology.GENERATION, raising=False)
+
+    return install
+
+
+def test_plugin_that_is_missing(plugins: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plugins("0.11.2")
+    with pytest.raises(CompilerUnavailable, match="is not installed") as caught:
         topology.plugin_library()
-    assert "pip install 'llama-jax[rocm-aot]'" in str(caught.value)
-    monkeypatch.setattr(topology, "_PLUGIN", "no_such_package_at_all.plugin")
-    with pytest.raises(CompilerUnavailable, match="not installed"):
+    assert caught.value.hint == "pip install 'llama-jax[rocm-aot]'"
+    plugins("0.11.2", rocm10="0.11.2")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CompilerUnavailable, match=r"without its module jax_plugins\.xla_rocm10") as caught:
         topology.plugin_library()
+    assert caught.value.hint == "pip install --force-reinstall --no-deps jax-rocm10-pjrt==0.11.2"
+
+
+def test_the_newest_plugin_that_goes_with_jaxlib(plugins: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    for jaxlib, versions, chosen in (
+        ("0.11.2", {"rocm7": "0.11.2", "rocm10": "0.11.2"}, ("rocm10", "0.11.2")),
+        ("0.11.2", {"rocm7": "0.11.2", "rocm10": "0.12.0"}, ("rocm7", "0.11.2")),
+        ("0.12.0.1", {"rocm10": "0.12.0"}, ("rocm10", "0.12.0")),
+        ("0.12.0", {"rocm7": "0.12.0.post1"}, ("rocm7", "0.12.0.post1")),
+    ):
+        plugins(jaxlib, **versions)
+        plugin, version = topology.compiler()
+        assert (plugin.extra, version) == chosen
+    plugins("0.11.2", rocm7="0.11.2", rocm10="0.11.2")
+    monkeypatch.setenv(topology.GENERATION, "7")
+    assert topology.compiler()[0].generation == 7
+    monkeypatch.setenv(topology.GENERATION, "8")
+    with pytest.raises(CompilerUnavailable, match="of ROCm 8, which LLAMA_JAX_ROCM names, is not installed") as caught:
+        topology.compiler()
+    assert caught.value.hint == "unset LLAMA_JAX_ROCM, or name 7 or 10 and install it"
+
+
+def test_plugin_of_another_release(plugins: Callable[..., None]) -> None:
+    plugins("0.12.0", rocm10="0.11.2")
+    with pytest.raises(CompilerUnavailable, match=r"jax-rocm10-pjrt is 0\.11\.2, jaxlib 0\.12\.0") as caught:
+        topology.compiler()
+    assert caught.value.hint == "pip install jax-rocm10-pjrt==0.12.0"
+    plugins("0.12.9", rocm10="0.12.0")  # a release that no plugin is known for
+    with pytest.raises(CompilerUnavailable, match="one release") as caught:
+        topology.compiler()
+    assert caught.value.hint == topology.INSTALL
 
 
 @pytest.mark.amd
-def test_plugin_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugin_that_is_installed() -> None:
     assert topology.plugin_library().is_file()
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.9.1" if "rocm" in name else "0.11.2")
-    with pytest.raises(CompilerUnavailable, match=r"is 0\.9\.1, jaxlib"):
-        topology.plugin_library()
 
 
 @pytest.mark.amd

@@ -139,7 +139,8 @@ def test_amd_gpu_that_jax_does_not_see(tmp_path: Path) -> None:
     checks = check_devices(hardware.gpus(root), ON_CPU, NO_PLUGINS, {}, root)
     assert status(checks) == {"device": "problem"}
     assert "AMD gfx942" in checks[0].detail
-    assert checks[0].fix == "pip install jax==0.11.2 jaxlib==0.11.2 jax-rocm7-plugin==0.11.2 jax-rocm7-pjrt==0.11.2"
+    line = "pip install jax==0.11.2 jaxlib==0.11.2 jax-rocm10-plugin==0.11.2 jax-rocm10-pjrt==0.11.2"
+    assert checks[0].fix == f"install ROCm 10 (https://rocm.docs.amd.com), then {line}"
     assert Report(tuple(checks)).exit_code == 5
 
 
@@ -148,7 +149,7 @@ def test_amd_gpu_with_plugin_but_without_rocm(tmp_path: Path) -> None:
     probe = Probe(ON_CPU.result, said="INFO x\nError: librocblas.so.5: cannot open shared object file\nmore")
     (check,) = check_devices(hardware.gpus(root), probe, VERSIONS, {}, root)
     assert "librocblas.so.5" in check.detail
-    assert "ROCm 7" in check.fix
+    assert check.fix.startswith("the plugin is installed: install ROCm 10 ")
 
 
 def test_cpu_by_choice(tmp_path: Path) -> None:
@@ -254,6 +255,25 @@ def test_plugins_of_another_version() -> None:
     (check,) = check_plugins(versions)
     assert check.detail == "jaxlib is 0.12.0, but jax-rocm7-plugin 0.11.2"
     assert check.fix == "pip install jax==0.11.2 jaxlib==0.11.2 jax-rocm7-plugin==0.11.2"
+
+
+@pytest.mark.parametrize(
+    ("versions", "fix"),
+    [
+        ({"jax": "0.12.0.1", "jaxlib": "0.12.0.1", "jax-rocm10-plugin": "0.12.0"}, None),
+        ({"jax": "0.11.0", "jaxlib": "0.11.0", "jax-rocm7-plugin": "0.11.0.post1"}, None),
+        ({"jax": "0.12.0", "jaxlib": "0.11.2", "jax-rocm7-plugin": "0.11.2"}, None),  # as jax 0.12.0 allows
+        ({"jax": "0.11.2", "jaxlib": "0.12.0"}, "pip install jax==0.12.0 jaxlib==0.12.0"),
+        # jaxlib warns of this and leaves the plugin alone.
+        (
+            {"jax": "0.12.0.1", "jaxlib": "0.12.0.1", "jax-cuda13-plugin": "0.12.0"},
+            "pip install jax==0.12.0 jaxlib==0.12.0 jax-cuda13-plugin==0.12.0",
+        ),
+    ],
+)
+def test_repaired_versions(versions: dict[str, str], fix: str | None) -> None:
+    """What follows the third number of a version matters to CUDA's plugins, and not to ROCm's."""
+    assert [check.fix for check in check_plugins(NO_PLUGINS | versions)] == ([fix] if fix else [])
 
 
 def test_override_of_the_gpu_target() -> None:

@@ -20,6 +20,7 @@ from llama_jax.doctor.examination import check_several, gpus_in_use
 from llama_jax.doctor.kernels import check_graphs
 from llama_jax.doctor.links import check_links, check_shared_memory, read_nvidia_topology
 from llama_jax.doctor.probe import Probe
+from llama_jax.doctor.rocm import check_workarounds
 from llama_jax.doctor.visibility import check_visibility
 from llama_jax.targets import hardware, kfd
 from llama_jax.targets.hardware import Gpu
@@ -245,21 +246,59 @@ def test_ways_between_gpus_that_are_shut(name: str) -> None:
     [
         (90500, "7.2.0-43", {}, ON_GPU, True),
         (90500, "7.13.0", {}, ON_GPU, False),
+        (90500, "10.1.0", {}, ON_GPU, False),
         (90500, "", {}, ON_GPU, False),  # it has started
         (90500, "", {}, Probe(error="jax did not name its devices within 90 s"), True),
         (90500, "7.2.0", {"AMD_COMGR_NAMESPACE": "1"}, ON_GPU, False),
         (90500, "7.2.0", {"AMD_COMGR_NAMESPACE": "0"}, ON_GPU, True),
         (90402, "7.2.0", {}, Probe(error="hangs"), False),
+        (90402, "7.12.0", {}, ON_GPU, True),
     ],
 )
-def test_gfx950_with_an_older_rocm(
+def test_namespace_of_an_older_rocm(
     tmp_path: Path, arch: int, rocm: str, environ: dict[str, str], probe: Probe, warned: bool
 ) -> None:
     root = amd_machine(tmp_path, arch)
     if rocm:
         write(root / "opt/rocm/.info/version", rocm)
-    checks = check_environment(environ, hardware.gpus(root), probe, root)
-    assert [check.fix for check in checks] == ["export AMD_COMGR_NAMESPACE=1"] * warned
+    checks = check_workarounds(environ, hardware.gpus(root), probe, hardware.rocm(root, []))
+    fixes = [check.fix for check in checks if "COMGR" in check.fix]
+    assert fixes == ["export AMD_COMGR_NAMESPACE=1"] * warned
+
+
+NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+
+
+@pytest.mark.parametrize(
+    ("rocm", "flags", "probe", "fix"),
+    [
+        ("7.13.0", None, ON_GPU, f"export XLA_FLAGS={NO_GRAPHS}"),
+        ("7.13.0", "--xla_dump_to=/d", ON_GPU, f"export XLA_FLAGS='{NO_GRAPHS} --xla_dump_to=/d'"),
+        ("7.13.0", f"{NO_GRAPHS}FUSION", ON_GPU, None),  # the user's own choice
+        ("7.14.0", None, ON_GPU, None),
+        ("10.1.0", None, Probe(error="jax failed (exit status -11): no message"), f"export XLA_FLAGS={NO_GRAPHS}"),
+        ("10.1.0", None, Probe(error="jax failed (exit status 1): no message"), None),
+        ("", None, ON_GPU, None),
+    ],
+)
+def test_graphs_that_fail(tmp_path: Path, rocm: str, flags: str | None, probe: Probe, fix: str | None) -> None:
+    root = amd_machine(tmp_path, 90402)
+    if rocm:
+        write(root / "opt/rocm/.info/version", rocm)
+    environ = {} if flags is None else {"XLA_FLAGS": flags}
+    found = hardware.rocm(root, [])
+    fixes = [check.fix for check in check_workarounds(environ, hardware.gpus(root), probe, found)]
+    assert fixes == ([fix] if fix else [])
+    assert check_workarounds(environ, NVIDIA, probe, found) == []
+
+
+def test_libraries_of_wheels(tmp_path: Path) -> None:
+    root, rocm = amd_machine(tmp_path, 90402), hardware.Rocm("10.1.0", Path("/p/_rocm_sdk_core/lib"), wheels=True)
+    found = hardware.gpus(root)
+    check = only(check_workarounds({"LD_LIBRARY_PATH": "/mine"}, found, ON_CPU, rocm))
+    assert check.fix == "export LD_LIBRARY_PATH=/p/_rocm_sdk_core/lib:/mine"
+    assert check_workarounds({"LD_LIBRARY_PATH": "/p/_rocm_sdk_core/lib"}, found, ON_CPU, rocm) == []
+    assert check_workarounds({}, found, ON_GPU, rocm) == []
 
 
 AMD = (Gpu("amd", "gfx942"),) * 4

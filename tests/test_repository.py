@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.targets import rocm
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llama_jax"
 LINKED = ("kernels", "convert")
@@ -126,15 +128,17 @@ def test_no_oracle_and_no_model_wheel_among_the_dependencies(pyproject: dict) ->
 
 
 def test_lock_holds_one_jax_version_for_every_device(lock: dict[str, str]) -> None:
-    parts = ["jax", "jaxlib"] + [f"jax-{gpu}-{part}" for gpu in ("cuda13", "rocm7") for part in ("plugin", "pjrt")]
-    assert {name: lock[name] for name in parts} == dict.fromkeys(parts, "0.11.2")
+    parts = ["jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", *rocm.PACKAGES]
+    assert {name: lock[name] for name in parts} == dict.fromkeys(parts, rocm.JAX)
     assert "llama-cpp-python" not in lock
 
 
-def test_rocm_extra_pins_its_parts_together(pyproject: dict) -> None:
-    rocm = pyproject["project"]["optional-dependencies"]["rocm"]
-    assert names(rocm) == {"jax", "jaxlib", "jax-rocm7-plugin", "jax-rocm7-pjrt"}
-    assert len({r.partition("==")[2] for r in rocm}) == 1
+def test_first_command_downloads_nothing_that_only_tests_need(pyproject: dict) -> None:
+    groups = pyproject["dependency-groups"]
+    assert pyproject["tool"]["uv"]["default-groups"] == ["model"]
+    command = load(ROOT / ".ci" / "readme_command.py").command_after("test command", (ROOT / "README.md").read_text())
+    assert command == "uv run --group dev pytest"
+    assert {g["include-group"] for g in groups["dev"] if isinstance(g, dict)} == {"test", "amd"}
 
 
 def test_version_stands_in_the_changelog(pyproject: dict) -> None:

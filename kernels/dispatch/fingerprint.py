@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.kernels.registry import OPERATIONS
+from llama_jax.targets import rocm
 
 _ROOT = Path(__file__).parents[1]
 _LAYOUT = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
@@ -57,9 +58,8 @@ def code_only(source: str) -> str:
 
 def versions() -> dict[str, Any]:
     """Versions of what compiles and runs kernels."""
-    names = ("jax", "jaxlib", "jax-rocm7-plugin", "jax-rocm7-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt")
     found = {}
-    for name in names:
+    for name in ("jax", "jaxlib", *rocm.PACKAGES, "jax-cuda13-plugin", "jax-cuda13-pjrt"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from llama_jax.doctor.probe import Probe
 from llama_jax.doctor.report import Check
+from llama_jax.doctor.rocm import install_fix, is_complete
 from llama_jax.errors import NoDevice
 from llama_jax.targets import hardware
+from llama_jax.targets.rocm import DOCS, JAX, PLUGINS, of_generation
 
 
 def check_devices(
@@ -18,8 +20,14 @@ def check_devices(
     versions: Mapping[str, str | None],
     environ: Mapping[str, str],
     root: Path = hardware.ROOT,
+    rocm: hardware.Rocm | None = None,
 ) -> list[Check]:
-    """What jax computes on, against what the machine has."""
+    """What jax computes on, against what the machine has.
+
+    Args:
+      root: where the kernel's files are.
+      rocm: the ROCm that was found.
+    """
     code = NoDevice.exit_code
     checks = []
     for vendor in dict.fromkeys(gpu.vendor for gpu in found if not gpu.driver):
@@ -38,7 +46,7 @@ def check_devices(
         if wanted := environ.get("JAX_PLATFORMS", "").replace("cpu", ""):
             fix = f"unset JAX_PLATFORMS (it is {wanted}), or install what it asks for"
         elif found:
-            fix = f"{_plugin_fix(found[0].vendor, versions)}; JAX_PLATFORMS=cpu goes on without a GPU"
+            fix = f"{_plugin_fix(found[0].vendor, versions, rocm)}; JAX_PLATFORMS=cpu goes on without a GPU"
         else:
             fix = "pip install --force-reinstall jax jaxlib"
         return [*checks, Check("device", "problem", probe.error, fix, code)]
@@ -54,16 +62,28 @@ def check_devices(
         return [*checks, Check("device", "warning", f"{detail}, since JAX_PLATFORMS says so", fix)]
     said = next((line for line in probe.said.splitlines() if "rror" in line or "Unable" in line), "")
     detail += f" ({said[:300]})" if said else ""
-    return [*checks, Check("device", "problem", detail, _plugin_fix(usable[0].vendor, versions), code)]
+    return [*checks, Check("device", "problem", detail, _plugin_fix(usable[0].vendor, versions, rocm), code)]
 
 
-def _plugin_fix(vendor: hardware.Vendor, versions: Mapping[str, str | None]) -> str:
+def _plugin_fix(vendor: hardware.Vendor, versions: Mapping[str, str | None], rocm: hardware.Rocm | None) -> str:
     """The command that installs jax for a GPU, or what is left to look at where that has been done."""
-    name = "rocm7" if vendor == "amd" else "cuda13"
-    if versions.get(f"jax-{name}-plugin") and versions.get(f"jax-{name}-pjrt"):
-        if vendor == "amd":
-            return "the plugin is installed: install ROCm 7 (https://rocm.docs.amd.com), whose libraries it loads"
-        return "the plugin is installed: check `nvidia-smi`; CUDA 13 needs driver 580 or newer"
     if vendor == "amd":
-        return "pip install jax==0.11.2 jaxlib==0.11.2 jax-rocm7-plugin==0.11.2 jax-rocm7-pjrt==0.11.2"
-    return f"pip install 'jax[cuda13]=={versions.get('jax') or '0.11.2'}'"
+        return _amd_fix(versions, rocm)
+    if versions.get("jax-cuda13-plugin") and versions.get("jax-cuda13-pjrt"):
+        return "the plugin is installed: check `nvidia-smi`; CUDA 13 needs driver 580 or newer"
+    return f"pip install 'jax[cuda13]=={versions.get('jax') or JAX}'"
+
+
+def _amd_fix(versions: Mapping[str, str | None], rocm: hardware.Rocm | None) -> str:
+    if rocm is None:
+        complete = next((plugin for plugin in reversed(PLUGINS) if is_complete(plugin, versions)), None)
+        if complete:
+            return f"the plugin is installed: install ROCm {complete.generation} ({DOCS}), whose libraries it loads"
+    else:
+        plugin = of_generation(rocm.number[0])
+        if plugin and is_complete(plugin, versions):
+            return (
+                f"the plugin and ROCm {rocm.version} are installed: `JAX_PLATFORMS=rocm python -c 'import jax; "
+                "jax.devices()'` shows what fails"
+            )
+    return install_fix(rocm, versions)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
-from llama_jax.doctor.probe import Probe
 from llama_jax.doctor.report import Check
 from llama_jax.targets import hardware
 
@@ -24,8 +21,10 @@ ENVIRONMENT = (
     "ROCR_VISIBLE_DEVICES",
     "GPU_DEVICE_ORDINAL",
     "AMD_COMGR_NAMESPACE",
+    "LD_LIBRARY_PATH",
     "LLAMA_JAX_CACHE",
     "LLAMA_JAX_KERNELS",
+    "LLAMA_JAX_ROCM",
     "LLAMA_JAX_SELF_CHECK",
     "LLAMA_JAX_OFFLINE",
     "LLAMA_JAX_YES",
@@ -39,8 +38,6 @@ _SLOW = {
     "NCCL_P2P_DISABLE": "GPUs do not copy to one another, but through the host's memory",
     "NCCL_SHM_DISABLE": "GPUs that cannot copy to one another exchange data through network sockets",
 }
-_COMGR_FIXED = (7, 13)
-"""ROCm before this needs AMD_COMGR_NAMESPACE=1 (ROCm/jax#800, known issues of ROCm 7.12)."""
 
 
 def shown(environ: Mapping[str, str]) -> dict[str, str]:
@@ -49,18 +46,11 @@ def shown(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ[name] for name in (*ENVIRONMENT, *prefixed) if name in environ}
 
 
-def check_environment(
-    environ: Mapping[str, str],
-    found: tuple[hardware.Gpu, ...] = (),
-    probe: Probe | None = None,
-    root: Path = hardware.ROOT,
-) -> list[Check]:
-    """Variables that make GPUs fail in ways that look like something else, or slow, and one that may be missing.
+def check_environment(environ: Mapping[str, str], found: tuple[hardware.Gpu, ...] = ()) -> list[Check]:
+    """Variables that make GPUs fail in ways that look like something else, or slow.
 
     Args:
       found: the machine's GPUs.
-      probe: what jax answered; None if it was not asked.
-      root: where the kernel's files, and ROCm, are.
     """
     checks = []
     if value := environ.get("HSA_OVERRIDE_GFX_VERSION"):
@@ -71,21 +61,4 @@ def check_environment(
             if environ.get(name, "0") not in ("", "0"):
                 fix = f"unset {name}, unless exchange hangs without it"
                 checks.append(Check("environment", "warning", f"{name}={environ[name]}: {effect}", fix))
-    return checks + _check_namespace(environ, found, probe, root)
-
-
-def _check_namespace(
-    environ: Mapping[str, str], found: tuple[hardware.Gpu, ...], probe: Probe | None, root: Path
-) -> list[Check]:
-    """The first start on gfx950 takes minutes, without a word, where ROCm's compiler shares its symbols with XLA's."""
-    if environ.get("AMD_COMGR_NAMESPACE") == "1" or not any(gpu.name == "gfx950" for gpu in found):
-        return []
-    text = hardware.driver_versions(root).get("rocm", "")
-    version = re.match(r"(\d+)\.(\d+)", text)
-    old = version is not None and (int(version[1]), int(version[2])) < _COMGR_FIXED
-    silent = version is None and probe is not None and probe.result is None
-    if not old and not silent:
-        return []
-    of = f"ROCm {text}" if text else "an older ROCm"
-    detail = f"with {of}, jax may hang for minutes when it starts on gfx950, unless AMD_COMGR_NAMESPACE=1 is set"
-    return [Check("environment", "warning", detail, "export AMD_COMGR_NAMESPACE=1")]
+    return checks

@@ -17,6 +17,7 @@ from llama_jax.doctor.links import check_links, check_shared_memory
 from llama_jax.doctor.packages import check_packages, check_plugins, installed_versions
 from llama_jax.doctor.probe import PROBE_DEADLINE_S, Probe, probe_jax
 from llama_jax.doctor.report import Check, Report
+from llama_jax.doctor.rocm import check_rocm, check_workarounds
 from llama_jax.doctor.storage import check_cache, known_cache
 from llama_jax.doctor.visibility import check_visibility
 from llama_jax.kernels.checking.child import Numerics, check_kernels
@@ -42,15 +43,17 @@ def doctor(
       progress: called with a line for each of these comparisons as it ends, and while they are compiled.
     """
     environ = os.environ if environ is None else environ
-    found = hardware.gpus(root)
+    found, rocm = hardware.gpus(root), hardware.rocm(root)
     versions = installed_versions()
     probe = probe_jax(environ, deadline_s=deadline_s)
     result = probe.result or {}
     checks = [
         *check_packages(versions),
         *check_plugins(versions),
-        *check_devices(found, probe, versions, environ, root),
-        *check_environment(environ, found, probe, root),
+        *check_rocm(found, rocm, versions),
+        *check_devices(found, probe, versions, environ, root, rocm),
+        *check_environment(environ, found),
+        *check_workarounds(environ, found, probe, rocm),
         *check_visibility(environ, found),
         *check_several(environ, found, probe, root),
         *check_choices(probe.kernels),
@@ -63,7 +66,7 @@ def doctor(
         checks += check_numerics(found_numerics)
     return Report(
         checks=tuple(checks),
-        system=_system(root, found, environ),
+        system=_system(root, found, rocm, environ),
         versions=versions,
         environment=shown(environ),
         backend=result.get("backend"),
@@ -73,7 +76,9 @@ def doctor(
     )
 
 
-def _system(root: Path, found: tuple[hardware.Gpu, ...], environ: Mapping[str, str]) -> dict[str, Any]:
+def _system(
+    root: Path, found: tuple[hardware.Gpu, ...], rocm: hardware.Rocm | None, environ: Mapping[str, str]
+) -> dict[str, Any]:
     cache = known_cache()
     processor, (total, available) = hardware.cpu(root), _memory(root)
     return {
@@ -86,7 +91,7 @@ def _system(root: Path, found: tuple[hardware.Gpu, ...], environ: Mapping[str, s
         "memory_available": available,
         "gpus": [{"vendor": g.vendor, "name": g.name, "memory": g.memory, "driver": g.driver} for g in found],
         "targets": [target.name for target in targets.detected(root)],
-        "drivers": hardware.driver_versions(root),
+        "drivers": hardware.driver_versions(root) | ({"rocm": rocm.version} if rocm else {}),
         "cache": None if cache is None else str(cache),
         "compilation_cache": environ.get("JAX_COMPILATION_CACHE_DIR")
         or (None if cache is None else str(cache / "xla")),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from llama_jax.doctor.report import INTERNAL, Check
 from llama_jax.errors import NoDevice
+from llama_jax.targets import rocm
 
 PACKAGES = (
     "jax",
@@ -32,8 +33,9 @@ PACKAGES = (
     "msgpack",
 )
 """What this package imports."""
-PLUGINS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "jax-rocm7-plugin", "jax-rocm7-pjrt")
-"""What jax needs for a GPU; each has to be of jaxlib's version."""
+CUDA = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
+PLUGINS = (*CUDA, *rocm.PACKAGES)
+"""What jax needs for a GPU."""
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -73,14 +75,34 @@ def _normal(name: str) -> str:
 
 
 def check_plugins(versions: Mapping[str, str | None]) -> list[Check]:
-    """jaxlib and the GPU plugins are built for one another: their versions have to be equal."""
+    """jax, jaxlib and the GPU plugins are built for one another.
+
+    jax takes no jaxlib that is newer (`jax/_src/lib`), jaxlib a CUDA plugin of its very version, and a ROCm plugin of
+    its release (`targets.rocm`).
+    """
     jaxlib = versions.get("jaxlib")
-    other = {n: v for n in ("jax", *PLUGINS) if (v := versions.get(n)) and v != jaxlib}
-    if jaxlib is None or not other:
+    if jaxlib is None:
         return []
-    plugins = [name for name in PLUGINS if versions.get(name)]
+    plugins = {name: v for name in PLUGINS if (v := versions.get(name))}
+    other = {
+        name: v
+        for name, v in plugins.items()
+        if not (rocm.fits(v, jaxlib) if name in rocm.PACKAGES else _numbers(v) == _numbers(jaxlib))
+    }
+    if (jax := versions.get("jax")) and _numbers(jax) < _numbers(jaxlib):
+        other = {"jax": jax, **other}
+    if not other:
+        return []
     names = ", ".join(f"{name} {version}" for name, version in other.items())
     # The plugins come out after jaxlib, so theirs is the version that exists of all.
-    version = versions[plugins[0]] if plugins else jaxlib
-    fix = "pip install " + " ".join(f"{name}=={version}" for name in ("jax", "jaxlib", *plugins))
+    version = next(iter(plugins.values()), jaxlib)
+    numbers = ".".join(map(str, _numbers(version)))
+    wanted = [f"jax=={numbers}", f"jaxlib=={numbers}", *(f"{name}=={version}" for name in plugins)]
+    fix = "pip install " + " ".join(wanted)
     return [Check("plugins", "problem", f"jaxlib is {jaxlib}, but {names}", fix, NoDevice.exit_code)]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (0, 12, 0, 1) of "0.12.0.1", (0, 11, 0) of "0.11.0.post1"."""
+    leading = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, leading[0].split("."))) if leading else ()

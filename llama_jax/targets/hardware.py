@@ -7,9 +7,11 @@ absent nothing is found. Every function takes the root folder, so that another m
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +26,9 @@ Vendor = Literal["amd", "nvidia"]
 _PCI_VENDORS: dict[str, Vendor] = {"0x1002": "amd", "0x10de": "nvidia"}
 # Display controllers and processing accelerators (the Instinct cards), by PCI base class.
 _PCI_CLASSES = ("0x03", "0x12")
+_ROCM_WHEELS = {"_rocm_sdk_core": "rocm-sdk-core", "rocm": "amd-rocm-language-runtime-instinct"}
+"""Folder among Python's packages to the package that brings it. jax's plugins look for ROCm there (their ELF run path),
+and in /opt/rocm behind it."""
 CPU_FEATURES = ("f16c", "fma", "avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve")
 
 
@@ -41,6 +46,27 @@ class Gpu:
     name: str
     memory: int = 0
     driver: bool = True
+
+
+@dataclass(frozen=True)
+class Rocm:
+    """An installed ROCm.
+
+    Attributes:
+      version: e.g. "7.14.0".
+      libraries: their folder.
+      wheels: whether Python packages brought it.
+    """
+
+    version: str
+    libraries: Path
+    wheels: bool = False
+
+    @property
+    def number(self) -> tuple[int, int]:
+        """Major and minor version; zeros where the text has none."""
+        major, minor, *_ = *re.findall(r"\d+", self.version), "0", "0"
+        return int(major), int(minor)
 
 
 @dataclass(frozen=True)
@@ -104,15 +130,32 @@ def _nvidia(root: Path) -> list[Gpu]:
 
 
 def driver_versions(root: Path = ROOT) -> dict[str, str]:
-    """Versions of GPU drivers and of ROCm, by name; without those that are absent."""
+    """Versions of GPU drivers, by name; without those that are absent."""
     kernel = re.search(r"Kernel Module\s+(?:for \S+\s+)?(\d[\d.]+)", _read(root / "proc/driver/nvidia/version"))
-    rocm = next((text for p in sorted((root / "opt").glob("rocm*/.info/version")) if (text := _read(p))), "")
     versions = {
         "nvidia": kernel[1] if kernel else "",
         "amdgpu": _read(root / "sys/module/amdgpu/version"),
-        "rocm": rocm,
     }
     return {name: version for name, version in versions.items() if version}
+
+
+def rocm(root: Path = ROOT, packages: Sequence[str] | None = None) -> Rocm | None:
+    """The ROCm that jax's plugin would find: that of Python packages, else that below /opt; None without any.
+
+    Args:
+      packages: folders of Python packages; sys.path when None.
+    """
+    for folder, package in _ROCM_WHEELS.items():
+        for found in importlib.metadata.distributions(
+            name=package, path=list(sys.path if packages is None else packages)
+        ):
+            libraries = Path(str(found.locate_file(folder))) / "lib"
+            if libraries.is_dir():
+                return Rocm(found.version, libraries, wheels=True)
+    for file in sorted((root / "opt").glob("rocm*/.info/version")):
+        if text := _read(file):
+            return Rocm(text, file.parents[1] / "lib")
+    return None
 
 
 def cpu(root: Path = ROOT) -> Cpu:

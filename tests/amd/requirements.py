@@ -5,22 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 
-PACKAGES = {"tinygrad": "tinygrad", "jax_plugins.xla_rocm7": "jax-rocm7-pjrt"}
-"""Module to the package that brings it: the dependency group `amd`."""
+from llama_jax.targets import rocm
 
 
 def missing() -> list[str]:
-    """The packages that are not installed."""
-    return [package for module, package in PACKAGES.items() if not _exists(module)]
+    """The packages that are not installed: those of the dependency group `amd`, or another plugin for AMD GPUs."""
+    emulator = [] if importlib.util.find_spec("tinygrad") else ["tinygrad"]
+    return emulator + ([] if rocm.installed() else [rocm.NEWEST.pjrt])
 
 
 def required() -> bool:
     """Whether tests that cannot run must fail: in CI, or when LLAMA_JAX_REQUIRE_AMD is set."""
     return any(os.environ.get(name, "") not in ("", "0") for name in ("CI", "LLAMA_JAX_REQUIRE_AMD"))
-
-
-def _exists(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False

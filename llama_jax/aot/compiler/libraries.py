@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llama_jax.aot.compiler.code_object import section_headers
 from llama_jax.errors import CompilerUnavailable
+from llama_jax.targets.rocm import DOCS
 
 _DYNAMIC, _DYNSYM, _VERNEED, _VERSYM = 6, 11, 0x6FFFFFFE, 0x6FFFFFFF
 _NEEDED = 1
@@ -60,7 +61,7 @@ def load(path: Path) -> tuple[ctypes.CDLL, ...]:
     except OSError as error:
         raise CompilerUnavailable(
             f"{path} does not load with stand-ins for the ROCm libraries: {error}",
-            hint="install ROCm 7 (https://rocm.docs.amd.com), or use the versions of llama-jax[rocm-aot]",
+            hint=f"install ROCm ({DOCS}), or use the versions of llama-jax[rocm-aot]",
         ) from error
     finally:
         for file in files:

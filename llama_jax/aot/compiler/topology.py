@@ -1,7 +1,7 @@
 """AMD devices to compile for that do not exist: XLA's plugin for ROCm, loaded beside whatever jax runs on.
 
 The plugin is not registered as a backend of jax, so that `jax.devices()` stays what it is. These interfaces of jax are
-private and belong to its version, which the extra `rocm-aot` pins.
+private and belong to its version, which the extra `rocm-aot` pins. Which plugin it is: `llama_jax.targets.rocm`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.aot.compiler import libraries
 from llama_jax.errors import CompilerUnavailable
+from llama_jax.targets import rocm
 from llama_jax.targets.target import Target
 
 if TYPE_CHECKING:
     import jax
 
-_PLUGIN = "jax_plugins.xla_rocm7"
-_LIBRARY = "xla_rocm_plugin.so"
 INSTALL = "pip install 'llama-jax[rocm-aot]'"
+GENERATION = "LLAMA_JAX_ROCM"
+"""Environment variable: the generation of ROCm to compile with, where plugins for several are installed."""
 
 # What the driver reports beside the architecture: memory with error correction, no retry of page faults.
 _FEATURES = {"gfx90a": ":sramecc+:xnack-", "gfx942": ":sramecc+:xnack-", "gfx950": ":sramecc+:xnack-"}
@@ -71,24 +73,50 @@ def _topology_maker() -> Any:
     return make
 
 
-def plugin_library() -> Path:
-    """The plugin's shared library.
+def compiler() -> tuple[rocm.Plugin, str]:
+    """The plugin that compiles here and the version of its package: of those that go with jaxlib the newest generation,
+    or the one that LLAMA_JAX_ROCM names.
 
     Raises:
-      CompilerUnavailable: it is not installed, or is of another version than jaxlib.
+      CompilerUnavailable: none is installed, or none goes with jaxlib.
     """
+    wanted = os.environ.get(GENERATION, "")
+    found = [(plugin, version) for plugin, version in rocm.installed() if wanted in ("", str(plugin.generation))]
+    if not found:
+        generations = " or ".join(str(plugin.generation) for plugin in rocm.PLUGINS)
+        which = f" of ROCm {wanted}, which {GENERATION} names," if wanted else ""
+        hint = f"unset {GENERATION}, or name {generations} and install it" if wanted else INSTALL
+        raise CompilerUnavailable(f"XLA's compiler for AMD GPUs{which} is not installed", hint=hint)
+    jaxlib = importlib.metadata.version("jaxlib")
+    for plugin, version in found:
+        if rocm.fits(version, jaxlib):
+            return plugin, version
+    plugin, version = found[0]
+    raise CompilerUnavailable(
+        f"{plugin.pjrt} is {version}, jaxlib {jaxlib}: they have to be of one release",
+        hint=f"pip install {plugin.pjrt}=={rocm.release(jaxlib)}"
+        if rocm.release(jaxlib) in plugin.built_with
+        else INSTALL,
+    )
+
+
+def plugin_library() -> Path:
+    """The shared library of `compiler`.
+
+    Raises:
+      CompilerUnavailable: as `compiler` does, or the package is not whole.
+    """
+    plugin, version = compiler()
     try:
-        spec = importlib.util.find_spec(_PLUGIN)
+        spec = importlib.util.find_spec(plugin.module)
     except ModuleNotFoundError:
         spec = None
     if spec is None or spec.origin is None:
-        raise CompilerUnavailable("XLA's compiler for AMD GPUs is not installed", hint=INSTALL)
-    version, jaxlib = (importlib.metadata.version(name) for name in ("jax-rocm7-pjrt", "jaxlib"))
-    if version != jaxlib:
         raise CompilerUnavailable(
-            f"jax-rocm7-pjrt is {version}, jaxlib {jaxlib}: they have to be of one version", hint=INSTALL
+            f"{plugin.pjrt} {version} is installed without its module {plugin.module}",
+            hint=f"pip install --force-reinstall --no-deps {plugin.pjrt}=={version}",
         )
-    return Path(spec.origin).parent / _LIBRARY
+    return Path(spec.origin).parent / rocm.LIBRARY
 
 
 def target_config(target: Target) -> str:

@@ -1,0 +1,100 @@
+"""jax's plugins for AMD GPUs: the packages for each generation of ROCm, and the jax that they go with.
+
+This table is the only one. The extras of pyproject.toml, compilation without hardware, `llama-jax doctor` and
+docs/targets.md follow it, and tests hold them to it. Nothing here loads a plugin.
+
+A plugin goes with the jaxlib of its release, the first three numbers of a version; what follows them is a repair of
+either side. jax itself asks for `jax-rocm7-plugin==0.11.2.*` (its extra `rocm7-local`), and jaxlib compares no versions
+of ROCm plugins while it runs (jaxlib/plugin_support.py), as it does for CUDA's, to the last number.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+JAX = "0.11.2"
+"""The release of jax that the extras pin, and uv.lock holds."""
+
+DOCS = "https://rocm.docs.amd.com"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """The plugin for one generation of ROCm.
+
+    Attributes:
+      generation: ROCm's major version, whose libraries the plugin is linked against.
+      built_with: release of jax to the ROCm that the plugin for it was built with, as the packages say.
+    """
+
+    generation: int
+    built_with: Mapping[str, str]
+
+    @property
+    def extra(self) -> str:
+        """Of this package."""
+        return f"rocm{self.generation}"
+
+    @property
+    def pjrt(self) -> str:
+        """The package with XLA's runtime and compiler; enough to compile without a GPU."""
+        return f"jax-rocm{self.generation}-pjrt"
+
+    @property
+    def plugin(self) -> str:
+        """The package with jax's own kernels."""
+        return f"jax-rocm{self.generation}-plugin"
+
+    @property
+    def module(self) -> str:
+        """What `pjrt` installs."""
+        return f"jax_plugins.xla_rocm{self.generation}"
+
+    def requirements(self, release: str = JAX, jax: str | None = None) -> tuple[str, ...]:
+        """Everything that jax on an AMD GPU takes, for pip; `jax` names a repaired jax of this release."""
+        jax = jax or release
+        return f"jax=={jax}", f"jaxlib=={jax}", f"{self.plugin}=={release}", f"{self.pjrt}=={release}"
+
+
+PLUGINS = (
+    Plugin(7, {"0.11.2": "7.14.0", "0.12.0": "7.14.0"}),
+    Plugin(10, {"0.11.2": "10.0.0", "0.12.0": "10.1.0"}),
+)
+"""By generation, the newest last. `.ci/run` compiles with each and executes the result on an emulated GPU."""
+
+NEWEST = PLUGINS[-1]
+"""What the extras `rocm` and `rocm-aot` install."""
+
+PACKAGES = tuple(package for plugin in PLUGINS for package in (plugin.plugin, plugin.pjrt))
+
+LIBRARY = "xla_rocm_plugin.so"
+"""The shared library in each plugin's module."""
+
+
+def of_generation(generation: int) -> Plugin | None:
+    """The plugin for a major version of ROCm; None if there is none in the table."""
+    return next((plugin for plugin in PLUGINS if plugin.generation == generation), None)
+
+
+def installed() -> list[tuple[Plugin, str]]:
+    """Plugins that can compile here, with the versions of their packages, the newest generation first."""
+    found = []
+    for plugin in reversed(PLUGINS):
+        try:
+            found.append((plugin, importlib.metadata.version(plugin.pjrt)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def release(version: str) -> str:
+    """The first three numbers of a version: 0.12.0 of "0.12.0.1" and of "0.12.0.post1"."""
+    return ".".join(re.findall(r"\d+", version)[:3])
+
+
+def fits(plugin: str, jaxlib: str) -> bool:
+    """Whether a plugin of this version goes with a jaxlib of that one."""
+    return release(plugin) == release(jaxlib)
