@@ -714,7 +714,7 @@ with Reporter() as reporter:
 # --- Start-up ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", ["--help", "list", "generate --help", "doctor --help"])
+@pytest.mark.parametrize("args", ["--help", "list", "generate --help", "batch --help", "doctor --help"])
 def test_light_commands_import_nothing_heavy(args: str) -> None:
     code = f"""
 import sys

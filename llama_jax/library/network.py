@@ -22,7 +22,7 @@ def check_online(what: str, *, otherwise: str) -> None:
     """
     if _is_set(OFFLINE):
         raise NetworkError(
-            f"{what} is not completely on this machine, and {OFFLINE} is set", hint=f"unset {OFFLINE}, or {otherwise}"
+            f"{what} would have to be fetched, and {OFFLINE} is set", hint=f"unset {OFFLINE}, or {otherwise}"
         )
 
 
