@@ -64,7 +64,7 @@ def command(
     """Compile prefill and a decode step of MODEL for an AMD GPU, which this machine need not have.
 
     MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. Needs
-    `pip install 'llama-jax[rocm-aot]'` on x86-64 Linux. Says whether it fits, what the devices exchange, the kernels'
+    the extra `rocm-aot` on x86-64 Linux. Says whether it fits, what the devices exchange, the kernels'
     registers, and the least time of a step by the data sheet, which is a prediction and not a measurement.
 
     Exits with 6 if it does not fit, 5 if the compiler is missing.
