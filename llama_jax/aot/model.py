@@ -18,7 +18,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.decode.buckets import batch_bucket, pieces
 from llama_jax.errors import DoesNotFit
 from llama_jax.layout import split_config
-from llama_jax.plan import MEMORY_FRACTION, Floor, Plan, Verdict, default_workload, make_plan
+from llama_jax.plan import MEMORY_FRACTION, Floor, Plan, Verdict, default_workload, make_plan, remedies
 from llama_jax.plan.costs import cache_read_bytes, local_rows, read_bytes
 from llama_jax.sharding import ways
 from llama_jax.targets import Target, abstract_device
@@ -119,7 +119,7 @@ def compile_model(
         raise DoesNotFit(
             f"the weights alone take {plan.needs.weights / 1e9:.1f} GB on each of {mesh.size} devices, and "
             f"{target.name} has {target.memory / 1e9:.1f} GB",
-            hint="split the model over more devices (tensor=N), or choose a smaller dtype",
+            hint=f"what would fit, each alone: {'; '.join(remedies(config, plan)) or 'no one change'}",
         )
 
     def compiled(program: Program, tokens: int, capacity: int, cache: int, *, overlapped: bool = False) -> Phase:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llama_jax.cli.options import DTYPES, examples, json_option, memory_fraction_option, quiet_option
+from llama_jax.cli.mesh_sizes import devices_option, mesh_sizes
+from llama_jax.cli.options import (
+    DTYPES,
+    examples,
+    json_option,
+    memory_fraction_option,
+    mesh_options,
+    quiet_option,
+)
 from llama_jax.cli.terminal import flops_text, ms_text, pairs_text, print_json, printable, size_text
 from llama_jax.cli.verdict import GLOSSARY, memory_lines, verdict_facts, verdict_lines
 from llama_jax.errors import DoesNotFit, RequestError
@@ -37,8 +45,8 @@ In prefill the last layer attends for each row's last token alone, by the kernel
 )
 @click.argument("model")
 @click.option("--target", metavar="NAME", help="An AMD GPU, such as mi300x or gfx942. [default: this machine's]")
-@click.option("--tp", type=click.IntRange(1), metavar="N", help="Split the model over N devices.")
-@click.option("--mesh", metavar="AXIS=N,...", help="Devices by axis; `tensor` splits the model, others repeat it.")
+@devices_option
+@mesh_options
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
 @click.option(
     "--context", type=click.IntRange(1), metavar="N", help="Tokens of a text. [default: 4096, or the model's]"
@@ -51,6 +59,7 @@ In prefill the last layer attends for each row's last token alone, by the kernel
 def command(
     model: str,
     target: str | None,
+    devices: int | None,
     tp: int | None,
     mesh: str | None,
     batch: int,
@@ -69,17 +78,17 @@ def command(
 
     Exits with 6 if it does not fit, 5 if the compiler is missing.
     """
-    if tp and mesh:
-        raise click.UsageError("--tp N is short for --mesh tensor=N: give one of them")
     chosen = _target(target)
-    mesh_shape = _mesh_shape(mesh) if mesh else {"tensor": tp} if tp and tp > 1 else {}
     from llama_jax.aot.model import compile_model
     from llama_jax.library.configs import find_config
+    from llama_jax.plan import default_workload, remedies
     from llama_jax.plan import memory_fraction as usual_fraction
-    from llama_jax.plan import remedies
 
     config = find_config(model)
     fraction = usual_fraction() if memory_fraction is None else memory_fraction
+    workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt)
+    workload.check(config)
+    sizes = mesh_sizes(config, chosen, workload, mesh, tp, devices, fraction)
     began = time.monotonic()
 
     def say(line: str) -> None:
@@ -89,7 +98,7 @@ def command(
     result = compile_model(
         config,
         chosen,
-        mesh_shape,
+        sizes,
         batch=batch,
         context=context,
         prompt=prompt,
@@ -113,16 +122,6 @@ def _target(name: str | None) -> Target:
     if here := detected():
         return here[0]
     raise RequestError("this machine has no AMD GPU to compile for", param="target", hint="add --target mi300x")
-
-
-def _mesh_shape(text: str) -> dict[str, int]:
-    shape = {}
-    for part in text.split(","):
-        axis, _, size = part.partition("=")
-        if not axis.isidentifier() or not size.isdecimal() or int(size) < 1 or axis in shape:
-            raise click.BadParameter(f"{text!r} is not a list such as tensor=4,data=2", param_hint="--mesh")
-        shape[axis] = int(size)
-    return shape
 
 
 def _facts(model: str, result: ModelCompilation, remedies: Sequence[str]) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import click
 
+from llama_jax.cli.mesh_sizes import devices_option, mesh_sizes
 from llama_jax.cli.options import (
     DTYPES,
     examples,
-    is_auto,
     json_option,
     memory_fraction_option,
     mesh_options,
@@ -19,12 +18,12 @@ from llama_jax.cli.options import (
 from llama_jax.cli.plan_report import compared, facts, report
 from llama_jax.cli.terminal import print_json, printable
 from llama_jax.cli.verdict import GLOSSARY
-from llama_jax.errors import DoesNotFit, RequestError
+from llama_jax.errors import DoesNotFit
 
 if TYPE_CHECKING:
     from llama_jax.aot.model import ModelCompilation
     from llama_jax.config import LlamaConfig
-    from llama_jax.plan import Plan, Workload
+    from llama_jax.plan import Plan
     from llama_jax.targets import Target
 
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.argument("model")
 @click.option("--target", metavar="NAME", help="A device, such as mi300x, h200 or gfx942. [default: this machine's]")
-@click.option("--devices", type=click.IntRange(1), metavar="N", help="How many there are. [default: as the mesh has]")
+@devices_option
 @mesh_options
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Texts at a time.")
 @click.option(
@@ -93,7 +92,7 @@ def command(
     workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt)
     workload.check(config)
     fraction = usual_fraction() if memory_fraction is None else memory_fraction
-    sizes = _sizes(config, chosen, workload, mesh, tp, devices, fraction)
+    sizes = mesh_sizes(config, chosen, workload, mesh, tp, devices, fraction)
     plan = make_plan(config, chosen, sizes, workload, memory_fraction=fraction, latency_s=latency * 1e-6)
     xla = _compile(config, plan, quiet=quiet or as_json) if compiled else None
     would = remedies(config, plan)
@@ -112,37 +111,6 @@ def _target(name: str | None) -> Target:
         return find(name)
     here = detected()
     return here[0] if here else current()
-
-
-def _sizes(
-    config: LlamaConfig,
-    target: Target,
-    workload: Workload,
-    mesh: str | None,
-    tp: int | None,
-    devices: int | None,
-    fraction: float,
-) -> dict[str, int]:
-    """Sizes of the mesh's axes: as asked for, with devices beyond them as "data"; else the smallest that fits."""
-    from llama_jax.plan import smallest_mesh
-    from llama_jax.sharding import requested_axes
-
-    auto = is_auto(mesh, tp)
-    asked = None if auto else requested_axes(mesh, tp)
-    if asked is None:
-        if auto or devices is not None:
-            return smallest_mesh(config, target, workload, devices=devices, memory_fraction=fraction)
-        return {}
-    in_mesh = math.prod(asked.values())
-    if devices is not None and devices % in_mesh:
-        raise RequestError(
-            f"a mesh of {in_mesh} devices does not divide {devices}",
-            param="devices",
-            hint=f"choose a multiple of {in_mesh}",
-        )
-    if devices is not None and devices > in_mesh:
-        asked = {"data": asked.get("data", 1) * devices // in_mesh} | {k: n for k, n in asked.items() if k != "data"}
-    return {axis: n for axis, n in asked.items() if n > 1}
 
 
 def _compile(config: LlamaConfig, plan: Plan, *, quiet: bool) -> ModelCompilation:

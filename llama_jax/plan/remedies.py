@@ -15,7 +15,7 @@ _FRACTIONS = (0.9, 0.95)
 
 
 def remedies(config: LlamaConfig, plan: Plan) -> tuple[str, ...]:
-    """Options of `llama-jax plan`, each of which alone makes the plan fit; none for one that fits, or if none does."""
+    """Options of `llama-jax plan` and `compile`, each of which alone makes a plan fit; none for one that fits."""
     return () if plan.fits is not False else tuple(_found(config, plan))
 
 
@@ -24,11 +24,11 @@ def _found(config: LlamaConfig, plan: Plan) -> Iterator[str]:
     most = target.links.host_devices
     for devices in (n for n in (2, 4, 8, 16) if plan.devices < n <= most):
         if choose_mesh(config, target, workload, devices=devices, usable=plan.usable).fits:
-            yield f"--mesh auto --devices {devices}"
+            yield f"--mesh auto --devices {devices}" + (" (in place of the mesh that was given)" if plan.sizes else "")
             break
     if plan.largest_batch:
         yield f"--batch {plan.largest_batch}"
-    if plan.largest_context:
+    if plan.largest_context and plan.largest_context > workload.prompt:
         yield f"--context {plan.largest_context}"
     if workload.itemsize > 2 and target.vendor != "cpu":
         smaller = replace(workload, dtype="bfloat16")
