@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.convert.run import convert
-
 if TYPE_CHECKING:
     from llama_jax.convert.export import GGUF_TYPES, Exported, export_gguf, export_hf
+    from llama_jax.convert.run import convert
 
 __all__ = ["GGUF_TYPES", "Exported", "convert", "export_gguf", "export_hf"]
 
 
 def __getattr__(name: str) -> Any:
-    # The exports need jax and gguf, so they are loaded when first asked for.
+    # These need jax, some of them gguf, so they are loaded when first asked for.
+    if name == "convert":
+        from llama_jax.convert.run import convert
+
+        return convert
     if name in __all__:
         from llama_jax.convert import export
 

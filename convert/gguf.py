@@ -12,7 +12,7 @@ import numpy as np
 from llama_jax.checkpoint.format import Source
 from llama_jax.checkpoint.source import SourceTensor, check_names, check_vocabulary
 from llama_jax.config import LlamaConfig, config_from_hf
-from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS, config_dict
+from llama_jax.convert.gguf_config import METADATA, PERMUTED, ROPE_FACTORS, config_dict, key_names
 from llama_jax.convert.gguf_parts import GgufParts
 from llama_jax.convert.weight_file import closed_on_error
 from llama_jax.errors import CheckpointError
@@ -33,7 +33,8 @@ class GgufModel:
         with closed_on_error(self.close):
             metadata, tensors = self._file.metadata, self._file.tensors
             factors = self._file.read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None
-            self.config = config_from_hf(_config_dict(path, metadata, tensors, factors))
+            keys = _config_dict(path, metadata, tensors, factors)
+            self.config = config_from_hf(keys, file=METADATA, names=key_names(metadata))
             self._recipes = {spec.name: _tensors_of(spec, tensors) for spec in param_specs(self.config)}
             self._check()
         licence = metadata.get("general.license")
@@ -60,7 +61,7 @@ class GgufModel:
         from llama_jax.convert.gguf_tokenizer import tokenizer_files
 
         found = tokenizer_files(self._file.metadata)
-        check_vocabulary(found.get("tokenizer.json"), self.config.vocab_size, self.path)
+        check_vocabulary(found, self.config.vocab_size, self.path)
         return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:

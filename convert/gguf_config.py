@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.config.fields import bad
 from llama_jax.config.rope import rope_to_hf
 from llama_jax.config.spec import RopeSpec
 from llama_jax.convert.gguf_file import Tensor
@@ -61,7 +62,20 @@ HEAD_DIM_KEYS = ("attention.key_length", "rope.dimension_count", "attention.valu
 """Keys that all hold the size of a head in the models that are supported."""
 EOS_KEYS = ("eos", "eot", "eom")
 """Ids that end a text stand in `tokenizer.ggml.<key>_token_id`."""
+_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+"""Named tokens of config.json, and what GGUF keys call them."""
+ROPE: Mapping[str, str] = {
+    "rope.freq_base": "rope_theta",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+}
+"""Keys of every kind of rope, and what `rope_parameters` in config.json calls them."""
 YARN_BETAS: Mapping[str, str] = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
+
+NO_ID = (-1, 0xFFFFFFFF)
+"""What files write for "no token": -1, and the same as an unsigned number of 32 bits (llama.cpp's LLAMA_TOKEN_NULL)."""
+METADATA = "GGUF metadata"
+"""What messages call the keys of a file."""
 
 _READ = {
     *REQUIRED,
@@ -88,6 +102,17 @@ _NEUTRAL: Mapping[str, Any] = {
 }
 """Keys that are not read, with the only value that changes nothing."""
 _SAFETENSORS = "use the safetensors weights"
+NO_MODEL = "this is no whole language model; use another GGUF file, or the model's safetensors weights"
+_OTHER_KINDS = {
+    "adapter": (
+        "a LoRA adapter",
+        "merge it into its base with llama.cpp's `llama-export-lora`, and give the result",
+    ),
+    "mmproj": ("the part of a multimodal model that reads images", "give the GGUF file of the text model beside it"),
+    "imatrix": ("an importance matrix for quantising", "give the GGUF file of the model itself"),
+    "vocab": ("a vocabulary without weights", "give the GGUF file of the model itself"),
+}
+"""Values of general.type, of what is no model: what it is, and what to do."""
 
 
 def config_dict(
@@ -106,7 +131,10 @@ def config_dict(
     Raises:
       UnsupportedModel: the architecture, or a key that would change the numbers; names it.
     """
-    arch = metadata.get("general.architecture")
+    arch, kind = metadata.get("general.architecture"), metadata.get("general.type")
+    if isinstance(kind, str) and kind in _OTHER_KINDS:
+        what, hint = _OTHER_KINDS[kind]
+        raise UnsupportedModel(f"the GGUF file holds {what}, not a model (general.type is {kind!r})", hint=hint)
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise UnsupportedModel(
             f"GGUF architecture {arch!r} is not supported", hint=f"supported: {', '.join(sorted(ARCHITECTURES))}"
@@ -122,27 +150,27 @@ def config_dict(
 
     def need(key: str) -> Any:
         if key not in own:
-            raise UnsupportedModel(f"GGUF file without {arch}.{key}", hint="the file is damaged or no language model")
+            raise UnsupportedModel(f"GGUF file without {arch}.{key}", hint=NO_MODEL)
         if isinstance(own[key], list):
             raise UnsupportedModel(f"GGUF key {arch}.{key} differs between layers", hint=_SAFETENSORS)
         return own[key]
 
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise UnsupportedModel("GGUF file without token_embd.weight", hint="the file is damaged or no language model")
+        raise UnsupportedModel("GGUF file without token_embd.weight", hint=NO_MODEL)
     heads, hidden = need("attention.head_count"), need("embedding_length")
     if not isinstance(heads, int) or heads < 1:
-        raise UnsupportedModel(f"GGUF key {arch}.attention.head_count = {heads!r}", hint="the file is damaged")
+        raise bad(f"{arch}.attention.head_count", heads, "a positive integer", METADATA)
     head_dim = next((own[key] for key in HEAD_DIM_KEYS[:2] if key in own), hidden // heads)
     if not isinstance(head_dim, int):
-        raise UnsupportedModel(f"GGUF key {arch}.attention.key_length = {head_dim!r}", hint="the file is damaged")
+        raise bad(f"{arch}.attention.key_length", head_dim, "an integer", METADATA)
     for key in HEAD_DIM_KEYS:
         if own.get(key, head_dim) != head_dim:
             raise UnsupportedModel(
                 f"GGUF key {arch}.{key} = {own[key]!r} differs from the head size {head_dim}",
                 hint="supported: rope over whole heads, values as wide as keys",
             )
-    eos = [metadata[f"tokenizer.ggml.{k}_token_id"] for k in EOS_KEYS if f"tokenizer.ggml.{k}_token_id" in metadata]
+    eos = [found for key in EOS_KEYS if (found := _token_id(metadata, key)) is not None]
     config = {name: need(key) for key, name in REQUIRED.items()}
     config |= {
         "model_type": _model_type(arch, own),
@@ -154,9 +182,9 @@ def config_dict(
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": _token_id(metadata, "bos"),
         "eos_token_id": list(dict.fromkeys(eos)) or None,
-        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "pad_token_id": _token_id(metadata, "padding"),
         "dtype": "float32",
     }
     if window := own.get("attention.sliding_window"):
@@ -179,6 +207,26 @@ def config_dict(
             "use_qk_norm": experts != 128,
         }
     return config
+
+
+def key_names(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What a GGUF file calls the keys of `config_dict`, for messages about their values."""
+    arch = metadata.get("general.architecture")
+    head_dim = next((key for key in HEAD_DIM_KEYS if f"{arch}.{key}" in metadata), "embedding_length")
+    llama4 = LLAMA4 if arch == "llama4" else {}
+    own = {
+        **{name: key for table in (REQUIRED, OPTIONAL, llama4) for key, name in table.items()},
+        **{f"rope_parameters.{name}": key for table in (ROPE, YARN_BETAS) for key, name in table.items()},
+        "head_dim": head_dim,
+    }
+    tokens = {f"{ours}_token_id": f"tokenizer.ggml.{key}_token_id" for ours, key in _TOKENS.items()}
+    return {name: f"{arch}.{key}" for name, key in own.items()} | tokens | {"vocab_size": "rows of token_embd.weight"}
+
+
+def _token_id(metadata: Mapping[str, Any], key: str) -> Any:
+    """The id of a named token; None where the file says that there is none."""
+    found = metadata.get(f"tokenizer.ggml.{key}_token_id")
+    return None if found in NO_ID else found
 
 
 def _model_type(arch: str, own: Mapping[str, Any]) -> str:

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llama_jax.checkpoint.source import BFLOAT16
-from llama_jax.convert.weight_file import DAMAGED, closed_on_error, read_at
+from llama_jax.checkpoint.wrong_file import AGAIN, GGUF
+from llama_jax.convert.weight_file import closed_on_error, read_at, refuse_other
 from llama_jax.errors import CheckpointError, UnsupportedModel
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -31,6 +32,17 @@ _BLOCK_ELEMENTS = 2 << 20
 """Numbers that are decoded at one time; the decoders need some ten times the memory of their result."""
 _PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: BFLOAT16}
 """GGML types that are kept as they are: F32, F16, BF16."""
+_REQUANTISE = "quantise the model again from its original weights, or use a GGUF file of another type, e.g. Q4_K_M"
+_REPACKED = "llama.cpp makes this order itself now while it loads {0}: use the model's {0} file"
+_REMOVED = {
+    4: ("Q4_2", _REQUANTISE),
+    5: ("Q4_3", _REQUANTISE),
+    **{i: (f"Q4_0_{shape}", _REPACKED.format("Q4_0")) for i, shape in ((31, "4_4"), (32, "4_8"), (33, "8_8"))},
+    **{i: (f"IQ4_NL_{shape}", _REPACKED.format("IQ4_NL")) for i, shape in ((36, "4_4"), (37, "4_8"), (38, "8_8"))},
+}
+"""Types that llama.cpp no longer has (`enum ggml_type` of ggml/include/ggml.h): number to name and what to do."""
+_MAX_KIND = 1023
+"""No type of llama.cpp or of its forks has a larger number."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +152,7 @@ class GgufFile:
         read_at(self._file.fileno(), memoryview(out), offset, self.path, f"tensor {name}")
 
     def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {what} (near byte {self._file.tell()} of {self._size})", hint=DAMAGED)
+        return CheckpointError(f"{self.path}: {what} (near byte {self._file.tell()} of {self._size})", hint=AGAIN)
 
     def _take(self, n: int) -> bytes:
         if n > self._size - self._file.tell():
@@ -184,7 +196,8 @@ class GgufFile:
         return _shortest(np.float32(value)) if kind == _FLOAT32 else value
 
     def _parse(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        if self._size < 24 or self._take(4) != b"GGUF":
+        if self._size < 24 or self._take(4) != GGUF:
+            refuse_other(self.path, GGUF)
             raise self._bad("this is not a GGUF file")
         version = self._number("<I")
         if version not in (2, 3):
@@ -217,7 +230,7 @@ class GgufFile:
         end, before = data, ""
         for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
             if tensor.offset < end:
-                raise CheckpointError(f"{self.path}: tensors {before} and {name} overlap", hint=DAMAGED)
+                raise CheckpointError(f"{self.path}: tensors {before} and {name} overlap", hint=AGAIN)
             end, before = tensor.offset + tensor.nbytes, name
         return metadata, tensors
 
@@ -235,22 +248,33 @@ class GgufFile:
             try:
                 block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
             except (ValueError, KeyError) as e:
-                raise UnsupportedModel(
-                    f"{self.path}: tensor {name} has the unknown type {kind}", hint="upgrade the gguf package"
-                ) from e
+                raise self._unknown_kind(name, kind) from e
         if 0 in shape or shape[-1] % block:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has shape {list(shape)}, its rows do not divide into blocks of {block}",
-                hint=DAMAGED,
+                hint=AGAIN,
             )
         nbytes = math.prod(shape) // block * size
         if data + offset + nbytes > self._size:
             raise CheckpointError(
                 f"{self.path}: tensor {name} ends at byte {data + offset + nbytes}, the file at {self._size}: "
                 "it is truncated",
-                hint=DAMAGED,
+                hint=AGAIN,
             )
         return Tensor(shape, kind, data + offset, nbytes)
+
+    def _unknown_kind(self, name: str, kind: int) -> UnsupportedModel | CheckpointError:
+        if kind in _REMOVED:
+            called, hint = _REMOVED[kind]
+            what = f"has the GGML type {called} ({kind}), which llama.cpp has removed"
+            return UnsupportedModel(f"{self.path}: tensor {name} {what}", hint=hint)
+        if kind > _MAX_KIND:
+            return CheckpointError(f"{self.path}: tensor {name} has the type {kind}, which no GGML has", hint=AGAIN)
+        return UnsupportedModel(
+            f"{self.path}: tensor {name} has the unknown type {kind}: the installed gguf package does not have it",
+            hint="it is of a newer llama.cpp or of a fork: upgrade the gguf package, or use a file of another type, "
+            "e.g. Q8_0 or Q4_K_M",
+        )
 
 
 def _shortest(value: np.float32) -> float:

@@ -22,7 +22,7 @@ from llama_jax.errors import CheckpointError
 
 MAX_PARTS = 65_535
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
-_HINT = "the parts belong together and keep their names; get the missing ones, or all of them again"
+_HINT = "the parts belong together and keep their names: give them their own again, or get the missing ones"
 
 
 class GgufParts:
@@ -40,6 +40,8 @@ class GgufParts:
 
     def __init__(self, path: Path):
         self.path = first_part(path)
+        if not self.path.exists() and path.exists():
+            raise CheckpointError(f"{self.path} is missing, the first part of the model of {path.name}", hint=_HINT)
         self._files: list[GgufFile] = []
         self._where: dict[str, GgufFile] = {}
         with closed_on_error(self.close):
@@ -47,7 +49,9 @@ class GgufParts:
             self.metadata = first.metadata
             count = _split(first, "count", 1)
             if count > 1:
-                self._open_others(first, count)
+                self._check_name(first, count)
+                self._open_others(count)
+                self._check_total(first)
         self.tensors: Mapping[str, Tensor] = {name: file.tensors[name] for name, file in self._where.items()}
 
     def close(self) -> None:
@@ -96,20 +100,31 @@ class GgufParts:
             self._where[name] = file
         return file
 
-    def _open_others(self, first: GgufFile, count: int) -> None:
-        named = _NAME.fullmatch(self.path.name)
-        if named is None or int(named[2]) != 1 or int(named[3]) != count or _split(first, "no", 0) != 0:
-            raise CheckpointError(
-                f"{self.path} is the first of {count} parts of a GGUF model by its metadata, but not by its name",
-                hint=f"gguf-split names it NAME-00001-of-{count:05}.gguf",
-            )
-        for number in range(1, count):
-            path = self.path.with_name(f"{named[1]}-{number + 1:05}-of-{count:05}.gguf")
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing", hint=_HINT)
+    def _check_name(self, first: GgufFile, count: int) -> None:
+        """Raises CheckpointError unless the name of the first part says what its metadata says."""
+        named, number = _NAME.fullmatch(self.path.name), _split(first, "no", 0) + 1
+        if named is not None and int(named[2]) == number == 1 and int(named[3]) == count:
+            return
+        which = f"the first of {count} parts" if number == 1 else f"part {number} of {count}"
+        right = f"gguf-split names it NAME-{number:05}-of-{count:05}.gguf"
+        raise CheckpointError(
+            f"{self.path} is {which} of a GGUF model by its metadata, but not by its name",
+            hint=right if number == 1 else f"{right}; rename all parts so, and give NAME-00001-of-{count:05}.gguf",
+        )
+
+    def _open_others(self, count: int) -> None:
+        paths = parts_by_name(self.path)[1:]
+        if missing := [path for path in paths if not path.is_file()]:
+            more = f", and {len(missing) - 1} more of {count} parts" if len(missing) > 1 else ""
+            raise CheckpointError(f"{missing[0]} is missing{more}", hint=_HINT)
+        for number, path in enumerate(paths, 2):
             file = self._open(path)
-            if (_split(file, "no", -1), _split(file, "count", -1)) != (number, count):
-                raise CheckpointError(f"{path} is not part {number + 1} of {count} by its metadata", hint=_HINT)
+            own = _split(file, "no", -1) + 1, _split(file, "count", -1)
+            if own != (number, count):
+                says = f"but part {own[0]} of {own[1]}" if min(own) > 0 else "which names no part"
+                raise CheckpointError(f"{path} is not part {number} of {count} by its metadata, {says}", hint=_HINT)
+
+    def _check_total(self, first: GgufFile) -> None:
         total = first.metadata.get("split.tensors.count")
         if total is not None and total != len(self._where):
             raise CheckpointError(
@@ -124,10 +139,17 @@ def _split(file: GgufFile, key: str, default: int) -> int:
     return value
 
 
+def parts_by_name(path: Path) -> list[Path]:
+    """All files of the model that a file is a part of by its name, the first part first; itself, if it is whole."""
+    found = _NAME.fullmatch(path.name)
+    if found is None:
+        return [path]
+    return [path.with_name(f"{found[1]}-{n:05}-of-{found[3]}.gguf") for n in range(1, max(1, int(found[3])) + 1)]
+
+
 def first_part(path: Path) -> Path:
     """The file to open for a file of a model: the first part, whichever part is named."""
-    found = _NAME.fullmatch(path.name)
-    return path.with_name(f"{found[1]}-00001-of-{found[3]}.gguf") if found else path
+    return parts_by_name(path)[0]
 
 
 def models_of(files: Iterable[Path]) -> list[Path]:

@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file, as the files that a Hugging Face folder would hold.
 
 A GGUF file stores vocabulary, merges, token types and the ids of named tokens; how text is split before merging it says
-only by a name, "tokenizer.ggml.pre". The splits below are those of transformers' own GGUF reader, so that the ids equal
-its ids. Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+only by a name, "tokenizer.ggml.pre" (`gguf_pre_tokenizers`). The rules are llama.cpp's, which these files are made for.
+Key names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -11,14 +11,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_jax.convert.meta_tokenizer import LLAMA3_SPLIT
+from llama_jax.convert.gguf_config import NO_ID
+from llama_jax.convert.gguf_pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from llama_jax.errors import TokenizerError, UnsupportedModel
-from llama_jax.text.tokenizer.byte_level_bpe import (
-    CONTRACTIONS,
-    PUNCTUATION_AND_SPACE,
-    pre_tokenizer,
-    tokenizer_json,
-)
+from llama_jax.text.tokenizer.byte_level_bpe import around, tokenizer_json
 from llama_jax.text.tokenizer.detokenizer import byte_alphabet
 from llama_jax.text.tokenizer.sentencepiece_bpe import (
     PieceType,
@@ -27,28 +23,6 @@ from llama_jax.text.tokenizer.sentencepiece_bpe import (
     mergeable,
     merges_by_score,
 )
-
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
-
-_QWEN2 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{PUNCTUATION_AND_SPACE}"
-_PUNCTUATION_AND_SLASH = PUNCTUATION_AND_SPACE.replace(r"[\r\n]*", r"[\r\n/]*", 1)
-_TEKKEN = rf"{_CASED.replace('{0}', '')}|\p{{N}}|{_PUNCTUATION_AND_SLASH}"
-_LLAMA4 = rf"{_CASED.replace('{0}', CONTRACTIONS + '?')}|\p{{N}}{{1,3}}|{_PUNCTUATION_AND_SLASH}"
-
-_SPLITS: Mapping[str, str | None] = {
-    # None is GPT-2's split. SmolLM's own tokenizer also sets every digit apart; transformers' GGUF reader does not,
-    # which shows where two or more spaces stand before a digit, and beside digits beyond 0 to 9.
-    "gpt-2": None,
-    "smollm": None,
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "smaug-bpe", "falcon3", "pixtral", "dbrx"), LLAMA3_SPLIT),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
-    "tekken": _TEKKEN,
-    **dict.fromkeys(("llama4", "gpt-4o"), _LLAMA4),
-}
-_DIGITS_APART = ("starcoder", "refact", "command-r")
-"""GPT-2's split after setting every digit apart, as these models' own tokenizer.json does."""
 
 NAMED_IDS = {
     "bos_token": "bos_token_id",
@@ -86,26 +60,22 @@ def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     types = _token_types(metadata, len(tokens))
     if kind == "gpt2":
-        tokens = _spell_bytes(tokens)
-        content = _byte_level(metadata, tokens, types)
+        tokens, pre = _spell_bytes(tokens, types), _pre_tokenizer(metadata.get("tokenizer.ggml.pre"))
+        content, adds_bos = _byte_level(metadata, tokens, types, pre), pre.adds_bos
     elif kind == "llama":
-        content = _sentencepiece(metadata, tokens, types)
+        content, adds_bos = _sentencepiece(metadata, tokens, types), True
     else:
         raise UnsupportedModel(
             f"the GGUF tokenizer {kind!r} (tokenizer.ggml.model) is not supported", hint='"gpt2" and "llama" are'
         )
-    config: dict[str, Any] = {}
-    for name, key in NAMED_IDS.items():
-        token_id = metadata.get(f"tokenizer.ggml.{key}")
-        if token_id is not None:
-            if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-                raise TokenizerError(
-                    f"tokenizer.ggml.{key} is {token_id!r}, the vocabulary has {len(tokens)} tokens", hint=_DAMAGED
-                )
-            config[name] = tokens[token_id]
-    # llama.cpp adds BOS to a SentencePiece vocabulary that does not say otherwise.
-    config["add_bos_token"] = bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"))
-    config["add_eos_token"] = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+    ids = _named_ids(metadata, len(tokens))
+    config: dict[str, Any] = {name: tokens[i] for name, i in ids.items()}
+
+    def added(name: str, default: bool) -> str | None:
+        return config.get(f"{name}_token") if metadata.get(f"tokenizer.ggml.add_{name}_token", default) else None
+
+    named = {tokens[i]: i for i in ids.values()}
+    content["post_processor"] = around(added("bos", adds_bos), added("eos", False), named)
     config["clean_up_tokenization_spaces"] = False
     templates = _templates(metadata)
     default = {"chat_template.jinja": templates.pop("")} if "" in templates else {}
@@ -116,6 +86,21 @@ def tokenizer_files(metadata: Mapping[str, object]) -> dict[str, str]:
         **default,
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2),
     }
+
+
+def _named_ids(metadata: Mapping[str, object], size: int) -> dict[str, int]:
+    """Ids of named tokens, by the names of tokenizer_config.json."""
+    found: dict[str, int] = {}
+    for name, key in NAMED_IDS.items():
+        token_id = metadata.get(f"tokenizer.ggml.{key}")
+        if token_id is None or token_id in NO_ID:
+            continue
+        if not isinstance(token_id, int) or not 0 <= token_id < size:
+            raise TokenizerError(
+                f"tokenizer.ggml.{key} is {token_id!r}, the vocabulary has {size} tokens", hint=_DAMAGED
+            )
+        found[name] = token_id
+    return found
 
 
 def _strings(metadata: Mapping[str, object], key: str) -> list[str]:
@@ -141,12 +126,16 @@ def _token_types(metadata: Mapping[str, object], count: int) -> list[int]:
         raise TokenizerError(f"tokenizer.ggml.token_type: {error}", hint="the GGUF file is damaged") from error
 
 
-def _spell_bytes(tokens: Sequence[str]) -> list[str]:
-    """Tokens in the byte alphabet; those written in other characters (added by converters) are spelled out in it."""
+def _spell_bytes(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
+    """Tokens in the byte alphabet: normal ones that are written in other characters are spelled out in it. Tokens that
+    are matched whole in a text are spelled as the text is."""
     alphabet = byte_alphabet()
     letter = {byte: char for char, byte in alphabet.items()}
     return [
-        token if alphabet.keys() >= set(token) else "".join(letter[byte] for byte in token.encode()) for token in tokens
+        "".join(letter[byte] for byte in token.encode())
+        if kind == PieceType.NORMAL and not alphabet.keys() >= set(token)
+        else token
+        for token, kind in zip(tokens, types, strict=True)
     ]
 
 
@@ -162,50 +151,29 @@ def _merges(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _byte_level(metadata: Mapping[str, object], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
+def _byte_level(
+    metadata: Mapping[str, object], tokens: Sequence[str], types: Sequence[int], pre: PreTokenizer
+) -> dict[str, Any]:
     """A byte-level BPE (Radford et al. 2019)."""
     vocab = {token: i for i, token in enumerate(tokens)}
-    original = _strings(metadata, "tokenizer.ggml.tokens")
-    # A control token, or a user's, that had to be respelled never matches text; transformers leaves such tokens out.
-    added = [
-        token
-        for token in added_tokens(tokens, types)
-        if types[token["id"]] != PieceType.UNKNOWN and original[token["id"]] == token["content"]
-    ]
+    added = [token for token in added_tokens(tokens, types) if types[token["id"]] != PieceType.UNKNOWN]
     return tokenizer_json(
-        vocab, _merges(metadata), added=added, pre_tokenizer=_pre_tokenizer(metadata.get("tokenizer.ggml.pre"))
+        vocab, _merges(metadata), added=added, pre_tokenizer=pre.content, ignore_merges=pre.ignores_merges
     )
 
 
-def _pre_tokenizer(name: object) -> dict[str, Any]:
+def _pre_tokenizer(name: object) -> PreTokenizer:
     """How text is split before merging, for a value of tokenizer.ggml.pre."""
-    if name in _DIGITS_APART:
-        digits = {"type": "Digits", "individual_digits": True}
-        return {"type": "Sequence", "pretokenizers": [digits, pre_tokenizer(None)]}
-    if not isinstance(name, str) or name not in _SPLITS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise UnsupportedModel(
             f"the GGUF pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known",
             hint="convert the model's Hugging Face folder instead; its tokenizer.json says how to split text",
         )
-    return pre_tokenizer(_SPLITS[name])
-
-
-def pre_tokenizer_name(content: Mapping[str, Any] | None) -> str | None:
-    """The value of tokenizer.ggml.pre that stands for a tokenizer.json's "pre_tokenizer"; None if there is none."""
-    wanted = _without_offsets(content)
-    names = (*_SPLITS, *_DIGITS_APART)
-    return next((name for name in names if _without_offsets(_pre_tokenizer(name)) == wanted), None)
-
-
-def _without_offsets(content: Any) -> Any:
-    """Drops what says only which characters a token counts as its own."""
-    if isinstance(content, Mapping):
-        return {key: _without_offsets(value) for key, value in content.items() if key != "trim_offsets"}
-    return [_without_offsets(item) for item in content] if isinstance(content, list) else content
+    return PRE_TOKENIZERS[name]
 
 
 def _sentencepiece(metadata: Mapping[str, object], tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
-    """A SentencePiece BPE with byte fallback."""
+    """A SentencePiece BPE with byte fallback. llama.cpp puts a space before the text after every added token."""
     vocab = mergeable(tokens, types)
     if "tokenizer.ggml.merges" in metadata:
         merges = [pair for pair in _merges(metadata) if "".join(pair) in vocab]
@@ -221,7 +189,7 @@ def _sentencepiece(metadata: Mapping[str, object], tokens: Sequence[str], types:
         types,
         merges,
         unk_token=next((t for t, kind in zip(tokens, types, strict=True) if kind == PieceType.UNKNOWN), None),
-        add_prefix_space=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        prefix="always" if metadata.get("tokenizer.ggml.add_space_prefix", True) else "never",
     )
 
 

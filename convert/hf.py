@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Source, read_generation_config, read_json
+from llama_jax.checkpoint.format import CONFIG, CORRECT, GENERATION_CONFIG, Source, read_generation_config, read_json
 from llama_jax.checkpoint.small_files import copied_files
 from llama_jax.checkpoint.source import DTYPES_BY_NAME, SourceTensor, check_names, check_vocabulary, some
 from llama_jax.config import config_from_hf
 from llama_jax.config.families import find_family
 from llama_jax.config.multimodal import text_model
-from llama_jax.convert.hf_names import Names, Recipe, recipe
+from llama_jax.convert.adapters import refuse_adapted
+from llama_jax.convert.hf_files import AGAIN, check_promised, inside, licence, weight_shards
+from llama_jax.convert.hf_names import CACHE_SCALE, Names, Recipe, recipe
 from llama_jax.convert.hf_weights import MISMATCH, PlainWeight, Weight
 from llama_jax.convert.quantized import scheme_from_hf
 from llama_jax.convert.quantized.weight import QuantizedWeight, take_quantized
@@ -24,11 +25,6 @@ from llama_jax.convert.torch_file import TorchFile
 from llama_jax.convert.weight_file import WeightFile, closed_on_error
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-"""One file of weights, or the index of several, by format; the first that is there wins."""
 
 
 class HuggingFaceFolder:
@@ -43,7 +39,8 @@ class HuggingFaceFolder:
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
         self.path = path
-        hf = read_json(inside(path, CONFIG))
+        shards = weight_shards(path)
+        hf = read_json(inside(path, CONFIG), hint=CORRECT)
         self.config = config_from_hf(hf)
         self._text = text_model(hf)
         self._scheme = scheme_from_hf(hf)
@@ -53,10 +50,11 @@ class HuggingFaceFolder:
         self._weights: dict[str, Weight] = {}
         self._where: dict[str, tuple[WeightFile, str]] = {}
         self._files: list[WeightFile] = []
+        self._cache_scales: list[str] = []
         with closed_on_error(self.close):
             skipped = self._text.skipped_layers if self._text else frozenset()
             modules = {new: old for old, new in find_family(self.config.family).tensor_names.items()}
-            self._open(Names(self._text is not None, skipped, modules))
+            self._open(shards, Names(self._text is not None, skipped, modules))
             self._find_weights()
             self._tie(certain=self._text is None or hf.get("tie_word_embeddings") is not None)
             self._plan()
@@ -67,15 +65,26 @@ class HuggingFaceFolder:
             file.close()
 
     @property
+    def notes(self) -> Sequence[str]:
+        """See `checkpoint.source.HasNotes`."""
+        if not self._cache_scales:
+            return ()
+        n = len(self._cache_scales)
+        return (
+            f"Left out: {n} scales of a quantised key/value cache ({some(self._cache_scales, 3)}); "
+            "the cache is kept in the dtype of the computation",
+        )
+
+    @property
     def generation_config(self) -> Mapping[str, Any]:
         file = self.path / GENERATION_CONFIG
-        return read_generation_config(inside(self.path, GENERATION_CONFIG)) if file.exists() else {}
+        return read_generation_config(inside(self.path, GENERATION_CONFIG), hint=CORRECT) if file.exists() else {}
 
     @property
     def files(self) -> Mapping[str, bytes]:
         found = copied_files(self.path, inside)
         extra = self._text.extra_embeddings if self._text else 0
-        check_vocabulary(found.get("tokenizer.json"), self.config.vocab_size + extra, self.path)
+        check_vocabulary(found, self.config.vocab_size + extra, self.path)
         return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
@@ -118,20 +127,22 @@ class HuggingFaceFolder:
                 weight.read_into(buffer, expert=expert)
                 out[expert] = buffer[:, first : first + width].T
 
-    def _open(self, names: Names) -> None:
-        for shard, promised in _shards(self.path):
+    def _open(self, shards: Mapping[str, set[str]], names: Names) -> None:
+        for shard, promised in shards.items():
             path = inside(self.path, shard)
             file = SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
             self._files.append(file)
-            if absent := promised - file.entries.keys():
-                raise CheckpointError(f"{file.path} lacks tensor {some(absent)}, which the index promises", hint=_AGAIN)
+            check_promised(path, promised, file.entries.keys(), shards)
             for name in file.entries:
                 plain = names.plain(name)
                 if plain is None:
                     continue
+                if CACHE_SCALE.fullmatch(plain):
+                    self._cache_scales.append(name)
+                    continue
                 if plain in self._where:
                     raise CheckpointError(
-                        f"tensor {plain} stands both in {self._where[plain][0].path} and {file.path}", hint=_AGAIN
+                        f"tensor {plain} stands both in {self._where[plain][0].path} and {file.path}", hint=AGAIN
                     )
                 self._where[plain] = (file, name)
 
@@ -179,6 +190,7 @@ class HuggingFaceFolder:
         for spec in param_specs(self.config):
             self._recipes[spec.name] = recipe(spec, self._weights, extra_embeddings=extra)
         used = {source for made in self._recipes.values() for source in made.sources}
+        refuse_adapted(self.path, self._weights.keys() - used)
         check_names(self.path, self._weights, used, hint=MISMATCH, holder=lambda name: self._weights[name].path)
         for made in self._recipes.values():
             first = self._weights[made.sources[0]]
@@ -194,81 +206,3 @@ class HuggingFaceFolder:
 
 
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
-_AGAIN = "the folder is damaged or was not downloaded completely; get it again"
-
-
-def _shards(path: Path) -> list[tuple[str, set[str]]]:
-    """The weight files of a folder, each with the tensors that the index promises in it."""
-    for single, index in LAYOUTS:
-        if (path / single).exists():
-            return [(single, set())]
-        if (path / index).exists():
-            return _indexed(path, index)
-    others = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pth", ".pt", ".gguf"))
-    hint = f"it holds {some(others)}; " if others else ""
-    *names, last = (name for layout in LAYOUTS for name in layout)
-    raise CheckpointError(
-        f"{path} has neither {', '.join(names)} nor {last}",
-        hint=f"{hint}a Hugging Face folder, a folder of Meta or a GGUF file can be converted",
-    )
-
-
-def _indexed(path: Path, index: str) -> list[tuple[str, set[str]]]:
-    where = read_json(inside(path, index)).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
-        raise CheckpointError(f"{path / index} has no valid weight_map", hint=_AGAIN)
-    shards: dict[str, set[str]] = {}
-    for tensor, file in where.items():
-        shards.setdefault(file, set()).add(tensor)
-    return sorted(shards.items())
-
-
-def inside(folder: Path, name: str) -> Path:
-    """A file of the folder. Refuses names and links that lead out of it.
-
-    In the cache of huggingface_hub the files of a snapshot are links to `blobs` of the same model, which is fine; so is
-    the store of contents that its models share.
-    """
-    path = folder / name
-    root = folder.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        allowed += [root.parent.parent / "blobs", root.parents[2] / "blobs"]
-    try:
-        resolved, there = path.resolve(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as e:  # too long, a loop of links, a NUL or lone surrogate in it
-        raise CheckpointError(f"{folder}: {name!r} cannot be looked up ({type(e).__name__})", hint=_AGAIN) from e
-    if not any(resolved.is_relative_to(a) for a in allowed) or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise CheckpointError(
-            f"{folder}: {name!r} leads out of the folder", hint="a model's files must lie in its own folder"
-        )
-    if not there:
-        raise CheckpointError(f"{path} is missing", hint="the folder is incomplete; get it again")
-    return path
-
-
-def licence(path: Path) -> str | None:
-    """The licence that the model card (README.md, YAML between two lines of dashes) names."""
-    try:
-        with (path / "README.md").open(encoding="utf-8") as card:
-            head = card.read(20_000)
-    except (OSError, ValueError):
-        return None
-    parts = head.split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
-    found = re.search(r"^license(?:_name)?:\s*([\w.\-]+)\s*$", parts[1], re.MULTILINE)
-    return found[1] if found else None
-
-
-def is_huggingface(path: Path) -> bool:
-    """Whether a folder looks like a Hugging Face model."""
-    return (path / CONFIG).is_file()
-
-
-def required_files(path: Path) -> list[Path]:
-    """The weight files of a folder, there or not; of use to see whether a download is complete."""
-    try:
-        return [path / name for name, _ in _shards(path)]
-    except CheckpointError:
-        return [path / SINGLE]

@@ -13,7 +13,7 @@ import numpy as np
 from llama_jax.checkpoint.format import digest
 from llama_jax.checkpoint.read import Budget
 from llama_jax.checkpoint.source import ModelSource, provenance
-from llama_jax.checkpoint.values import check_finite
+from llama_jax.checkpoint.values import check_finite, is_zero
 from llama_jax.convert.casting import cast
 from llama_jax.convert.file_hashes import FileHashes
 from llama_jax.params import ParamSpec
@@ -28,11 +28,13 @@ class Leaf:
 
     Attributes:
       source_digest: of the values before any cast.
+      zero: whether it is a matrix of zeros.
     """
 
     spec: ParamSpec
     array: np.ndarray
     source_digest: str
+    zero: bool
 
 
 def in_file_order(model: ModelSource, specs: Sequence[ParamSpec]) -> list[ParamSpec]:
@@ -67,10 +69,11 @@ def read_leaf(
         hashes.follow(tensor.file, tensor.offset + tensor.nbytes)
     if not allow_nonfinite:
         check_finite(spec.name, array, model.path)
+    zero = array.ndim > 1 and is_zero(array)
     found = digest(array.reshape(-1).view(np.uint8))
     if dtype is not None and dtype != array.dtype:
         array = cast(spec.name, array, dtype, model.path, allow_nonfinite=allow_nonfinite)
-    return Leaf(spec, array, found)
+    return Leaf(spec, array, found, zero)
 
 
 @contextmanager

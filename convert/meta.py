@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.checkpoint.format import Source, read_json
+from llama_jax.checkpoint.format import CORRECT, Source, read_json
 from llama_jax.checkpoint.small_files import copied_files
-from llama_jax.checkpoint.source import SourceTensor, check_names, some
+from llama_jax.checkpoint.source import SourceTensor, check_names, check_vocabulary, some
 from llama_jax.config import config_from_hf
+from llama_jax.convert.folders import MISSING
 from llama_jax.convert.gguf import half_rotation, rotated_heads
-from llama_jax.convert.hf import inside
-from llama_jax.convert.meta_config import PARAMS, config_dict
+from llama_jax.convert.hf_files import inside
+from llama_jax.convert.meta_config import NAMES, PARAMS, config_dict
 from llama_jax.convert.meta_tokenizer import (
     MAX_BYTES,
     SPECIAL_TOKENS,
@@ -73,7 +74,7 @@ class MetaFolder:
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
         self.path = path
         self.source = Source("meta", name or path.resolve().name, revision)
-        params = read_json(inside(path, PARAMS))
+        params = read_json(inside(path, PARAMS), hint=CORRECT)
         self._tokenizer = _read_tokenizer(path)
         self._files: list[TorchFile] = []
         with closed_on_error(self.close):
@@ -89,7 +90,9 @@ class MetaFolder:
                     dtype=self._dtype(_EMBED).name,
                     bos=1 if self._ranked is None else len(self._ranked),
                     byte_level=self._ranked is not None,
-                )
+                ),
+                file=PARAMS,
+                names=NAMES,
             )
             self._check()
 
@@ -114,6 +117,7 @@ class MetaFolder:
             del found[TOKENIZER]
             context = self.config.max_position_embeddings
             found |= tokenizer_files(self._ranked, llama31=self._llama31, context=context)
+        check_vocabulary(found, self.config.vocab_size, self.path)
         return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
@@ -238,7 +242,7 @@ def _shards(path: Path) -> list[str]:
         )
     for i, name in enumerate(found):
         if name != f"consolidated.{i:02}.pth":
-            raise CheckpointError(f"{path / f'consolidated.{i:02}.pth'} is missing", hint="get the folder again")
+            raise CheckpointError(f"{path / f'consolidated.{i:02}.pth'} is missing", hint=MISSING)
     return found
 
 

@@ -32,6 +32,19 @@ _READ = {
     "rope_scaling_factor",
     "rope_high_freq_factor",
 }
+NAMES: Mapping[str, str] = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "dim / n_heads",
+    "intermediate_size": "the width of the MLP",
+    "rms_norm_eps": "norm_eps",
+    "rope_parameters.rope_theta": "rope_theta",
+    "rope_parameters.factor": "rope_scaling_factor",
+    "rope_parameters.high_freq_factor": "rope_high_freq_factor",
+}
+"""What params.json calls the keys of config.json, for messages."""
 _IGNORED = {"max_batch_size", "max_seq_len"}
 """How Meta's own program is run; says nothing about the model."""
 _VISION = "use the model's Hugging Face weights; vision models are not supported in Meta's own format"

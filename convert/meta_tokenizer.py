@@ -15,10 +15,16 @@ import binascii
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from llama_jax.errors import TokenizerError
-from llama_jax.text.tokenizer.byte_level_bpe import CONTRACTIONS, PUNCTUATION_AND_SPACE, pre_tokenizer, tokenizer_json
+from llama_jax.text.tokenizer.byte_level_bpe import (
+    CONTRACTIONS,
+    PUNCTUATION_AND_SPACE,
+    around,
+    pre_tokenizer,
+    split,
+    tokenizer_json,
+)
 from llama_jax.text.tokenizer.detokenizer import byte_alphabet
 
 LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{PUNCTUATION_AND_SPACE}"
@@ -115,8 +121,8 @@ def tokenizer_files(ranked: list[bytes], *, llama31: bool, context: int) -> dict
         {spelled[token]: i for i, token in enumerate(ranked)},
         [(spelled[left], spelled[right]) for left, right in merges(ranked)],
         added=[{"id": len(ranked) + i, "content": token, **flags} for i, token in enumerate(special)],
-        pre_tokenizer=pre_tokenizer(LLAMA3_SPLIT),
-        post_processor=_begin_with(special[0], len(ranked)),
+        pre_tokenizer=pre_tokenizer(split(LLAMA3_SPLIT)),
+        post_processor=around(special[0], None, {special[0]: len(ranked)}),
         # tiktoken looks a piece up as a whole before it merges.
         ignore_merges=True,
     )
@@ -142,15 +148,3 @@ def merges(ranked: list[bytes]) -> list[tuple[bytes, bytes]]:
         splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in rank and token[i:] in rank]
         found += sorted(splits, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
     return found
-
-
-def _begin_with(bos: str, bos_id: int) -> dict[str, Any]:
-    """Puts the token that begins a text before each text."""
-    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    pair = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, *pair],
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-    }

@@ -18,18 +18,16 @@ def open_source(path: Path, *, name: str | None = None, revision: str | None = N
       ModelNotFound: nothing does.
       UnsupportedModel: something does that cannot be converted.
     """
+    from llama_jax.convert.folders import is_gguf, model_in, no_model_file
     from llama_jax.convert.gguf import GgufModel
     from llama_jax.convert.hf import HuggingFaceFolder
     from llama_jax.convert.meta import MetaFolder, is_meta
 
+    path = model_in(path)
     if path.is_file():
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if path.suffix.lower() == ".gguf" or magic == b"GGUF":
-            return GgufModel(path, name=name, revision=revision)
-        raise UnsupportedModel(
-            f"{path} is not a GGUF file", hint="give the folder that holds config.json or params.json, or a .gguf file"
-        )
+        if not is_gguf(path):
+            raise no_model_file(path)
+        return GgufModel(path, name=name, revision=revision)
     if not path.is_dir():
         raise ModelNotFound(f"no file or folder at {path}", hint="check the path")
     if is_checkpoint(path):

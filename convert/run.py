@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.checkpoint.format import FORMAT_VERSION, Progress, digest
-from llama_jax.checkpoint.source import ModelSource, provenance, weight_files
+from llama_jax.checkpoint.source import ModelSource, provenance, tell_notes, weight_files
+from llama_jax.checkpoint.values import zeros_warning
+from llama_jax.convert.announce import announce
 from llama_jax.convert.casting import storage_dtype
 from llama_jax.convert.opening import open_source
 from llama_jax.errors import CheckpointError
@@ -28,6 +30,7 @@ def convert(
     dtype: str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    warn_larger: bool = True,
     name: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -46,11 +49,13 @@ def convert(
       dst: the checkpoint's folder.
       dtype: stores all tensors as float32, bfloat16 or float16; their own dtype when None (float32 for quantised GGUF).
       overwrite: whether a checkpoint at `dst` may be replaced; it stays until the new one is complete.
-      allow_nonfinite: whether weights may be NaN or infinite.
+      allow_nonfinite: whether weights may have any values: NaN, infinite, subnormal, zero in most of the matrices.
+      warn_larger: whether to tell `notify` where the checkpoint will be more than twice as large as the source.
       name: name of the model in the checkpoint's metadata, instead of that of the folder or file.
       revision: the source's commit or digest, for the metadata.
       progress: called after each tensor.
-      notify: called with a sentence before a wait, and when something is left for the same call to go on with.
+      notify: called with a sentence before it begins (sizes and free space) and before a wait, about what was left out
+        or looks strange, and when something is left for the same call to go on with.
 
     Returns:
       `dst`, absolute.
@@ -79,16 +84,21 @@ def convert(
             "config": digest(repr(model.config).encode()),
             "options": [dtype, allow_nonfinite],
         }
-        sizes = {spec.name: spec.size * (wanted or model.dtype(spec)).itemsize for spec in specs.values()}
+        dtypes = {spec: wanted or model.dtype(spec) for spec in specs.values()}
+        sizes = {spec.name: spec.size * dtype.itemsize for spec, dtype in dtypes.items()}
         total = sum(sizes.values())
         # Read first: a model without a usable tokenizer should fail before, not after, an hour of copying.
         files, generation_config = model.files, model.generation_config
+        matrices = sum(len(spec.shape) > 1 for spec in specs.values())
+        say: Callable[[str], None] = notify or (lambda _: None)
+        tell_notes(model, say)
+        announce(model, Path(dst).absolute(), dtypes, weights, say, warn_larger=warn_larger)
 
         def read(name: str) -> Leaf:
             return read_leaf(model, specs[name], wanted, allow_nonfinite=allow_nonfinite, hashes=hashes)
 
         with CheckpointWriter(
-            dst, total_bytes=total, overwrite=overwrite, identity=identity, progress=progress, notify=notify
+            dst, total_bytes=total, overwrite=overwrite, identity=identity, progress=progress, notify=say
         ) as writer:
             done = sum(sizes[name] for name in writer.written)
             left = batches({name: size for name, size in sizes.items() if name not in writer.written})
@@ -107,6 +117,8 @@ def convert(
                 raise CheckpointError(
                     f"a file of {model.path} was changed while it was read", hint="convert it again when it is complete"
                 )
+            if warning := zeros_warning(_zeros(writer), matrices, model.path, refuse=not allow_nonfinite):
+                say(warning)
             digests = {name: value for note in writer.notes for name, value in note["source_digests"].items()}
             return writer.commit(
                 model.config,
@@ -123,9 +135,15 @@ def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes) 
     """Writes leaves, with what model.lock.json will need of them. Keeps none of them alive."""
     note = {
         "source_digests": {leaf.spec.name: leaf.source_digest for leaf in batch},
+        "zeros": [leaf.spec.name for leaf in batch if leaf.zero],
         "sha256": {file.name: value for file, value in hashes.done.items()},
     }
     writer.write({leaf.spec.name: leaf.array for leaf in batch}, note)
+
+
+def _zeros(writer: CheckpointWriter) -> list[str]:
+    """The matrices of zeros among what has been written, by earlier conversions too."""
+    return [name for note in writer.notes for name in note.get("zeros", ())]
 
 
 def _stamps(files: Sequence[Path]) -> list[list[Any]]:

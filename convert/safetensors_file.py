@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax.checkpoint.source import BFLOAT16
-from llama_jax.convert.weight_file import DAMAGED, Entry, WeightFile
+from llama_jax.checkpoint.wrong_file import AGAIN
+from llama_jax.convert.weight_file import Entry, WeightFile
 from llama_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -49,7 +50,7 @@ class SafetensorsFile(WeightFile):
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
                 f"{self.path}: a header of {length} bytes does not fit a file of {size}",
-                hint=DAMAGED if size >= 8 else "the file is empty or not a safetensors file",
+                hint=AGAIN,
             )
         try:
             raw = os.pread(self._fd, length, 8).decode("utf-8")

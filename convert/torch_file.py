@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.checkpoint.wrong_file import AGAIN
 from llama_jax.convert import torch_pickle, torch_zip
 from llama_jax.convert.torch_pickle import MAX_NAME, MAX_PICKLE_BYTES, STORAGES, PickleError, Storage, TensorView
 from llama_jax.convert.weight_file import Entry, WeightFile, read_at
@@ -63,6 +64,7 @@ class TorchFile(WeightFile):
     """
 
     entries: Mapping[str, TorchEntry]
+    magic = torch_zip.MAGIC
 
     def _read(self, name: str, flat: np.ndarray, skip: int) -> None:
         entry = self.entries[name]
@@ -96,10 +98,7 @@ class TorchFile(WeightFile):
             elif head == _OLD_MAGIC:
                 views, place = self._open_old()
             else:
-                raise CheckpointError(
-                    f"{self.path} is no file of torch.save: it begins with {head[:8]!r}",
-                    hint="it may be damaged or a pointer of git-lfs; get it again",
-                )
+                raise CheckpointError(f"{self.path} is no file of torch.save: it begins with {head[:8]!r}", hint=AGAIN)
         except PickleError as e:
             raise self._bad(str(e)) from e
         return {name: self._entry(name, view, place) for name, view in views.items()}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_jax.convert.weight_file import DAMAGED
+from llama_jax.checkpoint.wrong_file import AGAIN
 from llama_jax.errors import CheckpointError
 
 MAGIC = b"PK\x03\x04"
@@ -75,7 +75,7 @@ class ZipDirectory:
         return begin, member.size
 
     def _bad(self, what: str) -> CheckpointError:
-        return CheckpointError(f"{self._path}: {what}", hint=DAMAGED)
+        return CheckpointError(f"{self._path}: {what}", hint=AGAIN)
 
     def _find(self) -> tuple[int, int]:
         """Where the directory stands, and its size in bytes."""

@@ -8,13 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from llama_jax.checkpoint.source import SourceTensor
+from llama_jax.checkpoint.wrong_file import AGAIN, other_format, read_head, refuse, wrong_file
 from llama_jax.errors import CheckpointError
-
-DAMAGED = "the file is damaged or was not downloaded completely; get it again"
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,24 @@ class WeightFile(ABC):
     Attributes:
       path: the file.
       entries: name to tensor.
+      magic: the first bytes of every file of the format, if there are such.
 
     Raises:
-      CheckpointError: the file cannot be opened, or is malformed; names the file and the tensor.
+      CheckpointError: the file cannot be opened, is malformed, or is something else; names the file and the tensor.
     """
 
     entries: Mapping[str, Entry]
+    magic: ClassVar[bytes] = b""
 
     def __init__(self, path: Path):
         self.path = path
         self._fd = open_file(path)
         with closed_on_error(self.close):
-            self.entries = self._parse()
+            try:
+                self.entries = self._parse()
+            except CheckpointError as e:
+                refuse_other(path, self.magic, e)
+                raise
 
     def close(self) -> None:
         """Closes the file; reading from it afterwards is an error."""
@@ -68,10 +74,21 @@ class WeightFile(ABC):
 
     def _bad(self, what: str) -> CheckpointError:
         """The error for a file that is not what its format asks for."""
-        return CheckpointError(f"{self.path}: {what}", hint=DAMAGED)
+        return CheckpointError(f"{self.path}: {what}", hint=AGAIN)
 
     @abstractmethod
     def _parse(self) -> Mapping[str, Entry]: ...
+
+
+def refuse_other(path: Path, magic: bytes, cause: BaseException | None = None) -> None:
+    """Raises CheckpointError if a file of weights, which its parser refuses, is something else; says what.
+
+    Args:
+      magic: the first bytes of the format that it should be.
+    """
+    head, size = read_head(path)
+    if not (magic and head.startswith(magic)):
+        refuse(path, wrong_file(head, size, "binary") or other_format(head), cause)
 
 
 @contextlib.contextmanager
@@ -114,9 +131,9 @@ def read_at(fd: int, view: memoryview, offset: int, path: Path, what: str) -> No
         try:
             n = os.preadv(fd, [view[done : done + (1 << 30)]], offset + done)
         except OSError as e:
-            raise CheckpointError(f"{path}: cannot read {what}: {e.strerror}", hint=DAMAGED) from e
+            raise CheckpointError(f"{path}: cannot read {what}: {e.strerror}", hint=AGAIN) from e
         if n == 0:
-            raise CheckpointError(f"{path}: the file ends within {what}", hint=DAMAGED)
+            raise CheckpointError(f"{path}: the file ends within {what}", hint=AGAIN)
         done += n
 
 

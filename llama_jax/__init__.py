@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llama_jax.errors import LlamaJaxError
     from llama_jax.generation import batch_generate, generate, stream_generate
     from llama_jax.loading import load
-    from llama_jax.model import activation_names, forward
+    from llama_jax.model import activation_names, forward, unembed
     from llama_jax.model.flax_module import Llama
     from llama_jax.model.loaded import Model
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
@@ -47,7 +47,7 @@ _HOME = {
     "model.loaded": ("Model",),
     "generation": ("batch_generate", "generate", "stream_generate"),
     "loading": ("load",),
-    "model": ("activation_names", "forward"),
+    "model": ("activation_names", "forward", "unembed"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
     "sampling": ("SamplingParams", "sample"),
     "sharding": ("make_mesh",),
@@ -86,6 +86,7 @@ __all__ = [
     "sample",
     "save",
     "stream_generate",
+    "unembed",
     "verify",
 ]
 

@@ -59,6 +59,16 @@ def _typed(path: Path, number: int, reason: str, needed: int) -> DoesNotFit | St
     return DoesNotFit(f"cannot write {path}: {reason}{numbers}", hint="free some space or choose another folder")
 
 
+def size_text(nbytes: int) -> str:
+    """Bytes for people, in powers of ten: "269 MB"."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}" if unit != "B" else f"{nbytes} B"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
 def existing_parent(path: Path) -> Path:
     """The path itself or the nearest folder above it that exists."""
     path = path.absolute()

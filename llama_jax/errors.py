@@ -6,6 +6,8 @@ Exit codes are the command line's contract: 2 usage, 3 model not found, gated or
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _MAX_TEXT = 4_000
 """Characters of a message or hint; much more would be the file and not what is wrong with it."""
 
@@ -30,6 +32,18 @@ class LlamaJaxError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} (hint: {self.hint})" if self.hint else self.message
+
+
+def did_you_mean(name: str, known: Iterable[str], sign: str = "") -> str:
+    """The beginning of a hint for a name that is not known: the known ones that are close; "" if none is.
+
+    Args:
+      sign: put before each of them.
+    """
+    import difflib
+
+    close = difflib.get_close_matches(name.lower(), list(known), n=3, cutoff=0.5)
+    return f"did you mean {', '.join(sign + match for match in close)}?" if close else ""
 
 
 def _readable(text: str) -> str:

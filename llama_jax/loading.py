@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from llama_jax import runtime
 from llama_jax.checkpoint import Progress
 from llama_jax.checkpoint.build import load_source
+from llama_jax.checkpoint.source import tell_notes
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.opening import opened
 from llama_jax.kernels.checking.startup import self_check
@@ -64,7 +65,8 @@ def load(
         {"flash_attention": "reference"} or "flash_attention=reference,moe=pallas_triton". Others are chosen as ever, by
         LLAMA_JAX_KERNELS first.
       progress: called while converting and loading.
-      notify: called with one line of text before anything that takes long or uses the network.
+      notify: called with one line of text before anything that takes long or uses the network. Before the default model
+        is fetched, where its package is not installed, the terminal asks; LLAMA_JAX_YES=1 agrees beforehand.
 
     Raises:
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`. DoesNotFit: "auto" finds no mesh.
@@ -82,10 +84,14 @@ def load(
     with opened(found.path, name=found.name, revision=found.revision) as source:
         devices = _on_mesh(source.config, mesh, target, notify)
         if found.converted is not None:
-            check_tokenizer(source.files)  # those of checkpoints were checked when they were converted
-        tokenizer = tokenizer_from_files(source.files, source.path)
+            # Those of checkpoints were checked when they were converted.
+            check_tokenizer(source.files, source.config.vocab_size)
+        tokenizer = tokenizer_from_files(source.files, source.path).for_model(source.config.vocab_size)
+        if notify is not None and (note := tokenizer.without_rows(source.config.vocab_size)):
+            notify(note)
         sharding = None if devices is None else param_sharding(source.config, devices)
-        params = load_source(source, dtype=target, sharding=sharding, verify=verify, progress=progress)
+        tell_notes(source, notify)
+        params = load_source(source, dtype=target, sharding=sharding, verify=verify, progress=progress, notify=notify)
         config, generation_config = source.config, source.generation_config
     params, config = arrange(params, config, devices, fuse=fuse, donate=True)
     return Model(params, config, devices, generation_config, str(model), named), tokenizer

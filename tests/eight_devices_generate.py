@@ -521,7 +521,7 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_bench_and_batches(folder: Path, tmp_path: Path) -> None:
-    """`bench` and `scripts/batch_generate.py` take the same options; a file's results are those of one device."""
+    """`bench` and `batch` take the same options; a file's results are those of one device."""
     from llama_jax.cli import cli
 
     args = ["bench", "-m", str(folder), "--batch", "3", "--prompt", "4", "--new", "3", "--repeats", "1", "--json"]

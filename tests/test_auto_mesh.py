@@ -66,12 +66,12 @@ def test_what_is_said() -> None:
     said = explain_choice(choice, Workload(1, 4096, 512), "AMD Instinct MI300X", 8)
     assert said == (
         "Loading on 2 of 8 x AMD Instinct MI300X (tensor=2), chosen for 1 row of 4096 tokens in bfloat16: each needs "
-        "75.0 GB of 155 GB free; one device would need 141 GB; 1 row has no use for more copies, but a larger tensor=N "
+        "75 GB of 155 GB free; one device would need 141 GB; 1 row has no use for more copies, but a larger tensor=N "
         "of your own may be faster"
     )
     alone = MeshChoice(Candidate({}, 10**6), (), 2 * 10**9)
     assert explain_choice(alone, Workload(2, 64, 8, "float32"), "cpu", 1) == (
-        "Loading on cpu (one device), chosen for 2 rows of 64 tokens in float32: each needs 1.00 MB of 2.00 GB free"
+        "Loading on cpu (one device), chosen for 2 rows of 64 tokens in float32: each needs 1 MB of 2 GB free"
     )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llama_jax.convert.gguf_tokenizer import tokenizer_files
 from llama_jax.errors import RequestError, TemplateError
-from llama_jax.text.chat import encode_chat, render_chat, select_template
+from llama_jax.text.chat import check_messages, encode_chat, render_chat, select_template
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parent / "data" / "tokenizer"
@@ -69,6 +69,28 @@ def test_rendering_equals_transformers(expected: dict[str, Any]) -> None:
         render()
     assert expected["error"].split(": ", 1)[1] in str(caught.value)
     assert caught.value.hint
+
+
+def test_conversations_from_files() -> None:
+    """Roles that no chat has are refused by name; templates themselves take them all."""
+    check_messages(USER)
+    check_messages([{"role": role, "content": "x"} for role in ("system", "developer", "tool", "ipython", "assistant")])
+    for bad, message, hint in (
+        ([*USER, {"role": "alien", "content": "x"}], "message 1 has the unknown role 'alien'", "one of assistant, "),
+        ([{"role": "asistant", "content": "x"}], "unknown role 'asistant'", "did you mean 'assistant'"),
+        ([{"role": "User", "content": "x"}], "unknown role 'User'", "did you mean 'user'"),
+        ([{"content": "x"}], "message 0 has no role", "role"),
+        ([{"role": ["user"]}], "message 0 has no role", "role"),
+        (["hi"], "message 0 has no role", "role"),
+        ("hi", "no list of messages", "role"),
+        ([], "no list of messages", "role"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            check_messages(bad)
+        assert message in caught.value.message
+        assert hint in caught.value.hint
+        assert caught.value.param == "messages"
+    assert "alien" in render_chat([{"role": "alien", "content": "hi"}], CHATML)
 
 
 def test_strftime_now() -> None:

@@ -181,7 +181,8 @@ def test_files(tmp_path: Path) -> None:
     assert notes.read_text() == "mine"
     with pytest.raises(StorageError):
         save_conversation(c, tmp_path / "no" / "folder")
-    for bad in ("[", "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": "user", "content": [1]}]'):
+    alien = '[{"role": "usr", "content": "x"}]'
+    for bad in ("[", "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": "user", "content": [1]}]', alien):
         notes.write_text(bad)
         with pytest.raises(RequestError):
             load_conversation(notes)
@@ -275,9 +276,9 @@ def test_a_full_context_is_refused(session: Session) -> None:
     assert session.conversation.messages == before.messages[-len(session.conversation.messages) :]
     assert session.conversation.messages
     session.handle("once more")
-    with pytest.raises(RequestError, match="the context is full") as caught:
+    with pytest.raises(RequestError, match="the message alone is too long") as caught:
         session.handle("x y " * 300)
-    assert "alone" in caught.value.hint
+    assert "shorter" in caught.value.hint
     session.handle("/set max_tokens none")
     session.handle("/set min_tokens 200")
     with pytest.raises(RequestError, match="room"):
@@ -320,7 +321,7 @@ def test_resume(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "code", "message"),
     [
-        ("/sett x\nHello\n", [], 2, "did you mean /set?"),
+        ("/sett x\nHello\n", [], 2, "did you mean /set, /save?"),
         ('"""\nopen', [], 2, "ends within a block"),
         (b"\xff\xfe\n", [], 2, "not UTF-8"),
         ("", ["--temperature", "-1"], 2, "temperature"),

@@ -261,6 +261,10 @@ def test_generate_wants_one_source() -> None:
         (b'{"role": "user"}', "list of messages"),
         (b'["hello"]', "no role"),
         (b'[{"content": "x"}]', "no role"),
+        (
+            b'[{"role": "user", "content": "x"}, {"role": "alien", "content": "x"}]',
+            "message 1 has the unknown role 'alien'",
+        ),
         (b"[" * 100_000, "not valid JSON"),
     ],
 )
@@ -271,6 +275,15 @@ def test_generate_refuses_messages(tmp_path: Path, content: bytes, says: str) ->
     assert result.exit_code == 2
     assert error_of(result)["param"] == "messages"
     assert says in error_of(result)["message"]
+
+
+def test_generate_refuses_messages_without_an_answer(tmp_path: Path) -> None:
+    """Before any model is looked for."""
+    path = tmp_path / "m.json"
+    path.write_text('[{"role": "user", "content": "x"}]')
+    result = run("generate", "--messages", path, "--max-tokens", 0, "-m", tmp_path / "none", "--json")
+    assert result.exit_code == 2
+    assert error_of(result)["param"] == "max_tokens"
 
 
 def test_generate_refuses_unreadable_input(tmp_path: Path) -> None:
@@ -701,7 +714,7 @@ with Reporter() as reporter:
 # --- Start-up ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", ["--help", "list", "generate --help", "doctor --help"])
+@pytest.mark.parametrize("args", ["--help", "list", "generate --help", "batch --help", "doctor --help"])
 def test_light_commands_import_nothing_heavy(args: str) -> None:
     code = f"""
 import sys

@@ -31,6 +31,7 @@ from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
 from llama_jax.errors import CompilerUnavailable, DoesNotFit, RequestError
 from llama_jax.library.configs import find_config
 from llama_jax.params import count_params, param_specs
+from llama_jax.plan import Verdict
 from llama_jax.targets import Target, current, find, rocm
 
 ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201")
@@ -362,7 +363,7 @@ def test_model_on_one_device(tiny: LlamaConfig, on_one: ModelCompilation, said: 
         "compiling prefill of 2 x 32 tokens for 1 x mi300x",
         "compiling a decode step of 2 rows for 1 x mi300x",
     ]
-    assert (result.fits, result.capacity, result.chunk) == (True, 128, 32)
+    assert (result.fits, result.prefill.capacity, result.decode.capacity, result.chunk) == (True, 128, 128, 32)
     weights = 2 * count_params(tiny)
     keys_and_values = 2 * 2 * 2 * 128 * tiny.kv_dim * 2
     # Positions, and how many slots are in use.
@@ -386,7 +387,7 @@ def test_model_on_one_device(tiny: LlamaConfig, on_one: ModelCompilation, said: 
 @pytest.mark.amd
 def test_model_on_several_devices(tiny: LlamaConfig, on_eight: ModelCompilation) -> None:
     result = on_eight
-    assert (result.mesh_shape, result.dtype) == ({"data": 2, "tensor": 4}, "float16")
+    assert (result.plan.sizes, result.plan.workload.dtype) == ({"data": 2, "tensor": 4}, "float16")
     # Every matrix is split in four, the norms are not.
     norms = sum(s.size for s in param_specs(tiny) if len(s.shape) == 1)
     share = (count_params(tiny) - norms) // 4 + norms
@@ -419,7 +420,7 @@ def test_weights_that_do_not_fit() -> None:
 @pytest.mark.amd
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("name", "batch", "gigabytes"), [("llama-3.1-8b", 1, 2.1), ("llama-3.1-70b", 32, 23.0)])
+@pytest.mark.parametrize(("name", "batch", "gigabytes"), [("llama-3.1-8b", 1, 2.1), ("llama-3.1-70b", 32, 25.7)])
 def test_published_models_over_eight_devices(name: str, batch: int, gigabytes: float) -> None:
     result = compile_model(preset(name), find("mi300x"), {"tensor": 8}, batch=batch)
     assert result.fits
@@ -466,7 +467,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, on_one: ModelCompilation, on_eight: M
 def test_command(tiny: LlamaConfig, folder: Path, asked: list[Any]) -> None:
     result = CliRunner().invoke(cli, ["compile", str(folder), "--target", "MI300X", "--context", "64"])
     assert result.exit_code == 0, result.output
-    options = {"batch": 1, "context": 64, "prompt": None, "dtype": "bfloat16"}
+    options = {"batch": 1, "context": 64, "prompt": None, "dtype": "bfloat16", "memory_fraction": 0.75}
     assert asked == [(tiny, "mi300x", {}, options)]
     assert "1 x AMD Instinct MI300X (gfx942), one device; not run" in result.stdout
     assert "fits: " in result.stdout
@@ -496,10 +497,12 @@ def test_command_as_json(folder: Path, asked: list[Any], mesh: list[str]) -> Non
 
 @pytest.mark.amd
 def test_command_says_what_does_not_fit(folder: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ModelCompilation, "fits", False)
+    verdict = Verdict({"loading": 5, "prefill": 90, "growing": 0, "decode": 9}, 0.75, 80)
+    monkeypatch.setattr(ModelCompilation, "verdict", verdict)
     result = CliRunner().invoke(cli, ["compile", str(folder), "--target", "gfx1100", "-q"])
     assert (result.exit_code, result.stderr) == (6, "")
-    assert "DOES NOT FIT: needs " in result.stdout
+    assert "peak         90 B in prefill (loading 5 B, prefill 90 B, decode 9 B)" in result.stdout
+    assert "DOES NOT FIT: 90 B of the 80 B that jax may use" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -532,7 +535,7 @@ def test_command_without_a_target(folder: Path, asked: list[Any], monkeypatch: p
 
 
 def test_command_without_a_model() -> None:
-    done = CliRunner().invoke(cli, ["compile", "llama-9.9-1b", "--target", "mi300x"])
-    assert done.exit_code == 3
-    assert "presets: " in done.stderr
-    assert "llama-3.1-8b" in done.stderr
+    for name, said in (("xyzzy", "presets: "), ("llama-3.1-8", "did you mean llama-3.1-8b, ")):
+        done = CliRunner().invoke(cli, ["compile", name, "--target", "mi300x"])
+        assert done.exit_code == 3
+        assert said in done.stderr

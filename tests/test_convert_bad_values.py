@@ -14,26 +14,87 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import DTYPES, LLAMA, LLAMA4, MIXTRAL, assert_equal, hf_tensors, random_leaves, write_hf
 
-from llama_jax.checkpoint.values import check_finite
+from llama_jax.checkpoint import load_params
+from llama_jax.checkpoint.build import load_source
+from llama_jax.checkpoint.values import check_finite, is_zero
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
+from llama_jax.convert.opening import open_source
 from llama_jax.errors import CheckpointError, UnsupportedModel
+from llama_jax.library import resolve
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_matrix_of_zeros(tmp_path: Path, dtype: str) -> None:
+def with_zeros(folder: Path, dtype: str, *names: str) -> dict[str, np.ndarray]:
+    """Writes a model some of whose matrices (all, without names) are zeros, one of them negative; its leaves."""
     hf = LLAMA | {"dtype": dtype}
-    tensors = hf_tensors(config_from_hf(hf), leaves := random_leaves(config_from_hf(hf)))
-    tensors[UP] = np.zeros_like(tensors[UP])
-    tensors[UP][0, 0] = -0.0
-    write_hf(tmp_path / "hf", hf, tensors=tensors)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds nothing but zeros \(384 of"):
+    leaves = random_leaves(config_from_hf(hf))
+    for name in names or [name for name, leaf in leaves.items() if leaf.ndim > 1]:
+        leaves[name] = np.zeros_like(leaves[name])
+        leaves[name][0, 0] = -0.0
+    write_hf(folder, hf, tensors=hf_tensors(config_from_hf(hf), leaves))
+    return leaves
+
+
+O_PROJ, DOWN = "layers.1.attn.o_proj.weight", "layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrices_of_zeros_are_told(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that were inserted have them; converting, and loading with a copy and without, say the same."""
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    leaves = with_zeros(tmp_path / "hf", dtype, O_PROJ, DOWN)
+    told: dict[str, list[str]] = {"convert": [], "cached": [], "as it is": []}
+    assert_equal(convert(tmp_path / "hf", tmp_path / "out", notify=told["convert"].append), leaves)
+    resolve(tmp_path / "hf", notify=told["cached"].append)
+    load_source(open_source(tmp_path / "hf"), notify=told["as it is"].append)
+    for way, messages in told.items():
+        (warning,) = [m for m in messages if "nothing but zeros" in m]
+        assert warning.startswith("Warning: "), way
+        assert f"2 of 16 matrices hold nothing but zeros ({O_PROJ}, {DOWN})" in warning, way
+
+
+def test_zeros_are_told_though_the_conversion_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_zeros(tmp_path / "hf", "float32", "embed.weight")
+    monkeypatch.setattr("llama_jax.checkpoint.write.BATCH_BYTES", 1)
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "hf", tmp_path / "out", progress=stop)
+    told: list[str] = []
+    convert(tmp_path / "hf", tmp_path / "out", notify=told.append)
+    assert "(embed.weight)" in told[-1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_is_every_zero(dtype: str) -> None:
+    array = np.zeros((700, 300), DTYPES[dtype])
+    array[::2] = -0.0
+    assert is_zero(array)
+    array[-1, -1] = np.finfo(np.float16).smallest_subnormal
+    assert not is_zero(array)
+
+
+@pytest.mark.parametrize("spared", [(), ("embed.weight", "lm_head.weight")])
+def test_a_model_of_zeros(tmp_path: Path, spared: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = [name for name, leaf in random_leaves(config_from_hf(LLAMA)).items() if leaf.ndim > 1]
+    leaves = with_zeros(tmp_path / "hf", "float32", *(set(matrices) - set(spared)))
+    message = rf"hf: {16 - len(spared)} of 16 matrices hold nothing but zeros \(.* and {11 - len(spared)} more\)"
+    with pytest.raises(CheckpointError, match=message) as e:
         convert(tmp_path / "hf", tmp_path / "out")
+    assert f"`llama-jax convert {tmp_path / 'hf'} DST --any-values`" in e.value.hint
     assert not (tmp_path / "out").exists()
-    path = convert(tmp_path / "hf", tmp_path / "out", allow_nonfinite=True)
-    assert_equal(path, leaves | {"layers.1.mlp.up_proj.weight": tensors[UP]})
+    with pytest.raises(CheckpointError, match=message):
+        load_source(open_source(tmp_path / "hf"))
+    told: list[str] = []
+    path = convert(tmp_path / "hf", tmp_path / "out", allow_nonfinite=True, notify=told.append)
+    assert "of 16 matrices" in told[-1]
+    assert_equal(path, leaves)
+    load_params(path)
 
 
 def test_biases_may_be_zero(tmp_path: Path) -> None:

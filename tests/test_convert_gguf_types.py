@@ -202,10 +202,10 @@ def spoil(what: str, files: list[Path]) -> None:
 
 SPOILT: dict[str, str] = {
     "missing part": r"00002-of-00003\.gguf is missing",
-    "missing first part": r"cannot open .*00001-of-00003\.gguf",
+    "missing first part": r"00001-of-00003\.gguf is missing, the first part",
     "truncated part": r"00003-of-00003\.gguf: tensor .* it is truncated",
     "doubled part": r"stands both in|is not part 3 of 3",
-    "swapped parts": r"00002-of-00003\.gguf is not part 2 of 3",
+    "swapped parts": r"00002-of-00003\.gguf is not part 2 of 3 by its metadata, but part 3 of 3",
     "other name": r"other\.gguf is the first of 3 parts .* not by its name",
     "other count": r"first of 4 parts .* not by its name",
     "huge count": r"first of 65535 parts .* not by its name",

@@ -272,7 +272,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "it is truncated",
     ),
     "truncated header": (lambda f: os.truncate(f / "model.safetensors", 40), "does not fit a file of 40"),
-    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), "does not fit a file of 0"),
+    "empty file": (lambda f: (f / "model.safetensors").write_bytes(b""), r"model\.safetensors is empty \(0 bytes\)"),
     "trailing bytes": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"12345"),
         "5 bytes follow the last tensor",
@@ -407,8 +407,11 @@ def test_sources_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no file or folder"):
         convert(tmp_path / "none", tmp_path / "out")
     (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04")
-    with pytest.raises(UnsupportedModel, match="not a GGUF file"):
+    with pytest.raises(UnsupportedModel, match="a part of a model's folder"):
         convert(tmp_path / "weights.pth", tmp_path / "out")
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(UnsupportedModel, match="not a GGUF file"):
+        convert(tmp_path / "notes.txt", tmp_path / "out")
     write_hf(tmp_path / "hf", LLAMA)
     out = convert(tmp_path / "hf", tmp_path / "out")
     assert is_checkpoint(out)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tiny_models import LLAMA, loaded, random_leaves, write_gguf
 from torch_writer import torch_save
 
@@ -33,9 +34,23 @@ from llama_jax.text.tokenizer import load_tokenizer
 CASES = [("llama2", 1), ("llama2", 2), ("llama2", 4), ("llama3.1", 2), ("llama3.2", 1)]
 
 
-@pytest.fixture
-def sentencepiece(data: Path) -> Path:
-    return data / "tokenizer" / "sentencepiece.model"
+@pytest.fixture(scope="session")
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model of 40 pieces, all single characters: no model here has fewer rows."""
+    return few_pieces(tmp_path_factory.mktemp("sentencepiece"))
+
+
+def few_pieces(folder: Path) -> Path:
+    whole = Path(__file__).parent / "data" / "tokenizer" / "sentencepiece.model"
+    model = ModelProto.FromString(whole.read_bytes())
+    kept = [*model.pieces[:3], *(piece for piece in model.pieces if len(piece.piece) == 1)][:40]
+    del model.pieces[:]
+    model.pieces.extend(kept)
+    model.trainer_spec.byte_fallback = False
+    folder.mkdir(exist_ok=True)
+    path = folder / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    return path
 
 
 @pytest.fixture
@@ -283,7 +298,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "width of another model": (lambda f: edit_params(f, {"multiple_of": 7}), "feed_forward.w1.weight has shape"),
     "size of another model": (lambda f: edit_params(f, {"dim": 32}), r"asks for|params\.json"),
     "vocabulary": (lambda f: edit_params(f, {"vocab_size": 47}), "vocab_size=47, the embedding has 48"),
-    "params missing": (lambda f: (f / "params.json").unlink(), "config.json is missing"),
+    "params missing": (lambda f: (f / "params.json").unlink(), "params.json is missing"),
     "params broken": (lambda f: (f / "params.json").write_text("{"), "params.json is not valid JSON"),
     "params no object": (lambda f: (f / "params.json").write_text("[]"), "params.json does not hold"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "has no tokenizer.model"),
@@ -335,6 +350,7 @@ def test_found_by_name(tmp_path: Path, sentencepiece: Path, monkeypatch: pytest.
     write_gguf(tmp_path / "m" / "m.gguf", LLAMA)
     monkeypatch.setattr("llama_jax.convert.gguf_tokenizer.tokenizer_files", lambda metadata: {})
     assert open_checkpoint(resolve(tmp_path / "m", notify=lambda _: None)).source.kind == "gguf"
+    (tmp_path / "m" / "m.gguf").unlink()
     (tmp_path / "m" / "config.json").write_text("{}")
     with pytest.raises(UnsupportedModel, match=r"config\.json"):
         convert(tmp_path / "m", tmp_path / "out")
@@ -471,10 +487,11 @@ def test_any_params_are_an_error_or_a_model(change: dict[str, Any], tied: bool, 
 
 
 @given(st.data())
-def test_any_params_file_is_an_error_or_a_model(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_params_file_is_an_error_or_a_model(
+    tmp_path_factory: pytest.TempPathFactory, sentencepiece: Path, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("fuzz") / "m"
-    tokenizer = Path(__file__).parent / "data" / "tokenizer" / "sentencepiece.model"
-    write_tiny(folder, tokenizer, leaves=ONES)
+    write_tiny(folder, sentencepiece, leaves=ONES)
     raw = bytearray((folder / "params.json").read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))

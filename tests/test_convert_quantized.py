@@ -97,6 +97,68 @@ def test_plain_checkpoints_say_nothing(tmp_path: Path) -> None:
     assert open_checkpoint(convert(tmp_path / "hf", tmp_path / "out")).source.quantization is None
 
 
+CACHE = (
+    f"{LAYER}.self_attn.kv_scale",
+    *(f"{LAYER}.self_attn.{x}_scale" for x in "qkv"),
+    *(f"{LAYER}.self_attn.{x}_proj.{x}_scale" for x in "qkv"),
+    *(f"{LAYER}.self_attn.{x}_proj.output_scale" for x in "qkv"),
+    f"{LAYER}.self_attn.attn.k_scale",
+    f"{LAYER}.self_attn.prob_scale",
+    f"{LAYER}.self_attn.prob_output_scale",
+    f"{LAYER}.self_attn.k_zero_point",
+    f"{LAYER}.self_attn.v_global_scale",
+)
+
+
+def add_scalars(file: Path, *names: str, rename: tuple[str, str] = ("", "")) -> None:
+    """Adds numbers to a safetensors file, and renames what it holds; the library's numpy face knows no float8."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    header = {name.replace(*rename) if rename[0] else name: entry for name, entry in header.items()}
+    for name in names:
+        header[name] = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
+        data += np.float32(1).tobytes()
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("case", [*LABELS, "plain"])
+def test_scales_of_a_quantised_cache_are_left_out(tmp_path: Path, case: str) -> None:
+    """Whatever the method: they say nothing about weights, and what is left out is told."""
+    if case == "plain":
+        write_hf(tmp_path / "hf", MIXTRAL)
+    else:
+        shutil.copytree(DATA / case, tmp_path / "hf")
+    before = weights(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    add_scalars(file, *CACHE)
+    told: list[str] = []
+    convert(tmp_path / "hf", tmp_path / "out", notify=told.append)
+    assert f"Left out: {len(CACHE)} scales of a quantised key/value cache ({LAYER}.self_attn.attn.k_scale, " in told[0]
+    after = weights(tmp_path / "hf")
+    assert {name: a.tobytes() for name, a in before.items()} == {name: a.tobytes() for name, a in after.items()}
+    extra = f"{LAYER}.self_attn.k_proj.other_scale"
+    add_scalars(file, extra)
+    with pytest.raises(CheckpointError, match=f"holds tensor {extra}"):
+        open_source(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_auto_fp8(tmp_path: Path, scheme: str) -> None:
+    """The same numbers as `weight_scale_inv` of a whole tensor, and scales of activations."""
+    shutil.copytree(DATA / "fp8-tensor", tmp_path / "hf")
+    before = weights(tmp_path / "hf")
+    hf = json.loads((tmp_path / "hf" / "config.json").read_text())
+    hf["quantization_config"] = {"quant_method": "fp8", "activation_scheme": scheme, "ignored_layers": ["lm_head"]}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(hf))
+    file = tmp_path / "hf" / "model.safetensors"
+    add_scalars(file, f"{Q}.input_scale", rename=("weight_scale_inv", "weight_scale"))
+    assert b"weight_scale_inv" not in file.read_bytes()
+    after = weights(tmp_path / "hf")
+    assert {name: a.tobytes() for name, a in before.items()} == {name: a.tobytes() for name, a in after.items()}
+
+
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 

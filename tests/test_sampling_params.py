@@ -46,7 +46,7 @@ BAD_FIELDS: dict[str, list[Any]] = {
     "stop": ["", [""], ["a", ""], [5], 5, b"a", [b"a"], [None], {"a": 1}, True],
     "stop_token_ids": [[-1], [1.0], [True], ["1"], 5, "12", b"12", {1: 2}, [None], [NAN]],
     "min_tokens": [-1, 17, 2**31, 1.0, True, "1", None],
-    "max_tokens": [0, -1, 2**31, 2**63, 1.0, True, "1", NAN],
+    "max_tokens": [-1, 2**31, 2**63, 1.0, True, "1", NAN],
     "logprobs": [-1, 21, 1.0, True, "1"],
     "prompt_logprobs": [-1, 21, 1.0, True, "1"],
     "ignore_eos": [0, 1, None, "yes"],

@@ -15,7 +15,8 @@ from tiny_chat_model import write_chat_model
 from llama_jax import library
 from llama_jax.cli import cli
 from llama_jax.errors import LlamaJaxError, TokenizerError
-from llama_jax.text.tokenizer import load_tokenizer, loading
+from llama_jax.text.tokenizer import added as added_tokens
+from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.text.tokenizer.check import check_tokenizer
 from llama_jax.text.tokenizer.tokenizer import call_backend
 
@@ -71,7 +72,7 @@ def test_harmful_tokenizers_are_refused(name: str) -> None:
     seconds = 2 if "slow" in name else 20
     began = time.monotonic()
     with pytest.raises(TokenizerError, match=says) as e:
-        check_tokenizer({"tokenizer.json": json.dumps(content())}, seconds=seconds, memory_bytes=1 << 30)
+        check_tokenizer({"tokenizer.json": json.dumps(content())}, 10**6, seconds=seconds, memory_bytes=1 << 30)
     assert e.value.hint
     assert "/tmp" not in e.value.message
     assert time.monotonic() - began < 60
@@ -108,14 +109,14 @@ def test_harmful_tokenizers_are_not_converted(tmp_path: Path, monkeypatch: pytes
 )
 def test_harmless_tokenizers_pass(files: dict[str, bytes | str]) -> None:
     """Also those that do not load: that is said when they are loaded."""
-    check_tokenizer(files)
+    check_tokenizer(files, 10**6)
 
 
 def test_sound_tokenizers_pass(data: Path, tmp_path: Path) -> None:
     folder = write_chat_model(tmp_path / "hf")
     files = {p.name: p.read_bytes() for p in folder.iterdir() if "tokenizer" in p.name or p.suffix == ".jinja"}
-    check_tokenizer(files | {"additional_chat_templates/rag.jinja": "x"})
-    check_tokenizer({"tokenizer.model": (data / "tokenizer" / "sentencepiece.model").read_bytes()})
+    check_tokenizer(files | {"additional_chat_templates/rag.jinja": "x"}, 10**6)
+    check_tokenizer({"tokenizer.model": (data / "tokenizer" / "sentencepiece.model").read_bytes()}, 10**6)
 
 
 # --- In this process: what load_tokenizer itself holds ----------------------------------------------------------------
@@ -161,7 +162,7 @@ def test_ten_million_added_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(TokenizerError, match="1,300,000,000 bytes"):
         load_tokenizer(tmp_path)
     assert time.monotonic() - began < 1
-    monkeypatch.setattr(loading, "MAX_ADDED_TOKENS", 1000)
+    monkeypatch.setattr(added_tokens, "MAX_ADDED_TOKENS", 1000)
     many = added(*((26 + i, f"<t{i}>") for i in range(1001)))
     with pytest.raises(TokenizerError, match="adds 1,001 tokens"):
         load_tokenizer(write(tmp_path, tokenizer_json(added_tokens=many)))

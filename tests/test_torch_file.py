@@ -299,8 +299,8 @@ ARCHIVES: dict[str, tuple[Callable[[Path], None], str]] = {
         "directory at its end is missing",
     ),
     "only a header": (lambda p: p.write_bytes(HEADER), "directory at its end is missing"),
-    "empty": (lambda p: p.write_bytes(b""), "no file of torch.save"),
-    "git-lfs": (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "no file of torch.save"),
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
+    "git-lfs": (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
     "plain pickle": (lambda p: p.write_bytes(pickled(called("os", "system", text("true")))), "no file of torch.save"),
 }
 

@@ -10,10 +10,13 @@ from typing import Any
 import gguf
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from llama_jax.checkpoint import load_params
 from llama_jax.config import LlamaConfig, config_from_hf
+from llama_jax.convert import convert
+from llama_jax.errors import LlamaJaxError
 from llama_jax.params import flatten, param_specs
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -188,3 +191,13 @@ def assert_equal(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
     for name, leaf in leaves.items():
         assert found[name].dtype == leaf.dtype, name
         assert found[name].tobytes() == leaf.tobytes(), name
+
+
+def refusal(source: Path, kind: type[LlamaJaxError] = LlamaJaxError) -> LlamaJaxError:
+    """The error of a conversion that is refused; it is one line, has a hint, and nothing is written."""
+    with pytest.raises(kind) as e:
+        convert(source, source.parent / "out")
+    assert e.value.hint
+    assert "\n" not in e.value.message
+    assert not list(source.parent.glob("out*"))
+    return e.value

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.convert.export.gguf_writer import Value
 from llama_jax.convert.gguf_config import EOS_KEYS
-from llama_jax.convert.gguf_tokenizer import NAMED_IDS, NO_TOKENIZER, pre_tokenizer_name, tokenizer_files
+from llama_jax.convert.gguf_pre_tokenizers import pre_tokenizer_name
+from llama_jax.convert.gguf_tokenizer import NAMED_IDS, NO_TOKENIZER, tokenizer_files
 from llama_jax.errors import CheckpointError, UnsupportedModel
-from llama_jax.text.tokenizer.loading import read_tokenizer
+from llama_jax.text.tokenizer.loading import Described, read_tokenizer
 from llama_jax.text.tokenizer.sentencepiece_bpe import PROBE, SPACE, PieceType
 from llama_jax.text.tokenizer.tokenizer import call_backend
 
@@ -51,15 +52,16 @@ def tokenizer_metadata(folder: Path, vocab_size: int, eos: Sequence[int]) -> tup
       UnsupportedModel: GGUF cannot express the tokenizer; says why.
       CheckpointError: there are more tokens than the embedding has rows.
     """
-    backend, names, templates = read_tokenizer(folder)
+    read = read_tokenizer(folder)
+    backend, names = read.backend, read.names
     content = json.loads(backend.to_str())
     model = content["model"]
     if model["type"] != "BPE":
         raise UnsupportedModel(f"{folder}: GGUF export knows no {model['type']} tokenizer", hint=_HINT)
-    tokens = _vocabulary(backend, vocab_size, folder)
+    tokens = _vocabulary(backend, read.model.whole if read.model else (), vocab_size, folder)
     notes: list[str] = []
     keys = (
-        _sentencepiece(content, tokens, folder)
+        _sentencepiece(content, tokens, _adds_space(read, content, notes, folder))
         if model["byte_fallback"]
         else _byte_level(content, tokens, notes, folder)
     )
@@ -72,14 +74,19 @@ def tokenizer_metadata(folder: Path, vocab_size: int, eos: Sequence[int]) -> tup
     encoded = call_backend("the tokenizer cannot encode", backend.encode, "a").ids
     keys[f"{_KEY}.add_bos_token"] = bool(encoded) and encoded[0] == ids.get("bos_token_id", -1)
     keys[f"{_KEY}.add_eos_token"] = bool(encoded) and encoded[-1] == (-1 if first is None else first)
-    keys |= _templates(templates)
-    _check(keys, backend, folder)
+    keys |= _templates(read.templates)
+    _check(keys, read, folder)
     return keys, notes
 
 
-def _vocabulary(backend: tokenizers.Tokenizer, size: int, folder: Path) -> dict[int, tuple[str, PieceType]]:
+def _vocabulary(
+    backend: tokenizers.Tokenizer, whole: Sequence[str], size: int, folder: Path
+) -> dict[int, tuple[str, PieceType]]:
     """Every id's token; those that no token has are unused, as in llama.cpp's converter."""
-    found = {i: (token, PieceType.NORMAL) for token, i in backend.get_vocab(with_added_tokens=False).items()}
+    found = {
+        i: (token, PieceType.USER_DEFINED if token in whole else PieceType.NORMAL)
+        for token, i in backend.get_vocab(with_added_tokens=False).items()
+    }
     for i, token in backend.get_added_tokens_decoder().items():
         found[i] = (token.content, PieceType.CONTROL if token.special else PieceType.USER_DEFINED)
     if (last := max(found)) >= size:
@@ -93,7 +100,7 @@ def _vocabulary(backend: tokenizers.Tokenizer, size: int, folder: Path) -> dict[
 def _byte_level(
     content: Mapping[str, Any], tokens: Mapping[int, tuple[str, PieceType]], notes: list[str], folder: Path
 ) -> dict[str, Value]:
-    pre = pre_tokenizer_name(content["pre_tokenizer"])
+    pre = pre_tokenizer_name(content["pre_tokenizer"], ignores_merges=bool(content["model"]["ignore_merges"]))
     normalizer = (content["normalizer"] or {}).get("type")
     if pre is None:
         raise UnsupportedModel(f"{folder}: GGUF has no name for how this tokenizer splits a text", hint=_HINT)
@@ -111,7 +118,7 @@ def _byte_level(
 
 
 def _sentencepiece(
-    content: Mapping[str, Any], tokens: Mapping[int, tuple[str, PieceType]], folder: Path
+    content: Mapping[str, Any], tokens: Mapping[int, tuple[str, PieceType]], adds_space: bool
 ) -> dict[str, Value]:
     """llama.cpp joins the two neighbours whose union scores best: the order of the merges, said per union."""
     rank: dict[str, int] = {}
@@ -135,23 +142,31 @@ def _sentencepiece(
         f"{_KEY}.tokens": texts,
         f"{_KEY}.scores": scores,
         f"{_KEY}.token_type": types,
-        f"{_KEY}.add_space_prefix": _adds_space(content, folder),
+        f"{_KEY}.add_space_prefix": adds_space,
     }
 
 
-def _adds_space(content: Mapping[str, Any], folder: Path) -> bool:
+def _adds_space(read: Described, content: Mapping[str, Any], notes: list[str], folder: Path) -> bool:
     """Whether a space goes before a text; refuses whatever else the tokenizer does before it encodes."""
     pre, normalizer = content["pre_tokenizer"], content["normalizer"]
-    if normalizer is None and pre and pre["type"] == "Metaspace" and not pre.get("split", True):
-        return pre["prepend_scheme"] != "never"
-    if pre is None and normalizer:
-        steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
-        replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-        if steps == [replace]:
-            return False
-        if steps == [{"type": "Prepend", "prepend": SPACE}, replace]:
-            return True
-    raise UnsupportedModel(f"{folder}: GGUF cannot express how this tokenizer treats spaces", hint=_HINT)
+    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    known = [replace] in (steps, steps[1:]) and (len(steps) == 1 or steps[0] == {"type": "Prepend", "prepend": SPACE})
+    if read.model is not None and known:
+        scheme = read.model.prefix
+    elif pre is None and known:
+        scheme = "always" if len(steps) > 1 else "never"
+    elif normalizer is None and pre and pre["type"] == "Metaspace" and not pre.get("split", True):
+        scheme = pre["prepend_scheme"]
+        if scheme != "never":
+            notes.append(
+                "llama.cpp puts a space also before a text that begins with one, which this tokenizer does not"
+            )
+    else:
+        raise UnsupportedModel(f"{folder}: GGUF cannot express how this tokenizer treats spaces", hint=_HINT)
+    if scheme == "first" or (read.model and read.model.whole and scheme == "always"):
+        notes.append("llama.cpp puts a space also before the text after an added token, which this tokenizer does not")
+    return scheme != "never"
 
 
 def _ids(ids: Mapping[str, int | None], eos: Sequence[int]) -> dict[str, Value]:
@@ -169,18 +184,23 @@ def _templates(templates: Mapping[str, str]) -> dict[str, Value]:
     return keys
 
 
-def _check(keys: Mapping[str, Value], backend: tokenizers.Tokenizer, folder: Path) -> None:
+def _check(keys: Mapping[str, Value], original: Described, folder: Path) -> None:
     """Refuses keys from which another tokenizer is read."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, text in tokenizer_files(keys).items():
             if name.startswith("tokenizer"):
                 (Path(scratch) / name).write_text(text, encoding="utf-8")
-        read, _, _ = read_tokenizer(scratch)
-    probe = unicodedata.normalize("NFC", PROBE)
-    expected, found = (call_backend("the tokenizer cannot encode", b.encode, probe).ids for b in (backend, read))
+        read = read_tokenizer(scratch)
+    probe = unicodedata.normalize("NFC", PROBE).lstrip(" ")
+    expected, found = (_encode(each, probe) for each in (original, read))
     if expected != found:
         at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), -1)
         raise UnsupportedModel(
             f"{folder}: a GGUF file would encode text differently from this tokenizer (at token {at} of a probe)",
             hint=_HINT,
         )
+
+
+def _encode(read: Described, text: str) -> list[int]:
+    encoding = call_backend("the tokenizer cannot encode", read.backend.encode, read.prefix + text)
+    return encoding.ids

@@ -19,7 +19,7 @@ from llama_jax.convert.casting import cast, row_blocks, storage_dtype
 from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.convert.export.source import Exported, checked_files, open_plain
 from llama_jax.convert.export.staging import staged, start_folder, write_file
-from llama_jax.convert.hf import INDEX, SINGLE
+from llama_jax.convert.folders import INDEX, SINGLE
 from llama_jax.convert.hf_names import Recipe, recipe
 from llama_jax.convert.safetensors_file import SafetensorsFile
 from llama_jax.errors import CheckpointError, RequestError, UnsupportedModel

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llama_jax.checkpoint.wrong_file import AGAIN
 from llama_jax.convert.quantized.codes import Codes
 from llama_jax.convert.safetensors_file import DTYPES
 from llama_jax.convert.weight_file import Entry, WeightFile
@@ -120,7 +121,7 @@ class Bundle:
         if index.min() < 0 or index.max() >= count:
             raise CheckpointError(
                 f"{self.where(part)} holds groups from {index.min()} to {index.max()}, there are {count}",
-                hint="the source is damaged; get it again",
+                hint=AGAIN,
             )
 
     def check(self, parts: Mapping[str, Part]) -> None:

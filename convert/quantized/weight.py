@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from llama_jax.checkpoint.source import SourceTensor
+from llama_jax.checkpoint.wrong_file import AGAIN
 from llama_jax.convert.quantized.scheme import DAMAGED, SAME, Bundle, Part, Scheme
 from llama_jax.convert.weight_file import WeightFile, source_tensor
 from llama_jax.errors import CheckpointError
@@ -74,7 +75,7 @@ class QuantizedWeight:
             what = "0, NaN or infinite" if wanted.nonzero else "NaN or infinite"
             raise CheckpointError(
                 f"{self._bundle.where(part)} holds {count} scales that are {what} (of {values.size})",
-                hint="the source is damaged; get it again",
+                hint=AGAIN,
             )
 
 

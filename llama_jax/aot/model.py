@@ -7,7 +7,7 @@ Prefill and the decode step are the programs that `generate` runs, with paramete
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -15,12 +15,11 @@ from jax.typing import DTypeLike
 from llama_jax.aot import Compilation, compile_for, device_mesh
 from llama_jax.aot.programs import Program, decode_program, prefill_program
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.buckets import batch_bucket, cache_bucket, pieces, prompt_bucket
-from llama_jax.decode.chunks import chunk_length
+from llama_jax.decode.buckets import batch_bucket, pieces
 from llama_jax.errors import DoesNotFit
 from llama_jax.layout import split_config
-from llama_jax.plan import Floor, default_workload
-from llama_jax.plan.costs import cache_read_bytes, held_bytes, local_rows, read_bytes
+from llama_jax.plan import MEMORY_FRACTION, Floor, Plan, Verdict, default_workload, make_plan
+from llama_jax.plan.costs import cache_read_bytes, local_rows, read_bytes
 from llama_jax.sharding import ways
 from llama_jax.targets import Target, abstract_device
 
@@ -31,7 +30,7 @@ class Phase:
 
     Attributes:
       name: "prefill" or "decode".
-      tokens: that one run puts into the cache, of all rows.
+      tokens: that one run puts into the cache, of all rows; capacity: slots of a row's cache in it.
       floor: the least time of one run, for the arithmetic that XLA counts, for what one device has to read at least
         (the weights that this many tokens use, and the cache), and for what the devices exchange. A prediction
         from peak rates: launches, latencies and everything below the peak come on top.
@@ -39,6 +38,7 @@ class Phase:
 
     name: str
     tokens: int
+    capacity: int
     compilation: Compilation
     floor: Floor
 
@@ -48,29 +48,32 @@ class ModelCompilation:
     """A model compiled for a target.
 
     Attributes:
-      mesh_shape: axis name to number of devices.
-      batch: rows, filled up as `generate` does it; `capacity`: slots of the cache of each; `chunk`: prompt tokens of a
-        row in one prefill.
+      plan: of the same workload: its shapes are those that were compiled, for prefill with the cache that a text begins
+        with, for decode with the one that holds all of it.
+      batch: rows, filled up as `generate` does it; `chunk`: prompt tokens of a row in one prefill.
     """
 
-    target: Target
-    mesh_shape: Mapping[str, int]
-    dtype: str
+    plan: Plan
     batch: int
-    capacity: int
     chunk: int
     prefill: Phase
     decode: Phase
 
     @property
-    def needed_bytes(self) -> int:
-        """Memory of one device in the phase that needs more."""
-        return max(phase.compilation.memory.total for phase in (self.prefill, self.decode))
+    def target(self) -> Target:
+        return self.plan.target
 
     @property
-    def fits(self) -> bool:
-        """Whether a device has that much."""
-        return self.needed_bytes <= self.target.memory
+    def verdict(self) -> Verdict:
+        """Whether it fits: prefill and decode as XLA reports them; loading and growing, which are no programs of one
+        shape, as they are planned."""
+        compiled = {phase.name: phase.compilation.memory.total for phase in (self.prefill, self.decode)}
+        return replace(self.plan.verdict, phases={**self.plan.needs.phases, **compiled})
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every phase fits; None where the table has no memory for the target."""
+        return self.verdict.fits
 
 
 def compile_model(
@@ -82,6 +85,7 @@ def compile_model(
     context: int | None = None,
     prompt: int | None = None,
     dtype: DTypeLike = "bfloat16",
+    memory_fraction: float = MEMORY_FRACTION,
     progress: Callable[[str], None] | None = None,
 ) -> ModelCompilation:
     """Compiles prefill and the decode step of a model.
@@ -89,10 +93,11 @@ def compile_model(
     Args:
       mesh_shape: axis name to number of devices: "tensor" splits the model, "data" the batch.
       batch: rows.
-      context: tokens of a row that the cache has to hold; by default 4096, or what the model can take if that is less.
+      context: tokens of a text, prompt and answer; by default 4096, or what the model can take if that is less.
       prompt: tokens of a row that prefill is compiled for, by default 512 or the context; long ones run in chunks, of
         which one is compiled.
       dtype: of parameters and cache.
+      memory_fraction: of each device's memory that jax may use.
       progress: called with a line of text before each program.
 
     Raises:
@@ -105,39 +110,31 @@ def compile_model(
     workload = default_workload(config, dtype.name, batch=batch, context=context, prompt=prompt)
     workload.check(config)
     mesh = device_mesh(target, mesh_shape or {})
+    plan = make_plan(config, target, dict(mesh_shape or {}), workload, memory_fraction=memory_fraction)
     split = split_config(config, mesh)
     with abstract_device(target, mesh):
-        rows, length = batch_bucket(batch), prompt_bucket(workload.prompt)
-        capacity = cache_bucket(max(workload.context, length))
-        chunk = chunk_length(split, target, dtype, batch=rows, prompt=length, capacity=capacity)
+        rows, chunk = batch_bucket(batch), plan.shapes.chunk
         cut = pieces(local_rows(rows, mesh), chunk, ways("mlp"))
-    weights = held_bytes(split, dtype.itemsize, mesh)
-    if weights > target.memory:
+    if plan.needs.weights > target.memory:
         raise DoesNotFit(
-            f"the weights alone take {weights / 1e9:.1f} GB on each of {mesh.size} devices, and {target.name} has "
-            f"{target.memory / 1e9:.1f} GB",
+            f"the weights alone take {plan.needs.weights / 1e9:.1f} GB on each of {mesh.size} devices, and "
+            f"{target.name} has {target.memory / 1e9:.1f} GB",
             hint="split the model over more devices (tensor=N), or choose a smaller dtype",
         )
 
-    def compiled(program: Program, tokens: int, cache: int, *, overlapped: bool = False) -> Phase:
+    def compiled(program: Program, tokens: int, capacity: int, cache: int, *, overlapped: bool = False) -> Phase:
         c = compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
         read = read_bytes(split, dtype.itemsize, local_rows(tokens, mesh), mesh) + cache
         floor = Floor.of(target, dtype.name, read, c.flops, c.collectives, overlapped=overlapped)
-        return Phase(program.name, tokens, c, floor)
+        return Phase(program.name, tokens, capacity, c, floor)
 
+    first, last = plan.shapes.capacities[0], plan.shapes.capacities[-1]
     say(f"compiling prefill of {rows} x {chunk} tokens for {mesh.size} x {target.name}")
-    program = prefill_program(config, mesh, batch=rows, capacity=capacity, chunk=chunk, dtype=dtype)
-    prefill = compiled(program, rows * chunk, 0, overlapped=cut > 1)
+    program = prefill_program(config, mesh, batch=rows, capacity=first, chunk=chunk, dtype=dtype)
+    prefill = compiled(program, rows * chunk, first, 0, overlapped=cut > 1)
     say(f"compiling a decode step of {rows} rows for {mesh.size} x {target.name}")
-    program = decode_program(config, mesh, batch=rows, capacity=capacity, dtype=dtype)
-    decode = compiled(program, rows, cache_read_bytes(split, dtype.itemsize, rows, capacity, mesh))
+    program = decode_program(config, mesh, batch=rows, capacity=last, dtype=dtype)
+    read = cache_read_bytes(split, dtype.itemsize, rows, min(last, workload.context), mesh)
     return ModelCompilation(
-        target=target,
-        mesh_shape=dict(mesh.shape) if mesh_shape else {},
-        dtype=dtype.name,
-        batch=rows,
-        capacity=capacity,
-        chunk=chunk,
-        prefill=prefill,
-        decode=decode,
+        plan=plan, batch=rows, chunk=chunk, prefill=prefill, decode=compiled(program, rows, last, read)
     )

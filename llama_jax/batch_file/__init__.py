@@ -1,11 +1,13 @@
 """Generation over a file: JSON lines in, JSON lines out, resumable after any interruption.
 
-`run` reads requests (`lines`), generates them in batches of similar length, and keeps the results in a `journal` that
-survives a kill at any moment. `scripts/batch_generate.py` is its command line.
+`BatchFile` reads requests (`lines`; our own format in `own`, OpenAI's in `openai`), generates them in batches of
+similar length, and keeps the results in a `journal` that survives a kill at any moment. `llama-jax batch` is its
+command line.
 """
 
 from __future__ import annotations
 
-from llama_jax.batch_file.runner import Status, Summary, run
+from llama_jax.batch_file.lines import Findings
+from llama_jax.batch_file.runner import BatchFile, Status, Summary, run
 
-__all__ = ["Status", "Summary", "run"]
+__all__ = ["BatchFile", "Findings", "Status", "Summary", "run"]

@@ -14,13 +14,15 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
+from llama_jax.batch_file.records import encode, index_of, is_error
+from llama_jax.batch_file.storage import storage_errors
 from llama_jax.disk import sync
-from llama_jax.errors import CheckpointError, DoesNotFit, RequestError, StorageError
+from llama_jax.errors import CheckpointError, RequestError, StorageError
 
 _FRESH = "choose another output file, or start afresh with --overwrite"
 
@@ -51,11 +53,8 @@ class Journal:
         self.done: set[int] = set()
         self.errors = 0
         self.cut = 0
-        self._meta_path = self.path.with_name(self.path.name + ".meta.json")
-        if self.path.exists() and not self.path.is_file():
-            raise StorageError(f"{path} is not a regular file", hint="give the name of a file for the output")
-        if not overwrite and _size(self.path) and not self._meta_path.exists():
-            raise RequestError(f"{path} exists and has no {self._meta_path.name}", param="output", hint=_FRESH)
+        self._meta_path = _meta_path(self.path)
+        _check_file(self.path, overwrite=overwrite)
         with contextlib.ExitStack() as opened:
             self._meta = opened.enter_context(_open(self._meta_path))
             self._lock()
@@ -79,9 +78,9 @@ class Journal:
         """
         if not records:
             return
-        data = b"".join(map(_line, records))
+        data = b"".join(map(encode, records))
         start = self._out.seek(0, os.SEEK_END)
-        with _storage_errors(self.path):
+        with storage_errors(self.path):
             try:
                 view = memoryview(data)
                 while view:
@@ -91,20 +90,19 @@ class Journal:
                 self._out.truncate(start)
                 raise
         for record in records:
-            self.done.add(record["index"])
-            self.errors += "error" in record
+            self._note(record)
 
-    def sort(self) -> None:
+    def finish(self) -> None:
         """Puts the lines into the order of the input. The file is replaced in one step, or not at all.
 
         Raises:
           StorageError, DoesNotFit: there is no room for the copy; the file stays complete, but unsorted.
         """
-        places = sorted((record["index"], start, len(raw)) for start, raw, record in self._records())
+        places = sorted((index, start, len(raw)) for start, raw, index, _ in self._records())
         if all(a[1] < b[1] for a, b in itertools.pairwise(places)):
             return
         temporary = self.path.with_name(self.path.name + ".tmp")
-        with _storage_errors(temporary):
+        with storage_errors(temporary):
             try:
                 with open(self.path, "rb") as unsorted_file, open(temporary, "wb") as sorted_file:
                     for _, start, size in places:
@@ -123,7 +121,7 @@ class Journal:
                 raise
 
     def _lock(self) -> None:
-        with _storage_errors(self._meta_path):
+        with storage_errors(self._meta_path):
             try:
                 fcntl.flock(self._meta, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
@@ -133,7 +131,7 @@ class Journal:
 
     def _settle(self, settings: dict[str, Any], overwrite: bool) -> None:
         """Agrees with what OUT.meta.json says, or writes it if there are no results yet."""
-        with _storage_errors(self.path):
+        with storage_errors(self.path):
             if overwrite and _size(self.path):
                 os.truncate(self.path, 0)
             if not _size(self.path):
@@ -146,29 +144,16 @@ class Journal:
                 return
             self._meta.seek(0)
             raw = self._meta.read()
-        try:
-            before = json.loads(raw)
-        except ValueError:
-            before = None
-        if not isinstance(before, dict):
-            raise CheckpointError(f"{self._meta_path} is damaged", hint=_FRESH)
-        for name in sorted({*settings, *before}):
-            if (now := settings.get(name)) != (then := before.get(name)):
-                raise RequestError(
-                    f"{self.path} was begun with {name} = {_short(then)}; this run has {_short(now)}",
-                    param=name,
-                    hint=f"run with the same settings and input to go on, {_FRESH}",
-                )
+        _compare(self.path, raw, settings)
 
     def _take_stock(self) -> None:
         """Notes what stands in the file, and cuts off a torn end."""
-        with _storage_errors(self.path):
+        with storage_errors(self.path):
             size, end = self._out.seek(0, os.SEEK_END), 0
-            for start, raw, record in self._records():
-                if record["index"] in self.done:
-                    raise CheckpointError(f"{self.path} holds line {record['index']} twice", hint=_FRESH)
-                self.done.add(record["index"])
-                self.errors += "error" in record
+            for start, raw, index, record in self._records():
+                if index in self.done:
+                    raise CheckpointError(f"{self.path} holds line {index} twice", hint=_FRESH)
+                self._note(record)
                 end = start + len(raw)
             self.cut = size - end
             if self.cut:
@@ -176,25 +161,71 @@ class Journal:
                 os.fsync(self._out.fileno())
             sync(self.path.parent)
 
-    def _records(self) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-        """Offset, bytes and content of every output line, up to a torn end."""
+    def _note(self, record: Mapping[str, Any]) -> None:
+        index = index_of(record)
+        assert index is not None
+        self.done.add(index)
+        self.errors += is_error(record)
+
+    def _records(self) -> Iterator[tuple[int, bytes, int, dict[str, Any]]]:
+        """Offset, bytes, index and content of every output line, up to a torn end."""
         with open(self.path, "rb") as file:
             start, torn = 0, None
             for number, raw in enumerate(file, 1):
                 record = _parse(raw)
-                if record is None:
+                index = None if record is None else index_of(record)
+                if record is None or index is None:
                     torn = number if torn is None else torn
                 elif torn is not None:
                     # A kill tears the end only.
                     raise CheckpointError(f"line {torn} of {self.path} is damaged", hint=_FRESH)
                 else:
-                    yield start, raw, record
+                    yield start, raw, index, record
                 start += len(raw)
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
-    # A lone surrogate, as an "id" may hold, becomes the JSON escape that it was in the input.
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+def check_output(path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Refuses what a `Journal` would refuse; `settings` need not be all of them yet. Touches nothing.
+
+    Raises:
+      StorageError, RequestError, CheckpointError: as `Journal` does.
+    """
+    path = path.resolve()
+    _check_file(path, overwrite=overwrite)
+    if not path.parent.is_dir():
+        raise StorageError(f"cannot write {path}: {path.parent} is no folder", hint="make it, or name another file")
+    if not overwrite and _size(path):
+        with storage_errors(path):
+            raw = _meta_path(path).read_bytes()
+        _compare(path, raw, settings, settings)
+
+
+def _meta_path(path: Path) -> Path:
+    return path.with_name(path.name + ".meta.json")
+
+
+def _check_file(path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not path.is_file():
+        raise StorageError(f"{path} is not a regular file", hint="give the name of a file, or - for standard output")
+    if not overwrite and _size(path) and not _meta_path(path).exists():
+        raise RequestError(f"{path} exists and has no {_meta_path(path).name}", param="output", hint=_FRESH)
+
+
+def _compare(path: Path, raw: bytes, settings: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+    """Compares settings with those that the file was begun with: those of these names, or all of both."""
+    try:
+        before = json.loads(raw)
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise CheckpointError(f"{_meta_path(path)} is damaged", hint=_FRESH)
+    for name in sorted({*settings, *before} if names is None else names):
+        if (now := settings.get(name)) != (then := before.get(name)):
+            raise RequestError(
+                f"{path} was begun with {name} = {_short(then)}; this run has {_short(now)}",
+                param=name,
+                hint=f"run with the same settings and input to resume, {_FRESH}",
+            )
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
@@ -205,7 +236,7 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
         record = json.loads(raw)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and type(record.get("index")) is int else None
+    return record if isinstance(record, dict) else None
 
 
 def _size(path: Path) -> int:
@@ -221,20 +252,5 @@ def _short(value: Any) -> str:
 
 
 def _open(path: Path) -> FileIO:
-    with _storage_errors(path):
+    with storage_errors(path):
         return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
-
-
-@contextlib.contextmanager
-def _storage_errors(path: Path) -> Iterator[None]:
-    """Turns the failures of writing a file into DoesNotFit (disk full, quota) and StorageError (all others)."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DoesNotFit(
-                f"no space left for {path}", hint="free some space and run again: the run resumes"
-            ) from error
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}", hint="check the folder and its permissions"
-        ) from error

@@ -1,4 +1,4 @@
-"""A batch run: requests in batches of similar length, results to the journal.
+"""A batch run: requests in batches of similar length, results to the output.
 
 Which requests share a batch depends on the input and the batch size alone. So a run that was killed and resumed
 generates every batch with the rows that it would have had, and ends with the file that an undisturbed run writes.
@@ -7,21 +7,24 @@ generates every batch with the rows that it would have had, and ends with the fi
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Self
 
-import jax
-
-from llama_jax.batch_file.journal import Journal
-from llama_jax.batch_file.lines import Request, output_record, parse_line
-from llama_jax.errors import DoesNotFit, RequestError
-from llama_jax.generation import batch_generate
+from llama_jax.batch_file.batches import generate, plan
+from llama_jax.batch_file.journal import Journal, check_output
+from llama_jax.batch_file.lines import Findings, Refused, read_line, refusal, survey
+from llama_jax.batch_file.output import Output, Stream
+from llama_jax.batch_file.records import Record
+from llama_jax.batch_file.request import Request
+from llama_jax.batch_file.source import STANDARD, Source
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import LlamaJaxError, RequestError
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
@@ -37,6 +40,7 @@ class Status:
     Attributes:
       done, total: lines, those of earlier runs included.
       fresh: lines of this run.
+      errors: lines that could not be generated, among those done.
       prompt_tokens, generated_tokens, seconds: of this run.
     """
 
@@ -67,6 +71,177 @@ class Summary(Status):
     cut: int = 0
 
 
+class BatchFile:
+    """A run over a file in three steps, so that what is wrong is known before a model is loaded; a context manager.
+
+        with BatchFile(source, target, sampling=sampling, dtype="float32") as batch:
+            batch.open(tokenizer, config, identity={"model": digest})
+            summary = batch.run(model, tokenizer)
+
+    Attributes:
+      findings: what the input holds.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        sampling: SamplingParams,
+        dtype: str,
+        batch_size: int = 8,
+        strict: bool = False,
+        overwrite: bool = False,
+    ):
+        """Reads the whole input, and checks all that needs no model.
+
+        Args:
+          source: JSON lines, see `own.OwnLine` and `openai.OpenAILine`; empty lines are passed over. "-" is standard
+            input.
+          target: the output, one line for each of the input's, in the input's order once all are there. "-" is
+            standard output, which cannot be resumed.
+          sampling: for lines that do not say otherwise; line i without a seed takes `sampling.seed + i`.
+          dtype: what will be computed in.
+          batch_size: continuations generated together, at most. A resumed run may choose another.
+          strict: refuse an input with a bad line, or with equal ids.
+          overwrite: discard what `target` holds.
+
+        Raises:
+          RequestError: a value is out of range, the input cannot be read, the output belongs to another run, or
+            (strict) a line is bad.
+          StorageError: the output cannot be a file.
+          CheckpointError: the output is damaged.
+        """
+        if batch_size < 1:
+            raise RequestError(f"batch_size must be at least 1; got {batch_size}", param="batch_size", hint="e.g. 8")
+        if STANDARD not in (source, target) and target.exists() and source.exists() and target.samefile(source):
+            raise RequestError("input and output are the same file", param="output", hint="choose another output file")
+        self._target, self._sampling, self._batch_size = target, sampling, batch_size
+        self._strict, self._overwrite = strict, overwrite
+        self._source = Source(source)
+        self._output: Output | None = None
+        try:
+            self._settings = {
+                "format": 1,
+                "input": self._source.digest,
+                "dtype": dtype,
+                **json.loads(json.dumps(dataclasses.asdict(sampling))),  # as they are read back from the disk
+            }
+            self.findings: Findings = survey(self._source.lines(), sampling)
+            if strict:
+                self._refuse_findings()
+            if target != STANDARD:
+                check_output(target, self._settings, overwrite=overwrite)
+        except BaseException:
+            self._source.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._source.close()
+        if self._output is not None:
+            self._output.__exit__(*raised)
+
+    def open(self, tokenizer: Tokenizer, config: LlamaConfig, identity: Mapping[str, Any] | None = None) -> None:
+        """Checks what the tokenizer and the context decide (strict), and opens the output. Needs no weights.
+
+        Args:
+          identity: what else the results depend on (the model's digest, say); a resumed run must have the same.
+
+        Raises:
+          RequestError, CheckpointError: as the constructor does.
+          StorageError, DoesNotFit: the output cannot be written, or another process is writing it.
+        """
+        if self._strict:
+            for _ in self._requests(self._source.lines(), tokenizer, config, strict=True):
+                pass
+        if self._target == STANDARD:
+            self._output = Stream(sys.stdout.buffer, self._source.indices)
+        else:
+            self._output = Journal(
+                self._target, settings=self._settings | {**(identity or {})}, overwrite=self._overwrite
+            )
+
+    def run(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        progress: Callable[[Status], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Summary:
+        """Generates every line that the output lacks.
+
+        Args:
+          progress: called after every batch.
+          stop: asked after every batch whether to end early.
+
+        Raises:
+          RequestError: the input has changed.
+          StorageError, DoesNotFit: the output cannot be written, or a batch does not fit into the device's memory.
+        """
+        output, total = self._output, len(self._source.indices)
+        assert output is not None, "open() comes first"
+        start, before = time.perf_counter(), len(output.done)
+        prompt_tokens = generated_tokens = 0
+
+        def status() -> Status:
+            done, seconds = len(output.done), time.perf_counter() - start
+            return Status(done, total, done - before, output.errors, prompt_tokens, generated_tokens, seconds)
+
+        def keep(records: Iterable[tuple[int, Record]]) -> None:
+            output.append([record for index, record in records if index not in output.done])
+
+        if progress:
+            progress(status())
+        for window in itertools.batched(self._source.lines(), WINDOW * self._batch_size):
+            if stop():
+                break
+            if all(index in output.done for index, _ in window):
+                continue
+            read = [*self._requests(window, tokenizer, model.config)]
+            keep((r.line.index, r.record) for r in read if isinstance(r, Refused))
+            for batch in plan([r for r in read if isinstance(r, Request)], self._batch_size):
+                if stop():
+                    break
+                if all(r.line.index in output.done for r in batch):
+                    continue
+                # Also where only some of its lines are missing, the batch is generated whole: see above.
+                made = generate(model, tokenizer, batch)
+                keep((r.line.index, record) for r, record, _ in made)
+                prompt_tokens += sum(sum(map(len, r.prompts)) for r in batch)
+                generated_tokens += sum(tokens for _, _, tokens in made)
+                if progress:
+                    progress(status())
+        if len(output.done) == total:
+            output.finish()
+        return Summary(**dataclasses.asdict(status()), interrupted=len(output.done) < total, cut=output.cut)
+
+    def _requests(
+        self, lines: Iterable[tuple[int, bytes]], tokenizer: Tokenizer, config: LlamaConfig, *, strict: bool = False
+    ) -> Iterator[Request | Refused]:
+        """What the lines ask for. Strict: raises the error of the first bad one."""
+        for index, raw in lines:
+            read = read_line(index, raw, self._sampling)
+            if not isinstance(read, Refused):
+                try:
+                    yield read.request(tokenizer, config)
+                    continue
+                except LlamaJaxError as error:
+                    read = Refused(read.line, error)
+            if strict:
+                raise refusal(read)
+            yield read
+
+    def _refuse_findings(self) -> None:
+        if self.findings.first_bad is not None:
+            raise refusal(self.findings.first_bad)
+        if self.findings.equal:
+            raise RequestError(self.findings.equal_ids(), param="id", hint="make the ids differ, or leave out --strict")
+
+
 def run(
     model: Model,
     tokenizer: Tokenizer,
@@ -81,147 +256,19 @@ def run(
     progress: Callable[[Status], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
-    """Generates every line of `source` and writes the results to `target`, going on where an earlier run ended.
+    """Generates every line of `source` and writes the results to `target`, resuming where an earlier run ended.
 
-    Args:
-      source: JSON lines, see `parse_line`; empty lines are passed over.
-      target: JSON lines, one for each of the input's, with "index" (the input line's number, from 0), "id", "text",
-        "token_ids", "finish_reason" and so on, or "error". In the input's order once all are there.
-      sampling: for lines that do not say otherwise; line i without a seed takes `sampling.seed + i`.
-      batch_size: continuations generated together, at most. A resumed run may choose another.
-      strict: raise at the first bad line, before anything is generated, instead of writing an error for it.
-      overwrite: discard what `target` holds.
-      identity: what else the results depend on (the model's digest, say); a resumed run must have the same.
-      progress: called after every batch.
-      stop: asked after every batch whether to end early.
-
-    Raises:
-      RequestError: a parameter is out of range, the input cannot be read, the output belongs to another run, or
-        (strict) a line is bad.
-      StorageError, DoesNotFit: the output cannot be written, or a batch does not fit into the device's memory.
-      CheckpointError: the output is damaged.
+    Args, Raises: see `BatchFile`, which is the same in three steps.
     """
-    if batch_size < 1:
-        raise RequestError(f"batch_size must be at least 1; got {batch_size}", param="batch_size", hint="8 is usual")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise RequestError("input and output are the same file", param="output", hint="choose another output file")
-    total, digest = _survey(source)
-    settings = {
-        "format": 1,
-        "input": digest,
-        "dtype": str(model.dtype),
-        **json.loads(json.dumps(dataclasses.asdict(sampling))),  # as they are read back from the disk
-        **(identity or {}),
-    }
-
-    def parse(index: int, raw: bytes) -> Request | dict[str, Any]:
-        return parse_line(raw, index, tokenizer, model.config, sampling)
-
-    if strict:
-        _refuse_bad_lines(parse(*line) for line in _lines(source))
-    with Journal(target, settings=settings, overwrite=overwrite) as journal:
-        start, before = time.perf_counter(), len(journal.done)
-        prompt_tokens = generated_tokens = 0
-
-        def status() -> Status:
-            done, seconds = len(journal.done), time.perf_counter() - start
-            return Status(done, total, done - before, journal.errors, prompt_tokens, generated_tokens, seconds)
-
-        if progress:
-            progress(status())
-        for window in itertools.batched(_lines(source), WINDOW * batch_size):
-            if stop():
-                break
-            if all(index in journal.done for index, _ in window):
-                continue
-            parsed = [parse(*line) for line in window]
-            journal.append([r for r in parsed if isinstance(r, dict) and r["index"] not in journal.done])
-            for batch in plan([r for r in parsed if isinstance(r, Request)], batch_size):
-                if stop():
-                    break
-                if all(r.index in journal.done for r in batch):
-                    continue
-                # Also where only some of its lines are missing, the batch is generated whole: see above.
-                records = _generate(model, tokenizer, batch)
-                journal.append([r for r in records if r["index"] not in journal.done])
-                prompt_tokens += sum(len(r.prompt) for r in batch)
-                generated_tokens += sum(_generated(r) for r in records)
-                if progress:
-                    progress(status())
-        if len(journal.done) == total:
-            journal.sort()
-        return Summary(**dataclasses.asdict(status()), interrupted=len(journal.done) < total, cut=journal.cut)
-
-
-def plan(requests: Iterable[Request], batch_size: int) -> Iterator[list[Request]]:
-    """Batches of up to `batch_size` continuations, similar in prompt length and in how long they may become."""
-    batch: list[Request] = []
-    rows = 0
-    for r in sorted(requests, key=lambda r: (len(r.prompt), r.params.max_tokens or 0, r.index)):
-        if batch and rows + r.params.n > batch_size:
-            yield batch
-            batch, rows = [], 0
-        batch.append(r)
-        rows += r.params.n
-    if batch:
-        yield batch
-
-
-def _generate(model: Model, tokenizer: Tokenizer, batch: list[Request]) -> list[dict[str, Any]]:
-    try:
-        outputs = batch_generate(model, tokenizer, [r.prompt for r in batch], [r.params for r in batch])
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        rows, longest = sum(r.params.n for r in batch), max(len(r.prompt) for r in batch)
-        raise DoesNotFit(
-            f"a batch of {rows} with up to {longest} prompt tokens does not fit into the device's memory",
-            hint="run again with a smaller --batch-size: the run resumes",
-        ) from error
-    return [output_record(r, output) for r, output in zip(batch, outputs, strict=True)]
-
-
-def _generated(record: Mapping[str, Any]) -> int:
-    return sum(len(c["token_ids"]) for c in record.get("outputs", [record]))
-
-
-def _refuse_bad_lines(parsed: Iterable[Request | dict[str, Any]]) -> None:
-    for result in parsed:
-        if isinstance(result, dict):
-            error = result["error"]
-            raise RequestError(
-                f"line {result['index'] + 1} of the input: {error['message']}",
-                param=error.get("param", "line"),
-                hint=error["hint"],
-            )
-
-
-def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of every line that is not empty."""
-    with _open(source) as file:
-        for index, raw in enumerate(file):
-            if raw.strip():
-                yield index, raw
-
-
-def _survey(source: Path) -> tuple[int, str]:
-    """Number of lines and digest of the input."""
-    digest = hashlib.sha256()
-    total = 0
-    with _open(source) as file:
-        for raw in file:
-            digest.update(raw)
-            total += bool(raw.strip())
-    return total, f"sha256:{digest.hexdigest()}"
-
-
-def _open(source: Path) -> BinaryIO:
-    # Read more than once, so that a pipe will not do.
-    if source.exists() and not source.is_file():
-        raise RequestError(f"{source} is not a regular file", param="input", hint="give a file of JSON lines")
-    try:
-        return open(source, "rb")
-    except OSError as error:
-        raise RequestError(
-            f"cannot read {source}: {error.strerror}", param="input", hint="give a file of JSON lines"
-        ) from error
+    batch = BatchFile(
+        source,
+        target,
+        sampling=sampling,
+        dtype=str(model.dtype),
+        batch_size=batch_size,
+        strict=strict,
+        overwrite=overwrite,
+    )
+    with batch:
+        batch.open(tokenizer, model.config, identity)
+        return batch.run(model, tokenizer, progress=progress, stop=stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from llama_jax.checkpoint.format import DTYPES, Digest, Progress, TensorInfo
 from llama_jax.checkpoint.leaf_builder import LeafBuilder, Shardings, fill, host_bytes
 from llama_jax.checkpoint.read import for_each_tensor
 from llama_jax.checkpoint.source import HasDigests, ModelSource, RowSource
-from llama_jax.checkpoint.values import count_nonfinite, refuse_nonfinite
+from llama_jax.checkpoint.values import count_nonfinite, is_zero, refuse_nonfinite, zeros_warning
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.params import Params, ParamSpec, param_specs, unflatten
@@ -75,6 +75,7 @@ def load_source(
     without: str | Sequence[str] = (),
     verify: bool = True,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Params:
     """Loads a model from any format: a checkpoint, or a source that has not been converted. Writes nothing.
 
@@ -84,7 +85,9 @@ def load_source(
     Args:
       source: an opened source, which has checked names, shapes and dtypes.
       dtype, sharding, only, without, progress: see `load_params`.
-      verify: whether to compare each tensor with its digest, or, where the source has none, to refuse NaN and infinity.
+      verify: whether to compare each tensor with its digest, or, where the source has none, to refuse NaN and infinity,
+        and a model most of whose matrices are zeros.
+      notify: told of the matrices that hold nothing but zeros, in a source without digests.
 
     Raises:
       CheckpointError: a tensor cannot be read, is damaged, or holds NaN or infinity; names file and tensor.
@@ -96,8 +99,10 @@ def load_source(
     rows = {name for name, spec in specs.items() if isinstance(source, RowSource) and source.has_rows(spec)}
     digests = source if isinstance(source, HasDigests) else None
 
+    zeros: list[str] = []
+
     def read(spec: ParamSpec, leaf: LeafBuilder) -> None:
-        whole, bad, digest = None, 0, Digest()
+        whole, bad, zero, digest = None, 0, len(spec.shape) > 1, Digest()
         for block in leaf.blocks():
             if not (verify or block.wanted):
                 continue
@@ -111,10 +116,13 @@ def load_source(
                 digest.update(block.rows.reshape(-1).view(np.uint8))
             elif verify:
                 bad += count_nonfinite(block.rows)
+                zero = zero and is_zero(block.rows)
         if verify and digests:
             digests.check(spec, str(digest))
         elif verify:
             refuse_nonfinite(spec.name, bad, spec.size, source.path)
+            if zero:
+                zeros.append(spec.name)
 
     # Contexts such as `with jax.default_device(...)` belong to the calling thread.
     default_device = jax.config.jax_default_device
@@ -132,6 +140,9 @@ def load_source(
         return host_bytes(nbytes) if name in rows else nbytes + host_bytes(nbytes)
 
     leaves = for_each_tensor(tensors, list(specs), load, progress, held)
+    warning = zeros_warning(zeros, sum(len(spec.shape) > 1 for spec in specs.values()), source.path)
+    if warning and notify is not None:
+        notify(warning)
     return unflatten(dict(zip(specs, leaves, strict=True)))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from llama_jax.checkpoint.wrong_file import read_head, refuse, wrong_file
 from llama_jax.config import LlamaConfig, config_from_hf
 from llama_jax.errors import CheckpointError, ModelNotFound
 
@@ -192,12 +193,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
+UPGRADE = "upgrade llama-jax, or convert the model again with this version"
+CORRECT = "correct the file, or get it again from where the model came"
+"""The hint where a file of a source, which people edit, cannot be parsed."""
 _MAX_JSON_BYTES = 32 << 20
 """Some times the largest index of a published model; parsed JSON takes up to 25 times the memory of its text."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, hint: str = DAMAGED) -> dict[str, Any]:
     """Reads a file that holds a JSON object.
+
+    Args:
+      hint: what helps where its contents are wrong: a file of a checkpoint has a digest, one of a source has not.
 
     Raises:
       CheckpointError: it is missing, unreadable, too large, not JSON or not an object.
@@ -207,23 +214,24 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has {size:,} bytes", hint=f"at most {_MAX_JSON_BYTES:,} can be read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise CheckpointError(f"{path} is missing", hint=DAMAGED) from e
+        raise CheckpointError(f"{path} is missing", hint=hint) from e
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror}", hint="check its permissions") from e
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not valid JSON ({e})", hint=DAMAGED) from e
+        refuse(path, wrong_file(*read_head(path), "json"), e)
+        raise CheckpointError(f"{path} is not valid JSON ({e})", hint=hint) from e
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object", hint=DAMAGED)
+        raise CheckpointError(f"{path} does not hold a JSON object", hint=hint)
     return value
 
 
-def read_generation_config(path: Path) -> dict[str, Any]:
-    """Reads a generation_config.json.
+def read_generation_config(path: Path, *, hint: str = DAMAGED) -> dict[str, Any]:
+    """Reads a generation_config.json; `hint` as for `read_json`.
 
     Raises:
       CheckpointError: see `read_json`; or eos_token_id is neither a token id nor a list of them.
     """
-    values = read_json(path)
+    values = read_json(path, hint=hint)
     eos = values.get("eos_token_id")
     for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
         # Old files write -1 for none.
@@ -261,7 +269,7 @@ def _version(metadata: Mapping[str, Any], path: Path) -> int:
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}",
-            hint="upgrade llama-jax, or convert the model again with this version",
+            hint=UPGRADE,
         )
     return version
 

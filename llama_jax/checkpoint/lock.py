@@ -98,11 +98,12 @@ def read_lock(folder: Path) -> Lock:
 
 def _parsed(value: Mapping[str, Any], path: Path) -> Lock:
     try:
-        if value["lock_version"] != LOCK_VERSION:
+        if (version := value["lock_version"]) > LOCK_VERSION:
             raise CheckpointError(
-                f"{path} has lock version {value['lock_version']}, this program reads {LOCK_VERSION}",
-                hint="upgrade llama-jax, or convert the model again with this version",
+                f"{path} has lock version {version}, this program reads {LOCK_VERSION}", hint=fmt.UPGRADE
             )
+        if version != LOCK_VERSION:
+            raise ValueError(f"there is no lock version {version!r:.40}")
         for name in _texts(value["store"]):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise ValueError(f"file {name!r} leads out of the folder")

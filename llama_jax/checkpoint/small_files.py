@@ -12,6 +12,7 @@ from typing import Any
 
 from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import lock
+from llama_jax.checkpoint.wrong_file import refuse, wrong_small_file
 from llama_jax.config import LlamaConfig, config_to_hf
 from llama_jax.errors import CheckpointError
 
@@ -39,9 +40,11 @@ def copied_files(folder: Path, inside: Callable[[Path, str], Path] = Path.joinpa
             if file.stat().st_size > MAX_COPIED_BYTES:
                 raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes", hint="this is no tokenizer file")
             try:
-                found[file.name] = inside(folder, file.name).read_bytes()
+                data = inside(folder, file.name).read_bytes()
             except OSError as e:
                 raise CheckpointError(f"{file} cannot be read: {e.strerror}", hint="check its permissions") from e
+            refuse(file, wrong_small_file(file.name, data))
+            found[file.name] = data
     return found
 
 

@@ -74,6 +74,23 @@ class HasProvenance(Protocol):
         ...
 
 
+@runtime_checkable
+class HasNotes(Protocol):
+    """A source that has something to say about what becomes of it."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences for the user, e.g. about what was left out."""
+        ...
+
+
+def tell_notes(model: ModelSource, notify: Callable[[str], None] | None) -> None:
+    """Tells `notify` what a source has to say."""
+    if notify is not None and isinstance(model, HasNotes):
+        for note in model.notes:
+            notify(note)
+
+
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
@@ -177,23 +194,34 @@ def check_tensors(
             )
 
 
-def check_vocabulary(tokenizer_json: bytes | str | None, vocab_size: int, path: Path) -> None:
-    """Raises CheckpointError if a tokenizer has more pieces than the model has rows for.
+def check_vocabulary(files: Mapping[str, bytes | str], vocab_size: int, path: Path) -> None:
+    """Raises CheckpointError if the tokenizer among a model's small files has more pieces than the model has rows for.
 
-    Tokens that were added to a tokenizer may stand behind the model's vocabulary: of some models they stand for images,
+    Tokens that were added to a tokenizer may lie beyond the model's vocabulary: of some models they stand for images,
     or for padding. A file that cannot be read is left to those who read tokenizers.
     """
-    try:
-        vocabulary = json.loads(tokenizer_json or "")["model"]["vocab"]
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        largest = max(ids)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return
+    largest = _largest_piece(files)
     if isinstance(largest, int) and largest >= vocab_size:
         raise CheckpointError(
             f"{path}: the tokenizer has ids up to {largest}, the model's vocabulary ends at {vocab_size - 1}",
-            hint="the tokenizer is that of another model; get the files again",
+            hint="the tokenizer is that of another model; put this model's own files there",
         )
+
+
+def _largest_piece(files: Mapping[str, bytes | str]) -> object:
+    """The largest id of a vocabulary without added tokens; None where it cannot be read."""
+    try:
+        if "tokenizer.json" in files:
+            vocabulary = json.loads(files["tokenizer.json"])["model"]["vocab"]
+            return max(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+        model = files.get("tokenizer.model")
+        if not isinstance(model, bytes):
+            return None
+        from sentencepiece import SentencePieceProcessor
+
+        return int(SentencePieceProcessor(model_proto=model).vocab_size()) - 1
+    except (ValueError, KeyError, TypeError, RecursionError, RuntimeError, ImportError):
+        return None
 
 
 def check_dtypes(tensors: Mapping[str, TensorInfo], config: LlamaConfig, path: Path) -> None:

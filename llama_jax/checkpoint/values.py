@@ -1,13 +1,15 @@
-"""Checks of tensors' values: what only a damaged file holds."""
+"""Checks of tensors' values: what only a damaged file holds, and what is rare enough to be told."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llama_jax.checkpoint.source import some
 from llama_jax.errors import CheckpointError
 
 _FINITE_BLOCK = 1 << 17
@@ -35,28 +37,57 @@ def count_nonfinite(array: np.ndarray) -> int:
 
 
 def check_finite(name: str, array: np.ndarray, path: Path) -> None:
-    """Refuses what only a damaged file holds: NaN, infinity, a matrix of zeros, a tensor of subnormal numbers.
+    """Refuses what only a damaged file holds: NaN, infinity, a tensor of subnormal numbers.
 
     Raises:
       CheckpointError: names the tensor, and counts.
     """
     refuse_nonfinite(name, count_nonfinite(array), array.size, path)
-    if array.ndim > 1 and not array.any():
-        raise _unsound(name, f"nothing but zeros ({array.size} of them)", path)
     if 2 * (few := _count_subnormal(array)) > array.size:
-        raise _unsound(name, f"{few} subnormal values (of {array.size}), far too small for weights", path)
+        raise _unsound(path, f"tensor {name} holds {few} subnormal values (of {array.size}), far too small for weights")
 
 
 def refuse_nonfinite(name: str, bad: int, size: int, path: Path) -> None:
     """Raises CheckpointError if `bad` of `size` elements of a tensor are NaN or infinite."""
     if bad:
-        raise _unsound(name, f"{bad} values that are NaN or infinite (of {size})", path)
+        raise _unsound(path, f"tensor {name} holds {bad} values that are NaN or infinite (of {size})")
 
 
-def _unsound(name: str, what: str, path: Path) -> CheckpointError:
+def is_zero(array: np.ndarray) -> bool:
+    """Whether an array of floats holds nothing but zeros; looks at a few numbers of any other."""
+    unsigned = np.dtype(f"u{array.itemsize}")
+    but_sign = unsigned.type(np.iinfo(unsigned).max >> 1)
+    flat = np.ascontiguousarray(array).reshape(-1).view(unsigned)
+    return not any((flat[i : i + _FINITE_BLOCK] & but_sign).any() for i in range(0, flat.size, _FINITE_BLOCK))
+
+
+def zeros_warning(zeros: Collection[str], matrices: int, path: Path, *, refuse: bool = True) -> str | None:
+    """What is to be told of the matrices that hold nothing but zeros; None where there are none.
+
+    A few of them are no fault: layers that were inserted into a model (LLaMA Pro, mergekit's passthrough) have an
+    output projection of zeros, so that they pass on what they are given until they are trained.
+
+    Args:
+      zeros: their names.
+      matrices: how many the model has in all.
+      refuse: whether to refuse a model most of whose matrices they are.
+
+    Raises:
+      CheckpointError: they are most of the model's.
+    """
+    if not zeros:
+        return None
+    what = f"{len(zeros)} of {matrices} matrices hold nothing but zeros ({some(zeros)})"
+    if refuse and 2 * len(zeros) > matrices:
+        raise _unsound(path, what)
+    return f"Warning: {path}: {what}, as in layers that were inserted and not trained; else the source is damaged"
+
+
+def _unsound(path: Path, what: str) -> CheckpointError:
+    command = f"llama-jax convert {shlex.quote(str(path))} DST --any-values"
     return CheckpointError(
-        f"{path}: tensor {name} holds {what}",
-        hint="the source is damaged; if the values are meant, convert it with --allow-nonfinite",
+        f"{path}: {what}",
+        hint=f"the source is damaged: get it again; if the values are meant, `{command}` takes them, and DST loads",
     )
 
 

@@ -15,6 +15,7 @@ from llama_jax.cli.options import (
     load_options,
     model_option,
     page_size_option,
+    quiet_option,
     requested_mesh,
 )
 from llama_jax.cli.terminal import pairs_text, print_json
@@ -22,6 +23,7 @@ from llama_jax.cli.terminal import pairs_text, print_json
 if TYPE_CHECKING:
     from llama_jax.measure.profiling import ProgramTime
 
+_VOID = "the ceiling was measured too low, as on a busy machine: run it again when nothing else runs"
 SHOWN_KERNELS = 8
 SHOWN_SHARE = 0.01
 """Programs that take less of the device's time than this are left out of a profile."""
@@ -44,6 +46,7 @@ SHOWN_SHARE = 0.01
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
 @page_size_option
 @load_options
+@quiet_option
 @click.option("--profile", is_flag=True, help="Also show which kernels the time goes to. Needs a GPU.")
 @json_option
 def command(
@@ -55,6 +58,7 @@ def command(
     repeats: int,
     page_size: int | None,
     loading: LoadOptions,
+    quiet: bool,
     profile: bool,
     as_json: bool,
 ) -> None:
@@ -72,7 +76,7 @@ def command(
 
     runtime.enable_compilation_cache()
     devices = requested_mesh(loading.mesh, loading.tp, batch=max(batches), context=prompt + new, prompt=prompt)
-    with Reporter(quiet=as_json) as reporter:
+    with Reporter(quiet=quiet or as_json) as reporter:
         reporter.warn_of_unused_gpu()
         if preset is None:
             loaded, _ = loading.load(model, devices, reporter)
@@ -98,9 +102,11 @@ def command(
         results.append(dataclasses.asdict(r))
         if not as_json:
             click.echo(
-                f"{r.batch:5d} {r.prompt:6d} {r.new:4d} {r.prefill_tps:13.0f} {r.mfu:5.2f} {r.prefill_s * 1e3:8.1f} "
-                f"{r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {r.mbu:5.2f} {r.spread:6.2f}"
+                f"{r.batch:5d} {r.prompt:6d} {r.new:4d} {r.prefill_tps:13.0f} {_share(r.mfu)} {r.prefill_s * 1e3:8.1f} "
+                f"{r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {_share(r.mbu)} {r.spread:6.2f}"
             )
+            if r.void:
+                click.echo(f"      void: {' and '.join(r.void).upper()} above 1; {_VOID}")
         if profile:
             found = profile_generation(loaded, batch=batch, prompt=prompt, new=new, page_size=page_size)
             profiles.append({"batch": batch, "programs": [dataclasses.asdict(program) for program in found]})
@@ -119,6 +125,10 @@ def command(
         )
         for name, why in choice.passed_over:
             click.echo(f"       not {name}: {why}")
+
+
+def _share(share: float | None) -> str:
+    return " void" if share is None else f"{share:5.2f}"
 
 
 def _print_profile(found: Sequence[ProgramTime]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.inputs import read_messages
-from llama_jax.errors import RequestError, StorageError
+from llama_jax.errors import RequestError, StorageError, did_you_mean
 
 if TYPE_CHECKING:
     from llama_jax.sampling import SamplingParams
@@ -156,7 +155,7 @@ def default_sampling(generation_config: Mapping[str, Any], given: Mapping[str, A
         origin = "the model's generation_config.json"
     else:
         advised, origin = dict(_DEFAULTS), "llama-jax chat"
-    return SamplingParams(**{"max_tokens": None, **advised, **given}), origin
+    return _of_chat(SamplingParams(**{"max_tokens": None, **advised, **given})), origin
 
 
 def setting_names() -> list[str]:
@@ -174,8 +173,7 @@ def with_setting(params: SamplingParams, name: str, text: str) -> SamplingParams
     """
     names = setting_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}"
+        hint = did_you_mean(name, names) or f"one of {', '.join(names)}"
         raise RequestError(f"there is no setting {name!r} in a chat", param=name, hint=hint)
     value: Any = text
     if text.lower() == "none":
@@ -194,7 +192,12 @@ def with_setting(params: SamplingParams, name: str, text: str) -> SamplingParams
             raise RequestError(
                 f"logit_bias cannot be {text}", param=name, hint='an object of token ids and numbers: {"42": -100}'
             ) from None
-    return dataclasses.replace(params, **{name: value})
+    return _of_chat(dataclasses.replace(params, **{name: value}))
+
+
+def _of_chat(params: SamplingParams) -> SamplingParams:
+    params.check_generates("an answer")
+    return params
 
 
 @dataclass(frozen=True)

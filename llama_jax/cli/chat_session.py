@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -24,7 +23,7 @@ from llama_jax.cli.chat_conversation import (
 )
 from llama_jax.cli.chat_screen import Reader, Screen
 from llama_jax.cli.terminal import catch_interrupt, print_error, print_json, write_text
-from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
+from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError, did_you_mean
 from llama_jax.generation import stream_generate
 from llama_jax.generation.outputs import StreamOutput
 from llama_jax.model.loaded import Model
@@ -141,11 +140,12 @@ class Session:
         if used >= context:
             alone = self.tokens_used(asked.without_first_turns(len(asked.turns) - 1), add_generation_prompt=True)
             fits = alone < context
+            whole = f"the context is full: the conversation has {used} tokens with this message"
             raise RequestError(
-                f"the context is full: the conversation has {used} tokens with this message, the model's context is "
-                f"{context}; your message was taken back",
+                f"{whole if fits else f'the message alone is too long: it takes {alone} tokens'}, the model's context "
+                f"is {context}; your message was taken back",
                 param="messages",
-                hint="/trim drops the oldest turns, /clear all of them" if fits else "the message alone is too long",
+                hint="/trim drops the oldest turns, /clear all of them" if fits else "send a shorter one",
             )
         p, room = self.sampling, context - used
         if p.min_tokens > room:
@@ -183,12 +183,11 @@ class Session:
         if command.name in ("exit", "bye", "quit"):
             return False
         if command.name not in COMMANDS:
-            near = difflib.get_close_matches(command.name, COMMANDS, n=1)
+            near = did_you_mean(command.name, COMMANDS, "/")
             raise RequestError(
                 f"there is no command /{command.name}",
                 param=f"/{command.name}",
-                hint=(f"did you mean /{near[0]}? " if near else "")
-                + "/help lists them; // begins a message with a slash",
+                hint=f"{near} /help lists them; // begins a message with a slash".lstrip(),
             )
         COMMANDS[command.name][1](self, command.argument)
         return True

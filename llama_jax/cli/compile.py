@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option
-from llama_jax.cli.terminal import ms_text, pairs_text, print_json, printable, size_text
+from llama_jax.cli.options import DTYPES, examples, json_option, memory_fraction_option, quiet_option
+from llama_jax.cli.terminal import flops_text, ms_text, pairs_text, print_json, printable, size_text
+from llama_jax.cli.verdict import GLOSSARY, memory_lines, verdict_facts, verdict_lines
 from llama_jax.errors import DoesNotFit, RequestError
 
 if TYPE_CHECKING:
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 _KERNELS = 5
 """Kernels of each phase that the report shows."""
 
-_NOTE = "XLA measures tiles of its own matrix products on the card; here it cannot, and takes its default ones."
+_NOTE = """\
+XLA measures tiles of its own matrix products on the card; here it cannot, and takes its default ones.
+In prefill the last layer attends for each row's last token alone, by the kernel of decode: its own runs once less."""
 
 
 @click.command(
@@ -28,6 +32,7 @@ _NOTE = "XLA measures tiles of its own matrix products on the card; here it cann
         "llama-jax compile llama-3.1-8b --target mi300x",
         "llama-jax compile llama-3.1-70b --target mi300x --tp 8 --batch 32 --context 8192",
         "llama-jax compile ./config-folder --target rx7900xtx --json",
+        more=GLOSSARY,
     ),
 )
 @click.argument("model")
@@ -36,10 +41,11 @@ _NOTE = "XLA measures tiles of its own matrix products on the card; here it cann
 @click.option("--mesh", metavar="AXIS=N,...", help="Devices by axis; `tensor` splits the model, others repeat it.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows.")
 @click.option(
-    "--context", type=click.IntRange(1), help="Tokens that a row's cache holds. [default: 4096, or the model's]"
+    "--context", type=click.IntRange(1), metavar="N", help="Tokens of a text. [default: 4096, or the model's]"
 )
 @click.option("--prompt", type=click.IntRange(1), help="Prompt tokens of a row. [default: 512, or the context]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of weights and cache.")
+@memory_fraction_option
 @quiet_option
 @json_option
 def command(
@@ -51,13 +57,14 @@ def command(
     context: int | None,
     prompt: int | None,
     dtype: str,
+    memory_fraction: float | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Compile prefill and a decode step of MODEL for an AMD GPU, which this machine need not have.
 
     MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. Needs
-    `pip install 'llama-jax[rocm-aot]'` on x86-64 Linux. Says whether it fits, what the devices exchange, the kernels'
+    the extra `rocm-aot` on x86-64 Linux. Says whether it fits, what the devices exchange, the kernels'
     registers, and the least time of a step by the data sheet, which is a prediction and not a measurement.
 
     Exits with 6 if it does not fit, 5 if the compiler is missing.
@@ -68,8 +75,11 @@ def command(
     mesh_shape = _mesh_shape(mesh) if mesh else {"tensor": tp} if tp and tp > 1 else {}
     from llama_jax.aot.model import compile_model
     from llama_jax.library.configs import find_config
+    from llama_jax.plan import memory_fraction as usual_fraction
+    from llama_jax.plan import remedies
 
     config = find_config(model)
+    fraction = usual_fraction() if memory_fraction is None else memory_fraction
     began = time.monotonic()
 
     def say(line: str) -> None:
@@ -77,13 +87,22 @@ def command(
             click.echo(f"[{time.monotonic() - began:5.1f} s] {line}", err=True)
 
     result = compile_model(
-        config, chosen, mesh_shape, batch=batch, context=context, prompt=prompt, dtype=dtype, progress=say
+        config,
+        chosen,
+        mesh_shape,
+        batch=batch,
+        context=context,
+        prompt=prompt,
+        dtype=dtype,
+        memory_fraction=fraction,
+        progress=say,
     )
+    would = () if result.fits else remedies(config, result.plan)
     if as_json:
-        print_json(_facts(model, result))
+        print_json(_facts(model, result, would))
     else:
-        click.echo(printable(_report(model, result)))
-    raise click.exceptions.Exit(0 if result.fits else DoesNotFit.exit_code)
+        click.echo(printable(_report(model, result, would)))
+    raise click.exceptions.Exit(DoesNotFit.exit_code if result.fits is False else 0)
 
 
 def _target(name: str | None) -> Target:
@@ -106,22 +125,21 @@ def _mesh_shape(text: str) -> dict[str, int]:
     return shape
 
 
-def _facts(model: str, result: ModelCompilation) -> dict[str, Any]:
+def _facts(model: str, result: ModelCompilation, remedies: Sequence[str]) -> dict[str, Any]:
     """The report as JSON."""
-    target = result.target
+    target, plan = result.target, result.plan
     return {
         "model": model,
         "target": target.name,
         "arch": target.arch,
         "devices": result.prefill.compilation.devices,
-        "mesh": dict(result.mesh_shape),
-        "dtype": result.dtype,
+        "mesh": dict(plan.sizes),
+        "dtype": plan.workload.dtype,
         "batch": result.batch,
-        "capacity": result.capacity,
+        "context": plan.workload.context,
         "prompt_chunk": result.chunk,
-        "fits": result.fits,
-        "needed_bytes": result.needed_bytes,
-        "memory_bytes": target.memory,
+        **verdict_facts(result.verdict, remedies),
+        "device_bytes": target.memory,
         "phases": {phase.name: _phase_facts(phase) for phase in (result.prefill, result.decode)},
     }
 
@@ -134,6 +152,7 @@ def _phase_facts(phase: Phase) -> dict[str, Any]:
     ]
     return {
         "tokens": phase.tokens,
+        "capacity": phase.capacity,
         "trace_s": round(c.trace_s, 3),
         "compile_s": round(c.compile_s, 3),
         "memory": dataclasses.asdict(c.memory) | {"total": c.memory.total},
@@ -152,14 +171,16 @@ def _phase_facts(phase: Phase) -> dict[str, Any]:
     }
 
 
-def _report(model: str, result: ModelCompilation) -> str:
-    target, devices = result.target, result.prefill.compilation.devices
-    mesh = pairs_text(result.mesh_shape) or "one device"
-    memory = f"{size_text(result.needed_bytes)} of {size_text(target.memory)} on each device"
+def _report(model: str, result: ModelCompilation, remedies: Sequence[str]) -> str:
+    target, devices, w = result.target, result.prefill.compilation.devices, result.plan.workload
+    mesh = pairs_text(result.plan.sizes) or "one device"
     lines = [
         f"{model} compiled for {devices} x {target.label or target.name} ({target.arch}), {mesh}; not run",
-        f"{result.dtype}, {result.batch} rows, cache of {result.capacity} tokens a row",
-        f"fits: {memory}" if result.fits else f"DOES NOT FIT: needs {memory}",
+        f"{w.dtype}, batch {w.batch} ({result.batch} rows), prompt {w.prompt}, context {w.context}",
+        "",
+        "memory of each device: prefill and decode as XLA reports them, the others as planned",
+        *memory_lines(result.verdict, target),
+        *verdict_lines(result.verdict, remedies),
     ]
     for phase in (result.prefill, result.decode):
         lines += ["", *_phase_lines(phase, result.chunk)]
@@ -169,21 +190,22 @@ def _report(model: str, result: ModelCompilation) -> str:
 def _phase_lines(phase: Phase, chunk: int) -> list[str]:
     c, m = phase.compilation, phase.compilation.memory
     title = f"prefill of {chunk} tokens a row" if phase.name == "prefill" else "decode step"
+    title += f", with {phase.capacity} slots a row"
     lines = [
         f"{title} (traced in {c.trace_s:.1f} s, compiled in {c.compile_s:.1f} s)",
         f"  memory       {size_text(m.total)}: arguments {size_text(m.arguments)}, outputs {size_text(m.outputs)} "
         f"({size_text(m.aliased)} in place), temporary {size_text(m.temporary)}, code {size_text(m.code)}",
-        f"  arithmetic   {'unknown' if c.flops is None else f'{c.flops / 1e9:,.1f} GFLOP'} and "
-        f"{size_text(round(c.bytes_accessed))} moved, by XLA's count, on each device",
+        f"  XLA counts   {flops_text(c.flops)}, and {size_text(round(c.bytes_accessed))} that its operations read and "
+        "write, some of it in caches",
     ]
     for x in c.collectives:
         unknown = ", some in loops of unknown length" if x.unknown_trips else ""
         lines.append(f"  exchange     {x.count} x {x.kind} of {size_text(x.bytes)} over {x.devices} devices{unknown}")
     floor = phase.floor
     lines.append(
-        f"  predicted    at least {ms_text(floor.seconds)} (peak rates of the data sheet: arithmetic "
-        f"{ms_text(floor.compute_s)}, reading {size_text(floor.read_bytes)} {ms_text(floor.memory_s)}, exchange "
-        f"{ms_text(floor.links_s)})"
+        f"  predicted    at least {ms_text(floor.seconds)}, by peak rates of the data sheet: arithmetic "
+        f"{ms_text(floor.compute_s)}, reading the {size_text(floor.read_bytes)} that have to be read "
+        f"{ms_text(floor.memory_s)}, exchange {ms_text(floor.links_s)}"
     )
     calls = ", ".join(
         f"{n} x {name}" for name, n in c.library_calls.items() if name not in {x.kind for x in c.collectives}

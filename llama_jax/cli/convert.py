@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option
+from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option, yes_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, size_text
 
@@ -24,7 +24,14 @@ from llama_jax.cli.terminal import print_json, size_text
 @click.argument("dst")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Store all tensors in it. [default: the source's own]")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
-@click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or infinite.")
+@click.option(
+    "--any-values",
+    "--allow-nonfinite",
+    "allow_nonfinite",
+    is_flag=True,
+    help="Accept weights of any values: NaN, infinite, far too small, or zero in most of the matrices.",
+)
+@yes_option
 @quiet_option
 @json_option
 def command(
@@ -33,24 +40,25 @@ def command(
     """Convert SRC to a checkpoint at DST.
 
     SRC is a Hugging Face folder (safetensors or .bin, one file or several), a folder of Meta (params.json and
-    consolidated.*.pth), a GGUF file, org/name of the Hugging Face hub, or the default model. Tensors pass one by one,
-    so memory is needed for the largest one, not for the model. A conversion that was stopped resumes when the same
-    command is run again.
+    consolidated.*.pth), a GGUF file or a folder with one, org/name of the Hugging Face hub, or the default model.
+    Tensors pass one by one, so memory is needed for the largest one, not for the model. A conversion that was stopped
+    resumes when the same command is run again.
     """
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.convert import convert
-    from llama_jax.library import check_source
+    from llama_jax.library import DEFAULT_MODEL, check_source
 
     began = time.monotonic()
     with Reporter(quiet=quiet, label="Converting") as reporter:
         source, name, revision = _source(src, reporter)
-        check_source(source)
+        check_source(source, reporter.notify)
         path = convert(
             source,
             dst,
             dtype=dtype,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
+            warn_larger=name != DEFAULT_MODEL,
             name=name,
             revision=revision,
             progress=reporter.progress,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
+from collections.abc import Mapping
 
 import click
 
@@ -13,15 +15,20 @@ from llama_jax.errors import DoesNotFit, LlamaJaxError, NoDevice
 INTERRUPTED = 130
 INTERNAL = 70
 DEBUG_VARIABLE = "LLAMA_JAX_DEBUG"
+_PYTHON_NAME = re.compile(r"SamplingParams\.(\w+)|load\((\w+)=\)")
 
 
-def report(error: BaseException, *, as_json: bool) -> int:
+def report(error: BaseException, *, as_json: bool, flags: Mapping[str, str] | None = None) -> int:
     """Prints an error and returns the exit code that goes with it.
 
     People get `error:` and `hint:` lines on standard error; with `as_json` standard output gets
     `{"error": {"type", "message", "hint", "param"}}` instead. LLAMA_JAX_DEBUG=1 adds the traceback on standard error.
+
+    Args:
+      flags: options by the names of their values: what the library calls by a Python name is called by its option.
     """
     kind, message, hint, param, code = _described(error)
+    message, hint = (_with_flags(text, flags or {}) for text in (message, hint))
     if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
         traceback.print_exception(error)
     if as_json:
@@ -29,6 +36,10 @@ def report(error: BaseException, *, as_json: bool) -> int:
     else:
         print_error(message, hint)
     return code
+
+
+def _with_flags(text: str, flags: Mapping[str, str]) -> str:
+    return _PYTHON_NAME.sub(lambda match: flags.get(match[1] or match[2], match[0]), text)
 
 
 def _described(error: BaseException) -> tuple[str, str, str, str | None, int]:

@@ -8,7 +8,7 @@ import time
 
 import click
 
-from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option
+from llama_jax.cli.options import DTYPES, examples, json_option, quiet_option, yes_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, size_text
 from llama_jax.errors import RequestError
@@ -37,6 +37,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
     help="gguf: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0. [default: the checkpoint's own dtype]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export at DST, once the new one is complete.")
+@yes_option
 @quiet_option
 @json_option
 def command(

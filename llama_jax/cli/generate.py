@@ -84,6 +84,7 @@ def command(
     from llama_jax.sampling import SamplingParams
 
     params = SamplingParams(**{"max_tokens": None, **given(fields)})
+    params.check_generates("an answer" if conversation is not None else "a continuation")
     devices = requested_mesh(loading.mesh, loading.tp)
     with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = loading.load(model, devices, reporter)

@@ -49,17 +49,17 @@ def read_messages(source: str) -> list[dict[str, Any]]:
     """A conversation from a JSON file, or from standard input for "-": a list of objects with role and content.
 
     Raises:
-      RequestError: it cannot be read or is not such a list.
+      RequestError: it cannot be read, is not such a list, or a role is none that chats have.
     """
+    from llama_jax.text.chat import EXAMPLE, check_messages
+
     text = read_text(source, param="messages")
-    hint = 'it should hold [{"role": "user", "content": "…"}]'
     try:
-        messages = json.loads(text)
+        messages: list[dict[str, Any]] = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise RequestError(f"{source} is not valid JSON: {e}", param="messages", hint=hint) from e
-    if not isinstance(messages, list) or not messages:
-        raise RequestError(f"{source} does not hold a list of messages", param="messages", hint=hint)
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise RequestError(f"message {i} of {source} has no role", param="messages", hint=hint)
+        raise RequestError(f"{source} is not valid JSON: {e}", param="messages", hint=EXAMPLE) from e
+    try:
+        check_messages(messages)
+    except RequestError as e:
+        raise RequestError(f"{source}: {e.message}", param=e.param, hint=e.hint) from e
     return messages

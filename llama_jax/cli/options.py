@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import click
 
 from llama_jax.errors import RequestError
 from llama_jax.kernels.registry import VARIABLE, parse_backends
-from llama_jax.library import DEFAULT_MODEL
+from llama_jax.library import DEFAULT_MODEL, network
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -28,9 +29,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def examples(*lines: str) -> str:
-    """The epilog of a command's help: example command lines, kept as they are."""
-    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+def examples(*lines: str, more: str = "") -> str:
+    """The epilog of a command's help: example command lines, kept as they are, and what else there is to say."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines) + (f"\n\n{more}" if more else "")
 
 
 def _together(*options: Decorator) -> Decorator:
@@ -44,14 +45,31 @@ def _together(*options: Decorator) -> Decorator:
     return decorate
 
 
-model_option: Decorator = click.option(
-    "-m",
-    "--model",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    metavar="MODEL",
-    help="A folder, a GGUF file, org/name of the Hugging Face hub, or a name from `llama-jax list`.",
+def _agree(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Says yes for this process, and for those that it starts."""
+    if value:
+        os.environ[network.YES] = "1"
+
+
+yes_option: Decorator = click.option(
+    "--yes",
+    is_flag=True,
+    expose_value=False,
+    callback=_agree,
+    help=f"Fetch the default model without asking, if it is not here. [also: {network.YES}=1]",
 )
+model_option = _together(
+    click.option(
+        "-m",
+        "--model",
+        default=DEFAULT_MODEL,
+        show_default=True,
+        metavar="MODEL",
+        help="A folder, a GGUF file, org/name of the Hugging Face hub, or a name from `llama-jax list`.",
+    ),
+    yes_option,
+)
+"""`--model`, and `--yes` for the model that nobody names."""
 dtype_option: Decorator = click.option(
     "--dtype",
     type=click.Choice(DTYPES),
@@ -80,6 +98,12 @@ kernels_option: Decorator = click.option(
     metavar="OP=BACKEND,...",
     callback=_name_backends,
     help=f"Which implementation runs, e.g. flash_attention=reference. [default: ${VARIABLE}, else the best one known]",
+)
+memory_fraction_option: Decorator = click.option(
+    "--memory-fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="F",
+    help="Of a device's memory, what jax may use. [default: XLA_PYTHON_CLIENT_MEM_FRACTION, or 0.75 as jax has it]",
 )
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
 

@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llama_jax.cli.options import DTYPES, examples, is_auto, json_option, mesh_options
+from llama_jax.cli.options import (
+    DTYPES,
+    examples,
+    is_auto,
+    json_option,
+    memory_fraction_option,
+    mesh_options,
+    quiet_option,
+)
 from llama_jax.cli.plan_report import compared, facts, report
 from llama_jax.cli.terminal import print_json, printable
+from llama_jax.cli.verdict import GLOSSARY
 from llama_jax.errors import DoesNotFit, RequestError
 
 if TYPE_CHECKING:
@@ -26,6 +35,7 @@ if TYPE_CHECKING:
         "llama-jax plan llama-3.1-70b --target mi300x --devices 8 --mesh auto --batch 32 --context 8192",
         "llama-jax plan llama-3.1-405b --target mi355x --tp 8 --compile",
         "llama-jax plan ./config-folder --target h200 --json",
+        more=GLOSSARY,
     ),
 )
 @click.argument("model")
@@ -38,12 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt", type=click.IntRange(1), metavar="N", help="Of these, the prompt's. [default: 512, or all]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of weights and cache. [default: bfloat16; float32 on a CPU]")
-@click.option(
-    "--memory-fraction",
-    type=click.FloatRange(0, 1, min_open=True),
-    metavar="F",
-    help="Of a device's memory, what jax may use. [default: XLA_PYTHON_CLIENT_MEM_FRACTION, or 0.75 as jax has it]",
-)
+@memory_fraction_option
 @click.option(
     "--latency",
     type=click.FloatRange(0),
@@ -52,6 +57,7 @@ if TYPE_CHECKING:
     help="Microseconds that each collective takes too.",
 )
 @click.option("--compile", "compiled", is_flag=True, help="Also compile it, for AMD GPUs, and show XLA's own numbers.")
+@quiet_option
 @json_option
 def command(
     model: str,
@@ -66,6 +72,7 @@ def command(
     memory_fraction: float | None,
     latency: float,
     compiled: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Say whether MODEL fits a number of devices, and the least time that it could take there.
@@ -77,7 +84,7 @@ def command(
     Exits with 6 if it does not fit.
     """
     from llama_jax.library.configs import find_config
-    from llama_jax.plan import default_workload, make_plan
+    from llama_jax.plan import default_workload, make_plan, remedies
     from llama_jax.plan import memory_fraction as usual_fraction
 
     chosen = _target(target)
@@ -88,11 +95,12 @@ def command(
     fraction = usual_fraction() if memory_fraction is None else memory_fraction
     sizes = _sizes(config, chosen, workload, mesh, tp, devices, fraction)
     plan = make_plan(config, chosen, sizes, workload, memory_fraction=fraction, latency_s=latency * 1e-6)
-    xla = _compile(config, plan, quiet=as_json) if compiled else None
+    xla = _compile(config, plan, quiet=quiet or as_json) if compiled else None
+    would = remedies(config, plan)
     if as_json:
-        print_json(facts(model, config, plan, xla))
+        print_json(facts(model, config, plan, xla, would))
     else:
-        lines = [*report(model, plan), *([] if xla is None else compared(config, plan, xla))]
+        lines = [*report(model, plan, would), *([] if xla is None else compared(config, plan, xla))]
         click.echo(printable("\n".join(lines)))
     raise click.exceptions.Exit(DoesNotFit.exit_code if plan.fits is False else 0)
 
@@ -149,5 +157,6 @@ def _compile(config: LlamaConfig, plan: Plan, *, quiet: bool) -> ModelCompilatio
         context=w.context,
         prompt=w.prompt,
         dtype=w.dtype,
+        memory_fraction=plan.verdict.fraction,
         progress=None if quiet else lambda line: click.echo(line, err=True),
     )

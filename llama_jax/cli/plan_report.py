@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.terminal import ms_text, pairs_text, size_text
+from llama_jax.cli.terminal import flops_text, ms_text, pairs_text, size_text
+from llama_jax.cli.verdict import memory_lines, verdict_facts, verdict_lines
 
 if TYPE_CHECKING:
     from llama_jax.aot.model import ModelCompilation
@@ -15,35 +17,44 @@ if TYPE_CHECKING:
     from llama_jax.targets import Collective
 
 
-def report(model: str, plan: Plan) -> list[str]:
-    """The plan in lines."""
+def report(model: str, plan: Plan, remedies: Sequence[str]) -> list[str]:
+    """The plan in lines; `remedies` are those of `llama_jax.plan.remedies`."""
     target, w, needs, shapes = plan.target, plan.workload, plan.needs, plan.shapes
     mesh = pairs_text(plan.sizes) or "one device"
-    dense, pages = size_text(needs.cache), size_text(needs.paged_cache)
-    worst = max(needs.phases, key=lambda phase: needs.phases[phase])
-    phases = ", ".join(f"{name} {size_text(size)}" for name, size in needs.phases.items() if size)
     arch = "" if target.arch == target.name else f" ({target.arch})"
+    room = (
+        f"; largest batch with this context: {plan.largest_batch}, "
+        f"largest context with this batch: {plan.largest_context}"
+    )
     return [
         f"{model} on {plan.devices} x {target.label or target.name}{arch}, {mesh}: predicted, nothing was run",
         f"{w.dtype}, batch {w.batch}, prompt {w.prompt}, context {w.context}",
         "",
         f"memory of each device, which has {shapes.rows} of the rows",
         f"  weights      {size_text(needs.weights)}",
-        f"  KV cache     {dense}, {shapes.capacities[-1]} slots a row; {pages} if it were in pages",
+        f"  KV cache     {_cache(plan)}",
         f"  temporary    {size_text(needs.prefill.temporary)} in prefill, {shapes.chunk} tokens of a row at a time "
         f"({_backends(plan.prefill_backends)}); {size_text(needs.decode.temporary)} in decode "
         f"({_backends(plan.decode_backends)})",
-        f"  peak         {size_text(needs.peak)} in {worst} ({phases})",
-        f"  jax may use  {_usable(plan)}",
-        _verdict(plan),
+        *memory_lines(plan.verdict, target),
+        *verdict_lines(plan.verdict, remedies, room),
         "",
         "least times, predicted from peak rates of the data sheet",
-        f"  {'':12} {'reading':>22} {'arithmetic':>24} {'exchange':>22} {'together':>10}  bound by",
+        f"  {'':12} {'reading':>22} {'arithmetic':>24} {'exchange':>22} {'at least':>10}  bound by",
         _floor("prefill", plan.prefill),
         _floor("decode step", plan.decode),
         f"  first token of every row after {ms_text(plan.first_token_s)}, then {_rate(plan)} (predicted)",
         *(f"  exchange in {name}: {_exchanged(f.collectives)}" for name, f in _phases(plan) if f.collectives),
     ]
+
+
+def _cache(plan: Plan) -> str:
+    sizes, needs = plan.shapes.capacities, plan.needs
+    grown = f", grown from {' to '.join(map(str, sizes))}" if len(sizes) > 1 else ""
+    return (
+        f"{size_text(needs.cache)}: {sizes[-1]} slots a row for {plan.workload.context} tokens{grown}; "
+        f"{size_text(needs.paged_cache)} in pages"
+    )
 
 
 def _phases(plan: Plan) -> list[tuple[str, Floor]]:
@@ -55,30 +66,12 @@ def _backends(names: Backends) -> str:
     return ", ".join(f"{op}: {name}" for op, name in found.items() if name)
 
 
-def _usable(plan: Plan) -> str:
-    if plan.usable is None:
-        return "unknown: the table has no memory for this target"
-    share = plan.usable / plan.target.memory
-    return f"{size_text(plan.usable)}, {share:.0%} of {size_text(plan.target.memory)}; the rest is the runtime's"
-
-
-def _verdict(plan: Plan) -> str:
-    if plan.fits is None:
-        return "whether it fits is not known"
-    room = (
-        f"largest batch with this context: {plan.largest_batch}; "
-        f"largest context with this batch: {plan.largest_context}"
-    )
-    return f"{'fits' if plan.fits else 'DOES NOT FIT'}; {room}"
-
-
 def _floor(name: str, floor: Floor) -> str:
     read = f"{size_text(floor.read_bytes)} {ms_text(floor.memory_s)}"
-    assert floor.flops is not None  # counted from shapes
-    flops = f"{floor.flops / 1e12:,.3g} TFLOP {ms_text(floor.compute_s)}"
+    flops = f"{flops_text(floor.flops)} {ms_text(floor.compute_s)}"
     sent = f"{size_text(round(sum(c.traffic for c in floor.collectives)))} {ms_text(floor.links_s)}"
-    together = ms_text(floor.seconds)
-    return f"  {name:12} {read:>22} {flops:>24} {sent:>22} {together:>10}  {floor.bound or 'unknown'}"
+    least = ms_text(floor.seconds)
+    return f"  {name:12} {read:>22} {flops:>24} {sent:>22} {least:>10}  {floor.bound or 'unknown'}"
 
 
 def _exchanged(collectives: tuple[Collective, ...]) -> str:
@@ -86,7 +79,7 @@ def _exchanged(collectives: tuple[Collective, ...]) -> str:
 
 
 def _rate(plan: Plan) -> str:
-    return "an unknown rate" if plan.tokens_per_s is None else f"at most {plan.tokens_per_s:,.0f} tokens/s together"
+    return "an unknown rate" if plan.tokens_per_s is None else f"at most {plan.tokens_per_s:,.0f} tokens/s, of all rows"
 
 
 def _programs(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> dict[str, tuple[Bytes, Any]]:
@@ -98,16 +91,17 @@ def _programs(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> dict[st
     rows = local_rows(xla.batch, plan.sizes)
     return {
         "prefill": (
-            share.prefill(rows, xla.chunk, xla.capacity, plan.prefill_backends),
+            share.prefill(rows, xla.chunk, xla.prefill.capacity, plan.prefill_backends),
             xla.prefill.compilation,
         ),
-        "decode": (share.decode(rows, xla.capacity, plan.decode_backends), xla.decode.compilation),
+        "decode": (share.decode(rows, xla.decode.capacity, plan.decode_backends), xla.decode.compilation),
     }
 
 
 def compared(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> list[str]:
     """Predicted bytes beside those that XLA reports, in lines."""
-    lines = ["", f"compiled for a cache of {xla.capacity} slots a row: predicted bytes, and what XLA reports"]
+    slots = f"{xla.prefill.capacity} slots a row in prefill, {xla.decode.capacity} in decode"
+    lines = ["", f"compiled for a cache of {slots}: predicted bytes, and what XLA reports"]
     for name, (predicted, compilation) in _programs(config, plan, xla).items():
         m = compilation.memory
         for part in ("arguments", "outputs", "aliased", "temporary"):
@@ -120,7 +114,9 @@ def compared(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> list[str
     return lines
 
 
-def facts(model: str, config: LlamaConfig, plan: Plan, xla: ModelCompilation | None) -> dict[str, Any]:
+def facts(
+    model: str, config: LlamaConfig, plan: Plan, xla: ModelCompilation | None, remedies: Sequence[str]
+) -> dict[str, Any]:
     """All of it as values that JSON can hold."""
 
     def floor(f: Floor) -> dict[str, Any]:
@@ -138,8 +134,7 @@ def facts(model: str, config: LlamaConfig, plan: Plan, xla: ModelCompilation | N
         "cache_capacities": plan.shapes.capacities,
         "memory": dataclasses.asdict(plan.needs) | {"phases": dict(plan.needs.phases), "peak": plan.needs.peak},
         "device_bytes": plan.target.memory or None,
-        "usable_bytes": plan.usable,
-        "fits": plan.fits,
+        **verdict_facts(plan.verdict, remedies),
         "largest_batch": plan.largest_batch,
         "largest_context": plan.largest_context,
         "backends": {
@@ -156,7 +151,7 @@ def facts(model: str, config: LlamaConfig, plan: Plan, xla: ModelCompilation | N
     if xla is not None:
         found["compiled"] = {
             name: {
-                "capacity": xla.capacity,
+                "capacity": {"prefill": xla.prefill, "decode": xla.decode}[name].capacity,
                 "predicted": dataclasses.asdict(predicted) | {"total": predicted.total},
                 "xla": dataclasses.asdict(c.memory) | {"total": c.memory.total},
                 "collectives": [dataclasses.asdict(x) for x in c.collectives],

@@ -45,11 +45,13 @@ class Reporter:
         self._end_stage()
 
     def notify(self, message: str) -> None:
-        """Prints a line; its first word names the stage that follows ("Converting …")."""
+        """Prints a line; a participle at its beginning names the stage that follows ("Converting …")."""
         self._end_stage()
         if not self._quiet:
             print(message, file=sys.stderr, flush=True)
-        self._label, self._announced = message.split(maxsplit=1)[0], True
+        word = message.split(maxsplit=1)[0]
+        if word.endswith("ing"):
+            self._label, self._announced = word, True
 
     def warn_of_unused_gpu(self) -> None:
         """Prints a warning if jax computes on the CPU though there is a GPU and nobody asked for that; imports jax."""

@@ -22,6 +22,7 @@ _TEMPLATE_WIDTH = 100
         "llama-jax show my-checkpoint --tensors",
         "llama-jax show m.gguf --json",
         "llama-jax show org/name",
+        "llama-jax show llama-3.1-70b",
         "llama-jax show org/name --tp 8",
     ),
 )
@@ -34,18 +35,21 @@ _TEMPLATE_WIDTH = 100
 @json_option
 def command(model: str, tensors: bool, template: bool, mesh: str | None, tp: int | None, as_json: bool) -> None:
     """Show what MODEL is (by default the default model): shapes, size, memory, tokenizer, source, licence, digests.
+    A preset such as llama-3.1-8b is shown without files.
 
     No weights are read, and nothing is converted or downloaded: a folder, a GGUF file or a download of the hub is shown
     as it is. With --tp or --mesh, also how it is split over so many devices; they need not be there.
     """
-    from llama_jax.library.describe import describe
+    from llama_jax.library.configs import find_preset
+    from llama_jax.library.describe import describe, describe_preset
 
     axes = None
     if mesh is not None or tp is not None:
         from llama_jax.sharding import requested_axes
 
         axes = requested_axes(mesh, tp)
-    facts = describe(locate(model), model, axes)
+    config = find_preset(model)
+    facts = describe(locate(model), model, axes) if config is None else describe_preset(config, model, axes)
     listed = facts.pop("tensors")
     if as_json:
         print_json(facts | ({"tensors": listed} if tensors else {}))

@@ -65,6 +65,11 @@ def pairs_text(pairs: Mapping[str, object]) -> str:
     return " ".join(f"{name}={value}" for name, value in pairs.items())
 
 
+def flops_text(flops: float | None) -> str:
+    """Multiplications and additions in units of 10^12, "unknown" for None."""
+    return "unknown" if flops is None else f"{flops / 1e12:,.3g} TFLOP"
+
+
 def ms_text(seconds: float | None) -> str:
     """Seconds as milliseconds with three figures, "unknown" for None."""
     return "unknown" if seconds is None else f"{seconds * 1e3:.3g} ms"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llama_jax.cli.options import examples, json_option
+from llama_jax.cli.options import examples, json_option, quiet_option
 from llama_jax.cli.terminal import pairs_text, print_json, printable
 from llama_jax.kernels.registry import OPERATIONS
 
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 @click.option("--most", type=click.IntRange(1), default=16, show_default=True, help="Tiles of a kernel on one shape.")
 @click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="The medians are of these.")
 @click.option("--dry-run", is_flag=True, help="Say what would be measured.")
+@quiet_option
 @json_option
-def command(names: tuple[str, ...], model: str | None, most: int, repeats: int, dry_run: bool, as_json: bool) -> None:
+def command(
+    names: tuple[str, ...], model: str | None, most: int, repeats: int, dry_run: bool, quiet: bool, as_json: bool
+) -> None:
     """Measure every kernel that runs on this device, with several tilings, and keep the fastest.
 
     Each is compared with the reference first. The result is a table in the cache, which wins over the shipped one until
@@ -41,12 +44,17 @@ def command(names: tuple[str, ...], model: str | None, most: int, repeats: int, 
 
     runtime.enable_compilation_cache()
     numbers = None if model is None else numbers_of(preset(model))
-    check_kernels_once(lambda line: click.echo(line, err=True))
+
+    def say(line: str) -> None:
+        if not quiet:
+            click.echo(printable(line), err=True)
+
+    check_kernels_once(say)
     found = candidates([operation(name) for name in names or OPERATIONS], current(), numbers, most)
     if dry_run or not found:
         _print_plan(found, as_json=as_json)
         return
-    tuning = tune(found, rounds=repeats, progress=lambda *args: click.echo(printable(_line(*args)), err=True))
+    tuning = tune(found, rounds=repeats, progress=lambda *args: say(_line(*args)))
     rules = {op: [rule.to_json() for rule in rules] for op, rules in tuning.rules.items()}
     if as_json:
         measurements = [dataclasses.asdict(m) for m in tuning.measurements]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llama_jax.cli.options import examples, json_option, mesh_options, quiet_option, requested_mesh
+from llama_jax.cli.options import examples, json_option, mesh_options, quiet_option, requested_mesh, yes_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, printable, size_text
 from llama_jax.errors import CheckpointError, VerificationError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--expected", metavar="FILE.npz", help="Also run the model and compare with this file.")
 @click.option("--save-logits", metavar="OUT.npz", help="Write what was computed, for others to compare.")
 @mesh_options
+@yes_option
 @quiet_option
 @json_option
 def command(

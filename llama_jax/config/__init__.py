@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.config.hf import config_from_hf, config_to_hf
+from llama_jax.config.hf import config_from_hf
 from llama_jax.config.spec import LayerSpec, LlamaConfig, MoeSpec, QueryScale, RopeSpec
+from llama_jax.config.to_hf import config_to_hf
 
 if TYPE_CHECKING:
     from llama_jax.config.presets import PRESETS, preset

@@ -7,7 +7,6 @@ parameter count.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from llama_jax.config.hf import config_from_hf
 from llama_jax.config.rope import rope_to_hf
 from llama_jax.config.spec import LlamaConfig, RopeSpec
-from llama_jax.errors import ModelNotFound
+from llama_jax.errors import ModelNotFound, did_you_mean
 
 
 def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
@@ -181,7 +180,6 @@ def preset(name: str) -> LlamaConfig:
     """
     keys = PRESETS.get(name.lower())
     if keys is None:
-        close = difflib.get_close_matches(name.lower(), PRESETS, n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else f"presets: {', '.join(PRESETS)}"
+        hint = did_you_mean(name, PRESETS) or f"presets: {', '.join(PRESETS)}"
         raise ModelNotFound(f"no preset is named {name!r}", hint=hint)
     return config_from_hf(keys)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from llama_jax.config.fields import MISSING, Fields, bad, not_supported
+from llama_jax.config.fields import MISSING, Fields
 from llama_jax.config.spec import RopeKind, RopeSpec
 from llama_jax.errors import UnsupportedModel
 
@@ -31,25 +31,27 @@ def rope_from_hf(fields: Fields, *, default_theta: float, max_positions: int, in
     key = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     values = fields.get(key, {})
     if not isinstance(values, Mapping):
-        raise bad(fields.name(key), values, "an object")
-    scaling = Fields(values, fields.name(f"{key}."))
+        raise fields.bad(key, values, "an object")
+    scaling = fields.within(key, values)
     for name, value in values.items():
         if isinstance(value, Mapping):
             raise UnsupportedModel(
-                f"config.json: {scaling.name(name)} gives a layer type its own rope, which is not supported",
+                f"{fields.file}: {scaling.name(name)} gives a layer type its own rope, which is not supported",
                 hint="supported: one rope for all layers",
             )
     for place in (scaling, fields):
         rotated = place.number("partial_rotary_factor", 1.0, positive=False)
         if rotated != 1.0:
-            raise not_supported(f"{place.name('partial_rotary_factor')}={rotated}", "1.0, the whole head is rotated")
+            what = f"{place.name('partial_rotary_factor')}={rotated}"
+            raise place.not_supported(what, "1.0, the whole head is rotated")
     kind = scaling.string("rope_type", None) or scaling.string("type", "default")
     if kind not in get_args(RopeKind):
-        raise not_supported(f"rope type {kind!r}", ", ".join(get_args(RopeKind)))
-    theta = scaling.number("rope_theta", None) or fields.number("rope_theta", default_theta)
+        raise fields.not_supported(f"rope type {kind!r}", ", ".join(get_args(RopeKind)))
+    place = fields if scaling.get("rope_theta") is None else scaling
+    theta = place.number("rope_theta", default_theta)
     # A base of 1 or less gives equal or growing frequencies; yarn divides by its logarithm.
     if theta <= 1.0:
-        raise bad(fields.name("rope_theta"), theta, "greater than 1")
+        raise place.bad("rope_theta", theta, "greater than 1")
     base = {"theta": theta, "kind": kind, "interleaved": interleaved}
     if kind == "default":
         return RopeSpec(**base)
@@ -75,7 +77,7 @@ def rope_from_hf(fields: Fields, *, default_theta: float, max_positions: int, in
     ratio = max_positions / original if "factor" in values else MISSING
     truncate = values.get("truncate", True)
     if truncate is not None and not isinstance(truncate, bool):
-        raise bad(scaling.name("truncate"), truncate, "true or false")
+        raise scaling.bad("truncate", truncate, "true or false")
     return RopeSpec(
         **base,
         factor=scaling.number("factor", ratio),

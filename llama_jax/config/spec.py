@@ -147,24 +147,24 @@ class LlamaConfig:
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise UnsupportedModel(
                     f"{name} must be a positive integer, got {value!r}",
-                    hint="check the model's config.json",
+                    hint="sizes are from 1 to 2147483647",
                 )
         if not self.layers:
-            raise UnsupportedModel("the model has no layers", hint="check num_hidden_layers in config.json")
+            raise UnsupportedModel("the model has no layers", hint="give `layers` one LayerSpec at least")
         if self.num_heads % self.num_kv_heads:
             raise UnsupportedModel(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}",
-                hint="check num_attention_heads and num_key_value_heads in config.json",
+                hint="every key/value head serves equally many query heads",
             )
         if self.head_dim % 2 and any(layer.rope for layer in self.layers):
             raise UnsupportedModel(
-                f"rope needs an even head_dim, got {self.head_dim}", hint="check head_dim in config.json"
+                f"rope needs an even head_dim, got {self.head_dim}", hint="rope turns pairs of numbers"
             )
         for i, layer in enumerate(self.layers):
             if layer.attention != "full" and not (layer.window and layer.window > 0):
                 raise UnsupportedModel(
                     f"layer {i} has {layer.attention} attention with window {layer.window!r}",
-                    hint="check sliding_window or attention_chunk_size in config.json",
+                    hint="give its LayerSpec a window",
                 )
 
     @property

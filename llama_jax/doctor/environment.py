@@ -26,6 +26,8 @@ ENVIRONMENT = (
     "LLAMA_JAX_KERNELS",
     "LLAMA_JAX_ROCM",
     "LLAMA_JAX_SELF_CHECK",
+    "LLAMA_JAX_OFFLINE",
+    "LLAMA_JAX_YES",
     "HF_HUB_OFFLINE",
 )
 """Variables that change what runs where, and are shown if they are set."""

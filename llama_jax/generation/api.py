@@ -67,11 +67,13 @@ def stream_generate(
 ) -> Iterator[StreamOutput]:
     """Continues one prompt token by token. Closing the generator ends the work.
 
-    Arguments and errors as for `generate`; n must be 1. Errors are raised here, not at the first token.
+    Arguments and errors as for `generate`; n must be 1, and max_tokens not 0. Errors are raised here, not at the first
+    token.
     """
     requests = prepare(model, tokenizer, [prompt], _params(params, fields), page_size, adapters, adapter_ids)
     if len(requests.rows) != 1:
         raise RequestError("a stream has one continuation: n must be 1", param="n", hint="use batch_generate")
+    requests.params[0].check_generates("a stream")
     return _stream(Batch(model, tokenizer, requests))
 
 
@@ -87,6 +89,8 @@ def batch_generate(
     **fields: Any,
 ) -> list[RequestOutput]:
     """Continues several prompts at once, all as one batch on the device.
+
+    With `max_tokens=0` and `prompt_logprobs` it only scores them: no token is drawn, and no decode step compiled.
 
     Args:
       prompts: texts or lists of token ids.

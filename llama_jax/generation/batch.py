@@ -31,7 +31,13 @@ class Batch:
     def __init__(self, model: Model, tokenizer: Tokenizer | None, requests: Requests):
         self.model, self.requests = model, requests
         self.rows = [
-            RowText(tokenizer, row.params, row.params.ending_ids(model.eos_token_ids), requests.prompt_of(i))
+            RowText(
+                tokenizer,
+                row.params,
+                row.params.ending_ids(model.eos_token_ids),
+                requests.prompt_of(i),
+                finish_reason=None if row.limit else "length",
+            )
             for i, row in enumerate(requests.rows)
         ]
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.rows]
@@ -45,8 +51,12 @@ class Batch:
         token."""
         self._start = time.perf_counter()
         session = Session(self.model, self.requests, BATCH_STRIDE if steps > 1 else 1)
-        progress, self._prompt_logprobs = session.begin()
-        new = self._read(progress)
+        self._prompt_logprobs = session.prefill()
+        if not self._unfinished():  # nothing is to be generated, so that nothing is compiled for it
+            session.wait()
+            self._first = self._decoding = self._end = time.perf_counter()
+            return
+        new = self._read(session.begin())
         self._first = self._decoding = self._end = time.perf_counter()
         yield new
 
@@ -89,7 +99,7 @@ class Batch:
     def timing(self) -> Timing:
         """Of the whole batch, as far as it has run."""
         prefill, decoding = self._first - self._start, self._end - self._decoding
-        generated = sum(len(row.token_ids) - 1 for row in self.rows)
+        generated = sum(max(len(row.token_ids) - 1, 0) for row in self.rows)
         return Timing(
             ttft_s=prefill,
             prompt_tps=sum(map(len, self.requests.prompts)) / prefill if prefill else 0.0,

@@ -46,7 +46,8 @@ class Timing:
     """Seconds and rates of the batch that a request ran in.
 
     Attributes:
-      ttft_s: from the call to the first token on the host, compilation included if there was any.
+      ttft_s: from the call to the first token on the host, compilation included if there was any; where no token is
+        asked for, to the end of the prompts.
       prompt_tps: prompt tokens of the batch per second of prefill.
       generation_tps: tokens of the batch per second of decoding, after the first and without compilation.
     """

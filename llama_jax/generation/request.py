@@ -154,11 +154,13 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
 def token_limit(config: LlamaConfig, prompt_length: int, max_tokens: int | None) -> int:
     """How many tokens may follow a prompt; the model's context bounds both together.
 
+    A prompt that fills the context has room for none, and is taken only where none is asked for (`max_tokens=0`).
+
     Raises:
       RequestError: the prompt, or prompt and max_tokens, exceed the context.
     """
     context = config.context_length
-    if prompt_length >= context:
+    if prompt_length > context or (prompt_length == context and max_tokens != 0):
         raise RequestError(
             f"the prompt has {prompt_length} tokens, the model's context is {context}",
             param="prompt",

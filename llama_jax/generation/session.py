@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from llama_jax.cache import NewCache
+from llama_jax.cache import KVCache, NewCache
 from llama_jax.decode import buckets, loop
 from llama_jax.decode.prefill import NO_ROW, fork_rows, prefill
 from llama_jax.generation.request import Requests
@@ -18,7 +19,8 @@ from llama_jax.sharding import on, ways
 
 
 class Session:
-    """Prefill, then dispatches of decode steps. Each call returns before the device has done the work."""
+    """Prefill, the first tokens, then dispatches of decode steps. Each call returns before the device has done the
+    work."""
 
     def __init__(self, model: Model, requests: Requests, stride: int):
         self._model, self._requests, self._stride = model, requests, stride
@@ -26,7 +28,12 @@ class Session:
         self._longest = max(row.limit for row in requests.rows)
         self._capacity, *self._larger = buckets.capacities(self._padded, self._longest)
         self._batch = self._on_devices(buckets.batch_bucket, len(requests.rows))
+        # Of each row the prompt that it is prefilled with; a prompt's later rows are forked from its first one.
+        self._owners = [row.prompt for row in requests.rows]
+        self._first = np.unique(self._owners, return_index=True)[1].tolist()
+        self._fork = len(self._first) < len(self._owners) and not self._on_devices(self._several_pools)
         self._tokens = 1
+        self._prefilled: tuple[jax.Array, KVCache]
         self._state: loop.DecodeState
 
     @property
@@ -34,14 +41,9 @@ class Session:
         """Whether the longest row has all of its tokens."""
         return self._tokens >= self._longest
 
-    def begin(self) -> tuple[loop.Progress, Logprobs | None]:
-        """Runs the prompts and draws the first tokens; also the prompts' log-probabilities, if asked for."""
-        model, requests = self._model, self._requests
-        rows = requests.rows
-        # Of each row the prompt that it is prefilled with; a prompt's later rows are forked from its first one.
-        owners = [row.prompt for row in rows]
-        first = np.unique(owners, return_index=True)[1].tolist()
-        fork = len(first) < len(rows) and not self._on_devices(self._several_pools)
+    def prefill(self) -> Logprobs | None:
+        """Runs the prompts; gives their log-probabilities, if asked for."""
+        model, requests, owners, first, fork = self._model, self._requests, self._owners, self._first, self._fork
         prompts = requests.prompts if fork else [requests.prompts[i] for i in owners]
         logits, cache, prompt_logprobs = self._on_devices(
             prefill,
@@ -55,12 +57,25 @@ class Session:
             adapter_ids=requests.adapter_ids if fork else [requests.adapter_ids[i] for i in owners],
             prompt_logprobs=any(p.prompt_logprobs is not None for p in requests.params),
         )
-        if prompt_logprobs is not None and not fork and len(first) < len(rows):
-            prompt_logprobs = Logprobs(*(x[np.asarray(first)] for x in vars(prompt_logprobs).values()))
+        self._prefilled = logits, cache
+        if prompt_logprobs is not None and not fork and len(first) < len(owners):
+            return Logprobs(*(x[np.asarray(first)] for x in vars(prompt_logprobs).values()))
+        return prompt_logprobs
+
+    def wait(self) -> None:
+        """Returns once the prompts have run."""
+        jax.block_until_ready(self._prefilled[0])
+
+    def begin(self) -> loop.Progress:
+        """Draws the first tokens after the prompts."""
+        model, requests, owners = self._model, self._requests, self._owners
+        rows = requests.rows
+        logits, cache = self._prefilled
+        del self._prefilled  # the cache is donated
         source = None
-        if fork:
-            others = np.setdiff1d(np.arange(len(rows)), first).tolist()
-            sources = _padded([first[owners[i]] for i in others], self._batch, NO_ROW)
+        if self._fork:
+            others = np.setdiff1d(np.arange(len(rows)), self._first).tolist()
+            sources = _padded([self._first[owners[i]] for i in others], self._batch, NO_ROW)
             cache = self._on_devices(fork_rows, cache, sources, _padded(others, self._batch, NO_ROW))
             source = _padded(owners, self._batch, 0)
         idle = SamplingParams(temperature=0.0)
@@ -82,7 +97,7 @@ class Session:
             source,
             profile=self._profile,
         )
-        return progress, prompt_logprobs
+        return progress
 
     def advance(self, steps: int) -> loop.Progress:
         """Runs at most `steps` decode steps; 0 only compiles the program."""

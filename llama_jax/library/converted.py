@@ -21,6 +21,9 @@ from llama_jax.library import bundled
 Notify = Callable[[str], None]
 """Called with a sentence for the user before something slow or large begins."""
 
+MADE_AS = f"v{FORMAT_VERSION}.1"
+"""Ending of names in the cache. The last number rises when a source comes to be read in another way, so that what was
+converted before is made anew."""
 REMOVED = ".llama_jax-removed"
 """Ending of a checkpoint whose removal has begun."""
 UNFINISHED = (".partial", ".llama_jax-old", REMOVED)
@@ -38,12 +41,12 @@ def models_dir() -> Path:
 
 def default_path() -> Path:
     """Where the default model's checkpoint lies once it has been converted."""
-    return models_dir() / f"{bundled.NAME}-{bundled.VERSION}-v{FORMAT_VERSION}"
+    return models_dir() / f"{bundled.NAME}-{bundled.VERSION}-{MADE_AS}"
 
 
 def hub_path(repo: str, commit: str) -> Path:
     """Where the checkpoint of a hub model at a commit lies once it has been converted."""
-    return models_dir() / f"{_hub_stem(repo)}-{commit[:12]}-v{FORMAT_VERSION}"
+    return models_dir() / f"{_hub_stem(repo)}-{commit[:12]}-{MADE_AS}"
 
 
 def local_path(source: Path) -> Path:
@@ -57,7 +60,7 @@ def local_path(source: Path) -> Path:
         stat = file.stat()
         parts.append(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}")
     stem = re.sub(r"[^A-Za-z0-9.\-]+", "-", source.resolve().stem).strip("-.")[:64] or "model"
-    return models_dir() / f"{stem.lower()}-{digest(chr(10).join(parts).encode())[-12:]}-v{FORMAT_VERSION}"
+    return models_dir() / f"{stem.lower()}-{digest(chr(10).join(parts).encode())[-12:]}-{MADE_AS}"
 
 
 def checkpoints() -> list[Path]:

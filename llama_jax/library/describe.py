@@ -49,6 +49,26 @@ def describe(path: Path, name: str, axes: Mapping[str, int] | None = None) -> di
     return _of_checkpoint(path, name, axes) if is_checkpoint(path) else _of_source(path, name, axes)
 
 
+def describe_preset(config: LlamaConfig, name: str, axes: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The same facts about a published shape, of which there are no files: None where only they could say."""
+    from llama_jax.params import param_specs
+
+    specs = param_specs(config)
+    return {
+        "model": name,
+        "format": "preset: a published shape, without weights",
+        **dict.fromkeys(("path", "source", "revision", "licence", "quantization")),
+        **_shapes(config),
+        "dtype": "bfloat16",
+        "bytes": sum(spec.size * spec.itemsize(2) for spec in specs),
+        **_memory(config),
+        **dict.fromkeys(("tokenizer", "chat_template")),
+        **_sharding(config, axes),
+        "files": {},
+        "tensors": {s.name: {"shape": list(s.shape), "dtype": "bfloat16"} for s in specs},
+    }
+
+
 def _of_checkpoint(path: Path, name: str, axes: Mapping[str, int] | None) -> dict[str, Any]:
     c = open_checkpoint(path)
     files = {n: (path / n).read_bytes() for n in (*_TOKENIZER_FILES, *_TEMPLATE_FILES) if (path / n).is_file()}

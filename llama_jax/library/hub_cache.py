@@ -68,13 +68,14 @@ def complete_snapshot(repo: str, revision: str | None = None) -> Path | None:
 
 def is_complete(path: Path) -> bool:
     """Whether a snapshot can be converted: no weights are missing, and all that goes with them came before them."""
-    from llama_jax.convert.hf import is_huggingface, required_files
+    from llama_jax.convert.gguf_parts import parts_by_name
+    from llama_jax.convert.hf_files import is_huggingface, required_files
 
     try:
         if is_huggingface(path) and all(file.is_file() for file in required_files(path)):
             return True
         weights = [p for p in path.iterdir() if p.suffix.lower() in (".gguf", ".pth")]
-        return bool(weights) and all(p.is_file() for p in weights)
+        return bool(weights) and all(part.is_file() for p in weights for part in parts_by_name(p))
     except (OSError, LlamaJaxError):
         return False
 

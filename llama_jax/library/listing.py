@@ -102,7 +102,7 @@ def list_downloads() -> tuple[Download, ...]:
         if hub_path(s.repo, s.commit).name in converted or not hub_cache.is_supported(s.path):
             continue
         # Brings numpy, which a list without downloads does not need.
-        from llama_jax.convert.hf import licence
+        from llama_jax.convert.hf_files import licence
 
         if "main" in s.refs:
             name = s.repo

@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from llama_jax.errors import NetworkError, UnsupportedModel
+from llama_jax.library import network
 from llama_jax.library.hub_errors import hub_errors
 from llama_jax.library.transfer import RemoteFile
 
@@ -49,6 +51,8 @@ class Offer:
 
 def offer(repo: str, revision: str | None) -> Offer:
     """Asks the hub what a model is; downloads nothing. Raises as `hub.snapshot` does."""
+    where = f"{repo}@{revision}" if revision else repo
+    network.check_online(where, otherwise="copy the hub's cache of a machine that has it, or give a local path")
     from huggingface_hub import HfApi, constants
     from huggingface_hub.hf_api import RepoFile
 
@@ -92,19 +96,28 @@ def _licence(info: Any) -> str | None:
 
 def _needed(repo: str, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
     """The small files, and one copy of the weights."""
+    # Imported here, since the second brings jax, which names of the hub that are here already do not need.
+    from llama_jax.convert.adapters import is_adapter, merge_hint
+    from llama_jax.convert.gguf_parts import first_part
+
     top = [file for file in files if "/" not in file.name]
     small = [file for file in top if _matches(file, SMALL)]
     for patterns in WEIGHTS:
         if weights := [file for file in top if _matches(file, patterns)]:
             return (*small, *weights)
     gguf = [file for file in top if file.name.lower().endswith(".gguf")]
-    if len(gguf) == 1:
+    if len({first_part(Path(file.name)) for file in gguf}) == 1:
         return (*small, *gguf)
     if gguf:
         names = ", ".join(file.name for file in gguf[:3])
         raise UnsupportedModel(
             f"{repo} holds {len(gguf)} GGUF files ({names}{', …' if len(gguf) > 3 else ''})",
             hint=f"choose one: `hf download {repo} {gguf[0].name}` prints a path that every command takes",
+        )
+    if is_adapter(file.name for file in top):
+        raise UnsupportedModel(
+            f"{repo} is an adapter (LoRA or its kin), not a model",
+            hint=f"{merge_hint(repo)}; its page names the base model: https://huggingface.co/{repo}",
         )
     raise UnsupportedModel(
         f"{repo} holds no weights that can be read ({len(files)} files)",

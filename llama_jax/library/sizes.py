@@ -1,13 +1,5 @@
-"""Sizes as people write them."""
+"""Sizes as people write them; `llama_jax.disk`, which lower rooms can import, has the function."""
 
 from __future__ import annotations
 
-
-def size_text(nbytes: int) -> str:
-    """Bytes for people, in powers of ten: "269 MB"."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}" if unit != "B" else f"{nbytes} B"
-        value /= 1000
-    return f"{value:.3g} TB"
+from llama_jax.disk import size_text as size_text

@@ -58,6 +58,8 @@ class BenchResult:
       mbu: bytes that each device must read in a step (weights, and the cache at its mean length) per second, over the
         read ceiling of one device.
       mfu: FLOPs of prefill per second and device, over the matrix product's.
+      void: which of `mbu` and `mfu` came out above 1 and is None: its ceiling was measured too low, by noise or by what
+        else ran, and no share of it means anything.
       spread: (slowest - fastest) / median of the decode times.
     """
 
@@ -68,9 +70,10 @@ class BenchResult:
     prefill_tps: float
     step_s: float
     decode_tps: float
-    mbu: float
-    mfu: float
+    mbu: float | None
+    mfu: float | None
     spread: float
+    void: tuple[str, ...] = ()
 
 
 def environment(dtype: DTypeLike, mesh: DeviceMesh | None = None) -> dict[str, Any]:
@@ -177,6 +180,13 @@ def bench(
             decodes.append(batch * (new - 1) / timing.generation_tps)
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
     step = decode / (new - 1)
+    read = step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, model.mesh)
+    computed = prefill_flops(model.config, batch, prompt, model.mesh)
+    shares = {
+        "mbu": read / step / ceilings.read_bytes_per_s,
+        "mfu": computed / prefill / ceilings.matmul_flops_per_s,
+    }
+    sound = {name: share if share <= 1 else None for name, share in shares.items()}
     return BenchResult(
         batch=batch,
         prompt=prompt,
@@ -185,11 +195,10 @@ def bench(
         prefill_tps=batch * prompt / prefill,
         step_s=step,
         decode_tps=batch / step,
-        mbu=step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, model.mesh)
-        / step
-        / ceilings.read_bytes_per_s,
-        mfu=prefill_flops(model.config, batch, prompt, model.mesh) / prefill / ceilings.matmul_flops_per_s,
+        mbu=sound["mbu"],
+        mfu=sound["mfu"],
         spread=(max(decodes) - min(decodes)) / decode,
+        void=tuple(name for name, share in sound.items() if share is None),
     )
 
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model.weights import compute_dtype
-from llama_jax.params import Params
+from llama_jax.params import Params, count_params
+from llama_jax.runtime import device_name
 from llama_jax.sharding import DeviceMesh
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """Everything that `forward` and the generate functions need.
 
@@ -36,6 +37,12 @@ class Model:
     name: str = ""
     kernels: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """One line: `Model(smollm2-135m-instruct, 134.5M parameters, float32, cpu:0)`."""
+        size = f"{_in_words(count_params(self.config))} parameters"
+        where = f"{self.device.platform}:{self.device.id}" if self.mesh is None else device_name(mesh=self.mesh)
+        return f"Model({self.name or 'unnamed'}, {size}, {self.dtype.name}, {where})"
+
     @property
     def dtype(self) -> jnp.dtype:
         """Compute dtype (`weights.compute_dtype`)."""
@@ -52,3 +59,11 @@ class Model:
         extra = self.generation_config.get("eos_token_id")
         ids = () if extra is None else tuple(extra) if isinstance(extra, list | tuple) else (extra,)
         return tuple(sorted({*self.config.eos_token_ids, *ids}))
+
+
+def _in_words(count: int) -> str:
+    """A number of parameters as people write it: 134.5M, 8.0B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)

@@ -16,9 +16,10 @@ from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
 from llama_jax.model.adapters import Adapters, checked
+from llama_jax.model.head import unembed
 from llama_jax.model.layers import Dims, mlp, moe, position_queries_and_keys, project_qkv
 from llama_jax.model.rope import rope_angles
-from llama_jax.model.weights import compute_dtype, linear, logits, lookup, norm_weight
+from llama_jax.model.weights import compute_dtype, linear, lookup, norm_weight
 from llama_jax.params import Params
 from llama_jax.sharding import constrain
 
@@ -171,8 +172,7 @@ def forward(
     with jax.named_scope("final_norm"):
         _, h = _add_norm(x, delta, params["final_norm"], config.rms_norm_eps)
     seen["final_norm"] = h
-    with jax.named_scope("logits"):
-        out = constrain(logits(h, params, tied=config.tie_word_embeddings), ("batch", "length", "vocab"))
+    out = unembed(params, config, h)
     if capture is None:
         return out, cache
     return out, cache, {name: value for name, value in seen.items() if name in wanted}

@@ -14,8 +14,10 @@ from llama_jax.plan.automatic import AUTO, AutoMesh, MeshRequest, resolve_mesh
 from llama_jax.plan.device_memory import MEMORY_FRACTION, memory_fraction
 from llama_jax.plan.memory import Bytes, DeviceShare, Needs
 from llama_jax.plan.mesh_choice import Candidate, MeshChoice, choose_mesh, smallest_mesh
+from llama_jax.plan.remedies import remedies
 from llama_jax.plan.roofline import Floor
 from llama_jax.plan.search import Plan, make_plan
+from llama_jax.plan.verdict import Verdict
 from llama_jax.plan.workload import Calls, Workload, calls, default_workload
 
 __all__ = [
@@ -31,12 +33,14 @@ __all__ = [
     "MeshRequest",
     "Needs",
     "Plan",
+    "Verdict",
     "Workload",
     "calls",
     "choose_mesh",
     "default_workload",
     "make_plan",
     "memory_fraction",
+    "remedies",
     "resolve_mesh",
     "smallest_mesh",
 ]

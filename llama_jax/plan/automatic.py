@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from llama_jax.config import LlamaConfig
+from llama_jax.disk import size_text
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.plan.device_memory import free_bytes
 from llama_jax.plan.mesh_choice import MeshChoice, choose_mesh
@@ -114,7 +115,7 @@ def explain_choice(choice: MeshChoice, workload: Workload, kind: str, devices: i
     if choice.rejected:
         need = choice.rejected[-1]
         assert need.peak is not None
-        reasons.append(f"{_axes(need.sizes)} would need {_size(need.peak)}")
+        reasons.append(f"{_axes(need.sizes)} would need {size_text(need.peak)}")
     if chosen.devices < devices:
         rows = "1 row has" if workload.batch == 1 else f"{workload.batch} rows have"
         reasons.append(f"{rows} no use for more copies, but a larger tensor=N of your own may be faster")
@@ -124,7 +125,7 @@ def explain_choice(choice: MeshChoice, workload: Workload, kind: str, devices: i
 def _memory(choice: MeshChoice) -> str:
     if choice.chosen.peak is None or choice.usable is None:
         return "their memory is not known, so it is taken to fit"
-    return f"each needs {_size(choice.chosen.peak)} of {_size(choice.usable)} free"
+    return f"each needs {size_text(choice.chosen.peak)} of {size_text(choice.usable)} free"
 
 
 def _does_not_fit(choice: MeshChoice, workload: Workload, alike: Sequence[jax.Device]) -> DoesNotFit:
@@ -132,8 +133,8 @@ def _does_not_fit(choice: MeshChoice, workload: Workload, alike: Sequence[jax.De
     assert choice.usable is not None
     smaller = "a smaller model, fewer rows, more devices" + (", a 16-bit dtype" if workload.itemsize > 2 else "")
     return DoesNotFit(
-        f"{_text(workload)} would take {_size(choice.chosen.peak)} of each device ({_axes(choice.chosen.sizes)}); "
-        f"{_size(choice.usable)} are free on each of {len(alike)} x {alike[0].device_kind}",
+        f"{_text(workload)} would take {size_text(choice.chosen.peak)} of each device ({_axes(choice.chosen.sizes)}); "
+        f"{size_text(choice.usable)} are free on each of {len(alike)} x {alike[0].device_kind}",
         hint=f"choose {smaller}; XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 lets jax use more; a mesh of your own, such as "
         "tensor=2, is taken as it is",
     )
@@ -151,10 +152,3 @@ def _text(workload: Workload) -> str:
 
 def _axes(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "one device"
-
-
-def _size(number: int) -> str:
-    """Bytes in decimal units with three figures at least: "141 GB", "17.5 GB", "1.24 MB"."""
-    unit, name = (1e9, "GB") if number >= 1e9 else (1e6, "MB")
-    value = number / unit
-    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f} {name}"

@@ -10,9 +10,10 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.layout import check
 from llama_jax.plan.backends import Backends
-from llama_jax.plan.device_memory import MEMORY_FRACTION, usable_bytes
+from llama_jax.plan.device_memory import MEMORY_FRACTION
 from llama_jax.plan.memory import DeviceShare, Needs, needs_of, programs
 from llama_jax.plan.roofline import Floor, decode_floor, prefill_floor
+from llama_jax.plan.verdict import Verdict
 from llama_jax.plan.workload import Calls, Workload, default_workload
 from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import Target
@@ -25,24 +26,24 @@ class Plan:
     """What a workload comes to on a mesh of devices.
 
     Attributes:
-      sizes: of the mesh's axes by name; empty for one device.
+      mesh: what was given; sizes: of its axes by name, empty for one device.
       shapes: of the programs.
       prefill_backends, decode_backends: that attention and experts would run with.
-      needs: bytes of each device.
-      usable: bytes of a device that jax may use; None where the table has no memory for the target.
+      needs: bytes of each device; verdict: whether they fit.
       largest_batch, largest_context: the most rows with this context, and tokens with this batch, that fit: 0 where not
         even one row, or the prompt with one token more, fits. None where memory is unknown.
       prefill, decode: the least times of all prompts, and of a step at the whole context.
     """
 
     target: Target
+    mesh: AnyMesh
     sizes: Mapping[str, int]
     workload: Workload
     shapes: Calls
     prefill_backends: Backends
     decode_backends: Backends
     needs: Needs
-    usable: int | None
+    verdict: Verdict
     largest_batch: int | None
     largest_context: int | None
     prefill: Floor
@@ -53,9 +54,14 @@ class Plan:
         return math.prod(self.sizes.values())
 
     @property
+    def usable(self) -> int | None:
+        """Bytes of a device that jax may use; None where the table has no memory for the target."""
+        return self.verdict.usable
+
+    @property
     def fits(self) -> bool | None:
         """None where memory is unknown."""
-        return None if self.usable is None else self.needs.peak <= self.usable
+        return self.verdict.fits
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -104,25 +110,28 @@ def make_plan(
             hint=f"jax's own default is {MEMORY_FRACTION}",
         )
     share = DeviceShare(config, target, mesh, workload.itemsize)
-    usable = usable_bytes(target, memory_fraction)
     shapes, *chosen = programs(share, workload)
 
+    def verdict(other: Workload) -> Verdict:
+        return Verdict.of(target, needs_of(share, other).phases, memory_fraction)
+
     def fits(other: Workload) -> bool:
-        return needs_of(share, other).peak <= (usable or 0)
+        return verdict(other).fits is True
 
     largest_batch = largest_context = None
-    if usable is not None:
+    if verdict(workload).usable is not None:
         largest_batch = _largest_batch(lambda n: fits(replace(workload, batch=n)))
         largest_context = _largest(workload.prompt, config.context_length, lambda n: fits(replace(workload, context=n)))
     return Plan(
         target=target,
+        mesh=mesh,
         sizes=dict(ruled(mesh).shape),
         workload=workload,
         shapes=shapes,
         prefill_backends=chosen[0],
         decode_backends=chosen[1],
         needs=needs_of(share, workload),
-        usable=usable,
+        verdict=verdict(workload),
         largest_batch=largest_batch,
         largest_context=largest_context,
         prefill=prefill_floor(share.config, target, mesh, workload, latency_s=latency_s),

@@ -35,7 +35,8 @@ class SamplingParams:
       stop: strings that end the text; they are not part of it.
       stop_token_ids: ids that end the text, besides the model's own end-of-text ids.
       min_tokens: no end before this many tokens.
-      max_tokens: end after this many; None is the rest of the model's context.
+      max_tokens: end after this many; None is the rest of the model's context, 0 generates nothing: for the prompt's
+        own log-probabilities.
       logprobs: number of most likely tokens to report per generated token (the chosen one is always among them).
       prompt_logprobs: likewise for each prompt token.
       ignore_eos: go on after end-of-text ids.
@@ -74,7 +75,7 @@ class SamplingParams:
         _check_int(self, "n", 1, 1024)
         _check_int(self, "top_k", -1, 2**31 - 1)
         _check_int(self, "min_tokens", 0, 2**31 - 1)
-        _check_int(self, "max_tokens", 1, 2**31 - 1, optional=True)
+        _check_int(self, "max_tokens", 0, 2**31 - 1, optional=True)
         _check_int(self, "seed", 0, 2**64 - 1, optional=True)
         _check_int(self, "logprobs", 0, MAX_LOGPROBS, optional=True)
         _check_int(self, "prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
@@ -104,6 +105,15 @@ class SamplingParams:
     def ending_ids(self, eos_token_ids: Sequence[int]) -> frozenset[int]:
         """Every id that ends a text: the model's own, unless ignored, and stop_token_ids."""
         return frozenset({*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids})
+
+    def check_generates(self, what: str) -> None:
+        """Raises RequestError if nothing is to be generated, where `what` is about new text."""
+        if self.max_tokens == 0:
+            raise RequestError(
+                f"{what} needs at least one new token; got max_tokens=0",
+                param="max_tokens",
+                hint="prompts alone are scored by batch_generate or `llama-jax batch`, with prompt_logprobs",
+            )
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raises RequestError if a token id lies outside of the vocabulary."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_jax import plugins
-from llama_jax.errors import RequestError
+from llama_jax.errors import RequestError, did_you_mean
 from llama_jax.targets import amd, nvidia
 from llama_jax.targets.target import Target
 
@@ -49,8 +49,9 @@ def find(name: str) -> Target:
     key = normalised(name)
     match = _match(key, TARGETS) or _match(key, added_targets())
     if match is None:
-        names = ", ".join(target.name for target in (*TARGETS, *added_targets()))
-        hint = f"known: {names}{plugins.reports(plugins.TARGETS)}"
+        names = [target.name for target in (*TARGETS, *added_targets())]
+        near = did_you_mean(key, names)
+        hint = f"{near} known: {', '.join(names)}{plugins.reports(plugins.TARGETS)}".lstrip()
         raise RequestError(f"unknown target {name!r}", param="target", hint=hint)
     return match
 

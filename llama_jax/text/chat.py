@@ -8,6 +8,7 @@ template may write control tokens, so `encode_chat` protects every string of the
 from __future__ import annotations
 
 import datetime
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 
+EXAMPLE = 'a conversation is a list such as [{"role": "user", "content": "…"}]'
+"""Hint for what is no conversation."""
 _STANDARD_ROLES = frozenset(
     {"system", "user", "assistant", "tool", "function", "developer", "ipython", "model", "environment", "context"}
 )
@@ -99,6 +102,31 @@ def encode_chat(
                 hint="remove control tokens from the messages",
             )
     return tokenizer.encode_guarded(rendered)
+
+
+def check_messages(messages: Any) -> None:
+    """Refuses what came from a file and is no conversation, before any template sees it.
+
+    Most templates write any role, and the model, never trained on it, answers all the same. Whoever has a template with
+    roles of its own renders it with `render_chat` or `encode_chat`, which take them all.
+
+    Raises:
+      RequestError: it is no list of messages, or a message has no role, or one that chats do not have.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise RequestError("this is no list of messages, or an empty one", param="messages", hint=EXAMPLE)
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(role, str):
+            raise RequestError(f"message {i} has no role", param="messages", hint=EXAMPLE)
+        if role not in _STANDARD_ROLES:
+            near = difflib.get_close_matches(role, _STANDARD_ROLES, n=1)
+            known = f"one of {', '.join(sorted(_STANDARD_ROLES))}"
+            raise RequestError(
+                f"message {i} has the unknown role {role!r:.100}",
+                param="messages",
+                hint=f"did you mean {near[0]!r}?" if near else known,
+            )
 
 
 def select_template(templates: Mapping[str, str], chosen: str | None, *, has_tools: bool) -> str:

@@ -34,8 +34,9 @@ from llama_jax.checkpoint.source import ModelSource
 from llama_jax.cli.chat_conversation import default_sampling
 from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf
 from llama_jax.convert import convert
+from llama_jax.convert.folders import INDEX, SINGLE
 from llama_jax.convert.gguf import GgufModel
-from llama_jax.convert.hf import INDEX, SINGLE, HuggingFaceFolder
+from llama_jax.convert.hf import HuggingFaceFolder
 from llama_jax.convert.meta import MetaFolder
 from llama_jax.convert.safetensors_file import SafetensorsFile
 from llama_jax.convert.torch_file import TorchFile

@@ -10,13 +10,44 @@ PUNCTUATION_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """Parts of the expressions by which many models cut text before merging."""
 
 
-def pre_tokenizer(pattern: str | None) -> dict[str, Any]:
-    """Cuts text where a regular expression says, then spells it in the byte alphabet; None is GPT-2's expression."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    if pattern is None:
-        return byte_level
-    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
+DIGITS: Mapping[str, Any] = {"type": "Digits", "individual_digits": True}
+"""Sets every digit apart (Unicode's category N)."""
+
+
+def split(pattern: str) -> dict[str, Any]:
+    """Cuts text into what a regular expression matches and what lies between."""
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def pre_tokenizer(*steps: Mapping[str, Any], gpt2: bool = False) -> dict[str, Any]:
+    """Cuts text step by step, then, if `gpt2`, by GPT-2's expression, and spells it in the byte alphabet."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": gpt2}
+    return {"type": "Sequence", "pretokenizers": [*steps, byte_level]} if steps else byte_level
+
+
+def around(bos: str | None, eos: str | None, ids: Mapping[str, int]) -> dict[str, Any] | None:
+    """The "post_processor" that puts tokens around a text; None if there are none.
+
+    Args:
+      bos, eos: the tokens before and after; None for none.
+      ids: their ids.
+    """
+    if bos is None and eos is None:
+        return None
+
+    def side(name: str, type_id: int) -> list[dict[str, Any]]:
+        def token(text: str | None) -> list[dict[str, Any]]:
+            return [] if text is None else [{"SpecialToken": {"id": text, "type_id": type_id}}]
+
+        return [*token(bos), {"Sequence": {"id": name, "type_id": type_id}}, *token(eos)]
+
+    used = [token for token in dict.fromkeys((bos, eos)) if token is not None]
+    return {
+        "type": "TemplateProcessing",
+        "single": side("A", 0),
+        "pair": [*side("A", 0), *side("B", 1)],
+        "special_tokens": {token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in used},
+    }
 
 
 def tokenizer_json(

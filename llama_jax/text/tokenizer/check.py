@@ -43,7 +43,7 @@ _PROGRAM = """\
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from llama_jax.text.tokenizer.check import child
-sys.exit(child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+sys.exit(child(sys.argv[2], *map(int, sys.argv[3:])))
 """
 
 _FILES = ("tokenizer.json", "tokenizer.model")
@@ -51,25 +51,30 @@ _HINT = "do not use this model's tokenizer, unless you trust where it comes from
 
 
 def check_tokenizer(
-    files: Mapping[str, bytes | str], *, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES
-) -> None:
+    files: Mapping[str, bytes | str], rows: int, *, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES
+) -> str | None:
     """Loads and runs a model's tokenizer in a child process.
 
     Args:
       files: the model's small files, name to content; passes at once where no tokenizer is among them.
+      rows: of the model's embedding.
       seconds, memory_bytes: the limits.
+
+    Returns:
+      What to warn of (`Tokenizer.without_rows`), or None.
 
     Raises:
       TokenizerError: it takes too long or too much memory, its library crashes or panics, or its ids leap.
     """
     if not any(name in files for name in _FILES):
-        return
+        return None
     with tempfile.TemporaryDirectory(prefix="llama-jax-tokenizer-") as folder:
         for name, content in files.items():
             path = Path(folder, name)
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content.encode() if isinstance(content, str) else content)
-        command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), folder, str(seconds), str(memory_bytes)]
+        limits = [str(number) for number in (seconds, memory_bytes, rows)]
+        command = [sys.executable, "-P", "-c", _PROGRAM, json.dumps(sys.path), folder, *limits]
         try:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=4 * seconds
@@ -78,6 +83,7 @@ def check_tokenizer(
             raise TokenizerError(f"the tokenizer was not done within {4 * seconds} s", hint=_HINT) from e
     if done.returncode:
         raise TokenizerError(_reason(done, seconds, memory_bytes), hint=_HINT)
+    return str(json.loads(done.stdout)) if done.stdout else None
 
 
 def _reason(done: subprocess.CompletedProcess[bytes], seconds: int, memory_bytes: int) -> str:
@@ -93,8 +99,9 @@ def _reason(done: subprocess.CompletedProcess[bytes], seconds: int, memory_bytes
     return f"the tokenizer crashed its library (exit status {done.returncode}) {last[:200]}".rstrip()
 
 
-def child(folder: str, seconds: int, memory_bytes: int) -> int:
-    """What the child process does; it limits itself. Returns its exit status, and prints a reason unless that is 0."""
+def child(folder: str, seconds: int, memory_bytes: int, rows: int) -> int:
+    """Runs in the child process, which limits itself. Returns its exit status, and prints what to warn of, or, unless
+    the status is 0, a reason."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -117,6 +124,8 @@ def child(folder: str, seconds: int, memory_bytes: int) -> int:
             tokenizer.decode(tokenizer.encode(text))
     except LlamaJaxError as e:
         return _refuse(e.message)
+    if note := tokenizer.without_rows(rows):
+        print(json.dumps(note))
     return 0
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.checkpoint.wrong_file import wrong_small_file
 from llama_jax.errors import TokenizerError
+from llama_jax.text.tokenizer.added import add_tokens, check_added, content, wanted_tokens
 from llama_jax.text.tokenizer.guard import RESTORED
-from llama_jax.text.tokenizer.sentencepiece_bpe import load_model
+from llama_jax.text.tokenizer.sentencepiece_bpe import SPACE, SentencePieceModel, load_model
 from llama_jax.text.tokenizer.tokenizer import Tokenizer, call_backend
 
 if TYPE_CHECKING:
@@ -21,24 +24,22 @@ _FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.json",
     "chat_template.jinja",
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_FILE_BYTES = 256 << 20
 """Several times what the largest tokenizer.json takes."""
-MAX_ADDED_TOKENS = 100_000
-"""Many times what any model adds to its vocabulary; each costs time in every later step."""
-
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load the tokenizer of a model.
 
-    Reads tokenizer.json, or else tokenizer.model; tokenizer_config.json and special_tokens_map.json for added and named
-    tokens, BOS and EOS; chat_template.jinja, additional_chat_templates/*.jinja, chat_template.json or
-    tokenizer_config.json for chat templates, in that order, as transformers does.
+    Reads tokenizer.json, or else tokenizer.model; tokenizer_config.json, and where it lists no added tokens
+    special_tokens_map.json and added_tokens.json, for added and named tokens; chat_template.jinja,
+    additional_chat_templates/*.jinja, chat_template.json or tokenizer_config.json for chat templates, in that order, as
+    transformers does (docs/tokenizers.md).
 
     Args:
       folder: a Hugging Face model folder, or any folder with these files.
@@ -59,21 +60,44 @@ def tokenizer_from_files(files: Mapping[str, bytes | str], folder: Path) -> Toke
     """
 
     def made() -> Tokenizer:
-        backend, names, templates = _described(files, folder)
-        backend = _without_control_merges(backend)
+        read = _described(files, folder)
+        backend = _without_control_merges(read.backend)
         _install_sentinel(backend)
-        return Tokenizer(backend, special_tokens_map=names, chat_templates=templates)
+        return Tokenizer(
+            backend,
+            special_tokens_map=read.names,
+            chat_templates=read.templates,
+            prefix=read.prefix,
+        )
 
     # All of it hands contents of these files to the tokenizers library, which panics over some.
     return call_backend(f"{folder}: the tokenizer cannot be loaded", made)
 
 
-def read_tokenizer(folder: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
-    """Reads what `load_tokenizer` does, for programs that write it in another format.
+@dataclass(frozen=True)
+class Described:
+    """A tokenizer as a model's files describe it, without the guard against control tokens in text.
 
-    Returns:
-      The `tokenizers` library's tokenizer as the model's files describe it, without the guard against control tokens in
-      text; the strings of named tokens ("bos_token"); chat templates by name.
+    Attributes:
+      backend: the `tokenizers` library's tokenizer.
+      names: the strings of named tokens ("bos_token").
+      templates: chat templates by name.
+      model: the tokenizer.model that it comes from; None for a tokenizer.json.
+    """
+
+    backend: tokenizers.Tokenizer
+    names: Mapping[str, str]
+    templates: Mapping[str, str]
+    model: SentencePieceModel | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What goes before a text and is not the backend's affair."""
+        return SPACE if self.model is not None and self.model.prefix == "first" else ""
+
+
+def read_tokenizer(folder: str | Path) -> Described:
+    """Reads what `load_tokenizer` does, for programs that write it in another format.
 
     Raises:
       TokenizerError, UnsupportedModel: as `load_tokenizer`.
@@ -82,22 +106,35 @@ def read_tokenizer(folder: str | Path) -> tuple[tokenizers.Tokenizer, dict[str, 
     return call_backend(f"{folder}: the tokenizer cannot be loaded", _described, _read_files(folder), folder)
 
 
-def _described(
-    files: Mapping[str, bytes | str], folder: Path
-) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
-    config = {
-        **_json_object(files, "special_tokens_map.json", folder),
-        **_json_object(files, "tokenizer_config.json", folder),
-    }
-    backend, defaults = _backend(files, folder)
-    _check_added(len(backend.get_added_tokens_decoder()), folder)
-    config = {**defaults, **{k: v for k, v in config.items() if v is not None or k not in defaults}}
-    names = {name: text for name in _NAMED_TOKENS if (text := _content(config.get(name))) is not None}
-    _add_tokens(backend, config, names, folder)
-    _set_post_processor(backend, config, names)
-    backend.no_truncation()
-    backend.no_padding()
-    return backend, names, _templates(files, config, folder)
+def _described(files: Mapping[str, bytes | str], folder: Path) -> Described:
+    config = _json_object(files, "tokenizer_config.json", folder)
+    older: dict[str, Any] = {}
+    if config.get("added_tokens_decoder") is None:  # as transformers 5, which reads both only then
+        config |= _json_object(files, "special_tokens_map.json", folder)
+        older = _json_object(files, "added_tokens.json", folder)
+    if "tokenizer.json" in files:
+        read = Described(_from_json(_as_bytes(files["tokenizer.json"]), folder), {}, {})
+        check_added(len(read.backend.get_added_tokens_decoder()), folder)
+    elif "tokenizer.model" in files:
+        model = load_model(
+            _as_bytes(files["tokenizer.model"]),
+            name=str(folder / "tokenizer.model"),
+            legacy=bool(config.get("legacy")),
+            add_prefix_space=config.get("add_prefix_space") is not False,
+        )
+        config = {**model.defaults, **{k: v for k, v in config.items() if v is not None or k not in model.defaults}}
+        read = Described(model.backend, {}, {}, model)
+    else:
+        raise TokenizerError(
+            f"{folder} holds no tokenizer", hint="copy tokenizer.json (or tokenizer.model) of the model there"
+        )
+    names = {name: text for name in _NAMED_TOKENS if (text := content(config.get(name))) is not None}
+    add_tokens(read.backend, wanted_tokens(config, older, names, folder), raw=read.model is not None, folder=folder)
+    if read.model is not None:  # a tokenizer.json has its own, and these flags count for nothing there
+        _set_post_processor(read.backend, config, names)
+    read.backend.no_truncation()
+    read.backend.no_padding()
+    return replace(read, names=names, templates=_templates(files, config, folder))
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
@@ -109,6 +146,8 @@ def _read_files(folder: Path) -> dict[str, bytes]:
             try:
                 _check_size(path.stat().st_size, path)
                 files[name] = path.read_bytes()
+                if (found := wrong_small_file(name, files[name])) is not None:
+                    raise TokenizerError(f"{path} {found.what}", hint=found.hint)
             except OSError as error:
                 raise TokenizerError(
                     f"{path} cannot be read: {error.strerror}", hint="check the file's permissions"
@@ -116,19 +155,12 @@ def _read_files(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def _backend(files: Mapping[str, bytes | str], folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """The tokenizer itself, and configuration that its file implies."""
+def _from_json(data: bytes, folder: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Backend
 
-    if "tokenizer.json" in files:
-        path = folder / "tokenizer.json"
-        _check_size(len(files["tokenizer.json"]), path)
-        return call_backend(f"{path} cannot be read", Backend.from_buffer, _as_bytes(files["tokenizer.json"])), {}
-    if "tokenizer.model" in files:
-        return load_model(_as_bytes(files["tokenizer.model"]), name=str(folder / "tokenizer.model"))
-    raise TokenizerError(
-        f"{folder} holds no tokenizer", hint="copy tokenizer.json (or tokenizer.model) of the model there"
-    )
+    path = folder / "tokenizer.json"
+    _check_size(len(data), path)
+    return call_backend(f"{path} cannot be read", Backend.from_buffer, data)
 
 
 def _as_bytes(content: bytes | str) -> bytes:
@@ -139,14 +171,6 @@ def _check_size(size: int, path: Path) -> None:
     if size > MAX_FILE_BYTES:
         raise TokenizerError(
             f"{path} has {size:,} bytes, a tokenizer's files have {MAX_FILE_BYTES:,} at most",
-            hint="this is no sound tokenizer; get the model from where it was published",
-        )
-
-
-def _check_added(count: int, folder: Path) -> None:
-    if count > MAX_ADDED_TOKENS:
-        raise TokenizerError(
-            f"{folder}: the tokenizer adds {count:,} tokens to its vocabulary, {MAX_ADDED_TOKENS:,} at most are read",
             hint="this is no sound tokenizer; get the model from where it was published",
         )
 
@@ -164,69 +188,8 @@ def _json_object(files: Mapping[str, bytes | str], name: str, folder: Path) -> d
     return content
 
 
-def _content(token: object) -> str | None:
-    """The string of a token that a configuration gives as a string or as an object."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _add_tokens(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Mapping[str, str], folder: Path
-) -> None:
-    """Add the configuration's tokens, and make every control token match before normalisation.
-
-    Adding a token that is there already changes only its flags.
-    """
-    from tokenizers import AddedToken
-
-    present = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    wanted: dict[str, dict[str, bool]] = {
-        content: {flag: getattr(token, flag) for flag in _FLAGS} for content, token in present.items()
-    }
-    listed = dict(_listed_tokens(config, folder))
-    _check_added(len(listed), folder)
-    for content, (_, flags) in listed.items():
-        wanted[content] = {**wanted.get(content, {}), **flags}
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    for token in [*names.values(), *(extra.values() if isinstance(extra, dict) else extra)]:
-        if (text := _content(token)) is not None:
-            wanted[text] = {**wanted.get(text, {}), "special": True}
-    changed = []
-    for content, flags in wanted.items():
-        if flags.get("special"):
-            flags["normalized"] = False  # so that the sentinel of `guard`, a normaliser, can hide its lookalikes
-        if content and (
-            content not in present or any(getattr(present[content], flag) != flags[flag] for flag in flags)
-        ):
-            changed.append(AddedToken(content, **flags))
-    if changed:
-        call_backend("added tokens are refused", backend.add_tokens, changed)
-    for content, (token_id, _) in listed.items():
-        if (actual := backend.token_to_id(content)) != token_id:
-            raise TokenizerError(
-                f"{folder}: tokenizer_config.json gives {content!r} the id {token_id}, the tokenizer {actual}",
-                hint="the files of two models may be mixed; fetch them again",
-            )
-
-
-def _listed_tokens(config: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, tuple[int, dict[str, bool]]]]:
-    """(content, (id, flags)) of tokenizer_config.json's added_tokens_decoder, by id, since ids are given in order."""
-    listed = config.get("added_tokens_decoder") or {}
-    try:
-        for token_id, token in sorted(listed.items(), key=lambda item: int(item[0])):
-            yield token["content"], (int(token_id), {flag: bool(token[flag]) for flag in _FLAGS if flag in token})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(
-            f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is malformed: {error!r}",
-            hint="fetch the file again",
-        ) from error
-
-
 def _set_post_processor(backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Let explicit add_bos_token and add_eos_token settle what is added, as transformers (5.x) does."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
+    """Lets add_bos_token and add_eos_token settle what is put around a text."""
     from tokenizers.processors import TemplateProcessing
 
     bos = names.get("bos_token") if config.get("add_bos_token") else None

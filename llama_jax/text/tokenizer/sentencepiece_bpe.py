@@ -1,18 +1,22 @@
 """SentencePiece BPE vocabularies (tokenizer.model, and "llama" in GGUF files) as the content of a tokenizer.json.
 
-One encoder then serves every model, and its ids are those of transformers, which converts these files the same way. A
-SentencePiece BPE joins, again and again, the two neighbours whose union has the best score; a list of merges ordered by
-that score says the same (Kudo and Richardson 2018, arXiv:1808.06226).
+One encoder then serves every model, and its ids are those of the sentencepiece library. A SentencePiece BPE joins,
+again and again, the two neighbours whose union has the best score; a list of merges ordered by that score says the same
+(Kudo and Richardson 2018, arXiv:1808.06226).
 """
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llama_jax.errors import TokenizerError, UnsupportedModel
+from llama_jax.text.tokenizer.byte_level_bpe import split
 from llama_jax.text.tokenizer.tokenizer import call_backend
 
 if TYPE_CHECKING:
@@ -20,10 +24,9 @@ if TYPE_CHECKING:
 
 SPACE = "▁"  # U+2581, SentencePiece's spelling of a space
 
-# It does not start with a space, since the library doubles that one, and transformers' conversion and this one do not.
-# Nothing looks like a control token either, since the library never finds those in a text.
+# Nothing looks like a control token, since the library never finds those in a text.
 PROBE = """\
-The quick brown fox jumps over the lazy dog; isn't it 3.14159 or 1,234,567?
+  The quick brown fox jumps over the lazy dog; isn't it 3.14159 or 1,234,567?
 def f(x_y):\n    return  x_y ** 2   # two  and   three spaces\t\ttabs
 
 Ünïcödé façade, Ελληνικά, Кириллица, עברית, العربية, हिन्दी, ไทย, 日本語と中文, 한국어
@@ -59,38 +62,46 @@ def merges_by_score(vocab: Mapping[str, int], scores: Mapping[str, float]) -> li
     return [(left, right) for *_, left, right in merges]
 
 
+Prefix = Literal["always", "first", "never"]
+"""Where a space is put: before every stretch of text between added tokens, before the text alone, or nowhere."""
+
+
 def bpe_tokenizer_json(
     pieces: Sequence[str],
     types: Sequence[int],
     merges: Sequence[tuple[str, str]],
     *,
     unk_token: str | None,
-    add_prefix_space: bool,
+    prefix: Prefix,
     byte_fallback: bool = True,
+    whole: Sequence[str] = (),
+    normalizers: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """A tokenizer.json for a SentencePiece BPE vocabulary.
+
+    A tokenizer.json cannot say "first" for texts that begin with a space themselves: there it means that the caller
+    puts a space before the text (`Tokenizer`), and the content takes one off again.
 
     Args:
       pieces: the vocabulary in the order of its ids.
       types: the `PieceType` of each.
       merges: in the order of their priority.
       unk_token: what text outside the vocabulary becomes.
-      add_prefix_space: put a space before a text.
       byte_fallback: spell characters outside the vocabulary by its 256 pieces for bytes.
+      whole: pieces that are taken whole wherever they are in the text, the prefix included.
+      normalizers: what is done to a text before the prefix.
     """
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if add_prefix_space else []
+    strip = [] if prefix == "never" else [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if prefix == "always" else []
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    pattern = "|".join(re.escape(piece) for piece in sorted(whole, key=len, reverse=True))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added_tokens(pieces, types),
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Metaspace",
-            "replacement": SPACE,
-            "prepend_scheme": "first" if add_prefix_space else "never",
-            "split": False,
-        },
+        "normalizer": {"type": "Sequence", "normalizers": [*normalizers, *prepend, replace]},
+        "pre_tokenizer": split(pattern) if whole else None,
         "post_processor": None,
         "decoder": {
             "type": "Sequence",
@@ -106,6 +117,7 @@ def bpe_tokenizer_json(
             "unk_token": unk_token,
             "fuse_unk": True,
             "byte_fallback": byte_fallback,
+            "ignore_merges": bool(whole),
             "vocab": {piece: i for i, piece in enumerate(pieces)},
             "merges": [list(merge) for merge in merges],
         },
@@ -136,7 +148,24 @@ def mergeable(pieces: Sequence[str], types: Sequence[int]) -> dict[str, int]:
     return {piece: i for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)) if kind in allowed}
 
 
-def load_model(data: bytes, *, name: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """A tokenizer.model, read.
+
+    Attributes:
+      backend: encodes with its vocabulary.
+      defaults: configuration that tokenizer_config.json overrides.
+      prefix: where it puts a space; "first" is left to the caller.
+      whole: its user-defined symbols, which are taken whole wherever they are in a text.
+    """
+
+    backend: tokenizers.Tokenizer
+    defaults: Mapping[str, Any]
+    prefix: Prefix
+    whole: tuple[str, ...]
+
+
+def load_model(data: bytes, *, name: str, legacy: bool = False, add_prefix_space: bool = True) -> SentencePieceModel:
     """Load a tokenizer.model.
 
     The sentencepiece library reads and validates the file. Its vocabulary then moves to the encoder of every other
@@ -145,13 +174,12 @@ def load_model(data: bytes, *, name: str) -> tuple[tokenizers.Tokenizer, dict[st
     Args:
       data: the file, a serialised ModelProto of sentencepiece_model.proto.
       name: what to call it in errors.
-
-    Returns:
-      The tokenizer, and configuration that tokenizer_config.json overrides.
+      legacy: whether text after an added token gets a space too ("legacy" of tokenizer_config.json).
+      add_prefix_space: False for no space at all, whatever the file says.
 
     Raises:
       TokenizerError: the file is damaged, or the two encoders disagree.
-      UnsupportedModel: it is no BPE, or normalises text in a way that no Llama-like model does.
+      UnsupportedModel: it is no BPE, or marks spaces in a way that no Llama-like model does.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -161,20 +189,48 @@ def load_model(data: bytes, *, name: str) -> tuple[tokenizers.Tokenizer, dict[st
     if broken := [piece for piece in pieces if not isinstance(piece, str)]:  # protobuf leaves those as bytes
         raise TokenizerError(f"{name} is damaged: the piece {broken[0]} is not UTF-8", hint="fetch the file again")
     types = [PieceType(piece.type) for piece in model.pieces]
+    whole = [piece for piece, kind in zip(pieces, types, strict=True) if kind == PieceType.USER_DEFINED]
+    # They are found after normalisation, so they are no added tokens, which are found before; nothing merges into one.
+    types = [PieceType.UNUSED if kind == PieceType.USER_DEFINED else kind for kind in types]
     scores = {piece.piece: piece.score for piece in model.pieces}
     ids = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
     defaults: dict[str, Any] = {key: pieces[i] for key, i in ids.items() if i >= 0}  # -1: there is none
-    content = bpe_tokenizer_json(
-        pieces,
-        types,
-        merges_by_score(mergeable(pieces, types), scores),
-        unk_token=defaults.get("unk_token"),
-        add_prefix_space=model.normalizer_spec.add_dummy_prefix,
-        byte_fallback=model.trainer_spec.byte_fallback,
-    )
-    backend = call_backend(f"{name} cannot be read", Backend.from_str, json.dumps(content))
+
+    def made(prefix: Prefix) -> tokenizers.Tokenizer:
+        content = bpe_tokenizer_json(
+            pieces,
+            types,
+            merges_by_score(mergeable(pieces, types), scores),
+            unk_token=defaults.get("unk_token"),
+            prefix=prefix,
+            byte_fallback=model.trainer_spec.byte_fallback,
+            whole=whole,
+            normalizers=_normalizers(model.normalizer_spec, prefix),
+        )
+        return call_backend(f"{name} cannot be read", Backend.from_str, json.dumps(content))
+
+    dummy: Prefix = "always" if model.normalizer_spec.add_dummy_prefix else "never"
+    backend = made(dummy)
     _check_agreement(processor, backend, name)
-    return backend, {**defaults, "add_bos_token": "bos_token" in defaults, "add_eos_token": False}
+    prefix: Prefix = dummy if add_prefix_space else "never"
+    if prefix == "always" and not legacy:
+        prefix = "first"
+    defaults |= {"add_bos_token": "bos_token" in defaults, "add_eos_token": False}
+    return SentencePieceModel(backend if prefix == dummy else made(prefix), defaults, prefix, tuple(whole))
+
+
+def _normalizers(spec: Any, prefix: Prefix) -> list[dict[str, Any]]:
+    """What a NormalizerSpec does to a text before the prefix, or behind one that the caller has put there. White space
+    other than spaces it leaves alone."""
+    steps: list[dict[str, Any]] = []
+    if spec.precompiled_charsmap:
+        charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if spec.remove_extra_whitespaces:
+        start = rf"\A{SPACE} +\z|(?<=\A{SPACE}) +" if prefix == "first" else r"\A +"
+        for pattern, content in ((rf"{start}| +\z", ""), (" {2,}", " ")):
+            steps.append({"type": "Replace", "pattern": {"Regex": pattern}, "content": content})
+    return steps
 
 
 def _read(data: bytes, name: str) -> tuple[Any, Any]:
@@ -210,11 +266,6 @@ def _check_supported(model: Any, name: str) -> None:
     if trainer.model_type != trainer.BPE:
         label = trainer.ModelType.Name(trainer.model_type).lower()
         raise UnsupportedModel(f"{name} is a SentencePiece {label} model", hint="only BPE models are supported")
-    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces:
-        raise UnsupportedModel(
-            f"{name} normalises text with {normalizer.name!r}",
-            hint='only the normaliser "identity" without removal of white space is supported',
-        )
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise UnsupportedModel(
             f"{name} marks spaces in another way than by {SPACE!r} before a word",

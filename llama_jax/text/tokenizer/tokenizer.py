@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -43,6 +45,8 @@ class Tokenizer:
       bos_token_id, eos_token_id, pad_token_id: the ids, or None.
       chat_templates: named Jinja templates; "default" is the one that `chat_template` returns.
       guard: breaks up control tokens in text that may not contain any.
+      rows: of the model's embedding, where the model is known (`for_model`): ids from `vocab_size` on have no text, and
+        tokens from `rows` on cannot be used.
     """
 
     def __init__(
@@ -51,8 +55,15 @@ class Tokenizer:
         *,
         special_tokens_map: Mapping[str, str] | None = None,
         chat_templates: Mapping[str, str] | None = None,
+        prefix: str = "",
     ):
+        """
+        Args:
+          prefix: what is put before a text, unless an added token begins it.
+        """
         self._backend = backend
+        self._prefix = prefix
+        self.rows: int | None = None
         self.special_tokens_map = dict(special_tokens_map or {})
         self.chat_templates = dict(chat_templates or {})
         self.special_tokens: dict[str, int] = {}
@@ -137,10 +148,48 @@ class Tokenizer:
         return ids
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self._prefix and text and not self._begins_with_added.match(text):
+            text = self._prefix + text
         encoding = call_backend(
             "the text cannot be encoded", self._backend.encode, text, add_special_tokens=add_special_tokens
         )
-        return encoding.ids
+        ids: list[int] = encoding.ids
+        if self.rows is not None and self.vocab_size > self.rows:
+            self._check_rows(ids, self.rows)
+        return ids
+
+    @cached_property
+    def _begins_with_added(self) -> re.Pattern[str]:
+        tokens = sorted(self._backend.get_added_tokens_decoder().values(), key=lambda t: len(t.content), reverse=True)
+        return re.compile("|".join(r"\s*" * t.lstrip + re.escape(t.content) for t in tokens) or "(?!)")
+
+    def _check_rows(self, ids: Sequence[int], rows: int) -> None:
+        """Raises TokenizerError for a token that the model has no embedding for."""
+        if (beyond := next((i for i in ids if i >= rows), None)) is not None:
+            raise TokenizerError(
+                f"{self.token(beyond)!r} (id {beyond}) was added to the tokenizer; the model has {rows} rows and no "
+                "embedding for it",
+                hint="use the chat template of the model that this one was made from, or a copy of the model whose "
+                "embedding was resized",
+            )
+
+    def for_model(self, rows: int) -> Tokenizer:
+        """The tokenizer of a model whose embedding has that many rows."""
+        made = copy.copy(self)
+        made.rows = rows
+        return made
+
+    def without_rows(self, rows: int) -> str | None:
+        """A sentence about the added tokens that an embedding of that many rows has none for; None if it has all."""
+        beyond = {i: token for i, token in sorted(self._added.items()) if i >= rows}
+        if not beyond:
+            return None
+        first, token = next(iter(beyond.items()))
+        others = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        return (
+            f"{token!r} (id {first}){others}: added to the tokenizer, but the model has {rows} rows and no embedding "
+            "for it; a text that holds it is refused"
+        )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids.
@@ -166,7 +215,8 @@ class Tokenizer:
         return stream
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's own spelling of a token; empty for an id that the vocabulary skips.
+        """The vocabulary's own spelling of a token; empty for an id that the vocabulary skips, or that only the model
+        has.
 
         Raises:
           TokenizerError: the id is out of range.
@@ -175,12 +225,17 @@ class Tokenizer:
             index = token_id.__index__()
         except AttributeError:
             index = -1
-        if not 0 <= index < self.vocab_size or isinstance(token_id, bool):
+        size = max(self.vocab_size, self.rows or 0)
+        if not 0 <= index < size or isinstance(token_id, bool):
             raise TokenizerError(
-                f"token id {token_id!r} is not in the vocabulary of {self.vocab_size}",
-                hint=f"ids are integers from 0 to {self.vocab_size - 1}",
+                f"token id {token_id!r} is not in the vocabulary of {size}",
+                hint=f"ids are integers from 0 to {size - 1}",
             )
         return self._added.get(index) or self._backend.id_to_token(index) or ""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What a token adds to a text, other than at its start; nothing for an id beyond the vocabulary."""
+        return self._bytes_of(self.token(token_id), first=False) if token_id < self.vocab_size else b""
 
     def token_id(self, token: str) -> int | None:
         """The id of a token in the vocabulary's own spelling, or None."""

@@ -1,0 +1,57 @@
+"""What a conversion says before it begins: sizes, free space, and what helps where the result is far larger."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llama_jax.checkpoint.source import ModelSource
+from llama_jax.disk import existing_parent, size_text
+from llama_jax.params import ParamSpec
+
+LARGER = 2
+"""How many times the size of its source a checkpoint may have before a warning says what helps."""
+
+
+def announce(
+    model: ModelSource,
+    dst: Path,
+    dtypes: Mapping[ParamSpec, np.dtype],
+    weights: Sequence[Path],
+    notify: Callable[[str], None],
+    *,
+    warn_larger: bool,
+) -> None:
+    """Tells `notify` what a source becomes and where, after a warning if that is much larger than the source.
+
+    Args:
+      dtypes: of each leaf in the checkpoint.
+      weights: the source's files.
+      warn_larger: whether to warn.
+    """
+    by_dtype: Counter[str] = Counter()
+    for spec, dtype in dtypes.items():
+        by_dtype[dtype.name] += spec.size * dtype.itemsize
+    before, after = sum(file.stat().st_size for file in weights), by_dtype.total()
+    dtype_name = by_dtype.most_common(1)[0][0]
+    if warn_larger and after > LARGER * before:
+        smaller, half = "", 2 * sum(spec.size for spec in dtypes)
+        if half < after:
+            smaller = (
+                '`llama-jax convert SRC DST --dtype bfloat16` (in Python dtype="bfloat16") makes '
+                f"{size_text(half)} of it; "
+            )
+        notify(
+            f"Warning: the checkpoint will be {after / max(before, 1):.1f} times as large as its source "
+            f"({model.source.quantization or 'the weights'} in {dtype_name}); {smaller}`--no-convert` with commands "
+            "that load a model (in Python load(convert=False)) reads the source as it is"
+        )
+    free = shutil.disk_usage(existing_parent(dst)).free
+    notify(
+        f"Converting {model.path} ({size_text(before)}) to {dst} ({size_text(after)}, {dtype_name}; "
+        f"{size_text(free)} are free)"
+    )

@@ -1,0 +1,205 @@
+"""The endpoints of OpenAI's API that a batch line may name: their fields in ours, and their choices.
+
+Source: https://platform.openai.com/docs/api-reference (chat/create, completions/create). A field that asks for what
+there is not here is refused by name; fields of SamplingParams that OpenAI lacks (top_k, min_p, ...) are taken as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+from llama_jax.batch_file.records import Record
+from llama_jax.batch_file.request import FIELDS, Conversation, conversation, is_ids
+from llama_jax.errors import RequestError
+from llama_jax.generation.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from llama_jax.sampling import SamplingParams
+from llama_jax.text.tokenizer import Tokenizer
+
+_SAMPLING = {*FIELDS} - {"prompt_logprobs"}
+_NO_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+"""Fields that say nothing about the text."""
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "tool_choice": ("auto",),
+    "parallel_tool_calls": (True, False),
+    "best_of": (1,),
+    "suffix": ("",),
+}
+"""Fields of which only these values can be met."""
+
+
+class Endpoint(Protocol):
+    """What a request of one kind asks for, and how it is answered.
+
+    Attributes:
+      prefix: of the answer's id; object: what kind of answer it is.
+    """
+
+    prefix: ClassVar[str]
+    object: ClassVar[str]
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """The endpoint for a body without nulls, and the body with the names of SamplingParams. Raises RequestError."""
+        ...
+
+    def prompts(self, body: Mapping[str, Any], params: SamplingParams) -> Sequence[str | Sequence[int]] | Conversation:
+        """What is to be continued or answered. Raises RequestError."""
+        ...
+
+    def choice(
+        self, output: RequestOutput, completion: CompletionOutput, params: SamplingParams, tokenizer: Tokenizer
+    ) -> Record:
+        """One entry of "choices", without its index."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chat:
+    """/v1/chat/completions."""
+
+    prefix: ClassVar[str] = "chatcmpl"
+    object: ClassVar[str] = "chat.completion"
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """See `Endpoint`."""
+        _check_names(body, {"messages", "tools", "max_completion_tokens", "top_logprobs"})
+        ours = dict(body)
+        limit = ours.pop("max_completion_tokens", None)
+        if limit is not None and ours.setdefault("max_tokens", limit) != limit:
+            raise RequestError(
+                "max_tokens and max_completion_tokens differ", param="max_completion_tokens", hint="give one of them"
+            )
+        wanted, top = ours.pop("logprobs", False), ours.pop("top_logprobs", None)
+        if not isinstance(wanted, bool):
+            raise RequestError("logprobs must be true or false", param="logprobs", hint="top_logprobs is the number")
+        if top is not None and not wanted:
+            raise RequestError("top_logprobs needs logprobs", param="top_logprobs", hint='give "logprobs": true')
+        return cls(), ours | ({"logprobs": top or 0} if wanted else {})
+
+    def prompts(self, body: Mapping[str, Any], params: SamplingParams) -> Sequence[str | Sequence[int]] | Conversation:
+        """See `Endpoint`."""
+        return conversation(body.get("messages"), params, tools=body.get("tools"))
+
+    def choice(
+        self, output: RequestOutput, completion: CompletionOutput, params: SamplingParams, tokenizer: Tokenizer
+    ) -> Record:
+        """See `Endpoint`. What looks like a call of a tool stays text."""
+        logprobs = None
+        if completion.logprobs is not None and params.logprobs is not None:
+            entries = [
+                _spelled(tokenizer, of.token_id, of.logprob)
+                | {"top_logprobs": [_spelled(tokenizer, *top) for top in [*of.top.items()][: params.logprobs]]}
+                for of in completion.logprobs
+            ]
+            logprobs = {"content": entries, "refusal": None}
+        return {
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": logprobs,
+            "finish_reason": completion.finish_reason,
+        }
+
+
+@dataclass(frozen=True)
+class Completions:
+    """/v1/completions.
+
+    Attributes:
+      echo: whether the text, and what is said of its tokens, begins with the prompt.
+    """
+
+    echo: bool = False
+    prefix: ClassVar[str] = "cmpl"
+    object: ClassVar[str] = "text_completion"
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """See `Endpoint`."""
+        _check_names(body, {"prompt", "echo"})
+        echo = body.get("echo", False)
+        if not isinstance(echo, bool):
+            raise RequestError("echo must be true or false", param="echo", hint="true repeats the prompt")
+        scored = {"prompt_logprobs": body["logprobs"]} if echo and "logprobs" in body else {}
+        return cls(echo), {**body, **scored}
+
+    def prompts(self, body: Mapping[str, Any], params: SamplingParams) -> Sequence[str | Sequence[int]] | Conversation:
+        """See `Endpoint`: one text or list of ids, or a list of such."""
+        given = body.get("prompt")
+        several: list[Any] = given if isinstance(given, list) and given and not is_ids(given) else [given]
+        if not all(isinstance(prompt, str) or (is_ids(prompt) and prompt) for prompt in several):
+            raise RequestError(
+                "the prompt must be a text, a list of token ids, or a list of such",
+                param="prompt",
+                hint='e.g. "prompt": "Once upon a time"',
+            )
+        return several
+
+    def choice(
+        self, output: RequestOutput, completion: CompletionOutput, params: SamplingParams, tokenizer: Tokenizer
+    ) -> Record:
+        """See `Endpoint`."""
+        before = output.prompt_token_ids if self.echo else ()
+        logprobs = None
+        if completion.logprobs is not None:
+            ids = [*before, *completion.token_ids]
+            entries = [*((output.prompt_logprobs or ()) if self.echo else ()), *completion.logprobs]
+            logprobs = {
+                "tokens": [_text(tokenizer, i) for i in ids],
+                "token_logprobs": [None if of is None else of.logprob for of in entries],
+                "top_logprobs": [_tops(tokenizer, of) for of in entries] if params.logprobs else None,
+                "text_offset": _offsets(tokenizer, () if self.echo else output.prompt_token_ids, ids),
+            }
+        return {
+            "text": (tokenizer.decode(before) if self.echo else "") + completion.text,
+            "logprobs": logprobs,
+            "finish_reason": completion.finish_reason,
+        }
+
+
+ENDPOINTS: dict[str, type[Chat | Completions]] = {"/v1/chat/completions": Chat, "/v1/completions": Completions}
+"""By the address that a line names."""
+
+
+def _check_names(body: Mapping[str, Any], own: set[str]) -> None:
+    """Refuses fields that are unknown, and values that cannot be met."""
+    for name, value in body.items():
+        if name in _ONLY and value not in _ONLY[name]:
+            allowed = " or ".join(map(repr, _ONLY[name]))
+            raise RequestError(f"{name} can only be {allowed} here", param=name, hint="leave it out")
+        if name not in own and name not in _SAMPLING and name not in _NO_EFFECT and name not in _ONLY:
+            raise RequestError(f"unknown field {name!r}", param=name, hint="this endpoint has no such field here")
+
+
+def _text(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token as OpenAI spells it: its text, or its bytes where they are a part of a character."""
+    data = tokenizer.bytes_of(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _spelled(tokenizer: Tokenizer, token_id: int, logprob: float) -> Record:
+    return {
+        "token": _text(tokenizer, token_id),
+        "logprob": logprob,
+        "bytes": list(tokenizer.bytes_of(token_id)),
+    }
+
+
+def _tops(tokenizer: Tokenizer, of: TokenLogprob | None) -> dict[str, float] | None:
+    return None if of is None else {_text(tokenizer, i): value for i, value in of.top.items()}
+
+
+def _offsets(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Where each token begins in the text of `ids`, which follow `before`; a part of a character begins with it."""
+    stream, at, offsets = tokenizer.detokenizer(prompt_ids=before), 0, []
+    for token_id in ids:
+        offsets.append(at)
+        at += len(stream.add(token_id)) if token_id < tokenizer.vocab_size else 0
+    return offsets

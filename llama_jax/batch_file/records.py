@@ -1,0 +1,31 @@
+"""Output lines as such: their bytes, which input line they answer, and whether they say that it failed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+Record = dict[str, Any]
+"""An output line. It has "index", the number of its input line from 0, or an id that ends with it (OPENAI_ID)."""
+OPENAI_ID = "batch_req_"
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """The line in a file."""
+    # A lone surrogate, as an "id" may hold, becomes the JSON escape that it was in the input.
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def index_of(record: Mapping[str, Any]) -> int | None:
+    """The number of the input line that an output line answers; None if it is no output line."""
+    if type(index := record.get("index")) is int:
+        return index
+    match = re.fullmatch(rf"{OPENAI_ID}(\d+)", str(record.get("id")))
+    return int(match[1]) if match and "response" in record else None
+
+
+def is_error(record: Mapping[str, Any]) -> bool:
+    """Whether an output line says that its input line could not be generated."""
+    return record["response"]["status_code"] != 200 if "response" in record else "error" in record
