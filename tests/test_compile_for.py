@@ -258,7 +258,7 @@ def test_plugin_that_is_missing(plugins: Callable[..., None], monkeypatch: pytes
     plugins("0.11.2")
     with pytest.raises(CompilerUnavailable, match="is not installed") as caught:
         topology.plugin_library()
-    assert caught.value.hint == "pip install 'llama-jax[rocm-aot]'"
+    assert caught.value.hint == "pip install jax-rocm10-pjrt==0.11.2"
     plugins("0.11.2", rocm10="0.11.2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CompilerUnavailable, match=r"without its module jax_plugins\.xla_rocm10") as caught:
@@ -293,7 +293,7 @@ def test_plugin_of_another_release(plugins: Callable[..., None]) -> None:
     plugins("0.12.9", rocm10="0.12.0")  # a release that no plugin is known for
     with pytest.raises(CompilerUnavailable, match="one release") as caught:
         topology.compiler()
-    assert caught.value.hint == topology.INSTALL
+    assert caught.value.hint == "pip install jax==0.11.2 jaxlib==0.11.2 jax-rocm10-pjrt==0.11.2"
 
 
 @pytest.mark.amd

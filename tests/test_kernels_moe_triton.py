@@ -10,38 +10,28 @@ import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from triton_calls import compile_launch, lowered_for_gfx942, needs_triton, no_compilation_cache, triton
 
+from llama_jax.kernels.dispatch import jax_triton as shared
 from llama_jax.kernels.moe import jax_triton, products, routed_experts
 from llama_jax.kernels.moe.schedule import schedule
 from llama_jax.kernels.moe.shapes import SHAPES, MoeShape
 from llama_jax.kernels.moe.tiles import Tiles, default_tiles
 from llama_jax.targets import find
 
-try:
-    import jax_triton as package  # this module's subject has the same name
-    import triton
-except ImportError:
-    package = triton = None
-
-needs_triton = pytest.mark.skipif(package is None, reason="needs the extra 'triton'")
 SHAPE = MoeShape(8, 2, 4096, 14336, "output").arguments(64)
 
 
 @pytest.fixture(autouse=True)
-def no_compilation_cache() -> Iterator[None]:
-    """Which the other tests keep compiled programs in."""
-    folder = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    yield
-    jax.config.update("jax_compilation_cache_dir", folder)
+def without_a_cache() -> Iterator[None]:
+    with no_compilation_cache():
+        yield
 
 
 @pytest.mark.parametrize(
@@ -60,22 +50,22 @@ def no_compilation_cache() -> Iterator[None]:
     ],
 )
 def test_limits(installed: str | None, target: str, change: dict, reason: str | None, monkeypatch: Any) -> None:
-    monkeypatch.setattr(jax_triton, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(shared, "find_spec", lambda name: object() if installed else None)
 
     def version(name: str) -> str | None:
         if installed == "pytorch-triton-rocm":
             raise PackageNotFoundError(name)
         return installed
 
-    monkeypatch.setattr(jax_triton, "version", version)
+    monkeypatch.setattr(shared, "version", version)
     found = jax_triton.unsupported(find(target), **SHAPE | {"activation": jax.nn.silu} | change)
     assert (reason is None) == (found is None)
     assert reason is None or reason in (found or "")
 
 
 def test_compiled_programs_must_not_be_kept_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax_triton, "find_spec", lambda name: object())
-    monkeypatch.setattr(jax_triton, "version", lambda name: "3.7.0")
+    monkeypatch.setattr(shared, "find_spec", lambda name: object())
+    monkeypatch.setattr(shared, "version", lambda name: "3.7.0")
     jax.config.update("jax_compilation_cache_dir", "/somewhere")
     check = functools.partial(jax_triton.unsupported, **SHAPE, activation=jax.nn.silu)
     assert "JAX_COMPILATION_CACHE_DIR" in (check(find("mi300x")) or "")
@@ -101,14 +91,14 @@ def interpreted(
 
     from llama_jax.kernels.moe.triton_kernel import moe_grouped
 
-    arrays, constants, out, grid = jax_triton.kernel_arguments(x, weights, plan, activation, scale, cut)
-    result = np.full(out.shape, np.nan, out.dtype)
-    run = GridExecutor(moe_grouped.fn, moe_grouped.arg_names, grid)
+    how = jax_triton.launch(x, weights, plan, activation, scale, cut)
+    result = np.full(how.out[0].shape, np.nan, how.out[0].dtype)
+    run = GridExecutor(moe_grouped.fn, moe_grouped.arg_names, how.grid)
     # Its copies to and from a device need more of a tensor than there is, and the arrays are on the host.
     run._init_args_hst = lambda args, kwargs: (args, kwargs)
     run._restore_args_dev = lambda *args: None
-    run(*(Buffer(np.array(a)) for a in (*arrays,)), Buffer(result), **constants)
-    grid_log.append(grid)
+    run(*(Buffer(np.array(a)) for a in how.arrays), Buffer(result), **how.constants)
+    grid_log.append(how.grid)
     return result
 
 
@@ -138,33 +128,13 @@ def test_against_the_reference(
     assert len(grids) == 4
 
 
-TYPES = {"bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
-
-
-def compile_for(arch: str, arrays: Any, constants: dict, cut: Any) -> Any:
-    """The kernel, compiled by the `triton` package for an AMD GPU."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from llama_jax.kernels.moe.triton_kernel import moe_grouped
-
-    names = moe_grouped.arg_names
-    signature = {name: TYPES[a.dtype.name] for name, a in zip(names, arrays, strict=False)}
-    source = ASTSource(
-        moe_grouped,
-        signature=signature | dict.fromkeys(constants, "constexpr"),
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(arrays))},
-    )
-    target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-    return triton.compile(source, target=target, options=jax_triton.compile_options(cut))
-
-
 @needs_triton
 @pytest.mark.parametrize("tokens", [1, 4096])
 @pytest.mark.parametrize("name", ["mi300x", "mi355x", "rx7900xtx"])
 def test_compiles_for_amd(name: str, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No spills, no more local memory than there is, matrix instructions; with the tiles that it gets by default."""
+    from llama_jax.kernels.moe.triton_kernel import moe_grouped
+
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     target, shape = find(name), SHAPES[0]
     pairs = tokens * shape.top_k
@@ -178,8 +148,8 @@ def test_compiles_for_amd(name: str, tokens: int, tmp_path: Path, monkeypatch: p
         (args["x"], (args["gate"], args["up"]), jax.nn.silu, tiles.up),
         (inner, (args["down"],), None, tiles.down),
     ):
-        arrays, constants, out, _ = jax_triton.kernel_arguments(x, weights, plan, activation, scale, cut)
-        kernel = compile_for(target.arch, (*arrays, out), constants, cut)
+        how = jax_triton.launch(x, weights, plan, activation, scale, cut)
+        kernel = compile_launch(moe_grouped, how, target.arch)
         assembly = kernel.asm["amdgcn"]
         assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly) == ["0"]
         assert re.findall(r"\.sgpr_spill_count:\s*(\d+)", assembly) == ["0"]
@@ -190,25 +160,8 @@ def test_compiles_for_amd(name: str, tokens: int, tmp_path: Path, monkeypatch: p
 @needs_triton
 def test_lowers_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole operation becomes a program with two kernels, compiled for gfx942, and the weights as they lie."""
-    kernels = []
-
-    def kernel(name: str, num_warps: int, num_ctas: int, shared: int, path: str, *rest: Any) -> str:
-        kernels.append((num_warps, shared, Path(path).read_bytes()))
-        return name
-
-    # jaxlib has this for the GPUs of the machine only; what it is given is all that matters here.
-    library = SimpleNamespace(
-        get_arch_details=lambda device: "gfx942:sramecc+:xnack-",
-        create_array_parameter=lambda *args: args,
-        TritonKernel=kernel,
-        TritonKernelCall=lambda *args: SimpleNamespace(to_proto=lambda name, metadata: name.encode()),
-    )
-    monkeypatch.setattr(package.triton_lib, "triton_kernel_call_lib", library)
-    device = AbstractDevice(device_kind="gfx942", num_cores=304, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    call = jax.jit(functools.partial(routed_experts, activation=jax.nn.silu, backend="jax_triton"))
-    with use_abstract_mesh(mesh):
-        text = call.trace(**SHAPES[0].arguments(1)).lower(lowering_platforms=("rocm",)).as_text()
+    call = functools.partial(routed_experts, activation=jax.nn.silu, backend="jax_triton")
+    text, kernels = lowered_for_gfx942(call, SHAPES[0].arguments(1), monkeypatch)
     calls = [line for line in text.splitlines() if "triton_kernel_call_ffi" in line]
     assert ["8x14336x4096xbf16" in line for line in calls] == [True, False]
     assert "8x4096x14336xbf16" in calls[1]

@@ -53,6 +53,13 @@ class Plugin:
         """What `pjrt` installs."""
         return f"jax_plugins.xla_rocm{self.generation}"
 
+    def compiler(self, jaxlib: str) -> tuple[str, ...]:
+        """What it takes to compile without a GPU, for pip: the compiler for this jaxlib, or where there is none, also
+        the jax that is tested most."""
+        if release(jaxlib) in self.built_with:
+            return (f"{self.pjrt}=={release(jaxlib)}",)
+        return tuple(wanted for wanted in self.requirements() if not wanted.startswith(self.plugin))
+
     def requirements(self, release: str = JAX, jax: str | None = None) -> tuple[str, ...]:
         """Everything that jax on an AMD GPU takes, for pip; `jax` names a repaired jax of this release."""
         jax = jax or release

@@ -17,6 +17,7 @@ decode_attention = Operation(
         "reference": Backend(attention_reference),
         "pallas_triton": Backend.at(_KERNELS, candidates=decode_candidates),
         "pallas_interpret": Backend.at(_KERNELS, interpreted=True, interpret=True),
+        "jax_triton": Backend.at(f"{__name__}.jax_triton", candidates=decode_candidates),
     },
     shape=decode_shape,
     cases=decode_cases,

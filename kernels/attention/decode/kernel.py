@@ -8,7 +8,6 @@ instruction. It leaves normalised outputs and base-2 log-sum-exps, from which th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,65 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llama_jax.kernels.attention.decode import partition
-from llama_jax.kernels.attention.decode.tiles import Tiles, padded_rows
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule
+from llama_jax.kernels.attention.decode.call import Call
+from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED, sees
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile, tile_width
+from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
 NONE = MASKED / 2
-# Shares that a program of the second kernel reads at a time, at most: 16 KiB of float32 for a head_dim of 128.
-COMBINED = 32
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is known of a call when it is compiled.
-
-    Attributes:
-      group: query heads of one key/value head.
-      slots: of each row of the cache.
-      page_size: slots of a page; 0 without pages.
-      wanted: shares to cut the cache into, for each key/value head.
-    """
-
-    batch: int
-    queries: int
-    group: int
-    head_dim: int
-    slots: int
-    page_size: int
-    wanted: int
-    rule: Rule
-    tiles: Tiles
-    interpret: bool
-
-    @property
-    def rows(self) -> int:
-        """Query rows that share a key/value head."""
-        return self.group * self.queries
-
-    @property
-    def height(self) -> int:
-        """Query rows of one program."""
-        return padded_rows(self.rows, self.tiles.block_rows)
-
-    @property
-    def width(self) -> int:
-        """Columns of a tile."""
-        return tile_width(self.head_dim)
-
-    @property
-    def most_shares(self) -> int:
-        """As many shares as there can be."""
-        return min(self.wanted + self.batch - 1, self.batch * -(-self.slots // self.tiles.block_k))
-
-    @property
-    def combined(self) -> int:
-        """Shares that are combined at a time: those of a row, if the rows are of one length."""
-        return min(next_power_of_2(-(-self.most_shares // self.batch)), COMBINED)
 
 
 def _ranges(first_ref: Any, end_ref: Any) -> tuple[jax.Array, jax.Array]:

@@ -61,7 +61,7 @@ def load(path: Path) -> tuple[ctypes.CDLL, ...]:
     except OSError as error:
         raise CompilerUnavailable(
             f"{path} does not load with stand-ins for the ROCm libraries: {error}",
-            hint=f"install ROCm ({DOCS}), or use the versions of llama-jax[rocm-aot]",
+            hint=f"install ROCm ({DOCS}), or use the versions of the extra rocm-aot",
         ) from error
     finally:
         for file in files:

@@ -21,7 +21,6 @@ from llama_jax.targets.target import Target
 if TYPE_CHECKING:
     import jax
 
-INSTALL = "pip install 'llama-jax[rocm-aot]'"
 GENERATION = "LLAMA_JAX_ROCM"
 """Environment variable: the generation of ROCm to compile with, where plugins for several are installed."""
 
@@ -49,7 +48,7 @@ def devices(target: Target, count: int = 1) -> list[jax.Device]:
     except Exception as error:  # of jax's runtime, under several names
         raise CompilerUnavailable(
             f"XLA's plugin for ROCm has no topology of {count} x {target.name}: {error}",
-            hint=f"reinstall it: {INSTALL}",
+            hint="install it again, of jaxlib's release",
         ) from error
 
 
@@ -80,24 +79,26 @@ def compiler() -> tuple[rocm.Plugin, str]:
     Raises:
       CompilerUnavailable: none is installed, or none goes with jaxlib.
     """
-    wanted = os.environ.get(GENERATION, "")
+    wanted, jaxlib = os.environ.get(GENERATION, ""), importlib.metadata.version("jaxlib")
     found = [(plugin, version) for plugin, version in rocm.installed() if wanted in ("", str(plugin.generation))]
     if not found:
         generations = " or ".join(str(plugin.generation) for plugin in rocm.PLUGINS)
         which = f" of ROCm {wanted}, which {GENERATION} names," if wanted else ""
-        hint = f"unset {GENERATION}, or name {generations} and install it" if wanted else INSTALL
-        raise CompilerUnavailable(f"XLA's compiler for AMD GPUs{which} is not installed", hint=hint)
-    jaxlib = importlib.metadata.version("jaxlib")
+        choice = f"unset {GENERATION}, or name {generations} and install it"
+        raise CompilerUnavailable(
+            f"XLA's compiler for AMD GPUs{which} is not installed", hint=choice if wanted else _pip(rocm.NEWEST, jaxlib)
+        )
     for plugin, version in found:
         if rocm.fits(version, jaxlib):
             return plugin, version
     plugin, version = found[0]
     raise CompilerUnavailable(
-        f"{plugin.pjrt} is {version}, jaxlib {jaxlib}: they have to be of one release",
-        hint=f"pip install {plugin.pjrt}=={rocm.release(jaxlib)}"
-        if rocm.release(jaxlib) in plugin.built_with
-        else INSTALL,
+        f"{plugin.pjrt} is {version}, jaxlib {jaxlib}: they have to be of one release", hint=_pip(plugin, jaxlib)
     )
+
+
+def _pip(plugin: rocm.Plugin, jaxlib: str) -> str:
+    return f"pip install {' '.join(plugin.compiler(jaxlib))}"
 
 
 def plugin_library() -> Path:

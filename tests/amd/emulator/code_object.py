@@ -53,9 +53,11 @@ def load_kernel(elf: bytes, name: str) -> KernelCode:
     at = symbols[f"{name}.kd"]
     lds, scratch, kernarg, _, entry = struct.unpack_from("<IIIIq", image, at)
     rsrc3, rsrc1, rsrc2 = struct.unpack_from("<III", image, at + 44)
-    properties, preload = struct.unpack_from("<HH", image, at + 56)
-    if properties & ~_KERNARG_POINTER or preload:
-        raise NotModelled(f"kernel {name}: set-up of registers {properties:#x}, preloaded arguments {preload:#x}")
+    # Arguments that the chip could load before the kernel starts are loaded by the kernel's first instructions too, for
+    # firmware that does not ("Preloaded Kernel Arguments"): it is run as by such.
+    properties = struct.unpack_from("<H", image, at + 56)[0]
+    if properties & ~_KERNARG_POINTER:
+        raise NotModelled(f"kernel {name}: set-up of registers {properties:#x}")
     if not properties & _KERNARG_POINTER:
         raise NotModelled(f"kernel {name} has no pointer to its arguments")
     # Granules of 8 registers, both kinds together; the accumulation registers start at accum_offset.
