@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from test_checkpoint import METADATA, edit_json
-from test_convert_meta import few_pieces, write_meta, write_tiny
+from test_convert_meta import FEW_PIECES, write_meta, write_tiny
 from test_convert_quantized import DATA as QUANTIZED
 from test_schemes import stored
 from tiny_chat_model import write_chat_model
@@ -96,7 +96,7 @@ SOUND: dict[str, tuple[Callable[[Path], Any], Callable[[Path], None]]] = {
     "bin": (write_bin, read_all),
     "gguf": (gguf_with(BYTES), read_all),
     "spm gguf": (gguf_with(PIECES), read_all),
-    "meta": (lambda f: write_tiny(f, few_pieces(f.with_name("pieces")), shards=2), read_all),
+    "meta": (lambda f: write_tiny(f, FEW_PIECES, shards=2), read_all),
     "rank meta": (write_rank_meta, read_all),
     "gptq": (lambda f: shutil.copytree(QUANTIZED / "gptq-int4", f), read_all),
     "bnb": (lambda f: shutil.copytree(QUANTIZED / "bnb-int8", f), read_all),

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tiny_models import LLAMA, loaded, random_leaves, write_gguf
 from torch_writer import torch_save
 
@@ -34,23 +33,13 @@ from llama_jax.text.tokenizer import load_tokenizer
 CASES = [("llama2", 1), ("llama2", 2), ("llama2", 4), ("llama3.1", 2), ("llama3.2", 1)]
 
 
+FEW_PIECES = Path(__file__).parent / "data" / "tokenizer" / "few_pieces.model"
+"""The first 40 pieces of sentencepiece.model that are single characters: no model here has fewer rows."""
+
+
 @pytest.fixture(scope="session")
-def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.model of 40 pieces, all single characters: no model here has fewer rows."""
-    return few_pieces(tmp_path_factory.mktemp("sentencepiece"))
-
-
-def few_pieces(folder: Path) -> Path:
-    whole = Path(__file__).parent / "data" / "tokenizer" / "sentencepiece.model"
-    model = ModelProto.FromString(whole.read_bytes())
-    kept = [*model.pieces[:3], *(piece for piece in model.pieces if len(piece.piece) == 1)][:40]
-    del model.pieces[:]
-    model.pieces.extend(kept)
-    model.trainer_spec.byte_fallback = False
-    folder.mkdir(exist_ok=True)
-    path = folder / "tokenizer.model"
-    path.write_bytes(model.SerializeToString())
-    return path
+def sentencepiece() -> Path:
+    return FEW_PIECES
 
 
 @pytest.fixture
