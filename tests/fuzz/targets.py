@@ -324,8 +324,7 @@ def _generation_seeds(scratch: Path) -> Iterable[bytes]:
 
 
 RANKS = DATA / "meta" / "tokenizer.model"
-FEW_PIECES = DATA / "tokenizer" / "few_pieces.model"
-PIECES = DATA / "tokenizer" / "sentencepiece.model"
+PIECES = DATA / "tokenizer" / "few_pieces.model"
 QUANTIZED = ("awq", "bnb-nf4-nested", "bnb-int8", "ct-two-groups", "fp8-block", "gptq-int4-act-order")
 
 TARGETS: Mapping[str, Target] = {
@@ -342,7 +341,7 @@ TARGETS: Mapping[str, Target] = {
         Target("hf_bin", bin_folder, "pytorch_model.bin", read_hf, torch_mutator),
         Target("meta_params", meta_folder("llama3.1", 2, RANKS), "params.json", read_meta, json_mutator, _params_seeds),
         Target("meta_tokenizer", meta_folder("llama3.1", 2, RANKS), "tokenizer.model", read_meta, _bytes_mutator),
-        Target("meta_weights", meta_folder("llama2", 2, FEW_PIECES), "consolidated.01.pth", read_meta, torch_mutator),
+        Target("meta_weights", meta_folder("llama2", 2, PIECES), "consolidated.01.pth", read_meta, torch_mutator),
         *(
             Target(f"quantized_{case}", stored_folder(f"quantized/{case}"), "config.json", read_hf, json_mutator)
             for case in QUANTIZED
