@@ -59,13 +59,13 @@ def describe_preset(config: LlamaConfig, name: str, axes: Mapping[str, int] | No
         "format": "preset: a published shape, without weights",
         **dict.fromkeys(("path", "source", "revision", "licence", "quantization")),
         **_shapes(config),
-        "dtype": "bfloat16",
-        "bytes": sum(spec.size * spec.itemsize(2) for spec in specs),
+        "dtype": config.dtype,
+        "bytes": sum(spec.size * spec.itemsize(4 if config.dtype == "float32" else 2) for spec in specs),
         **_memory(config),
         **dict.fromkeys(("tokenizer", "chat_template")),
         **_sharding(config, axes),
         "files": {},
-        "tensors": {s.name: {"shape": list(s.shape), "dtype": "bfloat16"} for s in specs},
+        "tensors": {s.name: {"shape": list(s.shape), "dtype": config.dtype} for s in specs},
     }
 
 
