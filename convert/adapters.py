@@ -24,7 +24,7 @@ _MAX_BYTES = 1 << 20
 
 
 def merge_hint(folder: Path | str) -> str:
-    """What to do with an adapter of PEFT: a folder, or a name on the hub."""
+    """The hint for an adapter of PEFT: a folder, or a name on the hub."""
     return (
         "merge it into its base with peft, and convert the result: "
         f"`AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(OUT)`"

@@ -1,4 +1,4 @@
-"""What a conversion says before it begins: sizes, free space, and what helps where the result is far larger."""
+"""The announcement of a conversion: sizes, free space, and what helps where the result is far larger."""
 
 from __future__ import annotations
 

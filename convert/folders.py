@@ -1,4 +1,4 @@
-"""What a folder holds: the model to open, or, where it holds none, what it is instead and what to do with that."""
+"""The model in a folder, or, where it holds none, an error that names what it is instead and what to do with that."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _TRAINERS: tuple[tuple[re.Pattern[str], str, str], ...] = (
 
 
 def model_in(path: Path) -> Path:
-    """What is to be opened for a path: itself, or the GGUF file of a folder that holds no other weights.
+    """The path to open: itself, or the GGUF file of a folder that holds no other weights.
 
     A folder with a config.json and no weights passes, since there is use for that alone.
 
@@ -184,7 +184,7 @@ def _holds_some(path: Path) -> bool:
 
 
 def _numbered(path: Path) -> list[str]:
-    """Order of names with numbers in them: checkpoint-1000 stands behind checkpoint-500."""
+    """Order of names with numbers in them: checkpoint-1000 comes after checkpoint-500."""
     return [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 

@@ -73,9 +73,9 @@ ROPE: Mapping[str, str] = {
 YARN_BETAS: Mapping[str, str] = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 
 NO_ID = (-1, 0xFFFFFFFF)
-"""What files write for "no token": -1, and the same as an unsigned number of 32 bits (llama.cpp's LLAMA_TOKEN_NULL)."""
+"""Ids that mean "no token": -1, and the same as an unsigned number of 32 bits (llama.cpp's LLAMA_TOKEN_NULL)."""
 METADATA = "GGUF metadata"
-"""What messages call the keys of a file."""
+"""The name of a file's keys in messages."""
 
 _READ = {
     *REQUIRED,
@@ -210,7 +210,7 @@ def config_dict(
 
 
 def key_names(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """What a GGUF file calls the keys of `config_dict`, for messages about their values."""
+    """The names in a GGUF file of the keys of `config_dict`, for messages about their values."""
     arch = metadata.get("general.architecture")
     head_dim = next((key for key in HEAD_DIM_KEYS if f"{arch}.{key}" in metadata), "embedding_length")
     llama4 = LLAMA4 if arch == "llama4" else {}

@@ -17,7 +17,7 @@ from llama_jax.text.tokenizer.byte_level_bpe import CONTRACTIONS, DIGITS, PUNCTU
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What the name of a pre-tokenizer stands for.
+    """The meaning of a pre-tokenizer's name.
 
     Attributes:
       content: the "pre_tokenizer" of a tokenizer.json.

@@ -44,7 +44,7 @@ NAMES: Mapping[str, str] = {
     "rope_parameters.factor": "rope_scaling_factor",
     "rope_parameters.high_freq_factor": "rope_high_freq_factor",
 }
-"""What params.json calls the keys of config.json, for messages."""
+"""The names in params.json of the keys of config.json, for messages."""
 _IGNORED = {"max_batch_size", "max_seq_len"}
 """How Meta's own program is run; says nothing about the model."""
 _VISION = "use the model's Hugging Face weights; vision models are not supported in Meta's own format"

@@ -27,6 +27,12 @@ def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> Parti
     return ruled(mesh).spec(spec.axes, _units(spec, config), f"{spec.name} {spec.shape}")
 
 
+def local_heads(config: LlamaConfig, mesh: AnyMesh) -> tuple[int, int]:
+    """Query heads and key/value heads of one device: split together, or not at all."""
+    ways = ruled(mesh).ways("kv_heads", config.num_kv_heads)
+    return config.num_heads // ways, config.num_kv_heads // ways
+
+
 def local_size(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> int:
     """How many of a parameter's numbers each device holds."""
     parts = map(ruled(mesh).ways, spec.axes, _units(spec, config))

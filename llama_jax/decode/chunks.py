@@ -24,18 +24,14 @@ from llama_jax.kernels.attention import (
 )
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.dispatch import REFERENCE, choose
+from llama_jax.layout import local_heads
 from llama_jax.sharding import share
+from llama_jax.sharding.context import current
 from llama_jax.targets import Target
 
 ATTENTION_BYTES = 4 << 30
 """Of logits and weights of one call, at most; a chunk of `SHORTEST` tokens may take more."""
 SHORTEST = 128
-
-
-def heads_of(config: LlamaConfig) -> tuple[int, int]:
-    """Query heads and key/value heads of one device of the mesh in use: split together, or not at all."""
-    kv_heads = share("kv_heads", config.num_kv_heads)
-    return kv_heads * (config.num_heads // config.num_kv_heads), kv_heads
 
 
 def attention_backends(
@@ -61,7 +57,7 @@ def attention_backends(
     def array(*shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
-    heads, kv_heads = heads_of(config)
+    heads, kv_heads = local_heads(config, current())
     operation = decode_attention if tokens <= MAX_QUERIES else flash_attention
     slots = array(rows, kv_heads, capacity, config.head_dim, dtype=dtype if cache_dtype is None else cache_dtype)
     arrays = (
@@ -85,7 +81,7 @@ def written_bytes(
     """
     if REFERENCE not in backends:
         return 0
-    return (4 + itemsize) * rows * heads_of(config)[0] * tokens * slots
+    return (4 + itemsize) * rows * local_heads(config, current())[0] * tokens * slots
 
 
 def chunk_length(
@@ -111,12 +107,13 @@ def chunk_length(
     rows, itemsize = share("batch", batch), jnp.dtype(dtype).itemsize
     chunk = min(prompt, buckets.MAX_CHUNK)
 
-    def written() -> int:
-        names = attention_backends(
-            config, target, dtype, rows=rows, tokens=chunk, capacity=capacity, cache_dtype=cache_dtype
-        )
-        return written_bytes(names, config, itemsize, rows, chunk, capacity)
+    def too_much() -> bool:
+        # Which backend runs takes a moment to find out, so it is asked only where the reference would write too much.
+        if written_bytes((REFERENCE,), config, itemsize, rows, chunk, capacity) <= ATTENTION_BYTES:
+            return False
+        shape = {"rows": rows, "tokens": chunk, "capacity": capacity}
+        return REFERENCE in attention_backends(config, target, dtype, **shape, cache_dtype=cache_dtype)
 
-    while chunk % 2 == 0 and chunk > SHORTEST and written() > ATTENTION_BYTES:
+    while chunk % 2 == 0 and chunk > SHORTEST and too_much():
         chunk //= 2
     return chunk

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
-from llama_jax.layout import local_size
+from llama_jax.layout import local_heads, local_size
 from llama_jax.params import ParamSpec, canonical_specs, param_specs
 from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import Collective, Target
@@ -27,12 +27,6 @@ def held_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh = None) -> int:
 def local_rows(batch: int, mesh: AnyMesh) -> int:
     """Rows of a batch that one device works on: the most that any has."""
     return -(-batch // ruled(mesh).ways("batch"))
-
-
-def local_heads(config: LlamaConfig, mesh: AnyMesh) -> tuple[int, int]:
-    """Query heads and key/value heads of one device: split together, or not at all."""
-    ways = ruled(mesh).ways("kv_heads", config.num_kv_heads)
-    return config.num_heads // ways, config.num_kv_heads // ways
 
 
 def share_used(spec: ParamSpec, config: LlamaConfig, tokens: int) -> float:

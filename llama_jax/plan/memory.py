@@ -15,11 +15,11 @@ from functools import cached_property, partial
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.decode.chunks import written_bytes
-from llama_jax.layout import local_size, split_config
+from llama_jax.layout import local_heads, local_size, split_config
 from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
 from llama_jax.plan.backends import Backends, backends
-from llama_jax.plan.costs import held_bytes, local_heads
+from llama_jax.plan.costs import held_bytes
 from llama_jax.plan.workload import Calls, Workload, calls
 from llama_jax.sharding import AnyMesh, on, ruled
 from llama_jax.targets import Target

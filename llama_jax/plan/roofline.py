@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.decode.buckets import pieces
+from llama_jax.layout import local_heads
 from llama_jax.plan.costs import (
     exchange_s,
     least_s,
-    local_heads,
     local_rows,
     prefill_flops,
     read_bytes,
