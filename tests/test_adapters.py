@@ -19,6 +19,7 @@ from llama_jax.params import Params, flatten, projection_names, unflatten
 CONFIG = TINY["sigmoid-moe"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [3, 12], ids=["few slots", "many slots"])
 @pytest.mark.parametrize("fused", [False, True], ids=["canonical", "fused"])
 def test_a_mixed_batch_equals_separate_calls(slots: int, fused: bool) -> None:

@@ -351,6 +351,7 @@ def test_kill_and_resume(tmp_path: Path, folder: Path, undisturbed: tuple[Path, 
     assert f"{reached[1]} of them from before" in err.decode()
 
 
+@pytest.mark.slow
 def test_interrupt_and_exit_codes(tmp_path: Path, folder: Path, undisturbed: tuple[Path, bytes]) -> None:
     source, whole = undisturbed
     target = tmp_path / "out.jsonl"

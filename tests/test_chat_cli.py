@@ -494,6 +494,7 @@ def test_in_a_terminal(wide: Path, tmp_path: Path) -> None:
     assert "+pasted" in (tmp_path / "history").read_text()
 
 
+@pytest.mark.slow
 def test_in_a_plain_narrow_terminal(folder: Path) -> None:
     """No colours, no cursor movements, short remarks; and a model that writes escapes cannot reach the terminal."""
     options = ("--max-tokens", "8", "--ignore-eos", "--temperature", "0")
@@ -516,6 +517,7 @@ def test_in_a_plain_narrow_terminal(folder: Path) -> None:
     assert "\x1b" not in shown
 
 
+@pytest.mark.slow
 def test_escapes_of_the_model_are_neutralised(loaded: Loaded, tmp_path: Path) -> None:
     """The bias makes the model write ESC and BEL, the beginnings of what could take over a terminal."""
     escape, bell = (loaded[1].encode(c)[-1] for c in "\x1b\x07")
@@ -534,6 +536,7 @@ def test_escapes_of_the_model_are_neutralised(loaded: Loaded, tmp_path: Path) ->
     assert "\x07" not in answer
 
 
+@pytest.mark.slow
 def test_interrupt_in_a_pipe(wide: Path) -> None:
     """Ctrl-C ends the answer, and the chat goes on; while it waits for a message, it ends with 130."""
     command = [sys.executable, "-m", "llama_jax.cli", "chat", "--model", str(wide), "--ignore-eos"]

@@ -398,6 +398,7 @@ def child(path: Path, sleep: float) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_writers(tmp_path: Path, how: signal.Signals) -> None:
     path = tmp_path / "model"

@@ -637,6 +637,7 @@ def test_closed_pipe_is_quiet(model: Path) -> None:
         assert child.wait(60) == 141
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_there_is(tmp_path: Path) -> None:
     """The text so far has been written, and the exit code is that of an interrupted program."""
     folder = write_chat_model(tmp_path / "hf", context=1_000_000)

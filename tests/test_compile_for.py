@@ -191,6 +191,7 @@ def run(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.amd
 @pytest.mark.parametrize("platforms", ["", "cpu"])
 def test_fresh_process(platforms: str) -> None:
@@ -212,6 +213,7 @@ print(first.kernels[0].arch, compile_for("gfx942", lambda x: x + 1, (shape,)).ke
 # --- The plugin's message at jax's start ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.amd
 @pytest.mark.skipif(Path("/sys/class/kfd/kfd/topology/nodes/1").exists(), reason="this machine may have an AMD GPU")
 def test_message_of_the_plugin() -> None:
@@ -356,6 +358,7 @@ def on_eight(tiny: LlamaConfig) -> ModelCompilation:
     return compile_model(tiny, find("mi355x"), {"data": 2, "tensor": 4}, context=128, prompt=16, dtype="float16")
 
 
+@pytest.mark.slow
 @pytest.mark.amd
 def test_model_on_one_device(tiny: LlamaConfig, on_one: ModelCompilation, said: list[str]) -> None:
     result = on_one
@@ -384,6 +387,7 @@ def test_model_on_one_device(tiny: LlamaConfig, on_one: ModelCompilation, said: 
     assert result.prefill.floor.compute_s == result.prefill.compilation.flops / target.rates.bf16
 
 
+@pytest.mark.slow
 @pytest.mark.amd
 def test_model_on_several_devices(tiny: LlamaConfig, on_eight: ModelCompilation) -> None:
     result = on_eight

@@ -234,6 +234,7 @@ def test_against_the_reference(backend: str, drawn: tuple[dict[str, Any], dict[s
     np.testing.assert_allclose(out[some], expected(call, **options)[some], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("shape", "options"),

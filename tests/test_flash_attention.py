@@ -160,6 +160,7 @@ def placed(case: AttentionShape, data: st.DataObject) -> tuple[dict[str, Any], j
     return {name: jnp.asarray(x) for name, x in arrays.items()}, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "call",
     [pytest.param(call, id=call[0].name, marks=[] if call[0].name in OFTEN else [pytest.mark.slow]) for call in CALLS],
@@ -172,6 +173,7 @@ def test_against_the_reference(call: tuple[AttentionShape, Tiles], data: st.Data
     check(case, tiles, arrays, key, close_float32, interpret=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits(dtype: str) -> None:
     case = AttentionShape("sixteen", 1, 96, 128, 4, 2, 32, Visibility("sliding", 70), dtype=dtype)
@@ -377,6 +379,7 @@ def device(name: str) -> Any:
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=abstract))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PREFILLS, ids=lambda case: case.name)
 def test_cases_lower_for_amd(case: AttentionShape) -> None:
     """Triton's language has all that the kernels use, forward and backward."""
@@ -447,6 +450,7 @@ def test_forward_says_when_positions_are_in_order(monkeypatch: pytest.MonkeyPatc
     assert in_order(segment_ids=jnp.array([[0, 0, 1]])) == {False}
 
 
+@pytest.mark.slow
 def test_a_model_with_the_kernels() -> None:
     """Prefill of left-padded rows in two chunks, through a dense cache."""
     config = config_from_hf(LLAMA)

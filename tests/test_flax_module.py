@@ -48,6 +48,7 @@ def test_param_dtype() -> None:
     chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params(config, "bfloat16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "sigmoid-moe"])
 def test_apply_equals_forward(name: str) -> None:
     """Bit for bit, with and without jit, whichever of the two the parameters come from."""
@@ -102,6 +103,7 @@ def test_gradient() -> None:
     chex.assert_trees_all_close(grads, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_eval_shape() -> None:
     """Shapes of a model of 800 GB, without its memory."""
     config = preset("llama-3.1-405b")

@@ -60,6 +60,7 @@ def test_rows_of_one_key_value_head_stand_together() -> None:
     np.testing.assert_array_equal(np.reshape(fused, rows.shape), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("fused", [False, True])
 def test_repeated_key_value_heads_compute_the_same(name: str, fused: bool) -> None:

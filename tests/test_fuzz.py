@@ -58,6 +58,7 @@ def test_cases_belong_to_targets() -> None:
     assert {folder.name for folder in (FUZZ / "cases").iterdir()} <= TARGETS.keys()
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(number=st.integers(0, 2**32), steps=st.integers(1, 4))
 def test_damaged_files_end_in_typed_errors(prepared: Prepared, number: int, steps: int) -> None:
@@ -183,6 +184,7 @@ def test_the_smallest_case_of_a_finding_is_kept(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.count("FINDING") == 1
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     """A run without findings; with atheris it is the same command without --engine."""
     command = [sys.executable, str(FUZZ / "run.py"), "safetensors", "--seconds", "1", "--engine", "random"]

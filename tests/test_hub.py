@@ -286,6 +286,7 @@ def test_an_unfinished_file_that_is_wrong(one_large: FakeHub, tmp_path: Path, le
     pull_files(one_large)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_then_run_again(one_large: FakeHub, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C in the middle of a file, or worse; the second run asks for the rest only."""
@@ -314,6 +315,7 @@ def test_stopped_then_run_again(one_large: FakeHub, tmp_path: Path, number: sign
     assert (answer["revision"], answer["checkpoint"], answer["licence"]) == (COMMIT, None, "apache-2.0")
 
 
+@pytest.mark.slow
 def test_two_pulls_at_once(one_large: FakeHub, tmp_path: Path, cache: Path) -> None:
     one_large.pace = 0.005
     env = os.environ | fake_hub.environment(one_large.url, tmp_path / "hub")

@@ -25,7 +25,7 @@ from llama_jax.kernels.attention import (
     flash_attention,
 )
 from llama_jax.kernels.attention import attention as attention_of_records
-from llama_jax.kernels.dispatch import Operation
+from llama_jax.kernels.dispatch import Operation, jax_triton
 from llama_jax.targets import find
 
 attention = flat(attention_of_records)
@@ -326,8 +326,9 @@ def test_packed_queries_see_their_own_row(f: Callable[..., jax.Array], paged: bo
 
 
 @pytest.mark.parametrize("op", [decode_attention, flash_attention])
-def test_kernels_refuse_what_they_do_not_know(op: Operation) -> None:
-    """Every one of them, with a reason."""
+def test_kernels_refuse_what_they_do_not_know(op: Operation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one of them, with a reason; jax-triton as if it were installed."""
+    monkeypatch.setattr(jax_triton, "unsupported", lambda target: None)
     length = 4 if op is decode_attention else 16
     q, k = jax.ShapeDtypeStruct((1, length, 2, 64), "bfloat16"), jax.ShapeDtypeStruct((1, 2, length, 64), "bfloat16")
     at, scale = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1, 2, length), "float32")

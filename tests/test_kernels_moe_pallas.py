@@ -104,6 +104,7 @@ def test_against_the_definition(data: st.DataObject, sizes: tuple[int, int, int,
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("shape", "tokens", "dtype"),

@@ -427,6 +427,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 def test_load_without_conversion(tmp_path: Path, cache: Path, kind: str) -> None:
     """The same model, tokenizer and template; nothing is written anywhere."""

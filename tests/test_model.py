@@ -112,6 +112,7 @@ def test_golden_token_by_token(case: str) -> None:
     np.testing.assert_array_equal(np.stack(generated, axis=1), g.greedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_golden_in_chunks(case: str) -> None:
     g = load_golden(case)
@@ -185,6 +186,7 @@ def test_padding_tokens_do_not_matter() -> None:
 # ---- 16-bit compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 4e-2), ("float16", 4e-3)])
 @pytest.mark.parametrize("case", ["llama-biases", "llama4-text", "mixtral-moe"])
 def test_sixteen_bits(case: str, dtype: str, bound: float) -> None:
@@ -376,6 +378,7 @@ def test_adapters_that_nothing_would_use(path: str) -> None:
 # ---- transformations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n if n in ("plain", "sigmoid-moe") else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
 )
@@ -420,6 +423,7 @@ def test_gradient_of_the_embedding() -> None:
     assert set(np.nonzero(np.abs(grad).sum(axis=1))[0]) == {3, 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "softmax-moe"])
 def test_vmap(name: str) -> None:
     """Over rows, over models, and over caches."""

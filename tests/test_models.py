@@ -395,6 +395,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         library.resolve(tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_two_processes_convert_once(tmp_path: Path, cache: Path) -> None:
     write_hf(tmp_path / "hf", LLAMA)
     code = f"from llama_jax import library; print(library.resolve({str(tmp_path / 'hf')!r}))"

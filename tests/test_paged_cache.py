@@ -174,6 +174,7 @@ def test_golden(case: str) -> None:
     np.testing.assert_array_equal(np.stack(generated, axis=1), g.greedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["llama-mqa", "llama4-text", "mistral-short-window"])
 def test_golden_through_the_kernels(case: str) -> None:
     """Greedy decoding, each step through the interpreted Pallas kernels."""

@@ -42,6 +42,7 @@ def test_defaults_of_a_gpu() -> None:
     assert not device_name().startswith("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "variables", "want"),
     [

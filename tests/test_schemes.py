@@ -31,6 +31,7 @@ def nbytes(tree: object) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "scheme"), [("plain", WHOLE), *((name, TOY) for name in TINY)], ids=lambda x: getattr(x, "name", x)
 )

@@ -65,6 +65,7 @@ HARMFUL: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HARMFUL)
 def test_harmful_tokenizers_are_refused(name: str) -> None:
     content, says = HARMFUL[name]

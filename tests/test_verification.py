@@ -55,7 +55,11 @@ def test_there_are_cases_of_every_kind() -> None:
     assert len(CASES) >= 29
 
 
-@pytest.mark.parametrize("case", CASES)
+ALWAYS = {"llama3.1-rope", "llama4-text", "mixtral-moe", "qwen3-qknorm", "smollm3-nope", "mistral-sliding"}
+"""One of each kind; the others are for the slow run."""
+
+
+@pytest.mark.parametrize("case", [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_golden(case: str, tmp_path: Path) -> None:
     folder = tmp_path / case
     runner = CliRunner()

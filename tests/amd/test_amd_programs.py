@@ -51,6 +51,7 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
         assert got.tobytes() == want.tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_results_and_order_of_waves(arch: str, name: str) -> None:
     """Within the tolerance, and bit for bit the same in whatever order waves run."""
