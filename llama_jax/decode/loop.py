@@ -34,7 +34,7 @@ class DecodeState:
     Attributes:
       tokens: int32, the last token, not yet in the cache; positions: int32, its position.
       done: bool, whether the row has ended, or has never begun: it stores nothing and draws nothing.
-      finished_by_stop: bool, whether a stop id ended it.
+      finished_by_stop: bool, whether a stop id ended it; failed: bool, whether logits that are no numbers did.
       limit: int32, tokens that it may have; the sampler's `count` says how many it has.
       rope_lengths: int32, see `forward`.
       adapter_ids: int32, the adapter's slot, 0 for none.
@@ -44,6 +44,7 @@ class DecodeState:
     positions: jax.Array
     done: jax.Array
     finished_by_stop: jax.Array
+    failed: jax.Array
     limit: jax.Array
     rope_lengths: jax.Array
     adapter_ids: jax.Array
@@ -60,7 +61,7 @@ class Progress:
       tokens: int32 [batch, stride]; those of row i are tokens[i, :new[i]].
       logprobs: of them, arrays [batch, stride] and [batch, stride, n], or None.
       new: int32 [batch].
-      done, finished_by_stop: bool [batch], after the dispatch.
+      done, finished_by_stop, failed: bool [batch], after the dispatch.
     """
 
     tokens: jax.Array
@@ -68,6 +69,7 @@ class Progress:
     new: jax.Array
     done: jax.Array
     finished_by_stop: jax.Array
+    failed: jax.Array
 
 
 def idle_state(cache: KVCache, sampler: SamplerState) -> DecodeState:
@@ -83,6 +85,7 @@ def idle_state(cache: KVCache, sampler: SamplerState) -> DecodeState:
         positions=numbers() - 1,
         done=jnp.ones((batch,), bool),
         finished_by_stop=jnp.zeros((batch,), bool),
+        failed=jnp.zeros((batch,), bool),
         limit=numbers(),
         rope_lengths=numbers(),
         adapter_ids=numbers(),
@@ -146,7 +149,7 @@ def join(
 
     fields = {f.name for f in dataclasses.fields(state)} - {"cache"}
     joined = {name: put(getattr(state, name), getattr(part, name)) for name in fields}
-    return _by_rows(dataclasses.replace(state, **joined)), progress
+    return by_rows(dataclasses.replace(state, **joined)), progress
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -173,12 +176,12 @@ def _begun(
         rope_lengths=prompt_lengths,
         adapter_ids=adapter_ids,
     )
-    progress = _no_progress(state, 1, profile, logits.shape[1])
-    state, progress = _emit(logits, state, progress, 0, profile)
-    return _by_rows(state), progress
+    progress = no_progress(state, 1, profile, logits.shape[1])
+    state, progress = emit(logits, state, progress, 0, profile)
+    return by_rows(state), progress
 
 
-def _no_progress(state: DecodeState, stride: int, profile: SamplerProfile, vocab_size: int) -> Progress:
+def no_progress(state: DecodeState, stride: int, profile: SamplerProfile, vocab_size: int) -> Progress:
     batch = len(state.done)
     logprobs = None
     if profile.logprobs:
@@ -190,28 +193,44 @@ def _no_progress(state: DecodeState, stride: int, profile: SamplerProfile, vocab
         new=jnp.zeros((batch,), jnp.int32),
         done=state.done,
         finished_by_stop=state.finished_by_stop,
+        failed=state.failed,
     )
 
 
-def _emit(
-    logits: jax.Array, state: DecodeState, progress: Progress, column: jax.Array | int, profile: SamplerProfile
+def emit(
+    logits: jax.Array,
+    state: DecodeState,
+    progress: Progress,
+    column: jax.Array | int,
+    profile: SamplerProfile,
+    *,
+    where: jax.Array | None = None,
 ) -> tuple[DecodeState, Progress]:
-    """Draws and records the next token of every row that has not ended, and sees whether it ends the row."""
-    tokens, sampler, drawn = sample(logits, state.sampler, profile)
-    going = ~state.done
-    count = jnp.where(going, sampler.count, state.sampler.count)
-    hit_stop = jnp.any(tokens[:, None] == sampler.stop_ids, axis=1) & (count >= sampler.min_tokens)
+    """Draws and records the next token of every row that has not ended, and sees whether it ends the row.
+
+    Logits that are no numbers end their row without a token.
+
+    Args:
+      where: bool [batch], the rows that draw; all by default.
+    """
+    failed = ~jnp.isfinite(jnp.max(logits, axis=1)) & ~state.done
+    going = ~state.done & ~failed
+    if where is not None:
+        failed, going = failed & where, going & where
+    tokens, sampler, drawn = sample(logits, state.sampler, profile, drawing=going)
+    hit_stop = jnp.any(tokens[:, None] == sampler.stop_ids, axis=1) & (sampler.count >= sampler.min_tokens)
 
     def record(buffer: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(buffer, new, column, axis=1)
 
     state = dataclasses.replace(
         state,
-        tokens=tokens,
+        tokens=jnp.where(going, tokens, state.tokens),
         positions=state.positions + going,
-        done=state.done | hit_stop | (count >= state.limit),
+        done=state.done | failed | (going & (hit_stop | (sampler.count >= state.limit))),
         finished_by_stop=state.finished_by_stop | (going & hit_stop),
-        sampler=dataclasses.replace(sampler, count=count),
+        failed=state.failed | failed,
+        sampler=sampler,
     )
     progress = Progress(
         tokens=record(progress.tokens, tokens),
@@ -219,6 +238,7 @@ def _emit(
         new=progress.new + going,
         done=state.done,
         finished_by_stop=state.finished_by_stop,
+        failed=state.failed,
     )
     return state, progress
 
@@ -233,7 +253,7 @@ def decode_step(
 ) -> tuple[DecodeState, Progress]:
     """One token more for every row that has not ended: the last tokens go through the model, the next ones are
     drawn."""
-    progress = _no_progress(state, 1, profile, config.vocab_size)
+    progress = no_progress(state, 1, profile, config.vocab_size)
     return _step(params, state, progress, 0, adapters, config=config, profile=profile)
 
 
@@ -259,7 +279,7 @@ def _step(
         adapters=adapters,
         adapter_ids=None if adapters is None else state.adapter_ids[:, None],
     )
-    return _emit(logits[:, 0], dataclasses.replace(state, cache=cache), progress, column, profile)
+    return emit(logits[:, 0], dataclasses.replace(state, cache=cache), progress, column, profile)
 
 
 def advance(
@@ -303,24 +323,38 @@ def compiled_advance(compiler_options: tuple[tuple[str, str], ...]) -> Callable[
         profile: SamplerProfile,
         stride: int,
     ) -> tuple[DecodeState, Progress]:
-        type Carry = tuple[jax.Array, DecodeState, Progress]
-
-        def unfinished(carry: Carry) -> jax.Array:
-            step, state, _ = carry
-            return (step < jnp.minimum(steps, stride)) & ~jnp.all(state.done)
-
-        def run(carry: Carry) -> Carry:
-            step, state, progress = carry
-            return step + 1, *_step(params, state, progress, step, adapters, config=config, profile=profile)
-
-        start = (jnp.int32(0), state, _no_progress(state, stride, profile, config.vocab_size))
-        _, state, progress = jax.lax.while_loop(unfinished, run, start)
-        return _by_rows(state), progress
+        return run_steps(params, state, steps, adapters, config=config, profile=profile, stride=stride)
 
     return advance
 
 
-def _by_rows(state: DecodeState) -> DecodeState:
+def run_steps(
+    params: Params,
+    state: DecodeState,
+    steps: jax.Array,
+    adapters: Params | None,
+    *,
+    config: LlamaConfig,
+    profile: SamplerProfile,
+    stride: int,
+) -> tuple[DecodeState, Progress]:
+    """`advance` without a program of its own: the loop over steps, for programs that do more."""
+    type Carry = tuple[jax.Array, DecodeState, Progress]
+
+    def unfinished(carry: Carry) -> jax.Array:
+        step, state, _ = carry
+        return (step < jnp.minimum(steps, stride)) & ~jnp.all(state.done)
+
+    def run(carry: Carry) -> Carry:
+        step, state, progress = carry
+        return step + 1, *_step(params, state, progress, step, adapters, config=config, profile=profile)
+
+    start = (jnp.int32(0), state, no_progress(state, stride, profile, config.vocab_size))
+    _, state, progress = jax.lax.while_loop(unfinished, run, start)
+    return by_rows(state), progress
+
+
+def by_rows(state: DecodeState) -> DecodeState:
     """The state, laid out over a mesh alike at the end of every dispatch, so that the next needs no new program."""
     axes = {"sampler": sampler_axes(state.sampler)}
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from llama_jax.sampling.params import GREEDY_BELOW, MAX_LOGPROBS, SamplingParams
 from llama_jax.sampling.sampler import (
+    FULL,
+    GREEDY,
     Logprobs,
     SamplerProfile,
     SamplerState,
@@ -20,6 +22,8 @@ from llama_jax.sampling.sampler import (
 )
 
 __all__ = [
+    "FULL",
+    "GREEDY",
     "GREEDY_BELOW",
     "MAX_LOGPROBS",
     "Logprobs",

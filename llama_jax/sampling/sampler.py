@@ -50,6 +50,10 @@ class SamplerProfile:
         return cls(kind, any(p.logprobs is not None for p in params))
 
 
+GREEDY = SamplerProfile()
+FULL = SamplerProfile("full", logprobs=True)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplerState:
@@ -86,6 +90,7 @@ def make_sampler(
     vocab_size: int,
     eos_token_ids: Sequence[int] = (),
     profile: SamplerProfile | None = None,
+    stop_width: int = 0, bias_width: int = 0,
 ) -> tuple[SamplerProfile, SamplerState]:
     """The sampler of some rows, one entry of `params` and `prompts` (token ids) per row.
 
@@ -117,7 +122,7 @@ def make_sampler(
             in_prompt[row, list(prompt)] = True
             bias[row, list(p.logit_bias)] = list(p.logit_bias.values())
     stops = [sorted(p.ending_ids(eos_token_ids)) for p in params]
-    width = max(STOP_IDS, 1 << (max((len(s) for s in stops), default=0) - 1).bit_length())
+    width = max(stop_width, STOP_IDS, 1 << (max((len(s) for s in stops), default=0) - 1).bit_length())
     stop_ids = np.full((rows, width), -1, np.int32)
     for row_ids, ids in zip(stop_ids, stops, strict=True):
         row_ids[: len(ids)] = ids
@@ -171,12 +176,13 @@ def _token_logprobs(logits: jax.Array, tokens: jax.Array, *, n: int, axis: MeshA
 
 
 def sample(
-    logits: jax.Array, state: SamplerState, profile: SamplerProfile
+    logits: jax.Array, state: SamplerState, profile: SamplerProfile, *, drawing: jax.Array | None = None
 ) -> tuple[jax.Array, SamplerState, Logprobs | None]:
     """Draws each row's next token.
 
     Args:
       logits: float32 [batch, vocab].
+      drawing: bool [batch], rows whose token counts; the state of others stays as it is. All by default.
 
     Returns:
       tokens int32 [batch], the state after the draw, and the log-probabilities if the profile has them.
@@ -187,8 +193,8 @@ def sample(
     of_state = sampler_axes(state)
     return local(
         partial(_sample, profile=profile, axis=split_over("vocab", vocab)),
-        {"logits": logits, "state": state, "noise": noise},
-        {"logits": ("batch", "vocab"), "state": of_state, "noise": ("batch", "vocab")},
+        {"logits": logits, "state": state, "noise": noise, "drawing": drawing},
+        {"logits": ("batch", "vocab"), "state": of_state, "noise": ("batch", "vocab"), "drawing": ("batch",)},
         (("batch",), of_state, ("batch",)),
     )
 
@@ -210,13 +216,19 @@ def _noise(state: SamplerState, vocab: int) -> jax.Array:
 
 
 def _sample(
-    logits: jax.Array, state: SamplerState, noise: jax.Array | None, *, profile: SamplerProfile, axis: MeshAxes | None
+    logits: jax.Array,
+    state: SamplerState,
+    noise: jax.Array | None,
+    drawing: jax.Array | None,
+    *,
+    profile: SamplerProfile,
+    axis: MeshAxes | None,
 ) -> tuple[jax.Array, SamplerState, Logprobs | None]:
     """`sample` of this device's rows and part of the vocabulary."""
     raw = logits
     batch, width = logits.shape
     first, row = reductions.start(logits, axis), jnp.arange(batch)
-    if state.bias is not None:
+    if profile.kind == "full":
         early = state.count < state.min_tokens
         column = state.stop_ids - first
         here = early[:, None] & (state.stop_ids >= 0) & (column >= 0)
@@ -235,11 +247,12 @@ def _sample(
         )
         drawn = reductions.argmax(scaled + noise, axis)
         tokens = jnp.where(state.temperature < GREEDY_BELOW, tokens, drawn)
+    drawing = jnp.ones((batch,), bool) if drawing is None else drawing
     seen = state.seen
-    if seen is not None:
+    if profile.kind == "full":
         column = tokens - first
-        seen = jnp.asarray(seen).at[row, jnp.where(column >= 0, column, width)].add(1, mode="drop")
-    new_state = dataclasses.replace(state, count=state.count + 1, seen=seen)
+        seen = jnp.asarray(seen).at[row, jnp.where(drawing & (column >= 0), column, width)].add(1, mode="drop")
+    new_state = dataclasses.replace(state, count=state.count + drawing, seen=seen)
     logprobs = _token_logprobs(raw, tokens, n=MAX_LOGPROBS, axis=axis) if profile.logprobs else None
     return tokens, new_state, logprobs
 

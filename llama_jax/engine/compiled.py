@@ -1,0 +1,176 @@
+"""The set of an engine's programs: which there are, and their compilation before the first request."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.decode.graphs import graph_options
+from llama_jax.decode.loop import DecodeState
+from llama_jax.engine import programs
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.state import Joining, join, mark
+from llama_jax.kernels.dispatch import using
+from llama_jax.model.loaded import Model
+from llama_jax.params import Params
+from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState
+from llama_jax.sharding import on
+
+MARKED = 2048
+"""Tokens that one call of `mark` takes."""
+
+THREADS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One program of the set.
+
+    Attributes:
+      name: "decode", "mixed", "join" or "mark".
+      size: rows of "decode", tokens of "mixed"; else 0.
+      greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
+    """
+
+    name: str
+    size: int = 0
+    greedy: bool = False
+
+    def __str__(self) -> str:
+        size = f" of {self.size} {'rows' if self.name == 'decode' else 'tokens'}" if self.size else ""
+        return f"{self.name}{size}{', greedy' if self.greedy else ''}"
+
+
+def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
+    """Every program of an engine.
+
+    Args:
+      greedy: whether there are programs for greedy requests alone: on a GPU they save what the full sampler costs, on a
+        CPU they would cost more to compile than they save.
+    """
+    keys = [Key("join"), Key("mark")]
+    for only in (False, True) if greedy else (False,):
+        keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
+        keys += [Key("decode", rows, only) for rows in settings.decode_rows]
+    return keys
+
+
+class Programs:
+    """Compiles programs, each once, and runs them. A compiled program takes arrays of its shapes only: what would need
+    another one is an error, and never compiles anything.
+
+    Attributes:
+      late: programs that were compiled after `compile_all`.
+    """
+
+    def __init__(self, model: Model, settings: EngineSettings, state: DecodeState, adapters: Params | None):
+        self._model, self._settings, self._adapters = model, settings, adapters
+        self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        self._compiled: dict[Key, Any] = {}
+        self._lock = threading.Lock()
+        self._ready = False
+        self.late = 0
+        self.keys = program_set(settings, greedy=model.device.platform != "cpu")
+
+    def compile_all(self) -> Iterator[Key]:
+        """Compiles what is missing, several at a time; yields each program when it is done.
+
+        Tracing holds Python's lock, but most of the time XLA compiles, which does not.
+        """
+        missing = [key for key in self.keys if key not in self._compiled]
+        with ThreadPoolExecutor(THREADS) as pool:
+            yield from pool.map(self._compile, missing)
+        self._ready = True
+
+    def choose(self, name: str, least: int, *, greedy: bool) -> Key:
+        """The smallest program of that name for `least` rows or tokens."""
+        sizes = self._settings.decode_rows if name == "decode" else self._settings.mixed_tokens
+        key = Key(name, next(size for size in sizes if size >= least), greedy)
+        return key if key in self.keys else Key(name, key.size)
+
+    def join(self, state: DecodeState, leaving: np.ndarray, new: Joining) -> DecodeState:
+        """See `state.join`."""
+        return self._get(Key("join"))(state, leaving, new)
+
+    def mark(self, state: DecodeState, rows: np.ndarray, tokens: np.ndarray, drawn: np.ndarray) -> DecodeState:
+        """See `state.mark`."""
+        return self._get(Key("mark"))(state, rows, tokens, drawn)
+
+    def step(self, key: Key, state: DecodeState, control: np.ndarray) -> tuple[DecodeState, jax.Array, Any]:
+        """See `programs.decode` and `programs.mixed`."""
+        return self._get(key)(self._model.params, state, control, self._adapters)
+
+    def _get(self, key: Key) -> Any:
+        if key not in self._compiled:
+            self._compile(key)
+            self.late += self._ready
+        return self._compiled[key]
+
+    def _compile(self, key: Key) -> Key:
+        with on(self._model.mesh), using(**self._model.kernels):
+            function, args, options = self._program(key)
+            state = jax.tree.map(lambda x: x.sharding, self._state)
+            shardings = {} if self._model.mesh is None else {"out_shardings": self._out(key, state)}
+            donated = 1 if key.size else 0
+            jitted = jax.jit(function, donate_argnums=(donated,), compiler_options=options or None, **shardings)
+            compiled = jitted.lower(*args).compile()
+        with self._lock:
+            self._compiled[key] = compiled
+        return key
+
+    def _out(self, key: Key, state: Any) -> Any:
+        return (state, None, None) if key.size else state
+
+    def _program(self, key: Key) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, str]]:
+        """The function, shapes of its arguments, and compiler options."""
+        settings, config = self._settings, self._model.config
+
+        def ints(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        if key.name == "join":
+            leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
+            return join, (self._state, leaving, self._joining()), {}
+        if key.name == "mark":
+            flags = jax.ShapeDtypeStruct((MARKED,), jnp.bool)
+            return mark, (self._state, ints(MARKED), ints(MARKED), flags), {}
+        static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
+        if key.name == "decode":
+            control = programs.decode_control(key.size)
+            function = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
+            options = graph_options() if settings.steps > 1 else {}
+        else:
+            control = programs.mixed_control(key.size, settings.rows)
+            function, options = partial(programs.mixed, **static, tokens=key.size), {}
+        return function, (self._model.params, self._state, ints(control.size), self._adapters), options
+
+    def _joining(self) -> Joining:
+        """Shapes of what `join` takes."""
+        n, settings, state = self._settings.chunk_rows, self._settings, self._state
+
+        def like(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+
+        numbers = jax.ShapeDtypeStruct((n,), jnp.int32)
+        pages = jax.ShapeDtypeStruct((n, settings.pages_per_row), jnp.int32)
+        sampler: SamplerState = jax.tree.map(like, state.sampler)
+        return Joining(numbers, pages, *[numbers] * 5, without_vocabulary(sampler))
+
+
+def without_vocabulary(sampler: SamplerState) -> SamplerState:
+    """A sampler's state as rows join with it: see `Joining.sampler`."""
+    return replace(sampler, in_prompt=None, seen=None)
+
+
+def profile_of(key: Key) -> SamplerProfile:
+    """What the program's sampler can do."""
+    return GREEDY if key.greedy else FULL

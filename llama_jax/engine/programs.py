@@ -1,0 +1,152 @@
+"""The engine's programs: few, of fixed shapes, and compiled before the first request.
+
+`mixed` runs the prompts' next tokens and one token of each decoding row through the model at once, packed in one axis;
+`decode` runs steps of decoding rows alone; `join` and `mark` prepare rows. What changes from step to step comes as one
+array of integers (`Control`), so that a dispatch sends one array to the device and fetches one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import LlamaConfig
+from llama_jax.decode.loop import DecodeState, Progress, by_rows, emit, no_progress, run_steps
+from llama_jax.engine.state import put_rows, take_rows
+from llama_jax.model import forward
+from llama_jax.params import Params
+from llama_jax.sampling import Logprobs, SamplerProfile
+
+DONE, STOPPED, FAILED = 1 << 16, 1 << 17, 1 << 18
+"""Flags beside the number of new tokens, in the last column of a report."""
+
+
+class Control:
+    """Integers for one dispatch, by name, in one int32 array."""
+
+    def __init__(self, **shapes: tuple[int, ...]):
+        self.shapes = shapes
+        self.size = sum(int(np.prod(shape)) for shape in shapes.values())
+
+    def new(self, **fills: int) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
+        """An array for the host to fill, and its parts, which are views; each begins with its value in `fills`, or
+        0."""
+        array = np.zeros(self.size, np.int32)
+        parts = self.parts(array)
+        for name, value in fills.items():
+            parts[name][...] = value
+        return array, parts
+
+    def parts(self, array: Any) -> dict[str, Any]:
+        """The parts of an array, of numpy or of jax."""
+        parts, start = {}, 0
+        for name, shape in self.shapes.items():
+            size = int(np.prod(shape))
+            parts[name] = array[start : start + size].reshape(shape)
+            start += size
+        return parts
+
+
+def decode_control(rows: int) -> Control:
+    """For `decode`: the rows, the steps to run, and pages (row, index, page) to book."""
+    return Control(rows=(rows,), steps=(1,), pages=(rows, 3))
+
+
+def mixed_control(tokens: int, rows: int) -> Control:
+    """For `mixed`: of each token its id (negative: the one that its row has drawn last), position and row; of each row
+    the token behind which it draws, and whether it does; and pages to book."""
+    return Control(ids=(tokens,), positions=(tokens,), rows=(tokens,), at=(rows,), draws=(rows,), pages=(rows, 3))
+
+
+def book(state: DecodeState, pages: jax.Array) -> DecodeState:
+    """The state with pages int32 [n, 3] (row, index, page) in the page table; a row beyond the last is padding."""
+    row, index, page = pages.T
+    table = state.cache.page_table.at[row, index].set(page, mode="drop")
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, page_table=table))
+
+
+def decode(
+    params: Params,
+    state: DecodeState,
+    control: jax.Array,
+    adapters: Params | None,
+    *,
+    config: LlamaConfig,
+    profile: SamplerProfile,
+    rows: int,
+    stride: int,
+) -> tuple[DecodeState, jax.Array, Logprobs | None]:
+    """Steps of some rows.
+
+    Returns:
+      The state, and `report` of these rows.
+    """
+    given = decode_control(rows).parts(control)
+    state = book(state, given["pages"])
+    part, progress = run_steps(
+        params,
+        take_rows(state, given["rows"]),
+        given["steps"][0],
+        adapters,
+        config=config,
+        profile=profile,
+        stride=stride,
+    )
+    return put_rows(state, given["rows"], part), *report(progress)
+
+
+def mixed(
+    params: Params,
+    state: DecodeState,
+    control: jax.Array,
+    adapters: Params | None,
+    *,
+    config: LlamaConfig,
+    profile: SamplerProfile,
+    tokens: int,
+) -> tuple[DecodeState, jax.Array, Logprobs | None]:
+    """One step of prompts and decoding rows together.
+
+    Returns:
+      The state, and `report` of all rows.
+    """
+    rows = len(state.done)
+    given = mixed_control(tokens, rows).parts(control)
+    state = book(state, given["pages"])
+    row, ids, positions = given["rows"], given["ids"], given["positions"]
+
+    def own(x: jax.Array, fill: Any) -> jax.Array:
+        return x.at[row].get(mode="fill", fill_value=fill)
+
+    decoding = ids < 0
+    # Rows that have ended store nothing, which the host may not know yet.
+    last = jnp.where(own(state.done, True), -1, own(state.positions, -1))
+    logits, cache = forward(
+        params,
+        config,
+        jnp.where(decoding, own(state.tokens, 0), ids)[None],
+        jnp.where(decoding, last, positions)[None],
+        state.cache,
+        rows=row[None],
+        rope_lengths=state.rope_lengths,
+        adapters=adapters,
+        adapter_ids=None if adapters is None else own(state.adapter_ids, 0)[None],
+        logits_at=given["at"][None],
+    )
+    state = dataclasses.replace(state, cache=cache)
+    progress = no_progress(state, 1, profile, config.vocab_size)
+    state, progress = emit(logits[0], state, progress, 0, profile, where=given["draws"] > 0)
+    return by_rows(state), *report(progress)
+
+
+def report(progress: Progress) -> tuple[jax.Array, Logprobs | None]:
+    """What a dispatch tells the host, int32 [rows, stride + 1]: new tokens, and in the last column how many of them
+    are new, with DONE, STOPPED and FAILED."""
+    flags = jnp.where(progress.done, DONE, 0)
+    flags |= jnp.where(progress.finished_by_stop, STOPPED, 0) | jnp.where(progress.failed, FAILED, 0)
+    return jnp.concatenate([progress.tokens, (progress.new | flags)[:, None]], axis=1), progress.logprobs

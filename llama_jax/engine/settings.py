@@ -1,0 +1,70 @@
+"""How large an engine is: everything that decides the shapes of its programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_jax.cache import DEFAULT_PAGE_SIZE, check_page_size
+from llama_jax.errors import RequestError
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The shapes of an engine's programs, and what its scheduler may do.
+
+    Attributes:
+      rows: sequences that run at once.
+      context: tokens of a sequence, at most; rounded up to whole pages.
+      pages: of the cache, of `page_size` tokens each.
+      decode_rows: sizes of decode steps, ascending; the last is `rows`.
+      mixed_tokens: sizes of steps that have prompts in them, in tokens, ascending; the last is the token budget.
+      chunk_rows: prompts of one such step, at most.
+      steps: decode steps of one dispatch while nothing waits, at most.
+      waiting: requests that may wait; None for any number.
+      prefix_cache: whether prompts use what others have computed.
+      stop_ids, biases: of a request, at most.
+    """
+
+    rows: int
+    context: int
+    pages: int
+    decode_rows: tuple[int, ...]
+    mixed_tokens: tuple[int, ...]
+    chunk_rows: int
+    page_size: int = DEFAULT_PAGE_SIZE
+    steps: int = 1
+    waiting: int | None = None
+    prefix_cache: bool = True
+    stop_ids: int = 64
+    biases: int = 1024
+
+    def __post_init__(self) -> None:
+        check_page_size(self.page_size)
+        if self.decode_rows[-1] != self.rows or list(self.decode_rows) != sorted(set(self.decode_rows)):
+            raise RequestError(
+                f"decode_rows {self.decode_rows} must ascend to the number of rows, {self.rows}",
+                param="decode_rows",
+                hint="e.g. (1, 8, 32) for 32 rows",
+            )
+        if self.mixed_tokens[-1] <= self.rows or list(self.mixed_tokens) != sorted(set(self.mixed_tokens)):
+            raise RequestError(
+                f"mixed_tokens {self.mixed_tokens} must ascend, and the last be more than the {self.rows} rows",
+                param="mixed_tokens",
+                hint="a step takes a token of every row that decodes, and prompts besides",
+            )
+        if not 1 <= self.steps <= self.page_size:
+            raise RequestError(
+                f"steps must be in [1, {self.page_size}], a page's tokens; got {self.steps}",
+                param="steps",
+                hint="1 for streams, 8 or 16 for throughput",
+            )
+
+    @property
+    def pages_per_row(self) -> int:
+        """Entries of a row's line in the page table."""
+        return -(-self.context // self.page_size)
+
+    @property
+    def budget(self) -> int:
+        """Tokens of the largest mixed step."""
+        return self.mixed_tokens[-1]

@@ -1,0 +1,127 @@
+"""What the engine keeps on the device, and the pure functions that change it between steps.
+
+The state is a `DecodeState` over a `PagedCache` with a fixed number of rows. Its shapes never change, so that every
+program is compiled once. Which sequence is in which row, only the host knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.cache import PagedCache
+from llama_jax.config import LlamaConfig
+from llama_jax.decode.loop import DecodeState, by_rows, idle_state
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.sampling import FULL, SamplerState, SamplingParams, make_sampler
+
+NO_ROW = np.iinfo(np.int32).max
+"""Beyond the last row: padding among row numbers."""
+
+
+def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -> DecodeState:
+    """Rows none of which has begun, and pages none of which is booked."""
+    cache = PagedCache.create(
+        config, settings.rows, settings.context, dtype, page_size=settings.page_size, pages=settings.pages
+    )
+    _, sampler = make_sampler(
+        [SamplingParams(temperature=0.0, seed=0)] * settings.rows,
+        [()] * settings.rows,
+        config.vocab_size,
+        profile=FULL,
+        stop_width=settings.stop_ids,
+        bias_width=settings.biases,
+    )
+    return by_rows(idle_state(cache, jax.tree.map(jnp.array, sampler)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Joining:
+    """Sequences that begin in idle rows, or go on there after they were preempted; arrays [n] unless said otherwise.
+
+    Attributes:
+      rows: int32, the row of each; NO_ROW is padding.
+      pages: int32 [n, pages_per_row], the row's line of the page table.
+      shared: int32, tokens that are in these pages already.
+      length: int32, tokens to compute before one is drawn.
+      limit: int32, tokens that may be drawn, those drawn before included (`sampler.count`).
+      rope_lengths, adapter_ids: int32, see `DecodeState`.
+      sampler: of these rows; without the arrays over the vocabulary, which begin empty (`mark` fills them).
+    """
+
+    rows: Any
+    pages: Any
+    shared: Any
+    length: Any
+    limit: Any
+    rope_lengths: Any
+    adapter_ids: Any
+    sampler: SamplerState
+
+
+def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
+    """The state after rows `leaving` bool [rows] were emptied, and others have begun."""
+    cache = state.cache.release(leaving).book(new.rows, new.pages, new.shared)
+    begun = {
+        "tokens": jnp.zeros_like(new.length),
+        "positions": new.length - 1,
+        "done": new.limit <= new.sampler.count,
+        "finished_by_stop": jnp.zeros_like(new.length, bool),
+        "failed": jnp.zeros_like(new.length, bool),
+        "limit": new.limit,
+        "rope_lengths": new.rope_lengths,
+        "adapter_ids": new.adapter_ids,
+    }
+    state = dataclasses.replace(state, done=state.done | leaving)
+    rows = {name: put(getattr(state, name), new.rows, value) for name, value in begun.items()}
+    sampler = {}
+    for field in dataclasses.fields(state.sampler):
+        into, value = getattr(state.sampler, field.name), getattr(new.sampler, field.name)
+        sampler[field.name] = put(into, new.rows, jnp.zeros((), into.dtype) if value is None else value)
+    state = dataclasses.replace(state, cache=cache, sampler=SamplerState(**sampler), **rows)
+    return by_rows(state)
+
+
+def put(into: jax.Array, rows: jax.Array, value: Any) -> jax.Array:
+    """The array with `value` in rows int32 [n]; those beyond the last one are dropped."""
+    return into.at[rows].set(value, mode="drop")
+
+
+def mark(state: DecodeState, rows: jax.Array, tokens: jax.Array, drawn: jax.Array) -> DecodeState:
+    """Tells the sampler of tokens int32 [n] that rows int32 [n] have had, for their penalties: those of the prompt, or
+    where `drawn` bool [n] those that were drawn before the row was preempted."""
+    sampler = state.sampler
+    seen = sampler.seen.at[jnp.where(drawn, rows, NO_ROW), tokens].add(1, mode="drop")
+    in_prompt = sampler.in_prompt.at[jnp.where(drawn, NO_ROW, rows), tokens].set(True, mode="drop")
+    return by_rows(dataclasses.replace(state, sampler=dataclasses.replace(sampler, seen=seen, in_prompt=in_prompt)))
+
+
+def take_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
+    """Rows int32 [n] as a state of their own; NO_ROW is a row that has ended."""
+
+    def take(x: jax.Array, fill: Any) -> jax.Array:
+        return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
+
+    part = {
+        f.name: take(getattr(state, f.name), True if f.name == "done" else 0)
+        for f in dataclasses.fields(state)
+        if f.name not in ("cache", "sampler")
+    }
+    sampler = jax.tree.map(lambda x: take(x, 0), state.sampler)
+    return dataclasses.replace(state, cache=state.cache.select(rows), sampler=sampler, **part)
+
+
+def put_rows(state: DecodeState, rows: jax.Array, part: DecodeState) -> DecodeState:
+    """The state with what `take_rows` has taken put back."""
+    written = {
+        f.name: put(getattr(state, f.name), rows, getattr(part, f.name))
+        for f in dataclasses.fields(state)
+        if f.name not in ("cache", "sampler")
+    }
+    sampler = jax.tree.map(lambda into, x: put(into, rows, x), state.sampler, part.sampler)
+    return by_rows(dataclasses.replace(state, cache=state.cache.put(rows, part.cache), sampler=sampler, **written))
