@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import chex
 import hypothesis
@@ -232,9 +233,11 @@ def test_pages_are_slots_in_another_order() -> None:
                     out[page] = rows[b, :, 4 * i : 4 * i + 4]
         return np.nan_to_num(out)
 
-    dense = attention(q, k, v, q_positions, kv_positions, Visibility(), scale=0.5)
-    paged = attention(q, pages(k), pages(v), q_positions, kv_positions, Visibility(), scale=0.5, page_table=table)
-    np.testing.assert_array_equal(paged, dense)
+    call = partial(attention, q_positions=q_positions, kv_positions=kv_positions, visibility=Visibility(), scale=0.5)
+    dense = call(q, k, v, backend="reference")
+    paged = partial(call, q, pages(k), pages(v), page_table=table)
+    np.testing.assert_array_equal(paged(backend="reference"), dense)
+    np.testing.assert_allclose(paged(backend="blocked"), dense, rtol=1e-6, atol=1e-6)
 
 
 def random_calls(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -342,5 +345,6 @@ def test_kernels_refuse_what_they_do_not_know(op: Operation, monkeypatch: pytest
     }
     for reason, call in calls.items():
         for name, backend in op.backends.items():
-            said = backend.unsupported(find("h100"), q, *call) or ""
+            of_pages = replace(call[0], page_table=at) if name == "blocked" else call[0]
+            said = backend.unsupported(find("h100"), q, of_pages, *call[1:]) or ""
             assert reason in said if name != "reference" and reason else not said, (name, said)

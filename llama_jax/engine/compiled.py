@@ -18,15 +18,15 @@ from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining, join, mark
+from llama_jax.engine.state import Joining, Marked, join
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState
 from llama_jax.sharding import on
 
-MARKED = 2048
-"""Tokens that one call of `mark` takes."""
+MARKED = 1024
+"""Tokens that one call of `join` marks, at most."""
 
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -36,8 +36,8 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "mixed", "join" or "mark".
-      size: rows of "decode", tokens of "mixed"; else 0.
+      name: "decode", "mixed", "scored" or "join".
+      size: rows of "decode", tokens of "mixed" and "scored"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
 
@@ -57,7 +57,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
       greedy: whether there are programs for greedy requests alone: on a GPU they save what the full sampler costs, on a
         CPU they would cost more to compile than they save.
     """
-    keys = [Key("join"), Key("mark")]
+    keys = [Key("join"), Key("scored", settings.budget)]
     for only in (False, True) if greedy else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
@@ -93,20 +93,16 @@ class Programs:
 
     def choose(self, name: str, least: int, *, greedy: bool) -> Key:
         """The smallest program of that name for `least` rows or tokens."""
-        sizes = self._settings.decode_rows if name == "decode" else self._settings.mixed_tokens
-        key = Key(name, next(size for size in sizes if size >= least), greedy)
+        sizes = [key.size for key in self.keys if key.name == name and key.size >= least]
+        key = Key(name, min(sizes), greedy)
         return key if key in self.keys else Key(name, key.size)
 
     def join(self, state: DecodeState, leaving: np.ndarray, new: Joining) -> DecodeState:
         """See `state.join`."""
         return self._get(Key("join"))(state, leaving, new)
 
-    def mark(self, state: DecodeState, rows: np.ndarray, tokens: np.ndarray, drawn: np.ndarray) -> DecodeState:
-        """See `state.mark`."""
-        return self._get(Key("mark"))(state, rows, tokens, drawn)
-
-    def step(self, key: Key, state: DecodeState, control: np.ndarray) -> tuple[DecodeState, jax.Array, Any]:
-        """See `programs.decode` and `programs.mixed`."""
+    def step(self, key: Key, state: DecodeState, control: np.ndarray) -> tuple[Any, ...]:
+        """See `programs.decode`, `mixed` and `scored`."""
         return self._get(key)(self._model.params, state, control, self._adapters)
 
     def _get(self, key: Key) -> Any:
@@ -128,7 +124,7 @@ class Programs:
         return key
 
     def _out(self, key: Key, state: Any) -> Any:
-        return (state, None, None) if key.size else state
+        return (state, *[None] * (3 if key.name == "scored" else 2)) if key.size else state
 
     def _program(self, key: Key) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, str]]:
         """The function, shapes of its arguments, and compiler options."""
@@ -140,9 +136,6 @@ class Programs:
         if key.name == "join":
             leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
             return join, (self._state, leaving, self._joining()), {}
-        if key.name == "mark":
-            flags = jax.ShapeDtypeStruct((MARKED,), jnp.bool)
-            return mark, (self._state, ints(MARKED), ints(MARKED), flags), {}
         static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
         if key.name == "decode":
             control = programs.decode_control(key.size)
@@ -150,7 +143,8 @@ class Programs:
             options = graph_options() if settings.steps > 1 else {}
         else:
             control = programs.mixed_control(key.size, settings.rows)
-            function, options = partial(programs.mixed, **static, tokens=key.size), {}
+            of_key = programs.scored if key.name == "scored" else programs.mixed
+            function, options = partial(of_key, **static, tokens=key.size), {}
         return function, (self._model.params, self._state, ints(control.size), self._adapters), options
 
     def _joining(self) -> Joining:
@@ -163,7 +157,9 @@ class Programs:
         numbers = jax.ShapeDtypeStruct((n,), jnp.int32)
         pages = jax.ShapeDtypeStruct((n, settings.pages_per_row), jnp.int32)
         sampler: SamplerState = jax.tree.map(like, state.sampler)
-        return Joining(numbers, pages, *[numbers] * 5, without_vocabulary(sampler))
+        marks = jax.ShapeDtypeStruct((MARKED,), jnp.int32)
+        marked = Marked(marks, marks, jax.ShapeDtypeStruct((MARKED,), jnp.bool))
+        return Joining(numbers, pages, *[numbers] * 5, without_vocabulary(sampler), marked)
 
 
 def without_vocabulary(sampler: SamplerState) -> SamplerState:

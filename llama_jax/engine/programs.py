@@ -1,13 +1,15 @@
 """The engine's programs: few, of fixed shapes, and compiled before the first request.
 
-`mixed` runs the prompts' next tokens and one token of each decoding row through the model at once, packed in one axis;
-`decode` runs steps of decoding rows alone; `join` and `mark` prepare rows. What changes from step to step comes as one
+`mixed` runs the prompts' next tokens and one token of each decoding row through the model at once, packed in one axis,
+and `scored` looks at the prompts' own log-probabilities besides; `decode` runs steps of decoding rows alone; `join`
+prepares rows. What changes from step to step comes as one
 array of integers (`Control`), so that a dispatch sends one array to the device and fetches one.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.loop import DecodeState, Progress, by_rows, emit, no_progress, run_steps
+from llama_jax.decode.loop import DecodeState, Progress, by_rows, decode_step, emit, no_progress, run_steps
 from llama_jax.engine.state import put_rows, take_rows
 from llama_jax.model import forward
+from llama_jax.model.head import unembed
 from llama_jax.params import Params
-from llama_jax.sampling import Logprobs, SamplerProfile
+from llama_jax.sampling import MAX_LOGPROBS, Logprobs, SamplerProfile, token_logprobs
 
 DONE, STOPPED, FAILED = 1 << 16, 1 << 17, 1 << 18
 """Flags beside the number of new tokens, in the last column of a report."""
+
+SCORED_BLOCK = 128
+"""Tokens whose logits exist at once in `scored`."""
 
 
 class Control:
@@ -58,9 +64,11 @@ def decode_control(rows: int) -> Control:
 
 
 def mixed_control(tokens: int, rows: int) -> Control:
-    """For `mixed`: of each token its id (negative: the one that its row has drawn last), position and row; of each row
-    the token behind which it draws, and whether it does; and pages to book."""
-    return Control(ids=(tokens,), positions=(tokens,), rows=(tokens,), at=(rows,), draws=(rows,), pages=(rows, 3))
+    """For `mixed` and `scored`: of each token its id (negative: the one that its row has drawn last), position, row, and
+    the id behind it, which `scored` looks at; of each row the token behind which it draws, and whether it does; and
+    pages to book."""
+    each = dict.fromkeys(("ids", "positions", "rows", "next"), (tokens,))
+    return Control(**each, at=(rows,), draws=(rows,), pages=(rows, 3))
 
 
 def book(state: DecodeState, pages: jax.Array) -> DecodeState:
@@ -88,15 +96,12 @@ def decode(
     """
     given = decode_control(rows).parts(control)
     state = book(state, given["pages"])
-    part, progress = run_steps(
-        params,
-        take_rows(state, given["rows"]),
-        given["steps"][0],
-        adapters,
-        config=config,
-        profile=profile,
-        stride=stride,
-    )
+    part = take_rows(state, given["rows"])
+    if stride == 1:  # without a loop, about which a GPU would have to ask the host
+        part, progress = decode_step(params, part, config=config, profile=profile, adapters=adapters)
+    else:
+        steps = given["steps"][0]
+        part, progress = run_steps(params, part, steps, adapters, config=config, profile=profile, stride=stride)
     return put_rows(state, given["rows"], part), *report(progress)
 
 
@@ -115,6 +120,48 @@ def mixed(
     Returns:
       The state, and `report` of all rows.
     """
+    state, told, logprobs, _ = _mixed(params, state, control, adapters, config, profile, tokens)
+    return state, told, logprobs
+
+
+def scored(
+    params: Params,
+    state: DecodeState,
+    control: jax.Array,
+    adapters: Params | None,
+    *,
+    config: LlamaConfig,
+    profile: SamplerProfile,
+    tokens: int,
+) -> tuple[DecodeState, jax.Array, Logprobs | None, Logprobs]:
+    """`mixed`, with the log-probabilities of what follows each token [tokens], and of the most likely [tokens, n]."""
+    state, told, logprobs, hidden = _mixed(params, state, control, adapters, config, profile, tokens, captured=True)
+    assert hidden is not None
+    behind = mixed_control(tokens, len(state.done)).parts(control)["next"]
+
+    def score(block: tuple[jax.Array, jax.Array]) -> Logprobs:
+        h, ids = block
+        return token_logprobs(unembed(params, config, h[None])[0], ids, MAX_LOGPROBS)
+
+    # A block at a time: the logits of all tokens would be the largest array of the engine.
+    size = math.gcd(tokens, SCORED_BLOCK)
+    blocks = hidden.reshape(-1, size, hidden.shape[-1]), behind.reshape(-1, size)
+    found = jax.lax.map(score, blocks)
+    return state, told, logprobs, jax.tree.map(lambda x: x.reshape(tokens, *x.shape[2:]), found)
+
+
+def _mixed(
+    params: Params,
+    state: DecodeState,
+    control: jax.Array,
+    adapters: Params | None,
+    config: LlamaConfig,
+    profile: SamplerProfile,
+    tokens: int,
+    *,
+    captured: bool = False,
+) -> tuple[DecodeState, jax.Array, Logprobs | None, jax.Array | None]:
+    """`mixed`; with `captured` also what the head of the model is given for each token [tokens, hidden_size]."""
     rows = len(state.done)
     given = mixed_control(tokens, rows).parts(control)
     state = book(state, given["pages"])
@@ -126,22 +173,26 @@ def mixed(
     decoding = ids < 0
     # Rows that have ended store nothing, which the host may not know yet.
     last = jnp.where(own(state.done, True), -1, own(state.positions, -1))
-    logits, cache = forward(
-        params,
-        config,
-        jnp.where(decoding, own(state.tokens, 0), ids)[None],
-        jnp.where(decoding, last, positions)[None],
-        state.cache,
-        rows=row[None],
-        rope_lengths=state.rope_lengths,
-        adapters=adapters,
-        adapter_ids=None if adapters is None else own(state.adapter_ids, 0)[None],
-        logits_at=given["at"][None],
-    )
+    arguments: dict[str, Any] = {
+        "tokens": jnp.where(decoding, own(state.tokens, 0), ids)[None],
+        "positions": jnp.where(decoding, last, positions)[None],
+        "cache": state.cache,
+        "rows": row[None],
+        "rope_lengths": state.rope_lengths,
+        "adapters": adapters,
+        "adapter_ids": None if adapters is None else own(state.adapter_ids, 0)[None],
+    }
+    hidden = None
+    if captured:
+        _, cache, seen = forward(params, config, **arguments, capture=("final_norm",))
+        hidden = seen["final_norm"][0]
+        logits = unembed(params, config, hidden[given["at"]][None])
+    else:
+        logits, cache = forward(params, config, **arguments, logits_at=given["at"][None])
     state = dataclasses.replace(state, cache=cache)
     progress = no_progress(state, 1, profile, config.vocab_size)
     state, progress = emit(logits[0], state, progress, 0, profile, where=given["draws"] > 0)
-    return by_rows(state), *report(progress)
+    return by_rows(state), *report(progress), hidden
 
 
 def report(progress: Progress) -> tuple[jax.Array, Logprobs | None]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
+
 from dataclasses import dataclass, field
+
 
 @dataclass(eq=False)
 class Sequence:

@@ -41,6 +41,21 @@ def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Marked:
+    """Tokens that rows have had; arrays [m].
+
+    Attributes:
+      rows: int32, the row of each token; NO_ROW is padding.
+      tokens: int32. drawn: bool, whether it was drawn, before the row was preempted, or is of the prompt.
+    """
+
+    rows: Any
+    tokens: Any
+    drawn: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Joining:
     """Sequences that begin in idle rows, or go on there after they were preempted; arrays [n] unless said otherwise.
 
@@ -51,7 +66,8 @@ class Joining:
       length: int32, tokens to compute before one is drawn.
       limit: int32, tokens that may be drawn, those drawn before included (`sampler.count`).
       rope_lengths, adapter_ids: int32, see `DecodeState`.
-      sampler: of these rows; without the arrays over the vocabulary, which begin empty (`mark` fills them).
+      sampler: of these rows; without the arrays over the vocabulary, which begin empty.
+      marked: tokens that they have had, for penalties.
     """
 
     rows: Any
@@ -62,6 +78,7 @@ class Joining:
     rope_lengths: Any
     adapter_ids: Any
     sampler: SamplerState
+    marked: Marked
 
 
 def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
@@ -83,8 +100,8 @@ def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
     for field in dataclasses.fields(state.sampler):
         into, value = getattr(state.sampler, field.name), getattr(new.sampler, field.name)
         sampler[field.name] = put(into, new.rows, jnp.zeros((), into.dtype) if value is None else value)
-    state = dataclasses.replace(state, cache=cache, sampler=SamplerState(**sampler), **rows)
-    return by_rows(state)
+    sampler = SamplerState(**_marked(sampler, new.marked))
+    return by_rows(dataclasses.replace(state, cache=cache, sampler=sampler, **rows))
 
 
 def put(into: jax.Array, rows: jax.Array, value: Any) -> jax.Array:
@@ -92,13 +109,12 @@ def put(into: jax.Array, rows: jax.Array, value: Any) -> jax.Array:
     return into.at[rows].set(value, mode="drop")
 
 
-def mark(state: DecodeState, rows: jax.Array, tokens: jax.Array, drawn: jax.Array) -> DecodeState:
-    """Tells the sampler of tokens int32 [n] that rows int32 [n] have had, for their penalties: those of the prompt, or
-    where `drawn` bool [n] those that were drawn before the row was preempted."""
-    sampler = state.sampler
-    seen = sampler.seen.at[jnp.where(drawn, rows, NO_ROW), tokens].add(1, mode="drop")
-    in_prompt = sampler.in_prompt.at[jnp.where(drawn, NO_ROW, rows), tokens].set(True, mode="drop")
-    return by_rows(dataclasses.replace(state, sampler=dataclasses.replace(sampler, seen=seen, in_prompt=in_prompt)))
+def _marked(sampler: dict[str, Any], marked: Marked) -> dict[str, Any]:
+    """Arrays of a sampler that knows of these tokens."""
+    rows, drawn = marked.rows, marked.drawn
+    seen = sampler["seen"].at[jnp.where(drawn, rows, NO_ROW), marked.tokens].add(1, mode="drop")
+    of_prompt = sampler["in_prompt"].at[jnp.where(drawn, NO_ROW, rows), marked.tokens].set(True, mode="drop")
+    return sampler | {"seen": seen, "in_prompt": of_prompt}
 
 
 def take_rows(state: DecodeState, rows: jax.Array) -> DecodeState:

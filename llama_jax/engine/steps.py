@@ -1,12 +1,16 @@
 from __future__ import annotations
+
 from dataclasses import dataclass
+
 from llama_jax.engine.sequence import Sequence
+
 
 @dataclass(frozen=True)
 class Joining:
     row: int
     sequence: Sequence
     shared: int
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -15,6 +19,7 @@ class Chunk:
     start: int
     count: int
     draws: bool
+
 
 @dataclass(frozen=True)
 class Step:

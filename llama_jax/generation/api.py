@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_jax.errors import RequestError
 from llama_jax.generation.batch import BATCH_STRIDE, STOP_STRIDE, Batch
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
-from llama_jax.generation.request import Prompt, prepare
+from llama_jax.generation.request import Prompt, prepare, sampling
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
@@ -70,7 +69,7 @@ def stream_generate(
     Arguments and errors as for `generate`; n must be 1, and max_tokens not 0. Errors are raised here, not at the first
     token.
     """
-    requests = prepare(model, tokenizer, [prompt], _params(params, fields), page_size, adapters, adapter_ids)
+    requests = prepare(model, tokenizer, [prompt], sampling(params, fields), page_size, adapters, adapter_ids)
     if len(requests.rows) != 1:
         raise RequestError("a stream has one continuation: n must be 1", param="n", hint="use batch_generate")
     requests.params[0].check_generates("a stream")
@@ -110,18 +109,11 @@ def batch_generate(
         )
     if not len(prompts):
         return []
-    requests = prepare(model, tokenizer, prompts, _params(params, fields), page_size, adapters, adapter_ids)
+    requests = prepare(model, tokenizer, prompts, sampling(params, fields), page_size, adapters, adapter_ids)
     batch = Batch(model, tokenizer, requests)
     for _ in batch.run(STOP_STRIDE if any(p.stop for p in requests.params) else BATCH_STRIDE):
         pass
     return batch.outputs()
-
-
-def _params(params: Any, fields: dict[str, Any]) -> Any:
-    base = SamplingParams(temperature=0.0) if params is None else params
-    if isinstance(base, SamplingParams):
-        return dataclasses.replace(base, **fields) if fields else base
-    return [dataclasses.replace(p, **fields) for p in base] if fields else list(base)
 
 
 def _stream(batch: Batch) -> Iterator[StreamOutput]:

@@ -9,7 +9,7 @@ from typing import Literal
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CompletionOutput:
     Attributes:
       token_ids: what was generated; the id that ended the text, if one did, is the last.
       text: without stop strings and control tokens.
-      finish_reason: "stop" (end of text, stop id or stop string) or "length".
+      finish_reason: "stop" (end of text, stop id or stop string), "length", or "error" (its logits were no numbers).
     """
 
     index: int

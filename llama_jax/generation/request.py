@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,6 +57,14 @@ class Requests:
     def prompt_of(self, row: int) -> list[int]:
         """Token ids that a row continues."""
         return self.prompts[self.rows[row].prompt]
+
+
+def sampling(params: Any, fields: Mapping[str, Any]) -> Any:
+    """Sampling parameters, one for all or one for each, with some fields changed; greedy ones by default."""
+    base = SamplingParams(temperature=0.0) if params is None else params
+    if isinstance(base, SamplingParams):
+        return dataclasses.replace(base, **fields) if fields else base
+    return [dataclasses.replace(p, **fields) for p in base] if fields else list(base)
 
 
 def prepare(

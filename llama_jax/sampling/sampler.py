@@ -90,7 +90,8 @@ def make_sampler(
     vocab_size: int,
     eos_token_ids: Sequence[int] = (),
     profile: SamplerProfile | None = None,
-    stop_width: int = 0, bias_width: int = 0,
+    stop_width: int = 0,
+    bias_width: int = 0,
 ) -> tuple[SamplerProfile, SamplerState]:
     """The sampler of some rows, one entry of `params` and `prompts` (token ids) per row.
 

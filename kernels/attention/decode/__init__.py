@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llama_jax.kernels.attention import blocked
 from llama_jax.kernels.attention.cases import decode_candidates, decode_cases, decode_models, decode_shape
 from llama_jax.kernels.attention.reference import attention_reference
 from llama_jax.kernels.dispatch import Backend, Operation
@@ -17,6 +18,7 @@ decode_attention = Operation(
         "reference": Backend(attention_reference),
         "pallas_triton": Backend.at(_KERNELS, candidates=decode_candidates),
         "pallas_interpret": Backend.at(_KERNELS, interpreted=True, interpret=True),
+        "blocked": Backend(blocked.run, blocked.unsupported),
         "jax_triton": Backend.at(f"{__name__}.jax_triton", candidates=decode_candidates),
     },
     shape=decode_shape,

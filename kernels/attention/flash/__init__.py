@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from llama_jax.kernels.attention import blocked
 from llama_jax.kernels.attention.cases import flash_candidates, flash_cases, flash_models, flash_shape
 from llama_jax.kernels.attention.flash import cudnn
 from llama_jax.kernels.attention.reference import attention_reference
@@ -18,6 +19,7 @@ flash_attention = Operation(
         "reference": Backend(attention_reference),
         "pallas_triton": Backend.at(_KERNELS, candidates=flash_candidates),
         "pallas_interpret": Backend.at(_KERNELS, interpreted=True, interpret=True),
+        "blocked": Backend(blocked.run, blocked.unsupported),
         "cudnn": Backend(cudnn.run, cudnn.unsupported),
     },
     shape=flash_shape,

@@ -1,0 +1,110 @@
+"""What rows are told when sequences join them: a plan's decisions and a request's settings as arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llama_jax.cache import NO_PAGE
+from llama_jax.engine.compiled import MARKED, without_vocabulary
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.state import NO_ROW, Joining, Marked
+from llama_jax.engine.steps import Step
+from llama_jax.model.loaded import Model
+from llama_jax.sampling import FULL, SamplingParams, make_sampler
+
+_IDLE = SamplingParams(temperature=0.0, seed=0)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """With what a sequence was asked for."""
+
+    params: SamplingParams
+    adapter: int
+
+
+def joinings(
+    step: Step, beginning: Mapping[int, Beginning], model: Model, settings: EngineSettings
+) -> Iterator[tuple[np.ndarray, Joining]]:
+    """The arguments of each call of `state.join` that a step needs: none if no row changes hands.
+
+    Args:
+      beginning: of each sequence that joins, by its number.
+    """
+    leaving = np.zeros(settings.rows, bool)
+    leaving[list(step.leaving)] = True
+    joining, marks = list(step.joining), _marks(step, beginning)
+    while joining or marks or leaving.any():
+        group, joining = joining[: settings.chunk_rows], joining[settings.chunk_rows :]
+        # Marks come with the last rows: those that join empty what was marked there before.
+        some, marks = ([], marks) if joining else (marks[:MARKED], marks[MARKED:])
+        yield leaving, _arrays(step, group, beginning, some, model, settings)
+        leaving = np.zeros_like(leaving)
+
+
+def _arrays(
+    step: Step,
+    group: ListOf[Any],
+    beginning: Mapping[int, Beginning],
+    marks: ListOf[tuple[int, int, bool]],
+    model: Model,
+    settings: EngineSettings,
+) -> Joining:
+    n = settings.chunk_rows
+    sequences = [joining.sequence for joining in group]
+    asked = [beginning[sequence.id] for sequence in sequences]
+    spare = n - len(group)
+    pages = np.full((n, settings.pages_per_row), NO_PAGE, np.int32)
+    line = {joining.row: i for i, joining in enumerate(group)}
+    for row, index, page in step.pages:
+        if row in line:
+            pages[line[row], index] = page
+    _, sampler = make_sampler(
+        [*(a.params for a in asked), *[_IDLE] * spare],
+        [()] * n,
+        model.config.vocab_size,
+        model.eos_token_ids,
+        profile=FULL,
+        stop_width=settings.stop_ids,
+        bias_width=settings.biases,
+    )
+
+    def ints(values: Iterable[int], fill: int = 0) -> np.ndarray:
+        return np.asarray([*values, *[fill] * spare], np.int32)
+
+    drawn = ints(len(s.tokens) - s.prompt_length for s in sequences)
+    rows, tokens, of_output = np.full(MARKED, NO_ROW, np.int32), np.zeros(MARKED, np.int32), np.zeros(MARKED, bool)
+    if marks:
+        rows[: len(marks)], tokens[: len(marks)], of_output[: len(marks)] = zip(*marks, strict=True)
+    return Joining(
+        rows=ints((joining.row for joining in group), NO_ROW),
+        pages=pages,
+        shared=ints(joining.shared for joining in group),
+        length=ints(len(s.tokens) for s in sequences),
+        limit=ints(s.limit for s in sequences),
+        rope_lengths=ints((s.prompt_length for s in sequences), 1),
+        adapter_ids=ints(a.adapter for a in asked),
+        sampler=without_vocabulary(dataclasses.replace(sampler, count=drawn)),
+        marked=Marked(rows, tokens, of_output),
+    )
+
+
+def _marks(step: Step, beginning: Mapping[int, Beginning]) -> list[tuple[int, int, bool]]:
+    """(row, token, drawn) of what penalties need to know of the tokens so far."""
+    marks = []
+    for joining in step.joining:
+        sequence, params = joining.sequence, beginning[joining.sequence.id].params
+        of_prompt = params.repetition_penalty != 1.0
+        if of_prompt or params.presence_penalty or params.frequency_penalty:
+            first = 0 if of_prompt else sequence.prompt_length
+            marks += [
+                (joining.row, token, i >= sequence.prompt_length)
+                for i, token in enumerate(sequence.tokens[first:], first)
+            ]
+    return marks

@@ -1,0 +1,111 @@
+"""How large an engine is made when nobody says: by the model, its context and the memory that is free."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from llama_jax.cache import DEFAULT_PAGE_SIZE
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.errors import DoesNotFit, RequestError
+from llama_jax.layout import local_heads
+from llama_jax.model.loaded import Model
+from llama_jax.plan.device_memory import free_bytes
+from llama_jax.sharding import on as on_mesh
+from llama_jax.sharding import ways
+from llama_jax.targets import of_device
+
+GPU_ROWS, CPU_ROWS = 256, 8
+GPU_TOKENS, CPU_TOKENS = (256, 512, 1024, 2048), (32, 128)
+CPU_CONTEXT = 4096
+CHUNK_ROWS = 16
+
+
+def default_settings(
+    model: Model,
+    *,
+    rows: int | None = None,
+    context: int | None = None,
+    pages: int | None = None,
+    page_size: int = DEFAULT_PAGE_SIZE,
+    steps: int = 1,
+    prefix_cache: bool = True,
+    waiting: int | None = None,
+) -> EngineSettings:
+    """Settings for a model on the devices that it is on.
+
+    Args:
+      rows: sequences that run at once.
+      context: tokens of one, prompt and answer together; by default what the model can take, on a CPU up to 4096.
+      pages: by default, on a GPU, all that its free memory has room for beside a step's activations; on a CPU as many
+        as all rows need together.
+
+    Raises:
+      DoesNotFit: a sequence of that length has no room in memory.
+      RequestError: the context is longer than the model's.
+    """
+    on_cpu = model.device.platform == "cpu"
+    longest = model.config.context_length
+    if context is not None and not 0 < context <= longest:
+        raise RequestError(
+            f"a context of {context} tokens; the model's is {longest}", param="context", hint=f"at most {longest}"
+        )
+    context = min(longest, CPU_CONTEXT if on_cpu else longest) if context is None else context
+    rows = (CPU_ROWS if on_cpu else GPU_ROWS) if rows is None else rows
+    each = -(-context // page_size)
+    if pages is None:
+        free = None if on_cpu else _room(model)
+        pages = rows * each if free is None else min(rows * each, free // page_bytes(model, page_size))
+    if pages < each:
+        raise DoesNotFit(
+            f"a sequence of {context} tokens takes {each} pages of {page_size}; there is memory for {pages}",
+            hint=f"context={pages * page_size} fits, or use a smaller dtype, or more devices",
+        )
+    tokens = [n for n in (CPU_TOKENS if on_cpu else GPU_TOKENS) if n > rows] or [2 * rows]
+    return EngineSettings(
+        rows=rows,
+        context=context,
+        pages=pages,
+        decode_rows=_decode_rows(rows, on_cpu=on_cpu),
+        mixed_tokens=tuple(tokens),
+        chunk_rows=min(CHUNK_ROWS, rows),
+        page_size=page_size,
+        steps=steps,
+        prefix_cache=prefix_cache,
+        waiting=waiting,
+    )
+
+
+def page_bytes(model: Model, page_size: int) -> int:
+    """Bytes that a page takes on each device: keys and values of all layers."""
+    with on_mesh(model.mesh):
+        from llama_jax.sharding.context import current
+
+        heads = local_heads(model.config, current())[1]
+    config = model.config
+    return 2 * config.num_layers * heads * page_size * config.head_dim * jnp.dtype(model.dtype).itemsize
+
+
+def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
+    """Sizes of decode steps. A CPU takes seconds to compile one, and gains little by many."""
+    if on_cpu:
+        return tuple(sorted({1, rows}))
+    sizes = [1]
+    while 2 * sizes[-1] < rows:
+        sizes.append(2 * sizes[-1])
+    return tuple(sorted({*sizes, rows}))
+
+
+def _room(model: Model) -> int | None:
+    """Bytes of each device that pages may take: what is free, less what the largest step needs besides."""
+    devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
+    free = free_bytes(devices, of_device(model.device))
+    if free is None:
+        return None
+    config = model.config
+    with on_mesh(model.mesh):
+        width = max((layer.mlp if isinstance(layer.mlp, int) else 0) for layer in config.layers) // ways("mlp")
+    itemsize = jnp.dtype(model.dtype).itemsize
+    tokens = GPU_TOKENS[-1]
+    logits = 5 * 4 * GPU_ROWS * config.vocab_size
+    activations = tokens * (4 * config.hidden_size * 4 + 3 * max(width, config.hidden_size) * itemsize)
+    return max(free - logits - 2 * activations - (1 << 30), 0)

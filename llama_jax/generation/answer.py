@@ -1,0 +1,87 @@
+"""What a request's tokens come to: texts, log-probabilities, and the output that the caller gets."""
+
+from __future__ import annotations
+
+import time
+
+from llama_jax.engine.core import Drawn
+from llama_jax.generation.outputs import CompletionOutput, RequestOutput, RowText, Timing, TokenLogprob
+from llama_jax.sampling import Logprobs, SamplingParams
+from llama_jax.text.tokenizer import Tokenizer
+
+
+class Answer:
+    """The continuations of one prompt as they grow.
+
+    Attributes:
+      rows: the text of each; logprobs: of its tokens, where they were asked for.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt: list[int],
+        params: SamplingParams,
+        limit: int,
+        eos_token_ids: tuple[int, ...],
+    ):
+        self.prompt, self.params, self.limit = prompt, params, limit
+        endings = params.ending_ids(eos_token_ids)
+        self.rows = [RowText(tokenizer, params, endings, prompt) for _ in range(params.n)]
+        self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.rows]
+        self._of_prompt: Logprobs | None = None
+        self._asked = self._first = self._last = time.perf_counter()
+
+    @property
+    def ended(self) -> bool:
+        """Whether every continuation has."""
+        return all(row.finish_reason for row in self.rows)
+
+    def take(self, copy: int, drawn: Drawn) -> str:
+        """Takes over new tokens of one continuation; returns the text that is now certain."""
+        row = self.rows[copy]
+        self._last = time.perf_counter()
+        if not any(row.token_ids for row in self.rows):
+            self._first = self._last
+        if drawn.prompt_logprobs is not None:
+            self._of_prompt = drawn.prompt_logprobs
+        added = ""
+        for i, token in enumerate(drawn.tokens):
+            if row.finish_reason:  # a stop string ended it; these came behind
+                break
+            added += row.add(token, limit=self.limit)
+            if drawn.logprobs is not None and self.params.logprobs is not None:
+                self.logprobs[copy].append(_logprob(drawn.logprobs, i, token, self.params.logprobs))
+        if drawn.ending and not row.finish_reason:
+            row.finish_reason = "error" if drawn.ending == "failed" else "length"
+        return added
+
+    def timing(self) -> Timing:
+        """Of this request alone."""
+        ttft, decoding = self._first - self._asked, self._last - self._first
+        behind = sum(max(len(row.token_ids) - 1, 0) for row in self.rows)
+        return Timing(
+            ttft_s=ttft,
+            prompt_tps=len(self.prompt) / ttft if ttft else 0.0,
+            generation_tps=behind / decoding if decoding else 0.0,
+        )
+
+    def output(self) -> RequestOutput:
+        """What the caller gets, once it has ended."""
+        completions = []
+        for index, row in enumerate(self.rows):
+            assert row.finish_reason is not None
+            logprobs = None if self.params.logprobs is None else tuple(self.logprobs[index])
+            completions.append(CompletionOutput(index, tuple(row.token_ids), row.text, row.finish_reason, logprobs))
+        of_prompt = None
+        if self.params.prompt_logprobs is not None:
+            n, found = self.params.prompt_logprobs, self._of_prompt
+            known = enumerate(self.prompt[1:]) if found is not None else ()
+            of_prompt = (None, *(_logprob(found, i, token, n) for i, token in known if found is not None))
+        return RequestOutput(tuple(self.prompt), tuple(completions), self.timing(), of_prompt)
+
+
+def _logprob(logprobs: Logprobs, at: int, token: int, n: int) -> TokenLogprob:
+    value = float(logprobs.token[at])
+    top = {int(i): float(v) for i, v in zip(logprobs.top_ids[at][:n], logprobs.top[at][:n], strict=True)}
+    return TokenLogprob(token, value, {**top, token: value} if n else {token: value})

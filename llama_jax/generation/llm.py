@@ -1,0 +1,164 @@
+"""`LLM`: many prompts through one engine."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llama_jax.engine.core import Core
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.sizing import default_settings
+from llama_jax.errors import RequestError
+from llama_jax.generation.answer import Answer
+from llama_jax.generation.outputs import RequestOutput
+from llama_jax.generation.request import Prompt, prepare, sampling
+from llama_jax.loading import load
+from llama_jax.model.loaded import Model
+from llama_jax.params import Params
+from llama_jax.sampling import SamplingParams
+from llama_jax.text.chat import Message, encode_chat
+from llama_jax.text.tokenizer import Tokenizer
+
+
+class LLM:
+    """A model behind an engine: prompts are batched continuously, whatever their lengths, and prefixes that several
+    have in common are computed once.
+
+        llm = lj.LLM("org/model")
+        for output in llm.generate(["The capital of France is", "2 + 2 ="], max_tokens=8):
+            print(output.text)
+
+    Not safe for threads.
+
+    Attributes:
+      model, tokenizer: the tokenizer is None for token ids in, token ids out.
+    """
+
+    def __init__(
+        self,
+        model: Model | str | Path | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        settings: EngineSettings | None = None,
+        adapters: Params | None = None,
+        ahead: bool = False,
+        **options: Any,
+    ):
+        """Makes the engine; a name is loaded first.
+
+        Args:
+          model: a loaded model, or a name or folder as `load` takes it; None for the default model.
+          settings: sizes of the engine.
+          adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
+          ahead: compile every program now. Otherwise each is compiled when it is first used.
+          options: without `settings`: of `default_settings` (rows, context, pages, steps, ...).
+
+        Raises:
+          DoesNotFit: there is no memory for one sequence of the context's length.
+        """
+        if not isinstance(model, Model):
+            model, tokenizer = load(model)
+        self.model, self.tokenizer = model, tokenizer
+        self._adapters = adapters
+        self._core = Core(model, settings or default_settings(model, **options), adapters=adapters)
+        if ahead:
+            for _ in self._core.programs.compile_all():
+                pass
+
+    @property
+    def settings(self) -> EngineSettings:
+        """Sizes of the engine."""
+        return self._core.settings
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter_ids: int | Sequence[int] = 0,
+        priority: int = 0,
+        **fields: Any,
+    ) -> list[RequestOutput]:
+        """Continues prompts, and returns one output for each, in order.
+
+        Arguments and errors as for `batch_generate`; prompts with a lower `priority` are first.
+        """
+        done = dict(self.each(prompts, params, adapter_ids=adapter_ids, priority=priority, **fields))
+        return [done[i] for i in range(len(prompts))]
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **fields: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several.
+
+        Raises:
+          TemplateError: the model has no chat template, or it refuses the messages.
+        """
+        if self.tokenizer is None:
+            raise RequestError("a conversation needs a tokenizer", param="messages", hint="pass one to LLM(...)")
+        several: Any = conversations if conversations and not isinstance(conversations[0], dict) else [conversations]
+        return self.generate([encode_chat(self.tokenizer, messages) for messages in several], params, **fields)
+
+    def each(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter_ids: int | Sequence[int] = 0,
+        priority: int = 0,
+        progress: Callable[[int, int, str], None] | None = None,
+        **fields: Any,
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Like `generate`, but yields (number of the prompt, output) as they end. Closing the iterator, or an
+        exception in it, ends what is left.
+
+        Args:
+          progress: called with a prompt's number, the continuation's and its new text, for each token or several.
+        """
+        if isinstance(prompts, str | bytes):
+            raise RequestError(
+                "prompts must be a list of prompts, not a single text", param="prompts", hint="pass [prompt]"
+            )
+        requests = prepare(
+            self.model, self.tokenizer, prompts, sampling(params, fields), None, self._adapters, adapter_ids
+        )
+        answers: list[Answer] = []
+        where: dict[int, tuple[int, int]] = {}
+        try:
+            for i, rows in itertools.groupby(requests.rows, key=lambda row: row.prompt):
+                prompt, own = requests.prompts[i], list(rows)
+                eos = self.model.eos_token_ids
+                answers.append(Answer(self.tokenizer, prompt, requests.params[i], own[0].limit, eos))
+                # Copies of one prompt share its pages even where prompts share nothing.
+                domain = () if self.settings.prefix_cache else (("request", secrets.token_hex(8)),)
+                for copy, row in enumerate(own):
+                    number = self._core.add(
+                        prompt,
+                        row.params if row.params.seed is not None else replace(row.params, seed=secrets.randbits(64)),
+                        row.limit,
+                        priority=priority,
+                        adapter=requests.adapter_ids[i],
+                        domain=domain,
+                    )
+                    where[number] = (i, copy)
+            while where:
+                for drawn in self._core.step():
+                    i, copy = where[drawn.id]
+                    text = answers[i].take(copy, drawn)
+                    if progress is not None:
+                        progress(i, copy, text)
+                    if answers[i].rows[copy].finish_reason:
+                        self._core.cancel(drawn.id)  # a stop string, of which the device knows nothing
+                        del where[drawn.id]
+                        if answers[i].ended:
+                            yield i, answers[i].output()
+        finally:
+            for number in where:
+                self._core.cancel(number)
