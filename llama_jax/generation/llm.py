@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ from llama_jax.engine.core import Core
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings
 from llama_jax.errors import RequestError
-from llama_jax.generation.answer import Answer
+from llama_jax.generation.jobs import Jobs
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.generation.request import Prompt, prepare, sampling
 from llama_jax.loading import load
@@ -64,15 +61,16 @@ class LLM:
             model, tokenizer = load(model)
         self.model, self.tokenizer = model, tokenizer
         self._adapters = adapters
-        self._core = Core(model, settings or default_settings(model, **options), adapters=adapters)
+        core = Core(model, settings or default_settings(model, **options), adapters=adapters)
         if ahead:
-            for _ in self._core.programs.compile_all():
+            for _ in core.programs.compile_all():
                 pass
+        self._jobs = Jobs(core, tokenizer)
 
     @property
     def settings(self) -> EngineSettings:
         """Sizes of the engine."""
-        return self._core.settings
+        return self._jobs.core.settings
 
     def generate(
         self,
@@ -129,36 +127,19 @@ class LLM:
         requests = prepare(
             self.model, self.tokenizer, prompts, sampling(params, fields), None, self._adapters, adapter_ids
         )
-        answers: list[Answer] = []
-        where: dict[int, tuple[int, int]] = {}
+        limits = requests.limits
+        order = sorted(range(len(requests.prompts)), key=lambda i: limits[i], reverse=True)
+        numbers = {}
         try:
-            for i, rows in itertools.groupby(requests.rows, key=lambda row: row.prompt):
-                prompt, own = requests.prompts[i], list(rows)
-                eos = self.model.eos_token_ids
-                answers.append(Answer(self.tokenizer, prompt, requests.params[i], own[0].limit, eos))
-                # Copies of one prompt share its pages even where prompts share nothing.
-                domain = () if self.settings.prefix_cache else (("request", secrets.token_hex(8)),)
-                for copy, row in enumerate(own):
-                    number = self._core.add(
-                        prompt,
-                        row.params if row.params.seed is not None else replace(row.params, seed=secrets.randbits(64)),
-                        row.limit,
-                        priority=priority,
-                        adapter=requests.adapter_ids[i],
-                        domain=domain,
-                    )
-                    where[number] = (i, copy)
-            while where:
-                for drawn in self._core.step():
-                    i, copy = where[drawn.id]
-                    text = answers[i].take(copy, drawn)
+            # The longest first: what is left at the end of a batch is short.
+            for i in order:
+                numbers[self._jobs.add(requests, i, priority=priority)] = i
+            while numbers:
+                for news in self._jobs.step():
                     if progress is not None:
-                        progress(i, copy, text)
-                    if answers[i].rows[copy].finish_reason:
-                        self._core.cancel(drawn.id)  # a stop string, of which the device knows nothing
-                        del where[drawn.id]
-                        if answers[i].ended:
-                            yield i, answers[i].output()
+                        progress(numbers[news.answer], news.copy, news.text)
+                    if news.answer.ended:
+                        yield numbers.pop(news.answer), news.answer.output()
         finally:
-            for number in where:
-                self._core.cancel(number)
+            for answer in numbers:
+                self._jobs.cancel(answer)

@@ -54,6 +54,12 @@ class Requests:
     adapters: Params | None
     adapter_ids: tuple[int, ...]
 
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """Tokens that may follow each prompt."""
+        of = {row.prompt: row.limit for row in self.rows}
+        return tuple(of[i] for i in range(len(self.prompts)))
+
     def prompt_of(self, row: int) -> list[int]:
         """Token ids that a row continues."""
         return self.prompts[self.rows[row].prompt]

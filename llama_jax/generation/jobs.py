@@ -1,0 +1,87 @@
+"""Requests on an engine's core: prompts in, news of their texts out."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from llama_jax.engine.core import Core, Drawn
+from llama_jax.generation.answer import Answer
+from llama_jax.generation.request import Requests
+from llama_jax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class News:
+    """What a step has brought for one continuation.
+
+    Attributes:
+      copy: which continuation of the request; text: what is new and certain of it.
+    """
+
+    answer: Answer
+    copy: int
+    text: str
+    drawn: Drawn
+
+
+class Jobs:
+    """Answers that a core is working on. Not safe for threads."""
+
+    def __init__(self, core: Core, tokenizer: Tokenizer | None):
+        self.core, self._tokenizer = core, tokenizer
+        self._of: dict[int, tuple[Answer, int]] = {}
+
+    def add(
+        self, requests: Requests, index: int, *, priority: int = 0, domain: tuple[tuple[str, str], ...] = ()
+    ) -> Answer:
+        """Queues one of the requests with all of its continuations.
+
+        Raises:
+          DoesNotFit: it never will.
+          Overloaded: too many wait already.
+        """
+        prompt, params = requests.prompts[index], requests.params[index]
+        rows = [row for row in requests.rows if row.prompt == index]
+        answer = Answer(self._tokenizer, prompt, params, rows[0].limit, self.core.model.eos_token_ids)
+        if not self.core.settings.prefix_cache:  # continuations of one prompt share its pages all the same
+            domain = (*domain, ("request", secrets.token_hex(8)))
+        try:
+            for copy, row in enumerate(rows):
+                seed = secrets.randbits(64) if row.params.seed is None else row.params.seed
+                number = self.core.add(
+                    prompt,
+                    replace(row.params, seed=seed),
+                    row.limit,
+                    priority=priority,
+                    adapter=requests.adapter_ids[index],
+                    domain=domain,
+                )
+                self._of[number] = (answer, copy)
+        except BaseException:
+            self.cancel(answer)
+            raise
+        return answer
+
+    def cancel(self, answer: Answer) -> None:
+        """Ends what is left of a request; one that has ended is left alone."""
+        for number in [number for number, (of, _) in self._of.items() if of is answer]:
+            self.core.cancel(number)
+            del self._of[number]
+
+    def step(self) -> Sequence[News]:
+        """Runs a step of the engine."""
+        news = []
+        for drawn in self.core.step():
+            answer, copy = self._of[drawn.id]
+            news.append(News(answer, copy, answer.take(copy, drawn), drawn))
+            if answer.rows[copy].finish_reason:
+                self.core.cancel(drawn.id)  # a stop string, of which the device knows nothing
+                del self._of[drawn.id]
+        return news
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to do, for nobody."""
+        return not self._of and self.core.idle
