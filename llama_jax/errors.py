@@ -1,7 +1,7 @@
 """The typed errors of llama_jax: one tree, every error with a hint and a stable exit code.
 
 Exit codes are the command line's contract: 2 usage, 3 model not found, gated or unsupported, 4 corrupt or unverified,
-5 no usable device, 6 does not fit, 7 network, 70 internal fault, 73 cannot write, 130 interrupted.
+5 no usable device, 6 does not fit, 7 network, 70 internal fault, 73 cannot write, 75 overloaded, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -132,3 +132,9 @@ class StorageError(LlamaJaxError):
     """A file or folder cannot be written (read-only, no permission)."""
 
     exit_code = 73
+
+
+class Overloaded(LlamaJaxError):
+    """More requests wait than may; the same one may be taken later."""
+
+    exit_code = 75

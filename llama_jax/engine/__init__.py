@@ -1,0 +1,1 @@
+"""The engine: continuous batching of token ids on the paged cache."""

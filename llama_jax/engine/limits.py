@@ -1,0 +1,120 @@
+"""What bounds a scheduler, and what it counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_jax.engine.sequence import Sequence
+from llama_jax.errors import DoesNotFit, RequestError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The sizes of a device's cache and steps.
+
+    Attributes:
+      rows: sequences that may have pages at once.
+      pages: of `page_size` tokens each, in the cache; pages_per_row: of one row's line of the page table.
+      budget: tokens of one mixed step, at least one for each row and a chunk.
+      chunk_rows: prompts that may be under way at once, each with a chunk in a mixed step. All but one of them may be
+        prompts that do not end in that step; with 1, prompts are computed one after the other.
+      waiting: sequences that may wait, at most; None for any number.
+      steps: decode steps of one dispatch while nothing waits, at most.
+      boundary: chunks end, and found prefixes are rounded down, at its multiples, so that a prompt is cut alike in any
+        company; a multiple of `page_size`, or None.
+      prefix_cache: whether sequences use what others have computed. Without, only those of one `sequence.GROUP` do.
+
+    Raises:
+      RequestError: a value is out of range.
+    """
+
+    rows: int
+    pages: int
+    page_size: int
+    pages_per_row: int
+    budget: int
+    chunk_rows: int
+    waiting: int | None = None
+    steps: int = 1
+    boundary: int | None = None
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "pages", "page_size", "pages_per_row", "chunk_rows", "steps"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be at least 1, got {getattr(self, name)}", param=name)
+        if self.waiting is not None and self.waiting < 0:
+            raise RequestError(f"waiting must not be negative, got {self.waiting}", param="waiting")
+        if self.boundary is not None and (self.boundary < 1 or self.boundary % self.page_size):
+            raise RequestError(
+                f"boundary {self.boundary} is no multiple of the page size, {self.page_size}", param="boundary"
+            )
+        least = self.rows - 1 + self.cut
+        if self.budget < least:
+            raise RequestError(
+                f"a budget of {self.budget} tokens is too small",
+                param="budget",
+                hint=f"{self.rows} rows need at least {least}: one each but for a prompt's chunk of {self.cut}",
+            )
+
+    @property
+    def cut(self) -> int:
+        """Tokens of which a chunk is a multiple unless its prompt ends."""
+        return self.boundary or 1
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest sequence that fits."""
+        return min(self.pages, self.pages_per_row) * self.page_size
+
+    def check(self, sequence: Sequence) -> None:
+        """Refuses a sequence that can never be computed.
+
+        Raises:
+          RequestError: it contradicts itself.
+          DoesNotFit: it is too long.
+        """
+        drawn = len(sequence.tokens) - sequence.prompt_length
+        if not 1 <= sequence.prompt_length <= len(sequence.tokens):
+            raise RequestError(
+                f"a prompt of {sequence.prompt_length} tokens, of {len(sequence.tokens)} in all",
+                param="prompt_length",
+                hint="a prompt has at least one token",
+            )
+        if sequence.limit < 0 or drawn > max(0, sequence.limit - 1):
+            raise RequestError(
+                f"a limit of {sequence.limit} new tokens, of which {drawn} are drawn already",
+                param="limit",
+                hint="0 for the prompt alone, else more than are drawn already",
+            )
+        if sequence.prompt_length + sequence.limit > self.capacity:
+            raise DoesNotFit(
+                f"a prompt of {sequence.prompt_length} tokens and {sequence.limit} new ones do not fit into the "
+                f"{self.capacity} that a sequence may have",
+                hint="shorten the prompt or ask for fewer tokens; or make the engine's context and cache larger",
+            )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The state of a scheduler in numbers.
+
+    Attributes:
+      running, waiting: sequences with a row, and without.
+      pages_used, pages_free, pages_cached, pages_fenced: every page is one of these (see `pages.Pages`).
+      prompt_tokens: of all sequences that got a row, known at that moment; prefix_hit_tokens: those of them that were
+        found in the cache.
+      preemptions: how often a sequence lost its row to another.
+      planned_tokens: that steps compute, without padding.
+    """
+
+    running: int
+    waiting: int
+    pages_used: int
+    pages_free: int
+    pages_cached: int
+    pages_fenced: int
+    prompt_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    planned_tokens: int

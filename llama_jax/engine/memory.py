@@ -1,0 +1,134 @@
+"""What sequences hold of the device's cache: rows, pages, and blocks that others may share."""
+
+from __future__ import annotations
+
+from llama_jax.engine.limits import Limits
+from llama_jax.engine.pages import Pages
+from llama_jax.engine.prefixes import Block, Prefixes, extend_keys, find
+from llama_jax.engine.sequence import GROUP, Sequence
+
+
+class Memory:
+    """The cache of one device.
+
+    Attributes:
+      newest: number of the newest planned step, which pages that are given back have to wait for.
+      leaving, entries: for the next step to tell the device (see `steps.Step`).
+    """
+
+    def __init__(self, limits: Limits, newest: int):
+        self.limits, self.newest = limits, newest
+        self.pages = Pages(limits.pages)
+        self.pages.ended(newest)
+        self.leaving: list[int] = []
+        self.entries: list[tuple[int, int, int]] = []
+        self._rows = list(range(limits.rows))[::-1]
+        self._prefixes = Prefixes()
+
+    @property
+    def free_rows(self) -> int:
+        return len(self._rows)
+
+    def find(self, sequence: Sequence) -> list[Block] | None:
+        """The blocks of a waiting sequence that it need not compute; None if it should wait for the next of them.
+
+        It waits while a sequence with a row, and at least as urgent by its priority, is going to compute that block.
+        """
+        if not sequence.reuse or not self._shares(sequence):
+            return []
+        if _awaits(sequence):
+            return None
+        keys = extend_keys(sequence, self.limits.page_size)
+        root = self._prefixes.root(sequence.domain)
+        # At least one token is left to compute: the next one is drawn from its logits.
+        found, sequence.awaited = find(root, keys[: (len(sequence.tokens) - 1) // self.limits.page_size])
+        root.prune()
+        if _awaits(sequence):
+            return None
+        whole = max(1, self.limits.cut // self.limits.page_size)
+        return found[: len(found) // whole * whole]
+
+    def missing(self, sequence: Sequence, found: list[Block]) -> int:
+        """Pages that must be available for a sequence to start: new ones, and those found that nobody uses."""
+        total = self.pages_for(len(sequence.tokens))
+        return total - len(found) + sum(not self.pages.users(block.pages[0]) for block in found)
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.limits.page_size)
+
+    def start(self, sequence: Sequence, found: list[Block]) -> None:
+        """Gives a row, and pages for all known tokens."""
+        sequence.row, sequence.blocks, sequence.awaited = self._rows.pop(), found, None
+        for block in found:
+            self.pages.share(block.pages[0])
+            self._enter(sequence, block.pages[0])
+        sequence.computed = sequence.cached = len(found) * self.limits.page_size
+        self.book(sequence, self.pages_for(len(sequence.tokens)) - len(found))
+        self._claim(sequence)
+
+    def book(self, sequence: Sequence, count: int) -> None:
+        """Gives further pages, which the caller knows to be available."""
+        for _ in range(count):
+            self._enter(sequence, self.pages.take())
+
+    def leave(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Takes back row and pages, the last page first: the beginning is what others are likely to want.
+
+        Args:
+          keep: False if nobody may find what it has computed itself.
+        """
+        for block in reversed(sequence.claims):
+            if block.computing is sequence:
+                block.computing = None
+                block.prune()
+        for page in reversed(sequence.pages):
+            if not keep:
+                self.pages.forget(page, sequence.id)
+            self.pages.release(page, self.newest)
+        self.leaving.append(sequence.row)
+        self._rows.append(sequence.row)
+        sequence.row, sequence.pages, sequence.blocks, sequence.claims = -1, [], [], []
+        sequence.computed = sequence.cached = 0
+
+    def register(self, sequence: Sequence, stored: int) -> None:
+        """Lets others find the pages of full blocks among the first `stored` tokens, which are known."""
+        full = stored // self.limits.page_size
+        if len(sequence.blocks) == full or not self._shares(sequence):
+            return
+        keys = extend_keys(sequence, self.limits.page_size)
+        for index in range(len(sequence.blocks), full):
+            block = self._last_block(sequence).child(keys[index])
+            if block.computing is sequence:
+                block.computing = None
+            self.pages.register(sequence.pages[index], block, sequence.id)
+            sequence.blocks.append(block)
+
+    def _enter(self, sequence: Sequence, page: int) -> None:
+        self.entries.append((sequence.row, len(sequence.pages), page))
+        sequence.pages.append(page)
+
+    def _shares(self, sequence: Sequence) -> bool:
+        return self.limits.prefix_cache or any(kind == GROUP for kind, _ in sequence.domain)
+
+    def _claim(self, sequence: Sequence) -> None:
+        """Notes that it is going to compute the blocks of its tokens which it has not found."""
+        keys = extend_keys(sequence, self.limits.page_size) if self._shares(sequence) else []
+        if not keys:
+            return
+        node = self._last_block(sequence)
+        for key in keys[len(sequence.blocks) :]:
+            node = node.child(key)
+            if not node.pages and node.computing is None:
+                node.computing = sequence
+                sequence.claims.append(node)
+
+    def _last_block(self, sequence: Sequence) -> Block:
+        return sequence.blocks[-1] if sequence.blocks else self._prefixes.root(sequence.domain)
+
+
+def _awaits(sequence: Sequence) -> bool:
+    """Whether the block that a sequence lacks is still to be computed by another that goes before it."""
+    block = sequence.awaited
+    if block is None or block.computing is None or block.pages:
+        return False
+    return block.computing.priority <= sequence.priority

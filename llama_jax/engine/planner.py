@@ -1,0 +1,250 @@
+"""One step: which rows decode, which parts of prompts are computed, who gets a row and who loses it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import islice
+
+from llama_jax.engine.limits import Limits
+from llama_jax.engine.memory import Memory
+from llama_jax.engine.prefixes import Block
+from llama_jax.engine.queues import Queues, urgency
+from llama_jax.engine.sequence import Phase, Sequence
+from llama_jax.engine.steps import Chunk, Joining, Step
+
+LOOKAHEAD = 256
+"""Waiting sequences that are looked at for one step, at most."""
+
+MISFITS = 8
+"""Those of them that do not fit, at most: each is looked up in the cache again."""
+
+PASSES = 16
+"""Sequences that may go before one that came earlier and for which pages are missing."""
+
+
+@dataclass
+class Totals:
+    """What has been counted; see `limits.Counts`."""
+
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    planned_tokens: int = 0
+
+
+@dataclass
+class _Plan:
+    """A step in the making.
+
+    Attributes:
+      starts: where the chunk of each prompt begins; it ends at `computed`.
+      owed: pages that decoding rows wait for.
+      ending: pages that complete sequences are about to give back, once they have been counted.
+    """
+
+    joining: list[Joining] = field(default_factory=list)
+    starts: dict[Sequence, int] = field(default_factory=dict)
+    decoding: list[Sequence] = field(default_factory=list)
+    steps: int = 1
+    owed: int = 0
+    ending: int | None = None
+
+
+class Planner:
+    """Plans steps over the queues and a memory, both of which it changes."""
+
+    def __init__(self, limits: Limits, queues: Queues, memory: Memory):
+        self.limits, self.queues, self.memory = limits, queues, memory
+        self.totals = Totals()
+
+    def plan(self) -> Step | None:
+        """The next step; None if no row can go on."""
+        plan = _Plan()
+        self._make_way(plan)
+        self._decode(plan)
+        self._compute_prompts(plan)
+        if not plan.decoding and not plan.starts:
+            return None
+        memory = self.memory
+        memory.newest += 1
+        chunks = tuple(
+            Chunk(s, s.row, start, s.computed - start, draws=s.limit > 0 and s.phase is not Phase.PROMPT)
+            for s, start in plan.starts.items()
+        )
+        joining, decoding = tuple(plan.joining), tuple(plan.decoding)
+        step = Step(memory.newest, tuple(memory.leaving), joining, tuple(memory.entries), chunks, decoding, plan.steps)
+        memory.leaving, memory.entries = [], []
+        return step
+
+    # --- Rows that decode
+
+    def _decode(self, plan: _Plan) -> None:
+        """Every decoding row draws for which there are pages, the most urgent first."""
+        size, rows = self.limits.page_size, list(self.queues.decoding)
+        plan.steps = steps = self._stride(rows)
+        for sequence in rows:
+            if sequence.phase is not Phase.DECODING:  # preempted for the sake of one before it
+                continue
+            count = min(steps, sequence.limit - sequence.drawn)
+            need = -(-(sequence.computed + count) // size) - len(sequence.pages)
+            if need > 0:
+                if not self._room(sequence, need, plan):
+                    plan.owed += need
+                    continue
+                self.memory.book(sequence, need)
+            sequence.computed += count
+            sequence.drawn += count
+            self.totals.planned_tokens += count
+            plan.decoding.append(sequence)
+            if sequence.drawn == sequence.limit:
+                self.queues.move(sequence, Phase.COMPLETE)
+
+    def _stride(self, rows: list[Sequence]) -> int:
+        """Decode steps of the next dispatch: several only if they keep nobody waiting and preempt nobody."""
+        if self.limits.steps == 1 or not rows or len(self.queues.waiting) or len(self.queues.prompts):
+            return 1
+        counts = [min(self.limits.steps, s.limit - s.drawn) for s in rows]
+        ends = (self.memory.pages_for(s.computed + count) for s, count in zip(rows, counts, strict=True))
+        need = sum(end - len(s.pages) for s, end in zip(rows, ends, strict=True))
+        return max(counts) if need <= self.memory.pages.available else 1
+
+    def _room(self, sequence: Sequence, need: int, plan: _Plan) -> bool:
+        """Whether pages are there for a decoding row, which may take them from less urgent ones."""
+        pages = self.memory.pages
+        while pages.available < need:
+            if pages.available + self._coming(plan) >= need + plan.owed:
+                return False  # a preemption would not bring them earlier
+            last = self.queues.least_urgent
+            if last is None or last is sequence:
+                return False
+            self._preempt(last)
+        return True
+
+    def _coming(self, plan: _Plan) -> int:
+        """Pages that come free when steps in flight have ended."""
+        pages = self.memory.pages
+        if plan.ending is None:
+            plan.ending = sum(pages.users(page) == 1 for s in self.queues.complete for page in s.pages)
+        return pages.fenced + plan.ending
+
+    # --- Prompts
+
+    def _compute_prompts(self, plan: _Plan) -> None:
+        """Prompts under way go on, then others begin, with the tokens that decoding rows leave."""
+        left = self.limits.budget - len(plan.decoding)
+        under_way = list(self.queues.prompts)
+        for sequence in under_way:
+            left -= self._compute(sequence, left, plan)
+        if not plan.owed:
+            left = self._admit(left, plan)
+        for sequence in under_way:  # nobody else could use what is left
+            if sequence.phase is Phase.PROMPT:
+                left -= self._compute(sequence, left, plan, alone=True)
+
+    def _compute(self, sequence: Sequence, left: int, plan: _Plan, *, alone: bool | None = None) -> int:
+        """Plans a chunk of a prompt, or more of its chunk; returns how many tokens."""
+        count = self._chunk(sequence, sequence.computed, left, alone)
+        if count:
+            plan.starts.setdefault(sequence, sequence.computed)
+            sequence.computed += count
+            self.totals.planned_tokens += count
+            self.memory.register(sequence, sequence.computed)
+            if sequence.computed == len(sequence.tokens):
+                sequence.drawn += sequence.limit > 0
+                complete = sequence.drawn == sequence.limit
+                self.queues.move(sequence, Phase.COMPLETE if complete else Phase.DECODING)
+        return count
+
+    def _chunk(self, sequence: Sequence, computed: int, left: int, alone: bool | None = None) -> int:
+        """Tokens of a prompt's next chunk: the rest if it fits; else half of what is left, unless no other prompt
+        needs any, but not less than the smallest chunk if that fits."""
+        if (rest := len(sequence.tokens) - computed) <= left:
+            return rest
+        if alone is None:
+            others = len(self.queues.prompts) + len(self.queues.waiting) - 1
+            alone = not others
+        cut = self.limits.cut
+        end = (computed + (left if alone else left // 2)) // cut * cut
+        if end <= computed and left >= cut:
+            end = computed + cut
+        return max(0, end - computed)
+
+    def _admit(self, left: int, plan: _Plan) -> int:
+        """Gives rows to those whose turn it is and who fit; returns the tokens that are left."""
+        queues, memory, misfits = self.queues, self.memory, 0
+        passed: list[Sequence] = []
+        places = self.limits.chunk_rows - len(set(queues.prompts) | plan.starts.keys())
+        for sequence in list(islice(queues.waiting, LOOKAHEAD)):
+            if not (memory.free_rows and left and places) or misfits == MISFITS:
+                break
+            if not sequence.known or (passed and sequence.priority > passed[0].priority):
+                break
+            found = memory.find(sequence)
+            if found is None:
+                continue
+            computed = len(found) * self.limits.page_size
+            count = self._chunk(sequence, computed, left)
+            ends = count == len(sequence.tokens) - computed
+            if not count or not (ends or self._place_for_long):
+                misfits += 1
+                continue
+            if memory.missing(sequence, found) + self._spare > memory.pages.available:
+                if sequence.passed == PASSES:
+                    break
+                misfits += 1
+                passed.append(sequence)
+                continue
+            for other in passed:
+                other.passed += 1
+            self._start(sequence, found, plan)
+            left -= self._compute(sequence, left, plan)
+            places -= 1
+        return left
+
+    @property
+    def _place_for_long(self) -> bool:
+        """Whether one more prompt may need further steps: one place is for those that do not."""
+        return len(self.queues.prompts) < max(1, self.limits.chunk_rows - 1)
+
+    @property
+    def _spare(self) -> int:
+        """Pages that newcomers leave: each decoding row soon needs one, and would take it from them."""
+        return len(self.queues.decoding)
+
+    def _start(self, sequence: Sequence, found: list[Block], plan: _Plan) -> None:
+        self.queues.move(sequence, Phase.PROMPT)
+        self.memory.start(sequence, found)
+        sequence.started, sequence.passed = True, 0
+        plan.joining.append(Joining(sequence.row, sequence, sequence.cached))
+        self.totals.prompt_tokens += len(sequence.tokens)
+        self.totals.prefix_hit_tokens += sequence.cached
+
+    # --- Preemption
+
+    def _make_way(self, plan: _Plan) -> None:
+        """Preempts for the first that waits those of strictly lower priority, if it can start only then."""
+        last = self.queues.least_urgent
+        first = self.queues.waiting[0] if len(self.queues.waiting) else None
+        if first is None or last is None or last.priority <= first.priority or not first.known:
+            return
+        found = self.memory.find(first)
+        if found is None:
+            return
+        running = [*self.queues.decoding, *self.queues.prompts]
+        victims = sorted((s for s in running if s.priority > first.priority), key=urgency)
+        need, pages = self.memory.missing(first, found), self.memory.pages
+        if need > pages.available + self._coming(plan) + sum(len(s.pages) for s in victims):
+            return
+        while victims and not (
+            self.memory.free_rows + len(self.queues.complete)
+            and self._place_for_long
+            and need + self._spare <= pages.available + self._coming(plan)
+        ):
+            self._preempt(victims.pop())
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes a row away. The tokens stay, and those in flight are still told; all are computed again."""
+        self.memory.leave(sequence)
+        self.queues.move(sequence, Phase.WAITING)
+        sequence.preemptions += 1
+        self.totals.preemptions += 1

@@ -1,0 +1,87 @@
+"""The tree of prefixes: what the tokens in a page, and all those before them, are."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as ListOf
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.engine.sequence import Domain, Sequence
+
+
+class Block:
+    """A full block of tokens behind those of its parents: a node of the tree.
+
+    A node is found by its parent and its own tokens, which a dict hashes (with the process's secret key) and compares.
+    So two prefixes that are not the same never share a node, whatever their hashes: a chain of digests would answer a
+    collision silently with another prompt's keys and values.
+
+    Attributes:
+      parent: the block before; None for a root.
+      key: of `block_key`; of a root its domain.
+      pages: those that hold keys and values of these tokens behind that prefix; some may be duplicates.
+      computing: a sequence with a row that is going to compute them.
+    """
+
+    __slots__ = ("children", "computing", "key", "pages", "parent")
+
+    def __init__(self, parent: Block | None, key: Any):
+        self.parent = parent
+        self.key = key
+        self.children: dict[Any, Block] = {}
+        self.pages: list[int] = []
+        self.computing: Sequence | None = None
+
+    def child(self, key: Any) -> Block:
+        """The child with this key, made if there is none."""
+        found = self.children.get(key)
+        if found is None:
+            found = self.children[key] = Block(self, key)
+        return found
+
+    def prune(self) -> None:
+        """Takes the node out of the tree if nothing needs it, and then its parents."""
+        node = self
+        while node.parent is not None and not node.pages and node.computing is None and not node.children:
+            if node.parent.children.get(node.key) is node:
+                del node.parent.children[node.key]
+            node = node.parent
+
+
+class Prefixes:
+    """All blocks, by domain."""
+
+    def __init__(self) -> None:
+        self._top = Block(None, None)
+
+    def root(self, domain: Domain) -> Block:
+        """The empty prefix of a domain. Values of different types are different, also where Python calls them equal
+        (1 and True): clients may choose them."""
+        return self._top.child(tuple((kind, type(value), value) for kind, value in domain))
+
+
+def block_key(tokens: ListOf[int]) -> bytes:
+    """The tokens of one block, exactly."""
+    return array("i", tokens).tobytes()
+
+
+def extend_keys(sequence: Sequence, size: int) -> list[bytes]:
+    """The keys of a sequence's full blocks of `size` known tokens, made for those that are new."""
+    keys, tokens = sequence.keys, sequence.tokens
+    for start in range(len(keys) * size, len(tokens) - size + 1, size):
+        keys.append(block_key(tokens[start : start + size]))
+    return keys
+
+
+def find(root: Block, keys: ListOf[bytes]) -> tuple[list[Block], Block | None]:
+    """The longest prefix of these blocks that pages hold, and the node behind it, if there is one."""
+    found: list[Block] = []
+    node = root
+    for key in keys:
+        child = node.children.get(key)
+        if child is None or not child.pages:
+            return found, child
+        found.append(child)
+        node = child
+    return found, None

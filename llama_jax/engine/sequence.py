@@ -1,0 +1,83 @@
+"""One continuation of one prompt, as the scheduler sees it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama_jax.engine.prefixes import Block
+
+Domain = tuple[tuple[str, Hashable], ...]
+"""(kind, value) pairs of all but the tokens that keys and values depend on, or that says who may share them."""
+
+GROUP = "group"
+"""The kind of a domain's pair whose sequences share pages even without a prefix cache: copies of one request."""
+
+
+class Phase(enum.Enum):
+    """Where a sequence is."""
+
+    WAITING = enum.auto()
+    """Has no row."""
+    PROMPT = enum.auto()
+    """Has a row, and known tokens that no planned step computes."""
+    DECODING = enum.auto()
+    """Draws a token in each step."""
+    COMPLETE = enum.auto()
+    """Planned steps draw all that it may; it keeps its row until it is finished."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One continuation of one prompt.
+
+    Attributes:
+      id: unique among all sequences of a scheduler, also those that have ended: steps in flight may still name them.
+      tokens: the prompt, then drawn tokens as they become known to the host.
+      prompt_length: how many of them are the prompt.
+      limit: tokens that it may draw, those in `tokens` included; 0 to compute the prompt only.
+      priority: lower ones first.
+      domain: sequences share pages only within one.
+      reuse: False computes the whole prompt, as its log-probabilities need; its pages may still serve others.
+
+    The scheduler's own:
+      phase, row, pages: where it is; row -1 and no pages while it waits.
+      computed: positions whose keys and values planned steps store.
+      drawn: tokens that planned steps draw, known or not.
+      cached: tokens that were found in the prefix cache when it got its row.
+      preemptions: how often it lost its row; started: whether it ever had one; passed: how many went before it while
+        it did not fit.
+      arrival: its turn among all that were added.
+      keys: of its full blocks; blocks: those of them in the tree of prefixes that its pages hold; claims: blocks that
+        others may wait for it to compute; awaited: the block that it waits for itself.
+    """
+
+    id: int
+    tokens: list[int]
+    prompt_length: int
+    limit: int
+    priority: int = 0
+    domain: Domain = ()
+    reuse: bool = True
+    phase: Phase = Phase.WAITING
+    row: int = -1
+    pages: list[int] = field(default_factory=list)
+    computed: int = 0
+    drawn: int = 0
+    cached: int = 0
+    preemptions: int = 0
+    started: bool = False
+    passed: int = 0
+    arrival: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    claims: list[Block] = field(default_factory=list)
+    awaited: Block | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the host knows all tokens that planned steps draw."""
+        return len(self.tokens) == self.prompt_length + self.drawn

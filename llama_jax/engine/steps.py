@@ -1,0 +1,60 @@
+"""What the scheduler tells the device to do: one dispatch as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_jax.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Joining:
+    """A sequence gets a row.
+
+    Attributes:
+      shared: tokens whose keys and values are there already, a multiple of the page size and fewer than it has.
+    """
+
+    row: int
+    sequence: Sequence
+    shared: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start .. start + count of `sequence.tokens`.
+
+    Attributes:
+      draws: whether the next token is drawn behind the last of them.
+    """
+
+    sequence: Sequence
+    row: int
+    start: int
+    count: int
+    draws: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One dispatch. With chunks it is a mixed step, in which a decoding row has one token; without, a decode step.
+
+    Attributes:
+      number: 1, 2, ...
+      leaving: rows to empty before anything else; one of them may have a new sequence in the same step.
+      joining: sequences that get a row.
+      pages: (row, index in the row's line, page), to be written into the page table before the step, those of joining
+        rows too, shared ones included. A row that does not join has at most ceil(steps / page_size) entries.
+      chunks: parts of prompts; several in one step may read what another one stores in it.
+      decoding: sequences whose rows compute the token that they have drawn last, which the host may not know yet, and
+        draw the next.
+      steps: how often they do so; a row that has drawn its limit ends before.
+    """
+
+    number: int
+    leaving: tuple[int, ...]
+    joining: tuple[Joining, ...]
+    pages: tuple[tuple[int, int, int], ...]
+    chunks: tuple[Chunk, ...]
+    decoding: tuple[Sequence, ...]
+    steps: int
