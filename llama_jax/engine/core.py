@@ -20,7 +20,8 @@ from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
 from llama_jax.engine.compiled import Key, Programs
 from llama_jax.engine.joining import Beginning, joinings
-from llama_jax.engine.scheduler import Limits, Scheduler
+from llama_jax.engine.limits import Limits
+from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import NO_ROW, new_state

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llama_jax.engine.core import Core, Drawn
+from llama_jax.engine.sequence import GROUP
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.request import Requests
 from llama_jax.text.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ class Jobs:
         rows = [row for row in requests.rows if row.prompt == index]
         answer = Answer(self._tokenizer, prompt, params, rows[0].limit, self.core.model.eos_token_ids)
         if not self.core.settings.prefix_cache:  # continuations of one prompt share its pages all the same
-            domain = (*domain, ("request", secrets.token_hex(8)))
+            domain = (*domain, (GROUP, secrets.token_hex(8)))
         try:
             for copy, row in enumerate(rows):
                 seed = secrets.randbits(64) if row.params.seed is None else row.params.seed
