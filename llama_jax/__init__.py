@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
     from llama_jax.errors import LlamaJaxError
     from llama_jax.generation import batch_generate, generate, stream_generate
+    from llama_jax.generation.engine import Engine, Request
+    from llama_jax.generation.llm import LLM
     from llama_jax.loading import load
     from llama_jax.model import activation_names, forward, unembed
     from llama_jax.model.flax_module import Llama
@@ -46,6 +48,8 @@ _HOME = {
     "model.flax_module": ("Llama",),
     "model.loaded": ("Model",),
     "generation": ("batch_generate", "generate", "stream_generate"),
+    "generation.engine": ("Engine", "Request"),
+    "generation.llm": ("LLM",),
     "loading": ("load",),
     "model": ("activation_names", "forward", "unembed"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
@@ -56,12 +60,15 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "LLM",
     "DenseCache",
+    "Engine",
     "Llama",
     "LlamaConfig",
     "LlamaJaxError",
     "Model",
     "PagedCache",
+    "Request",
     "SamplingParams",
     "Tokenizer",
     "__version__",

@@ -138,3 +138,7 @@ class Overloaded(LlamaJaxError):
     """More requests wait than may; the same one may be taken later."""
 
     exit_code = 75
+
+
+class EngineFailed(LlamaJaxError):
+    """The engine that a request ran on has failed or was closed; the request is lost."""

@@ -24,6 +24,7 @@ from llama_jax.engine.limits import Limits
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.snapshot import Meter, Snapshot
 from llama_jax.engine.state import NO_ROW, new_state
 from llama_jax.engine.steps import Step
 from llama_jax.kernels.dispatch import using
@@ -101,6 +102,7 @@ class Core:
             create = jax.jit(new_state, static_argnums=(0, 1, 2))
             self._state: DecodeState = create(model.config, settings, jnp.dtype(model.dtype))
         self.programs = Programs(model, settings, self._state, adapters)
+        self._meter = Meter()
         self._asked: dict[int, _Asked] = {}
         self._flights: deque[_Flight] = deque()
         self._ids = itertools.count()
@@ -166,6 +168,22 @@ class Core:
         """Whether nothing is left to do."""
         return not self._asked and not self._flights
 
+    def snapshot(self) -> Snapshot:
+        """The engine in numbers."""
+        meter, counts = self._meter, self.scheduler.counts
+        tokens_per_s, step_s = meter.rates()
+        return Snapshot(
+            counts=counts,
+            tokens_in=counts.prompt_tokens,
+            tokens_out=meter.tokens_out,
+            computed_tokens=meter.computed,
+            padding_tokens=meter.padding,
+            steps=meter.steps,
+            late_compilations=self.programs.late,
+            tokens_per_s=tokens_per_s,
+            step_s=step_s,
+        )
+
     # --- To the device
 
     def _dispatch(self, step: Step) -> _Flight:
@@ -182,6 +200,8 @@ class Core:
         greedy = all(SamplerProfile.of([self._params(sequence)]) == GREEDY for sequence in everyone)
         pack = self._mixed if step.chunks else self._decode
         key, control = pack(flight, pages, greedy=greedy)
+        tokens = sum(chunk.count for chunk in step.chunks) + len(step.decoding)
+        self._meter.dispatched(tokens * step.steps, key.size * step.steps)
         self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
         if any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs
@@ -245,7 +265,9 @@ class Core:
             if (asked := self._asked.get(sequence.id)) and last > first:
                 asked.scores.append(jax.tree.map(lambda x, a=first, b=last: x[a:b], scores))
         news = (self._taken(line, sequence, report[line].tolist(), logprobs) for line, sequence in flight.rows)
-        return [drawn for drawn in news if drawn]
+        drawn = [new for new in news if new]
+        self._meter.ended(sum(len(new.tokens) for new in drawn))
+        return drawn
 
     def _taken(self, line: int, sequence: Sequence, report: list[int], logprobs: Any) -> Drawn | None:
         """What a row's line of a report tells; nothing if its sequence has ended meanwhile."""

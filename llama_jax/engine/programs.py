@@ -64,9 +64,9 @@ def decode_control(rows: int) -> Control:
 
 
 def mixed_control(tokens: int, rows: int) -> Control:
-    """For `mixed` and `scored`: of each token its id (negative: the one that its row has drawn last), position, row, and
-    the id behind it, which `scored` looks at; of each row the token behind which it draws, and whether it does; and
-    pages to book."""
+    """For `mixed` and `scored`: of each token its id (negative: the one that its row has drawn last), position, row,
+    and the id behind it, which `scored` looks at; of each row the token behind which it draws, and whether it does;
+    and pages to book."""
     each = dict.fromkeys(("ids", "positions", "rows", "next"), (tokens,))
     return Control(**each, at=(rows,), draws=(rows,), pages=(rows, 3))
 

@@ -66,6 +66,7 @@ class LLM:
             for _ in core.programs.compile_all():
                 pass
         self._jobs = Jobs(core, tokenizer)
+        self._busy = False
 
     @property
     def settings(self) -> EngineSettings:
@@ -127,6 +128,13 @@ class LLM:
         requests = prepare(
             self.model, self.tokenizer, prompts, sampling(params, fields), None, self._adapters, adapter_ids
         )
+        if self._busy:
+            raise RequestError(
+                "this LLM is answering another call, whose results have not all been read",
+                param="prompts",
+                hint="read them or close the iterator; Engine answers many callers at once",
+            )
+        self._busy = True
         limits = requests.limits
         order = sorted(range(len(requests.prompts)), key=lambda i: limits[i], reverse=True)
         numbers = {}
@@ -141,5 +149,6 @@ class LLM:
                     if news.answer.ended:
                         yield numbers.pop(news.answer), news.answer.output()
         finally:
+            self._busy = False
             for answer in numbers:
                 self._jobs.cancel(answer)

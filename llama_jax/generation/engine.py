@@ -1,0 +1,251 @@
+"""`Engine`: one model for many callers at once, each of whom reads a stream of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from llama_jax.engine.core import Core
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.sizing import default_settings
+from llama_jax.engine.snapshot import Snapshot
+from llama_jax.errors import EngineFailed, LlamaJaxError
+from llama_jax.generation.answer import Answer
+from llama_jax.generation.jobs import Jobs, News
+from llama_jax.generation.outputs import FinishReason, RequestOutput, TokenLogprob
+from llama_jax.generation.request import Prompt, Requests, prepare
+from llama_jax.loading import load
+from llama_jax.model.loaded import Model
+from llama_jax.params import Params
+from llama_jax.sampling import SamplingParams
+from llama_jax.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked for.
+
+    Attributes:
+      prompt: text or token ids; for a conversation `encode_chat(tokenizer, messages)`.
+      priority: lower ones first.
+      adapter_id: slot of the adapter, 0 for none.
+      tenant: requests share what they have computed of a common prefix only with those of the same tenant.
+    """
+
+    prompt: Prompt
+    params: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    adapter_id: int = 0
+    tenant: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of one continuation of a request.
+
+    Attributes:
+      index: of the continuation.
+      text: what is new; often empty while a character or a possible stop string is incomplete.
+      token_ids: new ones; logprobs: of them, if they were asked for.
+      finish_reason: of its last piece.
+      output: of the whole request, with its very last piece.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    output: RequestOutput | None = None
+
+
+@dataclass(eq=False)
+class _Stream:
+    """A caller: where its pieces go, and what its request has become."""
+
+    requests: Requests
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    pieces: asyncio.Queue[Piece | BaseException]
+    answer: Answer | None = None
+
+    def send(self, piece: Piece | BaseException) -> None:
+        """Hands a piece to the caller's event loop; one that has been closed wants none."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+
+
+class Engine:
+    """A model behind an engine that runs in a thread of its own.
+
+        async with lj.Engine("org/model") as engine:
+            async for piece in engine.stream(lj.Request("The capital of France is")):
+                print(piece.text, end="")
+
+    Leaving the `async for`, or cancelling its task, ends the request and frees its pages.
+    """
+
+    def __init__(
+        self,
+        model: Model | str | Path | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        settings: EngineSettings | None = None,
+        adapters: Params | None = None,
+        ahead: bool = True,
+        **options: Any,
+    ):
+        """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`."""
+        if not isinstance(model, Model):
+            model, tokenizer = load(model)
+        self.model, self.tokenizer = model, tokenizer
+        self._settings = settings or default_settings(model, **options)
+        self._adapters, self._ahead = adapters, ahead
+        self._jobs: Jobs | None = None
+        self._failed: EngineFailed | None = None
+        self._streams: dict[Answer, _Stream] = {}
+        self._inbox: deque[tuple[Callable[[_Stream], None], _Stream]] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    async def __aenter__(self) -> Self:
+        """Compiles and starts."""
+        self._jobs = await asyncio.to_thread(self._made)
+        self._thread = threading.Thread(target=self._run, name="llama_jax engine", daemon=True)
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Ends every request and the thread."""
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+        """The pieces of a request's answer, as they come.
+
+        Raises:
+          RequestError: the request is wrong, or exceeds the model's context.
+          DoesNotFit: it exceeds the engine's.
+          Overloaded: too many wait already.
+          EngineFailed: the device has failed, or the engine is closed.
+        """
+        self._check_open()
+        prompts, params = [request.prompt], [request.params]
+        requests = prepare(self.model, self.tokenizer, prompts, params, None, self._adapters, [request.adapter_id])
+        stream = _Stream(requests, request, asyncio.get_running_loop(), asyncio.Queue())
+        self._post(self._begin, stream)
+        try:
+            while True:
+                piece = await stream.pieces.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+                if piece.output is not None:
+                    return
+        finally:
+            self._post(self._end, stream)
+
+    async def generate(self, request: Request) -> RequestOutput:
+        """The whole answer; errors as for `stream`."""
+        async for piece in self.stream(request):
+            if piece.output is not None:
+                return piece.output
+        raise EngineFailed("the engine has ended", hint="make a new one")
+
+    def snapshot(self) -> Snapshot:
+        """The engine in numbers, at this moment."""
+        self._check_open()
+        assert self._jobs is not None
+        return self._jobs.core.snapshot()
+
+    # --- The engine's thread
+
+    def _made(self) -> Jobs:
+        core = Core(self.model, self._settings, adapters=self._adapters)
+        if self._ahead:
+            for _ in core.programs.compile_all():
+                pass
+        return Jobs(core, self.tokenizer)
+
+    def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            if self._closing:
+                break
+            try:
+                while self._inbox:
+                    do, stream = self._inbox.popleft()
+                    do(stream)
+                assert self._jobs is not None
+                if self._jobs.idle:
+                    self._wake.wait()
+                    continue
+                for news in self._jobs.step():
+                    self._tell(news)
+            except Exception as error:  # of the device, or a fault of ours: whoever waits has to learn of it
+                self._fail(error)
+        self._drop(EngineFailed("the engine was closed", hint="make a new one"))
+
+    def _begin(self, stream: _Stream) -> None:
+        assert self._jobs is not None
+        try:
+            domain = (("tenant", stream.request.tenant),) if stream.request.tenant else ()
+            stream.answer = self._jobs.add(stream.requests, 0, priority=stream.request.priority, domain=domain)
+        except LlamaJaxError as error:
+            stream.send(error)
+        else:
+            self._streams[stream.answer] = stream
+
+    def _end(self, stream: _Stream) -> None:
+        if stream.answer is not None and self._streams.pop(stream.answer, None) and self._jobs is not None:
+            self._jobs.cancel(stream.answer)
+
+    def _tell(self, news: News) -> None:
+        stream, answer = self._streams.get(news.answer), news.answer
+        if stream is None:
+            return
+        row, new = answer.rows[news.copy], len(news.drawn.tokens)
+        output = answer.output() if answer.ended else None
+        logprobs = tuple(answer.logprobs[news.copy][-new:]) if answer.params.logprobs is not None and new else None
+        if output is not None:
+            del self._streams[answer]
+        stream.send(Piece(news.copy, news.text, news.drawn.tokens, logprobs, row.finish_reason, output))
+
+    def _fail(self, error: Exception) -> None:
+        """Ends every request with a typed error, and begins afresh; if that fails too, the engine has ended."""
+        failed = EngineFailed(f"the engine's device failed: {error}", hint="send the request again")
+        failed.__cause__ = error
+        self._drop(failed)
+        try:
+            self._jobs = None  # the arrays of the old one make room
+            self._jobs = self._made()
+        except Exception as again:
+            self._failed = EngineFailed(f"the engine cannot restart: {again}", hint="restart the process")
+            self._closing = True
+
+    def _drop(self, error: EngineFailed) -> None:
+        """Everybody who waits gets the error."""
+        waiting = [stream for do, stream in self._inbox if do == self._begin]
+        for stream in [*self._streams.values(), *waiting]:
+            stream.send(error)
+        self._streams.clear()
+        self._inbox.clear()
+
+    def _post(self, do: Callable[[_Stream], None], stream: _Stream) -> None:
+        self._inbox.append((do, stream))
+        self._wake.set()
+
+    def _check_open(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+        if self._closing or self._thread is None:
+            raise EngineFailed("the engine is not running", hint="use it inside of `async with Engine(...)`")
