@@ -139,11 +139,11 @@ class Programs:
         static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
         if key.name == "decode":
             control = programs.decode_control(key.size)
-            function = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
+            function: Callable[..., Any] = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
             options = graph_options() if settings.steps > 1 else {}
         else:
             control = programs.mixed_control(key.size, settings.rows)
-            of_key = programs.scored if key.name == "scored" else programs.mixed
+            of_key: Callable[..., Any] = programs.scored if key.name == "scored" else programs.mixed
             function, options = partial(of_key, **static, tokens=key.size), {}
         return function, (self._model.params, self._state, ints(control.size), self._adapters), options
 
@@ -159,7 +159,17 @@ class Programs:
         sampler: SamplerState = jax.tree.map(like, state.sampler)
         marks = jax.ShapeDtypeStruct((MARKED,), jnp.int32)
         marked = Marked(marks, marks, jax.ShapeDtypeStruct((MARKED,), jnp.bool))
-        return Joining(numbers, pages, *[numbers] * 5, without_vocabulary(sampler), marked)
+        return Joining(
+            rows=numbers,
+            pages=pages,
+            shared=numbers,
+            length=numbers,
+            limit=numbers,
+            rope_lengths=numbers,
+            adapter_ids=numbers,
+            sampler=without_vocabulary(sampler),
+            marked=marked,
+        )
 
 
 def without_vocabulary(sampler: SamplerState) -> SamplerState:

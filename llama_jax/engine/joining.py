@@ -78,7 +78,7 @@ def _arrays(
     def ints(values: Iterable[int], fill: int = 0) -> np.ndarray:
         return np.asarray([*values, *[fill] * spare], np.int32)
 
-    drawn = ints(len(s.tokens) - s.prompt_length for s in sequences)
+    drawn: Any = ints(len(s.tokens) - s.prompt_length for s in sequences)
     rows, tokens, of_output = np.full(MARKED, NO_ROW, np.int32), np.zeros(MARKED, np.int32), np.zeros(MARKED, bool)
     if marks:
         rows[: len(marks)], tokens[: len(marks)], of_output[: len(marks)] = zip(*marks, strict=True)

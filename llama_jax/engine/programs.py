@@ -19,7 +19,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import DecodeState, Progress, by_rows, decode_step, emit, no_progress, run_steps
-from llama_jax.engine.state import put_rows, take_rows
+from llama_jax.engine.state import paged, put_rows, take_rows
 from llama_jax.model import forward
 from llama_jax.model.head import unembed
 from llama_jax.params import Params
@@ -74,8 +74,9 @@ def mixed_control(tokens: int, rows: int) -> Control:
 def book(state: DecodeState, pages: jax.Array) -> DecodeState:
     """The state with pages int32 [n, 3] (row, index, page) in the page table; a row beyond the last is padding."""
     row, index, page = pages.T
-    table = state.cache.page_table.at[row, index].set(page, mode="drop")
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, page_table=table))
+    cache = paged(state)
+    table = cache.page_table.at[row, index].set(page, mode="drop")
+    return dataclasses.replace(state, cache=dataclasses.replace(cache, page_table=table))
 
 
 def decode(

@@ -83,7 +83,7 @@ class Joining:
 
 def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
     """The state after rows `leaving` bool [rows] were emptied, and others have begun."""
-    cache = state.cache.release(leaving).book(new.rows, new.pages, new.shared)
+    cache = paged(state).release(leaving).book(new.rows, new.pages, new.shared)
     begun = {
         "tokens": jnp.zeros_like(new.length),
         "positions": new.length - 1,
@@ -96,12 +96,18 @@ def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
     }
     state = dataclasses.replace(state, done=state.done | leaving)
     rows = {name: put(getattr(state, name), new.rows, value) for name, value in begun.items()}
-    sampler = {}
+    sampler: dict[str, Any] = {}
     for field in dataclasses.fields(state.sampler):
         into, value = getattr(state.sampler, field.name), getattr(new.sampler, field.name)
         sampler[field.name] = put(into, new.rows, jnp.zeros((), into.dtype) if value is None else value)
-    sampler = SamplerState(**_marked(sampler, new.marked))
-    return by_rows(dataclasses.replace(state, cache=cache, sampler=sampler, **rows))
+    state = dataclasses.replace(state, cache=cache, sampler=SamplerState(**_marked(sampler, new.marked)), **rows)
+    return by_rows(state)
+
+
+def paged(state: DecodeState) -> PagedCache:
+    """The cache of a state that `new_state` has made."""
+    assert isinstance(state.cache, PagedCache)
+    return state.cache
 
 
 def put(into: jax.Array, rows: jax.Array, value: Any) -> jax.Array:

@@ -103,7 +103,7 @@ class Engine:
     ):
         """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`."""
         if not isinstance(model, Model):
-            model, tokenizer = load(model)
+            model, tokenizer = load(model) if model is not None else load()
         self.model, self.tokenizer = model, tokenizer
         self._settings = settings or default_settings(model, **options)
         self._adapters, self._ahead = adapters, ahead
@@ -206,8 +206,10 @@ class Engine:
             self._streams[stream.answer] = stream
 
     def _end(self, stream: _Stream) -> None:
-        if stream.answer is not None and self._streams.pop(stream.answer, None) and self._jobs is not None:
-            self._jobs.cancel(stream.answer)
+        answer = stream.answer
+        if answer is not None and self._jobs is not None and answer in self._streams:
+            del self._streams[answer]
+            self._jobs.cancel(answer)
 
     def _tell(self, news: News) -> None:
         stream, answer = self._streams.get(news.answer), news.answer

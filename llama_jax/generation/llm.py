@@ -58,7 +58,7 @@ class LLM:
           DoesNotFit: there is no memory for one sequence of the context's length.
         """
         if not isinstance(model, Model):
-            model, tokenizer = load(model)
+            model, tokenizer = load(model) if model is not None else load()
         self.model, self.tokenizer = model, tokenizer
         self._adapters = adapters
         core = Core(model, settings or default_settings(model, **options), adapters=adapters)
