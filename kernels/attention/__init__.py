@@ -2,8 +2,8 @@
 
 Causality, sliding windows, chunks, padding and packing are all one rule about positions (`Visibility`), so prefill,
 decode, left- and right-padded batches are the same call. Two operations compute it, both with these arguments and the
-contract `attention_reference`: `flash_attention` for many queries, `decode_attention` for a few. Queries of several rows
-packed in one axis are dealt out to both (`packed_attention`).
+contract `attention_reference`: `flash_attention` for many queries, `decode_attention` for a few. Queries of several
+rows that are packed in one axis are dealt out to both (`packed_attention`).
 """
 
 from __future__ import annotations

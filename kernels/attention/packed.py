@@ -91,7 +91,7 @@ def block_size(tokens: int, rows: int) -> int:
 
 def single_tokens(row: jax.Array, count: jax.Array) -> Pieces:
     """Piece i is the token of row i, if it has one alone."""
-    n, rows = row.shape[0], count.shape[0]
+    rows = count.shape[0]
     place = jnp.where(count.at[row].get(mode="fill", fill_value=0) == 1, row, rows)
     return Pieces(place, _inverse(place, rows)[:, None], None)
 
@@ -115,6 +115,28 @@ def _inverse(place: jax.Array, places: int) -> jax.Array:
     """The token at each place, int32 [places]; as many as there are tokens where there is none."""
     n = place.shape[0]
     return jnp.full((places,), n, jnp.int32).at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
+
+
+def by_piece(
+    q: jax.Array, kv: KeysValues, places: Places, token: jax.Array, row: jax.Array | None
+) -> tuple[jax.Array, KeysValues, Places]:
+    """Packed queries as a batch row for each piece, beside the pages of its row; `token` and `row` are of `Pieces`."""
+
+    def own(x: Any) -> Any:
+        return x if x is None or row is None else x.at[row].get(mode="fill", fill_value=-1)
+
+    def query(x: Any, fill: int = -1) -> Any:
+        return None if x is None else x[0].at[token].get(mode="fill", fill_value=fill)
+
+    at = Places(
+        query(places.q_positions),
+        own(places.kv_positions),
+        query(places.q_segments),
+        own(places.kv_segments),
+        q_spans=query(places.q_spans),
+        kv_spans=own(places.kv_spans),
+    )
+    return query(q, 0), replace(kv, page_table=own(kv.page_table)), at
 
 
 def packed_attention(
@@ -142,29 +164,9 @@ def packed_attention(
     of = ranks(row, rows)
 
     def attend(op: Operation, token: jax.Array, row: jax.Array | None) -> jax.Array:
-        """Attention of pieces, [pieces, size, q_heads, head_dim]."""
-
-        def own(x: Any, fill: int) -> Any:
-            return x if x is None or row is None else x.at[row].get(mode="fill", fill_value=fill)
-
-        def query(x: Any, fill: int) -> Any:
-            return None if x is None else x[0].at[token].get(mode="fill", fill_value=fill)
-
-        here = Places(
-            query(places.q_positions, -1),
-            own(places.kv_positions, -1),
-            query(places.q_segments, -1),
-            own(places.kv_segments, -1),
-            q_spans=query(places.q_spans, -1),
-            kv_spans=own(places.kv_spans, -1),
-        )
-        pages = replace(kv, page_table=own(kv.page_table, -1))
-        return op(query(q, 0), pages, here, rule, sinks=sinks, backend=backend)
+        return op(*by_piece(q, kv, places, token, row), rule, sinks=sinks, backend=backend)
 
     def one_by_one(op: Operation, token: jax.Array, row: jax.Array | None) -> jax.Array:
-        """The same for the reference, which copies the keys of a piece and writes its logits: a piece at a time, and
-        nothing for empty ones."""
-
         def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
             token, row = piece
             nothing = jnp.zeros((*token.shape, *q.shape[2:]), q.dtype)
@@ -172,24 +174,23 @@ def packed_attention(
 
         return jax.lax.map(one, (token, jnp.arange(rows, dtype=jnp.int32) if row is None else row))
 
-    def computed(op: Operation, looped: bool, pieces: Pieces, fill: float) -> jax.Array:
-        out = (one_by_one if looped else attend)(op, pieces.token, pieces.row)
-        return out.reshape(-1, *q.shape[2:]).at[pieces.place].get(mode="fill", fill_value=fill)
-
-    def writes_logits(op: Operation, queries: int) -> bool:
-        some = jax.ShapeDtypeStruct((1, queries, *q.shape[2:]), q.dtype)
-        alone = replace(places, rows=None)
+    def is_reference(op: Operation, queries: int) -> bool:
+        some, alone = jax.ShapeDtypeStruct((1, queries, *q.shape[2:]), q.dtype), replace(places, rows=None)
         return choose(op, current(), backend, some, kv, alone, rule, sinks=sinks).backend == REFERENCE
 
+    def of_tokens(op: Operation, looped: bool, pieces: Pieces) -> jax.Array:
+        """Attention of the tokens that are in a piece; NaN for others. The reference copies the keys of a piece and
+        writes its logits, so it computes one piece at a time, and none that is empty."""
+        out = (one_by_one if looped else attend)(op, pieces.token, pieces.row)
+        return out.reshape(-1, *q.shape[2:]).at[pieces.place].get(mode="fill", fill_value=jnp.nan)
+
     single = single_tokens(row, of.count)
-    out = computed(decode_attention, writes_logits(decode_attention, 1), single, 0)
+    out = of_tokens(decode_attention, is_reference(decode_attention, 1), single)
     chunk_rows = rows if rule.chunk_rows is None else min(max(rule.chunk_rows, 0), rows)
-    looped = writes_logits(flash_attention, MAX_BLOCK)
+    looped = is_reference(flash_attention, MAX_BLOCK)
     size = LOOPED_BLOCK if looped else block_size(n, chunk_rows)
-    most = most_blocks(n, size, chunk_rows)
-    several: jax.Array | float = jnp.nan
-    if most:
+    if most := most_blocks(n, size, chunk_rows):
         op = decode_attention if size <= MAX_QUERIES else flash_attention
-        several = computed(op, looped, blocks(row, of, size, most), jnp.nan)
-    real, alone = (x[:, None, None] for x in (row < rows, single.place < rows))
-    return jnp.where(real, jnp.where(alone, out, several), 0)[None]
+        several = of_tokens(op, looped, blocks(row, of, size, most))
+        out = jnp.where((single.place < rows)[:, None, None], out, several)
+    return jnp.where((row < rows)[:, None, None], out, 0)[None]
