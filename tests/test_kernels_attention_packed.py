@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import on_eight_devices
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,7 @@ def packed_call(
     length: int,
     page_size: int = 16,
     capacity: int = 64,
+    head_dim: int = HEAD_DIM,
     shuffled: bool = False,
     extras: bool = False,
     seed: int = 0,
@@ -74,11 +76,11 @@ def packed_call(
         return rng.standard_normal(shape, np.float32)
 
     table = None
-    store: tuple[int, ...] = (rows, KV_HEADS, capacity, HEAD_DIM)
+    store: tuple[int, ...] = (rows, KV_HEADS, capacity, head_dim)
     if page_size:
         per_row = capacity // page_size
         table = rng.permutation(rows * per_row).reshape(rows, per_row).astype(np.int32)
-        store = (rows * per_row, KV_HEADS, page_size, HEAD_DIM)
+        store = (rows * per_row, KV_HEADS, page_size, head_dim)
         table = np.where(kv_positions[:, ::page_size] < 0, 10_000, table).astype(np.int32)  # no page is booked
     places = Places(position[None], kv_positions, rows=row[None])
     if extras:
@@ -87,7 +89,7 @@ def packed_call(
     sinks = normal(HEADS) if extras else None
     kv = KeysValues(normal(*store), normal(*store), table)
     real = (row < rows) & (position >= 0)
-    return Call(normal(1, length, HEADS, HEAD_DIM), kv, places, sinks, real)
+    return Call(normal(1, length, HEADS, head_dim), kv, places, sinks, real)
 
 
 def assert_as_by_row(call: Call, rule: Rule, backend: str) -> None:
@@ -258,3 +260,9 @@ def test_no_keys_are_copied_for_each_token() -> None:
     for rule in (Rule(Visibility(), 0.125), Rule(Visibility(), 0.125, chunk_rows=4)):
         compiled = jax.jit(packed_attention, static_argnames="rule").lower(q, kv, places, rule=rule).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 30 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a process of its own
+def test_on_eight_devices() -> None:
+    on_eight_devices("eight_devices_packed.py")
