@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -360,6 +361,27 @@ def test_packed_tokens_are_separate_calls(case: str) -> None:
     last = np.asarray([[np.flatnonzero((rows == row) & (positions >= 0))[-1] for row in range(3)]])
     picked, _ = run(g.params, g.config, *packed[:2], cache, rows=packed[2], rope_lengths=lengths, logits_at=last)
     np.testing.assert_allclose(picked[0], np.asarray(got)[0, last[0]], atol=TOLERANCE * scale)
+
+
+def test_packed_tokens_are_booked_in_their_order() -> None:
+    """Token by token gives the same, whatever the order of rows."""
+    rng = np.random.default_rng(0)
+    cache = PagedCache.create(CONFIG, 3, 32, jnp.float32, page_size=16)
+    cache, _ = cache.extend(jnp.array([[0, 1], [0, -1], [-1, -1]]))
+    rows = rng.integers(0, 5, 24).astype(np.int32)  # 3 and 4 are none
+    positions = np.where(rows < 3, np.arange(24), -1)
+    positions[5] = -1
+    after, slots = cache.extend(jnp.asarray(positions[None]), jnp.asarray(rows[None]))
+    one_by_one, each = cache, []
+    for row, position in zip(rows, positions, strict=True):
+        one_by_one, slot = one_by_one.extend(jnp.asarray([[position]]), jnp.asarray([[row]]))
+        each.append(slot)
+    chex.assert_trees_all_equal(after, one_by_one)
+    booked = positions >= 0
+    for got, want in zip(slots, zip(*each, strict=True), strict=True):
+        np.testing.assert_array_equal(got[0, booked], np.concatenate(want)[:, 0][booked])
+    with pytest.raises(RequestError, match="1 tokens"):
+        cache.extend(jnp.array([[2]]), jnp.array([[-1]]))  # no row has that number
 
 
 def test_pool() -> None:

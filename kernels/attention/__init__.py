@@ -2,11 +2,13 @@
 
 Causality, sliding windows, chunks, padding and packing are all one rule about positions (`Visibility`), so prefill,
 decode, left- and right-padded batches are the same call. Two operations compute it, both with these arguments and the
-contract `attention_reference`: `flash_attention` for many queries, `decode_attention` for a few.
+contract `attention_reference`: `flash_attention` for many queries, `decode_attention` for a few. Queries of several
+rows that are packed in one axis are dealt out to both (`packed_attention`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,8 @@ import jax
 from llama_jax.errors import KernelError
 from llama_jax.kernels.attention.decode import MAX_QUERIES, decode_attention
 from llama_jax.kernels.attention.flash import flash_attention
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, Visibility, by_row
+from llama_jax.kernels.attention.packed import packed_attention
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, Visibility
 from llama_jax.kernels.attention.reference import attention_reference, gather_pages, visible
 from llama_jax.sharding import local
 
@@ -61,10 +64,9 @@ def attention(
         if q_given != kv_given:
             there, missing = ("q", "kv") if q_given else ("kv", "q")
             raise KernelError(f"attention has {there}_{name} without {missing}_{name}", hint="give both or neither")
+    op: Callable[..., jax.Array] = decode_attention if q.shape[1] <= MAX_QUERIES else flash_attention
     if places.rows is not None:
-        # A ragged kernel would take packed queries as they are; until there is one, each of them is a row.
-        return attention(*by_row(q, kv, places), rule, sinks=sinks, backend=backend)[:, 0][None]
-    op = decode_attention if q.shape[1] <= MAX_QUERIES else flash_attention
+        op = packed_attention
     # Query heads are split with the key/value heads that they use. Any row may use any page.
     heads, row = ("batch", None, "kv_heads"), ("batch",)
     of_cache = ("batch" if kv.page_table is None else None, "kv_heads")

@@ -79,6 +79,7 @@ def flash_cases() -> Sequence[Case]:
         make("window d128", head_dim=128, visibility=Visibility("sliding", 37), quick=True, differentiate=grad),
         make("chunks d80", head_dim=80, visibility=Visibility("chunked", 48)),
         make("paged prefix d64", head_dim=64, prefix=93, page_size=16, quick=True),
+        make("block of a chunk, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64),
         make("soft cap, sinks d128", head_dim=128, soft_cap=20.0, sinks=True),
         make("one head a group d256", head_dim=256, heads=2, kv_heads=2),
         make("in order d128", head_dim=128, uneven=False, quick=True, differentiate=grad),

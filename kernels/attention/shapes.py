@@ -126,6 +126,14 @@ def prefill(
     return AttentionShape(name, batch, tokens, tokens, q_heads, kv_heads, head_dim, in_order=True, **more)
 
 
+def _chunks(model: str, q_heads: int, kv_heads: int, head_dim: int) -> tuple[AttentionShape, ...]:
+    """Blocks of packed prompts, as many as a step has: 512 tokens of 8 rows at most, 2048 of 16 and of 8."""
+    return tuple(
+        AttentionShape(f"{model}-chunks-{size}", blocks, size, 8192, q_heads, kv_heads, head_dim, page_size=64)
+        for size, blocks in ((64, 15), (128, 31), (256, 15))
+    )
+
+
 LLAMA_8B = prefill("llama-3.1-8b", 4, 4096, 32, 8, 128, backward=True)
 LLAMA_1B = prefill("llama-3.2-1b", 4, 4096, 32, 8, 64, backward=True)
 
@@ -136,6 +144,8 @@ PREFILLS = (
     AttentionShape("llama-3.1-8b-short-chunk", 4, 32, 4096, 32, 8, 128),
     AttentionShape("llama-3.1-8b-paged-16", 4, 512, 8192, 32, 8, 128, page_size=16),
     AttentionShape("llama-3.1-8b-paged-128", 4, 512, 8192, 32, 8, 128, page_size=128),
+    *_chunks("llama-3.1-8b", 32, 8, 128),
+    *_chunks("llama-3.1-70b-one-of-8", 8, 1, 128),
     replace(LLAMA_8B, name="llama-3.1-8b-packed", in_order=False, segments=True),
     LLAMA_1B,
     replace(LLAMA_1B, name="llama-3.2-1b-f32", dtype="float32", batch=1, q_len=512, kv_len=512),
@@ -182,6 +192,9 @@ DECODES = (
     AttentionShape("llama-3.1-8b-f16", 8, 1, 4096, 32, 8, 128, dtype="float16", page_size=64),
     AttentionShape("llama-3.1-8b-f32", 2, 1, 1024, 32, 8, 128, dtype="float32"),
     AttentionShape("llama-3.1-70b-one-of-8", 8, 1, 4096, 8, 1, 128, page_size=256),
+    AttentionShape("llama-3.1-8b-b256-s4096-paged-64", 256, 1, 4096, 32, 8, 128, page_size=64),
+    AttentionShape("llama-3.1-70b-one-of-8-b256-s4096-paged-64", 256, 1, 4096, 8, 1, 128, page_size=64),
+    AttentionShape("llama-3.1-8b-blocks-of-8", 64, 8, 4096, 32, 8, 128, page_size=64),
     AttentionShape(
         "heads-40-8-chunked-8192", 1, 1, 16384, 40, 8, 128, visibility=Visibility("chunked", 8192), page_size=32
     ),

@@ -13,6 +13,8 @@ from typing import Any
 from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.targets import rocm
 
+_CHANGE_NO_KERNEL = {"cases.py", "packed.py"}
+"""Files of an operation that decide what is called, not what a call computes."""
 _ROOT = Path(__file__).parents[1]
 _LAYOUT = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 _SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
@@ -21,7 +23,8 @@ _SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER
 def sources(operation: str) -> list[Path]:
     """The files that an operation's kernels are made of: its folder, and what stands beside it and above it.
 
-    The choice among backends (`kernels/dispatch`, `registry.py`, `cases.py`) changes no kernel and is not among them.
+    The choice among backends (`kernels/dispatch`, `registry.py`, `cases.py`) and the cutting of packed tokens
+    (`packed.py`) change no kernel and are not among them.
     """
     module = OPERATIONS[operation].partition(":")[0]
     folder = _ROOT.joinpath(*module.split(".")[2:])
@@ -29,7 +32,7 @@ def sources(operation: str) -> list[Path]:
     while folder != _ROOT:
         folder = folder.parent
         files |= set(folder.glob("*.py"))
-    return sorted(p for p in files - {_ROOT / "__init__.py", _ROOT / "registry.py"} if p.name != "cases.py")
+    return sorted(p for p in files - {_ROOT / "__init__.py", _ROOT / "registry.py"} if p.name not in _CHANGE_NO_KERNEL)
 
 
 @functools.cache

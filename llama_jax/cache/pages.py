@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from llama_jax.cache.protocol import Queries
 from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
+from llama_jax.kernels.attention.packed import packed_rows, ranks
 from llama_jax.sharding import local
 
 NO_PAGE = -1
@@ -103,10 +104,8 @@ def book(
         row = jnp.broadcast_to(jnp.arange(len(positions), dtype=jnp.int32)[:, None], positions.shape)
         rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
     else:
-        row = rows
-        index = jnp.arange(rows.shape[1])
-        before = (rows[0] == rows[0][:, None]) & real[0] & (index < index[:, None])
-        rank = jnp.sum(before, axis=1, dtype=jnp.int32)[None]
+        row = packed_rows(rows, positions, len(lengths))
+        rank = ranks(row[0], len(lengths)).rank[None]
     slot = lengths.at[row].get(mode="fill", fill_value=0) + rank
     page = page_table.at[row, slot // page_size].get(mode="fill", fill_value=NO_PAGE)
     owned = slot >= shared.at[row].get(mode="fill", fill_value=0)

@@ -45,6 +45,7 @@ def forward[MaybeCache: KVCache | None](
     inputs_embeds: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     rows: jax.Array | None = None,
+    chunk_rows: int | None = None,
     rope_lengths: jax.Array | None = None,
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
@@ -64,6 +65,7 @@ def forward[MaybeCache: KVCache | None](
     inputs_embeds: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     rows: jax.Array | None = None,
+    chunk_rows: int | None = None,
     rope_lengths: jax.Array | None = None,
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
@@ -82,6 +84,7 @@ def forward(
     inputs_embeds: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     rows: jax.Array | None = None,
+    chunk_rows: int | None = None,
     rope_lengths: jax.Array | None = None,
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
@@ -102,6 +105,8 @@ def forward(
       segment_ids: int32 [batch, len] of several texts packed in one row; they do not see each other. Not with a cache.
       rows: int32 [1, len], the row of the cache that each token belongs to: tokens of several rows packed in one axis
         (`tokens` is [1, len]), as many of each row as it has. Only with a cache that takes packed tokens.
+      chunk_rows: a guarantee that of these rows at most so many have more than one token, with which attention takes
+        less memory. Where it does not hold, logits may be NaN.
       rope_lengths: int32 [batch], with `rows` [rows of the cache]: the text length that fixes the frequencies of
         dynamic rope, which with a cache must stay the same from call to call. Other kinds of rope ignore it. Default
         without a cache: the length of each text.
@@ -161,6 +166,7 @@ def forward(
                 dims=Dims.of(config),
                 capture=of_layer[i],
                 in_order=in_order,
+                chunk_rows=chunk_rows,
             )
         views.append(view)
         seen |= {f"layers.{i}.{name}": value for name, value in activations.items()}
@@ -233,7 +239,7 @@ def _rope_lengths(
 
 
 # A jitted function of its own: equal layers are traced and lowered once, not once each. XLA inlines the calls.
-@partial(jax.jit, static_argnames=("spec", "dims", "capture", "in_order"))
+@partial(jax.jit, static_argnames=("spec", "dims", "capture", "in_order", "chunk_rows"))
 def _layer(
     x: jax.Array,
     delta: jax.Array | None,
@@ -249,6 +255,7 @@ def _layer(
     dims: Dims,
     capture: tuple[str, ...],
     in_order: bool,
+    chunk_rows: int | None,
 ) -> tuple[jax.Array, jax.Array, LayerCache | None, dict[str, jax.Array]]:
     """One block.
 
@@ -257,6 +264,7 @@ def _layer(
         out is so too.
       at: int32 [batch, n], the tokens that are wanted of what comes out; None is all of them.
       in_order: positions are 0, 1, 2, ... in every row.
+      chunk_rows: of `forward`.
     """
     seen: dict[str, jax.Array] = {}
     of_attn = adapters.of("attn")
@@ -270,8 +278,12 @@ def _layer(
         seen |= {"q": q, "k": k, "v": v}
         x, q, queries = _tokens((x, q, tokens), at)
         adapters, of_attn = adapters.at(at), of_attn.at(at)
-        ordered = cache is None and in_order and at is None
-        rule = Rule(Visibility(spec.attention, spec.window or 0), dims.head_dim**-0.5, in_order=ordered)
+        rule = Rule(
+            Visibility(spec.attention, spec.window or 0),
+            dims.head_dim**-0.5,
+            in_order=cache is None and in_order and at is None,
+            chunk_rows=chunk_rows if at is None else None,  # `at` may name a token more than once
+        )
         if cache is None:
             kv = KeysValues(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
             out = attention(q, kv, Places(queries.positions, tokens.positions, queries.segments, tokens.segments), rule)
