@@ -144,7 +144,7 @@ class Programs:
         else:
             control = programs.mixed_control(key.size, settings.rows)
             of_key: Callable[..., Any] = programs.scored if key.name == "scored" else programs.mixed
-            function, options = partial(of_key, **static, tokens=key.size), {}
+            function, options = partial(of_key, **static, tokens=key.size, chunk_rows=settings.chunk_rows), {}
         return function, (self._model.params, self._state, ints(control.size), self._adapters), options
 
     def _joining(self) -> Joining:
