@@ -132,14 +132,12 @@ class Planner:
     def _compute_prompts(self, plan: _Plan) -> None:
         """Prompts under way go on, then others begin, with the tokens that decoding rows leave."""
         left = self.limits.budget - len(plan.decoding)
-        under_way = list(self.queues.prompts)
-        for sequence in under_way:
+        for sequence in list(self.queues.prompts):
             left -= self._compute(sequence, left, plan)
         if not plan.owed:
             left = self._admit(left, plan)
-        for sequence in under_way:  # nobody else could use what is left
-            if sequence.phase is Phase.PROMPT:
-                left -= self._compute(sequence, left, plan, alone=True)
+        for sequence in list(self.queues.prompts):  # nobody else could use what is left
+            left -= self._compute(sequence, left, plan, alone=True)
 
     def _compute(self, sequence: Sequence, left: int, plan: _Plan, *, alone: bool | None = None) -> int:
         """Plans a chunk of a prompt, or more of its chunk; returns how many tokens."""
@@ -189,11 +187,11 @@ class Planner:
                 misfits += 1
                 continue
             if memory.missing(sequence, found) + self._spare > memory.pages.available:
-                if sequence.passed == PASSES:
-                    break
                 misfits += 1
                 passed.append(sequence)
                 continue
+            if any(other.passed == PASSES for other in passed):
+                break
             for other in passed:
                 other.passed += 1
             self._start(sequence, found, plan)
