@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from llama_jax.engine.pages import Pages
-from llama_jax.engine.prefixes import Block, Prefixes, block_key, find
+from llama_jax.engine.prefixes import Block, Prefixes, block_keys, find
 
 
 def chain(prefixes: Prefixes, *blocks: list[int]) -> list[Block]:
     node, nodes = prefixes.root(()), []
     for tokens in blocks:
-        node = node.child(block_key(tokens))
+        node = node.child(*block_keys(tokens, len(tokens)))
         nodes.append(node)
     return nodes
 

@@ -42,8 +42,8 @@ class CollidingMachine(SchedulerMachine):
     def __init__(self) -> None:
         super().__init__()
         self.patch = pytest.MonkeyPatch()
-        exact = prefixes.block_key
-        self.patch.setattr(prefixes, "block_key", lambda tokens: SameHash(exact(tokens)))
+        exact = prefixes.block_keys
+        self.patch.setattr(prefixes, "block_keys", lambda tokens, size: list(map(SameHash, exact(tokens, size))))
 
     def teardown(self) -> None:
         try:
