@@ -7,7 +7,8 @@ from typing import Any
 
 import hypothesis
 import pytest
-from scheduler_machine import Host, SchedulerMachine
+from scheduler_host import Host
+from scheduler_machine import SchedulerMachine, soak
 
 from llama_jax.engine import prefixes
 from llama_jax.engine.planner import PASSES
@@ -27,6 +28,22 @@ class TestScheduler(SchedulerMachine.TestCase):
 @pytest.mark.slow
 class TestSchedulerLonger(SchedulerMachine.TestCase):
     settings = LONG
+
+
+def soaked(seeds: range) -> None:
+    """Traffic by these seeds, of which enough has to meet what is worth meeting."""
+    counts = [soak(seed).host.scheduler.counts for seed in seeds]
+    assert sum(c.preemptions > 0 for c in counts) > len(seeds) / 6
+    assert sum(c.prefix_hit_tokens > 0 for c in counts) > len(seeds) / 2
+
+
+def test_traffic() -> None:
+    soaked(range(150))
+
+
+@pytest.mark.slow
+def test_more_traffic() -> None:
+    soaked(range(1000, 13000))
 
 
 class SameHash(bytes):
@@ -482,6 +499,31 @@ def test_a_hit_leaves_a_token_to_compute() -> None:
         h.add(sequence(id, [1] * 8, 1))
         h.drain(9)
     assert h.scheduler.counts.prefix_hit_tokens == 4
+
+
+def test_the_end_of_a_prefix_is_given_up_before_its_beginning() -> None:
+    h = host(pages=8, pages_per_row=8)
+    h.add(sequence(0, [1] * 25, 1))
+    h.drain(9)
+    h.add(sequence(1, 20, 1))  # takes the 2 free pages, and 3 cached ones
+    h.drain(9)
+    h.add(sequence(2, [1] * 25, 1))
+    assert [joining.shared for joining in step_now(h).joining] == [12]
+
+
+def test_pages_that_are_found_are_not_counted_as_free() -> None:
+    h = host(pages=8, pages_per_row=8)
+    h.add(sequence(0, [1] * 13, 1))
+    h.drain(9)
+    running = h.add(sequence(1, 10, 3))  # 3 pages; of the other 5, 3 are found
+    step_now(h)
+    waits = h.add(sequence(2, [1] * 24, 1))  # and 3 are needed besides
+    assert ids(step_now(h)) == ([], [1])
+    while waits.phase is Phase.WAITING:
+        step = step_now(h)
+    assert running.id in h.done
+    assert [joining.shared for joining in step.joining] == [12]
+    h.drain(9)
 
 
 def test_drawn_tokens_are_found() -> None:

@@ -81,7 +81,7 @@ class Memory:
         Args:
           keep: False if nobody may find what it has computed itself.
         """
-        for block in reversed(sequence.claims):
+        for block in sequence.claims:
             if block.computing is sequence:
                 block.computing = None
                 block.prune()
