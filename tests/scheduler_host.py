@@ -72,6 +72,8 @@ class Host:
             self.scheduler.drawn(report.id, report.tokens)
             if sequence is None:
                 continue
+            if report.ended:
+                assert len(sequence.tokens) - sequence.prompt_length == min(sequence.limit, self.stops[report.id])
             if report.ended or len(sequence.tokens) - sequence.prompt_length >= self.host_stops[report.id]:
                 self.end(report.id)
                 ended.append(report.id)
