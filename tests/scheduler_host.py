@@ -154,6 +154,8 @@ class Host:
             assert end == len(sequence.tokens) or end % limits.cut == 0
             if sequence.id in joined:
                 assert joined[sequence.id].shared == chunk.start
+        assert all(0 <= index < limits.pages_per_row and 0 <= page < limits.pages for _, index, page in step.pages)
+        assert all(0 < sequence.drawn <= sequence.limit for sequence in step.decoding)
         for joining in step.joining:
             assert joining.sequence.id in {chunk.sequence.id for chunk in step.chunks}
             assert joining.shared % max(limits.cut, limits.page_size) == 0

@@ -137,8 +137,7 @@ class Planner:
         left = self.limits.budget - len(plan.decoding)
         for sequence in list(self.queues.prompts):
             left -= self._compute(sequence, left, plan)
-        if not plan.owed:
-            left = self._admit(left, plan)
+        left = self._admit(left, plan)
         for sequence in list(self.queues.prompts):  # nobody else could use what is left
             left -= self._compute(sequence, left, plan, alone=True)
 
@@ -212,7 +211,7 @@ class Planner:
 
     @property
     def _spare(self) -> int:
-        """Pages that newcomers leave: each decoding row soon needs one, and would take it from them."""
+        """Pages that newcomers leave: each decoding row needs one, now or soon, and would take it back from them."""
         return len(self.queues.decoding)
 
     def _start(self, sequence: Sequence, found: list[Block], plan: _Plan) -> None:
