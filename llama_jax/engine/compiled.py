@@ -18,7 +18,7 @@ from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining, Marked, join
+from llama_jax.engine.state import Joining, Marked, join, scrub
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
@@ -36,7 +36,7 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "mixed", "scored" or "join".
+      name: "decode", "mixed", "scored", "join" or "scrub".
       size: rows of "decode", tokens of "mixed" and "scored"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
@@ -57,7 +57,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
       greedy: whether there are programs for greedy requests alone: on a GPU they save what the full sampler costs, on a
         CPU they would cost more to compile than they save.
     """
-    keys = [Key("join"), Key("scored", settings.budget)]
+    keys = [Key("join"), Key("scrub"), Key("scored", settings.budget)]
     for only in (False, True) if greedy else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
@@ -101,6 +101,12 @@ class Programs:
         """See `state.join`."""
         return self._get(Key("join"))(state, leaving, new)
 
+    def scrub(self, state: DecodeState, pages: list[int]) -> DecodeState:
+        """See `state.scrub`."""
+        padded = np.full(self._settings.pages_per_row, self._settings.pages, np.int32)
+        padded[: len(pages)] = pages
+        return self._get(Key("scrub"))(state, padded)
+
     def step(self, key: Key, state: DecodeState, control: np.ndarray) -> tuple[Any, ...]:
         """See `programs.decode`, `mixed` and `scored`."""
         return self._get(key)(self._model.params, state, control, self._adapters)
@@ -136,6 +142,8 @@ class Programs:
         if key.name == "join":
             leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
             return join, (self._state, leaving, self._joining()), {}
+        if key.name == "scrub":
+            return scrub, (self._state, ints(settings.pages_per_row)), {}
         static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
         if key.name == "decode":
             control = programs.decode_control(key.size)
