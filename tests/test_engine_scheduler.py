@@ -90,12 +90,13 @@ def test_several_steps_while_nothing_waits() -> None:
 
 
 def test_one_step_rather_than_a_preemption() -> None:
-    h = host(rows=2, pages=4, steps=4, prefix_cache=False)
+    h = host(rows=2, pages=5, steps=4, prefix_cache=False)
     for id in range(2):
         h.add(sequence(id, 6, 6))
-    step_now(h)
-    assert step_now(h).steps == 1
-    assert h.scheduler.counts.preemptions == 0
+    assert ids(step_now(h)) == ([0, 1], [])
+    step = step_now(h)  # four would need two pages, and one is free
+    assert (step.steps, ids(step)) == (1, ([], [0, 1]))
+    h.drain(60)
 
 
 # --- The rest of the interface
