@@ -567,8 +567,8 @@ TEXT: tuple[Mutation, ...] = (
     Mutation(
         "min_tokens bars one token too many",
         "llama_jax/sampling/sampler.py",
-        "early = state.count < state.min_tokens",
-        "early = state.count <= state.min_tokens",
+        "return state.count < state.min_tokens",
+        "return state.count <= state.min_tokens",
         (f"{SAMPLING}::test_no_end_before_min_tokens[fields1-want1]",),
     ),
     Mutation(
@@ -672,8 +672,8 @@ SAMPLER: tuple[Mutation, ...] = (
     Mutation(
         "log-probabilities of the penalised logits",
         "llama_jax/sampling/sampler.py",
-        "_token_logprobs(raw, tokens, n=MAX_LOGPROBS, axis=axis)",
-        "_token_logprobs(logits, tokens, n=MAX_LOGPROBS, axis=axis)",
+        "token_logprobs(logits, tokens, MAX_LOGPROBS)",
+        "token_logprobs(_change(logits, state), tokens, MAX_LOGPROBS)",
         (f"{SAMPLING}::test_log_probabilities_are_of_the_raw_logits",),
     ),
 )
