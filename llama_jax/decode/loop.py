@@ -35,7 +35,8 @@ class DecodeState:
     Attributes:
       tokens: int32, the last token, not yet in the cache; positions: int32, its position.
       done: bool, whether the row has ended, or has never begun: it stores nothing and draws nothing.
-      finished_by_stop: bool, whether a stop id ended it; failed: bool, whether there was no next token (`sampling.failed`).
+      finished_by_stop: bool, whether a stop id ended it.
+      failed: bool, whether it ended because there was no next token (`sampling.failed`).
       limit: int32, tokens that it may have; the sampler's `count` says how many it has.
       rope_lengths: int32, see `forward`.
       adapter_ids: int32, the adapter's slot, 0 for none.
