@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,12 +14,13 @@ from jax.typing import DTypeLike
 from llama_jax.aot import Compilation, compile_for, device_mesh
 from llama_jax.aot.programs import Program, fused_parameters
 from llama_jax.config import LlamaConfig
-from llama_jax.engine.compiled import Key, program, program_set
+from llama_jax.decode.loop import DecodeState
+from llama_jax.engine.compiled import THREADS, Key, program, program_set
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import settings_for
 from llama_jax.engine.state import new_state
 from llama_jax.errors import DoesNotFit, RequestError
-from llama_jax.layout import check, split_config
+from llama_jax.layout import check
 from llama_jax.plan import MEMORY_FRACTION, Verdict
 from llama_jax.plan.device_memory import usable_bytes
 from llama_jax.plan.memory import DeviceShare
@@ -52,6 +53,11 @@ class EngineCompilation:
     fraction: float
 
     @property
+    def devices(self) -> int:
+        """How many it is for."""
+        return self.start.devices
+
+    @property
     def compilations(self) -> Mapping[str, Compilation]:
         """All by name, in the order in which an engine compiles them."""
         return {START: self.start} | {str(key): compilation for key, compilation in self.programs.items()}
@@ -61,11 +67,11 @@ class EngineCompilation:
         """Whether it fits: loading as planned; the others, each the largest of its name, as XLA reports them, with the
         code of all programs, which stay on the device."""
         code = sum(compilation.memory.code for compilation in self.compilations.values())
-        phases = {"loading": self.loading, START: self.weights + self.start.memory.total - self.start.memory.code + code}
-        for key, compilation in self.programs.items():
-            beside = self.weights if key.name == "join" else 0  # the only one that does not take the weights
+        phases = {"loading": self.loading}
+        for name, compilation in ((START, self.start), *((key.name, c) for key, c in self.programs.items())):
+            beside = self.weights if name in (START, "join") else 0  # the others take the weights as arguments
             needs = beside + compilation.memory.total - compilation.memory.code + code
-            phases[key.name] = max(needs, phases.get(key.name, 0))
+            phases[name] = max(needs, phases.get(name, 0))
         return Verdict.of(self.target, phases, self.fraction)
 
     @property
@@ -85,14 +91,14 @@ def compile_engine(
     progress: Callable[[str], None] | None = None,
     **sizes: Any,
 ) -> EngineCompilation:
-    """Compiles every program of an engine on one replica of a model.
+    """Compiles every program of an engine on one replica of a model, several at a time.
 
     Args:
       mesh_shape: axis name to number of devices; "data" is none of them, since each replica has an engine of its own.
       dtype: of parameters and cache.
       memory_fraction: of each device's memory that jax may use.
       settings: sizes of the engine; by default those that it takes on such a device when the weights are there.
-      progress: called with a line of text before each program.
+      progress: called with a line of text after each program.
       sizes: without `settings`: rows, context, pages, ... as for `default_settings`.
 
     Raises:
@@ -124,22 +130,31 @@ def compile_engine(
         free = None if usable is None else usable - share.weights
         settings = settings_for(split, dtype, mesh, on_cpu=False, free=free, **sizes)
 
-    def compiled(name: str, made: Program) -> Compilation:
-        say(f"compiling {name} for {mesh.size} x {target.name}")
-        return compile_for(target, made.function, made.args, mesh=mesh, kwargs=made.static)
+    def compiled(made: Program) -> Compilation:
+        done = compile_for(target, made.function, made.args, mesh=mesh, kwargs=made.static)
+        say(f"{made.name}, {done.trace_s + done.compile_s:.1f} s")
+        return done
 
-    start = compiled(START, Program(START, jax.jit(partial(new_state, split, settings, dtype)), (), {}))
+    def begin(_: jax.Array) -> DecodeState:  # with an argument: without one it would be compiled for this machine
+        return new_state(split, settings, dtype)
+
+    nothing = jax.ShapeDtypeStruct((), jnp.bool)
+    start = compiled(Program(START, jax.jit(begin, keep_unused=True), (nothing,), {}))
     state = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         start.compiled.out_info,
         start.compiled.output_shardings,
     )
     params = fused_parameters(split, mesh, dtype)
-    programs = {}
-    for key in program_set(settings, greedy=True):
+
+    def of_key(key: Key) -> Compilation:
         with abstract_device(target, mesh):
             made = program(key, split, settings, params, state, None)
-        programs[key] = compiled(str(key), made)
+        return compiled(made)
+
+    keys = program_set(settings, greedy=True)
+    with ThreadPoolExecutor(THREADS) as pool:
+        programs = dict(zip(keys, pool.map(of_key, keys), strict=True))
     return EngineCompilation(
         target=target,
         sizes=dict(mesh_shape or {}),
