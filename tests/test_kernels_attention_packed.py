@@ -199,7 +199,7 @@ def test_a_broken_guarantee_shows() -> None:
 @given(st.sampled_from([1, 40]).flatmap(lambda n: st.lists(st.integers(0, 4), min_size=n, max_size=n)))
 def test_ranks(row: list[int]) -> None:
     found = ranks(jnp.asarray(row, jnp.int32), 4)
-    assert found.count.tolist() == [row.count(r) for r in range(4)]
+    assert found.counts.tolist() == [row.count(r) for r in range(4)]
     for i, r in enumerate(row):
         if r < 4:
             assert found.rank[i] == row[:i].count(r)

@@ -150,7 +150,7 @@ def program(
     else:
         control = programs.mixed_control(key.size, settings.rows)
         of_key: Callable[..., Any] = programs.scored if key.name == "scored" else programs.mixed
-        function, options = partial(of_key, **static, tokens=key.size), {}
+        function, options = partial(of_key, **static, tokens=key.size, chunk_rows=settings.chunk_rows), {}
     told = [None] * (3 if key.name == "scored" else 2)
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
