@@ -152,7 +152,9 @@ def engine_report(model: str, result: EngineCompilation) -> str:
     """The report on an engine as text: a line for each program."""
     target, settings, compilations = result.target, result.settings, result.compilations
     mesh = pairs_text(result.sizes) or "one device"
-    rows = [("program", "seconds", "arguments", "temporary", "total", "kernels", "vgpr", "spills", "exchange")]
+    rows: list[tuple[str, ...]] = [
+        ("program", "seconds", "arguments", "temporary", "total", "kernels", "vgpr", "spills", "exchange")
+    ]
     for name, c in compilations.items():
         m = c.memory
         exchange = ", ".join(f"{x.count} x {x.kind} of {size_text(x.bytes)}" for x in c.collectives) or "-"
