@@ -28,15 +28,17 @@ def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -
     cache = PagedCache.create(
         config, settings.rows, settings.context, dtype, page_size=settings.page_size, pages=settings.pages
     )
-    _, sampler = make_sampler(
-        [SamplingParams(temperature=0.0, seed=0)] * settings.rows,
-        [()] * settings.rows,
+    # Of one row, and repeated on the device: arrays over rows and vocabulary would be constants of the program.
+    _, idle = make_sampler(
+        [SamplingParams(temperature=0.0, seed=0)],
+        [()],
         config.vocab_size,
         profile=FULL,
         stop_width=settings.stop_ids,
         bias_width=settings.biases,
     )
-    return by_rows(idle_state(cache, jax.tree.map(jnp.array, sampler)))
+    sampler = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), settings.rows, axis=0), idle)
+    return by_rows(idle_state(cache, sampler))
 
 
 @jax.tree_util.register_dataclass
