@@ -85,6 +85,12 @@ def page_bytes(model: Model, page_size: int) -> int:
     return 2 * config.num_layers * heads * page_size * config.head_dim * jnp.dtype(model.dtype).itemsize
 
 
+def free_memory(model: Model) -> int | None:
+    """Bytes that are free on each of a model's devices; None where that is not known (`plan.device_memory`)."""
+    devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
+    return free_bytes(devices, of_device(model.device))
+
+
 def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
     """Sizes of decode steps. A CPU takes seconds to compile one, and gains little by many."""
     if on_cpu:
@@ -97,8 +103,7 @@ def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
 
 def _room(model: Model) -> int | None:
     """Bytes of each device that pages may take: what is free, less what the largest step needs besides."""
-    devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
-    free = free_bytes(devices, of_device(model.device))
+    free = free_memory(model)
     if free is None:
         return None
     config = model.config
