@@ -61,9 +61,7 @@ def latency_rows(
         firsts = [first for first, *_ in times(length, 1)]
         seconds = statistics.median(firsts)
         mfu = prefill_flops(model.config, 1, length, model.mesh) / seconds / ceilings.matmul_flops_per_s
-        yield Row(
-            f"pp{length}", length / seconds, seconds * 1e3, None, sound_share(mfu), _spread(firsts, seconds)
-        )
+        yield Row(f"pp{length}", length / seconds, seconds * 1e3, None, sound_share(mfu), _spread(firsts, seconds))
     for depth in depths:
         runs = times(max(1, depth), new)
         decodes = [last - first for first, *_, last in runs]

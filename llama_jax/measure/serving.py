@@ -150,9 +150,7 @@ async def _serve(
 
 async def _send(engine: Engine, works: Sequence[Work]) -> list[Record]:
     start = time.perf_counter()
-    async with asyncio.TaskGroup() as tasks:
-        sent = [tasks.create_task(_one(engine, work, start)) for work in works]
-    return [task.result() for task in sent]
+    return await asyncio.gather(*(_one(engine, work, start) for work in works))
 
 
 async def _one(engine: Engine, work: Work, start: float) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,9 +98,16 @@ def run_static(model: Model, works: Sequence[Work], batch: int) -> Run:
 
 def median(runs: Sequence[Run]) -> Run:
     """The medians of several runs, number by number."""
-    every = [asdict(run) for run in runs]
-    kinds = {name: type(value) for name, value in every[0].items()}
-    return Run(**{name: kind(statistics.median(run[name] for run in every)) for name, kind in kinds.items()})
+    return Run(**medians([asdict(run) for run in runs]))
+
+
+def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The medians of several mappings, name by name; counts stay whole numbers, and what one of them lacks is None."""
+    found = {}
+    for name, first in runs[0].items():
+        values = [run[name] for run in runs]
+        found[name] = None if None in values else type(first)(statistics.median(values))
+    return found
 
 
 def shares(run: Run, works: Iterable[Work], steady: Steady, rows: int) -> dict[str, float]:
@@ -123,9 +130,7 @@ def shares(run: Run, works: Iterable[Work], steady: Steady, rows: int) -> dict[s
 
 def meanwhile(before: Snapshot, after: Snapshot) -> dict[str, Any]:
     """What an engine has done between two moments: the counts of `Run`."""
-    computed, padding = (
-        getattr(after, name) - getattr(before, name) for name in ("computed_tokens", "padding_tokens")
-    )
+    computed, padding = (getattr(after, name) - getattr(before, name) for name in ("computed_tokens", "padding_tokens"))
     return {
         "prefix_hit_tokens": after.counts.prefix_hit_tokens - before.counts.prefix_hit_tokens,
         "preemptions": after.counts.preemptions - before.counts.preemptions,
