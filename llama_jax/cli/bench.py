@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
-
 from click.core import ParameterSource
 
 from llama_jax.cli import bench_latency, bench_serve, bench_throughput
@@ -105,8 +104,9 @@ def command(
         results.append(dataclasses.asdict(r))
         if not as_json:
             click.echo(
-                f"{r.batch:5d} {r.prompt:6d} {r.new:4d} {r.prefill_tps:13.0f} {share_text(r.mfu)} {r.prefill_s * 1e3:8.1f} "
-                f"{r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {share_text(r.mbu)} {r.spread:6.2f}"
+                f"{r.batch:5d} {r.prompt:6d} {r.new:4d} {r.prefill_tps:13.0f} {share_text(r.mfu)} "
+                f"{r.prefill_s * 1e3:8.1f} {r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {share_text(r.mbu)} "
+                f"{r.spread:6.2f}"
             )
             if r.void:
                 click.echo(f"      void: {' and '.join(r.void).upper()} above 1; {_VOID}")
@@ -135,7 +135,8 @@ def _refuse_options(ctx: click.Context) -> None:
     named = (option for option in ctx.command.params if option.name and option.expose_value)
     before = [option for option in named if ctx.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE]
     if before:
-        raise click.UsageError(f"{before[0].opts[-1]} must follow the name of the command, {ctx.invoked_subcommand}")
+        name = ctx.invoked_subcommand
+        raise click.UsageError(f"{before[0].opts[-1]} stands before {name}, whose options follow its name", ctx)
 
 
 for _further in (bench_throughput, bench_latency, bench_serve):

@@ -13,6 +13,7 @@ from llama_jax.cli.terminal import share_text
 
 @click.command(
     name="latency",
+    short_help="The engine with one request at a time.",
     epilog=examples(
         "llama-jax bench latency",
         "llama-jax bench latency --preset llama-3.1-8b --depth 0 --depth 4096 --json out.json",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,6 +159,14 @@ subject_options = gathered(
     ),
 )
 """The options of a `Subject`, as a command's argument `subject`."""
+
+
+def counts_text(counts: Mapping[str, Any]) -> str:
+    """What an engine did during a run (`throughput.meanwhile`)."""
+    return (
+        f"{counts['steps']} steps, {counts['padding_share']:.1%} padding, {counts['prefix_hit_tokens']} tokens found, "
+        f"{counts['preemptions']} preemptions, {counts['late_compilations']} late compilations"
+    )
 
 
 def rounds_option(default: int) -> Decorator:

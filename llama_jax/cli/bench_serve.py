@@ -9,7 +9,15 @@ from typing import Any
 
 import click
 
-from llama_jax.cli.bench_options import Requests, Subject, longest_of, request_options, rounds_option, subject_options
+from llama_jax.cli.bench_options import (
+    Requests,
+    Subject,
+    counts_text,
+    longest_of,
+    request_options,
+    rounds_option,
+    subject_options,
+)
 from llama_jax.cli.options import examples
 
 _NAMES = {"ttft": "first token", "tpot": "each token behind", "itl": "between tokens", "e2el": "whole answer"}
@@ -29,6 +37,7 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 
 @click.command(
     name="serve",
+    short_help="The engine with requests that arrive over time.",
     epilog=examples(
         "llama-jax bench serve --mix chat --rate 1 --requests 16 --scale 0.2",
         "llama-jax bench serve --preset llama-3.1-8b --mix chat --requests 128 --rate 8 --json out.json",
@@ -83,6 +92,5 @@ def _counts(numbers: Mapping[str, Any], counts: Mapping[str, Any]) -> tuple[str,
         f"{numbers['completed']} answered, {numbers['failed']} failed, in {numbers['duration']:.2f} s",
         f"{numbers['output_throughput']:.1f} output tok/s, {numbers['total_token_throughput']:.1f} total tok/s, "
         f"{numbers['request_throughput']:.2f} requests/s" + ("" if good is None else f", {good:.2f} of them good"),
-        f"{counts['steps']} steps, {counts['padding_share']:.1%} padding, {counts['prefix_hit_tokens']} tokens found, "
-        f"{counts['preemptions']} preemptions, {counts['late_compilations']} late compilations",
+        counts_text(counts),
     )

@@ -8,12 +8,21 @@ from typing import Any
 
 import click
 
-from llama_jax.cli.bench_options import Requests, Subject, longest_of, request_options, rounds_option, subject_options
+from llama_jax.cli.bench_options import (
+    Requests,
+    Subject,
+    counts_text,
+    longest_of,
+    request_options,
+    rounds_option,
+    subject_options,
+)
 from llama_jax.cli.options import examples
 
 
 @click.command(
     name="throughput",
+    short_help="The engine with many requests at once.",
     epilog=examples(
         "llama-jax bench throughput --mix mixed",
         "llama-jax bench throughput --preset llama-3.1-8b --mix sharegpt --requests 256 --json out.json",
@@ -83,8 +92,7 @@ def _rates(numbers: Mapping[str, Any]) -> str:
 
 def _details(numbers: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        f"  {numbers['steps']} steps, {numbers['padding_share']:.1%} padding, {numbers['prefix_hit_tokens']} tokens found, "
-        f"{numbers['preemptions']} preemptions, {numbers['late_compilations']} late compilations",
+        f"  {counts_text(numbers)}",
         f"  {numbers['ideal_share']:.1%} of the ideal schedule ({numbers['ideal_s']:.3f} s); total tok/s "
         f"{numbers['steady_share']:.1%} of steady decoding ({numbers['steady_tps']:.1f} tok/s)",
     )
