@@ -118,7 +118,7 @@ def test_shares_leave_out_what_was_found_in_the_cache() -> None:
     works = [Work(0, 0.0, (FIRST_ID,) * 100, 2)]
     run = Run(2.0, 1, 100, 2, 0.5, 1.0, 51.0)
     assert shares(run, works, STEADY, 4) == pytest.approx(
-        {"ideal_s": 1.5, "ideal_share": 0.75, "steady_tps": 2.5, "steady_share": 20.4}
+        {"ideal_s": 1.5, "ideal_share": 0.75, "steady_tps": 2.5, "steady_share": 20.4, "steady_output_share": 0.4}
     )
     found = Run(2.0, 1, 100, 2, 0.5, 1.0, 51.0, prefix_hit_tokens=60)
     assert shares(found, works, STEADY, 4)["ideal_s"] == pytest.approx(1.2)
@@ -201,7 +201,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "measure_ceilings", lambda dtype: Ceilings(1e12, 1e15))
 
 
-ENGINE = ["--preset", "tiny", "--rows", "4", "--page-size", "16"]
+ENGINE = ["--preset", "tiny", "--rows", "2", "--page-size", "16"]
 
 
 def run(*args: str) -> Result:
@@ -210,13 +210,13 @@ def run(*args: str) -> Result:
 
 def test_throughput(tiny: None, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    asked = ["--mix", "prefix", "--requests", "6", "--scale", "0.02", "--rounds", "2", "--static", "4"]
+    asked = ["--mix", "prefix", "--requests", "6", "--scale", "0.02", "--rounds", "2", "--static", "8"]
     done = run("throughput", *ENGINE, *asked, "--json", str(out))
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
     assert "of the ideal schedule" in done.stdout
     assert found["workload"]["mix"] == "prefix"
-    assert [r["batch"] for r in found["steady"]] == [1, 4]
+    assert [r["batch"] for r in found["steady"]] == [1, 2]
     for name in ("cold", "again"):
         run_ = found[name]
         assert len(run_["elapsed_times"]) == 2
@@ -224,7 +224,7 @@ def test_throughput(tiny: None, tmp_path: Path) -> None:
         assert run_["late_compilations"] == 0
         assert run_["ideal_share"] == pytest.approx(run_["ideal_s"] / run_["elapsed_time"])
     assert found["again"]["prefix_hit_tokens"] > found["cold"]["prefix_hit_tokens"]
-    assert found["static"]["batch"] == 4
+    assert found["static"]["batch"] == 8
     assert found["static"]["output_tokens_per_second"] > 0
     assert "steady_target" not in found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from llama_jax.errors import RequestError
 from llama_jax.measure.workloads import MIXES, Work, workload
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from llama_jax.engine.settings import EngineSettings
     from llama_jax.measure.bench import Ceilings
     from llama_jax.model.loaded import Model
-    from llama_jax.plan import MeshRequest
+    from llama_jax.plan import AutoMesh
 
 STANDARD_OUTPUT = "-"
 
@@ -38,7 +41,9 @@ preset_option: Decorator = click.option(
 )
 
 
-def measured_model(model: str, preset: str | None, loading: LoadOptions, devices: MeshRequest, *, quiet: bool) -> Model:
+def measured_model(
+    model: str, preset: str | None, loading: LoadOptions, devices: Mesh | AutoMesh | None, *, quiet: bool
+) -> Model:
     """The model to measure: loaded, or of a preset's shape with random weights."""
     from llama_jax import runtime
     from llama_jax.cli.progress import Reporter
@@ -185,17 +190,17 @@ class Requests:
     seed: int
     scale: float
 
-    def make(self, model: Model, **options: Any) -> list[Work]:
+    def make(self, model: Model, rate: float = math.inf) -> list[Work]:
         """The requests.
 
         Args:
-          options: further ones of `workload`.
+          rate: arrivals a second.
 
         Raises:
           RequestError: one of them is longer than the model's context.
         """
-        given = {"requests": self.requests, "seed": self.seed, "scale": self.scale}
-        works = workload(self.mix, model.config.vocab_size, **given, **options)
+        vocab = model.config.vocab_size
+        works = workload(self.mix, vocab, requests=self.requests, rate=rate, seed=self.seed, scale=self.scale)
         longest, context = longest_of(works), model.config.context_length
         if longest > context:
             raise RequestError(

@@ -70,7 +70,7 @@ def command(requests: Requests, rate: float | None, limits: Mapping[str, float],
 
     check_limits(limits)
     model = subject.load()
-    works = requests.make(model, rate=rate or math.inf)
+    works = requests.make(model, rate or math.inf)
     settings = subject.settings(model, longest_of(works))
     result = subject.about(model, settings, measure_ceilings(model.dtype))
     result["workload"] = requests.about(works, subject)

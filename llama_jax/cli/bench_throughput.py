@@ -77,7 +77,7 @@ def command(requests: Requests, static: int | None, rounds: int, subject: Subjec
     if mix.steady_target is not None:
         result |= _target(result["cold"], result["ready_s"], mix.steady_target)
         subject.show(
-            f"  with the start of the engine {result['steady_share_with_start']:.1%} of steady decoding; the target is "
+            f"  with the start of the engine {result['steady_share_with_start']:.1%} by all tokens; the target is "
             f"{mix.steady_target:.0%}"
         )
     subject.write(result)
@@ -93,8 +93,9 @@ def _rates(numbers: Mapping[str, Any]) -> str:
 def _details(numbers: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         f"  {counts_text(numbers)}",
-        f"  {numbers['ideal_share']:.1%} of the ideal schedule ({numbers['ideal_s']:.3f} s); total tok/s "
-        f"{numbers['steady_share']:.1%} of steady decoding ({numbers['steady_tps']:.1f} tok/s)",
+        f"  {numbers['ideal_share']:.1%} of the ideal schedule ({numbers['ideal_s']:.3f} s)",
+        f"  {numbers['steady_share']:.1%} of steady decoding ({numbers['steady_tps']:.1f} tok/s) by all tokens, "
+        f"{numbers['steady_output_share']:.1%} by output tokens alone",
     )
 
 

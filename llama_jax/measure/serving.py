@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,9 +46,10 @@ class Record:
     def times_ms(self) -> dict[str, list[float]]:
         """Each of `TIMES`; a request has one or none, but of `itl` many."""
         first, last = self.news[0], self.news[-1]
-        behind = [(last - first) / (self.tokens - 1)] if self.tokens > 1 else []
-        seconds = {"ttft": [first - self.sent], "tpot": behind, "itl": np.diff(self.news), "e2el": [last - self.sent]}
-        return {name: [1e3 * float(value) for value in values] for name, values in seconds.items()}
+        each = [(last - first) / (self.tokens - 1)] if self.tokens > 1 else []
+        gaps = np.diff(self.news).tolist()
+        seconds = {"ttft": [first - self.sent], "tpot": each, "itl": gaps, "e2el": [last - self.sent]}
+        return {name: [1e3 * value for value in values] for name, values in seconds.items()}
 
 
 def check_limits(limits: Mapping[str, float]) -> None:
@@ -93,8 +95,8 @@ def summary(records: Sequence[Record], duration: float, limits: Mapping[str, flo
     }
     for name in TIMES:
         values = np.asarray([value for each in times for value in each[name]])
-        numbers = {"mean": np.mean, "median": np.median, "std": np.std}
-        numbers |= {f"p{p}": lambda x, p=p: np.percentile(x, p) for p in PERCENTILES}
+        numbers: dict[str, Callable[..., Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
+        numbers |= {f"p{q}": partial(np.percentile, q=q) for q in PERCENTILES}
         found |= {f"{how}_{name}_ms": float(f(values)) if values.size else None for how, f in numbers.items()}
     return found
 
@@ -134,8 +136,8 @@ async def _serve(
     start, served = time.perf_counter(), []
     async with Engine(model, settings=settings) as engine:
         ready_s = time.perf_counter() - start
-        for works in warm_up(settings, model.config.vocab_size):
-            await _send(engine, works)
+        for first in warm_up(settings, model.config.vocab_size):
+            await _send(engine, first)
         for works in rounds:
             before: Snapshot = engine.snapshot()
             start = time.perf_counter()

@@ -115,8 +115,8 @@ def shares(run: Run, works: Iterable[Work], steady: Steady, rows: int) -> dict[s
 
     Returns:
       ideal_s: seconds of the ideal schedule, without prompt tokens that were found in the cache; ideal_share: of it the
-      run reached. steady_tps: tokens a second of steady decoding with `rows` rows; steady_share: prompt and output
-      tokens of the run a second, as a share of that.
+      run reached. steady_tps: tokens a second of steady decoding with `rows` rows; steady_share: what the run's prompt
+      and output tokens a second are of that; steady_output_share: its output tokens alone.
     """
     computed = max(0, run.total_input_tokens - run.prefix_hit_tokens)
     ideal, decode = steady.ideal_s(computed, [work.output_tokens for work in works]), steady.decode_tps(rows)
@@ -125,6 +125,7 @@ def shares(run: Run, works: Iterable[Work], steady: Steady, rows: int) -> dict[s
         "ideal_share": ideal / run.elapsed_time,
         "steady_tps": decode,
         "steady_share": run.tokens_per_second / decode,
+        "steady_output_share": run.output_tokens_per_second / decode,
     }
 
 
