@@ -140,21 +140,9 @@ def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
     return tuple(sorted({*sizes, rows}))
 
 
-<<<<<<< HEAD
 def _beside_pages(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh) -> int:
     """Bytes of each device that the largest step needs besides weights and pages."""
     width = max((layer.mlp if isinstance(layer.mlp, int) else 0) for layer in config.layers) // ruled(mesh).ways("mlp")
-=======
-def _room(model: Model) -> int | None:
-    """Bytes of each device that pages may take: what is free, less what the largest step needs besides."""
-    free = free_memory(model)
-    if free is None:
-        return None
-    config = model.config
-    with on_mesh(model.mesh):
-        width = max((layer.mlp if isinstance(layer.mlp, int) else 0) for layer in config.layers) // ways("mlp")
-    itemsize = jnp.dtype(model.dtype).itemsize
->>>>>>> d9d3fc984e2131878ce4a2f5180b27a5c345c8b0
     tokens = GPU_TOKENS[-1]
     logits = 5 * 4 * GPU_ROWS * config.vocab_size
     activations = tokens * (4 * config.hidden_size * 4 + 3 * max(width, config.hidden_size) * jnp.dtype(dtype).itemsize)
