@@ -216,7 +216,7 @@ class Core:
         scored = any(self._params(chunk.sequence).prompt_logprobs is not None for chunk in step.chunks)
         key = self.programs.choose("scored" if scored else "mixed", tokens, greedy=greedy)
         control = programs.mixed_control(key.size, self.settings.rows)
-        array, parts = control.new(positions=-1, rows=NO_ROW, pages=NO_ROW)
+        array, parts = control.new(positions=-1, rows=NO_ROW, pages=NO_ROW, at=key.size)
 
         def draw(row: int, at: int) -> None:
             parts["at"][row], parts["draws"][row] = at, 1
