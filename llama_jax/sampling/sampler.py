@@ -152,9 +152,11 @@ def _change_part(logits: jax.Array, state: SamplerState, *, axis: MeshAxes | Non
         """Of this device; the width where the id is of another one, or none."""
         return jnp.where((ids >= 0) & (ids >= first), ids - first, width)
 
+    # Scattered into an array of its own: the logits would be copied first, whether a row changes or not.
     barred = jnp.where(_early(state)[:, None], state.stop_ids, -1)
-    logits = logits.at[row, columns(barred)].set(_UNLIKELY, mode="drop")
-    logits = logits.at[row, columns(state.bias_ids)].add(state.bias, mode="drop")
+    added = jnp.zeros_like(logits).at[row, columns(state.bias_ids)].add(state.bias, mode="drop")
+    added = added.at[row, columns(barred)].set(-jnp.inf, mode="drop")
+    logits = jnp.where(added == -jnp.inf, _UNLIKELY, logits + added)
     logits = jax.lax.cond(jnp.any(_penalised(state)), lambda: _penalize(logits, state), lambda: logits)
     # A token that is allowed comes before all that are not, were it impossible by its logit.
     masked = jnp.where(token_mask.columns(state.allowed, first, width), jnp.maximum(logits, _UNLIKELY), -jnp.inf)
