@@ -23,12 +23,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llama_jax import jax_log
-from llama_jax.aot import compile_for, device_mesh
+from llama_jax.aot import Compilation, compile_for, device_mesh
 from llama_jax.aot.compiler import code_object, topology
 from llama_jax.aot.model import ModelCompilation, compile_model
 from llama_jax.cli import cli
 from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
+from llama_jax.engine.ahead import EngineCompilation, compile_engine
+from llama_jax.engine.compiled import Key, program_set
+from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import CompilerUnavailable, DoesNotFit, RequestError
+from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.library.configs import find_config
 from llama_jax.params import count_params, param_specs
 from llama_jax.plan import Verdict
@@ -433,6 +437,163 @@ def test_published_models_over_eight_devices(name: str, batch: int, gigabytes: f
     reduces = sum(c.count for c in result.decode.compilation.collectives if c.kind == "all-reduce")
     assert 2 * layers <= reduces <= 2 * layers + 2
     assert not any("permute" in c.kind for c in result.decode.compilation.collectives)
+
+
+# --- The engine -------------------------------------------------------------------------------------------------------
+
+HEADS = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 1024,
+    "max_position_embeddings": 8192,
+    "dtype": "bfloat16",
+}
+"""The shapes of an 8B model's layers, with a small vocabulary."""
+
+
+def engine_settings(**changes: Any) -> EngineSettings:
+    """An engine with one size of each program."""
+    fields: dict[str, Any] = {
+        "rows": 32,
+        "context": 1024,
+        "pages": 512,
+        "decode_rows": (32,),
+        "mixed_tokens": (256,),
+        "chunk_rows": 8,
+    }
+    return EngineSettings(**fields | changes)
+
+
+def assert_within_budgets(result: EngineCompilation) -> None:
+    """Nothing of this project's kernels spills or takes more than there is; attention uses matrix instructions."""
+    names = tuple(OPERATIONS)
+    for program, compilation in result.compilations.items():
+        for kernel in compilation.kernels:
+            assert not kernel.spills, (program, kernel.name)
+            assert not kernel.scratch_bytes, (program, kernel.name)
+            if kernel.name.startswith(names):
+                assert kernel.lds_bytes <= result.target.lds_bytes, (program, kernel.name)
+                assert kernel.waves * result.target.wave_size <= 1024, (program, kernel.name)
+                assert kernel.occupancy, (program, kernel.name)
+            if kernel.name.startswith(("decode_attention_shares", "flash_attention_forward")):
+                assert kernel.matrix_instructions, (program, kernel.name)
+
+
+def kernels_of(compilation: Compilation) -> set[str]:
+    """The operations of this project that have kernels in a program."""
+    return {name for name in OPERATIONS for kernel in compilation.kernels if kernel.name.startswith(name)}
+
+
+@pytest.mark.amd
+def test_the_state_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs that make and change rows, over two devices: the whole state lies on them as it is compiled for."""
+    monkeypatch.setattr("llama_jax.engine.ahead.program_set", lambda settings, greedy: [Key("join")])
+    config = config_from_hf(HEADS | {"num_hidden_layers": 1})
+    said: list[str] = []
+    settings = engine_settings()
+    result = compile_engine(config, find("mi300x"), {"tensor": 2}, settings=settings, progress=said.append)
+    assert [line.partition(",")[0] for line in said] == ["start", "join"]
+    assert result.devices == 2
+    pages = 2 * settings.pages * 4 * 64 * 128 * 2  # keys and values of four of the eight heads
+    rows = 32 * (4 * 1024 + 4 * 16 + 4 * 64 + (4 + 1 + 4) * 512)  # positions, pages, stops, and half the vocabulary
+    join = result.programs[Key("join")].memory
+    assert result.start.memory.outputs == pytest.approx(pages + rows, abs=10_000)
+    assert join.aliased == pytest.approx(pages + rows, abs=10_000)  # nothing of the state is copied
+    assert join.temporary < 100_000
+    assert result.programs[Key("join")].collectives == ()
+    weights = 2 * count_params(config)
+    assert result.verdict.phases["join"] == pytest.approx(weights // 2 + pages, rel=0.05)
+    assert result.fits
+
+
+@pytest.mark.amd
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_program_of_an_engine() -> None:
+    config, settings = config_from_hf(HEADS | {"num_hidden_layers": 1}), engine_settings()
+    result = compile_engine(config, find("mi300x"), settings=settings)
+    assert list(result.programs) == program_set(settings, greedy=True)
+    assert_within_budgets(result)
+    state = result.start.memory.outputs
+    for key, compilation in result.programs.items():
+        # The state is changed where it lies.
+        assert compilation.memory.aliased == pytest.approx(state, rel=1e-3), key
+        assert result.verdict.phases[key.name] >= compilation.memory.total
+        if key.name != "join":
+            expected = {"decode_attention", "add_rms_norm"} | ({"flash_attention"} if key.name != "decode" else set())
+            assert kernels_of(compilation) == expected, key
+    # The greedy ones are there because they do less.
+    for key in (Key("decode", 32), Key("mixed", 256)):
+        greedy = result.programs[Key(key.name, key.size, greedy=True)]
+        assert len(greedy.kernels) < len(result.programs[key].kernels)
+
+
+@pytest.mark.amd
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("name", "mesh", "gigabytes"), [("llama-3.1-8b", {}, 16.1), ("llama-3.1-70b", {"tensor": 8}, 17.7)]
+)
+def test_engines_of_published_models(name: str, mesh: dict[str, int], gigabytes: float) -> None:
+    config = preset(name)
+    settings = engine_settings(rows=64, context=8192, pages=8192, decode_rows=(64,), mixed_tokens=(512,))
+    result = compile_engine(config, find("mi300x"), mesh, settings=settings)
+    assert result.fits
+    assert result.weights == pytest.approx(gigabytes * 1e9, rel=0.02)
+    assert_within_budgets(result)
+    for key, compilation in result.programs.items():
+        reduces = sum(c.count for c in compilation.collectives if c.kind == "all-reduce")
+        if mesh and key.name != "join":
+            assert reduces >= 2 * config.num_layers, key
+        else:
+            assert not compilation.collectives, key
+
+
+@pytest.mark.amd
+def test_engines_that_are_refused() -> None:
+    config, target = config_from_hf(HEADS | {"num_hidden_layers": 1}), find("mi300x")
+    with pytest.raises(RequestError, match="one replica") as caught:
+        compile_engine(config, target, {"data": 2})
+    assert caught.value.param == "mesh"
+    with pytest.raises(RequestError, match="context of 9000"):
+        compile_engine(config, target, context=9000)
+    with pytest.raises(DoesNotFit, match=r"weights alone take 141\.1 GB on each of 1 devices") as no_room:
+        compile_engine(preset("llama-3.1-70b"), target, memory_fraction=0.5)
+    assert "--tp 8" in no_room.value.hint
+    with pytest.raises(DoesNotFit, match="a sequence of 131072 tokens takes 2048 pages"):
+        compile_engine(preset("llama-3.1-8b"), find("rx7900xtx"), memory_fraction=0.8)
+    with pytest.raises(RequestError, match="without arguments"):
+        compile_for("mi300x", lambda: jnp.ones(()), ())
+
+
+@pytest.mark.amd
+def test_engines_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command with an engine of which only the first program is compiled."""
+    monkeypatch.setattr("llama_jax.engine.ahead.program_set", lambda settings, greedy: [Key("join")])
+    asked = ["compile", str(folder), "--target", "mi300x", "--engine", "--batch", "16", "--context", "128"]
+    done = CliRunner().invoke(cli, [*asked, "--memory-fraction", "0.5"])
+    assert done.exit_code == 0, done.output
+    assert "1 x AMD Instinct MI300X (gfx942), one device; not run" in done.stdout
+    assert "bfloat16, 16 rows, context 128, 32 pages of 64 tokens" in done.stdout
+    assert "jax may use" in done.stdout
+    assert "\nfits: " in done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines() if re.match("  (start|join) ", line)] == [
+        "start",
+        "join",
+    ]
+    assert re.search(r"\] join, \d+\.\d s\n", done.stderr)
+    done = CliRunner().invoke(cli, [*asked, "--json"])
+    report = json.loads(done.stdout)
+    assert (report["settings"]["pages"], report["fits"], set(report["programs"])) == (32, True, {"start", "join"})
+    join = report["programs"]["join"]
+    assert join["memory"]["aliased"] > 2 * 2 * 32 * 4 * 64 * 32 * 2
+    assert join["kernels"][0]["spills"] == 0
+    assert report["peak_bytes"] >= report["weights_bytes"] + join["memory"]["arguments"]
+    done = CliRunner().invoke(cli, [*asked, "--prompt", "5"])
+    assert (done.exit_code, "leave out --prompt" in done.stderr) == (2, True)
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

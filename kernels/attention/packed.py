@@ -36,11 +36,11 @@ class Ranks(NamedTuple):
 
     Attributes:
       rank: int32 [n], how many tokens of its row stand before each; it means nothing for padding.
-      count: int32 [rows], the tokens of each row.
+      counts: int32 [rows], the tokens of each row.
     """
 
     rank: jax.Array
-    count: jax.Array
+    counts: jax.Array
 
 
 def ranks(row: jax.Array, rows: int) -> Ranks:
@@ -98,9 +98,9 @@ def single_tokens(row: jax.Array, count: jax.Array) -> Pieces:
 
 def blocks(row: jax.Array, of: Ranks, size: int, most: int) -> Pieces:
     """The tokens of rows with several as `most` pieces of `size`, those of a row one behind the other."""
-    rows = of.count.shape[0]
-    several = of.count > 1
-    pieces = jnp.where(several, (of.count + size - 1) // size, 0)
+    rows = of.counts.shape[0]
+    several = of.counts > 1
+    pieces = jnp.where(several, (of.counts + size - 1) // size, 0)
     first = jnp.cumsum(pieces, dtype=jnp.int32) - pieces
 
     def own(x: jax.Array, fill: Any) -> jax.Array:
@@ -184,7 +184,7 @@ def packed_attention(
         out = (one_by_one if looped else attend)(op, pieces.token, pieces.row)
         return out.reshape(-1, *q.shape[2:]).at[pieces.place].get(mode="fill", fill_value=jnp.nan)
 
-    single = single_tokens(row, of.count)
+    single = single_tokens(row, of.counts)
     out = of_tokens(decode_attention, is_reference(decode_attention, 1), single)
     chunk_rows = rows if rule.chunk_rows is None else min(max(rule.chunk_rows, 0), rows)
     looped = is_reference(flash_attention, MAX_BLOCK)

@@ -178,7 +178,7 @@ def compile_for(
 
     Raises:
       CompilerUnavailable: the compiler is missing, cannot be loaded here, or the target is not AMD's.
-      RequestError: no target has this name, or `jit_options` come with a jitted function.
+      RequestError: no target has this name, there are no arguments, or `jit_options` come with a jitted function.
     """
     import jax
     from jax._src import config
@@ -187,6 +187,12 @@ def compile_for(
     mesh = device_mesh(target, mesh_shape or {}) if mesh is None else mesh
     shaped = _abstract(args, in_shardings, mesh)
     keywords = {name: _abstract(value, None, mesh) for name, value in (kwargs or {}).items()}
+    if not jax.tree.leaves((shaped, keywords)):
+        raise RequestError(
+            "a program without arguments is compiled for this machine: nothing says that it is not",
+            param="args",
+            hint="give it one, with keep_unused=True if it needs none",
+        )
     if hasattr(f, "trace") and jit_options:
         raise RequestError(
             f"{', '.join(jit_options)} cannot be given for a function that is jitted already",

@@ -30,6 +30,10 @@ _WHEN = {
     "prefill": "in prefill",
     "growing": "while the cache grows",
     "decode": "in decode",
+    "start": "when the engine starts",
+    "join": "when rows begin",
+    "mixed": "in steps with prompts",
+    "scored": "in steps with prompts whose log-probabilities are asked for",
 }
 
 

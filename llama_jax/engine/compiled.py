@@ -14,16 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.aot.programs import Program
+from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining, Marked, join
+from llama_jax.engine.state import Joining, Marked, join, scrub
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState
-from llama_jax.sharding import on
+from llama_jax.sharding import in_use, on
 
 MARKED = 1024
 """Tokens that one call of `join` marks, at most."""
@@ -36,7 +38,7 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "mixed", "scored" or "join".
+      name: "decode", "mixed", "scored", "join" or "scrub".
       size: rows of "decode", tokens of "mixed" and "scored"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
@@ -57,7 +59,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
       greedy: whether there are programs for greedy requests alone: on a GPU they save what the full sampler costs, on a
         CPU they would cost more to compile than they save.
     """
-    keys = [Key("join"), Key("scored", settings.budget)]
+    keys = [Key("join"), Key("scrub"), Key("scored", settings.budget)]
     for only in (False, True) if greedy else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
@@ -101,6 +103,12 @@ class Programs:
         """See `state.join`."""
         return self._get(Key("join"))(state, leaving, new)
 
+    def scrub(self, state: DecodeState, pages: list[int]) -> DecodeState:
+        """See `state.scrub`."""
+        padded = np.full(self._settings.pages_per_row, self._settings.pages, np.int32)
+        padded[: len(pages)] = pages
+        return self._get(Key("scrub"))(state, padded)
+
     def step(self, key: Key, state: DecodeState, control: np.ndarray) -> tuple[Any, ...]:
         """See `programs.decode`, `mixed` and `scored`."""
         return self._get(key)(self._model.params, state, control, self._adapters)
@@ -112,64 +120,74 @@ class Programs:
         return self._compiled[key]
 
     def _compile(self, key: Key) -> Key:
-        with on(self._model.mesh), using(**self._model.kernels):
-            function, args, options = self._program(key)
-            state = jax.tree.map(lambda x: x.sharding, self._state)
-            shardings = {} if self._model.mesh is None else {"out_shardings": self._out(key, state)}
-            donated = 1 if key.size else 0
-            jitted = jax.jit(function, donate_argnums=(donated,), compiler_options=options or None, **shardings)
-            compiled = jitted.lower(*args).compile()
+        model = self._model
+        with on(model.mesh), using(**model.kernels):
+            made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
+            compiled = made.lower().compile()
         with self._lock:
             self._compiled[key] = compiled
         return key
 
-    def _out(self, key: Key, state: Any) -> Any:
-        return (state, *[None] * (3 if key.name == "scored" else 2)) if key.size else state
 
-    def _program(self, key: Key) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, str]]:
-        """The function, shapes of its arguments, and compiler options."""
-        settings, config = self._settings, self._model.config
+def program(
+    key: Key, config: LlamaConfig, settings: EngineSettings, params: Params, state: DecodeState, adapters: Params | None
+) -> Program:
+    """A program of the set. Call this, and lower it, where it is to be traced: inside of `sharding.on(mesh)`.
 
-        def ints(*shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, jnp.int32)
+    Args:
+      config: as the model computes (`Model.config`).
+      params, state, adapters: arrays or their shapes, with shardings; those of the state are the result's too.
+    """
 
-        if key.name == "join":
-            leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
-            return join, (self._state, leaving, self._joining()), {}
-        static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
-        if key.name == "decode":
-            control = programs.decode_control(key.size)
-            function: Callable[..., Any] = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
-            options = graph_options() if settings.steps > 1 else {}
-        else:
-            control = programs.mixed_control(key.size, settings.rows)
-            of_key: Callable[..., Any] = programs.scored if key.name == "scored" else programs.mixed
-            function, options = partial(of_key, **static, tokens=key.size), {}
-        return function, (self._model.params, self._state, ints(control.size), self._adapters), options
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    def _joining(self) -> Joining:
-        """Shapes of what `join` takes."""
-        n, settings, state = self._settings.chunk_rows, self._settings, self._state
+    function: Callable[..., Any]
+    where = jax.tree.map(lambda x: x.sharding, state)
+    if key.name in ("join", "scrub"):
+        leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
+        shardings = {"out_shardings": where} if in_use() else {}
+        args: tuple[Any, ...] = (state, leaving, _joining(settings, state))
+        function = join
+        if key.name == "scrub":
+            function, args = scrub, (state, ints(settings.pages_per_row))
+        return Program(str(key), jax.jit(function, donate_argnums=0, **shardings), args, {})
+    static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
+    if key.name == "decode":
+        control = programs.decode_control(key.size)
+        function = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
+        options = graph_options() if settings.steps > 1 else {}
+    else:
+        control = programs.mixed_control(key.size, settings.rows)
+        of_key: Callable[..., Any] = programs.scored if key.name == "scored" else programs.mixed
+        function, options = partial(of_key, **static, tokens=key.size, chunk_rows=settings.chunk_rows), {}
+    told = [None] * (3 if key.name == "scored" else 2)
+    shardings = {"out_shardings": (where, *told)} if in_use() else {}
+    jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
+    return Program(str(key), jitted, (params, state, ints(control.size), adapters), {})
 
-        def like(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
 
-        numbers = jax.ShapeDtypeStruct((n,), jnp.int32)
-        pages = jax.ShapeDtypeStruct((n, settings.pages_per_row), jnp.int32)
-        sampler: SamplerState = jax.tree.map(like, state.sampler)
-        marks = jax.ShapeDtypeStruct((MARKED,), jnp.int32)
-        marked = Marked(marks, marks, jax.ShapeDtypeStruct((MARKED,), jnp.bool))
-        return Joining(
-            rows=numbers,
-            pages=pages,
-            shared=numbers,
-            length=numbers,
-            limit=numbers,
-            rope_lengths=numbers,
-            adapter_ids=numbers,
-            sampler=without_vocabulary(sampler),
-            marked=marked,
-        )
+def _joining(settings: EngineSettings, state: DecodeState) -> Joining:
+    """Shapes of what `join` takes."""
+    n = settings.chunk_rows
+
+    def like(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+
+    numbers = jax.ShapeDtypeStruct((n,), jnp.int32)
+    pages = jax.ShapeDtypeStruct((n, settings.pages_per_row), jnp.int32)
+    marks = jax.ShapeDtypeStruct((MARKED,), jnp.int32)
+    return Joining(
+        rows=numbers,
+        pages=pages,
+        shared=numbers,
+        length=numbers,
+        limit=numbers,
+        rope_lengths=numbers,
+        adapter_ids=numbers,
+        sampler=jax.tree.map(like, without_vocabulary(state.sampler)),
+        marked=Marked(marks, marks, jax.ShapeDtypeStruct((MARKED,), jnp.bool)),
+    )
 
 
 def without_vocabulary(sampler: SamplerState) -> SamplerState:

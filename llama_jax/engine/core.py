@@ -280,6 +280,8 @@ class Core:
         ending: Ending | None = None
         if flags & programs.DONE:
             ending = "failed" if flags & programs.FAILED else "stop" if flags & programs.STOPPED else "length"
+            if ending == "failed":
+                self._state = self.programs.scrub(self._state, self.scheduler.own_pages(sequence.id))
             self.scheduler.finish(sequence.id, keep=ending != "failed")
             del self._asked[sequence.id]
         found = of_prompt = None

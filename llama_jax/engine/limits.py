@@ -42,12 +42,18 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("rows", "pages", "page_size", "pages_per_row", "chunk_rows", "steps"):
             if getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 1, got {getattr(self, name)}", param=name)
+                got = getattr(self, name)
+                raise RequestError(
+                    f"{name} must be at least 1, got {got}", param=name, hint="none of them can be left out"
+                )
         if self.waiting is not None and self.waiting < 0:
-            raise RequestError(f"waiting must not be negative, got {self.waiting}", param="waiting")
+            hint = "None lets any number wait"
+            raise RequestError(f"waiting must not be negative, got {self.waiting}", param="waiting", hint=hint)
         if self.boundary is not None and (self.boundary < 1 or self.boundary % self.page_size):
             raise RequestError(
-                f"boundary {self.boundary} is no multiple of the page size, {self.page_size}", param="boundary"
+                f"boundary {self.boundary} is no multiple of the page size, {self.page_size}",
+                param="boundary",
+                hint="prefixes are found page by page",
             )
         least = self.rows - 1 + self.cut
         if self.budget < least:

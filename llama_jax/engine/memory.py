@@ -30,22 +30,25 @@ class Memory:
         return len(self._rows)
 
     def find(self, sequence: Sequence) -> list[Block] | None:
-        """The blocks of a waiting sequence that it need not compute; None if it should wait for the next of them.
+        """The blocks of a waiting sequence that it need not compute; None if it should wait for more (see `awaits`).
 
-        It waits while a sequence with a row, and at least as urgent by its priority, is going to compute that block.
+        It waits while sequences with rows, of at least its priority, are going to compute them.
         """
         if not sequence.reuse or not self._shares(sequence):
             return []
-        if _awaits(sequence):
-            return None
-        keys = extend_keys(sequence, self.limits.page_size)
+        size = self.limits.page_size
+        keys = extend_keys(sequence, size)
         root = self._prefixes.root(sequence.domain)
         # At least one token is left to compute: the next one is drawn from its logits.
-        found, sequence.awaited = find(root, keys[: (len(sequence.tokens) - 1) // self.limits.page_size])
+        found, coming = find(root, keys[: (len(sequence.tokens) - 1) // size])
         root.prune()
-        if _awaits(sequence):
+        for block in coming:  # they come in order, so the last of them is the one to wait for
+            if not _awaited(sequence, block):
+                break
+            sequence.awaited = block
+        if awaits(sequence):
             return None
-        whole = max(1, self.limits.cut // self.limits.page_size)
+        whole = max(1, self.limits.cut // size)
         return found[: len(found) // whole * whole]
 
     def missing(self, sequence: Sequence, found: list[Block]) -> int:
@@ -77,7 +80,7 @@ class Memory:
         Args:
           keep: False if nobody may find what it has computed itself.
         """
-        for block in reversed(sequence.claims):
+        for block in sequence.claims:
             if block.computing is sequence:
                 block.computing = None
                 block.prune()
@@ -126,9 +129,10 @@ class Memory:
         return sequence.blocks[-1] if sequence.blocks else self._prefixes.root(sequence.domain)
 
 
-def _awaits(sequence: Sequence) -> bool:
-    """Whether the block that a sequence lacks is still to be computed by another that goes before it."""
-    block = sequence.awaited
-    if block is None or block.computing is None or block.pages:
-        return False
-    return block.computing.priority <= sequence.priority
+def awaits(sequence: Sequence) -> bool:
+    """Whether a block that a waiting sequence lacks is still to be computed by another."""
+    return sequence.awaited is not None and _awaited(sequence, sequence.awaited)
+
+
+def _awaited(sequence: Sequence, block: Block) -> bool:
+    return block.computing is not None and not block.pages and block.computing.priority <= sequence.priority

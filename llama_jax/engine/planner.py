@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from llama_jax.engine.limits import Limits
-from llama_jax.engine.memory import Memory
+from llama_jax.engine.memory import Memory, awaits
 from llama_jax.engine.prefixes import Block
 from llama_jax.engine.queues import Queues, urgency
 from llama_jax.engine.sequence import Phase, Sequence
@@ -15,8 +15,8 @@ from llama_jax.engine.steps import Chunk, Joining, Step
 LOOKAHEAD = 256
 """Waiting sequences that are looked at for one step, at most."""
 
-MISFITS = 8
-"""Those of them that do not fit, at most: each is looked up in the cache again."""
+MISFITS = 32
+"""Those of them that are looked up in the cache and do not start, at most."""
 
 PASSES = 16
 """Sequences that may go before one that came earlier and for which pages are missing."""
@@ -39,7 +39,7 @@ class _Plan:
     Attributes:
       starts: where the chunk of each prompt begins; it ends at `computed`.
       owed: pages that decoding rows wait for.
-      ending: pages that complete sequences are about to give back, once they have been counted.
+      ending: pages of complete sequences, once they have been counted.
     """
 
     joining: list[Joining] = field(default_factory=list)
@@ -80,33 +80,36 @@ class Planner:
 
     def _decode(self, plan: _Plan) -> None:
         """Every decoding row draws for which there are pages, the most urgent first."""
-        size, rows = self.limits.page_size, list(self.queues.decoding)
-        plan.steps = steps = self._stride(rows)
-        for sequence in rows:
+        rows = list(self.queues.decoding)
+        plan.steps, counts, needs = self._stride(rows)
+        for sequence, count, need in zip(rows, counts, needs, strict=True):
             if sequence.phase is not Phase.DECODING:  # preempted for the sake of one before it
                 continue
-            count = min(steps, sequence.limit - sequence.drawn)
-            need = -(-(sequence.computed + count) // size) - len(sequence.pages)
-            if need > 0:
+            if need:
                 if not self._room(sequence, need, plan):
                     plan.owed += need
                     continue
                 self.memory.book(sequence, need)
             sequence.computed += count
             sequence.drawn += count
-            self.totals.planned_tokens += count
             plan.decoding.append(sequence)
+            self.totals.planned_tokens += count
             if sequence.drawn == sequence.limit:
                 self.queues.move(sequence, Phase.COMPLETE)
 
-    def _stride(self, rows: list[Sequence]) -> int:
-        """Decode steps of the next dispatch: several only if they keep nobody waiting and preempt nobody."""
-        if self.limits.steps == 1 or not rows or len(self.queues.waiting) or len(self.queues.prompts):
-            return 1
-        counts = [min(self.limits.steps, s.limit - s.drawn) for s in rows]
-        ends = (self.memory.pages_for(s.computed + count) for s, count in zip(rows, counts, strict=True))
-        need = sum(end - len(s.pages) for s, end in zip(rows, ends, strict=True))
-        return max(counts) if need <= self.memory.pages.available else 1
+    def _stride(self, rows: list[Sequence]) -> tuple[int, list[int], list[int]]:
+        """Decode steps of the next dispatch: several only if they keep nobody waiting and preempt nobody.
+
+        Returns:
+          The steps, and of each row the tokens that it draws and the pages that it needs for them.
+        """
+        size, most = self.limits.page_size, self.limits.steps
+        if most > 1 and rows and not len(self.queues.waiting) and not len(self.queues.prompts):
+            counts = [min(most, s.limit - s.drawn) for s in rows]
+            needs = [(s.computed + n + size - 1) // size - len(s.pages) for s, n in zip(rows, counts, strict=True)]
+            if sum(needs) <= self.memory.pages.available:
+                return max(counts), counts, needs
+        return 1, [1] * len(rows), [s.computed // size + 1 - len(s.pages) for s in rows]
 
     def _room(self, sequence: Sequence, need: int, plan: _Plan) -> bool:
         """Whether pages are there for a decoding row, which may take them from less urgent ones."""
@@ -121,25 +124,21 @@ class Planner:
         return True
 
     def _coming(self, plan: _Plan) -> int:
-        """Pages that come free when steps in flight have ended."""
-        pages = self.memory.pages
+        """Pages that come free when steps in flight have ended, or may, where others share them."""
         if plan.ending is None:
-            plan.ending = sum(pages.users(page) == 1 for s in self.queues.complete for page in s.pages)
-        return pages.fenced + plan.ending
+            plan.ending = sum(len(s.pages) for s in self.queues.complete)
+        return self.memory.pages.fenced + plan.ending
 
     # --- Prompts
 
     def _compute_prompts(self, plan: _Plan) -> None:
         """Prompts under way go on, then others begin, with the tokens that decoding rows leave."""
         left = self.limits.budget - len(plan.decoding)
-        under_way = list(self.queues.prompts)
-        for sequence in under_way:
+        for sequence in list(self.queues.prompts):
             left -= self._compute(sequence, left, plan)
-        if not plan.owed:
-            left = self._admit(left, plan)
-        for sequence in under_way:  # nobody else could use what is left
-            if sequence.phase is Phase.PROMPT:
-                left -= self._compute(sequence, left, plan, alone=True)
+        left = self._admit(left, plan)
+        for sequence in list(self.queues.prompts):  # nobody else could use what is left
+            left -= self._compute(sequence, left, plan, alone=True)
 
     def _compute(self, sequence: Sequence, left: int, plan: _Plan, *, alone: bool | None = None) -> int:
         """Plans a chunk of a prompt, or more of its chunk; returns how many tokens."""
@@ -179,8 +178,11 @@ class Planner:
                 break
             if not sequence.known or (passed and sequence.priority > passed[0].priority):
                 break
+            if awaits(sequence):
+                continue
             found = memory.find(sequence)
             if found is None:
+                misfits += 1
                 continue
             computed = len(found) * self.limits.page_size
             count = self._chunk(sequence, computed, left)
@@ -189,11 +191,11 @@ class Planner:
                 misfits += 1
                 continue
             if memory.missing(sequence, found) + self._spare > memory.pages.available:
-                if sequence.passed == PASSES:
-                    break
                 misfits += 1
                 passed.append(sequence)
                 continue
+            if any(other.passed == PASSES for other in passed):
+                break
             for other in passed:
                 other.passed += 1
             self._start(sequence, found, plan)
@@ -208,7 +210,7 @@ class Planner:
 
     @property
     def _spare(self) -> int:
-        """Pages that newcomers leave: each decoding row soon needs one, and would take it from them."""
+        """Pages that newcomers leave: each decoding row needs one, now or soon, and would take it back from them."""
         return len(self.queues.decoding)
 
     def _start(self, sequence: Sequence, found: list[Block], plan: _Plan) -> None:
@@ -225,7 +227,7 @@ class Planner:
         """Preempts for the first that waits those of strictly lower priority, if it can start only then."""
         last = self.queues.least_urgent
         first = self.queues.waiting[0] if len(self.queues.waiting) else None
-        if first is None or last is None or last.priority <= first.priority or not first.known:
+        if first is None or last is None or last.priority <= first.priority or not first.known or awaits(first):
             return
         found = self.memory.find(first)
         if found is None:

@@ -61,27 +61,34 @@ class Prefixes:
         return self._top.child(tuple((kind, type(value), value) for kind, value in domain))
 
 
-def block_key(tokens: ListOf[int]) -> bytes:
-    """The tokens of one block, exactly."""
-    return array("i", tokens).tobytes()
+def block_keys(tokens: ListOf[int], size: int) -> list[bytes]:
+    """The tokens of each full block, exactly."""
+    data, width = array("i", tokens).tobytes(), size * array("i").itemsize
+    return [data[start : start + width] for start in range(0, len(data) - width + 1, width)]
 
 
 def extend_keys(sequence: Sequence, size: int) -> list[bytes]:
     """The keys of a sequence's full blocks of `size` known tokens, made for those that are new."""
     keys, tokens = sequence.keys, sequence.tokens
-    for start in range(len(keys) * size, len(tokens) - size + 1, size):
-        keys.append(block_key(tokens[start : start + size]))
+    if (len(keys) + 1) * size <= len(tokens):
+        keys += block_keys(tokens[len(keys) * size :], size)
     return keys
 
 
-def find(root: Block, keys: ListOf[bytes]) -> tuple[list[Block], Block | None]:
-    """The longest prefix of these blocks that pages hold, and the node behind it, if there is one."""
+def find(root: Block, keys: ListOf[bytes]) -> tuple[list[Block], list[Block]]:
+    """The blocks of a prefix: as many as pages hold, and those behind that are going to be computed."""
     found: list[Block] = []
+    coming: list[Block] = []
     node = root
     for key in keys:
         child = node.children.get(key)
-        if child is None or not child.pages:
-            return found, child
-        found.append(child)
+        if child is None:
+            break
+        if child.pages and not coming:
+            found.append(child)
+        elif child.computing is not None:
+            coming.append(child)
+        else:
+            break
         node = child
-    return found, None
+    return found, coming

@@ -115,13 +115,17 @@ def mixed(
     config: LlamaConfig,
     profile: SamplerProfile,
     tokens: int,
+    chunk_rows: int,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None]:
     """One step of prompts and decoding rows together.
+
+    Args:
+      chunk_rows: prompts in it, at most.
 
     Returns:
       The state, and `report` of all rows.
     """
-    state, told, logprobs, _ = _mixed(params, state, control, adapters, config, profile, tokens)
+    state, told, logprobs, _ = _mixed(params, state, control, adapters, config, profile, tokens, chunk_rows)
     return state, told, logprobs
 
 
@@ -134,9 +138,12 @@ def scored(
     config: LlamaConfig,
     profile: SamplerProfile,
     tokens: int,
+    chunk_rows: int,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None, Logprobs]:
     """`mixed`, with the log-probabilities of what follows each token [tokens], and of the most likely [tokens, n]."""
-    state, told, logprobs, hidden = _mixed(params, state, control, adapters, config, profile, tokens, captured=True)
+    state, told, logprobs, hidden = _mixed(
+        params, state, control, adapters, config, profile, tokens, chunk_rows, captured=True
+    )
     assert hidden is not None
     behind = mixed_control(tokens, len(state.done)).parts(control)["next"]
 
@@ -159,6 +166,7 @@ def _mixed(
     config: LlamaConfig,
     profile: SamplerProfile,
     tokens: int,
+    chunk_rows: int,
     *,
     captured: bool = False,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None, jax.Array | None]:
@@ -179,6 +187,7 @@ def _mixed(
         "positions": jnp.where(decoding, last, positions)[None],
         "cache": state.cache,
         "rows": row[None],
+        "chunk_rows": chunk_rows,
         "rope_lengths": state.rope_lengths,
         "adapters": adapters,
         "adapter_ids": None if adapters is None else own(state.adapter_ids, 0)[None],

@@ -52,7 +52,7 @@ class Sequence:
         it did not fit.
       arrival: its turn among all that were added.
       keys: of its full blocks; blocks: those of them in the tree of prefixes that its pages hold; claims: blocks that
-        others may wait for it to compute; awaited: the block that it waits for itself.
+        others may wait for it to compute; awaited: the last block that it waits for itself.
     """
 
     id: int

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llama_jax.cache import DEFAULT_PAGE_SIZE
+from llama_jax.config import LlamaConfig
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.layout import local_heads
 from llama_jax.model.loaded import Model
 from llama_jax.plan.device_memory import free_bytes
-from llama_jax.sharding import on as on_mesh
-from llama_jax.sharding import ways
+from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import of_device
 
 GPU_ROWS, CPU_ROWS = 256, 8
@@ -44,7 +47,47 @@ def default_settings(
       RequestError: the context is longer than the model's.
     """
     on_cpu = model.device.platform == "cpu"
-    longest = model.config.context_length
+    free = None
+    if not on_cpu:
+        devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
+        free = free_bytes(devices, of_device(model.device))
+    return settings_for(
+        model.config,
+        model.dtype,
+        model.mesh,
+        on_cpu=on_cpu,
+        free=free,
+        rows=rows,
+        context=context,
+        pages=pages,
+        page_size=page_size,
+        steps=steps,
+        prefix_cache=prefix_cache,
+        waiting=waiting,
+    )
+
+
+def settings_for(
+    config: LlamaConfig,
+    dtype: DTypeLike,
+    mesh: AnyMesh,
+    *,
+    on_cpu: bool,
+    free: int | None,
+    rows: int | None = None,
+    context: int | None = None,
+    pages: int | None = None,
+    page_size: int = DEFAULT_PAGE_SIZE,
+    **options: Any,
+) -> EngineSettings:
+    """`default_settings`, of a model that need not be there.
+
+    Args:
+      config: on a mesh, with key/value heads repeated as `load` does it.
+      free: bytes of each device beside the weights; None where that is not known.
+      options: other fields of `EngineSettings`.
+    """
+    longest = config.context_length
     if context is not None and not 0 < context <= longest:
         raise RequestError(
             f"a context of {context} tokens; the model's is {longest}", param="context", hint=f"at most {longest}"
@@ -53,8 +96,10 @@ def default_settings(
     rows = (CPU_ROWS if on_cpu else GPU_ROWS) if rows is None else rows
     each = -(-context // page_size)
     if pages is None:
-        free = None if on_cpu else _room(model)
-        pages = rows * each if free is None else min(rows * each, free // page_bytes(model, page_size))
+        pages = rows * each
+        if free is not None:
+            room = max(free - _beside_pages(config, dtype, mesh), 0)
+            pages = min(pages, room // page_bytes(config, dtype, mesh, page_size))
     if pages < each:
         raise DoesNotFit(
             f"a sequence of {context} tokens takes {each} pages of {page_size}; there is memory for {pages}",
@@ -69,20 +114,14 @@ def default_settings(
         mixed_tokens=tuple(tokens),
         chunk_rows=min(CHUNK_ROWS, rows),
         page_size=page_size,
-        steps=steps,
-        prefix_cache=prefix_cache,
-        waiting=waiting,
+        **options,
     )
 
 
-def page_bytes(model: Model, page_size: int) -> int:
+def page_bytes(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh, page_size: int) -> int:
     """Bytes that a page takes on each device: keys and values of all layers."""
-    with on_mesh(model.mesh):
-        from llama_jax.sharding.context import current
-
-        heads = local_heads(model.config, current())[1]
-    config = model.config
-    return 2 * config.num_layers * heads * page_size * config.head_dim * jnp.dtype(model.dtype).itemsize
+    heads = local_heads(config, mesh)[1]
+    return 2 * config.num_layers * heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 def free_memory(model: Model) -> int | None:
@@ -101,16 +140,10 @@ def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
     return tuple(sorted({*sizes, rows}))
 
 
-def _room(model: Model) -> int | None:
-    """Bytes of each device that pages may take: what is free, less what the largest step needs besides."""
-    free = free_memory(model)
-    if free is None:
-        return None
-    config = model.config
-    with on_mesh(model.mesh):
-        width = max((layer.mlp if isinstance(layer.mlp, int) else 0) for layer in config.layers) // ways("mlp")
-    itemsize = jnp.dtype(model.dtype).itemsize
+def _beside_pages(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh) -> int:
+    """Bytes of each device that the largest step needs besides weights and pages."""
+    width = max((layer.mlp if isinstance(layer.mlp, int) else 0) for layer in config.layers) // ruled(mesh).ways("mlp")
     tokens = GPU_TOKENS[-1]
     logits = 5 * 4 * GPU_ROWS * config.vocab_size
-    activations = tokens * (4 * config.hidden_size * 4 + 3 * max(width, config.hidden_size) * itemsize)
-    return max(free - logits - 2 * activations - (1 << 30), 0)
+    activations = tokens * (4 * config.hidden_size * 4 + 3 * max(width, config.hidden_size) * jnp.dtype(dtype).itemsize)
+    return logits + 2 * activations + (1 << 30)

@@ -28,15 +28,17 @@ def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -
     cache = PagedCache.create(
         config, settings.rows, settings.context, dtype, page_size=settings.page_size, pages=settings.pages
     )
-    _, sampler = make_sampler(
-        [SamplingParams(temperature=0.0, seed=0)] * settings.rows,
-        [()] * settings.rows,
+    # Of one row, and repeated on the device: arrays over rows and vocabulary would be constants of the program.
+    _, idle = make_sampler(
+        [SamplingParams(temperature=0.0, seed=0)],
+        [()],
         config.vocab_size,
         profile=FULL,
         stop_width=settings.stop_ids,
         bias_width=settings.biases,
     )
-    return by_rows(idle_state(cache, jax.tree.map(jnp.array, sampler)))
+    sampler = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x), settings.rows, axis=0), idle)
+    return by_rows(idle_state(cache, sampler))
 
 
 @jax.tree_util.register_dataclass
@@ -102,6 +104,16 @@ def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
         sampler[field.name] = put(into, new.rows, jnp.zeros((), into.dtype) if value is None else value)
     state = dataclasses.replace(state, cache=cache, sampler=SamplerState(**_marked(sampler, new.marked)), **rows)
     return by_rows(state)
+
+
+def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
+    """The state with zeros in pages int32 [n]; numbers that are no page are padding.
+
+    Attention gives no weight to what is left in a page behind its row's last token, but NaN times nothing is NaN.
+    """
+    cache = paged(state)
+    k, v = (tuple(x.at[pages].set(0, mode="drop") for x in each) for each in (cache.k, cache.v))
+    return by_rows(dataclasses.replace(state, cache=dataclasses.replace(cache, k=k, v=v)))
 
 
 def paged(state: DecodeState) -> PagedCache:

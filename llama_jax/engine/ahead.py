@@ -1,0 +1,168 @@
+"""An engine compiled for AMD GPUs that this machine does not have: every program, its memory and its kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from llama_jax.aot import Compilation, compile_for, device_mesh
+from llama_jax.aot.programs import Program, fused_parameters
+from llama_jax.config import LlamaConfig
+from llama_jax.decode.loop import DecodeState
+from llama_jax.engine.compiled import THREADS, Key, program, program_set
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.sizing import settings_for
+from llama_jax.engine.state import new_state
+from llama_jax.errors import DoesNotFit, RequestError
+from llama_jax.layout import check
+from llama_jax.plan import MEMORY_FRACTION, Verdict
+from llama_jax.plan.device_memory import usable_bytes
+from llama_jax.plan.memory import DeviceShare
+from llama_jax.sharding import ruled
+from llama_jax.targets import Target, abstract_device
+
+START = "start"
+"""The program that makes the state, which `Core` runs once."""
+
+
+@dataclass(frozen=True)
+class EngineCompilation:
+    """An engine compiled for a target.
+
+    Attributes:
+      sizes: of the mesh's axes by name, empty for one device; dtype: of parameters and cache.
+      weights: bytes of the parameters on each device; loading: the peak while they are read.
+      start: the program that makes the state; programs: every one of `program_set`.
+      fraction: of each device's memory that jax may use.
+    """
+
+    target: Target
+    sizes: Mapping[str, int]
+    dtype: str
+    settings: EngineSettings
+    weights: int
+    loading: int
+    start: Compilation
+    programs: Mapping[Key, Compilation]
+    fraction: float
+
+    @property
+    def devices(self) -> int:
+        """How many it is for."""
+        return self.start.devices
+
+    @property
+    def compilations(self) -> Mapping[str, Compilation]:
+        """All by name, in the order in which an engine compiles them."""
+        return {START: self.start} | {str(key): compilation for key, compilation in self.programs.items()}
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it fits: loading as planned; the others, each the largest of its name, as XLA reports them, with the
+        code of all programs, which stay on the device."""
+        code = sum(compilation.memory.code for compilation in self.compilations.values())
+        phases = {"loading": self.loading}
+        for name, compilation in ((START, self.start), *((key.name, c) for key, c in self.programs.items())):
+            beside = self.weights if name in (START, "join") else 0  # the others take the weights as arguments
+            needs = beside + compilation.memory.total - compilation.memory.code + code
+            phases[name] = max(needs, phases.get(name, 0))
+        return Verdict.of(self.target, phases, self.fraction)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every program fits; None where the table has no memory for the target."""
+        return self.verdict.fits
+
+
+def compile_engine(
+    config: LlamaConfig,
+    target: Target,
+    mesh_shape: Mapping[str, int] | None = None,
+    *,
+    dtype: DTypeLike = "bfloat16",
+    memory_fraction: float = MEMORY_FRACTION,
+    settings: EngineSettings | None = None,
+    progress: Callable[[str], None] | None = None,
+    **sizes: Any,
+) -> EngineCompilation:
+    """Compiles every program of an engine on one replica of a model, several at a time.
+
+    Args:
+      mesh_shape: axis name to number of devices; "data" is none of them, since each replica has an engine of its own.
+      dtype: of parameters and cache.
+      memory_fraction: of each device's memory that jax may use.
+      settings: sizes of the engine; by default those that it takes on such a device when the weights are there.
+      progress: called with a line of text after each program.
+      sizes: without `settings`: rows, context, pages, ... as for `default_settings`.
+
+    Raises:
+      RequestError: the mesh splits rows, nothing of the model divides by "tensor", or the context is longer than the
+        model's.
+      DoesNotFit: the weights, or one sequence of the context's length beside them, are larger than a device's memory.
+      CompilerUnavailable: the compiler for AMD GPUs is missing, or the target is not AMD's.
+    """
+    say = progress or (lambda line: None)
+    dtype = jnp.dtype(dtype)
+    check(config, mesh_shape)
+    mesh = device_mesh(target, mesh_shape or {})
+    if ruled(mesh).ways("batch") > 1:
+        raise RequestError(
+            f"an engine runs on one replica of the model, and the mesh has {ruled(mesh).ways('batch')}",
+            param="mesh",
+            hint="leave out the axis data: every replica compiles the same programs",
+        )
+    share = DeviceShare(config, target, mesh, dtype.itemsize)
+    usable = usable_bytes(target, memory_fraction)
+    if usable is not None and share.weights > usable:
+        raise DoesNotFit(
+            f"the weights alone take {share.weights / 1e9:.1f} GB on each of {mesh.size} devices, and jax may use "
+            f"{usable / 1e9:.1f} GB of {target.name}",
+            hint="split the model over more devices, e.g. with --tp 8",
+        )
+    split = share.config
+    if settings is None:
+        free = None if usable is None else usable - share.weights
+        settings = settings_for(split, dtype, mesh, on_cpu=False, free=free, **sizes)
+
+    def compiled(made: Program) -> Compilation:
+        done = compile_for(target, made.function, made.args, mesh=mesh, kwargs=made.static)
+        say(f"{made.name}, {done.trace_s + done.compile_s:.1f} s")
+        return done
+
+    def begin(_: jax.Array) -> DecodeState:  # with an argument: without one it would be compiled for this machine
+        return new_state(split, settings, dtype)
+
+    nothing = jax.ShapeDtypeStruct((), jnp.bool)
+    start = compiled(Program(START, jax.jit(begin, keep_unused=True), (nothing,), {}))
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        start.compiled.out_info,
+        start.compiled.output_shardings,
+    )
+    params = fused_parameters(split, mesh, dtype)
+
+    def of_key(key: Key) -> Compilation:
+        with abstract_device(target, mesh):
+            made = program(key, split, settings, params, state, None)
+        return compiled(made)
+
+    keys = program_set(settings, greedy=True)
+    with ThreadPoolExecutor(THREADS) as pool:
+        programs = dict(zip(keys, pool.map(of_key, keys), strict=True))
+    return EngineCompilation(
+        target=target,
+        sizes=dict(mesh_shape or {}),
+        dtype=dtype.name,
+        settings=settings,
+        weights=share.weights,
+        loading=share.loading,
+        start=start,
+        programs=programs,
+        fraction=memory_fraction,
+    )

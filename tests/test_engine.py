@@ -1,0 +1,248 @@
+"""The engine draws what every request would draw alone, whatever else runs, arrives or is cancelled beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import resource
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engines import alone, golden_model, run, small_settings, some_requests, tiny_model, tokens
+from helpers import GOLDEN_CASES
+
+from llama_jax.engine.core import Core
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.errors import DoesNotFit, Overloaded, RequestError
+from llama_jax.model.loaded import Model
+from llama_jax.sampling import SamplingParams
+
+QUICK = {"llama3.1-rope", "mixtral-moe"}
+"""Of the golden models, those of the fast run."""
+
+
+def check(model: Model, core: Core, count: int, arrivals: list[int] | None = None, seed: int = 0) -> None:
+    """Runs requests through the engine, each of which must get what it gets alone."""
+    asked = some_requests(model, count, seed)
+    for request, news in zip(asked, run(core, asked, arrivals=arrivals), strict=True):
+        expected = alone(model, request)
+        assert tokens(news) == expected.tokens
+        assert news[-1].ending == expected.ending
+        if request[1].logprobs is None:
+            continue
+        found = [float(x) for drawn in news if drawn.logprobs is not None for x in drawn.logprobs.token]
+        np.testing.assert_allclose(found, expected.logprobs, atol=2e-4)
+
+
+def nothing_is_held(core: Core) -> None:
+    counts = core.snapshot().counts
+    assert (counts.running, counts.waiting, counts.pages_used, counts.pages_fenced) == (0, 0, 0, 0)
+    assert counts.pages_free + counts.pages_cached == core.settings.pages
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in GOLDEN_CASES])
+def test_every_family_draws_what_it_draws_alone(case: str) -> None:
+    """With prefixes in common, prompts in pieces, too few pages for all, and arrivals at any time."""
+    model = golden_model(case)
+    core = Core(model, small_settings(pages=12))
+    check(model, core, 9, arrivals=[0, 0, 0, 2, 5, 5, 9, 30, 31])
+    nothing_is_held(core)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prefix_cache": False},
+        {"steps": 4},
+        {"chunk_rows": 1, "mixed_tokens": (64,)},
+        {"rows": 1, "decode_rows": (1,), "chunk_rows": 1},
+        {"page_size": 64, "pages": 6},
+    ],
+    ids=str,
+)
+def test_sizes_change_nothing(changes: dict[str, Any]) -> None:
+    model = tiny_model()
+    core = Core(model, small_settings(**changes))
+    check(model, core, 14)
+    counts = core.snapshot().counts
+    assert (counts.prefix_hit_tokens > 0) == (changes.get("prefix_cache", True) and changes.get("page_size", 16) == 16)
+    nothing_is_held(core)
+    check(model, core, 14)  # with the cache warm
+    nothing_is_held(core)
+
+
+def test_preempted_rows_go_on_as_if_nothing_had_been() -> None:
+    """Three rows that need nine pages, of which there are six; penalties know of tokens drawn before."""
+    model = tiny_model()
+    core = Core(model, small_settings(pages=6))
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "presence_penalty": 0.7, "repetition_penalty": 1.2},
+        {"temperature": 0.8, "logprobs": 2},
+    ]
+    asked = [
+        ([3 + i, 4, 5 + i], SamplingParams(seed=i, max_tokens=40, ignore_eos=True, **kinds[i % 3])) for i in range(6)
+    ]
+    for request, news in zip(asked, run(core, asked), strict=True):
+        assert tokens(news) == alone(model, request).tokens
+    assert core.snapshot().counts.preemptions > 0
+    nothing_is_held(core)
+
+
+def test_nothing_is_compiled_after_ready() -> None:
+    model = tiny_model()
+    core = Core(model, small_settings(steps=2))
+    assert len(list(core.programs.compile_all())) == len(core.programs.keys)
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    try:
+        asked = some_requests(model, 12)
+        asked.append((asked[0][0], SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=2)))
+        run(core, asked, arrivals=list(range(13)))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in compiled if "backend_compile" in name]
+    assert core.snapshot().late_compilations == 0
+
+
+def test_prompts_are_scored_the_same_with_a_warm_cache() -> None:
+    model = tiny_model()
+    core = Core(model, small_settings())
+    prompt = np.random.default_rng(1).integers(3, 40, 60).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=4)
+    expected = alone(model, (prompt, params)).prompt_logprobs
+    for _ in range(2):
+        (news,) = run(core, [(prompt, params)])
+        scores = news[0].prompt_logprobs
+        assert scores is not None
+        np.testing.assert_allclose(scores.token, expected, atol=1e-5)
+        assert (scores.top[:, 0] >= scores.token - 1e-6).all()
+    scored_only = dataclasses.replace(params, max_tokens=0)
+    (news,) = run(core, [(prompt, scored_only)])
+    assert tokens(news) == ()
+    assert news[-1].ending == "length"
+    np.testing.assert_allclose(news[-1].prompt_logprobs.token, expected, atol=1e-5)
+    nothing_is_held(core)
+
+
+def test_logits_that_are_no_numbers_end_their_row_alone() -> None:
+    """Its pages serve nobody else; the same prompt fails again, and is not answered out of the cache."""
+    model = tiny_model()
+    params = jax.tree.map(lambda x: x, model.params)
+    params["embed"] = {"weight": params["embed"]["weight"].at[39].set(jnp.nan)}
+    broken = dataclasses.replace(model, params=params)
+    core = Core(broken, small_settings())
+    asked = [a for a in some_requests(model, 12, seed=3) if 39 not in a[0]]
+    shared = asked[1][0]
+    bad = ([*shared, 39, 4], SamplingParams(temperature=0.8, seed=1, max_tokens=5))
+    for _ in range(2):
+        *news, failed = run(core, [*asked, bad])
+        assert failed[-1].ending == "failed"
+        assert tokens(failed) == ()
+        for request, ours in zip(asked, news, strict=True):
+            expected = alone(model, request).tokens
+            cut = expected.index(39) + 1 if 39 in expected else len(expected)
+            assert tokens(ours)[:cut] == expected[:cut]
+    nothing_is_held(core)
+
+
+def test_cancelled_at_any_moment() -> None:
+    """Within a step nothing of them is left, and nobody else notices."""
+    model = tiny_model()
+    core = Core(model, small_settings())
+    asked = some_requests(model, 8)
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        kept = core.add(*asked[0], limit=asked[0][1].max_tokens or 0)
+        others = [core.add(prompt, params, params.max_tokens or 0) for prompt, params in asked[1:]]
+        drawn: list[int] = []
+        when = dict(zip(others, rng.integers(0, 30, len(others)).tolist(), strict=True))
+        for step in range(200):
+            for number in [number for number, at in when.items() if at == step]:
+                core.cancel(number)
+                core.cancel(number)
+            drawn += [token for news in core.step() if news.id == kept for token in news.tokens]
+            if core.idle:
+                break
+        assert tuple(drawn) == alone(model, asked[0]).tokens
+        nothing_is_held(core)
+
+
+def test_what_never_fits_is_refused() -> None:
+    core = Core(tiny_model(), small_settings(waiting=2))
+    greedy = SamplingParams(temperature=0.0, max_tokens=90)
+    with pytest.raises(DoesNotFit, match="96"):
+        core.add([1] * 50, greedy, 90)
+    numbers = [core.add([1] * 5, greedy, 4) for _ in range(2)]
+    with pytest.raises(Overloaded, match="2 requests wait"):
+        core.add([1] * 5, greedy, 4)
+    for number in numbers:
+        core.cancel(number)
+    assert core.step() == []
+    nothing_is_held(core)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decode_rows": (1, 2)}, "decode_rows"),
+        ({"mixed_tokens": (2,)}, "mixed_tokens"),
+        ({"steps": 17}, "steps"),
+        ({"page_size": 24}, "page"),
+    ],
+)
+def test_settings_that_contradict_themselves(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        small_settings(**changes)
+
+
+@pytest.mark.slow
+def test_many_short_requests_leave_nothing_behind() -> None:
+    """50,000, of which a third are cancelled: memory, pages, programs, threads and files stay as they are."""
+    model = tiny_model()
+    core = Core(
+        model,
+        EngineSettings(
+            rows=32, context=64, pages=80, decode_rows=(32,), mixed_tokens=(128,), chunk_rows=16, page_size=16
+        ),
+    )
+    for _ in core.programs.compile_all():
+        pass
+    rng = np.random.default_rng(0)
+    lengths, limits = rng.integers(1, 20, 50_000).tolist(), rng.integers(1, 6, 50_000).tolist()
+    cancelled = rng.random(50_000) < 1 / 3
+    params = [SamplingParams(temperature=0.0 if i % 2 else 1.0, seed=i, max_tokens=8) for i in range(16)]
+    running: dict[int, int] = {}
+    seen: list[tuple[int, int, int]] = []
+    added = 0
+    while added < 50_000 or running:
+        while len(running) < 64 and added < 50_000:
+            prompt = rng.integers(3, 40, lengths[added]).tolist()
+            number = core.add(prompt, params[added % 16], limits[added])
+            running[number] = int(rng.integers(0, 4)) if cancelled[added] else -1
+            added += 1
+            if added % 10_000 == 0:
+                gc.collect()
+                files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+                seen.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, threading.active_count(), files))
+        for number, left in list(running.items()):
+            if left == 0:
+                core.cancel(number)
+                del running[number]
+            elif left > 0:
+                running[number] -= 1
+        for drawn in core.step():
+            if drawn.ending:
+                running.pop(drawn.id, None)
+    while not core.idle:
+        core.step()
+    nothing_is_held(core)
+    assert core.snapshot().late_compilations == 0
+    (first, threads, files), (last, threads_then, files_then) = seen[0], seen[-1]
+    assert (threads, files) == (threads_then, files_then)
+    assert last - first < 30_000  # kilobytes
