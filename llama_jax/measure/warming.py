@@ -14,7 +14,7 @@ def warm_up(settings: EngineSettings, vocab: int) -> Iterator[list[Work]]:
     """Groups of requests, each to be answered before the next: prompts of the size of each mixed step, and as many
     short requests as each decode step has rows."""
     rng = np.random.default_rng(0)
-    longest = settings.pages_per_row * settings.page_size
+    longest = settings.context
 
     def work(number: int, length: int, new: int) -> Work:
         # Random ids: prompts that had a beginning in common would share it, and make smaller steps.
