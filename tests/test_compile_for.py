@@ -468,13 +468,12 @@ def engine_settings(**changes: Any) -> EngineSettings:
 
 
 def assert_within_budgets(result: EngineCompilation) -> None:
-    """Nothing of this project's kernels spills or takes more than there is; attention uses matrix instructions."""
-    names = tuple(OPERATIONS)
+    """This project's kernels do not spill, and take no more than there is; attention multiplies by matrix
+    instructions."""
     for program, compilation in result.compilations.items():
         for kernel in compilation.kernels:
-            assert not kernel.spills, (program, kernel.name)
-            assert not kernel.scratch_bytes, (program, kernel.name)
-            if kernel.name.startswith(names):
+            if kernel.name.startswith(tuple(OPERATIONS)):
+                assert (kernel.spills, kernel.scratch_bytes) == (0, 0), (program, kernel.name)
                 assert kernel.lds_bytes <= result.target.lds_bytes, (program, kernel.name)
                 assert kernel.waves * result.target.wave_size <= 1024, (program, kernel.name)
                 assert kernel.occupancy, (program, kernel.name)
