@@ -53,13 +53,19 @@ class Drawn:
     ending: Ending | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Asked:
-    """A sequence and what it was asked for with; the scores of its prompt so far."""
+    """A sequence and what it was asked for with.
+
+    Attributes:
+      greedy: whether a program for greedy requests serves it.
+      scores: of its prompt so far.
+    """
 
     sequence: Sequence
     params: SamplingParams
     adapter: int
+    greedy: bool
     scores: list[Logprobs] = field(default_factory=list)
 
 
@@ -146,7 +152,7 @@ class Core:
             reuse=params.prompt_logprobs is None,
         )
         self.scheduler.add(sequence)
-        self._asked[number] = _Asked(sequence, params, adapter)
+        self._asked[number] = _Asked(sequence, params, adapter, SamplerProfile.of([params]) == GREEDY)
         return number
 
     def cancel(self, number: int) -> None:
@@ -197,13 +203,13 @@ class Core:
         pages = [entry for entry in step.pages if entry[0] not in joined]
         flight = _Flight(step, [], [], None)
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
-        greedy = all(SamplerProfile.of([self._params(sequence)]) == GREEDY for sequence in everyone)
+        greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
         pack = self._mixed if step.chunks else self._decode
         key, control = pack(flight, pages, greedy=greedy)
         tokens = sum(chunk.count for chunk in step.chunks) + len(step.decoding)
         self._meter.dispatched(tokens * step.steps, key.size * step.steps)
         self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
-        if any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
+        if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs
         flight.scores = scores[0] if scores else None
         for array in jax.tree.leaves((flight.report, flight.logprobs, flight.scores)):
@@ -250,10 +256,13 @@ class Core:
         key = self.programs.choose("decode", len(decoding), greedy=greedy)
         control = programs.decode_control(key.size)
         array, parts = control.new(rows=NO_ROW, pages=NO_ROW, steps=flight.step.steps)
-        parts["rows"][: len(decoding)] = [sequence.row for sequence in decoding]
+        rows = [sequence.row for sequence in decoding]
+        parts["rows"][: len(rows)] = rows
         if pages:
             parts["pages"][: len(pages)] = pages
-        flight.rows = list(enumerate(decoding))
+        # The largest program computes all rows where they are.
+        lines = rows if key.size == self.settings.rows else range(len(rows))
+        flight.rows = list(zip(lines, decoding, strict=True))
         return key, array
 
     # --- From the device
@@ -264,15 +273,16 @@ class Core:
         for first, last, sequence in flight.spans:
             if (asked := self._asked.get(sequence.id)) and last > first:
                 asked.scores.append(jax.tree.map(lambda x, a=first, b=last: x[a:b], scores))
-        news = (self._taken(line, sequence, report[line].tolist(), logprobs) for line, sequence in flight.rows)
+        lines = report.tolist()
+        news = (self._taken(line, sequence, lines[line], logprobs) for line, sequence in flight.rows)
         drawn = [new for new in news if new]
         self._meter.ended(sum(len(new.tokens) for new in drawn))
         return drawn
 
     def _taken(self, line: int, sequence: Sequence, report: list[int], logprobs: Any) -> Drawn | None:
         """What a row's line of a report tells; nothing if its sequence has ended meanwhile."""
-        *tokens, flags = report
-        tokens = tokens[: flags & (programs.DONE - 1)]
+        flags = report[-1]
+        tokens = report[: flags & (programs.DONE - 1)]
         asked = self._asked.get(sequence.id)
         if asked is None:
             return None

@@ -90,20 +90,28 @@ def decode(
     rows: int,
     stride: int,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None]:
-    """Steps of some rows.
+    """Steps of some rows. Where the program has room for all of them, they are computed where they are.
 
     Returns:
-      The state, and `report` of these rows.
+      The state, and `report` of the rows that are given, or of all.
     """
     given = decode_control(rows).parts(control)
     state = book(state, given["pages"])
-    part = take_rows(state, given["rows"])
+    everyone = rows == len(state.done)
+    if everyone:
+        others = jnp.ones_like(state.done).at[given["rows"]].set(False, mode="drop")
+        part = dataclasses.replace(state, done=state.done | others)
+    else:
+        part = take_rows(state, given["rows"])
     if stride == 1:  # without a loop, about which a GPU would have to ask the host
         part, progress = decode_step(params, part, config=config, profile=profile, adapters=adapters)
     else:
         steps = given["steps"][0]
         part, progress = run_steps(params, part, steps, adapters, config=config, profile=profile, stride=stride)
-    return put_rows(state, given["rows"], part), *report(progress)
+    told = report(progress)
+    if everyone:
+        return by_rows(dataclasses.replace(part, done=jnp.where(others, state.done, part.done))), *told
+    return put_rows(state, given["rows"], part), *told
 
 
 def mixed(

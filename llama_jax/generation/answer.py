@@ -30,7 +30,8 @@ class Answer:
         self.rows = [RowText(tokenizer, params, endings, prompt) for _ in range(params.n)]
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.rows]
         self._of_prompt: Logprobs | None = None
-        self._asked = self._first = self._last = time.perf_counter()
+        self._asked = self._last = time.perf_counter()
+        self._first: float | None = None
 
     @property
     def ended(self) -> bool:
@@ -41,7 +42,7 @@ class Answer:
         """Takes over new tokens of one continuation; returns the text that is now certain."""
         row = self.rows[copy]
         self._last = time.perf_counter()
-        if not any(row.token_ids for row in self.rows):
+        if self._first is None:
             self._first = self._last
         if drawn.prompt_logprobs is not None:
             self._of_prompt = drawn.prompt_logprobs
@@ -58,7 +59,8 @@ class Answer:
 
     def timing(self) -> Timing:
         """Of this request alone."""
-        ttft, decoding = self._first - self._asked, self._last - self._first
+        first = self._last if self._first is None else self._first
+        ttft, decoding = first - self._asked, self._last - first
         behind = sum(max(len(row.token_ids) - 1, 0) for row in self.rows)
         return Timing(
             ttft_s=ttft,

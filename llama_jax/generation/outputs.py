@@ -129,6 +129,10 @@ class RowText:
             self._pending += self._detokenizer.finish()
         if last:
             self.finish_reason = "stop" if ended else "length"
+        if not self.params.stop:
+            certain, self._pending = self._pending, ""
+            self.text += certain
+            return certain
         if len(self.token_ids) > self.params.min_tokens:
             cut = min((at for s in self.params.stop if (at := self._pending.find(s)) >= 0), default=None)
             if cut is not None:
