@@ -34,6 +34,16 @@ def small_settings(**changes: Any) -> EngineSettings:
     return EngineSettings(**fields | changes)
 
 
+_COMPILED: dict[Any, Any] = {}
+
+
+def new_core(model: Model, settings: EngineSettings) -> Core:
+    """An engine; one of the same model and sizes as an earlier one takes over its programs."""
+    core = Core(model, settings)
+    core.programs._compiled = _COMPILED.setdefault((model.name, settings), core.programs._compiled)
+    return core
+
+
 @functools.cache
 def golden_model(case: str) -> Model:
     """A golden model in float32."""

@@ -15,6 +15,7 @@ class Answer:
 
     Attributes:
       rows: the text of each; logprobs: of its tokens, where they were asked for.
+      left: how many have not ended.
     """
 
     def __init__(
@@ -28,15 +29,11 @@ class Answer:
         self.prompt, self.params, self.limit = prompt, params, limit
         endings = params.ending_ids(eos_token_ids)
         self.rows = [RowText(tokenizer, params, endings, prompt) for _ in range(params.n)]
+        self.left = params.n
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.rows]
         self._of_prompt: Logprobs | None = None
         self._asked = self._last = time.perf_counter()
         self._first: float | None = None
-
-    @property
-    def ended(self) -> bool:
-        """Whether every continuation has."""
-        return all(row.finish_reason for row in self.rows)
 
     def take(self, copy: int, drawn: Drawn) -> str:
         """Takes over new tokens of one continuation; returns the text that is now certain."""
@@ -55,6 +52,7 @@ class Answer:
                 self.logprobs[copy].append(_logprob(drawn.logprobs, i, token, self.params.logprobs))
         if drawn.ending and not row.finish_reason:
             row.finish_reason = "error" if drawn.ending == "failed" else "length"
+        self.left -= row.finish_reason is not None
         return added
 
     def timing(self) -> Timing:

@@ -112,7 +112,8 @@ class Engine:
         self._streams: dict[Answer, _Stream] = {}
         self._inbox: deque[tuple[Callable[[_Stream], None], _Stream]] = deque()
         self._wake = threading.Event()
-        self._closing = False
+        self._posting = threading.Lock()
+        self._closing = self._ended = False
         self._thread: threading.Thread | None = None
 
     async def __aenter__(self) -> Self:
@@ -193,7 +194,7 @@ class Engine:
                     self._tell(news)
             except Exception as error:  # of the device, or a fault of ours: whoever waits has to learn of it
                 self._fail(error)
-        self._drop(EngineFailed("the engine was closed", hint="make a new one"))
+        self._drop(self._failed or EngineFailed("the engine was closed", hint="make a new one"))
 
     def _begin(self, stream: _Stream) -> None:
         assert self._jobs is not None
@@ -216,7 +217,7 @@ class Engine:
         if stream is None:
             return
         row, new = answer.rows[news.copy], len(news.drawn.tokens)
-        output = answer.output() if answer.ended else None
+        output = answer.output() if news.last else None
         logprobs = tuple(answer.logprobs[news.copy][-new:]) if answer.params.logprobs is not None and new else None
         if output is not None:
             del self._streams[answer]
@@ -236,15 +237,22 @@ class Engine:
 
     def _drop(self, error: EngineFailed) -> None:
         """Everybody who waits gets the error."""
-        waiting = [stream for do, stream in self._inbox if do == self._begin]
-        for stream in [*self._streams.values(), *waiting]:
-            stream.send(error)
+        with self._posting:
+            posted = list(self._inbox)
+            self._inbox.clear()
+            self._ended = self._closing
+        streams = [*self._streams.values(), *(stream for do, stream in posted if do == self._begin)]
         self._streams.clear()
-        self._inbox.clear()
+        for stream in streams:
+            stream.send(error)
 
     def _post(self, do: Callable[[_Stream], None], stream: _Stream) -> None:
-        self._inbox.append((do, stream))
-        self._wake.set()
+        with self._posting:
+            if not self._ended:
+                self._inbox.append((do, stream))
+                self._wake.set()
+            elif do == self._begin:
+                stream.send(self._failed or EngineFailed("the engine was closed", hint="make a new one"))
 
     def _check_open(self) -> None:
         if self._failed is not None:

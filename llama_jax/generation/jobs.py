@@ -19,12 +19,14 @@ class News:
 
     Attributes:
       copy: which continuation of the request; text: what is new and certain of it.
+      last: whether nothing follows for the request.
     """
 
     answer: Answer
     copy: int
     text: str
     drawn: Drawn
+    last: bool
 
 
 class Jobs:
@@ -76,7 +78,8 @@ class Jobs:
         news = []
         for drawn in self.core.step():
             answer, copy = self._of[drawn.id]
-            news.append(News(answer, copy, answer.take(copy, drawn), drawn))
+            text = answer.take(copy, drawn)
+            news.append(News(answer, copy, text, drawn, answer.left == 0))
             if answer.rows[copy].finish_reason:
                 self.core.cancel(drawn.id)  # a stop string, of which the device knows nothing
                 del self._of[drawn.id]

@@ -151,7 +151,7 @@ class LLM:
                 for news in self._jobs.step():
                     if progress is not None:
                         progress(numbers[news.answer], news.copy, news.text)
-                    if news.answer.ended:
+                    if news.last:
                         yield numbers.pop(news.answer), news.answer.output()
         finally:
             self._busy = False
