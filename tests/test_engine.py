@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import alone, golden_model, new_core, run, small_settings, some_requests, tiny_model, tokens
-from helpers import GOLDEN_CASES
+from helpers import GOLDEN_CASES, on_eight_devices
 
 from llama_jax.engine.core import Core
 from llama_jax.engine.settings import EngineSettings
@@ -246,3 +246,8 @@ def test_many_short_requests_leave_nothing_behind() -> None:
     (first, threads, files), (last, threads_then, files_then) = seen[0], seen[-1]
     assert (threads, files) == (threads_then, files_then)
     assert last - first < 30_000  # kilobytes
+
+
+@pytest.mark.slow
+def test_over_several_devices() -> None:
+    on_eight_devices("eight_devices_engine.py")

@@ -27,11 +27,12 @@ from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Meter, Snapshot
 from llama_jax.engine.state import NO_ROW, new_state
 from llama_jax.engine.steps import Step
+from llama_jax.errors import RequestError
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams
-from llama_jax.sharding import on
+from llama_jax.sharding import on, ways
 
 Ending = Literal["stop", "length", "failed"]
 
@@ -90,6 +91,18 @@ class Core:
     """Runs sequences of token ids on one replica of a model. Not safe for threads."""
 
     def __init__(self, model: Model, settings: EngineSettings, *, adapters: Params | None = None):
+        """An engine without sequences; programs are compiled when they are first used (`programs.compile_all`).
+
+        Raises:
+          RequestError: the model's mesh splits the batch.
+        """
+        with on(model.mesh):
+            if ways("batch") > 1:
+                raise RequestError(
+                    f"the mesh splits the batch over {ways('batch')} replicas of the model; an engine serves one",
+                    param="mesh",
+                    hint="split the model alone (tensor=N), with an engine for each replica",
+                )
         self.model, self.settings = model, settings
         self.scheduler = Scheduler(
             Limits(
