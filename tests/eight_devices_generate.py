@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -56,7 +54,7 @@ from llama_jax.model.adapters import empty_slots, put_adapter
 from llama_jax.model.fuse import arrange, fuse_params, repeat_kv_heads
 from llama_jax.model.loaded import Model
 from llama_jax.params import PROJECTION_AXES, Params, abstract_params, flatten, param_specs, unflatten
-from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample, token_logprobs
+from llama_jax.sampling import SamplerState, SamplingParams, make_sampler, sample
 
 MESHES = ("tensor=2", "data=2,tensor=4")
 
@@ -130,73 +128,6 @@ def assert_parts(params: Params, config: LlamaConfig, mesh: Mesh) -> None:
     for shape, leaf in parts.items():
         assert {shard.device for shard in leaf.addressable_shards} == set(mesh.devices.flat)
         assert {shard.data.shape for shard in leaf.addressable_shards} == {shape}
-
-
-# --- The sampler ------------------------------------------------------------------------------------------------------
-
-
-def rows_of(batch: int, vocab: int, spread: float, seed: int) -> jax.Array:
-    """Logits with ties among them."""
-    logits = np.random.default_rng(seed).standard_normal((batch, vocab)) * spread
-    return jnp.asarray(np.round(logits, 2), jnp.float32)
-
-
-SAMPLINGS: Mapping[str, SamplingParams] = {
-    "greedy": SamplingParams(temperature=0.0, logprobs=5),
-    "free": SamplingParams(seed=3),
-    "top_k": SamplingParams(temperature=0.8, top_k=40, seed=4),
-    "top_k of more than the candidates": SamplingParams(top_k=700, seed=5),
-    "top_p": SamplingParams(top_p=0.9, seed=6),
-    "top_p of a flat distribution": SamplingParams(temperature=50.0, top_p=0.95, seed=7),
-    "min_p": SamplingParams(min_p=0.02, seed=8),
-    "all": SamplingParams(
-        temperature=1.2,
-        top_k=60,
-        top_p=0.8,
-        min_p=0.001,
-        frequency_penalty=0.4,
-        presence_penalty=0.3,
-        repetition_penalty=1.3,
-        logit_bias={3: 2.0, 900: -100.0},
-        min_tokens=2,
-        stop_token_ids=[7, 1000, 1023],
-        logprobs=3,
-        seed=9,
-    ),
-}
-
-
-@pytest.mark.parametrize("mesh", ["tensor=4", "data=2,tensor=4"])
-@pytest.mark.parametrize("name", SAMPLINGS)
-def test_the_same_tokens_from_a_split_vocabulary(name: str, mesh: str) -> None:
-    """Token for token over three steps, with the state that each leaves; logits of four different spreads."""
-    batch, vocab = 4, 1024
-    params = [dataclasses.replace(SAMPLINGS[name], seed=(SAMPLINGS[name].seed or 0) + i) for i in range(batch)]
-    profile, state = make_sampler(params, [[1, 2, 3, 900 + i] for i in range(batch)], vocab, [1000])
-    plain = jax.jit(sample, static_argnames="profile")
-    other, here = state, state
-    for step in range(3):
-        logits = rows_of(batch, vocab, (1.0, 3.0, 8.0)[step], step)
-        tokens, state, logprobs = plain(logits, state, profile=profile)
-        with sharding.on(sharding.make_mesh(mesh)):
-            split = jax.device_put(logits, PartitionSpec("data" if "data" in mesh else None, "tensor"))
-            found, other, found_logprobs = plain(split, here, profile=profile)
-        assert found.tolist() == tokens.tolist()
-        jax.tree.map(np.testing.assert_array_equal, other, state)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found_logprobs, logprobs)
-        here = jax.tree.map(np.asarray, other)
-
-
-def test_log_probabilities_of_a_split_vocabulary() -> None:
-    logits, tokens = rows_of(6, 1024, 4.0, 0), jnp.asarray([0, 255, 256, 511, 512, 1023])
-    want = token_logprobs(logits, tokens, 7)
-    exact = jax.nn.log_softmax(logits)
-    np.testing.assert_allclose(want.token, exact[jnp.arange(6), tokens], rtol=1e-6)
-    with sharding.on(sharding.make_mesh("data=2,tensor=4")):
-        found = jax.jit(token_logprobs, static_argnums=2)(logits, tokens, 7)
-    assert found.top_ids.tolist() == want.top_ids.tolist() == jax.lax.top_k(exact, 7)[1].tolist()
-    np.testing.assert_allclose(found.token, want.token, rtol=1e-6)
-    np.testing.assert_allclose(found.top, want.top, rtol=1e-6)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from eight_devices_generate import SAMPLINGS, on_mesh, rows_of
+from eight_devices_generate import on_mesh
+from eight_devices_sampling import SAMPLINGS, rows_of
 from helpers import TINY, error, random_params, random_tokens, run, tiny_config
 from tiny_chat_model import write_chat_model
 

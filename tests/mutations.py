@@ -567,8 +567,8 @@ TEXT: tuple[Mutation, ...] = (
     Mutation(
         "min_tokens bars one token too many",
         "llama_jax/sampling/sampler.py",
-        "early = state.count < state.min_tokens",
-        "early = state.count <= state.min_tokens",
+        "return state.count < state.min_tokens",
+        "return state.count <= state.min_tokens",
         (f"{SAMPLING}::test_no_end_before_min_tokens[fields1-want1]",),
     ),
     Mutation(
@@ -672,9 +672,44 @@ SAMPLER: tuple[Mutation, ...] = (
     Mutation(
         "log-probabilities of the penalised logits",
         "llama_jax/sampling/sampler.py",
-        "_token_logprobs(raw, tokens, n=MAX_LOGPROBS, axis=axis)",
-        "_token_logprobs(logits, tokens, n=MAX_LOGPROBS, axis=axis)",
+        "token_logprobs(logits, tokens, MAX_LOGPROBS)",
+        "token_logprobs(_change(logits, state), tokens, MAX_LOGPROBS)",
         (f"{SAMPLING}::test_log_probabilities_are_of_the_raw_logits",),
+    ),
+    Mutation(
+        "the only token that is allowed is as impossible as the others",
+        "llama_jax/sampling/sampler.py",
+        "jnp.maximum(logits, _UNLIKELY), -jnp.inf)",
+        "logits, -jnp.inf)",
+        ("tests/test_sampling_work.py::test_masks_of_random_bits",),
+    ),
+    Mutation(
+        "a mask that allows nothing goes unnoticed",
+        "llama_jax/sampling/sampler.py",
+        "return rows | state.restricted & ~token_mask.any_allowed(state.allowed, logits.shape[1])",
+        "return rows",
+        ("tests/test_sampling_work.py::test_masks_of_random_bits",),
+    ),
+    Mutation(
+        "noise is drawn for greedy batches",
+        "llama_jax/sampling/sampler.py",
+        "jax.lax.switch(way, ways, logits)",
+        "ways[2](logits)",
+        ("tests/test_sampling_work.py::test_nothing_as_wide_as_the_vocabulary_is_computed_unasked[sampling]",),
+    ),
+    Mutation(
+        "of equal tokens that of the likelier block comes first",
+        "llama_jax/sharding/reductions.py",
+        "jnp.sort(jax.lax.top_k(jnp.max(x, axis=2), k)[1], axis=1)",
+        "jax.lax.top_k(jnp.max(x, axis=2), k)[1]",
+        ("tests/test_sampling_work.py::test_the_most_likely_tokens_of_many",),
+    ),
+    Mutation(
+        "a bad word counts wherever its tokens stood",
+        "llama_jax/sampling/bad_words.py",
+        "if text[len(text) - len(before) :] == before:",
+        "if set(before) <= set(text):",
+        ("tests/test_bad_words.py::test_no_text_ever_holds_a_bad_word",),
     ),
 )
 

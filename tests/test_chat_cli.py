@@ -132,6 +132,9 @@ def test_settings() -> None:
     assert with_setting(p, "stop", "5").stop == ("5",)
     assert with_setting(p, "stop", "none").stop == ()
     assert with_setting(p, "stop_token_ids", "5").stop_token_ids == (5,)
+    allowed = with_setting(p, "allowed_token_ids", "[5, 6]")
+    assert allowed.allowed_token_ids == (5, 6)
+    assert with_setting(allowed, "allowed_token_ids", "none").allowed_token_ids is None
     assert with_setting(p, "logit_bias", '{"3": 2}').logit_bias == {3: 2}
     assert with_setting(p, "seed", "7").seed == 7
     for name, value in (

@@ -174,18 +174,47 @@ def test_no_second_preemption_while_pages_are_coming() -> None:
     h.drain(60)
 
 
+def test_pages_that_are_coming_are_not_counted_twice() -> None:
+    """Two rows lack a page in the same step, and one victim has one page: the second row takes another victim."""
+    h = host(pages=11, budget=16, prefix_cache=False)
+    for id, prompt in enumerate((11, 12, 3, 3)):
+        h.add(sequence(id, prompt, 12))
+    while not h.scheduler.counts.preemptions:
+        h.schedule()
+        if len(h.flights) > 1:
+            h.deliver()
+    assert [s.id for s in h.live.values() if s.preemptions] == [2, 3]
+    h.drain(100)
+
+
+@pytest.mark.parametrize(("priority", "victim"), [(0, 2), (1, 1)])
+def test_the_victim_is_the_least_urgent_of_all_that_run(priority: int, victim: int) -> None:
+    h = host(pages=16, budget=4, prefix_cache=False)
+    h.add(sequence(0, 12, 20))
+    while h.live[0].phase is not Phase.DECODING:
+        step_now(h)
+    prompt = h.add(sequence(1, 40, 1, priority=priority))
+    step_now(h)
+    h.add(sequence(2, 3, 9))
+    while not h.scheduler.counts.preemptions:
+        assert prompt.phase is Phase.PROMPT
+        step_now(h)
+    assert [s.id for s in h.live.values() if s.preemptions] == [victim]
+    h.drain(100)
+
+
 def test_pages_of_sequences_that_draw_no_more_are_coming_too() -> None:
-    h = host(ahead=2, pages=4, rows=2, budget=8)
-    h.add(sequence(0, 12, 4))
-    h.add(sequence(1, 3, 2))
-    h.schedule()
-    h.schedule()
-    assert h.schedule() is None
+    h = host(ahead=2, pages=7, rows=3, budget=14)
+    for id, (prompt, limit) in enumerate([(16, 4), (4, 2), (3, 9)]):
+        h.add(sequence(id, prompt, limit))
+    assert ids(h.schedule()) == ([0, 1, 2], [])
+    assert ids(h.schedule()) == ([0], [1, 2])
+    assert h.schedule() is None  # the first and the last lack a page, and the second is about to give back two
     assert h.scheduler.counts.preemptions == 0
     h.deliver()
     assert h.deliver() == [1]
-    assert ids(h.schedule()) == ([], [0])
-    h.drain(10)
+    assert ids(h.schedule()) == ([], [0, 2])
+    h.drain(60)
 
 
 def test_preempted_go_before_new_ones() -> None:

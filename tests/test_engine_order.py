@@ -61,6 +61,20 @@ def test_a_prompt_that_does_not_fit_is_passed_a_bounded_number_of_times() -> Non
     h.drain(100)
 
 
+def test_a_lower_priority_passes_nobody() -> None:
+    """It would take pages that the other waits for, and have to give them back."""
+    h = host(pages=16, prefix_cache=False)
+    h.add(sequence(0, 20, 20))
+    step_now(h)
+    step_now(h)
+    h.add(sequence(1, 40, 1))
+    h.add(sequence(2, 4, 1, priority=1))
+    assert ids(step_now(h)) == ([], [0])
+    h.add(sequence(3, 4, 1))
+    assert ids(step_now(h)) == ([3], [0])
+    h.drain(80)
+
+
 def test_at_most_half_for_a_prompt_that_does_not_end_while_others_wait() -> None:
     h = host(budget=20, rows=1)
     h.add(sequence(0, 64, 1))

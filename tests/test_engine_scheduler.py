@@ -90,12 +90,13 @@ def test_several_steps_while_nothing_waits() -> None:
 
 
 def test_one_step_rather_than_a_preemption() -> None:
-    h = host(rows=2, pages=4, steps=4, prefix_cache=False)
+    h = host(rows=2, pages=5, steps=4, prefix_cache=False)
     for id in range(2):
         h.add(sequence(id, 6, 6))
-    step_now(h)
-    assert step_now(h).steps == 1
-    assert h.scheduler.counts.preemptions == 0
+    assert ids(step_now(h)) == ([0, 1], [])
+    step = step_now(h)  # four would need two pages, and one is free
+    assert (step.steps, ids(step)) == (1, ([], [0, 1]))
+    h.drain(60)
 
 
 # --- The rest of the interface
@@ -217,3 +218,15 @@ def test_a_lost_device_starts_again_with_what_is_known(in_flight: Host) -> None:
     assert [joining.sequence.id for joining in planned(h.schedule()).joining] == [0, 1]
     h.drain(60)
     assert all(len(s.tokens) == 12 for s in h.done.values())
+
+
+def test_one_that_has_all_its_tokens_is_not_computed_again() -> None:
+    h = host()
+    h.add(sequence(0, 3, 1))
+    h.schedule()
+    h.scheduler.drawn(0, [1])
+    (again,) = h.scheduler.reset()
+    assert again.tokens == [100, 100, 100, 1]
+    assert h.scheduler.schedule() is None
+    h.scheduler.finish(0)
+    assert h.scheduler.counts.running == h.scheduler.counts.waiting == 0

@@ -63,8 +63,8 @@ def packed_call(
     """
     rng, rows = np.random.default_rng(seed), len(new)
     tokens = [(r, old[r] + i) for r in range(rows) for i in range(new[r])]
-    # Padding of both kinds: no row, and no position.
-    tokens += [(rows, 3), (0, -1)][: length - len(tokens)] + [(rows + 2, -1)] * (length - len(tokens) - 2)
+    # Padding of all kinds: no such row, no position, neither.
+    tokens += [(rows, 3), (0, -1), (-1, 3)][: length - len(tokens)] + [(rows + 2, -1)] * (length - len(tokens) - 3)
     if shuffled:
         tokens = [tokens[i] for i in rng.permutation(length)]
     row, position = (np.asarray(x, np.int32) for x in zip(*tokens, strict=True))
@@ -88,7 +88,7 @@ def packed_call(
         places = replace(places, kv_segments=segments, q_segments=(position[None] >= 5).astype(np.int32))
     sinks = normal(HEADS) if extras else None
     kv = KeysValues(normal(*store), normal(*store), table)
-    real = (row < rows) & (position >= 0)
+    real = (row >= 0) & (row < rows) & (position >= 0)
     return Call(normal(1, length, HEADS, head_dim), kv, places, sinks, real)
 
 

@@ -11,7 +11,7 @@ from llama_jax.cache import NewCache
 from llama_jax.decode import buckets, loop
 from llama_jax.decode import prefill as prefill_module
 from llama_jax.sampling import SamplingParams, make_sampler
-from llama_jax.sampling.sampler import STOP_IDS
+from llama_jax.sampling.state import LEAST_WIDTH
 from llama_jax.sampling.truncation import truncate
 
 
@@ -21,17 +21,17 @@ def test_every_stop_id_ends_a_row(place: str) -> None:
     golden = load_golden("llama2-mha")
     prompt = golden.tokens[0][golden.mask[0]].tolist()
     tokens = golden.greedy[0].tolist()
-    margin = STOP_IDS + len(tokens)
+    margin = LEAST_WIDTH + len(tokens)
     stop = next(t for t in tokens[2:] if margin <= t < golden.config.vocab_size - margin)
     unused = [t for t in range(golden.config.vocab_size) if t not in tokens]
     below, above = [t for t in unused if t < stop], [t for t in unused if t > stop]
-    spare = STOP_IDS - 1
+    spare = LEAST_WIDTH - 1
     others = {"first": above[:spare], "middle": [*below[:2], *above[: spare - 2]], "last": below[:spare]}[place]
     assert len(others) == spare
 
     params = SamplingParams(temperature=0.0, ignore_eos=True, stop_token_ids=[*others, stop])
     profile, sampler = make_sampler([params], [prompt], golden.config.vocab_size)
-    assert sampler.stop_ids.shape == (1, STOP_IDS)
+    assert sampler.stop_ids.shape == (1, LEAST_WIDTH)
     room = len(tokens)
     capacity = buckets.cache_bucket(buckets.prompt_bucket(len(prompt)) + room)
     cache = NewCache(1, capacity, np.dtype(np.float32))

@@ -1,4 +1,7 @@
-"""The sampler against an independent one, in float64, that sorts the vocabulary."""
+"""The sampler against an independent one, in float64, that sorts the vocabulary.
+
+`eight_devices_sampling.py` runs on eight simulated devices.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import on_eight_devices
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -43,6 +47,8 @@ def reference_logits(
         x[token] = x[token] / p.repetition_penalty if x[token] > 0 else x[token] * p.repetition_penalty
     for token in set(output):
         x[token] -= p.frequency_penalty * list(output).count(token) + p.presence_penalty
+    if p.allowed_token_ids is not None:
+        x[np.setdiff1d(np.arange(len(x)), p.allowed_token_ids)] = -np.inf
     return x
 
 
@@ -138,6 +144,7 @@ def requests(draw: st.DrawFn, vocab: int) -> SamplingParams:
         min_tokens=draw(st.integers(0, 3)),
         stop_token_ids=draw(st.lists(tokens, max_size=2)),
         ignore_eos=draw(st.booleans()),
+        allowed_token_ids=draw(st.none() | st.lists(tokens, min_size=2, max_size=8)),
         logprobs=draw(st.sampled_from([None, 0, 2])),
         seed=draw(st.sampled_from([0, 1, 2**63 + 5, 2**64 - 1])),
     )
@@ -187,12 +194,13 @@ FEATURES: dict[str, dict[str, Any]] = {
     "presence": {"presence_penalty": 1.0},
     "frequency": {"frequency_penalty": 1.0},
     "min_tokens": {"min_tokens": 9, "stop_token_ids": [4]},
+    "allowed": {"allowed_token_ids": [2, 5, 6, 23]},
     "logprobs": {"logprobs": 3},
 }
 
 
-NEED_STATE = ("bias", "repetition", "presence", "frequency", "min_tokens")
-"""Features that need arrays as wide as the vocabulary."""
+FULL = ("bias", "repetition", "presence", "frequency", "min_tokens", "allowed")
+"""Features of the full profile."""
 
 
 @pytest.mark.parametrize("other", FEATURES)
@@ -216,7 +224,7 @@ def test_what_another_row_asks_for_changes_nothing(other: str) -> None:
 
 def test_every_setting_has_its_profile() -> None:
     for name, fields in FEATURES.items():
-        kind = "greedy" if name == "greedy" else "full" if name in NEED_STATE else "sampling"
+        kind = "greedy" if name == "greedy" else "full" if name in FULL else "sampling"
         assert SamplerProfile.of([SamplingParams(**fields)]) == SamplerProfile(kind, name == "logprobs"), name  # type: ignore[arg-type]
     assert SamplerProfile.of([SamplingParams(temperature=0.0, top_p=0.5, top_k=3)]) == SamplerProfile()
     mixed = SamplerProfile.of([SamplingParams(**fields) for fields in FEATURES.values()])
@@ -489,3 +497,9 @@ def test_sampler_outside_of_jit() -> None:
     want, want_after, want_logprobs = jitted_sample(logits, state, profile=profile)
     assert tokens.tolist() == want.tolist()
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), (after, logprobs), (want_after, want_logprobs))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # a process of its own, for some tens of seconds on an idle machine
+def test_on_eight_devices() -> None:
+    on_eight_devices("eight_devices_sampling.py")

@@ -42,6 +42,7 @@ BAD_FIELDS: dict[str, list[Any]] = {
         5,
         "5",
     ],
+    "allowed_token_ids": [[], (), [-1], [1.0], [True], ["1"], 5, "12", b"12", {1: 2}, [None], [NAN]],
     "seed": [-1, 2**64, 1.0, True, "1", NAN],
     "stop": ["", [""], ["a", ""], [5], 5, b"a", [b"a"], [None], {"a": 1}, True],
     "stop_token_ids": [[-1], [1.0], [True], ["1"], 5, "12", b"12", {1: 2}, [None], [NAN]],
@@ -80,7 +81,9 @@ def test_bad_values_name_their_field(field: str, value: Any) -> None:
         {"min_tokens": 100, "max_tokens": None},
         {"temperature": np.float32(0.5), "top_k": np.int32(5), "stop_token_ids": np.asarray([1, 2])},
         {"stop": ["é", "\n\n"], "stop_token_ids": (0, 2**31)},
-        {"stop": None, "stop_token_ids": None, "logit_bias": None},
+        {"stop": None, "stop_token_ids": None, "logit_bias": None, "allowed_token_ids": None},
+        {"allowed_token_ids": np.asarray([3, 1])},
+        {"allowed_token_ids": range(5)},
     ],
 )
 def test_limits_themselves_are_in_range(fields: dict[str, Any]) -> None:
@@ -88,7 +91,9 @@ def test_limits_themselves_are_in_range(fields: dict[str, Any]) -> None:
 
 
 @given(
-    field=st.sampled_from([f for f in BAD_FIELDS if f not in ("stop", "stop_token_ids", "logit_bias")]),
+    field=st.sampled_from(
+        [f for f in BAD_FIELDS if f not in ("stop", "stop_token_ids", "logit_bias", "allowed_token_ids")]
+    ),
     value=st.one_of(st.floats(), st.integers(), st.text(max_size=3), st.booleans(), st.none()),
 )
 def test_any_value_is_taken_or_refused_by_name(field: str, value: Any) -> None:
@@ -114,7 +119,7 @@ def test_one_stop_string_is_a_list_of_one() -> None:
     assert SamplingParams(stop=None).stop == ()
 
 
-@pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids"])
+@pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids", "allowed_token_ids"])
 def test_ids_outside_of_the_vocabulary(field: str) -> None:
     def params(token: int) -> SamplingParams:
         return SamplingParams(**{field: {token: 1.0} if field == "logit_bias" else [token]})

@@ -67,6 +67,8 @@ def _attend(rule: Rule, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, p
             kv_positions=slots(places.kv_positions, start, -1),
             kv_segments=slots(places.kv_segments, start, -1),
         )
+        # Nothing is known of what lies in slots without a token, and even NaN must weigh nothing.
+        v = jnp.where((at.kv_positions >= 0)[:, None, :, None], v, 0)
         logits = jax.lax.dot_general(
             rows, k, (((3,), (3,)), ((0, 1), (0, 1))), precision=precision, preferred_element_type=jnp.float32
         )

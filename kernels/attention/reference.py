@@ -65,6 +65,8 @@ def attention_reference(
     k, v = _dequantised(kv.k, kv.k_scale, q.dtype), _dequantised(kv.v, kv.v_scale, q.dtype)
     if kv.page_table is not None:
         k, v = gather_pages(k, kv.page_table), gather_pages(v, kv.page_table)
+        # Nothing is known of what lies in slots without a token, and even NaN must weigh nothing.
+        v = jnp.where((jnp.asarray(places.kv_positions) >= 0)[:, None, :, None], v, 0)
     batch, q_len, _, head_dim = q.shape
     kv_heads = k.shape[1]
     precision = matmul_precision(q.dtype)

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
+from llama_jax.cli import bench_latency, bench_serve, bench_throughput
+from llama_jax.cli.bench_options import measured_model, preset_option
+from llama_jax.cli.command_line import Group
 from llama_jax.cli.options import (
     LoadOptions,
     examples,
@@ -18,7 +22,7 @@ from llama_jax.cli.options import (
     quiet_option,
     requested_mesh,
 )
-from llama_jax.cli.terminal import pairs_text, print_json
+from llama_jax.cli.terminal import pairs_text, print_json, share_text
 
 if TYPE_CHECKING:
     from llama_jax.measure.profiling import ProgramTime
@@ -29,17 +33,20 @@ SHOWN_SHARE = 0.01
 """Programs that take less of the device's time than this are left out of a profile."""
 
 
-@click.command(
+@click.group(
     name="bench",
+    cls=Group,
+    invoke_without_command=True,
     epilog=examples(
         "llama-jax bench",
         "llama-jax bench --batch 1 --batch 8 --prompt 128 --new 64 --json",
         "llama-jax bench --preset llama-3.1-8b --batch 1 --batch 32",
         "llama-jax bench --preset llama-3.1-70b --tp 8",
+        "llama-jax bench throughput --preset llama-3.1-8b --mix sharegpt",
     ),
 )
 @model_option
-@click.option("--preset", metavar="NAME", help="Random weights of a published shape, made on the device.")
+@preset_option
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 8), show_default=True)
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens per row.")
 @click.option("--new", type=click.IntRange(2), default=64, show_default=True, help="Generated tokens per row.")
@@ -49,7 +56,9 @@ SHOWN_SHARE = 0.01
 @quiet_option
 @click.option("--profile", is_flag=True, help="Also show which kernels the time goes to. Needs a GPU.")
 @json_option
+@click.pass_context
 def command(
+    ctx: click.Context,
     model: str,
     preset: str | None,
     batches: tuple[int, ...],
@@ -66,24 +75,17 @@ def command(
 
     One warm-up run per shape, then medians. MBU is what a decode step must read (weights and cache) per second, MFU
     the arithmetic of prefill per second, as shares of the reads and the matrix product measured in the same run. On a
-    mesh both are those of one device, and the ceilings too.
+    mesh both are those of one device, and the ceilings too. Further commands measure the engine; their options follow
+    their names.
     """
-    from llama_jax import runtime
-    from llama_jax.cli.progress import Reporter
+    if ctx.invoked_subcommand is not None:
+        _refuse_options(ctx)
+        return
     from llama_jax.kernels import report
-    from llama_jax.kernels.registry import checked_backends
-    from llama_jax.measure.bench import bench, environment, measure_ceilings, profile_generation, random_model
+    from llama_jax.measure.bench import bench, environment, measure_ceilings, profile_generation
 
-    runtime.enable_compilation_cache()
     devices = requested_mesh(loading.mesh, loading.tp, batch=max(batches), context=prompt + new, prompt=prompt)
-    with Reporter(quiet=quiet or as_json) as reporter:
-        reporter.warn_of_unused_gpu()
-        if preset is None:
-            loaded, _ = loading.load(model, devices, reporter)
-        else:
-            named = checked_backends(loading.kernels)
-            loaded = random_model(preset, loading.dtype or runtime.default_dtype(), devices, notify=reporter.notify)
-            loaded = dataclasses.replace(loaded, kernels=named)
+    loaded = measured_model(model, preset, loading, devices, quiet=quiet or as_json)
     ceilings = measure_ceilings(loaded.dtype)
     about = {
         **environment(loaded.dtype, loaded.mesh),
@@ -102,8 +104,9 @@ def command(
         results.append(dataclasses.asdict(r))
         if not as_json:
             click.echo(
-                f"{r.batch:5d} {r.prompt:6d} {r.new:4d} {r.prefill_tps:13.0f} {_share(r.mfu)} {r.prefill_s * 1e3:8.1f} "
-                f"{r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {_share(r.mbu)} {r.spread:6.2f}"
+                f"{r.batch:5d} {r.prompt:6d} {r.new:4d} {r.prefill_tps:13.0f} {share_text(r.mfu)} "
+                f"{r.prefill_s * 1e3:8.1f} {r.decode_tps:12.1f} {r.step_s * 1e3:8.3f} {share_text(r.mbu)} "
+                f"{r.spread:6.2f}"
             )
             if r.void:
                 click.echo(f"      void: {' and '.join(r.void).upper()} above 1; {_VOID}")
@@ -127,8 +130,17 @@ def command(
             click.echo(f"       not {name}: {why}")
 
 
-def _share(share: float | None) -> str:
-    return " void" if share is None else f"{share:5.2f}"
+def _refuse_options(ctx: click.Context) -> None:
+    """An option before the name of a further command would have no effect."""
+    named = (option for option in ctx.command.params if option.name and option.expose_value)
+    before = [option for option in named if ctx.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE]
+    if before:
+        name = ctx.invoked_subcommand
+        raise click.UsageError(f"{before[0].opts[-1]} stands before {name}, whose options follow its name", ctx)
+
+
+for _further in (bench_throughput, bench_latency, bench_serve):
+    command.add_command(_further.command)
 
 
 def _print_profile(found: Sequence[ProgramTime]) -> None:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.cli.inputs import read_messages
@@ -183,7 +184,7 @@ def with_setting(params: SamplingParams, name: str, text: str) -> SamplingParams
             value = json.loads(text)
     if name == "stop" and not isinstance(value, (str, list, tuple)):
         value = text
-    if name == "stop_token_ids" and not isinstance(value, (list, tuple)):
+    if name in ("stop_token_ids", "allowed_token_ids") and not isinstance(value, (list, tuple, NoneType)):
         value = [value]
     if name == "logit_bias":
         try:

@@ -51,7 +51,20 @@ Exit codes:
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for other programs
 
 
-class CommandLine(click.Group):
+class Group(click.Group):
+    """A group that answers a misspelt command with close ones."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = did_you_mean(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"{error.message} {near}".rstrip(), ctx) from None
+
+
+class CommandLine(Group):
     """A group whose commands are modules that are imported on use, and which reports every error in one way."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -61,15 +74,6 @@ class CommandLine(click.Group):
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f"llama_jax.cli.{cmd_name}").command
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
-            near = did_you_mean(args[0], COMMANDS)
-            raise click.UsageError(f"{error.message} {near}".rstrip(), ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -118,7 +122,10 @@ def _flags(args: Sequence[str]) -> dict[str, str]:
     """The options of the command that `args` name, by the names of their values."""
     if not args or args[0] not in COMMANDS:
         return {}
-    options = importlib.import_module(f"llama_jax.cli.{args[0]}").command.params
+    command = importlib.import_module(f"llama_jax.cli.{args[0]}").command
+    if isinstance(command, click.Group) and len(args) > 1:
+        command = command.commands.get(args[1], command)
+    options = command.params
     return {option.name: max(option.opts, key=len) for option in options if isinstance(option, click.Option)}
 
 

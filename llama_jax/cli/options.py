@@ -175,15 +175,22 @@ class LoadOptions:
         )
 
 
-def load_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--dtype`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's argument `loading`, of `LoadOptions`."""
+def gathered(kind: type, name: str, *options: Decorator) -> Decorator:
+    """Options of a command as its argument `name`: a dataclass `kind`, which has a field for each of their values."""
 
-    @functools.wraps(function)
-    def command(**values: Any) -> Any:
-        loading = LoadOptions(**{field.name: values.pop(field.name) for field in dataclasses.fields(LoadOptions)})
-        return function(loading=loading, **values)
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(**values: Any) -> Any:
+            fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
+            return function(**{name: kind(**fields)}, **values)
 
-    return _together(dtype_option, convert_option, mesh_options, kernels_option)(command)
+        return _together(*options)(command)
+
+    return decorate
+
+
+load_options = gathered(LoadOptions, "loading", dtype_option, convert_option, mesh_options, kernels_option)
+"""`--dtype`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's argument `loading`, of `LoadOptions`."""
 
 
 sampling_options = _together(

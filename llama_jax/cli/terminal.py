@@ -75,6 +75,11 @@ def ms_text(seconds: float | None) -> str:
     return "unknown" if seconds is None else f"{seconds * 1e3:.3g} ms"
 
 
+def share_text(share: float | None) -> str:
+    """A share of a measured ceiling in five columns, "void" for None."""
+    return " void" if share is None else f"{share:5.2f}"
+
+
 def print_error(message: str, hint: str) -> None:
     """Writes an error for people to standard error."""
     # Names of files and tensors are not ours to trust.

@@ -23,6 +23,7 @@ from llama_jax.decode.graphs import graph_options
 from llama_jax.model import forward
 from llama_jax.params import Params
 from llama_jax.sampling import MAX_LOGPROBS, Logprobs, SamplerProfile, SamplerState, sample, sampler_axes
+from llama_jax.sampling import failed as no_token
 from llama_jax.sharding import constrain
 
 
@@ -34,7 +35,8 @@ class DecodeState:
     Attributes:
       tokens: int32, the last token, not yet in the cache; positions: int32, its position.
       done: bool, whether the row has ended, or has never begun: it stores nothing and draws nothing.
-      finished_by_stop: bool, whether a stop id ended it; failed: bool, whether logits that are no numbers did.
+      finished_by_stop: bool, whether a stop id ended it.
+      failed: bool, whether it ended because there was no next token (`sampling.failed`).
       limit: int32, tokens that it may have; the sampler's `count` says how many it has.
       rope_lengths: int32, see `forward`.
       adapter_ids: int32, the adapter's slot, 0 for none.
@@ -208,12 +210,12 @@ def emit(
 ) -> tuple[DecodeState, Progress]:
     """Draws and records the next token of every row that has not ended, and sees whether it ends the row.
 
-    Logits that are no numbers end their row without a token.
+    Logits that are no numbers, or a mask that allows no token, end their row without one.
 
     Args:
       where: bool [batch], the rows that draw; all by default.
     """
-    failed = ~jnp.isfinite(jnp.max(logits, axis=1)) & ~state.done
+    failed = no_token(logits, state.sampler) & ~state.done
     going = ~state.done & ~failed
     if where is not None:
         failed, going = failed & where, going & where

@@ -20,7 +20,7 @@ from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining, Marked, join
+from llama_jax.engine.state import Joining, Marked, join, scrub
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
@@ -38,7 +38,7 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "mixed", "scored" or "join".
+      name: "decode", "mixed", "scored", "join" or "scrub".
       size: rows of "decode", tokens of "mixed" and "scored"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
@@ -59,7 +59,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
       greedy: whether there are programs for greedy requests alone: on a GPU they save what the full sampler costs, on a
         CPU they would cost more to compile than they save.
     """
-    keys = [Key("join"), Key("scored", settings.budget)]
+    keys = [Key("join"), Key("scrub"), Key("scored", settings.budget)]
     for only in (False, True) if greedy else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
@@ -103,6 +103,12 @@ class Programs:
         """See `state.join`."""
         return self._get(Key("join"))(state, leaving, new)
 
+    def scrub(self, state: DecodeState, pages: list[int]) -> DecodeState:
+        """See `state.scrub`."""
+        padded = np.full(self._settings.pages_per_row, self._settings.pages, np.int32)
+        padded[: len(pages)] = pages
+        return self._get(Key("scrub"))(state, padded)
+
     def step(self, key: Key, state: DecodeState, control: np.ndarray) -> tuple[Any, ...]:
         """See `programs.decode`, `mixed` and `scored`."""
         return self._get(key)(self._model.params, state, control, self._adapters)
@@ -136,16 +142,20 @@ def program(
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
+    function: Callable[..., Any]
     where = jax.tree.map(lambda x: x.sharding, state)
-    if key.name == "join":
+    if key.name in ("join", "scrub"):
         leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
         shardings = {"out_shardings": where} if in_use() else {}
         args: tuple[Any, ...] = (state, leaving, _joining(settings, state))
-        return Program(str(key), jax.jit(join, donate_argnums=0, **shardings), args, {})
+        function = join
+        if key.name == "scrub":
+            function, args = scrub, (state, ints(settings.pages_per_row))
+        return Program(str(key), jax.jit(function, donate_argnums=0, **shardings), args, {})
     static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
     if key.name == "decode":
         control = programs.decode_control(key.size)
-        function: Callable[..., Any] = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
+        function = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
         options = graph_options() if settings.steps > 1 else {}
     else:
         control = programs.mixed_control(key.size, settings.rows)

@@ -216,7 +216,7 @@ class Core:
         scored = any(self._params(chunk.sequence).prompt_logprobs is not None for chunk in step.chunks)
         key = self.programs.choose("scored" if scored else "mixed", tokens, greedy=greedy)
         control = programs.mixed_control(key.size, self.settings.rows)
-        array, parts = control.new(positions=-1, rows=NO_ROW, pages=NO_ROW)
+        array, parts = control.new(positions=-1, rows=NO_ROW, pages=NO_ROW, at=key.size)
 
         def draw(row: int, at: int) -> None:
             parts["at"][row], parts["draws"][row] = at, 1
@@ -280,6 +280,8 @@ class Core:
         ending: Ending | None = None
         if flags & programs.DONE:
             ending = "failed" if flags & programs.FAILED else "stop" if flags & programs.STOPPED else "length"
+            if ending == "failed":
+                self._state = self.programs.scrub(self._state, self.scheduler.own_pages(sequence.id))
             self.scheduler.finish(sequence.id, keep=ending != "failed")
             del self._asked[sequence.id]
         found = of_prompt = None

@@ -42,7 +42,6 @@ class Memory:
         # At least one token is left to compute: the next one is drawn from its logits.
         found, coming = find(root, keys[: (len(sequence.tokens) - 1) // size])
         root.prune()
-        sequence.awaited = None
         for block in coming:  # they come in order, so the last of them is the one to wait for
             if not _awaited(sequence, block):
                 break

@@ -54,6 +54,10 @@ class Pages:
         """How many sequences use a page."""
         return self._users[page]
 
+    def only_for(self, page: int, owner: int) -> bool:
+        """Whether one sequence uses a page, and nobody finds what others have computed in it."""
+        return self._users[page] == 1 and (self._block[page] is None or self._owner[page] == owner)
+
     def take(self) -> int:
         """A page for new contents; the caller has made sure that one is available."""
         if self._free:

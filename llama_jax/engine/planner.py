@@ -39,7 +39,7 @@ class _Plan:
     Attributes:
       starts: where the chunk of each prompt begins; it ends at `computed`.
       owed: pages that decoding rows wait for.
-      ending: pages that complete sequences are about to give back, once they have been counted.
+      ending: pages of complete sequences, once they have been counted.
     """
 
     joining: list[Joining] = field(default_factory=list)
@@ -124,11 +124,10 @@ class Planner:
         return True
 
     def _coming(self, plan: _Plan) -> int:
-        """Pages that come free when steps in flight have ended."""
-        pages = self.memory.pages
+        """Pages that come free when steps in flight have ended, or may, where others share them."""
         if plan.ending is None:
-            plan.ending = sum(pages.users(page) == 1 for s in self.queues.complete for page in s.pages)
-        return pages.fenced + plan.ending
+            plan.ending = sum(len(s.pages) for s in self.queues.complete)
+        return self.memory.pages.fenced + plan.ending
 
     # --- Prompts
 

@@ -86,7 +86,7 @@ def find(root: Block, keys: ListOf[bytes]) -> tuple[list[Block], list[Block]]:
             break
         if child.pages and not coming:
             found.append(child)
-        elif child.pages or child.computing is not None:
+        elif child.computing is not None:
             coming.append(child)
         else:
             break

@@ -82,6 +82,10 @@ class Scheduler:
             if sequence.row >= 0:
                 self._memory.leave(sequence, keep=keep)
 
+    def own_pages(self, id: int) -> list[int]:
+        """The pages that nobody can read any more once a sequence has ended that is not kept."""
+        return [page for page in self._sequences[id].pages if self._memory.pages.only_for(page, id)]
+
     def cancel(self, id: int) -> None:
         """Ends a sequence in whatever phase it is, if it has not ended yet; steps in flight may still draw for it."""
         self.finish(id)

@@ -124,6 +124,12 @@ def page_bytes(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh, page_size: 
     return 2 * config.num_layers * heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
 
 
+def free_memory(model: Model) -> int | None:
+    """Bytes that are free on each of a model's devices; None where that is not known (`plan.device_memory`)."""
+    devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
+    return free_bytes(devices, of_device(model.device))
+
+
 def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
     """Sizes of decode steps. A CPU takes seconds to compile one, and gains little by many."""
     if on_cpu:

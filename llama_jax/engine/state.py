@@ -106,6 +106,16 @@ def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
     return by_rows(state)
 
 
+def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
+    """The state with zeros in pages int32 [n]; numbers that are no page are padding.
+
+    Attention gives no weight to what is left in a page behind its row's last token, but NaN times nothing is NaN.
+    """
+    cache = paged(state)
+    k, v = (tuple(x.at[pages].set(0, mode="drop") for x in each) for each in (cache.k, cache.v))
+    return by_rows(dataclasses.replace(state, cache=dataclasses.replace(cache, k=k, v=v)))
+
+
 def paged(state: DecodeState) -> PagedCache:
     """The cache of a state that `new_state` has made."""
     assert isinstance(state.cache, PagedCache)

@@ -9,6 +9,7 @@ from typing import Any
 from llama_jax.engine.core import Core
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings
+from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import RequestError
 from llama_jax.generation.jobs import Jobs
 from llama_jax.generation.outputs import RequestOutput
@@ -72,6 +73,10 @@ class LLM:
     def settings(self) -> EngineSettings:
         """Sizes of the engine."""
         return self._jobs.core.settings
+
+    def snapshot(self) -> Snapshot:
+        """The engine in numbers, at this moment."""
+        return self._jobs.core.snapshot()
 
     def generate(
         self,

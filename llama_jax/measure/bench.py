@@ -186,7 +186,7 @@ def bench(
         "mbu": read / step / ceilings.read_bytes_per_s,
         "mfu": computed / prefill / ceilings.matmul_flops_per_s,
     }
-    sound = {name: share if share <= 1 else None for name, share in shares.items()}
+    sound = {name: sound_share(share) for name, share in shares.items()}
     return BenchResult(
         batch=batch,
         prompt=prompt,
@@ -200,6 +200,11 @@ def bench(
         spread=(max(decodes) - min(decodes)) / decode,
         void=tuple(name for name, share in sound.items() if share is None),
     )
+
+
+def sound_share(share: float) -> float | None:
+    """A share of a ceiling; None if it came out above 1, see `BenchResult.void`."""
+    return share if share <= 1 else None
 
 
 def profile_generation(

@@ -1,35 +1,32 @@
 """Sampling: what a request asks for (`SamplingParams`), and the pure sampler that turns logits into tokens.
 
 Field names, defaults and order are vLLM's: log-probabilities of the raw logits; then min_tokens, logit_bias, penalties,
-temperature, min_p, top_k, top_p. Every row draws from its own key, so a row's tokens do not depend on its batch. On
-several devices each keeps its part of the vocabulary; only a few candidates of each row are sent
-(`sharding.reductions`).
+masks of allowed tokens, temperature, min_p, top_k, top_p. Every row draws from its own key, so a row's tokens do not
+depend on its batch. On several devices each keeps its part of the vocabulary; only a few candidates of each row are
+sent (`sharding.reductions`).
 """
 
 from __future__ import annotations
 
+from llama_jax.sampling.bad_words import BadWords
+from llama_jax.sampling.constraints import Constraint
+from llama_jax.sampling.logprobs import Logprobs, token_logprobs
 from llama_jax.sampling.params import GREEDY_BELOW, MAX_LOGPROBS, SamplingParams
-from llama_jax.sampling.sampler import (
-    FULL,
-    GREEDY,
-    Logprobs,
-    SamplerProfile,
-    SamplerState,
-    make_sampler,
-    sample,
-    sampler_axes,
-    token_logprobs,
-)
+from llama_jax.sampling.sampler import failed, sample
+from llama_jax.sampling.state import FULL, GREEDY, SamplerProfile, SamplerState, make_sampler, sampler_axes
 
 __all__ = [
     "FULL",
     "GREEDY",
     "GREEDY_BELOW",
     "MAX_LOGPROBS",
+    "BadWords",
+    "Constraint",
     "Logprobs",
     "SamplerProfile",
     "SamplerState",
     "SamplingParams",
+    "failed",
     "make_sampler",
     "sample",
     "sampler_axes",

@@ -31,6 +31,7 @@ class SamplingParams:
       presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens already generated.
       repetition_penalty: divides (multiplies, if negative) the logits of tokens in prompt or output; 1 is none.
       logit_bias: token id to a number in [-100, 100] added to its logit.
+      allowed_token_ids: ids that alone may be generated; the ids that end a text are not among them unless named.
       seed: makes the tokens reproducible; None draws one.
       stop: strings that end the text; they are not part of it.
       stop_token_ids: ids that end the text, besides the model's own end-of-text ids.
@@ -51,6 +52,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -64,6 +66,11 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _items(stop, "stop", "a string or a list of strings"))
         object.__setattr__(self, "stop_token_ids", _items(self.stop_token_ids, "stop_token_ids", "a list of token ids"))
+        if self.allowed_token_ids is not None:
+            allowed = _items(self.allowed_token_ids, "allowed_token_ids", "a list of token ids or None")
+            object.__setattr__(self, "allowed_token_ids", allowed)
+            if not allowed:
+                raise _bad("allowed_token_ids", allowed, "at least one token id, or None to allow every token")
         if self.logit_bias is None:
             object.__setattr__(self, "logit_bias", {})
         _check_number(self, "temperature", 0.0, math.inf)
@@ -84,9 +91,10 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise _bad("stop", text, "non-empty strings")
-        for token in self.stop_token_ids:
-            if not _is_int(token) or token < 0:
-                raise _bad("stop_token_ids", token, "token ids, integers from 0 up")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token in getattr(self, name) or ():
+                if not _is_int(token) or token < 0:
+                    raise _bad(name, token, "token ids, integers from 0 up")
         if not isinstance(self.ignore_eos, bool):
             raise _bad("ignore_eos", self.ignore_eos, "True or False")
         if not isinstance(self.logit_bias, Mapping):
@@ -117,8 +125,8 @@ class SamplingParams:
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raises RequestError if a token id lies outside of the vocabulary."""
-        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
-            for token in ids:
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            for token in getattr(self, name) or ():
                 if token >= vocab_size:
                     raise _bad(name, token, f"token ids below the vocabulary's size, {vocab_size}")
 

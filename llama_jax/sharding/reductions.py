@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from llama_jax.sharding.axes import MeshAxes
 
+BLOCK = 64
+"""Numbers whose maximum `top_k` looks at first."""
+
 
 def start(x: jax.Array, axis: MeshAxes | None) -> jax.Array | int:
     """Index of the first of this device's columns in the whole row."""
@@ -32,15 +35,30 @@ def argmax(x: jax.Array, axis: MeshAxes | None) -> jax.Array:
 
 def top_k(x: jax.Array, k: int, axis: MeshAxes | None) -> tuple[jax.Array, jax.Array]:
     """The k largest numbers [batch, k] of each row, in descending order, and their int32 indices."""
+    top, index = _own_top_k(x, min(k, x.shape[1]))
     if axis is None:
-        top, index = jax.lax.top_k(x, k)
-        return top, index.astype(jnp.int32)
-    top, index = jax.lax.top_k(x, min(k, x.shape[1]))
+        return top, index
     # Shard after shard, so that of equal numbers the first come first.
     top = jax.lax.all_gather(top, axis, axis=1, tiled=True)
-    index = jax.lax.all_gather((index + start(x, axis)).astype(jnp.int32), axis, axis=1, tiled=True)
+    index = jax.lax.all_gather(index + start(x, axis), axis, axis=1, tiled=True)
     top, among = jax.lax.top_k(top, k)
     return top, jnp.take_along_axis(index, among, axis=1)
+
+
+def _own_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`top_k` of whole rows, which need not be searched as a whole: only the k blocks with the largest maxima."""
+    blocks = -(-x.shape[1] // BLOCK)
+    if blocks <= k:
+        top, index = jax.lax.top_k(x, k)
+        return top, index.astype(jnp.int32)
+    padded = jnp.pad(x, ((0, 0), (0, blocks * BLOCK - x.shape[1])), constant_values=-jnp.inf)
+    x = padded.reshape(len(x), blocks, BLOCK)
+    # Were a number not in these blocks, k maxima would be larger, or as large and before it. In the blocks' own order,
+    # so that of equal numbers the first come first.
+    chosen = jnp.sort(jax.lax.top_k(jnp.max(x, axis=2), k)[1], axis=1)
+    top, among = jax.lax.top_k(jnp.take_along_axis(x, chosen[:, :, None], axis=1).reshape(len(x), -1), k)
+    block = jnp.take_along_axis(chosen, among // BLOCK, axis=1)
+    return top, (block * BLOCK + among % BLOCK).astype(jnp.int32)
 
 
 def take(x: jax.Array, index: jax.Array, axis: MeshAxes | None) -> jax.Array:
@@ -63,9 +81,3 @@ def largest(x: jax.Array, axis: MeshAxes | None) -> jax.Array:
     """The largest number [batch] of each row."""
     own = jnp.max(x, axis=-1)
     return own if axis is None else jax.lax.pmax(own, axis)
-
-
-def log_softmax(x: jax.Array, axis: MeshAxes | None) -> jax.Array:
-    """x - log(sum(exp(x))) of each row, [batch, n] as x."""
-    shifted = x - jax.lax.stop_gradient(largest(x, axis))[:, None]
-    return shifted - jnp.log(total(jnp.exp(shifted), axis))[:, None]

@@ -1,0 +1,250 @@
+"""What the kinds of `llama-jax bench` have in common: the model, the engine, the requests, and where results go."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llama_jax.cli.options import (
+    Decorator,
+    LoadOptions,
+    gathered,
+    load_options,
+    model_option,
+    quiet_option,
+    requested_mesh,
+)
+from llama_jax.cli.terminal import pairs_text, print_json
+from llama_jax.disk import storage_errors, write_file
+from llama_jax.errors import RequestError
+from llama_jax.measure.workloads import MIXES, Work, workload
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from llama_jax.engine.settings import EngineSettings
+    from llama_jax.measure.bench import Ceilings
+    from llama_jax.model.loaded import Model
+    from llama_jax.plan import AutoMesh
+
+STANDARD_OUTPUT = "-"
+
+preset_option: Decorator = click.option(
+    "--preset", metavar="NAME", help="Random weights of a published shape, made on the device."
+)
+
+
+def measured_model(
+    model: str, preset: str | None, loading: LoadOptions, devices: Mesh | AutoMesh | None, *, quiet: bool
+) -> Model:
+    """The model to measure: loaded, or of a preset's shape with random weights."""
+    from llama_jax import runtime
+    from llama_jax.cli.progress import Reporter
+    from llama_jax.kernels.registry import checked_backends
+    from llama_jax.measure.bench import random_model
+
+    runtime.enable_compilation_cache()
+    with Reporter(quiet=quiet) as reporter:
+        reporter.warn_of_unused_gpu()
+        if preset is None:
+            return loading.load(model, devices, reporter)[0]
+        named = checked_backends(loading.kernels)
+        made = random_model(preset, loading.dtype or runtime.default_dtype(), devices, notify=reporter.notify)
+        return dataclasses.replace(made, kernels=named)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, on which engine, and where the result goes.
+
+    Attributes:
+      rows, context, pages, page_size, steps, prefix_cache: of `engine.sizing.default_settings`.
+      out: a file for the JSON object, "-" for standard output, None for none.
+    """
+
+    model: str
+    preset: str | None
+    loading: LoadOptions
+    quiet: bool
+    rows: int | None
+    context: int | None
+    pages: int | None
+    page_size: int
+    steps: int
+    prefix_cache: bool
+    out: str | None
+
+    def load(self) -> Model:
+        """The model, on the devices asked for. An output that cannot be written is noticed before.
+
+        Raises:
+          StorageError: it cannot.
+        """
+        if self.out and not self._as_json:
+            with storage_errors(Path(self.out)):
+                Path(self.out).touch()
+        devices = requested_mesh(self.loading.mesh, self.loading.tp, batch=self.rows or 1, context=self.context)
+        return measured_model(self.model, self.preset, self.loading, devices, quiet=self.quiet or self._as_json)
+
+    def settings(self, model: Model, longest: int) -> EngineSettings:
+        """Those of the engine. Without `--context` it is made for sequences of `longest` tokens."""
+        from llama_jax.engine.sizing import default_settings
+
+        return default_settings(
+            model,
+            rows=self.rows,
+            context=self.context or longest,
+            pages=self.pages,
+            page_size=self.page_size,
+            steps=self.steps,
+            prefix_cache=self.prefix_cache,
+        )
+
+    def about(self, model: Model, settings: EngineSettings, ceilings: Ceilings) -> dict[str, Any]:
+        """What the numbers depend on; shows it, too."""
+        from llama_jax.measure.bench import environment
+
+        about = {**environment(model.dtype, model.mesh), "model": model.name, "random_weights": self.preset is not None}
+        self.show("  ".join(f"{name}={value}" for name, value in about.items()), f"ceilings: {ceilings}")
+        self.show(f"engine: {pairs_text(dataclasses.asdict(settings))}")
+        return {**about, "ceilings": dataclasses.asdict(ceilings), "settings": dataclasses.asdict(settings)}
+
+    def show(self, *lines: str) -> None:
+        """Prints lines for people, unless standard output is for JSON."""
+        if not self._as_json:
+            for line in lines:
+                click.echo(line)
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Writes the result where `--json` says."""
+        if self._as_json:
+            print_json(result)
+        elif self.out:
+            with storage_errors(Path(self.out)):
+                write_file(Path(self.out), (json.dumps(result, allow_nan=False) + "\n").encode())
+
+    @property
+    def _as_json(self) -> bool:
+        return self.out == STANDARD_OUTPUT
+
+
+subject_options = gathered(
+    Subject,
+    "subject",
+    model_option,
+    preset_option,
+    click.option("--rows", type=click.IntRange(1), help="Sequences that run at once. [default: 8 on a CPU, else 256]"),
+    click.option("--context", type=click.IntRange(2), help="Tokens of a sequence. [default: of the longest request]"),
+    click.option("--pages", type=click.IntRange(1), help="Of the cache. [default: what the memory has room for]"),
+    click.option("--page-size", type=click.Choice((16, 32, 64, 128, 256)), default=64, show_default=True),
+    click.option(
+        "--steps",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        help="Decode steps of one dispatch while nothing waits.",
+    ),
+    click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True),
+    load_options,
+    quiet_option,
+    click.option(
+        "--json",
+        "out",
+        is_flag=False,
+        flag_value=STANDARD_OUTPUT,
+        metavar="[FILE]",
+        help="Print one JSON object instead, or write it to FILE.",
+    ),
+)
+"""The options of a `Subject`, as a command's argument `subject`."""
+
+
+def counts_text(counts: Mapping[str, Any]) -> str:
+    """What an engine did during a run (`throughput.meanwhile`)."""
+    return (
+        f"{counts['steps']} steps, {counts['padding_share']:.1%} padding, {counts['prefix_hit_tokens']} tokens found, "
+        f"{counts['preemptions']} preemptions, {counts['late_compilations']} late compilations"
+    )
+
+
+def rounds_option(default: int) -> Decorator:
+    """`--rounds`, the argument `rounds`."""
+    return click.option(
+        "--rounds", type=click.IntRange(1), default=default, show_default=True, help="The medians are of these."
+    )
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Which requests are sent; see `workloads.workload`."""
+
+    mix: str
+    requests: int | None
+    seed: int
+    scale: float
+
+    def make(self, model: Model, rate: float = math.inf) -> list[Work]:
+        """The requests.
+
+        Args:
+          rate: arrivals a second.
+
+        Raises:
+          RequestError: one of them is longer than the model's context.
+        """
+        vocab = model.config.vocab_size
+        works = workload(self.mix, vocab, requests=self.requests, rate=rate, seed=self.seed, scale=self.scale)
+        longest, context = longest_of(works), model.config.context_length
+        if longest > context:
+            raise RequestError(
+                f"a request of {longest} tokens; the model's context is {context}",
+                param="scale",
+                hint=f"--scale {0.95 * self.scale * context / longest:.2g} makes all of them fit",
+            )
+        return works
+
+    def about(self, works: Sequence[Work], subject: Subject) -> dict[str, Any]:
+        """What was asked for, and what it came to; shows it, too."""
+        about = {
+            **dataclasses.asdict(self),
+            "requests": len(works),
+            "total_input_tokens": sum(len(work.prompt) for work in works),
+            "total_output_tokens": sum(work.output_tokens for work in works),
+        }
+        subject.show(f"requests: {pairs_text(about)}")
+        return about
+
+
+def longest_of(works: Sequence[Work]) -> int:
+    """Tokens of the longest request."""
+    return max(work.length for work in works)
+
+
+request_options = gathered(
+    Requests,
+    "requests",
+    click.option(
+        "--mix",
+        type=click.Choice(tuple(MIXES)),
+        default="sharegpt",
+        show_default=True,
+        help="; ".join(f"{name}: {mix.about}" for name, mix in MIXES.items()) + ".",
+    ),
+    click.option("--requests", type=click.IntRange(1), help="How many. [default: 256; 60 of mixed]"),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option(
+        "--scale",
+        type=click.FloatRange(0, 1, min_open=True),
+        default=1.0,
+        show_default=True,
+        help="Factor on all lengths, for small models.",
+    ),
+)
+"""The options of `Requests`, as a command's argument `requests`."""

@@ -1,0 +1,166 @@
+"""All requests at once: how long an engine takes, and what it did meanwhile."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.snapshot import Snapshot
+from llama_jax.errors import EngineFailed
+from llama_jax.generation import batch_generate
+from llama_jax.generation.llm import LLM
+from llama_jax.generation.outputs import RequestOutput
+from llama_jax.measure.ideal import Steady
+from llama_jax.measure.warming import warm_up
+from llama_jax.measure.workloads import Work
+from llama_jax.model.loaded import Model
+from llama_jax.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job in numbers.
+
+    Attributes:
+      elapsed_time: seconds from the call to the last answer.
+      tokens_per_second: of prompts and answers.
+      prefix_hit_tokens: of prompts, that were found in the cache.
+      padding_share: of the tokens that steps computed, those that only filled up their shapes.
+      late_compilations: programs that were compiled meanwhile.
+    """
+
+    elapsed_time: float
+    num_requests: int
+    total_input_tokens: int
+    total_output_tokens: int
+    requests_per_second: float
+    output_tokens_per_second: float
+    tokens_per_second: float
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    padding_share: float = 0.0
+    late_compilations: int = 0
+
+
+def asked(work: Work) -> SamplingParams:
+    """Greedy, and exactly as long as the request says."""
+    return SamplingParams(temperature=0.0, max_tokens=work.output_tokens, ignore_eos=True)
+
+
+def make_ready(model: Model, settings: EngineSettings) -> tuple[LLM, float]:
+    """An engine whose programs are all compiled and have run, and the seconds until it could take requests (those of
+    the first runs not counted)."""
+    gc.collect()  # what was measured before may still hold memory
+    start = time.perf_counter()
+    llm = LLM(model, settings=settings, ahead=True)
+    ready_s = time.perf_counter() - start
+    for works in warm_up(settings, model.config.vocab_size):
+        _answered(llm, works)
+    return llm, ready_s
+
+
+def run_job(llm: LLM, works: Sequence[Work]) -> Run:
+    """Hands all requests over at once and waits for all answers.
+
+    Raises:
+      EngineFailed: an answer is shorter than it was asked for.
+    """
+    before, start = llm.snapshot(), time.perf_counter()
+    outputs = _answered(llm, works)
+    elapsed = time.perf_counter() - start
+    return _run(works, outputs, elapsed, **meanwhile(before, llm.snapshot()))
+
+
+def run_static(model: Model, works: Sequence[Work], batch: int) -> Run:
+    """The same through `batch_generate`, in batches of `batch` requests, one batch after the other in the order of the
+    requests. Runs twice; the first one compiles."""
+    for _ in range(2):
+        start = time.perf_counter()
+        outputs = [
+            output
+            for first in range(0, len(works), batch)
+            for output in batch_generate(
+                model,
+                None,
+                [list(work.prompt) for work in works[first : first + batch]],
+                [asked(work) for work in works[first : first + batch]],
+            )
+        ]
+        elapsed = time.perf_counter() - start
+    return _run(works, outputs, elapsed)
+
+
+def median(runs: Sequence[Run]) -> Run:
+    """The medians of several runs, number by number."""
+    return Run(**medians([asdict(run) for run in runs]))
+
+
+def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The medians of several mappings, name by name; counts stay whole numbers, and what one of them lacks is None."""
+    found = {}
+    for name, first in runs[0].items():
+        values = [run[name] for run in runs]
+        found[name] = None if None in values else type(first)(statistics.median(values))
+    return found
+
+
+def shares(run: Run, works: Iterable[Work], steady: Steady, rows: int) -> dict[str, float]:
+    """A run beside what static batches allow.
+
+    Returns:
+      ideal_s: seconds of the ideal schedule, without prompt tokens that were found in the cache; ideal_share: of it the
+      run reached. steady_tps: tokens a second of steady decoding with `rows` rows; steady_share: what the run's prompt
+      and output tokens a second are of that; steady_output_share: its output tokens alone.
+    """
+    computed = max(0, run.total_input_tokens - run.prefix_hit_tokens)
+    ideal, decode = steady.ideal_s(computed, [work.output_tokens for work in works]), steady.decode_tps(rows)
+    return {
+        "ideal_s": ideal,
+        "ideal_share": ideal / run.elapsed_time,
+        "steady_tps": decode,
+        "steady_share": run.tokens_per_second / decode,
+        "steady_output_share": run.output_tokens_per_second / decode,
+    }
+
+
+def meanwhile(before: Snapshot, after: Snapshot) -> dict[str, Any]:
+    """What an engine has done between two moments: the counts of `Run`."""
+    computed, padding = (getattr(after, name) - getattr(before, name) for name in ("computed_tokens", "padding_tokens"))
+    return {
+        "prefix_hit_tokens": after.counts.prefix_hit_tokens - before.counts.prefix_hit_tokens,
+        "preemptions": after.counts.preemptions - before.counts.preemptions,
+        "steps": after.steps - before.steps,
+        "padding_share": padding / max(1, computed + padding),
+        "late_compilations": after.late_compilations - before.late_compilations,
+    }
+
+
+def _answered(llm: LLM, works: Sequence[Work]) -> list[RequestOutput]:
+    return llm.generate([list(work.prompt) for work in works], [asked(work) for work in works])
+
+
+def _run(works: Sequence[Work], outputs: Sequence[RequestOutput], elapsed: float, **counts: Any) -> Run:
+    short = sum(
+        len(output.outputs[0].token_ids) < work.output_tokens for work, output in zip(works, outputs, strict=True)
+    )
+    if short:
+        raise EngineFailed(
+            f"{short} of {len(works)} answers ended early", hint="their logits were no numbers: try --dtype float32"
+        )
+    tokens_in, tokens_out = sum(len(work.prompt) for work in works), sum(work.output_tokens for work in works)
+    return Run(
+        elapsed_time=elapsed,
+        num_requests=len(works),
+        total_input_tokens=tokens_in,
+        total_output_tokens=tokens_out,
+        requests_per_second=len(works) / elapsed,
+        output_tokens_per_second=tokens_out / elapsed,
+        tokens_per_second=(tokens_in + tokens_out) / elapsed,
+        **counts,
+    )

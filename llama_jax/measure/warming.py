@@ -1,0 +1,29 @@
+"""What an engine is asked before it is measured: each of its programs for greedy requests runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.measure.workloads import FIRST_ID, Work
+
+
+def warm_up(settings: EngineSettings, vocab: int) -> Iterator[list[Work]]:
+    """Groups of requests, each to be answered before the next: prompts of the size of each mixed step, and as many
+    short requests as each decode step has rows."""
+    rng = np.random.default_rng(0)
+    longest = settings.pages_per_row * settings.page_size
+
+    def work(number: int, length: int, new: int) -> Work:
+        # Random ids: prompts that had a beginning in common would share it, and make smaller steps.
+        return Work(number, 0.0, tuple(rng.integers(FIRST_ID, vocab, length).tolist()), new)
+
+    for tokens in settings.mixed_tokens:
+        whole, rest = divmod(tokens, longest - 1)
+        yield [work(i, length, 1) for i, length in enumerate([longest - 1] * whole + [rest] * bool(rest))]
+    for rows in settings.decode_rows:
+        # Some prompts begin in each step; the rows of the first ones have to last until the others are there.
+        new = -(-rows // settings.chunk_rows) + 4 * settings.steps
+        yield [work(i, 1, min(new, longest - 1)) for i in range(rows)]
