@@ -497,10 +497,10 @@ def test_the_state_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.partition(",")[0] for line in said] == ["start", "join"]
     assert result.devices == 2
     pages = 2 * settings.pages * 4 * 64 * 128 * 2  # keys and values of four of the eight heads
-    rows = 32 * (4 * 1024 + 4 * 16 + 4 * 64 + (4 + 1 + 4) * 512)  # positions, pages, stops, and half the vocabulary
     join = result.programs[Key("join")].memory
-    assert result.start.memory.outputs == pytest.approx(pages + rows, abs=10_000)
-    assert join.aliased == pytest.approx(pages + rows, abs=10_000)  # nothing of the state is copied
+    # What the rows have besides is little: a page table, and numbers over half of the small vocabulary.
+    assert pages < result.start.memory.outputs < 1.02 * pages
+    assert join.aliased == pytest.approx(result.start.memory.outputs, abs=10_000)  # nothing of the state is copied
     assert join.temporary < 100_000
     assert result.programs[Key("join")].collectives == ()
     weights = 2 * count_params(config)
