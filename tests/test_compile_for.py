@@ -497,10 +497,10 @@ def test_the_state_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.partition(",")[0] for line in said] == ["start", "join"]
     assert result.devices == 2
     pages = 2 * settings.pages * 4 * 64 * 128 * 2  # keys and values of four of the eight heads
-    rows = 32 * (4 * 1024 + 4 * 16 + 4 * 64 + (4 + 1 + 4) * 512)  # positions, pages, stops, and half the vocabulary
     join = result.programs[Key("join")].memory
-    assert result.start.memory.outputs == pytest.approx(pages + rows, abs=10_000)
-    assert join.aliased == pytest.approx(pages + rows, abs=10_000)  # nothing of the state is copied
+    # What the rows have besides is little: a page table, and numbers over half of the small vocabulary.
+    assert pages < result.start.memory.outputs < 1.02 * pages
+    assert join.aliased == pytest.approx(result.start.memory.outputs, abs=10_000)  # nothing of the state is copied
     assert join.temporary < 100_000
     assert result.programs[Key("join")].collectives == ()
     weights = 2 * count_params(config)
@@ -512,7 +512,8 @@ def test_the_state_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_program_of_an_engine() -> None:
-    config, settings = config_from_hf(HEADS | {"num_hidden_layers": 1}), engine_settings()
+    # Two layers: the last one attends for the tokens that are drawn alone.
+    config, settings = config_from_hf(HEADS | {"num_hidden_layers": 2}), engine_settings()
     result = compile_engine(config, find("mi300x"), settings=settings)
     assert list(result.programs) == program_set(settings, greedy=True)
     assert_within_budgets(result)
@@ -521,7 +522,7 @@ def test_every_program_of_an_engine() -> None:
         # The state is changed where it lies.
         assert compilation.memory.aliased == pytest.approx(state, rel=1e-3), key
         assert result.verdict.phases[key.name] >= compilation.memory.total
-        if key.name != "join":
+        if key.size:
             expected = {"decode_attention", "add_rms_norm"} | ({"flash_attention"} if key.name != "decode" else set())
             assert kernels_of(compilation) == expected, key
     # The greedy ones are there because they do less.
@@ -545,7 +546,7 @@ def test_engines_of_published_models(name: str, mesh: dict[str, int], gigabytes:
     assert_within_budgets(result)
     for key, compilation in result.programs.items():
         reduces = sum(c.count for c in compilation.collectives if c.kind == "all-reduce")
-        if mesh and key.name != "join":
+        if mesh and key.size:
             assert reduces >= 2 * config.num_layers, key
         else:
             assert not compilation.collectives, key

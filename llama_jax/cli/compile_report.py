@@ -157,11 +157,11 @@ def engine_report(model: str, result: EngineCompilation) -> str:
     ]
     for name, c in compilations.items():
         m = c.memory
-        exchange = ", ".join(f"{x.count} x {x.kind} of {size_text(x.bytes)}" for x in c.collectives) or "-"
+        exchange = ", ".join(_exchange(c, kind) for kind in dict.fromkeys(x.kind for x in c.collectives)) or "-"
         numbers = (len(c.kernels), max((k.vgpr for k in c.kernels), default=0), sum(k.spills for k in c.kernels))
         sizes = (size_text(size) for size in (m.arguments, m.temporary, m.total))
         rows.append((name, f"{c.trace_s + c.compile_s:.1f}", *sizes, *map(str, numbers), exchange))
-    alike = {(k.name, k.grid, k.vgpr): k for c in compilations.values() for k in c.kernels}
+    alike = {(k.name, k.vgpr, k.spills, k.lds_bytes): k for c in compilations.values() for k in c.kernels}
     return "\n".join(
         [
             f"the engine of {model} compiled for {result.devices} x {target.label or target.name} ({target.arch}), "
@@ -183,3 +183,9 @@ def engine_report(model: str, result: EngineCompilation) -> str:
             _TILES,
         ]
     )
+
+
+def _exchange(c: Compilation, kind: str) -> str:
+    """How often devices exchange something in this way, and bytes in all."""
+    each = [x for x in c.collectives if x.kind == kind]
+    return f"{sum(x.count for x in each)} x {kind}, {size_text(sum(x.count * x.bytes for x in each))}"

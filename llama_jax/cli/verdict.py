@@ -32,6 +32,7 @@ _WHEN = {
     "decode": "in decode",
     "start": "when the engine starts",
     "join": "when rows begin",
+    "scrub": "when a row has failed",
     "mixed": "in steps with prompts",
     "scored": "in steps with prompts whose log-probabilities are asked for",
 }

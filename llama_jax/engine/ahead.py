@@ -68,10 +68,10 @@ class EngineCompilation:
         code of all programs, which stay on the device."""
         code = sum(compilation.memory.code for compilation in self.compilations.values())
         phases = {"loading": self.loading}
-        for name, compilation in ((START, self.start), *((key.name, c) for key, c in self.programs.items())):
-            beside = self.weights if name in (START, "join") else 0  # the others take the weights as arguments
+        for key, compilation in ((Key(START), self.start), *self.programs.items()):
+            beside = 0 if key.size else self.weights  # what has a size takes the weights as an argument
             needs = beside + compilation.memory.total - compilation.memory.code + code
-            phases[name] = max(needs, phases.get(name, 0))
+            phases[key.name] = max(needs, phases.get(key.name, 0))
         return Verdict.of(self.target, phases, self.fraction)
 
     @property
