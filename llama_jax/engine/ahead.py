@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +88,7 @@ def compile_engine(
     dtype: DTypeLike = "bfloat16",
     memory_fraction: float = MEMORY_FRACTION,
     settings: EngineSettings | None = None,
+    keys: Sequence[Key] | None = None,
     progress: Callable[[str], None] | None = None,
     **sizes: Any,
 ) -> EngineCompilation:
@@ -98,6 +99,7 @@ def compile_engine(
       dtype: of parameters and cache.
       memory_fraction: of each device's memory that jax may use.
       settings: sizes of the engine; by default those that it takes on such a device when the weights are there.
+      keys: the programs; all of the engine's by default.
       progress: called with a line of text after each program.
       sizes: without `settings`: rows, context, pages, ... as for `default_settings`.
 
@@ -152,7 +154,7 @@ def compile_engine(
             made = program(key, split, settings, params, state, None)
         return compiled(made)
 
-    keys = program_set(settings, greedy=True)
+    keys = program_set(settings, greedy=True) if keys is None else keys
     with ThreadPoolExecutor(THREADS) as pool:
         programs = dict(zip(keys, pool.map(of_key, keys), strict=True))
     return EngineCompilation(
