@@ -270,8 +270,8 @@ ATTENTION: tuple[Mutation, ...] = (
     Mutation(
         "scale from the hidden size instead of the head size",
         "llama_jax/model/transformer.py",
-        "dims.head_dim**-0.5, in_order",
-        "(x.shape[-1] // q.shape[2]) ** -0.5, in_order",
+        "dims.head_dim**-0.5,\n            in_order",
+        "(x.shape[-1] // q.shape[2]) ** -0.5,\n            in_order",
         golden("llama-head-dim"),
     ),
     Mutation(
@@ -621,11 +621,11 @@ SAMPLER: tuple[Mutation, ...] = (
         (f"{DECODE}::test_a_row_that_joins_and_leaves_gets_the_tokens_it_gets_alone[greedy]",),
     ),
     Mutation(
-        "rows that have ended go on counting",
-        "llama_jax/decode/loop.py",
-        "count = jnp.where(going, sampler.count, state.sampler.count)",
-        "count = sampler.count",
-        (f"{DECODE}::test_any_division_into_dispatches_gives_the_same_tokens[strides2]",),
+        "rows that do not draw go on counting",
+        "llama_jax/sampling/sampler.py",
+        "count=state.count + drawing",
+        "count=state.count + 1",
+        ("tests/test_engine.py::test_sizes_change_nothing[{'steps': 4}]",),
     ),
     Mutation(
         "a fork copies no partial page",
@@ -637,7 +637,7 @@ SAMPLER: tuple[Mutation, ...] = (
     Mutation(
         "packed tokens of a row all take its first free slot",
         "llama_jax/cache/pages.py",
-        "rank = jnp.sum(before, axis=1, dtype=jnp.int32)[None]",
+        "rank = ranks(row[0], len(lengths)).rank[None]",
         "rank = jnp.zeros_like(rows)",
         ("tests/test_paged_cache.py::test_packed_tokens_are_separate_calls[llama2-mha]",),
     ),

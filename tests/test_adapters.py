@@ -38,6 +38,7 @@ def test_a_mixed_batch_equals_separate_calls(slots: int, fused: bool) -> None:
         assert error(by_token[row : row + 1], expected) < 2e-5
 
 
+@pytest.mark.slow
 def test_ids_of_tokens() -> None:
     """Texts packed in one row, each with an adapter of its own; and of these the logits at some places."""
     params, tokens = random_params(CONFIG), random_tokens(CONFIG, 1, 7)

@@ -70,6 +70,7 @@ def test_words_at_the_beginning_and_behind_a_space(table: dict[str, Any], text: 
     assert set(np.flatnonzero(~bits(constraint)).tolist()) == barred
 
 
+@pytest.mark.slow
 def test_words_of_a_tokenizer(smollm2: tuple[Model, Tokenizer]) -> None:
     """At the beginning and behind a space, whatever the tokenizer cuts the word into."""
     model, tokenizer = smollm2

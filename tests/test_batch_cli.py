@@ -235,6 +235,7 @@ def test_an_input_that_changes(tmp_path: Path, loaded: tuple[Model, Tokenizer]) 
 # OpenAI's lines.
 
 
+@pytest.mark.slow
 def test_openai_chat(tmp_path: Path, folder: Path, loaded: tuple[Model, Tokenizer]) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write(

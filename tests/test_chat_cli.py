@@ -292,6 +292,7 @@ def chat(folder: Path, text: str | bytes, *options: str) -> Result:
     return CliRunner().invoke(cli, ["chat", "--model", str(folder), "--max-tokens", "8", *options], input=text)
 
 
+@pytest.mark.slow
 def test_over_a_pipe(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     text = 'Hello\n\n"""\ntwo\nlines\n"""\n/set temperature 0\nagain\n/bye\nnever read\n'
     result = chat(folder, text, "--seed", "3", "--system", "Be brief.", "--ignore-eos")

@@ -630,6 +630,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, on_one: ModelCompilation, on_eight: M
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.amd
 def test_command(tiny: LlamaConfig, folder: Path, asked: list[Any]) -> None:
     result = CliRunner().invoke(cli, ["compile", str(folder), "--target", "MI300X", "--context", "64"])

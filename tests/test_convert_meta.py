@@ -69,6 +69,7 @@ def agrees(path: Path, expected: Path) -> None:
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "shards"), CASES)
 def test_numbers_are_those_of_metas_forward_pass(
     tmp_path: Path, data: Path, stored: Callable[[str, int], Path], case: str, shards: int

@@ -152,6 +152,7 @@ def prefill(
     return prefill_module.prefill(golden.params, golden.config, prompts, cache, padded_rows=batch, **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "chunk"),
     [
@@ -177,6 +178,7 @@ def test_prefill_equals_forward(case: str, chunk: int | None, monkeypatch: pytes
     assert np.isfinite(np.asarray(logits)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name", "value"), [(buckets, "MAX_CHUNK", 16), (chunks, "ATTENTION_BYTES", 1)])
 def test_long_prompts_run_in_chunks(
     golden: Golden, module: ModuleType, name: str, value: int, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +225,7 @@ def test_dynamic_rope_knows_the_length_from_the_first_chunk(monkeypatch: pytest.
     np.testing.assert_allclose(chunked, whole, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_prefill_into_given_rows(golden: Golden) -> None:
     """Two prompts into rows 3 and 1 of four, one of them in a second call; the other rows stay empty."""
     prompts = prompts_of(golden, [9, 5, 20])
@@ -289,6 +292,7 @@ def test_greedy_tokens_equal_transformers(golden: Golden) -> None:
     np.testing.assert_array_equal(rows.tokens, golden.greedy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [[1] * 12, [3, 5, 4], [12]])
 def test_any_division_into_dispatches_gives_the_same_tokens(golden: Golden, strides: list[int]) -> None:
     prompts = prompts_of(golden, [5, 9])
@@ -498,6 +502,7 @@ def test_a_new_mix_of_settings_compiles_nothing(golden: Golden) -> None:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 @given(length=st.integers(1, 60), seed=st.integers(0, 2**16))
 def test_cached_decoding_equals_forward_over_the_whole_text(length: int, seed: int) -> None:
     """Teacher forcing: greedy with the cache, then the likeliest tokens of one forward pass over all of it."""

@@ -261,6 +261,7 @@ def test_variants(backend: str, shape: dict[str, Any], options: dict[str, Any]) 
     np.testing.assert_allclose(compute(call, backend, **more), expected(call, **more), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits(backend: str, dtype: str) -> None:
@@ -279,6 +280,7 @@ def test_a_narrower_cache(backend: str) -> None:
     np.testing.assert_allclose(compute(call, backend, **options), expected(call, **options), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_cut_gives_the_same(backend: str) -> None:
     from llama_jax.kernels.attention.decode import pallas_triton

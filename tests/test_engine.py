@@ -22,7 +22,7 @@ from llama_jax.errors import DoesNotFit, Overloaded, RequestError
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
 
-QUICK = {"llama3.1-rope"}
+QUICK: set[str] = set()
 """Of the golden models, those of the fast run."""
 
 
@@ -76,6 +76,7 @@ def test_sizes_change_nothing(changes: dict[str, Any]) -> None:
     nothing_is_held(core)
 
 
+@pytest.mark.slow
 def test_preempted_rows_go_on_as_if_nothing_had_been() -> None:
     """Three rows that need nine pages, of which there are six; penalties know of tokens drawn before."""
     model = tiny_model()

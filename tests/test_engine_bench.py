@@ -173,6 +173,7 @@ SETTINGS = EngineSettings(
 )
 
 
+@pytest.mark.slow
 def test_the_first_requests_run_every_program() -> None:
     llm, ran = LLM(TINY, settings=SETTINGS), set()
     programs = llm._jobs.core.programs
@@ -208,6 +209,7 @@ def run(*args: str) -> Result:
     return CliRunner().invoke(cli, ["bench", *args], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_throughput(tiny: None, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     asked = ["--mix", "prefix", "--requests", "6", "--scale", "0.02", "--rounds", "2", "--static", "8"]
@@ -229,6 +231,7 @@ def test_throughput(tiny: None, tmp_path: Path) -> None:
     assert "steady_target" not in found
 
 
+@pytest.mark.slow
 def test_latency(tiny: None) -> None:
     asked = ["--prompt", "20", "--new", "6", "--depth", "0", "--depth", "30", "--rounds", "2"]
     done = run("latency", *ENGINE, *asked, "--json")

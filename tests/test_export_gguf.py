@@ -247,6 +247,7 @@ def exported(folder: Path, files: dict[str, Any], tokens: int, **hf: Any) -> tup
     return fields(folder / "m.gguf"), load_tokenizer(convert(folder / "m.gguf", folder / "again"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2", "tekken", "llama4", "starcoder"])
 def test_byte_level_tokenizers_come_back(tmp_path: Path, pre: str) -> None:
     metadata = metadata_of("byte_level", ggml__pre=pre)

@@ -15,6 +15,7 @@ from llama_jax.model.fuse import fuse_params, repeat_kv_heads
 from llama_jax.params import abstract_params, count_params, flatten
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_same_logits_and_activations(name: str) -> None:
     config = TINY[name]

@@ -88,6 +88,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_stream_and_batch_and_generate_agree(chat: Loaded, setting: str) -> None:
     model, tokenizer = chat
@@ -126,6 +127,7 @@ def test_settings_of_rows_do_not_mix(chat: Loaded) -> None:
         assert (output.outputs[0].logprobs is None) == (p.logprobs is None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"temperature": 0.0}, {}], ids=["greedy", "sampled"])
 def test_a_row_does_not_depend_on_its_batch(chat: Loaded, fields: dict[str, Any]) -> None:
     """The same row alone, in batches of 2, 3, 5, 7 and 8, and permuted."""
@@ -205,6 +207,7 @@ def test_n_is_as_many_calls_with_seeds_that_follow(chat: Loaded) -> None:
     assert wrapped.outputs[1].token_ids == first.outputs[0].token_ids
 
 
+@pytest.mark.slow
 def test_n_of_prompts_of_unlike_lengths() -> None:
     model = tiny(64)
     prompts = random_prompts(model, [3, 20, 1])
@@ -230,6 +233,7 @@ def test_n_of_prompts_of_unlike_lengths() -> None:
 # Log-probabilities.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logprobs_equal_forward(golden: Model, temperature: float) -> None:
     """Of prompt and output, for rows of unlike lengths, against log_softmax of one pass over the whole text."""
@@ -388,6 +392,7 @@ def test_without_max_tokens_the_context_is_the_limit(length: int) -> None:
     assert exact.token_ids == output.token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
@@ -424,6 +429,7 @@ def test_growing_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.Mon
             assert a.top == pytest.approx(b.top, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), [(buckets, "MAX_CHUNK"), (chunks, "ATTENTION_BYTES")])
 def test_long_prompts_run_in_chunks(
     golden: Model, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch

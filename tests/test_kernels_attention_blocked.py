@@ -35,6 +35,7 @@ def random_call(lengths: list[int], queries: int, *, page_size: int = 16, per_ro
     return jnp.asarray(q), KeysValues(k, v, table), Places(q_positions, kv_positions)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(0, 640), min_size=2, max_size=2),

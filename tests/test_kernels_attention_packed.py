@@ -123,6 +123,7 @@ def calls(draw: st.DrawFn) -> tuple[Call, Rule]:
     return packed_call(new, old, length=40, shuffled=draw(st.booleans()), extras=extras, seed=seed), rule
 
 
+@pytest.mark.slow
 @given(calls())
 def test_any_mix_of_rows(drawn: tuple[Call, Rule]) -> None:
     assert_as_by_row(*drawn, "reference")
@@ -153,6 +154,7 @@ KERNEL_CALLS: dict[str, tuple[dict[str, Any], Rule]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "pallas_interpret"])
 @pytest.mark.parametrize("name", KERNEL_CALLS)
 def test_backends(name: str, backend: str) -> None:

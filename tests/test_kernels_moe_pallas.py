@@ -231,6 +231,7 @@ def lower(target: Any, shape: MoeShape, tokens: int) -> str:
         return call.trace(**shape.arguments(tokens)).lower(lowering_platforms=("rocm",)).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [t for t in GPUS if t.vendor == "amd"], ids=lambda target: target.name)
 def test_lowers_for_gpus(target: Any) -> None:
     """Triton's dialect has an operation for each step; the weights reach the kernels as they lie, uncopied."""

@@ -88,6 +88,7 @@ def test_the_reference_is_a_sum_and_a_norm() -> None:
             assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [Tiles(1, 1), Tiles(2, 4), Tiles(8, 2), Tiles(16, 16)], ids=str)
 def test_any_cut_gives_the_same(tiles: Tiles) -> None:
     """Also where the last program has fewer rows than the others, and rows fewer columns than a program."""

@@ -57,6 +57,7 @@ def test_the_reference_itself_passes_in_its_own_dtype(name: str) -> None:
     assert problems(op) == {"same": []}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_interpreted_kernel_passes(name: str) -> None:
     op = operation(name)
@@ -343,6 +344,7 @@ print(json.dumps({{"device": "a device"}}), flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "end"),
     [

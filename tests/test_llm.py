@@ -67,6 +67,7 @@ def test_a_call_that_is_not_read_to_its_end(llm: LLM) -> None:
     assert llm.snapshot().counts.pages_used == 0
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_generate(chat: LLM) -> None:
     for prompt in ("Hello there", "x"):
         (output,) = chat.generate([prompt], temperature=0.8, seed=4, max_tokens=12)
@@ -79,6 +80,7 @@ def test_texts_are_those_of_generate(chat: LLM) -> None:
     assert chat.snapshot().counts.pages_used == 0
 
 
+@pytest.mark.slow
 def test_conversations(chat: LLM) -> None:
     messages = [{"role": "user", "content": "hi"}]
     (one,) = chat.chat(messages, temperature=0.0, max_tokens=5)
@@ -124,6 +126,7 @@ def test_many_callers() -> None:
     assert (snapshot.counts.pages_used, snapshot.counts.running) == (0, 0)
 
 
+@pytest.mark.slow
 def test_tenants_share_nothing() -> None:
     async def hits(*tenants: str) -> int:
         async with Engine(tiny_model(), settings=small_settings(), ahead=False) as engine:

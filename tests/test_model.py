@@ -96,6 +96,7 @@ def test_golden(case: str) -> None:
     np.testing.assert_array_equal(cache.positions, g.positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_golden_token_by_token(case: str) -> None:
     """A prefill in chunks of one token, then greedy decoding: the same compiled step throughout."""

@@ -92,6 +92,7 @@ def test_padding_is_not_stored() -> None:
     assert np.count_nonzero(np.asarray(cache.k[0]).any(axis=(1, 3))) == 6  # and nothing was written elsewhere
 
 
+@pytest.mark.slow
 def test_tokens_without_a_slot() -> None:
     _, cache = prefilled(2, 15, capacity=16)
     cache, _ = cache.extend(jnp.array([[15], [-1]]))  # fits exactly
@@ -111,6 +112,7 @@ def test_tokens_without_a_slot() -> None:
     np.testing.assert_array_equal(written.sum(axis=1), [4, 0, 16])
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(st.data())
 def test_like_the_dense_cache(data: st.DataObject) -> None:
@@ -151,6 +153,7 @@ def golden_cache(golden: Golden, extra: int) -> PagedCache:
     return cache.book(np.arange(batch), jnp.asarray(table))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_golden(case: str) -> None:
     """Prompts in chunks of 16 (left padding included), then greedy decoding."""
@@ -251,6 +254,7 @@ def test_grow() -> None:
     assert caught.value.param == "capacity"
 
 
+@pytest.mark.slow
 def test_forked_rows_diverge() -> None:
     """Full pages are shared, the partial last one is copied, and neither text touches the other's slots."""
     text = random_tokens(CONFIG, 1, 21)
@@ -308,6 +312,7 @@ def test_rows_with_a_common_beginning() -> None:
         np.testing.assert_allclose(got[row], whole[0, -1:], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

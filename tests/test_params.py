@@ -79,6 +79,7 @@ def test_projection_names() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_init(name: str) -> None:
     config = TINY[name]

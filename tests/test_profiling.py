@@ -73,6 +73,7 @@ def test_kinds(name: str, kind: str) -> None:
     assert KernelTime(name, 1, 1.0).kind == kind
 
 
+@pytest.mark.slow
 def test_a_cpu_has_no_such_profile() -> None:
     with pytest.raises(NoDevice, match="no kernel"):
         profile(lambda: jax.block_until_ready(jax.numpy.ones(3) + 1))

@@ -114,6 +114,7 @@ def test_rm_asks_on_a_terminal(model: Path, answer: str, code: int) -> None:
     assert is_checkpoint(model) == (code != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nothing", "../models", "..", ".", "a/b", "models/../x", "org/name@v1", ""])
 def test_rm_unknown_names(model: Path, name: str) -> None:
     result = run("rm", name, "--yes")

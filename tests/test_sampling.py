@@ -154,7 +154,7 @@ def requests(draw: st.DrawFn, vocab: int) -> SamplingParams:
 @given(data=st.data(), vocab=st.sampled_from([20, 40]), rng=st.integers(0, 2**32).map(np.random.default_rng))
 def test_sampler_equals_reference(data: st.DataObject, vocab: int, rng: np.random.Generator) -> None:
     """Whole sequences of mixed batches: order of the steps, state, noise, and log-probabilities of the raw logits."""
-    batch = [data.draw(requests(vocab)) for _ in range(3)]
+    batch = [dataclasses.replace(data.draw(requests(vocab)), logprobs=20) for _ in range(3)]
     prompts = [rng.integers(0, vocab, n).tolist() for n in (1, 4, 0)]
     eos = [1]
     everything = SamplerProfile("full", logprobs=True)
@@ -203,6 +203,7 @@ FULL = ("bias", "repetition", "presence", "frequency", "min_tokens", "allowed")
 """Features of the full profile."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", FEATURES)
 def test_what_another_row_asks_for_changes_nothing(other: str) -> None:
     """A batch compiles what one of its rows needs; the others must not notice."""
@@ -303,6 +304,7 @@ DISTRIBUTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", DISTRIBUTIONS, ids=lambda f: ",".join(f) or "plain")
 @pytest.mark.parametrize(("rows", "steps"), [(20_000, 1), (200, 100)], ids=["seeds", "steps"])
 def test_distribution(fields: dict[str, Any], rows: int, steps: int) -> None:

@@ -57,6 +57,7 @@ def whole_formulas(logits: jax.Array, state: SamplerState, bias: jax.Array, allo
     return jnp.where(state.temperature < GREEDY_BELOW, jnp.argmax(logits, axis=1), drawn)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(batch=st.lists(requests(VOCAB), min_size=3, max_size=3), rng=st.integers(0, 2**32).map(np.random.default_rng))
 def test_the_tokens_of_whole_formulas(batch: list[SamplingParams], rng: np.random.Generator) -> None:
@@ -144,6 +145,7 @@ def test_more_than_a_row_has_room_for(fields: dict[str, Any], width: str) -> Non
 # --- Masks, and rows without a next token -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     vocab=st.sampled_from([1, 45, 64]),

@@ -34,6 +34,7 @@ def prompts_of(model: Model, *lengths: int) -> list[list[int]]:
 # max_tokens=0.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"n": 3}, {"page_size": 16}], ids=str)
 def test_scores_equal_forward(golden: Model, fields: dict[str, Any]) -> None:
     prompts = prompts_of(golden, 1, 5, 33)
@@ -54,6 +55,7 @@ def test_scores_equal_forward(golden: Model, fields: dict[str, Any]) -> None:
         assert output.timing.generation_tps == 0
 
 
+@pytest.mark.slow
 def test_scored_rows_among_others(golden: Model) -> None:
     """A row that asks for no token neither gets one nor changes what the others get."""
     prompts = prompts_of(golden, 5, 9, 4)

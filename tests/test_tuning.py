@@ -252,6 +252,7 @@ def test_numbers_of_models() -> None:
 # --- The real operations and the command ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.OPERATIONS)
 @pytest.mark.parametrize("target", ["mi300x", "rx7900xtx", "h100"])
 def test_real_candidates(name: str, target: str) -> None:
@@ -276,6 +277,7 @@ def cli_run(*args: str) -> Result:
     return CliRunner().invoke(cli, ["tune", *args])
 
 
+@pytest.mark.slow
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     # The compilation cache would stay in this test's folder for the rest of the process.
     monkeypatch.setattr(runtime, "enable_compilation_cache", lambda: None)

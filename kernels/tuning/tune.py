@@ -94,7 +94,8 @@ def candidates(
                 if backend.unsupported(target, **arguments) is None:
                     tiles = list(itertools.islice(backend.candidates(target, **arguments), most)) or [None]
                     others += [Candidate(op, case, name, each) for each in tiles]
-            if others:
+            # Without tiles there is nothing to find on a CPU: the shipped table chooses among plain implementations.
+            if any(other.tiles or target.vendor != "cpu" for other in others):
                 found += [Candidate(op, case, REFERENCE), *others]
     return tuple(found)
 

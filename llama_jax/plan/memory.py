@@ -24,7 +24,7 @@ from llama_jax.plan.workload import Calls, Workload, calls
 from llama_jax.sharding import AnyMesh, on, ruled
 from llama_jax.targets import Target
 
-_STATE_ROW = 130
+_STATE_ROW = 132
 """Bytes of a row in the state of decoding besides its cache: last token and its position, flags, limits, sampling."""
 
 _STATE_SCALARS = 4
