@@ -22,9 +22,6 @@ from llama_jax.errors import DoesNotFit, Overloaded, RequestError
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
 
-QUICK: set[str] = set()
-"""Of the golden models, those of the fast run."""
-
 
 def check(model: Model, core: Core, count: int, arrivals: list[int] | None = None, seed: int = 0) -> None:
     """Runs requests through the engine, each of which must get what it gets alone."""
@@ -45,7 +42,8 @@ def nothing_is_held(core: Core) -> None:
     assert counts.pages_free + counts.pages_cached == core.settings.pages
 
 
-@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in GOLDEN_CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_every_family_draws_what_it_draws_alone(case: str) -> None:
     """With prefixes in common, prompts in pieces, too few pages for all, and arrivals at any time."""
     model = golden_model(case)
