@@ -360,7 +360,7 @@ def test_pages_never_cross_the_data_axis() -> None:
         assert (cache.replicas, cache.pages) == (8, 4)
         assert cache.k[0].sharding.spec[0] == "data"
         assert cache.page_table.max() == 3
-        state = jax.jit(lambda *parts: loop._by_rows(loop.idle_state(*parts)))(cache, sampler)
+        state = jax.jit(lambda *parts: loop.by_rows(loop.idle_state(*parts)))(cache, sampler)
         hlo = step.lower(model.params, state, config=model.config, profile=profile).compile().as_text()
         assert not collectives(str(hlo))
         for change in (
