@@ -15,7 +15,7 @@ from llama_jax.engine.sequence import Sequence
 from llama_jax.errors import DoesNotFit, LlamaJaxError, Overloaded, RequestError
 
 SHORT = hypothesis.settings(max_examples=60, stateful_step_count=30, deadline=None)
-LONG = hypothesis.settings(max_examples=1000, stateful_step_count=80, deadline=None)
+LONG = hypothesis.settings(max_examples=300, stateful_step_count=80, deadline=None)
 
 
 class TestScheduler(SchedulerMachine.TestCase):
@@ -40,7 +40,7 @@ def test_traffic() -> None:
 
 @pytest.mark.slow
 def test_more_traffic() -> None:
-    soaked(range(1000, 7000))
+    soaked(range(1000, 3000))
 
 
 class SameHash(bytes):
