@@ -27,6 +27,9 @@ from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
+# Most are quick; together they take a while.
+pytestmark = pytest.mark.slow
+
 USER = [{"role": "user", "content": "hi"}]
 SOME_FAILED = 1
 
@@ -235,7 +238,6 @@ def test_an_input_that_changes(tmp_path: Path, loaded: tuple[Model, Tokenizer]) 
 # OpenAI's lines.
 
 
-@pytest.mark.slow
 def test_openai_chat(tmp_path: Path, folder: Path, loaded: tuple[Model, Tokenizer]) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write(

@@ -29,6 +29,9 @@ from llama_jax.errors import CheckpointError, DoesNotFit, LlamaJaxError, Storage
 from llama_jax.library import removal
 from llama_jax.params import unflatten
 
+# Most are quick; together they take a while.
+pytestmark = pytest.mark.slow
+
 TESTS = Path(__file__).parent
 
 
@@ -118,12 +121,10 @@ def check_kills(results: list[dict[str, Any]], n: int) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.slow
 def test_kill_at_random_moments(tmp_path: Path) -> None:
     check_kills(kills(tmp_path, 8, seed=0), 8)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_kill_at_many_random_moments(tmp_path: Path) -> None:
     check_kills(kills(tmp_path, 40, seed=1), 40)
@@ -155,7 +156,6 @@ def test_goes_on_where_it_was_stopped(source: Path, tmp_path: Path, reads: list[
     assert names(tmp_path) == ["hf", "out", "whole"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "truncate", "store", "journal", "no journal", "empty"])
 def test_damaged_parts_are_redone(source: Path, tmp_path: Path, reads: list[str], damage: str) -> None:
     whole = convert(source, tmp_path / "whole")
@@ -184,7 +184,6 @@ def test_damaged_parts_are_redone(source: Path, tmp_path: Path, reads: list[str]
     assert verify(tmp_path / "out").ok
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", ["touched", "another source", "dtype", "nonfinite", "older writer", "marker"])
 def test_another_conversion_begins_afresh(source: Path, tmp_path: Path, reads: list[str], change: str) -> None:
     convert(source, tmp_path / "whole")
@@ -324,7 +323,6 @@ def fail_nth(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, n: int, err
     return calls
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [
@@ -366,7 +364,6 @@ def test_every_write_may_fail(
     assert names(tmp_path) == ["count", "hf", "hf2", "out"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", sorted(EXPECTED), ids=lambda n: errno.errorcode[n])
 def test_the_array_store_fails(source: Path, tmp_path: Path, monkeypatch: Any, number: int) -> None:
     """It reports its system errors in this form (measured with strace's fault injection)."""
@@ -400,7 +397,6 @@ convert(sys.argv[1], sys.argv[2])
 """
 
 
-@pytest.mark.slow
 def test_writes_that_the_kernel_refuses(source: Path, tmp_path: Path) -> None:
     """Real errors of write(2), wherever a file would pass a size: ours and those inside the array store."""
     limits = [0, 50, 150, 250, 600, 1500, 4000, 5500]
@@ -447,7 +443,6 @@ print(sorted(os.listdir(sys.argv[1])))
 """
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full(source: Path, tmp_path: Path) -> None:
     """A real one, of 60 kB: refused before anything is written, and where that is left out, while it is written."""
     (tmp_path / "mnt").mkdir()
@@ -470,7 +465,6 @@ def test_a_disk_that_is_full(source: Path, tmp_path: Path) -> None:
     assert "free some space" in hint
 
 
-@pytest.mark.slow
 def test_read_only_target(source: Path, tmp_path: Path) -> None:
     if not shutil.which("unshare"):
         pytest.skip("needs unshare(1)")

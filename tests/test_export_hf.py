@@ -42,6 +42,9 @@ from llama_jax.errors import (
 )
 from llama_jax.params import unflatten
 
+# Most are quick; together they take a while.
+pytestmark = pytest.mark.slow
+
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder, read by the safetensors library."""
@@ -340,7 +343,6 @@ export_{kind}({source!r}, {target!r}, progress=progress)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("how", "kind"), [(signal.SIGKILL, "hf"), (signal.SIGINT, "hf"), (signal.SIGKILL, "gguf")])
 def test_killed_exports(tmp_path: Path, how: signal.Signals, kind: str) -> None:
     write_chat_model(tmp_path / "source")
@@ -359,7 +361,6 @@ def test_killed_exports(tmp_path: Path, how: signal.Signals, kind: str) -> None:
     assert [p.name for p in out.parent.iterdir()] == ["model.gguf"]
 
 
-@pytest.mark.slow
 def test_the_second_export_waits_for_the_first(tmp_path: Path, tiny: Path) -> None:
     code = CHILD.format(kind="hf", source=str(tiny), target=str(tmp_path / "out"), pause=1.5)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

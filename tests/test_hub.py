@@ -40,6 +40,9 @@ from llama_jax.errors import (
 from llama_jax.library import hub_errors as our_hub_errors
 from llama_jax.library import transfer
 
+# Most are quick; together they take a while.
+pytestmark = pytest.mark.slow
+
 CARD = b"---\nlicense: apache-2.0\n---\n# A model\n"
 LLAMA_JAX = [sys.executable, "-m", "llama_jax.cli"]
 
@@ -286,7 +289,6 @@ def test_an_unfinished_file_that_is_wrong(one_large: FakeHub, tmp_path: Path, le
     pull_files(one_large)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_then_run_again(one_large: FakeHub, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C in the middle of a file, or worse; the second run asks for the rest only."""
@@ -315,7 +317,6 @@ def test_stopped_then_run_again(one_large: FakeHub, tmp_path: Path, number: sign
     assert (answer["revision"], answer["checkpoint"], answer["licence"]) == (COMMIT, None, "apache-2.0")
 
 
-@pytest.mark.slow
 def test_two_pulls_at_once(one_large: FakeHub, tmp_path: Path, cache: Path) -> None:
     one_large.pace = 0.005
     env = os.environ | fake_hub.environment(one_large.url, tmp_path / "hub")

@@ -26,6 +26,9 @@ from llama_jax.kernels.moe.schedule import schedule, tile_count
 from llama_jax.kernels.moe.shapes import DECODE_TOKENS, PREFILL_TOKENS, SHAPES, MoeShape
 from llama_jax.targets import TARGETS, find
 
+# Most are quick; together they take a while.
+pytestmark = pytest.mark.slow
+
 SMALL = Tiles(16, 16, 16, 32, 16, 1, num_warps=4, num_stages=1)
 plan_of = jax.jit(schedule, static_argnums=(1, 2))
 run = jax.jit(pallas_triton.run, static_argnames=("activation", "tiles", "interpret"))
@@ -92,7 +95,6 @@ SIZES = {
 
 
 @hypothesis.given(st.data(), st.sampled_from(sorted(SIZES)), st.integers(0, 2**32 - 1))
-@pytest.mark.slow
 def test_against_the_definition(data: st.DataObject, sizes: tuple[int, int, int, int, int], seed: int) -> None:
     tokens, top_k, experts, hidden, width = sizes
     tiles, without = SIZES[sizes]
@@ -104,7 +106,6 @@ def test_against_the_definition(data: st.DataObject, sizes: tuple[int, int, int,
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("shape", "tokens", "dtype"),
@@ -231,7 +232,6 @@ def lower(target: Any, shape: MoeShape, tokens: int) -> str:
         return call.trace(**shape.arguments(tokens)).lower(lowering_platforms=("rocm",)).as_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", [t for t in GPUS if t.vendor == "amd"], ids=lambda target: target.name)
 def test_lowers_for_gpus(target: Any) -> None:
     """Triton's dialect has an operation for each step; the weights reach the kernels as they lie, uncopied."""
@@ -256,7 +256,6 @@ def test_floors() -> None:
     assert shape.expected_experts(64) == pytest.approx(8, abs=1e-6)
 
 
-@pytest.mark.slow
 def test_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The measuring script, where it can run: tiny shapes, interpreted."""
     path = Path(__file__).parent.parent / "scripts" / "bench_moe.py"

@@ -28,6 +28,9 @@ from llama_jax.kernels.dispatch.operation import Operation, disabled
 from llama_jax.kernels.moe.reference import routed_experts_reference
 from llama_jax.kernels.registry import OPERATIONS, operation
 
+# Most are quick; together they take a while.
+pytestmark = pytest.mark.slow
+
 
 def with_backends(op: str, *, only: str | None = None, **runs: Callable[..., jax.Array]) -> Operation:
     """The operation with backends of a test beside its reference alone, and with one case or all."""
@@ -57,7 +60,6 @@ def test_the_reference_itself_passes_in_its_own_dtype(name: str) -> None:
     assert problems(op) == {"same": []}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_interpreted_kernel_passes(name: str) -> None:
     op = operation(name)
@@ -69,7 +71,6 @@ def test_an_interpreted_kernel_passes(name: str) -> None:
         assert op.backends[found.backend].interpreted
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_interpreted_kernels_pass_on_every_case_with_gradients(name: str) -> None:
@@ -79,7 +80,6 @@ def test_interpreted_kernels_pass_on_every_case_with_gradients(name: str) -> Non
     assert len(found) == kernels * len(operation(name).cases())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_reference_itself_passes_with_gradients(name: str) -> None:
     op = with_backends(name, same=operation(name).backends["reference"].run)
@@ -144,7 +144,6 @@ def test_wrong_experts_are_found() -> None:
     assert len(found["no_scale"]) == len(found["wrong_expert"]) == 2
 
 
-@pytest.mark.slow
 def test_a_wrong_gradient_is_found() -> None:
     @jax.custom_vjp
     def f(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -344,7 +343,6 @@ print(json.dumps({{"device": "a device"}}), flush=True)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "end"),
     [
@@ -423,7 +421,6 @@ def test_a_child_that_never_gets_to_its_checks() -> None:
     assert found == Numerics((), error="the process ended with status 1: no memory")
 
 
-@pytest.mark.slow
 def test_a_compiler_that_crashes_in_a_thread(tmp_path: Path) -> None:
     """The real thing: a kernel in the middle, and others that compile beside it."""
     code = """

@@ -26,6 +26,9 @@ from llama_jax.cli import cli
 from llama_jax.convert import convert
 from llama_jax.library import bundled, removal
 
+# Most are quick; together they take a while.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -114,7 +117,6 @@ def test_rm_asks_on_a_terminal(model: Path, answer: str, code: int) -> None:
     assert is_checkpoint(model) == (code != 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nothing", "../models", "..", ".", "a/b", "models/../x", "org/name@v1", ""])
 def test_rm_unknown_names(model: Path, name: str) -> None:
     result = run("rm", name, "--yes")

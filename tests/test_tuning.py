@@ -31,6 +31,9 @@ from llama_jax.kernels.tuning.tune import Candidate, Measurement, Tuning, best_r
 from llama_jax.measure.numbers import numbers_of
 from llama_jax.targets import find
 
+# Most are quick; together they take a while.
+pytestmark = pytest.mark.slow
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -252,7 +255,6 @@ def test_numbers_of_models() -> None:
 # --- The real operations and the command ------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", registry.OPERATIONS)
 @pytest.mark.parametrize("target", ["mi300x", "rx7900xtx", "h100"])
 def test_real_candidates(name: str, target: str) -> None:
@@ -277,7 +279,6 @@ def cli_run(*args: str) -> Result:
     return CliRunner().invoke(cli, ["tune", *args])
 
 
-@pytest.mark.slow
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     # The compilation cache would stay in this test's folder for the rest of the process.
     monkeypatch.setattr(runtime, "enable_compilation_cache", lambda: None)
