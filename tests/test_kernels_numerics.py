@@ -77,7 +77,8 @@ def test_interpreted_kernels_pass_on_every_case_with_gradients(name: str) -> Non
     found = list(run_checks({name: operation(name)}))
     assert [f"{check.backend}, {check.case}: {check.problem}" for check in found if check.problem] == []
     kernels = any(backend.interpreted for backend in operation(name).backends.values())
-    assert len(found) == kernels * len(operation(name).cases())
+    interpreted = [check for check in found if operation(name).backends[check.backend].interpreted]
+    assert len(interpreted) == kernels * len(operation(name).cases())
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

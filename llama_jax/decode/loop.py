@@ -210,12 +210,15 @@ def emit(
 ) -> tuple[DecodeState, Progress]:
     """Draws and records the next token of every row that has not ended, and sees whether it ends the row.
 
-    Logits that are no numbers, or a mask that allows no token, end their row without one.
+    With the sampler's full profile, logits that are no numbers, or a mask that allows no token, end their row without
+    one.
 
     Args:
       where: bool [batch], the rows that draw; all by default.
     """
-    failed = no_token(logits, state.sampler) & ~state.done
+    failed = jnp.zeros_like(state.done)
+    if state.sampler.allowed is not None:  # of the full profile; others are spared a pass over the logits
+        failed = no_token(logits, state.sampler) & ~state.done
     going = ~state.done & ~failed
     if where is not None:
         failed, going = failed & where, going & where
