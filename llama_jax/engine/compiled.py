@@ -110,7 +110,7 @@ class Programs:
         return self._get(Key("scrub"))(state, padded)
 
     def step(self, key: Key, state: DecodeState, control: np.ndarray) -> tuple[Any, ...]:
-        """See `programs.decode`, `mixed` and `scored`."""
+        """See `programs.decode` and `programs.mixed`."""
         return self._get(key)(self._model.params, state, control, self._adapters)
 
     def _get(self, key: Key) -> Any:
@@ -159,9 +159,9 @@ def program(
         options = graph_options() if settings.steps > 1 else {}
     else:
         control = programs.mixed_control(key.size, settings.rows)
-        of_key: Callable[..., Any] = programs.scored if key.name == "scored" else programs.mixed
-        function, options = partial(of_key, **static, tokens=key.size, chunk_rows=settings.chunk_rows), {}
-    told = [None] * (3 if key.name == "scored" else 2)
+        static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
+        function, options = partial(programs.mixed, **static), {}
+    told = [None] * (2 if key.name == "decode" else 3)
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
     return Program(str(key), jitted, (params, state, ints(control.size), adapters), {})
@@ -196,5 +196,5 @@ def without_vocabulary(sampler: SamplerState) -> SamplerState:
 
 
 def profile_of(key: Key) -> SamplerProfile:
-    """What the program's sampler can do."""
+    """The profile of the program's sampler."""
     return GREEDY if key.greedy else FULL

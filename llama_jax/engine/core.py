@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -17,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.decode.loop import DecodeState
+from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
 from llama_jax.engine.compiled import Key, Programs
-from llama_jax.engine.joining import Beginning, joinings
+from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Meter, Snapshot
-from llama_jax.engine.state import NO_ROW, new_state
+from llama_jax.engine.state import new_state
 from llama_jax.engine.steps import Step
 from llama_jax.errors import RequestError
 from llama_jax.kernels.dispatch import using
@@ -54,20 +56,8 @@ class Drawn:
     ending: Ending | None = None
 
 
-@dataclass(eq=False, slots=True)
-class _Asked:
-    """A sequence and what it was asked for with.
-
-    Attributes:
-      greedy: whether a program for greedy requests serves it.
-      scores: of its prompt so far.
-    """
-
-    sequence: Sequence
-    params: SamplingParams
-    adapter: int
-    greedy: bool
-    scores: list[Logprobs] = field(default_factory=list)
+_Packed = tuple[Key, np.ndarray, Mapping[str, np.ndarray]]
+"""A program, its control array, and the parts of this."""
 
 
 @dataclass
@@ -122,7 +112,7 @@ class Core:
             self._state: DecodeState = create(model.config, settings, jnp.dtype(model.dtype))
         self.programs = Programs(model, settings, self._state, adapters)
         self._meter = Meter()
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, Asked] = {}
         self._flights: deque[_Flight] = deque()
         self._ids = itertools.count()
 
@@ -132,7 +122,6 @@ class Core:
         params: SamplingParams,
         limit: int,
         *,
-        drawn: ListOf[int] = (),
         priority: int = 0,
         adapter: int = 0,
         domain: tuple[tuple[str, Any], ...] = (),
@@ -141,8 +130,7 @@ class Core:
 
         Args:
           params: with a seed, if it samples; `n` and `stop` are not looked at.
-          limit: tokens that it may have in all.
-          drawn: those that it has already, elsewhere: it goes on as if they had been drawn here.
+          limit: tokens that it may have.
           priority: lower ones first.
           adapter: its slot, 0 for none.
           domain: what else than the tokens its keys and values depend on, or who may share them, as (kind, value).
@@ -157,7 +145,7 @@ class Core:
             domain = (*domain, ("prompt length", len(prompt)))
         sequence = Sequence(
             number,
-            [*prompt, *drawn],
+            list(prompt),
             len(prompt),
             limit,
             priority=priority,
@@ -165,7 +153,7 @@ class Core:
             reuse=params.prompt_logprobs is None,
         )
         self.scheduler.add(sequence)
-        self._asked[number] = _Asked(sequence, params, adapter, SamplerProfile.of([params]) == GREEDY)
+        self._asked[number] = Asked(sequence, params, adapter, SamplerProfile.of([params]) == GREEDY)
         return number
 
     def cancel(self, number: int) -> None:
@@ -206,21 +194,17 @@ class Core:
     # --- To the device
 
     def _dispatch(self, step: Step) -> _Flight:
-        beginning = {
-            joining.sequence.id: Beginning(self._params(joining.sequence), self._asked[joining.sequence.id].adapter)
-            for joining in step.joining
-        }
-        for leaving, new in joinings(step, beginning, self.model, self.settings):
+        for leaving, new in joinings(step, self._asked, self.model, self.settings):
             self._state = self.programs.join(self._state, leaving, new)
         joined = {joining.row for joining in step.joining}
-        pages = [entry for entry in step.pages if entry[0] not in joined]
         flight = _Flight(step, [], [], None)
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
         pack = self._mixed if step.chunks else self._decode
-        key, control = pack(flight, pages, greedy=greedy)
-        tokens = sum(chunk.count for chunk in step.chunks) + len(step.decoding)
-        self._meter.dispatched(tokens * step.steps, key.size * step.steps)
+        key, control, parts = pack(flight, greedy=greedy)
+        if pages := [entry for entry in step.pages if entry[0] not in joined]:
+            parts["pages"][: len(pages)] = pages
+        self._meter.dispatched(step.tokens * step.steps, key.size * step.steps)
         self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs
@@ -229,11 +213,10 @@ class Core:
             array.copy_to_host_async()
         return flight
 
-    def _mixed(self, flight: _Flight, pages: ListOf[Any], *, greedy: bool) -> tuple[Key, np.ndarray]:
+    def _mixed(self, flight: _Flight, *, greedy: bool) -> _Packed:
         step = flight.step
-        tokens = sum(chunk.count for chunk in step.chunks) + len(step.decoding)
         scored = any(self._params(chunk.sequence).prompt_logprobs is not None for chunk in step.chunks)
-        key = self.programs.choose("scored" if scored else "mixed", tokens, greedy=greedy)
+        key = self.programs.choose("scored" if scored else "mixed", step.tokens, greedy=greedy)
         control = programs.mixed_control(key.size, self.settings.rows)
         array, parts = control.new(positions=-1, rows=NO_ROW, pages=NO_ROW, at=key.size)
 
@@ -260,23 +243,19 @@ class Core:
             if self._params(sequence).prompt_logprobs is not None:
                 flight.spans.append((at, at + min(chunk.count, sequence.prompt_length - 1 - chunk.start), sequence))
             at = here.stop
-        if pages:
-            parts["pages"][: len(pages)] = pages
-        return key, array
+        return key, array, parts
 
-    def _decode(self, flight: _Flight, pages: ListOf[Any], *, greedy: bool) -> tuple[Key, np.ndarray]:
+    def _decode(self, flight: _Flight, *, greedy: bool) -> _Packed:
         decoding = flight.step.decoding
         key = self.programs.choose("decode", len(decoding), greedy=greedy)
         control = programs.decode_control(key.size)
         array, parts = control.new(rows=NO_ROW, pages=NO_ROW, steps=flight.step.steps)
         rows = [sequence.row for sequence in decoding]
         parts["rows"][: len(rows)] = rows
-        if pages:
-            parts["pages"][: len(pages)] = pages
         # The largest program computes all rows where they are.
         lines = rows if key.size == self.settings.rows else range(len(rows))
         flight.rows = list(zip(lines, decoding, strict=True))
-        return key, array
+        return key, array, parts
 
     # --- From the device
 
@@ -293,7 +272,7 @@ class Core:
         return drawn
 
     def _taken(self, line: int, sequence: Sequence, report: list[int], logprobs: Any) -> Drawn | None:
-        """What a row's line of a report tells; nothing if its sequence has ended meanwhile."""
+        """News from a row's line of a report; None if its sequence has ended meanwhile."""
         flags = report[-1]
         tokens = report[: flags & (programs.DONE - 1)]
         asked = self._asked.get(sequence.id)

@@ -1,64 +1,75 @@
-"""What rows are told when sequences join them: a plan's decisions and a request's settings as arrays."""
+"""Arguments of `state.join`: a plan's decisions and a request's settings as arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from llama_jax.cache import NO_PAGE
+from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.compiled import MARKED, without_vocabulary
+from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import NO_ROW, Joining, Marked
+from llama_jax.engine.state import Joining, Marked
 from llama_jax.engine.steps import Step
 from llama_jax.model.loaded import Model
-from llama_jax.sampling import FULL, SamplingParams, make_sampler
+from llama_jax.sampling import FULL, Logprobs, SamplingParams, make_sampler
 
 _IDLE = SamplingParams(temperature=0.0, seed=0)
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """With what a sequence was asked for."""
+@dataclass(eq=False, slots=True)
+class Asked:
+    """A sequence and what it was asked for with.
 
+    Attributes:
+      adapter: its slot, 0 for none.
+      greedy: whether a program for greedy requests serves it.
+      scores: of its prompt so far.
+    """
+
+    sequence: Sequence
     params: SamplingParams
     adapter: int
+    greedy: bool
+    scores: list[Logprobs] = field(default_factory=list)
 
 
 def joinings(
-    step: Step, beginning: Mapping[int, Beginning], model: Model, settings: EngineSettings
+    step: Step, asked: Mapping[int, Asked], model: Model, settings: EngineSettings
 ) -> Iterator[tuple[np.ndarray, Joining]]:
     """The arguments of each call of `state.join` that a step needs: none if no row changes hands.
 
     Args:
-      beginning: of each sequence that joins, by its number.
+      asked: by the numbers of sequences, those that join among them.
     """
     leaving = np.zeros(settings.rows, bool)
     leaving[list(step.leaving)] = True
-    joining, marks = list(step.joining), _marks(step, beginning)
+    joining, marks = list(step.joining), _marks(step, asked)
     while joining or marks or leaving.any():
         group, joining = joining[: settings.chunk_rows], joining[settings.chunk_rows :]
         # Marks come with the last rows: those that join empty what was marked there before.
         some, marks = ([], marks) if joining else (marks[:MARKED], marks[MARKED:])
-        yield leaving, _arrays(step, group, beginning, some, model, settings)
+        yield leaving, _arrays(step, group, asked, some, model, settings)
         leaving = np.zeros_like(leaving)
 
 
 def _arrays(
     step: Step,
     group: ListOf[Any],
-    beginning: Mapping[int, Beginning],
+    asked: Mapping[int, Asked],
     marks: ListOf[tuple[int, int, bool]],
     model: Model,
     settings: EngineSettings,
 ) -> Joining:
     n = settings.chunk_rows
     sequences = [joining.sequence for joining in group]
-    asked = [beginning[sequence.id] for sequence in sequences]
+    each = [asked[sequence.id] for sequence in sequences]
     spare = n - len(group)
     pages = np.full((n, settings.pages_per_row), NO_PAGE, np.int32)
     line = {joining.row: i for i, joining in enumerate(group)}
@@ -66,7 +77,7 @@ def _arrays(
         if row in line:
             pages[line[row], index] = page
     _, sampler = make_sampler(
-        [*(a.params for a in asked), *[_IDLE] * spare],
+        [*(a.params for a in each), *[_IDLE] * spare],
         [()] * n,
         model.config.vocab_size,
         model.eos_token_ids,
@@ -89,17 +100,17 @@ def _arrays(
         length=ints(len(s.tokens) for s in sequences),
         limit=ints(s.limit for s in sequences),
         rope_lengths=ints((s.prompt_length for s in sequences), 1),
-        adapter_ids=ints(a.adapter for a in asked),
+        adapter_ids=ints(a.adapter for a in each),
         sampler=without_vocabulary(dataclasses.replace(sampler, count=drawn)),
         marked=Marked(rows, tokens, of_output),
     )
 
 
-def _marks(step: Step, beginning: Mapping[int, Beginning]) -> list[tuple[int, int, bool]]:
+def _marks(step: Step, asked: Mapping[int, Asked]) -> list[tuple[int, int, bool]]:
     """(row, token, drawn) of what penalties need to know of the tokens so far."""
     marks = []
     for joining in step.joining:
-        sequence, params = joining.sequence, beginning[joining.sequence.id].params
+        sequence, params = joining.sequence, asked[joining.sequence.id].params
         of_prompt = params.repetition_penalty != 1.0
         if of_prompt or params.presence_penalty or params.frequency_penalty:
             first = 0 if of_prompt else sequence.prompt_length

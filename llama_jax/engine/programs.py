@@ -1,9 +1,9 @@
 """The engine's programs: few, of fixed shapes, and compiled before the first request.
 
 `mixed` runs the prompts' next tokens and one token of each decoding row through the model at once, packed in one axis,
-and `scored` looks at the prompts' own log-probabilities besides; `decode` runs steps of decoding rows alone; `join`
-prepares rows. What changes from step to step comes as one
-array of integers (`Control`), so that a dispatch sends one array to the device and fetches one.
+and can score the prompts; `decode` runs steps of decoding rows alone. What changes from step to step comes as one array
+of integers (`Control`), so that a dispatch sends one array to the device and fetches one. Between steps `state.join`
+prepares rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DONE, STOPPED, FAILED = 1 << 16, 1 << 17, 1 << 18
 """Flags beside the number of new tokens, in the last column of a report."""
 
 SCORED_BLOCK = 128
-"""Tokens whose logits exist at once in `scored`."""
+"""Tokens whose logits exist at once where prompts are scored."""
 
 
 class Control:
@@ -64,9 +64,8 @@ def decode_control(rows: int) -> Control:
 
 
 def mixed_control(tokens: int, rows: int) -> Control:
-    """For `mixed` and `scored`: of each token its id (negative: the one that its row has drawn last), position, row,
-    and the id behind it, which `scored` looks at; of each row the token behind which it draws, and whether it does;
-    and pages to book."""
+    """For `mixed`: of each token its id (negative: the one that its row has drawn last), position, row, and the id
+    behind it, to be scored; of each row the token behind which it draws, and whether it does; and pages to book."""
     each = dict.fromkeys(("ids", "positions", "rows", "next"), (tokens,))
     return Control(**each, at=(rows,), draws=(rows,), pages=(rows, 3))
 
@@ -124,61 +123,18 @@ def mixed(
     profile: SamplerProfile,
     tokens: int,
     chunk_rows: int,
-) -> tuple[DecodeState, jax.Array, Logprobs | None]:
+    scored: bool = False,
+) -> tuple[DecodeState, jax.Array, Logprobs | None, Logprobs | None]:
     """One step of prompts and decoding rows together.
 
     Args:
       chunk_rows: prompts in it, at most.
+      scored: whether to look at the prompts' own log-probabilities.
 
     Returns:
-      The state, and `report` of all rows.
+      The state, `report` of all rows, and with `scored` the log-probabilities of what follows each token [tokens], and
+      of the most likely ids in its place [tokens, n].
     """
-    state, told, logprobs, _ = _mixed(params, state, control, adapters, config, profile, tokens, chunk_rows)
-    return state, told, logprobs
-
-
-def scored(
-    params: Params,
-    state: DecodeState,
-    control: jax.Array,
-    adapters: Params | None,
-    *,
-    config: LlamaConfig,
-    profile: SamplerProfile,
-    tokens: int,
-    chunk_rows: int,
-) -> tuple[DecodeState, jax.Array, Logprobs | None, Logprobs]:
-    """`mixed`, with the log-probabilities of what follows each token [tokens], and of the most likely [tokens, n]."""
-    state, told, logprobs, hidden = _mixed(
-        params, state, control, adapters, config, profile, tokens, chunk_rows, captured=True
-    )
-    assert hidden is not None
-    behind = mixed_control(tokens, len(state.done)).parts(control)["next"]
-
-    def score(block: tuple[jax.Array, jax.Array]) -> Logprobs:
-        h, ids = block
-        return token_logprobs(unembed(params, config, h[None])[0], ids, MAX_LOGPROBS)
-
-    # A block at a time: the logits of all tokens would be the largest array of the engine.
-    size = math.gcd(tokens, SCORED_BLOCK)
-    blocks = hidden.reshape(-1, size, hidden.shape[-1]), behind.reshape(-1, size)
-    found = jax.lax.map(score, blocks)
-    return state, told, logprobs, jax.tree.map(lambda x: x.reshape(tokens, *x.shape[2:]), found)
-
-
-def _mixed(
-    params: Params,
-    state: DecodeState,
-    control: jax.Array,
-    adapters: Params | None,
-    config: LlamaConfig,
-    profile: SamplerProfile,
-    tokens: int,
-    chunk_rows: int,
-    *,
-    captured: bool = False,
-) -> tuple[DecodeState, jax.Array, Logprobs | None, jax.Array | None]:
-    """`mixed`; with `captured` also what the head of the model is given for each token [tokens, hidden_size]."""
     rows = len(state.done)
     given = mixed_control(tokens, rows).parts(control)
     state = book(state, given["pages"])
@@ -200,21 +156,39 @@ def _mixed(
         "adapters": adapters,
         "adapter_ids": None if adapters is None else own(state.adapter_ids, 0)[None],
     }
-    hidden = None
-    if captured:
+    scores = None
+    if scored:
         _, cache, seen = forward(params, config, **arguments, capture=("final_norm",))
         hidden = seen["final_norm"][0]
         logits = unembed(params, config, hidden[given["at"]][None])
+        scores = _scores(params, config, hidden, given["next"])
     else:
         logits, cache = forward(params, config, **arguments, logits_at=given["at"][None])
     state = dataclasses.replace(state, cache=cache)
     progress = no_progress(state, 1, profile, config.vocab_size)
     state, progress = emit(logits[0], state, progress, 0, profile, where=given["draws"] > 0)
-    return by_rows(state), *report(progress), hidden
+    return by_rows(state), *report(progress), scores
+
+
+def _scores(params: Params, config: LlamaConfig, hidden: jax.Array, behind: jax.Array) -> Logprobs:
+    """Log-probabilities of ids `behind` int32 [tokens].
+
+    Args:
+      hidden: what the head of the model is given [tokens, hidden_size].
+    """
+
+    def score(block: tuple[jax.Array, jax.Array]) -> Logprobs:
+        h, ids = block
+        return token_logprobs(unembed(params, config, h[None])[0], ids, MAX_LOGPROBS)
+
+    # A block at a time: the logits of all tokens would be the largest array of the engine.
+    size = math.gcd(len(behind), SCORED_BLOCK)
+    found = jax.lax.map(score, (hidden.reshape(-1, size, hidden.shape[-1]), behind.reshape(-1, size)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 
 def report(progress: Progress) -> tuple[jax.Array, Logprobs | None]:
-    """What a dispatch tells the host, int32 [rows, stride + 1]: new tokens, and in the last column how many of them
+    """News of a dispatch for the host, int32 [rows, stride + 1]: new tokens, and in the last column how many of them
     are new, with DONE, STOPPED and FAILED."""
     flags = jnp.where(progress.done, DONE, 0)
     flags |= jnp.where(progress.finished_by_stop, STOPPED, 0) | jnp.where(progress.failed, FAILED, 0)

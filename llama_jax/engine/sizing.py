@@ -11,9 +11,9 @@ from llama_jax.cache import DEFAULT_PAGE_SIZE
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import DoesNotFit, RequestError
-from llama_jax.layout import local_heads
 from llama_jax.model.loaded import Model
 from llama_jax.plan.device_memory import free_bytes
+from llama_jax.plan.memory import cache_bytes
 from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import of_device
 
@@ -47,16 +47,12 @@ def default_settings(
       RequestError: the context is longer than the model's.
     """
     on_cpu = model.device.platform == "cpu"
-    free = None
-    if not on_cpu:
-        devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
-        free = free_bytes(devices, of_device(model.device))
     return settings_for(
         model.config,
         model.dtype,
         model.mesh,
         on_cpu=on_cpu,
-        free=free,
+        free=None if on_cpu else free_memory(model),
         rows=rows,
         context=context,
         pages=pages,
@@ -99,7 +95,7 @@ def settings_for(
         pages = rows * each
         if free is not None:
             room = max(free - _beside_pages(config, dtype, mesh), 0)
-            pages = min(pages, room // page_bytes(config, dtype, mesh, page_size))
+            pages = min(pages, room // cache_bytes(config, mesh, jnp.dtype(dtype).itemsize, page_size))
     if pages < each:
         raise DoesNotFit(
             f"a sequence of {context} tokens takes {each} pages of {page_size}; there is memory for {pages}",
@@ -116,12 +112,6 @@ def settings_for(
         page_size=page_size,
         **options,
     )
-
-
-def page_bytes(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh, page_size: int) -> int:
-    """Bytes that a page takes on each device: keys and values of all layers."""
-    heads = local_heads(config, mesh)[1]
-    return 2 * config.num_layers * heads * page_size * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 def free_memory(model: Model) -> int | None:

@@ -11,16 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from llama_jax.cache import PagedCache
+from llama_jax.cache import PagedCache, protocol
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import DecodeState, by_rows, idle_state
+from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.sampling import FULL, SamplerState, SamplingParams, make_sampler
-
-NO_ROW = np.iinfo(np.int32).max
-"""Beyond the last row: padding among row numbers."""
 
 
 def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -> DecodeState:
@@ -97,11 +94,12 @@ def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
         "adapter_ids": new.adapter_ids,
     }
     state = dataclasses.replace(state, done=state.done | leaving)
-    rows = {name: put(getattr(state, name), new.rows, value) for name, value in begun.items()}
+    rows = {name: protocol.put_rows(getattr(state, name), new.rows, value) for name, value in begun.items()}
     sampler: dict[str, Any] = {}
     for field in dataclasses.fields(state.sampler):
         into, value = getattr(state.sampler, field.name), getattr(new.sampler, field.name)
-        sampler[field.name] = put(into, new.rows, jnp.zeros((), into.dtype) if value is None else value)
+        value = jnp.zeros((), into.dtype) if value is None else value
+        sampler[field.name] = protocol.put_rows(into, new.rows, value)
     state = dataclasses.replace(state, cache=cache, sampler=SamplerState(**_marked(sampler, new.marked)), **rows)
     return by_rows(state)
 
@@ -122,11 +120,6 @@ def paged(state: DecodeState) -> PagedCache:
     return state.cache
 
 
-def put(into: jax.Array, rows: jax.Array, value: Any) -> jax.Array:
-    """The array with `value` in rows int32 [n]; those beyond the last one are dropped."""
-    return into.at[rows].set(value, mode="drop")
-
-
 def _marked(sampler: dict[str, Any], marked: Marked) -> dict[str, Any]:
     """Arrays of a sampler that knows of these tokens."""
     rows, drawn = marked.rows, marked.drawn
@@ -137,25 +130,21 @@ def _marked(sampler: dict[str, Any], marked: Marked) -> dict[str, Any]:
 
 def take_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
     """Rows int32 [n] as a state of their own; NO_ROW is a row that has ended."""
-
-    def take(x: jax.Array, fill: Any) -> jax.Array:
-        return jnp.take(x, rows, axis=0, mode="fill", fill_value=fill)
-
-    part = {
-        f.name: take(getattr(state, f.name), True if f.name == "done" else 0)
-        for f in dataclasses.fields(state)
-        if f.name not in ("cache", "sampler")
+    part: dict[str, Any] = {
+        name: jax.tree.map(lambda x, empty=int(name == "done"): protocol.take_rows(x, rows, empty), value)
+        for name, value in _but_cache(state).items()
     }
-    sampler = jax.tree.map(lambda x: take(x, 0), state.sampler)
-    return dataclasses.replace(state, cache=state.cache.select(rows), sampler=sampler, **part)
+    return dataclasses.replace(state, cache=state.cache.select(rows), **part)
 
 
 def put_rows(state: DecodeState, rows: jax.Array, part: DecodeState) -> DecodeState:
     """The state with what `take_rows` has taken put back."""
-    written = {
-        f.name: put(getattr(state, f.name), rows, getattr(part, f.name))
-        for f in dataclasses.fields(state)
-        if f.name not in ("cache", "sampler")
-    }
-    sampler = jax.tree.map(lambda into, x: put(into, rows, x), state.sampler, part.sampler)
-    return by_rows(dataclasses.replace(state, cache=state.cache.put(rows, part.cache), sampler=sampler, **written))
+    written: dict[str, Any] = jax.tree.map(
+        lambda into, x: protocol.put_rows(into, rows, x), _but_cache(state), _but_cache(part)
+    )
+    return by_rows(dataclasses.replace(state, cache=state.cache.put(rows, part.cache), **written))
+
+
+def _but_cache(state: DecodeState) -> dict[str, Any]:
+    """Everything with a line for each row; the cache takes its own rows out."""
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "cache"}

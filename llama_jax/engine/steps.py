@@ -1,4 +1,4 @@
-"""What the scheduler tells the device to do: one dispatch as a value."""
+"""Orders of the scheduler to the device: one dispatch as a value."""
 
 from __future__ import annotations
 
@@ -58,3 +58,8 @@ class Step:
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
     steps: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one of its steps."""
+        return sum(chunk.count for chunk in self.chunks) + len(self.decoding)

@@ -1,4 +1,4 @@
-"""What a request's tokens come to: texts, log-probabilities, and the output that the caller gets."""
+"""A request's answer: texts, log-probabilities, and the output that the caller gets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Answer:
 
     Attributes:
       rows: the text of each; logprobs: of its tokens, where they were asked for.
-      left: how many have not ended.
+      left: how many have not ended; numbers: of their sequences in the core.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Answer:
         endings = params.ending_ids(eos_token_ids)
         self.rows = [RowText(tokenizer, params, endings, prompt) for _ in range(params.n)]
         self.left = params.n
+        self.numbers: list[int] = []
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.rows]
         self._of_prompt: Logprobs | None = None
         self._asked = self._last = time.perf_counter()
@@ -49,7 +50,7 @@ class Answer:
                 break
             added += row.add(token, limit=self.limit)
             if drawn.logprobs is not None and self.params.logprobs is not None:
-                self.logprobs[copy].append(_logprob(drawn.logprobs, i, token, self.params.logprobs))
+                self.logprobs[copy].append(TokenLogprob.of(drawn.logprobs, i, token, self.params.logprobs))
         if drawn.ending and not row.finish_reason:
             row.finish_reason = "error" if drawn.ending == "failed" else "length"
         self.left -= row.finish_reason is not None
@@ -67,7 +68,7 @@ class Answer:
         )
 
     def output(self) -> RequestOutput:
-        """What the caller gets, once it has ended."""
+        """The output for the caller, once it has ended."""
         completions = []
         for index, row in enumerate(self.rows):
             assert row.finish_reason is not None
@@ -77,11 +78,5 @@ class Answer:
         if self.params.prompt_logprobs is not None:
             n, found = self.params.prompt_logprobs, self._of_prompt
             known = enumerate(self.prompt[1:]) if found is not None else ()
-            of_prompt = (None, *(_logprob(found, i, token, n) for i, token in known if found is not None))
+            of_prompt = (None, *(TokenLogprob.of(found, i, token, n) for i, token in known if found is not None))
         return RequestOutput(tuple(self.prompt), tuple(completions), self.timing(), of_prompt)
-
-
-def _logprob(logprobs: Logprobs, at: int, token: int, n: int) -> TokenLogprob:
-    value = float(logprobs.token[at])
-    top = {int(i): float(v) for i, v in zip(logprobs.top_ids[at][:n], logprobs.top[at][:n], strict=True)}
-    return TokenLogprob(token, value, {**top, token: value} if n else {token: value})

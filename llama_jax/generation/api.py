@@ -8,7 +8,7 @@ from typing import Any
 from llama_jax.errors import RequestError
 from llama_jax.generation.batch import BATCH_STRIDE, STOP_STRIDE, Batch
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
-from llama_jax.generation.request import Prompt, prepare, sampling
+from llama_jax.generation.request import Prompt, check_prompts, prepare, sampling
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
@@ -101,12 +101,7 @@ def batch_generate(
     Returns:
       One output per prompt, in order.
     """
-    if isinstance(prompts, str | bytes):
-        raise RequestError(
-            "prompts must be a list of prompts, not a single text",
-            param="prompts",
-            hint="pass [prompt], or use generate",
-        )
+    check_prompts(prompts)
     if not len(prompts):
         return []
     requests = prepare(model, tokenizer, prompts, sampling(params, fields), page_size, adapters, adapter_ids)

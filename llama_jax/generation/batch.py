@@ -91,7 +91,7 @@ class Batch:
                 added.append((index, text))
                 n = row.params.logprobs
                 if n is not None and host.logprobs is not None:
-                    self.logprobs[index].append(_logprob(host.logprobs, (index, column), row.token_ids[-1], n))
+                    self.logprobs[index].append(TokenLogprob.of(host.logprobs, (index, column), row.token_ids[-1], n))
                 if row.finish_reason and not host.done[index]:
                     self._stopped_here = True
         return added
@@ -126,15 +126,9 @@ class Batch:
                 of_prompt = (
                     None,
                     *(
-                        _logprob(prompt_logprobs, (i, start + j), token, params.prompt_logprobs)
+                        TokenLogprob.of(prompt_logprobs, (i, start + j), token, params.prompt_logprobs)
                         for j, token in enumerate(prompt[1:])
                     ),
                 )
             outputs.append(RequestOutput(tuple(prompt), tuple(completions), timing, of_prompt))
         return outputs
-
-
-def _logprob(logprobs: Logprobs, at: tuple[int, int], token: int, n: int) -> TokenLogprob:
-    value = float(logprobs.token[at])
-    top = {int(i): float(v) for i, v in zip(logprobs.top_ids[at][:n], logprobs.top[at][:n], strict=True)}
-    return TokenLogprob(token, value, {**top, token: value} if n else {token: value})

@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from llama_jax.engine.core import Core
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed, LlamaJaxError
 from llama_jax.generation.answer import Answer
-from llama_jax.generation.jobs import Jobs, News
+from llama_jax.generation.jobs import Jobs, News, opened
 from llama_jax.generation.outputs import FinishReason, RequestOutput, TokenLogprob
 from llama_jax.generation.request import Prompt, Requests, prepare
-from llama_jax.loading import load
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
@@ -29,7 +27,7 @@ from llama_jax.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Request:
-    """What an engine is asked for.
+    """A prompt for an engine, and how to continue it.
 
     Attributes:
       prompt: text or token ids; for a conversation `encode_chat(tokenizer, messages)`.
@@ -102,10 +100,8 @@ class Engine:
         **options: Any,
     ):
         """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`."""
-        if not isinstance(model, Model):
-            model, tokenizer = load(model) if model is not None else load()
-        self.model, self.tokenizer = model, tokenizer
-        self._settings = settings or default_settings(model, **options)
+        self.model, self.tokenizer = opened(model, tokenizer)
+        self._settings = settings or default_settings(self.model, **options)
         self._adapters, self._ahead = adapters, ahead
         self._jobs: Jobs | None = None
         self._failed: EngineFailed | None = None
@@ -171,11 +167,7 @@ class Engine:
     # --- The engine's thread
 
     def _made(self) -> Jobs:
-        core = Core(self.model, self._settings, adapters=self._adapters)
-        if self._ahead:
-            for _ in core.programs.compile_all():
-                pass
-        return Jobs(core, self.tokenizer)
+        return Jobs.start(self.model, self.tokenizer, self._settings, self._adapters, ahead=self._ahead)
 
     def _run(self) -> None:
         while True:
@@ -194,7 +186,7 @@ class Engine:
                     self._tell(news)
             except Exception as error:  # of the device, or a fault of ours: whoever waits has to learn of it
                 self._fail(error)
-        self._drop(self._failed or EngineFailed("the engine was closed", hint="make a new one"))
+        self._drop(self._why_ended)
 
     def _begin(self, stream: _Stream) -> None:
         assert self._jobs is not None
@@ -252,7 +244,11 @@ class Engine:
                 self._inbox.append((do, stream))
                 self._wake.set()
             elif do == self._begin:
-                stream.send(self._failed or EngineFailed("the engine was closed", hint="make a new one"))
+                stream.send(self._why_ended)
+
+    @property
+    def _why_ended(self) -> EngineFailed:
+        return self._failed or EngineFailed("the engine was closed", hint="make a new one")
 
     def _check_open(self) -> None:
         if self._failed is not None:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
 
 from llama_jax.engine.core import Core, Drawn
 from llama_jax.engine.sequence import GROUP
+from llama_jax.engine.settings import EngineSettings
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.request import Requests
+from llama_jax.loading import load
+from llama_jax.model.loaded import Model
+from llama_jax.params import Params
 from llama_jax.text.tokenizer import Tokenizer
+
+
+def opened(model: Model | str | Path | None, tokenizer: Tokenizer | None) -> tuple[Model, Tokenizer | None]:
+    """A model and its tokenizer as they are given, or loaded by a name; None is the default model."""
+    if isinstance(model, Model):
+        return model, tokenizer
+    return load() if model is None else load(model)
 
 
 @dataclass(frozen=True)
 class News:
-    """What a step has brought for one continuation.
+    """News of one continuation.
 
     Attributes:
       copy: which continuation of the request; text: what is new and certain of it.
@@ -36,6 +49,23 @@ class Jobs:
         self.core, self._tokenizer = core, tokenizer
         self._of: dict[int, tuple[Answer, int]] = {}
 
+    @classmethod
+    def start(
+        cls,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        settings: EngineSettings,
+        adapters: Params | None,
+        *,
+        ahead: bool,
+    ) -> Self:
+        """A core without requests; `ahead`: with all of its programs compiled."""
+        core = Core(model, settings, adapters=adapters)
+        if ahead:
+            for _ in core.programs.compile_all():
+                pass
+        return cls(core, tokenizer)
+
     def add(
         self, requests: Requests, index: int, *, priority: int = 0, domain: tuple[tuple[str, str], ...] = ()
     ) -> Answer:
@@ -46,7 +76,7 @@ class Jobs:
           Overloaded: too many wait already.
         """
         prompt, params = requests.prompts[index], requests.params[index]
-        rows = [row for row in requests.rows if row.prompt == index]
+        rows = requests.continuations[index]
         answer = Answer(self._tokenizer, prompt, params, rows[0].limit, self.core.model.eos_token_ids)
         if not self.core.settings.prefix_cache:  # continuations of one prompt share its pages all the same
             domain = (*domain, (GROUP, secrets.token_hex(8)))
@@ -62,6 +92,7 @@ class Jobs:
                     domain=domain,
                 )
                 self._of[number] = (answer, copy)
+                answer.numbers.append(number)
         except BaseException:
             self.cancel(answer)
             raise
@@ -69,9 +100,9 @@ class Jobs:
 
     def cancel(self, answer: Answer) -> None:
         """Ends what is left of a request; one that has ended is left alone."""
-        for number in [number for number, (of, _) in self._of.items() if of is answer]:
-            self.core.cancel(number)
-            del self._of[number]
+        for number in answer.numbers:
+            if self._of.pop(number, None):
+                self.core.cancel(number)
 
     def step(self) -> Sequence[News]:
         """Runs a step of the engine."""

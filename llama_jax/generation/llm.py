@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_jax.engine.core import Core
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import RequestError
-from llama_jax.generation.jobs import Jobs
+from llama_jax.generation.jobs import Jobs, opened
 from llama_jax.generation.outputs import RequestOutput
-from llama_jax.generation.request import Prompt, prepare, sampling
-from llama_jax.loading import load
+from llama_jax.generation.request import Prompt, check_prompts, prepare, sampling
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
@@ -58,15 +56,10 @@ class LLM:
         Raises:
           DoesNotFit: there is no memory for one sequence of the context's length.
         """
-        if not isinstance(model, Model):
-            model, tokenizer = load(model) if model is not None else load()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = opened(model, tokenizer)
         self._adapters = adapters
-        core = Core(model, settings or default_settings(model, **options), adapters=adapters)
-        if ahead:
-            for _ in core.programs.compile_all():
-                pass
-        self._jobs = Jobs(core, tokenizer)
+        settings = settings or default_settings(self.model, **options)
+        self._jobs = Jobs.start(self.model, self.tokenizer, settings, adapters, ahead=ahead)
         self._busy = False
 
     @property
@@ -126,10 +119,7 @@ class LLM:
         Args:
           progress: called with a prompt's number, the continuation's and its new text, for each token or several.
         """
-        if isinstance(prompts, str | bytes):
-            raise RequestError(
-                "prompts must be a list of prompts, not a single text", param="prompts", hint="pass [prompt]"
-            )
+        check_prompts(prompts)
         requests = prepare(
             self.model, self.tokenizer, prompts, sampling(params, fields), None, self._adapters, adapter_ids
         )
@@ -140,8 +130,8 @@ class LLM:
                 hint="read them or close the iterator; Engine answers many callers at once",
             )
         self._busy = True
-        limits = requests.limits
-        order = sorted(range(len(requests.prompts)), key=lambda i: limits[i], reverse=True)
+        limits = [rows[0].limit for rows in requests.continuations]
+        order = sorted(range(len(limits)), key=lambda i: limits[i], reverse=True)
         numbers = {}
         try:
             # The longest first: what is left at the end of a batch is short.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling import Logprobs, SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "error"]
@@ -22,6 +22,13 @@ class TokenLogprob:
     token_id: int
     logprob: float
     top: dict[int, float]
+
+    @classmethod
+    def of(cls, logprobs: Logprobs, at: Any, token: int, n: int) -> TokenLogprob:
+        """Of a token, with the n most likely ones, at index `at` of numpy arrays."""
+        value = float(logprobs.token[at])
+        top = {int(i): float(v) for i, v in zip(logprobs.top_ids[at][:n], logprobs.top[at][:n], strict=True)}
+        return cls(token, value, {**top, token: value} if n else {token: value})
 
 
 @dataclass(frozen=True)

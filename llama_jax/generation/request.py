@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,15 +56,24 @@ class Requests:
     adapters: Params | None
     adapter_ids: tuple[int, ...]
 
-    @property
-    def limits(self) -> tuple[int, ...]:
-        """Tokens that may follow each prompt."""
-        of = {row.prompt: row.limit for row in self.rows}
-        return tuple(of[i] for i in range(len(self.prompts)))
+    @functools.cached_property
+    def continuations(self) -> tuple[tuple[Row, ...], ...]:
+        """The rows of each prompt."""
+        return tuple(tuple(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row.prompt))
 
     def prompt_of(self, row: int) -> list[int]:
         """Token ids that a row continues."""
         return self.prompts[self.rows[row].prompt]
+
+
+def check_prompts(prompts: Any) -> None:
+    """Raises RequestError for a single text in place of several prompts: it would be taken apart silently."""
+    if isinstance(prompts, str | bytes):
+        raise RequestError(
+            "prompts must be a list of prompts, not a single text",
+            param="prompts",
+            hint="pass [prompt], or use generate",
+        )
 
 
 def sampling(params: Any, fields: Mapping[str, Any]) -> Any:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_jax.decode.buckets import prompt_bucket
-from llama_jax.engine.sizing import free_memory, page_bytes
+from llama_jax.engine.sizing import free_memory
 from llama_jax.measure.bench import BenchResult, Ceilings, bench
 from llama_jax.measure.workloads import Work
 from llama_jax.model.loaded import Model
+from llama_jax.plan.memory import cache_bytes
 
 NEW = 32
 """Decode steps that are timed."""
@@ -107,5 +108,5 @@ def _that_fit(model: Model, sizes: Iterable[int], length: int) -> list[int]:
     """Batches whose dense caches take no more than half of the memory that is free; the smallest in any case."""
     free = free_memory(model)
     smallest, *larger = sizes
-    each = length * page_bytes(model.config, model.dtype, model.mesh, 1)
+    each = cache_bytes(model.config, model.mesh, model.dtype.itemsize, length)
     return [smallest, *(rows for rows in larger if free is None or 2 * rows * each <= free)]

@@ -50,6 +50,15 @@ class Bytes:
         return self.arguments + self.outputs - self.aliased + self.temporary
 
 
+def cache_bytes(config: LlamaConfig, mesh: AnyMesh, itemsize: int, slots: int) -> int:
+    """Bytes on each device of keys and values of all layers in `slots` slots, of one row or several.
+
+    Args:
+      config: as the model is computed on the mesh.
+    """
+    return 2 * config.num_layers * slots * local_heads(config, mesh)[1] * config.head_dim * itemsize
+
+
 @dataclass(frozen=True)
 class DeviceShare:
     """What one device of a mesh holds of a model.
@@ -92,8 +101,7 @@ class DeviceShare:
 
     def cache(self, rows: int, slots: int) -> int:
         """Keys and values of all layers. A layer with a window keeps as many as the others."""
-        heads = local_heads(self.config, self.mesh)[1]
-        return 2 * self.config.num_layers * rows * slots * heads * self.config.head_dim * self.itemsize
+        return cache_bytes(self.config, self.mesh, self.itemsize, rows * slots)
 
     def paged_cache(self, rows: int, tokens: int, page_size: int = PAGE_SIZE) -> int:
         """As `cache`, of as many pages as the tokens need; with the page table and the positions."""
