@@ -35,7 +35,7 @@ class Rule:
       soft_cap: logits become soft_cap * tanh(logits / soft_cap) (Gemma 2, arXiv:2408.00118, section 2).
       in_order: the caller guarantees that positions are 0, 1, 2, ... in every row of queries and of slots, no padding.
         A backend that masks by index rather than by position (cuDNN) needs it; positions are given all the same.
-      chunk_rows: the caller guarantees that at most so many rows have more than one packed query; None: any number may.
+      chunk_rows: a guarantee of the caller: at most N rows have more than one packed query; None: any number may.
         It bounds the blocks that these are cut into. Queries beyond it give NaN where they are not padding.
     """
 

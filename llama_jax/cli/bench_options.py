@@ -1,4 +1,4 @@
-"""What the kinds of `llama-jax bench` have in common: the model, the engine, the requests, and where results go."""
+"""Options that the kinds of `llama-jax bench` share: the model, the engine, the requests, and where results go."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def measured_model(
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, on which engine, and where the result goes.
+    """The model and engine to measure, and where the result goes.
 
     Attributes:
       rows, context, pages, page_size, steps, prefix_cache: of `engine.sizing.default_settings`.
@@ -108,7 +108,7 @@ class Subject:
         )
 
     def about(self, model: Model, settings: EngineSettings, ceilings: Ceilings) -> dict[str, Any]:
-        """What the numbers depend on; shows it, too."""
+        """Everything that the numbers depend on; also shows it."""
         from llama_jax.measure.bench import environment
 
         about = {**environment(model.dtype, model.mesh), "model": model.name, "random_weights": self.preset is not None}
@@ -167,7 +167,7 @@ subject_options = gathered(
 
 
 def counts_text(counts: Mapping[str, Any]) -> str:
-    """What an engine did during a run (`throughput.meanwhile`)."""
+    """Counts of an engine during a run (`throughput.meanwhile`), as text."""
     return (
         f"{counts['steps']} steps, {counts['padding_share']:.1%} padding, {counts['prefix_hit_tokens']} tokens found, "
         f"{counts['preemptions']} preemptions, {counts['late_compilations']} late compilations"
@@ -211,7 +211,7 @@ class Requests:
         return works
 
     def about(self, works: Sequence[Work], subject: Subject) -> dict[str, Any]:
-        """What was asked for, and what it came to; shows it, too."""
+        """The options and the sizes that they came to; also shows them."""
         about = {
             **dataclasses.asdict(self),
             "requests": len(works),

@@ -1,4 +1,4 @@
-"""What `llama-jax compile` has to say, as JSON and as text."""
+"""Reports of `llama-jax compile`, as JSON and as text."""
 
 from __future__ import annotations
 

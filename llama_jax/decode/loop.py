@@ -310,27 +310,13 @@ def advance(
 
 @functools.cache
 def compiled_advance(compiler_options: tuple[tuple[str, str], ...]) -> Callable[..., tuple[DecodeState, Progress]]:
-    """The jitted function behind `advance`, compiled with these options of XLA."""
-
-    @partial(
-        jax.jit,
+    """`run_steps` jitted for `advance`, compiled with these options of XLA."""
+    return jax.jit(
+        run_steps,
         static_argnames=("config", "profile", "stride"),
         donate_argnames=("state",),
         compiler_options=dict(compiler_options) or None,
     )
-    def advance(
-        params: Params,
-        state: DecodeState,
-        steps: jax.Array,
-        adapters: Params | None,
-        *,
-        config: LlamaConfig,
-        profile: SamplerProfile,
-        stride: int,
-    ) -> tuple[DecodeState, Progress]:
-        return run_steps(params, state, steps, adapters, config=config, profile=profile, stride=stride)
-
-    return advance
 
 
 def run_steps(

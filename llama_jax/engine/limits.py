@@ -1,4 +1,4 @@
-"""What bounds a scheduler, and what it counts."""
+"""Bounds of a scheduler, and its counts."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ PASSES = 16
 
 @dataclass
 class Totals:
-    """What has been counted; see `limits.Counts`."""
+    """Running counts; see `limits.Counts`."""
 
     prompt_tokens: int = 0
     prefix_hit_tokens: int = 0

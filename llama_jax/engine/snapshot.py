@@ -16,7 +16,7 @@ WINDOW_S = 1.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What an engine does and has done.
+    """An engine's present state and its counts since the start.
 
     Attributes:
       counts: of the scheduler.
@@ -57,7 +57,7 @@ class Meter:
         self.padding += size - tokens
 
     def ended(self, drawn: int) -> None:
-        """A step has ended that drew so many tokens."""
+        """A step has ended that drew N tokens."""
         self.tokens_out += drawn
         now = time.monotonic()
         self._recent.append((now, drawn))

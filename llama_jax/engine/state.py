@@ -1,4 +1,4 @@
-"""What the engine keeps on the device, and the pure functions that change it between steps.
+"""The engine's state on the device, and the pure functions that change it between steps.
 
 The state is a `DecodeState` over a `PagedCache` with a fixed number of rows. Its shapes never change, so that every
 program is compiled once. Which sequence is in which row, only the host knows.

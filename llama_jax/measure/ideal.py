@@ -41,7 +41,7 @@ class Steady:
         return max(result.prefill_tps for result in self.results)
 
     def step_s(self, rows: int) -> float:
-        """Seconds of a decode step of so many rows."""
+        """Seconds of a decode step of N rows."""
         batches = [result.batch for result in self.results]
         turns = max(1.0, rows / batches[-1])
         return turns * float(np.interp(rows, batches, [result.step_s for result in self.results]))

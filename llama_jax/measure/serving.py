@@ -1,4 +1,4 @@
-"""An engine under arrivals: what each caller waits for, in the field names of vLLM's benchmark."""
+"""An engine under arrivals: each caller's waiting times, in the field names of vLLM's benchmark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PERCENTILES = (50, 95, 99)
 
 @dataclass
 class Record:
-    """What happened to one request; times in seconds on one clock.
+    """History of one request; times in seconds on one clock.
 
     Attributes:
       sent: when it was handed over; news: when tokens arrived, several of them at once perhaps.

@@ -130,7 +130,7 @@ def shares(run: Run, works: Iterable[Work], steady: Steady, rows: int) -> dict[s
 
 
 def meanwhile(before: Snapshot, after: Snapshot) -> dict[str, Any]:
-    """What an engine has done between two moments: the counts of `Run`."""
+    """Counts of an engine between two moments, those of `Run`."""
     computed, padding = (getattr(after, name) - getattr(before, name) for name in ("computed_tokens", "padding_tokens"))
     return {
         "prefix_hit_tokens": after.counts.prefix_hit_tokens - before.counts.prefix_hit_tokens,

@@ -1,4 +1,4 @@
-"""What an engine is asked before it is measured: each of its programs for greedy requests runs once."""
+"""Requests to an engine before it is measured: each of its programs for greedy requests runs once."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Work:
 
 
 class _Dice:
-    """What a mix draws its requests with."""
+    """Random numbers of one request of a mix."""
 
     def __init__(self, seed: int, number: int, vocab: int):
         self._seed, self._vocab = seed, vocab

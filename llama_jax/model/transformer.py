@@ -105,7 +105,7 @@ def forward(
       segment_ids: int32 [batch, len] of several texts packed in one row; they do not see each other. Not with a cache.
       rows: int32 [1, len], the row of the cache that each token belongs to: tokens of several rows packed in one axis
         (`tokens` is [1, len]), as many of each row as it has. Only with a cache that takes packed tokens.
-      chunk_rows: a guarantee that of these rows at most so many have more than one token, with which attention takes
+      chunk_rows: a guarantee that at most N of these rows have more than one token, with which attention takes
         less memory. Where it does not hold, logits may be NaN.
       rope_lengths: int32 [batch], with `rows` [rows of the cache]: the text length that fixes the frequencies of
         dynamic rope, which with a cache must stay the same from call to call. Other kinds of rope ignore it. Default

@@ -1,4 +1,4 @@
-"""The protocol of what narrows a text down token by token on the host: grammars, bad words, other packages' rules."""
+"""The protocol of token-by-token constraints on the host: grammars, bad words, other packages' rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Constraint(Protocol):
-    """What may come next in one text, given what has been generated of it."""
+    """The tokens that may come next in one text, given what has been generated of it."""
 
     def mask(self, out: np.ndarray) -> None:
         """Clears the bits of forbidden next tokens in `out`, a mask of `sampling.token_mask`; sets none.

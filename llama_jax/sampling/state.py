@@ -1,4 +1,4 @@
-"""What the rows of a sampler ask for: compiled in (`SamplerProfile`), and as arrays (`SamplerState`)."""
+"""Wishes of a sampler's rows: compiled in (`SamplerProfile`), and as arrays (`SamplerState`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_WIDTH = 16
 
 @dataclass(frozen=True)
 class SamplerProfile:
-    """What a compiled sampler can do. There are six, so that a new mix of requests compiles nothing.
+    """Abilities of a compiled sampler. There are six, so that a new mix of requests compiles nothing.
 
     Attributes:
       kind: "greedy"; "sampling", with temperature, top_p, top_k and min_p; "full", with logit_bias, penalties,
