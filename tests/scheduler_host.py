@@ -79,19 +79,21 @@ class Host:
                 ended.append(report.id)
         return ended
 
-    def end(self, id: int, *, keep: bool = True) -> None:
+    def end(self, id: int, *, keep: bool = True) -> list[int]:
+        """Ends a sequence that has what it should; returns the pages to clear."""
         before = self.owners()
         sequence = self.live.pop(id)
         count = len(sequence.tokens) - sequence.prompt_length
         assert sequence.tokens[sequence.prompt_length :] == [draw(id, i) for i in range(count)]
-        self.scheduler.finish(id, keep=keep)
+        bad = self.scheduler.finish(id, keep=keep)
         self.done[id] = sequence
         self._note(before, None)
+        return bad
 
     def cancel(self, id: int) -> None:
         before = self.owners()
         self.live.pop(id, None)
-        self.scheduler.cancel(id)
+        self.scheduler.finish(id)
         self._note(before, None)
 
     def lose_device(self) -> None:
@@ -189,6 +191,7 @@ class Host:
             computing = block.computing
             assert computing is None or (computing.phase is Phase.PROMPT and self.live[computing.id] is computing)
             assert all(pages._block[page] is block for page in block.pages)
+            assert not block.cut
 
     def blocks(self) -> list[Block]:
         """All nodes of the tree but its top and the domains' roots."""

@@ -83,9 +83,12 @@ class Traffic:
         if self.host.live:
             id = random.choice(sorted(self.host.live))
             sequence = self.host.live[id]
-            own = sequence.pages[sequence.cached // self.host.limits.page_size :]
-            self.host.end(id, keep=False)
-            assert not set(own) & {page for block in self.host.blocks() for page in block.pages}
+            own = set(sequence.pages[sequence.cached // self.host.limits.page_size :])
+            bad, owners = set(self.host.end(id, keep=False)), self.host.owners()
+            assert bad >= own - owners.keys()
+            assert not bad & owners.keys()
+            found = {page for block in self.host.blocks() for page in block.pages}
+            assert not (own | bad) & found
 
     def run(self, random: Random) -> None:
         """Some steps, as an engine takes them."""

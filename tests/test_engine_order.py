@@ -221,6 +221,27 @@ def test_what_failed_is_not_found() -> None:
     assert [joining.shared for joining in step_now(h).joining] == [8]  # the first one's
 
 
+def test_nor_is_what_others_computed_behind_it() -> None:
+    h = host()
+    first = h.add(sequence(0, [1] * 8 + [2], 4))
+    step_now(h)
+    h.add(sequence(1, [1] * 8 + [3] * 5, 1))
+    running = h.add(sequence(2, [1] * 8 + [4] * 5, 8))
+    assert [joining.shared for joining in step_now(h).joining] == [8, 8]
+    assert 1 not in h.live
+    pages = [set(first.pages), set(running.pages)]
+    bad = set(h.end(0, keep=False))
+    assert bad & pages[0] == pages[0] - pages[1]
+    h.audit()
+    for _ in range(4):
+        step_now(h)
+    h.audit()  # what still runs behind it is found by nobody
+    assert not list(h.blocks())
+    assert set(h.end(2)) >= pages[0] & pages[1]
+    h.add(sequence(3, [1] * 8 + [3] * 6, 1))
+    assert [joining.shared for joining in step_now(h).joining] == [0]
+
+
 def test_boundaries() -> None:
     h = host(rows=2, budget=33, boundary=16, pages_per_row=32)
     h.add(sequence(0, [1] * 60, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llama_jax.engine.pages import Pages
-from llama_jax.engine.prefixes import Block, Prefixes, block_keys, find
+from llama_jax.engine.prefixes import Block, Prefixes, block_keys, cut, find
 
 
 def chain(prefixes: Prefixes, *blocks: list[int]) -> list[Block]:
@@ -42,8 +42,8 @@ def test_cached_pages_are_taken_last_and_the_end_of_a_prefix_before_its_beginnin
     pages, prefixes = Pages(4), Prefixes()
     head, tail = chain(prefixes, [1, 2], [3, 4])
     a, b, c, d = (pages.take() for _ in range(4))
-    pages.register(a, head, owner=7)
-    pages.register(b, tail, owner=7)
+    pages.register(a, head)
+    pages.register(b, tail)
     for page in (c, b, a, d):
         pages.release(page, fence=0)
     assert (pages.free, pages.cached, pages.used) == (2, 2, 0)
@@ -59,7 +59,7 @@ def test_a_page_that_is_found_is_used_again_also_behind_the_fence() -> None:
     pages, prefixes = Pages(2), Prefixes()
     (block,) = chain(prefixes, [1])
     page = pages.take()
-    pages.register(page, block, owner=0)
+    pages.register(page, block)
     pages.release(page, fence=9)
     pages.share(page)
     assert (pages.users(page), pages.fenced, pages.used) == (1, 0, 1)
@@ -71,19 +71,22 @@ def test_a_page_that_is_found_is_used_again_also_behind_the_fence() -> None:
     assert (pages.free, pages.cached, pages.used) == (1, 1, 0)
 
 
-def test_what_its_owner_forgets_is_free_and_a_duplicate_stays() -> None:
-    pages, prefixes = Pages(2), Prefixes()
-    (block,) = chain(prefixes, [1])
-    mine, other = pages.take(), pages.take()
-    pages.register(mine, block, owner=1)
-    pages.register(other, block, owner=2)
-    pages.forget(other, owner=1)
-    assert block.pages == [mine, other]
-    pages.forget(mine, owner=1)
-    assert block.pages == [other]
-    pages.release(mine, fence=0)
-    pages.release(other, fence=0)
-    assert (pages.free, pages.cached) == (1, 1)
+def test_what_is_cut_out_of_the_tree_is_free() -> None:
+    pages, prefixes = Pages(3), Prefixes()
+    head, tail = chain(prefixes, [1], [2])
+    used, cached, behind = pages.take(), pages.take(), pages.take()
+    pages.register(used, head)
+    pages.register(cached, head)
+    pages.register(behind, tail)
+    pages.release(cached, fence=0)
+    pages.release(behind, fence=9)
+    assert (pages.free, pages.cached, pages.fenced) == (0, 1, 1)
+    assert [pages.forget(block) for block in cut(head)] == [[used, cached], [behind]]
+    assert (pages.free, pages.cached, pages.fenced) == (1, 0, 1)
+    assert not prefixes._top.children
+    pages.release(used, fence=0)
+    pages.ended(9)
+    assert (pages.free, pages.cached) == (3, 0)
 
 
 def test_the_tree_keeps_only_what_is_needed() -> None:

@@ -105,9 +105,12 @@ class Programs:
 
     def scrub(self, state: DecodeState, pages: list[int]) -> DecodeState:
         """See `state.scrub`."""
-        padded = np.full(self._settings.pages_per_row, self._settings.pages, np.int32)
-        padded[: len(pages)] = pages
-        return self._get(Key("scrub"))(state, padded)
+        width = self._settings.pages_per_row
+        for start in range(0, len(pages), width):
+            padded = np.full(width, self._settings.pages, np.int32)
+            padded[: len(pages) - start] = pages[start : start + width]
+            state = self._get(Key("scrub"))(state, padded)
+        return state
 
     def step(self, key: Key, state: DecodeState, control: np.ndarray) -> tuple[Any, ...]:
         """See `programs.decode` and `programs.mixed`."""

@@ -159,7 +159,7 @@ class Core:
     def cancel(self, number: int) -> None:
         """Ends a sequence, in whatever phase it is; one that has ended already is left alone."""
         if self._asked.pop(number, None):
-            self.scheduler.cancel(number)
+            self._finish(number)
 
     def step(self) -> list[Drawn]:
         """Dispatches the next step, if there is one, and returns what the one before has drawn."""
@@ -282,9 +282,7 @@ class Core:
         ending: Ending | None = None
         if flags & programs.DONE:
             ending = "failed" if flags & programs.FAILED else "stop" if flags & programs.STOPPED else "length"
-            if ending == "failed":
-                self._state = self.programs.scrub(self._state, self.scheduler.own_pages(sequence.id))
-            self.scheduler.finish(sequence.id, keep=ending != "failed")
+            self._finish(sequence.id, keep=ending != "failed")
             del self._asked[sequence.id]
         found = of_prompt = None
         if asked.params.logprobs is not None and tokens:
@@ -293,6 +291,10 @@ class Core:
             of_prompt = jax.tree.map(lambda *parts: np.concatenate(parts), *asked.scores)
             asked.scores = []
         return Drawn(sequence.id, tuple(tokens), found, of_prompt, ending)
+
+    def _finish(self, number: int, *, keep: bool = True) -> None:
+        if bad := self.scheduler.finish(number, keep=keep):
+            self._state = self.programs.scrub(self._state, bad)
 
     def _params(self, sequence: Sequence) -> SamplingParams:
         return self._asked[sequence.id].params

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.pages import Pages
-from llama_jax.engine.prefixes import Block, Prefixes, extend_keys, find
+from llama_jax.engine.prefixes import Block, Prefixes, cut, extend_keys, find
 from llama_jax.engine.sequence import GROUP, Sequence
 
 
@@ -74,36 +74,44 @@ class Memory:
         for _ in range(count):
             self._enter(sequence, self.pages.take())
 
-    def leave(self, sequence: Sequence, *, keep: bool = True) -> None:
+    def leave(self, sequence: Sequence, *, keep: bool = True) -> list[int]:
         """Takes back row and pages, the last page first: the beginning is what others are likely to want.
 
         Args:
-          keep: False if nobody may find what it has computed itself.
+          keep: False if nobody may find what it has computed itself, nor what others have computed behind it.
+
+        Returns:
+          Pages without users whose contents nobody may read.
         """
+        bad: list[int] = []
+        own = sequence.cached // self.limits.page_size
+        if not keep and len(sequence.blocks) > own:
+            bad = [page for block in cut(sequence.blocks[own]) for page in self.pages.forget(block)]
+        if not keep or _is_cut(sequence):
+            bad += sequence.pages[sum(not block.cut for block in sequence.blocks) :]
         for block in sequence.claims:
             if block.computing is sequence:
                 block.computing = None
                 block.prune()
         for page in reversed(sequence.pages):
-            if not keep:
-                self.pages.forget(page, sequence.id)
             self.pages.release(page, self.newest)
         self.leaving.append(sequence.row)
         self._rows.append(sequence.row)
         sequence.row, sequence.pages, sequence.blocks, sequence.claims = -1, [], [], []
         sequence.computed = sequence.cached = 0
+        return [page for page in dict.fromkeys(bad) if not self.pages.users(page)]
 
     def register(self, sequence: Sequence, stored: int) -> None:
         """Lets others find the pages of full blocks among the first `stored` tokens, which are known."""
         full = stored // self.limits.page_size
-        if len(sequence.blocks) == full or not self._shares(sequence):
+        if len(sequence.blocks) == full or not self._shares(sequence) or _is_cut(sequence):
             return
         keys = extend_keys(sequence, self.limits.page_size)
         for index in range(len(sequence.blocks), full):
             block = self._last_block(sequence).child(keys[index])
             if block.computing is sequence:
                 block.computing = None
-            self.pages.register(sequence.pages[index], block, sequence.id)
+            self.pages.register(sequence.pages[index], block)
             sequence.blocks.append(block)
 
     def _enter(self, sequence: Sequence, page: int) -> None:
@@ -132,6 +140,11 @@ class Memory:
 def awaits(sequence: Sequence) -> bool:
     """Whether a block that a waiting sequence lacks is still to be computed by another."""
     return sequence.awaited is not None and _awaited(sequence, sequence.awaited)
+
+
+def _is_cut(sequence: Sequence) -> bool:
+    """Whether it computes behind something that failed."""
+    return bool(sequence.blocks) and sequence.blocks[-1].cut
 
 
 def _awaited(sequence: Sequence, block: Block) -> bool:

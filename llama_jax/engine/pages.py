@@ -22,7 +22,6 @@ class Pages:
         self.count = count
         self._users = [0] * count
         self._block: list[Block | None] = [None] * count
-        self._owner = [-1] * count
         self._free = deque(range(count))
         # OrderedDict: the oldest entry of a plain dict is found in linear time once many before it were deleted.
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -53,10 +52,6 @@ class Pages:
     def users(self, page: int) -> int:
         """How many sequences use a page."""
         return self._users[page]
-
-    def only_for(self, page: int, owner: int) -> bool:
-        """Whether one sequence uses a page, and nobody finds what others have computed in it."""
-        return self._users[page] == 1 and (self._block[page] is None or self._owner[page] == owner)
 
     def take(self) -> int:
         """A page for new contents; the caller has made sure that one is available."""
@@ -92,15 +87,20 @@ class Pages:
                 break
             self._open(page)
 
-    def register(self, page: int, block: Block, owner: int) -> None:
-        """The page holds, or a planned step stores in it, what the block says; `owner` computes it."""
+    def register(self, page: int, block: Block) -> None:
+        """The page holds, or a planned step stores in it, what the block says."""
         block.pages.append(page)
-        self._block[page], self._owner[page] = block, owner
+        self._block[page] = block
 
-    def forget(self, page: int, owner: int) -> None:
-        """The contents of a page in use are not found any more, if they are this owner's."""
-        if self._block[page] is not None and self._owner[page] == owner:
-            self._unregister(page)
+    def forget(self, block: Block) -> list[int]:
+        """The pages of a block that is out of the tree; those that were cached are free."""
+        pages, block.pages = block.pages, []
+        for page in pages:
+            self._block[page] = None
+            if page in self._cached:
+                del self._cached[page]
+                self._free.append(page)
+        return pages
 
     def _open(self, page: int) -> None:
         del self._fenced[page]

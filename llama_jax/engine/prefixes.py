@@ -22,9 +22,10 @@ class Block:
       key: of `block_key`; of a root its domain.
       pages: those that hold keys and values of these tokens behind that prefix; some may be duplicates.
       computing: a sequence with a row that is going to compute them.
+      cut: whether the node was cut out of the tree (see `cut`).
     """
 
-    __slots__ = ("children", "computing", "key", "pages", "parent")
+    __slots__ = ("children", "computing", "cut", "key", "pages", "parent")
 
     def __init__(self, parent: Block | None, key: Any):
         self.parent = parent
@@ -32,6 +33,7 @@ class Block:
         self.children: dict[Any, Block] = {}
         self.pages: list[int] = []
         self.computing: Sequence | None = None
+        self.cut = False
 
     def child(self, key: Any) -> Block:
         """The child with this key, made if there is none."""
@@ -47,6 +49,20 @@ class Block:
             if node.parent.children.get(node.key) is node:
                 del node.parent.children[node.key]
             node = node.parent
+
+
+def cut(block: Block) -> list[Block]:
+    """Takes a block and all behind it out of the tree, whoever needs them; returns them. Nobody waits for them."""
+    taken, left = [], [block]
+    while left:
+        node = left.pop()
+        node.cut, node.computing = True, None
+        taken.append(node)
+        left += node.children.values()
+    if block.parent is not None and block.parent.children.get(block.key) is block:
+        del block.parent.children[block.key]
+        block.parent.prune()
+    return taken
 
 
 class Prefixes:

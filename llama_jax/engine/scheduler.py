@@ -70,25 +70,20 @@ class Scheduler:
             # do it in a row that the device has ended.
             self._memory.register(sequence, len(sequence.tokens) - 1)
 
-    def finish(self, id: int, *, keep: bool = True) -> None:
-        """Ends a sequence in whatever phase it is, if it has not ended yet.
+    def finish(self, id: int, *, keep: bool = True) -> list[int]:
+        """Ends a sequence in whatever phase it is, if it has not ended yet; steps in flight may still draw for it.
 
         Args:
           keep: False if what it has computed must not serve others; what it got from others stays.
+
+        Returns:
+          Pages to clear: they hold what must not serve others, and are free once the steps in flight have ended.
         """
         sequence = self._sequences.pop(id, None)
-        if sequence is not None:
-            self._queues.remove(sequence)
-            if sequence.row >= 0:
-                self._memory.leave(sequence, keep=keep)
-
-    def own_pages(self, id: int) -> list[int]:
-        """The pages that nobody can read any more once a sequence has ended that is not kept."""
-        return [page for page in self._sequences[id].pages if self._memory.pages.only_for(page, id)]
-
-    def cancel(self, id: int) -> None:
-        """Ends a sequence in whatever phase it is, if it has not ended yet; steps in flight may still draw for it."""
-        self.finish(id)
+        if sequence is None:
+            return []
+        self._queues.remove(sequence)
+        return self._memory.leave(sequence, keep=keep) if sequence.row >= 0 else []
 
     def ended(self, number: int) -> None:
         """Tells that steps up to `number` have ended: their rows write nothing any more."""
