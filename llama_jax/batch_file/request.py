@@ -98,6 +98,7 @@ class Draft:
             room = token_limit(config, longest, None)
             params = dataclasses.replace(params, max_tokens=min(room, params.max_tokens or room))
         params.check_vocab(config.vocab_size)
+        params.check_unconstrained("a batch file")
         return Request(self.line, tuple(ids), params)
 
 

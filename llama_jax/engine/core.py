@@ -7,9 +7,11 @@ answers cost the device nothing. Rows end by themselves on the device; the host 
 from __future__ import annotations
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as ListOf
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ from llama_jax.engine import programs
 from llama_jax.engine.compiled import Key, Programs
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
+from llama_jax.engine.rules import Rule
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
@@ -33,7 +36,7 @@ from llama_jax.errors import RequestError
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
-from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams
+from llama_jax.sampling import GREEDY, Constraint, Logprobs, SamplerProfile, SamplingParams
 from llama_jax.sharding import on, ways
 
 Ending = Literal["stop", "length", "failed"]
@@ -46,7 +49,7 @@ class Drawn:
     Attributes:
       tokens: new ones; logprobs: of them, numpy arrays [tokens] and [tokens, n], or None.
       prompt_logprobs: of the prompt's tokens but the first, once they are known, if they were asked for.
-      ending: why the sequence has ended, if it has. "failed": its logits were no numbers.
+      ending: why the sequence has ended, if it has. "failed": it has no next token; error: why not.
     """
 
     id: int
@@ -54,6 +57,7 @@ class Drawn:
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     ending: Ending | None = None
+    error: str | None = None
 
 
 _Packed = tuple[Key, np.ndarray, Mapping[str, np.ndarray]]
@@ -112,6 +116,7 @@ class Core:
             self._state: DecodeState = create(model.config, settings, jnp.dtype(model.dtype))
         self.programs = Programs(model, settings, self._state, adapters)
         self._meter = Meter()
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="llama_jax masks")
         self._asked: dict[int, Asked] = {}
         self._flights: deque[_Flight] = deque()
         self._ids = itertools.count()
@@ -125,6 +130,7 @@ class Core:
         priority: int = 0,
         adapter: int = 0,
         domain: tuple[tuple[str, Any], ...] = (),
+        constraints: ListOf[Constraint] = (),
     ) -> int:
         """Queues one continuation of a prompt; returns its number.
 
@@ -134,6 +140,7 @@ class Core:
           priority: lower ones first.
           adapter: its slot, 0 for none.
           domain: what else than the tokens its keys and values depend on, or who may share them, as (kind, value).
+          constraints: on its tokens, at the start of the text, and of this sequence alone.
 
         Raises:
           DoesNotFit: it never will.
@@ -151,9 +158,12 @@ class Core:
             priority=priority,
             domain=domain,
             reuse=params.prompt_logprobs is None,
+            paced=bool(constraints),
         )
         self.scheduler.add(sequence)
-        self._asked[number] = Asked(sequence, params, adapter, SamplerProfile.of([params]) == GREEDY)
+        rule = Rule(constraints, params, self.model.config.vocab_size, self._pool) if constraints else None
+        greedy = rule is None and SamplerProfile.of([params]) == GREEDY
+        self._asked[number] = Asked(sequence, params, adapter, greedy, rule)
         return number
 
     def cancel(self, number: int) -> None:
@@ -204,6 +214,8 @@ class Core:
         key, control, parts = pack(flight, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             parts["pages"][: len(pages)] = pages
+        if not greedy:
+            self._restrict(flight)
         self._meter.dispatched(step.tokens * step.steps, key.size * step.steps)
         self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
@@ -212,6 +224,13 @@ class Core:
         for array in jax.tree.leaves((flight.report, flight.logprobs, flight.scores)):
             array.copy_to_host_async()
         return flight
+
+    def _restrict(self, flight: _Flight) -> None:
+        """Gives masks to the rows that draw under a rule."""
+        ruled = [(sequence.row, rule) for _, sequence in flight.rows if (rule := self._asked[sequence.id].rule)]
+        if ruled:
+            rows, masks = [row for row, _ in ruled], [rule.mask() for _, rule in ruled]
+            self._state = self.programs.restrict(self._state, rows, masks)
 
     def _mixed(self, flight: _Flight, *, greedy: bool) -> _Packed:
         step = flight.step
@@ -282,6 +301,15 @@ class Core:
         ending: Ending | None = None
         if flags & programs.DONE:
             ending = "failed" if flags & programs.FAILED else "stop" if flags & programs.STOPPED else "length"
+        if asked.rule and tokens:
+            asked.rule.accept(tokens)
+            ending = "stop" if asked.rule.ended else ending
+            if not ending:
+                asked.rule.prepare()
+        error = None
+        if ending == "failed":
+            error = (asked.rule and asked.rule.error) or "its logits were no numbers"
+        if ending:
             self._finish(sequence.id, keep=ending != "failed")
             del self._asked[sequence.id]
         found = of_prompt = None
@@ -290,7 +318,7 @@ class Core:
         if asked.scores:
             of_prompt = jax.tree.map(lambda *parts: np.concatenate(parts), *asked.scores)
             asked.scores = []
-        return Drawn(sequence.id, tuple(tokens), found, of_prompt, ending)
+        return Drawn(sequence.id, tuple(tokens), found, of_prompt, ending, error)
 
     def _finish(self, number: int, *, keep: bool = True) -> None:
         if bad := self.scheduler.finish(number, keep=keep):

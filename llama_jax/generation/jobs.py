@@ -90,6 +90,7 @@ class Jobs:
                     priority=priority,
                     adapter=requests.adapter_ids[index],
                     domain=domain,
+                    constraints=row.constraints,
                 )
                 self._of[number] = (answer, copy)
                 answer.numbers.append(number)

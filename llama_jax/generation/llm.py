@@ -121,7 +121,14 @@ class LLM:
         """
         check_prompts(prompts)
         requests = prepare(
-            self.model, self.tokenizer, prompts, sampling(params, fields), None, self._adapters, adapter_ids
+            self.model,
+            self.tokenizer,
+            prompts,
+            sampling(params, fields),
+            None,
+            self._adapters,
+            adapter_ids,
+            constraints=True,
         )
         if self._busy:
             raise RequestError(
