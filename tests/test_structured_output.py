@@ -14,6 +14,7 @@ from engines import alone
 from spelling import END, EOS, spelling_llm, spelling_model, spelling_tokenizer
 
 import llama_jax as lj
+from llama_jax.batch_file.lines import Refused, read_line
 from llama_jax.errors import RequestError
 from llama_jax.generation.engine import Engine, Request
 from llama_jax.generation.llm import LLM
@@ -28,7 +29,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "string": SHORT,
     "string of a length": {"type": "string", "minLength": 3, "maxLength": 4},
     "pattern": {"type": "string", "pattern": "^[a-f]{2}-[0-9]{1,3}$"},
-    "date": {"type": "string", "format": "date"},
     "uuid": {"type": "string", "format": "uuid"},
     "ipv4": {"type": "string", "format": "ipv4"},
     "integer": SMALL,
@@ -293,6 +293,9 @@ def test_static_batches_refuse_it(field: str) -> None:
     with pytest.raises(RequestError, match="LLM or Engine") as caught:
         lj.generate(spelling_model(), spelling_tokenizer(), "a", **{field: value})
     assert caught.value.param == field
+    line = read_line(0, json.dumps({"prompt": "a", field: value}).encode(), SamplingParams())
+    assert isinstance(line, Refused)
+    assert line.record["error"]["param"] == field
 
 
 def test_streams() -> None:
@@ -324,3 +327,22 @@ def test_streams() -> None:
     for output in outputs:
         jsonschema.validate(json.loads(output.text), SCHEMAS["object"])
     assert (snapshot.counts.pages_used, snapshot.counts.running) == (0, 0)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_trained(smollm2: tuple[Any, Any]) -> None:
+    """The real vocabulary, of 49,152 tokens: greedy, drawn, and beside free texts, which stay as they are."""
+    model, tokenizer = smollm2
+    llm = LLM(model, tokenizer, rows=4, context=256)
+    names = ["object", "enum", "tuple", "uuid", "nested", "escapes", "optional"]
+    asked = [params(Grammar.json_schema(SCHEMAS[name]), i, max_tokens=100) for i, name in enumerate(names * 2)]
+    free = SamplingParams(temperature=0.0, max_tokens=12)
+    prompts = [f"Some JSON, number {i}:" for i in range(len(asked))]
+    (alone_first,) = llm.generate(["The capital of France is"], free)
+    *outputs, beside = llm.generate([*prompts, "The capital of France is"], [*asked, free])
+    assert beside.text == alone_first.text
+    for name, output in zip(names * 2, outputs, strict=True):
+        assert output.outputs[0].finish_reason == "stop"
+        jsonschema.validate(json.loads(output.text), SCHEMAS[name], format_checker=jsonschema.FormatChecker())
+    (chatted,) = llm.chat([{"role": "user", "content": "Yes or no?"}], response_format=Grammar.regex("(yes|no)"))
+    assert chatted.text in ("yes", "no")

@@ -98,7 +98,6 @@ class Draft:
             room = token_limit(config, longest, None)
             params = dataclasses.replace(params, max_tokens=min(room, params.max_tokens or room))
         params.check_vocab(config.vocab_size)
-        params.check_unconstrained("a batch file")
         return Request(self.line, tuple(ids), params)
 
 
@@ -152,7 +151,9 @@ def sampling(content: Mapping[str, Any], base: SamplingParams, index: int) -> Sa
             raise RequestError(f"{name} is {type(fields[name]).__name__}", param=name, hint="give a list")
     if fields.get("seed") is None:
         fields["seed"] = ((base.seed or 0) + index) % 2**64
-    return dataclasses.replace(base, **fields)
+    params = dataclasses.replace(base, **fields)
+    params.check_unconstrained("a batch file")
+    return params
 
 
 def is_ids(value: Any) -> bool:
