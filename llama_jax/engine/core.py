@@ -204,6 +204,9 @@ class Core:
     # --- To the device
 
     def _dispatch(self, step: Step) -> _Flight:
+        for joining in step.joining:
+            if rule := self._asked[joining.sequence.id].rule:
+                rule.prepare()
         for leaving, new in joinings(step, self._asked, self.model, self.settings):
             self._state = self.programs.join(self._state, leaving, new)
         joined = {joining.row for joining in step.joining}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
+from functools import cache
 
 import numpy as np
 
@@ -22,15 +23,15 @@ class Rule:
 
     def __init__(self, constraints: Sequence[Constraint], params: SamplingParams, vocab_size: int, pool: Executor):
         self._constraints, self._pool = constraints, pool
-        allowed = range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
-        self._allowed = token_mask.only(allowed, vocab_size)
+        ids = params.allowed_token_ids
+        self._allowed = _whole(vocab_size) if ids is None else token_mask.only(ids, vocab_size)
         self.ended = False
         self.error: str | None = None
-        self._next: Future[np.ndarray]
-        self.prepare()
+        self._next: Future[np.ndarray] | None = None
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Takes note of tokens that were drawn, when `mask` of those before has been asked for."""
+        """Takes note of tokens that were drawn, after `mask`."""
+        self._next = None
         try:
             for token in tokens:
                 for constraint in self._constraints:
@@ -40,11 +41,14 @@ class Rule:
             self.error = f"{type(error).__name__}: {error}"
 
     def prepare(self) -> None:
-        """Has the next mask computed, in a thread."""
-        self._next = self._pool.submit(self._compute)
+        """Has the next mask computed, in a thread, unless it is already."""
+        if self._next is None:
+            self._next = self._pool.submit(self._compute)
 
     def mask(self) -> np.ndarray:
         """The tokens that may come next, uint32 [ceil(vocab / 32)] (`sampling.token_mask`)."""
+        self.prepare()
+        assert self._next is not None
         return self._next.result()
 
     def _compute(self) -> np.ndarray:
@@ -60,3 +64,9 @@ class Rule:
         if self.error:
             mask[:] = 0
         return mask
+
+
+@cache
+def _whole(vocab_size: int) -> np.ndarray:
+    """The mask of the vocabulary and nothing else."""
+    return token_mask.only(range(vocab_size), vocab_size)

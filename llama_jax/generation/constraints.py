@@ -34,7 +34,7 @@ def constraints_of(
         made.append(GrammarMatcher.of(params.response_format, known, vocab_size, model.eos_token_ids))
     for name in params.logits_processors:
         try:
-            made.append(_processor(name)(tokenizer, prompt, params))
+            made.append(_processor(name)(tokenizer, tuple(prompt), params))
         except LlamaJaxError:
             raise
         except Exception as error:  # other people's code: anything may come
