@@ -90,8 +90,8 @@ def test_tokens_are_those_of_a_loop_without_engine(changes: dict[str, int]) -> N
     """With arrivals at any time; neighbours draw what they draw alone."""
     model = tiny_model()
     core = new_core(model, small_settings(**changes))
-    asked, constraints, allowed = mixture(15)
-    news = run(core, asked, arrivals=[i % 7 for i in range(15)], constraints=constraints)
+    asked, constraints, allowed = mixture(9)
+    news = run(core, asked, arrivals=[i % 7 for i in range(9)], constraints=constraints)
     changed = 0
     for i, request in enumerate(asked):
         free = alone(model, request)
@@ -101,7 +101,7 @@ def test_tokens_are_those_of_a_loop_without_engine(changes: dict[str, int]) -> N
         assert news[i][-1].ending == expected.ending
         assert news[i][-1].error is None
         changed += expected.tokens != free.tokens
-    assert changed >= 9
+    assert changed >= 5
     nothing_is_held(core)
 
 

@@ -53,7 +53,16 @@ def eos_of(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("text", ['{"a":"b c"}', "  two  words", "tab\tand\nnewline", "Grüße, 日本 👍🏽", "<0x41></s>"])
+TEXTS = {
+    "json": '{"a":"b c"}',
+    "spaces": "  two  words",
+    "lines": "tab\tand\nnewline",
+    "characters": "Grüße, 日本 👍🏽",
+    "names": "<0x41></s>",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_the_tokens_of_a_text_are_in_its_grammar(tokenizer: Tokenizer, text: str) -> None:
     """As they stand within a text; special tokens never stand for the letters of their names."""
     eos, vocab = eos_of(tokenizer), tokenizer.vocab_size
