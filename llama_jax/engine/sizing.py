@@ -23,6 +23,8 @@ GPU_ROWS, CPU_ROWS = 256, 8
 GPU_TOKENS, CPU_TOKENS = (256, 512, 1024, 2048), (32, 128)
 CPU_CONTEXT = 4096
 CPU_START, GPU_START = 1024, 8192
+CPU_EACH = 512
+"""Tokens for which a CPU's rows have pages on average; rows that need more find them while others need less."""
 CHUNK_ROWS = 16
 
 
@@ -81,8 +83,8 @@ def default_settings(
       rows: sequences that run at once.
       context: tokens of one, prompt and answer together; by default what the model can take, on a CPU up to 4096.
       least: tokens of one that will do where there is no memory for more; by default the context.
-      pages: by default, on a GPU, all that its free memory has room for beside a step's activations; on a CPU as many
-        as all rows need together.
+      pages: by default, on a GPU, all that its free memory has room for beside a step's activations; on a CPU enough
+        for rows of 512 tokens, and for one of the context's length.
 
     Raises:
       DoesNotFit: a sequence of that length has no room in memory.
@@ -136,7 +138,7 @@ def settings_for(
     rows = (CPU_ROWS if on_cpu else GPU_ROWS) if rows is None else rows
     each = -(-context // page_size)
     if pages is None:
-        pages = rows * each
+        pages = max(each, rows * -(-min(context, CPU_EACH) // page_size)) if on_cpu else rows * each
         if free is not None:
             room = max(free - _beside_pages(config, dtype, mesh), 0)
             pages = min(pages, room // cache_bytes(config, mesh, jnp.dtype(dtype).itemsize, page_size))
@@ -159,6 +161,11 @@ def settings_for(
         page_size=page_size,
         **options,
     )
+
+
+def default_rows(model: Model) -> int:
+    """Sequences that run at once when nobody says."""
+    return CPU_ROWS if model.device.platform == "cpu" else GPU_ROWS
 
 
 def free_memory(model: Model) -> int | None:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
-from llama_jax.errors import RequestError
+from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.jobs import Jobs, opened
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
@@ -19,6 +21,20 @@ from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.chat import Message, encode_chat
 from llama_jax.text.tokenizer import Tokenizer
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Says in our words that the device's memory is too small."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(
+            "the engine does not fit into the device's memory",
+            hint="fewer rows (--batch-size), a shorter context or fewer pages",
+        ) from error
 
 
 class LLM:
@@ -60,10 +76,11 @@ class LLM:
         """
         self.model, self.tokenizer = opened(model, tokenizer)
         self._adapters = adapters
-        self._jobs = Jobs(self.model, self.tokenizer, settings, adapters, **options)
-        if ahead:
-            for _ in self._jobs.engine.compile_all():
-                pass
+        with memory_errors():
+            self._jobs = Jobs(self.model, self.tokenizer, settings, adapters, **options)
+            if ahead:
+                for _ in self._jobs.engine.compile_all():
+                    pass
         self._busy = False
 
     @property
@@ -203,6 +220,7 @@ class LLM:
             )
         self._busy = True
         try:
-            yield
+            with memory_errors():
+                yield
         finally:
             self._busy = False
