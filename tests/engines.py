@@ -13,6 +13,7 @@ import numpy as np
 from helpers import load_golden, random_params, tiny_config
 
 from llama_jax.engine.core import Core, Drawn
+from llama_jax.engine.rules import Rule
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.model import forward
 from llama_jax.model.loaded import Model
@@ -154,7 +155,9 @@ def run(
         while waiting and arrivals[waiting[0]] <= step:
             i = waiting.pop(0)
             prompt, params = asked[i]
-            of[core.add(prompt, params, params.max_tokens or 0, constraints=(constraints or {}).get(i, ()))] = i
+            given = (constraints or {}).get(i)
+            rule = Rule(given, params, core.model.config.vocab_size) if given else None
+            of[core.add(prompt, params, params.max_tokens or 0, rule=rule)] = i
         for drawn in core.step():
             news[of[drawn.id]].append(drawn)
         if core.idle and not waiting:

@@ -53,6 +53,6 @@ def spelling_llm(**changes: object) -> LLM:
     sizes = {"rows": 4, "decode_rows": (1, 4), "context": 256, "pages": 64}
     settings = small_settings(**sizes | changes)
     llm = LLM(spelling_model(), spelling_tokenizer(), settings=settings)
-    programs = llm._jobs.core.programs
+    programs = llm._jobs.engine.cores[0].programs
     programs._compiled = _COMPILED.setdefault((llm.model.name, settings), programs._compiled)
     return llm

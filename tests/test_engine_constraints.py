@@ -187,7 +187,7 @@ def test_cancelled_at_any_moment() -> None:
     core = new_core(model, small_settings())
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     for steps in range(8):
-        number = core.add([5, 6, 7] * 9, params, 30, constraints=[Listed(by_parity)])
+        number = core.add([5, 6, 7] * 9, params, 30, rule=Rule([Listed(by_parity)], params, VOCAB))
         other = core.add([4, 3], params, 6)
         drawn: list[int] = []
         for step in range(60):
@@ -230,18 +230,9 @@ def test_more_rows_than_one_call_gives_masks_to(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_allowed_ids_and_constraints_hold_together() -> None:
-    class Now:
-        def submit(self, compute: Callable[[], np.ndarray]) -> Any:
-            self.mask = compute()
-            return self
-
-        def result(self) -> np.ndarray:
-            return self.mask
-
-    pool: Any = Now()
-    rule = Rule([BadWords([[4]])], SamplingParams(allowed_token_ids=[3, 4, 33]), VOCAB, pool)
+    rule = Rule([BadWords([[4]])], SamplingParams(allowed_token_ids=[3, 4, 33]), VOCAB)
     assert rule.mask().tolist() == token_mask.only([3, 33], VOCAB).tolist()
-    rule = Rule([BadWords([[4]])], SamplingParams(), VOCAB, pool)
+    rule = Rule([BadWords([[4]])], SamplingParams(), VOCAB)
     assert rule.mask().tolist() == token_mask.only(set(range(VOCAB)) - {4}, VOCAB).tolist()
 
 

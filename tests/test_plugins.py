@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import tokenizers
 from click.testing import CliRunner
-from engines import tiny_model
 from helpers import GOLDENS, TOLERANCE, error, golden_json, load_golden
 from hypothesis import given
 from hypothesis import strategies as st
@@ -277,7 +276,7 @@ def test_logits_processors_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, 
         sound = plugins.sound(plugins.LOGITS_PROCESSORS)
         assert [plugin.name for plugin in sound] == ["raises", "refuses"]
         with pytest.raises(RequestError) as caught:
-            constraints_of(tiny_model(), None, [1, 2], SamplingParams(logits_processors=[name]))
+            constraints_of(None, [1, 2], SamplingParams(logits_processors=[name]), 40, ())
         assert caught.value.message == error
         assert caught.value.hint
         if name == "raise":

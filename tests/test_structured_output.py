@@ -14,8 +14,9 @@ from engines import alone
 from spelling import END, EOS, spelling_llm, spelling_model, spelling_tokenizer
 
 import llama_jax as lj
-from llama_jax.batch_file.lines import Refused, read_line
+from llama_jax.engine import sizing
 from llama_jax.errors import RequestError
+from llama_jax.generation import jobs
 from llama_jax.generation.engine import Engine, Request
 from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import CompletionOutput
@@ -287,15 +288,35 @@ def test_without_a_tokenizer() -> None:
         assert caught.value.param in fields
 
 
-@pytest.mark.parametrize("field", ["bad_words", "response_format", "logits_processors"])
+@pytest.mark.parametrize("field", ["bad_words", "response_format"])
 def test_static_batches_refuse_it(field: str) -> None:
     value = {"type": "json_object"} if field == "response_format" else ["a"]
     with pytest.raises(RequestError, match="LLM or Engine") as caught:
         lj.generate(spelling_model(), spelling_tokenizer(), "a", **{field: value})
     assert caught.value.param == field
-    line = read_line(0, json.dumps({"prompt": "a", field: value}).encode(), SamplingParams())
-    assert isinstance(line, Refused)
-    assert line.record["error"]["param"] == field
+
+
+@pytest.mark.slow
+def test_texts_survive_an_engine_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was drawn in the smaller one counts, and no mask is computed by two at once."""
+    monkeypatch.setattr(sizing, "CPU_START", 32)
+    monkeypatch.setattr(jobs, "FORESEEN", 4)
+    llm = LLM(spelling_model(), spelling_tokenizer(), rows=3)
+    assert llm.settings.context == 32
+    expression = r"([a-z]{5} ){9}[0-9]{10}"
+    outputs = completions(llm, [params(Grammar.regex(expression), i, bad_words=["00", "b"]) for i in range(5)])
+    assert llm.settings.context > 32
+    for output in outputs:
+        assert output.finish_reason == "stop"
+        assert re.fullmatch(expression, output.text)
+        assert not {"b", "00"} & {spelling_tokenizer().decode([token]) for token in output.token_ids}
+
+
+def test_token_by_token(llm: LLM) -> None:
+    """The last token of a text that ends of itself is the last of the stream, and says so."""
+    steps = list(llm.stream("a", params(Grammar.regex("[a-c]{4}[0-9]"))))
+    assert re.fullmatch("[a-c]{4}[0-9]", "".join(step.text for step in steps))
+    assert [step.finish_reason for step in steps] == [None] * (len(steps) - 1) + ["stop"]
 
 
 def test_streams() -> None:

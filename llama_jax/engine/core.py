@@ -7,11 +7,9 @@ answers cost the device nothing. Rows end by themselves on the device; the host 
 from __future__ import annotations
 
 import itertools
-import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ListOf
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,12 +30,11 @@ from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Meter, Snapshot
 from llama_jax.engine.state import new_state
 from llama_jax.engine.steps import Step
-from llama_jax.errors import RequestError
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
-from llama_jax.sampling import GREEDY, Constraint, Logprobs, SamplerProfile, SamplingParams
-from llama_jax.sharding import on, ways
+from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams, check_widths
+from llama_jax.sharding import on, ruled
 
 Ending = Literal["stop", "length", "failed"]
 
@@ -84,19 +81,21 @@ class _Flight:
 class Core:
     """Runs sequences of token ids on one replica of a model. Not safe for threads."""
 
-    def __init__(self, model: Model, settings: EngineSettings, *, adapters: Params | None = None):
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings,
+        *,
+        adapters: Params | None = None,
+        numbers: Iterator[int] | None = None,
+    ):
         """An engine without sequences; programs are compiled when they are first used (`programs.compile_all`).
 
-        Raises:
-          RequestError: the model's mesh splits the batch.
+        Args:
+          model: on a mesh that does not split the batch (see `replicas`).
+          numbers: of its sequences.
         """
-        with on(model.mesh):
-            if ways("batch") > 1:
-                raise RequestError(
-                    f"the mesh splits the batch over {ways('batch')} replicas of the model; an engine serves one",
-                    param="mesh",
-                    hint="split the model alone (tensor=N), with an engine for each replica",
-                )
+        assert ruled(model.mesh).ways("batch") == 1
         self.model, self.settings = model, settings
         self.scheduler = Scheduler(
             Limits(
@@ -116,10 +115,9 @@ class Core:
             self._state: DecodeState = create(model.config, settings, jnp.dtype(model.dtype))
         self.programs = Programs(model, settings, self._state, adapters)
         self._meter = Meter()
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="llama_jax masks")
         self._asked: dict[int, Asked] = {}
         self._flights: deque[_Flight] = deque()
-        self._ids = itertools.count()
+        self._numbers = itertools.count() if numbers is None else numbers
 
     def add(
         self,
@@ -130,38 +128,43 @@ class Core:
         priority: int = 0,
         adapter: int = 0,
         domain: tuple[tuple[str, Any], ...] = (),
-        constraints: ListOf[Constraint] = (),
+        drawn: ListOf[int] = (),
+        rule: Rule | None = None,
     ) -> int:
         """Queues one continuation of a prompt; returns its number.
 
         Args:
           params: with a seed, if it samples; `n` and `stop` are not looked at.
-          limit: tokens that it may have.
+          limit: tokens that it may have, those drawn before included.
           priority: lower ones first.
           adapter: its slot, 0 for none.
           domain: what else than the tokens its keys and values depend on, or who may share them, as (kind, value).
-          constraints: on its tokens, at the start of the text, and of this sequence alone.
+          drawn: tokens that it has had already, in another core.
+          rule: on its tokens, which has taken note of those in `drawn`.
 
         Raises:
           DoesNotFit: it never will.
+          RequestError: it has more stop ids or biases than there is room for.
+          Overloaded: too many wait already.
         """
-        number = next(self._ids)
+        settings, ending = self.settings, self.model.eos_token_ids
+        check_widths(params, ending, stop_width=settings.stop_ids, bias_width=settings.biases)
+        number = next(self._numbers)
         if adapter:
             domain = (*domain, ("adapter", adapter))
         if self.model.config.rope.kind == "dynamic":  # its frequencies are fixed by the length of the prompt
             domain = (*domain, ("prompt length", len(prompt)))
         sequence = Sequence(
             number,
-            list(prompt),
+            [*prompt, *drawn],
             len(prompt),
             limit,
             priority=priority,
             domain=domain,
             reuse=params.prompt_logprobs is None,
-            paced=bool(constraints),
+            paced=rule is not None,
         )
         self.scheduler.add(sequence)
-        rule = Rule(constraints, params, self.model.config.vocab_size, self._pool) if constraints else None
         greedy = rule is None and SamplerProfile.of([params]) == GREEDY
         self._asked[number] = Asked(sequence, params, adapter, greedy, rule)
         return number
@@ -179,6 +182,20 @@ class Core:
         if len(self._flights) > (step is not None):
             return self._read(self._flights.popleft())
         return []
+
+    def computed(self, number: int) -> int:
+        """How many tokens of a sequence have been computed, or are in steps that are under way."""
+        return self._asked[number].sequence.computed
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a sequence, at most, with those of its prompt."""
+        return self.scheduler.limits.capacity
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._asked)
 
     @property
     def idle(self) -> bool:

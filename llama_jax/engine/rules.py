@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -21,8 +22,9 @@ class Rule:
       error: why nothing can follow, once a mask has shown it: one that allows no token.
     """
 
-    def __init__(self, constraints: Sequence[Constraint], params: SamplingParams, vocab_size: int, pool: Executor):
-        self._constraints, self._pool = constraints, pool
+    def __init__(self, constraints: Sequence[Constraint], params: SamplingParams, vocab_size: int):
+        """Args: the constraints, of this sequence alone, and what else `params` allow."""
+        self._constraints = constraints
         ids = params.allowed_token_ids
         self._allowed = _whole(vocab_size) if ids is None else token_mask.only(ids, vocab_size)
         self.ended = False
@@ -43,7 +45,7 @@ class Rule:
     def prepare(self) -> None:
         """Has the next mask computed, in a thread, unless it is already."""
         if self._next is None:
-            self._next = self._pool.submit(self._compute)
+            self._next = _pool().submit(self._compute)
 
     def mask(self) -> np.ndarray:
         """The tokens that may come next, uint32 [ceil(vocab / 32)] (`sampling.token_mask`)."""
@@ -64,6 +66,11 @@ class Rule:
         if self.error:
             mask[:] = 0
         return mask
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="llama_jax masks")
 
 
 @cache

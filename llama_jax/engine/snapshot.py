@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +38,25 @@ class Snapshot:
     tokens_per_s: float
     step_s: float
 
+    @classmethod
+    def of(cls, parts: Sequence[Snapshot]) -> Snapshot:
+        """Several engines as one: sums, and the mean time of a step."""
+        if len(parts) == 1:
+            return parts[0]
+
+        each = [dataclasses.asdict(part) for part in parts]
+        counts = Counts(**_sums([numbers.pop("counts") for numbers in each]))
+        sums = _sums(each)
+        return cls(counts, **(sums | {"step_s": sums["step_s"] / len(parts)}))
+
     def to_json(self) -> dict[str, Any]:
         """All numbers, flat."""
         data = dataclasses.asdict(self)
         return data.pop("counts") | data
+
+
+def _sums(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: sum(numbers[name] for numbers in each) for name in each[0]}
 
 
 class Meter:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from llama_jax import plugins
 from llama_jax.errors import LlamaJaxError, RequestError, did_you_mean
-from llama_jax.model.loaded import Model
 from llama_jax.sampling import BadWords, Constraint, Grammar, SamplingParams
 from llama_jax.sampling.constraints import LogitsProcessor
 from llama_jax.text.grammar import GrammarMatcher
@@ -14,7 +13,11 @@ from llama_jax.text.tokenizer import Tokenizer
 
 
 def constraints_of(
-    model: Model, tokenizer: Tokenizer | None, prompt: Sequence[int], params: SamplingParams
+    tokenizer: Tokenizer | None,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    vocab_size: int,
+    eos_token_ids: Sequence[int],
 ) -> tuple[Constraint, ...]:
     """New constraints for one continuation of a prompt; none for most requests.
 
@@ -23,7 +26,6 @@ def constraints_of(
         refuses the request, or there is no tokenizer for them.
     """
     made: list[Constraint] = []
-    vocab_size = model.config.vocab_size
     if params.bad_words:
         encode = _needed(tokenizer, "bad_words").encode
         made.append(
@@ -31,7 +33,7 @@ def constraints_of(
         )
     if isinstance(params.response_format, Grammar):
         known = _needed(tokenizer, "response_format")
-        made.append(GrammarMatcher.of(params.response_format, known, vocab_size, model.eos_token_ids))
+        made.append(GrammarMatcher.of(params.response_format, known, vocab_size, eos_token_ids))
     for name in params.logits_processors:
         try:
             made.append(_processor(name)(tokenizer, tuple(prompt), params))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from llama_jax.engine.replicas import replicas
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
@@ -101,7 +102,7 @@ class Engine:
     ):
         """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`."""
         self.model, self.tokenizer = opened(model, tokenizer)
-        self._settings = settings or default_settings(self.model, **options)
+        self._settings = settings or default_settings(replicas(self.model)[0], **options)
         self._adapters, self._ahead = adapters, ahead
         self._jobs: Jobs | None = None
         self._failed: EngineFailed | None = None
@@ -146,7 +147,6 @@ class Engine:
             params,
             adapters=self._adapters,
             adapter_ids=[request.adapter_id],
-            constraints=True,
         )
         stream = _Stream(requests, request, asyncio.get_running_loop(), asyncio.Queue())
         self._post(self._begin, stream)
@@ -172,12 +172,16 @@ class Engine:
         """The engine in numbers, at this moment."""
         self._check_open()
         assert self._jobs is not None
-        return self._jobs.core.snapshot()
+        return self._jobs.engine.snapshot()
 
     # --- The engine's thread
 
     def _made(self) -> Jobs:
-        return Jobs.start(self.model, self.tokenizer, self._settings, self._adapters, ahead=self._ahead)
+        jobs = Jobs(self.model, self.tokenizer, self._settings, self._adapters)
+        if self._ahead:
+            for _ in jobs.engine.compile_all():
+                pass
+        return jobs
 
     def _run(self) -> None:
         while True:

@@ -79,6 +79,13 @@ def check_prompts(prompts: Any) -> None:
         )
 
 
+def check_stream(requests: Requests) -> None:
+    """Raises RequestError where a stream would not be one text that grows."""
+    if len(requests.rows) != 1:
+        raise RequestError("a stream has one continuation: n must be 1", param="n", hint="use batch_generate")
+    requests.params[0].check_generates("a stream")
+
+
 def sampling(params: Any, fields: Mapping[str, Any]) -> Any:
     """Sampling parameters, one for all or one for each, with some fields changed; greedy ones by default."""
     base = SamplingParams(temperature=0.0) if params is None else params
@@ -95,13 +102,8 @@ def prepare(
     page_size: int | None = None,
     adapters: Params | None = None,
     adapter_ids: int | Sequence[int] = 0,
-    *,
-    constraints: bool = False,
 ) -> Requests:
     """Checks everything that can be checked before a device is used.
-
-    Args:
-      constraints: whether the host can have a say in each token, as in an engine.
 
     Raises:
       RequestError: a prompt, a parameter, the page size or an adapter's slot is wrong, or exceeds the model's context.
@@ -118,8 +120,6 @@ def prepare(
     config = model.config
     for p in each:
         p.check_vocab(config.vocab_size)
-        if not constraints:
-            p.check_unconstrained("a static batch")
     ids = [encode_prompt(tokenizer, p) for p in prompts]
     for i, tokens in enumerate(ids):
         bad = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
@@ -136,7 +136,7 @@ def prepare(
             i,
             _with_seed(p, copy),
             token_limit(config, len(ids[i]), p.max_tokens),
-            constraints_of(model, tokenizer, ids[i], p),
+            constraints_of(tokenizer, ids[i], p, config.vocab_size, model.eos_token_ids),
         )
         for i, p in enumerate(each)
         for copy in range(p.n)
