@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llama_jax.model.flax_module import Llama
     from llama_jax.model.loaded import Model
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
-    from llama_jax.sampling import SamplingParams, sample
+    from llama_jax.sampling import Grammar, SamplingParams, sample
     from llama_jax.sharding import make_mesh
     from llama_jax.text.chat import encode_chat, render_chat
     from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +53,7 @@ _HOME = {
     "loading": ("load",),
     "model": ("activation_names", "forward", "unembed"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
-    "sampling": ("SamplingParams", "sample"),
+    "sampling": ("Grammar", "SamplingParams", "sample"),
     "sharding": ("make_mesh",),
     "text.tokenizer": ("Tokenizer", "load_tokenizer"),
 }
@@ -63,6 +63,7 @@ __all__ = [
     "LLM",
     "DenseCache",
     "Engine",
+    "Grammar",
     "Llama",
     "LlamaConfig",
     "LlamaJaxError",

@@ -45,7 +45,10 @@ KERNELS = Group("llama_jax.kernels", "llama_jax.kernels.dispatch.extra:plugin_pr
 FAMILIES = Group("llama_jax.families", "llama_jax.config.families:plugin_problem")
 """Architectures: each entry point has the `model_type` of a config.json as its name, and is a
 `llama_jax.config.families.Family`."""
-GROUPS = (TARGETS, KERNELS, FAMILIES)
+LOGITS_PROCESSORS = Group("llama_jax.logits_processors", "llama_jax.sampling.constraints:plugin_problem")
+"""Constraints on what may come next: each entry point has the name by which requests ask for it, and is a
+`llama_jax.sampling.constraints.LogitsProcessor`."""
+GROUPS = (TARGETS, KERNELS, FAMILIES, LOGITS_PROCESSORS)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llama_jax.layout import param_sharding
 from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
 from llama_jax.params import flatten, param_specs, unflatten
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling import BadWords, SamplingParams
 from llama_jax.sharding import make_mesh
 
 
@@ -44,6 +44,20 @@ def test_a_split_model_draws_the_same(case: str) -> None:
         pass
     run(core, asked)
     assert core.programs.late == 0
+
+
+def test_constraints_on_a_split_vocabulary() -> None:
+    config = tiny_config(max_position_embeddings=128)
+    params = random_params(config)
+    single = Model(params, config, name="tiny")
+    core = Core(on_mesh(params, config, tensor=2), small_settings())
+    asked = [([5 + i, 6], SamplingParams(temperature=i % 2, seed=i, max_tokens=12, ignore_eos=True)) for i in range(4)]
+    drawn = {token for request in asked for token in alone(single, request).tokens[::2]}
+    words = [[token] for token in sorted(drawn)[: config.vocab_size // 2]]
+    allowed = [[token] not in words for token in range(config.vocab_size)]
+    found = run(core, asked, constraints={i: [BadWords(words)] for i in range(4)})
+    for request, news in zip(asked, found, strict=True):
+        assert tokens(news) == alone(single, request, lambda _: allowed).tokens
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 2}], ids=str)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from helpers import load_golden, random_params, tiny_config
 
 from llama_jax.engine.core import Core, Drawn
+from llama_jax.engine.rules import Rule
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.model import forward
 from llama_jax.model.loaded import Model
-from llama_jax.sampling import FULL, SamplingParams, make_sampler, sample
+from llama_jax.sampling import FULL, Constraint, SamplingParams, make_sampler, sample
 
 Asked = tuple[list[int], SamplingParams]
 
@@ -74,8 +76,12 @@ _forward = jax.jit(forward, static_argnames="config")
 _sample = jax.jit(sample, static_argnames="profile")
 
 
-def alone(model: Model, asked: Asked) -> Alone:
-    """Without a cache: the whole text once more for each token."""
+def alone(model: Model, asked: Asked, allowed: Callable[[list[int]], Any] | None = None) -> Alone:
+    """Without a cache: the whole text once more for each token.
+
+    Args:
+      allowed: bool [vocab], which tokens may follow those drawn so far. Without any, the text has ended.
+    """
     prompt, params = asked
     config = model.config
     profile, state = make_sampler([params], [prompt], config.vocab_size, model.eos_token_ids, FULL)
@@ -92,7 +98,14 @@ def alone(model: Model, asked: Asked) -> Alone:
             of_prompt = each[np.arange(len(prompt) - 1), prompt[1:]]
         if not params.max_tokens:
             break
-        token, state, logprobs = _sample(logits[:, len(text) - 1], state, profile)
+        logits = logits[:, len(text) - 1]
+        if allowed is not None:
+            may = np.asarray(allowed(drawn))
+            if not may.any():
+                ending = "stop"
+                break
+            logits = jnp.where(may, logits, -jnp.inf)
+        token, state, logprobs = _sample(logits, state, profile)
         text.append(int(token[0]))
         drawn.append(text[-1])
         found.append(float(logprobs.token[0]))
@@ -125,8 +138,15 @@ def some_requests(model: Model, count: int, seed: int = 0) -> list[Asked]:
     return asked
 
 
-def run(core: Core, asked: Sequence[Asked], *, arrivals: Sequence[int] | None = None) -> list[list[Drawn]]:
-    """Runs requests that arrive before these steps (all at once by default); the news of each."""
+def run(
+    core: Core,
+    asked: Sequence[Asked],
+    *,
+    arrivals: Sequence[int] | None = None,
+    constraints: Mapping[int, Sequence[Constraint]] | None = None,
+) -> list[list[Drawn]]:
+    """Runs requests that arrive before these steps (all at once by default), some of them with constraints; the news of
+    each."""
     arrivals = arrivals or [0] * len(asked)
     waiting = sorted(range(len(asked)), key=lambda i: arrivals[i])
     news: list[list[Drawn]] = [[] for _ in asked]
@@ -135,7 +155,9 @@ def run(core: Core, asked: Sequence[Asked], *, arrivals: Sequence[int] | None = 
         while waiting and arrivals[waiting[0]] <= step:
             i = waiting.pop(0)
             prompt, params = asked[i]
-            of[core.add(prompt, params, params.max_tokens or 0)] = i
+            given = (constraints or {}).get(i)
+            rule = Rule(given, params, core.model.config.vocab_size) if given else None
+            of[core.add(prompt, params, params.max_tokens or 0, rule=rule)] = i
         for drawn in core.step():
             news[of[drawn.id]].append(drawn)
         if core.idle and not waiting:

@@ -713,4 +713,49 @@ SAMPLER: tuple[Mutation, ...] = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*ROPE, *LAYERS, *ATTENTION, *EXPERTS, *CONVERSION, *TEXT, *SAMPLER)
+CONSTRAINTS = (
+    Mutation(
+        "a token is drawn before the host has had its say",
+        "llama_jax/engine/planner.py",
+        "[s for s in self.queues.decoding if not s.held]",
+        "list(self.queues.decoding)",
+        ("tests/test_engine_constraints.py::test_the_next_step_does_not_wait_for_the_host",),
+    ),
+    Mutation(
+        "several tokens are drawn where the host has a say in each",
+        "llama_jax/engine/planner.py",
+        "if most > 1 and rows and alone and not any(s.paced for s in self.queues.decoding):",
+        "if most > 1 and rows and alone:",
+        ("tests/test_engine_constraints.py::test_one_step_at_a_time",),
+    ),
+    Mutation(
+        "a dead end may go on with any token",
+        "llama_jax/engine/rules.py",
+        "mask[:] = 0",
+        "mask[:] = 1",
+        ("tests/test_engine_constraints.py::test_a_dead_end_ends_its_sequence_alone[error]",),
+    ),
+    Mutation(
+        "texts of one grammar share its state",
+        "llama_jax/text/grammar.py",
+        "tuple(eos_token_ids)).deep_copy())",
+        "tuple(eos_token_ids)))",
+        ("tests/test_grammar.py::test_matchers_of_one_grammar_are_apart",),
+    ),
+    Mutation(
+        "a control token counts as the letters of its name",
+        "llama_jax/text/grammar.py",
+        "sorted({i for i in tokenizer.special_ids if i < size} | {*eos_token_ids})",
+        "[*eos_token_ids]",
+        ("tests/test_grammar.py::test_the_tokens_of_a_text_are_in_its_grammar[tiktoken-names]",),
+    ),
+    Mutation(
+        "JSON may be padded with white space",
+        "llama_jax/text/grammar.py",
+        '"whitespace_flexible": False',
+        '"whitespace_flexible": True',
+        ("tests/test_grammar.py::test_without_white_space_between_the_parts",),
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (*ROPE, *LAYERS, *ATTENTION, *EXPERTS, *CONVERSION, *TEXT, *SAMPLER, *CONSTRAINTS)

@@ -49,12 +49,14 @@ class Host:
     def schedule(self) -> Step | None:
         before = self.owners()
         waiting = [s for s in self.live.values() if s.phase is Phase.WAITING]
+        known = {s.id for s in self.live.values() if s.known}
         step = self.scheduler.schedule()
         self._note(before, step)
         if step is None:
             return None
         self.planned += 1
         self._check(step, waiting)
+        self._check_paced(step, known)
         tokens = {c.sequence.id: c.sequence.tokens[c.start : c.start + c.count] for c in step.chunks}
         lengths = {j.sequence.id: len(j.sequence.tokens) for j in step.joining}
         self.flights.append(Dispatch(step, tokens, lengths))
@@ -164,6 +166,14 @@ class Host:
             assert not joining.shared or joining.sequence.reuse
             grouped = any(kind == GROUP for kind, _ in joining.sequence.domain)
             assert not joining.shared or limits.prefix_cache or grouped
+
+    def _check_paced(self, step: Step, known: set[int]) -> None:
+        """One of whose tokens the host has a say in each draws one, and behind tokens that the host knows."""
+        drawing = [chunk.sequence for chunk in step.chunks if chunk.draws] + list(step.decoding)
+        for sequence in drawing:
+            if sequence.paced:
+                assert sequence.id in known
+                assert step.steps == 1
 
     # --- Whether the books are in order
 

@@ -55,10 +55,11 @@ class Traffic:
         if copies > 1:
             domain = (*domain, (GROUP, self.ids))
         reuse, priority = random.random() < 0.9, random.choice([0, 0, 0, 0, 1, -1])
+        paced = random.random() < 0.3
         for _ in range(copies):
             never = 10**9
             stops = random.choice([never, never, 2, 5]), random.choice([never, never, never, 1, 4])
-            sequence = Sequence(self.ids, list(prompt), len(prompt), limit, priority, domain, reuse)
+            sequence = Sequence(self.ids, list(prompt), len(prompt), limit, priority, domain, reuse, paced)
             host.add(sequence, stop=stops[0], host_stop=stops[1])
             self.ids += 1
             self.work += len(prompt) + limit

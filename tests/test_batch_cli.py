@@ -238,6 +238,43 @@ def test_an_input_that_changes(tmp_path: Path, loaded: tuple[Model, Tokenizer]) 
 # OpenAI's lines.
 
 
+def test_lines_that_ask_for_a_form(tmp_path: Path, folder: Path) -> None:
+    """In both formats; a form that cannot be is an error of its line."""
+    schema = {"enum": ["red", "blue", {"a": [1, True]}]}
+    response_format = {"type": "json_schema", "json_schema": {"name": "colour", "schema": schema}}
+    bad = {"type": "json_schema", "json_schema": {"schema": {"type": "array", "uniqueItems": True}}}
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write(
+        source,
+        {"prompt": "a", "response_format": response_format},
+        {"prompt": "a", "response_format": bad},
+        {"prompt": "a", "logits_processors": ["none such"]},
+        {
+            "prompt": "a",
+            "response_format": {"type": "grammar", "syntax": "regex", "definition": "x{3}"},
+            "bad_words": ["y"],
+        },
+        chat_line("f", response_format=response_format, temperature=1, seed=3),
+        chat_line("g", response_format=bad),
+        {
+            "prompt": "a",
+            "response_format": {"type": "grammar", "syntax": "regex", "definition": "x"},
+            "allowed_token_ids": [9],
+        },
+    )
+    result = batch(source, target, "-m", folder, "--max-tokens", 30)
+    assert result.exit_code == SOME_FAILED, result.output
+    one, two, three, four, five, six, seven = read(target.read_text())
+    text = five["response"]["body"]["choices"][0]["message"]["content"]
+    assert all(json.loads(found) in schema["enum"] for found in (one["text"], text))
+    assert (four["text"], four["finish_reason"]) == ("xxx", "stop")
+    assert (two["error"]["param"], three["error"]["param"]) == ("response_format", "logits_processors")
+    assert six["response"]["body"]["error"]["param"] == "response_format"
+    assert "uniqueItems" in six["response"]["body"]["error"]["message"]
+    assert (seven["finish_reason"], seven["finish_error"]) == ("error", "the constraints allow no token")
+    assert "finish_error" not in four
+
+
 def test_openai_chat(tmp_path: Path, folder: Path, loaded: tuple[Model, Tokenizer]) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write(
@@ -350,7 +387,7 @@ OPENAI_BAD: dict[str, tuple[dict[str, Any], str]] = {
     "url type": (chat_line() | {"url": 3}, "url"),
     "more": (chat_line() | {"prompt": "a"}, "prompt"),
     "stream": (chat_line(stream=True), "stream"),
-    "format": (chat_line(response_format={"type": "json_object"}), "response_format"),
+    "format": (chat_line(response_format={"type": "xml"}), "response_format"),
     "tool choice": (chat_line(tool_choice="required"), "tool_choice"),
     "no messages": (chat_line(messages=None), "messages"),
     "role": (chat_line(messages=[{"role": "alien", "content": "a"}]), "messages"),

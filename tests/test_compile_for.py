@@ -489,12 +489,12 @@ def kernels_of(compilation: Compilation) -> set[str]:
 @pytest.mark.amd
 def test_the_state_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The programs that make and change rows, over two devices: the whole state lies on them as it is compiled for."""
-    monkeypatch.setattr("llama_jax.engine.ahead.program_set", lambda settings, greedy: [Key("join")])
+    monkeypatch.setattr("llama_jax.engine.ahead.program_set", lambda settings, greedy: [Key("join"), Key("restrict")])
     config = config_from_hf(HEADS | {"num_hidden_layers": 1})
     said: list[str] = []
     settings = engine_settings()
     result = compile_engine(config, find("mi300x"), {"tensor": 2}, settings=settings, progress=said.append)
-    assert [line.partition(",")[0] for line in said] == ["start", "join"]
+    assert [line.partition(",")[0] for line in said] == ["start", "join", "restrict"]
     assert result.devices == 2
     pages = 2 * settings.pages * 4 * 64 * 128 * 2  # keys and values of four of the eight heads
     join = result.programs[Key("join")].memory
@@ -502,7 +502,10 @@ def test_the_state_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pages < result.start.memory.outputs < 1.02 * pages
     assert join.aliased == pytest.approx(result.start.memory.outputs, abs=10_000)  # nothing of the state is copied
     assert join.temporary < 100_000
-    assert result.programs[Key("join")].collectives == ()
+    restrict = result.programs[Key("restrict")].memory
+    assert restrict.aliased == pytest.approx(result.start.memory.outputs, abs=10_000)
+    assert restrict.temporary < 100_000
+    assert all(compilation.collectives == () for compilation in result.programs.values())
     weights = 2 * count_params(config)
     assert result.verdict.phases["join"] == pytest.approx(weights // 2 + pages, rel=0.05)
     assert result.fits

@@ -36,7 +36,7 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return blocks
 
 
-SLOW = {"engine.md"}
+SLOW = {"engine.md", "structured-output.md"}
 """Pages whose examples compile for a while."""
 
 

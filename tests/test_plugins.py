@@ -25,7 +25,9 @@ from llama_jax import plugins
 from llama_jax.cli import cli
 from llama_jax.config import config_from_hf
 from llama_jax.config.families import FAMILIES, Family, find_family, renamed
-from llama_jax.errors import UnsupportedModel
+from llama_jax.errors import RequestError, UnsupportedModel
+from llama_jax.generation.constraints import constraints_of
+from llama_jax.sampling import SamplingParams
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
 GOLDEN = "llama3.1-rope"
@@ -38,6 +40,7 @@ from pathlib import Path
 import numpy as np
 from llama_jax.convert import export_hf
 from llama_jax.generation import batch_generate
+from llama_jax.generation.llm import LLM
 from llama_jax.kernels import report
 from llama_jax.kernels.dispatch import using
 from llama_jax.library import resolve
@@ -53,9 +56,13 @@ with np.load(inputs) as given, using(**model.kernels):
 np.save(Path(out) / "logits.npy", logits)
 before = sum(report().values())
 (generated,) = batch_generate(model, tokenizer, ["ab"], max_tokens=3, ignore_eos=True)
+llm = LLM(model, tokenizer, rows=2, context=32)
+asked = {"max_tokens": 12, "ignore_eos": True, "logit_bias": {7: 90.0}}
+repeating, rule = llm.generate([[3, 7]], **asked), llm.generate([[3, 7]], **asked, logits_processors=["example"])
 export_hf(resolve(folder), Path(out) / "exported")
 choices = [(c.operation, c.backend, c.reason) for c in report()]
 print(json.dumps({"family": model.config.family, "choices": choices, "traced": sum(report().values()) - before,
+                  "repeating": repeating[0].outputs[0].token_ids, "not": rule[0].outputs[0].token_ids,
                   "tokens": len(generated.outputs[0].token_ids)}))
 """
 
@@ -121,6 +128,9 @@ def test_the_example_package(environment: dict[str, str], folder: Path, tmp_path
     assert found["tokens"] == 3
     norms = {tuple(choice) for choice in found["choices"] if choice[0] == "add_rms_norm"}
     assert norms == {("add_rms_norm", "example", "named by using() or load(kernels=)")}
+    assert set(found["repeating"]) == {7}
+    assert found["not"][1::2] == [7] * 6
+    assert 7 not in found["not"][::2]
     assert found["traced"] > 0  # so generation's own programs are among these
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     source = load_file(folder / "model.safetensors")
@@ -225,6 +235,55 @@ def test_a_broken_family_is_reported_and_harms_no_other(
     assert problem in done.stdout
     rows = json.loads(CliRunner().invoke(cli, ["plugins", "--json"]).stdout)["plugins"]
     assert {(row["name"], row["state"]) for row in rows} == {("good", "ok"), (name, "broken")} or name == "good"
+
+
+class Refuses:
+    def __init__(self, *_: object):
+        raise RequestError("only for prompts of two tokens", param="prompt", hint="give two")
+
+
+def raises(*_: object) -> None:
+    raise KeyError("lost")
+
+
+surplus = Refuses
+NOT_CALLABLE = 5
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("refuses", "only for prompts of two tokens"),
+        ("raises", "the logits processor 'raises' failed: KeyError: 'lost'"),
+        ("raise", "there is no logits processor 'raise'"),
+        ("five", "there is no logits processor 'five'"),
+    ],
+)
+def test_logits_processors_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, name: str, error: str) -> None:
+    points = [("refuses", "Refuses"), ("raises", "raises"), ("raises", "surplus"), ("five", "NOT_CALLABLE")]
+
+    def entry_points(*, group: str) -> list[importlib.metadata.EntryPoint]:
+        return [importlib.metadata.EntryPoint(name, f"{__name__}:{value}", group) for name, value in points]
+
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
+    plugins.load.cache_clear()
+    try:
+        with (
+            pytest.warns(RuntimeWarning, match="'five' of an unknown package .* is broken: it is int"),
+            pytest.warns(RuntimeWarning, match="surplus. is broken: the logits processor 'raises' exists already"),
+        ):
+            plugins.load(plugins.LOGITS_PROCESSORS)
+        sound = plugins.sound(plugins.LOGITS_PROCESSORS)
+        assert [plugin.name for plugin in sound] == ["raises", "refuses"]
+        with pytest.raises(RequestError) as caught:
+            constraints_of(None, [1, 2], SamplingParams(logits_processors=[name]), 40, ())
+        assert caught.value.message == error
+        assert caught.value.hint
+        if name == "raise":
+            assert "did you mean raises" in caught.value.hint
+            assert "'five' of an unknown package" in caught.value.hint
+    finally:
+        plugins.load.cache_clear()
 
 
 def test_no_plugins(families: list[tuple[str, str]]) -> None:

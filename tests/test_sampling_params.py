@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.errors import RequestError
-from llama_jax.sampling import SamplingParams, make_sampler
+from llama_jax.sampling import Grammar, SamplingParams, make_sampler
 
 NAN, INF = float("nan"), float("inf")
 
@@ -43,6 +44,22 @@ BAD_FIELDS: dict[str, list[Any]] = {
         "5",
     ],
     "allowed_token_ids": [[], (), [-1], [1.0], [True], ["1"], 5, "12", b"12", {1: 2}, [None], [NAN]],
+    "bad_words": ["ab", [""], [" "], [5], 5, b"a", [b"a"], [None], {"a": 1}, True],
+    "response_format": [
+        "json",
+        5,
+        [],
+        {},
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+        {"type": "json_schema", "json_schema": {"schema": "{}"}},
+        {"type": "json_schema", "json_schema": {"schema": {"enum": [NAN]}}},
+        {"type": "json_schema", "json_schema": {"schema": {"enum": [b"a"]}}},
+        {"type": "grammar", "syntax": "gbnf", "definition": "a"},
+        {"type": "grammar", "syntax": "regex", "definition": 5},
+    ],
+    "logits_processors": ["ab", [""], [" "], [5], 5, [len], {"a": 1}, True],
     "seed": [-1, 2**64, 1.0, True, "1", NAN],
     "stop": ["", [""], ["a", ""], [5], 5, b"a", [b"a"], [None], {"a": 1}, True],
     "stop_token_ids": [[-1], [1.0], [True], ["1"], 5, "12", b"12", {1: 2}, [None], [NAN]],
@@ -84,16 +101,19 @@ def test_bad_values_name_their_field(field: str, value: Any) -> None:
         {"stop": None, "stop_token_ids": None, "logit_bias": None, "allowed_token_ids": None},
         {"allowed_token_ids": np.asarray([3, 1])},
         {"allowed_token_ids": range(5)},
+        {"bad_words": None, "logits_processors": None, "response_format": None},
+        {"bad_words": ["a b", "é"], "response_format": {"type": "text"}, "logits_processors": ("x",)},
     ],
 )
 def test_limits_themselves_are_in_range(fields: dict[str, Any]) -> None:
     SamplingParams(**fields)
 
 
+LISTS = ("stop", "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words", "logits_processors")
+
+
 @given(
-    field=st.sampled_from(
-        [f for f in BAD_FIELDS if f not in ("stop", "stop_token_ids", "logit_bias", "allowed_token_ids")]
-    ),
+    field=st.sampled_from([field for field in BAD_FIELDS if field not in LISTS]),
     value=st.one_of(st.floats(), st.integers(), st.text(max_size=3), st.booleans(), st.none()),
 )
 def test_any_value_is_taken_or_refused_by_name(field: str, value: Any) -> None:
@@ -117,6 +137,36 @@ def test_one_stop_string_is_a_list_of_one() -> None:
     assert SamplingParams(stop="ab").stop == ("ab",)
     assert SamplingParams(stop=["ab", "c"]).stop == ("ab", "c")
     assert SamplingParams(stop=None).stop == ()
+
+
+@pytest.mark.parametrize(
+    ("response_format", "grammar"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, Grammar("json_schema", '{"type": "object"}')),
+        (
+            {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": {"b": "é", "a": 1}}},
+            Grammar("json_schema", '{"b": "é", "a": 1}'),
+        ),
+        ({"type": "grammar", "syntax": "regex", "definition": "a+"}, Grammar.regex("a+")),
+        ({"type": "grammar", "syntax": "lark", "definition": "start: A"}, Grammar.lark("start: A")),
+        (Grammar.json_schema("{}"), Grammar("json_schema", "{}")),
+    ],
+)
+def test_shapes_of_a_response_format(response_format: Any, grammar: Grammar | None) -> None:
+    params = SamplingParams(response_format=response_format)
+    assert params.response_format == grammar
+    assert hash(params.response_format) == hash(grammar)
+    assert params.constrained == (grammar is not None)
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert dataclasses.replace(params, seed=1).response_format == grammar
+
+
+@pytest.mark.parametrize("wrong", [("gbnf", "a"), ("regex", 5)])
+def test_what_is_no_grammar(wrong: tuple[Any, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        Grammar(*wrong)
+    assert caught.value.param == "response_format"
 
 
 @pytest.mark.parametrize("field", ["logit_bias", "stop_token_ids", "allowed_token_ids"])

@@ -22,7 +22,6 @@ _NO_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_iden
 """Fields that say nothing about the text."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tool_choice": ("auto",),
     "parallel_tool_calls": (True, False),

@@ -96,6 +96,7 @@ def _completion(completion: CompletionOutput) -> Record:
         "text": completion.text,
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
+        **({"finish_error": completion.error} if completion.error else {}),
     }
     if completion.logprobs is not None:
         made["logprobs"] = [_logprob(t) for t in completion.logprobs]

@@ -26,6 +26,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.engine.settings import BIASES, STOP_IDS
 from llama_jax.engine.sizing import default_rows
 from llama_jax.errors import LlamaJaxError, RequestError
+from llama_jax.generation.constraints import constraints_of
 from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.generation.request import Requests, prepare
@@ -267,6 +268,8 @@ class BatchFile:
                 try:
                     request = read.request(tokenizer, config)
                     check_widths(request.params, eos_token_ids, stop_width=STOP_IDS, bias_width=BIASES)
+                    for prompt in request.prompts:
+                        constraints_of(tokenizer, prompt, request.params, config.vocab_size, eos_token_ids)
                     yield request
                     continue
                 except LlamaJaxError as error:

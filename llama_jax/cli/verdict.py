@@ -32,6 +32,7 @@ _WHEN = {
     "decode": "in decode",
     "start": "when the engine starts",
     "join": "when rows begin",
+    "restrict": "when the host says what may come next",
     "scrub": "when a row has failed",
     "mixed": "in steps with prompts",
     "scored": "in steps with prompts whose log-probabilities are asked for",

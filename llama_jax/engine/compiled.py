@@ -18,17 +18,21 @@ from llama_jax.aot.programs import Program
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
+from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining, Marked, join, scrub
+from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
-from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState
+from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState, token_mask
 from llama_jax.sharding import in_use, on
 
 MARKED = 1024
 """Tokens that one call of `join` marks, at most."""
+
+RESTRICTED = 32
+"""Rows that one call of `restrict` gives masks to, at most."""
 
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -38,7 +42,7 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "mixed", "scored", "join" or "scrub".
+      name: "decode", "mixed", "scored", "join", "restrict" or "scrub".
       size: rows of "decode", tokens of "mixed" and "scored"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
@@ -59,7 +63,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
       greedy: whether there are programs for greedy requests alone: on a GPU they save what the full sampler costs, on a
         CPU they would cost more to compile than they save.
     """
-    keys = [Key("join"), Key("scrub"), Key("scored", settings.budget)]
+    keys = [Key("join"), Key("restrict"), Key("scrub"), Key("scored", settings.budget)]
     for only in (False, True) if greedy else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
@@ -102,6 +106,18 @@ class Programs:
     def join(self, state: DecodeState, leaving: np.ndarray, new: Joining) -> DecodeState:
         """See `state.join`."""
         return self._get(Key("join"))(state, leaving, new)
+
+    def restrict(self, state: DecodeState, rows: list[int], masks: list[np.ndarray]) -> DecodeState:
+        """See `state.restrict`."""
+        width = restricted(self._settings)
+        for start in range(0, len(rows), width):
+            some = slice(start, start + width)
+            padded = np.full(width, NO_ROW, np.int32)
+            padded[: len(rows[some])] = rows[some]
+            words = np.zeros((width, len(masks[0])), np.uint32)
+            words[: len(rows[some])] = masks[some]
+            state = self._get(Key("restrict"))(state, padded, words)
+        return state
 
     def scrub(self, state: DecodeState, pages: list[int]) -> DecodeState:
         """See `state.scrub`."""
@@ -147,12 +163,16 @@ def program(
 
     function: Callable[..., Any]
     where = jax.tree.map(lambda x: x.sharding, state)
-    if key.name in ("join", "scrub"):
-        leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
+    if key.name in ("join", "restrict", "scrub"):
         shardings = {"out_shardings": where} if in_use() else {}
-        args: tuple[Any, ...] = (state, leaving, _joining(settings, state))
-        function = join
-        if key.name == "scrub":
+        args: tuple[Any, ...]
+        if key.name == "join":
+            leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
+            function, args = join, (state, leaving, _joining(settings, state))
+        elif key.name == "restrict":
+            n, words = restricted(settings), token_mask.all_allowed(config.vocab_size).shape
+            function, args = restrict, (state, ints(n), jax.ShapeDtypeStruct((n, *words), jnp.uint32))
+        else:
             function, args = scrub, (state, ints(settings.pages_per_row))
         return Program(str(key), jax.jit(function, donate_argnums=0, **shardings), args, {})
     static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
@@ -168,6 +188,11 @@ def program(
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
     return Program(str(key), jitted, (params, state, ints(control.size), adapters), {})
+
+
+def restricted(settings: EngineSettings) -> int:
+    """Rows of one call of `restrict`."""
+    return min(RESTRICTED, settings.rows)
 
 
 def _joining(settings: EngineSettings, state: DecodeState) -> Joining:

@@ -23,6 +23,7 @@ from llama_jax.engine import programs
 from llama_jax.engine.compiled import Key, Programs
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
+from llama_jax.engine.rules import Rule
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
@@ -45,7 +46,7 @@ class Drawn:
     Attributes:
       tokens: new ones; logprobs: of them, numpy arrays [tokens] and [tokens, n], or None.
       prompt_logprobs: of the prompt's tokens but the first, once they are known, if they were asked for.
-      ending: why the sequence has ended, if it has. "failed": its logits were no numbers.
+      ending: why the sequence has ended, if it has. "failed": it has no next token; error: why not.
     """
 
     id: int
@@ -53,6 +54,7 @@ class Drawn:
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
     ending: Ending | None = None
+    error: str | None = None
 
 
 _Packed = tuple[Key, np.ndarray, Mapping[str, np.ndarray]]
@@ -127,6 +129,7 @@ class Core:
         adapter: int = 0,
         domain: tuple[tuple[str, Any], ...] = (),
         drawn: ListOf[int] = (),
+        rule: Rule | None = None,
     ) -> int:
         """Queues one continuation of a prompt; returns its number.
 
@@ -137,6 +140,7 @@ class Core:
           adapter: its slot, 0 for none.
           domain: what else than the tokens its keys and values depend on, or who may share them, as (kind, value).
           drawn: tokens that it has had already, in another core.
+          rule: on its tokens, which has taken note of those in `drawn`.
 
         Raises:
           DoesNotFit: it never will.
@@ -158,9 +162,11 @@ class Core:
             priority=priority,
             domain=domain,
             reuse=params.prompt_logprobs is None,
+            paced=rule is not None,
         )
         self.scheduler.add(sequence)
-        self._asked[number] = Asked(sequence, params, adapter, SamplerProfile.of([params]) == GREEDY)
+        greedy = rule is None and SamplerProfile.of([params]) == GREEDY
+        self._asked[number] = Asked(sequence, params, adapter, greedy, rule)
         return number
 
     def cancel(self, number: int) -> None:
@@ -215,6 +221,9 @@ class Core:
     # --- To the device
 
     def _dispatch(self, step: Step) -> _Flight:
+        for joining in step.joining:
+            if rule := self._asked[joining.sequence.id].rule:
+                rule.prepare()
         for leaving, new in joinings(step, self._asked, self.model, self.settings):
             self._state = self.programs.join(self._state, leaving, new)
         joined = {joining.row for joining in step.joining}
@@ -225,6 +234,8 @@ class Core:
         key, control, parts = pack(flight, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             parts["pages"][: len(pages)] = pages
+        if not greedy:
+            self._restrict(flight)
         self._meter.dispatched(step.tokens * step.steps, key.size * step.steps)
         self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
@@ -233,6 +244,13 @@ class Core:
         for array in jax.tree.leaves((flight.report, flight.logprobs, flight.scores)):
             array.copy_to_host_async()
         return flight
+
+    def _restrict(self, flight: _Flight) -> None:
+        """Gives masks to the rows that draw under a rule."""
+        ruled = [(sequence.row, rule) for _, sequence in flight.rows if (rule := self._asked[sequence.id].rule)]
+        if ruled:
+            rows, masks = [row for row, _ in ruled], [rule.mask() for _, rule in ruled]
+            self._state = self.programs.restrict(self._state, rows, masks)
 
     def _mixed(self, flight: _Flight, *, greedy: bool) -> _Packed:
         step = flight.step
@@ -303,6 +321,15 @@ class Core:
         ending: Ending | None = None
         if flags & programs.DONE:
             ending = "failed" if flags & programs.FAILED else "stop" if flags & programs.STOPPED else "length"
+        if asked.rule and tokens:
+            asked.rule.accept(tokens)
+            ending = "stop" if asked.rule.ended else ending
+            if not ending:
+                asked.rule.prepare()
+        error = None
+        if ending == "failed":
+            error = (asked.rule and asked.rule.error) or "its logits were no numbers"
+        if ending:
             self._finish(sequence.id, keep=ending != "failed")
             del self._asked[sequence.id]
         found = of_prompt = None
@@ -311,7 +338,7 @@ class Core:
         if asked.scores:
             of_prompt = jax.tree.map(lambda *parts: np.concatenate(parts), *asked.scores)
             asked.scores = []
-        return Drawn(sequence.id, tuple(tokens), found, of_prompt, ending)
+        return Drawn(sequence.id, tuple(tokens), found, of_prompt, ending, error)
 
     def _finish(self, number: int, *, keep: bool = True) -> None:
         if bad := self.scheduler.finish(number, keep=keep):

@@ -79,8 +79,11 @@ class Planner:
     # --- Rows that decode
 
     def _decode(self, plan: _Plan) -> None:
-        """Every decoding row draws for which there are pages, the most urgent first."""
-        rows = list(self.queues.decoding)
+        """Every decoding row draws for which there are pages, the most urgent first, but those that are held."""
+        rows = [s for s in self.queues.decoding if not s.held]
+        held = len(self.queues.decoding) - len(rows)
+        if held > len(rows) and not len(self.queues.prompts) and not len(self.queues.waiting):
+            return  # a step without most of them would take its time all the same
         plan.steps, counts, needs = self._stride(rows)
         for sequence, count, need in zip(rows, counts, needs, strict=True):
             if sequence.phase is not Phase.DECODING:  # preempted for the sake of one before it
@@ -104,7 +107,8 @@ class Planner:
           The steps, and of each row the tokens that it draws and the pages that it needs for them.
         """
         size, most = self.limits.page_size, self.limits.steps
-        if most > 1 and rows and not len(self.queues.waiting) and not len(self.queues.prompts):
+        alone = not len(self.queues.waiting) and not len(self.queues.prompts)
+        if most > 1 and rows and alone and not any(s.paced for s in self.queues.decoding):
             counts = [min(most, s.limit - s.drawn) for s in rows]
             needs = [(s.computed + n + size - 1) // size - len(s.pages) for s, n in zip(rows, counts, strict=True)]
             if sum(needs) <= self.memory.pages.available:

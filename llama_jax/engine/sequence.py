@@ -41,6 +41,7 @@ class Sequence:
       limit: tokens that it may draw, those in `tokens` included; 0 to compute the prompt only.
       priority: lower ones first.
       domain: sequences share pages only within one.
+      paced: whether the host has a say in each token: the next is drawn only when it knows all before.
       reuse: False computes the whole prompt, as its log-probabilities need; its pages may still serve others.
 
     The scheduler's own:
@@ -62,6 +63,7 @@ class Sequence:
     priority: int = 0
     domain: Domain = ()
     reuse: bool = True
+    paced: bool = False
     phase: Phase = Phase.WAITING
     row: int = -1
     pages: list[int] = field(default_factory=list)
@@ -76,6 +78,11 @@ class Sequence:
     blocks: list[Block] = field(default_factory=list)
     claims: list[Block] = field(default_factory=list)
     awaited: Block | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits for the host to know its tokens."""
+        return self.paced and not self.known
 
     @property
     def known(self) -> bool:

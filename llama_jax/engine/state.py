@@ -114,6 +114,18 @@ def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
     return by_rows(dataclasses.replace(state, cache=dataclasses.replace(cache, k=k, v=v)))
 
 
+def restrict(state: DecodeState, rows: jax.Array, masks: jax.Array) -> DecodeState:
+    """The state in which rows int32 [n] draw only tokens of their masks uint32 [n, ceil(vocab / 32)]; NO_ROW is
+    padding."""
+    sampler = state.sampler
+    assert sampler.restricted is not None and sampler.allowed is not None
+    restricted = protocol.put_rows(sampler.restricted, rows, jnp.ones_like(rows, bool))
+    allowed = protocol.put_rows(sampler.allowed, rows, masks)
+    return by_rows(
+        dataclasses.replace(state, sampler=dataclasses.replace(sampler, restricted=restricted, allowed=allowed))
+    )
+
+
 def paged(state: DecodeState) -> PagedCache:
     """The cache of a state that `new_state` has made."""
     assert isinstance(state.cache, PagedCache)

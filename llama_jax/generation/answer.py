@@ -14,7 +14,7 @@ class Answer:
     """The continuations of one prompt as they grow.
 
     Attributes:
-      rows: the text of each; logprobs: of its tokens, where they were asked for.
+      rows: the text of each; logprobs: of its tokens, where they were asked for; errors: why it ended, if by one.
       left: how many have not ended.
     """
 
@@ -30,6 +30,7 @@ class Answer:
         endings = params.ending_ids(eos_token_ids)
         self.rows = [RowText(tokenizer, params, endings, prompt) for _ in range(params.n)]
         self.left = params.n
+        self.errors: list[str | None] = [None] * params.n
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.rows]
         self._of_prompt: Logprobs | None = None
         self._asked = self._last = time.perf_counter()
@@ -50,11 +51,13 @@ class Answer:
             added += row.add(token, limit=self.limit)
             if drawn.logprobs is not None and self.params.logprobs is not None:
                 self.logprobs[copy].append(TokenLogprob.of(drawn.logprobs, i, token, self.params.logprobs))
-        if not row.finish_reason:
-            if drawn.ending == "failed":
-                row.finish_reason = "error"
-            elif drawn.ending and len(row.token_ids) == self.limit:  # without a token, where none was asked for
-                row.finish_reason = "length"
+        # Where the engine has no more room, the answer resumes in a larger one.
+        outgrown = drawn.ending == "length" and len(row.token_ids) < self.limit
+        if drawn.ending and not outgrown:
+            added += row.end("error" if drawn.ending == "failed" else drawn.ending)
+            if drawn.ending == "stop":  # of a grammar, with the last token that there may be
+                row.finish_reason = "stop"
+            self.errors[copy] = drawn.error
         self.left -= row.finish_reason is not None
         return added
 
@@ -90,7 +93,9 @@ class Answer:
         for index, row in enumerate(self.rows):
             assert row.finish_reason is not None
             logprobs = None if self.params.logprobs is None else tuple(self.logprobs[index])
-            completions.append(CompletionOutput(index, tuple(row.token_ids), row.text, row.finish_reason, logprobs))
+            completions.append(
+                CompletionOutput(index, tuple(row.token_ids), row.text, row.finish_reason, logprobs, self.errors[index])
+            )
         of_prompt = None
         if self.params.prompt_logprobs is not None:
             n, found = self.params.prompt_logprobs, self._of_prompt

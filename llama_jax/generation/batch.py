@@ -29,6 +29,8 @@ class Batch:
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer | None, requests: Requests):
+        for params in requests.params:
+            params.check_unconstrained("a static batch")
         self.model, self.requests = model, requests
         self.rows = [
             RowText(

@@ -138,7 +138,16 @@ class Engine:
         """
         self._check_open()
         prompts, params = [request.prompt], [request.params]
-        requests = prepare(self.model, self.tokenizer, prompts, params, None, self._adapters, [request.adapter_id])
+        # In a thread: tokenizers and grammars of other callers' texts must not hold up the event loop.
+        requests = await asyncio.to_thread(
+            prepare,
+            self.model,
+            self.tokenizer,
+            prompts,
+            params,
+            adapters=self._adapters,
+            adapter_ids=[request.adapter_id],
+        )
         stream = _Stream(requests, request, asyncio.get_running_loop(), asyncio.Queue())
         self._post(self._begin, stream)
         try:

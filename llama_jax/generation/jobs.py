@@ -12,6 +12,7 @@ from typing import Any
 
 from llama_jax.engine.core import Drawn
 from llama_jax.engine.replicas import Replicas, replicas
+from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import GROUP
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import Sizes
@@ -60,6 +61,7 @@ class _Job:
     copy: int
     params: SamplingParams
     limit: int
+    rule: Rule | None
     options: Mapping[str, Any]
 
     @property
@@ -123,7 +125,8 @@ class Jobs:
         jobs = []
         for copy, row in enumerate(rows):
             seed = secrets.randbits(64) if row.params.seed is None else row.params.seed
-            jobs.append(_Job(answer, copy, replace(row.params, seed=seed), row.limit, options))
+            rule = Rule(row.constraints, params, self._models[0].config.vocab_size) if row.constraints else None
+            jobs.append(_Job(answer, copy, replace(row.params, seed=seed), row.limit, rule, options))
         self._make_room(jobs[0].foreseen)
         try:
             self._begin(jobs)
@@ -217,7 +220,7 @@ class Jobs:
             limit = job.limit
             if self._sizes.longest > core.capacity:  # it may come back for more
                 limit = min(limit, core.capacity - len(prompt))
-            number = core.add(prompt, job.params, limit, drawn=job.drawn, **job.options)
+            number = core.add(prompt, job.params, limit, drawn=job.drawn, rule=job.rule, **job.options)
             self._of[number] = job
 
     def _make_room(self, length: int) -> None:

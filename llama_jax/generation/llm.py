@@ -142,7 +142,13 @@ class LLM:
         """
         check_prompts(prompts)
         requests = prepare(
-            self.model, self.tokenizer, prompts, sampling(params, fields), None, self._adapters, adapter_ids
+            self.model,
+            self.tokenizer,
+            prompts,
+            sampling(params, fields),
+            None,
+            self._adapters,
+            adapter_ids,
         )
         limits = [rows[0].limit for rows in requests.continuations]
         # The longest first: what is left at the end of a batch is short.

@@ -38,7 +38,8 @@ class CompletionOutput:
     Attributes:
       token_ids: what was generated; the id that ended the text, if one did, is the last.
       text: without stop strings and control tokens.
-      finish_reason: "stop" (end of text, stop id or stop string), "length", or "error" (its logits were no numbers).
+      finish_reason: "stop" (end of text, stop id or stop string, or nothing may follow by the grammar), "length", or
+        "error" (there was no next token); error: why not.
     """
 
     index: int
@@ -46,6 +47,7 @@ class CompletionOutput:
     text: str
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,22 +134,31 @@ class RowText:
         # Some models' vocabularies are padded beyond their tokenizer's: such an id has no text.
         if self._detokenizer and not ended and token_id < self._known_ids:
             self._pending += self._detokenizer.add(token_id)
-        if self._detokenizer and last:
-            self._pending += self._detokenizer.finish()
         if last:
-            self.finish_reason = "stop" if ended else "length"
+            self._complete("stop" if ended else "length")
         if not self.params.stop:
-            certain, self._pending = self._pending, ""
-            self.text += certain
-            return certain
+            return self._certain(len(self._pending))
         if len(self.token_ids) > self.params.min_tokens:
             cut = min((at for s in self.params.stop if (at := self._pending.find(s)) >= 0), default=None)
             if cut is not None:
                 self._pending = self._pending[:cut]
                 self.finish_reason = "stop"
         held = 0 if self.finish_reason else max((_overlap(self._pending, s) for s in self.params.stop), default=0)
-        certain = self._pending[: len(self._pending) - held]
-        self._pending = self._pending[len(certain) :]
+        return self._certain(len(self._pending) - held)
+
+    def end(self, reason: FinishReason) -> str:
+        """Ends the text behind its last token, unless it has ended; returns what was held back."""
+        if self.finish_reason is None:
+            self._complete(reason)
+        return self._certain(len(self._pending))
+
+    def _complete(self, reason: FinishReason) -> None:
+        self.finish_reason = reason
+        if self._detokenizer:
+            self._pending += self._detokenizer.finish()
+
+    def _certain(self, count: int) -> str:
+        certain, self._pending = self._pending[:count], self._pending[count:]
         self.text += certain
         return certain
 

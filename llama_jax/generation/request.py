@@ -15,9 +15,10 @@ import numpy as np
 from llama_jax.cache import check_page_size
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
+from llama_jax.generation.constraints import constraints_of
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling import Constraint, SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -31,11 +32,13 @@ class Row:
       prompt: number of the prompt.
       params: how to sample; with its own seed where the request has one.
       limit: tokens that it may have.
+      constraints: of this continuation alone, at its start.
     """
 
     prompt: int
     params: SamplingParams
     limit: int
+    constraints: tuple[Constraint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,12 @@ def prepare(
     if tokenizer is None and any(p.stop for p in each):
         raise RequestError("stop strings need a tokenizer", param="stop", hint="use stop_token_ids")
     rows = [
-        Row(i, _with_seed(p, copy), token_limit(config, len(ids[i]), p.max_tokens))
+        Row(
+            i,
+            _with_seed(p, copy),
+            token_limit(config, len(ids[i]), p.max_tokens),
+            constraints_of(tokenizer, ids[i], p, config.vocab_size, model.eos_token_ids),
+        )
         for i, p in enumerate(each)
         for copy in range(p.n)
     ]

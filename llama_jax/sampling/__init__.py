@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from llama_jax.sampling.bad_words import BadWords
 from llama_jax.sampling.constraints import Constraint
+from llama_jax.sampling.grammar import Grammar
 from llama_jax.sampling.logprobs import Logprobs, token_logprobs
 from llama_jax.sampling.params import GREEDY_BELOW, MAX_LOGPROBS, SamplingParams
 from llama_jax.sampling.sampler import failed, sample
@@ -30,6 +31,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "BadWords",
     "Constraint",
+    "Grammar",
     "Logprobs",
     "SamplerProfile",
     "SamplerState",

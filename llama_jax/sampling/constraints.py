@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from llama_jax.plugins import Plugin
+    from llama_jax.sampling.params import SamplingParams
 
 
 class Constraint(Protocol):
@@ -26,3 +31,27 @@ class Constraint(Protocol):
     @property
     def error(self) -> str | None:
         """Why the constraint cannot go on, for people; None as long as it can."""
+
+
+class LogitsProcessor(Protocol):
+    """An object of the group `llama_jax.logits_processors`: it makes the constraint of one continuation."""
+
+    def __call__(self, tokenizer: Any, prompt: Sequence[int], params: SamplingParams) -> Constraint:
+        """A constraint at the start of a continuation, for it alone.
+
+        Args:
+          tokenizer: the model's `llama_jax.text.tokenizer.Tokenizer`, or None if it has none.
+          prompt: its token ids.
+
+        Raises:
+          RequestError: the request is not for it.
+        """
+
+
+def plugin_problem(plugin: Plugin, earlier: Sequence[Plugin]) -> str:
+    """What is wrong with a plugin of the group; "" if nothing."""
+    if not callable(plugin.value):
+        return f"it is {type(plugin.value).__name__}, and not a function that makes a constraint"
+    if any(plugin.name == other.name for other in earlier):
+        return f"the logits processor {plugin.name!r} exists already"
+    return ""

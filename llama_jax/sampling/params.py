@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.errors import RequestError
+from llama_jax.sampling.grammar import Grammar
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
@@ -32,6 +33,10 @@ class SamplingParams:
       repetition_penalty: divides (multiplies, if negative) the logits of tokens in prompt or output; 1 is none.
       logit_bias: token id to a number in [-100, 100] added to its logit.
       allowed_token_ids: ids that alone may be generated; the ids that end a text are not among them unless named.
+      bad_words: words that the text must not contain, as they are cut into tokens at the start of a text and behind a
+        space.
+      response_format: the form of the text: a `Grammar`, or an object as for OpenAI's `response_format`; None for any.
+      logits_processors: names of plugins that say which tokens may come next (docs/plugins.md).
       seed: makes the tokens reproducible; None draws one.
       stop: strings that end the text; they are not part of it.
       stop_token_ids: ids that end the text, besides the model's own end-of-text ids.
@@ -53,6 +58,9 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    response_format: Grammar | Mapping[str, Any] | None = None
+    logits_processors: Sequence[str] = ()
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -71,6 +79,9 @@ class SamplingParams:
             object.__setattr__(self, "allowed_token_ids", allowed)
             if not allowed:
                 raise _bad("allowed_token_ids", allowed, "at least one token id, or None to allow every token")
+        for name in ("bad_words", "logits_processors"):
+            object.__setattr__(self, name, _items(getattr(self, name), name, "a list of strings"))
+        object.__setattr__(self, "response_format", Grammar.of(self.response_format))
         if self.logit_bias is None:
             object.__setattr__(self, "logit_bias", {})
         _check_number(self, "temperature", 0.0, math.inf)
@@ -91,6 +102,10 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise _bad("stop", text, "non-empty strings")
+        for name in ("bad_words", "logits_processors"):
+            for text in getattr(self, name):
+                if not isinstance(text, str) or not text.strip():
+                    raise _bad(name, text, "texts of more than spaces")
         for name in ("stop_token_ids", "allowed_token_ids"):
             for token in getattr(self, name) or ():
                 if not _is_int(token) or token < 0:
@@ -110,6 +125,11 @@ class SamplingParams:
         """Whether the most likely token is taken every time."""
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def constrained(self) -> bool:
+        """Whether the host has a say in each token: `bad_words`, `response_format`, `logits_processors`."""
+        return bool(self.bad_words or self.response_format or self.logits_processors)
+
     def ending_ids(self, eos_token_ids: Sequence[int]) -> frozenset[int]:
         """Every id that ends a text: the model's own, unless ignored, and stop_token_ids."""
         return frozenset({*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids})
@@ -122,6 +142,12 @@ class SamplingParams:
                 param="max_tokens",
                 hint="prompts alone are scored by batch_generate or `llama-jax batch`, with prompt_logprobs",
             )
+
+    def check_unconstrained(self, what: str) -> None:
+        """Raises RequestError if the host has a say in each token, where it has none in `what`."""
+        for name in ("bad_words", "response_format", "logits_processors"):
+            if getattr(self, name):
+                raise RequestError(f"{what} has no {name}", param=name, hint="use LLM or Engine, which have it")
 
     def check_vocab(self, vocab_size: int) -> None:
         """Raises RequestError if a token id lies outside of the vocabulary."""

@@ -39,6 +39,7 @@ class SamplerProfile:
         """The least profile that serves all of them."""
         full = any(
             p.logit_bias
+            or p.constrained
             or p.allowed_token_ids is not None
             or p.min_tokens
             or p.presence_penalty

@@ -1,14 +1,17 @@
-"""A device model, a kernel backend and a model family from outside of llama_jax."""
+"""A device model, a kernel backend, a model family and a logits processor from outside of llama_jax."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.config.families import Family
 from llama_jax.kernels.dispatch import Backend
+from llama_jax.sampling import SamplingParams, token_mask
 from llama_jax.targets import Rates, Target
 
 TARGET = Target(
@@ -55,3 +58,19 @@ FAMILY = Family(
         "model.norm": "transformer.norm",
     },
 )
+
+
+class NoRepeats:
+    """A logits processor: no token may follow itself, at the start that of the prompt's end."""
+
+    ended = False
+    error = None
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], params: SamplingParams):
+        self._last = prompt[-1]
+
+    def mask(self, out: np.ndarray) -> None:
+        token_mask.forbid(out, self._last)
+
+    def accept(self, token: int) -> None:
+        self._last = token

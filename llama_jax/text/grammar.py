@@ -1,0 +1,125 @@
+"""Grammars over a model's tokens, by llguidance (https://github.com/guidance-ai/llguidance)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llama_jax.errors import RequestError
+from llama_jax.sampling import Grammar
+from llama_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_TEXT_ENDS = ("NotStopped", "NoExtension", "NoExtensionBias", "EndOfSentence")
+"""Why a matcher may stop without a fault."""
+
+
+class GrammarMatcher:
+    """A `Constraint`: the tokens that keep a text within a grammar. Ids that end a text are among them exactly where
+    the grammar has a whole text; where nothing else may follow it has ended, with or without such an id.
+    """
+
+    def __init__(self, matcher: LLMatcher):
+        self._matcher = matcher
+
+    @classmethod
+    def of(
+        cls, grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int] = ()
+    ) -> GrammarMatcher:
+        """A matcher at the start of a text.
+
+        Args:
+          vocab_size: of the model; ids that its tokenizer does not have are never allowed.
+          eos_token_ids: ids that end a text.
+
+        Raises:
+          RequestError: llguidance refuses the grammar; the message is its own.
+        """
+        # A copy takes 9 µs, compiling 1 ms.
+        return cls(_compiled(grammar, tokenizer, vocab_size, tuple(eos_token_ids)).deep_copy())
+
+    def mask(self, out: np.ndarray) -> None:
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        out &= allowed[: len(out)]
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+    @property
+    def ended(self) -> bool:
+        return self._matcher.is_stopped() and self.error is None
+
+    @property
+    def error(self) -> str | None:
+        return _error(self._matcher)
+
+
+def _error(matcher: LLMatcher) -> str | None:
+    """Why a matcher cannot go on; None as long as it can. It raises nothing, and its masks then allow an end."""
+    if matcher.is_error():
+        return matcher.get_error().removesuffix("<non-verbose/>").strip() or "the grammar has failed"
+    reason = matcher.stop_reason()
+    return None if reason in _TEXT_ENDS else f"the grammar has stopped: {reason}"
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLMatcher:
+    from llguidance import LLMatcher, LLParserLimits
+
+    vocabulary = _vocabulary(tokenizer, vocab_size, eos_token_ids)
+    try:
+        match grammar.kind:
+            case "json_schema":  # spaces between parts cost tokens, and a model may write nothing else for ever
+                text = LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_flexible": False})
+            case "regex":
+                text = LLMatcher.grammar_from_regex(grammar.text)
+            case "lark":
+                text = LLMatcher.grammar_from_lark(grammar.text)
+        matcher = LLMatcher(vocabulary, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    except ValueError as error:
+        raise _refused(grammar, str(error)) from None
+    matcher.compute_bitmask()  # some faults appear only now
+    if problem := _error(matcher):
+        raise _refused(grammar, problem)
+    return matcher
+
+
+def _refused(grammar: Grammar, why: str) -> RequestError:
+    return RequestError(
+        f"the {grammar.kind.replace('_', ' ')} cannot be used: {' '.join(why.split())}",
+        param="response_format",
+        hint="llguidance's documentation says what it supports: https://github.com/guidance-ai/llguidance",
+    )
+
+
+class _Vocabulary:
+    """A tokenizer as `LLTokenizer` asks for it, with an entry for each id of the model."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, size: int, eos_token_ids: Sequence[int]):
+        known = min(size, tokenizer.vocab_size)
+        self._tokenizer = tokenizer
+        self.tokens = [tokenizer.bytes_of(i) for i in range(known)] + [b""] * (size - known)
+        self.eos_token_id = eos_token_ids[0]
+        self.special_token_ids = sorted({i for i in tokenizer.special_ids if i < size} | {*eos_token_ids})
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
+    from llguidance import LLTokenizer
+
+    # Without an id that ends a text, one beyond the model's stands for the end: it is never drawn.
+    ends = [*eos_token_ids] or [vocab_size]
+    size = max(vocab_size, *(end + 1 for end in ends))
+    vocabulary: Any = _Vocabulary(tokenizer, size, ends)
+    return LLTokenizer(vocabulary, n_vocab=size, eos_token=ends)
