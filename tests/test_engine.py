@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import alone, golden_model, new_core, run, small_settings, some_requests, tiny_model, tokens
+from engines import Guesses, alone, golden_model, new_core, run, small_settings, some_requests, tiny_model, tokens
 from helpers import GOLDEN_CASES, on_eight_devices
 
+from llama_jax.engine import core as engine_core
 from llama_jax.engine.core import Core
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import DoesNotFit, Overloaded, RequestError
@@ -26,8 +27,9 @@ from llama_jax.sampling import SamplingParams
 def check(model: Model, core: Core, count: int, arrivals: list[int] | None = None, seed: int = 0) -> None:
     """Runs requests through the engine, each of which must get what it gets alone."""
     asked = some_requests(model, count, seed)
-    for request, news in zip(asked, run(core, asked, arrivals=arrivals), strict=True):
-        expected = alone(model, request)
+    answers = [alone(model, request) for request in asked]
+    Guesses.known = [(prompt, answer.tokens) for (prompt, _), answer in zip(asked, answers, strict=True)]
+    for request, expected, news in zip(asked, answers, run(core, asked, arrivals=arrivals), strict=True):
         assert tokens(news) == expected.tokens
         assert news[-1].ending == expected.ending
         if request[1].logprobs is None:
@@ -44,12 +46,15 @@ def nothing_is_held(core: Core) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GOLDEN_CASES)
-def test_every_family_draws_what_it_draws_alone(case: str) -> None:
-    """With prefixes in common, prompts in pieces, too few pages for all, and arrivals at any time."""
+def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prefixes in common, prompts in pieces, too few pages for all, arrivals at any time, and drafts."""
+    monkeypatch.setattr(engine_core, "Drafter", Guesses)
     model = golden_model(case)
-    core = new_core(model, small_settings(pages=12))
+    core = new_core(model, small_settings(pages=12, drafts=3, draft_rows=2))
     check(model, core, 9, arrivals=[0, 0, 0, 2, 5, 5, 9, 30, 31])
     nothing_is_held(core)
+    snapshot = core.snapshot()
+    assert 0 < snapshot.accepted_tokens < snapshot.drafted_tokens
 
 
 @pytest.mark.parametrize(
@@ -57,13 +62,15 @@ def test_every_family_draws_what_it_draws_alone(case: str) -> None:
     [
         {"prefix_cache": False},
         {"steps": 4},
+        {"drafts": 7, "draft_rows": 3, "steps": 4},
         pytest.param({"chunk_rows": 1, "mixed_tokens": (64,)}, marks=pytest.mark.slow),
         pytest.param({"rows": 1, "decode_rows": (1,), "chunk_rows": 1}, marks=pytest.mark.slow),
         pytest.param({"page_size": 64, "pages": 6}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_sizes_change_nothing(changes: dict[str, Any]) -> None:
+def test_sizes_change_nothing(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_core, "Drafter", Guesses)
     model = tiny_model()
     core = new_core(model, small_settings(**changes))
     check(model, core, 14)

@@ -42,8 +42,8 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "mixed", "scored", "join", "restrict" or "scrub".
-      size: rows of "decode", tokens of "mixed" and "scored"; else 0.
+      name: "decode", "verify", "mixed", "scored", "join", "restrict" or "scrub".
+      size: rows of "decode" and "verify", tokens of "mixed" and "scored"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
 
@@ -52,7 +52,7 @@ class Key:
     greedy: bool = False
 
     def __str__(self) -> str:
-        size = f" of {self.size} {'rows' if self.name == 'decode' else 'tokens'}" if self.size else ""
+        size = f" of {self.size} {'rows' if self.name in ('decode', 'verify') else 'tokens'}" if self.size else ""
         return f"{self.name}{size}{', greedy' if self.greedy else ''}"
 
 
@@ -67,6 +67,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
     for only in (False, True) if greedy else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
+        keys += [Key("verify", settings.draft_rows, only)] if settings.drafts else []
     return keys
 
 
@@ -180,11 +181,15 @@ def program(
         control = programs.decode_control(key.size)
         function = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
         options = graph_options() if settings.steps > 1 else {}
+    elif key.name == "verify":
+        control = programs.verify_control(key.size, settings.drafts)
+        function = partial(programs.verify, **static, rows=key.size, drafts=settings.drafts)
+        options = {}
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
         function, options = partial(programs.mixed, **static), {}
-    told = [None] * (2 if key.name == "decode" else 3)
+    told = [None] * (2 if key.name in ("decode", "verify") else 3)
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
     return Program(str(key), jitted, (params, state, ints(control.size), adapters), {})

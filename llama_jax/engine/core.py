@@ -21,6 +21,7 @@ from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
 from llama_jax.engine.compiled import Key, Programs
+from llama_jax.engine.drafting import Drafter
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.rules import Rule
@@ -107,6 +108,7 @@ class Core:
                 chunk_rows=settings.chunk_rows,
                 waiting=settings.waiting,
                 steps=settings.steps,
+                draft_rows=settings.draft_rows if settings.drafts else 0,
                 prefix_cache=settings.prefix_cache,
             )
         )
@@ -166,7 +168,8 @@ class Core:
         )
         self.scheduler.add(sequence)
         greedy = rule is None and SamplerProfile.of([params]) == GREEDY
-        self._asked[number] = Asked(sequence, params, adapter, greedy, rule)
+        drafter = Drafter(settings.drafts) if settings.drafts and rule is None else None
+        self._asked[number] = Asked(sequence, params, adapter, greedy, rule, drafter)
         return number
 
     def cancel(self, number: int) -> None:
@@ -176,6 +179,8 @@ class Core:
 
     def step(self) -> list[Drawn]:
         """Dispatches the next step, if there is one, and returns what the one before has drawn."""
+        if self.settings.drafts:
+            self._draft()
         step = self.scheduler.schedule()
         if step is not None:
             self._flights.append(self._dispatch(step))
@@ -214,9 +219,26 @@ class Core:
             padding_tokens=meter.padding,
             steps=meter.steps,
             late_compilations=self.programs.late,
+            drafted_tokens=meter.drafted,
+            accepted_tokens=meter.accepted,
             tokens_per_s=tokens_per_s,
             step_s=step_s,
         )
+
+    def _draft(self) -> None:
+        """Drafts for the next step. Whoever drafts waits for the host to know its tokens, which takes longer than to
+        have the next step planned before: where other rows would wait for it, and where drafts gain nothing, nobody
+        drafts."""
+        calm = self.scheduler.calm
+        for sequence in self.scheduler.decoding:
+            asked = self._asked[sequence.id]
+            if asked.drafter is None:
+                continue
+            text, left = len(sequence.tokens), sequence.limit - sequence.drawn - 1
+            sequence.paced = calm and left > 0 and asked.drafter.active(text)
+            sequence.draft = ()
+            if sequence.paced and sequence.known:
+                sequence.draft = asked.drafter.propose(sequence.tokens, min(left, self.settings.drafts))
 
     # --- To the device
 
@@ -230,13 +252,14 @@ class Core:
         flight = _Flight(step, [], [], None)
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
-        pack = self._mixed if step.chunks else self._decode
+        pack = self._mixed if step.chunks else self._verify if step.drafts else self._decode
         key, control, parts = pack(flight, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             parts["pages"][: len(pages)] = pages
         if not greedy:
             self._restrict(flight)
-        self._meter.dispatched(step.tokens * step.steps, key.size * step.steps)
+        size = key.size * (1 + self.settings.drafts) if key.name == "verify" else key.size * step.steps
+        self._meter.dispatched(step.tokens * step.steps, size)
         self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs
@@ -296,6 +319,18 @@ class Core:
         flight.rows = list(zip(lines, decoding, strict=True))
         return key, array, parts
 
+    def _verify(self, flight: _Flight, *, greedy: bool) -> _Packed:
+        decoding = flight.step.decoding
+        key = self.programs.choose("verify", len(decoding), greedy=greedy)
+        control = programs.verify_control(key.size, self.settings.drafts)
+        array, parts = control.new(rows=NO_ROW, drafts=-1, pages=NO_ROW)
+        for line, sequence in enumerate(decoding):
+            draft = flight.step.drafts.get(sequence, ())
+            parts["rows"][line] = sequence.row
+            parts["drafts"][line, : len(draft)] = draft
+        flight.rows = list(enumerate(decoding))
+        return key, array, parts
+
     # --- From the device
 
     def _read(self, flight: _Flight) -> list[Drawn]:
@@ -305,12 +340,12 @@ class Core:
             if (asked := self._asked.get(sequence.id)) and last > first:
                 asked.scores.append(jax.tree.map(lambda x, a=first, b=last: x[a:b], scores))
         lines = report.tolist()
-        news = (self._taken(line, sequence, lines[line], logprobs) for line, sequence in flight.rows)
+        news = (self._taken(flight, line, sequence, lines[line], logprobs) for line, sequence in flight.rows)
         drawn = [new for new in news if new]
         self._meter.ended(sum(len(new.tokens) for new in drawn))
         return drawn
 
-    def _taken(self, line: int, sequence: Sequence, report: list[int], logprobs: Any) -> Drawn | None:
+    def _taken(self, flight: _Flight, line: int, sequence: Sequence, report: list[int], logprobs: Any) -> Drawn | None:
         """News from a row's line of a report; None if its sequence has ended meanwhile."""
         flags = report[-1]
         tokens = report[: flags & (programs.DONE - 1)]
@@ -318,6 +353,10 @@ class Core:
         if asked is None:
             return None
         self.scheduler.drawn(sequence.id, tokens)
+        if asked.drafter and (draft := flight.step.drafts.get(sequence)):
+            asked.drafter.drawn(draft, len(tokens), len(sequence.tokens))
+            self._meter.drafted += len(draft)
+            self._meter.accepted += len(tokens) - 1
         ending: Ending | None = None
         if flags & programs.DONE:
             ending = "failed" if flags & programs.FAILED else "stop" if flags & programs.STOPPED else "length"

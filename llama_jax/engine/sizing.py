@@ -26,6 +26,7 @@ CPU_START, GPU_START = 1024, 8192
 CPU_EACH = 512
 """Tokens for which a CPU's rows have pages on average; rows that need more find them while others need less."""
 CHUNK_ROWS = 16
+DRAFT_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def default_settings(
     steps: int = 1,
     prefix_cache: bool = True,
     waiting: int | None = None,
+    drafts: int = 0,
 ) -> EngineSettings:
     """Settings for a model on the devices that it is on.
 
@@ -105,6 +107,7 @@ def default_settings(
         steps=steps,
         prefix_cache=prefix_cache,
         waiting=waiting,
+        drafts=drafts,
     )
 
 
@@ -157,6 +160,7 @@ def settings_for(
         pages=pages,
         decode_rows=_decode_rows(rows, on_cpu=on_cpu),
         mixed_tokens=tuple(tokens),
+        draft_rows=min(DRAFT_ROWS, rows),
         chunk_rows=min(CHUNK_ROWS, rows),
         page_size=page_size,
         **options,

@@ -24,6 +24,7 @@ class Snapshot:
       tokens_in, tokens_out: prompt tokens computed or found, and tokens drawn, since the start.
       computed_tokens, padding_tokens: that steps have computed, and besides to fill up their shapes.
       steps: dispatched since the start; late_compilations: programs that were compiled after the engine was ready.
+      drafted_tokens, accepted_tokens: of drafts, tried and drawn.
       tokens_per_s: drawn, over the last second.
       step_s: mean time of a step over the last second; 0 if there was none.
     """
@@ -35,6 +36,8 @@ class Snapshot:
     padding_tokens: int
     steps: int
     late_compilations: int
+    drafted_tokens: int
+    accepted_tokens: int
     tokens_per_s: float
     step_s: float
 
@@ -63,7 +66,7 @@ class Meter:
     """Counts what a core does."""
 
     def __init__(self) -> None:
-        self.tokens_out = self.computed = self.padding = self.steps = 0
+        self.tokens_out = self.computed = self.padding = self.steps = self.drafted = self.accepted = 0
         self._recent: deque[tuple[float, int]] = deque()
 
     def dispatched(self, tokens: int, size: int) -> None:
