@@ -85,7 +85,7 @@ class Sequence:
     @property
     def held(self) -> bool:
         """Whether it waits for the host to know its tokens."""
-        return self.paced and not self.known
+        return (self.paced or self.unsure > 0) and not self.known
 
     @property
     def known(self) -> bool:
