@@ -551,6 +551,20 @@ TEXT: tuple[Mutation, ...] = (
         (f"{DECODE}::test_greedy_tokens_equal_transformers",),
     ),
     Mutation(
+        "a draft kept as a whole",
+        "llama_jax/engine/programs.py",
+        "going & (part.tokens == following) & ~part.done",
+        "going & (following >= 0) & ~part.done",
+        ("tests/test_engine.py::test_sizes_change_nothing[{'drafts': 7, 'draft_rows': 3, 'steps': 4}]",),
+    ),
+    Mutation(
+        "a step planned behind a draft that may not come",
+        "llama_jax/engine/sequence.py",
+        "return (self.paced or self.unsure > 0) and not self.known",
+        "return self.paced and not self.known",
+        ("tests/test_engine_scheduler.py::test_traffic",),
+    ),
+    Mutation(
         "first stop id forgotten",
         "llama_jax/decode/loop.py",
         "hit_stop = jnp.any(tokens[:, None] == sampler.stop_ids, axis=1)",

@@ -15,6 +15,7 @@ import click
 from llama_jax.cli.options import (
     Decorator,
     LoadOptions,
+    drafts_option,
     gathered,
     load_options,
     model_option,
@@ -65,7 +66,7 @@ class Subject:
     """The model and engine to measure, and where the result goes.
 
     Attributes:
-      rows, context, pages, page_size, steps, prefix_cache: of `engine.sizing.default_settings`.
+      rows, context, pages, page_size, steps, drafts, prefix_cache: of `engine.sizing.default_settings`.
       out: a file for the JSON object, "-" for standard output, None for none.
     """
 
@@ -78,6 +79,7 @@ class Subject:
     pages: int | None
     page_size: int
     steps: int
+    drafts: int
     prefix_cache: bool
     out: str | None
 
@@ -95,15 +97,17 @@ class Subject:
 
     def settings(self, model: Model, longest: int) -> EngineSettings:
         """Those of the engine. Without `--context` it is made for sequences of `longest` tokens."""
+        from llama_jax.engine.replicas import replicas
         from llama_jax.engine.sizing import default_settings
 
         return default_settings(
-            model,
+            replicas(model)[0],
             rows=self.rows,
             context=self.context or longest,
             pages=self.pages,
             page_size=self.page_size,
             steps=self.steps,
+            drafts=self.drafts,
             prefix_cache=self.prefix_cache,
         )
 
@@ -151,6 +155,7 @@ subject_options = gathered(
         show_default=True,
         help="Decode steps of one dispatch while nothing waits.",
     ),
+    drafts_option,
     click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True),
     load_options,
     quiet_option,

@@ -29,6 +29,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+drafts_option = click.option(
+    "--drafts",
+    type=click.IntRange(0, 7),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Try up to N tokens in one step that the text suggests itself: the same text, faster where it repeats itself.",
+)
+
+
 def examples(*lines: str, more: str = "") -> str:
     """The epilog of a command's help: example command lines, kept as they are, and what else there is to say."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines) + (f"\n\n{more}" if more else "")
