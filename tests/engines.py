@@ -117,7 +117,7 @@ def alone(model: Model, asked: Asked, allowed: Callable[[list[int]], Any] | None
 
 
 class Guesses(Drafter):
-    """Drafts of known answers, with every fourth token of them wrong, and none at times.
+    """Drafts of known answers, with every third token of them wrong, and none at times.
 
     Attributes:
       known: prompts and their answers.
@@ -133,7 +133,7 @@ class Guesses(Drafter):
         for prompt, answer in self.known:
             if [*prompt, *answer][: len(text)] == text and len(text) >= len(prompt):
                 at = len(text) - len(prompt)
-                return tuple(t if (at + i) % 4 else t + 1 for i, t in enumerate(answer[at : at + most]))
+                return tuple(t if (at + i) % 3 else t + 1 for i, t in enumerate(answer[at : at + most]))
         raise AssertionError("a text that nobody asked for")
 
     def drawn(self, draft: Sequence[int], count: int, text: int) -> None:

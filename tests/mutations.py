@@ -555,7 +555,7 @@ TEXT: tuple[Mutation, ...] = (
         "llama_jax/engine/programs.py",
         "going & (part.tokens == following) & ~part.done",
         "going & (following >= 0) & ~part.done",
-        ("tests/test_engine.py::test_sizes_change_nothing[{'drafts': 7, 'draft_rows': 3, 'steps': 4}]",),
+        ("tests/test_engine_drafts.py::test_wrong_guesses_change_nothing[7]",),
     ),
     Mutation(
         "a step planned behind a draft that may not come",

@@ -62,15 +62,13 @@ def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.M
     [
         {"prefix_cache": False},
         {"steps": 4},
-        {"drafts": 7, "draft_rows": 3, "steps": 4},
         pytest.param({"chunk_rows": 1, "mixed_tokens": (64,)}, marks=pytest.mark.slow),
         pytest.param({"rows": 1, "decode_rows": (1,), "chunk_rows": 1}, marks=pytest.mark.slow),
         pytest.param({"page_size": 64, "pages": 6}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_sizes_change_nothing(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_core, "Drafter", Guesses)
+def test_sizes_change_nothing(changes: dict[str, Any]) -> None:
     model = tiny_model()
     core = new_core(model, small_settings(**changes))
     check(model, core, 14)

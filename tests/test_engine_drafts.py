@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from engines import alone, new_core, run, small_settings, tiny_model, tokens
+from engines import Guesses, alone, new_core, run, small_settings, some_requests, tiny_model, tokens
 
 from llama_jax.engine import core as engine_core
 from llama_jax.engine.core import Core
@@ -73,6 +75,29 @@ def test_right_guesses_save_steps() -> None:
         steps.append(core.snapshot().steps)
     assert steps[0] == 60
     assert steps[1] < 40
+
+
+@pytest.mark.parametrize("drafts", [1, 7])
+def test_wrong_guesses_change_nothing(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampled and greedy, with penalties and log-probabilities, two at a time."""
+    monkeypatch.setattr(engine_core, "Drafter", Guesses)
+    model = tiny_model()
+    core = new_core(model, small_settings(drafts=drafts, draft_rows=2, rows=2, decode_rows=(2,), steps=4))
+    asked = [
+        (prompt, replace(params, max_tokens=30, ignore_eos=True, stop_token_ids=()))
+        for prompt, params in some_requests(model, 6)
+    ]
+    answers = [alone(model, request) for request in asked]
+    Guesses.known = [(prompt, answer.tokens) for (prompt, _), answer in zip(asked, answers, strict=True)]
+    for i in range(0, len(asked), 2):
+        for expected, news in zip(answers[i : i + 2], run(core, asked[i : i + 2]), strict=True):
+            assert tokens(news) == expected.tokens
+            found = [float(x) for drawn in news if drawn.logprobs is not None for x in drawn.logprobs.token]
+            assert not found or found == pytest.approx(expected.logprobs, abs=2e-4)
+    snapshot = core.snapshot()
+    assert snapshot.drafted_tokens > 40
+    assert 0.15 < snapshot.accepted_tokens / snapshot.drafted_tokens < 0.9
+    assert snapshot.counts.pages_used == 0
 
 
 def test_streams_and_logprobs_with_drafts() -> None:
