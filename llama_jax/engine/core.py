@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,21 +20,24 @@ import numpy as np
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
-from llama_jax.engine.compiled import Key, Programs
+from llama_jax.engine.compiled import Compiled, Key, Programs
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
+from llama_jax.engine.meter import Meter
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.snapshot import Meter, Snapshot
+from llama_jax.engine.snapshot import Snapshot
 from llama_jax.engine.state import new_state
 from llama_jax.engine.steps import Step
 from llama_jax.errors import RequestError
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.plan.step_costs import Peak, StepCosts
 from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams
 from llama_jax.sharding import on, ways
+from llama_jax.targets import of_device
 
 Ending = Literal["stop", "length", "failed"]
 
@@ -80,8 +83,13 @@ class _Flight:
 class Core:
     """Runs sequences of token ids on one replica of a model. Not safe for threads."""
 
-    def __init__(self, model: Model, settings: EngineSettings, *, adapters: Params | None = None):
-        """An engine without sequences; programs are compiled when they are first used (`programs.compile_all`).
+    def __init__(
+        self, model: Model, settings: EngineSettings, *, adapters: Params | None = None, peak: Peak | None = None
+    ):
+        """An engine without sequences; programs are compiled when they are first used, or by `make_ready`.
+
+        Args:
+          peak: what the device can do, by which its use is told; by default what its data sheet says.
 
         Raises:
           RequestError: the model's mesh splits the batch.
@@ -94,6 +102,8 @@ class Core:
                     hint="split the model alone (tensor=N), with an engine for each replica",
                 )
         self.model, self.settings = model, settings
+        peak = peak or Peak.of(of_device(model.device), model.dtype.name)
+        self._meter = Meter(StepCosts(model.config, model.dtype, model.mesh), peak)
         self.scheduler = Scheduler(
             Limits(
                 rows=settings.rows,
@@ -111,10 +121,20 @@ class Core:
             create = jax.jit(new_state, static_argnums=(0, 1, 2))
             self._state: DecodeState = create(model.config, settings, jnp.dtype(model.dtype))
         self.programs = Programs(model, settings, self._state, adapters)
-        self._meter = Meter()
         self._asked: dict[int, Asked] = {}
         self._flights: deque[_Flight] = deque()
         self._ids = itertools.count()
+
+    def make_ready(self, progress: Callable[[Compiled], None] | None = None) -> None:
+        """Compiles every program.
+
+        Args:
+          progress: told of each.
+        """
+        for news in self.programs.compile_all():
+            if progress is not None:
+                progress(news)
+        self._meter.ready()
 
     def add(
         self,
@@ -162,13 +182,18 @@ class Core:
             self._finish(number)
 
     def step(self) -> list[Drawn]:
-        """Dispatches the next step, if there is one, and returns what the one before has drawn."""
-        step = self.scheduler.schedule()
-        if step is not None:
-            self._flights.append(self._dispatch(step))
-        if len(self._flights) > (step is not None):
-            return self._read(self._flights.popleft())
-        return []
+        """Dispatches the next step, if there is one, and returns what the one before has drawn.
+
+        Raises:
+          LateCompilation: in a strict engine that is ready, if anything has to be compiled.
+        """
+        with self.programs:
+            step = self.scheduler.schedule()
+            if step is not None:
+                self._flights.append(self._dispatch(step))
+            if len(self._flights) > (step is not None):
+                return self._read(self._flights.popleft())
+            return []
 
     @property
     def idle(self) -> bool:
@@ -177,19 +202,7 @@ class Core:
 
     def snapshot(self) -> Snapshot:
         """The engine in numbers."""
-        meter, counts = self._meter, self.scheduler.counts
-        tokens_per_s, step_s = meter.rates()
-        return Snapshot(
-            counts=counts,
-            tokens_in=counts.prompt_tokens,
-            tokens_out=meter.tokens_out,
-            computed_tokens=meter.computed,
-            padding_tokens=meter.padding,
-            steps=meter.steps,
-            late_compilations=self.programs.late,
-            tokens_per_s=tokens_per_s,
-            step_s=step_s,
-        )
+        return self._meter.snapshot(self.scheduler.counts, self.programs)
 
     # --- To the device
 
@@ -204,7 +217,7 @@ class Core:
         key, control, parts = pack(flight, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             parts["pages"][: len(pages)] = pages
-        self._meter.dispatched(step.tokens * step.steps, key.size * step.steps)
+        self._meter.dispatched(step, key.size)
         self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs

@@ -23,6 +23,7 @@ class EngineSettings:
       waiting: requests that may wait; None for any number.
       prefix_cache: whether prompts use what others have computed.
       stop_ids, biases: of a request, at most.
+      strict: whether it is an error to compile anything once the engine is ready. All programs are compiled before.
     """
 
     rows: int
@@ -37,6 +38,7 @@ class EngineSettings:
     prefix_cache: bool = True
     stop_ids: int = 64
     biases: int = 1024
+    strict: bool = False
 
     def __post_init__(self) -> None:
         check_page_size(self.page_size)

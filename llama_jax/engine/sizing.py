@@ -12,7 +12,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.model.loaded import Model
-from llama_jax.plan.device_memory import free_bytes
+from llama_jax.plan.device_memory import free_bytes, memory_fraction, more_memory_hint
 from llama_jax.plan.memory import cache_bytes
 from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import of_device
@@ -33,6 +33,7 @@ def default_settings(
     steps: int = 1,
     prefix_cache: bool = True,
     waiting: int | None = None,
+    strict: bool = False,
 ) -> EngineSettings:
     """Settings for a model on the devices that it is on.
 
@@ -60,6 +61,8 @@ def default_settings(
         steps=steps,
         prefix_cache=prefix_cache,
         waiting=waiting,
+        strict=strict,
+        more_memory="" if on_cpu else more_memory_hint(memory_fraction()),
     )
 
 
@@ -74,6 +77,7 @@ def settings_for(
     context: int | None = None,
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
+    more_memory: str = "",
     **options: Any,
 ) -> EngineSettings:
     """`default_settings`, of a model that need not be there.
@@ -81,6 +85,7 @@ def settings_for(
     Args:
       config: on a mesh, with key/value heads repeated as `load` does it.
       free: bytes of each device beside the weights; None where that is not known.
+      more_memory: what would make them more, for the error's hint.
       options: other fields of `EngineSettings`.
     """
     longest = config.context_length
@@ -97,9 +102,10 @@ def settings_for(
             room = max(free - _beside_pages(config, dtype, mesh), 0)
             pages = min(pages, room // cache_bytes(config, mesh, jnp.dtype(dtype).itemsize, page_size))
     if pages < each:
+        fitting = f"context={pages * page_size} fits, or use a smaller dtype, or more devices"
         raise DoesNotFit(
             f"a sequence of {context} tokens takes {each} pages of {page_size}; there is memory for {pages}",
-            hint=f"context={pages * page_size} fits, or use a smaller dtype, or more devices",
+            hint="; ".join(filter(None, (fitting, more_memory))),
         )
     tokens = [n for n in (CPU_TOKENS if on_cpu else GPU_TOKENS) if n > rows] or [2 * rows]
     return EngineSettings(

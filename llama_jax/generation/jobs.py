@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from llama_jax.engine.compiled import Compiled
 from llama_jax.engine.core import Core, Drawn
+from llama_jax.engine.publishing import publish
 from llama_jax.engine.sequence import GROUP
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.generation.answer import Answer
@@ -16,7 +18,11 @@ from llama_jax.generation.request import Requests
 from llama_jax.loading import load
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.plan.step_costs import Peak
 from llama_jax.text.tokenizer import Tokenizer
+
+Progress = Callable[[Compiled], None]
+"""Told of each program that is compiled before an engine is ready."""
 
 
 def opened(model: Model | str | Path | None, tokenizer: Tokenizer | None) -> tuple[Model, Tokenizer | None]:
@@ -58,12 +64,14 @@ class Jobs:
         adapters: Params | None,
         *,
         ahead: bool,
+        peak: Peak | None = None,
+        progress: Progress | None = None,
     ) -> Self:
-        """A core without requests; `ahead`: with all of its programs compiled."""
-        core = Core(model, settings, adapters=adapters)
-        if ahead:
-            for _ in core.programs.compile_all():
-                pass
+        """A core without requests; `ahead`: with all of its programs compiled, of which `progress` is told."""
+        core = Core(model, settings, adapters=adapters, peak=peak)
+        if ahead or settings.strict:
+            core.make_ready(progress)
+        publish(core)
         return cls(core, tokenizer)
 
     def add(

@@ -10,11 +10,12 @@ from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import RequestError
-from llama_jax.generation.jobs import Jobs, opened
+from llama_jax.generation.jobs import Jobs, Progress, opened
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.generation.request import Prompt, check_prompts, prepare, sampling
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.plan.step_costs import Peak
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.chat import Message, encode_chat
 from llama_jax.text.tokenizer import Tokenizer
@@ -42,6 +43,8 @@ class LLM:
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
         ahead: bool = False,
+        peak: Peak | None = None,
+        compiling: Progress | None = None,
         **options: Any,
     ):
         """Makes the engine; a name is loaded first.
@@ -51,7 +54,9 @@ class LLM:
           settings: sizes of the engine.
           adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
           ahead: compile every program now. Otherwise each is compiled when it is first used.
-          options: without `settings`: of `default_settings` (rows, context, pages, steps, ...).
+          peak: what the device can do, for `mbu` and `mfu` of `snapshot`; by default what its data sheet says.
+          compiling: told of each program that is compiled now.
+          options: without `settings`: of `default_settings` (rows, context, pages, steps, strict, ...).
 
         Raises:
           DoesNotFit: there is no memory for one sequence of the context's length.
@@ -59,7 +64,9 @@ class LLM:
         self.model, self.tokenizer = opened(model, tokenizer)
         self._adapters = adapters
         settings = settings or default_settings(self.model, **options)
-        self._jobs = Jobs.start(self.model, self.tokenizer, settings, adapters, ahead=ahead)
+        self._jobs = Jobs.start(
+            self.model, self.tokenizer, settings, adapters, ahead=ahead, peak=peak, progress=compiling
+        )
         self._busy = False
 
     @property
