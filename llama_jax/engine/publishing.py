@@ -125,19 +125,26 @@ class _Socket:
     def __init__(self, path: Path, answer: Callable[[], bytes | None]):
         self._path, self._answer = path, answer
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        new = path.with_suffix(".new")  # one that refuses connections counts as left behind
-        with storage_errors(path):
+        try:
+            self._listen()
+        except BaseException:
+            self._listening.close()
+            raise
+        threading.Thread(target=self._serve, name="llama_jax publishing", daemon=True).start()
+
+    def _listen(self) -> None:
+        new = self._path.with_suffix(".new")  # what refuses connections under its last name counts as left behind
+        with storage_errors(self._path):
             new.unlink(missing_ok=True)
             try:
                 self._listening.bind(os.fspath(new))
             except OSError as error:
                 if error.errno is None:  # Python's own check of the length
                     hint = "set XDG_RUNTIME_DIR to a folder with a shorter name"
-                    raise StorageError(f"the name of the socket {path} is too long", hint=hint) from None
+                    raise StorageError(f"the name of the socket {self._path} is too long", hint=hint) from None
                 raise
             self._listening.listen()
-            new.rename(path)  # which may be left of an earlier process with this number
-        threading.Thread(target=self._serve, name="llama_jax publishing", daemon=True).start()
+            new.rename(self._path)  # where one may be left of an earlier process with this number
 
     def _serve(self) -> None:
         while True:
@@ -163,7 +170,8 @@ def _folder(*, make: bool) -> Path:
     folder = runtime_dir() / "engines"
     if make:
         with storage_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for place in (folder.parent, folder):
+                place.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.suppress(FileNotFoundError):
         for place in (folder, folder.parent):
             found = place.lstat()

@@ -60,7 +60,7 @@ def attended(layer: LayerSpec, length: int) -> int:
 def attended_by_all(layer: LayerSpec, length: int) -> int:
     """Pairs of a token and one that it sees, of a text of `length` tokens."""
     width = attended(layer, length)
-    if layer.attention == "chunked":
+    if layer.attention == "chunked" and length:
         whole, rest = divmod(length, width)
         return whole * _triangle(width) + _triangle(rest)
     return _triangle(width) + (length - width) * width
