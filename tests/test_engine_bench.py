@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +198,12 @@ def test_the_same_requests_again_are_found_in_the_cache() -> None:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A preset "tiny", and ceilings that are not measured."""
     monkeypatch.setattr(bench, "random_model", lambda *args, **options: TINY)
     monkeypatch.setattr(bench, "measure_ceilings", lambda dtype: Ceilings(1e12, 1e15))
+    yield
+    gc.unfreeze()
 
 
 ENGINE = ["--preset", "tiny", "--rows", "2", "--page-size", "16"]

@@ -116,11 +116,18 @@ class Subject:
 
     @contextmanager
     def compiling(self) -> Iterator[Callable[[Compiled], None]]:
-        """Shows which programs the engine compiles; `compiling` of `LLM`."""
+        """Shows which programs the engine compiles, and settles the process behind the last; `compiling` of `LLM`."""
+        from llama_jax import runtime
         from llama_jax.cli.progress import Reporter
 
+        def compiled(news: Compiled) -> None:
+            reporter.compiled(news)
+            if news.done == news.total:
+                runtime.freeze_live_objects()
+
         with Reporter(quiet=self.quiet or self._as_json) as reporter:
-            yield reporter.compiled
+            reporter.notify("Compiling the engine's programs")
+            yield compiled
 
     def about(self, model: Model, settings: EngineSettings, ceilings: Ceilings) -> dict[str, Any]:
         """Everything that the numbers depend on; also shows it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -241,7 +242,9 @@ class Engine:
             failed.__cause__ = error
         self._drop(failed)
         try:
-            self._jobs = None  # the arrays of the old one make room
+            # The arrays of the old one make room; the frames of what failed hold them, too.
+            self._jobs = None
+            traceback.clear_frames(error.__traceback__)
             self._jobs = self._made()
         except Exception as again:
             self._failed = EngineFailed(f"the engine cannot restart: {again}", hint="restart the process")

@@ -69,9 +69,9 @@ class Jobs:
     ) -> Self:
         """A core without requests; `ahead`: with all of its programs compiled, of which `progress` is told."""
         core = Core(model, settings, adapters=adapters, peak=peak)
+        publish(core)
         if ahead or settings.strict:
             core.make_ready(progress)
-        publish(core)
         return cls(core, tokenizer)
 
     def add(
