@@ -235,6 +235,8 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """Ends every request with a typed error, and begins afresh; if that fails too, the engine has ended."""
+        # The frames hold the old engine. Cleared before a caller raises the error again, which adds frames of its own.
+        traceback.clear_frames(error.__traceback__)
         if isinstance(error, EngineFailed):
             failed = error
         else:
@@ -242,9 +244,7 @@ class Engine:
             failed.__cause__ = error
         self._drop(failed)
         try:
-            # The arrays of the old one make room; the frames of what failed hold them, too.
-            self._jobs = None
-            traceback.clear_frames(error.__traceback__)
+            self._jobs = None  # the arrays of the old one make room
             self._jobs = self._made()
         except Exception as again:
             self._failed = EngineFailed(f"the engine cannot restart: {again}", hint="restart the process")
