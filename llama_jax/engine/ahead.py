@@ -59,7 +59,7 @@ class EngineCompilation:
 
     @property
     def compilations(self) -> Mapping[str, Compilation]:
-        """All by name, in the order in which an engine compiles them."""
+        """All by name, in the order of `program_set`."""
         return {START: self.start} | {str(key): compilation for key, compilation in self.programs.items()}
 
     @property

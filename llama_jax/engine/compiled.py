@@ -76,7 +76,7 @@ class Compiled:
     Attributes:
       seconds: that it took, beside others; from_cache: whether jax found it in its persistent cache.
       done, total: programs.
-      left_s: how long the rest may take, if it goes on as it went so far.
+      left_s: how long the rest may take, if its programs take as long as those that are done.
     """
 
     key: Key
@@ -108,17 +108,19 @@ class Programs:
         self.keys = program_set(settings, greedy=model.device.platform != "cpu")
 
     def compile_all(self) -> Iterator[Compiled]:
-        """Compiles what is missing, several at a time; yields news of each program when it is done.
+        """Compiles what is missing, several at a time and the largest first; yields news of each when it is done.
 
         Tracing holds Python's lock, but most of the time XLA compiles, which does not.
         """
-        missing = [key for key in self.keys if key not in self._compiled]
-        began, total = time.monotonic(), len(missing)
+        missing = sorted((key for key in self.keys if key not in self._compiled), key=lambda key: -key.size)
+        began, total, spent = time.monotonic(), len(missing), 0.0
         with ThreadPoolExecutor(THREADS) as pool:
             for done, future in enumerate(as_completed([pool.submit(self._timed, key) for key in missing]), 1):
                 key, seconds, from_cache = future.result()
                 self.from_cache += from_cache
-                left_s = (time.monotonic() - began) / done * (total - done)
+                spent += seconds
+                expected = spent / done * total / min(THREADS, total)
+                left_s = max(0.0, began + expected - time.monotonic()) if done < total else 0.0
                 yield Compiled(key, seconds, from_cache, done, total, left_s)
         self._ready = True
 
