@@ -10,15 +10,21 @@ from engines import alone, run, small_settings, some_requests, tokens
 from helpers import load_golden, random_params, tiny_config
 
 from llama_jax.engine.core import Core
-from llama_jax.errors import RequestError
+from llama_jax.engine.replicas import replicas
+from llama_jax.generation.llm import LLM
+from llama_jax.layout import param_sharding
 from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
+from llama_jax.params import flatten, param_specs, unflatten
+from llama_jax.sampling import SamplingParams
 from llama_jax.sharding import make_mesh
 
 
 def on_mesh(params: Any, config: Any, **sizes: int) -> Model:
-    mesh = make_mesh(**sizes, devices=jax.devices()[:2])
-    return Model(*arrange(params, config, mesh), mesh, name="split")
+    mesh = make_mesh(**sizes)
+    where, flat = param_sharding(config, mesh), flatten(params)
+    placed = unflatten({spec.name: jax.device_put(flat[spec.name], where(spec)) for spec in param_specs(config)})
+    return Model(*arrange(placed, config, mesh), mesh, name="split")
 
 
 @pytest.mark.parametrize("case", ["tiny", "llama3.1-rope"])
@@ -40,7 +46,29 @@ def test_a_split_model_draws_the_same(case: str) -> None:
     assert core.programs.late == 0
 
 
-def test_replicas_are_refused() -> None:
-    config = tiny_config()
-    with pytest.raises(RequestError, match="2 replicas"):
-        Core(on_mesh(random_params(config), config, data=2), small_settings())
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 2}], ids=str)
+def test_replicas_draw_the_same(sizes: dict[str, int]) -> None:
+    config = tiny_config(max_position_embeddings=128)
+    params = random_params(config)
+    single = Model(params, config, name="tiny")
+    model = on_mesh(params, config, **sizes)
+    parts = replicas(model)
+    assert len(parts) == sizes["data"]
+    places = [{d.id for d in part.mesh.devices.flat} for part in parts if part.mesh is not None]
+    assert sorted(id for place in places for id in place) == list(range(model.mesh.size))  # type: ignore[union-attr]
+    for leaf, own in zip(jax.tree.leaves(model.params), jax.tree.leaves(parts[-1].params), strict=True):
+        assert {s.data.unsafe_buffer_pointer() for s in own.addressable_shards} <= {
+            s.data.unsafe_buffer_pointer() for s in leaf.addressable_shards
+        }
+    llm = LLM(model, settings=small_settings(pages=12))
+    asked = some_requests(single, 12)
+    outputs = llm.generate([prompt for prompt, _ in asked], [p for _, p in asked])
+    for request, output in zip(asked, outputs, strict=True):
+        assert output.outputs[0].token_ids == alone(single, request).tokens
+    steps = [core.snapshot().steps for core in llm._jobs.engine.cores]
+    assert min(steps) > 0.4 * max(steps)
+    assert llm.snapshot().steps == sum(steps)
+    (output,) = llm.generate([[5, 6, 7] * 8], SamplingParams(seed=3, max_tokens=6, n=3))
+    for i, completion in enumerate(output.outputs):
+        one = SamplingParams(seed=3 + i, max_tokens=6)
+        assert completion.token_ids == alone(single, ([5, 6, 7] * 8, one)).tokens

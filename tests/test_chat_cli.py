@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from tiny_chat_model import write_chat_model
 
 from llama_jax import encode_chat
-from llama_jax.cli import cli
+from llama_jax.cli import chat_screen, chat_session, cli
 from llama_jax.cli.chat_conversation import (
     Command,
     Conversation,
@@ -40,6 +41,7 @@ from llama_jax.cli.chat_screen import Screen
 from llama_jax.cli.chat_session import COMMANDS, Session
 from llama_jax.errors import LlamaJaxError, RequestError, StorageError
 from llama_jax.generation import generate
+from llama_jax.generation.llm import LLM
 from llama_jax.loading import load
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
@@ -59,9 +61,14 @@ def loaded(folder: Path) -> Loaded:
     return load(folder)
 
 
+@pytest.fixture(scope="module")
+def llm(loaded: Loaded) -> LLM:
+    return LLM(*loaded, rows=1)
+
+
 @pytest.fixture
-def session(loaded: Loaded) -> Session:
-    return Session(*loaded, Screen(), conversation=Conversation(), sampling=GREEDY, origin="test")
+def session(llm: LLM) -> Session:
+    return Session(llm, Screen(), conversation=Conversation(), sampling=GREEDY, origin="test")
 
 
 def mode(path: Path) -> int:
@@ -262,6 +269,47 @@ def test_commands(session: Session, tmp_path: Path, capsys: pytest.CaptureFixtur
         assert caught.value.hint, text
     assert (session.conversation, session.sampling) == before
     assert [session.handle(text) for text in ("/exit", "/bye", "/help")] == [False, False, True]
+
+
+def test_a_second_turn_does_not_pay_for_the_first(session: Session) -> None:
+    session.handle("tell me more " * 20)
+    used = session.tokens_used(session.conversation)
+    assert used > 64
+    before = session.llm.snapshot().counts.prefix_hit_tokens
+    session.handle("and more")
+    assert session.llm.snapshot().counts.prefix_hit_tokens - before >= used // 64 * 64
+
+
+def test_ctrl_c_while_a_prompt_is_read(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is heard before the next chunk of the prompt, and the message is taken back."""
+    monkeypatch.setattr(chat_session, "catch_interrupt", lambda: contextlib.nullcontext(lambda: True))
+    before = session.conversation
+    session.handle("tell me " * 60)
+    assert session.conversation == before
+    assert "your message was taken back" in capsys.readouterr().err
+    assert session.llm.snapshot().counts.running == 0
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_how_much_of_a_prompt_is_read(
+    plain: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("SHOW_AFTER_S", "LINE_EVERY_S"):
+        monkeypatch.setattr(chat_screen, name, -1)
+    screen = Screen()
+    screen.interactive, screen._plain = True, plain
+    with screen.reading() as show:
+        show(128, 900)
+        show(900, 900)
+        show(900, 900)
+    text = "reading the prompt: 128 of 900 tokens"
+    assert capsys.readouterr().out == (f"{text}\n" if plain else f"\r\x1b[K{text}\r\x1b[K")
+    screen.interactive = False
+    with screen.reading() as show:
+        show(128, 900)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_full_context_is_refused(session: Session) -> None:

@@ -178,7 +178,7 @@ SETTINGS = EngineSettings(
 @pytest.mark.slow
 def test_the_first_requests_run_every_program() -> None:
     llm, ran = LLM(TINY, settings=SETTINGS), set()
-    programs = llm._jobs.core.programs
+    programs = llm._jobs.engine.cores[0].programs
     step = programs.step
     programs.step = lambda key, *args: (ran.add((key.name, key.size)), step(key, *args))[1]  # type: ignore[method-assign]
     for works in warm_up(SETTINGS, VOCAB):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import os
@@ -32,6 +33,7 @@ from llama_jax.cli.engine_text import engine_line
 from llama_jax.cli.progress import Reporter
 from llama_jax.config import preset
 from llama_jax.engine import meter as meters
+from llama_jax.engine import sizing
 from llama_jax.engine.compiled import Compiled, Key
 from llama_jax.engine.core import Core
 from llama_jax.engine.limits import Counts
@@ -62,10 +64,10 @@ def test_programs_are_told_as_they_are_compiled() -> None:
         core = Core(tiny_model(), SMALL)
         told: list[Compiled] = []
         before = time.monotonic()
-        core.make_ready(told.append)
+        told.extend(core.compile_all())
         took = time.monotonic() - before
         again: list[Compiled] = []
-        Core(tiny_model(), SMALL).make_ready(again.append)
+        again.extend(Core(tiny_model(), SMALL).compile_all())
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", minimum)
     assert {news.key for news in told} == set(core.programs.keys)
@@ -105,7 +107,7 @@ def answer(llm: LLM, prompt: list[int] | None = None) -> None:
 @pytest.fixture
 def lenient(ready: LLM) -> Iterator[LLM]:
     """The same without strictness."""
-    programs = ready._jobs.core.programs
+    programs = ready._jobs.engine.cores[0].programs
     strict, programs._settings = programs._settings, SMALL
     yield ready
     programs._settings = strict
@@ -119,7 +121,7 @@ def test_all_kinds_of_requests_pass_a_strict_engine(ready: LLM) -> None:
 
 
 def test_a_missing_program_is_counted(lenient: LLM) -> None:
-    programs, key = lenient._jobs.core.programs, Key("decode", 2)
+    programs, key = lenient._jobs.engine.cores[0].programs, Key("decode", 2)
     before = lenient.snapshot().late_compilations
     del programs._compiled[key]
     answer(lenient)
@@ -140,7 +142,7 @@ def compile_something(monkeypatch: pytest.MonkeyPatch, programs: Any) -> None:
 
 def test_what_jax_compiles_besides_is_counted(lenient: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     before = lenient.snapshot().late_compilations
-    compile_something(monkeypatch, lenient._jobs.core.programs)
+    compile_something(monkeypatch, lenient._jobs.engine.cores[0].programs)
     answer(lenient)
     assert lenient.snapshot().late_compilations >= before + 3  # one in each step
     late = lenient.snapshot().late_compilations
@@ -154,7 +156,7 @@ def strict_engine(spoil: Any) -> BaseException:
     async def caller() -> BaseException:
         async with Engine(tiny_model(), settings=small_settings(**{**vars(SMALL), "strict": True})) as engine:
             assert engine._jobs is not None
-            spoil(engine._jobs.core.programs)
+            spoil(engine._jobs.engine.cores[0].programs)
             with pytest.raises(LateCompilation) as caught:
                 await engine.generate(Request([5, 6], SamplingParams(max_tokens=9, ignore_eos=True)))
             await engine.generate(Request([5, 6], SamplingParams(max_tokens=2)))  # it has started again
@@ -166,6 +168,15 @@ def strict_engine(spoil: Any) -> BaseException:
 def test_a_strict_engine_names_the_program_that_is_missing() -> None:
     error = strict_engine(lambda programs: programs._compiled.pop(Key("decode", 2)))
     assert "'decode of 2 rows'" in str(error)
+
+
+def test_a_strict_engine_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "CPU_START", 32)
+    llm = LLM(tiny_model(), rows=2, page_size=16, strict=True)
+    assert (llm.settings.context, llm.snapshot().late_compilations) == (32, 0)
+    with pytest.raises(LateCompilation, match="40 tokens needs a larger engine"):
+        llm.generate([[5] * 30], max_tokens=10)
+    answer(llm)
 
 
 @pytest.mark.slow
@@ -194,7 +205,7 @@ def test_an_engine_that_nobody_holds_is_gone_at_once() -> None:
     try:
         llm = LLM(tiny_model(), settings=SMALL)
         answer(llm)
-        core = weakref.ref(llm._jobs.core)
+        core = weakref.ref(llm._jobs.engine.cores[0])
         del llm
         assert core() is None
     finally:
@@ -288,7 +299,7 @@ def test_what_a_meter_costs() -> None:
 def test_costs_of_what_ran(ready: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and rows as the scheduler planned them: all of a prompt once, and a token of a row in each later step."""
     monkeypatch.setattr(meters, "WINDOW_S", 1e9)
-    core = ready._jobs.core
+    core = ready._jobs.engine.cores[0]
     core._meter._ended.clear()
     prompt = np.random.default_rng(3).integers(3, 40, 41).tolist()
     ready.generate([prompt], temperature=0.0, max_tokens=5, ignore_eos=True)
@@ -320,6 +331,17 @@ def test_snapshots_to_json_and_back() -> None:
         Snapshot.from_json({"running": 3})
     assert SNAPSHOT.padding_share == 0.1
     assert SNAPSHOT.cache_use == 0.34
+
+
+def test_several_engines_as_one() -> None:
+    other = dataclasses.replace(SNAPSHOT, ready_s=4.0, step_s=0.0033, mbu=0.31, tokens_per_s=100.0)
+    both = Snapshot.of([SNAPSHOT, other])
+    assert (both.counts.running, both.tokens_out, both.programs) == (6, 180, 10)
+    assert both.tokens_per_s == pytest.approx(412.54)
+    assert (both.step_s, both.mbu) == (pytest.approx(0.00495), pytest.approx(0.51))
+    assert (both.ready_s, both.mfu, both.peak) == (4.0, None, "measured")
+    assert both.cache_use == SNAPSHOT.cache_use
+    assert Snapshot.of([SNAPSHOT, dataclasses.replace(other, ready_s=None)]).ready_s is None
 
 
 def test_the_line_of_progress() -> None:
@@ -364,7 +386,7 @@ def test_looking_while_it_works(meeting: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv(VARIABLE, "1")
     from llama_jax.engine.publishing import publish
 
-    publish(ready._jobs.core)
+    publish(ready._jobs.engine)
     looks: list[Published] = []
     end = threading.Event()
 
@@ -389,7 +411,7 @@ def test_an_engine_that_starts_again_leaves_nothing(meeting: Path, monkeypatch: 
     async def caller() -> None:
         async with Engine(tiny_model(), settings=SMALL, ahead=False) as engine:
             assert engine._jobs is not None
-            old = weakref.ref(engine._jobs.core)
+            old = weakref.ref(engine._jobs.engine.cores[0])
             left: list[bool] = []
 
             def fail(*_: Any) -> Any:
@@ -397,7 +419,7 @@ def test_an_engine_that_starts_again_leaves_nothing(meeting: Path, monkeypatch: 
 
             with monkeypatch.context() as patch:
                 made = engine._made
-                patch.setattr(engine._jobs.core.programs, "step", fail)
+                patch.setattr(engine._jobs.engine.cores[0].programs, "step", fail)
                 patch.setattr(engine, "_made", lambda: (left.append(old() is not None), made())[1])
                 with pytest.raises(EngineFailed, match="lost"):
                     await engine.generate(Request([5, 6], SamplingParams(max_tokens=2)))

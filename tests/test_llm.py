@@ -165,7 +165,7 @@ def test_a_device_that_fails_ends_all_and_the_engine_starts_again(monkeypatch: p
         async with Engine(model, settings=small_settings(), ahead=False) as engine:
             _, stream = await first_piece(engine)
             assert engine._jobs is not None
-            broken = engine._jobs.core.programs
+            broken = engine._jobs.engine.cores[0].programs
 
             def fail(*_: Any) -> Any:
                 raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
@@ -178,7 +178,7 @@ def test_a_device_that_fails_ends_all_and_the_engine_starts_again(monkeypatch: p
             assert output.outputs[0].token_ids == alone(model, ([5, 6], params)).tokens
 
             monkeypatch.setattr(engine, "_made", fail)
-            monkeypatch.setattr(engine._jobs.core.programs, "step", fail)
+            monkeypatch.setattr(engine._jobs.engine.cores[0].programs, "step", fail)
             with pytest.raises(EngineFailed):
                 await engine.generate(Request([5, 6], params))
             for _ in range(100):

@@ -1,7 +1,7 @@
 """Generation over a file: JSON lines in, JSON lines out, resumable after any interruption.
 
-`BatchFile` reads requests (`lines`; our own format in `own`, OpenAI's in `openai`), generates them in batches of
-similar length, and keeps the results in a `journal` that survives a kill at any moment. `llama-jax batch` is its
+`BatchFile` reads requests (`lines`; our own format in `own`, OpenAI's in `openai`), gives them to an engine
+(`generation.llm`), and keeps the results in a `journal` that survives a kill at any moment. `llama-jax batch` is its
 command line.
 """
 

@@ -1,6 +1,6 @@
-"""The output of a batch run on disk: locked, appended batch by batch, and whole again after a kill at any moment.
+"""The output of a batch run on disk: locked, appended as lines are done, and whole again after a kill at any moment.
 
-While a run lasts, OUT grows by whole batches, each written and synced at once. OUT.meta.json says which run it belongs
+While a run lasts, OUT grows by whole lines, written and synced several at once. OUT.meta.json says which run it belongs
 to and is what a running process locks. A kill leaves at most one torn line at the end, which the next run cuts off.
 When every line is there, OUT is put into the order of the input.
 """

@@ -1,7 +1,7 @@
-"""A batch run: requests in batches of similar length, results to the output.
+"""A batch run: the lines of a file through an engine, results to the output as they come.
 
-Which requests share a batch depends on the input and the batch size alone. So a run that was killed and resumed
-generates every batch with the rows that it would have had, and ends with the file that an undisturbed run writes.
+A line's result depends on the line and its seed, not on the lines beside it: what a run that was killed and resumed has
+written is what an undisturbed run writes (in bfloat16 but for near-ties, which may fall either way in other company).
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from llama_jax.batch_file.batches import generate, plan
 from llama_jax.batch_file.journal import Journal, check_output
 from llama_jax.batch_file.lines import Findings, Refused, read_line, refusal, survey
 from llama_jax.batch_file.output import Output, Stream
@@ -24,13 +23,28 @@ from llama_jax.batch_file.records import Record
 from llama_jax.batch_file.request import Request
 from llama_jax.batch_file.source import STANDARD, Source
 from llama_jax.config import LlamaConfig
+from llama_jax.engine.settings import BIASES, STOP_IDS
+from llama_jax.engine.sizing import default_rows
 from llama_jax.errors import LlamaJaxError, RequestError
+from llama_jax.generation.llm import LLM
+from llama_jax.generation.outputs import RequestOutput
+from llama_jax.generation.request import Requests, prepare
 from llama_jax.model.loaded import Model
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling import SamplingParams, check_widths
+from llama_jax.sharding import ruled
 from llama_jax.text.tokenizer import Tokenizer
 
-# Batches whose lines are read and sorted by length together: enough to sort well, little enough to start soon.
 WINDOW = 32
+"""Lines that are read and ordered together, for each row: enough to order well, few enough to start soon."""
+
+AHEAD = 4
+"""Prompts that run or wait at once, for each row."""
+
+STEPS = 8
+"""Decode steps of a dispatch while nothing waits."""
+
+WRITE_EVERY_S = 0.2
+"""How often what is there is written: a kill costs what came since."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class Status:
       fresh: lines of this run.
       errors: lines that could not be generated, among those done.
       prompt_tokens, generated_tokens, seconds: of this run.
+      cache_used: share of the cache that sequences under way hold.
     """
 
     done: int
@@ -51,6 +66,7 @@ class Status:
     prompt_tokens: int
     generated_tokens: int
     seconds: float
+    cache_used: float
 
     @property
     def generation_tps(self) -> float:
@@ -89,7 +105,7 @@ class BatchFile:
         *,
         sampling: SamplingParams,
         dtype: str,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         strict: bool = False,
         overwrite: bool = False,
     ):
@@ -102,7 +118,8 @@ class BatchFile:
             standard output, which cannot be resumed.
           sampling: for lines that do not say otherwise; line i without a seed takes `sampling.seed + i`.
           dtype: what will be computed in.
-          batch_size: continuations generated together, at most. A resumed run may choose another.
+          batch_size: continuations generated together, at most; by default as many as suit the device
+            (`default_settings`). A resumed run may choose another.
           strict: refuse an input with a bad line, or with equal ids.
           overwrite: discard what `target` holds.
 
@@ -112,7 +129,7 @@ class BatchFile:
           StorageError: the output cannot be a file.
           CheckpointError: the output is damaged.
         """
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise RequestError(f"batch_size must be at least 1; got {batch_size}", param="batch_size", hint="e.g. 8")
         if STANDARD not in (source, target) and target.exists() and source.exists() and target.samefile(source):
             raise RequestError("input and output are the same file", param="output", hint="choose another output file")
@@ -155,7 +172,7 @@ class BatchFile:
           StorageError, DoesNotFit: the output cannot be written, or another process is writing it.
         """
         if self._strict:
-            for _ in self._requests(self._source.lines(), tokenizer, config, strict=True):
+            for _ in self._requests(self._source.lines(), tokenizer, config, config.eos_token_ids, strict=True):
                 pass
         if self._target == STANDARD:
             self._output = Stream(sys.stdout.buffer, self._source.indices)
@@ -175,59 +192,82 @@ class BatchFile:
         """Generates every line that the output lacks.
 
         Args:
-          progress: called after every batch.
-          stop: asked after every batch whether to end early.
+          progress: called at the beginning, and whenever lines are on the disk.
+          stop: asked at every step whether to end early. Lines that have begun to be answered are brought to an end.
 
         Raises:
           RequestError: the input has changed.
-          StorageError, DoesNotFit: the output cannot be written, or a batch does not fit into the device's memory.
+          StorageError, DoesNotFit: the output cannot be written, or the device's memory is too small.
         """
         output, total = self._output, len(self._source.indices)
         assert output is not None, "open() comes first"
-        start, before = time.perf_counter(), len(output.done)
+        rows = self._batch_size or default_rows(model)
+        llm = LLM(model, tokenizer, rows=-(-rows // ruled(model.mesh).ways("batch")), steps=STEPS)
+        start, before, written = time.perf_counter(), len(output.done), time.perf_counter()
         prompt_tokens = generated_tokens = 0
+        records: list[Record] = []
 
         def status() -> Status:
             done, seconds = len(output.done), time.perf_counter() - start
-            return Status(done, total, done - before, output.errors, prompt_tokens, generated_tokens, seconds)
+            used = llm.snapshot().counts.used
+            return Status(done, total, done - before, output.errors, prompt_tokens, generated_tokens, seconds, used)
 
-        def keep(records: Iterable[tuple[int, Record]]) -> None:
-            output.append([record for index, record in records if index not in output.done])
+        def write() -> None:
+            nonlocal written
+            output.append(records)
+            records.clear()
+            written = time.perf_counter()
+            if progress:
+                progress(status())
 
-        if progress:
-            progress(status())
-        for window in itertools.batched(self._source.lines(), WINDOW * self._batch_size):
-            if stop():
-                break
-            if all(index in output.done for index, _ in window):
-                continue
-            read = [*self._requests(window, tokenizer, model.config)]
-            keep((r.line.index, r.record) for r in read if isinstance(r, Refused))
-            for batch in plan([r for r in read if isinstance(r, Request)], self._batch_size):
-                if stop():
-                    break
-                if all(r.line.index in output.done for r in batch):
-                    continue
-                # Also where only some of its lines are missing, the batch is generated whole: see above.
-                made = generate(model, tokenizer, batch)
-                keep((r.line.index, record) for r, record, _ in made)
-                prompt_tokens += sum(sum(map(len, r.prompts)) for r in batch)
-                generated_tokens += sum(tokens for _, _, tokens in made)
-                if progress:
-                    progress(status())
+        def asked() -> Iterator[tuple[Request, Requests]]:
+            for window in itertools.batched(self._source.lines(), WINDOW * rows):
+                missing = [line for line in window if line[0] not in output.done]
+                read = [*self._requests(missing, tokenizer, model.config, model.eos_token_ids)]
+                records.extend(r.record for r in read if isinstance(r, Refused))
+                # The longest first: what is left at the end is short. Others in the input's order, in which neighbours
+                # often begin alike.
+                requests = [r for r in read if isinstance(r, Request)]
+                for r in sorted(requests, key=lambda r: r.params.max_tokens or 0, reverse=True):
+                    yield r, prepare(model, tokenizer, r.prompts, r.params)
+
+        outputs: dict[int, dict[int, RequestOutput]] = {}  # of lines with several prompts, until all are there
+        try:
+            write()
+            for r, number, made in llm.serve(asked(), ahead=AHEAD * rows, stop=stop):
+                answers = outputs.setdefault(r.line.index, {})
+                answers[number] = made
+                if len(answers) == len(r.prompts):
+                    ready = [answers[i] for i in range(len(answers))]
+                    del outputs[r.line.index]
+                    records.append(r.line.answered(r, ready, model, tokenizer))
+                    prompt_tokens += sum(map(len, r.prompts))
+                    generated_tokens += sum(len(c.token_ids) for each in ready for c in each.outputs)
+                if time.perf_counter() - written > WRITE_EVERY_S:
+                    write()
+        finally:
+            write()
         if len(output.done) == total:
             output.finish()
         return Summary(**dataclasses.asdict(status()), interrupted=len(output.done) < total, cut=output.cut)
 
     def _requests(
-        self, lines: Iterable[tuple[int, bytes]], tokenizer: Tokenizer, config: LlamaConfig, *, strict: bool = False
+        self,
+        lines: Iterable[tuple[int, bytes]],
+        tokenizer: Tokenizer,
+        config: LlamaConfig,
+        eos_token_ids: Sequence[int],
+        *,
+        strict: bool = False,
     ) -> Iterator[Request | Refused]:
         """What the lines ask for. Strict: raises the error of the first bad one."""
         for index, raw in lines:
             read = read_line(index, raw, self._sampling)
             if not isinstance(read, Refused):
                 try:
-                    yield read.request(tokenizer, config)
+                    request = read.request(tokenizer, config)
+                    check_widths(request.params, eos_token_ids, stop_width=STOP_IDS, bias_width=BIASES)
+                    yield request
                     continue
                 except LlamaJaxError as error:
                     read = Refused(read.line, error)
@@ -249,7 +289,7 @@ def run(
     target: Path,
     *,
     sampling: SamplingParams,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     strict: bool = False,
     overwrite: bool = False,
     identity: Mapping[str, Any] | None = None,

@@ -42,7 +42,7 @@ and optionally "id", sampling fields such as "max_tokens", "temperature", "seed"
 
 \b
 Each line of OUT has "index" (the line of IN, from 0), "id", "prompt_tokens", "text", "token_ids", "finish_reason", or
-"error" for a line that cannot be generated. While the run lasts, lines come batch by batch; at its end they stand in
+"error" for a line that cannot be generated. While the run lasts, lines come as they are done; at its end they are in
 the order of IN.
 
 \b
@@ -67,7 +67,12 @@ Run the same command again after an interruption: it resumes.
 @click.argument("source", metavar="IN", type=click.Path(path_type=Path, allow_dash=True))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path, allow_dash=True))
 @model_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows at once, at most.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Continuations at once, at most. [default: 256 on a GPU, 8 on a CPU]",
+)
 @click.option(
     "--max-tokens",
     type=int,
@@ -92,7 +97,7 @@ def command(
     source: Path,
     target: Path,
     model: str,
-    batch_size: int,
+    batch_size: int | None,
     dtype: str | None,
     mesh: str | None,
     tp: int | None,
@@ -106,9 +111,9 @@ def command(
     """Generate every line of IN and write the results to OUT, both JSON lines; - is standard input or output.
 
     All of IN is checked before a model is loaded. A line without a seed of its own takes --seed (0 by default) plus its
-    number, so that every run gives the same results. Ctrl-C ends the run after the current batch, a second one at once;
-    nothing is lost either way. OUT.meta.json says which input and settings OUT belongs to; standard output cannot be
-    resumed.
+    number, so that every run gives the same results. Ctrl-C ends the run after the lines that have begun, a second one
+    at once; nothing that is done is lost. OUT.meta.json says which input and settings OUT belongs to; standard output
+    cannot be resumed.
     """
     if as_json and str(target) == "-":
         raise click.UsageError("--json prints the summary to standard output, where OUT - puts the lines")
@@ -123,12 +128,13 @@ def command(
     from llama_jax.batch_file import BatchFile
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.checkpoint.format import digest
+    from llama_jax.engine.sizing import GPU_ROWS
     from llama_jax.library import resolve
     from llama_jax.loading import load
     from llama_jax.runtime import default_dtype, device_name
     from llama_jax.text.tokenizer import load_tokenizer
 
-    devices = requested_mesh(mesh, tp, batch=batch_size)
+    devices = requested_mesh(mesh, tp, batch=batch_size or GPU_ROWS)
     dtype = dtype or default_dtype().name
     batch = BatchFile(
         source,
@@ -161,7 +167,7 @@ def command(
         loaded = dataclasses.replace(loaded, name=model)
         if not quiet:
             click.echo(f"{model} on {device_name(loaded.device, loaded.mesh)} in {loaded.dtype.name}", err=True)
-        notice = "\nending after this batch; Ctrl-C again ends at once"
+        notice = "\nending after the lines that have begun; Ctrl-C again ends at once"
         with _Display(quiet=quiet) as display, catch_interrupt(notice) as interrupted:
             summary = batch.run(loaded, tokenizer, progress=display.show, stop=interrupted)
     _report(summary, target, quiet=quiet, as_json=as_json)
@@ -211,8 +217,9 @@ class _Display:
             self._bar.stop()
 
     def show(self, status: Status) -> None:
-        """Takes over the state after a batch."""
-        rate, left = f"{status.generation_tps:.0f} tokens/s", _time_left(status)
+        """Takes over the state of the run."""
+        rate = f"{status.generation_tps:.0f} tokens/s, cache {status.cache_used:.0%}"
+        left = _time_left(status)
         if self._bar is not None:
             self._bar.update(self._task, completed=status.done, total=status.total, rate=rate, left=left)
         elif not self._quiet and time.monotonic() - self._last_line > LINE_EVERY_S:

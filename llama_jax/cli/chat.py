@@ -78,6 +78,7 @@ def command(
     default_sampling({}, given(fields))
 
     from llama_jax.cli.chat_session import COMMANDS, Session
+    from llama_jax.generation.llm import LLM
     from llama_jax.runtime import device_name
     from llama_jax.text.chat import select_template
 
@@ -90,7 +91,8 @@ def command(
         reporter.warn_of_unused_gpu()
     select_template(tokenizer.chat_templates, None, has_tools=False)
     sampling, origin = default_sampling(loaded.generation_config, given(fields))
-    session = Session(loaded, tokenizer, screen, conversation=conversation, sampling=sampling, origin=origin)
+    llm = LLM(loaded, tokenizer, rows=1)
+    session = Session(llm, screen, conversation=conversation, sampling=sampling, origin=origin)
     if not quiet:
         screen.note(
             f"{loaded.name} on {device_name(loaded.device, loaded.mesh)} in {loaded.dtype.name}; /help lists commands"

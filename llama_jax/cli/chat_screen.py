@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_jax.cli.chat_conversation import is_open
+from llama_jax.cli.progress import LINE_EVERY_S, SHOW_AFTER_S
 from llama_jax.cli.terminal import printable, write_text
 from llama_jax.errors import RequestError, StorageError
 
@@ -38,8 +41,8 @@ class Screen:
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.as_json = as_json
         self._quiet = quiet
-        plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
-        self._dim, self._normal = ("", "") if plain else ("\x1b[2m", "\x1b[0m")
+        self._plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
+        self._dim, self._normal = ("", "") if self._plain else ("\x1b[2m", "\x1b[0m")
 
     @property
     def columns(self) -> int:
@@ -58,6 +61,38 @@ class Screen:
             print(f"{self._dim}{printable(text)}{self._normal}", flush=True)
         elif self.interactive or not self._quiet:
             print(printable(text), file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[int, int], None]]:
+        """Shows a person how much of a long prompt has been read: a line that goes when all is, on a plain terminal a
+        remark now and then. Gives what is called with the tokens read, and all of them."""
+        began = last = time.monotonic()
+        shown = False
+
+        def clear() -> None:
+            nonlocal shown
+            if shown and not self._plain:
+                print("\r\x1b[K", end="", flush=True)
+            shown = False
+
+        def show(done: int, total: int) -> None:
+            nonlocal last, shown
+            now = time.monotonic()
+            if done >= total:
+                clear()
+            elif self.interactive and not self.as_json and now - began > SHOW_AFTER_S:
+                text = f"reading the prompt: {done} of {total} tokens"
+                if not self._plain:
+                    print(f"\r\x1b[K{self._dim}{text}{self._normal}", end="", flush=True)
+                elif now - last > LINE_EVERY_S:
+                    self.note(text)
+                    last = now
+                shown = True
+
+        try:
+            yield show
+        finally:
+            clear()
 
     def reader(self, history: Path | None, words: Sequence[str]) -> Reader:
         """How this terminal, or pipe, is read.

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
-
 from llama_jax.cli.chat_conversation import (
     Command,
     Conversation,
@@ -24,7 +22,7 @@ from llama_jax.cli.chat_conversation import (
 from llama_jax.cli.chat_screen import Reader, Screen
 from llama_jax.cli.terminal import catch_interrupt, print_error, print_json, write_text
 from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError, did_you_mean
-from llama_jax.generation import stream_generate
+from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import StreamOutput
 from llama_jax.model.loaded import Model
 from llama_jax.runtime import device_name
@@ -41,20 +39,29 @@ class Session:
     """A model, a conversation and a screen.
 
     Attributes:
+      llm: the model, whose engine remembers the conversation's keys and values.
       conversation: as far as it has come; an error leaves it as it was before.
       sampling: for the next answer. With a seed, answer i takes seed + i, so that /retry gives another one.
       origin: where the sampling fields that the user did not set come from.
       answers: how many answers were begun.
     """
 
-    model: Model
-    tokenizer: Tokenizer
+    llm: LLM
     screen: Screen
     _: KW_ONLY
     conversation: Conversation
     sampling: SamplingParams
     origin: str
     answers: int = 0
+
+    @property
+    def model(self) -> Model:
+        return self.llm.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self.llm.tokenizer is not None
+        return self.llm.tokenizer
 
     def run(self, read: Reader) -> None:
         """Answers until the input ends or the user leaves.
@@ -96,16 +103,23 @@ class Session:
         ids = encode_chat(self.tokenizer, asked.all_messages)
         params = self._params(asked, len(ids))
         text, last = "", None
-        with catch_interrupt() as interrupted:
+        with catch_interrupt() as interrupted, self.screen.reading() as show:
+
+            def progress(done: int, total: int) -> None:
+                if interrupted():
+                    raise KeyboardInterrupt
+                show(done, total)
+
             try:
-                for last in self._stream(ids, params):
+                for last in self._stream(ids, params, progress):
+                    show(len(ids), len(ids))
                     text += last.text
                     if not self.screen.as_json:
                         write_text(last.text)
                     if interrupted():
                         break
             except KeyboardInterrupt:
-                pass  # the second Ctrl-C: the first was not seen yet, since the prompt was still being computed
+                pass
         if last is None or not (text or last.finish_reason):
             self.screen.note("stopped before the answer began; your message was taken back")
             return
@@ -117,14 +131,14 @@ class Session:
             write_text("\n")
         self.screen.note(self._account(last, params))
 
-    def _stream(self, ids: list[int], params: SamplingParams) -> Iterator[StreamOutput]:
-        stream = stream_generate(self.model, self.tokenizer, ids, params)
+    def _stream(
+        self, ids: list[int], params: SamplingParams, progress: Callable[[int, int], None]
+    ) -> Iterator[StreamOutput]:
+        stream = self.llm.stream(ids, params, progress=progress)
         self.answers += 1
         try:
             yield from stream
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+        except DoesNotFit as error:
             raise DoesNotFit(
                 f"the device's memory is too small for {len(ids)} tokens of conversation and an answer",
                 hint="/trim drops the oldest turns, /set max_tokens N makes answers shorter",
@@ -166,6 +180,8 @@ class Session:
         end = ""
         if last.finish_reason is None:
             end = "stopped"
+        elif last.finish_reason == "error":
+            end = "ended: the model's next logits were no numbers"
         elif last.finish_reason == "length":
             end = f"max_tokens={params.max_tokens} reached" if used < context else "context full: /trim or /clear"
         if self.screen.columns < NARROW:

@@ -61,7 +61,8 @@ def engine_block(engine: Published) -> list[str]:
             f"{snapshot.late_compilations} late compilations",
         ],
     }
-    head = f"{engine.model or 'model'}  {engine.device}  {engine.dtype}  pid {engine.pid}"
+    several = f"{engine.replicas} replicas  " * (engine.replicas > 1)
+    head = f"{engine.model or 'model'}  {several}{engine.device}  {engine.dtype}  pid {engine.pid}"
     return [head, *(f"  {name:<{_LABEL}}{', '.join(parts)}" for name, parts in facts.items())]
 
 

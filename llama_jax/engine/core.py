@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,13 +30,12 @@ from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.engine.state import new_state
 from llama_jax.engine.steps import Step
-from llama_jax.errors import RequestError
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak, StepCosts
-from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams
-from llama_jax.sharding import on, ways
+from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams, check_widths
+from llama_jax.sharding import on, ruled
 from llama_jax.targets import of_device
 
 Ending = Literal["stop", "length", "failed"]
@@ -84,23 +83,22 @@ class Core:
     """Runs sequences of token ids on one replica of a model. Not safe for threads."""
 
     def __init__(
-        self, model: Model, settings: EngineSettings, *, adapters: Params | None = None, peak: Peak | None = None
+        self,
+        model: Model,
+        settings: EngineSettings,
+        *,
+        adapters: Params | None = None,
+        numbers: Iterator[int] | None = None,
+        peak: Peak | None = None,
     ):
-        """An engine without sequences; programs are compiled when they are first used, or by `make_ready`.
+        """An engine without sequences; programs are compiled when they are first used, or by `compile_all`.
 
         Args:
+          model: on a mesh that does not split the batch (see `replicas`).
+          numbers: of its sequences.
           peak: what the device can do, by which its use is told; by default what its data sheet says.
-
-        Raises:
-          RequestError: the model's mesh splits the batch.
         """
-        with on(model.mesh):
-            if ways("batch") > 1:
-                raise RequestError(
-                    f"the mesh splits the batch over {ways('batch')} replicas of the model; an engine serves one",
-                    param="mesh",
-                    hint="split the model alone (tensor=N), with an engine for each replica",
-                )
+        assert ruled(model.mesh).ways("batch") == 1
         self.model, self.settings = model, settings
         peak = peak or Peak.of(of_device(model.device), model.dtype.name)
         self._meter = Meter(StepCosts(model.config, model.dtype, model.mesh), peak)
@@ -123,17 +121,11 @@ class Core:
         self.programs = Programs(model, settings, self._state, adapters)
         self._asked: dict[int, Asked] = {}
         self._flights: deque[_Flight] = deque()
-        self._ids = itertools.count()
+        self._numbers = itertools.count() if numbers is None else numbers
 
-    def make_ready(self, progress: Callable[[Compiled], None] | None = None) -> None:
-        """Compiles every program.
-
-        Args:
-          progress: told of each.
-        """
-        for news in self.programs.compile_all():
-            if progress is not None:
-                progress(news)
+    def compile_all(self) -> Iterator[Compiled]:
+        """See `Programs.compile_all`. Then the engine is ready."""
+        yield from self.programs.compile_all()
         self._meter.ready()
 
     def add(
@@ -145,27 +137,33 @@ class Core:
         priority: int = 0,
         adapter: int = 0,
         domain: tuple[tuple[str, Any], ...] = (),
+        drawn: ListOf[int] = (),
     ) -> int:
         """Queues one continuation of a prompt; returns its number.
 
         Args:
           params: with a seed, if it samples; `n` and `stop` are not looked at.
-          limit: tokens that it may have.
+          limit: tokens that it may have, those drawn before included.
           priority: lower ones first.
           adapter: its slot, 0 for none.
           domain: what else than the tokens its keys and values depend on, or who may share them, as (kind, value).
+          drawn: tokens that it has had already, in another core.
 
         Raises:
           DoesNotFit: it never will.
+          RequestError: it has more stop ids or biases than there is room for.
+          Overloaded: too many wait already.
         """
-        number = next(self._ids)
+        settings, ending = self.settings, self.model.eos_token_ids
+        check_widths(params, ending, stop_width=settings.stop_ids, bias_width=settings.biases)
+        number = next(self._numbers)
         if adapter:
             domain = (*domain, ("adapter", adapter))
         if self.model.config.rope.kind == "dynamic":  # its frequencies are fixed by the length of the prompt
             domain = (*domain, ("prompt length", len(prompt)))
         sequence = Sequence(
             number,
-            list(prompt),
+            [*prompt, *drawn],
             len(prompt),
             limit,
             priority=priority,
@@ -194,6 +192,20 @@ class Core:
             if len(self._flights) > (step is not None):
                 return self._read(self._flights.popleft())
             return []
+
+    def computed(self, number: int) -> int:
+        """How many tokens of a sequence have been computed, or are in steps that are under way."""
+        return self._asked[number].sequence.computed
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a sequence, at most, with those of its prompt."""
+        return self.scheduler.limits.capacity
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._asked)
 
     @property
     def idle(self) -> bool:

@@ -29,7 +29,7 @@ from llama_jax.errors import StorageError
 from llama_jax.folders import runtime_dir
 
 if TYPE_CHECKING:
-    from llama_jax.engine.core import Core
+    from llama_jax.engine.replicas import Replicas
 
 VARIABLE = "LLAMA_JAX_PUBLISH"
 """Set to 1, it makes the engines of a process answer."""
@@ -41,12 +41,13 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Published:
-    """What an engine says of itself."""
+    """What an engine says of itself; device, rows and context are those of one replica."""
 
     pid: int
     model: str
     device: str
     dtype: str
+    replicas: int
     rows: int
     context: int
     snapshot: Snapshot
@@ -66,7 +67,7 @@ class Published:
         return cls(**{name: data[name] for name in names}, snapshot=Snapshot.from_json(data["snapshot"]))
 
 
-def publish(core: Core) -> None:
+def publish(engine: Replicas) -> None:
     """Makes an engine answer until it is gone, if `VARIABLE` asks for it.
 
     Raises:
@@ -76,22 +77,23 @@ def publish(core: Core) -> None:
         return
     from llama_jax.runtime import device_name
 
-    found, mesh, settings = weakref.ref(core), core.model.mesh, core.settings
+    found, model, settings = weakref.ref(engine), engine.cores[0].model, engine.settings
     state = functools.partial(
         Published,
         pid=os.getpid(),
-        model=core.model.name,
-        device=device_name(core.model.device, mesh),
-        dtype=core.model.dtype.name,
+        model=model.name,
+        device=device_name(model.device, model.mesh),
+        dtype=model.dtype.name,
+        replicas=len(engine.cores),
         rows=settings.rows,
         context=settings.context,
     )
 
     def answer() -> bytes | None:
-        core = found()
-        return None if core is None else json.dumps(state(snapshot=core.snapshot()).to_json()).encode()
+        engine = found()
+        return None if engine is None else json.dumps(state(snapshot=engine.snapshot()).to_json()).encode()
 
-    weakref.finalize(core, _Socket(_folder(make=True) / f"{os.getpid()}-{next(_numbers)}.sock", answer).close)
+    weakref.finalize(engine, _Socket(_folder(make=True) / f"{os.getpid()}-{next(_numbers)}.sock", answer).close)
 
 
 def published() -> list[Published]:

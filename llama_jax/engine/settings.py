@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from llama_jax.cache import DEFAULT_PAGE_SIZE, check_page_size
 from llama_jax.errors import RequestError
 
+STOP_IDS, BIASES = 64, 1024
+"""Room for a request's, unless settings say otherwise."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -36,8 +39,8 @@ class EngineSettings:
     steps: int = 1
     waiting: int | None = None
     prefix_cache: bool = True
-    stop_ids: int = 64
-    biases: int = 1024
+    stop_ids: int = STOP_IDS
+    biases: int = BIASES
     strict: bool = False
 
     def __post_init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,7 +22,47 @@ from llama_jax.targets import of_device
 GPU_ROWS, CPU_ROWS = 256, 8
 GPU_TOKENS, CPU_TOKENS = (256, 512, 1024, 2048), (32, 128)
 CPU_CONTEXT = 4096
+CPU_START, GPU_START = 1024, 8192
+CPU_EACH = 512
+"""Tokens for which a CPU's rows have pages on average; rows that need more find them while others need less."""
 CHUNK_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Settings of an engine by its longest sequence, prompt and answer.
+
+    The context is a power of two, at least 1024 tokens on a CPU and 8192 on a GPU, and at most the model's: a table of
+    pages as wide as the model's context would cost every step, and many devices have no room for one such sequence.
+
+    Attributes:
+      options: of `default_settings`; a context in them fixes it.
+      fixed: settings for any length.
+    """
+
+    model: Model
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fixed: EngineSettings | None = None
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence that there are settings for, as far as memory allows."""
+        if self.fixed is not None:
+            return self.fixed.context
+        return self.options.get("context") or self.model.config.context_length
+
+    def __call__(self, length: int) -> EngineSettings:
+        """Settings for sequences of that length, or `longest` where this is less.
+
+        Raises:
+          DoesNotFit: there is no memory for one of them.
+        """
+        if self.fixed is not None or self.options.get("context"):
+            return self.fixed or default_settings(self.model, **self.options)
+        least = CPU_START if self.model.device.platform == "cpu" else GPU_START
+        context = min(1 << (max(length, least) - 1).bit_length(), self.longest)
+        options = {**self.options, "context": context, "least": min(length, context)}
+        return default_settings(self.model, **options)
 
 
 def default_settings(
@@ -28,6 +70,7 @@ def default_settings(
     *,
     rows: int | None = None,
     context: int | None = None,
+    least: int | None = None,
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     steps: int = 1,
@@ -40,8 +83,9 @@ def default_settings(
     Args:
       rows: sequences that run at once.
       context: tokens of one, prompt and answer together; by default what the model can take, on a CPU up to 4096.
-      pages: by default, on a GPU, all that its free memory has room for beside a step's activations; on a CPU as many
-        as all rows need together.
+      least: tokens of one that will do where there is no memory for more; by default the context.
+      pages: by default, on a GPU, all that its free memory has room for beside a step's activations; on a CPU enough
+        for rows of 512 tokens, and for one of the context's length.
 
     Raises:
       DoesNotFit: a sequence of that length has no room in memory.
@@ -56,6 +100,7 @@ def default_settings(
         free=None if on_cpu else free_memory(model),
         rows=rows,
         context=context,
+        least=least,
         pages=pages,
         page_size=page_size,
         steps=steps,
@@ -75,6 +120,7 @@ def settings_for(
     free: int | None,
     rows: int | None = None,
     context: int | None = None,
+    least: int | None = None,
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     more_memory: str = "",
@@ -97,10 +143,13 @@ def settings_for(
     rows = (CPU_ROWS if on_cpu else GPU_ROWS) if rows is None else rows
     each = -(-context // page_size)
     if pages is None:
-        pages = rows * each
+        pages = max(each, rows * -(-min(context, CPU_EACH) // page_size)) if on_cpu else rows * each
         if free is not None:
             room = max(free - _beside_pages(config, dtype, mesh), 0)
             pages = min(pages, room // cache_bytes(config, mesh, jnp.dtype(dtype).itemsize, page_size))
+    if pages < each and least is not None:
+        context = max(least, min(context, pages * page_size))
+        each = -(-context // page_size)
     if pages < each:
         fitting = f"context={pages * page_size} fits, or use a smaller dtype, or more devices"
         raise DoesNotFit(
@@ -118,6 +167,11 @@ def settings_for(
         page_size=page_size,
         **options,
     )
+
+
+def default_rows(model: Model) -> int:
+    """Sequences that run at once when nobody says."""
+    return CPU_ROWS if model.device.platform == "cpu" else GPU_ROWS
 
 
 def free_memory(model: Model) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -57,6 +57,24 @@ class Snapshot:
         pages = counts.pages_used + counts.pages_free + counts.pages_cached + counts.pages_fenced
         return counts.pages_used / max(1, pages)
 
+    @classmethod
+    def of(cls, parts: Sequence[Snapshot]) -> Snapshot:
+        """Several engines as one: sums, means of shares and times, and the longest start."""
+        if len(parts) == 1:
+            return parts[0]
+        fields = [field.name for field in dataclasses.fields(cls)]
+        means = ("step_s", "mbu", "mfu")
+        summed = [name for name in fields if name not in (*means, "counts", "ready_s", "peak")]
+        known = {name: _known([getattr(part, name) for part in parts]) for name in means}
+        shares: dict[str, Any] = {name: sum(values) / len(values) if values else None for name, values in known.items()}
+        return cls(
+            counts=Counts(**_sums([dataclasses.asdict(part.counts) for part in parts])),
+            ready_s=max(_known([part.ready_s for part in parts]), default=None),
+            peak=parts[0].peak,
+            **_sums([{name: getattr(part, name) for name in summed} for part in parts]),
+            **shares,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """All numbers, flat."""
         data = dataclasses.asdict(self)
@@ -72,3 +90,13 @@ class Snapshot:
         counts = Counts(**{field.name: data[field.name] for field in dataclasses.fields(Counts)})
         names = (field.name for field in dataclasses.fields(cls) if field.name != "counts")
         return cls(counts=counts, **{name: data[name] for name in names})
+
+
+def _sums(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: sum(numbers[name] for numbers in each) for name in each[0]}
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    """The values, or none of them if one is not known."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else []

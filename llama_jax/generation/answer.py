@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from llama_jax.engine.core import Drawn
-from llama_jax.generation.outputs import CompletionOutput, RequestOutput, RowText, Timing, TokenLogprob
+from llama_jax.generation.outputs import CompletionOutput, RequestOutput, RowText, StreamOutput, Timing, TokenLogprob
 from llama_jax.sampling import Logprobs, SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -15,7 +15,7 @@ class Answer:
 
     Attributes:
       rows: the text of each; logprobs: of its tokens, where they were asked for.
-      left: how many have not ended; numbers: of their sequences in the core.
+      left: how many have not ended.
     """
 
     def __init__(
@@ -30,7 +30,6 @@ class Answer:
         endings = params.ending_ids(eos_token_ids)
         self.rows = [RowText(tokenizer, params, endings, prompt) for _ in range(params.n)]
         self.left = params.n
-        self.numbers: list[int] = []
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.rows]
         self._of_prompt: Logprobs | None = None
         self._asked = self._last = time.perf_counter()
@@ -51,8 +50,11 @@ class Answer:
             added += row.add(token, limit=self.limit)
             if drawn.logprobs is not None and self.params.logprobs is not None:
                 self.logprobs[copy].append(TokenLogprob.of(drawn.logprobs, i, token, self.params.logprobs))
-        if drawn.ending and not row.finish_reason:
-            row.finish_reason = "error" if drawn.ending == "failed" else "length"
+        if not row.finish_reason:
+            if drawn.ending == "failed":
+                row.finish_reason = "error"
+            elif drawn.ending and len(row.token_ids) == self.limit:  # without a token, where none was asked for
+                row.finish_reason = "length"
         self.left -= row.finish_reason is not None
         return added
 
@@ -65,6 +67,21 @@ class Answer:
             ttft_s=ttft,
             prompt_tps=len(self.prompt) / ttft if ttft else 0.0,
             generation_tps=behind / decoding if decoding else 0.0,
+        )
+
+    def stream_output(self, text: str) -> StreamOutput:
+        """News of the only continuation, whose new text is `text`."""
+        (row,), (logprobs,), timing = self.rows, self.logprobs, self.timing()
+        return StreamOutput(
+            text=text,
+            token=row.token_ids[-1] if row.token_ids else -1,
+            logprobs=logprobs[-1] if logprobs else None,
+            prompt_tokens=len(self.prompt),
+            prompt_tps=timing.prompt_tps,
+            generation_tokens=len(row.token_ids),
+            generation_tps=timing.generation_tps,
+            ttft_s=timing.ttft_s,
+            finish_reason=row.finish_reason,
         )
 
     def output(self) -> RequestOutput:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llama_jax.errors import RequestError
 from llama_jax.generation.batch import BATCH_STRIDE, STOP_STRIDE, Batch
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
-from llama_jax.generation.request import Prompt, check_prompts, prepare, sampling
+from llama_jax.generation.request import Prompt, check_prompts, check_stream, prepare, sampling
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
@@ -70,9 +69,7 @@ def stream_generate(
     token.
     """
     requests = prepare(model, tokenizer, [prompt], sampling(params, fields), page_size, adapters, adapter_ids)
-    if len(requests.rows) != 1:
-        raise RequestError("a stream has one continuation: n must be 1", param="n", hint="use batch_generate")
-    requests.params[0].check_generates("a stream")
+    check_stream(requests)
     return _stream(Batch(model, tokenizer, requests))
 
 

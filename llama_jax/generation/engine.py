@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from llama_jax.engine.replicas import replicas
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
@@ -106,7 +107,7 @@ class Engine:
         """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`. `compiling` is
         called in another thread."""
         self.model, self.tokenizer = opened(model, tokenizer)
-        self._settings = settings or default_settings(self.model, **options)
+        self._settings = settings or default_settings(replicas(self.model)[0], **options)
         self._adapters, self._ahead, self._peak, self._compiling = adapters, ahead, peak, compiling
         self._jobs: Jobs | None = None
         self._failed: EngineFailed | None = None
@@ -172,20 +173,14 @@ class Engine:
         """The engine in numbers, at this moment."""
         self._check_open()
         assert self._jobs is not None
-        return self._jobs.core.snapshot()
+        return self._jobs.engine.snapshot()
 
     # --- The engine's thread
 
     def _made(self) -> Jobs:
-        return Jobs.start(
-            self.model,
-            self.tokenizer,
-            self._settings,
-            self._adapters,
-            ahead=self._ahead,
-            peak=self._peak,
-            progress=self._compiling,
-        )
+        jobs = Jobs(self.model, self.tokenizer, self._settings, self._adapters, peak=self._peak)
+        jobs.make_ready(self._compiling, ahead=self._ahead)
+        return jobs
 
     def _run(self) -> None:
         while True:

@@ -1,25 +1,35 @@
-"""Requests on an engine's core: prompts in, news of their texts out."""
+"""Requests on an engine's replicas: prompts in, news of their texts out."""
 
 from __future__ import annotations
 
+import gc
+import itertools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 from llama_jax.engine.compiled import Compiled
-from llama_jax.engine.core import Core, Drawn
+from llama_jax.engine.core import Drawn
 from llama_jax.engine.publishing import publish
+from llama_jax.engine.replicas import Replicas, replicas
 from llama_jax.engine.sequence import GROUP
 from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.sizing import Sizes
+from llama_jax.errors import DoesNotFit, LateCompilation
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.request import Requests
 from llama_jax.loading import load
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak
+from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
+
+FORESEEN = 512
+"""Tokens of an answer that an engine makes room for before it begins, at most. Few answers are as long as they may
+become, and an engine that grows makes room for those when they are."""
 
 Progress = Callable[[Compiled], None]
 """Told of each program that is compiled before an engine is ready."""
@@ -48,31 +58,68 @@ class News:
     last: bool
 
 
+@dataclass(eq=False, slots=True)
+class _Job:
+    """One continuation: what a replica was asked for, and may be asked again."""
+
+    answer: Answer
+    copy: int
+    params: SamplingParams
+    limit: int
+    options: Mapping[str, Any]
+
+    @property
+    def drawn(self) -> list[int]:
+        """Its tokens so far."""
+        return self.answer.rows[self.copy].token_ids
+
+    @property
+    def foreseen(self) -> int:
+        """Tokens, with those of the prompt, that room is made for."""
+        return len(self.answer.prompt) + len(self.drawn) + min(self.limit - len(self.drawn), FORESEEN)
+
+
 class Jobs:
-    """Answers that a core is working on. Not safe for threads."""
+    """Answers that an engine is working on. Not safe for threads.
 
-    def __init__(self, core: Core, tokenizer: Tokenizer | None):
-        self.core, self._tokenizer = core, tokenizer
-        self._of: dict[int, tuple[Answer, int]] = {}
+    Where a sequence outgrows the engine, and there are sizes with more room, the engine is made anew; what was under
+    way is computed again up to where it was, and resumes there.
+    """
 
-    @classmethod
-    def start(
-        cls,
+    def __init__(
+        self,
         model: Model,
         tokenizer: Tokenizer | None,
-        settings: EngineSettings,
-        adapters: Params | None,
+        settings: EngineSettings | None = None,
+        adapters: Params | None = None,
         *,
-        ahead: bool,
         peak: Peak | None = None,
-        progress: Progress | None = None,
-    ) -> Self:
-        """A core without requests; `ahead`: with all of its programs compiled, of which `progress` is told."""
-        core = Core(model, settings, adapters=adapters, peak=peak)
-        publish(core)
-        if ahead or settings.strict:
-            core.make_ready(progress)
-        return cls(core, tokenizer)
+        **options: Any,
+    ):
+        """An engine without requests.
+
+        Args:
+          settings: of each replica; without them it grows as requests need it.
+          peak: of each device, by which its use is told.
+          options: without `settings`: of `default_settings`. A context among them fixes it.
+        """
+        self._models, self._tokenizer, self._adapters = replicas(model), tokenizer, adapters
+        self._sizes = Sizes(self._models[0], options, settings)
+        self._of: dict[int, _Job] = {}
+        self._peak = peak
+        self._engine = self._made(self._sizes(0))
+
+    def make_ready(self, progress: Progress | None = None, *, ahead: bool = True) -> None:
+        """Compiles every program, if that is wanted `ahead` or the engine is strict."""
+        if ahead or self._engine.settings.strict:
+            for news in self._engine.compile_all():
+                if progress is not None:
+                    progress(news)
+
+    @property
+    def engine(self) -> Replicas:
+        """The present engine."""
+        return self._engine
 
     def add(
         self, requests: Requests, index: int, *, priority: int = 0, domain: tuple[tuple[str, str], ...] = ()
@@ -81,26 +128,22 @@ class Jobs:
 
         Raises:
           DoesNotFit: it never will.
+          RequestError: it has more stop ids or biases than there is room for.
           Overloaded: too many wait already.
         """
         prompt, params = requests.prompts[index], requests.params[index]
         rows = requests.continuations[index]
-        answer = Answer(self._tokenizer, prompt, params, rows[0].limit, self.core.model.eos_token_ids)
-        if not self.core.settings.prefix_cache:  # continuations of one prompt share its pages all the same
+        answer = Answer(self._tokenizer, prompt, params, rows[0].limit, self._models[0].eos_token_ids)
+        if not self._engine.settings.prefix_cache:  # continuations of one prompt share its pages all the same
             domain = (*domain, (GROUP, secrets.token_hex(8)))
+        options = {"priority": priority, "adapter": requests.adapter_ids[index], "domain": domain}
+        jobs = []
+        for copy, row in enumerate(rows):
+            seed = secrets.randbits(64) if row.params.seed is None else row.params.seed
+            jobs.append(_Job(answer, copy, replace(row.params, seed=seed), row.limit, options))
+        self._make_room(jobs[0].foreseen)
         try:
-            for copy, row in enumerate(rows):
-                seed = secrets.randbits(64) if row.params.seed is None else row.params.seed
-                number = self.core.add(
-                    prompt,
-                    replace(row.params, seed=seed),
-                    row.limit,
-                    priority=priority,
-                    adapter=requests.adapter_ids[index],
-                    domain=domain,
-                )
-                self._of[number] = (answer, copy)
-                answer.numbers.append(number)
+            self._begin(jobs)
         except BaseException:
             self.cancel(answer)
             raise
@@ -108,23 +151,120 @@ class Jobs:
 
     def cancel(self, answer: Answer) -> None:
         """Ends what is left of a request; one that has ended is left alone."""
-        for number in answer.numbers:
-            if self._of.pop(number, None):
-                self.core.cancel(number)
+        for number in self._numbers(answer):
+            del self._of[number]
+            self._engine.of(number).cancel(number)
 
     def step(self) -> Sequence[News]:
         """Runs a step of the engine."""
-        news = []
-        for drawn in self.core.step():
-            answer, copy = self._of[drawn.id]
-            text = answer.take(copy, drawn)
-            news.append(News(answer, copy, text, drawn, answer.left == 0))
-            if answer.rows[copy].finish_reason:
-                self.core.cancel(drawn.id)  # a stop string, of which the device knows nothing
+        news, longer = [], []
+        for drawn in self._engine.step():
+            job = self._of[drawn.id]
+            row = job.answer.rows[job.copy]
+            text = job.answer.take(job.copy, drawn)
+            news.append(News(job.answer, job.copy, text, drawn, job.answer.left == 0))
+            if row.finish_reason:
+                self._engine.of(drawn.id).cancel(drawn.id)  # a stop string, of which the device knows nothing
                 del self._of[drawn.id]
+            elif drawn.ending:  # the room in the engine has come to an end, and not the answer
+                longer.append(self._of.pop(drawn.id))
+        if longer:
+            self._make_room(max(job.foreseen for job in longer))
+            self._begin(longer)
         return news
+
+    def run[K](
+        self,
+        asked: Iterable[tuple[K, Requests, int]],
+        *,
+        ahead: int | None = None,
+        before: Callable[[Iterable[Answer]], bool] = lambda _: False,
+        **options: Any,
+    ) -> Iterator[tuple[K, News]]:
+        """News of requests until all have ended. Closing the iterator, or an exception in it, ends what is left.
+
+        Args:
+          asked: (key, requests, which one of them); taken as there is room.
+          ahead: those that run or wait at once, at most; None for all.
+          before: called before each step with the answers under way. Once it says True, those that have begun are
+            brought to an end, and the others are left.
+          options: of `add`.
+        """
+        source, under_way, more = iter(asked), dict[Answer, K](), True
+        try:
+            while True:
+                while more and (ahead is None or len(under_way) < ahead):
+                    if (following := next(source, None)) is None:
+                        more = False
+                    else:
+                        key, requests, index = following
+                        under_way[self.add(requests, index, **options)] = key
+                if before(under_way):
+                    more = False
+                    for answer in [a for a in under_way if not any(row.token_ids for row in a.rows)]:
+                        self.cancel(answer)
+                        del under_way[answer]
+                if not under_way:
+                    return
+                for news in self.step():
+                    key = under_way.pop(news.answer) if news.last else under_way[news.answer]
+                    yield key, news
+        finally:
+            for answer in under_way:
+                self.cancel(answer)
+
+    def computed(self, answer: Answer) -> int:
+        """How many tokens of a request's prompt have been computed, or are in steps that are under way."""
+        done = (self._engine.of(number).computed(number) for number in self._numbers(answer))
+        return min(len(answer.prompt), *done)
 
     @property
     def idle(self) -> bool:
         """Whether nothing is left to do, for nobody."""
-        return not self._of and self.core.idle
+        return not self._of and self._engine.idle
+
+    def _numbers(self, answer: Answer) -> list[int]:
+        return [number for number, job in self._of.items() if job.answer is answer]
+
+    def _begin(self, jobs: Sequence[_Job]) -> None:
+        """Gives continuations to the replica with least to do: those of one prompt share its pages."""
+        core = self._engine.next
+        for job in jobs:
+            prompt = job.answer.prompt
+            limit = job.limit
+            if self._sizes.longest > core.capacity:  # it may come back for more
+                limit = min(limit, core.capacity - len(prompt))
+            number = core.add(prompt, job.params, limit, drawn=job.drawn, **job.options)
+            self._of[number] = job
+
+    def _made(self, settings: EngineSettings) -> Replicas:
+        engine = Replicas(self._models, settings, self._adapters, peak=self._peak)
+        publish(engine)
+        return engine
+
+    def _make_room(self, length: int) -> None:
+        """Replaces an engine that has no room for a sequence of that length, if there are larger ones.
+
+        Raises:
+          DoesNotFit: there is no memory for it. Everything under way has ended then.
+          LateCompilation: the engine is strict, and a larger one would have to be compiled.
+        """
+        settings = self._engine.settings
+        if length <= settings.context or self._sizes.longest <= settings.context:
+            return
+        if settings.strict:
+            raise LateCompilation(
+                f"a sequence of {length} tokens needs a larger engine, which would have to be compiled",
+                hint=f"give the engine a context; it has {settings.context} tokens",
+            )
+        jobs, self._of = list(self._of.values()), {}
+        del self._engine  # the arrays of the old one make room
+        gc.collect()
+        try:
+            larger = self._sizes(min(length, self._sizes.longest))
+        except DoesNotFit:
+            self._engine = self._made(settings)
+            raise
+        self._engine = self._made(larger)
+        for _, each in itertools.groupby(jobs, key=lambda job: job.answer):
+            self._begin(list(each))

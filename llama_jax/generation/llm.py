@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
-from llama_jax.errors import RequestError
+from llama_jax.errors import DoesNotFit, RequestError
+from llama_jax.generation.answer import Answer
 from llama_jax.generation.jobs import Jobs, Progress, opened
-from llama_jax.generation.outputs import RequestOutput
-from llama_jax.generation.request import Prompt, check_prompts, prepare, sampling
+from llama_jax.generation.outputs import RequestOutput, StreamOutput
+from llama_jax.generation.request import Prompt, Requests, check_prompts, check_stream, prepare, sampling
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.chat import Message, encode_chat
 from llama_jax.text.tokenizer import Tokenizer
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Says in our words that the device's memory is too small."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(
+            "the engine does not fit into the device's memory",
+            hint="fewer rows (--batch-size), a shorter context or fewer pages",
+        ) from error
 
 
 class LLM:
@@ -51,32 +68,32 @@ class LLM:
 
         Args:
           model: a loaded model, or a name or folder as `load` takes it; None for the default model.
-          settings: sizes of the engine.
+          settings: sizes of the engine; of each replica on a mesh that splits the batch.
           adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
           ahead: compile every program now. Otherwise each is compiled when it is first used.
           peak: what the device can do, for `mbu` and `mfu` of `snapshot`; by default what its data sheet says.
           compiling: told of each program that is compiled now.
-          options: without `settings`: of `default_settings` (rows, context, pages, steps, strict, ...).
+          options: without `settings`: of `default_settings` (rows, context, pages, steps, strict, ...). Without a
+            context the engine begins with a short one, and is made anew with a longer one where a request needs it.
 
         Raises:
           DoesNotFit: there is no memory for one sequence of the context's length.
         """
         self.model, self.tokenizer = opened(model, tokenizer)
         self._adapters = adapters
-        settings = settings or default_settings(self.model, **options)
-        self._jobs = Jobs.start(
-            self.model, self.tokenizer, settings, adapters, ahead=ahead, peak=peak, progress=compiling
-        )
+        with memory_errors():
+            self._jobs = Jobs(self.model, self.tokenizer, settings, adapters, peak=peak, **options)
+            self._jobs.make_ready(compiling, ahead=ahead)
         self._busy = False
 
     @property
     def settings(self) -> EngineSettings:
-        """Sizes of the engine."""
-        return self._jobs.core.settings
+        """Sizes of the engine, at this moment."""
+        return self._jobs.engine.settings
 
     def snapshot(self) -> Snapshot:
         """The engine in numbers, at this moment."""
-        return self._jobs.core.snapshot()
+        return self._jobs.engine.snapshot()
 
     def generate(
         self,
@@ -130,6 +147,74 @@ class LLM:
         requests = prepare(
             self.model, self.tokenizer, prompts, sampling(params, fields), None, self._adapters, adapter_ids
         )
+        limits = [rows[0].limit for rows in requests.continuations]
+        # The longest first: what is left at the end of a batch is short.
+        order = sorted(range(len(limits)), key=lambda i: limits[i], reverse=True)
+        with self._alone():
+            for i, news in self._jobs.run(((i, requests, i) for i in order), priority=priority):
+                if progress is not None:
+                    progress(i, news.copy, news.text)
+                if news.last:
+                    yield i, news.answer.output()
+
+    def serve[K](
+        self, asked: Iterable[tuple[K, Requests]], *, ahead: int | None = None, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[K, int, RequestOutput]]:
+        """Like `each`, for requests that are made while others run.
+
+        Args:
+          asked: (key, requests), taken as there is room.
+          ahead: prompts that run or wait at once, at most; None for all.
+          stop: asked at every step. Once it holds, prompts that have begun to answer end, and the others are left.
+
+        Yields:
+          (key, number of the prompt in its requests, output), as they end.
+        """
+        each = (((key, i), requests, i) for key, requests in asked for i in range(len(requests.prompts)))
+        with self._alone():
+            for (key, i), news in self._jobs.run(each, ahead=ahead, before=lambda _: stop()):
+                if news.last:
+                    yield key, i, news.answer.output()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter_id: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+        **fields: Any,
+    ) -> Iterator[StreamOutput]:
+        """Continues one prompt token by token, or several tokens at a time with `steps`. Closing the iterator, or an
+        exception in `progress`, ends the work.
+
+        Arguments and errors as for `stream_generate`.
+
+        Args:
+          progress: called before each step that computes a part of the prompt, with how many of its tokens are done,
+            and how many there are.
+        """
+        requests = prepare(
+            self.model, self.tokenizer, [prompt], sampling(params, fields), None, self._adapters, adapter_id
+        )
+        check_stream(requests)
+        return self._stream(requests, progress)
+
+    def _stream(self, requests: Requests, progress: Callable[[int, int], None] | None) -> Iterator[StreamOutput]:
+        def show(answers: Iterable[Answer]) -> bool:
+            for answer in answers:
+                if progress is not None and not answer.rows[0].token_ids:
+                    progress(self._jobs.computed(answer), len(answer.prompt))
+            return False
+
+        with self._alone():
+            for _, news in self._jobs.run([(None, requests, 0)], before=show):
+                if news.drawn.tokens or news.last:
+                    yield news.answer.stream_output(news.text)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Whoever comes meanwhile is refused."""
         if self._busy:
             raise RequestError(
                 "this LLM is answering another call, whose results have not all been read",
@@ -137,20 +222,8 @@ class LLM:
                 hint="read them or close the iterator; Engine answers many callers at once",
             )
         self._busy = True
-        limits = [rows[0].limit for rows in requests.continuations]
-        order = sorted(range(len(limits)), key=lambda i: limits[i], reverse=True)
-        numbers = {}
         try:
-            # The longest first: what is left at the end of a batch is short.
-            for i in order:
-                numbers[self._jobs.add(requests, i, priority=priority)] = i
-            while numbers:
-                for news in self._jobs.step():
-                    if progress is not None:
-                        progress(numbers[news.answer], news.copy, news.text)
-                    if news.last:
-                        yield numbers.pop(news.answer), news.answer.output()
+            with memory_errors():
+                yield
         finally:
             self._busy = False
-            for answer in numbers:
-                self._jobs.cancel(answer)

@@ -89,7 +89,7 @@ class StreamOutput:
 
     Attributes:
       text: what this token adds to the text: often empty while a character or a possible stop string is incomplete.
-      token: its id.
+      token: its id; -1 where the logits of the first one were no numbers.
       finish_reason: set on the last one only.
     """
 

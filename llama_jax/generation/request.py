@@ -76,6 +76,13 @@ def check_prompts(prompts: Any) -> None:
         )
 
 
+def check_stream(requests: Requests) -> None:
+    """Raises RequestError where a stream would not be one text that grows."""
+    if len(requests.rows) != 1:
+        raise RequestError("a stream has one continuation: n must be 1", param="n", hint="use batch_generate")
+    requests.params[0].check_generates("a stream")
+
+
 def sampling(params: Any, fields: Mapping[str, Any]) -> Any:
     """Sampling parameters, one for all or one for each, with some fields changed; greedy ones by default."""
     base = SamplingParams(temperature=0.0) if params is None else params

@@ -13,7 +13,15 @@ from llama_jax.sampling.constraints import Constraint
 from llama_jax.sampling.logprobs import Logprobs, token_logprobs
 from llama_jax.sampling.params import GREEDY_BELOW, MAX_LOGPROBS, SamplingParams
 from llama_jax.sampling.sampler import failed, sample
-from llama_jax.sampling.state import FULL, GREEDY, SamplerProfile, SamplerState, make_sampler, sampler_axes
+from llama_jax.sampling.state import (
+    FULL,
+    GREEDY,
+    SamplerProfile,
+    SamplerState,
+    check_widths,
+    make_sampler,
+    sampler_axes,
+)
 
 __all__ = [
     "FULL",
@@ -26,6 +34,7 @@ __all__ = [
     "SamplerProfile",
     "SamplerState",
     "SamplingParams",
+    "check_widths",
     "failed",
     "make_sampler",
     "sample",

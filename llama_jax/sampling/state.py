@@ -160,6 +160,12 @@ def make_sampler(
     return profile, SamplerState(**fields)
 
 
+def check_widths(params: SamplingParams, eos_token_ids: Sequence[int], *, stop_width: int, bias_width: int) -> None:
+    """Raises RequestError where a row of these widths (see `make_sampler`) has no room for a request."""
+    _width([params.ending_ids(eos_token_ids)], stop_width, "stop_token_ids")
+    _width([params.logit_bias], bias_width, "logit_bias")
+
+
 def _full_fields(
     params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int, bias_width: int | None
 ) -> Mapping[str, np.ndarray]:
