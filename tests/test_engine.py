@@ -104,13 +104,17 @@ def test_nothing_is_compiled_after_ready() -> None:
     core = Core(model, small_settings())
     assert len(list(core.programs.compile_all())) == len(core.programs.keys)
     compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         asked = some_requests(model, 12)
         asked.append((asked[0][0], SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=2)))
         run(core, asked, arrivals=list(range(13)))
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert not [name for name in compiled if "backend_compile" in name]
     assert core.snapshot().late_compilations == 0
 

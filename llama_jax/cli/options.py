@@ -113,7 +113,8 @@ memory_fraction_option: Decorator = click.option(
     "--memory-fraction",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="F",
-    help="Of a device's memory, what jax may use. [default: XLA_PYTHON_CLIENT_MEM_FRACTION, or 0.75 as jax has it]",
+    help="Of a device's memory, what jax may use. [default: XLA_CLIENT_MEM_FRACTION, or 0.75 as jax has it; 0.9 of an "
+    "engine]",
 )
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
 
@@ -158,6 +159,16 @@ def requested_mesh(
 
     sizes = requested_axes(mesh, tp)
     return None if sizes is None else make_mesh(sizes)
+
+
+def claim_memory() -> None:
+    """Lets jax take most of a GPU's memory, for a command that runs an engine there; to be called before jax starts.
+    A fraction that the user has set is left alone."""
+    from jax._src import xla_bridge  # nothing public says whether jax has started without starting it
+
+    from llama_jax.plan import device_memory
+
+    device_memory.claim_memory(os.environ, started=xla_bridge.backends_are_initialized())
 
 
 @dataclass(frozen=True)

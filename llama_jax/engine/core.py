@@ -20,22 +20,25 @@ import numpy as np
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
-from llama_jax.engine.compiled import Key, Programs
+from llama_jax.engine.compiled import Compiled, Key, Programs
 from llama_jax.engine.drafting import Drafter
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
+from llama_jax.engine.meter import Meter
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.snapshot import Meter, Snapshot
+from llama_jax.engine.snapshot import Snapshot
 from llama_jax.engine.state import new_state
 from llama_jax.engine.steps import Step
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.plan.step_costs import Peak, StepCosts
 from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams, check_widths
 from llama_jax.sharding import on, ruled
+from llama_jax.targets import of_device
 
 Ending = Literal["stop", "length", "failed"]
 
@@ -89,15 +92,19 @@ class Core:
         *,
         adapters: Params | None = None,
         numbers: Iterator[int] | None = None,
+        peak: Peak | None = None,
     ):
-        """An engine without sequences; programs are compiled when they are first used (`programs.compile_all`).
+        """An engine without sequences; programs are compiled when they are first used, or by `compile_all`.
 
         Args:
           model: on a mesh that does not split the batch (see `replicas`).
           numbers: of its sequences.
+          peak: what the device can do, by which its use is told; by default what its data sheet says.
         """
         assert ruled(model.mesh).ways("batch") == 1
         self.model, self.settings = model, settings
+        peak = peak or Peak.of(of_device(model.device), model.dtype.name)
+        self._meter = Meter(StepCosts(model.config, model.dtype, model.mesh), peak)
         self.scheduler = Scheduler(
             Limits(
                 rows=settings.rows,
@@ -116,10 +123,14 @@ class Core:
             create = jax.jit(new_state, static_argnums=(0, 1, 2))
             self._state: DecodeState = create(model.config, settings, jnp.dtype(model.dtype))
         self.programs = Programs(model, settings, self._state, adapters)
-        self._meter = Meter()
         self._asked: dict[int, Asked] = {}
         self._flights: deque[_Flight] = deque()
         self._numbers = itertools.count() if numbers is None else numbers
+
+    def compile_all(self) -> Iterator[Compiled]:
+        """See `Programs.compile_all`. Then the engine is ready."""
+        yield from self.programs.compile_all()
+        self._meter.ready()
 
     def add(
         self,
@@ -178,15 +189,20 @@ class Core:
             self._finish(number)
 
     def step(self) -> list[Drawn]:
-        """Dispatches the next step, if there is one, and returns what the one before has drawn."""
-        if self.settings.drafts:
-            self._draft()
-        step = self.scheduler.schedule()
-        if step is not None:
-            self._flights.append(self._dispatch(step))
-        if len(self._flights) > (step is not None):
-            return self._read(self._flights.popleft())
-        return []
+        """Dispatches the next step, if there is one, and returns what the one before has drawn.
+
+        Raises:
+          LateCompilation: in a strict engine that is ready, if anything has to be compiled.
+        """
+        with self.programs:
+            if self.settings.drafts:
+                self._draft()
+            step = self.scheduler.schedule()
+            if step is not None:
+                self._flights.append(self._dispatch(step))
+            if len(self._flights) > (step is not None):
+                return self._read(self._flights.popleft())
+            return []
 
     def computed(self, number: int) -> int:
         """How many tokens of a sequence have been computed, or are in steps that are under way."""
@@ -209,21 +225,7 @@ class Core:
 
     def snapshot(self) -> Snapshot:
         """The engine in numbers."""
-        meter, counts = self._meter, self.scheduler.counts
-        tokens_per_s, step_s = meter.rates()
-        return Snapshot(
-            counts=counts,
-            tokens_in=counts.prompt_tokens,
-            tokens_out=meter.tokens_out,
-            computed_tokens=meter.computed,
-            padding_tokens=meter.padding,
-            steps=meter.steps,
-            late_compilations=self.programs.late,
-            drafted_tokens=meter.drafted,
-            accepted_tokens=meter.accepted,
-            tokens_per_s=tokens_per_s,
-            step_s=step_s,
-        )
+        return self._meter.snapshot(self.scheduler.counts, self.programs)
 
     def _draft(self) -> None:
         """Drafts for the next step. Whoever drafts waits for the host to know its tokens, which takes longer than to
@@ -258,8 +260,7 @@ class Core:
             parts["pages"][: len(pages)] = pages
         if not greedy:
             self._restrict(flight)
-        size = key.size * (1 + self.settings.drafts) if key.name == "verify" else key.size * step.steps
-        self._meter.dispatched(step.tokens * step.steps, size)
+        self._meter.dispatched(step, key.size * (1 + self.settings.drafts) if key.name == "verify" else key.size)
         self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs

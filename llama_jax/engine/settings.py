@@ -28,6 +28,7 @@ class EngineSettings:
       prefix_cache: whether prompts use what others have computed.
       stop_ids, biases: of a request, at most.
       drafts: tokens of a row's draft (`drafting`), at most; 0 for no drafts. draft_rows: rows of a step with drafts.
+      strict: whether it is an error to compile anything once the engine is ready. All programs are compiled before.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class EngineSettings:
     biases: int = BIASES
     drafts: int = 0
     draft_rows: int = 8
+    strict: bool = False
 
     def __post_init__(self) -> None:
         check_page_size(self.page_size)
