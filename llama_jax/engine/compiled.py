@@ -117,7 +117,7 @@ class Programs:
 
         Tracing holds Python's lock, but most of the time XLA compiles, which does not.
         """
-        missing = sorted((key for key in self.keys if key not in self._compiled), key=lambda key: -key.size)
+        missing = sorted(self.missing, key=lambda key: -key.size)
         began, total, spent = time.monotonic(), len(missing), 0.0
         with ThreadPoolExecutor(THREADS) as pool:
             for done, future in enumerate(as_completed([pool.submit(self._timed, key) for key in missing]), 1):
@@ -128,6 +128,11 @@ class Programs:
                 left_s = max(0.0, began + expected - time.monotonic()) if done < total else 0.0
                 yield Compiled(key, seconds, from_cache, done, total, left_s)
         self._ready = True
+
+    @property
+    def missing(self) -> list[Key]:
+        """Programs of the set that are not compiled yet."""
+        return [key for key in self.keys if key not in self._compiled]
 
     @property
     def count(self) -> int:

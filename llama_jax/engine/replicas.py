@@ -83,12 +83,13 @@ class Replicas:
 
     def compile_all(self) -> Iterator[Compiled]:
         """Compiles what is missing, one replica after the other; yields news of each program when it is done."""
-        count = len(self.cores)
-        for i, core in enumerate(self.cores):
-            began = time.monotonic()
+        began, done, total = time.monotonic(), 0, sum(len(core.programs.missing) for core in self.cores)
+        for core in self.cores:
             for news in core.compile_all():
-                left_s = news.left_s + (count - 1 - i) * (time.monotonic() - began + news.left_s)
-                yield replace(news, done=i * news.total + news.done, total=count * news.total, left_s=left_s)
+                done += 1
+                here = done - news.done + news.total  # behind this replica
+                left_s = news.left_s + (time.monotonic() - began + news.left_s) * (total - here) / here
+                yield replace(news, done=done, total=total, left_s=left_s)
 
     @property
     def settings(self) -> EngineSettings:
