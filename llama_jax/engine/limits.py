@@ -126,8 +126,3 @@ class Counts:
     prefix_hit_tokens: int
     preemptions: int
     planned_tokens: int
-
-    @property
-    def used(self) -> float:
-        """The share of the cache that sequences hold."""
-        return self.pages_used / (self.pages_used + self.pages_free + self.pages_cached + self.pages_fenced)
