@@ -210,6 +210,7 @@ def test_every_cut_heals(tmp_path: Path, loaded: Loaded) -> None:
     assert target.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_another_batch_size_may_go_on(tmp_path: Path, loaded: Loaded) -> None:
     source, target = write_input(tmp_path / "in.jsonl", requests(16)), tmp_path / "out.jsonl"
     run(*loaded, source, target, sampling=SAMPLING, batch_size=4)
@@ -239,6 +240,7 @@ def refused(loaded: Loaded, source: Path, target: Path, **options: Any) -> Llama
     return caught.value
 
 
+@pytest.mark.slow
 def test_other_outputs_are_refused(tmp_path: Path, loaded: Loaded) -> None:
     source, target = write_input(tmp_path / "in.jsonl", requests(12)), tmp_path / "out.jsonl"
     foreign = tmp_path / "foreign.jsonl"
@@ -280,6 +282,7 @@ def test_other_outputs_are_refused(tmp_path: Path, loaded: Loaded) -> None:
     assert target.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_second_run_is_kept_out(tmp_path: Path, loaded: Loaded) -> None:
     source, target = write_input(tmp_path / "in.jsonl", requests(12)), tmp_path / "out.jsonl"
     run(*loaded, source, target, sampling=SAMPLING)

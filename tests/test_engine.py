@@ -61,7 +61,7 @@ def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "changes",
     [
-        {"prefix_cache": False},
+        pytest.param({"prefix_cache": False}, marks=pytest.mark.slow),
         {"steps": 4},
         pytest.param({"chunk_rows": 1, "mixed_tokens": (64,)}, marks=pytest.mark.slow),
         pytest.param({"rows": 1, "decode_rows": (1,), "chunk_rows": 1}, marks=pytest.mark.slow),

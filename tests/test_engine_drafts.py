@@ -61,6 +61,7 @@ def test_drafts_that_gain_nothing_end() -> None:
         assert drafter.active(count)
 
 
+@pytest.mark.slow
 def test_right_guesses_save_steps() -> None:
     """A text that repeats itself: of 60 tokens most come from drafts, without anybody's help."""
     model = tiny_model()
@@ -77,7 +78,7 @@ def test_right_guesses_save_steps() -> None:
     assert steps[1] < 40
 
 
-@pytest.mark.parametrize("drafts", [1, 7])
+@pytest.mark.parametrize("drafts", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_wrong_guesses_change_nothing(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled and greedy, with penalties and log-probabilities, two at a time."""
     monkeypatch.setattr(engine_core, "Drafter", Guesses)
@@ -114,6 +115,7 @@ def test_streams_and_logprobs_with_drafts() -> None:
     assert found == pytest.approx(expected.logprobs, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_for_them_later() -> None:
     core = Core(tiny_model(), small_settings(drafts=2))
     assert any(key.name == "verify" for key in core.programs.keys)

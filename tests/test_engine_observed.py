@@ -57,6 +57,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="children are found b
 # --- Compilations ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_programs_are_told_as_they_are_compiled() -> None:
     minimum = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -170,6 +171,7 @@ def test_a_strict_engine_names_the_program_that_is_missing() -> None:
     assert "'decode of 2 rows'" in str(error)
 
 
+@pytest.mark.slow
 def test_a_strict_engine_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizing, "CPU_START", 32)
     llm = LLM(tiny_model(), rows=2, page_size=16, strict=True)
