@@ -60,7 +60,7 @@ def test_constraints_on_a_split_vocabulary() -> None:
         assert tokens(news) == alone(single, request, lambda _: allowed).tokens
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}], ids=str)
 def test_replicas_draw_the_same(sizes: dict[str, int]) -> None:
     config = tiny_config(max_position_embeddings=128)
     params = random_params(config)
