@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "LLAMA_JAX_PUBLISH"
 """Set to 1, it makes the engines of a process answer."""
-ANSWER_S = 1.0
+ANSWER_S = 3.0
 """How long an engine may take to answer: one whose process is stopped never does."""
 
 _numbers = itertools.count()
