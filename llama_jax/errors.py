@@ -1,7 +1,8 @@
 """The typed errors of llama_jax: one tree, every error with a hint and a stable exit code.
 
-Exit codes are the command line's contract: 2 usage, 3 model not found, gated or unsupported, 4 corrupt or unverified,
-5 no usable device, 6 does not fit, 7 network, 70 internal fault, 73 cannot write, 75 overloaded, 130 interrupted.
+Exit codes are the command line's contract: 2 usage, 3 model not found, gated or unsupported, or no engine, 4 corrupt or
+unverified, 5 no usable device, 6 does not fit, 7 network, 70 internal fault, 73 cannot write, 75 overloaded, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -142,3 +143,13 @@ class Overloaded(LlamaJaxError):
 
 class EngineFailed(LlamaJaxError):
     """The engine that a request ran on has failed or was closed; the request is lost."""
+
+
+class LateCompilation(EngineFailed):
+    """A strict engine compiled something, or would have had to, when it was ready already."""
+
+
+class EngineNotFound(LlamaJaxError):
+    """No engine runs on this machine that lets itself be watched."""
+
+    exit_code = 3

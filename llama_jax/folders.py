@@ -1,8 +1,10 @@
-"""Where this package keeps what it can make again: converted models, compiled programs, measurements of kernels."""
+"""Where this package keeps what it can make again (converted models, compiled programs, measurements of kernels), and
+where its processes meet."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from llama_jax.errors import StorageError
@@ -26,3 +28,11 @@ def cache_dir() -> Path:
             hint=f"set {CACHE_VARIABLE} to a folder, or run: pip install platformdirs",
         ) from error
     return Path(platformdirs.user_cache_dir("llama_jax"))
+
+
+def runtime_dir() -> Path:
+    """This user's folder for sockets, which may not exist yet and is gone when the machine restarts: in
+    XDG_RUNTIME_DIR, else in the system's temporary folder, where others could have made it."""
+    if value := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(value) / "llama_jax"
+    return Path(tempfile.gettempdir()) / f"llama_jax-{os.getuid()}"

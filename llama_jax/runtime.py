@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import jax
@@ -39,3 +42,44 @@ def enable_compilation_cache() -> None:
     # By default jax skips programs that compile in under a second; here many small ones add up at start-up.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+class Compilations(threading.local):
+    """What jax has compiled on this thread since `count_compilations` was called first.
+
+    Attributes:
+      count: programs, those from the persistent cache included; from_cache: those.
+      last: name of the last one, as jax has it.
+    """
+
+    count: int = 0
+    from_cache: int = 0
+    last: str = ""
+
+
+@functools.cache
+def count_compilations() -> Compilations:
+    """Begins to count, once for the process; a thread reads its own counts."""
+    found = Compilations()
+
+    def compiled(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.count += 1
+            found.last = str(kwargs.get("fun_name", ""))
+
+    def happened(event: str, **kwargs: str | int) -> None:
+        found.from_cache += event == "/jax/compilation_cache/cache_hits"
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
+    jax.monitoring.register_event_listener(happened)
+    return found
+
+
+def freeze_live_objects() -> None:
+    """Takes all that is alive now out of Python's search for garbage, which would hold up an engine now and then for
+    several steps: 0.1 s for the 100,000 objects that jax brings along.
+
+    For a process that does nothing but run an engine: what is alive now and becomes garbage in circles is kept.
+    """
+    gc.collect()
+    gc.freeze()

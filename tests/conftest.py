@@ -4,6 +4,7 @@ Environment variables:
   LLAMA_JAX_TEST_GPU: 1 runs the tests marked `gpu`, on the GPU; without it every test runs on the CPU.
   LLAMA_JAX_TEST_CACHE: a folder for converted models that outlives the run; without it each run starts with an empty
     one.
+  LLAMA_JAX_ALL_MUTATIONS: 1 tries all mutations of tests/mutations.py, not every second one.
   LLAMA_JAX_REQUIRE_AMD: 1 (or CI) fails the tests marked `amd` where their packages are missing.
   JAX_DISABLE_MOST_OPTIMIZATIONS: 0 has XLA optimise what the tests run on the CPU, as it does for users; by default it
     does so only for tests marked `amd`, which look at what it made.

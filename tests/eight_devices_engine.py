@@ -60,7 +60,7 @@ def test_constraints_on_a_split_vocabulary() -> None:
         assert tokens(news) == alone(single, request, lambda _: allowed).tokens
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}], ids=str)
 def test_replicas_draw_the_same(sizes: dict[str, int]) -> None:
     config = tiny_config(max_position_embeddings=128)
     params = random_params(config)
@@ -79,6 +79,10 @@ def test_replicas_draw_the_same(sizes: dict[str, int]) -> None:
     outputs = llm.generate([prompt for prompt, _ in asked], [p for _, p in asked])
     for request, output in zip(asked, outputs, strict=True):
         assert output.outputs[0].token_ids == alone(single, request).tokens
+    told = list(llm._jobs.engine.compile_all())
+    assert [(news.done, news.total) for news in told] == [(i + 1, len(told)) for i in range(len(told))]
+    assert told[-1].left_s == 0 < told[0].left_s
+    assert llm.snapshot().programs == sum(len(core.programs.keys) for core in llm._jobs.engine.cores)
     steps = [core.snapshot().steps for core in llm._jobs.engine.cores]
     assert min(steps) > 0.4 * max(steps)
     assert llm.snapshot().steps == sum(steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 from helpers import load_golden, random_params, tiny_config
 
 from llama_jax.engine.core import Core, Drawn
+from llama_jax.engine.drafting import Drafter
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.model import forward
@@ -113,6 +114,30 @@ def alone(model: Model, asked: Asked, allowed: Callable[[list[int]], Any] | None
             ending = "stop"
             break
     return Alone(tuple(drawn), found, ending, of_prompt)
+
+
+class Guesses(Drafter):
+    """Drafts of known answers, with every third token of them wrong, and none at times.
+
+    Attributes:
+      known: prompts and their answers.
+    """
+
+    known: ClassVar[list[tuple[list[int], tuple[int, ...]]]] = []
+
+    def active(self, count: int) -> bool:
+        return count % 7 != 0
+
+    def propose(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
+        text = list(tokens)
+        for prompt, answer in self.known:
+            if [*prompt, *answer][: len(text)] == text and len(text) >= len(prompt):
+                at = len(text) - len(prompt)
+                return tuple(t if (at + i) % 3 else t + 1 for i, t in enumerate(answer[at : at + most]))
+        raise AssertionError("a text that nobody asked for")
+
+    def drawn(self, draft: Sequence[int], count: int, text: int) -> None:
+        assert 1 <= count <= len(draft) + 1
 
 
 def some_requests(model: Model, count: int, seed: int = 0) -> list[Asked]:

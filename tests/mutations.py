@@ -551,6 +551,20 @@ TEXT: tuple[Mutation, ...] = (
         (f"{DECODE}::test_greedy_tokens_equal_transformers",),
     ),
     Mutation(
+        "a draft kept as a whole",
+        "llama_jax/engine/programs.py",
+        "going & (part.tokens == following) & ~part.done",
+        "going & (following >= 0) & ~part.done",
+        ("tests/test_engine_drafts.py::test_wrong_guesses_change_nothing[7]",),
+    ),
+    Mutation(
+        "a step planned behind a draft that may not come",
+        "llama_jax/engine/sequence.py",
+        "return (self.paced or self.unsure > 0) and not self.known",
+        "return self.paced and not self.known",
+        ("tests/test_engine_scheduler.py::test_traffic",),
+    ),
+    Mutation(
         "first stop id forgotten",
         "llama_jax/decode/loop.py",
         "hit_stop = jnp.any(tokens[:, None] == sampler.stop_ids, axis=1)",
@@ -724,8 +738,8 @@ CONSTRAINTS = (
     Mutation(
         "several tokens are drawn where the host has a say in each",
         "llama_jax/engine/planner.py",
-        "if most > 1 and rows and alone and not any(s.paced for s in self.queues.decoding):",
-        "if most > 1 and rows and alone:",
+        "elif any(s.paced for s in self.queues.decoding):",
+        "elif not rows:",
         ("tests/test_engine_constraints.py::test_one_step_at_a_time",),
     ),
     Mutation(

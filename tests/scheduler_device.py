@@ -102,8 +102,14 @@ class Device:
         numbers = {row.sequence: number for number, row in self.rows.items()}
         decoding = [numbers[sequence] for sequence in step.decoding]
         drawn: dict[int, list[int]] = {number: [] for number in decoding}
+        for sequence, draft in step.drafts.items():
+            number = numbers[sequence]
+            if not self.rows[number].ended:
+                drawn[number] += self._verify(number, draft)
         for _ in range(step.steps):
             for number in decoding:
+                if self.rows[number].sequence in step.drafts:
+                    continue
                 row = self.rows[number]
                 if not row.ended:
                     assert row.last is not None
@@ -111,7 +117,7 @@ class Device:
             for row, number, at in stored:  # all is stored before anything is read
                 self._read(row, number, at)
             for number in decoding:
-                if not self.rows[number].ended:
+                if not self.rows[number].ended and self.rows[number].sequence not in step.drafts:
                     drawn[number] += self._draw(self.rows[number])
             stored = []
         for chunk in step.chunks:
@@ -124,6 +130,21 @@ class Device:
                 reports.append(Report(row.sequence.id, [], True))
         reports += [Report(self.rows[n].sequence.id, drawn[n], self.rows[n].ended) for n in decoding]
         return reports
+
+    def _verify(self, number: int, draft: tuple[int, ...]) -> list[int]:
+        """Stores the last token and the draft, and draws as long as the draft is right: what is wrong stays behind."""
+        row, tokens = self.rows[number], []
+        for token in (*draft, None):
+            assert row.last is not None
+            for each in self._store(number, [row.last]):
+                self._read(*each)
+            tokens += self._draw(row)
+            if row.ended or row.last != token:
+                break
+        end = len(row.prefix) + len(draft) + 1 - len(tokens)
+        for at in range(len(row.prefix), end):
+            self.slots[self.table[number, at // self.limits.page_size], at % self.limits.page_size] = -1
+        return tokens
 
     def _store(self, number: int, tokens: list[int]) -> list[tuple[Row, int, int]]:
         """Stores keys; gives (row, its number, position) of each token for `_read`."""

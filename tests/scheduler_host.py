@@ -33,6 +33,7 @@ class Host:
     stops: dict[int, int] = field(default_factory=dict)
     host_stops: dict[int, int] = field(default_factory=dict)
     given_back: dict[int, int] = field(default_factory=dict)
+    ruled: set[int] = field(default_factory=set)
     planned: int = 0
     ended: int = 0
 
@@ -42,6 +43,8 @@ class Host:
 
     def add(self, sequence: Sequence, *, stop: int = 10**9, host_stop: int = 10**9) -> Sequence:
         self.scheduler.add(sequence)
+        if sequence.paced:
+            self.ruled.add(sequence.id)
         self.live[sequence.id] = sequence
         self.stops[sequence.id], self.host_stops[sequence.id] = stop, host_stop
         return sequence
@@ -49,6 +52,7 @@ class Host:
     def schedule(self) -> Step | None:
         before = self.owners()
         waiting = [s for s in self.live.values() if s.phase is Phase.WAITING]
+        self._draft()
         known = {s.id for s in self.live.values() if s.known}
         step = self.scheduler.schedule()
         self._note(before, step)
@@ -61,6 +65,19 @@ class Host:
         lengths = {j.sequence.id: len(j.sequence.tokens) for j in step.joining}
         self.flights.append(Dispatch(step, tokens, lengths))
         return step
+
+    def _draft(self) -> None:
+        """Some drafts, of which some tokens are wrong."""
+        if not self.limits.draft_rows:
+            return
+        for s in self.scheduler.decoding:
+            if s.id in self.ruled:
+                continue
+            s.paced, s.draft = self.scheduler.calm and (s.id + s.drawn) % 5 > 0, ()
+            if s.paced and s.known:
+                drawn, length = len(s.tokens) - s.prompt_length, (s.id + len(s.tokens)) % self.limits.page_size
+                right = (draw(s.id, drawn + i) for i in range(length))
+                s.draft = tuple(t if (s.id + drawn + i) % 4 else 1 - t for i, t in enumerate(right))
 
     def deliver(self) -> list[int]:
         """The oldest step in flight ends; returns the sequences that ended with it."""
@@ -159,6 +176,14 @@ class Host:
             if sequence.id in joined:
                 assert joined[sequence.id].shared == chunk.start
         assert all(0 <= index < limits.pages_per_row and 0 <= page < limits.pages for _, index, page in step.pages)
+        if step.drafts:
+            assert not step.chunks
+            assert not waiting
+            assert step.steps == 1
+            assert len(step.decoding) <= limits.draft_rows
+            for sequence, draft in step.drafts.items():
+                assert draft == sequence.draft[: len(draft)] != ()
+                assert len(sequence.tokens) - sequence.prompt_length + len(draft) < sequence.limit
         assert all(0 < sequence.drawn <= sequence.limit for sequence in step.decoding)
         for joining in step.joining:
             assert joining.sequence.id in {chunk.sequence.id for chunk in step.chunks}

@@ -25,6 +25,7 @@ def some_limits(random: Random) -> Limits:
         budget=rows - 1 + (boundary or 1) + random.randint(0, 16),
         chunk_rows=random.randint(1, 4),
         steps=random.choice([1, 1, 2, 5]),
+        draft_rows=random.choice([0, 0, 1, 3]),
         boundary=boundary,
         prefix_cache=random.random() < 0.7,
     )

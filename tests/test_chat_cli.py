@@ -361,6 +361,7 @@ def test_over_a_pipe(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     assert objects[0]["generation_tokens"] == 8
 
 
+@pytest.mark.slow
 def test_resume(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     first = chat(folder, f"Hello\n/save {path}\nmore\n", "--temperature", "0")

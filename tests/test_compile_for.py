@@ -428,11 +428,12 @@ def test_weights_that_do_not_fit() -> None:
 @pytest.mark.amd
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("name", "batch", "gigabytes"), [("llama-3.1-8b", 1, 2.1), ("llama-3.1-70b", 32, 25.7)])
-def test_published_models_over_eight_devices(name: str, batch: int, gigabytes: float) -> None:
-    result = compile_model(preset(name), find("mi300x"), {"tensor": 8}, batch=batch)
+def test_a_published_model_over_eight_devices() -> None:
+    """A larger one: tests/test_plan.py."""
+    name = "llama-3.1-8b"
+    result = compile_model(preset(name), find("mi300x"), {"tensor": 8})
     assert result.fits
-    assert result.decode.compilation.memory.arguments == pytest.approx(gigabytes * 1e9, rel=0.02)
+    assert result.decode.compilation.memory.arguments == pytest.approx(2.1e9, rel=0.02)
     layers = preset(name).num_layers
     reduces = sum(c.count for c in result.decode.compilation.collectives if c.kind == "all-reduce")
     assert 2 * layers <= reduces <= 2 * layers + 2

@@ -127,7 +127,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(1200)
 def test_kill_at_many_random_moments(tmp_path: Path) -> None:
-    check_kills(kills(tmp_path, 40, seed=1), 40)
+    check_kills(kills(tmp_path, 20, seed=1), 20)
 
 
 # --- Going on ---------------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import alone, golden_model, new_core, run, small_settings, some_requests, tiny_model, tokens
+from engines import Guesses, alone, golden_model, new_core, run, small_settings, some_requests, tiny_model, tokens
 from helpers import GOLDEN_CASES, on_eight_devices
 
+from llama_jax.engine import core as engine_core
 from llama_jax.engine.core import Core
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import DoesNotFit, Overloaded, RequestError
@@ -26,8 +27,9 @@ from llama_jax.sampling import SamplingParams
 def check(model: Model, core: Core, count: int, arrivals: list[int] | None = None, seed: int = 0) -> None:
     """Runs requests through the engine, each of which must get what it gets alone."""
     asked = some_requests(model, count, seed)
-    for request, news in zip(asked, run(core, asked, arrivals=arrivals), strict=True):
-        expected = alone(model, request)
+    answers = [alone(model, request) for request in asked]
+    Guesses.known = [(prompt, answer.tokens) for (prompt, _), answer in zip(asked, answers, strict=True)]
+    for request, expected, news in zip(asked, answers, run(core, asked, arrivals=arrivals), strict=True):
         assert tokens(news) == expected.tokens
         assert news[-1].ending == expected.ending
         if request[1].logprobs is None:
@@ -44,18 +46,22 @@ def nothing_is_held(core: Core) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GOLDEN_CASES)
-def test_every_family_draws_what_it_draws_alone(case: str) -> None:
-    """With prefixes in common, prompts in pieces, too few pages for all, and arrivals at any time."""
+def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prefixes in common, prompts in pieces, too few pages for all, arrivals at any time, and drafts."""
+    monkeypatch.setattr(engine_core, "Drafter", Guesses)
     model = golden_model(case)
-    core = new_core(model, small_settings(pages=12))
+    core = new_core(model, small_settings(pages=12, drafts=3, draft_rows=2))
     check(model, core, 9, arrivals=[0, 0, 0, 2, 5, 5, 9, 30, 31])
+    check(model, core, 2, seed=1)  # calm enough for drafts
     nothing_is_held(core)
+    snapshot = core.snapshot()
+    assert 0 < snapshot.accepted_tokens < snapshot.drafted_tokens
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"prefix_cache": False},
+        pytest.param({"prefix_cache": False}, marks=pytest.mark.slow),
         {"steps": 4},
         pytest.param({"chunk_rows": 1, "mixed_tokens": (64,)}, marks=pytest.mark.slow),
         pytest.param({"rows": 1, "decode_rows": (1,), "chunk_rows": 1}, marks=pytest.mark.slow),
@@ -98,13 +104,17 @@ def test_nothing_is_compiled_after_ready() -> None:
     core = Core(model, small_settings())
     assert len(list(core.programs.compile_all())) == len(core.programs.keys)
     compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         asked = some_requests(model, 12)
         asked.append((asked[0][0], SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=2)))
         run(core, asked, arrivals=list(range(13)))
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert not [name for name in compiled if "backend_compile" in name]
     assert core.snapshot().late_compilations == 0
 

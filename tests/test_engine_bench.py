@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +198,12 @@ def test_the_same_requests_again_are_found_in_the_cache() -> None:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A preset "tiny", and ceilings that are not measured."""
     monkeypatch.setattr(bench, "random_model", lambda *args, **options: TINY)
     monkeypatch.setattr(bench, "measure_ceilings", lambda dtype: Ceilings(1e12, 1e15))
+    yield
+    gc.unfreeze()
 
 
 ENGINE = ["--preset", "tiny", "--rows", "2", "--page-size", "16"]
@@ -212,7 +216,7 @@ def run(*args: str) -> Result:
 @pytest.mark.slow
 def test_throughput(tiny: None, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    asked = ["--mix", "prefix", "--requests", "6", "--scale", "0.02", "--rounds", "2", "--static", "8"]
+    asked = ["--mix", "prefix", "--requests", "6", "--scale", "0.02", "--rounds", "2", "--static", "8", "--strict"]
     done = run("throughput", *ENGINE, *asked, "--json", str(out))
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
@@ -248,7 +252,7 @@ def test_latency(tiny: None) -> None:
 
 def test_serve(tiny: None) -> None:
     asked = ["--mix", "mixed", "--requests", "5", "--scale", "0.2", "--rate", "200", "--goodput", "ttft:1e6 e2el:1e6"]
-    done = run("serve", *ENGINE, *asked, "--json")
+    done = run("serve", *ENGINE, *asked, "--strict", "--json")
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert (found["completed"], found["failed"]) == (5, 0)

@@ -15,7 +15,7 @@ from llama_jax.engine.sequence import Sequence
 from llama_jax.errors import DoesNotFit, LlamaJaxError, Overloaded, RequestError
 
 SHORT = hypothesis.settings(max_examples=60, stateful_step_count=30, deadline=None)
-LONG = hypothesis.settings(max_examples=300, stateful_step_count=80, deadline=None)
+LONG = hypothesis.settings(max_examples=120, stateful_step_count=80, deadline=None)
 
 
 class TestScheduler(SchedulerMachine.TestCase):

@@ -312,6 +312,7 @@ def test_texts_survive_an_engine_that_grows(monkeypatch: pytest.MonkeyPatch) -> 
         assert not {"b", "00"} & {spelling_tokenizer().decode([token]) for token in output.token_ids}
 
 
+@pytest.mark.slow
 def test_token_by_token(llm: LLM) -> None:
     """The last token of a text that ends of itself is the last of the stream, and says so."""
     steps = list(llm.stream("a", params(Grammar.regex("[a-c]{4}[0-9]"))))
@@ -319,6 +320,7 @@ def test_token_by_token(llm: LLM) -> None:
     assert [step.finish_reason for step in steps] == [None] * (len(steps) - 1) + ["stop"]
 
 
+@pytest.mark.slow
 def test_streams() -> None:
     """Pieces make up the text; one that is left in the middle of a grammar holds nothing any more."""
     sizes = spelling_llm().settings

@@ -210,7 +210,7 @@ class BatchFile:
 
         def status() -> Status:
             done, seconds = len(output.done), time.perf_counter() - start
-            used = llm.snapshot().counts.used
+            used = llm.snapshot().cache_use
             return Status(done, total, done - before, output.errors, prompt_tokens, generated_tokens, seconds, used)
 
         def write() -> None:

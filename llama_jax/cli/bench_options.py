@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ import click
 from llama_jax.cli.options import (
     Decorator,
     LoadOptions,
+    claim_memory,
+    drafts_option,
     gathered,
     load_options,
     model_option,
@@ -29,6 +32,7 @@ from llama_jax.measure.workloads import MIXES, Work, workload
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from llama_jax.engine.compiled import Compiled
     from llama_jax.engine.settings import EngineSettings
     from llama_jax.measure.bench import Ceilings
     from llama_jax.model.loaded import Model
@@ -65,7 +69,7 @@ class Subject:
     """The model and engine to measure, and where the result goes.
 
     Attributes:
-      rows, context, pages, page_size, steps, prefix_cache: of `engine.sizing.default_settings`.
+      rows, context, pages, page_size, steps, drafts, prefix_cache, strict: of `engine.sizing.default_settings`.
       out: a file for the JSON object, "-" for standard output, None for none.
     """
 
@@ -78,15 +82,19 @@ class Subject:
     pages: int | None
     page_size: int
     steps: int
+    drafts: int
     prefix_cache: bool
+    strict: bool
     out: str | None
 
     def load(self) -> Model:
-        """The model, on the devices asked for. An output that cannot be written is noticed before.
+        """The model, on the devices asked for, most of whose memory the engine may take. An output that cannot be
+        written is noticed before.
 
         Raises:
           StorageError: it cannot.
         """
+        claim_memory()
         if self.out and not self._as_json:
             with storage_errors(Path(self.out)):
                 Path(self.out).touch()
@@ -95,17 +103,35 @@ class Subject:
 
     def settings(self, model: Model, longest: int) -> EngineSettings:
         """Those of the engine. Without `--context` it is made for sequences of `longest` tokens."""
+        from llama_jax.engine.replicas import replicas
         from llama_jax.engine.sizing import default_settings
 
         return default_settings(
-            model,
+            replicas(model)[0],
             rows=self.rows,
             context=self.context or longest,
             pages=self.pages,
             page_size=self.page_size,
             steps=self.steps,
+            drafts=self.drafts,
             prefix_cache=self.prefix_cache,
+            strict=self.strict,
         )
+
+    @contextmanager
+    def compiling(self) -> Iterator[Callable[[Compiled], None]]:
+        """Shows which programs the engine compiles, and settles the process behind the last; `compiling` of `LLM`."""
+        from llama_jax import runtime
+        from llama_jax.cli.progress import Reporter
+
+        def compiled(news: Compiled) -> None:
+            reporter.compiled(news)
+            if news.done == news.total:
+                runtime.freeze_live_objects()
+
+        with Reporter(quiet=self.quiet or self._as_json) as reporter:
+            reporter.notify("Compiling the engine's programs")
+            yield compiled
 
     def about(self, model: Model, settings: EngineSettings, ceilings: Ceilings) -> dict[str, Any]:
         """Everything that the numbers depend on; also shows it."""
@@ -151,7 +177,9 @@ subject_options = gathered(
         show_default=True,
         help="Decode steps of one dispatch while nothing waits.",
     ),
+    drafts_option,
     click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True),
+    click.option("--strict", is_flag=True, help="Fail if anything is compiled once the engine is ready."),
     load_options,
     quiet_option,
     click.option(

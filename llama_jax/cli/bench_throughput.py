@@ -62,7 +62,8 @@ def command(requests: Requests, static: int | None, rounds: int, subject: Subjec
         result["static"] = {"batch": static, **asdict(run_static(model, works, static))}
         subject.show(f"static batches of {static}: {_rates(result['static'])}")
 
-    llm, result["ready_s"] = make_ready(model, settings)
+    with subject.compiling() as compiling:
+        llm, result["ready_s"] = make_ready(model, settings, ceilings, compiling)
     subject.show(f"ready in {result['ready_s']:.1f} s")
     passes: dict[str, list[Run]] = {"cold": [], "again": []} if mix.shared else {"cold": []}
     for number in range(rounds):

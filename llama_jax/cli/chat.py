@@ -9,6 +9,7 @@ import click
 
 from llama_jax.cli.options import (
     LoadOptions,
+    drafts_option,
     examples,
     given,
     load_options,
@@ -36,6 +37,7 @@ from llama_jax.cli.progress import Reporter
     "--temperature", type=float, metavar="T", help="0 takes the likeliest token. [default: the model's own, or 0.7]"
 )
 @sampling_options
+@drafts_option
 @load_options
 @click.option(
     "--history",
@@ -54,6 +56,7 @@ from llama_jax.cli.progress import Reporter
 def command(
     model: str,
     system: str | None,
+    drafts: int,
     loading: LoadOptions,
     history: Path | None,
     resume: Path | None,
@@ -91,7 +94,7 @@ def command(
         reporter.warn_of_unused_gpu()
     select_template(tokenizer.chat_templates, None, has_tools=False)
     sampling, origin = default_sampling(loaded.generation_config, given(fields))
-    llm = LLM(loaded, tokenizer, rows=1)
+    llm = LLM(loaded, tokenizer, rows=1, drafts=drafts)
     session = Session(llm, screen, conversation=conversation, sampling=sampling, origin=origin)
     if not quiet:
         screen.note(

@@ -25,6 +25,7 @@ COMMANDS = {
     "list": "List the models that are on this machine.",
     "rm": "Remove models from the cache.",
     "bench": "Measure speed.",
+    "top": "Watch the engines of this machine.",
     "tune": "Find the fastest kernels of this device by measuring.",
     "plan": "Does a model fit, and how fast could it be?",
     "compile": "Compile a model for an AMD GPU that need not be here.",
@@ -38,7 +39,7 @@ Exit codes:
   0    done
   1    done, but some lines of a batch have an error
   2    wrong usage, or a value out of range
-  3    model not found, gated or not supported
+  3    model not found, gated or not supported; no engine to watch
   4    damaged, or not equal to what was expected
   5    no usable device
   6    too little memory or disk space

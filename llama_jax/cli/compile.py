@@ -83,11 +83,12 @@ def command(
     from llama_jax.cli.compile_report import engine_facts, engine_report, model_facts, model_report
     from llama_jax.engine.ahead import compile_engine
     from llama_jax.library.configs import find_config
-    from llama_jax.plan import default_workload, remedies
+    from llama_jax.plan import ENGINE_FRACTION, MEMORY_FRACTION, default_workload, remedies
     from llama_jax.plan import memory_fraction as usual_fraction
 
     config = find_config(model)
-    fraction = usual_fraction() if memory_fraction is None else memory_fraction
+    usual = usual_fraction(ENGINE_FRACTION if engine else MEMORY_FRACTION)
+    fraction = usual if memory_fraction is None else memory_fraction
     workload = default_workload(config, dtype, batch=batch or 1, context=context, prompt=prompt)
     workload.check(config)
     sizes = mesh_sizes(config, chosen, workload, mesh, tp, devices, fraction)

@@ -29,6 +29,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+drafts_option = click.option(
+    "--drafts",
+    type=click.IntRange(0, 7),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Try up to N tokens in one step that the text suggests itself: the same text, faster where it repeats itself.",
+)
+
+
 def examples(*lines: str, more: str = "") -> str:
     """The epilog of a command's help: example command lines, kept as they are, and what else there is to say."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines) + (f"\n\n{more}" if more else "")
@@ -103,7 +113,8 @@ memory_fraction_option: Decorator = click.option(
     "--memory-fraction",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="F",
-    help="Of a device's memory, what jax may use. [default: XLA_PYTHON_CLIENT_MEM_FRACTION, or 0.75 as jax has it]",
+    help="Of a device's memory, what jax may use. [default: XLA_CLIENT_MEM_FRACTION, or 0.75 as jax has it; 0.9 of an "
+    "engine]",
 )
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
 
@@ -148,6 +159,16 @@ def requested_mesh(
 
     sizes = requested_axes(mesh, tp)
     return None if sizes is None else make_mesh(sizes)
+
+
+def claim_memory() -> None:
+    """Lets jax take most of a GPU's memory, for a command that runs an engine there; to be called before jax starts.
+    A fraction that the user has set is left alone."""
+    from jax._src import xla_bridge  # nothing public says whether jax has started without starting it
+
+    from llama_jax.plan import device_memory
+
+    device_memory.claim_memory(os.environ, started=xla_bridge.backends_are_initialized())
 
 
 @dataclass(frozen=True)

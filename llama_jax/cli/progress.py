@@ -1,16 +1,19 @@
-"""Progress of conversions and loads on standard error: a bar in a terminal, a line now and then elsewhere."""
+"""Progress of conversions, loads and compilations on standard error: a bar in a terminal, elsewhere lines."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from llama_jax.cli.terminal import size_text
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
+
+    from llama_jax.engine.compiled import Compiled
 
 SHOW_AFTER_S = 0.4
 """A stage that was not announced and is over sooner shows nothing, and does not pay for importing rich."""
@@ -62,6 +65,37 @@ class Reporter:
 
     def progress(self, done: int, total: int, name: str) -> None:
         """Takes bytes done, bytes in all, and the name of the tensor just finished."""
+
+        def line(seconds: float, before: int) -> str:
+            share = f"{size_text(done)} of {size_text(total)} ({done / max(total, 1):.0%})"
+            return f"{share}{_speed(seconds, done - before, total - done)}, {name}"
+
+        self._show(done, total, line, _byte_columns)
+
+    def compiled(self, news: Compiled) -> None:
+        """Takes news of a program that an engine has compiled before it is ready; for `compiling` of `LLM`."""
+        if self._began is None:
+            self._label = "Compiling"
+
+        def line(*_: object) -> str:
+            took = "from the cache" if news.from_cache else f"{news.seconds:.1f} s"
+            return f"{news.done} of {news.total} programs, {_left(news.left_s)}, {news.key}: {took}"
+
+        self._show(news.done, news.total, line, _count_columns)
+
+    def _show(
+        self,
+        done: int,
+        total: int,
+        line: Callable[[float, int], str],
+        columns: Callable[[], Sequence[ProgressColumn]],
+    ) -> None:
+        """Shows the state of a stage.
+
+        Args:
+          line: what to print where there are no bars, from the seconds since the stage began and what was done then.
+          columns: of the bar, right of it.
+        """
         if self._quiet:
             return
         now = time.monotonic()
@@ -69,31 +103,23 @@ class Reporter:
             self._began, self._last_line = (now, done), now
         if self._bars:
             if self._announced or now - self._began[0] > SHOW_AFTER_S or self._bar:
-                self._update_bar(done, total)
+                self._update_bar(done, total, columns)
         elif now - self._last_line > LINE_EVERY_S:
             self._last_line = now
-            share = f"{size_text(done)} of {size_text(total)} ({done / max(total, 1):.0%})"
-            speed = _speed(now - self._began[0], done - self._began[1], total - done)
-            print(f"{self._label}: {share}{speed}, {name}", file=sys.stderr, flush=True)
+            print(f"{self._label}: {line(now - self._began[0], self._began[1])}", file=sys.stderr, flush=True)
         if done >= total:
             self._end_stage()
             self._label = self._default_label
 
-    def _update_bar(self, done: int, total: int) -> None:
+    def _update_bar(self, done: int, total: int, columns: Callable[[], Sequence[ProgressColumn]]) -> None:
         if self._bar is None:
             # Imported here: quick stages and other output do without.
             from rich import progress as bars
             from rich.console import Console
 
+            left = bars.TextColumn("{task.description}"), bars.BarColumn()
             self._bar = bars.Progress(
-                bars.TextColumn("{task.description}"),
-                bars.BarColumn(),
-                bars.TaskProgressColumn(),
-                bars.DownloadColumn(),
-                bars.TransferSpeedColumn(),
-                bars.TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
+                *left, *columns(), bars.TimeRemainingColumn(), console=Console(stderr=True), transient=True
             )
             self._bar.start()
             self._task = self._bar.add_task(self._label, total=total)
@@ -112,5 +138,21 @@ def _speed(seconds: float, done: int, left: int) -> str:
     if seconds <= 0 or done <= 0:
         return ""
     rate = done / seconds
-    minutes, rest = divmod(round(left / rate), 60)
-    return f", {size_text(round(rate))}/s, {f'{minutes} min ' if minutes else ''}{rest} s left"
+    return f", {size_text(round(rate))}/s, {_left(left / rate)}"
+
+
+def _left(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{f'{minutes} min ' if minutes else ''}{rest} s left"
+
+
+def _byte_columns() -> Sequence[ProgressColumn]:
+    from rich import progress as bars
+
+    return bars.TaskProgressColumn(), bars.DownloadColumn(), bars.TransferSpeedColumn()
+
+
+def _count_columns() -> Sequence[ProgressColumn]:
+    from rich import progress as bars
+
+    return bars.MofNCompleteColumn(), bars.TimeElapsedColumn()

@@ -30,6 +30,7 @@ _WHEN = {
     "prefill": "in prefill",
     "growing": "while the cache grows",
     "decode": "in decode",
+    "verify": "when drafts are tried",
     "start": "when the engine starts",
     "join": "when rows begin",
     "restrict": "when the host says what may come next",

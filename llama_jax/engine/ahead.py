@@ -21,7 +21,7 @@ from llama_jax.engine.sizing import settings_for
 from llama_jax.engine.state import new_state
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.layout import check
-from llama_jax.plan import MEMORY_FRACTION, Verdict
+from llama_jax.plan import ENGINE_FRACTION, Verdict
 from llama_jax.plan.device_memory import usable_bytes
 from llama_jax.plan.memory import DeviceShare
 from llama_jax.sharding import ruled
@@ -59,7 +59,7 @@ class EngineCompilation:
 
     @property
     def compilations(self) -> Mapping[str, Compilation]:
-        """All by name, in the order in which an engine compiles them."""
+        """All by name, in the order of `program_set`."""
         return {START: self.start} | {str(key): compilation for key, compilation in self.programs.items()}
 
     @property
@@ -86,7 +86,7 @@ def compile_engine(
     mesh_shape: Mapping[str, int] | None = None,
     *,
     dtype: DTypeLike = "bfloat16",
-    memory_fraction: float = MEMORY_FRACTION,
+    memory_fraction: float = ENGINE_FRACTION,
     settings: EngineSettings | None = None,
     keys: Sequence[Key] | None = None,
     progress: Callable[[str], None] | None = None,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,9 +23,11 @@ from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
+from llama_jax.errors import LateCompilation
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.runtime import count_compilations
 from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState, token_mask
 from llama_jax.sharding import in_use, on
 
@@ -42,8 +45,8 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "mixed", "scored", "join", "restrict" or "scrub".
-      size: rows of "decode", tokens of "mixed" and "scored"; else 0.
+      name: "decode", "verify", "mixed", "scored", "join", "restrict" or "scrub".
+      size: rows of "decode" and "verify", tokens of "mixed" and "scored"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
 
@@ -52,7 +55,7 @@ class Key:
     greedy: bool = False
 
     def __str__(self) -> str:
-        size = f" of {self.size} {'rows' if self.name == 'decode' else 'tokens'}" if self.size else ""
+        size = f" of {self.size} {'rows' if self.name in ('decode', 'verify') else 'tokens'}" if self.size else ""
         return f"{self.name}{size}{', greedy' if self.greedy else ''}"
 
 
@@ -67,7 +70,26 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
     for only in (False, True) if greedy else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
+        keys += [Key("verify", settings.draft_rows, only)] if settings.drafts else []
     return keys
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """News of `Programs.compile_all`: a program is compiled.
+
+    Attributes:
+      seconds: that it took, beside others; from_cache: whether jax found it in its persistent cache.
+      done, total: programs.
+      left_s: how long the rest may take, if its programs take as long as those that are done.
+    """
+
+    key: Key
+    seconds: float
+    from_cache: bool
+    done: int
+    total: int
+    left_s: float
 
 
 class Programs:
@@ -75,7 +97,9 @@ class Programs:
     another one is an error, and never compiles anything.
 
     Attributes:
-      late: programs that were compiled after `compile_all`.
+      late: what was compiled after `compile_all`: programs of the set, and whatever else jax compiled in blocks of
+        `with programs`.
+      from_cache: programs that `compile_all` found in jax's persistent cache.
     """
 
     def __init__(self, model: Model, settings: EngineSettings, state: DecodeState, adapters: Params | None):
@@ -84,18 +108,51 @@ class Programs:
         self._compiled: dict[Key, Any] = {}
         self._lock = threading.Lock()
         self._ready = False
-        self.late = 0
+        self._counted, self._before = count_compilations(), 0
+        self.late = self.from_cache = 0
         self.keys = program_set(settings, greedy=model.device.platform != "cpu")
 
-    def compile_all(self) -> Iterator[Key]:
-        """Compiles what is missing, several at a time; yields each program when it is done.
+    def compile_all(self) -> Iterator[Compiled]:
+        """Compiles what is missing, several at a time and the largest first; yields news of each when it is done.
 
         Tracing holds Python's lock, but most of the time XLA compiles, which does not.
         """
-        missing = [key for key in self.keys if key not in self._compiled]
+        missing = sorted(self.missing, key=lambda key: -key.size)
+        began, total, spent = time.monotonic(), len(missing), 0.0
         with ThreadPoolExecutor(THREADS) as pool:
-            yield from pool.map(self._compile, missing)
+            for done, future in enumerate(as_completed([pool.submit(self._timed, key) for key in missing]), 1):
+                key, seconds, from_cache = future.result()
+                self.from_cache += from_cache
+                spent += seconds
+                expected = spent / done * total / min(THREADS, total)
+                left_s = max(0.0, began + expected - time.monotonic()) if done < total else 0.0
+                yield Compiled(key, seconds, from_cache, done, total, left_s)
         self._ready = True
+
+    @property
+    def missing(self) -> list[Key]:
+        """Programs of the set that are not compiled yet."""
+        return [key for key in self.keys if key not in self._compiled]
+
+    @property
+    def count(self) -> int:
+        """Programs that are compiled."""
+        return len(self._compiled)
+
+    def __enter__(self) -> None:
+        """Begins to count what jax compiles on this thread, until the end of the block."""
+        self._before = self._counted.count
+
+    def __exit__(self, error: object, *_: object) -> None:
+        """Adds it to `late` if all of the set should be compiled.
+
+        Raises:
+          LateCompilation: in a strict engine, for anything.
+        """
+        if self._ready and (count := self._counted.count - self._before):
+            self.late += count
+            if self._settings.strict and error is None:
+                raise _late(f"jax compiled {self._counted.last or 'something'}, which is not of the engine's programs,")
 
     def choose(self, name: str, least: int, *, greedy: bool) -> Key:
         """The smallest program of that name for `least` rows or tokens."""
@@ -134,9 +191,18 @@ class Programs:
 
     def _get(self, key: Key) -> Any:
         if key not in self._compiled:
+            if self._ready and self._settings.strict:
+                raise _late(f"the program {str(key)!r} would have to be compiled")
             self._compile(key)
             self.late += self._ready
+            self._before = self._counted.count
         return self._compiled[key]
+
+    def _timed(self, key: Key) -> tuple[Key, float, bool]:
+        """Compiles a program; returns it, the seconds that it took and whether it was in the persistent cache."""
+        start, before = time.monotonic(), self._counted.from_cache
+        self._compile(key)
+        return key, time.monotonic() - start, self._counted.from_cache > before
 
     def _compile(self, key: Key) -> Key:
         model = self._model
@@ -146,6 +212,13 @@ class Programs:
         with self._lock:
             self._compiled[key] = compiled
         return key
+
+
+def _late(what: str) -> LateCompilation:
+    return LateCompilation(
+        f"{what} after the engine was ready",
+        hint="please report this with the engine's settings; without strict it is only counted",
+    )
 
 
 def program(
@@ -180,11 +253,15 @@ def program(
         control = programs.decode_control(key.size)
         function = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
         options = graph_options() if settings.steps > 1 else {}
+    elif key.name == "verify":
+        control = programs.verify_control(key.size, settings.drafts)
+        function = partial(programs.verify, **static, rows=key.size, drafts=settings.drafts)
+        options = {}
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
         function, options = partial(programs.mixed, **static), {}
-    told = [None] * (2 if key.name == "decode" else 3)
+    told = [None] * (2 if key.name in ("decode", "verify") else 3)
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
     return Program(str(key), jitted, (params, state, ints(control.size), adapters), {})

@@ -20,21 +20,25 @@ import numpy as np
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
-from llama_jax.engine.compiled import Key, Programs
+from llama_jax.engine.compiled import Compiled, Key, Programs
+from llama_jax.engine.drafting import Drafter
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
+from llama_jax.engine.meter import Meter
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.snapshot import Meter, Snapshot
+from llama_jax.engine.snapshot import Snapshot
 from llama_jax.engine.state import new_state
 from llama_jax.engine.steps import Step
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.plan.step_costs import Peak, StepCosts
 from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams, check_widths
 from llama_jax.sharding import on, ruled
+from llama_jax.targets import of_device
 
 Ending = Literal["stop", "length", "failed"]
 
@@ -88,15 +92,19 @@ class Core:
         *,
         adapters: Params | None = None,
         numbers: Iterator[int] | None = None,
+        peak: Peak | None = None,
     ):
-        """An engine without sequences; programs are compiled when they are first used (`programs.compile_all`).
+        """An engine without sequences; programs are compiled when they are first used, or by `compile_all`.
 
         Args:
           model: on a mesh that does not split the batch (see `replicas`).
           numbers: of its sequences.
+          peak: what the device can do, by which its use is told; by default what its data sheet says.
         """
         assert ruled(model.mesh).ways("batch") == 1
         self.model, self.settings = model, settings
+        peak = peak or Peak.of(of_device(model.device), model.dtype.name)
+        self._meter = Meter(StepCosts(model.config, model.dtype, model.mesh), peak)
         self.scheduler = Scheduler(
             Limits(
                 rows=settings.rows,
@@ -107,6 +115,7 @@ class Core:
                 chunk_rows=settings.chunk_rows,
                 waiting=settings.waiting,
                 steps=settings.steps,
+                draft_rows=settings.draft_rows if settings.drafts else 0,
                 prefix_cache=settings.prefix_cache,
             )
         )
@@ -114,10 +123,14 @@ class Core:
             create = jax.jit(new_state, static_argnums=(0, 1, 2))
             self._state: DecodeState = create(model.config, settings, jnp.dtype(model.dtype))
         self.programs = Programs(model, settings, self._state, adapters)
-        self._meter = Meter()
         self._asked: dict[int, Asked] = {}
         self._flights: deque[_Flight] = deque()
         self._numbers = itertools.count() if numbers is None else numbers
+
+    def compile_all(self) -> Iterator[Compiled]:
+        """See `Programs.compile_all`. Then the engine is ready."""
+        yield from self.programs.compile_all()
+        self._meter.ready()
 
     def add(
         self,
@@ -166,7 +179,8 @@ class Core:
         )
         self.scheduler.add(sequence)
         greedy = rule is None and SamplerProfile.of([params]) == GREEDY
-        self._asked[number] = Asked(sequence, params, adapter, greedy, rule)
+        drafter = Drafter(settings.drafts) if settings.drafts and rule is None else None
+        self._asked[number] = Asked(sequence, params, adapter, greedy, rule, drafter)
         return number
 
     def cancel(self, number: int) -> None:
@@ -175,13 +189,20 @@ class Core:
             self._finish(number)
 
     def step(self) -> list[Drawn]:
-        """Dispatches the next step, if there is one, and returns what the one before has drawn."""
-        step = self.scheduler.schedule()
-        if step is not None:
-            self._flights.append(self._dispatch(step))
-        if len(self._flights) > (step is not None):
-            return self._read(self._flights.popleft())
-        return []
+        """Dispatches the next step, if there is one, and returns what the one before has drawn.
+
+        Raises:
+          LateCompilation: in a strict engine that is ready, if anything has to be compiled.
+        """
+        with self.programs:
+            if self.settings.drafts:
+                self._draft()
+            step = self.scheduler.schedule()
+            if step is not None:
+                self._flights.append(self._dispatch(step))
+            if len(self._flights) > (step is not None):
+                return self._read(self._flights.popleft())
+            return []
 
     def computed(self, number: int) -> int:
         """How many tokens of a sequence have been computed, or are in steps that are under way."""
@@ -204,19 +225,22 @@ class Core:
 
     def snapshot(self) -> Snapshot:
         """The engine in numbers."""
-        meter, counts = self._meter, self.scheduler.counts
-        tokens_per_s, step_s = meter.rates()
-        return Snapshot(
-            counts=counts,
-            tokens_in=counts.prompt_tokens,
-            tokens_out=meter.tokens_out,
-            computed_tokens=meter.computed,
-            padding_tokens=meter.padding,
-            steps=meter.steps,
-            late_compilations=self.programs.late,
-            tokens_per_s=tokens_per_s,
-            step_s=step_s,
-        )
+        return self._meter.snapshot(self.scheduler.counts, self.programs)
+
+    def _draft(self) -> None:
+        """Drafts for the next step. Whoever drafts waits for the host to know its tokens, which takes longer than to
+        have the next step planned before: where other rows would wait for it, and where drafts gain nothing, nobody
+        drafts."""
+        calm = self.scheduler.calm
+        for sequence in self.scheduler.decoding:
+            asked = self._asked[sequence.id]
+            if asked.drafter is None:
+                continue
+            text, left = len(sequence.tokens), sequence.limit - sequence.drawn - 1
+            sequence.paced = calm and left > 0 and asked.drafter.active(text)
+            sequence.draft = ()
+            if sequence.paced and sequence.known:
+                sequence.draft = asked.drafter.propose(sequence.tokens, min(left, self.settings.drafts))
 
     # --- To the device
 
@@ -230,13 +254,13 @@ class Core:
         flight = _Flight(step, [], [], None)
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
-        pack = self._mixed if step.chunks else self._decode
+        pack = self._mixed if step.chunks else self._verify if step.drafts else self._decode
         key, control, parts = pack(flight, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             parts["pages"][: len(pages)] = pages
         if not greedy:
             self._restrict(flight)
-        self._meter.dispatched(step.tokens * step.steps, key.size * step.steps)
+        self._meter.dispatched(step, key.size * (1 + self.settings.drafts) if key.name == "verify" else key.size)
         self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs
@@ -296,6 +320,18 @@ class Core:
         flight.rows = list(zip(lines, decoding, strict=True))
         return key, array, parts
 
+    def _verify(self, flight: _Flight, *, greedy: bool) -> _Packed:
+        decoding = flight.step.decoding
+        key = self.programs.choose("verify", len(decoding), greedy=greedy)
+        control = programs.verify_control(key.size, self.settings.drafts)
+        array, parts = control.new(rows=NO_ROW, drafts=-1, pages=NO_ROW)
+        for line, sequence in enumerate(decoding):
+            draft = flight.step.drafts.get(sequence, ())
+            parts["rows"][line] = sequence.row
+            parts["drafts"][line, : len(draft)] = draft
+        flight.rows = list(enumerate(decoding))
+        return key, array, parts
+
     # --- From the device
 
     def _read(self, flight: _Flight) -> list[Drawn]:
@@ -305,12 +341,12 @@ class Core:
             if (asked := self._asked.get(sequence.id)) and last > first:
                 asked.scores.append(jax.tree.map(lambda x, a=first, b=last: x[a:b], scores))
         lines = report.tolist()
-        news = (self._taken(line, sequence, lines[line], logprobs) for line, sequence in flight.rows)
+        news = (self._taken(flight, line, sequence, lines[line], logprobs) for line, sequence in flight.rows)
         drawn = [new for new in news if new]
         self._meter.ended(sum(len(new.tokens) for new in drawn))
         return drawn
 
-    def _taken(self, line: int, sequence: Sequence, report: list[int], logprobs: Any) -> Drawn | None:
+    def _taken(self, flight: _Flight, line: int, sequence: Sequence, report: list[int], logprobs: Any) -> Drawn | None:
         """News from a row's line of a report; None if its sequence has ended meanwhile."""
         flags = report[-1]
         tokens = report[: flags & (programs.DONE - 1)]
@@ -318,6 +354,10 @@ class Core:
         if asked is None:
             return None
         self.scheduler.drawn(sequence.id, tokens)
+        if asked.drafter and (draft := flight.step.drafts.get(sequence)):
+            asked.drafter.drawn(draft, len(tokens), len(sequence.tokens))
+            self._meter.drafted += len(draft)
+            self._meter.accepted += len(tokens) - 1
         ending: Ending | None = None
         if flags & programs.DONE:
             ending = "failed" if flags & programs.FAILED else "stop" if flags & programs.STOPPED else "length"

@@ -13,6 +13,7 @@ import numpy as np
 from llama_jax.cache import NO_PAGE
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.compiled import MARKED, without_vocabulary
+from llama_jax.engine.drafting import Drafter
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
@@ -32,6 +33,7 @@ class Asked:
       adapter: its slot, 0 for none.
       greedy: whether a program for greedy requests serves it.
       rule: the host's say in its tokens, if it has any.
+      drafter: where drafts come from, if it has any.
       scores: of its prompt so far.
     """
 
@@ -40,6 +42,7 @@ class Asked:
     adapter: int
     greedy: bool
     rule: Rule | None = None
+    drafter: Drafter | None = None
     scores: list[Logprobs] = field(default_factory=list)
 
 

@@ -20,6 +20,7 @@ class Limits:
         prompts that do not end in that step; with 1, prompts are computed one after the other.
       waiting: sequences that may wait, at most; None for any number.
       steps: decode steps of one dispatch while nothing waits, at most.
+      draft_rows: rows of a step with drafts, at most; 0 for no such steps.
       boundary: chunks end, and found prefixes are rounded down, at its multiples, so that a prompt is cut alike in any
         company; a multiple of `page_size`, or None.
       prefix_cache: whether sequences use what others have computed. Without, only those of one `sequence.GROUP` do.
@@ -36,6 +37,7 @@ class Limits:
     chunk_rows: int
     waiting: int | None = None
     steps: int = 1
+    draft_rows: int = 0
     boundary: int | None = None
     prefix_cache: bool = True
 
@@ -124,8 +126,3 @@ class Counts:
     prefix_hit_tokens: int
     preemptions: int
     planned_tokens: int
-
-    @property
-    def used(self) -> float:
-        """The share of the cache that sequences hold."""
-        return self.pages_used / (self.pages_used + self.pages_free + self.pages_cached + self.pages_fenced)

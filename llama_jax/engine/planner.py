@@ -46,6 +46,7 @@ class _Plan:
     starts: dict[Sequence, int] = field(default_factory=dict)
     decoding: list[Sequence] = field(default_factory=list)
     steps: int = 1
+    drafts: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
     owed: int = 0
     ending: int | None = None
 
@@ -72,7 +73,16 @@ class Planner:
             for s, start in plan.starts.items()
         )
         joining, decoding = tuple(plan.joining), tuple(plan.decoding)
-        step = Step(memory.newest, tuple(memory.leaving), joining, tuple(memory.entries), chunks, decoding, plan.steps)
+        step = Step(
+            memory.newest,
+            tuple(memory.leaving),
+            joining,
+            tuple(memory.entries),
+            chunks,
+            decoding,
+            plan.steps,
+            plan.drafts,
+        )
         memory.leaving, memory.entries = [], []
         return step
 
@@ -84,7 +94,7 @@ class Planner:
         held = len(self.queues.decoding) - len(rows)
         if held > len(rows) and not len(self.queues.prompts) and not len(self.queues.waiting):
             return  # a step without most of them would take its time all the same
-        plan.steps, counts, needs = self._stride(rows)
+        plan.steps, plan.drafts, counts, needs = self._stride(rows)
         for sequence, count, need in zip(rows, counts, needs, strict=True):
             if sequence.phase is not Phase.DECODING:  # preempted for the sake of one before it
                 continue
@@ -95,25 +105,41 @@ class Planner:
                 self.memory.book(sequence, need)
             sequence.computed += count
             sequence.drawn += count
+            sequence.unsure = len(plan.drafts.get(sequence, ()))
             plan.decoding.append(sequence)
             self.totals.planned_tokens += count
             if sequence.drawn == sequence.limit:
                 self.queues.move(sequence, Phase.COMPLETE)
 
-    def _stride(self, rows: list[Sequence]) -> tuple[int, list[int], list[int]]:
-        """Decode steps of the next dispatch: several only if they keep nobody waiting and preempt nobody.
+    def _stride(self, rows: list[Sequence]) -> tuple[int, dict[Sequence, tuple[int, ...]], list[int], list[int]]:
+        """Decode steps of the next dispatch: several, or one with drafts, only if they keep nobody waiting and preempt
+        nobody.
 
         Returns:
-          The steps, and of each row the tokens that it draws and the pages that it needs for them.
+          The steps, the drafts, and of each row the tokens that it draws at most and the pages that it needs for them.
         """
-        size, most = self.limits.page_size, self.limits.steps
-        alone = not len(self.queues.waiting) and not len(self.queues.prompts)
-        if most > 1 and rows and alone and not any(s.paced for s in self.queues.decoding):
-            counts = [min(most, s.limit - s.drawn) for s in rows]
-            needs = [(s.computed + n + size - 1) // size - len(s.pages) for s, n in zip(rows, counts, strict=True)]
+        most = self.limits.steps
+        drafts: dict[Sequence, tuple[int, ...]] = {}
+        if rows and not len(self.queues.waiting) and not len(self.queues.prompts):
+            if len(rows) <= self.limits.draft_rows:
+                each = ((s, s.draft[: s.limit - s.drawn - 1]) for s in rows if s.known)
+                drafts = {s: draft for s, draft in each if draft}
+            if drafts:
+                counts = [1 + len(drafts.get(s, ())) for s in rows]
+            elif any(s.paced for s in self.queues.decoding):
+                counts = [1] * len(rows)
+            else:
+                counts = [min(most, s.limit - s.drawn) for s in rows]
+            needs = self._needs(rows, counts)
             if sum(needs) <= self.memory.pages.available:
-                return max(counts), counts, needs
-        return 1, [1] * len(rows), [s.computed // size + 1 - len(s.pages) for s in rows]
+                return 1 if drafts else max(counts), drafts, counts, needs
+        counts = [1] * len(rows)
+        return 1, {}, counts, self._needs(rows, counts)
+
+    def _needs(self, rows: list[Sequence], counts: list[int]) -> list[int]:
+        """Further pages for so many tokens of each row."""
+        size = self.limits.page_size
+        return [max(0, (s.computed + n + size - 1) // size - len(s.pages)) for s, n in zip(rows, counts, strict=True)]
 
     def _room(self, sequence: Sequence, need: int, plan: _Plan) -> bool:
         """Whether pages are there for a decoding row, which may take them from less urgent ones."""

@@ -70,6 +70,11 @@ def mixed_control(tokens: int, rows: int) -> Control:
     return Control(**each, at=(rows,), draws=(rows,), pages=(rows, 3))
 
 
+def verify_control(rows: int, drafts: int) -> Control:
+    """For `verify`: the rows, the draft of each, filled up with -1, and pages (row, index, page) to book."""
+    return Control(rows=(rows,), drafts=(rows, drafts), pages=(rows, 3))
+
+
 def book(state: DecodeState, pages: jax.Array) -> DecodeState:
     """The state with pages int32 [n, 3] (row, index, page) in the page table; a row beyond the last is padding."""
     row, index, page = pages.T
@@ -111,6 +116,57 @@ def decode(
     if everyone:
         return by_rows(dataclasses.replace(part, done=jnp.where(others, state.done, part.done))), *told
     return put_rows(state, given["rows"], part), *told
+
+
+def verify(
+    params: Params,
+    state: DecodeState,
+    control: jax.Array,
+    adapters: Params | None,
+    *,
+    config: LlamaConfig,
+    profile: SamplerProfile,
+    rows: int,
+    drafts: int,
+) -> tuple[DecodeState, jax.Array, Logprobs | None]:
+    """One pass over the last token and the draft of some rows. Each draws behind its last token, and goes on behind the
+    draft's tokens as long as it has drawn them: every draw is that of a decode step.
+
+    Returns:
+      The state, and `report` of the rows.
+    """
+    given = verify_control(rows, drafts).parts(control)
+    state = book(state, given["pages"])
+    part = take_rows(state, given["rows"])
+    place = jnp.arange(drafts + 1, dtype=jnp.int32)
+    ids = jnp.concatenate([part.tokens[:, None], given["drafts"]], axis=1)
+    there = ~part.done[:, None] & ((ids >= 0) | (place == 0))
+    logits, cache = forward(
+        params,
+        config,
+        jnp.maximum(ids, 0),
+        jnp.where(there, part.positions[:, None] + place, -1),
+        part.cache,
+        rope_lengths=part.rope_lengths,
+        adapters=adapters,
+        adapter_ids=None if adapters is None else jnp.repeat(part.adapter_ids[:, None], drafts + 1, axis=1),
+    )
+    part = dataclasses.replace(part, cache=cache)
+    type Carry = tuple[jax.Array, DecodeState, Progress, jax.Array]
+
+    def draw(carry: Carry) -> Carry:
+        at, part, progress, going = carry
+        here = jax.lax.dynamic_index_in_dim(logits, at, axis=1, keepdims=False)
+        part, progress = emit(here, part, progress, at, profile, where=going)
+        following = ids.at[:, at + 1].get(mode="fill", fill_value=-1)
+        return at + 1, part, progress, going & (part.tokens == following) & ~part.done
+
+    progress = no_progress(part, drafts + 1, profile, config.vocab_size)
+    start = (jnp.int32(0), part, progress, ~part.done)
+    _, part, progress, _ = jax.lax.while_loop(lambda carry: (carry[0] <= drafts) & carry[3].any(), draw, start)
+    # What was stored of a draft and not drawn is dropped.
+    part = dataclasses.replace(part, cache=part.cache.truncate(jnp.maximum(part.positions, 0)))
+    return put_rows(state, given["rows"], part), *report(progress)
 
 
 def mixed(

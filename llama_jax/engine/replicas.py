@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,12 +12,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama_jax.engine.compiled import Key
+from llama_jax.engine.compiled import Compiled
 from llama_jax.engine.core import Core, Drawn
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.plan.step_costs import Peak
 from llama_jax.sharding import RuledMesh, ruled
 
 
@@ -63,8 +65,10 @@ class Replicas:
       cores: the replicas.
     """
 
-    def __init__(self, models: list[Model], settings: EngineSettings, adapters: Params | None):
-        """Replicas without sequences, each with these settings."""
+    def __init__(
+        self, models: list[Model], settings: EngineSettings, adapters: Params | None, *, peak: Peak | None = None
+    ):
+        """Replicas without sequences, each with these settings; `peak`: of each device."""
         count = len(models)
         self.cores = [
             Core(
@@ -72,14 +76,20 @@ class Replicas:
                 settings,
                 adapters=adapters if count == 1 else _on(adapters, ruled(model.mesh)),
                 numbers=itertools.count(i, count),
+                peak=peak,
             )
             for i, model in enumerate(models)
         ]
 
-    def compile_all(self) -> Iterator[Key]:
-        """Compiles what is missing; yields each program of each replica when it is done."""
+    def compile_all(self) -> Iterator[Compiled]:
+        """Compiles what is missing, one replica after the other; yields news of each program when it is done."""
+        began, done, total = time.monotonic(), 0, sum(len(core.programs.missing) for core in self.cores)
         for core in self.cores:
-            yield from core.programs.compile_all()
+            for news in core.compile_all():
+                done += 1
+                here = done - news.done + news.total  # behind this replica
+                left_s = news.left_s + (time.monotonic() - began + news.left_s) * (total - here) / here
+                yield replace(news, done=done, total=total, left_s=left_s)
 
     @property
     def settings(self) -> EngineSettings:

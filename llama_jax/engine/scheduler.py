@@ -65,10 +65,34 @@ class Scheduler:
         sequence.tokens.extend(tokens)
         if len(sequence.tokens) > sequence.prompt_length + sequence.drawn:
             raise LlamaJaxError(f"sequence {id} was given more tokens than its steps draw, {sequence.drawn}")
+        if sequence.unsure:
+            self._settle(sequence)
         if sequence.row >= 0:
             # A token is drawn when all before it are stored. Storing the last one is for the next step, which does not
             # do it in a row that the device has ended.
             self._memory.register(sequence, len(sequence.tokens) - 1)
+
+    @property
+    def calm(self) -> bool:
+        """Whether a step with drafts is possible: nothing but a few rows that decode."""
+        queues = self._queues
+        few = len(queues.decoding) <= self.limits.draft_rows
+        return few and not len(queues.waiting) and not len(queues.prompts)
+
+    @property
+    def decoding(self) -> list[Sequence]:
+        """Sequences of which the next step may draw."""
+        return list(self._queues.decoding)
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Takes back what was planned for the part of a draft that was not drawn. No other step is in flight."""
+        missing = sequence.prompt_length + sequence.drawn - len(sequence.tokens)
+        sequence.drawn -= missing
+        sequence.unsure = 0
+        if sequence.row >= 0:
+            sequence.computed -= missing
+            if missing and sequence.phase is Phase.COMPLETE:
+                self._queues.move(sequence, Phase.DECODING)
 
     def finish(self, id: int, *, keep: bool = True) -> list[int]:
         """Ends a sequence in whatever phase it is, if it has not ended yet; steps in flight may still draw for it.

@@ -41,13 +41,14 @@ class Sequence:
       limit: tokens that it may draw, those in `tokens` included; 0 to compute the prompt only.
       priority: lower ones first.
       domain: sequences share pages only within one.
+      draft: what may follow its tokens, which are all known, for the next step to try.
       paced: whether the host has a say in each token: the next is drawn only when it knows all before.
       reuse: False computes the whole prompt, as its log-probabilities need; its pages may still serve others.
 
     The scheduler's own:
       phase, row, pages: where it is; row -1 and no pages while it waits.
       computed: positions whose keys and values planned steps store.
-      drawn: tokens that planned steps draw, known or not.
+      drawn: tokens that planned steps draw, known or not; unsure: those of them that need not come.
       cached: tokens that were found in the prefix cache when it got its row.
       preemptions: how often it lost its row; started: whether it ever had one; passed: how many went before it while
         it did not fit.
@@ -64,6 +65,8 @@ class Sequence:
     domain: Domain = ()
     reuse: bool = True
     paced: bool = False
+    draft: tuple[int, ...] = ()
+    unsure: int = 0
     phase: Phase = Phase.WAITING
     row: int = -1
     pages: list[int] = field(default_factory=list)
@@ -82,7 +85,7 @@ class Sequence:
     @property
     def held(self) -> bool:
         """Whether it waits for the host to know its tokens."""
-        return self.paced and not self.known
+        return (self.paced or self.unsure > 0) and not self.known
 
     @property
     def known(self) -> bool:

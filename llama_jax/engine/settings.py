@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llama_jax.cache import DEFAULT_PAGE_SIZE, check_page_size
 from llama_jax.errors import RequestError
+from llama_jax.kernels.attention.decode import MAX_QUERIES
 
 STOP_IDS, BIASES = 64, 1024
 """Room for a request's, unless settings say otherwise."""
@@ -26,6 +27,8 @@ class EngineSettings:
       waiting: requests that may wait; None for any number.
       prefix_cache: whether prompts use what others have computed.
       stop_ids, biases: of a request, at most.
+      drafts: tokens of a row's draft (`drafting`), at most; 0 for no drafts. draft_rows: rows of a step with drafts.
+      strict: whether it is an error to compile anything once the engine is ready. All programs are compiled before.
     """
 
     rows: int
@@ -40,6 +43,9 @@ class EngineSettings:
     prefix_cache: bool = True
     stop_ids: int = STOP_IDS
     biases: int = BIASES
+    drafts: int = 0
+    draft_rows: int = 8
+    strict: bool = False
 
     def __post_init__(self) -> None:
         check_page_size(self.page_size)
@@ -60,6 +66,13 @@ class EngineSettings:
                 f"steps must be in [1, {self.page_size}], a page's tokens; got {self.steps}",
                 param="steps",
                 hint="1 for streams, 8 or 16 for throughput",
+            )
+
+        if not 0 <= self.drafts < MAX_QUERIES:
+            raise RequestError(
+                f"drafts must be in [0, {MAX_QUERIES - 1}]; got {self.drafts}",
+                param="drafts",
+                hint="the kernels of decode attention take no more tokens of a row",
             )
 
     @property

@@ -14,7 +14,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.model.loaded import Model
-from llama_jax.plan.device_memory import free_bytes
+from llama_jax.plan.device_memory import free_bytes, memory_fraction, more_memory_hint
 from llama_jax.plan.memory import cache_bytes
 from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import of_device
@@ -26,6 +26,7 @@ CPU_START, GPU_START = 1024, 8192
 CPU_EACH = 512
 """Tokens for which a CPU's rows have pages on average; rows that need more find them while others need less."""
 CHUNK_ROWS = 16
+DRAFT_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def default_settings(
     steps: int = 1,
     prefix_cache: bool = True,
     waiting: int | None = None,
+    drafts: int = 0,
+    strict: bool = False,
 ) -> EngineSettings:
     """Settings for a model on the devices that it is on.
 
@@ -105,6 +108,9 @@ def default_settings(
         steps=steps,
         prefix_cache=prefix_cache,
         waiting=waiting,
+        drafts=drafts,
+        strict=strict,
+        more_memory="" if on_cpu else more_memory_hint(memory_fraction()),
     )
 
 
@@ -120,6 +126,7 @@ def settings_for(
     least: int | None = None,
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
+    more_memory: str = "",
     **options: Any,
 ) -> EngineSettings:
     """`default_settings`, of a model that need not be there.
@@ -127,6 +134,7 @@ def settings_for(
     Args:
       config: on a mesh, with key/value heads repeated as `load` does it.
       free: bytes of each device beside the weights; None where that is not known.
+      more_memory: what would make them more, for the error's hint.
       options: other fields of `EngineSettings`.
     """
     longest = config.context_length
@@ -146,9 +154,10 @@ def settings_for(
         context = max(least, min(context, pages * page_size))
         each = -(-context // page_size)
     if pages < each:
+        fitting = f"context={pages * page_size} fits, or use a smaller dtype, or more devices"
         raise DoesNotFit(
             f"a sequence of {context} tokens takes {each} pages of {page_size}; there is memory for {pages}",
-            hint=f"context={pages * page_size} fits, or use a smaller dtype, or more devices",
+            hint="; ".join(filter(None, (fitting, more_memory))),
         )
     tokens = [n for n in (CPU_TOKENS if on_cpu else GPU_TOKENS) if n > rows] or [2 * rows]
     return EngineSettings(
@@ -157,6 +166,7 @@ def settings_for(
         pages=pages,
         decode_rows=_decode_rows(rows, on_cpu=on_cpu),
         mixed_tokens=tuple(tokens),
+        draft_rows=min(DRAFT_ROWS, rows),
         chunk_rows=min(CHUNK_ROWS, rows),
         page_size=page_size,
         **options,

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from llama_jax.engine.limits import Counts
-
-WINDOW_S = 1.0
-"""Over how long rates are taken."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +18,16 @@ class Snapshot:
       counts: of the scheduler.
       tokens_in, tokens_out: prompt tokens computed or found, and tokens drawn, since the start.
       computed_tokens, padding_tokens: that steps have computed, and besides to fill up their shapes.
-      steps: dispatched since the start; late_compilations: programs that were compiled after the engine was ready.
-      tokens_per_s: drawn, over the last second.
+      steps: dispatched since the start.
+      late_compilations: what was compiled after the engine was ready: programs of its set, and whatever else jax
+        compiled in its steps.
+      drafted_tokens, accepted_tokens: of drafts, tried and drawn.
+      programs, programs_from_cache: compiled, and those of them that were in jax's persistent cache.
+      ready_s: seconds until all were compiled; None in an engine that compiles them as they are needed.
+      tokens_per_s: drawn, over the last second (or the last step, if that took longer).
       step_s: mean time of a step over the last second; 0 if there was none.
+      mbu, mfu: over the last second, weights and cache that one device had to read and write, and FLOPs that it had to
+        do, over its peak; None where that is not known. peak: "measured", "data sheet" or None.
     """
 
     counts: Counts
@@ -35,57 +37,69 @@ class Snapshot:
     padding_tokens: int
     steps: int
     late_compilations: int
+    drafted_tokens: int
+    accepted_tokens: int
+    programs: int
+    programs_from_cache: int
+    ready_s: float | None
     tokens_per_s: float
     step_s: float
+    mbu: float | None
+    mfu: float | None
+    peak: str | None
+
+    @property
+    def padding_share(self) -> float:
+        """Of the tokens that steps computed, those that only filled up their shapes."""
+        return self.padding_tokens / max(1, self.computed_tokens + self.padding_tokens)
+
+    @property
+    def cache_use(self) -> float:
+        """Part of the pages that running requests hold; what is only kept for later ones does not count."""
+        counts = self.counts
+        pages = counts.pages_used + counts.pages_free + counts.pages_cached + counts.pages_fenced
+        return counts.pages_used / max(1, pages)
 
     @classmethod
     def of(cls, parts: Sequence[Snapshot]) -> Snapshot:
-        """Several engines as one: sums, and the mean time of a step."""
+        """Several engines as one: sums, means of shares and times, and the longest start."""
         if len(parts) == 1:
             return parts[0]
-
-        each = [dataclasses.asdict(part) for part in parts]
-        counts = Counts(**_sums([numbers.pop("counts") for numbers in each]))
-        sums = _sums(each)
-        return cls(counts, **(sums | {"step_s": sums["step_s"] / len(parts)}))
+        fields = [field.name for field in dataclasses.fields(cls)]
+        means = ("step_s", "mbu", "mfu")
+        summed = [name for name in fields if name not in (*means, "counts", "ready_s", "peak")]
+        known = {name: _known([getattr(part, name) for part in parts]) for name in means}
+        shares: dict[str, Any] = {name: sum(values) / len(values) if values else None for name, values in known.items()}
+        return cls(
+            counts=Counts(**_sums([dataclasses.asdict(part.counts) for part in parts])),
+            ready_s=max(_known([part.ready_s for part in parts]), default=None),
+            peak=parts[0].peak,
+            **_sums([{name: getattr(part, name) for name in summed} for part in parts]),
+            **shares,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, flat."""
         data = dataclasses.asdict(self)
         return data.pop("counts") | data
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+          KeyError: a number is missing, as in that of another version.
+        """
+        counts = Counts(**{field.name: data[field.name] for field in dataclasses.fields(Counts)})
+        names = (field.name for field in dataclasses.fields(cls) if field.name != "counts")
+        return cls(counts=counts, **{name: data[name] for name in names})
+
 
 def _sums(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: sum(numbers[name] for numbers in each) for name in each[0]}
 
 
-class Meter:
-    """Counts what a core does."""
-
-    def __init__(self) -> None:
-        self.tokens_out = self.computed = self.padding = self.steps = 0
-        self._recent: deque[tuple[float, int]] = deque()
-
-    def dispatched(self, tokens: int, size: int) -> None:
-        """A step of `tokens` tokens was given to a program of `size`."""
-        self.steps += 1
-        self.computed += tokens
-        self.padding += size - tokens
-
-    def ended(self, drawn: int) -> None:
-        """A step has ended that drew N tokens."""
-        self.tokens_out += drawn
-        now = time.monotonic()
-        self._recent.append((now, drawn))
-        while self._recent and now - self._recent[0][0] > WINDOW_S:
-            self._recent.popleft()
-
-    def rates(self) -> tuple[float, float]:
-        """Tokens a second and seconds a step, lately."""
-        recent = [(at, n) for at, n in self._recent if time.monotonic() - at <= WINDOW_S]
-        if len(recent) < 2:
-            return 0.0, 0.0
-        span = recent[-1][0] - recent[0][0]
-        if not span:
-            return 0.0, 0.0
-        return sum(n for _, n in recent[1:]) / span, span / (len(recent) - 1)
+def _known(values: Sequence[float | None]) -> list[float]:
+    """The values, or none of them if one is not known."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else []

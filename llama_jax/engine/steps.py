@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from llama_jax.engine.sequence import Sequence
 
@@ -49,6 +50,8 @@ class Step:
       decoding: sequences whose rows compute the token that they have drawn last, which the host may not know yet, and
         draw the next.
       steps: how often they do so; a row that has drawn its limit ends before.
+      drafts: of decoding sequences. In a step with any, each row computes its draft behind the token drawn last, and
+        draws one token more than it finds in the draft, in one pass. A row has at most one entry in `pages`.
     """
 
     number: int
@@ -58,8 +61,9 @@ class Step:
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
     steps: int
+    drafts: Mapping[Sequence, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
         """Tokens of one of its steps."""
-        return sum(chunk.count for chunk in self.chunks) + len(self.decoding)
+        return sum(chunk.count for chunk in self.chunks) + len(self.decoding) + sum(map(len, self.drafts.values()))

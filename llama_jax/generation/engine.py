@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -17,11 +18,12 @@ from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed, LlamaJaxError
 from llama_jax.generation.answer import Answer
-from llama_jax.generation.jobs import Jobs, News, opened
+from llama_jax.generation.jobs import Jobs, News, Progress, opened
 from llama_jax.generation.outputs import FinishReason, RequestOutput, TokenLogprob
 from llama_jax.generation.request import Prompt, Requests, prepare
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.plan.step_costs import Peak
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -98,12 +100,15 @@ class Engine:
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
         ahead: bool = True,
+        peak: Peak | None = None,
+        compiling: Progress | None = None,
         **options: Any,
     ):
-        """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`."""
+        """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`. `compiling` is
+        called in another thread."""
         self.model, self.tokenizer = opened(model, tokenizer)
         self._settings = settings or default_settings(replicas(self.model)[0], **options)
-        self._adapters, self._ahead = adapters, ahead
+        self._adapters, self._ahead, self._peak, self._compiling = adapters, ahead, peak, compiling
         self._jobs: Jobs | None = None
         self._failed: EngineFailed | None = None
         self._streams: dict[Answer, _Stream] = {}
@@ -126,6 +131,11 @@ class Engine:
         self._wake.set()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+
+    @property
+    def settings(self) -> EngineSettings:
+        """Sizes of the engine."""
+        return self._settings
 
     async def stream(self, request: Request) -> AsyncIterator[Piece]:
         """The pieces of a request's answer, as they come.
@@ -177,10 +187,8 @@ class Engine:
     # --- The engine's thread
 
     def _made(self) -> Jobs:
-        jobs = Jobs(self.model, self.tokenizer, self._settings, self._adapters)
-        if self._ahead:
-            for _ in jobs.engine.compile_all():
-                pass
+        jobs = Jobs(self.model, self.tokenizer, self._settings, self._adapters, peak=self._peak)
+        jobs.make_ready(self._compiling, ahead=self._ahead)
         return jobs
 
     def _run(self) -> None:
@@ -231,8 +239,13 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         """Ends every request with a typed error, and begins afresh; if that fails too, the engine has ended."""
-        failed = EngineFailed(f"the engine's device failed: {error}", hint="send the request again")
-        failed.__cause__ = error
+        # The frames hold the old engine. Cleared before a caller raises the error again, which adds frames of its own.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, EngineFailed):
+            failed = error
+        else:
+            failed = EngineFailed(f"the engine's device failed: {error}", hint="send the request again")
+            failed.__cause__ = error
         self._drop(failed)
         try:
             self._jobs = None  # the arrays of the old one make room

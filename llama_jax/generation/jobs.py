@@ -10,24 +10,30 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llama_jax.engine.compiled import Compiled
 from llama_jax.engine.core import Drawn
+from llama_jax.engine.publishing import publish
 from llama_jax.engine.replicas import Replicas, replicas
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import GROUP
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import Sizes
-from llama_jax.errors import DoesNotFit
+from llama_jax.errors import DoesNotFit, LateCompilation
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.request import Requests
 from llama_jax.loading import load
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.plan.step_costs import Peak
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
 FORESEEN = 512
 """Tokens of an answer that an engine makes room for before it begins, at most. Few answers are as long as they may
 become, and an engine that grows makes room for those when they are."""
+
+Progress = Callable[[Compiled], None]
+"""Told of each program that is compiled before an engine is ready."""
 
 
 def opened(model: Model | str | Path | None, tokenizer: Tokenizer | None) -> tuple[Model, Tokenizer | None]:
@@ -88,18 +94,29 @@ class Jobs:
         tokenizer: Tokenizer | None,
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
+        *,
+        peak: Peak | None = None,
         **options: Any,
     ):
         """An engine without requests.
 
         Args:
           settings: of each replica; without them it grows as requests need it.
+          peak: of each device, by which its use is told.
           options: without `settings`: of `default_settings`. A context among them fixes it.
         """
         self._models, self._tokenizer, self._adapters = replicas(model), tokenizer, adapters
         self._sizes = Sizes(self._models[0], options, settings)
         self._of: dict[int, _Job] = {}
-        self._engine = Replicas(self._models, self._sizes(0), adapters)
+        self._peak = peak
+        self._engine = self._made(self._sizes(0))
+
+    def make_ready(self, progress: Progress | None = None, *, ahead: bool = True) -> None:
+        """Compiles every program, if that is wanted `ahead` or the engine is strict."""
+        if ahead or self._engine.settings.strict:
+            for news in self._engine.compile_all():
+                if progress is not None:
+                    progress(news)
 
     @property
     def engine(self) -> Replicas:
@@ -223,23 +240,34 @@ class Jobs:
             number = core.add(prompt, job.params, limit, drawn=job.drawn, rule=job.rule, **job.options)
             self._of[number] = job
 
+    def _made(self, settings: EngineSettings) -> Replicas:
+        engine = Replicas(self._models, settings, self._adapters, peak=self._peak)
+        publish(engine)
+        return engine
+
     def _make_room(self, length: int) -> None:
         """Replaces an engine that has no room for a sequence of that length, if there are larger ones.
 
         Raises:
           DoesNotFit: there is no memory for it. Everything under way has ended then.
+          LateCompilation: the engine is strict, and a larger one would have to be compiled.
         """
         settings = self._engine.settings
         if length <= settings.context or self._sizes.longest <= settings.context:
             return
+        if settings.strict:
+            raise LateCompilation(
+                f"a sequence of {length} tokens needs a larger engine, which would have to be compiled",
+                hint=f"give the engine a context; it has {settings.context} tokens",
+            )
         jobs, self._of = list(self._of.values()), {}
         del self._engine  # the arrays of the old one make room
         gc.collect()
         try:
             larger = self._sizes(min(length, self._sizes.longest))
         except DoesNotFit:
-            self._engine = Replicas(self._models, settings, self._adapters)
+            self._engine = self._made(settings)
             raise
-        self._engine = Replicas(self._models, larger, self._adapters)
+        self._engine = self._made(larger)
         for _, each in itertools.groupby(jobs, key=lambda job: job.answer):
             self._begin(list(each))

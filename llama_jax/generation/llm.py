@@ -13,11 +13,12 @@ from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.generation.answer import Answer
-from llama_jax.generation.jobs import Jobs, opened
+from llama_jax.generation.jobs import Jobs, Progress, opened
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
 from llama_jax.generation.request import Prompt, Requests, check_prompts, check_stream, prepare, sampling
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.plan.step_costs import Peak
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.chat import Message, encode_chat
 from llama_jax.text.tokenizer import Tokenizer
@@ -59,6 +60,8 @@ class LLM:
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
         ahead: bool = False,
+        peak: Peak | None = None,
+        compiling: Progress | None = None,
         **options: Any,
     ):
         """Makes the engine; a name is loaded first.
@@ -68,8 +71,10 @@ class LLM:
           settings: sizes of the engine; of each replica on a mesh that splits the batch.
           adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
           ahead: compile every program now. Otherwise each is compiled when it is first used.
-          options: without `settings`: of `default_settings` (rows, context, pages, steps, ...). Without a context the
-            engine begins with a short one, and is made anew with a longer one where a request needs it.
+          peak: what the device can do, for `mbu` and `mfu` of `snapshot`; by default what its data sheet says.
+          compiling: told of each program that is compiled now.
+          options: without `settings`: of `default_settings` (rows, context, pages, steps, strict, ...). Without a
+            context the engine begins with a short one, and is made anew with a longer one where a request needs it.
 
         Raises:
           DoesNotFit: there is no memory for one sequence of the context's length.
@@ -77,10 +82,8 @@ class LLM:
         self.model, self.tokenizer = opened(model, tokenizer)
         self._adapters = adapters
         with memory_errors():
-            self._jobs = Jobs(self.model, self.tokenizer, settings, adapters, **options)
-            if ahead:
-                for _ in self._jobs.engine.compile_all():
-                    pass
+            self._jobs = Jobs(self.model, self.tokenizer, settings, adapters, peak=peak, **options)
+            self._jobs.make_ready(compiling, ahead=ahead)
         self._busy = False
 
     @property

@@ -32,6 +32,7 @@ from llama_jax.model.loaded import Model
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.plan.costs import prefill_flops, step_bytes
+from llama_jax.plan.step_costs import Peak
 from llama_jax.sharding import DeviceMesh
 
 
@@ -41,6 +42,11 @@ class Ceilings:
 
     read_bytes_per_s: float
     matmul_flops_per_s: float
+
+    @property
+    def peak(self) -> Peak:
+        """What an engine's rates are compared with."""
+        return Peak(self.read_bytes_per_s, self.matmul_flops_per_s)
 
     def __str__(self) -> str:
         return (

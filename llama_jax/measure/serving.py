@@ -116,27 +116,30 @@ class Served:
 
 
 def serve(
-    model: Model, settings: EngineSettings, rounds: Sequence[Sequence[Work]], limits: Mapping[str, float]
+    model: Model,
+    settings: EngineSettings,
+    rounds: Sequence[Sequence[Work]],
+    limits: Mapping[str, float],
+    **options: Any,
 ) -> list[Served]:
     """Sends requests to an `Engine` in this process at their times of arrival, and reads all streams to their ends.
 
     Args:
       rounds: the requests of one run after the other, through one engine.
+      options: of `Engine`.
 
     Raises:
       EngineFailed: the device failed.
     """
     check_limits(limits)
-    return asyncio.run(_serve(model, settings, rounds, limits))
+    return asyncio.run(_serve(Engine(model, settings=settings, **options), rounds, limits))
 
 
-async def _serve(
-    model: Model, settings: EngineSettings, rounds: Sequence[Sequence[Work]], limits: Mapping[str, float]
-) -> list[Served]:
+async def _serve(made: Engine, rounds: Sequence[Sequence[Work]], limits: Mapping[str, float]) -> list[Served]:
     start, served = time.perf_counter(), []
-    async with Engine(model, settings=settings) as engine:
+    async with made as engine:
         ready_s = time.perf_counter() - start
-        for first in warm_up(settings, model.config.vocab_size):
+        for first in warm_up(engine.settings, engine.model.config.vocab_size):
             await _send(engine, first)
         for works in rounds:
             before: Snapshot = engine.snapshot()

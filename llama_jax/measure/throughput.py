@@ -13,8 +13,10 @@ from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed
 from llama_jax.generation import batch_generate
+from llama_jax.generation.jobs import Progress
 from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import RequestOutput
+from llama_jax.measure.bench import Ceilings
 from llama_jax.measure.ideal import Steady
 from llama_jax.measure.warming import warm_up
 from llama_jax.measure.workloads import Work
@@ -53,12 +55,19 @@ def asked(work: Work) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=work.output_tokens, ignore_eos=True)
 
 
-def make_ready(model: Model, settings: EngineSettings) -> tuple[LLM, float]:
+def make_ready(
+    model: Model, settings: EngineSettings, ceilings: Ceilings, compiling: Progress | None = None
+) -> tuple[LLM, float]:
     """An engine whose programs are all compiled and have run, and the seconds until it could take requests (those of
-    the first runs not counted)."""
+    the first runs not counted).
+
+    Args:
+      ceilings: what it is compared with while it runs (`Snapshot.mbu`).
+      compiling: told of each program that is compiled.
+    """
     gc.collect()  # what was measured before may still hold memory
     start = time.perf_counter()
-    llm = LLM(model, settings=settings, ahead=True)
+    llm = LLM(model, settings=settings, ahead=True, peak=ceilings.peak, compiling=compiling)
     ready_s = time.perf_counter() - start
     for works in warm_up(settings, model.config.vocab_size):
         _answered(llm, works)

@@ -11,7 +11,7 @@ predictions from peak rates (`plan.roofline`). `docs/plan.md` explains every lin
 from __future__ import annotations
 
 from llama_jax.plan.automatic import AUTO, AutoMesh, MeshRequest, resolve_mesh
-from llama_jax.plan.device_memory import MEMORY_FRACTION, memory_fraction
+from llama_jax.plan.device_memory import ENGINE_FRACTION, MEMORY_FRACTION, memory_fraction
 from llama_jax.plan.memory import Bytes, DeviceShare, Needs
 from llama_jax.plan.mesh_choice import Candidate, MeshChoice, choose_mesh, smallest_mesh
 from llama_jax.plan.remedies import remedies
@@ -22,6 +22,7 @@ from llama_jax.plan.workload import Calls, Workload, calls, default_workload
 
 __all__ = [
     "AUTO",
+    "ENGINE_FRACTION",
     "MEMORY_FRACTION",
     "AutoMesh",
     "Bytes",

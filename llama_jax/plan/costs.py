@@ -60,7 +60,7 @@ def attended(layer: LayerSpec, length: int) -> int:
 def attended_by_all(layer: LayerSpec, length: int) -> int:
     """Pairs of a token and one that it sees, of a text of `length` tokens."""
     width = attended(layer, length)
-    if layer.attention == "chunked":
+    if layer.attention == "chunked" and length:
         whole, rest = divmod(length, width)
         return whole * _triangle(width) + _triangle(rest)
     return _triangle(width) + (length - width) * width
@@ -93,15 +93,20 @@ def prefill_flops(config: LlamaConfig, batch: int, prompt: int, mesh: AnyMesh = 
     """Multiplications and additions of a prompt. Of all tokens the products up to the last layer's queries, keys and
     values, and attention up to the layer before; of the last token what follows."""
     *before, last = config.layers
-    once = sum(
-        local_size(s, config, mesh) * share_used(s, config, 1)
-        for s in canonical_specs(config)
-        if _of_last_token(s, config)
-    )
+    once = last_token_params(config, mesh)
     attention = 4 * (sum(attended_by_all(layer, prompt) for layer in before) + attended(last, prompt))
     attention *= local_heads(config, mesh)[0] * config.head_dim
     products = 2 * (prompt * (matmul_params(config, 1, mesh) - once) + once)
     return local_rows(batch, mesh) * (products + attention)
+
+
+def last_token_params(config: LlamaConfig, mesh: AnyMesh = None) -> float:
+    """Weights that a prompt multiplies with for its last token alone."""
+    return sum(
+        local_size(s, config, mesh) * share_used(s, config, 1)
+        for s in canonical_specs(config)
+        if _of_last_token(s, config)
+    )
 
 
 def _of_last_token(spec: ParamSpec, config: LlamaConfig) -> bool:

@@ -1,0 +1,185 @@
+"""Engines that let themselves be watched, and where another process of the same user finds them.
+
+Such an engine answers on a Unix socket in a folder that only its user may enter: whoever connects gets one JSON object.
+It costs nothing while nobody looks, and a socket whose process has ended takes no connection, so that nothing outdated
+is ever read. Imports no jax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import socket
+import stat
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_jax import __version__
+from llama_jax.disk import storage_errors
+from llama_jax.engine.snapshot import Snapshot
+from llama_jax.errors import StorageError
+from llama_jax.folders import runtime_dir
+
+if TYPE_CHECKING:
+    from llama_jax.engine.replicas import Replicas
+
+VARIABLE = "LLAMA_JAX_PUBLISH"
+"""Set to 1, it makes the engines of a process answer."""
+ANSWER_S = 3.0
+"""How long an engine may take to answer: one whose process is stopped never does."""
+
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Published:
+    """What an engine says of itself; device, rows and context are those of one replica."""
+
+    pid: int
+    model: str
+    device: str
+    dtype: str
+    replicas: int
+    rows: int
+    context: int
+    snapshot: Snapshot
+
+    def to_json(self) -> dict[str, Any]:
+        """As an object."""
+        return dataclasses.asdict(self) | {"version": __version__, "snapshot": self.snapshot.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Published:
+        """The inverse of `to_json`.
+
+        Raises:
+          KeyError: it is one of another version.
+        """
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "snapshot"]
+        return cls(**{name: data[name] for name in names}, snapshot=Snapshot.from_json(data["snapshot"]))
+
+
+def publish(engine: Replicas) -> None:
+    """Makes an engine answer until it is gone, if `VARIABLE` asks for it.
+
+    Raises:
+      StorageError: the folder is not this user's alone, or a socket cannot be made there.
+    """
+    if os.environ.get(VARIABLE, "0") in ("", "0"):
+        return
+    from llama_jax.runtime import device_name
+
+    found, model, settings = weakref.ref(engine), engine.cores[0].model, engine.settings
+    state = functools.partial(
+        Published,
+        pid=os.getpid(),
+        model=model.name,
+        device=device_name(model.device, model.mesh),
+        dtype=model.dtype.name,
+        replicas=len(engine.cores),
+        rows=settings.rows,
+        context=settings.context,
+    )
+
+    def answer() -> bytes | None:
+        engine = found()
+        return None if engine is None else json.dumps(state(snapshot=engine.snapshot()).to_json()).encode()
+
+    weakref.finalize(engine, _Socket(_folder(make=True) / f"{os.getpid()}-{next(_numbers)}.sock", answer).close)
+
+
+def published() -> list[Published]:
+    """The engines of this user on this machine that answer, those of other versions left out; removes sockets of
+    processes that have ended.
+
+    Raises:
+      StorageError: the folder is not this user's alone.
+    """
+    engines = []
+    for path in sorted(_folder(make=False).glob("*.sock")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            engines.append(Published.from_json(json.loads(_asked(path))))
+    return engines
+
+
+def _asked(path: Path) -> bytes:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.settimeout(ANSWER_S)
+        try:
+            asking.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            raise
+        return b"".join(iter(lambda: asking.recv(1 << 16), b""))
+
+
+class _Socket:
+    """A socket in the file system, and a thread that answers."""
+
+    def __init__(self, path: Path, answer: Callable[[], bytes | None]):
+        self._path, self._answer = path, answer
+        self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._listen()
+        except BaseException:
+            self._listening.close()
+            raise
+        threading.Thread(target=self._serve, name="llama_jax publishing", daemon=True).start()
+
+    def _listen(self) -> None:
+        new = self._path.with_suffix(".new")  # what refuses connections under its last name counts as left behind
+        with storage_errors(self._path):
+            new.unlink(missing_ok=True)
+            try:
+                self._listening.bind(os.fspath(new))
+            except OSError as error:
+                if error.errno is None:  # Python's own check of the length
+                    hint = "set XDG_RUNTIME_DIR to a folder with a shorter name"
+                    raise StorageError(f"the name of the socket {self._path} is too long", hint=hint) from None
+                raise
+            self._listening.listen()
+            new.rename(self._path)  # where one may be left of an earlier process with this number
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                asking, _ = self._listening.accept()
+            except OSError:  # closed
+                return
+            with asking, contextlib.suppress(OSError):
+                asking.settimeout(ANSWER_S)
+                if answer := self._answer():
+                    asking.sendall(answer)
+
+    def close(self) -> None:
+        """Ends the thread and removes the socket."""
+        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        self._listening.close()
+
+
+def _folder(*, make: bool) -> Path:
+    """Where the sockets are. Nobody else may put one there, or see them."""
+    folder = runtime_dir() / "engines"
+    if make:
+        with storage_errors(folder):
+            for place in (folder.parent, folder):
+                place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(FileNotFoundError):
+        for place in (folder, folder.parent):
+            found = place.lstat()
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+                raise StorageError(
+                    f"{place} is not a folder that only you may write to",
+                    hint="remove it, or set XDG_RUNTIME_DIR to a folder of your own",
+                )
+    return folder
