@@ -220,6 +220,7 @@ def test_another_batch_size_may_go_on(tmp_path: Path, loaded: Loaded) -> None:
     assert target.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_stop_ends_after_the_batch(tmp_path: Path, loaded: Loaded) -> None:
     source, target = write_input(tmp_path / "in.jsonl", requests(16)), tmp_path / "out.jsonl"
     asked = iter([False, False, False, True])

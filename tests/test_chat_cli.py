@@ -200,6 +200,7 @@ def test_files(tmp_path: Path) -> None:
         load_conversation(tmp_path / "missing")
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_generate(session: Session, loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
     messages: list[dict[str, str]] = []
     for text in ("Hello", "and\nthen?"):

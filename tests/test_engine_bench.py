@@ -250,6 +250,7 @@ def test_latency(tiny: None) -> None:
     assert found["late_compilations"] == 0
 
 
+@pytest.mark.slow
 def test_serve(tiny: None) -> None:
     asked = ["--mix", "mixed", "--requests", "5", "--scale", "0.2", "--rate", "200", "--goodput", "ttft:1e6 e2el:1e6"]
     done = run("serve", *ENGINE, *asked, "--strict", "--json")

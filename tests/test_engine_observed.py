@@ -166,6 +166,7 @@ def strict_engine(spoil: Any) -> BaseException:
     return asyncio.run(caller())
 
 
+@pytest.mark.slow
 def test_a_strict_engine_names_the_program_that_is_missing() -> None:
     error = strict_engine(lambda programs: programs._compiled.pop(Key("decode", 2)))
     assert "'decode of 2 rows'" in str(error)

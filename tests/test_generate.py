@@ -115,6 +115,7 @@ def test_stream_and_batch_and_generate_agree(chat: Loaded, setting: str) -> None
             assert step.logprobs.top == pytest.approx(entry.top, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_settings_of_rows_do_not_mix(chat: Loaded) -> None:
     """Every setting in one batch gives what it gives alone."""
     model, tokenizer = chat

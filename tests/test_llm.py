@@ -91,6 +91,7 @@ def test_conversations(chat: LLM) -> None:
         LLM(tiny_model(), settings=small_settings()).chat(messages)
 
 
+@pytest.mark.slow
 def test_many_callers() -> None:
     """Each gets its own; those that leave hold nothing any more."""
     model = tiny_model()

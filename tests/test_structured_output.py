@@ -128,6 +128,7 @@ def completions(llm: LLM, asked: list[SamplingParams]) -> list[CompletionOutput]
     return [output.outputs[0] for output in llm.generate([prompt(i) for i in range(len(asked))], asked)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_json_of_many_schemas_in_one_batch_with_free_texts(llm: LLM, rounds: int) -> None:
     """Free texts beside them are what they are alone."""

@@ -21,6 +21,7 @@ PACKAGES = (
     "tokenizers",
     "sentencepiece",
     "jinja2",
+    "llguidance",
     "safetensors",
     "gguf",
     "huggingface-hub",

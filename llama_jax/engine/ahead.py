@@ -18,7 +18,7 @@ from llama_jax.decode.loop import DecodeState
 from llama_jax.engine.compiled import THREADS, Key, program, program_set
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import settings_for
-from llama_jax.engine.state import new_state
+from llama_jax.engine.state import new_state, shapes_of
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.layout import check
 from llama_jax.plan import ENGINE_FRACTION, Verdict
@@ -142,11 +142,7 @@ def compile_engine(
 
     nothing = jax.ShapeDtypeStruct((), jnp.bool)
     start = compiled(Program(START, jax.jit(begin, keep_unused=True), (nothing,), {}))
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        start.compiled.out_info,
-        start.compiled.output_shardings,
-    )
+    state = shapes_of(start.compiled)
     params = fused_parameters(split, mesh, dtype)
 
     def of_key(key: Key) -> Compilation:

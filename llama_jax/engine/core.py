@@ -30,7 +30,7 @@ from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
-from llama_jax.engine.state import new_state
+from llama_jax.engine.state import new_state, shapes_of
 from llama_jax.engine.steps import Step
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
@@ -120,16 +120,29 @@ class Core:
             )
         )
         with on(model.mesh), using(**model.kernels):
-            create = jax.jit(new_state, static_argnums=(0, 1, 2))
-            self._state: DecodeState = create(model.config, settings, jnp.dtype(model.dtype))
-        self.programs = Programs(model, settings, self._state, adapters)
+            begin = jax.jit(new_state, static_argnums=(0, 1, 2))
+            self._begin = begin.lower(model.config, settings, jnp.dtype(model.dtype)).compile()
+        self._begun: DecodeState | None = None
+        self.programs = Programs(model, settings, shapes_of(self._begin), adapters)
         self._asked: dict[int, Asked] = {}
         self._flights: deque[_Flight] = deque()
         self._numbers = itertools.count() if numbers is None else numbers
 
+    @property
+    def _state(self) -> DecodeState:
+        """Made when it is first asked for. While it compiles, XLA tries kernels out in memory that pages would take."""
+        if self._begun is None:
+            self._begun = self._begin()
+        return self._begun
+
+    @_state.setter
+    def _state(self, new: DecodeState) -> None:
+        self._begun = new
+
     def compile_all(self) -> Iterator[Compiled]:
-        """See `Programs.compile_all`. Then the engine is ready."""
+        """See `Programs.compile_all`. Then the engine is ready, and has its pages."""
         yield from self.programs.compile_all()
+        jax.block_until_ready(self._state)
         self._meter.ready()
 
     def add(

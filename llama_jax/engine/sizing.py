@@ -195,9 +195,11 @@ def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
 
 
 def _beside_pages(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh) -> int:
-    """Bytes of each device that the largest step needs besides weights and pages."""
+    """Bytes of each device that the largest step needs besides weights and pages, or XLA to compile it: it tries out
+    kernels on copies of their operands, the largest of which is the head's matrix."""
     width = max((layer.mlp if isinstance(layer.mlp, int) else 0) for layer in config.layers) // ruled(mesh).ways("mlp")
     tokens = GPU_TOKENS[-1]
     logits = 5 * 4 * GPU_ROWS * config.vocab_size
     activations = tokens * (4 * config.hidden_size * 4 + 3 * max(width, config.hidden_size) * jnp.dtype(dtype).itemsize)
-    return logits + 2 * activations + (1 << 30)
+    head = config.vocab_size * config.hidden_size * jnp.dtype(dtype).itemsize // ruled(mesh).ways("vocab")
+    return logits + 2 * activations + head + (1 << 30)

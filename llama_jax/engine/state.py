@@ -38,6 +38,15 @@ def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -
     return by_rows(idle_state(cache, sampler))
 
 
+def shapes_of(begin: Any) -> DecodeState:
+    """Shapes, dtypes and shardings of the state that a compiled `new_state` makes."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        begin.out_info,
+        begin.output_shardings,
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Marked:
