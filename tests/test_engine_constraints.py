@@ -207,13 +207,17 @@ def test_nothing_is_compiled_for_constraints_after_ready() -> None:
     core = Core(tiny_model(), small_settings())
     list(core.programs.compile_all())
     compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         asked, constraints, _ = mixture(9)
         compiled.clear()  # those of the loop without engine
         run(core, asked, constraints=constraints)
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert not [name for name in compiled if "backend_compile" in name]
     assert core.snapshot().late_compilations == 0
 

@@ -12,6 +12,7 @@ import click
 
 from llama_jax.cli.errors import INTERRUPTED
 from llama_jax.cli.options import (
+    claim_memory,
     dtype_option,
     given,
     mesh_options,
@@ -134,6 +135,7 @@ def command(
     from llama_jax.runtime import default_dtype, device_name
     from llama_jax.text.tokenizer import load_tokenizer
 
+    claim_memory()
     devices = requested_mesh(mesh, tp, batch=batch_size or GPU_ROWS)
     dtype = dtype or default_dtype().name
     batch = BatchFile(

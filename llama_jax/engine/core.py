@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.decode.loop import DecodeState
-from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
-from llama_jax.engine.compiled import Compiled, Key, Programs
+from llama_jax.engine.compiled import Compiled, Programs
 from llama_jax.engine.drafting import Drafter
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.meter import Meter
+from llama_jax.engine.packing import pack
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
@@ -61,23 +61,14 @@ class Drawn:
     error: str | None = None
 
 
-_Packed = tuple[Key, np.ndarray, Mapping[str, np.ndarray]]
-"""A program, its control array, and the parts of this."""
-
-
 @dataclass
 class _Flight:
-    """A step that the device has not ended yet.
-
-    Attributes:
-      rows: (line of the report, sequence) of those that draw, or that end with it.
-      spans: (first, last token of the step, sequence) of prompts that are scored.
-    """
+    """A step that the device has not ended yet; rows and spans are those of `packing.Packed`."""
 
     step: Step
     rows: list[tuple[int, Sequence]]
     spans: list[tuple[int, int, Sequence]]
-    report: Any
+    report: Any = None
     logprobs: Any = None
     scores: Any = None
 
@@ -264,17 +255,16 @@ class Core:
         for leaving, new in joinings(step, self._asked, self.model, self.settings):
             self._state = self.programs.join(self._state, leaving, new)
         joined = {joining.row for joining in step.joining}
-        flight = _Flight(step, [], [], None)
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
-        pack = self._mixed if step.chunks else self._verify if step.drafts else self._decode
-        key, control, parts = pack(flight, greedy=greedy)
+        packed = pack(step, self.programs, self.settings, self._asked, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
-            parts["pages"][: len(pages)] = pages
+            packed.parts["pages"][: len(pages)] = pages
+        flight = _Flight(step, packed.rows, packed.spans)
         if not greedy:
             self._restrict(flight)
-        self._meter.dispatched(step, key.size * (1 + self.settings.drafts) if key.name == "verify" else key.size)
-        self._state, flight.report, logprobs, *scores = self.programs.step(key, self._state, control)
+        self._meter.dispatched(step, packed.size)
+        self._state, flight.report, logprobs, *scores = self.programs.step(packed.key, self._state, packed.control)
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs
         flight.scores = scores[0] if scores else None
@@ -288,62 +278,6 @@ class Core:
         if ruled:
             rows, masks = [row for row, _ in ruled], [rule.mask() for _, rule in ruled]
             self._state = self.programs.restrict(self._state, rows, masks)
-
-    def _mixed(self, flight: _Flight, *, greedy: bool) -> _Packed:
-        step = flight.step
-        scored = any(self._params(chunk.sequence).prompt_logprobs is not None for chunk in step.chunks)
-        key = self.programs.choose("scored" if scored else "mixed", step.tokens, greedy=greedy)
-        control = programs.mixed_control(key.size, self.settings.rows)
-        array, parts = control.new(positions=-1, rows=NO_ROW, pages=NO_ROW, at=key.size)
-
-        def draw(row: int, at: int) -> None:
-            parts["at"][row], parts["draws"][row] = at, 1
-
-        for at, sequence in enumerate(step.decoding):
-            parts["ids"][at], parts["rows"][at] = -1, sequence.row
-            draw(sequence.row, at)
-            flight.rows.append((sequence.row, sequence))
-        at = len(step.decoding)
-        for chunk in step.chunks:
-            sequence, end = chunk.sequence, chunk.start + chunk.count
-            here = slice(at, at + chunk.count)
-            parts["ids"][here] = sequence.tokens[chunk.start : end]
-            parts["positions"][here] = np.arange(chunk.start, end)
-            parts["rows"][here] = chunk.row
-            behind = sequence.tokens[chunk.start + 1 : end + 1]
-            parts["next"][at : at + len(behind)] = behind
-            if chunk.draws:
-                draw(chunk.row, here.stop - 1)
-            if chunk.draws or (sequence.limit == 0 and end == len(sequence.tokens)):
-                flight.rows.append((chunk.row, sequence))
-            if self._params(sequence).prompt_logprobs is not None:
-                flight.spans.append((at, at + min(chunk.count, sequence.prompt_length - 1 - chunk.start), sequence))
-            at = here.stop
-        return key, array, parts
-
-    def _decode(self, flight: _Flight, *, greedy: bool) -> _Packed:
-        decoding = flight.step.decoding
-        key = self.programs.choose("decode", len(decoding), greedy=greedy)
-        control = programs.decode_control(key.size)
-        array, parts = control.new(rows=NO_ROW, pages=NO_ROW, steps=flight.step.steps)
-        rows = [sequence.row for sequence in decoding]
-        parts["rows"][: len(rows)] = rows
-        # The largest program computes all rows where they are.
-        lines = rows if key.size == self.settings.rows else range(len(rows))
-        flight.rows = list(zip(lines, decoding, strict=True))
-        return key, array, parts
-
-    def _verify(self, flight: _Flight, *, greedy: bool) -> _Packed:
-        decoding = flight.step.decoding
-        key = self.programs.choose("verify", len(decoding), greedy=greedy)
-        control = programs.verify_control(key.size, self.settings.drafts)
-        array, parts = control.new(rows=NO_ROW, drafts=-1, pages=NO_ROW)
-        for line, sequence in enumerate(decoding):
-            draft = flight.step.drafts.get(sequence, ())
-            parts["rows"][line] = sequence.row
-            parts["drafts"][line, : len(draft)] = draft
-        flight.rows = list(enumerate(decoding))
-        return key, array, parts
 
     # --- From the device
 
@@ -367,7 +301,7 @@ class Core:
         if asked is None:
             return None
         self.scheduler.drawn(sequence.id, tokens)
-        if asked.drafter and (draft := flight.step.drafts.get(sequence)):
+        if asked.drafter and tokens and (draft := flight.step.drafts.get(sequence)):
             asked.drafter.drawn(draft, len(tokens), len(sequence.tokens))
             self._meter.drafted += len(draft)
             self._meter.accepted += len(tokens) - 1

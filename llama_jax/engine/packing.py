@@ -1,0 +1,104 @@
+"""A step as the program that runs it is given it: one array of integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llama_jax.decode.prefill import NO_ROW
+from llama_jax.engine import programs
+from llama_jax.engine.compiled import Key, Programs
+from llama_jax.engine.joining import Asked
+from llama_jax.engine.sequence import Sequence
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.steps import Step
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A program and its control array.
+
+    Attributes:
+      parts: views of the array by name, of which "pages" is still empty; size: tokens of one step of the program.
+      rows: (line of the report, sequence) of those that draw, or that end with it.
+      spans: (first, last token of the step, sequence) of prompts that are scored.
+    """
+
+    key: Key
+    control: np.ndarray
+    parts: Mapping[str, np.ndarray]
+    size: int
+    rows: list[tuple[int, Sequence]]
+    spans: list[tuple[int, int, Sequence]] = field(default_factory=list)
+
+
+def pack(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[int, Asked], *, greedy: bool) -> Packed:
+    """The smallest program for a step, and its control array.
+
+    Args:
+      of: the engine's programs; asked: by the numbers of sequences.
+      greedy: whether all that draw only take the most likely token.
+    """
+    if step.chunks:
+        return _mixed(step, of, settings, asked, greedy=greedy)
+    return _verify(step, of, settings, greedy=greedy) if step.drafts else _decode(step, of, settings, greedy=greedy)
+
+
+def _mixed(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[int, Asked], *, greedy: bool) -> Packed:
+    def scores(sequence: Sequence) -> bool:
+        return asked[sequence.id].params.prompt_logprobs is not None
+
+    scored = any(scores(chunk.sequence) for chunk in step.chunks)
+    key = of.choose("scored" if scored else "mixed", step.tokens, greedy=greedy)
+    control = programs.mixed_control(key.size, settings.rows)
+    array, parts = control.new(positions=-1, rows=NO_ROW, pages=NO_ROW, at=key.size)
+    packed = Packed(key, array, parts, key.size, [])
+
+    def draw(row: int, at: int) -> None:
+        parts["at"][row], parts["draws"][row] = at, 1
+
+    for at, sequence in enumerate(step.decoding):
+        parts["ids"][at], parts["rows"][at] = -1, sequence.row
+        draw(sequence.row, at)
+        packed.rows.append((sequence.row, sequence))
+    at = len(step.decoding)
+    for chunk in step.chunks:
+        sequence, end = chunk.sequence, chunk.start + chunk.count
+        here = slice(at, at + chunk.count)
+        parts["ids"][here] = sequence.tokens[chunk.start : end]
+        parts["positions"][here] = np.arange(chunk.start, end)
+        parts["rows"][here] = chunk.row
+        behind = sequence.tokens[chunk.start + 1 : end + 1]
+        parts["next"][at : at + len(behind)] = behind
+        if chunk.draws:
+            draw(chunk.row, here.stop - 1)
+        if chunk.draws or (sequence.limit == 0 and end == len(sequence.tokens)):
+            packed.rows.append((chunk.row, sequence))
+        if scores(sequence):
+            packed.spans.append((at, at + min(chunk.count, sequence.prompt_length - 1 - chunk.start), sequence))
+        at = here.stop
+    return packed
+
+
+def _decode(step: Step, of: Programs, settings: EngineSettings, *, greedy: bool) -> Packed:
+    key = of.choose("decode", len(step.decoding), greedy=greedy)
+    control = programs.decode_control(key.size)
+    array, parts = control.new(rows=NO_ROW, pages=NO_ROW, steps=step.steps)
+    rows = [sequence.row for sequence in step.decoding]
+    parts["rows"][: len(rows)] = rows
+    # The largest program computes all rows where they are.
+    lines = rows if key.size == settings.rows else range(len(rows))
+    return Packed(key, array, parts, key.size, list(zip(lines, step.decoding, strict=True)))
+
+
+def _verify(step: Step, of: Programs, settings: EngineSettings, *, greedy: bool) -> Packed:
+    key = of.choose("verify", len(step.decoding), greedy=greedy)
+    control = programs.verify_control(key.size, settings.drafts)
+    array, parts = control.new(rows=NO_ROW, drafts=-1, pages=NO_ROW)
+    for line, sequence in enumerate(step.decoding):
+        draft = step.drafts.get(sequence, ())
+        parts["rows"][line] = sequence.row
+        parts["drafts"][line, : len(draft)] = draft
+    return Packed(key, array, parts, key.size * (1 + settings.drafts), list(enumerate(step.decoding)))
