@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(600))
+
+
+@pytest.fixture(autouse=True)
+def keep_engines_out_of_the_cache(request: pytest.FixtureRequest) -> Iterator[None]:
+    """jaxlib 0.11.2 has aborted the process in `executable.serialize`, about once in a thousand CPU programs of engines.
+    jax looks at the time that a program took to compile before it serialises it."""
+    if not request.path.name.startswith("test_engine"):
+        yield
+        return
+    import jax
+
+    option = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.read(option)
+    jax.config.update(option, 1e9)
+    yield
+    jax.config.update(option, before)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
