@@ -86,15 +86,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def keep_engines_out_of_the_cache(request: pytest.FixtureRequest) -> Iterator[None]:
-    """jaxlib 0.11.2 has aborted the process in `executable.serialize`, about once in a thousand CPU programs of engines.
-    jax looks at the time that a program took to compile before it serialises it."""
+    """jaxlib 0.11.2 has aborted the process in `executable.serialize`, about once in a thousand programs of engines on a
+    CPU. jax serialises those that took long enough to compile."""
     if not request.path.name.startswith("test_engine"):
         yield
         return
     import jax
 
     option = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.read(option)
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update(option, 1e9)
     yield
     jax.config.update(option, before)
