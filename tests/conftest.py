@@ -86,8 +86,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def keep_engines_out_of_the_cache(request: pytest.FixtureRequest) -> Iterator[None]:
-    """jaxlib 0.11.2 has aborted the process in `executable.serialize`, about once in a thousand programs of engines on a
-    CPU. jax serialises those that took long enough to compile."""
+    """jaxlib 0.11.2 has aborted the process in `executable.serialize`, about once in a thousand programs of engines on
+    a CPU. jax serialises those that took long enough to compile."""
     if not request.path.name.startswith("test_engine"):
         yield
         return

@@ -425,21 +425,6 @@ def test_weights_that_do_not_fit() -> None:
         compile_model(preset("llama-3.1-70b"), find("rx7900xtx"), {"tensor": 4})
 
 
-@pytest.mark.amd
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_published_model_over_eight_devices() -> None:
-    """A larger one: tests/test_plan.py."""
-    name = "llama-3.1-8b"
-    result = compile_model(preset(name), find("mi300x"), {"tensor": 8})
-    assert result.fits
-    assert result.decode.compilation.memory.arguments == pytest.approx(2.1e9, rel=0.02)
-    layers = preset(name).num_layers
-    reduces = sum(c.count for c in result.decode.compilation.collectives if c.kind == "all-reduce")
-    assert 2 * layers <= reduces <= 2 * layers + 2
-    assert not any("permute" in c.kind for c in result.decode.compilation.collectives)
-
-
 # --- The engine -------------------------------------------------------------------------------------------------------
 
 HEADS = {

@@ -50,7 +50,7 @@ def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.M
     """With prefixes in common, prompts in pieces, too few pages for all, arrivals at any time, and drafts."""
     monkeypatch.setattr(engine_core, "Drafter", Guesses)
     model = golden_model(case)
-    core = new_core(model, small_settings(pages=12, drafts=3, draft_rows=2))
+    core = new_core(model, small_settings(pages=12, drafts=3, draft_rows=2, decode_rows=(3,), mixed_tokens=(24,)))
     check(model, core, 9, arrivals=[0, 0, 0, 2, 5, 5, 9, 30, 31])
     check(model, core, 2, seed=1)  # calm enough for drafts
     nothing_is_held(core)

@@ -40,7 +40,7 @@ def test_traffic() -> None:
 
 @pytest.mark.slow
 def test_more_traffic() -> None:
-    soaked(range(1000, 3000))
+    soaked(range(1000, 1800))
 
 
 class SameHash(bytes):

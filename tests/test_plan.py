@@ -28,8 +28,6 @@ from llama_jax.config import LayerSpec, config_from_hf, preset
 from llama_jax.decode.buckets import capacities
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Places, Visibility, visible
-from llama_jax.kernels.dispatch import using
-from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.layout import split_config
 from llama_jax.params import count_params
 from llama_jax.plan import Bytes, DeviceShare, Plan, Workload, calls, costs, make_plan, smallest_mesh
@@ -115,20 +113,9 @@ def test_a_published_model_on_the_cpu() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("name", "ways", "rows", "backend"),
-    [
-        ("llama-3.1-8b", 1, 8, "reference"),
-        ("llama-3.1-8b", 8, 8, "auto"),
-        ("llama-3.1-70b", 8, 32, "auto"),
-        ("mixtral-8x7b", 1, 4, "auto"),
-    ],
+    ("name", "ways", "rows"), [("llama-3.1-8b", 8, 8), ("llama-3.1-70b", 8, 32), ("mixtral-8x7b", 1, 4)]
 )
-def test_published_models_on_mi300x(name: str, ways: int, rows: int, backend: str) -> None:
-    with using(**dict.fromkeys(OPERATIONS, backend)):
-        assert_mi300x(name, ways, rows, "reference" if backend == "reference" else "pallas_triton")
-
-
-def assert_mi300x(name: str, ways: int, rows: int, attention: str) -> None:
+def test_published_models_on_mi300x(name: str, ways: int, rows: int) -> None:
     config, target, sizes = preset(name), find("mi300x"), {"tensor": ways}
     mesh = device_mesh(target, sizes)
     share = DeviceShare(config, target, sizes, 2)
@@ -137,7 +124,7 @@ def assert_mi300x(name: str, ways: int, rows: int, attention: str) -> None:
     def chosen(tokens: int) -> Backends:
         return backends(share.config, target, sizes, "bfloat16", tokens=tokens, **shape)
 
-    assert chosen(1).attention == (attention,)
+    assert chosen(1).attention == ("pallas_triton",)
     for program, predicted, exchanged in (
         (
             prefill_program(config, mesh, batch=rows, capacity=2048, chunk=256, dtype="bfloat16"),
