@@ -110,11 +110,6 @@ class Request:
     params: SamplingParams
 
     @property
-    def rows(self) -> int:
-        """Continuations."""
-        return self.params.n * len(self.prompts)
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(map(len, self.prompts))

@@ -23,9 +23,7 @@ class Drafter:
     """Drafts for one sequence, as long as they gain something."""
 
     def __init__(self, most: int):
-        """Args:
-        most: tokens of a draft, at most.
-        """
+        """A drafter of at most `most` tokens at a time."""
         self._most = self._length = most
         self._behind: dict[tuple[int, ...], int] = {}  # where the tokens are that followed these, the last time
         self._seen = 0
@@ -38,7 +36,7 @@ class Drafter:
         return count >= self._resumes
 
     def propose(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
-        """What may follow a text, the one of the last call with more tokens: at most `most` tokens, often none."""
+        """Proposes at most `most` tokens to follow a text, often none. The text is that of the last call, continued."""
         # The last tokens themselves are left out until another one follows.
         for end in range(max(self._seen, 1), len(tokens)):
             for length in LENGTHS:

@@ -79,7 +79,7 @@ class Meter:
         self._flying.append((time.monotonic(), load))
 
     def ended(self, drawn: int) -> None:
-        """The earliest step in flight has ended, and drew so many tokens."""
+        """The earliest step in flight has ended, and drew N tokens."""
         self.tokens_out += drawn
         now = time.monotonic()
         begun, load = self._flying.popleft()
@@ -113,7 +113,7 @@ class Meter:
         )
 
     def rates(self) -> Rates:
-        """What the core does now."""
+        """Rates at this moment."""
         now, ended = time.monotonic(), list(self._ended)
         last = ended[-1:] if self._flying else []  # a step that takes longer than the window is still news
         recent = [step for step in ended if now - step.ended <= WINDOW_S] or last

@@ -137,7 +137,7 @@ class Planner:
         return 1, {}, counts, self._needs(rows, counts)
 
     def _needs(self, rows: list[Sequence], counts: list[int]) -> list[int]:
-        """Further pages for so many tokens of each row."""
+        """Further pages that each row needs for `counts` more tokens."""
         size = self.limits.page_size
         return [max(0, (s.computed + n + size - 1) // size - len(s.pages)) for s, n in zip(rows, counts, strict=True)]
 

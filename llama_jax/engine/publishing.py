@@ -41,7 +41,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Published:
-    """What an engine says of itself; device, rows and context are those of one replica."""
+    """An engine's report of itself; device, rows and context are those of one replica."""
 
     pid: int
     model: str

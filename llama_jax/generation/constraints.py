@@ -1,4 +1,4 @@
-"""What a request demands of each next token, as constraints."""
+"""Constraints on each next token, made from the fields of a request."""
 
 from __future__ import annotations
 

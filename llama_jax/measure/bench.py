@@ -45,7 +45,7 @@ class Ceilings:
 
     @property
     def peak(self) -> Peak:
-        """What an engine's rates are compared with."""
+        """The peak that an engine's rates are compared with."""
         return Peak(self.read_bytes_per_s, self.matmul_flops_per_s)
 
     def __str__(self) -> str:

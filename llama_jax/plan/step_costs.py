@@ -1,4 +1,4 @@
-"""What an engine's steps cost, counted from what was in them: bytes that one device moves, and its arithmetic."""
+"""Costs of an engine's steps, counted from their contents: bytes that one device moves, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FOR_EVER = 1 << 40
 
 @dataclass(frozen=True)
 class Peak:
-    """What a device could do: bytes/s of reads and FLOP/s in the dtype that it computes in; None where not known.
+    """Peak rates of a device: bytes/s of reads and FLOP/s in the dtype that it computes in; None where not known.
 
     Attributes:
       source: "measured" or "data sheet".
@@ -79,7 +79,7 @@ class StepCosts:
         self._pair_flops = 4 * heads * config.head_dim
         self._once = last_token_params(config, mesh)
         self._each = matmul_params(config, 1, mesh) - self._once
-        # From so many tokens on, every expert may be used.
+        # From this many tokens on, every expert may be used.
         moes = [layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)]
         self._all_experts = max((-(-moe.num_experts // moe.top_k) for moe in moes), default=1)
         self._weights = functools.cache(lambda tokens: read_bytes(config, itemsize, tokens, mesh))
