@@ -19,7 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,20 +84,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(600))
 
 
-@pytest.fixture(autouse=True)
-def keep_engines_out_of_the_cache(request: pytest.FixtureRequest) -> Iterator[None]:
-    """jaxlib 0.11.2 has aborted the process in `executable.serialize`, about once in a thousand programs of engines on
-    a CPU. jax serialises those that took long enough to compile."""
-    if not request.path.name.startswith("test_engine"):
-        yield
-        return
-    import jax
+MEMORY_MAPS = 30_000
+"""Past this many memory maps jax forgets its compiled programs: every program for a CPU holds some, and XLA aborts the
+process where the kernel refuses one more (`vm.max_map_count`, 65,530 by default)."""
 
-    option = "jax_persistent_cache_min_compile_time_secs"
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update(option, 1e9)
-    yield
-    jax.config.update(option, before)
+
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    if nextitem is not None and "jax" in sys.modules and _memory_maps() > MEMORY_MAPS:
+        sys.modules["jax"].clear_caches()
+
+
+def _memory_maps() -> int:
+    maps = Path("/proc/self/maps")
+    return len(maps.read_bytes().splitlines()) if maps.exists() else 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
