@@ -21,6 +21,7 @@ from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
+from llama_jax.engine.flat import flat, flat_size, unflat
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
 from llama_jax.errors import LateCompilation
@@ -162,7 +163,7 @@ class Programs:
 
     def join(self, state: DecodeState, leaving: np.ndarray, new: Joining) -> DecodeState:
         """See `state.join`."""
-        return self._get(Key("join"))(state, leaving, new)
+        return self._get(Key("join"))(state, flat((leaving, new)))
 
     def restrict(self, state: DecodeState, rows: list[int], masks: list[np.ndarray]) -> DecodeState:
         """See `state.restrict`."""
@@ -240,8 +241,8 @@ def program(
         shardings = {"out_shardings": where} if in_use() else {}
         args: tuple[Any, ...]
         if key.name == "join":
-            leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
-            function, args = join, (state, leaving, _joining(settings, state))
+            like = jax.ShapeDtypeStruct((settings.rows,), jnp.bool), _joining(settings, state)
+            function, args = partial(_join, like=like), (state, ints(flat_size(like)))
         elif key.name == "restrict":
             n, words = restricted(settings), token_mask.all_allowed(config.vocab_size).shape
             function, args = restrict, (state, ints(n), jax.ShapeDtypeStruct((n, *words), jnp.uint32))
@@ -265,6 +266,11 @@ def program(
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
     return Program(str(key), jitted, (params, state, ints(control.size), adapters), {})
+
+
+def _join(state: DecodeState, given: jax.Array, *, like: Any) -> DecodeState:
+    """`join` with its other arguments as one array."""
+    return join(state, *unflat(given, like))
 
 
 def restricted(settings: EngineSettings) -> int:
