@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.aot.programs import Program
+from llama_jax.aot.stored import compile_stored
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
@@ -202,17 +203,20 @@ class Programs:
     def _timed(self, key: Key) -> tuple[Key, float, bool]:
         """Compiles a program; returns it, the seconds that it took and whether it was in the persistent cache."""
         start, before = time.monotonic(), self._counted.from_cache
-        self._compile(key)
-        return key, time.monotonic() - start, self._counted.from_cache > before
+        read = self._compile(key)
+        return key, time.monotonic() - start, read or self._counted.from_cache > before
 
-    def _compile(self, key: Key) -> Key:
+    def _compile(self, key: Key) -> bool:
+        """Compiles a program; whether it was on the disk."""
         model = self._model
+        devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
+        about = model.config, replace(self._settings, waiting=None, strict=False), key, sorted(model.kernels.items())
         with on(model.mesh), using(**model.kernels):
             made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
-            compiled = made.lower().compile()
+            compiled, read = compile_stored(made, about, devices, model.mesh)
         with self._lock:
             self._compiled[key] = compiled
-        return key
+        return read
 
 
 def _late(what: str) -> LateCompilation:

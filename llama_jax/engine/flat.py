@@ -11,7 +11,7 @@ import numpy as np
 
 
 def flat(tree: Any) -> np.ndarray:
-    """The leaves of a tree one behind the other, int32 [n]. They are numpy arrays of bools, or of 32 bits an element."""
+    """The leaves of a tree, numpy arrays of bools or of 32 bits an element, one behind the other, int32 [n]."""
     leaves = (x.astype(np.int32) if x.dtype == bool else np.ascontiguousarray(x) for x in jax.tree.leaves(tree))
     return np.concatenate([x.reshape(-1).view(np.int32) for x in leaves])
 

@@ -31,8 +31,8 @@ CPU_EACH = 512
 """Tokens for which a CPU's rows have pages on average; rows that need more find them while others need less."""
 CHUNK_ROWS = 16
 STEPS = 8
-"""Decode steps of one dispatch on a device that loops by itself, where nobody reads token by token. A step of 64 rows of
-Llama-3.1-8B takes an H200 6.45 ms so; with a dispatch for each, 7.0."""
+"""Decode steps of one dispatch on a device that loops by itself, where nobody reads token by token. A step of 64 rows
+of Llama-3.1-8B takes an H200 6.45 ms so; with a dispatch for each, 7.0."""
 DRAFT_ROWS = 8
 
 
