@@ -38,7 +38,7 @@ KEPT = 256
 """Programs; the ones that were not used for longest go first. One of Llama-3.1-8B takes some 3 MB."""
 
 PLATFORMS = {"gpu", "cuda", "rocm"}
-"""Of devices whose programs are stored. Reading one for a CPU, whose parts are linked then, takes as long as tracing."""
+"""Of devices whose programs are stored. One for a CPU is linked when it is read, which takes as long as tracing it."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "LLAMA_JAX_KERNELS", "LLAMA_JAX_ROCM")
 _NO_MATTER = ("cache", "log", "traceback", "profiler", "debug_dir", "dump")
