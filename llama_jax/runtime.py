@@ -48,10 +48,10 @@ def enable_compilation_cache() -> None:
 
 
 def programs_dir() -> Path | None:
-    """The folder of programs that are found without tracing (`aot.stored`), beside jax's own; None where jax keeps none
-    either, or LLAMA_JAX_STORED_PROGRAMS is 0."""
+    """The folder of programs that are found without tracing (`aot.stored`), beside jax's own; None unless
+    LLAMA_JAX_STORED_PROGRAMS=1, and where jax keeps none either."""
     folder = jax.config.jax_compilation_cache_dir
-    wanted = jax.config.jax_enable_compilation_cache and os.environ.get(PROGRAMS_VARIABLE, "1") not in ("", "0")
+    wanted = jax.config.jax_enable_compilation_cache and os.environ.get(PROGRAMS_VARIABLE, "0") not in ("", "0")
     return Path(folder) / "programs" if wanted and folder and "://" not in folder else None
 
 

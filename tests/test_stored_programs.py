@@ -27,7 +27,6 @@ SETTINGS = small_settings(rows=2, decode_rows=(2,), mixed_tokens=(24,), pages=11
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "programs"
     monkeypatch.setattr(stored.runtime, "programs_dir", lambda: folder)
-    monkeypatch.setattr(stored, "PLATFORMS", {"cpu"})
     # What jax's own cache has is not stored: no other tests have these sizes, and here it is given none.
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
@@ -178,6 +177,7 @@ def test_a_folder_that_cannot_be_written(folder: Path) -> None:
 
 def test_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     beside = jax.config.jax_compilation_cache_dir
+    assert runtime.programs_dir() is None
     for value, expected in (("0", None), ("1", Path(beside) / "programs")):
         monkeypatch.setenv("LLAMA_JAX_STORED_PROGRAMS", value)
         assert runtime.programs_dir() == expected

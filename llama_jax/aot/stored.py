@@ -37,9 +37,6 @@ from llama_jax.targets import current
 KEPT = 256
 """Programs; the ones that were not used for longest go first. One of Llama-3.1-8B takes some 3 MB."""
 
-PLATFORMS = {"gpu", "cuda", "rocm"}
-"""Of devices whose programs are stored. One for a CPU is linked when it is read, which takes as long as tracing it."""
-
 _ENVIRONMENT = ("XLA_FLAGS", "LLAMA_JAX_KERNELS", "LLAMA_JAX_ROCM")
 _NO_MATTER = ("cache", "log", "traceback", "profiler", "debug_dir", "dump")
 """In the names of jax's settings that change no program."""
@@ -75,7 +72,7 @@ def _path(
     folder: Path, program: Program, about: Iterable[Any], devices: Sequence[jax.Device], mesh: AnyMesh
 ) -> Path | None:
     """Where a program lies, or would; None if it cannot be told from others."""
-    if devices[0].platform not in PLATFORMS or plugins.load(plugins.KERNELS) or jax.process_count() > 1:
+    if plugins.load(plugins.KERNELS) or jax.process_count() > 1:
         return None
     leaves, structure = jax.tree.flatten((program.args, dict(program.static)))
     parts = [
