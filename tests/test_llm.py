@@ -47,6 +47,13 @@ def test_continuations_of_one_prompt_take_seeds_one_after_the_other(llm: LLM) ->
         assert completion.token_ids == alone(llm.model, (prompt, one)).tokens
 
 
+def test_tokens_that_were_found_are_told(llm: LLM) -> None:
+    """Whole pages of 16 tokens; of several continuations what the first one found."""
+    prompt, fields = [9, 8] * 20, {"max_tokens": 2, "ignore_eos": True}
+    found = [llm.generate([prompt], n=n, seed=1, **fields)[0].cached_tokens for n in (2, 1, 2)]
+    assert found == [0, 32, 32]
+
+
 def test_as_they_end(llm: LLM) -> None:
     prompts = [[5, 6], [7, 8]]
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (12, 2)]

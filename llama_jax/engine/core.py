@@ -50,6 +50,7 @@ class Drawn:
     Attributes:
       tokens: new ones; logprobs: of them, numpy arrays [tokens] and [tokens, n], or None.
       prompt_logprobs: of the prompt's tokens but the first, once they are known, if they were asked for.
+      cached: how many tokens of the prompt were found in the prefix cache.
       ending: why the sequence has ended, if it has. "failed": it has no next token; error: why not.
     """
 
@@ -57,6 +58,7 @@ class Drawn:
     tokens: tuple[int, ...]
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
+    cached: int = 0
     ending: Ending | None = None
     error: str | None = None
 
@@ -253,8 +255,11 @@ class Core:
 
     def _dispatch(self, step: Step) -> _Flight:
         for joining in step.joining:
-            if rule := self._asked[joining.sequence.id].rule:
-                rule.prepare()
+            asked = self._asked[joining.sequence.id]
+            if asked.cached is None:  # later it finds what it has computed itself, before it was preempted
+                asked.cached = joining.shared
+            if asked.rule:
+                asked.rule.prepare()
         for leaving, new in joinings(step, self._asked, self.model, self.settings):
             self._state = self.programs.join(self._state, leaving, new)
         joined = {joining.row for joining in step.joining}
@@ -328,7 +333,7 @@ class Core:
         if asked.scores:
             of_prompt = jax.tree.map(lambda *parts: np.concatenate(parts), *asked.scores)
             asked.scores = []
-        return Drawn(sequence.id, tuple(tokens), found, of_prompt, ending, error)
+        return Drawn(sequence.id, tuple(tokens), found, of_prompt, asked.cached or 0, ending, error)
 
     def _finish(self, number: int, *, keep: bool = True) -> None:
         if bad := self.scheduler.finish(number, keep=keep):

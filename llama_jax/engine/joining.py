@@ -35,6 +35,7 @@ class Asked:
       rule: the host's say in its tokens, if it has any.
       drafter: where drafts come from, if it has any.
       scores: of its prompt so far.
+      cached: tokens of its prompt that were found in the prefix cache when it began.
     """
 
     sequence: Sequence
@@ -44,6 +45,7 @@ class Asked:
     rule: Rule | None = None
     drafter: Drafter | None = None
     scores: list[Logprobs] = field(default_factory=list)
+    cached: int | None = None
 
 
 def joinings(

@@ -33,12 +33,15 @@ class Answer:
         self.errors: list[str | None] = [None] * params.n
         self.logprobs: list[list[TokenLogprob]] = [[] for _ in self.rows]
         self._of_prompt: Logprobs | None = None
+        self._cached: int | None = None
         self._asked = self._last = time.perf_counter()
         self._first: float | None = None
 
     def take(self, copy: int, drawn: Drawn) -> str:
         """Takes over new tokens of one continuation; returns the text that is now certain."""
         row = self.rows[copy]
+        if copy == 0 and self._cached is None:  # the others find what the first has computed
+            self._cached = drawn.cached
         self._last = time.perf_counter()
         if self._first is None:
             self._first = self._last
@@ -101,4 +104,4 @@ class Answer:
             n, found = self.params.prompt_logprobs, self._of_prompt
             known = enumerate(self.prompt[1:]) if found is not None else ()
             of_prompt = (None, *(TokenLogprob.of(found, i, token, n) for i, token in known if found is not None))
-        return RequestOutput(tuple(self.prompt), tuple(completions), self.timing(), of_prompt)
+        return RequestOutput(tuple(self.prompt), tuple(completions), self.timing(), of_prompt, self._cached or 0)

@@ -72,12 +72,14 @@ class RequestOutput:
 
     Attributes:
       prompt_logprobs: one entry per prompt token; None for the first, which nothing predicts.
+      cached_tokens: of the prompt, that an engine had computed for others before.
     """
 
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     timing: Timing
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    cached_tokens: int = 0
 
     @property
     def text(self) -> str:
