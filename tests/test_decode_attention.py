@@ -112,8 +112,9 @@ visible_slots = jax.jit(partition.visible_slots, static_argnums=2)
 @jax.jit
 def all_shares(first: jax.Array, end: jax.Array, block_k: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
     """Row, start and stop of shares 0 .. 31; first and last share of each row."""
-    at = partial(partition.share, first, end, block_k, wanted)
-    of_row = partial(partition.shares_of, first, end, block_k, wanted)
+    cut = partition.Cut(block_k, wanted)
+    at = partial(partition.share, first, end, cut)
+    of_row = partial(partition.shares_of, first, end, cut)
     return *jax.vmap(at)(jnp.arange(32)), *jax.vmap(of_row)(jnp.arange(first.shape[0]))
 
 

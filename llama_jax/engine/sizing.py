@@ -50,7 +50,15 @@ class Sizes:
         """The longest sequence that there are settings for, as far as memory allows."""
         if self.fixed is not None:
             return self.fixed.context
-        return self.options.get("context") or self.model.config.context_length
+        if context := self.options.get("context"):
+            return int(context)
+        on_cpu = self.model.device.platform == "cpu"
+        return _default_context(self.model.config, on_cpu=on_cpu and not self._grows)
+
+    @property
+    def _grows(self) -> bool:
+        """Whether there are settings of several lengths. Programs for another length might round differently."""
+        return not (self.fixed or self.options.get("context") or self.options.get("batch_invariant"))
 
     def __call__(self, length: int) -> EngineSettings:
         """Settings for sequences of that length, or `longest` where this is less.
@@ -58,7 +66,7 @@ class Sizes:
         Raises:
           DoesNotFit: there is no memory for one of them.
         """
-        if self.fixed is not None or self.options.get("context"):
+        if not self._grows:
             return self.fixed or default_settings(self.model, **self.options)
         least = CPU_START if self.model.device.platform == "cpu" else GPU_START
         context = min(1 << (max(length, least) - 1).bit_length(), self.longest)
@@ -78,6 +86,7 @@ def default_settings(
     prefix_cache: bool = True,
     waiting: int | None = None,
     drafts: int = 0,
+    batch_invariant: bool = False,
     strict: bool = False,
 ) -> EngineSettings:
     """Settings for a model on the devices that it is on.
@@ -109,6 +118,7 @@ def default_settings(
         prefix_cache=prefix_cache,
         waiting=waiting,
         drafts=drafts,
+        batch_invariant=batch_invariant,
         strict=strict,
         more_memory="" if on_cpu else more_memory_hint(memory_fraction()),
     )
@@ -126,6 +136,7 @@ def settings_for(
     least: int | None = None,
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
+    batch_invariant: bool = False,
     more_memory: str = "",
     **options: Any,
 ) -> EngineSettings:
@@ -142,7 +153,7 @@ def settings_for(
         raise RequestError(
             f"a context of {context} tokens; the model's is {longest}", param="context", hint=f"at most {longest}"
         )
-    context = min(longest, CPU_CONTEXT if on_cpu else longest) if context is None else context
+    context = _default_context(config, on_cpu=on_cpu) if context is None else context
     rows = (CPU_ROWS if on_cpu else GPU_ROWS) if rows is None else rows
     each = -(-context // page_size)
     if pages is None:
@@ -160,17 +171,25 @@ def settings_for(
             hint="; ".join(filter(None, (fitting, more_memory))),
         )
     tokens = [n for n in (CPU_TOKENS if on_cpu else GPU_TOKENS) if n > rows] or [2 * rows]
+    buckets = _decode_rows(rows, on_cpu=on_cpu)
+    if batch_invariant:  # one size of each, with room for a page
+        tokens, buckets = [max(tokens[-1], page_size)], (rows,)
     return EngineSettings(
         rows=rows,
         context=context,
         pages=pages,
-        decode_rows=_decode_rows(rows, on_cpu=on_cpu),
+        decode_rows=buckets,
         mixed_tokens=tuple(tokens),
         draft_rows=min(DRAFT_ROWS, rows),
         chunk_rows=min(CHUNK_ROWS, rows),
         page_size=page_size,
+        batch_invariant=batch_invariant,
         **options,
     )
+
+
+def _default_context(config: LlamaConfig, *, on_cpu: bool) -> int:
+    return min(config.context_length, CPU_CONTEXT) if on_cpu else config.context_length
 
 
 def default_rows(model: Model) -> int:
