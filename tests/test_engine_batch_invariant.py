@@ -31,6 +31,8 @@ def settings(**changes: Any) -> EngineSettings:
     """Chunks of 32 tokens, of which a step has two."""
     fields: dict[str, Any] = {"decode_rows": (3,), "mixed_tokens": (64,), "pages": 15, "batch_invariant": True}
     return small_settings(**fields | changes)
+
+
 KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.9, "top_p": 0.9},
@@ -77,7 +79,20 @@ def test_x() -> None:
         for seed in range(10):
             rng = np.random.default_rng(seed)
             asked = some_requests(rng, model.config.vocab_size, 7)
-            one = [bits(run(new_core(model, settings(steps=steps, )), [each])[0]) for each in asked]
+            one = [
+                bits(
+                    run(
+                        new_core(
+                            model,
+                            settings(
+                                steps=steps,
+                            ),
+                        ),
+                        [each],
+                    )[0]
+                )
+                for each in asked
+            ]
             arrivals = rng.integers(0, 12, 7).tolist()
             for _ in range(2):
                 for request, alone, news in zip(asked, one, run(core, asked, arrivals=arrivals)):

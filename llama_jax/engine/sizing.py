@@ -21,6 +21,9 @@ from llama_jax.targets import of_device
 
 GPU_ROWS, CPU_ROWS = 256, 8
 GPU_TOKENS, CPU_TOKENS = (256, 512, 1024, 2048), (32, 128)
+GPU_ONE_SIZE, CPU_ONE_SIZE, ONE_SIZE_ROWS = 512, 64, 8
+"""Tokens of a step with prompts where there is one size, and its prompts. Every prompt that begins costs a whole step:
+as few tokens as a device is busy with."""
 CPU_CONTEXT = 4096
 CPU_START, GPU_START = 1024, 8192
 CPU_EACH = 512
@@ -170,10 +173,11 @@ def settings_for(
             f"a sequence of {context} tokens takes {each} pages of {page_size}; there is memory for {pages}",
             hint="; ".join(filter(None, (fitting, more_memory))),
         )
+    chunk_rows, buckets = CHUNK_ROWS, _decode_rows(rows, on_cpu=on_cpu)
     tokens = [n for n in (CPU_TOKENS if on_cpu else GPU_TOKENS) if n > rows] or [2 * rows]
-    buckets = _decode_rows(rows, on_cpu=on_cpu)
-    if batch_invariant:  # one size of each, with room for a page
-        tokens, buckets = [max(tokens[-1], page_size)], (rows,)
+    if batch_invariant:  # one size of each
+        chunk_rows, buckets = ONE_SIZE_ROWS, (rows,)
+        tokens = [max(CPU_ONE_SIZE if on_cpu else GPU_ONE_SIZE, page_size, 1 << rows.bit_length())]
     return EngineSettings(
         rows=rows,
         context=context,
@@ -181,7 +185,7 @@ def settings_for(
         decode_rows=buckets,
         mixed_tokens=tuple(tokens),
         draft_rows=min(DRAFT_ROWS, rows),
-        chunk_rows=min(CHUNK_ROWS, rows),
+        chunk_rows=min(chunk_rows, rows),
         page_size=page_size,
         batch_invariant=batch_invariant,
         **options,

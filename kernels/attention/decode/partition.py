@@ -91,9 +91,7 @@ def shares(first: jax.Array, end: jax.Array, cut: Cut) -> tuple[jax.Array, jax.A
     return length, start, blocks, (blocks + length - 1) // length
 
 
-def share(
-    first: jax.Array, end: jax.Array, cut: Cut, index: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def share(first: jax.Array, end: jax.Array, cut: Cut, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The row of share `index` int32 [], and its blocks [start, stop); none if there is no such share."""
     length, start, blocks, count = shares(first, end, cut)
     until = jnp.cumsum(count)
