@@ -67,14 +67,14 @@ def some_requests(rng: np.random.Generator, vocab: int, count: int, kinds: Seque
     return asked
 
 
-def bits(news: list[Drawn]) -> list[bytes]:
+def bits(news: list[Drawn]) -> list[Any]:
     """Everything that a request got."""
-    found: list[Any] = [np.asarray([token for drawn in news for token in drawn.tokens])]
+    found: list[Any] = [news[-1].ending, [token for drawn in news for token in drawn.tokens]]
     for name in ("logprobs", "prompt_logprobs"):
-        for drawn in news:
-            if (each := getattr(drawn, name)) is not None:
-                found += [each.token, each.top_ids, each.top]
-    return [str(news[-1].ending).encode(), *(array.tobytes() for array in found)]
+        each = [logprobs for drawn in news if (logprobs := getattr(drawn, name)) is not None]
+        for part in ("token", "top_ids", "top"):
+            found.append(b"".join(getattr(logprobs, part).tobytes() for logprobs in each))
+    return found
 
 
 @dataclasses.dataclass
@@ -138,10 +138,10 @@ def test_company_changes_no_bit() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4])
 def test_company_changes_no_bit_in_many_batches(steps: int) -> None:
-    found = compare(model(256, 2), settings(steps=steps), range(64) if steps == 1 else range(64, 80))
+    found = compare(model(128, 2), settings(steps=steps), range(64) if steps == 1 else range(64, 72), size=5)
     assert found.different == 0
     assert found.preemptions == 0
-    assert found.prefix_hits > 100 * 32
+    assert found.prefix_hits > 50 * 32
 
 
 @pytest.mark.slow
