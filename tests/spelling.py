@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import tokenizers
-from engines import _COMPILED, small_settings
+from engines import programs_of, small_settings
 from helpers import random_params, tiny_config
 
 from llama_jax.generation.llm import LLM
@@ -54,5 +54,5 @@ def spelling_llm(**changes: object) -> LLM:
     settings = small_settings(**sizes | changes)
     llm = LLM(spelling_model(), spelling_tokenizer(), settings=settings)
     programs = llm._jobs.engine.cores[0].programs
-    programs._compiled = _COMPILED.setdefault((llm.model.name, settings), programs._compiled)
+    programs._compiled = programs_of(llm.model.name, settings)
     return llm

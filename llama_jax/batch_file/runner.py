@@ -41,9 +41,6 @@ WINDOW = 32
 AHEAD = 4
 """Prompts that run or wait at once, for each row."""
 
-STEPS = 8
-"""Decode steps of a dispatch while nothing waits."""
-
 WRITE_EVERY_S = 0.2
 """How often what is there is written: a kill costs what came since."""
 
@@ -208,7 +205,7 @@ class BatchFile:
         assert output is not None, "open() comes first"
         rows = self._batch_size or default_rows(model)
         of_replica = -(-rows // ruled(model.mesh).ways("batch"))
-        options: dict[str, Any] = {"rows": of_replica, "steps": STEPS}
+        options: dict[str, Any] = {"rows": of_replica}
         if self._batch_invariant:  # such an engine does not grow
             options |= {"batch_invariant": True, "context": model.config.context_length}
         llm = LLM(model, tokenizer, **options)

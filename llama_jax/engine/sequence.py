@@ -43,6 +43,7 @@ class Sequence:
       domain: sequences share pages only within one.
       draft: what may follow its tokens, which are all known, for the next step to try.
       paced: whether the host has a say in each token: the next is drawn only when it knows all before.
+      streamed: whether somebody reads each token as it comes: a dispatch draws no more than one.
       reuse: False computes the whole prompt, as its log-probabilities need; its pages may still serve others.
 
     The scheduler's own:
@@ -65,6 +66,7 @@ class Sequence:
     domain: Domain = ()
     reuse: bool = True
     paced: bool = False
+    streamed: bool = False
     draft: tuple[int, ...] = ()
     unsure: int = 0
     phase: Phase = Phase.WAITING
