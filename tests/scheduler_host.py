@@ -166,6 +166,9 @@ class Host:
         if step.chunks:
             assert sum(chunk.count for chunk in step.chunks) + len(step.decoding) <= limits.budget
             assert len(step.chunks) <= limits.chunk_rows
+        if limits.apart and step.chunks:
+            assert not step.decoding
+            assert len({chunk.sequence.reuse for chunk in step.chunks}) == 1
         joined = {joining.sequence.id: joining for joining in step.joining}
         for chunk in step.chunks:
             sequence, end = chunk.sequence, chunk.start + chunk.count
@@ -191,6 +194,9 @@ class Host:
             assert not joining.shared or joining.sequence.reuse
             grouped = any(kind == GROUP for kind, _ in joining.sequence.domain)
             assert not joining.shared or limits.prefix_cache or grouped
+            if limits.reserve:
+                stored = joining.sequence.prompt_length + max(joining.sequence.limit - 1, 0)
+                assert len(joining.sequence.pages) == -(-stored // limits.page_size)
 
     def _check_paced(self, step: Step, known: set[int]) -> None:
         """One of whose tokens the host has a say in each draws one, and behind tokens that the host knows."""

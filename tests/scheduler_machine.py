@@ -17,16 +17,19 @@ def some_limits(random: Random) -> Limits:
     """Small ones, so that everything runs short."""
     size, rows, pages = random.randint(1, 4), random.randint(1, 5), random.randint(4, 16)
     boundary = random.choice([None, None, size, 2 * size])
+    apart, reserve = random.random() < 0.3, random.random() < 0.3
     return Limits(
         rows=rows,
         pages=pages,
         page_size=size,
         pages_per_row=random.randint(4, pages),
-        budget=rows - 1 + (boundary or 1) + random.randint(0, 16),
+        budget=(0 if apart else rows - 1) + (boundary or 1) + random.randint(0, 16),
         chunk_rows=random.randint(1, 4),
         steps=random.choice([1, 1, 2, 5]),
         draft_rows=random.choice([0, 0, 1, 3]),
         boundary=boundary,
+        apart=apart,
+        reserve=reserve,
         prefix_cache=random.random() < 0.7,
     )
 
@@ -108,6 +111,7 @@ class Traffic:
         counts = host.scheduler.counts
         assert counts.pages_free + counts.pages_cached == host.limits.pages
         assert counts.running == counts.waiting == 0
+        assert not (host.limits.reserve and counts.preemptions)
 
 
 def soak(seed: int) -> Traffic:

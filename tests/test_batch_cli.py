@@ -177,6 +177,22 @@ def test_scores(tmp_path: Path, folder: Path, loaded: tuple[Model, Tokenizer]) -
     assert len(full["prompt_logprobs"]) == 256
 
 
+def test_batch_invariant_lines_are_the_same_in_any_order(tmp_path: Path, folder: Path) -> None:
+    """In bfloat16, log-probabilities included; and the size of the engine belongs to the run."""
+    lines = [{"token_ids": [3 + i] * (9 + 7 * i), "max_tokens": 2 + i % 3, "logprobs": 1, "id": i} for i in range(6)]
+    options = ["-m", folder, "--batch-invariant", "--batch-size", 3, "--dtype", "bfloat16"]
+    found = []
+    for name, given in (("forth", lines), ("back", lines[::-1])):
+        source, target = write(tmp_path / f"{name}.jsonl", *given), tmp_path / f"{name}-out.jsonl"
+        assert batch(source, target, *options).exit_code == 0
+        found.append({line["id"]: (line["token_ids"], line["logprobs"]) for line in read(target.read_text())})
+    assert found[0] == found[1]
+    options[options.index(3)] = 2
+    refused = batch(source, target, *options)
+    assert refused.exit_code == 2
+    assert "batch_invariant" in refused.stderr
+
+
 # Streams.
 
 

@@ -112,8 +112,9 @@ visible_slots = jax.jit(partition.visible_slots, static_argnums=2)
 @jax.jit
 def all_shares(first: jax.Array, end: jax.Array, block_k: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
     """Row, start and stop of shares 0 .. 31; first and last share of each row."""
-    at = partial(partition.share, first, end, block_k, wanted)
-    of_row = partial(partition.shares_of, first, end, block_k, wanted)
+    cut = partition.Cut(block_k, wanted)
+    at = partial(partition.share, first, end, cut)
+    of_row = partial(partition.shares_of, first, end, cut)
     return *jax.vmap(at)(jnp.arange(32)), *jax.vmap(of_row)(jnp.arange(first.shape[0]))
 
 
@@ -174,6 +175,32 @@ def test_shares_cover_each_block_once(rows: list[tuple[int, int]], wanted: int, 
         np.testing.assert_array_equal(used[row[used] == r], np.arange(low[r], high[r]))
 
 
+@hypothesis.given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=4, max_size=4), st.integers(1, 5)
+)
+def test_shares_of_fixed_length_follow_from_their_row(rows: list[tuple[int, int]], length: int) -> None:
+    cut = partition.Cut(4, 1, length)
+    row, start, stop = (np.asarray(x) for x in fixed_shares(*rows_of(rows), cut))
+    assert (stop > start).sum() <= cut.most_shares(len(rows), 60)
+    for r, alone in enumerate(rows):
+        _, begin, until = (np.asarray(x) for x in fixed_shares(*rows_of([alone]), cut))
+        found = (row == r) & (stop > start)
+        some = until > begin
+        np.testing.assert_array_equal(start[found], begin[some])
+        np.testing.assert_array_equal(stop[found], until[some])
+        assert (np.diff(start[found]) == length).all()
+
+
+def rows_of(rows: list[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
+    first, end = (jnp.array(x, jnp.int32) for x in zip(*rows, strict=True))
+    return first, end
+
+
+@partial(jax.jit, static_argnums=2)
+def fixed_shares(first: jax.Array, end: jax.Array, cut: partition.Cut) -> tuple[jax.Array, ...]:
+    return jax.vmap(partial(partition.share, first, end, cut))(jnp.arange(64))
+
+
 def test_tiles_of_every_target() -> None:
     for target in TARGETS:
         for rows in (1, 4, 16, 32, 256):
@@ -201,6 +228,21 @@ def test_candidates() -> None:
 
 
 # ---- the kernels
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fixed", [True, False], ids=["batch-invariant", "by-bytes"])
+def test_whether_a_row_depends_on_its_company(backend: str, fixed: bool) -> None:
+    """One row of 1500 slots beside a short and beside a long one, at either place: the bits of its result."""
+    options = {"visibility": Visibility(), "scale": 0.3, "batch_invariant": fixed}
+    run = compile_call(decode_attention, backend, **options)
+    shape: dict[str, Any] = {"batch": 2, "q_len": 1, "slots": 1536, "page_size": 64, "dtype": "bfloat16"}
+    found = set()
+    for other in (1, 700, 1536):
+        call = random_call(0, **shape, lengths=[1500, other])
+        turned = call | {name: call[name][::-1] for name in ("q", "q_positions", "kv_positions", "page_table")}
+        found |= {np.asarray(run(call))[0].tobytes(), np.asarray(run(turned))[1].tobytes()}
+    assert (len(found) == 1) == fixed
 
 
 @st.composite

@@ -19,6 +19,7 @@ from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, at
 from llama_jax.kernels.attention.packed import (
     MAX_BLOCK,
     Ranks,
+    block_multiple,
     block_size,
     blocks,
     most_blocks,
@@ -222,6 +223,42 @@ def test_fewer_blocks_would_not_suffice(tokens: int, size: int, rows: int) -> No
     counts = [2 if i >= more else 1 + size * len(range(i, more, several)) for i in range(several)]
     assert sum(counts) <= tokens
     assert sum(-(-n // size) for n in counts) == several + more
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.sampled_from([8, 16, 64, 256]))
+def test_the_blocks_of_rows_with_any_suffice(counts: list[int], size: int) -> None:
+    tokens, some = sum(counts), [n for n in counts if n]
+    most = most_blocks(tokens, size, len(some), several=False)
+    assert sum(-(-n // size) for n in some) <= most
+    if some:  # one token each, but for the last: no fewer would do
+        assert len(some) - 1 + -(-(tokens - len(some) + 1) // size) == most
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_the_same_bits_in_any_company_and_cut(backend: str) -> None:
+    """33 tokens of a row at once, or 32 and then one; beside other rows, or none; in bfloat16."""
+    rule = Rule(Visibility(), 0.3, chunk_rows=2, batch_invariant=True)
+    length, old = 64, (0, 9, 30)
+    multiple = block_multiple(length, 2)
+    assert multiple == 32
+
+    def bits(new: tuple[int, int, int], old: tuple[int, int, int], first: int, count: int) -> bytes:
+        """Of `count` tokens of the row 0, which is at `first`."""
+        call = packed_call(new, old, length=length, capacity=96)
+        tables = np.arange(18, dtype=np.int32).reshape(3, 6)
+        rng = np.random.default_rng(5)
+        k, v = (jnp.asarray(rng.standard_normal(call.kv.k.shape), jnp.bfloat16) for _ in range(2))
+        queries = rng.standard_normal((96, *call.q.shape[2:]))
+        q = np.zeros(call.q.shape)
+        q[0, : new[0]] = queries[first : first + new[0]]
+        kv = KeysValues(k, v, tables)
+        out = run(jnp.asarray(q, jnp.bfloat16), kv, call.places, rule=rule, backend=backend)
+        assert jnp.isfinite(out).all()
+        return np.asarray(out)[0, :count].tobytes()
+
+    whole = bits((33, 0, 0), old, 0, 33)
+    assert whole == bits((33, 20, 0), old, 0, 33) == bits((33, 0, 1), old, 0, 33)
+    assert whole == bits((32, 32, 0), old, 0, 32) + bits((1, 0, 30), (32, 0, 30), 32, 1)
 
 
 @given(st.integers(1, 4096), st.integers(1, 512))

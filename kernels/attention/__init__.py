@@ -17,7 +17,14 @@ from llama_jax.errors import KernelError
 from llama_jax.kernels.attention.decode import MAX_QUERIES, decode_attention
 from llama_jax.kernels.attention.flash import flash_attention
 from llama_jax.kernels.attention.packed import packed_attention
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, Visibility
+from llama_jax.kernels.attention.records import (
+    KeysValues,
+    Places,
+    Rule,
+    Visibility,
+    batch_invariant,
+    is_batch_invariant,
+)
 from llama_jax.kernels.attention.reference import attention_reference, gather_pages, visible
 from llama_jax.sharding import local
 
@@ -28,9 +35,11 @@ __all__ = [
     "Visibility",
     "attention",
     "attention_reference",
+    "batch_invariant",
     "decode_attention",
     "flash_attention",
     "gather_pages",
+    "is_batch_invariant",
     "visible",
 ]
 

@@ -46,13 +46,14 @@ def arguments(
     kv_segments: jax.Array | None = None,
     page_table: jax.Array | None = None,
     in_order: bool = False,
+    batch_invariant: bool = False,
 ) -> dict[str, Any]:
     """A case's arrays and options, each by its name, as the arguments of `llama_jax.kernels.attention.attention`."""
     return {
         "q": q,
         "kv": KeysValues(k, v, page_table),
         "places": Places(q_positions, kv_positions, q_segments, kv_segments),
-        "rule": Rule(visibility, scale, soft_cap, in_order),
+        "rule": Rule(visibility, scale, soft_cap, in_order, batch_invariant=batch_invariant),
         "sinks": sinks,
     }
 
@@ -98,6 +99,7 @@ def decode_cases() -> Sequence[Case]:
         ),
         make("paged, 8 queries d80", head_dim=80, q_len=8, page_size=16),
         make("one key/value head d128", head_dim=128, heads=8, kv_heads=1),
+        make("shares of fixed length, paged d128", head_dim=128, prefix=1100, page_size=64, batch_invariant=True),
     )
 
 
@@ -174,6 +176,7 @@ def _case(
     sinks: bool = False,
     page_size: int | None = None,
     uneven: bool = True,
+    batch_invariant: bool = False,
     quick: bool = False,
     differentiate: tuple[str, ...] = (),
 ) -> Case:
@@ -211,6 +214,8 @@ def _case(
     static = {"visibility": visibility, "scale": head_dim**-0.5, "soft_cap": soft_cap}
     if q_len > 8 and not prefix and not uneven:
         static["in_order"] = True
+    if batch_invariant:
+        static["batch_invariant"] = True
     return Case(name, arrays, static, _is_no_padding, quick, differentiate, numpy=True, call=arguments)
 
 

@@ -71,13 +71,16 @@ class Pieces(NamedTuple):
     row: jax.Array | None
 
 
-def most_blocks(tokens: int, size: int, rows: int) -> int:
+def most_blocks(tokens: int, size: int, rows: int, *, several: bool = True) -> int:
     """The most blocks of `size` > 2 tokens that `tokens` tokens fill, of which those of at most `rows` rows with two or
-    more are cut: no fewer would do for every input.
+    more are cut, or with `several=False` those of rows with any: no fewer would do for every input.
 
     A row of t tokens fills 1 + floor((t - 1) / size) blocks, which is at most 1 + (t - 1) / size and, for t >= 2, at
     most 1 + (t - 2) / (size - 1). The sums over c rows grow with c, which is no more than `rows`, nor than tokens / 2.
     """
+    if not several:
+        most = min(rows, tokens)
+        return most + (tokens - most) // size
     most = min(rows, tokens // 2)
     return most + min((tokens - most) // size, (tokens - 2 * most) // (size - 1)) if most else 0
 
@@ -89,6 +92,15 @@ def block_size(tokens: int, rows: int) -> int:
     return min(max(1 << (each.bit_length() - 1), MAX_QUERIES), MAX_BLOCK)
 
 
+def block_multiple(tokens: int, rows: int) -> int:
+    """A multiple of the length of the blocks that packed tokens are cut into, whatever backend runs.
+
+    Args:
+      tokens: in the axis; rows: `Rule.chunk_rows`.
+    """
+    return max(block_size(tokens, rows), LOOPED_BLOCK)
+
+
 def single_tokens(row: jax.Array, count: jax.Array) -> Pieces:
     """Piece i is the token of row i, if it has one alone."""
     rows = count.shape[0]
@@ -96,10 +108,10 @@ def single_tokens(row: jax.Array, count: jax.Array) -> Pieces:
     return Pieces(place, _inverse(place, rows)[:, None], None)
 
 
-def blocks(row: jax.Array, of: Ranks, size: int, most: int) -> Pieces:
-    """The tokens of rows with several as `most` pieces of `size`, those of a row one behind the other."""
+def blocks(row: jax.Array, of: Ranks, size: int, most: int, least: int = 2) -> Pieces:
+    """The tokens of rows with `least` or more as `most` pieces of `size`, those of a row one behind the other."""
     rows = of.counts.shape[0]
-    several = of.counts > 1
+    several = of.counts >= least
     pieces = jnp.where(several, (of.counts + size - 1) // size, 0)
     first = jnp.cumsum(pieces, dtype=jnp.int32) - pieces
 
@@ -184,13 +196,17 @@ def packed_attention(
         out = (one_by_one if looped else attend)(op, pieces.token, pieces.row)
         return out.reshape(-1, *q.shape[2:]).at[pieces.place].get(mode="fill", fill_value=jnp.nan)
 
-    single = single_tokens(row, of.counts)
-    out = of_tokens(decode_attention, is_reference(decode_attention, 1), single)
     chunk_rows = rows if rule.chunk_rows is None else min(max(rule.chunk_rows, 0), rows)
     looped = is_reference(flash_attention, MAX_BLOCK)
     size = LOOPED_BLOCK if looped else block_size(n, chunk_rows)
-    if most := most_blocks(n, size, chunk_rows):
-        op = decode_attention if size <= MAX_QUERIES else flash_attention
-        several = of_tokens(op, looped, blocks(row, of, size, most))
-        out = jnp.where((single.place < rows)[:, None, None], out, several)
+    of_blocks = decode_attention if size <= MAX_QUERIES else flash_attention
+    if rule.batch_invariant:  # also rows with one token, which another call might cut together with those before it
+        most = most_blocks(n, size, chunk_rows, several=False)
+        out = of_tokens(of_blocks, looped, blocks(row, of, size, most, least=1))
+    else:
+        single = single_tokens(row, of.counts)
+        out = of_tokens(decode_attention, is_reference(decode_attention, 1), single)
+        if most := most_blocks(n, size, chunk_rows):
+            several = of_tokens(of_blocks, looped, blocks(row, of, size, most))
+            out = jnp.where((single.place < rows)[:, None, None], out, several)
     return jnp.where((row < rows)[:, None, None], out, 0)[None]

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -37,6 +39,9 @@ class Rule:
         A backend that masks by index rather than by position (cuDNN) needs it; positions are given all the same.
       chunk_rows: a guarantee of the caller: at most N rows have more than one packed query; None: any number may.
         It bounds the blocks that these are cut into. Queries beyond it give NaN where they are not padding.
+      batch_invariant: what a query gets must be the same to the bit, whatever other rows are in the call. Of packed
+        queries those of a row are then cut into the same blocks if a multiple of `packed.block_multiple` stands before
+        them in other calls, and `chunk_rows` guarantees that at most N rows have any.
     """
 
     visibility: Visibility
@@ -44,6 +49,23 @@ class Rule:
     soft_cap: float | None = None
     in_order: bool = False
     chunk_rows: int | None = None
+    batch_invariant: bool = False
+
+
+# Part of jit's cache key: programs traced within are traced anew.
+_batch_invariant = jax.make_user_context(False)
+
+
+@contextmanager
+def batch_invariant(wanted: bool = True) -> Iterator[None]:
+    """Sets `Rule.batch_invariant` of the model's attention for everything traced inside."""
+    with _batch_invariant(wanted):
+        yield
+
+
+def is_batch_invariant() -> bool:
+    """Whether this is within `batch_invariant`."""
+    return bool(_batch_invariant.value)
 
 
 @jax.tree_util.register_dataclass

@@ -23,6 +23,7 @@ class AttentionShape:
       page_size: slots of a page; 0: rows, not pages.
       sinks, segments: whether the call has them.
       in_order: the queries are all the tokens.
+      batch_invariant: see `Rule`.
       backward: whether training calls it, so that gradients are wanted.
     """
 
@@ -40,6 +41,7 @@ class AttentionShape:
     sinks: bool = False
     segments: bool = False
     in_order: bool = False
+    batch_invariant: bool = False
     backward: bool = False
 
     def arguments(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -73,6 +75,8 @@ class AttentionShape:
             options["soft_cap"] = self.soft_cap
         if self.in_order:
             options["in_order"] = True
+        if self.batch_invariant:
+            options["batch_invariant"] = True
         return options
 
     def example(self, key: jax.Array) -> dict[str, jax.Array]:
@@ -193,6 +197,9 @@ DECODES = (
     AttentionShape("llama-3.1-8b-f32", 2, 1, 1024, 32, 8, 128, dtype="float32"),
     AttentionShape("llama-3.1-70b-one-of-8", 8, 1, 4096, 8, 1, 128, page_size=256),
     AttentionShape("llama-3.1-8b-b256-s4096-paged-64", 256, 1, 4096, 32, 8, 128, page_size=64),
+    AttentionShape(
+        "llama-3.1-8b-b256-s4096-fixed-shares", 256, 1, 4096, 32, 8, 128, page_size=64, batch_invariant=True
+    ),
     AttentionShape("llama-3.1-70b-one-of-8-b256-s4096-paged-64", 256, 1, 4096, 8, 1, 128, page_size=64),
     AttentionShape("llama-3.1-8b-blocks-of-8", 64, 8, 4096, 32, 8, 128, page_size=64),
     AttentionShape(

@@ -104,6 +104,7 @@ class BatchFile:
         sampling: SamplingParams,
         dtype: str,
         batch_size: int | None = None,
+        batch_invariant: bool = False,
         strict: bool = False,
         overwrite: bool = False,
     ):
@@ -117,7 +118,8 @@ class BatchFile:
           sampling: for lines that do not say otherwise; line i without a seed takes `sampling.seed + i`.
           dtype: what will be computed in.
           batch_size: continuations generated together, at most; by default as many as suit the device
-            (`default_settings`). A resumed run may choose another.
+            (`default_settings`). A resumed run may choose another, unless it is batch-invariant.
+          batch_invariant: the same results to the bit in any order and company (`EngineSettings`).
           strict: refuse an input with a bad line, or with equal ids.
           overwrite: discard what `target` holds.
 
@@ -132,7 +134,7 @@ class BatchFile:
         if STANDARD not in (source, target) and target.exists() and source.exists() and target.samefile(source):
             raise RequestError("input and output are the same file", param="output", hint="choose another output file")
         self._target, self._sampling, self._batch_size = target, sampling, batch_size
-        self._strict, self._overwrite = strict, overwrite
+        self._batch_invariant, self._strict, self._overwrite = batch_invariant, strict, overwrite
         self._source = Source(source)
         self._output: Output | None = None
         try:
@@ -141,6 +143,8 @@ class BatchFile:
                 "input": self._source.digest,
                 "dtype": dtype,
                 **json.loads(json.dumps(dataclasses.asdict(sampling))),  # as they are read back from the disk
+                # An engine of another size rounds differently.
+                **({"batch_invariant": {"batch_size": batch_size}} if batch_invariant else {}),
             }
             self.findings: Findings = survey(self._source.lines(), sampling)
             if strict:
@@ -200,7 +204,11 @@ class BatchFile:
         output, total = self._output, len(self._source.indices)
         assert output is not None, "open() comes first"
         rows = self._batch_size or default_rows(model)
-        llm = LLM(model, tokenizer, rows=-(-rows // ruled(model.mesh).ways("batch")))
+        of_replica = -(-rows // ruled(model.mesh).ways("batch"))
+        options: dict[str, Any] = {"rows": of_replica}
+        if self._batch_invariant:  # such an engine does not grow
+            options |= {"batch_invariant": True, "context": model.config.context_length}
+        llm = LLM(model, tokenizer, **options)
         start, before, written = time.perf_counter(), len(output.done), time.perf_counter()
         prompt_tokens = generated_tokens = 0
         records: list[Record] = []
@@ -290,6 +298,7 @@ def run(
     *,
     sampling: SamplingParams,
     batch_size: int | None = None,
+    batch_invariant: bool = False,
     strict: bool = False,
     overwrite: bool = False,
     identity: Mapping[str, Any] | None = None,
@@ -306,6 +315,7 @@ def run(
         sampling=sampling,
         dtype=str(model.dtype),
         batch_size=batch_size,
+        batch_invariant=batch_invariant,
         strict=strict,
         overwrite=overwrite,
     )

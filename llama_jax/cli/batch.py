@@ -12,6 +12,7 @@ import click
 
 from llama_jax.cli.errors import INTERRUPTED
 from llama_jax.cli.options import (
+    batch_invariant_option,
     claim_memory,
     dtype_option,
     given,
@@ -87,6 +88,7 @@ Run the same command again after an interruption: it resumes.
 )
 @sampling_options
 @click.option("--prompt-logprobs", type=int, metavar="N", help="Also log-probabilities of the prompt; N likeliest ids.")
+@batch_invariant_option
 @dtype_option
 @mesh_options
 @click.option("--strict", is_flag=True, help="Refuse IN if a line is bad or ids are equal; nothing is generated then.")
@@ -99,6 +101,7 @@ def command(
     target: Path,
     model: str,
     batch_size: int | None,
+    batch_invariant: bool,
     dtype: str | None,
     mesh: str | None,
     tp: int | None,
@@ -144,6 +147,7 @@ def command(
         sampling=sampling,
         dtype=dtype,
         batch_size=batch_size,
+        batch_invariant=batch_invariant,
         strict=strict,
         overwrite=overwrite,
     )

@@ -16,6 +16,7 @@ import click
 from llama_jax.cli.options import (
     Decorator,
     LoadOptions,
+    batch_invariant_option,
     claim_memory,
     drafts_option,
     gathered,
@@ -69,7 +70,8 @@ class Subject:
     """The model and engine to measure, and where the result goes.
 
     Attributes:
-      rows, context, pages, page_size, steps, drafts, prefix_cache, strict: of `engine.sizing.default_settings`.
+      rows, context, pages, page_size, steps, drafts, prefix_cache, batch_invariant, strict: of
+        `engine.sizing.default_settings`.
       out: a file for the JSON object, "-" for standard output, None for none.
     """
 
@@ -84,6 +86,7 @@ class Subject:
     steps: int | None
     drafts: int
     prefix_cache: bool
+    batch_invariant: bool
     strict: bool
     out: str | None
 
@@ -115,6 +118,7 @@ class Subject:
             steps=self.steps,
             drafts=self.drafts,
             prefix_cache=self.prefix_cache,
+            batch_invariant=self.batch_invariant,
             strict=self.strict,
         )
 
@@ -177,6 +181,7 @@ subject_options = gathered(
     ),
     drafts_option,
     click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True),
+    batch_invariant_option,
     click.option("--strict", is_flag=True, help="Fail if anything is compiled once the engine is ready."),
     load_options,
     quiet_option,

@@ -39,6 +39,13 @@ drafts_option = click.option(
 )
 
 
+batch_invariant_option = click.option(
+    "--batch-invariant",
+    is_flag=True,
+    help="The same results to the bit, whatever runs beside a request; slower.",
+)
+
+
 def examples(*lines: str, more: str = "") -> str:
     """The epilog of a command's help: example command lines, kept as they are, and what else there is to say."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines) + (f"\n\n{more}" if more else "")

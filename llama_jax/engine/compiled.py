@@ -26,6 +26,7 @@ from llama_jax.engine.flat import flat, flat_size, unflat
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
 from llama_jax.errors import LateCompilation
+from llama_jax.kernels.attention import batch_invariant
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
@@ -66,10 +67,11 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
 
     Args:
       greedy: whether there are programs for greedy requests alone: on a GPU they save what the full sampler costs, on a
-        CPU they would cost more to compile than they save.
+        CPU they would cost more to compile than they save. A batch-invariant engine has none: which of the two runs
+        would depend on the company.
     """
     keys = [Key("join"), Key("restrict"), Key("scrub"), Key("scored", settings.budget)]
-    for only in (False, True) if greedy else (False,):
+    for only in (False, True) if greedy and not settings.batch_invariant else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
         keys += [Key("verify", settings.draft_rows, only)] if settings.drafts else []
@@ -253,19 +255,20 @@ def program(
         else:
             function, args = scrub, (state, ints(settings.pages_per_row))
         return Program(str(key), jax.jit(function, donate_argnums=0, **shardings), args, {})
+    traced = batch_invariant(settings.batch_invariant)
     static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
     if key.name == "decode":
         control = programs.decode_control(key.size)
-        function = partial(programs.decode, **static, rows=key.size, stride=settings.steps)
+        function = partial(traced(programs.decode), **static, rows=key.size, stride=settings.steps)
         options = graph_options() if settings.steps > 1 else {}
     elif key.name == "verify":
         control = programs.verify_control(key.size, settings.drafts)
-        function = partial(programs.verify, **static, rows=key.size, drafts=settings.drafts)
+        function = partial(traced(programs.verify), **static, rows=key.size, drafts=settings.drafts)
         options = {}
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
-        function, options = partial(programs.mixed, **static), {}
+        function, options = partial(traced(programs.mixed), **static), {}
     told = [None] * (2 if key.name in ("decode", "verify") else 3)
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)

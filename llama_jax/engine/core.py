@@ -109,6 +109,9 @@ class Core:
                 waiting=settings.waiting,
                 steps=settings.steps,
                 draft_rows=settings.draft_rows if settings.drafts else 0,
+                boundary=settings.boundary,
+                apart=settings.batch_invariant,
+                reserve=settings.batch_invariant,
                 prefix_cache=settings.prefix_cache,
             )
         )

@@ -22,7 +22,10 @@ class Limits:
       steps: decode steps of one dispatch while nothing waits, at most.
       draft_rows: rows of a step with drafts, at most; 0 for no such steps.
       boundary: chunks end, and found prefixes are rounded down, at its multiples, so that a prompt is cut alike in any
-        company; a multiple of `page_size`, or None.
+        company; only prompts can be found then. A multiple of `page_size`, or None.
+      apart: whether a step has rows that decode, prompts, or prompts that are scored, which different programs compute;
+        and never two of them.
+      reserve: whether a sequence starts only when there are pages for all of its tokens, so that it is never preempted.
       prefix_cache: whether sequences use what others have computed. Without, only those of one `sequence.GROUP` do.
 
     Raises:
@@ -39,6 +42,8 @@ class Limits:
     steps: int = 1
     draft_rows: int = 0
     boundary: int | None = None
+    apart: bool = False
+    reserve: bool = False
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -57,12 +62,12 @@ class Limits:
                 param="boundary",
                 hint="prefixes are found page by page",
             )
-        least = self.rows - 1 + self.cut
-        if self.budget < least:
+        decoding = 0 if self.apart else self.rows - 1
+        if self.budget < decoding + self.cut:
             raise RequestError(
                 f"a budget of {self.budget} tokens is too small",
                 param="budget",
-                hint=f"{self.rows} rows need at least {least}: one each but for a prompt's chunk of {self.cut}",
+                hint=f"at least {decoding + self.cut}: a prompt's chunk of {self.cut} and {decoding} rows that decode",
             )
 
     @property

@@ -53,20 +53,20 @@ class Memory:
 
     def missing(self, sequence: Sequence, found: list[Block]) -> int:
         """Pages that must be available for a sequence to start: new ones, and those found that nobody uses."""
-        total = self.pages_for(len(sequence.tokens))
+        total = self._pages_at_start(sequence)
         return total - len(found) + sum(not self.pages.users(block.pages[0]) for block in found)
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.page_size)
 
     def start(self, sequence: Sequence, found: list[Block]) -> None:
-        """Gives a row, and pages for all known tokens."""
+        """Gives a row, and pages for all known tokens, or for all that it may have."""
         sequence.row, sequence.blocks, sequence.awaited = self._rows.pop(), found, None
         for block in found:
             self.pages.share(block.pages[0])
             self._enter(sequence, block.pages[0])
         sequence.computed = sequence.cached = len(found) * self.limits.page_size
-        self.book(sequence, self.pages_for(len(sequence.tokens)) - len(found))
+        self.book(sequence, self._pages_at_start(sequence) - len(found))
         self._claim(sequence)
 
     def book(self, sequence: Sequence, count: int) -> None:
@@ -103,8 +103,8 @@ class Memory:
 
     def register(self, sequence: Sequence, stored: int) -> None:
         """Lets others find the pages of full blocks among the first `stored` tokens, which are known."""
-        full = stored // self.limits.page_size
-        if len(sequence.blocks) == full or not self._shares(sequence) or _is_cut(sequence):
+        full = self._findable(sequence, stored)
+        if len(sequence.blocks) >= full or _is_cut(sequence):
             return
         keys = extend_keys(sequence, self.limits.page_size)
         for index in range(len(sequence.blocks), full):
@@ -121,13 +121,27 @@ class Memory:
     def _shares(self, sequence: Sequence) -> bool:
         return self.limits.prefix_cache or any(kind == GROUP for kind, _ in sequence.domain)
 
+    def _pages_at_start(self, sequence: Sequence) -> int:
+        tokens = len(sequence.tokens)
+        if self.limits.reserve:  # what is drawn last is not stored
+            tokens = max(tokens, sequence.prompt_length + sequence.limit - 1)
+        return self.pages_for(tokens)
+
+    def _findable(self, sequence: Sequence, stored: int) -> int:
+        """Full blocks among its first `stored` tokens that others may find."""
+        if not self._shares(sequence) or (self.limits.apart and not sequence.reuse):
+            return 0
+        if self.limits.boundary:
+            stored = min(stored, sequence.prompt_length) // self.limits.boundary * self.limits.boundary
+        return stored // self.limits.page_size
+
     def _claim(self, sequence: Sequence) -> None:
         """Notes that it is going to compute the blocks of its tokens which it has not found."""
-        keys = extend_keys(sequence, self.limits.page_size) if self._shares(sequence) else []
-        if not keys:
+        full = self._findable(sequence, len(sequence.tokens))
+        if not full:
             return
         node = self._last_block(sequence)
-        for key in keys[len(sequence.blocks) :]:
+        for key in extend_keys(sequence, self.limits.page_size)[len(sequence.blocks) : full]:
             node = node.child(key)
             if not node.pages and node.computing is None:
                 node.computing = sequence

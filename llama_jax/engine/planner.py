@@ -57,15 +57,19 @@ class Planner:
     def __init__(self, limits: Limits, queues: Queues, memory: Memory):
         self.limits, self.queues, self.memory = limits, queues, memory
         self.totals = Totals()
+        self._decoded = False
 
     def plan(self) -> Step | None:
         """The next step; None if no row can go on."""
         plan = _Plan()
         self._make_way(plan)
-        self._decode(plan)
-        self._compute_prompts(plan)
+        parts = [self._decode, self._compute_prompts]
+        for part in reversed(parts) if self.limits.apart and self._decoded else parts:  # in turn
+            if not (self.limits.apart and (plan.decoding or plan.starts)):
+                part(plan)
         if not plan.decoding and not plan.starts:
             return None
+        self._decoded = bool(plan.decoding)
         memory = self.memory
         memory.newest += 1
         chunks = tuple(
@@ -172,7 +176,7 @@ class Planner:
 
     def _compute(self, sequence: Sequence, left: int, plan: _Plan, *, alone: bool | None = None) -> int:
         """Plans a chunk of a prompt, or more of its chunk; returns how many tokens."""
-        count = self._chunk(sequence, sequence.computed, left, alone)
+        count = self._chunk(sequence, sequence.computed, left, alone) if self._goes_with(sequence, plan) else 0
         if count:
             plan.starts.setdefault(sequence, sequence.computed)
             sequence.computed += count
@@ -210,6 +214,9 @@ class Planner:
                 break
             if awaits(sequence):
                 continue
+            if not self._goes_with(sequence, plan):
+                passed.append(sequence)
+                continue
             found = memory.find(sequence)
             if found is None:
                 misfits += 1
@@ -233,6 +240,10 @@ class Planner:
             places -= 1
         return left
 
+    def _goes_with(self, sequence: Sequence, plan: _Plan) -> bool:
+        """Whether a prompt may be in the step; those that are scored compute all of it (`Sequence.reuse`)."""
+        return not self.limits.apart or all(other.reuse == sequence.reuse for other in plan.starts)
+
     @property
     def _place_for_long(self) -> bool:
         """Whether one more prompt may need further steps: one place is for those that do not."""
@@ -241,7 +252,7 @@ class Planner:
     @property
     def _spare(self) -> int:
         """Pages that newcomers leave: each decoding row needs one, now or soon, and would take it back from them."""
-        return len(self.queues.decoding)
+        return 0 if self.limits.reserve else len(self.queues.decoding)
 
     def _start(self, sequence: Sequence, found: list[Block], plan: _Plan) -> None:
         self.queues.move(sequence, Phase.PROMPT)
@@ -256,7 +267,7 @@ class Planner:
     def _make_way(self, plan: _Plan) -> None:
         """Preempts for the first that waits those of strictly lower priority, if it can start only then."""
         last = self.queues.least_urgent
-        first = self.queues.waiting[0] if len(self.queues.waiting) else None
+        first = self.queues.waiting[0] if len(self.queues.waiting) and not self.limits.reserve else None
         if first is None or last is None or last.priority <= first.priority or not first.known or awaits(first):
             return
         found = self.memory.find(first)

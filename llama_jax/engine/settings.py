@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from llama_jax.cache import DEFAULT_PAGE_SIZE, check_page_size
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention.decode import MAX_QUERIES
+from llama_jax.kernels.attention.packed import block_multiple
 
 STOP_IDS, BIASES = 64, 1024
 """Room for a request's, unless settings say otherwise."""
@@ -28,6 +29,9 @@ class EngineSettings:
       prefix_cache: whether prompts use what others have computed.
       stop_ids, biases: of a request, at most.
       drafts: tokens of a row's draft (`drafting`), at most; 0 for no drafts. draft_rows: rows of a step with drafts.
+      batch_invariant: whether what a request gets is the same to the bit, whatever runs beside it, whenever it arrives
+        and whatever the prefix cache holds. There is one size of each program then, and a sequence starts when there
+        are pages for all of its tokens.
       strict: whether it is an error to compile anything once the engine is ready. All programs are compiled before.
     """
 
@@ -45,6 +49,7 @@ class EngineSettings:
     biases: int = BIASES
     drafts: int = 0
     draft_rows: int = 8
+    batch_invariant: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -67,13 +72,36 @@ class EngineSettings:
                 param="steps",
                 hint="1 for streams, 8 or 16 for throughput",
             )
-
         if not 0 <= self.drafts < MAX_QUERIES:
             raise RequestError(
                 f"drafts must be in [0, {MAX_QUERIES - 1}]; got {self.drafts}",
                 param="drafts",
                 hint="the kernels of decode attention take no more tokens of a row",
             )
+
+        if self.batch_invariant:
+            self._check_batch_invariant()
+
+    def _check_batch_invariant(self) -> None:
+        if len(self.decode_rows) > 1 or len(self.mixed_tokens) > 1:
+            raise RequestError(
+                f"batch_invariant with decode_rows {self.decode_rows} and mixed_tokens {self.mixed_tokens}",
+                param="batch_invariant",
+                hint="give one size of each: another would be computed by a program that rounds differently",
+            )
+        if self.drafts:
+            raise RequestError(
+                f"batch_invariant with {self.drafts} drafts",
+                param="drafts",
+                hint="leave them out: steps with drafts are another program, which rounds differently",
+            )
+
+    @property
+    def boundary(self) -> int | None:
+        """Tokens of which chunks of prompts, and found prefixes, are a multiple; None for any number."""
+        if not self.batch_invariant:
+            return None
+        return max(self.page_size, block_multiple(self.budget, self.chunk_rows))
 
     @property
     def pages_per_row(self) -> int:

@@ -25,6 +25,9 @@ GPU_TOKENS, CPU_TOKENS = (256, 512, 1024, 2048), (32, 128)
 GPU_DECODE_ROWS = (1, 8, 16, 32, 64, 96, 128, 192)
 """And all rows. Up to 8 rows a step takes the time to read the weights; beyond 64, arithmetic makes larger steps
 longer, and finer sizes worth their compilation."""
+GPU_ONE_SIZE, CPU_ONE_SIZE, ONE_SIZE_ROWS = 512, 64, 8
+"""Tokens of a step with prompts where there is one size, and its prompts. Every prompt that begins costs a whole step:
+as few tokens as a device is busy with."""
 CPU_CONTEXT = 4096
 CPU_START, GPU_START = 1024, 8192
 CPU_EACH = 512
@@ -57,7 +60,15 @@ class Sizes:
         """The longest sequence that there are settings for, as far as memory allows."""
         if self.fixed is not None:
             return self.fixed.context
-        return self.options.get("context") or self.model.config.context_length
+        if context := self.options.get("context"):
+            return int(context)
+        on_cpu = self.model.device.platform == "cpu"
+        return _default_context(self.model.config, on_cpu=on_cpu and not self._grows)
+
+    @property
+    def _grows(self) -> bool:
+        """Whether there are settings of several lengths. Programs for another length might round differently."""
+        return not (self.fixed or self.options.get("context") or self.options.get("batch_invariant"))
 
     def __call__(self, length: int) -> EngineSettings:
         """Settings for sequences of that length, or `longest` where this is less.
@@ -65,7 +76,7 @@ class Sizes:
         Raises:
           DoesNotFit: there is no memory for one of them.
         """
-        if self.fixed is not None or self.options.get("context"):
+        if not self._grows:
             return self.fixed or default_settings(self.model, **self.options)
         least = CPU_START if self.model.device.platform == "cpu" else GPU_START
         context = min(1 << (max(length, least) - 1).bit_length(), self.longest)
@@ -85,6 +96,7 @@ def default_settings(
     prefix_cache: bool = True,
     waiting: int | None = None,
     drafts: int = 0,
+    batch_invariant: bool = False,
     strict: bool = False,
 ) -> EngineSettings:
     """Settings for a model on the devices that it is on.
@@ -120,6 +132,7 @@ def default_settings(
         prefix_cache=prefix_cache,
         waiting=waiting,
         drafts=drafts,
+        batch_invariant=batch_invariant,
         strict=strict,
         more_memory="" if on_cpu else more_memory_hint(memory_fraction()),
     )
@@ -137,6 +150,7 @@ def settings_for(
     least: int | None = None,
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
+    batch_invariant: bool = False,
     more_memory: str = "",
     **options: Any,
 ) -> EngineSettings:
@@ -153,7 +167,7 @@ def settings_for(
         raise RequestError(
             f"a context of {context} tokens; the model's is {longest}", param="context", hint=f"at most {longest}"
         )
-    context = min(longest, CPU_CONTEXT if on_cpu else longest) if context is None else context
+    context = _default_context(config, on_cpu=on_cpu) if context is None else context
     rows = (CPU_ROWS if on_cpu else GPU_ROWS) if rows is None else rows
     each = -(-context // page_size)
     if pages is None:
@@ -170,20 +184,29 @@ def settings_for(
             f"a sequence of {context} tokens takes {each} pages of {page_size}; there is memory for {pages}",
             hint="; ".join(filter(None, (fitting, more_memory))),
         )
+    chunk_rows, buckets = CHUNK_ROWS, _decode_rows(rows, on_cpu=on_cpu)
     tokens = [*(CPU_TOKENS if on_cpu else GPU_TOKENS)]
     if tokens[-1] <= rows:
         tokens.append(2 * rows)
+    if batch_invariant:  # one size of each
+        chunk_rows, buckets = ONE_SIZE_ROWS, (rows,)
+        tokens = [max(CPU_ONE_SIZE if on_cpu else GPU_ONE_SIZE, page_size, 1 << rows.bit_length())]
     return EngineSettings(
         rows=rows,
         context=context,
         pages=pages,
-        decode_rows=_decode_rows(rows, on_cpu=on_cpu),
+        decode_rows=buckets,
         mixed_tokens=tuple(tokens),
         draft_rows=min(DRAFT_ROWS, rows),
-        chunk_rows=min(CHUNK_ROWS, rows),
+        chunk_rows=min(chunk_rows, rows),
         page_size=page_size,
+        batch_invariant=batch_invariant,
         **options,
     )
+
+
+def _default_context(config: LlamaConfig, *, on_cpu: bool) -> int:
+    return min(config.context_length, CPU_CONTEXT) if on_cpu else config.context_length
 
 
 def default_rows(model: Model) -> int:

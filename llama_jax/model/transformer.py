@@ -13,7 +13,7 @@ from llama_jax.cache import KVCache, LayerCache
 from llama_jax.cache.protocol import Queries
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
-from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention
+from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention, is_batch_invariant
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
 from llama_jax.model.adapters import Adapters, checked
 from llama_jax.model.head import unembed
@@ -283,6 +283,7 @@ def _layer(
             dims.head_dim**-0.5,
             in_order=cache is None and in_order and at is None,
             chunk_rows=chunk_rows if at is None else None,  # `at` may name a token more than once
+            batch_invariant=is_batch_invariant(),
         )
         if cache is None:
             kv = KeysValues(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))

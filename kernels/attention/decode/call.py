@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.kernels.attention.decode import MAX_QUERIES
-from llama_jax.kernels.attention.decode.partition import visible_slots
+from llama_jax.kernels.attention.decode.partition import Cut, fixed_length, visible_slots
 from llama_jax.kernels.attention.decode.tiles import Tiles, default_tiles, padded_rows
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels
 from llama_jax.kernels.attention.reference import attention_reference, visible
@@ -32,7 +32,7 @@ class Call:
       group: query heads of one key/value head.
       slots: of each row of the cache.
       page_size: slots of a page; 0 without pages.
-      wanted: shares to cut the cache into, for each key/value head.
+      cut: how it is cut into shares, for each key/value head.
     """
 
     batch: int
@@ -41,7 +41,7 @@ class Call:
     head_dim: int
     slots: int
     page_size: int
-    wanted: int
+    cut: Cut
     rule: Rule
     tiles: Tiles
     interpret: bool
@@ -54,14 +54,16 @@ class Call:
         kv_heads = kv.k.shape[1]
         rows = q.shape[2] // kv_heads * q.shape[1]
         programs = kv_heads * -(-rows // padded_rows(rows, tiles.block_rows))
+        wanted = max(max(current().compute_units, 1) * tiles.programs_per_unit // programs, 1)
+        slots = places.kv_positions.shape[1]
         return cls(
             batch=q.shape[0],
             queries=q.shape[1],
             group=q.shape[2] // kv_heads,
             head_dim=q.shape[3],
-            slots=places.kv_positions.shape[1],
+            slots=slots,
             page_size=0 if kv.page_table is None else kv.k.shape[2],
-            wanted=max(max(current().compute_units, 1) * tiles.programs_per_unit // programs, 1),
+            cut=Cut(tiles.block_k, wanted, fixed_length(slots, tiles.block_k) if rule.batch_invariant else 0),
             rule=rule,
             tiles=tiles,
             interpret=interpret,
@@ -85,7 +87,7 @@ class Call:
     @property
     def most_shares(self) -> int:
         """As many shares as there can be."""
-        return min(self.wanted + self.batch - 1, self.batch * -(-self.slots // self.tiles.block_k))
+        return self.cut.most_shares(self.batch, self.slots)
 
     @property
     def combined(self) -> int:

@@ -119,6 +119,7 @@ def _constants(call: Call, kv_heads: int) -> dict[str, Any]:
         "KV_HEADS": kv_heads,
         "HEAD_DIM": call.head_dim,
         "WIDTH": call.width,
-        "WANTED": call.wanted,
-        "BLOCK_K": call.tiles.block_k,
+        "WANTED": call.cut.wanted,
+        "LENGTH": call.cut.length,
+        "BLOCK_K": call.cut.block_k,
     }

@@ -80,7 +80,7 @@ def shares(
         lse_ref: Any,
     ) -> None:
         row_block, index, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        row, start, stop = partition.share(*_ranges(first_ref, end_ref), block_k, call.wanted, index)
+        row, start, stop = partition.share(*_ranges(first_ref, end_ref), call.cut, index)
         row = jnp.minimum(row, call.batch - 1)
 
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
@@ -161,7 +161,7 @@ def combine(
     ) -> None:
         row, q_head, query = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         ranges = _ranges(first_ref, end_ref)
-        start, stop = partition.shares_of(*ranges, call.tiles.block_k, call.wanted, row)
+        start, stop = partition.shares_of(*ranges, call.cut, row)
         head, flat = q_head // call.group, query * call.group + q_head % call.group
 
         def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

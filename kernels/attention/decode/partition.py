@@ -3,15 +3,49 @@
 The slots of a row that any of its queries may see lie in a range of blocks of `block_k` slots. These ranges, over all
 rows of the batch, are cut into shares of equal length, one for each program of a key/value head: however different the
 rows' lengths are, every program reads about as many bytes, and none reads what lies before a window or in empty slots.
+Where a row's result must not depend on the others (`Rule.batch_invariant`), shares have a fixed length instead.
 ("Flash-Decoding", https://crfm.stanford.edu/2023/10/12/flashdecoding.html, cuts each row alone.)
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
 from llama_jax.kernels.attention.records import Visibility
+
+LEAST_FIXED, MOST_FIXED = 512, 32
+"""Slots of a share of fixed length, at least, and such shares of a row, at most."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the rows' slots are cut into shares.
+
+    Attributes:
+      block_k: slots of a block.
+      wanted: shares to make of all rows.
+      length: blocks of a share, whatever is wanted; 0 for a length that makes as many shares as are wanted.
+    """
+
+    block_k: int
+    wanted: int
+    length: int = 0
+
+    def most_shares(self, batch: int, slots: int) -> int:
+        """As many shares as there can be of `batch` rows of `slots`."""
+        blocks = -(-slots // self.block_k)
+        if self.length:
+            return batch * -(-blocks // self.length)
+        return min(self.wanted + batch - 1, batch * blocks)
+
+
+def fixed_length(slots: int, block_k: int) -> int:
+    """Blocks of a share of fixed length for rows of `slots`. It follows from the room that rows have, not from what is
+    in them: long shares leave a GPU idle where there are few rows, and many shares of long rows cost memory."""
+    return -(-max(LEAST_FIXED, -(-slots // MOST_FIXED)) // block_k)
 
 
 def visible_slots(
@@ -38,10 +72,9 @@ def visible_slots(
     return jax.lax.reduce(each, (jnp.int32(slots), jnp.int32(0)), widest, (1,))
 
 
-def shares(
-    first: jax.Array, end: jax.Array, block_k: int, wanted: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cuts the rows' slots into shares of whole blocks, at most `wanted` + batch - 1, each within one row.
+def shares(first: jax.Array, end: jax.Array, cut: Cut) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Cuts the rows' slots into shares of whole blocks, each within one row; `wanted` + batch - 1 at most, if their
+    length is not fixed.
 
     Args:
       first, end: int32 [batch], each row's slots.
@@ -50,17 +83,17 @@ def shares(
       int32 []: the blocks of one share (the last one of a row may have fewer). int32 [batch]: each row's first block;
       how many blocks it has; and in how many shares.
     """
-    start = first // block_k
-    blocks = jnp.maximum((end + block_k - 1) // block_k - start, 0)
-    length = jnp.maximum((jnp.sum(blocks) + wanted - 1) // wanted, 1)
+    start = first // cut.block_k
+    blocks = jnp.maximum((end + cut.block_k - 1) // cut.block_k - start, 0)
+    length = jnp.int32(cut.length)
+    if not cut.length:
+        length = jnp.maximum((jnp.sum(blocks) + cut.wanted - 1) // cut.wanted, 1)
     return length, start, blocks, (blocks + length - 1) // length
 
 
-def share(
-    first: jax.Array, end: jax.Array, block_k: int, wanted: int, index: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def share(first: jax.Array, end: jax.Array, cut: Cut, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The row of share `index` int32 [], and its blocks [start, stop); none if there is no such share."""
-    length, start, blocks, count = shares(first, end, block_k, wanted)
+    length, start, blocks, count = shares(first, end, cut)
     until = jnp.cumsum(count)
     row = jnp.sum((until <= index).astype(jnp.int32))
 
@@ -72,11 +105,9 @@ def share(
     return row, begin + skipped, begin + jnp.minimum(skipped + length, of_row(blocks))
 
 
-def shares_of(
-    first: jax.Array, end: jax.Array, block_k: int, wanted: int, row: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def shares_of(first: jax.Array, end: jax.Array, cut: Cut, row: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The shares [start, stop) of one row."""
-    *_, count = shares(first, end, block_k, wanted)
+    *_, count = shares(first, end, cut)
     index = jnp.arange(first.shape[0], dtype=jnp.int32)
     start = total_where(index < row, count)
     return start, start + total_where(index == row, count)

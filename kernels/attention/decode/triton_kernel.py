@@ -15,13 +15,24 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def shares_of_rows(first, end, BATCH: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WANTED: tl.constexpr):
+def shares_of_rows(
+    first,
+    end,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WANTED: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
     """As `partition.shares`, and the numbers of the rows."""
     rows = tl.arange(0, ROWS)
     start = tl.load(first + rows, mask=rows < BATCH, other=0) // BLOCK_K
     stop = tl.load(end + rows, mask=rows < BATCH, other=0)
     blocks = tl.maximum((stop + BLOCK_K - 1) // BLOCK_K - start, 0)
-    length = tl.maximum((tl.sum(blocks, 0) + WANTED - 1) // WANTED, 1)
+    if LENGTH == 0:
+        length = tl.maximum((tl.sum(blocks, 0) + WANTED - 1) // WANTED, 1)
+    else:
+        length = LENGTH
     return rows, length, start, blocks, (blocks + length - 1) // length
 
 
@@ -58,6 +69,7 @@ def decode_attention_shares(
     PAGE: tl.constexpr,
     PAGES: tl.constexpr,
     WANTED: tl.constexpr,
+    LENGTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     KIND: tl.constexpr,
@@ -68,7 +80,7 @@ def decode_attention_shares(
 ):
     """One share of one key/value head; as `kernel.shares`."""
     row_block, index, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows, length, starts, blocks, count = shares_of_rows(first, end, BATCH, ROWS, BLOCK_K, WANTED)
+    rows, length, starts, blocks, count = shares_of_rows(first, end, BATCH, ROWS, BLOCK_K, WANTED, LENGTH)
     until = tl.cumsum(count, 0)
     row = tl.sum((until <= index).to(tl.int32), 0)
     skipped = (index - tl.sum(tl.where(rows == row, until - count, 0), 0)) * length
@@ -159,13 +171,14 @@ def decode_attention_combine(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     WANTED: tl.constexpr,
+    LENGTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     AT_A_TIME: tl.constexpr,
     SINKS: tl.constexpr,
 ):
     """One query of one head, from its row's shares; as `kernel.combine`."""
     row, q_head, query = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows, _, _, _, count = shares_of_rows(first, end, BATCH, ROWS, BLOCK_K, WANTED)
+    rows, _, _, _, count = shares_of_rows(first, end, BATCH, ROWS, BLOCK_K, WANTED, LENGTH)
     start = tl.sum(tl.where(rows < row, count, 0), 0)
     stop = start + tl.sum(tl.where(rows == row, count, 0), 0)
     flat = query * GROUP + q_head % GROUP
