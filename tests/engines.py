@@ -44,8 +44,12 @@ def _programs(model: str, settings: EngineSettings) -> dict[Any, Any]:
 
 def new_core(model: Model, settings: EngineSettings) -> Core:
     """An engine; one of the same model and sizes as an earlier one takes over its programs."""
-    core = Core(model, settings)
-    core.programs._compiled = _programs(model.name, settings)
+    return sharing(Core(model, settings))
+
+
+def sharing(core: Core) -> Core:
+    """An engine that takes over the programs of an earlier one of the same model and sizes."""
+    core.programs._compiled = _programs(core.model.name, core.settings)
     return core
 
 

@@ -560,8 +560,8 @@ TEXT: tuple[Mutation, ...] = (
     Mutation(
         "a step planned behind a draft that may not come",
         "llama_jax/engine/sequence.py",
-        "return (self.paced or self.unsure > 0) and not self.known",
-        "return self.paced and not self.known",
+        "return self.pending or (self.paced or self.unsure > 0) and not self.known",
+        "return self.pending or self.paced and not self.known",
         ("tests/test_engine_scheduler.py::test_traffic",),
     ),
     Mutation(
@@ -745,8 +745,8 @@ CONSTRAINTS = (
     Mutation(
         "a dead end may go on with any token",
         "llama_jax/engine/rules.py",
-        "mask[:] = 0",
-        "mask[:] = 1",
+        "np.zeros_like(mask)[None]",
+        "np.ones_like(mask)[None]",
         ("tests/test_engine_constraints.py::test_a_dead_end_ends_its_sequence_alone[error]",),
     ),
     Mutation(

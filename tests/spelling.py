@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import tokenizers
-from engines import _COMPILED, small_settings
+from engines import sharing, small_settings
 from helpers import random_params, tiny_config
 
 from llama_jax.generation.llm import LLM
@@ -53,6 +53,5 @@ def spelling_llm(**changes: object) -> LLM:
     sizes = {"rows": 4, "decode_rows": (1, 4), "context": 256, "pages": 64}
     settings = small_settings(**sizes | changes)
     llm = LLM(spelling_model(), spelling_tokenizer(), settings=settings)
-    programs = llm._jobs.engine.cores[0].programs
-    programs._compiled = _COMPILED.setdefault((llm.model.name, settings), programs._compiled)
+    sharing(llm._jobs.engine.cores[0])
     return llm

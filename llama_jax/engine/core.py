@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.decode.loop import DecodeState
-from llama_jax.engine import programs
+from llama_jax.engine import programs, rules
 from llama_jax.engine.compiled import Compiled, Programs
 from llama_jax.engine.drafting import Drafter
 from llama_jax.engine.joining import Asked, joinings
@@ -116,6 +116,7 @@ class Core:
         self._begun: DecodeState | None = None
         self.programs = Programs(model, settings, shapes_of(self._begin), adapters)
         self._asked: dict[int, Asked] = {}
+        self._undecided: set[int] = set()  # those with rules whose next masks may not be there yet
         self._flights: deque[_Flight] = deque()
         self._numbers = itertools.count() if numbers is None else numbers
 
@@ -183,8 +184,11 @@ class Core:
         )
         self.scheduler.add(sequence)
         greedy = rule is None and SamplerProfile.of([params]) == GREEDY
-        drafter = Drafter(settings.drafts) if settings.drafts and rule is None else None
+        drafter = Drafter(settings.drafts) if settings.drafts else None
         self._asked[number] = Asked(sequence, params, adapter, greedy, rule, drafter)
+        if rule:
+            rule.prepare()
+            self._undecided.add(number)
         return number
 
     def cancel(self, number: int) -> None:
@@ -199,14 +203,15 @@ class Core:
           LateCompilation: in a strict engine that is ready, if anything has to be compiled.
         """
         with self.programs:
+            ended = self._decide() if self._undecided else []
             if self.settings.drafts:
                 self._draft()
             step = self.scheduler.schedule()
             if step is not None:
                 self._flights.append(self._dispatch(step))
             if len(self._flights) > (step is not None):
-                return self._read(self._flights.popleft())
-            return []
+                return ended + self._read(self._flights.popleft())
+            return ended
 
     def computed(self, number: int) -> int:
         """How many tokens of a sequence have been computed, or are in steps that are under way."""
@@ -231,6 +236,36 @@ class Core:
         """The engine in numbers."""
         return self._meter.snapshot(self.scheduler.counts, self.programs)
 
+    def _decide(self) -> list[Drawn]:
+        """Waits a moment for the masks of sequences with rules. Those whose masks are not there are left out of the
+        next step, and those whose constraints take too long are ended; returns news of these."""
+        undecided = {n: asked.rule for n in self._undecided if (asked := self._asked.get(n)) and asked.rule}
+        for rule in undecided.values():
+            rule.prepare()  # if it was cancelled
+        patience = rules.PATIENCE_S - min((rule.waited_s for rule in undecided.values()), default=0.0)
+        alone = len(undecided) == len(self._asked)
+        rules.wait(undecided.values(), rules.ALONE_S if alone else max(0.0, patience))
+        late = [n for n, rule in undecided.items() if not rule.ready and rule.took_s > self.settings.constraint_s]
+        if late:
+            rules.abandon_threads()
+        self._undecided = {n for n, rule in undecided.items() if not rule.ready}.difference(late)
+        for number in undecided:
+            self._asked[number].sequence.pending = number in self._undecided
+            if number in late:
+                self.cancel(number)
+        error = f"its constraints took longer than {self.settings.constraint_s:g} s for the next token"
+        return [Drawn(number, (), ending="failed", error=error) for number in late]
+
+    def _prepare(self, asked: Asked, rule: Rule) -> None:
+        """Has the masks of a sequence's next tokens computed, behind a draft too where one may be tried."""
+        sequence, guess, most = asked.sequence, (), 0
+        if asked.drafter and self.scheduler.calm:
+            most = min(self.settings.drafts, sequence.limit - sequence.drawn - 1)
+            if most and asked.drafter.active(len(sequence.tokens)):
+                guess = asked.drafter.propose(sequence.tokens, most)
+        rule.prepare(guess, most)
+        self._undecided.add(sequence.id)
+
     def _draft(self) -> None:
         """Drafts for the next step. Whoever drafts waits for the host to know its tokens, which takes longer than to
         have the next step planned before: where other rows would wait for it, and where drafts gain nothing, nobody
@@ -239,6 +274,9 @@ class Core:
         for sequence in self.scheduler.decoding:
             asked = self._asked[sequence.id]
             if asked.drafter is None:
+                continue
+            if asked.rule:
+                sequence.draft = asked.rule.ahead.draft if calm and sequence.known and asked.rule.ready else ()
                 continue
             text, left = len(sequence.tokens), sequence.limit - sequence.drawn - 1
             sequence.paced = calm and left > 0 and asked.drafter.active(text)
@@ -249,9 +287,6 @@ class Core:
     # --- To the device
 
     def _dispatch(self, step: Step) -> _Flight:
-        for joining in step.joining:
-            if rule := self._asked[joining.sequence.id].rule:
-                rule.prepare()
         for leaving, new in joinings(step, self._asked, self.model, self.settings):
             self._state = self.programs.join(self._state, leaving, new)
         joined = {joining.row for joining in step.joining}
@@ -261,10 +296,12 @@ class Core:
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             packed.parts["pages"][: len(pages)] = pages
         flight = _Flight(step, packed.rows, packed.spans)
-        if not greedy:
+        if not greedy and packed.masks is None:
             self._restrict(flight)
         self._meter.dispatched(step, packed.size)
-        self._state, flight.report, logprobs, *scores = self.programs.step(packed.key, self._state, packed.control)
+        self._state, flight.report, logprobs, *scores = self.programs.step(
+            packed.key, self._state, packed.control, packed.masks
+        )
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs
         flight.scores = scores[0] if scores else None
@@ -276,7 +313,7 @@ class Core:
         """Gives masks to the rows that draw under a rule."""
         ruled = [(sequence.row, rule) for _, sequence in flight.rows if (rule := self._asked[sequence.id].rule)]
         if ruled:
-            rows, masks = [row for row, _ in ruled], [rule.mask() for _, rule in ruled]
+            rows, masks = [row for row, _ in ruled], [rule.ahead.masks[0] for _, rule in ruled]
             self._state = self.programs.restrict(self._state, rows, masks)
 
     # --- From the device
@@ -312,7 +349,7 @@ class Core:
             asked.rule.accept(tokens)
             ending = "stop" if asked.rule.ended else ending
             if not ending:
-                asked.rule.prepare()
+                self._prepare(asked, asked.rule)
         error = None
         if ending == "failed":
             error = (asked.rule and asked.rule.error) or "its logits were no numbers"

@@ -28,6 +28,8 @@ class EngineSettings:
       prefix_cache: whether prompts use what others have computed.
       stop_ids, biases: of a request, at most.
       drafts: tokens of a row's draft (`drafting`), at most; 0 for no drafts. draft_rows: rows of a step with drafts.
+      constraint_s: seconds that the constraints of a sequence may take for what may come next; it ends with an error if
+        they take longer.
       strict: whether it is an error to compile anything once the engine is ready. All programs are compiled before.
     """
 
@@ -45,6 +47,7 @@ class EngineSettings:
     biases: int = BIASES
     drafts: int = 0
     draft_rows: int = 8
+    constraint_s: float = 10.0
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -67,7 +70,12 @@ class EngineSettings:
                 param="steps",
                 hint="1 for streams, 8 or 16 for throughput",
             )
-
+        if not self.constraint_s > 0:
+            raise RequestError(
+                f"constraint_s must be above 0; got {self.constraint_s}",
+                param="constraint_s",
+                hint="10 seconds are many times what a grammar needs for a token",
+            )
         if not 0 <= self.drafts < MAX_QUERIES:
             raise RequestError(
                 f"drafts must be in [0, {MAX_QUERIES - 1}]; got {self.drafts}",

@@ -50,6 +50,12 @@ class GrammarMatcher:
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)
 
+    def fork(self) -> GrammarMatcher:
+        return GrammarMatcher(self._matcher.deep_copy())
+
+    def forced(self) -> Sequence[int]:
+        return self._matcher.compute_ff_tokens()
+
     @property
     def ended(self) -> bool:
         return self._matcher.is_stopped() and self.error is None
