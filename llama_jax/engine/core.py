@@ -242,9 +242,7 @@ class Core:
         undecided = {n: asked.rule for n in self._undecided if (asked := self._asked.get(n)) and asked.rule}
         for rule in undecided.values():
             rule.prepare()  # if it was cancelled
-        patience = rules.PATIENCE_S - min((rule.waited_s for rule in undecided.values()), default=0.0)
-        alone = len(undecided) == len(self._asked)
-        rules.wait(undecided.values(), rules.ALONE_S if alone else max(0.0, patience))
+        rules.wait(undecided.values(), alone=len(undecided) == len(self._asked))
         late = [n for n, rule in undecided.items() if not rule.ready and rule.took_s > self.settings.constraint_s]
         if late:
             rules.abandon_threads()

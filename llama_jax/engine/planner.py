@@ -257,14 +257,9 @@ class Planner:
         """Preempts for the first that waits those of strictly lower priority, if it can start only then."""
         last = self.queues.least_urgent
         first = self.queues.waiting[0] if len(self.queues.waiting) else None
-        if (
-            first is None
-            or last is None
-            or last.priority <= first.priority
-            or not first.known
-            or first.pending
-            or awaits(first)
-        ):
+        if first is None or last is None or last.priority <= first.priority:
+            return
+        if not first.known or first.pending or awaits(first):
             return
         found = self.memory.find(first)
         if found is None:

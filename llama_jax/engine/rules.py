@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -123,10 +124,10 @@ class Rule:
         if not most:
             return draft, masks
         forced: Sequence[int] = ()
-        try:
-            if not all(isinstance(constraint, Forkable) for constraint in self._constraints):
-                return draft, masks
+        with contextlib.suppress(Exception):
             forks = [constraint.fork() for constraint in self._constraints if isinstance(constraint, Forkable)]
+            if len(forks) < len(self._constraints):
+                return draft, masks
             while len(draft) < most:
                 forced = forced or next((tokens for fork in forks if (tokens := fork.forced())), ())
                 if not forced and not guess:
@@ -144,8 +145,6 @@ class Rule:
                     break
                 draft.append(token)
                 masks.append(mask)
-        except Exception:
-            pass
         return draft, masks
 
     def _mask(self, constraints: Sequence[Constraint]) -> tuple[np.ndarray, str | None]:
@@ -160,9 +159,13 @@ class Rule:
         return mask, "; ".join(errors) or (None if mask.any() else "the constraints allow no token")
 
 
-def wait(rules: Iterable[Rule], seconds: float) -> None:
-    """Waits until the masks of all rules have been computed, but not longer than that."""
-    wait_for([rule._next for rule in rules if rule._next is not None], timeout=seconds)
+def wait(rules: Iterable[Rule], *, alone: bool) -> None:
+    """Waits for masks that are being computed, but for none longer than other sequences do; if there are no others, for
+    all of them a while."""
+    left_s = {rule: ALONE_S if alone else PATIENCE_S - rule.waited_s for rule in rules}
+    futures = [rule._next for rule, left in left_s.items() if rule._next is not None and left > 0]
+    if futures:
+        wait_for(futures, timeout=max(left_s.values()))
 
 
 def abandon_threads() -> None:
