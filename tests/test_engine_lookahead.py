@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,13 +45,13 @@ class Forking(Listed):
 
 
 def tiny_core(**changes: int | float) -> Core:
-    return new_core(tiny_model(), small_settings(drafts=7, draft_rows=2, rows=2, decode_rows=(2,), **changes))
+    return new_core(tiny_model(), small_settings(drafts=7, draft_rows=2, rows=2, decode_rows=(2,), steps=4, **changes))
 
 
 # --- What is drafted
 
 
-def ahead_of(constraints: list, guess: tuple[int, ...] = (), most: int = 7, **fields: object) -> rules.Ahead:
+def ahead_of(constraints: list, guess: tuple[int, ...] = (), most: int = 7, **fields: Any) -> rules.Ahead:
     rule = Rule(constraints, SamplingParams(**fields), VOCAB)
     rule.prepare(guess, most)
     return rule.ahead
@@ -245,12 +245,12 @@ def test_a_constraint_that_takes_too_long_ends_its_sequence_alone() -> None:
     number = core.add([5, 6, 7], params, 30, rule=Rule([slow], params, VOCAB))
     other = core.add([8, 9], params, 30, rule=Rule([BadWords([[3]])], params, VOCAB))
     drawn: dict[int, list[int]] = {number: [], other: []}
-    endings, began = [], time.monotonic()
+    endings = []
     while not core.idle:
         for news in core.step():
             drawn[news.id] += news.tokens
             if news.ending:
-                endings.append((news.id, news.ending, news.error, time.monotonic() - began))
+                endings.append((news.id, news.ending, news.error))
     slow.go_on.set()
     assert [ending[:2] for ending in endings] == [(other, "length"), (number, "failed")]
     assert endings[1][2] == "its constraints took longer than 0.5 s for the next token"
@@ -261,7 +261,7 @@ def test_a_constraint_that_takes_too_long_ends_its_sequence_alone() -> None:
 
 
 def test_those_behind_constraints_that_hang_get_threads_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     rules.abandon_threads()
     slow, core, params = Slow(), impatient_core(), replace(PARAMS, max_tokens=3)
     hangs = core.add([5, 6, 7], params, 3, rule=Rule([slow], params, VOCAB))

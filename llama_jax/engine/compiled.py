@@ -194,15 +194,14 @@ class Programs:
         Args:
           masks: of `verify`; None if no row has any.
         """
+        arguments = (self._model.params, state, control, self._adapters)
         run = self._get(key)
         if key.name != "verify":
-            return run(self._model.params, state, control, self._adapters)
-        if masks is None:  # those that nobody reads need not be sent each time
-            if self._no_masks is None:
-                shape = self.masks(key)
-                self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
-            masks = self._no_masks
-        return run(self._model.params, state, control, self._adapters, masks)
+            return run(*arguments)
+        if masks is None and self._no_masks is None:  # what nobody reads need not be sent each time
+            shape = self.masks(key)
+            self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
+        return run(*arguments, self._no_masks if masks is None else masks)
 
     def masks(self, key: Key) -> jax.ShapeDtypeStruct:
         """Of a program `verify`: see there."""

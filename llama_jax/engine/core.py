@@ -256,7 +256,8 @@ class Core:
 
     def _prepare(self, asked: Asked, rule: Rule) -> None:
         """Has the masks of a sequence's next tokens computed, behind a draft too where one may be tried."""
-        sequence, guess, most = asked.sequence, (), 0
+        sequence, most = asked.sequence, 0
+        guess: tuple[int, ...] = ()
         if asked.drafter and self.scheduler.calm:
             most = min(self.settings.drafts, sequence.limit - sequence.drawn - 1)
             if most and asked.drafter.active(len(sequence.tokens)):

@@ -6,8 +6,8 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +17,7 @@ import numpy as np
 from llama_jax.sampling import Constraint, Forkable, SamplingParams, token_mask
 
 PATIENCE_S = 0.002
-"""How long the other sequences wait for a mask. Most take less than a step, and a step without its row costs more."""
+"""How long other sequences wait for each mask. Most take less than that, and a step without its row costs more."""
 
 ALONE_S = 0.02
 """How long at once where there are no others: the caller may have more to do than to wait."""
@@ -159,13 +159,16 @@ class Rule:
         return mask, "; ".join(errors) or (None if mask.any() else "the constraints allow no token")
 
 
-def wait(rules: Iterable[Rule], *, alone: bool) -> None:
-    """Waits for masks that are being computed, but for none longer than other sequences do; if there are no others, for
-    all of them a while."""
-    left_s = {rule: ALONE_S if alone else PATIENCE_S - rule.waited_s for rule in rules}
-    futures = [rule._next for rule, left in left_s.items() if rule._next is not None and left > 0]
-    if futures:
-        wait_for(futures, timeout=max(left_s.values()))
+def wait(rules: Collection[Rule], *, alone: bool) -> None:
+    """Waits for masks that are being computed, but for none longer than other sequences do. If there are no others, it
+    waits a while until the first of them is there."""
+    left_s = {rule: PATIENCE_S * len(rules) - rule.waited_s for rule in rules}
+    futures = {rule: rule._next for rule in rules if rule._next is not None}
+    patient = [future for rule, future in futures.items() if left_s[rule] > 0]
+    if patient:
+        wait_for(patient, timeout=max(left_s.values()))
+    if alone and not any(rule.ready for rule in rules):
+        wait_for(futures.values(), timeout=ALONE_S, return_when=FIRST_COMPLETED)
 
 
 def abandon_threads() -> None:
