@@ -743,6 +743,27 @@ CONSTRAINTS = (
         ("tests/test_engine_constraints.py::test_one_step_at_a_time",),
     ),
     Mutation(
+        "every place of a draft has the mask of the first",
+        "llama_jax/engine/programs.py",
+        "dynamic_index_in_dim(masks, at, axis=1",
+        "dynamic_index_in_dim(masks, 0, axis=1",
+        ("tests/test_engine_lookahead.py::test_guesses_under_constraints_change_nothing",),
+    ),
+    Mutation(
+        "a draft goes on behind the end of a text",
+        "llama_jax/engine/rules.py",
+        "if any(fork.ended for fork in forks):",
+        "if not forks:",
+        ("tests/test_engine_lookahead.py::test_a_draft_ends_before_the_end_of_a_text_and_before_dead_ends",),
+    ),
+    Mutation(
+        "rows wait for constraints that hang",
+        "llama_jax/engine/planner.py",
+        "sum(s.held and not s.pending for s in self.queues.decoding)",
+        "sum(s.held for s in self.queues.decoding)",
+        ("tests/test_engine_lookahead.py::test_no_step_draws_for_one_that_is_pending",),
+    ),
+    Mutation(
         "a dead end may go on with any token",
         "llama_jax/engine/rules.py",
         "np.zeros_like(mask)[None]",
