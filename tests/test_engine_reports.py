@@ -156,10 +156,8 @@ def test_the_first_log_probabilities_compile_nothing() -> None:
 
 def test_the_same_again_is_the_same() -> None:
     """vllm#51187: the same requests in the same order gave other bits."""
-    asked = [
-        (prompt, dataclasses.replace(params, logprobs=1, max_tokens=12))
-        for prompt, params in some_requests(tiny_model(), 6)
-    ]
+    changes: dict[str, Any] = {"logprobs": 1, "max_tokens": 12}
+    asked = [(prompt, dataclasses.replace(params, **changes)) for prompt, params in some_requests(tiny_model(), 6)]
     first, second = (run(small_core(), asked, arrivals=[0, 0, 1, 2, 5, 5]) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert tokens(one) == tokens(other)

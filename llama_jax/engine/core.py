@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.decode.loop import DecodeState
-from llama_jax.engine import programs, rules
+from llama_jax.engine import programs
 from llama_jax.engine.compiled import Compiled, Programs
 from llama_jax.engine.drafting import Drafter
+from llama_jax.engine.foresight import Foresight, propose_drafts
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.meter import Meter
@@ -116,7 +117,7 @@ class Core:
         self._begun: DecodeState | None = None
         self.programs = Programs(model, settings, shapes_of(self._begin), adapters)
         self._asked: dict[int, Asked] = {}
-        self._undecided: set[int] = set()  # those with rules whose next masks may not be there yet
+        self._foresight = Foresight()
         self._flights: deque[_Flight] = deque()
         self._numbers = itertools.count() if numbers is None else numbers
 
@@ -186,9 +187,7 @@ class Core:
         greedy = rule is None and SamplerProfile.of([params]) == GREEDY
         drafter = Drafter(settings.drafts) if settings.drafts else None
         self._asked[number] = Asked(sequence, params, adapter, greedy, rule, drafter)
-        if rule:
-            rule.prepare()
-            self._undecided.add(number)
+        self._foresight.prepare(self._asked[number])
         return number
 
     def cancel(self, number: int) -> None:
@@ -203,9 +202,7 @@ class Core:
           LateCompilation: in a strict engine that is ready, if anything has to be compiled.
         """
         with self.programs:
-            ended = self._decide() if self._undecided else []
-            if self.settings.drafts:
-                self._draft()
+            ended = self._decide()
             step = self.scheduler.schedule()
             if step is not None:
                 self._flights.append(self._dispatch(step))
@@ -237,51 +234,16 @@ class Core:
         return self._meter.snapshot(self.scheduler.counts, self.programs)
 
     def _decide(self) -> list[Drawn]:
-        """Waits a moment for the masks of sequences with rules. Those whose masks are not there are left out of the
-        next step, and those whose constraints take too long are ended; returns news of these."""
-        undecided = {n: asked.rule for n in self._undecided if (asked := self._asked.get(n)) and asked.rule}
-        for rule in undecided.values():
-            rule.prepare()  # if it was cancelled
-        rules.wait(undecided.values(), alone=len(undecided) == len(self._asked))
-        late = [n for n, rule in undecided.items() if not rule.ready and rule.took_s > self.settings.constraint_s]
-        if late:
-            rules.abandon_threads()
-        self._undecided = {n for n, rule in undecided.items() if not rule.ready}.difference(late)
-        for number in undecided:
-            self._asked[number].sequence.pending = number in self._undecided
-            if number in late:
-                self.cancel(number)
-        error = f"its constraints took longer than {self.settings.constraint_s:g} s for the next token"
+        """Has the host say what the next step may draw; returns news of those whose constraints took too long."""
+        limit_s = self.settings.constraint_s
+        late = self._foresight.decide(self._asked, limit_s)
+        for number in late:
+            self.cancel(number)
+        if self.settings.drafts:
+            decoding = (self._asked[sequence.id] for sequence in self.scheduler.decoding)
+            propose_drafts(decoding, self.settings.drafts, calm=self.scheduler.calm)
+        error = f"its constraints took longer than {limit_s:g} s for the next token"
         return [Drawn(number, (), ending="failed", error=error) for number in late]
-
-    def _prepare(self, asked: Asked, rule: Rule) -> None:
-        """Has the masks of a sequence's next tokens computed, behind a draft too where one may be tried."""
-        sequence, most = asked.sequence, 0
-        guess: tuple[int, ...] = ()
-        if asked.drafter and self.scheduler.calm:
-            most = min(self.settings.drafts, sequence.limit - sequence.drawn - 1)
-            if most and asked.drafter.active(len(sequence.tokens)):
-                guess = asked.drafter.propose(sequence.tokens, most)
-        rule.prepare(guess, most)
-        self._undecided.add(sequence.id)
-
-    def _draft(self) -> None:
-        """Drafts for the next step. Whoever drafts waits for the host to know its tokens, which takes longer than to
-        have the next step planned before: where other rows would wait for it, and where drafts gain nothing, nobody
-        drafts."""
-        calm = self.scheduler.calm
-        for sequence in self.scheduler.decoding:
-            asked = self._asked[sequence.id]
-            if asked.drafter is None:
-                continue
-            if asked.rule:
-                sequence.draft = asked.rule.ahead.draft if calm and sequence.known and asked.rule.ready else ()
-                continue
-            text, left = len(sequence.tokens), sequence.limit - sequence.drawn - 1
-            sequence.paced = calm and left > 0 and asked.drafter.active(text)
-            sequence.draft = ()
-            if sequence.paced and sequence.known:
-                sequence.draft = asked.drafter.propose(sequence.tokens, min(left, self.settings.drafts))
 
     # --- To the device
 
@@ -348,7 +310,7 @@ class Core:
             asked.rule.accept(tokens)
             ending = "stop" if asked.rule.ended else ending
             if not ending:
-                self._prepare(asked, asked.rule)
+                self._foresight.prepare(asked, self.settings.drafts if self.scheduler.calm else 0)
         error = None
         if ending == "failed":
             error = (asked.rule and asked.rule.error) or "its logits were no numbers"
