@@ -18,7 +18,7 @@ from llama_jax.engine import core as engine_core
 from llama_jax.engine import rules
 from llama_jax.engine.core import Core
 from llama_jax.engine.rules import Rule
-from llama_jax.errors import RequestError
+from llama_jax.errors import LlamaJaxError, RequestError
 from llama_jax.generation.llm import LLM
 from llama_jax.sampling import BadWords, Grammar, SamplingParams, token_mask
 from llama_jax.text import grammar as text_grammar
@@ -339,6 +339,28 @@ def test_a_long_chain_of_rules() -> None:
 def test_a_grammar_that_is_too_long() -> None:
     with pytest.raises(RequestError, match="has 250001 characters"):
         GrammarMatcher.of(Grammar.regex("a" * 250_001), spelling_tokenizer(), 120, [EOS])
+
+
+def no_thread(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_no_thread_for_a_mask_ends_its_sequence_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    core, params = impatient_core(), replace(PARAMS, max_tokens=6)
+    rules.abandon_threads()
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    free, bound = run(core, [([8, 9], params)] * 2, constraints={1: [BadWords([[3]])]})
+    assert tokens(free) == alone(tiny_model(), ([8, 9], params)).tokens
+    assert (bound[-1].ending, bound[-1].error) == ("failed", "RuntimeError: can't start new thread")
+    nothing_is_held(core)
+
+
+def test_no_thread_for_a_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with pytest.raises(LlamaJaxError, match="512 MiB of stack to compile in: can't start") as caught:
+        GrammarMatcher.of(Grammar.regex("no (thread|stack)"), spelling_tokenizer(), 120, [EOS])
+    assert "ulimit" in str(caught.value.hint)
+    assert threading.stack_size() == 0
 
 
 def test_no_time_at_all() -> None:

@@ -82,8 +82,13 @@ class Rule:
         elif not self._next.cancelled():
             return
         self._begun_at = None
-        with _changing:
-            self._next = _pool().submit(self._compute, *self._asked_for)
+        try:
+            with _changing:
+                self._next = _pool().submit(self._compute, *self._asked_for)
+        except RuntimeError as error:  # the system gives no more threads
+            self.error = self.error or _told(error)
+            self._next = Future()
+            self._next.set_result(Ahead(np.zeros_like(self._allowed)[None]))
 
     @property
     def ready(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_jax.errors import RequestError
+from llama_jax.errors import LlamaJaxError, RequestError
 from llama_jax.sampling import Grammar
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -92,6 +92,7 @@ def _compiled(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, eos_token
 
     Raises:
       RequestError: it is refused, or longer than `LONGEST`, or takes longer than `DEADLINE_S`.
+      LlamaJaxError: the system gives no thread for it.
     """
     if len(grammar.text) > LONGEST:
         raise _refused(grammar, f"it has {len(grammar.text)} characters, and may have {LONGEST}")
@@ -109,6 +110,11 @@ def _compiled(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, eos_token
         before = threading.stack_size(STACK_BYTES)
         try:
             threading.Thread(target=run, name="llama_jax grammar", daemon=True).start()
+        except RuntimeError as error:
+            raise LlamaJaxError(
+                f"a grammar needs a thread with {STACK_BYTES >> 20} MiB of stack to compile in: {error}",
+                hint="raise the process's limits of address space and threads (ulimit -v, ulimit -u)",
+            ) from None
         finally:
             threading.stack_size(before)
     try:
