@@ -6,12 +6,15 @@ import functools
 import gc
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.folders import cache_dir
+
+PROGRAMS_VARIABLE = "LLAMA_JAX_STORED_PROGRAMS"
 
 if TYPE_CHECKING:
     from llama_jax.sharding import DeviceMesh
@@ -42,6 +45,14 @@ def enable_compilation_cache() -> None:
     # By default jax skips programs that compile in under a second; here many small ones add up at start-up.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def programs_dir() -> Path | None:
+    """The folder of programs that are found without tracing (`aot.stored`), beside jax's own; None where jax keeps none
+    either, or LLAMA_JAX_STORED_PROGRAMS is 0."""
+    folder = jax.config.jax_compilation_cache_dir
+    wanted = jax.config.jax_enable_compilation_cache and os.environ.get(PROGRAMS_VARIABLE, "1") not in ("", "0")
+    return Path(folder) / "programs" if wanted and folder and "://" not in folder else None
 
 
 class Compilations(threading.local):

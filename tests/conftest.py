@@ -53,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell ignores Ctrl-C on behalf of what it starts in the background, and children would inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Tests change code that is traced; what was compiled before that must not be found.
+    os.environ.setdefault("LLAMA_JAX_STORED_PROGRAMS", "0")
     os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would need the network fails at once
     # Compiled programs outlive the run: a second one compiles nothing that has not changed.
     if cache := getattr(config, "cache", None):  # absent under `-p no:cacheprovider`

@@ -38,18 +38,15 @@ def small_settings(**changes: Any) -> EngineSettings:
 
 
 @functools.lru_cache(maxsize=8)  # a program of a CPU takes some 200 memory maps, of which a process has 65,530
-def _programs(model: str, settings: EngineSettings) -> dict[Any, Any]:
+def programs_of(model: str, settings: EngineSettings) -> dict[Any, Any]:
+    """Compiled programs of engines of that model and sizes, shared by them."""
     return {}
 
 
 def new_core(model: Model, settings: EngineSettings) -> Core:
     """An engine; one of the same model and sizes as an earlier one takes over its programs."""
-    return sharing(Core(model, settings))
-
-
-def sharing(core: Core) -> Core:
-    """An engine that takes over the programs of an earlier one of the same model and sizes."""
-    core.programs._compiled = _programs(core.model.name, core.settings)
+    core = Core(model, settings)
+    core.programs._compiled = programs_of(model.name, settings)
     return core
 
 

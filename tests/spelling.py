@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import tokenizers
-from engines import sharing, small_settings
+from engines import programs_of, small_settings
 from helpers import random_params, tiny_config
 
 from llama_jax.generation.llm import LLM
@@ -53,5 +53,6 @@ def spelling_llm(**changes: object) -> LLM:
     sizes = {"rows": 4, "decode_rows": (1, 4), "context": 256, "pages": 64}
     settings = small_settings(**sizes | changes)
     llm = LLM(spelling_model(), spelling_tokenizer(), settings=settings)
-    sharing(llm._jobs.engine.cores[0])
+    programs = llm._jobs.engine.cores[0].programs
+    programs._compiled = programs_of(llm.model.name, settings)
     return llm

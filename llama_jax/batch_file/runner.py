@@ -41,9 +41,6 @@ WINDOW = 32
 AHEAD = 4
 """Prompts that run or wait at once, for each row."""
 
-STEPS = 8
-"""Decode steps of a dispatch while nothing waits."""
-
 WRITE_EVERY_S = 0.2
 """How often what is there is written: a kill costs what came since."""
 
@@ -203,7 +200,7 @@ class BatchFile:
         output, total = self._output, len(self._source.indices)
         assert output is not None, "open() comes first"
         rows = self._batch_size or default_rows(model)
-        llm = LLM(model, tokenizer, rows=-(-rows // ruled(model.mesh).ways("batch")), steps=STEPS)
+        llm = LLM(model, tokenizer, rows=-(-rows // ruled(model.mesh).ways("batch")))
         start, before, written = time.perf_counter(), len(output.done), time.perf_counter()
         prompt_tokens = generated_tokens = 0
         records: list[Record] = []

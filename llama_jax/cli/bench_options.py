@@ -81,7 +81,7 @@ class Subject:
     context: int | None
     pages: int | None
     page_size: int
-    steps: int
+    steps: int | None
     drafts: int
     prefix_cache: bool
     strict: bool
@@ -173,9 +173,7 @@ subject_options = gathered(
     click.option(
         "--steps",
         type=click.IntRange(1),
-        default=1,
-        show_default=True,
-        help="Decode steps of one dispatch while nothing waits.",
+        help="Decode steps of one dispatch while nothing waits. [default: 8 where the device loops by itself, else 1]",
     ),
     drafts_option,
     click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True),

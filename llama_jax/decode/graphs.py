@@ -30,6 +30,15 @@ _SEVERAL_DEVICES = {
 """NCCL for every sum, sums in graphs, and nothing beside them to overlap with."""
 
 
+def loops_in_graphs(*, several: bool) -> bool:
+    """Whether a GPU runs several steps without asking the host between them.
+
+    Args:
+      several: whether the model is split over devices.
+    """
+    return "WHILE" in graph_options(several=several).get("xla_gpu_enable_command_buffer", "")
+
+
 def graph_options(*, several: bool | None = None) -> dict[str, str]:
     """Compiler options for a program that runs many steps a dispatch.
 

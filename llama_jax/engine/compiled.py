@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.aot.programs import Program
+from llama_jax.aot.stored import compile_stored
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
+from llama_jax.engine.flat import flat, flat_size, unflat
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
 from llama_jax.errors import LateCompilation
@@ -163,7 +165,7 @@ class Programs:
 
     def join(self, state: DecodeState, leaving: np.ndarray, new: Joining) -> DecodeState:
         """See `state.join`."""
-        return self._get(Key("join"))(state, leaving, new)
+        return self._get(Key("join"))(state, flat((leaving, new)))
 
     def restrict(self, state: DecodeState, rows: list[int], masks: list[np.ndarray]) -> DecodeState:
         """See `state.restrict`."""
@@ -219,17 +221,20 @@ class Programs:
     def _timed(self, key: Key) -> tuple[Key, float, bool]:
         """Compiles a program; returns it, the seconds that it took and whether it was in the persistent cache."""
         start, before = time.monotonic(), self._counted.from_cache
-        self._compile(key)
-        return key, time.monotonic() - start, self._counted.from_cache > before
+        read = self._compile(key)
+        return key, time.monotonic() - start, read or self._counted.from_cache > before
 
-    def _compile(self, key: Key) -> Key:
+    def _compile(self, key: Key) -> bool:
+        """Compiles a program; whether it was on the disk."""
         model = self._model
+        devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
+        about = model.config, replace(self._settings, waiting=None, strict=False), key, sorted(model.kernels.items())
         with on(model.mesh), using(**model.kernels):
             made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
-            compiled = made.lower().compile()
+            compiled, read = compile_stored(made, about, devices, model.mesh)
         with self._lock:
             self._compiled[key] = compiled
-        return key
+        return read
 
 
 def _late(what: str) -> LateCompilation:
@@ -258,8 +263,8 @@ def program(
         shardings = {"out_shardings": where} if in_use() else {}
         args: tuple[Any, ...]
         if key.name == "join":
-            leaving = jax.ShapeDtypeStruct((settings.rows,), jnp.bool)
-            function, args = join, (state, leaving, _joining(settings, state))
+            like = jax.ShapeDtypeStruct((settings.rows,), jnp.bool), _joining(settings, state)
+            function, args = partial(_join, like=like), (state, ints(flat_size(like)))
         elif key.name == "restrict":
             n, words = restricted(settings), token_mask.all_allowed(config.vocab_size).shape
             function, args = restrict, (state, ints(n), jax.ShapeDtypeStruct((n, *words), jnp.uint32))
@@ -290,6 +295,11 @@ def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.Sha
     """The masks that a program `verify` takes: of each row and place."""
     words = token_mask.all_allowed(config.vocab_size).shape
     return jax.ShapeDtypeStruct((key.size, 1 + settings.drafts, *words), jnp.uint32)
+
+
+def _join(state: DecodeState, given: jax.Array, *, like: Any) -> DecodeState:
+    """`join` with its other arguments as one array."""
+    return join(state, *unflat(given, like))
 
 
 def restricted(settings: EngineSettings) -> int:

@@ -149,6 +149,7 @@ class Core:
         domain: tuple[tuple[str, Any], ...] = (),
         drawn: ListOf[int] = (),
         rule: Rule | None = None,
+        streamed: bool = False,
     ) -> int:
         """Queues one continuation of a prompt; returns its number.
 
@@ -160,6 +161,7 @@ class Core:
           domain: what else than the tokens its keys and values depend on, or who may share them, as (kind, value).
           drawn: tokens that it has had already, in another core.
           rule: on its tokens, which has taken note of those in `drawn`.
+          streamed: whether somebody reads each token as it comes.
 
         Raises:
           DoesNotFit: it never will.
@@ -182,6 +184,7 @@ class Core:
             domain=domain,
             reuse=params.prompt_logprobs is None,
             paced=rule is not None,
+            streamed=streamed,
         )
         self.scheduler.add(sequence)
         greedy = rule is None and SamplerProfile.of([params]) == GREEDY

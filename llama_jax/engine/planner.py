@@ -112,8 +112,8 @@ class Planner:
                 self.queues.move(sequence, Phase.COMPLETE)
 
     def _stride(self, rows: list[Sequence]) -> tuple[int, dict[Sequence, tuple[int, ...]], list[int], list[int]]:
-        """Decode steps of the next dispatch: several, or one with drafts, only if they keep nobody waiting and preempt
-        nobody.
+        """Decode steps of the next dispatch: several, or one with drafts, only if they keep nobody waiting, no reader
+        either, and preempt nobody.
 
         Returns:
           The steps, the drafts, and of each row the tokens that it draws at most and the pages that it needs for them.
@@ -126,7 +126,7 @@ class Planner:
                 drafts = {s: draft for s, draft in each if draft}
             if drafts:
                 counts = [1 + len(drafts.get(s, ())) for s in rows]
-            elif any(s.paced for s in self.queues.decoding):
+            elif any(s.paced or s.streamed for s in self.queues.decoding):
                 counts = [1] * len(rows)
             else:
                 counts = [min(most, s.limit - s.drawn) for s in rows]

@@ -44,6 +44,7 @@ class Sequence:
       draft: what may follow its tokens, which are all known, for the next step to try.
       paced: whether the host has a say in each token: the next is drawn only when it knows all before.
       pending: whether the host has not decided yet what may come next: no step draws for it.
+      streamed: whether somebody reads each token as it comes: a dispatch draws no more than one.
       reuse: False computes the whole prompt, as its log-probabilities need; its pages may still serve others.
 
     The scheduler's own:
@@ -67,6 +68,7 @@ class Sequence:
     reuse: bool = True
     paced: bool = False
     pending: bool = False
+    streamed: bool = False
     draft: tuple[int, ...] = ()
     unsure: int = 0
     phase: Phase = Phase.WAITING

@@ -23,7 +23,7 @@ class EngineSettings:
       decode_rows: sizes of decode steps, ascending; the last is `rows`.
       mixed_tokens: sizes of steps that have prompts in them, in tokens, ascending; the last is the token budget.
       chunk_rows: prompts of one such step, at most.
-      steps: decode steps of one dispatch while nothing waits, at most.
+      steps: decode steps of one dispatch while nothing waits, and nobody reads token by token, at most.
       waiting: requests that may wait; None for any number.
       prefix_cache: whether prompts use what others have computed.
       stop_ids, biases: of a request, at most.

@@ -72,6 +72,7 @@ class _Stream:
 
     requests: Requests
     request: Request
+    streamed: bool
     loop: asyncio.AbstractEventLoop
     pieces: asyncio.Queue[Piece | BaseException]
     answer: Answer | None = None
@@ -137,7 +138,7 @@ class Engine:
         """Sizes of the engine."""
         return self._settings
 
-    async def stream(self, request: Request) -> AsyncIterator[Piece]:
+    def stream(self, request: Request) -> AsyncIterator[Piece]:
         """The pieces of a request's answer, as they come.
 
         Raises:
@@ -146,6 +147,16 @@ class Engine:
           Overloaded: too many wait already.
           EngineFailed: the device has failed, or the engine is closed.
         """
+        return self._pieces(request, streamed=True)
+
+    async def generate(self, request: Request) -> RequestOutput:
+        """The whole answer; errors as for `stream`."""
+        async for piece in self._pieces(request, streamed=False):
+            if piece.output is not None:
+                return piece.output
+        raise EngineFailed("the engine has ended", hint="make a new one")
+
+    async def _pieces(self, request: Request, *, streamed: bool) -> AsyncIterator[Piece]:
         self._check_open()
         prompts, params = [request.prompt], [request.params]
         # In a thread: tokenizers and grammars of other callers' texts must not hold up the event loop.
@@ -158,7 +169,7 @@ class Engine:
             adapters=self._adapters,
             adapter_ids=[request.adapter_id],
         )
-        stream = _Stream(requests, request, asyncio.get_running_loop(), asyncio.Queue())
+        stream = _Stream(requests, request, streamed, asyncio.get_running_loop(), asyncio.Queue())
         self._post(self._begin, stream)
         try:
             while True:
@@ -170,13 +181,6 @@ class Engine:
                     return
         finally:
             self._post(self._end, stream)
-
-    async def generate(self, request: Request) -> RequestOutput:
-        """The whole answer; errors as for `stream`."""
-        async for piece in self.stream(request):
-            if piece.output is not None:
-                return piece.output
-        raise EngineFailed("the engine has ended", hint="make a new one")
 
     def snapshot(self) -> Snapshot:
         """The engine in numbers, at this moment."""
@@ -214,7 +218,9 @@ class Engine:
         assert self._jobs is not None
         try:
             domain = (("tenant", stream.request.tenant),) if stream.request.tenant else ()
-            stream.answer = self._jobs.add(stream.requests, 0, priority=stream.request.priority, domain=domain)
+            stream.answer = self._jobs.add(
+                stream.requests, 0, priority=stream.request.priority, domain=domain, streamed=stream.streamed
+            )
         except LlamaJaxError as error:
             stream.send(error)
         else:

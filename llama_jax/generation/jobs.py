@@ -124,9 +124,18 @@ class Jobs:
         return self._engine
 
     def add(
-        self, requests: Requests, index: int, *, priority: int = 0, domain: tuple[tuple[str, str], ...] = ()
+        self,
+        requests: Requests,
+        index: int,
+        *,
+        priority: int = 0,
+        domain: tuple[tuple[str, str], ...] = (),
+        streamed: bool = False,
     ) -> Answer:
         """Queues one of the requests with all of its continuations.
+
+        Args:
+          streamed: whether somebody reads each token as it comes; else a dispatch may draw several.
 
         Raises:
           DoesNotFit: it never will.
@@ -138,7 +147,7 @@ class Jobs:
         answer = Answer(self._tokenizer, prompt, params, rows[0].limit, self._models[0].eos_token_ids)
         if not self._engine.settings.prefix_cache:  # continuations of one prompt share its pages all the same
             domain = (*domain, (GROUP, secrets.token_hex(8)))
-        options = {"priority": priority, "adapter": requests.adapter_ids[index], "domain": domain}
+        options = {"priority": priority, "adapter": requests.adapter_ids[index], "domain": domain, "streamed": streamed}
         jobs = []
         for copy, row in enumerate(rows):
             seed = secrets.randbits(64) if row.params.seed is None else row.params.seed

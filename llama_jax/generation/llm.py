@@ -191,8 +191,7 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         **fields: Any,
     ) -> Iterator[StreamOutput]:
-        """Continues one prompt token by token, or several tokens at a time with `steps`. Closing the iterator, or an
-        exception in `progress`, ends the work.
+        """Continues one prompt token by token. Closing the iterator, or an exception in `progress`, ends the work.
 
         Arguments and errors as for `stream_generate`.
 
@@ -214,7 +213,7 @@ class LLM:
             return False
 
         with self._alone():
-            for _, news in self._jobs.run([(None, requests, 0)], before=show):
+            for _, news in self._jobs.run([(None, requests, 0)], before=show, streamed=True):
                 if news.drawn.tokens or news.last:
                     yield news.answer.stream_output(news.text)
 

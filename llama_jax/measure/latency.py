@@ -82,11 +82,8 @@ def _times(llm: LLM, work: Work) -> list[float]:
     """Seconds from the call to each news of tokens."""
     start, times = time.perf_counter(), []
 
-    def progress(*_: object) -> None:
+    for _ in llm.stream(list(work.prompt), asked(work)):
         times.append(time.perf_counter() - start)
-
-    for _ in llm.each([list(work.prompt)], [asked(work)], progress=progress):
-        pass
     return times
 
 

@@ -1,0 +1,37 @@
+"""Small arrays of the host as one: each array that crosses to a device costs time of its own, whatever its size."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def flat(tree: Any) -> np.ndarray:
+    """The leaves of a tree, numpy arrays of bools or of 32 bits an element, one behind the other, int32 [n]."""
+    leaves = (x.astype(np.int32) if x.dtype == bool else np.ascontiguousarray(x) for x in jax.tree.leaves(tree))
+    return np.concatenate([x.reshape(-1).view(np.int32) for x in leaves])
+
+
+def unflat(array: jax.Array, like: Any) -> Any:
+    """The tree again, on the device.
+
+    Args:
+      like: shapes and dtypes of its leaves.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    ends = np.cumsum([math.prod(x.shape) for x in leaves])
+    parts = (array[end - math.prod(x.shape) : end].reshape(x.shape) for x, end in zip(leaves, ends, strict=True))
+    return jax.tree.unflatten(structure, [_as(part, x.dtype) for part, x in zip(parts, leaves, strict=True)])
+
+
+def flat_size(like: Any) -> int:
+    """The length of the array."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(like))
+
+
+def _as(part: jax.Array, dtype: Any) -> jax.Array:
+    return part != 0 if dtype == jnp.bool else jax.lax.bitcast_convert_type(part, dtype)
