@@ -228,7 +228,8 @@ class Programs:
         """Compiles a program; whether it was on the disk."""
         model = self._model
         devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
-        about = model.config, replace(self._settings, waiting=None, strict=False, constraint_s=1.0), key, sorted(model.kernels.items())
+        shapes = replace(self._settings, waiting=None, strict=False, constraint_s=1.0)
+        about = model.config, shapes, key, sorted(model.kernels.items())
         with on(model.mesh), using(**model.kernels):
             made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
             compiled, read = compile_stored(made, about, devices, model.mesh)
