@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import pytest
-from engines import alone, run, small_settings, some_requests, tokens
+from engines import Guesses, alone, run, small_settings, some_requests, tokens
 from helpers import load_golden, random_params, tiny_config
 
+from llama_jax.engine import core as engine_core
 from llama_jax.engine.core import Core
 from llama_jax.engine.replicas import replicas
 from llama_jax.generation.llm import LLM
@@ -46,18 +47,28 @@ def test_a_split_model_draws_the_same(case: str) -> None:
     assert core.programs.late == 0
 
 
-def test_constraints_on_a_split_vocabulary() -> None:
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_constraints_on_a_split_vocabulary(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a row without; drafts of both are tried with it, and alone."""
+    monkeypatch.setattr(engine_core, "Drafter", Guesses)
     config = tiny_config(max_position_embeddings=128)
     params = random_params(config)
     single = Model(params, config, name="tiny")
-    core = Core(on_mesh(params, config, tensor=2), small_settings())
-    asked = [([5 + i, 6], SamplingParams(temperature=i % 2, seed=i, max_tokens=12, ignore_eos=True)) for i in range(4)]
+    core = Core(on_mesh(params, config, tensor=2), small_settings(drafts=drafts))
+    asked = [([5 + i, 6], SamplingParams(temperature=i % 2, seed=i, max_tokens=12, ignore_eos=True)) for i in range(5)]
     drawn = {token for request in asked for token in alone(single, request).tokens[::2]}
     words = [[token] for token in sorted(drawn)[: config.vocab_size // 2]]
     allowed = [[token] not in words for token in range(config.vocab_size)]
-    found = run(core, asked, constraints={i: [BadWords(words)] for i in range(4)})
-    for request, news in zip(asked, found, strict=True):
-        assert tokens(news) == alone(single, request, lambda _: allowed).tokens
+    expected = [
+        alone(single, request, (lambda _: allowed) if i < 4 else None).tokens for i, request in enumerate(asked)
+    ]
+    Guesses.known = [(prompt, answer) for (prompt, _), answer in zip(asked, expected, strict=True)]
+    found = run(core, asked[:2], constraints={i: [BadWords(words)] for i in range(2)})
+    found += run(core, asked[2:], constraints={i: [BadWords(words)] for i in range(2)})
+    assert [tokens(news) for news in found] == expected
+    (news,) = run(core, asked[4:])
+    assert tokens(news) == expected[4]
+    assert (core.snapshot().accepted_tokens > 10) == (drafts > 0)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}], ids=str)

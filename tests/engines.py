@@ -102,7 +102,7 @@ def alone(model: Model, asked: Asked, allowed: Callable[[list[int]], Any] | None
             of_prompt = each[np.arange(len(prompt) - 1), prompt[1:]]
         if not params.max_tokens:
             break
-        logits = logits[:, len(text) - 1]
+        logits = raw = logits[:, len(text) - 1]
         if allowed is not None:
             may = np.asarray(allowed(drawn))
             if not may.any():
@@ -112,7 +112,7 @@ def alone(model: Model, asked: Asked, allowed: Callable[[list[int]], Any] | None
         token, state, logprobs = _sample(logits, state, profile)
         text.append(int(token[0]))
         drawn.append(text[-1])
-        found.append(float(logprobs.token[0]))
+        found.append(float(logprobs.token[0] if allowed is None else jax.nn.log_softmax(raw[0])[token[0]]))
         if text[-1] in params.ending_ids(model.eos_token_ids) and len(drawn) >= params.min_tokens:
             ending = "stop"
             break

@@ -560,8 +560,8 @@ TEXT: tuple[Mutation, ...] = (
     Mutation(
         "a step planned behind a draft that may not come",
         "llama_jax/engine/sequence.py",
-        "return (self.paced or self.unsure > 0) and not self.known",
-        "return self.paced and not self.known",
+        "return self.pending or (self.paced or self.unsure > 0) and not self.known",
+        "return self.pending or self.paced and not self.known",
         ("tests/test_engine_scheduler.py::test_traffic",),
     ),
     Mutation(
@@ -743,10 +743,31 @@ CONSTRAINTS = (
         ("tests/test_engine_constraints.py::test_one_step_at_a_time",),
     ),
     Mutation(
+        "every place of a draft has the mask of the first",
+        "llama_jax/engine/programs.py",
+        "dynamic_index_in_dim(masks, at, axis=1",
+        "dynamic_index_in_dim(masks, 0, axis=1",
+        ("tests/test_engine_lookahead.py::test_guesses_under_constraints_change_nothing",),
+    ),
+    Mutation(
+        "a draft goes on behind the end of a text",
+        "llama_jax/engine/rules.py",
+        "if any(fork.ended for fork in forks):",
+        "if not forks:",
+        ("tests/test_engine_lookahead.py::test_a_draft_ends_before_the_end_of_a_text_and_before_dead_ends",),
+    ),
+    Mutation(
+        "rows wait for constraints that hang",
+        "llama_jax/engine/planner.py",
+        "sum(s.held and not s.pending for s in self.queues.decoding)",
+        "sum(s.held for s in self.queues.decoding)",
+        ("tests/test_engine_lookahead.py::test_no_step_draws_for_one_that_is_pending",),
+    ),
+    Mutation(
         "a dead end may go on with any token",
         "llama_jax/engine/rules.py",
-        "mask[:] = 0",
-        "mask[:] = 1",
+        "np.zeros_like(mask)[None]",
+        "np.ones_like(mask)[None]",
         ("tests/test_engine_constraints.py::test_a_dead_end_ends_its_sequence_alone[error]",),
     ),
     Mutation(

@@ -235,9 +235,9 @@ def test_more_rows_than_one_call_gives_masks_to(monkeypatch: pytest.MonkeyPatch)
 
 def test_allowed_ids_and_constraints_hold_together() -> None:
     rule = Rule([BadWords([[4]])], SamplingParams(allowed_token_ids=[3, 4, 33]), VOCAB)
-    assert rule.mask().tolist() == token_mask.only([3, 33], VOCAB).tolist()
+    assert rule.ahead.masks[0].tolist() == token_mask.only([3, 33], VOCAB).tolist()
     rule = Rule([BadWords([[4]])], SamplingParams(), VOCAB)
-    assert rule.mask().tolist() == token_mask.only(set(range(VOCAB)) - {4}, VOCAB).tolist()
+    assert rule.ahead.masks[0].tolist() == token_mask.only(set(range(VOCAB)) - {4}, VOCAB).tolist()
 
 
 # --- Which steps they are in

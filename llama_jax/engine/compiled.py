@@ -113,6 +113,7 @@ class Programs:
         self._lock = threading.Lock()
         self._ready = False
         self._counted, self._before = count_compilations(), 0
+        self._no_masks: jax.Array | None = None
         self.late = self.from_cache = 0
         self.keys = program_set(settings, greedy=model.device.platform != "cpu")
 
@@ -189,9 +190,26 @@ class Programs:
             state = self._get(Key("scrub"))(state, padded)
         return state
 
-    def step(self, key: Key, state: DecodeState, control: np.ndarray) -> tuple[Any, ...]:
-        """See `programs.decode` and `programs.mixed`."""
-        return self._get(key)(self._model.params, state, control, self._adapters)
+    def step(
+        self, key: Key, state: DecodeState, control: np.ndarray, masks: np.ndarray | None = None
+    ) -> tuple[Any, ...]:
+        """See `programs.decode`, `programs.verify` and `programs.mixed`.
+
+        Args:
+          masks: of `verify`; None if no row has any.
+        """
+        arguments = (self._model.params, state, control, self._adapters)
+        run = self._get(key)
+        if key.name != "verify":
+            return run(*arguments)
+        if masks is None and self._no_masks is None:  # what nobody reads need not be sent each time
+            shape = self.masks(key)
+            self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
+        return run(*arguments, self._no_masks if masks is None else masks)
+
+    def masks(self, key: Key) -> jax.ShapeDtypeStruct:
+        """Of a program `verify`: see there."""
+        return masks_of(key, self._settings, self._model.config)
 
     def _get(self, key: Key) -> Any:
         if key not in self._compiled:
@@ -212,7 +230,8 @@ class Programs:
         """Compiles a program; whether it was on the disk."""
         model = self._model
         devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
-        about = model.config, replace(self._settings, waiting=None, strict=False), key, sorted(model.kernels.items())
+        shapes = replace(self._settings, waiting=None, strict=False, constraint_s=1.0)
+        about = model.config, shapes, key, sorted(model.kernels.items())
         with on(model.mesh), using(**model.kernels):
             made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
             compiled, read = compile_stored(made, about, devices, model.mesh)
@@ -272,7 +291,14 @@ def program(
     told = [None] * (2 if key.name in ("decode", "verify") else 3)
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
-    return Program(str(key), jitted, (params, state, ints(control.size), adapters), {})
+    masks = [masks_of(key, settings, config)] if key.name == "verify" else []
+    return Program(str(key), jitted, (params, state, ints(control.size), adapters, *masks), {})
+
+
+def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.ShapeDtypeStruct:
+    """The masks that a program `verify` takes: of each row and place."""
+    words = token_mask.all_allowed(config.vocab_size).shape
+    return jax.ShapeDtypeStruct((key.size, 1 + settings.drafts, *words), jnp.uint32)
 
 
 def _join(state: DecodeState, given: jax.Array, *, like: Any) -> DecodeState:

@@ -21,6 +21,7 @@ from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
 from llama_jax.engine.compiled import Compiled, Programs
 from llama_jax.engine.drafting import Drafter
+from llama_jax.engine.foresight import Foresight, propose_drafts
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.meter import Meter
@@ -121,6 +122,7 @@ class Core:
         self._begun: DecodeState | None = None
         self.programs = Programs(model, settings, shapes_of(self._begin), adapters)
         self._asked: dict[int, Asked] = {}
+        self._foresight = Foresight()
         self._flights: deque[_Flight] = deque()
         self._numbers = itertools.count() if numbers is None else numbers
 
@@ -191,8 +193,9 @@ class Core:
         )
         self.scheduler.add(sequence)
         greedy = rule is None and SamplerProfile.of([params]) == GREEDY
-        drafter = Drafter(settings.drafts) if settings.drafts and rule is None else None
+        drafter = Drafter(settings.drafts) if settings.drafts else None
         self._asked[number] = Asked(sequence, params, adapter, greedy, rule, drafter)
+        self._foresight.prepare(self._asked[number])
         return number
 
     def cancel(self, number: int) -> None:
@@ -207,14 +210,13 @@ class Core:
           LateCompilation: in a strict engine that is ready, if anything has to be compiled.
         """
         with self.programs:
-            if self.settings.drafts:
-                self._draft()
+            ended = self._decide()
             step = self.scheduler.schedule()
             if step is not None:
                 self._flights.append(self._dispatch(step))
             if len(self._flights) > (step is not None):
-                return self._read(self._flights.popleft())
-            return []
+                return ended + self._read(self._flights.popleft())
+            return ended
 
     def computed(self, number: int) -> int:
         """How many tokens of a sequence have been computed, or are in steps that are under way."""
@@ -239,20 +241,17 @@ class Core:
         """The engine in numbers."""
         return self._meter.snapshot(self.scheduler.counts, self.programs)
 
-    def _draft(self) -> None:
-        """Drafts for the next step. Whoever drafts waits for the host to know its tokens, which takes longer than to
-        have the next step planned before: where other rows would wait for it, and where drafts gain nothing, nobody
-        drafts."""
-        calm = self.scheduler.calm
-        for sequence in self.scheduler.decoding:
-            asked = self._asked[sequence.id]
-            if asked.drafter is None:
-                continue
-            text, left = len(sequence.tokens), sequence.limit - sequence.drawn - 1
-            sequence.paced = calm and left > 0 and asked.drafter.active(text)
-            sequence.draft = ()
-            if sequence.paced and sequence.known:
-                sequence.draft = asked.drafter.propose(sequence.tokens, min(left, self.settings.drafts))
+    def _decide(self) -> list[Drawn]:
+        """Has the host say what the next step may draw; returns news of those whose constraints took too long."""
+        limit_s = self.settings.constraint_s
+        late = self._foresight.decide(self._asked, limit_s)
+        for number in late:
+            self.cancel(number)
+        if self.settings.drafts:
+            decoding = (self._asked[sequence.id] for sequence in self.scheduler.decoding)
+            propose_drafts(decoding, self.settings.drafts, calm=self.scheduler.calm)
+        error = f"its constraints took longer than {limit_s:g} s for the next token"
+        return [Drawn(number, (), ending="failed", error=error) for number in late]
 
     # --- To the device
 
@@ -261,8 +260,6 @@ class Core:
             asked = self._asked[joining.sequence.id]
             if asked.cached is None:  # later it finds what it has computed itself, before it was preempted
                 asked.cached = joining.shared
-            if asked.rule:
-                asked.rule.prepare()
         for leaving, new in joinings(step, self._asked, self.model, self.settings):
             self._state = self.programs.join(self._state, leaving, new)
         joined = {joining.row for joining in step.joining}
@@ -272,10 +269,12 @@ class Core:
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             packed.parts["pages"][: len(pages)] = pages
         flight = _Flight(step, packed.rows, packed.spans)
-        if not greedy:
+        if not greedy and packed.masks is None:
             self._restrict(flight)
         self._meter.dispatched(step, packed.size)
-        self._state, flight.report, logprobs, *scores = self.programs.step(packed.key, self._state, packed.control)
+        self._state, flight.report, logprobs, *scores = self.programs.step(
+            packed.key, self._state, packed.control, packed.masks
+        )
         if not greedy and any(self._params(sequence).logprobs is not None for _, sequence in flight.rows):
             flight.logprobs = logprobs
         flight.scores = scores[0] if scores else None
@@ -287,7 +286,7 @@ class Core:
         """Gives masks to the rows that draw under a rule."""
         ruled = [(sequence.row, rule) for _, sequence in flight.rows if (rule := self._asked[sequence.id].rule)]
         if ruled:
-            rows, masks = [row for row, _ in ruled], [rule.mask() for _, rule in ruled]
+            rows, masks = [row for row, _ in ruled], [rule.ahead.masks[0] for _, rule in ruled]
             self._state = self.programs.restrict(self._state, rows, masks)
 
     # --- From the device
@@ -323,7 +322,7 @@ class Core:
             asked.rule.accept(tokens)
             ending = "stop" if asked.rule.ended else ending
             if not ending:
-                asked.rule.prepare()
+                self._foresight.prepare(asked, self.settings.drafts if self.scheduler.calm else 0)
         error = None
         if ending == "failed":
             error = (asked.rule and asked.rule.error) or "its logits were no numbers"

@@ -23,6 +23,7 @@ class Packed:
     Attributes:
       parts: views of the array by name, of which "pages" is still empty; size: tokens of one step of the program.
       rows: (line of the report, sequence) of those that draw, or that end with it.
+      masks: of the rows with rules, for `verify`; None if it has none of them.
       spans: (first, last token of the step, sequence) of prompts that are scored.
     """
 
@@ -31,6 +32,7 @@ class Packed:
     parts: Mapping[str, np.ndarray]
     size: int
     rows: list[tuple[int, Sequence]]
+    masks: np.ndarray | None = None
     spans: list[tuple[int, int, Sequence]] = field(default_factory=list)
 
 
@@ -43,7 +45,9 @@ def pack(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[int,
     """
     if step.chunks:
         return _mixed(step, of, settings, asked, greedy=greedy)
-    return _verify(step, of, settings, greedy=greedy) if step.drafts else _decode(step, of, settings, greedy=greedy)
+    if step.drafts:
+        return _verify(step, of, settings, asked, greedy=greedy)
+    return _decode(step, of, settings, greedy=greedy)
 
 
 def _mixed(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[int, Asked], *, greedy: bool) -> Packed:
@@ -93,12 +97,17 @@ def _decode(step: Step, of: Programs, settings: EngineSettings, *, greedy: bool)
     return Packed(key, array, parts, key.size, list(zip(lines, step.decoding, strict=True)))
 
 
-def _verify(step: Step, of: Programs, settings: EngineSettings, *, greedy: bool) -> Packed:
+def _verify(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[int, Asked], *, greedy: bool) -> Packed:
     key = of.choose("verify", len(step.decoding), greedy=greedy)
     control = programs.verify_control(key.size, settings.drafts)
     array, parts = control.new(rows=NO_ROW, drafts=-1, pages=NO_ROW)
+    rules = {sequence: rule for sequence in step.decoding if (rule := asked[sequence.id].rule)}
+    masks = np.zeros(of.masks(key).shape, np.uint32) if rules else None
     for line, sequence in enumerate(step.decoding):
         draft = step.drafts.get(sequence, ())
         parts["rows"][line] = sequence.row
         parts["drafts"][line, : len(draft)] = draft
-    return Packed(key, array, parts, key.size * (1 + settings.drafts), list(enumerate(step.decoding)))
+        if masks is not None and (rule := rules.get(sequence)):
+            parts["masked"][line] = 1
+            masks[line, : len(draft) + 1] = rule.ahead.masks[: len(draft) + 1]
+    return Packed(key, array, parts, key.size * (1 + settings.drafts), list(enumerate(step.decoding)), masks)

@@ -95,7 +95,7 @@ class Planner:
     def _decode(self, plan: _Plan) -> None:
         """Every decoding row draws for which there are pages, the most urgent first, but those that are held."""
         rows = [s for s in self.queues.decoding if not s.held]
-        held = len(self.queues.decoding) - len(rows)
+        held = sum(s.held and not s.pending for s in self.queues.decoding)
         if held > len(rows) and not len(self.queues.prompts) and not len(self.queues.waiting):
             return  # a step without most of them would take its time all the same
         plan.steps, plan.drafts, counts, needs = self._stride(rows)
@@ -212,7 +212,7 @@ class Planner:
                 break
             if not sequence.known or (passed and sequence.priority > passed[0].priority):
                 break
-            if awaits(sequence):
+            if sequence.pending or awaits(sequence):
                 continue
             if not self._goes_with(sequence, plan):
                 passed.append(sequence)
@@ -268,7 +268,9 @@ class Planner:
         """Preempts for the first that waits those of strictly lower priority, if it can start only then."""
         last = self.queues.least_urgent
         first = self.queues.waiting[0] if len(self.queues.waiting) and not self.limits.reserve else None
-        if first is None or last is None or last.priority <= first.priority or not first.known or awaits(first):
+        if first is None or last is None or last.priority <= first.priority:
+            return
+        if not first.known or first.pending or awaits(first):
             return
         found = self.memory.find(first)
         if found is None:

@@ -71,8 +71,9 @@ def mixed_control(tokens: int, rows: int) -> Control:
 
 
 def verify_control(rows: int, drafts: int) -> Control:
-    """For `verify`: the rows, the draft of each, filled up with -1, and pages (row, index, page) to book."""
-    return Control(rows=(rows,), drafts=(rows, drafts), pages=(rows, 3))
+    """For `verify`: the rows, the draft of each, filled up with -1, whether it has masks of its own, and pages (row,
+    index, page) to book."""
+    return Control(rows=(rows,), drafts=(rows, drafts), masked=(rows,), pages=(rows, 3))
 
 
 def book(state: DecodeState, pages: jax.Array) -> DecodeState:
@@ -123,6 +124,7 @@ def verify(
     state: DecodeState,
     control: jax.Array,
     adapters: Params | None,
+    masks: jax.Array,
     *,
     config: LlamaConfig,
     profile: SamplerProfile,
@@ -131,6 +133,10 @@ def verify(
 ) -> tuple[DecodeState, jax.Array, Logprobs | None]:
     """One pass over the last token and the draft of some rows. Each draws behind its last token, and goes on behind the
     draft's tokens as long as it has drawn them: every draw is that of a decode step.
+
+    Args:
+      masks: uint32 [rows, drafts + 1, ceil(vocab / 32)], the tokens that a row with masks of its own may draw in each
+        place (`sampling.token_mask`).
 
     Returns:
       The state, and `report` of the rows.
@@ -151,12 +157,14 @@ def verify(
         adapters=adapters,
         adapter_ids=None if adapters is None else jnp.repeat(part.adapter_ids[:, None], drafts + 1, axis=1),
     )
+    masked = given["masked"] > 0
     part = dataclasses.replace(part, cache=cache)
     type Carry = tuple[jax.Array, DecodeState, Progress, jax.Array]
 
     def draw(carry: Carry) -> Carry:
         at, part, progress, going = carry
         here = jax.lax.dynamic_index_in_dim(logits, at, axis=1, keepdims=False)
+        part = _masked(part, jax.lax.dynamic_index_in_dim(masks, at, axis=1, keepdims=False), masked)
         part, progress = emit(here, part, progress, at, profile, where=going)
         following = ids.at[:, at + 1].get(mode="fill", fill_value=-1)
         return at + 1, part, progress, going & (part.tokens == following) & ~part.done
@@ -167,6 +175,15 @@ def verify(
     # What was stored of a draft and not drawn is dropped.
     part = dataclasses.replace(part, cache=part.cache.truncate(jnp.maximum(part.positions, 0)))
     return put_rows(state, given["rows"], part), *report(progress)
+
+
+def _masked(state: DecodeState, masks: jax.Array, rows: jax.Array) -> DecodeState:
+    """The state in which some rows, bool [batch], draw only tokens of their masks uint32 [batch, ceil(vocab / 32)]."""
+    sampler = state.sampler
+    assert sampler.restricted is not None and sampler.allowed is not None
+    allowed = jnp.where(rows[:, None], masks, sampler.allowed)
+    sampler = dataclasses.replace(sampler, restricted=sampler.restricted | rows, allowed=allowed)
+    return dataclasses.replace(state, sampler=sampler)
 
 
 def mixed(

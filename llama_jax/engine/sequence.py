@@ -43,6 +43,7 @@ class Sequence:
       domain: sequences share pages only within one.
       draft: what may follow its tokens, which are all known, for the next step to try.
       paced: whether the host has a say in each token: the next is drawn only when it knows all before.
+      pending: whether the host has not decided yet what may come next: no step draws for it.
       streamed: whether somebody reads each token as it comes: a dispatch draws no more than one.
       reuse: False computes the whole prompt, as its log-probabilities need; its pages may still serve others.
 
@@ -66,6 +67,7 @@ class Sequence:
     domain: Domain = ()
     reuse: bool = True
     paced: bool = False
+    pending: bool = False
     streamed: bool = False
     draft: tuple[int, ...] = ()
     unsure: int = 0
@@ -86,8 +88,8 @@ class Sequence:
 
     @property
     def held(self) -> bool:
-        """Whether it waits for the host to know its tokens."""
-        return (self.paced or self.unsure > 0) and not self.known
+        """Whether it waits for the host to know its tokens, or what may follow them."""
+        return self.pending or ((self.paced or self.unsure > 0) and not self.known)
 
     @property
     def known(self) -> bool:

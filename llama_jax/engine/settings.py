@@ -32,6 +32,8 @@ class EngineSettings:
       batch_invariant: whether what a request gets is the same to the bit, whatever runs beside it, whenever it arrives
         and whatever the prefix cache holds. There is one size of each program then, and a sequence starts when there
         are pages for all of its tokens.
+      constraint_s: seconds that the constraints of a sequence may take for what may come next; it ends with an error if
+        they take longer.
       strict: whether it is an error to compile anything once the engine is ready. All programs are compiled before.
     """
 
@@ -50,6 +52,7 @@ class EngineSettings:
     drafts: int = 0
     draft_rows: int = 8
     batch_invariant: bool = False
+    constraint_s: float = 10.0
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +74,12 @@ class EngineSettings:
                 f"steps must be in [1, {self.page_size}], a page's tokens; got {self.steps}",
                 param="steps",
                 hint="1 for streams, 8 or 16 for throughput",
+            )
+        if not self.constraint_s > 0:
+            raise RequestError(
+                f"constraint_s must be above 0; got {self.constraint_s}",
+                param="constraint_s",
+                hint="10 seconds are many times what a grammar needs for a token",
             )
         if not 0 <= self.drafts < MAX_QUERIES:
             raise RequestError(

@@ -9,7 +9,7 @@ sent (`sharding.reductions`).
 from __future__ import annotations
 
 from llama_jax.sampling.bad_words import BadWords
-from llama_jax.sampling.constraints import Constraint
+from llama_jax.sampling.constraints import Constraint, Forkable
 from llama_jax.sampling.grammar import Grammar
 from llama_jax.sampling.logprobs import Logprobs, token_logprobs
 from llama_jax.sampling.params import GREEDY_BELOW, MAX_LOGPROBS, SamplingParams
@@ -31,6 +31,7 @@ __all__ = [
     "MAX_LOGPROBS",
     "BadWords",
     "Constraint",
+    "Forkable",
     "Grammar",
     "Logprobs",
     "SamplerProfile",

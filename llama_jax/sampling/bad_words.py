@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 import numpy as np
 
@@ -45,6 +47,14 @@ class BadWords:
 
     def accept(self, token: int) -> None:
         self._text.append(token)
+
+    def fork(self) -> Self:
+        other = copy.copy(self)
+        other._text = self._text.copy()
+        return other
+
+    def forced(self) -> Sequence[int]:
+        return ()
 
 
 def _spellings(word: str, encode: Callable[[str], Sequence[int]], vocab_size: int) -> list[list[int]]:

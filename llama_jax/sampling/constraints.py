@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,17 @@ class Constraint(Protocol):
     @property
     def error(self) -> str | None:
         """Why the constraint cannot go on, for people; None as long as it can."""
+
+
+@runtime_checkable
+class Forkable(Constraint, Protocol):
+    """A constraint that can look ahead. Where all of a text's are, drafts are tried under them."""
+
+    def fork(self) -> Self:
+        """A constraint in the same state, which what happens to this one does not change, nor the other way round."""
+
+    def forced(self) -> Sequence[int]:
+        """Tokens that must come next, as far as is known; a hint, which `mask` need not confirm."""
 
 
 class LogitsProcessor(Protocol):

@@ -33,6 +33,11 @@ def forbid(mask: np.ndarray, token: int) -> None:
     mask[token // WORD] &= ~np.uint32(1 << token % WORD)
 
 
+def allows(mask: np.ndarray, token: int) -> bool:
+    """Whether a token's bit is set; those of no vocabulary are not."""
+    return 0 <= token < WORD * len(mask) and bool(mask[token // WORD] >> np.uint32(token % WORD) & 1)
+
+
 def columns(mask: jax.Array, first: jax.Array | int, width: int) -> jax.Array:
     """bool [batch, width]: whether the tokens from `first` on are allowed."""
     token = first + jnp.arange(width, dtype=jnp.int32)

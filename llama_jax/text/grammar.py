@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_jax.errors import RequestError
+from llama_jax.errors import LlamaJaxError, RequestError
 from llama_jax.sampling import Grammar
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -17,6 +19,16 @@ if TYPE_CHECKING:
 
 _TEXT_ENDS = ("NotStopped", "NoExtension", "NoExtensionBias", "EndOfSentence")
 """Why a matcher may stop without a fault."""
+
+DEADLINE_S = 10.0
+"""How long a grammar may compile. Most take a millisecond, very large schemas a second."""
+
+LONGEST, STACK_BYTES = 250_000, 512 << 20
+"""Characters of a grammar, at most, and the stack on which it is compiled: enough for a chain of rules of that length,
+at some 8 kB a rule. Only what is used of it becomes memory."""
+
+_starting = threading.Lock()
+"""Held while the size of new threads' stacks is another one, which is of the whole process."""
 
 
 class GrammarMatcher:
@@ -50,6 +62,12 @@ class GrammarMatcher:
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)
 
+    def fork(self) -> GrammarMatcher:
+        return GrammarMatcher(self._matcher.deep_copy())
+
+    def forced(self) -> Sequence[int]:
+        return self._matcher.compute_ff_tokens()
+
     @property
     def ended(self) -> bool:
         return self._matcher.is_stopped() and self.error is None
@@ -69,9 +87,45 @@ def _error(matcher: LLMatcher) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLMatcher:
+    """A matcher to copy. llguidance limits the size of a grammar and what its parser may do, but neither the time nor
+    the depth, for which it uses the stack: a chain of 5000 rules would end the process.
+
+    Raises:
+      RequestError: it is refused, or longer than `LONGEST`, or takes longer than `DEADLINE_S`.
+      LlamaJaxError: the system gives no thread for it.
+    """
+    if len(grammar.text) > LONGEST:
+        raise _refused(grammar, f"it has {len(grammar.text)} characters, and may have {LONGEST}")
+    vocabulary = _vocabulary(tokenizer, vocab_size, eos_token_ids)
+    made: Future[LLMatcher] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(_compile(grammar, vocabulary))
+        except BaseException as error:
+            made.set_exception(error)
+
+    # A thread of its own, which nobody waits for at the end: it cannot be stopped.
+    with _starting:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=run, name="llama_jax grammar", daemon=True).start()
+        except RuntimeError as error:
+            raise LlamaJaxError(
+                f"a grammar needs a thread with {STACK_BYTES >> 20} MiB of stack to compile in: {error}",
+                hint="raise the process's limits of address space and threads (ulimit -v, ulimit -u)",
+            ) from None
+        finally:
+            threading.stack_size(before)
+    try:
+        return made.result(DEADLINE_S)
+    except TimeoutError:
+        raise _refused(grammar, f"compiling it takes longer than {DEADLINE_S:g} s") from None
+
+
+def _compile(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
-    vocabulary = _vocabulary(tokenizer, vocab_size, eos_token_ids)
     try:
         match grammar.kind:
             case "json_schema":  # spaces between parts cost tokens, and a model may write nothing else for ever
