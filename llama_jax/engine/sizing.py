@@ -107,6 +107,7 @@ def default_settings(
       least: tokens of one that will do where there is no memory for more; by default the context.
       pages: by default, on a GPU, all that its free memory has room for beside a step's activations; on a CPU enough
         for rows of 512 tokens, and for one of the context's length.
+      batch_invariant: see `EngineSettings`; one size of each program. An `LLM` does not grow then.
       steps: by default 8 where the device loops by itself (a CPU; an NVIDIA GPU that holds the whole model), else 1.
 
     Raises:
