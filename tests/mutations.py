@@ -560,8 +560,8 @@ TEXT: tuple[Mutation, ...] = (
     Mutation(
         "a step planned behind a draft that may not come",
         "llama_jax/engine/sequence.py",
-        "return self.pending or (self.paced or self.unsure > 0) and not self.known",
-        "return self.pending or self.paced and not self.known",
+        "return self.pending or ((self.paced or self.unsure > 0) and not self.known)",
+        "return self.pending or (self.paced and not self.known)",
         ("tests/test_engine_scheduler.py::test_traffic",),
     ),
     Mutation(
@@ -738,7 +738,7 @@ CONSTRAINTS = (
     Mutation(
         "several tokens are drawn where the host has a say in each",
         "llama_jax/engine/planner.py",
-        "elif any(s.paced for s in self.queues.decoding):",
+        "elif any(s.paced or s.streamed for s in self.queues.decoding):",
         "elif not rows:",
         ("tests/test_engine_constraints.py::test_one_step_at_a_time",),
     ),

@@ -167,6 +167,7 @@ def test_bad_lines_become_errors(tmp_path: Path, loaded: Loaded) -> None:
     assert not wrong
 
 
+@pytest.mark.slow
 def test_the_context_bounds_the_common_limit(tmp_path: Path, loaded: Loaded) -> None:
     source = write_input(tmp_path / "in.jsonl", [{"token_ids": [1] * 253, "ignore_eos": True}])
     run(*loaded, source, tmp_path / "out.jsonl", sampling=SAMPLING)

@@ -633,6 +633,7 @@ def test_command(tiny: LlamaConfig, folder: Path, asked: list[Any]) -> None:
 
 
 @pytest.mark.amd
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [["--tp", "8"], ["--mesh", "data=2,tensor=4"]])
 def test_command_as_json(folder: Path, asked: list[Any], mesh: list[str]) -> None:
     result = CliRunner().invoke(cli, ["compile", str(folder), "--target", "mi355x", "--json", *mesh])

@@ -186,6 +186,7 @@ def test_the_first_requests_run_every_program() -> None:
     assert ran == {("mixed", 8), ("mixed", 32), ("decode", 1), ("decode", 4)}
 
 
+@pytest.mark.slow
 def test_the_same_requests_again_are_found_in_the_cache() -> None:
     llm = LLM(TINY, settings=SETTINGS)
     works = [Work(i, 0.0, tuple(range(FIRST_ID, FIRST_ID + 20)), 4) for i in range(3)]

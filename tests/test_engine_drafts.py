@@ -78,7 +78,8 @@ def test_right_guesses_save_steps() -> None:
     assert steps[1] < 40
 
 
-@pytest.mark.parametrize("drafts", [pytest.param(1, marks=pytest.mark.slow), 7])
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [1, 7])
 def test_wrong_guesses_change_nothing(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled and greedy, with penalties and log-probabilities, two at a time."""
     monkeypatch.setattr(engine_core, "Drafter", Guesses)

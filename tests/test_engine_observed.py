@@ -85,6 +85,7 @@ def test_programs_are_told_as_they_are_compiled() -> None:
         assert {news.key.name for news in again if news.from_cache} == {"scored", "mixed", "decode"}
 
 
+@pytest.mark.slow
 def test_an_engine_that_compiles_as_needed_is_never_ready() -> None:
     core = Core(tiny_model(), SMALL)
     assert core.snapshot().ready_s is None

@@ -52,6 +52,7 @@ def test_continuations_without_a_seed_keep_the_one_that_they_drew() -> None:
         assert [entry.token_id for entry in completion.logprobs] == list(completion.token_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_without_memory_for_more_the_engine_stays_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(tiny_model(), rows=2)

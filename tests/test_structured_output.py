@@ -157,6 +157,7 @@ def test_json_of_many_schemas_in_one_batch_with_free_texts(llm: LLM, rounds: int
     assert llm.snapshot().counts.pages_used == 0
 
 
+@pytest.mark.slow
 def test_any_json_object(llm: LLM) -> None:
     """Cut off at the limit as often as not, since this model knows no measure: what has ended is an object."""
     ended = 0
