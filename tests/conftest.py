@@ -4,7 +4,7 @@ Environment variables:
   LLAMA_JAX_TEST_GPU: 1 runs the tests marked `gpu`, on the GPU; without it every test runs on the CPU.
   LLAMA_JAX_TEST_CACHE: a folder for converted models that outlives the run; without it each run starts with an empty
     one.
-  LLAMA_JAX_ALL_MUTATIONS: 1 tries all mutations of tests/mutations.py, not every second one.
+  LLAMA_JAX_ALL_CASES: 1 runs all cases of tests marked `sampled`, not some of them.
   LLAMA_JAX_REQUIRE_AMD: 1 (or CI) fails the tests marked `amd` where their packages are missing.
   JAX_DISABLE_MOST_OPTIMIZATIONS: 0 has XLA optimise what the tests run on the CPU, as it does for users; by default it
     does so only for tests marked `amd`, which look at what it made.
@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # these import jax, and the environment is set up below
     from llama_jax.model.loaded import Model
     from llama_jax.text.tokenizer import Tokenizer
 
+ALL_CASES = os.environ.get("LLAMA_JAX_ALL_CASES", "0") not in ("", "0")
 ON_GPU = os.environ.get("LLAMA_JAX_TEST_GPU", "0") not in ("", "0")
 DATA = Path(__file__).parent / "data"
 UNOPTIMIZED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
@@ -71,17 +73,34 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["LLAMA_JAX_CACHE"] = folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, by the time that they are allowed: at the end one would keep one process busy, others idle."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out cases of tests marked `sampled`, unless tests were named. The longest go first, by the time that they
+    are allowed: at the end one would keep one process busy, others idle."""
 
     def allowed(item: pytest.Item) -> float:
         marker = item.get_closest_marker("timeout")
         return float(marker.args[0]) if marker else 0.0
 
+    if not ALL_CASES and not any("::" in arg for arg in config.args):
+        left_out = _not_sampled(items)
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
     items.sort(key=allowed, reverse=True)
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(600))
+
+
+def _not_sampled(items: list[pytest.Item]) -> dict[pytest.Item, None]:
+    left_out: dict[pytest.Item, None] = {}
+    counts: Counter[str] = Counter()
+    for item in items:
+        if (marker := item.get_closest_marker("sampled")) and item.get_closest_marker("slow"):
+            name = item.nodeid.partition("[")[0]
+            if counts[name] % marker.args[0]:
+                left_out[item] = None
+            counts[name] += 1
+    return left_out
 
 
 MEMORY_MAPS = 30_000

@@ -164,6 +164,7 @@ def test_one_case_compiles_within_its_budget(arch: str, op: str) -> None:
 
 @pytest.mark.amd
 @pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("op", KERNELS)
 @pytest.mark.parametrize("arch", ARCHS)

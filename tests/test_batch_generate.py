@@ -382,7 +382,7 @@ def test_many_kills(tmp_path: Path, folder: Path, undisturbed: tuple[Path, bytes
     target = tmp_path / "out.jsonl"
     rng = random.Random(3)
     kills = 0
-    while kills < 6:
+    while kills < 3:
         process = start(source, target, folder, "--batch-size", "2")
         before, more = lines_in(target), rng.randrange(0, 60)
         kill_when(process, lambda before=before, more=more: lines_in(target) >= before + more, 0)

@@ -167,6 +167,7 @@ KINDS: tuple[dict, ...] = (
 )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_texts_of_a_grammar_are_those_of_a_loop_without_drafts(llm: LLM, name: str) -> None:

@@ -81,8 +81,8 @@ def test_programs_are_told_as_they_are_compiled() -> None:
     assert snapshot.ready_s is not None
     assert snapshot.ready_s >= took
     if jax.config.jax_compilation_cache_dir is not None:
-        # jax holds the others in this process's memory.
-        assert {news.key.name for news in again if news.from_cache} == {"scored", "mixed", "decode"}
+        # Of the others jax keeps those that took long enough to compile.
+        assert {news.key.name for news in again if news.from_cache} >= {"scored", "mixed", "decode"}
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +13,6 @@ import pytest
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parent.parent
-ALL = "LLAMA_JAX_ALL_MUTATIONS"
-"""Set, it makes all mutations; otherwise every second one, for the sake of time."""
 
 
 def run(folder: Path, tests: Iterable[str], file: str | None = None, text: str = "") -> tuple[int, dict[str, Any], str]:
@@ -67,7 +64,8 @@ def test_killers_pass_without_a_mutation(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", MUTATIONS if os.environ.get(ALL) else MUTATIONS[::2], ids=lambda m: m.name)
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_mutation_is_killed(mutation: Mutation, tmp_path: Path) -> None:
     """Every killer fails, and by what it asserts: a mutation that merely crashes shows nothing about the tests."""
     text = (ROOT / mutation.file).read_text(encoding="utf-8").replace(mutation.old, mutation.new)

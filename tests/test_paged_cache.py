@@ -153,6 +153,7 @@ def golden_cache(golden: Golden, extra: int) -> PagedCache:
     return cache.book(np.arange(batch), jnp.asarray(table))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_golden(case: str) -> None:

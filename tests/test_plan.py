@@ -111,6 +111,7 @@ def test_a_published_model_on_the_cpu() -> None:
 
 @pytest.mark.amd
 @pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("name", "ways", "rows"), [("llama-3.1-8b", 8, 8), ("llama-3.1-70b", 8, 32), ("mixtral-8x7b", 1, 4)]
@@ -450,6 +451,7 @@ def test_what_would_fit_does(case: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.amd
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]])
 def test_compile_says_the_same(case: list[str]) -> None:
     planned = json.loads(run(*case, "--json").stdout)

@@ -59,6 +59,7 @@ ALWAYS = {"llama3.1-rope", "llama4-text", "mixtral-moe", "qwen3-qknorm", "smollm
 """One of each kind; the others are for the slow run."""
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", [c if c in ALWAYS else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_golden(case: str, tmp_path: Path) -> None:
     folder = tmp_path / case

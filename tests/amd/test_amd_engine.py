@@ -51,9 +51,9 @@ def mixed_step(core: Core) -> tuple[Key, Any, np.ndarray, Any]:
         steps.append(schedule())
         return steps[-1]
 
-    def step(key: Key, state: Any, control: np.ndarray) -> Any:
+    def step(key: Key, state: Any, control: np.ndarray, masks: np.ndarray | None = None) -> Any:
         before = jax.tree.map(np.array, state)  # the step takes the state's place
-        result = run(key, state, control)
+        result = run(key, state, control, masks)
         chunks = steps[-1].chunks
         if len(steps[-1].decoding) == len(chunks) == 2 and any(chunk.start for chunk in chunks):
             taken.append((key, before, control, jax.tree.map(np.array, result)))

@@ -86,6 +86,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("arch", "backend", "model"), CASES)
 def test_prefill_and_decode(arch: str, backend: str, model: str) -> None:
     chosen = named(backend)

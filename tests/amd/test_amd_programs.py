@@ -51,6 +51,7 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
         assert got.tobytes() == want.tobytes()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "name"), CASES)
 def test_results_and_order_of_waves(arch: str, name: str) -> None:

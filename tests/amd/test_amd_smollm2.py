@@ -36,6 +36,7 @@ PROMPT = "The opposite of hot is cold. The opposite of up is"
 OPTIONS = Options(check_races=False)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_greedy_tokens(smollm2: tuple[Model, Tokenizer], arch: str) -> None:
     """Four tokens in bfloat16, through the Pallas kernels where there are some."""
