@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import load_golden, random_params, tiny_config
 
 from llama_jax.engine.core import Core, Drawn
@@ -196,3 +197,15 @@ def run(
 def tokens(news: Sequence[Drawn]) -> tuple[int, ...]:
     """All that was drawn for one request."""
     return tuple(token for drawn in news for token in drawn.tokens)
+
+
+def logprobs(news: Sequence[Drawn]) -> list[float]:
+    """Log-probabilities of what was drawn for one request; none unless it asked for them."""
+    return [float(x) for drawn in news if drawn.logprobs is not None for x in drawn.logprobs.token]
+
+
+def assert_as_alone(news: Sequence[Drawn], expected: Alone) -> None:
+    """Tokens are those of a request that runs alone, and so are log-probabilities, if there are any."""
+    assert tokens(news) == expected.tokens
+    found = logprobs(news)
+    assert not found or found == pytest.approx(expected.logprobs, abs=2e-4)

@@ -13,7 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import Guesses, alone, golden_model, new_core, run, small_settings, some_requests, tiny_model, tokens
+from engines import (
+    Guesses,
+    alone,
+    golden_model,
+    logprobs,
+    new_core,
+    run,
+    small_settings,
+    some_requests,
+    tiny_model,
+    tokens,
+)
 from helpers import GOLDEN_CASES, on_eight_devices
 
 from llama_jax.engine import core as engine_core
@@ -34,8 +45,7 @@ def check(model: Model, core: Core, count: int, arrivals: list[int] | None = Non
         assert news[-1].ending == expected.ending
         if request[1].logprobs is None:
             continue
-        found = [float(x) for drawn in news if drawn.logprobs is not None for x in drawn.logprobs.token]
-        np.testing.assert_allclose(found, expected.logprobs, atol=2e-4)
+        np.testing.assert_allclose(logprobs(news), expected.logprobs, atol=2e-4)
 
 
 def nothing_is_held(core: Core) -> None:

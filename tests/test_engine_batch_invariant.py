@@ -79,7 +79,7 @@ def bits(news: list[Drawn]) -> list[Any]:
 
 @dataclasses.dataclass
 class Comparison:
-    """What requests in company got, beside what they got alone in the same engine.
+    """Answers of requests in company, beside those that they get alone in the same engine.
 
     Attributes:
       different: those that differ in a bit.

@@ -1,4 +1,4 @@
-"""What went wrong in the engines of others, on the device; each case names the public report. Those of schedulers are
+"""Faults that other engines had on the device; each case names the public report. Those of schedulers are
 in test_engine_failures.py, those of grammars and forced tokens in test_engine_lookahead.py too."""
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import Guesses, alone, new_core, run, small_settings, some_requests, tiny_model, tokens
+from engines import Guesses, alone, logprobs, new_core, run, small_settings, some_requests, tiny_model, tokens
 from test_engine_constraints import by_parity, listed, nothing_is_held
 from test_engine_lookahead import Forking, tiny_core
 
 from llama_jax.engine import core as engine_core
-from llama_jax.engine.core import Core, Drawn
+from llama_jax.engine.core import Core
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.generation.llm import LLM
 from llama_jax.runtime import count_compilations
@@ -29,7 +29,7 @@ def small_core() -> Core:
 
 
 def with_pages(core: Core, pages: int) -> Core:
-    """The engine, whose scheduler knows of so few pages."""
+    """The engine, whose scheduler has this many pages."""
     core.scheduler = Scheduler(dataclasses.replace(core.scheduler.limits, pages=pages))
     return core
 
@@ -37,10 +37,6 @@ def with_pages(core: Core, pages: int) -> Core:
 def a_prompt(length: int, seed: int = 1) -> list[int]:
     found: list[int] = np.random.default_rng(seed).integers(3, 40, length).tolist()
     return found
-
-
-def logprobs(news: list[Drawn]) -> np.ndarray:
-    return np.concatenate([drawn.logprobs.token for drawn in news if drawn.logprobs is not None])
 
 
 def test_tokens_drawn_last_are_not_overwritten_by_padding() -> None:
@@ -161,7 +157,8 @@ def test_the_same_again_is_the_same() -> None:
     first, second = (run(small_core(), asked, arrivals=[0, 0, 1, 2, 5, 5]) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert tokens(one) == tokens(other)
-        assert logprobs(one).tobytes() == logprobs(other).tobytes()
+        assert len(logprobs(one)) == len(tokens(one))
+        assert np.asarray(logprobs(one)).tobytes() == np.asarray(logprobs(other)).tobytes()
 
 
 def test_the_clock_may_jump(monkeypatch: pytest.MonkeyPatch) -> None:

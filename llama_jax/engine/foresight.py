@@ -41,6 +41,8 @@ class Foresight:
         Returns:
           Those that have taken longer; they are to be ended.
         """
+        if not self._undecided:
+            return []
         undecided = {n: rule for n in self._undecided if n in asked and (rule := asked[n].rule)}
         for rule in undecided.values():
             rule.prepare()  # if it was cancelled

@@ -107,7 +107,7 @@ class Rule:
 
     @property
     def ahead(self) -> Ahead:
-        """What may come next; it waits for it to be computed."""
+        """The next masks and draft; blocks until they are computed."""
         self.prepare()
         assert self._next is not None
         return self._next.result()
