@@ -100,6 +100,7 @@ def test_wrong_guesses_change_nothing(drafts: int, monkeypatch: pytest.MonkeyPat
     assert snapshot.counts.pages_used == 0
 
 
+@pytest.mark.slow
 def test_streams_and_logprobs_with_drafts() -> None:
     llm = LLM(tiny_model(), rows=2, context=128, drafts=3)
     params = SamplingParams(temperature=0.9, seed=3, max_tokens=40, ignore_eos=True, logprobs=1)

@@ -96,8 +96,7 @@ def test_no_draft_where_a_constraint_cannot_look_ahead() -> None:
 
 
 # --- What is drawn
-
-
+@pytest.mark.slow
 def test_guesses_under_constraints_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled and greedy, with penalties and log-probabilities, beside rows without constraints."""
     monkeypatch.setattr(engine_core, "Drafter", Guesses)
@@ -186,6 +185,7 @@ def test_texts_of_a_grammar_are_those_of_a_loop_without_drafts(llm: LLM, name: s
     assert after.counts.pages_used == 0
 
 
+@pytest.mark.slow
 def test_forced_tokens_save_steps(llm: LLM) -> None:
     before = llm.snapshot().steps
     params = SamplingParams(temperature=0.0, max_tokens=60, response_format=Grammar.regex("exactly this text, (a|b)"))

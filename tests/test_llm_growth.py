@@ -110,6 +110,7 @@ def test_a_stream_shows_its_prompt_and_ends_within_a_chunk() -> None:
     assert [piece.token for piece in llm.stream(prompt, params)] == [piece.token for piece in pieces]
 
 
+@pytest.mark.slow
 def test_requests_that_come_while_others_run_and_an_early_end() -> None:
     llm = LLM(tiny_model(), rows=2, context=64)
     taken: list[int] = []
