@@ -96,6 +96,8 @@ def test_no_draft_where_a_constraint_cannot_look_ahead() -> None:
 
 
 # --- What is drawn
+
+
 @pytest.mark.slow
 def test_guesses_under_constraints_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled and greedy, with penalties and log-probabilities, beside rows without constraints."""
