@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.config import trace_context
 
 from llama_jax.aot.programs import Program
 from llama_jax.aot.stored import compile_stored
@@ -39,6 +40,9 @@ MARKED = 1024
 
 RESTRICTED = 32
 """Rows that one call of `restrict` gives masks to, at most."""
+
+KEPT = 8
+"""Engines of different shapes whose programs stay in memory."""
 
 THREADS = min(8, os.cpu_count() or 1)
 
@@ -106,10 +110,18 @@ class Programs:
       from_cache: programs that `compile_all` found in jax's persistent cache.
     """
 
-    def __init__(self, model: Model, settings: EngineSettings, state: DecodeState, adapters: Params | None):
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings,
+        state: DecodeState,
+        adapters: Params | None,
+        compiled: dict[Key, Any],
+    ):
+        """Args: arrays or their shapes, and where programs are that are compiled already (`compiled_before`)."""
         self._model, self._settings, self._adapters = model, settings, adapters
         self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        self._compiled: dict[Key, Any] = {}
+        self._compiled = compiled
         self._lock = threading.Lock()
         self._ready = False
         self._counted, self._before = count_compilations(), 0
@@ -142,7 +154,7 @@ class Programs:
     @property
     def count(self) -> int:
         """Programs that are compiled."""
-        return len(self._compiled)
+        return len(self.keys) - len(self.missing)
 
     def __enter__(self) -> None:
         """Begins to count what jax compiles on this thread, until the end of the block."""
@@ -230,8 +242,7 @@ class Programs:
         """Compiles a program; whether it was on the disk."""
         model = self._model
         devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
-        shapes = replace(self._settings, waiting=None, strict=False, constraint_s=1.0)
-        about = model.config, shapes, key, sorted(model.kernels.items())
+        about = model.config, shapes_alone(self._settings), key, sorted(model.kernels.items())
         with on(model.mesh), using(**model.kernels):
             made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
             compiled, read = compile_stored(made, about, devices, model.mesh)
@@ -293,6 +304,25 @@ def program(
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
     masks = [masks_of(key, settings, config)] if key.name == "verify" else []
     return Program(str(key), jitted, (params, state, ints(control.size), adapters, *masks), {})
+
+
+def shapes_alone(settings: EngineSettings) -> EngineSettings:
+    """The settings without what changes no program."""
+    return replace(settings, waiting=None, strict=False, constraint_s=1.0)
+
+
+def compiled_before(model: Model, settings: EngineSettings, adapters: Params | None) -> dict[Key, Any]:
+    """Programs that engines of the same shapes have compiled in this process, and where to put more of them."""
+    with on(model.mesh), using(**model.kernels):
+        context = trace_context()
+    leaves, structure = jax.tree.flatten((model.params, adapters))
+    arrays = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+    return _compiled_for((model.config, shapes_alone(settings), model.mesh, structure, arrays, context))
+
+
+@lru_cache(maxsize=KEPT)
+def _compiled_for(shapes: Hashable) -> dict[Key, Any]:
+    return {}
 
 
 def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.ShapeDtypeStruct:

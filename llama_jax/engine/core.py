@@ -19,7 +19,7 @@ import numpy as np
 
 from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
-from llama_jax.engine.compiled import Compiled, Programs
+from llama_jax.engine.compiled import Compiled, Key, Programs, compiled_before
 from llama_jax.engine.drafting import Drafter
 from llama_jax.engine.foresight import Foresight, propose_drafts
 from llama_jax.engine.joining import Asked, joinings
@@ -116,11 +116,14 @@ class Core:
                 prefix_cache=settings.prefix_cache,
             )
         )
-        with on(model.mesh), using(**model.kernels):
-            begin = jax.jit(new_state, static_argnums=(0, 1, 2))
-            self._begin = begin.lower(model.config, settings, jnp.dtype(model.dtype)).compile()
+        compiled, start = compiled_before(model, settings, adapters), Key("start")
+        if start not in compiled:
+            with on(model.mesh), using(**model.kernels):
+                begin = jax.jit(new_state, static_argnums=(0, 1, 2))
+                compiled[start] = begin.lower(model.config, settings, jnp.dtype(model.dtype)).compile()
+        self._begin = compiled[start]
         self._begun: DecodeState | None = None
-        self.programs = Programs(model, settings, shapes_of(self._begin), adapters)
+        self.programs = Programs(model, settings, shapes_of(self._begin), adapters, compiled)
         self._asked: dict[int, Asked] = {}
         self._foresight = Foresight()
         self._flights: deque[_Flight] = deque()

@@ -32,6 +32,8 @@ CPU_CONTEXT = 4096
 CPU_START, GPU_START = 1024, 8192
 CPU_EACH = 512
 """Tokens for which a CPU's rows have pages on average; rows that need more find them while others need less."""
+LEAST_CONTEXT = 256
+"""Tokens of a sequence that a batch has room for even if it needs less."""
 CHUNK_ROWS = 16
 STEPS = 8
 """Decode steps of one dispatch on a device that loops by itself, where nobody reads token by token. A step of 64 rows
@@ -208,6 +210,19 @@ def settings_for(
 
 def _default_context(config: LlamaConfig, *, on_cpu: bool) -> int:
     return min(config.context_length, CPU_CONTEXT) if on_cpu else config.context_length
+
+
+def settings_of_batch(model: Model, rows: int, longest: int, page_size: int | None) -> EngineSettings:
+    """Settings for a number of sequences that are all there, the longest of `longest` tokens; of few sizes, so that
+    other batches need no other programs."""
+    return default_settings(
+        model,
+        rows=min(1 << (rows - 1).bit_length(), default_rows(model)),
+        context=min(max(1 << (longest - 1).bit_length(), LEAST_CONTEXT), model.config.context_length),
+        least=longest,
+        page_size=page_size or DEFAULT_PAGE_SIZE,
+        prefix_cache=False,
+    )
 
 
 def default_rows(model: Model) -> int:

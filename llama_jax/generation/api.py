@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llama_jax.generation.batch import BATCH_STRIDE, STOP_STRIDE, Batch
+from llama_jax.engine.replicas import replicas
+from llama_jax.engine.sizing import settings_of_batch
+from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
-from llama_jax.generation.request import Prompt, check_prompts, check_stream, prepare, sampling
+from llama_jax.generation.request import Prompt, Requests, check_prompts, check_stream, prepare, sampling
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams
@@ -31,8 +33,7 @@ def generate(
       tokenizer: None for token ids in, token ids out.
       prompt: text, continued as it stands, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
       params: how to sample. Without it decoding is greedy.
-      page_size: N = 16, 32, 64, 128 or 256 keeps keys and values in a paged cache with pages of N tokens; by default
-        the cache is dense. The tokens are the same.
+      page_size: tokens of a page of the cache, 16, 32, 64, 128 or 256; the answer is the same.
       adapters: slots of low-rank adapters (`llama_jax.model.adapters`); adapter_ids: the slot to use, 0 for none.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.
 
@@ -68,9 +69,9 @@ def stream_generate(
     Arguments and errors as for `generate`; n must be 1, and max_tokens not 0. Errors are raised here, not at the first
     token.
     """
-    requests = prepare(model, tokenizer, [prompt], sampling(params, fields), page_size, adapters, adapter_ids)
+    requests = prepare(model, tokenizer, [prompt], sampling(params, fields), adapters, adapter_ids)
     check_stream(requests)
-    return _stream(Batch(model, tokenizer, requests))
+    return _llm(model, tokenizer, requests, page_size).stream_of(requests)
 
 
 def batch_generate(
@@ -101,26 +102,14 @@ def batch_generate(
     check_prompts(prompts)
     if not len(prompts):
         return []
-    requests = prepare(model, tokenizer, prompts, sampling(params, fields), page_size, adapters, adapter_ids)
-    batch = Batch(model, tokenizer, requests)
-    for _ in batch.run(STOP_STRIDE if any(p.stop for p in requests.params) else BATCH_STRIDE):
-        pass
-    return batch.outputs()
+    requests = prepare(model, tokenizer, prompts, sampling(params, fields), adapters, adapter_ids)
+    outputs = dict(_llm(model, tokenizer, requests, page_size).each_of(requests))
+    return [outputs[i] for i in range(len(prompts))]
 
 
-def _stream(batch: Batch) -> Iterator[StreamOutput]:
-    (row,) = batch.rows
-    for new in batch.run(steps=1):
-        for _, text in new:
-            timing = batch.timing()
-            yield StreamOutput(
-                text=text,
-                token=row.token_ids[-1],
-                logprobs=batch.logprobs[0][-1] if batch.logprobs[0] else None,
-                prompt_tokens=len(batch.requests.prompts[0]),
-                prompt_tps=timing.prompt_tps,
-                generation_tokens=len(row.token_ids),
-                generation_tps=timing.generation_tps,
-                ttft_s=timing.ttft_s,
-                finish_reason=row.finish_reason,
-            )
+def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int | None) -> LLM:
+    """An engine with room for these requests. Its programs are those of earlier calls with as much room."""
+    longest = max(len(requests.prompt_of(i)) + row.limit for i, row in enumerate(requests.rows))
+    models = replicas(model)
+    settings = settings_of_batch(models[0], -(-len(requests.rows) // len(models)), longest, page_size)
+    return LLM(model, tokenizer, settings=settings, adapters=requests.adapters)

@@ -145,14 +145,14 @@ class LLM:
         """
         check_prompts(prompts)
         requests = prepare(
-            self.model,
-            self.tokenizer,
-            prompts,
-            sampling(params, fields),
-            None,
-            self._adapters,
-            adapter_ids,
+            self.model, self.tokenizer, prompts, sampling(params, fields), self._adapters, adapter_ids
         )
+        return self.each_of(requests, priority=priority, progress=progress)
+
+    def each_of(
+        self, requests: Requests, *, priority: int = 0, progress: Callable[[int, int, str], None] | None = None
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """`each`, of requests that are prepared."""
         limits = [rows[0].limit for rows in requests.continuations]
         # The longest first: what is left at the end of a batch is short.
         order = sorted(range(len(limits)), key=lambda i: limits[i], reverse=True)
@@ -199,13 +199,14 @@ class LLM:
           progress: called before each step that computes a part of the prompt, with how many of its tokens are done,
             and how many there are.
         """
-        requests = prepare(
-            self.model, self.tokenizer, [prompt], sampling(params, fields), None, self._adapters, adapter_id
-        )
+        requests = prepare(self.model, self.tokenizer, [prompt], sampling(params, fields), self._adapters, adapter_id)
         check_stream(requests)
-        return self._stream(requests, progress)
+        return self.stream_of(requests, progress)
 
-    def _stream(self, requests: Requests, progress: Callable[[int, int], None] | None) -> Iterator[StreamOutput]:
+    def stream_of(
+        self, requests: Requests, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[StreamOutput]:
+        """`stream`, of a request that is prepared."""
         def show(answers: Iterable[Answer]) -> bool:
             for answer in answers:
                 if progress is not None and not answer.rows[0].token_ids:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax.cache import check_page_size
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.generation.constraints import constraints_of
@@ -48,14 +47,12 @@ class Requests:
     Attributes:
       prompts: token ids; params: of each prompt.
       rows: the continuations, those of one prompt side by side.
-      page_size: slots of a page; None for a dense cache.
       adapters: slots of adapters (`model.adapters`), or None; adapter_ids: the slot of each prompt.
     """
 
     prompts: tuple[list[int], ...]
     params: tuple[SamplingParams, ...]
     rows: tuple[Row, ...]
-    page_size: int | None
     adapters: Params | None
     adapter_ids: tuple[int, ...]
 
@@ -99,14 +96,13 @@ def prepare(
     tokenizer: Tokenizer | None,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams],
-    page_size: int | None = None,
     adapters: Params | None = None,
     adapter_ids: int | Sequence[int] = 0,
 ) -> Requests:
     """Checks everything that can be checked before a device is used.
 
     Raises:
-      RequestError: a prompt, a parameter, the page size or an adapter's slot is wrong, or exceeds the model's context.
+      RequestError: a prompt, a parameter or an adapter's slot is wrong, or exceeds the model's context.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
@@ -115,8 +111,6 @@ def prepare(
             param="params",
             hint="give one SamplingParams for all, or one for each prompt",
         )
-    if page_size is not None:
-        check_page_size(page_size)
     config = model.config
     for p in each:
         p.check_vocab(config.vocab_size)
@@ -142,7 +136,7 @@ def prepare(
         for copy in range(p.n)
     ]
     slots = _adapter_slots(adapters, adapter_ids, len(ids))
-    return Requests(tuple(ids), tuple(each), tuple(rows), page_size, adapters, slots)
+    return Requests(tuple(ids), tuple(each), tuple(rows), adapters, slots)
 
 
 def _adapter_slots(adapters: Params | None, ids: int | Sequence[int], prompts: int) -> tuple[int, ...]:

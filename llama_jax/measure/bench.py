@@ -1,6 +1,6 @@
 """How fast generation is, and how near to what the device can do.
 
-Times run through the public `batch_generate` with random token ids, after one warm-up run per shape; medians over the
+Times are of static batches with random token ids (`static`), after one warm-up run per shape; medians over the
 repeats. Ceilings are measured in the same process: sequential reads, and a large matrix product.
 """
 
@@ -22,11 +22,10 @@ from jax.typing import DTypeLike
 
 from llama_jax import runtime
 from llama_jax.config import preset
-from llama_jax.generation import batch_generate
-from llama_jax.generation.outputs import Timing
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.layout import check, param_sharding, split_config
 from llama_jax.measure.profiling import ProgramTime, profile
+from llama_jax.measure.static import time_static
 from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
@@ -180,10 +179,10 @@ def bench(
     rng = np.random.default_rng(seed)
     prefills, decodes = [], []
     for run in range(repeats + 1):
-        timing = _generate(model, rng, batch, prompt, new, page_size)
+        first, rest = _generate(model, rng, batch, prompt, new, page_size)
         if run:  # the first one compiles
-            prefills.append(timing.ttft_s)
-            decodes.append(batch * (new - 1) / timing.generation_tps)
+            prefills.append(first)
+            decodes.append(rest)
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
     step = decode / (new - 1)
     read = step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, model.mesh)
@@ -227,8 +226,7 @@ def profile_generation(
 
 def _generate(
     model: Model, rng: np.random.Generator, batch: int, prompt: int, new: int, page_size: int | None
-) -> Timing:
-    """`new` tokens after each of `batch` random prompts."""
+) -> tuple[float, float]:
+    """`new` tokens after each of `batch` random prompts: see `time_static`."""
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    outputs = batch_generate(model, None, prompts, max_tokens=new, ignore_eos=True, page_size=page_size)
-    return outputs[0].timing
+    return time_static(model, prompts, new, page_size)

@@ -12,7 +12,6 @@ from typing import Any
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed
-from llama_jax.generation import batch_generate
 from llama_jax.generation.jobs import Progress
 from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import RequestOutput
@@ -84,25 +83,6 @@ def run_job(llm: LLM, works: Sequence[Work]) -> Run:
     outputs = _answered(llm, works)
     elapsed = time.perf_counter() - start
     return _run(works, outputs, elapsed, **meanwhile(before, llm.snapshot()))
-
-
-def run_static(model: Model, works: Sequence[Work], batch: int) -> Run:
-    """The same through `batch_generate`, in batches of `batch` requests, one batch after the other in the order of the
-    requests. Runs twice; the first one compiles."""
-    for _ in range(2):
-        start = time.perf_counter()
-        outputs = [
-            output
-            for first in range(0, len(works), batch)
-            for output in batch_generate(
-                model,
-                None,
-                [list(work.prompt) for work in works[first : first + batch]],
-                [asked(work) for work in works[first : first + batch]],
-            )
-        ]
-        elapsed = time.perf_counter() - start
-    return _run(works, outputs, elapsed)
 
 
 def median(runs: Sequence[Run]) -> Run:
