@@ -113,6 +113,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     ends = nextitem is not None and nextitem.path != item.path
     if ends and "jax" in sys.modules and _memory_maps() > MEMORY_MAPS:
         sys.modules["jax"].clear_caches()
+        if compiled := sys.modules.get("llama_jax.engine.compiled"):
+            compiled.forget()
 
 
 def _memory_maps() -> int:

@@ -38,19 +38,6 @@ def small_settings(**changes: Any) -> EngineSettings:
     return EngineSettings(**fields | changes)
 
 
-@functools.lru_cache(maxsize=8)  # a program of a CPU takes some 200 memory maps, of which a process has 65,530
-def programs_of(model: str, settings: EngineSettings) -> dict[Any, Any]:
-    """Compiled programs of engines of that model and sizes, shared by them."""
-    return {}
-
-
-def new_core(model: Model, settings: EngineSettings) -> Core:
-    """An engine; one of the same model and sizes as an earlier one takes over its programs."""
-    core = Core(model, settings)
-    core.programs._compiled = programs_of(model.name, settings)
-    return core
-
-
 @functools.cache
 def golden_model(case: str) -> Model:
     """A golden model in float32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import tokenizers
-from engines import programs_of, small_settings
+from engines import small_settings
 from helpers import random_params, tiny_config
 
 from llama_jax.generation.llm import LLM
@@ -49,10 +49,6 @@ def spelling_model(seed: int = 0) -> Model:
 
 
 def spelling_llm(**changes: object) -> LLM:
-    """Four rows of up to 256 tokens; one of the same sizes as an earlier one takes over its programs."""
+    """Four rows of up to 256 tokens."""
     sizes = {"rows": 4, "decode_rows": (1, 4), "context": 256, "pages": 64}
-    settings = small_settings(**sizes | changes)
-    llm = LLM(spelling_model(), spelling_tokenizer(), settings=settings)
-    programs = llm._jobs.engine.cores[0].programs
-    programs._compiled = programs_of(llm.model.name, settings)
-    return llm
+    return LLM(spelling_model(), spelling_tokenizer(), settings=small_settings(**sizes | changes))

@@ -18,7 +18,6 @@ from engines import (
     alone,
     golden_model,
     logprobs,
-    new_core,
     run,
     small_settings,
     some_requests,
@@ -61,7 +60,7 @@ def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.M
     """With prefixes in common, prompts in pieces, too few pages for all, arrivals at any time, and drafts."""
     monkeypatch.setattr(engine_core, "Drafter", Guesses)
     model = golden_model(case)
-    core = new_core(model, small_settings(pages=12, drafts=3, draft_rows=2, decode_rows=(3,), mixed_tokens=(24,)))
+    core = Core(model, small_settings(pages=12, drafts=3, draft_rows=2, decode_rows=(3,), mixed_tokens=(24,)))
     check(model, core, 9, arrivals=[0, 0, 0, 2, 5, 5, 9, 30, 31])
     check(model, core, 2, seed=1)  # calm enough for drafts
     nothing_is_held(core)
@@ -83,7 +82,7 @@ def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.M
 )
 def test_sizes_change_nothing(changes: dict[str, Any]) -> None:
     model = tiny_model()
-    core = new_core(model, small_settings(**changes))
+    core = Core(model, small_settings(**changes))
     check(model, core, 14)
     counts = core.snapshot().counts
     assert (counts.prefix_hit_tokens > 0) == (changes.get("prefix_cache", True) and changes.get("page_size", 16) == 16)
@@ -96,7 +95,7 @@ def test_sizes_change_nothing(changes: dict[str, Any]) -> None:
 def test_preempted_rows_go_on_as_if_nothing_had_been() -> None:
     """Three rows that need nine pages, of which there are six; penalties know of tokens drawn before."""
     model = tiny_model()
-    core = new_core(model, small_settings(pages=6))
+    core = Core(model, small_settings(pages=6))
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0, "presence_penalty": 0.7, "repetition_penalty": 1.2},
@@ -139,7 +138,7 @@ def test_nothing_is_compiled_after_ready() -> None:
 
 def test_prompts_are_scored_the_same_with_a_warm_cache() -> None:
     model = tiny_model()
-    core = new_core(model, small_settings())
+    core = Core(model, small_settings())
     prompt = np.random.default_rng(1).integers(3, 40, 60).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=4)
     expected = alone(model, (prompt, params)).prompt_logprobs
@@ -182,7 +181,7 @@ def test_logits_that_are_no_numbers_end_their_row_alone() -> None:
 def test_cancelled_at_any_moment() -> None:
     """Within a step nothing of them is left, and nobody else notices."""
     model = tiny_model()
-    core = new_core(model, small_settings())
+    core = Core(model, small_settings())
     asked = some_requests(model, 8)
     rng = np.random.default_rng(0)
     for _ in range(12):
@@ -202,7 +201,7 @@ def test_cancelled_at_any_moment() -> None:
 
 
 def test_what_never_fits_is_refused() -> None:
-    core = new_core(tiny_model(), small_settings(waiting=2))
+    core = Core(tiny_model(), small_settings(waiting=2))
     greedy = SamplingParams(temperature=0.0, max_tokens=90)
     with pytest.raises(DoesNotFit, match="96"):
         core.add([1] * 50, greedy, 90)

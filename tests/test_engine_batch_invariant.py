@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import Asked, new_core, run, small_settings
+from engines import Asked, run, small_settings
 from helpers import TINY, random_params, tiny_config
 
 from llama_jax.config import LayerSpec, LlamaConfig
 from llama_jax.engine.compiled import program_set
-from llama_jax.engine.core import Drawn
+from llama_jax.engine.core import Core, Drawn
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import Sizes, settings_for
 from llama_jax.errors import RequestError
@@ -131,8 +131,8 @@ def compare(
     for seed in seeds:
         rng = np.random.default_rng(seed)
         asked = some_requests(rng, model.config.vocab_size, size, kinds)
-        alone = [run(new_core(model, settings), [x], constraints=rules(1 - i % 2))[0] for i, x in enumerate(asked)]
-        core, arrivals = new_core(model, settings), rng.integers(0, 12, size).tolist()
+        alone = [run(Core(model, settings), [x], constraints=rules(1 - i % 2))[0] for i, x in enumerate(asked)]
+        core, arrivals = Core(model, settings), rng.integers(0, 12, size).tolist()
         for _ in range(2):
             together = run(core, asked, arrivals=arrivals, constraints=rules(size))
             for one, other in zip(alone, together, strict=True):

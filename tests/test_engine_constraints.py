@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from engines import Asked, alone, new_core, run, small_settings, some_requests, tiny_model, tokens
+from engines import Asked, alone, run, small_settings, some_requests, tiny_model, tokens
 from scheduler_cases import host, ids, sequence, step_now
 
 from llama_jax.engine.core import Core
@@ -89,7 +89,7 @@ def mixture(count: int) -> tuple[list[Asked], dict[int, Any], dict[int, Any]]:
 def test_tokens_are_those_of_a_loop_without_engine(changes: dict[str, int]) -> None:
     """With arrivals at any time; neighbours draw what they draw alone."""
     model = tiny_model()
-    core = new_core(model, small_settings(**changes))
+    core = Core(model, small_settings(**changes))
     asked, constraints, allowed = mixture(9)
     news = run(core, asked, arrivals=[i % 7 for i in range(9)], constraints=constraints)
     changed = 0
@@ -108,7 +108,7 @@ def test_tokens_are_those_of_a_loop_without_engine(changes: dict[str, int]) -> N
 @pytest.mark.slow
 def test_preempted_rows_keep_their_constraints() -> None:
     model = tiny_model()
-    core = new_core(model, small_settings(pages=6))
+    core = Core(model, small_settings(pages=6))
     asked = [
         ([3 + i, 4, 5 + i], SamplingParams(seed=i, temperature=i % 2, max_tokens=40, ignore_eos=True)) for i in range(5)
     ]
@@ -121,7 +121,7 @@ def test_preempted_rows_keep_their_constraints() -> None:
 
 def test_the_end_of_a_constraint_is_the_end_of_the_text() -> None:
     """Also with the last token that there may be."""
-    core = new_core(tiny_model(), small_settings())
+    core = Core(tiny_model(), small_settings())
     for limit in (8, 3):
         params = SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True)
         rule = Listed(lambda text: set(range(VOCAB)), ends=lambda text: len(text) == 3)
@@ -170,7 +170,7 @@ class _Broken(Listed):
 def test_a_dead_end_ends_its_sequence_alone(rule: Constraint, says: str) -> None:
     """What it had drawn stays; the others go on; the same prompt is computed as if nothing had been."""
     model = tiny_model()
-    core = new_core(model, small_settings())
+    core = Core(model, small_settings())
     params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
     asked = [([5, 6, 7], params), ([5, 6, 7], params), ([8, 9], params)]
     before, dead, after = run(core, asked, constraints={1: [rule]})
@@ -184,7 +184,7 @@ def test_a_dead_end_ends_its_sequence_alone(rule: Constraint, says: str) -> None
 def test_cancelled_at_any_moment() -> None:
     """Before its prompt, between two steps, and when its next mask is being computed."""
     model = tiny_model()
-    core = new_core(model, small_settings())
+    core = Core(model, small_settings())
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     for steps in range(8):
         number = core.add([5, 6, 7] * 9, params, 30, rule=Rule([Listed(by_parity)], params, VOCAB))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-from engines import Guesses, alone, assert_as_alone, new_core, run, small_settings, some_requests, tiny_model, tokens
+from engines import Guesses, alone, assert_as_alone, run, small_settings, some_requests, tiny_model, tokens
 
 from llama_jax.engine import core as engine_core
 from llama_jax.engine.core import Core
@@ -70,7 +70,7 @@ def test_right_guesses_save_steps() -> None:
     expected = alone(model, (prompt, params)).tokens
     steps = []
     for drafts in (0, 4):
-        core = new_core(model, small_settings(drafts=drafts))
+        core = Core(model, small_settings(drafts=drafts))
         (news,) = run(core, [(prompt, params)])
         assert tokens(news) == expected
         steps.append(core.snapshot().steps)
@@ -84,7 +84,7 @@ def test_wrong_guesses_change_nothing(drafts: int, monkeypatch: pytest.MonkeyPat
     """Sampled and greedy, with penalties and log-probabilities, two at a time."""
     monkeypatch.setattr(engine_core, "Drafter", Guesses)
     model = tiny_model()
-    core = new_core(model, small_settings(drafts=drafts, draft_rows=2, rows=2, decode_rows=(2,), steps=4))
+    core = Core(model, small_settings(drafts=drafts, draft_rows=2, rows=2, decode_rows=(2,), steps=4))
     asked = [
         (prompt, replace(params, max_tokens=30, ignore_eos=True, stop_token_ids=()))
         for prompt, params in some_requests(model, 6)

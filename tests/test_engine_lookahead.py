@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import Guesses, alone, assert_as_alone, new_core, run, small_settings, some_requests, tiny_model, tokens
+from engines import Guesses, alone, assert_as_alone, run, small_settings, some_requests, tiny_model, tokens
 from scheduler_cases import host, ids, sequence
 from spelling import END, EOS, spelling_llm, spelling_model, spelling_tokenizer
 from test_engine_constraints import VOCAB, Listed, by_parity, listed, nothing_is_held
@@ -45,7 +45,7 @@ class Forking(Listed):
 
 
 def tiny_core(**changes: int | float) -> Core:
-    return new_core(tiny_model(), small_settings(drafts=7, draft_rows=2, rows=2, decode_rows=(2,), steps=4, **changes))
+    return Core(tiny_model(), small_settings(drafts=7, draft_rows=2, rows=2, decode_rows=(2,), steps=4, **changes))
 
 
 # --- What is drafted
@@ -220,7 +220,7 @@ PARAMS = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
 
 def impatient_core() -> Core:
     """With programs that are compiled already."""
-    core = new_core(tiny_model(), small_settings())
+    core = Core(tiny_model(), small_settings())
     asked = [([5], replace(PARAMS, max_tokens=count)) for count in (3, 5)]
     run(core, asked, constraints={1: [BadWords([[3]])]})
     core.settings = replace(core.settings, constraint_s=0.5)

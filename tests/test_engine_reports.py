@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import Guesses, alone, logprobs, new_core, run, small_settings, some_requests, tiny_model, tokens
+from engines import Guesses, alone, logprobs, run, small_settings, some_requests, tiny_model, tokens
 from test_engine_constraints import by_parity, listed, nothing_is_held
 from test_engine_lookahead import Forking, tiny_core
 
@@ -25,7 +25,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 def small_core() -> Core:
-    return new_core(tiny_model(), small_settings())
+    return Core(tiny_model(), small_settings())
 
 
 def with_pages(core: Core, pages: int) -> Core:
@@ -124,7 +124,6 @@ def test_seeds_beside_requests_without() -> None:
     """vllm#51226: a request with a seed drew others when one without ran beside it, whose own draws repeated."""
     model = tiny_model()
     llm = LLM(model, settings=small_settings())
-    llm._jobs.engine.cores[0].programs._compiled = small_core().programs._compiled
     seeded = SamplingParams(temperature=1.2, seed=7, max_tokens=16, ignore_eos=True)
     free = dataclasses.replace(seeded, seed=None)
     expected = alone(model, ([5, 6], seeded)).tokens

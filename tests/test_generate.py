@@ -593,6 +593,8 @@ def test_nothing_compiles_after_warm_up(tmp_path: Path) -> None:
             both(random_prompts(model, [length], seed)[0], seed)
         assert compiled == []
         batch_generate(model, None, [[1]], dataclasses.replace(params, logprobs=1))
+        assert compiled == []
+        batch_generate(model, None, [[1], [2]], params)
         assert compiled  # and still hears
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

@@ -13,7 +13,6 @@ from helpers import GOLDEN_CASES, TOLERANCE, error, load_golden, random_params, 
 import llama_jax as lj
 from llama_jax import generation
 from llama_jax.cli.chat_conversation import default_sampling, with_setting
-from llama_jax.decode import loop
 from llama_jax.errors import RequestError
 from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
@@ -86,19 +85,12 @@ def test_a_prompt_may_fill_the_context_to_be_scored() -> None:
         assert caught.value.param == "prompt"
 
 
-def test_scoring_compiles_no_sampler_and_no_decode_step(golden: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither is called, so that neither is compiled."""
-    (prompt,) = prompts_of(golden, 4)
-
-    def unwanted(*_: Any, **__: Any) -> None:
-        raise AssertionError("called")
-
-    monkeypatch.setattr(loop, "advance", unwanted)
-    monkeypatch.setattr(loop, "begin", unwanted)
-    (output,) = lj.batch_generate(golden, None, [prompt], max_tokens=0, prompt_logprobs=1)
+def test_scoring_compiles_no_decode_step(golden: Model) -> None:
+    llm = lj.LLM(golden, context=64, rows=3)  # sizes that no other test has
+    (output,) = llm.generate(prompts_of(golden, 4)[:1], max_tokens=0, prompt_logprobs=1)
     assert output.prompt_logprobs is not None
-    with pytest.raises(AssertionError, match="called"):
-        lj.batch_generate(golden, None, [prompt], max_tokens=1)
+    programs = llm._jobs.engine.cores[0].programs
+    assert {key.name for key in set(programs.keys) - set(programs.missing)} == {"join", "scored"}
 
 
 def test_what_is_about_new_text_refuses_none(golden: Model) -> None:

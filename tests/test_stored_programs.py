@@ -27,6 +27,7 @@ SETTINGS = small_settings(rows=2, decode_rows=(2,), mixed_tokens=(24,), pages=11
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "programs"
     monkeypatch.setattr(stored.runtime, "programs_dir", lambda: folder)
+    monkeypatch.setattr("llama_jax.engine.core.compiled_before", lambda *_: {})  # not what other engines have compiled
     # What jax's own cache has is not stored: no other tests have these sizes, and here it is given none.
     before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)

@@ -27,13 +27,14 @@ from llama_jax.cli.options import examples
         "llama-jax bench throughput --mix mixed",
         "llama-jax bench throughput --preset llama-3.1-8b --mix sharegpt --requests 256 --json out.json",
         "llama-jax bench throughput --preset llama-3.1-8b --mix prefix --rounds 1",
-        "llama-jax bench throughput --scale 0.1 --requests 32",
+        "llama-jax bench throughput --scale 0.1 --requests 32 --static 8",
     ),
 )
 @request_options
+@click.option("--static", type=click.IntRange(1), metavar="N", help="Also through batch_generate, N at a time.")
 @rounds_option(3)
 @subject_options
-def command(requests: Requests, rounds: int, subject: Subject) -> None:
+def command(requests: Requests, static: int | None, rounds: int, subject: Subject) -> None:
     """Measure how long an engine takes for requests that are all there at once.
 
     Its programs are compiled, and each has run once, before the clock starts. Beside the result stands the ideal
@@ -42,7 +43,7 @@ def command(requests: Requests, rounds: int, subject: Subject) -> None:
     """
     from llama_jax.measure.bench import measure_ceilings
     from llama_jax.measure.ideal import every_other, measure_steady
-    from llama_jax.measure.throughput import Run, make_ready, median, run_job, shares
+    from llama_jax.measure.throughput import Run, make_ready, median, run_job, run_static, shares
     from llama_jax.measure.workloads import MIXES, renamed
 
     model, mix = subject.load(), MIXES[requests.mix]
@@ -57,6 +58,9 @@ def command(requests: Requests, rounds: int, subject: Subject) -> None:
     for r in steady.results:
         rates = f"prefill {r.prefill_tps:.0f} tok/s, decode {r.decode_tps:.1f} tok/s, step {r.step_s * 1e3:.3f} ms"
         subject.show(f"static batch of {r.batch}, prompt {r.prompt}: {rates}")
+    if static is not None:
+        result["static"] = {"batch": static, **asdict(run_static(model, works, static))}
+        subject.show(f"static batches of {static}: {_rates(result['static'])}")
 
     with subject.compiling() as compiling:
         llm, result["ready_s"] = make_ready(model, settings, ceilings, compiling)

@@ -325,6 +325,11 @@ def _compiled_for(shapes: Hashable) -> dict[Key, Any]:
     return {}
 
 
+def forget() -> None:
+    """Lets go of all programs but those of engines that are in use."""
+    _compiled_for.cache_clear()
+
+
 def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.ShapeDtypeStruct:
     """The masks that a program `verify` takes: of each row and place."""
     words = token_mask.all_allowed(config.vocab_size).shape

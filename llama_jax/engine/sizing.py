@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from llama_jax.cache import DEFAULT_PAGE_SIZE
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import loops_in_graphs
-from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.settings import BIASES, STOP_IDS, EngineSettings
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.model.loaded import Model
 from llama_jax.plan.device_memory import free_bytes, memory_fraction, more_memory_hint
@@ -32,8 +32,6 @@ CPU_CONTEXT = 4096
 CPU_START, GPU_START = 1024, 8192
 CPU_EACH = 512
 """Tokens for which a CPU's rows have pages on average; rows that need more find them while others need less."""
-LEAST_CONTEXT = 256
-"""Tokens of a sequence that a batch has room for even if it needs less."""
 CHUNK_ROWS = 16
 STEPS = 8
 """Decode steps of one dispatch on a device that loops by itself, where nobody reads token by token. A step of 64 rows
@@ -94,9 +92,12 @@ def default_settings(
     least: int | None = None,
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
+    decode_rows: tuple[int, ...] | None = None,
     steps: int | None = None,
     prefix_cache: bool = True,
     waiting: int | None = None,
+    stop_ids: int = STOP_IDS,
+    biases: int = BIASES,
     drafts: int = 0,
     batch_invariant: bool = False,
     strict: bool = False,
@@ -109,6 +110,7 @@ def default_settings(
       least: tokens of one that will do where there is no memory for more; by default the context.
       pages: by default, on a GPU, all that its free memory has room for beside a step's activations; on a CPU enough
         for rows of 512 tokens, and for one of the context's length.
+      decode_rows: by default few on a CPU, more on a GPU.
       batch_invariant: see `EngineSettings`; one size of each program. An `LLM` does not grow then.
       steps: by default 8 where the device loops by itself (a CPU; an NVIDIA GPU that holds the whole model), else 1.
 
@@ -131,9 +133,12 @@ def default_settings(
         least=least,
         pages=pages,
         page_size=page_size,
+        decode_rows=decode_rows,
         steps=steps,
         prefix_cache=prefix_cache,
         waiting=waiting,
+        stop_ids=stop_ids,
+        biases=biases,
         drafts=drafts,
         batch_invariant=batch_invariant,
         strict=strict,
@@ -153,6 +158,7 @@ def settings_for(
     least: int | None = None,
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
+    decode_rows: tuple[int, ...] | None = None,
     batch_invariant: bool = False,
     more_memory: str = "",
     **options: Any,
@@ -187,7 +193,7 @@ def settings_for(
             f"a sequence of {context} tokens takes {each} pages of {page_size}; there is memory for {pages}",
             hint="; ".join(filter(None, (fitting, more_memory))),
         )
-    chunk_rows, buckets = CHUNK_ROWS, _decode_rows(rows, on_cpu=on_cpu)
+    chunk_rows, buckets = CHUNK_ROWS, decode_rows or _decode_rows(rows, on_cpu=on_cpu)
     tokens = [*(CPU_TOKENS if on_cpu else GPU_TOKENS)]
     if tokens[-1] <= rows:
         tokens.append(2 * rows)
@@ -210,19 +216,6 @@ def settings_for(
 
 def _default_context(config: LlamaConfig, *, on_cpu: bool) -> int:
     return min(config.context_length, CPU_CONTEXT) if on_cpu else config.context_length
-
-
-def settings_of_batch(model: Model, rows: int, longest: int, page_size: int | None) -> EngineSettings:
-    """Settings for a number of sequences that are all there, the longest of `longest` tokens; of few sizes, so that
-    other batches need no other programs."""
-    return default_settings(
-        model,
-        rows=min(1 << (rows - 1).bit_length(), default_rows(model)),
-        context=min(max(1 << (longest - 1).bit_length(), LEAST_CONTEXT), model.config.context_length),
-        least=longest,
-        page_size=page_size or DEFAULT_PAGE_SIZE,
-        prefix_cache=False,
-    )
 
 
 def default_rows(model: Model) -> int:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llama_jax.cache import DEFAULT_PAGE_SIZE
 from llama_jax.engine.replicas import replicas
-from llama_jax.engine.sizing import settings_of_batch
+from llama_jax.engine.settings import BIASES, STOP_IDS
+from llama_jax.engine.sizing import default_rows
+from llama_jax.generation.jobs import FORESEEN
 from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
 from llama_jax.generation.request import Prompt, Requests, check_prompts, check_stream, prepare, sampling
@@ -108,8 +111,22 @@ def batch_generate(
 
 
 def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int | None) -> LLM:
-    """An engine with room for these requests. Its programs are those of earlier calls with as much room."""
-    longest = max(len(requests.prompt_of(i)) + row.limit for i, row in enumerate(requests.rows))
-    models = replicas(model)
-    settings = settings_of_batch(models[0], -(-len(requests.rows) // len(models)), longest, page_size)
-    return LLM(model, tokenizer, settings=settings, adapters=requests.adapters)
+    """An engine for these requests. It runs the programs of earlier calls whose sizes are about the same."""
+    rows = min(_size(-(-len(requests.rows) // len(replicas(model)))), default_rows(model))
+    return LLM(
+        model,
+        tokenizer,
+        adapters=requests.adapters,
+        room=max(len(requests.prompt_of(i)) + min(row.limit, FORESEEN) for i, row in enumerate(requests.rows)),
+        rows=rows,
+        decode_rows=(rows,),
+        page_size=page_size or DEFAULT_PAGE_SIZE,
+        prefix_cache=False,
+        stop_ids=max(STOP_IDS, _size(*(len(p.ending_ids(model.eos_token_ids)) for p in requests.params))),
+        biases=max(BIASES, _size(*(len(p.logit_bias) for p in requests.params))),
+    )
+
+
+def _size(*least: int) -> int:
+    """The largest, or the next power of two."""
+    return 1 << max(max(least) - 1, 0).bit_length()

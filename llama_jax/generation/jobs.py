@@ -95,13 +95,14 @@ class Jobs:
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
         *,
+        room: int = 0,
         peak: Peak | None = None,
         **options: Any,
     ):
         """An engine without requests.
 
         Args:
-          settings: of each replica; without them it grows as requests need it.
+          settings: of each replica; without them it grows as requests need it, from one with `room` tokens.
           peak: of each device, by which its use is told.
           options: without `settings`: of `default_settings`. A context among them fixes it.
         """
@@ -109,7 +110,7 @@ class Jobs:
         self._sizes = Sizes(self._models[0], options, settings)
         self._of: dict[int, _Job] = {}
         self._peak = peak
-        self._engine = self._made(self._sizes(0))
+        self._engine = self._made(self._sizes(room))
 
     def make_ready(self, progress: Progress | None = None, *, ahead: bool = True) -> None:
         """Compiles every program, if that is wanted `ahead` or the engine is strict."""

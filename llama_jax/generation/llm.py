@@ -60,6 +60,7 @@ class LLM:
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
         ahead: bool = False,
+        room: int = 0,
         peak: Peak | None = None,
         compiling: Progress | None = None,
         **options: Any,
@@ -71,6 +72,7 @@ class LLM:
           settings: sizes of the engine; of each replica on a mesh that splits the batch.
           adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
           ahead: compile every program now. Otherwise each is compiled when it is first used.
+          room: tokens of a sequence that there is room for at first, or a few more, where no context is given.
           peak: what the device can do, for `mbu` and `mfu` of `snapshot`; by default what its data sheet says.
           compiling: told of each program that is compiled now.
           options: without `settings`: of `default_settings` (rows, context, pages, steps, strict, ...). Without a
@@ -82,7 +84,7 @@ class LLM:
         self.model, self.tokenizer = opened(model, tokenizer)
         self._adapters = adapters
         with memory_errors():
-            self._jobs = Jobs(self.model, self.tokenizer, settings, adapters, peak=peak, **options)
+            self._jobs = Jobs(self.model, self.tokenizer, settings, adapters, room=room, peak=peak, **options)
             self._jobs.make_ready(compiling, ahead=ahead)
         self._busy = False
 
@@ -144,9 +146,7 @@ class LLM:
           progress: called with a prompt's number, the continuation's and its new text, for each token or several.
         """
         check_prompts(prompts)
-        requests = prepare(
-            self.model, self.tokenizer, prompts, sampling(params, fields), self._adapters, adapter_ids
-        )
+        requests = prepare(self.model, self.tokenizer, prompts, sampling(params, fields), self._adapters, adapter_ids)
         return self.each_of(requests, priority=priority, progress=progress)
 
     def each_of(
@@ -207,6 +207,7 @@ class LLM:
         self, requests: Requests, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[StreamOutput]:
         """`stream`, of a request that is prepared."""
+
         def show(answers: Iterable[Answer]) -> bool:
             for answer in answers:
                 if progress is not None and not answer.rows[0].token_ids:

@@ -175,11 +175,15 @@ def bench(
     seed: int = 0,
     page_size: int | None = None,
 ) -> BenchResult:
-    """Times prefill and decode of `batch` random prompts; every run draws fresh tokens. `page_size`: see `generate`."""
+    """Times prefill and decode of `batch` random prompts; every run draws fresh tokens.
+
+    Args:
+      page_size: tokens of a page; None for a dense cache.
+    """
     rng = np.random.default_rng(seed)
     prefills, decodes = [], []
     for run in range(repeats + 1):
-        first, rest = _generate(model, rng, batch, prompt, new, page_size)
+        first, rest = _timed(model, rng, batch, prompt, new, page_size)
         if run:  # the first one compiles
             prefills.append(first)
             decodes.append(rest)
@@ -221,12 +225,12 @@ def profile_generation(
       NoDevice: there is no GPU whose kernels the profiler sees.
     """
     rng = np.random.default_rng(seed)
-    return profile(lambda: _generate(model, rng, batch, prompt, new, page_size))
+    return profile(lambda: _timed(model, rng, batch, prompt, new, page_size))
 
 
-def _generate(
+def _timed(
     model: Model, rng: np.random.Generator, batch: int, prompt: int, new: int, page_size: int | None
 ) -> tuple[float, float]:
-    """`new` tokens after each of `batch` random prompts: see `time_static`."""
+    """`time_static` of random prompts of one length."""
     prompts = rng.integers(0, model.config.vocab_size, (batch, prompt)).tolist()
-    return time_static(model, prompts, new, page_size)
+    return time_static(model, prompts, [new] * batch, page_size)

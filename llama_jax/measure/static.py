@@ -1,4 +1,5 @@
-"""A static batch through the functional loop (`llama_jax.decode`): rows of equal prompts that begin and end together."""
+"""Static batches: rows that begin together, and wait for the longest of them, in the functional loop
+(`llama_jax.decode`)."""
 
 from __future__ import annotations
 
@@ -20,52 +21,54 @@ STRIDE = 64
 """Decode steps of one dispatch."""
 
 
-def time_static(model: Model, prompts: Sequence[list[int]], new: int, page_size: int | None) -> tuple[float, float]:
-    """Greedy tokens after prompts of equal lengths, whatever ends a text.
+def time_static(
+    model: Model, prompts: Sequence[Sequence[int]], new: Sequence[int], page_size: int | None = None
+) -> tuple[float, float]:
+    """Draws the likeliest tokens after prompts, whatever ends a text.
 
     Args:
       new: tokens of each row, at least 1.
-      page_size: slots of a page; None for a dense cache.
+      page_size: tokens of a page; None for a dense cache.
 
     Returns:
-      Seconds to the first tokens, and from there to the last ones. Programs that are missing are compiled in neither.
+      Seconds to the first tokens, and from there to the last ones. Programs that are missing are compiled in the first.
     """
-    rows, length = len(prompts), len(prompts[0])
-    padded = buckets.prompt_bucket(length)
-    capacity, *larger = buckets.capacities(padded, new)
+    padded, longest = buckets.prompt_bucket(max(map(len, prompts))), max(new)
+    capacity, *larger = buckets.capacities(padded, longest)
+    config = model.config
 
     def here[**P, R](function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         with on(model.mesh), using(**model.kernels):
             return function(*args, **kwargs)
 
-    batch = here(buckets.batch_bucket, rows)
+    batch = here(buckets.batch_bucket, len(prompts))
 
-    def each(value: int, idle: int) -> np.ndarray:
-        return np.asarray([value] * rows + [idle] * (batch - rows), np.int32)
+    def each(values: Sequence[int], idle: int) -> np.ndarray:
+        return np.asarray([*values, *[idle] * (batch - len(prompts))], np.int32)
 
     params = SamplingParams(temperature=0.0, ignore_eos=True)
-    profile, sampler = make_sampler([params] * batch, [()] * batch, model.config.vocab_size)
+    profile, sampler = make_sampler([params] * batch, [()] * batch, config.vocab_size)
     start = time.perf_counter()
     cache = NewCache(batch, capacity, model.dtype, page_size)
-    logits, made, _ = here(prefill, model.params, model.config, prompts, cache, padded_rows=batch)
+    logits, made, _ = here(prefill, model.params, config, prompts, cache, padded_rows=batch)
+    lengths = each([len(prompt) for prompt in prompts], 1)
     state, progress = here(
-        loop.begin, logits, made, sampler, each(length, 1), each(new, 0), each(0, 0), profile=profile
+        loop.begin, logits, made, sampler, lengths, each(new, 0), each([0] * len(prompts), 0), profile=profile
     )
     jax.device_get(progress)
     first = time.perf_counter() - start
 
     def advance(state: loop.DecodeState, steps: int) -> tuple[loop.DecodeState, loop.Progress]:
-        options = {"config": model.config, "profile": profile, "stride": STRIDE}
-        return here(loop.advance, model.params, state, np.int32(steps), **options)
+        return here(loop.advance, model.params, state, np.int32(steps), config=config, profile=profile, stride=STRIDE)
 
     state, progress = advance(state, 0)  # only compiles
     jax.block_until_ready(progress)
     start, done = time.perf_counter(), 1
-    while done < new:
+    while done < longest:
         if done == capacity - padded:
             capacity = larger.pop(0)
             state = here(loop.grow, state, capacity=capacity)
-        steps = min(STRIDE, new - done, capacity - padded - done)
+        steps = min(STRIDE, longest - done, capacity - padded - done)
         state, progress = advance(state, steps)
         jax.device_get(progress)
         done += steps

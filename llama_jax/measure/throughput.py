@@ -17,6 +17,7 @@ from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.measure.bench import Ceilings
 from llama_jax.measure.ideal import Steady
+from llama_jax.measure.static import time_static
 from llama_jax.measure.warming import warm_up
 from llama_jax.measure.workloads import Work
 from llama_jax.model.loaded import Model
@@ -82,7 +83,19 @@ def run_job(llm: LLM, works: Sequence[Work]) -> Run:
     before, start = llm.snapshot(), time.perf_counter()
     outputs = _answered(llm, works)
     elapsed = time.perf_counter() - start
-    return _run(works, outputs, elapsed, **meanwhile(before, llm.snapshot()))
+    _check(works, outputs)
+    return _run(works, elapsed, **meanwhile(before, llm.snapshot()))
+
+
+def run_static(model: Model, works: Sequence[Work], batch: int) -> Run:
+    """The same in static batches of `batch` requests, one batch after the other in the order of the requests. Runs
+    twice; the first one compiles."""
+    for _ in range(2):
+        elapsed = 0.0
+        for first in range(0, len(works), batch):
+            some = works[first : first + batch]
+            elapsed += sum(time_static(model, [work.prompt for work in some], [work.output_tokens for work in some]))
+    return _run(works, elapsed)
 
 
 def median(runs: Sequence[Run]) -> Run:
@@ -134,7 +147,7 @@ def _answered(llm: LLM, works: Sequence[Work]) -> list[RequestOutput]:
     return llm.generate([list(work.prompt) for work in works], [asked(work) for work in works])
 
 
-def _run(works: Sequence[Work], outputs: Sequence[RequestOutput], elapsed: float, **counts: Any) -> Run:
+def _check(works: Sequence[Work], outputs: Sequence[RequestOutput]) -> None:
     short = sum(
         len(output.outputs[0].token_ids) < work.output_tokens for work, output in zip(works, outputs, strict=True)
     )
@@ -142,6 +155,9 @@ def _run(works: Sequence[Work], outputs: Sequence[RequestOutput], elapsed: float
         raise EngineFailed(
             f"{short} of {len(works)} answers ended early", hint="their logits were no numbers: try --dtype float32"
         )
+
+
+def _run(works: Sequence[Work], elapsed: float, **counts: Any) -> Run:
     tokens_in, tokens_out = sum(len(work.prompt) for work in works), sum(work.output_tokens for work in works)
     return Run(
         elapsed_time=elapsed,
