@@ -290,12 +290,12 @@ def test_without_a_tokenizer() -> None:
         assert caught.value.param in fields
 
 
-@pytest.mark.parametrize("field", ["bad_words", "response_format"])
-def test_static_batches_refuse_it(field: str) -> None:
-    value = {"type": "json_object"} if field == "response_format" else ["a"]
-    with pytest.raises(RequestError, match="LLM or Engine") as caught:
-        lj.generate(spelling_model(), spelling_tokenizer(), "a", **{field: value})
-    assert caught.value.param == field
+def test_functions_take_them_too() -> None:
+    model, tokenizer = spelling_model(), spelling_tokenizer()
+    fields: dict[str, Any] = {"response_format": Grammar.regex("[a-c]{9}"), "temperature": 0.9, "seed": 3}
+    text = lj.generate(model, tokenizer, prompt(0), **fields)
+    assert re.fullmatch("[a-c]{9}", text)
+    assert "".join(new.text for new in lj.stream_generate(model, tokenizer, prompt(0), **fields)) == text
 
 
 @pytest.mark.slow

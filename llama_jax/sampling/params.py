@@ -143,12 +143,6 @@ class SamplingParams:
                 hint="prompts alone are scored by batch_generate or `llama-jax batch`, with prompt_logprobs",
             )
 
-    def check_unconstrained(self, what: str) -> None:
-        """Raises RequestError if the host has a say in each token, where it has none in `what`."""
-        for name in ("bad_words", "response_format", "logits_processors"):
-            if getattr(self, name):
-                raise RequestError(f"{what} has no {name}", param=name, hint="use LLM or Engine, which have it")
-
     def check_vocab(self, vocab_size: int) -> None:
         """Raises RequestError if a token id lies outside of the vocabulary."""
         for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
