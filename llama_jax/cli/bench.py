@@ -18,7 +18,6 @@ from llama_jax.cli.options import (
     json_option,
     load_options,
     model_option,
-    page_size_option,
     quiet_option,
     requested_mesh,
 )
@@ -51,7 +50,11 @@ SHOWN_SHARE = 0.01
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens per row.")
 @click.option("--new", type=click.IntRange(2), default=64, show_default=True, help="Generated tokens per row.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
-@page_size_option
+@click.option(
+    "--page-size",
+    type=click.Choice((16, 32, 64, 128, 256)),
+    help="Keep keys and values in pages of that many tokens. [default: not in pages]",
+)
 @load_options
 @quiet_option
 @click.option("--profile", is_flag=True, help="Also show which kernels the time goes to. Needs a GPU.")

@@ -22,6 +22,7 @@ from llama_jax.cli.options import (
     gathered,
     load_options,
     model_option,
+    page_size_option,
     quiet_option,
     requested_mesh,
 )
@@ -173,7 +174,7 @@ subject_options = gathered(
     click.option("--rows", type=click.IntRange(1), help="Sequences that run at once. [default: 8 on a CPU, else 256]"),
     click.option("--context", type=click.IntRange(2), help="Tokens of a sequence. [default: of the longest request]"),
     click.option("--pages", type=click.IntRange(1), help="Of the cache. [default: what the memory has room for]"),
-    click.option("--page-size", type=click.Choice((16, 32, 64, 128, 256)), default=64, show_default=True),
+    page_size_option,
     click.option(
         "--steps",
         type=click.IntRange(1),

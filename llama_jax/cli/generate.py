@@ -63,7 +63,7 @@ def command(
     prompt: str | None,
     model: str,
     messages: str | None,
-    page_size: int | None,
+    page_size: int,
     loading: LoadOptions,
     quiet: bool,
     as_json: bool,
@@ -125,7 +125,7 @@ def _limited(params: SamplingParams, model: Model, prompt_length: int) -> Sampli
 
 
 def _stream(
-    model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int | None, *, quiet: bool
+    model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int, *, quiet: bool
 ) -> None:
     from llama_jax.generation import stream_generate
     from llama_jax.runtime import device_name
@@ -153,9 +153,7 @@ def _stream(
             )
 
 
-def _print_object(
-    model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int | None
-) -> None:
+def _print_object(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int) -> None:
     from llama_jax.generation import batch_generate
     from llama_jax.runtime import device_name
 

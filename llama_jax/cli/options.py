@@ -100,7 +100,9 @@ convert_option: Decorator = click.option(
 page_size_option: Decorator = click.option(
     "--page-size",
     type=click.Choice((16, 32, 64, 128, 256)),
-    help="Keep keys and values in pages of so many tokens. [default: not in pages]",
+    default=64,
+    show_default=True,
+    help="Tokens of a page of the cache.",
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 

@@ -153,9 +153,3 @@ def prefill(
     if not prompt_logprobs:
         return logits, slots, None
     return logits, slots, jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1)[:, :-1], *found)
-
-
-@partial(jax.jit, donate_argnames=("cache",))
-def fork_rows(cache: KVCache, source: jax.Array, target: jax.Array) -> KVCache:
-    """`KVCache.fork`: a prompt is prefilled once for all its continuations."""
-    return cache.fork(source, target)

@@ -25,7 +25,7 @@ def generate(
     prompt: Prompt,
     params: SamplingParams | None = None,
     *,
-    page_size: int | None = None,
+    page_size: int = DEFAULT_PAGE_SIZE,
     adapters: Params | None = None,
     adapter_ids: int = 0,
     **fields: Any,
@@ -62,7 +62,7 @@ def stream_generate(
     prompt: Prompt,
     params: SamplingParams | None = None,
     *,
-    page_size: int | None = None,
+    page_size: int = DEFAULT_PAGE_SIZE,
     adapters: Params | None = None,
     adapter_ids: int = 0,
     **fields: Any,
@@ -83,7 +83,7 @@ def batch_generate(
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
-    page_size: int | None = None,
+    page_size: int = DEFAULT_PAGE_SIZE,
     adapters: Params | None = None,
     adapter_ids: int | Sequence[int] = 0,
     **fields: Any,
@@ -110,7 +110,7 @@ def batch_generate(
     return [outputs[i] for i in range(len(prompts))]
 
 
-def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int | None) -> LLM:
+def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int) -> LLM:
     """An engine for these requests. It runs the programs of earlier calls whose sizes are about the same."""
     rows = min(_size(-(-len(requests.rows) // len(replicas(model)))), default_rows(model))
     return LLM(
@@ -120,7 +120,7 @@ def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_siz
         room=max(len(requests.prompt_of(i)) + min(row.limit, FORESEEN) for i, row in enumerate(requests.rows)),
         rows=rows,
         decode_rows=(rows,),
-        page_size=page_size or DEFAULT_PAGE_SIZE,
+        page_size=page_size,
         prefix_cache=False,
         stop_ids=max(STOP_IDS, _size(*(len(p.ending_ids(model.eos_token_ids)) for p in requests.params))),
         biases=max(BIASES, _size(*(len(p.logit_bias) for p in requests.params))),
