@@ -360,13 +360,14 @@ def test_kill_and_resume(tmp_path: Path, folder: Path, undisturbed: tuple[Path, 
 def test_interrupt_and_exit_codes(tmp_path: Path, folder: Path, undisturbed: tuple[Path, bytes]) -> None:
     source, whole = undisturbed
     target = tmp_path / "out.jsonl"
-    code, err = disturbed(source, target, folder, signal.SIGINT, lines=20)
-    assert code == 130, err
-    assert b"run the same command to go on" in err
-    done = read(target)
-    assert 20 < len(done) < 400
     expected = {r["index"]: r for r in map(json.loads, whole.splitlines())}
-    assert all(record == expected[record["index"]] for record in done)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        code, err = disturbed(source, target, folder, number, lines=20)
+        assert code == 130, err
+        assert b"run the same command to resume" in err
+        done = read(target)
+        assert 20 < len(done) < 400
+        assert all(record == expected[record["index"]] for record in done)
     process = start(source, target, folder, "--batch-size", "2", "--top-p", "0.5")
     _, err = process.communicate()
     assert process.returncode == 2

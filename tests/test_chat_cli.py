@@ -285,7 +285,7 @@ def test_ctrl_c_while_a_prompt_is_read(
     session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is heard before the next chunk of the prompt, and the message is taken back."""
-    monkeypatch.setattr(chat_session, "catch_interrupt", lambda: contextlib.nullcontext(lambda: True))
+    monkeypatch.setattr(chat_session, "catch_interrupt", lambda **_: contextlib.nullcontext(lambda: True))
     before = session.conversation
     session.handle("tell me " * 60)
     assert session.conversation == before

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from llama_jax.kernels.attention.decode import MAX_QUERIES, decode_attention
 from llama_jax.kernels.attention.flash import flash_attention
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule
-from llama_jax.kernels.dispatch import REFERENCE, Operation, choose
+from llama_jax.kernels.dispatch import REFERENCE, Backend, Operation, choose
 from llama_jax.targets import current
 
 MAX_BLOCK = 256
@@ -186,9 +186,11 @@ def packed_attention(
 
         return jax.lax.map(one, (token, jnp.arange(rows, dtype=jnp.int32) if row is None else row))
 
-    def is_reference(op: Operation, queries: int) -> bool:
+    def backend_of(op: Operation, queries: int) -> Backend | None:
+        """What computes pieces of that many queries; None for the reference."""
         some, alone = jax.ShapeDtypeStruct((1, queries, *q.shape[2:]), q.dtype), replace(places, rows=None)
-        return choose(op, current(), backend, some, kv, alone, rule, sinks=sinks).backend == REFERENCE
+        name = choose(op, current(), backend, some, kv, alone, rule, sinks=sinks).backend
+        return None if name == REFERENCE else op.all_backends()[name]
 
     def of_tokens(op: Operation, looped: bool, pieces: Pieces) -> jax.Array:
         """Attention of the tokens that are in a piece; NaN for others. The reference copies the keys of a piece and
@@ -197,15 +199,18 @@ def packed_attention(
         return out.reshape(-1, *q.shape[2:]).at[pieces.place].get(mode="fill", fill_value=jnp.nan)
 
     chunk_rows = rows if rule.chunk_rows is None else min(max(rule.chunk_rows, 0), rows)
-    looped = is_reference(flash_attention, MAX_BLOCK)
+    of_one, of_many = backend_of(decode_attention, 1), backend_of(flash_attention, MAX_BLOCK)
+    looped = of_many is None
     size = LOOPED_BLOCK if looped else block_size(n, chunk_rows)
     of_blocks = decode_attention if size <= MAX_QUERIES else flash_attention
-    if rule.batch_invariant:  # also rows with one token, which another call might cut together with those before it
+    # Batch-invariant also where a row has one token, which another call might cut together with those before it. And
+    # where any row may have several, and one backend computes either, blocks for all of them are no more work.
+    if rule.batch_invariant or (chunk_rows == rows and of_one == of_many and not looped):
         most = most_blocks(n, size, chunk_rows, several=False)
         out = of_tokens(of_blocks, looped, blocks(row, of, size, most, least=1))
     else:
         single = single_tokens(row, of.counts)
-        out = of_tokens(decode_attention, is_reference(decode_attention, 1), single)
+        out = of_tokens(decode_attention, of_one is None, single)
         if most := most_blocks(n, size, chunk_rows):
             several = of_tokens(of_blocks, looped, blocks(row, of, size, most))
             out = jnp.where((single.place < rows)[:, None, None], out, several)

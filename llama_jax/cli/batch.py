@@ -266,6 +266,6 @@ def _report(summary: Summary, target: Path, *, quiet: bool, as_json: bool) -> No
             + (f", {before} of them from before" if before else "")
             + (f", {summary.errors} with an error" if summary.errors else "")
             + f"; {summary.generated_tokens} tokens in {summary.seconds:.1f} s ({summary.generation_tps:.0f} tokens/s)"
-            + ("; run the same command to go on" if summary.interrupted and where == target else ""),
+            + ("; run the same command to resume" if summary.interrupted and where == target else ""),
             err=True,
         )

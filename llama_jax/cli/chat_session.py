@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ class Session:
         ids = encode_chat(self.tokenizer, asked.all_messages)
         params = self._params(asked, len(ids))
         text, last = "", None
-        with catch_interrupt() as interrupted, self.screen.reading() as show:
+        with catch_interrupt(signals=[signal.SIGINT]) as interrupted, self.screen.reading() as show:
 
             def progress(done: int, total: int) -> None:
                 if interrupted():

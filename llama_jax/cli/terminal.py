@@ -89,11 +89,14 @@ def print_error(message: str, hint: str) -> None:
 
 
 @contextlib.contextmanager
-def catch_interrupt(notice: str = "") -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C into a wish that can be asked for; a second Ctrl-C raises KeyboardInterrupt.
+def catch_interrupt(
+    notice: str = "", signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+) -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C, or a request to terminate, into a wish that can be asked for; the next one raises
+    KeyboardInterrupt.
 
     Args:
-      notice: what the first Ctrl-C writes to standard error.
+      notice: what the first one writes to standard error.
     """
     asked = False
 
@@ -108,8 +111,9 @@ def catch_interrupt(notice: str = "") -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False  # signals arrive in the main thread
         return
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in signals}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -6,9 +6,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
@@ -70,9 +70,8 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
     """Every program of an engine.
 
     Args:
-      greedy: whether there are programs for greedy requests alone: on a GPU they save what the full sampler costs, on a
-        CPU they would cost more to compile than they save. A batch-invariant engine has none: which of the two runs
-        would depend on the company.
+      greedy: whether there are programs for greedy requests alone (`EngineSettings.greedy`). A batch-invariant engine
+        has none: which of the two runs would depend on the company.
     """
     keys = [Key("join"), Key("restrict"), Key("scrub"), Key("scored", settings.budget)]
     for only in (False, True) if greedy and not settings.batch_invariant else (False,):
@@ -123,11 +122,13 @@ class Programs:
         self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         self._compiled = compiled
         self._lock = threading.Lock()
+        self._coming: dict[Key, Future[bool]] = {}
         self._ready = False
         self._counted, self._before = count_compilations(), 0
         self._no_masks: jax.Array | None = None
         self.late = self.from_cache = 0
-        self.keys = program_set(settings, greedy=model.device.platform != "cpu")
+        on_gpu = model.device.platform != "cpu"
+        self.keys = program_set(settings, greedy=on_gpu if settings.greedy is None else settings.greedy)
 
     def compile_all(self) -> Iterator[Compiled]:
         """Compiles what is missing, several at a time and the largest first; yields news of each when it is done.
@@ -155,6 +156,17 @@ class Programs:
     def count(self) -> int:
         """Programs that are compiled."""
         return len(self.keys) - len(self.missing)
+
+    def expect(self, name: str, least: int, *, greedy: bool) -> None:
+        """Begins to compile the program that `choose` gives, in a thread, unless it has been."""
+        key = self.choose(name, least, greedy=greedy)
+        if key not in self._compiled and key not in self._coming and not self._ready:
+            self._coming[key] = _in_background().submit(self._compile, key)
+
+    @property
+    def coming(self) -> bool:
+        """Whether a program is being compiled that was expected."""
+        return any(not future.done() for future in self._coming.values())
 
     def __enter__(self) -> None:
         """Begins to count what jax compiles on this thread, until the end of the block."""
@@ -227,7 +239,10 @@ class Programs:
         if key not in self._compiled:
             if self._ready and self._settings.strict:
                 raise _late(f"the program {str(key)!r} would have to be compiled")
-            self._compile(key)
+            if expected := self._coming.pop(key, None):
+                expected.result()
+            else:
+                self._compile(key)
             self.late += self._ready
             self._before = self._counted.count
         return self._compiled[key]
@@ -328,6 +343,11 @@ def _compiled_for(shapes: Hashable) -> dict[Key, Any]:
 def forget() -> None:
     """Lets go of all programs but those of engines that are in use."""
     _compiled_for.cache_clear()
+
+
+@cache
+def _in_background() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="llama_jax compilation")
 
 
 def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.ShapeDtypeStruct:

@@ -199,6 +199,8 @@ class Core:
         drafter = Drafter(settings.drafts) if settings.drafts else None
         self._asked[number] = Asked(sequence, params, adapter, greedy, rule, drafter)
         self._foresight.prepare(self._asked[number])
+        if limit - len(drawn) > 1:  # compiled beside the program for the prompt
+            self.programs.expect("decode", 1, greedy=greedy)
         return number
 
     def cancel(self, number: int) -> None:
@@ -214,6 +216,8 @@ class Core:
         """
         with self.programs:
             ended = self._decide()
+            if self._flights and self.programs.coming:  # the first token need not wait for the decode step's program
+                return ended + self._read(self._flights.popleft())
             step = self.scheduler.schedule()
             if step is not None:
                 self._flights.append(self._dispatch(step))

@@ -34,6 +34,8 @@ class EngineSettings:
         are pages for all of its tokens.
       constraint_s: seconds that the constraints of a sequence may take for what may come next; it ends with an error if
         they take longer.
+      greedy: whether there are programs for greedy requests alone. By default on a GPU, where they save what the full
+        sampler costs; on a CPU they save less than it takes to compile them, unless all requests are greedy.
       strict: whether it is an error to compile anything once the engine is ready. All programs are compiled before.
     """
 
@@ -53,6 +55,7 @@ class EngineSettings:
     draft_rows: int = 8
     batch_invariant: bool = False
     constraint_s: float = 10.0
+    greedy: bool | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:

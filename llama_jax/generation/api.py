@@ -122,6 +122,7 @@ def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_siz
         decode_rows=(rows,),
         page_size=page_size,
         prefix_cache=False,
+        greedy=all(row.greedy for row in requests.rows) or None,
         stop_ids=max(STOP_IDS, _size(*(len(p.ending_ids(model.eos_token_ids)) for p in requests.params))),
         biases=max(BIASES, _size(*(len(p.logit_bias) for p in requests.params))),
     )

@@ -17,7 +17,7 @@ from llama_jax.errors import RequestError
 from llama_jax.generation.constraints import constraints_of
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
-from llama_jax.sampling import Constraint, SamplingParams
+from llama_jax.sampling import GREEDY, Constraint, SamplerProfile, SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -38,6 +38,11 @@ class Row:
     params: SamplingParams
     limit: int
     constraints: tuple[Constraint, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether it takes the most likely tokens, and nothing changes which these are."""
+        return not self.constraints and SamplerProfile.of([self.params]) == GREEDY
 
 
 @dataclass(frozen=True)
