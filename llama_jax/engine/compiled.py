@@ -41,7 +41,7 @@ MARKED = 1024
 RESTRICTED = 32
 """Rows that one call of `restrict` gives masks to, at most."""
 
-KEPT = 8
+KEPT = 16
 """Engines of different shapes whose programs stay in memory."""
 
 THREADS = min(8, os.cpu_count() or 1)
@@ -323,7 +323,7 @@ def program(
 
 def shapes_alone(settings: EngineSettings) -> EngineSettings:
     """The settings without what changes no program."""
-    return replace(settings, waiting=None, strict=False, constraint_s=1.0)
+    return replace(settings, waiting=None, strict=False, constraint_s=1.0, greedy=None)
 
 
 def compiled_before(model: Model, settings: EngineSettings, adapters: Params | None) -> dict[Key, Any]:

@@ -225,6 +225,12 @@ def default_rows(model: Model) -> int:
     return CPU_ROWS if model.device.platform == "cpu" else GPU_ROWS
 
 
+def rows_for(model: Model, sequences: int) -> int:
+    """Sequences that run at once where there are no more than `sequences`: one of few sizes, at most `default_rows`."""
+    sizes = _decode_rows(default_rows(model), on_cpu=model.device.platform == "cpu")
+    return next((rows for rows in sizes if rows >= sequences), sizes[-1])
+
+
 def free_memory(model: Model) -> int | None:
     """Bytes that are free on each of a model's devices; None where that is not known (`plan.device_memory`)."""
     devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)

@@ -8,7 +8,7 @@ from typing import Any
 from llama_jax.cache import DEFAULT_PAGE_SIZE
 from llama_jax.engine.replicas import replicas
 from llama_jax.engine.settings import BIASES, STOP_IDS
-from llama_jax.engine.sizing import default_rows
+from llama_jax.engine.sizing import rows_for
 from llama_jax.generation.jobs import FORESEEN
 from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
@@ -112,7 +112,7 @@ def batch_generate(
 
 def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int) -> LLM:
     """An engine for these requests. It runs the programs of earlier calls whose sizes are about the same."""
-    rows = min(_size(-(-len(requests.rows) // len(replicas(model)))), default_rows(model))
+    rows = rows_for(model, -(-len(requests.rows) // len(replicas(model))))
     return LLM(
         model,
         tokenizer,
