@@ -44,9 +44,10 @@ def programs_of(model: str, settings: EngineSettings) -> dict[Any, Any]:
     return {}
 
 
-def new_core(model: Model, settings: EngineSettings) -> Core:
-    """An engine; one of the same model and sizes as an earlier one takes over its programs."""
-    core = Core(model, settings)
+def new_core(model: Model, settings: EngineSettings, draft: Model | None = None) -> Core:
+    """An engine; one of the same model and sizes as an earlier one takes over its programs. Draft models all have the
+    shapes of the model."""
+    core = Core(model, settings, draft=draft)
     core.programs._compiled = programs_of(model.name, settings)
     return core
 

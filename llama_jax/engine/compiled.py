@@ -17,11 +17,13 @@ import numpy as np
 
 from llama_jax.aot.programs import Program
 from llama_jax.aot.stored import compile_stored
+from llama_jax.cache import PagedCache
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
+from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts, piece
 from llama_jax.engine.flat import flat, flat_size, unflat
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
@@ -48,8 +50,8 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "verify", "mixed", "scored", "join", "restrict" or "scrub".
-      size: rows of "decode" and "verify", tokens of "mixed" and "scored"; else 0.
+      name: "decode", "verify", "mixed", "scored", "join", "restrict" or "scrub"; of a draft model "draft" or "follow".
+      size: rows of "decode", "verify" and "draft", tokens of "mixed", "scored" and "follow"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
 
@@ -58,7 +60,9 @@ class Key:
     greedy: bool = False
 
     def __str__(self) -> str:
-        size = f" of {self.size} {'rows' if self.name in ('decode', 'verify') else 'tokens'}" if self.size else ""
+        size = (
+            f" of {self.size} {'rows' if self.name in ('decode', 'verify', DRAFT) else 'tokens'}" if self.size else ""
+        )
         return f"{self.name}{size}{', greedy' if self.greedy else ''}"
 
 
@@ -71,6 +75,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
         would depend on the company.
     """
     keys = [Key("join"), Key("restrict"), Key("scrub"), Key("scored", settings.budget)]
+    keys += [Key(DRAFT, settings.draft_rows), Key(FOLLOW, piece(settings))] if settings.draft_context else []
     for only in (False, True) if greedy and not settings.batch_invariant else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
@@ -106,8 +111,15 @@ class Programs:
       from_cache: programs that `compile_all` found in jax's persistent cache.
     """
 
-    def __init__(self, model: Model, settings: EngineSettings, state: DecodeState, adapters: Params | None):
-        self._model, self._settings, self._adapters = model, settings, adapters
+    def __init__(
+        self,
+        model: Model,
+        settings: EngineSettings,
+        state: DecodeState,
+        adapters: Params | None,
+        draft: DraftParts | None = None,
+    ):
+        self._model, self._settings, self._adapters, self._draft = model, settings, adapters, draft
         self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         self._compiled: dict[Key, Any] = {}
         self._lock = threading.Lock()
@@ -207,6 +219,12 @@ class Programs:
             self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
         return run(*arguments, self._no_masks if masks is None else masks)
 
+    def draft(self, name: str, cache: PagedCache, control: np.ndarray) -> Any:
+        """See `draft_programs.draft` and `draft_programs.follow`."""
+        assert self._draft is not None
+        (key,) = (key for key in self.keys if key.name == name)
+        return self._get(key)(self._draft.model.params, cache, control)
+
     def masks(self, key: Key) -> jax.ShapeDtypeStruct:
         """Of a program `verify`: see there."""
         return masks_of(key, self._settings, self._model.config)
@@ -228,12 +246,16 @@ class Programs:
 
     def _compile(self, key: Key) -> bool:
         """Compiles a program; whether it was on the disk."""
-        model = self._model
+        draft = self._draft if key.name in (DRAFT, FOLLOW) else None
+        model = draft.model if draft else self._model
         devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
         shapes = replace(self._settings, waiting=None, strict=False, constraint_s=1.0)
         about = model.config, shapes, key, sorted(model.kernels.items())
         with on(model.mesh), using(**model.kernels):
-            made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
+            if draft:
+                made = draft.program(key.name, self._settings)
+            else:
+                made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
             compiled, read = compile_stored(made, about, devices, model.mesh)
         with self._lock:
             self._compiled[key] = compiled
