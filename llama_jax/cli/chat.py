@@ -9,6 +9,7 @@ import click
 
 from llama_jax.cli.options import (
     LoadOptions,
+    draft_model_option,
     drafts_option,
     examples,
     given,
@@ -38,6 +39,7 @@ from llama_jax.cli.progress import Reporter
 )
 @sampling_options
 @drafts_option
+@draft_model_option
 @load_options
 @click.option(
     "--history",
@@ -57,6 +59,7 @@ def command(
     model: str,
     system: str | None,
     drafts: int,
+    draft_model: str | None,
     loading: LoadOptions,
     history: Path | None,
     resume: Path | None,
@@ -91,10 +94,11 @@ def command(
     )
     with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = loading.load(model, devices, reporter)
+        draft = loading.load_draft(draft_model, loaded, tokenizer, reporter)
         reporter.warn_of_unused_gpu()
     select_template(tokenizer.chat_templates, None, has_tools=False)
     sampling, origin = default_sampling(loaded.generation_config, given(fields))
-    llm = LLM(loaded, tokenizer, rows=1, drafts=drafts)
+    llm = LLM(loaded, tokenizer, rows=1, drafts=drafts, draft=draft)
     session = Session(llm, screen, conversation=conversation, sampling=sampling, origin=origin)
     if not quiet:
         screen.note(

@@ -93,7 +93,7 @@ class EngineSettings:
             raise RequestError(
                 "a draft model, and no drafts to ask it for",
                 param="drafts",
-                hint="say how many tokens to try: drafts=4",
+                hint="say how many to try: drafts=4 or --drafts 4",
             )
         if self.batch_invariant:
             self._check_batch_invariant()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from llama_jax.engine.draft_model import PADDING, check_draft
 from llama_jax.errors import RequestError
@@ -11,8 +12,13 @@ from llama_jax.model.loaded import Model
 from llama_jax.text.tokenizer import Tokenizer
 
 
-def opened_draft(draft: Model | str | Path | None, model: Model, tokenizer: Tokenizer | None) -> Model | None:
+def opened_draft(
+    draft: Model | str | Path | None, model: Model, tokenizer: Tokenizer | None, **options: Any
+) -> Model | None:
     """A draft model for a model as it is given, or loaded by a name onto the same devices.
+
+    Args:
+      options: of `load`.
 
     Raises:
       RequestError: it cannot draft for the model.
@@ -21,7 +27,7 @@ def opened_draft(draft: Model | str | Path | None, model: Model, tokenizer: Toke
         return None
     other = None
     if not isinstance(draft, Model):
-        draft, other = load(draft, dtype=model.dtype, mesh=model.mesh)
+        draft, other = load(draft, dtype=model.dtype, mesh=model.mesh, **options)
     check_draft(model, draft)
     if tokenizer and other:
         check_vocabularies(tokenizer, other)
