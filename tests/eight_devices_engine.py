@@ -12,6 +12,7 @@ from helpers import load_golden, random_params, tiny_config
 from llama_jax.engine import drafting
 from llama_jax.engine.core import Core
 from llama_jax.engine.replicas import replicas
+from llama_jax.errors import RequestError
 from llama_jax.generation.llm import LLM
 from llama_jax.layout import param_sharding
 from llama_jax.model.fuse import arrange
@@ -69,6 +70,25 @@ def test_constraints_on_a_split_vocabulary(drafts: int, monkeypatch: pytest.Monk
     (news,) = run(core, asked[4:])
     assert tokens(news) == expected[4]
     assert (core.snapshot().accepted_tokens > 10) == (drafts > 0)
+
+
+def test_a_draft_model_is_split_as_the_model_is() -> None:
+    """Each replica has its own; the model drafts for itself, and is right."""
+    config = tiny_config(max_position_embeddings=128)
+    params = random_params(config)
+    single, model = Model(params, config, name="tiny"), on_mesh(params, config, data=2, tensor=2)
+    sizes = {"rows": 2, "decode_rows": (2,), "mixed_tokens": (24,), "drafts": 3, "draft_rows": 2, "draft_context": 96}
+    with pytest.raises(RequestError, match="other devices"):
+        LLM(model, settings=small_settings(**sizes), draft=single)
+    llm = LLM(model, settings=small_settings(**sizes), draft=on_mesh(params, config, data=2, tensor=2), ahead=True)
+    asked = [(prompt, SamplingParams(temperature=0.0, max_tokens=9)) for prompt, _ in some_requests(single, 4)]
+    outputs = llm.generate([prompt for prompt, _ in asked], [p for _, p in asked])
+    for request, output in zip(asked, outputs, strict=True):
+        assert output.outputs[0].token_ids == alone(single, request).tokens
+    for core in llm._jobs.engine.cores:
+        snapshot = core.snapshot()
+        assert snapshot.accepted_tokens == snapshot.drafted_tokens > 3
+        assert snapshot.late_compilations == 0
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}], ids=str)

@@ -165,7 +165,7 @@ def requested_mesh(
       RequestError, NoDevice: see `sharding.requested_axes` and `sharding.make_mesh`.
     """
     if is_auto(mesh, tp):
-        from llama_jax.plan import AutoMesh, MeshRequest
+        from llama_jax.plan import AutoMesh
 
         return AutoMesh(batch, context, prompt)
     from llama_jax.sharding import make_mesh, requested_axes

@@ -41,8 +41,8 @@ def check_vocabularies(tokenizer: Tokenizer, other: Tokenizer) -> None:
     if len(differ) > PADDING:
         first = differ[0]
         raise RequestError(
-            f"{len(differ)} tokens of the draft model are others than the model's: "
-            f"{first} is {other.token(first)!r}, and {tokenizer.token(first)!r}",
+            f"{len(differ)} tokens mean something else to the draft model: {first} is {other.token(first)!r} there and "
+            f"{tokenizer.token(first)!r} here",
             param="draft",
             hint="a draft model needs the model's vocabulary: a smaller model of the same family",
         )
