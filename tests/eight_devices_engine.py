@@ -76,19 +76,19 @@ def test_a_draft_model_is_split_as_the_model_is() -> None:
     """Each replica has its own; the model drafts for itself, and is right."""
     config = tiny_config(max_position_embeddings=128)
     params = random_params(config)
-    single, model = Model(params, config, name="tiny"), on_mesh(params, config, data=2, tensor=2)
+    single, model, draft = Model(params, config), *(on_mesh(params, config, data=2, tensor=2) for _ in range(2))
     sizes = {"rows": 2, "decode_rows": (2,), "mixed_tokens": (24,), "drafts": 3, "draft_rows": 2, "draft_context": 96}
     with pytest.raises(RequestError, match="other devices"):
         LLM(model, settings=small_settings(**sizes), draft=single)
-    llm = LLM(model, settings=small_settings(**sizes), draft=on_mesh(params, config, data=2, tensor=2), ahead=True)
-    asked = [(prompt, SamplingParams(temperature=0.0, max_tokens=9)) for prompt, _ in some_requests(single, 4)]
-    outputs = llm.generate([prompt for prompt, _ in asked], [p for _, p in asked])
-    for request, output in zip(asked, outputs, strict=True):
-        assert output.outputs[0].token_ids == alone(single, request).tokens
-    for core in llm._jobs.engine.cores:
-        snapshot = core.snapshot()
-        assert snapshot.accepted_tokens == snapshot.drafted_tokens > 3
-        assert snapshot.late_compilations == 0
+    cores = LLM(model, settings=small_settings(**sizes), draft=draft)._jobs.engine.cores
+    for core in cores:
+        assert core.programs._draft is not None
+        assert core.programs._draft.model.mesh == core.model.mesh
+    asked = [(prompt, SamplingParams(temperature=0.0, max_tokens=9)) for prompt, _ in some_requests(single, 2)]
+    for request, news in zip(asked, run(cores[1], asked), strict=True):
+        assert tokens(news) == alone(single, request).tokens
+    snapshot = cores[1].snapshot()
+    assert snapshot.accepted_tokens == snapshot.drafted_tokens > 3
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}], ids=str)
