@@ -13,6 +13,7 @@ import click
 from llama_jax.cli.errors import INTERRUPTED
 from llama_jax.cli.options import (
     batch_invariant_option,
+    check_drafts,
     claim_memory,
     draft_model_option,
     drafts_option,
@@ -127,6 +128,7 @@ def command(
     """
     if as_json and str(target) == "-":
         raise click.UsageError("--json prints the summary to standard output, where OUT - puts the lines")
+    check_drafts(drafts, draft_model)
 
     # Imported here: --help and usage errors do without jax.
     from llama_jax.sampling import SamplingParams

@@ -17,6 +17,7 @@ from llama_jax.cli.options import (
     Decorator,
     LoadOptions,
     batch_invariant_option,
+    check_drafts,
     claim_memory,
     draft_model_option,
     drafts_option,
@@ -96,6 +97,7 @@ class Subject:
         Raises:
           StorageError: it cannot.
         """
+        check_drafts(self.drafts, self.draft_model)
         claim_memory()
         if self.out and not self._as_json:
             with storage_errors(Path(self.out)):

@@ -9,6 +9,7 @@ import click
 
 from llama_jax.cli.options import (
     LoadOptions,
+    check_drafts,
     draft_model_option,
     drafts_option,
     examples,
@@ -77,6 +78,7 @@ def command(
     from llama_jax.cli.chat_screen import Screen
 
     # What can be wrong is looked at before the model is loaded, which may take minutes.
+    check_drafts(drafts, draft_model)
     screen = Screen(as_json=as_json, quiet=quiet)
     conversation = Conversation() if resume is None else load_conversation(resume.expanduser())
     if system is not None:

@@ -10,6 +10,7 @@ import click
 from llama_jax.cli.mesh_sizes import devices_option, mesh_sizes
 from llama_jax.cli.options import (
     DTYPES,
+    check_drafts,
     draft_model_option,
     drafts_option,
     examples,
@@ -84,6 +85,7 @@ def command(
 
     Exits with 6 if it does not fit, 5 if the compiler is missing.
     """
+    check_drafts(drafts, draft_model)
     chosen = _target(target)
     from llama_jax.aot.model import compile_model
     from llama_jax.cli.compile_report import engine_facts, engine_report, model_facts, model_report

@@ -45,6 +45,12 @@ draft_model_option = click.option(
 )
 
 
+def check_drafts(drafts: int, draft_model: str | None) -> None:
+    """Raises UsageError where a draft model is given that nothing would be asked of, before anything is loaded."""
+    if draft_model is not None and not drafts:
+        raise click.UsageError("--draft-model needs --drafts N: how many tokens a step tries, e.g. 4")
+
+
 batch_invariant_option = click.option(
     "--batch-invariant",
     is_flag=True,

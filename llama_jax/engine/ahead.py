@@ -119,7 +119,9 @@ def compile_engine(
     """
     say = progress or (lambda line: None)
     dtype = jnp.dtype(dtype)
-    check(config, mesh_shape)
+    for each in (config, draft):
+        if each is not None:
+            check(each, mesh_shape)
     mesh = device_mesh(target, mesh_shape or {})
     if ruled(mesh).ways("batch") > 1:
         raise RequestError(

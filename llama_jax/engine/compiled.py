@@ -250,7 +250,7 @@ class Programs:
         model = draft.model if draft else self._model
         devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
         shapes = replace(self._settings, waiting=None, strict=False, constraint_s=1.0)
-        about = model.config, shapes, key, sorted(model.kernels.items())
+        about = model.config, shapes, key, sorted(model.kernels.items()), draft and draft.vocab
         with on(model.mesh), using(**model.kernels):
             if draft:
                 made = draft.program(key.name, self._settings)
