@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from engines import alone, assert_as_alone, new_core, run, small_settings, some_requests, tiny_model, tokens
 from helpers import random_params, tiny_config
 from spelling import spelling_model, spelling_tokenizer
 from test_engine_lookahead import GRAMMARS, KINDS, by_grammar
 
 from llama_jax.cache import PagedCache
+from llama_jax.cli import cli
 from llama_jax.config.presets import preset
 from llama_jax.engine import core as engine_core
 from llama_jax.engine import draft_programs
@@ -244,6 +246,23 @@ def test_options_that_contradict_each_other() -> None:
         Core(model, with_draft())
     with pytest.raises(RequestError, match="its context is 64"):
         Core(model, with_draft(), draft=replace(model, config=tiny_config()))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["chat", "--draft-model", "x"],
+        ["batch", "in", "out", "--draft-model", "x"],
+        ["bench", "latency", "--draft-model", "x"],
+        ["compile", "llama-3.1-8b", "--engine", "--draft-model", "x"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_commands_refuse_a_draft_model_without_drafts_before_they_load_anything(args: list[str]) -> None:
+    done = CliRunner().invoke(cli, args)
+    assert isinstance(done.exception, SystemExit)
+    assert done.exit_code == 2
+    assert "--draft-model needs --drafts" in done.output
 
 
 # --- On the device
