@@ -9,9 +9,10 @@ import pytest
 from engines import Guesses, alone, run, small_settings, some_requests, tokens
 from helpers import load_golden, random_params, tiny_config
 
-from llama_jax.engine import core as engine_core
+from llama_jax.engine import drafting
 from llama_jax.engine.core import Core
 from llama_jax.engine.replicas import replicas
+from llama_jax.errors import RequestError
 from llama_jax.generation.llm import LLM
 from llama_jax.layout import param_sharding
 from llama_jax.model.fuse import arrange
@@ -50,7 +51,7 @@ def test_a_split_model_draws_the_same(case: str) -> None:
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_constraints_on_a_split_vocabulary(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a row without; drafts of both are tried with it, and alone."""
-    monkeypatch.setattr(engine_core, "Drafter", Guesses)
+    monkeypatch.setattr(drafting, "Drafter", Guesses)
     config = tiny_config(max_position_embeddings=128)
     params = random_params(config)
     single = Model(params, config, name="tiny")
@@ -69,6 +70,25 @@ def test_constraints_on_a_split_vocabulary(drafts: int, monkeypatch: pytest.Monk
     (news,) = run(core, asked[4:])
     assert tokens(news) == expected[4]
     assert (core.snapshot().accepted_tokens > 10) == (drafts > 0)
+
+
+def test_a_draft_model_is_split_as_the_model_is() -> None:
+    """Each replica has its own; the model drafts for itself, and is right."""
+    config = tiny_config(max_position_embeddings=128)
+    params = random_params(config)
+    single, model, draft = Model(params, config), *(on_mesh(params, config, data=2, tensor=2) for _ in range(2))
+    sizes = {"rows": 2, "decode_rows": (2,), "mixed_tokens": (24,), "drafts": 3, "draft_rows": 2, "draft_context": 96}
+    with pytest.raises(RequestError, match="other devices"):
+        LLM(model, settings=small_settings(**sizes), draft=single)
+    cores = LLM(model, settings=small_settings(**sizes), draft=draft)._jobs.engine.cores
+    for core in cores:
+        assert core.programs._draft is not None
+        assert core.programs._draft.model.mesh == core.model.mesh
+    asked = [(prompt, SamplingParams(temperature=0.0, max_tokens=9)) for prompt, _ in some_requests(single, 2)]
+    for request, news in zip(asked, run(cores[1], asked), strict=True):
+        assert tokens(news) == alone(single, request).tokens
+    snapshot = cores[1].snapshot()
+    assert snapshot.accepted_tokens == snapshot.drafted_tokens > 3
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}], ids=str)

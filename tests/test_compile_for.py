@@ -544,6 +544,29 @@ def test_engines_of_published_models(name: str, mesh: dict[str, int], gigabytes:
 
 
 @pytest.mark.amd
+@pytest.mark.slow
+def test_an_engine_with_a_draft_model() -> None:
+    """Its programs change its cache where it lies, and the plan counts them beside the model's weights and state."""
+    small, large = (config_from_hf(HEADS | {"num_hidden_layers": n}) for n in (1, 2))
+    settings = engine_settings(drafts=3, draft_rows=4, draft_context=512)
+    keys = [key for key in program_set(settings, greedy=True) if key.name in ("draft", "follow")]
+    assert [str(key) for key in keys] == ["draft of 4 rows", "follow of 256 tokens"]
+    result = compile_engine(large, find("mi300x"), settings=settings, draft=small, keys=keys)
+    assert list(result.compilations) == ["start", "draft start", *map(str, keys)]
+    cache, weights = 2 * 4 * 512 * 8 * 128 * 2, 2 * count_params(small)
+    assert result.draft_start is not None
+    assert result.draft_start.memory.outputs == pytest.approx(cache, rel=0.02)
+    assert result.draft_weights == weights
+    draft, follow = (result.programs[key].memory for key in keys)
+    assert draft.aliased == follow.aliased == pytest.approx(cache, rel=0.02)
+    assert draft.arguments == pytest.approx(weights + cache, rel=0.02)
+    assert follow.arguments < draft.arguments / 4  # of its last layer, here the only one, it needs keys and values
+    everything = result.weights + result.start.memory.outputs + weights + cache
+    for name in ("start", "draft"):
+        assert 0.99 * everything < result.verdict.phases[name] < 1.1 * everything
+
+
+@pytest.mark.amd
 def test_engines_that_are_refused() -> None:
     config, target = config_from_hf(HEADS | {"num_hidden_layers": 1}), find("mi300x")
     with pytest.raises(RequestError, match="one replica") as caught:

@@ -26,7 +26,7 @@ from engines import (
 )
 from helpers import GOLDEN_CASES, on_eight_devices
 
-from llama_jax.engine import core as engine_core
+from llama_jax.engine import drafting
 from llama_jax.engine.core import Core
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import DoesNotFit, Overloaded, RequestError
@@ -58,7 +58,7 @@ def nothing_is_held(core: Core) -> None:
 @pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With prefixes in common, prompts in pieces, too few pages for all, arrivals at any time, and drafts."""
-    monkeypatch.setattr(engine_core, "Drafter", Guesses)
+    monkeypatch.setattr(drafting, "Drafter", Guesses)
     model = golden_model(case)
     core = Core(model, small_settings(pages=12, drafts=3, draft_rows=2, decode_rows=(3,), mixed_tokens=(24,)))
     check(model, core, 9, arrivals=[0, 0, 0, 2, 5, 5, 9, 30, 31])

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from engines import Guesses, alone, assert_as_alone, run, small_settings, some_requests, tiny_model, tokens
 
-from llama_jax.engine import core as engine_core
+from llama_jax.engine import drafting
 from llama_jax.engine.core import Core
 from llama_jax.engine.drafting import PAUSE, Drafter
 from llama_jax.errors import RequestError
@@ -82,7 +82,7 @@ def test_right_guesses_save_steps() -> None:
 @pytest.mark.parametrize("drafts", [1, 7])
 def test_wrong_guesses_change_nothing(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled and greedy, with penalties and log-probabilities, two at a time."""
-    monkeypatch.setattr(engine_core, "Drafter", Guesses)
+    monkeypatch.setattr(drafting, "Drafter", Guesses)
     model = tiny_model()
     core = Core(model, small_settings(drafts=drafts, draft_rows=2, rows=2, decode_rows=(2,), steps=4))
     asked = [
@@ -129,4 +129,4 @@ def test_settings() -> None:
     assert not any(key.name == "verify" for key in Core(tiny_model(), small_settings()).programs.keys)
     with pytest.raises(RequestError, match="drafts must be in"):
         small_settings(drafts=8)
-    assert engine_core.Drafter is Drafter
+    assert drafting.Drafter is Drafter

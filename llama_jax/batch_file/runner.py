@@ -188,12 +188,15 @@ class BatchFile:
         model: Model,
         tokenizer: Tokenizer,
         *,
+        drafts: int = 0,
+        draft: Model | None = None,
         progress: Callable[[Status], None] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Summary:
         """Generates every line that the output lacks.
 
         Args:
+          drafts, draft: of `LLM`; they change no result.
           progress: called at the beginning, and whenever lines are on the disk.
           stop: asked at every step whether to end early. Lines that have begun to be answered are brought to an end.
 
@@ -205,7 +208,7 @@ class BatchFile:
         assert output is not None, "open() comes first"
         rows = self._batch_size or default_rows(model)
         of_replica = -(-rows // ruled(model.mesh).ways("batch"))
-        options: dict[str, Any] = {"rows": of_replica}
+        options: dict[str, Any] = {"rows": of_replica, "drafts": drafts, "draft": draft}
         if self._batch_invariant:  # such an engine does not grow
             options |= {"batch_invariant": True, "context": model.config.context_length}
         llm = LLM(model, tokenizer, **options)

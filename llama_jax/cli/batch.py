@@ -13,7 +13,10 @@ import click
 from llama_jax.cli.errors import INTERRUPTED
 from llama_jax.cli.options import (
     batch_invariant_option,
+    check_drafts,
     claim_memory,
+    draft_model_option,
+    drafts_option,
     dtype_option,
     given,
     mesh_options,
@@ -88,6 +91,8 @@ Run the same command again after an interruption: it resumes.
 )
 @sampling_options
 @click.option("--prompt-logprobs", type=int, metavar="N", help="Also log-probabilities of the prompt; N likeliest ids.")
+@drafts_option
+@draft_model_option
 @batch_invariant_option
 @dtype_option
 @mesh_options
@@ -101,6 +106,8 @@ def command(
     target: Path,
     model: str,
     batch_size: int | None,
+    drafts: int,
+    draft_model: str | None,
     batch_invariant: bool,
     dtype: str | None,
     mesh: str | None,
@@ -121,6 +128,7 @@ def command(
     """
     if as_json and str(target) == "-":
         raise click.UsageError("--json prints the summary to standard output, where OUT - puts the lines")
+    check_drafts(drafts, draft_model)
 
     # Imported here: --help and usage errors do without jax.
     from llama_jax.sampling import SamplingParams
@@ -133,6 +141,7 @@ def command(
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.checkpoint.format import digest
     from llama_jax.engine.sizing import GPU_ROWS
+    from llama_jax.generation.draft import opened_draft
     from llama_jax.library import resolve
     from llama_jax.loading import load
     from llama_jax.runtime import default_dtype, device_name
@@ -169,13 +178,21 @@ def command(
                 progress=reporter.progress,
                 notify=reporter.notify,
             )
+            draft = opened_draft(
+                draft_model,
+                loaded,
+                tokenizer,
+                verify=not no_verify,
+                progress=reporter.progress,
+                notify=reporter.notify,
+            )
             reporter.warn_of_unused_gpu()
         loaded = dataclasses.replace(loaded, name=model)
         if not quiet:
             click.echo(f"{model} on {device_name(loaded.device, loaded.mesh)} in {loaded.dtype.name}", err=True)
         notice = "\nending after the lines that have begun; Ctrl-C again ends at once"
         with _Display(quiet=quiet) as display, catch_interrupt(notice) as interrupted:
-            summary = batch.run(loaded, tokenizer, progress=display.show, stop=interrupted)
+            summary = batch.run(loaded, tokenizer, drafts=drafts, draft=draft, progress=display.show, stop=interrupted)
     _report(summary, target, quiet=quiet, as_json=as_json)
     return INTERRUPTED if summary.interrupted else SOME_FAILED if summary.errors else 0
 

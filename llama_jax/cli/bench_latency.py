@@ -47,11 +47,13 @@ def command(
     from llama_jax.measure.throughput import make_ready
 
     model = subject.load()
-    settings = subject.settings(model, max(*(n + 1 for n in prompts), *(max(1, depth) + new for depth in depths)))
+    draft = subject.load_draft(model)
+    longest = max(*(n + 1 for n in prompts), *(max(1, depth) + new for depth in depths))
+    settings = subject.settings(model, longest, draft)
     ceilings = measure_ceilings(model.dtype)
     result = {**subject.about(model, settings, ceilings), "rounds": rounds, "seed": seed}
     with subject.compiling() as compiling:
-        llm, result["ready_s"] = make_ready(model, settings, ceilings, compiling)
+        llm, result["ready_s"] = make_ready(model, settings, ceilings, compiling, draft)
     subject.show(f"ready in {result['ready_s']:.1f} s")
     subject.show(f"{'test':<16} {'tok/s':>10} {'first ms':>9} {'ITL ms':>8} {'MFU/MBU':>7} {'spread':>6}")
     result["results"] = []

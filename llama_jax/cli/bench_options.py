@@ -17,7 +17,9 @@ from llama_jax.cli.options import (
     Decorator,
     LoadOptions,
     batch_invariant_option,
+    check_drafts,
     claim_memory,
+    draft_model_option,
     drafts_option,
     gathered,
     load_options,
@@ -32,13 +34,11 @@ from llama_jax.errors import RequestError
 from llama_jax.measure.workloads import MIXES, Work, workload
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
     from llama_jax.engine.compiled import Compiled
     from llama_jax.engine.settings import EngineSettings
     from llama_jax.measure.bench import Ceilings
     from llama_jax.model.loaded import Model
-    from llama_jax.plan import AutoMesh
+    from llama_jax.plan import MeshRequest
 
 STANDARD_OUTPUT = "-"
 
@@ -47,9 +47,7 @@ preset_option: Decorator = click.option(
 )
 
 
-def measured_model(
-    model: str, preset: str | None, loading: LoadOptions, devices: Mesh | AutoMesh | None, *, quiet: bool
-) -> Model:
+def measured_model(model: str, preset: str | None, loading: LoadOptions, devices: MeshRequest, *, quiet: bool) -> Model:
     """The model to measure: loaded, or of a preset's shape with random weights."""
     from llama_jax import runtime
     from llama_jax.cli.progress import Reporter
@@ -73,6 +71,7 @@ class Subject:
     Attributes:
       rows, context, pages, page_size, steps, drafts, prefix_cache, batch_invariant, strict: of
         `engine.sizing.default_settings`.
+      draft_model: a name, or with `preset` another one.
       out: a file for the JSON object, "-" for standard output, None for none.
     """
 
@@ -86,6 +85,7 @@ class Subject:
     page_size: int
     steps: int | None
     drafts: int
+    draft_model: str | None
     prefix_cache: bool
     batch_invariant: bool
     strict: bool
@@ -98,6 +98,7 @@ class Subject:
         Raises:
           StorageError: it cannot.
         """
+        check_drafts(self.drafts, self.draft_model)
         claim_memory()
         if self.out and not self._as_json:
             with storage_errors(Path(self.out)):
@@ -105,7 +106,23 @@ class Subject:
         devices = requested_mesh(self.loading.mesh, self.loading.tp, batch=self.rows or 1, context=self.context)
         return measured_model(self.model, self.preset, self.loading, devices, quiet=self.quiet or self._as_json)
 
-    def settings(self, model: Model, longest: int) -> EngineSettings:
+    def load_draft(self, model: Model) -> Model | None:
+        """The draft model, on the devices of the model, if one is asked for.
+
+        Raises:
+          RequestError: it is not for this model.
+        """
+        if self.draft_model is None:
+            return None
+        from llama_jax.engine.draft_model import check_draft
+
+        preset = self.preset and self.draft_model
+        quiet = self.quiet or self._as_json
+        draft = measured_model(self.draft_model, preset, self.loading, model.mesh, quiet=quiet)
+        check_draft(model, draft)
+        return draft
+
+    def settings(self, model: Model, longest: int, draft: Model | None = None) -> EngineSettings:
         """Those of the engine. Without `--context` it is made for sequences of `longest` tokens."""
         from llama_jax.engine.replicas import replicas
         from llama_jax.engine.sizing import default_settings
@@ -118,6 +135,7 @@ class Subject:
             page_size=self.page_size,
             steps=self.steps,
             drafts=self.drafts,
+            draft=None if draft is None else replicas(draft)[0],
             prefix_cache=self.prefix_cache,
             batch_invariant=self.batch_invariant,
             strict=self.strict,
@@ -181,6 +199,7 @@ subject_options = gathered(
         help="Decode steps of one dispatch while nothing waits. [default: 8 where the device loops by itself, else 1]",
     ),
     drafts_option,
+    draft_model_option,
     click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True),
     batch_invariant_option,
     click.option("--strict", is_flag=True, help="Fail if anything is compiled once the engine is ready."),

@@ -71,14 +71,15 @@ def command(requests: Requests, rate: float | None, limits: Mapping[str, float],
     check_limits(limits)
     model = subject.load()
     works = requests.make(model, rate or math.inf)
-    settings = subject.settings(model, longest_of(works))
+    draft = subject.load_draft(model)
+    settings = subject.settings(model, longest_of(works), draft)
     ceilings = measure_ceilings(model.dtype)
     result = subject.about(model, settings, ceilings)
     result["workload"] = requests.about(works, subject)
     result |= {"request_rate": rate or "inf", "goodput_limits_ms": dict(limits)}
     each = [renamed(works, i, model.config.vocab_size) for i in range(rounds)]
     with subject.compiling() as compiling:
-        served = serve(model, settings, each, limits, peak=ceilings.peak, compiling=compiling)
+        served = serve(model, settings, each, limits, draft=draft, peak=ceilings.peak, compiling=compiling)
     numbers = medians([one.summary for one in served])
     result |= {"ready_s": served[0].ready_s, **numbers, "rounds": [asdict(one) for one in served]}
     subject.show(f"ready in {served[0].ready_s:.1f} s", *_counts(numbers, served[0].counts))

@@ -48,7 +48,8 @@ def command(requests: Requests, static: int | None, rounds: int, subject: Subjec
 
     model, mix = subject.load(), MIXES[requests.mix]
     works = requests.make(model)
-    settings = subject.settings(model, longest_of(works))
+    draft = subject.load_draft(model)
+    settings = subject.settings(model, longest_of(works), draft)
     ceilings = measure_ceilings(model.dtype)
     result = {**subject.about(model, settings, ceilings), "workload": requests.about(works, subject)}
 
@@ -63,7 +64,7 @@ def command(requests: Requests, static: int | None, rounds: int, subject: Subjec
         subject.show(f"static batches of {static}: {_rates(result['static'])}")
 
     with subject.compiling() as compiling:
-        llm, result["ready_s"] = make_ready(model, settings, ceilings, compiling)
+        llm, result["ready_s"] = make_ready(model, settings, ceilings, compiling, draft)
     subject.show(f"ready in {result['ready_s']:.1f} s")
     passes: dict[str, list[Run]] = {"cold": [], "again": []} if mix.shared else {"cold": []}
     for number in range(rounds):

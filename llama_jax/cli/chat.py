@@ -9,6 +9,8 @@ import click
 
 from llama_jax.cli.options import (
     LoadOptions,
+    check_drafts,
+    draft_model_option,
     drafts_option,
     examples,
     given,
@@ -38,6 +40,7 @@ from llama_jax.cli.progress import Reporter
 )
 @sampling_options
 @drafts_option
+@draft_model_option
 @load_options
 @click.option(
     "--history",
@@ -57,6 +60,7 @@ def command(
     model: str,
     system: str | None,
     drafts: int,
+    draft_model: str | None,
     loading: LoadOptions,
     history: Path | None,
     resume: Path | None,
@@ -74,6 +78,7 @@ def command(
     from llama_jax.cli.chat_screen import Screen
 
     # What can be wrong is looked at before the model is loaded, which may take minutes.
+    check_drafts(drafts, draft_model)
     screen = Screen(as_json=as_json, quiet=quiet)
     conversation = Conversation() if resume is None else load_conversation(resume.expanduser())
     if system is not None:
@@ -91,10 +96,11 @@ def command(
     )
     with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = loading.load(model, devices, reporter)
+        draft = loading.load_draft(draft_model, loaded, tokenizer, reporter)
         reporter.warn_of_unused_gpu()
     select_template(tokenizer.chat_templates, None, has_tools=False)
     sampling, origin = default_sampling(loaded.generation_config, given(fields))
-    llm = LLM(loaded, tokenizer, rows=1, drafts=drafts)
+    llm = LLM(loaded, tokenizer, rows=1, drafts=drafts, draft=draft)
     session = Session(llm, screen, conversation=conversation, sampling=sampling, origin=origin)
     if not quiet:
         screen.note(

@@ -10,6 +10,9 @@ import click
 from llama_jax.cli.mesh_sizes import devices_option, mesh_sizes
 from llama_jax.cli.options import (
     DTYPES,
+    check_drafts,
+    draft_model_option,
+    drafts_option,
     examples,
     json_option,
     memory_fraction_option,
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 @devices_option
 @mesh_options
 @click.option("--engine", is_flag=True, help="All programs of the engine instead, for one replica of the model.")
+@drafts_option
+@draft_model_option
 @click.option("--batch", type=click.IntRange(1), help="Rows. [default: 1; of the engine 256]")
 @click.option(
     "--context",
@@ -60,6 +65,8 @@ def command(
     tp: int | None,
     mesh: str | None,
     engine: bool,
+    drafts: int,
+    draft_model: str | None,
     batch: int | None,
     context: int | None,
     prompt: int | None,
@@ -78,6 +85,7 @@ def command(
 
     Exits with 6 if it does not fit, 5 if the compiler is missing.
     """
+    check_drafts(drafts, draft_model)
     chosen = _target(target)
     from llama_jax.aot.model import compile_model
     from llama_jax.cli.compile_report import engine_facts, engine_report, model_facts, model_report
@@ -105,8 +113,12 @@ def command(
             raise RequestError(
                 "the engine's programs take prompts of any length", param="prompt", hint="leave out --prompt"
             )
+        draft = None if draft_model is None else find_config(draft_model)
+        common |= {"drafts": drafts, "draft": draft}
         result = compile_engine(config, chosen, sizes, rows=batch, context=context, **common)
         facts, text = engine_facts(model, result), engine_report(model, result)
+    elif drafts or draft_model is not None:
+        raise RequestError("drafts are the engine's", param="drafts", hint="add --engine")
     else:
         result = compile_model(config, chosen, sizes, batch=batch or 1, context=context, prompt=prompt, **common)
         would = () if result.fits else remedies(config, result.plan)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from llama_jax.cli.progress import Reporter
     from llama_jax.model.loaded import Model
-    from llama_jax.plan import AutoMesh
+    from llama_jax.plan import AutoMesh, MeshRequest
     from llama_jax.text.tokenizer import Tokenizer
 
 AUTO = "auto"
@@ -37,6 +37,18 @@ drafts_option = click.option(
     metavar="N",
     help="Try up to N tokens in one step that the text suggests itself: the same text, faster where it repeats itself.",
 )
+
+draft_model_option = click.option(
+    "--draft-model",
+    metavar="MODEL",
+    help="Let a smaller model of the same vocabulary suggest them; with --drafts. The text stays the same.",
+)
+
+
+def check_drafts(drafts: int, draft_model: str | None) -> None:
+    """Raises UsageError where a draft model is given that nothing would be asked of, before anything is loaded."""
+    if draft_model is not None and not drafts:
+        raise click.UsageError("--draft-model needs --drafts N: how many tokens a step tries, e.g. 4")
 
 
 batch_invariant_option = click.option(
@@ -190,7 +202,19 @@ class LoadOptions:
     tp: int | None
     kernels: dict[str, str]
 
-    def load(self, model: str, devices: Mesh | AutoMesh | None, reporter: Reporter) -> tuple[Model, Tokenizer]:
+    def load_draft(
+        self, name: str | None, model: Model, tokenizer: Tokenizer | None, reporter: Reporter
+    ) -> Model | None:
+        """Loads a draft model onto the devices of the model, if one is asked for.
+
+        Raises:
+          RequestError: it is not for this model.
+        """
+        from llama_jax.generation.draft import opened_draft
+
+        return opened_draft(name, model, tokenizer, **self._options(reporter))
+
+    def load(self, model: str, devices: MeshRequest, reporter: Reporter) -> tuple[Model, Tokenizer]:
         """Loads a model on the devices that `requested_mesh` gives for `mesh` and `tp`."""
         from llama_jax.loading import load
 
@@ -198,11 +222,17 @@ class LoadOptions:
             model,
             dtype=self.dtype,
             mesh=devices,
-            convert=self.convert,
-            kernels=self.kernels,
-            progress=reporter.progress,
-            notify=reporter.notify,
+            **self._options(reporter),
         )
+
+    def _options(self, reporter: Reporter) -> dict[str, Any]:
+        """Of `load`, for every model."""
+        return {
+            "convert": self.convert,
+            "kernels": self.kernels,
+            "progress": reporter.progress,
+            "notify": reporter.notify,
+        }
 
 
 def gathered(kind: type, name: str, *options: Decorator) -> Decorator:

@@ -31,6 +31,8 @@ _WHEN = {
     "growing": "while the cache grows",
     "decode": "in decode",
     "verify": "when drafts are tried",
+    "draft": "when the draft model drafts",
+    "follow": "when the draft model reads",
     "start": "when the engine starts",
     "join": "when rows begin",
     "restrict": "when the host says what may come next",

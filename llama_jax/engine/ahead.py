@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 from llama_jax.aot import Compilation, compile_for, device_mesh
 from llama_jax.aot.programs import Program, fused_parameters
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.loop import DecodeState
 from llama_jax.engine.compiled import THREADS, Key, program, program_set
+from llama_jax.engine.draft_programs import DRAFT, FOLLOW, draft_program, new_cache
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import settings_for
 from llama_jax.engine.state import new_state, shapes_of
@@ -27,8 +27,8 @@ from llama_jax.plan.memory import DeviceShare
 from llama_jax.sharding import ruled
 from llama_jax.targets import Target, abstract_device
 
-START = "start"
-"""The program that makes the state, which `Core` runs once."""
+START, DRAFT_START = "start", "draft start"
+"""The programs that make the state and the draft model's cache, which `Core` runs once."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class EngineCompilation:
       sizes: of the mesh's axes by name, empty for one device; dtype: of parameters and cache.
       weights: bytes of the parameters on each device; loading: the peak while they are read.
       start: the program that makes the state; programs: every one of `program_set`.
+      draft_weights: bytes of a draft model's parameters on each device; draft_start: the program that makes its cache.
       fraction: of each device's memory that jax may use.
     """
 
@@ -51,6 +52,8 @@ class EngineCompilation:
     start: Compilation
     programs: Mapping[Key, Compilation]
     fraction: float
+    draft_weights: int = 0
+    draft_start: Compilation | None = None
 
     @property
     def devices(self) -> int:
@@ -60,16 +63,19 @@ class EngineCompilation:
     @property
     def compilations(self) -> Mapping[str, Compilation]:
         """All by name, in the order of `program_set`."""
-        return {START: self.start} | {str(key): compilation for key, compilation in self.programs.items()}
+        starts = {START: self.start} | ({DRAFT_START: self.draft_start} if self.draft_start else {})
+        return starts | {str(key): compilation for key, compilation in self.programs.items()}
 
     @property
     def verdict(self) -> Verdict:
         """Whether it fits: loading as planned; the others, each the largest of its name, as XLA reports them, with the
         code of all programs, which stay on the device."""
         code = sum(compilation.memory.code for compilation in self.compilations.values())
-        phases = {"loading": self.loading}
+        phases = {"loading": self.loading + self.draft_weights}
+        state, cache = self.start.memory.outputs, self.draft_start.memory.outputs if self.draft_start else 0
         for key, compilation in ((Key(START), self.start), *self.programs.items()):
             beside = 0 if key.size else self.weights  # what has a size takes the weights as an argument
+            beside += self.weights + state if key.name in (DRAFT, FOLLOW) else self.draft_weights + cache
             needs = beside + compilation.memory.total - compilation.memory.code + code
             phases[key.name] = max(needs, phases.get(key.name, 0))
         return Verdict.of(self.target, phases, self.fraction)
@@ -88,6 +94,7 @@ def compile_engine(
     dtype: DTypeLike = "bfloat16",
     memory_fraction: float = ENGINE_FRACTION,
     settings: EngineSettings | None = None,
+    draft: LlamaConfig | None = None,
     keys: Sequence[Key] | None = None,
     progress: Callable[[str], None] | None = None,
     **sizes: Any,
@@ -99,6 +106,7 @@ def compile_engine(
       dtype: of parameters and cache.
       memory_fraction: of each device's memory that jax may use.
       settings: sizes of the engine; by default those that it takes on such a device when the weights are there.
+      draft: a draft model, on the same mesh and in the same dtype.
       keys: the programs; all of the engine's by default.
       progress: called with a line of text after each program.
       sizes: without `settings`: rows, context, pages, ... as for `default_settings`.
@@ -111,7 +119,9 @@ def compile_engine(
     """
     say = progress or (lambda line: None)
     dtype = jnp.dtype(dtype)
-    check(config, mesh_shape)
+    for each in (config, draft):
+        if each is not None:
+            check(each, mesh_shape)
     mesh = device_mesh(target, mesh_shape or {})
     if ruled(mesh).ways("batch") > 1:
         raise RequestError(
@@ -120,35 +130,47 @@ def compile_engine(
             hint="leave out the axis data: every replica compiles the same programs",
         )
     share = DeviceShare(config, target, mesh, dtype.itemsize)
+    small = None if draft is None else DeviceShare(draft, target, mesh, dtype.itemsize)
+    weights = share.weights + (small.weights if small else 0)
     usable = usable_bytes(target, memory_fraction)
-    if usable is not None and share.weights > usable:
+    if usable is not None and weights > usable:
         raise DoesNotFit(
-            f"the weights alone take {share.weights / 1e9:.1f} GB on each of {mesh.size} devices, and jax may use "
+            f"the weights alone take {weights / 1e9:.1f} GB on each of {mesh.size} devices, and jax may use "
             f"{usable / 1e9:.1f} GB of {target.name}",
             hint="split the model over more devices, e.g. with --tp 8",
         )
     split = share.config
     if settings is None:
-        free = None if usable is None else usable - share.weights
-        settings = settings_for(split, dtype, mesh, on_cpu=False, free=free, **sizes)
+        free = None if usable is None else usable - weights
+        drafting = (small.config, dtype) if small else None
+        settings = settings_for(split, dtype, mesh, on_cpu=False, free=free, draft=drafting, **sizes)
 
     def compiled(made: Program) -> Compilation:
         done = compile_for(target, made.function, made.args, mesh=mesh, kwargs=made.static)
         say(f"{made.name}, {done.trace_s + done.compile_s:.1f} s")
         return done
 
-    def begin(_: jax.Array) -> DecodeState:  # with an argument: without one it would be compiled for this machine
-        return new_state(split, settings, dtype)
+    def started(name: str, make: Callable[..., Any], config: LlamaConfig) -> Compilation:
+        def begin(_: jax.Array) -> Any:  # with an argument: without one it would be compiled for this machine
+            return make(config, settings, dtype)
 
-    nothing = jax.ShapeDtypeStruct((), jnp.bool)
-    start = compiled(Program(START, jax.jit(begin, keep_unused=True), (nothing,), {}))
-    state = shapes_of(start.compiled)
-    params = fused_parameters(split, mesh, dtype)
+        nothing = jax.ShapeDtypeStruct((), jnp.bool)
+        return compiled(Program(name, jax.jit(begin, keep_unused=True), (nothing,), {}))
+
+    start = started(START, new_state, split)
+    draft_start = started(DRAFT_START, new_cache, small.config) if small else None
+
+    def made(key: Key) -> Program:
+        if small and draft_start and key.name in (DRAFT, FOLLOW):
+            params, cache = fused_parameters(small.config, mesh, dtype), shapes_of(draft_start.compiled)
+            return draft_program(key.name, small.config, settings, params, cache, config.vocab_size)
+        params, state = fused_parameters(split, mesh, dtype), shapes_of(start.compiled)
+        return program(key, split, settings, params, state, None)
 
     def of_key(key: Key) -> Compilation:
         with abstract_device(target, mesh):
-            made = program(key, split, settings, params, state, None)
-        return compiled(made)
+            wanted = made(key)
+        return compiled(wanted)
 
     keys = program_set(settings, greedy=True) if keys is None else keys
     with ThreadPoolExecutor(THREADS) as pool:
@@ -163,4 +185,6 @@ def compile_engine(
         start=start,
         programs=programs,
         fraction=memory_fraction,
+        draft_weights=small.weights if small else 0,
+        draft_start=draft_start,
     )

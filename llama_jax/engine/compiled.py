@@ -18,11 +18,13 @@ from jax._src.config import trace_context
 
 from llama_jax.aot.programs import Program
 from llama_jax.aot.stored import compile_stored
+from llama_jax.cache import PagedCache
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
+from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts, piece
 from llama_jax.engine.flat import flat, flat_size, unflat
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
@@ -52,8 +54,8 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "verify", "mixed", "scored", "join", "restrict" or "scrub".
-      size: rows of "decode" and "verify", tokens of "mixed" and "scored"; else 0.
+      name: "decode", "verify", "mixed", "scored", "join", "restrict" or "scrub"; of a draft model "draft" or "follow".
+      size: rows of "decode", "verify" and "draft", tokens of "mixed", "scored" and "follow"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
 
@@ -62,7 +64,9 @@ class Key:
     greedy: bool = False
 
     def __str__(self) -> str:
-        size = f" of {self.size} {'rows' if self.name in ('decode', 'verify') else 'tokens'}" if self.size else ""
+        size = (
+            f" of {self.size} {'rows' if self.name in ('decode', 'verify', DRAFT) else 'tokens'}" if self.size else ""
+        )
         return f"{self.name}{size}{', greedy' if self.greedy else ''}"
 
 
@@ -74,6 +78,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
         has none: which of the two runs would depend on the company.
     """
     keys = [Key("join"), Key("restrict"), Key("scrub"), Key("scored", settings.budget)]
+    keys += [Key(DRAFT, settings.draft_rows), Key(FOLLOW, piece(settings))] if settings.draft_context else []
     for only in (False, True) if greedy and not settings.batch_invariant else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
@@ -116,9 +121,10 @@ class Programs:
         state: DecodeState,
         adapters: Params | None,
         compiled: dict[Key, Any],
+        draft: DraftParts | None = None,
     ):
         """Args: arrays or their shapes, and where programs are that are compiled already (`compiled_before`)."""
-        self._model, self._settings, self._adapters = model, settings, adapters
+        self._model, self._settings, self._adapters, self._draft = model, settings, adapters, draft
         self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         self._compiled = compiled
         self._lock = threading.Lock()
@@ -231,6 +237,12 @@ class Programs:
             self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
         return run(*arguments, self._no_masks if masks is None else masks)
 
+    def draft(self, name: str, cache: PagedCache, control: np.ndarray) -> Any:
+        """See `draft_programs.draft` and `draft_programs.follow`."""
+        assert self._draft is not None
+        (key,) = (key for key in self.keys if key.name == name)
+        return self._get(key)(self._draft.model.params, cache, control)
+
     def masks(self, key: Key) -> jax.ShapeDtypeStruct:
         """Of a program `verify`: see there."""
         return masks_of(key, self._settings, self._model.config)
@@ -255,11 +267,15 @@ class Programs:
 
     def _compile(self, key: Key) -> bool:
         """Compiles a program; whether it was on the disk."""
-        model = self._model
+        draft = self._draft if key.name in (DRAFT, FOLLOW) else None
+        model = draft.model if draft else self._model
         devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
-        about = model.config, shapes_alone(self._settings), key, sorted(model.kernels.items())
+        about = model.config, shapes_alone(self._settings), key, sorted(model.kernels.items()), draft and draft.vocab
         with on(model.mesh), using(**model.kernels):
-            made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
+            if draft:
+                made = draft.program(key.name, self._settings)
+            else:
+                made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
             compiled, read = compile_stored(made, about, devices, model.mesh)
         with self._lock:
             self._compiled[key] = compiled
@@ -326,13 +342,16 @@ def shapes_alone(settings: EngineSettings) -> EngineSettings:
     return replace(settings, waiting=None, strict=False, constraint_s=1.0, greedy=None)
 
 
-def compiled_before(model: Model, settings: EngineSettings, adapters: Params | None) -> dict[Key, Any]:
+def compiled_before(
+    model: Model, settings: EngineSettings, adapters: Params | None, draft: Model | None = None
+) -> dict[Key, Any]:
     """Programs that engines of the same shapes have compiled in this process, and where to put more of them."""
     with on(model.mesh), using(**model.kernels):
         context = trace_context()
-    leaves, structure = jax.tree.flatten((model.params, adapters))
+    leaves, structure = jax.tree.flatten((model.params, adapters, draft and draft.params))
     arrays = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
-    return _compiled_for((model.config, shapes_alone(settings), model.mesh, structure, arrays, context))
+    of_draft = draft and (draft.config, tuple(sorted(draft.kernels.items())))
+    return _compiled_for((model.config, shapes_alone(settings), model.mesh, structure, arrays, context, of_draft))
 
 
 @lru_cache(maxsize=KEPT)

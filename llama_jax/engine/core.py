@@ -20,8 +20,10 @@ import numpy as np
 from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
 from llama_jax.engine.compiled import Compiled, Key, Programs, compiled_before
-from llama_jax.engine.drafting import Drafter
-from llama_jax.engine.foresight import Foresight, propose_drafts
+from llama_jax.engine.draft_model import DraftModel, check_room, cost_of
+from llama_jax.engine.draft_programs import DraftParts
+from llama_jax.engine.drafting import NGrams, Source
+from llama_jax.engine.foresight import Foresight
 from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.meter import Meter
@@ -85,6 +87,7 @@ class Core:
         settings: EngineSettings,
         *,
         adapters: Params | None = None,
+        draft: Model | None = None,
         numbers: Iterator[int] | None = None,
         peak: Peak | None = None,
     ):
@@ -92,10 +95,12 @@ class Core:
 
         Args:
           model: on a mesh that does not split the batch (see `replicas`).
+          draft: a model that drafts for it (`draft_model.check_draft`); the settings have a `draft_context` then.
           numbers: of its sequences.
           peak: what the device can do, by which its use is told; by default what its data sheet says.
         """
         assert ruled(model.mesh).ways("batch") == 1
+        check_room(settings, draft)
         self.model, self.settings = model, settings
         peak = peak or Peak.of(of_device(model.device), model.dtype.name)
         self._meter = Meter(StepCosts(model.config, model.dtype, model.mesh), peak)
@@ -116,16 +121,20 @@ class Core:
                 prefix_cache=settings.prefix_cache,
             )
         )
-        compiled, start = compiled_before(model, settings, adapters), Key("start")
+        compiled, start = compiled_before(model, settings, adapters, draft), Key("start")
         if start not in compiled:
             with on(model.mesh), using(**model.kernels):
                 begin = jax.jit(new_state, static_argnums=(0, 1, 2))
                 compiled[start] = begin.lower(model.config, settings, jnp.dtype(model.dtype)).compile()
         self._begin = compiled[start]
         self._begun: DecodeState | None = None
-        self.programs = Programs(model, settings, shapes_of(self._begin), adapters, compiled)
+        parts = None if draft is None else DraftParts.of(draft, settings, model.config.vocab_size)
+        self.programs = Programs(model, settings, shapes_of(self._begin), adapters, compiled, parts)
         self._asked: dict[int, Asked] = {}
-        self._foresight = Foresight()
+        self._source: Source | None = NGrams(settings.drafts) if settings.drafts else None
+        if parts is not None:
+            self._source = DraftModel(parts, settings, self.programs.draft, cost_of(parts.model, model))
+        self._foresight = Foresight(self._source, settings.drafts)
         self._flights: deque[_Flight] = deque()
         self._numbers = itertools.count() if numbers is None else numbers
 
@@ -144,6 +153,8 @@ class Core:
         """See `Programs.compile_all`. Then the engine is ready, and has its pages."""
         yield from self.programs.compile_all()
         jax.block_until_ready(self._state)
+        if self._source:
+            self._source.ready()
         self._meter.ready()
 
     def add(
@@ -196,9 +207,9 @@ class Core:
         )
         self.scheduler.add(sequence)
         greedy = rule is None and SamplerProfile.of([params]) == GREEDY
-        drafter = Drafter(settings.drafts) if settings.drafts else None
-        self._asked[number] = Asked(sequence, params, adapter, greedy, rule, drafter)
-        self._foresight.prepare(self._asked[number])
+        pace = self._source.begin() if self._source else None
+        self._asked[number] = Asked(sequence, params, adapter, greedy, rule, pace)
+        self._foresight.prepare([self._asked[number]])
         if limit - len(drawn) > 1:  # compiled beside the program for the prompt
             self.programs.expect("decode", 1, greedy=greedy)
         return number
@@ -254,9 +265,9 @@ class Core:
         late = self._foresight.decide(self._asked, limit_s)
         for number in late:
             self.cancel(number)
-        if self.settings.drafts:
+        if self._source:
             decoding = (self._asked[sequence.id] for sequence in self.scheduler.decoding)
-            propose_drafts(decoding, self.settings.drafts, calm=self.scheduler.calm)
+            self._foresight.propose(decoding, calm=self.scheduler.calm)
         error = f"its constraints took longer than {limit_s:g} s for the next token"
         return [Drawn(number, (), ending="failed", error=error) for number in late]
 
@@ -308,6 +319,8 @@ class Core:
         news = (self._taken(flight, line, sequence, lines[line], logprobs) for line, sequence in flight.rows)
         drawn = [new for new in news if new]
         self._meter.ended(sum(len(new.tokens) for new in drawn))
+        going = [self._asked[new.id] for new in drawn if new.tokens and not new.ending]
+        self._foresight.prepare(going, calm=self.scheduler.calm)
         return drawn
 
     def _taken(self, flight: _Flight, line: int, sequence: Sequence, report: list[int], logprobs: Any) -> Drawn | None:
@@ -318,8 +331,8 @@ class Core:
         if asked is None:
             return None
         self.scheduler.drawn(sequence.id, tokens)
-        if asked.drafter and tokens and (draft := flight.step.drafts.get(sequence)):
-            asked.drafter.drawn(draft, len(tokens), len(sequence.tokens))
+        if asked.pace and tokens and (draft := flight.step.drafts.get(sequence)):
+            asked.pace.drawn(draft, len(tokens), len(sequence.tokens))
             self._meter.drafted += len(draft)
             self._meter.accepted += len(tokens) - 1
         ending: Ending | None = None
@@ -328,8 +341,6 @@ class Core:
         if asked.rule and tokens:
             asked.rule.accept(tokens)
             ending = "stop" if asked.rule.ended else ending
-            if not ending:
-                self._foresight.prepare(asked, self.settings.drafts if self.scheduler.calm else 0)
         error = None
         if ending == "failed":
             error = (asked.rule and asked.rule.error) or "its logits were no numbers"
@@ -345,6 +356,8 @@ class Core:
         return Drawn(sequence.id, tuple(tokens), found, of_prompt, asked.cached or 0, ending, error)
 
     def _finish(self, number: int, *, keep: bool = True) -> None:
+        if self._source:
+            self._source.ended(number)
         if bad := self.scheduler.finish(number, keep=keep):
             self._state = self.programs.scrub(self._state, bad)
 

@@ -1,32 +1,38 @@
-"""Drafts: tokens that are likely to come next, guessed from the text itself.
+"""Drafts: tokens that are likely to come next, guessed from the text itself or by a smaller model.
 
-"Prompt lookup decoding" (https://github.com/apoorvumang/prompt-lookup-decoding): where the last tokens have occurred
-before, what followed them then is likely to follow now. A draft costs no second model, and decides nothing: the model
-computes all of it in one step, each token is drawn as without it, and the draft is kept as far as it equals the draws.
+A draft decides nothing: the model computes all of it in one step, each token is drawn as without it, and the draft is
+kept as far as it equals the draws. Where drafts come from is a `Source`; `draft_model` is another one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as ListOf
+from dataclasses import dataclass
+from typing import Protocol
+
+from llama_jax.engine.sequence import Sequence
 
 LENGTHS = (4, 3, 2)
 """Tokens that have to occur again, the most first."""
 
 PAUSE = 32
-"""Tokens for which a text that repeats nothing is left alone; each time in a row twice as many."""
+"""Tokens for which a text whose drafts gain nothing is left alone; each time in a row twice as many."""
 
 LEAST = 0.25
 """Tokens that a draft has to gain in the mean of the last few steps: a step with drafts waits for the host."""
 
 
-class Drafter:
-    """Drafts for one sequence, as long as they gain something."""
+class Pace:
+    """How many tokens to try behind a text, as long as drafts gain something there.
 
-    def __init__(self, most: int):
-        """A drafter of at most `most` tokens at a time."""
-        self._most = self._length = most
-        self._behind: dict[tuple[int, ...], int] = {}  # where the tokens are that followed these, the last time
-        self._seen = 0
+    Attributes:
+      length: tokens of the next draft, at most.
+    """
+
+    def __init__(self, most: int, cost: float = 0.0):
+        """Args: the most tokens of a draft; what each costs, in steps of the model that draws one token."""
+        self._most = self.length = most
+        self._cost = cost
         self._gain = 1.0
         self._resumes = 0
         self._pause = PAUSE
@@ -35,7 +41,94 @@ class Drafter:
         """Whether to draft behind a text of `count` tokens."""
         return count >= self._resumes
 
-    def propose(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
+    def drawn(self, draft: ListOf[int], count: int, text: int) -> None:
+        """Takes note of a step that drew `count` tokens where `draft` was proposed; the text has `text` tokens now."""
+        kept = count - 1
+        self.length = min(self._most, self.length + 2) if kept >= len(draft) else max(1, kept + 1)
+        self._note(kept - self._cost * len(draft), text)
+
+    def nothing(self, text: int) -> None:
+        """Takes note that there was nothing to propose behind a text of `text` tokens."""
+        self._note(0, text)
+
+    def _note(self, gained: float, text: int) -> None:
+        self._gain += 0.25 * (gained - self._gain)
+        if gained > 0:
+            self._pause = PAUSE
+        if self._gain < LEAST:
+            self._resumes, self._gain, self._pause = text + self._pause, 1.0, 2 * self._pause
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A sequence that a draft is wanted for, all of whose tokens are known; `most`: tokens of it that there is room
+    for, at least 1."""
+
+    sequence: Sequence
+    pace: Pace
+    most: int
+
+
+class Source(Protocol):
+    """Where the drafts of an engine come from."""
+
+    def ready(self) -> None:
+        """Takes the memory that it needs; every program is compiled."""
+        ...
+
+    def begin(self) -> Pace:
+        """Paces a new sequence."""
+        ...
+
+    def propose(self, wanted: ListOf[Wanted]) -> list[tuple[int, ...]]:
+        """A draft for each, possibly none. The tokens of a sequence are those of the last call, continued."""
+        ...
+
+    def ended(self, number: int) -> None:
+        """Tells that a sequence has ended."""
+        ...
+
+
+class NGrams:
+    """Drafts out of the text itself, one `Drafter` for each sequence."""
+
+    def __init__(self, most: int):
+        """Args: the most tokens of a draft."""
+        self._most = most
+
+    def ready(self) -> None:
+        """See `Source`."""
+
+    def begin(self) -> Pace:
+        """See `Source`."""
+        return Drafter(self._most)
+
+    def propose(self, wanted: ListOf[Wanted]) -> list[tuple[int, ...]]:
+        """See `Source`."""
+        drafts = []
+        for each in wanted:
+            assert isinstance(each.pace, Drafter)
+            drafts.append(each.pace.propose(each.sequence.tokens, each.most))
+        return drafts
+
+    def ended(self, number: int) -> None:
+        """See `Source`."""
+
+
+class Drafter(Pace):
+    """Drafts for one sequence out of what it has had before.
+
+    "Prompt lookup decoding" (https://github.com/apoorvumang/prompt-lookup-decoding): where the last tokens have
+    occurred before, what followed them then is likely to follow now.
+    """
+
+    def __init__(self, most: int):
+        """A drafter of at most `most` tokens at a time."""
+        super().__init__(most)
+        self._behind: dict[tuple[int, ...], int] = {}  # where the tokens are that followed these, the last time
+        self._seen = 0
+
+    def propose(self, tokens: ListOf[int], most: int) -> tuple[int, ...]:
         """Proposes at most `most` tokens to follow a text, often none. The text is that of the last call, continued."""
         # The last tokens themselves are left out until another one follows.
         for end in range(max(self._seen, 1), len(tokens)):
@@ -46,19 +139,6 @@ class Drafter:
         for length in LENGTHS:
             at = self._behind.get(tuple(tokens[-length:])) if length <= len(tokens) else None
             if at is not None:
-                return tuple(tokens[at : at + min(self._length, most)])
-        self._note(0, len(tokens))
+                return tuple(tokens[at : at + min(self.length, most)])
+        self.nothing(len(tokens))
         return ()
-
-    def drawn(self, draft: Sequence[int], count: int, text: int) -> None:
-        """Takes note of a step that drew `count` tokens where `draft` was proposed; the text has `text` tokens now."""
-        kept = count - 1
-        self._length = min(self._most, self._length + 2) if kept >= len(draft) else max(1, kept + 1)
-        self._note(kept, text)
-
-    def _note(self, gained: int, text: int) -> None:
-        self._gain += 0.25 * (gained - self._gain)
-        if gained:
-            self._pause = PAUSE
-        if self._gain < LEAST:
-            self._resumes, self._gain, self._pause = text + self._pause, 1.0, 2 * self._pause

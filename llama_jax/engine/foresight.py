@@ -4,32 +4,36 @@ tried as drafts."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as ListOf
 
 from llama_jax.engine import rules
+from llama_jax.engine.drafting import Source, Wanted
 from llama_jax.engine.joining import Asked
+from llama_jax.engine.sequence import Sequence
 
 
 class Foresight:
-    """Keeps sequences out of steps as long as their constraints have not said what may come next."""
+    """Keeps sequences out of steps as long as their constraints have not said what may come next, and gives them
+    drafts to try."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source | None = None, drafts: int = 0) -> None:
+        """Args: where drafts come from, None for no drafts; tokens of a draft, at most."""
+        self._source, self._drafts = source, drafts
         self._undecided: set[int] = set()
 
-    def prepare(self, asked: Asked, drafts: int = 0) -> None:
-        """Has the masks of a sequence's next tokens computed, if it has a rule.
+    def prepare(self, several: Iterable[Asked], *, calm: bool = False) -> None:
+        """Has the masks of the next tokens computed of those sequences that have a rule.
 
         Args:
-          drafts: tokens of a draft to look behind, at most.
+          calm: whether a step with drafts is possible: then masks behind the tokens of a draft are computed, too.
         """
-        if asked.rule is None:
-            return
-        sequence = asked.sequence
-        guess: tuple[int, ...] = ()
-        most = min(drafts, sequence.limit - sequence.drawn - 1)
-        if asked.drafter and most > 0 and asked.drafter.active(len(sequence.tokens)):
-            guess = asked.drafter.propose(sequence.tokens, most)
-        asked.rule.prepare(guess, max(0, most))
-        self._undecided.add(sequence.id)
+        ruled = [asked for asked in several if asked.rule]
+        guesses = self._guesses([asked for asked in ruled if calm and self._tries(asked)])
+        for asked in ruled:
+            assert asked.rule is not None
+            most = self._room(asked.sequence) if calm else 0
+            asked.rule.prepare(guesses.get(asked.sequence.id, ()), most)
+            self._undecided.add(asked.sequence.id)
 
     def decide(self, asked: Mapping[int, Asked], limit_s: float) -> list[int]:
         """Waits a moment for masks. Sequences whose masks are not there are left out of the next step (`pending`).
@@ -55,25 +59,43 @@ class Foresight:
             rules.abandon_threads()
         return late
 
+    def propose(self, decoding: Iterable[Asked], *, calm: bool) -> None:
+        """Gives sequences drafts for the next step. Whoever drafts waits for the host to know its tokens, which takes
+        longer than to have the next step planned before: where other rows would wait for it, and where drafts gain
+        nothing, nobody drafts. Those with rules wait anyway.
 
-def propose_drafts(decoding: Iterable[Asked], drafts: int, *, calm: bool) -> None:
-    """Drafts for the next step. Whoever drafts waits for the host to know its tokens, which takes longer than to have
-    the next step planned before: where other rows would wait for it, and where drafts gain nothing, nobody drafts.
-    Those with rules wait anyway.
+        Args:
+          decoding: sequences of which the next step may draw.
+          calm: whether a step with drafts is possible.
+        """
+        trying = []
+        for asked in decoding:
+            sequence = asked.sequence
+            sequence.draft = ()
+            if asked.rule:
+                if calm and sequence.known and asked.rule.ready:
+                    sequence.draft = asked.rule.ahead.draft
+                continue
+            sequence.paced = calm and self._tries(asked)
+            if sequence.paced and sequence.known:
+                trying.append(asked)
+        guesses = self._guesses(trying)
+        for asked in trying:
+            asked.sequence.draft = guesses[asked.sequence.id]
 
-    Args:
-      decoding: sequences of which the next step may draw; drafts: tokens of a draft, at most.
-      calm: whether a step with drafts is possible.
-    """
-    for asked in decoding:
-        sequence = asked.sequence
-        if asked.drafter is None:
-            continue
-        if asked.rule:
-            sequence.draft = asked.rule.ahead.draft if calm and sequence.known and asked.rule.ready else ()
-            continue
-        left = sequence.limit - sequence.drawn - 1
-        sequence.paced = calm and left > 0 and asked.drafter.active(len(sequence.tokens))
-        sequence.draft = ()
-        if sequence.paced and sequence.known:
-            sequence.draft = asked.drafter.propose(sequence.tokens, min(left, drafts))
+    def _tries(self, asked: Asked) -> bool:
+        """Whether to look for a draft of a sequence."""
+        sequence, pace = asked.sequence, asked.pace
+        return pace is not None and self._room(sequence) > 0 and pace.active(len(sequence.tokens))
+
+    def _room(self, sequence: Sequence) -> int:
+        """Tokens of a draft that a sequence may have: one more than those is drawn."""
+        return max(0, min(self._drafts, sequence.limit - sequence.drawn - 1))
+
+    def _guesses(self, trying: ListOf[Asked]) -> dict[int, tuple[int, ...]]:
+        """Drafts by the numbers of sequences."""
+        if self._source is None or not trying:
+            return {}
+        wanted = [Wanted(asked.sequence, asked.pace, self._room(asked.sequence)) for asked in trying if asked.pace]
+        drafts = self._source.propose(wanted)
+        return {each.sequence.id: draft for each, draft in zip(wanted, drafts, strict=True)}

@@ -13,7 +13,7 @@ import numpy as np
 from llama_jax.cache import NO_PAGE
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.compiled import MARKED, without_vocabulary
-from llama_jax.engine.drafting import Drafter
+from llama_jax.engine.drafting import Pace
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
@@ -33,7 +33,7 @@ class Asked:
       adapter: its slot, 0 for none.
       greedy: whether a program for greedy requests serves it.
       rule: the host's say in its tokens, if it has any.
-      drafter: where drafts come from, if it has any.
+      pace: of its drafts, if it has any.
       scores: of its prompt so far.
       cached: tokens of its prompt that were found in the prefix cache when it began.
     """
@@ -43,7 +43,7 @@ class Asked:
     adapter: int
     greedy: bool
     rule: Rule | None = None
-    drafter: Drafter | None = None
+    pace: Pace | None = None
     scores: list[Logprobs] = field(default_factory=list)
     cached: int | None = None
 

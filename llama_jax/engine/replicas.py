@@ -66,15 +66,23 @@ class Replicas:
     """
 
     def __init__(
-        self, models: list[Model], settings: EngineSettings, adapters: Params | None, *, peak: Peak | None = None
+        self,
+        models: list[Model],
+        settings: EngineSettings,
+        adapters: Params | None,
+        *,
+        drafts: list[Model] | None = None,
+        peak: Peak | None = None,
     ):
-        """Replicas without sequences, each with these settings; `peak`: of each device."""
+        """Replicas without sequences, each with these settings; `drafts`: the draft model of each; `peak`: of each
+        device."""
         count = len(models)
         self.cores = [
             Core(
                 model,
                 settings,
                 adapters=adapters if count == 1 else _on(adapters, ruled(model.mesh)),
+                draft=None if drafts is None else drafts[i],
                 numbers=itertools.count(i, count),
                 peak=peak,
             )

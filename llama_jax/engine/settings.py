@@ -29,6 +29,7 @@ class EngineSettings:
       prefix_cache: whether prompts use what others have computed.
       stop_ids, biases: of a request, at most.
       drafts: tokens of a row's draft (`drafting`), at most; 0 for no drafts. draft_rows: rows of a step with drafts.
+      draft_context: tokens of a text that a draft model reads, at most; 0 without a draft model.
       batch_invariant: whether what a request gets is the same to the bit, whatever runs beside it, whenever it arrives
         and whatever the prefix cache holds. There is one size of each program then, and a sequence starts when there
         are pages for all of its tokens.
@@ -53,6 +54,7 @@ class EngineSettings:
     biases: int = BIASES
     drafts: int = 0
     draft_rows: int = 8
+    draft_context: int = 0
     batch_invariant: bool = False
     constraint_s: float = 10.0
     greedy: bool | None = None
@@ -90,7 +92,12 @@ class EngineSettings:
                 param="drafts",
                 hint="the kernels of decode attention take no more tokens of a row",
             )
-
+        if self.draft_context and not self.drafts:
+            raise RequestError(
+                "a draft model, and no drafts to ask it for",
+                param="drafts",
+                hint="say how many to try: drafts=4 or --drafts 4",
+            )
         if self.batch_invariant:
             self._check_batch_invariant()
 

@@ -37,6 +37,8 @@ STEPS = 8
 """Decode steps of one dispatch on a device that loops by itself, where nobody reads token by token. A step of 64 rows
 of Llama-3.1-8B takes an H200 6.45 ms so; with a dispatch for each, 7.0."""
 DRAFT_ROWS = 8
+DRAFT_SHARE = 8
+"""The cache of a draft model takes one part in so many of the memory for both caches, at most."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def default_settings(
     biases: int = BIASES,
     greedy: bool | None = None,
     drafts: int = 0,
+    draft: Model | None = None,
     batch_invariant: bool = False,
     strict: bool = False,
 ) -> EngineSettings:
@@ -112,6 +115,7 @@ def default_settings(
       pages: by default, on a GPU, all that its free memory has room for beside a step's activations; on a CPU enough
         for rows of 512 tokens, and for one of the context's length.
       decode_rows: by default few on a CPU, more on a GPU.
+      draft: the draft model, whose cache takes some of the memory; only with `drafts`.
       batch_invariant: see `EngineSettings`; one size of each program. An `LLM` does not grow then.
       steps: by default 8 where the device loops by itself (a CPU; an NVIDIA GPU that holds the whole model), else 1.
 
@@ -142,6 +146,7 @@ def default_settings(
         biases=biases,
         greedy=greedy,
         drafts=drafts,
+        draft=None if draft is None else (draft.config, draft.dtype),
         batch_invariant=batch_invariant,
         strict=strict,
         more_memory="" if on_cpu else more_memory_hint(memory_fraction()),
@@ -161,6 +166,7 @@ def settings_for(
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     decode_rows: tuple[int, ...] | None = None,
+    draft: tuple[LlamaConfig, DTypeLike] | None = None,
     batch_invariant: bool = False,
     more_memory: str = "",
     **options: Any,
@@ -170,6 +176,7 @@ def settings_for(
     Args:
       config: on a mesh, with key/value heads repeated as `load` does it.
       free: bytes of each device beside the weights; None where that is not known.
+      draft: a draft model's config on the same mesh, and the dtype of its cache.
       more_memory: what would make them more, for the error's hint.
       options: other fields of `EngineSettings`.
     """
@@ -181,10 +188,18 @@ def settings_for(
     context = _default_context(config, on_cpu=on_cpu) if context is None else context
     rows = (CPU_ROWS if on_cpu else GPU_ROWS) if rows is None else rows
     each = -(-context // page_size)
+    room = None if free is None else max(free - _beside_pages(config, dtype, mesh), 0)
+    draft_rows, draft_context = min(DRAFT_ROWS, rows), 0
+    if draft is not None:
+        draft_context = min(context, draft[0].context_length)
+        if room is not None:
+            column = draft_rows * cache_bytes(draft[0], mesh, jnp.dtype(draft[1]).itemsize, page_size)
+            columns = max(1, min(-(-draft_context // page_size), room // DRAFT_SHARE // column))
+            draft_context = min(draft_context, columns * page_size)
+            room = max(room - columns * column, 0)
     if pages is None:
         pages = max(each, rows * -(-min(context, CPU_EACH) // page_size)) if on_cpu else rows * each
-        if free is not None:
-            room = max(free - _beside_pages(config, dtype, mesh), 0)
+        if room is not None:
             pages = min(pages, room // cache_bytes(config, mesh, jnp.dtype(dtype).itemsize, page_size))
     if pages < each and least is not None:
         context = max(least, min(context, pages * page_size))
@@ -208,7 +223,8 @@ def settings_for(
         pages=pages,
         decode_rows=buckets,
         mixed_tokens=tuple(tokens),
-        draft_rows=min(DRAFT_ROWS, rows),
+        draft_rows=draft_rows,
+        draft_context=min(draft_context, context),
         chunk_rows=min(chunk_rows, rows),
         page_size=page_size,
         batch_invariant=batch_invariant,

@@ -38,8 +38,8 @@ def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -
     return by_rows(idle_state(cache, sampler))
 
 
-def shapes_of(begin: Any) -> DecodeState:
-    """Shapes, dtypes and shardings of the state that a compiled `new_state` makes."""
+def shapes_of(begin: Any) -> Any:
+    """Shapes, dtypes and shardings of what a compiled program makes, such as `new_state`."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         begin.out_info,

@@ -18,6 +18,7 @@ from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed, LlamaJaxError
 from llama_jax.generation.answer import Answer
+from llama_jax.generation.draft import opened_draft
 from llama_jax.generation.jobs import Jobs, News, Progress, opened
 from llama_jax.generation.outputs import FinishReason, RequestOutput, TokenLogprob
 from llama_jax.generation.request import Prompt, Requests, prepare
@@ -100,6 +101,7 @@ class Engine:
         *,
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
+        draft: Model | str | Path | None = None,
         ahead: bool = True,
         peak: Peak | None = None,
         compiling: Progress | None = None,
@@ -108,6 +110,9 @@ class Engine:
         """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`. `compiling` is
         called in another thread."""
         self.model, self.tokenizer = opened(model, tokenizer)
+        self._draft = opened_draft(draft, self.model, self.tokenizer)
+        if self._draft is not None:
+            options["draft"] = replicas(self._draft)[0]
         self._settings = settings or default_settings(replicas(self.model)[0], **options)
         self._adapters, self._ahead, self._peak, self._compiling = adapters, ahead, peak, compiling
         self._jobs: Jobs | None = None
@@ -191,7 +196,7 @@ class Engine:
     # --- The engine's thread
 
     def _made(self) -> Jobs:
-        jobs = Jobs(self.model, self.tokenizer, self._settings, self._adapters, peak=self._peak)
+        jobs = Jobs(self.model, self.tokenizer, self._settings, self._adapters, draft=self._draft, peak=self._peak)
         jobs.make_ready(self._compiling, ahead=self._ahead)
         return jobs
 

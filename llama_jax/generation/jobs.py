@@ -96,6 +96,7 @@ class Jobs:
         adapters: Params | None = None,
         *,
         room: int = 0,
+        draft: Model | None = None,
         peak: Peak | None = None,
         **options: Any,
     ):
@@ -103,10 +104,14 @@ class Jobs:
 
         Args:
           settings: of each replica; without them it grows as requests need it, from one with `room` tokens.
+          draft: the draft model, on the devices of the model.
           peak: of each device, by which its use is told.
           options: without `settings`: of `default_settings`. A context among them fixes it.
         """
         self._models, self._tokenizer, self._adapters = replicas(model), tokenizer, adapters
+        self._drafts = None if draft is None else replicas(draft)
+        if self._drafts:
+            options["draft"] = self._drafts[0]
         self._sizes = Sizes(self._models[0], options, settings)
         self._of: dict[int, _Job] = {}
         self._peak = peak
@@ -251,7 +256,7 @@ class Jobs:
             self._of[number] = job
 
     def _made(self, settings: EngineSettings) -> Replicas:
-        engine = Replicas(self._models, settings, self._adapters, peak=self._peak)
+        engine = Replicas(self._models, settings, self._adapters, drafts=self._drafts, peak=self._peak)
         publish(engine)
         return engine
 

@@ -13,6 +13,7 @@ from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.generation.answer import Answer
+from llama_jax.generation.draft import opened_draft
 from llama_jax.generation.jobs import Jobs, Progress, opened
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
 from llama_jax.generation.request import Prompt, Requests, check_prompts, check_stream, prepare, sampling
@@ -59,6 +60,7 @@ class LLM:
         *,
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
+        draft: Model | str | Path | None = None,
         ahead: bool = False,
         room: int = 0,
         peak: Peak | None = None,
@@ -71,6 +73,8 @@ class LLM:
           model: a loaded model, or a name or folder as `load` takes it; None for the default model.
           settings: sizes of the engine; of each replica on a mesh that splits the batch.
           adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
+          draft: a smaller model of the same vocabulary, on the same devices, whose guesses are tried (`drafts=`, how
+            many tokens at a time); or its name.
           ahead: compile every program now. Otherwise each is compiled when it is first used.
           room: tokens of a sequence that there is room for at first, or a few more, where no context is given.
           peak: what the device can do, for `mbu` and `mfu` of `snapshot`; by default what its data sheet says.
@@ -80,11 +84,15 @@ class LLM:
 
         Raises:
           DoesNotFit: there is no memory for one sequence of the context's length.
+          RequestError: options that contradict each other, or a draft model that is not for this model.
         """
         self.model, self.tokenizer = opened(model, tokenizer)
+        small = opened_draft(draft, self.model, self.tokenizer)
         self._adapters = adapters
         with memory_errors():
-            self._jobs = Jobs(self.model, self.tokenizer, settings, adapters, room=room, peak=peak, **options)
+            self._jobs = Jobs(
+                self.model, self.tokenizer, settings, adapters, room=room, draft=small, peak=peak, **options
+            )
             self._jobs.make_ready(compiling, ahead=ahead)
         self._busy = False
 

@@ -56,7 +56,11 @@ def asked(work: Work) -> SamplingParams:
 
 
 def make_ready(
-    model: Model, settings: EngineSettings, ceilings: Ceilings, compiling: Progress | None = None
+    model: Model,
+    settings: EngineSettings,
+    ceilings: Ceilings,
+    compiling: Progress | None = None,
+    draft: Model | None = None,
 ) -> tuple[LLM, float]:
     """An engine whose programs are all compiled and have run, and the seconds until it could take requests (those of
     the first runs not counted).
@@ -64,10 +68,11 @@ def make_ready(
     Args:
       ceilings: what it is compared with while it runs (`Snapshot.mbu`).
       compiling: told of each program that is compiled.
+      draft: the draft model, if the settings have one.
     """
     gc.collect()  # what was measured before may still hold memory
     start = time.perf_counter()
-    llm = LLM(model, settings=settings, ahead=True, peak=ceilings.peak, compiling=compiling)
+    llm = LLM(model, settings=settings, draft=draft, ahead=True, peak=ceilings.peak, compiling=compiling)
     ready_s = time.perf_counter() - start
     for works in warm_up(settings, model.config.vocab_size):
         _answered(llm, works)
