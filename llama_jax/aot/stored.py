@@ -1,7 +1,7 @@
 """Compiled programs on disk that are found without being traced.
 
 jax looks into its own cache with a program that has been traced and lowered. For the programs of an engine that takes
-longer than everything else: half a minute of Python for Llama-3.1-8B. Here a program is found by what its tracing
+longer than everything else: 20 seconds of Python for Llama-3.1-8B. Here a program is found by what its tracing
 depends on: this package's files, the versions and flags beneath it, the devices, and the shapes of its arguments. Any
 other value of one of them is another program. Where that cannot be known, because other packages add kernels, nothing
 is stored.
@@ -15,6 +15,7 @@ import importlib.metadata
 import io
 import os
 import pickle
+import stat
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -54,8 +55,8 @@ def compile_stored(
     Returns:
       The compiled program, and whether it was read.
     """
-    folder = runtime.programs_dir()
-    path = None if folder is None else _path(folder, program, about, devices, mesh)
+    folder = runtime.programs_dir(devices[0].platform)
+    path = None if folder is None or not _private(folder) else _path(folder, program, about, devices, mesh)
     if path is None:
         return program.lower().compile(), False
     if (found := _read(path, devices)) is not None:
@@ -95,6 +96,29 @@ def _path(
     if " at 0x" in text:  # the `repr` of an object by its address, which says nothing
         return None
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.program"
+
+
+def _private(folder: Path) -> bool:
+    """Whether nobody else can have written there: a stored program is code. A folder that is not there is made so."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        _warn(f"compiled programs cannot be stored in {folder}: {error.strerror}")
+        return False
+    if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return True
+    _warn(
+        f"{folder} belongs to somebody else, or others may write into it, so no compiled program is read from it; "
+        f"make it yours alone (chmod 700), or set {runtime.PROGRAMS_VARIABLE}=0"
+    )
+    return False
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Warns, once for all programs."""
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _matters(name: str) -> bool:
@@ -150,7 +174,6 @@ def _write(path: Path, compiled: Any) -> None:
         file = io.BytesIO()
         pickle.dump((trees, executable), file)
         data = file.getvalue()
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, hashlib.sha256(data).digest() + data)
         files = sorted(path.parent.glob("*.program"), key=lambda file: file.stat().st_mtime)
         for old in files[:-KEPT]:

@@ -18,7 +18,7 @@ import numpy as np
 from llama_jax.aot.programs import Program
 from llama_jax.aot.stored import compile_stored
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.graphs import graph_options
+from llama_jax.decode.graphs import graph_options, prompt_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
@@ -120,9 +120,11 @@ class Programs:
     def compile_all(self) -> Iterator[Compiled]:
         """Compiles what is missing, several at a time and the largest first; yields news of each when it is done.
 
-        Tracing holds Python's lock, but most of the time XLA compiles, which does not.
+        Tracing holds Python's lock, but most of the time XLA compiles, which does not. Programs for greedy requests
+        come last: XLA tries kernels out for the products of a size, and does it twice where two programs of that size
+        are compiled side by side.
         """
-        missing = sorted(self.missing, key=lambda key: -key.size)
+        missing = sorted(self.missing, key=lambda key: (key.greedy, -key.size))
         began, total, spent = time.monotonic(), len(missing), 0.0
         with ThreadPoolExecutor(THREADS) as pool:
             for done, future in enumerate(as_completed([pool.submit(self._timed, key) for key in missing]), 1):
@@ -287,7 +289,7 @@ def program(
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
-        function, options = partial(traced(programs.mixed), **static), {}
+        function, options = partial(traced(programs.mixed), **static), prompt_options()
     told = [None] * (2 if key.name in ("decode", "verify") else 3)
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
