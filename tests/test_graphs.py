@@ -12,7 +12,7 @@ from helpers import random_params, tiny_config
 from llama_jax import SamplingParams, batch_generate, stream_generate
 from llama_jax.config import LayerSpec, MoeSpec
 from llama_jax.decode import graphs
-from llama_jax.decode.graphs import graph_options, prompt_options
+from llama_jax.decode.graphs import graph_options
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.loaded import Model
 from llama_jax.sharding import make_mesh, mesh
@@ -34,9 +34,9 @@ def options(request: pytest.FixtureRequest, on_h100s: None, monkeypatch: pytest.
 
 
 def test_cpus_and_amd_gpus_keep_what_xla_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert graph_options() == prompt_options() == {}  # a CPU
+    assert graph_options() == {}  # a CPU
     monkeypatch.setattr(graphs, "current", lambda: find("mi300x"))
-    assert graph_options() == prompt_options() == {}
+    assert graph_options() == {}
 
 
 @pytest.mark.usefixtures("on_h100s")
@@ -49,15 +49,6 @@ def test_a_graph_loops_on_one_device_and_sums_on_several(monkeypatch: pytest.Mon
     several = commands()
     assert one - several == {"WHILE"}
     assert several - one == {"COLLECTIVES"}
-
-
-@pytest.mark.usefixtures("on_h100s")
-def test_products_of_prompts_are_outside_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(prompt_options()[COMMANDS].split(",")) < set(graph_options()[COMMANDS].split(","))
-    assert "CUBLAS" not in prompt_options()[COMMANDS]
-    assert jax.jit(lambda x: x + 3, compiler_options=prompt_options())(1) == 4
-    monkeypatch.setattr(graphs, "in_use", lambda: True)
-    assert prompt_options() == {}
 
 
 def test_xla_knows_the_options(options: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from llama_jax.aot.programs import Program
 from llama_jax.aot.stored import compile_stored
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.graphs import graph_options, prompt_options
+from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
@@ -231,12 +231,11 @@ class Programs:
     def _compile(self, key: Key) -> bool:
         """Compiles a program; whether it was on the disk."""
         model = self._model
-        devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
         shapes = replace(self._settings, waiting=None, strict=False, constraint_s=1.0)
         about = model.config, shapes, key, sorted(model.kernels.items())
         with on(model.mesh), using(**model.kernels):
             made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
-            compiled, read = compile_stored(made, about, devices, model.mesh)
+            compiled, read = compile_stored(made, about, model.devices, model.mesh)
         with self._lock:
             self._compiled[key] = compiled
         return read
@@ -289,7 +288,7 @@ def program(
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
-        function, options = partial(traced(programs.mixed), **static), prompt_options()
+        function, options = partial(traced(programs.mixed), **static), {}
     told = [None] * (2 if key.name in ("decode", "verify") else 3)
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
     jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
