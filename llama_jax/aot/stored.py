@@ -64,7 +64,8 @@ def compile_stored(
     counted = runtime.count_compilations()
     before = counted.from_cache
     compiled = program.lower().compile()
-    if counted.from_cache == before:  # what jax has read from its own cache may not be whole when it is written again
+    # What jax has read from its own cache for a CPU may not be whole when it is written again.
+    if counted.from_cache == before or devices[0].platform != "cpu":
         _write(path, compiled)
     return compiled, False
 
