@@ -56,12 +56,13 @@ def throughput() -> None:
     ideal = run["total_output_tokens"] / run["ideal_s"]
     rates = [static["static"]["output_tokens_per_second"], run["output_tokens_per_second"], ideal]
     names = [f"static batches of {static['static']['batch']}", "engine", "ideal schedule"]
-    figure, axes = plt.subplots(figsize=(6.4, 1.7))
+    _, axes = plt.subplots(figsize=(6.4, 1.7))
     bars = axes.barh(names, rates, color=[GREY, DARK, LIGHT], height=0.6)
     axes.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(rates))
-    axes.set_xlabel(f"output tokens a second, {job['workload']['requests']} requests of {job['workload']['mix']} at once")
+    work = job["workload"]
+    axes.set_xlabel(f"output tokens a second, {work['requests']} requests of {work['mix']} at once")
     axes.set_title(_title(job), loc="left", fontsize=9)
 
 

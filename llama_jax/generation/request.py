@@ -181,7 +181,8 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
                 param="prompt",
                 hint="decode bytes as UTF-8; wrap a single id in a list",
             )
-        ids = prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt)
+        given: Any = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+        ids = list(given)
         if not set(map(type, ids)) <= {int}:  # a long prompt of plain integers is looked through in no time
             for token in ids:
                 if not isinstance(token, int | np.integer) or isinstance(token, bool):
