@@ -24,6 +24,7 @@ from llama_jax.decode import buckets, chunks, loop
 from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.generation.outputs import RequestOutput
+from llama_jax.generation.request import encode_prompt
 from llama_jax.loading import load
 from llama_jax.model.adapters import empty_slots, put_adapter
 from llama_jax.model.loaded import Model
@@ -547,6 +548,21 @@ def test_bad_batches() -> None:
     assert caught.value.param == "prompts"
     with pytest.raises(RequestError, match="prompt 1 holds token id 99"):
         batch_generate(model, None, [[1], [99]])
+    with pytest.raises(RequestError, match="prompt 0 holds token id -1"):
+        batch_generate(model, None, [[1, -1, 2]])
+
+
+@pytest.mark.parametrize("prompt", [[1, True], [1, 2.0], [1, "2"], np.asarray([1.0]), np.asarray([True]), [[1]]])
+def test_a_prompt_is_of_integers(prompt: Any) -> None:
+    with pytest.raises(RequestError, match="which is no token id"):
+        encode_prompt(None, prompt)
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], (1, 2), range(1, 3), [1, np.int64(2)], np.asarray([1, 2], np.uint8)])
+def test_token_ids_are_given_in_many_ways(prompt: Any) -> None:
+    ids = encode_prompt(None, prompt)
+    assert ids == [1, 2]
+    assert {type(token) for token in ids} == {int}
 
 
 USES = (
