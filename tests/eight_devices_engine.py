@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from engines import Guesses, alone, run, small_settings, some_requests, tokens
 from helpers import load_golden, random_params, tiny_config
 
+from llama_jax import runtime
 from llama_jax.engine import core as engine_core
 from llama_jax.engine.core import Core
 from llama_jax.engine.replicas import replicas
@@ -69,6 +71,28 @@ def test_constraints_on_a_split_vocabulary(drafts: int, monkeypatch: pytest.Monk
     (news,) = run(core, asked[4:])
     assert tokens(news) == expected[4]
     assert (core.snapshot().accepted_tokens > 10) == (drafts > 0)
+
+
+def test_stored_programs_of_a_split_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "programs_dir", lambda platform: tmp_path)
+    # What jax's own cache has is not stored: it is given none of these.
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    try:
+        config = tiny_config(max_position_embeddings=128)
+        model = on_mesh(random_params(config), config, tensor=2)
+        settings = small_settings(rows=2, decode_rows=(2,), mixed_tokens=(24,), pages=17, context=96)
+        asked = some_requests(model, 3)
+        cores = [Core(model, settings) for _ in range(2)]
+        found = []
+        for core in cores:
+            for _ in core.compile_all():
+                pass
+            found.append([tokens(news) for news in run(core, asked)])
+        assert [core.snapshot().programs_from_cache for core in cores] == [0, len(cores[0].programs.keys)]
+        assert found[0] == found[1]
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}], ids=str)
