@@ -47,12 +47,17 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
-def programs_dir() -> Path | None:
-    """The folder of programs that are found without tracing (`aot.stored`), beside jax's own; None unless
-    LLAMA_JAX_STORED_PROGRAMS=1, and where jax keeps none either."""
+def programs_dir(platform: str) -> Path | None:
+    """The folder of programs that are found without tracing (`aot.stored`), beside jax's own; None where jax keeps none
+    either.
+
+    Args:
+      platform: of the devices; on a CPU there is none unless LLAMA_JAX_STORED_PROGRAMS=1, elsewhere unless it is 0.
+    """
     folder = jax.config.jax_compilation_cache_dir
-    wanted = jax.config.jax_enable_compilation_cache and os.environ.get(PROGRAMS_VARIABLE, "0") not in ("", "0")
-    return Path(folder) / "programs" if wanted and folder and "://" not in folder else None
+    wanted = os.environ.get(PROGRAMS_VARIABLE) or ("0" if platform == "cpu" else "1")
+    kept = jax.config.jax_enable_compilation_cache and wanted != "0"
+    return Path(folder) / "programs" if kept and folder and "://" not in folder else None
 
 
 class Compilations(threading.local):

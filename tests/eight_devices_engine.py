@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from engines import Guesses, alone, run, small_settings, some_requests, tokens
 from helpers import load_golden, random_params, tiny_config
 
+from llama_jax import runtime
 from llama_jax.engine import drafting
 from llama_jax.engine.core import Core
 from llama_jax.engine.replicas import replicas
@@ -89,6 +91,29 @@ def test_a_draft_model_is_split_as_the_model_is() -> None:
         assert tokens(news) == alone(single, request).tokens
     snapshot = cores[1].snapshot()
     assert snapshot.accepted_tokens == snapshot.drafted_tokens > 3
+
+
+def test_stored_programs_of_a_split_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "programs_dir", lambda platform: tmp_path)
+    monkeypatch.setattr("llama_jax.engine.core.compiled_before", lambda *_: {})  # not what another engine has compiled
+    # What jax's own cache has is not stored: it is given none of these.
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    try:
+        config = tiny_config(max_position_embeddings=128)
+        model = on_mesh(random_params(config), config, tensor=2)
+        settings = small_settings(rows=2, decode_rows=(2,), mixed_tokens=(24,), pages=17, context=96)
+        asked = some_requests(model, 3)
+        cores = [Core(model, settings) for _ in range(2)]
+        found = []
+        for core in cores:
+            for _ in core.compile_all():
+                pass
+            found.append([tokens(news) for news in run(core, asked)])
+        assert [core.snapshot().programs_from_cache for core in cores] == [0, len(cores[0].programs.keys)]
+        assert found[0] == found[1]
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "tensor": 2}], ids=str)

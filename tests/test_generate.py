@@ -20,10 +20,11 @@ import pytest
 from helpers import load_golden, random_params, run, tiny_config
 from tiny_chat_model import write_chat_model
 
-from llama_jax.decode import buckets, chunks, loop
+from llama_jax.decode import buckets, chunks
 from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.generation.outputs import RequestOutput
+from llama_jax.generation.request import encode_prompt
 from llama_jax.loading import load
 from llama_jax.model.adapters import empty_slots, put_adapter
 from llama_jax.model.loaded import Model
@@ -394,42 +395,6 @@ def test_without_max_tokens_the_context_is_the_limit(length: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"temperature": 0.0},
-        pytest.param({"seed": 3, "logprobs": 2, "frequency_penalty": 0.5}, marks=pytest.mark.slow),
-    ],
-)
-def test_growing_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny(150)
-    prompts = random_prompts(model, [3, 30])
-    params = SamplingParams(max_tokens=None, **fields)
-    whole = batch_generate(model, None, prompts, params)
-    grown = []
-    original = loop.grow
-
-    def counted(state: Any, **sizes: int) -> Any:
-        grown.append(sizes["capacity"])
-        return original(state, **sizes)
-
-    monkeypatch.setattr(loop, "grow", counted)
-    assert ids_of(batch_generate(model, None, prompts, params)[0]) == ids_of(whole[0])
-    assert grown == []
-    monkeypatch.setattr(buckets, "FIRST_ROOM", 8)
-    outputs = batch_generate(model, None, prompts, params)
-    assert len(grown) >= 2
-    assert sorted(set(grown)) == grown
-    assert [ids_of(o) for o in outputs] == [ids_of(o) for o in whole]
-    assert [len(ids_of(o)[0]) for o in outputs] == [147, 120]
-    grown.clear()
-    assert tuple(s.token for s in stream_generate(model, None, prompts[1], params)) == ids_of(whole[1])[0]
-    assert len(grown) >= 2
-    for ours, theirs in zip(outputs, whole, strict=True):
-        for a, b in zip(ours.outputs[0].logprobs or (), theirs.outputs[0].logprobs or (), strict=True):
-            assert a.top == pytest.approx(b.top, abs=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), [(buckets, "MAX_CHUNK"), (chunks, "ATTENTION_BYTES")])
 def test_long_prompts_run_in_chunks(
@@ -547,6 +512,21 @@ def test_bad_batches() -> None:
     assert caught.value.param == "prompts"
     with pytest.raises(RequestError, match="prompt 1 holds token id 99"):
         batch_generate(model, None, [[1], [99]])
+    with pytest.raises(RequestError, match="prompt 0 holds token id -1"):
+        batch_generate(model, None, [[1, -1, 2]])
+
+
+@pytest.mark.parametrize("prompt", [[1, True], [1, 2.0], [1, "2"], np.asarray([1.0]), np.asarray([True]), [[1]]])
+def test_a_prompt_is_of_integers(prompt: Any) -> None:
+    with pytest.raises(RequestError, match="which is no token id"):
+        encode_prompt(None, prompt)
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], (1, 2), range(1, 3), [1, np.int64(2)], np.asarray([1, 2], np.uint8)])
+def test_token_ids_are_given_in_many_ways(prompt: Any) -> None:
+    ids = encode_prompt(None, prompt)
+    assert ids == [1, 2]
+    assert {type(token) for token in ids} == {int}
 
 
 USES = (
@@ -620,7 +600,7 @@ def test_adapters_of_one_batch(golden: Model) -> None:
         merged.append(Model(unflatten(flat), golden.config))
     prompts = random_prompts(golden, [7, 5, 12])
     fields: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True}
-    for page_size in (None, 16):
+    for page_size in (64, 16):
         found = batch_generate(
             golden, None, prompts, adapters=slots, adapter_ids=[0, 1, 2], page_size=page_size, **fields
         )

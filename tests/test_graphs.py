@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -12,7 +14,7 @@ from helpers import random_params, tiny_config
 from llama_jax import SamplingParams, batch_generate, stream_generate
 from llama_jax.config import LayerSpec, MoeSpec
 from llama_jax.decode import graphs
-from llama_jax.decode.graphs import graph_options
+from llama_jax.decode.graphs import graph_options, small_places
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.loaded import Model
 from llama_jax.sharding import make_mesh, mesh
@@ -65,6 +67,26 @@ def test_what_the_user_sets_stays(options: dict[str, str], monkeypatch: pytest.M
     assert graph_options() == options
     monkeypatch.setenv("XLA_FLAGS", f"--{COMMANDS}=")
     assert set(options) - set(graph_options()) == {COMMANDS}
+
+
+def test_small_arrays_have_places_that_cannot_grow_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert small_places(jax.devices()) == []  # a CPU
+    made: list[Mock] = []
+
+    def put(array: Any, device: Any) -> Mock:
+        made.append(Mock(nbytes=array.nbytes, device=device))
+        return made[-1]
+
+    monkeypatch.setattr(graphs.jax, "device_put", put)
+    monkeypatch.setattr(graphs.jax, "block_until_ready", lambda arrays: arrays)
+    gpus: Any = [SimpleNamespace(platform="gpu", id=i) for i in range(2)]
+    kept = small_places(gpus)
+    assert {array.device.id for array in made} == {0, 1}
+    for device in gpus:
+        for size in graphs.SMALL:
+            of_size = [array for array in made if array.device is device and array.nbytes == size]
+            assert [array.delete.called for array in of_size] == [False, *[True, False] * graphs.EACH]
+            assert all(any(array is one for one in kept) != array.delete.called for array in of_size)
 
 
 @pytest.mark.parametrize(

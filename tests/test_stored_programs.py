@@ -26,7 +26,7 @@ SETTINGS = small_settings(rows=2, decode_rows=(2,), mixed_tokens=(24,), pages=11
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "programs"
-    monkeypatch.setattr(stored.runtime, "programs_dir", lambda: folder)
+    monkeypatch.setattr(stored.runtime, "programs_dir", lambda platform: folder)
     monkeypatch.setattr("llama_jax.engine.core.compiled_before", lambda *_: {})  # not what other engines have compiled
     # What jax's own cache has is not stored: no other tests have these sizes, and here it is given none.
     before = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -172,18 +172,41 @@ def test_a_full_folder_drops_what_was_not_used_for_longest(folder: Path, monkeyp
 @pytest.mark.usefixtures("small")
 def test_a_folder_that_cannot_be_written(folder: Path) -> None:
     folder.write_text("a file")
-    with pytest.warns(RuntimeWarning, match="could not be stored"):
+    with pytest.warns(RuntimeWarning, match="cannot be stored in .*: File exists"):
         assert compiled(new_core()) == (0, 3)
 
 
+@pytest.mark.usefixtures("small")
+def test_nothing_is_read_where_others_may_have_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stored program is code."""
+    compiled(new_core())
+    assert folder.stat().st_mode & 0o777 == 0o700
+    stored._warn.cache_clear()
+    for mode in (0o777, 0o770):
+        folder.chmod(mode)
+        with pytest.warns(RuntimeWarning, match="others may write into it.*chmod 700") as warned:
+            assert compiled(new_core()) == (0, 3)
+        assert len(warned) == 1
+        stored._warn.cache_clear()
+    folder.chmod(0o755)
+    assert compiled(new_core()) == (3, 3)
+    owner = folder.stat().st_uid
+    monkeypatch.setattr(stored.os, "getuid", lambda: owner + 1)
+    with pytest.warns(RuntimeWarning, match="belongs to somebody else"):
+        assert compiled(new_core()) == (0, 3)
+    stored._warn.cache_clear()
+
+
 def test_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    beside = jax.config.jax_compilation_cache_dir
-    assert runtime.programs_dir() is None
-    for value, expected in (("0", None), ("1", Path(beside) / "programs")):
+    beside = Path(jax.config.jax_compilation_cache_dir) / "programs"
+    monkeypatch.delenv("LLAMA_JAX_STORED_PROGRAMS", raising=False)
+    assert runtime.programs_dir("cpu") is None
+    assert runtime.programs_dir("gpu") == beside
+    for value, expected in (("0", None), ("1", beside)):
         monkeypatch.setenv("LLAMA_JAX_STORED_PROGRAMS", value)
-        assert runtime.programs_dir() == expected
+        assert {runtime.programs_dir("cpu"), runtime.programs_dir("gpu")} == {expected}
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        assert runtime.programs_dir() is None
+        assert runtime.programs_dir("gpu") is None
     finally:
         jax.config.update("jax_enable_compilation_cache", True)

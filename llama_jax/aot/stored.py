@@ -1,7 +1,7 @@
 """Compiled programs on disk that are found without being traced.
 
 jax looks into its own cache with a program that has been traced and lowered. For the programs of an engine that takes
-longer than everything else: half a minute of Python for Llama-3.1-8B. Here a program is found by what its tracing
+longer than everything else: 20 seconds of Python for Llama-3.1-8B. Here a program is found by what its tracing
 depends on: this package's files, the versions and flags beneath it, the devices, and the shapes of its arguments. Any
 other value of one of them is another program. Where that cannot be known, because other packages add kernels, nothing
 is stored.
@@ -15,6 +15,7 @@ import importlib.metadata
 import io
 import os
 import pickle
+import stat
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -54,8 +55,8 @@ def compile_stored(
     Returns:
       The compiled program, and whether it was read.
     """
-    folder = runtime.programs_dir()
-    path = None if folder is None else _path(folder, program, about, devices, mesh)
+    folder = runtime.programs_dir(devices[0].platform)
+    path = None if folder is None or not _private(folder) else _path(folder, program, about, devices, mesh)
     if path is None:
         return program.lower().compile(), False
     if (found := _read(path, devices)) is not None:
@@ -63,7 +64,8 @@ def compile_stored(
     counted = runtime.count_compilations()
     before = counted.from_cache
     compiled = program.lower().compile()
-    if counted.from_cache == before:  # what jax has read from its own cache may not be whole when it is written again
+    # What jax has read from its own cache for a CPU may not be whole when it is written again.
+    if counted.from_cache == before or devices[0].platform != "cpu":
         _write(path, compiled)
     return compiled, False
 
@@ -81,8 +83,7 @@ def _path(
         *(f"{device.id} {device.device_kind}" for device in devices),
         *(f"{name}={os.environ.get(name, '')}" for name in _ENVIRONMENT),
         *(f"{name}={jax.config.values[name]}" for name in sorted(jax.config.values) if _matters(name)),
-        # The same as this thread has them, but for the names of mapped axes, of which there are none here.
-        *(repr(value) for value in config.trace_context() if not isinstance(value, AxisEnv)),
+        *_context(),
         *(f"{plugin.origin} {plugin.value!r}" for plugin in plugins.load(plugins.TARGETS)),
         _package(),
         _user_table(),
@@ -95,6 +96,39 @@ def _path(
     if " at 0x" in text:  # the `repr` of an object by its address, which says nothing
         return None
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.program"
+
+
+def _private(folder: Path) -> bool:
+    """Whether nobody else can have written there: a stored program is code. A folder that is not there is made so."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        _warn(f"compiled programs cannot be stored in {folder}: {error.strerror}")
+        return False
+    if found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return True
+    _warn(
+        f"{folder} belongs to somebody else, or others may write into it, so no compiled program is read from it; "
+        f"make it yours alone (chmod 700), or set {runtime.PROGRAMS_VARIABLE}=0"
+    )
+    return False
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Warns, once for all programs."""
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _context() -> list[str]:
+    """The settings above as this thread has them, and what else jax traces by, but for the names of mapped axes, of
+    which there are none here. What jax's modules add when they are imported late, while a program is traced perhaps,
+    comes last and is off."""
+    values = [repr(value) for value in config.trace_context() if not isinstance(value, AxisEnv)]
+    while values and values[-1] in ("None", "False", "()"):
+        values.pop()
+    return values
 
 
 def _matters(name: str) -> bool:
@@ -150,7 +184,6 @@ def _write(path: Path, compiled: Any) -> None:
         file = io.BytesIO()
         pickle.dump((trees, executable), file)
         data = file.getvalue()
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, hashlib.sha256(data).digest() + data)
         files = sorted(path.parent.glob("*.program"), key=lambda file: file.stat().st_mtime)
         for old in files[:-KEPT]:

@@ -288,7 +288,7 @@ request_options = gathered(
         show_default=True,
         help="; ".join(f"{name}: {mix.about}" for name, mix in MIXES.items()) + ".",
     ),
-    click.option("--requests", type=click.IntRange(1), help="How many. [default: 256; 60 of mixed]"),
+    click.option("--requests", type=click.IntRange(1), help="How many. [default: 256; 60 of mixed, 64 of fixed]"),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option(
         "--scale",

@@ -139,9 +139,11 @@ class Programs:
     def compile_all(self) -> Iterator[Compiled]:
         """Compiles what is missing, several at a time and the largest first; yields news of each when it is done.
 
-        Tracing holds Python's lock, but most of the time XLA compiles, which does not.
+        Tracing holds Python's lock, but most of the time XLA compiles, which does not. Programs for greedy requests
+        come last: XLA tries kernels out for the products of a size, and does it twice where two programs of that size
+        are compiled side by side.
         """
-        missing = sorted(self.missing, key=lambda key: -key.size)
+        missing = sorted(self.missing, key=lambda key: (key.greedy, -key.size))
         began, total, spent = time.monotonic(), len(missing), 0.0
         with ThreadPoolExecutor(THREADS) as pool:
             for done, future in enumerate(as_completed([pool.submit(self._timed, key) for key in missing]), 1):
@@ -269,14 +271,13 @@ class Programs:
         """Compiles a program; whether it was on the disk."""
         draft = self._draft if key.name in (DRAFT, FOLLOW) else None
         model = draft.model if draft else self._model
-        devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
         about = model.config, shapes_alone(self._settings), key, sorted(model.kernels.items()), draft and draft.vocab
         with on(model.mesh), using(**model.kernels):
             if draft:
                 made = draft.program(key.name, self._settings)
             else:
                 made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
-            compiled, read = compile_stored(made, about, devices, model.mesh)
+            compiled, read = compile_stored(made, about, model.devices, model.mesh)
         with self._lock:
             self._compiled[key] = compiled
         return read

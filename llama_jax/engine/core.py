@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.decode.graphs import small_places
 from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
 from llama_jax.engine.compiled import Compiled, Key, Programs, compiled_before
@@ -143,6 +144,7 @@ class Core:
         """Made when it is first asked for. While it compiles, XLA tries kernels out in memory that pages would take."""
         if self._begun is None:
             self._begun = self._begin()
+            self._places = small_places(self.model.devices)
         return self._begun
 
     @_state.setter

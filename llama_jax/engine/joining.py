@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 
 from llama_jax.cache import NO_PAGE
@@ -20,7 +22,7 @@ from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked
 from llama_jax.engine.steps import Step
 from llama_jax.model.loaded import Model
-from llama_jax.sampling import FULL, Logprobs, SamplingParams, make_sampler
+from llama_jax.sampling import FULL, Logprobs, SamplerState, SamplingParams, make_sampler
 
 _IDLE = SamplingParams(temperature=0.0, seed=0)
 
@@ -84,15 +86,11 @@ def _arrays(
     for row, index, page in step.pages:
         if row in line:
             pages[line[row], index] = page
-    _, sampler = make_sampler(
-        [*(a.params for a in each), *[_IDLE] * spare],
-        [()] * n,
-        model.config.vocab_size,
-        model.eos_token_ids,
-        profile=FULL,
-        stop_width=settings.stop_ids,
-        bias_width=settings.biases,
-    )
+    widths = model.config.vocab_size, model.eos_token_ids, settings.stop_ids, settings.biases
+    sampler = _idle(n, *widths)
+    if group:  # few join as a rule, and a first token waits for this: the rest is copied
+        begun = _sampler([a.params for a in each], *widths)
+        sampler = jax.tree.map(lambda new, idle: np.concatenate([new, idle[len(new) :]]), begun, sampler)
 
     def ints(values: Iterable[int], fill: int = 0) -> np.ndarray:
         return np.asarray([*values, *[fill] * spare], np.int32)
@@ -109,9 +107,25 @@ def _arrays(
         limit=ints(s.limit for s in sequences),
         rope_lengths=ints((s.prompt_length for s in sequences), 1),
         adapter_ids=ints(a.adapter for a in each),
-        sampler=without_vocabulary(dataclasses.replace(sampler, count=drawn)),
+        sampler=dataclasses.replace(sampler, count=drawn),
         marked=Marked(rows, tokens, of_output),
     )
+
+
+def _sampler(
+    params: ListOf[SamplingParams], vocab: int, eos_token_ids: tuple[int, ...], stop_ids: int, biases: int
+) -> SamplerState:
+    """What rows join with; numpy arrays."""
+    made = make_sampler(
+        params, [()] * len(params), vocab, eos_token_ids, profile=FULL, stop_width=stop_ids, bias_width=biases
+    )
+    return without_vocabulary(made[1])
+
+
+@functools.cache
+def _idle(rows: int, *widths: Any) -> SamplerState:
+    """The same of rows that nobody joins; not to be written to."""
+    return _sampler([_IDLE] * rows, *widths)
 
 
 def _marks(step: Step, asked: Mapping[int, Asked]) -> list[tuple[int, int, bool]]:

@@ -249,8 +249,7 @@ def rows_for(model: Model, sequences: int) -> int:
 
 def free_memory(model: Model) -> int | None:
     """Bytes that are free on each of a model's devices; None where that is not known (`plan.device_memory`)."""
-    devices = [model.device] if model.mesh is None else list(model.mesh.devices.flat)
-    return free_bytes(devices, of_device(model.device))
+    return free_bytes(model.devices, of_device(model.device))
 
 
 def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:

@@ -121,7 +121,7 @@ def prepare(
         p.check_vocab(config.vocab_size)
     ids = [encode_prompt(tokenizer, p) for p in prompts]
     for i, tokens in enumerate(ids):
-        bad = next((t for t in tokens if not 0 <= t < config.vocab_size), None)
+        bad = next((t for t in (min(tokens), max(tokens)) if not 0 <= t < config.vocab_size), None)
         if bad is not None:
             raise RequestError(
                 f"prompt {i} holds token id {bad}; the vocabulary has {config.vocab_size}",
@@ -180,12 +180,17 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
                 param="prompt",
                 hint="decode bytes as UTF-8; wrap a single id in a list",
             )
-        for token in prompt:
-            if not isinstance(token, int | np.integer) or isinstance(token, bool):
-                raise RequestError(
-                    f"the prompt holds {token!r}, which is no token id", param="prompt", hint="token ids are integers"
-                )
-        ids = [int(token) for token in prompt]
+        given: Any = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+        ids = list(given)
+        if not set(map(type, ids)) <= {int}:  # a long prompt of plain integers is looked through in no time
+            for token in ids:
+                if not isinstance(token, int | np.integer) or isinstance(token, bool):
+                    raise RequestError(
+                        f"the prompt holds {token!r}, which is no token id",
+                        param="prompt",
+                        hint="token ids are integers",
+                    )
+            ids = [int(token) for token in ids]
     if not ids:
         raise RequestError("the prompt is empty", param="prompt", hint="give at least one token")
     return ids

@@ -97,6 +97,10 @@ def _mixed(dice: _Dice) -> Drawn:
     return [dice.ids(dice.between(5, 160))], dice.between(8, 32)
 
 
+def _fixed(dice: _Dice) -> Drawn:
+    return [dice.ids(512)], 128
+
+
 @dataclass(frozen=True)
 class Mix:
     """A distribution of requests.
@@ -120,6 +124,7 @@ MIXES: Mapping[str, Mix] = {
     "summarise": Mix("2k-7k in, 100-300 out", _summarise),
     "prefix": Mix("four of five begin with one of 8 prefixes of 1k-2k; 50-200 out", _prefix, shared=True),
     "mixed": Mix("a small job: 5-160 in, 8-32 out", _mixed, requests=60, steady_target=0.6),
+    "fixed": Mix("512 in, 128 out, each", _fixed, requests=64),
 }
 
 

@@ -54,6 +54,11 @@ class Model:
         return min(jax.tree.leaves(self.params["final_norm"])[0].devices(), key=lambda d: d.id)
 
     @property
+    def devices(self) -> list[jax.Device]:
+        """All devices of the parameters."""
+        return [self.device] if self.mesh is None else list(self.mesh.devices.flat)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a text, by the model's config and its generation config."""
         extra = self.generation_config.get("eos_token_id")
