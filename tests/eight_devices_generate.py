@@ -133,7 +133,7 @@ def assert_parts(params: Params, config: LlamaConfig, mesh: Mesh) -> None:
 
 @pytest.mark.slow
 def test_options_of_generate_on_a_mesh() -> None:
-    """A few rows with different settings, repeated prompts, log-probabilities, a cache that grows; no program twice."""
+    """A few rows with different settings, repeated prompts, log-probabilities."""
     config = tiny_config(LayerSpec(mlp=24), LayerSpec("sliding", 5, mlp=24), max_position_embeddings=256)
     params = random_params(config)
     one = Model(fuse_params(params, config), config)
@@ -144,12 +144,8 @@ def test_options_of_generate_on_a_mesh() -> None:
         SamplingParams(n=2, seed=5, top_k=7, top_p=0.9, max_tokens=30),
         SamplingParams(seed=8, repetition_penalty=1.2, stop_token_ids=[11, 12], max_tokens=40),
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(buckets, "FIRST_ROOM", 50)
-        want = batch_generate(one, None, prompts, each)
-        before = loop.compiled_advance(())._cache_size()
-        found = batch_generate(split, None, prompts, each)
-    assert loop.compiled_advance(())._cache_size() - before == 2  # one for each size of the cache
+    want = batch_generate(one, None, prompts, each)
+    found = batch_generate(split, None, prompts, each)
     for a, b in zip(found, want, strict=True):
         assert [o.token_ids for o in a.outputs] == [o.token_ids for o in b.outputs]
         assert [o.finish_reason for o in a.outputs] == [o.finish_reason for o in b.outputs]
@@ -326,13 +322,14 @@ def test_two_sums_a_layer_and_nothing_else(name: str, layers: int, step: str, ba
 
 @pytest.mark.parametrize("page_size", [None, pytest.param(16, marks=pytest.mark.slow)])
 def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts of unlike lengths, one of them shorter than the second piece; then tokens that follow."""
+    """Texts of unlike lengths, one of them shorter than the second piece; then tokens that follow, in the functional
+    loop."""
     golden = load_golden("llama3.1-rope")
     texts = [np.random.default_rng(n).integers(0, golden.config.vocab_size, n).tolist() for n in (3, 20, 41)]
     mesh = sharding.make_mesh("data=2,tensor=2")
     model = on_mesh(golden.params, golden.config, mesh)
     one = Model(fuse_params(golden.params, golden.config), golden.config)
-    want = batch_generate(one, None, texts, max_tokens=8, ignore_eos=True, page_size=page_size)
+    want = batch_generate(one, None, texts, max_tokens=8, ignore_eos=True)
 
     monkeypatch.setattr(buckets, "PIECE_TOKENS", 16)
     prefill_module.prefill_chunk.clear_cache()
@@ -344,8 +341,14 @@ def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatc
     for row, text in enumerate(texts):
         expected, _ = run(golden.params, golden.config, jnp.asarray([text]))
         assert error(logits[row], expected[0, -1]) < TOLERANCE
-    found = batch_generate(model, None, texts, max_tokens=8, ignore_eos=True, page_size=page_size)
-    assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in want]
+    greedy = SamplingParams(temperature=0.0, ignore_eos=True)
+    profile, sampler = make_sampler([greedy] * 4, [()] * 4, model.config.vocab_size)
+    lengths, limits, adapters = (np.asarray(x, np.int32) for x in ([3, 20, 41, 1], [8, 8, 8, 0], [0] * 4))
+    with sharding.on(mesh):
+        state, first = loop.begin(logits, cache, sampler, lengths, limits, adapters, profile=profile)
+        _, rest = loop.advance(model.params, state, np.int32(7), config=model.config, profile=profile, stride=8)
+    found = np.concatenate([first.tokens, rest.tokens], axis=1)[:3, :8]
+    assert found.tolist() == [list(output.outputs[0].token_ids) for output in want]
     prefill_module.prefill_chunk.clear_cache()
 
 

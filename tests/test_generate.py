@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ import pytest
 from helpers import load_golden, random_params, run, tiny_config
 from tiny_chat_model import write_chat_model
 
-from llama_jax.decode import buckets, chunks
+from llama_jax.decode import buckets
 from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.generation.outputs import RequestOutput
@@ -392,23 +391,6 @@ def test_without_max_tokens_the_context_is_the_limit(length: int) -> None:
     assert (length + len(output.token_ids), output.finish_reason) == (64, "length")
     exact = batch_generate(model, None, [prompt], max_tokens=64 - length)[0].outputs[0]
     assert exact.token_ids == output.token_ids
-
-
-@pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.parametrize(("module", "name"), [(buckets, "MAX_CHUNK"), (chunks, "ATTENTION_BYTES")])
-def test_long_prompts_run_in_chunks(
-    golden: Model, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts = random_prompts(golden, [200, 17, 131])
-    params = SamplingParams(seed=1, max_tokens=6, prompt_logprobs=1)
-    whole = batch_generate(golden, None, prompts, params)
-    monkeypatch.setattr(module, name, 32 if name == "MAX_CHUNK" else 1)
-    chunked = batch_generate(golden, None, prompts, params)
-    assert [ids_of(o) for o in chunked] == [ids_of(o) for o in whole]
-    for ours, theirs in zip(chunked, whole, strict=True):
-        for a, b in zip(ours.prompt_logprobs or (), theirs.prompt_logprobs or (), strict=True):
-            assert a is b is None or (a is not None and b is not None and a.top == pytest.approx(b.top, abs=1e-4))
 
 
 # Streams.

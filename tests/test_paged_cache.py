@@ -464,10 +464,8 @@ def model() -> Model:
 
 
 @pytest.mark.slow
-def test_generation_gives_the_same_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of unlike lengths, two samples of one of them, chunked prefill, and growth while decoding."""
-    monkeypatch.setattr("llama_jax.decode.chunks.chunk_length", lambda *_, **__: 16)
-    monkeypatch.setattr("llama_jax.decode.buckets.FIRST_ROOM", 8)
+def test_generation_gives_the_same_tokens(model: Model) -> None:
+    """Prompts of unlike lengths, two samples of one of them."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, model.config.vocab_size, n).tolist() for n in (3, 20, 33)]
     params = [
@@ -475,12 +473,12 @@ def test_generation_gives_the_same_tokens(model: Model, monkeypatch: pytest.Monk
         SamplingParams(temperature=1.0, seed=1, n=2, max_tokens=20, ignore_eos=True),
         SamplingParams(temperature=0.7, seed=2, max_tokens=30, ignore_eos=True, prompt_logprobs=1),
     ]
-    dense = batch_generate(model, None, prompts, params)
-    paged = batch_generate(model, None, prompts, params, page_size=16)
-    for one, other in zip(dense, paged, strict=True):
+    large = batch_generate(model, None, prompts, params)
+    small = batch_generate(model, None, prompts, params, page_size=16)
+    for one, other in zip(large, small, strict=True):
         assert [o.token_ids for o in one.outputs] == [o.token_ids for o in other.outputs]
-    assert len(paged[1].outputs) == 2
-    first, second = (o[0].outputs[0].logprobs for o in (dense, paged))
+    assert len(small[1].outputs) == 2
+    first, second = (o[0].outputs[0].logprobs for o in (large, small))
     assert first is not None
     assert second is not None
     np.testing.assert_allclose([x.logprob for x in first], [x.logprob for x in second], atol=1e-4)
@@ -488,10 +486,10 @@ def test_generation_gives_the_same_tokens(model: Model, monkeypatch: pytest.Monk
 
 def test_generate_and_stream(model: Model) -> None:
     prompt, fields = [1, 2, 3], {"max_tokens": 6, "ignore_eos": True}
-    dense = [x.token for x in stream_generate(model, None, prompt, **fields)]
-    paged = [x.token for x in stream_generate(model, None, prompt, page_size=32, **fields)]
-    assert len(paged) == 6
-    assert dense == paged
+    large = [x.token for x in stream_generate(model, None, prompt, **fields)]
+    small = [x.token for x in stream_generate(model, None, prompt, page_size=32, **fields)]
+    assert len(small) == 6
+    assert large == small
     for function in (generate, stream_generate):
         with pytest.raises(RequestError, match="cannot have 17 slots") as caught:
             function(model, None, prompt, page_size=17)
