@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -70,7 +69,7 @@ def test_what_the_user_sets_stays(options: dict[str, str], monkeypatch: pytest.M
 
 
 def test_small_arrays_have_places_that_cannot_grow_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert small_places(jax.devices()) == []  # a CPU
+    assert small_places(tuple(jax.devices())) == []  # a CPU
     made: list[Mock] = []
 
     def put(array: Any, device: Any) -> Mock:
@@ -79,7 +78,7 @@ def test_small_arrays_have_places_that_cannot_grow_together(monkeypatch: pytest.
 
     monkeypatch.setattr(graphs.jax, "device_put", put)
     monkeypatch.setattr(graphs.jax, "block_until_ready", lambda arrays: arrays)
-    gpus: Any = [SimpleNamespace(platform="gpu", id=i) for i in range(2)]
+    gpus: Any = tuple(Mock(platform="gpu", id=i) for i in range(2))
     kept = small_places(gpus)
     assert {array.device.id for array in made} == {0, 1}
     for device in gpus:

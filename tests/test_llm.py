@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,19 @@ def test_bad_requests_harm_nobody() -> None:
             assert not any(isinstance(r, BaseException) and not isinstance(r, Overloaded) for r in results)
 
     asyncio.run(run())
+
+
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning", "ignore:This process:DeprecationWarning")
+def test_a_forked_process_is_refused_where_it_would_wait_for_ever(llm: LLM) -> None:
+    child = os.fork()
+    if not child:
+        try:
+            llm.generate([[5, 6]], max_tokens=1)
+        except EngineFailed as error:
+            os._exit("spawn" in error.hint)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_a_device_that_fails_ends_all_and_the_engine_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ arrays, which come and go with every dispatch, are put where they were (`small_p
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -66,14 +66,16 @@ def graph_options(*, several: bool | None = None) -> dict[str, str]:
     return {name: value for name, value in options.items() if name not in set_by_user}
 
 
-def small_places(devices: Iterable[jax.Device]) -> list[jax.Array]:
-    """Makes places for small arrays in the memory of GPUs, apart from the free memory where temporaries lie.
+@functools.cache
+def small_places(devices: tuple[jax.Device, ...]) -> list[jax.Array]:
+    """Makes places for small arrays in the memory of GPUs, apart from the free memory where temporaries lie; once for
+    the process.
 
     jax's allocator takes the smallest free place that is large enough. Of arrays of each size that lie side by side,
     every other one is given back: their places cannot grow together again.
 
     Returns:
-      The arrays between them, 10 MB a device, to be kept as long as the places are to last; none on a CPU.
+      The arrays between them, 10 MB a device, which are kept as long as the process lasts; none on a CPU.
     """
     kept = []
     for device in devices:

@@ -144,7 +144,7 @@ class Core:
         """Made when it is first asked for. While it compiles, XLA tries kernels out in memory that pages would take."""
         if self._begun is None:
             self._begun = self._begin()
-            self._places = small_places(self.model.devices)
+            small_places(tuple(self.model.devices))
         return self._begun
 
     @_state.setter
@@ -212,8 +212,6 @@ class Core:
         pace = self._source.begin() if self._source else None
         self._asked[number] = Asked(sequence, params, adapter, greedy, rule, pace)
         self._foresight.prepare([self._asked[number]])
-        if limit - len(drawn) > 1:  # compiled beside the program for the prompt
-            self.programs.expect("decode", 1, greedy=greedy)
         return number
 
     def cancel(self, number: int) -> None:
@@ -285,6 +283,9 @@ class Core:
         joined = {joining.row for joining in step.joining}
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
+        going = sum(sequence.limit - sequence.drawn > 1 for sequence in everyone)
+        if step.chunks and going:  # compiled beside the program for the prompts
+            self.programs.expect("decode", going, greedy=greedy)
         packed = pack(step, self.programs, self.settings, self._asked, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             packed.parts["pages"][: len(pages)] = pages

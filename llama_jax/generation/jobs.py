@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import GROUP
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import Sizes
-from llama_jax.errors import DoesNotFit, LateCompilation
+from llama_jax.errors import DoesNotFit, EngineFailed, LateCompilation
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.request import Requests
 from llama_jax.loading import load
@@ -114,7 +115,7 @@ class Jobs:
             options["draft"] = self._drafts[0]
         self._sizes = Sizes(self._models[0], options, settings)
         self._of: dict[int, _Job] = {}
-        self._peak = peak
+        self._peak, self._process = peak, os.getpid()
         self._engine = self._made(self._sizes(room))
 
     def make_ready(self, progress: Progress | None = None, *, ahead: bool = True) -> None:
@@ -147,7 +148,13 @@ class Jobs:
           DoesNotFit: it never will.
           RequestError: it has more stop ids or biases than there is room for.
           Overloaded: too many wait already.
+          EngineFailed: this process is a fork of the one that made the engine.
         """
+        if os.getpid() != self._process:  # jax's threads stayed there, and a step would never end
+            raise EngineFailed(
+                "an engine cannot be used in a forked process",
+                hint='start processes with multiprocessing.get_context("spawn"), and make the engine there',
+            )
         prompt, params = requests.prompts[index], requests.params[index]
         rows = requests.continuations[index]
         answer = Answer(self._tokenizer, prompt, params, rows[0].limit, self._models[0].eos_token_ids)
