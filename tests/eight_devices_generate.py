@@ -82,7 +82,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("case", "mesh"), [*FAST, *SLOW])
 def test_generate_equals_transformers(case: str, mesh: str) -> None:
     """Greedy tokens through `batch_generate` and its cache; logits; and each device holds its own part alone."""

@@ -89,6 +89,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_stream_and_batch_and_generate_agree(chat: Loaded, setting: str) -> None:
     model, tokenizer = chat
