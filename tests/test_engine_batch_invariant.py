@@ -143,6 +143,7 @@ def compare(
     return found
 
 
+@pytest.mark.slow
 def test_company_changes_no_bit() -> None:
     found = compare(model(64, 1), settings(), range(2), KINDS[:-1])  # without the program that scores prompts
     assert found.different == 0

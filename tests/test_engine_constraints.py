@@ -222,6 +222,7 @@ def test_nothing_is_compiled_for_constraints_after_ready() -> None:
     assert core.snapshot().late_compilations == 0
 
 
+@pytest.mark.slow
 def test_more_rows_than_one_call_gives_masks_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llama_jax.engine.compiled.RESTRICTED", 2)
     model = tiny_model()

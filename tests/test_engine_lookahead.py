@@ -196,6 +196,7 @@ def test_forced_tokens_save_steps(llm: LLM) -> None:
     assert llm.snapshot().steps - before <= 5
 
 
+@pytest.mark.slow
 def test_a_limit_and_stop_ids_within_forced_tokens(llm: LLM) -> None:
     whole = Grammar.regex("exactly this text")
     (short,) = llm.generate([[9]], SamplingParams(temperature=0.0, max_tokens=6, response_format=whole))

@@ -81,6 +81,7 @@ def test_a_warm_cache_changes_nothing() -> None:
     assert core.snapshot().counts.prefix_hit_tokens == 5 * 48
 
 
+@pytest.mark.slow
 def test_drafts_are_drawn_with_all_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """vllm#42744: min_p and logit_bias did not hold where drafts were tried."""
     monkeypatch.setattr(drafting, "Drafter", Guesses)

@@ -273,6 +273,7 @@ def test_logprobs_equal_forward(golden: Model, temperature: float) -> None:
                 assert value == pytest.approx(expected[token], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_logprobs_of_a_small_vocabulary() -> None:
     """There are at most as many of them as there are tokens."""
     model = tiny(vocab_size=7)
@@ -328,6 +329,7 @@ def test_stop_string_that_never_comes_changes_nothing(chat: Loaded) -> None:
     assert generate(*chat, "The", params, stop=[whole + "!", whole[-3:] + "~", "\0\0"]) == whole
 
 
+@pytest.mark.slow
 def test_stop_token_ids(golden: Model) -> None:
     (prompt,) = random_prompts(golden, [4])
     params = SamplingParams(seed=1, max_tokens=12, ignore_eos=True)
@@ -340,6 +342,7 @@ def test_stop_token_ids(golden: Model) -> None:
     assert (output.token_ids, output.finish_reason) == (tokens, "length")
 
 
+@pytest.mark.slow
 def test_end_of_text_ids_and_ignore_eos(golden: Model) -> None:
     """The config's and the generation config's ids end a text; ignore_eos turns off both, but not stop_token_ids."""
     (prompt,) = random_prompts(golden, [4])
@@ -362,6 +365,7 @@ def test_end_of_text_ids_and_ignore_eos(golden: Model) -> None:
         assert ids_of(again)[0] == cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_tokens", [1, 5, 12])
 def test_min_tokens(golden: Model, min_tokens: int) -> None:
     (prompt,) = random_prompts(golden, [4])
@@ -531,6 +535,7 @@ def test_public_functions_are_not_hidden_by_modules_of_the_same_name(code: str) 
 # Compilation.
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up(tmp_path: Path) -> None:
     """One pass over the buckets, then 50 prompts of random lengths: not one compilation."""
     model = tiny(512, vocab_size=41)  # a shape that no other test has compiled

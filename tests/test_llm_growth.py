@@ -131,6 +131,7 @@ def test_requests_that_come_while_others_run_and_an_early_end() -> None:
     assert llm.snapshot().counts.running + llm.snapshot().counts.waiting == 0
 
 
+@pytest.mark.slow
 def test_more_stop_ids_than_there_is_room_for() -> None:
     """They are refused at once: a step that failed of them would end everybody's requests."""
     llm = LLM(tiny_model(), rows=2, context=64)

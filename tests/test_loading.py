@@ -71,6 +71,7 @@ def test_dtypes_that_weights_cannot_have(folder: Path, dtype: str) -> None:
     assert caught.value.param == "dtype"
 
 
+@pytest.mark.slow
 def test_mesh_of_one_device(folder: Path) -> None:
     """Reserved for several devices; the parameters are replicated over it."""
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("x",))

@@ -484,6 +484,7 @@ def test_generation_gives_the_same_tokens(model: Model) -> None:
     np.testing.assert_allclose([x.logprob for x in first], [x.logprob for x in second], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_generate_and_stream(model: Model) -> None:
     prompt, fields = [1, 2, 3], {"max_tokens": 6, "ignore_eos": True}
     large = [x.token for x in stream_generate(model, None, prompt, **fields)]

@@ -85,6 +85,7 @@ def test_a_prompt_may_fill_the_context_to_be_scored() -> None:
         assert caught.value.param == "prompt"
 
 
+@pytest.mark.slow
 def test_scoring_compiles_no_decode_step(golden: Model) -> None:
     llm = lj.LLM(golden, context=64, rows=3)  # sizes that no other test has
     (output,) = llm.generate(prompts_of(golden, 4)[:1], max_tokens=0, prompt_logprobs=1)

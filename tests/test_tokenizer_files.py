@@ -162,6 +162,7 @@ def test_flags_beside_tokenizer_model(tmp_path: Path) -> None:
 # --- tokens that only one of model and tokenizer has
 
 
+@pytest.mark.slow
 def test_ids_that_only_the_model_has(tmp_path: Path) -> None:
     path = model_of(tmp_path, 964, config=NAMES)
     model, tokenizer = load(path, convert=False)
