@@ -29,7 +29,7 @@ from llama_jax.aot.model import ModelCompilation, compile_model
 from llama_jax.cli import cli
 from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
 from llama_jax.engine.ahead import EngineCompilation, compile_engine
-from llama_jax.engine.compiled import Key, program_set
+from llama_jax.engine.program_set import Key, program_set
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import CompilerUnavailable, DoesNotFit, RequestError
 from llama_jax.kernels.registry import OPERATIONS

@@ -15,8 +15,8 @@ from engines import Asked, run, small_settings
 from helpers import TINY, random_params, tiny_config
 
 from llama_jax.config import LayerSpec, LlamaConfig
-from llama_jax.engine.compiled import program_set
 from llama_jax.engine.core import Core, Drawn
+from llama_jax.engine.program_set import program_set
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import Sizes, settings_for
 from llama_jax.errors import RequestError

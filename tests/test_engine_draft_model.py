@@ -25,11 +25,11 @@ from llama_jax.cli import cli
 from llama_jax.config.presets import preset
 from llama_jax.engine import core as engine_core
 from llama_jax.engine import draft_programs
-from llama_jax.engine.compiled import program_set
 from llama_jax.engine.core import Core
 from llama_jax.engine.draft_model import PADDING, DraftModel, check_draft, cost_of
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, draft_control, follow_control
 from llama_jax.engine.drafting import Pace, Wanted
+from llama_jax.engine.program_set import program_set
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings, settings_for

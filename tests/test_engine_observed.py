@@ -34,10 +34,11 @@ from llama_jax.cli.progress import Reporter
 from llama_jax.config import preset
 from llama_jax.engine import meter as meters
 from llama_jax.engine import sizing
-from llama_jax.engine.compiled import Compiled, Key
+from llama_jax.engine.compiled import Compiled
 from llama_jax.engine.core import Core
 from llama_jax.engine.limits import Counts
 from llama_jax.engine.meter import Meter
+from llama_jax.engine.program_set import Key
 from llama_jax.engine.publishing import VARIABLE, Published, published
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.sizing import settings_for

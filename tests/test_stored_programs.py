@@ -15,8 +15,8 @@ from engines import run, small_settings, some_requests, tiny_model, tokens
 
 from llama_jax import plugins, runtime
 from llama_jax.aot import stored
-from llama_jax.engine.compiled import Key
 from llama_jax.engine.core import Core
+from llama_jax.engine.program_set import Key
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.model.loaded import Model
 

@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 from llama_jax.aot import Compilation, compile_for, device_mesh
 from llama_jax.aot.programs import Program, fused_parameters
 from llama_jax.config import LlamaConfig
-from llama_jax.engine.compiled import THREADS, Key, program, program_set
+from llama_jax.engine.compiled import THREADS
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, draft_program, new_cache
+from llama_jax.engine.program_set import Key, program, program_set
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import settings_for
 from llama_jax.engine.state import new_state, shapes_of

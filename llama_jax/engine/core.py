@@ -20,7 +20,7 @@ import numpy as np
 from llama_jax.decode.graphs import small_places
 from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
-from llama_jax.engine.compiled import Compiled, Key, Programs, compiled_before
+from llama_jax.engine.compiled import Compiled, Programs, compiled_before
 from llama_jax.engine.draft_model import DraftModel, check_room, cost_of
 from llama_jax.engine.draft_programs import DraftParts
 from llama_jax.engine.drafting import NGrams, Source
@@ -29,6 +29,7 @@ from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.meter import Meter
 from llama_jax.engine.packing import pack
+from llama_jax.engine.program_set import Key
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence

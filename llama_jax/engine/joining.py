@@ -14,8 +14,8 @@ import numpy as np
 
 from llama_jax.cache import NO_PAGE
 from llama_jax.decode.prefill import NO_ROW
-from llama_jax.engine.compiled import MARKED, without_vocabulary
 from llama_jax.engine.drafting import Pace
+from llama_jax.engine.program_set import MARKED, without_vocabulary
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings

@@ -14,8 +14,8 @@ from helpers import random_params
 from amd.harness import compile_on
 from amd.test_amd_model import MODELS, TOLERANCE, assert_launched, error, named
 from llama_jax.engine import programs
-from llama_jax.engine.compiled import Key, profile_of
 from llama_jax.engine.core import Core
+from llama_jax.engine.program_set import Key, profile_of
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.kernels.attention import decode_attention, flash_attention
 from llama_jax.kernels.dispatch import using

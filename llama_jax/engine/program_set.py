@@ -1,0 +1,165 @@
+"""The set of an engine's programs: which there are, and each as a function of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.aot.programs import Program
+from llama_jax.config import LlamaConfig
+from llama_jax.decode.graphs import graph_options
+from llama_jax.decode.loop import DecodeState
+from llama_jax.engine import programs
+from llama_jax.engine.draft_programs import DRAFT, FOLLOW, piece
+from llama_jax.engine.flat import flat_size, unflat
+from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
+from llama_jax.kernels.attention import batch_invariant
+from llama_jax.params import Params
+from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState, token_mask
+from llama_jax.sharding import in_use
+
+MARKED = 1024
+"""Tokens that one call of `join` marks, at most."""
+
+RESTRICTED = 32
+"""Rows that one call of `restrict` gives masks to, at most."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One program of the set.
+
+    Attributes:
+      name: "decode", "verify", "mixed", "scored", "join", "restrict" or "scrub"; of a draft model "draft" or "follow".
+      size: rows of "decode", "verify" and "draft", tokens of "mixed", "scored" and "follow"; else 0.
+      greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
+    """
+
+    name: str
+    size: int = 0
+    greedy: bool = False
+
+    def __str__(self) -> str:
+        size = (
+            f" of {self.size} {'rows' if self.name in ('decode', 'verify', DRAFT) else 'tokens'}" if self.size else ""
+        )
+        return f"{self.name}{size}{', greedy' if self.greedy else ''}"
+
+
+def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
+    """Every program of an engine.
+
+    Args:
+      greedy: whether there are programs for greedy requests alone (`EngineSettings.greedy`). A batch-invariant engine
+        has none: which of the two runs would depend on the company.
+    """
+    keys = [Key("join"), Key("restrict"), Key("scrub"), Key("scored", settings.budget)]
+    keys += [Key(DRAFT, settings.draft_rows), Key(FOLLOW, piece(settings))] if settings.draft_context else []
+    for only in (False, True) if greedy and not settings.batch_invariant else (False,):
+        keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
+        keys += [Key("decode", rows, only) for rows in settings.decode_rows]
+        keys += [Key("verify", settings.draft_rows, only)] if settings.drafts else []
+    return keys
+
+
+def program(
+    key: Key, config: LlamaConfig, settings: EngineSettings, params: Params, state: DecodeState, adapters: Params | None
+) -> Program:
+    """A program of the set. Call this, and lower it, where it is to be traced: inside of `sharding.on(mesh)`.
+
+    Args:
+      config: as the model computes (`Model.config`).
+      params, state, adapters: arrays or their shapes, with shardings; those of the state are the result's too.
+    """
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    function: Callable[..., Any]
+    where = jax.tree.map(lambda x: x.sharding, state)
+    if key.name in ("join", "restrict", "scrub"):
+        shardings = {"out_shardings": where} if in_use() else {}
+        args: tuple[Any, ...]
+        if key.name == "join":
+            like = jax.ShapeDtypeStruct((settings.rows,), jnp.bool), _joining(settings, state)
+            function, args = partial(_join, like=like), (state, ints(flat_size(like)))
+        elif key.name == "restrict":
+            n, words = restricted(settings), token_mask.all_allowed(config.vocab_size).shape
+            function, args = restrict, (state, ints(n), jax.ShapeDtypeStruct((n, *words), jnp.uint32))
+        else:
+            function, args = scrub, (state, ints(settings.pages_per_row))
+        return Program(str(key), jax.jit(function, donate_argnums=0, **shardings), args, {})
+    traced = batch_invariant(settings.batch_invariant)
+    static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
+    if key.name == "decode":
+        control = programs.decode_control(key.size)
+        function = partial(traced(programs.decode), **static, rows=key.size, stride=settings.steps)
+        options = graph_options() if settings.steps > 1 else {}
+    elif key.name == "verify":
+        control = programs.verify_control(key.size, settings.drafts)
+        function = partial(traced(programs.verify), **static, rows=key.size, drafts=settings.drafts)
+        options = {}
+    else:
+        control = programs.mixed_control(key.size, settings.rows)
+        static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
+        function, options = partial(traced(programs.mixed), **static), {}
+    told = [None] * (2 if key.name in ("decode", "verify") else 3)
+    shardings = {"out_shardings": (where, *told)} if in_use() else {}
+    jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
+    masks = [masks_of(key, settings, config)] if key.name == "verify" else []
+    return Program(str(key), jitted, (params, state, ints(control.size), adapters, *masks), {})
+
+
+def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.ShapeDtypeStruct:
+    """The masks that a program `verify` takes: of each row and place."""
+    words = token_mask.all_allowed(config.vocab_size).shape
+    return jax.ShapeDtypeStruct((key.size, 1 + settings.drafts, *words), jnp.uint32)
+
+
+def _join(state: DecodeState, given: jax.Array, *, like: Any) -> DecodeState:
+    """`join` with its other arguments as one array."""
+    return join(state, *unflat(given, like))
+
+
+def restricted(settings: EngineSettings) -> int:
+    """Rows of one call of `restrict`."""
+    return min(RESTRICTED, settings.rows)
+
+
+def _joining(settings: EngineSettings, state: DecodeState) -> Joining:
+    """Shapes of what `join` takes."""
+    n = settings.chunk_rows
+
+    def like(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype)
+
+    numbers = jax.ShapeDtypeStruct((n,), jnp.int32)
+    pages = jax.ShapeDtypeStruct((n, settings.pages_per_row), jnp.int32)
+    marks = jax.ShapeDtypeStruct((MARKED,), jnp.int32)
+    return Joining(
+        rows=numbers,
+        pages=pages,
+        shared=numbers,
+        length=numbers,
+        limit=numbers,
+        rope_lengths=numbers,
+        adapter_ids=numbers,
+        sampler=jax.tree.map(like, without_vocabulary(state.sampler)),
+        marked=Marked(marks, marks, jax.ShapeDtypeStruct((MARKED,), jnp.bool)),
+    )
+
+
+def without_vocabulary(sampler: SamplerState) -> SamplerState:
+    """A sampler's state as rows join with it: see `Joining.sampler`."""
+    return replace(sampler, in_prompt=None, seen=None)
+
+
+def profile_of(key: Key) -> SamplerProfile:
+    """The profile of the program's sampler."""
+    return GREEDY if key.greedy else FULL
