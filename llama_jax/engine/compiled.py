@@ -253,7 +253,7 @@ def compiled_before(
     with on(model.mesh), using(**model.kernels):
         context = trace_context()
     leaves, structure = jax.tree.flatten((model.params, adapters, draft and draft.params))
-    arrays = tuple((x.shape, x.dtype, x.sharding) for x in leaves)
+    arrays = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
     of_draft = draft and (draft.config, tuple(sorted(draft.kernels.items())))
     return _compiled_for((model.config, shapes_alone(settings), model.mesh, structure, arrays, context, of_draft))
 
