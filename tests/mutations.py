@@ -642,6 +642,13 @@ SAMPLER: tuple[Mutation, ...] = (
         ("tests/test_engine.py::test_sizes_change_nothing[{'steps': 4}]",),
     ),
     Mutation(
+        "a row's only token is in no block",
+        "kernels/attention/packed.py",
+        "blocks(row, of, size, most, least=1)",
+        "blocks(row, of, size, most, least=2)",
+        ("tests/test_llm.py::test_outputs_in_the_order_of_the_prompts",),
+    ),
+    Mutation(
         "a fork copies no partial page",
         "llama_jax/cache/paged.py",
         "to = jnp.where(partial & booked, new, self.pages)",
