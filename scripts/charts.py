@@ -1,4 +1,4 @@
-"""Charts of what the engine was measured at, drawn from docs/measured: docs/charts/engine-*.svg.
+"""Charts of the engine's measurements, drawn from docs/measured: docs/charts/engine-*.svg.
 
     uv run --group docs python scripts/charts.py
     uv run --group docs python scripts/charts.py --check
@@ -67,7 +67,7 @@ def throughput() -> None:
 
 
 def chat() -> None:
-    """What callers wait for at several rates of arrivals."""
+    """Time to the first token, and between tokens, at several arrival rates."""
     runs = [measured(f"chat-{rate}") for rate in RATES]
     figure, (first, between) = plt.subplots(1, 2, figsize=(6.4, 2.5))
     _pairs(first, runs, "ttft", ("p50", "p99"), "first token, ms")

@@ -187,7 +187,7 @@ def packed_attention(
         return jax.lax.map(one, (token, jnp.arange(rows, dtype=jnp.int32) if row is None else row))
 
     def backend_of(op: Operation, queries: int) -> Backend | None:
-        """What computes pieces of that many queries; None for the reference."""
+        """The backend for pieces of N queries; None for the reference."""
         some, alone = jax.ShapeDtypeStruct((1, queries, *q.shape[2:]), q.dtype), replace(places, rows=None)
         name = choose(op, current(), backend, some, kv, alone, rule, sinks=sinks).backend
         return None if name == REFERENCE else op.all_backends()[name]

@@ -83,7 +83,7 @@ def _path(
         *(f"{device.id} {device.device_kind}" for device in devices),
         *(f"{name}={os.environ.get(name, '')}" for name in _ENVIRONMENT),
         *(f"{name}={jax.config.values[name]}" for name in sorted(jax.config.values) if _matters(name)),
-        *_context(),
+        *tracing_context(),
         *(f"{plugin.origin} {plugin.value!r}" for plugin in plugins.load(plugins.TARGETS)),
         _package(),
         _user_table(),
@@ -121,14 +121,14 @@ def _warn(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def _context() -> list[str]:
-    """The settings above as this thread has them, and what else jax traces by, but for the names of mapped axes, of
-    which there are none here. What jax's modules add when they are imported late, while a program is traced perhaps,
-    comes last and is off."""
+def tracing_context() -> tuple[str, ...]:
+    """jax's settings as this thread has them, and what else it traces by, but for the names of mapped axes, of which
+    there are none here. What jax's modules add when they are imported late, while a program is traced perhaps, comes
+    last and is off."""
     values = [repr(value) for value in config.trace_context() if not isinstance(value, AxisEnv)]
     while values and values[-1] in ("None", "False", "()"):
         values.pop()
-    return values
+    return tuple(values)
 
 
 def _matters(name: str) -> bool:

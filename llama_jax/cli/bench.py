@@ -18,6 +18,7 @@ from llama_jax.cli.options import (
     json_option,
     load_options,
     model_option,
+    page_sizes,
     quiet_option,
     requested_mesh,
 )
@@ -52,7 +53,7 @@ SHOWN_SHARE = 0.01
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
 @click.option(
     "--page-size",
-    type=click.Choice((16, 32, 64, 128, 256)),
+    type=page_sizes,
     help="Keep keys and values in pages of that many tokens. [default: not in pages]",
 )
 @load_options

@@ -109,9 +109,10 @@ convert_option: Decorator = click.option(
     default=True,
     help="Keep a converted copy of the model in the cache, or read its files as they are each time. [default: convert]",
 )
+page_sizes = click.Choice((16, 32, 64, 128, 256))
 page_size_option: Decorator = click.option(
     "--page-size",
-    type=click.Choice((16, 32, 64, 128, 256)),
+    type=page_sizes,
     default=64,
     show_default=True,
     help="Tokens of a page of the cache.",

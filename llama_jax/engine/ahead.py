@@ -16,7 +16,7 @@ from llama_jax.aot.programs import Program, fused_parameters
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.compiled import THREADS
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, draft_program, new_cache
-from llama_jax.engine.program_set import Key, program, program_set
+from llama_jax.engine.program_set import START, Key, program, program_set
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import settings_for
 from llama_jax.engine.state import new_state, shapes_of
@@ -28,8 +28,8 @@ from llama_jax.plan.memory import DeviceShare
 from llama_jax.sharding import ruled
 from llama_jax.targets import Target, abstract_device
 
-START, DRAFT_START = "start", "draft start"
-"""The programs that make the state and the draft model's cache, which `Core` runs once."""
+DRAFT_START = "draft start"
+"""Name of the program that makes the draft model's cache, which `Core` runs once."""
 
 
 @dataclass(frozen=True)

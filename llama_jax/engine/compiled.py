@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.config import trace_context
 
-from llama_jax.aot.stored import compile_stored
+from llama_jax.aot.stored import compile_stored, tracing_context
 from llama_jax.cache import PagedCache
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
@@ -118,8 +117,10 @@ class Programs:
 
     def expect(self, name: str, least: int, *, greedy: bool) -> None:
         """Begins to compile the program that `choose` gives, in a thread, unless it has been."""
+        if self._ready:
+            return
         key = self.choose(name, least, greedy=greedy)
-        if key not in self._compiled and key not in self._coming and not self._ready:
+        if key not in self._compiled and key not in self._coming:
             self._coming[key] = _in_background().submit(self._compile, key)
 
     @property
@@ -193,8 +194,7 @@ class Programs:
     def draft(self, name: str, cache: PagedCache, control: np.ndarray) -> Any:
         """See `draft_programs.draft` and `draft_programs.follow`."""
         assert self._draft is not None
-        (key,) = (key for key in self.keys if key.name == name)
-        return self._get(key)(self._draft.model.params, cache, control)
+        return self._get(self.choose(name, 0, greedy=False))(self._draft.model.params, cache, control)
 
     def masks(self, key: Key) -> jax.ShapeDtypeStruct:
         """Of a program `verify`: see there."""
@@ -251,7 +251,7 @@ def compiled_before(
 ) -> dict[Key, Any]:
     """Programs that engines of the same shapes have compiled in this process, and where to put more of them."""
     with on(model.mesh), using(**model.kernels):
-        context = trace_context()
+        context = tracing_context()
     leaves, structure = jax.tree.flatten((model.params, adapters, draft and draft.params))
     arrays = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
     of_draft = draft and (draft.config, tuple(sorted(draft.kernels.items())))

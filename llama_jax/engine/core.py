@@ -29,7 +29,7 @@ from llama_jax.engine.joining import Asked, joinings
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.meter import Meter
 from llama_jax.engine.packing import pack
-from llama_jax.engine.program_set import Key
+from llama_jax.engine.program_set import START, Key
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.sequence import Sequence
@@ -123,7 +123,7 @@ class Core:
                 prefix_cache=settings.prefix_cache,
             )
         )
-        compiled, start = compiled_before(model, settings, adapters, draft), Key("start")
+        compiled, start = compiled_before(model, settings, adapters, draft), Key(START)
         if start not in compiled:
             with on(model.mesh), using(**model.kernels):
                 begin = jax.jit(new_state, static_argnums=(0, 1, 2))
@@ -284,9 +284,8 @@ class Core:
         joined = {joining.row for joining in step.joining}
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
-        going = sum(sequence.limit - sequence.drawn > 1 for sequence in everyone)
-        if step.chunks and going:  # compiled beside the program for the prompts
-            self.programs.expect("decode", going, greedy=greedy)
+        if step.chunks and (going := sum(sequence.limit - sequence.drawn > 1 for sequence in everyone)):
+            self.programs.expect("decode", going, greedy=greedy)  # compiled beside the program for the prompts
         packed = pack(step, self.programs, self.settings, self._asked, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             packed.parts["pages"][: len(pages)] = pages

@@ -72,7 +72,7 @@ def check_room(settings: EngineSettings, draft: Model | None) -> None:
 
 
 def cost_of(draft: Model, model: Model) -> float:
-    """What a token of a draft costs, in steps of the model: by the weights that each reads for a step of few tokens."""
+    """Cost of a drafted token, in steps of the model: the ratio of the bytes that each reads for a few tokens."""
     each = (read_bytes(one.config, one.dtype.itemsize, 1, one.mesh) for one in (draft, model))
     return next(each) / next(each)
 

@@ -115,7 +115,7 @@ def _arrays(
 def _sampler(
     params: ListOf[SamplingParams], vocab: int, eos_token_ids: tuple[int, ...], stop_ids: int, biases: int
 ) -> SamplerState:
-    """What rows join with; numpy arrays."""
+    """Sampler state of rows that join, as numpy arrays."""
     made = make_sampler(
         params, [()] * len(params), vocab, eos_token_ids, profile=FULL, stop_width=stop_ids, bias_width=biases
     )

@@ -24,6 +24,9 @@ from llama_jax.params import Params
 from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState, token_mask
 from llama_jax.sharding import in_use
 
+START = "start"
+"""Name of the program that makes the state, which `Core` runs once; it is not of the set."""
+
 MARKED = 1024
 """Tokens that one call of `join` marks, at most."""
 

@@ -38,7 +38,7 @@ STEPS = 8
 of Llama-3.1-8B takes an H200 6.45 ms so; with a dispatch for each, 7.0."""
 DRAFT_ROWS = 8
 DRAFT_SHARE = 8
-"""The cache of a draft model takes one part in so many of the memory for both caches, at most."""
+"""A draft model's cache takes at most 1/N of the memory for both caches; this is N."""
 
 
 @dataclass(frozen=True)

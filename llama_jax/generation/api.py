@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llama_jax.cache import DEFAULT_PAGE_SIZE
-from llama_jax.engine.replicas import replicas
 from llama_jax.engine.settings import BIASES, STOP_IDS
 from llama_jax.engine.sizing import rows_for
 from llama_jax.generation.jobs import FORESEEN
@@ -15,7 +14,8 @@ from llama_jax.generation.outputs import RequestOutput, StreamOutput
 from llama_jax.generation.request import Prompt, Requests, check_prompts, check_stream, prepare, sampling
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling import SamplingParams, widths
+from llama_jax.sharding import ruled
 from llama_jax.text.tokenizer import Tokenizer
 
 
@@ -112,7 +112,8 @@ def batch_generate(
 
 def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int) -> LLM:
     """An engine for these requests. It runs the programs of earlier calls whose sizes are about the same."""
-    rows = rows_for(model, -(-len(requests.rows) // len(replicas(model))))
+    rows = rows_for(model, -(-len(requests.rows) // ruled(model.mesh).ways("batch")))
+    stop_ids, biases = widths(requests.params, model.eos_token_ids)
     return LLM(
         model,
         tokenizer,
@@ -123,11 +124,6 @@ def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_siz
         page_size=page_size,
         prefix_cache=False,
         greedy=all(row.greedy for row in requests.rows) or None,
-        stop_ids=max(STOP_IDS, _size(*(len(p.ending_ids(model.eos_token_ids)) for p in requests.params))),
-        biases=max(BIASES, _size(*(len(p.logit_bias) for p in requests.params))),
+        stop_ids=max(STOP_IDS, stop_ids),
+        biases=max(BIASES, biases),
     )
-
-
-def _size(*least: int) -> int:
-    """The largest, or the next power of two."""
-    return 1 << max(max(least) - 1, 0).bit_length()

@@ -31,7 +31,8 @@ def time_static(
       page_size: tokens of a page; None for a dense cache.
 
     Returns:
-      Seconds to the first tokens, and from there to the last ones. Programs that are missing are compiled in the first.
+      Seconds to the first tokens, and from there to the last ones. Of the programs that are missing, the decode step is
+      compiled in neither.
     """
     padded, longest = buckets.prompt_bucket(max(map(len, prompts))), max(new)
     capacity, *larger = buckets.capacities(padded, longest)

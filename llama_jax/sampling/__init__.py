@@ -22,6 +22,7 @@ from llama_jax.sampling.state import (
     check_widths,
     make_sampler,
     sampler_axes,
+    widths,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "sample",
     "sampler_axes",
     "token_logprobs",
+    "widths",
 ]

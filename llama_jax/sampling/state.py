@@ -167,6 +167,14 @@ def check_widths(params: SamplingParams, eos_token_ids: Sequence[int], *, stop_w
     _width([params.logit_bias], bias_width, "logit_bias")
 
 
+def widths(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> tuple[int, int]:
+    """Room that these requests need for stop ids, and for biases: what `make_sampler` gives them by itself."""
+    return (
+        _width([p.ending_ids(eos_token_ids) for p in params], None, "stop_token_ids"),
+        _width([p.logit_bias for p in params], None, "logit_bias"),
+    )
+
+
 def _full_fields(
     params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int, bias_width: int | None
 ) -> Mapping[str, np.ndarray]:
