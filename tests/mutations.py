@@ -644,8 +644,8 @@ SAMPLER: tuple[Mutation, ...] = (
     Mutation(
         "a row's only token is in no block",
         "kernels/attention/packed.py",
-        "blocks(row, of, size, most, least=1)",
-        "blocks(row, of, size, most, least=2)",
+        "least=1 if alike else 2",
+        "least=2",
         ("tests/test_llm.py::test_outputs_in_the_order_of_the_prompts",),
     ),
     Mutation(

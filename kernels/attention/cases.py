@@ -58,9 +58,9 @@ def arguments(
     }
 
 
-def flash_shape(q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> str:
+def flash_shape(q: jax.Array, kv: KeysValues, places: Places, *args: Any, **kwargs: Any) -> str:
     """For example "d128 long", "d64 short paged"."""
-    length = "long" if q.shape[1] >= LONG else "short"
+    length = "long" if places.q_positions.shape[1] >= LONG else "short"
     return f"d{q.shape[3]} {length}{'' if kv.page_table is None else ' paged'}"
 
 

@@ -42,11 +42,11 @@ def forward(
     """Attention, and with `with_lse` the log-sum-exp of each query's logits (sink included), as powers of two.
 
     Returns:
-      [batch, q_len, q_heads, head_dim] in q's dtype; float32 [batch, q_heads, q_len] or None. Queries that are padding
-      or see nothing: zeros, and `NOTHING_SEEN`.
+      q's shape and dtype; float32 [batch, q_heads, q_len] or None. Queries that are padding or see nothing: zeros, and
+      `NOTHING_SEEN`.
     """
     tiles = rule.tiles
-    batch, q_len, q_heads, head_dim = q.shape
+    (batch, q_len), (q_heads, head_dim) = places.q_positions.shape, q.shape[2:]
     kv_heads, page_size = kv.k.shape[1], kv.k.shape[2]
     kv_len = places.kv_positions.shape[1]
     group = q_heads // kv_heads
@@ -78,7 +78,11 @@ def forward(
         query = block * queries + nth
         valid = (nth < queries) & (query < q_len)
         query_rows = load_queries(at, row, query, valid, rule)
-        q_tile = load_tile(q_ref, (row, query, head), width, valid)
+        of_row, place, there = row, query, valid
+        if at.q_index is not None:
+            of_row, place = 0, load_row(at.q_index, (row, query), valid, q.shape[1])
+            there = place < q.shape[1]
+        q_tile = load_tile(q_ref, (of_row, place, head), width, there)
 
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
@@ -109,7 +113,7 @@ def forward(
         # What padding saw in blocks without a mask, and what the others made of blocks where they see nothing, is void.
         seen = (peak > MASKED / 2) & (query_rows.last >= 0)
         out = jnp.where(seen[:, None], acc * (1.0 / total)[:, None], 0.0)
-        store_tile(out_ref, (row, query, head), out, valid)
+        store_tile(out_ref, (of_row, place, head), out, there)
         if lse_ref is not None:
             lse = jnp.where(seen, peak * rule.factor + jnp.log2(total), NOTHING_SEEN)
             plgpu.store(lse_ref.at[row, head, query], lse, mask=valid)
