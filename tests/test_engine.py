@@ -166,8 +166,11 @@ def test_logits_that_are_no_numbers_end_their_row_alone() -> None:
     asked = [a for a in some_requests(model, 12, seed=3) if 39 not in a[0]]
     shared = asked[1][0]
     bad = ([*shared, 39, 4], SamplingParams(temperature=0.8, seed=1, max_tokens=5))
+    without_a_token = 0
     for _ in range(2):
         *news, failed = run(core, [*asked, bad])
+        without_a_token += sum(each[-1].ending == "failed" for each in (*news, failed))
+        assert core.snapshot().failed == without_a_token
         assert failed[-1].ending == "failed"
         assert tokens(failed) == ()
         for request, ours in zip(asked, news, strict=True):
