@@ -585,8 +585,17 @@ def test_engines_that_are_refused() -> None:
 
 @pytest.mark.amd
 def test_engines_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command with an engine of which only the first program is compiled."""
+    """The command with an engine of which only the first program is compiled, once."""
     monkeypatch.setattr("llama_jax.engine.ahead.program_set", lambda settings, greedy: [Key("join")])
+    kept: list[tuple[Any, EngineCompilation]] = []
+
+    def compiled(*args: Any, progress: Callable[[str], None], **options: Any) -> EngineCompilation:
+        if not kept:
+            kept.append(((args, options), compile_engine(*args, progress=progress, **options)))
+        assert kept[0][0] == (args, options)
+        return kept[0][1]
+
+    monkeypatch.setattr("llama_jax.engine.ahead.compile_engine", compiled)
     asked = ["compile", str(folder), "--target", "mi300x", "--engine", "--batch", "16", "--context", "128"]
     done = CliRunner().invoke(cli, [*asked, "--memory-fraction", "0.5"])
     assert done.exit_code == 0, done.output
@@ -599,7 +608,7 @@ def test_engines_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "join",
     ]
     assert re.search(r"\] join, \d+\.\d s\n", done.stderr)
-    done = CliRunner().invoke(cli, [*asked, "--json"])
+    done = CliRunner().invoke(cli, [*asked, "--memory-fraction", "0.5", "--json"])
     report = json.loads(done.stdout)
     assert (report["settings"]["pages"], report["fits"], set(report["programs"])) == (32, True, {"start", "join"})
     join = report["programs"]["join"]
@@ -608,6 +617,10 @@ def test_engines_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["peak_bytes"] >= report["weights_bytes"] + join["memory"]["arguments"]
     done = CliRunner().invoke(cli, [*asked, "--prompt", "5"])
     assert (done.exit_code, "leave out --prompt" in done.stderr) == (2, True)
+    monkeypatch.setattr(EngineCompilation, "verdict", Verdict({"loading": 5, "join": 90}, 0.75, 80))
+    done = CliRunner().invoke(cli, [*asked, "--memory-fraction", "0.5", "-q"])
+    assert (done.exit_code, done.stderr) == (6, "")
+    assert "DOES NOT FIT: 90 B of the 80 B that jax may use" in done.stdout
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -629,14 +642,15 @@ def test_find_config(tiny: LlamaConfig, folder: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, on_one: ModelCompilation, on_eight: ModelCompilation) -> list[Any]:
+def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[Any]:
     """What the command asks to be compiled; it gets what has been compiled already."""
     calls: list[Any] = []
 
     def compiled(config: LlamaConfig, target: Target, mesh_shape: dict[str, int], **options: Any) -> ModelCompilation:
         options.pop("progress")("compiling something")
         calls.append((config, target.name, mesh_shape, options))
-        return on_eight if mesh_shape else on_one
+        made: ModelCompilation = request.getfixturevalue("on_eight" if mesh_shape else "on_one")
+        return made
 
     monkeypatch.setattr("llama_jax.aot.model.compile_model", compiled)
     return calls
@@ -676,6 +690,7 @@ def test_command_as_json(folder: Path, asked: list[Any], mesh: list[str]) -> Non
     assert text.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.amd
 def test_command_says_what_does_not_fit(folder: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     verdict = Verdict({"loading": 5, "prefill": 90, "growing": 0, "decode": 9}, 0.75, 80)
