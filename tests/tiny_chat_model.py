@@ -23,6 +23,7 @@ def write_chat_model(
     metadata = json.loads(METADATA.read_text())
     hf = LLAMA | {
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "num_hidden_layers": 1,
         "max_position_embeddings": context,
         "bos_token_id": 1,
         "eos_token_id": 2,
