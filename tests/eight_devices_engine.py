@@ -40,7 +40,7 @@ def test_a_split_model_draws_the_same(case: str) -> None:
         golden = load_golden(case)
         config, params = golden.config, golden.params
     single = Model(params, config, name=case)
-    core = Core(on_mesh(params, config, tensor=2), small_settings(pages=12))
+    core = Core(on_mesh(params, config, tensor=2), small_settings(pages=12, mixed_tokens=(24,)))
     asked = some_requests(single, 8)
     for request, news in zip(asked, run(core, asked), strict=True):
         assert tokens(news) == alone(single, request).tokens

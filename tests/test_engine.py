@@ -96,7 +96,7 @@ def test_sizes_change_nothing(changes: dict[str, Any]) -> None:
 def test_preempted_rows_go_on_as_if_nothing_had_been() -> None:
     """Three rows that need nine pages, of which there are six; penalties know of tokens drawn before."""
     model = tiny_model()
-    core = Core(model, small_settings(pages=6))
+    core = Core(model, small_settings(pages=6, mixed_tokens=(24,)))
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0, "presence_penalty": 0.7, "repetition_penalty": 1.2},
