@@ -40,7 +40,7 @@ def test_a_split_model_draws_the_same(case: str) -> None:
         golden = load_golden(case)
         config, params = golden.config, golden.params
     single = Model(params, config, name=case)
-    core = Core(on_mesh(params, config, tensor=2), small_settings(pages=12, mixed_tokens=(24,)))
+    core = Core(on_mesh(params, config, tensor=2), small_settings(pages=12))
     asked = some_requests(single, 8)
     for request, news in zip(asked, run(core, asked), strict=True):
         assert tokens(news) == alone(single, request).tokens
@@ -130,7 +130,7 @@ def test_replicas_draw_the_same(sizes: dict[str, int]) -> None:
         assert {s.data.unsafe_buffer_pointer() for s in own.addressable_shards} <= {
             s.data.unsafe_buffer_pointer() for s in leaf.addressable_shards
         }
-    llm = LLM(model, settings=small_settings(pages=12, decode_rows=(3,), mixed_tokens=(24,)))
+    llm = LLM(model, settings=small_settings(pages=12))
     asked = some_requests(single, 12)
     outputs = llm.generate([prompt for prompt, _ in asked], [p for _, p in asked])
     for request, output in zip(asked, outputs, strict=True):

@@ -108,7 +108,7 @@ def test_tokens_are_those_of_a_loop_without_engine(changes: dict[str, int]) -> N
 @pytest.mark.slow
 def test_preempted_rows_keep_their_constraints() -> None:
     model = tiny_model()
-    core = Core(model, small_settings(pages=6, mixed_tokens=(24,)))
+    core = Core(model, small_settings(pages=6))
     asked = [
         ([3 + i, 4, 5 + i], SamplingParams(seed=i, temperature=i % 2, max_tokens=40, ignore_eos=True)) for i in range(5)
     ]

@@ -43,10 +43,10 @@ class Forking(Listed):
         return self._forced(self.text)
 
 
-def tiny_core(**changes: Any) -> Core:
+def tiny_core(**changes: int | float) -> Core:
     return Core(
         tiny_model(),
-        small_settings(drafts=7, draft_rows=2, rows=2, decode_rows=(2,), steps=4, mixed_tokens=(24,), **changes),
+        small_settings(drafts=7, draft_rows=2, rows=2, decode_rows=(2,), steps=4, **changes),
     )
 
 
