@@ -421,7 +421,7 @@ def test_sampling_sends_candidates_only() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat") / "tiny")
+    return write_chat_model(tmp_path_factory.mktemp("chat") / "tiny", layers=2)
 
 
 def test_load_and_generate(folder: Path) -> None:

@@ -168,7 +168,7 @@ def test_rules_that_collide() -> None:
 
 def test_load_with_rules(tmp_path: Path) -> None:
     """Given once: parameters, notes, generation and the prompt's log-probabilities follow them."""
-    folder = write_chat_model(tmp_path / "tiny")
+    folder = write_chat_model(tmp_path / "tiny", layers=2)
     plain, tokenizer = load(folder)
     want = generate(plain, tokenizer, "The quick", max_tokens=6, logprobs=2)
     said: list[str] = []

@@ -536,7 +536,7 @@ def test_bench_says_what_ran(tmp_path: Path) -> None:
 
     from llama_jax.convert import convert
 
-    model = convert(write_chat_model(tmp_path / "hf"), tmp_path / "tiny")
+    model = convert(write_chat_model(tmp_path / "hf", layers=2), tmp_path / "tiny")
     args = ["bench", "-m", str(model), "--batch", "1", "--prompt", "16", "--new", "2", "--repeats", "1", "--json"]
     env = os.environ | {"LLAMA_JAX_CACHE": str(tmp_path)}
     # In a process of its own, since a report is of all that was traced. Ceilings of the usual size take half a minute.
