@@ -114,7 +114,7 @@ def _not_sampled(items: list[pytest.Item]) -> dict[pytest.Item, None]:
     return left_out
 
 
-MEMORY_MAPS = 45_000
+MEMORY_MAPS = 36_000
 """Past this many memory maps jax forgets its compiled programs: every program for a CPU holds some, and XLA aborts the
 process where the kernel refuses one more (`vm.max_map_count`, 65,530 by default)."""
 
