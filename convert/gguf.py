@@ -27,7 +27,7 @@ class GgufModel:
       UnsupportedModel: an architecture, key or tensor type that is not supported; names it.
     """
 
-    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
+    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = True):
         self._file = GgufParts(path)
         self.path = path = self._file.path
         with closed_on_error(self.close):

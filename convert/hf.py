@@ -37,7 +37,7 @@ class HuggingFaceFolder:
       UnsupportedModel: config.json or a dtype asks for something that is not supported, a way of quantising among it.
     """
 
-    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
+    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = True):
         self.path = path
         shards = weight_shards(path)
         hf = read_json(inside(path, CONFIG), hint=CORRECT)

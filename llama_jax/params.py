@@ -103,7 +103,7 @@ def param_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
     if not config.schemes:
         return canonical_specs(config)
     schemes = _schemes(config)
-    return tuple(member for spec in canonical_specs(config) for member in _members(spec, schemes))
+    return tuple(member for spec in canonical_specs(config) for member in stored_as(spec, schemes))
 
 
 def canonical_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
@@ -126,8 +126,12 @@ def _scheme(spec: ParamSpec, schemes: Mapping[str, str]) -> Scheme | None:
     return scheme_named(schemes[spec.leaf]) if spec.leaf in schemes and spec.path[-1] == "weight" else None
 
 
-def _members(spec: ParamSpec, schemes: Mapping[str, str]) -> Iterator[ParamSpec]:
-    """What a leaf of the canonical table is stored as."""
+def stored_as(spec: ParamSpec, schemes: Mapping[str, str]) -> Iterator[ParamSpec]:
+    """What a row of the canonical table is stored as: the members of its scheme, or itself.
+
+    Args:
+      schemes: of leaves that have one, as in `LlamaConfig.schemes`.
+    """
     scheme = _scheme(spec, schemes)
     if scheme is None:
         yield spec
