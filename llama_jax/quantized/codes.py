@@ -20,14 +20,8 @@ HALF = 8
 """What is taken from an unsigned code of four bits to store it."""
 
 
-def pack(codes: jax.Array) -> jax.Array:
-    """Codes int8 [..., n], each from -8 to 7, as uint8 [..., n / 2]."""
-    nibbles = jax.lax.bitcast_convert_type(codes, jnp.uint8) & 15
-    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4
-
-
 def unpack(packed: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """The inverse of `pack`: codes [..., n], in `dtype`.
+    """The inverse of `layout.pack_codes`: codes [..., n], in `dtype`.
 
     On a GPU it is no work: jax keeps int4 in the same way, so XLA reads the bytes as they are. The barrier is needed
     for that: without one XLA looks for the bytes' own dimensions behind a product, and ends the process when it finds

@@ -7,6 +7,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
 
 CODES: Mapping[str, str] = MappingProxyType({"int8": "int8", "int4": "uint8", "fp8": "float8_e4m3fn"})
 """Kinds of codes, each with the dtype of the array that holds them. Of int4, a byte holds two: the first in its low
@@ -97,3 +102,9 @@ def layout_named(name: str) -> Layout | None:
     layout = Layout(kind, int(group) if group else None, offset, scales or "")
     sound = layout.name == name and (offset is None or kind == "int4")
     return layout if sound and (layout.group or 2) % layout.per_byte == 0 else None
+
+
+def pack_codes[Codes: (np.ndarray, jax.Array)](codes: Codes) -> Codes:
+    """Codes int8 [..., n], each from -8 to 7, two to a byte: uint8 [..., n / 2]; of numpy or of jax."""
+    nibbles = codes.view("uint8") & 15
+    return nibbles[..., 0::2] | nibbles[..., 1::2] << 4

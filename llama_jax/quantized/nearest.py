@@ -7,8 +7,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llama_jax.quantized.codes import HALF, pack
-from llama_jax.quantized.layout import Layout
+from llama_jax.quantized.codes import HALF
+from llama_jax.quantized.layout import Layout, pack_codes
 
 _STEPS = 15
 """Between the smallest and the largest of a group in an asymmetric layout of four bits."""
@@ -48,7 +48,7 @@ def encode(layout: Layout, weight: jax.Array) -> dict[str, jax.Array]:
         codes = jnp.clip(codes, 0, _STEPS) - HALF
     codes = codes.reshape(weight.shape)
     if layout.kind == "int4":
-        stored = pack(codes.astype(jnp.int8))
+        stored = pack_codes(codes.astype(jnp.int8))
     else:
         stored = codes.astype(jnp.int8 if layout.kind == "int8" else jnp.float8_e4m3fn)
     members = {layout.name: stored, "scales": scales} | members
