@@ -23,14 +23,11 @@ from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
 from llama_jax.model.quantization import dequantize_params
 from llama_jax.plan import MeshRequest, resolve_mesh
-from llama_jax.recipe import recipe, schemes
+from llama_jax.recipe import FLOAT, STORED, recipe, schemes, usual_form
 from llama_jax.sharding import DeviceMesh, on
 from llama_jax.targets import current
 from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
 from llama_jax.text.tokenizer.check import check_tokenizer
-
-STORED, FLOAT = "stored", "float"
-"""What `load(weights=)` takes besides names of layouts."""
 
 
 def load(
@@ -88,7 +85,7 @@ def load(
     named = checked_backends(kernels)
     check_kernels_once(notify)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
-    form = weights or (FLOAT if current().vendor == "cpu" else STORED)
+    form = weights or usual_form(current().vendor)
     wanted = None if form in (STORED, FLOAT) else recipe(form)
     found = (
         Found(resolve(model, progress=progress, notify=notify))

@@ -18,6 +18,15 @@ GROUPS = {"int4": 64}
 WHOLE_ROWS = -1
 
 
+STORED, FLOAT = "stored", "float"
+"""Forms of a quantised model's weights on devices: as they are stored, or decoded."""
+
+
+def usual_form(vendor: str) -> str:
+    """The form where nobody names one: on a CPU, decoding takes longer than reading fewer bytes saves."""
+    return FLOAT if vendor == "cpu" else STORED
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What of a model is quantised, and how. Norms, biases and routers stay as they are.

@@ -81,19 +81,22 @@ def command(
     """Say whether MODEL fits a number of devices, and the least time that it could take there.
 
     MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. `--mesh auto`
-    takes the smallest tensor parallelism that fits, as it does in the commands that run a model. Bytes of weights and
-    cache are exact; times follow from data sheets: predictions that nothing can beat, and no measurements.
+    takes the smallest tensor parallelism that fits, as it does in the commands that run a model. A quantised model
+    counts as it is stored, on a CPU as it is decoded; --weights counts one that `quantize` would make. Bytes of weights
+    and cache are exact; times follow from data sheets: predictions that nothing can beat, and no measurements.
 
     Exits with 6 if it does not fit.
     """
     from llama_jax.library.configs import find_config
     from llama_jax.plan import default_workload, make_plan, remedies
     from llama_jax.plan import memory_fraction as usual_fraction
-    from llama_jax.recipe import schemes
+    from llama_jax.recipe import FLOAT, schemes, usual_form
 
     recipe = wanted.recipe()
     chosen = _target(target)
     config = find_config(model)
+    if recipe is not None or usual_form(chosen.vendor) == FLOAT:
+        config = config.replace(schemes=())
     if recipe is not None:
         config = config.replace(schemes=schemes(config, recipe))
     dtype = dtype or ("float32" if chosen.vendor == "cpu" else "bfloat16")

@@ -68,6 +68,15 @@ def lookup(layout: Layout, members: Mapping[str, Any], tokens: jax.Array, dtype:
     return decode(layout, {name: member[tokens] for name, member in members.items()}, dtype)
 
 
+def reads_codes(layout: Layout) -> bool:
+    """Whether XLA's GPU compiler reads codes in the kernel of `product`; if not, it first writes the decoded weight.
+
+    So it is with the flags that XLA has by default. `xla_gpu_experimental_enable_subchannel_dequantisation_fusion` adds
+    integers in groups. No AMD GPU before gfx950 converts float8_e4m3fn by itself.
+    """
+    return layout.group is None and layout.kind != "fp8"
+
+
 def product(layout: Layout, x: jax.Array, members: Mapping[str, Any], dtype: DTypeLike) -> jax.Array:
     """x [..., in] times the weight [*out, in]: [..., *out], accumulated in float32, in `dtype`.
 
