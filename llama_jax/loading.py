@@ -23,7 +23,7 @@ from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
 from llama_jax.model.quantization import dequantize_params
 from llama_jax.plan import MeshRequest, resolve_mesh
-from llama_jax.recipe import FLOAT, STORED, recipe, schemes, usual_form
+from llama_jax.recipe import FLOAT, requested, schemes, usual_form
 from llama_jax.sharding import DeviceMesh, on
 from llama_jax.targets import current
 from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
@@ -86,7 +86,7 @@ def load(
     check_kernels_once(notify)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
     form = weights or usual_form(current().vendor)
-    wanted = None if form in (STORED, FLOAT) else recipe(form)
+    wanted = requested(form)
     found = (
         Found(resolve(model, progress=progress, notify=notify))
         if convert

@@ -80,6 +80,15 @@ def recipe(
     return Recipe(layout, _top(lm_head, "lm_head"), _top(embed, "embed"), patterns)
 
 
+def requested(form: str | None) -> Recipe | None:
+    """The recipe that the name of a form asks for; None for a form of weights as they are.
+
+    Raises:
+      RequestError: it is neither a form nor the name of a layout.
+    """
+    return None if form in (None, STORED, FLOAT) else recipe(form)
+
+
 def _top(name: str, param: str) -> Layout | None:
     return None if name in (PLAIN, "bf16") else _named(name, param)
 

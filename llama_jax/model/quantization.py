@@ -50,13 +50,16 @@ def quantize(
     return replace(model, params=params, config=config)
 
 
-def quantize_params(params: Params, config: LlamaConfig, wanted: Recipe) -> tuple[Params, LlamaConfig]:
+def quantize_params(
+    params: Params, config: LlamaConfig, wanted: Recipe, *, donate: bool = False
+) -> tuple[Params, LlamaConfig]:
     """Parameters with weights in few bits, each rounded to the nearest; the others are the same arrays.
 
     Args:
       params: plain, canonical or fused.
       config: of the model.
       wanted: what becomes of which leaf.
+      donate: frees each weight when its members are there, for a caller that owns it and will not use `params` again.
 
     Returns:
       The tree, in the same arrangement, and the config that says how its leaves are stored.
@@ -73,6 +76,9 @@ def quantize_params(params: Params, config: LlamaConfig, wanted: Recipe) -> tupl
             return members
         scheme = scheme_named(name)
         found = _encode(scheme.encode, members["weight"], _frozen(scheme.axes(_axes(leaf))))
+        if donate:
+            jax.block_until_ready(found)
+            members["weight"].delete()
         return found | {name: members[name] for name in members if name == "bias"}
 
     return _each_leaf(params, encoded), config
