@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class QuantizedSource(_Wrapped):
         self.errors: dict[str, float] = {}
         self._schemes = dict(self.config.schemes)
         self._members = Members(self._encoded)
+        self._one = threading.Lock()
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
         return self._inner.dtype(spec) if spec.scheme == PLAIN.name else jnp.dtype(spec.dtype)
@@ -74,6 +76,11 @@ class QuantizedSource(_Wrapped):
         return provenance(self._inner, spec if spec.scheme == PLAIN.name else self._weights[spec.leaf])
 
     def _encoded(self, leaf: str) -> dict[str, np.ndarray]:
+        # One leaf at a time, however many threads read: its floats take more memory than its members.
+        with self._one:
+            return self._encode(leaf)
+
+    def _encode(self, leaf: str) -> dict[str, np.ndarray]:
         spec, scheme = self._weights[leaf], scheme_named(self._schemes[leaf])
         weight = np.ascontiguousarray(self._inner.read(spec))
         found = {
