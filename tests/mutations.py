@@ -834,7 +834,7 @@ QUANTISED: tuple[Mutation, ...] = (
         "a mesh may cut through groups",
         "llama_jax/layout.py",
         "    check_groups(config, by)",
-        "",
+        "    ...",
         (f"{QUANTIZATION}::test_no_mesh_cuts_through_a_group",),
     ),
 )
