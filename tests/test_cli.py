@@ -389,6 +389,7 @@ FACTS = [
     "layer_kinds",
     "rope",
     "tied_embeddings",
+    "weights",
     "dtype",
     "bytes",
     "memory_bytes",

@@ -35,6 +35,7 @@ from llama_jax.params import count_params
 from llama_jax.plan import Bytes, DeviceShare, Plan, Workload, calls, costs, make_plan, smallest_mesh
 from llama_jax.plan.backends import Backends, backends
 from llama_jax.plan.roofline import collectives, decode_floor, prefill_floor
+from llama_jax.recipe import Recipe, recipe, schemes
 from llama_jax.targets import find
 
 LLAMA = {
@@ -168,6 +169,44 @@ def test_arguments_on_a_mesh(name: str, sizes: dict[str, int]) -> None:
     rows = 8 // sizes.get("data", 1)
     assert share.cache(rows, 256) == nbytes((state.cache.k, state.cache.v))
     assert share.state(rows, 256) == nbytes(state)
+
+
+@pytest.mark.amd
+@pytest.mark.slow
+@pytest.mark.sampled(3)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("llama-3.2-1b", recipe("int4")),
+        ("llama-3.2-1b", recipe("fp8", lm_head="int8_g32")),
+        ("mixtral-8x7b", recipe("int8")),
+    ],
+)
+def test_quantised_weights_on_mi300x(name: str, wanted: Recipe) -> None:
+    """Held as they are stored, to the byte; with what XLA decodes before it multiplies."""
+    config, target, sizes = preset(name), find("mi300x"), {"tensor": 2}
+    config = config.replace(layers=config.layers[:2])
+    config = config.replace(schemes=schemes(config, wanted))
+    mesh, share = device_mesh(target, sizes), DeviceShare(config, target, sizes, 2)
+
+    def chosen(tokens: int) -> Backends:
+        return backends(share.config, target, sizes, "bfloat16", rows=4, tokens=tokens, capacity=2048)
+
+    for program, predicted in (
+        (
+            prefill_program(config, mesh, batch=4, capacity=2048, chunk=256, dtype="bfloat16"),
+            share.prefill(4, 256, 2048, chosen(256)),
+        ),
+        (
+            decode_program(config, mesh, batch=4, capacity=2048, dtype="bfloat16"),
+            share.decode(4, 2048, chosen(1)),
+        ),
+    ):
+        compilation = compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
+        actual = reported(compilation.compiled.memory_analysis())
+        assert predicted.arguments == actual.arguments
+        assert predicted.total == pytest.approx(actual.total, rel=0.07)
 
 
 def test_kernels_need_no_logits_in_memory() -> None:
