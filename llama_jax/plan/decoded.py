@@ -1,4 +1,4 @@
-"""Quantised weights that XLA decodes to memory before it multiplies with them."""
+"""Quantised weights that XLA decodes to memory before it multiplies with them, where prompts are computed."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ def lookup(layout: Layout, members: Mapping[str, Any], tokens: jax.Array, dtype:
 def reads_codes(layout: Layout) -> bool:
     """Whether XLA's GPU compiler reads codes in the kernel of `product`; if not, it first writes the decoded weight.
 
-    So it is with the flags that XLA has by default. `xla_gpu_experimental_enable_subchannel_dequantisation_fusion` adds
-    integers in groups. No AMD GPU before gfx950 converts float8_e4m3fn by itself.
+    So it is with the flags that XLA has by default, with which prompts are computed; `decode.weights_read` has integers
+    in groups read, too, by decode steps. No AMD GPU before gfx950 converts float8_e4m3fn by itself.
     """
     return layout.group is None and layout.kind != "fp8"
 
