@@ -30,7 +30,7 @@ from llama_jax.recipe import recipe
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("quantize") / "tiny")
+    return write_chat_model(tmp_path_factory.mktemp("quantize") / "tiny", layers=2)
 
 
 @pytest.fixture(scope="module")
