@@ -53,9 +53,10 @@ def load(
         the Hugging Face hub.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
       weights: "stored" computes with quantised weights as they are stored, "float" decodes them to `dtype` first. By
-        default the first on a GPU and the second on a CPU, where reading fewer bytes does not make up for decoding them
-        (docs/quantization.md). The name of a layout ("int8", "int4", "fp8", "int4_g128_zero", ...) quantises the
-        model's weights while they are loaded, by `llama_jax.recipe.recipe`; a quantised model is decoded first.
+        default the first on an AMD GPU, and the second on a CPU, where reading fewer bytes does not make up for
+        decoding them, and on other GPUs, where the first has not been run yet (docs/quantization.md). The name of a
+        layout ("int8", "int4", "fp8", "int4_g128_zero", ...) quantises the model's weights while they are loaded, by
+        `llama_jax.recipe.recipe`; a quantised model is decoded first.
       mesh: devices to spread the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):
         heads, hidden units and the vocabulary over its axis "tensor", rows of a batch over "data". A mesh without
         "tensor" holds a copy of the parameters on every device. What is not simply split is told to `notify`. "auto"

@@ -23,8 +23,12 @@ STORED, FLOAT = "stored", "float"
 
 
 def usual_form(vendor: str) -> str:
-    """The form where nobody names one: on a CPU, decoding takes longer than reading fewer bytes saves."""
-    return FLOAT if vendor == "cpu" else STORED
+    """The form where nobody names one.
+
+    On a CPU, decoding takes longer than reading fewer bytes saves. On AMD GPUs programs of stored weights were compiled
+    and emulated; on NVIDIA's they have not been run yet.
+    """
+    return STORED if vendor == "amd" else FLOAT
 
 
 @dataclass(frozen=True)

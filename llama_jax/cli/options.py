@@ -108,7 +108,7 @@ weights_option: Decorator = click.option(
     "--weights",
     metavar="FORM",
     help="What weights are kept in: stored, as the model has them; float; or int8, int4, fp8 or another layout, to "
-    "quantise them while loading. [default: stored on a GPU, float on a CPU]",
+    "quantise them while loading. [default: stored on an AMD GPU, else float]",
 )
 convert_option: Decorator = click.option(
     "--convert/--no-convert",

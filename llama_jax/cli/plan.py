@@ -82,8 +82,9 @@ def command(
 
     MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. `--mesh auto`
     takes the smallest tensor parallelism that fits, as it does in the commands that run a model. A quantised model
-    counts as it is stored, on a CPU as it is decoded; --weights counts one that `quantize` would make. Bytes of weights
-    and cache are exact; times follow from data sheets: predictions that nothing can beat, and no measurements.
+    counts as `load` keeps it there: on an AMD GPU as it is stored, else decoded; --weights counts one that `quantize`
+    would make. Bytes of weights and cache are exact; times follow from data sheets: predictions that nothing can beat,
+    and no measurements.
 
     Exits with 6 if it does not fit.
     """
