@@ -77,21 +77,28 @@ class EventStream(Response):
 
         Raises:
           LlamaJaxError: of the events, where none has been sent.
-          ClientGone: it has left.
+          ClientGone: it has left before the first.
         """
-        async with aclosing(self._events), until_gone(receive):
-            alive = asyncio.create_task(self._keep_alive(send))
-            try:
-                async for event in self._events:
-                    await self._send(send, event)
-            except LlamaJaxError as error:
-                if not self._begun:
-                    raise
-                await self._send(send, error_events(error))
-            finally:
-                alive.cancel()
-                await asyncio.gather(alive, return_exceptions=True)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        try:
+            async with aclosing(self._events), until_gone(receive):
+                await self._send_all(send)
+        except ClientGone:
+            if not self._begun:
+                raise
+
+    async def _send_all(self, send: Send) -> None:
+        alive = asyncio.create_task(self._keep_alive(send))
+        try:
+            async for event in self._events:
+                await self._send(send, event)
+        except LlamaJaxError as error:
+            if not self._begun:
+                raise
+            await self._send(send, error_events(error))
+        finally:
+            alive.cancel()
+            await asyncio.gather(alive, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, data: bytes) -> None:
         async with self._sending:
