@@ -90,6 +90,7 @@ async def run(
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=2 * settings.limits.header_bytes,
+        timeout_keep_alive=round(settings.limits.idle_s),
         limit_concurrency=settings.limits.connections,
         timeout_graceful_shutdown=int(_LAST_WORDS_S),
         ssl_keyfile=ssl_keyfile,

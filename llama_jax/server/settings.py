@@ -18,6 +18,7 @@ class Limits:
       depth: of nested values in a body.
       prompts: of one request; n: continuations of each; stops: strings that end a text, of `stop_chars` characters.
       header_s, body_s: until the headers, and the body, are complete.
+      idle_s: between two requests of a connection.
       stalled_s: until a client that reads nothing of what is sent is cut off.
       keep_alive_s: between comments in a stream that has nothing else to say.
       connections: at once.
@@ -33,6 +34,7 @@ class Limits:
     stop_chars: int = 1024
     header_s: float = 10.0
     body_s: float = 30.0
+    idle_s: float = 75.0
     stalled_s: float = 30.0
     keep_alive_s: float = 15.0
     connections: int = 4096
