@@ -32,7 +32,8 @@ class Server:
     """A server that is not behind a socket; engines of one model share their programs."""
 
     def __init__(self, model: Any, tokenizer: Any, runner: asyncio.Runner, waiting: int = 64, **settings: Any):
-        self.engine = Engine(model, tokenizer, settings=dataclasses.replace(SETTINGS, waiting=waiting), ahead=False)
+        sizes = dataclasses.replace(SETTINGS, waiting=waiting)
+        self.engine = Engine(model, tokenizer, settings=sizes, ahead=False)
         metrics = Metrics(NAME, self.engine.snapshot)
         self.served = Served(self.engine, tokenizer, (NAME,), ServerSettings(**settings), metrics)
         self.app, self.tokenizer, self._runner = application(self.served), tokenizer, runner

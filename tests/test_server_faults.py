@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 from asgi_client import call, opened
 from served_model import Server, tiny_model
@@ -57,10 +59,12 @@ def test_a_client_that_leaves_ends_its_request(server: Server, path: str, stream
         if streamed:
             await asyncio.wait_for(under_way[0].begun.wait(), 30)
         drawn = server.engine.snapshot().tokens_out
-        for one in calls:
-            await one.__aexit__(None, None, None)
+        for one in under_way:
+            one.leave()
+        for opening in calls:
+            await opening.__aexit__(None, None, None)
         await server.until(lambda: server.unused)
-        assert server.engine.snapshot().tokens_out < drawn + 6 * 60
+        assert server.engine.snapshot().tokens_out < drawn + 120
         assert not any(one.answer.data.endswith(b"[DONE]\n\n") for one in under_way)
         assert server.served.life.active == 0
 
@@ -152,6 +156,33 @@ def test_an_engine_that_fails(model: Any, runner: asyncio.Runner, monkeypatch: p
         assert "the device is lost" in ready.json["reason"]
         assert server.chat().status == 503
         assert server.call("GET", "/health/live").status == 200
+
+
+def test_no_next_token(model: Any, runner: asyncio.Runner) -> None:
+    """Logits that are no numbers end their own request: an error, and never an answer that looks whole."""
+    loaded, tokenizer = model
+    embed = loaded.params["embed"]["weight"].at[39].set(jnp.nan)
+    broken = dataclasses.replace(loaded, params={**loaded.params, "embed": {"weight": embed}})
+    with Server(broken, tokenizer, runner) as server:
+        bad, biased = {"prompt": [5, 39]}, {"prompt": [5, 6], "logit_bias": {"39": 100}, "stream": True}
+        whole = server.post("/v1/completions", **bad)
+        assert (whole.status, whole.json["error"]["type"]) == (500, "server_error")
+        assert "no next token" in whole.json["error"]["message"]
+        assert server.post("/v1/completions", **bad, stream=True).json == whole.json
+        first, *_, error = server.post("/v1/completions", **biased).events
+        assert first["choices"][0]["finish_reason"] is None
+        assert error == whole.json
+        assert server.post("/v1/completions", prompt=[5, 6]).status == 200
+
+
+def test_clients_that_leave_while_they_send(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> int:
+        async with opened(server.app, "POST", CHAT, chunks=[b"{"], headers=ONE) as left:
+            await asyncio.sleep(0)
+        return left.answer.status
+
+    assert server.run(run()) == 499
+    assert caplog.text == ""
 
 
 def test_a_fault_of_the_server_tells_nothing(server: Server, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -21,7 +21,7 @@ from llama_jax.server.asking import asked, text_messages
 from llama_jax.server.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decoded
 from llama_jax.server.errors import Failure, Refused
 from llama_jax.server.guard import Guard
-from llama_jax.server.responses import ClientGone, EventStream, failure_response, json_response, until_gone
+from llama_jax.server.responses import EventStream, failure_response, json_response, until_gone
 from llama_jax.server.served import Served
 from llama_jax.text.chat import encode_chat
 
@@ -69,7 +69,7 @@ def application(served: Served) -> ASGIApp:
         return Response(served.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def failed(request: Request, error: Exception) -> Response:
-        if isinstance(error, ClientGone):  # nobody reads it; the status is for the log
+        if isinstance(error, ClientDisconnect):  # nobody reads it; the status is for the log
             return Response(status_code=499)
         if isinstance(error, HTTPException):
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
@@ -89,10 +89,10 @@ def application(served: Served) -> ASGIApp:
             Route("/version", version),
             Route("/metrics", metrics),
         ],
-        exception_handlers={LlamaJaxError: failed, HTTPException: failed, ClientGone: failed, Exception: failed},
+        exception_handlers={LlamaJaxError: failed, HTTPException: failed, ClientDisconnect: failed, Exception: failed},
     )
     app.router.redirect_slashes = False
-    return Guard(app, served)
+    return Guard(app, served, {route.endpoint: route.path for route in app.routes if isinstance(route, Route)})
 
 
 def readiness(served: Served) -> tuple[str, str]:

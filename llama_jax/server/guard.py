@@ -13,7 +13,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -37,8 +37,13 @@ error_log = logging.getLogger("llama_jax.server")
 class Guard:
     """An ASGI application around another one."""
 
-    def __init__(self, app: ASGIApp, served: Served):
-        self._app, self._served = app, served
+    def __init__(self, app: ASGIApp, served: Served, paths: Mapping[Any, str]):
+        """Around an application that puts the endpoint of a request into its scope.
+
+        Args:
+          paths: the path of each endpoint, as metrics name it.
+        """
+        self._app, self._served, self._paths = app, served, paths
         self._salt = secrets.token_bytes(16)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,8 +84,7 @@ class Guard:
             error_log.error("request %s: %s at %s", request_id.decode(), type(error).__name__, _place(error))
             if status == 0:
                 await refuse(error)
-            elif status != 500:
-                raise
+            # Else the answer stays incomplete, and uvicorn closes the connection.
         finally:
             life.active -= counted
             self._log(scope, status, request_id, time.perf_counter() - began)
@@ -90,8 +94,7 @@ class Guard:
         return hmac.digest(self._salt, key.encode(), "sha256").hex()[:16] if key else ""
 
     def _log(self, scope: Scope, status: int, request_id: bytes, seconds: float) -> None:
-        route = scope["path"] if "endpoint" in scope else "none"
-        self._served.metrics.answered(route if route.count("/") < 4 else "none", status)
+        self._served.metrics.answered(self._paths.get(scope.get("endpoint"), "none"), status)
         if access_log.isEnabledFor(logging.INFO):
             line = {
                 "time": round(time.time(), 3),
@@ -118,7 +121,7 @@ def check_headers(scope: Scope, settings: ServerSettings) -> str:
         if name in _ONCE and name in found:
             raise Refused(400, f"two headers {name.decode()}", code="bad_header", hint="send one")
         found[name] = value
-    _check_names(found, scope.get("scheme", "http"), settings)
+    _check_names(found, settings)
     key = "" if scope["path"] in OPEN else check_key(found, settings.keys)
     if scope["method"] == "POST":
         _check_body(found, settings.limits)
@@ -164,12 +167,14 @@ def _check_sizes(headers: Sequence[tuple[bytes, bytes]], limits: Limits) -> None
         )
 
 
-def _check_names(headers: dict[bytes, bytes], scheme: str, settings: ServerSettings) -> None:
-    """Refuses what a web page elsewhere has made a browser send."""
+def _check_names(headers: dict[bytes, bytes], settings: ServerSettings) -> None:
+    """Refuses what a web page elsewhere has made a browser send. A proxy may have taken https off, so that an origin's
+    scheme tells nothing."""
     host = headers.get(b"host", b"").decode("latin-1")
     if not settings.serves(host):
         raise Refused(403, "the Host header does not name this server", code="wrong_host", hint="see --allowed-host")
-    if b"origin" in headers and headers[b"origin"].decode("latin-1").lower() != f"{scheme}://{host}".lower():
+    origin = headers.get(b"origin", b"://" + headers.get(b"host", b""))
+    if origin.partition(b"://")[2].lower() != headers[b"host"].lower():
         raise Refused(403, "requests of web pages elsewhere are not answered", code="wrong_origin")
 
 

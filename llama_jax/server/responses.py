@@ -8,6 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,10 +17,6 @@ from llama_jax.server.answering import error_events
 from llama_jax.server.errors import Failure
 
 KEEP_ALIVE = b": keep-alive\n\n"
-
-
-class ClientGone(Exception):
-    """Raised where the client of a request has left."""
 
 
 def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -37,7 +34,7 @@ async def until_gone(receive: Receive) -> AsyncIterator[None]:
     """Cancels what runs inside once the client has left. The body must have been read.
 
     Raises:
-      ClientGone: it has left.
+      ClientDisconnect: it has left.
     """
 
     async def watch(limit: asyncio.Timeout) -> None:
@@ -54,7 +51,7 @@ async def until_gone(receive: Receive) -> AsyncIterator[None]:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
     except TimeoutError:
-        raise ClientGone from None
+        raise ClientDisconnect from None
 
 
 class EventStream(Response):
@@ -77,12 +74,12 @@ class EventStream(Response):
 
         Raises:
           LlamaJaxError: of the events, where none has been sent.
-          ClientGone: it has left before the first.
+          ClientDisconnect: it has left before the first.
         """
         try:
             async with aclosing(self._events), until_gone(receive):
                 await self._send_all(send)
-        except ClientGone:
+        except ClientDisconnect:
             if not self._begun:
                 raise
 

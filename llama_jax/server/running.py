@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import uvicorn
@@ -23,7 +24,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _POLL_S = 0.05
 _LAST_WORDS_S = 5.0
 """For answers to leave after the engine has ended, and for the engine to end."""
-_FAULT = 70
+_FAULT, _INTERRUPTED = 70, 130
+_THREADS = 32
+"""That encode prompts and compile grammars; some wait for seconds."""
 
 log = logging.getLogger("llama_jax.server")
 
@@ -77,7 +80,10 @@ async def run(
     that its client is told. A second signal cuts this short.
 
     Args:
-      ready: called once the engine is ready and the server is about to listen.
+      ready: called once it answers.
+
+    Raises:
+      RequestError: a certificate or key cannot be used.
     """
     settings = served.settings
     config = uvicorn.Config(
@@ -97,13 +103,22 @@ async def run(
         ssl_certfile=ssl_certfile,
         ssl_keyfile_password=ssl_keyfile_password,
     )
-    config.load()  # a certificate that cannot be read is noticed before the engine is compiled
+    try:
+        config.load()  # before the engine is compiled, which may take minutes
+    except OSError as error:
+        raise RequestError(
+            f"the certificate or its key cannot be used: {error}", param="ssl_certfile", hint="both are PEM files"
+        ) from None
     server = _Server(config)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "llama_jax server"))
     async with AsyncExitStack() as engine, _signals() as asked:
         await engine.enter_async_context(served.engine)
-        ready()
+        asked.started = True
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         ending = asyncio.create_task(asked.acquire())
+        while not (server.started or serving.done()):
+            await asyncio.sleep(_POLL_S)
+        ready()
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
             await _drained(served, asked)
@@ -113,12 +128,24 @@ async def run(
         await serving
 
 
+class _Asked(asyncio.Semaphore):
+    """Released by each signal. One that comes before the server has started ends the process: what compiles cannot be
+    stopped otherwise."""
+
+    started = False
+
+    def signalled(self) -> None:
+        if not self.started:
+            log.warning("interrupted")
+            os._exit(_INTERRUPTED)
+        self.release()
+
+
 @asynccontextmanager
-async def _signals() -> AsyncIterator[asyncio.Semaphore]:
-    """A semaphore that each signal releases once."""
-    loop, asked = asyncio.get_running_loop(), asyncio.Semaphore(0)
+async def _signals() -> AsyncIterator[_Asked]:
+    loop, asked = asyncio.get_running_loop(), _Asked(0)
     for number in SIGNALS:
-        loop.add_signal_handler(number, asked.release)
+        loop.add_signal_handler(number, asked.signalled)
     try:
         yield asked
     finally:
@@ -126,7 +153,7 @@ async def _signals() -> AsyncIterator[asyncio.Semaphore]:
             loop.remove_signal_handler(number)
 
 
-async def _drained(served: Served, asked: asyncio.Semaphore) -> None:
+async def _drained(served: Served, asked: _Asked) -> None:
     """Waits until no request is under way, time is up, or there is another signal."""
     served.life.draining = True
     log.info("ending: %d requests are under way and have %g s", served.life.active, served.settings.drain_s)

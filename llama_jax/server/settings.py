@@ -37,7 +37,7 @@ class Limits:
     idle_s: float = 75.0
     stalled_s: float = 30.0
     keep_alive_s: float = 15.0
-    connections: int = 4096
+    connections: int = 1000
 
 
 @dataclass(frozen=True)
