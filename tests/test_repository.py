@@ -55,6 +55,7 @@ def best_time(*args: str, tries: int = 5) -> float:
 # --- Start-up ---------------------------------------------------------------------------------------------------------
 
 HEAVY = ("jax", "jaxlib", "numpy", "flax", "orbax", "tokenizers", "gguf", "transformers", "torch", "prompt_toolkit")
+HEAVY += ("starlette", "uvicorn", "h11", "msgspec", "prometheus_client")
 
 
 @pytest.mark.parametrize(

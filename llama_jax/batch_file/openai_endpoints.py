@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Protocol, Self
 from llama_jax.batch_file.records import Record
 from llama_jax.batch_file.request import FIELDS, Conversation, conversation, is_ids
 from llama_jax.errors import RequestError
-from llama_jax.generation.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from llama_jax.generation.openai_shapes import CompletionLogprobs, chat_logprobs
+from llama_jax.generation.outputs import CompletionOutput, RequestOutput
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -91,12 +92,7 @@ class Chat:
         """See `Endpoint`. What looks like a call of a tool stays text."""
         logprobs = None
         if completion.logprobs is not None and params.logprobs is not None:
-            entries = [
-                _spelled(tokenizer, of.token_id, of.logprob)
-                | {"top_logprobs": [_spelled(tokenizer, *top) for top in [*of.top.items()][: params.logprobs]]}
-                for of in completion.logprobs
-            ]
-            logprobs = {"content": entries, "refusal": None}
+            logprobs = chat_logprobs(tokenizer, completion.logprobs, params.logprobs)
         return {
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
             "logprobs": logprobs,
@@ -145,14 +141,9 @@ class Completions:
         before = output.prompt_token_ids if self.echo else ()
         logprobs = None
         if completion.logprobs is not None:
-            ids = [*before, *completion.token_ids]
             entries = [*((output.prompt_logprobs or ()) if self.echo else ()), *completion.logprobs]
-            logprobs = {
-                "tokens": [_text(tokenizer, i) for i in ids],
-                "token_logprobs": [None if of is None else of.logprob for of in entries],
-                "top_logprobs": [_tops(tokenizer, of) for of in entries] if params.logprobs else None,
-                "text_offset": _offsets(tokenizer, () if self.echo else output.prompt_token_ids, ids),
-            }
+            of = CompletionLogprobs(tokenizer, params.logprobs or 0, () if self.echo else output.prompt_token_ids)
+            logprobs = of([*before, *completion.token_ids], entries)
         return {
             "text": (tokenizer.decode(before) if self.echo else "") + completion.text,
             "logprobs": logprobs,
@@ -172,33 +163,3 @@ def _check_names(body: Mapping[str, Any], own: set[str]) -> None:
             raise RequestError(f"{name} can only be {allowed} here", param=name, hint="leave it out")
         if name not in own and name not in _SAMPLING and name not in _NO_EFFECT and name not in _ONLY:
             raise RequestError(f"unknown field {name!r}", param=name, hint="this endpoint has no such field here")
-
-
-def _text(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as OpenAI spells it: its text, or its bytes where they are a part of a character."""
-    data = tokenizer.bytes_of(token_id)
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def _spelled(tokenizer: Tokenizer, token_id: int, logprob: float) -> Record:
-    return {
-        "token": _text(tokenizer, token_id),
-        "logprob": logprob,
-        "bytes": list(tokenizer.bytes_of(token_id)),
-    }
-
-
-def _tops(tokenizer: Tokenizer, of: TokenLogprob | None) -> dict[str, float] | None:
-    return None if of is None else {_text(tokenizer, i): value for i, value in of.top.items()}
-
-
-def _offsets(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """Where each token begins in the text of `ids`, which follow `before`; a part of a character begins with it."""
-    stream, at, offsets = tokenizer.detokenizer(prompt_ids=before), 0, []
-    for token_id in ids:
-        offsets.append(at)
-        at += len(stream.add(token_id)) if token_id < tokenizer.vocab_size else 0
-    return offsets

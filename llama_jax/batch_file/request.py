@@ -132,6 +132,18 @@ def sampling(content: Mapping[str, Any], base: SamplingParams, index: int) -> Sa
     Raises:
       RequestError: a value is out of range; names the field.
     """
+    fields = sampling_fields(content)
+    if fields.get("seed") is None:
+        fields["seed"] = ((base.seed or 0) + index) % 2**64
+    return dataclasses.replace(base, **fields)
+
+
+def sampling_fields(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling fields that are in `content`, a JSON object, as `SamplingParams` takes them.
+
+    Raises:
+      RequestError: a value is of the wrong type; names the field.
+    """
     fields = {name: content[name] for name in FIELDS if name in content}
     bias = fields.get("logit_bias")
     if bias is not None:
@@ -144,9 +156,7 @@ def sampling(content: Mapping[str, Any], base: SamplingParams, index: int) -> Sa
     for name, kinds in (("stop", (str, list)), ("stop_token_ids", (list,))):
         if name in fields and not isinstance(fields[name], kinds):
             raise RequestError(f"{name} is {type(fields[name]).__name__}", param=name, hint="give a list")
-    if fields.get("seed") is None:
-        fields["seed"] = ((base.seed or 0) + index) % 2**64
-    return dataclasses.replace(base, **fields)
+    return fields
 
 
 def is_ids(value: Any) -> bool:

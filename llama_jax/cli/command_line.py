@@ -16,6 +16,7 @@ from llama_jax.errors import did_you_mean
 COMMANDS = {
     "generate": "Continue a prompt or answer messages.",
     "chat": "Talk to a model in the terminal.",
+    "serve": "Answer OpenAI's clients over HTTP.",
     "batch": "Generate a file of prompts, resumable; also OpenAI's lines.",
     "pull": "Download a model from the Hugging Face hub.",
     "convert": "Convert a model to a checkpoint.",

@@ -32,6 +32,10 @@ PACKAGES = (
     "psutil",
     "xxhash",
     "msgpack",
+    "starlette",
+    "uvicorn",
+    "msgspec",
+    "prometheus-client",
 )
 """What this package imports."""
 CUDA = ("jax-cuda13-plugin", "jax-cuda13-pjrt")

@@ -131,3 +131,8 @@ class EngineSettings:
     def budget(self) -> int:
         """Tokens of the largest mixed step."""
         return self.mixed_tokens[-1]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest sequence that fits."""
+        return min(self.pages, self.pages_per_row) * self.page_size

@@ -188,10 +188,15 @@ class Engine:
             self._post(self._end, stream)
 
     def snapshot(self) -> Snapshot:
-        """The engine in numbers, at this moment."""
+        """The engine in numbers, at this moment.
+
+        Raises:
+          EngineFailed: it has failed, or restarts after a fault, or is not running.
+        """
         self._check_open()
-        assert self._jobs is not None
-        return self._jobs.engine.snapshot()
+        if (jobs := self._jobs) is None:
+            raise EngineFailed("the engine restarts after a fault", hint="wait until its programs are compiled")
+        return jobs.engine.snapshot()
 
     # --- The engine's thread
 

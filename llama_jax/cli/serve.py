@@ -1,0 +1,177 @@
+"""`llama-jax serve`: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+import click
+
+from llama_jax.cli.options import (
+    LoadOptions,
+    claim_memory,
+    examples,
+    json_option,
+    load_options,
+    page_size_option,
+    quiet_option,
+    requested_mesh,
+    yes_option,
+)
+from llama_jax.cli.terminal import print_json
+from llama_jax.library import DEFAULT_MODEL
+
+KEY = "LLAMA_JAX_API_KEY"
+
+
+@click.command(
+    name="serve",
+    epilog=examples(
+        "llama-jax serve",
+        "llama-jax serve meta-llama/Llama-3.1-8B-Instruct --tp 2 --served-model-name llama",
+        f"{KEY}=... llama-jax serve --host 0.0.0.0 --ssl-certfile cert.pem --ssl-keyfile key.pem",
+        "curl http://127.0.0.1:8000/v1/models",
+    ),
+)
+@click.argument("model", metavar="[MODEL]", default=DEFAULT_MODEL)
+@yes_option
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any that is free."
+)
+@click.option(
+    "--api-key",
+    "keys",
+    multiple=True,
+    envvar=KEY,
+    metavar="KEY",
+    help=f"What clients must send; needed for any address but this machine's own. May be repeated. [also: {KEY}, which "
+    "other users of the machine cannot see]",
+)
+@click.option(
+    "--allowed-host",
+    "hosts",
+    multiple=True,
+    metavar="NAME",
+    help="A name that clients call the server by, as behind a proxy. May be repeated.",
+)
+@click.option(
+    "--served-model-name",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="The model's name for clients. May be repeated. [default: MODEL, of a path its last part]",
+)
+@click.option("--rows", type=click.IntRange(1), help="Sequences that run at once. [default: 8 on a CPU, else 256]")
+@click.option("--context", type=click.IntRange(2), help="Tokens of a sequence. [default: the model's, 4096 on a CPU]")
+@click.option("--pages", type=click.IntRange(1), help="Of the cache. [default: what the memory has room for]")
+@page_size_option
+@click.option(
+    "--waiting",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Sequences that may wait; more are turned away (429).",
+)
+@click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True)
+@load_options
+@click.option("--max-body", type=click.IntRange(1), default=8 << 20, show_default=True, metavar="BYTES")
+@click.option(
+    "--drain-s",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="How long answers may go on after SIGTERM or Ctrl-C; a second one ends at once.",
+)
+@click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="A certificate, for https.")
+@click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key.")
+@click.option("--ssl-keyfile-password", envvar="LLAMA_JAX_SSL_KEYFILE_PASSWORD", help="Of the private key.")
+@click.option("--access-log", is_flag=True, help="Write a line of JSON for each request to standard error.")
+@quiet_option
+@json_option
+def command(
+    model: str,
+    host: str,
+    port: int,
+    keys: tuple[str, ...],
+    hosts: tuple[str, ...],
+    names: tuple[str, ...],
+    rows: int | None,
+    context: int | None,
+    pages: int | None,
+    page_size: int,
+    waiting: int,
+    prefix_cache: bool,
+    loading: LoadOptions,
+    max_body: int,
+    drain_s: float,
+    ssl_certfile: str | None,
+    ssl_keyfile: str | None,
+    ssl_keyfile_password: str | None,
+    access_log: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Answer OpenAI's clients over HTTP with MODEL, by default the bundled one.
+
+    It answers /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health/live, /health/ready,
+    /metrics and /version. --json prints one object, with the address, once it answers. See docs/server.md.
+    """
+    from llama_jax.server.settings import Limits, ServerSettings
+
+    if ssl_keyfile and not ssl_certfile:
+        raise click.UsageError("--ssl-keyfile needs --ssl-certfile")
+    lower = tuple(name.lower() for name in hosts)
+    settings = ServerSettings(host, port, keys, lower, drain_s, Limits(body=max_body))
+
+    import asyncio
+    import logging
+
+    from llama_jax import runtime
+    from llama_jax.cli.progress import Reporter
+    from llama_jax.generation.engine import Engine
+    from llama_jax.server.metrics import Metrics
+    from llama_jax.server.running import bound_socket, run
+    from llama_jax.server.served import Served, served_name
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("llama_jax.server").setLevel(logging.WARNING if quiet else logging.INFO)
+    logging.getLogger("llama_jax.server.access").setLevel(logging.INFO if access_log else logging.WARNING)
+    claim_memory()
+    with bound_socket(settings) as listening, Reporter(quiet=quiet or as_json) as reporter:
+        devices = requested_mesh(loading.mesh, loading.tp, batch=rows or 1, context=context)
+        reporter.warn_of_unused_gpu()
+        loaded, tokenizer = loading.load(model, devices, reporter)
+        engine = Engine(
+            loaded,
+            tokenizer,
+            rows=rows,
+            context=context,
+            pages=pages,
+            page_size=page_size,
+            waiting=waiting,
+            prefix_cache=prefix_cache,
+            compiling=reporter.compiled,
+        )
+        names = names or (served_name(model),)
+        served = Served(engine, tokenizer, names, settings, Metrics(names[0], engine.snapshot))
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http{'s' if ssl_certfile else ''}://{shown}:{listening.getsockname()[1]}"
+
+        def ready() -> None:
+            runtime.freeze_live_objects()
+            if as_json:
+                print_json({"url": url, "model": names[0], "context": served.capacity, "keys": len(keys)})
+            else:
+                reporter.notify(f"{names[0]} answers at {url}/v1")
+
+        reporter.notify("Compiling the engine's programs")
+        asyncio.run(
+            run(
+                served,
+                listening,
+                ready=ready,
+                ssl_keyfile=ssl_keyfile,
+                ssl_certfile=ssl_certfile,
+                ssl_keyfile_password=ssl_keyfile_password,
+            )
+        )

@@ -1,0 +1,169 @@
+"""From what the engine draws to the answer of a request: one object, or a stream of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+
+from llama_jax.errors import LlamaJaxError
+from llama_jax.generation.engine import Piece, Request
+from llama_jax.generation.outputs import RequestOutput
+from llama_jax.server.asking import Asked
+from llama_jax.server.chunks import chunks_of
+from llama_jax.server.errors import Failure
+from llama_jax.server.served import Served
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def answer(served: Served, asked: Asked, name: str, tenant: str) -> dict[str, Any]:
+    """Return the whole answer.
+
+    Args:
+      name: of the answer, its "id"; tenant: whose prefixes its prompts may share.
+
+    Raises:
+      LlamaJaxError: as `Engine.generate`, and where a continuation has ended in an error.
+    """
+    made = [_generated(served, request) for request in _requests(asked, tenant)]
+    outputs = [await made[0]] if len(made) == 1 else await _gathered(made)
+    done = [(output, completion) for output in outputs for completion in output.outputs]
+    for output, completion in done:
+        if completion.finish_reason == "error":
+            raise _failed(output, completion.index)
+    choices = [
+        {"index": i, **asked.endpoint.choice(output, completion, asked.params, served.tokenizer)}
+        for i, (output, completion) in enumerate(done)
+    ]
+    return {**_head(served, asked, name), "choices": choices, "usage": usage(outputs)}
+
+
+async def events(served: Served, asked: Asked, name: str, tenant: str) -> AsyncGenerator[bytes]:
+    """The answer as server-sent events, the last of which is `DONE`; errors as for `answer`."""
+    head = _head(served, asked, name, suffix=".chunk" * (asked.endpoint.prefix == "chatcmpl"))
+    if asked.usage:
+        head["usage"] = None
+    chunks, outputs = chunks_of(served.tokenizer, asked), dict[int, RequestOutput]()
+    streams = [_pieces(served, request) for request in _requests(asked, tenant)]
+    async with aclosing(_merged(streams)) as merged:
+        async for prompt, piece in merged:
+            if piece.finish_reason == "error":
+                raise _failed(piece.output, piece.index)
+            for choice in chunks(prompt, piece):
+                yield event({**head, "choices": [choice]})
+            if piece.output is not None:
+                outputs[prompt] = piece.output
+    if asked.usage:
+        ordered = [outputs[prompt] for prompt in sorted(outputs)]
+        yield event({**head, "choices": [], "usage": usage(ordered)})
+    yield DONE
+
+
+def event(data: Any) -> bytes:
+    """Return one server-sent event."""
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def error_events(error: BaseException) -> bytes:
+    """Return the events that end a stream by an error."""
+    return event(Failure.of(error).body) + DONE
+
+
+def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """Return the counts of tokens; those that were found in the cache are counted as the prompt's, too."""
+    read = sum(len(output.prompt_token_ids) for output in outputs)
+    written = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in outputs)},
+    }
+
+
+def _head(served: Served, asked: Asked, name: str, suffix: str = "") -> dict[str, Any]:
+    return {
+        "id": f"{asked.endpoint.prefix}-{name}",
+        "object": asked.endpoint.object + suffix,
+        "created": int(time.time()),
+        "model": served.names[0],
+    }
+
+
+def _requests(asked: Asked, tenant: str) -> list[Request]:
+    return [Request(prompt, asked.params, tenant=tenant) for prompt in asked.prompts]
+
+
+def _failed(output: RequestOutput | None, index: int) -> LlamaJaxError:
+    reason = output and output.outputs[index].error
+    return LlamaJaxError(
+        f"there is no next token: {reason}" if reason else "there is no next token",
+        hint="the model's numbers or a grammar have failed; other requests are not affected",
+    )
+
+
+async def _generated(served: Served, request: Request) -> RequestOutput:
+    with served.metrics.request() as times:
+        output = await served.engine.generate(request)
+        times.output(output)
+    return output
+
+
+async def _gathered[T](made: Sequence[Any]) -> list[T]:
+    """The results of several calls; where one fails, the others end."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in made]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+async def _pieces(served: Served, request: Request) -> AsyncGenerator[Piece]:
+    """Pieces of the engine, whose times are taken."""
+    with served.metrics.request() as times:
+        stream: Any = served.engine.stream(request)
+        async with aclosing(stream):
+            async for piece in stream:
+                times.piece(piece)
+                yield piece
+
+
+async def _merged(streams: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
+    """Pieces of several streams with the stream's number, as they come."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as stream:
+            async for piece in stream:
+                yield 0, piece
+        return
+    queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue(len(streams))
+
+    async def pump(number: int, stream: AsyncGenerator[Piece]) -> None:
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    await queue.put((number, piece))
+            await queue.put((number, None))
+        except Exception as error:
+            await queue.put((number, error))
+
+    tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+    try:
+        left = len(streams)
+        while left:
+            number, news = await queue.get()
+            if isinstance(news, Exception):
+                raise news
+            if news is None:
+                left -= 1
+            else:
+                yield number, news
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,136 @@
+"""The bodies of requests: their fields and types. What values mean, and which are in range, is for others to say."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from llama_jax.errors import RequestError
+
+
+class _Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields of both endpoints: OpenAI's, and those of `SamplingParams` that OpenAI lacks."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    response_format: dict[str, Any] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Sent by clients, and without effect here:
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream has besides the text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatBody(_Sampling, kw_only=True):
+    """Of POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[str] | None = None
+
+
+class CompletionBody(_Sampling, kw_only=True):
+    """Of POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+
+class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Of POST /tokenize: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+
+class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Of POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+def decoded[T](kind: type[T], data: bytes, depth: int) -> T:
+    """Return a body as what it has to be. Of a key that comes twice the last value counts.
+
+    Args:
+      depth: how deep values may be nested.
+
+    Raises:
+      RequestError: it is no JSON, has a field that is not known, or one of another type; names the field.
+    """
+    try:
+        body = msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at ")
+        field = re.search(r"unknown field `(.*)`|required field `(.*)`", message)
+        param = (field[1] or field[2]) if field else path.strip("`").removeprefix("$").lstrip(".") or None
+        name = f"{param}: " if param and not field else ""
+        hint = "this endpoint has no such field here" if field and field[1] else "see docs/server.md"
+        raise RequestError(f"{name}{message}", param=param or "body", hint=hint) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RequestError(f"the body is no JSON: {reason}", param="body", hint="send one JSON object") from None
+    if _too_deep(body, depth):
+        raise RequestError(f"the body is nested more than {depth} deep", param="body", hint="flatten it")
+    return body
+
+
+def given(body: msgspec.Struct) -> dict[str, Any]:
+    """Return the fields that were given."""
+    return {name: value for name in body.__struct_fields__ if (value := getattr(body, name)) is not None}
+
+
+def _too_deep(body: Any, depth: int) -> bool:
+    level = [getattr(body, name) for name in body.__struct_fields__]
+    for _ in range(depth):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True

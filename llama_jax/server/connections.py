@@ -1,0 +1,65 @@
+"""Connections of clients that send or read too slowly, which uvicorn waits for as long as they like."""
+
+from __future__ import annotations
+
+import asyncio
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llama_jax.server.settings import Limits
+
+
+def protocol(limits: Limits) -> type[H11Protocol]:
+    """Return uvicorn's protocol for HTTP by h11, with deadlines for headers and for readers."""
+
+    class Impatient(H11Protocol):
+        """Closes a connection whose headers do not come, and one that takes nothing of what is sent."""
+
+        _headers: asyncio.TimerHandle | None = None
+        _reader: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._await_headers()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._await_headers()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._forget_headers()
+            self._forget_reader()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._reader = self.loop.call_later(limits.stalled_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._forget_reader()
+
+        def _await_headers(self) -> None:
+            """The time runs from the first byte of a request until its headers are complete."""
+            if self.conn.their_state is not h11.IDLE:
+                self._forget_headers()
+            elif self._headers is None:
+                self._headers = self.loop.call_later(limits.header_s, self._close_idle)
+
+        def _forget_headers(self) -> None:
+            if self._headers is not None:
+                self._headers.cancel()
+                self._headers = None
+
+        def _forget_reader(self) -> None:
+            if self._reader is not None:
+                self._reader.cancel()
+                self._reader = None
+
+        def _close_idle(self) -> None:
+            self._headers = None
+            if self.conn.their_state is h11.IDLE:
+                self.transport.close()
+
+    return Impatient

@@ -1,0 +1,75 @@
+"""Errors as OpenAI's clients know them: a status, and {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llama_jax.errors import (
+    DoesNotFit,
+    EngineFailed,
+    LlamaJaxError,
+    Overloaded,
+    RequestError,
+    TemplateError,
+    TokenizerError,
+)
+
+RETRY_S = 1
+"""Seconds after which a client that was turned away may try again."""
+
+STATUSES: tuple[tuple[type[LlamaJaxError], int, str], ...] = (
+    (RequestError, 400, "invalid_request_error"),
+    (DoesNotFit, 400, "invalid_request_error"),
+    (TemplateError, 400, "invalid_request_error"),
+    (TokenizerError, 400, "invalid_request_error"),
+    (Overloaded, 429, "rate_limit_error"),
+    (EngineFailed, 503, "overloaded_error"),
+    (LlamaJaxError, 500, "server_error"),
+)
+"""The status and type of an error: of the first class here that it belongs to."""
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "overloaded_error"}
+
+
+class Refused(LlamaJaxError):
+    """A request that was turned away before the engine saw it; `status` is HTTP's, `code` a word for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        hint: str = "",
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message, hint=hint)
+        self.status, self.code, self.param, self.headers = status, code, param, dict(headers or {})
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The answer to a request that failed."""
+
+    status: int
+    body: Mapping[str, Any]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """The answer that tells of an error. Of one that is not ours it tells nothing: its text may quote anybody."""
+        if isinstance(error, Refused):
+            kind = _KINDS.get(error.status, "invalid_request_error")
+            return cls(error.status, _body(error, kind, error.param, error.code), error.headers)
+        if not isinstance(error, LlamaJaxError):
+            error = LlamaJaxError("the server has failed", hint="its log has the reason, under this request's id")
+        status, kind = next((status, kind) for of, status, kind in STATUSES if isinstance(error, of))
+        headers = {"retry-after": str(RETRY_S)} if status in (429, 503) else {}
+        return cls(status, _body(error, kind, getattr(error, "param", None), type(error).__name__), headers)
+
+
+def _body(error: LlamaJaxError, kind: str, param: str | None, code: str) -> dict[str, Any]:
+    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}

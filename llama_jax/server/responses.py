@@ -1,0 +1,114 @@
+"""How answers are sent, and how it is noticed that nobody waits for them any more."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from llama_jax.errors import LlamaJaxError
+from llama_jax.server.answering import error_events
+from llama_jax.server.errors import Failure
+
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an answer in JSON."""
+    return Response(msgspec.json.encode(data), status, dict(headers or {}), "application/json")
+
+
+def failure_response(failure: Failure) -> Response:
+    """Return an answer that tells of an error."""
+    return json_response(failure.body, failure.status, failure.headers)
+
+
+@asynccontextmanager
+async def until_gone(receive: Receive) -> AsyncIterator[None]:
+    """Cancels what runs inside once the client has left. The body must have been read.
+
+    Raises:
+      ClientDisconnect: it has left.
+    """
+
+    async def watch(limit: asyncio.Timeout) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    try:
+        async with asyncio.timeout(None) as limit:
+            watching = asyncio.create_task(watch(limit))
+            try:
+                yield
+            finally:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+    except TimeoutError:
+        raise ClientDisconnect from None
+
+
+class EventStream(Response):
+    """Server-sent events. The status follows from how they begin: an error before the first is an answer of its own,
+    a later one is an event."""
+
+    def __init__(self, events: AsyncGenerator[bytes], keep_alive_s: float, headers: Mapping[str, str]):
+        """Of events.
+
+        Args:
+          keep_alive_s: after which a comment is sent where there is no event: proxies give up on a silent connection.
+        """
+        super().__init__(headers={**headers, "x-accel-buffering": "no"}, media_type="text/event-stream")
+        del self.headers["content-length"]
+        self._events, self._keep_alive_s = events, keep_alive_s
+        self._sending, self._begun = asyncio.Lock(), False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events until they end or the client leaves; either closes the generator.
+
+        Raises:
+          LlamaJaxError: of the events, where none has been sent.
+          ClientDisconnect: it has left before the first.
+        """
+        try:
+            async with aclosing(self._events), until_gone(receive):
+                await self._send_all(send)
+        except ClientDisconnect:
+            if not self._begun:
+                raise
+
+    async def _send_all(self, send: Send) -> None:
+        alive = asyncio.create_task(self._keep_alive(send))
+        try:
+            async for event in self._events:
+                await self._send(send, event)
+        except LlamaJaxError as error:
+            if not self._begun:
+                raise
+            await self._send(send, error_events(error))
+        finally:
+            alive.cancel()
+            await asyncio.gather(alive, return_exceptions=True)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        async with self._sending:
+            self._last = asyncio.get_running_loop().time()
+            if not self._begun:
+                self._begun = True
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _keep_alive(self, send: Send) -> None:
+        clock = asyncio.get_running_loop().time
+        self._last = clock()
+        while True:
+            await asyncio.sleep(self._last + self._keep_alive_s - clock())
+            if clock() >= self._last + self._keep_alive_s:
+                await self._send(send, KEEP_ALIVE)

@@ -1,0 +1,175 @@
+"""The life of a server: it listens, answers, and ends well."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import uvicorn
+
+from llama_jax.errors import RequestError
+from llama_jax.server.app import application
+from llama_jax.server.connections import protocol
+from llama_jax.server.served import Served
+from llama_jax.server.settings import ServerSettings
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_POLL_S = 0.05
+_LAST_WORDS_S = 5.0
+"""For answers to leave after the engine has ended, and for the engine to end."""
+_FAULT, _INTERRUPTED = 70, 130
+_THREADS = 32
+"""That encode prompts and compile grammars; some wait for seconds."""
+
+log = logging.getLogger("llama_jax.server")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server without its signals, behind which it would end the process by the signal."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def bound_socket(settings: ServerSettings) -> socket.socket:
+    """Return a socket at the server's address, before anything takes long.
+
+    Raises:
+      RequestError: the address is in use, or not of this machine.
+    """
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind, number)
+    except OSError as error:
+        raise RequestError(f"there is no address {settings.host!r}: {error}", param="host", hint="see --host") from None
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        raise RequestError(
+            f"cannot listen at {settings.host} port {settings.port}: {error.strerror}",
+            param="port",
+            hint="another program may use it; --port takes another, 0 any that is free",
+        ) from None
+    return made
+
+
+async def run(
+    served: Served,
+    listening: socket.socket,
+    *,
+    ready: Callable[[], None] = lambda: None,
+    ssl_keyfile: str | None = None,
+    ssl_certfile: str | None = None,
+    ssl_keyfile_password: str | None = None,
+) -> None:
+    """Run the engine and the server until SIGINT or SIGTERM.
+
+    Then new requests are turned away (503) while those under way have `drain_s` to end; what is left ends in an error
+    that its client is told. A second signal cuts this short.
+
+    Args:
+      ready: called once it answers.
+
+    Raises:
+      RequestError: a certificate or key cannot be used.
+    """
+    settings = served.settings
+    config = uvicorn.Config(
+        application(served),
+        http=protocol(settings.limits),  # h11, with deadlines
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=2 * settings.limits.header_bytes,
+        timeout_keep_alive=round(settings.limits.idle_s),
+        limit_concurrency=settings.limits.connections,
+        timeout_graceful_shutdown=int(_LAST_WORDS_S),
+        ssl_keyfile=ssl_keyfile,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile_password=ssl_keyfile_password,
+    )
+    try:
+        config.load()  # before the engine is compiled, which may take minutes
+    except OSError as error:
+        raise RequestError(
+            f"the certificate or its key cannot be used: {error}", param="ssl_certfile", hint="both are PEM files"
+        ) from None
+    server = _Server(config)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "llama_jax server"))
+    async with AsyncExitStack() as engine, _signals() as asked:
+        await engine.enter_async_context(served.engine)
+        asked.started = True
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        ending = asyncio.create_task(asked.acquire())
+        while not (server.started or serving.done()):
+            await asyncio.sleep(_POLL_S)
+        ready()
+        await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            await _drained(served, asked)
+            await _ended(engine)
+            server.should_exit = True
+        ending.cancel()
+        await serving
+
+
+class _Asked(asyncio.Semaphore):
+    """Released by each signal. One that comes before the server has started ends the process: what compiles cannot be
+    stopped otherwise."""
+
+    started = False
+
+    def signalled(self) -> None:
+        if not self.started:
+            log.warning("interrupted")
+            os._exit(_INTERRUPTED)
+        self.release()
+
+
+@asynccontextmanager
+async def _signals() -> AsyncIterator[_Asked]:
+    loop, asked = asyncio.get_running_loop(), _Asked(0)
+    for number in SIGNALS:
+        loop.add_signal_handler(number, asked.signalled)
+    try:
+        yield asked
+    finally:
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+async def _drained(served: Served, asked: _Asked) -> None:
+    """Waits until no request is under way, time is up, or there is another signal."""
+    served.life.draining = True
+    log.info("ending: %d requests are under way and have %g s", served.life.active, served.settings.drain_s)
+    again = asyncio.create_task(asked.acquire())
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(served.settings.drain_s):
+            while served.life.active and not again.done():
+                await asyncio.sleep(_POLL_S)
+    again.cancel()
+
+
+async def _ended(engine: AsyncExitStack) -> None:
+    """Ends the engine, which tells whoever waits; a device that hangs does not keep the process."""
+    closing = asyncio.create_task(engine.aclose())
+    await asyncio.wait({closing}, timeout=_LAST_WORDS_S)
+    if not closing.done():
+        log.error("the engine does not end; the process does")
+        os._exit(_FAULT)
+    await closing

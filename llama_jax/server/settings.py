@@ -1,0 +1,113 @@
+"""Where a server listens, whom it answers, and how much it takes from them."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass, field
+
+from llama_jax.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one request, and of a client's patience.
+
+    Attributes:
+      body: bytes; header_count, header_bytes: of all headers.
+      depth: of nested values in a body.
+      prompts: of one request; n: continuations of each; stops: strings that end a text, of `stop_chars` characters.
+      header_s, body_s: until the headers, and the body, are complete.
+      idle_s: between two requests of a connection.
+      stalled_s: until a client that reads nothing of what is sent is cut off.
+      keep_alive_s: between comments in a stream that has nothing else to say.
+      connections: at once.
+    """
+
+    body: int = 8 << 20
+    header_count: int = 100
+    header_bytes: int = 32 << 10
+    depth: int = 64
+    prompts: int = 256
+    n: int = 16
+    stops: int = 4
+    stop_chars: int = 1024
+    header_s: float = 10.0
+    body_s: float = 30.0
+    idle_s: float = 75.0
+    stalled_s: float = 30.0
+    keep_alive_s: float = 15.0
+    connections: int = 1000
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Of one server.
+
+    Attributes:
+      host, port: to listen at; port 0 takes a free one.
+      keys: any of which admits; none admits everybody, which only a loopback address may.
+      hosts: names that clients call the server by, besides its addresses.
+      drain_s: how long answers may go on once the server is to end.
+
+    Raises:
+      RequestError: another address than loopback, and no key; or a key that no header can hold.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    drain_s: float = 30.0
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        for key in self.keys:
+            if not key.isascii() or not key.isprintable() or " " in key or not key:
+                raise RequestError(
+                    "a key is empty or has characters that a header cannot hold",
+                    param="api_key",
+                    hint="use letters, digits and signs of ASCII, without spaces",
+                )
+        if not self.keys and not is_loopback(self.host):
+            raise RequestError(
+                f"{self.host} can be reached from other machines, and there is no key",
+                param="host",
+                hint="give --api-key or set LLAMA_JAX_API_KEY, or listen at 127.0.0.1",
+            )
+
+    def serves(self, host: str) -> bool:
+        """Whether a Host header names this server.
+
+        A page elsewhere whose name is made to resolve to this machine (DNS rebinding) sends its own name. Addresses
+        cannot be rebound: a server for all of a machine's addresses takes each of them.
+        """
+        name = _without_port(host).lower()
+        if name in self.hosts or name == self.host.lower():
+            return True
+        address = _address(name)
+        own = _address(self.host)
+        everywhere = own is not None and own.is_unspecified
+        if name == "localhost" or (address is not None and address.is_loopback):
+            return everywhere or is_loopback(self.host)
+        return everywhere and (address is not None or name == socket.gethostname().lower())
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach an address."""
+    address = _address(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdigit() else host
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None

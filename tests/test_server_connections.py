@@ -1,0 +1,123 @@
+"""Slow and stalled clients on real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import uvicorn
+
+from llama_jax.server.connections import protocol
+from llama_jax.server.settings import Limits
+
+LIMITS = Limits(header_s=0.3, stalled_s=0.3)
+SOON_S = 10.0
+"""Far more than the limits, far less than for ever."""
+HEAD = b"GET / HTTP/1.1\r\nhost: x\r\n"
+
+
+@contextlib.asynccontextmanager
+async def listening(app: Any) -> AsyncIterator[int]:
+    """The port of a server."""
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        config = uvicorn.Config(app, http=protocol(LIMITS), lifespan="off", log_config=None, timeout_keep_alive=1)
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server._serve(sockets=[made]))  # without its handlers of signals
+        while not server.started:
+            await asyncio.sleep(0.01)
+        yield made.getsockname()[1]
+        server.should_exit = True
+        await task
+
+
+async def short(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def test_headers_have_a_deadline() -> None:
+    """Half of them, nothing at all, and half of the next request's on a connection that was in use."""
+
+    async def run() -> None:
+        async with listening(short) as port:
+            for sent in (b"GET / HTTP/1.1\r\nhos", b"", HEAD + b"\r\n" + HEAD):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(sent)
+                answer = await asyncio.wait_for(reader.read(), SOON_S)
+                assert answer.count(b"200 OK") == sent.count(b"\r\n\r\n")
+                writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_dripped_header_has_the_same_deadline() -> None:
+    async def run() -> float:
+        clock = asyncio.get_running_loop().time
+        async with listening(short) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD)
+            began = clock()
+            with contextlib.suppress(ConnectionError):
+                while clock() < began + SOON_S:
+                    writer.write(b"x")
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+            return clock() - began
+
+    assert asyncio.run(run()) < SOON_S
+
+
+def test_a_request_may_take_longer_than_its_headers() -> None:
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(3 * LIMITS.header_s)
+        await short(scope, receive, send)
+
+    async def run() -> bytes:
+        async with listening(slow) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD + b"connection: close\r\n\r\n")
+            answer = await asyncio.wait_for(reader.read(), SOON_S)
+            writer.close()
+            return answer
+
+    assert asyncio.run(run()).endswith(b"ok")
+
+
+def test_clients_that_read_nothing_are_cut_off() -> None:
+    """The application learns that they are gone, and others get their answers meanwhile."""
+    gone = []
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/short":
+            return await short(scope, receive, send)
+
+        async def write() -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while True:
+                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+                await asyncio.sleep(0)
+
+        writing = asyncio.create_task(write())
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        writing.cancel()
+        gone.append(scope["client"])
+
+    async def run() -> None:
+        async with listening(endless) as port:
+            stalled = [await asyncio.open_connection("127.0.0.1", port, limit=1) for _ in range(20)]
+            for _, writer in stalled:
+                writer.write(HEAD + b"\r\n")
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD.replace(b"/ ", b"/short ") + b"connection: close\r\n\r\n")
+            assert (await asyncio.wait_for(reader.read(), SOON_S)).endswith(b"ok")
+            async with asyncio.timeout(SOON_S):
+                while len(gone) < len(stalled):
+                    await asyncio.sleep(0.02)
+            for _, one in (*stalled, (reader, writer)):
+                one.transport.abort()
+
+    asyncio.run(run())

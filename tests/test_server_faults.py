@@ -1,0 +1,219 @@
+"""Clients that leave, engines that fail, servers that end: nobody waits for ever, and nothing is left over."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from asgi_client import call, opened
+from served_model import Server, tiny_model
+
+from llama_jax.server.app import readiness
+from llama_jax.server.settings import Limits
+
+LONG = {"ignore_eos": True, "max_tokens": 100}
+CHAT = "/v1/chat/completions"
+MESSAGES = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_model(tmp_path_factory.mktemp("faults") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def server(model: Any, runner: asyncio.Runner) -> Iterator[Server]:
+    with Server(*model, runner, keys=("one", "two")) as made:
+        yield made
+
+
+ONE, TWO = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+
+
+def cancelled(server: Server) -> float:
+    return server.served.metrics._cancelled._value.get()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_client_that_leaves_ends_its_request(server: Server, path: str, streamed: bool) -> None:
+    """While it waits for a row, and while its tokens are drawn; the pages are free soon after."""
+    body: dict[str, Any] = (MESSAGES if path == CHAT else {"prompt": ["Hi", "You"]}) | LONG | {"stream": streamed}
+    before = cancelled(server)
+
+    async def run() -> None:
+        calls = [opened(server.app, "POST", path, body, headers=ONE) for _ in range(6)]
+        under_way = [await one.__aenter__() for one in calls]
+        await server.until(lambda: server.engine.snapshot().counts.waiting > 0)
+        if streamed:
+            await asyncio.wait_for(under_way[0].begun.wait(), 30)
+        drawn = server.engine.snapshot().tokens_out
+        for one in under_way:
+            one.leave()
+        for opening in calls:
+            await opening.__aexit__(None, None, None)
+        await server.until(lambda: server.unused)
+        assert server.engine.snapshot().tokens_out < drawn + 120
+        assert not any(one.answer.data.endswith(b"[DONE]\n\n") for one in under_way)
+        assert server.served.life.active == 0
+
+    server.run(run())
+    assert cancelled(server) == before + 6 * (1 if path == CHAT else 2)
+    ended = server.call("POST", path, body | {"max_tokens": 2}, headers=ONE)
+    assert ended.status == 200
+    assert cancelled(server) == before + 6 * (1 if path == CHAT else 2)
+
+
+def test_keys_share_no_prefixes(server: Server) -> None:
+    body = {"prompt": list(range(100, 150)), "max_tokens": 1}
+
+    def found(headers: dict[str, str]) -> int:
+        usage = server.call("POST", "/v1/completions", body, headers=headers).json["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert [found(ONE), found(ONE), found(TWO), found(TWO)] == [0, 48, 0, 48]
+
+
+def test_silent_streams_are_kept_alive(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comment, which clients pass over, as long as there is no event."""
+    with Server(*model, runner, limits=Limits(keep_alive_s=0.02)) as server:
+        step = server.engine._jobs.step  # type: ignore[union-attr]
+
+        def slow() -> Any:
+            time.sleep(0.1)
+            return step()
+
+        monkeypatch.setattr(server.engine._jobs, "step", slow)
+        answer = server.chat(stream=True, max_tokens=3)
+        assert answer.data.count(b": keep-alive\n\n") >= 3
+        assert answer.data.startswith(b": keep-alive\n\n")
+        assert len(answer.events) >= 3
+
+
+def test_overload(model: Any, runner: asyncio.Runner) -> None:
+    """Who finds no room is told at once, streaming or not; the others get their answers."""
+    with Server(*model, runner, waiting=2) as server:
+
+        async def run() -> list[Any]:
+            bodies = [MESSAGES | LONG | {"max_tokens": 20, "stream": i % 2 == 0} for i in range(30)]
+            return await asyncio.gather(*(call(server.app, "POST", CHAT, body) for body in bodies))
+
+        answers = server.run(run())
+        turned_away = [answer for answer in answers if answer.status == 429]
+        assert {answer.status for answer in answers} == {200, 429}
+        assert 2 <= len(answers) - len(turned_away) < 30
+        assert {answer.json["error"]["type"] for answer in turned_away} == {"rate_limit_error"}
+        assert {answer.headers["retry-after"] for answer in turned_away} == {"1"}
+        server.run(server.until(lambda: server.unused))
+
+
+def test_an_engine_that_fails(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams that have begun end in an event, others get 503; the server says so until the engine is back, or why it
+    never will be."""
+    with Server(*model, runner) as server:
+        engine = server.engine
+
+        async def run(last: bool) -> Any:
+            body = MESSAGES | LONG
+            async with (
+                opened(server.app, "POST", CHAT, body | {"stream": True}) as streamed,
+                opened(server.app, "POST", CHAT, body) as whole,
+            ):
+                await asyncio.wait_for(streamed.begun.wait(), 30)
+
+                def fail(*_: Any) -> Any:
+                    raise RuntimeError("the device is lost")
+
+                monkeypatch.setattr(engine._jobs, "step", fail)
+                if last:
+                    monkeypatch.setattr(engine, "_made", fail)
+                await asyncio.wait_for(asyncio.gather(streamed.task, whole.task), 60)
+            return streamed.answer, whole.answer
+
+        for last in (False, True):
+            streamed, whole = server.run(run(last))
+            *chunks, error = streamed.events
+            assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+            assert error["error"]["type"] == "overloaded_error"
+            assert (streamed.status, whole.status) == (200, 503)
+            assert "the device is lost" in whole.json["error"]["message"]
+            if not last:
+                server.run(server.until(lambda: readiness(server.served) == ("ready", "")))
+                assert server.chat(max_tokens=2).status == 200
+        ready = server.call("GET", "/health/ready")
+        assert (ready.status, ready.json["status"]) == (503, "failed")
+        assert "the device is lost" in ready.json["reason"]
+        assert server.chat().status == 503
+        assert server.call("GET", "/health/live").status == 200
+
+
+def test_no_next_token(model: Any, runner: asyncio.Runner) -> None:
+    """Logits that are no numbers end their own request: an error, and never an answer that looks whole."""
+    loaded, tokenizer = model
+    embed = loaded.params["embed"]["weight"].at[39].set(jnp.nan)
+    broken = dataclasses.replace(loaded, params={**loaded.params, "embed": {"weight": embed}})
+    with Server(broken, tokenizer, runner) as server:
+        bad, biased = {"prompt": [5, 39]}, {"prompt": [5, 6], "logit_bias": {"39": 100}, "stream": True}
+        whole = server.post("/v1/completions", **bad)
+        assert (whole.status, whole.json["error"]["type"]) == (500, "server_error")
+        assert "no next token" in whole.json["error"]["message"]
+        assert server.post("/v1/completions", **bad, stream=True).json == whole.json
+        first, *_, error = server.post("/v1/completions", **biased).events
+        assert first["choices"][0]["finish_reason"] is None
+        assert error == whole.json
+        assert server.post("/v1/completions", prompt=[5, 6]).status == 200
+
+
+def test_clients_that_leave_while_they_send(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> int:
+        async with opened(server.app, "POST", CHAT, chunks=[b"{"], headers=ONE) as left:
+            await asyncio.sleep(0)
+        return left.answer.status
+
+    assert server.run(run()) == 499
+    assert caplog.text == ""
+
+
+def test_a_fault_of_the_server_tells_nothing(server: Server, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def fault(*_: Any, **__: Any) -> Any:
+        raise ValueError("a secret prompt")
+
+    monkeypatch.setattr(server.engine, "generate", fault)
+    answer = server.call("POST", CHAT, MESSAGES, headers=ONE | {"x-request-id": "the-one"})
+    assert answer.status == 500
+    assert answer.json["error"]["type"] == "server_error"
+    assert "secret" not in answer.data.decode() + caplog.text
+    assert "the-one" in caplog.text
+    assert "ValueError at test_server_faults" in caplog.text
+
+
+def test_draining(model: Any, runner: asyncio.Runner) -> None:
+    """What is under way goes on, new requests are turned away, and readiness says so."""
+    with Server(*model, runner) as server:
+
+        async def run() -> Any:
+            async with opened(server.app, "POST", CHAT, MESSAGES | LONG | {"stream": True}) as streamed:
+                await asyncio.wait_for(streamed.begun.wait(), 30)
+                server.served.life.draining = True
+                new = await call(server.app, "POST", CHAT, MESSAGES)
+                ready = await call(server.app, "GET", "/health/ready")
+                assert server.served.life.active == 1
+                await asyncio.wait_for(streamed.task, 60)
+            return streamed.answer, new, ready
+
+        streamed, new, ready = server.run(run())
+        assert streamed.events[-1]["choices"][0]["finish_reason"] == "length"
+        assert (new.status, new.json["error"]["code"], new.headers["retry-after"]) == (503, "draining", "1")
+        assert (ready.status, ready.json["status"]) == (503, "draining")
+        assert server.served.life.active == 0
