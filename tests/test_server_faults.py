@@ -45,10 +45,24 @@ def cancelled(server: Server) -> float:
     return server.served.metrics._cancelled._value.get()
 
 
+def slowed(server: Server, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Has each step of the engine take longer."""
+    step = server.engine._jobs.step  # type: ignore[union-attr]
+
+    def slow() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    monkeypatch.setattr(server.engine._jobs, "step", slow)
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_a_client_that_leaves_ends_its_request(server: Server, path: str, streamed: bool) -> None:
+def test_a_client_that_leaves_ends_its_request(
+    server: Server, path: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While it waits for a row, and while its tokens are drawn; the pages are free soon after."""
+    slowed(server, monkeypatch, 0.01)
     body: dict[str, Any] = (MESSAGES if path == CHAT else {"prompt": ["Hi", "You"]}) | LONG | {"stream": streamed}
     before = cancelled(server)
 
@@ -88,13 +102,7 @@ def test_keys_share_no_prefixes(server: Server) -> None:
 def test_silent_streams_are_kept_alive(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comment, which clients pass over, as long as there is no event."""
     with Server(*model, runner, limits=Limits(keep_alive_s=0.02)) as server:
-        step = server.engine._jobs.step  # type: ignore[union-attr]
-
-        def slow() -> Any:
-            time.sleep(0.1)
-            return step()
-
-        monkeypatch.setattr(server.engine._jobs, "step", slow)
+        slowed(server, monkeypatch, 0.1)
         answer = server.chat(stream=True, max_tokens=3)
         assert answer.data.count(b": keep-alive\n\n") >= 3
         assert answer.data.startswith(b": keep-alive\n\n")
@@ -151,6 +159,7 @@ def test_an_engine_that_fails(model: Any, runner: asyncio.Runner, monkeypatch: p
             if not last:
                 server.run(server.until(lambda: readiness(server.served) == ("ready", "")))
                 assert server.chat(max_tokens=2).status == 200
+        server.run(server.until(lambda: "the device is lost" in readiness(server.served)[1]))
         ready = server.call("GET", "/health/ready")
         assert (ready.status, ready.json["status"]) == (503, "failed")
         assert "the device is lost" in ready.json["reason"]

@@ -262,9 +262,9 @@ class Engine:
         else:
             failed = EngineFailed(f"the engine's device failed: {error}", hint="send the request again")
             failed.__cause__ = error
+        self._jobs = None  # the arrays of the old one make room
         self._drop(failed)
         try:
-            self._jobs = None  # the arrays of the old one make room
             self._jobs = self._made()
         except Exception as again:
             self._failed = EngineFailed(f"the engine cannot restart: {again}", hint="restart the process")
