@@ -19,7 +19,7 @@ from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
 _SAMPLING = {*FIELDS} - {"prompt_logprobs"}
-_NO_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+NO_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 """Fields that say nothing about the text."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -161,5 +161,5 @@ def _check_names(body: Mapping[str, Any], own: set[str]) -> None:
         if name in _ONLY and value not in _ONLY[name]:
             allowed = " or ".join(map(repr, _ONLY[name]))
             raise RequestError(f"{name} can only be {allowed} here", param=name, hint="leave it out")
-        if name not in own and name not in _SAMPLING and name not in _NO_EFFECT and name not in _ONLY:
+        if name not in own and name not in _SAMPLING and name not in NO_EFFECT and name not in _ONLY:
             raise RequestError(f"unknown field {name!r}", param=name, hint="this endpoint has no such field here")

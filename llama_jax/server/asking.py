@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_jax.batch_file.openai_endpoints import Chat, Completions
+from llama_jax.batch_file.openai_endpoints import NO_EFFECT, Chat, Completions
 from llama_jax.batch_file.request import sampling_fields
 from llama_jax.errors import RequestError
 from llama_jax.generation import encode_prompt
@@ -18,9 +18,6 @@ from llama_jax.server.served import Served
 from llama_jax.server.settings import Limits
 from llama_jax.text.chat import check_messages, encode_chat
 
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-"""Fields that clients send and that change nothing here; a header of the answer names those that were sent."""
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -29,7 +26,7 @@ class Asked:
     Attributes:
       endpoint: how the choices look; prompts: token ids of each.
       streamed: whether it reads as the text comes; usage: whether a stream ends with the counts of tokens.
-      ignored: fields that were given and have no effect.
+      ignored: fields that were given and have no effect; a header of the answer names them.
     """
 
     endpoint: Chat | Completions
@@ -52,8 +49,7 @@ def asked(served: Served, body: ChatBody | CompletionBody) -> Asked:
     streamed, options = fields.pop("stream", False), fields.pop("stream_options", None)
     if options is not None and not streamed:
         raise RequestError("stream_options without stream", param="stream_options", hint='give "stream": true')
-    ignored = tuple(name for name in IGNORED if name in fields)
-    fields = {name: value for name, value in fields.items() if name not in IGNORED}
+    ignored = tuple(name for name in fields if name in NO_EFFECT and name != "model")
     _check_limits(fields, served.settings.limits)
     endpoint, ours = _endpoint(body, fields)
     chat = isinstance(endpoint, Chat)
