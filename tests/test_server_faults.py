@@ -62,8 +62,9 @@ def test_a_client_that_leaves_ends_its_request(
     server: Server, path: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While it waits for a row, and while its tokens are drawn; the pages are free soon after."""
-    slowed(server, monkeypatch, 0.01)
     body: dict[str, Any] = (MESSAGES if path == CHAT else {"prompt": ["Hi", "You"]}) | LONG | {"stream": streamed}
+    server.call("POST", path, body | {"max_tokens": 2}, headers=ONE)  # what is imported by the first request
+    slowed(server, monkeypatch, 0.01)
     before = cancelled(server)
 
     async def run() -> None:
