@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -99,6 +100,29 @@ def test_silent_streams_are_kept_alive(model: Any, runner: asyncio.Runner, monke
         assert answer.data.count(b": keep-alive\n\n") >= 3
         assert answer.data.startswith(b": keep-alive\n\n")
         assert len(answer.events) >= 3
+
+
+def test_a_device_that_hangs(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readiness says so as long as it lasts."""
+    with Server(*model, runner, limits=Limits(step_s=0.05)) as server:
+        step, go = server.engine._jobs.step, threading.Event()  # type: ignore[union-attr]
+
+        def hanging() -> Any:
+            go.wait(60)
+            return step()
+
+        monkeypatch.setattr(server.engine._jobs, "step", hanging)
+
+        async def run() -> None:
+            async with opened(server.app, "POST", CHAT, MESSAGES | {"max_tokens": 2}) as asked:
+                await server.until(lambda: readiness(server.served)[0] == "stalled")
+                assert (await call(server.app, "GET", "/health/ready")).status == 503
+                go.set()
+                await asyncio.wait_for(asyncio.shield(asked.task), 60)
+                assert asked.answer.status == 200
+
+        server.run(run())
+        assert readiness(server.served) == ("ready", "")
 
 
 def test_overload(model: Any, runner: asyncio.Runner) -> None:
