@@ -12,6 +12,7 @@ import numpy as np
 from llama_jax.checkpoint.source import ModelSource
 from llama_jax.disk import existing_parent, size_text
 from llama_jax.params import ParamSpec
+from llama_jax.schemes import PLAIN
 
 LARGER = 2
 """How many times the size of its source a checkpoint may have before a warning says what helps."""
@@ -35,11 +36,11 @@ def announce(
     """
     by_dtype: Counter[str] = Counter()
     for spec, dtype in dtypes.items():
-        by_dtype[dtype.name] += spec.size * dtype.itemsize
+        by_dtype[dtype.name if spec.scheme == PLAIN.name else spec.scheme] += spec.size * dtype.itemsize
     before, after = sum(file.stat().st_size for file in weights), by_dtype.total()
     dtype_name = by_dtype.most_common(1)[0][0]
     if warn_larger and after > LARGER * before:
-        smaller, half = "", 2 * sum(spec.size for spec in dtypes)
+        smaller, half = "", sum(s.size * (2 if s.scheme == PLAIN.name else d.itemsize) for s, d in dtypes.items())
         if half < after:
             smaller = (
                 '`llama-jax convert SRC DST --dtype bfloat16` (in Python dtype="bfloat16") makes '

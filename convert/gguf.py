@@ -13,21 +13,28 @@ from llama_jax.checkpoint.format import Source
 from llama_jax.checkpoint.source import SourceTensor, check_names, check_vocabulary
 from llama_jax.config import LlamaConfig, config_from_hf
 from llama_jax.convert.gguf_config import METADATA, PERMUTED, ROPE_FACTORS, config_dict, key_names
+from llama_jax.convert.gguf_layouts import layout_of, members
 from llama_jax.convert.gguf_parts import GgufParts
+from llama_jax.convert.members import Members
 from llama_jax.convert.weight_file import closed_on_error
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
+from llama_jax.schemes import PLAIN
 
 
 class GgufModel:
-    """An opened GGUF file, or several; see `checkpoint.source.ModelSource`. Quantised tensors become float32.
+    """An opened GGUF file, or several; see `checkpoint.source.ModelSource`.
+
+    Args:
+      dequantize: whether all quantised tensors become float32, or only those that no layout of `llama_jax.quantized`
+        holds.
 
     Raises:
       CheckpointError: the file is damaged, or a tensor is missing, unknown or of the wrong shape; names it.
       UnsupportedModel: an architecture, key or tensor type that is not supported; names it.
     """
 
-    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
+    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = True):
         self._file = GgufParts(path)
         self.path = path = self._file.path
         with closed_on_error(self.close):
@@ -37,6 +44,9 @@ class GgufModel:
             self.config = config_from_hf(keys, file=METADATA, names=key_names(metadata))
             self._recipes = {spec.name: _tensors_of(spec, tensors) for spec in param_specs(self.config)}
             self._check()
+            if not dequantize:
+                self.config = self.config.replace(schemes=self._schemes())
+        self._members = Members(self._read_members)
         licence = metadata.get("general.license")
         licence = licence if isinstance(licence, str) else None
         self.source = Source("gguf", name or path.name, revision, licence, self._file.label())
@@ -65,17 +75,43 @@ class GgufModel:
         return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
-        return self._file.dtype(self._recipes[spec.name][0])
+        return self._file.dtype(self._tensors(spec)[0]) if spec.scheme == PLAIN.name else np.dtype(spec.dtype)
 
     def provenance(self, spec: ParamSpec) -> list[SourceTensor]:
-        return [self._file.stored(name) for name in self._recipes[spec.name]]
+        return [self._file.stored(name) for name in self._tensors(spec)]
 
     def read(self, spec: ParamSpec) -> np.ndarray:
+        if spec.scheme != PLAIN.name:
+            return self._members.take(spec).reshape(spec.shape)
         names = self._recipes[spec.name]
         array = np.empty(spec.shape, self.dtype(spec))
         for name, part in zip(names, array if len(names) > 1 else array[None], strict=True):
             self._file.read_into(name, part)
-        heads = rotated_heads(spec, self.config) if self._permuted else None
+        return self._in_order(spec.leaf, array)
+
+    def _tensors(self, spec: ParamSpec) -> tuple[str, ...]:
+        """The tensors that hold a leaf, or a member of one."""
+        return self._recipes[spec.name if spec.scheme == PLAIN.name else f"{spec.leaf}.weight"]
+
+    def _schemes(self) -> tuple[tuple[str, str], ...]:
+        """The leaves that keep their precision, and their layouts."""
+        found = []
+        for spec in param_specs(self.config):
+            kinds = {self._file.tensors[name].kind for name in self._recipes[spec.name]}
+            layout = layout_of(kinds.pop()) if len(kinds) == 1 and len(spec.shape) > 1 else None
+            if layout is not None:
+                found.append((spec.leaf, layout.name))
+        return tuple(found)
+
+    def _read_members(self, leaf: str) -> dict[str, np.ndarray]:
+        names = self._recipes[f"{leaf}.weight"]
+        parts = [members(self._file.read_raw(name), self._file.tensors[name].kind) for name in names]
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return {name: self._in_order(leaf, member) for name, member in joined.items()}
+
+    def _in_order(self, leaf: str, array: np.ndarray) -> np.ndarray:
+        """The rows of a leaf, in the order in which the model rotates them."""
+        heads = rotated_heads(leaf, self.config) if self._permuted else None
         return array if heads is None else half_rotation(array, heads)
 
     def _check(self) -> None:
@@ -124,11 +160,11 @@ def _config_dict(path: Path, *parts: Any) -> dict[str, Any]:
 _HINT = "the file is damaged, or the model has parts that are not supported; try its safetensors weights"
 
 
-def rotated_heads(spec: ParamSpec, config: LlamaConfig) -> int | None:
+def rotated_heads(leaf: str, config: LlamaConfig) -> int | None:
     """How many heads stand one below the other in a projection whose output is rotated; None for other leaves."""
-    if ".attn.q_proj." in spec.name:
+    if leaf.endswith(".attn.q_proj"):
         return config.num_heads
-    return config.num_kv_heads if ".attn.k_proj." in spec.name else None
+    return config.num_kv_heads if leaf.endswith(".attn.k_proj") else None
 
 
 def half_rotation(array: np.ndarray, heads: int) -> np.ndarray:

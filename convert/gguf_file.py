@@ -126,6 +126,18 @@ class GgufFile:
             self._fill(raw.reshape(-1), tensor.offset + start * row_bytes, name)
             rows[start : start + len(raw)] = self._decode(raw, tensor.kind, name)
 
+    def read_raw(self, name: str) -> np.ndarray:
+        """The bytes of a quantised tensor: uint8 [rows, bytes of a row].
+
+        Raises:
+          CheckpointError: the file ends too early.
+        """
+        tensor = self.tensors[name]
+        rows = math.prod(tensor.shape[:-1])
+        raw = np.empty((rows, tensor.nbytes // rows), np.uint8)
+        self._fill(raw.reshape(-1), tensor.offset, name)
+        return raw
+
     def check_decodable(self) -> None:
         """Raises UnsupportedModel if one of the tensors has a type that the gguf package cannot decode."""
         import gguf

@@ -76,6 +76,10 @@ class GgufParts:
         """See `GgufFile.read`."""
         return self._where[name].read(name)
 
+    def read_raw(self, name: str) -> np.ndarray:
+        """See `GgufFile.read_raw`."""
+        return self._where[name].read_raw(name)
+
     def check_decodable(self) -> None:
         """See `GgufFile.check_decodable`."""
         for file in self._files:

@@ -18,6 +18,7 @@ from llama_jax.convert.adapters import refuse_adapted
 from llama_jax.convert.hf_files import AGAIN, check_promised, inside, licence, weight_shards
 from llama_jax.convert.hf_names import CACHE_SCALE, Names, Recipe, recipe
 from llama_jax.convert.hf_weights import MISMATCH, PlainWeight, Weight
+from llama_jax.convert.members import Members
 from llama_jax.convert.quantized import scheme_from_hf
 from llama_jax.convert.quantized.weight import QuantizedWeight, take_quantized
 from llama_jax.convert.safetensors_file import SafetensorsFile
@@ -25,19 +26,23 @@ from llama_jax.convert.torch_file import TorchFile
 from llama_jax.convert.weight_file import WeightFile, closed_on_error
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
+from llama_jax.quantized import Layout
+from llama_jax.schemes import PLAIN
 
 
 class HuggingFaceFolder:
     """An opened Hugging Face folder; see `checkpoint.source.ModelSource`.
 
-    Weights that are stored quantised are read in the dtype that config.json names.
+    Args:
+      dequantize: whether all weights that are stored quantised are read in the dtype that config.json names, or only
+        those that no layout of `llama_jax.quantized` holds.
 
     Raises:
       CheckpointError: a file or tensor is missing, unknown, damaged or of the wrong shape; names it.
       UnsupportedModel: config.json or a dtype asks for something that is not supported, a way of quantising among it.
     """
 
-    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
+    def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = True):
         self.path = path
         shards = weight_shards(path)
         hf = read_json(inside(path, CONFIG), hint=CORRECT)
@@ -51,6 +56,8 @@ class HuggingFaceFolder:
         self._where: dict[str, tuple[WeightFile, str]] = {}
         self._files: list[WeightFile] = []
         self._cache_scales: list[str] = []
+        self._layouts: dict[str, Layout] = {}
+        self._decoded: list[str] = []
         with closed_on_error(self.close):
             skipped = self._text.skipped_layers if self._text else frozenset()
             modules = {new: old for old, new in find_family(self.config.family).tensor_names.items()}
@@ -58,6 +65,9 @@ class HuggingFaceFolder:
             self._find_weights()
             self._tie(certain=self._text is None or hf.get("tie_word_embeddings") is not None)
             self._plan()
+            if not dequantize:
+                self._keep()
+        self._members = Members(self._read_members)
 
     def close(self) -> None:
         """Closes all files."""
@@ -67,13 +77,18 @@ class HuggingFaceFolder:
     @property
     def notes(self) -> Sequence[str]:
         """See `checkpoint.source.HasNotes`."""
-        if not self._cache_scales:
-            return ()
-        n = len(self._cache_scales)
-        return (
-            f"Left out: {n} scales of a quantised key/value cache ({some(self._cache_scales, 3)}); "
-            "the cache is kept in the dtype of the computation",
-        )
+        found = []
+        if n := len(self._cache_scales):
+            found.append(
+                f"Left out: {n} scales of a quantised key/value cache ({some(self._cache_scales, 3)}); "
+                "the cache is kept in the dtype of the computation"
+            )
+        if n := len(self._decoded):
+            found.append(
+                f"Decoded to {self.config.dtype}: {n} weights in {self.source.quantization}, a form that nothing here "
+                f"computes with ({some(self._decoded, 3)})"
+            )
+        return found
 
     @property
     def generation_config(self) -> Mapping[str, Any]:
@@ -88,12 +103,14 @@ class HuggingFaceFolder:
         return found
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
-        return self._weights[self._recipes[spec.name].sources[0]].dtype
+        return self._weights[self._recipe(spec).sources[0]].dtype if spec.scheme == PLAIN.name else np.dtype(spec.dtype)
 
     def provenance(self, spec: ParamSpec) -> list[SourceTensor]:
-        return [tensor for source in self._recipes[spec.name].sources for tensor in self._weights[source].stored]
+        return [tensor for source in self._recipe(spec).sources for tensor in self._weights[source].stored]
 
     def read(self, spec: ParamSpec) -> np.ndarray:
+        if spec.scheme != PLAIN.name:
+            return self._members.take(spec).reshape(spec.shape)
         made, out = self._recipes[spec.name], np.empty(spec.shape, self.dtype(spec))
         if len(made.sources) > 1:
             for expert, source in enumerate(made.sources):
@@ -106,7 +123,7 @@ class HuggingFaceFolder:
 
     def has_rows(self, spec: ParamSpec) -> bool:
         """Whether the leaf is a tensor of the file as it is; see `checkpoint.source.RowSource`."""
-        made = self._recipes[spec.name]
+        made = self._recipe(spec)
         plain = isinstance(self._weights[made.sources[0]], PlainWeight)
         return plain and len(made.sources) == 1 and made.part is None and not made.transposed
 
@@ -114,6 +131,32 @@ class HuggingFaceFolder:
         weight = self._weights[self._recipes[spec.name].sources[0]]
         assert isinstance(weight, PlainWeight)
         weight.read_into(out, row=start)
+
+    def _recipe(self, spec: ParamSpec) -> Recipe:
+        """How a leaf is made, or the leaf that this is a member of."""
+        return self._recipes[spec.name if spec.scheme == PLAIN.name else f"{spec.leaf}.weight"]
+
+    def _keep(self) -> None:
+        """Finds the weights that keep their own precision."""
+        for spec in param_specs(self.config):
+            made = self._recipes[spec.name]
+            weights = [self._weights[source] for source in made.sources]
+            quantised = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+            if not quantised:
+                continue
+            layouts = {weight.layout for weight in quantised}
+            layout = layouts.pop() if len(layouts) == 1 and len(quantised) == len(weights) else None
+            # What has to be taken apart or turned around, as some stacks of experts, is decoded.
+            if layout is None or made.shape != spec.shape[-2:]:
+                self._decoded.append(spec.leaf)
+            else:
+                self._layouts[spec.leaf] = layout
+        self.config = self.config.replace(schemes=tuple((leaf, kept.name) for leaf, kept in self._layouts.items()))
+
+    def _read_members(self, leaf: str) -> dict[str, np.ndarray]:
+        weights = [self._weights[source] for source in self._recipes[f"{leaf}.weight"].sources]
+        parts = [w.members(self._layouts[leaf]) for w in weights if isinstance(w, QuantizedWeight)]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     def _read_experts(self, made: Recipe, out: np.ndarray) -> None:
         """Takes a stack of experts apart, one by one, so that no second copy of it is ever in memory."""

@@ -13,10 +13,11 @@ import numpy as np
 from llama_jax.checkpoint.format import digest
 from llama_jax.checkpoint.read import Budget
 from llama_jax.checkpoint.source import ModelSource, provenance
-from llama_jax.checkpoint.values import check_finite, is_zero
+from llama_jax.checkpoint.values import check_finite, is_matrix, is_zero
 from llama_jax.convert.casting import cast
 from llama_jax.convert.file_hashes import FileHashes
 from llama_jax.params import ParamSpec
+from llama_jax.schemes import PLAIN
 
 AHEAD_BYTES = 768 << 20
 """Host memory for leaves that have been read and are not used yet, those in use included (a larger leaf is alone)."""
@@ -47,16 +48,21 @@ def in_file_order(model: ModelSource, specs: Sequence[ParamSpec]) -> list[ParamS
     return sorted(specs, key=place)
 
 
+def stored_dtype(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) -> np.dtype:
+    """What a leaf is stored in if `dtype` is asked for: that if it is plain; else, and if nothing is asked, its own."""
+    return model.dtype(spec) if dtype is None or spec.scheme != PLAIN.name else dtype
+
+
 def memory(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) -> int:
     """Bytes of host memory that reading a leaf takes: what is read and, where it is cast, what becomes of it."""
-    found = model.dtype(spec)
-    return spec.size * (found.itemsize + (dtype.itemsize if dtype is not None and dtype != found else 0))
+    found, stored = model.dtype(spec), stored_dtype(model, spec, dtype)
+    return spec.size * (found.itemsize + (stored.itemsize if stored != found else 0))
 
 
 def read_leaf(
     model: ModelSource, spec: ParamSpec, dtype: np.dtype | None, *, allow_nonfinite: bool, hashes: FileHashes
 ) -> Leaf:
-    """Reads one leaf and casts it to `dtype`, if given.
+    """Reads one leaf and casts it to `dtype`, if given and it is plain.
 
     Args:
       hashes: told how far the source's files have been read.
@@ -69,10 +75,9 @@ def read_leaf(
         hashes.follow(tensor.file, tensor.offset + tensor.nbytes)
     if not allow_nonfinite:
         check_finite(spec.name, array, model.path)
-    zero = array.ndim > 1 and is_zero(array)
+    zero = is_matrix(spec) and is_zero(array)
     found = digest(array.reshape(-1).view(np.uint8))
-    if dtype is not None and dtype != array.dtype:
-        array = cast(spec.name, array, dtype, model.path, allow_nonfinite=allow_nonfinite)
+    array = cast(spec.name, array, stored_dtype(model, spec, dtype), model.path, allow_nonfinite=allow_nonfinite)
     return Leaf(spec, array, found, zero)
 
 

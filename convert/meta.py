@@ -135,7 +135,7 @@ class MetaFolder:
         else:
             for file, part in zip(self._files, np.split(out, len(self._files), axis), strict=True):
                 _read_part(file, name, part)
-        heads = rotated_heads(spec, self.config)
+        heads = rotated_heads(spec.leaf, self.config)
         return out if heads is None else half_rotation(out, heads)
 
     @property

@@ -11,8 +11,14 @@ from llama_jax.checkpoint.source import ModelSource
 from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
 
 
-def open_source(path: Path, *, name: str | None = None, revision: str | None = None) -> ModelSource:
+def open_source(
+    path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = True
+) -> ModelSource:
     """Opens whatever stands at `path` for conversion.
+
+    Args:
+      dequantize: whether quantised weights are read as floats; False keeps those in their own precision that a layout
+        of `llama_jax.quantized` can hold.
 
     Raises:
       ModelNotFound: nothing does.
@@ -27,7 +33,7 @@ def open_source(path: Path, *, name: str | None = None, revision: str | None = N
     if path.is_file():
         if not is_gguf(path):
             raise no_model_file(path)
-        return GgufModel(path, name=name, revision=revision)
+        return GgufModel(path, name=name, revision=revision, dequantize=dequantize)
     if not path.is_dir():
         raise ModelNotFound(f"no file or folder at {path}", hint="check the path")
     if is_checkpoint(path):
@@ -37,11 +43,30 @@ def open_source(path: Path, *, name: str | None = None, revision: str | None = N
         )
     if is_meta(path):
         return MetaFolder(path, name=name, revision=revision)
-    return HuggingFaceFolder(path, name=name, revision=revision)
+    return HuggingFaceFolder(path, name=name, revision=revision, dequantize=dequantize)
+
+
+def open_model(
+    path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = False
+) -> ModelSource:
+    """Opens a checkpoint or a source; see `open_source`. Of a checkpoint, weights that are decoded are float32."""
+    # Imported here, since it brings jax, which opening a source for a listing does not need.
+    from llama_jax.checkpoint.checkpoint_source import CheckpointSource
+
+    if not is_checkpoint(path):
+        return open_source(path, name=name, revision=revision, dequantize=dequantize)
+    source = CheckpointSource(path)
+    if not (dequantize and source.config.schemes):
+        return source
+    from llama_jax.convert.quantizing import DequantizedSource
+
+    return DequantizedSource(source, "float32")
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, name: str | None = None, revision: str | None = None) -> Iterator[ModelSource]:
+def opened(
+    path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = False
+) -> Iterator[ModelSource]:
     """Opens a checkpoint or a source for as long as it is loaded; a context manager.
 
     Not every format has digests, so a file that is replaced or written to while it is read is noticed by its size and
@@ -49,21 +74,14 @@ def opened(path: Path, *, name: str | None = None, revision: str | None = None) 
 
     Args:
       name, revision: of a source, where they are known better than by its path.
+      dequantize: see `open_model`.
 
     Raises:
       ModelNotFound, UnsupportedModel, CheckpointError: see `open_source` and `CheckpointSource`.
       CheckpointError: on leaving, if a file has changed; names it.
     """
-    # Imported here, since it brings jax, which opening a source for a listing does not need.
-    from llama_jax.checkpoint.checkpoint_source import CheckpointSource
-
     before = _stamps(path)
-    source: ModelSource
-    if is_checkpoint(path):
-        source = CheckpointSource(path)
-    else:
-        source = open_source(path, name=name, revision=revision)
-    with contextlib.closing(source):
+    with contextlib.closing(open_model(path, name=name, revision=revision, dequantize=dequantize)) as source:
         yield source
     after = _stamps(path)
     if changed := sorted(str(file) for file in before.keys() | after.keys() if before.get(file) != after.get(file)):

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from llama_jax.checkpoint.format import FORMAT_VERSION, Progress, digest
 from llama_jax.checkpoint.source import ModelSource, provenance, tell_notes, weight_files
-from llama_jax.checkpoint.values import zeros_warning
+from llama_jax.checkpoint.values import is_matrix, zeros_warning
 from llama_jax.convert.announce import announce
 from llama_jax.convert.casting import storage_dtype
-from llama_jax.convert.opening import open_source
+from llama_jax.convert.opening import open_model, open_source
+from llama_jax.convert.weight_file import closed_on_error
 from llama_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from llama_jax.convert.file_hashes import FileHashes
     from llama_jax.convert.leaves import Leaf
     from llama_jax.params import ParamSpec
+    from llama_jax.recipe import Recipe
 
 
 def convert(
@@ -28,6 +30,8 @@ def convert(
     dst: str | Path,
     *,
     dtype: str | None = None,
+    dequantize: bool = False,
+    recipe: Recipe | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     warn_larger: bool = True,
@@ -35,6 +39,7 @@ def convert(
     revision: str | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
+    quantised: Callable[[str, float], None] | None = None,
 ) -> Path:
     """Converts a model to a checkpoint of this package.
 
@@ -45,9 +50,13 @@ def convert(
 
     Args:
       src: a Hugging Face folder (config.json and safetensors or .bin), a folder of Meta (params.json and
-        consolidated.*.pth) or a GGUF file.
+        consolidated.*.pth) or a GGUF file; with a recipe also a checkpoint.
       dst: the checkpoint's folder.
-      dtype: stores all tensors as float32, bfloat16 or float16; their own dtype when None (float32 for quantised GGUF).
+      dtype: stores all tensors that are not quantised as float32, bfloat16 or float16; their own dtype when None
+        (with a recipe bfloat16; of a GGUF file's quantised tensors that are decoded, float32).
+      dequantize: whether to decode weights that the source has quantised. By default they keep their precision, where
+        a layout of `llama_jax.quantized` can hold it.
+      recipe: quantises weights (those of a quantised source anew), each rounded to the nearest.
       overwrite: whether a checkpoint at `dst` may be replaced; it stays until the new one is complete.
       allow_nonfinite: whether weights may have any values: NaN, infinite, subnormal, zero in most of the matrices.
       warn_larger: whether to tell `notify` where the checkpoint will be more than twice as large as the source.
@@ -56,6 +65,8 @@ def convert(
       progress: called after each tensor.
       notify: called with a sentence before it begins (sizes and free space) and before a wait, about what was left out
         or looks strange, and when something is left for the same call to go on with.
+      quantised: called at the end for each leaf that the recipe quantised, with the size of its error (the root of the
+        mean square), as a share of the weight's.
 
     Returns:
       `dst`, absolute.
@@ -63,18 +74,20 @@ def convert(
     Raises:
       ModelNotFound: nothing stands at `src`.
       UnsupportedModel: the model asks for something that this package does not compute.
+      RequestError: an unknown dtype, or the recipe does not fit the model.
       CheckpointError: the source is damaged or incomplete, changes meanwhile, or holds NaN; names file and tensor.
       StorageError, DoesNotFit: `dst` exists or cannot be written, or the disk is too small.
     """
     # Imported here, since these bring jax and orbax, which opening and listing models do not need.
     from llama_jax.checkpoint.write import CheckpointWriter, batches
     from llama_jax.convert.file_hashes import FileHashes
-    from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, memory, read_ahead, read_leaf
+    from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, memory, read_ahead, read_leaf, stored_dtype
     from llama_jax.disk import fits_file_cache
     from llama_jax.params import param_specs
 
+    dtype = "bfloat16" if dtype is None and recipe is not None else dtype
     wanted = None if dtype is None else storage_dtype(dtype)
-    with closing(open_source(Path(src), name=name, revision=revision)) as model:
+    with closing(_opened(Path(src), name, revision, dequantize, recipe)) as model:
         specs = {spec.name: spec for spec in in_file_order(model, param_specs(model.config))}
         weights = weight_files(model, specs.values())
         before = _stamps(weights)
@@ -83,13 +96,14 @@ def convert(
             "source": [model.source.kind, str(model.path.absolute()), before],
             "config": digest(repr(model.config).encode()),
             "options": [dtype, allow_nonfinite],
+            "weights": "rounded to the nearest" if recipe is not None else "as they are",
         }
-        dtypes = {spec: wanted or model.dtype(spec) for spec in specs.values()}
+        dtypes = {spec: stored_dtype(model, spec, wanted) for spec in specs.values()}
         sizes = {spec.name: spec.size * dtype.itemsize for spec, dtype in dtypes.items()}
         total = sum(sizes.values())
         # Read first: a model without a usable tokenizer should fail before, not after, an hour of copying.
         files, generation_config = model.files, model.generation_config
-        matrices = sum(len(spec.shape) > 1 for spec in specs.values())
+        matrices = sum(map(is_matrix, specs.values()))
         say: Callable[[str], None] = notify or (lambda _: None)
         tell_notes(model, say)
         announce(model, Path(dst).absolute(), dtypes, weights, say, warn_larger=warn_larger)
@@ -107,7 +121,7 @@ def convert(
                 read_ahead(left, read, lambda name: memory(model, specs[name], wanted), AHEAD_BYTES) as leaves,
             ):
                 for batch, names in zip(leaves, left, strict=True):
-                    _write(writer, batch, hashes)
+                    _write(writer, batch, hashes, _errors(model, batch))
                     for name in names:
                         done += sizes[name]
                         if progress:
@@ -120,7 +134,8 @@ def convert(
             if warning := zeros_warning(_zeros(writer), matrices, model.path, refuse=not allow_nonfinite):
                 say(warning)
             digests = {name: value for note in writer.notes for name, value in note["source_digests"].items()}
-            return writer.commit(
+            errors = {leaf: value for note in writer.notes for leaf, value in note["errors"].items()}
+            path = writer.commit(
                 model.config,
                 source=model.source,
                 generation_config=generation_config,
@@ -129,14 +144,37 @@ def convert(
                 origins=origins(model, specs.values(), digests),
                 dtype=dtype,
             )
+        if quantised is not None:
+            for leaf in dict.fromkeys(spec.leaf for spec in param_specs(model.config)):
+                if leaf in errors:
+                    quantised(leaf, errors[leaf])
+        return path
 
 
-def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes) -> None:
+def _opened(src: Path, name: str | None, revision: str | None, dequantize: bool, recipe: Recipe | None) -> ModelSource:
+    if recipe is None:
+        return open_source(src, name=name, revision=revision, dequantize=dequantize)
+    from llama_jax.convert.quantizing import QuantizedSource
+    from llama_jax.recipe import schemes
+
+    source = open_model(src, name=name, revision=revision, dequantize=True)
+    with closed_on_error(source.close):
+        return QuantizedSource(source, schemes(source.config, recipe))
+
+
+def _errors(model: ModelSource, batch: Sequence[Leaf]) -> dict[str, float]:
+    """How far the leaves of a batch are from what they were before they were quantised."""
+    found: Mapping[str, float] = getattr(model, "errors", {})
+    return {leaf.spec.leaf: found[leaf.spec.leaf] for leaf in batch if leaf.spec.leaf in found}
+
+
+def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes, errors: Mapping[str, float]) -> None:
     """Writes leaves, with what model.lock.json will need of them. Keeps none of them alive."""
     note = {
         "source_digests": {leaf.spec.name: leaf.source_digest for leaf in batch},
         "zeros": [leaf.spec.name for leaf in batch if leaf.zero],
         "sha256": {file.name: value for file, value in hashes.done.items()},
+        "errors": errors,
     }
     writer.write({leaf.spec.name: leaf.array for leaf in batch}, note)
 

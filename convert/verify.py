@@ -11,7 +11,8 @@ from llama_jax.checkpoint.format import Progress, digest, open_checkpoint
 from llama_jax.checkpoint.lock import Lock, SourceFile, read_lock
 from llama_jax.checkpoint.read import VerifyReport
 from llama_jax.checkpoint.source import ModelSource, weight_files
-from llama_jax.convert.opening import open_source
+from llama_jax.config import LlamaConfig
+from llama_jax.convert.opening import open_model
 from llama_jax.convert.run import locked_files
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def verify_source(checkpoint: str | Path, src: str | Path, progress: Progress | 
 
     Args:
       checkpoint: the checkpoint's folder.
-      src: the folder or file that it was converted from, or a copy of it.
+      src: the folder or file that it was converted from, or a copy of it; the checkpoint, if it is a quantised one's.
       progress: called after each tensor of the source.
 
     Returns:
@@ -52,7 +53,7 @@ def verify_source(checkpoint: str | Path, src: str | Path, progress: Progress | 
         # NaN has passed when the checkpoint was made; its digest says whether it is the same.
         return read_leaf(model, specs[name], dtype, allow_nonfinite=True, hashes=hashes)
 
-    with closing(open_source(Path(src))) as model:
+    with closing(_opened_alike(Path(src), opened.config)) as model:
         specs = {spec.name: spec for spec in in_file_order(model, param_specs(model.config))}
         sizes = {name: memory(model, spec, dtype) for name, spec in specs.items()}
         weights = weight_files(model, specs.values())
@@ -73,6 +74,19 @@ def verify_source(checkpoint: str | Path, src: str | Path, progress: Progress | 
     missing = locked.tensors.keys() - specs.keys()
     failures += [f"{src} does not give tensor {name}" for name in sorted(missing)]
     return VerifyReport(opened.path, len(specs), total, tuple(_files(src, found, locked) + failures))
+
+
+def _opened_alike(src: Path, config: LlamaConfig) -> ModelSource:
+    """The source, with its weights in the form in which the checkpoint has them."""
+    if not config.schemes:
+        return open_model(src, dequantize=True)
+    source = open_model(src)
+    if dict(source.config.schemes) == dict(config.schemes):
+        return source
+    source.close()
+    from llama_jax.convert.quantizing import QuantizedSource
+
+    return QuantizedSource(open_model(src, dequantize=True), config.schemes)
 
 
 def _files(src: str | Path, found: Mapping[str, SourceFile], locked: Lock) -> list[str]:

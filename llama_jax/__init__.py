@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llama_jax.model import activation_names, forward, unembed
     from llama_jax.model.flax_module import Llama
     from llama_jax.model.loaded import Model
+    from llama_jax.model.quantization import quantize
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
     from llama_jax.sampling import Grammar, SamplingParams, sample
     from llama_jax.sharding import make_mesh
@@ -47,6 +48,7 @@ _HOME = {
     "errors": ("LlamaJaxError",),
     "model.flax_module": ("Llama",),
     "model.loaded": ("Model",),
+    "model.quantization": ("quantize",),
     "generation": ("batch_generate", "generate", "stream_generate"),
     "generation.engine": ("Engine", "Request"),
     "generation.llm": ("LLM",),
@@ -90,6 +92,7 @@ __all__ = [
     "open_checkpoint",
     "param_specs",
     "preset",
+    "quantize",
     "render_chat",
     "sample",
     "save",

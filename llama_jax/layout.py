@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
-from llama_jax.params import ParamSpec
+from llama_jax.params import ParamSpec, canonical_specs, param_specs
+from llama_jax.schemes import PLAIN
 from llama_jax.sharding import RULES, AnyMesh, RuledMesh, ruled
 from llama_jax.sharding.axes import refuse_unused
 
@@ -140,6 +141,7 @@ def check(config: LlamaConfig, mesh: AnyMesh) -> None:
     if by.rules is not RULES:
         refuse_unused(by.shape, by.rules)
         _check_rules(by)
+    check_groups(config, by)
     splits = [split for split in explain(config, mesh) if split.size is not None]
     for axis in dict.fromkeys(a for split in splits for a in split.over):
         over = [split for split in splits if axis in split.over]
@@ -150,6 +152,32 @@ def check(config: LlamaConfig, mesh: AnyMesh) -> None:
                 param="mesh",
                 hint="choose a number that divides the heads, or data=N, which splits the batch",
             )
+
+
+def check_groups(config: LlamaConfig, mesh: AnyMesh) -> None:
+    """Refuses a mesh that would cut a weight where what stores it cannot be cut: through groups that share a scale.
+
+    Raises:
+      RequestError: with the numbers.
+    """
+    if not config.schemes:
+        return
+    by, plain = ruled(mesh), {spec.leaf: spec for spec in canonical_specs(config) if len(spec.shape) > 1}
+    for spec in param_specs(config):
+        if spec.scheme == PLAIN.name:
+            continue
+        weight = plain[spec.leaf]
+        wanted = dict(zip(weight.axes, map(by.ways, weight.axes, _units(weight, config)), strict=True))
+        for axis, size, units in zip(spec.axes, spec.shape, _units(spec, config), strict=True):
+            parts = wanted[axis]
+            if by.ways(axis, units) != parts and by.over(axis or ""):
+                whole = weight.shape[weight.axes.index(axis)]
+                raise RequestError(
+                    f"{spec.leaf} is stored as {spec.scheme}, {whole // size} of its {whole} numbers together: "
+                    f"{parts} devices would have {whole / parts:g} each, {size / parts:g} groups",
+                    param="mesh",
+                    hint="choose fewer devices for the tensor axis, a smaller group, or the weights in floating point",
+                )
 
 
 def _check_rules(mesh: RuledMesh) -> None:

@@ -14,14 +14,17 @@ from llama_jax.checkpoint.build import load_source
 from llama_jax.checkpoint.source import tell_notes
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.opening import opened
+from llama_jax.convert.quantizing import QuantizedSource
 from llama_jax.kernels.checking.startup import self_check
 from llama_jax.kernels.registry import checked_backends
 from llama_jax.layout import check, explain, param_sharding
 from llama_jax.library import DEFAULT_MODEL, Found, find, resolve
 from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
+from llama_jax.model.quantization import dequantize_params
 from llama_jax.plan import MeshRequest, resolve_mesh
-from llama_jax.sharding import DeviceMesh
+from llama_jax.recipe import FLOAT, requested, schemes, usual_form
+from llama_jax.sharding import DeviceMesh, on
 from llama_jax.targets import current
 from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
 from llama_jax.text.tokenizer.check import check_tokenizer
@@ -31,6 +34,7 @@ def load(
     model: str | Path = DEFAULT_MODEL,
     *,
     dtype: DTypeLike | None = None,
+    weights: str | None = None,
     mesh: MeshRequest = None,
     convert: bool = True,
     verify: bool = True,
@@ -48,6 +52,11 @@ def load(
       model: the default model's name, a folder (Orbax checkpoint, Hugging Face or Meta), a GGUF file, or "org/name" on
         the Hugging Face hub.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
+      weights: "stored" computes with quantised weights as they are stored, "float" decodes them to `dtype` first. By
+        default the first on an AMD GPU, and the second on a CPU, where reading fewer bytes does not make up for
+        decoding them, and on other GPUs, where the first has not been run yet (docs/quantization.md). The name of a
+        layout ("int8", "int4", "fp8", "int4_g128_zero", ...) quantises the model's weights while they are loaded, by
+        `llama_jax.recipe.recipe`; a quantised model is decoded first.
       mesh: devices to spread the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):
         heads, hidden units and the vocabulary over its axis "tensor", rows of a batch over "data". A mesh without
         "tensor" holds a copy of the parameters on every device. What is not simply split is told to `notify`. "auto"
@@ -56,7 +65,7 @@ def load(
         (`llama_jax.plan.AutoMesh` states other numbers). What it has chosen, and why, is told to `notify`, and stands
         in the model's `mesh`, None for one device.
       convert: False reads a source in another format as it is and puts no converted copy on the disk: the same tree,
-        though there are no digests to check, and quantised weights are decoded anew each time.
+        though there are no digests to check.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
         it holds neither NaN nor infinity.
       fuse: whether to join projections that share their input (`llama_jax.model.fuse`), which is faster; False keeps
@@ -71,18 +80,24 @@ def load(
     Raises:
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`. DoesNotFit: "auto" finds no mesh.
         RequestError, KernelError: `kernels` names an operation or a backend that does not exist; nothing was loaded.
+        RequestError: `weights` names nothing that is known, or a mesh would cut through groups of weights.
     """
     runtime.enable_compilation_cache()
     named = checked_backends(kernels)
     check_kernels_once(notify)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
+    form = weights or usual_form(current().vendor)
+    wanted = requested(form)
     found = (
         Found(resolve(model, progress=progress, notify=notify))
         if convert
         else find(model, progress=progress, notify=notify)
     )
-    with opened(found.path, name=found.name, revision=found.revision) as source:
-        devices = _on_mesh(source.config, mesh, target, notify)
+    with opened(found.path, name=found.name, revision=found.revision, dequantize=wanted is not None) as source:
+        if wanted is not None:
+            source = QuantizedSource(source, schemes(source.config, wanted))
+        held = source.config.replace(schemes=()) if form == FLOAT else source.config
+        devices = _on_mesh(held, mesh, target, notify)
         if found.converted is not None:
             # Those of checkpoints were checked when they were converted.
             check_tokenizer(source.files, source.config.vocab_size)
@@ -93,6 +108,9 @@ def load(
         tell_notes(source, notify)
         params = load_source(source, dtype=target, sharding=sharding, verify=verify, progress=progress, notify=notify)
         config, generation_config = source.config, source.generation_config
+    if form == FLOAT and config.schemes:
+        with on(devices):
+            params, config = dequantize_params(params, config, target, donate=True)
     params, config = arrange(params, config, devices, fuse=fuse, donate=True)
     return Model(params, config, devices, generation_config, str(model), named), tokenizer
 

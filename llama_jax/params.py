@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import UnsupportedModel
+from llama_jax.quantized import layout_named
 from llama_jax.schemes import PLAIN, Scheme, scheme_named
 from llama_jax.sharding import Axes
 
@@ -103,7 +104,7 @@ def param_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
     if not config.schemes:
         return canonical_specs(config)
     schemes = _schemes(config)
-    return tuple(member for spec in canonical_specs(config) for member in _members(spec, schemes))
+    return tuple(member for spec in canonical_specs(config) for member in stored_as(spec, schemes))
 
 
 def canonical_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
@@ -118,6 +119,13 @@ def _schemes(config: LlamaConfig) -> dict[str, str]:
             f"schemes are given for {', '.join(sorted(strange)[:5])}, which the model does not have",
             hint="weights of two or more dimensions can have one, e.g. layers.0.attn.q_proj",
         )
+    for spec in canonical_specs(config):
+        layout = layout_named(schemes.get(spec.leaf, ""))
+        if layout is not None and spec.path[-1] == "weight" and not layout.fits(spec.shape[-1]):
+            raise UnsupportedModel(
+                f"{spec.leaf} is said to be stored as {layout.name}, but its rows of {spec.shape[-1]} do not divide so",
+                hint="quantise the model again with another group",
+            )
     return schemes
 
 
@@ -126,8 +134,12 @@ def _scheme(spec: ParamSpec, schemes: Mapping[str, str]) -> Scheme | None:
     return scheme_named(schemes[spec.leaf]) if spec.leaf in schemes and spec.path[-1] == "weight" else None
 
 
-def _members(spec: ParamSpec, schemes: Mapping[str, str]) -> Iterator[ParamSpec]:
-    """What a leaf of the canonical table is stored as."""
+def stored_as(spec: ParamSpec, schemes: Mapping[str, str]) -> Iterator[ParamSpec]:
+    """What a row of the canonical table is stored as: the members of its scheme, or itself.
+
+    Args:
+      schemes: of leaves that have one, as in `LlamaConfig.schemes`.
+    """
     scheme = _scheme(spec, schemes)
     if scheme is None:
         yield spec

@@ -1,9 +1,11 @@
-"""How a weight is stored: plainly, or by a scheme that another package registers.
+"""How a weight is stored: plainly, by a layout of `llama_jax.quantized`, or by a scheme that another package registers.
 
 A leaf of the parameter tree is a dict of members: {"weight"} of a plain one, and "bias" beside the weight if the
 projection has one. A scheme has other members in place of "weight" (values and their scales, say), each with a dtype,
 a shape and logical axes of its own. Which scheme a leaf has is told by the names of its members alone, so that a tree
-says what it is; members that no registered scheme has are an error.
+says what it is; members that no scheme has are an error.
+
+Every name of a layout is that of a scheme, e.g. "int4_g64_min", whose members are {"int4_g64_min", "scales", "minima"}.
 
     def rows(dimensions):
         return dimensions[:-1]
@@ -14,14 +16,19 @@ says what it is; members that no registered scheme has are an error.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 
 from llama_jax.errors import RequestError, UnsupportedModel
+from llama_jax.quantized import CODES, Layout, codes, layout_named
+from llama_jax.quantized.layout import OFFSETS
+from llama_jax.quantized.nearest import encode
 from llama_jax.sharding import Axes
 
 Members = Mapping[str, Any]
@@ -86,6 +93,12 @@ def register_scheme(scheme: Scheme) -> None:
     Raises:
       RequestError: another scheme has its name or the names of its members, or a member is called "bias".
     """
+    if layouts := [name for name in (scheme.name, *scheme.members) if layout_named(name)]:
+        raise RequestError(
+            f"the scheme {scheme.name!r} uses {layouts[0]!r}, the name of a layout of llama_jax.quantized",
+            param="scheme",
+            hint="choose another name",
+        )
     for other in _registered.values():
         same_members = other.members.keys() == scheme.members.keys()
         if other is not scheme and (other.name == scheme.name or same_members):
@@ -110,10 +123,13 @@ def scheme_named(name: str) -> Scheme:
     Raises:
       UnsupportedModel: none is registered.
     """
+    if (layout := layout_named(name)) is not None:
+        return quantised(layout)
     if name not in _registered:
         raise UnsupportedModel(
             f"weights are stored by the scheme {name!r}, which is not known here",
-            hint=f"import the package that registers it first; there are {', '.join(sorted(_registered))}",
+            hint=f"import the package that registers it first; there are {', '.join(sorted(_registered))}, and layouts "
+            f"of {', '.join(CODES)} such as int4_g64_min",
         )
     return _registered[name]
 
@@ -122,16 +138,17 @@ def scheme_of(members: Iterable[str]) -> Scheme:
     """The scheme of a leaf with these members, of which "bias" may be one.
 
     Raises:
-      RequestError: no registered scheme has exactly these.
+      RequestError: no scheme has exactly these.
     """
     names = set(members) - {"bias"}
-    for scheme in _registered.values():
+    layouts = [quantised(layout) for name in sorted(names) if (layout := layout_named(name)) is not None]
+    for scheme in (*layouts, *_registered.values()):
         if scheme.members.keys() == names:
             return scheme
     raise RequestError(
         f"a leaf of the parameters has the members {sorted(names)}, which no scheme has",
         param="params",
-        hint="; ".join(f"{s.name}: {', '.join(s.members)}" for s in _registered.values()),
+        hint="; ".join(f"{s.name}: {', '.join(s.members)}" for s in (*layouts, *_registered.values())),
     )
 
 
@@ -140,3 +157,33 @@ def leaf_axes(members: Iterable[str], weight: Axes) -> dict[str, Axes]:
     names = tuple(members)
     axes = scheme_of(names).axes(weight) | {"bias": weight[:-1]}
     return {name: axes[name] for name in names}
+
+
+@functools.cache
+def quantised(layout: Layout) -> Scheme:
+    """The scheme that stores weights in a layout."""
+
+    def packed(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] // layout.per_byte)
+
+    def groups(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[:-1] if layout.group is None else (*shape[:-1], shape[-1] // layout.group)
+
+    def by_group(axes: Axes) -> Axes:
+        return axes[:-1] if layout.group is None else axes
+
+    members = {
+        layout.name: Member(CODES[layout.kind], packed),
+        "scales": Member(layout.scale_dtype, groups, by_group),
+    }
+    if layout.offset is not None:
+        dtype = layout.scale_dtype if layout.offset == "min" else "int8"
+        members[OFFSETS[layout.offset]] = Member(dtype, groups, by_group)
+    return Scheme(
+        layout.name,
+        members,
+        partial(encode, layout),
+        partial(codes.decode, layout),
+        partial(codes.product, layout),
+        partial(codes.lookup, layout),
+    )

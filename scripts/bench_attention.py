@@ -255,7 +255,8 @@ def sweep(case: AttentionShape) -> Iterator[pallas_triton.Tiles]:
     """Tiles of the forward kernel whose operands fit into local memory, those nearest to the default first."""
     target = current()
     group = case.q_heads // case.kv_heads
-    best = pallas_triton.default_tiles(target, head_dim=case.head_dim, dtype=case.dtype, q_len=case.q_len, group=group)
+    sizes = {"head_dim": case.head_dim, "q_len": case.q_len, "kv_len": case.kv_len}
+    best = pallas_triton.default_tiles(target, dtype=case.dtype, group=group, **sizes)
     stages = (1, 2) if target.vendor == "amd" else (1, 2, 3, 4)
     grid = itertools.product((32, 64, 128, 256), (16, 32, 64, 128), (4, 8, 16), stages)
 

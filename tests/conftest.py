@@ -56,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would need the network fails at once
+    os.fsync = _written
     # Compiled programs outlive the run: a second one compiles nothing that has not changed.
     if cache := getattr(config, "cache", None):  # absent under `-p no:cacheprovider`
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
@@ -71,6 +72,16 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="llama-jax-tests-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["LLAMA_JAX_CACHE"] = folder
+
+
+def _written(descriptor: int) -> None:
+    """In place of `os.fsync`, which waits for the disk: no test cuts the power, and those of disks that fail have a
+    function of their own. Child processes have the real one.
+
+    Raises:
+      OSError: there is no such file.
+    """
+    os.fstat(descriptor)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -103,7 +114,7 @@ def _not_sampled(items: list[pytest.Item]) -> dict[pytest.Item, None]:
     return left_out
 
 
-MEMORY_MAPS = 30_000
+MEMORY_MAPS = 36_000
 """Past this many memory maps jax forgets its compiled programs: every program for a CPU holds some, and XLA aborts the
 process where the kernel refuses one more (`vm.max_map_count`, 65,530 by default)."""
 

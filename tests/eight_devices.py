@@ -177,7 +177,7 @@ def test_a_process_wants_only_the_rows_of_its_devices(spec: tuple[Any, ...], sha
 
 def test_generation_on_a_mesh(tmp_path: Path) -> None:
     """The same tokens, from parameters that stay where they are."""
-    folder = write_chat_model(tmp_path / "tiny")
+    folder = write_chat_model(tmp_path / "tiny", layers=2)
     plain, tokenizer = load(folder)
     prompts = ["The quick", "a"]
     expected = [o.outputs[0].token_ids for o in batch_generate(plain, tokenizer, prompts, max_tokens=6)]
@@ -193,7 +193,7 @@ def test_generation_on_a_mesh(tmp_path: Path) -> None:
 
 
 def test_a_mesh_without_the_axis_holds_copies_and_fuses(tmp_path: Path) -> None:
-    folder = write_chat_model(tmp_path / "tiny")
+    folder = write_chat_model(tmp_path / "tiny", layers=2)
     model, _ = load(folder, mesh=mesh_of("data=8"))
     leaf = model.params["layers"]["0"]["attn"]["qkv_proj"]["weight"]
     assert leaf.sharding.is_fully_replicated

@@ -32,7 +32,7 @@ GOLDEN = GOLDENS / "llama3.1-rope"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat") / "tiny")
+    return write_chat_model(tmp_path_factory.mktemp("chat") / "tiny", layers=2)
 
 
 @pytest.fixture

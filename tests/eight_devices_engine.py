@@ -130,7 +130,7 @@ def test_replicas_draw_the_same(sizes: dict[str, int]) -> None:
         assert {s.data.unsafe_buffer_pointer() for s in own.addressable_shards} <= {
             s.data.unsafe_buffer_pointer() for s in leaf.addressable_shards
         }
-    llm = LLM(model, settings=small_settings(pages=12, decode_rows=(3,), mixed_tokens=(24,)))
+    llm = LLM(model, settings=small_settings(pages=12))
     asked = some_requests(single, 12)
     outputs = llm.generate([prompt for prompt, _ in asked], [p for _, p in asked])
     for request, output in zip(asked, outputs, strict=True):

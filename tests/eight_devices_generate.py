@@ -296,12 +296,14 @@ def compiled(name: str, layers: int, mesh: Mesh, step: str, params: SamplingPara
         return str(jax.jit(decode_step, donate_argnums=2).lower(model, tokens, cache, sampler).compile().as_text())
 
 
-# The first layer, one in the middle and the last: the others are computed like the one in the middle.
-MODELS = [("llama-3.1-8b", 2), pytest.param("llama-3.1-70b", 3, marks=pytest.mark.slow)]
+# The larger model has its first layer, one in the middle and the last: the others are like the one in the middle.
+STEPS = [
+    *(("llama-3.1-8b", 2, *step) for step in (("decode", 1), ("decode", 8), ("prefill", 8), ("prefill", 32))),
+    *(pytest.param("llama-3.1-70b", 3, *step, marks=pytest.mark.slow) for step in (("decode", 8), ("prefill", 32))),
+]
 
 
-@pytest.mark.parametrize(("step", "batch"), [("decode", 1), ("decode", 8), ("prefill", 8), ("prefill", 32)])
-@pytest.mark.parametrize(("name", "layers"), MODELS)
+@pytest.mark.parametrize(("name", "layers", "step", "batch"), STEPS)
 def test_two_sums_a_layer_and_nothing_else(name: str, layers: int, step: str, batch: int) -> None:
     """Beside them one of the embedding, and of the greedy sampler one number and one index a row from each device.
 
@@ -419,7 +421,7 @@ def test_sampling_sends_candidates_only() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("chat") / "tiny")
+    return write_chat_model(tmp_path_factory.mktemp("chat") / "tiny", layers=2)
 
 
 def test_load_and_generate(folder: Path) -> None:

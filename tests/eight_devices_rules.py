@@ -3,6 +3,7 @@ devices."""
 
 from __future__ import annotations
 
+from itertools import cycle, product
 from pathlib import Path
 
 import jax
@@ -49,10 +50,10 @@ def models() -> dict[str, LlamaConfig]:
 
 
 FAST = {("dense", "wide"), ("moe", "model only")}
+# These two on every mesh, each of the others on one, in turn.
 CASES = [
     pytest.param(name, mesh, marks=() if (name, mesh) in FAST else pytest.mark.slow)
-    for name in models()
-    for mesh in MESHES
+    for name, mesh in [*product(("dense", "moe"), MESHES), *zip(TINY, cycle(MESHES), strict=False)]
 ]
 
 
@@ -167,7 +168,7 @@ def test_rules_that_collide() -> None:
 
 def test_load_with_rules(tmp_path: Path) -> None:
     """Given once: parameters, notes, generation and the prompt's log-probabilities follow them."""
-    folder = write_chat_model(tmp_path / "tiny")
+    folder = write_chat_model(tmp_path / "tiny", layers=2)
     plain, tokenizer = load(folder)
     want = generate(plain, tokenizer, "The quick", max_tokens=6, logprobs=2)
     said: list[str] = []

@@ -25,13 +25,13 @@ Asked = tuple[list[int], SamplingParams]
 
 
 def small_settings(**changes: Any) -> EngineSettings:
-    """Three rows of up to 96 tokens, steps of at most 24 tokens."""
+    """Three rows of up to 96 tokens, steps of at most 24 tokens; one size of each program."""
     fields: dict[str, Any] = {
         "rows": 3,
         "context": 96,
         "pages": 18,
-        "decode_rows": (1, 3),
-        "mixed_tokens": (8, 24),
+        "decode_rows": (3,),
+        "mixed_tokens": (24,),
         "chunk_rows": 2,
         "page_size": 16,
     }

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,19 @@ def on_eight_devices(file: str, *marks: str) -> None:
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
     assert " skipped" not in done.stdout
+
+
+def computed_once[T](function: Callable[..., T]) -> Callable[..., T]:
+    """The function, whose later calls have the arguments of the first one, `progress` aside, and get its result."""
+    kept: list[tuple[Any, T]] = []
+
+    def call(*args: Any, progress: Any = None, **options: Any) -> T:
+        if not kept:
+            kept.append(((args, options), function(*args, progress=progress, **options)))
+        assert kept[0][0] == (args, options)
+        return kept[0][1]
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ MODEL = "tests/test_model.py"
 SAMPLING = "tests/test_sampling.py"
 DECODE = "tests/test_decode.py"
 NORM = "tests/test_kernels_norm.py"
+QUANTIZATION = "tests/test_quantization.py"
 
 
 @dataclass(frozen=True)
@@ -425,8 +426,8 @@ CONVERSION: tuple[Mutation, ...] = (
     Mutation(
         "GGUF keys put in order by the number of query heads",
         "convert/gguf.py",
-        'return config.num_kv_heads if ".attn.k_proj." in spec.name else None',
-        'return config.num_heads if ".attn.k_proj." in spec.name else None',
+        'return config.num_kv_heads if leaf.endswith(".attn.k_proj") else None',
+        'return config.num_heads if leaf.endswith(".attn.k_proj") else None',
         ("tests/test_convert_gguf.py::test_unquantised_files[f32]",),
     ),
     Mutation(
@@ -644,8 +645,8 @@ SAMPLER: tuple[Mutation, ...] = (
     Mutation(
         "a row's only token is in no block",
         "kernels/attention/packed.py",
-        "blocks(row, of, size, most, least=1)",
-        "blocks(row, of, size, most, least=2)",
+        "least=1 if alike else 2",
+        "least=2",
         ("tests/test_llm.py::test_outputs_in_the_order_of_the_prompts",),
     ),
     Mutation(
@@ -800,4 +801,45 @@ CONSTRAINTS = (
     ),
 )
 
-MUTATIONS: tuple[Mutation, ...] = (*ROPE, *LAYERS, *ATTENTION, *EXPERTS, *CONVERSION, *TEXT, *SAMPLER, *CONSTRAINTS)
+QUANTISED: tuple[Mutation, ...] = (
+    Mutation(
+        "the first code of a byte in its high half",
+        "llama_jax/quantized/layout.py",
+        "nibbles[..., 0::2] | nibbles[..., 1::2] << 4",
+        "nibbles[..., 1::2] | nibbles[..., 0::2] << 4",
+        (f"{QUANTIZATION}::test_every_code_is_the_nearest[int4_g32]",),
+    ),
+    Mutation(
+        "products as if codes were stored unsigned",
+        "llama_jax/quantized/codes.py",
+        "HALF * scales + _float32",
+        "0 * scales + _float32",
+        (f"{QUANTIZATION}::test_products_and_rows[int4_g64_min]",),
+    ),
+    Mutation(
+        "zeros of other programs taken as signed",
+        "convert/quantized/members.py",
+        "(by_row(codes.zeros).astype(np.int16) - half)",
+        "by_row(codes.zeros).astype(np.int16)",
+        ("tests/test_convert_kept.py::test_weights_are_those_of_the_library[awq]",),
+    ),
+    Mutation(
+        "scales of blocks in turn, row by row",
+        "convert/quantized/members.py",
+        "blocks[np.arange(rows) // codes.block[0]]",
+        "blocks[np.arange(rows) % len(blocks)]",
+        ("tests/test_convert_kept.py::test_weights_are_those_of_the_library[fp8-block]",),
+    ),
+    Mutation(
+        "a mesh may cut through groups",
+        "llama_jax/layout.py",
+        "    check_groups(config, by)",
+        "    ...",
+        (f"{QUANTIZATION}::test_no_mesh_cuts_through_a_group",),
+    ),
+)
+
+MUTATIONS: tuple[Mutation, ...] = (
+    *(*ROPE, *LAYERS, *ATTENTION, *EXPERTS, *CONVERSION, *TEXT, *SAMPLER, *CONSTRAINTS),
+    *QUANTISED,
+)

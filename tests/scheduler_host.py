@@ -115,14 +115,6 @@ class Host:
         self.scheduler.finish(id)
         self._note(before, None)
 
-    def lose_device(self) -> None:
-        self.flights.clear()
-        self.device = Device(self.limits, self.stops)
-        again = self.scheduler.reset()
-        assert {s.id for s in again} == set(self.live)
-        self.given_back.clear()
-        self.ended = self.planned
-
     def drain(self, bound: int) -> int:
         """Runs until all have ended; returns how many steps it took, at most `bound`."""
         first = self.planned

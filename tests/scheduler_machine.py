@@ -120,8 +120,6 @@ def soak(seed: int) -> Traffic:
     traffic = Traffic(random)
     kinds = [traffic.add, traffic.run, traffic.cancel, traffic.fail]
     for _ in range(random.randint(5, 30)):
-        if random.random() < 0.01:
-            traffic.host.lose_device()
         (happens,) = random.choices(kinds, [30, 60, 8, 2])
         happens(random)
         traffic.host.audit()
@@ -162,11 +160,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(random=SEEDS)
     def fail(self, random: Random) -> None:
         self.traffic.fail(random)
-
-    @rule(chance=st.integers(0, 9))
-    def lose_device(self, chance: int) -> None:
-        if chance == 9:
-            self.traffic.host.lose_device()
 
     @invariant()
     def books(self) -> None:

@@ -16,7 +16,7 @@ from llama_jax.convert import convert
 from llama_jax.disk import size_text
 from llama_jax.library import resolve
 
-Q4 = gguf.GGMLQuantizationType.Q4_0
+DECODED = gguf.GGMLQuantizationType.Q5_0
 WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 64}  # rows of whole blocks
 
 
@@ -45,21 +45,29 @@ def test_sizes_and_free_space(tmp_path: Path, dtype: str | None) -> None:
 
 
 def test_a_quantised_source_is_warned_about(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", WIDE, quantisation=Q4)
+    write_gguf(tmp_path / "m.gguf", WIDE, quantisation=DECODED)
     told: list[str] = []
     out = convert(tmp_path / "m.gguf", tmp_path / "out", notify=told.append)
     warning, begins = told
     assert begins.startswith("Converting ")
     times = stored(out) / (tmp_path / "m.gguf").stat().st_size
     assert times > 2
-    assert warning.startswith(f"Warning: the checkpoint will be {times:.1f} times as large as its source (GGUF Q4_0")
+    assert warning.startswith(f"Warning: the checkpoint will be {times:.1f} times as large as its source (GGUF Q5_0")
     assert f'--dtype bfloat16` (in Python dtype="bfloat16") makes {size_text(stored(out) // 2)} of it' in warning
     assert "--no-convert" in warning
     assert "load(convert=False)" in warning
 
 
+def test_what_keeps_its_precision_is_not(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", WIDE, quantisation=gguf.GGMLQuantizationType.Q4_1)
+    told: list[str] = []
+    convert(tmp_path / "m.gguf", tmp_path / "out", notify=told.append)
+    assert len(told) == 1
+    assert "int4_g32_min; 123 GB" in told[0]
+
+
 def test_what_does_not_help_is_not_named(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", WIDE | {"vocab_size": 2048}, quantisation=Q4)
+    write_gguf(tmp_path / "m.gguf", WIDE | {"vocab_size": 2048}, quantisation=DECODED)
     told: list[str] = []
     convert(tmp_path / "m.gguf", tmp_path / "out", dtype="bfloat16", notify=told.append)
     assert "--no-convert" in told[0]
@@ -67,7 +75,7 @@ def test_what_does_not_help_is_not_named(tmp_path: Path) -> None:
 
 
 def test_so_is_a_conversion_into_the_cache(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", WIDE, quantisation=Q4)
+    write_gguf(tmp_path / "m.gguf", WIDE, quantisation=DECODED)
     told: list[str] = []
     resolve(tmp_path / "m.gguf", notify=told.append)
     assert [message.split()[0] for message in told] == ["Warning:", "Converting"]
@@ -77,7 +85,7 @@ def test_so_is_a_conversion_into_the_cache(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "m.gguf", WIDE, quantisation=Q4)
+    write_gguf(tmp_path / "m.gguf", WIDE, quantisation=DECODED)
     done = CliRunner().invoke(cli, ["convert", str(tmp_path / "m.gguf"), str(tmp_path / "out")])
     assert done.exit_code == 0
     assert re.search(r"^Warning: .*--dtype bfloat16.*--no-convert", done.stderr, re.MULTILINE)
@@ -89,7 +97,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_the_default_model_is_converted_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is small, and is to be exact."""
-    write_gguf(tmp_path / "m.gguf", WIDE, quantisation=Q4)
+    write_gguf(tmp_path / "m.gguf", WIDE, quantisation=DECODED)
     monkeypatch.setattr("llama_jax.library._default_gguf", lambda *_: tmp_path / "m.gguf")
     told: list[str] = []
     resolve(notify=told.append)

@@ -389,6 +389,7 @@ FACTS = [
     "layer_kinds",
     "rope",
     "tied_embeddings",
+    "weights",
     "dtype",
     "bytes",
     "memory_bytes",
@@ -406,11 +407,11 @@ def test_show_checkpoint(model: Path) -> None:
     size = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
     assert facts["parameters"] == facts["active_parameters"] == size
     assert facts["memory_bytes"] == {"float32": 4 * size, "bfloat16": 2 * size}
-    assert facts["kv_cache_bytes_per_token"] == {"float32": 2 * 2 * 2 * 8 * 4, "bfloat16": 2 * 2 * 2 * 8 * 2}
-    assert (facts["layers"], facts["heads"], facts["kv_heads"], facts["context"]) == (2, 4, 2, 256)
+    assert facts["kv_cache_bytes_per_token"] == {"float32": 2 * 2 * 8 * 4, "bfloat16": 2 * 2 * 8 * 2}
+    assert (facts["layers"], facts["heads"], facts["kv_heads"], facts["context"]) == (1, 4, 2, 256)
     assert (facts["dtype"], facts["chat_template"], facts["source"]) == ("float32", TEMPLATE, "huggingface hf")
     assert facts["tokenizer"] == "byte-level BPE, 3,008 tokens"
-    assert facts["layer_kinds"] == ["2x full, mlp 24"]
+    assert facts["layer_kinds"] == ["1x full, mlp 24"]
     assert facts["files"] == checkpoint.file_digests
     text = run("show", model).stdout
     assert "licence:                  unknown" in text

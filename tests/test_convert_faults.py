@@ -120,13 +120,8 @@ def check_kills(results: list[dict[str, Any]], n: int) -> None:
     assert any(result["parts"] for result in results)
 
 
-@pytest.mark.timeout(300)
-def test_kill_at_random_moments(tmp_path: Path) -> None:
-    check_kills(kills(tmp_path, 8, seed=0), 8)
-
-
 @pytest.mark.timeout(1200)
-def test_kill_at_many_random_moments(tmp_path: Path) -> None:
+def test_kill_at_random_moments(tmp_path: Path) -> None:
     check_kills(kills(tmp_path, 20, seed=1), 20)
 
 

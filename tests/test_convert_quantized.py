@@ -252,11 +252,15 @@ def test_single_experts(tmp_path: Path, names: str) -> None:
     }
     hf = MIXTRAL | {"quantization_config": method}
     write_fp8(tmp_path / "hf", hf, tensors)
-    found = loaded(convert(tmp_path / "hf", tmp_path / "out"))
+    found = loaded(convert(tmp_path / "hf", tmp_path / "out", dequantize=True))
+    kept = loaded(convert(tmp_path / "hf", tmp_path / "kept"))
     for layer in range(2):
         for short, leaf in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
             stack = [expected[f"model.layers.{layer}.block_sparse_moe.experts.{e}.{short}.weight"] for e in range(3)]
-            np.testing.assert_array_equal(found[f"layers.{layer}.moe.experts.{leaf}_proj.weight"], np.stack(stack))
+            stored = f"layers.{layer}.moe.experts.{leaf}_proj"
+            np.testing.assert_array_equal(found[f"{stored}.weight"], np.stack(stack))
+            product = kept[f"{stored}.fp8"].astype(np.float32) * kept[f"{stored}.scales"][..., None]
+            np.testing.assert_array_equal(product, np.stack(stack))
 
 
 @pytest.mark.parametrize("down_scale", ["row", "column"])

@@ -173,8 +173,10 @@ def test_prefill_equals_forward(case: str, chunk: int | None, monkeypatch: pytes
     assert logits.shape == (4, golden.config.vocab_size)
     assert int(cache.length) == 64
     for row, prompt in enumerate(prompts):
-        want, _ = run(golden.params, golden.config, jnp.asarray([prompt]))
-        np.testing.assert_allclose(logits[row], want[0, -1], atol=2e-5 * float(jnp.abs(want).max()))
+        at = np.arange(64, dtype=np.int32)  # one length for all
+        tokens, positions = np.resize(np.asarray(prompt, np.int32), 64), np.where(at < len(prompt), at, -1)
+        want = run(golden.params, golden.config, tokens[None], positions[None])[0][0, : len(prompt)]
+        np.testing.assert_allclose(logits[row], want[-1], atol=2e-5 * float(jnp.abs(want).max()))
     assert np.isfinite(np.asarray(logits)).all()
 
 

@@ -112,10 +112,7 @@ visible_slots = jax.jit(partition.visible_slots, static_argnums=2)
 @jax.jit
 def all_shares(first: jax.Array, end: jax.Array, block_k: jax.Array, wanted: jax.Array) -> tuple[jax.Array, ...]:
     """Row, start and stop of shares 0 .. 31; first and last share of each row."""
-    cut = partition.Cut(block_k, wanted)
-    at = partial(partition.share, first, end, cut)
-    of_row = partial(partition.shares_of, first, end, cut)
-    return *jax.vmap(at)(jnp.arange(32)), *jax.vmap(of_row)(jnp.arange(first.shape[0]))
+    return partition.shares(first, end, partition.Cut(block_k, wanted), 32)
 
 
 @st.composite
@@ -198,7 +195,7 @@ def rows_of(rows: list[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
 
 @partial(jax.jit, static_argnums=2)
 def fixed_shares(first: jax.Array, end: jax.Array, cut: partition.Cut) -> tuple[jax.Array, ...]:
-    return jax.vmap(partial(partition.share, first, end, cut))(jnp.arange(64))
+    return partition.shares(first, end, cut, 64)[:3]
 
 
 def test_tiles_of_every_target() -> None:
@@ -410,7 +407,8 @@ def test_layers_share_the_partition() -> None:
         def model(call: dict[str, Any]) -> list[Any]:
             at = call["q_positions"], call["kv_positions"]
             ranges = [partition.visible_slots(*at, Visibility()) for _ in range(layers)]
-            return [(first * i, end * i) for i, (first, end) in enumerate(ranges, 2)]
+            cuts = [partition.shares(*x, partition.Cut(16, 4), 5) for x in ranges]
+            return [jax.tree.map(lambda x, i=i: x * i, cut) for i, cut in enumerate(cuts, 2)]
 
         return jax.jit(model).lower(call).compile().as_text().count(" reduce(")
 

@@ -17,8 +17,7 @@ from triton_calls import compile_launch, lowered_for_gfx942, needs_triton, no_co
 
 from llama_jax.kernels.attention.cases import arguments
 from llama_jax.kernels.attention.decode import call as calls
-from llama_jax.kernels.attention.decode import decode_attention, jax_triton
-from llama_jax.kernels.attention.decode.partition import visible_slots
+from llama_jax.kernels.attention.decode import decode_attention, jax_triton, partition
 from llama_jax.kernels.attention.decode.tiles import default_tiles
 from llama_jax.kernels.attention.reference import attention_reference, visible
 from llama_jax.kernels.attention.shapes import DECODES
@@ -89,11 +88,12 @@ def test_on_an_emulated_gpu(case: Case) -> None:
     given = case.arguments(case.example())
     q, kv, places, rule = (given[name] for name in ("q", "kv", "places", "rule"))
     call = call_of(given)
-    ranges = visible_slots(places.q_positions, places.kv_positions, rule.visibility)
-    shares = jax_triton.shares_launch(call, *ranges, q, kv, places)
+    ranges = partition.visible_slots(places.q_positions, places.kv_positions, rule.visibility)
+    cut = partition.shares(*ranges, call.cut, call.most_shares)
+    shares = jax_triton.shares_launch(call, cut, q, kv, places)
     part, lse = map(jnp.asarray, emulate(kernels.decode_attention_shares, "decode_attention_shares", shares))
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    combine = jax_triton.combine_launch(call, *ranges, part, lse, given["sinks"], out)
+    combine = jax_triton.combine_launch(call, cut, part, lse, given["sinks"], out)
     (got,) = emulate(kernels.decode_attention_combine, "decode_attention_combine", combine)
 
     wide = replace(kv, k=kv.k.astype(jnp.float32), v=kv.v.astype(jnp.float32))
@@ -115,10 +115,11 @@ def test_compiles_for_amd(arch: str, name: str) -> None:
     case = next(case for case in decode_attention.models(None) if case.name == name)
     given = case.arguments(case.abstract())
     q, kv, places = (given[name] for name in ("q", "kv", "places"))
-    ranges = (jax.ShapeDtypeStruct((q.shape[0],), jnp.int32),) * 2
     call = call_of(given)
-    shares = jax_triton.shares_launch(call, *ranges, q, kv, places)
-    combine = jax_triton.combine_launch(call, *ranges, *shares.out, given["sinks"], q)
+    rows = jax.ShapeDtypeStruct((q.shape[0],), jnp.int32)
+    cut = jax.eval_shape(lambda *rows: partition.shares(*rows, call.cut, call.most_shares), rows, rows)
+    shares = jax_triton.shares_launch(call, cut, q, kv, places)
+    combine = jax_triton.combine_launch(call, cut, *shares.out, given["sinks"], q)
     for kernel, how in ((kernels.decode_attention_shares, shares), (kernels.decode_attention_combine, combine)):
         compiled = compile_launch(kernel, how, arch)
         assembly = compiled.asm["amdgcn"]

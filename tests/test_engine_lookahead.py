@@ -44,7 +44,10 @@ class Forking(Listed):
 
 
 def tiny_core(**changes: int | float) -> Core:
-    return Core(tiny_model(), small_settings(drafts=7, draft_rows=2, rows=2, decode_rows=(2,), steps=4, **changes))
+    return Core(
+        tiny_model(),
+        small_settings(drafts=7, draft_rows=2, rows=2, decode_rows=(2,), steps=4, **changes),
+    )
 
 
 # --- What is drafted

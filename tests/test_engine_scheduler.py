@@ -7,7 +7,6 @@ import dataclasses
 import hypothesis
 import pytest
 from scheduler_cases import host, ids, planned, sequence, step_now
-from scheduler_host import Host
 from scheduler_machine import SchedulerMachine, soak
 
 from llama_jax.engine import prefixes
@@ -194,39 +193,3 @@ def test_counts() -> None:
     h.deliver()
     counts = h.scheduler.counts
     assert (counts.pages_free, counts.pages_cached, counts.pages_fenced) == (62, 2, 0)
-
-
-@pytest.fixture
-def in_flight() -> Host:
-    h = host(rows=2)
-    for id in range(3):
-        h.add(sequence(id, 6, 6))
-    for _ in range(3):
-        h.schedule()
-    h.deliver()
-    return h
-
-
-def test_a_lost_device_starts_again_with_what_is_known(in_flight: Host) -> None:
-    h = in_flight
-    before = {id: list(s.tokens) for id, s in h.live.items()}
-    h.lose_device()
-    h.audit()
-    counts = h.scheduler.counts
-    assert (counts.running, counts.waiting, counts.pages_free) == (0, 3, 64)
-    assert {id: s.tokens for id, s in h.live.items()} == before
-    assert [joining.sequence.id for joining in planned(h.schedule()).joining] == [0, 1]
-    h.drain(60)
-    assert all(len(s.tokens) == 12 for s in h.done.values())
-
-
-def test_one_that_has_all_its_tokens_is_not_computed_again() -> None:
-    h = host()
-    h.add(sequence(0, 3, 1))
-    h.schedule()
-    h.scheduler.drawn(0, [1])
-    (again,) = h.scheduler.reset()
-    assert again.tokens == [100, 100, 100, 1]
-    assert h.scheduler.schedule() is None
-    h.scheduler.finish(0)
-    assert h.scheduler.counts.running == h.scheduler.counts.waiting == 0

@@ -287,9 +287,10 @@ def test_logprobs_of_a_small_vocabulary() -> None:
         assert sum(map(math.exp, entry.top.values())) == pytest.approx(1, abs=1e-5)
 
 
-def test_logprobs_0_is_the_chosen_token_only(golden: Model) -> None:
-    (prompt,) = random_prompts(golden, [4])
-    output = batch_generate(golden, None, [prompt], seed=1, logprobs=0, prompt_logprobs=0, max_tokens=3)[0]
+def test_logprobs_0_is_the_chosen_token_only(chat: Loaded) -> None:
+    model, _ = chat
+    (prompt,) = random_prompts(model, [4])
+    output = batch_generate(model, None, [prompt], seed=1, logprobs=0, prompt_logprobs=0, max_tokens=3)[0]
     assert output.outputs[0].logprobs is not None
     assert output.prompt_logprobs is not None
     for entry in (*output.prompt_logprobs[1:], *output.outputs[0].logprobs):
@@ -378,11 +379,12 @@ def test_min_tokens(golden: Model, min_tokens: int) -> None:
     assert output.finish_reason == ("length" if min_tokens == 12 else "stop")
 
 
-def test_max_tokens_1(golden: Model) -> None:
-    prompts = random_prompts(golden, [4, 7])
-    for output in batch_generate(golden, None, prompts, max_tokens=1, ignore_eos=True):
+def test_max_tokens_1() -> None:
+    model = tiny(64)
+    prompts = random_prompts(model, [4, 7])
+    for output in batch_generate(model, None, prompts, max_tokens=1, ignore_eos=True):
         assert (len(ids_of(output)[0]), output.outputs[0].finish_reason) == (1, "length")
-    assert len(list(stream_generate(golden, None, prompts[0], max_tokens=1))) == 1
+    assert len(list(stream_generate(model, None, prompts[0], max_tokens=1))) == 1
 
 
 # The context, and a cache that grows.

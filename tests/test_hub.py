@@ -102,7 +102,7 @@ def digests(path: Path) -> dict[str, str]:
 def test_pull(hub: FakeHub, goldens: Path, cache: Path, tmp_path: Path, said: list[str]) -> None:
     seen: list[tuple[int, int, str]] = []
     pulled = library.pull("org/name", notify=said.append, progress=lambda *p: seen.append(p))
-    assert pulled.checkpoint == cache / "models" / f"org--name-{COMMIT[:12]}-v1.1"
+    assert pulled.checkpoint == cache / "models" / f"org--name-{COMMIT[:12]}-v1.2"
     source = open_checkpoint(pulled.checkpoint).source
     assert (source.name, source.revision, source.licence) == ("org/name", COMMIT, "apache-2.0")
     from llama_jax.convert import convert

@@ -184,16 +184,16 @@ def test_what_no_kernel_computes_is_left_to_the_reference() -> None:
 
 
 def test_a_broken_guarantee_shows() -> None:
-    """Three rows with 20 tokens where one row with several was promised: two blocks are made. What is lost is NaN, all
-    else right."""
+    """Three rows with 20 tokens where one row with several was promised: two blocks are made, and for indexed backends
+    one that is for padding. What is lost is NaN where queries are gathered; all else is right."""
     call = packed_call((1, 20, 20, 20), (5, 0, 7, 0), length=61)
     rule = Rule(Visibility(), 0.3, chunk_rows=1)
     want = attention_reference(call.q, call.kv, call.places, rule)
     for backend in ("reference", "pallas_interpret"):
         got = np.asarray(run(call.q, call.kv, call.places, rule=rule, backend=backend))[0]
-        lost = np.isnan(got)
-        assert lost.all(axis=(1, 2)).nonzero()[0].tolist() == list(range(41, 61))
         np.testing.assert_allclose(got[:41], want[0, :41], rtol=1e-5, atol=1e-5)
+        if backend == "reference":
+            assert np.isnan(got).all(axis=(1, 2)).nonzero()[0].tolist() == list(range(41, 61))
 
 
 # ---- what the pieces are
@@ -202,10 +202,9 @@ def test_a_broken_guarantee_shows() -> None:
 @given(st.sampled_from([1, 40]).flatmap(lambda n: st.lists(st.integers(0, 4), min_size=n, max_size=n)))
 def test_ranks(row: list[int]) -> None:
     found = ranks(jnp.asarray(row, jnp.int32), 4)
-    assert found.counts.tolist() == [row.count(r) for r in range(4)]
+    assert found.counts.tolist() == [row.count(r) for r in range(5)]
     for i, r in enumerate(row):
-        if r < 4:
-            assert found.rank[i] == row[:i].count(r)
+        assert found.rank[i] == row[:i].count(r)
 
 
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.sampled_from([8, 16, 64, 256]))
@@ -283,6 +282,9 @@ def test_every_token_has_a_place_of_its_own() -> None:
         else:
             assert place == 40
     assert (token < row.size).sum() == 25
+    padded = blocks(jnp.asarray(row), of, 8, 6, padding=True)
+    assert padded.row.tolist() == [1, 1, 2, 2, 4, 4]
+    assert np.asarray(padded.token)[4, :3].tolist() == [10, 11, 12]
 
 
 # ---- what it costs

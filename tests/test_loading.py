@@ -25,7 +25,7 @@ from llama_jax.params import flatten
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_chat_model(tmp_path_factory.mktemp("loading") / "tiny", temperature=0.6)
+    return write_chat_model(tmp_path_factory.mktemp("loading") / "tiny", layers=2, temperature=0.6)
 
 
 def test_load_gives_all_that_generation_needs(folder: Path) -> None:

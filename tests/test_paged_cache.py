@@ -46,14 +46,18 @@ PARAMS = random_params(CONFIG)
 
 
 def step(cache: Any, tokens: Any, positions: Any) -> tuple[np.ndarray, Any]:
-    tokens, positions = jnp.asarray(tokens, jnp.int32), jnp.asarray(positions, jnp.int32)
-    logits, cache = run(PARAMS, CONFIG, tokens, positions, cache)
-    return np.asarray(logits), cache
+    """Logits and the cache after these tokens; padding behind them leaves few lengths to compile."""
+    tokens, positions = np.asarray(tokens, np.int32), np.asarray(positions, np.int32)
+    length = tokens.shape[1]
+    pad = (0, 0), (0, next(size for size in (1, 4, 24) if size >= length) - length)
+    logits, cache = run(PARAMS, CONFIG, np.pad(tokens, pad), np.pad(positions, pad, constant_values=-1), cache)
+    return np.asarray(logits)[:, :length], cache
 
 
-def prefilled(batch: int, length: int, capacity: int = 32) -> tuple[np.ndarray, PagedCache]:
-    cache = PagedCache.create(CONFIG, batch, capacity, jnp.float32, page_size=16)
-    return step(cache, random_tokens(CONFIG, batch, length), arange_positions(batch, length))
+def prefilled(capacity: int = 32) -> tuple[np.ndarray, PagedCache]:
+    """Three rows of 14 tokens."""
+    cache = PagedCache.create(CONFIG, 3, capacity, jnp.float32, page_size=16)
+    return step(cache, random_tokens(CONFIG, 3, 14), arange_positions(3, 14))
 
 
 def stored(cache: PagedCache, row: int) -> np.ndarray:
@@ -80,11 +84,11 @@ def test_create() -> None:
 
 
 def test_padding_is_not_stored() -> None:
-    tokens = random_tokens(CONFIG, 2, 6)
-    positions = np.array([[-1, -1, 0, 1, 2, 3], [0, 1, -1, -1, -1, -1]])
-    _, cache = step(PagedCache.create(CONFIG, 2, 16, jnp.float32, page_size=16), tokens, positions)
-    np.testing.assert_array_equal(cache.lengths, [4, 2])
-    np.testing.assert_array_equal(cache.positions[:, :5], [[0, 1, 2, 3, -1], [0, 1, -1, -1, -1]])
+    tokens = random_tokens(CONFIG, 3, 6)
+    positions = np.array([[-1, -1, 0, 1, 2, 3], [0, 1, -1, -1, -1, -1], [-1] * 6])
+    _, cache = step(PagedCache.create(CONFIG, 3, 32, jnp.float32, page_size=16), tokens, positions)
+    np.testing.assert_array_equal(cache.lengths, [4, 2, 0])
+    np.testing.assert_array_equal(cache.positions[:2, :5], [[0, 1, 2, 3, -1], [0, 1, -1, -1, -1]])
     for row in range(2):
         alone = np.asarray(tokens)[row, positions[row] >= 0][None]
         _, one = step(PagedCache.create(CONFIG, 1, 16, jnp.float32, page_size=16), alone, np.arange(alone.size)[None])
@@ -94,10 +98,10 @@ def test_padding_is_not_stored() -> None:
 
 @pytest.mark.slow
 def test_tokens_without_a_slot() -> None:
-    _, cache = prefilled(2, 15, capacity=16)
-    cache, _ = cache.extend(jnp.array([[15], [-1]]))  # fits exactly
+    _, cache = prefilled(capacity=16)
+    cache, _ = cache.extend(jnp.array([[14, 15], [14, -1], [-1, -1]]))  # fits exactly
     with pytest.raises(RequestError, match="1 tokens do not fit") as caught:
-        cache.extend(jnp.array([[16], [15]]))
+        cache.extend(jnp.array([[16], [15], [14]]))
     assert "larger capacity" in caught.value.hint
     unbooked = PagedCache.create(CONFIG, 2, 32, jnp.float32, page_size=16, pages=3)
     with pytest.raises(RequestError, match="2 tokens do not fit") as caught:
@@ -153,7 +157,7 @@ def golden_cache(golden: Golden, extra: int) -> PagedCache:
     return cache.book(np.arange(batch), jnp.asarray(table))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY_CASE)
 def test_golden(case: str) -> None:
@@ -199,22 +203,22 @@ def test_golden_through_the_kernels(case: str) -> None:
 
 
 def test_truncate() -> None:
-    """Four drafts of which rows keep one and none, then other tokens in their place."""
-    _, cache = prefilled(2, 14)
-    drafts = random_tokens(CONFIG, 2, 4, seed=1)
-    want, _ = step(cache, [[drafts[0, 0], 7], [8, 9]], [[14, 15], [14, 15]])
-    _, longer = step(cache, drafts, arange_positions(2, 4) + 14)
-    back = longer.truncate(jnp.array([15, 14]))
-    np.testing.assert_array_equal(back.lengths, [15, 14])
-    np.testing.assert_array_equal((back.positions >= 0).sum(axis=1), [15, 14])
-    got, after = step(back, [[7, 0], [8, 9]], [[15, -1], [14, 15]])
+    """Four drafts of which rows keep one, none and all, then other tokens in their place."""
+    _, cache = prefilled()
+    drafts = random_tokens(CONFIG, 3, 4, seed=1)
+    want, _ = step(cache, [[drafts[0, 0], 7], [8, 9], drafts[2, :2]], [[14, 15]] * 3)
+    _, longer = step(cache, drafts, arange_positions(3, 4) + 14)
+    back = longer.truncate(jnp.array([15, 14, 18]))
+    np.testing.assert_array_equal(back.lengths, [15, 14, 18])
+    np.testing.assert_array_equal((back.positions >= 0).sum(axis=1), [15, 14, 18])
+    got, after = step(back, [[7, 0], [8, 9], [0, 0]], [[15, -1], [14, 15], [-1, -1]])
     np.testing.assert_allclose(got[0, 0], want[0, 1], atol=1e-5)
     np.testing.assert_allclose(got[1], want[1], atol=1e-5)
-    np.testing.assert_array_equal(after.lengths, [16, 16])
+    np.testing.assert_array_equal(after.lengths, [16, 16, 18])
     # Longer than a row is: nothing happens. Empty rows forget everything.
-    np.testing.assert_array_equal(after.truncate(jnp.array([99, 99])).lengths, [16, 16])
-    emptied = after.truncate(jnp.array([0, 16]))
-    fresh, _ = step(emptied, [[3], [4]], [[0], [16]])
+    np.testing.assert_array_equal(after.truncate(jnp.array([99, 99, 99])).lengths, [16, 16, 18])
+    emptied = after.truncate(jnp.array([0, 16, 18]))
+    fresh, _ = step(emptied, [[3], [4], [0]], [[0], [16], [-1]])
     alone, _ = step(PagedCache.create(CONFIG, 1, 16, jnp.float32, page_size=16), [[3]], [[0]])
     np.testing.assert_allclose(fresh[0], alone[0], atol=1e-5)
 
@@ -224,7 +228,7 @@ BEYOND = 2**31 - 1
 
 def test_select_and_put_copy_no_pages() -> None:
     """Rows prefilled apart and put back; numbers beyond the last row are padding."""
-    _, cache = prefilled(3, 14)
+    _, cache = prefilled()
     every, after = step(cache, [[1], [2], [3]], [[14]] * 3)
     rows = jnp.array([2, 0, BEYOND])
     part = cache.select(rows)
@@ -240,7 +244,7 @@ def test_select_and_put_copy_no_pages() -> None:
 
 
 def test_grow() -> None:
-    _, cache = prefilled(3, 14, capacity=16)
+    _, cache = prefilled(capacity=16)
     grown = cache.grow(33)
     assert (grown.capacity, grown.pages) == (48, 9)
     assert len(np.unique(grown.page_table)) == 9
@@ -287,27 +291,27 @@ def test_forked_rows_diverge() -> None:
 
 
 def test_released_rows_have_no_pages() -> None:
-    _, cache = prefilled(2, 14)
-    released = cache.release(jnp.array([True, False]))
-    np.testing.assert_array_equal(released.lengths, [0, 14])
+    _, cache = prefilled()
+    released = cache.release(jnp.array([True, False, False]))
+    np.testing.assert_array_equal(released.lengths, [0, 14, 14])
     with pytest.raises(RequestError, match="do not fit") as caught:
-        released.extend(jnp.array([[0], [-1]]))
+        released.extend(jnp.array([[0], [-1], [-1]]))
     assert "book pages" in caught.value.hint
     again = released.book(jnp.array([0, BEYOND]), cache.page_table[jnp.array([0, 1])])
-    got, _ = step(again, [[3], [4]], [[0], [14]])
+    got, _ = step(again, [[3], [4], [0]], [[0], [14], [-1]])
     alone, _ = step(PagedCache.create(CONFIG, 1, 16, jnp.float32, page_size=16), [[3]], [[0]])
     np.testing.assert_allclose(got[0], alone[0], atol=1e-5)
 
 
 def test_rows_with_a_common_beginning() -> None:
     """16 tokens stored once; each row continues in a page of its own."""
-    cache = PagedCache.create(CONFIG, 2, 32, jnp.float32, page_size=16, pages=3)
+    cache = PagedCache.create(CONFIG, 3, 32, jnp.float32, page_size=16, pages=6)  # none of them booked
     cache = cache.book(jnp.array([0]), jnp.array([[1, 0]]))
     text = random_tokens(CONFIG, 1, 16)
-    _, cache = step(cache, np.repeat(text, 2, axis=0), np.stack([np.arange(16), np.full(16, -1)]))
+    _, cache = step(cache, np.repeat(text, 3, axis=0), [range(16), [-1] * 16, [-1] * 16])
     cache = cache.book(jnp.array([1]), jnp.array([[1, 2]]), shared=jnp.array([16]))
-    got, cache = step(cache, [[5], [6]], [[16], [16]])
-    got, cache = step(cache, [[7], [8]], [[17], [17]])
+    got, cache = step(cache, [[5], [6], [0]], [[16], [16], [-1]])
+    got, cache = step(cache, [[7], [8], [0]], [[17], [17], [-1]])
     for row, more in enumerate(([5, 7], [6, 8])):
         whole, _ = step(None, np.concatenate([text, [more]], axis=1), arange_positions(1, 18))
         np.testing.assert_allclose(got[row], whole[0, -1:], atol=1e-5)
@@ -337,13 +341,15 @@ def test_packed_tokens_are_separate_calls(case: str) -> None:
         positions = np.full((3, text.size), -1)
         positions[row] = np.arange(text.size)
         tokens = np.repeat(text, 3, axis=0)
+        # Padding behind them, so that rows share what is compiled.
+        first, then = ((0, 0), (0, max(old) - a)), ((0, 0), (0, max(new) - (text.size - a)))
         if a:
-            _, cache = run(g.params, g.config, tokens[:, :a], positions[:, :a], cache, rope_lengths=lengths)
+            before = np.pad(tokens[:, :a], first), np.pad(positions[:, :a], first, constant_values=-1)
+            _, cache = run(g.params, g.config, *before, cache, rope_lengths=lengths)
         one = cache.select(jnp.array([row]))
-        want, one = run(
-            g.params, g.config, text[:, a:], positions[row : row + 1, a:], one, rope_lengths=lengths[row : row + 1]
-        )
-        separate.append((np.asarray(want)[0], one))
+        after = np.pad(text[:, a:], then), np.pad(positions[row : row + 1, a:], then, constant_values=-1)
+        want, one = run(g.params, g.config, *after, one, rope_lengths=lengths[row : row + 1])
+        separate.append((np.asarray(want)[0, : text.size - a], one))
     # Interleaved, with padding between them: only the order within a row counts.
     rows = np.repeat(np.arange(3), new)
     order = np.argsort(rng.random(rows.size), kind="stable")
@@ -459,8 +465,7 @@ def test_donated_pages_are_reused() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    golden = load_golden("mistral-short-window")
-    return Model(golden.params, golden.config)
+    return Model(PARAMS, CONFIG)
 
 
 @pytest.mark.slow
@@ -471,7 +476,7 @@ def test_generation_gives_the_same_tokens(model: Model) -> None:
     params = [
         SamplingParams(temperature=0.0, max_tokens=45, ignore_eos=True, logprobs=1),
         SamplingParams(temperature=1.0, seed=1, n=2, max_tokens=20, ignore_eos=True),
-        SamplingParams(temperature=0.7, seed=2, max_tokens=30, ignore_eos=True, prompt_logprobs=1),
+        SamplingParams(temperature=0.7, seed=2, max_tokens=31, ignore_eos=True, prompt_logprobs=1),
     ]
     large = batch_generate(model, None, prompts, params)
     small = batch_generate(model, None, prompts, params, page_size=16)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.generation import batch_generate, generate, stream_generate
+from llama_jax.generation import batch_generate, generate
+from llama_jax.generation.llm import LLM
 from llama_jax.model import forward
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import SamplingParams
@@ -71,21 +72,19 @@ def test_logits_and_likelihood(logits: np.ndarray, row: int) -> None:
 
 @pytest.mark.slow
 def test_greedy_tokens(smollm2: Loaded) -> None:
-    """All prompts as one batch, with the cache: token for token."""
-    prompts = [entry["ids"] for entry in ENTRIES]
-    outputs = batch_generate(*smollm2, prompts, SamplingParams(temperature=0.0, max_tokens=48))
+    """All prompts as one batch, with the cache: token for token; the first one as a stream, too."""
+    llm = LLM(*smollm2, rows=len(ENTRIES), decode_rows=(len(ENTRIES),), context=128, greedy=True)
+    outputs = llm.generate([entry["ids"] for entry in ENTRIES], SamplingParams(temperature=0.0, max_tokens=48))
     for entry, output in zip(ENTRIES, outputs, strict=True):
         assert list(output.outputs[0].token_ids) == entry["greedy"]
         assert output.text == entry["greedy_text"].removesuffix("<|im_end|>")
         assert output.outputs[0].finish_reason == ("length" if len(entry["greedy"]) == 48 else "stop")
-
-
-def test_the_first_question(smollm2: Loaded) -> None:
-    entry = ENTRIES[0]
-    steps = list(stream_generate(*smollm2, entry["prompt"], max_tokens=48))
+    entry, params = ENTRIES[0], SamplingParams(temperature=0.0, max_tokens=48)
+    steps = list(llm.stream(entry["prompt"], params))
     assert [step.token for step in steps] == entry["greedy"]
     assert "".join(step.text for step in steps) == entry["greedy_text"].removesuffix("<|im_end|>")
-    assert generate(*smollm2, entry["prompt"], max_tokens=48, stop=["\n"]) == " Paris."
+    (cut,) = llm.generate([entry["prompt"]], dataclasses.replace(params, stop=["\n"]))
+    assert cut.text == " Paris."
 
 
 @pytest.mark.slow

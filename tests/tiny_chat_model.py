@@ -17,12 +17,17 @@ METADATA = Path(__file__).parent / "data" / "tokenizer" / "byte_level_gguf.json"
 
 
 def write_chat_model(
-    folder: Path, *, context: int = 256, template: str | None = TEMPLATE, **generation: object
+    folder: Path, *, context: int = 256, layers: int = 1, template: str | None = TEMPLATE, **generation: object
 ) -> Path:
-    """Writes a Hugging Face folder; its random weights make the same random text everywhere."""
+    """Writes a Hugging Face folder; its random weights make the same random text everywhere.
+
+    Args:
+      layers: with one, a prompt's attention is that of its last token alone, which the kernels of decoding compute.
+    """
     metadata = json.loads(METADATA.read_text())
     hf = LLAMA | {
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "num_hidden_layers": layers,
         "max_position_embeddings": context,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -10,7 +10,6 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
-from llama_jax.checkpoint.checkpoint_source import CheckpointSource
 from llama_jax.checkpoint.format import Progress
 from llama_jax.checkpoint.source import BFLOAT16
 from llama_jax.config import LlamaConfig
@@ -18,7 +17,7 @@ from llama_jax.convert.casting import cast, row_blocks
 from llama_jax.convert.export.gguf_metadata import architecture, model_metadata, rope_factors
 from llama_jax.convert.export.gguf_tokenizer import no_tokenizer, tokenizer_metadata
 from llama_jax.convert.export.gguf_writer import GgufPlan, GgufWriter, Value, data_bytes
-from llama_jax.convert.export.source import Exported, open_plain
+from llama_jax.convert.export.source import Exported, PlainSource
 from llama_jax.convert.export.staging import staged
 from llama_jax.convert.gguf import pair_rotation, rotated_heads
 from llama_jax.convert.gguf_config import PERMUTED, ROPE_FACTORS
@@ -62,7 +61,7 @@ def export_gguf(
       dst: the file to make; its name ends in .gguf.
       kind: a key of GGUF_TYPES; that of most of the checkpoint's weights when None.
       overwrite: whether a GGUF file at `dst` may be replaced; it stays until the new one is complete.
-      progress: called after each tensor, with bytes of the checkpoint.
+      progress: called after each tensor, with bytes of its values.
 
     Raises:
       ModelNotFound, CheckpointError: no checkpoint, it is damaged, or a value is too large for the type; names it.
@@ -73,11 +72,11 @@ def export_gguf(
     dst = Path(dst).absolute()
     if dst.suffix != ".gguf":
         raise RequestError(f"{dst.name} does not end in .gguf", param="dst", hint="GGUF export makes a single file")
-    source = open_plain(checkpoint)
+    source = PlainSource(checkpoint)
     kind = kind or _STORED[source.checkpoint.dtype]
     if kind not in GGUF_TYPES:
         raise RequestError(f"GGUF type {kind!r} is not known", param="kind", hint=f"one of {', '.join(GGUF_TYPES)}")
-    config = source.checkpoint.config
+    config = source.config
     plan, notes = _plan(source, kind)
     metadata, more = _metadata(source, kind)
     factors = rope_factors(config)
@@ -87,7 +86,7 @@ def export_gguf(
     ):
         if factors is not None:
             _write(writer, ROPE_FACTORS, factors, Kind.F32, source)
-        done, total = 0, source.checkpoint.nbytes
+        done, total = 0, source.nbytes
         for spec in source.specs:
             array = source.read(spec)
             _write(writer, spec.gguf, _rotated(spec, config, array), plan[spec.gguf].kind, source)
@@ -97,10 +96,10 @@ def export_gguf(
     return Exported(dst, (dst.name,), len(plan), sum(tensor.nbytes for tensor in plan.values()), kind, (*more, *notes))
 
 
-def _plan(source: CheckpointSource, kind: str) -> tuple[dict[str, GgufPlan], list[str]]:
+def _plan(source: PlainSource, kind: str) -> tuple[dict[str, GgufPlan], list[str]]:
     """Type and shape of every tensor; and a note if some cannot have the type."""
     plan, kept = {}, 0
-    factors = rope_factors(source.checkpoint.config)
+    factors = rope_factors(source.config)
     if factors is not None:
         plan[ROPE_FACTORS] = GgufPlan(Kind.F32, factors.shape)
     wanted = Kind[kind.upper()]
@@ -119,9 +118,9 @@ def _plan(source: CheckpointSource, kind: str) -> tuple[dict[str, GgufPlan], lis
     return plan, [f"{kept} tensors are stored as f16, since their rows do not divide into {kind}'s blocks of {block}"]
 
 
-def _metadata(source: CheckpointSource, kind: str) -> tuple[dict[str, Value], list[str]]:
+def _metadata(source: PlainSource, kind: str) -> tuple[dict[str, Value], list[str]]:
     checkpoint = source.checkpoint
-    config = checkpoint.config
+    config = source.config
     notes = []
     metadata: dict[str, Value] = {
         "general.architecture": architecture(config),
@@ -158,11 +157,11 @@ def _size_label(specs: Sequence[ParamSpec]) -> str:
 
 
 def _rotated(spec: ParamSpec, config: LlamaConfig, array: np.ndarray) -> np.ndarray:
-    heads = rotated_heads(spec, config) if architecture(config) in PERMUTED else None
+    heads = rotated_heads(spec.leaf, config) if architecture(config) in PERMUTED else None
     return array if heads is None else pair_rotation(array, heads)
 
 
-def _write(writer: GgufWriter, name: str, array: np.ndarray, kind: Kind, source: CheckpointSource) -> None:
+def _write(writer: GgufWriter, name: str, array: np.ndarray, kind: Kind, source: PlainSource) -> None:
     for _, block in row_blocks(array):
         if kind in _DTYPES:
             writer.write(cast(name, block, _DTYPES[kind], source.checkpoint.path))

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llama_jax.checkpoint.checkpoint_source import CheckpointSource
 from llama_jax.checkpoint.format import CONFIG, GENERATION_CONFIG, Progress
 from llama_jax.checkpoint.small_files import COPIED, json_bytes
 from llama_jax.config import config_to_hf
 from llama_jax.config.families import find_family, renamed
 from llama_jax.convert.casting import cast, row_blocks, storage_dtype
 from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
-from llama_jax.convert.export.source import Exported, checked_files, open_plain
+from llama_jax.convert.export.source import Exported, PlainSource, checked_files
 from llama_jax.convert.export.staging import staged, start_folder, write_file
 from llama_jax.convert.folders import INDEX, SINGLE
 from llama_jax.convert.hf_names import Recipe, recipe
@@ -53,7 +52,7 @@ def export_hf(
       dtype: stores all tensors as float32, bfloat16 or float16; their own dtype when None.
       shard_bytes: begins another safetensors file where one would exceed this size.
       overwrite: whether an earlier export at `dst` may be replaced; it stays until the new one is complete.
-      progress: called after each tensor, with bytes of the checkpoint.
+      progress: called after each tensor, with bytes of its values.
 
     Raises:
       ModelNotFound, CheckpointError: no checkpoint, or it is damaged; names file and tensor.
@@ -63,13 +62,13 @@ def export_hf(
     if shard_bytes < 1:
         raise RequestError(f"a shard of {shard_bytes} bytes holds nothing", param="shard_bytes", hint="at least 1")
     wanted = None if dtype is None else storage_dtype(dtype)
-    source, dst = open_plain(checkpoint), Path(dst).absolute()
+    source, dst = PlainSource(checkpoint), Path(dst).absolute()
     steps = _steps(source, None if wanted is None else wanted.name)
     files = checked_files(source.checkpoint, _FILES)
     stored = source.checkpoint.dtype
     if wanted is not None and wanted.name != stored:
         stored = wanted.name
-        files[CONFIG] = json_bytes(config_to_hf(source.checkpoint.config.replace(dtype=stored)))
+        files[CONFIG] = json_bytes(config_to_hf(source.config.replace(dtype=stored)))
     shards = _shards(steps, shard_bytes)
     total = sum(plan.nbytes for shard in shards.values() for plan in shard.values())
     if len(shards) > 1:
@@ -109,7 +108,7 @@ class _Step:
                 yield self.made.sources[0], expert, np.ascontiguousarray(piece.T if self.made.transposed else piece)
 
 
-def _steps(source: CheckpointSource, dtype: str | None) -> list[_Step]:
+def _steps(source: PlainSource, dtype: str | None) -> list[_Step]:
     steps: dict[tuple[str, ...], _Step] = {}
     names = find_family(source.config.family).tensor_names
     for spec in source.specs:
@@ -146,7 +145,7 @@ def _shards(steps: Sequence[_Step], shard_bytes: int) -> dict[str, dict[str, Ten
 
 
 def _write_tensors(
-    source: CheckpointSource,
+    source: PlainSource,
     steps: Sequence[_Step],
     shards: Mapping[str, Mapping[str, TensorPlan]],
     folder: Path,
@@ -154,7 +153,7 @@ def _write_tensors(
     progress: Progress | None,
 ) -> None:
     where = {name: file for file, shard in shards.items() for name in shard}
-    done, total = 0, source.checkpoint.nbytes
+    done, total = 0, source.nbytes
     with contextlib.ExitStack() as stack:
         writers: dict[str, SafetensorsWriter] = {}
         for step in steps:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from llama_jax.checkpoint.checkpoint_source import CheckpointSource
 from llama_jax.checkpoint.format import DAMAGED, Checkpoint, digest
+from llama_jax.convert.quantizing import DequantizedSource
 from llama_jax.errors import CheckpointError, UnsupportedModel
+from llama_jax.params import param_specs
+from llama_jax.quantized import layout_named
 
 
 @dataclass(frozen=True)
@@ -31,19 +34,31 @@ class Exported:
     notes: tuple[str, ...] = ()
 
 
-def open_plain(path: str | Path) -> CheckpointSource:
-    """Opens a checkpoint to export.
+class PlainSource:
+    """A checkpoint to export: all of its weights are plain, those that it stores in few bits are decoded.
+
+    Attributes:
+      checkpoint: its metadata.
+      config: without schemes.
+      specs: its leaves, in the order of the forward pass.
+      nbytes: of the leaves as they are read.
 
     Raises:
-      UnsupportedModel: it stores weights by schemes, which no other format knows. Others as `CheckpointSource`.
+      UnsupportedModel: a scheme of another package stores weights. Others as `CheckpointSource`.
     """
-    source = CheckpointSource(path)
-    if schemes := {scheme for _, scheme in source.config.schemes}:
-        raise UnsupportedModel(
-            f"{source.path} stores weights by {', '.join(sorted(schemes))}, which no other format knows",
-            hint="export the checkpoint that it was made from",
-        )
-    return source
+
+    def __init__(self, path: str | Path):
+        source = CheckpointSource(path)
+        self.checkpoint = source.checkpoint
+        if others := sorted({name for _, name in source.config.schemes if layout_named(name) is None}):
+            raise UnsupportedModel(
+                f"{source.path} stores weights by {', '.join(others)}, which no other format knows",
+                hint="export the checkpoint that it was made from",
+            )
+        plain = DequantizedSource(source, self.checkpoint.dtype)
+        self.config, self.specs = plain.config, param_specs(plain.config)
+        self.read, self.dtype = plain.read, plain.dtype
+        self.nbytes = sum(spec.size * plain.dtype(spec).itemsize for spec in self.specs)
 
 
 def checked_files(checkpoint: Checkpoint, wanted: re.Pattern[str]) -> dict[str, bytes]:

@@ -16,7 +16,8 @@ import numpy as np
 from llama_jax.config.fields import Fields
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes
-from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, Scheme, cdiv, unsupported
+from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, Scheme, cdiv, grouped, unsupported
+from llama_jax.quantized import Layout
 
 _POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word each of eight neighbouring outputs stands."""
@@ -57,6 +58,9 @@ class Awq(Scheme):
             "qzeros": Part(("I32",), ((groups, rows // 8),)),
             "scales": Part(FLOATS, ((groups, rows),), scale=True),
         }
+
+    def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
+        return grouped("int4", self.group, shape[1], "zero", bundle.entry("scales").dtype)
 
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         return Codes(

@@ -19,8 +19,9 @@ import numpy as np
 from llama_jax.config.fields import MISSING, Fields
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes
-from llama_jax.convert.quantized.scheme import DAMAGED, FLOATS, SAME, Bundle, Part, Scheme, cdiv
+from llama_jax.convert.quantized.scheme import DAMAGED, FLOATS, SAME, Bundle, Part, Scheme, cdiv, grouped
 from llama_jax.errors import CheckpointError, UnsupportedModel
+from llama_jax.quantized import Layout
 
 _MAX_STATE_BYTES = 4096
 
@@ -137,6 +138,9 @@ class Bitsandbytes8(Scheme):
             "SCB": Part(FLOATS, ((shape[0],),), scale=True),
             "weight_format": Part(("U8",), ((), (1,)), optional=True),
         }
+
+    def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
+        return grouped("int8", None, shape[1])
 
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         if "weight_format" in tensors and tensors["weight_format"].item() != 0:

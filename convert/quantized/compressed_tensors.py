@@ -19,8 +19,9 @@ import numpy as np
 from llama_jax.config.fields import Fields, bad
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes, unpack
-from llama_jax.convert.quantized.scheme import FLOATS, SAME, Bundle, Part, Scheme, cdiv, unsupported
+from llama_jax.convert.quantized.scheme import FLOATS, SAME, Bundle, Part, Scheme, cdiv, grouped, unsupported
 from llama_jax.errors import CheckpointError
+from llama_jax.quantized import Layout
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _STRATEGIES = ("tensor", "channel", "group", "block")
@@ -108,6 +109,20 @@ class CompressedTensors(Scheme):
         if group.strategy == "group":
             parts["g_idx"] = Part(("I32",), ((cols,),), optional=True)
         return parts
+
+    def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
+        group, shifted = self._group_of(bundle), "zero_point" in bundle.tensors
+        columns = {"group": group.group, "block": group.block[1]}.get(group.strategy)
+        if not bundle.in_order("g_idx", group.group):
+            return None
+        scales = bundle.entry("scale").dtype
+        if group.kind == "float":
+            return None if shifted else grouped("fp8", columns, shape[-1], None, scales)
+        if group.packed and group.bits == 4:
+            return grouped("int4", columns, shape[-1], "zero" if shifted else None, scales)
+        # Other widths than 4 and 8 bits would take up 8 in place of their own.
+        fits = not shifted and (group.bits == 8 or not group.packed)
+        return grouped("int8", columns, shape[-1], None, scales) if fits else None
 
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         group, (rows, cols) = self._group_of(bundle), shape

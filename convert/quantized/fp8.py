@@ -18,7 +18,8 @@ import numpy as np
 from llama_jax.config.fields import Fields, bad
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes
-from llama_jax.convert.quantized.scheme import FLOATS, SAME, Bundle, Part, Scheme, cdiv
+from llama_jax.convert.quantized.scheme import FLOATS, SAME, Bundle, Part, Scheme, cdiv, grouped
+from llama_jax.quantized import Layout
 
 _STACKED = r"\.experts\.(?:gate_up|down)_proj"
 _AUTO_FP8 = "scale"
@@ -64,6 +65,10 @@ class BlockFp8(Scheme):
             scale: Part((*FLOATS, "F8_E8M0"), scales, scale=True, nonzero=True),
         }
 
+    def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
+        whole = self.block is None or _scale_of(bundle) == _AUTO_FP8
+        return grouped("fp8", None if whole or self.block is None else self.block[1], shape[-1])
+
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         scale = _scale_of(bundle)
         block = shape if self.block is None or scale == _AUTO_FP8 else self.block
@@ -98,6 +103,9 @@ class FbgemmFp8(Scheme):
             SAME: Part(("F8_E4M3",), (shape,)),
             "scale": Part(FLOATS, scales, scale=True, nonzero=True),
         }
+
+    def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
+        return grouped("fp8", None, shape[-1])
 
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         rows, cols = shape

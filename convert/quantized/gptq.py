@@ -16,7 +16,8 @@ import numpy as np
 from llama_jax.config.fields import Fields
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes, unpack
-from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, Scheme, cdiv, unsupported
+from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, Scheme, cdiv, grouped, unsupported
+from llama_jax.quantized import Layout
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Gptq(Scheme):
             "scales": Part(FLOATS, ((groups, rows),), scale=True),
             "g_idx": Part(("I32",), ((cols,),), optional=not self.desc_act),
         }
+
+    def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
+        if self.bits != 4 or not bundle.in_order("g_idx", self.group or shape[1]):
+            return None
+        return grouped("int4", self.group, shape[1], "zero", bundle.entry("scales").dtype)
 
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         rows, cols = shape

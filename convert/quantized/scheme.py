@@ -17,6 +17,7 @@ from llama_jax.convert.quantized.codes import Codes
 from llama_jax.convert.safetensors_file import DTYPES
 from llama_jax.convert.weight_file import Entry, WeightFile
 from llama_jax.errors import CheckpointError, UnsupportedModel
+from llama_jax.quantized import Layout, layout_named
 
 FLOATS = ("F32", "BF16", "F16")
 _DTYPES: Mapping[str, np.dtype] = {
@@ -124,6 +125,14 @@ class Bundle:
                 hint=AGAIN,
             )
 
+    def in_order(self, part: str, group: int) -> bool:
+        """Whether columns belong to groups of this size one after the other, by a tensor that may say otherwise (or say
+        nothing: -1, or by not being there)."""
+        if part not in self.tensors:
+            return True
+        index = self.read(part)
+        return bool((index == -1).all() or (index == np.arange(index.size) // group).all())
+
     def check(self, parts: Mapping[str, Part]) -> None:
         """Compares the tensors with what they must be.
 
@@ -195,6 +204,14 @@ class Scheme(ABC):
             is supported.
         """
 
+    def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
+        """The layout that holds the codes of a weight as they are; None if there is none, so that it is decoded.
+
+        Args:
+          bundle, shape: as for `parts`, which has been found to agree.
+        """
+        return None
+
     @abstractmethod
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         """The codes of one matrix.
@@ -204,6 +221,17 @@ class Scheme(ABC):
           tensors: part to contents, those of one expert where experts are stacked.
           shape: [rows, cols] of the weight.
         """
+
+
+def grouped(kind: str, group: int | None, columns: int, offset: str | None = None, scales: str = "") -> Layout | None:
+    """A layout with groups of this size, if rows divide into them; a group that is a row, or None, is a whole row.
+
+    Args:
+      scales: safetensors name of the scales' dtype, which groups keep; "" for float32.
+    """
+    short = {"F32": "f32", "F16": "f16", "BF16": "bf16", "": "f32"}[scales]
+    layout = Layout(kind, group, offset, short) if group not in (None, columns) else Layout(kind, None, offset)
+    return layout if layout.fits(columns) and layout_named(layout.name) is not None else None
 
 
 def cdiv(a: int, b: int) -> int:

@@ -9,9 +9,12 @@ import numpy as np
 
 from llama_jax.checkpoint.source import SourceTensor
 from llama_jax.checkpoint.wrong_file import AGAIN
+from llama_jax.convert.quantized.codes import Codes
+from llama_jax.convert.quantized.members import members
 from llama_jax.convert.quantized.scheme import DAMAGED, SAME, Bundle, Part, Scheme
 from llama_jax.convert.weight_file import WeightFile, source_tensor
 from llama_jax.errors import CheckpointError
+from llama_jax.quantized import Layout
 
 
 class QuantizedWeight:
@@ -59,11 +62,23 @@ class QuantizedWeight:
         Raises:
           CheckpointError: a file ends too early, a scale is 0 or not finite, or an index is out of range.
         """
+        self._codes(expert).dequantize_into(out, row)
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout that holds its codes as they are, after `check`; None if it has to be decoded."""
+        return self._scheme.layout(self._bundle, self._shape)
+
+    def members(self, layout: Layout) -> dict[str, np.ndarray]:
+        """Its members in that layout; raises as `read_into` does."""
+        return members(self._codes(None), layout)
+
+    def _codes(self, expert: int | None) -> Codes:
         tensors = {part: self._bundle.read(part, expert) for part in self._bundle.tensors}
         for part, array in tensors.items():
             self._check_scale(part, array)
         rows, cols = self._shape[-2:]
-        self._scheme.codes(self._bundle, tensors, (rows, cols)).dequantize_into(out, row)
+        return self._scheme.codes(self._bundle, tensors, (rows, cols))
 
     def _check_scale(self, part: str, array: np.ndarray) -> None:
         wanted = self._parts[part]

@@ -45,6 +45,7 @@ def arguments(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     page_table: jax.Array | None = None,
+    q_index: jax.Array | None = None,
     in_order: bool = False,
     batch_invariant: bool = False,
 ) -> dict[str, Any]:
@@ -52,15 +53,15 @@ def arguments(
     return {
         "q": q,
         "kv": KeysValues(k, v, page_table),
-        "places": Places(q_positions, kv_positions, q_segments, kv_segments),
+        "places": Places(q_positions, kv_positions, q_segments, kv_segments, q_index=q_index),
         "rule": Rule(visibility, scale, soft_cap, in_order, batch_invariant=batch_invariant),
         "sinks": sinks,
     }
 
 
-def flash_shape(q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> str:
+def flash_shape(q: jax.Array, kv: KeysValues, places: Places, *args: Any, **kwargs: Any) -> str:
     """For example "d128 long", "d64 short paged"."""
-    length = "long" if q.shape[1] >= LONG else "short"
+    length = "long" if places.q_positions.shape[1] >= LONG else "short"
     return f"d{q.shape[3]} {length}{'' if kv.page_table is None else ' paged'}"
 
 
@@ -81,6 +82,7 @@ def flash_cases() -> Sequence[Case]:
         make("chunks d80", head_dim=80, visibility=Visibility("chunked", 48)),
         make("paged prefix d64", head_dim=64, prefix=93, page_size=16, quick=True),
         make("block of a chunk, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64),
+        make("packed, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64, indexed=True, quick=True),
         make("soft cap, sinks d128", head_dim=128, soft_cap=20.0, sinks=True),
         make("one head a group d256", head_dim=256, heads=2, kv_heads=2),
         make("in order d128", head_dim=128, uneven=False, quick=True, differentiate=grad),
@@ -121,12 +123,17 @@ def flash_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:
     )
 
 
-def flash_candidates(target: Target, q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> Iterator[Any]:
+def flash_candidates(
+    target: Target, q: jax.Array, kv: KeysValues, places: Places, *args: Any, **kwargs: Any
+) -> Iterator[Any]:
     """Tiles worth measuring for a call: the default and its neighbours in the forward kernel."""
     from llama_jax.kernels.attention.flash.tiles import default_tiles
 
-    group = q.shape[2] // kv.k.shape[1]
-    tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, q_len=q.shape[1], group=group)
+    (q_len, kv_len), group = (
+        (x.shape[1] for x in (places.q_positions, places.kv_positions)),
+        q.shape[2] // kv.k.shape[1],
+    )
+    tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, q_len=q_len, kv_len=kv_len, group=group)
     return neighbours(
         tiles,
         block_k=[n for n in (2 * tiles.block_k, tiles.block_k // 2) if n >= 16],
@@ -177,11 +184,12 @@ def _case(
     page_size: int | None = None,
     uneven: bool = True,
     batch_invariant: bool = False,
+    indexed: bool = False,
     quick: bool = False,
     differentiate: tuple[str, ...] = (),
 ) -> Case:
     """Every row has `prefix` tokens in its cache, then its queries. If `uneven`, row i has 7 i fewer in its cache, and
-    some queries fewer, which are padding on the left."""
+    some queries fewer, which are padding on the left. If `indexed`, the queries are packed in any order."""
     step, pad = (7, 3) if uneven else (0, 0)
     slots = prefix + q_len
     if page_size is not None:
@@ -199,12 +207,14 @@ def _case(
         pages = 0 if page_size is None else batch * slots // page_size
         cache = (batch, kv_heads, slots) if page_size is None else (pages, kv_heads, page_size)
         made = {
-            "q": normal(batch, q_len, heads, head_dim),
+            "q": normal(*((1, batch * q_len) if indexed else (batch, q_len)), heads, head_dim),
             "k": normal(*cache, head_dim),
             "v": normal(*cache, head_dim),
             "q_positions": np.where(at >= 0, lengths + at, -1).astype(np.int32),
             "kv_positions": np.where(slot < lengths + q_len - padding, slot, -1).astype(np.int32),
         }
+        if indexed:
+            made["q_index"] = rng.permutation(batch * q_len).reshape(batch, q_len).astype(np.int32)
         if sinks:
             made["sinks"] = rng.standard_normal(heads, np.float32)
         if pages:
@@ -220,4 +230,7 @@ def _case(
 
 
 def _is_no_padding(arrays: Arrays) -> jax.Array:
-    return (arrays["q_positions"] >= 0)[:, :, None, None]
+    real = arrays["q_positions"] >= 0
+    if (index := arrays.get("q_index")) is not None:
+        real = jnp.zeros((1, index.size), bool).at[0, index].set(real)
+    return real[:, :, None, None]

@@ -2,8 +2,9 @@
 one new token and a few have a piece of a prompt.
 
 A row with one token is a row of a decode step. The tokens of a row with more are cut into blocks, each a row of a
-prefill over the same keys. What is gathered depends on rows and positions alone, so that the layers of a model share
-the arrays of numbers, which take O(n log n) to make.
+prefill over the same keys. A backend that is `Backend.indexed` reads a block's queries where they are; for others they
+are gathered. Where they are depends on rows and positions alone, so that the layers of a model share the arrays of
+numbers, which take O(n log n) to make.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Ranks(NamedTuple):
     """Packed tokens by row.
 
     Attributes:
-      rank: int32 [n], how many tokens of its row stand before each; it means nothing for padding.
-      counts: int32 [rows], the tokens of each row.
+      rank: int32 [n], how many tokens of its row, or of padding, come before each.
+      counts: int32 [rows + 1], the tokens of each row; the last: those that are padding.
     """
 
     rank: jax.Array
@@ -54,7 +55,7 @@ def ranks(row: jax.Array, rows: int) -> Ranks:
     start = jnp.cumsum(count, dtype=jnp.int32) - count
     order = jnp.argsort(row, stable=True)
     sorted_index = jnp.zeros_like(index).at[order].set(index, unique_indices=True)
-    return Ranks(sorted_index - start[row], count[:rows])
+    return Ranks(sorted_index - start[row], count)
 
 
 class Pieces(NamedTuple):
@@ -63,12 +64,12 @@ class Pieces(NamedTuple):
     Attributes:
       place: int32 [n], where each token lies among all places [pieces * size]; beyond them if it is in no piece.
       token: int32 [pieces, size], the token at each place; n where there is none.
-      row: int32 [pieces], the row of each piece; None for piece i of row i.
+      row: int32 [pieces], the row of each piece.
     """
 
     place: jax.Array
     token: jax.Array
-    row: jax.Array | None
+    row: jax.Array
 
 
 def most_blocks(tokens: int, size: int, rows: int, *, several: bool = True) -> int:
@@ -101,24 +102,20 @@ def block_multiple(tokens: int, rows: int) -> int:
     return max(block_size(tokens, rows), LOOPED_BLOCK)
 
 
-def single_tokens(row: jax.Array, count: jax.Array) -> Pieces:
-    """Piece i is the token of row i, if it has one alone."""
-    rows = count.shape[0]
-    place = jnp.where(count.at[row].get(mode="fill", fill_value=0) == 1, row, rows)
-    return Pieces(place, _inverse(place, rows)[:, None], None)
+def single_tokens(row: jax.Array, of: Ranks) -> jax.Array:
+    """The token of each row that has one alone, int32 [rows]; n for other rows."""
+    rows = of.counts.shape[0] - 1
+    return _inverse(jnp.where(of.counts[row] == 1, row, rows), rows)
 
 
-def blocks(row: jax.Array, of: Ranks, size: int, most: int, least: int = 2) -> Pieces:
-    """The tokens of rows with `least` or more as `most` pieces of `size`, those of a row one behind the other."""
-    rows = of.counts.shape[0]
-    several = of.counts >= least
+def blocks(row: jax.Array, of: Ranks, size: int, most: int, *, least: int = 2, padding: bool = False) -> Pieces:
+    """The tokens of rows with `least` or more as `most` pieces of `size`, those of a row one behind the other; with
+    `padding` that too, which takes one piece more at most."""
+    rows = of.counts.shape[0] - 1
+    several = (of.counts >= least).at[rows].set(padding)
     pieces = jnp.where(several, (of.counts + size - 1) // size, 0)
     first = jnp.cumsum(pieces, dtype=jnp.int32) - pieces
-
-    def own(x: jax.Array, fill: Any) -> jax.Array:
-        return x.at[row].get(mode="fill", fill_value=fill)
-
-    place = jnp.where(own(several, False), own(first, 0) * size + of.rank, most * size)
+    place = jnp.where(several[row], first[row] * size + of.rank, most * size)
     of_row = jnp.full((most,), rows, jnp.int32).at[place // size].set(row, mode="drop")
     return Pieces(place, _inverse(place, most * size).reshape(most, size), of_row)
 
@@ -130,9 +127,14 @@ def _inverse(place: jax.Array, places: int) -> jax.Array:
 
 
 def by_piece(
-    q: jax.Array, kv: KeysValues, places: Places, token: jax.Array, row: jax.Array | None
+    q: jax.Array, kv: KeysValues, places: Places, token: jax.Array, row: jax.Array | None, *, indexed: bool
 ) -> tuple[jax.Array, KeysValues, Places]:
-    """Packed queries as a batch row for each piece, beside the pages of its row; `token` and `row` are of `Pieces`."""
+    """Packed queries as a batch row for each piece, beside the pages of its row.
+
+    Args:
+      token, row: of `Pieces`; None for piece i of row i.
+      indexed: whether the queries stay where they are, and the places tell where that is.
+    """
 
     def own(x: Any) -> Any:
         return x if x is None or row is None else x.at[row].get(mode="fill", fill_value=-1)
@@ -147,8 +149,9 @@ def by_piece(
         own(places.kv_segments),
         q_spans=query(places.q_spans),
         kv_spans=own(places.kv_spans),
+        q_index=token if indexed else None,
     )
-    return query(q, 0), replace(kv, page_table=own(kv.page_table)), at
+    return q if indexed else query(q, 0), replace(kv, page_table=own(kv.page_table)), at
 
 
 def packed_attention(
@@ -166,7 +169,7 @@ def packed_attention(
 
     Args:
       rule: with `chunk_rows`, fewer blocks are made. If the guarantee does not hold, the queries for which there is no
-        block give NaN.
+        block give NaN, or with an indexed backend anything.
     """
     q, kv, places = jax.tree.map(jnp.asarray, (q, kv, places))
     n, rows = q.shape[1], places.kv_positions.shape[0]
@@ -175,10 +178,14 @@ def packed_attention(
     row = packed_rows(places.rows, places.q_positions, rows)[0]
     of = ranks(row, rows)
 
-    def attend(op: Operation, token: jax.Array, row: jax.Array | None) -> jax.Array:
-        return op(*by_piece(q, kv, places, token, row), rule, sinks=sinks, backend=backend)
+    def attend(
+        op: Operation, token: jax.Array, row: jax.Array | None, *, indexed: bool = False, looped: bool = False
+    ) -> jax.Array:
+        """Attention of each piece [pieces, size, ...], or of the packed queries if they are indexed. The reference
+        copies the keys of a piece and writes its logits, so it computes one piece at a time, and none that is empty."""
+        if not looped:
+            return op(*by_piece(q, kv, places, token, row, indexed=indexed), rule, sinks=sinks, backend=backend)
 
-    def one_by_one(op: Operation, token: jax.Array, row: jax.Array | None) -> jax.Array:
         def one(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
             token, row = piece
             nothing = jnp.zeros((*token.shape, *q.shape[2:]), q.dtype)
@@ -188,30 +195,34 @@ def packed_attention(
 
     def backend_of(op: Operation, queries: int) -> Backend | None:
         """The backend for pieces of N queries; None for the reference."""
-        some, alone = jax.ShapeDtypeStruct((1, queries, *q.shape[2:]), q.dtype), replace(places, rows=None)
-        name = choose(op, current(), backend, some, kv, alone, rule, sinks=sinks).backend
+        some, at = (
+            jax.ShapeDtypeStruct((1, queries, *q.shape[2:]), q.dtype),
+            jax.ShapeDtypeStruct((1, queries), jnp.int32),
+        )
+        those = replace(places, q_positions=at, rows=None)
+        name = choose(op, current(), backend, some, kv, those, rule, sinks=sinks).backend
         return None if name == REFERENCE else op.all_backends()[name]
-
-    def of_tokens(op: Operation, looped: bool, pieces: Pieces) -> jax.Array:
-        """Attention of the tokens that are in a piece; NaN for others. The reference copies the keys of a piece and
-        writes its logits, so it computes one piece at a time, and none that is empty."""
-        out = (one_by_one if looped else attend)(op, pieces.token, pieces.row)
-        return out.reshape(-1, *q.shape[2:]).at[pieces.place].get(mode="fill", fill_value=jnp.nan)
 
     chunk_rows = rows if rule.chunk_rows is None else min(max(rule.chunk_rows, 0), rows)
     of_one, of_many = backend_of(decode_attention, 1), backend_of(flash_attention, MAX_BLOCK)
     looped = of_many is None
     size = LOOPED_BLOCK if looped else block_size(n, chunk_rows)
-    of_blocks = decode_attention if size <= MAX_QUERIES else flash_attention
+    op = decode_attention if size <= MAX_QUERIES else flash_attention
+    indexed = op is flash_attention and of_many is not None and of_many.indexed
     # Batch-invariant also where a row has one token, which another call might cut together with those before it. And
     # where any row may have several, and one backend computes either, blocks for all of them are no more work.
-    if rule.batch_invariant or (chunk_rows == rows and of_one == of_many and not looped):
-        most = most_blocks(n, size, chunk_rows, several=False)
-        out = of_tokens(of_blocks, looped, blocks(row, of, size, most, least=1))
-    else:
-        single = single_tokens(row, of.counts)
-        out = of_tokens(decode_attention, of_one is None, single)
-        if most := most_blocks(n, size, chunk_rows):
-            several = of_tokens(of_blocks, looped, blocks(row, of, size, most))
-            out = jnp.where((single.place < rows)[:, None, None], out, several)
-    return jnp.where((row < rows)[:, None, None], out, 0)[None]
+    alike = rule.batch_invariant or (chunk_rows == rows and of_one == of_many and not looped)
+    out = jnp.zeros(q.shape[1:], q.dtype)
+    if most := most_blocks(n, size, chunk_rows, several=not alike):
+        pieces = blocks(row, of, size, most + indexed, least=1 if alike else 2, padding=indexed)
+        out = attend(op, pieces.token, pieces.row, indexed=indexed, looped=looped)
+        if indexed:
+            out = out[0]
+        else:
+            out = out.reshape(-1, *q.shape[2:]).at[pieces.place].get(mode="fill", fill_value=jnp.nan)
+            out = jnp.where((row < rows)[:, None, None], out, 0)
+    if not alike:
+        token = single_tokens(row, of)
+        alone = attend(decode_attention, token[:, None], None, looped=of_one is None)
+        out = out.at[token].set(alone[:, 0], mode="drop")
+    return out[None]

@@ -101,6 +101,9 @@ class Places:
         to. Rows beyond the last are padding. None: query and row share a batch index.
       q_spans, kv_spans: int32 [batch, q_len] and [batch, kv_len]; tokens of one span >= 0 (an image) see each other
         whatever their order, within their segment; -1 for none.
+      q_index: int32 [batch, q_len], where each query is among queries [1, n, q_heads, head_dim] that are packed in one
+        axis, as the result is; n where there is none. What is no row's query has no meaning in the result. Only for
+        backends that are `Backend.indexed`, from `packed_attention`.
     """
 
     q_positions: Any
@@ -110,13 +113,14 @@ class Places:
     rows: Any = None
     q_spans: Any = None
     kv_spans: Any = None
+    q_index: Any = None
 
 
 def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
     """The reason why no kernel can run a call so far, for `unsupported`; None if one can."""
     if kv.k_scale is not None or kv.v_scale is not None:
         return "it takes no quantised keys and values"
-    if places.rows is not None:
+    if places.rows is not None or places.q_index is not None:
         return "it takes no packed queries"
     if places.q_spans is not None or places.kv_spans is not None:
         return "it knows no spans of tokens that see each other"

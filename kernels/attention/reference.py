@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -62,6 +64,10 @@ def attention_reference(
     """See `llama_jax.kernels.attention.attention`; positions alone decide, so `in_order` changes nothing."""
     if places.rows is not None:
         return attention_reference(*by_row(q, kv, places), rule, sinks=sinks)[:, 0][None]
+    if (index := places.q_index) is not None:
+        each = q[0].at[index].get(mode="fill", fill_value=0)
+        out = attention_reference(each, kv, replace(places, q_index=None), rule, sinks=sinks)
+        return jnp.zeros_like(q).at[0, index].set(out, mode="drop")
     k, v = _dequantised(kv.k, kv.k_scale, q.dtype), _dequantised(kv.v, kv.v_scale, q.dtype)
     if kv.page_table is not None:
         k, v = gather_pages(k, kv.page_table), gather_pages(v, kv.page_table)

@@ -23,6 +23,7 @@ class AttentionShape:
       page_size: slots of a page; 0: rows, not pages.
       sinks, segments: whether the call has them.
       in_order: the queries are all the tokens.
+      indexed: whether queries are packed in one axis (`Places.q_index`).
       batch_invariant: see `Rule`.
       backward: whether training calls it, so that gradients are wanted.
     """
@@ -41,6 +42,7 @@ class AttentionShape:
     sinks: bool = False
     segments: bool = False
     in_order: bool = False
+    indexed: bool = False
     batch_invariant: bool = False
     backward: bool = False
 
@@ -53,13 +55,16 @@ class AttentionShape:
         slots = (self.batch, self.kv_heads, self.kv_len)
         if self.page_size:
             slots = (self.batch * self.kv_len // self.page_size, self.kv_heads, self.page_size)
+        queries = (1, self.batch * self.q_len) if self.indexed else (self.batch, self.q_len)
         made = {
-            "q": struct(self.batch, self.q_len, self.q_heads, self.head_dim, dtype=self.dtype),
+            "q": struct(*queries, self.q_heads, self.head_dim, dtype=self.dtype),
             "k": struct(*slots, self.head_dim, dtype=self.dtype),
             "v": struct(*slots, self.head_dim, dtype=self.dtype),
             "q_positions": struct(self.batch, self.q_len),
             "kv_positions": struct(self.batch, self.kv_len),
         }
+        if self.indexed:
+            made["q_index"] = struct(self.batch, self.q_len)
         if self.sinks:
             made["sinks"] = struct(self.q_heads, dtype=jnp.float32)
         if self.segments:
@@ -80,14 +85,14 @@ class AttentionShape:
         return options
 
     def example(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Arrays for a call: random numbers; consecutive positions; with segments, two texts in a row; pages in any
-        order."""
+        """Arrays for a call: random numbers; consecutive positions; with segments, two texts in a row; pages, and
+        packed queries, in any order."""
         made = {}
         for name, struct in self.arguments().items():
             key, own = jax.random.split(key)
             if jnp.issubdtype(struct.dtype, jnp.floating):
                 made[name] = jax.random.normal(own, struct.shape, struct.dtype)
-            elif name == "page_table":
+            elif name in ("page_table", "q_index"):
                 made[name] = jax.random.permutation(own, math.prod(struct.shape)).reshape(struct.shape)
             else:
                 slots = jnp.arange(self.kv_len, dtype=jnp.int32)[-struct.shape[1] :]
@@ -133,7 +138,9 @@ def prefill(
 def _chunks(model: str, q_heads: int, kv_heads: int, head_dim: int) -> tuple[AttentionShape, ...]:
     """Blocks of packed prompts, as many as a step has: 512 tokens of 8 rows at most, 2048 of 16 and of 8."""
     return tuple(
-        AttentionShape(f"{model}-chunks-{size}", blocks, size, 8192, q_heads, kv_heads, head_dim, page_size=64)
+        AttentionShape(
+            f"{model}-chunks-{size}", blocks, size, 8192, q_heads, kv_heads, head_dim, page_size=64, indexed=True
+        )
         for size, blocks in ((64, 15), (128, 31), (256, 15))
     )
 

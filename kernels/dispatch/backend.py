@@ -30,6 +30,7 @@ class Backend:
       tiles: a frozen dataclass of integers, what there is to tune; its field names are the keys in the tables.
       candidates: takes the target and the operation's arguments; the tiles that are worth measuring there.
       interpreted: whether it runs in an interpreter, for tests: on a GPU it is neither checked nor tuned.
+      indexed: of attention: whether it takes `Places.q_index`, and reads packed queries where they are.
     """
 
     run: Callable[..., Any]
@@ -37,6 +38,7 @@ class Backend:
     tiles: Callable[..., Any] | None = None
     candidates: Callable[..., Iterable[Any]] = _none
     interpreted: bool = False
+    indexed: bool = False
 
     @classmethod
     def at(
@@ -45,13 +47,14 @@ class Backend:
         *,
         candidates: Callable[..., Iterable[Any]] | None = None,
         interpreted: bool = False,
+        indexed: bool = False,
         **options: Any,
     ) -> Backend:
         """A backend made of `run` and `unsupported` of a module, which is imported when one of them is first called.
 
         Args:
           module: its import name; Pallas, which takes 0.3 s to import, is loaded by those who run it.
-          candidates: as above; with it there is something to tune, the module's `Tiles`.
+          candidates, interpreted, indexed: as above; with candidates there is something to tune, the module's `Tiles`.
           options: further keywords of both functions.
 
         Raises:
@@ -77,4 +80,5 @@ class Backend:
             tiles=None if candidates is None else function("Tiles"),
             candidates=candidates or _none,
             interpreted=interpreted,
+            indexed=indexed,
         )

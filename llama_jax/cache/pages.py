@@ -22,7 +22,8 @@ PAGE_AXES = ("batch", "kv_heads")
 
 class PagedSlots(NamedTuple):
     """Where new tokens go, int32 [batch, len]: the page, and the slot in it. The page of padding, and of tokens for
-    which no page is booked, does not exist, so that a write there is dropped."""
+    which no page is booked, does not exist, so that a write there is dropped. No two tokens go to one place: a GPU
+    writes places that are known to be unique in a fifth of the time."""
 
     page: jax.Array
     offset: jax.Array
@@ -53,7 +54,8 @@ class PagedLayer:
             layer: PagedLayer, q: jax.Array, new: tuple[jax.Array, jax.Array], slots: PagedSlots, at: Queries
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             def store(into: jax.Array, new: jax.Array) -> jax.Array:
-                return into.at[slots.page, :, slots.offset].set(new.astype(into.dtype), mode="drop")
+                new = new.astype(into.dtype)
+                return into.at[slots.page, :, slots.offset].set(new, mode="drop", unique_indices=True)
 
             # As in a dense layer: the barrier keeps XLA from storing twice, for the result and, on a copy, its reader.
             k, v = jax.lax.optimization_barrier((store(layer.k, new[0]), store(layer.v, new[1])))
@@ -111,7 +113,8 @@ def book(
     owned = slot >= shared.at[row].get(mode="fill", fill_value=0)
     booked = real & owned & (page >= 0) & (page < pages)
     lost = real & ~booked
-    page, into = jnp.where(booked, page, pages), jnp.where(booked, slot, capacity)
+    nowhere = pages + jnp.arange(page.size, dtype=jnp.int32).reshape(page.shape)
+    page, into = jnp.where(booked, page, nowhere), jnp.where(booked, slot, capacity)
     written = slot_positions.at[row, into].set(positions, mode="drop")
     lengths = lengths.at[row].add(real.astype(jnp.int32), mode="drop")
     return page, into % page_size, written, lengths, lost, lost & (slot >= capacity)

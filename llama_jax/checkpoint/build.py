@@ -16,7 +16,7 @@ from llama_jax.checkpoint.format import DTYPES, Digest, Progress, TensorInfo
 from llama_jax.checkpoint.leaf_builder import LeafBuilder, Shardings, fill, host_bytes
 from llama_jax.checkpoint.read import for_each_tensor
 from llama_jax.checkpoint.source import HasDigests, ModelSource, RowSource
-from llama_jax.checkpoint.values import count_nonfinite, is_zero, refuse_nonfinite, zeros_warning
+from llama_jax.checkpoint.values import count_nonfinite, is_matrix, is_zero, refuse_nonfinite, zeros_warning
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.params import Params, ParamSpec, param_specs, unflatten
@@ -102,7 +102,7 @@ def load_source(
     zeros: list[str] = []
 
     def read(spec: ParamSpec, leaf: LeafBuilder) -> None:
-        whole, bad, zero, digest = None, 0, len(spec.shape) > 1, Digest()
+        whole, bad, zero, digest = None, 0, is_matrix(spec), Digest()
         for block in leaf.blocks():
             if not (verify or block.wanted):
                 continue
@@ -140,7 +140,7 @@ def load_source(
         return host_bytes(nbytes) if name in rows else nbytes + host_bytes(nbytes)
 
     leaves = for_each_tensor(tensors, list(specs), load, progress, held)
-    warning = zeros_warning(zeros, sum(len(spec.shape) > 1 for spec in specs.values()), source.path)
+    warning = zeros_warning(zeros, sum(map(is_matrix, specs.values())), source.path)
     if warning and notify is not None:
         notify(warning)
     return unflatten(dict(zip(specs, leaves, strict=True)))

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from llama_jax.checkpoint.format import CONFIG, DTYPES, Source, TensorInfo
+from llama_jax.checkpoint.format import CONFIG, DTYPES, MARKER, Source, TensorInfo
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
@@ -100,12 +100,14 @@ def provenance(model: ModelSource, spec: ParamSpec) -> tuple[SourceTensor, ...]:
 
 
 def weight_files(model: ModelSource, specs: Iterable[ParamSpec]) -> tuple[Path, ...]:
-    """The files that hold the weights, sorted. A source that does not know counts with all of its folder."""
+    """The files that hold the weights, sorted. A source that does not know counts with all of its folder; a checkpoint
+    with the file that has the digests of all others."""
     files = {tensor.file for spec in specs for tensor in provenance(model, spec)}
     if not files:
         files = {model.path}
         if model.path.is_dir():
-            files = {path for path in model.path.iterdir() if path.suffix in _WEIGHTS and path.is_file()}
+            known = (path for path in model.path.iterdir() if path.suffix in _WEIGHTS or path.name == MARKER)
+            files = {path for path in known if path.is_file()}
     return tuple(sorted(files))
 
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from llama_jax.checkpoint.format import DTYPES
 from llama_jax.checkpoint.source import some
 from llama_jax.errors import CheckpointError
+from llama_jax.params import ParamSpec
+from llama_jax.schemes import PLAIN
 
 _FINITE_BLOCK = 1 << 17
 """Elements that are looked at together: they and what is made of them stay in the processor's cache."""
@@ -18,12 +21,17 @@ _SAMPLE = 1 << 14
 
 
 def count_nonfinite(array: np.ndarray) -> int:
-    """How many elements are NaN or infinite: those whose exponent bits are all ones. Needs no memory to speak of."""
+    """How many elements are NaN or infinite: those whose exponent bits are all ones, and in float8_e4m3fn, which has no
+    infinity, all bits but the sign. Needs no memory to speak of; integers always are finite."""
     exponents_of: Mapping[str, np.unsignedinteger[Any]] = {
         "float32": np.uint32(0x7F800000),
         "bfloat16": np.uint16(0x7F80),
         "float16": np.uint16(0x7C00),
+        "float8_e4m3fn": np.uint8(0x7F),
+        "float8_e5m2": np.uint8(0x7C),
     }
+    if array.dtype.kind in "iu":
+        return 0
     mask = exponents_of[array.dtype.name]
     flat = np.ascontiguousarray(array).reshape(-1).view(mask.dtype)
     exponents, found = np.empty(min(flat.size, _FINITE_BLOCK), mask.dtype), 0
@@ -43,7 +51,7 @@ def check_finite(name: str, array: np.ndarray, path: Path) -> None:
       CheckpointError: names the tensor, and counts.
     """
     refuse_nonfinite(name, count_nonfinite(array), array.size, path)
-    if 2 * (few := _count_subnormal(array)) > array.size:
+    if array.dtype.name in DTYPES and 2 * (few := _count_subnormal(array)) > array.size:
         raise _unsound(path, f"tensor {name} holds {few} subnormal values (of {array.size}), far too small for weights")
 
 
@@ -51,6 +59,11 @@ def refuse_nonfinite(name: str, bad: int, size: int, path: Path) -> None:
     """Raises CheckpointError if `bad` of `size` elements of a tensor are NaN or infinite."""
     if bad:
         raise _unsound(path, f"tensor {name} holds {bad} values that are NaN or infinite (of {size})")
+
+
+def is_matrix(spec: ParamSpec) -> bool:
+    """Whether a leaf is one of the model's matrices, or stands for one: of a scheme's members the scales do."""
+    return len(spec.shape) > 1 if spec.scheme == PLAIN.name else spec.path[-1] == "scales"
 
 
 def is_zero(array: np.ndarray) -> bool:

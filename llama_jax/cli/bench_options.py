@@ -60,7 +60,8 @@ def measured_model(model: str, preset: str | None, loading: LoadOptions, devices
         if preset is None:
             return loading.load(model, devices, reporter)[0]
         named = checked_backends(loading.kernels)
-        made = random_model(preset, loading.dtype or runtime.default_dtype(), devices, notify=reporter.notify)
+        dtype = loading.dtype or runtime.default_dtype()
+        made = random_model(preset, dtype, devices, weights=loading.weights, notify=reporter.notify)
         return dataclasses.replace(made, kernels=named)
 
 

@@ -22,7 +22,10 @@ from llama_jax.cli.terminal import print_json, size_text
 )
 @click.argument("src")
 @click.argument("dst")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Store all tensors in it. [default: the source's own]")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Store what is not quantised in it. [default: the source's own]"
+)
+@click.option("--dequantize", is_flag=True, help="Decode weights that SRC has quantised, in place of keeping them so.")
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
 @click.option(
     "--any-values",
@@ -35,7 +38,14 @@ from llama_jax.cli.terminal import print_json, size_text
 @quiet_option
 @json_option
 def command(
-    src: str, dst: str, dtype: str | None, overwrite: bool, allow_nonfinite: bool, quiet: bool, as_json: bool
+    src: str,
+    dst: str,
+    dtype: str | None,
+    dequantize: bool,
+    overwrite: bool,
+    allow_nonfinite: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Convert SRC to a checkpoint at DST.
 
@@ -56,6 +66,7 @@ def command(
             source,
             dst,
             dtype=dtype,
+            dequantize=dequantize,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             warn_larger=name != DEFAULT_MODEL,

@@ -36,6 +36,7 @@ def engine_block(engine: Published) -> list[str]:
             f"{counts.waiting} waiting",
             f"{engine.rows} rows of {engine.context} tokens",
             f"{counts.preemptions} preemptions",
+            f"{snapshot.failed} failed",
         ],
         "tokens": [
             f"{snapshot.tokens_per_s:.1f} a second",

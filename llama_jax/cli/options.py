@@ -104,6 +104,12 @@ dtype_option: Decorator = click.option(
     type=click.Choice(DTYPES),
     help="What to compute in. [default: float32 on a CPU, bfloat16 on a GPU]",
 )
+weights_option: Decorator = click.option(
+    "--weights",
+    metavar="FORM",
+    help="What weights are kept in: stored, as the model has them; float; or int8, int4, fp8 or another layout, to "
+    "quantise them while loading. [default: stored on an AMD GPU, else float]",
+)
 convert_option: Decorator = click.option(
     "--convert/--no-convert",
     default=True,
@@ -198,6 +204,7 @@ class LoadOptions:
     """Options of the command line that say how to load a model; see `load_options`."""
 
     dtype: str | None
+    weights: str | None
     convert: bool
     mesh: str | None
     tp: int | None
@@ -230,6 +237,7 @@ class LoadOptions:
         """Of `load`, for every model."""
         return {
             "convert": self.convert,
+            "weights": self.weights,
             "kernels": self.kernels,
             "progress": reporter.progress,
             "notify": reporter.notify,
@@ -250,8 +258,11 @@ def gathered(kind: type, name: str, *options: Decorator) -> Decorator:
     return decorate
 
 
-load_options = gathered(LoadOptions, "loading", dtype_option, convert_option, mesh_options, kernels_option)
-"""`--dtype`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's argument `loading`, of `LoadOptions`."""
+load_options = gathered(
+    LoadOptions, "loading", dtype_option, weights_option, convert_option, mesh_options, kernels_option
+)
+"""`--dtype`, `--weights`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's argument `loading`, of
+`LoadOptions`."""
 
 
 sampling_options = _together(

@@ -16,6 +16,7 @@ from llama_jax.cli.options import (
     quiet_option,
 )
 from llama_jax.cli.plan_report import compared, facts, report
+from llama_jax.cli.recipe_options import RecipeOptions, recipe_options
 from llama_jax.cli.terminal import print_json, printable
 from llama_jax.cli.verdict import GLOSSARY
 from llama_jax.errors import DoesNotFit
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         "llama-jax plan llama-3.1-8b --target mi300x",
         "llama-jax plan llama-3.1-70b --target mi300x --devices 8 --mesh auto --batch 32 --context 8192",
         "llama-jax plan llama-3.1-405b --target mi355x --tp 8 --compile",
+        "llama-jax plan llama-3.1-70b --target rx7900xtx --devices 2 --weights int4 --embed int8",
         "llama-jax plan ./config-folder --target h200 --json",
         more=GLOSSARY,
     ),
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt", type=click.IntRange(1), metavar="N", help="Of these, the prompt's. [default: 512, or all]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of weights and cache. [default: bfloat16; float32 on a CPU]")
+@recipe_options
 @memory_fraction_option
 @click.option(
     "--latency",
@@ -68,6 +71,7 @@ def command(
     context: int | None,
     prompt: int | None,
     dtype: str | None,
+    wanted: RecipeOptions,
     memory_fraction: float | None,
     latency: float,
     compiled: bool,
@@ -77,17 +81,25 @@ def command(
     """Say whether MODEL fits a number of devices, and the least time that it could take there.
 
     MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. `--mesh auto`
-    takes the smallest tensor parallelism that fits, as it does in the commands that run a model. Bytes of weights and
-    cache are exact; times follow from data sheets: predictions that nothing can beat, and no measurements.
+    takes the smallest tensor parallelism that fits, as it does in the commands that run a model. A quantised model
+    counts as `load` keeps it there: on an AMD GPU as it is stored, else decoded; --weights counts one that `quantize`
+    would make. Bytes of weights and cache are exact; times follow from data sheets: predictions that nothing can beat,
+    and no measurements.
 
     Exits with 6 if it does not fit.
     """
     from llama_jax.library.configs import find_config
     from llama_jax.plan import default_workload, make_plan, remedies
     from llama_jax.plan import memory_fraction as usual_fraction
+    from llama_jax.recipe import FLOAT, schemes, usual_form
 
+    recipe = wanted.recipe()
     chosen = _target(target)
     config = find_config(model)
+    if recipe is not None or usual_form(chosen.vendor) == FLOAT:
+        config = config.replace(schemes=())
+    if recipe is not None:
+        config = config.replace(schemes=schemes(config, recipe))
     dtype = dtype or ("float32" if chosen.vendor == "cpu" else "bfloat16")
     workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt)
     workload.check(config)

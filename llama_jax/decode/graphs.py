@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -25,15 +26,18 @@ import numpy as np
 from llama_jax.sharding import in_use
 from llama_jax.targets import current
 
+CompilerOptions = dict[str, str | bool]
+"""Of `jax.jit`, by the names of XLA's flags; jax takes a switch as a bool alone."""
+
 _COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL"
 """What is part of graphs by XLA's defaults in jax 0.11.2."""
 
-_ONE_DEVICE = {"xla_gpu_enable_command_buffer": f"{_COMMANDS},WHILE"}
+_ONE_DEVICE: Mapping[str, str | bool] = {"xla_gpu_enable_command_buffer": f"{_COMMANDS},WHILE"}
 
 SMALL, EACH = tuple(1 << n for n in range(8, 21)), 4
 """Bytes of small arrays, and how many of each size may be there at once: 256 bytes to 1 MiB."""
 
-_SEVERAL_DEVICES = {
+_SEVERAL_DEVICES: Mapping[str, str | bool] = {
     "xla_gpu_experimental_use_collective_kernels": "",
     "xla_gpu_enable_command_buffer": f"{_COMMANDS},COLLECTIVES",
     "xla_gpu_disable_async_collectives": "ALLREDUCE",
@@ -47,10 +51,10 @@ def loops_in_graphs(*, several: bool) -> bool:
     Args:
       several: whether the model is split over devices.
     """
-    return "WHILE" in graph_options(several=several).get("xla_gpu_enable_command_buffer", "")
+    return "WHILE" in str(graph_options(several=several).get("xla_gpu_enable_command_buffer", ""))
 
 
-def graph_options(*, several: bool | None = None) -> dict[str, str]:
+def graph_options(*, several: bool | None = None) -> CompilerOptions:
     """Compiler options for a program that runs many steps a dispatch.
 
     Empty on AMD GPUs, where nothing of this has been measured. A flag that the user has set in XLA_FLAGS is left to the
@@ -61,8 +65,12 @@ def graph_options(*, several: bool | None = None) -> dict[str, str]:
     """
     if current().vendor != "nvidia":
         return {}
+    return unless_set(_SEVERAL_DEVICES if (in_use() if several is None else several) else _ONE_DEVICE)
+
+
+def unless_set(options: Mapping[str, str | bool]) -> CompilerOptions:
+    """The compiler options that the user has not set in XLA_FLAGS."""
     set_by_user = {flag.lstrip("-").partition("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    options = _SEVERAL_DEVICES if (in_use() if several is None else several) else _ONE_DEVICE
     return {name: value for name, value in options.items() if name not in set_by_user}
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
+from llama_jax.decode.weights_read import weight_options
 from llama_jax.model import forward
 from llama_jax.params import Params
 from llama_jax.sampling import MAX_LOGPROBS, Logprobs, SamplerProfile, SamplerState, sample, sampler_axes
@@ -303,13 +304,15 @@ def advance(
       stride: the most steps of a dispatch; programs with more than one are made for many of them (`graph_options`).
       adapters: slots of adapters (`model.adapters`), of which each row uses the one that it has begun with.
     """
-    compiler_options = tuple(sorted(graph_options().items())) if stride > 1 else ()
-    run = compiled_advance(compiler_options)
+    options = (graph_options() if stride > 1 else {}) | weight_options(config, len(state.done))
+    run = compiled_advance(tuple(sorted(options.items())))
     return run(params, state, steps, adapters, config=config, profile=profile, stride=stride)
 
 
 @functools.cache
-def compiled_advance(compiler_options: tuple[tuple[str, str], ...]) -> Callable[..., tuple[DecodeState, Progress]]:
+def compiled_advance(
+    compiler_options: tuple[tuple[str, str | bool], ...],
+) -> Callable[..., tuple[DecodeState, Progress]]:
     """`run_steps` jitted for `advance`, compiled with these options of XLA."""
     return jax.jit(
         run_steps,

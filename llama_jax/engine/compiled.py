@@ -33,7 +33,7 @@ from llama_jax.sharding import on
 KEPT = 16
 """Engines of different shapes whose programs stay in memory."""
 
-THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(16, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,7 @@ class Core:
         """
         with self.programs:
             ended = self._decide()
+            self._meter.failed += len(ended)
             if self._flights and self.programs.coming:  # the first token need not wait for the decode step's program
                 return ended + self._read(self._flights.popleft())
             step = self.scheduler.schedule()
@@ -346,6 +347,7 @@ class Core:
             ending = "stop" if asked.rule.ended else ending
         error = None
         if ending == "failed":
+            self._meter.failed += 1
             error = (asked.rule and asked.rule.error) or "its logits were no numbers"
         if ending:
             self._finish(sequence.id, keep=ending != "failed")

@@ -16,10 +16,9 @@ class Memory:
       leaving, entries: for the next step to tell the device (see `steps.Step`).
     """
 
-    def __init__(self, limits: Limits, newest: int):
-        self.limits, self.newest = limits, newest
+    def __init__(self, limits: Limits):
+        self.limits, self.newest = limits, 0
         self.pages = Pages(limits.pages)
-        self.pages.ended(newest)
         self.leaving: list[int] = []
         self.entries: list[tuple[int, int, int]] = []
         self._rows = list(range(limits.rows))[::-1]

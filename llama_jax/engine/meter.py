@@ -52,7 +52,7 @@ class Meter:
     """
 
     def __init__(self, costs: StepCosts, peak: Peak | None) -> None:
-        self.tokens_out = self.computed = self.padding = self.steps = self.drafted = self.accepted = 0
+        self.tokens_out = self.computed = self.padding = self.steps = self.drafted = self.accepted = self.failed = 0
         self.ready_s: float | None = None
         self.peak = peak
         self._costs = costs
@@ -102,6 +102,7 @@ class Meter:
             late_compilations=programs.late,
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
+            failed=self.failed,
             programs=programs.count,
             programs_from_cache=programs.from_cache,
             ready_s=self.ready_s,

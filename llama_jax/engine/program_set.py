@@ -14,6 +14,7 @@ from llama_jax.aot.programs import Program
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
+from llama_jax.decode.weights_read import weight_options
 from llama_jax.engine import programs
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, piece
 from llama_jax.engine.flat import flat_size, unflat
@@ -103,11 +104,11 @@ def program(
     if key.name == "decode":
         control = programs.decode_control(key.size)
         function = partial(traced(programs.decode), **static, rows=key.size, stride=settings.steps)
-        options = graph_options() if settings.steps > 1 else {}
+        options = (graph_options() if settings.steps > 1 else {}) | weight_options(config, key.size)
     elif key.name == "verify":
         control = programs.verify_control(key.size, settings.drafts)
         function = partial(traced(programs.verify), **static, rows=key.size, drafts=settings.drafts)
-        options = {}
+        options = weight_options(config, key.size * (1 + settings.drafts))
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}

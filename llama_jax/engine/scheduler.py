@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from llama_jax.engine.limits import Counts, Limits
 from llama_jax.engine.memory import Memory
 from llama_jax.engine.planner import Planner
-from llama_jax.engine.queues import Queues, turn
+from llama_jax.engine.queues import Queues
 from llama_jax.engine.sequence import Phase, Sequence
 from llama_jax.engine.steps import Step
 from llama_jax.errors import LlamaJaxError, Overloaded, RequestError
@@ -28,7 +28,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._arrivals = 0
         self._queues = Queues()
-        self._memory = Memory(limits, newest=0)
+        self._memory = Memory(limits)
         self._planner = Planner(limits, self._queues, self._memory)
 
     def add(self, sequence: Sequence) -> None:
@@ -112,22 +112,6 @@ class Scheduler:
     def ended(self, number: int) -> None:
         """Tells that steps up to `number` have ended: their rows write nothing any more."""
         self._memory.pages.ended(number)
-
-    def reset(self) -> list[Sequence]:
-        """Forgets rows and pages of a device that is lost, and the steps in flight with it.
-
-        Returns:
-          All sequences that have not ended, in order: they wait, with their known tokens.
-        """
-        for sequence in self._sequences.values():
-            if sequence.row >= 0:
-                self._memory.leave(sequence)
-            sequence.drawn, sequence.awaited = len(sequence.tokens) - sequence.prompt_length, None
-            # One that has all its tokens is about to be finished.
-            complete = sequence.limit > 0 and sequence.drawn == sequence.limit
-            self._queues.move(sequence, Phase.COMPLETE if complete else Phase.WAITING)
-        self._memory = self._planner.memory = Memory(self.limits, self._memory.newest)
-        return sorted(self._sequences.values(), key=turn)
 
     @property
     def counts(self) -> Counts:

@@ -22,6 +22,7 @@ class Snapshot:
       late_compilations: what was compiled after the engine was ready: programs of its set, and whatever else jax
         compiled in its steps.
       drafted_tokens, accepted_tokens: of drafts, tried and drawn.
+      failed: sequences without a next token: their logits were no numbers, or their constraints allowed none.
       programs, programs_from_cache: compiled, and those of them that were in jax's persistent cache.
       ready_s: seconds until all were compiled; None in an engine that compiles them as they are needed.
       tokens_per_s: drawn, over the last second (or the last step, if that took longer).
@@ -39,6 +40,7 @@ class Snapshot:
     late_compilations: int
     drafted_tokens: int
     accepted_tokens: int
+    failed: int
     programs: int
     programs_from_cache: int
     ready_s: float | None

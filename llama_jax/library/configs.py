@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from llama_jax.checkpoint.format import CORRECT, is_checkpoint, open_checkpoint, read_json
 from llama_jax.config import PRESETS, LlamaConfig, config_from_hf, preset
@@ -37,8 +39,17 @@ def find_config(name: str) -> LlamaConfig:
     if is_checkpoint(path):
         return open_checkpoint(path).config
     if (path / "config.json").is_file():
-        return config_from_hf(read_json(path / "config.json", hint=CORRECT))
+        hf = read_json(path / "config.json", hint=CORRECT)
+        if not (quantised(hf) and any(path.glob("*.safetensors"))):
+            return config_from_hf(hf)
     from llama_jax.convert.opening import open_source
 
-    with closing(open_source(path)) as source:
+    with closing(open_source(path, dequantize=False)) as source:
         return source.config
+
+
+def quantised(hf: Mapping[str, Any]) -> bool:
+    """Whether a config.json says how its weights are quantised."""
+    text = hf.get("text_config")
+    places = (hf, text if isinstance(text, Mapping) else {})
+    return any(place.get(key) for place in places for key in ("quantization_config", "compression_config"))

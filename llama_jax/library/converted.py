@@ -21,7 +21,7 @@ from llama_jax.library import bundled
 Notify = Callable[[str], None]
 """Called with a sentence for the user before something slow or large begins."""
 
-MADE_AS = f"v{FORMAT_VERSION}.1"
+MADE_AS = f"v{FORMAT_VERSION}.2"
 """Ending of names in the cache. The last number rises when a source comes to be read in another way, so that what was
 converted before is made anew."""
 REMOVED = ".llama_jax-removed"

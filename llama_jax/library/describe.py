@@ -98,7 +98,7 @@ def _of_source(path: Path, name: str, axes: Mapping[str, int] | None) -> dict[st
     from llama_jax.params import param_specs
 
     known, revision = _identity(path)
-    with closing(open_source(path, name=known, revision=revision)) as model:
+    with closing(open_source(path, name=known, revision=revision, dequantize=False)) as model:
         specs = param_specs(model.config)
         dtypes = {spec.name: model.dtype(spec) for spec in specs}
         by_dtype: Counter[str] = Counter()
@@ -177,7 +177,23 @@ def _shapes(config: LlamaConfig) -> dict[str, Any]:
         "layer_kinds": [f"{number}x {kind}" for kind, number in kinds.items()],
         "rope": f"{rope.kind}, theta {rope.theta:g}" + (f", factor {rope.factor:g}" if rope.kind != "default" else ""),
         "tied_embeddings": config.tie_word_embeddings,
+        "weights": _weights(config),
     }
+
+
+def _weights(config: LlamaConfig) -> list[str]:
+    """How weights are stored: each way, with its share of all of them, the most frequent first."""
+    from llama_jax.params import canonical_specs
+    from llama_jax.quantized import layout_named
+
+    schemes, sizes = dict(config.schemes), Counter[str]()
+    for spec in canonical_specs(config):
+        name = schemes.get(spec.leaf) if spec.path[-1] == "weight" else None
+        layout = layout_named(name) if name else None
+        sizes[layout.described if layout else name or "floating point"] += spec.size
+    return (
+        [f"{size / sizes.total():.1%} {kind}" for kind, size in sizes.most_common()] if schemes else ["floating point"]
+    )
 
 
 def _attention(layer: LayerSpec) -> str:

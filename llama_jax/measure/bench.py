@@ -28,11 +28,13 @@ from llama_jax.measure.profiling import ProgramTime, profile
 from llama_jax.measure.static import time_static
 from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
+from llama_jax.model.quantization import quantize_params
 from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.plan.costs import prefill_flops, step_bytes
 from llama_jax.plan.step_costs import Peak
-from llama_jax.sharding import DeviceMesh
+from llama_jax.recipe import requested, schemes
+from llama_jax.sharding import DeviceMesh, on
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,21 @@ def environment(dtype: DTypeLike, mesh: DeviceMesh | None = None) -> dict[str, A
 
 
 def random_model(
-    name: str, dtype: DTypeLike, mesh: MeshRequest = None, *, notify: Callable[[str], None] | None = None
+    name: str,
+    dtype: DTypeLike,
+    mesh: MeshRequest = None,
+    *,
+    weights: str | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> Model:
-    """A preset's shape with random weights made on the device or devices, fused as `load` does it; `mesh` and `notify`
-    are those of `load`."""
-    mesh = resolve_mesh(mesh, preset(name), dtype, notify)
+    """A preset's shape with random weights made on the device or devices, fused as `load` does it; `mesh`, `weights`
+    and `notify` are those of `load`."""
+    wanted, config = requested(weights), preset(name)
+    held = config if wanted is None else config.replace(schemes=schemes(config, wanted))
+    mesh = resolve_mesh(mesh, held, dtype, notify)
     if mesh is not None:
-        check(preset(name), mesh)
-    config = split_config(preset(name), mesh)
+        check(held, mesh)
+    config = split_config(config, mesh)
     key = jax.random.key(0)
     # Leaves of one shape and place share one program.
     makers: dict[Any, Any] = {}
@@ -119,6 +128,9 @@ def random_model(
         return maker(jax.random.fold_in(key, index))
 
     params = unflatten({spec.name: make(spec, i) for i, spec in enumerate(param_specs(config))})
+    if wanted is not None:
+        with on(mesh):
+            params, config = quantize_params(params, config, wanted, donate=True)
     return Model(*arrange(params, config, mesh, donate=True), mesh, name=name)
 
 

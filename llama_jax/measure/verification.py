@@ -27,6 +27,7 @@ from llama_jax.layout import check, param_sharding
 from llama_jax.model import forward
 from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
+from llama_jax.model.quantization import dequantize_params
 from llama_jax.params import Params
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.sampling import SamplingParams, make_sampler
@@ -126,7 +127,7 @@ def load_float32(
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Model:
-    """A checkpoint, whose digests have been checked before, for `compute`: canonical and in float32.
+    """A checkpoint, whose digests have been checked before, for `compute`: canonical, all of it decoded to float32.
 
     Args:
       mesh, progress, notify: those of `load`.
@@ -134,11 +135,14 @@ def load_float32(
     Raises:
       RequestError, DoesNotFit: the mesh is of no use, or there is none that the model fits.
     """
-    devices = resolve_mesh(mesh, config, jnp.float32, notify)
+    decoded = config.replace(schemes=())
+    devices = resolve_mesh(mesh, decoded, jnp.float32, notify)
     if devices is not None:
-        check(config, devices)
+        check(decoded, devices)
     where = None if devices is None else param_sharding(config, devices)
     params = load_params(path, dtype="float32", sharding=where, verify=False, progress=progress)
+    with on(devices):
+        params, config = dequantize_params(params, config, jnp.float32, donate=True)
     params, config = arrange(params, config, devices, fuse=False, donate=True)
     return Model(params, config, devices, name=str(path))
 

@@ -20,6 +20,7 @@ from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
 from llama_jax.plan.backends import Backends, backends
 from llama_jax.plan.costs import held_bytes
+from llama_jax.plan.decoded import decoded_bytes
 from llama_jax.plan.workload import Calls, Workload, calls
 from llama_jax.sharding import AnyMesh, on, ruled
 from llama_jax.targets import Target
@@ -147,10 +148,12 @@ class DeviceShare:
         live = 2 * stream * self.itemsize + (0 if on_cpu else 8 * stream)
         live = 0 if stream * self.itemsize <= unwritten else live
         *before, last = self.config.layers
-        blocks = [self._attention(rows, tokens if before else 1, capacity, backends)]
-        blocks += [self._mlp(layer, rows * tokens, backends, unwritten) for layer in set(before)]
-        blocks += [self._mlp(last, rows, backends)]  # of the last token alone
-        logits = 4 * rows * self.of("vocab", self.config.vocab_size)
+        decoded = Counter(decoded_bytes(self.config, self.itemsize, self.mesh))
+        mlps = max(decoded["mlp"], decoded["moe"])
+        blocks = [self._attention(rows, tokens if before else 1, capacity, backends) + decoded["attn"]]
+        blocks += [self._mlp(layer, rows * tokens, backends, unwritten) + mlps for layer in set(before)]
+        blocks += [self._mlp(last, rows, backends) + mlps]  # of the last token alone
+        logits = 4 * rows * self.of("vocab", self.config.vocab_size) + decoded["head"]
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:

@@ -18,6 +18,8 @@ import numpy as np
 
 from llama_jax.kernels.norm import add_rms_norm_reference, pallas_triton
 from llama_jax.kernels.norm.tiles import Tiles
+from llama_jax.quantized import codes, layout_named
+from llama_jax.quantized.nearest import encode
 
 BF16, F32 = jnp.bfloat16, np.float32
 ONE_STEP = 2.0**-8
@@ -115,6 +117,25 @@ def exact_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x.astype(F32), y.astype(F32), precision="highest")
 
 
+QUANTISED = (("int4_g64_min", 1), ("int4_g32_zero", 16), ("int8", 16), ("fp8_g128", 1))
+"""Layouts of weights (`llama_jax.quantized`) and rows of x."""
+
+
+def quantised(name: str, rows: int) -> Example:
+    """A product with a weight in few bits, against that with the decoded weight."""
+    layout = layout_named(name)
+    assert layout is not None
+    members = jax.tree.map(np.asarray, encode(layout, normal(96, 256, dtype=F32)))
+
+    def product(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return codes.product(layout, x, dict(zip(members, arrays, strict=True)), F32)
+
+    def decoded(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return exact_matmul(x, codes.decode(layout, dict(zip(members, arrays, strict=True)), F32).T)
+
+    return Example(product, (normal(rows, 256), *members.values()), ONE_STEP, decoded)
+
+
 def examples() -> dict[str, Callable[[], Example]]:
     """By name; the inputs are made when an example is asked for."""
     eight_bits = partial(integers, -127, 127, dtype=np.int8)
@@ -150,6 +171,7 @@ def examples() -> dict[str, Callable[[], Example]]:
             (normal(16, 256), eight_bits(256, 128), (normal(128) / 100).astype(BF16)),
             2 * ONE_STEP,
         ),
+        **{f"{name}_product": lambda name=name, rows=rows: quantised(name, rows) for name, rows in QUANTISED},
         "cache_update": lambda: Example(
             lambda cache, x, at: jax.lax.dynamic_update_slice(cache, x, (0, at, 0, 0)),
             (normal(2, 64, 2, 64), normal(2, 1, 2, 64), np.int32(7)),

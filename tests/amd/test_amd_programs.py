@@ -22,14 +22,24 @@ pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:Deprecation
 
 EXAMPLES = examples()
 FAST = {
-    "gfx942": ("rope", "sample", "matmul_f16", "matmul_fp8_fnuz", "cross_entropy", "attention", "add_rms_norm", "scan"),
+    "gfx942": ("rope", "sample", "matmul_f16", "matmul_fp8_fnuz", "cross_entropy", "attention", "add_rms_norm", "scan")
+    + ("int4_g64_min_product",),
     "gfx950": ("argmax", "matmul_bf16", "matmul_fp8_ocp", "cache_update", "attention"),
 }
-CASES = [
-    pytest.param(arch, name, marks=() if name in FAST[arch] else pytest.mark.slow, id=f"{name}-{arch}")
-    for arch in ARCHS
-    for name in EXAMPLES
-]
+FAILS = {
+    (
+        "gfx950",
+        "fp8_g128_product",
+    ): "a sum of float8_e4m3fn is NaN, by XLA or the emulator"
+}
+
+
+def marks(arch: str, name: str) -> list[pytest.MarkDecorator]:
+    known = [pytest.mark.xfail(reason=FAILS[arch, name])] if (arch, name) in FAILS else []
+    return known + ([] if name in FAST[arch] else [pytest.mark.slow])
+
+
+CASES = [pytest.param(arch, name, marks=marks(arch, name), id=f"{name}-{arch}") for arch in ARCHS for name in EXAMPLES]
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:

@@ -102,7 +102,7 @@ def read_safetensors(folder: Path) -> None:
 
 def read_source(model: ModelSource) -> None:
     """Everything that a conversion reads."""
-    check_config(model.config)
+    check_config(model.config.replace(schemes=()))
     for spec in param_specs(model.config):
         array = model.read(spec)
         assert (array.shape, array.dtype) == (spec.shape, model.dtype(spec))
@@ -113,15 +113,25 @@ def read_source(model: ModelSource) -> None:
 
 
 def read_hf(folder: Path) -> None:
-    with closing(HuggingFaceFolder(folder)) as model:
+    """With quantised weights as they are stored; where there are any, decoded too."""
+    with closing(HuggingFaceFolder(folder, dequantize=False)) as model:
         for file in model._files:
             assert file.path.resolve().is_relative_to(folder.resolve())
         read_source(model)
+        quantised = model.config.schemes
+    if quantised:
+        with closing(HuggingFaceFolder(folder)) as model:
+            read_source(model)
 
 
 def read_gguf(folder: Path) -> None:
-    with closing(GgufModel(folder / "model.gguf")) as model:
+    """As `read_hf`."""
+    with closing(GgufModel(folder / "model.gguf", dequantize=False)) as model:
         read_source(model)
+        quantised = model.config.schemes
+    if quantised:
+        with closing(GgufModel(folder / "model.gguf")) as model:
+            read_source(model)
 
 
 def read_torch(folder: Path) -> None:

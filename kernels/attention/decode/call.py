@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.kernels.attention.decode import MAX_QUERIES
-from llama_jax.kernels.attention.decode.partition import Cut, fixed_length, visible_slots
+from llama_jax.kernels.attention.decode.partition import Cut, fixed_length, shares, visible_slots
 from llama_jax.kernels.attention.decode.tiles import Tiles, default_tiles, padded_rows
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels
 from llama_jax.kernels.attention.reference import attention_reference, visible
@@ -100,8 +100,8 @@ class Kernels:
     """The kernels of a backend.
 
     Attributes:
-      shares: of `(call, first, end, q, kv, places)`, the attention within each share (`kernel.shares`).
-      combine: of `(call, first, end, part, lse, sinks, out)`, the result from these (`kernel.combine`).
+      shares: of `(call, cut, q, kv, places)`, the attention within each share (`kernel.shares`).
+      combine: of `(call, cut, part, lse, sinks, out)`, the result from these (`kernel.combine`).
     """
 
     shares: Callable[..., tuple[jax.Array, jax.Array]]
@@ -166,8 +166,9 @@ def run(
 def _attend(program: Program, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, places: Places) -> jax.Array:
     call = Call.of(program.rule, program.tiles, q, kv, places, interpret=program.interpret)
     ranges = visible_slots(places.q_positions, places.kv_positions, program.rule.visibility)
-    part, lse = program.kernels.shares(call, *ranges, q, kv, places)
-    return program.kernels.combine(call, *ranges, part, lse, sinks, jax.ShapeDtypeStruct(q.shape, q.dtype))
+    cut = shares(*ranges, call.cut, call.most_shares)
+    part, lse = program.kernels.shares(call, cut, q, kv, places)
+    return program.kernels.combine(call, cut, part, lse, sinks, jax.ShapeDtypeStruct(q.shape, q.dtype))
 
 
 def _forward(program: Program, *args: Any) -> tuple[jax.Array, tuple[Any, ...]]:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.attention.decode import call as calls
 from llama_jax.kernels.attention.decode.call import Call
+from llama_jax.kernels.attention.decode.partition import Shares
 from llama_jax.kernels.attention.decode.tiles import Tiles
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule
 from llama_jax.kernels.dispatch import jax_triton
 from llama_jax.kernels.dispatch.jax_triton import Launch
-from llama_jax.kernels.pallas import next_power_of_2
 from llama_jax.targets import Target
 
 __all__ = ["Tiles", "run", "unsupported"]
@@ -37,21 +37,18 @@ def run(
     return calls.run(calls.Kernels(shares, combine), q, kv, places, rule, sinks=sinks, tiles=tiles)
 
 
-def shares(
-    call: Call, first: jax.Array, end: jax.Array, q: jax.Array, kv: KeysValues, places: Places
-) -> tuple[jax.Array, jax.Array]:
+def shares(call: Call, cut: Shares, q: jax.Array, kv: KeysValues, places: Places) -> tuple[jax.Array, jax.Array]:
     """See `kernel.shares`."""
     from llama_jax.kernels.attention.decode.triton_kernel import decode_attention_shares
 
-    how = shares_launch(call, first, end, q, kv, places)
+    how = shares_launch(call, cut, q, kv, places)
     part, lse = jax_triton.call(decode_attention_shares, "decode_attention_shares", how)
     return part, lse
 
 
 def combine(
     call: Call,
-    first: jax.Array,
-    end: jax.Array,
+    cut: Shares,
     part: jax.Array,
     lse: jax.Array,
     sinks: jax.Array | None,
@@ -60,23 +57,25 @@ def combine(
     """See `kernel.combine`."""
     from llama_jax.kernels.attention.decode.triton_kernel import decode_attention_combine
 
-    how = combine_launch(call, first, end, part, lse, sinks, out)
+    how = combine_launch(call, cut, part, lse, sinks, out)
     (result,) = jax_triton.call(decode_attention_combine, "decode_attention_combine", how)
     return result
 
 
-def shares_launch(call: Call, first: jax.Array, end: jax.Array, q: jax.Array, kv: KeysValues, places: Places) -> Launch:
+def shares_launch(call: Call, cut: Shares, q: jax.Array, kv: KeysValues, places: Places) -> Launch:
     """What `triton_kernel.decode_attention_shares` is called with."""
     # The kernel has a fixed number of arguments: positions stand in for those that it will not read.
     optional = (kv.page_table, places.q_segments, places.kv_segments)
     table, q_segments, kv_segments = (places.q_positions if x is None else x for x in optional)
     kv_heads = kv.k.shape[1]
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
+    at = (places.q_positions, places.kv_positions, table, q_segments, kv_segments)
     return Launch(
-        (first, end, q, kv.k, kv.v, places.q_positions, places.kv_positions, table, q_segments, kv_segments),
+        (cut.row, cut.start, cut.stop, q, kv.k, kv.v, *at),
         _constants(call, kv_heads)
         | {
             "SLOTS": call.slots,
+            "BLOCK_K": call.cut.block_k,
             "PAGE": call.page_size,
             "PAGES": kv.k.shape[0],
             "HEIGHT": call.height,
@@ -95,8 +94,7 @@ def shares_launch(call: Call, first: jax.Array, end: jax.Array, q: jax.Array, kv
 
 def combine_launch(
     call: Call,
-    first: jax.Array,
-    end: jax.Array,
+    cut: Shares,
     part: jax.Array,
     lse: jax.Array,
     sinks: jax.Array | None,
@@ -105,21 +103,16 @@ def combine_launch(
     """What `triton_kernel.decode_attention_combine` is called with."""
     kv_heads = lse.shape[1]
     constants = _constants(call, kv_heads) | {"AT_A_TIME": call.combined, "SINKS": sinks is not None}
-    arrays = (first, end, part, lse, lse if sinks is None else sinks)
+    arrays = (cut.first, cut.end, part, lse, lse if sinks is None else sinks)
     return Launch(arrays, constants, (out,), (call.batch, call.group * kv_heads, call.queries), 4, 1, fused=False)
 
 
 def _constants(call: Call, kv_heads: int) -> dict[str, Any]:
     """What both kernels take."""
     return {
-        "BATCH": call.batch,
-        "ROWS": next_power_of_2(call.batch),
         "QUERIES": call.queries,
         "GROUP": call.group,
         "KV_HEADS": kv_heads,
         "HEAD_DIM": call.head_dim,
         "WIDTH": call.width,
-        "WANTED": call.cut.wanted,
-        "LENGTH": call.cut.length,
-        "BLOCK_K": call.cut.block_k,
     }

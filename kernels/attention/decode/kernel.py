@@ -20,19 +20,11 @@ from llama_jax.kernels.attention.decode.call import Call
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED, sees
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_tile, next_power_of_2, store_tile
+from llama_jax.kernels.pallas import Index, dot, launch, load_tile, store_tile
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
 NONE = MASKED / 2
-
-
-def _ranges(first_ref: Any, end_ref: Any) -> tuple[jax.Array, jax.Array]:
-    """Every row's slots, and empty ones up to a power of two."""
-    batch = first_ref.shape[0]
-    row = jnp.arange(next_power_of_2(batch), dtype=jnp.int32)
-    first, end = (plgpu.load(ref.at[row], mask=row < batch, other=0) for ref in (first_ref, end_ref))
-    return first, end
 
 
 def _cached(ref: Any, index: Index, width: int, dtype: Any) -> jax.Array:
@@ -41,21 +33,13 @@ def _cached(ref: Any, index: Index, width: int, dtype: Any) -> jax.Array:
 
 
 def shares(
-    call: Call,
-    first: jax.Array,
-    end: jax.Array,
-    q: jax.Array,
-    kv: KeysValues,
-    places: Places,
+    call: Call, cut: partition.Shares, q: jax.Array, kv: KeysValues, places: Places
 ) -> tuple[jax.Array, jax.Array]:
     """Attention within each share.
 
-    Args:
-      first, end: int32 [batch], the slots of each row that may be seen.
-
     Returns:
       float32 [shares, kv_heads, rows, head_dim], and the base-2 log-sum-exp of the logits [shares, kv_heads, rows]:
-      MASKED where nothing is seen.
+      MASKED where nothing is seen. What there is no share for is not written.
     """
     block_k, height, width = call.tiles.block_k, call.height, call.width
     kv_heads = kv.k.shape[1]
@@ -66,8 +50,9 @@ def shares(
         return jnp.clip(plgpu.load(table_ref.at[row, entry]), 0, kv.k.shape[0] - 1)
 
     def decode_attention_shares(
-        first_ref: Any,
-        end_ref: Any,
+        row_ref: Any,
+        start_ref: Any,
+        stop_ref: Any,
         q_ref: Any,
         k_ref: Any,
         v_ref: Any,
@@ -80,8 +65,7 @@ def shares(
         lse_ref: Any,
     ) -> None:
         row_block, index, head = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        row, start, stop = partition.share(*_ranges(first_ref, end_ref), call.cut, index)
-        row = jnp.minimum(row, call.batch - 1)
+        row, start, stop = row_ref[index], start_ref[index], stop_ref[index]
 
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
         query = jnp.minimum(flat // call.group, call.queries - 1)
@@ -126,7 +110,7 @@ def shares(
         init = (zero, zero + NONE, jnp.zeros((height, width), jnp.float32))
         total, top, acc = jax.lax.fori_loop(start, stop, step, init)
 
-        some, real = total > 0, flat < call.rows
+        some, real = total > 0, (flat < call.rows) & (start < stop)
         total = jnp.where(some, total, 1.0)
         store_tile(out_ref, (index, head, flat), acc / total[:, None], real)
         plgpu.store(lse_ref.at[index, head, flat], jnp.where(some, top + jnp.log2(total), MASKED), mask=real)
@@ -134,7 +118,7 @@ def shares(
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
     return launch(
         decode_attention_shares,
-        *(first, end, q, kv.k, kv.v, places.q_positions, places.kv_positions, kv.page_table),
+        *(cut.row, cut.start, cut.stop, q, kv.k, kv.v, places.q_positions, places.kv_positions, kv.page_table),
         *(places.q_segments, places.kv_segments),
         grid=(-(-call.rows // height), call.most_shares, kv_heads),
         out=(jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
@@ -146,8 +130,7 @@ def shares(
 
 def combine(
     call: Call,
-    first: jax.Array,
-    end: jax.Array,
+    cut: partition.Shares,
     part: jax.Array,
     lse: jax.Array,
     sinks: jax.Array | None,
@@ -160,8 +143,7 @@ def combine(
         first_ref: Any, end_ref: Any, part_ref: Any, lse_ref: Any, sinks_ref: Any, out_ref: Any
     ) -> None:
         row, q_head, query = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-        ranges = _ranges(first_ref, end_ref)
-        start, stop = partition.shares_of(*ranges, call.cut, row)
+        start, stop = first_ref[row], end_ref[row]
         head, flat = q_head // call.group, query * call.group + q_head % call.group
 
         def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -183,7 +165,7 @@ def combine(
 
     return launch(
         decode_attention_combine,
-        *(first, end, part, lse, sinks),
+        *(cut.first, cut.end, part, lse, sinks),
         grid=(call.batch, call.group * lse.shape[1], call.queries),
         out=out,
         num_warps=4,

@@ -10,6 +10,7 @@ Where a row's result must not depend on the others (`Rule.batch_invariant`), sha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,47 +73,43 @@ def visible_slots(
     return jax.lax.reduce(each, (jnp.int32(slots), jnp.int32(0)), widest, (1,))
 
 
-def shares(first: jax.Array, end: jax.Array, cut: Cut) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cuts the rows' slots into shares of whole blocks, each within one row; `wanted` + batch - 1 at most, if their
-    length is not fixed.
+class Shares(NamedTuple):
+    """The rows' slots in shares of whole blocks, each within one row.
+
+    Attributes:
+      row: int32 [shares], of each share; start, stop: its blocks [start, stop); none if there is no such share.
+      first, end: int32 [batch], the shares [first, end) of each row.
+    """
+
+    row: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    first: jax.Array
+    end: jax.Array
+
+
+def shares(first: jax.Array, end: jax.Array, cut: Cut, most: int) -> Shares:
+    """Cuts the rows' slots.
+
+    Like `visible_slots`, this is one computation for all layers; it makes its sums without a scan, which takes several
+    kernels of a GPU.
 
     Args:
       first, end: int32 [batch], each row's slots.
-
-    Returns:
-      int32 []: the blocks of one share (the last one of a row may have fewer). int32 [batch]: each row's first block;
-      how many blocks it has; and in how many shares.
+      most: shares that there can be (`Cut.most_shares`).
     """
-    start = first // cut.block_k
-    blocks = jnp.maximum((end + cut.block_k - 1) // cut.block_k - start, 0)
+    batch = first.shape[0]
+    rows, index = jnp.arange(batch, dtype=jnp.int32), jnp.arange(most, dtype=jnp.int32)
+    block = first // cut.block_k
+    blocks = jnp.maximum((end + cut.block_k - 1) // cut.block_k - block, 0)
     length = jnp.int32(cut.length)
     if not cut.length:
         length = jnp.maximum((jnp.sum(blocks) + cut.wanted - 1) // cut.wanted, 1)
-    return length, start, blocks, (blocks + length - 1) // length
-
-
-def share(first: jax.Array, end: jax.Array, cut: Cut, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The row of share `index` int32 [], and its blocks [start, stop); none if there is no such share."""
-    length, start, blocks, count = shares(first, end, cut)
-    until = jnp.cumsum(count)
-    row = jnp.sum((until <= index).astype(jnp.int32))
-
-    def of_row(values: jax.Array) -> jax.Array:
-        return total_where(jnp.arange(first.shape[0], dtype=jnp.int32) == row, values)
-
-    skipped = (index - of_row(until - count)) * length
-    begin = of_row(start)
-    return row, begin + skipped, begin + jnp.minimum(skipped + length, of_row(blocks))
-
-
-def shares_of(first: jax.Array, end: jax.Array, cut: Cut, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The shares [start, stop) of one row."""
-    *_, count = shares(first, end, cut)
-    index = jnp.arange(first.shape[0], dtype=jnp.int32)
-    start = total_where(index < row, count)
-    return start, start + total_where(index == row, count)
-
-
-def total_where(condition: jax.Array, values: jax.Array) -> jax.Array:
-    """The sum of the values for which the condition holds."""
-    return jnp.sum(jnp.where(condition, values, 0))
+    count = (blocks + length - 1) // length
+    until = jnp.sum(jnp.where(rows <= rows[:, None], count, 0), axis=1, dtype=jnp.int32)
+    row = jnp.sum(until <= index[:, None], axis=1, dtype=jnp.int32)
+    there, row = row < batch, jnp.minimum(row, batch - 1)
+    skipped = (index - (until - count)[row]) * length
+    start = block[row] + skipped
+    stop = block[row] + jnp.minimum(skipped + length, blocks[row])
+    return Shares(row, start, jnp.where(there, stop, start), until - count, until)

@@ -15,28 +15,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def shares_of_rows(
-    first,
-    end,
-    BATCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WANTED: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
-    """As `partition.shares`, and the numbers of the rows."""
-    rows = tl.arange(0, ROWS)
-    start = tl.load(first + rows, mask=rows < BATCH, other=0) // BLOCK_K
-    stop = tl.load(end + rows, mask=rows < BATCH, other=0)
-    blocks = tl.maximum((stop + BLOCK_K - 1) // BLOCK_K - start, 0)
-    if LENGTH == 0:
-        length = tl.maximum((tl.sum(blocks, 0) + WANTED - 1) // WANTED, 1)
-    else:
-        length = LENGTH
-    return rows, length, start, blocks, (blocks + length - 1) // length
-
-
-@triton.jit
 def load_rows(base, at, columns, HEAD_DIM: tl.constexpr):
     """[rows, columns] of an array, zeros in columns that it lacks."""
     if columns.shape[0] == HEAD_DIM:
@@ -46,8 +24,9 @@ def load_rows(base, at, columns, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def decode_attention_shares(
-    first,
-    end,
+    share_row,
+    share_start,
+    share_stop,
     q,
     k,
     v,
@@ -58,8 +37,6 @@ def decode_attention_shares(
     kv_segments,
     out,
     lse,
-    BATCH: tl.constexpr,
-    ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -68,8 +45,6 @@ def decode_attention_shares(
     SLOTS: tl.constexpr,
     PAGE: tl.constexpr,
     PAGES: tl.constexpr,
-    WANTED: tl.constexpr,
-    LENGTH: tl.constexpr,
     HEIGHT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     KIND: tl.constexpr,
@@ -80,13 +55,7 @@ def decode_attention_shares(
 ):
     """One share of one key/value head; as `kernel.shares`."""
     row_block, index, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows, length, starts, blocks, count = shares_of_rows(first, end, BATCH, ROWS, BLOCK_K, WANTED, LENGTH)
-    until = tl.cumsum(count, 0)
-    row = tl.sum((until <= index).to(tl.int32), 0)
-    skipped = (index - tl.sum(tl.where(rows == row, until - count, 0), 0)) * length
-    begin = tl.sum(tl.where(rows == row, starts, 0), 0)
-    stop = begin + tl.minimum(skipped + length, tl.sum(tl.where(rows == row, blocks, 0), 0))
-    row = tl.minimum(row, BATCH - 1)
+    row, start, stop = tl.load(share_row + index), tl.load(share_start + index), tl.load(share_stop + index)
 
     flat = row_block * HEIGHT + tl.arange(0, HEIGHT)
     query = tl.minimum(flat // GROUP, QUERIES - 1)
@@ -98,7 +67,7 @@ def decode_attention_shares(
     total = tl.zeros((HEIGHT,), tl.float32)
     top = tl.full((HEIGHT,), NONE, tl.float32)
     acc = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for block in range(begin + skipped, stop):
+    for block in range(start, stop):
         slot = block * BLOCK_K + lane
         if SLOTS % BLOCK_K != 0:  # the last block repeats the last slot, which is then masked
             slot = tl.minimum(slot, SLOTS - 1)
@@ -147,7 +116,7 @@ def decode_attention_shares(
         top = above
 
     some = total > 0
-    real = flat < GROUP * QUERIES
+    real = (flat < GROUP * QUERIES) & (start < stop)
     total = tl.where(some, total, 1.0)
     at = (index * KV_HEADS + head) * (GROUP * QUERIES) + flat
     mask = real[:, None] & (columns < HEAD_DIM)[None, :]
@@ -163,24 +132,17 @@ def decode_attention_combine(
     lse,
     sinks,
     out,
-    BATCH: tl.constexpr,
-    ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    WANTED: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     AT_A_TIME: tl.constexpr,
     SINKS: tl.constexpr,
 ):
     """One query of one head, from its row's shares; as `kernel.combine`."""
     row, q_head, query = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows, _, _, _, count = shares_of_rows(first, end, BATCH, ROWS, BLOCK_K, WANTED, LENGTH)
-    start = tl.sum(tl.where(rows < row, count, 0), 0)
-    stop = start + tl.sum(tl.where(rows == row, count, 0), 0)
+    start, stop = tl.load(first + row), tl.load(end + row)
     flat = query * GROUP + q_head % GROUP
     columns = tl.arange(0, WIDTH)
     total, top = 0.0, NONE

@@ -17,8 +17,8 @@ flash_attention = Operation(
     "flash_attention",
     {
         "reference": Backend(attention_reference),
-        "pallas_triton": Backend.at(_KERNELS, candidates=flash_candidates),
-        "pallas_interpret": Backend.at(_KERNELS, interpreted=True, interpret=True),
+        "pallas_triton": Backend.at(_KERNELS, candidates=flash_candidates, indexed=True),
+        "pallas_interpret": Backend.at(_KERNELS, interpreted=True, indexed=True, interpret=True),
         "blocked": Backend(blocked.run, blocked.unsupported),
         "cudnn": Backend(cudnn.run, cudnn.unsupported),
     },

@@ -24,7 +24,7 @@ from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import dot, launch, load_row, load_tile, narrow, store_tile, tile_width
+from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width
 
 
 class _Softmax(NamedTuple):
@@ -42,11 +42,11 @@ def forward(
     """Attention, and with `with_lse` the log-sum-exp of each query's logits (sink included), as powers of two.
 
     Returns:
-      [batch, q_len, q_heads, head_dim] in q's dtype; float32 [batch, q_heads, q_len] or None. Queries that are padding
-      or see nothing: zeros, and `NOTHING_SEEN`.
+      q's shape and dtype; float32 [batch, q_heads, q_len] or None. Queries that are padding or see nothing: zeros, and
+      `NOTHING_SEEN`.
     """
     tiles = rule.tiles
-    batch, q_len, q_heads, head_dim = q.shape
+    (batch, q_len), (q_heads, head_dim) = places.q_positions.shape, q.shape[2:]
     kv_heads, page_size = kv.k.shape[1], kv.k.shape[2]
     kv_len = places.kv_positions.shape[1]
     group = q_heads // kv_heads
@@ -78,7 +78,11 @@ def forward(
         query = block * queries + nth
         valid = (nth < queries) & (query < q_len)
         query_rows = load_queries(at, row, query, valid, rule)
-        q_tile = load_tile(q_ref, (row, query, head), width, valid)
+        place: Index = (row, query, head)
+        if at.q_index is not None:
+            packed = load_row(at.q_index, (row, query), valid, q.shape[1])
+            place, valid = (0, packed, head), packed < q.shape[1]
+        q_tile = load_tile(q_ref, place, width, valid)
 
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
@@ -109,7 +113,7 @@ def forward(
         # What padding saw in blocks without a mask, and what the others made of blocks where they see nothing, is void.
         seen = (peak > MASKED / 2) & (query_rows.last >= 0)
         out = jnp.where(seen[:, None], acc * (1.0 / total)[:, None], 0.0)
-        store_tile(out_ref, (row, query, head), out, valid)
+        store_tile(out_ref, place, out, valid)
         if lse_ref is not None:
             lse = jnp.where(seen, peak * rule.factor + jnp.log2(total), NOTHING_SEEN)
             plgpu.store(lse_ref.at[row, head, query], lse, mask=valid)

@@ -45,7 +45,8 @@ def run(
     """
     target, group = current(), q.shape[2] // kv.k.shape[1]
     if tiles is None:
-        tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, q_len=q.shape[1], group=group)
+        q_len, kv_len = places.q_positions.shape[1], places.kv_positions.shape[1]
+        tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, q_len=q_len, kv_len=kv_len, group=group)
     if group % tiles.heads:
         raise KernelError(
             f"tiles of {tiles.heads} heads do not divide groups of {group} query heads",
@@ -87,7 +88,7 @@ def unsupported(
         return f"scale {rule.scale} is not positive"
     if max(q.size, kv.k.size, kv.v.size) > MAX_ELEMENTS:
         return f"an array has more than {MAX_ELEMENTS} elements"
-    return beyond_kernels(kv, places, rule)
+    return beyond_kernels(kv, replace(places, q_index=None), rule)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -104,6 +105,9 @@ def _attend_forward(
 
 def _attend_backward(rule: Program, saved: Any, out_grad: jax.Array) -> tuple[Any, ...]:
     q, kv, sinks, places, out, lse = saved
+    if (index := places.q_index) is not None:  # training packs by segments: a copy will do
+        q, out, out_grad = (x[0].at[index].get(mode="fill", fill_value=0) for x in (q, out, out_grad))
+        places = replace(places, q_index=None)
     delta = jnp.swapaxes(jnp.sum(out_grad.astype(jnp.float32) * out.astype(jnp.float32), axis=3), 1, 2)
     if kv.page_table is None:
         dq, dk, dv = backward(rule, Saved(q, kv.k, kv.v, out_grad, lse, delta), places)
@@ -114,6 +118,8 @@ def _attend_backward(rule: Program, saved: Any, out_grad: jax.Array) -> tuple[An
         )
         dq, *d_rows = backward(rule, Saved(q, k_rows, v_rows, out_grad, lse, delta), places)
         dk, dv = to_pages(tuple(d_rows))
+    if index is not None:
+        dq = jnp.zeros_like(saved[0]).at[0, index].set(dq, mode="drop")
     d_sinks = None
     if sinks is not None:
         weights = jnp.exp2(sinks.astype(jnp.float32)[None, :, None] * LOG2_E - lse)

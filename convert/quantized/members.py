@@ -1,0 +1,38 @@
+"""Codes of other programs, laid out as the model computes with them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llama_jax.convert.quantized.codes import Codes
+from llama_jax.quantized import Layout
+from llama_jax.quantized.layout import pack_codes
+
+
+def members(codes: Codes, layout: Layout) -> dict[str, np.ndarray]:
+    """Members of a matrix in a layout that holds its codes: they stand for the same numbers, to the bit.
+
+    Unsigned codes and their zeros are taken less half of their range. Scales of blocks of several rows are repeated.
+
+    Args:
+      codes: of one matrix, of whose columns each group is one block.
+      layout: see `Scheme.layout`.
+    """
+    rows, cols = codes.values.shape
+    columns = 1 if layout.group is None else cols // layout.group
+
+    def by_row(blocks: np.ndarray) -> np.ndarray:
+        of_rows = blocks if len(blocks) == 1 else blocks[np.arange(rows) // codes.block[0]]
+        spread = np.broadcast_to(of_rows, (rows, columns))
+        return spread[:, 0] if layout.group is None else spread
+
+    values, half = codes.values, 0
+    if values.dtype == np.uint8:
+        half = 1 << (layout.bits - 1)
+        values = (values.astype(np.int16) - half).astype(np.int8)
+    stored = pack_codes(values) if layout.kind == "int4" else values
+    found = {layout.name: stored, "scales": by_row(codes.scales).astype(layout.scale_dtype)}
+    if layout.offset is not None:
+        assert codes.zeros is not None
+        found["zeros"] = (by_row(codes.zeros).astype(np.int16) - half).astype(np.int8)
+    return {name: np.ascontiguousarray(member) for name, member in found.items()}

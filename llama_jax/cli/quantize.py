@@ -1,0 +1,98 @@
+"""`llama-jax quantize`: a model with its weights in few bits."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from llama_jax.cli.options import examples, json_option, quiet_option, yes_option
+from llama_jax.cli.progress import Reporter
+from llama_jax.cli.recipe_options import RecipeOptions, recipe_options
+from llama_jax.cli.terminal import print_json, size_text
+
+
+@click.command(
+    name="quantize",
+    epilog=examples(
+        "llama-jax quantize ./Llama-3.2-1B-Instruct ./llama-1b-int8 --weights int8",
+        "llama-jax quantize meta-llama/Llama-3.2-1B-Instruct ./llama-1b-int4 --weights int4 --group 128",
+        "llama-jax quantize ./llama-1b ./llama-1b-int4 --weights int4 --ignore 'layers.0.*' --lm-head bf16",
+    ),
+)
+@click.argument("model")
+@click.argument("dst")
+@recipe_options
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
+@yes_option
+@quiet_option
+@json_option
+def command(model: str, dst: str, wanted: RecipeOptions, overwrite: bool, quiet: bool, as_json: bool) -> None:
+    """Write MODEL to a checkpoint at DST with its weights in few bits, each rounded to the nearest.
+
+    MODEL is anything that `show` takes, a checkpoint too; one that is quantised already is decoded first. Norms, biases
+    and routers are stored in bfloat16, as is what --ignore names. Weights pass one by one, so memory is needed for the
+    largest of them, not for the model. What was stopped resumes when the same command is run again.
+
+    Prints how far the weights of each layer are from what they were: the root of the mean square of the difference, as
+    a share of that of the weights, of all of the layer's and of the one that suffers most.
+    """
+    from llama_jax.checkpoint import open_checkpoint
+    from llama_jax.convert import convert
+    from llama_jax.library import DEFAULT_MODEL, check_source, find
+
+    if (recipe := wanted.recipe()) is None:
+        raise click.UsageError("Missing option '--weights': int8, int4 or fp8.")
+    began, errors = time.monotonic(), dict[str, float]()
+    with Reporter(quiet=quiet, label="Quantising") as reporter:
+        found = find(model, progress=reporter.progress, notify=reporter.notify)
+        if found.converted is not None:
+            check_source(found.path, reporter.notify)
+        path = convert(
+            found.path,
+            dst,
+            recipe=recipe,
+            overwrite=overwrite,
+            warn_larger=model != DEFAULT_MODEL,
+            name=found.name,
+            revision=found.revision,
+            progress=reporter.progress,
+            notify=reporter.notify,
+            quantised=errors.__setitem__,
+        )
+    seconds = time.monotonic() - began
+    checkpoint = open_checkpoint(path)
+    if as_json:
+        print_json(
+            {
+                "path": str(path),
+                "weights": recipe.weights.name,
+                "tensors": len(checkpoint.tensors),
+                "bytes": checkpoint.nbytes,
+                "seconds": round(seconds, 3),
+                "errors": {leaf: round(error, 6) for leaf, error in errors.items()},
+            }
+        )
+        return
+    click.echo(path)
+    if not quiet:
+        for line in _by_layer(errors):
+            click.echo(line, err=True)
+        size = size_text(checkpoint.nbytes)
+        click.echo(f"{len(checkpoint.tensors)} tensors, {size}, {recipe.weights.described}, {seconds:.1f} s", err=True)
+
+
+def _by_layer(errors: dict[str, float]) -> list[str]:
+    """A line for each layer, and for what is in none."""
+    layers: dict[str, dict[str, float]] = {}
+    for leaf, error in errors.items():
+        parts = leaf.split(".")
+        layer = ".".join(parts[:2]) if parts[0] == "layers" else leaf
+        layers.setdefault(layer, {})[leaf.removeprefix(f"{layer}.")] = error
+    lines = []
+    for layer, found in layers.items():
+        worst = max(found, key=found.__getitem__)
+        mean = (sum(error**2 for error in found.values()) / len(found)) ** 0.5
+        most = f", most in {worst}: {found[worst]:.4f}" if len(found) > 1 else ""
+        lines.append(f"{layer}: error {mean:.4f} of the weights{most}")
+    return lines

@@ -1,0 +1,177 @@
+"""What of a model is quantised, and how: a request, and the schemes of leaves that it comes to for a model."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import RequestError, did_you_mean
+from llama_jax.params import canonical_specs
+from llama_jax.quantized import CODES, Layout, layout_named
+
+PLAIN = "bfloat16"
+"""The name of what is not quantised, and what it is stored in."""
+GROUPS = {"int4": 64}
+"""Numbers that share a scale where nobody says; of other kinds, a whole row does."""
+WHOLE_ROWS = -1
+
+
+STORED, FLOAT = "stored", "float"
+"""Forms of a quantised model's weights on devices: as they are stored, or decoded."""
+
+
+def usual_form(vendor: str) -> str:
+    """The form where nobody names one.
+
+    On a CPU, decoding takes longer than reading fewer bytes saves. On AMD GPUs programs of stored weights were compiled
+    and emulated; on NVIDIA's they have not been run yet.
+    """
+    return STORED if vendor == "amd" else FLOAT
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What of a model is quantised, and how. Norms, biases and routers stay as they are.
+
+    Attributes:
+      weights: of all projections and experts.
+      lm_head: of the output projection, or of the embedding that it is tied to; None leaves it as it is.
+      embed: of an embedding by itself, of which a token reads one row.
+      ignore: patterns of leaves that stay as they are, with `*`, `?` and `[...]` as in file names.
+    """
+
+    weights: Layout
+    lm_head: Layout | None
+    embed: Layout | None
+    ignore: tuple[str, ...] = ()
+
+
+def recipe(
+    weights: str,
+    *,
+    group: int | None = None,
+    symmetric: bool | None = None,
+    lm_head: str = "int8",
+    embed: str = PLAIN,
+    ignore: str | Sequence[str] = (),
+) -> Recipe:
+    """Reads a request.
+
+    Args:
+      weights: "int8", "int4" or "fp8", which `group` and `symmetric` complete, or the full name of a layout, such as
+        "int4_g128_zero".
+      group: neighbours in a row that share a scale, -1 for the whole row. By default 64 in int4, else the whole row.
+      symmetric: whether code 0 stands for 0, so that no minima are stored. By default not in int4, else always.
+      lm_head, embed: name of a layout, or "bfloat16".
+      ignore: patterns of leaves, e.g. "layers.0.*" or "*.down_proj".
+
+    Raises:
+      RequestError: one of them is not known, or they do not go together.
+    """
+    if weights in CODES:
+        layout = _layout(weights, group, symmetric)
+    else:
+        layout = _named(weights, "weights")
+        if group is not None or symmetric is not None:
+            raise RequestError(
+                f"weights {weights!r} is the name of a whole layout, so that group and symmetric add nothing",
+                param="weights",
+                hint=f"leave them out, or give weights={layout.kind!r}",
+            )
+    patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    return Recipe(layout, _top(lm_head, "lm_head"), _top(embed, "embed"), patterns)
+
+
+def requested(form: str | None) -> Recipe | None:
+    """The recipe that the name of a form asks for; None for a form of weights as they are.
+
+    Raises:
+      RequestError: it is neither a form nor the name of a layout.
+    """
+    return None if form in (None, STORED, FLOAT) else recipe(form)
+
+
+def _top(name: str, param: str) -> Layout | None:
+    return None if name in (PLAIN, "bf16") else _named(name, param)
+
+
+def _layout(kind: str, group: int | None, symmetric: bool | None) -> Layout:
+    if group is None:
+        group = GROUPS.get(kind, WHOLE_ROWS)
+    if group != WHOLE_ROWS and (group < 2 or group % 2):
+        raise RequestError(f"group {group}", param="group", hint="an even number from 2 on, or -1 for whole rows")
+    if symmetric is None:
+        symmetric = kind != "int4"
+    if not symmetric and kind != "int4":
+        raise RequestError(
+            f"weights in {kind} are symmetric",
+            param="symmetric",
+            hint="leave it out, or choose int4, which need not be",
+        )
+    return Layout(kind, None if group == WHOLE_ROWS else group, None if symmetric else "min")
+
+
+def _named(name: str, param: str) -> Layout:
+    layout = layout_named(name)
+    if layout is None:
+        known = (*CODES, *(() if param == "weights" else (PLAIN,)))
+        raise RequestError(
+            f"{param} {name!r} names no layout",
+            param=param,
+            hint=f"{did_you_mean(name, known)} there are {', '.join(known)}; with endings for groups of N (_gN) and "
+            "asymmetric int4 (_min or _zero), e.g. int4_g64_min".strip(),
+        )
+    return layout
+
+
+def schemes(config: LlamaConfig, wanted: Recipe) -> tuple[tuple[str, str], ...]:
+    """Which leaf of a model is stored by which scheme, for `LlamaConfig.schemes`.
+
+    Raises:
+      RequestError: rows of a leaf do not divide into groups, a pattern fits no leaf, or the model is quantised.
+    """
+    if config.schemes:
+        names = sorted({scheme for _, scheme in config.schemes})
+        raise RequestError(
+            f"the model is quantised already ({', '.join(names)})",
+            param="weights",
+            hint="take its weights in floating point: load(weights='float'), or its original files",
+        )
+    found, unused = [], set(wanted.ignore)
+    for spec in canonical_specs(config):
+        if len(spec.shape) < 2 or spec.path[-2] == "router":
+            continue
+        fits = {pattern for pattern in wanted.ignore if fnmatch.fnmatchcase(spec.leaf, pattern)}
+        unused -= fits
+        layout = _of_leaf(spec.leaf, config, wanted)
+        if fits or layout is None:
+            continue
+        if not layout.fits(spec.shape[-1]):
+            raise _uneven(spec.leaf, spec.shape[-1], layout)
+        found.append((spec.leaf, layout.name))
+    if unused:
+        raise RequestError(
+            f"no weight is called {sorted(unused)[0]!r}",
+            param="ignore",
+            hint="patterns are of names such as layers.0.attn.q_proj, layers.*.mlp.down_proj, embed, lm_head",
+        )
+    return tuple(found)
+
+
+def _of_leaf(leaf: str, config: LlamaConfig, wanted: Recipe) -> Layout | None:
+    if leaf == "lm_head" or (leaf == "embed" and config.tie_word_embeddings):
+        return wanted.lm_head
+    return wanted.embed if leaf == "embed" else wanted.weights
+
+
+def _uneven(leaf: str, columns: int, layout: Layout) -> RequestError:
+    sizes = [group for group in (256, 128, 64, 32, 16) if columns % group == 0]
+    other = f"choose a group of {sizes[0]} or less" if sizes else "choose whole rows (-1)"
+    return RequestError(
+        f"rows of {leaf} have {columns} numbers, which do not divide into "
+        + (f"groups of {layout.group}" if layout.group else "pairs"),
+        param="group",
+        hint=f"{other}, or leave it as it is by ignore={leaf!r}",
+    )

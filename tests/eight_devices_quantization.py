@@ -1,0 +1,64 @@
+"""Quantised weights on eight devices; `test_quantization.py` runs these tests in a process of its own."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from helpers import TINY, error, random_params, random_tokens, run
+from test_quantization import WANTED
+
+from llama_jax.aot.programs import fused_parameters
+from llama_jax.layout import check, param_sharding
+from llama_jax.model.fuse import arrange
+from llama_jax.model.loaded import Model
+from llama_jax.model.quantization import dequantize_params, quantize, quantize_params
+from llama_jax.params import flatten, param_specs, unflatten
+from llama_jax.plan import costs
+from llama_jax.recipe import recipe
+from llama_jax.sharding import make_mesh, on
+
+RECIPES = WANTED | {
+    # Groups that two devices can share: of 24 hidden units, and of 12 of each expert.
+    "biased": recipe("int4", group=4, lm_head="int4_g8_zero", embed="int8_g4"),
+    "tied-mqa": recipe("int4", group=4, symmetric=True, lm_head="int8_g4"),
+    "softmax-moe": recipe("fp8", group=2, embed="int4_g8_min"),
+    "sigmoid-moe": recipe("int4_g2_zero", lm_head="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_split_and_multiplied(name: str) -> None:
+    """Logits as on one device, whole groups on each, and every device holds what the plan counts."""
+    config, mesh = TINY[name], make_mesh("data=4,tensor=2")
+    params, stored = quantize_params(random_params(config), config, RECIPES[name])
+    check(stored, mesh)
+    tokens = random_tokens(config, 4, 6)
+    decoded, _ = dequantize_params(params, stored, "float32")
+    expected, _ = run(decoded, config, tokens)
+    where, flat = param_sharding(stored, mesh), flatten(params)
+    placed = unflatten({s.name: jax.device_put(flat[s.name], where(s)) for s in param_specs(stored)})
+    arranged, split = arrange(placed, stored, mesh)
+    with on(mesh):
+        assert error(run(arranged, split, tokens)[0], expected) < 2e-5
+        shapes = fused_parameters(split, mesh, "float32")
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(arranged))
+    assert held == costs.held_bytes(split, 4, mesh.shape)
+    for leaf, shape in zip(jax.tree.leaves(arranged), jax.tree.leaves(shapes), strict=True):
+        assert leaf.sharding.shard_shape(leaf.shape) == shape.sharding.shard_shape(shape.shape)
+
+
+def test_quantised_where_it_lies() -> None:
+    """A model on a mesh, quantised there: each device keeps its part, and the numbers are those of one device."""
+    config, mesh = TINY["plain"], make_mesh("tensor=2")
+    wanted = recipe("int4", group=4)
+    where, flat = param_sharding(config, mesh), flatten(random_params(config))
+    placed = unflatten({s.name: jax.device_put(flat[s.name], where(s)) for s in param_specs(config)})
+    arranged, split = arrange(placed, config, mesh)
+    model = quantize(Model(arranged, split, mesh), "int4", group=4)
+    params, stored = quantize_params(unflatten(flat), config, wanted)
+    tokens = random_tokens(config, 2, 6)
+    with on(mesh):
+        found, _ = run(model.params, model.config, tokens)
+    assert error(found, run(params, stored, tokens)[0]) < 2e-5
+    down = model.params["layers"]["0"]["mlp"]["down_proj"]["int4_g4_min"]
+    assert down.sharding.shard_shape(down.shape) == (16, 6)

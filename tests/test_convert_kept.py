@@ -1,0 +1,119 @@
+"""Quantised sources that keep their precision: the same numbers as decoded ones, to the bit, in fewer bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from contextlib import closing
+from pathlib import Path
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+from test_convert_quantized import DATA, LABELS
+from tiny_models import LLAMA, write_gguf
+
+from llama_jax.checkpoint import load_params, open_checkpoint, verify
+from llama_jax.checkpoint.build import load_source
+from llama_jax.checkpoint.source import ModelSource
+from llama_jax.convert import convert
+from llama_jax.convert.opening import open_model, open_source
+from llama_jax.convert.verify import verify_source
+from llama_jax.params import canonical_specs, flatten
+from llama_jax.recipe import recipe
+from llama_jax.schemes import scheme_named
+
+KEPT = {
+    "awq": {"int4_g32_zero"},
+    "bnb-int8": {"int8"},
+    "ct-fp8-block": {"fp8_g32"},
+    "ct-fp8-channel": {"fp8"},
+    "ct-fp8-tensor": {"fp8"},
+    "ct-int4-group": {"int4_g32"},
+    "ct-int4-group-asymmetric": {"int4_g32_zero"},
+    "ct-int8-channel": {"int8"},
+    "ct-two-groups": {"int4_g32", "int8"},
+    "fbgemm-fp8": {"fp8"},
+    "fp8-block": {"fp8_g16"},
+    "fp8-tensor": {"fp8"},
+    "gptq-int4": {"int4_g32_zero"},
+}
+"""Layouts of what is kept; other cases are decoded, and say so."""
+
+
+def decoded(source: ModelSource) -> dict[str, np.ndarray]:
+    """Every leaf by its name in Hugging Face's files, in the config's dtype, as a device decodes it."""
+    leaves, schemes, found = flatten(load_source(source)), dict(source.config.schemes), {}
+    for spec in canonical_specs(source.config):
+        leaf = leaves.get(spec.name)
+        if leaf is None:
+            scheme = scheme_named(schemes[spec.leaf])
+            leaf = scheme.decode({name: leaves[f"{spec.leaf}.{name}"] for name in scheme.members}, source.config.dtype)
+        found[spec.hf] = np.asarray(leaf)
+    return found
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_weights_are_those_of_the_library(case: str) -> None:
+    """Bit for bit, by the digests of what the libraries that define the formats decode."""
+    expected = json.loads((DATA / case / "expected.json").read_text())
+    with closing(open_source(DATA / case, dequantize=False)) as source:
+        kinds = {re.sub("_b?f[0-9]+$", "", name) for _, name in source.config.schemes}
+        found = decoded(source)
+        notes = " ".join(source.notes)  # type: ignore[attr-defined]
+    assert kinds == KEPT.get(case, set())
+    assert ("Decoded to" in notes) == (case not in KEPT)
+    assert {name: hashlib.sha256(a.tobytes()).hexdigest()[:16] for name, a in found.items()} == expected
+
+
+@pytest.mark.parametrize("case", ["awq", "ct-int4-group", "fp8-block"])
+def test_checkpoints_keep_them(case: str, tmp_path: Path) -> None:
+    """Converted, verified against the source, and a new quantisation of it."""
+    told: list[str] = []
+    kept = convert(DATA / case, tmp_path / "kept", notify=told.append)
+    plain = convert(DATA / case, tmp_path / "plain", dequantize=True)
+    assert open_checkpoint(kept).nbytes < open_checkpoint(plain).nbytes
+    assert not open_checkpoint(plain).config.schemes
+    for path in (kept, plain):
+        assert verify(path).ok
+        assert verify_source(path, DATA / case).ok
+    assert not verify_source(plain, DATA / "fp8-tensor").ok
+    again = decoded(open_model(kept))
+    for name, weight in decoded(open_model(plain)).items():
+        np.testing.assert_array_equal(again[name], weight)
+    floats = flatten(load_source(open_model(kept, dequantize=True)))
+    assert floats["layers.0.mlp.up_proj.weight"].dtype == jnp.float32
+    anew = convert(kept, tmp_path / "anew", recipe=recipe("int8"))
+    assert verify_source(anew, kept).ok
+    assert dict(open_checkpoint(anew).config.schemes)["layers.0.mlp.up_proj"] == "int8"
+
+
+WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": True}
+
+MIXTURE = WIDE | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("hf", [WIDE, MIXTURE], ids=["dense", "experts"])
+def test_gguf(kind: Kind, hf: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the gguf package decodes them, rows of rotated heads in our order, stacks of experts among them."""
+    import llama_jax.convert.gguf_tokenizer as module
+
+    monkeypatch.setattr(module, "tokenizer_files", lambda metadata: {"tokenizer.json": "{}"})
+    write_gguf(tmp_path / "m.gguf", hf, quantisation=kind)
+    with closing(open_source(tmp_path / "m.gguf")) as source:
+        plain = decoded(source)
+    name = {Kind.Q4_0: "int4_g32", Kind.Q4_1: "int4_g32_min", Kind.Q8_0: "int8_g32"}[kind]
+    with closing(open_source(tmp_path / "m.gguf", dequantize=False)) as source:
+        kept = {leaf for leaf, stored in source.config.schemes if stored == name}
+        assert {"layers.0.attn.q_proj", "layers.1.attn.k_proj"} <= kept
+        for leaf, weight in decoded(source).items():
+            np.testing.assert_array_equal(weight, plain[leaf])
+    path = convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert load_params(path, dtype="bfloat16")["layers"]["0"]["attn"]["q_proj"]["scales"].dtype == jnp.float16
+    bits = 8 * gguf.GGML_QUANT_SIZES[kind][1] / 32
+    q_proj = [info for n, info in open_checkpoint(path).tensors.items() if n.startswith("layers.0.attn.q_proj")]
+    assert 8 * sum(info.nbytes for info in q_proj) == bits * 64 * 64

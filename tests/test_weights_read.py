@@ -1,0 +1,65 @@
+"""Compiler options with which decode steps read quantised weights as they are stored."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import tiny_config
+
+from llama_jax import recipe as recipes
+from llama_jax.config import LlamaConfig
+from llama_jax.decode import weights_read
+from llama_jax.decode.weights_read import MOST_ROWS, weight_options
+from llama_jax.quantized import codes, layout_named
+from llama_jax.quantized.nearest import encode
+from llama_jax.targets import find
+
+WIDTH = 4096
+
+
+def quantised(weights: str) -> LlamaConfig:
+    config = tiny_config()
+    return config.replace(schemes=recipes.schemes(config, recipes.recipe(weights, lm_head="bfloat16")))
+
+
+@pytest.mark.parametrize("target", ["mi300x", "h100"])
+def test_options_are_for_few_rows_and_integers_in_groups(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    grouped = quantised("int4_g8_min")
+    assert weight_options(grouped, 1) == {}  # a CPU
+    monkeypatch.setattr(weights_read, "current", lambda: find(target))
+    (flag,) = weight_options(grouped, MOST_ROWS)
+    assert weight_options(quantised("int8_g8"), 1) == {flag: True}
+    assert jax.jit(lambda x: x + 1, compiler_options={flag: True})(1) == 2  # this jaxlib has it
+    assert weight_options(grouped, MOST_ROWS + 1) == {}
+    for whole_rows in (tiny_config(), quantised("int8"), quantised("fp8"), quantised("fp8_g8")):
+        assert weight_options(whole_rows, 1) == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{flag}=false")
+    assert weight_options(grouped, 1) == {}
+
+
+@pytest.mark.amd
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int4_g64_min", "int8_g32"])
+def test_the_weight_is_not_written_on_amd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its temporary memory holds the decoded weight without the options, and much less with them."""
+    from llama_jax.aot.compilation import compile_for
+
+    layout, target = layout_named(name), find("mi300x")
+    assert layout is not None
+    members = jax.eval_shape(lambda w: encode(layout, w), jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32))
+    x = jax.ShapeDtypeStruct((1, WIDTH), jnp.bfloat16)
+    monkeypatch.setattr(weights_read, "current", lambda: target)
+
+    def temporary(rows: int) -> int:
+        made = compile_for(
+            target,
+            lambda x, members: codes.product(layout, x, members, jnp.bfloat16),
+            (x, members),
+            compiler_options=weight_options(quantised(name.replace("64", "8").replace("32", "8")), rows),
+        )
+        return int(made.compiled.memory_analysis().temp_size_in_bytes)
+
+    assert temporary(MOST_ROWS + 1) >= 2 * WIDTH * WIDTH
+    assert temporary(1) < WIDTH * WIDTH / 10
