@@ -1,4 +1,4 @@
-"""Where a server listens, whom it answers, and how much it takes from them."""
+"""Settings of a server: where it listens, whom it answers, and how much it takes from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_jax.errors import RequestError
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request, and of a client's patience.
+    """Bounds of one request, and of a client's time.
 
     Attributes:
       body: bytes; header_count, header_bytes: of all headers.
@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Of one server.
+    """Settings of one server.
 
     Attributes:
       host, port: to listen at; port 0 takes a free one.
