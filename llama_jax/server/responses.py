@@ -51,7 +51,9 @@ async def until_gone(receive: Receive) -> AsyncIterator[None]:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
     except TimeoutError:
-        raise ClientDisconnect from None
+        if limit.expired():
+            raise ClientDisconnect from None
+        raise
 
 
 class EventStream(Response):
