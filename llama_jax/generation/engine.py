@@ -273,9 +273,9 @@ class Engine:
         else:
             failed = EngineFailed(f"the engine's device failed: {error}", hint="send the request again")
             failed.__cause__ = error
+        self._jobs = None  # the arrays of the old one make room; and nobody who is told finds it ready
         self._drop(failed)
         try:
-            self._jobs = None  # the arrays of the old one make room
             self._jobs = self._made()
         except Exception as again:
             self._failed = EngineFailed(f"the engine cannot restart: {again}", hint="restart the process")
