@@ -46,19 +46,32 @@ def cancelled(server: Server) -> float:
     return server.served.metrics._cancelled._value.get()
 
 
+def slow_steps(server: Server, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    step = server.engine._jobs.step  # type: ignore[union-attr]
+
+    def slow() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    monkeypatch.setattr(server.engine._jobs, "step", slow)
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_a_client_that_leaves_ends_its_request(server: Server, path: str, streamed: bool) -> None:
+def test_a_client_that_leaves_ends_its_request(
+    server: Server, path: str, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While it waits for a row, and while its tokens are drawn; the pages are free soon after."""
     body: dict[str, Any] = (MESSAGES if path == CHAT else {"prompt": ["Hi", "You"]}) | LONG | {"stream": streamed}
     before = cancelled(server)
+    slow_steps(server, monkeypatch, 0.05)  # so that none ends by itself
 
     async def run() -> None:
         calls = [opened(server.app, "POST", path, body, headers=ONE) for _ in range(6)]
         under_way = [await one.__aenter__() for one in calls]
         await server.until(lambda: server.engine.snapshot().counts.waiting > 0)
         if streamed:
-            await asyncio.wait_for(under_way[0].begun.wait(), 30)
+            await server.until(lambda: any(one.begun.is_set() for one in under_way))
         drawn = server.engine.snapshot().tokens_out
         for one in under_way:
             one.leave()
@@ -89,13 +102,7 @@ def test_keys_share_no_prefixes(server: Server) -> None:
 def test_silent_streams_are_kept_alive(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comment, which clients pass over, as long as there is no event."""
     with Server(*model, runner, limits=Limits(keep_alive_s=0.02)) as server:
-        step = server.engine._jobs.step  # type: ignore[union-attr]
-
-        def slow() -> Any:
-            time.sleep(0.1)
-            return step()
-
-        monkeypatch.setattr(server.engine._jobs, "step", slow)
+        slow_steps(server, monkeypatch, 0.1)
         answer = server.chat(stream=True, max_tokens=3)
         assert answer.data.count(b": keep-alive\n\n") >= 3
         assert answer.data.startswith(b": keep-alive\n\n")
@@ -222,9 +229,10 @@ def test_a_fault_of_the_server_tells_nothing(server: Server, monkeypatch: pytest
     assert "ValueError at test_server_faults" in caplog.text
 
 
-def test_draining(model: Any, runner: asyncio.Runner) -> None:
+def test_draining(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is under way goes on, new requests are turned away, and readiness says so."""
     with Server(*model, runner) as server:
+        slow_steps(server, monkeypatch, 0.01)
 
         async def run() -> Any:
             async with opened(server.app, "POST", CHAT, MESSAGES | LONG | {"stream": True}) as streamed:
