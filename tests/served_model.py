@@ -58,7 +58,7 @@ class Server:
         return self.post("/v1/chat/completions", messages=[{"role": "user", "content": text}], **body)
 
     async def until(self, true: Callable[[], bool]) -> None:
-        for _ in range(500):
+        for _ in range(3000):
             if true():
                 return
             await asyncio.sleep(0.01)

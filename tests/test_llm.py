@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,25 @@ def test_many_callers() -> None:
         assert output.outputs[0].token_ids == alone(model, request).tokens
     assert early >= 3
     assert (snapshot.counts.pages_used, snapshot.counts.running) == (0, 0)
+
+
+def test_pieces_end_where_a_stop_string_does(chat: LLM) -> None:
+    """Whatever the same dispatch has drawn behind it: the pieces together are the output."""
+    prompt, params = "Hello there", SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=1)
+    text = chat.generate([prompt], params)[0].outputs[0].text
+    params = replace(params, stop=(text[4:6],))
+
+    async def run() -> list[Piece]:
+        async with Engine(chat.model, chat.tokenizer, rows=2, context=128, ahead=False) as engine:
+            assert engine.settings.steps > 4
+            return [piece async for piece in engine._pieces(Request(prompt, params), streamed=False)]
+
+    pieces = asyncio.run(run())
+    assert pieces[-1].output is not None
+    (completion,) = pieces[-1].output.outputs
+    assert "".join(piece.text for piece in pieces) == completion.text == text[: text.index(text[4:6])]
+    assert tuple(i for piece in pieces for i in piece.token_ids) == completion.token_ids
+    assert tuple(entry for piece in pieces for entry in piece.logprobs or ()) == completion.logprobs
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -123,6 +124,7 @@ class Engine:
         self._posting = threading.Lock()
         self._closing = self._ended = False
         self._thread: threading.Thread | None = None
+        self._stepping: float | None = None
 
     async def __aenter__(self) -> Self:
         """Compiles and starts."""
@@ -198,6 +200,12 @@ class Engine:
             raise EngineFailed("the engine restarts after a fault", hint="wait until its programs are compiled")
         return jobs.engine.snapshot()
 
+    @property
+    def step_age_s(self) -> float:
+        """Seconds since the present step began; 0 between steps. A device that hangs never ends one."""
+        began = self._stepping
+        return 0.0 if began is None else time.monotonic() - began
+
     # --- The engine's thread
 
     def _made(self) -> Jobs:
@@ -218,8 +226,10 @@ class Engine:
                 if self._jobs.idle:
                     self._wake.wait()
                     continue
+                self._stepping = time.monotonic()
                 for news in self._jobs.step():
                     self._tell(news)
+                self._stepping = None
             except Exception as error:  # of the device, or a fault of ours: whoever waits has to learn of it
                 self._fail(error)
         self._drop(self._why_ended)
@@ -246,15 +256,16 @@ class Engine:
         stream, answer = self._streams.get(news.answer), news.answer
         if stream is None:
             return
-        row, new = answer.rows[news.copy], len(news.drawn.tokens)
+        row, new = answer.rows[news.copy], len(news.tokens)
         output = answer.output() if news.last else None
         logprobs = tuple(answer.logprobs[news.copy][-new:]) if answer.params.logprobs is not None and new else None
         if output is not None:
             del self._streams[answer]
-        stream.send(Piece(news.copy, news.text, news.drawn.tokens, logprobs, row.finish_reason, output))
+        stream.send(Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output))
 
     def _fail(self, error: Exception) -> None:
         """Ends every request with a typed error, and begins afresh; if that fails too, the engine has ended."""
+        self._stepping = None
         # The frames hold the old engine. Cleared before a caller raises the error again, which adds frames of its own.
         traceback.clear_frames(error.__traceback__)
         if isinstance(error, EngineFailed):
@@ -262,7 +273,7 @@ class Engine:
         else:
             failed = EngineFailed(f"the engine's device failed: {error}", hint="send the request again")
             failed.__cause__ = error
-        self._jobs = None  # the arrays of the old one make room
+        self._jobs = None  # the arrays of the old one make room; and nobody who is told finds it ready
         self._drop(failed)
         try:
             self._jobs = self._made()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.engine.compiled import Compiled
-from llama_jax.engine.core import Drawn
 from llama_jax.engine.publishing import publish
 from llama_jax.engine.replicas import Replicas, replicas
 from llama_jax.engine.rules import Rule
@@ -50,13 +49,14 @@ class News:
 
     Attributes:
       copy: which continuation of the request; text: what is new and certain of it.
+      tokens: new ones, without those that were drawn behind its end.
       last: whether nothing follows for the request.
     """
 
     answer: Answer
     copy: int
     text: str
-    drawn: Drawn
+    tokens: tuple[int, ...]
     last: bool
 
 
@@ -186,8 +186,10 @@ class Jobs:
         for drawn in self._engine.step():
             job = self._of[drawn.id]
             row = job.answer.rows[job.copy]
+            known = len(row.token_ids)
             text = job.answer.take(job.copy, drawn)
-            news.append(News(job.answer, job.copy, text, drawn, job.answer.left == 0))
+            tokens = tuple(row.token_ids[known:])
+            news.append(News(job.answer, job.copy, text, tokens, job.answer.left == 0))
             if row.finish_reason:
                 self._engine.of(drawn.id).cancel(drawn.id)  # a stop string, of which the device knows nothing
                 del self._of[drawn.id]

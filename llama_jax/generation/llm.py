@@ -224,7 +224,7 @@ class LLM:
 
         with self._alone():
             for _, news in self._jobs.run([(None, requests, 0)], before=show, streamed=True):
-                if news.drawn.tokens or news.last:
+                if news.tokens or news.last:
                     yield news.answer.stream_output(news.text)
 
     @contextlib.contextmanager

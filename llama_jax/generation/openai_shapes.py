@@ -42,7 +42,7 @@ class CompletionLogprobs:
     """The "logprobs" of a completion's choice, of one run of tokens after the other."""
 
     def __init__(self, tokenizer: Tokenizer, most: int, before: Sequence[int] = (), offset: int = 0):
-        """Of no tokens yet.
+        """Make those of no tokens yet.
 
         Args:
           most: likeliest tokens to name in the place of each; 0 for none.

@@ -1,4 +1,4 @@
-"""From what the engine draws to the answer of a request: one object, or a stream of them."""
+"""Answers from what the engine draws: one object, or a stream of them."""
 
 from __future__ import annotations
 

@@ -103,6 +103,8 @@ def readiness(served: Served) -> tuple[str, str]:
         served.engine.snapshot()
     except EngineFailed as error:
         return "failed", str(error)
+    if (age := served.engine.step_age_s) > served.settings.limits.step_s:
+        return "stalled", f"the device has worked at one step for {age:.0f} s"
     return "ready", ""
 
 

@@ -1,4 +1,4 @@
-"""From a body to what the engine is asked: sampling parameters and token ids. Takes long for long prompts."""
+"""Translation of bodies into what the engine is asked: sampling parameters and token ids. Long prompts take long."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llama_jax.text.chat import check_messages, encode_chat
 
 @dataclass(frozen=True)
 class Asked:
-    """What a client wants.
+    """Wishes of a client.
 
     Attributes:
       endpoint: how the choices look; prompts: token ids of each.

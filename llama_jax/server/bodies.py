@@ -1,4 +1,4 @@
-"""The bodies of requests: their fields and types. What values mean, and which are in range, is for others to say."""
+"""Bodies of requests: their fields and types. The meaning of values, and which are in range, is for others to say."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class _Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """What a stream has besides the text."""
+    """Parts of a stream besides the text."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class ChatBody(_Sampling, kw_only=True):
-    """Of POST /v1/chat/completions."""
+    """Body of POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -64,7 +64,7 @@ class ChatBody(_Sampling, kw_only=True):
 
 
 class CompletionBody(_Sampling, kw_only=True):
-    """Of POST /v1/completions."""
+    """Body of POST /v1/completions."""
 
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
@@ -74,7 +74,7 @@ class CompletionBody(_Sampling, kw_only=True):
 
 
 class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Of POST /tokenize: a prompt, or messages."""
+    """Body of POST /tokenize: a prompt, or messages."""
 
     model: str | None = None
     prompt: str | None = None
@@ -84,7 +84,7 @@ class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
-    """Of POST /detokenize."""
+    """Body of POST /detokenize."""
 
     tokens: list[int]
     model: str | None = None

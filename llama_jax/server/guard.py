@@ -1,4 +1,4 @@
-"""Who may ask, and how much: a layer in front of every route, since neither uvicorn nor starlette has one.
+"""Checks in front of every route, of who asks and how much; neither uvicorn nor starlette makes them.
 
 A route is behind the key unless it is in `OPEN`, so that a new one cannot be forgotten.
 """
@@ -90,7 +90,7 @@ class Guard:
             self._log(scope, status, request_id, time.perf_counter() - began)
 
     def _tenant(self, key: str) -> str:
-        """Whose prefixes a request shares: those of its key."""
+        """Name of those whose prefixes a request shares: all with its key."""
         return hmac.digest(self._salt, key.encode(), "sha256").hex()[:16] if key else ""
 
     def _log(self, scope: Scope, status: int, request_id: bytes, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Prometheus metrics: what the engine says of itself when it is asked, and what requests took for their clients."""
+"""Prometheus metrics: numbers that the engine is asked for, and the times that requests took for their clients."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Metrics:
     """The metrics of one server."""
 
     def __init__(self, model: str, snapshot: Callable[[], Snapshot]):
-        """Of no request yet.
+        """Make the metrics of no request yet.
 
         Args:
           model: the label "model_name" of each.
@@ -96,7 +96,7 @@ class Metrics:
 
 
 class Times:
-    """When a request's tokens came."""
+    """Times of a request's tokens."""
 
     def __init__(self, metrics: Metrics):
         self._metrics, self._begun = metrics, time.perf_counter()

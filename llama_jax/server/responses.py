@@ -1,4 +1,4 @@
-"""How answers are sent, and how it is noticed that nobody waits for them any more."""
+"""Ways to send answers, and to notice that nobody waits for them any more."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ async def until_gone(receive: Receive) -> AsyncIterator[None]:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
     except TimeoutError:
-        raise ClientDisconnect from None
+        if limit.expired():
+            raise ClientDisconnect from None
+        raise
 
 
 class EventStream(Response):
@@ -59,7 +61,7 @@ class EventStream(Response):
     a later one is an event."""
 
     def __init__(self, events: AsyncGenerator[bytes], keep_alive_s: float, headers: Mapping[str, str]):
-        """Of events.
+        """Make an answer of events.
 
         Args:
           keep_alive_s: after which a comment is sent where there is no event: proxies give up on a silent connection.

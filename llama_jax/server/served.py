@@ -15,7 +15,7 @@ from llama_jax.text.tokenizer import Tokenizer
 
 @dataclass
 class Life:
-    """How a server's life goes.
+    """State of a server between its start and its end.
 
     Attributes:
       active: requests under way, without those of `guard.OPEN`; draining: whether new ones are turned away.

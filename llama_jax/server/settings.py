@@ -1,4 +1,4 @@
-"""Where a server listens, whom it answers, and how much it takes from them."""
+"""Settings of a server: where it listens, whom it answers, and how much it takes from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_jax.errors import RequestError
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request, and of a client's patience.
+    """Bounds of one request, and of a client's time.
 
     Attributes:
       body: bytes; header_count, header_bytes: of all headers.
@@ -21,6 +21,7 @@ class Limits:
       idle_s: between two requests of a connection.
       stalled_s: until a client that reads nothing of what is sent is cut off.
       keep_alive_s: between comments in a stream that has nothing else to say.
+      step_s: that a step of the engine may take before it counts as stalled.
       connections: at once.
     """
 
@@ -37,12 +38,13 @@ class Limits:
     idle_s: float = 75.0
     stalled_s: float = 30.0
     keep_alive_s: float = 15.0
+    step_s: float = 60.0
     connections: int = 1000
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Of one server.
+    """Settings of one server.
 
     Attributes:
       host, port: to listen at; port 0 takes a free one.
