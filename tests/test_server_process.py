@@ -151,20 +151,26 @@ def test_no_address_no_key_and_a_port_in_use(folder: Path, said: dict[str, Any])
 
 
 def answers(said: dict[str, Any], count: int, found: list[Any], **fields: Any) -> list[threading.Thread]:
-    """Threads that each read a stream to its end and put down how it ended."""
+    """Threads that each read a stream to its end and put down how it ended; returns once one has begun."""
     import openai
+
+    begun = threading.Event()
 
     def read() -> None:
         with client(said) as ours:
             try:
-                *_, last = ours.chat.completions.create(**LONG | fields, stream=True)
-                found.append(last.choices[0].finish_reason)
+                ending = None
+                for chunk in ours.chat.completions.create(**LONG | fields, stream=True):
+                    begun.set()
+                    ending = chunk.choices[0].finish_reason
+                found.append(ending)
             except openai.OpenAIError as error:
                 found.append(error)
 
     threads = [threading.Thread(target=read) for _ in range(count)]
     for thread in threads:
         thread.start()
+    assert begun.wait(60)
     return threads
 
 
@@ -173,7 +179,6 @@ def test_it_ends_when_what_is_under_way_has(folder: Path, number: signal.Signals
     with serving(folder) as (process, said):
         found: list[Any] = []
         threads = answers(said, 24, found)
-        time.sleep(0.3)
         process.send_signal(number)
         for thread in threads:
             thread.join(60)
@@ -189,7 +194,6 @@ def test_it_does_not_wait_for_ever(folder: Path) -> None:
     with serving(folder, "--drain-s", "0") as (process, said):
         found: list[Any] = []
         threads = answers(said, 12, found)
-        time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         for thread in threads:

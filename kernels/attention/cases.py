@@ -80,7 +80,7 @@ def flash_cases() -> Sequence[Case]:
         make("causal d64", head_dim=64, quick=True, differentiate=grad),
         make("window d128", head_dim=128, visibility=Visibility("sliding", 37), quick=True, differentiate=grad),
         make("chunks d80", head_dim=80, visibility=Visibility("chunked", 48)),
-        make("paged prefix d64", head_dim=64, prefix=93, page_size=16, quick=True),
+        make("paged prefix d64", head_dim=64, prefix=93, page_size=16),
         make("block of a chunk, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64),
         make("packed, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64, indexed=True, quick=True),
         make("soft cap, sinks d128", head_dim=128, soft_cap=20.0, sinks=True),
