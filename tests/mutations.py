@@ -650,6 +650,20 @@ SAMPLER: tuple[Mutation, ...] = (
         ("tests/test_llm.py::test_outputs_in_the_order_of_the_prompts",),
     ),
     Mutation(
+        "what a kernel writes for padding is left to chance",
+        "kernels/attention/packed.py",
+        "padding=indexed)",
+        "padding=False)",
+        ("tests/test_kernels_attention_packed.py::test_backends[window-pallas_interpret]",),
+    ),
+    Mutation(
+        "the first share of a row is read as one of the row before",
+        "kernels/attention/decode/partition.py",
+        "until <= index[:, None]",
+        "until < index[:, None]",
+        ("tests/test_decode_attention.py::test_shares_cover_each_block_once",),
+    ),
+    Mutation(
         "a fork copies no partial page",
         "llama_jax/cache/paged.py",
         "to = jnp.where(partial & booked, new, self.pages)",
