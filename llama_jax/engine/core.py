@@ -26,7 +26,6 @@ from llama_jax.engine.draft_programs import DraftParts
 from llama_jax.engine.drafting import NGrams, Source
 from llama_jax.engine.foresight import Foresight
 from llama_jax.engine.joining import Asked, joinings
-from llama_jax.engine.limits import Limits
 from llama_jax.engine.meter import Meter
 from llama_jax.engine.packing import pack
 from llama_jax.engine.program_set import START, Key
@@ -106,23 +105,7 @@ class Core:
         self.model, self.settings = model, settings
         peak = peak or Peak.of(of_device(model.device), model.dtype.name)
         self._meter = Meter(StepCosts(model.config, model.dtype, model.mesh), peak)
-        self.scheduler = Scheduler(
-            Limits(
-                rows=settings.rows,
-                pages=settings.pages,
-                page_size=settings.page_size,
-                pages_per_row=settings.pages_per_row,
-                budget=settings.budget,
-                chunk_rows=settings.chunk_rows,
-                waiting=settings.waiting,
-                steps=settings.steps,
-                draft_rows=settings.draft_rows if settings.drafts else 0,
-                boundary=settings.boundary,
-                apart=settings.batch_invariant,
-                reserve=settings.batch_invariant,
-                prefix_cache=settings.prefix_cache,
-            )
-        )
+        self.scheduler = Scheduler(settings.limits)
         compiled, start = compiled_before(model, settings, adapters, draft), Key(START)
         if start not in compiled:
             with on(model.mesh), using(**model.kernels):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama_jax.cache import DEFAULT_PAGE_SIZE, check_page_size
+from llama_jax.engine.limits import Limits
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.attention.packed import block_multiple
@@ -135,4 +136,23 @@ class EngineSettings:
     @property
     def capacity(self) -> int:
         """Tokens of the longest sequence that fits."""
-        return min(self.pages, self.pages_per_row) * self.page_size
+        return self.limits.capacity
+
+    @property
+    def limits(self) -> Limits:
+        """Bounds of the scheduler."""
+        return Limits(
+            rows=self.rows,
+            pages=self.pages,
+            page_size=self.page_size,
+            pages_per_row=self.pages_per_row,
+            budget=self.budget,
+            chunk_rows=self.chunk_rows,
+            waiting=self.waiting,
+            steps=self.steps,
+            draft_rows=self.draft_rows if self.drafts else 0,
+            boundary=self.boundary,
+            apart=self.batch_invariant,
+            reserve=self.batch_invariant,
+            prefix_cache=self.prefix_cache,
+        )
