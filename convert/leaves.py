@@ -49,7 +49,7 @@ def in_file_order(model: ModelSource, specs: Sequence[ParamSpec]) -> list[ParamS
 
 
 def stored_dtype(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) -> np.dtype:
-    """What a leaf is stored in if `dtype` is asked for: that if it is plain; else, and if nothing is asked, its own."""
+    """Return the dtype that a leaf is stored in: `dtype` if that is given and the leaf is plain, else its own."""
     return model.dtype(spec) if dtype is None or spec.scheme != PLAIN.name else dtype
 
 

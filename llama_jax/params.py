@@ -135,7 +135,7 @@ def _scheme(spec: ParamSpec, schemes: Mapping[str, str]) -> Scheme | None:
 
 
 def stored_as(spec: ParamSpec, schemes: Mapping[str, str]) -> Iterator[ParamSpec]:
-    """What a row of the canonical table is stored as: the members of its scheme, or itself.
+    """Yield the rows that a row of the canonical table is stored as: the members of its scheme, or itself.
 
     Args:
       schemes: of leaves that have one, as in `LlamaConfig.schemes`.

@@ -1,4 +1,4 @@
-"""What of a model is quantised, and how: a request, and the schemes of leaves that it comes to for a model."""
+"""Requests to quantise a model, and the scheme of each leaf that a request means for a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def usual_form(vendor: str) -> str:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of a model is quantised, and how. Norms, biases and routers stay as they are.
+    """Layouts of the parts of a model that is quantised. Norms, biases and routers stay as they are.
 
     Attributes:
       weights: of all projections and experts.

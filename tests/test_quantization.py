@@ -229,7 +229,7 @@ def test_requests_that_are_refused(options: dict[str, object], param: str, says:
 
 
 def test_rows_that_do_not_divide() -> None:
-    """What a checkpoint says is not believed: groups of 12 in rows of 16 would be read as something else."""
+    """Groups of 12 in rows of 16, as a checkpoint may claim, are refused: they would be read as something else."""
     for name in ("int4_g12", "int8_g32"):
         with pytest.raises(UnsupportedModel, match=f"stored as {name}, but its rows of 16"):
             param_specs(TINY["plain"].replace(schemes=(("layers.0.attn.q_proj", name),)))

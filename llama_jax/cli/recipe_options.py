@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """What `recipe_options` were given."""
+    """Values of `recipe_options`."""
 
     weights: str | None
     group: int | None

@@ -1,4 +1,4 @@
-"""What is computed with weights in few bits: the weights themselves, products, rows of a table.
+"""Computations with weights in few bits: the weights themselves, products, rows of a table.
 
 Members of a weight [*out, in] in the layout `layout`: codes under the layout's name [*out, in] (int4: [*out, in / 2]),
 "scales" [*out] or [*out, in / group], and "minima" or "zeros" like these. `*out` may be any dimensions.
@@ -17,7 +17,7 @@ from llama_jax.quantized.layout import Layout
 from llama_jax.sharding import in_use
 
 HALF = 8
-"""What is taken from an unsigned code of four bits to store it."""
+"""Number that is subtracted from an unsigned code of four bits to store it."""
 
 
 def unpack(packed: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -98,7 +98,7 @@ def product(layout: Layout, x: jax.Array, members: Mapping[str, Any], dtype: DTy
 
 
 def _shift(layout: Layout, members: Mapping[str, Any]) -> jax.Array | None:
-    """What a weight is more than code * scale: float32, like the scales; None if nothing."""
+    """Return the difference between a weight and code * scale, float32 like the scales; None if there is none."""
     if layout.offset is None:
         return None
     scales = _float32(members, "scales")

@@ -19,7 +19,7 @@ half, each a number from -8 to 7 in two's complement."""
 
 SCALES: Mapping[str, str] = MappingProxyType({"f32": "float32", "f16": "float16", "bf16": "bfloat16"})
 OFFSETS: Mapping[str, str] = MappingProxyType({"min": "minima", "zero": "zeros"})
-"""What an asymmetric layout stores beside the scales, with the name of that member."""
+"""Kinds of offset of asymmetric layouts, each with the name of the member that stores it beside the scales."""
 _NAME = re.compile(
     rf"({'|'.join(CODES)})(?:_g([1-9]\d{{0,5}}))?(?:_({'|'.join(OFFSETS)}))?(?:_({'|'.join(SCALES)}))?", re.ASCII
 )

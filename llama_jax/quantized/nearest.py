@@ -61,6 +61,6 @@ def _stored(x: jax.Array, layout: Layout) -> jax.Array:
 
 
 def _nonzero(scales: jax.Array) -> jax.Array:
-    """What to divide by: [..., 1] in float32, with 1 for a scale of 0."""
+    """Return divisors [..., 1] in float32: the scales, with 1 for a scale of 0."""
     scales = scales.astype(jnp.float32)[..., None]
     return jnp.where(scales == 0, 1, scales)
