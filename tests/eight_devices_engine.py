@@ -11,7 +11,6 @@ from engines import Guesses, alone, run, small_settings, some_requests, tokens
 from helpers import load_golden, random_params, tiny_config
 
 from llama_jax import runtime
-from llama_jax.engine import drafting
 from llama_jax.engine.core import Core
 from llama_jax.engine.replicas import replicas
 from llama_jax.errors import RequestError
@@ -53,7 +52,7 @@ def test_a_split_model_draws_the_same(case: str) -> None:
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_constraints_on_a_split_vocabulary(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a row without; drafts of both are tried with it, and alone."""
-    monkeypatch.setattr(drafting, "Drafter", Guesses)
+    Guesses.instead(monkeypatch)
     config = tiny_config(max_position_embeddings=128)
     params = random_params(config)
     single = Model(params, config, name="tiny")

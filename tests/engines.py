@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from helpers import load_golden, random_params, tiny_config
 
+from llama_jax.engine import drafting
 from llama_jax.engine.core import Core, Drawn
-from llama_jax.engine.drafting import Drafter
+from llama_jax.engine.drafting import Drafter, NGrams
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.model import forward
@@ -116,6 +117,12 @@ class Guesses(Drafter):
 
     known: ClassVar[list[tuple[list[int], tuple[int, ...]]]] = []
 
+    @classmethod
+    def instead(cls, patch: pytest.MonkeyPatch) -> None:
+        """Has engines try these, and not what the device finds in the texts."""
+        patch.setattr(drafting, "Drafter", cls)
+        patch.setattr(NGrams, "on_device", False)
+
     def active(self, count: int) -> bool:
         return count % 7 != 0
 
@@ -127,8 +134,8 @@ class Guesses(Drafter):
                 return tuple(t if (at + i) % 3 else t + 1 for i, t in enumerate(answer[at : at + most]))
         raise AssertionError("a text that nobody asked for")
 
-    def drawn(self, draft: Sequence[int], count: int, text: int) -> None:
-        assert 1 <= count <= len(draft) + 1
+    def drawn(self, drafted: int, count: int, text: int) -> None:
+        assert 1 <= count <= drafted + 1
 
 
 def some_requests(model: Model, count: int, seed: int = 0) -> list[Asked]:

@@ -8,11 +8,11 @@ change it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llama_jax.engine.limits import Limits
-from llama_jax.engine.sequence import Sequence
+from llama_jax.engine.sequence import Draft, Sequence
 from llama_jax.engine.steps import Step
 
 VOCABULARY = 2
@@ -23,9 +23,15 @@ def draw(id: int, count: int) -> int:
     return (id * 31 + count * 17 + id * count // 3) % VOCABULARY
 
 
+def guess(id: int, count: int, length: int) -> tuple[int, ...]:
+    """What a sequence may draw behind `count` tokens, of which some are wrong."""
+    right = (draw(id, count + i) for i in range(length))
+    return tuple(token if (id + count + i) % 4 else 1 - token for i, token in enumerate(right))
+
+
 @dataclass
 class Row:
-    """A row of the device; `prefix` numbers the tokens that it has computed."""
+    """A row of the device; `prefix` numbers the tokens that it has computed; `text` is what it looks for drafts in."""
 
     sequence: Sequence
     length: int
@@ -34,15 +40,18 @@ class Row:
     prefix: list[int]
     last: int | None = None
     ended: bool = False
+    text: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """A step with the tokens as they were known when it was dispatched, and who draws how many at most."""
+    """A step with the tokens as they were known when it was dispatched, who draws how many at most, and the texts that
+    the device is given."""
 
     step: Step
     tokens: dict[int, list[int]]
     lengths: dict[int, int]
+    texts: dict[int, list[int]]
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,11 @@ class Device:
         drawn: dict[int, list[int]] = {number: [] for number in decoding}
         for sequence, draft in step.drafts.items():
             number = numbers[sequence]
+            if sequence.id in dispatch.texts:
+                self.rows[number].text = dispatch.texts[sequence.id]
             if not self.rows[number].ended:
                 drawn[number] += self._verify(number, draft)
+                self.rows[number].text += drawn[number]
         for _ in range(step.steps):
             for number in decoding:
                 if self.rows[number].sequence in step.drafts:
@@ -119,6 +131,8 @@ class Device:
             for number in decoding:
                 if not self.rows[number].ended and self.rows[number].sequence not in step.drafts:
                     drawn[number] += self._draw(self.rows[number])
+                    if step.drafts:
+                        self.rows[number].text += drawn[number]
             stored = []
         for chunk in step.chunks:
             row = self.rows[chunk.row]
@@ -131,17 +145,25 @@ class Device:
         reports += [Report(self.rows[n].sequence.id, drawn[n], self.rows[n].ended) for n in decoding]
         return reports
 
-    def _verify(self, number: int, draft: tuple[int, ...]) -> list[int]:
+    def _found(self, row: Row, most: int) -> tuple[int, ...]:
+        """A draft out of the row's text, of which some tokens are wrong, and fewer than asked for at times."""
+        sequence = row.sequence
+        drawn = [draw(sequence.id, i) for i in range(row.drawn)]
+        assert row.text == sequence.tokens[: sequence.prompt_length] + drawn
+        return guess(sequence.id, row.drawn, most - len(row.text) % 2)
+
+    def _verify(self, number: int, draft: Draft) -> list[int]:
         """Stores the last token and the draft, and draws as long as the draft is right: what is wrong stays behind."""
         row, tokens = self.rows[number], []
-        for token in (*draft, None):
+        tried = self._found(row, draft.length) if draft.tokens is None else draft.tokens
+        for token in (*tried, None):
             assert row.last is not None
             for each in self._store(number, [row.last]):
                 self._read(*each)
             tokens += self._draw(row)
             if row.ended or row.last != token:
                 break
-        end = len(row.prefix) + len(draft) + 1 - len(tokens)
+        end = len(row.prefix) + len(tried) + 1 - len(tokens)
         for at in range(len(row.prefix), end):
             self.slots[self.table[number, at // self.limits.page_size], at % self.limits.page_size] = -1
         return tokens

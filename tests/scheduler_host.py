@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from scheduler_device import Device, Dispatch, draw
+from scheduler_device import Device, Dispatch, draw, guess
 
 from llama_jax.engine.limits import Limits
 from llama_jax.engine.prefixes import Block
 from llama_jax.engine.scheduler import Scheduler
-from llama_jax.engine.sequence import GROUP, Phase, Sequence
+from llama_jax.engine.sequence import GROUP, Draft, Phase, Sequence
 from llama_jax.engine.steps import Step
 
 
@@ -59,25 +59,28 @@ class Host:
         if step is None:
             return None
         self.planned += 1
-        self._check(step, waiting)
+        self._check(step, waiting, known)
         self._check_paced(step, known)
         tokens = {c.sequence.id: c.sequence.tokens[c.start : c.start + c.count] for c in step.chunks}
         lengths = {j.sequence.id: len(j.sequence.tokens) for j in step.joining}
-        self.flights.append(Dispatch(step, tokens, lengths))
+        texts = {s.id: list(s.tokens) for s in step.remember}
+        self.flights.append(Dispatch(step, tokens, lengths, texts))
         return step
 
     def _draft(self) -> None:
-        """Some drafts, of which some tokens are wrong."""
+        """Some drafts, of which some tokens are wrong. For every other sequence it is the device that finds them."""
         if not self.limits.draft_rows:
             return
         for s in self.scheduler.decoding:
             if s.id in self.ruled:
                 continue
-            s.paced, s.draft = self.scheduler.calm and (s.id + s.drawn) % 5 > 0, ()
-            if s.paced and s.known:
-                drawn, length = len(s.tokens) - s.prompt_length, (s.id + len(s.tokens)) % self.limits.page_size
-                right = (draw(s.id, drawn + i) for i in range(length))
-                s.draft = tuple(t if (s.id + drawn + i) % 4 else 1 - t for i, t in enumerate(right))
+            s.paced, s.draft = self.scheduler.calm and (s.id + s.drawn) % 5 > 0, None
+            length = (s.id + len(s.tokens)) % self.limits.page_size
+            if s.paced and s.id % 2:
+                s.draft = Draft(length) if length and (s.remembered or s.known) else None
+                s.paced = not s.remembered
+            elif s.paced and s.known:
+                s.draft = Draft.of(guess(s.id, len(s.tokens) - s.prompt_length, length))
 
     def deliver(self) -> list[int]:
         """The oldest step in flight ends; returns the sequences that ended with it."""
@@ -88,7 +91,8 @@ class Host:
         ended = []
         for report in reports:
             sequence = self.live.get(report.id)
-            self.scheduler.drawn(report.id, report.tokens)
+            draft = None if sequence is None else dispatch.step.drafts.get(sequence)
+            self.scheduler.drawn(report.id, report.tokens, draft)
             if sequence is None:
                 continue
             if report.ended:
@@ -146,7 +150,7 @@ class Host:
                     behind = self.planned if page in before else self.given_back.get(page, 0)
                     assert behind <= self.ended, f"page {page} has new contents before step {behind} has ended"
 
-    def _check(self, step: Step, waiting: list[Sequence]) -> None:
+    def _check(self, step: Step, waiting: list[Sequence], known: set[int]) -> None:
         """A step keeps to the limits."""
         limits = self.limits
         assert step.number == self.planned
@@ -177,8 +181,12 @@ class Host:
             assert step.steps == 1
             assert len(step.decoding) <= limits.draft_rows
             for sequence, draft in step.drafts.items():
-                assert draft == sequence.draft[: len(draft)] != ()
-                assert len(sequence.tokens) - sequence.prompt_length + len(draft) < sequence.limit
+                assert sequence.draft is not None
+                assert draft == sequence.draft.cut(draft.length)
+                assert draft.length > 0
+                assert len(sequence.tokens) - sequence.prompt_length + draft.length < sequence.limit
+                assert sequence.id in known or (draft.tokens is None and sequence.remembered)
+            assert all(s.id in known for s in step.remember)
         assert all(0 < sequence.drawn <= sequence.limit for sequence in step.decoding)
         for joining in step.joining:
             assert joining.sequence.id in {chunk.sequence.id for chunk in step.chunks}

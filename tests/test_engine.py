@@ -26,7 +26,6 @@ from engines import (
 )
 from helpers import GOLDEN_CASES, on_eight_devices
 
-from llama_jax.engine import drafting
 from llama_jax.engine.core import Core
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import DoesNotFit, Overloaded, RequestError
@@ -59,7 +58,7 @@ def nothing_is_held(core: Core) -> None:
 @pytest.mark.parametrize("case", [*GOLDEN_CASES[2:], *GOLDEN_CASES[:2]])
 def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With prefixes in common, prompts in pieces, too few pages for all, arrivals at any time, and drafts."""
-    monkeypatch.setattr(drafting, "Drafter", Guesses)
+    Guesses.instead(monkeypatch)
     model = golden_model(case)
     core = Core(model, small_settings(pages=12, drafts=3, draft_rows=2))
     check(model, core, 9, arrivals=[0, 0, 0, 2, 5, 5, 9, 30, 31])

@@ -59,7 +59,7 @@ def test_a_draft_has_to_gain_what_it_costs() -> None:
         while pace.active(count) and count < 60:
             count += 2
             pace.length = 4
-            pace.drawn((1, 2, 3, 4), 2, count)
+            pace.drawn(4, 2, count)
         going.append(pace.active(count))
     assert going == [True, False]
 

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
+import numpy as np
 import pytest
 from engines import Guesses, alone, assert_as_alone, run, small_settings, some_requests, tiny_model, tokens
 
-from llama_jax.engine import drafting
+from llama_jax.engine import drafting, lookup
 from llama_jax.engine.core import Core
 from llama_jax.engine.drafting import PAUSE, Drafter
 from llama_jax.errors import RequestError
@@ -41,13 +43,29 @@ def test_text_by_text_or_at_once(text: list[int], most: int) -> None:
         assert any(text[max(0, i - 2) : i] == text[-2:] for i in places)
 
 
+@hypothesis.given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=24), min_size=3, max_size=3), st.data())
+def test_the_device_finds_what_the_host_finds(texts: list[list[int]], data: st.DataObject) -> None:
+    """Behind the texts is what others have left there."""
+    most = data.draw(st.sampled_from([1, 7]))
+    left = np.random.default_rng(len(texts[0])).integers(0, 4, (3, 24), np.int32)
+    for row, text in zip(left, texts, strict=True):
+        row[: len(text)] = text
+    found = _find(left, np.asarray([len(text) for text in texts], np.int32), most)
+    for row, text in zip(np.asarray(found).tolist(), texts, strict=True):
+        expected = Drafter(most).find(text, most)
+        assert row == [*expected, *[-1] * (most - len(expected))]
+
+
+_find = jax.jit(lookup.find, static_argnums=2)
+
+
 def test_drafts_that_gain_nothing_end() -> None:
     drafter = Drafter(4)
     count = 10
     pauses = []
     for _ in range(2):
         while drafter.active(count):
-            drafter.drawn((1, 2), 1, count)
+            drafter.drawn(2, 1, count)
             count += 1
         begun = count
         while not drafter.active(count):
@@ -56,7 +74,7 @@ def test_drafts_that_gain_nothing_end() -> None:
     assert pauses[0] >= PAUSE - 1
     assert pauses[1] > 1.5 * pauses[0]
     for _ in range(20):
-        drafter.drawn((1, 2, 3, 4), 5, count)
+        drafter.drawn(4, 5, count)
         count += 5
         assert drafter.active(count)
 
@@ -78,11 +96,27 @@ def test_right_guesses_save_steps() -> None:
     assert steps[1] < 40
 
 
+def test_texts_that_repeat_themselves_now_and_then() -> None:
+    """Drafts that the device finds, some of them wrong, of two rows at a time, the next step always under way before
+    the last one's tokens are known; others arrive meanwhile, and steps with their prompts come between."""
+    model = tiny_model()
+    core = Core(model, small_settings(drafts=3, draft_rows=2, pages=12, steps=4))
+    params = SamplingParams(max_tokens=50, ignore_eos=True, logit_bias={5: 40.0, 6: 40.0, 7: 40.0})
+    rng = np.random.default_rng(3)
+    asked = [(rng.integers(5, 8, 6 + 5 * i).tolist(), replace(params, seed=i)) for i in range(5)]
+    for news, request in zip(run(core, asked, arrivals=[0, 0, 20, 21, 60]), asked, strict=True):
+        assert_as_alone(news, alone(model, request))
+    snapshot = core.snapshot()
+    assert snapshot.drafted_tokens > 60
+    assert 0.15 < snapshot.accepted_tokens / snapshot.drafted_tokens < 0.9
+    assert snapshot.counts.pages_used == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("drafts", [1, 7])
 def test_wrong_guesses_change_nothing(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled and greedy, with penalties and log-probabilities, two at a time."""
-    monkeypatch.setattr(drafting, "Drafter", Guesses)
+    Guesses.instead(monkeypatch)
     model = tiny_model()
     core = Core(model, small_settings(drafts=drafts, draft_rows=2, rows=2, decode_rows=(2,), steps=4))
     asked = [

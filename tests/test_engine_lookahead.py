@@ -14,7 +14,7 @@ from scheduler_cases import host, ids, sequence
 from spelling import END, EOS, spelling_llm, spelling_model, spelling_tokenizer
 from test_engine_constraints import VOCAB, Listed, by_parity, listed, nothing_is_held
 
-from llama_jax.engine import drafting, rules
+from llama_jax.engine import rules
 from llama_jax.engine.core import Core
 from llama_jax.engine.rules import Rule
 from llama_jax.errors import LlamaJaxError, RequestError
@@ -103,7 +103,7 @@ def test_no_draft_where_a_constraint_cannot_look_ahead() -> None:
 @pytest.mark.slow
 def test_guesses_under_constraints_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampled and greedy, with penalties and log-probabilities, beside rows without constraints."""
-    monkeypatch.setattr(drafting, "Drafter", Guesses)
+    Guesses.instead(monkeypatch)
     model, core = tiny_model(), tiny_core()
     asked = [
         (prompt, replace(params, max_tokens=24, ignore_eos=True, stop_token_ids=()))

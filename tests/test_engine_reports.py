@@ -14,7 +14,6 @@ from engines import Guesses, alone, logprobs, run, small_settings, some_requests
 from test_engine_constraints import by_parity, listed, nothing_is_held
 from test_engine_lookahead import Forking, tiny_core
 
-from llama_jax.engine import drafting
 from llama_jax.engine.core import Core
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.generation.llm import LLM
@@ -84,7 +83,7 @@ def test_a_warm_cache_changes_nothing() -> None:
 @pytest.mark.slow
 def test_drafts_are_drawn_with_all_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """vllm#42744: min_p and logit_bias did not hold where drafts were tried."""
-    monkeypatch.setattr(drafting, "Drafter", Guesses)
+    Guesses.instead(monkeypatch)
     model, core = tiny_model(), tiny_core()
     common: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "temperature": 1.5}
     asked = [

@@ -20,7 +20,7 @@ from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts
 from llama_jax.engine.flat import flat
-from llama_jax.engine.program_set import Key, masks_of, program, program_set, restricted
+from llama_jax.engine.program_set import Key, masks_of, program, program_set, restricted, texts_of
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining
 from llama_jax.errors import LateCompilation
@@ -82,6 +82,7 @@ class Programs:
         self._ready = False
         self._counted, self._before = count_compilations(), 0
         self._no_masks: jax.Array | None = None
+        self._texts: jax.Array | None = None
         self.late = self.from_cache = 0
         on_gpu = model.device.platform != "cpu"
         self.keys = program_set(settings, greedy=on_gpu if settings.greedy is None else settings.greedy)
@@ -174,6 +175,14 @@ class Programs:
             state = self._get(Key("scrub"))(state, padded)
         return state
 
+    def remember(self, row: int, tokens: list[int]) -> None:
+        """Gives the device the text of a row, in which it is to look for drafts (`lookup`)."""
+        texts = self._texts_there()
+        assert texts is not None
+        text = np.zeros(texts.shape[1], np.int32)
+        text[: len(tokens)] = tokens
+        self._texts = self._get(Key("remember"))(texts, np.int32(row), text)
+
     def step(
         self, key: Key, state: DecodeState, control: np.ndarray, masks: np.ndarray | None = None
     ) -> tuple[Any, ...]:
@@ -189,7 +198,8 @@ class Programs:
         if masks is None and self._no_masks is None:  # what nobody reads need not be sent each time
             shape = self.masks(key)
             self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
-        return run(*arguments, self._no_masks if masks is None else masks)
+        *drawn, self._texts = run(*arguments, self._texts_there(), self._no_masks if masks is None else masks)
+        return tuple(drawn)
 
     def draft(self, name: str, cache: PagedCache, control: np.ndarray) -> Any:
         """See `draft_programs.draft` and `draft_programs.follow`."""
@@ -199,6 +209,13 @@ class Programs:
     def masks(self, key: Key) -> jax.ShapeDtypeStruct:
         """Of a program `verify`: see there."""
         return masks_of(key, self._settings, self._model.config)
+
+    def _texts_there(self) -> jax.Array | None:
+        """The texts that rows look for drafts in, made when they are first needed; None if none does."""
+        like = texts_of(self._settings, self._state)
+        if self._texts is None and like is not None:
+            self._texts = jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
+        return self._texts
 
     def _get(self, key: Key) -> Any:
         if key not in self._compiled:

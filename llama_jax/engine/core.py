@@ -273,6 +273,8 @@ class Core:
         packed = pack(step, self.programs, self.settings, self._asked, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             packed.parts["pages"][: len(pages)] = pages
+        for sequence in step.remember:
+            self.programs.remember(sequence.row, sequence.tokens)
         flight = _Flight(step, packed.rows, packed.spans)
         if not greedy and packed.masks is None:
             self._restrict(flight)
@@ -317,10 +319,12 @@ class Core:
         asked = self._asked.get(sequence.id)
         if asked is None:
             return None
-        self.scheduler.drawn(sequence.id, tokens)
-        if asked.pace and tokens and (draft := flight.step.drafts.get(sequence)):
-            asked.pace.drawn(draft, len(tokens), len(sequence.tokens))
-            self._meter.drafted += len(draft)
+        draft = flight.step.drafts.get(sequence)
+        self.scheduler.drawn(sequence.id, tokens, draft)
+        if asked.pace and tokens and draft:
+            drafted = flags >> programs.DRAFTED
+            asked.pace.drawn(drafted, len(tokens), len(sequence.tokens))
+            self._meter.drafted += drafted
             self._meter.accepted += len(tokens) - 1
         ending: Ending | None = None
         if flags & programs.DONE:

@@ -136,6 +136,8 @@ class DraftModel:
     conversation is not read from its beginning.
     """
 
+    on_device = False
+
     def __init__(
         self,
         parts: DraftParts,

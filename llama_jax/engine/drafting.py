@@ -10,16 +10,15 @@ from collections.abc import Sequence as ListOf
 from dataclasses import dataclass
 from typing import Protocol
 
+from llama_jax.engine.lookup import LENGTHS
 from llama_jax.engine.sequence import Sequence
-
-LENGTHS = (4, 3, 2)
-"""Tokens that have to occur again, the most first."""
 
 PAUSE = 32
 """Tokens for which a text whose drafts gain nothing is left alone; each time in a row twice as many."""
 
 LEAST = 0.25
-"""Tokens that a draft has to gain in the mean of the last few steps: a step with drafts waits for the host."""
+"""Tokens that a draft has to gain in the mean of the last few steps: a step with drafts costs more than one without, or
+waits for the host."""
 
 
 class Pace:
@@ -41,11 +40,12 @@ class Pace:
         """Whether to draft behind a text of `count` tokens."""
         return count >= self._resumes
 
-    def drawn(self, draft: ListOf[int], count: int, text: int) -> None:
-        """Takes note of a step that drew `count` tokens where `draft` was proposed; the text has `text` tokens now."""
+    def drawn(self, drafted: int, count: int, text: int) -> None:
+        """Takes note of a step that drew `count` tokens where `drafted` were tried; the text has `text` tokens now."""
         kept = count - 1
-        self.length = min(self._most, self.length + 2) if kept >= len(draft) else max(1, kept + 1)
-        self._note(kept - self._cost * len(draft), text)
+        if drafted:
+            self.length = min(self._most, self.length + 2) if kept >= drafted else max(1, kept + 1)
+        self._note(kept - self._cost * drafted, text)
 
     def nothing(self, text: int) -> None:
         """Takes note that there was nothing to propose behind a text of `text` tokens."""
@@ -70,7 +70,14 @@ class Wanted:
 
 
 class Source(Protocol):
-    """Where the drafts of an engine come from."""
+    """Where the drafts of an engine come from.
+
+    Attributes:
+      on_device: whether the device can find them by itself (`lookup`): then the host only says whether it is to look,
+        and proposes tokens where it has a say in them.
+    """
+
+    on_device: bool
 
     def ready(self) -> None:
         """Takes the memory that it needs; every program is compiled."""
@@ -91,6 +98,8 @@ class Source(Protocol):
 
 class NGrams:
     """Drafts out of the text itself, one `Drafter` for each sequence."""
+
+    on_device = True
 
     def __init__(self, most: int):
         """Args: the most tokens of a draft."""
@@ -116,11 +125,7 @@ class NGrams:
 
 
 class Drafter(Pace):
-    """Drafts for one sequence out of what it has had before.
-
-    "Prompt lookup decoding" (https://github.com/apoorvumang/prompt-lookup-decoding): where the last tokens have
-    occurred before, what followed them then is likely to follow now.
-    """
+    """Drafts for one sequence out of what it has had before: `lookup.find` on the host, from call to call."""
 
     def __init__(self, most: int):
         """A drafter of at most `most` tokens at a time."""
@@ -130,6 +135,13 @@ class Drafter(Pace):
 
     def propose(self, tokens: ListOf[int], most: int) -> tuple[int, ...]:
         """Proposes at most `most` tokens to follow a text, often none. The text is that of the last call, continued."""
+        found = self.find(tokens, min(self.length, most))
+        if not found:
+            self.nothing(len(tokens))
+        return found
+
+    def find(self, tokens: ListOf[int], most: int) -> tuple[int, ...]:
+        """The same, however many tokens have been worth it so far."""
         # The last tokens themselves are left out until another one follows.
         for end in range(max(self._seen, 1), len(tokens)):
             for length in LENGTHS:
@@ -139,6 +151,5 @@ class Drafter(Pace):
         for length in LENGTHS:
             at = self._behind.get(tuple(tokens[-length:])) if length <= len(tokens) else None
             if at is not None:
-                return tuple(tokens[at : at + min(self.length, most)])
-        self.nothing(len(tokens))
+                return tuple(tokens[at : at + most])
         return ()

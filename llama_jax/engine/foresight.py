@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListOf
 
 from llama_jax.engine import rules
-from llama_jax.engine.drafting import Source, Wanted
+from llama_jax.engine.drafting import Drafter, Source, Wanted
 from llama_jax.engine.joining import Asked
-from llama_jax.engine.sequence import Sequence
+from llama_jax.engine.sequence import Draft, Sequence
 
 
 class Foresight:
@@ -60,9 +60,9 @@ class Foresight:
         return late
 
     def propose(self, decoding: Iterable[Asked], *, calm: bool) -> None:
-        """Gives sequences drafts for the next step. Whoever drafts waits for the host to know its tokens, which takes
-        longer than to have the next step planned before: where other rows would wait for it, and where drafts gain
-        nothing, nobody drafts. Those with rules wait anyway.
+        """Gives sequences drafts for the next step. Whoever gets one from the host waits for it to know all tokens,
+        which takes longer than to have the next step planned before: where other rows would wait for it, and where
+        drafts gain nothing, nobody drafts. Those with rules wait anyway.
 
         Args:
           decoding: sequences of which the next step may draw.
@@ -71,17 +71,29 @@ class Foresight:
         trying = []
         for asked in decoding:
             sequence = asked.sequence
-            sequence.draft = ()
+            sequence.draft = None
             if asked.rule:
                 if calm and sequence.known and asked.rule.ready:
-                    sequence.draft = asked.rule.ahead.draft
+                    sequence.draft = Draft.of(asked.rule.ahead.draft)
                 continue
             sequence.paced = calm and self._tries(asked)
-            if sequence.paced and sequence.known:
+            if sequence.paced and self._source and self._source.on_device:
+                self._look_up(asked)
+            elif sequence.paced and sequence.known:
                 trying.append(asked)
         guesses = self._guesses(trying)
         for asked in trying:
-            asked.sequence.draft = guesses[asked.sequence.id]
+            asked.sequence.draft = Draft.of(guesses[asked.sequence.id])
+
+    def _look_up(self, asked: Asked) -> None:
+        """Has the device look for a draft, once an end of the text has occurred in it before. To give the device the
+        text, the host has to know all of it: this once the sequence waits."""
+        sequence, pace = asked.sequence, asked.pace
+        assert isinstance(pace, Drafter)
+        likely = sequence.remembered or bool(pace.find(sequence.tokens, 1))
+        sequence.paced = likely and not sequence.remembered
+        if likely and (sequence.remembered or sequence.known):
+            sequence.draft = Draft(min(pace.length, self._room(sequence)))
 
     def _tries(self, asked: Asked) -> bool:
         """Whether to look for a draft of a sequence."""

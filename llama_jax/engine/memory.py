@@ -98,6 +98,7 @@ class Memory:
         self._rows.append(sequence.row)
         sequence.row, sequence.pages, sequence.blocks, sequence.claims = -1, [], [], []
         sequence.computed = sequence.cached = 0
+        sequence.remembered = False
         return [page for page in dict.fromkeys(bad) if not self.pages.users(page)]
 
     def register(self, sequence: Sequence, stored: int) -> None:

@@ -66,7 +66,7 @@ class Meter:
 
     def dispatched(self, step: Step, size: int) -> None:
         """A step was given to a program for `size` tokens."""
-        drafts = [(s.computed - 1 - len(draft), 1 + len(draft), True) for s, draft in step.drafts.items()]
+        drafts = [(s.computed - 1 - draft.length, 1 + draft.length, True) for s, draft in step.drafts.items()]
         load = Load(
             step.steps,
             [sequence.computed for sequence in step.decoding if sequence not in step.drafts],

@@ -105,10 +105,12 @@ def _verify(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[i
     rules = {sequence: rule for sequence in step.decoding if (rule := asked[sequence.id].rule)}
     masks = np.zeros(of.masks(key).shape, np.uint32) if rules else None
     for line, sequence in enumerate(step.decoding):
-        draft = step.drafts.get(sequence, ())
+        draft = step.drafts.get(sequence)
+        tokens = draft.tokens or () if draft else ()
         parts["rows"][line] = sequence.row
-        parts["drafts"][line, : len(draft)] = draft
+        parts["drafts"][line, : len(tokens)] = tokens
+        parts["lookup"][line] = draft.length if draft and draft.tokens is None else 0
         if masks is not None and (rule := rules.get(sequence)):
             parts["masked"][line] = 1
-            masks[line, : len(draft) + 1] = rule.ahead.masks[: len(draft) + 1]
+            masks[line, : len(tokens) + 1] = rule.ahead.masks[: len(tokens) + 1]
     return Packed(key, array, parts, key.size * (1 + settings.drafts), list(enumerate(step.decoding)), masks)

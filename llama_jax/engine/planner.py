@@ -9,7 +9,7 @@ from llama_jax.engine.limits import Limits
 from llama_jax.engine.memory import Memory, awaits
 from llama_jax.engine.prefixes import Block
 from llama_jax.engine.queues import Queues, urgency
-from llama_jax.engine.sequence import Phase, Sequence
+from llama_jax.engine.sequence import Draft, Phase, Sequence
 from llama_jax.engine.steps import Chunk, Joining, Step
 
 LOOKAHEAD = 256
@@ -46,7 +46,8 @@ class _Plan:
     starts: dict[Sequence, int] = field(default_factory=dict)
     decoding: list[Sequence] = field(default_factory=list)
     steps: int = 1
-    drafts: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
+    drafts: dict[Sequence, Draft] = field(default_factory=dict)
+    remember: list[Sequence] = field(default_factory=list)
     owed: int = 0
     ending: int | None = None
 
@@ -86,6 +87,7 @@ class Planner:
             decoding,
             plan.steps,
             plan.drafts,
+            tuple(plan.remember),
         )
         memory.leaving, memory.entries = [], []
         return step
@@ -109,13 +111,23 @@ class Planner:
                 self.memory.book(sequence, need)
             sequence.computed += count
             sequence.drawn += count
-            sequence.unsure = len(plan.drafts.get(sequence, ()))
+            self._remember(sequence, plan)
             plan.decoding.append(sequence)
             self.totals.planned_tokens += count
             if sequence.drawn == sequence.limit:
                 self.queues.move(sequence, Phase.COMPLETE)
 
-    def _stride(self, rows: list[Sequence]) -> tuple[int, dict[Sequence, tuple[int, ...]], list[int], list[int]]:
+    def _remember(self, sequence: Sequence, plan: _Plan) -> None:
+        """Sees to it that the device has the text of a sequence whose draft it is to find. Only steps with drafts keep
+        it up to date."""
+        draft = plan.drafts.get(sequence)
+        if draft is not None and draft.tokens is None and not sequence.remembered:
+            plan.remember.append(sequence)
+            sequence.remembered = True
+        elif not plan.drafts:
+            sequence.remembered = False
+
+    def _stride(self, rows: list[Sequence]) -> tuple[int, dict[Sequence, Draft], list[int], list[int]]:
         """Decode steps of the next dispatch: several, or one with drafts, only if they keep nobody waiting, no reader
         either, and preempt nobody.
 
@@ -123,13 +135,13 @@ class Planner:
           The steps, the drafts, and of each row the tokens that it draws at most and the pages that it needs for them.
         """
         most = self.limits.steps
-        drafts: dict[Sequence, tuple[int, ...]] = {}
+        drafts: dict[Sequence, Draft] = {}
         if rows and not len(self.queues.waiting) and not len(self.queues.prompts):
             if len(rows) <= self.limits.draft_rows:
-                each = ((s, s.draft[: s.limit - s.drawn - 1]) for s in rows if s.known)
+                each = ((s, s.draft.cut(s.limit - s.drawn - 1)) for s in rows if s.draft and (s.known or s.remembered))
                 drafts = {s: draft for s, draft in each if draft}
             if drafts:
-                counts = [1 + len(drafts.get(s, ())) for s in rows]
+                counts = [1 + (drafts[s].length if s in drafts else 0) for s in rows]
             elif any(s.paced or s.streamed for s in self.queues.decoding):
                 counts = [1] * len(rows)
             else:

@@ -18,6 +18,7 @@ from llama_jax.decode.weights_read import weight_options
 from llama_jax.engine import programs
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, piece
 from llama_jax.engine.flat import flat_size, unflat
+from llama_jax.engine.lookup import remember
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
 from llama_jax.kernels.attention import batch_invariant
@@ -40,7 +41,8 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "verify", "mixed", "scored", "join", "restrict" or "scrub"; of a draft model "draft" or "follow".
+      name: "decode", "verify", "mixed", "scored", "join", "restrict", "scrub" or "remember"; of a draft model "draft"
+        or "follow".
       size: rows of "decode", "verify" and "draft", tokens of "mixed", "scored" and "follow"; else 0.
       greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
     """
@@ -65,6 +67,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
     """
     keys = [Key("join"), Key("restrict"), Key("scrub"), Key("scored", settings.budget)]
     keys += [Key(DRAFT, settings.draft_rows), Key(FOLLOW, piece(settings))] if settings.draft_context else []
+    keys += [Key("remember")] if settings.looks_up else []
     for only in (False, True) if greedy and not settings.batch_invariant else (False,):
         keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
@@ -87,6 +90,12 @@ def program(
 
     function: Callable[..., Any]
     where = jax.tree.map(lambda x: x.sharding, state)
+    texts = texts_of(settings, state)
+    if key.name == "remember":
+        assert texts is not None
+        shardings = {"out_shardings": where.tokens} if in_use() else {}
+        jitted = jax.jit(remember, donate_argnums=0, **shardings)
+        return Program(str(key), jitted, (texts, ints(), ints(texts.shape[1])), {})
     if key.name in ("join", "restrict", "scrub"):
         shardings = {"out_shardings": where} if in_use() else {}
         args: tuple[Any, ...]
@@ -113,11 +122,21 @@ def program(
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
         function, options = partial(traced(programs.mixed), **static), {}
-    told = [None] * (2 if key.name in ("decode", "verify") else 3)
+    verifies = key.name == "verify"
+    told: list[Any] = [None] * (2 if key.name in ("decode", "verify") else 3)
+    told += [texts and where.tokens] if verifies else []
     shardings = {"out_shardings": (where, *told)} if in_use() else {}
-    jitted = jax.jit(function, donate_argnums=1, compiler_options=options or None, **shardings)
-    masks = [masks_of(key, settings, config)] if key.name == "verify" else []
-    return Program(str(key), jitted, (params, state, ints(control.size), adapters, *masks), {})
+    jitted = jax.jit(function, donate_argnums=(1, 4) if verifies else 1, compiler_options=options or None, **shardings)
+    more = [texts, masks_of(key, settings, config)] if verifies else []
+    return Program(str(key), jitted, (params, state, ints(control.size), adapters, *more), {})
+
+
+def texts_of(settings: EngineSettings, state: DecodeState) -> jax.ShapeDtypeStruct | None:
+    """The texts that rows look for drafts in; None if none does."""
+    if not settings.looks_up:
+        return None
+    shape = settings.rows, settings.pages_per_row * settings.page_size
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=state.tokens.sharding)
 
 
 def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.ShapeDtypeStruct:

@@ -19,6 +19,7 @@ import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import DecodeState, Progress, by_rows, decode_step, emit, no_progress, run_steps
+from llama_jax.engine import lookup
 from llama_jax.engine.state import paged, put_rows, take_rows
 from llama_jax.model import forward
 from llama_jax.model.head import unembed
@@ -27,6 +28,9 @@ from llama_jax.sampling import MAX_LOGPROBS, Logprobs, SamplerProfile, token_log
 
 DONE, STOPPED, FAILED = 1 << 16, 1 << 17, 1 << 18
 """Flags beside the number of new tokens, in the last column of a report."""
+
+DRAFTED = 20
+"""Bits below the number of tokens that were tried, in the same column."""
 
 SCORED_BLOCK = 128
 """Tokens whose logits exist at once where prompts are scored."""
@@ -71,9 +75,9 @@ def mixed_control(tokens: int, rows: int) -> Control:
 
 
 def verify_control(rows: int, drafts: int) -> Control:
-    """For `verify`: the rows, the draft of each, filled up with -1, whether it has masks of its own, and pages (row,
-    index, page) to book."""
-    return Control(rows=(rows,), drafts=(rows, drafts), masked=(rows,), pages=(rows, 3))
+    """For `verify`: the rows, the draft of each, filled up with -1, or how many tokens of one to look for in the text,
+    whether it has masks of its own, and pages (row, index, page) to book."""
+    return Control(rows=(rows,), drafts=(rows, drafts), lookup=(rows,), masked=(rows,), pages=(rows, 3))
 
 
 def book(state: DecodeState, pages: jax.Array) -> DecodeState:
@@ -124,28 +128,37 @@ def verify(
     state: DecodeState,
     control: jax.Array,
     adapters: Params | None,
+    texts: jax.Array | None,
     masks: jax.Array,
     *,
     config: LlamaConfig,
     profile: SamplerProfile,
     rows: int,
     drafts: int,
-) -> tuple[DecodeState, jax.Array, Logprobs | None]:
+) -> tuple[DecodeState, jax.Array, Logprobs | None, jax.Array | None]:
     """One pass over the last token and the draft of some rows. Each draws behind its last token, and goes on behind the
     draft's tokens as long as it has drawn them: every draw is that of a decode step.
 
     Args:
+      texts: int32 [rows of the state, context], of which rows that look for their drafts have theirs up to the last
+        token; None if none does.
       masks: uint32 [rows, drafts + 1, ceil(vocab / 32)], the tokens that a row with masks of its own may draw in each
         place (`sampling.token_mask`).
 
     Returns:
-      The state, and `report` of the rows.
+      The state, `report` of the rows, and the texts with what they have drawn.
     """
     given = verify_control(rows, drafts).parts(control)
     state = book(state, given["pages"])
     part = take_rows(state, given["rows"])
     place = jnp.arange(drafts + 1, dtype=jnp.int32)
-    ids = jnp.concatenate([part.tokens[:, None], given["drafts"]], axis=1)
+    tried = given["drafts"]
+    if texts is not None:
+        own = texts.at[given["rows"]].get(mode="fill", fill_value=-1)
+        found = lookup.find(own, part.positions + 1, drafts)
+        tried = jnp.where(place[:-1] < given["lookup"][:, None], found, tried)
+    begun = part.positions
+    ids = jnp.concatenate([part.tokens[:, None], tried], axis=1)
     there = ~part.done[:, None] & ((ids >= 0) | (place == 0))
     logits, cache = forward(
         params,
@@ -174,7 +187,12 @@ def verify(
     _, part, progress, _ = jax.lax.while_loop(lambda carry: (carry[0] <= drafts) & carry[3].any(), draw, start)
     # What was stored of a draft and not drawn is dropped.
     part = dataclasses.replace(part, cache=part.cache.truncate(jnp.maximum(part.positions, 0)))
-    return put_rows(state, given["rows"], part), *report(progress)
+    if texts is not None:
+        at = jnp.where(place < progress.new[:, None], begun[:, None] + 1 + place, texts.shape[1])
+        texts = texts.at[given["rows"][:, None], at].set(progress.tokens, mode="drop")
+    told, logprobs = report(progress)
+    told = told.at[:, -1].add((tried >= 0).sum(axis=1, dtype=jnp.int32) << DRAFTED)
+    return put_rows(state, given["rows"], part), told, logprobs, texts
 
 
 def _masked(state: DecodeState, masks: jax.Array, rows: jax.Array) -> DecodeState:

@@ -7,13 +7,13 @@ in order, and tells what steps that have ended drew; several may be under way.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence as ListOf
 
 from llama_jax.engine.limits import Counts, Limits
 from llama_jax.engine.memory import Memory
 from llama_jax.engine.planner import Planner
 from llama_jax.engine.queues import Queues
-from llama_jax.engine.sequence import Phase, Sequence
+from llama_jax.engine.sequence import Draft, Phase, Sequence
 from llama_jax.engine.steps import Step
 from llama_jax.errors import LlamaJaxError, Overloaded, RequestError
 
@@ -57,16 +57,20 @@ class Scheduler:
         """The next step; None if there is nothing to do, or nothing but to wait for steps in flight."""
         return self._planner.plan()
 
-    def drawn(self, id: int, tokens: Iterable[int]) -> None:
-        """Tells tokens that a step has drawn which has ended. Those of a sequence that has ended are left alone."""
+    def drawn(self, id: int, tokens: ListOf[int], draft: Draft | None = None) -> None:
+        """Tells tokens that a step has drawn which has ended. Those of a sequence that has ended are left alone.
+
+        Args:
+          draft: what the step has tried in this sequence.
+        """
         sequence = self._sequences.get(id)
         if sequence is None:
             return
         sequence.tokens.extend(tokens)
         if len(sequence.tokens) > sequence.prompt_length + sequence.drawn:
             raise LlamaJaxError(f"sequence {id} was given more tokens than its steps draw, {sequence.drawn}")
-        if sequence.unsure:
-            self._settle(sequence)
+        if draft is not None:
+            self._take_back(sequence, 1 + draft.length - len(tokens))
         if sequence.row >= 0:
             # A token is drawn when all before it are stored. Storing the last one is for the next step, which does not
             # do it in a row that the device has ended.
@@ -84,11 +88,10 @@ class Scheduler:
         """Sequences of which the next step may draw."""
         return list(self._queues.decoding)
 
-    def _settle(self, sequence: Sequence) -> None:
-        """Takes back what was planned for the part of a draft that was not drawn. No other step is in flight."""
-        missing = sequence.prompt_length + sequence.drawn - len(sequence.tokens)
+    def _take_back(self, sequence: Sequence, missing: int) -> None:
+        """Takes back what was planned for the tokens of a draft that were not drawn. Steps in flight that were planned
+        behind them go on behind those that were: where a row is, the device knows."""
         sequence.drawn -= missing
-        sequence.unsure = 0
         if sequence.row >= 0:
             sequence.computed -= missing
             if missing and sequence.phase is Phase.COMPLETE:

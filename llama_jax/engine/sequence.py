@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from llama_jax.engine.prefixes import Block
@@ -30,6 +30,30 @@ class Phase(enum.Enum):
     """Planned steps draw all that it may; it keeps its row until it is finished."""
 
 
+@dataclass(frozen=True)
+class Draft:
+    """Tokens to try behind a text.
+
+    Attributes:
+      length: how many, at most.
+      tokens: the tokens; None where the device finds them in the text itself (`lookup`).
+    """
+
+    length: int
+    tokens: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, tokens: tuple[int, ...]) -> Self | None:
+        """A draft of these tokens; None if there are none."""
+        return cls(len(tokens), tokens) if tokens else None
+
+    def cut(self, most: int) -> Draft | None:
+        """Its first tokens, at most `most`; None if that leaves none."""
+        if self.tokens is not None:
+            return Draft.of(self.tokens[: max(most, 0)])
+        return Draft(min(self.length, most)) if most > 0 else None
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One continuation of one prompt.
@@ -41,8 +65,9 @@ class Sequence:
       limit: tokens that it may draw, those in `tokens` included; 0 to compute the prompt only.
       priority: lower ones first.
       domain: sequences share pages only within one.
-      draft: what may follow its tokens, which are all known, for the next step to try.
-      paced: whether the host has a say in each token: the next is drawn only when it knows all before.
+      draft: what may follow, for the next step to try; only if its tokens are all known, or `remembered` by the device,
+        which then finds the draft itself.
+      paced: whether the next token is drawn only when the host knows all before: it has a say in them.
       pending: whether the host has not decided yet what may come next: no step draws for it.
       streamed: whether somebody reads each token as it comes: a dispatch draws no more than one.
       reuse: False computes the whole prompt, as its log-probabilities need; its pages may still serve others.
@@ -50,7 +75,9 @@ class Sequence:
     The scheduler's own:
       phase, row, pages: where it is; row -1 and no pages while it waits.
       computed: positions whose keys and values planned steps store.
-      drawn: tokens that planned steps draw, known or not; unsure: those of them that need not come.
+      drawn: tokens that planned steps draw, known or not; at most, and so is `computed`, until steps with drafts have
+        ended.
+      remembered: whether the device has its text, the tokens that planned steps draw included.
       cached: tokens that were found in the prefix cache when it got its row.
       preemptions: how often it lost its row; started: whether it ever had one; passed: how many went before it while
         it did not fit.
@@ -69,8 +96,8 @@ class Sequence:
     paced: bool = False
     pending: bool = False
     streamed: bool = False
-    draft: tuple[int, ...] = ()
-    unsure: int = 0
+    draft: Draft | None = None
+    remembered: bool = False
     phase: Phase = Phase.WAITING
     row: int = -1
     pages: list[int] = field(default_factory=list)
@@ -89,7 +116,7 @@ class Sequence:
     @property
     def held(self) -> bool:
         """Whether it waits for the host to know its tokens, or what may follow them."""
-        return self.pending or ((self.paced or self.unsure > 0) and not self.known)
+        return self.pending or (self.paced and not self.known)
 
     @property
     def known(self) -> bool:

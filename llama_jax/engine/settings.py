@@ -124,6 +124,11 @@ class EngineSettings:
         return max(self.page_size, block_multiple(self.budget, self.chunk_rows))
 
     @property
+    def looks_up(self) -> bool:
+        """Whether drafts come from the texts themselves (`lookup`)."""
+        return bool(self.drafts) and not self.draft_context
+
+    @property
     def pages_per_row(self) -> int:
         """Entries of a row's line in the page table."""
         return -(-self.context // self.page_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llama_jax.engine.sequence import Sequence
+from llama_jax.engine.sequence import Draft, Sequence
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Step:
       steps: how often they do so; a row that has drawn its limit ends before.
       drafts: of decoding sequences. In a step with any, each row computes its draft behind the token drawn last, and
         draws one token more than it finds in the draft, in one pass. A row has at most one entry in `pages`.
+      remember: sequences whose texts, all of whose tokens are known, the device is given before the step.
     """
 
     number: int
@@ -61,9 +62,11 @@ class Step:
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
     steps: int
-    drafts: Mapping[Sequence, tuple[int, ...]] = field(default_factory=dict)
+    drafts: Mapping[Sequence, Draft] = field(default_factory=dict)
+    remember: tuple[Sequence, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Tokens of one of its steps."""
-        return sum(chunk.count for chunk in self.chunks) + len(self.decoding) + sum(map(len, self.drafts.values()))
+        drafted = sum(draft.length for draft in self.drafts.values())
+        return sum(chunk.count for chunk in self.chunks) + len(self.decoding) + drafted
