@@ -116,8 +116,9 @@ def program(
         options = (graph_options() if settings.steps > 1 else {}) | weight_options(config, key.size)
     elif key.name == "verify":
         control = programs.verify_control(key.size, settings.drafts)
-        function = partial(traced(programs.verify), **static, rows=key.size, drafts=settings.drafts)
-        options = weight_options(config, key.size * (1 + settings.drafts))
+        loops = settings.steps > 1
+        function = partial(traced(programs.verify), **static, rows=key.size, drafts=settings.drafts, loops=loops)
+        options = (graph_options() if loops else {}) | weight_options(config, key.size * (1 + settings.drafts))
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}

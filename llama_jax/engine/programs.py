@@ -135,6 +135,7 @@ def verify(
     profile: SamplerProfile,
     rows: int,
     drafts: int,
+    loops: bool,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None, jax.Array | None]:
     """One pass over the last token and the draft of some rows. Each draws behind its last token, and goes on behind the
     draft's tokens as long as it has drawn them: every draw is that of a decode step.
@@ -144,6 +145,8 @@ def verify(
         token; None if none does.
       masks: uint32 [rows, drafts + 1, ceil(vocab / 32)], the tokens that a row with masks of its own may draw in each
         place (`sampling.token_mask`).
+      loops: whether the device can end a loop by itself. Where it would ask the host after each draw, nothing else can
+        be dispatched meanwhile, so all draws are computed.
 
     Returns:
       The state, `report` of the rows, and the texts with what they have drawn.
@@ -184,7 +187,10 @@ def verify(
 
     progress = no_progress(part, drafts + 1, profile, config.vocab_size)
     start = (jnp.int32(0), part, progress, ~part.done)
-    _, part, progress, _ = jax.lax.while_loop(lambda carry: (carry[0] <= drafts) & carry[3].any(), draw, start)
+    if loops:
+        _, part, progress, _ = jax.lax.while_loop(lambda carry: (carry[0] <= drafts) & carry[3].any(), draw, start)
+    else:
+        _, part, progress, _ = jax.lax.fori_loop(0, drafts + 1, lambda _, carry: draw(carry), start)
     # What was stored of a draft and not drawn is dropped.
     part = dataclasses.replace(part, cache=part.cache.truncate(jnp.maximum(part.positions, 0)))
     if texts is not None:
