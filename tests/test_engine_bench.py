@@ -145,7 +145,7 @@ def test_a_summary_by_hand() -> None:
     records = [
         Record(10, 0.0, [0.1, 0.2, 0.4], 3),
         Record(20, 1.0, [1.3], 1),  # one token: nothing behind it
-        Record(30, 1.0, refused=True),
+        Record(30, 1.0, refused="no room"),
     ]
     found = summary(records, 2.0, {"ttft": 200.0, "tpot": 200.0})
     assert (found["completed"], found["failed"]) == (2, 1)

@@ -98,6 +98,18 @@ def test_openai_python(said: dict[str, Any]) -> None:
         theirs.models.list()
 
 
+def test_bench_serve(said: dict[str, Any]) -> None:
+    command = [sys.executable, "-m", "llama_jax.cli", "bench", "serve", "--url", said["url"], "--vocab", "60"]
+    command += ["--mix", "mixed", "--scale", "0.3", "--requests", "12", "--rate", "50", "--rounds", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LLAMA_JAX_API_KEY": KEY})
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["completed"], found["failed"]) == (12, 0)
+    assert found["total_output_tokens"] == found["workload"]["total_output_tokens"]
+    assert 0 < found["p50_ttft_ms"] <= found["p99_ttft_ms"] < found["p99_e2el_ms"]
+    assert len(found["rounds"]) == 2
+
+
 def test_structured_output(said: dict[str, Any]) -> None:
     pydantic = pytest.importorskip("pydantic")
     form = pydantic.create_model("Form", colour=(str, pydantic.Field(pattern="^(red|blue)$")))

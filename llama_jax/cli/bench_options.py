@@ -242,19 +242,19 @@ class Requests:
     seed: int
     scale: float
 
-    def make(self, model: Model, rate: float = math.inf) -> list[Work]:
+    def make(self, vocab: int, context: int | None, rate: float = math.inf) -> list[Work]:
         """The requests.
 
         Args:
+          vocab, context: of the model; the context is None where it is not known.
           rate: arrivals a second.
 
         Raises:
           RequestError: one of them is longer than the model's context.
         """
-        vocab = model.config.vocab_size
         works = workload(self.mix, vocab, requests=self.requests, rate=rate, seed=self.seed, scale=self.scale)
-        longest, context = longest_of(works), model.config.context_length
-        if longest > context:
+        longest = longest_of(works)
+        if context is not None and longest > context:
             raise RequestError(
                 f"a request of {longest} tokens; the model's context is {context}",
                 param="scale",

@@ -1,14 +1,17 @@
-"""`llama-jax bench serve`: requests that arrive over time, at an engine in this process."""
+"""`llama-jax bench serve`: requests that arrive over time, at an engine in this process or at a server."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
+from llama_jax import __version__
 from llama_jax.cli.bench_options import (
     Requests,
     Subject,
@@ -18,9 +21,14 @@ from llama_jax.cli.bench_options import (
     rounds_option,
     subject_options,
 )
-from llama_jax.cli.options import examples
+from llama_jax.cli.options import LoadOptions, examples
+from llama_jax.cli.serve import KEY
+from llama_jax.errors import ModelNotFound, did_you_mean
+from llama_jax.measure.workloads import FIRST_ID, renamed
+from llama_jax.remote import Remote
 
-_NAMES = {"ttft": "first token", "tpot": "each token behind", "itl": "between tokens", "e2el": "whole answer"}
+if TYPE_CHECKING:
+    from llama_jax.measure.serving import Served
 
 
 def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float]:
@@ -37,11 +45,12 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 
 @click.command(
     name="serve",
-    short_help="The engine with requests that arrive over time.",
+    short_help="The engine, or a server, with requests that arrive over time.",
     epilog=examples(
         "llama-jax bench serve --mix chat --rate 1 --requests 16 --scale 0.2",
         "llama-jax bench serve --preset llama-3.1-8b --mix chat --requests 128 --rate 8 --json out.json",
         'llama-jax bench serve --mix chat --rate 4 --goodput "ttft:200 tpot:50"',
+        "llama-jax bench serve --url http://127.0.0.1:8000 --mix chat --rate 4 --requests 64",
     ),
 )
 @request_options
@@ -57,44 +66,120 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     help="Limits that a request has to keep to count as good: of ttft, tpot, e2el.",
 )
 @rounds_option(1)
+@click.option(
+    "--url", metavar="URL", help="Send them to a server with OpenAI's API in place of an engine of this process."
+)
+@click.option(
+    "--api-key", envvar=KEY, metavar="KEY", help=f"Of the server. [also: {KEY}, which other users cannot see]"
+)
+@click.option(
+    "--served-model-name", "name", metavar="NAME", help="The server's name of the model. [default: its first one]"
+)
+@click.option(
+    "--vocab",
+    type=click.IntRange(FIRST_ID + 1),
+    default=32_000,
+    show_default=True,
+    help="The ids of prompts for a server are below it.",
+)
 @subject_options
-def command(requests: Requests, rate: float | None, limits: Mapping[str, float], rounds: int, subject: Subject) -> None:
+def command(
+    requests: Requests,
+    rate: float | None,
+    limits: Mapping[str, float],
+    rounds: int,
+    url: str | None,
+    api_key: str | None,
+    name: str | None,
+    vocab: int,
+    subject: Subject,
+) -> None:
     """Measure what callers wait for while requests arrive at random (Poisson) at an engine in this process.
 
-    Times are taken where a caller reads the tokens. The JSON object has the field names of vLLM's `bench serve`.
+    With --url it is a server's callers: any server with OpenAI's completions that takes token ids and ignore_eos, as
+    vLLM's and SGLang's do. Times are taken where a caller reads the tokens. The JSON object has the field names of
+    vLLM's `bench serve`, and the block that is printed is its block.
     """
-    from llama_jax.measure.bench import measure_ceilings
-    from llama_jax.measure.serving import TIMES, check_limits, serve
+    from llama_jax.measure.serving import block, check_limits
     from llama_jax.measure.throughput import medians
-    from llama_jax.measure.workloads import renamed
 
     check_limits(limits)
+    rate = rate or math.inf
+    if url is None:
+        _refuse({"api_key", "name", "vocab"}, "is of a server: give --url")
+        result, served = _engine(requests, rate, limits, rounds, subject)
+    else:
+        of_engines = {field.name for options in (Subject, LoadOptions) for field in fields(options)}
+        _refuse(of_engines - {"quiet", "out"}, "is of an engine in this process; leave it out with --url")
+        result, served = _server(Remote(url, api_key), name, vocab, requests, rate, limits, rounds, subject)
+    result |= {"request_rate": "inf" if rate == math.inf else rate, "goodput_limits_ms": dict(limits)}
+    numbers = medians([one.summary for one in served])
+    result |= {"ready_s": served[0].ready_s, **numbers, "rounds": [asdict(one) for one in served]}
+    subject.show(*block(numbers))
+    subject.write(result)
+
+
+Result = tuple[dict[str, Any], "list[Served]"]
+"""What the numbers depend on, and the runs."""
+
+
+def _engine(requests: Requests, rate: float, limits: Mapping[str, float], rounds: int, subject: Subject) -> Result:
+    """An engine of this process."""
+    from llama_jax.measure.bench import measure_ceilings
+    from llama_jax.measure.serving import serve
+
     model = subject.load()
-    works = requests.make(model, rate or math.inf)
+    works = requests.make(model.config.vocab_size, model.config.context_length, rate)
     draft = subject.load_draft(model)
     settings = subject.settings(model, longest_of(works), draft)
     ceilings = measure_ceilings(model.dtype)
     result = subject.about(model, settings, ceilings)
     result["workload"] = requests.about(works, subject)
-    result |= {"request_rate": rate or "inf", "goodput_limits_ms": dict(limits)}
     each = [renamed(works, i, model.config.vocab_size) for i in range(rounds)]
     with subject.compiling() as compiling:
         served = serve(model, settings, each, limits, draft=draft, peak=ceilings.peak, compiling=compiling)
-    numbers = medians([one.summary for one in served])
-    result |= {"ready_s": served[0].ready_s, **numbers, "rounds": [asdict(one) for one in served]}
-    subject.show(f"ready in {served[0].ready_s:.1f} s", *_counts(numbers, served[0].counts))
-    subject.show(f"{'ms':<18} {'mean':>9} {'p50':>9} {'p95':>9} {'p99':>9}")
-    for name in TIMES:
-        times = (numbers[f"{how}_{name}_ms"] for how in ("mean", "p50", "p95", "p99"))
-        subject.show(f"{_NAMES[name]:<18} " + " ".join(f"{'-' if t is None else f'{t:.2f}':>9}" for t in times))
-    subject.write(result)
+    subject.show(f"ready in {served[0].ready_s:.1f} s", counts_text(served[0].counts or {}))
+    return result, served
 
 
-def _counts(numbers: Mapping[str, Any], counts: Mapping[str, Any]) -> tuple[str, ...]:
-    good = numbers["request_goodput"]
-    return (
-        f"{numbers['completed']} answered, {numbers['failed']} failed, in {numbers['duration']:.2f} s",
-        f"{numbers['output_throughput']:.1f} output tok/s, {numbers['total_token_throughput']:.1f} total tok/s, "
-        f"{numbers['request_throughput']:.2f} requests/s" + ("" if good is None else f", {good:.2f} of them good"),
-        counts_text(counts),
-    )
+def _server(
+    remote: Remote,
+    name: str | None,
+    vocab: int,
+    requests: Requests,
+    rate: float,
+    limits: Mapping[str, float],
+    rounds: int,
+    subject: Subject,
+) -> Result:
+    """A server."""
+    from llama_jax.measure.serving import serve_remote
+
+    model = asyncio.run(_described(remote, name))
+    works = requests.make(vocab, model.get("max_model_len"), rate)
+    result: dict[str, Any] = {"url": remote.url, "model": model["id"], "llama_jax": __version__}
+    subject.show("  ".join(f"{name}={value}" for name, value in result.items()))
+    result["workload"] = requests.about(works, subject)
+    each = [renamed(works, i, vocab) for i in range(rounds)]
+    return result, serve_remote(remote, model["id"], each, limits)
+
+
+async def _described(remote: Remote, name: str | None) -> dict[str, Any]:
+    """A model as its server describes it."""
+    async with remote:
+        models = await remote.models()
+    names = [str(model.get("id")) for model in models]
+    found = next((model for model in models if name in (None, model.get("id"))), None)
+    if found is None:
+        hint = did_you_mean(name or "", names) or f"it has {', '.join(names) or 'none'}"
+        raise ModelNotFound(f"{remote.url} has no model {name}", hint=hint)
+    return found
+
+
+def _refuse(names: set[str], why: str) -> None:
+    """Raises UsageError for an option of these that was given on the command line."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name in names:
+            raise click.UsageError(f"{parameter.opts[-1]} {why}")

@@ -47,7 +47,7 @@ def command(requests: Requests, static: int | None, rounds: int, subject: Subjec
     from llama_jax.measure.workloads import MIXES, renamed
 
     model, mix = subject.load(), MIXES[requests.mix]
-    works = requests.make(model)
+    works = requests.make(model.config.vocab_size, model.config.context_length)
     draft = subject.load_draft(model)
     settings = subject.settings(model, longest_of(works), draft)
     ceilings = measure_ceilings(model.dtype)

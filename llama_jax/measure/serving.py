@@ -1,10 +1,11 @@
-"""An engine under arrivals: each caller's waiting times, in the field names of vLLM's benchmark."""
+"""Requests that arrive over time, at an engine of this process or at a server: each caller's waiting times, in the
+field names of vLLM's benchmark."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,18 +14,36 @@ import numpy as np
 
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
-from llama_jax.errors import EngineFailed, Overloaded, RequestError
+from llama_jax.errors import EngineFailed, LlamaJaxError, Overloaded, RequestError
 from llama_jax.generation.engine import Engine, Request
 from llama_jax.measure.throughput import asked, meanwhile
 from llama_jax.measure.warming import warm_up
 from llama_jax.measure.workloads import Work
 from llama_jax.model.loaded import Model
+from llama_jax.remote import Remote
 
 TIMES = ("ttft", "tpot", "itl", "e2el")
 """Times in milliseconds: to the first token, per token behind it, between news of tokens, to the last token."""
 LIMITED = ("ttft", "tpot", "e2el")
 """Those that a request has one of, so that goodput can be counted by them."""
 PERCENTILES = (50, 95, 99)
+_TITLES = {
+    "ttft": ("Time to First Token", "TTFT"),
+    "tpot": ("Time per Output Token (excl. 1st token)", "TPOT"),
+    "itl": ("Inter-token Latency", "ITL"),
+    "e2el": ("End-to-end Latency", "E2EL"),
+}
+_COUNTS = {
+    "completed": "Successful requests:",
+    "failed": "Failed requests:",
+    "duration": "Benchmark duration (s):",
+    "total_input_tokens": "Total input tokens:",
+    "total_output_tokens": "Total generated tokens:",
+    "request_throughput": "Request throughput (req/s):",
+    "request_goodput": "Request goodput (req/s):",
+    "output_throughput": "Output token throughput (tok/s):",
+    "total_token_throughput": "Total token throughput (tok/s):",
+}
 
 
 @dataclass
@@ -34,14 +53,14 @@ class Record:
     Attributes:
       sent: when it was handed over; news: when tokens arrived, several of them at once perhaps.
       tokens: that it got in all.
-      refused: the engine had no room for it in its queue, or its logits were no numbers.
+      refused: why it got no answer, if it got none: there was no room in the queue, its logits were no numbers, ...
     """
 
     prompt_tokens: int
     sent: float
     news: list[float] = field(default_factory=list)
     tokens: int = 0
-    refused: bool = False
+    refused: str | None = None
 
     def times_ms(self) -> dict[str, list[float]]:
         """Each of `TIMES`; a request has one or none, but of `itl` many."""
@@ -78,7 +97,7 @@ def summary(records: Sequence[Record], duration: float, limits: Mapping[str, flo
       Counts and rates, and of each of `TIMES` mean_*_ms, median_*_ms, std_*_ms and the percentiles p50_*_ms, ...; None
       where no request has such a time. request_goodput is None without limits.
     """
-    done = [record for record in records if record.news and not record.refused]
+    done = [record for record in records if record.news and record.refused is None]
     times = [record.times_ms() for record in done]
     good = sum(all(value <= limits[name] for name in limits for value in each[name]) for each in times)
     tokens_in, tokens_out = sum(r.prompt_tokens for r in done), sum(r.tokens for r in done)
@@ -101,18 +120,34 @@ def summary(records: Sequence[Record], duration: float, limits: Mapping[str, flo
     return found
 
 
+def block(found: Mapping[str, Any]) -> list[str]:
+    """A `summary` as vLLM's `bench serve` prints it, line by line."""
+
+    def line(name: str, value: float) -> str:
+        return f"{name:<40} {value:<10}" if isinstance(value, int) else f"{name:<40} {value:<10.2f}"
+
+    lines = ["{:=^50}".format(" Serving Benchmark Result ")]
+    lines += [line(title, found[name]) for name, title in _COUNTS.items() if found[name] is not None]
+    for name, (title, short) in _TITLES.items():
+        lines.append(f"{title:-^50}")
+        for how in ("mean", "median", *(f"p{q}" for q in PERCENTILES)):
+            if (value := found[f"{how}_{name}_ms"]) is not None:
+                lines.append(line(f"{how.upper() if how[0] == 'p' else how.title()} {short} (ms):", value))
+    return [*lines, "=" * 50]
+
+
 @dataclass(frozen=True)
 class Served:
     """One run.
 
     Attributes:
-      ready_s: seconds until the engine could take requests; the same for all runs of one engine.
-      counts: what the engine did meanwhile (`throughput.meanwhile`).
+      ready_s: seconds until the engine could take requests; the same for all runs of one engine. None of a server.
+      counts: what the engine did meanwhile (`throughput.meanwhile`); None of a server.
     """
 
     summary: dict[str, Any]
-    counts: dict[str, Any]
-    ready_s: float
+    counts: dict[str, Any] | None = None
+    ready_s: float | None = None
 
 
 def serve(
@@ -139,34 +174,94 @@ async def _serve(made: Engine, rounds: Sequence[Sequence[Work]], limits: Mapping
     start, served = time.perf_counter(), []
     async with made as engine:
         ready_s = time.perf_counter() - start
+
+        async def ask(work: Work, record: Record) -> None:
+            async for piece in engine.stream(Request(list(work.prompt), asked(work))):
+                if piece.token_ids:
+                    record.news.append(time.perf_counter())
+                    record.tokens += len(piece.token_ids)
+                if piece.finish_reason == "error":
+                    record.refused = "its logits were no numbers"
+
         for first in warm_up(engine.settings, engine.model.config.vocab_size):
-            await _send(engine, first)
+            await _send(ask, first)
         for works in rounds:
             before: Snapshot = engine.snapshot()
-            start = time.perf_counter()
-            records = await _send(engine, works)
-            duration = time.perf_counter() - start
-            found = summary(records, duration, limits)
-            if not found["completed"]:
-                raise EngineFailed("no request was answered", hint="lower --rate, or try --dtype float32")
+            found = await _run(ask, works, limits)
             served.append(Served(found, meanwhile(before, engine.snapshot()), ready_s))
     return served
 
 
-async def _send(engine: Engine, works: Sequence[Work]) -> list[Record]:
-    start = time.perf_counter()
-    return await asyncio.gather(*(_one(engine, work, start) for work in works))
+def serve_remote(
+    remote: Remote, model: str, rounds: Sequence[Sequence[Work]], limits: Mapping[str, float]
+) -> list[Served]:
+    """`serve` for a server with OpenAI's completions: token ids in, the likeliest tokens out, ends of texts ignored.
 
+    Args:
+      model: the server's name of it.
 
-async def _one(engine: Engine, work: Work, start: float) -> Record:
-    await asyncio.sleep(start + work.arrival_s - time.perf_counter())
-    record = Record(len(work.prompt), time.perf_counter())
-    try:
-        async for piece in engine.stream(Request(list(work.prompt), asked(work))):
-            if piece.token_ids:
+    Raises:
+      NetworkError: the server cannot be reached.
+      RequestError: it refuses the first request, which is sent once before the others.
+      EngineFailed: it answers no request of a run.
+    """
+    check_limits(limits)
+
+    async def ask(work: Work, record: Record) -> None:
+        body = {
+            "model": model,
+            "prompt": list(work.prompt),
+            "max_tokens": work.output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True},
+        }
+        async for event in remote.events("/v1/completions", body):
+            if any(choice.get("text") or not choice.get("finish_reason") for choice in event.get("choices", ())):
                 record.news.append(time.perf_counter())
-                record.tokens += len(piece.token_ids)
-            record.refused |= piece.finish_reason == "error"
-    except Overloaded:
-        record.refused = True
-    return record
+            if usage := event.get("usage"):
+                record.tokens = usage["completion_tokens"]
+
+    async def run() -> list[Served]:
+        async with remote:
+            await ask(rounds[0][0], Record(0, 0.0))
+            return [Served(await _run(ask, works, limits, LlamaJaxError)) for works in rounds]
+
+    return asyncio.run(run())
+
+
+type Ask = Callable[[Work, Record], Awaitable[None]]
+"""Sends a request, and notes its news as they come."""
+
+
+async def _run(
+    ask: Ask, works: Sequence[Work], limits: Mapping[str, float], lost: type[LlamaJaxError] = Overloaded
+) -> dict[str, Any]:
+    """One run, as `summary` gives it."""
+    start = time.perf_counter()
+    records = await _send(ask, works, lost)
+    found = summary(records, time.perf_counter() - start, limits)
+    if not found["completed"]:
+        why = next(filter(None, (record.refused for record in records)), "no token came")
+        raise EngineFailed(f"no request was answered: {why}", hint="lower --rate, or try --dtype float32")
+    return found
+
+
+async def _send(ask: Ask, works: Sequence[Work], lost: type[LlamaJaxError] = Overloaded) -> list[Record]:
+    """Sends requests at their times.
+
+    Args:
+      lost: errors that lose one request; others end the run.
+    """
+    start = time.perf_counter()
+
+    async def one(work: Work) -> Record:
+        await asyncio.sleep(start + work.arrival_s - time.perf_counter())
+        record = Record(len(work.prompt), time.perf_counter())
+        try:
+            await ask(work, record)
+        except lost as error:
+            record.refused = str(error)
+        return record
+
+    return await asyncio.gather(*map(one, works))

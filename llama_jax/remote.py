@@ -1,0 +1,119 @@
+"""Servers with OpenAI's API, from the client's side."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from llama_jax.errors import EngineFailed, LlamaJaxError, NetworkError, Overloaded, RequestError
+
+if TYPE_CHECKING:
+    pass
+
+CONNECT_S, READ_S = 10.0, 600.0
+"""How long a connection, and the next piece of an answer, may take."""
+
+
+class Remote:
+    """A server, within `async with`.
+
+    Attributes:
+      url: without the path of a route.
+    """
+
+    def __init__(self, url: str, key: str | None = None):
+        """A server that is not asked anything yet; a URL that ends in /v1 is taken, too."""
+        self.url = url.rstrip("/").removesuffix("/v1")
+        if not self.url.startswith(("http://", "https://")):
+            raise RequestError(f"{url!r} is no URL of a server", param="url", hint="e.g. http://127.0.0.1:8000")
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+
+    async def __aenter__(self) -> Self:
+        import httpx2  # takes 0.1 s
+
+        self._client = httpx2.AsyncClient(
+            base_url=self.url,
+            headers=self._headers,
+            timeout=httpx2.Timeout(READ_S, connect=CONNECT_S),
+            limits=httpx2.Limits(max_connections=None),
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.aclose()
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The models that the server has, as it describes them.
+
+        Raises:
+          NetworkError: it cannot be reached.
+          LlamaJaxError: it refuses, or gives no such list.
+        """
+        with _network(self.url):
+            answer = await self._client.get("/v1/models")
+        if answer.status_code != 200:
+            raise _refusal(answer.status_code, answer.text)
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return [dict(model) for model in answer.json()["data"]]
+        raise NetworkError(f"{self.url}/v1/models gives no list of models", hint="is it a server with OpenAI's API?")
+
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The events of a streamed answer, as they come.
+
+        Raises:
+          NetworkError: the server cannot be reached, or has gone.
+          Overloaded: it takes no more requests at the moment.
+          RequestError: it refuses this one.
+          EngineFailed: it reports a fault of its own.
+        """
+        import httpx2
+
+        with _network(self.url):
+            async with self._client.stream("POST", path, json={**body, "stream": True}) as answer:
+                if answer.status_code != 200:
+                    raise _refusal(answer.status_code, (await answer.aread()).decode(errors="replace"))
+                async for event in httpx2.EventSource(answer):
+                    if event.data == "[DONE]":
+                        return
+                    found = json.loads(event.data)
+                    if "error" in found:
+                        raise EngineFailed(f"the server ended the answer: {_message(found)}", hint="look into its log")
+                    yield found
+        raise NetworkError(f"{self.url} ended an answer before its end", hint="look into the server's log")
+
+
+@contextlib.contextmanager
+def _network(url: str) -> Iterator[None]:
+    import httpx2
+
+    try:
+        yield
+    except httpx2.TransportError as error:
+        what = str(error) or type(error).__name__
+        raise NetworkError(
+            f"{url} does not answer: {what}", hint="is the server running, and the URL right?"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise NetworkError(f"{url} answers with what is no JSON: {error}", hint="is it OpenAI's API?") from error
+
+
+def _refusal(status: int, text: str) -> LlamaJaxError:
+    """What a status other than 200 means."""
+    message = text[:500]
+    with contextlib.suppress(ValueError):
+        message = _message(json.loads(text))
+    what = f"the server answers {status}: {message}"
+    if status in (401, 403):
+        return RequestError(what, param="api_key", hint="pass its key: --api-key, or LLAMA_JAX_API_KEY")
+    if status in (429, 503):
+        return Overloaded(what, hint="send it again later, or fewer at a time")
+    if 400 <= status < 500:
+        return RequestError(what, param="body", hint="another server may know other fields, models or ids")
+    return EngineFailed(what, hint="look into its log")
+
+
+def _message(found: Any) -> str:
+    error = found.get("error", found) if isinstance(found, dict) else found
+    return str(error.get("message", error)) if isinstance(error, dict) else str(error)

@@ -1,0 +1,114 @@
+"""Servers from the client's side: what they answer, and what goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from llama_jax.cli import cli
+from llama_jax.errors import EngineFailed, LlamaJaxError, NetworkError, Overloaded, RequestError
+from llama_jax.remote import Remote
+
+BODY = {"model": "m", "prompt": [1, 2]}
+
+
+@contextmanager
+def answering(*answers: bytes) -> Iterator[str]:
+    """The URL of a server that gives each connection the next of these answers, and closes it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            for answer in answers:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread.join(5)
+
+
+def answer(body: str, status: str = "200 OK", kind: str = "application/json", length: int | None = None) -> bytes:
+    size = len(body.encode()) if length is None else length
+    return f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {size}\r\n\r\n{body}".encode()
+
+
+def events(*found: Any, end: str = "data: [DONE]\n\n") -> str:
+    return "".join(f"data: {json.dumps(each)}\n\n" for each in found) + end
+
+
+def asked(url: str, key: str | None = None) -> list[dict[str, Any]]:
+    async def ask() -> list[dict[str, Any]]:
+        async with Remote(url, key) as remote:
+            return [event async for event in remote.events("/v1/completions", BODY)]
+
+    return asyncio.run(ask())
+
+
+def test_events_in_order_with_comments_between() -> None:
+    text = ": still there\n\n" + events({"choices": [{"text": "a"}]}, {"usage": {"completion_tokens": 1}})
+    with answering(answer(text, kind="text/event-stream")) as url:
+        assert asked(f"{url}/v1/") == [{"choices": [{"text": "a"}]}, {"usage": {"completion_tokens": 1}}]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        (answer('{"error": {"message": "no key"}}', "401 Unauthorized"), RequestError, "no key"),
+        (answer('{"error": {"message": "later"}}', "429 Too Many Requests"), Overloaded, "429: later"),
+        (answer('{"message": "no such field"}', "400 Bad Request"), RequestError, "no such field"),
+        (answer("<html>a proxy</html>", "502 Bad Gateway"), EngineFailed, "a proxy"),
+        (answer(events({"error": {"message": "NaN"}}), kind="text/event-stream"), EngineFailed, "NaN"),
+        (answer("data: {\n\n", kind="text/event-stream"), NetworkError, "no JSON"),
+        (answer("{}", kind="application/json"), NetworkError, "does not answer"),
+        (answer(events(BODY, end=""), kind="text/event-stream"), NetworkError, "before its end"),
+        (answer(events(BODY, end=""), kind="text/event-stream", length=999), NetworkError, "does not answer"),
+        (b"", NetworkError, "does not answer"),
+    ],
+)
+def test_what_goes_wrong(given: bytes, error: type[LlamaJaxError], said: str) -> None:
+    with answering(given) as url, pytest.raises(error, match=said) as caught:
+        asked(url)
+    assert caught.value.hint
+
+
+def test_nobody_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    done = CliRunner().invoke(cli, ["bench", "serve", "--url", f"http://127.0.0.1:{port}", "--requests", "1"])
+    assert done.exit_code == NetworkError.exit_code
+    assert "does not answer" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--url", "localhost:8000"], "no URL"),
+        (["--url", "http://localhost:1", "--rows", "3"], "--rows is of an engine"),
+        (["--url", "http://localhost:1", "--preset", "llama-3.2-1b"], "--preset is of an engine"),
+        (["--vocab", "100"], "--vocab is of a server"),
+    ],
+)
+def test_options_that_contradict_each_other(options: list[str], said: str) -> None:
+    done = CliRunner().invoke(cli, ["bench", "serve", *options])
+    assert done.exit_code == 2
+    assert said in done.output
+
+
+def test_the_model_that_is_asked_for() -> None:
+    models = answer(json.dumps({"data": [{"id": "tiny-chat"}, {"id": "other"}]}))
+    with answering(models) as url:
+        args = ["bench", "serve", "--url", url, "--served-model-name", "tiny-chet", "--requests", "1"]
+        done = CliRunner().invoke(cli, args)
+    assert done.exit_code == 3
+    assert "did you mean tiny-chat" in done.output
