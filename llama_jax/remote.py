@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
-from llama_jax.errors import EngineFailed, LlamaJaxError, NetworkError, Overloaded, RequestError
+from llama_jax.errors import (
+    EngineFailed,
+    LlamaJaxError,
+    ModelNotFound,
+    NetworkError,
+    Overloaded,
+    RequestError,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     pass
@@ -51,15 +59,36 @@ class Remote:
           NetworkError: it cannot be reached.
           LlamaJaxError: it refuses, or gives no such list.
         """
-        with _network(self.url):
-            answer = await self._client.get("/v1/models")
-        if answer.status_code != 200:
-            raise _refusal(answer.status_code, answer.text)
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            return [dict(model) for model in answer.json()["data"]]
+        with contextlib.suppress(TypeError, KeyError):
+            return [dict(model) for model in (await self._json("GET", "/v1/models"))["data"]]
         raise NetworkError(f"{self.url}/v1/models gives no list of models", hint="is it a server with OpenAI's API?")
 
-    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def model(self, name: str | None) -> dict[str, Any]:
+        """One of the models; the first without a name.
+
+        Raises:
+          ModelNotFound: there is none of that name; otherwise as for `models`.
+        """
+        models = await self.models()
+        names = [str(model.get("id")) for model in models]
+        found = next((model for model in models if model.get("id") and name in (None, model["id"])), None)
+        if found is None:
+            hint = did_you_mean(name or "", names) or f"it has {', '.join(names) or 'none'}"
+            raise ModelNotFound(f"{self.url} has no model {name or ''}".rstrip(), hint=hint)
+        return found
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a request that is not streamed; errors as for `events`."""
+        return dict(await self._json("POST", path, json=body))
+
+    async def _json(self, method: str, path: str, **options: Any) -> Any:
+        with _network(self.url):
+            answer = await self._client.request(method, path, **options)
+            if answer.status_code != 200:
+                raise _refusal(answer.status_code, answer.text)
+            return answer.json()
+
+    async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """The events of a streamed answer, as they come.
 
         Raises:

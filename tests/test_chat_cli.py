@@ -37,6 +37,7 @@ from llama_jax.cli.chat_conversation import (
     setting_names,
     with_setting,
 )
+from llama_jax.cli.chat_partner import Here
 from llama_jax.cli.chat_screen import Screen
 from llama_jax.cli.chat_session import COMMANDS, Session
 from llama_jax.errors import LlamaJaxError, RequestError, StorageError
@@ -68,7 +69,7 @@ def llm(loaded: Loaded) -> LLM:
 
 @pytest.fixture
 def session(llm: LLM) -> Session:
-    return Session(llm, Screen(), conversation=Conversation(), sampling=GREEDY, origin="test")
+    return Session(Here(llm), Screen(), conversation=Conversation(), sampling=GREEDY, origin="test")
 
 
 def mode(path: Path) -> int:
@@ -272,17 +273,18 @@ def test_commands(session: Session, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [session.handle(text) for text in ("/exit", "/bye", "/help")] == [False, False, True]
 
 
-def test_a_second_turn_does_not_pay_for_the_first(session: Session) -> None:
+def test_a_second_turn_does_not_pay_for_the_first(session: Session, llm: LLM) -> None:
     session.handle("tell me more " * 20)
     used = session.tokens_used(session.conversation)
+    assert used is not None
     assert used > 64
-    before = session.llm.snapshot().counts.prefix_hit_tokens
+    before = llm.snapshot().counts.prefix_hit_tokens
     session.handle("and more")
-    assert session.llm.snapshot().counts.prefix_hit_tokens - before >= used // 64 * 64
+    assert llm.snapshot().counts.prefix_hit_tokens - before >= used // 64 * 64
 
 
 def test_ctrl_c_while_a_prompt_is_read(
-    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    session: Session, llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is heard before the next chunk of the prompt, and the message is taken back."""
     monkeypatch.setattr(chat_session, "catch_interrupt", lambda **_: contextlib.nullcontext(lambda: True))
@@ -290,7 +292,7 @@ def test_ctrl_c_while_a_prompt_is_read(
     session.handle("tell me " * 60)
     assert session.conversation == before
     assert "your message was taken back" in capsys.readouterr().err
-    assert session.llm.snapshot().counts.running == 0
+    assert llm.snapshot().counts.running == 0
 
 
 @pytest.mark.parametrize("plain", [False, True])

@@ -7,15 +7,20 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from llama_jax.cli import cli
+from llama_jax.cli.chat_conversation import Conversation
+from llama_jax.cli.chat_partner import There, _fields
+from llama_jax.cli.chat_screen import Screen
+from llama_jax.cli.chat_session import Session
 from llama_jax.errors import EngineFailed, LlamaJaxError, NetworkError, Overloaded, RequestError
 from llama_jax.remote import Remote
+from llama_jax.sampling import Grammar, SamplingParams
 
 BODY = {"model": "m", "prompt": [1, 2]}
 
@@ -40,7 +45,8 @@ def answering(*answers: bytes) -> Iterator[str]:
 
 def answer(body: str, status: str = "200 OK", kind: str = "application/json", length: int | None = None) -> bytes:
     size = len(body.encode()) if length is None else length
-    return f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {size}\r\n\r\n{body}".encode()
+    head = f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {size}\r\nconnection: close\r\n\r\n"
+    return f"{head}{body}".encode()
 
 
 def events(*found: Any, end: str = "data: [DONE]\n\n") -> str:
@@ -94,8 +100,8 @@ def test_nobody_there() -> None:
     ("options", "said"),
     [
         (["--url", "localhost:8000"], "no URL"),
-        (["--url", "http://localhost:1", "--rows", "3"], "--rows is of an engine"),
-        (["--url", "http://localhost:1", "--preset", "llama-3.2-1b"], "--preset is of an engine"),
+        (["--url", "http://localhost:1", "--rows", "3"], "--rows is of a model in this process"),
+        (["--url", "http://localhost:1", "--preset", "llama-3.2-1b"], "--preset is of a model in this process"),
         (["--vocab", "100"], "--vocab is of a server"),
     ],
 )
@@ -103,6 +109,51 @@ def test_options_that_contradict_each_other(options: list[str], said: str) -> No
     done = CliRunner().invoke(cli, ["bench", "serve", *options])
     assert done.exit_code == 2
     assert said in done.output
+
+
+MODELS = answer(json.dumps({"data": [{"id": "tiny", "max_model_len": 64}]}))
+SAID = events(
+    {"choices": [{"delta": {"role": "assistant", "content": ""}}]},
+    {"choices": [{"delta": {"content": "Hel"}}]},
+    {"choices": [{"delta": {"content": "lo"}, "finish_reason": "length"}]},
+    {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 3}},
+)
+
+
+def test_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a server that counts tokens, and then of one that does not."""
+    answers = MODELS, answer('{"count": 7}'), answer(SAID, kind="text/event-stream"), answer("", "404 Not Found")
+    with answering(*answers, answer(SAID, kind="text/event-stream")) as url, closing(There(Remote(url), None)) as there:
+        sampling = SamplingParams(max_tokens=None, temperature=0.5, seed=4)
+        session = Session(there, Screen(), conversation=Conversation(), sampling=sampling, origin="test")
+        for text in ("Hi", "Again"):
+            session.handle(text)
+    assert [m["content"] for m in session.conversation.all_messages] == ["Hi", "Hello", "Again", "Hello"]
+    out, err = capsys.readouterr()
+    assert out == "Hello\nHello\n"
+    assert "3 tokens" in err
+    assert "context 10 of 64" in err
+
+
+def test_what_a_server_is_told() -> None:
+    """No more than what differs from its defaults: it need not know the rest."""
+    assert _fields(SamplingParams(max_tokens=None)) == {}
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    found = _fields(SamplingParams(max_tokens=5, top_k=3, stop="x", response_format=wanted))
+    assert found == {"max_tokens": 5, "top_k": 3, "stop": ("x",), "response_format": wanted}
+    regex = Grammar.regex("a+")
+    assert Grammar.of(regex.request) == regex
+
+
+def test_ctrl_c_while_a_server_thinks() -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with answering(MODELS, b"") as url, closing(There(Remote(url), None)) as there:
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)), pytest.raises(KeyboardInterrupt):  # which is served first
+            list(there.answer([{"role": "user", "content": "Hi"}], SamplingParams(), stop))
 
 
 def test_the_model_that_is_asked_for() -> None:

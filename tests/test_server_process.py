@@ -98,6 +98,16 @@ def test_openai_python(said: dict[str, Any]) -> None:
         theirs.models.list()
 
 
+def test_chat(said: dict[str, Any]) -> None:
+    command = [sys.executable, "-m", "llama_jax.cli", "chat", "--url", said["url"], "--max-tokens", "5", "--json"]
+    options = {"capture_output": True, "text": True, "env": os.environ | {"LLAMA_JAX_API_KEY": KEY}}
+    done = subprocess.run(command, input="Hi\nAnd?\n", **options)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert 0 < first["prompt_tokens"] < second["prompt_tokens"]
+    assert first["finish_reason"] in ("stop", "length")
+
+
 def test_bench_serve(said: dict[str, Any]) -> None:
     command = [sys.executable, "-m", "llama_jax.cli", "bench", "serve", "--url", said["url"], "--vocab", "60"]
     command += ["--mix", "mixed", "--scale", "0.3", "--requests", "12", "--rate", "50", "--rounds", "2", "--json"]

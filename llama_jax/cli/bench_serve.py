@@ -9,7 +9,6 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from llama_jax import __version__
 from llama_jax.cli.bench_options import (
@@ -21,9 +20,8 @@ from llama_jax.cli.bench_options import (
     rounds_option,
     subject_options,
 )
-from llama_jax.cli.options import LoadOptions, examples
-from llama_jax.cli.serve import KEY
-from llama_jax.errors import ModelNotFound, did_you_mean
+from llama_jax.cli.options import examples
+from llama_jax.cli.server_options import ServerOptions, server_options
 from llama_jax.measure.workloads import FIRST_ID, renamed
 from llama_jax.remote import Remote
 
@@ -66,15 +64,7 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     help="Limits that a request has to keep to count as good: of ttft, tpot, e2el.",
 )
 @rounds_option(1)
-@click.option(
-    "--url", metavar="URL", help="Send them to a server with OpenAI's API in place of an engine of this process."
-)
-@click.option(
-    "--api-key", envvar=KEY, metavar="KEY", help=f"Of the server. [also: {KEY}, which other users cannot see]"
-)
-@click.option(
-    "--served-model-name", "name", metavar="NAME", help="The server's name of the model. [default: its first one]"
-)
+@server_options
 @click.option(
     "--vocab",
     type=click.IntRange(FIRST_ID + 1),
@@ -88,9 +78,7 @@ def command(
     rate: float | None,
     limits: Mapping[str, float],
     rounds: int,
-    url: str | None,
-    api_key: str | None,
-    name: str | None,
+    server: ServerOptions,
     vocab: int,
     subject: Subject,
 ) -> None:
@@ -105,13 +93,11 @@ def command(
 
     check_limits(limits)
     rate = rate or math.inf
-    if url is None:
-        _refuse({"api_key", "name", "vocab"}, "is of a server: give --url")
+    of_engines = {field.name for field in fields(Subject)} - {"quiet", "out"}
+    if (remote := server.remote(of_engines, ("vocab",))) is None:
         result, served = _engine(requests, rate, limits, rounds, subject)
     else:
-        of_engines = {field.name for options in (Subject, LoadOptions) for field in fields(options)}
-        _refuse(of_engines - {"quiet", "out"}, "is of an engine in this process; leave it out with --url")
-        result, served = _server(Remote(url, api_key), name, vocab, requests, rate, limits, rounds, subject)
+        result, served = _server(remote, server.name, vocab, requests, rate, limits, rounds, subject)
     result |= {"request_rate": "inf" if rate == math.inf else rate, "goodput_limits_ms": dict(limits)}
     numbers = medians([one.summary for one in served])
     result |= {"ready_s": served[0].ready_s, **numbers, "rounds": [asdict(one) for one in served]}
@@ -167,19 +153,4 @@ def _server(
 async def _described(remote: Remote, name: str | None) -> dict[str, Any]:
     """A model as its server describes it."""
     async with remote:
-        models = await remote.models()
-    names = [str(model.get("id")) for model in models]
-    found = next((model for model in models if name in (None, model.get("id"))), None)
-    if found is None:
-        hint = did_you_mean(name or "", names) or f"it has {', '.join(names) or 'none'}"
-        raise ModelNotFound(f"{remote.url} has no model {name}", hint=hint)
-    return found
-
-
-def _refuse(names: set[str], why: str) -> None:
-    """Raises UsageError for an option of these that was given on the command line."""
-    context = click.get_current_context()
-    for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-        if given and parameter.name in names:
-            raise click.UsageError(f"{parameter.opts[-1]} {why}")
+        return await remote.model(name)

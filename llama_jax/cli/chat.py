@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +23,10 @@ from llama_jax.cli.options import (
     sampling_options,
 )
 from llama_jax.cli.progress import Reporter
+from llama_jax.cli.server_options import ServerOptions, server_options
+
+if TYPE_CHECKING:
+    from llama_jax.cli.chat_partner import Partner
 
 
 @click.command(
@@ -29,6 +35,7 @@ from llama_jax.cli.progress import Reporter
         "llama-jax chat",
         'llama-jax chat --system "You answer in one sentence." --temperature 0.3',
         "llama-jax chat --resume talk.json --history ~/.llama_jax_history",
+        "llama-jax chat --url http://127.0.0.1:8000",
         "printf 'Hello!\\nAnd who are you?\\n' | llama-jax chat --seed 1",
     ),
 )
@@ -42,6 +49,7 @@ from llama_jax.cli.progress import Reporter
 @drafts_option
 @draft_model_option
 @load_options
+@server_options
 @click.option(
     "--history",
     metavar="FILE",
@@ -62,13 +70,14 @@ def command(
     drafts: int,
     draft_model: str | None,
     loading: LoadOptions,
+    server: ServerOptions,
     history: Path | None,
     resume: Path | None,
     quiet: bool,
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Talk to a model; /help lists the commands.
+    """Talk to a model, in this process or with --url behind any server with OpenAI's API; /help lists the commands.
 
     Ctrl-C stops an answer, Ctrl-D leaves, Alt-Enter begins a new line. Nothing is written to disk unless you ask for it
     by --history or /save. In a pipe, every line is a message (or a block between two lines of three quotes), answers go
@@ -79,33 +88,47 @@ def command(
 
     # What can be wrong is looked at before the model is loaded, which may take minutes.
     check_drafts(drafts, draft_model)
+    remote = server.remote(("model", "drafts", "draft_model"))
     screen = Screen(as_json=as_json, quiet=quiet)
     conversation = Conversation() if resume is None else load_conversation(resume.expanduser())
     if system is not None:
         conversation = conversation.with_system(system)
     default_sampling({}, given(fields))
 
+    from llama_jax.cli.chat_partner import There
     from llama_jax.cli.chat_session import COMMANDS, Session
-    from llama_jax.generation.llm import LLM
-    from llama_jax.runtime import device_name
-    from llama_jax.text.chat import select_template
 
-    devices = requested_mesh(loading.mesh, loading.tp)
     read = screen.reader(
         None if history is None else history.expanduser(), [f"/{name}" for name in (*COMMANDS, "exit")]
     )
+    with contextlib.ExitStack() as stack:
+        partner: Partner
+        advised: Mapping[str, Any] = {}
+        if remote is None:
+            partner, advised = _here(model, loading, drafts, draft_model, quiet=quiet)
+        else:
+            partner = stack.enter_context(contextlib.closing(There(remote, server.name)))
+        sampling, origin = default_sampling(advised, given(fields))
+        session = Session(partner, screen, conversation=conversation, sampling=sampling, origin=origin)
+        if not quiet:
+            screen.note(f"{partner.name} on {partner.about}; /help lists commands")
+            if resume is not None:
+                screen.note(f"{len(conversation.all_messages)} messages from {resume}")
+        session.run(read)
+
+
+def _here(
+    model: str, loading: LoadOptions, drafts: int, draft_model: str | None, *, quiet: bool
+) -> tuple[Partner, Mapping[str, Any]]:
+    """A model in this process, and how its makers advise to sample."""
+    from llama_jax.cli.chat_partner import Here
+    from llama_jax.generation.llm import LLM
+    from llama_jax.text.chat import select_template
+
+    devices = requested_mesh(loading.mesh, loading.tp)
     with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = loading.load(model, devices, reporter)
         draft = loading.load_draft(draft_model, loaded, tokenizer, reporter)
         reporter.warn_of_unused_gpu()
     select_template(tokenizer.chat_templates, None, has_tools=False)
-    sampling, origin = default_sampling(loaded.generation_config, given(fields))
-    llm = LLM(loaded, tokenizer, rows=1, drafts=drafts, draft=draft)
-    session = Session(llm, screen, conversation=conversation, sampling=sampling, origin=origin)
-    if not quiet:
-        screen.note(
-            f"{loaded.name} on {device_name(loaded.device, loaded.mesh)} in {loaded.dtype.name}; /help lists commands"
-        )
-        if resume is not None:
-            screen.note(f"{len(conversation.all_messages)} messages from {resume}")
-    session.run(read)
+    return Here(LLM(loaded, tokenizer, rows=1, drafts=drafts, draft=draft)), loaded.generation_config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,16 +20,12 @@ from llama_jax.cli.chat_conversation import (
     setting_names,
     with_setting,
 )
+from llama_jax.cli.chat_partner import Partner
 from llama_jax.cli.chat_screen import Reader, Screen
 from llama_jax.cli.terminal import catch_interrupt, print_error, print_json, write_text
-from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError, did_you_mean
-from llama_jax.generation.llm import LLM
+from llama_jax.errors import LlamaJaxError, RequestError, did_you_mean
 from llama_jax.generation.outputs import StreamOutput
-from llama_jax.model.loaded import Model
-from llama_jax.runtime import device_name
 from llama_jax.sampling import SamplingParams
-from llama_jax.text.chat import encode_chat
-from llama_jax.text.tokenizer import Tokenizer
 
 NARROW = 70
 """Columns below which the line after an answer is short."""
@@ -37,32 +33,22 @@ NARROW = 70
 
 @dataclass(eq=False, repr=False)
 class Session:
-    """A model, a conversation and a screen.
+    """A partner, a conversation and a screen.
 
     Attributes:
-      llm: the model, whose engine remembers the conversation's keys and values.
       conversation: as far as it has come; an error leaves it as it was before.
       sampling: for the next answer. With a seed, answer i takes seed + i, so that /retry gives another one.
       origin: where the sampling fields that the user did not set come from.
       answers: how many answers were begun.
     """
 
-    llm: LLM
+    partner: Partner
     screen: Screen
     _: KW_ONLY
     conversation: Conversation
     sampling: SamplingParams
     origin: str
     answers: int = 0
-
-    @property
-    def model(self) -> Model:
-        return self.llm.model
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        assert self.llm.tokenizer is not None
-        return self.llm.tokenizer
 
     def run(self, read: Reader) -> None:
         """Answers until the input ends or the user leaves.
@@ -92,17 +78,20 @@ class Session:
             self._answer(self.conversation.asked(entered))
         return True
 
-    def tokens_used(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> int:
-        """Tokens that a conversation takes of the context."""
+    def tokens_used(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> int | None:
+        """Tokens that a conversation takes of the context; None where the partner cannot tell."""
         messages = conversation.all_messages
-        if not messages:
-            return 0
-        return len(encode_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt))
+        return self.partner.tokens(messages, add_generation_prompt=add_generation_prompt) if messages else 0
+
+    def context_text(self, used: int | None) -> str:
+        """How much of the context is used."""
+        known = (str(number) if number is not None else "unknown" for number in (used, self.partner.context))
+        return " of ".join(known)
 
     def _answer(self, asked: Conversation) -> None:
         """Answers the last message of `asked`, and keeps both if an answer came, finished or not."""
-        ids = encode_chat(self.tokenizer, asked.all_messages)
-        params = self._params(asked, len(ids))
+        used = self.tokens_used(asked, add_generation_prompt=True)
+        params = self._params(asked, used)
         text, last = "", None
         with catch_interrupt(signals=[signal.SIGINT]) as interrupted, self.screen.reading() as show:
 
@@ -112,8 +101,9 @@ class Session:
                 show(done, total)
 
             try:
-                for last in self._stream(ids, params, progress):
-                    show(len(ids), len(ids))
+                self.answers += 1
+                for last in self.partner.answer(asked.all_messages, params, progress):
+                    show(0, 0)
                     text += last.text
                     if not self.screen.as_json:
                         write_text(last.text)
@@ -132,29 +122,19 @@ class Session:
             write_text("\n")
         self.screen.note(self._account(last, params))
 
-    def _stream(
-        self, ids: list[int], params: SamplingParams, progress: Callable[[int, int], None]
-    ) -> Iterator[StreamOutput]:
-        stream = self.llm.stream(ids, params, progress=progress)
-        self.answers += 1
-        try:
-            yield from stream
-        except DoesNotFit as error:
-            raise DoesNotFit(
-                f"the device's memory is too small for {len(ids)} tokens of conversation and an answer",
-                hint="/trim drops the oldest turns, /set max_tokens N makes answers shorter",
-            ) from error
-
-    def _params(self, asked: Conversation, used: int) -> SamplingParams:
+    def _params(self, asked: Conversation, used: int | None) -> SamplingParams:
         """The sampling parameters of the next answer, which has the rest of the context.
 
         Raises:
           RequestError: there is no room for an answer.
         """
-        context = self.model.config.context_length
+        p, context = self.sampling, self.partner.context
+        seed = None if p.seed is None else (p.seed + self.answers) % 2**64
+        if used is None or context is None:
+            return dataclasses.replace(p, seed=seed)
         if used >= context:
             alone = self.tokens_used(asked.without_first_turns(len(asked.turns) - 1), add_generation_prompt=True)
-            fits = alone < context
+            fits = alone is not None and alone < context
             whole = f"the context is full: the conversation has {used} tokens with this message"
             raise RequestError(
                 f"{whole if fits else f'the message alone is too long: it takes {alone} tokens'}, the model's context "
@@ -162,7 +142,7 @@ class Session:
                 param="messages",
                 hint="/trim drops the oldest turns, /clear all of them" if fits else "send a shorter one",
             )
-        p, room = self.sampling, context - used
+        room = context - used
         if p.min_tokens > room:
             raise RequestError(
                 f"min_tokens is {p.min_tokens}, and the context has room for {room}",
@@ -170,12 +150,11 @@ class Session:
                 hint="/trim drops the oldest turns, /set min_tokens 0 does without",
             )
         limit = room if p.max_tokens is None else min(p.max_tokens, room)
-        seed = None if p.seed is None else (p.seed + self.answers) % 2**64
         return dataclasses.replace(p, max_tokens=limit, seed=seed)
 
     def _account(self, last: StreamOutput, params: SamplingParams) -> str:
         """One line about an answer: speed, tokens, context and an unusual end."""
-        context = self.model.config.context_length
+        context = self.partner.context
         used = last.prompt_tokens + last.generation_tokens
         rate = f"{last.generation_tps:.1f} tok/s" if last.generation_tokens > 1 else f"{last.ttft_s:.2f} s"
         end = ""
@@ -184,14 +163,15 @@ class Session:
         elif last.finish_reason == "error":
             end = "ended: the model's next logits were no numbers"
         elif last.finish_reason == "length":
-            end = f"max_tokens={params.max_tokens} reached" if used < context else "context full: /trim or /clear"
+            full = context is not None and used >= context
+            end = "context full: /trim or /clear" if full else f"max_tokens={params.max_tokens} reached"
         if self.screen.columns < NARROW:
-            parts = [rate, f"{last.prompt_tokens}+{last.generation_tokens}/{context}", end]
+            parts = [rate, f"{last.prompt_tokens}+{last.generation_tokens}" + (f"/{context}" if context else ""), end]
         else:
             parts = [
                 f"{last.generation_tokens} tokens, {rate}",
                 f"prompt {last.prompt_tokens} tokens, {last.prompt_tps:.0f} tok/s, first after {last.ttft_s:.2f} s",
-                f"context {used} of {context}",
+                f"context {self.context_text(used)}" if context else "",
                 end,
             ]
         return "; ".join(part for part in parts if part)
@@ -239,13 +219,13 @@ def _set(session: Session, argument: str) -> None:
 
 
 def _show(session: Session, argument: str) -> None:
-    model, conversation = session.model, session.conversation
+    partner, conversation = session.partner, session.conversation
     default = SamplingParams(max_tokens=None)
     rows = {
-        "model": f"{model.name}, {model.dtype.name} on {device_name(model.device)}",
+        "model": f"{partner.name} on {partner.about}",
         "system": "none" if conversation.system is None else conversation.system,
         "turns": len(conversation.turns),
-        "context": f"{session.tokens_used(conversation)} of {model.config.context_length} tokens used",
+        "context": f"{session.context_text(session.tokens_used(conversation))} tokens used",
         "sampling": f"as set here, else from {session.origin}",
     }
     for name in setting_names():
@@ -284,13 +264,21 @@ def _trim(session: Session, argument: str) -> None:
             )
         count = int(argument)
     else:
-        context = session.model.config.context_length
-        count = 0
-        while count < turns and session.tokens_used(session.conversation.without_first_turns(count)) > context // 2:
+        context, count = session.partner.context, 0
+        while (used := session.tokens_used(session.conversation.without_first_turns(count))) is not None:
+            if context is None or count == turns or used <= context // 2:
+                break
             count += 1
+        if context is None or used is None:
+            raise RequestError(
+                f"{session.partner.about} does not tell how full the context is",
+                param="/trim",
+                hint="/trim N drops N turns",
+            )
     session.conversation = session.conversation.without_first_turns(count)
     used = session.tokens_used(session.conversation)
-    session.screen.note(f"{count} turns dropped, {turns - count} left: {used} tokens")
+    known = "" if used is None else f": {used} tokens"
+    session.screen.note(f"{count} turns dropped, {turns - count} left{known}")
 
 
 def _save(session: Session, argument: str) -> None:

@@ -63,6 +63,13 @@ class Grammar:
         """A text of a context-free grammar, whose rule `start` is the whole text."""
         return cls("lark", grammar)
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """The `response_format` that asks for it (see `of`)."""
+        if self.kind == "json_schema":
+            return {"type": "json_schema", "json_schema": {"name": "answer", "schema": json.loads(self.text)}}
+        return {"type": "grammar", "syntax": self.kind, "definition": self.text}
+
     @classmethod
     def of(cls, response_format: Any) -> Self | None:
         """What a `response_format` asks for, in OpenAI's shapes; None for any text.

@@ -1,0 +1,176 @@
+"""Whom a chat is with: a model in this process, or one behind a server with OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from llama_jax.errors import DoesNotFit, LlamaJaxError
+from llama_jax.generation.llm import LLM
+from llama_jax.generation.outputs import StreamOutput
+from llama_jax.remote import Remote
+from llama_jax.runtime import device_name
+from llama_jax.sampling import Grammar, SamplingParams
+from llama_jax.text.chat import encode_chat
+
+Messages = Sequence[Mapping[str, Any]]
+
+PATIENCE_S = 0.1
+"""How often somebody who waits for a server is asked whether to go on."""
+
+
+class Partner(Protocol):
+    """Whom a chat is with.
+
+    Attributes:
+      name: of the model; about: where it is.
+      context: tokens that it can take; None where that is not known.
+    """
+
+    name: str
+    about: str
+    context: int | None
+
+    def tokens(self, messages: Messages, *, add_generation_prompt: bool = True) -> int | None:
+        """Tokens of messages in the model's template; None where that cannot be told."""
+        ...
+
+    def answer(
+        self, messages: Messages, params: SamplingParams, progress: Callable[[int, int], None]
+    ) -> Iterator[StreamOutput]:
+        """Pieces of an answer as they come.
+
+        Args:
+          progress: called now and then with the tokens read and all of them; what it raises ends the answer.
+        """
+        ...
+
+
+class Here:
+    """A `Partner` in this process."""
+
+    def __init__(self, llm: LLM):
+        """The engine remembers the conversation's keys and values."""
+        model = llm.model
+        self.llm, self.name = llm, model.name
+        self.context: int | None = model.config.context_length
+        self.about = f"{device_name(model.device, model.mesh)} in {model.dtype.name}"
+
+    def tokens(self, messages: Messages, *, add_generation_prompt: bool = True) -> int | None:
+        """See `Partner`."""
+        return len(self._encoded(messages, add_generation_prompt=add_generation_prompt))
+
+    def answer(
+        self, messages: Messages, params: SamplingParams, progress: Callable[[int, int], None]
+    ) -> Iterator[StreamOutput]:
+        """See `Partner`."""
+        ids = self._encoded(messages, add_generation_prompt=True)
+        try:
+            yield from self.llm.stream(ids, params, progress=progress)
+        except DoesNotFit as error:
+            raise DoesNotFit(
+                f"the device's memory is too small for {len(ids)} tokens of conversation and an answer",
+                hint="/trim drops the oldest turns, /set max_tokens N makes answers shorter",
+            ) from error
+
+    def _encoded(self, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
+        assert self.llm.tokenizer is not None
+        return encode_chat(self.llm.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+
+class There:
+    """A `Partner` behind a server; `close` ends the connection."""
+
+    def __init__(self, remote: Remote, name: str | None):
+        """Asks the server for its models.
+
+        Raises:
+          NetworkError: it cannot be reached.
+          ModelNotFound: it has no model of that name.
+        """
+        self._runner, self._remote = asyncio.Runner(), remote
+        try:
+            self._runner.run(remote.__aenter__())
+            model = self._runner.run(remote.model(name))
+        except BaseException:
+            self.close()
+            raise
+        self.name, self.about = str(model["id"]), remote.url
+        self.context: int | None = model.get("max_model_len")
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._runner.run(self._remote.__aexit__())
+        self._runner.close()
+
+    def tokens(self, messages: Messages, *, add_generation_prompt: bool = True) -> int | None:
+        """See `Partner`. Servers without vLLM's /tokenize cannot tell."""
+        body = {"model": self.name, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        try:
+            count = self._runner.run(self._remote.post("/tokenize", body)).get("count")
+        except LlamaJaxError:
+            return None
+        return count if isinstance(count, int) else None
+
+    def answer(
+        self, messages: Messages, params: SamplingParams, progress: Callable[[int, int], None]
+    ) -> Iterator[StreamOutput]:
+        """See `Partner`."""
+        body = {"model": self.name, "messages": list(messages), "stream_options": {"include_usage": True}}
+        events = self._remote.events("/v1/chat/completions", body | _fields(params))
+        start, first, pieces, end = time.perf_counter(), None, 0, None
+        usage: dict[str, int] = {}
+        try:
+            while (event := self._runner.run(_next(events, progress))) is not None:
+                usage = event.get("usage") or usage
+                for choice in event.get("choices", ()):
+                    text = choice.get("delta", {}).get("content") or ""
+                    end = choice.get("finish_reason") or end
+                    if text:
+                        first = time.perf_counter() if first is None else first
+                        pieces += 1
+                        yield _piece(text, None, {"completion_tokens": pieces}, start, first)
+            yield _piece("", end, {"completion_tokens": pieces} | usage, start, first)
+        finally:
+            self._runner.run(events.aclose())
+
+
+def _piece(text: str, end: Any, usage: Mapping[str, int], start: float, first: float | None) -> StreamOutput:
+    first = time.perf_counter() if first is None else first
+    count, prompt = usage["completion_tokens"], usage.get("prompt_tokens", 0)
+    return StreamOutput(
+        text=text,
+        token=-1,
+        logprobs=None,
+        prompt_tokens=prompt,
+        prompt_tps=prompt / max(first - start, 1e-9),
+        generation_tokens=count,
+        generation_tps=(count - 1) / max(time.perf_counter() - first, 1e-9),
+        ttft_s=first - start,
+        finish_reason=end,
+    )
+
+
+async def _next(events: Any, progress: Callable[[int, int], None]) -> dict[str, Any] | None:
+    """The next event, None behind the last; meanwhile `progress` may end the wait."""
+    coming = asyncio.ensure_future(anext(events, None))
+    try:
+        while not (await asyncio.wait([coming], timeout=PATIENCE_S))[0]:
+            progress(0, 0)
+        return coming.result()
+    finally:
+        coming.cancel()
+        await asyncio.wait([coming])
+
+
+def _fields(params: SamplingParams) -> dict[str, Any]:
+    """Fields of a request: those that differ from a server's defaults, as a server need not know the others."""
+    defaults = SamplingParams(max_tokens=None)
+    found = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
+    found = {name: value for name, value in found.items() if value != getattr(defaults, name)}
+    if grammar := Grammar.of(params.response_format):
+        found["response_format"] = grammar.request
+    return found
