@@ -1,0 +1,71 @@
+"""What a model thinks before it answers, where its family has marks for it."""
+
+from __future__ import annotations
+
+from llama_jax.text.tools.deltas import Delta, Reasoning, Text
+
+MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+"""Between which a model thinks: Qwen3, SmolLM3, DeepSeek's distillations; Magistral."""
+
+
+def reasoning_of(template: str) -> tuple[str, str] | None:
+    """Return the marks around the reasoning of a model with this chat template; None if it has none."""
+    return next((marks for marks in MARKS if marks[1] in template), None)
+
+
+class ReasoningParser:
+    """Tells the reasoning from the answer behind it. What it gives out does not depend on how the text is cut.
+
+    Reasoning stands at the start of an answer, or nowhere. Spaces around both of its marks are dropped.
+    """
+
+    def __init__(self, marks: tuple[str, str], *, prompt: str = ""):
+        """Begin at the start of an answer.
+
+        Args:
+          prompt: what precedes it, or its end; some templates end by the mark with which reasoning begins.
+        """
+        self._begin, self._end = marks
+        self._state = "inside" if prompt.rstrip().endswith(self._begin) else "start"
+        self._pending, self._thought = "", False
+
+    def feed(self, text: str) -> list[Delta]:
+        """Take more of the text; return what is certain now."""
+        self._pending += text
+        deltas: list[Delta] = []
+        if self._state == "start":
+            stripped = self._pending.lstrip()
+            if stripped.startswith(self._begin):
+                self._state, self._pending = "inside", stripped[len(self._begin) :]
+            elif not self._begin.startswith(stripped):
+                self._state = "outside"
+        if self._state == "inside":
+            deltas += self._inside()
+        if self._state == "behind" and (stripped := self._pending.lstrip()):
+            self._state, self._pending = "outside", stripped
+        if self._state == "outside" and self._pending:
+            deltas.append(Text(self._pending))
+            self._pending = ""
+        return deltas
+
+    def finish(self) -> list[Delta]:
+        """Return what is left at the end of the text."""
+        left, self._pending = self._pending, ""
+        if self._state == "inside":
+            return [Reasoning(left)] if left.strip() else []
+        return [Text(left)] if left and self._state == "start" else []
+
+    def _inside(self) -> list[Delta]:
+        if not self._thought:
+            self._pending = self._pending.lstrip()
+        thought, mark, rest = self._pending.partition(self._end)
+        if mark:
+            self._state, self._pending = "behind", rest
+            thought = thought.rstrip()
+        else:
+            longest = min(len(self._end) - 1, len(thought))
+            held = next((n for n in range(longest, 0, -1) if self._end.startswith(thought[-n:])), 0)
+            thought = thought[: len(thought) - held].rstrip()
+            self._pending = self._pending[len(thought) :]
+        self._thought = self._thought or bool(thought)
+        return [Reasoning(thought)] if thought else []
