@@ -32,6 +32,7 @@ from llama_jax.text.tools import (
     reasoning_of,
     tools_of,
 )
+from llama_jax.text.tools.grammars import beside
 from llama_jax.text.tools.json_object import JsonObject
 from llama_jax.text.tools.parser import joined
 from llama_jax.text.tools.python_literal import keywords
@@ -327,6 +328,24 @@ def test_grammars_allow_calls_and_nothing_else(tokenizer: Tokenizer, name: str, 
             jsonschema.validate(arguments, SCHEMAS[tool])
     assert len(called) >= 6
     assert max(called) == 1 or several
+
+
+def test_grammars_of_calls_beside_others(tokenizer: Tokenizer) -> None:
+    """A schema may be met instead of a call, and reasoning that the prompt has begun ends first."""
+    calls = FORMATS["hermes"].grammar(TOOLS[1:], False, json.dumps)
+    grammar = Grammar.lark(beside(calls, answer=json.dumps(SCHEMAS["get_weather"]), reasoning_end="</think>"))
+
+    def allowed(text: str) -> bool:
+        matcher = GrammarMatcher.of(grammar, tokenizer, tokenizer.vocab_size, (2,))
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            matcher.accept(token)
+        return matcher.ended
+
+    call, answer = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>', '{"at":{"x":1}}'
+    assert allowed(f"so {{}}\n</think>\n\n{call}")
+    assert allowed(f"so</think>{answer}")
+    assert not allowed(call)
+    assert not allowed(f"so</think>{answer}{call}")
 
 
 def test_a_control_token_is_spelled_as_one(tokenizer: Tokenizer) -> None:

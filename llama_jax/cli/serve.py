@@ -59,6 +59,12 @@ KEY = "LLAMA_JAX_API_KEY"
     metavar="NAME",
     help="The model's name for clients. May be repeated. [default: MODEL, of a path its last part]",
 )
+@click.option(
+    "--tool-parser",
+    default="",
+    metavar="NAME",
+    help="How the model writes calls of tools. [default: what its chat template says]",
+)
 @click.option("--rows", type=click.IntRange(1), help="Sequences that run at once. [default: 8 on a CPU, else 256]")
 @click.option("--context", type=click.IntRange(2), help="Tokens of a sequence. [default: the model's, 4096 on a CPU]")
 @click.option("--pages", type=click.IntRange(1), help="Of the cache. [default: what the memory has room for]")
@@ -95,6 +101,7 @@ def command(
     keys: tuple[str, ...],
     hosts: tuple[str, ...],
     names: tuple[str, ...],
+    tool_parser: str,
     rows: int | None,
     context: int | None,
     pages: int | None,
@@ -117,11 +124,14 @@ def command(
     /metrics and /version. --json prints one object, with the address, once it answers. See docs/server.md.
     """
     from llama_jax.server.settings import Limits, ServerSettings
+    from llama_jax.text.tools import format_named
 
     if ssl_keyfile and not ssl_certfile:
         raise click.UsageError("--ssl-keyfile needs --ssl-certfile")
     lower = tuple(name.lower() for name in hosts)
     settings = ServerSettings(host, port, keys, lower, drain_s, Limits(body=max_body))
+    if tool_parser:
+        format_named(tool_parser)
 
     import asyncio
     import logging
@@ -153,7 +163,7 @@ def command(
             compiling=reporter.compiled,
         )
         names = names or (served_name(model),)
-        served = Served(engine, tokenizer, names, settings, Metrics(names[0], engine.snapshot))
+        served = Served(engine, tokenizer, names, settings, Metrics(names[0], engine.snapshot), tool_parser)
         shown = f"[{host}]" if ":" in host else host
         url = f"http{'s' if ssl_certfile else ''}://{shown}:{listening.getsockname()[1]}"
 

@@ -56,7 +56,7 @@ class Piece:
       index: of the continuation.
       text: what is new; often empty while a character or a possible stop string is incomplete.
       token_ids: new ones; logprobs: of them, if they were asked for.
-      finish_reason: of its last piece.
+      finish_reason, stop_reason: of its last piece, as in `CompletionOutput`.
       output: of the whole request, with its very last piece.
     """
 
@@ -66,6 +66,7 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: FinishReason | None = None
     output: RequestOutput | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(eq=False)
@@ -261,7 +262,7 @@ class Engine:
         logprobs = tuple(answer.logprobs[news.copy][-new:]) if answer.params.logprobs is not None and new else None
         if output is not None:
             del self._streams[answer]
-        stream.send(Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output))
+        stream.send(Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output, row.stop_reason))
 
     def _fail(self, error: Exception) -> None:
         """Ends every request with a typed error, and begins afresh; if that fails too, the engine has ended."""

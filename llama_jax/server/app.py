@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,26 +18,32 @@ from starlette.types import ASGIApp
 from llama_jax import __version__
 from llama_jax.errors import EngineFailed, LlamaJaxError, RequestError
 from llama_jax.generation import encode_prompt
-from llama_jax.server.answering import answer, events
-from llama_jax.server.asking import asked, text_messages
-from llama_jax.server.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decoded
+from llama_jax.server.answering import answer, chunks
+from llama_jax.server.asking import Asked, asked, chat_ids
+from llama_jax.server.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decoded, given
+from llama_jax.server.dialects import Dialect, OpenAI
 from llama_jax.server.errors import Failure, Refused
 from llama_jax.server.guard import Guard
 from llama_jax.server.responses import EventStream, failure_response, json_response, until_gone
 from llama_jax.server.served import Served
-from llama_jax.text.chat import encode_chat
+from llama_jax.server.tooling import offer_of
 
 IGNORED_HEADER = "x-llama-jax-ignored"
+DIALECTS: dict[str, Dialect[Any]] = {
+    "/v1/chat/completions": OpenAI(ChatBody),
+    "/v1/completions": OpenAI(CompletionBody),
+}
+"""By their routes."""
 
 
 def application(served: Served) -> ASGIApp:
     """Return the server as an ASGI application; its engine is running."""
 
-    async def chat_completions(request: Request) -> Response:
-        return await _generate(served, request, ChatBody)
+    def generating(dialect: Dialect[Any]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return await _generate(served, request, dialect)
 
-    async def completions(request: Request) -> Response:
-        return await _generate(served, request, CompletionBody)
+        return endpoint
 
     async def models(request: Request) -> Response:
         return json_response({"object": "list", "data": [_model(served, name) for name in served.names]})
@@ -78,8 +86,7 @@ def application(served: Served) -> ASGIApp:
 
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
+            *(Route(path, generating(dialect), methods=["POST"]) for path, dialect in DIALECTS.items()),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
             Route("/tokenize", tokenize, methods=["POST"]),
@@ -108,17 +115,26 @@ def readiness(served: Served) -> tuple[str, str]:
     return "ready", ""
 
 
-async def _generate(served: Served, request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
-    body = await _read(served, request, kind)
-    wanted = await asyncio.to_thread(asked, served, body)
+async def _generate(served: Served, request: Request, dialect: Dialect[Any]) -> Response:
+    body = await _read(served, request, dialect.body)
+    wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
     headers = {IGNORED_HEADER: ", ".join(wanted.ignored)} if wanted.ignored else {}
     name, tenant = secrets.token_hex(12), request.state.tenant
     if wanted.streamed:
-        stream = events(served, wanted, name, tenant)
-        return EventStream(stream, served.settings.limits.keep_alive_s, headers)
+        events = _events(dialect, body, wanted, chunks(served, wanted, name, tenant))
+        return EventStream(events, served.settings.limits.keep_alive_s, headers, dialect.failed)
     async with until_gone(request.receive):
         made = await answer(served, wanted, name, tenant)
-    return json_response(made, headers=headers)
+    return json_response(dialect.whole(body, made), headers=headers)
+
+
+async def _events(
+    dialect: Dialect[Any], body: Any, wanted: Asked, source: AsyncGenerator[dict[str, Any]]
+) -> AsyncGenerator[bytes]:
+    """The events of a stream; closing it ends the request."""
+    async with aclosing(source), aclosing(dialect.events(body, wanted, source)) as events:
+        async for event in events:
+            yield event
 
 
 async def _read[T](served: Served, request: Request, kind: type[T]) -> T:
@@ -141,8 +157,9 @@ def _tokenized(served: Served, body: TokenizeBody) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give one of prompt and messages", param="prompt", hint='e.g. {"prompt": "Hello"}')
     if body.messages is not None:
-        messages = text_messages(body.messages)
-        return encode_chat(served.tokenizer, messages, add_generation_prompt=body.add_generation_prompt)
+        fields = given(body)
+        offer = offer_of(served, fields)
+        return chat_ids(served, fields, offer, add_generation_prompt=body.add_generation_prompt)
     if body.prompt and body.add_special_tokens:
         return encode_prompt(served.tokenizer, body.prompt)
     return served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)

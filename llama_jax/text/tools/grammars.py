@@ -56,6 +56,25 @@ def llama_pythonic(tools: Sequence[Tool], several: bool, spelled: Spelled) -> st
     return "\n".join(rules) + "\n"
 
 
+def beside(calls: str, *, answer: str = "", reasoning_end: str = "") -> str:
+    """Return the grammar of calls or something else.
+
+    Args:
+      calls: a grammar of calls.
+      answer: a JSON schema, of which the text may be instead.
+      reasoning_end: what ends the reasoning that comes first, within which the text begins.
+    """
+    either = "calls | answer" if answer else "calls"
+    rules = [f"start: {'reasoning SPACES ' if reasoning_end else ''}({either})", calls.replace("start:", "calls:", 1)]
+    if reasoning_end:
+        rules += [f"reasoning[suffix={json.dumps(reasoning_end)}]: /(.|\\n)*/", "SPACES: /[ \\n]*/"]
+    if answer:
+        schema = json.loads(answer)
+        dense = {"x-guidance": {"whitespace_flexible": False}, **schema} if isinstance(schema, dict) else schema
+        rules.append(f"answer: %json {json.dumps(dense, ensure_ascii=False)}")
+    return "\n".join(rules) + "\n"
+
+
 def _objects(tools: Sequence[Tool], key: str) -> str:
     """The rule `object`: the name of a tool and, under `key`, its arguments."""
     rules = [f"object: {' | '.join(f'object_{i}' for i in range(len(tools)))}"]

@@ -10,7 +10,7 @@ from typing import Any
 from llama_jax.errors import RequestError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""The APIs in which answers are asked for: all of them are translated into OpenAI's chats and completions, and back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, Protocol
+
+import msgspec
+
+from llama_jax.server.asking import Asked
+from llama_jax.server.bodies import ChatBody, CompletionBody
+from llama_jax.server.errors import Failure
+from llama_jax.server.sse import DONE, event
+
+
+class Dialect[Body: msgspec.Struct](Protocol):
+    """How one API asks and is answered.
+
+    Attributes:
+      body: of its requests.
+    """
+
+    body: type[Body]
+
+    def asking(self, body: Body) -> ChatBody | CompletionBody:
+        """Return what a body means to OpenAI's API. Raises RequestError where it means nothing there."""
+        ...
+
+    def whole(self, body: Body, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return an answer of OpenAI's API as this one has it."""
+        ...
+
+    def events(self, body: Body, asked: Asked, chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+        """Return the server-sent events for the chunks of an answer, whose last one has the counts of tokens if they
+        were asked for."""
+        ...
+
+    def failed(self, failure: Failure) -> bytes:
+        """Return the events that end a stream by an error."""
+        ...
+
+
+class OpenAI[Body: (ChatBody, CompletionBody)]:
+    """/v1/chat/completions or /v1/completions."""
+
+    def __init__(self, body: type[Body]):
+        self.body: type[Body] = body
+
+    def asking(self, body: Body) -> Body:
+        """See `Dialect`."""
+        return body
+
+    def whole(self, body: Body, answer: dict[str, Any]) -> dict[str, Any]:
+        """See `Dialect`."""
+        return answer
+
+    async def events(self, body: Body, asked: Asked, chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+        """See `Dialect`."""
+        async for chunk in chunks:
+            yield event(chunk)
+        yield DONE
+
+    def failed(self, failure: Failure) -> bytes:
+        """See `Dialect`."""
+        return event(failure.body) + DONE

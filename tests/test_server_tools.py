@@ -1,0 +1,213 @@
+"""Tools over HTTP: what the model is told of them, what it is held to, and how clients read its calls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+from engines import small_settings
+from served_model import Server, tiny_model
+from tiny_chat_model import TOOL_TEMPLATE
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", 'R"o\\me']}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "?", "parameters": PARAMETERS}}
+NOW = {"type": "function", "function": {"name": "now"}}
+TOOLS = [WEATHER, NOW]
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "sunny"}]}
+SIZES = small_settings(context=512, pages=96)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server") / "tiny"
+    with (
+        asyncio.Runner() as runner,
+        Server(*tiny_model(folder, template=TOOL_TEMPLATE, context=512), runner, sizes=SIZES) as made,
+    ):
+        yield made
+
+
+def streamed(events: list[Any]) -> tuple[dict[str, Any], str]:
+    """The message that a client of OpenAI's puts together, by the index of the calls, and why it has ended."""
+    message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": []}
+    reasons = []
+    for event in events:
+        for choice in event["choices"]:
+            reasons.append(choice["finish_reason"])
+            delta = choice["delta"]
+            for name in ("content", "reasoning_content"):
+                message[name] += delta.get(name) or ""
+            for part in delta.get("tool_calls", ()):
+                if part["index"] == len(message["tool_calls"]):
+                    assert part["type"] == "function"
+                    message["tool_calls"].append({"id": part["id"], **part["function"]})
+                else:
+                    assert part.keys() == {"index", "function"}
+                    message["tool_calls"][part["index"]]["arguments"] += part["function"]["arguments"]
+    assert reasons[:-1] == [None] * (len(reasons) - 1)
+    return message, reasons[-1]
+
+
+def scripted(server: Server, text: str, *, stream: bool = False, **body: Any) -> Any:
+    """An answer whose text is given: the tools are the template's, so that the text is free for a grammar."""
+    pattern = {"type": "grammar", "syntax": "lark", "definition": f"start: {json.dumps(text)}"}
+    kwargs = {"builtin_tools": ["get_weather", "now"], **body.pop("kwargs", {})}
+    answer = server.chat(response_format=pattern, chat_template_kwargs=kwargs, stream=stream, **body)
+    assert answer.status == 200, answer.data
+    return answer.events if stream else answer.json["choices"][0]
+
+
+@pytest.mark.parametrize("choice", [NAMED, "required"])
+def test_a_call_that_is_asked_for(server: Server, choice: Any) -> None:
+    """Whatever a model of random weights prefers, it calls the tool, with arguments of its schema."""
+    for seed in range(3):
+        body = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False, "seed": seed, "max_tokens": 100}
+        made = server.chat(**body).json["choices"][0]
+        assert (made["finish_reason"], made["message"]["content"]) == ("tool_calls", None)
+        (call,) = made["message"]["tool_calls"]
+        assert call["type"] == "function"
+        arguments = json.loads(call["function"]["arguments"])
+        if choice is NAMED:
+            assert call["function"]["name"] == "get_weather"
+        if call["function"]["name"] == "get_weather":
+            jsonschema.validate(arguments, PARAMETERS)
+        message, reason = streamed(server.chat(stream=True, **body).events)
+        assert (message["content"], reason) == ("", "tool_calls")
+        (part,) = message["tool_calls"]
+        assert {key: part[key] for key in ("name", "arguments")} == call["function"]
+        assert len({part["id"], call["id"]}) == 2
+
+
+def test_calls_of_a_free_answer(server: Server) -> None:
+    text = 'Well. \n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>\n'
+    text += '<tool_call>\n{"name": "now"}\n</tool_call>'
+    made = scripted(server, text, logprobs=True)
+    assert (made["finish_reason"], made["message"]["content"]) == ("tool_calls", "Well.")
+    calls = [call["function"] for call in made["message"]["tool_calls"]]
+    assert calls == [{"name": "get_weather", "arguments": '{"city": "Oslo"}'}, {"name": "now", "arguments": "{}"}]
+    events = scripted(server, text, stream=True, logprobs=True)
+    message, reason = streamed(events)
+    assert (message["content"], reason) == ("Well.", "tool_calls")
+    assert [{k: call[k] for k in ("name", "arguments")} for call in message["tool_calls"]] == calls
+    assert sum(bool(choice["delta"].get("tool_calls")) for e in events for choice in e["choices"]) > 4
+    logprobs = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
+    assert [one for of in logprobs for one in of["content"]] == made["logprobs"]["content"]
+    (first,) = scripted(server, text, parallel_tool_calls=False)["message"]["tool_calls"]
+    assert first["function"]["name"] == "get_weather"
+    cut = scripted(server, text, max_tokens=12)
+    assert cut["finish_reason"] == "length"
+
+
+def test_reasoning(server: Server) -> None:
+    """Where the prompt opens it, and where the answer does; behind it there may be calls."""
+    text = 'so\n</think>\n\n<tool_call>\n{"name": "now"}\n</tool_call>'
+    for script, kwargs in ((text, {"enable_thinking": True}), ("<think>\n" + text, {})):
+        made = scripted(server, script, kwargs=kwargs)
+        message, reason = streamed(scripted(server, script, kwargs=kwargs, stream=True))
+        assert made["message"]["reasoning_content"] == message["reasoning_content"] == "so"
+        assert made["message"]["tool_calls"][0]["function"]["name"] == message["tool_calls"][0]["name"] == "now"
+        assert made["finish_reason"] == reason == "tool_calls"
+    plain = server.chat("Hi<think>", max_tokens=3).json["choices"][0]["message"]
+    assert "reasoning_content" not in plain
+
+
+def test_a_schema_or_a_call(server: Server) -> None:
+    """With tools and a schema, an answer is one or the other."""
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
+    format = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    body = {"tools": [NOW], "parallel_tool_calls": False, "response_format": format, "max_tokens": 60, "seed": 1}
+    likely = {begin: {str(server.tokenizer.encode(begin)[-1]): 100} for begin in ("<", "{")}
+    made = server.chat(logit_bias=likely["<"], **body).json["choices"][0]
+    assert (made["finish_reason"], made["message"]["content"]) == ("tool_calls", None)
+    assert made["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
+    made = server.chat(logit_bias=likely["{"], **body).json["choices"][0]
+    assert (made["finish_reason"], json.loads(made["message"]["content"])) == ("stop", {"a": "x"})
+
+
+def test_what_the_template_is_told(server: Server) -> None:
+    def text(**body: Any) -> str:
+        return server.tokenizer.decode(server.post("/tokenize", **body).json["tokens"], skip_special_tokens=False)
+
+    messages = [{"role": "user", "content": "w?"}, CALLED, RESULT]
+    told = text(messages=messages, tools=[NOW])
+    assert told.startswith('<|im_start|>system\n{"type": "function", "function": {"name": "now"}}\n')
+    assert told.endswith(
+        "user\nw?<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>tool\nsunny<|im_end|>\n<|im_start|>assistant\n"
+    )
+    alone = server.chat(max_tokens=1).json["usage"]["prompt_tokens"]
+    assert server.chat(max_tokens=1, tools=TOOLS, tool_choice="none").json["usage"]["prompt_tokens"] == alone
+    assert server.chat(max_tokens=1, tools=TOOLS).json["usage"]["prompt_tokens"] > alone
+    assert server.post("/v1/chat/completions", messages=messages, max_tokens=1).status == 200
+
+
+def test_strict_tools_are_named_where_nothing_holds_them(server: Server) -> None:
+    strict = {"type": "function", "function": {"name": "now", "strict": True}}
+    assert server.chat(tools=[strict], max_tokens=1).headers["x-llama-jax-ignored"] == "tools.function.strict"
+    held = server.chat(tools=[strict], tool_choice="required", parallel_tool_calls=False, max_tokens=60)
+    assert "x-llama-jax-ignored" not in held.headers
+
+
+def ends(server: Server, *messages: Any, **body: Any) -> tuple[int, str]:
+    answer = server.post("/v1/chat/completions", messages=[{"role": "user", "content": "w?"}, *messages], **body)
+    return answer.status, answer.json["error"]["param"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": "sometimes", "tools": TOOLS},
+        {"tool_choice": {"type": "function", "function": {"name": "other"}}, "tools": TOOLS},
+        {"tools": [WEATHER, WEATHER]},
+        {"tools": [{"type": "function", "function": {"name": "a\n"}}]},
+        {"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+        {
+            "tools": [
+                {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": 3}}}}}
+            ],
+            "tool_choice": "required",
+        },
+        {"chat_template_kwargs": {"chat_template": "x"}},
+        {"chat_template_kwargs": {"bos_token": "x"}},
+        {"response_format": {"type": "grammar", "syntax": "regex", "definition": "a"}, "tools": TOOLS},
+    ],
+)
+def test_requests_that_are_wrong(server: Server, body: dict[str, Any]) -> None:
+    status, param = ends(server, **body)
+    assert status == 400
+    assert param == next(iter(body))
+
+
+def test_conversations_that_are_wrong(server: Server) -> None:
+    for messages in (
+        [RESULT],
+        [CALLED, RESULT | {"tool_call_id": "other"}],
+        [{"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": "[1]"}}]}],
+        [{"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": "{"}}]}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
+        [{"role": "assistant", "tool_calls": {"a": 1}}],
+    ):
+        assert ends(server, *messages) == (400, "messages")
+
+
+def test_a_model_without_tools(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("server") / "plain"
+    with asyncio.Runner() as runner, Server(*tiny_model(folder), runner) as plain:
+        answer = plain.chat(tools=TOOLS)
+        assert (answer.status, answer.json["error"]["param"]) == (400, "tools")
+        assert plain.chat(tools=[], tool_choice="none", max_tokens=1).status == 200
