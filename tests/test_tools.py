@@ -74,15 +74,20 @@ CASES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ),
     ("hermes", f'<tool_call>{{"name": "add", "arguments": {json.dumps(SPELLED)}}}', "", [("add", WEATHER[1])]),
     ("hermes", '<tool_call>{"name": "add", "arguments": null} and more', "and more", [("add", {})]),
-    ("mistral", f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {SPELLED}}}]', "", [WEATHER]),
+    ("tool_calls", f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {SPELLED}}}]', "", [WEATHER]),
     (
-        "mistral",
+        "tool_calls",
         f'[TOOL_CALLS][{{"name": "add", "arguments": {{}}}}, {{"name": "get_weather", "arguments": {SPELLED}}}]',
         "",
         [("add", {}), WEATHER],
     ),
-    ("mistral_args", f"[TOOL_CALLS]get_weather[CALL_ID]abcdefghi[ARGS]{SPELLED}", "", [WEATHER]),
-    ("mistral_args", f"Well[TOOL_CALLS]add[ARGS]{{}}[TOOL_CALLS]get_weather{SPELLED}", "Well", [("add", {}), WEATHER]),
+    ("tool_calls_args", f"[TOOL_CALLS]get_weather[CALL_ID]abcdefghi[ARGS]{SPELLED}", "", [WEATHER]),
+    (
+        "tool_calls_args",
+        f"Well[TOOL_CALLS]add[ARGS]{{}}[TOOL_CALLS]get_weather{SPELLED}",
+        "Well",
+        [("add", {}), WEATHER],
+    ),
     ("llama_json", f'{{"name": "get_weather", "parameters": {SPELLED}}}', "", [WEATHER]),
     (
         "llama_json",
@@ -242,8 +247,8 @@ def test_other_expressions_are_no_literals(text: str) -> None:
 
 REAL = {
     "hermes": ('<tools>{{ tool | tojson }}</tools> ... <tool_call>\n{"name": <function-name>', "qwen3_style"),
-    "mistral": ("[AVAILABLE_TOOLS] ... [TOOL_CALLS] [", "mistral_style"),
-    "mistral_args": ("'[TOOL_CALLS]' + name + '[ARGS]'", None),
+    "tool_calls": ("[AVAILABLE_TOOLS] ... [TOOL_CALLS] [", "mistral_style"),
+    "tool_calls_args": ("'[TOOL_CALLS]' + name + '[ARGS]'", None),
     "llama_json": ('<|eom_id|> ipython {"name": "f", "parameters": {}}', "llama31_style"),
     "llama_pythonic": ("ipython [func_name1(params_name1=params_value1)] <|python_start|>", None),
 }
@@ -350,7 +355,7 @@ def test_grammars_of_calls_beside_others(tokenizer: Tokenizer) -> None:
 
 def test_a_control_token_is_spelled_as_one(tokenizer: Tokenizer) -> None:
     control = tokenizer.special_tokens["<file_sep>"]
-    grammar = FORMATS["mistral"].grammar(TOOLS[1:], False, lambda _: f"<[{control}]>")
+    grammar = FORMATS["tool_calls"].grammar(TOOLS[1:], False, lambda _: f"<[{control}]>")
     written = drawn(tokenizer, Grammar.lark(grammar), 0)
     assert written is not None
     assert written.startswith('<file_sep>[{"name": "add", "arguments": {')

@@ -36,7 +36,7 @@ def openai_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def mistral_id() -> str:
+def short_id() -> str:
     """Return a new id of a call, of nine letters and digits: Mistral's templates refuse any other."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
@@ -71,9 +71,9 @@ _LLAMA_MARKS = (
     Mark(";", behind=True),
 )
 _LLAMA_CONTROL = ("<|python_tag|>", "<|python_start|>", "<|python_end|>")
-_MISTRAL_HEAD = re.compile(r"\s*\[\s*|\s*(?P<name>[\w.-]{1,128})(\[CALL_ID\]\w*)?(\[ARGS\])?\s*")
-_MISTRAL_MARKS = (
-    Mark("[TOOL_CALLS]", functools.partial(calls.Headed, pattern=_MISTRAL_HEAD)),
+_TOOL_CALLS_HEAD = re.compile(r"\s*\[\s*|\s*(?P<name>[\w.-]{1,128})(\[CALL_ID\]\w*)?(\[ARGS\])?\s*")
+_TOOL_CALLS_MARKS = (
+    Mark("[TOOL_CALLS]", functools.partial(calls.Headed, pattern=_TOOL_CALLS_HEAD)),
     Mark("{", calls.NamedObject, kept=True, behind=True),
     Mark(",", behind=True),
     Mark("]", behind=True),
@@ -91,19 +91,19 @@ FORMATS: dict[str, ToolFormat] = {
         grammars.hermes,
         ("<tool_call>", "</tool_call>"),
     ),
-    "mistral": ToolFormat(
+    "tool_calls": ToolFormat(
         lambda template: "[TOOL_CALLS]" in template and "[ARGS]" not in template,
-        functools.partial(ToolParser, _MISTRAL_MARKS),
-        grammars.mistral,
+        functools.partial(ToolParser, _TOOL_CALLS_MARKS),
+        grammars.tool_calls,
         ("[TOOL_CALLS]",),
-        mistral_id,
+        short_id,
     ),
-    "mistral_args": ToolFormat(
+    "tool_calls_args": ToolFormat(
         lambda template: "[TOOL_CALLS]" in template and "[ARGS]" in template,
-        functools.partial(ToolParser, _MISTRAL_MARKS),
-        grammars.mistral_args,
+        functools.partial(ToolParser, _TOOL_CALLS_MARKS),
+        grammars.tool_calls_args,
         ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
-        mistral_id,
+        short_id,
     ),
     # Every Llama writes both forms at times, so both are read.
     "llama_pythonic": ToolFormat(

@@ -28,13 +28,13 @@ def hermes(tools: Sequence[Tool], several: bool, spelled: Spelled) -> str:
     return f'start: call{more}\ncall: {begin} "\\n" object "\\n" {end}\n{_objects(tools, "arguments")}'
 
 
-def mistral(tools: Sequence[Tool], several: bool, spelled: Spelled) -> str:
+def tool_calls(tools: Sequence[Tool], several: bool, spelled: Spelled) -> str:
     """Return the grammar of [TOOL_CALLS] with an array of calls."""
     more = ' (", " object)*' if several else ""
     return f'start: {spelled("[TOOL_CALLS]")} "[" object{more} "]"\n{_objects(tools, "arguments")}'
 
 
-def mistral_args(tools: Sequence[Tool], several: bool, spelled: Spelled) -> str:
+def tool_calls_args(tools: Sequence[Tool], several: bool, spelled: Spelled) -> str:
     """Return the grammar of [TOOL_CALLS]name[ARGS]{...}."""
     mark, args = spelled("[TOOL_CALLS]"), spelled("[ARGS]")
     calls = [f"{mark} {json.dumps(tool.name)} {args} arguments_{i}" for i, tool in enumerate(tools)]
