@@ -1,4 +1,4 @@
-"""`llama-jax serve`: a model behind OpenAI's API."""
+"""`llama-jax serve`: a model behind the APIs of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
@@ -118,10 +118,11 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Answer OpenAI's clients over HTTP with MODEL, by default the bundled one.
+    """Answer OpenAI's and Anthropic's clients over HTTP with MODEL, by default the bundled one.
 
-    It answers /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health/live, /health/ready,
-    /metrics and /version. --json prints one object, with the address, once it answers. See docs/server.md.
+    It answers /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /tokenize, /detokenize,
+    /health/live, /health/ready, /metrics and /version. --json prints one object, with the address, once it answers.
+    See docs/server.md.
     """
     from llama_jax.server.settings import Limits, ServerSettings
     from llama_jax.text.tools import format_named

@@ -19,9 +19,10 @@ from llama_jax import __version__
 from llama_jax.errors import EngineFailed, LlamaJaxError, RequestError
 from llama_jax.generation import encode_prompt
 from llama_jax.server.answering import answer, chunks
+from llama_jax.server.apis import DIALECTS, Dialect
+from llama_jax.server.apis.anthropic import CountBody, chat_of
 from llama_jax.server.asking import Asked, asked, chat_ids
-from llama_jax.server.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decoded, given
-from llama_jax.server.dialects import Dialect, OpenAI
+from llama_jax.server.bodies import ChatBody, DetokenizeBody, TokenizeBody, decoded, given
 from llama_jax.server.errors import Failure, Refused
 from llama_jax.server.guard import Guard
 from llama_jax.server.responses import EventStream, failure_response, json_response, until_gone
@@ -29,11 +30,6 @@ from llama_jax.server.served import Served
 from llama_jax.server.tooling import offer_of
 
 IGNORED_HEADER = "x-llama-jax-ignored"
-DIALECTS: dict[str, Dialect[Any]] = {
-    "/v1/chat/completions": OpenAI(ChatBody),
-    "/v1/completions": OpenAI(CompletionBody),
-}
-"""By their routes."""
 
 
 def application(served: Served) -> ASGIApp:
@@ -57,6 +53,11 @@ def application(served: Served) -> ASGIApp:
         body = await _read(served, request, TokenizeBody)
         ids = await asyncio.to_thread(_tokenized, served, body)
         return json_response({"tokens": ids, "count": len(ids), "max_model_len": served.capacity})
+
+    async def count_tokens(request: Request) -> Response:
+        body = await _read(served, request, CountBody)
+        ids = await asyncio.to_thread(lambda: _chat_tokenized(served, chat_of(body)))
+        return json_response({"input_tokens": len(ids)})
 
     async def detokenize(request: Request) -> Response:
         body = await _read(served, request, DetokenizeBody)
@@ -82,13 +83,14 @@ def application(served: Served) -> ASGIApp:
         if isinstance(error, HTTPException):
             code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
             error = Refused(error.status_code, error.detail, code=code, headers=error.headers)
-        return failure_response(Failure.of(error))
+        return failure_response(Failure.of(error), request.url.path)
 
     app = Starlette(
         routes=[
             *(Route(path, generating(dialect), methods=["POST"]) for path, dialect in DIALECTS.items()),
             Route("/v1/models", models),
             Route("/v1/models/{name:path}", model),
+            Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
             Route("/health/live", live),
@@ -153,13 +155,18 @@ def _model(served: Served, name: str) -> dict[str, Any]:
 
 
 def _tokenized(served: Served, body: TokenizeBody) -> list[int]:
-    served.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give one of prompt and messages", param="prompt", hint='e.g. {"prompt": "Hello"}')
     if body.messages is not None:
-        fields = given(body)
-        offer = offer_of(served, fields)
-        return chat_ids(served, fields, offer, add_generation_prompt=body.add_generation_prompt)
+        return _chat_tokenized(served, body, add_generation_prompt=body.add_generation_prompt)
+    served.check_model(body.model)
     if body.prompt and body.add_special_tokens:
         return encode_prompt(served.tokenizer, body.prompt)
     return served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+
+
+def _chat_tokenized(served: Served, body: TokenizeBody | ChatBody, **options: Any) -> list[int]:
+    served.check_model(body.model)
+    fields = given(body)
+    offer = offer_of(served, fields)
+    return chat_ids(served, fields, offer, **options)

@@ -65,7 +65,7 @@ class Guard:
             await send(message)
 
         async def refuse(error: BaseException) -> None:
-            response = failure_response(Failure.of(error))
+            response = failure_response(Failure.of(error), scope["path"])
             response.headers["connection"] = "close"  # the body has not been read
             await response(scope, receive, sending)
 

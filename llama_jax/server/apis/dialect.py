@@ -1,4 +1,4 @@
-"""The APIs in which answers are asked for: all of them are translated into OpenAI's chats and completions, and back."""
+"""The protocol of an API: how its requests become those of OpenAI's chats and completions, and the answers its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import msgspec
 from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, CompletionBody
 from llama_jax.server.errors import Failure
-from llama_jax.server.sse import DONE, event
 
 
 class Dialect[Body: msgspec.Struct](Protocol):
@@ -35,31 +34,6 @@ class Dialect[Body: msgspec.Struct](Protocol):
         were asked for."""
         ...
 
-    def failed(self, failure: Failure) -> bytes:
-        """Return the events that end a stream by an error."""
+    def failed(self, failure: Failure, sent: int) -> bytes:
+        """Return the events that end a stream by an error, after `sent` others."""
         ...
-
-
-class OpenAI[Body: (ChatBody, CompletionBody)]:
-    """/v1/chat/completions or /v1/completions."""
-
-    def __init__(self, body: type[Body]):
-        self.body: type[Body] = body
-
-    def asking(self, body: Body) -> Body:
-        """See `Dialect`."""
-        return body
-
-    def whole(self, body: Body, answer: dict[str, Any]) -> dict[str, Any]:
-        """See `Dialect`."""
-        return answer
-
-    async def events(self, body: Body, asked: Asked, chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes]:
-        """See `Dialect`."""
-        async for chunk in chunks:
-            yield event(chunk)
-        yield DONE
-
-    def failed(self, failure: Failure) -> bytes:
-        """See `Dialect`."""
-        return event(failure.body) + DONE
