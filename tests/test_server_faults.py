@@ -14,8 +14,9 @@ import pytest
 from asgi_client import call, opened
 from served_model import Server, tiny_model
 
-from llama_jax.server.app import readiness
+from llama_jax.server.answers import StatusAnswer
 from llama_jax.server.settings import Limits
+from llama_jax.server.status import readiness
 
 LONG = {"ignore_eos": True, "max_tokens": 100}
 CHAT = "/v1/chat/completions"
@@ -123,14 +124,14 @@ def test_a_device_that_hangs(model: Any, runner: asyncio.Runner, monkeypatch: py
 
         async def run() -> None:
             async with opened(server.app, "POST", CHAT, MESSAGES | {"max_tokens": 2}) as asked:
-                await server.until(lambda: readiness(server.served)[0] == "stalled")
+                await server.until(lambda: readiness(server.served).status == "stalled")
                 assert (await call(server.app, "GET", "/health/ready")).status == 503
                 go.set()
                 await asyncio.wait_for(asyncio.shield(asked.task), 60)
                 assert asked.answer.status == 200
 
         server.run(run())
-        assert readiness(server.served) == ("ready", "")
+        assert readiness(server.served) == StatusAnswer("ready")
 
 
 def test_overload(model: Any, runner: asyncio.Runner) -> None:
@@ -181,10 +182,10 @@ def test_an_engine_that_fails(model: Any, runner: asyncio.Runner, monkeypatch: p
             assert (streamed.status, whole.status) == (200, 503)
             assert "the device is lost" in whole.json["error"]["message"]
             if not last:
-                server.run(server.until(lambda: readiness(server.served) == ("ready", "")))
+                server.run(server.until(lambda: readiness(server.served) == StatusAnswer("ready")))
                 assert server.chat(max_tokens=2).status == 200
-        assert readiness(server.served)[0] == "failed"
-        server.run(server.until(lambda: "the device is lost" in readiness(server.served)[1]))
+        assert readiness(server.served).status == "failed"
+        server.run(server.until(lambda: "the device is lost" in str(readiness(server.served).reason)))
         assert server.call("GET", "/health/ready").status == 503
         assert server.chat().status == 503
         assert server.call("GET", "/health/live").status == 200

@@ -19,7 +19,7 @@ from llama_jax.server.reading import ChatReader
 from llama_jax.server.served import Served
 from llama_jax.server.settings import Limits
 from llama_jax.server.tooling import Offer, form_of, offer_of, reader_of, shows_control, template_variables
-from llama_jax.text.chat import encode_chat
+from llama_jax.text.chat import encode_chat, render_chat, select_template
 
 _TAIL = 16
 """Tokens of a prompt's end that say whether the answer begins within reasoning."""
@@ -80,6 +80,15 @@ def chat_ids(served: Served, fields: Mapping[str, Any], offer: Offer, **options:
     variables = template_variables(served, fields.get("chat_template_kwargs", {}))
     messages = text_messages(fields["messages"])
     return encode_chat(served.tokenizer, messages, tools=offer.shown, **variables, **options)
+
+
+def chat_text(served: Served, fields: Mapping[str, Any], offer: Offer, **options: Any) -> str:
+    """Return what the chat template makes of a conversation, for people: control tokens that a message spells out look
+    like the template's own. Arguments and errors are those of `chat_ids`."""
+    variables = template_variables(served, fields.get("chat_template_kwargs", {}))
+    template = select_template(served.tokenizer.chat_templates, None, has_tools=offer.shown is not None)
+    messages, names = text_messages(fields["messages"]), served.tokenizer.special_tokens_map
+    return render_chat(messages, template, special_tokens=names, tools=offer.shown, **variables, **options)
 
 
 def _chat(served: Served, fields: dict[str, Any]) -> Asked:

@@ -25,13 +25,12 @@ def text_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     for i, message in enumerate(messages):
         role = "system" if message["role"] == "developer" else message["role"]
         made = {**message, "role": role, "content": _content(message.get("content"), i)}
-        if message.get("tool_calls"):
-            made["tool_calls"] = calls = _calls(message["tool_calls"], i)
+        calls = _calls(made.pop("tool_calls", None), i)
+        if calls:
+            made["tool_calls"] = calls
             names |= {call["id"]: call["function"]["name"] for call in calls}
-        else:
-            made.pop("tool_calls", None)
-            if made["content"] is None and role != "assistant":
-                raise _bad(f"message {i} has no content", "give a text")
+        elif made["content"] is None and role != "assistant":
+            raise _bad(f"message {i} has no content", "give a text")
         if role == "tool":
             made.setdefault("name", names.get(_called(message, names, i)))
         plain.append(made)
@@ -55,7 +54,9 @@ def _text(part: Any, message: int) -> str:
 
 def _calls(calls: Any, message: int) -> list[dict[str, Any]]:
     """The calls of an assistant's message."""
-    made = []
+    made: list[dict[str, Any]] = []
+    if calls is None:
+        return made
     for call in calls if isinstance(calls, list) else [None]:
         match call:
             case {"id": str(name_of_call), "function": {"name": str(name), "arguments": str(arguments)}}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llama_jax.server.answers import ChatAnswer, CompletionAnswer
 from llama_jax.server.apis.anthropic import Messages
 from llama_jax.server.apis.dialect import Dialect
 from llama_jax.server.apis.openai import OpenAI
@@ -11,8 +12,8 @@ from llama_jax.server.apis.responses import Responses
 from llama_jax.server.bodies import ChatBody, CompletionBody
 
 DIALECTS: dict[str, Dialect[Any]] = {
-    "/v1/chat/completions": OpenAI(ChatBody),
-    "/v1/completions": OpenAI(CompletionBody),
+    "/v1/chat/completions": OpenAI(ChatBody, ChatAnswer, "Answer a conversation"),
+    "/v1/completions": OpenAI(CompletionBody, CompletionAnswer, "Continue texts"),
     "/v1/messages": Messages(),
     "/v1/responses": Responses(),
 }

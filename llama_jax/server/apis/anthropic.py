@@ -10,10 +10,12 @@ from typing import Any
 import msgspec
 
 from llama_jax.errors import RequestError
+from llama_jax.server.answers import MessagesAnswer
 from llama_jax.server.apis.parts import Change, End, Part, changes, end_of, parts_of
 from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, StreamOptions
 from llama_jax.server.errors import Failure, anthropic_body
+from llama_jax.server.fields import RequiredPositive, Share, Temperature, TopK, Turns
 from llama_jax.server.sse import event
 
 
@@ -21,7 +23,7 @@ class CountBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /v1/messages/count_tokens."""
 
     model: str
-    messages: list[dict[str, Any]]
+    messages: Turns
     system: str | list[dict[str, Any]] | None = None
     thinking: dict[str, Any] | None = None
     tool_choice: dict[str, Any] | None = None
@@ -33,14 +35,14 @@ class CountBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class MessagesBody(CountBody, kw_only=True):
     """Body of POST /v1/messages."""
 
-    max_tokens: int
+    max_tokens: RequiredPositive
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Temperature = None
+    top_k: TopK = None
+    top_p: Share = None
 
 
 def chat_of(body: CountBody) -> ChatBody:
@@ -75,7 +77,9 @@ def chat_of(body: CountBody) -> ChatBody:
 class Messages:
     """/v1/messages."""
 
+    summary = "Answer a conversation, as Anthropic's API does"
     body = MessagesBody
+    answer: type[msgspec.Struct] = MessagesAnswer
 
     def asking(self, body: MessagesBody) -> ChatBody:
         """See `Dialect`."""

@@ -16,10 +16,12 @@ class Dialect[Body: msgspec.Struct](Protocol):
     """How one API asks and is answered.
 
     Attributes:
-      body: of its requests.
+      summary: of what is asked for; body, answer: types of requests and answers.
     """
 
+    summary: str
     body: type[Body]
+    answer: type[msgspec.Struct]
 
     def asking(self, body: Body) -> ChatBody | CompletionBody:
         """Return what a body means to OpenAI's API. Raises RequestError where it means nothing there."""

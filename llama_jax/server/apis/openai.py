@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+import msgspec
+
 from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, CompletionBody
 from llama_jax.server.errors import Failure
@@ -14,8 +16,10 @@ from llama_jax.server.sse import DONE, event
 class OpenAI[Body: (ChatBody, CompletionBody)]:
     """/v1/chat/completions or /v1/completions."""
 
-    def __init__(self, body: type[Body]):
+    def __init__(self, body: type[Body], answer: type[msgspec.Struct], summary: str):
+        """Make the API of one kind of bodies and answers."""
         self.body: type[Body] = body
+        self.answer, self.summary = answer, summary
 
     def asking(self, body: Body) -> Body:
         """See `Dialect`."""

@@ -11,10 +11,12 @@ from typing import Any
 import msgspec
 
 from llama_jax.errors import RequestError
+from llama_jax.server.answers import ResponsesAnswer
 from llama_jax.server.apis.parts import Change, End, Part, changes, end_of, parts_of
 from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, StreamOptions
 from llama_jax.server.errors import Failure
+from llama_jax.server.fields import Positive, Share, Temperature
 from llama_jax.server.sse import event
 
 
@@ -25,7 +27,7 @@ class ResponsesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     instructions: str | None = None
     include: list[str] | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Positive = None
     metadata: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
@@ -33,11 +35,11 @@ class ResponsesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     store: bool | None = None
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
-    temperature: float | None = None
+    temperature: Temperature = None
     text: dict[str, Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
-    top_p: float | None = None
+    top_p: Share = None
     truncation: str | None = None
     # Sent by clients, and without effect here:
     user: str | None = None
@@ -49,7 +51,9 @@ class ResponsesBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class Responses:
     """/v1/responses."""
 
+    summary = "Answer a conversation, as OpenAI's responses do"
     body = ResponsesBody
+    answer: type[msgspec.Struct] = ResponsesAnswer
 
     def asking(self, body: ResponsesBody) -> ChatBody:
         """See `Dialect`."""
