@@ -100,8 +100,8 @@ def test_what_the_tokenizer_is(server: Server) -> None:
 @pytest.mark.slow
 @pytest.mark.clients
 def test_schemathesis(tmp_path: Path) -> None:
-    """All of its checks, on requests that are right by the description and on those that are wrong by it. A right one may
-    be refused for what no schema can say, such as the length of a prompt."""
+    """All of its checks, on requests that are right by the description and on those that are wrong by it. A right one
+    may be refused for what no schema can say, such as the length of a prompt."""
     pytest.importorskip("schemathesis")
     (tmp_path / "schemathesis.toml").write_text(
         f'[auth.openapi.key]\nbearer = "{KEY}"\n[checks.positive_data_acceptance]\nexpected-statuses = ["2xx", "400"]\n'
