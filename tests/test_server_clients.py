@@ -169,7 +169,8 @@ def test_litellm(url: str, provider: str) -> None:
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == whole.choices[0].message.content
     assert whole.usage.completion_tokens == 6
-    called = litellm.completion(**to, max_tokens=100, tools=[TOOL], tool_choice="required", stream=True)
+    choice: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False}
+    called = litellm.completion(**to, max_tokens=100, tools=[TOOL], stream=True, **choice)
     built = litellm.stream_chunk_builder(list(called), messages=USER)
     assert built.choices[0].finish_reason == "tool_calls"
     for call in built.choices[0].message.tool_calls:
