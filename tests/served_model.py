@@ -14,6 +14,7 @@ from tiny_chat_model import write_chat_model
 
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.generation.engine import Engine
+from llama_jax.generation.restarts import Restarts
 from llama_jax.loading import load
 from llama_jax.server.app import application
 from llama_jax.server.metrics import Metrics
@@ -39,11 +40,12 @@ class Server:
         runner: asyncio.Runner,
         waiting: int = 64,
         sizes: EngineSettings = SETTINGS,
+        restarts: Restarts | None = None,
         **settings: Any,
     ):
         sizes = dataclasses.replace(sizes, waiting=waiting)
-        self.engine = Engine(model, tokenizer, settings=sizes, ahead=False)
-        metrics = Metrics(NAME, self.engine.snapshot)
+        self.engine = Engine(model, tokenizer, settings=sizes, ahead=False, restarts=restarts)
+        metrics = Metrics(NAME, self.engine.snapshot, lambda: self.engine.restarts.total)
         self.served = Served(self.engine, tokenizer, (NAME,), ServerSettings(**settings), metrics)
         self.app, self.tokenizer, self._runner = application(self.served), tokenizer, runner
 

@@ -88,6 +88,14 @@ KEY = "LLAMA_JAX_API_KEY"
     metavar="S",
     help="How long answers may go on after SIGTERM or Ctrl-C; a second one ends at once.",
 )
+@click.option(
+    "--restarts",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Attempts to make the engine anew after failures of the device, in a row.",
+)
 @click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="A certificate, for https.")
 @click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key.")
 @click.option("--ssl-keyfile-password", envvar="LLAMA_JAX_SSL_KEYFILE_PASSWORD", help="Of the private key.")
@@ -111,6 +119,7 @@ def command(
     loading: LoadOptions,
     max_body: int,
     drain_s: float,
+    restarts: int,
     ssl_certfile: str | None,
     ssl_keyfile: str | None,
     ssl_keyfile_password: str | None,
@@ -140,6 +149,7 @@ def command(
     from llama_jax import runtime
     from llama_jax.cli.progress import Reporter
     from llama_jax.generation.engine import Engine
+    from llama_jax.generation.restarts import Restarts
     from llama_jax.server.metrics import Metrics
     from llama_jax.server.running import bound_socket, run
     from llama_jax.server.served import Served, served_name
@@ -162,9 +172,11 @@ def command(
             waiting=waiting,
             prefix_cache=prefix_cache,
             compiling=reporter.compiled,
+            restarts=Restarts(restarts),
         )
         names = names or (served_name(model),)
-        served = Served(engine, tokenizer, names, settings, Metrics(names[0], engine.snapshot), tool_parser)
+        metrics = Metrics(names[0], engine.snapshot, lambda: engine.restarts.total)
+        served = Served(engine, tokenizer, names, settings, metrics, tool_parser)
         shown = f"[{host}]" if ":" in host else host
         url = f"http{'s' if ssl_certfile else ''}://{shown}:{listening.getsockname()[1]}"
 

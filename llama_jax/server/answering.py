@@ -9,8 +9,8 @@ from contextlib import aclosing
 from typing import Any
 
 from llama_jax.errors import LlamaJaxError
-from llama_jax.generation.engine import Piece, Request
 from llama_jax.generation.outputs import CompletionOutput, RequestOutput
+from llama_jax.generation.streams import Piece, Request
 from llama_jax.server.asking import Asked
 from llama_jax.server.chunks import chunks_of
 from llama_jax.server.reading import message_of

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llama_jax.batch_file.openai_endpoints import Completions
-from llama_jax.generation.engine import Piece
 from llama_jax.generation.openai_shapes import CompletionLogprobs, chat_logprobs
+from llama_jax.generation.streams import Piece
 from llama_jax.server.asking import Asked
 from llama_jax.server.reading import ChatReader
 from llama_jax.text.tokenizer import Tokenizer

@@ -20,7 +20,7 @@ def readiness(served: Served) -> StatusAnswer:
     try:
         served.engine.snapshot()
     except EngineFailed as error:
-        return StatusAnswer("failed", str(error))
+        return StatusAnswer("restarting" if served.engine.restarting else "failed", str(error))
     if (age := served.engine.step_age_s) > served.settings.limits.step_s:
         return StatusAnswer("stalled", f"the device has worked at one step for {age:.0f} s")
     return StatusAnswer("ready")
