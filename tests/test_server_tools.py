@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from click.testing import CliRunner
 from engines import small_settings
 from served_model import Server, tiny_model
 from tiny_chat_model import TOOL_TEMPLATE
+
+from llama_jax.cli import cli
+from llama_jax.server.conversations import text_messages
+from llama_jax.text.chat import render_chat
 
 PARAMETERS = {
     "type": "object",
@@ -60,13 +66,13 @@ def streamed(events: list[Any]) -> tuple[dict[str, Any], str]:
     return message, reasons[-1]
 
 
-def scripted(server: Server, text: str, *, stream: bool = False, **body: Any) -> Any:
+def scripted(server: Server, text: str, *, stream: bool = False, whole: bool = False, **body: Any) -> Any:
     """An answer whose text is given: the tools are the template's, so that the text is free for a grammar."""
     pattern = {"type": "grammar", "syntax": "lark", "definition": f"start: {json.dumps(text)}"}
     kwargs = {"builtin_tools": ["get_weather", "now"], **body.pop("kwargs", {})}
     answer = server.chat(response_format=pattern, chat_template_kwargs=kwargs, stream=stream, **body)
     assert answer.status == 200, answer.data
-    return answer.events if stream else answer.json["choices"][0]
+    return answer.events if stream else answer.json if whole else answer.json["choices"][0]
 
 
 @pytest.mark.parametrize("choice", [NAMED, "required"])
@@ -108,6 +114,9 @@ def test_calls_of_a_free_answer(server: Server) -> None:
     assert first["function"]["name"] == "get_weather"
     cut = scripted(server, text, max_tokens=12)
     assert cut["finish_reason"] == "length"
+    stopped = scripted(server, text, stop=['": "Oslo'])  # within the arguments: what was held comes out, and is no call
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["message"]["tool_calls"][0]["function"]["arguments"] == '{"city'
 
 
 def test_reasoning(server: Server) -> None:
@@ -119,6 +128,12 @@ def test_reasoning(server: Server) -> None:
         assert made["message"]["reasoning_content"] == message["reasoning_content"] == "so"
         assert made["message"]["tool_calls"][0]["function"]["name"] == message["tool_calls"][0]["name"] == "now"
         assert made["finish_reason"] == reason == "tool_calls"
+        answer = scripted(server, script, kwargs=kwargs, whole=True)
+        thought = server.tokenizer.encode(script[: script.index("</think>") + 8], add_special_tokens=False)
+        counts = answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        assert len(thought) <= counts <= len(thought) + 1  # the end of the mark may be in a token with what follows
+        chunks = scripted(server, script, kwargs=kwargs, stream=True, stream_options={"include_usage": True})
+        assert chunks[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": counts}
     plain = server.chat("Hi<think>", max_tokens=3).json["choices"][0]["message"]
     assert "reasoning_content" not in plain
 
@@ -152,6 +167,35 @@ def test_what_the_template_is_told(server: Server) -> None:
     assert server.chat(max_tokens=1, tools=TOOLS, tool_choice="none").json["usage"]["prompt_tokens"] == alone
     assert server.chat(max_tokens=1, tools=TOOLS).json["usage"]["prompt_tokens"] > alone
     assert server.post("/v1/chat/completions", messages=messages, max_tokens=1).status == 200
+
+
+TEMPLATES = json.loads((Path(__file__).parent / "data" / "tokenizer" / "expected_templates.json").read_text())
+
+
+@pytest.mark.parametrize("template", ["llama31_style", "mistral_style", "qwen3_style"])
+def test_conversations_as_transformers_renders_them(template: str) -> None:
+    """Arguments that come as text are the objects that templates were written for."""
+    source = (Path(__file__).parent / "data" / "tokenizer" / "templates" / f"{template}.jinja").read_text()
+    (number, case), *_ = [
+        (i, case)
+        for i, case in enumerate(TEMPLATES["cases"])
+        if any("tool_call_id" in message for message in case["messages"])
+    ]
+    (text,) = [of["text"] for of in TEMPLATES["expected"] if (of["template"], of["case"]) == (template, number)]
+    messages = json.loads(json.dumps(case["messages"]))
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        message.pop("name", None)  # it follows from the call
+    given = {"special_tokens": TEMPLATES["special_tokens"], "tools": case["tools"], "date_string": "02 Feb 2025"}
+    assert render_chat(text_messages(messages), source, **given) == text
+    assert "get_weather" in text
+
+
+def test_a_parser_that_is_not_known() -> None:
+    done = CliRunner().invoke(cli, ["serve", "--tool-parser", "hermez"])
+    assert done.exit_code == 2
+    assert "did you mean hermes" in done.output
 
 
 def test_strict_tools_are_named_where_nothing_holds_them(server: Server) -> None:

@@ -358,7 +358,7 @@ def test_a_control_token_is_spelled_as_one(tokenizer: Tokenizer) -> None:
     grammar = FORMATS["tool_calls"].grammar(TOOLS[1:], False, lambda _: f"<[{control}]>")
     written = drawn(tokenizer, Grammar.lark(grammar), 0)
     assert written is not None
-    assert written.startswith('<file_sep>[{"name": "add", "arguments": {')
+    assert written.replace(" ", "").startswith('<file_sep>[{"name":"add","arguments":{')
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,12 @@ async def answer(served: Served, asked: Asked, name: str, tenant: str) -> dict[s
     for output, completion in done:
         if completion.finish_reason == "error":
             raise _failed(output, completion.index)
-    choices = [
-        {"index": i, **_choice(served, asked, output, completion)} for i, (output, completion) in enumerate(done)
-    ]
-    return {**_head(served, asked, name), "choices": choices, "usage": usage(outputs), **timings(outputs)}
+
+    def read() -> dict[str, Any]:  # a long text takes a while
+        choices = [{"index": i, **_choice(served, asked, *each)} for i, each in enumerate(done)]
+        return {"choices": choices, "usage": usage(served, asked, outputs)}
+
+    return {**_head(served, asked, name), **await asyncio.to_thread(read), **timings(outputs)}
 
 
 async def chunks(served: Served, asked: Asked, name: str, tenant: str) -> AsyncGenerator[dict[str, Any]]:
@@ -58,11 +60,12 @@ async def chunks(served: Served, asked: Asked, name: str, tenant: str) -> AsyncG
                 yield chunk
     if asked.usage:
         ordered = [outputs[prompt] for prompt in sorted(outputs)]
-        yield {**head, "choices": [], "usage": usage(ordered)}
+        yield {**head, "choices": [], "usage": await asyncio.to_thread(usage, served, asked, ordered)}
 
 
-def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def usage(served: Served, asked: Asked, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """Return the counts of tokens; those that were found in the cache are counted as the prompt's, too."""
+    thought = sum(_reasoning(served, asked, completion) for output in outputs for completion in output.outputs)
     read = sum(len(output.prompt_token_ids) for output in outputs)
     written = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     return {
@@ -70,6 +73,7 @@ def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         "completion_tokens": written,
         "total_tokens": read + written,
         "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in outputs)},
+        "completion_tokens_details": {"reasoning_tokens": thought},
     }
 
 
@@ -102,6 +106,12 @@ def _choice(served: Served, asked: Asked, output: RequestOutput, completion: Com
         message = message_of([*reader.feed(completion.text), *reader.finish()])
         choice |= {"message": message, "finish_reason": reader.reason(completion.finish_reason)}
     return {**choice, "stop_reason": completion.stop_reason}
+
+
+def _reasoning(served: Served, asked: Asked, completion: CompletionOutput) -> int:
+    stream = served.tokenizer.detokenizer(skip_special_tokens=asked.params.skip_special_tokens)
+    known = (token for token in completion.token_ids if token < served.tokenizer.vocab_size)
+    return asked.reader().reasoning_tokens(stream.add(token) for token in known)
 
 
 def _head(served: Served, asked: Asked, name: str, suffix: str = "") -> dict[str, Any]:

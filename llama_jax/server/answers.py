@@ -107,6 +107,12 @@ class PromptDetails(msgspec.Struct, forbid_unknown_fields=True):
     cached_tokens: int
 
 
+class CompletionDetails(msgspec.Struct, forbid_unknown_fields=True):
+    """Tokens of answers that are reasoning."""
+
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct, forbid_unknown_fields=True):
     """Counts of tokens."""
 
@@ -114,6 +120,7 @@ class Usage(msgspec.Struct, forbid_unknown_fields=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
 
 
 class Timings(msgspec.Struct, forbid_unknown_fields=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import msgspec
+
 from llama_jax.text.tools import Arguments, Call, Delta, Reasoning, ReasoningParser, Text
 from llama_jax.text.tools.formats import Parser, openai_id
 
@@ -29,7 +31,23 @@ class ChatReader:
           several: whether calls behind the first count.
         """
         self._reasoning, self._tools, self._call_id, self._several = reasoning, tools, call_id, several
-        self._calls = 0
+        self._calls, self._arguments = 0, ""
+
+    def reasoning_tokens(self, texts: Iterable[str]) -> int:
+        """Return how many of an answer's tokens are reasoning, with its marks.
+
+        Args:
+          texts: what each token adds to the answer, which this reader has not read.
+        """
+        parser, count = self._reasoning, 0
+        if parser is None:
+            return 0
+        for text in texts:
+            parser.feed(text)
+            if parser.ended:
+                return count + parser.began
+            count += 1
+        return count if parser.began else 0
 
     def feed(self, text: str) -> list[dict[str, Any]]:
         """Take more of the text; return the deltas of the message."""
@@ -41,8 +59,14 @@ class ChatReader:
         return [*made, *self._shaped(self._tools.finish())] if self._tools else made
 
     def reason(self, finish_reason: str | None) -> str | None:
-        """Return why the answer has ended, as its reader needs to know it."""
-        return "tool_calls" if finish_reason == "stop" and self._calls else finish_reason
+        """Return why the answer has ended, as its reader needs to know it: by calls only where the last is complete."""
+        if finish_reason != "stop" or not self._calls:
+            return finish_reason
+        try:
+            msgspec.json.decode(self._arguments)
+        except msgspec.DecodeError:
+            return finish_reason
+        return "tool_calls"
 
     def _messages(self, deltas: Iterable[Delta]) -> list[dict[str, Any]]:
         made: list[dict[str, Any]] = []
@@ -56,10 +80,11 @@ class ChatReader:
         for delta in deltas:
             match delta:
                 case Call(name):
-                    self._calls += 1
+                    self._calls, self._arguments = self._calls + 1, ""
                     call = {"id": self._call_id(), "type": "function", "function": {"name": name, "arguments": ""}}
                     shaped: dict[str, Any] = {"tool_calls": [{"index": self._calls - 1, **call}]}
                 case Arguments(text):
+                    self._arguments += text
                     shaped = {"tool_calls": [{"index": self._calls - 1, "function": {"arguments": text}}]}
                 case Reasoning(text):
                     shaped = {REASONING: text}

@@ -31,7 +31,7 @@ def hermes(tools: Sequence[Tool], several: bool, spelled: Spelled) -> str:
 def tool_calls(tools: Sequence[Tool], several: bool, spelled: Spelled) -> str:
     """Return the grammar of [TOOL_CALLS] with an array of calls."""
     more = ' (", " object)*' if several else ""
-    return f'start: {spelled("[TOOL_CALLS]")} "[" object{more} "]"\n{_objects(tools, "arguments")}'
+    return f'start: {spelled("[TOOL_CALLS]")} " "? "[" object{more} "]"\n{_objects(tools, "arguments")}'
 
 
 def tool_calls_args(tools: Sequence[Tool], several: bool, spelled: Spelled) -> str:

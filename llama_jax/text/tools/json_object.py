@@ -9,6 +9,8 @@ from typing import Literal
 
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null")
 _WORD = frozenset("+-.0123456789abcdefghijklmnopqrstuvwxyzE")
+_PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
+"""Characters of strings that mean nothing but themselves."""
 _SPACE = frozenset(" \t\n\r")
 _ESCAPED = frozenset('"\\/bfnrt')
 _HEX = frozenset("0123456789abcdefABCDEF")
@@ -58,16 +60,20 @@ class JsonObject:
         object's end, or to what breaks it."""
         start = len(self.text)
         self.text += text
-        before = self._events
-        for n, char in enumerate(text):
-            if not self._accepts(char, start + n):
+        before, n = self._events, 0
+        while n < len(text):
+            if self._string == "text" and (plain := _PLAIN.match(text, n)):
+                n = plain.end()
+                continue
+            if not self._accepts(text[n], start + n):
                 self.state = "broken"
                 return self._keep(start, n)
+            n += 1
             if len(self._open) == 1:
                 self.state = "done"
             if self._events != before:
-                return self._keep(start, n + 1)
-        return len(text)
+                return self._keep(start, n)
+        return n
 
     def value(self, key: str) -> str | None:
         """The text of a member's value, as far as it has come; None without such a member."""

@@ -29,6 +29,16 @@ class ReasoningParser:
         self._state = "inside" if prompt.rstrip().endswith(self._begin) else "start"
         self._pending, self._thought = "", False
 
+    @property
+    def began(self) -> bool:
+        """Whether there is reasoning."""
+        return self._state in ("inside", "behind") or self._thought
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more of it can come."""
+        return self._state in ("behind", "outside")
+
     def feed(self, text: str) -> list[Delta]:
         """Take more of the text; return what is certain now."""
         self._pending += text
