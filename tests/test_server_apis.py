@@ -62,7 +62,8 @@ def scripted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     from llama_jax.sampling import Grammar
     from llama_jax.server import asking
 
-    monkeypatch.setattr(asking, "form_of", lambda *_: Grammar.lark(f"start: {json.dumps(TEXT)}"))
+    form = Grammar.lark(f"start: {json.dumps(TEXT)}")
+    monkeypatch.setattr(asking, "form_of", lambda _, __, ___, place: (form, place))
 
 
 # --- Anthropic

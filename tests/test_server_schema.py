@@ -80,7 +80,7 @@ def test_every_operation_is_described_and_answers_as_it_is(server: Server) -> No
 
 
 def test_the_template_applied(server: Server) -> None:
-    expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert server.post("/apply-template", messages=USER).json == {"prompt": expected}
     thinking = {"chat_template_kwargs": {"enable_thinking": True}, "add_generation_prompt": False}
     assert (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from served_model import Server, tiny_model
 from tiny_chat_model import TOOL_TEMPLATE
 
 from llama_jax.cli import cli
+from llama_jax.sampling import Grammar
+from llama_jax.server import asking
 from llama_jax.server.conversations import text_messages
 from llama_jax.text.chat import render_chat
 
@@ -66,13 +68,21 @@ def streamed(events: list[Any]) -> tuple[dict[str, Any], str]:
     return message, reasons[-1]
 
 
-def scripted(server: Server, text: str, *, stream: bool = False, whole: bool = False, **body: Any) -> Any:
-    """An answer whose text is given: the tools are the template's, so that the text is free for a grammar."""
-    pattern = {"type": "grammar", "syntax": "lark", "definition": f"start: {json.dumps(text)}"}
-    kwargs = {"builtin_tools": ["get_weather", "now"], **body.pop("kwargs", {})}
-    answer = server.chat(response_format=pattern, chat_template_kwargs=kwargs, stream=stream, **body)
-    assert answer.status == 200, answer.data
-    return answer.events if stream else answer.json if whole else answer.json["choices"][0]
+Scripted = Callable[..., Any]
+
+
+@pytest.fixture
+def scripted(server: Server, monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    """Asks for an answer whose text is given: the engine is held to it, and everything around it is as ever."""
+
+    def ask(text: str, **body: Any) -> Any:
+        form = Grammar.lark(f"start: {json.dumps(text)}")
+        monkeypatch.setattr(asking, "form_of", lambda _, __, ___, place: (form, place))
+        answer = server.chat(**{"tools": TOOLS, "max_tokens": 200} | body)
+        assert answer.status == 200, answer.data
+        return answer.events if body.get("stream") else answer.json
+
+    return ask
 
 
 @pytest.mark.parametrize("choice", [NAMED, "required"])
@@ -96,46 +106,67 @@ def test_a_call_that_is_asked_for(server: Server, choice: Any) -> None:
         assert len({part["id"], call["id"]}) == 2
 
 
-def test_calls_of_a_free_answer(server: Server) -> None:
+def test_calls_of_a_free_answer(scripted: Scripted) -> None:
     text = 'Well. \n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>\n'
     text += '<tool_call>\n{"name": "now"}\n</tool_call>'
-    made = scripted(server, text, logprobs=True)
+    (made,) = scripted(text, logprobs=True)["choices"]
     assert (made["finish_reason"], made["message"]["content"]) == ("tool_calls", "Well.")
     calls = [call["function"] for call in made["message"]["tool_calls"]]
     assert calls == [{"name": "get_weather", "arguments": '{"city": "Oslo"}'}, {"name": "now", "arguments": "{}"}]
-    events = scripted(server, text, stream=True, logprobs=True)
+    events = scripted(text, stream=True, logprobs=True)
     message, reason = streamed(events)
     assert (message["content"], reason) == ("Well.", "tool_calls")
     assert [{k: call[k] for k in ("name", "arguments")} for call in message["tool_calls"]] == calls
     assert sum(bool(choice["delta"].get("tool_calls")) for e in events for choice in e["choices"]) > 4
     logprobs = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
     assert [one for of in logprobs for one in of["content"]] == made["logprobs"]["content"]
-    (first,) = scripted(server, text, parallel_tool_calls=False)["message"]["tool_calls"]
+    (first,) = scripted(text, parallel_tool_calls=False)["choices"][0]["message"]["tool_calls"]
     assert first["function"]["name"] == "get_weather"
-    cut = scripted(server, text, max_tokens=12)
-    assert cut["finish_reason"] == "length"
-    stopped = scripted(server, text, stop=['": "Oslo'])  # within the arguments: what was held comes out, and is no call
+    assert scripted(text, max_tokens=12)["choices"][0]["finish_reason"] == "length"
+    (stopped,) = scripted(text, stop=['": "Oslo'])["choices"]  # within the arguments: what was held comes out
     assert stopped["finish_reason"] == "stop"
     assert stopped["message"]["tool_calls"][0]["function"]["arguments"] == '{"city'
 
 
-def test_reasoning(server: Server) -> None:
+@pytest.mark.parametrize("thinking", [True, "free"])
+def test_reasoning(server: Server, scripted: Scripted, thinking: Any) -> None:
     """Where the prompt opens it, and where the answer does; behind it there may be calls."""
-    text = 'so\n</think>\n\n<tool_call>\n{"name": "now"}\n</tool_call>'
-    for script, kwargs in ((text, {"enable_thinking": True}), ("<think>\n" + text, {})):
-        made = scripted(server, script, kwargs=kwargs)
-        message, reason = streamed(scripted(server, script, kwargs=kwargs, stream=True))
-        assert made["message"]["reasoning_content"] == message["reasoning_content"] == "so"
-        assert made["message"]["tool_calls"][0]["function"]["name"] == message["tool_calls"][0]["name"] == "now"
-        assert made["finish_reason"] == reason == "tool_calls"
-        answer = scripted(server, script, kwargs=kwargs, whole=True)
-        thought = server.tokenizer.encode(script[: script.index("</think>") + 8], add_special_tokens=False)
-        counts = answer["usage"]["completion_tokens_details"]["reasoning_tokens"]
-        assert len(thought) <= counts <= len(thought) + 1  # the end of the mark may be in a token with what follows
-        chunks = scripted(server, script, kwargs=kwargs, stream=True, stream_options={"include_usage": True})
-        assert chunks[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": counts}
-    plain = server.chat("Hi<think>", max_tokens=3).json["choices"][0]["message"]
-    assert "reasoning_content" not in plain
+    text = ("<think>\n" if thinking == "free" else "") + 'so\n</think>\n\n<tool_call>\n{"name": "now"}\n</tool_call>'
+    body = {"chat_template_kwargs": {"enable_thinking": thinking}}
+    answer = scripted(text, **body)
+    events = scripted(text, **body, stream=True, stream_options={"include_usage": True})
+    (made,), (message, reason) = answer["choices"], streamed(events)
+    assert made["message"]["reasoning_content"] == message["reasoning_content"] == "so"
+    assert made["message"]["tool_calls"][0]["function"]["name"] == message["tool_calls"][0]["name"] == "now"
+    assert made["finish_reason"] == reason == "tool_calls"
+    thought = server.tokenizer.encode(text[: text.index("</think>") + 8], add_special_tokens=False)
+    details = answer["usage"]["completion_tokens_details"]
+    # The end of the mark may be in a token with what follows.
+    assert len(thought) <= details["reasoning_tokens"] <= len(thought) + 1
+    assert events[-1]["usage"]["completion_tokens_details"] == details
+
+
+def test_no_reasoning(server: Server) -> None:
+    """A mark of the user's begins none, and a form of the whole text has none."""
+    assert "reasoning_content" not in server.chat("Hi<think>", max_tokens=3).json["choices"][0]["message"]
+    form = {"type": "grammar", "syntax": "regex", "definition": "ab?"}
+    thinking = {"enable_thinking": True}
+    made = server.chat(response_format=form, chat_template_kwargs=thinking, max_tokens=5).json["choices"][0]["message"]
+    assert made["content"] in ("a", "ab")
+    assert "reasoning_content" not in made
+
+
+def test_a_schema_comes_behind_reasoning(server: Server) -> None:
+    """What an answer is held to is what follows the reasoning that the prompt has begun."""
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
+    format = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    body = {"response_format": format, "chat_template_kwargs": {"enable_thinking": True}, "max_tokens": 20, "seed": 1}
+    (end,) = server.tokenizer.encode("</think>", add_special_tokens=False)
+    likely = server.chat(logit_bias={str(end): 100}, **body).json["choices"][0]
+    assert (json.loads(likely["message"]["content"]), likely["finish_reason"]) == ({"a": "x"}, "stop")
+    never = server.chat(logit_bias={str(end): -100}, **body).json["choices"][0]
+    assert (never["message"]["content"], never["finish_reason"]) == ("", "length")
+    assert never["message"]["reasoning_content"]
 
 
 def test_a_schema_or_a_call(server: Server) -> None:
@@ -161,7 +192,7 @@ def test_what_the_template_is_told(server: Server) -> None:
     assert told.endswith(
         "user\nw?<|im_end|>\n<|im_start|>assistant\n"
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>\n'
-        "<|im_start|>tool\nsunny<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>tool\nsunny<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
     alone = server.chat(max_tokens=1).json["usage"]["prompt_tokens"]
     assert server.chat(max_tokens=1, tools=TOOLS, tool_choice="none").json["usage"]["prompt_tokens"] == alone

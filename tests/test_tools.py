@@ -29,10 +29,11 @@ from llama_jax.text.tools import (
     Tool,
     format_named,
     format_of,
+    place_of,
     reasoning_of,
     tools_of,
 )
-from llama_jax.text.tools.grammars import beside
+from llama_jax.text.tools.grammars import answered
 from llama_jax.text.tools.json_object import JsonObject
 from llama_jax.text.tools.parser import joined
 from llama_jax.text.tools.python_literal import keywords
@@ -335,10 +336,19 @@ def test_grammars_allow_calls_and_nothing_else(tokenizer: Tokenizer, name: str, 
     assert max(called) == 1 or several
 
 
-def test_grammars_of_calls_beside_others(tokenizer: Tokenizer) -> None:
-    """A schema may be met instead of a call, and reasoning that the prompt has begun ends first."""
+@pytest.mark.parametrize("mark", ["</think>", "<file_sep>"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_grammars_of_calls_beside_others(tokenizer: Tokenizer, inside: bool, mark: str) -> None:
+    """A schema may be met instead of a call, and reasoning may come first; its marks may be control tokens."""
+
+    def spelled(text: str) -> str:
+        number = tokenizer.special_tokens.get(text)
+        return json.dumps(text) if number is None else f"<[{number}]>"
+
+    begin = "<think>" if mark == "</think>" else "<filename>"
     calls = FORMATS["hermes"].grammar(TOOLS[1:], False, json.dumps)
-    grammar = Grammar.lark(beside(calls, answer=json.dumps(SCHEMAS["get_weather"]), reasoning_end="</think>"))
+    options: dict[str, Any] = {"reasoning": (begin, mark), "inside": inside, "spelled": spelled}
+    grammar = Grammar.lark(answered(calls=calls, answer=json.dumps(SCHEMAS["get_weather"]), **options))
 
     def allowed(text: str) -> bool:
         matcher = GrammarMatcher.of(grammar, tokenizer, tokenizer.vocab_size, (2,))
@@ -347,10 +357,11 @@ def test_grammars_of_calls_beside_others(tokenizer: Tokenizer) -> None:
         return matcher.ended
 
     call, answer = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>', '{"at":{"x":1}}'
-    assert allowed(f"so {{}}\n</think>\n\n{call}")
-    assert allowed(f"so</think>{answer}")
-    assert not allowed(call)
-    assert not allowed(f"so</think>{answer}{call}")
+    before = "" if inside else begin
+    assert allowed(f"{before}so {{}}\n{mark}\n\n{call}")
+    assert allowed(f"{before}so{mark}{answer}")
+    assert not allowed(f"{before}so{mark}{answer}{call}")
+    assert allowed(call) is allowed(answer) is not inside
 
 
 def test_a_control_token_is_spelled_as_one(tokenizer: Tokenizer) -> None:
@@ -380,8 +391,14 @@ def test_tools_that_are_none(tools: list[Any], match: str) -> None:
 # --- Reasoning
 
 
+MARKS = ("<think>", "</think>")
+
+
 def thought(pieces: Sequence[str], prompt: str = "") -> list[Delta]:
-    parser = ReasoningParser(("<think>", "</think>"), prompt=prompt)
+    place = place_of(MARKS, prompt)
+    if place == "behind":
+        return [Text("".join(pieces))]
+    parser = ReasoningParser(MARKS, inside=place == "inside")
     return joined([*(delta for piece in pieces for delta in parser.feed(piece)), *parser.finish()])
 
 
@@ -393,6 +410,7 @@ def test_reasoning() -> None:
     assert thought(["<think></think>ok"]) == [Text("ok")]
     assert thought(["<think>cut </thi"]) == [Reasoning("cut </thi")]
     assert thought([" plain"]) == [Text(" plain")]
+    assert (place_of(MARKS, "<think>x"), place_of(None, "<think>")) == ("before", "behind")
     assert reasoning_of((TEMPLATES / "qwen3_style.jinja").read_text()) == ("<think>", "</think>")
     assert reasoning_of((TEMPLATES / "llama31_style.jinja").read_text()) is None
 

@@ -13,6 +13,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Thinking is off by default, as by enable_thinking=False elsewhere; "free" leaves it to the model.
 TOOL_TEMPLATE = """\
 {%- if tools or builtin_tools %}{{ '<|im_start|>system\\n' }}
 {%- for tool in tools or [] %}{{ tool | tojson + '\\n' }}{% endfor %}
@@ -26,7 +27,8 @@ TOOL_TEMPLATE = """\
 {{- call.function.arguments | tojson + '}\\n</tool_call>' }}
 {%- endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
-{%- if enable_thinking %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
+{%- if not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}
+{%- elif enable_thinking != 'free' %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
 METADATA = Path(__file__).parent / "data" / "tokenizer" / "byte_level_gguf.json"
 
 

@@ -20,6 +20,7 @@ from llama_jax.server.served import Served
 from llama_jax.server.settings import Limits
 from llama_jax.server.tooling import Offer, form_of, offer_of, reader_of, shows_control, template_variables
 from llama_jax.text.chat import encode_chat, render_chat, select_template
+from llama_jax.text.tools import place_of
 
 _TAIL = 16
 """Tokens of a prompt's end that say whether the answer begins within reasoning."""
@@ -100,13 +101,13 @@ def _chat(served: Served, fields: dict[str, Any]) -> Asked:
     params = SamplingParams(**{"max_tokens": None} | sampling_fields(ours))
     params.check_generates("an answer")
     prompt = chat_ids(served, conversation, offer)
-    before = served.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
+    place = place_of(served.reasoning, served.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False))
     assert params.response_format is None or isinstance(params.response_format, Grammar)
-    form = form_of(served, offer, params.response_format, before)
+    form, place = form_of(served, offer, params.response_format, place)
     shown = params.skip_special_tokens and not shows_control(served, offer)
     params = dataclasses.replace(params, response_format=form, skip_special_tokens=shown)
     loose = ("tools.function.strict",) if offer.loose else ()
-    return Asked(endpoint, (prompt,), params, lambda: reader_of(served, offer, before), ignored=loose)
+    return Asked(endpoint, (prompt,), params, lambda: reader_of(served, offer, place), ignored=loose)
 
 
 def _completions(served: Served, fields: dict[str, Any]) -> Asked:

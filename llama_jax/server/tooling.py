@@ -11,8 +11,8 @@ from llama_jax.sampling import Grammar
 from llama_jax.server.reading import ChatReader
 from llama_jax.server.served import Served
 from llama_jax.text.grammar import GrammarMatcher
-from llama_jax.text.tools import ReasoningParser, Tool, ToolFormat, tools_of
-from llama_jax.text.tools.grammars import beside
+from llama_jax.text.tools import Place, ReasoningParser, Tool, ToolFormat, tools_of
+from llama_jax.text.tools.grammars import answered
 
 _RESERVED = frozenset(
     {"tokenizer", "messages", "add_generation_prompt", "tools", "documents", "chat_template", "strftime_now"}
@@ -107,37 +107,48 @@ def template_variables(served: Served, given: Mapping[str, Any]) -> dict[str, An
     return dict(given)
 
 
-def form_of(served: Served, offer: Offer, form: Grammar | None, before: str) -> Grammar | None:
-    """Return the form that the answer must have.
+def form_of(served: Served, offer: Offer, form: Grammar | None, place: Place) -> tuple[Grammar | None, Place]:
+    """Return the form that the answer must have, and where in its reasoning it begins then.
+
+    A JSON schema, and calls that must be made, come behind the reasoning. Other forms are those of the whole text.
 
     Args:
-      form: of the answer's text, as the request has it; before: the end of the prompt.
+      form: of the answer's text, as the request has it; place: where the prompt ends.
 
     Raises:
       RequestError: of `tools`: the grammar cannot be made; of `response_format`: both cannot be held at once.
     """
-    if offer.choice == "auto" and (form is None or not offer.tools):
-        return form
-    if offer.choice == "auto" and form is not None and form.kind != "json_schema":
-        raise RequestError(
-            "response_format is a grammar, and there are tools", param="response_format", hint="ask for a JSON schema"
-        )
-    assert offer.format is not None
-    answer = form.text if form is not None and offer.choice == "auto" else ""
-    end = served.reasoning[1] if served.reasoning and before.rstrip().endswith(served.reasoning[0]) else ""
-    calls = offer.format.grammar(offer.tools, offer.several, served.spelled)
-    made = Grammar.lark(beside(calls, answer=answer, reasoning_end=end) if answer or end else calls)
+    must = offer.choice == "required"
+    if form is None and not must:
+        return None, place
+    wrapped = offer.tools or place != "behind"
+    if form is not None and not must and (form.kind != "json_schema" or not wrapped):
+        if offer.tools:
+            raise RequestError(
+                "response_format is a grammar, and there are tools",
+                param="response_format",
+                hint="ask for a JSON schema",
+            )
+        return form, "behind"
+    calls = offer.format.grammar(offer.tools, offer.several, served.spelled) if offer.format and offer.tools else ""
+    answer = form.text if form is not None and not must else ""
+    reasoning = None if place == "behind" else served.reasoning
+    made = Grammar.lark(
+        answered(calls=calls, answer=answer, reasoning=reasoning, inside=place == "inside", spelled=served.spelled)
+    )
     model = served.engine.model
     try:
         GrammarMatcher.of(made, served.tokenizer, model.config.vocab_size, model.eos_token_ids)  # it is kept
     except RequestError as error:
-        raise RequestError(error.message, param="tools", hint=error.hint) from None
-    return made
+        param = "tools" if calls else "response_format"
+        raise RequestError(error.message, param=param, hint=error.hint) from None
+    return made, place
 
 
-def reader_of(served: Served, offer: Offer, before: str) -> ChatReader:
-    """Return what reads one answer. `before` is the end of the prompt."""
-    reasoning = ReasoningParser(served.reasoning, prompt=before) if served.reasoning else None
+def reader_of(served: Served, offer: Offer, place: Place) -> ChatReader:
+    """Return what reads one answer, from where in its reasoning it begins."""
+    marks = served.reasoning
+    reasoning = ReasoningParser(marks, inside=place == "inside") if marks and place != "behind" else None
     if offer.format is None:
         return ChatReader(reasoning)
     return ChatReader(reasoning, offer.format.parser(offer.names), offer.format.call_id, several=offer.several)

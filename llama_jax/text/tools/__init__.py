@@ -9,7 +9,7 @@ from __future__ import annotations
 from llama_jax.text.tools.deltas import Arguments, Call, Delta, Reasoning, Text
 from llama_jax.text.tools.formats import FORMATS, ToolFormat, format_named, format_of
 from llama_jax.text.tools.parser import ToolParser
-from llama_jax.text.tools.reasoning import ReasoningParser, reasoning_of
+from llama_jax.text.tools.reasoning import Place, ReasoningParser, place_of, reasoning_of
 from llama_jax.text.tools.tool import Tool, tools_of
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Arguments",
     "Call",
     "Delta",
+    "Place",
     "Reasoning",
     "ReasoningParser",
     "Text",
@@ -25,6 +26,7 @@ __all__ = [
     "ToolParser",
     "format_named",
     "format_of",
+    "place_of",
     "reasoning_of",
     "tools_of",
 ]

@@ -56,23 +56,31 @@ def llama_pythonic(tools: Sequence[Tool], several: bool, spelled: Spelled) -> st
     return "\n".join(rules) + "\n"
 
 
-def beside(calls: str, *, answer: str = "", reasoning_end: str = "") -> str:
-    """Return the grammar of calls or something else.
+def answered(
+    *, calls: str = "", answer: str = "", reasoning: tuple[str, str] | None = None, inside: bool, spelled: Spelled
+) -> str:
+    """Return the grammar of an answer that may begin with reasoning.
 
     Args:
-      calls: a grammar of calls.
-      answer: a JSON schema, of which the text may be instead.
-      reasoning_end: what ends the reasoning that comes first, within which the text begins.
+      calls: the grammar of calls; answer: a JSON schema. The answer is either.
+      reasoning: marks around the reasoning, if there may be any; inside: whether the answer begins within it.
     """
-    either = "calls | answer" if answer else "calls"
-    rules = [f"start: {'reasoning SPACES ' if reasoning_end else ''}({either})", calls.replace("start:", "calls:", 1)]
-    if reasoning_end:
-        rules += [f"reasoning[suffix={json.dumps(reasoning_end)}]: /(.|\\n)*/", "SPACES: /[ \\n]*/"]
+    body = " | ".join(name for name, given in (("calls", calls), ("answer", answer)) if given)
+    rules = [calls.replace("start:", "calls:", 1)] if calls else []
     if answer:
         schema = json.loads(answer)
         dense = {"x-guidance": {"whitespace_flexible": False}, **schema} if isinstance(schema, dict) else schema
         rules.append(f"answer: %json {json.dumps(dense, ensure_ascii=False)}")
-    return "\n".join(rules) + "\n"
+    first = ""
+    if reasoning is not None:
+        begin, end = map(spelled, reasoning)
+        first = "reasoning SPACES " if inside else f"({begin} reasoning SPACES)? "
+        if end.startswith("<["):  # a control token, with which no text ends
+            rules += [f"reasoning: THOUGHT? {end}", "THOUGHT: /(.|\\n)+/"]
+        else:
+            rules.append(f"reasoning[suffix={end}]: /(.|\\n)*/")
+        rules.append("SPACES: /[ \\n]*/")
+    return "\n".join([f"start: {first}({body})", *rules]) + "\n"
 
 
 def _objects(tools: Sequence[Tool], key: str) -> str:

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from llama_jax.text.tools.deltas import Delta, Reasoning, Text
 
 MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """Between which a model thinks: Qwen3, SmolLM3, DeepSeek's distillations; Magistral."""
 
 
+Place = Literal["before", "inside", "behind"]
+"""Of the start of an answer: there may be reasoning, it has begun, or there is none."""
+
+
 def reasoning_of(template: str) -> tuple[str, str] | None:
     """Return the marks around the reasoning of a model with this chat template; None if it has none."""
     return next((marks for marks in MARKS if marks[1] in template), None)
+
+
+def place_of(marks: tuple[str, str] | None, prompt: str) -> Place:
+    """Return where in its reasoning an answer begins.
+
+    Args:
+      marks: around reasoning, if the model has any; prompt: what precedes the answer, or its end.
+    """
+    prompt = prompt.rstrip()
+    if marks is None or prompt.endswith(marks[1]):
+        return "behind"
+    return "inside" if prompt.endswith(marks[0]) else "before"
 
 
 class ReasoningParser:
@@ -19,14 +37,10 @@ class ReasoningParser:
     Reasoning stands at the start of an answer, or nowhere. Spaces around both of its marks are dropped.
     """
 
-    def __init__(self, marks: tuple[str, str], *, prompt: str = ""):
-        """Begin at the start of an answer.
-
-        Args:
-          prompt: what precedes it, or its end; some templates end by the mark with which reasoning begins.
-        """
+    def __init__(self, marks: tuple[str, str], *, inside: bool = False):
+        """Begin at the start of an answer, or, where its template has begun the reasoning, `inside` of it."""
         self._begin, self._end = marks
-        self._state = "inside" if prompt.rstrip().endswith(self._begin) else "start"
+        self._state = "inside" if inside else "start"
         self._pending, self._thought = "", False
 
     @property
