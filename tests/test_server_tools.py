@@ -160,7 +160,7 @@ def test_a_schema_comes_behind_reasoning(server: Server) -> None:
     """What an answer is held to is what follows the reasoning that the prompt has begun."""
     schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
     format = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
-    body = {"response_format": format, "chat_template_kwargs": {"enable_thinking": True}, "max_tokens": 20, "seed": 1}
+    body = {"response_format": format, "chat_template_kwargs": {"enable_thinking": True}, "max_tokens": 30, "seed": 1}
     (end,) = server.tokenizer.encode("</think>", add_special_tokens=False)
     likely = server.chat(logit_bias={str(end): 100}, **body).json["choices"][0]
     assert (json.loads(likely["message"]["content"]), likely["finish_reason"]) == ({"a": "x"}, "stop")

@@ -79,7 +79,7 @@ def answered(
             rules += [f"reasoning: THOUGHT? {end}", "THOUGHT: /(.|\\n)+/"]
         else:
             rules.append(f"reasoning[suffix={end}]: /(.|\\n)*/")
-        rules.append("SPACES: /[ \\n]*/")
+        rules.append("SPACES: /[ \\n]{0,4}/")  # some may write nothing else for ever
     return "\n".join([f"start: {first}({body})", *rules]) + "\n"
 
 
