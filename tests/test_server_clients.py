@@ -228,3 +228,30 @@ def test_llm(url: str, tmp_path: Path) -> None:
         said.add(done.stdout)
     assert len(said) == 1
     assert said.pop().strip()
+
+
+# --- lm-eval
+
+
+def test_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores and texts of local-completions, with the server's tokenizer; it sends no key to /tokenizer_info."""
+    completions: Any = pytest.importorskip("lm_eval.models.openai_completions")
+    from lm_eval.api.instance import Instance
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with serving(write_chat_model(tmp_path / MODEL), key="") as (_, said):
+        base = f"{said['url']}/v1/completions"
+        options = {"tokenized_requests": True, "num_concurrent": 2, "max_retries": 1, "max_length": 128}
+        lm = completions.LocalCompletionsAPI(model=MODEL, base_url=base, tokenizer_backend="remote", **options)
+        pairs = [("Hello you", " and me"), ("One", " two three")]
+        scores = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+        asked = Instance("generate_until", {}, ("Hello", {"until": ["\x00"], "max_gen_toks": 5}), 0)
+        (text,) = lm.generate_until([asked])
+        assert text
+        openai = pytest.importorskip("openai")
+        with openai.OpenAI(base_url=f"{said['url']}/v1", api_key="none", max_retries=0) as client:
+            for (before, after), (score, _) in zip(pairs, scores, strict=True):
+                ids = lm.tokenizer.encode(before + after)
+                known = len(lm.tokenizer.encode(before))
+                done = client.completions.create(model=MODEL, prompt=ids, echo=True, logprobs=1, max_tokens=0)
+                assert score == pytest.approx(sum(done.choices[0].logprobs.token_logprobs[known:]), abs=1e-3)
