@@ -118,30 +118,31 @@ def form_of(served: Served, offer: Offer, form: Grammar | None, place: Place) ->
     Raises:
       RequestError: of `tools`: the grammar cannot be made; of `response_format`: both cannot be held at once.
     """
-    must = offer.choice == "required"
-    if form is None and not must:
-        return None, place
-    wrapped = offer.tools or place != "behind"
-    if form is not None and not must and (form.kind != "json_schema" or not wrapped):
-        if offer.tools:
-            raise RequestError(
-                "response_format is a grammar, and there are tools",
-                param="response_format",
-                hint="ask for a JSON schema",
-            )
-        return form, "behind"
+    answer = ""
+    if offer.choice != "required":
+        if form is None:
+            return None, place
+        if form.kind != "json_schema":
+            if offer.tools:
+                hint = "ask for a JSON schema"
+                raise RequestError("a grammar leaves no room for tools", param="response_format", hint=hint)
+            return form, "behind"
+        if not offer.tools and place == "behind":
+            return form, place
+        answer = form.text
     calls = offer.format.grammar(offer.tools, offer.several, served.spelled) if offer.format and offer.tools else ""
-    answer = form.text if form is not None and not must else ""
     reasoning = None if place == "behind" else served.reasoning
+    inside = place == "inside"
     made = Grammar.lark(
-        answered(calls=calls, answer=answer, reasoning=reasoning, inside=place == "inside", spelled=served.spelled)
+        answered(calls=calls, answer=answer, reasoning=reasoning, inside=inside, spelled=served.spelled)
     )
     model = served.engine.model
     try:
         GrammarMatcher.of(made, served.tokenizer, model.config.vocab_size, model.eos_token_ids)  # it is kept
     except RequestError as error:
-        param = "tools" if calls else "response_format"
-        raise RequestError(error.message, param=param, hint=error.hint) from None
+        what, param = ("parameters of a tool", "tools") if calls else ("JSON schema", "response_format")
+        why = error.message.partition(": ")[2]
+        raise RequestError(f"the {what} cannot be used: {why}", param=param, hint=error.hint) from None
     return made, place
 
 

@@ -39,7 +39,9 @@ class ToolParser:
           marks: none of which begins like another; names: of the tools that there are.
         """
         self._marks, self._names = marks, frozenset(names)
-        self._anywhere = re.compile("|".join(re.escape(mark.text) for mark in marks if not mark.behind))
+        anywhere = [mark.text for mark in marks if not mark.behind]
+        self._anywhere = re.compile("|".join(map(re.escape, anywhere)))
+        self._begun = re.compile(f"({'|'.join(_beginning(text) for text in anywhere)})\\Z")
         self._pending = self._spaces = self._raw = ""
         self._attempt: Attempt | None = None
         self._behind = self._called = False
@@ -107,9 +109,10 @@ class ToolParser:
     def _in_text(self, deltas: list[Delta]) -> bool:
         found = self._anywhere.search(self._pending)
         if found is None:
-            held = self._held()
-            self._say(self._pending[: len(self._pending) - held], deltas)
-            self._pending = self._pending[len(self._pending) - held :]
+            begun = self._begun.search(self._pending)
+            held = len(self._pending) if begun is None else begun.start()
+            self._say(self._pending[:held], deltas)
+            self._pending = self._pending[held:]
             return False
         self._say(self._pending[: found.start()], deltas)
         self._begin(next(mark for mark in self._marks if mark.text == found[0]), found.start())
@@ -123,13 +126,6 @@ class ToolParser:
             self._raw = "" if mark.kept else mark.text
             self._attempt, self._behind = mark.begin(self._names), False
 
-    def _held(self) -> int:
-        """Length of the end of the text with which a mark could begin."""
-        texts = [mark.text for mark in self._marks if not mark.behind]
-        longest = min(max(map(len, texts)) - 1, len(self._pending))
-        ends = (n for n in range(longest, 0, -1) if any(text.startswith(self._pending[-n:]) for text in texts))
-        return next(ends, 0)
-
     def _say(self, text: str, deltas: list[Delta]) -> None:
         """Gives out text but for the spaces at its end, which a call may follow."""
         text = self._spaces + text
@@ -137,6 +133,14 @@ class ToolParser:
         self._spaces = text[len(said) :]
         if said:
             deltas.append(Text(said))
+
+
+def _beginning(text: str) -> str:
+    """A pattern of the beginnings of a text, of at least one character: a(b(c)?)? of "abc"."""
+    pattern = ""
+    for char in reversed(text):
+        pattern = re.escape(char) + (f"(?:{pattern})?" if pattern else "")
+    return pattern
 
 
 def joined(deltas: Sequence[Delta]) -> list[Delta]:
