@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
     from llama_jax.errors import LlamaJaxError
     from llama_jax.generation import batch_generate, generate, stream_generate
-    from llama_jax.generation.engine import Engine, Request
+    from llama_jax.generation.engine import Engine
     from llama_jax.generation.llm import LLM
+    from llama_jax.generation.streams import Request
     from llama_jax.loading import load
     from llama_jax.model import activation_names, forward, unembed
     from llama_jax.model.flax_module import Llama
@@ -50,8 +51,9 @@ _HOME = {
     "model.loaded": ("Model",),
     "model.quantization": ("quantize",),
     "generation": ("batch_generate", "generate", "stream_generate"),
-    "generation.engine": ("Engine", "Request"),
+    "generation.engine": ("Engine",),
     "generation.llm": ("LLM",),
+    "generation.streams": ("Request",),
     "loading": ("load",),
     "model": ("activation_names", "forward", "unembed"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),

@@ -48,7 +48,10 @@ FAMILIES = Group("llama_jax.families", "llama_jax.config.families:plugin_problem
 LOGITS_PROCESSORS = Group("llama_jax.logits_processors", "llama_jax.sampling.constraints:plugin_problem")
 """Constraints on what may come next: each entry point has the name by which requests ask for it, and is a
 `llama_jax.sampling.constraints.LogitsProcessor`."""
-GROUPS = (TARGETS, KERNELS, FAMILIES, LOGITS_PROCESSORS)
+TOOL_PARSERS = Group("llama_jax.tool_parsers", "llama_jax.text.tools.formats:plugin_problem")
+"""Ways in which models write calls of tools: each entry point has the name that `serve --tool-parser` takes, and is a
+`llama_jax.text.tools.ToolFormat`."""
+GROUPS = (TARGETS, KERNELS, FAMILIES, LOGITS_PROCESSORS, TOOL_PARSERS)
 
 
 @dataclass(frozen=True)

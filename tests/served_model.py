@@ -12,7 +12,9 @@ from asgi_client import Answer, call
 from engines import small_settings
 from tiny_chat_model import write_chat_model
 
+from llama_jax.engine.settings import EngineSettings
 from llama_jax.generation.engine import Engine
+from llama_jax.generation.restarts import Restarts
 from llama_jax.loading import load
 from llama_jax.server.app import application
 from llama_jax.server.metrics import Metrics
@@ -23,18 +25,27 @@ SETTINGS = small_settings(context=128, pages=24)
 NAME = "tiny"
 
 
-def tiny_model(folder: Path) -> tuple[Any, Any]:
-    """A model that chats, and its tokenizer."""
-    return load(write_chat_model(folder), dtype="float32", convert=False)
+def tiny_model(folder: Path, **options: Any) -> tuple[Any, Any]:
+    """A model that chats, and its tokenizer; options as of `write_chat_model`."""
+    return load(write_chat_model(folder, **options), dtype="float32", convert=False)
 
 
 class Server:
     """A server that is not behind a socket; engines of one model share their programs."""
 
-    def __init__(self, model: Any, tokenizer: Any, runner: asyncio.Runner, waiting: int = 64, **settings: Any):
-        sizes = dataclasses.replace(SETTINGS, waiting=waiting)
-        self.engine = Engine(model, tokenizer, settings=sizes, ahead=False)
-        metrics = Metrics(NAME, self.engine.snapshot)
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        runner: asyncio.Runner,
+        waiting: int = 64,
+        sizes: EngineSettings = SETTINGS,
+        restarts: Restarts | None = None,
+        **settings: Any,
+    ):
+        sizes = dataclasses.replace(sizes, waiting=waiting)
+        self.engine = Engine(model, tokenizer, settings=sizes, ahead=False, restarts=restarts)
+        metrics = Metrics(NAME, self.engine.snapshot, lambda: self.engine.restarts.total)
         self.served = Served(self.engine, tokenizer, (NAME,), ServerSettings(**settings), metrics)
         self.app, self.tokenizer, self._runner = application(self.served), tokenizer, runner
 

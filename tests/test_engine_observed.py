@@ -45,8 +45,9 @@ from llama_jax.engine.sizing import settings_for
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.engine.steps import Chunk, Step
 from llama_jax.errors import DoesNotFit, EngineFailed, EngineNotFound, LateCompilation, StorageError
-from llama_jax.generation.engine import Engine, Request
+from llama_jax.generation.engine import Engine
 from llama_jax.generation.llm import LLM
+from llama_jax.generation.streams import Request
 from llama_jax.plan.device_memory import ENGINE_FRACTION, claim_memory, memory_fraction, more_memory_hint
 from llama_jax.plan.step_costs import Load, Peak, StepCosts
 from llama_jax.sampling import SamplingParams

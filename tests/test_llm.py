@@ -14,8 +14,10 @@ from tiny_chat_model import write_chat_model
 
 import llama_jax as lj
 from llama_jax.errors import EngineFailed, Overloaded, RequestError
-from llama_jax.generation.engine import Engine, Piece, Request
+from llama_jax.generation.engine import Engine
 from llama_jax.generation.llm import LLM
+from llama_jax.generation.restarts import Restarts
+from llama_jax.generation.streams import Piece, Request
 from llama_jax.sampling import SamplingParams
 
 
@@ -204,7 +206,7 @@ def test_a_device_that_fails_ends_all_and_the_engine_starts_again(monkeypatch: p
         return await anext(stream), stream
 
     async def run() -> None:
-        async with Engine(model, settings=small_settings(), ahead=False) as engine:
+        async with Engine(model, settings=small_settings(), ahead=False, restarts=Restarts(1)) as engine:
             _, stream = await first_piece(engine)
             assert engine._jobs is not None
             broken = engine._jobs.engine.cores[0].programs

@@ -28,6 +28,7 @@ from llama_jax.config.families import FAMILIES, Family, find_family, renamed
 from llama_jax.errors import RequestError, UnsupportedModel
 from llama_jax.generation.constraints import constraints_of
 from llama_jax.sampling import SamplingParams
+from llama_jax.text.tools import FORMATS, ToolFormat, format_named, format_of
 
 EXAMPLE = Path(__file__).parent / "example_plugin"
 GOLDEN = "llama3.1-rope"
@@ -46,6 +47,7 @@ from llama_jax.kernels.dispatch import using
 from llama_jax.library import resolve
 from llama_jax.loading import load
 from llama_jax.model import forward
+from llama_jax.text.tools import format_named, format_of
 
 folder, inputs, out = sys.argv[1:]
 model, tokenizer = load(folder, dtype="float32", kernels={"add_rms_norm": "example"})
@@ -61,7 +63,11 @@ asked = {"max_tokens": 12, "ignore_eos": True, "logit_bias": {7: 90.0}}
 repeating, rule = llm.generate([[3, 7]], **asked), llm.generate([[3, 7]], **asked, logits_processors=["example"])
 export_hf(resolve(folder), Path(out) / "exported")
 choices = [(c.operation, c.backend, c.reason) for c in report()]
-print(json.dumps({"family": model.config.family, "choices": choices, "traced": sum(report().values()) - before,
+tools = format_of("Call @name{...}")
+parser = tools.parser(["f"])
+called = [repr(delta) for delta in (*parser.feed('@f{"a": 1}'), *parser.finish())] * (format_named("example") is tools)
+print(json.dumps({"called": called,
+                  "family": model.config.family, "choices": choices, "traced": sum(report().values()) - before,
                   "repeating": repeating[0].outputs[0].token_ids, "not": rule[0].outputs[0].token_ids,
                   "tokens": len(generated.outputs[0].token_ids)}))
 """
@@ -126,6 +132,7 @@ def test_the_example_package(environment: dict[str, str], folder: Path, tmp_path
     assert error(logits, expected.logits, expected.mask) < TOLERANCE
     assert found["family"] == "example"
     assert found["tokens"] == 3
+    assert found["called"] == ["Call(name='f')", """Arguments(text='{"a": 1}')"""]
     norms = {tuple(choice) for choice in found["choices"] if choice[0] == "add_rms_norm"}
     assert norms == {("add_rms_norm", "example", "named by using() or load(kernels=)")}
     assert set(found["repeating"]) == {7}
@@ -235,6 +242,25 @@ def test_a_broken_family_is_reported_and_harms_no_other(
     assert problem in done.stdout
     rows = json.loads(CliRunner().invoke(cli, ["plugins", "--json"]).stdout)["plugins"]
     assert {(row["name"], row["state"]) for row in rows} == {("good", "ok"), (name, "broken")} or name == "good"
+
+
+TOOLS = ToolFormat(lambda template: "tools" in template, lambda names: None, lambda *_: "")
+
+
+def test_tool_parsers_that_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built-in formats stay what they are, and a sound plugin is found by its name and by the template."""
+    points = [("five", "NOT_CALLABLE"), ("hermes", "TOOLS"), ("tools", "TOOLS")]
+    found = [importlib.metadata.EntryPoint(name, f"{__name__}:{value}", "") for name, value in points]
+    monkeypatch.setattr(plugins, "entry_points", lambda *, group: found if group == plugins.TOOL_PARSERS.name else [])
+    plugins.load.cache_clear()
+    with pytest.warns(RuntimeWarning, match="is broken"):
+        assert format_named("hermes") is FORMATS["hermes"]
+    assert format_named("tools") is format_of("tools") is TOOLS
+    with pytest.raises(RequestError, match="no tool parser 'five'") as caught:
+        format_named("five")
+    assert "it is int, and not a ToolFormat" in caught.value.hint
+    assert "'hermes' exists already" in caught.value.hint
+    plugins.load.cache_clear()
 
 
 class Refuses:

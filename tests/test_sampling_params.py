@@ -68,6 +68,7 @@ BAD_FIELDS: dict[str, list[Any]] = {
     "logprobs": [-1, 21, 1.0, True, "1"],
     "prompt_logprobs": [-1, 21, 1.0, True, "1"],
     "ignore_eos": [0, 1, None, "yes"],
+    "skip_special_tokens": [0, 1, None, "yes"],
 }
 
 

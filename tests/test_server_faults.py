@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +15,10 @@ import pytest
 from asgi_client import call, opened
 from served_model import Server, tiny_model
 
-from llama_jax.server.app import readiness
+from llama_jax.generation.restarts import Restarts
+from llama_jax.server.answers import StatusAnswer
 from llama_jax.server.settings import Limits
+from llama_jax.server.status import readiness
 
 LONG = {"ignore_eos": True, "max_tokens": 100}
 CHAT = "/v1/chat/completions"
@@ -123,14 +126,14 @@ def test_a_device_that_hangs(model: Any, runner: asyncio.Runner, monkeypatch: py
 
         async def run() -> None:
             async with opened(server.app, "POST", CHAT, MESSAGES | {"max_tokens": 2}) as asked:
-                await server.until(lambda: readiness(server.served)[0] == "stalled")
+                await server.until(lambda: readiness(server.served).status == "stalled")
                 assert (await call(server.app, "GET", "/health/ready")).status == 503
                 go.set()
                 await asyncio.wait_for(asyncio.shield(asked.task), 60)
                 assert asked.answer.status == 200
 
         server.run(run())
-        assert readiness(server.served) == ("ready", "")
+        assert readiness(server.served) == StatusAnswer("ready")
 
 
 def test_overload(model: Any, runner: asyncio.Runner) -> None:
@@ -153,7 +156,7 @@ def test_overload(model: Any, runner: asyncio.Runner) -> None:
 def test_an_engine_that_fails(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams that have begun end in an event, others get 503; the server says so until the engine is back, or why it
     never will be."""
-    with Server(*model, runner) as server:
+    with Server(*model, runner, restarts=Restarts(1)) as server:
         engine = server.engine
 
         async def run(last: bool) -> Any:
@@ -181,13 +184,63 @@ def test_an_engine_that_fails(model: Any, runner: asyncio.Runner, monkeypatch: p
             assert (streamed.status, whole.status) == (200, 503)
             assert "the device is lost" in whole.json["error"]["message"]
             if not last:
-                server.run(server.until(lambda: readiness(server.served) == ("ready", "")))
+                server.run(server.until(lambda: readiness(server.served) == StatusAnswer("ready")))
                 assert server.chat(max_tokens=2).status == 200
-        assert readiness(server.served)[0] == "failed"
-        server.run(server.until(lambda: "the device is lost" in readiness(server.served)[1]))
+        assert readiness(server.served).status == "failed"
+        server.run(server.until(lambda: "the device is lost" in str(readiness(server.served).reason)))
         assert server.call("GET", "/health/ready").status == 503
         assert server.chat().status == 503
         assert server.call("GET", "/health/live").status == 200
+
+
+def test_an_engine_is_made_anew_with_pauses(
+    model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attempts that fail are repeated; meanwhile readiness has the reason, and who asks is told at once."""
+    with Server(*model, runner, restarts=Restarts(3, pause_s=0.3)) as server:
+        engine = server.engine
+        made, begun = engine._made, list[float]()
+
+        def fail(*_: Any) -> Any:
+            raise RuntimeError("the device is lost")
+
+        def attempt() -> Any:
+            begun.append(time.monotonic())
+            return fail() if len(begun) < 3 else made()
+
+        monkeypatch.setattr(engine._jobs, "step", fail)
+        monkeypatch.setattr(engine, "_made", attempt)
+        assert server.chat(max_tokens=2).status == 503
+        server.run(server.until(lambda: len(begun) == 2))
+        server.run(server.until(lambda: "attempt 3 of 3" in str(readiness(server.served).reason)))
+        answer = server.call("GET", "/health/ready")
+        assert (answer.status, answer.json["status"]) == (503, "restarting")
+        assert "the device is lost" in answer.json["reason"]
+        turned_away = server.chat(max_tokens=2)
+        assert (turned_away.status, turned_away.headers["retry-after"]) == (503, "1")
+        assert len(begun) == 2
+        metrics = server.call("GET", "/metrics").data.decode()
+        assert 'llama_jax_engine_up{model_name="tiny"} 0.0' in metrics
+        server.run(server.until(lambda: readiness(server.served) == StatusAnswer("ready")))
+        assert server.chat(max_tokens=2).status == 200
+        pauses = [after - before for before, after in itertools.pairwise(begun)]
+        assert [round(pause / 0.3) for pause in pauses] == [1, 2]
+        assert 'llama_jax_engine_restarts_total{model_name="tiny"} 3.0' in server.call("GET", "/metrics").data.decode()
+
+
+def test_a_server_that_restarts_ends_at_once(
+    model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("the device is lost")
+
+    with Server(*model, runner, restarts=Restarts(3, pause_s=60.0)) as server:
+        monkeypatch.setattr(server.engine._jobs, "step", fail)
+        monkeypatch.setattr(server.engine, "_made", fail)
+        assert server.chat(max_tokens=2).status == 503
+        server.run(server.until(lambda: "attempt 2 of 3" in str(readiness(server.served).reason)))
+        began = time.monotonic()
+    assert time.monotonic() - began < 5
 
 
 def test_no_next_token(model: Any, runner: asyncio.Runner) -> None:

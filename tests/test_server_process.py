@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
 import signal
 import socket
@@ -18,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from server_process import KEY, serving
 from tiny_chat_model import write_chat_model
 
-KEY = "a-key"
 MESSAGES = [{"role": "user", "content": "Hi"}]
 LONG = {"model": "tiny", "messages": MESSAGES, "max_tokens": 150, "extra_body": {"ignore_eos": True}}
 
@@ -30,24 +27,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_chat_model(tmp_path_factory.mktemp("server") / "tiny")
-
-
-@contextlib.contextmanager
-def serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A server, and what it says once it answers."""
-    command = [sys.executable, "-m", "llama_jax.cli", "serve", str(folder), "--no-convert", "--port", "0", "--json"]
-    command += ["--rows", "2", "--dtype", "float32", *options]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"LLAMA_JAX_API_KEY": KEY}
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, process.communicate()[1]
-        yield process, json.loads(line)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def client(said: dict[str, Any], **options: Any) -> Any:

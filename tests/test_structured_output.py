@@ -17,9 +17,10 @@ import llama_jax as lj
 from llama_jax.engine import sizing
 from llama_jax.errors import RequestError
 from llama_jax.generation import jobs
-from llama_jax.generation.engine import Engine, Request
+from llama_jax.generation.engine import Engine
 from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import CompletionOutput
+from llama_jax.generation.streams import Request
 from llama_jax.sampling import Grammar, SamplingParams
 from llama_jax.text.grammar import GrammarMatcher
 

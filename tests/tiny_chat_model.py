@@ -13,6 +13,22 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# Thinking is off by default, as by enable_thinking=False elsewhere; "free" leaves it to the model.
+TOOL_TEMPLATE = """\
+{%- if tools or builtin_tools %}{{ '<|im_start|>system\\n' }}
+{%- for tool in tools or [] %}{{ tool | tojson + '\\n' }}{% endfor %}
+{{- 'Write <tool_call>{"name": ..., "arguments": ...}</tool_call>.<|im_end|>\\n' }}
+{%- endif %}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.reasoning_content %}{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n' }}{% endif %}
+{{- m.content or '' }}
+{%- for call in m.tool_calls or [] %}
+{{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson + '}\\n</tool_call>' }}
+{%- endfor %}{{ '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}
+{%- elif enable_thinking != 'free' %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
 METADATA = Path(__file__).parent / "data" / "tokenizer" / "byte_level_gguf.json"
 
 

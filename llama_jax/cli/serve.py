@@ -1,4 +1,4 @@
-"""`llama-jax serve`: a model behind OpenAI's API."""
+"""`llama-jax serve`: a model behind the APIs of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ KEY = "LLAMA_JAX_API_KEY"
     metavar="NAME",
     help="The model's name for clients. May be repeated. [default: MODEL, of a path its last part]",
 )
+@click.option(
+    "--tool-parser",
+    default="",
+    metavar="NAME",
+    help="How the model writes calls of tools. [default: what its chat template says]",
+)
 @click.option("--rows", type=click.IntRange(1), help="Sequences that run at once. [default: 8 on a CPU, else 256]")
 @click.option("--context", type=click.IntRange(2), help="Tokens of a sequence. [default: the model's, 4096 on a CPU]")
 @click.option("--pages", type=click.IntRange(1), help="Of the cache. [default: what the memory has room for]")
@@ -82,6 +88,14 @@ KEY = "LLAMA_JAX_API_KEY"
     metavar="S",
     help="How long answers may go on after SIGTERM or Ctrl-C; a second one ends at once.",
 )
+@click.option(
+    "--restarts",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    metavar="N",
+    help="Attempts to make the engine anew after failures of the device, in a row.",
+)
 @click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="A certificate, for https.")
 @click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key.")
 @click.option("--ssl-keyfile-password", envvar="LLAMA_JAX_SSL_KEYFILE_PASSWORD", help="Of the private key.")
@@ -95,6 +109,7 @@ def command(
     keys: tuple[str, ...],
     hosts: tuple[str, ...],
     names: tuple[str, ...],
+    tool_parser: str,
     rows: int | None,
     context: int | None,
     pages: int | None,
@@ -104,6 +119,7 @@ def command(
     loading: LoadOptions,
     max_body: int,
     drain_s: float,
+    restarts: int,
     ssl_certfile: str | None,
     ssl_keyfile: str | None,
     ssl_keyfile_password: str | None,
@@ -111,17 +127,21 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Answer OpenAI's clients over HTTP with MODEL, by default the bundled one.
+    """Answer OpenAI's and Anthropic's clients over HTTP with MODEL, by default the bundled one.
 
-    It answers /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health/live, /health/ready,
-    /metrics and /version. --json prints one object, with the address, once it answers. See docs/server.md.
+    It answers /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /tokenize, /detokenize,
+    /health/live, /health/ready, /metrics and /version. --json prints one object, with the address, once it answers.
+    See docs/server.md.
     """
     from llama_jax.server.settings import Limits, ServerSettings
+    from llama_jax.text.tools import format_named
 
     if ssl_keyfile and not ssl_certfile:
         raise click.UsageError("--ssl-keyfile needs --ssl-certfile")
     lower = tuple(name.lower() for name in hosts)
     settings = ServerSettings(host, port, keys, lower, drain_s, Limits(body=max_body))
+    if tool_parser:
+        format_named(tool_parser)
 
     import asyncio
     import logging
@@ -129,6 +149,7 @@ def command(
     from llama_jax import runtime
     from llama_jax.cli.progress import Reporter
     from llama_jax.generation.engine import Engine
+    from llama_jax.generation.restarts import Restarts
     from llama_jax.server.metrics import Metrics
     from llama_jax.server.running import bound_socket, run
     from llama_jax.server.served import Served, served_name
@@ -151,9 +172,11 @@ def command(
             waiting=waiting,
             prefix_cache=prefix_cache,
             compiling=reporter.compiled,
+            restarts=Restarts(restarts),
         )
         names = names or (served_name(model),)
-        served = Served(engine, tokenizer, names, settings, Metrics(names[0], engine.snapshot))
+        metrics = Metrics(names[0], engine.snapshot, lambda: engine.restarts.total)
+        served = Served(engine, tokenizer, names, settings, metrics, tool_parser)
         shown = f"[{host}]" if ":" in host else host
         url = f"http{'s' if ssl_certfile else ''}://{shown}:{listening.getsockname()[1]}"
 

@@ -96,8 +96,9 @@ class Answer:
         for index, row in enumerate(self.rows):
             assert row.finish_reason is not None
             logprobs = None if self.params.logprobs is None else tuple(self.logprobs[index])
+            error, why = self.errors[index], row.stop_reason
             completions.append(
-                CompletionOutput(index, tuple(row.token_ids), row.text, row.finish_reason, logprobs, self.errors[index])
+                CompletionOutput(index, tuple(row.token_ids), row.text, row.finish_reason, logprobs, error, why)
             )
         of_prompt = None
         if self.params.prompt_logprobs is not None:

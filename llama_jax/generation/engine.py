@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,68 +19,14 @@ from llama_jax.errors import EngineFailed, LlamaJaxError
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.draft import opened_draft
 from llama_jax.generation.jobs import Jobs, News, Progress, opened
-from llama_jax.generation.outputs import FinishReason, RequestOutput, TokenLogprob
-from llama_jax.generation.request import Prompt, Requests, prepare
+from llama_jax.generation.outputs import RequestOutput
+from llama_jax.generation.request import prepare
+from llama_jax.generation.restarts import Restarts
+from llama_jax.generation.streams import Piece, Request, Stream
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak
-from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt for an engine, and how to continue it.
-
-    Attributes:
-      prompt: text or token ids; for a conversation `encode_chat(tokenizer, messages)`.
-      priority: lower ones first.
-      adapter_id: slot of the adapter, 0 for none.
-      tenant: requests share what they have computed of a common prefix only with those of the same tenant.
-    """
-
-    prompt: Prompt
-    params: SamplingParams = field(default_factory=SamplingParams)
-    priority: int = 0
-    adapter_id: int = 0
-    tenant: str = ""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """News of one continuation of a request.
-
-    Attributes:
-      index: of the continuation.
-      text: what is new; often empty while a character or a possible stop string is incomplete.
-      token_ids: new ones; logprobs: of them, if they were asked for.
-      finish_reason: of its last piece.
-      output: of the whole request, with its very last piece.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] | None = None
-    finish_reason: FinishReason | None = None
-    output: RequestOutput | None = None
-
-
-@dataclass(eq=False)
-class _Stream:
-    """A caller: where its pieces go, and what its request has become."""
-
-    requests: Requests
-    request: Request
-    streamed: bool
-    loop: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[Piece | BaseException]
-    answer: Answer | None = None
-
-    def send(self, piece: Piece | BaseException) -> None:
-        """Hands a piece to the caller's event loop; one that has been closed wants none."""
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
 
 
 class Engine:
@@ -106,10 +50,15 @@ class Engine:
         ahead: bool = True,
         peak: Peak | None = None,
         compiling: Progress | None = None,
+        restarts: Restarts | None = None,
         **options: Any,
     ):
-        """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`. `compiling` is
-        called in another thread."""
+        """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`.
+
+        Args:
+          compiling: called in another thread.
+          restarts: when the engine is made anew after a failure of the device; each time it is compiled again.
+        """
         self.model, self.tokenizer = opened(model, tokenizer)
         self._draft = opened_draft(draft, self.model, self.tokenizer)
         if self._draft is not None:
@@ -117,9 +66,12 @@ class Engine:
         self._settings = settings or default_settings(replicas(self.model)[0], **options)
         self._adapters, self._ahead, self._peak, self._compiling = adapters, ahead, peak, compiling
         self._jobs: Jobs | None = None
+        self.restarts = restarts or Restarts()
         self._failed: EngineFailed | None = None
-        self._streams: dict[Answer, _Stream] = {}
-        self._inbox: deque[tuple[Callable[[_Stream], None], _Stream]] = deque()
+        self._resting: EngineFailed | None = None
+        self._why_restarts = ""
+        self._streams: dict[Answer, Stream] = {}
+        self._inbox: deque[tuple[Callable[[Stream], None], Stream]] = deque()
         self._wake = threading.Event()
         self._posting = threading.Lock()
         self._closing = self._ended = False
@@ -176,7 +128,7 @@ class Engine:
             adapters=self._adapters,
             adapter_ids=[request.adapter_id],
         )
-        stream = _Stream(requests, request, streamed, asyncio.get_running_loop(), asyncio.Queue())
+        stream = Stream(requests, request, streamed, asyncio.get_running_loop(), asyncio.Queue())
         self._post(self._begin, stream)
         try:
             while True:
@@ -197,8 +149,15 @@ class Engine:
         """
         self._check_open()
         if (jobs := self._jobs) is None:
-            raise EngineFailed("the engine restarts after a fault", hint="wait until its programs are compiled")
+            raise EngineFailed(
+                f"the engine restarts after a fault: {self._why_restarts}", hint="wait until its programs are compiled"
+            )
         return jobs.engine.snapshot()
+
+    @property
+    def restarting(self) -> bool:
+        """Whether it has failed and will be made anew."""
+        return self._failed is None and not self._closing and self._thread is not None and self._jobs is None
 
     @property
     def step_age_s(self) -> float:
@@ -234,7 +193,7 @@ class Engine:
                 self._fail(error)
         self._drop(self._why_ended)
 
-    def _begin(self, stream: _Stream) -> None:
+    def _begin(self, stream: Stream) -> None:
         assert self._jobs is not None
         try:
             domain = (("tenant", stream.request.tenant),) if stream.request.tenant else ()
@@ -246,7 +205,7 @@ class Engine:
         else:
             self._streams[stream.answer] = stream
 
-    def _end(self, stream: _Stream) -> None:
+    def _end(self, stream: Stream) -> None:
         answer = stream.answer
         if answer is not None and self._jobs is not None and answer in self._streams:
             del self._streams[answer]
@@ -261,10 +220,10 @@ class Engine:
         logprobs = tuple(answer.logprobs[news.copy][-new:]) if answer.params.logprobs is not None and new else None
         if output is not None:
             del self._streams[answer]
-        stream.send(Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output))
+        stream.send(Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output, row.stop_reason))
 
     def _fail(self, error: Exception) -> None:
-        """Ends every request with a typed error, and begins afresh; if that fails too, the engine has ended."""
+        """Ends every request with a typed error, and begins afresh, as often as `restarts` says."""
         self._stepping = None
         # The frames hold the old engine. Cleared before a caller raises the error again, which adds frames of its own.
         traceback.clear_frames(error.__traceback__)
@@ -275,11 +234,41 @@ class Engine:
             failed.__cause__ = error
         self._jobs = None  # the arrays of the old one make room; and nobody who is told finds it ready
         self._drop(failed)
+        self._why_restarts = str(error)
+        while self._jobs is None and not self._closing:
+            pause = self.restarts.failed(time.monotonic())
+            if pause is None:
+                self._failed = EngineFailed(
+                    f"the engine cannot restart, after {self.restarts.row} attempts: {self._why_restarts}",
+                    hint="restart the process",
+                )
+                self._closing = True
+            elif not pause or self._rested(pause):
+                self._restart()
+
+    def _rested(self, seconds: float) -> bool:
+        """Lets time pass, in which requests are refused; whether the engine is still wanted."""
+        self._resting = EngineFailed(
+            f"the engine restarts in {seconds:.3g} s (attempt {self.restarts.row} of {self.restarts.attempts}): "
+            f"{self._why_restarts}",
+            hint="send the request again later",
+        )
+        self._drop(self._resting)
+        until = time.monotonic() + seconds
+        while not self._closing and (left := until - time.monotonic()) > 0:
+            self._wake.wait(left)
+            self._wake.clear()
+        self._resting = None
+        return not self._closing
+
+    def _restart(self) -> None:
         try:
             self._jobs = self._made()
-        except Exception as again:
-            self._failed = EngineFailed(f"the engine cannot restart: {again}", hint="restart the process")
-            self._closing = True
+        except Exception as error:  # of the device; the next attempt may fare better
+            traceback.clear_frames(error.__traceback__)
+            self._why_restarts = str(error)
+        else:
+            self.restarts.made(time.monotonic())
 
     def _drop(self, error: EngineFailed) -> None:
         """Everybody who waits gets the error."""
@@ -292,7 +281,7 @@ class Engine:
         for stream in streams:
             stream.send(error)
 
-    def _post(self, do: Callable[[_Stream], None], stream: _Stream) -> None:
+    def _post(self, do: Callable[[Stream], None], stream: Stream) -> None:
         with self._posting:
             if not self._ended:
                 self._inbox.append((do, stream))
@@ -305,7 +294,7 @@ class Engine:
         return self._failed or EngineFailed("the engine was closed", hint="make a new one")
 
     def _check_open(self) -> None:
-        if self._failed is not None:
-            raise self._failed
+        if (failed := self._failed or self._resting) is not None:
+            raise failed
         if self._closing or self._thread is None:
             raise EngineFailed("the engine is not running", hint="use it inside of `async with Engine(...)`")

@@ -37,9 +37,10 @@ class CompletionOutput:
 
     Attributes:
       token_ids: what was generated; the id that ended the text, if one did, is the last.
-      text: without stop strings and control tokens.
+      text: without stop strings and, unless they were asked for, control tokens.
       finish_reason: "stop" (end of text, stop id or stop string, or nothing may follow by the grammar), "length", or
         "error" (there was no next token); error: why not.
+      stop_reason: the string of `stop`, or the id of `stop_token_ids`, that ended the text.
     """
 
     index: int
@@ -48,6 +49,7 @@ class CompletionOutput:
     finish_reason: FinishReason
     logprobs: tuple[TokenLogprob, ...] | None = None
     error: str | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,15 @@ class RowText:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
 
     def __post_init__(self) -> None:
-        self._detokenizer = self.tokenizer.detokenizer(prompt_ids=self.prompt_ids) if self.tokenizer else None
+        skipping = self.params.skip_special_tokens
+        self._detokenizer = (
+            self.tokenizer.detokenizer(skip_special_tokens=skipping, prompt_ids=self.prompt_ids)
+            if self.tokenizer
+            else None
+        )
         self._known_ids = self.tokenizer.vocab_size if self.tokenizer else 0
         self._pending = ""
 
@@ -138,11 +146,14 @@ class RowText:
             self._pending += self._detokenizer.add(token_id)
         if last:
             self._complete("stop" if ended else "length")
+        if ended and token_id in self.params.stop_token_ids:
+            self.stop_reason = token_id
         if not self.params.stop:
             return self._certain(len(self._pending))
         if len(self.token_ids) > self.params.min_tokens:
-            cut = min((at for s in self.params.stop if (at := self._pending.find(s)) >= 0), default=None)
-            if cut is not None:
+            found = [(at, s) for s in self.params.stop if (at := self._pending.find(s)) >= 0]
+            if found:
+                cut, self.stop_reason = min(found)
                 self._pending = self._pending[:cut]
                 self.finish_reason = "stop"
         held = 0 if self.finish_reason else max((_overlap(self._pending, s) for s in self.params.stop), default=0)

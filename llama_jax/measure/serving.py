@@ -15,7 +15,8 @@ import numpy as np
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed, LlamaJaxError, Overloaded, RequestError
-from llama_jax.generation.engine import Engine, Request
+from llama_jax.generation.engine import Engine
+from llama_jax.generation.streams import Request
 from llama_jax.measure.throughput import asked, meanwhile
 from llama_jax.measure.warming import warm_up
 from llama_jax.measure.workloads import Work

@@ -46,6 +46,7 @@ class SamplingParams:
       logprobs: number of most likely tokens to report per generated token (the chosen one is always among them).
       prompt_logprobs: likewise for each prompt token.
       ignore_eos: go on after end-of-text ids.
+      skip_special_tokens: leave control tokens out of the text.
     """
 
     n: int = 1
@@ -69,6 +70,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -110,8 +112,9 @@ class SamplingParams:
             for token in getattr(self, name) or ():
                 if not _is_int(token) or token < 0:
                     raise _bad(name, token, "token ids, integers from 0 up")
-        if not isinstance(self.ignore_eos, bool):
-            raise _bad("ignore_eos", self.ignore_eos, "True or False")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "True or False")
         if not isinstance(self.logit_bias, Mapping):
             raise _bad("logit_bias", self.logit_bias, "a mapping of token ids to numbers")
         for token, bias in self.logit_bias.items():

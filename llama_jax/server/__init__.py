@@ -1,6 +1,6 @@
-"""An OpenAI-compatible HTTP server on one engine (docs/server.md).
+"""An HTTP server on one engine, for the clients of OpenAI and Anthropic (docs/server.md).
 
 From a socket inwards: `connections` (slow and stalled clients), `guard` (who may ask, and how much), `app` (routes),
-`asking` (bodies into requests of the engine), `answering` (answers and events). Nothing here computes; one
-event loop serves everybody, and what takes long runs in threads.
+`apis` (other APIs into OpenAI's and back), `asking` (bodies into requests of the engine), `answering` (answers and
+chunks). Nothing here computes; one event loop serves everybody, and what takes long runs in threads.
 """

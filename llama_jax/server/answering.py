@@ -8,17 +8,13 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
-
 from llama_jax.errors import LlamaJaxError
-from llama_jax.generation.engine import Piece, Request
-from llama_jax.generation.outputs import RequestOutput
+from llama_jax.generation.outputs import CompletionOutput, RequestOutput
+from llama_jax.generation.streams import Piece, Request
 from llama_jax.server.asking import Asked
 from llama_jax.server.chunks import chunks_of
-from llama_jax.server.errors import Failure
+from llama_jax.server.reading import message_of
 from llama_jax.server.served import Served
-
-DONE = b"data: [DONE]\n\n"
 
 
 async def answer(served: Served, asked: Asked, name: str, tenant: str) -> dict[str, Any]:
@@ -36,46 +32,40 @@ async def answer(served: Served, asked: Asked, name: str, tenant: str) -> dict[s
     for output, completion in done:
         if completion.finish_reason == "error":
             raise _failed(output, completion.index)
-    choices = [
-        {"index": i, **asked.endpoint.choice(output, completion, asked.params, served.tokenizer)}
-        for i, (output, completion) in enumerate(done)
-    ]
-    return {**_head(served, asked, name), "choices": choices, "usage": usage(outputs)}
+
+    def read() -> dict[str, Any]:  # a long text takes a while
+        choices = [{"index": i, **_choice(served, asked, *each)} for i, each in enumerate(done)]
+        return {"choices": choices, "usage": usage(served, asked, outputs)}
+
+    return {**_head(served, asked, name), **await asyncio.to_thread(read), **timings(outputs)}
 
 
-async def events(served: Served, asked: Asked, name: str, tenant: str) -> AsyncGenerator[bytes]:
-    """The answer as server-sent events, the last of which is `DONE`; errors as for `answer`."""
+async def chunks(served: Served, asked: Asked, name: str, tenant: str) -> AsyncGenerator[dict[str, Any]]:
+    """The answer as the chunks of a stream; errors as for `answer`."""
     head = _head(served, asked, name, suffix=".chunk" * (asked.endpoint.prefix == "chatcmpl"))
     if asked.usage:
         head["usage"] = None
-    chunks, outputs = chunks_of(served.tokenizer, asked), dict[int, RequestOutput]()
+    choices, outputs = chunks_of(served.tokenizer, asked), dict[int, RequestOutput]()
     streams = [_pieces(served, request) for request in _requests(asked, tenant)]
     async with aclosing(_merged(streams)) as merged:
         async for prompt, piece in merged:
             if piece.finish_reason == "error":
                 raise _failed(piece.output, piece.index)
-            for choice in chunks(prompt, piece):
-                yield event({**head, "choices": [choice]})
+            made = [{**head, "choices": [choice]} for choice in choices(prompt, piece)]
             if piece.output is not None:
                 outputs[prompt] = piece.output
+                if len(streams) == 1:
+                    made[-1] |= timings([piece.output])
+            for chunk in made:
+                yield chunk
     if asked.usage:
         ordered = [outputs[prompt] for prompt in sorted(outputs)]
-        yield event({**head, "choices": [], "usage": usage(ordered)})
-    yield DONE
+        yield {**head, "choices": [], "usage": await asyncio.to_thread(usage, served, asked, ordered)}
 
 
-def event(data: Any) -> bytes:
-    """Return one server-sent event."""
-    return b"data: " + msgspec.json.encode(data) + b"\n\n"
-
-
-def error_events(error: BaseException) -> bytes:
-    """Return the events that end a stream by an error."""
-    return event(Failure.of(error).body) + DONE
-
-
-def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def usage(served: Served, asked: Asked, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """Return the counts of tokens; those that were found in the cache are counted as the prompt's, too."""
+    thought = sum(_reasoning(served, asked, completion) for output in outputs for completion in output.outputs)
     read = sum(len(output.prompt_token_ids) for output in outputs)
     written = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
     return {
@@ -83,7 +73,45 @@ def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         "completion_tokens": written,
         "total_tokens": read + written,
         "prompt_tokens_details": {"cached_tokens": sum(output.cached_tokens for output in outputs)},
+        "completion_tokens_details": {"reasoning_tokens": thought},
     }
+
+
+def timings(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """Return how long the tokens of a single prompt took, with llama.cpp's names: milliseconds and tokens a second. Of
+    several prompts nothing is said, since they run at the same time."""
+    if len(outputs) != 1:
+        return {}
+    (output,) = outputs
+    written = sum(len(completion.token_ids) for completion in output.outputs)
+    read, timing = len(output.prompt_token_ids) - output.cached_tokens, output.timing
+    later = max(written - len(output.outputs), 0)
+    return {
+        "timings": {
+            "cache_n": output.cached_tokens,
+            "prompt_n": read,
+            "prompt_ms": 1e3 * timing.ttft_s,
+            "prompt_per_second": read / timing.ttft_s if timing.ttft_s else 0.0,
+            "predicted_n": written,
+            "predicted_ms": 1e3 * later / timing.generation_tps if timing.generation_tps else 0.0,
+            "predicted_per_second": timing.generation_tps,
+        }
+    }
+
+
+def _choice(served: Served, asked: Asked, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
+    choice = asked.endpoint.choice(output, completion, asked.params, served.tokenizer)
+    if "message" in choice:
+        reader = asked.reader()
+        message = message_of([*reader.feed(completion.text), *reader.finish()])
+        choice |= {"message": message, "finish_reason": reader.reason(completion.finish_reason)}
+    return {**choice, "stop_reason": completion.stop_reason}
+
+
+def _reasoning(served: Served, asked: Asked, completion: CompletionOutput) -> int:
+    stream = served.tokenizer.detokenizer(skip_special_tokens=asked.params.skip_special_tokens)
+    known = (token for token in completion.token_ids if token < served.tokenizer.vocab_size)
+    return asked.reader().reasoning_tokens(stream.add(token) for token in known)
 
 
 def _head(served: Served, asked: Asked, name: str, suffix: str = "") -> dict[str, Any]:

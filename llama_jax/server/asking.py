@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,19 @@ from llama_jax.batch_file.openai_endpoints import NO_EFFECT, Chat, Completions
 from llama_jax.batch_file.request import sampling_fields
 from llama_jax.errors import RequestError
 from llama_jax.generation import encode_prompt
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling import Grammar, SamplingParams
 from llama_jax.server.bodies import ChatBody, CompletionBody, given
+from llama_jax.server.conversations import text_messages
 from llama_jax.server.errors import Refused
+from llama_jax.server.reading import ChatReader
 from llama_jax.server.served import Served
 from llama_jax.server.settings import Limits
-from llama_jax.text.chat import check_messages, encode_chat
+from llama_jax.server.tooling import Offer, form_of, offer_of, reader_of, shows_control, template_variables
+from llama_jax.text.chat import encode_chat, render_chat, select_template
+from llama_jax.text.tools import place_of
+
+_TAIL = 16
+"""Tokens of a prompt's end that say whether the answer begins within reasoning."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class Asked:
 
     Attributes:
       endpoint: how the choices look; prompts: token ids of each.
+      reader: makes what reads a chat's answer.
       streamed: whether it reads as the text comes; usage: whether a stream ends with the counts of tokens.
       ignored: fields that were given and have no effect; a header of the answer names them.
     """
@@ -32,6 +40,7 @@ class Asked:
     endpoint: Chat | Completions
     prompts: tuple[list[int], ...]
     params: SamplingParams
+    reader: Callable[[], ChatReader] = ChatReader
     streamed: bool = False
     usage: bool = False
     ignored: tuple[str, ...] = ()
@@ -51,49 +60,68 @@ def asked(served: Served, body: ChatBody | CompletionBody) -> Asked:
         raise RequestError("stream_options without stream", param="stream_options", hint='give "stream": true')
     ignored = tuple(name for name in fields if name in NO_EFFECT and name != "model")
     _check_limits(fields, served.settings.limits)
-    endpoint, ours = _endpoint(body, fields)
-    chat = isinstance(endpoint, Chat)
-    params = SamplingParams(**({"max_tokens": None} if chat else {}) | sampling_fields(ours))
-    if not (isinstance(endpoint, Completions) and endpoint.echo):
-        params.check_generates("an answer")
+    limited = not fields.keys().isdisjoint({"max_tokens", "max_completion_tokens"})
+    made = _chat(served, fields) if isinstance(body, ChatBody) else _completions(served, fields)
+    params = _within(served, max(map(len, made.prompts)), made.params, limited=limited)
     if streamed and params.prompt_logprobs is not None:
         raise RequestError("a stream cannot echo logprobs", param="echo", hint="leave out stream, echo or logprobs")
-    prompts = tuple(_prompts(served, endpoint, ours, params))
-    if len(prompts) > served.settings.limits.prompts:
-        raise _too_many("prompt", len(prompts), served.settings.limits.prompts, "prompts")
-    params = _within(served, max(map(len, prompts)), params, limited="max_tokens" in ours)
-    return Asked(endpoint, prompts, params, streamed, options is not None and options.include_usage, ignored)
+    usage = options is not None and options.include_usage
+    return dataclasses.replace(made, params=params, streamed=streamed, usage=usage, ignored=(*ignored, *made.ignored))
 
 
-def text_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages as templates know them: content that came in parts is one text, and a developer is the system.
+def chat_ids(served: Served, fields: Mapping[str, Any], offer: Offer, **options: Any) -> list[int]:
+    """Return the token ids of a conversation.
+
+    Args:
+      fields: of the request: messages, chat_template_kwargs; options: of `encode_chat`.
 
     Raises:
-      RequestError: it is no conversation, or has parts that are no text.
+      RequestError, TemplateError, TokenizerError: they cannot be encoded.
     """
-    check_messages(messages)
-    plain = []
-    for i, message in enumerate(messages):
-        role = "system" if message["role"] == "developer" else message["role"]
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(_text(part, i) for part in content)
-        elif content is not None and not isinstance(content, str):
-            kind = type(content).__name__
-            raise RequestError(f"the content of message {i} is {kind}", param="messages", hint="give a text")
-        if content is None and role != "assistant":
-            raise RequestError(f"message {i} has no content", param="messages", hint="give a text")
-        plain.append({**message, "role": role, "content": content})
-    return plain
+    variables = template_variables(served, fields.get("chat_template_kwargs", {}))
+    messages = text_messages(fields["messages"])
+    return encode_chat(served.tokenizer, messages, tools=offer.shown, **variables, **options)
 
 
-def _text(part: Any, message: int) -> str:
-    match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-    raise RequestError(
-        f"message {message} has content that is no text", param="messages", hint="this model reads text only"
-    )
+def chat_text(served: Served, fields: Mapping[str, Any], offer: Offer, **options: Any) -> str:
+    """Return what the chat template makes of a conversation, for people: control tokens that a message spells out look
+    like the template's own. Arguments and errors are those of `chat_ids`."""
+    variables = template_variables(served, fields.get("chat_template_kwargs", {}))
+    template = select_template(served.tokenizer.chat_templates, None, has_tools=offer.shown is not None)
+    messages, names = text_messages(fields["messages"]), served.tokenizer.special_tokens_map
+    return render_chat(messages, template, special_tokens=names, tools=offer.shown, **variables, **options)
+
+
+def _chat(served: Served, fields: dict[str, Any]) -> Asked:
+    offer = offer_of(served, fields)
+    conversation: dict[str, Any] = {
+        name: fields.pop(name) for name in ("messages", "chat_template_kwargs") if name in fields
+    }
+    endpoint, ours = Chat.of(fields)
+    params = SamplingParams(**{"max_tokens": None} | sampling_fields(ours))
+    params.check_generates("an answer")
+    prompt = chat_ids(served, conversation, offer)
+    place = place_of(served.reasoning, served.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False))
+    assert params.response_format is None or isinstance(params.response_format, Grammar)
+    form, place = form_of(served, offer, params.response_format, place)
+    shown = params.skip_special_tokens and not shows_control(served, offer)
+    params = dataclasses.replace(params, response_format=form, skip_special_tokens=shown)
+    loose = ("tools.function.strict",) if offer.loose else ()
+    return Asked(endpoint, (prompt,), params, lambda: reader_of(served, offer, place), ignored=loose)
+
+
+def _completions(served: Served, fields: dict[str, Any]) -> Asked:
+    if fields.pop("best_of", None) not in (None, fields.get("n", 1)):
+        raise RequestError("best_of differs from n", param="best_of", hint="leave it out")
+    endpoint, ours = Completions.of(fields)
+    params = SamplingParams(**sampling_fields(ours))
+    if not endpoint.echo:
+        params.check_generates("an answer")
+    prompts = endpoint.prompts(ours, params)
+    assert isinstance(prompts, Sequence)
+    if len(prompts) > served.settings.limits.prompts:
+        raise _too_many("prompt", len(prompts), served.settings.limits.prompts, "prompts")
+    return Asked(endpoint, tuple(encode_prompt(served.tokenizer, prompt) for prompt in prompts), params)
 
 
 def _check_limits(fields: Mapping[str, Any], limits: Limits) -> None:
@@ -111,29 +139,6 @@ def _check_limits(fields: Mapping[str, Any], limits: Limits) -> None:
 
 def _too_many(param: str, count: int, most: int, what: str) -> RequestError:
     return RequestError(f"{count} {what}; there may be {most}", param=param, hint="send several requests")
-
-
-def _endpoint(body: ChatBody | CompletionBody, fields: dict[str, Any]) -> tuple[Chat | Completions, dict[str, Any]]:
-    """The endpoint and the fields that it leaves, by the names of `SamplingParams`."""
-    if isinstance(body, CompletionBody):
-        if fields.pop("best_of", None) not in (None, fields.get("n", 1)):
-            raise RequestError("best_of differs from n", param="best_of", hint="leave it out")
-        return Completions.of(fields)
-    if fields.pop("tools", None):
-        raise RequestError("this server calls no tools yet", param="tools", hint="leave them out")
-    if fields.get("tool_choice") == "none":
-        del fields["tool_choice"]
-    return Chat.of(fields)
-
-
-def _prompts(
-    served: Served, endpoint: Chat | Completions, fields: Mapping[str, Any], params: SamplingParams
-) -> list[list[int]]:
-    if isinstance(endpoint, Chat):
-        return [encode_chat(served.tokenizer, text_messages(fields["messages"]))]
-    prompts = endpoint.prompts(fields, params)
-    assert isinstance(prompts, Sequence)
-    return [encode_prompt(served.tokenizer, prompt) for prompt in prompts]
 
 
 def _within(served: Served, longest: int, params: SamplingParams, *, limited: bool) -> SamplingParams:

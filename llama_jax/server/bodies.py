@@ -8,30 +8,45 @@ from typing import Any
 import msgspec
 
 from llama_jax.errors import RequestError
+from llama_jax.server.fields import (
+    Conversation,
+    LogprobCount,
+    MinP,
+    NotNegative,
+    Penalty,
+    Positive,
+    RepetitionPenalty,
+    Seed,
+    Share,
+    Temperature,
+    Tools,
+    TopK,
+)
 
 
 class _Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields of both endpoints: OpenAI's, and those of `SamplingParams` that OpenAI lacks."""
 
     model: str | None = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    n: Positive = None
+    temperature: Temperature = None
+    top_p: Share = None
+    top_k: TopK = None
+    min_p: MinP = None
+    presence_penalty: Penalty = None
+    frequency_penalty: Penalty = None
+    repetition_penalty: RepetitionPenalty = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     response_format: dict[str, Any] | None = None
-    seed: int | None = None
+    seed: Seed = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    min_tokens: int | None = None
-    max_tokens: int | None = None
+    min_tokens: NotNegative = None
+    max_tokens: NotNegative = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Sent by clients, and without effect here:
@@ -53,21 +68,22 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 class ChatBody(_Sampling, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
+    messages: Conversation
+    max_completion_tokens: Positive = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    top_logprobs: LogprobCount = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionBody(_Sampling, kw_only=True):
     """Body of POST /v1/completions."""
 
     prompt: str | list[str | int | list[int]]
-    logprobs: int | None = None
+    logprobs: LogprobCount = None
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
@@ -78,9 +94,21 @@ class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Conversation | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    tools: Tools | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TemplateBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST /apply-template."""
+
+    messages: Conversation
+    model: str | None = None
+    add_generation_prompt: bool = True
+    tools: Tools | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llama_jax.batch_file.openai_endpoints import Completions
-from llama_jax.generation.engine import Piece
 from llama_jax.generation.openai_shapes import CompletionLogprobs, chat_logprobs
+from llama_jax.generation.streams import Piece
 from llama_jax.server.asking import Asked
+from llama_jax.server.reading import ChatReader
 from llama_jax.text.tokenizer import Tokenizer
 
 Chunks = Callable[[int, Piece], Iterator[dict[str, Any]]]
@@ -22,27 +23,31 @@ def chunks_of(tokenizer: Tokenizer, asked: Asked) -> Chunks:
 
 
 class _ChatChunks:
-    """The role comes first, once for each choice; why a text has ended, last and by itself."""
+    """The role comes first, once for each choice; why a text has ended, last and by itself. Log-probabilities come with
+    the first of what their tokens say, or with an empty content."""
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked):
         self._tokenizer, self._asked = tokenizer, asked
-        self._begun: set[int] = set()
+        self._readers: dict[int, ChatReader] = {}
 
     def __call__(self, prompt: int, piece: Piece) -> Iterator[dict[str, Any]]:
         def choice(delta: dict[str, Any], **more: Any) -> dict[str, Any]:
             return {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": None} | more
 
-        if piece.index not in self._begun:
-            self._begun.add(piece.index)
+        if piece.index not in self._readers:
+            self._readers[piece.index] = self._asked.reader()
             yield choice({"role": "assistant", "content": ""})
-        most = self._asked.params.logprobs
-        if piece.logprobs and most is not None:
-            logprobs = chat_logprobs(self._tokenizer, piece.logprobs, most)
-            yield choice({"content": piece.text}, logprobs=logprobs)
-        elif piece.text:
-            yield choice({"content": piece.text})
+        reader, most = self._readers[piece.index], self._asked.params.logprobs
+        deltas = reader.feed(piece.text)
         if piece.finish_reason is not None:
-            yield choice({}, finish_reason=piece.finish_reason)
+            deltas += reader.finish()
+        if piece.logprobs and most is not None:
+            first = deltas.pop(0) if deltas else {"content": ""}
+            yield choice(first, logprobs=chat_logprobs(self._tokenizer, piece.logprobs, most))
+        for delta in deltas:
+            yield choice(delta)
+        if piece.finish_reason is not None:
+            yield choice({}, finish_reason=reader.reason(piece.finish_reason), stop_reason=piece.stop_reason)
 
 
 class _CompletionChunks:
@@ -65,4 +70,5 @@ class _CompletionChunks:
                 self._logprobs[index] = CompletionLogprobs(self._tokenizer, asked.params.logprobs, ids)
             logprobs = self._logprobs[index]([of.token_id for of in piece.logprobs], piece.logprobs)
         if text or logprobs or piece.finish_reason:
-            yield {"index": index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+            choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+            yield choice | ({"stop_reason": piece.stop_reason} if piece.finish_reason else {})

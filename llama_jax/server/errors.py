@@ -73,3 +73,17 @@ class Failure:
 
 def _body(error: LlamaJaxError, kind: str, param: str | None, code: str) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+
+
+_ANTHROPIC_KINDS = {413: "request_too_large", 500: "api_error"}
+
+
+def anthropic_body(failure: Failure) -> dict[str, Any]:
+    """Return what tells of a failure as Anthropic's clients know it, with OpenAI's param and code."""
+    error = failure.body["error"]
+    return {"type": "error", "error": {**error, "type": _ANTHROPIC_KINDS.get(failure.status, error["type"])}}
+
+
+def body_of(failure: Failure, path: str) -> Mapping[str, Any]:
+    """Return what tells of a failure to clients of the API that a path belongs to."""
+    return anthropic_body(failure) if path.startswith("/v1/messages") else failure.body

@@ -13,8 +13,8 @@ from prometheus_client.registry import Collector
 
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed
-from llama_jax.generation.engine import Piece
 from llama_jax.generation.outputs import RequestOutput
+from llama_jax.generation.streams import Piece
 
 BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 20, 50, 100, 300)
 """Seconds. A dashboard can tell no less than the first."""
@@ -49,12 +49,13 @@ PREFIX = "llama_jax_"
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, model: str, snapshot: Callable[[], Snapshot]):
+    def __init__(self, model: str, snapshot: Callable[[], Snapshot], restarts: Callable[[], int]):
         """Make the metrics of no request yet.
 
         Args:
           model: the label "model_name" of each.
           snapshot: of the engine; raises EngineFailed where it is dead.
+          restarts: how often it has been made anew.
         """
         self._registry, self._model = CollectorRegistry(), model
 
@@ -71,7 +72,7 @@ class Metrics:
         self._ended = counter("request_success", "Continuations that have ended, by reason.", "finished_reason")
         self._cancelled = counter("cancelled", "Requests whose client left.").labels(model)
         self._answers = counter("http_requests", "HTTP requests, by route and status.", "route", "status")
-        self._registry.register(_OfEngine(model, snapshot))
+        self._registry.register(_OfEngine(model, snapshot, restarts))
 
     def text(self) -> bytes:
         """Return all of them in Prometheus's text format."""
@@ -128,29 +129,33 @@ class Times:
 class _OfEngine(Collector):
     """Metrics that are read off the engine when somebody asks."""
 
-    def __init__(self, model: str, snapshot: Callable[[], Snapshot]):
-        self._model, self._snapshot = model, snapshot
+    def __init__(self, model: str, snapshot: Callable[[], Snapshot], restarts: Callable[[], int]):
+        self._model, self._snapshot, self._restarts = model, snapshot, restarts
 
     def describe(self) -> list[Metric]:
         """Nothing: the registry would ask the engine for it."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics of a snapshot; of a dead engine only that it is dead."""
+        """The metrics of a snapshot; of a dead engine only that it is dead, and how often it was made anew."""
         try:
             snapshot: Snapshot | None = self._snapshot()
         except EngineFailed:
             snapshot = None
         yield self._gauge("engine_up", "Whether the engine works.", float(snapshot is not None))
+        yield self._counter("engine_restarts", "Attempts to make the engine anew.", self._restarts())
         if snapshot is None:
             return
         for name, (about, value) in _GAUGES.items():
             if (found := value(snapshot)) is not None:
                 yield self._gauge(name, about, found)
         for name, (about, count) in _COUNTERS.items():
-            family = CounterMetricFamily(PREFIX + name, about, labels=["model_name"])
-            family.add_metric([self._model], count(snapshot))
-            yield family
+            yield self._counter(name, about, count(snapshot))
+
+    def _counter(self, name: str, about: str, value: float) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, about, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
 
     def _gauge(self, name: str, about: str, value: float) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, about, labels=["model_name"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -13,10 +13,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llama_jax.errors import LlamaJaxError
-from llama_jax.server.answering import error_events
-from llama_jax.server.errors import Failure
-
-KEEP_ALIVE = b": keep-alive\n\n"
+from llama_jax.server.errors import Failure, body_of
+from llama_jax.server.sse import KEEP_ALIVE
 
 
 def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -24,9 +22,9 @@ def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | Non
     return Response(msgspec.json.encode(data), status, dict(headers or {}), "application/json")
 
 
-def failure_response(failure: Failure) -> Response:
-    """Return an answer that tells of an error."""
-    return json_response(failure.body, failure.status, failure.headers)
+def failure_response(failure: Failure, path: str) -> Response:
+    """Return an answer that tells of an error to whoever has asked for a path."""
+    return json_response(body_of(failure, path), failure.status, failure.headers)
 
 
 @asynccontextmanager
@@ -60,16 +58,23 @@ class EventStream(Response):
     """Server-sent events. The status follows from how they begin: an error before the first is an answer of its own,
     a later one is an event."""
 
-    def __init__(self, events: AsyncGenerator[bytes], keep_alive_s: float, headers: Mapping[str, str]):
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        keep_alive_s: float,
+        headers: Mapping[str, str],
+        failed: Callable[[Failure, int], bytes],
+    ):
         """Make an answer of events.
 
         Args:
+          failed: makes the events that tell of an error, after a number of others.
           keep_alive_s: after which a comment is sent where there is no event: proxies give up on a silent connection.
         """
         super().__init__(headers={**headers, "x-accel-buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._events, self._keep_alive_s = events, keep_alive_s
-        self._sending, self._begun = asyncio.Lock(), False
+        self._events, self._keep_alive_s, self._failed = events, keep_alive_s, failed
+        self._sending, self._begun, self._sent = asyncio.Lock(), False, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end or the client leaves; either closes the generator.
@@ -90,10 +95,11 @@ class EventStream(Response):
         try:
             async for event in self._events:
                 await self._send(send, event)
+                self._sent += 1
         except LlamaJaxError as error:
             if not self._begun:
                 raise
-            await self._send(send, error_events(error))
+            await self._send(send, self._failed(Failure.of(error), self._sent))
         finally:
             alive.cancel()
             await asyncio.gather(alive, return_exceptions=True)

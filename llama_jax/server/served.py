@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from llama_jax.generation.engine import Engine
 from llama_jax.server.errors import Refused
 from llama_jax.server.metrics import Metrics
 from llama_jax.server.settings import ServerSettings
+from llama_jax.text.chat import select_template
 from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tools import ToolFormat, format_named, format_of, reasoning_of
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Served:
     Attributes:
       names: of the model, the first of which answers carry.
       created: when it was loaded, in seconds of Unix time.
+      tool_parser: name of the model's `ToolFormat`; "" is what its chat template says.
     """
 
     engine: Engine
@@ -39,6 +44,7 @@ class Served:
     names: tuple[str, ...]
     settings: ServerSettings
     metrics: Metrics
+    tool_parser: str = ""
     life: Life = field(default_factory=Life)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -46,6 +52,31 @@ class Served:
     def capacity(self) -> int:
         """Tokens that a prompt and its continuation may have together."""
         return min(self.engine.settings.capacity, self.engine.model.config.context_length)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes calls of tools; None if that is not known, or it cannot.
+
+        Raises:
+          RequestError: there is no format of the name `tool_parser`.
+        """
+        if self.tool_parser:
+            return format_named(self.tool_parser)
+        return format_of(self._template(tools=True))
+
+    @cached_property
+    def reasoning(self) -> tuple[str, str] | None:
+        """Marks around the model's reasoning, if it has any."""
+        return reasoning_of(self._template(tools=False))
+
+    def spelled(self, mark: str) -> str:
+        """Return how a Lark grammar spells a mark: a control token by its id."""
+        number = self.tokenizer.special_tokens.get(mark)
+        return json.dumps(mark, ensure_ascii=False) if number is None else f"<[{number}]>"
+
+    def _template(self, *, tools: bool) -> str:
+        templates = self.tokenizer.chat_templates
+        return select_template(templates, None, has_tools=tools) if templates else ""
 
     def check_model(self, name: str | None) -> None:
         """Check that a request is for this model; one that names none is.

@@ -23,9 +23,10 @@ Message = Mapping[str, Any]
 
 EXAMPLE = 'a conversation is a list such as [{"role": "user", "content": "…"}]'
 """Hint for what is no conversation."""
-_STANDARD_ROLES = frozenset(
+ROLES = frozenset(
     {"system", "user", "assistant", "tool", "function", "developer", "ipython", "model", "environment", "context"}
 )
+"""Roles that a conversation of unknown origin may have."""
 _MAX_DEPTH = 64
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _RESERVED = frozenset({"messages", "tokenize", "raise_exception", "strftime_now", "namespace", "dict", "range"})
@@ -119,9 +120,9 @@ def check_messages(messages: Any) -> None:
         role = message.get("role") if isinstance(message, Mapping) else None
         if not isinstance(role, str):
             raise RequestError(f"message {i} has no role", param="messages", hint=EXAMPLE)
-        if role not in _STANDARD_ROLES:
-            near = difflib.get_close_matches(role, _STANDARD_ROLES, n=1)
-            known = f"one of {', '.join(sorted(_STANDARD_ROLES))}"
+        if role not in ROLES:
+            near = difflib.get_close_matches(role, ROLES, n=1)
+            known = f"one of {', '.join(sorted(ROLES))}"
             raise RequestError(
                 f"message {i} has the unknown role {role!r:.100}",
                 param="messages",
@@ -157,7 +158,7 @@ def _protect(text: str, guard: ControlGuard, literals: Sequence[str]) -> str:
     """
     protected = guard.protect(text)
     core = text.strip()
-    if not core or core in _STANDARD_ROLES:
+    if not core or core in ROLES:
         return protected
     for token in guard.controls:
         start = token.find(core)

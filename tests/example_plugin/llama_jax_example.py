@@ -1,8 +1,9 @@
-"""A device model, a kernel backend, a model family and a logits processor from outside of llama_jax."""
+"""A device model, a kernel backend, a model family, a logits processor and a tool parser from outside of llama_jax."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from llama_jax.config.families import Family
 from llama_jax.kernels.dispatch import Backend
 from llama_jax.sampling import SamplingParams, token_mask
 from llama_jax.targets import Rates, Target
+from llama_jax.text.tools import Arguments, Call, Delta, Text, Tool, ToolFormat
 
 TARGET = Target(
     name="example-gpu",
@@ -74,3 +76,28 @@ class NoRepeats:
 
     def accept(self, token: int) -> None:
         self._last = token
+
+
+class NameAndBraces:
+    """A tool parser: an answer that is @name{...} as a whole is a call."""
+
+    def __init__(self, names: Collection[str]):
+        self._names, self._text = names, ""
+
+    def feed(self, text: str) -> list[Delta]:
+        self._text += text
+        return []
+
+    def finish(self) -> list[Delta]:
+        found = re.fullmatch(r"@(\w+)(\{.*\})", self._text, re.DOTALL)
+        if found and found[1] in self._names:
+            return [Call(found[1]), Arguments(found[2])]
+        return [Text(self._text)]
+
+
+def _grammar(tools: Sequence[Tool], several: bool, spelled: Any) -> str:
+    names = " | ".join(f'"@{tool.name}"' for tool in tools)
+    return f'start: ({names}) arguments\narguments: %json {{"type": "object"}}\n'
+
+
+TOOLS = ToolFormat(lambda template: "@name{" in template, NameAndBraces, _grammar)

@@ -1,0 +1,86 @@
+"""Answers as a sequence of parts: reasoning, text, calls of tools; as other APIs than OpenAI's chats have them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llama_jax.server.reading import REASONING
+
+
+@dataclass
+class Part:
+    """One part as far as it has come.
+
+    Attributes:
+      text: of a call its arguments; call_id, name: of a call.
+    """
+
+    kind: Literal["reasoning", "text", "call"]
+    text: str = ""
+    call_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """News of a part: that it begins, has more text, or ends."""
+
+    kind: Literal["begin", "more", "end"]
+    part: Part
+    text: str = ""
+
+
+@dataclass
+class End:
+    """The end of an answer, known once it is there."""
+
+    finish_reason: str = ""
+    stop_reason: Any = None
+    usage: dict[str, Any] = field(default_factory=dict)
+
+
+def parts_of(message: dict[str, Any]) -> list[Part]:
+    """Return the parts of a whole message."""
+    made = [Part("reasoning", message[REASONING])] if message.get(REASONING) else []
+    made += [Part("text", message["content"])] if message["content"] else []
+    calls = message.get("tool_calls", ())
+    return made + [Part("call", c["function"]["arguments"], c["id"], c["function"]["name"]) for c in calls]
+
+
+def end_of(answer: dict[str, Any]) -> End:
+    """Return the end of a whole answer."""
+    (choice,) = answer["choices"]
+    return End(choice["finish_reason"], choice["stop_reason"], answer["usage"])
+
+
+async def changes(chunks: AsyncIterator[dict[str, Any]], end: End) -> AsyncGenerator[Change]:
+    """Yield what the chunks of a stream say of its parts, one after the other; `end` is filled in."""
+    part: Part | None = None
+    async for chunk in chunks:
+        end.usage = chunk.get("usage") or end.usage
+        for choice in chunk["choices"]:
+            for kind, text, call in _of_delta(choice["delta"]):
+                if part is None or part.kind != kind or call:
+                    if part is not None:
+                        yield Change("end", part)
+                    part = Part(kind, "", call.get("id", ""), call.get("function", {}).get("name", ""))
+                    yield Change("begin", part)
+                if text:
+                    part.text += text
+                    yield Change("more", part, text)
+            if choice["finish_reason"]:
+                end.finish_reason, end.stop_reason = choice["finish_reason"], choice["stop_reason"]
+    if part is not None:
+        yield Change("end", part)
+
+
+def _of_delta(delta: dict[str, Any]) -> Iterator[tuple[Literal["reasoning", "text", "call"], str, dict[str, Any]]]:
+    """Kind and text of what a delta holds, and the call that begins with it."""
+    if delta.get(REASONING):
+        yield "reasoning", delta[REASONING], {}
+    if delta.get("content"):
+        yield "text", delta["content"], {}
+    for call in delta.get("tool_calls", ()):
+        yield "call", call["function"]["arguments"], call if "id" in call else {}

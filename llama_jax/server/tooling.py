@@ -1,0 +1,161 @@
+"""Tools that a request offers: what the template is told of them, what the answer is held to, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llama_jax.errors import RequestError
+from llama_jax.sampling import Grammar
+from llama_jax.server.reading import ChatReader
+from llama_jax.server.served import Served
+from llama_jax.text.grammar import GrammarMatcher
+from llama_jax.text.tools import Place, ReasoningParser, Tool, ToolFormat, tools_of
+from llama_jax.text.tools.grammars import answered
+
+_RESERVED = frozenset(
+    {"tokenizer", "messages", "add_generation_prompt", "tools", "documents", "chat_template", "strftime_now"}
+)
+"""Variables of a template that `chat_template_kwargs` cannot set."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Tools that a model may call, or must.
+
+    Attributes:
+      shown: as the template gets them; None for none.
+      tools: those that may be called; builtin: names of tools that only the template knows.
+      choice: "required" where the answer has to be a call of one of `tools`.
+      several: whether it may be more than one call.
+      loose: whether a tool asks for `strict` arguments, and nothing holds the answer to them.
+    """
+
+    format: ToolFormat | None = None
+    shown: list[dict[str, Any]] | None = None
+    tools: tuple[Tool, ...] = ()
+    builtin: tuple[str, ...] = ()
+    choice: Literal["auto", "required"] = "auto"
+    several: bool = True
+    loose: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tools that can be called."""
+        return (*(tool.name for tool in self.tools), *self.builtin)
+
+
+def offer_of(served: Served, fields: dict[str, Any]) -> Offer:
+    """Return what a request offers; takes its fields about tools out of `fields`.
+
+    Raises:
+      RequestError: a tool or the choice is wrong, or this model cannot call tools.
+    """
+    given, choice = fields.pop("tools", None) or [], fields.pop("tool_choice", None) or "auto"
+    several = fields.pop("parallel_tool_calls", True)
+    extras = fields.get("chat_template_kwargs", {}).get("builtin_tools", [])
+    builtin = tuple(name for name in extras if isinstance(name, str)) if isinstance(extras, list) else ()
+    if len(given) > served.settings.limits.tools:
+        raise RequestError(
+            f"{len(given)} tools; there may be {served.settings.limits.tools}", param="tools", hint="offer fewer"
+        )
+    tools = tools_of(given)
+    chosen = _chosen(choice, tools)
+    if choice == "none" or not (tools or builtin):
+        return Offer()
+    format = served.tool_format
+    if format is None:
+        raise RequestError(
+            "this model's chat template has no calls of tools that are known here",
+            param="tools",
+            hint="leave them out, use a model that calls tools, or name its format: `llama-jax serve --tool-parser`",
+        )
+    if chosen is None:
+        loose = any(tool["function"].get("strict") is True for tool in given)
+        return Offer(format, given or None, tools, builtin, several=several, loose=loose)
+    return Offer(format, given, chosen, choice="required", several=several and choice == "required")
+
+
+def _chosen(choice: Any, tools: tuple[Tool, ...]) -> tuple[Tool, ...] | None:
+    """The tools one of which must be called; None if none must."""
+    match choice:
+        case "auto" | "none":
+            return None
+        case "required" if tools:
+            return tools
+        case {"type": "function", "function": {"name": str(name)}} if found := [t for t in tools if t.name == name]:
+            return tuple(found)
+    raise RequestError(
+        "tool_choice names no tool of the request",
+        param="tool_choice",
+        hint='give "auto", "none", "required" or {"type": "function", "function": {"name": ...}}, and the tools',
+    )
+
+
+def template_variables(served: Served, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return variables of the template that a request sets.
+
+    Raises:
+      RequestError: one is not for requests to set.
+    """
+    own = _RESERVED | served.tokenizer.special_tokens_map.keys()
+    if reserved := next((name for name in given if name in own), None):
+        raise RequestError(
+            f"{reserved!r} cannot be set by a request", param="chat_template_kwargs", hint="leave it out"
+        )
+    return dict(given)
+
+
+def form_of(served: Served, offer: Offer, form: Grammar | None, place: Place) -> tuple[Grammar | None, Place]:
+    """Return the form that the answer must have, and where in its reasoning it begins then.
+
+    A JSON schema, and calls that must be made, come behind the reasoning. Other forms are those of the whole text.
+
+    Args:
+      form: of the answer's text, as the request has it; place: where the prompt ends.
+
+    Raises:
+      RequestError: of `tools`: the grammar cannot be made; of `response_format`: both cannot be held at once.
+    """
+    answer = ""
+    if offer.choice != "required":
+        if form is None:
+            return None, place
+        if form.kind != "json_schema":
+            if offer.tools:
+                hint = "ask for a JSON schema"
+                raise RequestError("a grammar leaves no room for tools", param="response_format", hint=hint)
+            return form, "behind"
+        if not offer.tools and place == "behind":
+            return form, place
+        answer = form.text
+    calls = offer.format.grammar(offer.tools, offer.several, served.spelled) if offer.format and offer.tools else ""
+    reasoning = None if place == "behind" else served.reasoning
+    inside = place == "inside"
+    made = Grammar.lark(
+        answered(calls=calls, answer=answer, reasoning=reasoning, inside=inside, spelled=served.spelled)
+    )
+    model = served.engine.model
+    try:
+        GrammarMatcher.of(made, served.tokenizer, model.config.vocab_size, model.eos_token_ids)  # it is kept
+    except RequestError as error:
+        what, param = ("parameters of a tool", "tools") if calls else ("JSON schema", "response_format")
+        why = error.message.partition(": ")[2]
+        raise RequestError(f"the {what} cannot be used: {why}", param=param, hint=error.hint) from None
+    return made, place
+
+
+def reader_of(served: Served, offer: Offer, place: Place) -> ChatReader:
+    """Return what reads one answer, from where in its reasoning it begins."""
+    marks = served.reasoning
+    reasoning = ReasoningParser(marks, inside=place == "inside") if marks and place != "behind" else None
+    if offer.format is None:
+        return ChatReader(reasoning)
+    return ChatReader(reasoning, offer.format.parser(offer.names), offer.format.call_id, several=offer.several)
+
+
+def shows_control(served: Served, offer: Offer) -> bool:
+    """Return whether the answer can only be read with its control tokens."""
+    marks: Sequence[str] = (*(served.reasoning or ()), *(offer.format.control if offer.format else ()))
+    return any(mark in served.tokenizer.special_tokens for mark in marks)

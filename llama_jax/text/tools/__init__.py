@@ -1,0 +1,32 @@
+"""Calls of tools, and reasoning, in the text that a model writes: how each kind of model spells them.
+
+`formats` holds one `ToolFormat` for each spelling: the parser that reads it as the text comes, and the grammar that
+holds a text to it. The model's own chat template says which one it is; other packages can add more (docs/plugins.md).
+"""
+
+from __future__ import annotations
+
+from llama_jax.text.tools.deltas import Arguments, Call, Delta, Reasoning, Text
+from llama_jax.text.tools.formats import FORMATS, ToolFormat, format_named, format_of
+from llama_jax.text.tools.parser import ToolParser
+from llama_jax.text.tools.reasoning import Place, ReasoningParser, place_of, reasoning_of
+from llama_jax.text.tools.tool import Tool, tools_of
+
+__all__ = [
+    "FORMATS",
+    "Arguments",
+    "Call",
+    "Delta",
+    "Place",
+    "Reasoning",
+    "ReasoningParser",
+    "Text",
+    "Tool",
+    "ToolFormat",
+    "ToolParser",
+    "format_named",
+    "format_of",
+    "place_of",
+    "reasoning_of",
+    "tools_of",
+]
