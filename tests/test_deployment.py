@@ -68,7 +68,7 @@ def test_probes_are_routes_without_a_key() -> None:
 def test_the_dashboard_names_metrics_that_there_are() -> None:
     dashboard = json.loads(text("grafana.json"))
     core = Core(tiny_model(), small_settings(), peak=Peak(1e9, 1e9))
-    metrics = Metrics("tiny", core.snapshot)
+    metrics = Metrics("tiny", core.snapshot, lambda: 0)
     with metrics.request():
         pass
     metrics.finished("stop")
