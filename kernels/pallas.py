@@ -106,6 +106,19 @@ def narrow(x: jax.Array, dtype: DTypeLike, *, by_hand: bool) -> jax.Array:
     return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
 
 
+def widen(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """int8 codes in the dtype of a product, exactly.
+
+    To bfloat16 through float32, whose lower half is then zeros: to take the upper one is an operation, where rounding
+    takes five (`rounds_to_bfloat16`).
+    """
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return codes.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(codes.astype(jnp.float32), jnp.int32)
+    upper = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)).astype(jnp.int16)
+    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+
+
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
     """float32 product of two tiles of one dtype, by the matrix units.
 

@@ -20,7 +20,7 @@ from llama_jax.kernels.attention.decode.call import Call
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED, sees
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_tile, store_tile
+from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, store_tile, widen
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
@@ -28,8 +28,9 @@ NONE = MASKED / 2
 
 
 def _cached(ref: Any, index: Index, width: int, dtype: Any) -> jax.Array:
-    """Rows of the cache in the dtype of the queries. A quantised cache would be dequantised here."""
-    return load_tile(ref, index, width).astype(dtype)
+    """Rows of the cache in the dtype of the queries; codes of a quantised one without their scales."""
+    tile = load_tile(ref, index, width)
+    return widen(tile, dtype) if tile.dtype == jnp.int8 else tile.astype(dtype)
 
 
 def shares(
@@ -56,6 +57,8 @@ def shares(
         q_ref: Any,
         k_ref: Any,
         v_ref: Any,
+        k_scale_ref: Any,
+        v_scale_ref: Any,
         q_positions_ref: Any,
         kv_positions_ref: Any,
         table_ref: Any,
@@ -88,6 +91,7 @@ def shares(
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
             k = _cached(k_ref, at, width, q.dtype)
             v = _cached(v_ref, at, width, q.dtype)
+            k_scale, v_scale = (None if x is None else load_row(x, at, None, 0.0) for x in (k_scale_ref, v_scale_ref))
             if call.slots % block_k:
                 kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
 
@@ -96,6 +100,8 @@ def shares(
                 q_segment = plgpu.load(q_segments_ref.at[row, query])
                 see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
             logits = dot(q, k, transpose_b=True)
+            if k_scale is not None:
+                logits = logits * k_scale.astype(jnp.float32)[None, :]
             if call.rule.soft_cap is None:
                 logits = logits * (call.rule.scale * LOG2_E)
             else:
@@ -103,7 +109,8 @@ def shares(
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
-            acc = acc * decay[:, None] + dot(weights.astype(v.dtype), v)
+            weighted = weights if v_scale is None else weights * v_scale.astype(jnp.float32)[None, :]
+            acc = acc * decay[:, None] + dot(weighted.astype(v.dtype), v)
             return total * decay + jnp.sum(weights, axis=1), above, acc
 
         zero = jnp.zeros((height,), jnp.float32)
@@ -118,8 +125,8 @@ def shares(
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
     return launch(
         decode_attention_shares,
-        *(cut.row, cut.start, cut.stop, q, kv.k, kv.v, places.q_positions, places.kv_positions, kv.page_table),
-        *(places.q_segments, places.kv_segments),
+        *(cut.row, cut.start, cut.stop, q, kv.k, kv.v, kv.k_scale, kv.v_scale),
+        *(places.q_positions, places.kv_positions, kv.page_table, places.q_segments, places.kv_segments),
         grid=(-(-call.rows // height), call.most_shares, kv_heads),
         out=(jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
         num_warps=call.tiles.num_warps,

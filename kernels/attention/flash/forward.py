@@ -24,7 +24,7 @@ from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width
+from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width, widen
 
 
 class _Softmax(NamedTuple):
@@ -58,6 +58,8 @@ def forward(
         q_ref: Any,
         k_ref: Any,
         v_ref: Any,
+        k_scale_ref: Any,
+        v_scale_ref: Any,
         sinks_ref: Any,
         at: Places,
         table_ref: Any,
@@ -84,13 +86,21 @@ def forward(
             place, valid = (0, packed, head), packed < q.shape[1]
         q_tile = load_tile(q_ref, place, width, valid)
 
+        def scales(ref: Any, index: Index, there: jax.Array | None) -> jax.Array:
+            return load_row(ref, index, there, 0.0).astype(jnp.float32)[None, :]
+
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
             start = j * tiles.block_k
             index = slot_index(table_ref, row, kv_head, start, tiles.block_k, page_size)
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
-            logits = rule.logits(dot(q_tile, load_tile(k_ref, index, width, there), transpose_b=True))
+            keys = load_tile(k_ref, index, width, there)
+            if k_scale_ref is None:
+                products = dot(q_tile, keys, transpose_b=True)
+            else:
+                products = dot(q_tile, widen(keys, q_tile.dtype), transpose_b=True) * scales(k_scale_ref, index, there)
+            logits = rule.logits(products)
             if masked:
                 see = sees(query_rows, load_slots(at, row, slots, there))
                 logits = jnp.where(see, logits, MASKED)
@@ -99,6 +109,8 @@ def forward(
             shrink = exp2((peak - new_peak) * rule.factor)
             total = total * shrink + jnp.sum(weights, axis=1)
             values = load_tile(v_ref, index, width, there)
+            if v_scale_ref is not None:
+                values, weights = widen(values, q_tile.dtype), weights * scales(v_scale_ref, index, there)
             acc = acc * shrink[:, None] + dot(narrow(weights, values.dtype, by_hand=rule.round_by_hand), values)
             return _Softmax(acc, new_peak, total)
 
@@ -123,6 +135,8 @@ def forward(
         q,
         kv.k,
         kv.v,
+        kv.k_scale,
+        kv.v_scale,
         sinks,
         places,
         kv.page_table,

@@ -14,7 +14,14 @@ from llama_jax.kernels.attention.flash.backward import Saved, backward
 from llama_jax.kernels.attention.flash.blocks import LOG2_E, Program
 from llama_jax.kernels.attention.flash.forward import forward
 from llama_jax.kernels.attention.flash.tiles import Tiles, default_tiles
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels
+from llama_jax.kernels.attention.records import (
+    KeysValues,
+    Places,
+    Rule,
+    beyond_kernels,
+    is_quantised,
+    refuse_gradients,
+)
 from llama_jax.kernels.attention.reference import gather_pages
 from llama_jax.kernels.pallas import MAX_ELEMENTS, rounds_to_bfloat16
 from llama_jax.targets import Target, current
@@ -78,7 +85,7 @@ def unsupported(
     """Why the kernels cannot run these arguments on that target, or None."""
     if target.vendor == "cpu" and not interpret:
         return "it compiles for GPUs only"
-    if not q.dtype == kv.k.dtype == kv.v.dtype:
+    if not is_quantised(kv) and not q.dtype == kv.k.dtype == kv.v.dtype:
         return f"queries, keys and values are of different types ({q.dtype}, {kv.k.dtype}, {kv.v.dtype})"
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"{q.dtype} is not one of bfloat16, float16, float32"
@@ -99,6 +106,7 @@ def _attend(rule: Program, q: jax.Array, kv: KeysValues, sinks: jax.Array | None
 def _attend_forward(
     rule: Program, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, places: Places
 ) -> tuple[jax.Array, Any]:
+    refuse_gradients(kv)
     out, lse = forward(rule, q, kv, sinks, places, with_lse=True)
     return out, (q, kv, sinks, places, out, lse)
 
