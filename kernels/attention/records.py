@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import KernelError
+from llama_jax.targets import Target
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,13 @@ class Places:
 def is_quantised(kv: KeysValues) -> bool:
     """Whether keys and values have scales."""
     return kv.k_scale is not None
+
+
+def spills(kv: KeysValues, target: Target) -> str | None:
+    """The reason why kernels for quantised keys and values do not fit a target's registers; None if they do."""
+    if is_quantised(kv) and target.arch.startswith("gfx11") and kv.k.shape[3] > 128:
+        return f"with codes of head_dim {kv.k.shape[3]} {target.arch} would spill registers"
+    return None
 
 
 def refuse_gradients(kv: KeysValues) -> None:

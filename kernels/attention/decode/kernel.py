@@ -27,10 +27,10 @@ LOG2_E = math.log2(math.e)
 NONE = MASKED / 2
 
 
-def _cached(ref: Any, index: Index, width: int, dtype: Any) -> jax.Array:
+def _cached(ref: Any, index: Index, width: int, dtype: Any, once: jax.Array | None) -> jax.Array:
     """Rows of the cache in the dtype of the queries; codes of a quantised one without their scales."""
     tile = load_tile(ref, index, width)
-    return widen(tile, dtype) if tile.dtype == jnp.int8 else tile.astype(dtype)
+    return widen(tile, dtype, once=once) if tile.dtype == jnp.int8 else tile.astype(dtype)
 
 
 def shares(
@@ -44,6 +44,7 @@ def shares(
     """
     block_k, height, width = call.tiles.block_k, call.height, call.width
     kv_heads = kv.k.shape[1]
+    shared = call.tiles.num_warps > 1 and call.tiles.num_stages == 1
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
         entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
@@ -89,8 +90,9 @@ def shares(
                 at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
             # All is asked for before anything is waited for: a barrier of the products holds up what is behind it.
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
-            k = _cached(k_ref, at, width, q.dtype)
-            v = _cached(v_ref, at, width, q.dtype)
+            once = jnp.minimum(block + 1, 1) if shared else None
+            k = _cached(k_ref, at, width, q.dtype, once)
+            v = _cached(v_ref, at, width, q.dtype, once)
             k_scale, v_scale = (None if x is None else load_row(x, at, None, 0.0) for x in (k_scale_ref, v_scale_ref))
             if call.slots % block_k:
                 kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)

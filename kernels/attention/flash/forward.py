@@ -52,6 +52,7 @@ def forward(
     group = q_heads // kv_heads
     queries = tiles.block_q // tiles.heads  # of each head in a tile
     width = tile_width(head_dim)
+    shared = tiles.num_warps > 1 and tiles.num_stages == 1
     pairs = block_pairs(places, rule.visibility, queries, tiles.block_k)
 
     def flash_attention_forward(
@@ -95,11 +96,14 @@ def forward(
             index = slot_index(table_ref, row, kv_head, start, tiles.block_k, page_size)
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
+            once = jnp.minimum(j + 1, 1) if shared else None
             keys = load_tile(k_ref, index, width, there)
             if k_scale_ref is None:
                 products = dot(q_tile, keys, transpose_b=True)
             else:
-                products = dot(q_tile, widen(keys, q_tile.dtype), transpose_b=True) * scales(k_scale_ref, index, there)
+                products = dot(q_tile, widen(keys, q_tile.dtype, once=once), transpose_b=True) * scales(
+                    k_scale_ref, index, there
+                )
             logits = rule.logits(products)
             if masked:
                 see = sees(query_rows, load_slots(at, row, slots, there))
@@ -110,7 +114,10 @@ def forward(
             total = total * shrink + jnp.sum(weights, axis=1)
             values = load_tile(v_ref, index, width, there)
             if v_scale_ref is not None:
-                values, weights = widen(values, q_tile.dtype), weights * scales(v_scale_ref, index, there)
+                values, weights = (
+                    widen(values, q_tile.dtype, once=once),
+                    weights * scales(v_scale_ref, index, there),
+                )
             acc = acc * shrink[:, None] + dot(narrow(weights, values.dtype, by_hand=rule.round_by_hand), values)
             return _Softmax(acc, new_peak, total)
 

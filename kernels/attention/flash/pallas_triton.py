@@ -21,6 +21,7 @@ from llama_jax.kernels.attention.records import (
     beyond_kernels,
     is_quantised,
     refuse_gradients,
+    spills,
 )
 from llama_jax.kernels.attention.reference import gather_pages
 from llama_jax.kernels.pallas import MAX_ELEMENTS, rounds_to_bfloat16
@@ -95,7 +96,7 @@ def unsupported(
         return f"scale {rule.scale} is not positive"
     if max(q.size, kv.k.size, kv.v.size) > MAX_ELEMENTS:
         return f"an array has more than {MAX_ELEMENTS} elements"
-    return beyond_kernels(kv, replace(places, q_index=None), rule)
+    return (None if interpret else spills(kv, target)) or beyond_kernels(kv, replace(places, q_index=None), rule)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
