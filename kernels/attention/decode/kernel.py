@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from llama_jax.kernels.attention.decode import partition
 from llama_jax.kernels.attention.decode.call import Call
-from llama_jax.kernels.attention.records import KeysValues, Places
+from llama_jax.kernels.attention.records import KeysValues, Places, is_quantised
 from llama_jax.kernels.attention.reference import MASKED, sees
 from llama_jax.kernels.exponential import exp2
 from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, store_tile, widen
@@ -44,7 +44,7 @@ def shares(
     """
     block_k, height, width = call.tiles.block_k, call.height, call.width
     kv_heads = kv.k.shape[1]
-    shared = call.tiles.num_warps > 1 and call.tiles.num_stages == 1
+    shared = is_quantised(kv) and call.tiles.num_warps > 1 and call.tiles.num_stages == 1
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
         entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))

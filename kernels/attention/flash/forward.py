@@ -21,7 +21,7 @@ from llama_jax.kernels.attention.flash.blocks import (
     visit,
 )
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
-from llama_jax.kernels.attention.records import KeysValues, Places
+from llama_jax.kernels.attention.records import KeysValues, Places, is_quantised
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
 from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width, widen
@@ -52,7 +52,7 @@ def forward(
     group = q_heads // kv_heads
     queries = tiles.block_q // tiles.heads  # of each head in a tile
     width = tile_width(head_dim)
-    shared = tiles.num_warps > 1 and tiles.num_stages == 1
+    shared = is_quantised(kv) and tiles.num_warps > 1 and tiles.num_stages == 1
     pairs = block_pairs(places, rule.visibility, queries, tiles.block_k)
 
     def flash_attention_forward(
