@@ -106,30 +106,6 @@ def narrow(x: jax.Array, dtype: DTypeLike, *, by_hand: bool) -> jax.Array:
     return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
 
 
-def widen(codes: jax.Array, dtype: DTypeLike, *, once: jax.Array | None) -> jax.Array:
-    """int8 codes in the dtype of a product, exactly.
-
-    To bfloat16 through float32, whose lower half is then zeros: to take the upper one is an operation, where rounding
-    takes five (`rounds_to_bfloat16`).
-
-    Args:
-      once: int32 1, as a number that the compiler cannot know, where several waves multiply with the codes and steps of
-        the loop around do not overlap. Triton would hand the codes to all waves first, of which each then converts all:
-        twice the instructions of attention. It moves nothing out of a loop, so they are converted in one of one turn.
-    """
-
-    def convert() -> jax.Array:
-        if jnp.dtype(dtype) != jnp.bfloat16:
-            return codes.astype(dtype)
-        bits = jax.lax.bitcast_convert_type(codes.astype(jnp.float32), jnp.int32)
-        upper = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)).astype(jnp.int16)
-        return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-
-    if once is None:
-        return convert()
-    return jax.lax.fori_loop(0, once, lambda _, numbers: convert(), jnp.zeros(codes.shape, dtype))
-
-
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
     """float32 product of two tiles of one dtype, by the matrix units.
 

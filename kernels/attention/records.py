@@ -13,9 +13,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from llama_jax.errors import KernelError
-from llama_jax.targets import Target
-
 
 @dataclass(frozen=True)
 class Visibility:
@@ -91,6 +88,11 @@ class KeysValues:
     k_scale: Any = None
     v_scale: Any = None
 
+    @property
+    def quantised(self) -> bool:
+        """Whether keys and values are codes."""
+        return self.k_scale is not None
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -120,32 +122,11 @@ class Places:
     q_index: Any = None
 
 
-def is_quantised(kv: KeysValues) -> bool:
-    """Whether keys and values have scales."""
-    return kv.k_scale is not None
-
-
-def spills(kv: KeysValues, target: Target) -> str | None:
-    """The reason why kernels for quantised keys and values do not fit a target's registers; None if they do."""
-    if is_quantised(kv) and target.arch.startswith("gfx11") and kv.k.shape[3] > 128:
-        return f"with codes of head_dim {kv.k.shape[3]} {target.arch} would spill registers"
-    return None
-
-
-def refuse_gradients(kv: KeysValues) -> None:
-    """Raises KernelError for quantised keys and values, which no kernel differentiates."""
-    if is_quantised(kv):
-        raise KernelError(
-            "attention has no gradient for quantised keys and values",
-            hint="differentiate with a cache in the model's dtype",
-        )
-
-
 def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
     """The reason why no kernel can run a call so far, for `unsupported`; None if one can."""
     if (kv.k_scale is None) != (kv.v_scale is None):
         return "it takes scales of both keys and values, or of neither"
-    if is_quantised(kv) and not kv.k.dtype == kv.v.dtype == jnp.int8:
+    if kv.quantised and not kv.k.dtype == kv.v.dtype == jnp.int8:
         return f"codes are {kv.k.dtype} and {kv.v.dtype}, it takes int8"
     if places.rows is not None or places.q_index is not None:
         return "it takes no packed queries"

@@ -10,17 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels.attention.codes import refuse_gradients
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.attention.decode.partition import Cut, fixed_length, shares, visible_slots
 from llama_jax.kernels.attention.decode.tiles import Tiles, default_tiles, padded_rows
-from llama_jax.kernels.attention.records import (
-    KeysValues,
-    Places,
-    Rule,
-    beyond_kernels,
-    is_quantised,
-    refuse_gradients,
-)
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels
 from llama_jax.kernels.attention.reference import attention_reference, visible
 from llama_jax.kernels.pallas import next_power_of_2, tile_width
 from llama_jax.targets import current
@@ -135,7 +129,7 @@ def unsupported(
         return f"head_dim {q.shape[3]} is more than {MAX_HEAD_DIM}"
     if not places.kv_positions.shape[1]:
         return "the cache has no slots"
-    for x in (q,) if is_quantised(kv) else (q, kv.k, kv.v):
+    for x in (q,) if kv.quantised else (q, kv.k, kv.v):
         if x.dtype.name not in DTYPES:
             return f"dtype {x.dtype.name}, it takes {', '.join(DTYPES)}"
     return beyond_kernels(kv, places, rule)

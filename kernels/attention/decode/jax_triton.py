@@ -11,7 +11,7 @@ from llama_jax.kernels.attention.decode import call as calls
 from llama_jax.kernels.attention.decode.call import Call
 from llama_jax.kernels.attention.decode.partition import Shares
 from llama_jax.kernels.attention.decode.tiles import Tiles
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, is_quantised
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule
 from llama_jax.kernels.dispatch import jax_triton
 from llama_jax.kernels.dispatch.jax_triton import Launch
 from llama_jax.targets import Target
@@ -84,7 +84,7 @@ def shares_launch(call: Call, cut: Shares, q: jax.Array, kv: KeysValues, places:
             "SCALE": call.rule.scale,
             "SOFT_CAP": call.rule.soft_cap or 0.0,
             "SEGMENTS": places.q_segments is not None,
-            "SCALED": is_quantised(kv),
+            "SCALED": kv.quantised,
         },
         (jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
         (-(-call.rows // call.height), call.most_shares, kv_heads),

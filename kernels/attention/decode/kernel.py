@@ -15,22 +15,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llama_jax.kernels.attention.codes import load_scales, scaled, turn, widen
 from llama_jax.kernels.attention.decode import partition
 from llama_jax.kernels.attention.decode.call import Call
-from llama_jax.kernels.attention.records import KeysValues, Places, is_quantised
+from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED, sees
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, store_tile, widen
+from llama_jax.kernels.pallas import Index, dot, launch, load_tile, store_tile
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
 NONE = MASKED / 2
-
-
-def _cached(ref: Any, index: Index, width: int, dtype: Any, once: jax.Array | None) -> jax.Array:
-    """Rows of the cache in the dtype of the queries; codes of a quantised one without their scales."""
-    tile = load_tile(ref, index, width)
-    return widen(tile, dtype, once=once) if tile.dtype == jnp.int8 else tile.astype(dtype)
 
 
 def shares(
@@ -44,7 +39,6 @@ def shares(
     """
     block_k, height, width = call.tiles.block_k, call.height, call.width
     kv_heads = kv.k.shape[1]
-    shared = is_quantised(kv) and call.tiles.num_warps > 1 and call.tiles.num_stages == 1
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
         entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
@@ -90,10 +84,10 @@ def shares(
                 at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
             # All is asked for before anything is waited for: a barrier of the products holds up what is behind it.
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
-            once = jnp.minimum(block + 1, 1) if shared else None
-            k = _cached(k_ref, at, width, q.dtype, once)
-            v = _cached(v_ref, at, width, q.dtype, once)
-            k_scale, v_scale = (None if x is None else load_row(x, at, None, 0.0) for x in (k_scale_ref, v_scale_ref))
+            k, v = load_tile(k_ref, at, width), load_tile(v_ref, at, width)
+            k_scales, v_scales = load_scales(k_scale_ref, at, None), load_scales(v_scale_ref, at, None)
+            once = turn(kv, block, num_warps=call.tiles.num_warps, num_stages=call.tiles.num_stages)
+            k, v = widen(k, q.dtype, once), widen(v, q.dtype, once)
             if call.slots % block_k:
                 kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
 
@@ -101,9 +95,7 @@ def shares(
             if q_segments_ref is not None:
                 q_segment = plgpu.load(q_segments_ref.at[row, query])
                 see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
-            logits = dot(q, k, transpose_b=True)
-            if k_scale is not None:
-                logits = logits * k_scale.astype(jnp.float32)[None, :]
+            logits = scaled(dot(q, k, transpose_b=True), k_scales)
             if call.rule.soft_cap is None:
                 logits = logits * (call.rule.scale * LOG2_E)
             else:
@@ -111,8 +103,7 @@ def shares(
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
-            weighted = weights if v_scale is None else weights * v_scale.astype(jnp.float32)[None, :]
-            acc = acc * decay[:, None] + dot(weighted.astype(v.dtype), v)
+            acc = acc * decay[:, None] + dot(scaled(weights, v_scales).astype(v.dtype), v)
             return total * decay + jnp.sum(weights, axis=1), above, acc
 
         zero = jnp.zeros((height,), jnp.float32)

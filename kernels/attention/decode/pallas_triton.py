@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 
+from llama_jax.kernels.attention.codes import spills
 from llama_jax.kernels.attention.decode import call
 from llama_jax.kernels.attention.decode.kernel import combine, shares
 from llama_jax.kernels.attention.decode.tiles import Tiles
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, spills
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule
 from llama_jax.targets import Target
 
 __all__ = ["Tiles", "run", "unsupported"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llama_jax.kernels.attention.codes import load_scales, scaled, turn, widen
 from llama_jax.kernels.attention.flash.blocks import (
     LOG2_E,
     NOTHING_SEEN,
@@ -21,10 +22,10 @@ from llama_jax.kernels.attention.flash.blocks import (
     visit,
 )
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
-from llama_jax.kernels.attention.records import KeysValues, Places, is_quantised
+from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width, widen
+from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width
 
 
 class _Softmax(NamedTuple):
@@ -52,7 +53,6 @@ def forward(
     group = q_heads // kv_heads
     queries = tiles.block_q // tiles.heads  # of each head in a tile
     width = tile_width(head_dim)
-    shared = is_quantised(kv) and tiles.num_warps > 1 and tiles.num_stages == 1
     pairs = block_pairs(places, rule.visibility, queries, tiles.block_k)
 
     def flash_attention_forward(
@@ -87,24 +87,16 @@ def forward(
             place, valid = (0, packed, head), packed < q.shape[1]
         q_tile = load_tile(q_ref, place, width, valid)
 
-        def scales(ref: Any, index: Index, there: jax.Array | None) -> jax.Array:
-            return load_row(ref, index, there, 0.0).astype(jnp.float32)[None, :]
-
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
             start = j * tiles.block_k
             index = slot_index(table_ref, row, kv_head, start, tiles.block_k, page_size)
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
-            once = jnp.minimum(j + 1, 1) if shared else None
-            keys = load_tile(k_ref, index, width, there)
-            if k_scale_ref is None:
-                products = dot(q_tile, keys, transpose_b=True)
-            else:
-                products = dot(q_tile, widen(keys, q_tile.dtype, once=once), transpose_b=True) * scales(
-                    k_scale_ref, index, there
-                )
-            logits = rule.logits(products)
+            once = turn(kv, j, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+            keys = widen(load_tile(k_ref, index, width, there), q_tile.dtype, once)
+            products = dot(q_tile, keys, transpose_b=True)
+            logits = rule.logits(scaled(products, load_scales(k_scale_ref, index, there)))
             if masked:
                 see = sees(query_rows, load_slots(at, row, slots, there))
                 logits = jnp.where(see, logits, MASKED)
@@ -112,12 +104,8 @@ def forward(
             weights = exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
             shrink = exp2((peak - new_peak) * rule.factor)
             total = total * shrink + jnp.sum(weights, axis=1)
-            values = load_tile(v_ref, index, width, there)
-            if v_scale_ref is not None:
-                values, weights = (
-                    widen(values, q_tile.dtype, once=once),
-                    weights * scales(v_scale_ref, index, there),
-                )
+            values = widen(load_tile(v_ref, index, width, there), q_tile.dtype, once)
+            weights = scaled(weights, load_scales(v_scale_ref, index, there))
             acc = acc * shrink[:, None] + dot(narrow(weights, values.dtype, by_hand=rule.round_by_hand), values)
             return _Softmax(acc, new_peak, total)
 

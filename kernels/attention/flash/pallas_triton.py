@@ -10,19 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import KernelError
+from llama_jax.kernels.attention.codes import refuse_gradients, spills
 from llama_jax.kernels.attention.flash.backward import Saved, backward
 from llama_jax.kernels.attention.flash.blocks import LOG2_E, Program
 from llama_jax.kernels.attention.flash.forward import forward
 from llama_jax.kernels.attention.flash.tiles import Tiles, default_tiles
-from llama_jax.kernels.attention.records import (
-    KeysValues,
-    Places,
-    Rule,
-    beyond_kernels,
-    is_quantised,
-    refuse_gradients,
-    spills,
-)
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels
 from llama_jax.kernels.attention.reference import gather_pages
 from llama_jax.kernels.pallas import MAX_ELEMENTS, rounds_to_bfloat16
 from llama_jax.targets import Target, current
@@ -86,7 +79,7 @@ def unsupported(
     """Why the kernels cannot run these arguments on that target, or None."""
     if target.vendor == "cpu" and not interpret:
         return "it compiles for GPUs only"
-    if not is_quantised(kv) and not q.dtype == kv.k.dtype == kv.v.dtype:
+    if not kv.quantised and not q.dtype == kv.k.dtype == kv.v.dtype:
         return f"queries, keys and values are of different types ({q.dtype}, {kv.k.dtype}, {kv.v.dtype})"
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"{q.dtype} is not one of bfloat16, float16, float32"
