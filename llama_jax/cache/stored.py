@@ -49,9 +49,9 @@ def is_quantised(dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype).name in KV_DTYPES
 
 
-def vector_bytes(head_dim: int, dtype: DTypeLike) -> int:
-    """Bytes of one token's key, or value, of one head, with its scale."""
-    return head_dim * jnp.dtype(dtype).itemsize + is_quantised(dtype) * SCALES.itemsize
+def vector_bytes(head_dim: int, itemsize: int, kv_dtype: str | None = None) -> int:
+    """Bytes of one token's key, or value, of one head: numbers of `itemsize` bytes, or codes with their scale."""
+    return head_dim * itemsize if kv_dtype is None else head_dim * jnp.dtype(kv_dtype).itemsize + SCALES.itemsize
 
 
 def new_slots(shape: Sequence[int], dtype: DTypeLike, layers: int) -> dict[str, tuple[Any, ...]]:

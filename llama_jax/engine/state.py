@@ -21,7 +21,7 @@ from llama_jax.sampling import FULL, SamplerState, SamplingParams, make_sampler
 
 
 def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -> DecodeState:
-    """Rows none of which has begun, and pages none of which is booked."""
+    """Rows none of which has begun, and pages none of which is booked; `dtype` is the cache's."""
     cache = PagedCache.create(
         config, settings.rows, settings.context, dtype, page_size=settings.page_size, pages=settings.pages
     )

@@ -103,6 +103,7 @@ class Engine:
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
         draft: Model | str | Path | None = None,
+        kv_dtype: str | None = None,
         ahead: bool = True,
         peak: Peak | None = None,
         compiling: Progress | None = None,
@@ -110,7 +111,7 @@ class Engine:
     ):
         """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`. `compiling` is
         called in another thread."""
-        self.model, self.tokenizer = opened(model, tokenizer)
+        self.model, self.tokenizer = opened(model, tokenizer, kv_dtype)
         self._draft = opened_draft(draft, self.model, self.tokenizer)
         if self._draft is not None:
             options["draft"] = replicas(self._draft)[0]
