@@ -62,16 +62,20 @@ def arguments(
 
 
 def flash_shape(q: jax.Array, kv: KeysValues, places: Places, *args: Any, **kwargs: Any) -> str:
-    """For example "d128 long", "d64 short paged"."""
+    """For example "d128 long", "d64 short int8 paged"."""
     length = "long" if places.q_positions.shape[1] >= LONG else "short"
-    return f"d{q.shape[3]} {length}{'' if kv.page_table is None else ' paged'}"
+    return f"d{q.shape[3]} {length}{_of_cache(kv)}"
 
 
 def decode_shape(q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> str:
     """For example "d128 b8 long", "d64 b1 short paged": head_dim, rows up to a power of two, slots a row."""
     slots = kv.k.shape[2] if kv.page_table is None else kv.page_table.shape[1] * kv.k.shape[2]
     rows = 1 << (q.shape[0] - 1).bit_length()
-    return f"d{q.shape[3]} b{rows} {'long' if slots >= SPLIT else 'short'}{'' if kv.page_table is None else ' paged'}"
+    return f"d{q.shape[3]} b{rows} {'long' if slots >= SPLIT else 'short'}{_of_cache(kv)}"
+
+
+def _of_cache(kv: KeysValues) -> str:
+    return f"{' int8' if kv.quantised else ''}{'' if kv.page_table is None else ' paged'}"
 
 
 def flash_cases() -> Sequence[Case]:

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.decode.chunks import written_bytes
-from llama_jax.layout import local_heads, local_size, split_config
+from llama_jax.layout import local_size, split_config
 from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
 from llama_jax.plan.backends import Backends, backends
@@ -135,8 +135,7 @@ class DeviceShare:
         """Bytes that XLA's CPU compiler lends to other arrays until the last layer's keys are written there."""
         if self.target.vendor != "cpu":
             return 0
-        heads = local_heads(self.config, self.mesh)[1]
-        return rows * capacity * heads * self.config.head_dim * self.itemsize
+        return self.cache(rows, capacity) // (2 * self.config.num_layers)
 
     def temporary(self, rows: int, tokens: int, capacity: int, backends: Backends, *, unwritten: int = 0) -> int:
         """Of a call with `tokens` tokens in each of `rows` rows, over a cache of `capacity` slots.
@@ -159,9 +158,14 @@ class DeviceShare:
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
-        """What attention of one layer writes: see `written_bytes`."""
+        """What attention of one layer writes: see `written_bytes`. The reference decodes a quantised cache first: keys
+        and values lie beside the logits, and give way to the weights."""
         with on(ruled(self.mesh)):
-            return written_bytes(backends.attention, self.config, self.itemsize, rows, tokens, capacity)
+            written = written_bytes(backends.attention, self.config, self.itemsize, rows, tokens, capacity)
+        if self.kv_dtype is None or not written:
+            return written
+        decoded = rows * capacity * token_bytes(self.config, self.itemsize, self.mesh)
+        return max(written, written * 4 // (4 + self.itemsize) + decoded)
 
     def _mlp(self, layer: LayerSpec, tokens: int, backends: Backends, unwritten: int = 0) -> int:
         """gate, up, and their product; of routed experts, for each of a token's experts, with what they are made of."""
