@@ -9,7 +9,6 @@ rows that are packed in one axis are dealt out to both (`packed_attention`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
