@@ -870,14 +870,27 @@ QUANTISED_CACHE: tuple[Mutation, ...] = (
         (f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[paged-auto]",),
     ),
     Mutation(
-        "scales stay where they are",
+        "a fork copies codes without their scales",
+        "llama_jax/cache/paged.py",
+        "**stored.changed(self, copy),",
+        "**(stored.changed(self, copy) | {'k_scale': self.k_scale}),",
+        (f"{QUANTISED_CACHE_TESTS}::test_scales_go_where_their_codes_go[paged]",),
+    ),
+    Mutation(
+        "pages are cleared of codes alone",
         "llama_jax/cache/stored.py",
-        "(getattr(each, name) for each in (cache, *others))) for name in FIELDS}",
-        "(getattr(each, name) for each in (cache, *others))) for name in FIELDS[:2]}",
+        "for each in (cache, *others))) for name in FIELDS}",
+        "for each in (cache, *others))) for name in FIELDS[:2]}",
+        (f"{QUANTISED_CACHE_TESTS}::test_cleared_pages_have_no_scales",),
+    ),
+    Mutation(
+        "queries are not rotated",
+        "llama_jax/cache/stored.py",
+        "return (_hadamard(q) / _block(q.shape[-1])).astype(q.dtype), _hadamard(k)",
+        "return q, _hadamard(k)",
         (
-            f"{QUANTISED_CACHE_TESTS}::test_scales_go_where_their_codes_go[dense]",
-            f"{QUANTISED_CACHE_TESTS}::test_scales_go_where_their_codes_go[paged]",
-            f"{QUANTISED_CACHE_TESTS}::test_cleared_pages_have_no_scales",
+            f"{QUANTISED_CACHE_TESTS}::test_packed_tokens",
+            f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[dense-auto]",
         ),
     ),
     Mutation(

@@ -46,6 +46,14 @@ def decoded(codes: Any, scales: Any) -> np.ndarray:
     return np.asarray(codes, np.float32) * np.asarray(scales, np.float32)[..., None]
 
 
+def hadamard(size: int) -> np.ndarray:
+    """Of ones and minus ones, in blocks if `size` is no power of two."""
+    matrix = np.ones((1, 1), np.float32)
+    while size % (2 * len(matrix)) == 0:
+        matrix = np.kron(matrix, np.asarray([[1, 1], [1, -1]], np.float32))
+    return np.kron(np.eye(size // len(matrix), dtype=np.float32), matrix)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoundedCache:
@@ -77,7 +85,8 @@ class RoundedLayer:
             step = (jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127).astype(jnp.bfloat16).astype(jnp.float32)
             return jnp.clip(jnp.round(x / step), -127, 127) * step
 
-        out, layer = self.layer.attend(q, rounded(k), rounded(v), *rest)
+        turn = hadamard(k.shape[-1])
+        out, layer = self.layer.attend(q, rounded(k @ turn) @ turn.T / (turn @ turn.T)[0, 0], rounded(v), *rest)
         return out, RoundedLayer(layer)
 
 

@@ -46,6 +46,7 @@ class DenseLayer:
             new = jnp.swapaxes(new, 1, 2)
             return constrain(jax.lax.dynamic_update_slice_in_dim(into, new, slots, axis=2), DENSE_AXES)
 
+        q, k = stored.rotated(self, q, k)
         layer = dataclasses.replace(self, **stored.write(self, k, v, put))
         places = Places(queries.positions, layer.positions, rows=queries.rows)
         return attention(q, KeysValues(layer.k, layer.v, None, layer.k_scale, layer.v_scale), places, rule), layer

@@ -60,7 +60,8 @@ class PagedLayer:
             def put(into: jax.Array, new: jax.Array) -> jax.Array:
                 return into.at[slots.page, :, slots.offset].set(new, mode="drop", unique_indices=True)
 
-            pages = stored.write(layer, *new, put)
+            q, k = stored.rotated(layer, q, new[0])
+            pages = stored.write(layer, k, new[1], put)
             places = Places(at.positions, layer.positions, rows=at.rows)
             return attention(q, KeysValues(page_table=layer.page_table, **pages), places, rule), pages
 

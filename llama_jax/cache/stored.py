@@ -3,6 +3,9 @@
 What stores them quantised is the layout `INT8` of `llama_jax.quantized`, of which each token's head is a row. So codes
 depend on that token alone, however it came into the cache. Scales are bfloat16: codes are the nearest for the scale as
 it is stored, so its rounding adds nothing to their error of half a step, and it has float32's range.
+
+A few numbers of a key are often much larger than its others, and set their step. So keys are rotated first, and queries
+with them, by a Hadamard matrix, which spreads every number over all of its head ("QuaRot", arXiv:2404.00456).
 """
 
 from __future__ import annotations
@@ -12,9 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax.errors import RequestError
+from llama_jax.kernels.precision import matmul_precision
 from llama_jax.quantized import layout_named
 from llama_jax.quantized.nearest import encode
 
@@ -75,6 +80,30 @@ def of_layer(cache: Any, index: int) -> dict[str, Any]:
 def of_views(views: Sequence[Any]) -> dict[str, Any]:
     """`FIELDS` of a cache, from those of its layers."""
     return {name: tuple(getattr(view, name) for view in views) for name in FIELDS}
+
+
+def rotated(layer: Any, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys as a layer with scales takes them: rotated, with the same products. Others take them as they
+    are."""
+    if not is_quantised(layer.k.dtype):
+        return q, k
+    return (_hadamard(q) / _block(q.shape[-1])).astype(q.dtype), _hadamard(k)
+
+
+def _block(head_dim: int) -> int:
+    """Numbers that are rotated together: the largest power of two that divides them."""
+    return head_dim & -head_dim
+
+
+def _hadamard(x: jax.Array) -> jax.Array:
+    """float32 products of each block of x's last axis with a Hadamard matrix of ones and minus ones, exact in 16 bits
+    too; twice gives the block times its size."""
+    size = _block(x.shape[-1])
+    index = np.arange(size)
+    signs = jnp.asarray(1 - 2 * (np.bitwise_count(index[:, None] & index) % 2).astype(np.int8), x.dtype)
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    turned = jnp.matmul(blocks, signs, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
+    return turned.reshape(x.shape)
 
 
 def write(layer: Any, k: jax.Array, v: jax.Array, put: Callable[[jax.Array, jax.Array], jax.Array]) -> dict[str, Any]:
