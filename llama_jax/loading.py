@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax import runtime
+from llama_jax.cache import check_kv_dtype
 from llama_jax.checkpoint import Progress
 from llama_jax.checkpoint.build import load_source
 from llama_jax.checkpoint.source import tell_notes
@@ -35,6 +36,7 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     weights: str | None = None,
+    kv_dtype: str | None = None,
     mesh: MeshRequest = None,
     convert: bool = True,
     verify: bool = True,
@@ -57,6 +59,8 @@ def load(
         decoding them, and on other GPUs, where the first has not been run yet (docs/quantization.md). The name of a
         layout ("int8", "int4", "fp8", "int4_g128_zero", ...) quantises the model's weights while they are loaded, by
         `llama_jax.recipe.recipe`; a quantised model is decoded first.
+      kv_dtype: "int8" quantises keys and values when they are stored, with a scale for each token and head: a cache of
+        about half the size (docs/quantization.md). By default they are kept in `dtype`.
       mesh: devices to spread the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):
         heads, hidden units and the vocabulary over its axis "tensor", rows of a batch over "data". A mesh without
         "tensor" holds a copy of the parameters on every device. What is not simply split is told to `notify`. "auto"
@@ -80,10 +84,12 @@ def load(
     Raises:
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`. DoesNotFit: "auto" finds no mesh.
         RequestError, KernelError: `kernels` names an operation or a backend that does not exist; nothing was loaded.
-        RequestError: `weights` names nothing that is known, or a mesh would cut through groups of weights.
+        RequestError: `weights` or `kv_dtype` names nothing that is known, or a mesh would cut through groups of
+        weights.
     """
     runtime.enable_compilation_cache()
     named = checked_backends(kernels)
+    check_kv_dtype(kv_dtype)
     check_kernels_once(notify)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
     form = weights or usual_form(current().vendor)
@@ -97,7 +103,7 @@ def load(
         if wanted is not None:
             source = QuantizedSource(source, schemes(source.config, wanted))
         held = source.config.replace(schemes=()) if form == FLOAT else source.config
-        devices = _on_mesh(held, mesh, target, notify)
+        devices = _on_mesh(held, mesh, target, kv_dtype, notify)
         if found.converted is not None:
             # Those of checkpoints were checked when they were converted.
             check_tokenizer(source.files, source.config.vocab_size)
@@ -112,7 +118,7 @@ def load(
         with on(devices):
             params, config = dequantize_params(params, config, target, donate=True)
     params, config = arrange(params, config, devices, fuse=fuse, donate=True)
-    return Model(params, config, devices, generation_config, str(model), named), tokenizer
+    return Model(params, config, devices, generation_config, str(model), named, kv_dtype), tokenizer
 
 
 def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
@@ -122,10 +128,14 @@ def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
 
 
 def _on_mesh(
-    config: LlamaConfig, mesh: MeshRequest, dtype: jnp.dtype, notify: Callable[[str], None] | None
+    config: LlamaConfig,
+    mesh: MeshRequest,
+    dtype: jnp.dtype,
+    kv_dtype: str | None,
+    notify: Callable[[str], None] | None,
 ) -> DeviceMesh | None:
     """The devices. Refuses a mesh of no use; says what was chosen, and what is not simply split."""
-    devices = resolve_mesh(mesh, config, dtype, notify)
+    devices = resolve_mesh(mesh, config, dtype, notify, kv_dtype=kv_dtype)
     if devices is None:
         return None
     check(config, devices)

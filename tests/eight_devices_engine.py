@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,22 @@ def test_a_split_model_draws_the_same(case: str) -> None:
         pass
     run(core, asked)
     assert core.programs.late == 0
+
+
+def test_a_quantised_cache_is_split_by_heads() -> None:
+    """Codes and scales of a head are on one device; the tokens are those of one device with such a cache."""
+    config = tiny_config(max_position_embeddings=128)
+    params = random_params(config)
+    one, two = (
+        Core(dataclasses.replace(model, kv_dtype="int8"), small_settings(pages=12))
+        for model in (Model(params, config), on_mesh(params, config, tensor=2))
+    )
+    asked = some_requests(one.model, 8)
+    for whole, split in zip(run(one, asked), run(two, asked), strict=True):
+        assert tokens(split) == tokens(whole)
+    cache = two._state.cache
+    for x in (*cache.k, *cache.v, *cache.k_scale, *cache.v_scale):
+        assert x.sharding.shard_shape(x.shape)[1] * 2 == x.shape[1] == 2
 
 
 @pytest.mark.parametrize("drafts", [0, 3])

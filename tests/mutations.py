@@ -17,6 +17,7 @@ SAMPLING = "tests/test_sampling.py"
 DECODE = "tests/test_decode.py"
 NORM = "tests/test_kernels_norm.py"
 QUANTIZATION = "tests/test_quantization.py"
+QUANTISED_CACHE_TESTS = "tests/test_quantised_cache.py"
 
 
 @dataclass(frozen=True)
@@ -867,7 +868,56 @@ QUANTISED: tuple[Mutation, ...] = (
     ),
 )
 
+QUANTISED_CACHE: tuple[Mutation, ...] = (
+    Mutation(
+        "kernels leave scales out",
+        "kernels/attention/codes.py",
+        "return x if scales is None else x * scales[None, :]",
+        "return x",
+        (f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[paged-pallas_interpret]",),
+    ),
+    Mutation(
+        "values are scaled by the scales of keys",
+        "kernels/attention/blocked.py",
+        "weights * v_scale[:, :, None]",
+        "weights * k_scale[:, :, None]",
+        (f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[paged-auto]",),
+    ),
+    Mutation(
+        "a fork copies codes without their scales",
+        "llama_jax/cache/paged.py",
+        "**stored.changed(self, copy),",
+        "**(stored.changed(self, copy) | {'k_scale': self.k_scale}),",
+        (f"{QUANTISED_CACHE_TESTS}::test_scales_go_where_their_codes_go[paged]",),
+    ),
+    Mutation(
+        "pages are cleared of codes alone",
+        "llama_jax/cache/stored.py",
+        "for each in (cache, *others))) for name in FIELDS}",
+        "for each in (cache, *others))) for name in FIELDS[:2]}",
+        (f"{QUANTISED_CACHE_TESTS}::test_cleared_pages_have_no_scales",),
+    ),
+    Mutation(
+        "queries are not rotated",
+        "llama_jax/cache/stored.py",
+        "return (_hadamard(q) / _block(q.shape[-1])).astype(q.dtype), _hadamard(k)",
+        "return q, _hadamard(k)",
+        (
+            f"{QUANTISED_CACHE_TESTS}::test_packed_tokens",
+            f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[dense-auto]",
+        ),
+    ),
+    Mutation(
+        "one scale for all heads of a token",
+        "llama_jax/cache/stored.py",
+        'return members[_LAYOUT.name], members["scales"]',
+        'return members[_LAYOUT.name], members["scales"].at[..., 1:].set(members["scales"][..., :1])',
+        (f"{QUANTISED_CACHE_TESTS}::test_logits_of_golden_models[llama3.1-rope]",),
+    ),
+)
+
 MUTATIONS: tuple[Mutation, ...] = (
     *(*ROPE, *LAYERS, *ATTENTION, *EXPERTS, *CONVERSION, *TEXT, *SAMPLER, *CONSTRAINTS),
     *QUANTISED,
+    *QUANTISED_CACHE,
 )

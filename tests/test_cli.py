@@ -407,7 +407,11 @@ def test_show_checkpoint(model: Path) -> None:
     size = sum(math.prod(t.shape) for t in checkpoint.tensors.values())
     assert facts["parameters"] == facts["active_parameters"] == size
     assert facts["memory_bytes"] == {"float32": 4 * size, "bfloat16": 2 * size}
-    assert facts["kv_cache_bytes_per_token"] == {"float32": 2 * 2 * 8 * 4, "bfloat16": 2 * 2 * 8 * 2}
+    assert facts["kv_cache_bytes_per_token"] == {
+        "float32": 2 * 2 * 8 * 4,
+        "bfloat16": 2 * 2 * 8 * 2,
+        "int8": 2 * 2 * (8 + 2),
+    }
     assert (facts["layers"], facts["heads"], facts["kv_heads"], facts["context"]) == (1, 4, 2, 256)
     assert (facts["dtype"], facts["chat_template"], facts["source"]) == ("float32", TEMPLATE, "huggingface hf")
     assert facts["tokenizer"] == "byte-level BPE, 3,008 tokens"

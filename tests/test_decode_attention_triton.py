@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def test_on_an_emulated_gpu(case: Case) -> None:
     combine = jax_triton.combine_launch(call, cut, part, lse, given["sinks"], out)
     (got,) = emulate(kernels.decode_attention_combine, "decode_attention_combine", combine)
 
-    wide = replace(kv, k=kv.k.astype(jnp.float32), v=kv.v.astype(jnp.float32))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, kv)
     want = attention_reference(q.astype(jnp.float32), wide, places, rule, sinks=given["sinks"])
     real = np.asarray(visible(places, rule.visibility).any(axis=2))
     error = np.linalg.norm(got.astype(np.float32) - want, axis=-1) / np.linalg.norm(want, axis=-1)
@@ -107,7 +106,11 @@ def test_on_an_emulated_gpu(case: Case) -> None:
 
 @needs_triton
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "gfx950"])
-@pytest.mark.parametrize("name", ["llama-3.1-8b-b8-s4096-paged-16", "llama-3.2-1b-b8-s4096", "gemma-2-9b-heads"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama-3.1-8b-b8-s4096-paged-16", "llama-3.2-1b-b8-s4096", "gemma-2-9b-heads"]
+    + ["llama-3.1-8b-int8-b8-s4096-paged-16"],
+)
 def test_compiles_for_amd(arch: str, name: str) -> None:
     """No spills, no more local memory than there is, matrix instructions."""
     from llama_jax.kernels.attention.decode import triton_kernel as kernels

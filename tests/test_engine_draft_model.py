@@ -206,14 +206,14 @@ def test_the_cache_of_a_draft_model_leaves_the_pages_most_of_the_memory() -> Non
     large, small = preset("llama-3.1-8b"), preset("llama-3.2-1b")
     sizes: dict[str, Any] = {"on_cpu": False, "free": 40 << 30, "drafts": 4, "page_size": 64}
     without = settings_for(large, "bfloat16", None, **sizes)
-    made = settings_for(large, "bfloat16", None, draft=(small, "bfloat16"), **sizes)
+    made = settings_for(large, "bfloat16", None, draft=(small, "bfloat16", None), **sizes)
     assert (without.draft_context, made.draft_rows) == (0, 8)
     assert 8192 < made.draft_context < made.context
     taken = (without.pages - made.pages) * cache_bytes(large, None, 2, 64)
     cache = cache_bytes(small, None, 2, 8 * made.draft_context)
     assert taken == pytest.approx(cache, rel=0.01)
     assert (40 << 30) / 8 > cache > 0.8 * (40 << 30) / 8
-    short = settings_for(large, "bfloat16", None, draft=(small, "bfloat16"), context=2048, **sizes)
+    short = settings_for(large, "bfloat16", None, draft=(small, "bfloat16", None), context=2048, **sizes)
     assert short.draft_context == 2048
     assert default_settings(tiny_model(), draft=tiny_model(), drafts=2, rows=2).draft_context == 128
 

@@ -330,7 +330,9 @@ def test_a_mixed_step_counts_its_chunks() -> None:
 # --- Snapshots and lines ---------------------------------------------------------------------------------------------
 
 COUNTS = Counts(3, 12, 34, 50, 10, 6, 500, 120, 2, 900)
-SNAPSHOT = Snapshot(COUNTS, 500, 90, 900, 100, 60, 0, 0, 0, 1, 5, 1, 2.5, 312.54, 0.0066, 0.71, None, "measured")
+SNAPSHOT = Snapshot(
+    COUNTS, 500, 90, 900, 100, 60, 0, 0, 0, 1, 5, 1, 2.5, 312.54, 0.0066, 0.71, None, "measured", "bfloat16"
+)
 
 
 def test_snapshots_to_json_and_back() -> None:

@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, AxisType
 from llama_jax.aot import compile_for, device_mesh
 from llama_jax.aot.model import compile_model
 from llama_jax.aot.programs import Program, decode_program, prefill_program
+from llama_jax.cache.stored import FIELDS
 from llama_jax.cli import cli
 from llama_jax.config import LayerSpec, config_from_hf, preset
 from llama_jax.decode.buckets import capacities
@@ -85,19 +86,23 @@ def assert_close(predicted: Bytes, actual: Bytes) -> None:
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
+CACHES = [("llama", None), ("tied", None), ("experts", None), ("llama", "int8"), ("tied", "int8")]
+
+
 @pytest.mark.parametrize(("rows", "tokens", "capacity"), [(1, 16, 128), (2, 512, 1024)])
-@pytest.mark.parametrize("name", MODELS)
-def test_prefill_on_the_cpu(name: str, rows: int, tokens: int, capacity: int) -> None:
-    share = DeviceShare(MODELS[name], find("cpu"), {}, 4)
-    program = prefill_program(MODELS[name], batch=rows, capacity=capacity, chunk=tokens, dtype="float32")
+@pytest.mark.parametrize(("name", "kv_dtype"), CACHES)
+def test_prefill_on_the_cpu(name: str, kv_dtype: str | None, rows: int, tokens: int, capacity: int) -> None:
+    share = DeviceShare(MODELS[name], find("cpu"), {}, 4, kv_dtype)
+    shape = {"batch": rows, "capacity": capacity, "chunk": tokens}
+    program = prefill_program(MODELS[name], **shape, dtype="float32", kv_dtype=kv_dtype)
     assert_close(share.prefill(rows, tokens, capacity, Backends()), compiled(program))
 
 
 @pytest.mark.parametrize(("rows", "capacity"), [(1, 128), (32, 512)])
-@pytest.mark.parametrize("name", MODELS)
-def test_decode_on_the_cpu(name: str, rows: int, capacity: int) -> None:
-    share = DeviceShare(MODELS[name], find("cpu"), {}, 4)
-    program = decode_program(MODELS[name], batch=rows, capacity=capacity, dtype="float32")
+@pytest.mark.parametrize(("name", "kv_dtype"), CACHES)
+def test_decode_on_the_cpu(name: str, kv_dtype: str | None, rows: int, capacity: int) -> None:
+    share = DeviceShare(MODELS[name], find("cpu"), {}, 4, kv_dtype)
+    program = decode_program(MODELS[name], batch=rows, capacity=capacity, dtype="float32", kv_dtype=kv_dtype)
     assert_close(share.decode(rows, capacity, Backends()), compiled(program))
 
 
@@ -117,26 +122,32 @@ def test_a_published_model_on_the_cpu() -> None:
 @pytest.mark.sampled(3)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("name", "ways", "rows"), [("llama-3.1-8b", 8, 8), ("llama-3.1-70b", 8, 32), ("mixtral-8x7b", 1, 4)]
+    ("name", "ways", "rows", "kv_dtype"),
+    [
+        ("llama-3.1-8b", 8, 8, "int8"),
+        ("llama-3.1-8b", 8, 8, None),
+        ("llama-3.1-70b", 8, 32, None),
+        ("mixtral-8x7b", 1, 4, None),
+    ],
 )
-def test_published_models_on_mi300x(name: str, ways: int, rows: int) -> None:
+def test_published_models_on_mi300x(name: str, ways: int, rows: int, kv_dtype: str | None) -> None:
     config, target, sizes = preset(name), find("mi300x"), {"tensor": ways}
     mesh = device_mesh(target, sizes)
-    share = DeviceShare(config, target, sizes, 2)
+    share = DeviceShare(config, target, sizes, 2, kv_dtype)
     shape = {"rows": rows, "capacity": 2048}
 
     def chosen(tokens: int) -> Backends:
-        return backends(share.config, target, sizes, "bfloat16", tokens=tokens, **shape)
+        return backends(share.config, target, sizes, "bfloat16", tokens=tokens, kv_dtype=kv_dtype, **shape)
 
     assert chosen(1).attention == ("pallas_triton",)
     for program, predicted, exchanged in (
         (
-            prefill_program(config, mesh, batch=rows, capacity=2048, chunk=256, dtype="bfloat16"),
+            prefill_program(config, mesh, batch=rows, capacity=2048, chunk=256, dtype="bfloat16", kv_dtype=kv_dtype),
             share.prefill(rows, 256, 2048, chosen(256)),
             collectives(share.config, sizes, rows=rows, tokens=256, itemsize=2),
         ),
         (
-            decode_program(config, mesh, batch=rows, capacity=2048, dtype="bfloat16"),
+            decode_program(config, mesh, batch=rows, capacity=2048, dtype="bfloat16", kv_dtype=kv_dtype),
             share.decode(rows, 2048, chosen(1)),
             collectives(share.config, sizes, rows=rows, tokens=1, itemsize=2, greedy=True),
         ),
@@ -153,13 +164,13 @@ def test_published_models_on_mi300x(name: str, ways: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"tensor": 8}, {"data": 2, "tensor": 4}, {"data": 4}, {"tensor": 3}])
-@pytest.mark.parametrize("name", ["llama", "experts"])
-def test_arguments_on_a_mesh(name: str, sizes: dict[str, int]) -> None:
+@pytest.mark.parametrize(("name", "kv_dtype"), [("llama", None), ("experts", None), ("llama", "int8")])
+def test_arguments_on_a_mesh(name: str, kv_dtype: str | None, sizes: dict[str, int]) -> None:
     """Eight devices have more than there are key/value heads; three divide the vocabulary and widths of nothing."""
     config = MODELS[name].replace(vocab_size=4098)
     mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
-    share = DeviceShare(config, find("mi300x"), sizes, 2)
-    params, state = decode_program(config, mesh, batch=8, capacity=256, dtype="bfloat16").args
+    share = DeviceShare(config, find("mi300x"), sizes, 2, kv_dtype)
+    params, state = decode_program(config, mesh, batch=8, capacity=256, dtype="bfloat16", kv_dtype=kv_dtype).args
 
     def nbytes(tree: Any) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -167,7 +178,7 @@ def test_arguments_on_a_mesh(name: str, sizes: dict[str, int]) -> None:
     assert share.weights == nbytes(params)
     assert share.weights < count_params(share.config) * 2 or "tensor" not in sizes
     rows = 8 // sizes.get("data", 1)
-    assert share.cache(rows, 256) == nbytes((state.cache.k, state.cache.v))
+    assert share.cache(rows, 256) == nbytes([getattr(state.cache, name) for name in FIELDS])
     assert share.state(rows, 256) == nbytes(state)
 
 
@@ -216,9 +227,10 @@ def test_kernels_need_no_logits_in_memory() -> None:
     assert reference - kernel == (4 + 2) * 32 * 512 * 4096 - 3 * 512 * 14336 * 2
 
 
-def test_cache_in_pages() -> None:
-    share = DeviceShare(MODELS["llama"], find("mi300x"), {}, 2)
-    token = 2 * 3 * 4 * 32 * 2
+@pytest.mark.parametrize(("kv_dtype", "vector"), [(None, 32 * 2), ("int8", 32 + 2)])
+def test_cache_in_pages(kv_dtype: str | None, vector: int) -> None:
+    share = DeviceShare(MODELS["llama"], find("mi300x"), {}, 2, kv_dtype)
+    token = 2 * 3 * 4 * vector
     assert share.paged_cache(5, 129, 64) == 5 * 3 * (64 * token + 4 * 64 + 4)
 
 
@@ -548,6 +560,7 @@ def test_no_device_is_started() -> None:
     code = """
 import sys
 from click.testing import CliRunner
+from llama_jax.cache.stored import FIELDS
 from llama_jax.cli import cli
 result = CliRunner().invoke(cli, ["plan", "llama-3.1-8b", "--target", "mi300x", "--tp", "8"])
 assert result.exit_code == 0, result.output

@@ -24,7 +24,7 @@ except ImportError:
     package = triton = None
 
 needs_triton = pytest.mark.skipif(package is None, reason="needs the extra 'triton'")
-TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
+TYPES = {"int8": "*i8", "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
 
 
 def compile_launch(kernel: Any, how: Launch, arch: str) -> Any:

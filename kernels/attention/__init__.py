@@ -9,7 +9,6 @@ rows that are packed in one axis are dealt out to both (`packed_attention`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -81,8 +80,8 @@ def attention(
     of_cache = ("batch" if kv.page_table is None else None, "kv_heads")
     axes = {"q": heads, "kv": KeysValues(of_cache, of_cache, row, of_cache, of_cache), "places": row}
 
-    def run(**arrays: Any) -> jax.Array:
-        return op(**arrays, rule=rule, backend=backend)
+    def run(q: jax.Array, kv: KeysValues, places: Places, sinks: jax.Array | None) -> jax.Array:
+        return op(q, kv, places, rule, sinks=sinks, backend=backend)
 
     arrays = {"q": q, "kv": kv, "places": places, "sinks": sinks}
     return local(run, arrays, axes | {"sinks": ("kv_heads",)}, heads)

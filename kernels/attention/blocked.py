@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels.attention.codes import refuse_gradients
 from llama_jax.kernels.attention.decode.partition import visible_slots
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels
 from llama_jax.kernels.attention.reference import MASKED, attention_reference, gather_pages, visible
@@ -61,6 +62,7 @@ def _attend(rule: Rule, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, p
         top, total, acc = carry
         of_step = jax.lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)
         k, v = gather_pages(kv.k, of_step), gather_pages(kv.v, of_step)
+        k_scale, v_scale = (None if x is None else gather_pages(x, of_step) for x in (kv.k_scale, kv.v_scale))
         start = i * pages * page_size
         at = replace(
             places,
@@ -68,10 +70,16 @@ def _attend(rule: Rule, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, p
             kv_segments=slots(places.kv_segments, start, -1),
         )
         # Nothing is known of what lies in slots without a token, and even NaN must weigh nothing.
-        v = jnp.where((at.kv_positions >= 0)[:, None, :, None], v, 0)
+        stored = at.kv_positions >= 0
+        if v_scale is None:
+            v = jnp.where(stored[:, None, :, None], v, 0)
+        else:
+            k, v, v_scale = k.astype(q.dtype), v.astype(q.dtype), jnp.where(stored[:, None], v_scale, 0)
         logits = jax.lax.dot_general(
             rows, k, (((3,), (3,)), ((0, 1), (0, 1))), precision=precision, preferred_element_type=jnp.float32
         )
+        if k_scale is not None:
+            logits = logits * k_scale[:, :, None]
         logits = logits * rule.scale
         if rule.soft_cap is not None:
             logits = rule.soft_cap * jnp.tanh(logits / rule.soft_cap)
@@ -81,8 +89,9 @@ def _attend(rule: Rule, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, p
         # What is masked weighs nothing, also in rows that have seen nothing yet.
         weights = jnp.where(see, jnp.exp(logits - above[..., None]), 0.0)
         decay = jnp.exp(top - above)
+        weighted = weights if v_scale is None else weights * v_scale[:, :, None]
         values = jax.lax.dot_general(
-            weights.astype(v.dtype),
+            weighted.astype(v.dtype),
             v,
             (((3,), (2,)), ((0, 1), (0, 1))),
             precision=precision,
@@ -107,6 +116,7 @@ def _attend(rule: Rule, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, p
 
 
 def _forward(rule: Rule, *arguments: Any) -> tuple[jax.Array, Any]:
+    refuse_gradients(arguments[1])
     return _attend(rule, *arguments), arguments
 
 

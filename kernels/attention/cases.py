@@ -45,6 +45,8 @@ def arguments(
     q_segments: jax.Array | None = None,
     kv_segments: jax.Array | None = None,
     page_table: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     q_index: jax.Array | None = None,
     in_order: bool = False,
     batch_invariant: bool = False,
@@ -52,7 +54,7 @@ def arguments(
     """A case's arrays and options, each by its name, as the arguments of `llama_jax.kernels.attention.attention`."""
     return {
         "q": q,
-        "kv": KeysValues(k, v, page_table),
+        "kv": KeysValues(k, v, page_table, k_scale, v_scale),
         "places": Places(q_positions, kv_positions, q_segments, kv_segments, q_index=q_index),
         "rule": Rule(visibility, scale, soft_cap, in_order, batch_invariant=batch_invariant),
         "sinks": sinks,
@@ -60,16 +62,20 @@ def arguments(
 
 
 def flash_shape(q: jax.Array, kv: KeysValues, places: Places, *args: Any, **kwargs: Any) -> str:
-    """For example "d128 long", "d64 short paged"."""
+    """For example "d128 long", "d64 short int8 paged"."""
     length = "long" if places.q_positions.shape[1] >= LONG else "short"
-    return f"d{q.shape[3]} {length}{'' if kv.page_table is None else ' paged'}"
+    return f"d{q.shape[3]} {length}{_of_cache(kv)}"
 
 
 def decode_shape(q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> str:
     """For example "d128 b8 long", "d64 b1 short paged": head_dim, rows up to a power of two, slots a row."""
     slots = kv.k.shape[2] if kv.page_table is None else kv.page_table.shape[1] * kv.k.shape[2]
     rows = 1 << (q.shape[0] - 1).bit_length()
-    return f"d{q.shape[3]} b{rows} {'long' if slots >= SPLIT else 'short'}{'' if kv.page_table is None else ' paged'}"
+    return f"d{q.shape[3]} b{rows} {'long' if slots >= SPLIT else 'short'}{_of_cache(kv)}"
+
+
+def _of_cache(kv: KeysValues) -> str:
+    return f"{' int8' if kv.quantised else ''}{'' if kv.page_table is None else ' paged'}"
 
 
 def flash_cases() -> Sequence[Case]:
@@ -86,6 +92,18 @@ def flash_cases() -> Sequence[Case]:
         make("soft cap, sinks d128", head_dim=128, soft_cap=20.0, sinks=True),
         make("one head a group d256", head_dim=256, heads=2, kv_heads=2),
         make("in order d128", head_dim=128, uneven=False, quick=True, differentiate=grad),
+        make("int8, paged prefix d128", head_dim=128, prefix=93, page_size=16, int8=True),
+        make(
+            "int8, packed, soft cap d64",
+            head_dim=64,
+            q_len=64,
+            prefix=150,
+            page_size=64,
+            soft_cap=20.0,
+            indexed=True,
+            int8=True,
+        ),
+        make("int8, window d80", head_dim=80, visibility=Visibility("sliding", 37), int8=True),
     )
 
 
@@ -102,6 +120,8 @@ def decode_cases() -> Sequence[Case]:
         make("paged, 8 queries d80", head_dim=80, q_len=8, page_size=16),
         make("one key/value head d128", head_dim=128, heads=8, kv_heads=1),
         make("shares of fixed length, paged d128", head_dim=128, prefix=1100, page_size=64, batch_invariant=True),
+        make("int8, paged d128", head_dim=128, page_size=64, int8=True, quick=True),
+        make("int8, 4 queries, soft cap, sinks d80", head_dim=80, q_len=4, soft_cap=9.0, sinks=True, int8=True),
     )
 
 
@@ -185,11 +205,13 @@ def _case(
     uneven: bool = True,
     batch_invariant: bool = False,
     indexed: bool = False,
+    int8: bool = False,
     quick: bool = False,
     differentiate: tuple[str, ...] = (),
 ) -> Case:
     """Every row has `prefix` tokens in its cache, then its queries. If `uneven`, row i has 7 i fewer in its cache, and
-    some queries fewer, which are padding on the left. If `indexed`, the queries are packed in any order."""
+    some queries fewer, which are padding on the left. If `indexed`, the queries are packed in any order. If `int8`,
+    keys and values are codes, whose scales differ by factors from one token and head to the next."""
     step, pad = (7, 3) if uneven else (0, 0)
     slots = prefix + q_len
     if page_size is not None:
@@ -213,6 +235,9 @@ def _case(
             "q_positions": np.where(at >= 0, lengths + at, -1).astype(np.int32),
             "kv_positions": np.where(slot < lengths + q_len - padding, slot, -1).astype(np.int32),
         }
+        if int8:
+            made |= {name: rng.integers(-127, 128, (*cache, head_dim), np.int8) for name in "kv"}
+            made |= {f"{name}_scale": (rng.uniform(0.2, 3, cache) / 64).astype(jnp.bfloat16) for name in "kv"}
         if indexed:
             made["q_index"] = rng.permutation(batch * q_len).reshape(batch, q_len).astype(np.int32)
         if sinks:

@@ -78,7 +78,8 @@ class KeysValues:
         page table [pages, kv_heads, page_size, head_dim].
       page_table: int32 [batch, kv_len // page_size]; slot s of row b is slot s % page_size of page
         page_table[b, s // page_size]. Entries whose slots all have negative positions may hold any number.
-      k_scale, v_scale: float32, k's or v's shape without head_dim: factors on quantised keys and values.
+      k_scale, v_scale: factors on quantised keys and values, of k's or v's shape without head_dim; of both or neither.
+        A key's scale is a factor on its logits, a value's one on its weights, so that codes are multiplied as they are.
     """
 
     k: Any
@@ -86,6 +87,11 @@ class KeysValues:
     page_table: Any = None
     k_scale: Any = None
     v_scale: Any = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether keys and values are codes."""
+        return self.k_scale is not None
 
 
 @jax.tree_util.register_dataclass
@@ -118,8 +124,10 @@ class Places:
 
 def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
     """The reason why no kernel can run a call so far, for `unsupported`; None if one can."""
-    if kv.k_scale is not None or kv.v_scale is not None:
-        return "it takes no quantised keys and values"
+    if (kv.k_scale is None) != (kv.v_scale is None):
+        return "it takes scales of both keys and values, or of neither"
+    if kv.quantised and not kv.k.dtype == kv.v.dtype == jnp.int8:
+        return f"codes are {kv.k.dtype} and {kv.v.dtype}, it takes int8"
     if places.rows is not None or places.q_index is not None:
         return "it takes no packed queries"
     if places.q_spans is not None or places.kv_spans is not None:

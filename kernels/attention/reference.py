@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +46,13 @@ def visible(places: Places, visibility: Visibility) -> jax.Array:
 
 
 def gather_pages(pages: jax.Array, page_table: jax.Array) -> jax.Array:
-    """Pages [pages, kv_heads, page_size, head_dim] laid out as rows [batch, kv_heads, kv_len, head_dim].
+    """Pages [pages, kv_heads, page_size, ...] laid out as rows [batch, kv_heads, kv_len, ...].
 
     Entries of the table outside of the pages give some page; their slots must be invisible.
     """
-    rows = jnp.take(pages, page_table, axis=0, mode="clip")  # [batch, pages per row, kv_heads, page_size, head_dim]
+    rows = jnp.take(pages, page_table, axis=0, mode="clip")  # [batch, pages per row, kv_heads, page_size, ...]
     rows = jnp.moveaxis(rows, 2, 1)
-    return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
+    return rows.reshape(*rows.shape[:2], -1, *rows.shape[4:])
 
 
 def _dequantised(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
@@ -68,9 +69,10 @@ def attention_reference(
         each = q[0].at[index].get(mode="fill", fill_value=0)
         out = attention_reference(each, kv, replace(places, q_index=None), rule, sinks=sinks)
         return jnp.zeros_like(q).at[0, index].set(out, mode="drop")
+    if paged := kv.page_table is not None:
+        kv = jax.tree.map(partial(gather_pages, page_table=kv.page_table), replace(kv, page_table=None))
     k, v = _dequantised(kv.k, kv.k_scale, q.dtype), _dequantised(kv.v, kv.v_scale, q.dtype)
-    if kv.page_table is not None:
-        k, v = gather_pages(k, kv.page_table), gather_pages(v, kv.page_table)
+    if paged:
         # Nothing is known of what lies in slots without a token, and even NaN must weigh nothing.
         v = jnp.where((jnp.asarray(places.kv_positions) >= 0)[:, None, :, None], v, 0)
     batch, q_len, _, head_dim = q.shape

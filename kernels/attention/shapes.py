@@ -23,6 +23,7 @@ class AttentionShape:
       page_size: slots of a page; 0: rows, not pages.
       sinks, segments: whether the call has them.
       in_order: the queries are all the tokens.
+      int8: whether keys and values are codes with scales.
       indexed: whether queries are packed in one axis (`Places.q_index`).
       batch_invariant: see `Rule`.
       backward: whether training calls it, so that gradients are wanted.
@@ -43,6 +44,7 @@ class AttentionShape:
     segments: bool = False
     in_order: bool = False
     indexed: bool = False
+    int8: bool = False
     batch_invariant: bool = False
     backward: bool = False
 
@@ -58,11 +60,13 @@ class AttentionShape:
         queries = (1, self.batch * self.q_len) if self.indexed else (self.batch, self.q_len)
         made = {
             "q": struct(*queries, self.q_heads, self.head_dim, dtype=self.dtype),
-            "k": struct(*slots, self.head_dim, dtype=self.dtype),
-            "v": struct(*slots, self.head_dim, dtype=self.dtype),
+            "k": struct(*slots, self.head_dim, dtype=jnp.int8 if self.int8 else self.dtype),
+            "v": struct(*slots, self.head_dim, dtype=jnp.int8 if self.int8 else self.dtype),
             "q_positions": struct(self.batch, self.q_len),
             "kv_positions": struct(self.batch, self.kv_len),
         }
+        if self.int8:
+            made |= {f"{name}_scale": struct(*slots, dtype=jnp.bfloat16) for name in "kv"}
         if self.indexed:
             made["q_index"] = struct(self.batch, self.q_len)
         if self.sinks:
@@ -90,7 +94,11 @@ class AttentionShape:
         made = {}
         for name, struct in self.arguments().items():
             key, own = jax.random.split(key)
-            if jnp.issubdtype(struct.dtype, jnp.floating):
+            if name.endswith("_scale"):  # codes up to 127 with these are about as large as normal numbers
+                made[name] = jax.random.uniform(own, struct.shape, struct.dtype, 1 / 64, 1 / 32)
+            elif struct.dtype == jnp.int8:
+                made[name] = jax.random.randint(own, struct.shape, -127, 128, struct.dtype)
+            elif jnp.issubdtype(struct.dtype, jnp.floating):
                 made[name] = jax.random.normal(own, struct.shape, struct.dtype)
             elif name in ("page_table", "q_index"):
                 made[name] = jax.random.permutation(own, math.prod(struct.shape)).reshape(struct.shape)
@@ -124,8 +132,9 @@ class AttentionShape:
         first, window = self.kv_len - self.q_len, self.visibility.window
         unseen = {"sliding": max(first - window + 1, 0), "chunked": first // max(window, 1) * window}
         slots = self.kv_len - unseen.get(self.visibility.kind, 0)
-        rows = self.q_len * self.q_heads + slots * self.kv_heads
-        return 2 * self.batch * rows * self.head_dim * jnp.dtype(self.dtype).itemsize
+        row = self.head_dim * jnp.dtype(self.dtype).itemsize
+        of_cache = self.head_dim + 2 if self.int8 else row
+        return 2 * self.batch * (self.q_len * self.q_heads * row + slots * self.kv_heads * of_cache)
 
 
 def prefill(
@@ -155,7 +164,12 @@ PREFILLS = (
     AttentionShape("llama-3.1-8b-short-chunk", 4, 32, 4096, 32, 8, 128),
     AttentionShape("llama-3.1-8b-paged-16", 4, 512, 8192, 32, 8, 128, page_size=16),
     AttentionShape("llama-3.1-8b-paged-128", 4, 512, 8192, 32, 8, 128, page_size=128),
+    AttentionShape("llama-3.1-8b-int8", 4, 4096, 4096, 32, 8, 128, int8=True),
+    AttentionShape("llama-3.1-8b-int8-paged-64", 4, 512, 8192, 32, 8, 128, page_size=64, int8=True),
+    AttentionShape("llama-3.2-1b-int8-paged-16", 4, 512, 8192, 32, 8, 64, page_size=16, int8=True),
+    AttentionShape("gemma-2-9b-heads-int8", 1, 8192, 8192, 16, 8, 256, soft_cap=50.0, int8=True),
     *_chunks("llama-3.1-8b", 32, 8, 128),
+    AttentionShape("llama-3.1-8b-int8-chunks-128", 31, 128, 8192, 32, 8, 128, page_size=64, indexed=True, int8=True),
     *_chunks("llama-3.1-70b-one-of-8", 8, 1, 128),
     replace(LLAMA_8B, name="llama-3.1-8b-packed", in_order=False, segments=True),
     LLAMA_1B,
@@ -221,6 +235,12 @@ DECODES = (
     AttentionShape(
         "gpt-oss-20b-heads", 8, 1, 4096, 64, 8, 64, visibility=Visibility("sliding", 128), sinks=True, page_size=16
     ),
+    AttentionShape("llama-3.1-8b-int8-b8-s4096", 8, 1, 4096, 32, 8, 128, int8=True),
+    AttentionShape("llama-3.1-8b-int8-b8-s4096-paged-16", 8, 1, 4096, 32, 8, 128, page_size=16, int8=True),
+    AttentionShape("llama-3.1-8b-int8-b256-s4096-paged-64", 256, 1, 4096, 32, 8, 128, page_size=64, int8=True),
+    AttentionShape("llama-3.1-8b-int8-drafts-8", 8, 8, 4096, 32, 8, 128, page_size=64, int8=True),
+    AttentionShape("llama-3.2-1b-int8-b8-s4096-paged-64", 8, 1, 4096, 32, 8, 64, page_size=64, int8=True),
+    AttentionShape("gemma-2-9b-heads-int8", 8, 1, 8192, 16, 8, 256, page_size=64, soft_cap=50.0, int8=True),
     AttentionShape("one-kv-head-drafts-8", 8, 8, 2048, 16, 1, 128, page_size=64),
 )
 """Shapes that the kernels are compiled for. Names with "heads" are the head shapes of models of other families."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -85,6 +86,7 @@ def compile_model(
     context: int | None = None,
     prompt: int | None = None,
     dtype: DTypeLike = "bfloat16",
+    kv_dtype: str | None = None,
     memory_fraction: float = MEMORY_FRACTION,
     progress: Callable[[str], None] | None = None,
 ) -> ModelCompilation:
@@ -96,7 +98,7 @@ def compile_model(
       context: tokens of a text, prompt and answer; by default 4096, or what the model can take if that is less.
       prompt: tokens of a row that prefill is compiled for, by default 512 or the context; long ones run in chunks, of
         which one is compiled.
-      dtype: of parameters and cache.
+      dtype: of parameters and, without `kv_dtype`, of the cache.
       memory_fraction: of each device's memory that jax may use.
       progress: called with a line of text before each program.
 
@@ -107,7 +109,7 @@ def compile_model(
     """
     say = progress or (lambda line: None)
     dtype = jnp.dtype(dtype)
-    workload = default_workload(config, dtype.name, batch=batch, context=context, prompt=prompt)
+    workload = default_workload(config, dtype.name, batch=batch, context=context, prompt=prompt, kv_dtype=kv_dtype)
     workload.check(config)
     mesh = device_mesh(target, mesh_shape or {})
     plan = make_plan(config, target, dict(mesh_shape or {}), workload, memory_fraction=memory_fraction)
@@ -130,11 +132,12 @@ def compile_model(
 
     first, last = plan.shapes.capacities[0], plan.shapes.capacities[-1]
     say(f"compiling prefill of {rows} x {chunk} tokens for {mesh.size} x {target.name}")
-    program = prefill_program(config, mesh, batch=rows, capacity=first, chunk=chunk, dtype=dtype)
+    dtypes: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype}
+    program = prefill_program(config, mesh, batch=rows, capacity=first, chunk=chunk, **dtypes)
     prefill = compiled(program, rows * chunk, first, 0, overlapped=cut > 1)
     say(f"compiling a decode step of {rows} rows for {mesh.size} x {target.name}")
-    program = decode_program(config, mesh, batch=rows, capacity=last, dtype=dtype)
-    read = cache_read_bytes(split, dtype.itemsize, rows, min(last, workload.context), mesh)
+    program = decode_program(config, mesh, batch=rows, capacity=last, **dtypes)
+    read = cache_read_bytes(split, dtype.itemsize, rows, min(last, workload.context), mesh, kv_dtype)
     return ModelCompilation(
         plan=plan, batch=rows, chunk=chunk, prefill=prefill, decode=compiled(program, rows, last, read)
     )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
-from llama_jax.cache import DENSE_AXES, DenseCache, NewCache
+from llama_jax.cache import DENSE_AXES, DenseCache, NewCache, stored_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import decode_step, idle_state
 from llama_jax.decode.prefill import prefill_chunk
@@ -54,28 +54,42 @@ _decode_step = partial(jax.jit, static_argnames=("config", "profile"), donate_ar
 
 
 def prefill_program(
-    config: LlamaConfig, mesh: AnyMesh = None, *, batch: int, capacity: int, chunk: int, dtype: DTypeLike
+    config: LlamaConfig,
+    mesh: AnyMesh = None,
+    *,
+    batch: int,
+    capacity: int,
+    chunk: int,
+    dtype: DTypeLike,
+    kv_dtype: str | None = None,
 ) -> Program:
     """The first `chunk` tokens of the prompts of `batch` rows, into a new cache of `capacity` slots a row.
 
     Args:
       config: of the model; on a mesh, key/value heads are repeated as `load` does it.
+      dtype: of parameters and, without `kv_dtype`, of the cache.
     """
     config = split_config(config, mesh)
     tokens = _array((batch, chunk), jnp.int32, ("batch",), mesh)
     lengths = _array((batch,), jnp.int32, ("batch",), mesh)
     args = (fused_parameters(config, mesh, dtype), None, None, tokens, tokens, tokens, lengths)
-    new = NewCache(batch, capacity, jnp.dtype(dtype))
+    new = NewCache(batch, capacity, stored_dtype(kv_dtype, dtype))
     return Program("prefill", prefill_chunk, args, {"config": config, "new": new, "prompt_logprobs": False})
 
 
 def decode_program(
-    config: LlamaConfig, mesh: AnyMesh = None, *, batch: int, capacity: int, dtype: DTypeLike
+    config: LlamaConfig,
+    mesh: AnyMesh = None,
+    *,
+    batch: int,
+    capacity: int,
+    dtype: DTypeLike,
+    kv_dtype: str | None = None,
 ) -> Program:
     """One greedy decode step of `batch` rows over a cache of `capacity` slots a row, its state donated."""
     config = split_config(config, mesh)
     profile, sampler = make_sampler([SamplingParams(seed=0, temperature=0.0)] * batch, [[]] * batch, config.vocab_size)
-    cache = _dense_cache(config, mesh, batch, capacity, dtype)
+    cache = _dense_cache(config, mesh, batch, capacity, stored_dtype(kv_dtype, dtype))
     state = jax.eval_shape(idle_state, cache, sampler)
     state = jax.tree.map(lambda x: _array(x.shape, x.dtype, ("batch",) if x.shape else (), mesh), state)
     args = (fused_parameters(config, mesh, dtype), dataclasses.replace(state, cache=cache))
@@ -85,9 +99,11 @@ def decode_program(
 def _dense_cache(config: LlamaConfig, mesh: AnyMesh, batch: int, capacity: int, dtype: DTypeLike) -> DenseCache:
     """Shapes of a cache and where it lies."""
     cache = jax.eval_shape(partial(DenseCache.create, config, batch, capacity, dtype))
-    k, v = ([_array(x.shape, x.dtype, DENSE_AXES, mesh) for x in each] for each in (cache.k, cache.v))
-    positions, length = _array(cache.positions.shape, jnp.int32, ("batch",), mesh), _array((), jnp.int32, (), mesh)
-    return jax.tree.unflatten(jax.tree.structure(cache), [*k, *v, positions, length])
+
+    def lay_out(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return _array(x.shape, x.dtype, DENSE_AXES if len(x.shape) > 2 else ("batch",)[: len(x.shape)], mesh)
+
+    return jax.tree.map(lay_out, cache)
 
 
 def fused_parameters(config: LlamaConfig, mesh: AnyMesh, dtype: DTypeLike) -> Params:

@@ -103,6 +103,7 @@ class BatchFile:
         *,
         sampling: SamplingParams,
         dtype: str,
+        kv_dtype: str | None = None,
         batch_size: int | None = None,
         batch_invariant: bool = False,
         strict: bool = False,
@@ -116,7 +117,7 @@ class BatchFile:
           target: the output, one line for each of the input's, in the input's order once all are there. "-" is
             standard output, which cannot be resumed.
           sampling: for lines that do not say otherwise; line i without a seed takes `sampling.seed + i`.
-          dtype: what will be computed in.
+          dtype: what will be computed in; kv_dtype: what the model keeps keys and values in (`Model`).
           batch_size: continuations generated together, at most; by default as many as suit the device
             (`default_settings`). A resumed run may choose another, unless it is batch-invariant.
           batch_invariant: the same results to the bit in any order and company (`EngineSettings`).
@@ -142,6 +143,7 @@ class BatchFile:
                 "format": 1,
                 "input": self._source.digest,
                 "dtype": dtype,
+                **({} if kv_dtype is None else {"kv_dtype": kv_dtype}),
                 **json.loads(json.dumps(dataclasses.asdict(sampling))),  # as they are read back from the disk
                 # An engine of another size rounds differently.
                 **({"batch_invariant": {"batch_size": batch_size}} if batch_invariant else {}),
@@ -317,6 +319,7 @@ def run(
         target,
         sampling=sampling,
         dtype=str(model.dtype),
+        kv_dtype=model.kv_dtype,
         batch_size=batch_size,
         batch_invariant=batch_invariant,
         strict=strict,

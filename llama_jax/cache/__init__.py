@@ -11,11 +11,13 @@ from llama_jax.cache.paged import DEFAULT_PAGE_SIZE, PAGE_SIZES, PagedCache, che
 from llama_jax.cache.pages import NO_PAGE
 from llama_jax.cache.pool import PagePool
 from llama_jax.cache.protocol import KVCache, LayerCache
+from llama_jax.cache.stored import KV_DTYPES, check_kv_dtype, stored_dtype, vector_bytes
 from llama_jax.config import LlamaConfig
 
 __all__ = [
     "DEFAULT_PAGE_SIZE",
     "DENSE_AXES",
+    "KV_DTYPES",
     "NO_PAGE",
     "PAGE_SIZES",
     "DenseCache",
@@ -24,7 +26,10 @@ __all__ = [
     "NewCache",
     "PagePool",
     "PagedCache",
+    "check_kv_dtype",
     "check_page_size",
+    "stored_dtype",
+    "vector_bytes",
 ]
 
 
@@ -33,7 +38,7 @@ class NewCache:
     """A cache that is still to be made: prefill makes it within its first program.
 
     Attributes:
-      rows, capacity: of the cache; dtype: of keys and values.
+      rows, capacity: of the cache; dtype: of keys and values, int8 if they are quantised.
       page_size: slots of a page, of which there are enough for every slot; None for a dense cache.
     """
 

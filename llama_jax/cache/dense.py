@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from llama_jax.cache import stored
 from llama_jax.cache.protocol import Queries, check_grows, put_rows, take_rows
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
@@ -16,16 +17,18 @@ from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
 from llama_jax.sharding import constrain
 
 DENSE_AXES = ("batch", "kv_heads")
-"""Logical axes of keys and values [batch, kv_heads, capacity, head_dim]."""
+"""Logical axes of keys and values [batch, kv_heads, capacity, head_dim], and of their scales."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseLayer:
-    """One layer of a `DenseCache`: k, v [batch, kv_heads, capacity, head_dim]."""
+    """One layer of a `DenseCache`: k, v [batch, kv_heads, capacity, head_dim], scales without head_dim or None."""
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
     positions: jax.Array
 
     def attend(
@@ -39,16 +42,14 @@ class DenseLayer:
     ) -> tuple[jax.Array, DenseLayer]:
         """See `LayerCache`."""
 
-        def store(into: jax.Array, new: jax.Array) -> jax.Array:
-            new = jnp.swapaxes(new, 1, 2).astype(into.dtype)
+        def put(into: jax.Array, new: jax.Array) -> jax.Array:
+            new = jnp.swapaxes(new, 1, 2)
             return constrain(jax.lax.dynamic_update_slice_in_dim(into, new, slots, axis=2), DENSE_AXES)
 
-        # The barrier keeps XLA from doing the update twice, once for the result and once, on a copy of the whole cache,
-        # inside whatever reads it.
-        stored_k, stored_v = jax.lax.optimization_barrier((store(self.k, k), store(self.v, v)))
-        layer = dataclasses.replace(self, k=stored_k, v=stored_v)
+        q, k = stored.rotated(self, q, k)
+        layer = dataclasses.replace(self, **stored.write(self, k, v, put))
         places = Places(queries.positions, layer.positions, rows=queries.rows)
-        return attention(q, KeysValues(layer.k, layer.v), places, rule), layer
+        return attention(q, KeysValues(layer.k, layer.v, None, layer.k_scale, layer.v_scale), places, rule), layer
 
 
 @jax.tree_util.register_dataclass
@@ -62,22 +63,25 @@ class DenseCache:
 
     Attributes:
       k, v: per layer [batch, kv_heads, capacity, head_dim].
+      k_scale, v_scale: per layer [batch, kv_heads, capacity], of a quantised cache; None of others.
       positions: int32 [batch, capacity], -1 where the slot is empty or padding.
       length: int32 [], slots in use.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    k_scale: tuple[jax.Array | None, ...]
+    v_scale: tuple[jax.Array | None, ...]
     positions: jax.Array
     length: jax.Array
 
     @classmethod
     def create(cls, config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike) -> DenseCache:
-        """An empty cache for `batch` rows of `capacity` tokens."""
+        """An empty cache for `batch` rows of `capacity` tokens; of dtype int8, one that is quantised."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
-        # Separate buffers: donated arrays must not alias one another.
-        k, v = (tuple(jnp.zeros(shape, dtype) for _ in config.layers) for _ in "kv")
-        return cls(k, v, jnp.full((batch, capacity), -1, jnp.int32), jnp.zeros((), jnp.int32))._laid_out()
+        slots = stored.new_slots(shape, dtype, config.num_layers)
+        positions = jnp.full((batch, capacity), -1, jnp.int32)
+        return cls(**slots, positions=positions, length=jnp.zeros((), jnp.int32))._laid_out()
 
     @property
     def capacity(self) -> int:
@@ -112,11 +116,11 @@ class DenseCache:
 
     def layer(self, index: int) -> DenseLayer:
         """See `KVCache`."""
-        return DenseLayer(self.k[index], self.v[index], self.positions)
+        return DenseLayer(**stored.of_layer(self, index), positions=self.positions)
 
     def with_layers(self, views: list[DenseLayer]) -> DenseCache:
         """See `KVCache`."""
-        return dataclasses.replace(self, k=tuple(view.k for view in views), v=tuple(view.v for view in views))
+        return dataclasses.replace(self, **stored.of_views(views))
 
     def grow(self, capacity: int) -> DenseCache:
         """The same cache with more slots.
@@ -127,7 +131,7 @@ class DenseCache:
         check_grows(self.capacity, capacity)
         more = capacity - self.capacity
         return self._with(
-            lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))),
+            lambda x: jnp.pad(x, [(0, more if axis == 2 else 0) for axis in range(x.ndim)]),
             jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=-1),
         )
 
@@ -141,9 +145,10 @@ class DenseCache:
         def write(into: jax.Array, new: jax.Array) -> jax.Array:
             return put_rows(into, rows, new)
 
-        k, v = (tuple(map(write, a, b)) for a, b in ((self.k, part.k), (self.v, part.v)))
         length = jnp.maximum(self.length, part.length)
-        return DenseCache(k, v, write(self.positions, part.positions), length)._laid_out()
+        positions = write(self.positions, part.positions)
+        changed = stored.changed(self, write, part)
+        return dataclasses.replace(self, **changed, positions=positions, length=length)._laid_out()
 
     def fork(self, source: jax.Array, target: jax.Array) -> DenseCache:
         """See `KVCache`; a copy."""
@@ -159,11 +164,14 @@ class DenseCache:
         return dataclasses.replace(self, positions=jnp.where(rows[:, None], -1, self.positions))
 
     def _with(self, change: Callable[[jax.Array], jax.Array], positions: jax.Array) -> DenseCache:
-        """Keys and values changed in one way."""
-        k, v = (tuple(map(change, each)) for each in (self.k, self.v))
-        return dataclasses.replace(self, k=k, v=v, positions=positions)._laid_out()
+        """Keys, values and scales changed in one way."""
+        return dataclasses.replace(self, **stored.changed(self, change), positions=positions)._laid_out()
 
     def _laid_out(self) -> DenseCache:
         """Over a mesh alike after every change, so that no program is compiled twice."""
-        k, v = (tuple(constrain(x, DENSE_AXES) for x in each) for each in (self.k, self.v))
-        return DenseCache(k, v, constrain(self.positions, ("batch",)), constrain(self.length, ()))
+        return dataclasses.replace(
+            self,
+            **stored.changed(self, lambda x: constrain(x, DENSE_AXES)),
+            positions=constrain(self.positions, ("batch",)),
+            length=constrain(self.length, ()),
+        )

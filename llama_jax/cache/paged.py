@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from llama_jax.cache import stored
 from llama_jax.cache.pages import NO_PAGE, PAGE_AXES, PagedLayer, PagedSlots, book
 from llama_jax.cache.protocol import check_grows, put_rows, take_rows
 from llama_jax.config import LlamaConfig
@@ -51,6 +52,7 @@ class PagedCache:
 
     Attributes:
       k, v: per layer [pages, kv_heads, page_size, head_dim].
+      k_scale, v_scale: per layer [pages, kv_heads, page_size], of a quantised cache; None of others.
       page_table: int32 [batch, pages_per_row]: entry i is the page of slots i * page_size and following of the row;
         NO_PAGE, or any number that is no page, where none is booked.
       positions: int32 [batch, pages_per_row * page_size], of the token in each slot, -1 where there is none.
@@ -61,6 +63,8 @@ class PagedCache:
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    k_scale: tuple[jax.Array | None, ...]
+    v_scale: tuple[jax.Array | None, ...]
     page_table: jax.Array
     positions: jax.Array
     lengths: jax.Array
@@ -78,7 +82,8 @@ class PagedCache:
         page_size: int = DEFAULT_PAGE_SIZE,
         pages: int | None = None,
     ) -> PagedCache:
-        """An empty cache for `batch` rows of `capacity` tokens, rounded up to whole pages.
+        """An empty cache for `batch` rows of `capacity` tokens, rounded up to whole pages; of dtype int8, one that is
+        quantised.
 
         Args:
           pages: pages of the store, none of them booked; by default as many as there are slots for, all booked.
@@ -101,10 +106,9 @@ class PagedCache:
         else:
             table = jnp.full((batch, per_row), NO_PAGE, jnp.int32)
         shape = (count, config.num_kv_heads, page_size, config.head_dim)
-        # Separate buffers: donated arrays must not alias one another.
+        slots = stored.new_slots(shape, dtype, config.num_layers)
         cache = cls(
-            k=tuple(constrain(jnp.zeros(shape, dtype), PAGE_AXES) for _ in config.layers),
-            v=tuple(constrain(jnp.zeros(shape, dtype), PAGE_AXES) for _ in config.layers),
+            **jax.tree.map(lambda x: constrain(x, PAGE_AXES), slots),
             page_table=table,
             positions=jnp.full((batch, per_row * page_size), -1, jnp.int32),
             lengths=jnp.zeros((batch,), jnp.int32),
@@ -180,11 +184,11 @@ class PagedCache:
 
     def layer(self, index: int) -> PagedLayer:
         """See `KVCache`."""
-        return PagedLayer(self.k[index], self.v[index], self.page_table, self.positions)
+        return PagedLayer(**stored.of_layer(self, index), page_table=self.page_table, positions=self.positions)
 
     def with_layers(self, views: list[PagedLayer]) -> PagedCache:
         """See `KVCache`."""
-        return dataclasses.replace(self, k=tuple(view.k for view in views), v=tuple(view.v for view in views))
+        return dataclasses.replace(self, **stored.of_views(views))
 
     def select(self, rows: jax.Array) -> PagedCache:
         """See `KVCache`; the part has the same pages, of which nothing is copied."""
@@ -226,8 +230,7 @@ class PagedCache:
         shared = jnp.maximum(part.shared, full * self.page_size)
         part = dataclasses.replace(
             part,
-            k=tuple(map(copy, self.k)),
-            v=tuple(map(copy, self.v)),
+            **stored.changed(self, copy),
             page_table=jnp.where(kept, part.page_table, own),
             shared=shared,
         )
@@ -256,13 +259,12 @@ class PagedCache:
 
         def pad(x: jax.Array) -> jax.Array:
             pools = x.reshape(self.replicas, self.pages, *x.shape[1:])
-            pools = jnp.pad(pools, ((0, 0), (0, rows * more), (0, 0), (0, 0), (0, 0)))
+            pools = jnp.pad(pools, [(0, rows * more if axis == 1 else 0) for axis in range(pools.ndim)])
             return constrain(pools.reshape(-1, *x.shape[1:]), PAGE_AXES)
 
         grown = dataclasses.replace(
             self,
-            k=tuple(map(pad, self.k)),
-            v=tuple(map(pad, self.v)),
+            **stored.changed(self, pad),
             page_table=jnp.concatenate([self.page_table, jnp.tile(new, (self.replicas, 1))], axis=1),
             positions=jnp.pad(self.positions, ((0, 0), (0, more * self.page_size)), constant_values=-1),
         )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from llama_jax.cache import stored
 from llama_jax.cache.protocol import Queries
 from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
 from llama_jax.kernels.attention.packed import packed_rows, ranks
@@ -17,7 +18,8 @@ NO_PAGE = -1
 """In the page table where no page is booked."""
 
 PAGE_AXES = ("batch", "kv_heads")
-"""Logical axes of pages [pages, kv_heads, page_size, head_dim]: each replica of the model has a pool of its own."""
+"""Logical axes of pages [pages, kv_heads, page_size, head_dim], and of their scales: each replica of the model has a
+pool of its own."""
 
 
 class PagedSlots(NamedTuple):
@@ -32,10 +34,12 @@ class PagedSlots(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedLayer:
-    """One layer of a `PagedCache`: k, v [pages, kv_heads, page_size, head_dim]."""
+    """One layer of a `PagedCache`: k, v [pages, kv_heads, page_size, head_dim], scales without head_dim or None."""
 
     k: jax.Array
     v: jax.Array
+    k_scale: jax.Array | None
+    v_scale: jax.Array | None
     page_table: jax.Array
     positions: jax.Array
 
@@ -52,15 +56,14 @@ class PagedLayer:
 
         def run(
             layer: PagedLayer, q: jax.Array, new: tuple[jax.Array, jax.Array], slots: PagedSlots, at: Queries
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            def store(into: jax.Array, new: jax.Array) -> jax.Array:
-                new = new.astype(into.dtype)
+        ) -> tuple[jax.Array, dict[str, Any]]:
+            def put(into: jax.Array, new: jax.Array) -> jax.Array:
                 return into.at[slots.page, :, slots.offset].set(new, mode="drop", unique_indices=True)
 
-            # As in a dense layer: the barrier keeps XLA from storing twice, for the result and, on a copy, its reader.
-            k, v = jax.lax.optimization_barrier((store(layer.k, new[0]), store(layer.v, new[1])))
+            q, k = stored.rotated(layer, q, new[0])
+            pages = stored.write(layer, k, new[1], put)
             places = Places(at.positions, layer.positions, rows=at.rows)
-            return attention(q, KeysValues(k, v, layer.page_table), places, rule), (k, v)
+            return attention(q, KeysValues(page_table=layer.page_table, **pages), places, rule), pages
 
         arguments = {
             "layer": self,
@@ -71,14 +74,14 @@ class PagedLayer:
         }
         heads = ("batch", None, "kv_heads")
         axes = {
-            "layer": PagedLayer(PAGE_AXES, PAGE_AXES, ("batch",), ("batch",)),  # type: ignore[arg-type]
+            "layer": PagedLayer(PAGE_AXES, PAGE_AXES, PAGE_AXES, PAGE_AXES, ("batch",), ("batch",)),  # type: ignore[arg-type]
             "q": heads,
             "new": heads,
             "slots": ("batch",),
             "at": ("batch",),
         }
-        out, (stored_k, stored_v) = local(run, arguments, axes, (heads, PAGE_AXES))
-        return out, dataclasses.replace(self, k=stored_k, v=stored_v)
+        out, pages = local(run, arguments, axes, (heads, PAGE_AXES))
+        return out, dataclasses.replace(self, **pages)
 
 
 def book(

@@ -19,6 +19,7 @@ from llama_jax.cli.options import (
     drafts_option,
     dtype_option,
     given,
+    kv_dtype_option,
     mesh_options,
     model_option,
     quiet_option,
@@ -95,6 +96,7 @@ Run the same command again after an interruption: it resumes.
 @draft_model_option
 @batch_invariant_option
 @dtype_option
+@kv_dtype_option
 @mesh_options
 @click.option("--strict", is_flag=True, help="Refuse IN if a line is bad or ids are equal; nothing is generated then.")
 @click.option("--overwrite", is_flag=True, help="Start afresh, whatever OUT holds.")
@@ -110,6 +112,7 @@ def command(
     draft_model: str | None,
     batch_invariant: bool,
     dtype: str | None,
+    kv_dtype: str | None,
     mesh: str | None,
     tp: int | None,
     strict: bool,
@@ -155,6 +158,7 @@ def command(
         target,
         sampling=sampling,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         batch_size=batch_size,
         batch_invariant=batch_invariant,
         strict=strict,
@@ -173,6 +177,7 @@ def command(
             loaded, tokenizer = load(
                 folder,
                 dtype=dtype,
+                kv_dtype=kv_dtype,
                 mesh=devices,
                 verify=not no_verify,
                 progress=reporter.progress,

@@ -61,7 +61,9 @@ def measured_model(model: str, preset: str | None, loading: LoadOptions, devices
             return loading.load(model, devices, reporter)[0]
         named = checked_backends(loading.kernels)
         dtype = loading.dtype or runtime.default_dtype()
-        made = random_model(preset, dtype, devices, weights=loading.weights, notify=reporter.notify)
+        made = random_model(
+            preset, dtype, devices, weights=loading.weights, kv_dtype=loading.kv_dtype, notify=reporter.notify
+        )
         return dataclasses.replace(made, kernels=named)
 
 
@@ -162,6 +164,7 @@ class Subject:
         from llama_jax.measure.bench import environment
 
         about = {**environment(model.dtype, model.mesh), "model": model.name, "random_weights": self.preset is not None}
+        about["kv_dtype"] = model.cache_dtype.name
         self.show("  ".join(f"{name}={value}" for name, value in about.items()), f"ceilings: {ceilings}")
         self.show(f"engine: {pairs_text(dataclasses.asdict(settings))}")
         return {**about, "ceilings": dataclasses.asdict(ceilings), "settings": dataclasses.asdict(settings)}

@@ -15,6 +15,7 @@ from llama_jax.cli.options import (
     drafts_option,
     examples,
     json_option,
+    kv_dtype_option,
     memory_fraction_option,
     mesh_options,
     quiet_option,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt", type=click.IntRange(1), help="Prompt tokens of a row. [default: 512, or the context]")
 @click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of weights and cache.")
+@kv_dtype_option
 @memory_fraction_option
 @quiet_option
 @json_option
@@ -71,6 +73,7 @@ def command(
     context: int | None,
     prompt: int | None,
     dtype: str,
+    kv_dtype: str | None,
     memory_fraction: float | None,
     quiet: bool,
     as_json: bool,
@@ -97,7 +100,7 @@ def command(
     config = find_config(model)
     usual = usual_fraction(ENGINE_FRACTION if engine else MEMORY_FRACTION)
     fraction = usual if memory_fraction is None else memory_fraction
-    workload = default_workload(config, dtype, batch=batch or 1, context=context, prompt=prompt)
+    workload = default_workload(config, dtype, batch=batch or 1, context=context, prompt=prompt, kv_dtype=kv_dtype)
     workload.check(config)
     sizes = mesh_sizes(config, chosen, workload, mesh, tp, devices, fraction)
     began = time.monotonic()
@@ -106,7 +109,7 @@ def command(
         if not quiet and not as_json:
             click.echo(f"[{time.monotonic() - began:5.1f} s] {line}", err=True)
 
-    common: dict[str, Any] = {"dtype": dtype, "memory_fraction": fraction, "progress": say}
+    common: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype, "memory_fraction": fraction, "progress": say}
     result: ModelCompilation | EngineCompilation
     if engine:
         if prompt is not None:

@@ -54,6 +54,7 @@ def engine_block(engine: Published) -> list[str]:
             f"[{_bar(snapshot.cache_use)}] {counts.pages_used} used",
             f"{counts.pages_cached} cached",
             f"{counts.pages_free + counts.pages_fenced} free",
+            f"in {snapshot.kv_dtype}",
         ],
         "programs": [
             f"{snapshot.programs}",

@@ -110,6 +110,11 @@ weights_option: Decorator = click.option(
     help="What weights are kept in: stored, as the model has them; float; or int8, int4, fp8 or another layout, to "
     "quantise them while loading. [default: stored on an AMD GPU, else float]",
 )
+kv_dtype_option: Decorator = click.option(
+    "--kv-dtype",
+    type=click.Choice(("int8",)),
+    help="Quantise keys and values in the cache: about half its size. [default: kept in the dtype of the model]",
+)
 convert_option: Decorator = click.option(
     "--convert/--no-convert",
     default=True,
@@ -205,6 +210,7 @@ class LoadOptions:
 
     dtype: str | None
     weights: str | None
+    kv_dtype: str | None
     convert: bool
     mesh: str | None
     tp: int | None
@@ -230,6 +236,7 @@ class LoadOptions:
             model,
             dtype=self.dtype,
             mesh=devices,
+            kv_dtype=self.kv_dtype,
             **self._options(reporter),
         )
 
@@ -259,10 +266,10 @@ def gathered(kind: type, name: str, *options: Decorator) -> Decorator:
 
 
 load_options = gathered(
-    LoadOptions, "loading", dtype_option, weights_option, convert_option, mesh_options, kernels_option
+    LoadOptions, "loading", dtype_option, weights_option, kv_dtype_option, convert_option, mesh_options, kernels_option
 )
-"""`--dtype`, `--weights`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's argument `loading`, of
-`LoadOptions`."""
+"""`--dtype`, `--weights`, `--kv-dtype`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's argument `loading`,
+of `LoadOptions`."""
 
 
 sampling_options = _together(

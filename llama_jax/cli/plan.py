@@ -11,6 +11,7 @@ from llama_jax.cli.options import (
     DTYPES,
     examples,
     json_option,
+    kv_dtype_option,
     memory_fraction_option,
     mesh_options,
     quiet_option,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
         "llama-jax plan llama-3.1-8b --target mi300x",
         "llama-jax plan llama-3.1-70b --target mi300x --devices 8 --mesh auto --batch 32 --context 8192",
         "llama-jax plan llama-3.1-405b --target mi355x --tp 8 --compile",
-        "llama-jax plan llama-3.1-70b --target rx7900xtx --devices 2 --weights int4 --embed int8",
+        "llama-jax plan llama-3.1-70b --target rx7900xtx --devices 2 --weights int4 --embed int8 --kv-dtype int8",
         "llama-jax plan ./config-folder --target h200 --json",
         more=GLOSSARY,
     ),
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt", type=click.IntRange(1), metavar="N", help="Of these, the prompt's. [default: 512, or all]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of weights and cache. [default: bfloat16; float32 on a CPU]")
+@kv_dtype_option
 @recipe_options
 @memory_fraction_option
 @click.option(
@@ -71,6 +73,7 @@ def command(
     context: int | None,
     prompt: int | None,
     dtype: str | None,
+    kv_dtype: str | None,
     wanted: RecipeOptions,
     memory_fraction: float | None,
     latency: float,
@@ -101,7 +104,7 @@ def command(
     if recipe is not None:
         config = config.replace(schemes=schemes(config, recipe))
     dtype = dtype or ("float32" if chosen.vendor == "cpu" else "bfloat16")
-    workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt)
+    workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt, kv_dtype=kv_dtype)
     workload.check(config)
     fraction = usual_fraction() if memory_fraction is None else memory_fraction
     sizes = mesh_sizes(config, chosen, workload, mesh, tp, devices, fraction)
@@ -137,6 +140,7 @@ def _compile(config: LlamaConfig, plan: Plan, *, quiet: bool) -> ModelCompilatio
         context=w.context,
         prompt=w.prompt,
         dtype=w.dtype,
+        kv_dtype=w.kv_dtype,
         memory_fraction=plan.verdict.fraction,
         progress=None if quiet else lambda line: click.echo(line, err=True),
     )

@@ -22,13 +22,14 @@ def report(model: str, plan: Plan, remedies: Sequence[str]) -> list[str]:
     target, w, needs, shapes = plan.target, plan.workload, plan.needs, plan.shapes
     mesh = pairs_text(plan.sizes) or "one device"
     arch = "" if target.arch == target.name else f" ({target.arch})"
+    cache = f", cache in {w.kv_dtype}" if w.kv_dtype else ""
     room = (
         f"; largest batch with this context: {plan.largest_batch}, "
         f"largest context with this batch: {plan.largest_context}"
     )
     return [
         f"{model} on {plan.devices} x {target.label or target.name}{arch}, {mesh}: predicted, nothing was run",
-        f"{w.dtype}, batch {w.batch}, prompt {w.prompt}, context {w.context}",
+        f"{w.dtype}{cache}, batch {w.batch}, prompt {w.prompt}, context {w.context}",
         "",
         f"memory of each device, which has {shapes.rows} of the rows",
         f"  weights      {size_text(needs.weights)}",
@@ -87,7 +88,7 @@ def _programs(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> dict[st
     from llama_jax.plan import DeviceShare
     from llama_jax.plan.costs import local_rows
 
-    share = DeviceShare(config, plan.target, plan.sizes, plan.workload.itemsize)
+    share = DeviceShare(config, plan.target, plan.sizes, plan.workload.itemsize, plan.workload.kv_dtype)
     rows = local_rows(xla.batch, plan.sizes)
     return {
         "prefill": (

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.aot import Compilation, compile_for, device_mesh
 from llama_jax.aot.programs import Program, fused_parameters
+from llama_jax.cache import check_kv_dtype, stored_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.engine.compiled import THREADS
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, draft_program, new_cache
@@ -37,7 +38,8 @@ class EngineCompilation:
     """An engine compiled for a target.
 
     Attributes:
-      sizes: of the mesh's axes by name, empty for one device; dtype: of parameters and cache.
+      sizes: of the mesh's axes by name, empty for one device.
+      dtype: of parameters and, without `kv_dtype`, of the cache.
       weights: bytes of the parameters on each device; loading: the peak while they are read.
       start: the program that makes the state; programs: every one of `program_set`.
       draft_weights: bytes of a draft model's parameters on each device; draft_start: the program that makes its cache.
@@ -47,6 +49,7 @@ class EngineCompilation:
     target: Target
     sizes: Mapping[str, int]
     dtype: str
+    kv_dtype: str | None
     settings: EngineSettings
     weights: int
     loading: int
@@ -93,6 +96,7 @@ def compile_engine(
     mesh_shape: Mapping[str, int] | None = None,
     *,
     dtype: DTypeLike = "bfloat16",
+    kv_dtype: str | None = None,
     memory_fraction: float = ENGINE_FRACTION,
     settings: EngineSettings | None = None,
     draft: LlamaConfig | None = None,
@@ -104,10 +108,10 @@ def compile_engine(
 
     Args:
       mesh_shape: axis name to number of devices; "data" is none of them, since each replica has an engine of its own.
-      dtype: of parameters and cache.
+      dtype: of parameters and, without `kv_dtype`, of the cache.
       memory_fraction: of each device's memory that jax may use.
       settings: sizes of the engine; by default those that it takes on such a device when the weights are there.
-      draft: a draft model, on the same mesh and in the same dtype.
+      draft: a draft model, on the same mesh and in the same dtypes.
       keys: the programs; all of the engine's by default.
       progress: called with a line of text after each program.
       sizes: without `settings`: rows, context, pages, ... as for `default_settings`.
@@ -120,6 +124,7 @@ def compile_engine(
     """
     say = progress or (lambda line: None)
     dtype = jnp.dtype(dtype)
+    check_kv_dtype(kv_dtype)
     for each in (config, draft):
         if each is not None:
             check(each, mesh_shape)
@@ -130,8 +135,8 @@ def compile_engine(
             param="mesh",
             hint="leave out the axis data: every replica compiles the same programs",
         )
-    share = DeviceShare(config, target, mesh, dtype.itemsize)
-    small = None if draft is None else DeviceShare(draft, target, mesh, dtype.itemsize)
+    share = DeviceShare(config, target, mesh, dtype.itemsize, kv_dtype)
+    small = None if draft is None else DeviceShare(draft, target, mesh, dtype.itemsize, kv_dtype)
     weights = share.weights + (small.weights if small else 0)
     usable = usable_bytes(target, memory_fraction)
     if usable is not None and weights > usable:
@@ -143,8 +148,9 @@ def compile_engine(
     split = share.config
     if settings is None:
         free = None if usable is None else usable - weights
-        drafting = (small.config, dtype) if small else None
-        settings = settings_for(split, dtype, mesh, on_cpu=False, free=free, draft=drafting, **sizes)
+        drafting = (small.config, dtype, kv_dtype) if small else None
+        sizes |= {"kv_dtype": kv_dtype, "draft": drafting}
+        settings = settings_for(split, dtype, mesh, on_cpu=False, free=free, **sizes)
 
     def compiled(made: Program) -> Compilation:
         done = compile_for(target, made.function, made.args, mesh=mesh, kwargs=made.static)
@@ -153,7 +159,7 @@ def compile_engine(
 
     def started(name: str, make: Callable[..., Any], config: LlamaConfig) -> Compilation:
         def begin(_: jax.Array) -> Any:  # with an argument: without one it would be compiled for this machine
-            return make(config, settings, dtype)
+            return make(config, settings, stored_dtype(kv_dtype, dtype))
 
         nothing = jax.ShapeDtypeStruct((), jnp.bool)
         return compiled(Program(name, jax.jit(begin, keep_unused=True), (nothing,), {}))
@@ -180,6 +186,7 @@ def compile_engine(
         target=target,
         sizes=dict(mesh_shape or {}),
         dtype=dtype.name,
+        kv_dtype=kv_dtype,
         settings=settings,
         weights=share.weights,
         loading=share.loading,

@@ -271,8 +271,9 @@ def compiled_before(
         context = tracing_context()
     leaves, structure = jax.tree.flatten((model.params, adapters, draft and draft.params))
     arrays = tuple((x.shape, x.dtype, getattr(x, "sharding", None)) for x in leaves)
-    of_draft = draft and (draft.config, tuple(sorted(draft.kernels.items())))
-    return _compiled_for((model.config, shapes_alone(settings), model.mesh, structure, arrays, context, of_draft))
+    of_draft = draft and (draft.config, draft.kv_dtype, tuple(sorted(draft.kernels.items())))
+    of_model = model.config, model.kv_dtype, shapes_alone(settings), model.mesh
+    return _compiled_for((*of_model, structure, arrays, context, of_draft))
 
 
 @lru_cache(maxsize=KEPT)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llama_jax.decode.graphs import small_places
@@ -104,13 +103,13 @@ class Core:
         check_room(settings, draft)
         self.model, self.settings = model, settings
         peak = peak or Peak.of(of_device(model.device), model.dtype.name)
-        self._meter = Meter(StepCosts(model.config, model.dtype, model.mesh), peak)
+        self._meter = Meter(StepCosts(model.config, model.dtype, model.mesh, model.kv_dtype), peak)
         self.scheduler = Scheduler(settings.limits)
         compiled, start = compiled_before(model, settings, adapters, draft), Key(START)
         if start not in compiled:
             with on(model.mesh), using(**model.kernels):
                 begin = jax.jit(new_state, static_argnums=(0, 1, 2))
-                compiled[start] = begin.lower(model.config, settings, jnp.dtype(model.dtype)).compile()
+                compiled[start] = begin.lower(model.config, settings, model.cache_dtype).compile()
         self._begin = compiled[start]
         self._begun: DecodeState | None = None
         parts = None if draft is None else DraftParts.of(draft, settings, model.config.vocab_size)
@@ -242,7 +241,7 @@ class Core:
 
     def snapshot(self) -> Snapshot:
         """The engine in numbers."""
-        return self._meter.snapshot(self.scheduler.counts, self.programs)
+        return self._meter.snapshot(self.scheduler.counts, self.programs, self.model.cache_dtype.name)
 
     def _decide(self) -> list[Drawn]:
         """Has the host say what the next step may draw; returns news of those whose constraints took too long."""

@@ -159,7 +159,7 @@ class DraftParts:
         """Compiles what makes the cache; the cache itself is not there yet."""
         with on(draft.mesh), using(**draft.kernels):
             begin = jax.jit(new_cache, static_argnums=(0, 1, 2))
-            return cls(draft, begin.lower(draft.config, settings, jnp.dtype(draft.dtype)).compile(), vocab)
+            return cls(draft, begin.lower(draft.config, settings, draft.cache_dtype).compile(), vocab)
 
     def program(self, name: str, settings: EngineSettings) -> Program:
         """See `draft_program`."""

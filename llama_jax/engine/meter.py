@@ -89,8 +89,8 @@ class Meter:
         while now - self._ended[0].ended > WINDOW_S:
             self._ended.popleft()
 
-    def snapshot(self, counts: Counts, programs: Programs) -> Snapshot:
-        """All numbers of a core."""
+    def snapshot(self, counts: Counts, programs: Programs, kv_dtype: str) -> Snapshot:
+        """All that a core says of itself; `kv_dtype` is its cache's."""
         rates = self.rates()
         return Snapshot(
             counts=counts,
@@ -111,6 +111,7 @@ class Meter:
             mbu=rates.mbu,
             mfu=rates.mfu,
             peak=None if self.peak is None else self.peak.source,
+            kv_dtype=kv_dtype,
         )
 
     def rates(self) -> Rates:

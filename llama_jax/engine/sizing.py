@@ -131,6 +131,7 @@ def default_settings(
         model.config,
         model.dtype,
         model.mesh,
+        kv_dtype=model.kv_dtype,
         on_cpu=on_cpu,
         free=None if on_cpu else free_memory(model),
         rows=rows,
@@ -146,7 +147,7 @@ def default_settings(
         biases=biases,
         greedy=greedy,
         drafts=drafts,
-        draft=None if draft is None else (draft.config, draft.dtype),
+        draft=None if draft is None else (draft.config, draft.dtype, draft.kv_dtype),
         batch_invariant=batch_invariant,
         strict=strict,
         more_memory="" if on_cpu else more_memory_hint(memory_fraction()),
@@ -160,13 +161,14 @@ def settings_for(
     *,
     on_cpu: bool,
     free: int | None,
+    kv_dtype: str | None = None,
     rows: int | None = None,
     context: int | None = None,
     least: int | None = None,
     pages: int | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
     decode_rows: tuple[int, ...] | None = None,
-    draft: tuple[LlamaConfig, DTypeLike] | None = None,
+    draft: tuple[LlamaConfig, DTypeLike, str | None] | None = None,
     batch_invariant: bool = False,
     more_memory: str = "",
     **options: Any,
@@ -176,7 +178,8 @@ def settings_for(
     Args:
       config: on a mesh, with key/value heads repeated as `load` does it.
       free: bytes of each device beside the weights; None where that is not known.
-      draft: a draft model's config on the same mesh, and the dtype of its cache.
+      kv_dtype: of the cache; None for `dtype`.
+      draft: a draft model's config on the same mesh, its dtype and the `kv_dtype` of its cache.
       more_memory: what would make them more, for the error's hint.
       options: other fields of `EngineSettings`.
     """
@@ -193,19 +196,20 @@ def settings_for(
     if draft is not None:
         draft_context = min(context, draft[0].context_length)
         if room is not None:
-            column = draft_rows * cache_bytes(draft[0], mesh, jnp.dtype(draft[1]).itemsize, page_size)
+            column = draft_rows * cache_bytes(draft[0], mesh, jnp.dtype(draft[1]).itemsize, page_size, draft[2])
             columns = max(1, min(-(-draft_context // page_size), room // DRAFT_SHARE // column))
             draft_context = min(draft_context, columns * page_size)
             room = max(room - columns * column, 0)
     if pages is None:
         pages = max(each, rows * -(-min(context, CPU_EACH) // page_size)) if on_cpu else rows * each
         if room is not None:
-            pages = min(pages, room // cache_bytes(config, mesh, jnp.dtype(dtype).itemsize, page_size))
+            pages = min(pages, room // cache_bytes(config, mesh, jnp.dtype(dtype).itemsize, page_size, kv_dtype))
     if pages < each and least is not None:
         context = max(least, min(context, pages * page_size))
         each = -(-context // page_size)
     if pages < each:
-        fitting = f"context={pages * page_size} fits, or use a smaller dtype, or more devices"
+        smaller = "a smaller dtype" if kv_dtype else "kv_dtype='int8' (--kv-dtype int8)"
+        fitting = f"context={pages * page_size} fits, or use {smaller}, or more devices"
         raise DoesNotFit(
             f"a sequence of {context} tokens takes {each} pages of {page_size}; there is memory for {pages}",
             hint="; ".join(filter(None, (fitting, more_memory))),

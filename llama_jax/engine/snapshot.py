@@ -29,6 +29,7 @@ class Snapshot:
       step_s: mean time of a step over the last second; 0 if there was none.
       mbu, mfu: over the last second, weights and cache that one device had to read and write, and FLOPs that it had to
         do, over its peak; None where that is not known. peak: "measured", "data sheet" or None.
+      kv_dtype: of keys and values in the cache.
     """
 
     counts: Counts
@@ -49,6 +50,7 @@ class Snapshot:
     mbu: float | None
     mfu: float | None
     peak: str | None
+    kv_dtype: str
 
     @property
     def padding_share(self) -> float:
@@ -69,13 +71,14 @@ class Snapshot:
             return parts[0]
         fields = [field.name for field in dataclasses.fields(cls)]
         means = ("step_s", "mbu", "mfu")
-        summed = [name for name in fields if name not in (*means, "counts", "ready_s", "peak")]
+        summed = [name for name in fields if name not in (*means, "counts", "ready_s", "peak", "kv_dtype")]
         known = {name: _known([getattr(part, name) for part in parts]) for name in means}
         shares: dict[str, Any] = {name: sum(values) / len(values) if values else None for name, values in known.items()}
         return cls(
             counts=Counts(**_sums([dataclasses.asdict(part.counts) for part in parts])),
             ready_s=max(_known([part.ready_s for part in parts]), default=None),
             peak=parts[0].peak,
+            kv_dtype=parts[0].kv_dtype,
             **_sums([{name: getattr(part, name) for name in summed} for part in parts]),
             **shares,
         )

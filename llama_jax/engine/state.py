@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.cache import PagedCache, protocol
+from llama_jax.cache import PagedCache, protocol, stored
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import DecodeState, by_rows, idle_state
 from llama_jax.decode.prefill import NO_ROW
@@ -21,7 +21,7 @@ from llama_jax.sampling import FULL, SamplerState, SamplingParams, make_sampler
 
 
 def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -> DecodeState:
-    """Rows none of which has begun, and pages none of which is booked."""
+    """Rows none of which has begun, and pages none of which is booked; `dtype` is the cache's."""
     cache = PagedCache.create(
         config, settings.rows, settings.context, dtype, page_size=settings.page_size, pages=settings.pages
     )
@@ -119,8 +119,8 @@ def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
     Attention gives no weight to what is left in a page behind its row's last token, but NaN times nothing is NaN.
     """
     cache = paged(state)
-    k, v = (tuple(x.at[pages].set(0, mode="drop") for x in each) for each in (cache.k, cache.v))
-    return by_rows(dataclasses.replace(state, cache=dataclasses.replace(cache, k=k, v=v)))
+    cleared = stored.changed(cache, lambda x: x.at[pages].set(0, mode="drop"))
+    return by_rows(dataclasses.replace(state, cache=dataclasses.replace(cache, **cleared)))
 
 
 def restrict(state: DecodeState, rows: jax.Array, masks: jax.Array) -> DecodeState:

@@ -26,6 +26,7 @@ def generate(
     params: SamplingParams | None = None,
     *,
     page_size: int = DEFAULT_PAGE_SIZE,
+    kv_dtype: str | None = None,
     adapters: Params | None = None,
     adapter_ids: int = 0,
     **fields: Any,
@@ -37,6 +38,7 @@ def generate(
       prompt: text, continued as it stands, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
       params: how to sample. Without it decoding is greedy.
       page_size: tokens of a page of the cache, 16, 32, 64, 128 or 256; the answer is the same.
+      kv_dtype: "int8" for a quantised cache (`load`); by default what the model says.
       adapters: slots of low-rank adapters (`llama_jax.model.adapters`); adapter_ids: the slot to use, 0 for none.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.
 
@@ -49,6 +51,7 @@ def generate(
         [prompt],
         params,
         page_size=page_size,
+        kv_dtype=kv_dtype,
         adapters=adapters,
         adapter_ids=adapter_ids,
         **fields,
@@ -63,6 +66,7 @@ def stream_generate(
     params: SamplingParams | None = None,
     *,
     page_size: int = DEFAULT_PAGE_SIZE,
+    kv_dtype: str | None = None,
     adapters: Params | None = None,
     adapter_ids: int = 0,
     **fields: Any,
@@ -74,7 +78,7 @@ def stream_generate(
     """
     requests = prepare(model, tokenizer, [prompt], sampling(params, fields), adapters, adapter_ids)
     check_stream(requests)
-    return _llm(model, tokenizer, requests, page_size).stream_of(requests)
+    return _llm(model, tokenizer, requests, page_size, kv_dtype).stream_of(requests)
 
 
 def batch_generate(
@@ -84,6 +88,7 @@ def batch_generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     page_size: int = DEFAULT_PAGE_SIZE,
+    kv_dtype: str | None = None,
     adapters: Params | None = None,
     adapter_ids: int | Sequence[int] = 0,
     **fields: Any,
@@ -95,7 +100,7 @@ def batch_generate(
     Args:
       prompts: texts or lists of token ids.
       params: one for all or one for each.
-      page_size, adapters: as for `generate`.
+      page_size, kv_dtype, adapters: as for `generate`.
       adapter_ids: one slot for all prompts, or one for each.
       fields: fields of SamplingParams for all, in place of `params` or changing it.
 
@@ -106,11 +111,11 @@ def batch_generate(
     if not len(prompts):
         return []
     requests = prepare(model, tokenizer, prompts, sampling(params, fields), adapters, adapter_ids)
-    outputs = dict(_llm(model, tokenizer, requests, page_size).each_of(requests))
+    outputs = dict(_llm(model, tokenizer, requests, page_size, kv_dtype).each_of(requests))
     return [outputs[i] for i in range(len(prompts))]
 
 
-def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int) -> LLM:
+def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int, kv_dtype: str | None) -> LLM:
     """An engine for these requests. It runs the programs of earlier calls whose sizes are about the same."""
     rows = rows_for(model, -(-len(requests.rows) // ruled(model.mesh).ways("batch")))
     stop_ids, biases = widths(requests.params, model.eos_token_ids)
@@ -121,6 +126,7 @@ def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_siz
         room=max(len(requests.prompt_of(i)) + min(row.limit, FORESEEN) for i, row in enumerate(requests.rows)),
         rows=rows,
         decode_rows=(rows,),
+        kv_dtype=kv_dtype,
         page_size=page_size,
         prefix_cache=False,
         greedy=all(row.greedy for row in requests.rows) or None,

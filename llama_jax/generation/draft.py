@@ -27,7 +27,7 @@ def opened_draft(
         return None
     other = None
     if not isinstance(draft, Model):
-        draft, other = load(draft, dtype=model.dtype, mesh=model.mesh, **options)
+        draft, other = load(draft, dtype=model.dtype, mesh=model.mesh, kv_dtype=model.kv_dtype, **options)
     check_draft(model, draft)
     if tokenizer and other:
         check_vocabularies(tokenizer, other)

@@ -47,6 +47,7 @@ class Engine:
         settings: EngineSettings | None = None,
         adapters: Params | None = None,
         draft: Model | str | Path | None = None,
+        kv_dtype: str | None = None,
         ahead: bool = True,
         peak: Peak | None = None,
         compiling: Progress | None = None,
@@ -59,7 +60,7 @@ class Engine:
           compiling: called in another thread.
           restarts: when the engine is made anew after a failure of the device; each time it is compiled again.
         """
-        self.model, self.tokenizer = opened(model, tokenizer)
+        self.model, self.tokenizer = opened(model, tokenizer, kv_dtype)
         self._draft = opened_draft(draft, self.model, self.tokenizer)
         if self._draft is not None:
             options["draft"] = replicas(self._draft)[0]

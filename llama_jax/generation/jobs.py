@@ -21,6 +21,7 @@ from llama_jax.engine.sizing import Sizes
 from llama_jax.errors import DoesNotFit, EngineFailed, LateCompilation
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.request import Requests
+from llama_jax.library import DEFAULT_MODEL
 from llama_jax.loading import load
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
@@ -36,11 +37,17 @@ Progress = Callable[[Compiled], None]
 """Told of each program that is compiled before an engine is ready."""
 
 
-def opened(model: Model | str | Path | None, tokenizer: Tokenizer | None) -> tuple[Model, Tokenizer | None]:
-    """A model and its tokenizer as they are given, or loaded by a name; None is the default model."""
+def opened(
+    model: Model | str | Path | None, tokenizer: Tokenizer | None, kv_dtype: str | None = None
+) -> tuple[Model, Tokenizer | None]:
+    """A model and its tokenizer as they are given, or loaded by a name; None is the default model.
+
+    Args:
+      kv_dtype: of the model's caches, in place of what it says itself.
+    """
     if isinstance(model, Model):
-        return model, tokenizer
-    return load() if model is None else load(model)
+        return (model if kv_dtype is None else replace(model, kv_dtype=kv_dtype)), tokenizer
+    return load(DEFAULT_MODEL if model is None else model, kv_dtype=kv_dtype)
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class LLM:
         adapters: Params | None = None,
         draft: Model | str | Path | None = None,
         ahead: bool = False,
+        kv_dtype: str | None = None,
         room: int = 0,
         peak: Peak | None = None,
         compiling: Progress | None = None,
@@ -75,6 +76,7 @@ class LLM:
           adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
           draft: a smaller model of the same vocabulary, on the same devices, whose guesses are tried (`drafts=`, how
             many tokens at a time); or its name.
+          kv_dtype: "int8" for a quantised cache (`load`); by default what the model says.
           ahead: compile every program now. Otherwise each is compiled when it is first used.
           room: tokens of a sequence that there is room for at first, or a few more, where no context is given.
           peak: what the device can do, for `mbu` and `mfu` of `snapshot`; by default what its data sheet says.
@@ -86,7 +88,7 @@ class LLM:
           DoesNotFit: there is no memory for one sequence of the context's length.
           RequestError: options that contradict each other, or a draft model that is not for this model.
         """
-        self.model, self.tokenizer = opened(model, tokenizer)
+        self.model, self.tokenizer = opened(model, tokenizer, kv_dtype)
         small = opened_draft(draft, self.model, self.tokenizer)
         self._adapters = adapters
         with memory_errors():

@@ -21,6 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax import runtime
+from llama_jax.cache import check_kv_dtype
 from llama_jax.config import preset
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.layout import check, param_sharding, split_config
@@ -105,13 +106,15 @@ def random_model(
     mesh: MeshRequest = None,
     *,
     weights: str | None = None,
+    kv_dtype: str | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Model:
-    """A preset's shape with random weights made on the device or devices, fused as `load` does it; `mesh`, `weights`
-    and `notify` are those of `load`."""
+    """A preset's shape with random weights made on the device or devices, fused as `load` does it; `mesh`, `weights`,
+    `kv_dtype` and `notify` are those of `load`."""
+    check_kv_dtype(kv_dtype)
     wanted, config = requested(weights), preset(name)
     held = config if wanted is None else config.replace(schemes=schemes(config, wanted))
-    mesh = resolve_mesh(mesh, held, dtype, notify)
+    mesh = resolve_mesh(mesh, held, dtype, notify, kv_dtype=kv_dtype)
     if mesh is not None:
         check(held, mesh)
     config = split_config(config, mesh)
@@ -131,7 +134,7 @@ def random_model(
     if wanted is not None:
         with on(mesh):
             params, config = quantize_params(params, config, wanted, donate=True)
-    return Model(*arrange(params, config, mesh, donate=True), mesh, name=name)
+    return Model(*arrange(params, config, mesh, donate=True), mesh, name=name, kv_dtype=kv_dtype)
 
 
 def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10, side: int | None = None) -> Ceilings:
@@ -201,7 +204,7 @@ def bench(
             decodes.append(rest)
     prefill, decode = statistics.median(prefills), statistics.median(decodes)
     step = decode / (new - 1)
-    read = step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, model.mesh)
+    read = step_bytes(model.config, model.dtype.itemsize, batch, prompt + new // 2, model.mesh, model.kv_dtype)
     computed = prefill_flops(model.config, batch, prompt, model.mesh)
     shares = {
         "mbu": read / step / ceilings.read_bytes_per_s,

@@ -108,5 +108,5 @@ def _that_fit(model: Model, sizes: Iterable[int], length: int) -> list[int]:
     """Batches whose dense caches take no more than half of the memory that is free; the smallest in any case."""
     free = free_memory(model)
     smallest, *larger = sizes
-    each = cache_bytes(model.config, model.mesh, model.dtype.itemsize, length)
+    each = cache_bytes(model.config, model.mesh, model.dtype.itemsize, length, model.kv_dtype)
     return [smallest, *(rows for rows in larger if free is None or 2 * rows * each <= free)]

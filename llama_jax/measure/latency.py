@@ -66,7 +66,7 @@ def latency_rows(
         runs = times(max(1, depth), new)
         decodes = [last - first for first, *_, last in runs]
         seconds = statistics.median(decodes)
-        read = step_bytes(model.config, model.dtype.itemsize, 1, max(1, depth) + new // 2, model.mesh)
+        read = step_bytes(model.config, model.dtype.itemsize, 1, max(1, depth) + new // 2, model.mesh, model.kv_dtype)
         mbu = read * (new - 1) / seconds / ceilings.read_bytes_per_s
         yield Row(
             f"tg{new}" + f" @ d{depth}" * bool(depth),

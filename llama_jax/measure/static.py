@@ -50,7 +50,7 @@ def time_static(
     params = SamplingParams(temperature=0.0, ignore_eos=True)
     profile, sampler = make_sampler([params] * batch, [()] * batch, config.vocab_size)
     start = time.perf_counter()
-    cache = NewCache(batch, capacity, model.dtype, page_size)
+    cache = NewCache(batch, capacity, model.cache_dtype, page_size)
     logits, made, _ = here(prefill, model.params, config, prompts, cache, padded_rows=batch)
     lengths = each([len(prompt) for prompt in prompts], 1)
     state, progress = here(

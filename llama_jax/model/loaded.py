@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.cache import check_kv_dtype, stored_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.model.weights import compute_dtype
 from llama_jax.params import Params, count_params
@@ -27,6 +28,7 @@ class Model:
       mesh: the devices that the parameters are sharded over, with its rules; or None for one device.
       generation_config: contents of the model's generation_config.json.
       name: what it was loaded from.
+      kv_dtype: what caches keep keys and values in, one of `cache.KV_DTYPES`; None for the dtype.
       kernels: the backend of operations in the programs that compute with it, by name (`kernels.dispatch.using`).
     """
 
@@ -36,6 +38,10 @@ class Model:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     kernels: Mapping[str, str] = field(default_factory=dict)
+    kv_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_kv_dtype(self.kv_dtype)
 
     def __repr__(self) -> str:
         """One line: `Model(smollm2-135m-instruct, 134.5M parameters, float32, cpu:0)`."""
@@ -47,6 +53,11 @@ class Model:
     def dtype(self) -> jnp.dtype:
         """Compute dtype (`weights.compute_dtype`)."""
         return compute_dtype(self.params)
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """Of keys and values as caches store them."""
+        return stored_dtype(self.kv_dtype, self.dtype)
 
     @property
     def device(self) -> jax.Device:

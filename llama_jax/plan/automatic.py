@@ -37,7 +37,7 @@ class AutoMesh:
     context: int | None = None
     prompt: int | None = None
 
-    def workload(self, config: LlamaConfig, dtype: str, devices: int) -> Workload:
+    def workload(self, config: LlamaConfig, dtype: str, devices: int, kv_dtype: str | None = None) -> Workload:
         """What is planned for.
 
         Raises:
@@ -46,7 +46,7 @@ class AutoMesh:
         context = None if self.context is None else min(self.context, config.context_length)
         prompt = None if self.prompt is None else min(self.prompt, config.context_length)
         batch = devices if self.batch is None else self.batch
-        workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt)
+        workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt, kv_dtype=kv_dtype)
         workload.check(config)
         return workload
 
@@ -56,12 +56,17 @@ type MeshRequest = DeviceMesh | AutoMesh | Literal["auto"] | None
 
 
 def resolve_mesh(
-    mesh: MeshRequest, config: LlamaConfig, dtype: DTypeLike, notify: Callable[[str], None] | None = None
+    mesh: MeshRequest,
+    config: LlamaConfig,
+    dtype: DTypeLike,
+    notify: Callable[[str], None] | None = None,
+    *,
+    kv_dtype: str | None = None,
 ) -> DeviceMesh | None:
     """The mesh that was asked for, with automatic axes; None for one device.
 
     Args:
-      dtype: of weights, activations and cache.
+      dtype: of weights, activations and, without `kv_dtype`, the cache.
       notify: told what "auto" has chosen, and why.
 
     Raises:
@@ -75,10 +80,16 @@ def resolve_mesh(
     request = AutoMesh() if mesh == AUTO else mesh
     if not isinstance(request, AutoMesh):
         raise RequestError(f"{mesh!r} is no mesh", param="mesh", hint='give "auto", or make_mesh("data=2,tensor=4")')
-    return _find_mesh(request, config, jnp.dtype(dtype).name, notify)
+    return _find_mesh(request, config, jnp.dtype(dtype).name, kv_dtype, notify)
 
 
-def _find_mesh(request: AutoMesh, config: LlamaConfig, dtype: str, notify: Callable[[str], None] | None) -> Mesh | None:
+def _find_mesh(
+    request: AutoMesh,
+    config: LlamaConfig,
+    dtype: str,
+    kv_dtype: str | None,
+    notify: Callable[[str], None] | None,
+) -> Mesh | None:
     if jax.process_count() > 1:
         raise RequestError(
             f"mesh=auto chooses among the devices of one process; there are {jax.process_count()} processes",
@@ -86,7 +97,7 @@ def _find_mesh(request: AutoMesh, config: LlamaConfig, dtype: str, notify: Calla
             hint="give the mesh yourself: make_mesh(data=2, tensor=4)",
         )
     target, alike, others = _devices()
-    workload = request.workload(config, dtype, len(alike))
+    workload = request.workload(config, dtype, len(alike), kv_dtype)
     choice = choose_mesh(config, target, workload, devices=len(alike), usable=free_bytes(alike, target))
     if choice.fits is False:
         raise _does_not_fit(choice, workload, alike)
@@ -147,7 +158,8 @@ def _left_out(others: Sequence[jax.Device]) -> str:
 
 def _text(workload: Workload) -> str:
     rows = "1 row" if workload.batch == 1 else f"{workload.batch} rows"
-    return f"{rows} of {workload.context} tokens in {workload.dtype}"
+    cache = f", the cache in {workload.kv_dtype}" if workload.kv_dtype else ""
+    return f"{rows} of {workload.context} tokens in {workload.dtype}{cache}"
 
 
 def _axes(sizes: Mapping[str, int]) -> str:

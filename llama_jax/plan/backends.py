@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from llama_jax.cache import stored_dtype
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.decode.chunks import attention_backends
 from llama_jax.kernels.dispatch import REFERENCE, choose
@@ -24,7 +25,15 @@ class Backends:
 
 
 def backends(
-    config: LlamaConfig, target: Target, mesh: AnyMesh, dtype: str, *, rows: int, tokens: int, capacity: int
+    config: LlamaConfig,
+    target: Target,
+    mesh: AnyMesh,
+    dtype: str,
+    *,
+    rows: int,
+    tokens: int,
+    capacity: int,
+    kv_dtype: str | None = None,
 ) -> Backends:
     """What "auto" stands for on one device of a target, for `tokens` tokens in each of `rows` rows.
 
@@ -36,7 +45,8 @@ def backends(
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     with on(ruled(mesh)):
-        attention = attention_backends(config, target, dtype, rows=rows, tokens=tokens, capacity=capacity)
+        shape = {"rows": rows, "tokens": tokens, "capacity": capacity}
+        attention = attention_backends(config, target, dtype, **shape, cache_dtype=stored_dtype(kv_dtype, dtype))
     moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
     if moe is None:
         return Backends(attention, "")

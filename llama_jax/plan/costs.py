@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from llama_jax.cache import vector_bytes
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.layout import local_heads, local_size
 from llama_jax.params import ParamSpec, canonical_specs, param_specs
@@ -70,16 +71,35 @@ def _triangle(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def cache_read_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, mesh: AnyMesh = None) -> int:
+def token_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh = None, kv_dtype: str | None = None) -> int:
+    """Bytes of one token's key and value in one layer's cache, of the heads that one device has."""
+    return 2 * local_heads(config, mesh)[1] * vector_bytes(config.head_dim, itemsize, kv_dtype)
+
+
+def cache_read_bytes(
+    config: LlamaConfig,
+    itemsize: int,
+    batch: int,
+    length: int,
+    mesh: AnyMesh = None,
+    kv_dtype: str | None = None,
+) -> int:
     """Bytes of keys and values that a decode step reads when each row has `length` tokens: of what it can see."""
     seen = sum(attended(layer, length) for layer in config.layers)
-    return 2 * local_rows(batch, mesh) * seen * local_heads(config, mesh)[1] * config.head_dim * itemsize
+    return local_rows(batch, mesh) * seen * token_bytes(config, itemsize, mesh, kv_dtype)
 
 
-def step_bytes(config: LlamaConfig, itemsize: int, batch: int, length: int, mesh: AnyMesh = None) -> int:
+def step_bytes(
+    config: LlamaConfig,
+    itemsize: int,
+    batch: int,
+    length: int,
+    mesh: AnyMesh = None,
+    kv_dtype: str | None = None,
+) -> int:
     """Bytes that a decode step must read: every weight that it uses once, and the cache of `length` tokens a row."""
     weights = read_bytes(config, itemsize, local_rows(batch, mesh), mesh)
-    return weights + cache_read_bytes(config, itemsize, batch, length, mesh)
+    return weights + cache_read_bytes(config, itemsize, batch, length, mesh, kv_dtype)
 
 
 def step_flops(config: LlamaConfig, batch: int, length: int, mesh: AnyMesh = None) -> float:

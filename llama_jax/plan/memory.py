@@ -15,11 +15,11 @@ from functools import cached_property, partial
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.decode.chunks import written_bytes
-from llama_jax.layout import local_heads, local_size, split_config
+from llama_jax.layout import local_size, split_config
 from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
 from llama_jax.plan.backends import Backends, backends
-from llama_jax.plan.costs import held_bytes
+from llama_jax.plan.costs import held_bytes, token_bytes
 from llama_jax.plan.decoded import decoded_bytes
 from llama_jax.plan.workload import Calls, Workload, calls
 from llama_jax.sharding import AnyMesh, on, ruled
@@ -51,13 +51,13 @@ class Bytes:
         return self.arguments + self.outputs - self.aliased + self.temporary
 
 
-def cache_bytes(config: LlamaConfig, mesh: AnyMesh, itemsize: int, slots: int) -> int:
+def cache_bytes(config: LlamaConfig, mesh: AnyMesh, itemsize: int, slots: int, kv_dtype: str | None = None) -> int:
     """Bytes on each device of keys and values of all layers in `slots` slots, of one row or several.
 
     Args:
       config: as the model is computed on the mesh.
     """
-    return 2 * config.num_layers * slots * local_heads(config, mesh)[1] * config.head_dim * itemsize
+    return config.num_layers * slots * token_bytes(config, itemsize, mesh, kv_dtype)
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,15 @@ class DeviceShare:
     Attributes:
       model: as it is read.
       mesh: its sizes and rules; devices are not asked for.
-      itemsize: bytes of a number of activations, cache, and weights, of which a scheme may give some others.
+      itemsize: bytes of a number of activations, weights, of which a scheme may give some others, and cache, unless it
+        is in `kv_dtype`.
     """
 
     model: LlamaConfig
     target: Target
     mesh: AnyMesh
     itemsize: int
+    kv_dtype: str | None = None
 
     @cached_property
     def config(self) -> LlamaConfig:
@@ -102,7 +104,7 @@ class DeviceShare:
 
     def cache(self, rows: int, slots: int) -> int:
         """Keys and values of all layers. A layer with a window keeps as many as the others."""
-        return cache_bytes(self.config, self.mesh, self.itemsize, rows * slots)
+        return cache_bytes(self.config, self.mesh, self.itemsize, rows * slots, self.kv_dtype)
 
     def paged_cache(self, rows: int, tokens: int, page_size: int = PAGE_SIZE) -> int:
         """As `cache`, of as many pages as the tokens need; with the page table and the positions."""
@@ -133,8 +135,7 @@ class DeviceShare:
         """Bytes that XLA's CPU compiler lends to other arrays until the last layer's keys are written there."""
         if self.target.vendor != "cpu":
             return 0
-        heads = local_heads(self.config, self.mesh)[1]
-        return rows * capacity * heads * self.config.head_dim * self.itemsize
+        return self.cache(rows, capacity) // (2 * self.config.num_layers)
 
     def temporary(self, rows: int, tokens: int, capacity: int, backends: Backends, *, unwritten: int = 0) -> int:
         """Of a call with `tokens` tokens in each of `rows` rows, over a cache of `capacity` slots.
@@ -157,9 +158,14 @@ class DeviceShare:
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
-        """What attention of one layer writes: see `written_bytes`."""
+        """What attention of one layer writes: see `written_bytes`. The reference decodes a quantised cache first: keys
+        and values lie beside the logits, and give way to the weights."""
         with on(ruled(self.mesh)):
-            return written_bytes(backends.attention, self.config, self.itemsize, rows, tokens, capacity)
+            written = written_bytes(backends.attention, self.config, self.itemsize, rows, tokens, capacity)
+        if self.kv_dtype is None or not written:
+            return written
+        decoded = rows * capacity * token_bytes(self.config, self.itemsize, self.mesh)
+        return max(written, written * 4 // (4 + self.itemsize) + decoded)
 
     def _mlp(self, layer: LayerSpec, tokens: int, backends: Backends, unwritten: int = 0) -> int:
         """gate, up, and their product; of routed experts, for each of a token's experts, with what they are made of."""
@@ -224,7 +230,8 @@ class Needs:
 def programs(share: DeviceShare, workload: Workload) -> tuple[Calls, Backends, Backends]:
     """The shapes of prefill and decode, and what each computes with."""
     shapes = calls(share.config, share.target, share.mesh, workload)
-    chosen = partial(backends, share.config, share.target, share.mesh, workload.dtype, rows=shapes.rows)
+    about = share.config, share.target, share.mesh, workload.dtype
+    chosen = partial(backends, *about, rows=shapes.rows, kv_dtype=workload.kv_dtype)
     prefill = chosen(tokens=shapes.chunk, capacity=shapes.capacities[0])
     return shapes, prefill, chosen(tokens=1, capacity=shapes.capacities[-1])
 

@@ -72,7 +72,8 @@ def choose_mesh(
     for sizes in _possible(config, target, workload, devices):
         peak = None
         if usable is not None:
-            peak = needs_of(DeviceShare(config, target, sizes, workload.itemsize), workload).peak
+            share = DeviceShare(config, target, sizes, workload.itemsize, workload.kv_dtype)
+            peak = needs_of(share, workload).peak
         tried.append(Candidate(sizes, peak))
         if tried[-1].fits(usable) is not False:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from llama_jax.cache import KV_DTYPES
 from llama_jax.config import LlamaConfig
 from llama_jax.plan.device_memory import usable_bytes
 from llama_jax.plan.mesh_choice import choose_mesh
@@ -30,6 +31,10 @@ def _found(config: LlamaConfig, plan: Plan) -> Iterator[str]:
         yield f"--batch {plan.largest_batch}"
     if plan.largest_context and plan.largest_context > workload.prompt:
         yield f"--context {plan.largest_context}"
+    if workload.kv_dtype is None:
+        smaller = replace(workload, kv_dtype=KV_DTYPES[0])
+        if make_plan(config, target, plan.mesh, smaller, memory_fraction=plan.verdict.fraction).fits:
+            yield f"--kv-dtype {KV_DTYPES[0]}"
     if workload.itemsize > 2 and target.vendor != "cpu":
         smaller = replace(workload, dtype="bfloat16")
         if make_plan(config, target, plan.mesh, smaller, memory_fraction=plan.verdict.fraction).fits:

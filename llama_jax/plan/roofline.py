@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.decode.buckets import pieces
-from llama_jax.layout import local_heads
 from llama_jax.plan.costs import (
     exchange_s,
     least_s,
@@ -23,6 +22,7 @@ from llama_jax.plan.costs import (
     seconds,
     step_bytes,
     step_flops,
+    token_bytes,
 )
 from llama_jax.plan.workload import Workload
 from llama_jax.sharding import AnyMesh, ruled
@@ -98,7 +98,7 @@ def decode_floor(
     return Floor.of(
         target,
         w.dtype,
-        step_bytes(config, w.itemsize, w.batch, w.context, mesh),
+        step_bytes(config, w.itemsize, w.batch, w.context, mesh, w.kv_dtype),
         step_flops(config, w.batch, w.context, mesh),
         collectives(config, mesh, rows=local_rows(w.batch, mesh), tokens=1, itemsize=w.itemsize, greedy=True),
         latency_s=latency_s,
@@ -114,11 +114,11 @@ def prefill_floor(
     """
     w = workload
     rows = local_rows(w.batch, mesh)
-    cache = 2 * config.num_layers * rows * w.prompt * local_heads(config, mesh)[1] * config.head_dim
+    cache = config.num_layers * rows * w.prompt * token_bytes(config, w.itemsize, mesh, w.kv_dtype)
     return Floor.of(
         target,
         w.dtype,
-        read_bytes(config, w.itemsize, rows * w.prompt, mesh) + cache * w.itemsize,
+        read_bytes(config, w.itemsize, rows * w.prompt, mesh) + cache,
         prefill_flops(config, w.batch, w.prompt, mesh),
         collectives(config, mesh, rows=rows, tokens=w.prompt, itemsize=w.itemsize),
         latency_s=latency_s,

@@ -109,7 +109,7 @@ def make_plan(
             param="memory_fraction",
             hint=f"jax's own default is {MEMORY_FRACTION}",
         )
-    share = DeviceShare(config, target, mesh, workload.itemsize)
+    share = DeviceShare(config, target, mesh, workload.itemsize, workload.kv_dtype)
     shapes, *chosen = programs(share, workload)
 
     def verdict(other: Workload) -> Verdict:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.layout import local_heads
-from llama_jax.plan.costs import attended, attended_by_all, last_token_params, matmul_params, read_bytes
+from llama_jax.plan.costs import attended, attended_by_all, last_token_params, matmul_params, read_bytes, token_bytes
 from llama_jax.sharding import AnyMesh
 from llama_jax.targets import Target
 
@@ -63,20 +63,20 @@ class Load:
 class StepCosts:
     """Sums over a model's parameters and layers, made once, so that what was in a step is all that is left to count."""
 
-    def __init__(self, config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh = None):
+    def __init__(self, config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh = None, kv_dtype: str | None = None):
         """Counts for the device that has most to do.
 
         Args:
-          config: as `layout.split_config` gives it for the mesh; dtype: of the arithmetic and the cache.
+          config: as `layout.split_config` gives it for the mesh.
+          dtype: of the arithmetic and, without `kv_dtype`, of the cache.
         """
         itemsize = np.dtype(dtype).itemsize
-        heads, kv_heads = local_heads(config, mesh)
         self._config, self._last = config, config.layers[-1]
         alike = {(layer.attention, layer.window): layer for layer in config.layers}
         counts = Counter((layer.attention, layer.window) for layer in config.layers)
         self._kinds = [(layer, counts[kind]) for kind, layer in alike.items()]  # layers that see alike, and how many
-        self._token_bytes = 2 * kv_heads * config.head_dim * itemsize  # of one layer's key and value
-        self._pair_flops = 4 * heads * config.head_dim
+        self._token_bytes = token_bytes(config, itemsize, mesh, kv_dtype)
+        self._pair_flops = 4 * local_heads(config, mesh)[0] * config.head_dim
         self._once = last_token_params(config, mesh)
         self._each = matmul_params(config, 1, mesh) - self._once
         # From this many tokens on, every expert may be used.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from llama_jax.cache import check_kv_dtype, stored_dtype
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.buckets import batch_bucket, capacities, prompt_bucket
 from llama_jax.decode.chunks import chunk_length
@@ -26,13 +27,15 @@ class Workload:
       batch: texts at a time, over all devices.
       context: tokens of each, prompt and answer together.
       prompt: tokens of each prompt.
-      dtype: of weights, activations and cache.
+      dtype: of weights, activations and, without `kv_dtype`, cache.
+      kv_dtype: of the cache, one of `cache.KV_DTYPES`.
     """
 
     batch: int = 1
     context: int = 4096
     prompt: int = 512
     dtype: str = "bfloat16"
+    kv_dtype: str | None = None
 
     @property
     def itemsize(self) -> int:
@@ -40,7 +43,8 @@ class Workload:
         return jnp.dtype(self.dtype).itemsize
 
     def check(self, config: LlamaConfig) -> None:
-        """Raises RequestError for sizes that are not positive, or do not go together."""
+        """Raises RequestError for sizes that are not positive, or do not go together, and a cache that there is not."""
+        check_kv_dtype(self.kv_dtype)
         for name in ("batch", "context", "prompt"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} must be positive, got {getattr(self, name)}", param=name, hint="1 or more")
@@ -59,12 +63,18 @@ class Workload:
 
 
 def default_workload(
-    config: LlamaConfig, dtype: str, *, batch: int = 1, context: int | None = None, prompt: int | None = None
+    config: LlamaConfig,
+    dtype: str,
+    *,
+    batch: int = 1,
+    context: int | None = None,
+    prompt: int | None = None,
+    kv_dtype: str | None = None,
 ) -> Workload:
     """What a plan is for when nobody says more: texts of 4096 tokens, 512 of them the prompt's, or as many as the model
     can take."""
     context = min(DEFAULT_CONTEXT, config.context_length) if context is None else context
-    return Workload(batch, context, min(DEFAULT_PROMPT, context) if prompt is None else prompt, dtype)
+    return Workload(batch, context, min(DEFAULT_PROMPT, context) if prompt is None else prompt, dtype, kv_dtype)
 
 
 @dataclass(frozen=True)
@@ -93,5 +103,13 @@ def calls(config: LlamaConfig, target: Target, mesh: AnyMesh, workload: Workload
         rows = batch_bucket(workload.batch)
         padded = prompt_bucket(workload.prompt)
         slots = capacities(padded, max(workload.context - workload.prompt, 1))
-        chunk = chunk_length(config, target, workload.dtype, batch=rows, prompt=padded, capacity=slots[0])
+        chunk = chunk_length(
+            config,
+            target,
+            workload.dtype,
+            batch=rows,
+            prompt=padded,
+            capacity=slots[0],
+            cache_dtype=stored_dtype(workload.kv_dtype, workload.dtype),
+        )
     return Calls(local_rows(rows, mesh), chunk, padded, slots)

@@ -80,15 +80,25 @@ def test_the_tolerance_notices_a_window_that_is_too_wide() -> None:
     assert error(wrong, right) > 2 * TOLERANCE
 
 
+def numbers(cache: DenseCache) -> list[jax.Array]:
+    """Keys and values of all layers."""
+    scales = [1.0 if x is None else x.astype(jnp.float32)[..., None] for x in (*cache.k_scale, *cache.v_scale)]
+    return [x.astype(jnp.float32) * scale for x, scale in zip((*cache.k, *cache.v), scales, strict=True)]
+
+
 CASES = [
-    pytest.param(arch, backend, model, marks=pytest.mark.slow, id=f"{model}-{backend}-{arch}")
-    for backend, model, arch in [*product(("pallas_triton",), MODELS, ARCHS), ("reference", "experts", "gfx942")]
+    pytest.param(arch, backend, model, cache, marks=pytest.mark.slow, id=f"{model}-{backend}-{arch}-{cache}")
+    for backend, model, arch, cache in [
+        *product(("pallas_triton",), MODELS, ARCHS, ("bfloat16",)),
+        ("reference", "experts", "gfx942", "bfloat16"),
+        ("pallas_triton", "dense", "gfx942", "int8"),
+    ]
 ]
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize(("arch", "backend", "model"), CASES)
-def test_prefill_and_decode(arch: str, backend: str, model: str) -> None:
+@pytest.mark.parametrize(("arch", "backend", "model", "dtype"), CASES)
+def test_prefill_and_decode(arch: str, backend: str, model: str, dtype: str) -> None:
     chosen = named(backend)
     if not chosen:
         pytest.skip(f"no operation has a backend {backend}")
@@ -98,7 +108,7 @@ def test_prefill_and_decode(arch: str, backend: str, model: str) -> None:
     positions = np.arange(PROMPT + STEPS, dtype=np.int32)[None]
 
     def prefill(params, tokens, positions):  # type: ignore[no-untyped-def]
-        return forward(params, cfg, tokens, positions, DenseCache.create(cfg, 1, CAPACITY, jnp.bfloat16))
+        return forward(params, cfg, tokens, positions, DenseCache.create(cfg, 1, CAPACITY, dtype))
 
     def step(params, tokens, positions, cache):  # type: ignore[no-untyped-def]
         return forward(params, cfg, tokens, positions, cache)
@@ -121,9 +131,7 @@ def test_prefill_and_decode(arch: str, backend: str, model: str) -> None:
                 want, want_cache = cpu_step(params, *now, want_cache)
             assert error(got, want) < TOLERANCE
         print(f"decode step on {arch}: {report.wave_instructions} wave instructions, {dict(report.kernels)}")
-    for mine, theirs in zip(
-        jax.tree.leaves((cache.k, cache.v)), jax.tree.leaves((want_cache.k, want_cache.v)), strict=True
-    ):
+    for mine, theirs in zip(numbers(cache), numbers(want_cache), strict=True):
         used = slice(0, PROMPT + STEPS)
         assert error(mine[:, :, used], theirs[:, :, used]) < TOLERANCE
     np.testing.assert_array_equal(cache.positions, want_cache.positions)

@@ -11,6 +11,7 @@ import pytest
 from test_kernels_attention_packed import packed_call
 
 from amd.harness import compile_on
+from llama_jax.cache.stored import quantise
 from llama_jax.kernels.attention import (
     KeysValues,
     Places,
@@ -29,8 +30,12 @@ BF16_STEP = 2.0**-8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("visibility", [Visibility(), Visibility("sliding", 20)], ids=["full", "sliding"])
-def test_a_mixed_call_agrees_with_the_cpu(visibility: Visibility) -> None:
+@pytest.mark.parametrize(
+    ("visibility", "int8"),
+    [(Visibility(), False), (Visibility("sliding", 20), False), (Visibility(), True)],
+    ids=["full", "sliding", "int8"],
+)
+def test_a_mixed_call_agrees_with_the_cpu(visibility: Visibility, int8: bool) -> None:
     """Two chunks, three rows with one token, one with none, padding; pages of 64 slots, tokens in any order."""
     call = packed_call(
         *((1, 25, 0, 1, 12, 1), (100, 60, 5, 0, 9, 127)),
@@ -42,6 +47,9 @@ def test_a_mixed_call_agrees_with_the_cpu(visibility: Visibility) -> None:
     )
     rule = Rule(visibility, 0.125, chunk_rows=2)
     kv = replace(call.kv, k=jnp.asarray(call.kv.k, jnp.bfloat16), v=jnp.asarray(call.kv.v, jnp.bfloat16))
+    if int8:
+        (k, k_scale), (v, v_scale) = quantise(kv.k), quantise(kv.v)
+        kv = KeysValues(k, v, kv.page_table, k_scale, v_scale)
     q = jnp.asarray(call.q, jnp.bfloat16)
 
     def packed(q: jax.Array, kv: KeysValues, places: Places) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels.attention.codes import refuse_gradients
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.attention.decode.partition import Cut, fixed_length, shares, visible_slots
 from llama_jax.kernels.attention.decode.tiles import Tiles, default_tiles, padded_rows
@@ -128,7 +129,7 @@ def unsupported(
         return f"head_dim {q.shape[3]} is more than {MAX_HEAD_DIM}"
     if not places.kv_positions.shape[1]:
         return "the cache has no slots"
-    for x in (q, kv.k, kv.v):
+    for x in (q,) if kv.quantised else (q, kv.k, kv.v):
         if x.dtype.name not in DTYPES:
             return f"dtype {x.dtype.name}, it takes {', '.join(DTYPES)}"
     return beyond_kernels(kv, places, rule)
@@ -172,6 +173,7 @@ def _attend(program: Program, q: jax.Array, kv: KeysValues, sinks: jax.Array | N
 
 
 def _forward(program: Program, *args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    refuse_gradients(args[1])
     return _attend(program, *args), args
 
 

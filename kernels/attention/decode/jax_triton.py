@@ -65,13 +65,13 @@ def combine(
 def shares_launch(call: Call, cut: Shares, q: jax.Array, kv: KeysValues, places: Places) -> Launch:
     """What `triton_kernel.decode_attention_shares` is called with."""
     # The kernel has a fixed number of arguments: positions stand in for those that it will not read.
-    optional = (kv.page_table, places.q_segments, places.kv_segments)
-    table, q_segments, kv_segments = (places.q_positions if x is None else x for x in optional)
+    optional = (kv.k_scale, kv.v_scale, kv.page_table, places.q_segments, places.kv_segments)
+    *scales, table, q_segments, kv_segments = (places.q_positions if x is None else x for x in optional)
     kv_heads = kv.k.shape[1]
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
     at = (places.q_positions, places.kv_positions, table, q_segments, kv_segments)
     return Launch(
-        (cut.row, cut.start, cut.stop, q, kv.k, kv.v, *at),
+        (cut.row, cut.start, cut.stop, q, kv.k, kv.v, *scales, *at),
         _constants(call, kv_heads)
         | {
             "SLOTS": call.slots,
@@ -84,6 +84,7 @@ def shares_launch(call: Call, cut: Shares, q: jax.Array, kv: KeysValues, places:
             "SCALE": call.rule.scale,
             "SOFT_CAP": call.rule.soft_cap or 0.0,
             "SEGMENTS": places.q_segments is not None,
+            "SCALED": kv.quantised,
         },
         (jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
         (-(-call.rows // call.height), call.most_shares, kv_heads),

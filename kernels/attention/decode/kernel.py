@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llama_jax.kernels.attention.codes import load_scales, scaled, turn, widen
 from llama_jax.kernels.attention.decode import partition
 from llama_jax.kernels.attention.decode.call import Call
 from llama_jax.kernels.attention.records import KeysValues, Places
@@ -25,11 +26,6 @@ from llama_jax.kernels.pallas import Index, dot, launch, load_tile, store_tile
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
 NONE = MASKED / 2
-
-
-def _cached(ref: Any, index: Index, width: int, dtype: Any) -> jax.Array:
-    """Rows of the cache in the dtype of the queries. A quantised cache would be dequantised here."""
-    return load_tile(ref, index, width).astype(dtype)
 
 
 def shares(
@@ -56,6 +52,8 @@ def shares(
         q_ref: Any,
         k_ref: Any,
         v_ref: Any,
+        k_scale_ref: Any,
+        v_scale_ref: Any,
         q_positions_ref: Any,
         kv_positions_ref: Any,
         table_ref: Any,
@@ -86,8 +84,10 @@ def shares(
                 at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
             # All is asked for before anything is waited for: a barrier of the products holds up what is behind it.
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
-            k = _cached(k_ref, at, width, q.dtype)
-            v = _cached(v_ref, at, width, q.dtype)
+            k, v = load_tile(k_ref, at, width), load_tile(v_ref, at, width)
+            k_scales, v_scales = load_scales(k_scale_ref, at, None), load_scales(v_scale_ref, at, None)
+            once = turn(kv, block, num_warps=call.tiles.num_warps, num_stages=call.tiles.num_stages)
+            k, v = widen(k, q.dtype, once), widen(v, q.dtype, once)
             if call.slots % block_k:
                 kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
 
@@ -95,7 +95,7 @@ def shares(
             if q_segments_ref is not None:
                 q_segment = plgpu.load(q_segments_ref.at[row, query])
                 see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
-            logits = dot(q, k, transpose_b=True)
+            logits = scaled(dot(q, k, transpose_b=True), k_scales)
             if call.rule.soft_cap is None:
                 logits = logits * (call.rule.scale * LOG2_E)
             else:
@@ -103,7 +103,7 @@ def shares(
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
-            acc = acc * decay[:, None] + dot(weights.astype(v.dtype), v)
+            acc = acc * decay[:, None] + dot(scaled(weights, v_scales).astype(v.dtype), v)
             return total * decay + jnp.sum(weights, axis=1), above, acc
 
         zero = jnp.zeros((height,), jnp.float32)
@@ -118,8 +118,8 @@ def shares(
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
     return launch(
         decode_attention_shares,
-        *(cut.row, cut.start, cut.stop, q, kv.k, kv.v, places.q_positions, places.kv_positions, kv.page_table),
-        *(places.q_segments, places.kv_segments),
+        *(cut.row, cut.start, cut.stop, q, kv.k, kv.v, kv.k_scale, kv.v_scale),
+        *(places.q_positions, places.kv_positions, kv.page_table, places.q_segments, places.kv_segments),
         grid=(-(-call.rows // height), call.most_shares, kv_heads),
         out=(jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
         num_warps=call.tiles.num_warps,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.kernels.attention.codes import spills
 from llama_jax.kernels.attention.decode import call
 from llama_jax.kernels.attention.decode.kernel import combine, shares
 from llama_jax.kernels.attention.decode.tiles import Tiles
@@ -15,13 +16,15 @@ from llama_jax.targets import Target
 __all__ = ["Tiles", "run", "unsupported"]
 
 
-def unsupported(target: Target, q: jax.Array, *args: Any, interpret: bool = False, **arguments: Any) -> str | None:
+def unsupported(
+    target: Target, q: jax.Array, kv: KeysValues, *args: Any, interpret: bool = False, **arguments: Any
+) -> str | None:
     """Why the kernels cannot run these arguments on that target, or None."""
     if target.vendor == "cpu" and not interpret:
         return "Pallas-Triton compiles for GPUs only; pallas_interpret runs the same kernels"
     if not interpret and target.vendor == "amd" and target.wave_size == 32 and q.dtype == "float32":
         return f"{target.arch} has no matrix instruction for float32, and the kernels would spill registers"
-    return call.unsupported(q, *args, **arguments)
+    return (None if interpret else spills(kv, target)) or call.unsupported(q, kv, *args, **arguments)
 
 
 def run(

@@ -23,6 +23,15 @@ def load_rows(base, at, columns, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
+def widened(tile, dtype: tl.constexpr):
+    """A tile of the cache in the dtype of the queries; as `pallas.widen`."""
+    if tile.dtype == tl.int8 and dtype == tl.bfloat16:
+        bits = tile.to(tl.float32).to(tl.uint32, bitcast=True) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tile.to(dtype)
+
+
+@triton.jit
 def decode_attention_shares(
     share_row,
     share_start,
@@ -30,6 +39,8 @@ def decode_attention_shares(
     q,
     k,
     v,
+    k_scale,
+    v_scale,
     q_positions,
     kv_positions,
     page_table,
@@ -52,6 +63,7 @@ def decode_attention_shares(
     SCALE: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """One share of one key/value head; as `kernel.shares`."""
     row_block, index, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -73,8 +85,7 @@ def decode_attention_shares(
             slot = tl.minimum(slot, SLOTS - 1)
         # Of a whole cache offsets may take more than 32 bits; within a row or page they do not.
         if PAGE == 0:
-            base = (row * KV_HEADS + head).to(tl.int64) * (SLOTS * HEAD_DIM)
-            at = base + slot * HEAD_DIM
+            base, within = (row * KV_HEADS + head).to(tl.int64) * SLOTS, slot
         else:
             if PAGE % BLOCK_K == 0:
                 page = tl.load(page_table + row * (SLOTS // PAGE) + block * BLOCK_K // PAGE)
@@ -84,11 +95,14 @@ def decode_attention_shares(
                 in_page = slot % PAGE
             # Entries of empty slots may be any number.
             page = tl.minimum(tl.maximum(page, 0), PAGES - 1)
-            at = (page * KV_HEADS + head).to(tl.int64) * (PAGE * HEAD_DIM) + in_page * HEAD_DIM
+            base, within = (page * KV_HEADS + head).to(tl.int64) * PAGE, in_page
+        at = base * HEAD_DIM + within * HEAD_DIM
         # All is asked for before anything is waited for.
         kv_position = tl.load(kv_positions + row * SLOTS + slot)
         keys = load_rows(k, at, columns, HEAD_DIM)
         values = load_rows(v, at, columns, HEAD_DIM)
+        if SCALED:
+            of_key, of_value = tl.load(k_scale + base + within), tl.load(v_scale + base + within)
         if SLOTS % BLOCK_K != 0:
             kv_position = tl.where(block * BLOCK_K + lane < SLOTS, kv_position, -1)
 
@@ -100,7 +114,9 @@ def decode_attention_shares(
         if SEGMENTS:
             q_segment = tl.load(q_segments + row * QUERIES + query)
             see = see & (q_segment[:, None] == tl.load(kv_segments + row * SLOTS + slot)[None, :])
-        logits = tl.dot(queries, keys.to(queries.dtype).T, input_precision="ieee")
+        logits = tl.dot(queries, widened(keys, queries.dtype).T, input_precision="ieee")
+        if SCALED:
+            logits = logits * of_key.to(tl.float32)[None, :]
         if SOFT_CAP == 0:
             logits = logits * (SCALE * LOG2_E)
         else:  # tanh of x is 2 / (1 + e ** -2x) - 1
@@ -110,8 +126,12 @@ def decode_attention_shares(
         above = tl.maximum(top, tl.max(logits, 1))
         weights = tl.math.exp2(logits - above[:, None])
         decay = tl.math.exp2(top - above)
-        weighted = weights.to(queries.dtype)
-        acc = tl.dot(weighted, values.to(queries.dtype), acc * decay[:, None], input_precision="ieee")
+        weighted = weights
+        if SCALED:
+            weighted = weights * of_value.to(tl.float32)[None, :]
+        acc = tl.dot(
+            weighted.to(queries.dtype), widened(values, queries.dtype), acc * decay[:, None], input_precision="ieee"
+        )
         total = total * decay + tl.sum(weights, 1)
         top = above
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llama_jax.kernels.attention.codes import load_scales, scaled, turn, widen
 from llama_jax.kernels.attention.flash.blocks import (
     LOG2_E,
     NOTHING_SEEN,
@@ -58,6 +59,8 @@ def forward(
         q_ref: Any,
         k_ref: Any,
         v_ref: Any,
+        k_scale_ref: Any,
+        v_scale_ref: Any,
         sinks_ref: Any,
         at: Places,
         table_ref: Any,
@@ -90,7 +93,10 @@ def forward(
             index = slot_index(table_ref, row, kv_head, start, tiles.block_k, page_size)
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
-            logits = rule.logits(dot(q_tile, load_tile(k_ref, index, width, there), transpose_b=True))
+            once = turn(kv, j, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+            keys = widen(load_tile(k_ref, index, width, there), q_tile.dtype, once)
+            products = dot(q_tile, keys, transpose_b=True)
+            logits = rule.logits(scaled(products, load_scales(k_scale_ref, index, there)))
             if masked:
                 see = sees(query_rows, load_slots(at, row, slots, there))
                 logits = jnp.where(see, logits, MASKED)
@@ -98,7 +104,8 @@ def forward(
             weights = exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
             shrink = exp2((peak - new_peak) * rule.factor)
             total = total * shrink + jnp.sum(weights, axis=1)
-            values = load_tile(v_ref, index, width, there)
+            values = widen(load_tile(v_ref, index, width, there), q_tile.dtype, once)
+            weights = scaled(weights, load_scales(v_scale_ref, index, there))
             acc = acc * shrink[:, None] + dot(narrow(weights, values.dtype, by_hand=rule.round_by_hand), values)
             return _Softmax(acc, new_peak, total)
 
@@ -123,6 +130,8 @@ def forward(
         q,
         kv.k,
         kv.v,
+        kv.k_scale,
+        kv.v_scale,
         sinks,
         places,
         kv.page_table,

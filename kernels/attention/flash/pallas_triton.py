@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import KernelError
+from llama_jax.kernels.attention.codes import refuse_gradients, spills
 from llama_jax.kernels.attention.flash.backward import Saved, backward
 from llama_jax.kernels.attention.flash.blocks import LOG2_E, Program
 from llama_jax.kernels.attention.flash.forward import forward
@@ -78,7 +79,7 @@ def unsupported(
     """Why the kernels cannot run these arguments on that target, or None."""
     if target.vendor == "cpu" and not interpret:
         return "it compiles for GPUs only"
-    if not q.dtype == kv.k.dtype == kv.v.dtype:
+    if not kv.quantised and not q.dtype == kv.k.dtype == kv.v.dtype:
         return f"queries, keys and values are of different types ({q.dtype}, {kv.k.dtype}, {kv.v.dtype})"
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"{q.dtype} is not one of bfloat16, float16, float32"
@@ -88,7 +89,7 @@ def unsupported(
         return f"scale {rule.scale} is not positive"
     if max(q.size, kv.k.size, kv.v.size) > MAX_ELEMENTS:
         return f"an array has more than {MAX_ELEMENTS} elements"
-    return beyond_kernels(kv, replace(places, q_index=None), rule)
+    return (None if interpret else spills(kv, target)) or beyond_kernels(kv, replace(places, q_index=None), rule)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -99,6 +100,7 @@ def _attend(rule: Program, q: jax.Array, kv: KeysValues, sinks: jax.Array | None
 def _attend_forward(
     rule: Program, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, places: Places
 ) -> tuple[jax.Array, Any]:
+    refuse_gradients(kv)
     out, lse = forward(rule, q, kv, sinks, places, with_lse=True)
     return out, (q, kv, sinks, places, out, lse)
 
