@@ -273,6 +273,35 @@ def test_commands(session: Session, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [session.handle(text) for text in ("/exit", "/bye", "/help")] == [False, False, True]
 
 
+def test_edit(session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The answer to the new message stands in place of the old one; what is not changed is not asked again."""
+    session.handle("one")
+    session.handle("two")
+    first = session.conversation.turns[0]
+    editor = tmp_path / "editor"
+    editor.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[1], 'w').write('three\\n')\n")
+    editor.chmod(0o700)
+    monkeypatch.setenv("VISUAL", str(editor))
+    session.handle("/edit")
+    assert session.conversation.turns[0] == first
+    assert session.conversation.turns[1][0] == user("three")
+    before = session.conversation
+    session.handle("/edit")
+    assert session.conversation == before
+    monkeypatch.setenv("VISUAL", str(tmp_path / "none"))
+    with pytest.raises(RequestError, match="no editor"):
+        session.handle("/edit")
+    assert session.conversation == before
+
+
+def test_another_model(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    session.handle("/model")
+    assert session.partner.name in capsys.readouterr().err
+    with pytest.raises(RequestError, match="alone") as caught:
+        session.handle("/model org/other")
+    assert "org/other" in caught.value.hint
+
+
 def test_a_second_turn_does_not_pay_for_the_first(session: Session, llm: LLM) -> None:
     session.handle("tell me more " * 20)
     used = session.tokens_used(session.conversation)
@@ -377,7 +406,7 @@ def test_resume(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "code", "message"),
     [
-        ("/sett x\nHello\n", [], 2, "did you mean /set, /save?"),
+        ("/sett x\nHello\n", [], 2, "did you mean /set, /save"),
         ('"""\nopen', [], 2, "ends within a block"),
         (b"\xff\xfe\n", [], 2, "not UTF-8"),
         ("", ["--temperature", "-1"], 2, "temperature"),

@@ -122,12 +122,16 @@ SAID = events(
 
 def test_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a server that counts tokens, and then of one that does not."""
+    other = answer(json.dumps({"data": [{"id": "tiny"}, {"id": "other"}]}))
     answers = MODELS, answer('{"count": 7}'), answer(SAID, kind="text/event-stream"), answer("", "404 Not Found")
-    with answering(*answers, answer(SAID, kind="text/event-stream")) as url, closing(There(Remote(url), None)) as there:
+    answers = *answers, answer(SAID, kind="text/event-stream"), other
+    with answering(*answers) as url, closing(There(Remote(url), None)) as there:
         sampling = SamplingParams(max_tokens=None, temperature=0.5, seed=4)
         session = Session(there, Screen(), conversation=Conversation(), sampling=sampling, origin="test")
         for text in ("Hi", "Again"):
             session.handle(text)
+        session.handle("/model other")
+    assert (there.name, there.context) == ("other", None)
     assert [m["content"] for m in session.conversation.all_messages] == ["Hi", "Hello", "Again", "Hello"]
     out, err = capsys.readouterr()
     assert out == "Hello\nHello\n"

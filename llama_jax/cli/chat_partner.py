@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from llama_jax.errors import DoesNotFit, LlamaJaxError
+from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
 from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import StreamOutput
 from llama_jax.remote import Remote
@@ -36,6 +36,14 @@ class Partner(Protocol):
 
     def tokens(self, messages: Messages, *, add_generation_prompt: bool = True) -> int | None:
         """Tokens of messages in the model's template; None where that cannot be told."""
+        ...
+
+    def choose(self, name: str) -> None:
+        """Goes on with another model.
+
+        Raises:
+          LlamaJaxError: there is none of that name, or no choice.
+        """
         ...
 
     def answer(
@@ -76,6 +84,14 @@ class Here:
                 hint="/trim drops the oldest turns, /set max_tokens N makes answers shorter",
             ) from error
 
+    def choose(self, name: str) -> None:
+        """See `Partner`."""
+        raise RequestError(
+            f"this chat has loaded {self.name} alone",
+            param="/model",
+            hint=f"/save talk.json, then llama-jax chat -m {name} --resume talk.json",
+        )
+
     def _encoded(self, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
         assert self.llm.tokenizer is not None
         return encode_chat(self.llm.tokenizer, messages, add_generation_prompt=add_generation_prompt)
@@ -92,13 +108,18 @@ class There:
           ModelNotFound: it has no model of that name.
         """
         self._runner, self._remote = asyncio.Runner(), remote
+        self.about = remote.url
         try:
             self._runner.run(remote.__aenter__())
-            model = self._runner.run(remote.model(name))
+            self.choose(name)
         except BaseException:
             self.close()
             raise
-        self.name, self.about = str(model["id"]), remote.url
+
+    def choose(self, name: str | None) -> None:
+        """See `Partner`; None takes the server's first model."""
+        model = self._runner.run(self._remote.model(name))
+        self.name = str(model["id"])
         self.context: int | None = model.get("max_model_len")
 
     def close(self) -> None:

@@ -254,6 +254,28 @@ def _retry(session: Session, argument: str) -> None:
     session._answer(asked)
 
 
+def _edit(session: Session, argument: str) -> None:
+    """Has the last message written anew in the user's editor, and answered."""
+    import click
+
+    asked = session.conversation.without_last_answer()
+    before = str(asked.messages[-1]["content"])
+    try:
+        text = click.edit(before)
+    except click.ClickException as error:
+        raise RequestError(f"no editor: {error.message}", param="/edit", hint="set EDITOR") from error
+    if text is None or text.strip() in ("", before.strip()):
+        session.screen.note("the message stays as it was")
+        return
+    session._answer(session.conversation.without_last_turn().asked(text.strip()))
+
+
+def _model(session: Session, argument: str) -> None:
+    if argument:
+        session.partner.choose(argument)
+    session.screen.note(f"{session.partner.name} on {session.partner.about}")
+
+
 def _trim(session: Session, argument: str) -> None:
     """Drops the oldest turns: as many as said, or until half of the context is free."""
     turns = len(session.conversation.turns)
@@ -310,6 +332,8 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Session, str], None]]] = MappingProx
         "clear": ("/clear               forget the conversation", _clear),
         "undo": ("/undo                take the last turn back", _undo),
         "retry": ("/retry               answer the last message again", _retry),
+        "edit": ("/edit                write the last message anew in $EDITOR", _edit),
+        "model": ("/model [NAME]        show the model, or go on with another of the server's", _model),
         "trim": ("/trim [N]            drop the N oldest turns, or half of the context", _trim),
         "save": ("/save FILE           write the conversation as JSON", _save),
         "load": ("/load FILE           go on with a saved conversation", _load),
