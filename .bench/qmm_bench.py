@@ -1,0 +1,228 @@
+"""Products with quantised weights on a GPU: numerics, then times of kernels, of XLA and of bfloat16.
+
+PYTHONPATH=<tree> python .bench/qmm_bench.py [plan]; JSON goes to $OUT/qmm.json.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.kernels.quantized_matmul import matrix, vector
+from llama_jax.kernels.quantized_matmul.operands import Weight
+from llama_jax.kernels.quantized_matmul.tiles import Tiles
+from llama_jax.quantized import codes, layout_named
+from llama_jax.quantized.codes import product as xla_product
+
+BEGAN = time.time()
+LIMIT = float(os.environ.get("QMM_LIMIT", "215"))
+FLAG = {"xla_gpu_experimental_enable_subchannel_dequantisation_fusion": True}
+ROTATE = 160 << 20  # bytes of weights that are rotated over
+BF16 = jnp.bfloat16
+rows_out = []
+
+
+def left():
+    return LIMIT - (time.time() - BEGAN)
+
+
+def members(name, out, inner, key):
+    layout = layout_named(name)
+    keys = jax.random.split(key, 3)
+    n = inner if layout.group is None else inner // layout.group
+    shape = (out,) if layout.group is None else (out, n)
+    made = {}
+    if layout.kind == "int4":
+        made[name] = jax.random.bits(keys[0], (out, inner // 2), jnp.uint8)
+    else:
+        made[name] = jax.random.randint(keys[0], (out, inner), -127, 128, jnp.int8)
+    made["scales"] = jax.random.uniform(keys[1], shape, jnp.float32, 0.5e-3, 2e-3).astype(layout.scale_dtype)
+    if layout.offset == "min":
+        made["minima"] = (-7.5 * made["scales"].astype(jnp.float32)).astype(layout.scale_dtype)
+    if layout.offset == "zero":
+        made["zeros"] = jax.random.randint(keys[2], shape, -8, 8, jnp.int8)
+    return made
+
+
+class Case:
+    """Copies of one weight, enough to defeat the cache."""
+
+    def __init__(self, name, out, inner):
+        self.name, self.out, self.inner = name, out, inner
+        self.layout = None if name == "bf16" else layout_named(name)
+        make = jax.jit(partial(members, name, out, inner)) if self.layout else jax.jit(
+            lambda key: {"weight": jax.random.normal(key, (out, inner), BF16) * 0.01})
+        first = make(jax.random.key(0))
+        self.bytes = sum(x.nbytes for x in first.values())
+        copies = max(2, min(24, -(-ROTATE // self.bytes)))
+        self.weights = [first] + [make(jax.random.key(i)) for i in range(1, copies)]
+
+    def exact(self, x):
+        return jnp.dot(x.astype(jnp.float32), codes.decode(self.layout, self.weights[0], jnp.float32).T, precision="highest")
+
+    def calls(self):
+        once = max(self.bytes / 4e12, 4e-6) * len(self.weights)
+        return max(1, int(3e-3 / once))
+
+    def program(self, f, rows):
+        """A program that makes many calls, not compiled."""
+        turns = self.calls()
+
+        def many(x, weights):
+            def body(_, state):
+                x, out = state
+                for w in weights:
+                    x, out = jax.lax.optimization_barrier((x, f(x, w)))
+                return x, out
+            return jax.lax.fori_loop(0, turns, body, (x, jnp.zeros((rows, self.out), BF16)))[1]
+
+        return many, turns * len(self.weights)
+
+
+def timed(compiled, x, weights, calls, repeats=7):
+    jax.block_until_ready(compiled(x, weights))
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(compiled(x, weights))
+        times.append((time.perf_counter() - began) / calls)
+    return statistics.median(times) * 1e6
+
+
+def kernel(tiles, layout, x, w):
+    module = vector if tiles.rows < 16 else matrix
+    return module.product(x, Weight.of(layout, w), tiles, BF16, interpret=False)
+
+
+def plain(x, w):
+    return jax.lax.dot_general(x, w["weight"], (((1,), (1,)), ((), ())), preferred_element_type=BF16)
+
+
+def say(row):
+    rows_out.append(row)
+    us = f"{row['us']:8.2f} us {row['TB']:5.2f} TB/s" if "us" in row else row["failed"]
+    print(f"{row['shape']:>13} {row['weight']:13} rows {row['rows']:3} {row['how']:34} {us}"
+          + (f" error {row['error']:.1e}" if "error" in row else ""), flush=True)
+
+
+def run(case, rows, jobs):
+    """jobs: (label, function, compiler options)."""
+    x = jax.random.normal(jax.random.key(7), (rows, case.inner), BF16)
+    base = {"shape": f"{case.out}x{case.inner}", "weight": case.name, "rows": rows}
+    exact = None
+
+    def build(job):
+        label, f, options, check = job
+        try:
+            many, calls = case.program(f, rows)
+            compiled = jax.jit(many, compiler_options=options).lower(x, case.weights).compile()
+            one = jax.jit(f, compiler_options=options).lower(x, case.weights[0]).compile() if check else None
+            return compiled, one, calls
+        except Exception as error:
+            return str(error).splitlines()[0][:150] if str(error) else repr(error)
+
+    serial = [j for j in jobs if not j[3]]
+    others = [j for j in jobs if j[3]]
+    built = {j[0]: build(j) for j in serial}
+    with ThreadPoolExecutor(14) as pool:
+        built |= dict(zip([j[0] for j in others], pool.map(build, others)))
+    for label, f, options, check in jobs:
+        row = base | {"how": label}
+        try:
+            if isinstance(built[label], str):
+                raise RuntimeError(built[label])
+            compiled, one, calls = built[label]
+            if check:
+                exact = case.exact(x) if exact is None else exact
+                found = one(x, case.weights[0]).astype(jnp.float32)
+                row["error"] = float(jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact))
+                if not row["error"] < 1e-2:
+                    raise RuntimeError(f"error {row['error']}")
+            row["us"] = timed(compiled, x, case.weights, calls)
+            row["TB"] = case.bytes / row["us"] / 1e6
+        except Exception as error:
+            row["failed"] = str(error)[:150]
+            row.pop("us", None)
+        say(row)
+
+
+def short(t):
+    return f"r{t.rows} c{t.cols} i{t.inner} s{t.splits} w{t.num_warps} n{t.num_stages}"
+
+
+def kernel_jobs(case, tiles):
+    return [(short(t), partial(kernel, t, case.layout), None, True) for t in dict.fromkeys(tiles)]
+
+
+def xla_jobs(case, flags):
+    f = lambda x, w: xla_product(case.layout, x, w, BF16)  # noqa: E731
+    return [("xla, flag" if flag else "xla", f, FLAG if flag else None, False) for flag in flags]
+
+
+def vectors(case, rows):
+    out = []
+    width = 16 if rows <= 2 else 8
+    for warps, cols, n in [(4, 8, 1), (4, 16, 1), (4, 4, 1), (2, 8, 1), (2, 16, 1), (2, 8, 2), (4, 8, 2), (8, 8, 1), (8, 4, 1), (1, 16, 1), (1, 8, 4), (2, 4, 2), (4, 4, 2)]:
+        out.append(Tiles(rows, cols, 32 * warps * width, 1, warps, n))
+    return out
+
+
+def matrices(case, rows, splits=(1,)):
+    out = []
+    tile = max(16, rows)
+    int4 = case.layout.kind == "int4"
+    for cols, inner, warps, stages in [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (64, 128, 4, 2), (128, 128, 4, 4), (64, 256, 4, 3),
+                                       (64, 128, 2, 3), (32, 128, 2, 4), (32, 128, 4, 4), (16, 128, 1, 4), (128, 128, 8, 3), (64, 64, 4, 5), (64, 256, 4, 2), (128, 64, 4, 5)]:
+        if int4:
+            inner = min(inner, 64)
+        out += [Tiles(tile, cols, inner, s, warps, stages) for s in splits]
+    return out
+
+
+def main():
+    print(jax.devices()[0].device_kind, jax.__version__, flush=True)
+    for shape, splits in [((28672, 4096), (1,)), ((4096, 14336), (1, 4)), ((4096, 4096), (1, 4))]:
+        bf16 = Case("bf16", *shape)
+        for rows in (1, 16, 64):
+            run(bf16, rows, [("bf16", plain, None, False)])
+        del bf16
+        for name in ("int4_g128", "int8"):
+            case = Case(name, *shape)
+            for rows in (1, 2, 16, 64):
+                if left() < 25:
+                    break
+                flags = [] if rows == 2 else [True] if name != "int8" else [False]
+                jobs = xla_jobs(case, flags)
+                if rows <= 2:
+                    jobs += kernel_jobs(case, vectors(case, rows)[: 13 if rows == 1 else 5])
+                else:
+                    found = matrices(case, rows, splits)
+                    jobs += kernel_jobs(case, found[:28] if rows == 16 else found[:10])
+                run(case, rows, jobs)
+            del case
+            print(f"# {time.time() - BEGAN:.0f} s", flush=True)
+    for name in ("int4_g64_min", "int4_g32", "int8_g32"):
+        if left() > 20:
+            case = Case(name, 28672, 4096)
+            run(case, 1, xla_jobs(case, [True]) + kernel_jobs(case, vectors(case, 1)[:5]))
+            if left() > 15:
+                run(case, 16, kernel_jobs(case, [Tiles(16, 64, 64, 1, 4, 3), Tiles(16, 128, 64, 1, 4, 3), Tiles(16, 64, 32, 1, 4, 4)]))
+    if left() > 15:
+        case = Case("int8", 128256, 4096)
+        run(case, 1, xla_jobs(case, [False]) + kernel_jobs(case, vectors(case, 1)[:4]))
+
+
+main()
+if "OUT" in os.environ:
+    with open(os.path.join(os.environ["OUT"], "qmm.json"), "w") as file:
+        json.dump({"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": rows_out}, file)
+print(f"# {time.time() - BEGAN:.0f} s", flush=True)

@@ -1,0 +1,148 @@
+"""A quantised weight times a few rows, without matrix units: every thread multiplies and adds what it has loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from llama_jax.kernels.pallas import launch
+from llama_jax.kernels.quantized_matmul.operands import Weight
+from llama_jax.kernels.quantized_matmul.tiles import Tiles
+
+
+@dataclass(frozen=True)
+class Code:
+    """How a code becomes a float32 in two operations, a shift of its word and a choice of bits: it is put into the
+    mantissa of a number so large that the last of its bits counts 1.
+
+    Attributes:
+      shift: of the word, to the right.
+      mask: the bits of the code then.
+      bits: of the number that is added, and the sign, which turns two's complement into a count from the least code.
+      added: what the float32 is more than the code.
+    """
+
+    shift: int
+    mask: int
+    bits: int
+    added: int
+
+    @classmethod
+    def at(cls, place: int, bits: int, first: int) -> Code:
+        """Of `bits` bits, the first of which is moved from bit `first` of its word to bit `place`."""
+        half = 1 << (bits - 1)
+        exponent = 127 + 23 - place
+        return cls(first - place, (2 * half - 1) << place, exponent << 23 | half << place, (1 << (23 - place)) + half)
+
+
+# Of all places few are used, so that a word is seldom shifted: several codes take one shift.
+CODES = {
+    8: tuple(Code.at(8, 8, first) for first in (0, 8, 16, 24)),
+    4: tuple(Code.at(place, 4, 4 * i) for i, place in enumerate((16, 12, 16, 12, 16, 12, 16, 16))),
+}
+"""Those of a word of 32 bits, by their bits."""
+
+
+def split(x: jax.Array, parts: int) -> list[jax.Array]:
+    """[..., n] to `parts` of [..., n / parts]: every one of `parts` neighbours."""
+    if parts == 1:
+        return [x]
+    even, odd = jnp.unstack(x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2), axis=-1)
+    pairs = zip(split(even, parts // 2), split(odd, parts // 2), strict=True)
+    return [part for pair in pairs for part in pair]
+
+
+def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret: bool) -> jax.Array:
+    """x [rows, in] times the weight [out, in]: [rows, out] in `dtype`.
+
+    A thread reads `words` neighbouring words of `tiles.cols` rows of the weight, and keeps the numbers of x that they
+    are multiplied with in registers.
+    """
+    rows, out, row_bytes = x.shape[0], *weight.codes.shape
+    codes, per_word = CODES[weight.layout.bits], 32 // weight.layout.bits
+    words = 4 if tiles.rows <= 2 else 2  # more rows of x need more registers
+    span, chunks, width = words * per_word, row_bytes // (4 * words), tiles.inner // (4 * words)
+    steps = -(-chunks // width)
+    unroll = min(tiles.num_stages, steps)
+    turns = -(-steps // unroll)
+    ragged = chunks % (width * unroll) != 0
+    grouped = weight.group is not None
+
+    def quantized_matvec(x_ref: Any, codes_ref: Any, scales_ref: Any, offsets_ref: Any, out_ref: Any) -> None:
+        column = pl.program_id(0) * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
+        first = pl.program_id(1) * tiles.rows
+        # 0, which the compiler does not know: constants to which it is added stay in registers, and what would be two
+        # operations with a constant each is one.
+        nothing = pl.program_id(0) >> 30
+        inside = jnp.minimum(column, out - 1) if out % tiles.cols else column
+        word = jnp.arange(words, dtype=jnp.int32)[None, None, :]
+        other = 0 if ragged else None
+
+        def numbers(row: jax.Array, at: jax.Array) -> list[jax.Array]:
+            """float32 [width, words] of x, for each code of a word."""
+            place = jnp.arange(words, dtype=jnp.int32)[None, :, None], jnp.arange(per_word, dtype=jnp.int32)[None, None]
+            mask = (at < chunks)[:, None, None] if ragged else None
+            n = plgpu.load(x_ref.at[row, at[:, None, None], *place], mask=mask, other=other)
+            return [part.reshape(width, words).astype(jnp.float32) for part in split(n, per_word)]
+
+        def step(i: jax.Array | int, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            at = i * width + jnp.arange(width, dtype=jnp.int32)
+            mask = (at < chunks)[:, None, None] if ragged else None
+            stored = plgpu.load(codes_ref.at[inside[None, :, None], at[:, None, None], word], mask=mask, other=other)
+            scale = shift = None
+            if grouped:
+                group = jnp.minimum(at, chunks - 1) * span // weight.group
+                scale = plgpu.load(scales_ref.at[inside[None, :], group[:, None]]).astype(jnp.float32)
+                if offsets_ref is not None:
+                    shift = weight.shift(scale, plgpu.load(offsets_ref.at[inside[None, :], group[:, None]]))
+            found = []
+            for row, total in enumerate(totals):
+                x = numbers(jnp.minimum(first + row, rows - 1), at)
+                part = jnp.zeros((width, tiles.cols, words), jnp.float32)
+                for code, n in zip(codes, x, strict=True):
+                    moved = stored >> code.shift if code.shift >= 0 else stored << -code.shift
+                    value = jax.lax.bitcast_convert_type((moved & code.mask) ^ (code.bits + nothing), jnp.float32)
+                    part += value * n[:, None, :]
+                sums = [jnp.sum(n, axis=1) for n in x]
+                added = sum(code.added * s for code, s in zip(codes, sums, strict=True))
+                part = jnp.sum(part, axis=2) - added[:, None]
+                if scale is not None:
+                    part = part * scale
+                if shift is not None:
+                    part += shift * sum(sums)[:, None]
+                found.append(total + part)
+            return tuple(found)
+
+        def several(i: jax.Array | int, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            for j in range(unroll):
+                totals = step(i * unroll + j, totals)
+            return totals
+
+        totals = (jnp.zeros((width, tiles.cols), jnp.float32),) * tiles.rows
+        totals = jax.lax.fori_loop(0, turns, several, totals) if turns > 1 else several(0, totals)
+        scale = None if grouped else plgpu.load(scales_ref.at[inside]).astype(jnp.float32)
+        for row, total in enumerate(totals):
+            result = jnp.sum(total, axis=0)
+            if scale is not None:
+                result = result * scale
+            real = (column < out) & (first + row < rows) if out % tiles.cols or rows % tiles.rows else None
+            plgpu.store(out_ref.at[first + row, column], result.astype(dtype), mask=real)
+
+    as_words = jax.lax.bitcast_convert_type(weight.codes.reshape(out, chunks, words, 4), jnp.int32)
+    return launch(
+        quantized_matvec,
+        x.reshape(rows, chunks, words, per_word),
+        as_words,
+        weight.scales,
+        weight.offsets,
+        grid=(-(-out // tiles.cols), -(-rows // tiles.rows)),
+        out=jax.ShapeDtypeStruct((rows, out), dtype),
+        num_warps=tiles.num_warps,
+        num_stages=1,
+        interpret=interpret,
+    )
