@@ -30,9 +30,9 @@ def unpacked(codes: jax.Array, dtype: Any) -> tuple[list[jax.Array], int]:
 def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret: bool) -> jax.Array:
     """x [rows, in] times the weight [out, in]: [rows, out] in `dtype`."""
     rows, out, row_bytes = x.shape[0], *weight.codes.shape
-    per_byte, grouped = weight.per_byte, weight.group is not None
-    inner = min(tiles.inner, weight.group // per_byte) if grouped else tiles.inner
-    in_group = weight.group // per_byte // inner if grouped else 1  # steps of a group
+    per_byte, grouped = weight.layout.per_byte, weight.layout.group is not None
+    inner = min(tiles.inner, weight.layout.group // per_byte) if grouped else tiles.inner
+    in_group = weight.layout.group // per_byte // inner if grouped else 1  # steps of a group
     steps = -(-row_bytes // inner)
     share = -(-steps // tiles.splits)
     span = inner * per_byte

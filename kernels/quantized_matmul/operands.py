@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from llama_jax.quantized import Layout
-from llama_jax.quantized.codes import HALF
+from llama_jax.quantized.codes import shift
 from llama_jax.quantized.layout import OFFSETS
 
 
@@ -32,22 +31,18 @@ class Weight:
     def of(cls, layout: Layout, members: Mapping[str, jax.Array]) -> Weight:
         """Of the members of a weight [*out, in]."""
 
-        def flat(name: str, last: int) -> jax.Array:
-            return members[name].reshape(-1, *members[name].shape[members[name].ndim - last :])
+        def rows(name: str, last: int) -> jax.Array:
+            """[out, ...] with the last dimensions as they are."""
+            member = members[name]
+            return member.reshape(-1, *member.shape[member.ndim - last :])
 
-        last = 0 if layout.group is None else 1
-        offsets = None if layout.offset is None else flat(OFFSETS[layout.offset], last)
-        return cls(layout, flat(layout.name, 1), flat("scales", last), offsets)
+        by_group = 0 if layout.group is None else 1
+        offsets = None if layout.offset is None else rows(OFFSETS[layout.offset], by_group)
+        return cls(layout, rows(layout.name, 1), rows("scales", by_group), offsets)
 
-    @property
-    def group(self) -> int | None:
-        return self.layout.group
-
-    @property
-    def per_byte(self) -> int:
-        return self.layout.per_byte
-
-    def shift(self, scale: jax.Array, offset: jax.Array) -> jax.Array:
-        """The difference between a weight and code * scale, in float32, of float32 scales and stored offsets."""
-        offset = offset.astype(jnp.float32)
-        return HALF * scale + offset if self.layout.offset == "min" else -offset * scale
+    def shift(self, scales: jax.Array, offsets: jax.Array) -> jax.Array:
+        """`quantized.codes.shift` of some of the scales and offsets."""
+        assert self.layout.offset is not None
+        found = shift(self.layout, {"scales": scales, OFFSETS[self.layout.offset]: offsets})
+        assert found is not None
+        return found

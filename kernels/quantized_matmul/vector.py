@@ -12,7 +12,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from llama_jax.kernels.pallas import launch
 from llama_jax.kernels.quantized_matmul.operands import Weight
-from llama_jax.kernels.quantized_matmul.tiles import Tiles
+from llama_jax.kernels.quantized_matmul.tiles import CHUNK, Tiles
+
+WORDS = CHUNK // 4
+"""Words of 32 bits that a thread reads at once."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,17 @@ def split(x: jax.Array, parts: int) -> list[jax.Array]:
 def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret: bool) -> jax.Array:
     """x [rows, in] times the weight [out, in]: [rows, out] in `dtype`.
 
-    A thread reads `words` neighbouring words of `tiles.cols` rows of the weight, and keeps the numbers of x that they
+    A thread reads `WORDS` neighbouring words of `tiles.cols` rows of the weight, and keeps the numbers of x that they
     are multiplied with in registers.
     """
     rows, out, row_bytes = x.shape[0], *weight.codes.shape
     codes, per_word = CODES[weight.layout.bits], 32 // weight.layout.bits
-    words = 4 if tiles.rows <= 2 else 2  # more rows of x need more registers
-    span, chunks, width = words * per_word, row_bytes // (4 * words), tiles.inner // (4 * words)
+    span, chunks, width = WORDS * per_word, row_bytes // CHUNK, tiles.inner // CHUNK
     steps = -(-chunks // width)
     unroll = min(tiles.num_stages, steps)
     turns = -(-steps // unroll)
     ragged = chunks % (width * unroll) != 0
-    grouped = weight.group is not None
+    grouped = weight.layout.group is not None
 
     def quantized_matvec(x_ref: Any, codes_ref: Any, scales_ref: Any, offsets_ref: Any, out_ref: Any) -> None:
         column = pl.program_id(0) * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
@@ -80,15 +82,15 @@ def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret
         # operations with a constant each is one.
         nothing = pl.program_id(0) >> 30
         inside = jnp.minimum(column, out - 1) if out % tiles.cols else column
-        word = jnp.arange(words, dtype=jnp.int32)[None, None, :]
+        word = jnp.arange(WORDS, dtype=jnp.int32)[None, None, :]
         other = 0 if ragged else None
 
         def numbers(row: jax.Array, at: jax.Array) -> list[jax.Array]:
-            """float32 [width, words] of x, for each code of a word."""
-            place = jnp.arange(words, dtype=jnp.int32)[None, :, None], jnp.arange(per_word, dtype=jnp.int32)[None, None]
+            """float32 [width, WORDS] of x, for each code of a word."""
+            place = jnp.arange(WORDS, dtype=jnp.int32)[None, :, None], jnp.arange(per_word, dtype=jnp.int32)[None, None]
             mask = (at < chunks)[:, None, None] if ragged else None
             n = plgpu.load(x_ref.at[row, at[:, None, None], *place], mask=mask, other=other)
-            return [part.reshape(width, words).astype(jnp.float32) for part in split(n, per_word)]
+            return [part.reshape(width, WORDS).astype(jnp.float32) for part in split(n, per_word)]
 
         def step(i: jax.Array | int, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             at = i * width + jnp.arange(width, dtype=jnp.int32)
@@ -96,14 +98,14 @@ def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret
             stored = plgpu.load(codes_ref.at[inside[None, :, None], at[:, None, None], word], mask=mask, other=other)
             scale = shift = None
             if grouped:
-                group = jnp.minimum(at, chunks - 1) * span // weight.group
+                group = jnp.minimum(at, chunks - 1) * span // weight.layout.group
                 scale = plgpu.load(scales_ref.at[inside[None, :], group[:, None]]).astype(jnp.float32)
                 if offsets_ref is not None:
                     shift = weight.shift(scale, plgpu.load(offsets_ref.at[inside[None, :], group[:, None]]))
             found = []
             for row, total in enumerate(totals):
                 x = numbers(jnp.minimum(first + row, rows - 1), at)
-                part = jnp.zeros((width, tiles.cols, words), jnp.float32)
+                part = jnp.zeros((width, tiles.cols, WORDS), jnp.float32)
                 for code, n in zip(codes, x, strict=True):
                     moved = stored >> code.shift if code.shift >= 0 else stored << -code.shift
                     value = jax.lax.bitcast_convert_type((moved & code.mask) ^ (code.bits + nothing), jnp.float32)
@@ -133,10 +135,10 @@ def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret
             real = (column < out) & (first + row < rows) if out % tiles.cols or rows % tiles.rows else None
             plgpu.store(out_ref.at[first + row, column], result.astype(dtype), mask=real)
 
-    as_words = jax.lax.bitcast_convert_type(weight.codes.reshape(out, chunks, words, 4), jnp.int32)
+    as_words = jax.lax.bitcast_convert_type(weight.codes.reshape(out, chunks, WORDS, 4), jnp.int32)
     return launch(
         quantized_matvec,
-        x.reshape(rows, chunks, words, per_word),
+        x.reshape(rows, chunks, WORDS, per_word),
         as_words,
         weight.scales,
         weight.offsets,

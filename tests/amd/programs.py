@@ -18,6 +18,7 @@ import numpy as np
 
 from llama_jax.kernels.norm import add_rms_norm_reference, pallas_triton
 from llama_jax.kernels.norm.tiles import Tiles
+from llama_jax.kernels.quantized_matmul import quantized_matmul_reference
 from llama_jax.quantized import codes, layout_named
 from llama_jax.quantized.nearest import encode
 
@@ -128,7 +129,7 @@ def quantised(name: str, rows: int) -> Example:
     members = jax.tree.map(np.asarray, encode(layout, normal(96, 256, dtype=F32)))
 
     def product(x: jax.Array, *arrays: jax.Array) -> jax.Array:
-        return codes.product(layout, x, dict(zip(members, arrays, strict=True)), F32)
+        return quantized_matmul_reference(x, dict(zip(members, arrays, strict=True)), layout=layout, dtype=F32)
 
     def decoded(x: jax.Array, *arrays: jax.Array) -> jax.Array:
         return exact_matmul(x, codes.decode(layout, dict(zip(members, arrays, strict=True)), F32).T)
