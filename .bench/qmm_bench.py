@@ -21,7 +21,7 @@ from llama_jax.kernels.quantized_matmul import matrix, vector
 from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.tiles import Tiles
 from llama_jax.quantized import codes, layout_named
-from llama_jax.quantized.codes import product as xla_product
+from llama_jax.kernels.quantized_matmul.reference import quantized_matmul_reference
 
 BEGAN = time.time()
 LIMIT = float(os.environ.get("QMM_LIMIT", "215"))
@@ -98,9 +98,10 @@ def timed(compiled, x, weights, calls, repeats=7):
     return statistics.median(times) * 1e6
 
 
-def kernel(tiles, layout, x, w):
-    module = vector if tiles.rows < 16 else matrix
-    return module.product(x, Weight.of(layout, w), tiles, BF16, interpret=False)
+def kernel(tiles, layout, upper, x, w):
+    if tiles.rows < 16:
+        return vector.product(x, Weight.of(layout, w), tiles, BF16, interpret=False)
+    return matrix.product(x, Weight.of(layout, w), tiles, BF16, interpret=False, upper=upper)
 
 
 def plain(x, w):
@@ -160,11 +161,15 @@ def short(t):
 
 
 def kernel_jobs(case, tiles):
-    return [(short(t), partial(kernel, t, case.layout), None, True) for t in dict.fromkeys(tiles)]
+    tiles = list(dict.fromkeys(tiles))
+    jobs = [(short(t), partial(kernel, t, case.layout, False), None, True) for t in tiles]
+    if case.layout.kind == "int8" and tiles[0].rows >= 16:
+        jobs += [(short(t) + " upper", partial(kernel, t, case.layout, True), None, True) for t in tiles[:9]]
+    return jobs
 
 
 def xla_jobs(case, flags):
-    f = lambda x, w: xla_product(case.layout, x, w, BF16)  # noqa: E731
+    f = lambda x, w: quantized_matmul_reference(x, w, layout=case.layout, dtype=BF16)  # noqa: E731
     return [("xla, flag" if flag else "xla", f, FLAG if flag else None, False) for flag in flags]
 
 

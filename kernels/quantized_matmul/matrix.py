@@ -17,9 +17,12 @@ from llama_jax.kernels.quantized_matmul.tiles import Tiles
 _MAGIC = {"bfloat16": (0x4308, 128 + 8), "float16": (0x6408, 1024 + 8)}
 
 
-def unpacked(codes: jax.Array, dtype: Any) -> tuple[list[jax.Array], int]:
+def unpacked(codes: jax.Array, dtype: Any, upper: bool) -> tuple[list[jax.Array], int]:
     """Codes in a 16-bit dtype, of int4 the first and the second of every byte, and what has been added to each."""
     if codes.dtype == jnp.int8:
+        if upper:
+            bits = jax.lax.bitcast_convert_type(codes.astype(jnp.float32), jnp.int32)
+            return [jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.int16), dtype)], 0
         return [codes.astype(dtype)], 0
     bits, added = _MAGIC[jnp.dtype(dtype).name]
     wide = codes.astype(jnp.int16)
@@ -27,7 +30,7 @@ def unpacked(codes: jax.Array, dtype: Any) -> tuple[list[jax.Array], int]:
     return parts, added
 
 
-def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret: bool) -> jax.Array:
+def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret: bool, upper: bool = True) -> jax.Array:
     """x [rows, in] times the weight [out, in]: [rows, out] in `dtype`."""
     rows, out, row_bytes = x.shape[0], *weight.codes.shape
     per_byte, grouped = weight.layout.per_byte, weight.layout.group is not None
@@ -61,7 +64,7 @@ def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret
                 mask=(numbers < x.shape[1])[None, :] if ragged else None,
                 other=0 if ragged else None,
             )
-            parts, added = unpacked(codes, x.dtype)
+            parts, added = unpacked(codes, x.dtype, upper)
             inputs = [n] if per_byte == 1 else jnp.unstack(n.reshape(tiles.rows, inner, 2), axis=-1)
             part = sum(dot(w, y, transpose_b=True) for w, y in zip(parts, inputs, strict=True))
             if not grouped:
