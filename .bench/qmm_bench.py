@@ -69,27 +69,24 @@ class Case:
     def exact(self, x):
         return jnp.dot(x.astype(jnp.float32), codes.decode(self.layout, self.weights[0], jnp.float32).T, precision="highest")
 
-    def calls(self):
-        once = max(self.bytes / 4e12, 4e-6) * len(self.weights)
-        return max(1, int(3e-3 / once))
-
     def program(self, f, rows):
-        """A program that makes many calls, not compiled."""
-        turns = self.calls()
+        """A program that makes many calls, each on the next copy and behind the one before; every result is kept."""
+        once = self.bytes / 3.5e12 + 2e-6
+        calls = max(2, round(5e-3 / once / len(self.weights))) * len(self.weights)
 
         def many(x, weights):
-            def body(_, state):
-                x, out = state
-                for w in weights:
-                    x, out = jax.lax.optimization_barrier((x, f(x, w)))
-                return x, out
-            return jax.lax.fori_loop(0, turns, body, (x, jnp.zeros((rows, self.out), BF16)))[1]
+            outs = []
+            for i in range(calls):
+                x, out = jax.lax.optimization_barrier((x, f(x, weights[i % len(weights)])))
+                outs.append(out)
+            return x, outs
 
-        return many, turns * len(self.weights)
+        return many, calls
 
 
-def timed(compiled, x, weights, calls, repeats=7):
-    jax.block_until_ready(compiled(x, weights))
+def timed(compiled, x, weights, calls, repeats=5):
+    for _ in range(3):
+        jax.block_until_ready(compiled(x, weights))
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -98,10 +95,10 @@ def timed(compiled, x, weights, calls, repeats=7):
     return statistics.median(times) * 1e6
 
 
-def kernel(tiles, layout, upper, x, w):
-    if tiles.rows < 16:
+def kernel(tiles, layout, by_float32, x, w):
+    if tiles.rows == 1:
         return vector.product(x, Weight.of(layout, w), tiles, BF16, interpret=False)
-    return matrix.product(x, Weight.of(layout, w), tiles, BF16, interpret=False, upper=upper)
+    return matrix.product(x, Weight.of(layout, w), tiles, BF16, by_float32=by_float32, interpret=False)
 
 
 def plain(x, w):
@@ -160,12 +157,9 @@ def short(t):
     return f"r{t.rows} c{t.cols} i{t.inner} s{t.splits} w{t.num_warps} n{t.num_stages}"
 
 
-def kernel_jobs(case, tiles):
-    tiles = list(dict.fromkeys(tiles))
-    jobs = [(short(t), partial(kernel, t, case.layout, False), None, True) for t in tiles]
-    if case.layout.kind == "int8" and tiles[0].rows >= 16:
-        jobs += [(short(t) + " upper", partial(kernel, t, case.layout, True), None, True) for t in tiles[:9]]
-    return jobs
+def kernel_jobs(case, tiles, wide=()):
+    jobs = [(short(t), partial(kernel, t, case.layout, False), None, True) for t in dict.fromkeys(tiles)]
+    return jobs + [(short(t) + " f32", partial(kernel, t, case.layout, True), None, True) for t in dict.fromkeys(wide)]
 
 
 def xla_jobs(case, flags):
@@ -173,57 +167,59 @@ def xla_jobs(case, flags):
     return [("xla, flag" if flag else "xla", f, FLAG if flag else None, False) for flag in flags]
 
 
-def vectors(case, rows):
-    out = []
-    width = 16 if rows <= 2 else 8
-    for warps, cols, n in [(4, 8, 1), (4, 16, 1), (4, 4, 1), (2, 8, 1), (2, 16, 1), (2, 8, 2), (4, 8, 2), (8, 8, 1), (8, 4, 1), (1, 16, 1), (1, 8, 4), (2, 4, 2), (4, 4, 2)]:
-        out.append(Tiles(rows, cols, 32 * warps * width, 1, warps, n))
-    return out
+def vectors(full=True):
+    some = [(4, 4, 1), (4, 2, 2), (2, 4, 1), (8, 4, 1)]
+    more = [(4, 4, 2), (2, 2, 2), (2, 8, 1), (4, 8, 1), (8, 2, 2), (4, 2, 1)]
+    return [Tiles(1, cols, 512 * warps, 1, warps, n) for cols, warps, n in some + more * full]
 
 
-def matrices(case, rows, splits=(1,)):
-    out = []
-    tile = max(16, rows)
-    int4 = case.layout.kind == "int4"
-    for cols, inner, warps, stages in [(64, 128, 4, 3), (64, 128, 4, 4), (128, 128, 4, 3), (64, 128, 4, 2), (128, 128, 4, 4), (64, 256, 4, 3),
-                                       (64, 128, 2, 3), (32, 128, 2, 4), (32, 128, 4, 4), (16, 128, 1, 4), (128, 128, 8, 3), (64, 64, 4, 5), (64, 256, 4, 2), (128, 64, 4, 5)]:
-        if int4:
-            inner = min(inner, 64)
-        out += [Tiles(tile, cols, inner, s, warps, stages) for s in splits]
+def matrices(case, rows, splits, full=True):
+    layout = case.layout
+    inner = 128 if layout.kind == "int8" else 64
+    inner = inner if layout.group is None else min(inner, layout.group // layout.per_byte)
+    if rows <= 16:
+        found = [(64, 4, 3), (64, 2, 3), (32, 2, 4)]
+        more = [(64, 4, 4), (64, 2, 4), (32, 2, 3), (128, 4, 3), (32, 1, 4), (128, 4, 4)]
+        tile = 16
+    else:
+        found = [(64, 4, 3), (128, 4, 3), (128, 8, 3)]
+        more = [(64, 4, 4), (64, 2, 3), (64, 8, 3), (128, 8, 4)]
+        tile = rows
+    out = [Tiles(tile, c, inner, s, w, n) for s in splits for c, w, n in found + more * full]
+    if full and layout.kind == "int8":
+        out += [Tiles(tile, 32, 256, splits[0], 2, 3), Tiles(tile, 64, 256, splits[0], 4, 3)]
+    if full and rows > 32:
+        out += [Tiles(32, 64, inner, splits[0], 4, 3), Tiles(32, 128, inner, splits[0], 4, 3)]
     return out
 
 
 def main():
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
-    for shape, splits in [((28672, 4096), (1,)), ((4096, 14336), (1, 4)), ((4096, 4096), (1, 4))]:
+    for shape, splits, full in [((28672, 4096), (1, 2), True), ((4096, 14336), (4, 8), True), ((4096, 4096), (4,), False), ((6144, 4096), (2, 4), False)]:
         bf16 = Case("bf16", *shape)
         for rows in (1, 16, 64):
             run(bf16, rows, [("bf16", plain, None, False)])
         del bf16
-        for name in ("int4_g128", "int8"):
+        for name in ("int4_g128", "int8") + (("int4_g64_min",) if shape[0] == 28672 else ()):
             case = Case(name, *shape)
-            for rows in (1, 2, 16, 64):
-                if left() < 25:
+            few = not full or name == "int4_g64_min"
+            flags = [True] if name != "int8" else [False]
+            for rows in (1, 16, 64):
+                if left() < 20:
                     break
-                flags = [] if rows == 2 else [True] if name != "int8" else [False]
-                jobs = xla_jobs(case, flags)
-                if rows <= 2:
-                    jobs += kernel_jobs(case, vectors(case, rows)[: 13 if rows == 1 else 5])
+                if rows == 1:
+                    jobs = kernel_jobs(case, vectors(not few))
                 else:
-                    found = matrices(case, rows, splits)
-                    jobs += kernel_jobs(case, found[:28] if rows == 16 else found[:10])
-                run(case, rows, jobs)
+                    found = matrices(case, rows, splits, not few)
+                    jobs = kernel_jobs(case, found, found[:3] if name == "int8" and rows == 16 else ())
+                run(case, rows, xla_jobs(case, flags) + jobs)
             del case
             print(f"# {time.time() - BEGAN:.0f} s", flush=True)
-    for name in ("int4_g64_min", "int4_g32", "int8_g32"):
-        if left() > 20:
-            case = Case(name, 28672, 4096)
-            run(case, 1, xla_jobs(case, [True]) + kernel_jobs(case, vectors(case, 1)[:5]))
-            if left() > 15:
-                run(case, 16, kernel_jobs(case, [Tiles(16, 64, 64, 1, 4, 3), Tiles(16, 128, 64, 1, 4, 3), Tiles(16, 64, 32, 1, 4, 4)]))
     if left() > 15:
         case = Case("int8", 128256, 4096)
-        run(case, 1, xla_jobs(case, [False]) + kernel_jobs(case, vectors(case, 1)[:4]))
+        run(case, 1, xla_jobs(case, [False]) + kernel_jobs(case, vectors(False)))
+        if left() > 10:
+            run(case, 16, xla_jobs(case, [False]) + kernel_jobs(case, matrices(case, 16, (1,), False)))
 
 
 main()

@@ -12,8 +12,6 @@ from llama_jax.targets import Target
 
 MATRIX_ROWS = 16
 """Rows of a matrix instruction."""
-VECTOR_ROWS = 2
-"""Rows up to which each thread multiplies by itself: with more it has too few registers and too much to do."""
 MOST_TILE_ROWS = 64
 CHUNK = 16
 """Bytes that a thread reads at once."""
@@ -24,7 +22,7 @@ class Tiles:
     """How the work is cut; powers of two.
 
     Attributes:
-      rows: of the input that a program multiplies. Fewer than 16 are multiplied one by one, without matrix units.
+      rows: of the input that a program multiplies: at least 16, or 1, for which no matrix units are used.
       cols: rows of the weight, which are columns of the result.
       inner: bytes of each that a step of the loop reads.
       splits: programs that share a row of the weight, where there would be too few.
@@ -49,12 +47,12 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
       out: rows of the weight; row_bytes: of each.
     """
     wave = target.wave_size or 32
-    if rows <= VECTOR_ROWS:
+    if rows == 1:
         # A load of 16 bytes by each thread of a program reads a row of the weight, or a part of it. AMD's compiler
         # unpacks all that a thread has loaded at once, for which there are registers with half as many rows.
-        cols, most = (8, 128) if target.vendor == "nvidia" else (4, 2 * wave)
+        cols, most = (4, 128) if target.vendor == "nvidia" else (4, 2 * wave)
         threads = min(max(next_power_of_2(row_bytes) // CHUNK, wave), most)
-        return Tiles(rows, cols, threads * CHUNK, 1, threads // wave, 1)
+        return Tiles(1, cols, threads * CHUNK, 1, threads // wave, 1)
     tile = min(max(next_power_of_2(rows), MATRIX_ROWS), MOST_TILE_ROWS)
     inner = 128 if layout.bits == 8 else 32 if wave == 32 and target.vendor == "amd" else 64
     if layout.group is not None:

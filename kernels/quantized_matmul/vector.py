@@ -1,4 +1,4 @@
-"""A quantised weight times a few rows, without matrix units: every thread multiplies and adds what it has loaded."""
+"""A quantised weight times one row, without matrix units: every thread multiplies and adds what it has loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from llama_jax.kernels.pallas import launch
 from llama_jax.kernels.quantized_matmul.operands import Weight
@@ -60,91 +61,75 @@ def split(x: jax.Array, parts: int) -> list[jax.Array]:
     return [part for pair in pairs for part in pair]
 
 
-def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: Any, *, interpret: bool) -> jax.Array:
-    """x [rows, in] times the weight [out, in]: [rows, out] in `dtype`.
+def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: DTypeLike, *, interpret: bool) -> jax.Array:
+    """x [1, in] times the weight [out, in]: [1, out] in `dtype`.
 
     A thread reads `WORDS` neighbouring words of `tiles.cols` rows of the weight, and keeps the numbers of x that they
     are multiplied with in registers.
     """
-    rows, out, row_bytes = x.shape[0], *weight.codes.shape
-    codes, per_word = CODES[weight.layout.bits], 32 // weight.layout.bits
+    out, row_bytes = weight.codes.shape
+    codes, per_word, group = CODES[weight.layout.bits], 32 // weight.layout.bits, weight.layout.group
     span, chunks, width = WORDS * per_word, row_bytes // CHUNK, tiles.inner // CHUNK
     steps = -(-chunks // width)
     unroll = min(tiles.num_stages, steps)
     turns = -(-steps // unroll)
-    ragged = chunks % (width * unroll) != 0
-    grouped = weight.layout.group is not None
+    ragged, other = (True, 0) if chunks % (width * unroll) else (False, None)
 
     def quantized_matvec(x_ref: Any, codes_ref: Any, scales_ref: Any, offsets_ref: Any, out_ref: Any) -> None:
         column = pl.program_id(0) * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
-        first = pl.program_id(1) * tiles.rows
+        near = jnp.minimum(column, out - 1) if out % tiles.cols else column
         # 0, which the compiler does not know: constants to which it is added stay in registers, and what would be two
         # operations with a constant each is one.
         nothing = pl.program_id(0) >> 30
-        inside = jnp.minimum(column, out - 1) if out % tiles.cols else column
-        word = jnp.arange(WORDS, dtype=jnp.int32)[None, None, :]
-        other = 0 if ragged else None
+        word = jnp.arange(WORDS, dtype=jnp.int32)
+        number = jnp.arange(per_word, dtype=jnp.int32)
 
-        def numbers(row: jax.Array, at: jax.Array) -> list[jax.Array]:
-            """float32 [width, WORDS] of x, for each code of a word."""
-            place = jnp.arange(WORDS, dtype=jnp.int32)[None, :, None], jnp.arange(per_word, dtype=jnp.int32)[None, None]
-            mask = (at < chunks)[:, None, None] if ragged else None
-            n = plgpu.load(x_ref.at[row, at[:, None, None], *place], mask=mask, other=other)
-            return [part.reshape(width, WORDS).astype(jnp.float32) for part in split(n, per_word)]
-
-        def step(i: jax.Array | int, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def step(i: jax.Array | int, total: jax.Array) -> jax.Array:
             at = i * width + jnp.arange(width, dtype=jnp.int32)
             mask = (at < chunks)[:, None, None] if ragged else None
-            stored = plgpu.load(codes_ref.at[inside[None, :, None], at[:, None, None], word], mask=mask, other=other)
-            scale = shift = None
-            if grouped:
-                group = jnp.minimum(at, chunks - 1) * span // weight.layout.group
-                scale = plgpu.load(scales_ref.at[inside[None, :], group[:, None]]).astype(jnp.float32)
-                if offsets_ref is not None:
-                    shift = weight.shift(scale, plgpu.load(offsets_ref.at[inside[None, :], group[:, None]]))
-            found = []
-            for row, total in enumerate(totals):
-                x = numbers(jnp.minimum(first + row, rows - 1), at)
-                part = jnp.zeros((width, tiles.cols, WORDS), jnp.float32)
-                for code, n in zip(codes, x, strict=True):
-                    moved = stored >> code.shift if code.shift >= 0 else stored << -code.shift
-                    value = jax.lax.bitcast_convert_type((moved & code.mask) ^ (code.bits + nothing), jnp.float32)
-                    part += value * n[:, None, :]
-                sums = [jnp.sum(n, axis=1) for n in x]
-                added = sum(code.added * s for code, s in zip(codes, sums, strict=True))
-                part = jnp.sum(part, axis=2) - added[:, None]
-                if scale is not None:
-                    part = part * scale
-                if shift is not None:
-                    part += shift * sum(sums)[:, None]
-                found.append(total + part)
-            return tuple(found)
+            where = near[None, :, None], at[:, None, None], word[None, None, :]
+            stored = plgpu.load(codes_ref.at[where], mask=mask, other=other)
+            where = at[:, None, None], word[None, :, None], number[None, None, :]
+            x = plgpu.load(x_ref.at[where], mask=mask, other=other)
+            numbers = [n.reshape(width, WORDS).astype(jnp.float32) for n in split(x, per_word)]
+            part = jnp.zeros((width, tiles.cols, WORDS), jnp.float32)
+            for code, n in zip(codes, numbers, strict=True):
+                moved = stored >> code.shift if code.shift >= 0 else stored << -code.shift
+                value = jax.lax.bitcast_convert_type((moved & code.mask) ^ (code.bits + nothing), jnp.float32)
+                part += value * n[:, None, :]
+            sums = [jnp.sum(n, axis=1) for n in numbers]
+            added = sum(code.added * s for code, s in zip(codes, sums, strict=True))
+            part = jnp.sum(part, axis=2) - added[:, None]
+            if group is None:
+                return total + part
+            of = near[None, :], (jnp.minimum(at, chunks - 1) * span // group)[:, None]
+            scale = plgpu.load(scales_ref.at[of]).astype(jnp.float32)
+            total += part * scale
+            if offsets_ref is not None:
+                total += weight.shift(scale, plgpu.load(offsets_ref.at[of])) * sum(sums)[:, None]
+            return total
 
-        def several(i: jax.Array | int, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def several(i: jax.Array | int, total: jax.Array) -> jax.Array:
             for j in range(unroll):
-                totals = step(i * unroll + j, totals)
-            return totals
+                total = step(i * unroll + j, total)
+            return total
 
-        totals = (jnp.zeros((width, tiles.cols), jnp.float32),) * tiles.rows
-        totals = jax.lax.fori_loop(0, turns, several, totals) if turns > 1 else several(0, totals)
-        scale = None if grouped else plgpu.load(scales_ref.at[inside]).astype(jnp.float32)
-        for row, total in enumerate(totals):
-            result = jnp.sum(total, axis=0)
-            if scale is not None:
-                result = result * scale
-            real = (column < out) & (first + row < rows) if out % tiles.cols or rows % tiles.rows else None
-            plgpu.store(out_ref.at[first + row, column], result.astype(dtype), mask=real)
+        total = jnp.zeros((width, tiles.cols), jnp.float32)
+        total = jax.lax.fori_loop(0, turns, several, total) if turns > 1 else several(0, total)
+        result = jnp.sum(total, axis=0)
+        if group is None:
+            result = result * plgpu.load(scales_ref.at[near]).astype(jnp.float32)
+        plgpu.store(out_ref.at[column], result.astype(dtype), mask=column < out if out % tiles.cols else None)
 
-    as_words = jax.lax.bitcast_convert_type(weight.codes.reshape(out, chunks, WORDS, 4), jnp.int32)
-    return launch(
+    found: jax.Array = launch(
         quantized_matvec,
-        x.reshape(rows, chunks, WORDS, per_word),
-        as_words,
-        weight.scales,
-        weight.offsets,
-        grid=(-(-out // tiles.cols), -(-rows // tiles.rows)),
-        out=jax.ShapeDtypeStruct((rows, out), dtype),
+        x.reshape(chunks, WORDS, per_word),
+        jax.lax.bitcast_convert_type(weight.codes.reshape(out, chunks, WORDS, 4), jnp.int32),
+        *(weight.scales, weight.offsets),
+        grid=(-(-out // tiles.cols),),
+        out=jax.ShapeDtypeStruct((out,), dtype),
         num_warps=tiles.num_warps,
         num_stages=1,
         interpret=interpret,
     )
+    return found[None]
