@@ -69,8 +69,8 @@ class Scheme:
         with the decoded weight, accumulated in float32.
       lookup: members of a table [vocab, hidden], int32 tokens [batch, len], dtype -> [batch, len, hidden]. By default
         rows of the decoded table.
-      layout: the layout of `llama_jax.quantized` that it stores weights in, if it is of these; products with such weights
-        are the operation `llama_jax.kernels.quantized_matmul`.
+      layout: the layout of `llama_jax.quantized` that it stores weights in, if it is one of these; products with such
+        weights are the operation `llama_jax.kernels.quantized_matmul`.
     """
 
     name: str

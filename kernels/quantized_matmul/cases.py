@@ -55,7 +55,9 @@ def product_cases() -> Sequence[Case]:
         ProductShape("int4_g64_zero", 40, 48, 256, "float16"),
         ProductShape("int8_g64", 16, 200, 2048),
     )
-    return tuple(_case(shape, quick=i < 3, differentiate=("x",) if i in (1, 2) else ()) for i, shape in enumerate(shapes))
+    quick, differentiate = shapes[:3], ("x",)
+    others = tuple(map(_case, shapes[3:]))
+    return (*(_case(shape, quick=True, differentiate=differentiate) for shape in quick), *others)
 
 
 def _case(shape: ProductShape, **options: Any) -> Case:

@@ -39,16 +39,14 @@ class ProductShape:
         keys = jax.random.split(key, 3)
         scales = (self.out,) if layout.group is None else (self.out, self.inner // layout.group)
         stored = (self.out, self.inner // layout.per_byte)
-        size = self.inner**-0.5 / {"int8": 74, "int4": 4.6, "fp8": 1}[layout.kind]
+        size: float = self.inner**-0.5 / {"int8": 74, "int4": 4.6, "fp8": 1}[layout.kind]
         if layout.kind == "fp8":
             codes = jax.random.normal(keys[0], stored).astype(jnp.float8_e4m3fn)
         else:
             codes = jax.random.bits(keys[0], stored, jnp.uint8)
             codes = jnp.maximum(codes.astype(jnp.int8), -127) if layout.kind == "int8" else codes
-        made = {
-            self.layout: codes,
-            "scales": jax.random.uniform(keys[1], scales, jnp.float32, 0.5 * size, 1.5 * size).astype(layout.scale_dtype),
-        }
+        spread = jax.random.uniform(keys[1], scales, jnp.float32, 0.5 * size, 1.5 * size)
+        made = {self.layout: codes, "scales": spread.astype(layout.scale_dtype)}
         if layout.offset == "min":
             minima = jax.random.uniform(keys[2], scales, jnp.float32, -8 * size, -7 * size)
             made["minima"] = minima.astype(layout.scale_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: DTypeLike, *, int
                 value = jax.lax.bitcast_convert_type((moved & code.mask) ^ (code.bits + nothing), jnp.float32)
                 part += value * n[:, None, :]
             sums = [jnp.sum(n, axis=1) for n in numbers]
-            added = sum(code.added * s for code, s in zip(codes, sums, strict=True))
+            added = functools.reduce(jnp.add, (code.added * s for code, s in zip(codes, sums, strict=True)))
             part = jnp.sum(part, axis=2) - added[:, None]
             if group is None:
                 return total + part
@@ -106,7 +107,7 @@ def product(x: jax.Array, weight: Weight, tiles: Tiles, dtype: DTypeLike, *, int
             scale = plgpu.load(scales_ref.at[of]).astype(jnp.float32)
             total += part * scale
             if offsets_ref is not None:
-                total += weight.shift(scale, plgpu.load(offsets_ref.at[of])) * sum(sums)[:, None]
+                total += weight.shift(scale, plgpu.load(offsets_ref.at[of])) * functools.reduce(jnp.add, sums)[:, None]
             return total
 
         def several(i: jax.Array | int, total: jax.Array) -> jax.Array:
