@@ -1,4 +1,4 @@
-"""Products with quantised weights on any GPU through Pallas-Triton: one row without matrix units, more with them."""
+"""Products with quantised weights on any GPU through Pallas-Triton; differentiable by the input."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax.kernels.pallas import MAX_ELEMENTS
-from llama_jax.kernels.quantized_matmul import matrix, vector
+from llama_jax.kernels.quantized_matmul import kernel
 from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.reference import quantized_matmul_reference
 from llama_jax.kernels.quantized_matmul.tiles import CHUNK, Tiles, default_tiles
+from llama_jax.kernels.quantized_matmul.unpack import unpack_for
 from llama_jax.quantized import Layout
 from llama_jax.targets import Target, current
 
@@ -100,11 +101,8 @@ class _Call:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(call: _Call, x: jax.Array, members: dict[str, jax.Array]) -> jax.Array:
     weight, flat = Weight.of(call.layout, members), x.reshape(-1, x.shape[-1])
-    if call.tiles.rows == 1 == len(flat):
-        out = vector.product(flat, weight, call.tiles, call.dtype, interpret=call.interpret)
-    else:
-        by_float32 = x.dtype == jnp.bfloat16 and current().vendor == "amd"  # no bfloat16 arithmetic
-        out = matrix.product(flat, weight, call.tiles, call.dtype, by_float32=by_float32, interpret=call.interpret)
+    unpack = unpack_for(current(), x.dtype, interpret=call.interpret)
+    out = kernel.product(flat, weight, call.tiles, call.dtype, unpack, interpret=call.interpret)
     return out.reshape(*x.shape[:-1], *members[call.layout.name].shape[:-1])
 
 

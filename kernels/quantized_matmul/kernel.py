@@ -1,7 +1,8 @@
-"""A quantised weight times rows by matrix units: tiles of it are decoded in registers."""
+"""The kernel: rows times a quantised weight by matrix units; tiles of the weight are decoded in registers."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -13,50 +14,16 @@ from jax.typing import DTypeLike
 from llama_jax.kernels.pallas import dot, launch
 from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.tiles import Tiles
-
-# 16-bit floats whose last bit counts 1, with the sign of two's complement turned to what is counted from -8; and what
-# they are more than the code.
-_MAGIC = {"bfloat16": (0x4308, 128 + 8), "float16": (0x6408, 1024 + 8)}
-
-
-def halves(codes: jax.Array) -> list[jax.Array]:
-    """Codes of eight bits as they are; of four, the first and the second of every byte, as int32."""
-    if codes.dtype == jnp.int8:
-        return [codes]
-    wide = codes.astype(jnp.int32)
-    return [wide << 28 >> 28, wide << 24 >> 28]
-
-
-def through_float32(codes: jax.Array, zeros: jax.Array | None) -> list[jax.Array]:
-    """bfloat16 codes [cols, inner], less zeros [cols, 1] float32: the upper half of a float32, which so small a whole
-    number fills. For targets that do not compute with bfloat16."""
-
-    def upper(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) >> 16
-        return jax.lax.bitcast_convert_type(bits.astype(jnp.int16), jnp.bfloat16)
-
-    wide = [half.astype(jnp.float32) for half in halves(codes)]
-    return [upper(x if zeros is None else x - zeros) for x in wide]
-
-
-def directly(codes: jax.Array, zeros: jax.Array | None, dtype: DTypeLike) -> list[jax.Array]:
-    """Codes [cols, inner] in a 16-bit dtype, less zeros [cols, 1] float32. All differences on the way are exact."""
-    if codes.dtype == jnp.int8:
-        return [codes.astype(dtype)]
-    bits, added = _MAGIC[jnp.dtype(dtype).name]
-    wide = codes.astype(jnp.int16)
-    large = [jax.lax.bitcast_convert_type(half ^ bits, dtype) for half in (wide & 15, wide >> 4)]
-    exact = [x - jnp.asarray(added, dtype) for x in large]
-    return exact if zeros is None else [x - zeros.astype(dtype) for x in exact]
+from llama_jax.kernels.quantized_matmul.unpack import Unpack
 
 
 def product(
-    x: jax.Array, weight: Weight, tiles: Tiles, dtype: DTypeLike, *, by_float32: bool, interpret: bool
+    x: jax.Array, weight: Weight, tiles: Tiles, dtype: DTypeLike, unpack: Unpack, *, interpret: bool
 ) -> jax.Array:
     """x [rows, in] times the weight [out, in]: [rows, out] in `dtype`.
 
-    Args:
-      by_float32: whether codes become bfloat16 by way of float32.
+    Scales of groups multiply the partial sums of a step, which never reaches into a second group; minima are multiplied
+    with sums of the input, zeros subtracted from the codes.
     """
     rows, out, row_bytes = x.shape[0], *weight.codes.shape
     group, per_byte, offset = weight.layout.group, weight.layout.per_byte, weight.layout.offset
@@ -79,22 +46,22 @@ def product(
             return plgpu.load(ref.at[at[:, None], along[None, :]], mask=mask, other=other)
 
         def step(i: jax.Array, total: jax.Array) -> jax.Array:
-            codes = load(codes_ref, near_column, i * inner, inner, row_bytes)
+            parts = unpack(load(codes_ref, near_column, i * inner, inner, row_bytes), x.dtype)
             n = load(x_ref, near_row, i * span, span, x.shape[1])
-            scale = zeros = shift = None
-            if group is not None:
-                at = near_column, i * span // group
-                scale = plgpu.load(scales_ref.at[at]).astype(jnp.float32)
-                if offset == "zero":
-                    zeros = plgpu.load(offsets_ref.at[at]).astype(jnp.float32)[:, None]
-                elif offset == "min":
-                    shift = weight.shift(scale, plgpu.load(offsets_ref.at[at]))
-            parts = through_float32(codes, zeros) if by_float32 else directly(codes, zeros, x.dtype)
             inputs = [n] if per_byte == 1 else jnp.unstack(n.reshape(tiles.rows, inner, 2), axis=-1)
-            part = sum(dot(w, y, transpose_b=True) for w, y in zip(parts, inputs, strict=True))
-            total += part if scale is None else part * scale[:, None]
-            if shift is not None:
-                total += shift[:, None] * jnp.sum(n.astype(jnp.float32), axis=1)[None, :]
+            at = (near_column, i * span // group) if group else ()
+            offsets = plgpu.load(offsets_ref.at[at]) if offset else None
+            if offset == "zero":
+                zeros = offsets.astype(x.dtype)[:, None]
+                parts = [part - zeros for part in parts]
+            products = [dot(w, y, transpose_b=True) for w, y in zip(parts, inputs, strict=True)]
+            part = functools.reduce(jnp.add, products)
+            if group is None:
+                return total + part
+            scale = plgpu.load(scales_ref.at[at]).astype(jnp.float32)
+            total += part * scale[:, None]
+            if offset == "min":
+                total += weight.shift(scale, offsets)[:, None] * jnp.sum(n.astype(jnp.float32), axis=1)[None, :]
             return total
 
         start = part_of_row * share
