@@ -19,6 +19,7 @@ from llama_jax.kernels.quantized_matmul import pallas_triton, quantized_matmul, 
 from llama_jax.kernels.quantized_matmul.cases import product_cases, product_models, product_shape
 from llama_jax.kernels.quantized_matmul.shapes import MEASURED, SHAPES, ProductShape, layout_of
 from llama_jax.kernels.quantized_matmul.tiles import CHUNK, MATRIX_ROWS, Tiles, candidates, default_tiles
+from llama_jax.kernels.quantized_matmul.unpack import Unpack, directly, through_float32
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.quantization import dequantize_params, quantize_params
 from llama_jax.params import init_params
@@ -65,6 +66,21 @@ def test_a_mean_is_no_error() -> None:
         x = x + 20
         found = KERNEL(x, members, layout=layout_of("int4_g64_zero"))
         assert error(found, exact(x, members, "int4_g64_zero")) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("unpack", "dtype"), [(directly, "bfloat16"), (directly, "float16"), (through_float32, "bfloat16")]
+)
+def test_codes_are_exact(unpack: Unpack, dtype: str) -> None:
+    """All that a byte can be: in eight bits, and in four the first in its low half."""
+    stored = jnp.arange(256).astype(jnp.uint8).reshape(16, 16)
+    (whole,) = unpack(stored.astype(jnp.int8), dtype)
+    np.testing.assert_array_equal(whole.astype(jnp.int32), np.arange(256).astype(np.int8).reshape(16, 16))
+    nibble = np.where(np.arange(16) > 7, np.arange(16) - 16, np.arange(16))
+    first, second = unpack(stored, dtype)
+    assert first.dtype == second.dtype == dtype
+    np.testing.assert_array_equal(first.astype(jnp.int32), np.tile(nibble, (16, 1)))
+    np.testing.assert_array_equal(second.astype(jnp.int32), np.tile(nibble, (16, 1)).T)
 
 
 @pytest.mark.slow

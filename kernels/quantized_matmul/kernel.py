@@ -50,9 +50,8 @@ def product(
             n = load(x_ref, near_row, i * span, span, x.shape[1])
             inputs = [n] if per_byte == 1 else jnp.unstack(n.reshape(tiles.rows, inner, 2), axis=-1)
             at = (near_column, i * span // group) if group else ()
-            offsets = plgpu.load(offsets_ref.at[at]) if offset else None
             if offset == "zero":
-                zeros = offsets.astype(x.dtype)[:, None]
+                zeros = plgpu.load(offsets_ref.at[at]).astype(x.dtype)[:, None]
                 parts = [part - zeros for part in parts]
             products = [dot(w, y, transpose_b=True) for w, y in zip(parts, inputs, strict=True)]
             part = functools.reduce(jnp.add, products)
@@ -61,7 +60,8 @@ def product(
             scale = plgpu.load(scales_ref.at[at]).astype(jnp.float32)
             total += part * scale[:, None]
             if offset == "min":
-                total += weight.shift(scale, offsets)[:, None] * jnp.sum(n.astype(jnp.float32), axis=1)[None, :]
+                sums = jnp.sum(n.astype(jnp.float32), axis=1)
+                total += weight.shift(scale, plgpu.load(offsets_ref.at[at]))[:, None] * sums[None, :]
             return total
 
         start = part_of_row * share

@@ -1,7 +1,7 @@
-"""Codes as exact 16-bit floats, in registers: what an instruction set is best at.
+"""Codes as exact 16-bit floats, in registers, by what an instruction set is best at.
 
-Of codes of eight bits all make one array; of four, one of the first and one of the second of every byte. Whole numbers so
-small are exact in every dtype on the way, with zeros subtracted, too.
+Codes of eight bits make one array; those of four make two, of the first and of the second of every byte. Whole numbers
+this small are exact in every dtype on the way, also with zeros subtracted.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from llama_jax.targets import Target
 
 Unpack = Callable[[jax.Array, jax.typing.DTypeLike], list[jax.Array]]
 """Takes codes int8 or uint8 [cols, bytes] and a 16-bit dtype; [cols, bytes] in it, one or two."""
+
+HAS_BFLOAT16_SUB = ("sm_90", "sm_100", "sm_103", "sm_120")
+"""NVIDIA's architectures that subtract two bfloat16 in one instruction."""
 
 # 16-bit floats whose last bit counts 1, with the sign of two's complement turned to what is counted from -8; and what
 # they are more than the code.
@@ -63,12 +66,10 @@ def by_assembly(codes: jax.Array, dtype: jax.typing.DTypeLike) -> list[jax.Array
             sub.rn.bf16x2 $0, a, c;
             sub.rn.bf16x2 $1, b, c;
         }}"""
-        out = [jax.ShapeDtypeStruct(codes.shape, dtype)]
-        constraints = "=r,=r,r"
-        (found,) = plgpu.elementwise_inline_asm(
-            asm, args=[codes], constraints=constraints, pack=4, result_shape_dtypes=out
-        )
-        return found
+        out = jax.ShapeDtypeStruct(codes.shape, dtype)
+        return plgpu.elementwise_inline_asm(
+            asm, args=[codes], constraints="=r,=r,r", pack=4, result_shape_dtypes=[out]
+        )[0]
 
     return [half("mov.b32 w, $2;"), half("shr.u32 w, $2, 4;")]
 
@@ -80,7 +81,3 @@ def unpack_for(target: Target, dtype: jax.typing.DTypeLike, *, interpret: bool) 
     if target.vendor == "amd":
         return through_float32
     return by_assembly if target.arch in HAS_BFLOAT16_SUB else directly
-
-
-HAS_BFLOAT16_SUB = ("sm_90", "sm_100", "sm_103", "sm_120")
-"""NVIDIA's architectures that subtract two bfloat16 in one instruction."""
