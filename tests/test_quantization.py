@@ -25,7 +25,7 @@ from llama_jax.plan import costs
 from llama_jax.quantized import CODES, Layout, codes, layout_named
 from llama_jax.quantized.layout import OFFSETS, SCALES
 from llama_jax.quantized.nearest import encode
-from llama_jax.recipe import recipe, schemes
+from llama_jax.recipe import recipe, schemes, usual_form
 from llama_jax.schemes import Scheme, register_scheme, scheme_of
 
 LAYOUTS = ("int8", "int8_g32", "int4", "int4_g32", "int4_g64_min", "int4_g32_zero", "fp8", "fp8_g128")
@@ -227,6 +227,17 @@ def test_requests_that_are_refused(options: dict[str, object], param: str, says:
         schemes(TINY["plain"], recipe(**options))  # type: ignore[arg-type]
     assert caught.value.param == param
     assert caught.value.hint
+
+
+def test_forms_that_nobody_names() -> None:
+    """On one NVIDIA GPU as they are stored where codes are read as they lie; on AMD's always, on a CPU never."""
+    integers = (("lm_head", "int8"), ("layers.0.attn.q_proj", "int4_g64_min"))
+    others = ((("lm_head", "fp8"),), (("layers.0.moe.experts.up_proj", "int4_g32"),), (("lm_head", "toy_rows"),))
+    for vendor, read, unread in (("amd", "stored", "stored"), ("nvidia", "stored", "float"), ("cpu", "float", "float")):
+        assert usual_form(vendor, integers, split=False) == read
+        assert {usual_form(vendor, (*integers, *other), split=False) for other in others} == {unread}
+    assert usual_form("nvidia", integers, split=True) == "float"
+    assert usual_form("amd", integers, split=True) == "stored"
 
 
 def test_rows_that_do_not_divide() -> None:
