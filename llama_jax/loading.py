@@ -55,8 +55,8 @@ def load(
         the Hugging Face hub.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
       weights: "stored" computes with quantised weights as they are stored, "float" decodes them to `dtype` first. By
-        default the first on an AMD GPU, and the second on a CPU, where reading fewer bytes does not make up for
-        decoding them, and on other GPUs, where the first has not been run yet (docs/quantization.md). The name of a
+        default the first on an AMD GPU, and on one NVIDIA GPU if they are integers and not those of routed experts,
+        else the second (`llama_jax.recipe.usual_form`). The name of a
         layout ("int8", "int4", "fp8", "int4_g128_zero", ...) quantises the model's weights while they are loaded, by
         `llama_jax.recipe.recipe`; a quantised model is decoded first.
       kv_dtype: "int8" quantises keys and values when they are stored, with a scale for each token and head: a cache of
@@ -92,8 +92,7 @@ def load(
     check_kv_dtype(kv_dtype)
     check_kernels_once(notify)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
-    form = weights or usual_form(current().vendor)
-    wanted = requested(form)
+    wanted = None if weights is None else requested(weights)
     found = (
         Found(resolve(model, progress=progress, notify=notify))
         if convert
@@ -102,6 +101,7 @@ def load(
     with opened(found.path, name=found.name, revision=found.revision, dequantize=wanted is not None) as source:
         if wanted is not None:
             source = QuantizedSource(source, schemes(source.config, wanted))
+        form = weights or usual_form(current().vendor, source.config.schemes, split=mesh is not None)
         held = source.config.replace(schemes=()) if form == FLOAT else source.config
         devices = _on_mesh(held, mesh, target, kv_dtype, notify)
         if found.converted is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llama_jax.config import LlamaConfig
@@ -22,13 +22,24 @@ STORED, FLOAT = "stored", "float"
 """Forms of a quantised model's weights on devices: as they are stored, or decoded."""
 
 
-def usual_form(vendor: str) -> str:
-    """The form where nobody names one.
+def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool) -> str:
+    """The form where nobody names one (docs/quantization.md has the measurements).
 
-    On a CPU, decoding takes longer than reading fewer bytes saves. On AMD GPUs programs of stored weights were compiled
-    and emulated; on NVIDIA's they have not been run yet.
+    On a CPU, decoding takes longer than reading fewer bytes saves. On AMD GPUs weights stay as they are stored. On
+    NVIDIA's they do where kernels or XLA read the codes: integers, but not those of routed experts, on one device,
+    since XLA splits no kernel.
+
+    Args:
+      stored: leaves and their schemes, as `LlamaConfig.schemes`.
+      split: whether the model is spread over several devices.
     """
-    return STORED if vendor == "amd" else FLOAT
+    if vendor == "amd":
+        return STORED
+    if vendor == "cpu" or split:
+        return FLOAT
+    layouts = [(leaf, layout_named(name)) for leaf, name in stored]
+    read = all(layout and layout.kind != "fp8" and ".experts." not in leaf for leaf, layout in layouts)
+    return STORED if read else FLOAT
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ class Scheme:
         with the decoded weight, accumulated in float32.
       lookup: members of a table [vocab, hidden], int32 tokens [batch, len], dtype -> [batch, len, hidden]. By default
         rows of the decoded table.
+      layout: the layout of `llama_jax.quantized` that it stores weights in, if it is one of these; products with such
+        weights are the operation `llama_jax.kernels.quantized_matmul`.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Scheme:
     decode: Callable[[Members, DTypeLike], jax.Array]
     product: Callable[[jax.Array, Members, DTypeLike], jax.Array] | None = None
     lookup: Callable[[Members, jax.Array, DTypeLike], jax.Array] | None = None
+    layout: Layout | None = None
 
     def axes(self, weight: Axes) -> dict[str, Axes]:
         """Logical axes of each member of a weight with these."""
@@ -184,6 +187,6 @@ def quantised(layout: Layout) -> Scheme:
         members,
         partial(encode, layout),
         partial(codes.decode, layout),
-        partial(codes.product, layout),
-        partial(codes.lookup, layout),
+        lookup=partial(codes.lookup, layout),
+        layout=layout,
     )

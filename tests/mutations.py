@@ -846,6 +846,20 @@ QUANTISED: tuple[Mutation, ...] = (
         (f"{QUANTIZATION}::test_products_and_rows[int4_g64_min]",),
     ),
     Mutation(
+        "a kernel's zeros left out",
+        "kernels/quantized_matmul/kernel.py",
+        "part - zeros for part",
+        "part for part",
+        ("tests/test_kernels_quantized.py::test_against_float64[int4_g128_zero-1]",),
+    ),
+    Mutation(
+        "a kernel's scales of the group by bytes, not by codes",
+        "kernels/quantized_matmul/kernel.py",
+        "i * span // group",
+        "i * inner // group",
+        ("tests/test_kernels_quantized.py::test_against_float64[int4_g32-1]",),
+    ),
+    Mutation(
         "zeros of other programs taken as signed",
         "convert/quantized/members.py",
         "(by_row(codes.zeros).astype(np.int16) - half)",

@@ -15,6 +15,7 @@ from helpers import TINY, error, on_eight_devices, random_params, random_tokens,
 import llama_jax as lj
 from llama_jax.checkpoint import load_params, open_checkpoint, save, verify
 from llama_jax.errors import CheckpointError, RequestError, UnsupportedModel
+from llama_jax.kernels.quantized_matmul import quantized_matmul
 from llama_jax.layout import check
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.loaded import Model
@@ -24,7 +25,7 @@ from llama_jax.plan import costs
 from llama_jax.quantized import CODES, Layout, codes, layout_named
 from llama_jax.quantized.layout import OFFSETS, SCALES
 from llama_jax.quantized.nearest import encode
-from llama_jax.recipe import recipe, schemes
+from llama_jax.recipe import recipe, schemes, usual_form
 from llama_jax.schemes import Scheme, register_scheme, scheme_of
 
 LAYOUTS = ("int8", "int8_g32", "int4", "int4_g32", "int4_g64_min", "int4_g32_zero", "fp8", "fp8_g128")
@@ -126,10 +127,10 @@ def test_products_and_rows(name: str) -> None:
     decoded = np.asarray(codes.decode(where, members, jnp.float32), np.float64)
     x = jax.random.normal(jax.random.key(1), (2, 4, 128))
     expected = np.einsum("bti,koni->btkon", np.asarray(x, np.float64), decoded)
-    assert error(codes.product(where, x, members, jnp.float32), expected) < 2e-6
+    assert error(quantized_matmul(x, members, layout=where, dtype=jnp.float32), expected) < 2e-6
     near = x.astype(jnp.bfloat16)
     expected = np.einsum("bti,koni->btkon", np.asarray(near, np.float64), decoded)
-    assert error(codes.product(where, near, members, jnp.float32), expected) < 6e-3
+    assert error(quantized_matmul(near, members, layout=where, dtype=jnp.float32), expected) < 6e-3
     table = {n: m.reshape(30, *m.shape[3:]) for n, m in members.items()}
     tokens = jnp.asarray([[0, 29, 7]])
     np.testing.assert_array_equal(codes.lookup(where, table, tokens, jnp.float32)[0, 1], decoded.reshape(30, 128)[29])
@@ -228,6 +229,17 @@ def test_requests_that_are_refused(options: dict[str, object], param: str, says:
     assert caught.value.hint
 
 
+def test_forms_that_nobody_names() -> None:
+    """On one NVIDIA GPU as they are stored where codes are read as they lie; on AMD's always, on a CPU never."""
+    integers = (("lm_head", "int8"), ("layers.0.attn.q_proj", "int4_g64_min"))
+    others = ((("lm_head", "fp8"),), (("layers.0.moe.experts.up_proj", "int4_g32"),), (("lm_head", "toy_rows"),))
+    for vendor, read, unread in (("amd", "stored", "stored"), ("nvidia", "stored", "float"), ("cpu", "float", "float")):
+        assert usual_form(vendor, integers, split=False) == read
+        assert {usual_form(vendor, (*integers, *other), split=False) for other in others} == {unread}
+    assert usual_form("nvidia", integers, split=True) == "float"
+    assert usual_form("amd", integers, split=True) == "stored"
+
+
 def test_rows_that_do_not_divide() -> None:
     """Groups of 12 in rows of 16, as a checkpoint may claim, are refused: they would be read as something else."""
     for name in ("int4_g12", "int8_g32"):
@@ -285,7 +297,7 @@ def test_gradients_reach_the_input(name: str) -> None:
     """Through what is read as bytes and behind a barrier, as through the decoded weight."""
     where, x = layout(name), jax.random.normal(jax.random.key(1), (4, 128))
     members = encode(where, weight(8, 128))
-    found = jax.grad(lambda x: jnp.sum(jnp.sin(codes.product(where, x, members, jnp.float32))))(x)
+    found = jax.grad(lambda x: jnp.sum(jnp.sin(quantized_matmul(x, members, layout=where, dtype=jnp.float32))))(x)
     decoded = codes.decode(where, members, jnp.float32)
     expected = jax.grad(lambda x: jnp.sum(jnp.sin(jnp.matmul(x, decoded.T, precision="highest"))))(x)
     assert error(found, expected) < 1e-5

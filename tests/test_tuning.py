@@ -247,9 +247,17 @@ def test_seconds_per_call() -> None:
 
 def test_numbers_of_models() -> None:
     dense = numbers_of(preset("llama-3.1-8b"))
-    assert dense == {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096}
+    attention = ((6144, 4096), (4096, 4096))
+    assert dense == {"heads": 32, "kv_heads": 8, "head_dim": 128, "hidden": 4096} | {
+        "products": (*attention, (28672, 4096), (4096, 14336)),
+        "layouts": (),
+    }
     routed = numbers_of(preset("mixtral-8x7b"))
-    assert routed == dense | {"experts": 8, "top_k": 2, "intermediate": 14336, "scaled": "output"}
+    experts = {"experts": 8, "top_k": 2, "intermediate": 14336, "scaled": "output"}
+    assert routed == dense | experts | {"products": attention}
+    config = preset("llama-3.1-8b")
+    few_bits = numbers_of(config.replace(schemes=(("lm_head", "int8"), ("layers.0.attn.o_proj", "int4_g64_min"))))
+    assert few_bits["layouts"] == ("int4_g64_min", "int8")
 
 
 # --- The real operations and the command ------------------------------------------------------------------------------

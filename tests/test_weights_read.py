@@ -11,7 +11,8 @@ from llama_jax import recipe as recipes
 from llama_jax.config import LlamaConfig
 from llama_jax.decode import weights_read
 from llama_jax.decode.weights_read import MOST_ROWS, weight_options
-from llama_jax.quantized import codes, layout_named
+from llama_jax.kernels.quantized_matmul import quantized_matmul_reference
+from llama_jax.quantized import layout_named
 from llama_jax.quantized.nearest import encode
 from llama_jax.targets import find
 
@@ -55,7 +56,7 @@ def test_the_weight_is_not_written_on_amd(name: str, monkeypatch: pytest.MonkeyP
     def temporary(rows: int) -> int:
         made = compile_for(
             target,
-            lambda x, members: codes.product(layout, x, members, jnp.bfloat16),
+            lambda x, members: quantized_matmul_reference(x, members, layout=layout),
             (x, members),
             compiler_options=weight_options(quantised(name.replace("64", "8").replace("32", "8")), rows),
         )

@@ -108,7 +108,7 @@ weights_option: Decorator = click.option(
     "--weights",
     metavar="FORM",
     help="What weights are kept in: stored, as the model has them; float; or int8, int4, fp8 or another layout, to "
-    "quantise them while loading. [default: stored on an AMD GPU, else float]",
+    "quantise them while loading. [default: float on a CPU; on GPUs stored, where the codes are what is read]",
 )
 kv_dtype_option: Decorator = click.option(
     "--kv-dtype",

@@ -85,9 +85,9 @@ def command(
 
     MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. `--mesh auto`
     takes the smallest tensor parallelism that fits, as it does in the commands that run a model. A quantised model
-    counts as `load` keeps it there: on an AMD GPU as it is stored, else decoded; --weights counts one that `quantize`
-    would make. Bytes of weights and cache are exact; times follow from data sheets: predictions that nothing can beat,
-    and no measurements.
+    counts as `load` keeps it there, as it is stored or decoded (docs/quantization.md); --weights counts one that
+    `quantize` would make. Bytes of weights and cache are exact; times follow from data sheets: predictions that
+    nothing can beat, and no measurements.
 
     Exits with 6 if it does not fit.
     """
@@ -99,7 +99,8 @@ def command(
     recipe = wanted.recipe()
     chosen = _target(target)
     config = find_config(model)
-    if recipe is not None or usual_form(chosen.vendor) == FLOAT:
+    several = mesh is not None or tp is not None or (devices or 1) > 1
+    if recipe is not None or usual_form(chosen.vendor, config.schemes, split=several) == FLOAT:
         config = config.replace(schemes=())
     if recipe is not None:
         config = config.replace(schemes=schemes(config, recipe))

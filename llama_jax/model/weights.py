@@ -16,6 +16,7 @@ from llama_jax.errors import RequestError
 from llama_jax.kernels.moe import routed_experts
 from llama_jax.kernels.moe.reference import Activation
 from llama_jax.kernels.precision import matmul_precision
+from llama_jax.kernels.quantized_matmul import quantized_matmul
 from llama_jax.model.adapters import NO_ADAPTERS, Adapters
 from llama_jax.params import JOINT, Params
 from llama_jax.schemes import PLAIN, Members, Scheme, scheme_of
@@ -76,6 +77,8 @@ def _unbiased(leaf: Params) -> tuple[Scheme, Members]:
 
 
 def _times(x: jax.Array, scheme: Scheme, members: Members, dtype: DTypeLike) -> jax.Array:
+    if scheme.layout is not None:
+        return quantized_matmul(x, members, layout=scheme.layout, dtype=dtype)
     if scheme.product is not None:
         return scheme.product(x, members, dtype)
     return product(x, scheme.decode(members, x.dtype), dtype=dtype)

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping
 
 from llama_jax.config import LlamaConfig
+from llama_jax.kernels.quantized_matmul.reference import reads_codes
 from llama_jax.layout import local_size
 from llama_jax.params import JOINT, canonical_specs
 from llama_jax.quantized import layout_named
-from llama_jax.quantized.codes import reads_codes
 from llama_jax.sharding import AnyMesh, ruled
 
 _JOINT = {part: joint for joint, parts in JOINT.items() for part in parts}

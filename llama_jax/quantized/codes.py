@@ -1,4 +1,5 @@
-"""Computations with weights in few bits: the weights themselves, products, rows of a table.
+"""Computations with weights in few bits: the weights themselves, and rows of a table. Products with them are an
+operation, `llama_jax.kernels.quantized_matmul`.
 
 Members of a weight [*out, in] in the layout `layout`: codes under the layout's name [*out, in] (int4: [*out, in / 2]),
 "scales" [*out] or [*out, in / group], and "minima" or "zeros" like these. `*out` may be any dimensions.
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax.quantized.layout import Layout
-from llama_jax.sharding import in_use
 
 HALF = 8
 """Number that is subtracted from an unsigned code of four bits to store it."""
@@ -68,57 +68,21 @@ def lookup(layout: Layout, members: Mapping[str, Any], tokens: jax.Array, dtype:
     return decode(layout, {name: member[tokens] for name, member in members.items()}, dtype)
 
 
-def reads_codes(layout: Layout) -> bool:
-    """Whether XLA's GPU compiler reads codes in the kernel of `product`; if not, it first writes the decoded weight.
+def shift(layout: Layout, members: Mapping[str, Any]) -> jax.Array | None:
+    """What is added to the product of code and scale in an asymmetric layout; None in a symmetric one.
 
-    So it is with the flags that XLA has by default, with which prompts are computed; `decode.weights_read` has integers
-    in groups read, too, by decode steps. No AMD GPU before gfx950 converts float8_e4m3fn by itself.
+    Args:
+      members: at least "scales" and "minima" or "zeros", of any one shape.
+
+    Returns:
+      float32, of that shape.
     """
-    return layout.group is None and layout.kind != "fp8"
-
-
-def product(layout: Layout, x: jax.Array, members: Mapping[str, Any], dtype: DTypeLike) -> jax.Array:
-    """x [..., in] times the weight [*out, in]: [..., *out], accumulated in float32, in `dtype`.
-
-    Written so that XLA reads the codes in the product's own kernel (compiled for gfx942; docs/quantization.md): scales
-    of whole rows come after the product, those of groups are multiplied in the dtype of `x`, and what asymmetric
-    layouts add to every code of a group is a second, small product with sums over the groups of `x`.
-    """
-    codes, scales = codes_as(layout, members, x.dtype), members["scales"]
-    if layout.group is None:
-        out = _contract(x, codes) * scales.astype(jnp.float32)
-        if (shift := _shift(layout, members)) is not None:
-            out = out + jnp.sum(x, -1, dtype=jnp.float32).reshape(*x.shape[:-1], *(1,) * shift.ndim) * shift
-        return out.astype(dtype)
-    grouped = codes.reshape(*scales.shape, layout.group) * scales.astype(x.dtype)[..., None]
-    out = _contract(x, grouped.reshape(codes.shape))
-    if (shift := _shift(layout, members)) is not None:
-        out = out + _contract(_group_sums(x, layout.group), shift)
-    return out.astype(dtype)
-
-
-def _shift(layout: Layout, members: Mapping[str, Any]) -> jax.Array | None:
-    """Return the difference between a weight and code * scale, float32 like the scales; None if there is none."""
     if layout.offset is None:
         return None
     scales = _float32(members, "scales")
     return (
         HALF * scales + _float32(members, "minima") if layout.offset == "min" else -_float32(members, "zeros") * scales
     )
-
-
-def _group_sums(x: jax.Array, group: int) -> jax.Array:
-    """x [..., in] -> float32 [..., in / group]."""
-    return jnp.sum(x.reshape(*x.shape[:-1], -1, group), axis=-1, dtype=jnp.float32)
-
-
-def _contract(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The product with a weight [*out, in], in float32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    if weight.ndim > 2 and not in_use():
-        return _contract(x, weight.reshape(-1, weight.shape[-1])).reshape(*x.shape[:-1], *weight.shape[:-1])
-    last = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, last, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _float32(members: Mapping[str, Any], name: str) -> jax.Array:

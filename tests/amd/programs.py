@@ -18,6 +18,8 @@ import numpy as np
 
 from llama_jax.kernels.norm import add_rms_norm_reference, pallas_triton
 from llama_jax.kernels.norm.tiles import Tiles
+from llama_jax.kernels.quantized_matmul import pallas_triton as quantized_matmul_triton
+from llama_jax.kernels.quantized_matmul import quantized_matmul_reference
 from llama_jax.quantized import codes, layout_named
 from llama_jax.quantized.nearest import encode
 
@@ -118,22 +120,24 @@ def exact_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 QUANTISED = (("int4_g64_min", 1), ("int4_g32_zero", 16), ("int8", 16), ("fp8_g128", 1))
-"""Layouts of weights (`llama_jax.quantized`) and rows of x."""
+"""Layouts of weights (`llama_jax.quantized`) and rows of x, multiplied by plain operations."""
+QUANTISED_BY_KERNELS = (("int4_g64_min", 1), ("int8_g32", 1), ("int8", 5), ("int4_g32_zero", 40), ("int4_g128_min", 16))
+""".. and by kernels, to rounding in float32."""
 
 
-def quantised(name: str, rows: int) -> Example:
+def quantised(name: str, rows: int, run: Callable[..., Any], tolerance: float) -> Example:
     """A product with a weight in few bits, against that with the decoded weight."""
     layout = layout_named(name)
     assert layout is not None
     members = jax.tree.map(np.asarray, encode(layout, normal(96, 256, dtype=F32)))
 
     def product(x: jax.Array, *arrays: jax.Array) -> jax.Array:
-        return codes.product(layout, x, dict(zip(members, arrays, strict=True)), F32)
+        return run(x, dict(zip(members, arrays, strict=True)), layout=layout, dtype=F32)
 
     def decoded(x: jax.Array, *arrays: jax.Array) -> jax.Array:
         return exact_matmul(x, codes.decode(layout, dict(zip(members, arrays, strict=True)), F32).T)
 
-    return Example(product, (normal(rows, 256), *members.values()), ONE_STEP, decoded)
+    return Example(product, (normal(rows, 256), *members.values()), tolerance, decoded)
 
 
 def examples() -> dict[str, Callable[[], Example]]:
@@ -171,7 +175,14 @@ def examples() -> dict[str, Callable[[], Example]]:
             (normal(16, 256), eight_bits(256, 128), (normal(128) / 100).astype(BF16)),
             2 * ONE_STEP,
         ),
-        **{f"{name}_product": lambda name=name, rows=rows: quantised(name, rows) for name, rows in QUANTISED},
+        **{
+            f"{name}_product": partial(quantised, name, rows, quantized_matmul_reference, ONE_STEP)
+            for name, rows in QUANTISED
+        },
+        **{
+            f"{name}_kernel": partial(quantised, name, rows, quantized_matmul_triton.run, 1e-4)
+            for name, rows in QUANTISED_BY_KERNELS
+        },
         "cache_update": lambda: Example(
             lambda cache, x, at: jax.lax.dynamic_update_slice(cache, x, (0, at, 0, 0)),
             (normal(2, 64, 2, 64), normal(2, 1, 2, 64), np.int32(7)),

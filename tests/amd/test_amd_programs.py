@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:Deprecation
 EXAMPLES = examples()
 FAST = {
     "gfx942": ("rope", "sample", "matmul_f16", "matmul_fp8_fnuz", "cross_entropy", "attention", "add_rms_norm", "scan")
-    + ("int4_g64_min_product",),
-    "gfx950": ("argmax", "matmul_bf16", "matmul_fp8_ocp", "cache_update", "attention"),
+    + ("int4_g64_min_product", "int4_g64_min_kernel"),
+    "gfx950": ("int8_kernel", "argmax", "matmul_bf16", "matmul_fp8_ocp", "cache_update", "attention"),
 }
 FAILS = {
     (

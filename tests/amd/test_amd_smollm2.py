@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from llama_jax.cache import DenseCache
 from llama_jax.kernels.attention import decode_attention, flash_attention
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.norm import add_rms_norm_op
+from llama_jax.kernels.quantized_matmul import quantized_matmul_op
+from llama_jax.loading import load
 from llama_jax.model import forward
 from llama_jax.model.loaded import Model
 from llama_jax.text.tokenizer import Tokenizer
@@ -37,43 +40,49 @@ OPTIONS = Options(check_races=False)
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_greedy_tokens(smollm2: tuple[Model, Tokenizer], arch: str) -> None:
-    """Four tokens in bfloat16, through the Pallas kernels where there are some."""
+@pytest.mark.parametrize(("arch", "weights"), [*((arch, "float") for arch in ARCHS), ("gfx942", "stored")])
+def test_greedy_tokens(smollm2: tuple[Model, Tokenizer], arch: str, weights: str) -> None:
+    """Four tokens in bfloat16, through the Pallas kernels where there are some; with weights in the four and eight bits
+    that they are stored in, the same as with decoded ones."""
     model, tokenizer = smollm2
-    cfg = model.config
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params)
+    decoded, plain = params, model.config
+    if weights == "stored":
+        model, _ = load(dtype="bfloat16", weights="stored")
+        params = model.params
+        assert {name for _, name in model.config.schemes} == {"int4_g32_min", "int8_g32"}
+    cfg = model.config
     ids = tokenizer.encode(PROMPT)
     tokens, positions = np.array([ids], np.int32), np.arange(len(ids), dtype=np.int32)[None]
 
-    def prefill(params, tokens, positions):  # type: ignore[no-untyped-def]
+    def prefill(cfg, params, tokens, positions):  # type: ignore[no-untyped-def]
         cache = DenseCache.create(cfg, 1, 64, jnp.bfloat16)
         last = jnp.full((1, 1), tokens.shape[1] - 1, jnp.int32)
         logits, cache = forward(params, cfg, tokens, positions, cache, logits_at=last)
         return jnp.argmax(logits[:, 0], -1).astype(jnp.int32), cache
 
-    def step(params, token, position, cache):  # type: ignore[no-untyped-def]
+    def step(cfg, params, token, position, cache):  # type: ignore[no-untyped-def]
         logits, cache = forward(params, cfg, token[:, None], position[:, None], cache)
         return jnp.argmax(logits[:, 0], -1).astype(jnp.int32), cache
 
     with using(**named("reference")):
-        next_on_cpu = jax.jit(step)
-        token, cache = jax.jit(prefill)(params, tokens, positions)
+        next_on_cpu = jax.jit(partial(step, plain))
+        token, cache = jax.jit(partial(prefill, plain))(decoded, tokens, positions)
         expected = [int(token[0])]
         for n in range(len(ids), len(ids) + TOKENS - 1):
-            token, cache = next_on_cpu(params, token, np.full(1, n, np.int32), cache)
+            token, cache = next_on_cpu(decoded, token, np.full(1, n, np.int32), cache)
             expected.append(int(token[0]))
 
     kernels: Counter[str] = Counter()
     with using(**named("pallas_triton")):
         began = time.process_time()
-        (token, cache), report = compile_on(arch, prefill, params, tokens, positions).run(
+        (token, cache), report = compile_on(arch, partial(prefill, cfg), params, tokens, positions).run(
             params, tokens, positions, options=OPTIONS
         )
         kernels += report.kernels
         print(f"prefill on {arch}: {report.wave_instructions / 1e6:.1f} M wave instructions")
         got = [int(token[0])]
-        next_on_amd = compile_on(arch, step, params, token, np.full(1, 0, np.int32), cache)
+        next_on_amd = compile_on(arch, partial(step, cfg), params, token, np.full(1, 0, np.int32), cache)
         for n in range(len(ids), len(ids) + TOKENS - 1):
             (token, cache), report = next_on_amd.run(params, token, np.full(1, n, np.int32), cache, options=OPTIONS)
             kernels += report.kernels
@@ -81,6 +90,7 @@ def test_greedy_tokens(smollm2: tuple[Model, Tokenizer], arch: str) -> None:
             print(f"decode step on {arch}: {report.wave_instructions / 1e6:.1f} M wave instructions")
     print(f"{tokenizer.decode(got)!r} in {time.process_time() - began:.0f} s of processor time")
     assert got == expected
-    for operation in (flash_attention, decode_attention, add_rms_norm_op):
+    quantised = (quantized_matmul_op,) if weights == "stored" else ()
+    for operation in (flash_attention, decode_attention, add_rms_norm_op, *quantised):
         if "pallas_triton" in operation.backends:
             assert_launched(kernels, operation)

@@ -63,6 +63,7 @@ INTEGERS = {
     "v_not_b32_e32": lambda a: ~a,
     "v_bfrev_b32_e32": lambda a: int(f"{a:032b}"[::-1], 2),
     "v_ffbh_u32_e32": lambda a: 32 - a.bit_length() if a else -1,
+    "v_ffbh_i32_e32": lambda a: next((i for i in range(1, 32) if a >> (31 - i) & 1 != a >> 31), -1),
     "v_ffbl_b32_e32": lambda a: (a & -a).bit_length() - 1,
 }
 

@@ -109,6 +109,7 @@ ROWS: dict[str, tuple[Callable[..., Any], str]] = {
     "V_NOT_B32": (np.invert, "u>u"),
     "V_BFREV_B32": (reverse_bits, "u>u"),
     "V_FFBH_U32": (leading_zeros, "u>u"),
+    "V_FFBH_I32": (lambda a: leading_zeros((a ^ (a >> 31)).view(U)), "i>u"),
     "V_FFBL_B32": (trailing_zeros, "u>u"),
     "V_AND_B32": (np.bitwise_and, "uu>u"),
     "V_OR_B32": (np.bitwise_or, "uu>u"),

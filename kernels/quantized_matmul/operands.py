@@ -1,0 +1,48 @@
+"""A quantised weight as kernels read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+
+from llama_jax.quantized import Layout
+from llama_jax.quantized.codes import shift
+from llama_jax.quantized.layout import OFFSETS
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The arrays of a weight [out, in], and what the layout says of them.
+
+    Attributes:
+      codes: int8 [out, in], or uint8 [out, in / 2] with two codes in each.
+      scales: [out], or [out, in / group].
+      offsets: "minima" or "zeros", as `scales`; None of a symmetric layout.
+    """
+
+    layout: Layout
+    codes: jax.Array
+    scales: jax.Array
+    offsets: jax.Array | None
+
+    @classmethod
+    def of(cls, layout: Layout, members: Mapping[str, jax.Array]) -> Weight:
+        """Of the members of a weight [*out, in]."""
+
+        def rows(name: str, last: int) -> jax.Array:
+            """[out, ...] with the last dimensions as they are."""
+            member = members[name]
+            return member.reshape(-1, *member.shape[member.ndim - last :])
+
+        by_group = 0 if layout.group is None else 1
+        offsets = None if layout.offset is None else rows(OFFSETS[layout.offset], by_group)
+        return cls(layout, rows(layout.name, 1), rows("scales", by_group), offsets)
+
+    def shift(self, scales: jax.Array, offsets: jax.Array) -> jax.Array:
+        """`quantized.codes.shift` of some of the scales and offsets."""
+        assert self.layout.offset is not None
+        found = shift(self.layout, {"scales": scales, OFFSETS[self.layout.offset]: offsets})
+        assert found is not None
+        return found

@@ -1,0 +1,199 @@
+"""Products with quantised weights: kernels against the decoded weight in float64, and what they are made of."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import error, random_tokens, run
+
+from llama_jax.config import preset
+from llama_jax.errors import KernelError
+from llama_jax.kernels import report
+from llama_jax.kernels.dispatch import using
+from llama_jax.kernels.quantized_matmul import pallas_triton, quantized_matmul, quantized_matmul_op
+from llama_jax.kernels.quantized_matmul.cases import product_cases, product_models, product_shape
+from llama_jax.kernels.quantized_matmul.shapes import MEASURED, SHAPES, ProductShape, layout_of
+from llama_jax.kernels.quantized_matmul.tiles import CHUNK, MATRIX_ROWS, Tiles, candidates, default_tiles
+from llama_jax.kernels.quantized_matmul.unpack import Unpack, directly, through_float32
+from llama_jax.model.fuse import fuse_params
+from llama_jax.model.quantization import dequantize_params, quantize_params
+from llama_jax.params import init_params
+from llama_jax.quantized import codes
+from llama_jax.recipe import recipe
+from llama_jax.targets import TARGETS, find
+
+GPUS = [target for target in TARGETS if target.vendor != "cpu"]
+KERNEL = partial(pallas_triton.run, dtype=jnp.float32, interpret=True)
+
+
+def example(layout: str, rows: int, out: int, inner: int, dtype: str = "bfloat16") -> tuple[jax.Array, dict[str, Any]]:
+    arrays = ProductShape(layout, rows, out, inner, dtype).example(jax.random.key(rows + out))
+    return arrays.pop("x"), arrays
+
+
+def exact(x: jax.Array, members: dict[str, Any], layout: str) -> np.ndarray:
+    weight = np.asarray(codes.decode(layout_of(layout), members, jnp.float32), np.float64)
+    return np.einsum("...i,oi->...o", np.asarray(x.astype(jnp.float32), np.float64), weight)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("layout", ["int8", "int8_g32", "int4_g32", "int4_g64_min", "int4_g128_zero"])
+def test_against_float64(layout: str, rows: int) -> None:
+    x, members = example(layout, rows, 40, 640)
+    found = KERNEL(x, members, layout=layout_of(layout))
+    assert error(found, exact(x, members, layout)) < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["int8", "int4_g32_min"])
+def test_every_code_has_its_place(layout: str) -> None:
+    """The product with an identity matrix is the decoded weight, number by number."""
+    _, members = example(layout, 1, 24, 64)
+    found = KERNEL(jnp.eye(64, dtype=jnp.bfloat16), members, layout=layout_of(layout))
+    weight = codes.decode(layout_of(layout), members, jnp.float32)
+    step = np.asarray(members["scales"], np.float32).min()
+    assert np.abs(np.asarray(found).T - np.asarray(weight)).max() < 1e-2 * step
+
+
+def test_a_mean_is_no_error() -> None:
+    """What codes are counted from, to be put into a float, is subtracted exactly enough where x is far from zero."""
+    for rows in (1, 16):
+        x, members = example("int4_g64_zero", rows, 32, 256)
+        x = x + 20
+        found = KERNEL(x, members, layout=layout_of("int4_g64_zero"))
+        assert error(found, exact(x, members, "int4_g64_zero")) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("unpack", "dtype"), [(directly, "bfloat16"), (directly, "float16"), (through_float32, "bfloat16")]
+)
+def test_codes_are_exact(unpack: Unpack, dtype: str) -> None:
+    """All that a byte can be: in eight bits, and in four the first in its low half."""
+    stored = jnp.arange(256).astype(jnp.uint8).reshape(16, 16)
+    (whole,) = unpack(stored.astype(jnp.int8), dtype)
+    np.testing.assert_array_equal(whole.astype(jnp.int32), np.arange(256).astype(np.int8).reshape(16, 16))
+    nibble = np.where(np.arange(16) > 7, np.arange(16) - 16, np.arange(16))
+    first, second = unpack(stored, dtype)
+    assert first.dtype == second.dtype == dtype
+    np.testing.assert_array_equal(first.astype(jnp.int32), np.tile(nibble, (16, 1)))
+    np.testing.assert_array_equal(second.astype(jnp.int32), np.tile(nibble, (16, 1)).T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tiles",
+    [Tiles(16, 32, 16, 4, 2, 2), Tiles(32, 16, 64, 1, 1, 3)],
+    ids=str,
+)
+def test_any_cut_gives_the_same(tiles: Tiles) -> None:
+    for layout in ("int8", "int4_g32_min"):
+        for rows, out, inner in ((3, 70, 608), (1, 16, 1024), (33, 9, 96)):
+            x, members = example(layout, rows, out, inner)
+            found = KERNEL(x, members, layout=layout_of(layout), tiles=tiles)
+            assert error(found, exact(x, members, layout)) < 1e-4
+
+
+def test_joint_weights_and_batches() -> None:
+    """Of a weight [2, mlp, in], as gate and up are stored together, and x [batch, len, in]."""
+    x, members = example("int4_g32_min", 6, 2 * 24, 96)
+    joint = {name: member.reshape(2, 24, *member.shape[1:]) for name, member in members.items()}
+    run = partial(quantized_matmul, layout=layout_of("int4_g32_min"), backend="pallas_interpret")
+    found = run(x.reshape(2, 3, 96), joint)
+    assert (found.shape, found.dtype) == ((2, 3, 2, 24), jnp.bfloat16)
+    np.testing.assert_array_equal(found.reshape(6, 48), run(x, members))
+
+
+def test_gradient() -> None:
+    layout = layout_of("int4_g64_min")
+    x, members = example("int4_g64_min", 3, 40, 128)
+
+    def loss(x: jax.Array, backend: str) -> jax.Array:
+        return jnp.sum(jnp.sin(quantized_matmul(x, members, layout=layout, dtype=jnp.float32, backend=backend)))
+
+    found = jax.grad(loss)(x, "pallas_interpret")
+    assert found.dtype == x.dtype
+    assert error(found, jax.grad(loss)(x.astype(jnp.float32), "reference")) < 1e-2
+
+
+def test_what_is_not_supported() -> None:
+    def reason(layout: str, x: Any = None, **shape: int) -> str | None:
+        sizes = {"rows": 1, "out": 32, "inner": 1024} | shape
+        arrays = jax.eval_shape(ProductShape(layout, **sizes).example, jax.random.key(0))
+        given = arrays.pop("x")
+        return pallas_triton.unsupported(find("mi300x"), given if x is None else x, arrays, layout=layout_of(layout))
+
+    assert reason("int8") is reason("int4_g64_min", rows=256) is None
+    assert "8-bit floats" in str(reason("fp8_g128"))
+    assert "257 rows" in str(reason("int8", rows=257))
+    assert "no rows" in str(reason("int8", rows=0))
+    assert "groups of 16" in str(reason("int8_g16"))
+    assert "asymmetric" in str(reason("int4_min"))
+    assert "40 bytes" in str(reason("int8", inner=40))
+    assert "bytes" in str(reason("int8", out=1 << 19, inner=8192))
+    assert "float32" in str(reason("int8", x=jax.ShapeDtypeStruct((1, 1024), jnp.float32)))
+    x, members = example("int8", 1, 32, 64)
+    with pytest.raises(KernelError, match="GPUs only"):
+        quantized_matmul(x, members, layout=layout_of("int8"), backend="pallas_triton")
+
+
+def test_a_model_computes_with_the_kernels() -> None:
+    """All of its products, joint ones and the head's too: as near to the decoded weights as with plain operations."""
+    config = preset("llama-3.2-1b").replace(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=96)
+    config = config.replace(layers=config.layers[:1])
+    params = fuse_params(init_params(config, jax.random.key(0), jnp.bfloat16), config)
+    params, stored = quantize_params(params, config, recipe("int4", group=32))
+    tokens = random_tokens(config, 1, 2)
+    errors = {}
+    expected, _ = run(*dequantize_params(params, stored, jnp.float32), tokens)
+    for backend in ("reference", "pallas_interpret"):
+        with using(quantized_matmul=backend):
+            errors[backend] = error(run(params, stored, tokens)[0], expected)
+    assert errors["pallas_interpret"] < max(1.5 * errors["reference"], 2e-2)
+    made = {c.shape for c in report() if (c.operation, c.backend) == ("quantized_matmul", "pallas_interpret")}
+    assert {shape.split()[2] for shape in made} >= {"n128", "n64", "n16384", "n96"}
+
+
+@pytest.mark.parametrize("target", GPUS, ids=lambda target: target.name)
+def test_tiles_fit(target: Any) -> None:
+    """Powers of two, no more threads than there can be, no step of more than a group."""
+    for shape in (*SHAPES, ProductShape("int4_g32", 1, 8, 32), ProductShape("int4_g1024", 256, 100, 8192)):
+        layout = layout_of(shape.layout)
+        row_bytes = shape.inner // layout.per_byte
+        sizes = {"rows": shape.rows, "out": shape.out, "row_bytes": row_bytes, "layout": layout}
+        found = list(candidates(target, **sizes))
+        assert found[0] == default_tiles(target, **sizes)
+        assert len(set(found)) == len(found) > 2
+        for tiles in found:
+            assert all(n & (n - 1) == 0 < n for n in (tiles.rows, tiles.cols, tiles.inner, tiles.splits))
+            assert tiles.num_warps * (target.wave_size or 32) <= 1024
+            assert tiles.inner >= CHUNK
+            assert tiles.rows >= MATRIX_ROWS
+            if layout.group is not None:
+                assert layout.group // layout.per_byte % tiles.inner == 0
+
+
+def test_names() -> None:
+    assert product_shape(**product_cases()[1].arguments()) == "int4_g64_min r1 n100 k704"
+    assert len({shape.name for shape in SHAPES}) == len(SHAPES)
+    assert MEASURED[0].flops == 2 * 28672 * 4096
+    assert MEASURED[0].bytes == 28672 * 4096 + 4 * 28672 + 2 * (4096 + 28672)
+    numbers = {"products": ((64, 32), (32, 96)), "layouts": ("int8",)}
+    assert [case.name for case in product_models(numbers)][::3] == ["int8 64x32, 1 rows", "int8 32x96, 1 rows"]
+    usual = product_models({"products": ((64, 64),)})
+    assert {case.name.split()[0] for case in usual} == {"int8", "int4_g64_min"}
+
+
+@pytest.mark.parametrize("case", quantized_matmul_op.models(None)[::5], ids=lambda case: case.name)
+def test_lowers_for_amd(case: Any) -> None:
+    """Triton's dialect has all that the kernels use, and the call is one kernel."""
+    target = find("mi300x")
+    device = jax.sharding.AbstractDevice(device_kind=target.arch, num_cores=target.compute_units, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        call = jax.jit(lambda arrays: pallas_triton.run(**case.arguments(arrays)))
+        text = call.trace(case.abstract()).lower(lowering_platforms=("rocm",)).as_text()
+    assert text.count("xla.gpu.triton") == 1
+    assert "quantized_mat" in text
