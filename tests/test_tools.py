@@ -33,7 +33,7 @@ from llama_jax.text.tools import (
     reasoning_of,
     tools_of,
 )
-from llama_jax.text.tools.grammars import answered
+from llama_jax.text.tools.grammars import OPENING, amid, answered
 from llama_jax.text.tools.json_object import JsonObject
 from llama_jax.text.tools.parser import joined
 from llama_jax.text.tools.python_literal import keywords
@@ -334,6 +334,43 @@ def test_grammars_allow_calls_and_nothing_else(tokenizer: Tokenizer, name: str, 
             jsonschema.validate(arguments, SCHEMAS[tool])
     assert len(called) >= 6
     assert max(called) == 1 or several
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("name", ["hermes", "tool_calls", "tool_calls_args"])
+def test_grammars_of_texts_with_calls(tokenizer: Tokenizer, name: str, control: bool) -> None:
+    """Anything may be written, but for what is no call behind the mark of one, be it a control token or not."""
+    format = FORMATS[name]
+    opening = "<file_sep>" if control else format.opening
+
+    def spelled(mark: str) -> str:
+        return OPENING if mark == format.opening else json.dumps(mark)
+
+    number = tokenizer.special_tokens["<file_sep>"]
+    made = amid(
+        format.grammar(TOOLS[1:], True, spelled), f"<[{number}]>" if control else json.dumps(opening), several=True
+    )
+
+    def allowed(text: str) -> bool:
+        matcher = GrammarMatcher.of(Grammar.lark(made), tokenizer, tokenizer.vocab_size, (2,))
+        mask = np.zeros((tokenizer.vocab_size + 31) // 32, np.uint32)
+        for token in [*tokenizer.encode(text, add_special_tokens=False), 2]:
+            mask[:] = 0xFFFFFFFF
+            matcher.mask(mask)
+            if not mask[token // 32] >> (token % 32) & 1:
+                return False
+            matcher.accept(token)
+        return True
+
+    call = {
+        "hermes": f'{opening}\n{{"name": "add", "arguments": {{}}}}\n</tool_call>',
+        "tool_calls": f'{opening}[{{"name": "add", "arguments": {{}}}}]',
+        "tool_calls_args": f"{opening}add[ARGS]{{}}",
+    }[name]
+    for text in ("", "Well.", call, f"Well.\n{call}", f"{call} and\n{call} more", "a < b <tool [TOOL {"):
+        assert allowed(text), text
+    for text in (f"{opening} oops", f"Well. {call} {opening}x", f"{call[:-3]}x"):
+        assert not allowed(text), text
 
 
 @pytest.mark.parametrize("mark", ["</think>", "<file_sep>"])
