@@ -303,4 +303,6 @@ def test_a_model_without_tools(tmp_path_factory: pytest.TempPathFactory) -> None
     with asyncio.Runner() as runner, Server(*tiny_model(folder), runner) as plain:
         answer = plain.chat(tools=TOOLS)
         assert (answer.status, answer.json["error"]["param"]) == (400, "tools")
+        plain.served.__dict__["tool_format"] = FORMATS["hermes"]  # named, but the template tells the model of no tools
+        assert plain.chat(tools=TOOLS).status == 400
         assert plain.chat(tools=[], tool_choice="none", max_tokens=1).status == 200

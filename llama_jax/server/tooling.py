@@ -65,7 +65,7 @@ def offer_of(served: Served, fields: dict[str, Any]) -> Offer:
     if choice == "none" or not (tools or builtin):
         return Offer()
     format = served.tool_format
-    if format is None:
+    if format is None or not served.shows_tools:
         raise RequestError(
             "this model's chat template has no calls of tools that are known here",
             param="tools",
