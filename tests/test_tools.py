@@ -109,6 +109,8 @@ CASES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         [("brave_search", {"query": 'a, "b" (c)'})],
     ),
     ("llama_pythonic", "[get_weather(city='Zürich {\"}\\\\ ]', days=[1, {'n': None}])]", "", [WEATHER]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {}, "why": [1]}</tool_call>.\n', ".\n", [("add", {})]),
+    ("llama_pythonic", '[add(a="x\\") ]")]', "", [("add", {"a": 'x") ]'})]),
     (
         "llama_pythonic",
         '<|python_start|>[add(), add(a=-1.5, b=true, c=("x", False))]<|python_end|>',
@@ -208,6 +210,20 @@ def test_objects_of_json(value: dict[str, Any], indent: int | None, ascii: bool,
     made = scanned(text + behind)
     assert (made.state, made.text) == ("done", text)
     assert {key: json.loads(made.value(key) or "") for key in made.members} == value
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        ('{"a": "b\n"}', "broken"),
+        ('{"a": ' + "[" * 63 + "]" * 63 + "}", "done"),
+        ('{"a": ' + "[" * 64 + "]" * 64 + "}", "broken"),
+        ('{"a": ' + "1" * 400 + "}", "done"),
+        ('{"a": ' + "1" * 401 + "}", "broken"),
+    ],
+)
+def test_bounds_of_objects(text: str, state: str) -> None:
+    assert scanned(text).state == state
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=3), st.data())
