@@ -1,4 +1,4 @@
-"""When a failed engine is made anew: a policy that knows of no engine."""
+"""The policy of restarts, which knows of no engine."""
 
 from __future__ import annotations
 

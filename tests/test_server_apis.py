@@ -56,14 +56,18 @@ def named(answer: Answer) -> list[Any]:
     return made
 
 
-@pytest.fixture
-def scripted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every answer is TEXT, whatever was asked for: the engine is held to it, and everything behind it is as ever."""
+def hold(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """Makes every answer the text: the engine is held to it, and everything behind it is as ever."""
     from llama_jax.sampling import Grammar
     from llama_jax.server import asking
 
-    form = Grammar.lark(f"start: {json.dumps(TEXT)}")
+    form = Grammar.lark(f"start: {json.dumps(text)}")
     monkeypatch.setattr(asking, "form_of", lambda _, __, ___, place: (form, place))
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(monkeypatch, TEXT)
 
 
 # --- Anthropic
@@ -241,6 +245,22 @@ def test_errors_are_anthropics(server: Server, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.undo()
         assert last["type"] == "error"
         assert "gone" in (last.get("error") or last)["message"]
+
+
+def test_two_calls(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a block, or an item, of its own, streaming or not."""
+    cities = ["Oslo", "Rome"]
+    calls = [json.dumps({"name": "get_weather", "arguments": {"city": city}}) for city in cities]
+    hold(monkeypatch, "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls))
+    body: dict[str, Any] = {"tools": [CLAUDE_TOOL], "max_tokens": 100}
+    for made in (messages(server, **body).json, folded(named(messages(server, **body, stream=True)))):
+        assert [block["input"]["city"] for block in made["content"]] == cities
+        assert len({block["id"] for block in made["content"]}) == 2
+    body = {"tools": [FLAT_TOOL], "max_output_tokens": 100}
+    *_, last = named(responses(server, **body, stream=True))
+    for made in (responses(server, **body).json, last["response"]):
+        assert [json.loads(item["arguments"])["city"] for item in made["output"]] == cities
+        assert len({item["id"] for item in made["output"]} | {item["call_id"] for item in made["output"]}) == 4
 
 
 # --- Responses

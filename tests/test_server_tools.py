@@ -18,8 +18,10 @@ from tiny_chat_model import TOOL_TEMPLATE
 from llama_jax.cli import cli
 from llama_jax.sampling import Grammar
 from llama_jax.server import asking
+from llama_jax.server.bodies import ChatBody
 from llama_jax.server.conversations import text_messages
 from llama_jax.text.chat import render_chat
+from llama_jax.text.tools import FORMATS
 
 PARAMETERS = {
     "type": "object",
@@ -229,11 +231,27 @@ def test_a_parser_that_is_not_known() -> None:
     assert "did you mean hermes" in done.output
 
 
-def test_strict_tools_are_named_where_nothing_holds_them(server: Server) -> None:
+def test_strict_tools(server: Server) -> None:
+    """What the grammar allows, test_tools.py says; here it is asked for, and any other text may still be written."""
+    strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
+    loose = {"type": "function", "function": WEATHER["function"] | {"strict": False}}
+
+    def form(tool: Any) -> Any:
+        body = ChatBody(messages=[{"role": "user", "content": "Hi"}], tools=[tool])
+        return asking.asked(server.served, body).params.response_format
+
+    assert form(loose) is None
+    assert 'opening[suffix="<tool_call>"]' in form(strict).text
+    assert '"Oslo"' in form(strict).text
+    made = server.chat(tools=[strict], temperature=0, max_tokens=5).json["choices"][0]
+    assert (made["finish_reason"], bool(made["message"]["content"])) == ("length", True)
+
+
+def test_strict_tools_are_named_where_nothing_holds_them(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     strict = {"type": "function", "function": {"name": "now", "strict": True}}
+    assert "x-llama-jax-ignored" not in server.chat(tools=[strict], max_tokens=1).headers
+    monkeypatch.setitem(server.served.__dict__, "tool_format", FORMATS["llama_json"])
     assert server.chat(tools=[strict], max_tokens=1).headers["x-llama-jax-ignored"] == "tools.function.strict"
-    held = server.chat(tools=[strict], tool_choice="required", parallel_tool_calls=False, max_tokens=60)
-    assert "x-llama-jax-ignored" not in held.headers
 
 
 def ends(server: Server, *messages: Any, **body: Any) -> tuple[int, str]:
@@ -285,4 +303,6 @@ def test_a_model_without_tools(tmp_path_factory: pytest.TempPathFactory) -> None
     with asyncio.Runner() as runner, Server(*tiny_model(folder), runner) as plain:
         answer = plain.chat(tools=TOOLS)
         assert (answer.status, answer.json["error"]["param"]) == (400, "tools")
+        plain.served.__dict__["tool_format"] = FORMATS["hermes"]  # named, but the template tells the model of no tools
+        assert plain.chat(tools=TOOLS).status == 400
         assert plain.chat(tools=[], tool_choice="none", max_tokens=1).status == 200

@@ -33,7 +33,7 @@ from llama_jax.text.tools import (
     reasoning_of,
     tools_of,
 )
-from llama_jax.text.tools.grammars import answered
+from llama_jax.text.tools.grammars import OPENING, amid, answered
 from llama_jax.text.tools.json_object import JsonObject
 from llama_jax.text.tools.parser import joined
 from llama_jax.text.tools.python_literal import keywords
@@ -109,6 +109,8 @@ CASES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         [("brave_search", {"query": 'a, "b" (c)'})],
     ),
     ("llama_pythonic", "[get_weather(city='Zürich {\"}\\\\ ]', days=[1, {'n': None}])]", "", [WEATHER]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {}, "why": [1]}</tool_call>.\n', ".\n", [("add", {})]),
+    ("llama_pythonic", '[add(a="x\\") ]")]', "", [("add", {"a": 'x") ]'})]),
     (
         "llama_pythonic",
         '<|python_start|>[add(), add(a=-1.5, b=true, c=("x", False))]<|python_end|>',
@@ -208,6 +210,20 @@ def test_objects_of_json(value: dict[str, Any], indent: int | None, ascii: bool,
     made = scanned(text + behind)
     assert (made.state, made.text) == ("done", text)
     assert {key: json.loads(made.value(key) or "") for key in made.members} == value
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        ('{"a": "b\n"}', "broken"),
+        ('{"a": ' + "[" * 63 + "]" * 63 + "}", "done"),
+        ('{"a": ' + "[" * 64 + "]" * 64 + "}", "broken"),
+        ('{"a": ' + "1" * 400 + "}", "done"),
+        ('{"a": ' + "1" * 401 + "}", "broken"),
+    ],
+)
+def test_bounds_of_objects(text: str, state: str) -> None:
+    assert scanned(text).state == state
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=3), st.data())
@@ -334,6 +350,43 @@ def test_grammars_allow_calls_and_nothing_else(tokenizer: Tokenizer, name: str, 
             jsonschema.validate(arguments, SCHEMAS[tool])
     assert len(called) >= 6
     assert max(called) == 1 or several
+
+
+@pytest.mark.parametrize("control", [False, True])
+@pytest.mark.parametrize("name", ["hermes", "tool_calls", "tool_calls_args"])
+def test_grammars_of_texts_with_calls(tokenizer: Tokenizer, name: str, control: bool) -> None:
+    """Anything may be written, but for what is no call behind the mark of one, be it a control token or not."""
+    format = FORMATS[name]
+    opening = "<file_sep>" if control else format.opening
+
+    def spelled(mark: str) -> str:
+        return OPENING if mark == format.opening else json.dumps(mark)
+
+    number = tokenizer.special_tokens["<file_sep>"]
+    made = amid(
+        format.grammar(TOOLS[1:], True, spelled), f"<[{number}]>" if control else json.dumps(opening), several=True
+    )
+
+    def allowed(text: str) -> bool:
+        matcher = GrammarMatcher.of(Grammar.lark(made), tokenizer, tokenizer.vocab_size, (2,))
+        mask = np.zeros((tokenizer.vocab_size + 31) // 32, np.uint32)
+        for token in [*tokenizer.encode(text, add_special_tokens=False), 2]:
+            mask[:] = 0xFFFFFFFF
+            matcher.mask(mask)
+            if not mask[token // 32] >> (token % 32) & 1:
+                return False
+            matcher.accept(token)
+        return True
+
+    call = {
+        "hermes": f'{opening}\n{{"name": "add", "arguments": {{}}}}\n</tool_call>',
+        "tool_calls": f'{opening}[{{"name": "add", "arguments": {{}}}}]',
+        "tool_calls_args": f"{opening}add[ARGS]{{}}",
+    }[name]
+    for text in ("", "Well.", call, f"Well.\n{call}", f"{call} and\n{call} more", "a < b <tool [TOOL {"):
+        assert allowed(text), text
+    for text in (f"{opening} oops", f"Well. {call} {opening}x", f"{call[:-3]}x"):
+        assert not allowed(text), text
 
 
 @pytest.mark.parametrize("mark", ["</think>", "<file_sep>"])

@@ -1,4 +1,4 @@
-"""When an engine that has failed is made anew, and when no more."""
+"""Policy of restarts: when a failed engine is made anew, and when it is given up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Restarts:
-    """At once after a first failure, then after pauses that double; not at all after too many failures in a row.
+    """Restarts at once after a first failure, then after pauses that double, until there were too many in a row.
 
     Attributes:
       attempts: to make it anew, in a row.

@@ -1,4 +1,4 @@
-"""What callers ask an engine for, and the pieces that they get."""
+"""Requests of an engine's callers, and the pieces that they get."""
 
 from __future__ import annotations
 

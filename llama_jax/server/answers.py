@@ -9,7 +9,7 @@ import msgspec
 
 
 class ErrorDetail(msgspec.Struct):
-    """What is wrong; `param` names the field of the request."""
+    """A fault of a request; `param` names the field."""
 
     message: str
     type: str
@@ -71,13 +71,13 @@ class TokenizerAnswer(msgspec.Struct):
 
 
 class CountAnswer(msgspec.Struct):
-    """How many tokens messages would be."""
+    """Count of the tokens that messages would be."""
 
     input_tokens: int
 
 
 class StatusAnswer(msgspec.Struct):
-    """What the server is, and why it takes no requests."""
+    """State of the server, and why it takes no requests."""
 
     status: Literal["live", "ready", "draining", "restarting", "failed", "stalled"]
     reason: str | msgspec.UnsetType = msgspec.UNSET
@@ -124,7 +124,7 @@ class Usage(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Timings(msgspec.Struct, forbid_unknown_fields=True):
-    """How long the tokens of a single prompt took, in milliseconds and tokens a second, with llama.cpp's names."""
+    """Times of a single prompt and its tokens, in milliseconds and tokens a second, with llama.cpp's names."""
 
     cache_n: int
     prompt_n: int

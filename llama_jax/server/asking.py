@@ -106,7 +106,7 @@ def _chat(served: Served, fields: dict[str, Any]) -> Asked:
     form, place = form_of(served, offer, params.response_format, place)
     shown = params.skip_special_tokens and not shows_control(served, offer)
     params = dataclasses.replace(params, response_format=form, skip_special_tokens=shown)
-    loose = ("tools.function.strict",) if offer.loose else ()
+    loose = ("tools.function.strict",) if offer.strict and form is None else ()
     return Asked(endpoint, (prompt,), params, lambda: reader_of(served, offer, place), ignored=loose)
 
 

@@ -1,4 +1,4 @@
-"""What the server can be asked: one operation for each route, which is the route and its description at once."""
+"""Operations of the server: each is a route and its description at once."""
 
 from __future__ import annotations
 

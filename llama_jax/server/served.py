@@ -55,7 +55,7 @@ class Served:
 
     @cached_property
     def tool_format(self) -> ToolFormat | None:
-        """How the model writes calls of tools; None if that is not known, or it cannot.
+        """Spelling of the model's calls of tools; None if it is not known, or there are none.
 
         Raises:
           RequestError: there is no format of the name `tool_parser`.
@@ -63,6 +63,11 @@ class Served:
         if self.tool_parser:
             return format_named(self.tool_parser)
         return format_of(self._template(tools=True))
+
+    @cached_property
+    def shows_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return "tools" in self._template(tools=True)
 
     @cached_property
     def reasoning(self) -> tuple[str, str] | None:

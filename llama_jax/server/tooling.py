@@ -12,7 +12,7 @@ from llama_jax.server.reading import ChatReader
 from llama_jax.server.served import Served
 from llama_jax.text.grammar import GrammarMatcher
 from llama_jax.text.tools import Place, ReasoningParser, Tool, ToolFormat, tools_of
-from llama_jax.text.tools.grammars import answered
+from llama_jax.text.tools.grammars import OPENING, amid, answered
 
 _RESERVED = frozenset(
     {"tokenizer", "messages", "add_generation_prompt", "tools", "documents", "chat_template", "strftime_now"}
@@ -29,7 +29,7 @@ class Offer:
       tools: those that may be called; builtin: names of tools that only the template knows.
       choice: "required" where the answer has to be a call of one of `tools`.
       several: whether it may be more than one call.
-      loose: whether a tool asks for `strict` arguments, and nothing holds the answer to them.
+      strict: whether a tool asks that its arguments meet its schema even where no call is asked for.
     """
 
     format: ToolFormat | None = None
@@ -38,7 +38,7 @@ class Offer:
     builtin: tuple[str, ...] = ()
     choice: Literal["auto", "required"] = "auto"
     several: bool = True
-    loose: bool = False
+    strict: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,15 +65,15 @@ def offer_of(served: Served, fields: dict[str, Any]) -> Offer:
     if choice == "none" or not (tools or builtin):
         return Offer()
     format = served.tool_format
-    if format is None:
+    if format is None or not served.shows_tools:
         raise RequestError(
             "this model's chat template has no calls of tools that are known here",
             param="tools",
             hint="leave them out, use a model that calls tools, or name its format: `llama-jax serve --tool-parser`",
         )
     if chosen is None:
-        loose = any(tool["function"].get("strict") is True for tool in given)
-        return Offer(format, given or None, tools, builtin, several=several, loose=loose)
+        strict = any(tool["function"].get("strict") is True for tool in given)
+        return Offer(format, given or None, tools, builtin, several=several, strict=strict)
     return Offer(format, given, chosen, choice="required", several=several and choice == "required")
 
 
@@ -121,7 +121,7 @@ def form_of(served: Served, offer: Offer, form: Grammar | None, place: Place) ->
     answer = ""
     if offer.choice != "required":
         if form is None:
-            return None, place
+            return _amid(served, offer, place), place
         if form.kind != "json_schema":
             if offer.tools:
                 hint = "ask for a JSON schema"
@@ -136,14 +136,34 @@ def form_of(served: Served, offer: Offer, form: Grammar | None, place: Place) ->
     made = Grammar.lark(
         answered(calls=calls, answer=answer, reasoning=reasoning, inside=inside, spelled=served.spelled)
     )
+    return _compiled(served, made, "tools" if calls else "response_format"), place
+
+
+def _amid(served: Served, offer: Offer, place: Place) -> Grammar | None:
+    """The form of a text that may hold calls, if a tool is strict and the format has a mark to tell them by."""
+    format = offer.format
+    if format is None or not offer.strict or not format.opening:
+        return None
+
+    def spelled(mark: str) -> str:
+        return OPENING if mark == format.opening else served.spelled(mark)
+
+    end = served.spelled(served.reasoning[1]) if served.reasoning and place == "inside" else ""
+    calls = format.grammar(offer.tools, offer.several, spelled)
+    made = amid(calls, served.spelled(format.opening), several=offer.several, reasoning_end=end)
+    return _compiled(served, Grammar.lark(made), "tools")
+
+
+def _compiled(served: Served, grammar: Grammar, param: str) -> Grammar:
+    """A grammar that can be used; compiled ones are kept."""
     model = served.engine.model
     try:
-        GrammarMatcher.of(made, served.tokenizer, model.config.vocab_size, model.eos_token_ids)  # it is kept
+        GrammarMatcher.of(grammar, served.tokenizer, model.config.vocab_size, model.eos_token_ids)
     except RequestError as error:
-        what, param = ("parameters of a tool", "tools") if calls else ("JSON schema", "response_format")
+        what = {"tools": "parameters of a tool", "response_format": "JSON schema"}[param]
         why = error.message.partition(": ")[2]
         raise RequestError(f"the {what} cannot be used: {why}", param=param, hint=error.hint) from None
-    return made, place
+    return grammar
 
 
 def reader_of(served: Served, offer: Offer, place: Place) -> ChatReader:

@@ -13,7 +13,7 @@ from llama_jax.server.errors import Failure
 
 
 class Dialect[Body: msgspec.Struct](Protocol):
-    """How one API asks and is answered.
+    """One API: its requests, its answers and its events.
 
     Attributes:
       summary: of what is asked for; body, answer: types of requests and answers.

@@ -45,7 +45,7 @@ Begin = Callable[[Collection[str]], Attempt]
 
 
 class Reading:
-    """What attempts have in common."""
+    """Base of attempts."""
 
     state: State = "open"
 
@@ -146,9 +146,9 @@ def _inner(value: str) -> str:
 
 
 class Headed(Reading):
-    """What stands between a mark and the brace of a JSON object decides what the object is.
+    """A JSON object behind a mark, with a head between the two.
 
-    `pattern` matches all of it; its group "name" is the tool's, and without one the object says the name itself.
+    `pattern` matches the whole head; its group "name" is the tool's, and without one the object says the name itself.
     """
 
     def __init__(self, names: Collection[str], pattern: re.Pattern[str]):

@@ -1,4 +1,4 @@
-"""What the text of a model turns out to be, piece by piece."""
+"""Pieces of what the text of a model turns out to be."""
 
 from __future__ import annotations
 

@@ -50,6 +50,7 @@ class ToolFormat:
       parser: makes what reads one answer, from the names of the tools.
       grammar: of texts that are calls and nothing else.
       control: control tokens of the tokenizer that the parser has to see.
+      opening: the mark with which every call of the grammar begins, if all do and nothing else does.
       call_id: makes the id of a call.
     """
 
@@ -58,6 +59,7 @@ class ToolFormat:
     grammar: ToolGrammar
     control: tuple[str, ...] = ()
     call_id: Callable[[], str] = openai_id
+    opening: str = ""
 
 
 _PYTHONIC = re.compile(r"\[\w+\(\w+=")
@@ -90,6 +92,7 @@ FORMATS: dict[str, ToolFormat] = {
         functools.partial(ToolParser, _HERMES_MARKS),
         grammars.hermes,
         ("<tool_call>", "</tool_call>"),
+        opening="<tool_call>",
     ),
     "tool_calls": ToolFormat(
         lambda template: "[TOOL_CALLS]" in template and "[ARGS]" not in template,
@@ -97,6 +100,7 @@ FORMATS: dict[str, ToolFormat] = {
         grammars.tool_calls,
         ("[TOOL_CALLS]",),
         short_id,
+        opening="[TOOL_CALLS]",
     ),
     "tool_calls_args": ToolFormat(
         lambda template: "[TOOL_CALLS]" in template and "[ARGS]" in template,
@@ -104,6 +108,7 @@ FORMATS: dict[str, ToolFormat] = {
         grammars.tool_calls_args,
         ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
         short_id,
+        opening="[TOOL_CALLS]",
     ),
     # Every Llama writes both forms at times, so both are read.
     "llama_pythonic": ToolFormat(

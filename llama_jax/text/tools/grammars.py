@@ -17,6 +17,10 @@ ToolGrammar = Callable[[Sequence[Tool], bool, Spelled], str]
 
 _GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as models have learnt it, and as json.dumps writes it."""
+_ANYTHING = r"ANYTHING: /(.|\n)+/"
+_SPACES = r"SPACES: /[ \n]{0,4}/"  # some may write nothing else for ever
+OPENING = "opening"
+"""The rule that `amid` adds to a grammar of calls."""
 _DEFINITIONS = ("$defs", "definitions")
 _KEYWORD = re.compile(r"[^\s=,()\[\]{}\"']+")
 
@@ -75,12 +79,30 @@ def answered(
     if reasoning is not None:
         begin, end = map(spelled, reasoning)
         first = "reasoning SPACES " if inside else f"({begin} reasoning SPACES)? "
-        if end.startswith("<["):  # a control token, with which no text ends
-            rules += [f"reasoning: THOUGHT? {end}", "THOUGHT: /(.|\\n)+/"]
-        else:
-            rules.append(f"reasoning[suffix={end}]: /(.|\\n)*/")
-        rules.append("SPACES: /[ \\n]{0,4}/")  # some may write nothing else for ever
-    return "\n".join([f"start: {first}({body})", *rules]) + "\n"
+        rules += [_up_to("reasoning", end), _SPACES]
+    return "\n".join([f"start: {first}({body})", *rules, _ANYTHING]) + "\n"
+
+
+def amid(calls: str, opening: str, *, several: bool, reasoning_end: str = "") -> str:
+    """Return the grammar of any text, in which nothing but a call follows the mark that opens one.
+
+    Args:
+      calls: a grammar of calls, in which `OPENING` stands for the mark.
+      opening: the mark; reasoning_end: what ends the reasoning within which the text begins. Both are spelled already.
+    """
+    first = "reasoning SPACES " if reasoning_end else ""
+    rules = [f"start: {first}calls{'*' if several else '?'} ANYTHING?", calls.replace("start:", "calls:", 1)]
+    rules += [_up_to(OPENING, opening), _ANYTHING]
+    if reasoning_end:
+        rules += [_up_to("reasoning", reasoning_end), _SPACES]
+    return "\n".join(rules) + "\n"
+
+
+def _up_to(rule: str, mark: str) -> str:
+    """The rule of any text that ends with the first mark."""
+    if mark.startswith("<["):  # a control token, which no text holds
+        return f"{rule}: ANYTHING? {mark}"
+    return f"{rule}[suffix={mark}]: /(.|\\n)*/"
 
 
 def _objects(tools: Sequence[Tool], key: str) -> str:

@@ -44,7 +44,7 @@ class ToolParser:
         self._begun = re.compile(f"({'|'.join(_beginning(text) for text in anywhere)})\\Z")
         self._pending = self._spaces = self._raw = ""
         self._attempt: Attempt | None = None
-        self._behind = self._called = False
+        self._behind = False
 
     def feed(self, text: str) -> list[Delta]:
         """Take more of the text; return what is certain now."""
@@ -59,11 +59,10 @@ class ToolParser:
         deltas: list[Delta] = []
         if self._attempt is not None:
             deltas += self._attempt.finish()
-            self._called = self._called or bool(deltas)
             if not deltas and not self._attempt.committed:
                 self._say(self._raw, deltas)
         self._say(self._pending, deltas)
-        if self._spaces and not self._called:
+        if self._spaces:
             deltas.append(Text(self._spaces))
         self._pending = self._spaces = ""
         self._attempt = None
@@ -82,7 +81,7 @@ class ToolParser:
             self._raw += self._pending[:count]
         self._pending = self._pending[count:]
         if attempt.committed:
-            self._called, self._spaces = True, ""
+            self._spaces = ""
         deltas += new
         if attempt.state == "open":
             return False

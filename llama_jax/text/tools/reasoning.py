@@ -1,4 +1,4 @@
-"""What a model thinks before it answers, where its family has marks for it."""
+"""Reasoning before an answer, where a model's family has marks for it."""
 
 from __future__ import annotations
 
