@@ -80,7 +80,8 @@ def model_report(model: str, result: ModelCompilation, remedies: Sequence[str]) 
     mesh = pairs_text(result.plan.sizes) or "one device"
     lines = [
         f"{model} compiled for {devices} x {target.label or target.name} ({target.arch}), {mesh}; not run",
-        f"{dtypes_text(w.dtype, w.kv_dtype)}, batch {w.batch} ({result.batch} rows), prompt {w.prompt}, context {w.context}",
+        f"{dtypes_text(w.dtype, w.kv_dtype)}, batch {w.batch} ({result.batch} rows), prompt {w.prompt}, "
+        f"context {w.context}",
         "",
         "memory of each device: prefill and decode as XLA reports them, the others as planned",
         *memory_lines(result.verdict, target),
@@ -168,8 +169,8 @@ def engine_report(model: str, result: EngineCompilation) -> str:
         [
             f"the engine of {model} compiled for {result.devices} x {target.label or target.name} ({target.arch}), "
             f"{mesh}; not run",
-            f"{dtypes_text(result.dtype, result.kv_dtype)}, {settings.rows} rows, context {settings.context}, {settings.pages} pages of "
-            f"{settings.page_size} tokens",
+            f"{dtypes_text(result.dtype, result.kv_dtype)}, {settings.rows} rows, context {settings.context}, "
+            f"{settings.pages} pages of {settings.page_size} tokens",
             "",
             "memory of each device: loading as planned, the others as XLA reports them",
             *memory_lines(result.verdict, target),
