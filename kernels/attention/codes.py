@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llama_jax.errors import KernelError
 from llama_jax.kernels.attention.records import KeysValues
 from llama_jax.kernels.pallas import Index, load_row
 from llama_jax.targets import Target
@@ -63,12 +62,3 @@ def spills(kv: KeysValues, target: Target) -> str | None:
     if kv.quantised and target.arch.startswith("gfx11") and kv.k.shape[3] > 128:
         return f"with codes of head_dim {kv.k.shape[3]} {target.arch} would spill registers"
     return None
-
-
-def refuse_gradients(kv: KeysValues) -> None:
-    """Raises KernelError for quantised keys and values, which no kernel differentiates."""
-    if kv.quantised:
-        raise KernelError(
-            "attention has no gradient for quantised keys and values",
-            hint="differentiate with a cache in the model's dtype",
-        )

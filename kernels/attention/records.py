@@ -13,6 +13,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from llama_jax.errors import KernelError
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -120,6 +122,15 @@ class Places:
     q_spans: Any = None
     kv_spans: Any = None
     q_index: Any = None
+
+
+def refuse_gradients(kv: KeysValues) -> None:
+    """Raises KernelError for quantised keys and values, which no kernel differentiates."""
+    if kv.quantised:
+        raise KernelError(
+            "attention has no gradient for quantised keys and values",
+            hint="differentiate with a cache in the model's dtype",
+        )
 
 
 def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.terminal import flops_text, ms_text, pairs_text, size_text, table
+from llama_jax.cli.terminal import dtypes_text, flops_text, ms_text, pairs_text, size_text, table
 from llama_jax.cli.verdict import memory_lines, verdict_facts, verdict_lines
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def model_facts(model: str, result: ModelCompilation, remedies: Sequence[str]) -
         "devices": result.prefill.compilation.devices,
         "mesh": dict(plan.sizes),
         "dtype": plan.workload.dtype,
+        "kv_dtype": plan.workload.kv_dtype,
         "batch": result.batch,
         "context": plan.workload.context,
         "prompt_chunk": result.chunk,
@@ -79,7 +80,8 @@ def model_report(model: str, result: ModelCompilation, remedies: Sequence[str]) 
     mesh = pairs_text(result.plan.sizes) or "one device"
     lines = [
         f"{model} compiled for {devices} x {target.label or target.name} ({target.arch}), {mesh}; not run",
-        f"{w.dtype}, batch {w.batch} ({result.batch} rows), prompt {w.prompt}, context {w.context}",
+        f"{dtypes_text(w.dtype, w.kv_dtype)}, batch {w.batch} ({result.batch} rows), prompt {w.prompt}, "
+        f"context {w.context}",
         "",
         "memory of each device: prefill and decode as XLA reports them, the others as planned",
         *memory_lines(result.verdict, target),
@@ -140,6 +142,7 @@ def engine_facts(model: str, result: EngineCompilation) -> dict[str, Any]:
         "devices": result.devices,
         "mesh": dict(result.sizes),
         "dtype": result.dtype,
+        "kv_dtype": result.kv_dtype,
         "settings": dataclasses.asdict(result.settings),
         **verdict_facts(result.verdict, ()),
         "device_bytes": target.memory,
@@ -166,8 +169,8 @@ def engine_report(model: str, result: EngineCompilation) -> str:
         [
             f"the engine of {model} compiled for {result.devices} x {target.label or target.name} ({target.arch}), "
             f"{mesh}; not run",
-            f"{result.dtype}, {settings.rows} rows, context {settings.context}, {settings.pages} pages of "
-            f"{settings.page_size} tokens",
+            f"{dtypes_text(result.dtype, result.kv_dtype)}, {settings.rows} rows, context {settings.context}, "
+            f"{settings.pages} pages of {settings.page_size} tokens",
             "",
             "memory of each device: loading as planned, the others as XLA reports them",
             *memory_lines(result.verdict, target),

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.terminal import flops_text, ms_text, pairs_text, size_text
+from llama_jax.cli.terminal import dtypes_text, flops_text, ms_text, pairs_text, size_text
 from llama_jax.cli.verdict import memory_lines, verdict_facts, verdict_lines
 
 if TYPE_CHECKING:
@@ -22,14 +22,13 @@ def report(model: str, plan: Plan, remedies: Sequence[str]) -> list[str]:
     target, w, needs, shapes = plan.target, plan.workload, plan.needs, plan.shapes
     mesh = pairs_text(plan.sizes) or "one device"
     arch = "" if target.arch == target.name else f" ({target.arch})"
-    cache = f", cache in {w.kv_dtype}" if w.kv_dtype else ""
     room = (
         f"; largest batch with this context: {plan.largest_batch}, "
         f"largest context with this batch: {plan.largest_context}"
     )
     return [
         f"{model} on {plan.devices} x {target.label or target.name}{arch}, {mesh}: predicted, nothing was run",
-        f"{w.dtype}{cache}, batch {w.batch}, prompt {w.prompt}, context {w.context}",
+        f"{dtypes_text(w.dtype, w.kv_dtype)}, batch {w.batch}, prompt {w.prompt}, context {w.context}",
         "",
         f"memory of each device, which has {shapes.rows} of the rows",
         f"  weights      {size_text(needs.weights)}",

@@ -60,6 +60,11 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     ]
 
 
+def dtypes_text(dtype: str, kv_dtype: str | None) -> str:
+    """What a model computes in, and what its cache is kept in if that is something else."""
+    return f"{dtype}, cache in {kv_dtype}" if kv_dtype else dtype
+
+
 def pairs_text(pairs: Mapping[str, object]) -> str:
     """Names and values as in "data=2 tensor=4"."""
     return " ".join(f"{name}={value}" for name, value in pairs.items())

@@ -10,11 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention.codes import refuse_gradients
 from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.attention.decode.partition import Cut, fixed_length, shares, visible_slots
 from llama_jax.kernels.attention.decode.tiles import Tiles, default_tiles, padded_rows
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels, refuse_gradients
 from llama_jax.kernels.attention.reference import attention_reference, visible
 from llama_jax.kernels.pallas import next_power_of_2, tile_width
 from llama_jax.targets import current

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import KernelError
-from llama_jax.kernels.attention.codes import refuse_gradients, spills
+from llama_jax.kernels.attention.codes import spills
 from llama_jax.kernels.attention.flash.backward import Saved, backward
 from llama_jax.kernels.attention.flash.blocks import LOG2_E, Program
 from llama_jax.kernels.attention.flash.forward import forward
 from llama_jax.kernels.attention.flash.tiles import Tiles, default_tiles
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels, refuse_gradients
 from llama_jax.kernels.attention.reference import gather_pages
 from llama_jax.kernels.pallas import MAX_ELEMENTS, rounds_to_bfloat16
 from llama_jax.targets import Target, current
