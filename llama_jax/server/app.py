@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from llama_jax import __version__
 from llama_jax.errors import EngineFailed, LlamaJaxError, RequestError
 from llama_jax.generation import encode_prompt
+from llama_jax.server import page
 from llama_jax.server.answering import answer, events
 from llama_jax.server.asking import asked, text_messages
 from llama_jax.server.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, decoded
@@ -88,6 +89,7 @@ def application(served: Served) -> ASGIApp:
             Route("/health/ready", ready),
             Route("/version", version),
             Route("/metrics", metrics),
+            *page.routes(),
         ],
         exception_handlers={LlamaJaxError: failed, HTTPException: failed, ClientDisconnect: failed, Exception: failed},
     )
