@@ -3,8 +3,8 @@
     uv run --group ui scripts/ui_build.py            # writes llama_jax/server/static
     uv run --group ui scripts/ui_build.py --check    # exit code 1 unless that is what the sources build
 
-Both work on a copy in a temporary folder, so that no node_modules is left behind; --work FOLDER keeps them there for the
-next run. Needs npm's registry.
+Both work on a copy in a temporary folder, so that no node_modules is left behind; --work FOLDER keeps it for the
+next run. Without npm's registry the exit code is 69.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "llama_jax" / "server" / "ui"
 BUILT = ROOT / "llama_jax" / "server" / "static"
+_UNREACHABLE = 69
 
 
 def node() -> tuple[Path, Path]:
@@ -44,10 +45,14 @@ def build(work: Path) -> Path:
     shutil.copytree(SOURCES, sources, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules"))
 
     def run(*args: str | Path) -> None:
-        subprocess.run([program, *args], cwd=sources, check=True, stdout=sys.stderr)
+        if failed := subprocess.run([program, *args], cwd=sources, stdout=sys.stderr).returncode:
+            raise SystemExit(failed)
 
     lock, installed = sources / "package-lock.json", work / "installed.json"
     if not modules.is_dir() or not installed.is_file() or not filecmp.cmp(lock, installed, shallow=False):
+        if subprocess.run([program, npm, "ping"], cwd=sources, capture_output=True).returncode:
+            print("error: npm's registry cannot be reached", file=sys.stderr)
+            raise SystemExit(_UNREACHABLE)
         run(npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund")
         shutil.copy(lock, installed)
     run("node_modules/typescript/bin/tsc", "--noEmit")

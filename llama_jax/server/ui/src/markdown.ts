@@ -103,7 +103,8 @@ function frameCode(code: HTMLElement): void {
   const pre = scrolling(document.createElement("pre"), `Code, ${language || "text"}`);
   pre.append(code);
   frame.append(head, pre);
-  const text = code.textContent ?? "";
+  const text = (code.textContent ?? "").replace(/\n$/, "");
+  code.textContent = text;
   if (language && text.length <= MOST_COLOURED)
     void import("./highlight").then(({ highlighted }) => {
       const html = highlighted(text, language.toLowerCase());

@@ -1,6 +1,6 @@
 /** One message: its text, what it cost, and what can be done with it. */
 
-import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { continued, edit, regenerate } from "./answering";
 import { type Message, siblings, stepped } from "./conversation";
 import { IconButton } from "./icons";
@@ -40,7 +40,7 @@ function Markdown({ text }: { text: string }) {
 
 function Editor({ chat, message, close }: { chat: Chat; message: Message; close: () => void }) {
   const area = useRef<HTMLTextAreaElement>(null);
-  useEffect(() => {
+  useLayoutEffect(() => {
     grow(area.current);
     area.current?.focus();
     area.current?.setSelectionRange(message.text.length, message.text.length);

@@ -16,6 +16,7 @@ export function sanitised(html: string): DocumentFragment {
   return DOMPurify.sanitize(html, {
     ALLOWED_TAGS: TAGS.split(" "),
     ALLOWED_ATTR: ["href", "class", "start", "align"],
+    ADD_URI_SAFE_ATTR: ["start", "align"],
     ALLOWED_URI_REGEXP: /^(?:https?:\/\/|mailto:)/i,
     ALLOW_DATA_ATTR: false,
     ALLOW_ARIA_ATTR: false,

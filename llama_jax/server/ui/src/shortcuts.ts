@@ -2,16 +2,18 @@
 
 import { currentId, dialog, drawer, live, open } from "./state";
 
+const CONTROL = /Mac|iP(hone|ad)/.test(navigator.platform) ? "⌘" : "Ctrl";
+
 export const SHORTCUTS = [
   { keys: "Enter", does: "Send the message" },
   { keys: "Shift + Enter", does: "New line" },
   { keys: "Esc", does: "Stop the answer; close what is open" },
   { keys: "/", does: "Write a message" },
-  { keys: "Ctrl + K", does: "Search conversations" },
-  { keys: "Ctrl + Shift + O", does: "New conversation" },
-  { keys: "Ctrl + ,", does: "Settings" },
+  { keys: `${CONTROL} + K`, does: "Search conversations" },
+  { keys: `${CONTROL} + Shift + O`, does: "New conversation" },
+  { keys: `${CONTROL} + ,`, does: "Settings" },
   { keys: "↑", does: "Edit the last message, from an empty field" },
-  { keys: "Ctrl + Enter", does: "Send an edited message" },
+  { keys: `${CONTROL} + Enter`, does: "Send an edited message" },
   { keys: "?", does: "This list" },
 ];
 

@@ -1,7 +1,7 @@
 /** The list of conversations. */
 
 import { signal } from "@preact/signals";
-import { useEffect, useRef, useState } from "preact/hooks";
+import { useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Icon, IconButton } from "./icons";
 import { add, chats, currentId, dialog, drawer, fail, lives, NONE, open, remove, spoken, update } from "./state";
 import type { Chat } from "./storage";
@@ -91,7 +91,7 @@ export function Sidebar() {
 function Entry({ chat }: { chat: Chat }) {
   const [doing, setDoing] = useState<"rename" | "delete" | null>(null);
   const focused = useRef<HTMLElement>(null);
-  useEffect(() => focused.current?.focus(), [doing]);
+  useLayoutEffect(() => focused.current?.focus(), [doing]);
   const open_ = chat.id === currentId.value;
   const cancel = (event: KeyboardEvent) => event.key === "Escape" && (event.stopPropagation(), setDoing(null));
 
