@@ -43,7 +43,7 @@ def visit(chromium: Any, url: str) -> Iterator[Any]:
         def visit(*, key: str = KEY, browser: dict[str, Any] | None = None, **settings: Any) -> Reader:
             context = chromium.new_context(**{"viewport": {"width": 1200, "height": 800}} | (browser or {}))
             stack.callback(context.close)
-            readers.append(Reader(context, url, {"max_tokens": 24} | settings, key))
+            readers.append(Reader(context, url, {"max_tokens": 24, "seed": 0} | settings, key))
             return readers[-1]
 
         yield visit

@@ -63,7 +63,10 @@ class Reader:
                 localStorage.setItem("llama_jax.settings", {json.dumps(json.dumps(settings))});
                 if ({json.dumps(key)}) sessionStorage.setItem("llama_jax.key", {json.dumps(key)});
             }}
-            addEventListener("securitypolicyviolation", (event) => console.error("policy", event.violatedDirective));"""
+            addEventListener("securitypolicyviolation", ({{ effectiveDirective }}) => {{
+                window.violated = effectiveDirective;
+                console.error("policy", effectiveDirective);
+            }});"""
         )
         self.page = page = context.new_page()
         page.set_default_timeout(15_000)

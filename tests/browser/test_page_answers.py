@@ -198,3 +198,65 @@ def test_errors_say_what_to_do(visit: Any) -> None:
     page.keyboard.press("Escape")
     reader.button("Try again").click()
     expect(problem).to_contain_text("temperature")
+
+
+def test_tools(visit: Any) -> None:
+    """Calls come in pieces, as OpenAI's clients get them; the results go back with the calls that they answer."""
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    reader = visit(tools=json.dumps(tools))
+    page, path = reader.page, "**/v1/chat/completions"
+    pieces: list[dict[str, Any]] = [
+        {"index": 0, "id": "a", "type": "function", "function": {"name": "weather", "arguments": ""}},
+        {"index": 0, "function": {"arguments": '{"city": "<b>Par'}},
+        {"index": 0, "function": {"arguments": 'is"}'}},
+        {"index": 1, "id": "b", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}},
+    ]
+    choices = [{"index": 0, "delta": {"tool_calls": [piece]}, "finish_reason": None} for piece in pieces]
+    choices.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
+    events = "".join(f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices) + "data: [DONE]\n\n"
+    page.route(path, lambda route: route.fulfill(content_type="text/event-stream", body=events))
+    with page.expect_request(path) as first:
+        reader.field.fill("How is the weather?")
+        reader.field.press("Enter")
+    assert first.value.post_data_json["tools"] == tools
+    expect(page.locator(".call pre").first).to_have_text('{\n  "city": "<b>Paris"\n}')
+    page.get_by_label("Result of weather").first.fill("rain")
+    page.get_by_label("Result of weather").last.fill("sun")
+    page.unroute(path)
+    answer = {"index": 0, "delta": {"content": "Go to Rome."}, "finish_reason": "stop"}
+    events = f"data: {json.dumps({'choices': [answer]})}\n\ndata: [DONE]\n\n"
+    page.route(path, lambda route: route.fulfill(content_type="text/event-stream", body=events))
+    with page.expect_request(path) as second:
+        reader.button("Send results").click()
+    assert reader.answered(2) == "Go to Rome."
+    called = [
+        {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "<b>Paris"}'}},
+        {"id": "b", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}},
+    ]
+    assert second.value.post_data_json["messages"] == [
+        {"role": "user", "content": "How is the weather?"},
+        {"role": "assistant", "content": "", "tool_calls": called},
+        {"role": "tool", "content": "rain", "tool_call_id": "a"},
+        {"role": "tool", "content": "sun", "tool_call_id": "b"},
+    ]
+    page.reload()
+    expect(page.get_by_role("article", name="Tool")).to_have_count(2)
+
+
+def test_the_policy_is_in_force(visit: Any) -> None:
+    """What the sanitiser keeps out would not come in without it either."""
+    reader = visit()
+    reader.expected = ("",)
+    acts = [
+        'document.body.innerHTML = "<b>"',
+        'document.createElement("script").text = "1"',
+        'document.createElement("a").setAttribute("onclick", "1")',
+        'document.createElement("iframe").srcdoc = "<b>"',
+        'trustedTypes.createPolicy("own", {})',
+    ]
+    for act in acts:
+        script = f"() => {{ try {{ {act} }} catch (error) {{ return error.name }} }}"
+        assert reader.page.evaluate(script) == "TypeError", act
+    reader.page.evaluate("fetch('https://evil.example/').catch(() => 0)")
+    reader.page.wait_for_function("window.violated === 'connect-src'")
+    reader.requested.clear()  # of which the browser has sent none

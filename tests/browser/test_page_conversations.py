@@ -41,10 +41,12 @@ def test_an_answer_is_shown_counted_and_kept(visit: Any, url: str) -> None:
 
 
 def test_stop(visit: Any, url: str) -> None:
-    reader = visit(max_tokens=1500)
-    for stop in (lambda: reader.page.keyboard.press("Escape"), lambda: reader.button("Stop").click()):
+    reader = visit(format="regex", regex="(word ){700}", max_tokens=1500)
+    stops = (lambda: reader.page.keyboard.press("Escape"), lambda: reader.button("Stop").click())
+    for i, stop in enumerate(stops):
         reader.field.fill("Go on for long")
         reader.field.press("Enter")
+        expect(reader.answers).to_have_count(i + 1)
         reader.answers.last.locator(".markdown > div").first.wait_for()
         stop()
         reader.button("Send").wait_for()
@@ -62,7 +64,7 @@ def test_stop(visit: Any, url: str) -> None:
 
 
 def test_branches(visit: Any) -> None:
-    reader = visit()
+    reader = visit(format="regex", regex="[a-z]{30}", seed=None, max_tokens=40)
     first = reader.ask("One")
     reader.questions.get_by_role("button", name="Edit").click()
     reader.page.get_by_role("textbox", name="Text of the message").fill("Two")
@@ -119,19 +121,19 @@ def test_conversations_are_found_named_and_deleted(visit: Any) -> None:
         reader.button("New conversation").click()
         reader.ask(text)
     titles = page.locator(".entry .title")
-    assert titles.all_inner_texts() == ["About pears", "About apples"]
+    expect(titles).to_have_text(["About pears", "About apples"])
     page.keyboard.press("Control+k")
     page.keyboard.type("APPLE")
-    assert titles.all_inner_texts() == ["About apples"]
+    expect(titles).to_have_text(["About apples"])
     titles.first.click()
-    assert reader.questions.locator(".said").inner_text() == "About apples"
+    expect(reader.questions.locator(".said")).to_have_text("About apples")
     reader.button("Rename About apples").click()
     page.get_by_role("textbox", name="Name of the conversation").fill("Fruit")
     page.keyboard.press("Enter")
     page.get_by_role("searchbox").fill("")
-    assert sorted(titles.all_inner_texts()) == ["About pears", "Fruit"]
+    expect(titles).to_have_count(2)
     page.go_back()
-    assert reader.questions.locator(".said").inner_text() == "About pears"
+    expect(reader.questions.locator(".said")).to_have_text("About pears")
     page.locator(".entry", has_text="Fruit").hover()
     reader.button("Delete Fruit").click()
     reader.button("Delete").click()

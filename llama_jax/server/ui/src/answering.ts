@@ -1,9 +1,9 @@
 /** What a reader does with a conversation: send, edit, answer anew, continue, stop. */
 
 import { batch } from "@preact/signals";
-import { type Delta, stream, tokenize, wire } from "./api";
-import { added, changed, type Finish, type Message, newId, path, pathTo, removed, titleOf } from "./conversation";
-import { fieldsOf } from "./settings";
+import { type Delta, joined, stream, tokenize, wire } from "./api";
+import { added, type Call, changed, type Finish, type Message, newId, path, pathTo, removed, titleOf } from "./conversation";
+import { fieldsOf, toolsOf } from "./settings";
 import type { Chat } from "./storage";
 import { add, chats, created, current, fail, forgive, type Live, lives, model, spoken, update, without } from "./state";
 
@@ -37,6 +37,17 @@ export function edit(chat: Chat, before: Message, text: string): void {
   if (before.role === "user") void answer(chat.id, after.id);
 }
 
+/** What the tools have returned that an answer wants called, in the order of its calls; the model goes on from there. */
+export function report(chat: Chat, calling: Message, results: string[]): void {
+  let parent = calling.id;
+  for (const [i, { id: call }] of calling.calls!.entries()) {
+    const result = { ...message("tool", parent, results[i]!), call };
+    update(chat.id, (chat) => added(chat, result));
+    parent = result.id;
+  }
+  void answer(chat.id, parent);
+}
+
 /** Another answer in the place of one, which stays as a branch. */
 export const regenerate = (chat: Chat, before: Message): void => void answer(chat.id, before.parent!);
 
@@ -47,9 +58,16 @@ export async function answer(chatId: string, parent: string): Promise<void> {
   await run(chatId, answering, () => answer(chatId, parent), async () => {
     update(chatId, (chat) => added(chat, answering));
     const { system, probabilities } = chat.settings;
-    const body = { ...fieldsOf(chat.settings), messages: wire(system, pathTo(chat.messages, parent)) };
+    const body = { ...fieldsOf(chat.settings), ...toolsOf(chat.settings), messages: wire(system, pathTo(chat.messages, parent)) };
     return ["v1/chat/completions", probabilities ? { ...body, logprobs: true, top_logprobs: ALTERNATIVES } : body];
   });
+}
+
+/** Whether an answer is incomplete, and its prompt can be made again: what templates do with tools and reasoning, and what a
+ *  grammar has already seen, is known to the server alone. */
+export function continuable({ settings: { format, tools } }: Chat, { finish, reasoning, calls }: Message): boolean {
+  const complete = finish === "stop" || finish === "tool_calls";
+  return !complete && !reasoning && !calls && format === "text" && !tools.trim();
 }
 
 /** More of an answer. The template would end the message before anything could be added, so that the prompt is made of
@@ -80,9 +98,9 @@ async function run(
 ): Promise<void> {
   if (lives.value[chatId]) return;
   const stopping = new AbortController();
-  const { id, text, reasoning = "", tokens = [] } = answering;
+  const { id, text, reasoning = "", tokens = [], calls = [] as Call[] } = answering;
   const began = performance.now();
-  const now: Live = { message: id, text, reasoning, tokens: [...tokens], began, stop: () => stopping.abort() };
+  const now: Live = { message: id, text, reasoning, tokens: [...tokens], calls, began, stop: () => stopping.abort() };
   let first = 0;
   let last = 0;
   let kept = began;
@@ -93,6 +111,7 @@ async function run(
     text: now.text,
     ...(now.reasoning && { reasoning: now.reasoning }),
     ...(now.tokens.length && { tokens: now.tokens }),
+    ...(now.calls.length && { calls: now.calls }),
   });
 
   forgive(chatId);
@@ -104,11 +123,12 @@ async function run(
     for await (const delta of stream(path, { model: model.value?.id, ...body }, stopping.signal)) {
       usage = delta.usage ?? usage;
       finish = delta.finish ?? finish;
-      if (delta.text || delta.reasoning || delta.tokens?.length) {
+      if (delta.text || delta.reasoning || delta.calls || delta.tokens?.length) {
         last = performance.now();
         first ||= last;
         now.text += delta.text ?? "";
         now.reasoning += delta.reasoning ?? "";
+        now.calls = joined(now.calls, delta.calls ?? []);
         now.tokens.push(...(delta.tokens ?? []));
         show.soon();
       }
@@ -126,7 +146,7 @@ async function run(
   batch(() => {
     lives.value = without(lives.value, chatId);
     update(chatId, (chat) =>
-      now.text || now.reasoning || finish === "stop" || finish === "length"
+      now.text || now.reasoning || now.calls.length || finish === "stop" || finish === "length"
         ? changed(chat, id, { ...texts(), finish, ...(stats && { stats }) })
         : removed(chat, id),
     );

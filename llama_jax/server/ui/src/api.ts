@@ -1,6 +1,6 @@
 /** The server's API: requests with the reader's key, typed errors, and streams of events. */
 
-import type { Message, Token } from "./conversation";
+import type { Call, Message, Token } from "./conversation";
 
 export interface Model {
   id: string;
@@ -14,13 +14,35 @@ export interface Usage {
   prompt_tokens_details?: { cached_tokens?: number };
 }
 
+/** A part of a call: it is joined to what came before under the same index. */
+interface CallDelta {
+  index: number;
+  id?: string;
+  function?: { name?: string; arguments?: string };
+}
+
 /** A part of an answer. */
 export interface Delta {
   text?: string;
   reasoning?: string;
   tokens?: Token[];
-  finish?: "stop" | "length";
+  calls?: CallDelta[];
+  finish?: "stop" | "length" | "tool_calls";
   usage?: Usage;
+}
+
+/** Calls with more of them. */
+export function joined(calls: Call[], more: CallDelta[]): Call[] {
+  const all = [...calls];
+  for (const { index, id, function: part } of more) {
+    const before = all[index] ?? { id: "", name: "", arguments: "" };
+    all[index] = {
+      id: id ?? before.id,
+      name: part?.name ?? before.name,
+      arguments: before.arguments + (part?.arguments ?? ""),
+    };
+  }
+  return all;
 }
 
 export class ApiError extends Error {
@@ -39,7 +61,7 @@ export class ApiError extends Error {
   get advice(): string {
     if (this.status === 401) return "Enter the server's key in the settings.";
     if (this.status === 403) return "Open the page under a name that the server knows (--allowed-host).";
-    if (this.status === 429) return "Too many requests wait. Try again in a moment.";
+    if (this.status === 429) return "The server is busy. Try again in a moment.";
     if (this.status === 503) return "The server takes no requests now. Try again in a moment.";
     if (this.code === "context_length_exceeded")
       return "The conversation no longer fits: edit an earlier message, ask for fewer tokens, or begin a new one.";
@@ -102,8 +124,13 @@ export async function tokenize(body: object, signal?: AbortSignal): Promise<numb
 }
 
 /** Messages as the server takes them. */
-export function wire(system: string, messages: Message[]): { role: string; content: string }[] {
-  const said = messages.map(({ role, text }) => ({ role: role as string, content: text }));
+export function wire(system: string, messages: Message[]): object[] {
+  const said = messages.map(({ role, text, calls, call }) => ({
+    role,
+    content: text,
+    ...(calls && { tool_calls: calls.map(({ id, ...called }) => ({ id, type: "function", function: called })) }),
+    ...(call && { tool_call_id: call }),
+  }));
   return system ? [{ role: "system", content: system }, ...said] : said;
 }
 
@@ -144,8 +171,8 @@ interface ChatLogprob {
 interface Chunk {
   usage?: Usage | null;
   choices: {
-    finish_reason: "stop" | "length" | null;
-    delta?: { content?: string | null; reasoning_content?: string | null };
+    finish_reason: "stop" | "length" | "tool_calls" | null;
+    delta?: { content?: string | null; reasoning_content?: string | null; tool_calls?: CallDelta[] | null };
     text?: string;
     logprobs?: {
       content?: ChatLogprob[] | null;
@@ -167,6 +194,7 @@ export async function* stream(path: string, body: object, signal: AbortSignal): 
       const text = choice.text ?? choice.delta?.content;
       if (text) delta.text = text;
       if (choice.delta?.reasoning_content) delta.reasoning = choice.delta.reasoning_content;
+      if (choice.delta?.tool_calls) delta.calls = choice.delta.tool_calls;
       if (choice.logprobs) delta.tokens = tokensOf(choice.logprobs);
       if (choice.finish_reason) delta.finish = choice.finish_reason;
     }

@@ -1,9 +1,20 @@
 /** Conversations as trees of messages: an edit or another answer is a sibling, and one path through the tree is shown. */
 
-export type Role = "user" | "assistant";
+export const ROLES = ["user", "assistant", "tool"] as const;
 
-/** Why an answer has ended: at a stop, at the limit of tokens, by the reader, or by an error. */
-export type Finish = "stop" | "length" | "stopped" | "error";
+export type Role = (typeof ROLES)[number];
+
+/** Why an answer has ended: at a stop, at the limit of tokens, to have tools called, by the reader, or by an error. */
+export const FINISHES = ["stop", "length", "tool_calls", "stopped", "error"] as const;
+
+export type Finish = (typeof FINISHES)[number];
+
+/** A tool that the model wants called, with its arguments in JSON. */
+export interface Call {
+  id: string;
+  name: string;
+  arguments: string;
+}
 
 export interface Alternative {
   text: string;
@@ -39,6 +50,9 @@ export interface Message {
   finish?: Finish;
   stats?: Stats;
   tokens?: Token[];
+  calls?: Call[];
+  /** Of a tool's message, the id of the call that it answers. */
+  call?: string;
 }
 
 export interface Conversation<S = unknown> {

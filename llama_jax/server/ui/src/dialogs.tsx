@@ -4,7 +4,7 @@ import type { ComponentChildren } from "preact";
 import { useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { IconButton } from "./icons";
-import { FORMATS, type FormatKind, NUMBERS, PRESETS, type Settings, schemaProblem } from "./settings";
+import { FORMATS, type FormatKind, NUMBERS, PRESETS, type Settings, schemaProblem, toolsProblem } from "./settings";
 import { SHORTCUTS } from "./shortcuts";
 import { change, connect, dialog, failures, NONE, presets, settings, theme, without } from "./state";
 
@@ -81,6 +81,14 @@ function SettingsDialog() {
           />
         </label>
         <Format />
+        <JsonArea
+          label="Tools"
+          rows={2}
+          placeholder="A JSON list, in the shape of OpenAI’s"
+          value={settings.value.tools}
+          problem={toolsProblem(settings.value.tools)}
+          set={(tools) => change({ tools })}
+        />
         <label class="check">
           <input
             type="checkbox"
@@ -222,7 +230,6 @@ function NumberField({ name, label, help, min, max, step }: (typeof NUMBERS)[num
 
 function Format() {
   const { format, schema, regex } = settings.value;
-  const problem = format === "schema" ? schemaProblem(schema) : "";
   return (
     <>
       <label>
@@ -236,20 +243,7 @@ function Format() {
         </select>
       </label>
       {format === "schema" && (
-        <label>
-          JSON schema
-          <textarea
-            class="mono"
-            rows={8}
-            spellcheck={false}
-            value={schema}
-            aria-invalid={problem !== ""}
-            onInput={(event) => change({ schema: event.currentTarget.value })}
-          />
-          <span class="wrong" role="status">
-            {problem}
-          </span>
-        </label>
+        <JsonArea label="JSON schema" rows={8} value={schema} problem={schemaProblem(schema)} set={(schema) => change({ schema })} />
       )}
       {format === "regex" && (
         <label>
@@ -264,6 +258,33 @@ function Format() {
         </label>
       )}
     </>
+  );
+}
+
+interface JsonAreaProps {
+  label: string;
+  rows: number;
+  value: string;
+  problem: string;
+  placeholder?: string;
+  set: (value: string) => void;
+}
+
+function JsonArea({ label, problem, set, ...rest }: JsonAreaProps) {
+  return (
+    <label>
+      {label}
+      <textarea
+        {...rest}
+        class="mono"
+        spellcheck={false}
+        aria-invalid={problem !== ""}
+        onInput={(event) => set(event.currentTarget.value)}
+      />
+      <span class="wrong" role="status">
+        {problem}
+      </span>
+    </label>
   );
 }
 

@@ -1,7 +1,8 @@
 /** One message: its text, what it cost, and what can be done with it. */
 
 import { useLayoutEffect, useRef, useState } from "preact/hooks";
-import { continued, edit, regenerate } from "./answering";
+import { Calls } from "./calls";
+import { continuable, continued, edit, regenerate } from "./answering";
 import { type Message, siblings, stepped } from "./conversation";
 import { IconButton } from "./icons";
 import { show } from "./markdown";
@@ -90,6 +91,8 @@ function Facts({ message }: { message: Message }) {
 
 const seconds = (ms: number): string => (ms < 1000 ? `${ms.toFixed(0)} ms` : `${(ms / 1000).toFixed(2)} s`);
 
+const SPEAKERS = { user: "You", assistant: "Assistant", tool: "Tool" };
+
 interface Props {
   chat: Chat;
   message: Message;
@@ -102,14 +105,15 @@ interface Props {
 export function MessageView({ chat, message, live, busy, last }: Props) {
   const [editing, setEditing] = useState(false);
   const [probabilities, setProbabilities] = useState(false);
-  const said = message.role === "user";
+  const said = message.role !== "assistant";
+  const calls = live?.calls ?? message.calls ?? [];
   const text = live?.text ?? message.text;
   const reasoning = live?.reasoning ?? message.reasoning;
   const tokens = live?.tokens ?? message.tokens;
   const writing = live !== undefined;
 
   return (
-    <article class={`message ${message.role}`} aria-label={said ? "You" : "Assistant"} aria-busy={writing}>
+    <article class={`message ${message.role}`} aria-label={SPEAKERS[message.role]} aria-busy={writing}>
       {reasoning && (
         <details class="reasoning" open={writing && !text}>
           <summary>Reasoning</summary>
@@ -125,14 +129,15 @@ export function MessageView({ chat, message, live, busy, last }: Props) {
       ) : (
         <Markdown text={text} />
       )}
-      {writing && !text && !reasoning && <div class="waiting" role="img" aria-label="Waiting for the first token" />}
+      {calls.length > 0 && <Calls chat={chat} message={message} calls={calls} asks={last && !busy} />}
+      {writing && !text && !reasoning && !calls.length && <div class="waiting" role="img" aria-label="Waiting for the first token" />}
       {!writing && !editing && (
         <div class="row actions">
           <Branches chat={chat} message={message} busy={busy} />
           <IconButton icon="copy" label="Copy" onClick={() => void copy(text)} />
-          <IconButton icon="edit" label="Edit" disabled={busy} onClick={() => setEditing(true)} />
+          {message.role !== "tool" && <IconButton icon="edit" label="Edit" disabled={busy} onClick={() => setEditing(true)} />}
           {!said && <IconButton icon="again" label="Regenerate" disabled={busy} onClick={() => regenerate(chat, message)} />}
-          {!said && last && message.finish !== "stop" && chat.settings.format === "text" && (
+          {!said && last && continuable(chat, message) && (
             <IconButton icon="more" label="Continue" disabled={busy} onClick={() => void continued(chat.id, message)} />
           )}
           {!said && tokens && (

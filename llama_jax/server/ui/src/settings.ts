@@ -31,6 +31,8 @@ export interface Settings extends Record<NumberName, number | null> {
   format: FormatKind;
   schema: string;
   regex: string;
+  /** A list of tools in JSON, "" for none. */
+  tools: string;
   /** Whether probabilities of tokens are asked for. */
   probabilities: boolean;
 }
@@ -51,6 +53,7 @@ export const DEFAULTS: Settings = {
   format: "text",
   schema: SCHEMA,
   regex: "(Yes|No)",
+  tools: "",
   probabilities: false,
 };
 
@@ -65,7 +68,7 @@ export const PRESETS: Record<string, Settings> = {
 export function settingsOf(value: unknown): Settings {
   const given = (typeof value === "object" && value !== null ? value : {}) as Record<string, unknown>;
   const settings: Settings = { ...DEFAULTS };
-  for (const name of ["system", "stop", "schema", "regex"] as const)
+  for (const name of ["system", "stop", "schema", "regex", "tools"] as const)
     if (typeof given[name] === "string") settings[name] = given[name];
   for (const { name } of NUMBERS)
     if (typeof given[name] === "number" && Number.isFinite(given[name])) settings[name] = given[name];
@@ -74,16 +77,21 @@ export function settingsOf(value: unknown): Settings {
   return settings;
 }
 
-/** What is wrong with a schema, "" if nothing that shows without compiling it. */
-export function schemaProblem(text: string): string {
+function problem(text: string, fits: (value: unknown) => boolean, otherwise: string): string {
   try {
-    const schema: unknown = JSON.parse(text);
-    const fits = typeof schema === "boolean" || (typeof schema === "object" && schema !== null && !Array.isArray(schema));
-    return fits ? "" : "A schema is a JSON object.";
+    return fits(JSON.parse(text)) ? "" : otherwise;
   } catch (error) {
     return `This is no JSON: ${(error as Error).message}`;
   }
 }
+
+/** What is wrong with a schema, "" if nothing that shows without compiling it. */
+export const schemaProblem = (text: string): string =>
+  problem(text, (value) => typeof value === "object" && value !== null && !Array.isArray(value), "A schema is a JSON object.");
+
+/** What is wrong with a list of tools, "" if it has the shape of one. */
+export const toolsProblem = (text: string): string =>
+  text.trim() ? problem(text, Array.isArray, "Tools are a JSON list, in the shape of OpenAI's.") : "";
 
 function responseFormat(settings: Settings): object | undefined {
   switch (settings.format) {
@@ -97,6 +105,10 @@ function responseFormat(settings: Settings): object | undefined {
       return { type: "grammar", syntax: "regex", definition: settings.regex };
   }
 }
+
+/** Tools of a chat, as a field of a request.
+ *  @throws SyntaxError: they are no JSON. */
+export const toolsOf = ({ tools }: Settings): object => (tools.trim() ? { tools: JSON.parse(tools) } : {});
 
 /** Fields of a request, of chats and of completions alike.
  *  @throws SyntaxError: the schema is no JSON. */

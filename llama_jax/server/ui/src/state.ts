@@ -3,7 +3,7 @@
 import { batch, computed, effect, signal } from "@preact/signals";
 import * as api from "./api";
 import { ApiError, type Model } from "./api";
-import { newId, path, type Token } from "./conversation";
+import { type Call, newId, path, type Token } from "./conversation";
 import { type Settings, settingsOf } from "./settings";
 import * as storage from "./storage";
 import type { Chat } from "./storage";
@@ -14,6 +14,7 @@ export interface Live {
   text: string;
   reasoning: string;
   tokens: Token[];
+  calls: Call[];
   began: number;
   stop: () => void;
 }

@@ -56,7 +56,7 @@ export function Thread() {
               />
             ))}
           {problem && <Problem failure={problem} />}
-          {chat && last?.role === "user" && !now && !problem && (
+          {chat && last && last.role !== "assistant" && !now && !problem && (
             <div class="row">
               <button type="button" onClick={() => void answer(chat.id, last.id)}>
                 Answer

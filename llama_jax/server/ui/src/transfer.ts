@@ -1,6 +1,6 @@
 /** Conversations as a file, and back. A file may come from anywhere, so every part of it is checked. */
 
-import { type Message, newId, type Stats, titleOf, type Token } from "./conversation";
+import { type Call, FINISHES, type Message, newId, ROLES, type Stats, titleOf, type Token } from "./conversation";
 import { settingsOf } from "./settings";
 import type { Chat } from "./storage";
 
@@ -53,13 +53,13 @@ function messageOf(value: unknown, what: string): Message {
   const given = object(value, what);
   const { id, parent, role, text } = given;
   const placed = typeof id === "string" && id !== "" && (parent === null || typeof parent === "string");
-  if (!placed || (role !== "user" && role !== "assistant") || typeof text !== "string")
-    throw new Error(`There is something wrong with ${what}.`);
+  if (!placed || !isOf(ROLES, role) || typeof text !== "string") throw new Error(`There is something wrong with ${what}.`);
   const message: Message = { id, parent, role, text, created: number(given.created) ?? Date.now() };
   if (typeof given.reasoning === "string") message.reasoning = given.reasoning;
   if (typeof given.model === "string") message.model = given.model;
-  if (["stop", "length", "stopped", "error"].includes(given.finish as string))
-    message.finish = given.finish as NonNullable<Message["finish"]>;
+  if (isOf(FINISHES, given.finish)) message.finish = given.finish;
+  if (typeof given.call === "string") message.call = given.call;
+  if (given.calls !== undefined) message.calls = list(given.calls, `"calls" of ${what}`).map(callOf);
   if (given.stats !== undefined) {
     const stats = object(given.stats, `"stats" of ${what}`);
     message.stats = { firstMs: number(stats.firstMs) ?? 0 };
@@ -71,6 +71,15 @@ function messageOf(value: unknown, what: string): Message {
   if (given.tokens !== undefined) message.tokens = list(given.tokens, `"tokens" of ${what}`).map(tokenOf);
   return message;
 }
+
+function callOf(value: unknown): Call {
+  const { id, name, arguments: given } = object(value, "a call");
+  if (typeof id !== "string" || typeof name !== "string" || typeof given !== "string")
+    throw new Error("There is something wrong with a call.");
+  return { id, name, arguments: given };
+}
+
+const isOf = <T>(values: readonly T[], value: unknown): value is T => values.includes(value as T);
 
 function tokenOf(value: unknown): Token {
   const alternative = (of: unknown) => {
