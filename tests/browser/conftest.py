@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser.reader import Reader
 from test_server_process import KEY, serving
 from tiny_chat_model import write_chat_model
+
+from browser.reader import Reader
 
 CONTEXT = 2048
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from browser.reader import KEY, MARKDOWN, asked, exactly, expect
 
 pytestmark = pytest.mark.browser
