@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,27 @@ def test_the_page_is_small_and_whole() -> None:
     licences = page.FILES["/ui/licenses.txt"].read_text()
     needed = json.loads((ROOT / "llama_jax/server/ui/package.json").read_text())["dependencies"]
     assert all(f"{name} {version} (" in licences for name, version in needed.items())
+
+
+def test_a_wheel_holds_the_page_and_not_its_sources(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "--egg-base",
+        tmp_path,
+        "build_py",
+        "--build-lib",
+        tmp_path,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    built = tmp_path / "llama_jax" / "server"
+    assert {path.relative_to(built) for path in (built / "static").rglob("*.*")} == {
+        path.relative_to(page.FOLDER.parent) for path in page.FILES.values()
+    }
+    assert not (built / "ui").exists()
 
 
 @pytest.mark.slow

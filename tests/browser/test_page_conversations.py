@@ -128,9 +128,10 @@ def test_conversations_are_found_named_and_deleted(visit: Any) -> None:
     expect(titles).to_have_text(["About apples"])
     titles.first.click()
     expect(reader.questions.locator(".said")).to_have_text("About apples")
-    reader.button("Rename About apples").click()
-    page.get_by_role("textbox", name="Name of the conversation").fill("Fruit")
-    page.keyboard.press("Enter")
+    for name, ending in (("Not this", "Escape"), ("Fruit", "Enter")):
+        reader.button("Rename About apples").click()
+        page.get_by_role("textbox", name="Name of the conversation").fill(name)
+        page.keyboard.press(ending)
     page.get_by_role("searchbox").fill("")
     expect(titles).to_have_count(2)
     page.go_back()
@@ -166,6 +167,8 @@ def test_export_and_import(visit: Any, tmp_path: Path) -> None:
     ):
         upload(wrong)
         expect(other.page.get_by_role("alert")).to_contain_text(message)
+    other.button("Dismiss").click()
+    expect(other.page.get_by_role("alert")).to_have_count(0)
     assert other.kept() == []
     upload(file.read_text())
     expect(other.answers.locator(".branches")).to_contain_text("2/2")

@@ -18,10 +18,20 @@ export function grow(area: HTMLTextAreaElement | null): void {
 }
 
 export async function copy(text: string): Promise<void> {
-  await navigator.clipboard.writeText(text).then(
-    () => (spoken.value = "Copied"),
-    () => (spoken.value = "The browser does not permit copying here"),
-  );
+  // Over plain HTTP, but for this machine, there is no clipboard to write to.
+  const copied = navigator.clipboard ? navigator.clipboard.writeText(text).then(() => true, () => false) : copiedAsSelected(text);
+  spoken.value = (await copied) ? "Copied" : "The browser does not permit copying here";
+}
+
+function copiedAsSelected(text: string): boolean {
+  const area = document.createElement("textarea");
+  area.value = text;
+  area.className = "hidden";
+  document.body.append(area);
+  area.select();
+  const copied = document.execCommand("copy");
+  area.remove();
+  return copied;
 }
 
 function Markdown({ text }: { text: string }) {

@@ -103,7 +103,11 @@ function Entry({ chat }: { chat: Chat }) {
           aria-label="Name of the conversation"
           maxLength={200}
           defaultValue={chat.title}
-          onKeyDown={(event) => (event.key === "Enter" ? event.currentTarget.blur() : cancel(event))}
+          onKeyDown={(event) => {
+            if (event.key === "Escape") event.currentTarget.value = chat.title; // losing the focus keeps what is there
+            if (event.key === "Enter") event.currentTarget.blur();
+            else cancel(event);
+          }}
           onBlur={(event) => {
             const title = event.currentTarget.value.trim();
             if (title && title !== chat.title) update(chat.id, (chat) => ({ ...chat, title }));

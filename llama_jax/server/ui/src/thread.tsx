@@ -4,7 +4,7 @@ import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { answer, send } from "./answering";
 import { grow, MessageView } from "./message";
 import { Icon, IconButton } from "./icons";
-import { current, currentId, dialog, drawer, failure, failures, live, model, modelName, models, NONE, settings, shown } from "./state";
+import { current, currentId, dialog, drawer, failure, failures, forgive, live, model, modelName, models, NONE, settings, shown } from "./state";
 import type { Failure } from "./state";
 
 /** Pixels from the end within which the page follows what is written. */
@@ -55,7 +55,7 @@ export function Thread() {
                 last={message === last}
               />
             ))}
-          {problem && <Problem failure={problem} />}
+          {problem && <Problem failure={problem} dismiss={() => forgive((failure.value && currentId.value) || NONE)} />}
           {chat && last && last.role !== "assistant" && !now && !problem && (
             <div class="row">
               <button type="button" onClick={() => void answer(chat.id, last.id)}>
@@ -133,7 +133,7 @@ function Welcome() {
 }
 
 /** What went wrong and what can be done; it waits for as long as the server has said. */
-function Problem({ failure: { error, again } }: { failure: Failure }) {
+function Problem({ failure: { error, again }, dismiss }: { failure: Failure; dismiss: () => void }) {
   const [left, setLeft] = useState(error.retryAfterS ?? 0);
   useEffect(() => {
     let wait = error.retryAfterS ?? 0;
@@ -158,6 +158,9 @@ function Problem({ failure: { error, again } }: { failure: Failure }) {
             {left > 0 ? `Try again in ${Math.ceil(left)} s` : "Try again"}
           </button>
         )}
+        <button type="button" onClick={dismiss}>
+          Dismiss
+        </button>
       </div>
     </div>
   );
