@@ -161,6 +161,15 @@ def test_the_key_is_asked_for(visit: Any) -> None:
     expect(dialog).to_have_count(0)
     assert page.get_by_role("alert").count() == 0
     reader.ask("Hello")
+    page.evaluate("sessionStorage.clear()")  # as if the server's key had changed
+    reader.field.fill("Hello?")
+    reader.field.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("Enter the server's key in the settings.")
+    reader.button("Enter the key").click()
+    page.get_by_label("API key").fill(KEY)
+    page.keyboard.press("Enter")
+    reader.button("Answer").click()
+    reader.answered(2)
     assert KEY not in page.url
     assert KEY not in page.evaluate("JSON.stringify(localStorage)")  # unless its owner wants that
 
