@@ -98,7 +98,9 @@ def test_continue(visit: Any, url: str) -> None:
     with reader.page.expect_request("**/v1/completions") as sent:
         reader.answers.get_by_role("button", name="Continue").click()
     reader.answered()
-    after = reader.kept()[0]["messages"][1]["text"]
+    answer = reader.kept()[0]["messages"][1]
+    after = answer["text"]
+    assert answer["stats"]["written"] == 16
     assert after.startswith(before)
     assert len(after) > len(before)
     prompt = json.loads(asked(url, "/detokenize", {"tokens": sent.value.post_data_json["prompt"]}))["prompt"]

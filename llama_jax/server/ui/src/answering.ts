@@ -142,7 +142,7 @@ async function run(
     else problem = error;
   }
   show.cancel();
-  const stats = first ? { firstMs: first - began, ...counted(usage, last - first) } : undefined;
+  const stats = first ? { firstMs: first - began, ...counted(usage, last - first, answering) } : undefined;
   batch(() => {
     lives.value = without(lives.value, chatId);
     update(chatId, (chat) =>
@@ -165,11 +165,12 @@ async function measure(chatId: string, id: string): Promise<void> {
   if (used && stats) update(chatId, (chat) => changed(chat, id, { stats: { ...stats, used } }));
 }
 
-function counted(usage: Delta["usage"], elapsedMs: number) {
+function counted(usage: Delta["usage"], elapsedMs: number, { text, stats }: Message) {
   if (!usage) return {};
   const written = usage.completion_tokens;
+  const before = text ? stats?.written : 0;
   return {
-    written,
+    ...(before !== undefined && { written: before + written }),
     used: usage.total_tokens,
     cached: usage.prompt_tokens_details?.cached_tokens ?? 0,
     // The first token's time is that of the prompt.
