@@ -9,6 +9,8 @@ import { add, chats, created, current, fail, forgive, type Live, lives, model, s
 
 /** Milliseconds between two times that an unfinished answer is kept. */
 const KEPT_MS = 2000;
+/** Milliseconds within which tokens came together. */
+const BURST_MS = 5;
 const ALTERNATIVES = 5;
 
 const find = (id: string): Chat => chats.value.find((chat) => chat.id === id)!;
@@ -173,8 +175,8 @@ function counted(usage: Delta["usage"], elapsedMs: number, { text, stats }: Mess
     ...(before !== undefined && { written: before + written }),
     used: usage.total_tokens,
     cached: usage.prompt_tokens_details?.cached_tokens ?? 0,
-    // The first token's time is that of the prompt.
-    ...(written > 1 && elapsedMs > 0 && { rate: (1e3 * (written - 1)) / elapsedMs }),
+    // The first token's time is that of the prompt; what comes in one piece has no speed.
+    ...(written > 1 && elapsedMs > BURST_MS && { rate: (1e3 * (written - 1)) / elapsedMs }),
   };
 }
 
