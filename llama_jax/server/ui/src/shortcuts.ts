@@ -21,8 +21,9 @@ const focus = (selector: string): void => document.querySelector<HTMLElement>(se
 
 const WITH_CONTROL: Record<string, () => void> = {
   k: () => {
-    drawer.value = true;
-    setTimeout(() => focus("#search"));
+    drawer.value = matchMedia("(width < 48rem)").matches;
+    focus("#search");
+    setTimeout(() => focus("#search")); // once the list is there
   },
   ",": () => (dialog.value = "settings"),
 };

@@ -1,7 +1,8 @@
 /** The open conversation. */
 
-import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 import { answer, send } from "./answering";
+import type { Message } from "./conversation";
 import { grow, MessageView } from "./message";
 import { Icon, IconButton } from "./icons";
 import { current, currentId, dialog, drawer, failure, failures, forgive, live, model, modelName, models, NONE, settings, shown } from "./state";
@@ -31,6 +32,19 @@ export function Thread() {
     following.current = scrollHeight - scrollTop - clientHeight < NEAR;
   }
 
+  const view = (message: Message) => (
+    <MessageView
+      key={message.id}
+      chat={chat!}
+      message={message}
+      live={now?.message === message.id ? now : undefined}
+      busy={now !== undefined}
+      last={message === last}
+    />
+  );
+  // The same nodes as before are not looked at again, while another message grows.
+  const still = useMemo(() => messages.map(view), [chat, now === undefined]);
+
   const problem = failure.value ?? failures.value[NONE];
   return (
     <main class="thread">
@@ -44,17 +58,7 @@ export function Thread() {
               <div class="said">{settings.value.system}</div>
             </details>
           )}
-          {chat &&
-            messages.map((message) => (
-              <MessageView
-                key={message.id}
-                chat={chat}
-                message={message}
-                live={now?.message === message.id ? now : undefined}
-                busy={now !== undefined}
-                last={message === last}
-              />
-            ))}
+          {chat && messages.map((message, i) => (message.id === now?.message ? view(message) : still[i]))}
           {problem && <Problem failure={problem} dismiss={() => forgive((failure.value && currentId.value) || NONE)} />}
           {chat && last && last.role !== "assistant" && !now && !problem && (
             <div class="row">
