@@ -90,7 +90,8 @@ def main(args: list[str]) -> int:
         built = build(work)
         if options.check:
             changed = differences(built)
-            print(*(f"differs from what the sources build: static/{name}" for name in changed), sep="\n")
+            for name in changed:
+                print(f"differs from what the sources build: static/{name}")
             return int(bool(changed))
         shutil.rmtree(BUILT, ignore_errors=True)
         shutil.copytree(built, BUILT)
