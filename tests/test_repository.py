@@ -201,6 +201,10 @@ def test_distribution_check_notices_what_it_should() -> None:
     assert check.problems([n for n in good if "NOTICE" not in n], expected, wheel=True) == [
         "missing licence file: NOTICE"
     ]
+    page = {"llama_jax/server/ui/src/main.tsx"}
+    assert check.problems([*expected, *page], expected | page, wheel=False) == []
+    assert check.problems(good, expected | page, wheel=True) == []
+    assert check.problems([*good, *page], expected | page, wheel=True)
 
 
 def test_readme_command_is_found_once() -> None:

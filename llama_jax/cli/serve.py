@@ -185,7 +185,7 @@ def command(
             if as_json:
                 print_json({"url": url, "model": names[0], "context": served.capacity, "keys": len(keys)})
             else:
-                reporter.notify(f"{names[0]} answers at {url}/v1")
+                reporter.notify(f"{names[0]} answers at {url}/v1; chat with it at {url}")
 
         reporter.notify("Compiling the engine's programs")
         asyncio.run(

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from llama_jax.errors import LlamaJaxError
-from llama_jax.server import generating, status, tokenizing
+from llama_jax.server import generating, page, status, tokenizing
 from llama_jax.server.answers import OpenApiAnswer
 from llama_jax.server.errors import Failure, Refused
 from llama_jax.server.guard import Guard
@@ -41,7 +41,7 @@ def application(served: Served) -> ASGIApp:
         return Route(operation.path, _endpoint(served, operation), methods=[operation.method])
 
     app = Starlette(
-        routes=[route(operation) for operation in OPERATIONS],
+        routes=[*map(route, OPERATIONS), *page.routes()],
         exception_handlers=dict.fromkeys((LlamaJaxError, HTTPException, ClientDisconnect, Exception), _failed),
     )
     app.router.redirect_slashes = False

@@ -18,12 +18,13 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llama_jax.server import page
 from llama_jax.server.errors import RETRY_S, Failure, Refused
 from llama_jax.server.responses import failure_response
 from llama_jax.server.served import Served
 from llama_jax.server.settings import Limits, ServerSettings
 
-OPEN = frozenset({"/health/live", "/health/ready"})
+OPEN = frozenset({"/health/live", "/health/ready", *page.FILES})
 """Paths that need no key: they say nothing of anybody's requests, and answer while the server drains."""
 WHILE_DRAINING = OPEN | {"/metrics"}
 
@@ -61,7 +62,9 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 own = [(b"x-request-id", request_id), (b"x-content-type-options", b"nosniff")]
-                message = {**message, "headers": [*message["headers"], *own, (b"cache-control", b"no-store")]}
+                if not any(name == b"cache-control" for name, _ in message["headers"]):
+                    own.append((b"cache-control", b"no-store"))
+                message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
         async def refuse(error: BaseException) -> None:
