@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from browser.reader import AXE, MARKDOWN, PHONE, exactly, expect
 
 pytestmark = pytest.mark.browser
