@@ -169,7 +169,7 @@ def _layouts(config: LlamaConfig, index: int) -> dict[str, Layout]:
 
 
 def _leaves(layer: Params) -> Leaves:
-    found = {}
+    found: Leaves = {}
     for name, block in layer.items():
         if name in ("attn", "mlp"):
             found |= {f"{name}.{leaf}": dict(members) for leaf, members in block.items()}

@@ -68,7 +68,7 @@ def quantize_params(
     calibration: np.ndarray | None = None,
     donate: bool = False,
 ) -> tuple[Params, LlamaConfig]:
-    """Parameters with weights in few bits; the others are the same arrays, but for norms where the method scales inputs.
+    """Parameters with weights in few bits; others are the same arrays, but for norms where the method scales inputs.
 
     Args:
       params: plain, canonical or fused (canonical for a method that is calibrated).

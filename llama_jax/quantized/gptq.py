@@ -68,10 +68,8 @@ def _codes(layout: Layout, weight: jax.Array, grid: Grid, factor: jax.Array) -> 
         def part(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, block, axis=1)
 
-        here, within = (
-            {n: part(x) for n, x in grid.items()},
-            jax.lax.dynamic_slice(factor, (start, start), (block,) * 2),
-        )
+        here = {name: part(x) for name, x in grid.items()}
+        within = jax.lax.dynamic_slice(factor, (start, start), (block, block))
 
         def one_column(j: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             left, codes, errors = state

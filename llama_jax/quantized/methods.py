@@ -39,8 +39,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "rtn": Method("rounded to the nearest", lambda layout, weight, _: nearest.encode(layout, weight)),
         "hqq": Method("HQQ", lambda layout, weight, _: hqq.encode(layout, weight), takes=hqq.takes),
-        "gptq": Method("GPTQ", gptq.encode, calibrated=True),  # type: ignore[arg-type]
-        "awq": Method("AWQ", awq.encode, calibrated=True, scales_inputs=True),  # type: ignore[arg-type]
+        "gptq": Method("GPTQ", gptq.encode, calibrated=True),
+        "awq": Method("AWQ", awq.encode, calibrated=True, scales_inputs=True),
     }
 )
 """By the name that `llama-jax quantize --method` takes."""

@@ -12,7 +12,7 @@ from llama_jax.quantized.layout import Layout
 
 @partial(jax.jit, static_argnums=0)
 def encode(layout: Layout, weight: jax.Array) -> dict[str, jax.Array]:
-    """The members (`quantized.codes`) of a weight [*out, in] in floating point; every code is the nearest to its number.
+    """The members (`quantized.codes`) of a weight [*out, in] in floating point; every code is the nearest.
 
     Scales reach from the largest magnitude of a row or group, or from its smallest to its largest number, and codes are
     those of the scales as they are stored. What lies on such a grid, as GGUF's Q8_0 and Q4_1 do, comes out as it was.
