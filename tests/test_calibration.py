@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -320,6 +321,18 @@ def test_quality() -> None:
         quality.compare(Model(random_params(wider), wider), reference)
     with pytest.raises(RequestError, match="two windows"):
         quality.windows(list(range(31)), 16)
+
+
+def test_quality_command(folder: Path, text: Path, tmp_path: Path) -> None:
+    """The numbers of `quality.compare`, of a checkpoint beside what it was made of."""
+    path = convert(folder, tmp_path / "q", recipe=recipe("int4", group=8))
+    done = CliRunner().invoke(cli, ["quality", str(path), "--reference", str(folder), "--text", str(text), "--json"])
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    (model, tokenizer), (small, _) = lj.load(folder), lj.load(path)
+    rows = quality.windows(tokenizer.encode(TEXT))
+    assert facts == dataclasses.asdict(quality.compare(small, quality.refer(model, rows)))
+    assert facts["kl"] > 5 * facts["kl_error"] > 0
 
 
 def test_decoded_like_stored() -> None:

@@ -148,13 +148,17 @@ def quantised_layer(
     if method.scales_inputs:
         leaves, grams = _with_scaled_inputs(leaves, layouts, grams, config)
     errors = {}
-    for leaf, layout in layouts.items():
-        weight, gram = leaves[leaf].pop("weight"), grams[INPUTS[leaf]]
-        stored = method.encode(layout, weight, gram)
-        wrong = output_error(decode(layout, stored, jnp.float32) - weight, gram)
-        size = float(output_error(weight, gram))
-        errors[f"layers.{index}.{leaf}"] = (float(wrong) / size) ** 0.5 if size else 0.0
-        leaves[leaf] |= stored
+    for (activation, layout), names in _alike(layouts).items():
+        weights, gram = [leaves[leaf].pop("weight") for leaf in names], grams[activation]
+        stored = method.encode(layout, jnp.concatenate(weights), gram)  # rows do not know of each other
+        at = 0
+        for leaf, weight in zip(names, weights, strict=True):
+            own = {member: rows[at : at + len(weight)] for member, rows in stored.items()}
+            wrong = float(output_error(decode(layout, own, jnp.float32) - weight, gram))
+            size = float(output_error(weight, gram))
+            errors[f"layers.{index}.{leaf}"] = (wrong / size) ** 0.5 if size else 0.0
+            leaves[leaf] |= own
+            at += len(weight)
     return _tree(leaves), errors
 
 
@@ -166,6 +170,14 @@ def _layouts(config: LlamaConfig, index: int) -> dict[str, Layout]:
     """The layout of each leaf of a layer that is to be quantised, by its name within the layer."""
     found = ((leaf, layout_named(name)) for leaf, name in config.schemes if leaf.startswith(f"layers.{index}."))
     return {_within(leaf): layout for leaf, layout in found if layout is not None}
+
+
+def _alike(layouts: Mapping[str, Layout]) -> dict[tuple[str, Layout], list[str]]:
+    """Leaves that are given the same activation and get the same layout, which a method so works on but once."""
+    found: dict[tuple[str, Layout], list[str]] = {}
+    for leaf, layout in layouts.items():
+        found.setdefault((INPUTS[leaf], layout), []).append(leaf)
+    return found
 
 
 def _leaves(layer: Params) -> Leaves:

@@ -14,7 +14,7 @@ from llama_jax.quantized.searched import searched
 
 DAMPING = 0.01
 """Share of the mean square of an input that is added to each input's, so that the Gram matrix can be inverted."""
-BLOCK = 128
+BLOCK = 64
 """Columns whose errors are carried to all columns behind them at once, by one product."""
 
 
