@@ -2,9 +2,11 @@
 
     python scripts/quality.py --text lcet10.txt --calibration alice29.txt int8:rtn int4_g64_min:gptq
     python scripts/quality.py ... --rotated int4_g32_min:rtn
+    python scripts/quality.py --docs
 
 Each scheme is a layout and a method; the output projection is in int8 throughout, so that layers alone differ. What a
-file holds already is not measured again. The texts of docs/quantization.md are in the source archive of brotli 1.2.1.
+file holds already is not measured again; `--docs` writes the table of docs/quantization.md from the files. That page
+names the texts, which are in the source archive of brotli 1.2.1.
 `--rotated` measures a model with the same logits whose weights lie on no grid (`rotated`).
 """
 
@@ -29,8 +31,11 @@ from llama_jax.model.loaded import Model
 from llama_jax.model.quantization import dequantize_params
 from llama_jax.params import Params
 from llama_jax.plan.costs import held_bytes
+from llama_jax.quantized.methods import METHODS
 
 MEASURED = Path(__file__).parents[1] / "docs" / "measured"
+PAGE = MEASURED.parent / "quantization.md"
+BEGIN, END = "<!-- begin quality -->", "<!-- end quality -->"
 TEXT = slice(20_000, 122_000)
 """Bytes of the text that are measured, behind its table of contents."""
 CALIBRATION_WINDOWS = 16
@@ -73,16 +78,57 @@ def rotated(model: Model, seed: int = 0) -> Model:
     return replace(model, params=params, config=model.config.replace(tie_word_embeddings=False))
 
 
+def table(measured: Path) -> str:
+    """The rows of a file as a table, by layout, and of each layout by method."""
+    facts = json.loads(measured.read_text(encoding="utf-8"))
+    lines = [
+        f"**{facts['model']}**, {facts['windows'][0]} windows of {facts['windows'][1]} tokens: perplexity "
+        f"{facts['schemes'][0]['reference_perplexity']:.3f} in float32.",
+        "",
+        "| Weights | Method | MB | Perplexity | log of its ratio | Divergence | Same token, % |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    methods, plain = list(METHODS), {row["weights"]: row for row in facts["schemes"] if row["method"] == "rtn"}
+    for row in sorted(facts["schemes"], key=lambda row: (-row["bytes"], row["weights"], methods.index(row["method"]))):
+        rise = f"{row['log_ratio']:.4f} ± {row['log_ratio_error']:.4f}"
+        base = plain.get(row["weights"])
+        if base is not None and base is not row:
+            rise += f" ({row['log_ratio'] / base['log_ratio']:.2f} of rtn's)"
+        lines.append(
+            f"| `{row['weights']}` | {row['method']} | {row['bytes'] / 1e6:.1f} | {row['perplexity']:.3f} | {rise} "
+            f"| {row['kl']:.4f} ± {row['kl_error']:.4f} | {100 * row['same_top']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def section() -> str:
+    """What docs/quantization.md says of the measurements."""
+    return "\n\n".join(table(path) for path in sorted(MEASURED.glob("quality-*.json"), reverse=True))
+
+
+def with_section(page: str) -> str:
+    """A page with the measurements between its marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{section()}\n\n{END}{after}"
+
+
 def main() -> None:
     """Measures schemes, and writes what was measured after each of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("schemes", nargs="+", metavar="LAYOUT:METHOD")
-    parser.add_argument("--text", type=Path, required=True, help="what is predicted")
-    parser.add_argument("--calibration", type=Path, required=True, help="what gptq and awq see")
+    parser.add_argument("schemes", nargs="*", metavar="LAYOUT:METHOD")
+    parser.add_argument("--text", type=Path, help="what is predicted")
+    parser.add_argument("--calibration", type=Path, help="what gptq and awq see")
     parser.add_argument("--rotated", action="store_true", help="the rotated model")
     parser.add_argument("--windows", type=int, help="only so many windows of the text")
+    parser.add_argument("--docs", action="store_true", help="measure nothing, write the table")
     parser.add_argument("--out", type=Path, help="by default docs/measured/quality-[rotated-]smollm2-135m.json")
     given = parser.parse_args()
+    if given.docs:
+        PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    if not (given.schemes and given.text and given.calibration):
+        parser.error("schemes, --text and --calibration are needed, or --docs")
     text, calibration = given.text.read_bytes(), given.calibration.read_bytes()
     model, tokenizer = lj.load(fuse=False, dtype="float32", weights="float")
     if given.rotated:

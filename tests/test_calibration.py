@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -343,3 +344,24 @@ def test_decoded_like_stored() -> None:
     )
     decoded, plain = dequantize_params(small, config, jnp.float32)
     assert error(run(small, config, tokens)[0], run(decoded, plain, tokens)[0]) < 2e-5
+
+
+def test_docs_say_what_was_measured() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "quality_script", Path(__file__).parents[1] / "scripts" / "quality.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert script.with_section(page) == page, "run scripts/quality.py --docs"
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "rotated-smollm2-135m"])
+def test_what_was_measured_is_good_enough(name: str) -> None:
+    """Calibrated, the rise of log-perplexity is at most half of that of rounding to the nearest."""
+    path = Path(__file__).parents[1] / "docs" / "measured" / f"quality-{name}.json"
+    rises = {(row["weights"], row["method"]): row["log_ratio"] for row in json.loads(path.read_text())["schemes"]}
+    assert rises["int4_g64_min", "gptq"] < 0.5 * rises["int4_g64_min", "rtn"]
+    assert abs(rises.get(("int8", "rtn"), 0)) < 0.003

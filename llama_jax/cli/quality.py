@@ -58,8 +58,7 @@ def command(model: str, reference: str, text: str, loading: LoadOptions, quiet: 
     if as_json:
         print_json(dataclasses.asdict(found))
         return
-    change = 100 * found.log_ratio
     click.echo(f"perplexity  {found.perplexity:.3f}, of the reference {found.reference_perplexity:.3f}")
-    click.echo(f"log ratio   {change:.2f} % ± {100 * found.log_ratio_error:.2f}")
+    click.echo(f"log ratio   {found.log_ratio:.5f} ± {found.log_ratio_error:.5f}")
     click.echo(f"divergence  {found.kl:.5f} ± {found.kl_error:.5f}")
     click.echo(f"same token  {100 * found.same_top:.2f} % of {found.tokens}")
