@@ -56,6 +56,17 @@ class Recipe:
         """Whether the method needs a text."""
         return METHODS[self.method].calibrated
 
+    def check_text(self, *, given: bool) -> None:
+        """Raises RequestError if the method needs a calibration text and none is given, or the other way round."""
+        if given != self.calibrated:
+            what = "needs a calibration text" if self.calibrated else "takes no calibration text"
+            other = [name for name, method in METHODS.items() if method.calibrated == given]
+            raise RequestError(
+                f"the method {self.method} {what}",
+                param="calibration",
+                hint=f"{'leave it out' if given else 'give one'}, or choose the method {' or '.join(other)}",
+            )
+
 
 def recipe(
     weights: str,

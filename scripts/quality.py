@@ -155,7 +155,7 @@ def main() -> None:
     reference = quality.refer(model, tokens) if left else None
     for weights, method in left:
         began = time.monotonic()
-        small = lj.quantize(model, weights, method=method, calibration=seen)
+        small = lj.quantize(model, weights, method=method, calibration=seen if METHODS[method].calibrated else None)
         quantised_s = time.monotonic() - began
         size = held_bytes(small.config, 2)
         params, config = dequantize_params(small.params, small.config, jnp.float32)

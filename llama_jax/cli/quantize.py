@@ -27,10 +27,10 @@ from llama_jax.cli.terminal import print_json, size_text
 @recipe_options
 @click.option(
     "--method",
-    type=click.Choice(("rtn", "gptq", "awq", "hqq")),
+    metavar="METHOD",
     default="rtn",
     show_default=True,
-    help="Round to nearest, or a method that loses less; gptq and awq need a text.",
+    help="rtn rounds to the nearest; hqq, gptq and awq lose less, the last two with a text.",
 )
 @click.option(
     "--calibration",
@@ -70,9 +70,7 @@ def command(
 
     if (recipe := wanted.recipe(method)) is None:
         raise click.UsageError("Missing option '--weights': int8, int4 or fp8.")
-    if recipe.calibrated != (calibration is not None):
-        needs = "needs --calibration FILE" if recipe.calibrated else "takes no --calibration"
-        raise click.UsageError(f"--method {method} {needs}")
+    recipe.check_text(given=calibration is not None)
     text = None if calibration is None else read_text(calibration, param="calibration")
     began, errors = time.monotonic(), dict[str, float]()
     with Reporter(quiet=quiet, label="Quantising") as reporter:

@@ -51,23 +51,17 @@ Leaves = dict[str, dict[str, jax.Array]]
 """The leaves of one layer by their dotted names within it, e.g. "attn.q_proj"."""
 
 
-def check_calibration(config: LlamaConfig, tokens: np.ndarray | None) -> np.ndarray:
-    """The tokens, once it is sure that a model can be calibrated with them.
+def check_calibration(config: LlamaConfig, tokens: np.ndarray) -> None:
+    """Refuses what a model cannot be calibrated with.
 
     Args:
       config: with the schemes that leaves are to have.
       tokens: int32 [rows, length].
 
     Raises:
-      RequestError: there is no text; it has tokens that the model does not have; or weights are to be quantised whose
-        inputs are not those of the whole text, as those of routed experts.
+      RequestError: the text has tokens that the model does not have, or weights are to be quantised whose inputs are
+        not those of the whole text, as those of routed experts.
     """
-    if tokens is None:
-        raise RequestError(
-            "the method needs a calibration text",
-            param="calibration",
-            hint="give one with --calibration FILE, or choose the method hqq or rtn, which need none",
-        )
     if tokens.ndim != 2 or not tokens.size or tokens.min() < 0 or tokens.max() >= config.vocab_size:
         raise RequestError(
             f"calibration tokens {list(tokens.shape)} with ids up to {tokens.max(initial=0)}",
@@ -81,10 +75,9 @@ def check_calibration(config: LlamaConfig, tokens: np.ndarray | None) -> np.ndar
             param="method",
             hint="choose the method hqq or rtn, or leave the experts as they are by --ignore '*.moe.*'",
         )
-    return tokens
 
 
-def calibrated_params(params: Params, config: LlamaConfig, method: Method, tokens: np.ndarray | None) -> Params:
+def calibrated_params(params: Params, config: LlamaConfig, method: Method, tokens: np.ndarray) -> Params:
     """Parameters quantised by a method that is calibrated; embedding and head are rounded to the nearest.
 
     Args:
@@ -95,14 +88,14 @@ def calibrated_params(params: Params, config: LlamaConfig, method: Method, token
     Raises:
       RequestError: see `check_calibration`; or projections are fused.
     """
-    checked = check_calibration(config, tokens)
+    check_calibration(config, tokens)
     if any("qkv_proj" in layer["attn"] for layer in params["layers"].values()):
         raise RequestError("calibration needs projections apart", param="params", hint="load the model with fuse=False")
     out, schemes = dict(params), dict(config.schemes)
     for leaf in ("embed", "lm_head"):
         if (layout := layout_named(schemes.get(leaf, ""))) is not None:
             out[leaf] = encode(layout, params[leaf]["weight"])
-    hidden, out["layers"] = embedded(out["embed"], checked), {}
+    hidden, out["layers"] = embedded(out["embed"], tokens), {}
     for i in range(config.num_layers):
         layer, _ = quantised_layer(params["layers"][str(i)], config, i, hidden, method)
         out["layers"][str(i)] = layer

@@ -53,6 +53,12 @@ def quantize(
         weights, group=group, symmetric=symmetric, lm_head=lm_head, embed=embed, ignore=ignore, method=method
     )
     config = model.config.replace(schemes=recipes.schemes(model.config, wanted))
+    if model.mesh is not None and wanted.calibrated:
+        raise RequestError(
+            f"the method {method} takes a model on one device",
+            param="mesh",
+            hint="load it without a mesh, or quantise its files with llama-jax quantize",
+        )
     if model.mesh is not None:
         check_groups(config, model.mesh)
     with on(model.mesh):
@@ -84,7 +90,8 @@ def quantize_params(
       RequestError: see `recipe.schemes`; or the parts of a joint projection would be stored in different ways.
     """
     config = config.replace(schemes=recipes.schemes(config, wanted))
-    if wanted.calibrated:
+    wanted.check_text(given=calibration is not None)
+    if calibration is not None:
         return calibrated_params(params, config, METHODS[wanted.method], calibration), config
     schemes = dict(config.schemes)
 
