@@ -349,16 +349,32 @@ def test_decoded_like_stored() -> None:
     assert error(run(small, config, tokens)[0], run(decoded, plain, tokens)[0]) < 2e-5
 
 
-def test_docs_say_what_was_measured() -> None:
-    spec = importlib.util.spec_from_file_location(
-        "quality_script", Path(__file__).parents[1] / "scripts" / "quality.py"
-    )
+@pytest.fixture(scope="module")
+def script() -> Any:
+    """scripts/quality.py."""
+    path = Path(__file__).parents[1] / "scripts" / "quality.py"
+    spec = importlib.util.spec_from_file_location("quality_script", path)
     assert spec is not None
     assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_docs_say_what_was_measured(script: Any) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
     assert script.with_section(page) == page, "run scripts/quality.py --docs"
+
+
+def test_a_rotated_model_is_the_same(script: Any) -> None:
+    """But for its weights, of which none is left."""
+    config = TINY["tied-mqa"]
+    model = Model(random_params(config), config)
+    turned, tokens = script.rotated(model), random_tokens(config, 2, 8)
+    expected, _ = run(model.params, config, tokens)
+    assert error(run(turned.params, turned.config, tokens)[0], expected) < 2e-5
+    assert error(turned.params["embed"]["weight"], model.params["embed"]["weight"]) > 0.1
+    assert error(turned.params["lm_head"]["weight"], turned.params["embed"]["weight"]) > 0.1
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "rotated-smollm2-135m"])
