@@ -102,10 +102,10 @@ def quality() -> None:
     for weights in dict.fromkeys(row["weights"] for row in rows):
         top = max((row for row in rows if row["weights"] == weights), key=lambda row: row["log_ratio"])
         place = top["bytes"] / 1e6, top["log_ratio"]
-        axes.annotate(weights, place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        axes.annotate(weights, place, (3, 6), textcoords="offset points", rotation=30, fontsize=8)
     axes.set_xlabel("MB of weights")
     axes.set_ylabel("rise of log-perplexity")
-    axes.margins(x=0.12, y=0.15)
+    axes.margins(x=0.15, y=0.25)
     axes.set_title(f"{found['model']}, perplexity {rows[0]['reference_perplexity']:.2f}", loc="left", fontsize=9)
     axes.legend(frameon=False)
 
