@@ -12,7 +12,7 @@ from llama_jax.convert.casting import cast
 from llama_jax.convert.quantizing import QuantizedSource, Wrapped
 from llama_jax.errors import RequestError
 from llama_jax.model.calibration import Hidden, advanced, check_calibration, embedded, quantised_layer
-from llama_jax.params import ParamSpec, Params, canonical_specs, flatten, param_specs, unflatten
+from llama_jax.params import Params, ParamSpec, canonical_specs, flatten, param_specs, unflatten
 from llama_jax.quantized.methods import METHODS
 from llama_jax.recipe import Recipe, schemes
 from llama_jax.schemes import PLAIN
@@ -39,7 +39,7 @@ def rows_of_text(source: ModelSource, text: str) -> np.ndarray:
         raise RequestError(
             f"the calibration text has {len(tokens)} tokens",
             param="calibration",
-            hint=f"{WINDOW} are the least; some ten thousand (50 KB of prose) are better, up to {WINDOW * WINDOWS} count",
+            hint=f"give at least {WINDOW}; some ten thousand (50 KB of prose) are better",
         )
     return tokens[: rows * WINDOW].reshape(rows, WINDOW)
 

@@ -173,7 +173,7 @@ def test_scaled_inputs_change_nothing() -> None:
     assert error(run(params | {"layers": layers}, GROUPED, tokens)[0], expected) < 2e-5
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_outputs_suffer_less(method: str) -> None:
     """Beside rounding to the nearest, of all leaves together; and layers see what is before them quantised."""
     params, tokens = random_params(GROUPED), np.asarray(random_tokens(GROUPED, 8, 16))
