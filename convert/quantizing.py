@@ -16,10 +16,12 @@ from llama_jax.convert.casting import row_blocks
 from llama_jax.convert.members import Members
 from llama_jax.params import ParamSpec, canonical_specs, stored_as
 from llama_jax.quantized import layout_named
+from llama_jax.quantized.methods import encoder
+from llama_jax.recipe import NEAREST
 from llama_jax.schemes import PLAIN, scheme_named
 
 
-class _Wrapped:
+class Wrapped:
     """A source over another one, whose weights it gives in another form."""
 
     def __init__(self, source: ModelSource):
@@ -44,8 +46,8 @@ class _Wrapped:
         self._inner.close()
 
 
-class QuantizedSource(_Wrapped):
-    """A source with its weights in few bits, each rounded to the nearest; see `checkpoint.source.ModelSource`.
+class QuantizedSource(Wrapped):
+    """A source with its weights in few bits, by a method that needs no data; see `checkpoint.source.ModelSource`.
 
     A leaf is encoded by blocks of its rows on jax's default device, so that the largest leaf bounds the memory that it
     takes, in whatever way it is stored.
@@ -53,16 +55,18 @@ class QuantizedSource(_Wrapped):
     Args:
       source: with plain weights.
       schemes: pairs of a leaf and the layout that it gets, as `recipe.schemes` gives them.
+      method: a key of `quantized.methods.METHODS`.
 
     Attributes:
       errors: of the leaves read so far, the root of the mean square of (weight - original), over that of the original.
     """
 
-    def __init__(self, source: ModelSource, schemes: tuple[tuple[str, str], ...]):
+    def __init__(self, source: ModelSource, schemes: tuple[tuple[str, str], ...], method: str = NEAREST):
         super().__init__(source)
         self.config = source.config.replace(schemes=schemes)
         self.errors: dict[str, float] = {}
         self._schemes = dict(self.config.schemes)
+        self._method = method
         self._members = Members(self._encoded)
         self._one = threading.Lock()
 
@@ -82,6 +86,8 @@ class QuantizedSource(_Wrapped):
 
     def _encode(self, leaf: str) -> dict[str, np.ndarray]:
         spec, scheme = self._weights[leaf], scheme_named(self._schemes[leaf])
+        layout = layout_named(scheme.name)
+        encode = scheme.encode if layout is None else encoder(self._method, layout)
         weight = np.ascontiguousarray(self._inner.read(spec))
         found = {
             name: np.empty(
@@ -91,7 +97,7 @@ class QuantizedSource(_Wrapped):
         }
         wrong = size = 0.0
         for first, rows in row_blocks(weight):
-            members = scheme.encode(jnp.asarray(rows))
+            members = encode(jnp.asarray(rows))
             for name, member in members.items():
                 found[name][first : first + len(rows)] = np.asarray(member)
             block_wrong, block_size = _squares(jnp.asarray(rows), scheme.decode(members, jnp.float32))
@@ -107,7 +113,7 @@ def _squares(weight: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array
     return jnp.sum(jnp.square(weight - stored)), jnp.sum(jnp.square(weight))
 
 
-class DequantizedSource(_Wrapped):
+class DequantizedSource(Wrapped):
     """A source with every weight plain, as they are decoded from what it stores; see `checkpoint.source.ModelSource`.
 
     Args:

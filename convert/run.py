@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.checkpoint.format import FORMAT_VERSION, Progress, digest
-from llama_jax.checkpoint.source import ModelSource, provenance, tell_notes, weight_files
+from llama_jax.checkpoint.source import InOrder, ModelSource, provenance, tell_notes, weight_files
 from llama_jax.checkpoint.values import is_matrix, zeros_warning
 from llama_jax.convert.announce import announce
 from llama_jax.convert.casting import storage_dtype
@@ -17,6 +17,8 @@ from llama_jax.convert.weight_file import closed_on_error
 from llama_jax.errors import CheckpointError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llama_jax.checkpoint.lock import Origin, SourceFile
     from llama_jax.checkpoint.write import CheckpointWriter
     from llama_jax.convert.file_hashes import FileHashes
@@ -32,6 +34,7 @@ def convert(
     dtype: str | None = None,
     dequantize: bool = False,
     recipe: Recipe | None = None,
+    calibration: str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     warn_larger: bool = True,
@@ -56,7 +59,8 @@ def convert(
         (with a recipe bfloat16; of a GGUF file's quantised tensors that are decoded, float32).
       dequantize: whether to decode weights that the source has quantised. By default they keep their precision, where
         a layout of `llama_jax.quantized` can hold it.
-      recipe: quantises weights (those of a quantised source anew), each rounded to the nearest.
+      recipe: quantises weights (those of a quantised source anew).
+      calibration: a text, for a recipe whose method needs one.
       overwrite: whether a checkpoint at `dst` may be replaced; it stays until the new one is complete.
       allow_nonfinite: whether weights may have any values: NaN, infinite, subnormal, zero in most of the matrices.
       warn_larger: whether to tell `notify` where the checkpoint will be more than twice as large as the source.
@@ -66,7 +70,7 @@ def convert(
       notify: called with a sentence before it begins (sizes and free space) and before a wait, about what was left out
         or looks strange, and when something is left for the same call to go on with.
       quantised: called at the end for each leaf that the recipe quantised, with the size of its error (the root of the
-        mean square), as a share of the weight's.
+        mean square), as a share of the weight's; of its outputs' over the text, where it was calibrated.
 
     Returns:
       `dst`, absolute.
@@ -74,21 +78,25 @@ def convert(
     Raises:
       ModelNotFound: nothing stands at `src`.
       UnsupportedModel: the model asks for something that this package does not compute.
-      RequestError: an unknown dtype, or the recipe does not fit the model.
+      RequestError: an unknown dtype, the recipe does not fit the model, or its method the calibration text.
       CheckpointError: the source is damaged or incomplete, changes meanwhile, or holds NaN; names file and tensor.
       StorageError, DoesNotFit: `dst` exists or cannot be written, or the disk is too small.
     """
     # Imported here, since these bring jax and orbax, which opening and listing models do not need.
-    from llama_jax.checkpoint.write import CheckpointWriter, batches
+    from llama_jax.checkpoint.write import CheckpointWriter, batches, layer_batches
     from llama_jax.convert.file_hashes import FileHashes
     from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, memory, read_ahead, read_leaf, stored_dtype
     from llama_jax.disk import fits_file_cache
     from llama_jax.params import param_specs
+    from llama_jax.quantized.methods import METHODS
+    from llama_jax.recipe import NEAREST
 
     dtype = "bfloat16" if dtype is None and recipe is not None else dtype
     wanted = None if dtype is None else storage_dtype(dtype)
-    with closing(_opened(Path(src), name, revision, dequantize, recipe)) as model:
-        specs = {spec.name: spec for spec in in_file_order(model, param_specs(model.config))}
+    with closing(_opened(Path(src), name, revision, dequantize, recipe, calibration, wanted)) as model:
+        in_order = isinstance(model, InOrder)
+        ordered = param_specs(model.config) if in_order else in_file_order(model, param_specs(model.config))
+        specs = {spec.name: spec for spec in ordered}
         weights = weight_files(model, specs.values())
         before = _stamps(weights)
         identity = {
@@ -96,7 +104,8 @@ def convert(
             "source": [model.source.kind, str(model.path.absolute()), before],
             "config": digest(repr(model.config).encode()),
             "options": [dtype, allow_nonfinite],
-            "weights": "rounded to the nearest" if recipe is not None else "as they are",
+            "weights": "as they are" if recipe is None else METHODS[recipe.method].described,
+            "calibration": None if calibration is None else digest(calibration.encode()),
         }
         dtypes = {spec: stored_dtype(model, spec, wanted) for spec in specs.values()}
         sizes = {spec.name: spec.size * dtype.itemsize for spec, dtype in dtypes.items()}
@@ -115,7 +124,10 @@ def convert(
             dst, total_bytes=total, overwrite=overwrite, identity=identity, progress=progress, notify=say
         ) as writer:
             done = sum(sizes[name] for name in writer.written)
-            left = batches({name: size for name, size in sizes.items() if name not in writer.written})
+            group = layer_batches if in_order else batches
+            left = group({name: size for name, size in sizes.items() if name not in writer.written})
+            if isinstance(model, InOrder):
+                model.resume(writer.read)
             with (
                 FileHashes(weights, _known(writer.notes, weights), keep=fits_file_cache(total)) as hashes,
                 read_ahead(left, read, lambda name: memory(model, specs[name], wanted), AHEAD_BYTES) as leaves,
@@ -143,6 +155,7 @@ def convert(
                 source_files=locked_files(sha256),
                 origins=origins(model, specs.values(), digests),
                 dtype=dtype,
+                method=None if recipe is None or recipe.method == NEAREST else recipe.method,
             )
         if quantised is not None:
             for leaf in dict.fromkeys(spec.leaf for spec in param_specs(model.config)):
@@ -151,15 +164,28 @@ def convert(
         return path
 
 
-def _opened(src: Path, name: str | None, revision: str | None, dequantize: bool, recipe: Recipe | None) -> ModelSource:
+def _opened(
+    src: Path,
+    name: str | None,
+    revision: str | None,
+    dequantize: bool,
+    recipe: Recipe | None,
+    calibration: str | None,
+    dtype: np.dtype | None,
+) -> ModelSource:
     if recipe is None:
         return open_source(src, name=name, revision=revision, dequantize=dequantize)
+    from llama_jax.convert.calibrating import CalibratedSource, rows_of_text
     from llama_jax.convert.quantizing import QuantizedSource
     from llama_jax.recipe import schemes
 
+    recipe.check_text(given=calibration is not None)
     source = open_model(src, name=name, revision=revision, dequantize=True)
     with closed_on_error(source.close):
-        return QuantizedSource(source, schemes(source.config, recipe))
+        if calibration is None:
+            return QuantizedSource(source, schemes(source.config, recipe), recipe.method)
+        assert dtype is not None
+        return CalibratedSource(source, recipe, rows_of_text(source, calibration), dtype)
 
 
 def _errors(model: ModelSource, batch: Sequence[Leaf]) -> dict[str, float]:

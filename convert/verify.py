@@ -14,6 +14,9 @@ from llama_jax.checkpoint.source import ModelSource, weight_files
 from llama_jax.config import LlamaConfig
 from llama_jax.convert.opening import open_model
 from llama_jax.convert.run import locked_files
+from llama_jax.errors import RequestError
+from llama_jax.quantized.methods import METHODS
+from llama_jax.recipe import NEAREST
 
 if TYPE_CHECKING:
     from llama_jax.convert.leaves import Leaf
@@ -35,6 +38,7 @@ def verify_source(checkpoint: str | Path, src: str | Path, progress: Progress | 
 
     Raises:
       CheckpointError: the checkpoint has no lock, or either cannot be opened.
+      RequestError: its weights were calibrated, so that they come from more than the source.
       ModelNotFound, UnsupportedModel: there is no such source.
     """
     from llama_jax.checkpoint.write import batches
@@ -53,7 +57,7 @@ def verify_source(checkpoint: str | Path, src: str | Path, progress: Progress | 
         # NaN has passed when the checkpoint was made; its digest says whether it is the same.
         return read_leaf(model, specs[name], dtype, allow_nonfinite=True, hashes=hashes)
 
-    with closing(_opened_alike(Path(src), opened.config)) as model:
+    with closing(_opened_alike(Path(src), opened.config, locked.method)) as model:
         specs = {spec.name: spec for spec in in_file_order(model, param_specs(model.config))}
         sizes = {name: memory(model, spec, dtype) for name, spec in specs.items()}
         weights = weight_files(model, specs.values())
@@ -76,8 +80,14 @@ def verify_source(checkpoint: str | Path, src: str | Path, progress: Progress | 
     return VerifyReport(opened.path, len(specs), total, tuple(_files(src, found, locked) + failures))
 
 
-def _opened_alike(src: Path, config: LlamaConfig) -> ModelSource:
+def _opened_alike(src: Path, config: LlamaConfig, method: str | None) -> ModelSource:
     """The source, with its weights in the form in which the checkpoint has them."""
+    if method is not None and METHODS[method].calibrated:
+        raise RequestError(
+            f"weights that {method} has made cannot be made again from their source alone",
+            param="source",
+            hint="verify the checkpoint without --source: that compares every tensor with its digest",
+        )
     if not config.schemes:
         return open_model(src, dequantize=True)
     source = open_model(src)
@@ -86,7 +96,7 @@ def _opened_alike(src: Path, config: LlamaConfig) -> ModelSource:
     source.close()
     from llama_jax.convert.quantizing import QuantizedSource
 
-    return QuantizedSource(open_model(src, dequantize=True), config.schemes)
+    return QuantizedSource(open_model(src, dequantize=True), config.schemes, method or NEAREST)
 
 
 def _files(src: str | Path, found: Mapping[str, SourceFile], locked: Lock) -> list[str]:

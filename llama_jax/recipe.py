@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError, did_you_mean
 from llama_jax.params import canonical_specs
 from llama_jax.quantized import CODES, Layout, layout_named
+from llama_jax.quantized.methods import METHODS
 
 PLAIN = "bfloat16"
 """The name of what is not quantised, and what it is stored in."""
 GROUPS = {"int4": 64}
 """Numbers that share a scale where nobody says; of other kinds, a whole row does."""
 WHOLE_ROWS = -1
-
+NEAREST = "rtn"
+"""The method where nobody names one, and that of embeddings and heads where the method is calibrated on a text."""
 
 STORED, FLOAT = "stored", "float"
 """Forms of a quantised model's weights on devices: as they are stored, or decoded."""
@@ -51,12 +53,30 @@ class Recipe:
       lm_head: of the output projection, or of the embedding that it is tied to; None leaves it as it is.
       embed: of an embedding by itself, of which a token reads one row.
       ignore: patterns of leaves that stay as they are, with `*`, `?` and `[...]` as in file names.
+      method: how codes are found, a key of `METHODS`.
     """
 
     weights: Layout
     lm_head: Layout | None
     embed: Layout | None
     ignore: tuple[str, ...] = ()
+    method: str = NEAREST
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method needs a text."""
+        return METHODS[self.method].calibrated
+
+    def check_text(self, *, given: bool) -> None:
+        """Raises RequestError if the method needs a calibration text and none is given, or the other way round."""
+        if given != self.calibrated:
+            what = "needs a calibration text" if self.calibrated else "takes no calibration text"
+            other = [name for name, method in METHODS.items() if method.calibrated == given]
+            raise RequestError(
+                f"the method {self.method} {what}",
+                param="calibration",
+                hint=f"{'leave it out' if given else 'give one'}, or choose the method {' or '.join(other)}",
+            )
 
 
 def recipe(
@@ -67,6 +87,7 @@ def recipe(
     lm_head: str = "int8",
     embed: str = PLAIN,
     ignore: str | Sequence[str] = (),
+    method: str = NEAREST,
 ) -> Recipe:
     """Reads a request.
 
@@ -77,6 +98,7 @@ def recipe(
       symmetric: whether code 0 stands for 0, so that no minima are stored. By default not in int4, else always.
       lm_head, embed: name of a layout, or "bfloat16".
       ignore: patterns of leaves, e.g. "layers.0.*" or "*.down_proj".
+      method: how codes are found. "rtn": each is the nearest; "hqq" also needs no data; "gptq" and "awq" take a text.
 
     Raises:
       RequestError: one of them is not known, or they do not go together.
@@ -92,7 +114,25 @@ def recipe(
                 hint=f"leave them out, or give weights={layout.kind!r}",
             )
     patterns = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return Recipe(layout, _top(lm_head, "lm_head"), _top(embed, "embed"), patterns)
+    wanted = Recipe(layout, _top(lm_head, "lm_head"), _top(embed, "embed"), patterns)
+    _check_method(method, wanted)
+    return replace(wanted, method=method)
+
+
+def _check_method(method: str, wanted: Recipe) -> None:
+    if method not in METHODS:
+        raise RequestError(
+            f"method {method!r} is not known",
+            param="method",
+            hint=f"{did_you_mean(method, METHODS)} there are {', '.join(METHODS)}".strip(),
+        )
+    for layout in (wanted.weights, wanted.lm_head, wanted.embed):
+        if layout is not None and not METHODS[method].takes(layout):
+            raise RequestError(
+                f"the method {method} does not make {layout.name}",
+                param="method",
+                hint=f"choose a layout with minima or a symmetric one of whole numbers, or the method {NEAREST}",
+            )
 
 
 def requested(form: str | None) -> Recipe | None:

@@ -1,4 +1,4 @@
-"""Charts of the engine's measurements, drawn from docs/measured: docs/charts/engine-*.svg.
+"""Charts of measurements, drawn from docs/measured: docs/charts/*.svg, of the engine and of quantised weights.
 
     uv run --group docs python scripts/charts.py
     uv run --group docs python scripts/charts.py --check
@@ -88,11 +88,37 @@ def _pairs(axes: Axes, runs: list[dict[str, Any]], time: str, numbers: tuple[str
     axes.legend(frameon=False, loc="upper left", ncols=2)
 
 
+def quality() -> None:
+    """The rise of log-perplexity over the bytes of the weights, a line a method."""
+    found = json.loads((MEASURED / "quality-smollm2-135m.json").read_text(encoding="utf-8"))
+    _, axes = plt.subplots(figsize=(6.4, 3.0))
+    colors = {"rtn": GREY, "hqq": LIGHT, "awq": "#e0a030", "gptq": DARK}
+    rows = [row for row in found["schemes"] if row["weights"] != "int4_g32_min"]  # the model's own grid
+    for method, color in colors.items():
+        points = [row for row in rows if row["method"] == method]
+        sizes, rises = [row["bytes"] / 1e6 for row in points], [row["log_ratio"] for row in points]
+        errors = [row["log_ratio_error"] for row in points]
+        axes.errorbar(sizes, rises, errors, fmt="o", color=color, label=method, capsize=2)
+    for weights in dict.fromkeys(row["weights"] for row in rows):
+        top = max((row for row in rows if row["weights"] == weights), key=lambda row: row["log_ratio"])
+        place = top["bytes"] / 1e6, top["log_ratio"]
+        axes.annotate(weights, place, (3, 6), textcoords="offset points", rotation=30, fontsize=8)
+    axes.set_xlabel("MB of weights")
+    axes.set_ylabel("rise of log-perplexity")
+    axes.margins(x=0.15, y=0.25)
+    axes.set_title(f"{found['model']}, perplexity {rows[0]['reference_perplexity']:.2f}", loc="left", fontsize=9)
+    axes.legend(frameon=False)
+
+
 def _title(run: dict[str, Any]) -> str:
     return f"{run['device'].partition(' (')[0]}, {run['model']}, {run['dtype']}, random weights, jax {run['jax']}"
 
 
-DRAWN: dict[str, Callable[[], None]] = {"engine-throughput.svg": throughput, "engine-chat.svg": chat}
+DRAWN: dict[str, Callable[[], None]] = {
+    "engine-throughput.svg": throughput,
+    "engine-chat.svg": chat,
+    "quality.svg": quality,
+}
 
 
 def draw(folder: Path) -> None:

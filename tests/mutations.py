@@ -373,7 +373,7 @@ EXPERTS: tuple[Mutation, ...] = (
     Mutation(
         "shared expert dropped",
         "llama_jax/model/layers.py",
-        "return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))",
+        "return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))[0]",
         "return out",
         golden("llama4-scout-like"),
     ),

@@ -338,7 +338,7 @@ def test_kernels_refuse_what_they_do_not_know(op: Operation, monkeypatch: pytest
     kv, places, rule = KeysValues(k, k), Places(at, at), Rule(Visibility(), 1.0, in_order=True)
     calls = {
         "": (kv, places, rule),
-        "quantised": (replace(kv, k_scale=scale, v_scale=scale), places, rule),
+        "codes": (replace(kv, k_scale=scale, v_scale=scale), places, rule),
         "packed": (kv, replace(places, rows=at), rule),
         "spans": (kv, replace(places, q_spans=at, kv_spans=at), rule),
         "see all": (kv, places, replace(rule, visibility=Visibility("all"))),

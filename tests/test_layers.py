@@ -118,7 +118,7 @@ def mlp64(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> 
 def test_mlp() -> None:
     x, params = normal(*RNG_SHAPE), mlp_params(16, 24)
     expected = mlp64(x, *(params[n]["weight"] for n in ("gate_proj", "up_proj", "down_proj")))
-    np.testing.assert_allclose(mlp(x, params, Dims.of(tiny_config())), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(mlp(x, params, Dims.of(tiny_config()))[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def moe64(x: np.ndarray, params: dict, spec: MoeSpec) -> np.ndarray:

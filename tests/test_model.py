@@ -298,7 +298,7 @@ def test_capture() -> None:
     config = TINY["sigmoid-moe"]
     params, tokens = random_params(config), random_tokens(config, 2, 6)
     names = activation_names(config)
-    assert len(names) == len(set(names)) == 2 + 8 * config.num_layers
+    assert len(names) == len(set(names)) == 2 + 9 * config.num_layers + 1  # one layer has a dense MLP
     logits, cache, seen = run(params, config, tokens, capture=names)
     plain, _ = run(params, config, tokens)
     chex.assert_trees_all_close(logits, plain, atol=1e-5)
@@ -319,8 +319,14 @@ def test_capture() -> None:
         assert error(part["attn_in"], norm(x, layer["attn_norm"]["weight"])) < 1e-5
         value = np.asarray(part["attn_in"]) @ np.asarray(layer["attn"]["v_proj"]["weight"]).T
         assert error(part["v"], value.reshape(part["v"].shape)) < 1e-5
+        output = np.asarray(layer["attn"]["o_proj"]["weight"])
+        assert error(part["attn_out"], np.asarray(part["attn_heads"]) @ output.T) < 1e-5
         x = x + np.asarray(part["attn_out"])
         assert error(part["mlp_in"], norm(x, layer["mlp_norm"]["weight"])) < 1e-5
+        assert ("mlp_hidden" in part) == ("mlp" in layer)
+        if "mlp" in layer:
+            down = np.asarray(layer["mlp"]["down_proj"]["weight"])
+            assert error(part["mlp_out"], np.asarray(part["mlp_hidden"]) @ down.T) < 1e-5
         x = x + np.asarray(part["mlp_out"])
         assert error(part["out"], x) < 1e-5
     assert error(seen["final_norm"], norm(x, params["final_norm"]["weight"])) < 1e-5

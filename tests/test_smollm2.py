@@ -16,6 +16,8 @@ from llama_jax.generation import batch_generate, generate
 from llama_jax.generation.llm import LLM
 from llama_jax.model import forward
 from llama_jax.model.loaded import Model
+from llama_jax.model.quantization import dequantize_params, quantize
+from llama_jax.params import flatten
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.chat import encode_chat, render_chat
 from llama_jax.text.tokenizer import Tokenizer
@@ -110,3 +112,17 @@ def test_bfloat16(smollm2: Loaded) -> None:
     half = dataclasses.replace(model, params=params)
     assert half.dtype == jnp.bfloat16
     assert generate(half, tokenizer, ENTRIES[0]["prompt"], max_tokens=2) == " Paris."
+
+
+def test_rounded_to_its_own_grid(smollm2: Loaded) -> None:
+    """The file is in Q4_1 and Q8_0: int4 in groups of 32 with minima, and int8 in such groups, are exactly it."""
+    model, _ = smollm2
+    small = quantize(model, "int4", group=32, lm_head="int8_g32")
+    decoded, _ = dequantize_params(small.params, small.config, jnp.float32)
+    for name, leaf in flatten(decoded).items():
+        np.testing.assert_array_equal(leaf, flatten(model.params)[name], err_msg=name)
+    other = quantize(model, "int4", group=64)
+    decoded, _ = dequantize_params(other.params, other.config, jnp.float32)
+    assert (
+        flatten(decoded)["layers.0.mlp.down_proj.weight"] != flatten(model.params)["layers.0.mlp.down_proj.weight"]
+    ).any()

@@ -27,8 +27,8 @@ from llama_jax.params import ParamSpec
 SHARD_BYTES = 5_000_000_000
 """Size that a safetensors file does not exceed unless one tensor does."""
 _MADE_BY = "exported_by"
-_METADATA = {"format": "pt", _MADE_BY: "llama_jax"}
-_FILES = re.compile(rf"{re.escape(CONFIG)}|{re.escape(GENERATION_CONFIG)}|{COPIED.pattern}")
+METADATA = {"format": "pt", _MADE_BY: "llama_jax"}
+FILES = re.compile(rf"{re.escape(CONFIG)}|{re.escape(GENERATION_CONFIG)}|{COPIED.pattern}")
 
 
 def export_hf(
@@ -64,7 +64,7 @@ def export_hf(
     wanted = None if dtype is None else storage_dtype(dtype)
     source, dst = PlainSource(checkpoint), Path(dst).absolute()
     steps = _steps(source, None if wanted is None else wanted.name)
-    files = checked_files(source.checkpoint, _FILES)
+    files = checked_files(source.checkpoint, FILES)
     stored = source.checkpoint.dtype
     if wanted is not None and wanted.name != stored:
         stored = wanted.name
@@ -78,7 +78,7 @@ def export_hf(
                 "weight_map": {name: file for file, shard in shards.items() for name in sorted(shard)},
             }
         )
-    with staged(dst, needed=total, overwrite=overwrite, replaceable=_is_export) as partial:
+    with staged(dst, needed=total, overwrite=overwrite, replaceable=is_export) as partial:
         start_folder(partial)
         _write_tensors(source, steps, shards, partial, wanted, progress)
         for name, data in files.items():
@@ -161,7 +161,7 @@ def _write_tensors(
             for name, expert, piece in step.pieces(leaves):
                 file = where[name]
                 if file not in writers:
-                    writers[file] = SafetensorsWriter(folder / file, shards[file], _METADATA)
+                    writers[file] = SafetensorsWriter(folder / file, shards[file], METADATA)
                     stack.callback(writers[file].close)
                 first_row = expert * (piece.size // piece.shape[-1])
                 for row, block in row_blocks(piece):
@@ -173,7 +173,7 @@ def _write_tensors(
                 progress(done, total, step.specs[-1].name)
 
 
-def _is_export(path: Path) -> bool:
+def is_export(path: Path) -> bool:
     """Whether a folder is an export of this program, or empty: what nobody minds losing to --overwrite."""
     if not path.is_dir() or path.is_symlink():
         return False

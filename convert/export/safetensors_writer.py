@@ -18,7 +18,9 @@ import numpy as np
 from llama_jax.convert.safetensors_file import DTYPES
 from llama_jax.convert.weight_file import closed_on_error
 
-_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
+_WRITTEN = {**DTYPES, "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+"""Floats of plain weights, and what packed codes lie in."""
+_NAMES = {dtype.name: name for name, dtype in _WRITTEN.items()}
 _ALIGNMENT = 8
 
 
@@ -31,7 +33,7 @@ class TensorPlan:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[_NAMES[self.dtype]].itemsize
+        return math.prod(self.shape) * _WRITTEN[_NAMES[self.dtype]].itemsize
 
 
 class SafetensorsWriter:
@@ -81,7 +83,7 @@ class SafetensorsWriter:
 
 def _layout(plan: Mapping[str, TensorPlan], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The file's first bytes, and where each tensor begins. Wide dtypes come first, so that all tensors are aligned."""
-    names = sorted(plan, key=lambda name: (-DTYPES[_NAMES[plan[name].dtype]].itemsize, name))
+    names = sorted(plan, key=lambda name: (-_WRITTEN[_NAMES[plan[name].dtype]].itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     starts, end = {}, 0
     for name in names:

@@ -1,6 +1,7 @@
 """model.lock.json: what a checkpoint was made from, byte for byte, and what it consists of.
 
     lock_version, tool, dtype      the file's own version, the program that wrote it, the dtype that was asked for
+    method                         how weights were quantised here, where that is not rounding to the nearest
     source                         kind, name, revision, licence
     source_files                   name, size and sha256 of every weight file that was read
     tensors                        name -> digest in the checkpoint, digest of the source's values before any cast
@@ -62,6 +63,7 @@ class Lock:
     origins: Mapping[str, Origin]
     files: Mapping[str, str]
     tool: str = ""
+    method: str | None = None
 
 
 def contents(lock: Lock, store: Mapping[str, str]) -> dict[str, Any]:
@@ -78,6 +80,7 @@ def contents(lock: Lock, store: Mapping[str, str]) -> dict[str, Any]:
         "source": asdict(lock.source),
         "source_files": [asdict(file) for file in lock.source_files],
         "dtype": lock.dtype,
+        **({"method": lock.method} if lock.method else {}),
         "tensors": tensors,
         "files": dict(lock.files),
         "store": dict(store),
@@ -111,6 +114,7 @@ def _parsed(value: Mapping[str, Any], path: Path) -> Lock:
             source=fmt.parse_source(value["source"]),
             source_files=tuple(_source_file(file) for file in value["source_files"]),
             dtype=value["dtype"],
+            method=None if (method := value.get("method")) is None else _text(method),
             tensors=_texts({name: tensor["digest"] for name, tensor in value["tensors"].items()}),
             origins={
                 name: Origin(

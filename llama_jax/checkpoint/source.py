@@ -84,6 +84,15 @@ class HasNotes(Protocol):
         ...
 
 
+@runtime_checkable
+class InOrder(Protocol):
+    """A source that makes one layer after the other: leaves have to be asked for in the order of `param_specs`."""
+
+    def resume(self, written: Callable[[str], np.ndarray | None]) -> None:
+        """Says how to read what was made of it before: an array by its dotted name, None where there is none."""
+        ...
+
+
 def tell_notes(model: ModelSource, notify: Callable[[str], None] | None) -> None:
     """Tells `notify` what a source has to say."""
     if notify is not None and isinstance(model, HasNotes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 from llama_jax import disk
 from llama_jax.checkpoint import format as fmt
 from llama_jax.checkpoint import journal, lock
+from llama_jax.checkpoint.read import TensorReader
 from llama_jax.checkpoint.small_files import json_bytes, main_dtype, small_files, tool_version
 from llama_jax.checkpoint.source import check_dtypes, check_tensors
 from llama_jax.config import LlamaConfig
@@ -81,6 +83,13 @@ class CheckpointWriter:
     def notes(self) -> Sequence[Mapping[str, Any]]:
         """The notes given to `write`, by this writer and by those that it goes on for."""
         return [part.note for part in self._parts]
+
+    def read(self, name: str) -> np.ndarray | None:
+        """A tensor that was written, by an earlier writer too; None for any other."""
+        for part in self._parts:
+            if name in part.tensors:
+                return TensorReader(part).read(name)
+        return None
 
     def __enter__(self) -> CheckpointWriter:
         with contextlib.ExitStack() as stack:
@@ -192,6 +201,7 @@ class CheckpointWriter:
         source_files: Sequence[lock.SourceFile] = (),
         origins: Mapping[str, lock.Origin] | None = None,
         dtype: str | None = None,
+        method: str | None = None,
     ) -> Path:
         """Puts the checkpoint together and gives it its name.
 
@@ -200,7 +210,7 @@ class CheckpointWriter:
           source: where the weights came from.
           generation_config: written as generation_config.json, if given.
           files: further small files (tokenizer, chat template), name to contents.
-          source_files, origins, dtype: for model.lock.json; see `checkpoint.lock`.
+          source_files, origins, dtype, method: for model.lock.json; see `checkpoint.lock`.
 
         Raises:
           CheckpointError: the tensors that were written are not those that the config asks for.
@@ -225,6 +235,7 @@ class CheckpointWriter:
                 source=source,
                 source_files=tuple(source_files),
                 dtype=dtype,
+                method=method,
                 tensors={name: info.digest for name, info in tensors.items()},
                 origins=origins or {},
                 files=digests,
@@ -245,6 +256,20 @@ def _worth_another_try(e: BaseException) -> bool:
     if isinstance(e, CheckpointError) and isinstance(e.__cause__, OSError):
         return True  # a source that could not be read just now
     return not isinstance(e, CheckpointError | RequestError | UnsupportedModel)
+
+
+def layer_batches(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Groups of tensors to write together, in order: those of one layer, or one other leaf.
+
+    Args:
+      sizes: dotted name to bytes.
+    """
+
+    def group(name: str) -> str:
+        parts = name.split(".")
+        return ".".join(parts[:2] if parts[0] == "layers" else parts[:1])
+
+    return [list(names) for _, names in itertools.groupby(sizes, group)]
 
 
 def batches(sizes: Mapping[str, int]) -> list[list[str]]:

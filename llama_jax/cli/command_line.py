@@ -21,6 +21,7 @@ COMMANDS = {
     "pull": "Download a model from the Hugging Face hub.",
     "convert": "Convert a model to a checkpoint.",
     "quantize": "Store a model's weights in few bits.",
+    "quality": "Compare a quantised model's predictions with the original's.",
     "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
     "verify": "Check a checkpoint's digests and its numbers.",
     "show": "Show what a model is: shapes, size, dtype, licence.",

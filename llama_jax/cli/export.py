@@ -21,13 +21,20 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
     epilog=examples(
         "llama-jax export ./llama-1b ./llama-1b-hf --to hf",
         "llama-jax export ./llama-1b ./llama-1b-hf --to hf --dtype bfloat16 --shard-size 2GB",
+        "llama-jax export ./llama-1b-int4 ./llama-1b-w4a16 --to compressed-tensors",
         "llama-jax export ./llama-1b ./llama-1b.gguf --to gguf",
         "llama-jax export ./llama-1b ./llama-1b.q8_0.gguf --to gguf --type q8_0",
     ),
 )
 @click.argument("checkpoint", metavar="CHECKPOINT")
 @click.argument("dst")
-@click.option("--to", "target", type=click.Choice(("hf", "gguf")), required=True, help="The format to write.")
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(("hf", "compressed-tensors", "gguf")),
+    required=True,
+    help="The format to write.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="hf: store all tensors in it. [default: the checkpoint's own]")
 @click.option("--shard-size", metavar="SIZE", help="hf: begin another file beyond this size. [default: 5GB]")
 @click.option(
@@ -54,8 +61,9 @@ def command(
     """Write CHECKPOINT (or any other MODEL, which is converted first) to DST in another format.
 
     `--to hf` makes a folder that transformers loads: safetensors with the same names and, without --dtype, the same
-    bytes per tensor as the model that was converted; config.json, tokenizer and licence beside them. `--to gguf` makes
-    a file for llama.cpp, DST.gguf, with the tokenizer in it.
+    bytes per tensor as the model that was converted; config.json, tokenizer and licence beside them. `--to
+    compressed-tensors` makes such a folder of weights in few bits, code for code (`pack-quantized`); the others decode
+    them. `--to gguf` makes a file for llama.cpp, DST.gguf, with the tokenizer in it.
 
     Every tensor's digest is checked while it is read. Nothing stands at DST before all is done.
     """
@@ -68,7 +76,7 @@ def command(
             raise click.UsageError(f"{option} goes with --to {needs}")
     shard_bytes = None if shard_size is None else _size(shard_size)
 
-    from llama_jax.convert.export import SHARD_BYTES, export_gguf, export_hf
+    from llama_jax.convert.export import SHARD_BYTES, export_compressed, export_gguf, export_hf
     from llama_jax.library import resolve
 
     with Reporter(quiet=quiet, label="Exporting") as reporter:
@@ -83,6 +91,8 @@ def command(
                 overwrite=overwrite,
                 progress=reporter.progress,
             )
+        elif target == "compressed-tensors":
+            made = export_compressed(path, dst, overwrite=overwrite, progress=reporter.progress)
         else:
             made = export_gguf(path, dst, kind=kind, overwrite=overwrite, progress=reporter.progress)
         seconds = time.monotonic() - began

@@ -6,6 +6,7 @@ import time
 
 import click
 
+from llama_jax.cli.inputs import read_text
 from llama_jax.cli.options import examples, json_option, quiet_option, yes_option
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.recipe_options import RecipeOptions, recipe_options
@@ -18,31 +19,59 @@ from llama_jax.cli.terminal import print_json, size_text
         "llama-jax quantize ./Llama-3.2-1B-Instruct ./llama-1b-int8 --weights int8",
         "llama-jax quantize meta-llama/Llama-3.2-1B-Instruct ./llama-1b-int4 --weights int4 --group 128",
         "llama-jax quantize ./llama-1b ./llama-1b-int4 --weights int4 --ignore 'layers.0.*' --lm-head bf16",
+        "llama-jax quantize ./llama-1b ./llama-1b-gptq --weights int4 --method gptq --calibration prose.txt",
     ),
 )
 @click.argument("model")
 @click.argument("dst")
 @recipe_options
+@click.option(
+    "--method",
+    metavar="METHOD",
+    default="rtn",
+    show_default=True,
+    help="rtn rounds to the nearest; hqq, gptq and awq lose less, the last two with a text.",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="Text for gptq and awq, in UTF-8: some ten thousand tokens like those that the model will read.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
 @yes_option
 @quiet_option
 @json_option
-def command(model: str, dst: str, wanted: RecipeOptions, overwrite: bool, quiet: bool, as_json: bool) -> None:
-    """Write MODEL to a checkpoint at DST with its weights in few bits, each rounded to the nearest.
+def command(
+    model: str,
+    dst: str,
+    wanted: RecipeOptions,
+    method: str,
+    calibration: str | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL to a checkpoint at DST with its weights in few bits.
 
     MODEL is anything that `show` takes, a checkpoint too; one that is quantised already is decoded first. Norms, biases
     and routers are stored in bfloat16, as is what --ignore names. Weights pass one by one, so memory is needed for the
     largest of them, not for the model. What was stopped resumes when the same command is run again.
 
-    Prints how far the weights of each layer are from what they were: the root of the mean square of the difference, as
-    a share of that of the weights, of all of the layer's and of the one that suffers most.
+    gptq and awq go through the layers in their order, each with what the quantised ones before it make of the text;
+    memory holds one layer in float32 and the text's hidden states. Embeddings and output projections are rounded to the
+    nearest.
+
+    Prints how far the weights of each layer (with gptq and awq: its outputs) are from what they were: the root of the
+    mean square of the difference, as a share of theirs, of all of the layer's and of the one that suffers most.
     """
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.convert import convert
     from llama_jax.library import DEFAULT_MODEL, check_source, find
 
-    if (recipe := wanted.recipe()) is None:
+    if (recipe := wanted.recipe(method)) is None:
         raise click.UsageError("Missing option '--weights': int8, int4 or fp8.")
+    recipe.check_text(given=calibration is not None)
+    text = None if calibration is None else read_text(calibration, param="calibration")
     began, errors = time.monotonic(), dict[str, float]()
     with Reporter(quiet=quiet, label="Quantising") as reporter:
         found = find(model, progress=reporter.progress, notify=reporter.notify)
@@ -52,6 +81,7 @@ def command(model: str, dst: str, wanted: RecipeOptions, overwrite: bool, quiet:
             found.path,
             dst,
             recipe=recipe,
+            calibration=text,
             overwrite=overwrite,
             warn_larger=model != DEFAULT_MODEL,
             name=found.name,
@@ -67,6 +97,7 @@ def command(model: str, dst: str, wanted: RecipeOptions, overwrite: bool, quiet:
             {
                 "path": str(path),
                 "weights": recipe.weights.name,
+                "method": method,
                 "tensors": len(checkpoint.tensors),
                 "bytes": checkpoint.nbytes,
                 "seconds": round(seconds, 3),
@@ -76,14 +107,14 @@ def command(model: str, dst: str, wanted: RecipeOptions, overwrite: bool, quiet:
         return
     click.echo(path)
     if not quiet:
-        for line in _by_layer(errors):
+        for line in _by_layer(errors, "outputs" if recipe.calibrated else "weights"):
             click.echo(line, err=True)
         size = size_text(checkpoint.nbytes)
         click.echo(f"{len(checkpoint.tensors)} tensors, {size}, {recipe.weights.described}, {seconds:.1f} s", err=True)
 
 
-def _by_layer(errors: dict[str, float]) -> list[str]:
-    """A line for each layer, and for what is in none."""
+def _by_layer(errors: dict[str, float], of: str) -> list[str]:
+    """A line for each layer, and for what is in none, whose errors are always of its weights."""
     layers: dict[str, dict[str, float]] = {}
     for leaf, error in errors.items():
         parts = leaf.split(".")
@@ -94,5 +125,5 @@ def _by_layer(errors: dict[str, float]) -> list[str]:
         worst = max(found, key=found.__getitem__)
         mean = (sum(error**2 for error in found.values()) / len(found)) ** 0.5
         most = f", most in {worst}: {found[worst]:.4f}" if len(found) > 1 else ""
-        lines.append(f"{layer}: error {mean:.4f} of the weights{most}")
+        lines.append(f"{layer}: error {mean:.4f} of the {of if layer.startswith('layers.') else 'weights'}{most}")
     return lines

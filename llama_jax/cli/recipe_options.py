@@ -25,8 +25,11 @@ class RecipeOptions:
     embed: str | None
     ignore: tuple[str, ...]
 
-    def recipe(self) -> Recipe | None:
+    def recipe(self, method: str = "rtn") -> Recipe | None:
         """The recipe, None without `--weights`. Imports jax.
+
+        Args:
+          method: how codes are found.
 
         Raises:
           RequestError: see `llama_jax.recipe.recipe`; or other options are given without `--weights`.
@@ -43,7 +46,7 @@ class RecipeOptions:
         from llama_jax.recipe import recipe
 
         symmetric = True if self.symmetric else None
-        return recipe(self.weights, group=self.group, symmetric=symmetric, ignore=self.ignore, **tops)
+        return recipe(self.weights, group=self.group, symmetric=symmetric, ignore=self.ignore, method=method, **tops)
 
 
 recipe_options = gathered(

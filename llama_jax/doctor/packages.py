@@ -36,6 +36,7 @@ PACKAGES = (
     "uvicorn",
     "msgspec",
     "prometheus-client",
+    "httpx2",
 )
 """What this package imports."""
 CUDA = ("jax-cuda13-plugin", "jax-cuda13-pjrt")

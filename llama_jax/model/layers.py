@@ -80,11 +80,12 @@ def position_queries_and_keys(
 
 
 @jax.named_scope("mlp")
-def mlp(x: jax.Array, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
-    """Gated MLP: down(activation(gate(x)) * up(x))."""
+def mlp(x: jax.Array, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, jax.Array]:
+    """Gated MLP: down(hidden), and hidden = activation(gate(x)) * up(x)."""
     activation = ACTIVATIONS[dims.activation]
     gate, up = joint(x, params, "gate_up_proj", adapters)
-    return linear(activation(gate) * up, params["down_proj"], adapters.of("down_proj"))
+    hidden = activation(gate) * up
+    return linear(hidden, params["down_proj"], adapters.of("down_proj")), hidden
 
 
 @jax.named_scope("moe")
@@ -117,7 +118,7 @@ def moe(x: jax.Array, params: Params, dims: Dims, spec: MoeSpec, adapters: Adapt
             input_scale=scales[0],
             output_scale=scales[1],
         )
-        return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))
+        return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))[0]
 
     # All of it on each device's part of every expert's width, so that there is one all-reduce. A shared
     # expert stands apart if its width divides where that of the others does not, or the other way round.
@@ -145,4 +146,4 @@ def moe(x: jax.Array, params: Params, dims: Dims, spec: MoeSpec, adapters: Adapt
         "adapter_ids": ("batch",),
     }
     out = local(mixture, arguments, axes, ("batch",), summed="mlp").reshape(x.shape)
-    return out + mlp(x, params["shared"], dims, adapters.of("shared")) if apart else out
+    return out + mlp(x, params["shared"], dims, adapters.of("shared"))[0] if apart else out

@@ -8,14 +8,18 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax import recipe as recipes
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.layout import check_groups
+from llama_jax.model.calibration import calibrated_params
 from llama_jax.model.loaded import Model
 from llama_jax.params import JOINT, PROJECTION_AXES, Params, flatten, unflatten
+from llama_jax.quantized import layout_named
+from llama_jax.quantized.methods import METHODS, encoder
 from llama_jax.recipe import Recipe
 from llama_jax.schemes import PLAIN, Members, scheme_named, scheme_of
 from llama_jax.sharding import Axes, constrain, on
@@ -30,35 +34,53 @@ def quantize(
     lm_head: str = "int8",
     embed: str = recipes.PLAIN,
     ignore: str | Sequence[str] = (),
+    method: str = recipes.NEAREST,
+    calibration: np.ndarray | None = None,
 ) -> Model:
-    """The model with weights in few bits, each rounded to the nearest; `model` stays as it is.
+    """The model with weights in few bits, by default each rounded to the nearest; `model` stays as it is.
 
     Args:
       model: with weights in floating point, fused or not, on a mesh or not.
-      weights, group, symmetric, lm_head, embed, ignore: see `llama_jax.recipe.recipe`.
+      weights, group, symmetric, lm_head, embed, ignore, method: see `llama_jax.recipe.recipe`.
+      calibration: int32 [rows, length], tokens of the text that "gptq" and "awq" need; the model is then on one
+        device, and not fused.
 
     Raises:
       RequestError: see `recipe` and `recipe.schemes`; or a mesh would cut through a group, or `ignore` names a part of
-        a joint projection.
+        a joint projection, or a method cannot be calibrated with what is given.
     """
-    wanted = recipes.recipe(weights, group=group, symmetric=symmetric, lm_head=lm_head, embed=embed, ignore=ignore)
+    wanted = recipes.recipe(
+        weights, group=group, symmetric=symmetric, lm_head=lm_head, embed=embed, ignore=ignore, method=method
+    )
     config = model.config.replace(schemes=recipes.schemes(model.config, wanted))
+    if model.mesh is not None and wanted.calibrated:
+        raise RequestError(
+            f"the method {method} takes a model on one device",
+            param="mesh",
+            hint="load it without a mesh, or quantise its files with llama-jax quantize",
+        )
     if model.mesh is not None:
         check_groups(config, model.mesh)
     with on(model.mesh):
-        params, config = quantize_params(model.params, model.config, wanted)
+        params, config = quantize_params(model.params, model.config, wanted, calibration=calibration)
     return replace(model, params=params, config=config)
 
 
 def quantize_params(
-    params: Params, config: LlamaConfig, wanted: Recipe, *, donate: bool = False
+    params: Params,
+    config: LlamaConfig,
+    wanted: Recipe,
+    *,
+    calibration: np.ndarray | None = None,
+    donate: bool = False,
 ) -> tuple[Params, LlamaConfig]:
-    """Parameters with weights in few bits, each rounded to the nearest; the others are the same arrays.
+    """Parameters with weights in few bits; others are the same arrays, but for norms where the method scales inputs.
 
     Args:
-      params: plain, canonical or fused.
+      params: plain, canonical or fused (canonical for a method that is calibrated).
       config: of the model.
-      wanted: what becomes of which leaf.
+      wanted: what becomes of which leaf, and how.
+      calibration: int32 [rows, length], tokens of a text, for a method that needs one.
       donate: frees each weight when its members are there, for a caller that owns it and will not use `params` again.
 
     Returns:
@@ -68,14 +90,18 @@ def quantize_params(
       RequestError: see `recipe.schemes`; or the parts of a joint projection would be stored in different ways.
     """
     config = config.replace(schemes=recipes.schemes(config, wanted))
+    wanted.check_text(given=calibration is not None)
+    if calibration is not None:
+        return calibrated_params(params, config, METHODS[wanted.method], calibration), config
     schemes = dict(config.schemes)
 
     def encoded(leaf: str, members: Members) -> Members:
         name = _scheme_of_leaf(leaf, schemes)
-        if name is None:
+        layout = layout_named(name or "")
+        if name is None or layout is None:
             return members
-        scheme = scheme_named(name)
-        found = _encode(scheme.encode, members["weight"], _frozen(scheme.axes(_axes(leaf))))
+        axes = scheme_named(name).axes(_axes(leaf))
+        found = _encode(encoder(wanted.method, layout), members["weight"], _frozen(axes))
         if donate:
             jax.block_until_ready(found)
             members["weight"].delete()

@@ -25,12 +25,19 @@ from llama_jax.sharding import constrain
 
 ACTIVATION_AXES = ("batch", "length", "embed")
 """Of what passes from block to block: each device has all of its rows, so that a block ends in one sum over devices."""
-LAYER_ACTIVATIONS = ("attn_in", "q", "k", "v", "attn_out", "mlp_in", "mlp_out", "out")
+LAYER_ACTIVATIONS = ("attn_in", "q", "k", "v", "attn_heads", "attn_out", "mlp_in", "mlp_hidden", "mlp_out", "out")
+"""Of a block: what comes out of its norms and projections. "attn_heads" goes into o_proj, "mlp_hidden" into down_proj;
+a mixture of experts has none of the latter."""
 
 
 def activation_names(config: LlamaConfig) -> tuple[str, ...]:
     """Every name that `capture=` understands, in the order of the forward pass."""
-    layers = (f"layers.{i}.{name}" for i in range(config.num_layers) for name in LAYER_ACTIVATIONS)
+    layers = (
+        f"layers.{i}.{name}"
+        for i, spec in enumerate(config.layers)
+        for name in LAYER_ACTIVATIONS
+        if name != "mlp_hidden" or not isinstance(spec.mlp, MoeSpec)
+    )
     return ("embed", *layers, "final_norm")
 
 
@@ -290,7 +297,8 @@ def _layer(
             out = attention(q, kv, Places(queries.positions, tokens.positions, queries.segments, tokens.segments), rule)
         else:
             out, cache = cache.attend(q, k, v, slots, queries, rule)
-        out = linear(out.reshape(*x.shape[:2], -1), params["attn"]["o_proj"], of_attn.of("o_proj"))
+        seen["attn_heads"] = out = out.reshape(*x.shape[:2], -1)
+        out = linear(out, params["attn"]["o_proj"], of_attn.of("o_proj"))
         seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
 
     with jax.named_scope("mlp_norm"):
@@ -299,7 +307,7 @@ def _layer(
     if isinstance(spec.mlp, MoeSpec):
         out = moe(h, params["moe"], dims, spec.mlp, adapters.of("moe"))
     else:
-        out = mlp(h, params["mlp"], dims, adapters.of("mlp"))
+        out, seen["mlp_hidden"] = mlp(h, params["mlp"], dims, adapters.of("mlp"))
     seen["mlp_out"] = out = constrain(out, ACTIVATION_AXES)
     if "out" in capture:
         seen["out"] = x + out

@@ -1,0 +1,64 @@
+"""`llama-jax quality`: how far a model's predictions are from those of the model that it was made of."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from llama_jax.cli.inputs import read_text
+from llama_jax.cli.options import (
+    LoadOptions,
+    examples,
+    json_option,
+    load_options,
+    quiet_option,
+    requested_mesh,
+    yes_option,
+)
+from llama_jax.cli.progress import Reporter
+from llama_jax.cli.terminal import print_json
+
+
+@click.command(
+    name="quality",
+    epilog=examples(
+        "llama-jax quality ./llama-1b-int4 --reference ./Llama-3.2-1B-Instruct --text prose.txt",
+        "llama-jax quality ./llama-1b-int4 --reference ./Llama-3.2-1B-Instruct --text prose.txt --json",
+    ),
+)
+@click.argument("model")
+@click.option("--reference", required=True, metavar="MODEL", help="What it was made of.")
+@click.option("--text", required=True, metavar="FILE", help="Text in UTF-8 that neither was calibrated on; 100 KB do.")
+@load_options
+@yes_option
+@quiet_option
+@json_option
+def command(model: str, reference: str, text: str, loading: LoadOptions, quiet: bool, as_json: bool) -> None:
+    """Compare what MODEL predicts with what --reference does, over a text.
+
+    Prints the perplexity of both, the mean Kullback-Leibler divergence of the model from its reference in nats a token,
+    and the share of tokens of which both find the same likeliest. Windows of 512 tokens stand alone, and of each the
+    second half is predicted, as llama.cpp does it. Standard errors stand behind the signs.
+
+    The options hold for both models, which are in memory together. On a GPU they compute
+    in bfloat16, whose own rounding is part of the divergence; --dtype float32 --weights float compares weights alone.
+    """
+    from llama_jax.measure.quality import compare, refer, windows
+
+    prose = read_text(text, param="text")
+    devices = requested_mesh(loading.mesh, loading.tp)
+    with Reporter(quiet=quiet, label="Reference") as reporter:
+        exact, tokenizer = loading.load(reference, devices, reporter)
+        rows = windows(tokenizer.encode(prose, parse_special=False))
+        known = refer(exact, rows, reporter.progress)
+    with Reporter(quiet=quiet, label="Model") as reporter:
+        other, _ = loading.load(model, devices, reporter)
+        found = compare(other, known, reporter.progress)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return
+    click.echo(f"perplexity  {found.perplexity:.3f}, of the reference {found.reference_perplexity:.3f}")
+    click.echo(f"log ratio   {found.log_ratio:.5f} ± {found.log_ratio_error:.5f}")
+    click.echo(f"divergence  {found.kl:.5f} ± {found.kl_error:.5f}")
+    click.echo(f"same token  {100 * found.same_top:.2f} % of {found.tokens}")

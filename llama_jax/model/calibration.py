@@ -1,0 +1,293 @@
+"""Quantising with a calibration text, layer by layer: each layer is given what the quantised layers before it make.
+
+One layer at a time is needed, and the hidden states of the text between two layers, which stay on the host. Pure
+functions of one layer; `quantize_params` and `convert.calibrating` go through the layers with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama_jax.config import LlamaConfig
+from llama_jax.errors import RequestError
+from llama_jax.model.transformer import forward
+from llama_jax.model.weights import lookup
+from llama_jax.params import Params
+from llama_jax.quantized import Layout, layout_named
+from llama_jax.quantized.awq import input_scales, output_error
+from llama_jax.quantized.codes import decode
+from llama_jax.quantized.methods import Method
+from llama_jax.quantized.nearest import encode
+from llama_jax.schemes import scheme_of
+
+Hidden = Sequence[np.ndarray]
+"""Hidden states of the calibration text between two layers: float32 [rows, length, hidden_size], in several parts."""
+ROWS = 4
+"""Rows of the text that are computed together."""
+INPUTS: Mapping[str, str] = MappingProxyType(
+    {
+        "attn.q_proj": "attn_in",
+        "attn.k_proj": "attn_in",
+        "attn.v_proj": "attn_in",
+        "attn.o_proj": "attn_heads",
+        "mlp.gate_proj": "mlp_in",
+        "mlp.up_proj": "mlp_in",
+        "mlp.down_proj": "mlp_hidden",
+    }
+)
+"""The projections that can be calibrated, each with the activation (`forward(capture=)`) that it is given."""
+_BEFORE = MappingProxyType({"attn_in": "attn_norm", "mlp_in": "mlp_norm"})
+"""The norm that makes an activation."""
+_ROWS_BEFORE = MappingProxyType({"attn_heads": "attn.v_proj", "mlp_hidden": "mlp.up_proj"})
+"""The projection whose outputs' scales are an activation's, since nothing but sums and products with others follows."""
+
+Leaves = dict[str, dict[str, jax.Array]]
+"""The leaves of one layer by their dotted names within it, e.g. "attn.q_proj"."""
+
+
+def check_calibration(config: LlamaConfig, tokens: np.ndarray) -> None:
+    """Refuses what a model cannot be calibrated with.
+
+    Args:
+      config: with the schemes that leaves are to have.
+      tokens: int32 [rows, length].
+
+    Raises:
+      RequestError: the text has tokens that the model does not have, or weights are to be quantised whose inputs are
+        not those of the whole text, as those of routed experts.
+    """
+    if tokens.ndim != 2 or not tokens.size or tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise RequestError(
+            f"calibration tokens {list(tokens.shape)} with ids up to {tokens.max(initial=0)}",
+            param="calibration",
+            hint=f"int32 [rows, length] of ids below {config.vocab_size}",
+        )
+    unknown = [leaf for leaf, _ in config.schemes if leaf.startswith("layers.") and _within(leaf) not in INPUTS]
+    if unknown:
+        raise RequestError(
+            f"{unknown[0]} cannot be calibrated: a routed expert sees few tokens of a text",
+            param="method",
+            hint="choose the method hqq or rtn, or leave the experts as they are by --ignore '*.moe.*'",
+        )
+
+
+def calibrated_params(params: Params, config: LlamaConfig, method: Method, tokens: np.ndarray) -> Params:
+    """Parameters quantised by a method that is calibrated; embedding and head are rounded to the nearest.
+
+    Args:
+      params: plain and canonical; they stay as they are.
+      config: with the schemes that leaves are to have.
+      tokens: int32 [rows, length].
+
+    Raises:
+      RequestError: see `check_calibration`; or projections are fused.
+    """
+    check_calibration(config, tokens)
+    if any("qkv_proj" in layer["attn"] for layer in params["layers"].values()):
+        raise RequestError("calibration needs projections apart", param="params", hint="load the model with fuse=False")
+    out, schemes = dict(params), dict(config.schemes)
+    for leaf in ("embed", "lm_head"):
+        if (layout := layout_named(schemes.get(leaf, ""))) is not None:
+            out[leaf] = encode(layout, params[leaf]["weight"])
+    hidden, out["layers"] = embedded(out["embed"], tokens), {}
+    for i in range(config.num_layers):
+        layer, _ = quantised_layer(params["layers"][str(i)], config, i, hidden, method)
+        out["layers"][str(i)] = layer
+        hidden = advanced(layer, config, i, hidden)
+    return out
+
+
+def embedded(leaf: Params, tokens: np.ndarray) -> list[np.ndarray]:
+    """What the first layer is given.
+
+    Args:
+      leaf: the embedding, plain or stored.
+      tokens: int32 [rows, length].
+    """
+    parts = (tokens[at : at + ROWS] for at in range(0, len(tokens), ROWS))
+    return [np.asarray(lookup(leaf, jnp.asarray(part), jnp.float32)) for part in parts]
+
+
+def advanced(layer: Params, config: LlamaConfig, index: int, hidden: Hidden) -> list[np.ndarray]:
+    """What comes out of a layer, plain or stored."""
+    name = "layers.0.out"
+    return [np.asarray(seen[name]) for seen in _runs(layer, config, index, hidden, (name,))]
+
+
+def quantised_layer(
+    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, method: Method
+) -> tuple[Params, dict[str, float]]:
+    """One layer with its weights in few bits.
+
+    Args:
+      layer: canonical, its weights plain.
+      config: with the schemes that leaves are to have.
+      index: number of the layer.
+      hidden: what it is given.
+
+    Returns:
+      The layer, in which a method that scales inputs has changed norms and biases too, and the error of each leaf by
+      its whole name: the root of the mean square of what its outputs differ by, as a share of that of the outputs.
+    """
+    layouts = _layouts(config, index)
+    leaves = _leaves(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), layer))
+    grams = _grams(_tree(leaves), config, index, hidden, sorted({INPUTS[leaf] for leaf in layouts}))
+    if method.scales_inputs:
+        leaves, grams = _with_scaled_inputs(leaves, layouts, grams, config)
+    errors = {}
+    for (activation, layout), names in _alike(layouts).items():
+        weights, gram = [leaves[leaf].pop("weight") for leaf in names], grams[activation]
+        stored = method.encode(layout, jnp.concatenate(weights), gram)  # rows do not know of each other
+        at = 0
+        for leaf, weight in zip(names, weights, strict=True):
+            own = {member: rows[at : at + len(weight)] for member, rows in stored.items()}
+            wrong = float(output_error(decode(layout, own, jnp.float32) - weight, gram))
+            size = float(output_error(weight, gram))
+            errors[f"layers.{index}.{leaf}"] = (wrong / size) ** 0.5 if size else 0.0
+            leaves[leaf] |= own
+            at += len(weight)
+    return _tree(leaves), errors
+
+
+def _within(leaf: str) -> str:
+    return leaf.split(".", 2)[-1]
+
+
+def _layouts(config: LlamaConfig, index: int) -> dict[str, Layout]:
+    """The layout of each leaf of a layer that is to be quantised, by its name within the layer."""
+    found = ((leaf, layout_named(name)) for leaf, name in config.schemes if leaf.startswith(f"layers.{index}."))
+    return {_within(leaf): layout for leaf, layout in found if layout is not None}
+
+
+def _alike(layouts: Mapping[str, Layout]) -> dict[tuple[str, Layout], list[str]]:
+    """Leaves that are given the same activation and get the same layout, which a method so works on but once."""
+    found: dict[tuple[str, Layout], list[str]] = {}
+    for leaf, layout in layouts.items():
+        found.setdefault((INPUTS[leaf], layout), []).append(leaf)
+    return found
+
+
+def _leaves(layer: Params) -> Leaves:
+    found: Leaves = {}
+    for name, block in layer.items():
+        if name in ("attn", "mlp"):
+            found |= {f"{name}.{leaf}": dict(members) for leaf, members in block.items()}
+        else:
+            found[name] = dict(block)
+    return found
+
+
+def _tree(leaves: Leaves) -> Params:
+    tree: Params = {}
+    for name, members in leaves.items():
+        block, _, leaf = name.rpartition(".")
+        (tree.setdefault(block, {}) if block else tree)[leaf] = members
+    return tree
+
+
+def _grams(
+    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, names: Sequence[str]
+) -> dict[str, jax.Array]:
+    """The sum of x x^T over the tokens of each activation x: float32 [in, in]."""
+    whole = tuple(f"layers.0.{name}" for name in names)
+    total: dict[str, jax.Array] = {}
+    for seen in _runs(layer, config, index, hidden, whole):
+        for name, full in zip(names, whole, strict=True):
+            total[name] = _added(total[name] if name in total else jnp.float32(0), seen[full])
+    return total
+
+
+@jax.jit
+def _added(total: jax.Array, x: jax.Array) -> jax.Array:
+    flat = x.reshape(-1, x.shape[-1])
+    return total + jnp.matmul(flat.T, flat, precision=jax.lax.Precision.HIGHEST)
+
+
+def _runs(
+    layer: Params, config: LlamaConfig, index: int, hidden: Hidden, names: tuple[str, ...]
+) -> Iterator[dict[str, jax.Array]]:
+    """Activations of one layer, part by part."""
+    plain = {"layers": {"0": _tree({name: _plain(members) for name, members in _leaves(layer).items()})}}
+    alone = config.replace(layers=(config.layers[index],), schemes=(), tie_word_embeddings=True)
+    for part in hidden:
+        yield _run(plain, alone, jnp.asarray(part), names)
+
+
+def _plain(members: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """A leaf with its weight decoded, in float32."""
+    scheme = scheme_of(members)
+    weight = scheme.decode({name: members[name] for name in scheme.members}, jnp.float32)
+    found = {"weight": weight} | {name: members[name] for name in members if name == "bias"}
+    return {name: jnp.asarray(x, jnp.float32) for name, x in found.items()}
+
+
+@partial(jax.jit, static_argnums=(1, 3))
+def _run(params: Params, config: LlamaConfig, x: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """A model of one layer between any embedding and head: its logits are asked for by nobody."""
+    width = x.shape[-1]
+    ends = {"embed": {"weight": jnp.zeros((1, width))}, "final_norm": {"weight": jnp.ones(width)}}
+    _, _, seen = forward(params | ends, config, None, inputs_embeds=x, capture=names)
+    return seen
+
+
+def _with_scaled_inputs(
+    leaves: Leaves, layouts: Mapping[str, Layout], grams: Mapping[str, jax.Array], config: LlamaConfig
+) -> tuple[Leaves, dict[str, jax.Array]]:
+    """The same layer, computing the same, with inputs of projections divided by scales that their weights have instead.
+
+    Projections' rows first, since norms are followed by what these become.
+    """
+    leaves, grams = {name: dict(members) for name, members in leaves.items()}, dict(grams)
+    for activation in (*_ROWS_BEFORE, *_BEFORE):
+        users = [leaf for leaf, given in INPUTS.items() if given == activation]
+        quantised = [leaf for leaf in users if leaf in layouts]
+        if not quantised:
+            continue
+        gram = grams[activation]
+        sizes = jnp.sqrt(jnp.diagonal(gram))
+        # Query heads of one key/value head take the same values, which have one scale each.
+        group = config.num_heads // config.num_kv_heads if activation == "attn_heads" else 1
+        sizes = _repeated(_mean(sizes, group, config.head_dim), group, config.head_dim)
+        scales = input_scales(
+            tuple(layouts[leaf] for leaf in quantised), tuple(leaves[leaf]["weight"] for leaf in quantised), gram, sizes
+        )
+        if activation in _BEFORE:
+            norm = leaves[_BEFORE[activation]]
+            norm["weight"], scales = _divided(norm["weight"], scales)
+        else:
+            before = leaves[_ROWS_BEFORE[activation]]
+            own = _mean(scales, group, config.head_dim)
+            before["weight"] = before["weight"] / own[:, None]
+            if "bias" in before:
+                before["bias"] = before["bias"] / own
+        for leaf in users:
+            leaves[leaf]["weight"] = leaves[leaf]["weight"] * scales
+        grams[activation] = gram / (scales[:, None] * scales)
+    return leaves, grams
+
+
+def _divided(weight: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A norm's weight divided by scales, as bfloat16 holds it, and the scales by which it then is divided exactly."""
+    divided = (weight / scales).astype(jnp.bfloat16).astype(jnp.float32)
+    kept = divided == 0
+    return jnp.where(kept, weight, divided), jnp.where(kept, 1, weight / jnp.where(kept, 1, divided))
+
+
+def _mean(of_heads: jax.Array, group: int, head_dim: int) -> jax.Array:
+    """Root mean squares over the query heads of each key/value head: [num_heads * head_dim] -> [kv * head_dim]."""
+    if group == 1:
+        return of_heads
+    return jnp.sqrt(jnp.mean(jnp.square(of_heads.reshape(-1, group, head_dim)), axis=1)).reshape(-1)
+
+
+def _repeated(of_kv_heads: jax.Array, group: int, head_dim: int) -> jax.Array:
+    """The inverse of `_mean`, where the heads of a group are alike."""
+    if group == 1:
+        return of_kv_heads
+    return jnp.repeat(of_kv_heads.reshape(-1, 1, head_dim), group, axis=1).reshape(-1)
