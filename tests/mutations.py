@@ -213,8 +213,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "gate and up swapped",
         "llama_jax/model/layers.py",
-        "return linear(activation(gate) * up,",
-        "return linear(gate * activation(up),",
+        "hidden = activation(gate) * up",
+        "hidden = gate * activation(up)",
         golden("llama2-mha"),
     ),
     Mutation(
