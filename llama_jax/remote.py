@@ -129,7 +129,7 @@ def _network(url: str) -> Iterator[None]:
 
 
 def _refusal(status: int, text: str) -> LlamaJaxError:
-    """What a status other than 200 means."""
+    """The error that a status other than 200 means."""
     message = text[:500]
     with contextlib.suppress(ValueError):
         message = _message(json.loads(text))

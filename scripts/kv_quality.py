@@ -1,4 +1,4 @@
-"""What a quantised cache costs in quality: perplexity and distributions, beside a cache in the dtype of the model.
+"""The cost of a quantised cache in quality: perplexity and distributions, beside a cache in the dtype of the model.
 
     python scripts/kv_quality.py
     python scripts/kv_quality.py --model org/name --text prose.txt --kilobytes 400 --window 2048 --json quality.json

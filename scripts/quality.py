@@ -102,7 +102,7 @@ def table(measured: Path) -> str:
 
 
 def section() -> str:
-    """What docs/quantization.md says of the measurements."""
+    """The tables of docs/quantization.md."""
     return "\n\n".join(table(path) for path in sorted(MEASURED.glob("quality-*.json"), reverse=True))
 
 
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="what is predicted")
     parser.add_argument("--calibration", type=Path, help="what gptq and awq see")
     parser.add_argument("--rotated", action="store_true", help="the rotated model")
-    parser.add_argument("--windows", type=int, help="only so many windows of the text")
+    parser.add_argument("--windows", type=int, help="only the first N windows of the text")
     parser.add_argument("--docs", action="store_true", help="measure nothing, write the table")
     parser.add_argument("--out", type=Path, help="by default docs/measured/quality-[rotated-]smollm2-135m.json")
     given = parser.parse_args()

@@ -79,7 +79,7 @@ def export_compressed(
 
 
 def quantization_config(config: LlamaConfig, layouts: Mapping[str, Layout | None]) -> dict[str, Any]:
-    """What config.json says of the weights.
+    """The entry of config.json about the weights.
 
     Args:
       layouts: of each tensor by its Hugging Face name; None of those that are not quantised.

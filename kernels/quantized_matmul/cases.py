@@ -1,4 +1,4 @@
-"""What kind of call a product is, for the tables, and small cases that show a wrong code, group, row or column."""
+"""Kinds of products, for the tables, and small cases that show a wrong code, group, row or column."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def run(
 
 
 def sizes(x: jax.Array, members: Mapping[str, jax.Array], *, layout: Layout) -> dict[str, Any]:
-    """What tiles depend on."""
+    """The sizes that tiles depend on."""
     *out, row_bytes = members[layout.name].shape
     rows = math.prod(x.shape[:-1])
     return {"rows": rows, "out": math.prod(out), "row_bytes": row_bytes, "layout": layout}
@@ -90,7 +90,7 @@ def sizes(x: jax.Array, members: Mapping[str, jax.Array], *, layout: Layout) -> 
 
 @dataclass(frozen=True)
 class _Call:
-    """What is static."""
+    """The static part of a call."""
 
     layout: Layout
     dtype: jnp.dtype

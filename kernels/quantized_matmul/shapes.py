@@ -94,4 +94,4 @@ SHAPES = (
     ProductShape("int4_g64_min", 8, 57344, 8192),  # Llama 3.1 70B
     ProductShape("int8", 64, 4096, 4096, "float16"),
 )
-"""What the kernels are compiled for."""
+"""Calls that the kernels are compiled for."""

@@ -106,7 +106,7 @@ def command(
 
 
 Result = tuple[dict[str, Any], "list[Served]"]
-"""What the numbers depend on, and the runs."""
+"""The conditions of the numbers, and the runs."""
 
 
 def _engine(requests: Requests, rate: float, limits: Mapping[str, float], rounds: int, subject: Subject) -> Result:

@@ -1,4 +1,4 @@
-"""Whom a chat is with: a model in this process, or one behind a server with OpenAI's API."""
+"""The other side of a chat: a model in this process, or one behind a server with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATIENCE_S = 0.1
 
 
 class Partner(Protocol):
-    """Whom a chat is with.
+    """The other side of a chat.
 
     Attributes:
       name: of the model; about: where it is.
@@ -39,7 +39,7 @@ class Partner(Protocol):
         ...
 
     def choose(self, name: str) -> None:
-        """Goes on with another model.
+        """Changes to another model.
 
         Raises:
           LlamaJaxError: there is none of that name, or no choice.

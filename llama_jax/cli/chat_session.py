@@ -333,7 +333,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Session, str], None]]] = MappingProx
         "undo": ("/undo                take the last turn back", _undo),
         "retry": ("/retry               answer the last message again", _retry),
         "edit": ("/edit                write the last message anew in $EDITOR", _edit),
-        "model": ("/model [NAME]        show the model, or go on with another of the server's", _model),
+        "model": ("/model [NAME]        show the model, or change to another of the server's", _model),
         "trim": ("/trim [N]            drop the N oldest turns, or half of the context", _trim),
         "save": ("/save FILE           write the conversation as JSON", _save),
         "load": ("/load FILE           go on with a saved conversation", _load),

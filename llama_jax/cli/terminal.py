@@ -61,7 +61,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def dtypes_text(dtype: str, kv_dtype: str | None) -> str:
-    """What a model computes in, and what its cache is kept in if that is something else."""
+    """The dtype that a model computes in, and that of its cache if it is another."""
     return f"{dtype}, cache in {kv_dtype}" if kv_dtype else dtype
 
 

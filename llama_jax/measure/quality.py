@@ -31,7 +31,7 @@ ROWS = 4
 
 @dataclass(frozen=True)
 class Quality:
-    """What a model's predictions are, beside those of its reference.
+    """A model's predictions beside those of its reference.
 
     Standard errors take windows, not tokens, as independent of each other.
 
@@ -126,7 +126,7 @@ def _parts(text: np.ndarray, progress: Progress | None) -> Iterator[np.ndarray]:
 
 
 def _hidden(model: Model, rows: np.ndarray) -> np.ndarray:
-    """What the logits of each row's second half are made of: [rows, length / 2, hidden_size]."""
+    """The hidden states that the logits of each row's second half are made of: [rows, length / 2, hidden_size]."""
     with on(model.mesh):
         return np.asarray(_last_hidden(model.params, model.config, jnp.asarray(rows)))
 

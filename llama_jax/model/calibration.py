@@ -104,7 +104,7 @@ def calibrated_params(params: Params, config: LlamaConfig, method: Method, token
 
 
 def embedded(leaf: Params, tokens: np.ndarray) -> list[np.ndarray]:
-    """What the first layer is given.
+    """The input of the first layer.
 
     Args:
       leaf: the embedding, plain or stored.
@@ -115,7 +115,7 @@ def embedded(leaf: Params, tokens: np.ndarray) -> list[np.ndarray]:
 
 
 def advanced(layer: Params, config: LlamaConfig, index: int, hidden: Hidden) -> list[np.ndarray]:
-    """What comes out of a layer, plain or stored."""
+    """The output of a layer, plain or stored."""
     name = "layers.0.out"
     return [np.asarray(seen[name]) for seen in _runs(layer, config, index, hidden, (name,))]
 

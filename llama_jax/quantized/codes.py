@@ -69,7 +69,7 @@ def lookup(layout: Layout, members: Mapping[str, Any], tokens: jax.Array, dtype:
 
 
 def shift(layout: Layout, members: Mapping[str, Any]) -> jax.Array | None:
-    """What is added to the product of code and scale in an asymmetric layout; None in a symmetric one.
+    """The number added to the product of code and scale in an asymmetric layout; None in a symmetric one.
 
     Args:
       members: at least "scales" and "minima" or "zeros", of any one shape.

@@ -60,7 +60,7 @@ def nearest(layout: Layout, grid: Grid, grouped: jax.Array) -> jax.Array:
 
 
 def numbers(layout: Layout, grid: Grid, codes: jax.Array) -> jax.Array:
-    """What codes stand for, computed as `quantized.codes.decode` does."""
+    """The numbers that codes stand for, computed as `quantized.codes.decode` does."""
     scales = grid["scales"].astype(jnp.float32)[..., None]
     if layout.offset == "zero":
         return (codes - grid["zeros"].astype(jnp.float32)[..., None]) * scales
