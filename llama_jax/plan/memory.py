@@ -158,8 +158,8 @@ class DeviceShare:
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
-        """Bytes that attention of one layer writes: see `written_bytes`. The reference decodes a quantised cache first: keys
-        and values lie beside the logits, and give way to the weights."""
+        """Bytes that attention of one layer writes: see `written_bytes`. The reference decodes a quantised cache first:
+        keys and values lie beside the logits, and give way to the weights."""
         with on(ruled(self.mesh)):
             written = written_bytes(backends.attention, self.config, self.itemsize, rows, tokens, capacity)
         if self.kv_dtype is None or not written:
