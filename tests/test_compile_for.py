@@ -661,7 +661,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
 def test_command(tiny: LlamaConfig, folder: Path, asked: list[Any]) -> None:
     result = CliRunner().invoke(cli, ["compile", str(folder), "--target", "MI300X", "--context", "64"])
     assert result.exit_code == 0, result.output
-    options = {"batch": 1, "context": 64, "prompt": None, "dtype": "bfloat16", "memory_fraction": 0.75}
+    options = {
+        "batch": 1,
+        "context": 64,
+        "prompt": None,
+        "dtype": "bfloat16",
+        "kv_dtype": None,
+        "memory_fraction": 0.75,
+    }
     assert asked == [(tiny, "mi300x", {}, options)]
     assert "1 x AMD Instinct MI300X (gfx942), one device; not run" in result.stdout
     assert "fits: " in result.stdout

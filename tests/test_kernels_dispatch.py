@@ -394,8 +394,9 @@ def test_a_model_on_a_cpu_runs_without_pallas() -> None:
         from helpers import TINY
         from llama_jax.kernels import report
         config = TINY["sigmoid-moe"]
-        params = lj.init_params(config, jax.random.key(0))
-        lj.generate(lj.Model(params, config), None, [1, 2, 3], max_tokens=3)
+        model = lj.Model(lj.init_params(config, jax.random.key(0)), config)
+        for each in (model, lj.quantize(model, "int8")):
+            lj.generate(each, None, [1, 2, 3], max_tokens=3)
         print(*sorted({choice.operation for choice in report()}), "jax.experimental.pallas" in sys.modules)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
