@@ -37,8 +37,10 @@ def test_keyboard_only(visit: Any) -> None:
     tab_to("Previous branch")
     keyboard.press("Enter")
     keyboard.press("?")
-    page.get_by_role("dialog", name="Keyboard shortcuts").wait_for()
+    shortcuts = page.get_by_role("dialog", name="Keyboard shortcuts")
+    shortcuts.wait_for()
     keyboard.press("Escape")
+    shortcuts.wait_for(state="detached")  # until then keys are the dialog's
     keyboard.press("Control+Shift+O")
     page.get_by_role("heading", name="What is on your mind?").wait_for()
     tab_to("Delete Hello")
