@@ -26,7 +26,7 @@ from llama_jax.generation.llm import LLM
 from llama_jax.measure import bench
 from llama_jax.measure.bench import BenchResult, Ceilings
 from llama_jax.measure.ideal import Steady, every_other, unfinished
-from llama_jax.measure.serving import Record, check_limits, summary
+from llama_jax.measure.serving import Record, block, check_limits, summary
 from llama_jax.measure.throughput import Run, medians, run_job, shares
 from llama_jax.measure.warming import warm_up
 from llama_jax.measure.workloads import FIRST_ID, MIXES, Work, renamed, workload
@@ -157,6 +157,11 @@ def test_a_summary_by_hand() -> None:
     assert found["p50_itl_ms"] == pytest.approx(150.0)
     assert found["mean_tpot_ms"] == pytest.approx(150.0)
     assert found["p99_e2el_ms"] == pytest.approx(399.0)
+    lines = block(found)
+    assert "Successful requests:                     2         " in lines
+    assert "Mean TTFT (ms):                          200.00    " in lines
+    assert {len(line) for line in lines if line[0] in "-="} == {50}
+    assert not any("goodput" in line or "None" in line for line in block(summary(records[1:2], 2.0, {})))
     assert summary(records, 2.0, {})["request_goodput"] is None
     assert summary(records[1:2], 2.0, {})["mean_tpot_ms"] is None
 

@@ -131,7 +131,7 @@ def block(found: Mapping[str, Any]) -> list[str]:
     lines += [line(title, found[name]) for name, title in _COUNTS.items() if found[name] is not None]
     for name, (title, short) in _TITLES.items():
         lines.append(f"{title:-^50}")
-        for how in ("mean", "median", *(f"p{q}" for q in PERCENTILES)):
+        for how in ("mean", "median", *(f"p{q}" for q in PERCENTILES if q != 50)):
             if (value := found[f"{how}_{name}_ms"]) is not None:
                 lines.append(line(f"{how.upper() if how[0] == 'p' else how.title()} {short} (ms):", value))
     return [*lines, "=" * 50]
