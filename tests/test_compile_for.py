@@ -575,6 +575,24 @@ def test_an_engine_with_a_draft_model() -> None:
 
 
 @pytest.mark.amd
+@pytest.mark.slow
+def test_a_step_with_drafts_asks_the_host_nothing() -> None:
+    """Where a device cannot end a loop by itself, each loop has a count that is known before; texts are changed where
+    they lie."""
+    config = config_from_hf(HEADS | {"num_hidden_layers": 1})
+    settings = engine_settings(drafts=3, draft_rows=4, steps=1)
+    keys = [key for key in program_set(settings, greedy=True) if key.name in ("verify", "remember")]
+    assert [str(key) for key in keys] == ["remember", "verify of 4 rows", "verify of 4 rows, greedy"]
+    result = compile_engine(config, find("mi300x"), settings=settings, keys=keys)
+    assert result.programs[keys[0]].memory.aliased == 4 * settings.rows * settings.context
+    for key in keys[1:]:
+        text = result.programs[key].compiled.as_text()
+        loops = [line for line in text.splitlines() if " while(" in line]
+        assert loops
+        assert all("known_trip_count" in line for line in loops)
+
+
+@pytest.mark.amd
 def test_engines_that_are_refused() -> None:
     config, target = config_from_hf(HEADS | {"num_hidden_layers": 1}), find("mi300x")
     with pytest.raises(RequestError, match="one replica") as caught:
