@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken  # type: ignore[import-not-found]
+import tiktoken
 import torch
-from tiktoken._educational import bpe_train  # type: ignore[import-not-found]
+from tiktoken._educational import bpe_train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 NEW_TOKENS = 16
