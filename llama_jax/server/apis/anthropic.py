@@ -11,7 +11,7 @@ import msgspec
 
 from llama_jax.errors import RequestError
 from llama_jax.server.answers import MessagesAnswer
-from llama_jax.server.apis.parts import Change, End, Part, changes, end_of, parts_of
+from llama_jax.server.apis.parts import Change, End, Part, changes, end_of, parts_of, text_of
 from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, StreamOptions
 from llama_jax.server.errors import Failure, anthropic_body
@@ -227,17 +227,7 @@ def _of_assistant(blocks: Sequence[Mapping[str, Any]], number: int) -> dict[str,
 
 
 def _text(content: Any, where: str) -> str:
-    """The text of a string or of blocks of text."""
-    if isinstance(content, str):
-        return content
-    made = ""
-    for block in content if isinstance(content, list) else [None]:
-        match block:
-            case {"type": "text", "text": str(text)}:
-                made += text
-            case _:
-                raise _bad(f"{where} has content that is no text", "this model reads text only")
-    return made
+    return text_of(content, ("text",), where, "messages")
 
 
 def _tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llama_jax.errors import RequestError
 from llama_jax.server.reading import REASONING
 
 
@@ -39,6 +40,30 @@ class End:
     finish_reason: str = ""
     stop_reason: Any = None
     usage: dict[str, Any] = field(default_factory=dict)
+
+
+def text_of(content: Any, kinds: Container[str], where: str, param: str) -> str:
+    """Return the text of a request's content: a string, or a list of blocks of text.
+
+    Args:
+      kinds: types of blocks that are text.
+      where: what has this content; param: the field of the request; both for the error.
+
+    Raises:
+      RequestError: there is something else in it.
+    """
+    if isinstance(content, str):
+        return content
+    made = ""
+    for block in content if isinstance(content, list) else [None]:
+        match block:
+            case {"type": str(kind), "text": str(text)} if kind in kinds:
+                made += text
+            case _:
+                raise RequestError(
+                    f"{where} has content that is no text", param=param, hint="this model reads text only"
+                )
+    return made
 
 
 def parts_of(message: dict[str, Any]) -> list[Part]:

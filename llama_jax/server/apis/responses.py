@@ -12,7 +12,7 @@ import msgspec
 
 from llama_jax.errors import RequestError
 from llama_jax.server.answers import ResponsesAnswer
-from llama_jax.server.apis.parts import Change, End, Part, changes, end_of, parts_of
+from llama_jax.server.apis.parts import Change, End, Part, changes, end_of, parts_of, text_of
 from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, StreamOptions
 from llama_jax.server.errors import Failure
@@ -262,16 +262,7 @@ def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _text(content: Any, item: int) -> str:
-    if isinstance(content, str):
-        return content
-    made = ""
-    for part in content if isinstance(content, list) else [None]:
-        match part:
-            case {"type": "input_text" | "output_text" | "text", "text": str(text)}:
-                made += text
-            case _:
-                raise _bad("input", f"item {item} has content that is no text", "this model reads text only")
-    return made
+    return text_of(content, ("input_text", "output_text", "text"), f"item {item}", "input")
 
 
 def _tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
