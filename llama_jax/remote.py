@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from llama_jax.errors import (
     EngineFailed,
@@ -16,9 +16,6 @@ from llama_jax.errors import (
     RequestError,
     did_you_mean,
 )
-
-if TYPE_CHECKING:
-    pass
 
 CONNECT_S, READ_S = 10.0, 600.0
 """How long a connection, and the next piece of an answer, may take."""

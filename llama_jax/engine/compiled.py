@@ -212,8 +212,7 @@ class Programs:
 
     def _texts_there(self) -> jax.Array | None:
         """The texts that rows look for drafts in, made when they are first needed; None if none does."""
-        like = texts_of(self._settings, self._state)
-        if self._texts is None and like is not None:
+        if self._texts is None and (like := texts_of(self._settings, self._state)) is not None:
             self._texts = jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
         return self._texts
 

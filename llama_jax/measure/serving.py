@@ -23,17 +23,17 @@ from llama_jax.measure.workloads import Work
 from llama_jax.model.loaded import Model
 from llama_jax.remote import Remote
 
-TIMES = ("ttft", "tpot", "itl", "e2el")
-"""Times in milliseconds: to the first token, per token behind it, between news of tokens, to the last token."""
-LIMITED = ("ttft", "tpot", "e2el")
-"""Those that a request has one of, so that goodput can be counted by them."""
-PERCENTILES = (50, 95, 99)
-_TITLES = {
+TIMES = {
     "ttft": ("Time to First Token", "TTFT"),
     "tpot": ("Time per Output Token (excl. 1st token)", "TPOT"),
     "itl": ("Inter-token Latency", "ITL"),
     "e2el": ("End-to-end Latency", "E2EL"),
 }
+"""Times in milliseconds, with the names that vLLM prints: to the first token, per token behind it, between news of
+tokens, to the last token."""
+LIMITED = ("ttft", "tpot", "e2el")
+"""Those that a request has one of, so that goodput can be counted by them."""
+PERCENTILES = (50, 95, 99)
 _COUNTS = {
     "completed": "Successful requests:",
     "failed": "Failed requests:",
@@ -129,7 +129,7 @@ def block(found: Mapping[str, Any]) -> list[str]:
 
     lines = ["{:=^50}".format(" Serving Benchmark Result ")]
     lines += [line(title, found[name]) for name, title in _COUNTS.items() if found[name] is not None]
-    for name, (title, short) in _TITLES.items():
+    for name, (title, short) in TIMES.items():
         lines.append(f"{title:-^50}")
         for how in ("mean", "median", *(f"p{q}" for q in PERCENTILES if q != 50)):
             if (value := found[f"{how}_{name}_ms"]) is not None:
