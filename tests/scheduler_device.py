@@ -24,7 +24,7 @@ def draw(id: int, count: int) -> int:
 
 
 def guess(id: int, count: int, length: int) -> tuple[int, ...]:
-    """What a sequence may draw behind `count` tokens, of which some are wrong."""
+    """Tokens that a sequence may draw behind `count` others, some of them wrong."""
     right = (draw(id, count + i) for i in range(length))
     return tuple(token if (id + count + i) % 4 else 1 - token for i, token in enumerate(right))
 

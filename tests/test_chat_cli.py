@@ -274,7 +274,7 @@ def test_commands(session: Session, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_edit(session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The answer to the new message stands in place of the old one; what is not changed is not asked again."""
+    """The new message and its answer replace the old ones; an unchanged message is not asked again."""
     session.handle("one")
     session.handle("two")
     first = session.conversation.turns[0]

@@ -1,4 +1,4 @@
-"""What deploy/ says agrees with the server; its syntax is held to each tool's own checker, where that is installed."""
+"""The files of deploy/ agree with the server, and pass each tool's own checker where that is installed."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_the_bytes_of_the_formats_own_library(case: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("weights", ["int4_g8", "int4_g8_zero", "int8", "int8_g8"])
 def test_there_and_back(weights: str, tmp_path: Path) -> None:
-    """What is made here is read as it was: codes, scales, zeros; several layouts in one model, one leaf left alone."""
+    """An export is read back as it was made: codes, scales, zeros, several layouts in one model, a leaf left alone."""
     folder = write_chat_model(tmp_path / "tiny")
     path = convert(folder, tmp_path / "q", recipe=recipe(weights, lm_head="int8", ignore="*.k_proj"))
     done = CliRunner().invoke(cli, ["export", str(path), str(tmp_path / "ct"), "--to", "compressed-tensors"])

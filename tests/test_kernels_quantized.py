@@ -60,7 +60,7 @@ def test_every_code_has_its_place(layout: str) -> None:
 
 
 def test_a_mean_is_no_error() -> None:
-    """What codes are counted from, to be put into a float, is subtracted exactly enough where x is far from zero."""
+    """The number that codes are counted from as floats is subtracted exactly enough where x is far from zero."""
     for rows in (1, 16):
         x, members = example("int4_g64_zero", rows, 32, 256)
         x = x + 20

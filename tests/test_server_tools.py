@@ -159,7 +159,7 @@ def test_no_reasoning(server: Server) -> None:
 
 
 def test_a_schema_comes_behind_reasoning(server: Server) -> None:
-    """What an answer is held to is what follows the reasoning that the prompt has begun."""
+    """The form of an answer is asked of the text behind the reasoning that the prompt has begun."""
     schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
     format = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
     body = {"response_format": format, "chat_template_kwargs": {"enable_thinking": True}, "max_tokens": 30, "seed": 1}
@@ -232,7 +232,7 @@ def test_a_parser_that_is_not_known() -> None:
 
 
 def test_strict_tools(server: Server) -> None:
-    """What the grammar allows, test_tools.py says; here it is asked for, and any other text may still be written."""
+    """The grammar, which test_tools.py tests, is asked for; any other text may still be written."""
     strict = {"type": "function", "function": WEATHER["function"] | {"strict": True}}
     loose = {"type": "function", "function": WEATHER["function"] | {"strict": False}}
 

@@ -205,7 +205,7 @@ def scanned(text: str) -> JsonObject:
 
 @given(st.dictionaries(st.text(), JSON, max_size=4), st.sampled_from([None, 2]), st.booleans(), st.text(max_size=3))
 def test_objects_of_json(value: dict[str, Any], indent: int | None, ascii: bool, behind: str) -> None:
-    """What Python's own parser reads as an object is one, ends where it ends, and has its members."""
+    """An object that Python's own parser reads is one, ends where it ends, and has its members."""
     text = json.dumps(value, indent=indent, ensure_ascii=ascii)
     made = scanned(text + behind)
     assert (made.state, made.text) == ("done", text)

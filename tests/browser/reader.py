@@ -106,7 +106,7 @@ class Reader:
         return self.answers.nth(i).locator(".markdown").inner_text()
 
     def kept(self) -> list[dict[str, Any]]:
-        """What the browser has kept."""
+        """The conversations that the browser has kept."""
         return self.page.evaluate(
             """() => new Promise((resolve) => {
                 const opening = indexedDB.open("llama_jax", 1);

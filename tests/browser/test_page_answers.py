@@ -254,7 +254,7 @@ def test_tools(visit: Any) -> None:
 
 
 def test_the_policy_is_in_force(visit: Any) -> None:
-    """What the sanitiser keeps out would not come in without it either."""
+    """The page's content security policy alone blocks what the sanitiser removes."""
     reader = visit()
     reader.expected = ("",)
     acts = [
