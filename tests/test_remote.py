@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from llama_jax.cli import cli
 from llama_jax.cli.chat_conversation import Conversation
-from llama_jax.cli.chat_partner import There, _fields
+from llama_jax.cli.chat_partner import Prompt, There, _fields
 from llama_jax.cli.chat_screen import Screen
 from llama_jax.cli.chat_session import Session
 from llama_jax.errors import EngineFailed, LlamaJaxError, NetworkError, Overloaded, RequestError
@@ -157,7 +157,7 @@ def test_ctrl_c_while_a_server_thinks() -> None:
     with answering(MODELS, b"") as url, closing(There(Remote(url), None)) as there:
         port = int(url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)), pytest.raises(KeyboardInterrupt):  # which is served first
-            list(there.answer([{"role": "user", "content": "Hi"}], SamplingParams(), stop))
+            list(there.answer(Prompt([{"role": "user", "content": "Hi"}], None), SamplingParams(), stop))
 
 
 def test_the_model_that_is_asked_for() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
@@ -22,6 +24,14 @@ PATIENCE_S = 0.1
 """How often somebody who waits for a server is asked whether to go on."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Messages as a partner takes them, and their tokens in the model's template; None where that cannot be told."""
+
+    content: Any
+    tokens: int | None
+
+
 class Partner(Protocol):
     """The other side of a chat.
 
@@ -34,8 +44,8 @@ class Partner(Protocol):
     about: str
     context: int | None
 
-    def tokens(self, messages: Messages, *, add_generation_prompt: bool = True) -> int | None:
-        """Tokens of messages in the model's template; None where that cannot be told."""
+    def prompt(self, messages: Messages, *, add_generation_prompt: bool = True) -> Prompt:
+        """Messages to be answered, or to be counted."""
         ...
 
     def choose(self, name: str) -> None:
@@ -47,7 +57,7 @@ class Partner(Protocol):
         ...
 
     def answer(
-        self, messages: Messages, params: SamplingParams, progress: Callable[[int, int], None]
+        self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]
     ) -> Iterator[StreamOutput]:
         """Pieces of an answer as they come.
 
@@ -67,20 +77,21 @@ class Here:
         self.context: int | None = model.config.context_length
         self.about = f"{device_name(model.device, model.mesh)} in {model.dtype.name}"
 
-    def tokens(self, messages: Messages, *, add_generation_prompt: bool = True) -> int | None:
+    def prompt(self, messages: Messages, *, add_generation_prompt: bool = True) -> Prompt:
         """See `Partner`."""
-        return len(self._encoded(messages, add_generation_prompt=add_generation_prompt))
+        assert self.llm.tokenizer is not None
+        ids = encode_chat(self.llm.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+        return Prompt(ids, len(ids))
 
     def answer(
-        self, messages: Messages, params: SamplingParams, progress: Callable[[int, int], None]
+        self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]
     ) -> Iterator[StreamOutput]:
         """See `Partner`."""
-        ids = self._encoded(messages, add_generation_prompt=True)
         try:
-            yield from self.llm.stream(ids, params, progress=progress)
+            yield from self.llm.stream(prompt.content, params, progress=progress)
         except DoesNotFit as error:
             raise DoesNotFit(
-                f"the device's memory is too small for {len(ids)} tokens of conversation and an answer",
+                f"the device's memory is too small for {prompt.tokens} tokens of conversation and an answer",
                 hint="/trim drops the oldest turns, /set max_tokens N makes answers shorter",
             ) from error
 
@@ -91,10 +102,6 @@ class Here:
             param="/model",
             hint=f"/save talk.json, then llama-jax chat -m {name} --resume talk.json",
         )
-
-    def _encoded(self, messages: Messages, *, add_generation_prompt: bool) -> list[int]:
-        assert self.llm.tokenizer is not None
-        return encode_chat(self.llm.tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
 
 class There:
@@ -127,20 +134,19 @@ class There:
         self._runner.run(self._remote.__aexit__())
         self._runner.close()
 
-    def tokens(self, messages: Messages, *, add_generation_prompt: bool = True) -> int | None:
-        """See `Partner`. Servers without vLLM's /tokenize cannot tell."""
+    def prompt(self, messages: Messages, *, add_generation_prompt: bool = True) -> Prompt:
+        """See `Partner`. Servers without vLLM's /tokenize cannot tell the number."""
         body = {"model": self.name, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        try:
+        count = None
+        with contextlib.suppress(LlamaJaxError):
             count = self._runner.run(self._remote.post("/tokenize", body)).get("count")
-        except LlamaJaxError:
-            return None
-        return count if isinstance(count, int) else None
+        return Prompt(list(messages), count if isinstance(count, int) else None)
 
     def answer(
-        self, messages: Messages, params: SamplingParams, progress: Callable[[int, int], None]
+        self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]
     ) -> Iterator[StreamOutput]:
         """See `Partner`."""
-        body = {"model": self.name, "messages": list(messages), "stream_options": {"include_usage": True}}
+        body = {"model": self.name, "messages": prompt.content, "stream_options": {"include_usage": True}}
         events = self._remote.events("/v1/chat/completions", body | _fields(params))
         start, first, pieces, end = time.perf_counter(), None, 0, None
         usage: dict[str, int] = {}

@@ -81,7 +81,7 @@ class Session:
     def tokens_used(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> int | None:
         """Tokens that a conversation takes of the context; None where the partner cannot tell."""
         messages = conversation.all_messages
-        return self.partner.tokens(messages, add_generation_prompt=add_generation_prompt) if messages else 0
+        return self.partner.prompt(messages, add_generation_prompt=add_generation_prompt).tokens if messages else 0
 
     def context_text(self, used: int | None) -> str:
         """How much of the context is used."""
@@ -90,8 +90,8 @@ class Session:
 
     def _answer(self, asked: Conversation) -> None:
         """Answers the last message of `asked`, and keeps both if an answer came, finished or not."""
-        used = self.tokens_used(asked, add_generation_prompt=True)
-        params = self._params(asked, used)
+        prompt = self.partner.prompt(asked.all_messages)
+        params = self._params(asked, prompt.tokens)
         text, last = "", None
         with catch_interrupt(signals=[signal.SIGINT]) as interrupted, self.screen.reading() as show:
 
@@ -102,7 +102,7 @@ class Session:
 
             try:
                 self.answers += 1
-                for last in self.partner.answer(asked.all_messages, params, progress):
+                for last in self.partner.answer(prompt, params, progress):
                     show(0, 0)
                     text += last.text
                     if not self.screen.as_json:
