@@ -4,7 +4,7 @@
     python scripts/kv_quality.py --model org/name --text prose.txt --kilobytes 400 --window 2048 --json quality.json
 
 Windows of the text, each half over the one before; the second half of each is scored, so that every token but the
-first ones is scored once, behind at least half a window. Both models compute in one program, from the same weights.
+first ones is scored once, behind at least half a window. Both caches serve the same weights.
 The text is by default the reference prose of Python's own documentation (`pydoc_data.topics`, PSF licence).
 """
 
@@ -26,6 +26,7 @@ import numpy as np
 import llama_jax as lj
 from llama_jax.cache import KV_DTYPES, DenseCache, stored_dtype
 from llama_jax.config import LlamaConfig
+from llama_jax.measure.quality import compared, summary
 from llama_jax.model import forward
 
 
@@ -43,47 +44,13 @@ def windows(ids: list[int], size: int) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("config", "kv_dtype"))
-def compared(params: Any, tokens: jax.Array, *, config: LlamaConfig, kv_dtype: str) -> dict[str, jax.Array]:
-    """Of the second half of each window [n, size / 2]: the log-probabilities of its tokens with either cache, the
-    divergence (in nats) of the quantised one's distributions from the other's, and whether the likeliest token is the
-    same."""
+def logits(params: Any, tokens: jax.Array, *, config: LlamaConfig, kv_dtype: str | None) -> jax.Array:
+    """Logits [n, size / 2, vocab] that predict the second half of each window [n, size], by way of a cache."""
     batch, size = tokens.shape
     scored = jnp.broadcast_to(jnp.arange(size // 2 - 1, size - 1), (batch, size // 2))
     positions = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), tokens.shape)
-    embed_dtype = params["final_norm"]["weight"].dtype
-
-    def logprobs(kv: str | None) -> jax.Array:
-        cache = DenseCache.create(config, batch, size, stored_dtype(kv, embed_dtype))
-        logits, _ = forward(params, config, tokens, positions, cache, logits_at=scored)
-        return jax.nn.log_softmax(logits.astype(jnp.float32))
-
-    base, other = logprobs(None), logprobs(kv_dtype)
-    target = tokens[:, size // 2 :, None]
-    return {
-        "base": jnp.take_along_axis(base, target, -1)[..., 0],
-        "other": jnp.take_along_axis(other, target, -1)[..., 0],
-        "divergence": jnp.sum(jnp.exp(base) * (base - other), -1),
-        "same_top": base.argmax(-1) == other.argmax(-1),
-    }
-
-
-def summary(found: dict[str, np.ndarray]) -> dict[str, float]:
-    """Means over all tokens, and standard errors over windows."""
-    difference = (found["base"] - found["other"]).mean(axis=1)
-    divergence = found["divergence"].mean(axis=1)
-
-    def standard_error(x: np.ndarray) -> float:
-        return float(x.std(ddof=1) / math.sqrt(len(x)))
-
-    return {
-        "perplexity": math.exp(-found["base"].mean()),
-        "perplexity_quantised": math.exp(-found["other"].mean()),
-        "relative_change": math.expm1(difference.mean()),
-        "standard_error": standard_error(difference),
-        "mean_divergence": float(divergence.mean()),
-        "divergence_standard_error": standard_error(divergence),
-        "same_top": float(found["same_top"].mean()),
-    }
+    cache = DenseCache.create(config, batch, size, stored_dtype(kv_dtype, params["final_norm"]["weight"].dtype))
+    return forward(params, config, tokens, positions, cache, logits_at=scored)[0]
 
 
 def main() -> int:
@@ -104,8 +71,10 @@ def main() -> int:
     began, parts = time.monotonic(), []
     for start in range(0, len(rows), options.batch):
         batch = rows[start : start + options.batch]
-        parts.append(jax.device_get(compared(model.params, batch, config=model.config, kv_dtype=options.kv_dtype)))
-    found = summary({name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]})
+        either = (logits(model.params, batch, config=model.config, kv_dtype=kv) for kv in (options.kv_dtype, None))
+        for window, *both in zip(batch, *either, strict=True):
+            parts.append(jax.device_get(compared(*both, window[options.window // 2 :])))
+    found = summary({name: np.stack([part[name] for part in parts]) for name in parts[0]})
     facts = {
         "model": model.name,
         "dtype": model.dtype.name,
@@ -115,7 +84,13 @@ def main() -> int:
         "tokens_scored": rows.size // 2,
         "window": options.window,
         "device": jax.devices()[0].device_kind,
-        **found,
+        "perplexity": found.reference_perplexity,
+        "perplexity_quantised": found.perplexity,
+        "relative_change": math.expm1(found.log_ratio),
+        "standard_error": found.log_ratio_error,
+        "mean_divergence": found.kl,
+        "divergence_standard_error": found.kl_error,
+        "same_top": found.same_top,
     }
     print(json.dumps(facts, indent=1))
     print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)

@@ -113,9 +113,9 @@ def compare(model: Model, reference: Reference, progress: Progress | None = None
         hidden = _hidden(model, part)
         for ours, its, window in zip(hidden, reference.hidden[at : at + len(part)], part, strict=True):
             logits = _logits(model, ours), _logits(theirs, its)
-            found.append(jax.device_get(_compared(*logits, window[-len(ours) :])))
+            found.append(jax.device_get(compared(*logits, window[-len(ours) :])))
         at += len(part)
-    return _summary({name: np.stack([window[name] for window in found]) for name in found[0]})
+    return summary({name: np.stack([window[name] for window in found]) for name in found[0]})
 
 
 def _parts(text: np.ndarray, progress: Progress | None) -> Iterator[np.ndarray]:
@@ -151,7 +151,7 @@ def _unembed(params: Params, config: LlamaConfig, hidden: jax.Array) -> jax.Arra
 
 
 @jax.jit
-def _compared(ours: jax.Array, theirs: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
+def compared(ours: jax.Array, theirs: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
     """Means over the predictions of a window, from logits [scored, vocab] and the tokens that came [scored]."""
     ours, theirs = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
     came = text[:, None]
@@ -164,8 +164,8 @@ def _compared(ours: jax.Array, theirs: jax.Array, text: jax.Array) -> dict[str, 
     }
 
 
-def _summary(found: Mapping[str, np.ndarray]) -> Quality:
-    """From what each window gave."""
+def summary(found: Mapping[str, np.ndarray]) -> Quality:
+    """Figures of a text from those of its windows, as `compared` gives them, stacked."""
     loss, reference, kl = (found[name].astype(np.float64) for name in ("loss", "reference_loss", "kl"))
 
     def error(of_windows: np.ndarray) -> float:
