@@ -766,6 +766,13 @@ SAMPLER: tuple[Mutation, ...] = (
 
 CONSTRAINTS = (
     Mutation(
+        "rows without drafts pay nothing for those of others",
+        "llama_jax/engine/drafting.py",
+        "> others * max(",
+        "> 0 * max(",
+        ("tests/test_engine_draft_model.py::test_rows_without_drafts_pay_for_those_of_others",),
+    ),
+    Mutation(
         "a token is drawn before the host has had its say",
         "llama_jax/engine/planner.py",
         "[s for s in self.queues.decoding if not s.held]",

@@ -28,7 +28,7 @@ from llama_jax.engine import draft_programs
 from llama_jax.engine.core import Core
 from llama_jax.engine.draft_model import PADDING, DraftModel, check_draft, cost_of
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, draft_control, follow_control
-from llama_jax.engine.drafting import Pace, Wanted
+from llama_jax.engine.drafting import Cost, Pace, Wanted, worthwhile
 from llama_jax.engine.program_set import program_set
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
@@ -39,6 +39,7 @@ from llama_jax.generation.llm import LLM
 from llama_jax.model import forward
 from llama_jax.model.loaded import Model
 from llama_jax.plan.memory import cache_bytes
+from llama_jax.plan.step_costs import Peak
 from llama_jax.sampling import SamplingParams
 
 
@@ -55,7 +56,7 @@ def test_a_draft_has_to_gain_what_it_costs() -> None:
     """Of four tokens one comes: enough for drafts that cost nothing, too little for a model of a third of the size."""
     going = []
     for cost in (0.0, 0.3):
-        pace, count = Pace(4, cost), 10
+        pace, count = Pace(4, Cost(cost)), 10
         while pace.active(count) and count < 60:
             count += 2
             pace.length = 4
@@ -64,13 +65,36 @@ def test_a_draft_has_to_gain_what_it_costs() -> None:
     assert going == [True, False]
 
 
+def test_drafts_are_as_long_as_they_are_right() -> None:
+    lengths = []
+    for right in (0, 1, 4):
+        pace = Pace(4, Cost(0.16))
+        for _ in range(10):
+            pace.drawn(4, 1 + right, 0)
+        lengths.append(pace.length)
+    assert lengths == [1, 2, 4]  # 0.5 ** 2 is above 0.16, 0.5 ** 3 is not
+
+
+def test_rows_without_drafts_pay_for_those_of_others() -> None:
+    pace = Pace(4, Cost(0.15, 0.6))
+    for _ in range(20):
+        pace.drawn(4, 3, 0)
+    assert pace.gain == pytest.approx(2 - 1.2, abs=0.01)
+    assert worthwhile([pace], 0)
+    assert not worthwhile([pace], 1)
+    assert worthwhile([pace, pace], 1)
+    assert not worthwhile([], 1)
+
+
 def test_the_cost_is_that_of_the_weights() -> None:
     small, large = (Model({}, preset(name)) for name in ("llama-3.2-1b", "llama-3.1-8b"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Model, "dtype", property(lambda model: jnp.dtype("bfloat16")))
         # Embeddings are looked up; the head of the small one is its embedding.
-        assert cost_of(small, large) == pytest.approx(1.236e9 / 7.505e9, rel=0.01)
-        assert cost_of(large, large) == 1
+        assert cost_of(small, large).token == pytest.approx(1.236e9 / 7.505e9, rel=0.01)
+        assert cost_of(large, large) == Cost(1, 0)
+        # At 5 TB/s a step takes 3 ms, as long as the device waits.
+        assert cost_of(small, large, Peak(5.003e12, None)).step == pytest.approx(1, rel=0.01)
 
 
 # --- Whose text is in which row: against a device that keeps tokens in place of keys and values
@@ -112,9 +136,9 @@ class Device:
         return cache, drafted
 
 
-def on(device: Device, cost: float = 0.0) -> DraftModel:
+def on(device: Device) -> DraftModel:
     parts: Any = SimpleNamespace(begin=lambda: [[] for _ in range(device.settings.draft_rows)])
-    return DraftModel(parts, device.settings, device.run, cost)
+    return DraftModel(parts, device.settings, device.run, Cost())
 
 
 def wanted(number: int, text: list[int], most: int = 3, domain: Any = ()) -> Wanted:
@@ -315,7 +339,7 @@ def test_the_programs_are_the_models_most_likely_tokens() -> None:
 @pytest.fixture
 def free_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are tried as if they cost nothing: these draft models are as large as the model."""
-    monkeypatch.setattr(engine_core, "cost_of", lambda draft, model: 0.0)
+    monkeypatch.setattr(engine_core, "cost_of", lambda draft, model, peak: Cost(0.0))
 
 
 @pytest.mark.slow

@@ -106,10 +106,11 @@ def test_what_programs_depend_on(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     config = dataclasses.replace(model.config, rms_norm_eps=2e-5)
     others = [
         paths(folder, Model(model.params, config, name="other"), SETTINGS),
-        paths(folder, Model(jax.tree.map(lambda x: x.astype("bfloat16"), model.params), model.config), SETTINGS),
         paths(folder, model, dataclasses.replace(SETTINGS, pages=13)),
         paths(folder, Model(model.params, model.config, kernels={"flash_attention": "reference"}), SETTINGS),
     ]
+    narrow = paths(folder, Model(jax.tree.map(lambda x: x.astype("bfloat16"), model.params), model.config), SETTINGS)
+    assert len(narrow & before) == len({Key("join"), Key("restrict")})  # which see no weights, keys or values
     for name, value in (("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"), ("LLAMA_JAX_KERNELS", "norm=reference")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

@@ -79,6 +79,8 @@ class EngineCompilation:
         state, cache = self.start.memory.outputs, self.draft_start.memory.outputs if self.draft_start else 0
         for key, compilation in ((Key(START), self.start), *self.programs.items()):
             beside = 0 if key.size else self.weights  # what has a size takes the weights as an argument
+            if key.name in ("join", "restrict"):  # of the state they take the rows alone
+                beside += state - compilation.memory.aliased
             beside += self.weights + state if key.name in (DRAFT, FOLLOW) else self.draft_weights + cache
             needs = beside + compilation.memory.total - compilation.memory.code + code
             phases[key.name] = max(needs, phases.get(key.name, 0))

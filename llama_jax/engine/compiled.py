@@ -22,7 +22,7 @@ from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts
 from llama_jax.engine.flat import flat
 from llama_jax.engine.program_set import Key, masks_of, program, program_set, restricted, texts_of
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining
+from llama_jax.engine.state import Joining, rows_alone, with_rows
 from llama_jax.errors import LateCompilation
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
@@ -152,7 +152,7 @@ class Programs:
 
     def join(self, state: DecodeState, leaving: np.ndarray, new: Joining) -> DecodeState:
         """See `state.join`."""
-        return self._get(Key("join"))(state, flat((leaving, new)))
+        return with_rows(state, self._get(Key("join"))(rows_alone(state), flat((leaving, new))))
 
     def restrict(self, state: DecodeState, rows: list[int], masks: list[np.ndarray]) -> DecodeState:
         """See `state.restrict`."""
@@ -163,7 +163,7 @@ class Programs:
             padded[: len(rows[some])] = rows[some]
             words = np.zeros((width, len(masks[0])), np.uint32)
             words[: len(rows[some])] = masks[some]
-            state = self._get(Key("restrict"))(state, padded, words)
+            state = with_rows(state, self._get(Key("restrict"))(rows_alone(state), padded, words))
         return state
 
     def scrub(self, state: DecodeState, pages: list[int]) -> DecodeState:

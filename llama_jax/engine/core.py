@@ -117,7 +117,7 @@ class Core:
         self._asked: dict[int, Asked] = {}
         self._source: Source | None = NGrams(settings.drafts) if settings.drafts else None
         if parts is not None:
-            self._source = DraftModel(parts, settings, self.programs.draft, cost_of(parts.model, model))
+            self._source = DraftModel(parts, settings, self.programs.draft, cost_of(parts.model, model, peak))
         self._foresight = Foresight(self._source, settings.drafts)
         self._flights: deque[_Flight] = deque()
         self._numbers = itertools.count() if numbers is None else numbers

@@ -17,15 +17,19 @@ import numpy as np
 from llama_jax.cache import PagedCache
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts, draft_control, follow_control, piece
-from llama_jax.engine.drafting import Pace, Wanted
+from llama_jax.engine.drafting import Cost, Pace, Wanted
 from llama_jax.engine.sequence import Domain, Sequence
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.errors import RequestError
 from llama_jax.model.loaded import Model
 from llama_jax.plan.costs import read_bytes
+from llama_jax.plan.step_costs import Peak
 
 PADDING = 128
 """Rows by which the tables of two models of one vocabulary differ, at most (Qwen2.5-0.5B and -7B: 128)."""
+
+WAIT_S = 0.003
+"""Seconds that the device waits in a step for which the host reads a draft before it sends it: an H200's host."""
 
 _ALL = np.iinfo(np.int32).max
 """Of a row's tokens, those that stay in the cache."""
@@ -71,10 +75,16 @@ def check_room(settings: EngineSettings, draft: Model | None) -> None:
         )
 
 
-def cost_of(draft: Model, model: Model) -> float:
-    """Cost of a drafted token, in steps of the model: the ratio of the bytes that each reads for a few tokens."""
-    each = (read_bytes(one.config, one.dtype.itemsize, 1, one.mesh) for one in (draft, model))
-    return next(each) / next(each)
+def cost_of(draft: Model, model: Model, peak: Peak | None = None) -> Cost:
+    """Cost of drafts: of a token, the ratio of the bytes that each model reads for a few tokens; of a step, what the
+    device waits for the host, by the time in which it reads the model's.
+
+    Args:
+      peak: of the device; where its bandwidth is not known, waiting counts nothing.
+    """
+    small, large = (read_bytes(one.config, one.dtype.itemsize, 1, one.mesh) for one in (draft, model))
+    waits = WAIT_S * peak.bytes_per_s / large if peak and peak.bytes_per_s else 0.0
+    return Cost(small / large, waits)
 
 
 @dataclass(eq=False)
@@ -143,7 +153,7 @@ class DraftModel:
         parts: DraftParts,
         settings: EngineSettings,
         run: Callable[[str, PagedCache, np.ndarray], Any],
-        cost: float,
+        cost: Cost,
     ):
         """A draft model that has read nothing.
 

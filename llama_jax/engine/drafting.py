@@ -17,22 +17,44 @@ PAUSE = 32
 """Tokens for which a text whose drafts gain nothing is left alone; each time in a row twice as many."""
 
 LEAST = 0.25
-"""Tokens that a draft has to gain in the mean of the last few steps: a step with drafts costs more than one without, or
-waits for the host."""
+"""Tokens that a draft has to gain beyond its cost in the mean of the last few steps."""
+
+RECENT = 0.8
+"""Weight of what is known about a text's drafts, beside its next one, in how often they are right."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of drafts, in steps of the model that draw one token of each row.
+
+    Attributes:
+      token: of each token that is tried. On an H200 a step of 8 rows of Llama-3.1-8B takes 6 % longer than one of one.
+      step: of a step with drafts, besides.
+    """
+
+    token: float = 0.01
+    step: float = 0.0
+
+    def of(self, length: int) -> float:
+        """Cost of a draft of that length."""
+        return self.step + self.token * length
 
 
 class Pace:
     """How many tokens to try behind a text, as long as drafts gain something there.
 
     Attributes:
+      cost: of its drafts.
       length: tokens of the next draft, at most.
+      gain: tokens that a step gains by a draft, less its cost, in the mean of the last few.
     """
 
-    def __init__(self, most: int, cost: float = 0.0):
-        """Args: the most tokens of a draft; what each costs, in steps of the model that draws one token."""
+    def __init__(self, most: int, cost: Cost | None = None):
+        """Args: the most tokens of a draft, and their cost."""
         self._most = self.length = most
-        self._cost = cost
-        self._gain = 1.0
+        self.cost = cost or Cost()
+        self.gain = 1.0
+        self._right, self._tried = 3.0, 4.0
         self._resumes = 0
         self._pause = PAUSE
 
@@ -44,19 +66,33 @@ class Pace:
         """Takes note of a step that drew `count` tokens where `drafted` were tried; the text has `text` tokens now."""
         kept = count - 1
         if drafted:
-            self.length = min(self._most, self.length + 2) if kept >= drafted else max(1, kept + 1)
-        self._note(kept - self._cost * drafted, text)
+            self._right = RECENT * self._right + kept
+            self._tried = RECENT * self._tried + min(kept + 1, drafted)
+            # One token more is worth its cost as long as it is likely that it comes, and all before it.
+            right, self.length = self._right / self._tried, 1
+            while self.length < self._most and right ** (self.length + 1) > self.cost.token:
+                self.length += 1
+        self._note(kept - self.cost.of(drafted), text)
 
     def nothing(self, text: int) -> None:
         """Takes note that there was nothing to propose behind a text of `text` tokens."""
         self._note(0, text)
 
     def _note(self, gained: float, text: int) -> None:
-        self._gain += 0.25 * (gained - self._gain)
+        self.gain += 0.25 * (gained - self.gain)
         if gained > 0:
             self._pause = PAUSE
-        if self._gain < LEAST:
-            self._resumes, self._gain, self._pause = text + self._pause, 1.0, 2 * self._pause
+        if self.gain < LEAST:
+            self._resumes, self.gain, self._pause = text + self._pause, 1.0, 2 * self._pause
+
+
+def worthwhile(paces: ListOf[Pace], others: int) -> bool:
+    """Whether a step with drafts gains more than one without.
+
+    Args:
+      paces: of rows that have a draft; others: rows without, which draw one token in either step.
+    """
+    return sum(pace.gain for pace in paces) > others * max((pace.cost.of(pace.length) for pace in paces), default=0.0)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListOf
 
 from llama_jax.engine import rules
-from llama_jax.engine.drafting import Drafter, Source, Wanted
+from llama_jax.engine.drafting import Drafter, Source, Wanted, worthwhile
 from llama_jax.engine.joining import Asked
 from llama_jax.engine.sequence import Draft, Sequence
 
@@ -68,15 +68,17 @@ class Foresight:
           decoding: sequences of which the next step may draw.
           calm: whether a step with drafts is possible.
         """
-        trying = []
-        for asked in decoding:
+        several, trying = list(decoding), []
+        free = [asked for asked in several if not asked.rule]
+        paces = [asked.pace for asked in free if asked.pace and calm and self._tries(asked)]
+        worth = worthwhile(paces, len(several) - len(paces))
+        for asked in several:
+            asked.sequence.draft = None
+            if asked.rule and calm and asked.sequence.known and asked.rule.ready:
+                asked.sequence.draft = Draft.of(asked.rule.ahead.draft)
+        for asked in free:
             sequence = asked.sequence
-            sequence.draft = None
-            if asked.rule:
-                if calm and sequence.known and asked.rule.ready:
-                    sequence.draft = Draft.of(asked.rule.ahead.draft)
-                continue
-            sequence.paced = calm and self._tries(asked)
+            sequence.paced = calm and worth and self._tries(asked)
             if sequence.paced and self._source and self._source.on_device:
                 self._look_up(asked)
             elif sequence.paced and sequence.known:

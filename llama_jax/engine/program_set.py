@@ -20,7 +20,7 @@ from llama_jax.engine.draft_programs import DRAFT, FOLLOW, piece
 from llama_jax.engine.flat import flat_size, unflat
 from llama_jax.engine.lookup import remember
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining, Marked, join, restrict, scrub
+from llama_jax.engine.state import Joining, Marked, join, restrict, rows_alone, scrub
 from llama_jax.kernels.attention import batch_invariant
 from llama_jax.params import Params
 from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState, token_mask
@@ -97,17 +97,18 @@ def program(
         jitted = jax.jit(remember, donate_argnums=0, **shardings)
         return Program(str(key), jitted, (texts, ints(), ints(texts.shape[1])), {})
     if key.name in ("join", "restrict", "scrub"):
-        shardings = {"out_shardings": where} if in_use() else {}
         args: tuple[Any, ...]
+        changed = state if key.name == "scrub" else rows_alone(state)
         if key.name == "join":
             like = jax.ShapeDtypeStruct((settings.rows,), jnp.bool), _joining(settings, state)
-            function, args = partial(_join, like=like), (state, ints(flat_size(like)))
+            function, args = partial(_join, like=like), (ints(flat_size(like)),)
         elif key.name == "restrict":
             n, words = restricted(settings), token_mask.all_allowed(config.vocab_size).shape
-            function, args = restrict, (state, ints(n), jax.ShapeDtypeStruct((n, *words), jnp.uint32))
+            function, args = restrict, (ints(n), jax.ShapeDtypeStruct((n, *words), jnp.uint32))
         else:
-            function, args = scrub, (state, ints(settings.pages_per_row))
-        return Program(str(key), jax.jit(function, donate_argnums=0, **shardings), args, {})
+            function, args = scrub, (ints(settings.pages_per_row),)
+        shardings = {"out_shardings": jax.tree.map(lambda x: x.sharding, changed)} if in_use() else {}
+        return Program(str(key), jax.jit(function, donate_argnums=0, **shardings), (changed, *args), {})
     traced = batch_invariant(settings.batch_invariant)
     static: dict[str, Any] = {"config": config, "profile": profile_of(key)}
     if key.name == "decode":
@@ -122,7 +123,7 @@ def program(
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
-        function, options = partial(traced(programs.mixed), **static), {}
+        function, options = partial(traced(programs.mixed), **static), weight_options(config, key.size)
     verifies = key.name == "verify"
     told: list[Any] = [None] * (2 if key.name in ("decode", "verify") else 3)
     told += [texts and where.tokens] if verifies else []

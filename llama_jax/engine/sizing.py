@@ -21,7 +21,7 @@ from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import of_device
 
 GPU_ROWS, CPU_ROWS = 256, 8
-GPU_TOKENS, CPU_TOKENS = (256, 512, 1024, 2048), (32, 128)
+GPU_TOKENS, CPU_TOKENS = (128, 256, 512, 1024, 2048), (32, 128)
 GPU_DECODE_ROWS = (1, 8, 16, 32, 64, 96, 128, 192)
 """And all rows. Up to 8 rows a step takes the time to read the weights; beyond 64, arithmetic makes larger steps
 longer, and finer sizes worth their compilation."""

@@ -90,7 +90,8 @@ class Joining:
 
 
 def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
-    """The state after rows `leaving` bool [rows] were emptied, and others have begun."""
+    """The state after rows `leaving` bool [rows] were emptied, and others have begun; with or without its keys and
+    values (`rows_alone`)."""
     cache = paged(state).release(leaving).book(new.rows, new.pages, new.shared)
     begun = {
         "tokens": jnp.zeros_like(new.length),
@@ -113,6 +114,19 @@ def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
     return by_rows(state)
 
 
+def rows_alone(state: DecodeState) -> DecodeState:
+    """The state without keys and values. `join` and `restrict` need none of them, and each array that a program is
+    given costs the host time."""
+    none: dict[str, Any] = dict.fromkeys(stored.FIELDS, ())
+    return dataclasses.replace(state, cache=dataclasses.replace(paged(state), **none))
+
+
+def with_rows(state: DecodeState, rows: DecodeState) -> DecodeState:
+    """The state with what `rows_alone` leaves of it in place of its own."""
+    slots = {name: getattr(paged(state), name) for name in stored.FIELDS}
+    return dataclasses.replace(rows, cache=dataclasses.replace(paged(rows), **slots))
+
+
 def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
     """The state with zeros in pages int32 [n]; numbers that are no page are padding.
 
@@ -124,8 +138,8 @@ def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
 
 
 def restrict(state: DecodeState, rows: jax.Array, masks: jax.Array) -> DecodeState:
-    """The state in which rows int32 [n] draw only tokens of their masks uint32 [n, ceil(vocab / 32)]; NO_ROW is
-    padding."""
+    """The state, with or without its keys and values, in which rows int32 [n] draw only tokens of their masks uint32
+    [n, ceil(vocab / 32)]; NO_ROW is padding."""
     sampler = state.sampler
     assert sampler.restricted is not None and sampler.allowed is not None
     restricted = protocol.put_rows(sampler.restricted, rows, jnp.ones_like(rows, bool))
