@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from llama_jax.aot.programs import Program
 from llama_jax.cache import PagedCache
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.graphs import graph_options
 from llama_jax.engine.programs import Control
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import shapes_of
@@ -135,7 +134,6 @@ def draft_program(
         control = draft_control(settings)
         function: Any = partial(draft, config=config, settings=settings, vocab=min(vocab, config.vocab_size))
         told: Any = (where, None)
-        options = {"compiler_options": graph_options() or None} if settings.steps > 1 else {}
     else:
         control, function, told = follow_control(settings), partial(follow, config=config, settings=settings), where
     if in_use():
