@@ -26,20 +26,20 @@ from tiny_chat_model import write_chat_model
 
 from llama_jax import encode_chat
 from llama_jax.cli import chat_screen, chat_session, cli
+from llama_jax.cli.chat_commands import COMMANDS
 from llama_jax.cli.chat_conversation import (
     Command,
     Conversation,
     default_sampling,
     is_open,
-    load_conversation,
     parse_input,
-    save_conversation,
     setting_names,
     with_setting,
 )
+from llama_jax.cli.chat_files import load_conversation, save_conversation
 from llama_jax.cli.chat_partner import Here
 from llama_jax.cli.chat_screen import Screen
-from llama_jax.cli.chat_session import COMMANDS, Session
+from llama_jax.cli.chat_session import Session
 from llama_jax.errors import LlamaJaxError, RequestError, StorageError
 from llama_jax.generation import generate
 from llama_jax.generation.llm import LLM
@@ -160,7 +160,7 @@ def test_settings() -> None:
         assert caught.value.param == name
         assert caught.value.hint
     assert "temperature" in caught.value.hint
-    assert not {"n", "logprobs"} & set(setting_names())
+    assert not {"n", "prompt_logprobs"} & set(setting_names())
 
 
 def test_default_sampling() -> None:
@@ -250,6 +250,8 @@ def test_commands(session: Session, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert re.search(r"temperature +5", out)
     assert all(f"/{name}" in out for name in COMMANDS)
     session.handle("/trim 1")
+    assert session.conversation.messages == ()
+    session.handle("/clear")
     assert session.conversation == Conversation(system="Be brief.")
     session.handle('/system ""')
     assert session.conversation == Conversation()

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from llama_jax.errors import RequestError, StorageError
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    from llama_jax.cli.chat_markdown import LiveMarkdown
 
 PROMPT = ">>> "
 CONTINUATION = "... "
@@ -35,14 +38,23 @@ class Screen:
       interactive: a person sits at a terminal. Otherwise only answers and what commands print go to standard output.
       as_json: answers are JSON objects; everything else goes to standard error.
       columns: width for notes.
+      markdown: answers are shown as markdown; only where a terminal can do more than print.
+      status: gives the line below what is typed.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False):
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, plain: bool = False):
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.as_json = as_json
+        self.status: Callable[[], str] = lambda: ""
         self._quiet = quiet
         self._plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
         self._dim, self._normal = ("", "") if self._plain else ("\x1b[2m", "\x1b[0m")
+        self.markdown = self.can_draw and not plain
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether a person sits at a terminal that has colours and a cursor that moves."""
+        return self.interactive and not self.as_json and not self._plain
 
     @property
     def columns(self) -> int:
@@ -61,6 +73,24 @@ class Screen:
             print(f"{self._dim}{printable(text)}{self._normal}", flush=True)
         elif self.interactive or not self._quiet:
             print(printable(text), file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def answer(self) -> Iterator[Callable[[str], None]]:
+        """Gives what shows the text of an answer, piece by piece; JSON comes elsewhere, and whole."""
+        if self.as_json:
+            yield lambda text: None
+            return
+        shown = self._live_markdown() if self.markdown else _PlainText()
+        with _without_echo() if self.interactive else contextlib.nullcontext():
+            try:
+                yield shown.add
+            finally:
+                shown.end()
+
+    def _live_markdown(self) -> LiveMarkdown:
+        from llama_jax.cli.chat_markdown import LiveMarkdown  # takes 0.1 s
+
+        return LiveMarkdown(sys.stdout, *shutil.get_terminal_size())
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[int, int], None]]:
@@ -107,7 +137,7 @@ class Screen:
         if history is not None:
             self._secure(history)
         if self.interactive and os.environ.get("TERM", "dumb") != "dumb":
-            return _edited(history, words, self.note)
+            return _edited(history, words, self.note, lambda: self.status())
         return _remembering(_typed(self.note) if self.interactive else _piped(), history)
 
     def _secure(self, path: Path) -> None:
@@ -129,7 +159,38 @@ class Screen:
             ) from error
 
 
-def _edited(history: Path | None, words: Sequence[str], note: Callable[[str], None]) -> Reader:
+class _PlainText:
+    """A text as it comes, and a newline behind it if it has begun and lacks one."""
+
+    def __init__(self) -> None:
+        self._last: str | None = None
+
+    def add(self, text: str) -> None:
+        write_text(text)
+        self._last = text[-1:] or self._last or ""
+
+    def end(self) -> None:
+        if self._last not in (None, "\n"):
+            write_text("\n")
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """What is typed meanwhile is not written into the answer; it is there when the next message is read."""
+    handle = sys.stdin.fileno()
+    before = termios.tcgetattr(handle)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(handle, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(handle, termios.TCSADRAIN, before)
+
+
+def _edited(
+    history: Path | None, words: Sequence[str], note: Callable[[str], None], status: Callable[[], str]
+) -> Reader:
     # Imported here, since it takes 0.2 s and pipes do not need it.
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -144,12 +205,14 @@ def _edited(history: Path | None, words: Sequence[str], note: Callable[[str], No
         completer=WordCompleter(list(words), sentence=True),
         complete_while_typing=False,
         enable_suspend=True,
+        enable_open_in_editor=True,
+        tempfile_suffix=".md",
     )
 
     def read() -> str | None:
         while True:
             try:
-                return session.prompt()
+                return session.prompt(bottom_toolbar=status())
             except KeyboardInterrupt:
                 note(_LEAVE_HINT)
             except EOFError:
