@@ -142,7 +142,7 @@ def _branch(session: Session, argument: str) -> None:
     session.conversation = session.conversation.at(branches[int(argument) - 1])
     session.screen.note(f"branch {argument} of {len(branches)}, {len(session.conversation.messages)} messages")
     for message in session.conversation.turns[-1] if session.conversation.turns else ():
-        session.screen.reply(f"{message['role']}: {message['content']}")
+        session.screen.message(message)
 
 
 def _tokens(session: Session, argument: str) -> None:
@@ -166,10 +166,9 @@ def _logprobs(session: Session, argument: str) -> None:
     if argument:
         count = {"on": str(ALTERNATIVES), "off": "none"}.get(argument, argument)
         session.sampling = with_setting(session.sampling, "logprobs", count)
-        on = session.sampling.logprobs is not None
-        session.screen.note(f"of the next answers /logprobs {'lists the tokens' if on else 'knows nothing'}")
+        session.screen.note(f"logprobs = {session.sampling.logprobs!r}")
     elif session.answered and session.answered.tokens:
-        session.screen.reply("\n".join(logprob_lines(session.answered.tokens)))
+        session.screen.reply("\n".join(logprob_lines(session.answered.tokens, session.screen.columns)))
     else:
         raise RequestError(
             "the last answer has no probabilities",

@@ -8,13 +8,12 @@ import shutil
 import stat
 import sys
 import termios
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llama_jax.cli.chat_activity import Activity, LineActivity, NotedActivity
 from llama_jax.cli.chat_conversation import is_open
-from llama_jax.cli.progress import LINE_EVERY_S, SHOW_AFTER_S
 from llama_jax.cli.terminal import printable, write_text
 from llama_jax.errors import RequestError, StorageError
 
@@ -87,42 +86,24 @@ class Screen:
             finally:
                 shown.end()
 
+    def message(self, message: Mapping[str, Any]) -> None:
+        """Shows a message of the conversation once more; answers as they were shown first."""
+        if message["role"] != "assistant":
+            self.note(f"{message['role']}: {message['content']}")
+            return
+        with self.answer() as write:
+            write(message["content"])
+
     def _live_markdown(self) -> LiveMarkdown:
         from llama_jax.cli.chat_markdown import LiveMarkdown  # takes 0.1 s
 
         return LiveMarkdown(sys.stdout, *shutil.get_terminal_size())
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[Callable[[int, int], None]]:
-        """Shows a person how much of a long prompt has been read: a line that goes when all is, on a plain terminal a
-        remark now and then. Gives what is called with the tokens read, and all of them."""
-        began = last = time.monotonic()
-        shown = False
-
-        def clear() -> None:
-            nonlocal shown
-            if shown and not self._plain:
-                print("\r\x1b[K", end="", flush=True)
-            shown = False
-
-        def show(done: int, total: int) -> None:
-            nonlocal last, shown
-            now = time.monotonic()
-            if done >= total:
-                clear()
-            elif self.interactive and not self.as_json and now - began > SHOW_AFTER_S:
-                text = f"reading the prompt: {done} of {total} tokens"
-                if not self._plain:
-                    print(f"\r\x1b[K{self._dim}{text}{self._normal}", end="", flush=True)
-                elif now - last > LINE_EVERY_S:
-                    self.note(text)
-                    last = now
-                shown = True
-
-        try:
-            yield show
-        finally:
-            clear()
+    def activity(self) -> Activity:
+        """What shows a person that an answer is under way, until it begins."""
+        if self.can_draw:
+            return LineActivity(self._dim, self._normal)
+        return NotedActivity(self.note if self.interactive and not self.as_json else lambda text: None)
 
     def reader(self, history: Path | None, words: Sequence[str]) -> Reader:
         """How this terminal, or pipe, is read.

@@ -108,19 +108,19 @@ class Session:
         text, tokens, last = "", list[Mapping[str, Any]](), None
         with (
             catch_interrupt(signals=[signal.SIGINT]) as interrupted,
-            self.screen.reading() as show,
             self.screen.answer() as write,
+            contextlib.closing(self.screen.activity()) as activity,
         ):
 
             def progress(done: int, total: int) -> None:
                 if interrupted():
                     raise KeyboardInterrupt
-                show(done, total)
+                activity.read(done, total)
 
             try:
                 self.answers += 1
                 for last in self.partner.answer(prompt, params, progress):
-                    show(0, 0)
+                    activity.close()
                     text += last.text
                     tokens += last.tokens
                     write(last.text)

@@ -46,8 +46,8 @@ def token_lines(messages: Sequence[Mapping[str, Any]], counts: Sequence[int | No
     return [*(table(rows) if rows else []), f"context: {'unknown' if total is None else total}{room}{share}"]
 
 
-def logprob_lines(tokens: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each token: how likely it was, and the likeliest others in its place.
+def logprob_lines(tokens: Sequence[Mapping[str, Any]], columns: int) -> list[str]:
+    """One line for each token: how likely it was, and the likeliest others in its place, as far as they fit.
 
     Args:
       tokens: as OpenAI's API has them.
@@ -57,7 +57,7 @@ def logprob_lines(tokens: Sequence[Mapping[str, Any]]) -> list[str]:
         others = [_likely(other) for other in token.get("top_logprobs") or () if other["token"] != token["token"]]
         share = math.exp(min(token["logprob"], 0.0))
         rows.append((_percent(share), meter(share, _METER), _quoted(token["token"]), ", ".join(others)))
-    return table(rows)
+    return [line[:columns] for line in table(rows)]
 
 
 def _likely(token: Mapping[str, Any]) -> str:
