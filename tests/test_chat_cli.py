@@ -479,8 +479,8 @@ def test_over_a_pipe(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     assert objects[0]["generation_tokens"] == 8
     likely = chat(folder, "/logprobs 1\nHello\n", "--seed", "3", "--json", "--quiet")
     (answer,) = [json.loads(line) for line in likely.stdout.splitlines()]
-    text = bytes(byte for token in answer["logprobs"]["content"] for byte in token["bytes"])
-    assert text.decode(errors="replace").startswith(answer["content"])
+    data = bytes(byte for token in answer["logprobs"]["content"] for byte in token["bytes"])
+    assert data.decode(errors="replace").startswith(answer["content"])
 
 
 @pytest.mark.slow
@@ -670,6 +670,51 @@ def test_in_a_terminal(wide: Path, tmp_path: Path) -> None:
     assert len(messages[1]["content"]) > 100
     assert mode(tmp_path / "history") == 0o600
     assert "+pasted" in (tmp_path / "history").read_text()
+
+
+@pytest.mark.slow
+def test_markdown_editor_and_meter_in_a_terminal(wide: Path, tmp_path: Path) -> None:
+    editor, saved = tmp_path / "editor", tmp_path / "talk.json"
+    editor.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[1], 'a').write(' and edited')\n")
+    editor.chmod(0o700)
+    terminal = Terminal(wide, "--seed", "1", VISUAL=str(editor))
+    terminal.wait_for(r"\[\.+\] 0 of 1048576 tokens")
+    form = json.dumps({"type": "grammar", "syntax": "regex", "definition": r"- \*\*one\*\*\n- two"})
+    terminal.send(f"/set response_format {form}" + ENTER)
+    terminal.wait_for(r"response_format = ")
+    terminal.send("hi" + ENTER)
+    seen = terminal.wait_for(r"\d+ of 1048576 tokens")
+    assert re.search(r"•[^*]*one[^*]*\n[^*]*•[^*]*two", seen)
+    terminal.send("/set markdown off" + ENTER)
+    terminal.wait_for(r"markdown = off[\s\S]*tokens")
+    terminal.send("typed\x18\x05")
+    terminal.wait_for(r"and edited")
+    terminal.send(ENTER)
+    assert "- **one**" in terminal.wait_for(r"tok/s[\s\S]*of 1048576 tokens")
+    # What is typed during an answer is not written into it, and waits for the next prompt.
+    for setting in ("response_format none", "ignore_eos true", "max_tokens 600"):
+        terminal.send(f"/set {setting}" + ENTER)
+        terminal.wait_for(r" = [\s\S]*of 1048576 tokens")
+    terminal.send("more" + ENTER)
+    terminal.wait_for(r"\n[\s\S]{200}")
+    terminal.send("xyzzy")
+    answer, prompt = terminal.wait_for(r"reached[\s\S]*xyzzy").split("reached")
+    assert "xyzzy" not in answer
+    assert "xyzzy" in prompt
+    terminal.send(CTRL_C)
+    terminal.wait_for(r"/exit leaves[\s\S]*tokens")
+    terminal.send("/retry" + ENTER)
+    terminal.wait_for(r"\n[\s\S]{200}")
+    terminal.send(CTRL_C)
+    terminal.wait_for(r"stopped[\s\S]*branch 2 of 2")
+    terminal.send(f"/save {saved}" + ENTER)
+    terminal.wait_for(r"messages and 2 branches[\s\S]*saved")
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+    (conversation,) = json.loads(saved.read_text())["conversations"]
+    said = [message["text"] for message in conversation["messages"]]
+    assert said[:5] == ["hi", "- **one**\n- two", "typed and edited", "- **one**\n- two", "more"]
+    assert [message["role"] for message in conversation["messages"][5:]] == ["assistant"] * 2
 
 
 @pytest.mark.slow

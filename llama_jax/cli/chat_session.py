@@ -140,14 +140,14 @@ class Session:
             self.screen.note(self._account(last, params))
 
     def _status(self) -> str:
-        """The model, how full its context is, and the branch: the line below what is typed."""
+        """How full the context is, the branch and the model: the line below what is typed."""
         if self._counted[0] != self.conversation:
             used = None
             with contextlib.suppress(LlamaJaxError):
                 used = self.tokens_used(self.conversation)
             self._counted = self.conversation, used
         used, context, branches = self._counted[1], self.partner.context, self.conversation.branches
-        parts = [self.partner.name]
+        parts = []
         if used is not None and context is not None:
             parts.append(f"[{meter(used / context, _METER)}] {used} of {context} tokens")
         elif used is not None:
@@ -157,7 +157,7 @@ class Session:
         if len(branches) > 1:
             at = self.conversation.branch
             parts.append(f"within {len(branches)} branches" if at is None else f"branch {at + 1} of {len(branches)}")
-        return " " + "  ".join(parts)
+        return " " + "  ".join([*parts, self.partner.name])
 
     def _params(self, asked: Conversation, used: int | None) -> SamplingParams:
         """The sampling parameters of the next answer, which has the rest of the context.
