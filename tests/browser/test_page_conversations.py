@@ -200,3 +200,13 @@ def test_files_of_the_chat_in_the_terminal(visit: Any, tmp_path: Path) -> None:
         reader.button("Export all conversations").click()
     download.value.save_as(tmp_path / "page.json")
     assert load_conversation(tmp_path / "page.json") == talk
+    save_conversation(Conversation(talk.messages, talk.system), tmp_path / "list.json")
+    other = visit()
+    other.page.get_by_label("File of conversations").set_input_files(tmp_path / "list.json")
+    expect(other.answers).to_have_count(2)
+    (chat,) = other.kept()
+    assert [(m["role"], m["text"]) for m in chat["messages"]] == [(m["role"], m["content"]) for m in talk.messages]
+    assert (chat["title"], chat["settings"]["system"]) == ("Keep", "Be kind.")
+    (tmp_path / "list.json").write_text('[{"role": "user"}, 3]')
+    other.page.get_by_label("File of conversations").set_input_files(tmp_path / "list.json")
+    expect(other.page.get_by_role("alert")).to_contain_text("something wrong with message 1")
