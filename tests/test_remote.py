@@ -167,6 +167,29 @@ def test_probabilities_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert "prompt 70 tokens, 64 cached" in err
 
 
+def test_thoughts_of_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person sees them, and they are no part of the answer."""
+    deltas = {"reasoning_content": "Hm"}, {"reasoning_content": "\x1bm"}, {"content": "Yes"}
+    said = answer(events(*({"choices": [{"delta": delta}]} for delta in deltas)), kind="text/event-stream")
+    with (
+        answering(MODELS, answer("", "404 Not Found"), said, answer("", "404 Not Found"), said) as url,
+        closing(There(Remote(url), None)) as there,
+    ):
+        sampling, screen = SamplingParams(max_tokens=None), Screen()
+        session = Session(there, screen, conversation=Conversation(), sampling=sampling, origin="test")
+        session.handle("Hi")
+        assert capsys.readouterr().out == "Yes\n"
+        assert session.conversation.messages[-1]["content"] == "Yes"
+        monkeypatch.setattr(screen, "thought", lambda text: print(text, end=""))
+        session.handle("Hi")
+        assert capsys.readouterr().out == "Hm\x1bm\n\nYes\n"
+    screen = Screen()
+    screen.thought("Hm")
+    screen.interactive = True
+    screen.thought("\x1bm")
+    assert capsys.readouterr().out.strip("\x1b[02m") == "␛"
+
+
 def test_what_a_server_is_told() -> None:
     """No more than what differs from its defaults: it need not know the rest."""
     assert _fields(SamplingParams(max_tokens=None)) == {}

@@ -42,6 +42,7 @@ class Piece:
       prompt_tps, generation_tps: tokens a second; ttft_s: seconds to the first one.
       finish_reason: set on the last piece only.
       tokens: new ones, where they were asked for, as OpenAI's API has them: "token", "logprob", "top_logprobs".
+      reasoning: what is new of the model's thoughts, where a server tells them apart.
     """
 
     text: str
@@ -53,6 +54,7 @@ class Piece:
     cached_tokens: int = 0
     finish_reason: str | None = None
     tokens: tuple[Mapping[str, Any], ...] = ()
+    reasoning: str = ""
 
 
 class Partner(Protocol):
@@ -183,13 +185,15 @@ class There:
             while (event := self._runner.run(_next(events, progress))) is not None:
                 usage = event.get("usage") or usage
                 for choice in event.get("choices", ()):
-                    text = choice.get("delta", {}).get("content") or ""
+                    delta = choice.get("delta", {})
+                    text, reasoning = delta.get("content") or "", delta.get("reasoning_content") or ""
                     tokens = (choice.get("logprobs") or {}).get("content") or ()
                     end = choice.get("finish_reason") or end
-                    if text or tokens:
+                    if text or tokens or reasoning:
                         first = time.perf_counter() if first is None else first
                         pieces += len(tokens) or 1
-                        yield _piece({"completion_tokens": pieces}, start, first, text=text, tokens=tuple(tokens))
+                        so_far = {"completion_tokens": pieces}
+                        yield _piece(so_far, start, first, text=text, tokens=tuple(tokens), reasoning=reasoning)
             yield _piece({"completion_tokens": pieces} | usage, start, first, text="", finish_reason=end)
         finally:
             self._runner.run(events.aclose())

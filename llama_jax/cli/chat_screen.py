@@ -73,6 +73,11 @@ class Screen:
         elif self.interactive or not self._quiet:
             print(printable(text), file=sys.stderr, flush=True)
 
+    def thought(self, text: str) -> None:
+        """Shows a person a piece of what the model thinks before it answers, dimmed."""
+        if self.interactive and not self.as_json:
+            print(f"{self._dim}{printable(text)}{self._normal}", end="", flush=True)
+
     @contextlib.contextmanager
     def answer(self) -> Iterator[Callable[[str], None]]:
         """Gives what shows the text of an answer, piece by piece; JSON comes elsewhere, and whole."""

@@ -105,7 +105,7 @@ class Session:
         """Answers the last message of `asked`, and keeps both if an answer came, finished or not."""
         prompt = self.partner.prompt(asked.all_messages)
         params = self._params(asked, prompt.tokens)
-        text, tokens, last = "", list[Mapping[str, Any]](), None
+        text, tokens, thinking, last = "", list[Mapping[str, Any]](), False, None
         with (
             catch_interrupt(signals=[signal.SIGINT]) as interrupted,
             self.screen.answer() as write,
@@ -121,6 +121,9 @@ class Session:
                 self.answers += 1
                 for last in self.partner.answer(prompt, params, progress):
                     activity.close()
+                    if last.reasoning or (thinking and last.text):
+                        self.screen.thought(last.reasoning or "\n\n")
+                    thinking = bool(last.reasoning) or (thinking and not last.text)
                     text += last.text
                     tokens += last.tokens
                     write(last.text)
