@@ -39,7 +39,7 @@ from llama_jax.cli.chat_conversation import (
     with_setting,
 )
 from llama_jax.cli.chat_files import load_conversation, save_conversation
-from llama_jax.cli.chat_partner import Here
+from llama_jax.cli.chat_partner import Here, Prompt
 from llama_jax.cli.chat_screen import Screen
 from llama_jax.cli.chat_session import Session
 from llama_jax.errors import LlamaJaxError, RequestError, StorageError
@@ -327,6 +327,23 @@ def test_probabilities(session: Session, loaded: Loaded, capsys: pytest.CaptureF
     assert session.sampling.logprobs == 2
     with pytest.raises(RequestError, match="logprobs"):
         session.handle("/logprobs many")
+
+
+@pytest.mark.slow
+def test_probabilities_of_drafted_tokens(loaded: Loaded) -> None:
+    """Several tokens come at once, and each has its own."""
+    llm = LLM(*loaded, rows=1, drafts=4)
+    prompt = encode_chat(loaded[1], [user("tell me more " * 20)])
+    bias = {300: 100.0}  # the model repeats itself, so that drafts are right
+    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, logprobs=1, logit_bias=bias)
+    steps = list(llm.stream(prompt, params))
+    (output,) = llm.generate([prompt], params)
+    assert max(len(step.new_logprobs) for step in steps) > 1
+    entries = [entry for step in steps for entry in step.new_logprobs]
+    assert tuple(entry.token_id for entry in entries) == output.outputs[0].token_ids
+    pieces = list(Here(llm).answer(Prompt(prompt, len(prompt)), params, lambda done, total: None))
+    assert [token["logprob"] for piece in pieces for token in piece.tokens] == [entry.logprob for entry in entries]
+    assert pieces[-1].cached_tokens == output.cached_tokens >= 64
 
 
 def test_tokens(session: Session, loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
