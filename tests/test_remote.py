@@ -139,6 +139,57 @@ def test_a_chat(capsys: pytest.CaptureFixture[str]) -> None:
     assert "context 10 of 64" in err
 
 
+def test_probabilities_of_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the counts of its usage, and a token without text of its own."""
+    top = [{"token": "Hel", "logprob": -0.5}, {"token": "By", "logprob": -1.0}]
+    first, second = {"token": "Hel", "logprob": -0.5, "top_logprobs": top}, {"token": "lo", "logprob": -0.1}
+    usage = {"prompt_tokens": 70, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 64}}
+    said = events(
+        {"choices": [{"delta": {"content": ""}, "logprobs": {"content": [first]}}]},
+        {"choices": [{"delta": {"content": "Hello"}, "logprobs": {"content": [second]}, "finish_reason": "stop"}]},
+        {"choices": [], "usage": usage},
+    )
+    with (
+        answering(MODELS, answer("", "404 Not Found"), answer(said, kind="text/event-stream")) as url,
+        closing(There(Remote(url), None)) as there,
+    ):
+        sampling = SamplingParams(max_tokens=None, logprobs=1)
+        session = Session(there, Screen(), conversation=Conversation(), sampling=sampling, origin="test")
+        session.handle("Hi")
+        session.handle("/logprobs")
+    out, err = capsys.readouterr()
+    assert [line.split() for line in out.splitlines()] == [
+        ["Hello"],
+        ["60.7", "%", "###..", '"Hel"', '"By"', "36.8", "%"],
+        ["90.5", "%", "#####", '"lo"'],
+    ]
+    assert "2 tokens" in err
+    assert "prompt 70 tokens, 64 cached" in err
+
+
+def test_thoughts_of_a_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person sees them, and they are no part of the answer."""
+    deltas = {"reasoning_content": "Hm"}, {"reasoning_content": "\x1bm"}, {"content": "Yes"}
+    said = answer(events(*({"choices": [{"delta": delta}]} for delta in deltas)), kind="text/event-stream")
+    with (
+        answering(MODELS, answer("", "404 Not Found"), said, answer("", "404 Not Found"), said) as url,
+        closing(There(Remote(url), None)) as there,
+    ):
+        sampling, screen = SamplingParams(max_tokens=None), Screen()
+        session = Session(there, screen, conversation=Conversation(), sampling=sampling, origin="test")
+        session.handle("Hi")
+        assert capsys.readouterr().out == "Yes\n"
+        assert session.conversation.messages[-1]["content"] == "Yes"
+        monkeypatch.setattr(screen, "thought", lambda text: print(text, end=""))
+        session.handle("Hi")
+        assert capsys.readouterr().out == "Hm\x1bm\n\nYes\n"
+    screen = Screen()
+    screen.thought("Hm")
+    screen.interactive = True
+    screen.thought("\x1bm")
+    assert capsys.readouterr().out.strip("\x1b[02m") == "␛"
+
+
 def test_what_a_server_is_told() -> None:
     """No more than what differs from its defaults: it need not know the rest."""
     assert _fields(SamplingParams(max_tokens=None)) == {}
@@ -146,6 +197,7 @@ def test_what_a_server_is_told() -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     found = _fields(SamplingParams(max_tokens=5, top_k=3, stop="x", response_format=wanted))
     assert found == {"max_tokens": 5, "top_k": 3, "stop": ("x",), "response_format": wanted}
+    assert _fields(SamplingParams(max_tokens=None, logprobs=2)) == {"logprobs": True, "top_logprobs": 2}
     regex = Grammar.regex("a+")
     assert Grammar.of(regex.request) == regex
 

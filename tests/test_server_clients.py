@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from node_client import node_client
 from server_process import KEY, serving
 from tiny_chat_model import TOOL_TEMPLATE, write_chat_model
 
@@ -111,6 +113,44 @@ def test_openai_async(url: str) -> None:
             return await asyncio.gather(*[one() for _ in range(5)])
 
     assert len(set(asyncio.run(run()))) == 1
+
+
+def test_openai_node_tools(url: str) -> None:
+    called = node_client(url, MODEL, "tools")
+    checked(called["name"], called["arguments"])
+    assert called["deltas"] > 1
+    assert called["after"] == 4
+
+
+# --- curl
+
+
+def test_curl_tools(url: str) -> None:
+    """A call as it comes off the wire: id and name first, then the arguments in pieces."""
+    asked = {"messages": USER, "tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "stream": True}
+    command = [
+        "curl",
+        "-sS",
+        "-N",
+        "--max-time",
+        "60",
+        "-H",
+        f"x-api-key: {KEY}",
+        "-H",
+        "content-type: application/json",
+    ]
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    done = subprocess.run(
+        [*command, "-d", json.dumps(asked), f"{url}/v1/chat/completions"], capture_output=True, text=True, check=True
+    )
+    events = [line.removeprefix("data: ") for line in done.stdout.split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    choices = [json.loads(event)["choices"][0] for event in events]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", ())]
+    assert calls[0]["id"]
+    checked(calls[0]["function"]["name"], "".join(call["function"].get("arguments", "") for call in calls))
+    assert choices[-1]["finish_reason"] == "tool_calls"
 
 
 # --- anthropic

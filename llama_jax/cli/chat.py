@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Go on with a conversation that /save wrote.",
 )
+@click.option("--plain", is_flag=True, help="Show answers as they are, not as markdown.")
 @quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print each answer as one JSON object on a line of its own.")
 def command(
@@ -73,6 +74,7 @@ def command(
     server: ServerOptions,
     history: Path | None,
     resume: Path | None,
+    plain: bool,
     quiet: bool,
     as_json: bool,
     **fields: Any,
@@ -83,24 +85,25 @@ def command(
     by --history or /save. In a pipe, every line is a message (or a block between two lines of three quotes), answers go
     to standard output, and the first error ends the chat.
     """
-    from llama_jax.cli.chat_conversation import Conversation, default_sampling, load_conversation
+    from llama_jax.cli.chat_conversation import Conversation, default_sampling
+    from llama_jax.cli.chat_files import load_conversation
     from llama_jax.cli.chat_screen import Screen
 
     # What can be wrong is looked at before the model is loaded, which may take minutes.
     check_drafts(drafts, draft_model)
     remote = server.remote(("model", "drafts", "draft_model"))
-    screen = Screen(as_json=as_json, quiet=quiet)
+    screen = Screen(as_json=as_json, quiet=quiet, plain=plain)
     conversation = Conversation() if resume is None else load_conversation(resume.expanduser())
     if system is not None:
         conversation = conversation.with_system(system)
     default_sampling({}, given(fields))
 
+    from llama_jax.cli.chat_commands import COMMANDS, settable
     from llama_jax.cli.chat_partner import There
-    from llama_jax.cli.chat_session import COMMANDS, Session
+    from llama_jax.cli.chat_session import Session
 
-    read = screen.reader(
-        None if history is None else history.expanduser(), [f"/{name}" for name in (*COMMANDS, "exit")]
-    )
+    words = [*(f"/{name}" for name in (*COMMANDS, "exit")), *(f"/set {name}" for name in settable())]
+    read = screen.reader(None if history is None else history.expanduser(), words)
     with contextlib.ExitStack() as stack:
         partner: Partner
         advised: Mapping[str, Any] = {}

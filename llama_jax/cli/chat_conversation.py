@@ -1,4 +1,4 @@
-"""What a chat is about, without a terminal: the conversation as a value, its settings, its file, its input syntax."""
+"""What a chat is about, without a terminal: the conversation as a value, its settings, its input syntax."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.cli.inputs import read_messages
-from llama_jax.errors import RequestError, StorageError, did_you_mean
+from llama_jax.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
     from llama_jax.sampling import SamplingParams
@@ -23,21 +19,35 @@ if TYPE_CHECKING:
 QUOTES = '"""'
 _DEFAULTS = {"temperature": 0.7, "top_p": 0.95}
 _FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# One answer at a time, and nothing to show log-probabilities with.
-_NOT_HERE = frozenset({"n", "logprobs", "prompt_logprobs"})
+# One answer at a time, and only of answers is it shown how likely they were.
+_NOT_HERE = frozenset({"n", "prompt_logprobs"})
+
+
+Messages = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation; every change makes a new one.
+    """A conversation as a tree, of which one path is shown; every change makes a new one.
 
     Attributes:
-      messages: in order, without the system prompt.
+      messages: the path that is shown, in order, without the system prompt.
       system: the system prompt, or None.
+      branches: the paths to all ends of the tree. What was edited or answered again stays in a branch of its own.
     """
 
-    messages: tuple[Mapping[str, Any], ...] = ()
+    messages: Messages = ()
     system: str | None = None
+    branches: tuple[Messages, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Has the shown path take the place of those that it continues, or adds it."""
+        found = list[Messages]()
+        for path in (*self.branches, self.messages):
+            if not any(_begins(path, other) for other in found):
+                begun = next((i for i, other in enumerate(found) if _begins(other, path)), len(found))
+                found[begun : begun + 1] = [path]
+        object.__setattr__(self, "branches", tuple(found))
 
     @property
     def all_messages(self) -> list[Mapping[str, Any]]:
@@ -46,33 +56,48 @@ class Conversation:
         return [*first, *self.messages]
 
     @property
-    def turns(self) -> list[tuple[Mapping[str, Any], ...]]:
+    def turns(self) -> list[Messages]:
         """The messages in groups that each begin with one of the user's."""
         starts = [i for i, message in enumerate(self.messages) if message["role"] == "user" or i == 0]
         return [self.messages[a:b] for a, b in itertools.pairwise([*starts, len(self.messages)])]
+
+    @property
+    def branch(self) -> int | None:
+        """Index of the branch whose end is shown; None where the shown path ends within branches."""
+        return self.branches.index(self.messages) if self.messages in self.branches else None
 
     def with_system(self, text: str | None) -> Conversation:
         """With another system prompt, or none."""
         return dataclasses.replace(self, system=text)
 
+    def at(self, messages: Messages) -> Conversation:
+        """With another path shown."""
+        return dataclasses.replace(self, messages=messages)
+
     def asked(self, text: str) -> Conversation:
         """With a message of the user at the end."""
-        return dataclasses.replace(self, messages=(*self.messages, {"role": "user", "content": text}))
+        return self.at((*self.messages, {"role": "user", "content": text}))
 
     def answered(self, text: str) -> Conversation:
         """With an answer at the end."""
-        return dataclasses.replace(self, messages=(*self.messages, {"role": "assistant", "content": text}))
+        return self.at((*self.messages, {"role": "assistant", "content": text}))
 
     def cleared(self) -> Conversation:
         """Without messages; the system prompt stays."""
-        return dataclasses.replace(self, messages=())
+        return Conversation(system=self.system)
+
+    def before_last_turn(self) -> Conversation:
+        """As it was before the user's last message, which stays in its branches."""
+        return self.at(_joined(self.turns[:-1]))
 
     def without_last_turn(self) -> Conversation:
-        """Without the user's last message and what followed it."""
-        return self._of(self.turns[:-1])
+        """Without the user's last message and all that ever followed it."""
+        gone = _joined([*self.turns[:-1], self.turns[-1][:1]]) if self.turns else ()
+        kept = tuple(path for path in self.branches if not (gone and _begins(gone, path)))
+        return Conversation(_joined(self.turns[:-1]), self.system, kept)
 
     def without_last_answer(self) -> Conversation:
-        """With the user's last message at the end.
+        """With the user's last message at the end; its answers stay in their branches.
 
         Raises:
           RequestError: there is none.
@@ -80,60 +105,21 @@ class Conversation:
         turns = self.turns
         if not turns or turns[-1][0]["role"] != "user":
             raise RequestError("there is no message to answer again", param="/retry", hint="write one")
-        return self._of([*turns[:-1], turns[-1][:1]])
+        return self.at(_joined([*turns[:-1], turns[-1][:1]]))
 
     def without_first_turns(self, count: int) -> Conversation:
-        """Without the `count` oldest turns."""
-        return self._of(self.turns[count:])
-
-    def _of(self, turns: list[tuple[Mapping[str, Any], ...]]) -> Conversation:
-        return dataclasses.replace(self, messages=tuple(message for turn in turns for message in turn))
-
-
-def save_conversation(conversation: Conversation, path: Path) -> None:
-    """Writes the messages as `llama-jax generate --messages` reads them, for the user's eyes only (mode 0600).
-
-    Raises:
-      StorageError: the file cannot be written, or it exists and is no conversation.
-    """
-    if os.path.lexists(path):
-        try:
-            load_conversation(path)
-        except RequestError as error:
-            raise StorageError(
-                f"{path} exists and is no conversation, so it is not replaced", hint="choose another name"
-            ) from error
-    text = json.dumps(conversation.all_messages, ensure_ascii=False, indent=1) + "\n"
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # with mode 0600
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}", hint="choose another file") from error
+        """Without the `count` oldest turns, in all branches that begin with them."""
+        gone = _joined(self.turns[:count])
+        kept = tuple(path[len(gone) :] if _begins(gone, path) else path for path in self.branches)
+        return Conversation(self.messages[len(gone) :], self.system, kept)
 
 
-def load_conversation(path: Path) -> Conversation:
-    """Reads a file of messages; a system message at its beginning becomes the system prompt.
+def _joined(turns: Sequence[Messages]) -> Messages:
+    return tuple(message for turn in turns for message in turn)
 
-    Raises:
-      RequestError: it cannot be read, or holds something else than messages of text.
-    """
-    messages = read_messages(str(path.absolute()))
-    for i, message in enumerate(messages):
-        if not isinstance(message.get("content"), str):
-            raise RequestError(
-                f"message {i} of {path} has no text", param="messages", hint="a chat takes content that is a string"
-            )
-    system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
-    return Conversation(tuple(messages), system)
+
+def _begins(path: Messages, other: Messages) -> bool:
+    return other[: len(path)] == path
 
 
 def default_sampling(generation_config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[SamplingParams, str]:
@@ -166,15 +152,18 @@ def setting_names() -> list[str]:
     return [f.name for f in dataclasses.fields(SamplingParams) if f.name not in _NOT_HERE]
 
 
-def with_setting(params: SamplingParams, name: str, text: str) -> SamplingParams:
+def with_setting(params: SamplingParams, name: str, text: str, others: Sequence[str] = ()) -> SamplingParams:
     """The parameters with one field set from text: JSON, or a plain string for `stop`; "none" is None.
+
+    Args:
+      others: names of what else can be set, for hints.
 
     Raises:
       RequestError: there is no such field, or the value does not fit; `param` names the field.
     """
     names = setting_names()
     if name not in names:
-        hint = did_you_mean(name, names) or f"one of {', '.join(names)}"
+        hint = did_you_mean(name, [*names, *others]) or f"one of {', '.join([*names, *others])}"
         raise RequestError(f"there is no setting {name!r} in a chat", param=name, hint=hint)
     value: Any = text
     if text.lower() == "none":

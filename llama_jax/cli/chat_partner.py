@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from llama_jax.errors import DoesNotFit, LlamaJaxError, RequestError
 from llama_jax.generation.llm import LLM
-from llama_jax.generation.outputs import StreamOutput
+from llama_jax.generation.openai_shapes import chat_logprobs
 from llama_jax.remote import Remote
 from llama_jax.runtime import device_name
 from llama_jax.sampling import Grammar, SamplingParams
@@ -30,6 +30,31 @@ class Prompt:
 
     content: Any
     tokens: int | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of an answer, and how it stands.
+
+    Attributes:
+      text: what is new.
+      prompt_tokens, generation_tokens: so far; cached_tokens: of the prompt, that were found in the prefix cache.
+      prompt_tps, generation_tps: tokens a second; ttft_s: seconds to the first one.
+      finish_reason: set on the last piece only.
+      tokens: new ones, where they were asked for, as OpenAI's API has them: "token", "logprob", "top_logprobs".
+      reasoning: what is new of the model's thoughts, where a server tells them apart.
+    """
+
+    text: str
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    ttft_s: float
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    tokens: tuple[Mapping[str, Any], ...] = ()
+    reasoning: str = ""
 
 
 class Partner(Protocol):
@@ -56,9 +81,7 @@ class Partner(Protocol):
         """
         ...
 
-    def answer(
-        self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]
-    ) -> Iterator[StreamOutput]:
+    def answer(self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]) -> Iterator[Piece]:
         """Pieces of an answer as they come.
 
         Args:
@@ -83,12 +106,22 @@ class Here:
         ids = encode_chat(self.llm.tokenizer, messages, add_generation_prompt=add_generation_prompt)
         return Prompt(ids, len(ids))
 
-    def answer(
-        self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]
-    ) -> Iterator[StreamOutput]:
+    def answer(self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]) -> Iterator[Piece]:
         """See `Partner`."""
+        assert self.llm.tokenizer is not None
         try:
-            yield from self.llm.stream(prompt.content, params, progress=progress)
+            for out in self.llm.stream(prompt.content, params, progress=progress):
+                yield Piece(
+                    out.text,
+                    out.prompt_tokens,
+                    out.prompt_tps,
+                    out.generation_tokens,
+                    out.generation_tps,
+                    out.ttft_s,
+                    out.cached_tokens,
+                    out.finish_reason,
+                    tuple(chat_logprobs(self.llm.tokenizer, out.new_logprobs, params.logprobs or 0)["content"]),
+                )
         except DoesNotFit as error:
             raise DoesNotFit(
                 f"the device's memory is too small for {prompt.tokens} tokens of conversation and an answer",
@@ -142,42 +175,41 @@ class There:
             count = self._runner.run(self._remote.post("/tokenize", body)).get("count")
         return Prompt(list(messages), count if isinstance(count, int) else None)
 
-    def answer(
-        self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]
-    ) -> Iterator[StreamOutput]:
+    def answer(self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]) -> Iterator[Piece]:
         """See `Partner`."""
         body = {"model": self.name, "messages": prompt.content, "stream_options": {"include_usage": True}}
         events = self._remote.events("/v1/chat/completions", body | _fields(params))
         start, first, pieces, end = time.perf_counter(), None, 0, None
-        usage: dict[str, int] = {}
+        usage: dict[str, Any] = {}
         try:
             while (event := self._runner.run(_next(events, progress))) is not None:
                 usage = event.get("usage") or usage
                 for choice in event.get("choices", ()):
-                    text = choice.get("delta", {}).get("content") or ""
+                    delta = choice.get("delta", {})
+                    text, reasoning = delta.get("content") or "", delta.get("reasoning_content") or ""
+                    tokens = (choice.get("logprobs") or {}).get("content") or ()
                     end = choice.get("finish_reason") or end
-                    if text:
+                    if text or tokens or reasoning:
                         first = time.perf_counter() if first is None else first
-                        pieces += 1
-                        yield _piece(text, None, {"completion_tokens": pieces}, start, first)
-            yield _piece("", end, {"completion_tokens": pieces} | usage, start, first)
+                        pieces += len(tokens) or 1
+                        so_far = {"completion_tokens": pieces}
+                        yield _piece(so_far, start, first, text=text, tokens=tuple(tokens), reasoning=reasoning)
+            yield _piece({"completion_tokens": pieces} | usage, start, first, text="", finish_reason=end)
         finally:
             self._runner.run(events.aclose())
 
 
-def _piece(text: str, end: Any, usage: Mapping[str, int], start: float, first: float | None) -> StreamOutput:
+def _piece(usage: Mapping[str, Any], start: float, first: float | None, **more: Any) -> Piece:
     first = time.perf_counter() if first is None else first
     count, prompt = usage["completion_tokens"], usage.get("prompt_tokens", 0)
-    return StreamOutput(
-        text=text,
-        token=-1,
-        logprobs=None,
+    return Piece(
         prompt_tokens=prompt,
         prompt_tps=prompt / max(first - start, 1e-9),
         generation_tokens=count,
         generation_tps=(count - 1) / max(time.perf_counter() - first, 1e-9),
         ttft_s=first - start,
-        finish_reason=end,
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+        **more,
     )
 
 
@@ -200,4 +232,6 @@ def _fields(params: SamplingParams) -> dict[str, Any]:
     found = {name: value for name, value in found.items() if value != getattr(defaults, name)}
     if grammar := Grammar.of(params.response_format):
         found["response_format"] = grammar.request
+    if params.logprobs is not None:
+        found |= {"logprobs": True, "top_logprobs": params.logprobs}
     return found

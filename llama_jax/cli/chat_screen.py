@@ -7,18 +7,20 @@ import os
 import shutil
 import stat
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+import termios
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from llama_jax.cli.chat_activity import Activity, LineActivity, NotedActivity
 from llama_jax.cli.chat_conversation import is_open
-from llama_jax.cli.progress import LINE_EVERY_S, SHOW_AFTER_S
 from llama_jax.cli.terminal import printable, write_text
 from llama_jax.errors import RequestError, StorageError
 
 if TYPE_CHECKING:
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    from llama_jax.cli.chat_markdown import LiveMarkdown
 
 PROMPT = ">>> "
 CONTINUATION = "... "
@@ -35,14 +37,23 @@ class Screen:
       interactive: a person sits at a terminal. Otherwise only answers and what commands print go to standard output.
       as_json: answers are JSON objects; everything else goes to standard error.
       columns: width for notes.
+      markdown: answers are shown as markdown; only where a terminal can do more than print.
+      status: gives the line below what is typed.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False):
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, plain: bool = False):
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.as_json = as_json
+        self.status: Callable[[], str] = lambda: ""
         self._quiet = quiet
         self._plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or bool(os.environ.get("NO_COLOR"))
         self._dim, self._normal = ("", "") if self._plain else ("\x1b[2m", "\x1b[0m")
+        self.markdown = self.can_draw and not plain
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether a person sits at a terminal that has colours and a cursor that moves."""
+        return self.interactive and not self.as_json and not self._plain
 
     @property
     def columns(self) -> int:
@@ -62,37 +73,42 @@ class Screen:
         elif self.interactive or not self._quiet:
             print(printable(text), file=sys.stderr, flush=True)
 
+    def thought(self, text: str) -> None:
+        """Shows a person a piece of what the model thinks before it answers, dimmed."""
+        if self.interactive and not self.as_json:
+            print(f"{self._dim}{printable(text)}{self._normal}", end="", flush=True)
+
     @contextlib.contextmanager
-    def reading(self) -> Iterator[Callable[[int, int], None]]:
-        """Shows a person how much of a long prompt has been read: a line that goes when all is, on a plain terminal a
-        remark now and then. Gives what is called with the tokens read, and all of them."""
-        began = last = time.monotonic()
-        shown = False
+    def answer(self) -> Iterator[Callable[[str], None]]:
+        """Gives what shows the text of an answer, piece by piece; JSON comes elsewhere, and whole."""
+        if self.as_json:
+            yield lambda text: None
+            return
+        shown = self._live_markdown() if self.markdown else _PlainText()
+        with _without_echo() if self.interactive else contextlib.nullcontext():
+            try:
+                yield shown.add
+            finally:
+                shown.end()
 
-        def clear() -> None:
-            nonlocal shown
-            if shown and not self._plain:
-                print("\r\x1b[K", end="", flush=True)
-            shown = False
+    def message(self, message: Mapping[str, Any]) -> None:
+        """Shows a message of the conversation once more; answers as they were shown first."""
+        if message["role"] != "assistant":
+            self.note(f"{message['role']}: {message['content']}")
+            return
+        with self.answer() as write:
+            write(message["content"])
 
-        def show(done: int, total: int) -> None:
-            nonlocal last, shown
-            now = time.monotonic()
-            if done >= total:
-                clear()
-            elif self.interactive and not self.as_json and now - began > SHOW_AFTER_S:
-                text = f"reading the prompt: {done} of {total} tokens"
-                if not self._plain:
-                    print(f"\r\x1b[K{self._dim}{text}{self._normal}", end="", flush=True)
-                elif now - last > LINE_EVERY_S:
-                    self.note(text)
-                    last = now
-                shown = True
+    def _live_markdown(self) -> LiveMarkdown:
+        from llama_jax.cli.chat_markdown import LiveMarkdown  # takes 0.1 s
 
-        try:
-            yield show
-        finally:
-            clear()
+        return LiveMarkdown(sys.stdout, *shutil.get_terminal_size())
+
+    def activity(self) -> Activity:
+        """What shows a person that an answer is under way, until it begins."""
+        if self.can_draw:
+            return LineActivity(self._dim, self._normal)
+        return NotedActivity(self.note if self.interactive and not self.as_json else lambda text: None)
 
     def reader(self, history: Path | None, words: Sequence[str]) -> Reader:
         """How this terminal, or pipe, is read.
@@ -107,7 +123,7 @@ class Screen:
         if history is not None:
             self._secure(history)
         if self.interactive and os.environ.get("TERM", "dumb") != "dumb":
-            return _edited(history, words, self.note)
+            return _edited(history, words, self.note, lambda: self.status())
         return _remembering(_typed(self.note) if self.interactive else _piped(), history)
 
     def _secure(self, path: Path) -> None:
@@ -129,7 +145,38 @@ class Screen:
             ) from error
 
 
-def _edited(history: Path | None, words: Sequence[str], note: Callable[[str], None]) -> Reader:
+class _PlainText:
+    """A text as it comes, and a newline behind it if it has begun and lacks one."""
+
+    def __init__(self) -> None:
+        self._last: str | None = None
+
+    def add(self, text: str) -> None:
+        write_text(text)
+        self._last = text[-1:] or self._last or ""
+
+    def end(self) -> None:
+        if self._last not in (None, "\n"):
+            write_text("\n")
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """What is typed meanwhile is not written into the answer; it is there when the next message is read."""
+    handle = sys.stdin.fileno()
+    before = termios.tcgetattr(handle)
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(handle, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(handle, termios.TCSADRAIN, before)
+
+
+def _edited(
+    history: Path | None, words: Sequence[str], note: Callable[[str], None], status: Callable[[], str]
+) -> Reader:
     # Imported here, since it takes 0.2 s and pipes do not need it.
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -144,12 +191,14 @@ def _edited(history: Path | None, words: Sequence[str], note: Callable[[str], No
         completer=WordCompleter(list(words), sentence=True),
         complete_while_typing=False,
         enable_suspend=True,
+        enable_open_in_editor=True,
+        tempfile_suffix=".md",
     )
 
     def read() -> str | None:
         while True:
             try:
-                return session.prompt()
+                return session.prompt(bottom_toolbar=status())
             except KeyboardInterrupt:
                 note(_LEAVE_HINT)
             except EOFError:

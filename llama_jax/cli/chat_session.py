@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 import signal
-from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-from llama_jax.cli.chat_conversation import (
-    Command,
-    Conversation,
-    load_conversation,
-    parse_input,
-    save_conversation,
-    setting_names,
-    with_setting,
-)
-from llama_jax.cli.chat_partner import Partner
+from llama_jax.cli.chat_commands import COMMANDS
+from llama_jax.cli.chat_conversation import Command, Conversation, parse_input
+from llama_jax.cli.chat_partner import Partner, Piece
 from llama_jax.cli.chat_screen import Reader, Screen
-from llama_jax.cli.terminal import catch_interrupt, print_error, print_json, write_text
+from llama_jax.cli.terminal import catch_interrupt, meter, print_error, print_json
 from llama_jax.errors import LlamaJaxError, RequestError, did_you_mean
-from llama_jax.generation.outputs import StreamOutput
 from llama_jax.sampling import SamplingParams
 
 NARROW = 70
 """Columns below which the line after an answer is short."""
+_METER = 12
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What is known of an answer, besides its text.
+
+    Attributes:
+      last: its last piece.
+      tokens: as of `Piece`, all of them.
+      used: tokens of the conversation with the answer.
+    """
+
+    last: Piece
+    tokens: tuple[Mapping[str, Any], ...]
+
+    @property
+    def used(self) -> int:
+        return self.last.prompt_tokens + self.last.generation_tokens
 
 
 @dataclass(eq=False, repr=False)
@@ -40,6 +49,7 @@ class Session:
       sampling: for the next answer. With a seed, answer i takes seed + i, so that /retry gives another one.
       origin: where the sampling fields that the user did not set come from.
       answers: how many answers were begun.
+      answered: the last answer.
     """
 
     partner: Partner
@@ -49,6 +59,8 @@ class Session:
     sampling: SamplingParams
     origin: str
     answers: int = 0
+    answered: Answered | None = None
+    _counted: tuple[Conversation, int | None] = field(default=(Conversation(), 0), init=False)
 
     def run(self, read: Reader) -> None:
         """Answers until the input ends or the user leaves.
@@ -56,6 +68,7 @@ class Session:
         Raises:
           LlamaJaxError: something went wrong and nobody sits there to be told: later messages may build on it.
         """
+        self.screen.status = self._status
         while (text := read()) is not None:
             try:
                 if not self.handle(text):
@@ -75,7 +88,7 @@ class Session:
         if isinstance(entered, Command):
             return self._command(entered)
         if entered is not None:
-            self._answer(self.conversation.asked(entered))
+            self.answer(self.conversation.asked(entered))
         return True
 
     def tokens_used(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> int | None:
@@ -88,25 +101,32 @@ class Session:
         known = (str(number) if number is not None else "unknown" for number in (used, self.partner.context))
         return " of ".join(known)
 
-    def _answer(self, asked: Conversation) -> None:
+    def answer(self, asked: Conversation) -> None:
         """Answers the last message of `asked`, and keeps both if an answer came, finished or not."""
         prompt = self.partner.prompt(asked.all_messages)
         params = self._params(asked, prompt.tokens)
-        text, last = "", None
-        with catch_interrupt(signals=[signal.SIGINT]) as interrupted, self.screen.reading() as show:
+        text, tokens, thinking, last = "", list[Mapping[str, Any]](), False, None
+        with (
+            catch_interrupt(signals=[signal.SIGINT]) as interrupted,
+            self.screen.answer() as write,
+            contextlib.closing(self.screen.activity()) as activity,
+        ):
 
             def progress(done: int, total: int) -> None:
                 if interrupted():
                     raise KeyboardInterrupt
-                show(done, total)
+                activity.read(done, total)
 
             try:
                 self.answers += 1
                 for last in self.partner.answer(prompt, params, progress):
-                    show(0, 0)
+                    activity.close()
+                    if last.reasoning or (thinking and last.text):
+                        self.screen.thought(last.reasoning or "\n\n")
+                    thinking = bool(last.reasoning) or (thinking and not last.text)
                     text += last.text
-                    if not self.screen.as_json:
-                        write_text(last.text)
+                    tokens += last.tokens
+                    write(last.text)
                     if interrupted():
                         break
             except KeyboardInterrupt:
@@ -115,12 +135,32 @@ class Session:
             self.screen.note("stopped before the answer began; your message was taken back")
             return
         self.conversation = asked.answered(text)
+        self.answered = Answered(last, tuple(tokens))
+        self._counted = self.conversation, self.answered.used if last.prompt_tokens else None
         if self.screen.as_json:
-            print_json(_answer_object(text, last))
-            return
-        if not text.endswith("\n"):
-            write_text("\n")
-        self.screen.note(self._account(last, params))
+            print_json(_answer_object(text, self.answered, params))
+        else:
+            self.screen.note(self._account(last, params))
+
+    def _status(self) -> str:
+        """How full the context is, the branch and the model: the line below what is typed."""
+        if self._counted[0] != self.conversation:
+            used = None
+            with contextlib.suppress(LlamaJaxError):
+                used = self.tokens_used(self.conversation)
+            self._counted = self.conversation, used
+        used, context, branches = self._counted[1], self.partner.context, self.conversation.branches
+        parts = []
+        if used is not None and context is not None:
+            parts.append(f"[{meter(used / context, _METER)}] {used} of {context} tokens")
+        elif used is not None:
+            parts.append(f"{used} tokens")
+        if self.answered and self.answered.last.cached_tokens:
+            parts.append(f"{self.answered.last.cached_tokens} were cached")
+        if len(branches) > 1:
+            at = self.conversation.branch
+            parts.append(f"within {len(branches)} branches" if at is None else f"branch {at + 1} of {len(branches)}")
+        return " " + "  ".join([*parts, self.partner.name])
 
     def _params(self, asked: Conversation, used: int | None) -> SamplingParams:
         """The sampling parameters of the next answer, which has the rest of the context.
@@ -152,10 +192,11 @@ class Session:
         limit = room if p.max_tokens is None else min(p.max_tokens, room)
         return dataclasses.replace(p, max_tokens=limit, seed=seed)
 
-    def _account(self, last: StreamOutput, params: SamplingParams) -> str:
+    def _account(self, last: Piece, params: SamplingParams) -> str:
         """One line about an answer: speed, tokens, context and an unusual end."""
         context = self.partner.context
         used = last.prompt_tokens + last.generation_tokens
+        cached = f", {last.cached_tokens} cached" if last.cached_tokens else f", {last.prompt_tps:.0f} tok/s"
         rate = f"{last.generation_tps:.1f} tok/s" if last.generation_tokens > 1 else f"{last.ttft_s:.2f} s"
         end = ""
         if last.finish_reason is None:
@@ -170,7 +211,7 @@ class Session:
         else:
             parts = [
                 f"{last.generation_tokens} tokens, {rate}",
-                f"prompt {last.prompt_tokens} tokens, {last.prompt_tps:.0f} tok/s, first after {last.ttft_s:.2f} s",
+                f"prompt {last.prompt_tokens} tokens{cached}, first after {last.ttft_s:.2f} s",
                 f"context {self.context_text(used)}" if context else "",
                 end,
             ]
@@ -190,166 +231,16 @@ class Session:
         return True
 
 
-def _help(session: Session, argument: str) -> None:
-    lines = [what for what, _ in COMMANDS.values()]
-    lines += [
-        "/exit                leave (also /bye, Ctrl-D)",
-        "",
-        'Alt-Enter begins a new line; so does Enter after """.',
-    ]
-    lines += ["Ctrl-C stops an answer. // begins a message with a slash."]
-    session.screen.reply("\n".join(lines))
-
-
-def _system(session: Session, argument: str) -> None:
-    if not argument:
-        session.screen.reply("no system prompt" if session.conversation.system is None else session.conversation.system)
-        return
-    text = None if argument == '""' else argument
-    session.conversation = session.conversation.with_system(text)
-    session.screen.note("no system prompt from now on" if text is None else "system prompt set")
-
-
-def _set(session: Session, argument: str) -> None:
-    name, _, value = argument.partition(" ")
-    if not value.strip():
-        raise RequestError("/set takes a name and a value", param="/set", hint=f"names: {', '.join(setting_names())}")
-    session.sampling = with_setting(session.sampling, name, value.strip())
-    session.screen.note(f"{name} = {getattr(session.sampling, name)!r}")
-
-
-def _show(session: Session, argument: str) -> None:
-    partner, conversation = session.partner, session.conversation
-    default = SamplingParams(max_tokens=None)
-    rows = {
-        "model": f"{partner.name} on {partner.about}",
-        "system": "none" if conversation.system is None else conversation.system,
-        "turns": len(conversation.turns),
-        "context": f"{session.context_text(session.tokens_used(conversation))} tokens used",
-        "sampling": f"as set here, else from {session.origin}",
-    }
-    for name in setting_names():
-        value = getattr(session.sampling, name)
-        if value != getattr(default, name) or name in ("temperature", "top_p", "top_k", "max_tokens", "seed"):
-            rows[f"  {name}"] = value
-    session.screen.reply("\n".join(f"{name:14}{value}" for name, value in rows.items()))
-
-
-def _clear(session: Session, argument: str) -> None:
-    session.conversation = session.conversation.cleared()
-    session.screen.note("the conversation begins anew; the system prompt stays")
-
-
-def _undo(session: Session, argument: str) -> None:
-    if not session.conversation.turns:
-        raise RequestError("there is nothing to undo", param="/undo", hint="write a message")
-    session.conversation = session.conversation.without_last_turn()
-    session.screen.note(f"the last turn is gone; {len(session.conversation.turns)} left")
-
-
-def _retry(session: Session, argument: str) -> None:
-    asked = session.conversation.without_last_answer()
-    if session.sampling.greedy:
-        session.screen.note("temperature is 0: the answer will be the same")
-    session._answer(asked)
-
-
-def _edit(session: Session, argument: str) -> None:
-    """Has the last message written anew in the user's editor, and answered."""
-    import click
-
-    asked = session.conversation.without_last_answer()
-    before = str(asked.messages[-1]["content"])
-    try:
-        text = click.edit(before)
-    except click.ClickException as error:
-        raise RequestError(f"no editor: {error.message}", param="/edit", hint="set EDITOR") from error
-    if text is None or text.strip() in ("", before.strip()):
-        session.screen.note("the message stays as it was")
-        return
-    session._answer(session.conversation.without_last_turn().asked(text.strip()))
-
-
-def _model(session: Session, argument: str) -> None:
-    if argument:
-        session.partner.choose(argument)
-    session.screen.note(f"{session.partner.name} on {session.partner.about}")
-
-
-def _trim(session: Session, argument: str) -> None:
-    """Drops the oldest turns: as many as said, or until half of the context is free."""
-    turns = len(session.conversation.turns)
-    if argument:
-        if not argument.isdecimal() or not 1 <= int(argument) <= turns:
-            raise RequestError(
-                f"/trim cannot drop {argument} turns", param="/trim", hint=f"a number from 1 to {turns}, or nothing"
-            )
-        count = int(argument)
-    else:
-        context, count = session.partner.context, 0
-        while (used := session.tokens_used(session.conversation.without_first_turns(count))) is not None:
-            if context is None or count == turns or used <= context // 2:
-                break
-            count += 1
-        if context is None or used is None:
-            raise RequestError(
-                f"{session.partner.about} does not tell how full the context is",
-                param="/trim",
-                hint="/trim N drops N turns",
-            )
-    session.conversation = session.conversation.without_first_turns(count)
-    used = session.tokens_used(session.conversation)
-    known = "" if used is None else f": {used} tokens"
-    session.screen.note(f"{count} turns dropped, {turns - count} left{known}")
-
-
-def _save(session: Session, argument: str) -> None:
-    if not session.conversation.all_messages:
-        raise RequestError("there is nothing to save", param="/save", hint="write a message")
-    path = _path(argument, "/save")
-    save_conversation(session.conversation, path)
-    session.screen.note(f"{len(session.conversation.all_messages)} messages saved in {path}")
-
-
-def _load(session: Session, argument: str) -> None:
-    path = _path(argument, "/load")
-    session.conversation = load_conversation(path)
-    session.screen.note(f"{len(session.conversation.all_messages)} messages loaded from {path}")
-
-
-def _path(argument: str, command: str) -> Path:
-    if not argument or "\0" in argument:
-        raise RequestError(f"{command} takes the name of a file", param=command, hint=f"{command} talk.json")
-    return Path(os.path.expanduser(argument))
-
-
-COMMANDS: Mapping[str, tuple[str, Callable[[Session, str], None]]] = MappingProxyType(
-    {
-        "help": ("/help                this list", _help),
-        "system": ('/system [TEXT]       show or set the system prompt; "" is none', _system),
-        "set": ("/set NAME VALUE      set a sampling field, such as temperature 0.5", _set),
-        "show": ("/show                the model, the settings, what the context holds", _show),
-        "clear": ("/clear               forget the conversation", _clear),
-        "undo": ("/undo                take the last turn back", _undo),
-        "retry": ("/retry               answer the last message again", _retry),
-        "edit": ("/edit                write the last message anew in $EDITOR", _edit),
-        "model": ("/model [NAME]        show the model, or change to another of the server's", _model),
-        "trim": ("/trim [N]            drop the N oldest turns, or half of the context", _trim),
-        "save": ("/save FILE           write the conversation as JSON", _save),
-        "load": ("/load FILE           go on with a saved conversation", _load),
-    }
-)
-"""Name, line of help, and what it does."""
-
-
-def _answer_object(text: str, last: StreamOutput) -> dict[str, Any]:
+def _answer_object(text: str, answered: Answered, params: SamplingParams) -> dict[str, Any]:
+    last = answered.last
     return {
         "role": "assistant",
         "content": text,
         "finish_reason": last.finish_reason or "interrupted",
         "prompt_tokens": last.prompt_tokens,
+        "cached_tokens": last.cached_tokens,
         "generation_tokens": last.generation_tokens,
         "ttft_ms": round(last.ttft_s * 1000, 3),
         "prompt_tps": round(last.prompt_tps, 3),
         "generation_tps": round(last.generation_tps, 3),
-    }
+    } | ({} if params.logprobs is None else {"logprobs": {"content": list(answered.tokens)}})

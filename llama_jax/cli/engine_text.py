@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_jax.cli.terminal import ms_text
+from llama_jax.cli.terminal import meter, ms_text
 
 if TYPE_CHECKING:
     from llama_jax.engine.publishing import Published
@@ -51,7 +51,7 @@ def engine_block(engine: Published) -> list[str]:
             *([f"{' '.join(shares)} ({snapshot.peak})"] if shares else []),
         ],
         "pages": [
-            f"[{_bar(snapshot.cache_use)}] {counts.pages_used} used",
+            f"[{meter(snapshot.cache_use, _BAR)}] {counts.pages_used} used",
             f"{counts.pages_cached} cached",
             f"{counts.pages_free + counts.pages_fenced} free",
             f"in {snapshot.kv_dtype}",
@@ -66,8 +66,3 @@ def engine_block(engine: Published) -> list[str]:
     several = f"{engine.replicas} replicas  " * (engine.replicas > 1)
     head = f"{engine.model or 'model'}  {several}{engine.device}  {engine.dtype}  pid {engine.pid}"
     return [head, *(f"  {name:<{_LABEL}}{', '.join(parts)}" for name, parts in facts.items())]
-
-
-def _bar(share: float) -> str:
-    full = round(share * _BAR)
-    return "#" * full + "." * (_BAR - full)

@@ -45,20 +45,32 @@ def read_prompt(prompt: str) -> str:
     return prompt
 
 
-def read_messages(source: str) -> list[dict[str, Any]]:
-    """A conversation from a JSON file, or from standard input for "-": a list of objects with role and content.
+def read_json(source: str, *, param: str, hint: str) -> Any:
+    """A value from a JSON file, or from standard input for "-".
 
     Raises:
-      RequestError: it cannot be read, is not such a list, or a role is none that chats have.
+      RequestError: it cannot be read, or is no JSON; with this hint.
     """
+    text = read_text(source, param=param)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise RequestError(f"{source} is not valid JSON: {e}", param=param, hint=hint) from e
+
+
+def read_messages(source: str) -> list[dict[str, Any]]:
+    """A conversation from a JSON file, or from standard input for "-": a list of objects with role and content, or what
+    a chat or the server's page has saved, of which the path that is shown is taken.
+
+    Raises:
+      RequestError: it cannot be read, is no conversation, or a role is none that chats have.
+    """
+    from llama_jax.cli.chat_files import conversation_of, is_tree
     from llama_jax.text.chat import EXAMPLE, check_messages
 
-    text = read_text(source, param="messages")
+    found = read_json(source, param="messages", hint=EXAMPLE)
     try:
-        messages: list[dict[str, Any]] = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise RequestError(f"{source} is not valid JSON: {e}", param="messages", hint=EXAMPLE) from e
-    try:
+        messages = [dict(m) for m in conversation_of(found).all_messages] if is_tree(found) else found
         check_messages(messages)
     except RequestError as e:
         raise RequestError(f"{source}: {e.message}", param=e.param, hint=e.hint) from e

@@ -80,6 +80,12 @@ def ms_text(seconds: float | None) -> str:
     return "unknown" if seconds is None else f"{seconds * 1e3:.3g} ms"
 
 
+def meter(share: float, width: int) -> str:
+    """A share from 0 to 1 as a bar of `width` characters."""
+    full = round(min(share, 1) * width)
+    return "#" * full + "." * (width - full)
+
+
 def share_text(share: float | None) -> str:
     """A share of a measured ceiling in five columns, "void" for None."""
     return " void" if share is None else f"{share:5.2f}"

@@ -27,6 +27,7 @@ PACKAGES = (
     "huggingface-hub",
     "click",
     "rich",
+    "markdown-it-py",
     "prompt-toolkit",
     "platformdirs",
     "psutil",

@@ -75,8 +75,8 @@ class Answer:
             generation_tps=behind / decoding if decoding else 0.0,
         )
 
-    def stream_output(self, text: str) -> StreamOutput:
-        """News of the only continuation, whose new text is `text`."""
+    def stream_output(self, text: str, tokens: int) -> StreamOutput:
+        """News of the only continuation: its new text, and how many tokens are new."""
         (row,), (logprobs,), timing = self.rows, self.logprobs, self.timing()
         return StreamOutput(
             text=text,
@@ -88,6 +88,8 @@ class Answer:
             generation_tps=timing.generation_tps,
             ttft_s=timing.ttft_s,
             finish_reason=row.finish_reason,
+            new_logprobs=tuple(logprobs[max(len(logprobs) - tokens, 0) :]),
+            cached_tokens=self._cached or 0,
         )
 
     def output(self) -> RequestOutput:

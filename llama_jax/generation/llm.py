@@ -227,7 +227,7 @@ class LLM:
         with self._alone():
             for _, news in self._jobs.run([(None, requests, 0)], before=show, streamed=True):
                 if news.tokens or news.last:
-                    yield news.answer.stream_output(news.text)
+                    yield news.answer.stream_output(news.text, len(news.tokens))
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

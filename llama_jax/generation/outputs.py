@@ -97,6 +97,8 @@ class StreamOutput:
       text: what this token adds to the text: often empty while a character or a possible stop string is incomplete.
       token: its id; -1 where the logits of the first one were no numbers.
       finish_reason: set on the last one only.
+      new_logprobs: of all tokens that came with this step, of which there are several with drafts.
+      cached_tokens: of the prompt, that the engine had computed before.
     """
 
     text: str
@@ -108,6 +110,8 @@ class StreamOutput:
     generation_tps: float
     ttft_s: float
     finish_reason: FinishReason | None = None
+    new_logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
 
 
 @dataclass

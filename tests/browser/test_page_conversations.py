@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from browser.reader import KEY, asked, expect
+from llama_jax.cli.chat_conversation import Conversation
+from llama_jax.cli.chat_files import load_conversation, save_conversation
 
 pytestmark = pytest.mark.browser
 
@@ -182,3 +184,29 @@ def test_export_and_import(visit: Any, tmp_path: Path) -> None:
     expect(other.answers.locator(".branches")).to_contain_text("2/2")
     (ours,), (theirs,) = reader.kept(), other.kept()
     assert {**theirs, "id": 0} == {**ours, "id": 0}
+
+
+def test_files_of_the_chat_in_the_terminal(visit: Any, tmp_path: Path) -> None:
+    """The page reads what /save has written, and /load reads what the page exports: to the same conversation."""
+    talk = Conversation(system="Be kind.").asked("Keep").answered("first").asked("this").answered("second")
+    talk = talk.without_last_answer().answered("third").at(talk.messages)
+    save_conversation(talk, tmp_path / "talk.json")
+    reader = visit()
+    reader.page.get_by_label("File of conversations").set_input_files(tmp_path / "talk.json")
+    expect(reader.answers.locator(".branches")).to_contain_text("1/2")
+    expect(reader.answers.last).to_contain_text("second")
+    expect(reader.page.locator(".system")).to_contain_text("Be kind.")
+    with reader.page.expect_download() as download:
+        reader.button("Export all conversations").click()
+    download.value.save_as(tmp_path / "page.json")
+    assert load_conversation(tmp_path / "page.json") == talk
+    save_conversation(Conversation(talk.messages, talk.system), tmp_path / "list.json")
+    other = visit()
+    other.page.get_by_label("File of conversations").set_input_files(tmp_path / "list.json")
+    expect(other.answers).to_have_count(2)
+    (chat,) = other.kept()
+    assert [(m["role"], m["text"]) for m in chat["messages"]] == [(m["role"], m["content"]) for m in talk.messages]
+    assert (chat["title"], chat["settings"]["system"]) == ("Keep", "Be kind.")
+    (tmp_path / "list.json").write_text('[{"role": "user"}, 3]')
+    other.page.get_by_label("File of conversations").set_input_files(tmp_path / "list.json")
+    expect(other.page.get_by_role("alert")).to_contain_text("something wrong with message 1")

@@ -11,18 +11,40 @@ export function exported(chats: Chat[]): string {
   return JSON.stringify({ format: FORMAT, version: VERSION, conversations: chats }, null, 1);
 }
 
-/** Conversations of an exported file, under ids of their own.
+/** Conversations of an exported file, or the one of a list of messages, under ids of their own.
  *  @throws Error: what is wrong with it. */
 export function imported(text: string): Chat[] {
   let file: Record<string, unknown>;
   try {
-    file = object(JSON.parse(text), "the file");
+    const value: unknown = JSON.parse(text);
+    if (Array.isArray(value)) return [chatOf(linear(value), 0)];
+    file = object(value, "the file");
   } catch (error) {
     throw new Error(error instanceof SyntaxError ? "This file is no JSON." : (error as Error).message);
   }
   if (file.format !== FORMAT) throw new Error("This file was not exported by this page.");
   if (file.version !== VERSION) throw new Error(`This file has version ${String(file.version)}; known is ${VERSION}.`);
   return list(file.conversations, "conversations").map(chatOf);
+}
+
+/** A list of messages, as OpenAI's API and the chat in the terminal have it, in the shape of an exported conversation. */
+function linear(items: unknown[]): object {
+  const said = items.map((item, i) => object(item, `message ${i}`));
+  const system = said[0]?.role === "system" ? said.shift()!.content : "";
+  const messages = said.map(({ role, content, tool_calls, tool_call_id: call }, i) => ({
+    id: `${i}`,
+    parent: i ? `${i - 1}` : null,
+    role,
+    text: content ?? "",
+    call,
+    calls: tool_calls && list(tool_calls, `"tool_calls" of message ${i}`).map(called),
+  }));
+  return { settings: { system }, messages };
+}
+
+function called(value: unknown): object {
+  const { id, function: of } = object(value, "a call");
+  return { id, ...object(of, "a call") };
 }
 
 function chatOf(value: unknown, i: number): Chat {

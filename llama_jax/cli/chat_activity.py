@@ -1,0 +1,80 @@
+"""What a person sees until an answer begins."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from llama_jax.cli.progress import LINE_EVERY_S, SHOW_AFTER_S
+
+TICK_S = 1.0
+"""Seconds between two times that the line is written anew where nothing is reported, as while programs are compiled."""
+
+
+class Activity(Protocol):
+    """What goes on before an answer begins."""
+
+    def read(self, done: int, total: int) -> None:
+        """Tells how many tokens of the prompt have been read; 0 of 0 where that is not known."""
+        ...
+
+    def close(self) -> None:
+        """The answer begins, or nobody waits for it any longer."""
+        ...
+
+
+class LineActivity:
+    """A line of a terminal that is written over, and goes at the end. Its own thread counts the seconds."""
+
+    def __init__(self, style: str, normal: str):
+        """Nothing to be seen yet; the escape sequences are put around the text."""
+        self._style, self._normal = style, normal
+        self._what, self._began, self._shown = "waiting for the first token", time.monotonic(), False
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        threading.Thread(target=self._tick, daemon=True).start()
+
+    def read(self, done: int, total: int) -> None:
+        """See `Activity`."""
+        if done < total:
+            self._what = f"reading the prompt: {done} of {total} tokens"
+            self._write()
+
+    def close(self) -> None:
+        """See `Activity`."""
+        with self._lock:
+            self._ended.set()
+            if self._shown:
+                print("\r\x1b[K", end="", flush=True)
+            self._shown = False
+
+    def _tick(self) -> None:
+        while not self._ended.wait(TICK_S):
+            self._write()
+
+    def _write(self) -> None:
+        waited = time.monotonic() - self._began
+        with self._lock:
+            if waited > SHOW_AFTER_S and not self._ended.is_set():
+                text = f"{self._what}, {waited:.0f} s"
+                print(f"\r\x1b[K{self._style}{text}{self._normal}", end="", flush=True)
+                self._shown = True
+
+
+class NotedActivity:
+    """A remark now and then, where lines cannot be written over."""
+
+    def __init__(self, note: Callable[[str], None]):
+        """Nothing to be told yet."""
+        self._note, self._began, self._last = note, time.monotonic(), time.monotonic()
+
+    def read(self, done: int, total: int) -> None:
+        """See `Activity`."""
+        now = time.monotonic()
+        if done < total and now - self._began > SHOW_AFTER_S and now - self._last > LINE_EVERY_S:
+            self._note(f"reading the prompt: {done} of {total} tokens")
+            self._last = now
+
+    def close(self) -> None:
+        """See `Activity`."""

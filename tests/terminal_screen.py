@@ -1,0 +1,62 @@
+"""A terminal's screen, as far as the chat uses one: text with its lines, cursor movements, erasing."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_PART = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|([\s\S])")
+
+
+class TerminalScreen:
+    """What is to be seen after some output. Lines that leave the screen at its top can no longer be written to.
+
+    Attributes:
+      colours: how many escape sequences set colours.
+    """
+
+    def __init__(self, columns: int, rows: int):
+        self.columns, self.rows = columns, rows
+        self._lines: list[list[str]] = [[]]
+        self._row = self._column = self.colours = 0
+
+    def write(self, text: str) -> int:
+        for parameters, final, sign in _PART.findall(text):
+            if sign:
+                self._sign(sign)
+            elif final == "A":
+                top = max(len(self._lines) - self.rows, 0)
+                self._row = max(self._row - int(parameters or 1), top)
+            elif final == "J":
+                del self._lines[self._row + 1 :], self._lines[self._row][self._column :]
+            elif final == "K":
+                del self._lines[self._row][self._column :]
+            elif final == "m":
+                self.colours += 1
+            else:
+                raise AssertionError(f"unknown sequence {parameters}{final}")
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def _sign(self, sign: str) -> None:
+        if sign == "\n":  # the driver makes a carriage return of it, too
+            self._row, self._column = self._row + 1, 0
+            if self._row == len(self._lines):
+                self._lines.append([])
+        elif sign == "\r":
+            self._column = 0
+        else:
+            assert unicodedata.category(sign) not in ("Cc", "Cf"), repr(sign)
+            if self._column == self.columns:
+                self._sign("\n")
+            line = self._lines[self._row]
+            line += " " * (self._column - len(line))
+            line[self._column : self._column + 1] = sign
+            self._column += 1
+
+    @property
+    def text(self) -> str:
+        """All lines, those that have left the screen too."""
+        return "\n".join("".join(line).rstrip() for line in self._lines).rstrip()
