@@ -3,60 +3,14 @@
 #include <string>
 #include <string_view>
 
-#include "activations.h"
-#include "neon.h"
-#include "parallel.h"
-#include "portable.h"
-#include "x86.h"
+#include "instructions.h"
+#include "multiply.h"
 #include "xla/ffi/api/ffi.h"
-
-#if defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#endif
 
 namespace llama_jax {
 namespace {
 
 namespace ffi = xla::ffi;
-
-struct Instructions {
-  std::string_view name;
-  Product product;
-  bool here;
-};
-
-// The best first.
-const Instructions* table() {
-#if defined(__x86_64__)
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512vnni");
-  static const Instructions all[] = {{"avx512_vnni", avx512::product, avx512}, {"avx2", avx2::product, avx2},
-                                     {"portable", portable::product, true}, {"", nullptr, false}};
-#elif defined(__aarch64__)
-#if defined(__linux__)
-  static const bool dotprod = getauxval(AT_HWCAP) & (1 << 20);  // HWCAP_ASIMDDP
-#else
-  static const bool dotprod = true;  // every ARM Mac has it
-#endif
-  static const Instructions all[] = {{"neon_dotprod", neon::product, dotprod}, {"portable", portable::product, true},
-                                     {"", nullptr, false}};
-#else
-  static const Instructions all[] = {{"portable", portable::product, true}, {"", nullptr, false}};
-#endif
-  return all;
-}
-
-// The best of this processor for "", else those of that name.
-const Instructions* find(std::string_view name) {
-  for (const Instructions* at = table(); at->product != nullptr; ++at) {
-    if (at->here && (name.empty() || name == at->name)) return at;
-  }
-  return nullptr;
-}
-
-constexpr int64_t kRowsAtOnce = 16;  // rows of a weight that a thread takes
 
 ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer codes, ffi::AnyBuffer scales,
                ffi::AnyBuffer offsets, ffi::ResultBuffer<ffi::F32> out, int64_t bits, int64_t group,
@@ -79,28 +33,18 @@ ffi::Error run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer cod
     case ffi::BF16: type = Scales::kBF16; break;
     default: return ffi::Error::InvalidArgument("scales are float32, float16 or bfloat16");
   }
+  if (offset == "min" && offsets.element_type() != scales.element_type()) {
+    return ffi::Error::InvalidArgument("minima have the dtype of scales");
+  }
+  if ((offset == "zero" && offsets.element_type() != ffi::S8) ||
+      codes.element_type() != (bits == 4 ? ffi::U8 : ffi::S8)) {
+    return ffi::Error::InvalidArgument("zeros and codes of eight bits are int8, codes of four are uint8");
+  }
   const Offset kind = offset == "min" ? Offset::kMinimum : offset == "zero" ? Offset::kZero : Offset::kNone;
   const Weight weight{static_cast<const uint8_t*>(codes.untyped_data()), scales.untyped_data(), offsets.untyped_data(),
                       type, kind, int(bits), in, group};
 
-  Activations activations(weight, count);
-  if (count > kInputs) {
-    parallel_for(pool, count, [&](int64_t i) { activations.quantize(i, x.typed_data() + i * in); });
-  } else {
-    for (int64_t i = 0; i < count; ++i) activations.quantize(i, x.typed_data() + i * in);
-  }
-  float* results = out->typed_data();
-  const int64_t stride = weight.blocks() + kStep;
-  parallel_for(pool, (rows + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t part) {
-    const int64_t first = part * kRowsAtOnce, last = std::min(first + kRowsAtOnce, rows);
-    std::vector<float> factors(kInputs * stride);
-    for (int64_t i = 0; i < count; i += kInputs) {
-      const int64_t n = std::min<int64_t>(kInputs, count - i);
-      float* to[kInputs];
-      for (int64_t k = 0; k < n; ++k) to[k] = results + (i + k) * rows;
-      best->product(weight, activations.row(i), int(n), first, last, factors.data(), stride, to);
-    }
-  });
+  multiply(pool, *best, weight, x.typed_data(), count, rows, out->typed_data());
   return ffi::Error::Success();
 }
 

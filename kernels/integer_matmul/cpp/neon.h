@@ -6,7 +6,11 @@
 
 #include "product.h"
 
-#define DOTPROD __attribute__((target("+dotprod")))
+#if defined(__clang__)
+#define DOTPROD __attribute__((target("dotprod")))
+#else
+#define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
 
 namespace llama_jax::neon {
 

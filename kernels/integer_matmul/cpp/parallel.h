@@ -1,19 +1,19 @@
-// A loop shared by the calling thread and those of XLA's pool that come in time.
+// A loop shared by the calling thread and those of a pool that come in time.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <thread>
 
-#include "xla/ffi/api/ffi.h"
-
 namespace llama_jax {
 
 // Calls body(i) for i in 0..count-1. Nobody waits for a thread that has not begun: the caller works until all is taken,
 // so that a pool whose threads are all busy, perhaps with this very loop, cannot block it.
-template <typename Body>
-void parallel_for(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
+// A pool has num_threads() and Schedule(task), as xla::ffi::ThreadPool.
+template <typename Pool, typename Body>
+void parallel_for(Pool& pool, int64_t count, const Body& body) {
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
   };

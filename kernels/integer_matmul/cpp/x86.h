@@ -103,51 +103,107 @@ inline void product(const Weight& weight, const Input* x, int count, int64_t fir
 
 namespace llama_jax::avx512 {
 
-template <int kCount>
+constexpr int64_t kSixteen = 16;  // blocks whose factors fill a register
+
+// Of 16 factors those of step `step` (4 blocks of int4, 2 of int8, in 64 bytes), each where the sums of its block are.
+template <int kBits>
+AVX512 inline __m512 spread(__m512 factors, int step) {
+  const __m512i first = kBits == 4 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
+                                   : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(step * (kBits == 4 ? 4 : 2))), factors);
+}
+
+// Sums of products of 64 bytes of codes, from block `b` on, with a row of activations; four codes in each.
+template <int kBits>
+AVX512 inline __m512i dot(__m512i codes, const Input& x, int64_t b) {
+  if (kBits == 4) {
+    const __m512i low = _mm512_set1_epi8(15), counted = _mm512_xor_si512(codes, _mm512_set1_epi8(char(0x88)));
+    const __m512i even = _mm512_and_si512(counted, low), odd = _mm512_and_si512(_mm512_srli_epi16(counted, 4), low);
+    const __m512i sums =
+        _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_loadu_si512(x.codes + b * kBlock / 2));
+    return _mm512_dpbusd_epi32(sums, odd, _mm512_loadu_si512(x.odd + b * kBlock / 2));
+  }
+  // The sign turned, a code counts 128 more.
+  const __m512i counted = _mm512_xor_si512(codes, _mm512_set1_epi8(char(0x80)));
+  return _mm512_dpbusd_epi32(_mm512_loadu_si512(x.shifted + b * kBlock / 4), counted,
+                             _mm512_loadu_si512(x.codes + b * kBlock));
+}
+
+// Factors of up to 16 blocks from `b` on; what minima add goes to `sums`. `usual`: a block is a group with a scale, and
+// perhaps a minimum, in 16 bits; else factors have been made.
+template <int kBits>
+AVX512 inline __m512 factors_from(const Weight& weight, bool usual, int64_t row, int64_t b, __mmask16 there,
+                                  const Input& x, const float* factors, __m512& sums) {
+  if (!usual) return _mm512_maskz_loadu_ps(there, factors + b);
+  const int64_t at = row * weight.groups() + b;
+  const __m512 scales =
+      _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(weight.scales) + at));
+  if (kBits == 4) {
+    const __m512 more =
+        weight.offset == Offset::kMinimum
+            ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(weight.offsets) + at))
+            : _mm512_mul_ps(scales, _mm512_set1_ps(-8));
+    sums = _mm512_fmadd_ps(more, _mm512_maskz_loadu_ps(there, x.sums + b), sums);
+  }
+  return _mm512_mul_ps(scales, _mm512_maskz_loadu_ps(there, x.scales + b));
+}
+
+template <int kBits, int kCount>
 AVX512 void rows(const Weight& weight, const Input* x, int64_t first, int64_t last, float* factors, int64_t stride,
                  float* const* out) {
+  constexpr int64_t kStepBlocks = kBits == 4 ? 4 : 2, kSteps = kSixteen / kStepBlocks;
   const int64_t blocks = weight.blocks();
-  const __m512i low = _mm512_set1_epi8(15);
-  const __m512i flip = _mm512_set1_epi8(char(weight.bits == 4 ? 0x88 : 0x80));
-  // Of a step's four (two) factors, which lie in each 128 bits: the one that the sums there belong to.
-  const __m512i four = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  const __m512i two = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const bool usual =
+      weight.group == kBlock && weight.scale_type == Scales::kF16 && weight.offset != Offset::kZero;
   for (int64_t row = first; row < last; ++row) {
-    __m512 sums[kCount];
+    __m512 sums[kCount], sixteen[kCount];
     float rest[kCount];
     for (int n = 0; n < kCount; ++n) {
       sums[n] = _mm512_setzero_ps();
-      rest[n] = avx2::factors_of_blocks(weight, row, x[n], factors + n * stride);
+      rest[n] = usual ? 0 : block_factors(weight, row, x[n], factors + n * stride);
     }
     const uint8_t* codes = weight.row(row);
-    const int64_t step = weight.bits == 4 ? 4 : 2;  // blocks in 64 bytes
-    for (int64_t b = 0; b < blocks; b += step) {
-      const int64_t bytes = (blocks - b < step ? blocks - b : step) * (64 / step);
-      const __mmask64 there = bytes == 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1;
-      const __m512i w = _mm512_xor_si512(_mm512_maskz_loadu_epi8(there, codes + b * 64 / step), flip);
-      const __m512i even = _mm512_and_si512(w, low), odd = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
+    int64_t b = 0;
+    for (; b + kSixteen <= blocks; b += kSixteen) {
       for (int n = 0; n < kCount; ++n) {
-        __m512i whole;
-        if (weight.bits == 4) {
-          whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_loadu_si512(x[n].codes + b * kBlock / 2));
-          whole = _mm512_dpbusd_epi32(whole, odd, _mm512_loadu_si512(x[n].odd + b * kBlock / 2));
-        } else {  // the sign turned, a code counts 128 more
-          whole = _mm512_loadu_si512(x[n].shifted + b * kBlock / 4);
-          whole = _mm512_dpbusd_epi32(whole, w, _mm512_loadu_si512(x[n].codes + b * kBlock));
+        sixteen[n] = factors_from<kBits>(weight, usual, row, b, 0xffff, x[n], factors + n * stride, sums[n]);
+      }
+#pragma GCC unroll 8
+      for (int step = 0; step < kSteps; ++step) {
+        const int64_t at = b + step * kStepBlocks;
+        const __m512i w = _mm512_loadu_si512(codes + at * 64 / kStepBlocks);
+        for (int n = 0; n < kCount; ++n) {
+          sums[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<kBits>(w, x[n], at)), spread<kBits>(sixteen[n], step), sums[n]);
         }
-        const __m512 factor = _mm512_broadcast_f32x4(_mm_loadu_ps(factors + n * stride + b));
-        const __m512 spread = _mm512_permutevar_ps(factor, weight.bits == 4 ? four : two);
-        sums[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), spread, sums[n]);
+      }
+    }
+    if (b < blocks) {
+      for (int n = 0; n < kCount; ++n) {
+        const auto there = __mmask16((1 << (blocks - b)) - 1);
+        sixteen[n] = factors_from<kBits>(weight, usual, row, b, there, x[n], factors + n * stride, sums[n]);
+      }
+      for (int step = 0; b < blocks; b += kStepBlocks, ++step) {
+        const int64_t bytes = (blocks - b < kStepBlocks ? blocks - b : kStepBlocks) * 64 / kStepBlocks;
+        const __m512i w = _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - bytes), codes + b * 64 / kStepBlocks);
+        for (int n = 0; n < kCount; ++n) {
+          sums[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<kBits>(w, x[n], b)), spread<kBits>(sixteen[n], step), sums[n]);
+        }
       }
     }
     for (int n = 0; n < kCount; ++n) out[n][row] = _mm512_reduce_add_ps(sums[n]) + rest[n];
   }
 }
 
+template <int kBits>
+inline void product_of(const Weight& weight, const Input* x, int count, int64_t first, int64_t last, float* factors,
+                       int64_t stride, float* const* out) {
+  if (count == kInputs) return rows<kBits, kInputs>(weight, x, first, last, factors, stride, out);
+  for (int n = 0; n < count; ++n) rows<kBits, 1>(weight, x + n, first, last, factors, stride, out + n);
+}
+
 inline void product(const Weight& weight, const Input* x, int count, int64_t first, int64_t last, float* factors,
                     int64_t stride, float* const* out) {
-  if (count == kInputs) return rows<kInputs>(weight, x, first, last, factors, stride, out);
-  for (int n = 0; n < count; ++n) rows<1>(weight, x + n, first, last, factors, stride, out + n);
+  return (weight.bits == 4 ? product_of<4> : product_of<8>)(weight, x, count, first, last, factors, stride, out);
 }
 
 }  // namespace llama_jax::avx512
