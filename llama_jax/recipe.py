@@ -26,9 +26,7 @@ ACTIVATIONS = ("int8",)
 """What inputs of quantised weights may be rounded to, each token by itself (`llama_jax.kernels.integer_matmul`)."""
 
 
-def usual_form(
-    vendor: str, stored: Iterable[tuple[str, str]], *, split: bool, activations: str | None = None
-) -> str:
+def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool, activations: str | None = None) -> str:
     """The form where nobody names one (docs/quantization.md has the measurements).
 
     On a CPU, decoding takes longer than reading fewer bytes saves. On AMD GPUs weights stay as they are stored. On

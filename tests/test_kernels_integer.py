@@ -121,12 +121,12 @@ def test_a_model(weights: str, fused: bool) -> None:
     found, _, seen = lj.forward(params, rounded, tokens, capture=("final_norm", "layers.0.attn_in", "layers.0.v"))
     head = params["lm_head"]
     logits = integer_matmul_reference(seen["final_norm"], head, layout=layout_of("int8"), dtype=jnp.float32)
-    np.testing.assert_array_equal(found, logits)
+    np.testing.assert_allclose(found, logits, atol=1e-5)
     assert 1e-4 < error(found, plain) < 0.1
     if not fused:
         v = params["layers"]["0"]["attn"]["v_proj"]
         expected = integer_matmul_reference(seen["layers.0.attn_in"], v, layout=layout_of(weights))
-        np.testing.assert_allclose(seen["layers.0.v"].reshape(expected.shape), expected, atol=1e-6)
+        np.testing.assert_allclose(seen["layers.0.v"].reshape(expected.shape), expected, atol=1e-5)
 
 
 def test_requests() -> None:

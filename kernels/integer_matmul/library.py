@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from llama_jax.disk import file_lock
 from llama_jax.errors import LlamaJaxError
@@ -43,7 +44,7 @@ def missing() -> str | None:
         if (place := path()).exists():
             _load(place)
             return None
-    return _problem[-1] if _problem else "its library has not been built: `load` with int8 activations does it"
+    return _problem[-1] if _problem else "its library is not built yet: `load` with int8 activations builds it"
 
 
 def prepare(notify: Callable[[str], None] | None = None) -> None:
@@ -77,6 +78,11 @@ def register() -> str:
 def instructions() -> tuple[str, ...]:
     """Sets of instructions of this processor that the library has products for, the best first; () without one."""
     return () if missing() else tuple(_names(_loaded[0]))
+
+
+def status() -> dict[str, Any]:
+    """For reports: "instructions" in use, the "compiler" that would build it, and why it is "missing"; None for none."""
+    return {"instructions": next(iter(instructions()), None), "compiler": compiler(), "missing": missing()}
 
 
 def compiler() -> str | None:

@@ -39,9 +39,7 @@ class Dims(NamedTuple):
 
     @classmethod
     def of(cls, config: LlamaConfig) -> Dims:
-        return cls(
-            config.head_dim, config.rms_norm_eps, config.activation, config.rope.interleaved, config.activations
-        )
+        return cls(config.head_dim, config.rms_norm_eps, config.activation, config.rope.interleaved, config.activations)
 
 
 def project_qkv(

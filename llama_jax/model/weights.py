@@ -93,9 +93,7 @@ def compute_dtype(params: Params) -> jnp.dtype:
     return params["embed" if plain else "final_norm"]["weight"].dtype
 
 
-def linear(
-    x: jax.Array, leaf: Params, adapters: Adapters = NO_ADAPTERS, activations: str | None = None
-) -> jax.Array:
+def linear(x: jax.Array, leaf: Params, adapters: Adapters = NO_ADAPTERS, activations: str | None = None) -> jax.Array:
     """Every projection of the model: x [..., in] -> [..., out].
 
     Args:
