@@ -1,9 +1,9 @@
 """The library of the backend `native`: compiled where it runs, once, by the C++ compiler that is there.
 
-It needs XLA's headers, which jaxlib brings, and must be made for the version of jaxlib that calls it. So it is no part
-of the wheel, which stays pure Python, and an installation neither needs a compiler nor downloads jaxlib twice: `prepare`
-makes it when a model is first loaded with int8 activations, compares it with the reference, and keeps it in the cache
-folder. Without a compiler, products are XLA's.
+It needs XLA's headers, which jaxlib brings, and must be made for the version of jaxlib that calls it. So it is not part
+of the wheel, which stays pure Python, and an installation needs neither a compiler nor a second jaxlib to build with:
+`prepare` builds it when a model is first loaded with int8 activations, compares it with the reference, and keeps it in
+the cache folder. Without a compiler, XLA multiplies.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def instructions() -> tuple[str, ...]:
 
 
 def status() -> dict[str, Any]:
-    """For reports: "instructions" in use, the "compiler" that would build it, and why it is "missing"; None for none."""
+    """For reports: the "instructions" in use, the "compiler" that would build it, why it is "missing"; or None."""
     return {"instructions": next(iter(instructions()), None), "compiler": compiler(), "missing": missing()}
 
 
