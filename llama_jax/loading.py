@@ -110,7 +110,7 @@ def load(
             current().vendor, source.config.schemes, split=mesh is not None, activations=activations
         )
         held = source.config.replace(schemes=()) if form == FLOAT else source.config
-        check_activations(held, activations)
+        check_activations(held, activations, split=mesh is not None)
         devices = _on_mesh(held, mesh, target, kv_dtype, notify)
         if found.converted is not None:
             # Those of checkpoints were checked when they were converted.

@@ -147,14 +147,16 @@ def requested(form: str | None) -> Recipe | None:
     return None if form in (None, STORED, FLOAT) else recipe(form)
 
 
-def check_activations(config: LlamaConfig, activations: str | None) -> None:
+def check_activations(config: LlamaConfig, activations: str | None, *, split: bool) -> None:
     """Checks that products with a model's weights can take such activations; None are those of the model's dtype.
 
     Args:
       config: with the schemes that weights have on the devices.
+      split: whether the model is spread over several devices.
 
     Raises:
-      RequestError: they are not known, or no weight of the model has codes that are whole numbers.
+      RequestError: they are not known, no weight of the model has codes that are whole numbers, or such a model with
+        groups is split: of a long prompt each device would hold the sums of every group.
     """
     if activations is None:
         return
@@ -164,8 +166,14 @@ def check_activations(config: LlamaConfig, activations: str | None) -> None:
             param="activations",
             hint=f"choose {' or '.join(ACTIVATIONS)}, or leave it out for the dtype of the model",
         )
-    layouts = [layout_named(name) for _, name in config.schemes]
-    if not any(layout and layout.kind != "fp8" for layout in layouts):
+    layouts = [layout for _, name in config.schemes if (layout := layout_named(name)) and layout.kind != "fp8"]
+    if split and any(layout.group is not None for layout in layouts):
+        raise RequestError(
+            f"on several devices {activations} activations take weights with one scale a row; the model's have groups",
+            param="activations",
+            hint="quantise it by weights='int8', use one device, or leave activations as they are",
+        )
+    if not layouts:
         raise RequestError(
             f"{activations} activations are multiplied with weights in int8 or int4, and the model has none",
             param="activations",

@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -34,15 +35,18 @@ DEADLINE_S = 300
 
 _loaded: list[ctypes.CDLL] = []
 _problem: list[str] = []
+_loading = threading.Lock()
+"""Programs are traced by several threads."""
 
 
 def missing() -> str | None:
     """Why there is no library for this process; None if there is one, which is then loaded."""
     if _loaded:
         return None
-    with contextlib.suppress(LlamaJaxError, OSError):
-        if (place := path()).exists():
+    with _loading, contextlib.suppress(LlamaJaxError, OSError):
+        if not _loaded and (place := path()).exists():
             _load(place)
+        if _loaded:
             return None
     return _problem[-1] if _problem else "its library is not built yet: `load` with int8 activations builds it"
 
@@ -127,7 +131,8 @@ def _build(say: Callable[[str], None]) -> None:
                 errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
                 _problem.append(f"{found} fails: {errors[0][:300]}")
                 return
-            _load(fresh)
+            with _loading:
+                _load(fresh)
             if wrong := _wrong():
                 _problem.append(wrong)
             else:
