@@ -42,8 +42,9 @@ def command(model: str, reference: str, text: str, loading: LoadOptions, quiet: 
     and the share of tokens of which both find the same likeliest. Windows of 512 tokens stand alone, and of each the
     second half is predicted, as llama.cpp does it. Standard errors stand behind the signs.
 
-    The options hold for both models, which are in memory together; --activations holds for MODEL alone. On a GPU they compute
-    in bfloat16, whose own rounding is part of the divergence; --dtype float32 --weights float compares weights alone.
+    The options hold for both models, which are in memory together, but --activations for MODEL alone. On a GPU they
+    compute in bfloat16, whose own rounding is part of the divergence; --dtype float32 --weights float compares weights
+    alone.
     """
     from llama_jax.measure.quality import compare, refer, windows
 
