@@ -17,6 +17,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.convert.opening import opened
 from llama_jax.convert.quantizing import QuantizedSource
 from llama_jax.kernels.checking.startup import self_check
+from llama_jax.kernels.integer_matmul import library
 from llama_jax.kernels.registry import checked_backends
 from llama_jax.layout import check, explain, param_sharding
 from llama_jax.library import DEFAULT_MODEL, Found, find, resolve
@@ -24,7 +25,7 @@ from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
 from llama_jax.model.quantization import dequantize_params
 from llama_jax.plan import MeshRequest, resolve_mesh
-from llama_jax.recipe import FLOAT, requested, schemes, usual_form
+from llama_jax.recipe import FLOAT, check_activations, requested, schemes, usual_form
 from llama_jax.sharding import DeviceMesh, on
 from llama_jax.targets import current
 from llama_jax.text.tokenizer import Tokenizer, tokenizer_from_files
@@ -37,6 +38,7 @@ def load(
     dtype: DTypeLike | None = None,
     weights: str | None = None,
     kv_dtype: str | None = None,
+    activations: str | None = None,
     mesh: MeshRequest = None,
     convert: bool = True,
     verify: bool = True,
@@ -61,6 +63,9 @@ def load(
         `llama_jax.recipe.recipe`; a quantised model is decoded first.
       kv_dtype: "int8" quantises keys and values when they are stored, with a scale for each token and head: a cache of
         about half the size (docs/quantization.md). By default they are kept in `dtype`.
+      activations: "int8" rounds the inputs of quantised weights too, each token with scales of its own, and multiplies
+        whole numbers; on a CPU by a kernel that is compiled once (docs/quantization.md). Weights are then kept as they
+        are stored, unless `weights` says otherwise. By default they are not rounded.
       mesh: devices to spread the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):
         heads, hidden units and the vocabulary over its axis "tensor", rows of a batch over "data". A mesh without
         "tensor" holds a copy of the parameters on every device. What is not simply split is told to `notify`. "auto"
@@ -84,8 +89,8 @@ def load(
     Raises:
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`. DoesNotFit: "auto" finds no mesh.
         RequestError, KernelError: `kernels` names an operation or a backend that does not exist; nothing was loaded.
-        RequestError: `weights` or `kv_dtype` names nothing that is known, or a mesh would cut through groups of
-        weights.
+        RequestError: `weights`, `kv_dtype` or `activations` names nothing that is known, a mesh would cut through
+        groups of weights, or no weight has codes that int8 activations could be multiplied with.
     """
     runtime.enable_compilation_cache()
     named = checked_backends(kernels)
@@ -101,8 +106,11 @@ def load(
     with opened(found.path, name=found.name, revision=found.revision, dequantize=wanted is not None) as source:
         if wanted is not None:
             source = QuantizedSource(source, schemes(source.config, wanted))
-        form = weights or usual_form(current().vendor, source.config.schemes, split=mesh is not None)
+        form = weights or usual_form(
+            current().vendor, source.config.schemes, split=mesh is not None, activations=activations
+        )
         held = source.config.replace(schemes=()) if form == FLOAT else source.config
+        check_activations(held, activations, split=mesh is not None)
         devices = _on_mesh(held, mesh, target, kv_dtype, notify)
         if found.converted is not None:
             # Those of checkpoints were checked when they were converted.
@@ -117,7 +125,8 @@ def load(
     if form == FLOAT and config.schemes:
         with on(devices):
             params, config = dequantize_params(params, config, target, donate=True)
-    params, config = arrange(params, config, devices, fuse=fuse, donate=True)
+    params, config = arrange(params, config.replace(activations=activations), devices, fuse=fuse, donate=True)
+    prepare_products(config, named, notify)
     return Model(params, config, devices, generation_config, str(model), named, kv_dtype), tokenizer
 
 
@@ -125,6 +134,15 @@ def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:
     """On a GPU, the check of `llama_jax.kernels.checking.startup`; nothing on a CPU, which runs the references."""
     if current().vendor != "cpu":
         self_check(notify)
+
+
+def prepare_products(
+    config: LlamaConfig, kernels: Mapping[str, str], notify: Callable[[str], None] | None = None
+) -> None:
+    """Builds the CPU's kernel for int8 activations, where the model has them and no other is named."""
+    named = kernels.get("integer_matmul", "auto")
+    if config.activations is not None and current().vendor == "cpu" and named in ("auto", "native"):
+        library.prepare(notify)
 
 
 def _on_mesh(

@@ -22,9 +22,11 @@ NEAREST = "rtn"
 
 STORED, FLOAT = "stored", "float"
 """Forms of a quantised model's weights on devices: as they are stored, or decoded."""
+ACTIVATIONS = ("int8",)
+"""What inputs of quantised weights may be rounded to, each token by itself (`llama_jax.kernels.integer_matmul`)."""
 
 
-def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool) -> str:
+def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool, activations: str | None = None) -> str:
     """The form where nobody names one (docs/quantization.md has the measurements).
 
     On a CPU, decoding takes longer than reading fewer bytes saves. On AMD GPUs weights stay as they are stored. On
@@ -34,8 +36,9 @@ def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool) -
     Args:
       stored: leaves and their schemes, as `LlamaConfig.schemes`.
       split: whether the model is spread over several devices.
+      activations: one of `ACTIVATIONS`, which are multiplied with codes; or None.
     """
-    if vendor == "amd":
+    if vendor == "amd" or activations is not None:
         return STORED
     if vendor == "cpu" or split:
         return FLOAT
@@ -142,6 +145,40 @@ def requested(form: str | None) -> Recipe | None:
       RequestError: it is neither a form nor the name of a layout.
     """
     return None if form in (None, STORED, FLOAT) else recipe(form)
+
+
+def check_activations(config: LlamaConfig, activations: str | None, *, split: bool) -> None:
+    """Checks that products with a model's weights can take such activations; None are those of the model's dtype.
+
+    Args:
+      config: with the schemes that weights have on the devices.
+      split: whether the model is spread over several devices.
+
+    Raises:
+      RequestError: they are not known, no weight of the model has codes that are whole numbers, or such a model with
+        groups is split: of a long prompt each device would hold the sums of every group.
+    """
+    if activations is None:
+        return
+    if activations not in ACTIVATIONS:
+        raise RequestError(
+            f"activations {activations!r} are not known",
+            param="activations",
+            hint=f"choose {' or '.join(ACTIVATIONS)}, or leave it out for the dtype of the model",
+        )
+    layouts = [layout for _, name in config.schemes if (layout := layout_named(name)) and layout.kind != "fp8"]
+    if split and any(layout.group is not None for layout in layouts):
+        raise RequestError(
+            f"on several devices {activations} activations take weights with one scale a row; the model's have groups",
+            param="activations",
+            hint="quantise it by weights='int8', use one device, or leave activations as they are",
+        )
+    if not layouts:
+        raise RequestError(
+            f"{activations} activations are multiplied with weights in int8 or int4, and the model has none",
+            param="activations",
+            hint="quantise it while loading, by weights='int8', or keep a quantised model's weights='stored'",
+        )
 
 
 def _top(name: str, param: str) -> Layout | None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from llama_jax.kernels.attention.shapes import MEASURED_DECODES, MEASURED_PREFILLS
 from llama_jax.kernels.dispatch.cases import Case
+from llama_jax.kernels.dispatch.operation import REFERENCE
 from llama_jax.kernels.dispatch.tables import shipped_rules
 from llama_jax.kernels.registry import OPERATIONS, operation
 from llama_jax.targets import Target, find
@@ -55,13 +56,19 @@ def table(header: Row, rows: Iterator[Row]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
+def _on_gpus(op: str) -> bool:
+    """Whether there is a kernel for GPUs, which is held to a floor."""
+    return "pallas_triton" in operation(op).backends
+
+
 def choices() -> Iterator[Row]:
     """Operation by target: what `auto` takes first, for 16-bit arrays."""
     for name in OPERATIONS:
         cells = []
         for target in map(find, CHOICES):
             taken = [r for r in shipped_rules(name, target) if r.applies("bfloat16", "any")]
-            cells.append(", else ".join(dict.fromkeys(r.backend for r in taken if r.dtype != "*" or r is taken[0])))
+            named = dict.fromkeys(r.backend for r in taken if r.dtype != "*" or r is taken[0])
+            cells.append(", else ".join(named) or REFERENCE)
         yield (f"`{name}`", *cells)
 
 
@@ -223,7 +230,7 @@ def sections(measurements: Path = MEASUREMENTS) -> dict[str, str]:
     return {
         "choices": table(("Operation", *(find(name).label or name for name in CHOICES)), choices()),
         "gfx942": table(budget, budgets("gfx942")),
-        **{f"floors of {op}": table(floor, floors(op, reports)) for op in OPERATIONS},
+        **{f"floors of {op}": table(floor, floors(op, reports)) for op in OPERATIONS if _on_gpus(op)},
         **{f"measured {op}": beside(op, reports) for op in BESIDE},
     }
 

@@ -62,3 +62,18 @@ def test_quantised_where_it_lies() -> None:
     assert error(found, run(params, stored, tokens)[0]) < 2e-5
     down = model.params["layers"]["0"]["mlp"]["down_proj"]["int4_g4_min"]
     assert down.sharding.shard_shape(down.shape) == (16, 6)
+
+
+def test_activations_are_rounded_as_on_one_device() -> None:
+    """Also where a row of them lies on several devices: their scale is that of the whole row."""
+    config, mesh = TINY["biased"], make_mesh("data=4,tensor=2")
+    params, stored = quantize_params(random_params(config), config, recipe("int8"))
+    stored = stored.replace(activations="int8")
+    tokens = random_tokens(config, 4, 6)
+    expected, _ = run(params, stored, tokens)
+    assert error(run(params, stored.replace(activations=None), tokens)[0], expected) > 1e-3
+    where, flat = param_sharding(stored, mesh), flatten(params)
+    placed = unflatten({s.name: jax.device_put(flat[s.name], where(s)) for s in param_specs(stored)})
+    arranged, split = arrange(placed, stored, mesh)
+    with on(mesh):
+        assert error(run(arranged, split, tokens)[0], expected) < 2e-5

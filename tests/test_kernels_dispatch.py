@@ -510,7 +510,7 @@ def test_the_record_counts_traces_from_any_thread() -> None:
 def test_choices_on_this_device() -> None:
     chosen = choices()
     assert {c.operation for c in chosen} == set(OPERATIONS)
-    assert {c.backend for c in chosen} == {"reference", "blocked"}
+    assert {c.backend for c in chosen} - {"native"} == {"reference", "blocked"}  # where the library has been built
     assert {c.target for c in chosen} == {"cpu"}
     assert not ran()  # nothing was computed
 

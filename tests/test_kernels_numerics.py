@@ -68,7 +68,7 @@ def test_an_interpreted_kernel_passes(name: str) -> None:
         {name: dataclasses.replace(op, cases=lambda: [dataclasses.replace(case, differentiate=())])}
     ):
         assert not found.problem
-        assert op.backends[found.backend].interpreted
+        assert op.backends[found.backend].interpreted or found.backend == "native"
 
 
 @pytest.mark.timeout(900)

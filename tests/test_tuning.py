@@ -263,7 +263,7 @@ def test_numbers_of_models() -> None:
 # --- The real operations and the command ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", registry.OPERATIONS)
+@pytest.mark.parametrize("name", [name for name in registry.OPERATIONS if name != "integer_matmul"])  # XLA's on GPUs
 @pytest.mark.parametrize("target", ["mi300x", "rx7900xtx", "h100"])
 def test_real_candidates(name: str, target: str) -> None:
     """Every kernel has something to tune on every GPU, and the tiles that go into tables come back from there."""

@@ -97,6 +97,7 @@ def command(
         "random_weights": preset is not None,
         "page_size": page_size,
         "kv_dtype": loaded.cache_dtype.name,
+        "activations": loaded.config.activations or loaded.dtype.name,
     }
     if not as_json:
         click.echo("  ".join(f"{name}={value}" for name, value in about.items()))

@@ -52,6 +52,7 @@ def measured_model(model: str, preset: str | None, loading: LoadOptions, devices
     from llama_jax import runtime
     from llama_jax.cli.progress import Reporter
     from llama_jax.kernels.registry import checked_backends
+    from llama_jax.loading import prepare_products
     from llama_jax.measure.bench import random_model
 
     runtime.enable_compilation_cache()
@@ -62,8 +63,15 @@ def measured_model(model: str, preset: str | None, loading: LoadOptions, devices
         named = checked_backends(loading.kernels)
         dtype = loading.dtype or runtime.default_dtype()
         made = random_model(
-            preset, dtype, devices, weights=loading.weights, kv_dtype=loading.kv_dtype, notify=reporter.notify
+            preset,
+            dtype,
+            devices,
+            weights=loading.weights,
+            kv_dtype=loading.kv_dtype,
+            activations=loading.activations,
+            notify=reporter.notify,
         )
+        prepare_products(made.config, named, reporter.notify)
         return dataclasses.replace(made, kernels=named)
 
 
@@ -164,7 +172,7 @@ class Subject:
         from llama_jax.measure.bench import environment
 
         about = {**environment(model.dtype, model.mesh), "model": model.name, "random_weights": self.preset is not None}
-        about["kv_dtype"] = model.cache_dtype.name
+        about |= {"kv_dtype": model.cache_dtype.name, "activations": model.config.activations or model.dtype.name}
         self.show("  ".join(f"{name}={value}" for name, value in about.items()), f"ceilings: {ceilings}")
         self.show(f"engine: {pairs_text(dataclasses.asdict(settings))}")
         return {**about, "ceilings": dataclasses.asdict(ceilings), "settings": dataclasses.asdict(settings)}

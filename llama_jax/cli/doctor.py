@@ -67,10 +67,14 @@ def _text(report: Report) -> str:
     for device in report.devices:
         memory = f", {size_text(device['memory'])}" if device["memory"] else ""
         line("jax device", f"{device['name']}: {device['kind']}{memory}")
+    alike: dict[tuple[str, str], list[str]] = {}
     for choice in report.kernels:
         if choice["passed_over"]:
             passed = "; ".join(f"not {p['backend']}: {p['reason']}" for p in choice["passed_over"])
-            line("kernel", f"{choice['operation']} {choice['shape']}: {choice['backend']} ({passed})")
+            alike.setdefault((choice["operation"], f"{choice['backend']} ({passed})"), []).append(choice["shape"])
+    for (operation, chosen), shapes in alike.items():
+        more = f" and {len(shapes) - 1} more" if len(shapes) > 1 else ""
+        line("kernel", f"{operation} {shapes[0]}{more}: {chosen}")
     line("cache", system["cache"])
     line("xla cache", system["compilation_cache"])
     line("variables", pairs_text(report.environment))

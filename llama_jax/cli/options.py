@@ -115,6 +115,12 @@ kv_dtype_option: Decorator = click.option(
     type=click.Choice(("int8",)),
     help="Quantise keys and values in the cache: about half its size. [default: kept in the dtype of the model]",
 )
+activations_option: Decorator = click.option(
+    "--activations",
+    type=click.Choice(("int8",)),
+    help="Round the inputs of quantised weights too, each token by itself, and multiply whole numbers. "
+    "[default: not rounded]",
+)
 convert_option: Decorator = click.option(
     "--convert/--no-convert",
     default=True,
@@ -211,6 +217,7 @@ class LoadOptions:
     dtype: str | None
     weights: str | None
     kv_dtype: str | None
+    activations: str | None
     convert: bool
     mesh: str | None
     tp: int | None
@@ -245,6 +252,7 @@ class LoadOptions:
         return {
             "convert": self.convert,
             "weights": self.weights,
+            "activations": self.activations,
             "kernels": self.kernels,
             "progress": reporter.progress,
             "notify": reporter.notify,
@@ -266,10 +274,18 @@ def gathered(kind: type, name: str, *options: Decorator) -> Decorator:
 
 
 load_options = gathered(
-    LoadOptions, "loading", dtype_option, weights_option, kv_dtype_option, convert_option, mesh_options, kernels_option
+    LoadOptions,
+    "loading",
+    dtype_option,
+    weights_option,
+    kv_dtype_option,
+    activations_option,
+    convert_option,
+    mesh_options,
+    kernels_option,
 )
-"""`--dtype`, `--weights`, `--kv-dtype`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's argument `loading`,
-of `LoadOptions`."""
+"""`--dtype`, `--weights`, `--kv-dtype`, `--activations`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's
+argument `loading`, of `LoadOptions`."""
 
 
 sampling_options = _together(

@@ -9,6 +9,7 @@ import click
 from llama_jax.cli.mesh_sizes import devices_option, mesh_sizes
 from llama_jax.cli.options import (
     DTYPES,
+    activations_option,
     examples,
     json_option,
     kv_dtype_option,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 @click.option("--prompt", type=click.IntRange(1), metavar="N", help="Of these, the prompt's. [default: 512, or all]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of weights and cache. [default: bfloat16; float32 on a CPU]")
 @kv_dtype_option
+@activations_option
 @recipe_options
 @memory_fraction_option
 @click.option(
@@ -74,6 +76,7 @@ def command(
     prompt: int | None,
     dtype: str | None,
     kv_dtype: str | None,
+    activations: str | None,
     wanted: RecipeOptions,
     memory_fraction: float | None,
     latency: float,
@@ -94,16 +97,19 @@ def command(
     from llama_jax.library.configs import find_config
     from llama_jax.plan import default_workload, make_plan, remedies
     from llama_jax.plan import memory_fraction as usual_fraction
-    from llama_jax.recipe import FLOAT, schemes, usual_form
+    from llama_jax.recipe import FLOAT, check_activations, schemes, usual_form
 
     recipe = wanted.recipe()
     chosen = _target(target)
     config = find_config(model)
     several = mesh is not None or tp is not None or (devices or 1) > 1
-    if recipe is not None or usual_form(chosen.vendor, config.schemes, split=several) == FLOAT:
+    form = usual_form(chosen.vendor, config.schemes, split=several, activations=activations)
+    if recipe is not None or form == FLOAT:
         config = config.replace(schemes=())
     if recipe is not None:
         config = config.replace(schemes=schemes(config, recipe))
+    check_activations(config, activations, split=several)
+    config = config.replace(activations=activations)
     dtype = dtype or ("float32" if chosen.vendor == "cpu" else "bfloat16")
     workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt, kv_dtype=kv_dtype)
     workload.check(config)

@@ -25,6 +25,7 @@ from llama_jax.cli.terminal import print_json
     epilog=examples(
         "llama-jax quality ./llama-1b-int4 --reference ./Llama-3.2-1B-Instruct --text prose.txt",
         "llama-jax quality ./llama-1b-int4 --reference ./Llama-3.2-1B-Instruct --text prose.txt --json",
+        "llama-jax quality ./llama-1b-int4 --reference ./llama-1b-int4 --activations int8 --text prose.txt",
     ),
 )
 @click.argument("model")
@@ -41,15 +42,16 @@ def command(model: str, reference: str, text: str, loading: LoadOptions, quiet: 
     and the share of tokens of which both find the same likeliest. Windows of 512 tokens stand alone, and of each the
     second half is predicted, as llama.cpp does it. Standard errors stand behind the signs.
 
-    The options hold for both models, which are in memory together. On a GPU they compute
-    in bfloat16, whose own rounding is part of the divergence; --dtype float32 --weights float compares weights alone.
+    The options hold for both models, which are in memory together, but --activations for MODEL alone. On a GPU they
+    compute in bfloat16, whose own rounding is part of the divergence; --dtype float32 --weights float compares weights
+    alone.
     """
     from llama_jax.measure.quality import compare, refer, windows
 
     prose = read_text(text, param="text")
     devices = requested_mesh(loading.mesh, loading.tp)
     with Reporter(quiet=quiet, label="Reference") as reporter:
-        exact, tokenizer = loading.load(reference, devices, reporter)
+        exact, tokenizer = dataclasses.replace(loading, activations=None).load(reference, devices, reporter)
         rows = windows(tokenizer.encode(prose, parse_special=False))
         known = refer(exact, rows, reporter.progress)
     with Reporter(quiet=quiet, label="Model") as reporter:

@@ -110,6 +110,8 @@ class LlamaConfig:
       eos_token_ids: every id that ends a text.
       schemes: pairs of a leaf ("layers.0.attn.q_proj") and the scheme that stores its weight (`llama_jax.schemes`), for
         leaves that are not plain. A checkpoint records them with its tensors, not in config.json.
+      activations: what inputs of quantised weights are rounded to, one of `recipe.ACTIVATIONS`; None leaves them in
+        floating point. Of a model that is loaded; files have none.
     """
 
     vocab_size: int
@@ -133,6 +135,7 @@ class LlamaConfig:
     family: str = "llama"
     hf_mlp_module: str = "mlp"
     schemes: tuple[tuple[str, str], ...] = ()
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         for name in (

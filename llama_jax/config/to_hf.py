@@ -49,7 +49,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
         hf["mlp_bias"] = config.mlp_bias
     hf |= _mlps_to_hf(config, family) | _layers_to_hf(config, family)
     # One check for everything that a family's keys cannot say.
-    if (read := config_from_hf(hf).replace(schemes=config.schemes)) != config:
+    if (read := config_from_hf(hf).replace(schemes=config.schemes, activations=config.activations)) != config:
         differing = [name for name, value in vars(config).items() if getattr(read, name) != value]
         raise UnsupportedModel(
             f"a config.json of model type {config.family!r} cannot express {', '.join(differing)} of this config",

@@ -12,7 +12,7 @@ from typing import Any
 from llama_jax import targets
 from llama_jax.doctor.devices import check_devices
 from llama_jax.doctor.environment import check_environment, shown
-from llama_jax.doctor.kernels import check_choices, check_graphs, check_numerics
+from llama_jax.doctor.kernels import check_choices, check_graphs, check_native, check_numerics
 from llama_jax.doctor.links import check_links, check_shared_memory
 from llama_jax.doctor.packages import check_packages, check_plugins, installed_versions
 from llama_jax.doctor.probe import PROBE_DEADLINE_S, Probe, probe_jax
@@ -57,6 +57,7 @@ def doctor(
         *check_visibility(environ, found),
         *check_several(environ, found, probe, root),
         *check_choices(probe.kernels),
+        *check_native(probe.kernels.get("native")),
         *check_graphs(probe.kernels.get("graphs", ())),
         *check_cache(),
     ]

@@ -24,6 +24,19 @@ def check_choices(kernels: Mapping[str, Any]) -> list[Check]:
     return [Check("kernels", "ok", detail)]
 
 
+def check_native(native: Mapping[str, Any] | None) -> list[Check]:
+    """By what int8 activations are multiplied on a CPU (`kernels.integer_matmul.library.status`); nothing on a GPU."""
+    if native is None:
+        return []
+    name = "int8 activations"
+    if native["instructions"]:
+        return [Check(name, "ok", f"the CPU's kernel multiplies them, by {native['instructions']}")]
+    if native["compiler"]:
+        detail = f"the first load with them compiles the CPU's kernel with {native['compiler']}"
+        return [Check(name, "ok", detail)]
+    return [Check(name, "ok", f"XLA multiplies them: {native['missing']}", "install g++ or clang, for a faster kernel")]
+
+
 def check_numerics(found: Numerics) -> list[Check]:
     """Whether the kernels compute what the reference does."""
     if found.error:

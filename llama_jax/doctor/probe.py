@@ -34,9 +34,12 @@ try:
     from llama_jax.errors import LlamaJaxError
     from llama_jax.decode.graphs import graph_options
     from llama_jax.kernels import choices
+    from llama_jax.kernels.integer_matmul import library
     try:
         graphs = [graph_options(several=several) for several in (False, True)[:len(devices)]]
-        print("kernels:" + json.dumps({"choices": [choice.to_json() for choice in choices()], "graphs": graphs}))
+        native = library.status() if jax.default_backend() == "cpu" else None
+        made = [choice.to_json() for choice in choices()]
+        print("kernels:" + json.dumps({"choices": made, "graphs": graphs, "native": native}))
     except LlamaJaxError as error:
         print("kernels:" + json.dumps({"error": error.message, "hint": error.hint}))
 except ImportError as error:
@@ -46,8 +49,8 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Probe:
-    """What jax answered: either `result` or the reason why there is none; `kernels` has "choices" and "graphs", or
-    "error"."""
+    """What jax answered: either `result` or the reason why there is none; `kernels` has "choices", "graphs" and, on a
+    CPU, "native", or "error"."""
 
     result: dict[str, Any] | None = None
     error: str = ""

@@ -34,7 +34,7 @@ from llama_jax.params import ParamSpec, init_leaf, param_specs, unflatten
 from llama_jax.plan import MeshRequest, resolve_mesh
 from llama_jax.plan.costs import prefill_flops, step_bytes
 from llama_jax.plan.step_costs import Peak
-from llama_jax.recipe import requested, schemes
+from llama_jax.recipe import check_activations, requested, schemes
 from llama_jax.sharding import DeviceMesh, on
 
 
@@ -107,13 +107,15 @@ def random_model(
     *,
     weights: str | None = None,
     kv_dtype: str | None = None,
+    activations: str | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Model:
     """A preset's shape with random weights made on the device or devices, fused as `load` does it; `mesh`, `weights`,
-    `kv_dtype` and `notify` are those of `load`."""
+    `kv_dtype`, `activations` and `notify` are those of `load`."""
     check_kv_dtype(kv_dtype)
     wanted, config = requested(weights), preset(name)
     held = config if wanted is None else config.replace(schemes=schemes(config, wanted))
+    check_activations(held, activations, split=mesh is not None)
     mesh = resolve_mesh(mesh, held, dtype, notify, kv_dtype=kv_dtype)
     if mesh is not None:
         check(held, mesh)
@@ -134,6 +136,7 @@ def random_model(
     if wanted is not None:
         with on(mesh):
             params, config = quantize_params(params, config, wanted, donate=True)
+    config = config.replace(activations=activations)
     return Model(*arrange(params, config, mesh, donate=True), mesh, name=name, kv_dtype=kv_dtype)
 
 

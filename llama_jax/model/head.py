@@ -39,6 +39,6 @@ def unembed(params: Params, config: LlamaConfig, x: jax.Array, *, norm: bool = F
     x = x.astype(compute_dtype(params))
     if norm:
         x = rms_norm(x, norm_weight(params["final_norm"]), config.rms_norm_eps)
-    out = logits(x, params, tied=config.tie_word_embeddings)
+    out = logits(x, params, tied=config.tie_word_embeddings, activations=config.activations)
     leading = ("batch", "length")[: x.ndim - 1]
     return constrain(out, (*leading, *[None] * (x.ndim - 1 - len(leading)), "vocab"))

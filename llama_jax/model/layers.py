@@ -35,10 +35,11 @@ class Dims(NamedTuple):
     rms_norm_eps: float
     activation: str
     interleaved: bool
+    activations: str | None
 
     @classmethod
     def of(cls, config: LlamaConfig) -> Dims:
-        return cls(config.head_dim, config.rms_norm_eps, config.activation, config.rope.interleaved)
+        return cls(config.head_dim, config.rms_norm_eps, config.activation, config.rope.interleaved, config.activations)
 
 
 def project_qkv(
@@ -48,7 +49,7 @@ def project_qkv(
 
     Takes the canonical q, k and v projections, or the one that `fuse_params` made of them.
     """
-    parts = joint(x, params, "qkv_proj", adapters)
+    parts = joint(x, params, "qkv_proj", adapters, dims.activations)
     q, k, v = (part.reshape(*x.shape[:2], -1, dims.head_dim) for part in parts)
     return q, k, v
 
@@ -83,9 +84,9 @@ def position_queries_and_keys(
 def mlp(x: jax.Array, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, jax.Array]:
     """Gated MLP: down(hidden), and hidden = activation(gate(x)) * up(x)."""
     activation = ACTIVATIONS[dims.activation]
-    gate, up = joint(x, params, "gate_up_proj", adapters)
+    gate, up = joint(x, params, "gate_up_proj", adapters, dims.activations)
     hidden = activation(gate) * up
-    return linear(hidden, params["down_proj"], adapters.of("down_proj")), hidden
+    return linear(hidden, params["down_proj"], adapters.of("down_proj"), dims.activations), hidden
 
 
 @jax.named_scope("moe")

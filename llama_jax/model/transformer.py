@@ -298,7 +298,7 @@ def _layer(
         else:
             out, cache = cache.attend(q, k, v, slots, queries, rule)
         seen["attn_heads"] = out = out.reshape(*x.shape[:2], -1)
-        out = linear(out, params["attn"]["o_proj"], of_attn.of("o_proj"))
+        out = linear(out, params["attn"]["o_proj"], of_attn.of("o_proj"), dims.activations)
         seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
 
     with jax.named_scope("mlp_norm"):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax.errors import RequestError
+from llama_jax.kernels.integer_matmul import integer_matmul, multiplies
 from llama_jax.kernels.moe import routed_experts
 from llama_jax.kernels.moe.reference import Activation
 from llama_jax.kernels.precision import matmul_precision
@@ -76,7 +77,9 @@ def _unbiased(leaf: Params) -> tuple[Scheme, Members]:
     return scheme, members
 
 
-def _times(x: jax.Array, scheme: Scheme, members: Members, dtype: DTypeLike) -> jax.Array:
+def _times(x: jax.Array, scheme: Scheme, members: Members, dtype: DTypeLike, activations: str | None) -> jax.Array:
+    if scheme.layout is not None and activations is not None and multiplies(scheme.layout):
+        return integer_matmul(x, members, layout=scheme.layout, dtype=dtype)
     if scheme.layout is not None:
         return quantized_matmul(x, members, layout=scheme.layout, dtype=dtype)
     if scheme.product is not None:
@@ -90,31 +93,35 @@ def compute_dtype(params: Params) -> jnp.dtype:
     return params["embed" if plain else "final_norm"]["weight"].dtype
 
 
-def linear(x: jax.Array, leaf: Params, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
+def linear(x: jax.Array, leaf: Params, adapters: Adapters = NO_ADAPTERS, activations: str | None = None) -> jax.Array:
     """Every projection of the model: x [..., in] -> [..., out].
 
     Args:
       leaf: the members of a weight [out, in], {"weight"} of a plain one, and, if the projection has one, "bias" [out].
         Joint projections (`llama_jax.model.fuse`) have several dimensions in place of `out`.
       adapters: of this projection.
+      activations: of `LlamaConfig`.
     """
     scheme, members, bias = _taken_apart(leaf)
-    out = _times(x, scheme, members, x.dtype)
+    out = _times(x, scheme, members, x.dtype, activations)
     if bias is not None:
         out = out + bias.astype(x.dtype)
     return _adapted(out, x, adapters)
 
 
-def joint(x: jax.Array, params: Params, name: str, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, ...]:
+def joint(
+    x: jax.Array, params: Params, name: str, adapters: Adapters = NO_ADAPTERS, activations: str | None = None
+) -> tuple[jax.Array, ...]:
     """Projections that share their input: x [..., in] -> [..., out] of each of `JOINT[name]`.
 
     Args:
       params: holds either these, or the joint one `name` that `llama_jax.model.fuse` made of them.
+      activations: of `LlamaConfig`.
     """
     parts = JOINT[name]
     if name not in params:
-        return tuple(linear(x, params[part], adapters.of(part)) for part in parts)
-    out, lead = linear(x, params[name]), x.shape[:-1]
+        return tuple(linear(x, params[part], adapters.of(part), activations) for part in parts)
+    out, lead = linear(x, params[name], activations=activations), x.shape[:-1]
     split: tuple[jax.Array, ...] = (out[..., 0, :], out[..., 1, :])  # [..., 2, mlp]
     if (
         name == "qkv_proj"
@@ -187,9 +194,9 @@ def lookup(leaf: Params, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     return local(own, arguments, {"table": axes, "tokens": ("batch",)}, ("batch",), summed="vocab")
 
 
-def logits(x: jax.Array, params: Params, *, tied: bool) -> jax.Array:
+def logits(x: jax.Array, params: Params, *, tied: bool, activations: str | None = None) -> jax.Array:
     """x [..., hidden] -> float32 [..., vocab], by the output projection, or by the embedding that it is tied to."""
-    return _times(x, *_unbiased(params["embed" if tied else "lm_head"]), jnp.float32)
+    return _times(x, *_unbiased(params["embed" if tied else "lm_head"]), jnp.float32, activations)
 
 
 def router(x: jax.Array, leaf: Params) -> jax.Array:

@@ -1,0 +1,37 @@
+// A whole product: activations are rounded, and rows of the weight shared among threads.
+#pragma once
+
+#include <vector>
+
+#include "activations.h"
+#include "instructions.h"
+#include "parallel.h"
+
+namespace llama_jax {
+
+constexpr int64_t kRowsAtOnce = 16;  // rows of a weight that a thread takes
+
+// x [count, weight.in] times a weight of `rows` rows: out [count, rows].
+template <typename Pool>
+void multiply(Pool& pool, const Instructions& best, const Weight& weight, const float* x, int64_t count, int64_t rows,
+              float* out) {
+  Activations activations(weight, count);
+  if (count > kInputs) {
+    parallel_for(pool, count, [&](int64_t i) { activations.quantize(i, x + i * weight.in); });
+  } else {
+    for (int64_t i = 0; i < count; ++i) activations.quantize(i, x + i * weight.in);
+  }
+  const int64_t stride = weight.blocks() + kStep;
+  parallel_for(pool, (rows + kRowsAtOnce - 1) / kRowsAtOnce, [&](int64_t part) {
+    const int64_t first = part * kRowsAtOnce, last = std::min(first + kRowsAtOnce, rows);
+    std::vector<float> factors(kInputs * stride);
+    for (int64_t i = 0; i < count; i += kInputs) {
+      const int64_t n = std::min<int64_t>(kInputs, count - i);
+      float* to[kInputs];
+      for (int64_t k = 0; k < n; ++k) to[k] = out + (i + k) * rows;
+      best.product(weight, activations.row(i), int(n), first, last, factors.data(), stride, to);
+    }
+  });
+}
+
+}  // namespace llama_jax
