@@ -26,7 +26,7 @@ from llama_jax.convert.torch_file import TorchFile
 from llama_jax.convert.weight_file import WeightFile, closed_on_error
 from llama_jax.errors import CheckpointError
 from llama_jax.params import ParamSpec, param_specs
-from llama_jax.quantized import Layout
+from llama_jax.quantized.layout import ORDER
 from llama_jax.schemes import PLAIN
 
 
@@ -56,8 +56,8 @@ class HuggingFaceFolder:
         self._where: dict[str, tuple[WeightFile, str]] = {}
         self._files: list[WeightFile] = []
         self._cache_scales: list[str] = []
-        self._layouts: dict[str, Layout] = {}
         self._decoded: list[str] = []
+        self._rows: dict[str, int] = {}
         with closed_on_error(self.close):
             skipped = self._text.skipped_layers if self._text else frozenset()
             modules = {new: old for old, new in find_family(self.config.family).tensor_names.items()}
@@ -138,25 +138,34 @@ class HuggingFaceFolder:
 
     def _keep(self) -> None:
         """Finds the weights that keep their own precision."""
+        schemes = []
         for spec in param_specs(self.config):
             made = self._recipes[spec.name]
             weights = [self._weights[source] for source in made.sources]
             quantised = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
             if not quantised:
                 continue
-            layouts = {weight.layout for weight in quantised}
-            layout = layouts.pop() if len(layouts) == 1 and len(quantised) == len(weights) else None
-            # What has to be taken apart or turned around, as some stacks of experts, is decoded.
-            if layout is None or made.shape != spec.shape[-2:]:
+            found = {weight.kept_as for weight in quantised}
+            kept = found.pop() if len(found) == 1 and len(quantised) == len(weights) else None
+            # Groups of a stack that has to be turned around would run down its rows.
+            if kept is None or (made.transposed and "_g" in kept):
                 self._decoded.append(spec.leaf)
             else:
-                self._layouts[spec.leaf] = layout
-        self.config = self.config.replace(schemes=tuple((leaf, kept.name) for leaf, kept in self._layouts.items()))
+                schemes.append((spec.leaf, kept))
+                self._rows[spec.leaf] = spec.shape[-2]
+        self.config = self.config.replace(schemes=tuple(schemes))
 
     def _read_members(self, leaf: str) -> dict[str, np.ndarray]:
-        weights = [self._weights[source] for source in self._recipes[f"{leaf}.weight"].sources]
-        parts = [w.members(self._layouts[leaf]) for w in weights if isinstance(w, QuantizedWeight)]
-        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        made, rows = self._recipes[f"{leaf}.weight"], self._rows[leaf]
+        weights = [weight for source in made.sources if isinstance(weight := self._weights[source], QuantizedWeight)]
+        if len(made.shape) > 2:
+            parts = [weights[0].members(expert, turned=made.transposed) for expert in range(made.shape[0])]
+        else:
+            parts = [weight.members() for weight in weights]
+        own = slice((made.part or 0) * rows, ((made.part or 0) + 1) * rows)
+        return {
+            name: np.stack([part[name] if name == ORDER else part[name][own] for part in parts]) for name in parts[0]
+        }
 
     def _read_experts(self, made: Recipe, out: np.ndarray) -> None:
         """Takes a stack of experts apart, one by one, so that no second copy of it is ever in memory."""

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.params import ParamSpec, canonical_specs, param_specs
+from llama_jax.quantized.layout import ORDER
 from llama_jax.schemes import PLAIN
 from llama_jax.sharding import RULES, AnyMesh, RuledMesh, ruled
 from llama_jax.sharding.axes import refuse_unused
@@ -167,9 +168,16 @@ def check_groups(config: LlamaConfig, mesh: AnyMesh) -> None:
         if spec.scheme == PLAIN.name:
             continue
         weight = plain[spec.leaf]
+        ways = by.ways(weight.axes[-1])
+        if spec.path[-1] == ORDER and ".moe." in spec.name and ways > 1:
+            raise RequestError(
+                f"{spec.leaf} has columns in an order of their own, which {ways} devices cannot share",
+                param="mesh",
+                hint="choose a mesh that does not split experts, or the weights in floating point",
+            )
         wanted = dict(zip(weight.axes, map(by.ways, weight.axes, _units(weight, config)), strict=True))
         for axis, size, units in zip(spec.axes, spec.shape, _units(spec, config), strict=True):
-            parts = wanted[axis]
+            parts = wanted.get(axis, 1)
             if by.ways(axis, units) != parts and by.over(axis or ""):
                 whole = weight.shape[weight.axes.index(axis)]
                 raise RequestError(

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.errors import UnsupportedModel
-from llama_jax.quantized import layout_named
+from llama_jax.quantized import stored_layout
 from llama_jax.schemes import PLAIN, Scheme, scheme_named
 from llama_jax.sharding import Axes
 
@@ -120,7 +120,7 @@ def _schemes(config: LlamaConfig) -> dict[str, str]:
             hint="weights of two or more dimensions can have one, e.g. layers.0.attn.q_proj",
         )
     for spec in canonical_specs(config):
-        layout = layout_named(schemes.get(spec.leaf, ""))
+        layout = stored_layout(schemes.get(spec.leaf, ""))
         if layout is not None and spec.path[-1] == "weight" and not layout.fits(spec.shape[-1]):
             raise UnsupportedModel(
                 f"{spec.leaf} is said to be stored as {layout.name}, but its rows of {spec.shape[-1]} do not divide so",

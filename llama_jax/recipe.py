@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError, did_you_mean
 from llama_jax.params import canonical_specs
-from llama_jax.quantized import CODES, Layout, layout_named
+from llama_jax.quantized import CODES, Layout, layout_named, stored_layout
 from llama_jax.quantized.methods import METHODS
 
 PLAIN = "bfloat16"
@@ -42,7 +42,7 @@ def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool, a
         return STORED
     if vendor == "cpu" or split:
         return FLOAT
-    layouts = [(leaf, layout_named(name)) for leaf, name in stored]
+    layouts = [(leaf, stored_layout(name)) for leaf, name in stored]
     read = all(layout and layout.kind != "fp8" and ".experts." not in leaf for leaf, layout in layouts)
     return STORED if read else FLOAT
 

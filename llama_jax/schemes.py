@@ -6,6 +6,7 @@ a shape and logical axes of its own. Which scheme a leaf has is told by the name
 says what it is; members that no scheme has are an error.
 
 Every name of a layout is that of a scheme, e.g. "int4_g64_min", whose members are {"int4_g64_min", "scales", "minima"}.
+With "_ordered" behind it, it is that of a scheme with one member more, the order in which columns are stored.
 
     def rows(dimensions):
         return dimensions[:-1]
@@ -26,8 +27,8 @@ import jax
 from jax.typing import DTypeLike
 
 from llama_jax.errors import RequestError, UnsupportedModel
-from llama_jax.quantized import CODES, Layout, codes, layout_named
-from llama_jax.quantized.layout import OFFSETS
+from llama_jax.quantized import CODES, Layout, codes, layout_named, stored_layout
+from llama_jax.quantized.layout import OFFSETS, ORDER, stored_name
 from llama_jax.quantized.nearest import encode
 from llama_jax.sharding import Axes
 
@@ -70,7 +71,8 @@ class Scheme:
       lookup: members of a table [vocab, hidden], int32 tokens [batch, len], dtype -> [batch, len, hidden]. By default
         rows of the decoded table.
       layout: the layout of `llama_jax.quantized` that it stores weights in, if it is one of these; products with such
-        weights are the operation `llama_jax.kernels.quantized_matmul`.
+        weights, and with inputs in the order of a member `ORDER`, are the operation
+        `llama_jax.kernels.quantized_matmul`.
     """
 
     name: str
@@ -96,7 +98,7 @@ def register_scheme(scheme: Scheme) -> None:
     Raises:
       RequestError: another scheme has its name or the names of its members, or a member is called "bias".
     """
-    if layouts := [name for name in (scheme.name, *scheme.members) if layout_named(name)]:
+    if layouts := [name for name in (scheme.name, *scheme.members) if stored_layout(name)]:
         raise RequestError(
             f"the scheme {scheme.name!r} uses {layouts[0]!r}, the name of a layout of llama_jax.quantized",
             param="scheme",
@@ -126,8 +128,8 @@ def scheme_named(name: str) -> Scheme:
     Raises:
       UnsupportedModel: none is registered.
     """
-    if (layout := layout_named(name)) is not None:
-        return quantised(layout)
+    if (layout := stored_layout(name)) is not None:
+        return quantised(layout, ordered=name != layout.name)
     if name not in _registered:
         raise UnsupportedModel(
             f"weights are stored by the scheme {name!r}, which is not known here",
@@ -144,7 +146,8 @@ def scheme_of(members: Iterable[str]) -> Scheme:
       RequestError: no scheme has exactly these.
     """
     names = set(members) - {"bias"}
-    layouts = [quantised(layout) for name in sorted(names) if (layout := layout_named(name)) is not None]
+    found = [layout for name in sorted(names) if (layout := layout_named(name)) is not None]
+    layouts = [quantised(layout, ordered=ORDER in names) for layout in found]
     for scheme in (*layouts, *_registered.values()):
         if scheme.members.keys() == names:
             return scheme
@@ -163,8 +166,8 @@ def leaf_axes(members: Iterable[str], weight: Axes) -> dict[str, Axes]:
 
 
 @functools.cache
-def quantised(layout: Layout) -> Scheme:
-    """The scheme that stores weights in a layout."""
+def quantised(layout: Layout, *, ordered: bool = False) -> Scheme:
+    """The scheme that stores weights in a layout, or with `ordered` their columns in an order that it stores, too."""
 
     def packed(shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[:-1], shape[-1] // layout.per_byte)
@@ -182,6 +185,15 @@ def quantised(layout: Layout) -> Scheme:
     if layout.offset is not None:
         dtype = layout.scale_dtype if layout.offset == "min" else "int8"
         members[OFFSETS[layout.offset]] = Member(dtype, groups, by_group)
+    if ordered:
+        members[ORDER] = Member("int32", lambda shape: (*shape[:-2], shape[-1]), lambda axes: (*axes[:-2], None))
+        return Scheme(
+            stored_name(layout, ordered=True),
+            members,
+            lambda weight: encode(layout, weight) | {ORDER: codes.as_they_are(weight.shape)},
+            partial(codes.decode_ordered, layout),
+            layout=layout,
+        )
     return Scheme(
         layout.name,
         members,

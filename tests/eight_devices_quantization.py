@@ -12,9 +12,10 @@ from llama_jax.layout import check, param_sharding
 from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
 from llama_jax.model.quantization import dequantize_params, quantize, quantize_params
-from llama_jax.params import flatten, param_specs, unflatten
+from llama_jax.params import canonical_specs, flatten, param_specs, unflatten
 from llama_jax.plan import costs
 from llama_jax.recipe import recipe
+from llama_jax.schemes import scheme_named
 from llama_jax.sharding import make_mesh, on
 
 RECIPES = WANTED | {
@@ -45,6 +46,31 @@ def test_split_and_multiplied(name: str) -> None:
     assert held == costs.held_bytes(split, 4, mesh.shape)
     for leaf, shape in zip(jax.tree.leaves(arranged), jax.tree.leaves(shapes), strict=True):
         assert leaf.sharding.shard_shape(leaf.shape) == shape.sharding.shard_shape(shape.shape)
+
+
+def test_columns_in_another_order() -> None:
+    """Of a projection whose inputs are split: each device takes what its columns need, wherever that lies."""
+    config, mesh = TINY["plain"], make_mesh("data=4,tensor=2")
+    flat, schemes = flatten(random_params(config)), []
+    for i, spec in enumerate(canonical_specs(config)):
+        if len(spec.shape) == 2 and spec.name.startswith("layers."):
+            order = jax.random.permutation(jax.random.key(i), spec.shape[1])
+            weight = flat.pop(spec.name)[:, order]
+            schemes.append((spec.leaf, "int4_g4_zero_ordered"))
+            members = scheme_named("int4_g4_zero").encode(weight) | {"order": order.astype("int32")}
+            flat |= {f"{spec.leaf}.{name}": member for name, member in members.items()}
+    stored = config.replace(schemes=tuple(schemes))
+    check(stored, mesh)
+    tokens = random_tokens(config, 4, 6)
+    decoded, _ = dequantize_params(unflatten(flat), stored, "float32")
+    expected, _ = run(decoded, config, tokens)
+    where = param_sharding(stored, mesh)
+    placed = unflatten({s.name: jax.device_put(flat[s.name], where(s)) for s in param_specs(stored)})
+    arranged, split = arrange(placed, stored, mesh)
+    with on(mesh):
+        assert error(run(arranged, split, tokens)[0], expected) < 2e-5
+        again, _ = dequantize_params(arranged, split, "float32")
+        assert error(run(again, config, tokens)[0], expected) < 2e-5
 
 
 def test_quantised_where_it_lies() -> None:

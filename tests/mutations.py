@@ -848,8 +848,8 @@ QUANTISED: tuple[Mutation, ...] = (
     Mutation(
         "products as if codes were stored unsigned",
         "llama_jax/quantized/codes.py",
-        "HALF * scales + _float32",
-        "0 * scales + _float32",
+        "- layout.lowest * scales",
+        "- 0 * scales",
         (f"{QUANTIZATION}::test_products_and_rows[int4_g64_min]",),
     ),
     Mutation(

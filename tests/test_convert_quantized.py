@@ -263,8 +263,7 @@ def test_single_experts(tmp_path: Path, names: str) -> None:
             np.testing.assert_array_equal(product, np.stack(stack))
 
 
-@pytest.mark.parametrize("down_scale", ["row", "column"])
-def test_stacked_experts_of_fbgemm(tmp_path: Path, down_scale: str) -> None:
+def write_experts_of_fbgemm(folder: Path, down_scale: str) -> dict[str, np.ndarray]:
     """`FbgemmFp8Llama4TextExperts` of transformers: [expert, in, out] and a scale for each output, in either shape."""
     leaves, tensors = random_leaves(config_from_hf(LLAMA4)), {}
     expected = dict(leaves)
@@ -282,18 +281,23 @@ def test_stacked_experts_of_fbgemm(tmp_path: Path, down_scale: str) -> None:
         else:
             gate, up = np.split(product, 2, axis=1)
             expected |= {f"{leaf}.gate_proj.weight": gate, f"{leaf}.up_proj.weight": up}
-    write_fp8(tmp_path / "hf", LLAMA4 | {"quantization_config": {"quant_method": "fbgemm_fp8"}}, tensors)
-    found = loaded(convert(tmp_path / "hf", tmp_path / "out"))
+    write_fp8(folder, LLAMA4 | {"quantization_config": {"quant_method": "fbgemm_fp8"}}, tensors)
+    return expected
+
+
+@pytest.mark.parametrize("down_scale", ["row", "column"])
+def test_stacked_experts_of_fbgemm(tmp_path: Path, down_scale: str) -> None:
+    expected = write_experts_of_fbgemm(tmp_path / "hf", down_scale)
+    found = loaded(convert(tmp_path / "hf", tmp_path / "out", dequantize=True))
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def test_stacked_experts_in_blocks(tmp_path: Path) -> None:
+def write_experts_in_blocks(folder: Path) -> dict[str, np.ndarray]:
     """`FP8Experts` of transformers 5: gate_up_proj [expert, 2 * mlp, embed] with gate_up_proj_scale_inv."""
     config = config_from_hf(MIXTRAL)
-    leaves = random_leaves(config)
-    tensors = {n: a for n, a in hf_tensors(config, leaves).items() if ".experts." not in n}
-    expected = {}
+    expected = random_leaves(config)
+    tensors = {n: a for n, a in hf_tensors(config, expected).items() if ".experts." not in n}
     rng = np.random.default_rng(1)
     for i in range(2):
         for name, shape in (("gate_up_proj", (3, 48, 16)), ("down_proj", (3, 16, 24))):
@@ -302,15 +306,20 @@ def test_stacked_experts_in_blocks(tmp_path: Path) -> None:
             wide = scale.repeat(16, 1).repeat(16, 2)[:, : shape[1], : shape[2]]
             full = f"model.layers.{i}.mlp.experts.{name}"
             tensors |= {full: codes, f"{full}_scale_inv": scale}
-            expected[i, name] = codes.astype(np.float32) * wide
+            product = codes.astype(np.float32) * wide
+            halves = np.split(product, 2, axis=1) if name == "gate_up_proj" else [product]
+            for part, half in zip(("gate", "up") if len(halves) > 1 else ("down",), halves, strict=True):
+                expected[f"layers.{i}.moe.experts.{part}_proj.weight"] = half
     method = {"quant_method": "fp8", "weight_block_size": [16, 16]}
-    write_fp8(tmp_path / "hf", MIXTRAL | {"quantization_config": method}, tensors)
-    found = loaded(convert(tmp_path / "hf", tmp_path / "out"))
-    for i in range(2):
-        gate, up = np.split(expected[i, "gate_up_proj"], 2, axis=1)
-        np.testing.assert_array_equal(found[f"layers.{i}.moe.experts.gate_proj.weight"], gate)
-        np.testing.assert_array_equal(found[f"layers.{i}.moe.experts.up_proj.weight"], up)
-        np.testing.assert_array_equal(found[f"layers.{i}.moe.experts.down_proj.weight"], expected[i, "down_proj"])
+    write_fp8(folder, MIXTRAL | {"quantization_config": method}, tensors)
+    return expected
+
+
+def test_stacked_experts_in_blocks(tmp_path: Path) -> None:
+    expected = write_experts_in_blocks(tmp_path / "hf")
+    found = loaded(convert(tmp_path / "hf", tmp_path / "out", dequantize=True))
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
 def write_fp8(folder: Path, hf: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:

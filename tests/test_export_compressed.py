@@ -16,7 +16,7 @@ from tiny_chat_model import write_chat_model
 from llama_jax.checkpoint import load_params, open_checkpoint
 from llama_jax.cli import cli
 from llama_jax.convert import convert
-from llama_jax.convert.export import export_compressed
+from llama_jax.convert.export import export_compressed, export_hf
 from llama_jax.errors import UnsupportedModel
 from llama_jax.params import flatten
 from llama_jax.recipe import recipe
@@ -45,7 +45,7 @@ def test_the_bytes_of_the_formats_own_library(case: str, tmp_path: Path) -> None
     assert group["targets"] == ["Linear"]
 
 
-@pytest.mark.parametrize("weights", ["int4_g8", "int4_g8_zero", "int8", "int8_g8"])
+@pytest.mark.parametrize("weights", ["int4_g8", "int4_g8_zero", "int8", "int8_g8", "int8_g8_zero"])
 def test_there_and_back(weights: str, tmp_path: Path) -> None:
     """An export is read back as it was made: codes, scales, zeros, several layouts in one model, a leaf left alone."""
     folder = write_chat_model(tmp_path / "tiny")
@@ -73,3 +73,7 @@ def test_refused(tmp_path: Path) -> None:
             export_compressed(path, tmp_path / "ct")
         assert caught.value.hint
         assert not (tmp_path / "ct").exists()
+    path = convert(DATA / "gptq-int4-act-order", tmp_path / "q", overwrite=True)
+    with pytest.raises(UnsupportedModel, match=r"stored as int4_g32_zero.*_ordered, which"):
+        export_compressed(path, tmp_path / "ct")
+    export_hf(path, tmp_path / "hf")  # which decodes

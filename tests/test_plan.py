@@ -187,32 +187,31 @@ def test_arguments_on_a_mesh(name: str, kv_dtype: str | None, sizes: dict[str, i
 @pytest.mark.sampled(3)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "chip", "ways", "rows", "wanted", "kv_dtype"),
     [
-        ("llama-3.2-1b", recipe("int4")),
-        ("llama-3.2-1b", recipe("fp8", lm_head="int8_g32")),
-        ("mixtral-8x7b", recipe("int8")),
+        ("llama-3.2-1b", "mi300x", 2, 4, recipe("int4"), None),
+        ("llama-3.2-1b", "mi300x", 2, 4, recipe("fp8", lm_head="int8_g32"), None),
+        ("mixtral-8x7b", "mi300x", 2, 4, recipe("int8"), None),
+        ("mixtral-8x7b", "mi300x", 2, 1, recipe("int4", group=128), None),
+        ("llama-3.1-70b", "mi300x", 2, 4, recipe("int4", embed="int8"), None),
+        ("llama-3.1-70b", "rx7900xtx", 2, 1, recipe("int4", embed="int8"), "int8"),
+        ("llama-3.1-8b", "rx7900xtx", 1, 1, recipe("int4", embed="int8"), "int8"),
     ],
 )
-def test_quantised_weights_on_mi300x(name: str, wanted: Recipe) -> None:
+def test_quantised_weights(name: str, chip: str, ways: int, rows: int, wanted: Recipe, kv_dtype: str | None) -> None:
     """Held as they are stored, to the byte; with what XLA decodes before it multiplies."""
-    config, target, sizes = preset(name), find("mi300x"), {"tensor": 2}
+    config, target, sizes = preset(name), find(chip), {"tensor": ways} if ways > 1 else {}
     config = config.replace(layers=config.layers[:2])
     config = config.replace(schemes=schemes(config, wanted))
-    mesh, share = device_mesh(target, sizes), DeviceShare(config, target, sizes, 2)
+    mesh, share = device_mesh(target, sizes) if sizes else None, DeviceShare(config, target, sizes, 2, kv_dtype)
+    shape: dict[str, Any] = {"batch": rows, "capacity": 2048, "dtype": "bfloat16", "kv_dtype": kv_dtype}
 
     def chosen(tokens: int) -> Backends:
-        return backends(share.config, target, sizes, "bfloat16", rows=4, tokens=tokens, capacity=2048)
+        return backends(share.config, target, sizes, "bfloat16", rows=rows, tokens=tokens, capacity=2048)
 
     for program, predicted in (
-        (
-            prefill_program(config, mesh, batch=4, capacity=2048, chunk=256, dtype="bfloat16"),
-            share.prefill(4, 256, 2048, chosen(256)),
-        ),
-        (
-            decode_program(config, mesh, batch=4, capacity=2048, dtype="bfloat16"),
-            share.decode(4, 2048, chosen(1)),
-        ),
+        (prefill_program(config, mesh, chunk=256, **shape), share.prefill(rows, 256, 2048, chosen(256))),
+        (decode_program(config, mesh, **shape), share.decode(rows, 2048, chosen(1))),
     ):
         compilation = compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
         actual = reported(compilation.compiled.memory_analysis())

@@ -26,6 +26,7 @@ from llama_jax.model.fuse import fuse_params
 from llama_jax.model.quantization import dequantize_params, quantize_params
 from llama_jax.params import flatten
 from llama_jax.recipe import recipe
+from llama_jax.targets import find
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,16 @@ def test_70b_on_two_cards_of_24_gb() -> None:
     split = 161 * 8192 * 16  # norms are whole on each device
     assert facts["memory"]["weights"] == (bits - split) / 16 + split / 8
     assert facts["fits"]
+
+
+def test_8b_in_8_gb() -> None:
+    """A cache of 8192 tokens in int8, and all of it; in bfloat16 the weights alone take twice as much."""
+    args = ("--target", "rx7900xtx", "--context", 8192, "--memory-fraction", 8e9 / find("rx7900xtx").memory)
+    small = ("--weights", "int4", "--embed", "int8", "--kv-dtype", "int8")
+    facts = json.loads(run("plan", "llama-3.1-8b", *args, *small, "--json").stdout)
+    assert facts["fits"]
+    assert 6e9 < facts["memory"]["peak"] < 6.5e9
+    assert CliRunner().invoke(cli, ["plan", "llama-3.1-8b", *map(str, args)]).exit_code == 6
 
 
 def test_groups_that_a_split_would_cut() -> None:

@@ -26,7 +26,7 @@ from llama_jax.convert.export.staging import staged, start_folder, write_file
 from llama_jax.convert.folders import SINGLE
 from llama_jax.errors import UnsupportedModel
 from llama_jax.params import ParamSpec, canonical_specs, stored_as
-from llama_jax.quantized import Layout, layout_named
+from llama_jax.quantized import Layout, stored_layout
 
 FORMAT = "pack-quantized"
 _WORD = 8
@@ -49,7 +49,7 @@ def export_compressed(
       ModelNotFound, CheckpointError, StorageError, DoesNotFit: see `export_hf`.
     """
     source, plain, dst = CheckpointSource(checkpoint), PlainSource(checkpoint), Path(dst).absolute()
-    layouts = {leaf: layout_named(name) for leaf, name in source.config.schemes if leaf != "embed"}
+    layouts = {leaf: stored_layout(name) for leaf, name in source.config.schemes if leaf != "embed"}
     packed = {leaf: layout for leaf, layout in layouts.items() if layout is not None}
     _check(source, packed)
     names = find_family(source.config.family).tensor_names
@@ -122,12 +122,13 @@ def _check(source: CheckpointSource, packed: Mapping[str, Layout]) -> None:
             f"{source.path} has no weights in few bits", hint="quantise it first, or export it with --to hf"
         )
     shapes = {spec.leaf: spec.shape for spec in canonical_specs(source.config) if spec.path[-1] == "weight"}
+    names = dict(source.config.schemes)
     for leaf, layout in packed.items():
         rows, columns = shapes[leaf][-2:]
         if len(shapes[leaf]) > 2:
             why = "is a stack of routed experts"
-        elif layout.kind == "fp8" or layout.offset == "min":
-            why = f"is stored as {layout.name}"
+        elif layout.kind == "fp8" or layout.offset == "min" or names[leaf] != layout.name:
+            why = f"is stored as {names[leaf]}"
         elif columns % _WORD or (layout.offset == "zero" and rows % _WORD):
             why = f"has {rows} x {columns} numbers, which do not fill words of {_WORD}"
         else:
@@ -170,12 +171,14 @@ def _tensors(
     }
     if layout.offset == "zero":
         zeros = members["zeros"].reshape(spec.shape[0], -1)
-        if zeros.min() < -8 or zeros.max() > 7:
+        half = 1 << (layout.bits - 1)
+        if zeros.min() < -half or zeros.max() >= half:
             raise UnsupportedModel(
                 f"{spec.leaf} has zero points beyond its codes, which {FORMAT} does not hold",
                 hint="export decoded weights with --to hf",
             )
-        down = (zeros + 8).astype(np.uint8).T
-        both = np.ascontiguousarray(down[:, 0::2] | down[:, 1::2] << 4)
-        found[f"{name}_zero_point"] = np.ascontiguousarray(both.view("<i4").T)
+        down: np.ndarray = (zeros.astype(np.int16) + half).astype(np.uint8).T
+        if layout.kind == "int4":
+            down = down[:, 0::2] | down[:, 1::2] << 4
+        found[f"{name}_zero_point"] = np.ascontiguousarray(np.ascontiguousarray(down).view("<i4").T)
     return found

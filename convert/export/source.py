@@ -11,7 +11,7 @@ from llama_jax.checkpoint.format import DAMAGED, Checkpoint, digest
 from llama_jax.convert.quantizing import DequantizedSource
 from llama_jax.errors import CheckpointError, UnsupportedModel
 from llama_jax.params import param_specs
-from llama_jax.quantized import layout_named
+from llama_jax.quantized import stored_layout
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PlainSource:
     def __init__(self, path: str | Path):
         source = CheckpointSource(path)
         self.checkpoint = source.checkpoint
-        if others := sorted({name for _, name in source.config.schemes if layout_named(name) is None}):
+        if others := sorted({name for _, name in source.config.schemes if stored_layout(name) is None}):
             raise UnsupportedModel(
                 f"{source.path} stores weights by {', '.join(others)}, which no other format knows",
                 hint="export the checkpoint that it was made from",

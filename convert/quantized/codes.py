@@ -30,6 +30,11 @@ class Codes:
     groups: np.ndarray | None = None
     table: np.ndarray | None = None
 
+    def turned(self) -> Codes:
+        """The matrix with rows as columns, of one that has no `groups`."""
+        zeros = None if self.zeros is None else self.zeros.T
+        return Codes(self.values.T, self.scales.T, (self.block[1], self.block[0]), zeros, table=self.table)
+
     def dequantize_into(self, out: np.ndarray, first: int = 0) -> None:
         """Fills `out`, [n, cols] of a float dtype, with rows first to first + n.
 
@@ -64,10 +69,16 @@ class Codes:
             operation(floats, numbers[:, groups], out=floats)
 
 
+def packed_words(bits: int, count: int) -> tuple[int, int]:
+    """Words that `count` numbers take as one stream of bits, and where no number is cut by the end of a word."""
+    return -(-count * bits // 32), -(-count // (32 // bits))
+
+
 def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Takes unsigned integers of a few bits out of 32-bit words, along the last axis.
 
-    The words are one stream of bits, lowest bits first; a number may begin in one word and end in the next.
+    The words are one stream of bits, lowest bits first; a number may begin in one word and end in the next. Where there
+    are as many words as numbers take that are not cut (`packed_words`), the last bits of each word stand for nothing.
 
     Args:
       words: [..., n] int32 or uint32.
@@ -78,6 +89,10 @@ def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
       [..., count] uint8.
     """
     words = np.ascontiguousarray(words).view("<u4")
+    stream, whole = packed_words(bits, count)
+    if stream < whole == words.shape[-1]:
+        each = words[..., None] >> np.arange(0, 32 - bits + 1, bits, dtype=np.uint32) & np.uint32(2**bits - 1)
+        return each.astype(np.uint8).reshape(*words.shape[:-1], -1)[..., :count]
     if bits == 8:
         return words.view(np.uint8)[..., :count]
     if 8 % bits == 0:

@@ -18,7 +18,7 @@ import numpy as np
 
 from llama_jax.config.fields import Fields, bad
 from llama_jax.convert.quantized import settings
-from llama_jax.convert.quantized.codes import Codes, unpack
+from llama_jax.convert.quantized.codes import Codes, packed_words, unpack
 from llama_jax.convert.quantized.scheme import FLOATS, SAME, Bundle, Part, Scheme, cdiv, grouped, unsupported
 from llama_jax.errors import CheckpointError
 from llama_jax.quantized import Layout
@@ -97,10 +97,12 @@ class CompressedTensors(Scheme):
         fp8 = group.kind == "float"
         parts = {"scale": Part(FLOATS, shapes, scale=True, nonzero=fp8)}
         if group.packed:
-            parts["packed"] = Part(("I32",), ((rows, cdiv(cols * group.bits, 32)),))
+            # Of 3, 5, 6 and 7 bits some versions put as many into a word as it holds whole, others a stream of bits.
+            parts["packed"] = Part(("I32",), tuple((rows, words) for words in packed_words(group.bits, cols)))
             parts["shape"] = Part(("I64", "I32"), ((2,),))
             # Older versions did not pack the zero points.
-            zeros = Part(("I32", "I8"), ((cdiv(rows * group.bits, 32), scales[1]), *shapes))
+            packed = tuple((words, scales[1]) for words in packed_words(group.bits, rows))
+            zeros = Part(("I32", "I8"), (*packed, *shapes))
         else:
             parts[SAME] = Part(("F8_E4M3",) if fp8 else ("I8",), ((rows, cols),))
             zeros = Part(("F8_E4M3",) if fp8 else ("I8",), shapes)
@@ -113,16 +115,16 @@ class CompressedTensors(Scheme):
     def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
         group, shifted = self._group_of(bundle), "zero_point" in bundle.tensors
         columns = {"group": group.group, "block": group.block[1]}.get(group.strategy)
-        if not bundle.in_order("g_idx", group.group):
+        if not bundle.even("g_idx", group.group):
             return None
         scales = bundle.entry("scale").dtype
         if group.kind == "float":
             return None if shifted else grouped("fp8", columns, shape[-1], None, scales)
-        if group.packed and group.bits == 4:
-            return grouped("int4", columns, shape[-1], "zero" if shifted else None, scales)
-        # Other widths than 4 and 8 bits would take up 8 in place of their own.
-        fits = not shifted and (group.bits == 8 or not group.packed)
-        return grouped("int8", columns, shape[-1], None, scales) if fits else None
+        kind = "int4" if group.packed and group.bits <= 4 else "int8"
+        return grouped(kind, columns, shape[-1], "zero" if shifted else None, scales)
+
+    def order(self, bundle: Bundle) -> np.ndarray | None:
+        return bundle.order("g_idx")
 
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         group, (rows, cols) = self._group_of(bundle), shape

@@ -17,6 +17,7 @@ from llama_jax.config.fields import Fields
 from llama_jax.convert.quantized import settings
 from llama_jax.convert.quantized.codes import Codes, unpack
 from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, Scheme, cdiv, grouped, unsupported
+from llama_jax.errors import CheckpointError
 from llama_jax.quantized import Layout
 
 
@@ -27,6 +28,7 @@ class Gptq(Scheme):
     bits: int
     group: int | None
     desc_act: bool
+    symmetric: bool
     version: int
 
     names = re.compile(r"(.+)\.(qweight|qzeros|scales|g_idx)")
@@ -46,6 +48,7 @@ class Gptq(Scheme):
             bits=bits,
             group=settings.group_size(f, default=128),
             desc_act=f.boolean("desc_act", False),
+            symmetric=f.boolean("sym", False),
             version=2 if stored == "gptq_v2" else 1,
             ignored=frozenset(settings.names(f, "modules_to_not_convert")),
         )
@@ -68,9 +71,13 @@ class Gptq(Scheme):
         }
 
     def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
-        if self.bits != 4 or not bundle.in_order("g_idx", self.group or shape[1]):
+        if not bundle.even("g_idx", self.group or shape[1]):
             return None
-        return grouped("int4", self.group, shape[1], "zero", bundle.entry("scales").dtype)
+        kind = "int8" if self.bits == 8 else "int4"
+        return grouped(kind, self.group, shape[1], "zero", bundle.entry("scales").dtype)
+
+    def order(self, bundle: Bundle) -> np.ndarray | None:
+        return bundle.order("g_idx")
 
     def codes(self, bundle: Bundle, tensors: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Codes:
         rows, cols = shape
@@ -78,8 +85,16 @@ class Gptq(Scheme):
         groups = tensors.get("g_idx")
         if groups is not None:
             bundle.check_groups("g_idx", groups, scales.shape[1])
-        values = unpack(tensors["qweight"].T, self.bits, cols)
-        return Codes(values, scales, (1, self.group or cols), self._zeros(tensors["qzeros"], rows).T, groups)
+        values, zeros = unpack(tensors["qweight"].T, self.bits, cols), self._zeros(tensors["qzeros"], rows)
+        middle = 2 ** (self.bits - 1)
+        if self.symmetric and (zeros != middle).any():
+            other = "gptq" if self.version == 2 else "gptq_v2"
+            raise CheckpointError(
+                f"{bundle.where('qzeros')} holds zeros from {zeros.min()} to {zeros.max()}, where symmetric codes have "
+                f"{middle}",
+                hint=f'if the file is of the other version, set "checkpoint_format": "{other}" in its config.json',
+            )
+        return Codes(values, scales, (1, self.group or cols), zeros.T, groups)
 
     def _zeros(self, words: np.ndarray, rows: int) -> np.ndarray:
         """[groups, rows] uint8."""

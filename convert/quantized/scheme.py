@@ -125,13 +125,16 @@ class Bundle:
                 hint=AGAIN,
             )
 
-    def in_order(self, part: str, group: int) -> bool:
-        """Whether columns belong to groups of this size one after the other, by a tensor that may say otherwise (or say
-        nothing: -1, or by not being there)."""
-        if part not in self.tensors:
-            return True
-        index = self.read(part)
-        return bool((index == -1).all() or (index == np.arange(index.size) // group).all())
+    def order(self, part: str) -> np.ndarray | None:
+        """The order [cols] that makes neighbours of each group's columns, by the tensor that says the group of every
+        column. None where they are, as without that tensor, or where it says nothing: -1."""
+        index = self.read(part) if part in self.tensors else np.zeros(1)
+        return None if (index[1:] >= index[:-1]).all() else np.argsort(index, kind="stable").astype(np.int32)
+
+    def even(self, part: str, group: int) -> bool:
+        """Whether every group has this many columns, by that tensor."""
+        index = self.read(part) if part in self.tensors else np.full(1, -1)
+        return bool((index == -1).all() or (np.bincount(index.clip(0)) == group).all())
 
     def check(self, parts: Mapping[str, Part]) -> None:
         """Compares the tensors with what they must be.
@@ -210,6 +213,11 @@ class Scheme(ABC):
         Args:
           bundle, shape: as for `parts`, which has been found to agree.
         """
+        return None
+
+    def order(self, bundle: Bundle) -> np.ndarray | None:
+        """The order in which `layout` stores columns: int32 [cols], of each its place in the weight; None for their
+        own."""
         return None
 
     @abstractmethod

@@ -15,6 +15,7 @@ from llama_jax.convert.quantized.scheme import DAMAGED, SAME, Bundle, Part, Sche
 from llama_jax.convert.weight_file import WeightFile, source_tensor
 from llama_jax.errors import CheckpointError
 from llama_jax.quantized import Layout
+from llama_jax.quantized.layout import stored_name
 
 
 class QuantizedWeight:
@@ -65,13 +66,24 @@ class QuantizedWeight:
         self._codes(expert).dequantize_into(out, row)
 
     @property
-    def layout(self) -> Layout | None:
-        """The layout that holds its codes as they are, after `check`; None if it has to be decoded."""
-        return self._scheme.layout(self._bundle, self._shape)
+    def kept_as(self) -> str | None:
+        """The name (`quantized.layout.stored_name`) of what holds its codes as they are, after `check`; None if it has
+        to be decoded."""
+        layout = self._layout()
+        return None if layout is None else stored_name(layout, ordered=self._scheme.order(self._bundle) is not None)
 
-    def members(self, layout: Layout) -> dict[str, np.ndarray]:
-        """Its members in that layout; raises as `read_into` does."""
-        return members(self._codes(None), layout)
+    def members(self, expert: int | None = None, *, turned: bool = False) -> dict[str, np.ndarray]:
+        """Its members as `kept_as` names them, or those of one expert of a stack; raises as `read_into` does.
+
+        Args:
+          turned: whether it is stored [in, out].
+        """
+        layout, codes = self._layout(), self._codes(expert)
+        assert layout is not None
+        return members(codes.turned() if turned else codes, layout, self._scheme.order(self._bundle))
+
+    def _layout(self) -> Layout | None:
+        return self._scheme.layout(self._bundle, self._shape)
 
     def _codes(self, expert: int | None) -> Codes:
         tensors = {part: self._bundle.read(part, expert) for part in self._bundle.tensors}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import CompilerOptions, unless_set
-from llama_jax.quantized import layout_named
+from llama_jax.quantized import stored_layout
 from llama_jax.targets import current
 
 MOST_ROWS = 64
@@ -25,6 +25,6 @@ def weight_options(config: LlamaConfig, rows: int) -> CompilerOptions:
     Empty where it makes no difference: on a CPU, for many rows, and without integers in groups. A flag that the user
     has set in XLA_FLAGS is left to the user.
     """
-    layouts = [layout for _, name in config.schemes if (layout := layout_named(name))]
+    layouts = [layout for _, name in config.schemes if (layout := stored_layout(name))]
     grouped = any(layout.group is not None and layout.kind != "fp8" for layout in layouts)
     return unless_set({_FLAG: True}) if grouped and rows <= MOST_ROWS and current().vendor != "cpu" else {}

@@ -184,12 +184,12 @@ def _shapes(config: LlamaConfig) -> dict[str, Any]:
 def _weights(config: LlamaConfig) -> list[str]:
     """How weights are stored: each way, with its share of all of them, the most frequent first."""
     from llama_jax.params import canonical_specs
-    from llama_jax.quantized import layout_named
+    from llama_jax.quantized import stored_layout
 
     schemes, sizes = dict(config.schemes), Counter[str]()
     for spec in canonical_specs(config):
         name = schemes.get(spec.leaf) if spec.path[-1] == "weight" else None
-        layout = layout_named(name) if name else None
+        layout = stored_layout(name) if name else None
         sizes[layout.described if layout else name or "floating point"] += spec.size
     return (
         [f"{size / sizes.total():.1%} {kind}" for kind, size in sizes.most_common()] if schemes else ["floating point"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.params import JOINT, canonical_specs
-from llama_jax.quantized import layout_named
+from llama_jax.quantized import stored_layout
 
 _JOINT = {part: joint for joint, parts in JOINT.items() for part in parts}
 
@@ -20,7 +20,7 @@ def numbers_of(config: LlamaConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "hidden": config.hidden_size,
         "products": _products(config),
-        "layouts": tuple(sorted({name for _, name in config.schemes if layout_named(name)})),
+        "layouts": tuple(sorted({name for _, name in config.schemes if stored_layout(name)})),
     }
     if moe is not None:
         scaled = "output" if moe.router == "softmax" else "input"

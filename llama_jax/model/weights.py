@@ -20,6 +20,7 @@ from llama_jax.kernels.precision import matmul_precision
 from llama_jax.kernels.quantized_matmul import quantized_matmul
 from llama_jax.model.adapters import NO_ADAPTERS, Adapters
 from llama_jax.params import JOINT, Params
+from llama_jax.quantized.codes import in_order
 from llama_jax.schemes import PLAIN, Members, Scheme, scheme_of
 from llama_jax.sharding import in_use, local, split_over
 
@@ -81,7 +82,7 @@ def _times(x: jax.Array, scheme: Scheme, members: Members, dtype: DTypeLike, act
     if scheme.layout is not None and activations is not None and multiplies(scheme.layout):
         return integer_matmul(x, members, layout=scheme.layout, dtype=dtype)
     if scheme.layout is not None:
-        return quantized_matmul(x, members, layout=scheme.layout, dtype=dtype)
+        return quantized_matmul(in_order(x, members), members, layout=scheme.layout, dtype=dtype)
     if scheme.product is not None:
         return scheme.product(x, members, dtype)
     return product(x, scheme.decode(members, x.dtype), dtype=dtype)
@@ -215,10 +216,23 @@ def experts(
     input_scale: jax.Array | None,
     output_scale: jax.Array | None,
 ) -> jax.Array:
-    """Routed experts (`kernels.moe.routed_experts`) with the weights of "gate_proj", "up_proj" and "down_proj"."""
+    """Routed experts (`kernels.moe.routed_experts`) with the weights of "gate_proj", "up_proj" and "down_proj".
+
+    Of weights that are stored by a scheme only the used experts' are decoded, where a few tokens use fewer than there
+    are: then each token has its own in a stack made for the call.
+    """
+    stored = {name: _unbiased(leaves[name]) for name in ("gate_proj", "up_proj", "down_proj")}
+    few = expert_ids.size < len(next(iter(stored["down_proj"][1].values())))
+    if few and any(scheme is not PLAIN for scheme, _ in stored.values()):
+        used = expert_ids.reshape(-1)
+        stored = {
+            name: (scheme, {member: x[used] for member, x in members.items()})
+            for name, (scheme, members) in stored.items()
+        }
+        expert_ids = jnp.arange(used.size, dtype=expert_ids.dtype).reshape(expert_ids.shape)
 
     def weight(name: str) -> jax.Array:
-        scheme, members = _unbiased(leaves[name])
+        scheme, members = stored[name]
         return scheme.decode(members, x.dtype)
 
     return routed_experts(

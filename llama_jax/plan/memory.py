@@ -149,12 +149,17 @@ class DeviceShare:
         live = 2 * stream * self.itemsize + (0 if on_cpu else 8 * stream)
         live = 0 if stream * self.itemsize <= unwritten else live
         *before, last = self.config.layers
-        decoded = Counter(decoded_bytes(self.config, self.itemsize, self.mesh))
-        mlps = max(decoded["mlp"], decoded["moe"])
+        of_all, of_last = (
+            Counter(decoded_bytes(self.config, self.itemsize, self.mesh, self.target, n)) for n in (rows * tokens, rows)
+        )
+        decoded = of_all if before else of_last
         blocks = [self._attention(rows, tokens if before else 1, capacity, backends) + decoded["attn"]]
-        blocks += [self._mlp(layer, rows * tokens, backends, unwritten) + mlps for layer in set(before)]
-        blocks += [self._mlp(last, rows, backends) + mlps]  # of the last token alone
-        logits = 4 * rows * self.of("vocab", self.config.vocab_size) + decoded["head"]
+        blocks += [
+            self._mlp(layer, rows * tokens, backends, unwritten) + max(of_all["mlp"], of_all["moe"])
+            for layer in set(before)
+        ]
+        blocks += [self._mlp(last, rows, backends) + max(of_last["mlp"], of_last["moe"])]  # of the last token alone
+        logits = 4 * rows * self.of("vocab", self.config.vocab_size) + of_last["head"]
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:

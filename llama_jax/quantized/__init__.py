@@ -5,6 +5,6 @@ Pure functions of arrays, which know neither the model nor its parameters. `llam
 layout, and so the parameter tree, checkpoints, plans and the model take them.
 """
 
-from llama_jax.quantized.layout import CODES, Layout, layout_named
+from llama_jax.quantized.layout import CODES, Layout, layout_named, stored_layout
 
-__all__ = ["CODES", "Layout", "layout_named"]
+__all__ = ["CODES", "Layout", "layout_named", "stored_layout"]

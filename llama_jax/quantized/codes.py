@@ -14,10 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llama_jax.quantized.layout import Layout
-
-HALF = 8
-"""Number that is subtracted from an unsigned code of four bits to store it."""
+from llama_jax.quantized.layout import ORDER, Layout
 
 
 def unpack(packed: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -56,11 +53,29 @@ def decode(layout: Layout, members: Mapping[str, Any], dtype: DTypeLike) -> jax.
     if layout.offset == "zero":
         grouped = grouped - _float32(members, "zeros")[..., None]
     elif layout.offset == "min":
-        grouped = grouped + HALF
+        grouped = grouped - layout.lowest
     weight = grouped * scales[..., None]
     if layout.offset == "min":
         weight = weight + _float32(members, "minima")[..., None]
     return weight.reshape(codes.shape).astype(dtype)
+
+
+def decode_ordered(layout: Layout, members: Mapping[str, Any], dtype: DTypeLike) -> jax.Array:
+    """The weight [out, in] or [expert, out, in] of which columns are stored in the order of the member `ORDER`."""
+    back = jnp.argsort(members[ORDER], axis=-1)[..., None, :]
+    return jnp.take_along_axis(decode(layout, members, dtype), back, axis=-1)
+
+
+def as_they_are(shape: tuple[int, ...]) -> jax.Array:
+    """The member `ORDER` of a weight of this shape whose columns are stored in their own order."""
+    return jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), (*shape[:-2], shape[-1]))
+
+
+def in_order(x: jax.Array, members: Mapping[str, Any]) -> jax.Array:
+    """x [..., in] as a product with these members of a weight [out, in] takes it: in the order of its columns."""
+    if ORDER not in members:
+        return x
+    return jnp.take(x, members[ORDER], axis=-1, mode="clip", unique_indices=True)
 
 
 def lookup(layout: Layout, members: Mapping[str, Any], tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -80,9 +95,9 @@ def shift(layout: Layout, members: Mapping[str, Any]) -> jax.Array | None:
     if layout.offset is None:
         return None
     scales = _float32(members, "scales")
-    return (
-        HALF * scales + _float32(members, "minima") if layout.offset == "min" else -_float32(members, "zeros") * scales
-    )
+    if layout.offset == "min":
+        return _float32(members, "minima") - layout.lowest * scales
+    return -_float32(members, "zeros") * scales
 
 
 def _float32(members: Mapping[str, Any], name: str) -> jax.Array:

@@ -12,12 +12,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from llama_jax.quantized.codes import HALF
 from llama_jax.quantized.layout import CODES, Layout, pack_codes
 
 Grid = Mapping[str, jax.Array]
-_STEPS = 15
-"""Between the smallest and the largest code of an asymmetric layout of four bits."""
 
 
 def by_group(layout: Layout, weight: jax.Array) -> jax.Array:
@@ -38,17 +35,18 @@ def spanning(layout: Layout, grouped: jax.Array, share: jax.Array | float = 1.0)
     low, high = share * jnp.min(grouped, axis=-1), share * jnp.max(grouped, axis=-1)
     if layout.offset == "zero":  # which cannot be outside of the codes
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    scales = _stored((high - low) / _STEPS, layout)
+    scales = _stored((high - low) / (layout.largest - layout.lowest), layout)
     if layout.offset == "min":
         return {"scales": scales, "minima": _stored(low, layout)}
     zeros = jnp.round(-low / _nonzero(scales)[..., 0])
-    return {"scales": scales, "zeros": (zeros - HALF).astype(jnp.int8)}
+    return {"scales": scales, "zeros": (zeros + layout.lowest).astype(jnp.int8)}
 
 
 def nearest(layout: Layout, grid: Grid, grouped: jax.Array) -> jax.Array:
-    """The codes that are nearest to numbers, as float32, from -8 to 7 in four bits."""
+    """The codes that are nearest to numbers, as float32, from `lowest` to `largest` of the layout."""
     if layout.offset == "min":
-        codes = jnp.round((grouped - grid["minima"].astype(jnp.float32)[..., None]) / _nonzero(grid["scales"])) - HALF
+        codes = jnp.round((grouped - grid["minima"].astype(jnp.float32)[..., None]) / _nonzero(grid["scales"]))
+        codes = codes + layout.lowest
     elif layout.offset == "zero":
         codes = jnp.round(grouped / _nonzero(grid["scales"])) + grid["zeros"].astype(jnp.float32)[..., None]
     else:
@@ -56,7 +54,7 @@ def nearest(layout: Layout, grid: Grid, grouped: jax.Array) -> jax.Array:
     if layout.kind == "fp8":
         codes = jnp.clip(codes, -layout.largest, layout.largest)
         return codes.astype(jnp.float8_e4m3fn).astype(jnp.float32)
-    return jnp.clip(jnp.round(codes), -HALF if layout.kind == "int4" else -layout.largest, layout.largest)
+    return jnp.clip(jnp.round(codes), layout.lowest, layout.largest)
 
 
 def numbers(layout: Layout, grid: Grid, codes: jax.Array) -> jax.Array:
@@ -65,7 +63,7 @@ def numbers(layout: Layout, grid: Grid, codes: jax.Array) -> jax.Array:
     if layout.offset == "zero":
         return (codes - grid["zeros"].astype(jnp.float32)[..., None]) * scales
     if layout.offset == "min":
-        return (codes + HALF) * scales + grid["minima"].astype(jnp.float32)[..., None]
+        return (codes - layout.lowest) * scales + grid["minima"].astype(jnp.float32)[..., None]
     return codes * scales
 
 

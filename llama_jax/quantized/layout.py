@@ -33,9 +33,9 @@ class Layout:
       kind: of the codes, a key of `CODES`.
       group: numbers of a row that share a scale; None for the whole row. Blocks of several rows are stored with the
         scale repeated for each row, so that rows can be joined, split and repeated whatever lies above them.
-      offset: how 0 is stored. None: code 0 stands for it. "min": a weight is code * scale + minimum, with codes from 0
-        to 15 (stored less 8), as in GGUF's Q4_1. "zero": it is (code - zero) * scale, with a whole number `zero` of
-        eight bits, as in GPTQ and AWQ.
+      offset: how 0 is stored. None: code 0 stands for it. "min": a weight is code * scale + minimum, as in GGUF's Q4_1
+        and Q5_K, with codes from 0 to 15 (stored less 8) in int4, from 0 to 127 in int8. "zero": it is
+        (code - zero) * scale, with a whole number `zero` of eight bits, as in GPTQ and AWQ.
       scales: short name of the dtype of scales and minima, a key of `SCALES`.
     """
 
@@ -67,8 +67,15 @@ class Layout:
 
     @property
     def largest(self) -> int:
-        """The largest code of a symmetric layout."""
+        """The largest code; in a symmetric layout it stands for the largest magnitude."""
         return {"int8": 127, "int4": 7, "fp8": 448}[self.kind]
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code as it is stored; with "min" that of the minimum."""
+        if self.kind == "int8":
+            return {None: -127, "min": 0, "zero": -128}[self.offset]
+        return -8 if self.kind == "int4" else -self.largest
 
     @property
     def symmetric(self) -> bool:
@@ -100,8 +107,24 @@ def layout_named(name: str) -> Layout | None:
         return None
     kind, group, offset, scales = found.groups()
     layout = Layout(kind, int(group) if group else None, offset, scales or "")
-    sound = layout.name == name and (offset is None or kind == "int4")
+    sound = layout.name == name and (offset is None or kind != "fp8")
     return layout if sound and (layout.group or 2) % layout.per_byte == 0 else None
+
+
+ORDER = "order"
+"""Member of a weight whose columns are stored in another order: int32 [in], of each stored column its place in the
+weight. So the columns of a group are neighbours where a method has grouped them by the size of their inputs."""
+_ORDERED = "_ordered"
+
+
+def stored_name(layout: Layout, *, ordered: bool = False) -> str:
+    """The name of a layout, or of the same with columns in an order of their own."""
+    return layout.name + (_ORDERED if ordered else "")
+
+
+def stored_layout(name: str) -> Layout | None:
+    """The layout in which the codes of a name of `stored_name` lie, in whatever order; None if it is none."""
+    return layout_named(name.removesuffix(_ORDERED))
 
 
 def pack_codes[Codes: (np.ndarray, jax.Array)](codes: Codes) -> Codes:
