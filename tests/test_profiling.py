@@ -12,7 +12,7 @@ from jax.profiler import ProfileData
 
 from llama_jax.cli import cli
 from llama_jax.errors import NoDevice
-from llama_jax.measure import bench
+from llama_jax.measure import bench, profiling
 from llama_jax.measure.profiling import KernelTime, profile, programs
 from llama_jax.model.loaded import Model
 from llama_jax.params import init_params
@@ -54,6 +54,15 @@ def test_programs_of_a_profile() -> None:
     assert step.busy_s == pytest.approx(4e-6 + 3e-6 + 1e-6)  # what overlaps counts once
     assert [(k.name[:4], k.calls) for k in step.kernels] == [("gemm", 2), ("deco", 1), ("nccl", 1)]
     assert step.by_kind() == pytest.approx({"product": 5e-6, "attention": 2e-6, "communication": 2e-6})
+
+
+def test_calls_of_a_profile(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(PROFILE))
+    monkeypatch.setattr(profiling, "_profiles", lambda run: [data])
+    calls = profiling.calls_of(lambda: None)
+    assert calls["jit_step"]["gemm_fusion_dot_3"] == pytest.approx([4e-6, 1e-6])
+    assert calls["jit_step"]["decode_attention_shares"] == pytest.approx([2e-6])
+    assert set(calls) == {"jit_step", "jit_other"}
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
+from llama_jax.errors import KernelError
 from llama_jax.kernels.pallas import dot, launch
 from llama_jax.kernels.quantized_matmul.operands import Weight
-from llama_jax.kernels.quantized_matmul.tiles import Tiles
-from llama_jax.kernels.quantized_matmul.unpack import Unpack
+from llama_jax.kernels.quantized_matmul.tiles import TOGETHER_BELOW, Tiles
+from llama_jax.kernels.quantized_matmul.unpack import WORD, WORD_BYTES, Unpack, every
 
 
 def product(
@@ -22,62 +23,117 @@ def product(
 ) -> jax.Array:
     """x [rows, in] times the weight [out, in]: [rows, out] in `dtype`.
 
-    Scales of groups multiply the partial sums of a step, which never reaches into a second group; minima are multiplied
-    with sums of the input, zeros subtracted from the codes.
+    A step of the loop reads `tiles.inner` bytes of each row of the weight. Scales of groups multiply partial sums, in
+    float32, and offsets the sums of the input. Both are loaded a step ahead: matrix units do not take them, so the
+    compiler would wait for them in every step.
+
+    A step is cut into pieces that are not longer than a group, each with a product of its own. Where groups are small,
+    a single row has the rows of the tile to itself: each holds the numbers of one group and zeros elsewhere, so that
+    one product gives the sums of all groups of a step.
+
+    Raises:
+      KernelError: a step has more groups than the tile has rows.
     """
     rows, out, row_bytes = x.shape[0], *weight.codes.shape
     group, per_byte, offset = weight.layout.group, weight.layout.per_byte, weight.layout.offset
-    inner = tiles.inner if group is None else min(tiles.inner, group // per_byte)
-    span = inner * per_byte
-    steps = -(-row_bytes // inner)
+    codes, unit = weight.codes, 1
+    if per_byte > 1:
+        codes, unit = jax.lax.bitcast_convert_type(codes.reshape(out, -1, WORD_BYTES), WORD), WORD_BYTES  # no copy
+    spread = rows == 1 and group is not None and group < TOGETHER_BELOW
+    piece = min(tiles.inner, group // per_byte if group and not spread else tiles.inner) // unit
+    pieces, span = tiles.inner // unit // piece, piece * unit * per_byte
+    window = tiles.rows
+    if spread and tiles.inner * per_byte > window * (group or 1):
+        raise KernelError(
+            f"tiles of {tiles.inner} bytes have more than {window} groups of {group}",
+            hint="make inner smaller, or leave the tiles to default_tiles",
+        )
+    steps = -(-row_bytes // tiles.inner)
     share = -(-steps // tiles.splits)
-    ragged, other = (True, 0) if row_bytes % inner else (False, None)
+    ragged = row_bytes % tiles.inner > 0
 
     def quantized_matmul(x_ref: Any, codes_ref: Any, scales_ref: Any, offsets_ref: Any, out_ref: Any) -> None:
         column = pl.program_id(0) * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
         row = pl.program_id(1) * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
         part_of_row = pl.program_id(2)
         near_column = jnp.minimum(column, out - 1) if out % tiles.cols else column
-        near_row = jnp.minimum(row, rows - 1) if rows % tiles.rows else row
+        grouped = [ref for ref in (scales_ref, offsets_ref) if ref is not None and group]
 
-        def load(ref: Any, at: jax.Array, first: jax.Array, width: int, end: int) -> jax.Array:
-            along = first + jnp.arange(width, dtype=jnp.int32)
-            mask = (along < end)[None, :] if ragged else None
-            return plgpu.load(ref.at[at[:, None], along[None, :]], mask=mask, other=other)
+        def load(ref: Any, at: jax.Array, along: jax.Array, mask: jax.Array | None) -> jax.Array:
+            if ragged:
+                inside = (along < ref.shape[1])[None, :]
+                mask = inside if mask is None else mask & inside
+            return plgpu.load(ref.at[at[:, None], along[None, :]], mask=mask, other=None if mask is None else 0)
 
-        def step(i: jax.Array, total: jax.Array) -> jax.Array:
-            parts = unpack(load(codes_ref, near_column, i * inner, inner, row_bytes), x.dtype)
-            n = load(x_ref, near_row, i * span, span, x.shape[1])
-            inputs = [n] if per_byte == 1 else jnp.unstack(n.reshape(tiles.rows, inner, 2), axis=-1)
-            at = (near_column, i * span // group) if group else ()
-            if offset == "zero":
-                zeros = plgpu.load(offsets_ref.at[at]).astype(x.dtype)[:, None]
-                parts = [part - zeros for part in parts]
-            products = [dot(w, y, transpose_b=True) for w, y in zip(parts, inputs, strict=True)]
-            part = functools.reduce(jnp.add, products)
-            if group is None:
-                return total + part
-            scale = plgpu.load(scales_ref.at[at]).astype(jnp.float32)
-            total += part * scale[:, None]
-            if offset == "min":
-                sums = jnp.sum(n.astype(jnp.float32), axis=1)
-                total += weight.shift(scale, plgpu.load(offsets_ref.at[at]))[:, None] * sums[None, :]
-            return total
+        def load_codes(first: jax.Array) -> jax.Array:
+            return load(codes_ref, near_column, first + jnp.arange(piece, dtype=jnp.int32), None)
 
-        start = part_of_row * share
-        stop = jnp.minimum(start + share, steps) if steps % tiles.splits else start + share
-        total = jax.lax.fori_loop(start, stop, step, jnp.zeros((tiles.cols, tiles.rows), jnp.float32))
+        def load_x(first: jax.Array) -> jax.Array:
+            along = first + jnp.arange(span, dtype=jnp.int32)
+            if spread:
+                of_group = jax.lax.rem(
+                    jax.lax.div(along, jnp.full_like(along, group or 1)), jnp.full_like(along, window)
+                )
+                return load(x_ref, row * 0, along, of_group[None, :] == row[:, None])
+            return load(x_ref, row, along, (row < rows)[:, None] if rows % tiles.rows else None)
+
+        def first_group(i: jax.Array) -> jax.Array:
+            return i * (tiles.inner * per_byte) // group if group else i * 0
+
+        def of_groups(i: jax.Array, known: list[jax.Array]) -> list[jax.Array]:
+            """Scales, and offsets if there are any, that step i needs: [cols] of each piece, or those of all groups in
+            the tile, [cols, window]: where these are `known`, those of the step before, nothing is read."""
+            if not spread:
+                at = [jnp.minimum(first_group(i) + k, x.shape[1] // (group or 1) - 1) for k in range(pieces)]
+                return [plgpu.load(ref.at[near_column, one]) for ref in grouped for one in at]
+            first = first_group(i) // window * window
+            along = (first + jnp.arange(window, dtype=jnp.int32))[None, :]
+            found = []
+            for n, ref in enumerate(grouped):
+                mask = along < ref.shape[1]
+                if known:
+                    mask &= first_group(i - 1) // window * window != first
+                other = known[n] if known else 0
+                found.append(plgpu.load(ref.at[near_column[:, None], along], mask=mask, other=other))
+            return found
+
+        def step(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            total, *now = carry
+            ahead = of_groups(i + 1, now)
+            words = [load_codes((i * pieces + k) * piece) for k in range(pieces)]
+            inputs = [load_x((i * pieces + k) * span) for k in range(pieces)]
+            for k in range(pieces):
+                parts, added = unpack.parts(words[k], x.dtype)
+                factors = every(len(parts), inputs[k])
+                part = _products(parts, factors)
+                values = [each.astype(jnp.float32).reshape(tiles.cols, -1) for each in now[k::pieces]]
+                scale = values[0] if values else 1.0
+                total += part * scale
+                if offset or added:
+                    sums = _products([jnp.ones_like(parts[0])] * len(parts), factors)
+                    more = weight.shift(values[0], values[1]) if offset else 0.0
+                    total += (more - added * scale) * sums
+            return total, *ahead
+
+        # Where it is plain that nothing is negative, AMD's compiler loads by buffer, with no branches around masks.
+        start = jnp.clip(part_of_row * share, 0, steps)
+        stop = jnp.minimum(start + share, steps)
+        carry = (jnp.zeros((tiles.cols, tiles.rows), jnp.float32), *of_groups(start, []))
+        total, *_ = jax.lax.fori_loop(start, stop, step, carry)
         if group is None:
             total = total * plgpu.load(scales_ref.at[near_column]).astype(jnp.float32)[:, None]
-        real = None
-        if out % tiles.cols or rows % tiles.rows:
-            real = (column < out)[:, None] & (row < rows)[None, :]
-        at = out_ref.at[part_of_row, row[None, :], column[:, None]]
+        real = (column < out) if out % tiles.cols else None
+        if spread:
+            total, at = jnp.sum(total, axis=1), out_ref.at[part_of_row, 0, column]
+        else:
+            at = out_ref.at[part_of_row, row[None, :], column[:, None]]
+            if out % tiles.cols or rows % tiles.rows:
+                real = (column < out)[:, None] & (row < rows)[None, :]
         plgpu.store(at, total.astype(out_ref.dtype), mask=real)
 
     parts = launch(
         quantized_matmul,
-        *(x, weight.codes, weight.scales, weight.offsets),
+        *(x, codes, weight.scales, weight.offsets),
         grid=(-(-out // tiles.cols), -(-rows // tiles.rows), tiles.splits),
         out=jax.ShapeDtypeStruct((tiles.splits, rows, out), dtype if tiles.splits == 1 else jnp.float32),
         num_warps=tiles.num_warps,
@@ -85,3 +141,8 @@ def product(
         interpret=interpret,
     )
     return parts[0] if tiles.splits == 1 else jnp.sum(parts, axis=0).astype(dtype)
+
+
+def _products(parts: list[jax.Array], factors: list[jax.Array]) -> jax.Array:
+    """The sum of the products of tiles [cols, k] and [rows, k]: [cols, rows]."""
+    return functools.reduce(jnp.add, [dot(w, y, transpose_b=True) for w, y in zip(parts, factors, strict=True)])

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax.kernels.pallas import MAX_ELEMENTS
+from llama_jax.kernels.precision import matmul_precision
 from llama_jax.kernels.quantized_matmul import kernel
+from llama_jax.kernels.quantized_matmul.decoding import decoded
 from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.reference import quantized_matmul_reference
 from llama_jax.kernels.quantized_matmul.tiles import CHUNK, Tiles, default_tiles
@@ -24,8 +26,8 @@ from llama_jax.targets import Target, current
 __all__ = ["Tiles", "run", "unsupported"]
 
 DTYPES = ("bfloat16", "float16")
-MOST_ROWS = 256
-"""Rows above which each code would be decoded so often that it pays to decode the weight once, in memory."""
+MOST_ROWS = 128
+"""Rows above which each code would be decoded so often that it pays to decode the weight once, to memory."""
 GROUPS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -48,8 +50,8 @@ def unsupported(
         return "codes are 8-bit floats, it takes integers"
     if x.dtype.name not in DTYPES:
         return f"dtype {x.dtype.name}, it takes {' and '.join(DTYPES)}"
-    if rows > MOST_ROWS:
-        return f"{rows} rows are more than {MOST_ROWS}"
+    if rows > MOST_ROWS and layout.group is None:
+        return f"{rows} rows are more than {MOST_ROWS}, and XLA reads codes without groups itself"
     if layout.group is None and layout.offset is not None:
         return "rows have one scale and are asymmetric"
     if layout.group is not None and layout.group not in GROUPS:
@@ -73,11 +75,13 @@ def run(
     """See `llama_jax.kernels.quantized_matmul.quantized_matmul`.
 
     Args:
-      tiles: default: `default_tiles` of the current target.
+      tiles: by default `default_tiles` of the current target for up to `MOST_ROWS` rows; with more, a kernel of its own
+        decodes the weight once (`decoding.decoded`), and XLA multiplies.
       interpret: runs as plain JAX operations, on any device.
     """
-    if tiles is None:
-        tiles = default_tiles(current(), **sizes(x, members, layout=layout))
+    shape = sizes(x, members, layout=layout)
+    if tiles is None and shape["rows"] <= MOST_ROWS:
+        tiles = default_tiles(current(), **shape)
     return _product(_Call(layout, jnp.dtype(dtype or x.dtype), tiles, interpret), x, dict(members))
 
 
@@ -90,19 +94,22 @@ def sizes(x: jax.Array, members: Mapping[str, jax.Array], *, layout: Layout) -> 
 
 @dataclass(frozen=True)
 class _Call:
-    """The static part of a call."""
+    """The static part of a call; no tiles where the weight is decoded once."""
 
     layout: Layout
     dtype: jnp.dtype
-    tiles: Tiles
+    tiles: Tiles | None
     interpret: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(call: _Call, x: jax.Array, members: dict[str, jax.Array]) -> jax.Array:
     weight, flat = Weight.of(call.layout, members), x.reshape(-1, x.shape[-1])
-    unpack = unpack_for(current(), x.dtype, interpret=call.interpret)
-    out = kernel.product(flat, weight, call.tiles, call.dtype, unpack, interpret=call.interpret)
+    if call.tiles is None:
+        out = matmul(flat, decoded(weight, x.dtype, interpret=call.interpret), call.dtype)
+    else:
+        unpack = unpack_for(current(), call.tiles.rows, interpret=call.interpret)
+        out = kernel.product(flat, weight, call.tiles, call.dtype, unpack, interpret=call.interpret)
     return out.reshape(*x.shape[:-1], *members[call.layout.name].shape[:-1])
 
 
@@ -118,3 +125,9 @@ def _backward(call: _Call, saved: tuple[Any, ...], gradient: jax.Array) -> tuple
 
 
 _product.defvjp(_forward, _backward)
+
+
+def matmul(x: jax.Array, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x [rows, in] times weight [out, in], by XLA: [rows, out] in `dtype`."""
+    last = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, last, precision=matmul_precision(x.dtype), preferred_element_type=dtype)

@@ -93,5 +93,7 @@ SHAPES = (
     ProductShape("int8_g32", 1, 49152, 576),
     ProductShape("int4_g64_min", 8, 57344, 8192),  # Llama 3.1 70B
     ProductShape("int8", 64, 4096, 4096, "float16"),
+    ProductShape("int4_g64_min", 512, 4096, 14336),
+    ProductShape("int4_g32", 512, 576, 1536),
 )
 """Calls that the kernels are compiled for."""

@@ -10,11 +10,17 @@ from llama_jax.kernels.pallas import next_power_of_2
 from llama_jax.quantized import Layout
 from llama_jax.targets import Target
 
-MATRIX_ROWS = 16
-"""Rows of a matrix instruction."""
+COLUMNS = 16
+"""Rows of the weight that one matrix instruction takes."""
 MOST_TILE_ROWS = 64
 WAVES_A_UNIT = 8
 """Waves that a compute unit should have at least, to hide how long they wait for memory and for each other."""
+WAVES_A_UNIT_NVIDIA = 6
+"""The same where a wave has 32 lanes and loads several steps ahead: measured on an H200, more shares of a row cost more
+than they bring."""
+TOGETHER_BELOW = 128
+"""Length of groups from which on a single row, too, has a product for each of them. On an H200 that took 32 us in place
+of 42 ([28672, 4096]); with groups of 64 it took 52 in place of 46, with groups of 32 111 in place of 46."""
 LEAST_STEPS = 4
 """Steps that a program should have at least."""
 CHUNK = 16
@@ -28,7 +34,7 @@ class Tiles:
     Attributes:
       rows: of the input that a program multiplies.
       cols: rows of the weight, which are columns of the result.
-      inner: bytes of each that a step of the loop reads.
+      inner: bytes of each that a step of the loop reads: a part of a group, or several.
       splits: programs that share a row of the weight, where there would be too few.
       num_warps: waves of a program.
       num_stages: steps of the loop that overlap.
@@ -42,6 +48,11 @@ class Tiles:
     num_stages: int
 
 
+def matrix_rows(target: Target) -> int:
+    """Rows of the input that one matrix instruction takes."""
+    return 8 if target.vendor == "nvidia" else 16
+
+
 def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout: Layout) -> Tiles:
     """The best choice known for a target: by budgets (registers, local memory, loads of 16 bytes, waves of a unit).
 
@@ -50,21 +61,26 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
       out: rows of the weight; row_bytes: of each.
     """
     wave, nvidia = target.wave_size or 32, target.vendor == "nvidia"
-    tile = min(max(next_power_of_2(rows), MATRIX_ROWS), MOST_TILE_ROWS)
-    inner = 128 if layout.bits == 8 else 32 if wave == 32 and not nvidia else 64
-    if layout.group is not None:
-        inner = min(inner, layout.group // layout.per_byte)
+    tile = min(max(next_power_of_2(rows), matrix_rows(target)), MOST_TILE_ROWS)
+    few, stages = tile <= COLUMNS, 1
+    group_bytes = layout.group // layout.per_byte if layout.group else row_bytes
+    # Some have the groups of a step in one tile (`kernel.product`).
+    together = tile * group_bytes if rows == 1 and (layout.group or TOGETHER_BELOW) < TOGETHER_BELOW else group_bytes
     if nvidia:
-        # Products of four warps are asynchronous ones, which want their operands elsewhere: with few rows it takes less
-        # to have two.
-        cols, num_warps = (64, 2) if tile == MATRIX_ROWS else (128, 4)
+        cols, inner, num_warps, stages = (64, 128, 2, 3) if few else (128, 64, 8, 3)
+        if few and layout.bits == 8:
+            cols, num_warps, stages = 128, 4, 4
+        inner, waves = min(inner, max(together, 4 * group_bytes)), WAVES_A_UNIT_NVIDIA
     else:
-        cols, num_warps = 64, min(max(64 * inner // (CHUNK * wave), 1), 4)
-    programs, steps = -(-out // cols) * -(-rows // tile), -(-row_bytes // inner)
-    splits = 1
-    while programs * splits * num_warps < WAVES_A_UNIT * target.compute_units and steps >= 2 * LEAST_STEPS * splits:
+        # The fewer waves share the columns, the fewer rearrange the input. Of many rows, sums fill the registers.
+        cols, inner = 64, 128 if layout.bits == 8 else (128 if wave == 64 else 64) // (1 if few else 2)
+        inner, waves = min(inner, max(together, 2 * group_bytes)), WAVES_A_UNIT
+        most = 2 if few and wave == 64 else 4
+        num_warps = min(max(cols * min(inner, together) // (CHUNK * wave), 1), most)
+    programs, steps, splits = -(-out // cols) * -(-rows // tile), -(-row_bytes // inner), 1
+    while programs * splits * num_warps < waves * target.compute_units and steps >= 2 * LEAST_STEPS * splits:
         splits *= 2
-    return Tiles(tile, cols, inner, splits, num_warps, 3 if nvidia else 1)
+    return Tiles(tile, cols, inner, splits, num_warps, stages)
 
 
 def candidates(target: Target, *, rows: int, out: int, row_bytes: int, layout: Layout) -> Iterator[Tiles]:
@@ -74,4 +90,4 @@ def candidates(target: Target, *, rows: int, out: int, row_bytes: int, layout: L
     stages = (1, 2) if target.vendor == "amd" else (2, 3, 4)
     splits = [n for n in (best.splits * 2, best.splits // 2) if n]
     found = neighbours(best, cols=(best.cols * 2, best.cols // 2), num_warps=warps, num_stages=stages, splits=splits)
-    yield from (tiles for tiles in found if tiles.cols >= MATRIX_ROWS * tiles.num_warps)
+    yield from (tiles for tiles in found if tiles.cols >= COLUMNS * tiles.num_warps)

@@ -73,6 +73,25 @@ def profile(run: Callable[[], Any]) -> tuple[ProgramTime, ...]:
     Raises:
       NoDevice: the profiler saw no kernel of a GPU.
     """
+    return tuple(found for data in _profiles(run) for found in programs(data))
+
+
+def calls_of(run: Callable[[], Any]) -> dict[str, dict[str, list[float]]]:
+    """Runs a function once under the profiler: the seconds of each call of each kernel, by program.
+
+    Raises:
+      NoDevice: as `profile` does.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for data in _profiles(run):
+        for plane in _devices(data):
+            for program, events in _kernels(plane).items():
+                for start, end, name in events:
+                    found.setdefault(program, {}).setdefault(name, []).append((end - start) / 1e9)
+    return found
+
+
+def _profiles(run: Callable[[], Any]) -> list[jax.profiler.ProfileData]:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     options.host_tracer_level = 0
@@ -80,20 +99,22 @@ def profile(run: Callable[[], Any]) -> tuple[ProgramTime, ...]:
         with jax.profiler.trace(folder, profiler_options=options):
             run()
         files = sorted(Path(folder).rglob("*.xplane.pb"))
-        found = [p for file in files for p in programs(jax.profiler.ProfileData.from_file(str(file)))]
-    if not found:
+        found = [jax.profiler.ProfileData.from_file(str(file)) for file in files]
+    if not any(_kernels(plane) for data in found for plane in _devices(data)):
         raise NoDevice(
             "the profiler saw no kernel",
             hint="profiles need a GPU and its profiling library (NVIDIA: CUPTI, AMD: rocprofiler-sdk)",
         )
-    return tuple(found)
+    return found
+
+
+def _devices(data: jax.profiler.ProfileData) -> Iterator[Any]:
+    return (plane for plane in data.planes if "/device:" in plane.name and "CPU" not in plane.name)
 
 
 def programs(data: jax.profiler.ProfileData) -> Iterator[ProgramTime]:
     """The programs in a profile, by device."""
-    for plane in data.planes:
-        if "/device:" not in plane.name or "CPU" in plane.name:
-            continue
+    for plane in _devices(data):
         for program, events in sorted(_kernels(plane).items()):
             yield _summary(plane.name, program, events)
 

@@ -20,6 +20,8 @@ from llama_jax.kernels.norm import add_rms_norm_reference, pallas_triton
 from llama_jax.kernels.norm.tiles import Tiles
 from llama_jax.kernels.quantized_matmul import pallas_triton as quantized_matmul_triton
 from llama_jax.kernels.quantized_matmul import quantized_matmul_reference
+from llama_jax.kernels.quantized_matmul.decoding import decoded
+from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.quantized import codes, layout_named
 from llama_jax.quantized.nearest import encode
 
@@ -121,8 +123,30 @@ def exact_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 
 QUANTISED = (("int4_g64_min", 1), ("int4_g32_zero", 16), ("int8", 16), ("fp8_g128", 1))
 """Layouts of weights (`llama_jax.quantized`) and rows of x, multiplied by plain operations."""
-QUANTISED_BY_KERNELS = (("int4_g64_min", 1), ("int8_g32", 1), ("int8", 5), ("int4_g32_zero", 40), ("int4_g128_min", 16))
+QUANTISED_BY_KERNELS = (
+    ("int4_g64_min", 1),
+    ("int8_g32", 1),
+    ("int8", 5),
+    ("int4_g32_zero", 40),
+    ("int4_g128_min", 16),
+    ("int4_g32_min", 1),
+)
 """.. and by kernels, to rounding in float32."""
+
+
+def decoded_by_kernel(name: str) -> Example:
+    """A weight in few bits decoded by the kernel, to the bit."""
+    layout = layout_named(name)
+    assert layout is not None
+    members = jax.tree.map(np.asarray, encode(layout, normal(40, 704, dtype=F32)))
+
+    def kernel(*arrays: jax.Array) -> jax.Array:
+        return decoded(Weight.of(layout, dict(zip(members, arrays, strict=True))), BF16, interpret=False)
+
+    def plain(*arrays: jax.Array) -> jax.Array:
+        return codes.decode(layout, dict(zip(members, arrays, strict=True)), BF16)
+
+    return Example(kernel, tuple(members.values()), 0, plain)
 
 
 def quantised(name: str, rows: int, run: Callable[..., Any], tolerance: float) -> Example:
@@ -182,6 +206,10 @@ def examples() -> dict[str, Callable[[], Example]]:
         **{
             f"{name}_kernel": partial(quantised, name, rows, quantized_matmul_triton.run, 1e-4)
             for name, rows in QUANTISED_BY_KERNELS
+        },
+        **{
+            f"{name}_decoded": partial(decoded_by_kernel, name)
+            for name in ("int4_g64_min", "int4_g32_zero", "int8_g32")
         },
         "cache_update": lambda: Example(
             lambda cache, x, at: jax.lax.dynamic_update_slice(cache, x, (0, at, 0, 0)),

@@ -18,6 +18,11 @@ def signed(x: int, width: int = 32) -> int:
     return x - (1 << width) if x >> width - 1 & 1 else x
 
 
+def test_a_literal_of_64_bits_is_extended_by_zeros() -> None:
+    w = Machine().run(isa.s_mov_b64(s[2:3], 0x80000001))
+    assert (w.s[2, 0], w.s[3, 0]) == (0x80000001, 0)
+
+
 @pytest.mark.parametrize(
     ("name", "result", "scc"),
     [

@@ -111,7 +111,8 @@ def constant(code: int, kind: str, literal: int) -> int:
         )
         value = int(of(number).view(f"u{of().itemsize}"))
     elif code == 255:
-        if kind in WIDE and (kind == "d" or literal >> 31):
+        # LLVM puts numbers of 32 unsigned bits into such operands (S_MOV_B64_IMM_PSEUDO): bits are extended by zeros.
+        if kind == "d" or (kind == "I" and literal >> 31):
             raise NotModelled(f"literal {literal:#x} of a 64-bit operand")
         value = literal
     else:
