@@ -102,7 +102,7 @@ def load(
         if wanted is not None:
             source = QuantizedSource(source, schemes(source.config, wanted))
         form = weights or usual_form(current().vendor, source.config.schemes, split=mesh is not None)
-        held = source.config.replace(schemes=()) if form == FLOAT else source.config
+        held = held_config(source.config, weights, split=mesh is not None)
         devices = _on_mesh(held, mesh, target, kv_dtype, notify)
         if found.converted is not None:
             # Those of checkpoints were checked when they were converted.
@@ -119,6 +119,21 @@ def load(
             params, config = dequantize_params(params, config, target, donate=True)
     params, config = arrange(params, config, devices, fuse=fuse, donate=True)
     return Model(params, config, devices, generation_config, str(model), named, kv_dtype), tokenizer
+
+
+def held_config(config: LlamaConfig, weights: str | None, *, split: bool) -> LlamaConfig:
+    """The configuration of a model as `load` keeps its weights: the schemes in it are those of the arrays.
+
+    Args:
+      config: of its files; weights: see `load`; split: whether it is spread over several devices.
+
+    Raises:
+      RequestError: `weights` names nothing that is known, or does not fit the model.
+    """
+    if (wanted := requested(weights)) is not None:
+        return config.replace(schemes=schemes(config.replace(schemes=()), wanted))
+    form = weights or usual_form(current().vendor, config.schemes, split=split)
+    return config.replace(schemes=()) if form == FLOAT else config
 
 
 def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:

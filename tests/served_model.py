@@ -18,8 +18,10 @@ from llama_jax.generation.restarts import Restarts
 from llama_jax.loading import load
 from llama_jax.server.app import application
 from llama_jax.server.metrics import Metrics
+from llama_jax.server.models import Models, Slot
 from llama_jax.server.served import Served
 from llama_jax.server.settings import ServerSettings
+from llama_jax.server.state import ServerState
 
 SETTINGS = small_settings(context=128, pages=24)
 NAME = "tiny"
@@ -45,9 +47,12 @@ class Server:
     ):
         sizes = dataclasses.replace(sizes, waiting=waiting)
         self.engine = Engine(model, tokenizer, settings=sizes, ahead=False, restarts=restarts)
-        metrics = Metrics(NAME, self.engine.snapshot, lambda: self.engine.restarts.total)
-        self.served = Served(self.engine, tokenizer, (NAME,), ServerSettings(**settings), metrics)
-        self.app, self.tokenizer, self._runner = application(self.served), tokenizer, runner
+        made, metrics = ServerSettings(**settings), Metrics()
+        of = metrics.of(NAME, self.engine.snapshot, lambda: self.engine.restarts.total)
+        self.served = Served(self.engine, tokenizer, (NAME,), made, of)
+        slot = Slot((NAME,), None, served=self.served)
+        self.state = ServerState(made, Models([slot], made, metrics), metrics)
+        self.app, self.tokenizer, self._runner = application(self.state), tokenizer, runner
 
     def __enter__(self) -> Server:
         self.run(self.engine.__aenter__())

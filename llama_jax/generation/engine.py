@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Self
 
-from llama_jax.engine.replicas import replicas
+from llama_jax.engine.publishing import Published, report
+from llama_jax.engine.replicas import Replicas, replicas
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
@@ -148,12 +149,19 @@ class Engine:
         Raises:
           EngineFailed: it has failed, or restarts after a fault, or is not running.
         """
+        return self._present().snapshot()
+
+    def published(self) -> Published:
+        """What `llama-jax top` shows of the engine; errors as for `snapshot`."""
+        return report(self._present())
+
+    def _present(self) -> Replicas:
         self._check_open()
         if (jobs := self._jobs) is None:
             raise EngineFailed(
                 f"the engine restarts after a fault: {self._why_restarts}", hint="wait until its programs are compiled"
             )
-        return jobs.engine.snapshot()
+        return jobs.engine
 
     @property
     def restarting(self) -> bool:

@@ -53,7 +53,6 @@ def asked(served: Served, body: ChatBody | CompletionBody) -> Asked:
       RequestError, Refused: a value is out of range, or too long for the model; names the field.
       TemplateError, TokenizerError: the messages or the prompt cannot be encoded.
     """
-    served.check_model(body.model)
     fields = given(body)
     streamed, options = fields.pop("stream", False), fields.pop("stream_options", None)
     if options is not None and not streamed:
