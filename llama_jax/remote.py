@@ -74,6 +74,10 @@ class Remote:
             raise ModelNotFound(f"{self.url} has no model {name or ''}".rstrip(), hint=hint)
         return found
 
+    async def get(self, path: str) -> Any:
+        """What a route answers, in JSON; errors as for `events`."""
+        return await self._json("GET", path)
+
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request that is not streamed; errors as for `events`."""
         return dict(await self._json("POST", path, json=body))
