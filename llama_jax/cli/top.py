@@ -69,8 +69,8 @@ def command(url: str | None, api_key: str | None, once: bool, interval: float, a
 
 
 def of_server(server: Remote) -> Look:
-    """Return what asks a server for its engines. It raises what `Remote` does, and NetworkError where there is no server
-    of llama-jax."""
+    """Return what asks a server for its engines. It raises what `Remote` does, and NetworkError where there is none of
+    llama-jax."""
 
     async def asked() -> list[Published]:
         async with server:
