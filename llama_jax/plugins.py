@@ -98,7 +98,7 @@ def load(group: Group) -> tuple[Plugin, ...]:
         try:
             plugin = dataclasses.replace(plugin, value=point.load())
             problem = group.problem(plugin, [p for p in found if not p.problem])
-        except Exception as error:  # other people's code: anything may come
+        except (Exception, SystemExit) as error:  # other people's code: anything may come
             problem = f"{type(error).__name__}: {error}"
         found.append(dataclasses.replace(plugin, problem=problem))
         if problem:

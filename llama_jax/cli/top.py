@@ -13,7 +13,7 @@ import click
 
 from llama_jax.cli.engine_text import engine_block, engine_line
 from llama_jax.cli.options import examples
-from llama_jax.cli.server_options import KEY
+from llama_jax.cli.serve import KEY
 from llama_jax.cli.terminal import catch_interrupt, print_json, printable
 from llama_jax.engine.publishing import VARIABLE, Published, published
 from llama_jax.errors import EngineNotFound, LlamaJaxError, NetworkError
