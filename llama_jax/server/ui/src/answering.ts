@@ -76,16 +76,17 @@ export function continuable({ settings: { format, tools } }: Chat, { finish, rea
  *  tokens: those of the conversation, and behind them those of the answer so far. */
 export async function continued(chatId: string, before: Message): Promise<void> {
   const chat = find(chatId);
+  const writer = model.value?.id;
   await run(chatId, before, () => continued(chatId, before), async (signal) => {
     const { system, probabilities, max_tokens } = chat.settings;
     const messages = wire(system, pathTo(chat.messages, before.parent));
     const [head, tail] = await Promise.all([
-      tokenize({ messages }, signal),
-      tokenize({ prompt: before.text, add_special_tokens: false }, signal),
+      tokenize({ model: writer, messages }, signal),
+      tokenize({ model: writer, prompt: before.text, add_special_tokens: false }, signal),
     ]);
     const prompt = [...head, ...tail];
     const room = Math.max(1, (model.value?.max_model_len ?? Infinity) - prompt.length);
-    const body = { model: name, ...fieldsOf(chat.settings), prompt, max_tokens: Math.min(room, max_tokens ?? room) };
+    const body = { model: writer, ...fieldsOf(chat.settings), prompt, max_tokens: Math.min(room, max_tokens ?? room) };
     return ["v1/completions", probabilities ? { ...body, logprobs: ALTERNATIVES } : body];
   });
 }
