@@ -84,7 +84,8 @@ class Several:
             return total - sum(source.need for source in self.sources.values() if source.there)
 
         settings, metrics = ServerSettings(limits=Limits(**limits)), Metrics()
-        self.models = Models(self.slots, settings, metrics, free=free)
+        self.models = Models(self.slots, settings, metrics, free=free, settle=lambda: self.settled.append(self.loaded))
+        self.settled: list[str] = []
         self.state = ServerState(settings, self.models, metrics)
         self.app = application(self.state)
 
@@ -177,6 +178,7 @@ def test_the_idle_one_that_was_used_longest_ago_makes_room(runner: asyncio.Runne
         assert server.chat("a").status == 200
         assert server.chat("c").status == 200  # b was used before a
         assert server.loaded == "ac"
+        assert server.settled == ["a", "ab", "a", "ac"]
         assert not server.sources["b"].there
         metrics = server.run(call(server.app, "GET", "/metrics")).data.decode()
         assert 'llama_jax_engine_up{model_name="c"} 1.0' in metrics

@@ -186,12 +186,12 @@ def command(
             options = {"waiting": waiting, "prefix_cache": prefix_cache, "restarts": Restarts(restarts)}
             return Slot(one.names, FromName(one.model, loading, reporter, sizes, options), one.tool_parser)
 
-        state = ServerState(settings, Models(map(slot, range(len(served))), settings, metrics), metrics)
+        models_here = Models(map(slot, range(len(served))), settings, metrics, settle=runtime.freeze_live_objects)
+        state = ServerState(settings, models_here, metrics)
         shown = f"[{host}]" if ":" in host else host
         url = f"http{'s' if ssl_certfile else ''}://{shown}:{listening.getsockname()[1]}"
 
         def ready() -> None:
-            runtime.freeze_live_objects()
             first, *others = state.models.slots
             if as_json:
                 names = state.models.names

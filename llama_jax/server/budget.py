@@ -16,6 +16,7 @@ from llama_jax.plan.device_memory import free_bytes
 from llama_jax.plan.memory import DeviceShare, cache_bytes
 from llama_jax.sharding import AnyMesh
 from llama_jax.targets import default_device, of_device
+from llama_jax.targets.hardware import memory_limit
 
 Free = Callable[[], int | None]
 """Bytes that are free now on each device, by the one that has least; None where that is not known."""
@@ -74,4 +75,7 @@ def free_here() -> int | None:
     device = default_device()
     alike = [one for one in device.client.local_devices() if one.device_kind == device.device_kind]
     free = free_bytes(alike, of_device(device))
-    return psutil.virtual_memory().available if free is None and device.platform == "cpu" else free
+    if free is not None or device.platform != "cpu":
+        return free
+    available, limit = psutil.virtual_memory().available, memory_limit()
+    return available if limit is None else max(0, min(available, limit - psutil.Process().memory_info().rss))

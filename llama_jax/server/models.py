@@ -110,11 +110,20 @@ class Models:
     the one that was used longest ago first.
     """
 
-    def __init__(self, slots: Iterable[Slot], settings: ServerSettings, metrics: Metrics, *, free: Free = free_here):
+    def __init__(
+        self,
+        slots: Iterable[Slot],
+        settings: ServerSettings,
+        metrics: Metrics,
+        *,
+        free: Free = free_here,
+        settle: Callable[[], object] = gc.collect,
+    ):
         """Take the models, of which there is at least one.
 
         Args:
           free: bytes of each device that are free.
+          settle: called when a model has come or gone; collects what the latter has left.
 
         Raises:
           RequestError: two models have one name.
@@ -127,7 +136,7 @@ class Models:
                     hint = "give each a name of its own: --model NAME=MODEL"
                     raise RequestError(f"two models are called {name!r}", param="model", hint=hint)
                 self._by_name[name] = slot
-        self._settings, self._metrics, self._free = settings, metrics, free
+        self._settings, self._metrics, self._free, self._settle = settings, metrics, free, settle
         self._budget: int | None = None
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -267,6 +276,7 @@ class Models:
         slot.failure, slot.used = "", time.monotonic()
         slot.attempts.made(slot.used)
         self._metrics.loaded(slot.names[0], "loaded")
+        await asyncio.to_thread(self._settle)
 
     async def _room(self, slot: Slot, source: Source) -> tuple[int, int | None]:
         """Makes room for a model: the bytes of each device that it needs, and that are free; None if that is not known.
@@ -309,7 +319,7 @@ class Models:
         self._metrics.forget(slot.names[0])
         await served.engine.__aexit__()
         del served
-        await asyncio.to_thread(gc.collect)
+        await asyncio.to_thread(self._settle)
         log.info("unloaded %s", slot.names[0])
         return True
 
