@@ -17,9 +17,6 @@ from llama_jax.generation.engine import Engine
 from llama_jax.generation.restarts import Restarts
 from llama_jax.loading import load
 from llama_jax.server.app import application
-from llama_jax.server.metrics import Metrics
-from llama_jax.server.models import Models, Slot
-from llama_jax.server.served import Served
 from llama_jax.server.settings import ServerSettings
 from llama_jax.server.state import ServerState
 
@@ -47,19 +44,16 @@ class Server:
     ):
         sizes = dataclasses.replace(sizes, waiting=waiting)
         self.engine = Engine(model, tokenizer, settings=sizes, ahead=False, restarts=restarts)
-        made, metrics = ServerSettings(**settings), Metrics()
-        of = metrics.of(NAME, self.engine.snapshot, lambda: self.engine.restarts.total)
-        self.served = Served(self.engine, tokenizer, (NAME,), made, of)
-        slot = Slot((NAME,), None, served=self.served)
-        self.state = ServerState(made, Models([slot], made, metrics), metrics)
+        self.state = ServerState.of(self.engine, tokenizer, (NAME,), ServerSettings(**settings))
+        (self.served,) = self.state.models.loaded
         self.app, self.tokenizer, self._runner = application(self.state), tokenizer, runner
 
     def __enter__(self) -> Server:
-        self.run(self.engine.__aenter__())
+        self.run(self.state.models.__aenter__())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.run(self.engine.__aexit__())
+        self.run(self.state.models.__aexit__())
 
     def run(self, coroutine: Any) -> Any:
         return self._runner.run(coroutine)

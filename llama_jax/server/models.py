@@ -59,7 +59,7 @@ class Slot:
 
     Attributes:
       names: by which clients ask for it, the first of which answers carry.
-      source: None for a model that is loaded from the start, and stays.
+      source: None for a model that was loaded before the server, and stays.
       tool_parser: see `Served`.
       served: the model, while it is loaded; held: bytes of each device that it takes then.
       loading: done when it is loaded, or cannot be; progress: how far that is.
@@ -191,12 +191,14 @@ class Models:
             slot.used = time.monotonic()
 
     async def __aenter__(self) -> Self:
-        """Load the first model. Errors are those of `llama_jax.load` and `Engine`."""
+        """Load the first model, or start it. Errors are those of `llama_jax.load` and `Engine`."""
         first, *others = self.slots
         self._budget = self._free() if others else None
         for slot in others:
             slot.outline = await asyncio.to_thread(slot.source.outline) if slot.source else None
-        if first.served is None:
+        if first.served is not None:
+            await first.served.engine.__aenter__()
+        else:
             async with self._changing:
                 await self._fill(first)
         return self
