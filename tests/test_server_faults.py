@@ -109,8 +109,24 @@ def test_silent_streams_are_kept_alive(model: Any, runner: asyncio.Runner, monke
         slow_steps(server, monkeypatch, 0.1)
         answer = server.chat(stream=True, max_tokens=3)
         assert answer.data.count(b": keep-alive\n\n") >= 3
-        assert answer.data.startswith(b": keep-alive\n\n")
+        assert answer.data.startswith(b": ")
         assert len(answer.events) >= 3
+
+
+def test_streams_tell_how_far_their_prompts_are(
+    model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt that takes several steps, by comments, until there is something to say."""
+    with Server(*model, runner, limits=Limits(keep_alive_s=0.02)) as server:
+        server.chat(max_tokens=1)
+        slow_steps(server, monkeypatch, 0.1)
+        body = {"prompt": [[5] * 90, list(range(100, 190))], "max_tokens": 1, "stream": True}
+        data = server.post("/v1/completions", **body).data.decode()
+        told = [line for line in data.split("\n\n") if line.endswith(" of 180 tokens of the prompt")]
+        numbers = [int(line.split()[1]) for line in told]
+        assert numbers == sorted(numbers)
+        assert len(set(numbers)) > 2
+        assert all(0 <= number < 180 for number in numbers)
 
 
 def test_a_device_that_hangs(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import traceback
@@ -162,6 +163,17 @@ class Engine:
                 f"the engine restarts after a fault: {self._why_restarts}", hint="wait until its programs are compiled"
             )
         return jobs.engine
+
+    def progress(self, request: Request) -> tuple[int, int] | None:
+        """How many tokens of a request's prompt have been computed, and how many there are; None before it has been
+        taken, and once it has ended."""
+        jobs, streams = self._jobs, list(self._streams.items())  # the engine's thread changes both
+        answer = next((answer for answer, stream in streams if stream.request is request), None)
+        if jobs is None or answer is None:
+            return None
+        with contextlib.suppress(KeyError):  # it ends at this moment
+            return jobs.computed(answer), len(answer.prompt)
+        return None
 
     @property
     def restarting(self) -> bool:

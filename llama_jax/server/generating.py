@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -12,9 +12,11 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax.server.answering import answer, chunks
+from llama_jax.generation.streams import Request as EngineRequest
+from llama_jax.server.answering import answer, chunks, requests_of
 from llama_jax.server.apis import DIALECTS, Dialect
 from llama_jax.server.asking import Asked, asked
+from llama_jax.server.models import Slot
 from llama_jax.server.operations import Handler, Operation, asked_model, read
 from llama_jax.server.responses import EventStream, json_response
 from llama_jax.server.state import ServerState
@@ -26,30 +28,46 @@ def _handler(dialect: Dialect[Any]) -> Handler:
     async def generate(server: ServerState, request: Request) -> Response:
         body, tenant = await read(server, request, dialect.body), request.state.tenant
         if body.stream:
-            slot = server.models.find(body.model)
+            slot, requests = server.models.find(body.model), list[EngineRequest]()
             request.state.model = slot.names[0]
 
             def events(headers: MutableHeaders) -> AsyncGenerator[bytes]:
-                return _events(server, dialect, body, tenant, headers)
+                return _events(server, dialect, body, tenant, headers, requests)
 
-            return EventStream(events, server.settings.limits.keep_alive_s, dialect.failed, lambda: slot.progress)
+            seconds = server.settings.limits.keep_alive_s
+            return EventStream(events, seconds, dialect.failed, lambda: _progress(slot, requests))
         async with asked_model(server, request, body.model) as served:
             wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
-            made = await answer(served, wanted, secrets.token_hex(12), tenant)
+            made = await answer(served, wanted, secrets.token_hex(12), requests_of(wanted, tenant))
         return json_response(dialect.whole(body, made), headers=_told(wanted))
 
     return generate
 
 
+def _progress(slot: Slot, requests: Sequence[EngineRequest]) -> str:
+    """How far a stream is that has nothing else to say: its model is loaded, or its prompts are read."""
+    if slot.served is None:
+        return slot.progress
+    found = [one for request in requests if (one := slot.served.engine.progress(request))]
+    done, whole = (sum(numbers) for numbers in zip(*found, strict=True)) if found else (0, 0)
+    return f"{done} of {whole} tokens of the prompt" if done < whole else ""
+
+
 async def _events(
-    server: ServerState, dialect: Dialect[Any], body: Any, tenant: str, headers: MutableHeaders
+    server: ServerState,
+    dialect: Dialect[Any],
+    body: Any,
+    tenant: str,
+    headers: MutableHeaders,
+    requests: list[EngineRequest],
 ) -> AsyncGenerator[bytes]:
-    """The events of a stream; closing it ends the request."""
+    """The events of a stream; closing it ends the request. `headers` and `requests` are filled in."""
     async with server.models.use(body.model) as served:
         wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
         headers.update(_told(wanted))
+        requests += requests_of(wanted, tenant)
         async with (
-            aclosing(chunks(served, wanted, secrets.token_hex(12), tenant)) as source,
+            aclosing(chunks(served, wanted, secrets.token_hex(12), requests)) as source,
             aclosing(dialect.events(body, wanted, source)) as events,
         ):
             async for event in events:
