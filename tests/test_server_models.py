@@ -27,8 +27,9 @@ from llama_jax.generation.restarts import Restarts
 from llama_jax.server.app import application
 from llama_jax.server.budget import Footprint, reserve
 from llama_jax.server.metrics import Metrics
-from llama_jax.server.models import Models, Slot
+from llama_jax.server.models import Models
 from llama_jax.server.settings import Limits, ServerSettings
+from llama_jax.server.slots import Slot
 from llama_jax.server.state import ServerState
 from llama_jax.server.status import readiness
 

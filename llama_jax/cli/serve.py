@@ -168,8 +168,9 @@ def command(
     from llama_jax.cli.progress import Reporter
     from llama_jax.generation.restarts import Restarts
     from llama_jax.server.metrics import NAMINGS, Metrics
-    from llama_jax.server.models import Models, Slot
+    from llama_jax.server.models import Models
     from llama_jax.server.running import bound_socket, run
+    from llama_jax.server.slots import Slot
     from llama_jax.server.state import ServerState
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -78,7 +78,7 @@ def _split(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class FromName:
-    """A `server.models.Source` that loads a model by its name.
+    """A `server.slots.Source` that loads a model by its name.
 
     Attributes:
       sizes: of the engine, as the command line gives them; options: of `Engine` besides.

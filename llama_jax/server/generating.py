@@ -16,9 +16,9 @@ from llama_jax.generation.streams import Request as EngineRequest
 from llama_jax.server.answering import answer, chunks, requests_of
 from llama_jax.server.apis import DIALECTS, Dialect
 from llama_jax.server.asking import Asked, asked
-from llama_jax.server.models import Slot
 from llama_jax.server.operations import Handler, Operation, asked_model, read
 from llama_jax.server.responses import EventStream, json_response
+from llama_jax.server.slots import Slot
 from llama_jax.server.state import ServerState
 
 IGNORED_HEADER = "x-llama-jax-ignored"

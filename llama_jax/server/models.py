@@ -9,98 +9,18 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, Self
+from typing import Self
 
 from llama_jax.disk import size_text
 from llama_jax.errors import DoesNotFit, EngineFailed, RequestError, did_you_mean
-from llama_jax.generation.engine import Engine
-from llama_jax.generation.restarts import Restarts
-from llama_jax.server.budget import Footprint, Free, free_here, reserve
+from llama_jax.server.budget import Free, free_here, reserve
 from llama_jax.server.errors import RETRY_S, Refused
 from llama_jax.server.metrics import Metrics
 from llama_jax.server.served import Served
 from llama_jax.server.settings import ServerSettings
-from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.server.slots import Slot, Source
 
 log = logging.getLogger("llama_jax.server")
-
-
-class Source(Protocol):
-    """Where a model comes from. Its methods take long and are called in a thread."""
-
-    def outline(self) -> Footprint | None:
-        """Return what the model takes; None where that cannot be told before it is downloaded."""
-        ...
-
-    def fetch(self) -> None:
-        """Bring what has to be downloaded or converted onto this machine.
-
-        Raises:
-          LlamaJaxError: as `llama_jax.load`.
-        """
-        ...
-
-    def open(self, kept: int, progress: Callable[[str], None]) -> tuple[Engine, Tokenizer]:
-        """Load the model and make its engine, which is not started.
-
-        Args:
-          kept: bytes of each device to leave free for other models; progress: told in a few words how far it is.
-
-        Raises:
-          LlamaJaxError: as `llama_jax.load` and `Engine`.
-        """
-        ...
-
-
-@dataclass(eq=False)
-class Slot:
-    """One of a server's models.
-
-    Attributes:
-      names: by which clients ask for it, the first of which answers carry.
-      source: None for a model that was loaded before the server, and stays.
-      tool_parser: see `Served`.
-      served: the model, while it is loaded; held: bytes of each device that it takes then.
-      loading: done when it is loaded, or cannot be; progress: how far that is.
-      outline: what it takes at least, once that is known.
-      users: requests that use it or wait for it; used: when the last of them ended.
-      failure: the kind of error by which it could not be loaded; retry: when it is tried again.
-    """
-
-    names: tuple[str, ...]
-    source: Source | None
-    tool_parser: str = ""
-    served: Served | None = None
-    held: int = 0
-    loading: asyncio.Future[None] | None = None
-    progress: str = ""
-    outline: Footprint | None = None
-    users: int = 0
-    used: float = 0.0
-    failure: str = ""
-    retry: float = 0.0
-    attempts: Restarts = field(default_factory=Restarts)
-
-    @property
-    def status(self) -> Literal["loaded", "loading", "failed", "unloaded"]:
-        """Where it is."""
-        if self.served is not None:
-            return "loaded"
-        if self.loading is not None:
-            return "loading"
-        return "failed" if self.failure else "unloaded"
-
-    @property
-    def context(self) -> int | None:
-        """Tokens of a sequence, where that is known."""
-        if self.served is not None:
-            return self.served.capacity
-        return None if self.outline is None else self.outline.context
-
-    def told(self, progress: str) -> None:
-        """Take note of how far loading is."""
-        self.progress = progress
 
 
 class Models:
@@ -217,7 +137,7 @@ class Models:
     async def _load(self, slot: Slot) -> None:
         """Waits until a model is loaded, for which the first who waits begins. It is loaded even if they all leave."""
         if slot.failure and (left := slot.retry - time.monotonic()) > 0:
-            raise _refused(slot, left)
+            raise slot.refused(left)
         if slot.loading is None:
             slot.loading = asyncio.get_running_loop().create_future()
             slot.loading.add_done_callback(asyncio.Future.exception)  # somebody has seen it
@@ -239,6 +159,7 @@ class Models:
             error = refused
         except Exception as fault:  # of the device, of files: it concerns those who asked for this model alone
             error = self._failed(slot, fault)
+            await asyncio.to_thread(self._settle)
         slot.loading, slot.progress = None, ""
         if done.done():
             return
@@ -255,7 +176,7 @@ class Models:
         log.error("%s cannot be loaded: %s: %s", slot.names[0], slot.failure, error)
         self._metrics.loaded(slot.names[0], slot.failure)
         traceback.clear_frames(error.__traceback__)  # they hold what was loaded
-        return _refused(slot, slot.retry - now)
+        return slot.refused(slot.retry - now)
 
     async def _fill(self, slot: Slot) -> None:
         """Loads a model, with room made for it."""
@@ -271,6 +192,7 @@ class Models:
             except DoesNotFit:  # what was planned was too little
                 if not await self._unload_one(slot):
                     raise
+                before = None if before is None else self._free()
         after = None if before is None else self._free()
         metrics = self._metrics.of(slot.names[0], engine.snapshot, lambda: engine.restarts.total)
         slot.served = Served(engine, tokenizer, slot.names, self._settings, metrics, slot.tool_parser)
@@ -324,14 +246,3 @@ class Models:
         await asyncio.to_thread(self._settle)
         log.info("unloaded %s", slot.names[0])
         return True
-
-
-def _refused(slot: Slot, pause: float) -> Refused:
-    """What those are told who asked for a model: files of this machine are nothing for them to know."""
-    return Refused(
-        503,
-        f"the model {slot.names[0]!r} cannot be loaded: {slot.failure}",
-        code=slot.failure,
-        hint="the server's log has the reason; other models are not affected",
-        headers={"retry-after": str(max(RETRY_S, round(pause)))},
-    )

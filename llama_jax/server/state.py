@@ -7,9 +7,10 @@ from typing import Self
 
 from llama_jax.generation.engine import Engine
 from llama_jax.server.metrics import Metrics
-from llama_jax.server.models import Models, Slot
+from llama_jax.server.models import Models
 from llama_jax.server.served import Served
 from llama_jax.server.settings import ServerSettings
+from llama_jax.server.slots import Slot
 from llama_jax.text.tokenizer import Tokenizer
 
 

@@ -20,10 +20,10 @@ from llama_jax.server.answers import (
     StatusAnswer,
     VersionAnswer,
 )
-from llama_jax.server.models import Slot
 from llama_jax.server.operations import Operation
 from llama_jax.server.responses import json_response
 from llama_jax.server.served import Served
+from llama_jax.server.slots import Slot
 from llama_jax.server.state import ServerState
 
 _STARTED = int(time.time())
