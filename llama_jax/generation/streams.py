@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from llama_jax.generation.answer import Answer
@@ -62,7 +64,24 @@ class Stream:
     pieces: asyncio.Queue[Piece | BaseException]
     answer: Answer | None = None
 
-    def send(self, piece: Piece | BaseException) -> None:
-        """Hands a piece to the caller's event loop; one that has been closed wants none."""
+
+News = tuple[Stream, Piece | BaseException]
+"""A piece, or the error that ends a stream, and whose it is."""
+
+
+def deliver(news: Iterable[News]) -> None:
+    """Hands pieces to their callers' event loops; one that has been closed wants none.
+
+    A loop is woken once for all of its pieces: it takes the interpreter's lock from the thread that wakes it.
+    """
+    by_loop = defaultdict[asyncio.AbstractEventLoop, list[News]](list)
+    for one in news:
+        by_loop[one[0].loop].append(one)
+    for loop, of_loop in by_loop.items():
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+            loop.call_soon_threadsafe(_put, of_loop)
+
+
+def _put(news: Iterable[News]) -> None:
+    for stream, piece in news:
+        stream.pieces.put_nowait(piece)
