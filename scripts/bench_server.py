@@ -59,19 +59,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4, help="that requests are sent from")
     parser.add_argument("--idle", type=int, default=0, help="connections that are open and ask nothing")
     parser.add_argument("--rows", type=int)
-    parser.add_argument("--profile", action="store_true", help="sample where the server's event loop is")
+    parser.add_argument(
+        "--profile", action="store_true", help="the last once more, and where its loop is"
+    )
     parser.add_argument("--out", type=Path, help="a file for one JSON object")
     args = parser.parse_args()
 
     vocab = preset(args.preset).vocab_size
     runs = [(f"{rate:g}/s", max(1, round(args.seconds * rate)), rate) for rate in args.rate]
     runs += [(f"{count} streams", count, math.inf) for count in args.streams]
-    works = {
-        name: workload(args.mix, vocab, requests=count, rate=rate, scale=args.scale) for name, count, rate in runs
-    }
+    works = {name: workload(args.mix, vocab, requests=count, rate=rate, scale=args.scale) for name, count, rate in runs}
     context = max(work.length for each in works.values() for work in each)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    options = (args.preset, args.rows, context, args.profile)
+    options = (args.preset, args.rows, context)
     server = multiprocessing.get_context("spawn").Process(target=serving, args=(theirs, *options))
     server.start()
     theirs.close()
@@ -79,21 +79,20 @@ def main() -> None:
     print(json.dumps(about), flush=True)
     rows: list[dict[str, Any]] = []
     idle = [connection(about["url"]) for _ in range(args.idle)]
-    for turn in range(args.rounds):
-        for number, (name, requests) in enumerate(works.items()):
-            for where in ("engine", "server"):
-                shift = 2 * (turn * len(works) + number) + (where == "server")
-                sent = renamed(requests, 1 + shift, vocab)  # nothing is found that was computed before
-                try:
-                    found = one(ours, sent, None if where == "engine" else about["url"], args.processes)
-                except Exception as error:  # the other runs may succeed
-                    print(f"{name} {where}: {type(error).__name__}: {error}", flush=True)
-                    continue
-                rows.append({"run": name, "through": where, **found})
-                print(f"{name:>12} {where:>7} " + " ".join(f"{key}={found[key]:.2f}" for key in (*SHOWN, "cpu_us")))
-                sys.stdout.flush()
-                if args.out:
-                    args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    turns = [(name, where) for _ in range(args.rounds) for name in works for where in ("engine", "server")]
+    turns += [(name, "profile") for name in list(works)[-1:] if args.profile]
+    for number, (name, where) in enumerate(turns):
+        sent = renamed(works[name], 1 + number, vocab)  # nothing is found that was computed before
+        try:
+            found = one(ours, sent, where, about["url"], args.processes)
+        except Exception as error:  # the other runs may succeed
+            print(f"{name} {where}: {type(error).__name__}: {error}", flush=True)
+            continue
+        rows.append({"run": name, "through": where, **found})
+        shown = " ".join(f"{key}={found[key]:.2f}" for key in (*SHOWN, "cpu_us"))
+        print(f"{name:>12} {where:>7} {shown}", flush=True)
+        if args.out:
+            args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     for each in idle:
         each.close()
     ours.send(None)
@@ -101,16 +100,19 @@ def main() -> None:
     server.kill()
 
 
-def one(pipe: Connection, works: list[Work], url: str | None, processes: int) -> dict[str, Any]:
-    """One run, of the engine without a URL; with microseconds of the server's processor for each token."""
+def one(pipe: Connection, works: list[Work], where: str, url: str, processes: int) -> dict[str, Any]:
+    """One run, with microseconds of the server's processor for each token."""
 
     def ask(what: Any) -> Any:
         pipe.send(what)
         return pipe.recv()
 
-    ask("begin")
+    ask("profile" if where == "profile" else "begin")
     try:
-        found = serve_remote(Remote(url), "random", [works], {}, processes=processes)[0].summary if url else ask(works)
+        if where == "engine":
+            found = ask(works)
+        else:
+            found = serve_remote(Remote(url), "random", [works], {}, processes=processes)[0].summary
     finally:
         seconds, profile = ask("end")
     if found is None:
@@ -124,7 +126,7 @@ def connection(url: str) -> socket.socket:
     return socket.create_connection((host, int(port)))
 
 
-def serving(pipe: Connection, name: str, rows: int | None, context: int, profiled: bool) -> None:
+def serving(pipe: Connection, name: str, rows: int | None, context: int) -> None:
     """The process of the server. It says where it listens and runs what it is told to, until None."""
     claim_memory(os.environ, started=False)
     enable_compilation_cache()
@@ -140,10 +142,10 @@ def serving(pipe: Connection, name: str, rows: int | None, context: int, profile
         freeze_live_objects()
         settings = dataclasses.asdict(engine.settings)
         pipe.send({**environment(dtype), "url": url, "ready_s": time.perf_counter() - began, "settings": settings})
-        meter = Meter(threading.get_ident(), profiled=profiled)
+        meter = Meter(threading.get_ident())
         while (what := await asyncio.to_thread(pipe.recv)) is not None:
-            if what == "begin":
-                meter.begin()
+            if what in ("begin", "profile"):
+                meter.begin(profiled=what == "profile")
                 pipe.send(None)
             elif what == "end":
                 pipe.send(meter.end())
@@ -167,13 +169,14 @@ def serving(pipe: Connection, name: str, rows: int | None, context: int, profile
 class Meter:
     """Seconds of this process's processor, and the functions in which a thread was found."""
 
-    def __init__(self, thread: int, *, profiled: bool):
-        """Of a thread; only seconds unless it is profiled, which takes time itself."""
-        self._thread, self._profiled, self._on = thread, profiled, False
+    def __init__(self, thread: int):
+        """Of a thread."""
+        self._thread, self._on = thread, False
 
-    def begin(self) -> None:
-        """Start."""
+    def begin(self, *, profiled: bool) -> None:
+        """Start; only seconds unless the thread is profiled, which takes time itself."""
         self._seconds, self._found, self._on = time.process_time(), Counter[str](), True
+        self._profiled = profiled
         if self._profiled:
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()

@@ -129,13 +129,11 @@ class Engine:
             adapters=self._adapters,
             adapter_ids=[request.adapter_id],
         )
-        stream = Stream(requests, request, streamed, asyncio.get_running_loop(), asyncio.Queue())
+        stream = Stream(requests, request, streamed, asyncio.get_running_loop())
         self._post(self._begin, stream)
         try:
             while True:
-                piece = await stream.pieces.get()
-                if isinstance(piece, BaseException):
-                    raise piece
+                piece = await stream.take()
                 yield piece
                 if piece.output is not None:
                     return
@@ -212,12 +210,14 @@ class Engine:
             self._jobs.cancel(answer)
 
     def _told(self, news: News) -> tuple[Stream, Piece] | None:
-        """The piece that tells a caller of its news; None where nobody waits for it any more."""
+        """The piece that tells a caller of its news; None where nobody waits for it."""
         stream, answer = self._streams.get(news.answer), news.answer
         if stream is None:
             return None
         row, new = answer.rows[news.copy], len(news.tokens)
         output = answer.output() if news.last else None
+        if output is None and not stream.streamed:
+            return None
         logprobs = tuple(answer.logprobs[news.copy][-new:]) if answer.params.logprobs is not None and new else None
         if output is not None:
             del self._streams[answer]
