@@ -59,15 +59,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4, help="that requests are sent from")
     parser.add_argument("--idle", type=int, default=0, help="connections that are open and ask nothing")
     parser.add_argument("--rows", type=int)
-    parser.add_argument(
-        "--profile", action="store_true", help="the last once more, and where its loop is"
-    )
+    parser.add_argument("--profile", metavar="RUN", help='one of them again, sampled, e.g. "128 streams"')
     parser.add_argument("--out", type=Path, help="a file for one JSON object")
     args = parser.parse_args()
 
     vocab = preset(args.preset).vocab_size
-    runs = [(f"{rate:g}/s", max(1, round(args.seconds * rate)), rate) for rate in args.rate]
-    runs += [(f"{count} streams", count, math.inf) for count in args.streams]
+    runs = [(f"{count} streams", count, math.inf) for count in args.streams]
+    runs += [(f"{rate:g}/s", max(1, round(args.seconds * rate)), rate) for rate in args.rate]
     works = {name: workload(args.mix, vocab, requests=count, rate=rate, scale=args.scale) for name, count, rate in runs}
     context = max(work.length for each in works.values() for work in each)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
@@ -80,7 +78,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     idle = [connection(about["url"]) for _ in range(args.idle)]
     turns = [(name, where) for _ in range(args.rounds) for name in works for where in ("engine", "server")]
-    turns += [(name, "profile") for name in list(works)[-1:] if args.profile]
+    if args.profile:
+        turns.append((args.profile, "profile"))
     for number, (name, where) in enumerate(turns):
         sent = renamed(works[name], 1 + number, vocab)  # nothing is found that was computed before
         try:

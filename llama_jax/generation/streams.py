@@ -57,7 +57,8 @@ class Piece:
         logprobs = None
         if self.logprobs is not None or later.logprobs is not None:
             logprobs = (*(self.logprobs or ()), *(later.logprobs or ()))
-        return replace(later, text=self.text + later.text, token_ids=self.token_ids + later.token_ids, logprobs=logprobs)
+        text, token_ids = self.text + later.text, self.token_ids + later.token_ids
+        return replace(later, text=text, token_ids=token_ids, logprobs=logprobs)
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ tokens, to the last token."""
 LIMITED = ("ttft", "tpot", "e2el")
 """Those that a request has one of, so that goodput can be counted by them."""
 PERCENTILES = (50, 95, 99)
-_START_S, _LEAD_S = 120.0, 0.1
+_START_S, _LEAD_S = 120.0, 0.5
 """Until processes of callers are there, at most; until the first request of a run is sent."""
 _COUNTS = {
     "completed": "Successful requests:",
@@ -252,11 +253,17 @@ def _callers(processes: int) -> Iterator[Executor]:
         return
     context = multiprocessing.get_context("spawn")
     started = context.Barrier(processes + 1)
-    with ProcessPoolExecutor(processes, context, started.wait) as pool:
+    with ProcessPoolExecutor(processes, context, _started, (started,)) as pool:
         for _ in range(processes):  # each task starts one, as long as none is idle
             pool.submit(int)
         started.wait(_START_S)
         yield pool
+
+
+def _started(all_have: Barrier) -> None:
+    import httpx2  # noqa: F401 so that no request waits for it
+
+    all_have.wait(_START_S)
 
 
 def _remote_run(
