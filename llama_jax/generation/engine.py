@@ -164,6 +164,11 @@ class Engine:
         began = self._stepping
         return 0.0 if began is None else time.monotonic() - began
 
+    def give_up(self, error: EngineFailed) -> None:
+        """Tells whoever waits, and whoever comes, of an error, where the engine's thread cannot: it hangs in a step."""
+        self._failed, self._closing = error, True
+        self._drop(error)
+
     # --- The engine's thread
 
     def _made(self) -> Jobs:

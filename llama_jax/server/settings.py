@@ -22,7 +22,7 @@ class Limits:
       idle_s: between two requests of a connection.
       stalled_s: until a client that reads nothing of what is sent is cut off.
       keep_alive_s: between comments in a stream that has nothing else to say.
-      step_s: that a step of the engine may take before it counts as stalled.
+      step_s: that a step of the engine may take before it counts as stalled; hung_s: before the process ends.
       connections: at once.
     """
 
@@ -41,6 +41,7 @@ class Limits:
     stalled_s: float = 30.0
     keep_alive_s: float = 15.0
     step_s: float = 60.0
+    hung_s: float = 300.0
     connections: int = 1000
 
 
