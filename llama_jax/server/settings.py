@@ -20,7 +20,8 @@ class Limits:
       prompts: of one request; n: continuations of each; stops: strings that end a text, of `stop_chars` characters.
       header_s, body_s: until the headers, and the body, are complete.
       idle_s: between two requests of a connection.
-      stalled_s: until a client that reads nothing of what is sent is cut off.
+      stalled_s: until a client that does not read what is sent is cut off; reader_rate: bytes a second that it has to
+        take of an answer that does not fit into the buffers between it and the server.
       keep_alive_s: between comments in a stream that has nothing else to say.
       step_s: that a step of the engine may take before it counts as stalled; hung_s: before the process ends.
       connections: at once.
@@ -39,6 +40,7 @@ class Limits:
     body_s: float = 30.0
     idle_s: float = 75.0
     stalled_s: float = 30.0
+    reader_rate: float = 1024.0
     keep_alive_s: float = 15.0
     step_s: float = 60.0
     hung_s: float = 300.0
