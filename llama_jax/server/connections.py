@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama_jax.server.settings import Limits
+
+_NO_LINGER = struct.pack("ii", 1, 0)
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:
@@ -50,6 +54,8 @@ def protocol(limits: Limits) -> type[H11Protocol]:
         def _check_reader(self) -> None:
             taken = self._left - self.transport.get_write_buffer_size()
             if taken < limits.reader_rate * limits.stalled_s:
+                # Else the kernel keeps what it has not sent, megabytes of it, for as long as the client is there.
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
                 self.transport.abort()
             else:
                 self._await_reader()
