@@ -1,21 +1,23 @@
-"""`llama-jax` with an engine that fails in the way that a file names, once there is such a file.
+"""`llama-jax` with other limits, and with an engine that fails in the way that a file names, once there is such a file.
 
-    python faulty_server.py FILE serve MODEL ...
+python faulty_server.py '{"file": FILE, "limits": {"stalled_s": 1}}' serve MODEL ...
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_jax.cli import main
 from llama_jax.generation.jobs import Jobs
+from llama_jax.server.settings import Limits
 
 FAULTS: dict[str, Callable[[], Any]] = {
     "hang": lambda: time.sleep(600),
@@ -25,8 +27,13 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def install(file: Path) -> None:
-    """Lets steps look for the file before they run."""
+def program(file: Path, **limits: float) -> tuple[str, str]:
+    """Arguments of Python that run it."""
+    return __file__, json.dumps({"file": str(file), "limits": limits})
+
+
+def install(file: Path, limits: Mapping[str, float]) -> None:
+    """Lets steps look for the file before they run, and changes the default limits."""
     step = Jobs.step
 
     def faulty(self: Jobs) -> Any:
@@ -35,8 +42,12 @@ def install(file: Path) -> None:
         return step(self)
 
     Jobs.step = faulty  # type: ignore[method-assign]
+    names = Limits.__init__.__code__.co_varnames[1:]
+    defaults = dict(zip(names, Limits.__init__.__defaults__ or (), strict=False)) | limits
+    Limits.__init__.__defaults__ = tuple(defaults[name] for name in names if name in defaults)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
-    install(Path(sys.argv.pop(1)))
+    given = json.loads(sys.argv.pop(1))
+    install(Path(given["file"]), given["limits"])
     main()

@@ -41,10 +41,11 @@ class Server:
         waiting: int = 64,
         sizes: EngineSettings = SETTINGS,
         restarts: Restarts | None = None,
+        ahead: bool = False,
         **settings: Any,
     ):
         sizes = dataclasses.replace(sizes, waiting=waiting)
-        self.engine = Engine(model, tokenizer, settings=sizes, ahead=False, restarts=restarts)
+        self.engine = Engine(model, tokenizer, settings=sizes, ahead=ahead, restarts=restarts)
         metrics = Metrics(NAME, self.engine.snapshot, lambda: self.engine.restarts.total)
         self.served = Served(self.engine, tokenizer, (NAME,), ServerSettings(**settings), metrics)
         self.app, self.tokenizer, self._runner = application(self.served), tokenizer, runner

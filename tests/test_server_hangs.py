@@ -1,4 +1,4 @@
-"""An engine that hangs, holds the interpreter or takes its process down: clients are told, and a supervisor learns it."""
+"""Engines that hang, hold the interpreter or take their process down: clients are told, and a supervisor learns it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from faulty_server import program
 from server_process import KEY, serving
 from tiny_chat_model import write_chat_model
 
 HEADERS = {"authorization": f"Bearer {KEY}"}
 BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 150, "ignore_eos": True}
-PROGRAM = str(Path(__file__).parent / "faulty_server.py")
 HUNG_S = 4.0
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_process_ends(folder: Path, tmp_path: Path, fault: str, code: int, told: str | None) -> None:
     """With a code that no server ends with by itself, and soon; where its loop still runs, clients get an error."""
     file = tmp_path / "fault"
-    with serving(folder, "--hung-s", str(HUNG_S), program=(PROGRAM, str(file))) as (process, said):
+    with serving(folder, "--hung-s", str(HUNG_S), program=program(file)) as (process, said):
         with httpx2.Client(base_url=said["url"], headers=HEADERS, timeout=60) as client:
             assert client.post("/v1/chat/completions", json=BODY | {"max_tokens": 2}).status_code == 200
             assert client.get("/health/ready").status_code == 200

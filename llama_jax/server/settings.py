@@ -17,6 +17,7 @@ class Limits:
       body: bytes; header_count, header_bytes: of all headers.
       depth: of nested values in a body.
       tools: that a request offers.
+      temperature: OpenAI's bound.
       prompts: of one request; n: continuations of each; stops: strings that end a text, of `stop_chars` characters.
       header_s, body_s: until the headers, and the body, are complete.
       idle_s: between two requests of a connection.
@@ -32,6 +33,7 @@ class Limits:
     header_bytes: int = 32 << 10
     depth: int = 64
     tools: int = 128
+    temperature: float = 2.0
     prompts: int = 256
     n: int = 16
     stops: int = 4
