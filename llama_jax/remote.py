@@ -48,6 +48,7 @@ class Remote:
 
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
+        del self._client  # what is left can be sent to other processes
 
     async def models(self) -> list[dict[str, Any]]:
         """The models that the server has, as it describes them.

@@ -40,10 +40,11 @@ class Server:
         waiting: int = 64,
         sizes: EngineSettings = SETTINGS,
         restarts: Restarts | None = None,
+        ahead: bool = False,
         **settings: Any,
     ):
         sizes = dataclasses.replace(sizes, waiting=waiting)
-        self.engine = Engine(model, tokenizer, settings=sizes, ahead=False, restarts=restarts)
+        self.engine = Engine(model, tokenizer, settings=sizes, ahead=ahead, restarts=restarts)
         self.state = ServerState.of(self.engine, tokenizer, (NAME,), ServerSettings(**settings))
         (self.served,) = self.state.models.loaded
         self.app, self.tokenizer, self._runner = application(self.state), tokenizer, runner

@@ -106,6 +106,14 @@ KEY = "LLAMA_JAX_API_KEY"
     metavar="N",
     help="Attempts to make the engine anew after failures of the device, in a row.",
 )
+@click.option(
+    "--hung-s",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="S",
+    help="A step of the device that takes longer ends the process, for its supervisor to start it again.",
+)
 @click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="A certificate, for https.")
 @click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key.")
 @click.option("--ssl-keyfile-password", envvar="LLAMA_JAX_SSL_KEYFILE_PASSWORD", help="Of the private key.")
@@ -138,6 +146,7 @@ def command(
     max_body: int,
     drain_s: float,
     restarts: int,
+    hung_s: float,
     ssl_certfile: str | None,
     ssl_keyfile: str | None,
     ssl_keyfile_password: str | None,
@@ -157,7 +166,7 @@ def command(
     if ssl_keyfile and not ssl_certfile:
         raise click.UsageError("--ssl-keyfile needs --ssl-certfile")
     lower = tuple(name.lower() for name in hosts)
-    settings = ServerSettings(host, port, keys, lower, drain_s, Limits(body=max_body))
+    settings = ServerSettings(host, port, keys, lower, drain_s, Limits(body=max_body, hung_s=hung_s))
     served = named_models(model, models, names, parsers)
     check_mesh(loading, served)
 

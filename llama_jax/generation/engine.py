@@ -24,7 +24,7 @@ from llama_jax.generation.jobs import Jobs, News, Progress, opened
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.generation.request import prepare
 from llama_jax.generation.restarts import Restarts
-from llama_jax.generation.streams import Piece, Request, Stream
+from llama_jax.generation.streams import Piece, Request, Stream, deliver
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak
@@ -131,13 +131,11 @@ class Engine:
             adapters=self._adapters,
             adapter_ids=[request.adapter_id],
         )
-        stream = Stream(requests, request, streamed, asyncio.get_running_loop(), asyncio.Queue())
+        stream = Stream(requests, request, streamed, asyncio.get_running_loop())
         self._post(self._begin, stream)
         try:
             while True:
-                piece = await stream.pieces.get()
-                if isinstance(piece, BaseException):
-                    raise piece
+                piece = await stream.take()
                 yield piece
                 if piece.output is not None:
                     return
@@ -186,6 +184,11 @@ class Engine:
         began = self._stepping
         return 0.0 if began is None else time.monotonic() - began
 
+    def give_up(self, error: EngineFailed) -> None:
+        """Tells whoever waits, and whoever comes, of an error, where the engine's thread cannot: it hangs in a step."""
+        self._failed, self._closing = error, True
+        self._drop(error)
+
     # --- The engine's thread
 
     def _made(self) -> Jobs:
@@ -207,8 +210,7 @@ class Engine:
                     self._wake.wait()
                     continue
                 self._stepping = time.monotonic()
-                for news in self._jobs.step():
-                    self._tell(news)
+                deliver(filter(None, map(self._told, self._jobs.step())))
                 self._stepping = None
             except Exception as error:  # of the device, or a fault of ours: whoever waits has to learn of it
                 self._fail(error)
@@ -222,7 +224,7 @@ class Engine:
                 stream.requests, 0, priority=stream.request.priority, domain=domain, streamed=stream.streamed
             )
         except LlamaJaxError as error:
-            stream.send(error)
+            deliver([(stream, error)])
         else:
             self._streams[stream.answer] = stream
 
@@ -232,16 +234,19 @@ class Engine:
             del self._streams[answer]
             self._jobs.cancel(answer)
 
-    def _tell(self, news: News) -> None:
+    def _told(self, news: News) -> tuple[Stream, Piece] | None:
+        """The piece that tells a caller of its news; None where nobody waits for it."""
         stream, answer = self._streams.get(news.answer), news.answer
         if stream is None:
-            return
+            return None
         row, new = answer.rows[news.copy], len(news.tokens)
         output = answer.output() if news.last else None
+        if output is None and not stream.streamed:
+            return None
         logprobs = tuple(answer.logprobs[news.copy][-new:]) if answer.params.logprobs is not None and new else None
         if output is not None:
             del self._streams[answer]
-        stream.send(Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output, row.stop_reason))
+        return stream, Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output, row.stop_reason)
 
     def _fail(self, error: Exception) -> None:
         """Ends every request with a typed error, and begins afresh, as often as `restarts` says."""
@@ -299,8 +304,7 @@ class Engine:
             self._ended = self._closing
         streams = [*self._streams.values(), *(stream for do, stream in posted if do == self._begin)]
         self._streams.clear()
-        for stream in streams:
-            stream.send(error)
+        deliver((stream, error) for stream in streams)
 
     def _post(self, do: Callable[[Stream], None], stream: Stream) -> None:
         with self._posting:
@@ -308,7 +312,7 @@ class Engine:
                 self._inbox.append((do, stream))
                 self._wake.set()
             elif do == self._begin:
-                stream.send(self._why_ended)
+                deliver([(stream, self._why_ended)])
 
     @property
     def _why_ended(self) -> EngineFailed:

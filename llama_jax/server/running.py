@@ -19,12 +19,11 @@ from llama_jax.server.app import application
 from llama_jax.server.connections import protocol
 from llama_jax.server.settings import ServerSettings
 from llama_jax.server.state import ServerState
+from llama_jax.server.watchdog import FAULT, LAST_WORDS_S, watched
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.05
-_LAST_WORDS_S = 5.0
-"""For answers to leave after the engines have ended, and for the engines to end."""
-_FAULT, _INTERRUPTED = 70, 130
+_INTERRUPTED = 130
 _THREADS = 32
 """That encode prompts and compile grammars; some wait for seconds."""
 
@@ -74,7 +73,7 @@ async def run(
     ssl_certfile: str | None = None,
     ssl_keyfile_password: str | None = None,
 ) -> None:
-    """Load the first model and run the server until SIGINT or SIGTERM.
+    """Load the first model and run the server until SIGINT, SIGTERM or, unless it is ignored (nohup), SIGHUP.
 
     Then new requests are turned away (503) while those under way have `drain_s` to end; what is left ends in an error
     that its client is told. A second signal cuts this short.
@@ -98,7 +97,7 @@ async def run(
         h11_max_incomplete_event_size=2 * settings.limits.header_bytes,
         timeout_keep_alive=round(settings.limits.idle_s),
         limit_concurrency=settings.limits.connections,
-        timeout_graceful_shutdown=int(_LAST_WORDS_S),
+        timeout_graceful_shutdown=int(LAST_WORDS_S),
         ssl_keyfile=ssl_keyfile,
         ssl_certfile=ssl_certfile,
         ssl_keyfile_password=ssl_keyfile_password,
@@ -113,6 +112,7 @@ async def run(
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "llama_jax server"))
     async with AsyncExitStack() as models, _signals() as asked:
         await models.enter_async_context(state.models)
+        await models.enter_async_context(watched(state))
         asked.started = True
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         ending = asyncio.create_task(asked.acquire())
@@ -147,12 +147,13 @@ class _Asked(asyncio.Semaphore):
 @asynccontextmanager
 async def _signals() -> AsyncIterator[_Asked]:
     loop, asked = asyncio.get_running_loop(), _Asked(0)
-    for number in SIGNALS:
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heeded:
         loop.add_signal_handler(number, asked.signalled)
     try:
         yield asked
     finally:
-        for number in SIGNALS:
+        for number in heeded:
             loop.remove_signal_handler(number)
 
 
@@ -171,8 +172,8 @@ async def _drained(state: ServerState, asked: _Asked) -> None:
 async def _ended(models: AsyncExitStack) -> None:
     """Ends the engines, which tell whoever waits; a device that hangs does not keep the process."""
     closing = asyncio.create_task(models.aclose())
-    await asyncio.wait({closing}, timeout=_LAST_WORDS_S)
+    await asyncio.wait({closing}, timeout=LAST_WORDS_S)
     if not closing.done():
         log.error("an engine does not end; the process does")
-        os._exit(_FAULT)
+        os._exit(FAULT)
     await closing
