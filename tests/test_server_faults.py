@@ -259,12 +259,13 @@ def test_a_server_that_restarts_ends_at_once(
     assert time.monotonic() - began < 5
 
 
-def test_no_next_token(model: Any, runner: asyncio.Runner) -> None:
+def test_no_next_token(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that are no numbers end their own request: an error, and never an answer that looks whole."""
     loaded, tokenizer = model
     embed = loaded.params["embed"]["weight"].at[39].set(jnp.nan)
     broken = dataclasses.replace(loaded, params={**loaded.params, "embed": {"weight": embed}})
     with Server(broken, tokenizer, runner) as server:
+        slow_steps(server, monkeypatch, 0.05)  # so that the first token is read before the second fails
         bad, biased = {"prompt": [5, 39]}, {"prompt": [5, 6], "logit_bias": {"39": 100}, "stream": True}
         whole = server.post("/v1/completions", **bad)
         assert (whole.status, whole.json["error"]["type"]) == (500, "server_error")
