@@ -25,7 +25,7 @@ KEY = "LLAMA_JAX_API_KEY"
     epilog=examples(
         "llama-jax serve",
         "llama-jax serve meta-llama/Llama-3.1-8B-Instruct --tp 2 --served-model-name llama",
-        "llama-jax serve --model small=smollm2-135m-instruct --model meta-llama/Llama-3.1-8B-Instruct",
+        "llama-jax serve --model chat=meta-llama/Llama-3.1-8B-Instruct --model big=/models/llama-3.1-70b",
         f"{KEY}=... llama-jax serve --host 0.0.0.0 --ssl-certfile cert.pem --ssl-keyfile key.pem",
         "curl http://127.0.0.1:8000/v1/models",
     ),
