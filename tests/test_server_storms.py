@@ -8,6 +8,7 @@ Environment variables:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -204,6 +205,37 @@ def test_soak(server: Process) -> None:
         assert held[-1].memory < held[1].memory + (24 << 20)
         assert held[-1].files <= held[1].files + 1
         assert held[-1].threads <= held[1].threads
+
+    asyncio.run(run())
+
+
+def test_lengths_that_lie(server: Process) -> None:
+    """A body is read to its limit if it names none, to the length that it names if it is longer, and no further."""
+    process, url = server
+    head = request(url, CHAT, {}).partition(b"content-length")[0]
+    good = request(url, CHAT, BODY | {"max_tokens": 1})
+
+    async def run() -> None:
+        client = await Raw.open(url)
+        client.send(head + b"transfer-encoding: chunked\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(200):  # 20 MB; it is told at 8
+                client.send(b"186a0\r\n" + b"x" * 100_000 + b"\r\n")
+                await client.writer.drain()
+        assert await client.status() in (413, 0)
+        client.leave()
+        client = await Raw.open(url)
+        client.send(good + b"and more\r\n\r\n")  # which is no request
+        assert (await client.answer())[0] == 200
+        assert await client.status() == 400
+        assert await asyncio.wait_for(client.reader.read(), SOON_S) is not None
+        client.leave()
+        for wrong in (b"content-length: -1", b"content-length: 5\r\ncontent-length: 6", b"transfer-encoding: gzip"):
+            client = await Raw.open(url)
+            client.send(head + wrong + b"\r\n\r\n{}")
+            assert 400 <= await client.status() <= 501
+            client.leave()
+        await well(server)
 
     asyncio.run(run())
 
