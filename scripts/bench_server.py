@@ -202,9 +202,9 @@ def texts(size: int) -> Tokenizer:
     letters = sorted(byte_alphabet())
     words = {letter: i for i, letter in enumerate(letters)}
     words |= {f"t{i}": i for i in range(len(words), size)}
-    model = {"type": "BPE", "vocab": words, "merges": [], "dropout": None, "unk_token": None}
+    model: dict[str, Any] = {"type": "BPE", "vocab": words, "merges": [], "dropout": None, "unk_token": None}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    described = {
+    described: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,

@@ -1,11 +1,11 @@
-"""Rows of requests that a server must survive, at an engine that runs: each is answered as it should be, and behind each
-the next request is answered, no page is in use and nothing was compiled.
+"""Bad and odd requests at an engine that runs, by rows: each is answered as it should be, and behind each the next
+request is answered, no page is in use and nothing was compiled.
 
 | | What | Held by |
 | --- | --- | --- |
 | H1 | no JSON, another type | `BAD`; test_server_guard: bad_chats, headers_of_bodies |
-| H2 | bodies too large, lengths that lie | test_server_guard: large_and_slow_bodies; test_server_sockets |
-| H3 | headers too many, large, slow | test_server_guard: headers; test_server_connections; test_server_sockets |
+| H2 | bodies too large, lengths that lie | test_server_guard: large_and_slow_bodies; test_server_storms, test_server_process |
+| H3 | headers too many, large, slow | test_server_guard: headers; test_server_connections; test_server_storms, test_server_process |
 | H4 | nesting, long numbers, NaN, keys twice | `BAD`, a_key_twice |
 | H5 | surrogates, no UTF-8, NUL | `BAD`, `GOOD` |
 | H6 | fields unknown or without effect | `BAD`; test_server: fields_without_effect |
@@ -21,12 +21,14 @@ the next request is answered, no page is in use and nothing was compiled.
 | G1-G3 | grammars that are bad, beside good ones, cut | `BAD_SCHEMAS`, grammars_beside_each_other, a_text_that_is_cut |
 | G4 | names and schemas of tools | `BAD_TOOLS`; test_server_tools |
 | A1-A4 | keys, routes, hosts, prefixes of others | test_server_guard; test_server_faults: keys_share_no_prefixes |
+| F17 | plugins that fail | a_parser_that_fails; test_plugins |
 | C1 | options | test_server_process: no_address; test_cli |
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
@@ -183,7 +185,7 @@ def test_sampling_at_its_bounds(server: Server) -> None:
 
 
 def test_stop_strings(server: Server) -> None:
-    """Wherever a text is cut, within tokens or across them, a stream leaks nothing of the stop string, and what was held
+    """Wherever a text is cut, within tokens or across them, a stream leaks nothing of the stop string. What was held
     back for a string that did not come is there in the end."""
 
     def streamed(**fields: Any) -> str:
@@ -331,3 +333,26 @@ def test_a_tool_with_a_name_of_python(server: Server) -> None:
     tools = [{"type": "function", "function": {"name": "__proto__", "parameters": {"type": "object"}}}]
     answer = server.chat(tools=tools, max_tokens=2)
     assert answer.status in (200, 400)
+
+
+class Broken:
+    """A parser that does not keep its protocol."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        raise ZeroDivisionError("a secret")
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_parser_that_fails(server: Server, monkeypatch: pytest.MonkeyPatch, streamed: bool, caplog: Any) -> None:
+    """F17: a plugin's fault costs its own request, and nobody is told what it was about."""
+    assert server.served.tool_format is not None
+    broken = dataclasses.replace(server.served.tool_format, parser=Broken)
+    monkeypatch.setitem(server.served.__dict__, "tool_format", broken)
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    answer = server.chat(tools=tools, max_tokens=4, stream=streamed)
+    assert (answer.status, answer.json["error"]["type"]) == (500, "server_error")
+    assert "ZeroDivisionError at test_server_rows" in caplog.text
+    assert "secret" not in caplog.text + answer.data.decode()
