@@ -106,11 +106,7 @@ def load(
     with opened(found.path, name=found.name, revision=found.revision, dequantize=wanted is not None) as source:
         if wanted is not None:
             source = QuantizedSource(source, schemes(source.config, wanted))
-        form = weights or usual_form(
-            current().vendor, source.config.schemes, split=mesh is not None, activations=activations
-        )
-        held = source.config.replace(schemes=()) if form == FLOAT else source.config
-        check_activations(held, activations, split=mesh is not None)
+        held = held_config(source.config, weights, split=mesh is not None, activations=activations)
         devices = _on_mesh(held, mesh, target, kv_dtype, notify)
         if found.converted is not None:
             # Those of checkpoints were checked when they were converted.
@@ -122,12 +118,32 @@ def load(
         tell_notes(source, notify)
         params = load_source(source, dtype=target, sharding=sharding, verify=verify, progress=progress, notify=notify)
         config, generation_config = source.config, source.generation_config
-    if form == FLOAT and config.schemes:
+    if config.schemes and not held.schemes:
         with on(devices):
             params, config = dequantize_params(params, config, target, donate=True)
     params, config = arrange(params, config.replace(activations=activations), devices, fuse=fuse, donate=True)
     prepare_products(config, named, notify)
     return Model(params, config, devices, generation_config, str(model), named, kv_dtype), tokenizer
+
+
+def held_config(
+    config: LlamaConfig, weights: str | None, *, split: bool, activations: str | None = None
+) -> LlamaConfig:
+    """The configuration of a model as `load` keeps its weights: the schemes in it are those of the arrays.
+
+    Args:
+      config: of its files; weights, activations: see `load`; split: whether it is spread over several devices.
+
+    Raises:
+      RequestError: `weights` or `activations` names nothing that is known, or does not fit the model.
+    """
+    if (wanted := requested(weights)) is not None:
+        held = config.replace(schemes=schemes(config.replace(schemes=()), wanted))
+    else:
+        form = weights or usual_form(current().vendor, config.schemes, split=split, activations=activations)
+        held = config.replace(schemes=()) if form == FLOAT else config
+    check_activations(held, activations, split=split)
+    return held
 
 
 def check_kernels_once(notify: Callable[[str], None] | None = None) -> None:

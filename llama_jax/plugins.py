@@ -51,7 +51,9 @@ LOGITS_PROCESSORS = Group("llama_jax.logits_processors", "llama_jax.sampling.con
 TOOL_PARSERS = Group("llama_jax.tool_parsers", "llama_jax.text.tools.formats:plugin_problem")
 """Ways in which models write calls of tools: each entry point has the name that `serve --tool-parser` takes, and is a
 `llama_jax.text.tools.ToolFormat`."""
-GROUPS = (TARGETS, KERNELS, FAMILIES, LOGITS_PROCESSORS, TOOL_PARSERS)
+ENDPOINTS = Group("llama_jax.endpoints", "llama_jax.server.extra:plugin_problem")
+"""Routes of the server: each entry point is a `llama_jax.server.operations.Operation`, or a tuple of them."""
+GROUPS = (TARGETS, KERNELS, FAMILIES, LOGITS_PROCESSORS, TOOL_PARSERS, ENDPOINTS)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def load(group: Group) -> tuple[Plugin, ...]:
         try:
             plugin = dataclasses.replace(plugin, value=point.load())
             problem = group.problem(plugin, [p for p in found if not p.problem])
-        except Exception as error:  # other people's code: anything may come
+        except (Exception, SystemExit) as error:  # other people's code: anything may come
             problem = f"{type(error).__name__}: {error}"
         found.append(dataclasses.replace(plugin, problem=problem))
         if problem:

@@ -48,6 +48,7 @@ class Remote:
 
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
+        del self._client  # what is left can be sent to other processes
 
     async def models(self) -> list[dict[str, Any]]:
         """The models that the server has, as it describes them.
@@ -73,6 +74,10 @@ class Remote:
             hint = did_you_mean(name or "", names) or f"it has {', '.join(names) or 'none'}"
             raise ModelNotFound(f"{self.url} has no model {name or ''}".rstrip(), hint=hint)
         return found
+
+    async def get(self, path: str) -> Any:
+        """What a route answers, in JSON; errors as for `events`."""
+        return await self._json("GET", path)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request that is not streamed; errors as for `events`."""

@@ -61,6 +61,7 @@ async def opened(
     data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     parts = [(data, False)] if chunks is None else [(chunk, True) for chunk in chunks]
     answer, gone, begun = Answer(), asyncio.Event(), asyncio.Event()
+    path, _, query = path.partition("?")
 
     async def receive() -> dict[str, Any]:
         if parts:
@@ -86,7 +87,7 @@ async def opened(
         "method": method,
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": "",
         "headers": [(k.lower().encode(), v.encode()) for k, v in sent],
         "client": ("127.0.0.1", 1234),

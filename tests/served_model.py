@@ -17,9 +17,8 @@ from llama_jax.generation.engine import Engine
 from llama_jax.generation.restarts import Restarts
 from llama_jax.loading import load
 from llama_jax.server.app import application
-from llama_jax.server.metrics import Metrics
-from llama_jax.server.served import Served
 from llama_jax.server.settings import ServerSettings
+from llama_jax.server.state import ServerState
 
 SETTINGS = small_settings(context=128, pages=24)
 NAME = "tiny"
@@ -41,20 +40,21 @@ class Server:
         waiting: int = 64,
         sizes: EngineSettings = SETTINGS,
         restarts: Restarts | None = None,
+        ahead: bool = False,
         **settings: Any,
     ):
         sizes = dataclasses.replace(sizes, waiting=waiting)
-        self.engine = Engine(model, tokenizer, settings=sizes, ahead=False, restarts=restarts)
-        metrics = Metrics(NAME, self.engine.snapshot, lambda: self.engine.restarts.total)
-        self.served = Served(self.engine, tokenizer, (NAME,), ServerSettings(**settings), metrics)
-        self.app, self.tokenizer, self._runner = application(self.served), tokenizer, runner
+        self.engine = Engine(model, tokenizer, settings=sizes, ahead=ahead, restarts=restarts)
+        self.state = ServerState.of(self.engine, tokenizer, (NAME,), ServerSettings(**settings))
+        (self.served,) = self.state.models.loaded
+        self.app, self.tokenizer, self._runner = application(self.state), tokenizer, runner
 
     def __enter__(self) -> Server:
-        self.run(self.engine.__aenter__())
+        self.run(self.state.models.__aenter__())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.run(self.engine.__aexit__())
+        self.run(self.state.models.__aexit__())
 
     def run(self, coroutine: Any) -> Any:
         return self._runner.run(coroutine)

@@ -68,10 +68,11 @@ def test_probes_are_routes_without_a_key() -> None:
 def test_the_dashboard_names_metrics_that_there_are() -> None:
     dashboard = json.loads(text("grafana.json"))
     core = Core(tiny_model(), small_settings(), peak=Peak(1e9, 1e9))
-    metrics = Metrics("tiny", core.snapshot, lambda: 0)
-    with metrics.request():
+    metrics = Metrics()
+    of_model = metrics.of("tiny", core.snapshot, lambda: 0)
+    with of_model.request():
         pass
-    metrics.finished("stop")
+    of_model.finished("stop")
     metrics.answered("/v1/models", 200)
     samples = {s.name for family in text_string_to_metric_families(metrics.text().decode()) for s in family.samples}
     used = set()

@@ -9,8 +9,11 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from helpers import GOLDENS, TOLERANCE, error, golden_json, load_golden
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
+from server_process import KEY, serving
 
 from llama_jax import plugins
 from llama_jax.cli import cli
@@ -156,6 +160,31 @@ def test_the_example_on_the_command_line(environment: dict[str, str], folder: Pa
     assert origins == {"llama-jax-example 1.0"}
     plan = run(environment, "-m", "llama_jax.cli", "plan", str(folder), "--target", "Example GPU", "--json")
     assert "example-gpu" in json.dumps(plan)
+
+
+@pytest.mark.slow
+def test_the_example_on_a_server(environment: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its route is behind the key, described, and asks the model."""
+    for name in ("PYTHONPATH", "LLAMA_JAX_CACHE"):
+        monkeypatch.setenv(name, environment[name])
+    with serving(folder) as (_, said):
+
+        def answered(path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+            data = None if body is None else json.dumps(body).encode()
+            headers = {"content-type": "application/json"} | headers
+            try:
+                with urllib.request.urlopen(urllib.request.Request(said["url"] + path, data, headers)) as answer:
+                    return answer.status, json.load(answer)
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, json.load(error)
+
+        key = {"x-api-key": KEY}
+        assert answered("/example/length", {"text": "abc"}, **key) == (200, {"characters": 3, "tokens": 3})
+        assert answered("/example/length", {"text": "abc"})[0] == 401
+        assert answered("/example/length", {"text": 3}, **key)[0] == 400
+        assert answered("/example/length", {"text": "a", "model": "other"}, **key)[0] == 404
+        assert "/example/length" in answered("/openapi.json", **key)[1]["paths"]
 
 
 @pytest.mark.slow

@@ -281,6 +281,16 @@ def test_responses(server: Server) -> None:
     assert (made.metadata, made.temperature) == ({"a": "b"}, 0.0)
 
 
+ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]}
+
+
+def test_responses_with_allowed_tools(server: Server) -> None:
+    other = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
+    made = parsed(responses(server, tools=[other, FLAT_TOOL], tool_choice=ALLOWED, max_output_tokens=60).json)
+    assert {item.name for item in made.output} == {"get_weather"}
+    assert made.tool_choice.mode == "required"
+
+
 @pytest.mark.usefixtures("scripted")
 def test_responses_with_reasoning_and_tools(server: Server) -> None:
     from openai.types.responses import ResponseStreamEvent
@@ -322,6 +332,8 @@ def test_responses_with_reasoning_and_tools(server: Server) -> None:
         ({"include": ["file_search_call.results"]}, "include"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
+        ({"tools": [FLAT_TOOL], "tool_choice": ALLOWED | {"mode": "sometimes"}}, "tool_choice"),
+        ({"tools": [FLAT_TOOL], "tool_choice": ALLOWED | {"tools": [{"name": "other"}]}}, "tool_choice"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
         ({"input": []}, "messages"),

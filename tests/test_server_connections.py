@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 import uvicorn
 
 from llama_jax.server.connections import protocol
@@ -16,14 +18,16 @@ from llama_jax.server.settings import Limits
 LIMITS = Limits(header_s=0.3, stalled_s=0.3)
 SOON_S = 10.0
 """Far more than the limits, far less than for ever."""
+ESTABLISHED = 1
+"""State of a connection that neither side has ended (`TCP_INFO`)."""
 HEAD = b"GET / HTTP/1.1\r\nhost: x\r\n"
 
 
 @contextlib.asynccontextmanager
-async def listening(app: Any) -> AsyncIterator[int]:
+async def listening(app: Any, limits: Limits = LIMITS) -> AsyncIterator[int]:
     """The port of a server."""
     with socket.create_server(("127.0.0.1", 0)) as made:
-        config = uvicorn.Config(app, http=protocol(LIMITS), lifespan="off", log_config=None, timeout_keep_alive=1)
+        config = uvicorn.Config(app, http=protocol(limits), lifespan="off", log_config=None, timeout_keep_alive=1)
         server = uvicorn.Server(config)
         task = asyncio.create_task(server._serve(sockets=[made]))  # without its handlers of signals
         while not server.started:
@@ -121,3 +125,33 @@ def test_clients_that_read_nothing_are_cut_off() -> None:
                 one.transport.abort()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("chunk", "whole"), [(256 << 10, True), (16, False)])
+def test_slow_readers(chunk: int, whole: bool) -> None:
+    """Who takes an answer slowly gets all of it, even if that takes longer than the deadline; who takes next to nothing
+    is cut off, also where the server has said all that there is to say."""
+    size = 12 << 20
+    most = dataclasses.replace(LIMITS, reader_rate=64 << 10)
+
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": b"x" * size})
+
+    async def run() -> int:
+        async with listening(large, most) as port:
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 << 10)
+                client.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_connect(client, ("127.0.0.1", port))
+                await loop.sock_sendall(client, HEAD + b"\r\n")
+                found, began = 0, loop.time()
+                while found < size and client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED:
+                    assert loop.time() < began + SOON_S
+                    found += len(await loop.sock_recv(client, chunk))
+                    await asyncio.sleep(0.01)
+                assert loop.time() - began > LIMITS.stalled_s
+                return found
+
+    assert (asyncio.run(run()) >= size) == whole

@@ -84,7 +84,7 @@ def test_a_client_that_leaves_ends_its_request(
         await server.until(lambda: server.unused)
         assert server.engine.snapshot().tokens_out < drawn + 120
         assert not any(one.answer.data.endswith(b"[DONE]\n\n") for one in under_way)
-        assert server.served.life.active == 0
+        assert server.state.life.active == 0
 
     server.run(run())
     assert cancelled(server) == before + 6 * (1 if path == CHAT else 2)
@@ -109,8 +109,24 @@ def test_silent_streams_are_kept_alive(model: Any, runner: asyncio.Runner, monke
         slow_steps(server, monkeypatch, 0.1)
         answer = server.chat(stream=True, max_tokens=3)
         assert answer.data.count(b": keep-alive\n\n") >= 3
-        assert answer.data.startswith(b": keep-alive\n\n")
+        assert answer.data.startswith(b": ")
         assert len(answer.events) >= 3
+
+
+def test_streams_tell_how_far_their_prompts_are(
+    model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt that takes several steps, by comments, until there is something to say."""
+    with Server(*model, runner, limits=Limits(keep_alive_s=0.02)) as server:
+        server.chat(max_tokens=1)
+        slow_steps(server, monkeypatch, 0.1)
+        body = {"prompt": [[5] * 90, list(range(100, 190))], "max_tokens": 1, "stream": True}
+        data = server.post("/v1/completions", **body).data.decode()
+        told = [line for line in data.split("\n\n") if line.endswith(" of 180 tokens of the prompt")]
+        numbers = [int(line.split()[1]) for line in told]
+        assert numbers == sorted(numbers)
+        assert len(set(numbers)) > 2
+        assert all(0 <= number < 180 for number in numbers)
 
 
 def test_a_device_that_hangs(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,14 +142,14 @@ def test_a_device_that_hangs(model: Any, runner: asyncio.Runner, monkeypatch: py
 
         async def run() -> None:
             async with opened(server.app, "POST", CHAT, MESSAGES | {"max_tokens": 2}) as asked:
-                await server.until(lambda: readiness(server.served).status == "stalled")
+                await server.until(lambda: readiness(server.state).status == "stalled")
                 assert (await call(server.app, "GET", "/health/ready")).status == 503
                 go.set()
                 await asyncio.wait_for(asyncio.shield(asked.task), 60)
                 assert asked.answer.status == 200
 
         server.run(run())
-        assert readiness(server.served) == StatusAnswer("ready")
+        assert readiness(server.state) == StatusAnswer("ready")
 
 
 def test_overload(model: Any, runner: asyncio.Runner) -> None:
@@ -184,10 +200,10 @@ def test_an_engine_that_fails(model: Any, runner: asyncio.Runner, monkeypatch: p
             assert (streamed.status, whole.status) == (200, 503)
             assert "the device is lost" in whole.json["error"]["message"]
             if not last:
-                server.run(server.until(lambda: readiness(server.served) == StatusAnswer("ready")))
+                server.run(server.until(lambda: readiness(server.state) == StatusAnswer("ready")))
                 assert server.chat(max_tokens=2).status == 200
-        server.run(server.until(lambda: readiness(server.served).status == "failed"))
-        assert "the device is lost" in str(readiness(server.served).reason)
+        server.run(server.until(lambda: readiness(server.state).status == "failed"))
+        assert "the device is lost" in str(readiness(server.state).reason)
         assert server.call("GET", "/health/ready").status == 503
         assert server.chat().status == 503
         assert server.call("GET", "/health/live").status == 200
@@ -212,7 +228,7 @@ def test_an_engine_is_made_anew_with_pauses(
         monkeypatch.setattr(engine, "_made", attempt)
         assert server.chat(max_tokens=2).status == 503
         server.run(server.until(lambda: len(begun) == 2))
-        server.run(server.until(lambda: "attempt 3 of 3" in str(readiness(server.served).reason)))
+        server.run(server.until(lambda: "attempt 3 of 3" in str(readiness(server.state).reason)))
         answer = server.call("GET", "/health/ready")
         assert (answer.status, answer.json["status"]) == (503, "restarting")
         assert "the device is lost" in answer.json["reason"]
@@ -221,7 +237,7 @@ def test_an_engine_is_made_anew_with_pauses(
         assert len(begun) == 2
         metrics = server.call("GET", "/metrics").data.decode()
         assert 'llama_jax_engine_up{model_name="tiny"} 0.0' in metrics
-        server.run(server.until(lambda: readiness(server.served) == StatusAnswer("ready")))
+        server.run(server.until(lambda: readiness(server.state) == StatusAnswer("ready")))
         assert server.chat(max_tokens=2).status == 200
         pauses = [after - before for before, after in itertools.pairwise(begun)]
         assert (pauses[0] >= 0.5, pauses[1] >= 1.0) == (True, True)
@@ -238,17 +254,18 @@ def test_a_server_that_restarts_ends_at_once(
         monkeypatch.setattr(server.engine._jobs, "step", fail)
         monkeypatch.setattr(server.engine, "_made", fail)
         assert server.chat(max_tokens=2).status == 503
-        server.run(server.until(lambda: "attempt 2 of 3" in str(readiness(server.served).reason)))
+        server.run(server.until(lambda: "attempt 2 of 3" in str(readiness(server.state).reason)))
         began = time.monotonic()
     assert time.monotonic() - began < 5
 
 
-def test_no_next_token(model: Any, runner: asyncio.Runner) -> None:
+def test_no_next_token(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that are no numbers end their own request: an error, and never an answer that looks whole."""
     loaded, tokenizer = model
     embed = loaded.params["embed"]["weight"].at[39].set(jnp.nan)
     broken = dataclasses.replace(loaded, params={**loaded.params, "embed": {"weight": embed}})
     with Server(broken, tokenizer, runner) as server:
+        slow_steps(server, monkeypatch, 0.05)  # so that the first token is read before the second fails
         bad, biased = {"prompt": [5, 39]}, {"prompt": [5, 6], "logit_bias": {"39": 100}, "stream": True}
         whole = server.post("/v1/completions", **bad)
         assert (whole.status, whole.json["error"]["type"]) == (500, "server_error")
@@ -291,10 +308,10 @@ def test_draining(model: Any, runner: asyncio.Runner, monkeypatch: pytest.Monkey
         async def run() -> Any:
             async with opened(server.app, "POST", CHAT, MESSAGES | LONG | {"stream": True}) as streamed:
                 await asyncio.wait_for(streamed.begun.wait(), 30)
-                server.served.life.draining = True
+                server.state.life.draining = True
                 new = await call(server.app, "POST", CHAT, MESSAGES)
                 ready = await call(server.app, "GET", "/health/ready")
-                assert server.served.life.active == 1
+                assert server.state.life.active == 1
                 await asyncio.wait_for(streamed.task, 60)
             return streamed.answer, new, ready
 
@@ -302,4 +319,4 @@ def test_draining(model: Any, runner: asyncio.Runner, monkeypatch: pytest.Monkey
         assert streamed.events[-1]["choices"][0]["finish_reason"] == "length"
         assert (new.status, new.json["error"]["code"], new.headers["retry-after"]) == (503, "draining", "1")
         assert (ready.status, ready.json["status"]) == (503, "draining")
-        assert server.served.life.active == 0
+        assert server.state.life.active == 0

@@ -108,6 +108,49 @@ def test_a_call_that_is_asked_for(server: Server, choice: Any) -> None:
         assert len({part["id"], call["id"]}) == 2
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_allowed_tools(server: Server, scripted: Scripted) -> None:
+    """The model is told of all tools, so that the prompt stays the same, and may call some."""
+    text = '<tool_call>\n{"name": "now"}\n</tool_call>'
+    (made,) = scripted(text, tool_choice=allowed("auto", "now"))["choices"]
+    assert made["message"]["tool_calls"][0]["function"]["name"] == "now"
+    (made,) = scripted(text, tool_choice=allowed("auto", "get_weather"))["choices"]
+    assert (made["finish_reason"], made["message"]["content"]) == ("stop", text)
+    assert "tool_calls" not in made["message"]
+
+
+def test_an_allowed_tool_that_must_be_called(server: Server) -> None:
+    everything = server.chat(tools=TOOLS, max_tokens=1).json["usage"]["prompt_tokens"]
+    for seed in range(2):
+        body = {"tools": TOOLS, "tool_choice": allowed("required", "now"), "seed": seed, "max_tokens": 60}
+        answer = server.chat(**body).json
+        assert answer["usage"]["prompt_tokens"] == everything
+        assert {call["function"]["name"] for call in answer["choices"][0]["message"]["tool_calls"]} == {"now"}
+
+
+def test_several_continuations_with_tools(server: Server) -> None:
+    """Each choice has calls of its own, with indices of its own, streaming or not."""
+    body: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "n": 3, "seed": 5, "max_tokens": 80}
+    whole = server.chat(**body).json["choices"]
+    events = server.chat(**body, stream=True).events
+    ids = set()
+    for choice in whole:
+        own = [{**event, "choices": [c for c in event["choices"] if c["index"] == choice["index"]]} for event in events]
+        message, reason = streamed(own)
+        calls = choice["message"]["tool_calls"]
+        assert reason == choice["finish_reason"]
+        assert [{k: call[k] for k in ("name", "arguments")} for call in message["tool_calls"]] == [
+            call["function"] for call in calls
+        ]
+        ids |= {call["id"] for call in [*message["tool_calls"], *calls]}
+    assert len(ids) == 2 * sum(len(choice["message"]["tool_calls"]) for choice in whole)
+    assert len({json.dumps(choice["message"]["tool_calls"][0]["function"]) for choice in whole}) > 1
+
+
 def test_calls_of_a_free_answer(scripted: Scripted) -> None:
     text = 'Well. \n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>\n'
     text += '<tool_call>\n{"name": "now"}\n</tool_call>'
@@ -265,6 +308,11 @@ def ends(server: Server, *messages: Any, **body: Any) -> tuple[int, str]:
         {"tool_choice": "required"},
         {"tool_choice": "sometimes", "tools": TOOLS},
         {"tool_choice": {"type": "function", "function": {"name": "other"}}, "tools": TOOLS},
+        {"tool_choice": allowed("auto", "now", "other"), "tools": TOOLS},
+        {"tool_choice": allowed("auto"), "tools": TOOLS},
+        {"tool_choice": allowed("sometimes", "now"), "tools": TOOLS},
+        {"tool_choice": allowed("auto", "now")},
+        {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [3]}}, "tools": TOOLS},
         {"tools": [WEATHER, WEATHER]},
         {"tools": [{"type": "function", "function": {"name": "a\n"}}]},
         {"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]},

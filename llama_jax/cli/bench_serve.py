@@ -72,6 +72,13 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     show_default=True,
     help="The ids of prompts for a server are below it.",
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="That requests to a server are sent from: one reads some 10,000 tokens a second.",
+)
 @subject_options
 def command(
     requests: Requests,
@@ -80,6 +87,7 @@ def command(
     rounds: int,
     server: ServerOptions,
     vocab: int,
+    processes: int,
     subject: Subject,
 ) -> None:
     """Measure what callers wait for while requests arrive at random (Poisson) at an engine in this process.
@@ -94,10 +102,10 @@ def command(
     check_limits(limits)
     rate = rate or math.inf
     of_engines = {field.name for field in fields(Subject)} - {"quiet", "out"}
-    if (remote := server.remote(of_engines, ("vocab",))) is None:
+    if (remote := server.remote(of_engines, ("vocab", "processes"))) is None:
         result, served = _engine(requests, rate, limits, rounds, subject)
     else:
-        result, served = _server(remote, server.name, vocab, requests, rate, limits, rounds, subject)
+        result, served = _server(remote, server.name, vocab, processes, requests, rate, limits, rounds, subject)
     result |= {"request_rate": "inf" if rate == math.inf else rate, "goodput_limits_ms": dict(limits)}
     numbers = medians([one.summary for one in served])
     result |= {"ready_s": served[0].ready_s, **numbers, "rounds": [asdict(one) for one in served]}
@@ -132,6 +140,7 @@ def _server(
     remote: Remote,
     name: str | None,
     vocab: int,
+    processes: int,
     requests: Requests,
     rate: float,
     limits: Mapping[str, float],
@@ -143,11 +152,11 @@ def _server(
 
     model = asyncio.run(_described(remote, name))
     works = requests.make(vocab, model.get("max_model_len"), rate)
-    result: dict[str, Any] = {"url": remote.url, "model": model["id"], "llama_jax": __version__}
+    result: dict[str, Any] = {"url": remote.url, "model": model["id"], "llama_jax": __version__, "processes": processes}
     subject.show("  ".join(f"{name}={value}" for name, value in result.items()))
     result["workload"] = requests.about(works, subject)
     each = [renamed(works, i, vocab) for i in range(rounds)]
-    return result, serve_remote(remote, model["id"], each, limits)
+    return result, serve_remote(remote, model["id"], each, limits, processes=processes)
 
 
 async def _described(remote: Remote, name: str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -18,7 +18,6 @@ from llama_jax.library import DEFAULT_MODEL, network
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from llama_jax.cli.progress import Reporter
     from llama_jax.model.loaded import Model
     from llama_jax.plan import AutoMesh, MeshRequest
     from llama_jax.text.tokenizer import Tokenizer
@@ -210,6 +209,18 @@ def claim_memory() -> None:
     device_memory.claim_memory(os.environ, started=xla_bridge.backends_are_initialized())
 
 
+class Told(Protocol):
+    """Whoever is told how far loading is: a `Reporter`, or what passes its news on."""
+
+    def notify(self, message: str) -> None:
+        """Take a line of text; see `llama_jax.load`."""
+        ...
+
+    def progress(self, done: int, total: int, name: str) -> None:
+        """Take bytes done, bytes in all, and a tensor's name."""
+        ...
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """Options of the command line that say how to load a model; see `load_options`."""
@@ -223,9 +234,7 @@ class LoadOptions:
     tp: int | None
     kernels: dict[str, str]
 
-    def load_draft(
-        self, name: str | None, model: Model, tokenizer: Tokenizer | None, reporter: Reporter
-    ) -> Model | None:
+    def load_draft(self, name: str | None, model: Model, tokenizer: Tokenizer | None, reporter: Told) -> Model | None:
         """Loads a draft model onto the devices of the model, if one is asked for.
 
         Raises:
@@ -235,7 +244,7 @@ class LoadOptions:
 
         return opened_draft(name, model, tokenizer, **self._options(reporter))
 
-    def load(self, model: str, devices: MeshRequest, reporter: Reporter) -> tuple[Model, Tokenizer]:
+    def load(self, model: str, devices: MeshRequest, reporter: Told) -> tuple[Model, Tokenizer]:
         """Loads a model on the devices that `requested_mesh` gives for `mesh` and `tp`."""
         from llama_jax.loading import load
 
@@ -247,7 +256,7 @@ class LoadOptions:
             **self._options(reporter),
         )
 
-    def _options(self, reporter: Reporter) -> dict[str, Any]:
+    def _options(self, reporter: Told) -> dict[str, Any]:
         """Of `load`, for every model."""
         return {
             "convert": self.convert,

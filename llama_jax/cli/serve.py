@@ -1,4 +1,4 @@
-"""`llama-jax serve`: a model behind the APIs of OpenAI and Anthropic."""
+"""`llama-jax serve`: models behind the APIs of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from llama_jax.cli.options import (
     load_options,
     page_size_option,
     quiet_option,
-    requested_mesh,
     yes_option,
 )
+from llama_jax.cli.serve_models import FromName, check_mesh, named_models
 from llama_jax.cli.terminal import print_json
-from llama_jax.library import DEFAULT_MODEL
 
 KEY = "LLAMA_JAX_API_KEY"
 
@@ -26,11 +25,21 @@ KEY = "LLAMA_JAX_API_KEY"
     epilog=examples(
         "llama-jax serve",
         "llama-jax serve meta-llama/Llama-3.1-8B-Instruct --tp 2 --served-model-name llama",
+        "llama-jax serve --model chat=meta-llama/Llama-3.1-8B-Instruct --model big=/models/llama-3.1-70b",
         f"{KEY}=... llama-jax serve --host 0.0.0.0 --ssl-certfile cert.pem --ssl-keyfile key.pem",
         "curl http://127.0.0.1:8000/v1/models",
     ),
 )
-@click.argument("model", metavar="[MODEL]", default=DEFAULT_MODEL)
+@click.argument("model", metavar="[MODEL]", required=False)
+@click.option(
+    "-m",
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]MODEL",
+    help="A model, by another name for clients if one is given. Of several, the first is loaded at once, others when a "
+    "request names them.",
+)
 @yes_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option(
@@ -61,9 +70,10 @@ KEY = "LLAMA_JAX_API_KEY"
 )
 @click.option(
     "--tool-parser",
-    default="",
-    metavar="NAME",
-    help="How the model writes calls of tools. [default: what its chat template says]",
+    "parsers",
+    multiple=True,
+    metavar="[NAME=]PARSER",
+    help="How models, or the one of that name, write calls of tools. [default: what its chat template says]",
 )
 @click.option("--rows", type=click.IntRange(1), help="Sequences that run at once. [default: 8 on a CPU, else 256]")
 @click.option("--context", type=click.IntRange(2), help="Tokens of a sequence. [default: the model's, 4096 on a CPU]")
@@ -96,20 +106,36 @@ KEY = "LLAMA_JAX_API_KEY"
     metavar="N",
     help="Attempts to make the engine anew after failures of the device, in a row.",
 )
+@click.option(
+    "--hung-s",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    show_default=True,
+    metavar="S",
+    help="A step of the device that takes longer ends the process, for its supervisor to start it again.",
+)
 @click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="A certificate, for https.")
 @click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key.")
 @click.option("--ssl-keyfile-password", envvar="LLAMA_JAX_SSL_KEYFILE_PASSWORD", help="Of the private key.")
+@click.option(
+    "--metrics-names",
+    type=click.Choice(("llama_jax", "vllm")),
+    default="llama_jax",
+    show_default=True,
+    help="What metrics are called: vllm for dashboards that were made for it.",
+)
 @click.option("--access-log", is_flag=True, help="Write a line of JSON for each request to standard error.")
 @quiet_option
 @json_option
 def command(
-    model: str,
+    model: str | None,
+    models: tuple[str, ...],
     host: str,
     port: int,
     keys: tuple[str, ...],
     hosts: tuple[str, ...],
     names: tuple[str, ...],
-    tool_parser: str,
+    parsers: tuple[str, ...],
     rows: int | None,
     context: int | None,
     pages: int | None,
@@ -120,9 +146,11 @@ def command(
     max_body: int,
     drain_s: float,
     restarts: int,
+    hung_s: float,
     ssl_certfile: str | None,
     ssl_keyfile: str | None,
     ssl_keyfile_password: str | None,
+    metrics_names: str,
     access_log: bool,
     quiet: bool,
     as_json: bool,
@@ -130,67 +158,64 @@ def command(
     """Answer OpenAI's and Anthropic's clients over HTTP with MODEL, by default the bundled one.
 
     It answers /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /tokenize, /detokenize,
-    /health/live, /health/ready, /metrics and /version. --json prints one object, with the address, once it answers.
-    See docs/server.md.
+    /health/live, /health/ready, /engines, /metrics and /version. --json prints one object, with the address, once it
+    answers. See docs/server.md.
     """
     from llama_jax.server.settings import Limits, ServerSettings
-    from llama_jax.text.tools import format_named
 
     if ssl_keyfile and not ssl_certfile:
         raise click.UsageError("--ssl-keyfile needs --ssl-certfile")
     lower = tuple(name.lower() for name in hosts)
-    settings = ServerSettings(host, port, keys, lower, drain_s, Limits(body=max_body))
-    if tool_parser:
-        format_named(tool_parser)
+    settings = ServerSettings(host, port, keys, lower, drain_s, Limits(body=max_body, hung_s=hung_s))
+    served = named_models(model, models, names, parsers)
+    check_mesh(loading, served)
 
     import asyncio
     import logging
 
     from llama_jax import runtime
     from llama_jax.cli.progress import Reporter
-    from llama_jax.generation.engine import Engine
     from llama_jax.generation.restarts import Restarts
-    from llama_jax.server.metrics import Metrics
+    from llama_jax.server.metrics import NAMINGS, Metrics
+    from llama_jax.server.models import Models
     from llama_jax.server.running import bound_socket, run
-    from llama_jax.server.served import Served, served_name
+    from llama_jax.server.slots import Slot
+    from llama_jax.server.state import ServerState
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("llama_jax.server").setLevel(logging.WARNING if quiet else logging.INFO)
     logging.getLogger("llama_jax.server.access").setLevel(logging.INFO if access_log else logging.WARNING)
     claim_memory()
     with bound_socket(settings) as listening, Reporter(quiet=quiet or as_json) as reporter:
-        devices = requested_mesh(loading.mesh, loading.tp, batch=rows or 1, context=context)
         reporter.warn_of_unused_gpu()
-        loaded, tokenizer = loading.load(model, devices, reporter)
-        engine = Engine(
-            loaded,
-            tokenizer,
-            rows=rows,
-            context=context,
-            pages=pages,
-            page_size=page_size,
-            waiting=waiting,
-            prefix_cache=prefix_cache,
-            compiling=reporter.compiled,
-            restarts=Restarts(restarts),
-        )
-        names = names or (served_name(model),)
-        metrics = Metrics(names[0], engine.snapshot, lambda: engine.restarts.total)
-        served = Served(engine, tokenizer, names, settings, metrics, tool_parser)
+        sizes = {"rows": rows, "context": context, "pages": pages, "page_size": page_size}
+        metrics = Metrics(NAMINGS[metrics_names])
+
+        def slot(index: int) -> Slot:
+            one = served[index]
+            options = {"waiting": waiting, "prefix_cache": prefix_cache, "restarts": Restarts(restarts)}
+            return Slot(one.names, FromName(one.model, loading, reporter, sizes, options), one.tool_parser)
+
+        models_here = Models(map(slot, range(len(served))), settings, metrics, settle=runtime.freeze_live_objects)
+        state = ServerState(settings, models_here, metrics)
         shown = f"[{host}]" if ":" in host else host
         url = f"http{'s' if ssl_certfile else ''}://{shown}:{listening.getsockname()[1]}"
 
         def ready() -> None:
-            runtime.freeze_live_objects()
+            first, *others = state.models.slots
             if as_json:
-                print_json({"url": url, "model": names[0], "context": served.capacity, "keys": len(keys)})
+                names = state.models.names
+                print_json(
+                    {"url": url, "model": first.names[0], "models": names, "context": first.context, "keys": len(keys)}
+                )
             else:
-                reporter.notify(f"{names[0]} answers at {url}/v1; chat with it at {url}")
+                reporter.notify(f"{first.names[0]} answers at {url}/v1; chat with it at {url}")
+                if others:
+                    reporter.notify(f"Loaded when they are asked for: {', '.join(one.names[0] for one in others)}")
 
-        reporter.notify("Compiling the engine's programs")
         asyncio.run(
             run(
-                served,
+                state,
                 listening,
                 ready=ready,
                 ssl_keyfile=ssl_keyfile,

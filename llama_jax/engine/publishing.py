@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -67,6 +66,23 @@ class Published:
         return cls(**{name: data[name] for name in names}, snapshot=Snapshot.from_json(data["snapshot"]))
 
 
+def report(engine: Replicas) -> Published:
+    """Return an engine's report of itself, at this moment."""
+    from llama_jax.runtime import device_name
+
+    model, settings = engine.cores[0].model, engine.settings
+    return Published(
+        pid=os.getpid(),
+        model=model.name,
+        device=device_name(model.device, model.mesh),
+        dtype=model.dtype.name,
+        replicas=len(engine.cores),
+        rows=settings.rows,
+        context=settings.context,
+        snapshot=engine.snapshot(),
+    )
+
+
 def publish(engine: Replicas) -> None:
     """Makes an engine answer until it is gone, if `VARIABLE` asks for it.
 
@@ -75,23 +91,11 @@ def publish(engine: Replicas) -> None:
     """
     if os.environ.get(VARIABLE, "0") in ("", "0"):
         return
-    from llama_jax.runtime import device_name
-
-    found, model, settings = weakref.ref(engine), engine.cores[0].model, engine.settings
-    state = functools.partial(
-        Published,
-        pid=os.getpid(),
-        model=model.name,
-        device=device_name(model.device, model.mesh),
-        dtype=model.dtype.name,
-        replicas=len(engine.cores),
-        rows=settings.rows,
-        context=settings.context,
-    )
+    found = weakref.ref(engine)
 
     def answer() -> bytes | None:
         engine = found()
-        return None if engine is None else json.dumps(state(snapshot=engine.snapshot()).to_json()).encode()
+        return None if engine is None else json.dumps(report(engine).to_json()).encode()
 
     weakref.finalize(engine, _Socket(_folder(make=True) / f"{os.getpid()}-{next(_numbers)}.sock", answer).close)
 

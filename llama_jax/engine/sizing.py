@@ -105,6 +105,7 @@ def default_settings(
     draft: Model | None = None,
     batch_invariant: bool = False,
     strict: bool = False,
+    reserve: int = 0,
 ) -> EngineSettings:
     """Settings for a model on the devices that it is on.
 
@@ -118,12 +119,14 @@ def default_settings(
       draft: the draft model, whose cache takes some of the memory; only with `drafts`.
       batch_invariant: see `EngineSettings`; one size of each program. An `LLM` does not grow then.
       steps: by default 8 where the device loops by itself (a CPU; an NVIDIA GPU that holds the whole model), else 1.
+      reserve: bytes of each device's free memory that are left alone.
 
     Raises:
       DoesNotFit: a sequence of that length has no room in memory.
       RequestError: the context is longer than the model's.
     """
     on_cpu = model.device.platform == "cpu"
+    free = None if on_cpu else free_memory(model)
     if steps is None:
         several = model.mesh is not None and model.mesh.size > 1
         steps = STEPS if on_cpu or loops_in_graphs(several=several) else 1
@@ -133,7 +136,7 @@ def default_settings(
         model.mesh,
         kv_dtype=model.kv_dtype,
         on_cpu=on_cpu,
-        free=None if on_cpu else free_memory(model),
+        free=None if free is None else max(free - reserve, 0),
         rows=rows,
         context=context,
         least=least,
@@ -234,6 +237,27 @@ def settings_for(
         batch_invariant=batch_invariant,
         **options,
     )
+
+
+def least_settings(
+    config: LlamaConfig,
+    dtype: DTypeLike,
+    mesh: AnyMesh,
+    *,
+    on_cpu: bool,
+    context: int | None = None,
+    pages: int | None = None,
+    page_size: int = DEFAULT_PAGE_SIZE,
+    rows: int | None = None,
+) -> tuple[EngineSettings, int]:
+    """Settings of the smallest engine that `default_settings` makes where memory is short, and the bytes of each device
+    that it takes besides weights and pages. Arguments and errors as for `settings_for`."""
+    if pages is None and not on_cpu:
+        pages = -(-(context or config.context_length) // page_size)
+    settings = settings_for(
+        config, dtype, mesh, on_cpu=on_cpu, free=None, rows=rows, context=context, pages=pages, page_size=page_size
+    )
+    return settings, 0 if on_cpu else _beside_pages(config, dtype, mesh)
 
 
 def _default_context(config: LlamaConfig, *, on_cpu: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import traceback
@@ -11,7 +12,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Self
 
-from llama_jax.engine.replicas import replicas
+from llama_jax.engine.publishing import Published, report
+from llama_jax.engine.replicas import Replicas, replicas
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
@@ -22,7 +24,7 @@ from llama_jax.generation.jobs import Jobs, News, Progress, opened
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.generation.request import prepare
 from llama_jax.generation.restarts import Restarts
-from llama_jax.generation.streams import Piece, Request, Stream
+from llama_jax.generation.streams import Piece, Request, Stream, deliver
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak
@@ -129,13 +131,11 @@ class Engine:
             adapters=self._adapters,
             adapter_ids=[request.adapter_id],
         )
-        stream = Stream(requests, request, streamed, asyncio.get_running_loop(), asyncio.Queue())
+        stream = Stream(requests, request, streamed, asyncio.get_running_loop())
         self._post(self._begin, stream)
         try:
             while True:
-                piece = await stream.pieces.get()
-                if isinstance(piece, BaseException):
-                    raise piece
+                piece = await stream.take()
                 yield piece
                 if piece.output is not None:
                     return
@@ -148,12 +148,30 @@ class Engine:
         Raises:
           EngineFailed: it has failed, or restarts after a fault, or is not running.
         """
+        return self._present().snapshot()
+
+    def published(self) -> Published:
+        """What `llama-jax top` shows of the engine; errors as for `snapshot`."""
+        return report(self._present())
+
+    def _present(self) -> Replicas:
         self._check_open()
         if (jobs := self._jobs) is None:
             raise EngineFailed(
                 f"the engine restarts after a fault: {self._why_restarts}", hint="wait until its programs are compiled"
             )
-        return jobs.engine.snapshot()
+        return jobs.engine
+
+    def progress(self, request: Request) -> tuple[int, int] | None:
+        """How many tokens of a request's prompt have been computed, and how many there are; None before it has been
+        taken, and once it has ended."""
+        jobs, streams = self._jobs, list(self._streams.items())  # the engine's thread changes both
+        answer = next((answer for answer, stream in streams if stream.request is request), None)
+        if jobs is None or answer is None:
+            return None
+        with contextlib.suppress(KeyError):  # it ends at this moment
+            return jobs.computed(answer), len(answer.prompt)
+        return None
 
     @property
     def restarting(self) -> bool:
@@ -165,6 +183,11 @@ class Engine:
         """Seconds since the present step began; 0 between steps. A device that hangs never ends one."""
         began = self._stepping
         return 0.0 if began is None else time.monotonic() - began
+
+    def give_up(self, error: EngineFailed) -> None:
+        """Tells whoever waits, and whoever comes, of an error, where the engine's thread cannot: it hangs in a step."""
+        self._failed, self._closing = error, True
+        self._drop(error)
 
     # --- The engine's thread
 
@@ -187,8 +210,7 @@ class Engine:
                     self._wake.wait()
                     continue
                 self._stepping = time.monotonic()
-                for news in self._jobs.step():
-                    self._tell(news)
+                deliver(filter(None, map(self._told, self._jobs.step())))
                 self._stepping = None
             except Exception as error:  # of the device, or a fault of ours: whoever waits has to learn of it
                 self._fail(error)
@@ -202,7 +224,7 @@ class Engine:
                 stream.requests, 0, priority=stream.request.priority, domain=domain, streamed=stream.streamed
             )
         except LlamaJaxError as error:
-            stream.send(error)
+            deliver([(stream, error)])
         else:
             self._streams[stream.answer] = stream
 
@@ -212,16 +234,19 @@ class Engine:
             del self._streams[answer]
             self._jobs.cancel(answer)
 
-    def _tell(self, news: News) -> None:
+    def _told(self, news: News) -> tuple[Stream, Piece] | None:
+        """The piece that tells a caller of its news; None where nobody waits for it."""
         stream, answer = self._streams.get(news.answer), news.answer
         if stream is None:
-            return
+            return None
         row, new = answer.rows[news.copy], len(news.tokens)
         output = answer.output() if news.last else None
+        if output is None and not stream.streamed:
+            return None
         logprobs = tuple(answer.logprobs[news.copy][-new:]) if answer.params.logprobs is not None and new else None
         if output is not None:
             del self._streams[answer]
-        stream.send(Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output, row.stop_reason))
+        return stream, Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output, row.stop_reason)
 
     def _fail(self, error: Exception) -> None:
         """Ends every request with a typed error, and begins afresh, as often as `restarts` says."""
@@ -279,8 +304,7 @@ class Engine:
             self._ended = self._closing
         streams = [*self._streams.values(), *(stream for do, stream in posted if do == self._begin)]
         self._streams.clear()
-        for stream in streams:
-            stream.send(error)
+        deliver((stream, error) for stream in streams)
 
     def _post(self, do: Callable[[Stream], None], stream: Stream) -> None:
         with self._posting:
@@ -288,7 +312,7 @@ class Engine:
                 self._inbox.append((do, stream))
                 self._wake.set()
             elif do == self._begin:
-                stream.send(self._why_ended)
+                deliver([(stream, self._why_ended)])
 
     @property
     def _why_ended(self) -> EngineFailed:

@@ -248,7 +248,8 @@ class Jobs:
                 self.cancel(answer)
 
     def computed(self, answer: Answer) -> int:
-        """How many tokens of a request's prompt have been computed, or are in steps that are under way."""
+        """How many tokens of a request's prompt have been computed, or are in steps that are under way. Another
+        thread may ask, and gets a KeyError if it ends meanwhile."""
         done = (self._engine.of(number).computed(number) for number in self._numbers(answer))
         return min(len(answer.prompt), *done)
 
@@ -258,7 +259,7 @@ class Jobs:
         return not self._of and self._engine.idle
 
     def _numbers(self, answer: Answer) -> list[int]:
-        return [number for number, job in self._of.items() if job.answer is answer]
+        return [number for number, job in list(self._of.items()) if job.answer is answer]
 
     def _begin(self, jobs: Sequence[_Job]) -> None:
         """Gives continuations to the replica with least to do: those of one prompt share its pages."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.outputs import FinishReason, RequestOutput, TokenLogprob
@@ -50,19 +52,71 @@ class Piece:
     output: RequestOutput | None = None
     stop_reason: int | str | None = None
 
+    def __add__(self, later: Piece) -> Piece:
+        """Both in one: what came first, and behind it what came later of the same continuation."""
+        logprobs = None
+        if self.logprobs is not None or later.logprobs is not None:
+            logprobs = (*(self.logprobs or ()), *(later.logprobs or ()))
+        text, token_ids = self.text + later.text, self.token_ids + later.token_ids
+        return replace(later, text=text, token_ids=token_ids, logprobs=logprobs)
+
 
 @dataclass(eq=False)
 class Stream:
-    """A caller: where its pieces go, and what its request has become."""
+    """A caller: where its pieces go, and what its request has become.
+
+    Pieces that nobody has taken yet become one, so that a slow reader gets fewer and larger ones, and is no queue.
+    """
 
     requests: Requests
     request: Request
     streamed: bool
     loop: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[Piece | BaseException]
     answer: Answer | None = None
+    _kept: dict[int, Piece | BaseException] = field(default_factory=dict, init=False)
+    _came: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
-    def send(self, piece: Piece | BaseException) -> None:
-        """Hands a piece to the caller's event loop; one that has been closed wants none."""
+    def put(self, piece: Piece | BaseException) -> None:
+        """Keeps a piece, or the error that ends the stream, until it is taken. Within the caller's event loop."""
+        index = -1 if isinstance(piece, BaseException) else piece.index
+        earlier = self._kept.pop(index, None)
+        if isinstance(earlier, Piece) and isinstance(piece, Piece):
+            piece = earlier + piece
+        self._kept[index] = piece  # behind all others: it may be the last of the request
+        self._came.set()
+
+    async def take(self) -> Piece:
+        """The next piece; waits for one.
+
+        Raises:
+          BaseException: the one that the stream has ended in.
+        """
+        while not self._kept:
+            self._came.clear()
+            await self._came.wait()
+        piece = self._kept.pop(next(iter(self._kept)))
+        if isinstance(piece, BaseException):
+            raise piece
+        return piece
+
+
+News = tuple[Stream, Piece | BaseException]
+"""A piece, or the error that ends a stream, and whose it is."""
+
+
+def deliver(news: Iterable[News]) -> None:
+    """Hands pieces to their callers' event loops; one that has been closed wants none.
+
+    A loop is woken once for all of its pieces: it takes the interpreter's lock from the thread that wakes it.
+    """
+    by_loop = defaultdict[asyncio.AbstractEventLoop, list[News]](list)
+    for one in news:
+        by_loop[one[0].loop].append(one)
+    for loop, of_loop in by_loop.items():
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+            loop.call_soon_threadsafe(_put, of_loop)
+
+
+def _put(news: Iterable[News]) -> None:
+    for stream, piece in news:
+        stream.put(piece)

@@ -185,6 +185,18 @@ def locate(name: str | Path = DEFAULT_MODEL) -> Path:
     raise _unknown(name)
 
 
+def check_name(name: str) -> None:
+    """Check that a name could be a model's: of one that is on this machine, or of the hub, which is not asked.
+
+    Raises:
+      RequestError: it is empty, too long, or holds a NUL.
+      ModelNotFound: it is neither.
+    """
+    name = _checked(name)
+    if name != DEFAULT_MODEL and _existing(name) is None and by_name(name) is None and not _is_hub_name(name):
+        raise _unknown(name)
+
+
 def pull(
     name: str = DEFAULT_MODEL,
     *,

@@ -4,10 +4,14 @@ field names of vLLM's benchmark."""
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import numpy as np
@@ -34,6 +38,8 @@ tokens, to the last token."""
 LIMITED = ("ttft", "tpot", "e2el")
 """Those that a request has one of, so that goodput can be counted by them."""
 PERCENTILES = (50, 95, 99)
+_START_S, _LEAD_S = 120.0, 0.5
+"""Until processes of callers are there, at most; until the first request of a run is sent."""
 _COUNTS = {
     "completed": "Successful requests:",
     "failed": "Failed requests:",
@@ -175,31 +181,52 @@ async def _serve(made: Engine, rounds: Sequence[Sequence[Work]], limits: Mapping
     start, served = time.perf_counter(), []
     async with made as engine:
         ready_s = time.perf_counter() - start
-
-        async def ask(work: Work, record: Record) -> None:
-            async for piece in engine.stream(Request(list(work.prompt), asked(work))):
-                if piece.token_ids:
-                    record.news.append(time.perf_counter())
-                    record.tokens += len(piece.token_ids)
-                if piece.finish_reason == "error":
-                    record.refused = "its logits were no numbers"
-
-        for first in warm_up(engine.settings, engine.model.config.vocab_size):
-            await _send(ask, first)
+        await warm(engine)
         for works in rounds:
             before: Snapshot = engine.snapshot()
-            found = await _run(ask, works, limits)
+            found = await measured(engine, works, limits)
             served.append(Served(found, meanwhile(before, engine.snapshot()), ready_s))
     return served
 
 
+async def warm(engine: Engine) -> None:
+    """Runs each program for greedy requests once."""
+    for first in warm_up(engine.settings, engine.model.config.vocab_size):
+        await _send(partial(_ask, engine), first)
+
+
+async def measured(engine: Engine, works: Sequence[Work], limits: Mapping[str, float]) -> dict[str, Any]:
+    """One run of `serve`, as `summary` gives it, through an engine that is running already.
+
+    Raises:
+      EngineFailed: no request was answered.
+    """
+    start = time.perf_counter()
+    return _summed(await _send(partial(_ask, engine), works), start, limits)
+
+
+async def _ask(engine: Engine, work: Work, record: Record) -> None:
+    async for piece in engine.stream(Request(list(work.prompt), asked(work))):
+        if piece.token_ids:
+            record.news.append(time.perf_counter())
+            record.tokens += len(piece.token_ids)
+        if piece.finish_reason == "error":
+            record.refused = "its logits were no numbers"
+
+
 def serve_remote(
-    remote: Remote, model: str, rounds: Sequence[Sequence[Work]], limits: Mapping[str, float]
+    remote: Remote,
+    model: str,
+    rounds: Sequence[Sequence[Work]],
+    limits: Mapping[str, float],
+    *,
+    processes: int = 1,
 ) -> list[Served]:
     """`serve` for a server with OpenAI's completions: token ids in, the likeliest tokens out, ends of texts ignored.
 
     Args:
       model: the server's name of it.
+      processes: that requests are sent from, in turn. Besides this one, which then sends none.
 
     Raises:
       NetworkError: the server cannot be reached.
@@ -208,39 +235,77 @@ def serve_remote(
     """
     check_limits(limits)
 
-    async def ask(work: Work, record: Record) -> None:
-        body = {
-            "model": model,
-            "prompt": list(work.prompt),
-            "max_tokens": work.output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream_options": {"include_usage": True},
-        }
-        async for event in remote.events("/v1/completions", body):
-            if any(choice.get("text") or not choice.get("finish_reason") for choice in event.get("choices", ())):
-                record.news.append(time.perf_counter())
-            if usage := event.get("usage"):
-                record.tokens = usage["completion_tokens"]
-
-    async def run() -> list[Served]:
+    async def first() -> None:
         async with remote:
-            await ask(rounds[0][0], Record(0, 0.0))
-            return [Served(await _run(ask, works, limits, LlamaJaxError)) for works in rounds]
+            await _ask_remote(remote, model, rounds[0][0], Record(0, 0.0))
+
+    asyncio.run(first())
+    with _callers(processes) as callers:
+        return [Served(_remote_run(callers, processes, remote, model, works, limits)) for works in rounds]
+
+
+@contextmanager
+def _callers(processes: int) -> Iterator[Executor]:
+    """Processes that requests can be sent from, all of them started; a thread for one."""
+    if processes == 1:
+        with ThreadPoolExecutor(1) as thread:
+            yield thread
+        return
+    context = multiprocessing.get_context("spawn")
+    started = context.Barrier(processes + 1)
+    with ProcessPoolExecutor(processes, context, _started, (started,)) as pool:
+        for _ in range(processes):  # each task starts one, as long as none is idle
+            pool.submit(int)
+        started.wait(_START_S)
+        yield pool
+
+
+def _started(all_have: Barrier) -> None:
+    import httpx2  # noqa: F401 so that no request waits for it
+
+    all_have.wait(_START_S)
+
+
+def _remote_run(
+    callers: Executor, processes: int, remote: Remote, model: str, works: Sequence[Work], limits: Mapping[str, float]
+) -> dict[str, Any]:
+    """One run of `serve_remote`. On Linux processes share the clock."""
+    start = time.perf_counter() + _LEAD_S
+    shares = [works[i::processes] for i in range(processes)]
+    parts = [callers.submit(_call, remote, model, share, start) for share in shares]
+    return _summed([record for part in parts for record in part.result()], start, limits)
+
+
+def _call(remote: Remote, model: str, works: Sequence[Work], start: float) -> list[Record]:
+    async def run() -> list[Record]:
+        async with remote:
+            return await _send(partial(_ask_remote, remote, model), works, LlamaJaxError, start)
 
     return asyncio.run(run())
+
+
+async def _ask_remote(remote: Remote, model: str, work: Work, record: Record) -> None:
+    body = {
+        "model": model,
+        "prompt": list(work.prompt),
+        "max_tokens": work.output_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream_options": {"include_usage": True},
+    }
+    async for event in remote.events("/v1/completions", body):
+        if any(choice.get("text") or not choice.get("finish_reason") for choice in event.get("choices", ())):
+            record.news.append(time.perf_counter())
+        if usage := event.get("usage"):
+            record.tokens = usage["completion_tokens"]
 
 
 type Ask = Callable[[Work, Record], Awaitable[None]]
 """Sends a request, and notes its news as they come."""
 
 
-async def _run(
-    ask: Ask, works: Sequence[Work], limits: Mapping[str, float], lost: type[LlamaJaxError] = Overloaded
-) -> dict[str, Any]:
-    """One run, as `summary` gives it."""
-    start = time.perf_counter()
-    records = await _send(ask, works, lost)
+def _summed(records: Sequence[Record], start: float, limits: Mapping[str, float]) -> dict[str, Any]:
+    """A run that has just ended, as `summary` gives it."""
     found = summary(records, time.perf_counter() - start, limits)
     if not found["completed"]:
         why = next(filter(None, (record.refused for record in records)), "no token came")
@@ -248,16 +313,19 @@ async def _run(
     return found
 
 
-async def _send(ask: Ask, works: Sequence[Work], lost: type[LlamaJaxError] = Overloaded) -> list[Record]:
+async def _send(
+    ask: Ask, works: Sequence[Work], lost: type[LlamaJaxError] = Overloaded, start: float | None = None
+) -> list[Record]:
     """Sends requests at their times.
 
     Args:
       lost: errors that lose one request; others end the run.
+      start: from which their times count, by `time.perf_counter`; now, if it is None.
     """
-    start = time.perf_counter()
+    begun = time.perf_counter() if start is None else start
 
     async def one(work: Work) -> Record:
-        await asyncio.sleep(start + work.arrival_s - time.perf_counter())
+        await asyncio.sleep(begun + work.arrival_s - time.perf_counter())
         record = Record(len(work.prompt), time.perf_counter())
         try:
             await ask(work, record)

@@ -17,16 +17,21 @@ from llama_jax.server.reading import message_of
 from llama_jax.server.served import Served
 
 
-async def answer(served: Served, asked: Asked, name: str, tenant: str) -> dict[str, Any]:
+def requests_of(asked: Asked, tenant: str) -> list[Request]:
+    """Return what the engine is asked, a request for each prompt; `tenant`: whose prefixes they may share."""
+    return [Request(prompt, asked.params, tenant=tenant) for prompt in asked.prompts]
+
+
+async def answer(served: Served, asked: Asked, name: str, requests: Sequence[Request]) -> dict[str, Any]:
     """Return the whole answer.
 
     Args:
-      name: of the answer, its "id"; tenant: whose prefixes its prompts may share.
+      name: of the answer, its "id"; requests: of `requests_of`.
 
     Raises:
       LlamaJaxError: as `Engine.generate`, and where a continuation has ended in an error.
     """
-    made = [_generated(served, request) for request in _requests(asked, tenant)]
+    made = [_generated(served, request) for request in requests]
     outputs = [await made[0]] if len(made) == 1 else await _gathered(made)
     done = [(output, completion) for output in outputs for completion in output.outputs]
     for output, completion in done:
@@ -40,13 +45,15 @@ async def answer(served: Served, asked: Asked, name: str, tenant: str) -> dict[s
     return {**_head(served, asked, name), **await asyncio.to_thread(read), **timings(outputs)}
 
 
-async def chunks(served: Served, asked: Asked, name: str, tenant: str) -> AsyncGenerator[dict[str, Any]]:
+async def chunks(
+    served: Served, asked: Asked, name: str, requests: Sequence[Request]
+) -> AsyncGenerator[dict[str, Any]]:
     """The answer as the chunks of a stream; errors as for `answer`."""
     head = _head(served, asked, name, suffix=".chunk" * (asked.endpoint.prefix == "chatcmpl"))
     if asked.usage:
         head["usage"] = None
     choices, outputs = chunks_of(served.tokenizer, asked), dict[int, RequestOutput]()
-    streams = [_pieces(served, request) for request in _requests(asked, tenant)]
+    streams = [_pieces(served, request) for request in requests]
     async with aclosing(_merged(streams)) as merged:
         async for prompt, piece in merged:
             if piece.finish_reason == "error":
@@ -121,10 +128,6 @@ def _head(served: Served, asked: Asked, name: str, suffix: str = "") -> dict[str
         "created": int(time.time()),
         "model": served.names[0],
     }
-
-
-def _requests(asked: Asked, tenant: str) -> list[Request]:
-    return [Request(prompt, asked.params, tenant=tenant) for prompt in asked.prompts]
 
 
 def _failed(output: RequestOutput | None, index: int) -> LlamaJaxError:

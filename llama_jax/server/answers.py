@@ -24,19 +24,27 @@ class ErrorAnswer(msgspec.Struct):
     type: Literal["error"] | msgspec.UnsetType = msgspec.UNSET
 
 
+class ModelStatus(msgspec.Struct):
+    """Where a model is; `reason` says how far it is loaded, or why it takes no requests."""
+
+    value: Literal["unloaded", "loading", "loaded", "restarting", "failed", "stalled"]
+    reason: str | msgspec.UnsetType = msgspec.UNSET
+
+
 class ModelAnswer(msgspec.Struct):
-    """The model by one of its names."""
+    """A model by one of its names; `max_model_len` is null as long as it is not known."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str
-    max_model_len: int
+    max_model_len: int | None
+    status: ModelStatus
 
 
 class ModelsAnswer(msgspec.Struct):
-    """All names of the model."""
+    """All names of all models."""
 
     object: Literal["list"]
     data: list[ModelAnswer]
@@ -81,6 +89,12 @@ class StatusAnswer(msgspec.Struct):
 
     status: Literal["live", "ready", "draining", "restarting", "failed", "stalled"]
     reason: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class EnginesAnswer(msgspec.Struct):
+    """The engines of loaded models in numbers, as `llama-jax top --json` has them; one that has failed is left out."""
+
+    engines: list[dict[str, Any]]
 
 
 class VersionAnswer(msgspec.Struct):

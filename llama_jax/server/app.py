@@ -12,18 +12,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from llama_jax.errors import LlamaJaxError
-from llama_jax.server import generating, page, status, tokenizing
+from llama_jax.server import extra, generating, page, status, tokenizing
 from llama_jax.server.answers import OpenApiAnswer
 from llama_jax.server.errors import Failure, Refused
 from llama_jax.server.guard import Guard
 from llama_jax.server.openapi import document
 from llama_jax.server.operations import Operation
 from llama_jax.server.responses import failure_response, json_response
-from llama_jax.server.served import Served
+from llama_jax.server.state import ServerState
 
 
-async def _openapi(served: Served, request: Request) -> Response:
-    return json_response(document(OPERATIONS, served.names, keys=bool(served.settings.keys)))
+async def _openapi(server: ServerState, request: Request) -> Response:
+    return json_response(document(operations(), server.models.names, keys=bool(server.settings.keys)))
 
 
 OPERATIONS = (
@@ -34,23 +34,28 @@ OPERATIONS = (
 )
 
 
-def application(served: Served) -> ASGIApp:
-    """Return the server as an ASGI application; its engine is running."""
+def operations() -> tuple[Operation, ...]:
+    """Return the operations of this server, and behind them those of other packages."""
+    return (*OPERATIONS, *extra.operations())
+
+
+def application(server: ServerState) -> ASGIApp:
+    """Return the server as an ASGI application; its engines are running."""
 
     def route(operation: Operation) -> Route:
-        return Route(operation.path, _endpoint(served, operation), methods=[operation.method])
+        return Route(operation.path, _endpoint(server, operation), methods=[operation.method])
 
     app = Starlette(
-        routes=[*map(route, OPERATIONS), *page.routes()],
+        routes=[*map(route, OPERATIONS), *page.routes(), *map(route, extra.operations())],
         exception_handlers=dict.fromkeys((LlamaJaxError, HTTPException, ClientDisconnect, Exception), _failed),
     )
     app.router.redirect_slashes = False
-    return Guard(app, served, {route.endpoint: route.path for route in app.routes if isinstance(route, Route)})
+    return Guard(app, server, {route.endpoint: route.path for route in app.routes if isinstance(route, Route)})
 
 
-def _endpoint(served: Served, operation: Operation) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(server: ServerState, operation: Operation) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        return await operation.handler(served, request)
+        return await operation.handler(server, request)
 
     return endpoint
 

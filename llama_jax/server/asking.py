@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from llama_jax.text.tools import place_of
 
 _TAIL = 16
 """Tokens of a prompt's end that say whether the answer begins within reasoning."""
+
+_SHRINKING = 4
+"""How many times shorter a tokenizer may make a text before it cuts it into tokens: Unicode's NFC makes it 3 times."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,14 @@ def asked(served: Served, body: ChatBody | CompletionBody) -> Asked:
       RequestError, Refused: a value is out of range, or too long for the model; names the field.
       TemplateError, TokenizerError: the messages or the prompt cannot be encoded.
     """
-    served.check_model(body.model)
     fields = given(body)
     streamed, options = fields.pop("stream", False), fields.pop("stream_options", None)
     if options is not None and not streamed:
         raise RequestError("stream_options without stream", param="stream_options", hint='give "stream": true')
     ignored = tuple(name for name in fields if name in NO_EFFECT and name != "model")
     _check_limits(fields, served.settings.limits)
+    if (count := len(fields.get("logit_bias", ()))) > (most := served.engine.settings.biases):
+        raise _too_many("logit_bias", count, most, "biases")
     limited = not fields.keys().isdisjoint({"max_tokens", "max_completion_tokens"})
     made = _chat(served, fields) if isinstance(body, ChatBody) else _completions(served, fields)
     params = _within(served, max(map(len, made.prompts)), made.params, limited=limited)
@@ -80,6 +84,7 @@ def chat_ids(served: Served, fields: Mapping[str, Any], offer: Offer, **options:
     """
     variables = template_variables(served, fields.get("chat_template_kwargs", {}))
     messages = text_messages(fields["messages"])
+    _check_size(served, (text for message in messages if isinstance(text := message.get("content"), str)))
     return encode_chat(served.tokenizer, messages, tools=offer.shown, **variables, **options)
 
 
@@ -121,12 +126,17 @@ def _completions(served: Served, fields: dict[str, Any]) -> Asked:
     assert isinstance(prompts, Sequence)
     if len(prompts) > served.settings.limits.prompts:
         raise _too_many("prompt", len(prompts), served.settings.limits.prompts, "prompts")
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _check_size(served, [prompt])
     return Asked(endpoint, tuple(encode_prompt(served.tokenizer, prompt) for prompt in prompts), params)
 
 
 def _check_limits(fields: Mapping[str, Any], limits: Limits) -> None:
     if fields.get("n", 1) > limits.n:
         raise _too_many("n", fields["n"], limits.n, "continuations")
+    if (temperature := fields.get("temperature", 0)) > limits.temperature:
+        raise RequestError(f"temperature is {temperature}", param="temperature", hint=f"at most {limits.temperature}")
     stop = fields.get("stop", [])
     stops = [stop] if isinstance(stop, str) else stop
     if len(stops) > limits.stops:
@@ -134,6 +144,22 @@ def _check_limits(fields: Mapping[str, Any], limits: Limits) -> None:
     if any(len(text) > limits.stop_chars for text in stops):
         raise RequestError(
             f"a stop string of more than {limits.stop_chars} characters", param="stop", hint="shorten it"
+        )
+
+
+def _check_size(served: Served, texts: Iterable[str]) -> None:
+    """Refuses a prompt that is too long by its characters alone: to encode megabytes takes seconds."""
+    size = sum(map(len, texts))
+    if size <= _SHRINKING * served.capacity:
+        return
+    least = size // (_SHRINKING * served.tokenizer.most_bytes)
+    if least > served.capacity:
+        raise Refused(
+            400,
+            f"at least {least} tokens of the prompt; with new ones they may be {served.capacity}",
+            code="context_length_exceeded",
+            param="prompt",
+            hint="shorten the prompt",
         )
 
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama_jax.server.settings import Limits
 
+_NO_LINGER = struct.pack("ii", 1, 0)
+
 
 def protocol(limits: Limits) -> type[H11Protocol]:
     """Return uvicorn's protocol for HTTP by h11, with deadlines for headers and for readers."""
 
     class Impatient(H11Protocol):
-        """Closes a connection whose headers do not come, and one that takes nothing of what is sent."""
+        """Closes a connection whose headers do not come, and one that takes too little of what is sent."""
 
         _headers: asyncio.TimerHandle | None = None
         _reader: asyncio.TimerHandle | None = None
+        _left: int = 0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            transport.set_write_buffer_limits(high=0)  # to learn of every byte that the client leaves there
             self._await_headers()
 
         def data_received(self, data: bytes) -> None:
@@ -34,11 +40,25 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._reader = self.loop.call_later(limits.stalled_s, self.transport.abort)
+            self._await_reader()
 
         def resume_writing(self) -> None:
             super().resume_writing()
             self._forget_reader()
+
+        def _await_reader(self) -> None:
+            """The client has to take all that is there, or `reader_rate`, in each of these times."""
+            self._left = self.transport.get_write_buffer_size()
+            self._reader = self.loop.call_later(limits.stalled_s, self._check_reader)
+
+        def _check_reader(self) -> None:
+            taken = self._left - self.transport.get_write_buffer_size()
+            if taken < limits.reader_rate * limits.stalled_s:
+                # Else the kernel keeps what it has not sent, megabytes of it, for as long as the client is there.
+                self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+                self.transport.abort()
+            else:
+                self._await_reader()
 
         def _await_headers(self) -> None:
             """The time runs from the first byte of a request until its headers are complete."""

@@ -22,7 +22,7 @@ def _within(least: float | None = None, most: float | None = None, *, above: flo
 NotNegative = Annotated[int | None, _within(0)]
 Positive = Annotated[int | None, _within(1)]
 RequiredPositive = Annotated[int, _within(1)]
-Temperature = Annotated[float | None, _within(0)]
+Temperature = Annotated[float | None, _within(0, 2)]
 Share = Annotated[float | None, _within(most=1, above=0)]
 MinP = Annotated[float | None, _within(0, 1)]
 TopK = Annotated[int | None, _within(-1)]

@@ -4,46 +4,79 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
 
-from llama_jax.server.answering import answer, chunks
+from llama_jax.generation.streams import Request as EngineRequest
+from llama_jax.server.answering import answer, chunks, requests_of
 from llama_jax.server.apis import DIALECTS, Dialect
 from llama_jax.server.asking import Asked, asked
-from llama_jax.server.operations import Handler, Operation, read
-from llama_jax.server.responses import EventStream, json_response, until_gone
-from llama_jax.server.served import Served
+from llama_jax.server.operations import Handler, Operation, asked_model, read
+from llama_jax.server.responses import EventStream, json_response
+from llama_jax.server.slots import Slot
+from llama_jax.server.state import ServerState
 
 IGNORED_HEADER = "x-llama-jax-ignored"
 
 
 def _handler(dialect: Dialect[Any]) -> Handler:
-    async def generate(served: Served, request: Request) -> Response:
-        body = await read(served, request, dialect.body)
-        wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
-        headers = {IGNORED_HEADER: ", ".join(wanted.ignored)} if wanted.ignored else {}
-        name, tenant = secrets.token_hex(12), request.state.tenant
-        if wanted.streamed:
-            events = _events(dialect, body, wanted, chunks(served, wanted, name, tenant))
-            return EventStream(events, served.settings.limits.keep_alive_s, headers, dialect.failed)
-        async with until_gone(request.receive):
-            made = await answer(served, wanted, name, tenant)
-        return json_response(dialect.whole(body, made), headers=headers)
+    async def generate(server: ServerState, request: Request) -> Response:
+        body, tenant = await read(server, request, dialect.body), request.state.tenant
+        if body.stream:
+            slot, requests = server.models.find(body.model), list[EngineRequest]()
+            request.state.model = slot.names[0]
+
+            def events(headers: MutableHeaders) -> AsyncGenerator[bytes]:
+                return _events(server, dialect, body, tenant, headers, requests)
+
+            seconds = server.settings.limits.keep_alive_s
+            return EventStream(events, seconds, dialect.failed, lambda: _progress(slot, requests))
+        async with asked_model(server, request, body.model) as served:
+            wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
+            made = await answer(served, wanted, secrets.token_hex(12), requests_of(wanted, tenant))
+        return json_response(dialect.whole(body, made), headers=_told(wanted))
 
     return generate
 
 
+def _progress(slot: Slot, requests: Sequence[EngineRequest]) -> str:
+    """How far a stream is that has nothing else to say: its model is loaded, or its prompts are read."""
+    if slot.served is None:
+        return slot.progress
+    found = [one for request in requests if (one := slot.served.engine.progress(request))]
+    done, whole = (sum(numbers) for numbers in zip(*found, strict=True)) if found else (0, 0)
+    return f"{done} of {whole} tokens of the prompt" if done < whole else ""
+
+
 async def _events(
-    dialect: Dialect[Any], body: Any, wanted: Asked, source: AsyncGenerator[dict[str, Any]]
+    server: ServerState,
+    dialect: Dialect[Any],
+    body: Any,
+    tenant: str,
+    headers: MutableHeaders,
+    requests: list[EngineRequest],
 ) -> AsyncGenerator[bytes]:
-    """The events of a stream; closing it ends the request."""
-    async with aclosing(source), aclosing(dialect.events(body, wanted, source)) as events:
-        async for event in events:
-            yield event
+    """The events of a stream; closing it ends the request. `headers` and `requests` are filled in."""
+    async with server.models.use(body.model) as served:
+        wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
+        headers.update(_told(wanted))
+        requests += requests_of(wanted, tenant)
+        async with (
+            aclosing(chunks(served, wanted, secrets.token_hex(12), requests)) as source,
+            aclosing(dialect.events(body, wanted, source)) as events,
+        ):
+            async for event in events:
+                yield event
+
+
+def _told(wanted: Asked) -> dict[str, str]:
+    """The header that names fields without effect."""
+    return {IGNORED_HEADER: ", ".join(wanted.ignored)} if wanted.ignored else {}
 
 
 OPERATIONS = tuple(

@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llama_jax.server import page
 from llama_jax.server.errors import RETRY_S, Failure, Refused
 from llama_jax.server.responses import failure_response
-from llama_jax.server.served import Served
 from llama_jax.server.settings import Limits, ServerSettings
+from llama_jax.server.state import ServerState
 
 OPEN = frozenset({"/health/live", "/health/ready", *page.FILES})
 """Paths that need no key: they say nothing of anybody's requests, and answer while the server drains."""
@@ -38,20 +38,20 @@ error_log = logging.getLogger("llama_jax.server")
 class Guard:
     """An ASGI application around another one."""
 
-    def __init__(self, app: ASGIApp, served: Served, paths: Mapping[Any, str]):
+    def __init__(self, app: ASGIApp, server: ServerState, paths: Mapping[Any, str]):
         """Around an application that puts the endpoint of a request into its scope.
 
         Args:
           paths: the path of each endpoint, as metrics name it.
         """
-        self._app, self._served, self._paths = app, served, paths
+        self._app, self._server, self._paths = app, server, paths
         self._salt = secrets.token_bytes(16)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or have it answered. Other kinds of connections get none."""
         if scope["type"] != "http":
             return
-        settings, life, began = self._served.settings, self._served.life, time.perf_counter()
+        settings, life, began = self._server.settings, self._server.life, time.perf_counter()
         named = [value for name, value in scope["headers"] if name == b"x-request-id"]
         valid = len(named) == 1 and _REQUEST_ID.fullmatch(named[0])
         request_id = named[0] if valid else secrets.token_hex(16).encode()
@@ -97,7 +97,8 @@ class Guard:
         return hmac.digest(self._salt, key.encode(), "sha256").hex()[:16] if key else ""
 
     def _log(self, scope: Scope, status: int, request_id: bytes, seconds: float) -> None:
-        self._served.metrics.answered(self._paths.get(scope.get("endpoint"), "none"), status)
+        model = scope.get("state", {}).get("model", "")
+        self._server.metrics.answered(self._paths.get(scope.get("endpoint"), "none"), status, model)
         if access_log.isEnabledFor(logging.INFO):
             line = {
                 "time": round(time.time(), 3),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,8 +17,11 @@ from llama_jax.errors import EngineFailed
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.generation.streams import Piece
 
+PREFIX = "llama_jax_"
 BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 20, 50, 100, 300)
 """Seconds. A dashboard can tell no less than the first."""
+TOKENS = tuple(mantissa * 10**power for power in range(6) for mantissa in (1, 2, 5))
+"""Numbers of tokens."""
 
 _GAUGES: dict[str, tuple[str, Callable[[Snapshot], float | None]]] = {
     "requests_running": ("Sequences that have a row.", lambda s: s.counts.running),
@@ -43,48 +47,119 @@ _COUNTERS: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
     "drafted_tokens": ("Tokens of drafts that were tried.", lambda s: s.drafted_tokens),
     "accepted_tokens": ("Tokens of drafts that were drawn.", lambda s: s.accepted_tokens),
 }
-PREFIX = "llama_jax_"
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How metrics are called.
+
+    Attributes:
+      names: in place of `PREFIX` and ours; labels: that each metric has besides its own.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, name: str) -> str:
+        """Return the name of one of our metrics."""
+        return self.names.get(name, PREFIX + name)
+
+
+_SAME = (
+    *("prompt_tokens", "generation_tokens", "prefix_cache_queries", "prefix_cache_hits", "request_success"),
+    *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
+    *("request_decode_time_seconds", "request_time_per_output_token_seconds"),
+    *("request_prompt_tokens", "request_generation_tokens"),
+)
+_VLLM = {
+    "requests_running": "num_requests_running",
+    "requests_waiting": "num_requests_waiting",
+    "cache_use_ratio": "kv_cache_usage_perc",
+    "preemptions": "num_preemptions",
+    "drafted_tokens": "spec_decode_num_draft_tokens",
+    "accepted_tokens": "spec_decode_num_accepted_tokens",
+    **dict(zip(_SAME, _SAME, strict=True)),
+}
+NAMINGS = {
+    "llama_jax": Naming(),
+    "vllm": Naming({ours: f"vllm:{theirs}" for ours, theirs in _VLLM.items()}, {"engine": "0"}),
+}
+"""By the names that `serve --metrics-names` takes. What vLLM has no metric for keeps our name
+(https://docs.vllm.ai/en/latest/usage/metrics/)."""
 
 
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, model: str, snapshot: Callable[[], Snapshot], restarts: Callable[[], int]):
-        """Make the metrics of no request yet.
+    def __init__(self, naming: Naming = NAMINGS["llama_jax"]):
+        """Make the metrics of no request yet."""
+        self.naming, self._registry = naming, CollectorRegistry()
+        self._engines: dict[str, _Engine] = {}
+        self.first = self._histogram("time_to_first_token_seconds", "From a request to its first token.")
+        self.between = self._histogram("inter_token_latency_seconds", "Between tokens of a stream.")
+        self.whole = self._histogram("e2e_request_latency_seconds", "From a request to its last token.")
+        self.later = self._histogram("request_decode_time_seconds", "From a request's first token to its last.")
+        self.each = self._histogram(
+            "request_time_per_output_token_seconds", "Of each token of a request behind the first."
+        )
+        self.prompt = self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", TOKENS)
+        self.written = self._histogram("request_generation_tokens", "Tokens of a continuation.", TOKENS)
+        self.ended = self._counter("request_success", "Continuations that have ended, by reason.", "finished_reason")
+        self.cancelled = self._counter("cancelled", "Requests whose client left.")
+        self._answers = self._counter("http_requests", "HTTP requests, by route and status.", "route", "status")
+        self._loads = self._counter("model_loads", "Attempts to load a model, by how they ended.", "outcome")
+        self._registry.register(_OfEngines(naming, self._engines))
+
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...] = BUCKETS) -> Histogram:
+        names = ["model_name", *self.naming.labels]
+        return Histogram(self.naming(name), about, names, buckets=buckets, registry=self._registry)
+
+    def _counter(self, name: str, about: str, *labels: str) -> Counter:
+        names = ["model_name", *self.naming.labels, *labels]
+        return Counter(self.naming(name), about, names, registry=self._registry)
+
+    def text(self) -> bytes:
+        """Return all of them in Prometheus's text format."""
+        return generate_latest(self._registry)
+
+    def answered(self, route: str, status: int, model: str = "") -> None:
+        """Count an answer; `model`: the one that was asked, if one was."""
+        self._answers.labels(model, *self.naming.labels.values(), route, str(status)).inc()
+
+    def loaded(self, model: str, outcome: str) -> None:
+        """Count an attempt to load a model: "loaded", or the name of an error."""
+        self._loads.labels(model, *self.naming.labels.values(), outcome).inc()
+
+    def of(self, model: str, snapshot: Callable[[], Snapshot], restarts: Callable[[], int]) -> ModelMetrics:
+        """Return the metrics of a model's requests; those of its engine are read off it from now on.
 
         Args:
           model: the label "model_name" of each.
           snapshot: of the engine; raises EngineFailed where it is dead.
           restarts: how often it has been made anew.
         """
-        self._registry, self._model = CollectorRegistry(), model
+        self._engines[model] = _Engine(snapshot, restarts)
+        return ModelMetrics(self, model)
 
-        def histogram(name: str, about: str) -> Histogram:
-            made = Histogram(PREFIX + name, about, ["model_name"], buckets=BUCKETS, registry=self._registry)
-            return made.labels(model)
+    def forget(self, model: str) -> None:
+        """Ask the engine of a model no more."""
+        self._engines.pop(model, None)
 
-        def counter(name: str, about: str, *labels: str) -> Counter:
-            return Counter(PREFIX + name, about, ["model_name", *labels], registry=self._registry)
 
-        self.first = histogram("time_to_first_token_seconds", "From a request to its first token.")
-        self.between = histogram("inter_token_latency_seconds", "Between tokens of a stream.")
-        self.whole = histogram("e2e_request_latency_seconds", "From a request to its last token.")
-        self._ended = counter("request_success", "Continuations that have ended, by reason.", "finished_reason")
-        self._cancelled = counter("cancelled", "Requests whose client left.").labels(model)
-        self._answers = counter("http_requests", "HTTP requests, by route and status.", "route", "status")
-        self._registry.register(_OfEngine(model, snapshot, restarts))
+class ModelMetrics:
+    """The metrics of one model's requests."""
 
-    def text(self) -> bytes:
-        """Return all of them in Prometheus's text format."""
-        return generate_latest(self._registry)
-
-    def answered(self, route: str, status: int) -> None:
-        """Count an answer."""
-        self._answers.labels(self._model, route, str(status)).inc()
+    def __init__(self, metrics: Metrics, model: str):
+        """See `Metrics.of`."""
+        labels = (model, *metrics.naming.labels.values())
+        times = (metrics.first, metrics.between, metrics.whole, metrics.later, metrics.each)
+        self.first, self.between, self.whole, self.later, self.each = (one.labels(*labels) for one in times)
+        self.prompt, self.written = metrics.prompt.labels(*labels), metrics.written.labels(*labels)
+        self._ended, self._labels, self._cancelled = metrics.ended, labels, metrics.cancelled.labels(*labels)
 
     def finished(self, reason: str) -> None:
         """Count a continuation."""
-        self._ended.labels(self._model, reason).inc()
+        self._ended.labels(*self._labels, reason).inc()
 
     @contextmanager
     def request(self) -> Iterator[Times]:
@@ -99,7 +174,7 @@ class Metrics:
 class Times:
     """Times of a request's tokens."""
 
-    def __init__(self, metrics: Metrics):
+    def __init__(self, metrics: ModelMetrics):
         self._metrics, self._begun = metrics, time.perf_counter()
         self._last: dict[int, float] = {}
 
@@ -121,43 +196,61 @@ class Times:
         self._end(output, time.perf_counter())
 
     def _end(self, output: RequestOutput, now: float) -> None:
-        self._metrics.whole.observe(now - self._begun)
+        metrics, whole = self._metrics, now - self._begun
+        later = max(whole - output.timing.ttft_s, 0.0)
+        metrics.whole.observe(whole)
+        metrics.later.observe(later)
+        metrics.prompt.observe(len(output.prompt_token_ids))
+        behind = max((len(one.token_ids) for one in output.outputs), default=0) - 1
+        if behind > 0:
+            metrics.each.observe(later / behind)
         for completion in output.outputs:
-            self._metrics.finished(completion.finish_reason)
+            metrics.written.observe(len(completion.token_ids))
+            metrics.finished(completion.finish_reason)
 
 
-class _OfEngine(Collector):
-    """Metrics that are read off the engine when somebody asks."""
+@dataclass(frozen=True)
+class _Engine:
+    snapshot: Callable[[], Snapshot]
+    restarts: Callable[[], int]
 
-    def __init__(self, model: str, snapshot: Callable[[], Snapshot], restarts: Callable[[], int]):
-        self._model, self._snapshot, self._restarts = model, snapshot, restarts
+
+class _OfEngines(Collector):
+    """Metrics that are read off the engines when somebody asks."""
+
+    def __init__(self, naming: Naming, engines: Mapping[str, _Engine]):
+        self._naming, self._engines = naming, engines
 
     def describe(self) -> list[Metric]:
-        """Nothing: the registry would ask the engine for it."""
+        """Nothing: the registry would ask the engines for it."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics of a snapshot; of a dead engine only that it is dead, and how often it was made anew."""
-        try:
-            snapshot: Snapshot | None = self._snapshot()
-        except EngineFailed:
-            snapshot = None
-        yield self._gauge("engine_up", "Whether the engine works.", float(snapshot is not None))
-        yield self._counter("engine_restarts", "Attempts to make the engine anew.", self._restarts())
-        if snapshot is None:
-            return
-        for name, (about, value) in _GAUGES.items():
-            if (found := value(snapshot)) is not None:
-                yield self._gauge(name, about, found)
-        for name, (about, count) in _COUNTERS.items():
-            yield self._counter(name, about, count(snapshot))
+        """The metrics of snapshots; of a dead engine only that it is dead, and how often it was made anew."""
+        gauges, counters = dict[str, GaugeMetricFamily](), dict[str, CounterMetricFamily]()
+        names = ["model_name", *self._naming.labels]
 
-    def _counter(self, name: str, about: str, value: float) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, about, labels=["model_name"])
-        family.add_metric([self._model], value)
-        return family
+        def gauge(name: str, about: str) -> GaugeMetricFamily:
+            return gauges.setdefault(name, GaugeMetricFamily(self._naming(name), about, labels=names))
 
-    def _gauge(self, name: str, about: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, about, labels=["model_name"])
-        family.add_metric([self._model], value)
-        return family
+        def counter(name: str, about: str) -> CounterMetricFamily:
+            return counters.setdefault(name, CounterMetricFamily(self._naming(name), about, labels=names))
+
+        for model, engine in list(self._engines.items()):
+            labels = [model, *self._naming.labels.values()]
+            try:
+                snapshot: Snapshot | None = engine.snapshot()
+            except EngineFailed:
+                snapshot = None
+            gauge("engine_up", "Whether the engine works.").add_metric(labels, float(snapshot is not None))
+            restarts = counter("engine_restarts", "Attempts to make the engine anew.")
+            restarts.add_metric(labels, engine.restarts())
+            if snapshot is None:
+                continue
+            for name, (about, value) in _GAUGES.items():
+                if (found := value(snapshot)) is not None:
+                    gauge(name, about).add_metric(labels, found)
+            for name, (about, count) in _COUNTERS.items():
+                counter(name, about).add_metric(labels, count(snapshot))
+        yield from gauges.values()
+        yield from counters.values()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from starlette.routing import compile_path
 
 from llama_jax import __version__
 from llama_jax.server.answers import ErrorAnswer, OpenApiAnswer
@@ -22,24 +23,33 @@ def document(operations: Sequence[Operation], names: Sequence[str], *, keys: boo
     """Return the description of operations.
 
     Args:
-      names: of the model; keys: whether the server asks for a key.
+      names: of the models; keys: whether the server asks for a key.
     """
     kinds: set[type] = {kind for each in operations for kind in (each.body, each.answer) if kind is not None}
     ordered = sorted({*kinds, ErrorAnswer}, key=lambda kind: kind.__name__)
     schemas, components = msgspec.json.schema_components(ordered, ref_template="#/components/schemas/{name}")
     schema = dict(zip(ordered, schemas, strict=True))
     for part in components.values():
-        if "model" in part["properties"] and part.get("additionalProperties") is False:
+        if "model" in part.get("properties", ()) and part.get("additionalProperties") is False:
             part["properties"]["model"] = {"enum": [*names, *([] if "model" in part.get("required", ()) else [None])]}
     paths: dict[str, Any] = {}
     for operation in operations:
-        name = operation.path.replace(":path}", "}")
-        paths.setdefault(name, {})[operation.method.lower()] = _described(operation, schema, names, keys)
+        _, name, variables = compile_path(operation.path)
+        made = _described(operation, schema, keys)
+        if variables:
+            made["parameters"] = [_variable(variable, names) for variable in variables]
+        paths.setdefault(name, {})[operation.method.lower()] = made
     parts = {"schemas": components, **({"securitySchemes": {"key": _KEY}} if keys else {})}
     return OpenApiAnswer("3.1.0", {"title": "llama_jax", "version": __version__}, paths, parts)
 
 
-def _described(operation: Operation, schema: dict[Any, Any], names: Sequence[str], keys: bool) -> dict[str, Any]:
+def _variable(name: str, models: Sequence[str]) -> dict[str, Any]:
+    """A part of a path; `name` is that of a model."""
+    schema: dict[str, Any] = {"enum": [*models]} if name == "name" else {"type": "string"}
+    return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _described(operation: Operation, schema: dict[Any, Any], keys: bool) -> dict[str, Any]:
     if operation.answer is None:
         content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     else:
@@ -51,7 +61,7 @@ def _described(operation: Operation, schema: dict[Any, Any], names: Sequence[str
         error = content  # the reason is in it
     made: dict[str, Any] = {
         "summary": operation.summary,
-        "operationId": operation.path.replace(":path}", "}").strip("/").replace("/", "."),
+        "operationId": compile_path(operation.path)[1].strip("/").replace("/", "."),
         "responses": {
             "200": {"description": "The answer", "content": content},
             "4XX": {
@@ -63,8 +73,6 @@ def _described(operation: Operation, schema: dict[Any, Any], names: Sequence[str
     }
     if keys and operation.path not in OPEN:
         made["security"] = [{"key": []}]
-    if "{name" in operation.path:
-        made["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"enum": [*names]}}]
     if operation.body is not None:
         body = {"application/json": {"schema": schema[operation.body]}}
         made["requestBody"] = {"required": True, "content": body}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +13,11 @@ from starlette.responses import Response
 
 from llama_jax.server.bodies import decoded
 from llama_jax.server.errors import Refused
+from llama_jax.server.responses import until_gone
 from llama_jax.server.served import Served
+from llama_jax.server.state import ServerState
 
-Handler = Callable[[Served, Request], Awaitable[Response]]
+Handler = Callable[[ServerState, Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Operation:
     streams: bool = False
 
 
-async def read[T](served: Served, request: Request, kind: type[T]) -> T:
+async def read[T](server: ServerState, request: Request, kind: type[T]) -> T:
     """Return the body of a request. A web page elsewhere cannot send what is called JSON without being asked about it.
 
     Raises:
@@ -48,4 +51,17 @@ async def read[T](served: Served, request: Request, kind: type[T]) -> T:
         raise Refused(
             415, "the body is not called JSON", code="unsupported_type", hint="send content-type: application/json"
         )
-    return decoded(kind, await request.body(), served.settings.limits.depth)
+    return decoded(kind, await request.body(), server.settings.limits.depth)
+
+
+@asynccontextmanager
+async def asked_model(server: ServerState, request: Request, name: str | None) -> AsyncIterator[Served]:
+    """The model that a request names, loaded inside as long as its client waits. The body must have been read.
+
+    Raises:
+      Refused: as `Models.use`.
+      ClientDisconnect: the client has left.
+    """
+    request.state.model = server.models.find(name).names[0]
+    async with until_gone(request.receive), server.models.use(name) as served:
+        yield served

@@ -8,13 +8,14 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import msgspec
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llama_jax.errors import LlamaJaxError
 from llama_jax.server.errors import Failure, body_of
-from llama_jax.server.sse import KEEP_ALIVE
+from llama_jax.server.sse import KEEP_ALIVE, comment
 
 
 def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -60,20 +61,23 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncGenerator[bytes],
+        events: Callable[[MutableHeaders], AsyncGenerator[bytes]],
         keep_alive_s: float,
-        headers: Mapping[str, str],
         failed: Callable[[Failure, int], bytes],
+        progress: Callable[[], str] = str,
     ):
         """Make an answer of events.
 
         Args:
+          events: gets the headers, which count until the first event or comment.
           failed: makes the events that tell of an error, after a number of others.
           keep_alive_s: after which a comment is sent where there is no event: proxies give up on a silent connection.
+          progress: what the comment says, if there is anything to say.
         """
-        super().__init__(headers={**headers, "x-accel-buffering": "no"}, media_type="text/event-stream")
+        super().__init__(headers={"x-accel-buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._events, self._keep_alive_s, self._failed = events, keep_alive_s, failed
+        self._events, self._keep_alive_s = events(self.headers), keep_alive_s
+        self._failed, self._progress = failed, progress
         self._sending, self._begun, self._sent = asyncio.Lock(), False, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,4 +123,4 @@ class EventStream(Response):
         while True:
             await asyncio.sleep(self._last + self._keep_alive_s - clock())
             if clock() >= self._last + self._keep_alive_s:
-                await self._send(send, KEEP_ALIVE)
+                await self._send(send, comment(self._progress() or KEEP_ALIVE))

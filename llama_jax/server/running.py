@@ -17,14 +17,13 @@ import uvicorn
 from llama_jax.errors import RequestError
 from llama_jax.server.app import application
 from llama_jax.server.connections import protocol
-from llama_jax.server.served import Served
 from llama_jax.server.settings import ServerSettings
+from llama_jax.server.state import ServerState
+from llama_jax.server.watchdog import FAULT, LAST_WORDS_S, watched
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.05
-_LAST_WORDS_S = 5.0
-"""For answers to leave after the engine has ended, and for the engine to end."""
-_FAULT, _INTERRUPTED = 70, 130
+_INTERRUPTED = 130
 _THREADS = 32
 """That encode prompts and compile grammars; some wait for seconds."""
 
@@ -66,7 +65,7 @@ def bound_socket(settings: ServerSettings) -> socket.socket:
 
 
 async def run(
-    served: Served,
+    state: ServerState,
     listening: socket.socket,
     *,
     ready: Callable[[], None] = lambda: None,
@@ -74,7 +73,7 @@ async def run(
     ssl_certfile: str | None = None,
     ssl_keyfile_password: str | None = None,
 ) -> None:
-    """Run the engine and the server until SIGINT or SIGTERM.
+    """Load the first model and run the server until SIGINT, SIGTERM or, unless it is ignored (nohup), SIGHUP.
 
     Then new requests are turned away (503) while those under way have `drain_s` to end; what is left ends in an error
     that its client is told. A second signal cuts this short.
@@ -85,9 +84,9 @@ async def run(
     Raises:
       RequestError: a certificate or key cannot be used.
     """
-    settings = served.settings
+    settings = state.settings
     config = uvicorn.Config(
-        application(served),
+        application(state),
         http=protocol(settings.limits),  # h11, with deadlines
         ws="none",
         lifespan="off",
@@ -98,7 +97,7 @@ async def run(
         h11_max_incomplete_event_size=2 * settings.limits.header_bytes,
         timeout_keep_alive=round(settings.limits.idle_s),
         limit_concurrency=settings.limits.connections,
-        timeout_graceful_shutdown=int(_LAST_WORDS_S),
+        timeout_graceful_shutdown=int(LAST_WORDS_S),
         ssl_keyfile=ssl_keyfile,
         ssl_certfile=ssl_certfile,
         ssl_keyfile_password=ssl_keyfile_password,
@@ -111,8 +110,9 @@ async def run(
         ) from None
     server = _Server(config)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "llama_jax server"))
-    async with AsyncExitStack() as engine, _signals() as asked:
-        await engine.enter_async_context(served.engine)
+    async with AsyncExitStack() as models, _signals() as asked:
+        await models.enter_async_context(state.models)
+        await models.enter_async_context(watched(state))
         asked.started = True
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         ending = asyncio.create_task(asked.acquire())
@@ -121,11 +121,14 @@ async def run(
         ready()
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
-            await _drained(served, asked)
-            await _ended(engine)
+            await _drained(state, asked)
+            await _ended(models)
             server.should_exit = True
         ending.cancel()
         await serving
+    if state.models.busy:  # a thread that loads or compiles cannot be stopped, and the process would wait for it
+        log.info("a model was being loaded")
+        os._exit(0)
 
 
 class _Asked(asyncio.Semaphore):
@@ -144,32 +147,33 @@ class _Asked(asyncio.Semaphore):
 @asynccontextmanager
 async def _signals() -> AsyncIterator[_Asked]:
     loop, asked = asyncio.get_running_loop(), _Asked(0)
-    for number in SIGNALS:
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in heeded:
         loop.add_signal_handler(number, asked.signalled)
     try:
         yield asked
     finally:
-        for number in SIGNALS:
+        for number in heeded:
             loop.remove_signal_handler(number)
 
 
-async def _drained(served: Served, asked: _Asked) -> None:
+async def _drained(state: ServerState, asked: _Asked) -> None:
     """Waits until no request is under way, time is up, or there is another signal."""
-    served.life.draining = True
-    log.info("ending: %d requests are under way and have %g s", served.life.active, served.settings.drain_s)
+    state.life.draining = True
+    log.info("ending: %d requests are under way and have %g s", state.life.active, state.settings.drain_s)
     again = asyncio.create_task(asked.acquire())
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(served.settings.drain_s):
-            while served.life.active and not again.done():
+        async with asyncio.timeout(state.settings.drain_s):
+            while state.life.active and not again.done():
                 await asyncio.sleep(_POLL_S)
     again.cancel()
 
 
-async def _ended(engine: AsyncExitStack) -> None:
-    """Ends the engine, which tells whoever waits; a device that hangs does not keep the process."""
-    closing = asyncio.create_task(engine.aclose())
-    await asyncio.wait({closing}, timeout=_LAST_WORDS_S)
+async def _ended(models: AsyncExitStack) -> None:
+    """Ends the engines, which tell whoever waits; a device that hangs does not keep the process."""
+    closing = asyncio.create_task(models.aclose())
+    await asyncio.wait({closing}, timeout=LAST_WORDS_S)
     if not closing.done():
-        log.error("the engine does not end; the process does")
-        os._exit(_FAULT)
+        log.error("an engine does not end; the process does")
+        os._exit(FAULT)
     await closing

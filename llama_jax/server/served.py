@@ -1,4 +1,4 @@
-"""The model that a server serves, and what every route needs of it."""
+"""A model that a server serves, and what every route needs of it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,11 @@ from functools import cached_property
 from pathlib import Path
 
 from llama_jax.generation.engine import Engine
-from llama_jax.server.errors import Refused
-from llama_jax.server.metrics import Metrics
+from llama_jax.server.metrics import ModelMetrics
 from llama_jax.server.settings import ServerSettings
 from llama_jax.text.chat import select_template
 from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tools import ToolFormat, format_named, format_of, reasoning_of
-
-
-@dataclass
-class Life:
-    """State of a server between its start and its end.
-
-    Attributes:
-      active: requests under way, without those of `guard.OPEN`; draining: whether new ones are turned away.
-    """
-
-    active: int = 0
-    draining: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,9 +30,8 @@ class Served:
     tokenizer: Tokenizer
     names: tuple[str, ...]
     settings: ServerSettings
-    metrics: Metrics
+    metrics: ModelMetrics
     tool_parser: str = ""
-    life: Life = field(default_factory=Life)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -82,21 +68,6 @@ class Served:
     def _template(self, *, tools: bool) -> str:
         templates = self.tokenizer.chat_templates
         return select_template(templates, None, has_tools=tools) if templates else ""
-
-    def check_model(self, name: str | None) -> None:
-        """Check that a request is for this model; one that names none is.
-
-        Raises:
-          Refused: it names another.
-        """
-        if name is not None and name not in self.names:
-            raise Refused(
-                404,
-                f"there is no model {name!r:.100} here",
-                code="model_not_found",
-                param="model",
-                hint=f"the model is {self.names[0]!r}",
-            )
 
 
 def served_name(model: str) -> str:

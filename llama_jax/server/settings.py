@@ -17,12 +17,14 @@ class Limits:
       body: bytes; header_count, header_bytes: of all headers.
       depth: of nested values in a body.
       tools: that a request offers.
+      temperature: OpenAI's bound.
       prompts: of one request; n: continuations of each; stops: strings that end a text, of `stop_chars` characters.
       header_s, body_s: until the headers, and the body, are complete.
       idle_s: between two requests of a connection.
-      stalled_s: until a client that reads nothing of what is sent is cut off.
+      stalled_s: until a client that does not read what is sent is cut off; reader_rate: bytes a second that it has to
+        take of an answer that does not fit into the buffers between it and the server.
       keep_alive_s: between comments in a stream that has nothing else to say.
-      step_s: that a step of the engine may take before it counts as stalled.
+      step_s: that a step of the engine may take before it counts as stalled; hung_s: before the process ends.
       connections: at once.
     """
 
@@ -31,6 +33,7 @@ class Limits:
     header_bytes: int = 32 << 10
     depth: int = 64
     tools: int = 128
+    temperature: float = 2.0
     prompts: int = 256
     n: int = 16
     stops: int = 4
@@ -39,8 +42,10 @@ class Limits:
     body_s: float = 30.0
     idle_s: float = 75.0
     stalled_s: float = 30.0
+    reader_rate: float = 1024.0
     keep_alive_s: float = 15.0
     step_s: float = 60.0
+    hung_s: float = 300.0
     connections: int = 1000
 
 

@@ -6,10 +6,15 @@ from typing import Any
 
 import msgspec
 
-KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = "keep-alive"
 DONE = b"data: [DONE]\n\n"
 
 
 def event(data: Any, name: str = "") -> bytes:
     """Return one event with data in JSON, and with a name if it has one."""
     return (f"event: {name}\n".encode() if name else b"") + b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """Return a comment of one line, which clients pass over."""
+    return f": {' '.join(text.split())}\n\n".encode()

@@ -14,19 +14,21 @@ from llama_jax.server.answers import CountAnswer, TextAnswer, TokenizerAnswer, T
 from llama_jax.server.apis.anthropic import CountBody, chat_of
 from llama_jax.server.asking import chat_ids, chat_text
 from llama_jax.server.bodies import ChatBody, DetokenizeBody, TemplateBody, TokenizeBody, given
-from llama_jax.server.operations import Operation, read
+from llama_jax.server.operations import Operation, asked_model, read
 from llama_jax.server.responses import json_response
 from llama_jax.server.served import Served
+from llama_jax.server.state import ServerState
 from llama_jax.server.tooling import Offer, offer_of
 
 
-async def _tokenize(served: Served, request: Request) -> Response:
-    ids = await asyncio.to_thread(_ids, served, await read(served, request, TokenizeBody))
-    return json_response(TokensAnswer(ids, len(ids), served.capacity))
+async def _tokenize(server: ServerState, request: Request) -> Response:
+    body = await read(server, request, TokenizeBody)
+    async with asked_model(server, request, body.model) as served:
+        ids = await asyncio.to_thread(_ids, served, body)
+        return json_response(TokensAnswer(ids, len(ids), served.capacity))
 
 
 def _ids(served: Served, body: TokenizeBody) -> list[int]:
-    served.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("give one of prompt and messages", param="prompt", hint='e.g. {"prompt": "Hello"}')
     if body.messages is not None:
@@ -37,31 +39,34 @@ def _ids(served: Served, body: TokenizeBody) -> list[int]:
     return served.tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
 
 
-async def _detokenize(served: Served, request: Request) -> Response:
-    body = await read(served, request, DetokenizeBody)
-    served.check_model(body.model)
-    text = await asyncio.to_thread(served.tokenizer.decode, body.tokens, skip_special_tokens=False)
+async def _detokenize(server: ServerState, request: Request) -> Response:
+    body = await read(server, request, DetokenizeBody)
+    async with asked_model(server, request, body.model) as served:
+        text = await asyncio.to_thread(served.tokenizer.decode, body.tokens, skip_special_tokens=False)
     return json_response(TextAnswer(text))
 
 
-async def _apply_template(served: Served, request: Request) -> Response:
-    body = await read(served, request, TemplateBody)
+async def _apply_template(server: ServerState, request: Request) -> Response:
+    body = await read(server, request, TemplateBody)
 
-    def text() -> str:
+    def text(served: Served) -> str:
         fields, offer = _told(served, body)
         return chat_text(served, fields, offer, add_generation_prompt=body.add_generation_prompt)
 
-    return json_response(TextAnswer(await asyncio.to_thread(text)))
+    async with asked_model(server, request, body.model) as served:
+        return json_response(TextAnswer(await asyncio.to_thread(text, served)))
 
 
-async def _count(served: Served, request: Request) -> Response:
-    body = await read(served, request, CountBody)
-    ids = await asyncio.to_thread(lambda: chat_ids(served, *_told(served, chat_of(body))))
+async def _count(server: ServerState, request: Request) -> Response:
+    body = await read(server, request, CountBody)
+    async with asked_model(server, request, body.model) as served:
+        ids = await asyncio.to_thread(lambda: chat_ids(served, *_told(served, chat_of(body))))
     return json_response(CountAnswer(len(ids)))
 
 
-async def _info(served: Served, request: Request) -> Response:
-    tokenizer = served.tokenizer
+async def _info(server: ServerState, request: Request) -> Response:
+    async with asked_model(server, request, request.query_params.get("model")) as served:
+        tokenizer, capacity = served.tokenizer, served.capacity
     named = {
         name: tokenizer.special_tokens_map.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
     }
@@ -69,7 +74,7 @@ async def _info(served: Served, request: Request) -> Response:
         TokenizerAnswer(
             tokenizer_class=type(tokenizer).__name__,
             vocab_size=tokenizer.vocab_size,
-            model_max_length=served.capacity,
+            model_max_length=capacity,
             chat_template=tokenizer.chat_template,
             chat_templates=tokenizer.chat_templates,
             **named,
@@ -79,7 +84,6 @@ async def _info(served: Served, request: Request) -> Response:
 
 def _told(served: Served, body: ChatBody | TokenizeBody | TemplateBody) -> tuple[dict[str, Any], Offer]:
     """The fields that a chat template is told of, and the tools among them."""
-    served.check_model(body.model)
     fields = given(body)
     return fields, offer_of(served, fields)
 

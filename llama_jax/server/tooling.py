@@ -20,6 +20,9 @@ _RESERVED = frozenset(
 """Variables of a template that `chat_template_kwargs` cannot set."""
 
 
+type Tools = tuple[Tool, ...]
+
+
 @dataclass(frozen=True)
 class Offer:
     """Tools that a model may call, or must.
@@ -61,8 +64,8 @@ def offer_of(served: Served, fields: dict[str, Any]) -> Offer:
             f"{len(given)} tools; there may be {served.settings.limits.tools}", param="tools", hint="offer fewer"
         )
     tools = tools_of(given)
-    chosen = _chosen(choice, tools)
-    if choice == "none" or not (tools or builtin):
+    mode, callable = _chosen(choice, tools)
+    if mode == "none" or not (tools or builtin):
         return Offer()
     format = served.tool_format
     if format is None or not served.shows_tools:
@@ -71,26 +74,44 @@ def offer_of(served: Served, fields: dict[str, Any]) -> Offer:
             param="tools",
             hint="leave them out, use a model that calls tools, or name its format: `llama-jax serve --tool-parser`",
         )
-    if chosen is None:
-        strict = any(tool["function"].get("strict") is True for tool in given)
-        return Offer(format, given or None, tools, builtin, several=several, strict=strict)
-    return Offer(format, given, chosen, choice="required", several=several and choice == "required")
+    if mode != "auto":
+        return Offer(format, given, callable, choice="required", several=several and mode == "required")
+    names = {tool.name for tool in callable}
+    strict = any(t["function"].get("strict") is True and t["function"]["name"] in names for t in given)
+    return Offer(format, given or None, callable, builtin if choice == "auto" else (), several=several, strict=strict)
 
 
-def _chosen(choice: Any, tools: tuple[Tool, ...]) -> tuple[Tool, ...] | None:
-    """The tools one of which must be called; None if none must."""
+def _chosen(choice: Any, tools: tuple[Tool, ...]) -> tuple[Literal["auto", "none", "required", "named"], Tools]:
+    """Whether a tool must be called, and which may be. The model is told of all of them, whichever these are."""
     match choice:
         case "auto" | "none":
-            return None
+            return choice, tools
         case "required" if tools:
-            return tools
-        case {"type": "function", "function": {"name": str(name)}} if found := [t for t in tools if t.name == name]:
-            return tuple(found)
+            return "required", tools
+        case {"type": "function", "function": {"name": str(name)}} if found := _named([name], tools):
+            return "named", found
+        case {"type": "allowed_tools", "allowed_tools": {"mode": "auto" | "required" as mode, "tools": [*entries]}}:
+            names = [_name(entry) for entry in entries]
+            found = _named(names, tools)
+            if found and len(found) == len({*names}):
+                return mode, found
     raise RequestError(
-        "tool_choice names no tool of the request",
+        "tool_choice names no tool of the request, or one that it has not",
         param="tool_choice",
-        hint='give "auto", "none", "required" or {"type": "function", "function": {"name": ...}}, and the tools',
+        hint='give "auto", "none", "required", {"type": "function", "function": {"name": ...}} or {"type": '
+        '"allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}, and the tools',
     )
+
+
+def _name(entry: Any) -> str | None:
+    match entry:
+        case {"type": "function", "function": {"name": str(name)}}:
+            return name
+    return None
+
+
+def _named(names: Sequence[str | None], tools: Tools) -> Tools:
+    return tuple(tool for tool in tools if tool.name in names)
 
 
 def template_variables(served: Served, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A device model, a kernel backend, a model family, a logits processor and a tool parser from outside of llama_jax."""
+"""A device model, a kernel backend, a model family, a logits processor, a tool parser and a route of the server from
+outside of llama_jax."""
 
 from __future__ import annotations
 
@@ -8,11 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
 
 from llama_jax.config.families import Family
 from llama_jax.kernels.dispatch import Backend
 from llama_jax.sampling import SamplingParams, token_mask
+from llama_jax.server.operations import Operation, asked_model, read
+from llama_jax.server.responses import json_response
+from llama_jax.server.state import ServerState
 from llama_jax.targets import Rates, Target
 from llama_jax.text.tools import Arguments, Call, Delta, Text, Tool, ToolFormat
 
@@ -101,3 +108,27 @@ def _grammar(tools: Sequence[Tool], several: bool, spelled: Any) -> str:
 
 
 TOOLS = ToolFormat(lambda template: "@name{" in template, NameAndBraces, _grammar)
+
+
+class LengthBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of POST /example/length."""
+
+    text: str
+    model: str | None = None
+
+
+class LengthAnswer(msgspec.Struct):
+    """Its answer."""
+
+    characters: int
+    tokens: int
+
+
+async def _length(server: ServerState, request: Request) -> Response:
+    body = await read(server, request, LengthBody)
+    async with asked_model(server, request, body.model) as served:
+        count = len(served.tokenizer.encode(body.text))
+    return json_response(LengthAnswer(len(body.text), count))
+
+
+LENGTH = Operation("POST", "/example/length", "The length of a text", _length, LengthBody, LengthAnswer)

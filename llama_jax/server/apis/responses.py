@@ -74,7 +74,10 @@ class Responses:
         chat.tools = None if body.tools is None else [_tool(tool, i) for i, tool in enumerate(body.tools)]
         match body.tool_choice:
             case {"type": "function", "name": str(name)}:
-                chat.tool_choice = {"type": "function", "function": {"name": name}}
+                chat.tool_choice = _function(name)
+            case {"type": "allowed_tools", "mode": mode, "tools": [*tools]}:
+                allowed = [_function(tool.get("name")) for tool in tools if isinstance(tool, dict)]
+                chat.tool_choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": allowed}}
             case choice:
                 chat.tool_choice = choice
         chat.response_format = _format(body.text or {})
@@ -272,6 +275,11 @@ def _tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
         name: tool[name] for name in ("name", "description", "parameters", "strict") if tool.get(name) is not None
     }
     return {"type": "function", "function": function}
+
+
+def _function(name: Any) -> dict[str, Any]:
+    """A tool, as chats name one."""
+    return {"type": "function", "function": {"name": name}}
 
 
 def _format(text: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -237,6 +237,11 @@ class Tokenizer:
         """What a token adds to a text, other than at its start; nothing for an id beyond the vocabulary."""
         return self._bytes_of(self.token(token_id), first=False) if token_id < self.vocab_size else b""
 
+    @cached_property
+    def most_bytes(self) -> int:
+        """Bytes of the longest token. Reads all of them."""
+        return max(len(self.bytes_of(token_id)) for token_id in range(self.vocab_size))
+
     def token_id(self, token: str) -> int | None:
         """The id of a token in the vocabulary's own spelling, or None."""
         return self._backend.token_to_id(_valid(token))

@@ -5,7 +5,7 @@ import { type Delta, joined, stream, tokenize, wire } from "./api";
 import { added, type Call, changed, type Finish, type Message, newId, path, pathTo, removed, titleOf } from "./conversation";
 import { fieldsOf, toolsOf } from "./settings";
 import type { Chat } from "./storage";
-import { add, chats, created, current, fail, forgive, type Live, lives, model, spoken, update, without } from "./state";
+import { add, chats, connect, created, current, fail, forgive, type Live, lives, model, spoken, update, without } from "./state";
 
 /** Milliseconds between two times that an unfinished answer is kept. */
 const KEPT_MS = 2000;
@@ -76,16 +76,17 @@ export function continuable({ settings: { format, tools } }: Chat, { finish, rea
  *  tokens: those of the conversation, and behind them those of the answer so far. */
 export async function continued(chatId: string, before: Message): Promise<void> {
   const chat = find(chatId);
+  const writer = model.value?.id;
   await run(chatId, before, () => continued(chatId, before), async (signal) => {
     const { system, probabilities, max_tokens } = chat.settings;
     const messages = wire(system, pathTo(chat.messages, before.parent));
     const [head, tail] = await Promise.all([
-      tokenize({ messages }, signal),
-      tokenize({ prompt: before.text, add_special_tokens: false }, signal),
+      tokenize({ model: writer, messages }, signal),
+      tokenize({ model: writer, prompt: before.text, add_special_tokens: false }, signal),
     ]);
     const prompt = [...head, ...tail];
     const room = Math.max(1, (model.value?.max_model_len ?? Infinity) - prompt.length);
-    const body = { ...fieldsOf(chat.settings), prompt, max_tokens: Math.min(room, max_tokens ?? room) };
+    const body = { model: writer, ...fieldsOf(chat.settings), prompt, max_tokens: Math.min(room, max_tokens ?? room) };
     return ["v1/completions", probabilities ? { ...body, logprobs: ALTERNATIVES } : body];
   });
 }
@@ -155,6 +156,7 @@ async function run(
     if (problem) fail(chatId, problem, again);
     else spoken.value = finish === "stopped" ? "Stopped" : "Answered";
   });
+  if (stats && !model.value?.max_model_len) void connect(); // known once the model is loaded
   if (stats && !usage) await measure(chatId, id);
 }
 
@@ -162,7 +164,8 @@ async function run(
 async function measure(chatId: string, id: string): Promise<void> {
   const { messages, settings } = find(chatId);
   const said = wire(settings.system, pathTo(messages, id));
-  const used = (await tokenize({ messages: said, add_generation_prompt: false }).catch(() => [])).length;
+  const body = { model: model.value?.id, messages: said, add_generation_prompt: false };
+  const used = (await tokenize(body).catch(() => [])).length;
   const stats = messages.find((message) => message.id === id)?.stats;
   if (used && stats) update(chatId, (chat) => changed(chat, id, { stats: { ...stats, used } }));
 }

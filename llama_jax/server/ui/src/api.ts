@@ -4,7 +4,7 @@ import type { Call, Message, Token } from "./conversation";
 
 export interface Model {
   id: string;
-  max_model_len?: number;
+  max_model_len?: number | null;
 }
 
 export interface Usage {

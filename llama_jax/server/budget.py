@@ -1,0 +1,81 @@
+"""What several models take of the memory of one server's devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import psutil
+from jax.typing import DTypeLike
+
+from llama_jax.config import LlamaConfig
+from llama_jax.engine.sizing import least_settings
+from llama_jax.plan.device_memory import free_bytes
+from llama_jax.plan.memory import DeviceShare, cache_bytes
+from llama_jax.sharding import AnyMesh
+from llama_jax.targets import default_device, of_device
+from llama_jax.targets.hardware import memory_limit
+
+Free = Callable[[], int | None]
+"""Bytes that are free now on each device, by the one that has least; None where that is not known."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model takes of each device at least.
+
+    Attributes:
+      nbytes: of weights while they are loaded, of the largest step, and of the cache of one sequence.
+      context: tokens of a sequence.
+    """
+
+    nbytes: int
+    context: int
+
+
+def footprint(
+    config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh = None, *, kv_dtype: str | None = None, **options: Any
+) -> Footprint:
+    """Return what a model takes.
+
+    Args:
+      config: with the schemes in which its weights are held; dtype: that it computes in.
+      options: of the engine: rows, context, pages, page_size.
+
+    Raises:
+      RequestError: an option does not fit the model.
+    """
+    target, itemsize = of_device(default_device()), jnp.dtype(dtype).itemsize
+    share = DeviceShare(config, target, mesh, itemsize, kv_dtype)
+    settings, beside = least_settings(share.config, dtype, mesh, on_cpu=target.vendor == "cpu", **options)
+    cache = cache_bytes(share.config, mesh, itemsize, settings.pages * settings.page_size, kv_dtype)
+    return Footprint(share.loading + beside + cache, min(settings.capacity, config.context_length))
+
+
+def reserve(free: int, need: int, others: Iterable[int]) -> int:
+    """Return the bytes that a model leaves free for others, which are to be loaded beside it.
+
+    Models whose needs fit together share what is left over evenly, so that each has the cache of many sequences. One
+    for which there is no room beside this one and those before it is left out: it will have to wait for room.
+
+    Args:
+      free: bytes; need: of the model that is loaded now; others: needs of those that are not, by precedence.
+    """
+    left, kept, sharers = free - need, 0, 1
+    for other in others:
+        if other <= left:
+            left, kept, sharers = left - other, kept + other, sharers + 1
+    return kept + max(left, 0) * (sharers - 1) // sharers
+
+
+def free_here() -> int | None:
+    """Return the bytes that are free on each of the devices that jax would use; of a CPU those of the host."""
+    device = default_device()
+    alike = [one for one in device.client.local_devices() if one.device_kind == device.device_kind]
+    free = free_bytes(alike, of_device(device))
+    if free is not None or device.platform != "cpu":
+        return free
+    available, limit = psutil.virtual_memory().available, memory_limit()
+    return available if limit is None else max(0, min(available, limit - psutil.Process().memory_info().rss))
