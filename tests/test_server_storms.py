@@ -211,7 +211,7 @@ def test_soak(server: Process) -> None:
 
 def test_lengths_that_lie(server: Process) -> None:
     """A body is read to its limit if it names none, to the length that it names if it is longer, and no further."""
-    process, url = server
+    _, url = server
     head = request(url, CHAT, {}).partition(b"content-length")[0]
     good = request(url, CHAT, BODY | {"max_tokens": 1})
 
