@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from server_process import KEY
+
+RESET = 7
+"""State of a connection that the other side has cut off; one that it has closed is in another (8)."""
 
 
 @dataclass
@@ -23,8 +27,6 @@ class Raw:
     @classmethod
     async def open(cls, url: str, buffer: int | None = None) -> Self:
         """Connects; the kernel keeps `buffer` bytes that were not read."""
-        import socket
-
         host, _, port = url.removeprefix("http://").rpartition(":")
         made = socket.socket()
         if buffer:
@@ -55,6 +57,11 @@ class Raw:
             await self.reader.readline()
         await self.reader.readline()
         return status, headers, data
+
+    @property
+    def state(self) -> int:
+        """What the kernel says of the connection (`TCP_INFO`)."""
+        return int(self.writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0])
 
     def leave(self) -> None:
         """Resets the connection."""

@@ -4,8 +4,8 @@ request is answered, no page is in use and nothing was compiled.
 | | What | Held by |
 | --- | --- | --- |
 | H1 | no JSON, another type | `BAD`; test_server_guard: bad_chats, headers_of_bodies |
-| H2 | bodies too large, lengths that lie | test_server_guard: large_and_slow_bodies; test_server_storms, test_server_process |
-| H3 | headers too many, large, slow | test_server_guard: headers; test_server_connections; test_server_storms, test_server_process |
+| H2 | bodies too large, lengths that lie | test_server_guard: large_and_slow_bodies; test_server_storms |
+| H3 | headers too many, large, slow | test_server_guard: headers; test_server_connections, test_server_process |
 | H4 | nesting, long numbers, NaN, keys twice | `BAD`, a_key_twice |
 | H5 | surrogates, no UTF-8, NUL | `BAD`, `GOOD` |
 | H6 | fields unknown or without effect | `BAD`; test_server: fields_without_effect |

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from faulty_server import program
-from raw_client import Held, Raw, asked, metrics, request, until, unused
+from raw_client import RESET, Held, Raw, asked, metrics, request, until, unused
 from server_process import serving
 from tiny_chat_model import write_chat_model
 
@@ -60,8 +60,8 @@ def test_clients_that_never_read(server: Process) -> None:
     async def run() -> None:
         await well(server)
         before = Held.by(process.pid)
-        # Log-probabilities make the answers long: some 200 kB.
-        body = BODY | {"max_tokens": 60, "stream": True, "logprobs": True, "top_logprobs": 20}
+        # Log-probabilities make the answers long: 160 kB.
+        body = BODY | {"max_tokens": 90, "stream": True, "logprobs": True, "top_logprobs": 20}
         drawn = (await metrics(url))["generation_tokens_total"]
         stalled, statuses = list[Raw](), list[int]()
         for _ in range(10):
@@ -73,10 +73,11 @@ def test_clients_that_never_read(server: Process) -> None:
             while (await metrics(url))["requests_waiting"] > 10:
                 await asyncio.sleep(0.05)
         assert statuses == [200] * 10
-        assert (await unused(url))["generation_tokens_total"] - drawn == 200 * 60 + 10 * 8
+        assert (await unused(url))["generation_tokens_total"] - drawn == 200 * 90 + 10 * 8
         async with asyncio.timeout(2 * SOON_S):
             while Held.by(process.pid).files > before.files + 2:
                 await asyncio.sleep(0.1)
+        assert [one.state for one in stalled] == [RESET] * 200
         for one in stalled:
             one.leave()
         await well(server)
@@ -211,7 +212,7 @@ def test_soak(server: Process) -> None:
 
 def test_lengths_that_lie(server: Process) -> None:
     """A body is read to its limit if it names none, to the length that it names if it is longer, and no further."""
-    process, url = server
+    _, url = server
     head = request(url, CHAT, {}).partition(b"content-length")[0]
     good = request(url, CHAT, BODY | {"max_tokens": 1})
 

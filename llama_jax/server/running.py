@@ -24,6 +24,8 @@ from llama_jax.server.watchdog import FAULT, LAST_WORDS_S, watched
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.05
 _INTERRUPTED = 130
+_SEND_BUFFER = 64 << 10
+"""Bytes that the kernel keeps for a client that does not read; without a bound up to 4 MB, and nobody learns of it."""
 _THREADS = 32
 """That encode prompts and compile grammars; some wait for seconds."""
 
@@ -53,6 +55,7 @@ def bound_socket(settings: ServerSettings) -> socket.socket:
         raise RequestError(f"there is no address {settings.host!r}: {error}", param="host", hint="see --host") from None
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # of each connection
         made.bind(address)
     except OSError as error:
         made.close()
