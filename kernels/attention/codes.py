@@ -13,28 +13,55 @@ from llama_jax.kernels.pallas import Index, load_row
 from llama_jax.targets import Target
 
 
-def widen(tile: jax.Array, dtype: DTypeLike, once: jax.Array | None = None) -> jax.Array:
-    """A tile of keys or values in the dtype of a product.
+def parts(kv: KeysValues, head_dim: int) -> int:
+    """How many codes of a head a byte of `kv` holds: 2 with codes of four bits, else 1."""
+    return head_dim // kv.k.shape[-1]
 
-    Codes become bfloat16 through float32, whose lower half is then zeros: to take the upper one is an operation, where
-    rounding takes five (`pallas.rounds_to_bfloat16`).
+
+def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """What codes [..., bytes] stand for, without their scales: [..., head_dim], exact in every dtype.
+
+    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, stand for
+    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, of which as many are below 0 as above.
+    """
+    if codes.dtype == jnp.uint8:
+        halves = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+        codes = 2 * halves.astype(jnp.int8) - 15
+    return codes.astype(dtype)
+
+
+def _upper(x: jax.Array) -> jax.Array:
+    """float32 numbers that bfloat16 holds, in bfloat16: the upper half is an operation, where rounding takes five
+    (`pallas.rounds_to_bfloat16`)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    upper = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)).astype(jnp.int16)
+    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+
+
+def _converted(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+    """`numbers` of a tile, by parts."""
+    if tile.dtype == jnp.uint8:
+        wide = tile.astype(jnp.int32)
+        codes = [2 * half - 15 for half in (wide & 15, wide >> 4)]
+    else:
+        codes = [tile]
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return [x.astype(dtype) for x in codes]
+    return [_upper(x.astype(jnp.float32)) for x in codes]
+
+
+def widen(tile: jax.Array, dtype: DTypeLike, once: jax.Array | None = None) -> list[jax.Array]:
+    """A tile of keys or values [slots, columns] in the dtype of a product, by `parts` of their heads.
 
     Args:
       once: from `turn`.
     """
-
-    def convert() -> jax.Array:
-        if jnp.dtype(dtype) != jnp.bfloat16:
-            return tile.astype(dtype)
-        bits = jax.lax.bitcast_convert_type(tile.astype(jnp.float32), jnp.int32)
-        upper = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)).astype(jnp.int16)
-        return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
-
-    if tile.dtype != jnp.int8:
-        return tile.astype(dtype)
+    if tile.dtype not in (jnp.int8, jnp.uint8):
+        return [tile.astype(dtype)]
     if once is None:
-        return convert()
-    return jax.lax.fori_loop(0, once, lambda _, numbers: convert(), jnp.zeros(tile.shape, dtype))
+        return _converted(tile, dtype)
+    nothing = [jnp.zeros(tile.shape, dtype)] * (2 if tile.dtype == jnp.uint8 else 1)
+    return jax.lax.fori_loop(0, once, lambda _, numbers: _converted(tile, dtype), nothing)
 
 
 def turn(kv: KeysValues, block: jax.Array, *, num_warps: int, num_stages: int) -> jax.Array | None:

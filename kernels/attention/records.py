@@ -8,12 +8,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import KernelError
+
+
+class Codes(NamedTuple):
+    """A kind of quantised keys and values.
+
+    Attributes:
+      dtype: of the array that holds the codes.
+      per_byte: codes in one number of it.
+      largest: the largest number that a code stands for (`codes.numbers`).
+    """
+
+    dtype: str
+    per_byte: int
+    largest: int
+
+
+CODES = {"int8": Codes("int8", 1, 127), "int4": Codes("uint8", 2, 15)}
+"""Kinds of quantised keys and values, by name."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class KeysValues:
         page_table[b, s // page_size]. Entries whose slots all have negative positions may hold any number.
       k_scale, v_scale: factors on quantised keys and values, of k's or v's shape without head_dim; of both or neither.
         A key's scale is a factor on its logits, a value's one on its weights, so that codes are multiplied as they are.
+        Two codes of four bits are in a byte, and the last axis of k and v is then head_dim // 2.
     """
 
     k: Any
@@ -94,6 +113,11 @@ class KeysValues:
     def quantised(self) -> bool:
         """Whether keys and values are codes."""
         return self.k_scale is not None
+
+    @property
+    def codes(self) -> str:
+        """Kind of the codes, a key of `CODES`; "" where there are none."""
+        return next((name for name, kind in CODES.items() if self.quantised and self.k.dtype == kind.dtype), "")
 
 
 @jax.tree_util.register_dataclass
@@ -137,8 +161,9 @@ def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
     """The reason why no kernel can run a call so far, for `unsupported`; None if one can."""
     if (kv.k_scale is None) != (kv.v_scale is None):
         return "it takes scales of both keys and values, or of neither"
-    if kv.quantised and not kv.k.dtype == kv.v.dtype == jnp.int8:
-        return f"codes are {kv.k.dtype} and {kv.v.dtype}, it takes int8"
+    if kv.quantised and not (kv.codes and kv.k.dtype == kv.v.dtype):
+        kinds = " or ".join(kind.dtype for kind in CODES.values())
+        return f"codes are {kv.k.dtype} and {kv.v.dtype}, it takes {kinds}"
     if places.rows is not None or places.q_index is not None:
         return "it takes no packed queries"
     if places.q_spans is not None or places.kv_spans is not None:

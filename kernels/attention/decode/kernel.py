@@ -21,7 +21,7 @@ from llama_jax.kernels.attention.decode.call import Call
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED, sees
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_tile, store_tile
+from llama_jax.kernels.pallas import Index, dot, launch, load_tile, store_tile, tile_width
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
@@ -37,8 +37,9 @@ def shares(
       float32 [shares, kv_heads, rows, head_dim], and the base-2 log-sum-exp of the logits [shares, kv_heads, rows]:
       MASKED where nothing is seen. What there is no share for is not written.
     """
-    block_k, height, width = call.tiles.block_k, call.height, call.width
-    kv_heads = kv.k.shape[1]
+    block_k, height = call.tiles.block_k, call.height
+    kv_heads, each = kv.k.shape[1], kv.k.shape[3]
+    width, firsts = tile_width(each), range(0, call.head_dim, each)  # of the parts of a head
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
         entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
@@ -67,11 +68,12 @@ def shares(
 
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
         query = jnp.minimum(flat // call.group, call.queries - 1)
-        q = load_tile(q_ref, (row, query, head * call.group + flat % call.group), width)
+        of_query: Index = (row, query, head * call.group + flat % call.group)
+        q = [load_tile(q_ref, of_query, width, first=first, end=first + each) for first in firsts]
         q_position = plgpu.load(q_positions_ref.at[row, query])
 
         def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            total, top, acc = carry
+            total, top, *acc = carry
             begin, lane = block * block_k, jnp.arange(block_k, dtype=jnp.int32)
             slot = begin + lane
             if call.slots % block_k:  # the last block repeats the last slot, which is then masked
@@ -87,7 +89,7 @@ def shares(
             k, v = load_tile(k_ref, at, width), load_tile(v_ref, at, width)
             k_scales, v_scales = load_scales(k_scale_ref, at, None), load_scales(v_scale_ref, at, None)
             once = turn(kv, block, num_warps=call.tiles.num_warps, num_stages=call.tiles.num_stages)
-            k, v = widen(k, q.dtype, once), widen(v, q.dtype, once)
+            k, v = widen(k, q_ref.dtype, once), widen(v, q_ref.dtype, once)
             if call.slots % block_k:
                 kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
 
@@ -95,7 +97,8 @@ def shares(
             if q_segments_ref is not None:
                 q_segment = plgpu.load(q_segments_ref.at[row, query])
                 see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
-            logits = scaled(dot(q, k, transpose_b=True), k_scales)
+            products = sum(dot(*pair, transpose_b=True) for pair in zip(q, k, strict=True))
+            logits = scaled(products, k_scales)
             if call.rule.soft_cap is None:
                 logits = logits * (call.rule.scale * LOG2_E)
             else:
@@ -103,16 +106,18 @@ def shares(
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
-            acc = acc * decay[:, None] + dot(scaled(weights, v_scales).astype(v.dtype), v)
-            return total * decay + jnp.sum(weights, axis=1), above, acc
+            weighted = scaled(weights, v_scales).astype(q_ref.dtype)
+            acc = [x * decay[:, None] + dot(weighted, of_part) for x, of_part in zip(acc, v, strict=True)]
+            return total * decay + jnp.sum(weights, axis=1), above, *acc
 
         zero = jnp.zeros((height,), jnp.float32)
-        init = (zero, zero + NONE, jnp.zeros((height, width), jnp.float32))
-        total, top, acc = jax.lax.fori_loop(start, stop, step, init)
+        init = (zero, zero + NONE, *(jnp.zeros((height, width), jnp.float32) for _ in firsts))
+        total, top, *acc = jax.lax.fori_loop(start, stop, step, init)
 
         some, real = total > 0, (flat < call.rows) & (start < stop)
         total = jnp.where(some, total, 1.0)
-        store_tile(out_ref, (index, head, flat), acc / total[:, None], real)
+        for first, x in zip(firsts, acc, strict=True):
+            store_tile(out_ref, (index, head, flat), x / total[:, None], real, first=first, end=first + each)
         plgpu.store(lse_ref.at[index, head, flat], jnp.where(some, top + jnp.log2(total), MASKED), mask=real)
 
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)

@@ -29,10 +29,10 @@ from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, na
 
 
 class _Softmax(NamedTuple):
-    """The running softmax of a tile of queries: weighted values [queries, head_dim], the largest logit, and the sum of
-    weights, relative to it."""
+    """The running softmax of a tile of queries: weighted values [queries, columns] of each part of a head, the largest
+    logit, and the sum of weights, relative to it."""
 
-    acc: jax.Array
+    acc: list[jax.Array]
     peak: jax.Array
     total: jax.Array
 
@@ -52,7 +52,8 @@ def forward(
     kv_len = places.kv_positions.shape[1]
     group = q_heads // kv_heads
     queries = tiles.block_q // tiles.heads  # of each head in a tile
-    width = tile_width(head_dim)
+    each = kv.k.shape[3]
+    width, firsts = tile_width(each), range(0, head_dim, each)  # of the parts of a head
     pairs = block_pairs(places, rule.visibility, queries, tiles.block_k)
 
     def flash_attention_forward(
@@ -85,7 +86,7 @@ def forward(
         if at.q_index is not None:
             packed = load_row(at.q_index, (row, query), valid, q.shape[1])
             place, valid = (0, packed, head), packed < q.shape[1]
-        q_tile = load_tile(q_ref, place, width, valid)
+        q_tile = [load_tile(q_ref, place, width, valid, first=first, end=first + each) for first in firsts]
 
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
@@ -94,8 +95,8 @@ def forward(
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
             once = turn(kv, j, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-            keys = widen(load_tile(k_ref, index, width, there), q_tile.dtype, once)
-            products = dot(q_tile, keys, transpose_b=True)
+            keys = widen(load_tile(k_ref, index, width, there), q.dtype, once)
+            products = sum(dot(*pair, transpose_b=True) for pair in zip(q_tile, keys, strict=True))
             logits = rule.logits(scaled(products, load_scales(k_scale_ref, index, there)))
             if masked:
                 see = sees(query_rows, load_slots(at, row, slots, there))
@@ -104,9 +105,10 @@ def forward(
             weights = exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
             shrink = exp2((peak - new_peak) * rule.factor)
             total = total * shrink + jnp.sum(weights, axis=1)
-            values = widen(load_tile(v_ref, index, width, there), q_tile.dtype, once)
+            values = widen(load_tile(v_ref, index, width, there), q.dtype, once)
             weights = scaled(weights, load_scales(v_scale_ref, index, there))
-            acc = acc * shrink[:, None] + dot(narrow(weights, values.dtype, by_hand=rule.round_by_hand), values)
+            narrowed = narrow(weights, q.dtype, by_hand=rule.round_by_hand)
+            acc = [x * shrink[:, None] + dot(narrowed, part) for x, part in zip(acc, values, strict=True)]
             return _Softmax(acc, new_peak, total)
 
         peak = jnp.full((tiles.block_q,), MASKED, jnp.float32)
@@ -114,13 +116,14 @@ def forward(
         if sinks_ref is not None:  # a slot that everyone sees, with a value of zeros
             sink = load_row(sinks_ref, (head,), valid, 0.0)
             peak, total = sink * (LOG2_E / rule.factor), total + 1.0
-        acc = jnp.zeros((tiles.block_q, width), jnp.float32)
+        acc = [jnp.zeros((tiles.block_q, width), jnp.float32) for _ in firsts]
         acc, peak, total = visit(load_span(spans_ref, row, block), step, _Softmax(acc, peak, total))
 
         # What padding saw in blocks without a mask, and what the others made of blocks where they see nothing, is void.
         seen = (peak > MASKED / 2) & (query_rows.last >= 0)
-        out = jnp.where(seen[:, None], acc * (1.0 / total)[:, None], 0.0)
-        store_tile(out_ref, place, out, valid)
+        for first, x in zip(firsts, acc, strict=True):
+            out = jnp.where(seen[:, None], x * (1.0 / total)[:, None], 0.0)
+            store_tile(out_ref, place, out, valid, first=first, end=first + each)
         if lse_ref is not None:
             lse = jnp.where(seen, peak * rule.factor + jnp.log2(total), NOTHING_SEEN)
             plgpu.store(lse_ref.at[row, head, query], lse, mask=valid)
