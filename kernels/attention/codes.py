@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax.kernels.attention.records import KeysValues
-from llama_jax.kernels.pallas import Index, load_row
+from llama_jax.kernels.pallas import Index, dot, load_row, tile_width
 from llama_jax.targets import Target
 
 
-def parts(kv: KeysValues, head_dim: int) -> int:
-    """How many codes of a head a byte of `kv` holds: 2 with codes of four bits, else 1."""
-    return head_dim // kv.k.shape[-1]
+class Parts(NamedTuple):
+    """The parts of a head whose numbers are in one array each, once codes are numbers: two halves where a byte holds
+    two codes, else one.
+
+    Attributes:
+      width: columns of a tile with a part.
+      columns: of each part among those of the head, the first one and that behind the last.
+    """
+
+    width: int
+    columns: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, x: Any, head_dim: int) -> Parts:
+        """For keys or values [..., numbers or bytes of a head]."""
+        each = x.shape[-1]
+        return cls(tile_width(each), tuple((first, first + each) for first in range(0, head_dim, each)))
 
 
 def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -39,7 +54,7 @@ def _upper(x: jax.Array) -> jax.Array:
 
 
 def _converted(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """`numbers` of a tile, by parts."""
+    """`numbers` of a tile, by halves of a head where it has two codes to a byte."""
     if tile.dtype == jnp.uint8:
         wide = tile.astype(jnp.int32)
         codes = [2 * half - 15 for half in (wide & 15, wide >> 4)]
@@ -51,7 +66,8 @@ def _converted(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
 
 
 def widen(tile: jax.Array, dtype: DTypeLike, once: jax.Array | None = None) -> list[jax.Array]:
-    """A tile of keys or values [slots, columns] in the dtype of a product, by `parts` of their heads.
+    """A tile of keys or values [slots, columns] in the dtype of a product: one, or of codes of four bits two, for the
+    first and for the second half of a head.
 
     Args:
       once: from `turn`.
@@ -72,6 +88,12 @@ def turn(kv: KeysValues, block: jax.Array, *, num_warps: int, num_stages: int) -
     around overlap, that loop may hold no other.
     """
     return jnp.minimum(block + 1, 1) if kv.quantised and num_warps > 1 and num_stages == 1 else None
+
+
+def products(queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> jax.Array:
+    """float32 [queries, slots], of tiles of queries and keys by parts."""
+    first, *others = (dot(*pair, transpose_b=True) for pair in zip(queries, keys, strict=True))
+    return sum(others, first)
 
 
 def load_scales(ref: Any, index: Index, valid: jax.Array | None) -> jax.Array | None:

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention.codes import load_scales, scaled, turn, widen
+from llama_jax.kernels.attention.codes import Parts, load_scales, products, scaled, turn, widen
 from llama_jax.kernels.attention.decode import partition
 from llama_jax.kernels.attention.decode.call import Call
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED, sees
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_tile, store_tile, tile_width
+from llama_jax.kernels.pallas import Index, dot, launch, load_tile, store_tile
 
 LOG2_E = math.log2(math.e)
 # The largest logit of rows that have seen nothing yet: so far above MASKED that 2 ** (MASKED - NONE) is 0.
@@ -38,8 +38,7 @@ def shares(
       MASKED where nothing is seen. What there is no share for is not written.
     """
     block_k, height = call.tiles.block_k, call.height
-    kv_heads, each = kv.k.shape[1], kv.k.shape[3]
-    width, firsts = tile_width(each), range(0, call.head_dim, each)  # of the parts of a head
+    kv_heads, of_k, of_v = kv.k.shape[1], Parts.of(kv.k, call.head_dim), Parts.of(kv.v, call.head_dim)
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
         entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
@@ -69,7 +68,7 @@ def shares(
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
         query = jnp.minimum(flat // call.group, call.queries - 1)
         of_query: Index = (row, query, head * call.group + flat % call.group)
-        q = [load_tile(q_ref, of_query, width, first=first, end=first + each) for first in firsts]
+        q = [load_tile(q_ref, of_query, of_k.width, first=first, end=end) for first, end in of_k.columns]
         q_position = plgpu.load(q_positions_ref.at[row, query])
 
         def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -86,10 +85,10 @@ def shares(
                 at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
             # All is asked for before anything is waited for: a barrier of the products holds up what is behind it.
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
-            k, v = load_tile(k_ref, at, width), load_tile(v_ref, at, width)
+            k, v = load_tile(k_ref, at, of_k.width), load_tile(v_ref, at, of_v.width)
             k_scales, v_scales = load_scales(k_scale_ref, at, None), load_scales(v_scale_ref, at, None)
             once = turn(kv, block, num_warps=call.tiles.num_warps, num_stages=call.tiles.num_stages)
-            k, v = widen(k, q_ref.dtype, once), widen(v, q_ref.dtype, once)
+            keys, values = widen(k, q_ref.dtype, once), widen(v, q_ref.dtype, once)
             if call.slots % block_k:
                 kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
 
@@ -97,8 +96,7 @@ def shares(
             if q_segments_ref is not None:
                 q_segment = plgpu.load(q_segments_ref.at[row, query])
                 see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
-            products = sum(dot(*pair, transpose_b=True) for pair in zip(q, k, strict=True))
-            logits = scaled(products, k_scales)
+            logits = scaled(products(q, keys), k_scales)
             if call.rule.soft_cap is None:
                 logits = logits * (call.rule.scale * LOG2_E)
             else:
@@ -107,17 +105,17 @@ def shares(
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
             weighted = scaled(weights, v_scales).astype(q_ref.dtype)
-            acc = [x * decay[:, None] + dot(weighted, of_part) for x, of_part in zip(acc, v, strict=True)]
+            acc = [x * decay[:, None] + dot(weighted, of_part) for x, of_part in zip(acc, values, strict=True)]
             return total * decay + jnp.sum(weights, axis=1), above, *acc
 
         zero = jnp.zeros((height,), jnp.float32)
-        init = (zero, zero + NONE, *(jnp.zeros((height, width), jnp.float32) for _ in firsts))
+        init = (zero, zero + NONE, *(jnp.zeros((height, of_v.width), jnp.float32) for _ in of_v.columns))
         total, top, *acc = jax.lax.fori_loop(start, stop, step, init)
 
         some, real = total > 0, (flat < call.rows) & (start < stop)
         total = jnp.where(some, total, 1.0)
-        for first, x in zip(firsts, acc, strict=True):
-            store_tile(out_ref, (index, head, flat), x / total[:, None], real, first=first, end=first + each)
+        for (first, end), x in zip(of_v.columns, acc, strict=True):
+            store_tile(out_ref, (index, head, flat), x / total[:, None], real, first=first, end=end)
         plgpu.store(lse_ref.at[index, head, flat], jnp.where(some, top + jnp.log2(total), MASKED), mask=real)
 
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention.codes import load_scales, scaled, turn, widen
+from llama_jax.kernels.attention.codes import Parts, load_scales, products, scaled, turn, widen
 from llama_jax.kernels.attention.flash.blocks import (
     LOG2_E,
     NOTHING_SEEN,
@@ -25,7 +25,7 @@ from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width
+from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile
 
 
 class _Softmax(NamedTuple):
@@ -52,8 +52,7 @@ def forward(
     kv_len = places.kv_positions.shape[1]
     group = q_heads // kv_heads
     queries = tiles.block_q // tiles.heads  # of each head in a tile
-    each = kv.k.shape[3]
-    width, firsts = tile_width(each), range(0, head_dim, each)  # of the parts of a head
+    of_k, of_v = Parts.of(kv.k, head_dim), Parts.of(kv.v, head_dim)
     pairs = block_pairs(places, rule.visibility, queries, tiles.block_k)
 
     def flash_attention_forward(
@@ -86,7 +85,7 @@ def forward(
         if at.q_index is not None:
             packed = load_row(at.q_index, (row, query), valid, q.shape[1])
             place, valid = (0, packed, head), packed < q.shape[1]
-        q_tile = [load_tile(q_ref, place, width, valid, first=first, end=first + each) for first in firsts]
+        q_tile = [load_tile(q_ref, place, of_k.width, valid, first=first, end=end) for first, end in of_k.columns]
 
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
@@ -95,9 +94,8 @@ def forward(
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
             once = turn(kv, j, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-            keys = widen(load_tile(k_ref, index, width, there), q.dtype, once)
-            products = sum(dot(*pair, transpose_b=True) for pair in zip(q_tile, keys, strict=True))
-            logits = rule.logits(scaled(products, load_scales(k_scale_ref, index, there)))
+            keys = widen(load_tile(k_ref, index, of_k.width, there), q.dtype, once)
+            logits = rule.logits(scaled(products(q_tile, keys), load_scales(k_scale_ref, index, there)))
             if masked:
                 see = sees(query_rows, load_slots(at, row, slots, there))
                 logits = jnp.where(see, logits, MASKED)
@@ -105,7 +103,7 @@ def forward(
             weights = exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
             shrink = exp2((peak - new_peak) * rule.factor)
             total = total * shrink + jnp.sum(weights, axis=1)
-            values = widen(load_tile(v_ref, index, width, there), q.dtype, once)
+            values = widen(load_tile(v_ref, index, of_v.width, there), q.dtype, once)
             weights = scaled(weights, load_scales(v_scale_ref, index, there))
             narrowed = narrow(weights, q.dtype, by_hand=rule.round_by_hand)
             acc = [x * shrink[:, None] + dot(narrowed, part) for x, part in zip(acc, values, strict=True)]
@@ -116,14 +114,14 @@ def forward(
         if sinks_ref is not None:  # a slot that everyone sees, with a value of zeros
             sink = load_row(sinks_ref, (head,), valid, 0.0)
             peak, total = sink * (LOG2_E / rule.factor), total + 1.0
-        acc = [jnp.zeros((tiles.block_q, width), jnp.float32) for _ in firsts]
+        acc = [jnp.zeros((tiles.block_q, of_v.width), jnp.float32) for _ in of_v.columns]
         acc, peak, total = visit(load_span(spans_ref, row, block), step, _Softmax(acc, peak, total))
 
         # What padding saw in blocks without a mask, and what the others made of blocks where they see nothing, is void.
         seen = (peak > MASKED / 2) & (query_rows.last >= 0)
-        for first, x in zip(firsts, acc, strict=True):
+        for (first, end), x in zip(of_v.columns, acc, strict=True):
             out = jnp.where(seen[:, None], x * (1.0 / total)[:, None], 0.0)
-            store_tile(out_ref, place, out, valid, first=first, end=first + each)
+            store_tile(out_ref, place, out, valid, first=first, end=end)
         if lse_ref is not None:
             lse = jnp.where(seen, peak * rule.factor + jnp.log2(total), NOTHING_SEEN)
             plgpu.store(lse_ref.at[row, head, query], lse, mask=valid)
