@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from llama_jax.kernels.attention import assembly
 from llama_jax.kernels.attention.records import KeysValues
 from llama_jax.kernels.pallas import Index, dot, load_row, tile_width
-from llama_jax.targets import Target
+from llama_jax.targets import Target, current
 
 
 class Parts(NamedTuple):
@@ -53,52 +55,67 @@ def _upper(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
 
 
-def _converted(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """`numbers` of a tile, by halves of a head where it has two codes to a byte."""
+def _parts(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+    """`numbers` of a tile, by `Parts`."""
+    codes = [tile]
     if tile.dtype == jnp.uint8:
         wide = tile.astype(jnp.int32)
         codes = [2 * half - 15 for half in (wide & 15, wide >> 4)]
-    else:
-        codes = [tile]
     if jnp.dtype(dtype) != jnp.bfloat16:
         return [x.astype(dtype) for x in codes]
     return [_upper(x.astype(jnp.float32)) for x in codes]
 
 
-def widen(tile: jax.Array, dtype: DTypeLike, once: jax.Array | None = None) -> list[jax.Array]:
-    """A tile of keys or values [slots, columns] in the dtype of a product: one, or of codes of four bits two, for the
-    first and for the second half of a head.
+@dataclass(frozen=True)
+class Decoder:
+    """How a kernel makes numbers of codes, and factors of their scales.
 
-    Args:
-      once: from `turn`.
+    Attributes:
+      dtype: of products.
+      by_assembly: by NVIDIA's instructions (`assembly`).
+      apart: in a loop of one turn. Triton hands codes to all waves and has each convert all of them, which doubles the
+        instructions of attention. It moves nothing out of a loop: there each wave converts what it has loaded. Where
+        steps of the loop around overlap, that loop may hold no other.
     """
-    if tile.dtype not in (jnp.int8, jnp.uint8):
-        return [tile.astype(dtype)]
-    if once is None:
-        return _converted(tile, dtype)
-    nothing = [jnp.zeros(tile.shape, dtype)] * (2 if tile.dtype == jnp.uint8 else 1)
-    return jax.lax.fori_loop(0, once, lambda _, numbers: _converted(tile, dtype), nothing)
 
+    dtype: DTypeLike
+    by_assembly: bool
+    apart: bool
 
-def turn(kv: KeysValues, block: jax.Array, *, num_warps: int, num_stages: int) -> jax.Array | None:
-    """How often the loop of `widen` runs: once, which the compiler cannot know of `block` >= 0; None without a loop.
+    @classmethod
+    def of(cls, kv: KeysValues, dtype: DTypeLike, *, num_warps: int, num_stages: int, interpret: bool) -> Decoder:
+        """For a call on the current target."""
+        bits = jnp.dtype(dtype) == jnp.bfloat16
+        by_assembly = kv.quantised and bits and current().vendor == "nvidia" and not interpret
+        return cls(dtype, by_assembly, kv.quantised and not by_assembly and num_warps > 1 and num_stages == 1)
 
-    Triton hands codes to all waves and has each convert all of them, which doubles the instructions of attention. It
-    moves nothing out of a loop: in one of one turn, each wave converts what it has loaded. Where steps of the loop
-    around overlap, that loop may hold no other.
-    """
-    return jnp.minimum(block + 1, 1) if kv.quantised and num_warps > 1 and num_stages == 1 else None
+    def numbers(self, tile: jax.Array, block: jax.Array) -> list[jax.Array]:
+        """A tile of keys or values [slots, columns] in the dtype of products, by `Parts`.
+
+        Args:
+          block: a number >= 0 of which the compiler knows no more.
+        """
+        if tile.dtype not in (jnp.int8, jnp.uint8):
+            return [tile.astype(self.dtype)]
+        if self.by_assembly:
+            return assembly.numbers(tile)
+        if not self.apart:
+            return _parts(tile, self.dtype)
+        nothing = [jnp.zeros(tile.shape, self.dtype)] * (2 if tile.dtype == jnp.uint8 else 1)
+        return jax.lax.fori_loop(0, jnp.minimum(block + 1, 1), lambda *_: _parts(tile, self.dtype), nothing)
+
+    def scales(self, ref: Any, index: Index, valid: jax.Array | None) -> jax.Array | None:
+        """float32 [slots], factors on the numbers of the slots at `index`, zeros where not valid; None without any."""
+        if ref is None:
+            return None
+        scales = load_row(ref, index, valid, 0.0).astype(jnp.float32)
+        return scales * assembly.UNIT if self.by_assembly else scales
 
 
 def products(queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> jax.Array:
     """float32 [queries, slots], of tiles of queries and keys by parts."""
     first, *others = (dot(*pair, transpose_b=True) for pair in zip(queries, keys, strict=True))
     return sum(others, first)
-
-
-def load_scales(ref: Any, index: Index, valid: jax.Array | None) -> jax.Array | None:
-    """float32 [slots], the scales at `index`, zeros where not valid; None without scales."""
-    return None if ref is None else load_row(ref, index, valid, 0.0).astype(jnp.float32)
 
 
 def scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention.codes import Parts, load_scales, products, scaled, turn, widen
+from llama_jax.kernels.attention.codes import Decoder, Parts, products, scaled
 from llama_jax.kernels.attention.decode import partition
 from llama_jax.kernels.attention.decode.call import Call
 from llama_jax.kernels.attention.records import KeysValues, Places
@@ -39,6 +39,13 @@ def shares(
     """
     block_k, height = call.tiles.block_k, call.height
     kv_heads, of_k, of_v = kv.k.shape[1], Parts.of(kv.k, call.head_dim), Parts.of(kv.v, call.head_dim)
+
+    how: dict[str, Any] = {
+        "num_warps": call.tiles.num_warps,
+        "num_stages": call.tiles.num_stages,
+        "interpret": call.interpret,
+    }
+    decoder = Decoder.of(kv, q.dtype, **how)
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
         entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
@@ -86,9 +93,8 @@ def shares(
             # All is asked for before anything is waited for: a barrier of the products holds up what is behind it.
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
             k, v = load_tile(k_ref, at, of_k.width), load_tile(v_ref, at, of_v.width)
-            k_scales, v_scales = load_scales(k_scale_ref, at, None), load_scales(v_scale_ref, at, None)
-            once = turn(kv, block, num_warps=call.tiles.num_warps, num_stages=call.tiles.num_stages)
-            keys, values = widen(k, q_ref.dtype, once), widen(v, q_ref.dtype, once)
+            k_scales, v_scales = decoder.scales(k_scale_ref, at, None), decoder.scales(v_scale_ref, at, None)
+            keys, values = decoder.numbers(k, block), decoder.numbers(v, block)
             if call.slots % block_k:
                 kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
 
@@ -125,9 +131,7 @@ def shares(
         *(places.q_positions, places.kv_positions, kv.page_table, places.q_segments, places.kv_segments),
         grid=(-(-call.rows // height), call.most_shares, kv_heads),
         out=(jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
-        num_warps=call.tiles.num_warps,
-        num_stages=call.tiles.num_stages,
-        interpret=call.interpret,
+        **how,
     )
 
 

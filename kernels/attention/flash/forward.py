@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention.codes import Parts, load_scales, products, scaled, turn, widen
+from llama_jax.kernels.attention.codes import Decoder, Parts, products, scaled
 from llama_jax.kernels.attention.flash.blocks import (
     LOG2_E,
     NOTHING_SEEN,
@@ -53,6 +53,8 @@ def forward(
     group = q_heads // kv_heads
     queries = tiles.block_q // tiles.heads  # of each head in a tile
     of_k, of_v = Parts.of(kv.k, head_dim), Parts.of(kv.v, head_dim)
+    how: dict[str, Any] = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "interpret": rule.interpret}
+    decoder = Decoder.of(kv, q.dtype, **how)
     pairs = block_pairs(places, rule.visibility, queries, tiles.block_k)
 
     def flash_attention_forward(
@@ -93,9 +95,8 @@ def forward(
             index = slot_index(table_ref, row, kv_head, start, tiles.block_k, page_size)
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
-            once = turn(kv, j, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-            keys = widen(load_tile(k_ref, index, of_k.width, there), q.dtype, once)
-            logits = rule.logits(scaled(products(q_tile, keys), load_scales(k_scale_ref, index, there)))
+            keys = decoder.numbers(load_tile(k_ref, index, of_k.width, there), j)
+            logits = rule.logits(scaled(products(q_tile, keys), decoder.scales(k_scale_ref, index, there)))
             if masked:
                 see = sees(query_rows, load_slots(at, row, slots, there))
                 logits = jnp.where(see, logits, MASKED)
@@ -103,8 +104,8 @@ def forward(
             weights = exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
             shrink = exp2((peak - new_peak) * rule.factor)
             total = total * shrink + jnp.sum(weights, axis=1)
-            values = widen(load_tile(v_ref, index, of_v.width, there), q.dtype, once)
-            weights = scaled(weights, load_scales(v_scale_ref, index, there))
+            values = decoder.numbers(load_tile(v_ref, index, of_v.width, there), j)
+            weights = scaled(weights, decoder.scales(v_scale_ref, index, there))
             narrowed = narrow(weights, q.dtype, by_hand=rule.round_by_hand)
             acc = [x * shrink[:, None] + dot(narrowed, part) for x, part in zip(acc, values, strict=True)]
             return _Softmax(acc, new_peak, total)
@@ -142,7 +143,5 @@ def forward(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, q_heads, q_len), jnp.float32) if with_lse else None,
         ),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        interpret=rule.interpret,
+        **how,
     )
