@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src.lib.mlir import ir  # no public module has MLIR's types
-from jax._src.pallas.triton import lowering  # nor `register_lowering`
+import numpy as np
+from jax._src.pallas.triton import lowering  # no public module has `register_lowering`
 from jax.extend.core import Primitive
+from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton
 
 BYTE, UNIT = 2.0**-133, 64
@@ -51,7 +52,7 @@ def _lower(ctx: Any, codes: Any, *, assembly: str) -> Any:
 
 def _twice(x: float) -> str:
     """A number as the bits of two bfloat16."""
-    bits = int(jnp.asarray(x, jnp.bfloat16).view(jnp.uint16))
+    bits = int(np.asarray(x, jnp.bfloat16).view(np.uint16))
     return f"0x{bits:04x}{bits:04x}"
 
 
