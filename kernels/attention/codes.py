@@ -123,8 +123,8 @@ def scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:
     return x if scales is None else x * scales[None, :]
 
 
-def spills(kv: KeysValues, target: Target) -> str | None:
+def spills(kv: KeysValues, head_dim: int, target: Target) -> str | None:
     """The reason why kernels with codes do not fit a target's registers; None if they do."""
-    if kv.quantised and target.arch.startswith("gfx11") and kv.k.shape[3] > 128:
-        return f"with codes of head_dim {kv.k.shape[3]} {target.arch} would spill registers"
+    if kv.quantised and target.arch.startswith("gfx11") and head_dim > 128:
+        return f"with codes of head_dim {head_dim} {target.arch} would spill registers"
     return None

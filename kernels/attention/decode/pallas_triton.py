@@ -24,7 +24,7 @@ def unsupported(
         return "Pallas-Triton compiles for GPUs only; pallas_interpret runs the same kernels"
     if not interpret and target.vendor == "amd" and target.wave_size == 32 and q.dtype == "float32":
         return f"{target.arch} has no matrix instruction for float32, and the kernels would spill registers"
-    return (None if interpret else spills(kv, target)) or call.unsupported(q, kv, *args, **arguments)
+    return (None if interpret else spills(kv, q.shape[3], target)) or call.unsupported(q, kv, *args, **arguments)
 
 
 def run(
