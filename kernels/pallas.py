@@ -17,7 +17,10 @@ from llama_jax.kernels.precision import matmul_precision
 from llama_jax.targets import Target
 
 MAX_ELEMENTS = 2**31 - 1
-"""The most elements of an array that a kernel addresses: Pallas-Triton computes offsets in 32 bits."""
+"""The most elements of an array that a kernel addresses by offsets of 32 bits."""
+
+WIDE_BYTES = 2**32
+"""Pallas-Triton computes offsets in 64 bits only in arrays of more bytes."""
 
 MIN_CONTRACTION = 16
 """The least numbers that a product of tiles may sum over. Of shorter sums of 16-bit numbers Triton makes wrong results

@@ -19,7 +19,7 @@ from helpers import run as run_model
 from test_engine import check, nothing_is_held
 
 import llama_jax as lj
-from llama_jax.cache import DenseCache, PagedCache, pair_bytes, stored_dtype
+from llama_jax.cache import KV_DTYPES, DenseCache, PagedCache, pair_bytes, stored_dtype
 from llama_jax.cache.dense import DenseLayer
 from llama_jax.cache.stored import FIELDS, quantise, shapes
 from llama_jax.cli import cli
@@ -361,10 +361,10 @@ def test_only_what_caches_can_store() -> None:
         with pytest.raises(RequestError, match="a cache cannot store") as caught:
             ask()
         assert caught.value.param == "kv_dtype"
-        assert "int8" in caught.value.hint
+        assert all(name in caught.value.hint for name in KV_DTYPES)
     for command in (["generate", "x"], ["plan", "llama-3.2-1b"], ["bench"]):
         result = CliRunner().invoke(cli, [*command, "--kv-dtype", "int2"])
-        assert (result.exit_code, "int8" in result.output) == (2, True)
+        assert (result.exit_code, all(f"'{name}'" in result.output for name in KV_DTYPES)) == (2, True)
 
 
 def test_nothing_is_trained_through_it() -> None:
@@ -407,6 +407,9 @@ def test_pages_for_the_memory_that_there_is() -> None:
     assert pages["int8"] == pytest.approx(pages[None] * 512 / 260, rel=1e-3)
     assert pages["k8v4"] == pytest.approx(pages[None] * 512 / 196, rel=1e-3)
     assert pages["int4"] == pytest.approx(pages[None] * 512 / 132, rel=1e-3)
+    small = preset("llama-3.2-1b")
+    most = settings_for(small, jnp.bfloat16, None, on_cpu=False, free=130 << 30, kv_dtype="int8").pages
+    assert 2**31 - 2**16 < most * 8 * 64 * 64 < 2**31  # kernels address no larger array
     with pytest.raises(DoesNotFit, match="there is memory for") as caught:
         settings_for(config, jnp.bfloat16, None, on_cpu=False, free=18 << 30)
     assert "--kv-dtype int8" in caught.value.hint
