@@ -60,7 +60,8 @@ def load(
         layout ("int8", "int4", "fp8", "int4_g128_zero", ...) quantises the model's weights while they are loaded, by
         `llama_jax.recipe.recipe`; a quantised model is decoded first.
       kv_dtype: "int8" quantises keys and values when they are stored, with a scale for each token and head: a cache of
-        about half the size (docs/quantization.md). By default they are kept in `dtype`.
+        about half the size. "k8v4" stores values in four bits, "int4" keys too (docs/quantization.md). By default they
+        are kept in `dtype`.
       mesh: devices to spread the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):
         heads, hidden units and the vocabulary over its axis "tensor", rows of a batch over "data". A mesh without
         "tensor" holds a copy of the parameters on every device. What is not simply split is told to `notify`. "auto"
