@@ -17,10 +17,7 @@ from llama_jax.kernels.precision import matmul_precision
 from llama_jax.targets import Target
 
 MAX_ELEMENTS = 2**31 - 1
-"""The most elements of an array that a kernel addresses by offsets of 32 bits."""
-
-WIDE_BYTES = 2**32
-"""Pallas-Triton computes offsets in 64 bits only in arrays of more bytes."""
+"""The most elements of an array that a kernel addresses: Pallas-Triton computes offsets in 32 bits."""
 
 MIN_CONTRACTION = 16
 """The least numbers that a product of tiles may sum over. Of shorter sums of 16-bit numbers Triton makes wrong results
@@ -63,12 +60,12 @@ def launch(
     return pl.pallas_call(kernel, grid=grid, out_shape=out, compiler_params=params, interpret=interpret)(*args)
 
 
-def _address(ref: Any, index: Index, first: int, width: int, end: int, valid: jax.Array | None) -> tuple[Any, Any]:
+def _address(ref: Any, index: Index, first: int, width: int, valid: jax.Array | None) -> tuple[Any, Any]:
     columns = first + jnp.arange(width, dtype=jnp.int32)[None, :]
     where = tuple(i[:, None] if isinstance(i, jax.Array) and i.ndim else i for i in index)
     mask = None if valid is None else valid[:, None]
-    if first + width > end:
-        inside = columns < end
+    if first + width > ref.shape[-1]:
+        inside = columns < ref.shape[-1]
         mask = inside if mask is None else mask & inside
     return ref.at[(*where, columns)], mask
 
@@ -78,25 +75,15 @@ def load_row(ref: Any, index: Index, valid: jax.Array | None, other: float) -> j
     return plgpu.load(ref.at[index], mask=valid, other=None if valid is None else other)
 
 
-def load_tile(
-    ref: Any, index: Index, width: int, valid: jax.Array | None = None, *, first: int = 0, end: int | None = None
-) -> jax.Array:
-    """[rows, width] of ref[*index, first:end]: zeros in columns beyond the end, and in rows that are not valid."""
-    at, mask = _address(ref, index, first, width, ref.shape[-1] if end is None else end, valid)
+def load_tile(ref: Any, index: Index, width: int, valid: jax.Array | None = None, *, first: int = 0) -> jax.Array:
+    """[rows, width] of ref[*index, first:]: zeros in columns that `ref` lacks, and in rows that are not valid."""
+    at, mask = _address(ref, index, first, width, valid)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0)
 
 
-def store_tile(
-    ref: Any,
-    index: Index,
-    tile: jax.Array,
-    valid: jax.Array | None = None,
-    *,
-    first: int = 0,
-    end: int | None = None,
-) -> None:
-    """Writes what `load_tile` would read, in ref's dtype: the valid rows, and the columns up to the end."""
-    at, mask = _address(ref, index, first, tile.shape[1], ref.shape[-1] if end is None else end, valid)
+def store_tile(ref: Any, index: Index, tile: jax.Array, valid: jax.Array | None = None) -> None:
+    """Writes what `load_tile` would read, in ref's dtype: the valid rows, and the columns that `ref` has."""
+    at, mask = _address(ref, index, 0, tile.shape[1], valid)
     plgpu.store(at, tile.astype(ref.dtype), mask=mask)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from llama_jax.kernels.attention import assembly
 from llama_jax.kernels.attention.records import KeysValues
-from llama_jax.kernels.pallas import Index, dot, load_row, tile_width
+from llama_jax.kernels.pallas import Index, dot, load_row, load_tile, store_tile, tile_width
 from llama_jax.targets import Target, current
 
 
@@ -21,18 +21,34 @@ class Parts(NamedTuple):
     two codes, else one.
 
     Attributes:
-      width: columns of a tile with a part.
-      columns: of each part among those of the head, the first one and that behind the last.
+      number: of parts; each: numbers of one.
     """
 
-    width: int
-    columns: tuple[tuple[int, int], ...]
+    number: int
+    each: int
 
     @classmethod
     def of(cls, x: Any, head_dim: int) -> Parts:
         """For keys or values [..., numbers or bytes of a head]."""
-        each = x.shape[-1]
-        return cls(tile_width(each), tuple((first, first + each) for first in range(0, head_dim, each)))
+        return cls(head_dim // x.shape[-1], x.shape[-1])
+
+    @property
+    def width(self) -> int:
+        """Columns of a tile with a part."""
+        return tile_width(self.each)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[..., head_dim] as [..., parts, each]."""
+        return x.reshape(*x.shape[:-1], *self)
+
+    def load(self, ref: Any, index: Index, valid: jax.Array | None = None) -> list[jax.Array]:
+        """A tile of each part of what `split` gives."""
+        return [load_tile(ref, (*index, part), self.width, valid) for part in range(self.number)]
+
+    def store(self, ref: Any, index: Index, tiles: Iterable[jax.Array], valid: jax.Array) -> None:
+        """Writes a tile of each part into what is shaped as `split` gives it."""
+        for part, tile in enumerate(tiles):
+            store_tile(ref, (*index, part), tile, valid)
 
 
 def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -75,7 +75,7 @@ def shares(
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
         query = jnp.minimum(flat // call.group, call.queries - 1)
         of_query: Index = (row, query, head * call.group + flat % call.group)
-        q = [load_tile(q_ref, of_query, of_k.width, first=first, end=end) for first, end in of_k.columns]
+        q = of_k.load(q_ref, of_query)
         q_position = plgpu.load(q_positions_ref.at[row, query])
 
         def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -115,24 +115,24 @@ def shares(
             return total * decay + jnp.sum(weights, axis=1), above, *acc
 
         zero = jnp.zeros((height,), jnp.float32)
-        init = (zero, zero + NONE, *(jnp.zeros((height, of_v.width), jnp.float32) for _ in of_v.columns))
+        init = (zero, zero + NONE, *(jnp.zeros((height, of_v.width), jnp.float32) for _ in range(of_v.number)))
         total, top, *acc = jax.lax.fori_loop(start, stop, step, init)
 
         some, real = total > 0, (flat < call.rows) & (start < stop)
         total = jnp.where(some, total, 1.0)
-        for (first, end), x in zip(of_v.columns, acc, strict=True):
-            store_tile(out_ref, (index, head, flat), x / total[:, None], real, first=first, end=end)
+        of_v.store(out_ref, (index, head, flat), [x / total[:, None] for x in acc], real)
         plgpu.store(lse_ref.at[index, head, flat], jnp.where(some, top + jnp.log2(total), MASKED), mask=real)
 
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
-    return launch(
+    part, lse = launch(
         decode_attention_shares,
-        *(cut.row, cut.start, cut.stop, q, kv.k, kv.v, kv.k_scale, kv.v_scale),
+        *(cut.row, cut.start, cut.stop, of_k.split(q), kv.k, kv.v, kv.k_scale, kv.v_scale),
         *(places.q_positions, places.kv_positions, kv.page_table, places.q_segments, places.kv_segments),
         grid=(-(-call.rows // height), call.most_shares, kv_heads),
-        out=(jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
+        out=(jax.ShapeDtypeStruct((*lse.shape, *of_v), jnp.float32), lse),
         **how,
     )
+    return part.reshape(*lse.shape, call.head_dim), lse
 
 
 def combine(

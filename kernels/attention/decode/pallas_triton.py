@@ -11,10 +11,13 @@ from llama_jax.kernels.attention.decode import call
 from llama_jax.kernels.attention.decode.kernel import combine, shares
 from llama_jax.kernels.attention.decode.tiles import Tiles
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule
-from llama_jax.kernels.pallas import MAX_ELEMENTS, WIDE_BYTES
+from llama_jax.kernels.pallas import MAX_ELEMENTS
 from llama_jax.targets import Target
 
 __all__ = ["Tiles", "run", "unsupported"]
+
+WIDE_BYTES = 2**32
+"""Pallas-Triton computes offsets in 64 bits, not in 32 with a sign, in arrays of more bytes alone."""
 
 
 def unsupported(
@@ -26,7 +29,7 @@ def unsupported(
     if not interpret and target.vendor == "amd" and target.wave_size == 32 and q.dtype == "float32":
         return f"{target.arch} has no matrix instruction for float32, and the kernels would spill registers"
     if any(x.size > MAX_ELEMENTS and x.size * x.dtype.itemsize <= WIDE_BYTES for x in (kv.k, kv.v)):
-        return f"its offsets into an array of {kv.k.size} bytes would not be right"  # they have 32 bits, with a sign
+        return f"its offsets into an array of {kv.k.size} bytes would not be right"
     return (None if interpret else spills(kv, q.shape[3], target)) or call.unsupported(q, kv, *args, **arguments)
 
 

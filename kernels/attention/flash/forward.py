@@ -25,7 +25,7 @@ from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile
+from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow
 
 
 class _Softmax(NamedTuple):
@@ -87,7 +87,7 @@ def forward(
         if at.q_index is not None:
             packed = load_row(at.q_index, (row, query), valid, q.shape[1])
             place, valid = (0, packed, head), packed < q.shape[1]
-        q_tile = [load_tile(q_ref, place, of_k.width, valid, first=first, end=end) for first, end in of_k.columns]
+        q_tile = of_k.load(q_ref, place, valid)
 
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
@@ -115,21 +115,20 @@ def forward(
         if sinks_ref is not None:  # a slot that everyone sees, with a value of zeros
             sink = load_row(sinks_ref, (head,), valid, 0.0)
             peak, total = sink * (LOG2_E / rule.factor), total + 1.0
-        acc = [jnp.zeros((tiles.block_q, of_v.width), jnp.float32) for _ in of_v.columns]
+        acc = [jnp.zeros((tiles.block_q, of_v.width), jnp.float32) for _ in range(of_v.number)]
         acc, peak, total = visit(load_span(spans_ref, row, block), step, _Softmax(acc, peak, total))
 
         # What padding saw in blocks without a mask, and what the others made of blocks where they see nothing, is void.
         seen = (peak > MASKED / 2) & (query_rows.last >= 0)
-        for (first, end), x in zip(of_v.columns, acc, strict=True):
-            out = jnp.where(seen[:, None], x * (1.0 / total)[:, None], 0.0)
-            store_tile(out_ref, place, out, valid, first=first, end=end)
+        out = [jnp.where(seen[:, None], x * (1.0 / total)[:, None], 0.0) for x in acc]
+        of_v.store(out_ref, place, out, valid)
         if lse_ref is not None:
             lse = jnp.where(seen, peak * rule.factor + jnp.log2(total), NOTHING_SEEN)
             plgpu.store(lse_ref.at[row, head, query], lse, mask=valid)
 
-    return launch(
+    out, lse = launch(
         flash_attention_forward,
-        q,
+        of_k.split(q),
         kv.k,
         kv.v,
         kv.k_scale,
@@ -140,8 +139,9 @@ def forward(
         spans(*pairs),
         grid=(q_heads // tiles.heads, -(-q_len // queries), batch),
         out=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[:-1], *of_v), q.dtype),
             jax.ShapeDtypeStruct((batch, q_heads, q_len), jnp.float32) if with_lse else None,
         ),
         **how,
     )
+    return out.reshape(q.shape), lse
