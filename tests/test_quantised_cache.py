@@ -29,6 +29,8 @@ from llama_jax.engine.sizing import settings_for
 from llama_jax.engine.state import new_state, scrub
 from llama_jax.errors import DoesNotFit, KernelError, RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention
+from llama_jax.kernels.attention.assembly import FIELDS as FIELDS_OF_BYTES
+from llama_jax.kernels.attention.assembly import UNIT
 from llama_jax.kernels.attention.codes import numbers as codes_numbers
 from llama_jax.kernels.attention.records import CODES
 from llama_jax.kernels.dispatch import using
@@ -144,6 +146,20 @@ def test_codes_of_four_bits_are_odd_numbers_two_to_a_byte() -> None:
     # The largest may be half a unit in the last place of its scale beyond 15 steps.
     assert (np.abs(numbers * step - x) <= (1 + 16 * 2**-8) * step).all()
     np.testing.assert_array_equal(codes_numbers(codes, jnp.bfloat16).astype(np.float32), numbers)
+
+
+@pytest.mark.parametrize("dtype", FIELDS_OF_BYTES)
+def test_what_the_assembly_multiplies_and_adds(dtype: str) -> None:
+    """The instructions' constants, exact in bfloat16, make of every byte what `codes.numbers` does."""
+    every = np.arange(256, dtype=np.uint8)
+    want = np.asarray(codes_numbers(jnp.asarray(every.view(dtype)[:, None]), jnp.float32), np.float64)
+    for i, field in enumerate(FIELDS_OF_BYTES[dtype]):
+        for constant in (field.factor, field.added):
+            assert float(np.asarray(constant, jnp.bfloat16)) == constant
+        bits = ((every ^ field.flip) & field.mask).astype(np.float64) * 2.0**-133
+        got = bits * field.factor + field.added
+        np.testing.assert_array_equal(got, got.astype(jnp.bfloat16).astype(np.float64))
+        np.testing.assert_array_equal(got * UNIT, want[:, i])
 
 
 @pytest.mark.parametrize("kind", CODES)

@@ -11,7 +11,7 @@ of its own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,7 @@ from jax.extend.core import Primitive
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton
 
-BYTE, UNIT = 2.0**-133, 64
-_LARGEST = 127
-"""Exponent of the largest power of two that bfloat16 holds."""
+BYTE, UNIT = 2.0**-133, 128
 
 _PAIRS = """{{
     .reg .b32 w, a, b, factor, zero;
@@ -56,17 +54,34 @@ def _twice(x: float) -> str:
     return f"0x{bits:04x}{bits:04x}"
 
 
-def _part(codes: jax.Array, mask: int, count: int, zero: float, flip: int = 0) -> jax.Array:
-    """(n - zero) / UNIT, where n is how many times `count` the bits under `mask` count once those of `flip` are
-    turned."""
-    fields = {"mask": f"0x{mask:04x}{mask:04x}", "flip": f"0x{flip * 0x01010101:08x}"}
-    fields |= {"factor": _twice(2.0**_LARGEST / count), "zero": _twice(-zero / UNIT)}
-    out: jax.Array = _numbers_p.bind(codes, assembly=_PAIRS.format(**fields))
-    return out
+class Field(NamedTuple):
+    """Some bits of a byte as a number: what they count once those of `flip` are turned, times `step`, less `zero`."""
+
+    mask: int
+    step: float
+    zero: int
+    flip: int = 0
+
+    @property
+    def factor(self) -> float:
+        """Of the multiply-add, on the bits as a subnormal bfloat16."""
+        return self.step / BYTE / UNIT
+
+    @property
+    def added(self) -> float:
+        """Of the multiply-add."""
+        return -self.zero / UNIT
+
+
+FIELDS = {"int8": (Field(0xFF, 1, 128, 0x80),), "uint8": (Field(0x0F, 2, 15), Field(0xF0, 2 / 16, 15))}
+"""What a byte of codes holds, by dtype: one number, or those of the two halves of a head."""
 
 
 def numbers(codes: jax.Array) -> list[jax.Array]:
     """bfloat16 numbers of a tile of codes, divided by `UNIT`: by halves of a head where a byte holds two codes."""
-    if codes.dtype == jnp.int8:
-        return [_part(codes, 0xFF, 1, 128, flip=0x80)]
-    return [_part(codes, 0x0F, 1, 7.5), _part(codes, 0xF0, 16, 7.5)]
+    found = []
+    for field in FIELDS[codes.dtype.name]:
+        bits = {"mask": f"0x{field.mask * 0x00010001:08x}", "flip": f"0x{field.flip * 0x01010101:08x}"}
+        assembly = _PAIRS.format(**bits, factor=_twice(field.factor), zero=_twice(field.added))
+        found.append(_numbers_p.bind(codes, assembly=assembly))
+    return found

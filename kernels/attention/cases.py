@@ -192,7 +192,7 @@ def decode_candidates(target: Target, q: jax.Array, kv: KeysValues, *args: Any, 
     from llama_jax.kernels.attention.decode.tiles import candidates
 
     rows, itemsize = q.shape[2] // kv.k.shape[1] * q.shape[1], max(q.dtype.itemsize, kv.k.dtype.itemsize)
-    return candidates(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize)
+    return candidates(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize, codes=kv.quantised)
 
 
 def _with_heads(shapes: Iterable[AttentionShape], numbers: Mapping[str, Any]) -> list[AttentionShape]:
