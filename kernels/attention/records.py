@@ -167,7 +167,7 @@ def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
     if (kv.k_scale is None) != (kv.v_scale is None):
         return "it takes scales of both keys and values, or of neither"
     if kv.quantised and not kv.scheme:
-        return f"keys are {kv.k.dtype} and values {kv.v.dtype} with scales, it takes {', '.join(SCHEMES)}"
+        return f"codes are {kv.k.dtype} and {kv.v.dtype}, it takes {', '.join(SCHEMES)}"
     if places.rows is not None or places.q_index is not None:
         return "it takes no packed queries"
     if places.q_spans is not None or places.kv_spans is not None:
