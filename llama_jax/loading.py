@@ -62,7 +62,8 @@ def load(
         layout ("int8", "int4", "fp8", "int4_g128_zero", ...) quantises the model's weights while they are loaded, by
         `llama_jax.recipe.recipe`; a quantised model is decoded first.
       kv_dtype: "int8" quantises keys and values when they are stored, with a scale for each token and head: a cache of
-        about half the size (docs/quantization.md). By default they are kept in `dtype`.
+        about half the size. "k8v4" stores values in four bits, "int4" keys too (docs/quantization.md). By default they
+        are kept in `dtype`.
       activations: "int8" rounds the inputs of quantised weights too, each token with scales of its own, and multiplies
         whole numbers; on a CPU by a kernel that is compiled once (docs/quantization.md). Weights are then kept as they
         are stored, unless `weights` says otherwise. By default they are not rounded.

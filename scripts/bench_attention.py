@@ -166,7 +166,7 @@ def called(run: Callable[..., jax.Array], case: AttentionShape) -> Callable[...,
 def is_plain(case: AttentionShape) -> bool:
     """Whether causal order is all that there is to a case."""
     plain = case.visibility == Visibility() and not (case.soft_cap or case.sinks or case.segments)
-    return plain and not (case.page_size or case.int8)
+    return plain and not (case.page_size or case.scheme)
 
 
 def measure(case: AttentionShape, args: argparse.Namespace, limits: Ceilings) -> Iterator[Found]:

@@ -50,12 +50,13 @@ def test_a_split_model_draws_the_same(case: str) -> None:
     assert core.programs.late == 0
 
 
-def test_a_quantised_cache_is_split_by_heads() -> None:
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_quantised_cache_is_split_by_heads(scheme: str) -> None:
     """Codes and scales of a head are on one device; the tokens are those of one device with such a cache."""
     config = tiny_config(max_position_embeddings=128)
     params = random_params(config)
     one, two = (
-        Core(dataclasses.replace(model, kv_dtype="int8"), small_settings(pages=12))
+        Core(dataclasses.replace(model, kv_dtype=scheme), small_settings(pages=12))
         for model in (Model(params, config), on_mesh(params, config, tensor=2))
     )
     asked = some_requests(one.model, 8)

@@ -393,7 +393,7 @@ def test_models_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_a_named_model_takes(tmp_path: Path) -> None:
     """At least its weights and cache, to the byte on a CPU; None for one that is not here."""
     folder = write_chat_model(tmp_path / "tiny", context=256)
-    loading = LoadOptions("float32", None, None, False, None, None, {})
+    loading = LoadOptions("float32", None, None, None, False, None, None, {})
     sizes = {"rows": 2, "context": 128, "pages": None, "page_size": 64}
     source = FromName(str(folder), loading, Reporter(quiet=True), sizes, {})
     outline = source.outline()

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels.attention.codes import numbers
 from llama_jax.kernels.attention.decode.partition import visible_slots
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels, refuse_gradients
 from llama_jax.kernels.attention.reference import MASKED, attention_reference, gather_pages, visible
@@ -73,7 +74,7 @@ def _attend(rule: Rule, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, p
         if v_scale is None:
             v = jnp.where(stored[:, None, :, None], v, 0)
         else:
-            k, v, v_scale = k.astype(q.dtype), v.astype(q.dtype), jnp.where(stored[:, None], v_scale, 0)
+            k, v, v_scale = numbers(k, q.dtype), numbers(v, q.dtype), jnp.where(stored[:, None], v_scale, 0)
         logits = jax.lax.dot_general(
             rows, k, (((3,), (3,)), ((0, 1), (0, 1))), precision=precision, preferred_element_type=jnp.float32
         )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, Visibility
+from llama_jax.kernels.attention.records import CODES, SCHEMES, KeysValues, Places, Rule, Visibility
 from llama_jax.kernels.attention.shapes import (
     DECODES,
     FULL,
@@ -75,7 +75,7 @@ def decode_shape(q: jax.Array, kv: KeysValues, *args: Any, **kwargs: Any) -> str
 
 
 def _of_cache(kv: KeysValues) -> str:
-    return f"{' int8' if kv.quantised else ''}{'' if kv.page_table is None else ' paged'}"
+    return f"{kv.scheme and ' ' + kv.scheme}{'' if kv.page_table is None else ' paged'}"
 
 
 def flash_cases() -> Sequence[Case]:
@@ -92,7 +92,7 @@ def flash_cases() -> Sequence[Case]:
         make("soft cap, sinks d128", head_dim=128, soft_cap=20.0, sinks=True),
         make("one head a group d256", head_dim=256, heads=2, kv_heads=2),
         make("in order d128", head_dim=128, uneven=False, quick=True, differentiate=grad),
-        make("int8, paged prefix d128", head_dim=128, prefix=93, page_size=16, int8=True),
+        make("int8, paged prefix d128", head_dim=128, prefix=93, page_size=16, scheme="int8"),
         make(
             "int8, packed, soft cap d64",
             head_dim=64,
@@ -101,9 +101,22 @@ def flash_cases() -> Sequence[Case]:
             page_size=64,
             soft_cap=20.0,
             indexed=True,
-            int8=True,
+            scheme="int8",
         ),
-        make("int8, window d80", head_dim=80, visibility=Visibility("sliding", 37), int8=True),
+        make("int8, window d80", head_dim=80, visibility=Visibility("sliding", 37), scheme="int8"),
+        make("int4, paged prefix d128", head_dim=128, prefix=93, page_size=16, scheme="int4"),
+        make(
+            "int4, packed, sinks d64",
+            head_dim=64,
+            q_len=64,
+            prefix=150,
+            page_size=64,
+            sinks=True,
+            indexed=True,
+            scheme="int4",
+        ),
+        make("int4, window d80", head_dim=80, visibility=Visibility("sliding", 37), scheme="int4"),
+        make("k8v4, packed, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64, indexed=True, scheme="k8v4"),
     )
 
 
@@ -120,8 +133,11 @@ def decode_cases() -> Sequence[Case]:
         make("paged, 8 queries d80", head_dim=80, q_len=8, page_size=16),
         make("one key/value head d128", head_dim=128, heads=8, kv_heads=1),
         make("shares of fixed length, paged d128", head_dim=128, prefix=1100, page_size=64, batch_invariant=True),
-        make("int8, paged d128", head_dim=128, page_size=64, int8=True, quick=True),
-        make("int8, 4 queries, soft cap, sinks d80", head_dim=80, q_len=4, soft_cap=9.0, sinks=True, int8=True),
+        make("int8, paged d128", head_dim=128, page_size=64, scheme="int8", quick=True),
+        make("int8, 4 queries, soft cap, sinks d80", head_dim=80, q_len=4, soft_cap=9.0, sinks=True, scheme="int8"),
+        make("int4, paged d128", head_dim=128, page_size=64, scheme="int4", quick=True),
+        make("k8v4, paged d64", head_dim=64, page_size=16, scheme="k8v4"),
+        make("int4, 4 queries, soft cap, sinks d80", head_dim=80, q_len=4, soft_cap=9.0, sinks=True, scheme="int4"),
     )
 
 
@@ -176,7 +192,7 @@ def decode_candidates(target: Target, q: jax.Array, kv: KeysValues, *args: Any, 
     from llama_jax.kernels.attention.decode.tiles import candidates
 
     rows, itemsize = q.shape[2] // kv.k.shape[1] * q.shape[1], max(q.dtype.itemsize, kv.k.dtype.itemsize)
-    return candidates(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize)
+    return candidates(target, rows=rows, head_dim=q.shape[3], itemsize=itemsize, codes=kv.quantised)
 
 
 def _with_heads(shapes: Iterable[AttentionShape], numbers: Mapping[str, Any]) -> list[AttentionShape]:
@@ -205,13 +221,13 @@ def _case(
     uneven: bool = True,
     batch_invariant: bool = False,
     indexed: bool = False,
-    int8: bool = False,
+    scheme: str = "",
     quick: bool = False,
     differentiate: tuple[str, ...] = (),
 ) -> Case:
     """Every row has `prefix` tokens in its cache, then its queries. If `uneven`, row i has 7 i fewer in its cache, and
-    some queries fewer, which are padding on the left. If `indexed`, the queries are packed in any order. If `int8`,
-    keys and values are codes, whose scales differ by factors from one token and head to the next."""
+    some queries fewer, which are padding on the left. If `indexed`, the queries are packed in any order. With a
+    `scheme`, keys and values are codes, with scales that differ by factors from one token and head to the next."""
     step, pad = (7, 3) if uneven else (0, 0)
     slots = prefix + q_len
     if page_size is not None:
@@ -235,9 +251,12 @@ def _case(
             "q_positions": np.where(at >= 0, lengths + at, -1).astype(np.int32),
             "kv_positions": np.where(slot < lengths + q_len - padding, slot, -1).astype(np.int32),
         }
-        if int8:
-            made |= {name: rng.integers(-127, 128, (*cache, head_dim), np.int8) for name in "kv"}
-            made |= {f"{name}_scale": (rng.uniform(0.2, 3, cache) / 64).astype(jnp.bfloat16) for name in "kv"}
+        for name, kind in zip("kv", (CODES[kind] for kind in SCHEMES.get(scheme, ())), strict=False):
+            limit = np.iinfo(kind.dtype)
+            low, shape = max(limit.min, -kind.largest), (*cache, head_dim // kind.per_byte)
+            scales = rng.uniform(0.2, 3, cache) * 2 / kind.largest
+            made[name] = rng.integers(low, limit.max + 1, shape, kind.dtype)
+            made[f"{name}_scale"] = scales.astype(jnp.bfloat16)
         if indexed:
             made["q_index"] = rng.permutation(batch * q_len).reshape(batch, q_len).astype(np.int32)
         if sinks:

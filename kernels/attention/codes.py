@@ -2,54 +2,136 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from llama_jax.kernels.attention import assembly
 from llama_jax.kernels.attention.records import KeysValues
-from llama_jax.kernels.pallas import Index, load_row
-from llama_jax.targets import Target
+from llama_jax.kernels.pallas import Index, dot, load_row, load_tile, store_tile, tile_width
+from llama_jax.targets import Target, current
 
 
-def widen(tile: jax.Array, dtype: DTypeLike, once: jax.Array | None = None) -> jax.Array:
-    """A tile of keys or values in the dtype of a product.
+class Parts(NamedTuple):
+    """The parts of a head whose numbers are in one array each, once codes are numbers: two halves where a byte holds
+    two codes, else one.
 
-    Codes become bfloat16 through float32, whose lower half is then zeros: to take the upper one is an operation, where
-    rounding takes five (`pallas.rounds_to_bfloat16`).
-
-    Args:
-      once: from `turn`.
+    Attributes:
+      number: of parts; each: numbers of one.
     """
 
-    def convert() -> jax.Array:
-        if jnp.dtype(dtype) != jnp.bfloat16:
-            return tile.astype(dtype)
-        bits = jax.lax.bitcast_convert_type(tile.astype(jnp.float32), jnp.int32)
-        upper = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)).astype(jnp.int16)
-        return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+    number: int
+    each: int
 
-    if tile.dtype != jnp.int8:
-        return tile.astype(dtype)
-    if once is None:
-        return convert()
-    return jax.lax.fori_loop(0, once, lambda _, numbers: convert(), jnp.zeros(tile.shape, dtype))
+    @classmethod
+    def of(cls, x: Any, head_dim: int) -> Parts:
+        """For keys or values [..., numbers or bytes of a head]."""
+        return cls(head_dim // x.shape[-1], x.shape[-1])
+
+    @property
+    def width(self) -> int:
+        """Columns of a tile with a part."""
+        return tile_width(self.each)
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """[..., head_dim] as [..., parts, each]."""
+        return x.reshape(*x.shape[:-1], *self)
+
+    def load(self, ref: Any, index: Index, valid: jax.Array | None = None) -> list[jax.Array]:
+        """A tile of each part of what `split` gives."""
+        return [load_tile(ref, (*index, part), self.width, valid) for part in range(self.number)]
+
+    def store(self, ref: Any, index: Index, tiles: Iterable[jax.Array], valid: jax.Array) -> None:
+        """Writes a tile of each part into what is shaped as `split` gives it."""
+        for part, tile in enumerate(tiles):
+            store_tile(ref, (*index, part), tile, valid)
 
 
-def turn(kv: KeysValues, block: jax.Array, *, num_warps: int, num_stages: int) -> jax.Array | None:
-    """How often the loop of `widen` runs: once, which the compiler cannot know of `block` >= 0; None without a loop.
+def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """What codes [..., bytes] stand for, without their scales: [..., head_dim], exact in every dtype.
 
-    Triton hands codes to all waves and has each convert all of them, which doubles the instructions of attention. It
-    moves nothing out of a loop: in one of one turn, each wave converts what it has loaded. Where steps of the loop
-    around overlap, that loop may hold no other.
+    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, stand for
+    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, of which as many are below 0 as above.
     """
-    return jnp.minimum(block + 1, 1) if kv.quantised and num_warps > 1 and num_stages == 1 else None
+    if codes.dtype == jnp.uint8:
+        halves = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+        codes = 2 * halves.astype(jnp.int8) - 15
+    return codes.astype(dtype)
 
 
-def load_scales(ref: Any, index: Index, valid: jax.Array | None) -> jax.Array | None:
-    """float32 [slots], the scales at `index`, zeros where not valid; None without scales."""
-    return None if ref is None else load_row(ref, index, valid, 0.0).astype(jnp.float32)
+def _upper(x: jax.Array) -> jax.Array:
+    """float32 numbers that bfloat16 holds, in bfloat16: the upper half is an operation, where rounding takes five
+    (`pallas.rounds_to_bfloat16`)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    upper = jax.lax.shift_right_logical(bits, jnp.full_like(bits, 16)).astype(jnp.int16)
+    return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
+
+
+def _parts(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
+    """`numbers` of a tile, by `Parts`."""
+    codes = [tile]
+    if tile.dtype == jnp.uint8:
+        wide = tile.astype(jnp.int32)
+        codes = [2 * half - 15 for half in (wide & 15, wide >> 4)]
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return [x.astype(dtype) for x in codes]
+    return [_upper(x.astype(jnp.float32)) for x in codes]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How a kernel makes numbers of codes, and factors of their scales.
+
+    Attributes:
+      dtype: of products.
+      by_assembly: by NVIDIA's instructions (`assembly`).
+      apart: in a loop of one turn. Triton hands codes to all waves and has each convert all of them, which doubles the
+        instructions of attention. It moves nothing out of a loop: there each wave converts what it has loaded. Where
+        steps of the loop around overlap, that loop may hold no other.
+    """
+
+    dtype: DTypeLike
+    by_assembly: bool
+    apart: bool
+
+    @classmethod
+    def of(cls, kv: KeysValues, dtype: DTypeLike, *, num_warps: int, num_stages: int, interpret: bool) -> Decoder:
+        """For a call on the current target."""
+        bits = jnp.dtype(dtype) == jnp.bfloat16
+        by_assembly = kv.quantised and bits and current().vendor == "nvidia" and not interpret
+        return cls(dtype, by_assembly, kv.quantised and not by_assembly and num_warps > 1 and num_stages == 1)
+
+    def numbers(self, tile: jax.Array, block: jax.Array) -> list[jax.Array]:
+        """A tile of keys or values [slots, columns] in the dtype of products, by `Parts`.
+
+        Args:
+          block: a number >= 0 of which the compiler knows no more.
+        """
+        if tile.dtype not in (jnp.int8, jnp.uint8):
+            return [tile.astype(self.dtype)]
+        if self.by_assembly:
+            return assembly.numbers(tile)
+        if not self.apart:
+            return _parts(tile, self.dtype)
+        nothing = [jnp.zeros(tile.shape, self.dtype)] * (2 if tile.dtype == jnp.uint8 else 1)
+        return jax.lax.fori_loop(0, jnp.minimum(block + 1, 1), lambda *_: _parts(tile, self.dtype), nothing)
+
+    def scales(self, ref: Any, index: Index, valid: jax.Array | None) -> jax.Array | None:
+        """float32 [slots], factors on the numbers of the slots at `index`, zeros where not valid; None without any."""
+        if ref is None:
+            return None
+        scales = load_row(ref, index, valid, 0.0).astype(jnp.float32)
+        return scales * assembly.UNIT if self.by_assembly else scales
+
+
+def products(queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> jax.Array:
+    """float32 [queries, slots], of tiles of queries and keys by parts."""
+    first, *others = (dot(*pair, transpose_b=True) for pair in zip(queries, keys, strict=True))
+    return sum(others, first)
 
 
 def scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:
@@ -57,8 +139,8 @@ def scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:
     return x if scales is None else x * scales[None, :]
 
 
-def spills(kv: KeysValues, target: Target) -> str | None:
+def spills(kv: KeysValues, head_dim: int, target: Target) -> str | None:
     """The reason why kernels with codes do not fit a target's registers; None if they do."""
-    if kv.quantised and target.arch.startswith("gfx11") and kv.k.shape[3] > 128:
-        return f"with codes of head_dim {kv.k.shape[3]} {target.arch} would spill registers"
+    if kv.quantised and target.arch.startswith("gfx11") and head_dim > 128:
+        return f"with codes of head_dim {head_dim} {target.arch} would spill registers"
     return None

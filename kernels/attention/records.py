@@ -8,12 +8,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import KernelError
+
+
+class Codes(NamedTuple):
+    """A kind of quantised keys and values.
+
+    Attributes:
+      dtype: of the array that holds the codes.
+      per_byte: codes in one number of it.
+      largest: the largest number that a code stands for (`codes.numbers`).
+    """
+
+    dtype: str
+    per_byte: int
+    largest: int
+
+
+CODES = {"int8": Codes("int8", 1, 127), "int4": Codes("uint8", 2, 15)}
+"""Kinds of codes, by name."""
+
+SCHEMES = {"int8": ("int8", "int8"), "k8v4": ("int8", "int4"), "int4": ("int4", "int4")}
+"""Kinds of the codes of keys and of values, by a name for both."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +103,7 @@ class KeysValues:
         page_table[b, s // page_size]. Entries whose slots all have negative positions may hold any number.
       k_scale, v_scale: factors on quantised keys and values, of k's or v's shape without head_dim; of both or neither.
         A key's scale is a factor on its logits, a value's one on its weights, so that codes are multiplied as they are.
+        Two codes of four bits are in a byte, so that the last axis of what has them is head_dim // 2.
     """
 
     k: Any
@@ -94,6 +116,13 @@ class KeysValues:
     def quantised(self) -> bool:
         """Whether keys and values are codes."""
         return self.k_scale is not None
+
+    @property
+    def scheme(self) -> str:
+        """The name of what keys and values are stored in, a key of `SCHEMES`; "" where they are no codes."""
+        dtypes = [str(x.dtype) for x in (self.k, self.v)]
+        found = (name for name, kinds in SCHEMES.items() if [CODES[kind].dtype for kind in kinds] == dtypes)
+        return next(found, "") if self.quantised else ""
 
 
 @jax.tree_util.register_dataclass
@@ -137,8 +166,8 @@ def beyond_kernels(kv: KeysValues, places: Places, rule: Rule) -> str | None:
     """The reason why no kernel can run a call so far, for `unsupported`; None if one can."""
     if (kv.k_scale is None) != (kv.v_scale is None):
         return "it takes scales of both keys and values, or of neither"
-    if kv.quantised and not kv.k.dtype == kv.v.dtype == jnp.int8:
-        return f"codes are {kv.k.dtype} and {kv.v.dtype}, it takes int8"
+    if kv.quantised and not kv.scheme:
+        return f"codes are {kv.k.dtype} and {kv.v.dtype}, it takes {', '.join(SCHEMES)}"
     if places.rows is not None or places.q_index is not None:
         return "it takes no packed queries"
     if places.q_spans is not None or places.kv_spans is not None:

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels.attention.codes import numbers
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule, Visibility, by_row
 from llama_jax.kernels.precision import matmul_precision
 
@@ -56,7 +57,7 @@ def gather_pages(pages: jax.Array, page_table: jax.Array) -> jax.Array:
 
 
 def _dequantised(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    return x if scale is None else (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
+    return x if scale is None else (numbers(x, jnp.float32) * scale[..., None]).astype(dtype)
 
 
 def attention_reference(

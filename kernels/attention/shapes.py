@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention.records import Visibility
+from llama_jax.kernels.attention.records import CODES, SCHEMES, Codes, Visibility
 
 FULL = Visibility()
 
@@ -23,7 +23,7 @@ class AttentionShape:
       page_size: slots of a page; 0: rows, not pages.
       sinks, segments: whether the call has them.
       in_order: the queries are all the tokens.
-      int8: whether keys and values are codes with scales.
+      scheme: of quantised keys and values (`records.SCHEMES`); "": they are numbers.
       indexed: whether queries are packed in one axis (`Places.q_index`).
       batch_invariant: see `Rule`.
       backward: whether training calls it, so that gradients are wanted.
@@ -44,7 +44,7 @@ class AttentionShape:
     segments: bool = False
     in_order: bool = False
     indexed: bool = False
-    int8: bool = False
+    scheme: str = ""
     batch_invariant: bool = False
     backward: bool = False
 
@@ -58,14 +58,18 @@ class AttentionShape:
         if self.page_size:
             slots = (self.batch * self.kv_len // self.page_size, self.kv_heads, self.page_size)
         queries = (1, self.batch * self.q_len) if self.indexed else (self.batch, self.q_len)
+        k, v = (
+            struct(*slots, self.head_dim // kind.per_byte, dtype=kind.dtype)
+            for kind in self._kinds or (Codes(self.dtype, 1, 1),) * 2
+        )
         made = {
             "q": struct(*queries, self.q_heads, self.head_dim, dtype=self.dtype),
-            "k": struct(*slots, self.head_dim, dtype=jnp.int8 if self.int8 else self.dtype),
-            "v": struct(*slots, self.head_dim, dtype=jnp.int8 if self.int8 else self.dtype),
+            "k": k,
+            "v": v,
             "q_positions": struct(self.batch, self.q_len),
             "kv_positions": struct(self.batch, self.kv_len),
         }
-        if self.int8:
+        if self.scheme:
             made |= {f"{name}_scale": struct(*slots, dtype=jnp.bfloat16) for name in "kv"}
         if self.indexed:
             made["q_index"] = struct(self.batch, self.q_len)
@@ -94,10 +98,13 @@ class AttentionShape:
         made = {}
         for name, struct in self.arguments().items():
             key, own = jax.random.split(key)
-            if name.endswith("_scale"):  # codes up to 127 with these are about as large as normal numbers
-                made[name] = jax.random.uniform(own, struct.shape, struct.dtype, 1 / 64, 1 / 32)
+            if name.endswith("_scale"):  # with these codes are about as large as normal numbers
+                unit = 2 / self._kinds[name.startswith("v")].largest
+                made[name] = jax.random.uniform(own, struct.shape, struct.dtype, unit, 2 * unit)
             elif struct.dtype == jnp.int8:
                 made[name] = jax.random.randint(own, struct.shape, -127, 128, struct.dtype)
+            elif struct.dtype == jnp.uint8:
+                made[name] = jax.random.bits(own, struct.shape, struct.dtype)
             elif jnp.issubdtype(struct.dtype, jnp.floating):
                 made[name] = jax.random.normal(own, struct.shape, struct.dtype)
             elif name in ("page_table", "q_index"):
@@ -118,6 +125,11 @@ class AttentionShape:
         return total * self.batch
 
     @property
+    def _kinds(self) -> list[Codes]:
+        """Of the codes of keys and of values; none where they are numbers."""
+        return [CODES[kind] for kind in SCHEMES.get(self.scheme, ())]
+
+    @property
     def _text(self) -> int:
         """Tokens of the first of two texts in a row."""
         return -(-self.kv_len // 2)
@@ -133,8 +145,8 @@ class AttentionShape:
         unseen = {"sliding": max(first - window + 1, 0), "chunked": first // max(window, 1) * window}
         slots = self.kv_len - unseen.get(self.visibility.kind, 0)
         row = self.head_dim * jnp.dtype(self.dtype).itemsize
-        of_cache = self.head_dim + 2 if self.int8 else row
-        return 2 * self.batch * (self.q_len * self.q_heads * row + slots * self.kv_heads * of_cache)
+        of_cache = sum(self.head_dim // kind.per_byte + 2 for kind in self._kinds) or 2 * row
+        return self.batch * (2 * self.q_len * self.q_heads * row + slots * self.kv_heads * of_cache)
 
 
 def prefill(
@@ -164,12 +176,21 @@ PREFILLS = (
     AttentionShape("llama-3.1-8b-short-chunk", 4, 32, 4096, 32, 8, 128),
     AttentionShape("llama-3.1-8b-paged-16", 4, 512, 8192, 32, 8, 128, page_size=16),
     AttentionShape("llama-3.1-8b-paged-128", 4, 512, 8192, 32, 8, 128, page_size=128),
-    AttentionShape("llama-3.1-8b-int8", 4, 4096, 4096, 32, 8, 128, int8=True),
-    AttentionShape("llama-3.1-8b-int8-paged-64", 4, 512, 8192, 32, 8, 128, page_size=64, int8=True),
-    AttentionShape("llama-3.2-1b-int8-paged-16", 4, 512, 8192, 32, 8, 64, page_size=16, int8=True),
-    AttentionShape("gemma-2-9b-heads-int8", 1, 8192, 8192, 16, 8, 256, soft_cap=50.0, int8=True),
+    AttentionShape("llama-3.1-8b-int8", 4, 4096, 4096, 32, 8, 128, scheme="int8"),
+    AttentionShape("llama-3.1-8b-int8-paged-64", 4, 512, 8192, 32, 8, 128, page_size=64, scheme="int8"),
+    AttentionShape("llama-3.2-1b-int8-paged-16", 4, 512, 8192, 32, 8, 64, page_size=16, scheme="int8"),
+    AttentionShape("gemma-2-9b-heads-int8", 1, 8192, 8192, 16, 8, 256, soft_cap=50.0, scheme="int8"),
     *_chunks("llama-3.1-8b", 32, 8, 128),
-    AttentionShape("llama-3.1-8b-int8-chunks-128", 31, 128, 8192, 32, 8, 128, page_size=64, indexed=True, int8=True),
+    AttentionShape(
+        "llama-3.1-8b-int8-chunks-128", 31, 128, 8192, 32, 8, 128, page_size=64, indexed=True, scheme="int8"
+    ),
+    AttentionShape("llama-3.1-8b-int4", 4, 4096, 4096, 32, 8, 128, scheme="int4"),
+    AttentionShape("llama-3.1-8b-k8v4-paged-64", 4, 512, 8192, 32, 8, 128, page_size=64, scheme="k8v4"),
+    AttentionShape("llama-3.2-1b-int4-paged-16", 4, 512, 8192, 32, 8, 64, page_size=16, scheme="int4"),
+    AttentionShape("gemma-2-9b-heads-int4", 1, 8192, 8192, 16, 8, 256, soft_cap=50.0, scheme="int4"),
+    AttentionShape(
+        "llama-3.1-8b-int4-chunks-128", 31, 128, 8192, 32, 8, 128, page_size=64, indexed=True, scheme="int4"
+    ),
     *_chunks("llama-3.1-70b-one-of-8", 8, 1, 128),
     replace(LLAMA_8B, name="llama-3.1-8b-packed", in_order=False, segments=True),
     LLAMA_1B,
@@ -235,12 +256,18 @@ DECODES = (
     AttentionShape(
         "gpt-oss-20b-heads", 8, 1, 4096, 64, 8, 64, visibility=Visibility("sliding", 128), sinks=True, page_size=16
     ),
-    AttentionShape("llama-3.1-8b-int8-b8-s4096", 8, 1, 4096, 32, 8, 128, int8=True),
-    AttentionShape("llama-3.1-8b-int8-b8-s4096-paged-16", 8, 1, 4096, 32, 8, 128, page_size=16, int8=True),
-    AttentionShape("llama-3.1-8b-int8-b256-s4096-paged-64", 256, 1, 4096, 32, 8, 128, page_size=64, int8=True),
-    AttentionShape("llama-3.1-8b-int8-drafts-8", 8, 8, 4096, 32, 8, 128, page_size=64, int8=True),
-    AttentionShape("llama-3.2-1b-int8-b8-s4096-paged-64", 8, 1, 4096, 32, 8, 64, page_size=64, int8=True),
-    AttentionShape("gemma-2-9b-heads-int8", 8, 1, 8192, 16, 8, 256, page_size=64, soft_cap=50.0, int8=True),
+    AttentionShape("llama-3.1-8b-int8-b8-s4096", 8, 1, 4096, 32, 8, 128, scheme="int8"),
+    AttentionShape("llama-3.1-8b-int8-b8-s4096-paged-16", 8, 1, 4096, 32, 8, 128, page_size=16, scheme="int8"),
+    AttentionShape("llama-3.1-8b-int8-b256-s4096-paged-64", 256, 1, 4096, 32, 8, 128, page_size=64, scheme="int8"),
+    AttentionShape("llama-3.1-8b-int8-drafts-8", 8, 8, 4096, 32, 8, 128, page_size=64, scheme="int8"),
+    AttentionShape("llama-3.2-1b-int8-b8-s4096-paged-64", 8, 1, 4096, 32, 8, 64, page_size=64, scheme="int8"),
+    AttentionShape("gemma-2-9b-heads-int8", 8, 1, 8192, 16, 8, 256, page_size=64, soft_cap=50.0, scheme="int8"),
+    AttentionShape("llama-3.1-8b-int4-b8-s4096", 8, 1, 4096, 32, 8, 128, scheme="int4"),
+    AttentionShape("llama-3.1-8b-int4-b256-s4096-paged-64", 256, 1, 4096, 32, 8, 128, page_size=64, scheme="int4"),
+    AttentionShape("llama-3.1-8b-k8v4-b8-s4096-paged-64", 8, 1, 4096, 32, 8, 128, page_size=64, scheme="k8v4"),
+    AttentionShape("llama-3.1-8b-int4-drafts-8", 8, 8, 4096, 32, 8, 128, page_size=64, scheme="int4"),
+    AttentionShape("llama-3.2-1b-int4-b8-s4096-paged-64", 8, 1, 4096, 32, 8, 64, page_size=64, scheme="int4"),
+    AttentionShape("gemma-2-9b-heads-int4", 8, 1, 8192, 16, 8, 256, page_size=64, soft_cap=50.0, scheme="int4"),
     AttentionShape("one-kv-head-drafts-8", 8, 8, 2048, 16, 1, 128, page_size=64),
 )
 """Shapes that the kernels are compiled for. Names with "heads" are the head shapes of models of other families."""

@@ -11,7 +11,7 @@ from llama_jax.cache.paged import DEFAULT_PAGE_SIZE, PAGE_SIZES, PagedCache, che
 from llama_jax.cache.pages import NO_PAGE
 from llama_jax.cache.pool import PagePool
 from llama_jax.cache.protocol import KVCache, LayerCache
-from llama_jax.cache.stored import KV_DTYPES, check_kv_dtype, stored_dtype, vector_bytes
+from llama_jax.cache.stored import KV_DTYPES, check_kv_dtype, pair_bytes, stored_dtype
 from llama_jax.config import LlamaConfig
 
 __all__ = [
@@ -28,8 +28,8 @@ __all__ = [
     "PagedCache",
     "check_kv_dtype",
     "check_page_size",
+    "pair_bytes",
     "stored_dtype",
-    "vector_bytes",
 ]
 
 
@@ -38,7 +38,7 @@ class NewCache:
     """A cache that is still to be made: prefill makes it within its first program.
 
     Attributes:
-      rows, capacity: of the cache; dtype: of keys and values, int8 if they are quantised.
+      rows, capacity: of the cache; dtype: of keys and values, or a name of `KV_DTYPES`.
       page_size: slots of a page, of which there are enough for every slot; None for a dense cache.
     """
 

@@ -23,7 +23,7 @@ DENSE_AXES = ("batch", "kv_heads")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseLayer:
-    """One layer of a `DenseCache`: k, v [batch, kv_heads, capacity, head_dim], scales without head_dim or None."""
+    """One layer of a `DenseCache`, by `stored.FIELDS`: slots are [batch, kv_heads, capacity]."""
 
     k: jax.Array
     v: jax.Array
@@ -46,10 +46,9 @@ class DenseLayer:
             new = jnp.swapaxes(new, 1, 2)
             return constrain(jax.lax.dynamic_update_slice_in_dim(into, new, slots, axis=2), DENSE_AXES)
 
-        q, k = stored.rotated(self, q, k)
-        layer = dataclasses.replace(self, **stored.write(self, k, v, put))
-        places = Places(queries.positions, layer.positions, rows=queries.rows)
-        return attention(q, KeysValues(layer.k, layer.v, None, layer.k_scale, layer.v_scale), places, rule), layer
+        places = Places(queries.positions, self.positions, rows=queries.rows)
+        out, fields = stored.attend(self, q, k, v, put, lambda q, x: attention(q, KeysValues(**x), places, rule))
+        return out, dataclasses.replace(self, **fields)
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +61,7 @@ class DenseCache:
     a slot, so rows that come and go are for the paged cache.
 
     Attributes:
-      k, v: per layer [batch, kv_heads, capacity, head_dim].
+      k, v: per layer [batch, kv_heads, capacity, head_dim], or its codes.
       k_scale, v_scale: per layer [batch, kv_heads, capacity], of a quantised cache; None of others.
       positions: int32 [batch, capacity], -1 where the slot is empty or padding.
       length: int32 [], slots in use.
@@ -77,7 +76,7 @@ class DenseCache:
 
     @classmethod
     def create(cls, config: LlamaConfig, batch: int, capacity: int, dtype: DTypeLike) -> DenseCache:
-        """An empty cache for `batch` rows of `capacity` tokens; of dtype int8, one that is quantised."""
+        """An empty cache for `batch` rows of `capacity` tokens, of a dtype or a name of `KV_DTYPES`."""
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         slots = stored.new_slots(shape, dtype, config.num_layers)
         positions = jnp.full((batch, capacity), -1, jnp.int32)
@@ -89,9 +88,9 @@ class DenseCache:
         return self.positions.shape[1]
 
     @property
-    def dtype(self) -> jnp.dtype:
+    def dtype(self) -> str:
         """See `KVCache`."""
-        return self.k[0].dtype
+        return stored.dtype_of(self.k[0], self.v[0], self.k_scale[0])
 
     def extend(self, positions: jax.Array, rows: jax.Array | None = None) -> tuple[DenseCache, jax.Array]:
         """See `KVCache`; the record is the first slot, int32 []. Outside of jit, raises RequestError when the slots do

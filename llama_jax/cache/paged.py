@@ -51,7 +51,7 @@ class PagedCache:
     count the pages of the row's replica.
 
     Attributes:
-      k, v: per layer [pages, kv_heads, page_size, head_dim].
+      k, v: per layer [pages, kv_heads, page_size, head_dim], or its codes.
       k_scale, v_scale: per layer [pages, kv_heads, page_size], of a quantised cache; None of others.
       page_table: int32 [batch, pages_per_row]: entry i is the page of slots i * page_size and following of the row;
         NO_PAGE, or any number that is no page, where none is booked.
@@ -82,8 +82,8 @@ class PagedCache:
         page_size: int = DEFAULT_PAGE_SIZE,
         pages: int | None = None,
     ) -> PagedCache:
-        """An empty cache for `batch` rows of `capacity` tokens, rounded up to whole pages; of dtype int8, one that is
-        quantised.
+        """An empty cache for `batch` rows of `capacity` tokens, rounded up to whole pages; of a dtype or a name of
+        `KV_DTYPES`.
 
         Args:
           pages: pages of the store, none of them booked; by default as many as there are slots for, all booked.
@@ -123,9 +123,9 @@ class PagedCache:
         return self.positions.shape[1]
 
     @property
-    def dtype(self) -> jnp.dtype:
+    def dtype(self) -> str:
         """See `KVCache`."""
-        return self.k[0].dtype
+        return stored.dtype_of(self.k[0], self.v[0], self.k_scale[0])
 
     @property
     def pages(self) -> int:

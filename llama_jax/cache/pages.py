@@ -34,7 +34,7 @@ class PagedSlots(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PagedLayer:
-    """One layer of a `PagedCache`: k, v [pages, kv_heads, page_size, head_dim], scales without head_dim or None."""
+    """One layer of a `PagedCache`, by `stored.FIELDS`: slots are [pages, kv_heads, page_size]."""
 
     k: jax.Array
     v: jax.Array
@@ -60,10 +60,11 @@ class PagedLayer:
             def put(into: jax.Array, new: jax.Array) -> jax.Array:
                 return into.at[slots.page, :, slots.offset].set(new, mode="drop", unique_indices=True)
 
-            q, k = stored.rotated(layer, q, new[0])
-            pages = stored.write(layer, k, new[1], put)
-            places = Places(at.positions, layer.positions, rows=at.rows)
-            return attention(q, KeysValues(page_table=layer.page_table, **pages), places, rule), pages
+            def attend(q: jax.Array, pages: dict[str, Any]) -> jax.Array:
+                places = Places(at.positions, layer.positions, rows=at.rows)
+                return attention(q, KeysValues(page_table=layer.page_table, **pages), places, rule)
+
+            return stored.attend(layer, q, *new, put, attend)
 
         arguments = {
             "layer": self,

@@ -66,8 +66,8 @@ class KVCache(Protocol):
         ...
 
     @property
-    def dtype(self) -> jnp.dtype:
-        """Of keys and values."""
+    def dtype(self) -> str:
+        """Name of what keys and values are stored in (`stored.stored_dtype`)."""
         ...
 
     def extend(self, positions: jax.Array, rows: jax.Array | None = None) -> tuple[Self, Any]:

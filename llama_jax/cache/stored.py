@@ -1,16 +1,17 @@
-"""Keys and values as caches store them: as numbers, or as int8 codes with a scale for each token and head.
+"""Keys and values as caches store them: as numbers, or as codes with a scale for each token and head.
 
-What stores them quantised is the layout `INT8` of `llama_jax.quantized`, of which each token's head is a row. So codes
-depend on that token alone, however it came into the cache. Scales are bfloat16: codes are the nearest for the scale as
-it is stored, so its rounding adds nothing to their error of half a step, and it has float32's range.
+Codes depend on their token alone, however it came into the cache, and are the nearest for the scale as it is stored:
+its rounding to bfloat16 adds nothing to their error of half a step.
 
-A few numbers of a key are often much larger than its others, and set their step. So keys are rotated first, and queries
-with them, by a Hadamard matrix, which spreads every number over all of its head ("QuaRot", arXiv:2404.00456).
+Some numbers of a key are often much larger than its others, and set their step. So keys are rotated first, and queries
+with them, by a Hadamard matrix, which spreads every number over all of its head ("QuaRot", arXiv:2404.00456). Values
+are rotated where they have four bits, and what attention makes of them is turned back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,19 +20,17 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax.errors import RequestError
+from llama_jax.kernels.attention.records import CODES, SCHEMES, KeysValues
 from llama_jax.kernels.precision import matmul_precision
-from llama_jax.quantized import layout_named
-from llama_jax.quantized.nearest import encode
 
-KV_DTYPES = ("int8",)
-"""Names of dtypes besides the model's own."""
+KV_DTYPES = tuple(SCHEMES)
+"""Names of what caches store keys and values in, besides the model's own dtype."""
 
 SCALES = jnp.dtype(jnp.bfloat16)
 
 FIELDS = ("k", "v", "k_scale", "v_scale")
-"""Of a cache's layer: numbers or codes [..., head_dim], and scales [...] or None. A whole cache has tuples of these."""
-
-_LAYOUT = layout_named("int8_bf16")
+"""Of a cache's layer: numbers or codes [..., head_dim], or [..., head_dim / 2] of four bits, and scales [...] or None.
+A whole cache has tuples of these."""
 
 
 def check_kv_dtype(kv_dtype: str | None) -> None:
@@ -44,27 +43,58 @@ def check_kv_dtype(kv_dtype: str | None) -> None:
         )
 
 
-def stored_dtype(kv_dtype: str | None, dtype: DTypeLike) -> jnp.dtype:
-    """The dtype of a cache's arrays `k` and `v`, for a model that computes in `dtype`."""
-    return jnp.dtype(dtype if kv_dtype is None else kv_dtype)
+def stored_dtype(kv_dtype: str | None, dtype: DTypeLike) -> str:
+    """The name of what a cache stores keys and values in, for a model that computes in `dtype`: that of a dtype, or one
+    of KV_DTYPES."""
+    return jnp.dtype(dtype).name if kv_dtype is None else kv_dtype
 
 
-def is_quantised(dtype: DTypeLike) -> bool:
-    """Whether a cache of that dtype has scales."""
-    return jnp.dtype(dtype).name in KV_DTYPES
+def dtype_of(k: Any, v: Any, k_scale: Any) -> str:
+    """`stored_dtype` of a cache with such keys, values and scales."""
+    return KeysValues(k, v, k_scale=k_scale).scheme or jnp.dtype(k.dtype).name
 
 
-def vector_bytes(head_dim: int, itemsize: int, kv_dtype: str | None = None) -> int:
-    """Bytes of one token's key, or value, of one head: numbers of `itemsize` bytes, or codes with their scale."""
-    return head_dim * itemsize if kv_dtype is None else head_dim * jnp.dtype(kv_dtype).itemsize + SCALES.itemsize
+def pair_bytes(head_dim: int, itemsize: int, kv_dtype: str | None = None) -> int:
+    """Bytes of one token's key and value of one head: numbers of `itemsize` bytes, or codes with their scales."""
+    if kv_dtype is None:
+        return 2 * head_dim * itemsize
+    return sum(head_dim // CODES[kind].per_byte + SCALES.itemsize for kind in SCHEMES[kv_dtype])
+
+
+def shapes(shape: Sequence[int], dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct | None]:
+    """`FIELDS` of a layer with keys [*slots, head_dim], as shapes.
+
+    Args:
+      dtype: one that caches can store numbers in, or a name of `KV_DTYPES`.
+
+    Raises:
+      RequestError: the head has no such codes.
+    """
+    *slots, head_dim = shape
+    kinds = [CODES[kind] for kind in SCHEMES.get(_name(dtype), ())]
+    if any(head_dim % kind.per_byte for kind in kinds):
+        raise RequestError(
+            f"two codes of four bits are a byte, and heads of {head_dim} numbers do not divide into pairs",
+            param="kv_dtype",
+            hint="choose int8",
+        )
+    scale = jax.ShapeDtypeStruct(tuple(slots), SCALES) if kinds else None
+    arrays = [jax.ShapeDtypeStruct((*slots, head_dim // kind.per_byte), jnp.dtype(kind.dtype)) for kind in kinds]
+    k, v = arrays or [jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))] * 2
+    return dict(zip(FIELDS, (k, v, scale, scale), strict=True))
+
+
+def _name(dtype: DTypeLike) -> str:
+    return dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
 
 
 def new_slots(shape: Sequence[int], dtype: DTypeLike, layers: int) -> dict[str, tuple[Any, ...]]:
-    """Empty arrays of `FIELDS` for each layer, of keys [*shape]. They have buffers of their own, since donated arrays
-    must not alias one another."""
-    of_scales = tuple(jnp.zeros(shape[:-1], SCALES) if is_quantised(dtype) else None for _ in range(2 * layers))
-    k, v = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in "kv")
-    return dict(zip(FIELDS, (k, v, of_scales[:layers], of_scales[layers:]), strict=True))
+    """Empty arrays of `shapes` for each layer. They have buffers of their own, since donated arrays must not alias one
+    another."""
+    return {
+        name: tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for _ in range(layers))
+        for name, x in shapes(shape, dtype).items()
+    }
 
 
 def changed(cache: Any, change: Callable[..., jax.Array], *others: Any) -> dict[str, Any]:
@@ -82,12 +112,39 @@ def of_views(views: Sequence[Any]) -> dict[str, Any]:
     return {name: tuple(getattr(view, name) for view in views) for name in FIELDS}
 
 
-def rotated(layer: Any, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Queries and keys as a layer with scales takes them: rotated, with the same products. Others take them as they
-    are."""
-    if not is_quantised(layer.k.dtype):
-        return q, k
-    return (_hadamard(q) / _block(q.shape[-1])).astype(q.dtype), _hadamard(k)
+def attend(
+    layer: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    put: Callable[[jax.Array, jax.Array], jax.Array],
+    attention: Callable[[jax.Array, dict[str, Any]], jax.Array],
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Stores new keys and values in a layer, quantised where it has scales, then attends.
+
+    The barrier keeps XLA from storing twice: once for the result and once, on a copy, inside whatever reads it.
+
+    Args:
+      q: [batch, queries, num_heads, head_dim]; k, v: [batch, len, kv_heads, head_dim].
+      put: makes of an array of the layer, and of new numbers or codes [batch, len, kv_heads, ...] or scales
+        [batch, len, kv_heads] for it, what it becomes.
+      attention: of queries, over `FIELDS`.
+
+    Returns:
+      What `attention` does for the keys and values themselves, and `FIELDS` with the new ones.
+    """
+    head_dim, dtype = q.shape[-1], q.dtype
+    new: tuple[jax.Array | None, ...] = (k.astype(layer.k.dtype), v.astype(layer.v.dtype), None, None)
+    turned = False
+    if (scheme := dtype_of(layer.k, layer.v, layer.k_scale)) in SCHEMES:
+        of_k, of_v = SCHEMES[scheme]
+        q, k, turned = (_hadamard(q) / _block(head_dim)).astype(dtype), _hadamard(k), CODES[of_v].per_byte > 1
+        codes, scales = zip(quantise(k, of_k), quantise(_hadamard(v) if turned else v, of_v), strict=True)
+        new = (*codes, *scales)
+    fields = {name: None if x is None else put(getattr(layer, name), x) for name, x in zip(FIELDS, new, strict=True)}
+    fields = jax.lax.optimization_barrier(fields)
+    out = attention(q, fields)
+    return (_hadamard(out) / _block(head_dim)).astype(dtype) if turned else out, fields
 
 
 def _block(head_dim: int) -> int:
@@ -106,39 +163,32 @@ def _hadamard(x: jax.Array) -> jax.Array:
     return turned.reshape(x.shape)
 
 
-def write(layer: Any, k: jax.Array, v: jax.Array, put: Callable[[jax.Array, jax.Array], jax.Array]) -> dict[str, Any]:
-    """`FIELDS` of a layer with new keys and values stored, quantised where it has scales.
-
-    The barrier keeps XLA from storing twice: once for the result and once, on a copy, inside whatever reads it.
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def quantise(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
+    """Codes of vectors [..., n], and scales [...] of the largest magnitude in each. What is no number gives a scale
+    that is none.
 
     Args:
-      k, v: [batch, len, kv_heads, head_dim].
-      put: makes of an array of the layer, and of new numbers or codes [batch, len, kv_heads, head_dim] or scales
-        [batch, len, kv_heads] for it, what it becomes.
+      kind: of the codes, a key of `CODES`.
+
+    Returns:
+      int8 [..., n]; of four bits uint8 [..., n / 2], as `codes.numbers` reads them.
     """
-    (k, k_scale), (v, v_scale) = (_encoded(x, layer.k.dtype) for x in (k, v))
-    new = dict(zip(FIELDS, (k, v, k_scale, v_scale), strict=True))
-    return jax.lax.optimization_barrier(
-        {name: None if x is None else put(getattr(layer, name), x) for name, x in new.items()}
-    )
-
-
-def _encoded(x: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-    """Numbers or codes, and scales or None, as a cache of that dtype stores them."""
-    return quantise(x) if is_quantised(dtype) else (x.astype(dtype), None)
-
-
-@jax.custom_jvp
-def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8 codes of x's shape, and scales without its last axis, of the largest magnitude there. What is no number
-    gives a scale that is none."""
-    assert _LAYOUT is not None
-    members = encode(_LAYOUT, x)
-    return members[_LAYOUT.name], members["scales"]
+    of = CODES[kind]
+    x = x.astype(jnp.float32)
+    scales = (jnp.max(jnp.abs(x), axis=-1) / of.largest).astype(SCALES)
+    steps = scales.astype(jnp.float32)[..., None]
+    steps = x / jnp.where(steps == 0, 1, steps)
+    if of.per_byte == 1:
+        return jnp.clip(jnp.round(steps), -of.largest, of.largest).astype(of.dtype), scales
+    # Code c stands for the odd number 2c - 15, the nearest to all from 2c - 16 to 2c - 14.
+    codes = jnp.clip(jnp.floor(steps / 2) + 8, 0, 15).astype(of.dtype)
+    first, second = jnp.split(codes, 2, axis=-1)
+    return first | second << 4, scales
 
 
 @quantise.defjvp
-def _no_gradient(primals: Any, tangents: Any) -> Any:
+def _no_gradient(kind: str, primals: Any, tangents: Any) -> Any:
     raise RequestError(
         "a quantised cache has no gradient", param="kv_dtype", hint="differentiate with a cache in the model's dtype"
     )

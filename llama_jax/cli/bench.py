@@ -96,7 +96,7 @@ def command(
         "model": loaded.name,
         "random_weights": preset is not None,
         "page_size": page_size,
-        "kv_dtype": loaded.cache_dtype.name,
+        "kv_dtype": loaded.cache_dtype,
         "activations": loaded.config.activations or loaded.dtype.name,
     }
     if not as_json:

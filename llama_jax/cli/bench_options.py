@@ -172,7 +172,7 @@ class Subject:
         from llama_jax.measure.bench import environment
 
         about = {**environment(model.dtype, model.mesh), "model": model.name, "random_weights": self.preset is not None}
-        about |= {"kv_dtype": model.cache_dtype.name, "activations": model.config.activations or model.dtype.name}
+        about |= {"kv_dtype": model.cache_dtype, "activations": model.config.activations or model.dtype.name}
         self.show("  ".join(f"{name}={value}" for name, value in about.items()), f"ceilings: {ceilings}")
         self.show(f"engine: {pairs_text(dataclasses.asdict(settings))}")
         return {**about, "ceilings": dataclasses.asdict(ceilings), "settings": dataclasses.asdict(settings)}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llama_jax.cache.stored import SCALES, is_quantised
+from llama_jax.cache import stored
 from llama_jax.config import LlamaConfig
 from llama_jax.decode import buckets
 from llama_jax.kernels.attention import (
@@ -60,11 +60,10 @@ def attention_backends(
 
     heads, kv_heads = local_heads(config, current())
     operation = decode_attention if tokens <= MAX_QUERIES else flash_attention
-    slots = array(rows, kv_heads, capacity, config.head_dim, dtype=dtype if cache_dtype is None else cache_dtype)
-    scales = array(*slots.shape[:3], dtype=SCALES) if is_quantised(slots.dtype) else None
+    slots = stored.shapes((rows, kv_heads, capacity, config.head_dim), dtype if cache_dtype is None else cache_dtype)
     arrays = (
         array(rows, tokens, heads, config.head_dim, dtype=dtype),
-        KeysValues(slots, slots, None, scales, scales),
+        KeysValues(**slots),
         Places(array(rows, tokens, dtype=jnp.int32), array(rows, capacity, dtype=jnp.int32)),
     )
     seen = dict.fromkeys(Visibility(layer.attention, layer.window or 0) for layer in config.layers)

@@ -241,7 +241,7 @@ class Core:
 
     def snapshot(self) -> Snapshot:
         """The engine in numbers."""
-        return self._meter.snapshot(self.scheduler.counts, self.programs, self.model.cache_dtype.name)
+        return self._meter.snapshot(self.scheduler.counts, self.programs, self.model.cache_dtype)
 
     def _decide(self) -> list[Drawn]:
         """Has the host say what the next step may draw; returns news of those whose constraints took too long."""

@@ -14,6 +14,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import loops_in_graphs
 from llama_jax.engine.settings import BIASES, STOP_IDS, EngineSettings
 from llama_jax.errors import DoesNotFit, RequestError
+from llama_jax.layout import local_heads
 from llama_jax.model.loaded import Model
 from llama_jax.plan.device_memory import free_bytes, memory_fraction, more_memory_hint
 from llama_jax.plan.memory import cache_bytes
@@ -206,6 +207,9 @@ def settings_for(
     if pages is None:
         pages = max(each, rows * -(-min(context, CPU_EACH) // page_size)) if on_cpu else rows * each
         if room is not None:
+            from llama_jax.kernels.pallas import MAX_ELEMENTS  # Pallas takes a while to import, and a CPU has no need
+
+            pages = min(pages, MAX_ELEMENTS // (local_heads(config, mesh)[1] * config.head_dim * page_size))
             pages = min(pages, room // cache_bytes(config, mesh, jnp.dtype(dtype).itemsize, page_size, kv_dtype))
     if pages < each and least is not None:
         context = max(least, min(context, pages * page_size))

@@ -38,7 +38,7 @@ def generate(
       prompt: text, continued as it stands, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
       params: how to sample. Without it decoding is greedy.
       page_size: tokens of a page of the cache, 16, 32, 64, 128 or 256; the answer is the same.
-      kv_dtype: "int8" for a quantised cache (`load`); by default what the model says.
+      kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default what the model says.
       adapters: slots of low-rank adapters (`llama_jax.model.adapters`); adapter_ids: the slot to use, 0 for none.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.
 

@@ -76,7 +76,7 @@ class LLM:
           adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
           draft: a smaller model of the same vocabulary, on the same devices, whose guesses are tried (`drafts=`, how
             many tokens at a time); or its name.
-          kv_dtype: "int8" for a quantised cache (`load`); by default what the model says.
+          kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default what the model says.
           ahead: compile every program now. Otherwise each is compiled when it is first used.
           room: tokens of a sequence that there is room for at first, or a few more, where no context is given.
           peak: what the device can do, for `mbu` and `mfu` of `snapshot`; by default what its data sheet says.

@@ -226,14 +226,14 @@ def _parameters(config: LlamaConfig) -> tuple[int, int]:
 
 
 def _memory(config: LlamaConfig) -> dict[str, dict[str, int]]:
-    from llama_jax.cache import KV_DTYPES, vector_bytes
+    from llama_jax.cache import KV_DTYPES, pair_bytes
     from llama_jax.params import param_specs
 
     specs = param_specs(config)
-    vectors = 2 * config.num_kv_heads * config.num_layers  # a key and a value of each head
+    pairs = config.num_kv_heads * config.num_layers  # a key and a value of each head
 
     def cached(itemsize: int, kv_dtype: str | None = None) -> int:
-        return vectors * vector_bytes(config.head_dim, itemsize, kv_dtype)
+        return pairs * pair_bytes(config.head_dim, itemsize, kv_dtype)
 
     return {
         "memory_bytes": {dtype: sum(s.size * s.itemsize(n) for s in specs) for dtype, n in _BYTES.items()},

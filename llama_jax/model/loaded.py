@@ -55,8 +55,8 @@ class Model:
         return compute_dtype(self.params)
 
     @property
-    def cache_dtype(self) -> jnp.dtype:
-        """Of keys and values as caches store them."""
+    def cache_dtype(self) -> str:
+        """Name of what caches store keys and values in."""
         return stored_dtype(self.kv_dtype, self.dtype)
 
     @property

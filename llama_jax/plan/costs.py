@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llama_jax.cache import vector_bytes
+from llama_jax.cache import pair_bytes
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.layout import local_heads, local_size
 from llama_jax.params import ParamSpec, canonical_specs, param_specs
@@ -73,7 +73,7 @@ def _triangle(n: int) -> int:
 
 def token_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh = None, kv_dtype: str | None = None) -> int:
     """Bytes of one token's key and value in one layer's cache, of the heads that one device has."""
-    return 2 * local_heads(config, mesh)[1] * vector_bytes(config.head_dim, itemsize, kv_dtype)
+    return local_heads(config, mesh)[1] * pair_bytes(config.head_dim, itemsize, kv_dtype)
 
 
 def cache_read_bytes(

@@ -32,9 +32,11 @@ def _found(config: LlamaConfig, plan: Plan) -> Iterator[str]:
     if plan.largest_context and plan.largest_context > workload.prompt:
         yield f"--context {plan.largest_context}"
     if workload.kv_dtype is None:
-        smaller = replace(workload, kv_dtype=KV_DTYPES[0])
-        if make_plan(config, target, plan.mesh, smaller, memory_fraction=plan.verdict.fraction).fits:
-            yield f"--kv-dtype {KV_DTYPES[0]}"
+        for name in KV_DTYPES:
+            smaller = replace(workload, kv_dtype=name)
+            if make_plan(config, target, plan.mesh, smaller, memory_fraction=plan.verdict.fraction).fits:
+                yield f"--kv-dtype {name}"
+                break
     if workload.itemsize > 2 and target.vendor != "cpu":
         smaller = replace(workload, dtype="bfloat16")
         if make_plan(config, target, plan.mesh, smaller, memory_fraction=plan.verdict.fraction).fits:

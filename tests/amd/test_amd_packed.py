@@ -22,6 +22,7 @@ from llama_jax.kernels.attention import (
     decode_attention,
     flash_attention,
 )
+from llama_jax.kernels.attention.records import SCHEMES
 
 # Pallas's Triton lowering, which JAX has deprecated.
 pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")]
@@ -31,11 +32,11 @@ BF16_STEP = 2.0**-8
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("visibility", "int8"),
-    [(Visibility(), False), (Visibility("sliding", 20), False), (Visibility(), True)],
-    ids=["full", "sliding", "int8"],
+    ("visibility", "scheme"),
+    [(Visibility(), ""), (Visibility("sliding", 20), ""), *((Visibility(), scheme) for scheme in SCHEMES)],
+    ids=["full", "sliding", *SCHEMES],
 )
-def test_a_mixed_call_agrees_with_the_cpu(visibility: Visibility, int8: bool) -> None:
+def test_a_mixed_call_agrees_with_the_cpu(visibility: Visibility, scheme: str) -> None:
     """Two chunks, three rows with one token, one with none, padding; pages of 64 slots, tokens in any order."""
     call = packed_call(
         *((1, 25, 0, 1, 12, 1), (100, 60, 5, 0, 9, 127)),
@@ -47,8 +48,8 @@ def test_a_mixed_call_agrees_with_the_cpu(visibility: Visibility, int8: bool) ->
     )
     rule = Rule(visibility, 0.125, chunk_rows=2)
     kv = replace(call.kv, k=jnp.asarray(call.kv.k, jnp.bfloat16), v=jnp.asarray(call.kv.v, jnp.bfloat16))
-    if int8:
-        (k, k_scale), (v, v_scale) = quantise(kv.k), quantise(kv.v)
+    if scheme:
+        (k, k_scale), (v, v_scale) = map(quantise, (kv.k, kv.v), SCHEMES[scheme])
         kv = KeysValues(k, v, kv.page_table, k_scale, v_scale)
     q = jnp.asarray(call.q, jnp.bfloat16)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention.codes import load_scales, scaled, turn, widen
+from llama_jax.kernels.attention.codes import Decoder, Parts, products, scaled
 from llama_jax.kernels.attention.decode import partition
 from llama_jax.kernels.attention.decode.call import Call
 from llama_jax.kernels.attention.records import KeysValues, Places
@@ -37,8 +37,15 @@ def shares(
       float32 [shares, kv_heads, rows, head_dim], and the base-2 log-sum-exp of the logits [shares, kv_heads, rows]:
       MASKED where nothing is seen. What there is no share for is not written.
     """
-    block_k, height, width = call.tiles.block_k, call.height, call.width
-    kv_heads = kv.k.shape[1]
+    block_k, height = call.tiles.block_k, call.height
+    kv_heads, of_k, of_v = kv.k.shape[1], Parts.of(kv.k, call.head_dim), Parts.of(kv.v, call.head_dim)
+
+    how: dict[str, Any] = {
+        "num_warps": call.tiles.num_warps,
+        "num_stages": call.tiles.num_stages,
+        "interpret": call.interpret,
+    }
+    decoder = Decoder.of(kv, q.dtype, **how)
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
         entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
@@ -67,11 +74,12 @@ def shares(
 
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
         query = jnp.minimum(flat // call.group, call.queries - 1)
-        q = load_tile(q_ref, (row, query, head * call.group + flat % call.group), width)
+        of_query: Index = (row, query, head * call.group + flat % call.group)
+        q = of_k.load(q_ref, of_query)
         q_position = plgpu.load(q_positions_ref.at[row, query])
 
         def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            total, top, acc = carry
+            total, top, *acc = carry
             begin, lane = block * block_k, jnp.arange(block_k, dtype=jnp.int32)
             slot = begin + lane
             if call.slots % block_k:  # the last block repeats the last slot, which is then masked
@@ -84,10 +92,9 @@ def shares(
                 at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
             # All is asked for before anything is waited for: a barrier of the products holds up what is behind it.
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
-            k, v = load_tile(k_ref, at, width), load_tile(v_ref, at, width)
-            k_scales, v_scales = load_scales(k_scale_ref, at, None), load_scales(v_scale_ref, at, None)
-            once = turn(kv, block, num_warps=call.tiles.num_warps, num_stages=call.tiles.num_stages)
-            k, v = widen(k, q.dtype, once), widen(v, q.dtype, once)
+            k, v = load_tile(k_ref, at, of_k.width), load_tile(v_ref, at, of_v.width)
+            k_scales, v_scales = decoder.scales(k_scale_ref, at, None), decoder.scales(v_scale_ref, at, None)
+            keys, values = decoder.numbers(k, block), decoder.numbers(v, block)
             if call.slots % block_k:
                 kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
 
@@ -95,7 +102,7 @@ def shares(
             if q_segments_ref is not None:
                 q_segment = plgpu.load(q_segments_ref.at[row, query])
                 see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
-            logits = scaled(dot(q, k, transpose_b=True), k_scales)
+            logits = scaled(products(q, keys), k_scales)
             if call.rule.soft_cap is None:
                 logits = logits * (call.rule.scale * LOG2_E)
             else:
@@ -103,29 +110,29 @@ def shares(
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
-            acc = acc * decay[:, None] + dot(scaled(weights, v_scales).astype(v.dtype), v)
-            return total * decay + jnp.sum(weights, axis=1), above, acc
+            weighted = scaled(weights, v_scales).astype(q_ref.dtype)
+            acc = [x * decay[:, None] + dot(weighted, of_part) for x, of_part in zip(acc, values, strict=True)]
+            return total * decay + jnp.sum(weights, axis=1), above, *acc
 
         zero = jnp.zeros((height,), jnp.float32)
-        init = (zero, zero + NONE, jnp.zeros((height, width), jnp.float32))
-        total, top, acc = jax.lax.fori_loop(start, stop, step, init)
+        init = (zero, zero + NONE, *(jnp.zeros((height, of_v.width), jnp.float32) for _ in range(of_v.number)))
+        total, top, *acc = jax.lax.fori_loop(start, stop, step, init)
 
         some, real = total > 0, (flat < call.rows) & (start < stop)
         total = jnp.where(some, total, 1.0)
-        store_tile(out_ref, (index, head, flat), acc / total[:, None], real)
+        of_v.store(out_ref, (index, head, flat), [x / total[:, None] for x in acc], real)
         plgpu.store(lse_ref.at[index, head, flat], jnp.where(some, top + jnp.log2(total), MASKED), mask=real)
 
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
-    return launch(
+    part, lse = launch(
         decode_attention_shares,
-        *(cut.row, cut.start, cut.stop, q, kv.k, kv.v, kv.k_scale, kv.v_scale),
+        *(cut.row, cut.start, cut.stop, of_k.split(q), kv.k, kv.v, kv.k_scale, kv.v_scale),
         *(places.q_positions, places.kv_positions, kv.page_table, places.q_segments, places.kv_segments),
         grid=(-(-call.rows // height), call.most_shares, kv_heads),
-        out=(jax.ShapeDtypeStruct((*lse.shape, call.head_dim), jnp.float32), lse),
-        num_warps=call.tiles.num_warps,
-        num_stages=call.tiles.num_stages,
-        interpret=call.interpret,
+        out=(jax.ShapeDtypeStruct((*lse.shape, *of_v), jnp.float32), lse),
+        **how,
     )
+    return part.reshape(*lse.shape, call.head_dim), lse
 
 
 def combine(

@@ -11,9 +11,13 @@ from llama_jax.kernels.attention.decode import call
 from llama_jax.kernels.attention.decode.kernel import combine, shares
 from llama_jax.kernels.attention.decode.tiles import Tiles
 from llama_jax.kernels.attention.records import KeysValues, Places, Rule
+from llama_jax.kernels.pallas import MAX_ELEMENTS
 from llama_jax.targets import Target
 
 __all__ = ["Tiles", "run", "unsupported"]
+
+WIDE_BYTES = 2**32
+"""Pallas-Triton computes offsets in 64 bits, not in 32 with a sign, in arrays of more bytes alone."""
 
 
 def unsupported(
@@ -24,7 +28,9 @@ def unsupported(
         return "Pallas-Triton compiles for GPUs only; pallas_interpret runs the same kernels"
     if not interpret and target.vendor == "amd" and target.wave_size == 32 and q.dtype == "float32":
         return f"{target.arch} has no matrix instruction for float32, and the kernels would spill registers"
-    return (None if interpret else spills(kv, target)) or call.unsupported(q, kv, *args, **arguments)
+    if any(x.size > MAX_ELEMENTS and x.size * x.dtype.itemsize <= WIDE_BYTES for x in (kv.k, kv.v)):
+        return f"its offsets into an array of {kv.k.size} bytes would not be right"
+    return (None if interpret else spills(kv, q.shape[3], target)) or call.unsupported(q, kv, *args, **arguments)
 
 
 def run(

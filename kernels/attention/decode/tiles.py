@@ -36,9 +36,9 @@ def padded_rows(rows: int, most: int) -> int:
     return min(max(next_power_of_2(rows), MIN_ROWS), most)
 
 
-def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) -> Tiles:
-    """The best choice known for a target: NVIDIA's measured on an H100, the others by budgets (registers, local memory,
-    bytes in flight).
+def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int, codes: bool = False) -> Tiles:
+    """The best choice known for a target: NVIDIA's measured on an H100, with codes on an H200, the others by budgets
+    (registers, local memory, bytes in flight).
 
     AMD, CDNA: a wave alone, for there is then no barrier in the loop, and the 16 rows of a matrix instruction are not
     computed once for each wave; 8 KiB of keys at a time leave registers for two waves a SIMD, eight a unit, whose 64 to
@@ -50,6 +50,8 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) ->
       rows: query rows that share a key/value head: group times queries.
       head_dim: numbers of a head.
       itemsize: bytes of a number, the wider of queries' and cache's.
+      codes: whether the cache is quantised. What makes numbers of it takes time between a load and its product: more
+        waves and programs hide that.
     """
     row_bytes = tile_width(head_dim) * itemsize
     wide = row_bytes > 256
@@ -62,7 +64,8 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) ->
         return min(max(tile // row_bytes, MIN_ROWS), most)
 
     if target.vendor == "nvidia":
-        return Tiles(block_rows, slots(16 << 10, 64), 2 if block_rows == MIN_ROWS else 4, 2, 3)
+        few = block_rows == MIN_ROWS and not codes
+        return Tiles(block_rows, slots(16 << 10, 64), 2 if few else 4, 2, 4 if codes else 3)
 
     def tiles(num_warps: int, tile: int, unit: int) -> Tiles:
         """With `tile` bytes of keys at a time, of which a compute unit's programs together hold `unit`."""
@@ -74,10 +77,10 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int) ->
     return tiles(waves, 8 << 10, 64 << 10)
 
 
-def candidates(target: Target, *, rows: int, head_dim: int, itemsize: int) -> Iterator[Tiles]:
+def candidates(target: Target, *, rows: int, head_dim: int, itemsize: int, codes: bool = False) -> Iterator[Tiles]:
     """Tiles worth measuring on a target: the default first, then neighbours whose keys and values fit into the local
     memory. Arguments as for `default_tiles`."""
-    best = default_tiles(target, rows=rows, head_dim=head_dim, itemsize=itemsize)
+    best = default_tiles(target, rows=rows, head_dim=head_dim, itemsize=itemsize, codes=codes)
     row_bytes = tile_width(head_dim) * itemsize
     tried: dict[Tiles, None] = {best: None}  # in order
     for block_k in (best.block_k, best.block_k // 2, best.block_k * 2):

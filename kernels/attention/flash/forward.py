@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention.codes import load_scales, scaled, turn, widen
+from llama_jax.kernels.attention.codes import Decoder, Parts, products, scaled
 from llama_jax.kernels.attention.flash.blocks import (
     LOG2_E,
     NOTHING_SEEN,
@@ -25,14 +25,14 @@ from llama_jax.kernels.attention.flash.spans import block_pairs, spans
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
-from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow, store_tile, tile_width
+from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, narrow
 
 
 class _Softmax(NamedTuple):
-    """The running softmax of a tile of queries: weighted values [queries, head_dim], the largest logit, and the sum of
-    weights, relative to it."""
+    """The running softmax of a tile of queries: weighted values [queries, columns] of each part of a head, the largest
+    logit, and the sum of weights, relative to it."""
 
-    acc: jax.Array
+    acc: list[jax.Array]
     peak: jax.Array
     total: jax.Array
 
@@ -52,7 +52,9 @@ def forward(
     kv_len = places.kv_positions.shape[1]
     group = q_heads // kv_heads
     queries = tiles.block_q // tiles.heads  # of each head in a tile
-    width = tile_width(head_dim)
+    of_k, of_v = Parts.of(kv.k, head_dim), Parts.of(kv.v, head_dim)
+    how: dict[str, Any] = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "interpret": rule.interpret}
+    decoder = Decoder.of(kv, q.dtype, **how)
     pairs = block_pairs(places, rule.visibility, queries, tiles.block_k)
 
     def flash_attention_forward(
@@ -85,7 +87,7 @@ def forward(
         if at.q_index is not None:
             packed = load_row(at.q_index, (row, query), valid, q.shape[1])
             place, valid = (0, packed, head), packed < q.shape[1]
-        q_tile = load_tile(q_ref, place, width, valid)
+        q_tile = of_k.load(q_ref, place, valid)
 
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
@@ -93,10 +95,8 @@ def forward(
             index = slot_index(table_ref, row, kv_head, start, tiles.block_k, page_size)
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
-            once = turn(kv, j, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-            keys = widen(load_tile(k_ref, index, width, there), q_tile.dtype, once)
-            products = dot(q_tile, keys, transpose_b=True)
-            logits = rule.logits(scaled(products, load_scales(k_scale_ref, index, there)))
+            keys = decoder.numbers(load_tile(k_ref, index, of_k.width, there), j)
+            logits = rule.logits(scaled(products(q_tile, keys), decoder.scales(k_scale_ref, index, there)))
             if masked:
                 see = sees(query_rows, load_slots(at, row, slots, there))
                 logits = jnp.where(see, logits, MASKED)
@@ -104,9 +104,10 @@ def forward(
             weights = exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
             shrink = exp2((peak - new_peak) * rule.factor)
             total = total * shrink + jnp.sum(weights, axis=1)
-            values = widen(load_tile(v_ref, index, width, there), q_tile.dtype, once)
-            weights = scaled(weights, load_scales(v_scale_ref, index, there))
-            acc = acc * shrink[:, None] + dot(narrow(weights, values.dtype, by_hand=rule.round_by_hand), values)
+            values = decoder.numbers(load_tile(v_ref, index, of_v.width, there), j)
+            weights = scaled(weights, decoder.scales(v_scale_ref, index, there))
+            narrowed = narrow(weights, q.dtype, by_hand=rule.round_by_hand)
+            acc = [x * shrink[:, None] + dot(narrowed, part) for x, part in zip(acc, values, strict=True)]
             return _Softmax(acc, new_peak, total)
 
         peak = jnp.full((tiles.block_q,), MASKED, jnp.float32)
@@ -114,20 +115,20 @@ def forward(
         if sinks_ref is not None:  # a slot that everyone sees, with a value of zeros
             sink = load_row(sinks_ref, (head,), valid, 0.0)
             peak, total = sink * (LOG2_E / rule.factor), total + 1.0
-        acc = jnp.zeros((tiles.block_q, width), jnp.float32)
+        acc = [jnp.zeros((tiles.block_q, of_v.width), jnp.float32) for _ in range(of_v.number)]
         acc, peak, total = visit(load_span(spans_ref, row, block), step, _Softmax(acc, peak, total))
 
         # What padding saw in blocks without a mask, and what the others made of blocks where they see nothing, is void.
         seen = (peak > MASKED / 2) & (query_rows.last >= 0)
-        out = jnp.where(seen[:, None], acc * (1.0 / total)[:, None], 0.0)
-        store_tile(out_ref, place, out, valid)
+        out = [jnp.where(seen[:, None], x * (1.0 / total)[:, None], 0.0) for x in acc]
+        of_v.store(out_ref, place, out, valid)
         if lse_ref is not None:
             lse = jnp.where(seen, peak * rule.factor + jnp.log2(total), NOTHING_SEEN)
             plgpu.store(lse_ref.at[row, head, query], lse, mask=valid)
 
-    return launch(
+    out, lse = launch(
         flash_attention_forward,
-        q,
+        of_k.split(q),
         kv.k,
         kv.v,
         kv.k_scale,
@@ -138,10 +139,9 @@ def forward(
         spans(*pairs),
         grid=(q_heads // tiles.heads, -(-q_len // queries), batch),
         out=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((*q.shape[:-1], *of_v), q.dtype),
             jax.ShapeDtypeStruct((batch, q_heads, q_len), jnp.float32) if with_lse else None,
         ),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        interpret=rule.interpret,
+        **how,
     )
+    return out.reshape(q.shape), lse

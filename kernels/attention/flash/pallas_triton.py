@@ -89,7 +89,9 @@ def unsupported(
         return f"scale {rule.scale} is not positive"
     if max(q.size, kv.k.size, kv.v.size) > MAX_ELEMENTS:
         return f"an array has more than {MAX_ELEMENTS} elements"
-    return (None if interpret else spills(kv, target)) or beyond_kernels(kv, replace(places, q_index=None), rule)
+    return (None if interpret else spills(kv, q.shape[3], target)) or beyond_kernels(
+        kv, replace(places, q_index=None), rule
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
