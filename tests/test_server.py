@@ -194,7 +194,8 @@ def test_metrics_count_what_was_asked(server: Server) -> None:
 
     assert more("generation_tokens_total") == 12
     assert more("time_to_first_token_seconds_count") == more("e2e_request_latency_seconds_count") == 2
-    assert more("inter_token_latency_seconds_count") == 5
+    # The first piece has one token or, where nobody took it at once, more.
+    assert 0 < more("inter_token_latency_seconds_count") <= 5
     assert more("request_success_total", f'finished_reason="length",{label}') == 2
     assert more("http_requests_total", f'{label},route="/v1/chat/completions",status="200"') == 2
     assert after[f"llama_jax_engine_up{{{label}}}"] == 1

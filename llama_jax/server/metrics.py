@@ -184,8 +184,9 @@ class Times:
         if piece.token_ids:
             if not self._last:
                 self._metrics.first.observe(now - self._begun)
-            if piece.index in self._last:
-                self._metrics.between.observe((now - self._last[piece.index]) / len(piece.token_ids))
+            if piece.index in self._last:  # a piece of several tokens, as of a slow reader, has one time for each
+                for _ in piece.token_ids:
+                    self._metrics.between.observe((now - self._last[piece.index]) / len(piece.token_ids))
             self._last[piece.index] = now
         if piece.output is not None:
             self._end(piece.output, now)
