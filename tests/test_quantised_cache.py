@@ -31,8 +31,8 @@ from llama_jax.errors import DoesNotFit, KernelError, RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention
 from llama_jax.kernels.attention.assembly import FIELDS as FIELDS_OF_BYTES
 from llama_jax.kernels.attention.assembly import UNIT
-from llama_jax.kernels.attention.codes import numbers as codes_numbers
 from llama_jax.kernels.attention.records import CODES
+from llama_jax.kernels.attention.records import numbers as codes_numbers
 from llama_jax.kernels.dispatch import using
 from llama_jax.measure.static import time_static
 from llama_jax.model import forward
@@ -150,7 +150,7 @@ def test_codes_of_four_bits_are_odd_numbers_two_to_a_byte() -> None:
 
 @pytest.mark.parametrize("dtype", FIELDS_OF_BYTES)
 def test_what_the_assembly_multiplies_and_adds(dtype: str) -> None:
-    """The instructions' constants, exact in bfloat16, make of every byte what `codes.numbers` does."""
+    """The instructions' constants, exact in bfloat16, make of every byte what `records.numbers` does."""
     every = np.arange(256, dtype=np.uint8)
     want = np.asarray(codes_numbers(jnp.asarray(every.view(dtype)[:, None]), jnp.float32), np.float64)
     for i, field in enumerate(FIELDS_OF_BYTES[dtype]):

@@ -14,9 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention.codes import numbers
 from llama_jax.kernels.attention.decode.partition import visible_slots
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels, refuse_gradients
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, beyond_kernels, numbers, refuse_gradients
 from llama_jax.kernels.attention.reference import MASKED, attention_reference, gather_pages, visible
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.targets import Target

@@ -51,18 +51,6 @@ class Parts(NamedTuple):
             store_tile(ref, (*index, part), tile, valid)
 
 
-def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """What codes [..., bytes] stand for, without their scales: [..., head_dim], exact in every dtype.
-
-    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, stand for
-    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, of which as many are below 0 as above.
-    """
-    if codes.dtype == jnp.uint8:
-        halves = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
-        codes = 2 * halves.astype(jnp.int8) - 15
-    return codes.astype(dtype)
-
-
 def _upper(x: jax.Array) -> jax.Array:
     """float32 numbers that bfloat16 holds, in bfloat16: the upper half is an operation, where rounding takes five
     (`pallas.rounds_to_bfloat16`)."""
@@ -72,7 +60,7 @@ def _upper(x: jax.Array) -> jax.Array:
 
 
 def _parts(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """`numbers` of a tile, by `Parts`."""
+    """`records.numbers` of a tile, by `Parts`."""
     codes = [tile]
     if tile.dtype == jnp.uint8:
         wide = tile.astype(jnp.int32)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llama_jax.errors import KernelError
 
@@ -22,7 +23,7 @@ class Codes(NamedTuple):
     Attributes:
       dtype: of the array that holds the codes.
       per_byte: codes in one number of it.
-      largest: the largest number that a code stands for (`codes.numbers`).
+      largest: the largest number that a code stands for (`numbers`).
     """
 
     dtype: str
@@ -35,6 +36,18 @@ CODES = {"int8": Codes("int8", 1, 127), "int4": Codes("uint8", 2, 15)}
 
 SCHEMES = {"int8": ("int8", "int8"), "k8v4": ("int8", "int4"), "int4": ("int4", "int4")}
 """Kinds of the codes of keys and of values, by a name for both."""
+
+
+def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """What codes [..., bytes] stand for, without their scales: [..., head_dim], exact in every dtype.
+
+    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, stand for
+    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, of which as many are below 0 as above.
+    """
+    if codes.dtype == jnp.uint8:
+        halves = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+        codes = 2 * halves.astype(jnp.int8) - 15
+    return codes.astype(dtype)
 
 
 @dataclass(frozen=True)

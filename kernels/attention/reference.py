@@ -8,8 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.attention.codes import numbers
-from llama_jax.kernels.attention.records import KeysValues, Places, Rule, Visibility, by_row
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule, Visibility, by_row, numbers
 from llama_jax.kernels.precision import matmul_precision
 
 # Finite, so that a row with nothing to see (padding) gives numbers and not NaN. A power of two, so that its product

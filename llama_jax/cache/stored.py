@@ -172,7 +172,7 @@ def quantise(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
       kind: of the codes, a key of `CODES`.
 
     Returns:
-      int8 [..., n]; of four bits uint8 [..., n / 2], as `codes.numbers` reads them.
+      int8 [..., n]; of four bits uint8 [..., n / 2], as `records.numbers` reads them.
     """
     of = CODES[kind]
     x = x.astype(jnp.float32)
