@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a draft model gains, by how often it is right.
+"""The gain of a draft model, by how often it is right.
 
 Models of published shapes with random weights hardly ever agree. Here both are made to: attention and MLP of each block
 add zero, and the head says which token follows which, so that the draft model is right for a share of the tokens that
