@@ -198,8 +198,16 @@ def perplexity(
 
     Arguments and errors as for `score_rolling`.
     """
-    options = {"max_length": max_length, "overlap": overlap, "batch_tokens": batch_tokens}
-    return score_rolling(model, tokenizer, [text], progress=progress, **options)[0].perplexity
+    (found,) = score_rolling(
+        model,
+        tokenizer,
+        [text],
+        max_length=max_length,
+        overlap=overlap,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+    return found.perplexity
 
 
 def _checked_pairs(pairs: Iterable[tuple[Prompt, Prompt]]) -> Iterable[tuple[Prompt, Prompt]]:

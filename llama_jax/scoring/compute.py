@@ -15,7 +15,7 @@ import numpy as np
 from llama_jax.cache import DenseCache
 from llama_jax.checkpoint import Progress
 from llama_jax.config import LlamaConfig
-from llama_jax.decode.buckets import batch_bucket, bucket, prompt_bucket
+from llama_jax.decode.buckets import batch_bucket, bucket
 from llama_jax.decode.prefill import pad_prompts
 from llama_jax.kernels.dispatch import using
 from llama_jax.model import forward, unembed
@@ -97,18 +97,16 @@ def batches(pairs: Sequence[Pair], budget: int, *, stretches: bool = False) -> I
 
     def sizes(numbers: list[int]) -> tuple[int, int]:
         longest = max(len(pairs[i].continuation) for i in numbers)
-        return prompt_bucket(len(pairs[numbers[0]].context)), 1 if longest == 1 else bucket(longest, 8, 1)
+        return bucket(len(pairs[numbers[0]].context), 32, 1), 1 if longest == 1 else bucket(longest, 8, 1)
 
     batch = None
     for numbers in sorted(groups.values(), key=sizes, reverse=True):
         length, scored = sizes(numbers)
         context = pairs[numbers[0]].context
-        if batch is not None and batch.length != length:
-            yield batch
-            batch = None
         owner = None
         for number in numbers:
-            if batch is not None and len(batch.members) == batch.rows:
+            # Shorter ones fill a batch up: its rows are computed in any case, and another shape is another program.
+            if batch is not None and (len(batch.members) == batch.rows or scored > batch.scored):
                 yield batch
                 batch = None
             if batch is None:
@@ -173,7 +171,8 @@ def _scored(
     Returns:
       float32 and bool [rows, scored]: log-probabilities, and whether each token is the likeliest.
     """
-    (count, length), (rows, scored) = contexts.shape, targets.shape
+    count, length = contexts.shape
+    rows, scored = targets.shape
     run = partial(forward, params, config, capture=("final_norm",))
     cache = DenseCache.create(config, count, length + (scored if scored > 1 else 0), cache_dtype)
     last = jnp.full((count, 1), length - 1, jnp.int32)
@@ -192,8 +191,6 @@ def _scored(
 
     # Both are powers of two, or one.
     width = min(scored, 1 << max(LOGITS // (config.vocab_size * rows), 1).bit_length() - 1)
-    parts = [
-        jnp.moveaxis(x.reshape(rows, scored // width, width, *x.shape[2:]), 1, 0) for x in (hidden, targets)
-    ]
-    logprobs, greedy = jax.lax.map(compared, tuple(parts))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(rows, scored) for x in (logprobs, greedy))
+    parts = [jnp.moveaxis(x.reshape(rows, scored // width, width, *x.shape[2:]), 1, 0) for x in (hidden, targets)]
+    logprobs, greedy = (jnp.moveaxis(x, 0, 1).reshape(rows, scored) for x in jax.lax.map(compared, tuple(parts)))
+    return logprobs, greedy

@@ -66,7 +66,9 @@ def encode_pair(tokenizer: Tokenizer | None, context: Prompt, continuation: Prom
       TokenizerError: a text cannot be encoded.
     """
     if isinstance(context, str) != isinstance(continuation, str):
-        raise RequestError("a pair is two texts or two lists of token ids", param="pairs", hint="encode both or neither")
+        raise RequestError(
+            "a pair is two texts or two lists of token ids", param="pairs", hint="encode both or neither"
+        )
     if isinstance(context, str) and isinstance(continuation, str):
         if tokenizer is None:
             raise RequestError("texts need a tokenizer", param="pairs", hint="pass one, or pairs of token ids")
