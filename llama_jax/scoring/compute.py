@@ -35,14 +35,13 @@ class Batch:
     """Continuations that are computed together.
 
     Attributes:
-      length, scored: what contexts and continuations are padded to; rows: of continuations, at most.
+      length, scored: what contexts and continuations are padded to.
       contexts: of which each is computed once.
       members: numbers of pairs; owners: the context of each.
     """
 
     length: int
-    scored: int
-    rows: int
+    scored: int = 1
     contexts: list[tuple[int, ...]] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)
@@ -99,22 +98,25 @@ def batches(pairs: Sequence[Pair], budget: int, *, stretches: bool = False) -> I
         longest = max(len(pairs[i].continuation) for i in numbers)
         return bucket(len(pairs[numbers[0]].context), 32, 1), 1 if longest == 1 else bucket(longest, 8, 1)
 
+    def rows(length: int, scored: int) -> int:
+        most = max(budget // (length + scored), 1)
+        return max(1 << most.bit_length() - 1, ways("batch"))
+
     batch = None
     for numbers in sorted(groups.values(), key=sizes, reverse=True):
         length, scored = sizes(numbers)
-        context = pairs[numbers[0]].context
         owner = None
         for number in numbers:
             # Shorter ones fill a batch up: its rows are computed in any case, and another shape is another program.
-            if batch is not None and (len(batch.members) == batch.rows or scored > batch.scored):
+            wider = max(scored, batch.scored if batch else 0)
+            if batch is not None and len(batch.members) >= rows(batch.length, wider):
                 yield batch
-                batch = None
-            if batch is None:
-                most = max(budget // (length + scored), 1)
-                batch, owner = Batch(length, scored, max(1 << most.bit_length() - 1, ways("batch"))), None
+                batch, owner, wider = None, None, scored
+            batch = batch or Batch(length)
+            batch.scored = wider
             if owner is None:
                 owner = len(batch.contexts)
-                batch.contexts.append(context)
+                batch.contexts.append(pairs[number].context)
             batch.members.append(number)
             batch.owners.append(owner)
     if batch is not None:
@@ -173,15 +175,24 @@ def _scored(
     """
     count, length = contexts.shape
     rows, scored = targets.shape
-    run = partial(forward, params, config, capture=("final_norm",))
+
+    def run(
+        tokens: jax.Array, at: jax.Array, cache: DenseCache, lengths: jax.Array, only: jax.Array | None = None
+    ) -> tuple[jax.Array, DenseCache]:
+        """Hidden states that logits are made of, and the cache."""
+        _, cache, seen = forward(
+            params, config, tokens, at, cache, rope_lengths=lengths, logits_at=only, capture=("final_norm",)
+        )
+        return seen["final_norm"], cache
+
     cache = DenseCache.create(config, count, length + (scored if scored > 1 else 0), cache_dtype)
     last = jnp.full((count, 1), length - 1, jnp.int32)
     text = jnp.ones((count,), jnp.int32).at[owners].max(lengths)  # the same for all continuations where it matters
-    _, cache, seen = run(contexts, positions, cache, logits_at=last, rope_lengths=text)
-    hidden = seen["final_norm"][owners]
+    hidden, cache = run(contexts, positions, cache, text, last)
+    hidden = hidden[owners]
     if scored > 1:
-        _, _, seen = run(targets, following, cache.select(owners), rope_lengths=lengths)
-        hidden = jnp.concatenate([hidden, seen["final_norm"][:, :-1]], axis=1)
+        behind, _ = run(targets, following, cache.select(owners), lengths)
+        hidden = jnp.concatenate([hidden, behind[:, :-1]], axis=1)
 
     def compared(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, tokens = part
