@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from tiny_chat_model import write_chat_model
 
 import llama_jax as lj
 from llama_jax.cli import cli
+from llama_jax.convert import convert
 from llama_jax.errors import RequestError
 from llama_jax.model.loaded import Model
 from llama_jax.scoring.pairs import encode_pair
@@ -68,20 +71,35 @@ def test_pairs(smollm2: tuple[Model, Tokenizer]) -> None:
 
 
 @pytest.mark.slow
-def test_rolling(smollm2: tuple[Model, Tokenizer], tmp_path: Path) -> None:
-    """Also by the command, with shorter windows."""
+def test_rolling(smollm2: tuple[Model, Tokenizer]) -> None:
     rolling = EXPECTED["rolling"]
     (found,) = lj.score_rolling(*smollm2, [TEXT], max_length=LENGTH)
     want = rolling["by_max_length"][str(LENGTH)]
     assert (found.words, found.bytes, found.tokens) == (rolling["words"], rolling["bytes"], rolling["tokens"])
+    assert found.windows == math.ceil(found.tokens / LENGTH)
     assert found.logprob == pytest.approx(want["loglikelihood"], abs=EACH * found.tokens)
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         assert getattr(found, name) == pytest.approx(want[name], rel=1e-4)
-    done = CliRunner().invoke(cli, ["perplexity", str(DATA / "text.txt"), "--window", "256", "--json", "-q"])
-    facts, want = json.loads(done.stdout), rolling["by_max_length"]["256"]
-    assert facts["loglikelihood"] == pytest.approx(want["loglikelihood"], abs=EACH * found.tokens)
-    assert facts["perplexity"] == pytest.approx(math.exp(-want["loglikelihood"] / found.tokens), rel=1e-4)
-    assert facts["windows"] == math.ceil(found.tokens / 256)
+
+
+def test_perplexity_command(tmp_path: Path) -> None:
+    """The numbers of `score_rolling`, of a model whose tokenizer adds BOS, from standard input."""
+    folder = convert(write_chat_model(tmp_path / "hf"), tmp_path / "tiny")
+    options = ["--window", "64", "--overlap", "16", "-q", "-m", str(folder)]
+    done = CliRunner().invoke(cli, ["perplexity", "-", "--json", *options], input=TEXT[:600])
+    facts = json.loads(done.stdout)
+    (want,) = lj.score_rolling(*lj.load(folder), [TEXT[:600]], max_length=64, overlap=16)
+    assert want.windows > 2
+    assert facts["loglikelihood"] == pytest.approx(want.logprob, abs=1e-3)
+    for name in ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"):
+        assert facts[name] == pytest.approx(getattr(want, name), rel=1e-4)
+    assert {name: facts[name] for name in ("tokens", "words", "bytes", "windows")} == {
+        name: getattr(want, name) for name in ("tokens", "words", "bytes", "windows")
+    }
+    done = CliRunner().invoke(cli, ["perplexity", "-", *options], input=TEXT[:600])
+    assert f"{want.tokens} tokens, {want.words} words, 600 bytes" in done.stdout
+    done = CliRunner().invoke(cli, ["perplexity", "-", "--json", *options], input="")
+    assert (done.exit_code, json.loads(done.stdout)["error"]["param"]) == (2, "texts")
 
 
 @pytest.mark.slow
@@ -144,9 +162,9 @@ def test_adapter(smollm2: tuple[Model, Tokenizer]) -> None:
         lm.generate_until(requests("generate_until", (chat, {"max_gen_toks": 256})))
 
 
-def test_eval_without_lm_eval_or_without_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before a model is loaded."""
-    monkeypatch.setitem(__import__("sys").modules, "llama_jax.scoring.lm_eval", None)
+    monkeypatch.setitem(sys.modules, "llama_jax.scoring.lm_eval", None)
     done = CliRunner().invoke(cli, ["eval", "smol_mc", "--json", "-m", "./no-such-model"])
     assert done.exit_code == 2
     assert "llama-jax[eval]" in json.loads(done.stdout)["error"]["hint"]
