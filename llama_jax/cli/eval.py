@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import numbers
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,12 +112,16 @@ def command(
         (printable(task), name, f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
         for task, values in results.items()
         for name, value in values.items()
-        if "_stderr," not in name and isinstance(value, float | int)
+        if "_stderr," not in name and value is not None
         for error in [values.get(name.replace(",", "_stderr,"))]
     ]
     sys.stdout.write("".join(line + "\n" for line in table([("task", "metric", "value"), *rows])))
 
 
-def _metrics(values: dict[str, Any]) -> dict[str, Any]:
-    """A task's metrics by lm-eval's names ("acc,none"); what was not computed is None."""
-    return {name: None if value == "N/A" else value for name, value in values.items() if "," in name}
+def _metrics(values: dict[str, Any]) -> dict[str, float | None]:
+    """A task's metrics by lm-eval's names ("acc,none"); what was not computed, or is no number, is None."""
+    metrics = {name: value for name, value in values.items() if "," in name}
+    return {
+        name: float(value) if isinstance(value, numbers.Real) and math.isfinite(value) else None
+        for name, value in metrics.items()
+    }

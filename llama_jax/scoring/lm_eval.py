@@ -74,7 +74,6 @@ class LlamaJaxLM(LM):
             "batch_tokens": batch_tokens,
             "progress": progress,
         }
-        self._llm: LLM | None = None
         self._template: str | None = None
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -97,10 +96,9 @@ class LlamaJaxLM(LM):
           RequestError: a task asks for a setting that is not known here, or for more tokens than the context has.
         """
         asked = [self._request(*request.args) for request in requests]
-        if self._llm is None:
-            self._llm = LLM(self.model, self.tokenizer)
+        llm = LLM(self.model, self.tokenizer)  # not kept: its pages take the memory that scores need
         texts: dict[int, str] = {}
-        for i, output in self._llm.each([prompt for prompt, _ in asked], [params for _, params in asked]):
+        for i, output in llm.each([prompt for prompt, _ in asked], [params for _, params in asked]):
             texts[i] = output.text
             if self._progress is not None:
                 self._progress(len(texts), len(asked), "answers")
