@@ -184,12 +184,18 @@ def test_batches_hold_every_pair_once(shapes: list[tuple[int, int, int]], budget
     found: list[Batch] = list(batches(pairs, budget))
     assert sorted(number for batch in found for number in batch.members) == list(range(len(pairs)))
     for batch in found:
-        assert len(batch.members) == 1 or len(batch.members) * (batch.length + batch.scored) <= budget
+        computed = len(batch.contexts) * batch.length + len(batch.members) * batch.scored
+        assert len(batch.members) == 1 or computed <= budget
         assert len(set(batch.contexts)) == len(batch.contexts)  # each is computed once
         for number, owner in zip(batch.members, batch.owners, strict=True):
             assert batch.contexts[owner] == pairs[number].context
             assert len(pairs[number].context) <= batch.length
             assert len(pairs[number].continuation) <= batch.scored
+
+
+def test_a_long_context_is_computed_once_for_all_of_its_continuations() -> None:
+    (batch,) = batches([Pair((1,) * 500, (i,) * 6) for i in range(8)], 2048)
+    assert (len(batch.contexts), batch.owners) == (1, [0] * 8)
 
 
 @given(st.integers(1, 30), st.integers(1, 10), st.integers(10, 20))

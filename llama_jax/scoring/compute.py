@@ -22,10 +22,12 @@ from llama_jax.model import forward, unembed
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.scoring.pairs import Pair
-from llama_jax.sharding import on, ways
+from llama_jax.sharding import on
 
 GPU_TOKENS, CPU_TOKENS = 16384, 2048
 """Tokens of a batch, padding included: a device's arithmetic is busy with these, and their cache is small."""
+COPIES = 4
+"""Tokens that a batch keeps in copies of its contexts, at most, for each that it computes."""
 LOGITS = 2**25
 """Logits that exist at once, at most: 128 MiB."""
 
@@ -98,20 +100,23 @@ def batches(pairs: Sequence[Pair], budget: int, *, stretches: bool = False) -> I
         longest = max(len(pairs[i].continuation) for i in numbers)
         return bucket(len(pairs[numbers[0]].context), 32, 1), 1 if longest == 1 else bucket(longest, 8, 1)
 
-    def rows(length: int, scored: int) -> int:
-        most = max(budget // (length + scored), 1)
-        return max(1 << most.bit_length() - 1, ways("batch"))
+    def fits(length: int, scored: int, contexts: int, members: int) -> bool:
+        contexts, members = batch_bucket(contexts), batch_bucket(members)
+        computed, cached = contexts * length + members * scored, members * (length + scored)
+        return computed <= budget and cached <= COPIES * budget
 
     batch = None
     for numbers in sorted(groups.values(), key=sizes, reverse=True):
         length, scored = sizes(numbers)
         owner = None
         for number in numbers:
-            # Shorter ones fill a batch up: its rows are computed in any case, and another shape is another program.
+            # Shorter ones fill a batch up: another shape is another program.
             wider = max(scored, batch.scored if batch else 0)
-            if batch is not None and len(batch.members) >= rows(batch.length, wider):
-                yield batch
-                batch, owner, wider = None, None, scored
+            if batch is not None:
+                contexts = len(batch.contexts) + (owner is None)
+                if not fits(batch.length, wider, contexts, len(batch.members) + 1):
+                    yield batch
+                    batch, owner, wider = None, None, scored
             batch = batch or Batch(length)
             batch.scored = wider
             if owner is None:
