@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from llama_jax.model.quantization import quantize
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
     from llama_jax.sampling import Grammar, SamplingParams, sample
+    from llama_jax.scoring import perplexity, score, score_rolling
     from llama_jax.sharding import make_mesh
     from llama_jax.text.chat import encode_chat, render_chat
     from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -58,6 +59,7 @@ _HOME = {
     "model": ("activation_names", "forward", "unembed"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
     "sampling": ("Grammar", "SamplingParams", "sample"),
+    "scoring": ("perplexity", "score", "score_rolling"),
     "sharding": ("make_mesh",),
     "text.tokenizer": ("Tokenizer", "load_tokenizer"),
 }
@@ -93,11 +95,14 @@ __all__ = [
     "make_mesh",
     "open_checkpoint",
     "param_specs",
+    "perplexity",
     "preset",
     "quantize",
     "render_chat",
     "sample",
     "save",
+    "score",
+    "score_rolling",
     "stream_generate",
     "unembed",
     "verify",

@@ -33,6 +33,7 @@ from helpers import (
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny_chat_model import write_chat_model
 
+import llama_jax as lj
 from llama_jax import layout, sharding
 from llama_jax.aot.programs import prefill_program
 from llama_jax.cache import DenseCache, NewCache
@@ -104,6 +105,20 @@ def test_generate_equals_transformers(case: str, mesh: str) -> None:
     assert error(logits, golden.logits, golden.mask) < TOLERANCE
     rows, vocab = layout.partition_spec(param_specs(config)[0], config, made)[0], config.vocab_size
     assert logits.sharding.shard_shape(logits.shape)[2] == vocab // (made.shape["tensor"] if rows else 1)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_scores_equal_those_of_one_device(mesh: str) -> None:
+    """Contexts that are shared, batches that do not fill the data axis."""
+    config, rng = tiny_config(num_kv_heads=4), np.random.default_rng(5)
+    params = random_params(config)
+    contexts = [rng.integers(0, 40, n).tolist() for n in (3, 3, 20)]
+    pairs = [(contexts[i], rng.integers(0, 40, n).tolist()) for i, n in ((0, 4), (1, 1), (1, 6), (2, 2), (2, 5))]
+    want = lj.score(Model(params, config), None, pairs)
+    found = lj.score(on_mesh(params, config, sharding.make_mesh(mesh)), None, pairs)
+    for one, other in zip(found, want, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+        assert one.is_greedy == other.is_greedy
 
 
 def assert_parts(params: Params, config: LlamaConfig, mesh: Mesh) -> None:

@@ -22,6 +22,8 @@ COMMANDS = {
     "convert": "Convert a model to a checkpoint.",
     "quantize": "Store a model's weights in few bits.",
     "quality": "Compare a quantised model's predictions with the original's.",
+    "perplexity": "Find how well a model predicts a text.",
+    "eval": "Run lm-eval's tasks.",
     "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
     "verify": "Check a checkpoint's digests and its numbers.",
     "show": "Show what a model is: shapes, size, dtype, licence.",

@@ -72,6 +72,15 @@ class Reporter:
 
         self._show(done, total, line, _byte_columns)
 
+    def counted(self, done: int, total: int, name: str) -> None:
+        """Takes how many are done, how many there are in all, and what they are called."""
+
+        def line(seconds: float, before: int) -> str:
+            rest = (total - done) * seconds / (done - before) if done > before else 0.0
+            return f"{done} of {total} {name}" + (f", {_left(rest)}" if rest else "")
+
+        self._show(done, total, line, _count_columns)
+
     def compiled(self, news: Compiled) -> None:
         """Takes news of a program that an engine has compiled before it is ready; for `compiling` of `LLM`."""
         if self._began is None:

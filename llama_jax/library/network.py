@@ -13,6 +13,11 @@ YES = "LLAMA_JAX_YES"
 """Set to 1, as the command line's `--yes` does, nobody is asked before the default model is fetched."""
 
 
+def is_offline() -> bool:
+    """Whether LLAMA_JAX_OFFLINE is set."""
+    return _is_set(OFFLINE)
+
+
 def check_online(what: str, *, otherwise: str) -> None:
     """Raises NetworkError if LLAMA_JAX_OFFLINE is set.
 
@@ -20,7 +25,7 @@ def check_online(what: str, *, otherwise: str) -> None:
       what: what would be fetched.
       otherwise: how to come by it without the network, for the hint.
     """
-    if _is_set(OFFLINE):
+    if is_offline():
         raise NetworkError(
             f"{what} would have to be fetched, and {OFFLINE} is set", hint=f"unset {OFFLINE}, or {otherwise}"
         )
