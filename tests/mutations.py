@@ -178,8 +178,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "query, key and value biases missing",
         "llama_jax/model/weights.py",
-        "return tuple(linear(x, params[part], adapters.of(part)) for part in parts)",
-        'return tuple(linear(x, {"weight": params[part]["weight"]}, adapters.of(part)) for part in parts)',
+        "linear(x, params[part], adapters.of(part)",
+        'linear(x, {"weight": params[part]["weight"]}, adapters.of(part)',
         golden("qwen2-bias", "llama-biases"),
     ),
     Mutation(
@@ -206,8 +206,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "bias of the MLP's output missing",
         "llama_jax/model/layers.py",
-        'params["down_proj"], adapters.of("down_proj"))',
-        '{"weight": params["down_proj"]["weight"]}, adapters.of("down_proj"))',
+        'params["down_proj"], adapters.of("down_proj"), dims',
+        '{"weight": params["down_proj"]["weight"]}, adapters.of("down_proj"), dims',
         golden("llama-biases"),
     ),
     Mutation(
@@ -441,8 +441,8 @@ CONVERSION: tuple[Mutation, ...] = (
     Mutation(
         "GPTQ inputs not in the order of activations",
         "convert/quantized/gptq.py",
-        "rows).T, groups)",
-        "rows).T, None)",
+        "zeros.T, groups)",
+        "zeros.T, None)",
         ("tests/test_convert_quantized.py::test_weights_are_those_of_the_library[gptq-int4-act-order]",),
     ),
     Mutation(

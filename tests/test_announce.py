@@ -16,8 +16,8 @@ from llama_jax.convert import convert
 from llama_jax.disk import size_text
 from llama_jax.library import resolve
 
-DECODED = gguf.GGMLQuantizationType.Q5_0
-WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 64}  # rows of whole blocks
+DECODED = gguf.GGMLQuantizationType.TQ2_0
+WIDE = LLAMA | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}  # rows of whole blocks
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_a_quantised_source_is_warned_about(tmp_path: Path) -> None:
     assert begins.startswith("Converting ")
     times = stored(out) / (tmp_path / "m.gguf").stat().st_size
     assert times > 2
-    assert warning.startswith(f"Warning: the checkpoint will be {times:.1f} times as large as its source (GGUF Q5_0")
+    assert warning.startswith(f"Warning: the checkpoint will be {times:.1f} times as large as its source (GGUF TQ2_0")
     assert f'--dtype bfloat16` (in Python dtype="bfloat16") makes {size_text(stored(out) // 2)} of it' in warning
     assert "--no-convert" in warning
     assert "load(convert=False)" in warning

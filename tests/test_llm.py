@@ -139,20 +139,28 @@ def test_many_callers() -> None:
 
 
 def test_pieces_end_where_a_stop_string_does(chat: LLM) -> None:
-    """Whatever the same dispatch has drawn behind it: the pieces together are the output."""
+    """Whatever the same dispatch has drawn behind it. The pieces of a stream together are the output; a whole answer is
+    one piece."""
     prompt, params = "Hello there", SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, logprobs=1)
     text = chat.generate([prompt], params)[0].outputs[0].text
     params = replace(params, stop=(text[4:6],))
 
-    async def run() -> list[Piece]:
+    async def run() -> list[list[Piece]]:
         async with Engine(chat.model, chat.tokenizer, rows=2, context=128, ahead=False) as engine:
             assert engine.settings.steps > 4
-            return [piece async for piece in engine._pieces(Request(prompt, params), streamed=False)]
+            request = Request(prompt, params)
+            ways = [engine._pieces(request, streamed=streamed) for streamed in (False, True)]
+            return [[piece async for piece in pieces] for pieces in ways]
 
-    pieces = asyncio.run(run())
-    assert pieces[-1].output is not None
-    (completion,) = pieces[-1].output.outputs
-    assert "".join(piece.text for piece in pieces) == completion.text == text[: text.index(text[4:6])]
+    whole, pieces = asyncio.run(run())
+    assert len(whole) == 1 < len(pieces)
+    for last in (whole[-1], pieces[-1]):
+        assert last.output is not None
+        (completion,) = last.output.outputs
+        assert completion.text == text[: text.index(text[4:6])]
+        assert completion.logprobs is not None
+        assert len(completion.logprobs) == len(completion.token_ids)
+    assert "".join(piece.text for piece in pieces) == completion.text
     assert tuple(i for piece in pieces for i in piece.token_ids) == completion.token_ids
     assert tuple(entry for piece in pieces for entry in piece.logprobs or ()) == completion.logprobs
 

@@ -281,13 +281,13 @@ def test_responses(server: Server) -> None:
     assert (made.metadata, made.temperature) == ({"a": "b"}, 0.0)
 
 
-ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]}
+ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "now"}]}
 
 
 def test_responses_with_allowed_tools(server: Server) -> None:
     other = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
     made = parsed(responses(server, tools=[other, FLAT_TOOL], tool_choice=ALLOWED, max_output_tokens=60).json)
-    assert {item.name for item in made.output} == {"get_weather"}
+    assert [(item.name, item.arguments) for item in made.output] == [("now", "{}")]
     assert made.tool_choice.mode == "required"
 
 

@@ -92,7 +92,7 @@ def test_times_of_a_stream(monkeypatch: pytest.MonkeyPatch, snapshot: Callable[[
         return values(family, "_count")["a"], pytest.approx(values(family, "_sum")["a"])
 
     assert of("time_to_first_token_seconds") == (1, 0.4)
-    assert of("inter_token_latency_seconds") == (2, 0.1 + 0.3)
+    assert of("inter_token_latency_seconds") == (3, 0.1 + 0.1 + 0.3)
     assert of("e2e_request_latency_seconds") == (1, 0.9)
     assert of("request_decode_time_seconds") == (1, 0.5)
     assert of("request_time_per_output_token_seconds") == (1, 0.5 / 3)
