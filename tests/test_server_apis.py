@@ -285,7 +285,8 @@ ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "func
 
 
 def test_responses_with_allowed_tools(server: Server) -> None:
-    other = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    other = {"type": "function", "name": "now", "parameters": nothing}
     made = parsed(responses(server, tools=[other, FLAT_TOOL], tool_choice=ALLOWED, max_output_tokens=60).json)
     assert [(item.name, item.arguments) for item in made.output] == [("now", "{}")]
     assert made.tool_choice.mode == "required"
