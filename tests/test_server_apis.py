@@ -287,7 +287,8 @@ ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "func
 def test_responses_with_allowed_tools(server: Server) -> None:
     nothing = {"type": "object", "properties": {}, "additionalProperties": False}
     other = {"type": "function", "name": "now", "parameters": nothing}
-    made = parsed(responses(server, tools=[other, FLAT_TOOL], tool_choice=ALLOWED, max_output_tokens=60).json)
+    body = {"tools": [other, FLAT_TOOL], "tool_choice": ALLOWED, "parallel_tool_calls": False}
+    made = parsed(responses(server, **body, max_output_tokens=100).json)
     assert [(item.name, item.arguments) for item in made.output] == [("now", "{}")]
     assert made.tool_choice.mode == "required"
 
