@@ -114,7 +114,7 @@ class Jobs:
           settings: of each replica; without them the engine starts with `room` tokens and grows as needed.
           draft: the draft model, on the devices of the model.
           peak: peak rates of each device, for its utilisation.
-          options: without `settings`, those of `default_settings`. A context among them is final.
+          options: without `settings`, those of `default_settings`. With a context among them it does not grow.
         """
         self._models, self._tokenizer, self._adapters = replicas(model), tokenizer, adapters
         self._drafts = None if draft is None else replicas(draft)
