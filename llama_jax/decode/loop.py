@@ -1,7 +1,7 @@
 """The decode step on the device, and the loop that runs it: token ids in, token ids out.
 
 Every row counts its own tokens: it may start and end at any step, and draws the same tokens as it would alone. `_step`
-is the only implementation of a step. `advance` runs it in a `lax.while_loop`: many times for a batch, once for a stream.
+is the only implementation of a step. `advance` runs it in a `lax.while_loop`: many times for a batch, once for streams.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ rows: the text of each; logprobs: of its tokens, if requested; errors: the error
         outgrown = drawn.ending == "length" and len(row.token_ids) < self.limit
         if drawn.ending and not outgrown:
             added += row.end("error" if drawn.ending == "failed" else drawn.ending)
-            if drawn.ending == "stop":  # a grammar ends with the last token it allows
+            if drawn.ending == "stop":  # a grammar's end may coincide with the limit
                 row.finish_reason = "stop"
             self.errors[copy] = drawn.error
         self.left -= row.finish_reason is not None
