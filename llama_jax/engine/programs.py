@@ -44,8 +44,7 @@ class Control:
         self.size = sum(int(np.prod(shape)) for shape in shapes.values())
 
     def new(self, **fills: int) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-        """Makes an array for the host to fill, and its parts, which are views; each starts with its value in `fills`, or
-        0."""
+        """Makes an array for the host to fill, and views of its parts; each starts with its value in `fills`, or 0."""
         array = np.zeros(self.size, np.int32)
         parts = self.parts(array)
         for name, value in fills.items():
@@ -137,8 +136,8 @@ def verify(
     drafts: int,
     loops: bool,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None, jax.Array | None]:
-    """Runs one pass over the last token and the draft of some rows. Each draws after its last token, and continues after
-    the draft's tokens as long as it has drawn them: every draw equals that of a decode step.
+    """Runs one pass over the last token and the draft of some rows. Each draws after its last token, and continues
+    after the draft's tokens as long as it has drawn them: every draw equals that of a decode step.
 
     Args:
       texts: int32 [rows of the state, context], complete up to the last token for rows that look up their drafts; None
