@@ -113,7 +113,7 @@ def begin(
 
     Args:
       logits: float32 [rows, vocab] of the prompts' last tokens.
-cache: holds the prompts.
+      cache: holds the prompts.
       prompt_lengths, limit, adapter_ids: int32 [batch]; rows with limit 0 stay idle.
       source: int32 [batch], the row of `logits` that each row of the batch continues; None if they are the same.
     """
@@ -136,7 +136,7 @@ def join(
     """The state after idle rows have begun a text and their first tokens were drawn, at any step of the other rows.
 
     Args:
-state: its cache holds the prompts (`prefill(cache=, rows=)`).
+      state: its cache holds the prompts (`prefill(cache=, rows=)`).
       rows: int32 [n], those that begin; indices past the last row are padding.
       logits: float32 [n, vocab] of the prompts' last tokens.
       sampler: of the n rows, of the same profile.

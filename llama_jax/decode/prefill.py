@@ -53,7 +53,7 @@ def prefill_chunk(
     """Puts one chunk of the prompts int32 [n, length] into rows int32 [n] of the cache (None: all of them, in order).
 
     Args:
-new: the cache to make if there is none.
+      new: the cache to make if there is none.
       lengths: int32 [n], of the whole prompts, which a chunk alone does not tell.
       adapters, adapter_ids: see `forward`; int32 [n, 1].
 
@@ -95,7 +95,7 @@ def prefill(
 
     Args:
       prompts: token ids of each row.
-cache: an existing one, which is donated, or one to make. The rows to fill must be empty.
+      cache: an existing one, which is donated, or one to make. The rows to fill must be empty.
       rows: the cache rows for the prompts; None: the first ones of a cache with `padded_rows` rows.
       padded_rows: rows of the program, at least len(prompts).
       adapters: slots of adapters (`model.adapters`); adapter_ids: the slot of each prompt, all 0 by default.

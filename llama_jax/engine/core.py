@@ -52,7 +52,7 @@ class Drawn:
 
     Attributes:
       tokens: new ones; logprobs: of them, numpy arrays [tokens] and [tokens, n], or None.
-prompt_logprobs: of the prompt's tokens but the first, once known, if requested.
+      prompt_logprobs: of the prompt's tokens but the first, once known, if requested.
       cached: prompt tokens found in the prefix cache.
       ending: why the sequence has ended, if it has. "failed": it has no next token; error: the reason.
     """
@@ -168,7 +168,7 @@ class Core:
           streamed: whether each token is read as it comes.
 
         Raises:
-DoesNotFit: it can never fit.
+          DoesNotFit: it can never fit.
           RequestError: it has more stop ids or biases than there is room for.
           Overloaded: the queue is full.
         """

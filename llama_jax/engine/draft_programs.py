@@ -64,7 +64,7 @@ def draft(
     """Computes the last tokens of texts, then the most likely next ones one by one.
 
     Args:
-vocab: number of ids that may be drafted.
+      vocab: number of ids that may be drafted.
 
     Returns:
       The cache, holding the last tokens and all drafted ones but the last, and the drafts int32 [rows, drafts].

@@ -21,7 +21,7 @@ def find(texts: jax.Array, counts: jax.Array, most: int) -> jax.Array:
       most: number of tokens to find.
 
     Returns:
-int32 [rows, most], padded with -1.
+      int32 [rows, most], padded with -1.
     """
     place = jnp.arange(texts.shape[1], dtype=jnp.int32)
     same = jnp.ones(texts.shape, bool)

@@ -60,7 +60,7 @@ class Published:
         """The inverse of `to_json`.
 
         Raises:
-KeyError: it is from another version.
+          KeyError: it is from another version.
         """
         names = [field.name for field in dataclasses.fields(cls) if field.name != "snapshot"]
         return cls(**{name: data[name] for name in names}, snapshot=Snapshot.from_json(data["snapshot"]))

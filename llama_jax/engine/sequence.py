@@ -59,7 +59,7 @@ class Sequence:
     """One continuation of one prompt.
 
     Attributes:
-id: unique among all sequences of a scheduler, including ended ones: steps in flight may still name them.
+      id: unique among all sequences of a scheduler, including ended ones: steps in flight may still name them.
       tokens: the prompt, then drawn tokens as they become known to the host.
       prompt_length: number of prompt tokens among them.
       limit: most tokens to draw, including those in `tokens`; 0 to compute the prompt only.

@@ -123,7 +123,7 @@ def default_settings(
       reserve: bytes of each device's free memory to leave unused.
 
     Raises:
-DoesNotFit: a sequence of that length does not fit into memory.
+      DoesNotFit: a sequence of that length does not fit into memory.
       RequestError: the context is longer than the model's.
     """
     on_cpu = model.device.platform == "cpu"

@@ -54,7 +54,7 @@ class Marked:
 
     Attributes:
       rows: int32, the row of each token; NO_ROW is padding.
-tokens: int32. drawn: bool, whether it was drawn (before a preemption) rather than part of the prompt.
+      tokens: int32. drawn: bool, whether it was drawn (before a preemption) rather than part of the prompt.
     """
 
     rows: Any

@@ -14,7 +14,7 @@ class Answer:
     """The continuations of one prompt as they grow.
 
     Attributes:
-rows: the text of each; logprobs: of its tokens, if requested; errors: the error that ended it, if any.
+      rows: the text of each; logprobs: of its tokens, if requested; errors: the error that ended it, if any.
       left: number of continuations that have not ended.
     """
 

@@ -36,7 +36,7 @@ def generate(
     Args:
       tokenizer: None for token ids in, token ids out.
       prompt: text, continued verbatim, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
-params: sampling parameters. Without them decoding is greedy.
+      params: sampling parameters. Without them decoding is greedy.
       page_size: tokens per cache page: 16, 32, 64, 128 or 256; the answer is the same.
       kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default the model's own.
       adapters: slots of low-rank adapters (`llama_jax.model.adapters`); adapter_ids: the slot to use, 0 for none.
@@ -99,10 +99,10 @@ def batch_generate(
 
     Args:
       prompts: texts or lists of token ids.
-params: one for all prompts, or one for each.
+      params: one for all prompts, or one for each.
       page_size, kv_dtype, adapters: as for `generate`.
       adapter_ids: one slot for all prompts, or one for each.
-fields: fields of SamplingParams for all prompts, instead of `params` or overriding them.
+      fields: fields of SamplingParams for all prompts, instead of `params` or overriding them.
 
     Returns:
       One output per prompt, in order.

@@ -104,7 +104,7 @@ class Engine:
         """Yields the pieces of a request's answer as they arrive.
 
         Raises:
-RequestError: the request is invalid, or exceeds the model's context.
+          RequestError: the request is invalid, or exceeds the model's context.
           DoesNotFit: it exceeds the engine's context.
           Overloaded: the queue is full.
           EngineFailed: the device has failed, or the engine is closed.

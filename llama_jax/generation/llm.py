@@ -46,7 +46,7 @@ class LLM:
         for output in llm.generate(["The capital of France is", "2 + 2 ="], max_tokens=8):
             print(output.text)
 
-Not thread-safe.
+    Not thread-safe.
 
     Attributes:
       model, tokenizer: the tokenizer is None for token ids in, token ids out.

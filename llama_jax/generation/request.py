@@ -28,7 +28,7 @@ class Row:
     """One continuation of a prompt.
 
     Attributes:
-prompt: index of the prompt.
+      prompt: index of the prompt.
       params: sampling parameters, with the row's own seed if the request has one.
       limit: most tokens to generate.
       constraints: of this continuation alone, in their initial state.

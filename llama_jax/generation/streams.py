@@ -20,7 +20,7 @@ class Request:
 
     Attributes:
       prompt: text or token ids; for a conversation `encode_chat(tokenizer, messages)`.
-priority: lower ones run first.
+      priority: lower ones run first.
       adapter_id: slot of the adapter, 0 for none.
       tenant: requests share a cached prefix only with those of the same tenant.
     """
@@ -37,7 +37,7 @@ class Piece:
     """News of one continuation of a request.
 
     Attributes:
-index: of the continuation.
+      index: of the continuation.
       text: new text; often empty while a character or a possible stop string is incomplete.
       token_ids: new ones; logprobs: of them, if requested.
       finish_reason, stop_reason: on its last piece, as in `CompletionOutput`.

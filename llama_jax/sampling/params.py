@@ -29,7 +29,7 @@ class SamplingParams:
       top_p: smallest set of tokens whose probabilities reach top_p; 1 keeps all.
       top_k: only the k most likely tokens; 0 or -1 keeps all.
       min_p: only tokens at least min_p times as likely as the most likely one.
-presence_penalty, frequency_penalty: subtracted once, or once per occurrence, from logits of generated tokens.
+      presence_penalty, frequency_penalty: subtracted once, or once per occurrence, from logits of generated tokens.
       repetition_penalty: divides positive (multiplies negative) logits of tokens in prompt or output; 1 is none.
       logit_bias: token id to a number in [-100, 100] added to its logit.
       allowed_token_ids: the only ids that may be generated; ids that end a text must be listed too.

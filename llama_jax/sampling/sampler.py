@@ -26,12 +26,12 @@ def sample(
 ) -> tuple[jax.Array, SamplerState, Logprobs | None]:
     """Draws each row's next token.
 
-A token that a row's mask forbids is never drawn if the mask allows another; `failed` tells which rows have no next
+    A token that a row's mask forbids is never drawn if the mask allows another; `failed` tells which rows have no next
     token.
 
     Args:
       logits: float32 [batch, vocab].
-drawing: bool [batch], rows whose token counts; the state of others is unchanged. All by default.
+      drawing: bool [batch], rows whose token counts; the state of others is unchanged. All by default.
 
     Returns:
       tokens int32 [batch], the state after the draw, and the log-probabilities if the profile has them: zeros if no

@@ -97,7 +97,7 @@ class SamplerState:
 def sampler_axes(state: SamplerState) -> SamplerState:
     """The logical axes of every array of a sampler's state, for `llama_jax.sharding`.
 
-Masks are replicated when the vocabulary is split, since its parts may begin within a word.
+    Masks are replicated when the vocabulary is split, since its parts may begin within a word.
     """
     rows: Any = jax.tree.map(lambda _: ("batch",), state)
     wide = {name: ("batch", "vocab") for name in ("in_prompt", "seen") if getattr(state, name) is not None}
@@ -119,7 +119,7 @@ def make_sampler(
     Rows whose seed is None get a random one here.
 
     Args:
-profile: one that serves all of them; by default the smallest.
+      profile: one that serves all of them; by default the smallest.
       stop_width, bias_width: each row's room for stop ids and biases; by default a sufficient power of two.
 
     Raises:

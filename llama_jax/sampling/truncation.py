@@ -28,7 +28,7 @@ class Limits(Protocol):
 def truncate(logits: jax.Array, limits: Limits, axis: MeshAxes | None = None) -> jax.Array:
     """Forbids the tokens that min_p, top_k and top_p exclude, applied in this order.
 
-Instead of sorting the vocabulary, bisects for the smallest logit to keep: 32 halvings of the order-preserving
+    Instead of sorting the vocabulary, bisects for the smallest logit to keep: 32 halvings of the order-preserving
     integers of the floats find it exactly.
 
     Args:
@@ -36,7 +36,7 @@ Instead of sorting the vocabulary, bisects for the smallest logit to keep: 32 ha
       axis: the mesh axis over which the vocabulary is split, None for whole rows.
 
     Returns:
-The logits, with -inf for forbidden tokens.
+      The logits, with -inf for forbidden tokens.
     """
     best = reductions.largest(logits, axis)[:, None]
     logits = jnp.where(logits - best < jnp.log(limits.min_p)[:, None], -jnp.inf, logits)
