@@ -235,7 +235,7 @@ class BatchFile:
                 missing = [line for line in window if line[0] not in output.done]
                 read = [*self._requests(missing, tokenizer, model.config, model.eos_token_ids)]
                 records.extend(r.record for r in read if isinstance(r, Refused))
-                # Longest first, so that only short ones remain at the end. Others in the input's order, where neighbours
+                # Longest first, so that short ones remain at the end. Others in the input's order, where neighbours
                 # often begin alike.
                 requests = [r for r in read if isinstance(r, Request)]
                 for r in sorted(requests, key=lambda r: r.params.max_tokens or 0, reverse=True):

@@ -172,7 +172,8 @@ def _check_sizes(headers: Sequence[tuple[bytes, bytes]], limits: Limits) -> None
 
 
 def _check_names(headers: dict[bytes, bytes], settings: ServerSettings) -> None:
-    """Refuses cross-origin requests of web pages. A proxy may have terminated https, so the origin's scheme is ignored."""
+    """Refuses requests sent by web pages of other sites. The origin's scheme is ignored, since a proxy may have
+    terminated https."""
     host = headers.get(b"host", b"").decode("latin-1")
     if not settings.serves(host):
         raise Refused(403, "the Host header does not name this server", code="wrong_host", hint="see --allowed-host")

@@ -92,7 +92,7 @@ class Slot:
         self.progress = progress
 
     def refused(self, pause: float) -> Refused:
-        """Return the error for requests before the next attempt, in `pause` seconds; it reveals nothing of local files."""
+        """Return the error until the next attempt, in `pause` seconds; it reveals nothing of local files."""
         return Refused(
             503,
             f"the model {self.names[0]!r} cannot be loaded: {self.failure}",
