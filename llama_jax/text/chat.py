@@ -45,7 +45,7 @@ def render_chat(
     """Render messages as `transformers.apply_chat_template(tokenize=False)` does.
 
     Args:
-      messages: objects with "role" and "content" (and others that the template reads). Keys whose value is None count as
+      messages: objects with "role" and "content" (and others the template reads). Keys whose value is None count as
         missing, and "thinking", "reasoning" and "reasoning_content" are names for the same thing.
       template: the Jinja source.
       add_generation_prompt: end with the header of the assistant's answer.

@@ -168,8 +168,8 @@ class SentencePieceModel:
 def load_model(data: bytes, *, name: str, legacy: bool = False, add_prefix_space: bool = True) -> SentencePieceModel:
     """Load a tokenizer.model.
 
-    The sentencepiece library reads and validates the file. Its vocabulary then moves to the encoder of all other models,
-    which supports added tokens; each load checks that both encode `PROBE` identically.
+    The sentencepiece library reads and validates the file. Its vocabulary then moves to the encoder of all other
+    models, which supports added tokens; each load checks that both encode `PROBE` identically.
 
     Args:
       data: the file, a serialised ModelProto of sentencepiece_model.proto.
@@ -220,7 +220,7 @@ def load_model(data: bytes, *, name: str, legacy: bool = False, add_prefix_space
 
 
 def _normalizers(spec: Any, prefix: Prefix) -> list[dict[str, Any]]:
-    """The normalisation of a NormalizerSpec, applied before the prefix, or after one that the caller has added. It leaves
+    """The normalisation of a NormalizerSpec, applied before the prefix, or after one that the caller has added. Leaves
     white space other than spaces alone."""
     steps: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
