@@ -62,8 +62,8 @@ def make_ready(
     compiling: Progress | None = None,
     draft: Model | None = None,
 ) -> tuple[LLM, float]:
-    """An engine whose programs are all compiled and have run once, and the seconds until it could take requests (without
-    those first runs).
+    """An engine whose programs are all compiled and have run once, and the seconds until it could take requests
+    (without those first runs).
 
     Args:
       ceilings: peak rates for its utilisation (`Snapshot.mbu`).
@@ -93,8 +93,8 @@ def run_job(llm: LLM, works: Sequence[Work]) -> Run:
 
 
 def run_static(model: Model, works: Sequence[Work], batch: int) -> Run:
-    """The same in static batches of `batch` requests, batch by batch in the order of the requests. Runs twice; the first
-    run compiles."""
+    """The same in static batches of `batch` requests, batch by batch in the order of the requests. Runs twice; the
+    first run compiles."""
     for _ in range(2):
         elapsed = 0.0
         for first in range(0, len(works), batch):
