@@ -124,7 +124,7 @@ def command(
 ) -> int:
     """Generate every line of IN and write the results to OUT, both JSON lines; - is standard input or output.
 
-    All of IN is checked before a model is loaded. A line without a seed of its own takes --seed (0 by default) plus its
+    All of IN is checked before a model is loaded. A line without its own seed takes --seed (0 by default) plus its
     number, so that every run gives the same results. Ctrl-C ends the run after the lines that have begun, a second one
     at once; nothing that is done is lost. OUT.meta.json says which input and settings OUT belongs to; standard output
     cannot be resumed.

@@ -24,7 +24,7 @@ class Reporter:
     """Shows what a long call is doing; a context manager.
 
     `progress` and `notify` are made for the arguments of these names of `llama_jax.load`, `convert` and `resolve`: the
-    stages of one call (conversion, then loading) follow one another, and each has a bar of its own.
+    stages of one call (conversion, then loading) follow one another, each with its own bar.
 
     Args:
       quiet: show nothing.

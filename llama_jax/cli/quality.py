@@ -1,4 +1,4 @@
-"""`llama-jax quality`: how far a model's predictions are from those of the model that it was made of."""
+"""`llama-jax quality`: divergence of a model's predictions from those of its original."""
 
 from __future__ import annotations
 

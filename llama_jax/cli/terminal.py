@@ -13,9 +13,9 @@ from typing import Any
 
 from llama_jax.library.sizes import size_text as size_text
 
-# C0 and C1 control characters and DEL as visible signs, so that no escape sequence of a model's output reaches the
+# C0 and C1 control characters and DEL as visible signs, so that no escape sequence in a model's output reaches the
 # terminal. Newline and tab stay; a carriage return could overwrite a line, and is of no use without that.
-# Overrides of the writing direction go too: they can make a line read as something that it is not.
+# Overrides of the writing direction are replaced too: they can disguise a line.
 _VISIBLE: dict[int, int | None] = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
     ord("\r"): None,

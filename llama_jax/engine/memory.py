@@ -1,4 +1,4 @@
-"""What sequences hold of the device's cache: rows, pages, and blocks that others may share."""
+"""Sequences' holdings of the device's cache: rows, pages, and blocks that others may share."""
 
 from __future__ import annotations
 

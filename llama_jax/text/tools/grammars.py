@@ -67,7 +67,7 @@ def answered(
 
     Args:
       calls: the grammar of calls; answer: a JSON schema. The answer is either.
-      reasoning: marks around the reasoning, if there may be any; inside: whether the answer begins within the reasoning.
+      reasoning: marks around the reasoning, if there may be any; inside: whether the answer begins within it.
     """
     body = " | ".join(name for name, given in (("calls", calls), ("answer", answer)) if given)
     rules = [calls.replace("start:", "calls:", 1)] if calls else []

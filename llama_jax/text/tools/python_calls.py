@@ -110,8 +110,8 @@ class PythonCalls(Reading):
 
 
 class LlamaTagged(Reading):
-    """Text after Llama 3's <|python_tag|>: a JSON object; a call of a built-in tool, as in brave_search.call(query="x");
-    or, if there is a tool `code_interpreter`, a program, which is all that follows."""
+    """Text after Llama 3's <|python_tag|>: a JSON object; a call of a built-in tool, as in
+    brave_search.call(query="x"); or, if there is a tool `code_interpreter`, a program, which is all that follows."""
 
     CODE = "code_interpreter"
 
