@@ -52,7 +52,7 @@ def attention_backends(
       dtype: of queries, and of the cache too unless `cache_dtype` is given.
 
     Raises:
-      KernelError: a backend that somebody has named cannot run this.
+      KernelError: a backend named by the user cannot run this.
     """
 
     def array(*shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -103,7 +103,7 @@ def chunk_length(
       prompt: padded length; capacity: slots of a row's cache.
 
     Raises:
-      KernelError: a backend that somebody has named cannot run this.
+      KernelError: a backend named by the user cannot run this.
     """
     rows, itemsize = share("batch", batch), jnp.dtype(dtype).itemsize
     chunk = min(prompt, buckets.MAX_CHUNK)
