@@ -40,7 +40,7 @@ def command(model: str, reference: str, text: str, loading: LoadOptions, quiet: 
 
     Prints the perplexity of both, the mean Kullback-Leibler divergence of the model from its reference in nats a token,
     and the share of tokens of which both find the same likeliest. Windows of 512 tokens are independent, and the
-    second half of each is predicted, as in llama.cpp. Standard errors follow the ± signs.
+    second half of each is predicted, as in llama.cpp. Standard errors follow the plus-minus signs.
 
     The options hold for both models, which are in memory together, but --activations for MODEL alone. On a GPU they
     compute in bfloat16, whose own rounding is part of the divergence; --dtype float32 --weights float compares weights
