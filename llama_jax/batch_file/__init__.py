@@ -1,6 +1,6 @@
-"""Generation over a file: JSON lines in, JSON lines out, resumable after any interruption.
+"""Batch generation from a file: JSON lines in, JSON lines out, resumable after any interruption.
 
-`BatchFile` reads requests (`lines`; our own format in `own`, OpenAI's in `openai`), gives them to an engine
+`BatchFile` reads requests (`lines`; our own format in `own`, OpenAI's in `openai`), runs them on an engine
 (`generation.llm`), and keeps the results in a `journal` that survives a kill at any moment. `llama-jax batch` is its
 command line.
 """

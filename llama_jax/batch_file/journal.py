@@ -1,8 +1,8 @@
-"""The output of a batch run on disk: locked, appended as lines are done, and whole again after a kill at any moment.
+"""The on-disk output of a batch run: locked, appended to as lines are done, and recoverable after a kill at any moment.
 
-While a run lasts, OUT grows by whole lines, written and synced several at once. OUT.meta.json says which run it belongs
-to and is what a running process locks. A kill leaves at most one torn line at the end, which the next run cuts off.
-When every line is there, OUT is put into the order of the input.
+During a run, OUT grows by whole lines, written and synced in groups. OUT.meta.json identifies the run, and is locked by
+the running process. A kill leaves at most one torn line at the end, which the next run cuts off. Once every line is
+there, OUT is sorted into the order of the input.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _FRESH = "choose another output file, or start afresh with --overwrite"
 
 
 class Journal:
-    """The open output of one run; a context manager that gives the lock back.
+    """The open output of one run; a context manager that releases the lock.
 
     Attributes:
-      path: the output file, links followed.
-      done: indices of the input lines whose output stands in the file.
+      path: the output file, with links resolved.
+      done: indices of the input lines whose output is in the file.
       errors: how many of those are errors.
       cut: bytes of a torn last line that were cut off on opening.
     """
 
     def __init__(self, path: Path, *, settings: Mapping[str, Any], overwrite: bool = False):
-        """Opens an output file, or creates it, and locks it.
+        """Opens or creates an output file, and locks it.
 
         Args:
-          settings: what the results depend on, JSON values. A file that was begun with others is refused.
-          overwrite: start afresh, whatever the file holds.
+          settings: JSON values that the results depend on. A file that was begun with other settings is refused.
+          overwrite: start afresh, discarding the file's contents.
 
         Raises:
           StorageError, DoesNotFit: the file cannot be written, or another process is writing it.
-          RequestError: the file is no output of a batch run, or one with other settings; names the setting.
-          CheckpointError: the file is damaged somewhere else than at its end.
+          RequestError: the file is not the output of a batch run, or has other settings; names the setting.
+          CheckpointError: the file is damaged elsewhere than at its end.
         """
         self.path = path.resolve()
         self.done: set[int] = set()
@@ -71,10 +71,10 @@ class Journal:
         self._meta.close()
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Adds output lines, all at once, and returns when they are on the disk.
+        """Adds output lines in one write, and returns once they are on disk.
 
         Raises:
-          StorageError, DoesNotFit: they cannot be written; the file is as it was before.
+          StorageError, DoesNotFit: they cannot be written; the file is unchanged.
         """
         if not records:
             return
@@ -93,10 +93,10 @@ class Journal:
             self._note(record)
 
     def finish(self) -> None:
-        """Puts the lines into the order of the input. The file is replaced in one step, or not at all.
+        """Sorts the lines into the order of the input. The file is replaced atomically.
 
         Raises:
-          StorageError, DoesNotFit: there is no room for the copy; the file stays complete, but unsorted.
+          StorageError, DoesNotFit: there is no room for the copy; the file stays complete but unsorted.
         """
         places = sorted((index, start, len(raw)) for start, raw, index, _ in self._records())
         if all(a[1] < b[1] for a, b in itertools.pairwise(places)):
@@ -130,12 +130,12 @@ class Journal:
                 ) from error
 
     def _settle(self, settings: dict[str, Any], overwrite: bool) -> None:
-        """Agrees with what OUT.meta.json says, or writes it if there are no results yet."""
+        """Checks the settings against OUT.meta.json, or writes it if there are no results yet."""
         with storage_errors(self.path):
             if overwrite and _size(self.path):
                 os.truncate(self.path, 0)
             if not _size(self.path):
-                # Settings are on the disk before the first result is: results without settings cannot come about.
+                # Settings reach the disk before the first result, so that there are no results without settings.
                 self._meta.truncate(0)
                 self._meta.seek(0)
                 self._meta.write(json.dumps(settings, indent=1, sort_keys=True).encode() + b"\n")
@@ -147,7 +147,7 @@ class Journal:
         _compare(self.path, raw, settings)
 
     def _take_stock(self) -> None:
-        """Notes what stands in the file, and cuts off a torn end."""
+        """Indexes the file's contents, and cuts off a torn end."""
         with storage_errors(self.path):
             size, end = self._out.seek(0, os.SEEK_END), 0
             for start, raw, index, record in self._records():
@@ -177,7 +177,7 @@ class Journal:
                 if record is None or index is None:
                     torn = number if torn is None else torn
                 elif torn is not None:
-                    # A kill tears the end only.
+                    # A kill tears only the end.
                     raise CheckpointError(f"line {torn} of {self.path} is damaged", hint=_FRESH)
                 else:
                     yield start, raw, index, record
@@ -185,7 +185,7 @@ class Journal:
 
 
 def check_output(path: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Refuses what a `Journal` would refuse; `settings` need not be all of them yet. Touches nothing.
+    """Raises the errors of `Journal` without changing anything; `settings` may be incomplete.
 
     Raises:
       StorageError, RequestError, CheckpointError: as `Journal` does.
@@ -212,7 +212,7 @@ def _check_file(path: Path, *, overwrite: bool) -> None:
 
 
 def _compare(path: Path, raw: bytes, settings: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
-    """Compares settings with those that the file was begun with: those of these names, or all of both."""
+    """Compares settings with those that the file was begun with: only these names, or all of both."""
     try:
         before = json.loads(raw)
     except ValueError:
@@ -229,7 +229,7 @@ def _compare(path: Path, raw: bytes, settings: Mapping[str, Any], names: Iterabl
 
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
-    """An output line, None if it is torn."""
+    """Parses an output line; None if it is torn."""
     if not raw.endswith(b"\n"):
         return None
     try:

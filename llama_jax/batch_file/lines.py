@@ -1,4 +1,4 @@
-"""Lines of a batch file: which format each has, and what can be said of a whole file before there is a model."""
+"""Lines of a batch file: their formats, and checks of a whole file before a model is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_jax.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Refused:
-    """A line that cannot be generated, and why."""
+    """A line that cannot be generated, and the reason."""
 
     line: Line
     error: LlamaJaxError
@@ -29,11 +29,11 @@ class Refused:
 
 
 def read_line(index: int, raw: bytes, base: SamplingParams) -> Draft | Refused:
-    """Reads one line, and checks what can be checked without a model.
+    """Reads one line and checks it as far as possible without a model.
 
     Args:
       raw: a JSON object, see `OwnLine` and `OpenAILine`.
-      base: sampling fields that the line does not set; `request.sampling` says what becomes of the seed.
+      base: defaults of sampling fields; `request.sampling` describes the seed.
     """
     line: Line = OwnLine.of(index)
     try:
@@ -46,13 +46,13 @@ def read_line(index: int, raw: bytes, base: SamplingParams) -> Draft | Refused:
 
 @dataclass
 class Findings:
-    """What a whole input holds, as far as that can be said without a model.
+    """Findings about a whole input, as far as possible without a model.
 
     Attributes:
       total: lines that are not empty.
-      bad: how many of them cannot be generated; first_bad: the first of these.
-      equal: lines that their senders know by the same id: the field, the id and their numbers, from 1.
-      models: names of models in the lines.
+      bad: number of those that cannot be generated; first_bad: the first of them.
+      equal: lines with the same id: the field, the id and their numbers, from 1.
+      models: model names in the lines.
     """
 
     total: int = 0
@@ -62,7 +62,7 @@ class Findings:
     models: set[str] = field(default_factory=set)
 
     def equal_ids(self, most: int = 5) -> str:
-        """Which lines have the same id, in words; of `most` ids."""
+        """Describes which lines share an id, for up to `most` ids."""
         said = [
             f"lines {_listed(numbers)} have the same {name} {value:.100}"
             for (name, value), numbers in [*self.equal.items()][:most]
@@ -72,7 +72,7 @@ class Findings:
 
 
 def survey(lines: Iterable[tuple[int, bytes]], base: SamplingParams) -> Findings:
-    """Reads every line."""
+    """Reads and checks every line."""
     found = Findings()
     first: dict[tuple[str, str], int] = {}
     for index, raw in lines:
@@ -93,14 +93,14 @@ def survey(lines: Iterable[tuple[int, bytes]], base: SamplingParams) -> Findings
 
 
 def refusal(refused: Refused) -> RequestError:
-    """The error of a line as that of the whole input."""
+    """The error of a line as an error of the whole input."""
     error = refused.error
     param = error.param if isinstance(error, RequestError) else "line"
     return RequestError(f"line {refused.line.index + 1} of the input: {error.message}", param=param, hint=error.hint)
 
 
 def _listed(numbers: Sequence[int], most: int = 10) -> str:
-    """1, 2 and 5."""
+    """Formats numbers as in "1, 2 and 5"."""
     shown = [*map(str, numbers[:most])] + ([f"{len(numbers) - most} more"] if len(numbers) > most else [])
     return f"{', '.join(shown[:-1])} and {shown[-1]}"
 

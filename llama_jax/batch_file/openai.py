@@ -1,7 +1,7 @@
 """Lines of OpenAI's Batch API: requests to two of its endpoints, answered by output lines in its format.
 
 Source: https://platform.openai.com/docs/api-reference/batch (request-input, request-output). A line that cannot be
-generated gets a response with status 400, as OpenAI's error files hold.
+generated gets a response with status 400, as in OpenAI's error files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ENVELOPE = ("custom_id", "method", "url", "body")
 
 
 def is_openai(content: Mapping[str, Any]) -> bool:
-    """Whether a line is meant to be one of the Batch API."""
+    """Whether a line is meant for the Batch API."""
     return any(name in content for name in ENVELOPE)
 
 
@@ -34,8 +34,8 @@ class OpenAILine:
     """A line with "custom_id", "method", "url" and "body".
 
     Attributes:
-      custom_id: the sender's name for it.
-      endpoint: what answers it, once it has been read.
+      custom_id: the sender's id.
+      endpoint: the endpoint that answers it, once it has been read.
     """
 
     index: int
@@ -44,7 +44,7 @@ class OpenAILine:
 
     @classmethod
     def of(cls, index: int, content: Mapping[str, Any]) -> OpenAILine:
-        """The line of this number."""
+        """The line with this number."""
         return cls(index, content.get("custom_id"))
 
     @property
@@ -53,7 +53,7 @@ class OpenAILine:
         return None if self.custom_id is None else ("custom_id", self.custom_id)
 
     def read(self, content: Mapping[str, Any], base: SamplingParams) -> Draft:
-        """See `request.Line`. Fields that the body does not set are those of `base`, not OpenAI's defaults."""
+        """See `request.Line`. Fields missing in the body default to `base`, not to OpenAI's defaults."""
         url, given = _opened(content)
         endpoint, body = ENDPOINTS[url].of(given)
         params = sampling(body, base, self.index)
@@ -102,7 +102,7 @@ class OpenAILine:
 
 
 def _opened(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The endpoint's address, and the body without fields that are null, which are not given."""
+    """The endpoint's address, and the body without null fields, which count as missing."""
     hint = 'a line of the Batch API is {"custom_id": "1", "method": "POST", "url": …, "body": {…}}'
     for name in (*ENVELOPE, *content):
         if name not in content or name not in ENVELOPE:

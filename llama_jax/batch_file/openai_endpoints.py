@@ -1,7 +1,7 @@
-"""The endpoints of OpenAI's API that a batch line may name: their fields in ours, and their choices.
+"""The endpoints of OpenAI's API that a batch line may name: translation of their fields and choices.
 
-Source: https://platform.openai.com/docs/api-reference (chat/create, completions/create). A field that asks for what
-there is not here is refused by name; fields of SamplingParams that OpenAI lacks (top_k, min_p, ...) are taken as well.
+Source: https://platform.openai.com/docs/api-reference (chat/create, completions/create). Fields that ask for
+unsupported features are refused by name; fields of SamplingParams that OpenAI lacks (top_k, min_p, ...) are accepted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llama_jax.text.tokenizer import Tokenizer
 
 _SAMPLING = {*FIELDS} - {"prompt_logprobs"}
 NO_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-"""Fields that say nothing about the text."""
+"""Fields without influence on the text."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "modalities": (["text"],),
@@ -29,14 +29,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
 }
-"""Fields of which only these values can be met."""
+"""Fields of which only these values are supported."""
 
 
 class Endpoint(Protocol):
-    """What a request of one kind asks for, and how it is answered.
+    """A request of one kind, and the format of its answer.
 
     Attributes:
-      prefix: of the answer's id; object: what kind of answer it is.
+      prefix: of the answer's id; object: kind of the answer.
     """
 
     prefix: ClassVar[str]
@@ -44,11 +44,11 @@ class Endpoint(Protocol):
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """The endpoint for a body without nulls, and the body with the names of SamplingParams. Raises RequestError."""
+        """The endpoint for a body without nulls, and the body with names of SamplingParams. Raises RequestError."""
         ...
 
     def prompts(self, body: Mapping[str, Any], params: SamplingParams) -> Sequence[str | Sequence[int]] | Conversation:
-        """What is to be continued or answered. Raises RequestError."""
+        """The prompts, or the conversation to answer. Raises RequestError."""
         ...
 
     def choice(
@@ -89,7 +89,7 @@ class Chat:
     def choice(
         self, output: RequestOutput, completion: CompletionOutput, params: SamplingParams, tokenizer: Tokenizer
     ) -> Record:
-        """See `Endpoint`. What looks like a call of a tool stays text."""
+        """See `Endpoint`. Text that looks like a tool call stays text."""
         logprobs = None
         if completion.logprobs is not None and params.logprobs is not None:
             logprobs = chat_logprobs(tokenizer, completion.logprobs, params.logprobs)
@@ -105,7 +105,7 @@ class Completions:
     """/v1/completions.
 
     Attributes:
-      echo: whether the text, and what is said of its tokens, begins with the prompt.
+      echo: whether the text and its log-probabilities begin with the prompt.
     """
 
     echo: bool = False
@@ -152,11 +152,11 @@ class Completions:
 
 
 ENDPOINTS: dict[str, type[Chat | Completions]] = {"/v1/chat/completions": Chat, "/v1/completions": Completions}
-"""By the address that a line names."""
+"""Endpoints by the address that a line names."""
 
 
 def _check_names(body: Mapping[str, Any], own: set[str]) -> None:
-    """Refuses fields that are unknown, and values that cannot be met."""
+    """Refuses unknown fields and unsupported values."""
     for name, value in body.items():
         if name in _ONLY and value not in _ONLY[name]:
             allowed = " or ".join(map(repr, _ONLY[name]))

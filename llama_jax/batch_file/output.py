@@ -1,4 +1,4 @@
-"""Where the output lines of a batch run go: a file that survives a kill (`journal`), or a stream, in order."""
+"""Destinations of a batch run's output lines: a file that survives a kill (`journal`), or a stream, in order."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llama_jax.batch_file.storage import storage_errors
 
 
 class Output(Protocol):
-    """What a run writes to; a context manager.
+    """Destination of a run's output; a context manager.
 
     Attributes:
-      done: indices of the input lines that are answered; errors: how many of these with an error.
-      cut: bytes of a torn line that an earlier run had left.
+      done: indices of the answered input lines; errors: number of those with an error.
+      cut: bytes of a torn line left by an earlier run.
     """
 
     done: set[int]
@@ -41,7 +41,7 @@ class Output(Protocol):
 
 
 class Stream:
-    """Output lines on a stream, such as standard output: each as soon as it and all lines before it are there.
+    """Output lines on a stream, such as standard output: each is written once it and all lines before it are there.
 
     Args:
       indices: of the input lines, in order.
@@ -59,7 +59,7 @@ class Stream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an interruption: what is there comes out, though lines before it are missing.
+        # After an interruption: writes what is there, though lines before it are missing.
         if kind is None or not issubclass(kind, OSError):
             self._write(len(self._waiting))
 

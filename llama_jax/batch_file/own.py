@@ -25,7 +25,7 @@ class OwnLine:
     SamplingParams, and "tools" or "documents" for the chat template.
 
     Attributes:
-      head: how its output line begins: "index", and "id" if it has one.
+      head: first fields of its output line: "index", and "id" if it has one.
     """
 
     index: int
@@ -33,7 +33,7 @@ class OwnLine:
 
     @classmethod
     def of(cls, index: int, content: Mapping[str, Any] | None = None) -> OwnLine:
-        """The line of this number; without content one that could not be read."""
+        """The line with this number; without content if it could not be read."""
         return cls(index, {"index": index} | ({"id": content["id"]} if content and "id" in content else {}))
 
     @property
@@ -82,7 +82,7 @@ class OwnLine:
     def answered(
         self, request: Request, outputs: Sequence[RequestOutput], model: Model, tokenizer: Tokenizer
     ) -> Record:
-        """See `request.Line`; continuations stand in "outputs" if there are several."""
+        """See `request.Line`; continuations are in "outputs" if there are several."""
         (output,) = outputs
         completions = [_completion(c) for c in output.outputs]
         record = self.head | {"prompt_tokens": request.longest}

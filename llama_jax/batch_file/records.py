@@ -1,4 +1,4 @@
-"""Output lines as such: their bytes, which input line they answer, and whether they say that it failed."""
+"""Output lines: their encoding, the input line they answer, and whether it failed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping
 from typing import Any
 
 Record = dict[str, Any]
-"""An output line. It has "index", the number of its input line from 0, or an id that ends with it (OPENAI_ID)."""
+"""An output line. It has "index", the number of its input line from 0, or an id that ends with that (OPENAI_ID)."""
 OPENAI_ID = "batch_req_"
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """The line in a file."""
-    # A lone surrogate, as an "id" may hold, becomes the JSON escape that it was in the input.
+    """The line's bytes in a file."""
+    # A lone surrogate, e.g. in an "id", becomes the JSON escape that it was in the input.
     return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def index_of(record: Mapping[str, Any]) -> int | None:
-    """The number of the input line that an output line answers; None if it is no output line."""
+    """The number of the input line that an output line answers; None if it is not an output line."""
     if type(index := record.get("index")) is int:
         return index
     match = re.fullmatch(rf"{OPENAI_ID}(\d+)", str(record.get("id")))
@@ -27,5 +27,5 @@ def index_of(record: Mapping[str, Any]) -> int | None:
 
 
 def is_error(record: Mapping[str, Any]) -> bool:
-    """Whether an output line says that its input line could not be generated."""
+    """Whether an output line reports that its input line failed."""
     return record["response"]["status_code"] != 200 if "response" in record else "error" in record

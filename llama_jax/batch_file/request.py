@@ -1,4 +1,4 @@
-"""What a line asks for, before and after the model's tokenizer has seen it, whatever format it came in."""
+"""Requests of lines of any format, before and after tokenization."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIELDS = tuple(f.name for f in dataclasses.fields(SamplingParams))
 
 
 class Line(Protocol):
-    """One line in its format: how it is read, and how it is answered.
+    """One line in its format, with its parser and the format of its answer.
 
     Attributes:
       index: number of the line in the file, from 0.
@@ -33,15 +33,15 @@ class Line(Protocol):
 
     @property
     def key(self) -> tuple[str, Any] | None:
-        """The field by which its sender knows it, and the value; None if it has none."""
+        """The name and value of the field that identifies it to its sender; None if it has none."""
         ...
 
     def read(self, content: Mapping[str, Any], base: SamplingParams) -> Draft:
-        """Reads and checks what can be checked without a model. Raises RequestError."""
+        """Reads and checks the line as far as possible without a model. Raises RequestError."""
         ...
 
     def refused(self, error: LlamaJaxError) -> Record:
-        """The output line that says what is wrong."""
+        """The output line that reports the error."""
         ...
 
     def answered(
@@ -53,7 +53,7 @@ class Line(Protocol):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages to answer, and what else a chat template takes."""
+    """Messages to answer, and other inputs of a chat template."""
 
     messages: Any
     tools: Any = None
@@ -62,11 +62,11 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Draft:
-    """A line whose form is right; no model has seen it yet.
+    """A well-formed line, not yet checked against a model.
 
     Attributes:
       prompts: texts or token ids, each to be continued; or a conversation to be answered.
-      limited: whether the line itself says how many tokens may follow.
+      limited: whether the line itself limits the number of new tokens.
       model: the model that the line names, if it does.
     """
 
@@ -77,12 +77,12 @@ class Draft:
     model: str | None = None
 
     def request(self, tokenizer: Tokenizer, config: LlamaConfig) -> Request:
-        """Encodes the prompts, and checks everything about them that generation would refuse.
+        """Encodes the prompts, and checks everything that generation would refuse.
 
-        Where the line has no limit of its own, that of all lines is lowered to what the context leaves.
+        If the line has no limit of its own, the common limit is lowered to what the context leaves.
 
         Raises:
-          LlamaJaxError: what is wrong.
+          LlamaJaxError: the line cannot be generated.
         """
         if isinstance(self.prompts, Conversation):
             chat = self.prompts
@@ -116,10 +116,10 @@ class Request:
 
 
 def conversation(messages: Any, params: SamplingParams, **extras: Any) -> Conversation:
-    """A conversation, checked.
+    """A checked conversation.
 
     Raises:
-      RequestError: it is none, it has an unknown role, or no answer is wanted (max_tokens=0).
+      RequestError: it is not a conversation, has an unknown role, or no answer is wanted (max_tokens=0).
     """
     check_messages(messages)
     params.check_generates("an answer")
@@ -127,7 +127,7 @@ def conversation(messages: Any, params: SamplingParams, **extras: Any) -> Conver
 
 
 def sampling(content: Mapping[str, Any], base: SamplingParams, index: int) -> SamplingParams:
-    """The sampling fields that are in `content`; others are those of `base`. Without a seed it is `base.seed + index`.
+    """The sampling fields in `content`; others default to `base`, and the seed to `base.seed + index`.
 
     Raises:
       RequestError: a value is out of range; names the field.
@@ -139,7 +139,7 @@ def sampling(content: Mapping[str, Any], base: SamplingParams, index: int) -> Sa
 
 
 def sampling_fields(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling fields that are in `content`, a JSON object, as `SamplingParams` takes them.
+    """The sampling fields in `content`, a JSON object, as `SamplingParams` takes them.
 
     Raises:
       RequestError: a value is of the wrong type; names the field.

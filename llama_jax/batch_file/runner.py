@@ -1,7 +1,7 @@
-"""A batch run: the lines of a file through an engine, results to the output as they come.
+"""A batch run: runs the lines of a file through an engine and writes results as they come.
 
-A line's result depends on the line and its seed, not on the lines beside it: what a run that was killed and resumed has
-written is what an undisturbed run writes (in bfloat16 but for near-ties, which may fall either way in other company).
+A line's result depends on the line and its seed, not on the lines beside it: a run that was killed and resumed writes
+the same as an undisturbed one (in bfloat16 except for near-ties, which may fall either way in another batch).
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from llama_jax.sharding import ruled
 from llama_jax.text.tokenizer import Tokenizer
 
 WINDOW = 32
-"""Lines that are read and ordered together, for each row: enough to order well, few enough to start soon."""
+"""Lines per row that are read and ordered together: enough to order well, few enough to start soon."""
 
 AHEAD = 4
-"""Prompts that run or wait at once, for each row."""
+"""Prompts per row that run or wait at once."""
 
 WRITE_EVERY_S = 0.2
-"""How often what is there is written: a kill costs what came since."""
+"""Interval between writes: a kill loses the results since the last one."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
       done, total: lines, those of earlier runs included.
       fresh: lines of this run.
-      errors: lines that could not be generated, among those done.
+      errors: lines among those done that could not be generated.
       prompt_tokens, generated_tokens, seconds: of this run.
-      cache_used: share of the cache that sequences under way hold.
+      cache_used: share of the cache held by running sequences.
     """
 
     done: int
@@ -74,11 +74,11 @@ class Status:
 
 @dataclass(frozen=True)
 class Summary(Status):
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
       interrupted: whether it was asked to stop before the end.
-      cut: bytes of a torn line that an earlier run had left.
+      cut: bytes of a torn line left by an earlier run.
     """
 
     interrupted: bool = False
@@ -86,14 +86,14 @@ class Summary(Status):
 
 
 class BatchFile:
-    """A run over a file in three steps, so that what is wrong is known before a model is loaded; a context manager.
+    """A run over a file in three steps, so that errors are found before a model is loaded; a context manager.
 
         with BatchFile(source, target, sampling=sampling, dtype="float32") as batch:
             batch.open(tokenizer, config, identity={"model": digest})
             summary = batch.run(model, tokenizer)
 
     Attributes:
-      findings: what the input holds.
+      findings: about the input.
     """
 
     def __init__(
@@ -109,18 +109,17 @@ class BatchFile:
         strict: bool = False,
         overwrite: bool = False,
     ):
-        """Reads the whole input, and checks all that needs no model.
+        """Reads the whole input, and checks everything that needs no model.
 
         Args:
-          source: JSON lines, see `own.OwnLine` and `openai.OpenAILine`; empty lines are passed over. "-" is standard
-            input.
-          target: the output, one line for each of the input's, in the input's order once all are there. "-" is
-            standard output, which cannot be resumed.
-          sampling: for lines that do not say otherwise; line i without a seed takes `sampling.seed + i`.
-          dtype: what will be computed in; kv_dtype: what the model keeps keys and values in (`Model`).
-          batch_size: continuations generated together, at most; by default as many as suit the device
+          source: JSON lines, see `own.OwnLine` and `openai.OpenAILine`; empty lines are skipped. "-" is standard input.
+          target: the output, one line per input line, in the input's order once all are there. "-" is standard
+            output, which cannot be resumed.
+          sampling: defaults for lines; line i without a seed takes `sampling.seed + i`.
+          dtype: of the computation; kv_dtype: of the model's keys and values (`Model`).
+          batch_size: most continuations generated together; by default as many as suit the device
             (`default_settings`). A resumed run may choose another, unless it is batch-invariant.
-          batch_invariant: the same results to the bit in any order and company (`EngineSettings`).
+          batch_invariant: bitwise identical results in any order and batch (`EngineSettings`).
           strict: refuse an input with a bad line, or with equal ids.
           overwrite: discard what `target` holds.
 
@@ -144,7 +143,7 @@ class BatchFile:
                 "input": self._source.digest,
                 "dtype": dtype,
                 **({} if kv_dtype is None else {"kv_dtype": kv_dtype}),
-                **json.loads(json.dumps(dataclasses.asdict(sampling))),  # as they are read back from the disk
+                **json.loads(json.dumps(dataclasses.asdict(sampling))),  # as they are read back from disk
                 # An engine of another size rounds differently.
                 **({"batch_invariant": {"batch_size": batch_size}} if batch_invariant else {}),
             }
@@ -166,10 +165,10 @@ class BatchFile:
             self._output.__exit__(*raised)
 
     def open(self, tokenizer: Tokenizer, config: LlamaConfig, identity: Mapping[str, Any] | None = None) -> None:
-        """Checks what the tokenizer and the context decide (strict), and opens the output. Needs no weights.
+        """Checks the lines against tokenizer and context (strict), and opens the output. Needs no weights.
 
         Args:
-          identity: what else the results depend on (the model's digest, say); a resumed run must have the same.
+          identity: other values the results depend on (e.g. the model's digest); a resumed run must have the same.
 
         Raises:
           RequestError, CheckpointError: as the constructor does.
@@ -199,8 +198,8 @@ class BatchFile:
 
         Args:
           drafts, draft: of `LLM`; they change no result.
-          progress: called at the beginning, and whenever lines are on the disk.
-          stop: asked at every step whether to end early. Lines that have begun to be answered are brought to an end.
+          progress: called at the beginning, and whenever lines have reached the disk.
+          stop: called at every step; True ends the run early. Lines with a started answer are finished.
 
         Raises:
           RequestError: the input has changed.
@@ -236,7 +235,7 @@ class BatchFile:
                 missing = [line for line in window if line[0] not in output.done]
                 read = [*self._requests(missing, tokenizer, model.config, model.eos_token_ids)]
                 records.extend(r.record for r in read if isinstance(r, Refused))
-                # The longest first: what is left at the end is short. Others in the input's order, in which neighbours
+                # Longest first, so that short ones remain at the end. Others in the input's order, where neighbours
                 # often begin alike.
                 requests = [r for r in read if isinstance(r, Request)]
                 for r in sorted(requests, key=lambda r: r.params.max_tokens or 0, reverse=True):
@@ -271,7 +270,7 @@ class BatchFile:
         *,
         strict: bool = False,
     ) -> Iterator[Request | Refused]:
-        """What the lines ask for. Strict: raises the error of the first bad one."""
+        """The lines' requests. Strict: raises the error of the first bad one."""
         for index, raw in lines:
             read = read_line(index, raw, self._sampling)
             if not isinstance(read, Refused):
@@ -312,7 +311,7 @@ def run(
 ) -> Summary:
     """Generates every line of `source` and writes the results to `target`, resuming where an earlier run ended.
 
-    Args, Raises: see `BatchFile`, which is the same in three steps.
+    Args, Raises: see `BatchFile`, which does the same in three steps.
     """
     batch = BatchFile(
         source,

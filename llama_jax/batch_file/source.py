@@ -1,4 +1,4 @@
-"""The input of a batch run: lines that are read several times, from a file or from standard input."""
+"""The input of a batch run, read several times, from a file or standard input."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Source:
     """
 
     def __init__(self, path: Path):
-        """Opens a file, or takes in all of standard input for "-", and reads it once.
+        """Opens a file, or spools all of standard input for "-", and reads it once.
 
         Raises:
           RequestError: it cannot be read.
@@ -49,7 +49,7 @@ class Source:
         self._file.close()
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number and bytes of every line that is not empty. One iteration at a time.
+        """Yields number and bytes of every line that is not empty. Only one iteration at a time.
 
         Raises:
           RequestError: the file has changed since it was opened, or cannot be read any more.
@@ -89,7 +89,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _spooled() -> BinaryIO:
-    """All of standard input in a file without a name, since it is read more than once."""
+    """All of standard input in an unnamed temporary file, since it is read more than once."""
     with contextlib.ExitStack() as opened:
         file = opened.enter_context(tempfile.TemporaryFile())
         try:

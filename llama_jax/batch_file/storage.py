@@ -1,4 +1,4 @@
-"""Failures of writing output, as errors of this package."""
+"""Write failures of the output, as errors of this package."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llama_jax.errors import DoesNotFit, StorageError
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turns the failures of writing a file into DoesNotFit (disk full, quota) and StorageError (all others).
+    """Turns write failures into DoesNotFit (disk full, quota) and StorageError (all others).
 
-    That nobody reads a pipe any more is no failure of storage, and passes.
+    A broken pipe is not a storage failure, and passes.
     """
     try:
         yield

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 LINE_EVERY_S = 10.0
 SOME_FAILED = 1
-"""Exit code of a run that is complete, but has lines with an error."""
+"""Exit code of a complete run in which lines failed."""
 
 
 @click.command(
@@ -124,7 +124,7 @@ def command(
 ) -> int:
     """Generate every line of IN and write the results to OUT, both JSON lines; - is standard input or output.
 
-    All of IN is checked before a model is loaded. A line without a seed of its own takes --seed (0 by default) plus its
+    All of IN is checked before a model is loaded. A line without its own seed takes --seed (0 by default) plus its
     number, so that every run gives the same results. Ctrl-C ends the run after the lines that have begun, a second one
     at once; nothing that is done is lost. OUT.meta.json says which input and settings OUT belongs to; standard output
     cannot be resumed.
@@ -133,7 +133,7 @@ def command(
         raise click.UsageError("--json prints the summary to standard output, where OUT - puts the lines")
     check_drafts(drafts, draft_model)
 
-    # Imported here: --help and usage errors do without jax.
+    # Imported here: --help and usage errors do not need jax.
     from llama_jax.sampling import SamplingParams
 
     sampling = SamplingParams(**{"seed": 0, **given(fields)})
@@ -170,7 +170,7 @@ def command(
         with Reporter(quiet=quiet) as reporter:
             folder = resolve(model, progress=reporter.progress, notify=reporter.notify)
             checkpoint = open_checkpoint(folder)
-            # The weights, the tokenizer and the chat template, whatever name they go by.
+            # Identifies weights, tokenizer and chat template regardless of their names.
             digests = [f"{name} {t.digest}" for name, t in checkpoint.tensors.items()]
             parts = sorted([*digests, *checkpoint.file_digests.values()])
             batch.open(load_tokenizer(folder), checkpoint.config, {"model": digest("\n".join(parts).encode())})
@@ -203,7 +203,7 @@ def command(
 
 
 def _report_findings(found: Findings, model: str) -> None:
-    """Says what is odd about the input, before anything takes long."""
+    """Reports oddities of the input before any slow work."""
     if found.first_bad is not None:
         first = f"line {found.first_bad.line.index + 1}: {found.first_bad.error.message}"
         click.echo(printable(f"{found.bad} of {found.total} lines cannot be generated; the first is {first}"), err=True)
@@ -215,7 +215,7 @@ def _report_findings(found: Findings, model: str) -> None:
 
 
 class _Display:
-    """Lines done, tokens per second and the time left: a bar in a terminal, a line now and then elsewhere."""
+    """Shows lines done, tokens per second and the time left: a bar in a terminal, occasional lines elsewhere."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -224,7 +224,7 @@ class _Display:
 
     def __enter__(self) -> _Display:
         if not self._quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            # Imported here, since a log file does not need it.
+            # Imported here, since log files do not need it.
             from rich import progress as bars
             from rich.console import Console
 
@@ -245,7 +245,7 @@ class _Display:
             self._bar.stop()
 
     def show(self, status: Status) -> None:
-        """Takes over the state of the run."""
+        """Shows the state of the run."""
         rate = f"{status.generation_tps:.0f} tokens/s, cache {status.cache_used:.0%}"
         left = _time_left(status)
         if self._bar is not None:

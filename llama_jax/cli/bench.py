@@ -1,4 +1,4 @@
-"""`llama-jax bench`: speed of prefill and decode, beside the device's measured ceilings."""
+"""`llama-jax bench`: speed of prefill and decode, compared with the device's measured ceilings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _VOID = "the ceiling was measured too low, as on a busy machine: run it again when nothing else runs"
 SHOWN_KERNELS = 8
 SHOWN_SHARE = 0.01
-"""Programs that take less of the device's time than this are left out of a profile."""
+"""Programs with a smaller share of the device's time are omitted from a profile."""
 
 
 @click.group(
@@ -137,7 +137,7 @@ def command(
 
 
 def _refuse_options(ctx: click.Context) -> None:
-    """An option before the name of a further command would have no effect."""
+    """Refuses options before the name of a subcommand, where they would have no effect."""
     named = (option for option in ctx.command.params if option.name and option.expose_value)
     before = [option for option in named if ctx.get_parameter_source(option.name or "") == ParameterSource.COMMANDLINE]
     if before:
@@ -150,7 +150,7 @@ for _further in (bench_throughput, bench_latency, bench_serve):
 
 
 def _print_profile(found: Sequence[ProgramTime]) -> None:
-    """The programs of the first device, what kinds of kernels take their time, and the longest of these."""
+    """Prints the first device's programs, their time by kind of kernel, and the longest kernels."""
     first = min(program.device for program in found)
     here = [program for program in found if program.device == first]
     for program in here:

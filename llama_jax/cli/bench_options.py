@@ -1,4 +1,4 @@
-"""Options that the kinds of `llama-jax bench` share: the model, the engine, the requests, and where results go."""
+"""Options shared by the kinds of `llama-jax bench`: model, engine, requests, and destination of results."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ preset_option: Decorator = click.option(
 
 
 def measured_model(model: str, preset: str | None, loading: LoadOptions, devices: MeshRequest, *, quiet: bool) -> Model:
-    """The model to measure: loaded, or of a preset's shape with random weights."""
+    """The model to measure: loaded, or with a preset's shape and random weights."""
     from llama_jax import runtime
     from llama_jax.cli.progress import Reporter
     from llama_jax.kernels.registry import checked_backends
@@ -77,12 +77,12 @@ def measured_model(model: str, preset: str | None, loading: LoadOptions, devices
 
 @dataclass(frozen=True)
 class Subject:
-    """The model and engine to measure, and where the result goes.
+    """The model and engine to measure, and the destination of the result.
 
     Attributes:
       rows, context, pages, page_size, steps, drafts, prefix_cache, batch_invariant, strict: of
         `engine.sizing.default_settings`.
-      draft_model: a name, or with `preset` another one.
+      draft_model: a name, or another preset if `preset` is given.
       out: a file for the JSON object, "-" for standard output, None for none.
     """
 
@@ -103,11 +103,11 @@ class Subject:
     out: str | None
 
     def load(self) -> Model:
-        """The model, on the devices asked for, most of whose memory the engine may take. An output that cannot be
-        written is noticed before.
+        """Loads the model onto the requested devices, most of whose memory the engine may take. Checks first that the
+        output can be written.
 
         Raises:
-          StorageError: it cannot.
+          StorageError: it cannot be written.
         """
         check_drafts(self.drafts, self.draft_model)
         claim_memory()
@@ -118,10 +118,10 @@ class Subject:
         return measured_model(self.model, self.preset, self.loading, devices, quiet=self.quiet or self._as_json)
 
     def load_draft(self, model: Model) -> Model | None:
-        """The draft model, on the devices of the model, if one is asked for.
+        """Loads the draft model, if requested, onto the model's devices.
 
         Raises:
-          RequestError: it is not for this model.
+          RequestError: it does not match this model.
         """
         if self.draft_model is None:
             return None
@@ -134,7 +134,7 @@ class Subject:
         return draft
 
     def settings(self, model: Model, longest: int, draft: Model | None = None) -> EngineSettings:
-        """Those of the engine. Without `--context` it is made for sequences of `longest` tokens."""
+        """The engine's settings. Without `--context` they are for sequences of `longest` tokens."""
         from llama_jax.engine.replicas import replicas
         from llama_jax.engine.sizing import default_settings
 
@@ -154,7 +154,7 @@ class Subject:
 
     @contextmanager
     def compiling(self) -> Iterator[Callable[[Compiled], None]]:
-        """Shows which programs the engine compiles, and settles the process behind the last; `compiling` of `LLM`."""
+        """Shows which programs the engine compiles, and settles the process after the last; `compiling` of `LLM`."""
         from llama_jax import runtime
         from llama_jax.cli.progress import Reporter
 
@@ -168,7 +168,7 @@ class Subject:
             yield compiled
 
     def about(self, model: Model, settings: EngineSettings, ceilings: Ceilings) -> dict[str, Any]:
-        """Everything that the numbers depend on; also shows it."""
+        """Collects and shows everything that the numbers depend on."""
         from llama_jax.measure.bench import environment
 
         about = {**environment(model.dtype, model.mesh), "model": model.name, "random_weights": self.preset is not None}
@@ -178,13 +178,13 @@ class Subject:
         return {**about, "ceilings": dataclasses.asdict(ceilings), "settings": dataclasses.asdict(settings)}
 
     def show(self, *lines: str) -> None:
-        """Prints lines for people, unless standard output is for JSON."""
+        """Prints lines for people unless standard output is for JSON."""
         if not self._as_json:
             for line in lines:
                 click.echo(line)
 
     def write(self, result: dict[str, Any]) -> None:
-        """Writes the result where `--json` says."""
+        """Writes the result to the destination of `--json`."""
         if self._as_json:
             print_json(result)
         elif self.out:
@@ -246,7 +246,7 @@ def rounds_option(default: int) -> Decorator:
 
 @dataclass(frozen=True)
 class Requests:
-    """Which requests are sent; see `workloads.workload`."""
+    """Requests to send; see `workloads.workload`."""
 
     mix: str
     requests: int | None
@@ -254,11 +254,11 @@ class Requests:
     scale: float
 
     def make(self, vocab: int, context: int | None, rate: float = math.inf) -> list[Work]:
-        """The requests.
+        """Makes the requests.
 
         Args:
-          vocab, context: of the model; the context is None where it is not known.
-          rate: arrivals a second.
+          vocab, context: of the model; the context is None if unknown.
+          rate: arrivals per second.
 
         Raises:
           RequestError: one of them is longer than the model's context.
@@ -274,7 +274,7 @@ class Requests:
         return works
 
     def about(self, works: Sequence[Work], subject: Subject) -> dict[str, Any]:
-        """The options and the sizes that they came to; also shows them."""
+        """Collects and shows the options and the resulting sizes."""
         about = {
             **dataclasses.asdict(self),
             "requests": len(works),
@@ -286,7 +286,7 @@ class Requests:
 
 
 def longest_of(works: Sequence[Work]) -> int:
-    """Tokens of the longest request."""
+    """Number of tokens of the longest request."""
     return max(work.length for work in works)
 
 

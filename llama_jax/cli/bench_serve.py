@@ -160,6 +160,6 @@ def _server(
 
 
 async def _described(remote: Remote, name: str | None) -> dict[str, Any]:
-    """A model as its server describes it."""
+    """The server's description of a model."""
     async with remote:
         return await remote.model(name)

@@ -1,4 +1,4 @@
-"""`llama-jax bench throughput`: all requests at once, beside the ideal schedule."""
+"""`llama-jax bench throughput`: all requests at once, compared with the ideal schedule."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from llama_jax.cli.options import examples
 @rounds_option(3)
 @subject_options
 def command(requests: Requests, static: int | None, rounds: int, subject: Subject) -> None:
-    """Measure how long an engine takes for requests that are all there at once.
+    """Measure how long an engine takes for requests that all arrive at once.
 
-    Its programs are compiled, and each has run once, before the clock starts. Beside the result stands the ideal
+    Its programs are compiled, and each has run once, before the clock starts. The result is compared with the ideal
     schedule: prompt tokens at the rate of static prefill, and for each token of the longest answer a static decode step
     with as many rows as are unfinished if all start together; measured in the same run.
     """
@@ -53,7 +53,7 @@ def command(requests: Requests, static: int | None, rounds: int, subject: Subjec
     ceilings = measure_ceilings(model.dtype)
     result = {**subject.about(model, settings, ceilings), "workload": requests.about(works, subject)}
 
-    # What needs caches of its own comes before the engine, which takes the memory.
+    # Whatever needs its own caches runs before the engine, which takes the memory.
     steady = measure_steady(model, ceilings, works, every_other(settings.decode_rows))
     result["steady"] = [asdict(r) for r in steady.results]
     for r in steady.results:
@@ -68,7 +68,7 @@ def command(requests: Requests, static: int | None, rounds: int, subject: Subjec
     subject.show(f"ready in {result['ready_s']:.1f} s")
     passes: dict[str, list[Run]] = {"cold": [], "again": []} if mix.shared else {"cold": []}
     for number in range(rounds):
-        # Other ids in each round, so that nothing is found that an earlier one has left in the cache.
+        # Other ids in each round, so that no round finds cached tokens of an earlier one.
         given = renamed(works, number, model.config.vocab_size)
         for runs in passes.values():
             runs.append(run_job(llm, given))
@@ -102,6 +102,6 @@ def _details(numbers: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _target(cold: Mapping[str, Any], ready_s: float, target: float) -> dict[str, float]:
-    """A job's share of steady decoding if it has to wait for the engine to start, beside what it should reach."""
+    """A job's share of steady decoding if it must wait for the engine to start, and the target."""
     waited = cold["elapsed_time"] / (cold["elapsed_time"] + ready_s)
     return {"steady_target": target, "steady_share_with_start": cold["steady_share"] * waited}

@@ -89,7 +89,7 @@ def command(
     from llama_jax.cli.chat_files import load_conversation
     from llama_jax.cli.chat_screen import Screen
 
-    # What can be wrong is looked at before the model is loaded, which may take minutes.
+    # Everything possible is checked before the model is loaded, which may take minutes.
     check_drafts(drafts, draft_model)
     remote = server.remote(("model", "drafts", "draft_model"))
     screen = Screen(as_json=as_json, quiet=quiet, plain=plain)
@@ -123,7 +123,7 @@ def command(
 def _here(
     model: str, loading: LoadOptions, drafts: int, draft_model: str | None, *, quiet: bool
 ) -> tuple[Partner, Mapping[str, Any]]:
-    """A model in this process, and how its makers advise to sample."""
+    """A model in this process, and its makers' recommended sampling parameters."""
     from llama_jax.cli.chat_partner import Here
     from llama_jax.generation.llm import LLM
     from llama_jax.text.chat import select_template

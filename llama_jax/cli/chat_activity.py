@@ -1,4 +1,4 @@
-"""What a person sees until an answer begins."""
+"""Progress shown to a person until an answer begins."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Protocol
 from llama_jax.cli.progress import LINE_EVERY_S, SHOW_AFTER_S
 
 TICK_S = 1.0
-"""Seconds between two times that the line is written anew where nothing is reported, as while programs are compiled."""
+"""Seconds between updates of the line while nothing is reported, e.g. during compilation."""
 
 
 class Activity(Protocol):
-    """What goes on before an answer begins."""
+    """Display of progress before an answer begins."""
 
     def read(self, done: int, total: int) -> None:
-        """Tells how many tokens of the prompt have been read; 0 of 0 where that is not known."""
+        """Reports how many prompt tokens have been read; 0 of 0 if unknown."""
         ...
 
     def close(self) -> None:
-        """The answer begins, or nobody waits for it any longer."""
+        """Ends the display: the answer begins, or nobody waits for it any longer."""
         ...
 
 
 class LineActivity:
-    """A line of a terminal that is written over, and goes at the end. Its own thread counts the seconds."""
+    """A terminal line that is overwritten, and erased at the end. A thread counts the seconds."""
 
     def __init__(self, style: str, normal: str):
-        """Nothing to be seen yet; the escape sequences are put around the text."""
+        """Starts hidden; the escape sequences are put around the text."""
         self._style, self._normal = style, normal
         self._what, self._began, self._shown = "waiting for the first token", time.monotonic(), False
         self._lock, self._ended = threading.Lock(), threading.Event()
@@ -63,10 +63,10 @@ class LineActivity:
 
 
 class NotedActivity:
-    """A remark now and then, where lines cannot be written over."""
+    """Occasional notes, for outputs whose lines cannot be overwritten."""
 
     def __init__(self, note: Callable[[str], None]):
-        """Nothing to be told yet."""
+        """Starts without notes."""
         self._note, self._began, self._last = note, time.monotonic(), time.monotonic()
 
     def read(self, done: int, total: int) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llama_jax.cli.chat_session import Session
 
 ALTERNATIVES = 5
-"""Tokens that `/logprobs on` names in the place of each."""
+"""Number of alternatives that `/logprobs on` lists per token."""
 
 
 def _help(session: Session, argument: str) -> None:
@@ -112,7 +112,7 @@ def _retry(session: Session, argument: str) -> None:
 
 
 def _edit(session: Session, argument: str) -> None:
-    """Has the last message written anew in the user's editor, and answered."""
+    """Lets the user edit the last message in an editor, and answers it."""
     import click
 
     asked = session.conversation.without_last_answer()
@@ -128,7 +128,7 @@ def _edit(session: Session, argument: str) -> None:
 
 
 def _branch(session: Session, argument: str) -> None:
-    """Lists the branches, or shows another one and where it ends."""
+    """Lists the branches, or switches to another one and shows its end."""
     branches = session.conversation.branches
     if not argument:
         session.screen.reply("\n".join(branch_lines(session.conversation)))
@@ -146,13 +146,13 @@ def _branch(session: Session, argument: str) -> None:
 
 
 def _tokens(session: Session, argument: str) -> None:
-    """Counts the tokens of each message: by how many it makes the conversation longer."""
+    """Counts the tokens that each message adds to the conversation."""
     messages = session.conversation.all_messages
     counts = []
     for end in range(1, len(messages) + 1):
         try:
             counts.append(session.partner.prompt(messages[:end], add_generation_prompt=False).tokens)
-        except LlamaJaxError:  # some templates refuse what does not end with an answer
+        except LlamaJaxError:  # some templates refuse conversations that do not end with an answer
             counts.append(None)
     lines = token_lines(messages, counts, session.partner.context)
     if session.answered:
@@ -162,7 +162,7 @@ def _tokens(session: Session, argument: str) -> None:
 
 
 def _logprobs(session: Session, argument: str) -> None:
-    """Has log-probabilities asked for from now on, or lists those of the last answer."""
+    """Turns log-probabilities on or off, or lists those of the last answer."""
     if argument:
         count = {"on": str(ALTERNATIVES), "off": "none"}.get(argument, argument)
         session.sampling = with_setting(session.sampling, "logprobs", count)
@@ -184,7 +184,7 @@ def _model(session: Session, argument: str) -> None:
 
 
 def _trim(session: Session, argument: str) -> None:
-    """Drops the oldest turns: as many as said, or until half of the context is free."""
+    """Drops the oldest turns: the given number, or until half of the context is free."""
     turns = len(session.conversation.turns)
     if argument:
         if not argument.isdecimal() or not 1 <= int(argument) <= turns:
@@ -251,4 +251,4 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Session, str], None]]] = MappingProx
         "load": ("/load FILE           go on with a saved conversation", _load),
     }
 )
-"""Name, line of help, and what it does."""
+"""Name, help line, and function of each command."""

@@ -1,4 +1,4 @@
-"""What a chat is about, without a terminal: the conversation as a value, its settings, its input syntax."""
+"""Model of a chat, without a terminal: the conversation as a value, its settings, its input syntax."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation as a tree, of which one path is shown; every change makes a new one.
+    """A conversation as an immutable tree, of which one path is shown; every change makes a new one.
 
     Attributes:
       messages: the path that is shown, in order, without the system prompt.
       system: the system prompt, or None.
-      branches: the paths to all ends of the tree. What was edited or answered again stays in a branch of its own.
+      branches: the paths to all leaves of the tree. Edited or re-answered messages stay in their own branch.
     """
 
     messages: Messages = ()
@@ -41,7 +41,7 @@ class Conversation:
     branches: tuple[Messages, ...] = ()
 
     def __post_init__(self) -> None:
-        """Has the shown path take the place of those that it continues, or adds it."""
+        """Replaces the paths that the shown one continues by it, or adds it."""
         found = list[Messages]()
         for path in (*self.branches, self.messages):
             if not any(_begins(path, other) for other in found):
@@ -51,19 +51,19 @@ class Conversation:
 
     @property
     def all_messages(self) -> list[Mapping[str, Any]]:
-        """As a chat template takes them."""
+        """All messages, as a chat template takes them."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*first, *self.messages]
 
     @property
     def turns(self) -> list[Messages]:
-        """The messages in groups that each begin with one of the user's."""
+        """The messages in groups that each begin with a user message."""
         starts = [i for i, message in enumerate(self.messages) if message["role"] == "user" or i == 0]
         return [self.messages[a:b] for a, b in itertools.pairwise([*starts, len(self.messages)])]
 
     @property
     def branch(self) -> int | None:
-        """Index of the branch whose end is shown; None where the shown path ends within branches."""
+        """Index of the branch whose end is shown; None if the shown path ends within branches."""
         return self.branches.index(self.messages) if self.messages in self.branches else None
 
     def with_system(self, text: str | None) -> Conversation:
@@ -87,11 +87,11 @@ class Conversation:
         return Conversation(system=self.system)
 
     def before_last_turn(self) -> Conversation:
-        """As it was before the user's last message, which stays in its branches."""
+        """Without the user's last message and its answer, which stay in their branches."""
         return self.at(_joined(self.turns[:-1]))
 
     def without_last_turn(self) -> Conversation:
-        """Without the user's last message and all that ever followed it."""
+        """Without the user's last message and everything that ever followed it."""
         gone = _joined([*self.turns[:-1], self.turns[-1][:1]]) if self.turns else ()
         kept = tuple(path for path in self.branches if not (gone and _begins(gone, path)))
         return Conversation(_joined(self.turns[:-1]), self.system, kept)
@@ -123,14 +123,14 @@ def _begins(path: Messages, other: Messages) -> bool:
 
 
 def default_sampling(generation_config: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[SamplingParams, str]:
-    """How a chat samples when nobody says: as the model's makers advise, if they do.
+    """Default sampling parameters of a chat: those recommended by the model's makers, if any.
 
     Args:
       generation_config: contents of the model's generation_config.json.
-      given: fields that the user has set; they come first.
+      given: fields that the user has set; they take precedence.
 
     Returns:
-      The parameters, and where the fields that the user did not set come from.
+      The parameters, and the origin of the fields that the user did not set.
 
     Raises:
       RequestError: a value is out of range.
@@ -156,7 +156,7 @@ def with_setting(params: SamplingParams, name: str, text: str, others: Sequence[
     """The parameters with one field set from text: JSON, or a plain string for `stop`; "none" is None.
 
     Args:
-      others: names of what else can be set, for hints.
+      others: other settable names, for hints.
 
     Raises:
       RequestError: there is no such field, or the value does not fit; `param` names the field.
@@ -205,10 +205,10 @@ def is_open(text: str) -> bool:
 
 
 def parse_input(text: str) -> Command | str | None:
-    '''What the user has entered: a command, a message, or None for nothing.
+    '''Parses the user's input: a command, a message, or None for nothing.
 
     A line that begins with "/" is a command; "//" begins a message with a slash. A block between """ and """ is a
-    message as it stands.
+    verbatim message.
     '''
     stripped = text.strip()
     if stripped.startswith(QUOTES):

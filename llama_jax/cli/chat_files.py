@@ -1,4 +1,4 @@
-"""Conversations in files: a list of messages, or, of one with branches, the tree as the server's page exports it."""
+"""Conversations in files: a list of messages, or, with branches, the tree format that the server's page exports."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FORMAT, _VERSION = "llama_jax conversations", 1  # of llama_jax/server/ui/src/t
 
 
 def save_conversation(conversation: Conversation, path: Path) -> None:
-    """Writes the messages as `llama-jax generate --messages` reads them, for the user's eyes only (mode 0600).
+    """Writes the messages as `llama-jax generate --messages` reads them, readable only by the user (mode 0600).
 
     Raises:
-      StorageError: the file cannot be written, or it exists and is no conversation.
+      StorageError: the file cannot be written, or exists and is not a conversation.
     """
     if os.path.lexists(path):
         try:
@@ -50,11 +50,11 @@ def save_conversation(conversation: Conversation, path: Path) -> None:
 
 
 def load_conversation(path: Path) -> Conversation:
-    """Reads what `save_conversation` or the page has written, or another list of messages; a system message at its
-    beginning becomes the system prompt.
+    """Reads a file of `save_conversation` or the page, or another list of messages; a leading system message becomes
+    the system prompt.
 
     Raises:
-      RequestError: it cannot be read, or holds something else than messages of text.
+      RequestError: it cannot be read, or contains anything but text messages.
     """
     from llama_jax.text.chat import EXAMPLE, check_messages
 
@@ -81,11 +81,11 @@ def is_tree(value: Any) -> bool:
 
 
 def _tree(conversation: Conversation) -> dict[str, Any]:
-    """A file of the page. What the page does not know of a message is under "extra"."""
+    """The content of a page file. Fields of messages unknown to the page are under "extra"."""
     messages: dict[tuple[str | None, str], dict[str, Any]] = {}
 
     def placed(path: Messages) -> list[str]:
-        """The ids of a path's messages, which are added where the tree lacks them."""
+        """The ids of a path's messages, which are added if the tree lacks them."""
         parent: str | None = None
         ids = []
         for message in path:
@@ -112,7 +112,7 @@ def conversation_of(value: Mapping[str, Any]) -> Conversation:
     """The conversation in a file of the page, whose messages it has checked (transfer.ts says which fields there are).
 
     Raises:
-      RequestError: there are several, or something is wrong with it.
+      RequestError: there are several, or it is invalid.
     """
     if value.get("version") != _VERSION:
         raise _wrong(f"this file has version {value.get('version')!r:.20}", f"known is {_VERSION}")

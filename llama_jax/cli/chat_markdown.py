@@ -16,19 +16,19 @@ from rich.syntax import Syntax
 from llama_jax.cli.terminal import printable
 
 DRAW_EVERY_S = 0.08
-"""Seconds between two times that a block is drawn which is still growing."""
+"""Seconds between redraws of a growing block."""
 _BLANK = re.compile(r"(\x1b\[[\d;]*m|\s)*")
 _CODE_THEME = "ansi_dark"  # the terminal's own colours, so that it fits dark and light ones
-# What looks like HTML, an image or the definition of a link is shown as it was written: rich would drop it.
+# HTML, images and link definitions are shown verbatim: rich would drop them.
 _PARSER = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable(["image", "reference"])
 
 
 class LiveMarkdown:
-    """A text that is shown as markdown while it grows. Blocks that nothing can change any more are written once; the
-    last one is drawn again in its place, its end only where it is higher than the screen."""
+    """A growing text shown as markdown. Finished blocks are written once; the last one is redrawn in place, only its
+    end if it is taller than the screen."""
 
     def __init__(self, out: TextIO, columns: int, rows: int):
-        """Nothing yet, on a terminal that is `columns` wide and `rows` high."""
+        """Starts empty, on a terminal `columns` wide and `rows` high."""
         self._out, self._most = out, max(rows - 1, 1)
         self._console = Console(file=out, width=columns, force_terminal=True, highlight=False, legacy_windows=False)
         self._open = ""  # the text of the last block
@@ -44,7 +44,7 @@ class LiveMarkdown:
             self._next = now + DRAW_EVERY_S
 
     def end(self) -> None:
-        """Shows what is left."""
+        """Shows the rest of the text."""
         self._draw(last=True)
 
     def _draw(self, *, last: bool = False) -> None:
@@ -71,7 +71,7 @@ class LiveMarkdown:
 
 
 def _starts(text: str) -> list[int]:
-    """Where the blocks begin: paragraphs, lists, pieces of code."""
+    """Start positions of blocks: paragraphs, lists, pieces of code."""
     lines = [0, *itertools.accumulate(len(line) + 1 for line in text.split("\n"))]
     return [lines[token.map[0]] for token in _PARSER.parse(text) if token.map and token.level == 0]
 
@@ -81,7 +81,7 @@ def _blocks(text: str) -> list[str]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """The blocks that more text cannot change, and the rest: only a line that is complete tells what it is."""
+    """The blocks that more text cannot change, and the rest: only a complete line reveals its kind."""
     _, *later = _starts(text[: text.rfind("\n") + 1]) or [0]
     at = later[-1] if later else 0
     return text[:at], text[at:]
@@ -98,7 +98,7 @@ class _CodeBlock(CodeBlock):
 
 
 class _Shown(Markdown):
-    """Markdown with its line breaks kept, addresses of links in sight, and no control characters."""
+    """Markdown that keeps line breaks, shows link addresses, and has no control characters."""
 
     elements: ClassVar[dict[str, Any]] = Markdown.elements | {
         "heading_open": _Heading,
@@ -115,6 +115,6 @@ class _Shown(Markdown):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for part in super().__rich_console__(console, options):
-            if isinstance(part, Segment):  # an entity may spell a control character
+            if isinstance(part, Segment):  # an entity may encode a control character
                 part = part._replace(text=printable(part.text))
             yield part

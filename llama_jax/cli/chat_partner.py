@@ -21,12 +21,12 @@ from llama_jax.text.chat import encode_chat
 Messages = Sequence[Mapping[str, Any]]
 
 PATIENCE_S = 0.1
-"""How often somebody who waits for a server is asked whether to go on."""
+"""Interval at which a wait for a server checks whether to continue."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages as a partner takes them, and their tokens in the model's template; None where that cannot be told."""
+    """Messages as a partner takes them, and their number of tokens in the model's template; None if unknown."""
 
     content: Any
     tokens: int | None
@@ -34,15 +34,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is new of an answer, and how it stands.
+    """New text of an answer, and its figures so far.
 
     Attributes:
-      text: what is new.
-      prompt_tokens, generation_tokens: so far; cached_tokens: of the prompt, that were found in the prefix cache.
-      prompt_tps, generation_tps: tokens a second; ttft_s: seconds to the first one.
+      text: the new text.
+      prompt_tokens, generation_tokens: so far; cached_tokens: prompt tokens found in the prefix cache.
+      prompt_tps, generation_tps: tokens per second; ttft_s: seconds to the first one.
       finish_reason: set on the last piece only.
-      tokens: new ones, where they were asked for, as OpenAI's API has them: "token", "logprob", "top_logprobs".
-      reasoning: what is new of the model's thoughts, where a server tells them apart.
+      tokens: new ones, if requested, in the format of OpenAI's API: "token", "logprob", "top_logprobs".
+      reasoning: new text of the model's reasoning, if a server separates it.
     """
 
     text: str
@@ -62,7 +62,7 @@ class Partner(Protocol):
 
     Attributes:
       name: of the model; about: where it is.
-      context: tokens that it can take; None where that is not known.
+      context: the most tokens that it can take; None if unknown.
     """
 
     name: str
@@ -70,22 +70,22 @@ class Partner(Protocol):
     context: int | None
 
     def prompt(self, messages: Messages, *, add_generation_prompt: bool = True) -> Prompt:
-        """Messages to be answered, or to be counted."""
+        """Prepares messages to answer or count."""
         ...
 
     def choose(self, name: str) -> None:
-        """Changes to another model.
+        """Switches to another model.
 
         Raises:
-          LlamaJaxError: there is none of that name, or no choice.
+          LlamaJaxError: there is none with that name, or no choice.
         """
         ...
 
     def answer(self, prompt: Prompt, params: SamplingParams, progress: Callable[[int, int], None]) -> Iterator[Piece]:
-        """Pieces of an answer as they come.
+        """Yields pieces of an answer as they come.
 
         Args:
-          progress: called now and then with the tokens read and all of them; what it raises ends the answer.
+          progress: called occasionally with the numbers of tokens read and in total; its exceptions end the answer.
         """
         ...
 
@@ -94,7 +94,7 @@ class Here:
     """A `Partner` in this process."""
 
     def __init__(self, llm: LLM):
-        """The engine remembers the conversation's keys and values."""
+        """Makes an engine, which caches the conversation's keys and values."""
         model = llm.model
         self.llm, self.name = llm, model.name
         self.context: int | None = model.config.context_length
@@ -214,7 +214,7 @@ def _piece(usage: Mapping[str, Any], start: float, first: float | None, **more: 
 
 
 async def _next(events: Any, progress: Callable[[int, int], None]) -> dict[str, Any] | None:
-    """The next event, None behind the last; meanwhile `progress` may end the wait."""
+    """The next event, None after the last; meanwhile `progress` may end the wait."""
     coming = asyncio.ensure_future(anext(events, None))
     try:
         while not (await asyncio.wait([coming], timeout=PATIENCE_S))[0]:
@@ -226,7 +226,7 @@ async def _next(events: Any, progress: Callable[[int, int], None]) -> dict[str, 
 
 
 def _fields(params: SamplingParams) -> dict[str, Any]:
-    """Fields of a request: those that differ from a server's defaults, as a server need not know the others."""
+    """Fields of a request: those that differ from the defaults, since a server may not know the others."""
     defaults = SamplingParams(max_tokens=None)
     found = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
     found = {name: value for name, value in found.items() if value != getattr(defaults, name)}

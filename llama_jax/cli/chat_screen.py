@@ -31,13 +31,13 @@ Reader = Callable[[], str | None]
 
 
 class Screen:
-    """Where answers and notes go.
+    """Destination of answers and notes.
 
     Attributes:
       interactive: a person sits at a terminal. Otherwise only answers and what commands print go to standard output.
       as_json: answers are JSON objects; everything else goes to standard error.
       columns: width for notes.
-      markdown: answers are shown as markdown; only where a terminal can do more than print.
+      markdown: answers are shown as markdown; only if a terminal can do more than print.
       status: gives the line below what is typed.
     """
 
@@ -60,7 +60,7 @@ class Screen:
         return shutil.get_terminal_size().columns if self.interactive else 200
 
     def reply(self, text: str) -> None:
-        """Shows what the user has asked for by a command."""
+        """Shows the result of a command."""
         if self.as_json:
             print(text, file=sys.stderr, flush=True)
         else:
@@ -74,13 +74,13 @@ class Screen:
             print(printable(text), file=sys.stderr, flush=True)
 
     def thought(self, text: str) -> None:
-        """Shows a person a piece of what the model thinks before it answers, dimmed."""
+        """Shows a person a piece of the model's reasoning, dimmed."""
         if self.interactive and not self.as_json:
             print(f"{self._dim}{printable(text)}{self._normal}", end="", flush=True)
 
     @contextlib.contextmanager
     def answer(self) -> Iterator[Callable[[str], None]]:
-        """Gives what shows the text of an answer, piece by piece; JSON comes elsewhere, and whole."""
+        """Returns the display of an answer's text, piece by piece; JSON is shown elsewhere, in one piece."""
         if self.as_json:
             yield lambda text: None
             return
@@ -92,7 +92,7 @@ class Screen:
                 shown.end()
 
     def message(self, message: Mapping[str, Any]) -> None:
-        """Shows a message of the conversation once more; answers as they were shown first."""
+        """Shows a message of the conversation again; answers as they were shown first."""
         if message["role"] != "assistant":
             self.note(f"{message['role']}: {message['content']}")
             return
@@ -105,17 +105,17 @@ class Screen:
         return LiveMarkdown(sys.stdout, *shutil.get_terminal_size())
 
     def activity(self) -> Activity:
-        """What shows a person that an answer is under way, until it begins."""
+        """The display that tells a person that an answer is coming, until it begins."""
         if self.can_draw:
             return LineActivity(self._dim, self._normal)
         return NotedActivity(self.note if self.interactive and not self.as_json else lambda text: None)
 
     def reader(self, history: Path | None, words: Sequence[str]) -> Reader:
-        """How this terminal, or pipe, is read.
+        """The reader of this terminal or pipe.
 
         Args:
-          history: file that remembers what was entered, kept to its owner; None remembers nothing.
-          words: what the tab key completes at the beginning of a line.
+          history: file that keeps the input history, private to its owner; None for no history.
+          words: completions of the tab key at the beginning of a line.
 
         Raises:
           StorageError: the history file cannot be used.
@@ -127,7 +127,7 @@ class Screen:
         return _remembering(_typed(self.note) if self.interactive else _piped(), history)
 
     def _secure(self, path: Path) -> None:
-        """Creates a file for its owner only; takes others' rights from one that exists, and says so."""
+        """Creates a file for its owner only; revokes others' rights to an existing one, and says so."""
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
             try:
@@ -146,7 +146,7 @@ class Screen:
 
 
 class _PlainText:
-    """A text as it comes, and a newline behind it if it has begun and lacks one."""
+    """Plain text as it comes, and a final newline if it has begun and lacks one."""
 
     def __init__(self) -> None:
         self._last: str | None = None
@@ -162,7 +162,7 @@ class _PlainText:
 
 @contextlib.contextmanager
 def _without_echo() -> Iterator[None]:
-    """What is typed meanwhile is not written into the answer; it is there when the next message is read."""
+    """Keeps typed input from being echoed into the answer; it is there when the next message is read."""
     handle = sys.stdin.fileno()
     before = termios.tcgetattr(handle)
     silent = [*before]
@@ -229,7 +229,7 @@ def _keys() -> KeyBindings:
 
 
 def _typed(note: Callable[[str], None]) -> Reader:
-    """A terminal that can do no more than print (TERM=dumb)."""
+    """Reader of a terminal that can only print (TERM=dumb)."""
 
     def read() -> str | None:
         while True:

@@ -24,12 +24,12 @@ _METER = 12
 
 @dataclass(frozen=True)
 class Answered:
-    """What is known of an answer, besides its text.
+    """Facts about an answer, besides its text.
 
     Attributes:
       last: its last piece.
-      tokens: as of `Piece`, all of them.
-      used: tokens of the conversation with the answer.
+      tokens: all of them, as in `Piece`.
+      used: tokens of the conversation including the answer.
     """
 
     last: Piece
@@ -45,10 +45,10 @@ class Session:
     """A partner, a conversation and a screen.
 
     Attributes:
-      conversation: as far as it has come; an error leaves it as it was before.
+      conversation: the current one; an error leaves it unchanged.
       sampling: for the next answer. With a seed, answer i takes seed + i, so that /retry gives another one.
-      origin: where the sampling fields that the user did not set come from.
-      answers: how many answers were begun.
+      origin: of the sampling fields that the user did not set.
+      answers: number of answers begun.
       answered: the last answer.
     """
 
@@ -66,7 +66,7 @@ class Session:
         """Answers until the input ends or the user leaves.
 
         Raises:
-          LlamaJaxError: something went wrong and nobody sits there to be told: later messages may build on it.
+          LlamaJaxError: something failed in a non-interactive chat, where later messages may depend on it.
         """
         self.screen.status = self._status
         while (text := read()) is not None:
@@ -83,7 +83,7 @@ class Session:
                 self.screen.note("interrupted")
 
     def handle(self, text: str) -> bool:
-        """Does what one input asks for; returns whether to go on."""
+        """Handles one input; returns whether to continue."""
         entered = parse_input(text)
         if isinstance(entered, Command):
             return self._command(entered)
@@ -92,12 +92,12 @@ class Session:
         return True
 
     def tokens_used(self, conversation: Conversation, *, add_generation_prompt: bool = False) -> int | None:
-        """Tokens that a conversation takes of the context; None where the partner cannot tell."""
+        """Tokens of the context that a conversation takes; None if the partner cannot tell."""
         messages = conversation.all_messages
         return self.partner.prompt(messages, add_generation_prompt=add_generation_prompt).tokens if messages else 0
 
     def context_text(self, used: int | None) -> str:
-        """How much of the context is used."""
+        """Use of the context, as text."""
         known = (str(number) if number is not None else "unknown" for number in (used, self.partner.context))
         return " of ".join(known)
 
@@ -143,7 +143,7 @@ class Session:
             self.screen.note(self._account(last, params))
 
     def _status(self) -> str:
-        """How full the context is, the branch and the model: the line below what is typed."""
+        """The status line below the input: use of the context, branch and model."""
         if self._counted[0] != self.conversation:
             used = None
             with contextlib.suppress(LlamaJaxError):
@@ -163,7 +163,7 @@ class Session:
         return " " + "  ".join([*parts, self.partner.name])
 
     def _params(self, asked: Conversation, used: int | None) -> SamplingParams:
-        """The sampling parameters of the next answer, which has the rest of the context.
+        """The sampling parameters of the next answer, which may fill the rest of the context.
 
         Raises:
           RequestError: there is no room for an answer.

@@ -1,4 +1,4 @@
-"""What commands of a chat show of branches, tokens and probabilities, as lines of text."""
+"""Branches, tokens and probabilities as lines of text, for the commands of a chat."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _METER = 5
 
 
 def branch_lines(conversation: Conversation) -> list[str]:
-    """One line for each branch: its number, its messages, and where it leaves the path that is shown."""
+    """One line per branch: its number, its messages, and where it leaves the shown path."""
     rows = []
     for number, path in enumerate(conversation.branches, start=1):
         pairs = zip(path, conversation.messages, strict=False)
@@ -33,7 +33,7 @@ def token_lines(messages: Sequence[Mapping[str, Any]], counts: Sequence[int | No
     """One line for each message, and the sum.
 
     Args:
-      counts: tokens of the conversation up to the end of each message; None where that is not known.
+      counts: tokens of the conversation up to the end of each message; None if unknown.
     """
     rows, before = [], 0
     for number, (message, count) in enumerate(zip(messages, counts, strict=True), start=1):
@@ -47,10 +47,10 @@ def token_lines(messages: Sequence[Mapping[str, Any]], counts: Sequence[int | No
 
 
 def logprob_lines(tokens: Sequence[Mapping[str, Any]], columns: int) -> list[str]:
-    """One line for each token: how likely it was, and the likeliest others in its place, as far as they fit.
+    """One line per token: its probability, and the likeliest alternatives, as far as they fit.
 
     Args:
-      tokens: as OpenAI's API has them.
+      tokens: in the format of OpenAI's API.
     """
     rows = []
     for token in tokens:

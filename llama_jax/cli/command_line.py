@@ -58,7 +58,7 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE, what a shell reports for other programs
 
 
 class Group(click.Group):
-    """A group that answers a misspelt command with close ones."""
+    """A group that suggests close matches for a misspelt command."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -71,7 +71,7 @@ class Group(click.Group):
 
 
 class CommandLine(Group):
-    """A group whose commands are modules that are imported on use, and which reports every error in one way."""
+    """A group whose commands are modules imported on use, and which reports all errors in one way."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -90,7 +90,7 @@ class CommandLine(Group):
             result = super().invoke(ctx)
             sys.stdout.flush()
         except BrokenPipeError:
-            # Nobody reads any more, so that there is nobody to tell. What is still buffered must not fail at exit.
+            # The reader is gone, so there is nobody to tell. Buffered output must not fail at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise click.exceptions.Exit(_BROKEN_PIPE) from None
         return result

@@ -1,4 +1,4 @@
-"""`llama-jax compile`: a model compiled for a GPU that is not there."""
+"""`llama-jax compile`: a model compiled for a GPU that this machine lacks."""
 
 from __future__ import annotations
 

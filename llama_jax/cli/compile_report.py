@@ -189,6 +189,6 @@ def engine_report(model: str, result: EngineCompilation) -> str:
 
 
 def _exchange(c: Compilation, kind: str) -> str:
-    """How often devices exchange something in this way, and bytes in all."""
+    """Number of exchanges of this kind between devices, and their total bytes."""
     each = [x for x in c.collectives if x.kind == kind]
     return f"{sum(x.count for x in each)} x {kind}, {size_text(sum(x.count * x.bytes for x in each))}"

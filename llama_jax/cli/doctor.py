@@ -28,7 +28,7 @@ _SIGNS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
 def command(timeout: float, numerics: bool, as_json: bool) -> None:
     """Look at devices, versions, drivers and folders, and say what is missing and which command fixes it.
 
-    Exits with 0 if nothing stands in the way, 5 if jax cannot use a device that is there, 4 if a kernel computes
+    Exits with 0 if there is no problem, 5 if jax cannot use a device that is there, 4 if a kernel computes
     something else than the reference.
     """
     from llama_jax.doctor import doctor

@@ -25,7 +25,7 @@ def engine_line(snapshot: Snapshot) -> str:
 
 
 def engine_block(engine: Published) -> list[str]:
-    """Lines of everything that an engine says of itself."""
+    """Lines with an engine's full report."""
     snapshot, counts = engine.snapshot, engine.snapshot.counts
     shares = [
         f"{name} {share:.2f}" for name, share in (("MBU", snapshot.mbu), ("MFU", snapshot.mfu)) if share is not None

@@ -1,4 +1,4 @@
-"""How the command line reports an error: two lines for people, one JSON object for programs, and an exit code."""
+"""Error reports of the command line: two lines for people, one JSON object for programs, and an exit code."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _described(error: BaseException) -> tuple[str, str, str, str | None, int]:
 
 
 def _typed(error: BaseException) -> BaseException:
-    """Errors of the runtime that a user can do something about, as errors of this package; others unchanged."""
+    """Runtime errors that a user can act on, as errors of this package; others unchanged."""
     text = str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
         reason = f": {text.splitlines()[0][:300]}" if text else ""
@@ -72,7 +72,7 @@ def _typed(error: BaseException) -> BaseException:
             text.splitlines()[0][:500], hint="see `llama-jax doctor`; JAX_PLATFORMS=cpu runs on the processor"
         )
     if isinstance(error, AssertionError) and _raised_in(error) == "xla_bridge.py":
-        # What jax has to say when it knows every backend of JAX_PLATFORMS, but none has a device.
+        # jax's message if it knows every backend of JAX_PLATFORMS, but none has a device.
         wanted = os.environ.get("JAX_PLATFORMS", "")
         return NoDevice(f"jax finds no device for JAX_PLATFORMS={wanted}", hint="unset it, or see `llama-jax doctor`")
     return error

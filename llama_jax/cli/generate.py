@@ -69,7 +69,7 @@ def command(
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Continue PROMPT as it stands, or answer --messages through the model's chat template.
+    """Continue PROMPT verbatim, or answer --messages through the model's chat template.
 
     PROMPT "-" reads standard input. The new text goes to standard output as it comes; model, device, dtype and speed go
     to standard error. With --json there is one object at the end: text, token_ids, prompt_token_ids, finish_reason,
@@ -77,7 +77,7 @@ def command(
     """
     if (prompt is None) == (messages is None):
         raise click.UsageError("give either a PROMPT or --messages FILE.json")
-    # What can be wrong is looked at before the model is loaded, which may take minutes.
+    # Everything possible is checked before the model is loaded, which may take minutes.
     text = None if prompt is None else inputs.read_prompt(prompt)
     conversation = None if messages is None else inputs.read_messages(messages)
 
@@ -141,7 +141,7 @@ def _stream(
                 write_text(last.text)
                 ended_line = last.text.endswith("\n")
     finally:
-        # Also after Ctrl-C: what has come stays, and the prompt of the shell starts on a line of its own.
+        # Also after Ctrl-C: the text so far stays, and the shell's prompt starts on a new line.
         if not ended_line:
             write_text("\n")
         if last and not quiet:

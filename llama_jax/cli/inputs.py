@@ -1,4 +1,4 @@
-"""Reading what the user points at: standard input, and files of messages."""
+"""Reading of the user's inputs: standard input, and files of messages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_json(source: str, *, param: str, hint: str) -> Any:
     """A value from a JSON file, or from standard input for "-".
 
     Raises:
-      RequestError: it cannot be read, or is no JSON; with this hint.
+      RequestError: it cannot be read, or is not JSON; with this hint.
     """
     text = read_text(source, param=param)
     try:
@@ -59,11 +59,11 @@ def read_json(source: str, *, param: str, hint: str) -> Any:
 
 
 def read_messages(source: str) -> list[dict[str, Any]]:
-    """A conversation from a JSON file, or from standard input for "-": a list of objects with role and content, or what
-    a chat or the server's page has saved, of which the path that is shown is taken.
+    """A conversation from a JSON file, or from standard input for "-": a list of objects with role and content, or
+    a file saved by a chat or the server's page, of which the shown path is used.
 
     Raises:
-      RequestError: it cannot be read, is no conversation, or a role is none that chats have.
+      RequestError: it cannot be read, is not a conversation, or has an unknown role.
     """
     from llama_jax.cli.chat_files import conversation_of, is_tree
     from llama_jax.text.chat import EXAMPLE, check_messages

@@ -1,4 +1,4 @@
-"""The mesh of devices that need not be here: `--devices`, `--tp` and `--mesh` of `plan` and `compile`."""
+"""The mesh of devices that this machine need not have: `--devices`, `--tp` and `--mesh` of `plan` and `compile`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mesh_sizes(
     devices: int | None,
     fraction: float,
 ) -> dict[str, int]:
-    """Sizes of the mesh's axes: as asked for, with devices beyond them as "data"; else the smallest that fits."""
+    """Sizes of the mesh's axes: as requested, with further devices as "data"; else the smallest that fits."""
     from llama_jax.plan import smallest_mesh
     from llama_jax.sharding import requested_axes
 

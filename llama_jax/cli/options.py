@@ -74,7 +74,7 @@ def _together(*options: Decorator) -> Decorator:
 
 
 def _agree(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    """Says yes for this process, and for those that it starts."""
+    """Answers yes for this process, and for those that it starts."""
     if value:
         os.environ[network.YES] = "1"
 
@@ -138,7 +138,7 @@ json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="P
 
 
 def _name_backends(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, str]:
-    """Operation to backend, for `load`; what is misspelt is found before jax is imported."""
+    """Maps operations to backends, for `load`; misspellings are found before jax is imported."""
     return parse_backends(value or "", "--kernels")
 
 
@@ -169,10 +169,10 @@ mesh_options = _together(
 
 
 def is_auto(mesh: str | None, tp: int | None) -> bool:
-    """Whether the options ask that a mesh be chosen.
+    """Whether the options ask for an automatic mesh.
 
     Raises:
-      RequestError: they ask for a size, too.
+      RequestError: they also ask for a size.
     """
     if mesh == AUTO and tp is not None:
         raise RequestError("--mesh auto chooses --tp by itself", param="mesh", hint="give one of them")
@@ -185,7 +185,7 @@ def requested_mesh(
     """The mesh that the options ask for, or None. Imports jax.
 
     Args:
-      batch, context, prompt: what `--mesh auto` has to make room for (`plan.AutoMesh`).
+      batch, context, prompt: sizes that `--mesh auto` must make room for (`plan.AutoMesh`).
 
     Raises:
       RequestError, NoDevice: see `sharding.requested_axes` and `sharding.make_mesh`.
@@ -211,7 +211,7 @@ def claim_memory() -> None:
 
 
 class Told(Protocol):
-    """Whoever is told how far loading is: a `Reporter`, or what passes its news on."""
+    """Receiver of loading progress: a `Reporter`, or a wrapper that forwards to one."""
 
     def notify(self, message: str) -> None:
         """Take a line of text; see `llama_jax.load`."""
@@ -224,7 +224,7 @@ class Told(Protocol):
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Options of the command line that say how to load a model; see `load_options`."""
+    """Command-line options for loading a model; see `load_options`."""
 
     dtype: str | None
     weights: str | None
@@ -236,10 +236,10 @@ class LoadOptions:
     kernels: dict[str, str]
 
     def load_draft(self, name: str | None, model: Model, tokenizer: Tokenizer | None, reporter: Told) -> Model | None:
-        """Loads a draft model onto the devices of the model, if one is asked for.
+        """Loads the draft model, if requested, onto the model's devices.
 
         Raises:
-          RequestError: it is not for this model.
+          RequestError: it does not match this model.
         """
         from llama_jax.generation.draft import opened_draft
 
@@ -258,7 +258,7 @@ class LoadOptions:
         )
 
     def _options(self, reporter: Told) -> dict[str, Any]:
-        """Of `load`, for every model."""
+        """Options of `load` for every model."""
         return {
             "convert": self.convert,
             "weights": self.weights,

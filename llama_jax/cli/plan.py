@@ -1,4 +1,4 @@
-"""`llama-jax plan`: does a model fit, and how fast could it be, before anything is downloaded."""
+"""`llama-jax plan`: whether a model fits, and how fast it could be, before anything is downloaded."""
 
 from __future__ import annotations
 

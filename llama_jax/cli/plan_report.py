@@ -1,4 +1,4 @@
-"""What `llama-jax plan` prints."""
+"""Output of `llama-jax plan`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _rate(plan: Plan) -> str:
 
 
 def _programs(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> dict[str, tuple[Bytes, Any]]:
-    """Of each program what was predicted for the shapes that were compiled, and its compilation."""
+    """For each program, the prediction for the compiled shapes, and its compilation."""
     from llama_jax.plan import DeviceShare
     from llama_jax.plan.costs import local_rows
 
@@ -99,7 +99,7 @@ def _programs(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> dict[st
 
 
 def compared(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> list[str]:
-    """Predicted bytes beside those that XLA reports, in lines."""
+    """Lines that compare predicted bytes with those that XLA reports."""
     slots = f"{xla.prefill.capacity} slots a row in prefill, {xla.decode.capacity} in decode"
     lines = ["", f"compiled for a cache of {slots}: predicted bytes, and what XLA reports"]
     for name, (predicted, compilation) in _programs(config, plan, xla).items():
@@ -117,7 +117,7 @@ def compared(config: LlamaConfig, plan: Plan, xla: ModelCompilation) -> list[str
 def facts(
     model: str, config: LlamaConfig, plan: Plan, xla: ModelCompilation | None, remedies: Sequence[str]
 ) -> dict[str, Any]:
-    """All of it as values that JSON can hold."""
+    """The report as JSON-compatible values."""
 
     def floor(f: Floor) -> dict[str, Any]:
         return dataclasses.asdict(f) | {"seconds": f.seconds, "bound": f.bound}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llama_jax.engine.compiled import Compiled
 
 SHOW_AFTER_S = 0.4
-"""A stage that was not announced and is over sooner shows nothing, and does not pay for importing rich."""
+"""An unannounced stage that ends sooner shows nothing, and saves importing rich."""
 LINE_EVERY_S = 2.0
 
 
@@ -24,7 +24,7 @@ class Reporter:
     """Shows what a long call is doing; a context manager.
 
     `progress` and `notify` are made for the arguments of these names of `llama_jax.load`, `convert` and `resolve`: the
-    stages of one call (conversion, then loading) follow one another, and each has a bar of its own.
+    stages of one call (conversion, then loading) follow one another, each with its own bar.
 
     Args:
       quiet: show nothing.
@@ -143,7 +143,7 @@ class Reporter:
 
 
 def _speed(seconds: float, done: int, left: int) -> str:
-    """Bytes a second and the time that the rest will take at that rate; empty while there is nothing to go by."""
+    """Bytes per second and the remaining time at that rate; empty while there is no basis for them."""
     if seconds <= 0 or done <= 0:
         return ""
     rate = done / seconds

@@ -1,4 +1,4 @@
-"""`llama-jax quality`: how far a model's predictions are from those of the model that it was made of."""
+"""`llama-jax quality`: divergence of a model's predictions from those of its original."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def command(model: str, reference: str, text: str, loading: LoadOptions, quiet: 
     """Compare what MODEL predicts with what --reference does, over a text.
 
     Prints the perplexity of both, the mean Kullback-Leibler divergence of the model from its reference in nats a token,
-    and the share of tokens of which both find the same likeliest. Windows of 512 tokens stand alone, and of each the
-    second half is predicted, as llama.cpp does it. Standard errors stand behind the signs.
+    and the share of tokens of which both find the same likeliest. Windows of 512 tokens are independent, and the
+    second half of each is predicted, as in llama.cpp. Standard errors follow the plus-minus signs.
 
     The options hold for both models, which are in memory together, but --activations for MODEL alone. On a GPU they
     compute in bfloat16, whose own rounding is part of the divergence; --dtype float32 --weights float compares weights

@@ -114,7 +114,7 @@ def command(
 
 
 def _by_layer(errors: dict[str, float], of: str) -> list[str]:
-    """A line for each layer, and for what is in none, whose errors are always of its weights."""
+    """A line per layer, and one for weights outside layers, whose errors are always those of the weights."""
     layers: dict[str, dict[str, float]] = {}
     for leaf, error in errors.items():
         parts = leaf.split(".")

@@ -1,4 +1,4 @@
-"""Options that say how weights are quantised."""
+"""Options for quantising weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RecipeOptions:
         """The recipe, None without `--weights`. Imports jax.
 
         Args:
-          method: how codes are found.
+          method: the method that finds codes.
 
         Raises:
           RequestError: see `llama_jax.recipe.recipe`; or other options are given without `--weights`.

@@ -39,7 +39,7 @@ def command(names: tuple[str, ...], downloads: bool, tmp: bool, yes: bool, as_js
 
     if not names and not tmp:
         raise RequestError("no model is named", param="names", hint="give names from `llama-jax list`, or --tmp")
-    # By path, so that a model that is named twice is removed once.
+    # By path, so that a model named twice is removed once.
     found = {thing.path: thing for name in names for thing in find_models(name, downloads=downloads)}
     found |= {thing.path: thing for thing in (find_leftovers() if tmp else ())}
     things = list(found.values())
@@ -54,7 +54,7 @@ def command(names: tuple[str, ...], downloads: bool, tmp: bool, yes: bool, as_js
 
 
 def _ask(things: Sequence[Removable], *, as_json: bool) -> None:
-    """Lets the user confirm; raises click.Abort if he does not."""
+    """Asks the user to confirm; raises click.Abort otherwise."""
     if as_json or not sys.stdin.isatty():
         raise RequestError(
             f"{len(things)} things would be removed, and nobody can be asked", param="yes", hint="pass --yes"

@@ -1,4 +1,4 @@
-"""The models of `llama-jax serve`: which there are, by what names, and how they are loaded."""
+"""The models of `llama-jax serve`: their names and how they are loaded."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def named_models(
 
     Raises:
       UsageError: the options do not go together.
-      ModelNotFound: one of several models is neither here nor of the hub.
-      RequestError: there is no such tool parser.
+      ModelNotFound: one of several models is neither local nor on the hub.
+      RequestError: a tool parser is unknown.
     """
     from llama_jax.server.served import served_name
     from llama_jax.text.tools import format_named
@@ -67,7 +67,7 @@ def named_models(
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Name and value of NAME=VALUE; the name is empty where there is none, as before a path with such a sign."""
+    """Name and value of NAME=VALUE; the name is empty if there is none, as for a path that contains "="."""
     name, sign, value = text.partition("=")
     if not sign or Path(text).exists():
         return "", text
@@ -134,7 +134,7 @@ class FromName:
 
 @dataclass(frozen=True)
 class _Both:
-    """Passes news of loading on to a reporter, and in a few words to `tell`."""
+    """Forwards loading progress to a reporter, and in a few words to `tell`."""
 
     reporter: Reporter
     tell: Callable[[str], None]
@@ -155,6 +155,6 @@ class _Both:
 
 
 def check_mesh(loading: LoadOptions, models: Sequence[Named]) -> None:
-    """Raises UsageError where a mesh would be chosen by memory that several models share."""
+    """Raises UsageError if a mesh would be chosen by memory that several models share."""
     if len(models) > 1 and is_auto(loading.mesh, loading.tp):
         raise click.UsageError("--mesh auto chooses by the memory that is free; with several models give --tp")

@@ -15,7 +15,7 @@ from llama_jax.remote import Remote
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """The server that is asked, if one is; `name`: of the model there, None for its first one."""
+    """The server to ask, if any; `name`: of the model there, None for its first one."""
 
     url: str | None
     api_key: str | None
@@ -25,12 +25,12 @@ class ServerOptions:
         """The server; None without `--url`.
 
         Args:
-          of_here: options of the command, besides those of `LoadOptions`, that only a model in this process has;
-            of_there: those that only a server has, besides these.
+          of_here: options of the command, besides those of `LoadOptions`, that apply only to a model in this process;
+            of_there: those that apply only to a server, besides these.
 
         Raises:
           UsageError: an option was given that has no effect.
-          RequestError: the URL is none.
+          RequestError: the URL is invalid.
         """
         if self.url is None:
             _refuse({"api_key", "name", *of_there}, "is of a server: give --url")

@@ -13,9 +13,9 @@ from typing import Any
 
 from llama_jax.library.sizes import size_text as size_text
 
-# C0 and C1 control characters and DEL as visible signs, so that no escape sequence of a model's output reaches the
+# C0 and C1 control characters and DEL as visible signs, so that no escape sequence in a model's output reaches the
 # terminal. Newline and tab stay; a carriage return could overwrite a line, and is of no use without that.
-# Overrides of the writing direction go too: they can make a line read as something that it is not.
+# Overrides of the writing direction are replaced too: they can disguise a line.
 _VISIBLE: dict[int, int | None] = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},
     ord("\r"): None,
@@ -46,7 +46,7 @@ def print_json(value: Any) -> None:
     """Writes one JSON value and a newline to standard output, in ASCII, so that it passes through every locale.
 
     Raises:
-      ValueError: the value holds NaN or infinity, which JSON has not.
+      ValueError: the value contains NaN or infinity, which JSON lacks.
     """
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
     sys.stdout.flush()
@@ -103,11 +103,10 @@ def print_error(message: str, hint: str) -> None:
 def catch_interrupt(
     notice: str = "", signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
 ) -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C, or a request to terminate, into a wish that can be asked for; the next one raises
-    KeyboardInterrupt.
+    """Turns Ctrl-C, or a request to terminate, into a flag that can be polled; the next one raises KeyboardInterrupt.
 
     Args:
-      notice: what the first one writes to standard error.
+      notice: text that the first one writes to standard error.
     """
     asked = False
 

@@ -20,7 +20,7 @@ from llama_jax.errors import EngineNotFound, LlamaJaxError, NetworkError
 from llama_jax.remote import Remote
 
 Look = Callable[[], list[Published]]
-"""Returns the engines as they are now. What it raises ends the watching."""
+"""Returns the current engines. Its exceptions end the watching."""
 
 _POLL_S = 0.1
 
@@ -124,7 +124,7 @@ def _draw(look: Look, interval: float) -> None:
     shown, left = "", threading.Event()
 
     def watch() -> None:
-        """Looks, in a thread of its own: a server may be slow to answer, and q leaves all the same."""
+        """Polls in a separate thread: a server may be slow to answer, and q must leave at once."""
         nonlocal shown
         while True:
             try:

@@ -32,7 +32,7 @@ def command(
     """Measure every kernel that runs on this device, with several tilings, and keep the fastest.
 
     Each is compared with the reference first. The result is a table in the cache, which wins over the shipped one until
-    the kernels or jax change. Ctrl-C keeps what has been measured; the next run goes on from there.
+    the kernels or jax change. Ctrl-C keeps what has been measured; the next run resumes from there.
     """
     from llama_jax import runtime
     from llama_jax.config import preset

@@ -1,4 +1,4 @@
-"""Whether a model fits, in words: the same lines for `plan` and `compile`."""
+"""Verdict on whether a model fits, as text: the same lines for `plan` and `compile`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _WHEN = {
 
 
 def memory_lines(verdict: Verdict, target: Target) -> list[str]:
-    """The peak and what there is for it, below a heading."""
+    """The peak and the available memory, below a heading."""
     phases = ", ".join(f"{name} {size_text(size)}" for name, size in verdict.phases.items() if size)
     lines = [f"  peak         {size_text(verdict.peak)} {_WHEN[verdict.worst]} ({phases})"]
     if verdict.usable is None:
@@ -67,7 +67,7 @@ def verdict_lines(verdict: Verdict, remedies: Sequence[str], room: str = "") -> 
 
 
 def verdict_facts(verdict: Verdict, remedies: Sequence[str]) -> dict[str, Any]:
-    """The same as values that JSON can hold."""
+    """The same as JSON-compatible values."""
     return {
         "fits": verdict.fits,
         "peak_bytes": verdict.peak,

@@ -128,7 +128,7 @@ def _check_numbers(
             verification.save(save_logits, inputs, computed)
         result = verification.compare(computed, inputs, expected)
     except VerificationError as e:
-        # The file cannot be compared with this model at all, which is a result like any other.
+        # The file cannot be compared with this model at all, which counts as a result too.
         result = verification.Comparison(None, None, None, (f"{e.message}; {e.hint}",))
     for reason in result.reasons:
         click.echo(f"failed: {reason}", err=True)

@@ -1,4 +1,4 @@
-"""Shapes: prompts, caches and batches come in few sizes, so that few programs are compiled."""
+"""Shapes: prompts, caches and batches are padded to a few sizes, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from llama_jax.sharding import ways
 
 MIN_PROMPT = 16
 MAX_CHUNK = 2048
-# Room for new tokens that a request without a small limit starts with; the cache grows when it is used up.
+# Initial room for new tokens of a request without a small limit; the cache grows when it is used up.
 FIRST_ROOM = 1024
-# Prompt tokens of a device in each of two pieces that run side by side: products of so many still run at full speed.
+# Prompt tokens of a device in each of two overlapped pieces: products of this many rows still run at full speed.
 PIECE_TOKENS = 4096
 
 
@@ -34,8 +34,8 @@ def cache_bucket(slots: int) -> int:
 
 
 def capacities(padded: int, new: int) -> tuple[int, ...]:
-    """Capacities that a cache has one after the other while `new` tokens follow a padded prompt: it starts with room
-    for FIRST_ROOM of them, and is grown when they are used up."""
+    """Successive capacities of a cache while `new` tokens follow a padded prompt: it starts with room for FIRST_ROOM of
+    them, and grows when that is used up."""
     sizes = [cache_bucket(padded + min(new, FIRST_ROOM))]
     while sizes[-1] < padded + new:
         sizes.append(cache_bucket(2 * sizes[-1]))
@@ -43,14 +43,14 @@ def capacities(padded: int, new: int) -> tuple[int, ...]:
 
 
 def batch_bucket(rows: int) -> int:
-    """Padded batch size: powers of two, and the same number on every device of the mesh in use."""
+    """Padded batch size: a power of two, with the same number of rows on every device of the mesh in use."""
     return -(-(1 << (rows - 1).bit_length()) // ways("batch")) * ways("batch")
 
 
 def pieces(rows: int, length: int, devices: int) -> int:
-    """Into how many pieces a device's `rows` rows of `length` prompt tokens are cut in one prefill call.
+    """Number of pieces into which one prefill call cuts a device's `rows` rows of `length` prompt tokens.
 
-    Two where several `devices` add up what they computed: XLA's scheduler then lets one piece compute while the sums of
-    the other are under way. Each piece needs the keys and values of the one before, layer by layer, and no more.
+    Two if several `devices` all-reduce: XLA's scheduler then overlaps one piece's computation with the other's
+    all-reduces. Each piece needs only the keys and values of the one before, layer by layer.
     """
     return 2 if devices > 1 and length % 2 == 0 and rows * length >= 2 * PIECE_TOKENS else 1

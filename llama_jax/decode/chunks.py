@@ -1,7 +1,7 @@
-"""How many prompt tokens one call of prefill takes: few enough that what attention writes to memory stays bounded.
+"""Chunk sizes of prefill, chosen to bound the memory that attention writes.
 
-The reference writes the logits of every query against every slot of the cache. Kernels keep tiles of them on the chip,
-so their chunks are bounded by `buckets.MAX_CHUNK` alone.
+The reference writes the logits of every query against every slot of the cache. Kernels keep tiles of them on chip, so
+their chunks are bounded by `buckets.MAX_CHUNK` alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from llama_jax.sharding.context import current
 from llama_jax.targets import Target
 
 ATTENTION_BYTES = 4 << 30
-"""Of logits and weights of one call, at most; a chunk of `SHORTEST` tokens may take more."""
+"""The most bytes of attention logits and weights in one call; a chunk of `SHORTEST` tokens may take more."""
 SHORTEST = 128
 
 
@@ -45,14 +45,14 @@ def attention_backends(
     capacity: int,
     cache_dtype: DTypeLike | None = None,
 ) -> tuple[str, ...]:
-    """The backends that run on one device of the mesh in use, by name: of the model's layers, each once.
+    """Names of the backends that the model's layers use on one device of the mesh in use, each once.
 
     Args:
       rows: of one device, each with `tokens` queries and `capacity` slots.
       dtype: of queries, and of the cache too unless `cache_dtype` is given.
 
     Raises:
-      KernelError: a backend that somebody has named cannot run this.
+      KernelError: a backend named by the user cannot run this.
     """
 
     def array(*shape: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -74,7 +74,7 @@ def attention_backends(
 def written_bytes(
     backends: Iterable[str], config: LlamaConfig, itemsize: int, rows: int, tokens: int, slots: int
 ) -> int:
-    """Bytes of a layer's logits in float32 and weights in the compute dtype where attention writes them to memory.
+    """Bytes of a layer's logits in float32 and weights in the compute dtype, if attention writes them to memory.
 
     Args:
       backends: those of `attention_backends`.
@@ -95,7 +95,7 @@ def chunk_length(
     capacity: int,
     cache_dtype: DTypeLike | None = None,
 ) -> int:
-    """Prompt tokens of one call of prefill on the mesh in use; divides the padded prompt length.
+    """Prompt tokens per prefill call on the mesh in use; divides the padded prompt length.
 
     Args:
       dtype: that the model computes in; `cache_dtype`: of keys and values, the same by default.
@@ -103,13 +103,13 @@ def chunk_length(
       prompt: padded length; capacity: slots of a row's cache.
 
     Raises:
-      KernelError: a backend that somebody has named cannot run this.
+      KernelError: a backend named by the user cannot run this.
     """
     rows, itemsize = share("batch", batch), jnp.dtype(dtype).itemsize
     chunk = min(prompt, buckets.MAX_CHUNK)
 
     def too_much() -> bool:
-        # Which backend runs takes a moment to find out, so it is asked only where the reference would write too much.
+        # Finding out the backend takes a moment, so it is done only if the reference would write too much.
         if written_bytes((REFERENCE,), config, itemsize, rows, chunk, capacity) <= ATTENTION_BYTES:
             return False
         shape = {"rows": rows, "tokens": chunk, "capacity": capacity}

@@ -1,17 +1,17 @@
-"""How XLA runs programs as graphs of the GPU, where its defaults lose time.
+"""Compiler options for GPU graphs, where XLA's defaults lose time.
 
-XLA replays the kernels of a step as a CUDA graph, and asks the host after each whether there is another one. A graph
+XLA replays the kernels of a step as a CUDA graph, and asks the host after each step whether there is another. A graph
 can loop by itself: a step of Llama-3.2-1B on an H100 took 1.21 ms instead of 1.30, one of 8B 3 % less.
 
-A step of a split model passes through two small sums a layer. XLA's own kernel for small sums cannot be part of a
-graph: a step of Llama-3.1-8B on two H100s became 66 graphs with a sum between each two, and lost 0.55 of its 4.5 ms
-waiting for launches. NCCL's sums can be, so that a step is one graph (docs/sharding.md has the profile). In a graph
-that loops they can be only if NCCL was told, before it first connected the GPUs, that nothing runs beside it
-(`make_mesh` does), which cannot be known here: on several devices it is one graph a step.
+A step of a split model has two small all-reduces per layer. XLA's own kernel for small all-reduces cannot be captured
+in a graph: a step of Llama-3.1-8B on two H100s became 66 graphs with an all-reduce between each two, and lost 0.55 of
+its 4.5 ms waiting for launches. NCCL's all-reduces can be captured, so that a step is one graph (docs/sharding.md has
+the profile). In a looping graph they can be only if NCCL was told, before it first connected the GPUs, that nothing
+runs concurrently (`make_mesh` does this), which cannot be known here: on several devices there is one graph per step.
 
-A graph holds addresses. When a program's temporary memory lies elsewhere than the last time, the host has to change
+A graph holds addresses. When a program's temporary memory has moved since the last launch, the host has to update
 every node before the first kernel runs: 2 to 5 ms for a step of Llama-3.1-8B on an H200. Temporaries move when small
-arrays, which come and go with every dispatch, are put where they were (`small_places`).
+arrays, which come and go with every dispatch, take their place (`small_places`).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from llama_jax.sharding import in_use
 from llama_jax.targets import current
 
 CompilerOptions = dict[str, str | bool]
-"""Of `jax.jit`, by the names of XLA's flags; jax takes a switch as a bool alone."""
+"""Compiler options of `jax.jit`, by the names of XLA's flags; jax accepts a switch only as a bool."""
 
 _COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL"
-"""What is part of graphs by XLA's defaults in jax 0.11.2."""
+"""Commands captured in graphs by XLA's defaults in jax 0.11.2."""
 
 _ONE_DEVICE: Mapping[str, str | bool] = {"xla_gpu_enable_command_buffer": f"{_COMMANDS},WHILE"}
 
 SMALL, EACH = tuple(1 << n for n in range(8, 21)), 4
-"""Bytes of small arrays, and how many of each size may be there at once: 256 bytes to 1 MiB."""
+"""Sizes of small arrays (256 bytes to 1 MiB), and how many of each size may exist at once."""
 
 _SEVERAL_DEVICES: Mapping[str, str | bool] = {
     "xla_gpu_experimental_use_collective_kernels": "",
     "xla_gpu_enable_command_buffer": f"{_COMMANDS},COLLECTIVES",
     "xla_gpu_disable_async_collectives": "ALLREDUCE",
 }
-"""NCCL for every sum, sums in graphs, and nothing beside them to overlap with."""
+"""NCCL for every all-reduce, all-reduces in graphs, and nothing overlapped with them."""
 
 
 def loops_in_graphs(*, several: bool) -> bool:
@@ -55,10 +55,10 @@ def loops_in_graphs(*, several: bool) -> bool:
 
 
 def graph_options(*, several: bool | None = None) -> CompilerOptions:
-    """Compiler options for a program that runs many steps a dispatch.
+    """Compiler options for a program that runs many steps per dispatch.
 
-    Empty on AMD GPUs, where nothing of this has been measured. A flag that the user has set in XLA_FLAGS is left to the
-    user. Making such a graph ready takes some milliseconds a dispatch, so it is not for single steps.
+    Empty on AMD GPUs, where none of this has been measured. Flags that the user has set in XLA_FLAGS are left alone.
+    Preparing such a graph takes some milliseconds per dispatch, so it is not for single steps.
 
     Args:
       several: whether the model is split over devices; by default whether a mesh is in use.
@@ -76,14 +76,13 @@ def unless_set(options: Mapping[str, str | bool]) -> CompilerOptions:
 
 @functools.cache
 def small_places(devices: tuple[jax.Device, ...]) -> list[jax.Array]:
-    """Makes places for small arrays in the memory of GPUs, apart from the free memory where temporaries lie; once for
-    the process.
+    """Makes room for small arrays in GPU memory, apart from the free memory that holds temporaries; once per process.
 
-    jax's allocator takes the smallest free place that is large enough. Of arrays of each size that lie side by side,
-    every other one is given back: their places cannot grow together again.
+    jax's allocator is best-fit. Of adjacent arrays of each size, every other one is freed: the holes cannot be merged
+    again.
 
     Returns:
-      The arrays between them, 10 MB a device, which are kept as long as the process lasts; none on a CPU.
+      The arrays between them, 10 MB per device, which are kept for the life of the process; none on a CPU.
     """
     kept = []
     for device in devices:

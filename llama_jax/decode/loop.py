@@ -1,7 +1,7 @@
 """The decode step on the device, and the loop that runs it: token ids in, token ids out.
 
-Every row counts its own tokens: it may start and end at any step, and draws what it would draw alone. `_step` is the
-only implementation of a step. `advance` runs it in a `lax.while_loop`: many times for a batch, once for a stream.
+Every row counts its own tokens: it may start and end at any step, and draws the same tokens as it would alone. `_step`
+is the only implementation of a step. `advance` runs it in a `lax.while_loop`: many times for a batch, once for streams.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from llama_jax.sharding import constrain
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Everything that changes from step to step; arrays [batch], a number for each row.
+    """Everything that changes from step to step; arrays [batch], one entry per row.
 
     Attributes:
       tokens: int32, the last token, not yet in the cache; positions: int32, its position.
-      done: bool, whether the row has ended, or has never begun: it stores nothing and draws nothing.
+      done: bool, whether the row has ended, or never begun: it stores and draws nothing.
       finished_by_stop: bool, whether a stop id ended it.
       failed: bool, whether it ended because there was no next token (`sampling.failed`).
-      limit: int32, tokens that it may have; the sampler's `count` says how many it has.
+      limit: int32, the most tokens to draw; the sampler's `count` has the tokens drawn so far.
       rope_lengths: int32, see `forward`.
       adapter_ids: int32, the adapter's slot, 0 for none.
     """
@@ -58,7 +58,7 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Progress:
-    """The new tokens of a dispatch, for the host: copies, so that the state itself can be donated to the next one.
+    """The new tokens of a dispatch, for the host: copies, so that the state can be donated to the next dispatch.
 
     Attributes:
       tokens: int32 [batch, stride]; those of row i are tokens[i, :new[i]].
@@ -76,7 +76,7 @@ class Progress:
 
 
 def idle_state(cache: KVCache, sampler: SamplerState) -> DecodeState:
-    """The state of a batch none of whose rows has begun."""
+    """The state of a batch in which no row has begun."""
     batch = sampler.count.shape[0]
 
     def numbers() -> jax.Array:
@@ -109,11 +109,11 @@ def begin(
     *,
     profile: SamplerProfile,
 ) -> tuple[DecodeState, Progress]:
-    """The state of a batch after the first token of every row was drawn.
+    """The state of a batch after every row's first token was drawn.
 
     Args:
       logits: float32 [rows, vocab] of the prompts' last tokens.
-      cache: with the prompts in it.
+      cache: holds the prompts.
       prompt_lengths, limit, adapter_ids: int32 [batch]; rows with limit 0 stay idle.
       source: int32 [batch], the row of `logits` that each row of the batch continues; None if they are the same.
     """
@@ -133,11 +133,11 @@ def join(
     *,
     profile: SamplerProfile,
 ) -> tuple[DecodeState, Progress]:
-    """The state after idle rows have begun a text, at any step of the others, whose first tokens were drawn.
+    """The state after idle rows have begun a text and their first tokens were drawn, at any step of the other rows.
 
     Args:
-      state: its cache has the prompts in it (`prefill(cache=, rows=)`).
-      rows: int32 [n], those that begin; a number beyond the last row is padding.
+      state: its cache holds the prompts (`prefill(cache=, rows=)`).
+      rows: int32 [n], those that begin; indices past the last row are padding.
       logits: float32 [n, vocab] of the prompts' last tokens.
       sampler: of the n rows, of the same profile.
       prompt_lengths, limit, adapter_ids: int32 [n].
@@ -157,7 +157,7 @@ def join(
 
 @partial(jax.jit, donate_argnames=("state",))
 def leave(state: DecodeState, rows: jax.Array) -> DecodeState:
-    """Ends rows bool [batch] and empties them. Their pages are free once every dispatch made before has ended."""
+    """Ends rows bool [batch] and empties them. Their pages are free once every earlier dispatch has ended."""
     return dataclasses.replace(state, done=state.done | rows, cache=state.cache.release(rows))
 
 
@@ -209,16 +209,16 @@ def emit(
     *,
     where: jax.Array | None = None,
 ) -> tuple[DecodeState, Progress]:
-    """Draws and records the next token of every row that has not ended, and sees whether it ends the row.
+    """Draws and records the next token of every unfinished row, and ends the row if the token does.
 
-    With the sampler's full profile, logits that are no numbers, or a mask that allows no token, end their row without
-    one.
+    With the sampler's full profile, logits that are not numbers, or a mask that allows no token, end the row without a
+    token.
 
     Args:
       where: bool [batch], the rows that draw; all by default.
     """
     failed = jnp.zeros_like(state.done)
-    if state.sampler.allowed is not None:  # of the full profile; others are spared a pass over the logits
+    if state.sampler.allowed is not None:  # only with the full profile; the others save a pass over the logits
         failed = no_token(logits, state.sampler) & ~state.done
     going = ~state.done & ~failed
     if where is not None:
@@ -257,8 +257,7 @@ def decode_step(
     profile: SamplerProfile,
     adapters: Params | None = None,
 ) -> tuple[DecodeState, Progress]:
-    """One token more for every row that has not ended: the last tokens go through the model, the next ones are
-    drawn."""
+    """Runs the last token of every unfinished row through the model and draws the next."""
     progress = no_progress(state, 1, profile, config.vocab_size)
     return _step(params, state, progress, 0, adapters, config=config, profile=profile)
 
@@ -298,11 +297,11 @@ def advance(
     stride: int,
     adapters: Params | None = None,
 ) -> tuple[DecodeState, Progress]:
-    """Decode steps until every row has ended or `steps` int32 [] have run. The state is donated.
+    """Runs decode steps until every row has ended or `steps` int32 [] have run. The state is donated.
 
     Args:
-      stride: the most steps of a dispatch; programs with more than one are made for many of them (`graph_options`).
-      adapters: slots of adapters (`model.adapters`), of which each row uses the one that it has begun with.
+      stride: the most steps per dispatch; programs with more than one are compiled for many (`graph_options`).
+      adapters: slots of adapters (`model.adapters`); each row keeps using the one it began with.
     """
     options = (graph_options() if stride > 1 else {}) | weight_options(config, len(state.done))
     run = compiled_advance(tuple(sorted(options.items())))
@@ -332,7 +331,7 @@ def run_steps(
     profile: SamplerProfile,
     stride: int,
 ) -> tuple[DecodeState, Progress]:
-    """`advance` without a program of its own: the loop over steps, for programs that do more."""
+    """The loop of `advance`, not jitted, for use inside larger programs."""
     type Carry = tuple[jax.Array, DecodeState, Progress]
 
     def unfinished(carry: Carry) -> jax.Array:
@@ -349,17 +348,17 @@ def run_steps(
 
 
 def by_rows(state: DecodeState) -> DecodeState:
-    """The state, laid out over a mesh alike at the end of every dispatch, so that the next needs no new program."""
+    """The state in the same sharding after every dispatch, so that the next one is not recompiled."""
     axes = {"sampler": sampler_axes(state.sampler)}
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
-    # A cache lays itself out.
+    # A cache shards itself.
     placed = {n: constrain(x, axes.get(n, ("batch",))) for n, x in fields.items() if n != "cache"}
     return dataclasses.replace(state, **placed)
 
 
 @partial(jax.jit, donate_argnames=("state",))
 def stop_rows(state: DecodeState, ended: jax.Array) -> DecodeState:
-    """Ends rows bool [batch] from the host's side, because it found a stop string."""
+    """Ends rows bool [batch] in which the host found a stop string."""
     return dataclasses.replace(state, done=state.done | ended)
 
 

@@ -20,12 +20,12 @@ from llama_jax.sharding import share, ways
 from llama_jax.targets import current
 
 NO_ROW = np.iinfo(np.int32).max
-"""Beyond the last row of every cache: padding among row numbers."""
+"""An index past the last row of every cache: padding among row indices."""
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded token ids and positions, int32 [rows, length]; padding has position -1. Rows beyond the prompts are
-    all padding."""
+    """Left-padded token ids and positions, int32 [rows, length]; padding has position -1. Rows past the prompts are all
+    padding."""
     tokens = np.zeros((rows, length), np.int32)
     positions = np.full((rows, length), -1, np.int32)
     for row, ids in enumerate(prompts):
@@ -53,8 +53,8 @@ def prefill_chunk(
     """Puts one chunk of the prompts int32 [n, length] into rows int32 [n] of the cache (None: all of them, in order).
 
     Args:
-      new: the cache to make where there is none.
-      lengths: int32 [n], of the whole prompts: a chunk alone does not tell how long its text is.
+      new: the cache to make if there is none.
+      lengths: int32 [n], of the whole prompts, which a chunk alone does not tell.
       adapters, adapter_ids: see `forward`; int32 [n, 1].
 
     Returns:
@@ -95,8 +95,8 @@ def prefill(
 
     Args:
       prompts: token ids of each row.
-      cache: one that is there, which is donated, or one to make. The rows that are filled must be empty.
-      rows: the rows of the cache for the prompts; None: the first ones, and the cache has `padded_rows` of them.
+      cache: an existing one, which is donated, or one to make. The rows to fill must be empty.
+      rows: the cache rows for the prompts; None: the first ones of a cache with `padded_rows` rows.
       padded_rows: rows of the program, at least len(prompts).
       adapters: slots of adapters (`model.adapters`); adapter_ids: the slot of each prompt, all 0 by default.
       prompt_logprobs: also report each prompt token's log-probability and the most likely tokens in its place.
@@ -117,7 +117,7 @@ def prefill(
         cache_dtype=cache.dtype,
     )
     if prompt_logprobs and length % 256 == 0:
-        # The logits of a whole chunk exist at once here.
+        # Here the logits of a whole chunk exist at once.
         chunk = min(chunk, 256)
     next_tokens = np.roll(tokens, -1, axis=1)
     lengths = positions.max(axis=1) + 1

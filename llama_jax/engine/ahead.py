@@ -1,4 +1,4 @@
-"""An engine compiled for AMD GPUs that this machine does not have: every program, its memory and its kernels."""
+"""Ahead-of-time compilation of an engine for AMD GPUs this machine lacks: every program, its memory and kernels."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ class EngineCompilation:
     Attributes:
       sizes: of the mesh's axes by name, empty for one device.
       dtype: of parameters and, without `kv_dtype`, of the cache.
-      weights: bytes of the parameters on each device; loading: the peak while they are read.
+      weights: bytes of the parameters on each device; loading: the peak during loading.
       start: the program that makes the state; programs: every one of `program_set`.
-      draft_weights: bytes of a draft model's parameters on each device; draft_start: the program that makes its cache.
+      draft_weights: bytes of a draft model's parameters on each device; draft_start: the program that makes its
+        cache.
       fraction: of each device's memory that jax may use.
     """
 
@@ -61,7 +62,7 @@ class EngineCompilation:
 
     @property
     def devices(self) -> int:
-        """How many it is for."""
+        """Number of devices."""
         return self.start.devices
 
     @property
@@ -72,14 +73,14 @@ class EngineCompilation:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether it fits: loading as planned; the others, each the largest of its name, as XLA reports them, with the
-        code of all programs, which stay on the device."""
+        """Whether it fits: loading as planned; per program name the largest as XLA reports it, plus the code of all
+        programs, which stays on the device."""
         code = sum(compilation.memory.code for compilation in self.compilations.values())
         phases = {"loading": self.loading + self.draft_weights}
         state, cache = self.start.memory.outputs, self.draft_start.memory.outputs if self.draft_start else 0
         for key, compilation in ((Key(START), self.start), *self.programs.items()):
-            beside = 0 if key.size else self.weights  # what has a size takes the weights as an argument
-            if key.name in ("join", "restrict"):  # of the state they take the rows alone
+            beside = 0 if key.size else self.weights  # programs with a size take the weights as an argument
+            if key.name in ("join", "restrict"):  # they take only the rows of the state
                 beside += state - compilation.memory.aliased
             beside += self.weights + state if key.name in (DRAFT, FOLLOW) else self.draft_weights + cache
             needs = beside + compilation.memory.total - compilation.memory.code + code
@@ -88,7 +89,7 @@ class EngineCompilation:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every program fits; None where the table has no memory for the target."""
+        """Whether every program fits; None if the table lists no memory size for the target."""
         return self.verdict.fits
 
 
@@ -109,19 +110,18 @@ def compile_engine(
     """Compiles every program of an engine on one replica of a model, several at a time.
 
     Args:
-      mesh_shape: axis name to number of devices; "data" is none of them, since each replica has an engine of its own.
+      mesh_shape: axis name to number of devices, without "data", since each replica has its own engine.
       dtype: of parameters and, without `kv_dtype`, of the cache.
       memory_fraction: of each device's memory that jax may use.
-      settings: sizes of the engine; by default those that it takes on such a device when the weights are there.
+      settings: sizes of the engine; by default those chosen on such a device once the weights are loaded.
       draft: a draft model, on the same mesh and in the same dtypes.
       keys: the programs; all of the engine's by default.
       progress: called with a line of text after each program.
-      sizes: without `settings`: rows, context, pages, ... as for `default_settings`.
+      sizes: without `settings`, options of `default_settings`: rows, context, pages, ...
 
     Raises:
-      RequestError: the mesh splits rows, nothing of the model divides by "tensor", or the context is longer than the
-        model's.
-      DoesNotFit: the weights, or one sequence of the context's length beside them, are larger than a device's memory.
+      RequestError: the mesh splits rows, nothing in the model divides by "tensor", or the context exceeds the model's.
+      DoesNotFit: the weights, or the weights and one sequence of the context's length, exceed a device's memory.
       CompilerUnavailable: the compiler for AMD GPUs is missing, or the target is not AMD's.
     """
     say = progress or (lambda line: None)
@@ -160,7 +160,7 @@ def compile_engine(
         return done
 
     def started(name: str, make: Callable[..., Any], config: LlamaConfig) -> Compilation:
-        def begin(_: jax.Array) -> Any:  # with an argument: without one it would be compiled for this machine
+        def begin(_: jax.Array) -> Any:  # takes an argument: without one it would be compiled for this machine
             return make(config, settings, stored_dtype(kv_dtype, dtype))
 
         nothing = jax.ShapeDtypeStruct((), jnp.bool)

@@ -1,4 +1,4 @@
-"""The compilation of an engine's programs, before the first request or when they are needed."""
+"""Compilation of an engine's programs, before the first request or on demand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llama_jax.runtime import count_compilations
 from llama_jax.sharding import on
 
 KEPT = 16
-"""Engines of different shapes whose programs stay in memory."""
+"""Number of engine shapes whose programs stay in memory."""
 
 THREADS = min(16, os.cpu_count() or 1)
 
@@ -41,9 +41,9 @@ class Compiled:
     """News of `Programs.compile_all`: a program is compiled.
 
     Attributes:
-      seconds: that it took, beside others; from_cache: whether jax found it in its persistent cache.
+      seconds: its compilation time, concurrent with others; from_cache: whether it was in jax's persistent cache.
       done, total: programs.
-      left_s: how long the rest may take, if its programs take as long as those that are done.
+      left_s: estimate for the rest, if its programs take as long as those done.
     """
 
     key: Key
@@ -55,13 +55,13 @@ class Compiled:
 
 
 class Programs:
-    """Compiles programs, each once, and runs them. A compiled program takes arrays of its shapes only: what would need
-    another one is an error, and never compiles anything.
+    """Compiles programs, each once, and runs them. A compiled program takes only arrays of its shapes: others are an
+    error and never trigger compilation.
 
     Attributes:
-      late: what was compiled after `compile_all`: programs of the set, and whatever else jax compiled in blocks of
-        `with programs`.
-      from_cache: programs that `compile_all` found in jax's persistent cache.
+      late: compilations after `compile_all`: programs of the set, and anything else that jax compiled in
+        `with programs` blocks.
+      from_cache: number of programs that `compile_all` found in jax's persistent cache.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Programs:
         compiled: dict[Key, Any],
         draft: DraftParts | None = None,
     ):
-        """Args: arrays or their shapes, and where programs are that are compiled already (`compiled_before`)."""
+        """Args: arrays or their shapes, and the store of programs compiled already (`compiled_before`)."""
         self._model, self._settings, self._adapters, self._draft = model, settings, adapters, draft
         self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         self._compiled = compiled
@@ -88,11 +88,11 @@ class Programs:
         self.keys = program_set(settings, greedy=on_gpu if settings.greedy is None else settings.greedy)
 
     def compile_all(self) -> Iterator[Compiled]:
-        """Compiles what is missing, several at a time and the largest first; yields news of each when it is done.
+        """Compiles missing programs, several at a time and the largest first; yields progress as each is done.
 
-        Tracing holds Python's lock, but most of the time XLA compiles, which does not. Programs for greedy requests
-        come last: XLA tries kernels out for the products of a size, and does it twice where two programs of that size
-        are compiled side by side.
+        Tracing holds the GIL, but XLA's compilation, which takes most of the time, does not. Programs for greedy
+        requests come last: XLA autotunes the products of a size, and would do so twice if two programs of that size
+        were compiled concurrently.
         """
         missing = sorted(self.missing, key=lambda key: (key.greedy, -key.size))
         began, total, spent = time.monotonic(), len(missing), 0.0
@@ -113,11 +113,11 @@ class Programs:
 
     @property
     def count(self) -> int:
-        """Programs that are compiled."""
+        """Number of compiled programs."""
         return len(self.keys) - len(self.missing)
 
     def expect(self, name: str, least: int, *, greedy: bool) -> None:
-        """Begins to compile the program that `choose` gives, in a thread, unless it has been."""
+        """Starts compiling the program that `choose` returns in a thread, unless that has been done."""
         if self._ready:
             return
         key = self.choose(name, least, greedy=greedy)
@@ -126,18 +126,18 @@ class Programs:
 
     @property
     def coming(self) -> bool:
-        """Whether a program is being compiled that was expected."""
+        """Whether an expected program is still being compiled."""
         return any(not future.done() for future in self._coming.values())
 
     def __enter__(self) -> None:
-        """Begins to count what jax compiles on this thread, until the end of the block."""
+        """Counts jax's compilations on this thread until the end of the block."""
         self._before = self._counted.count
 
     def __exit__(self, error: object, *_: object) -> None:
-        """Adds it to `late` if all of the set should be compiled.
+        """Adds them to `late` if the whole set should be compiled already.
 
         Raises:
-          LateCompilation: in a strict engine, for anything.
+          LateCompilation: there were any, and the engine is strict.
         """
         if self._ready and (count := self._counted.count - self._before):
             self.late += count
@@ -145,7 +145,7 @@ class Programs:
                 raise _late(f"jax compiled {self._counted.last or 'something'}, which is not of the engine's programs,")
 
     def choose(self, name: str, least: int, *, greedy: bool) -> Key:
-        """The smallest program of that name for `least` rows or tokens."""
+        """The smallest program of that name for at least `least` rows or tokens."""
         sizes = [key.size for key in self.keys if key.name == name and key.size >= least]
         key = Key(name, min(sizes), greedy)
         return key if key in self.keys else Key(name, key.size)
@@ -176,7 +176,7 @@ class Programs:
         return state
 
     def remember(self, row: int, tokens: list[int]) -> None:
-        """Gives the device the text of a row, in which it is to look for drafts (`lookup`)."""
+        """Sends the device a row's text, to look for drafts in (`lookup`)."""
         texts = self._texts_there()
         assert texts is not None
         text = np.zeros(texts.shape[1], np.int32)
@@ -195,7 +195,7 @@ class Programs:
         run = self._get(key)
         if key.name != "verify":
             return run(*arguments)
-        if masks is None and self._no_masks is None:  # what nobody reads need not be sent each time
+        if masks is None and self._no_masks is None:  # avoids sending unused arrays each time
             shape = self.masks(key)
             self._no_masks = jax.device_put(np.zeros(shape.shape, shape.dtype), run.input_shardings[0][-1])
         *drawn, self._texts = run(*arguments, self._texts_there(), self._no_masks if masks is None else masks)
@@ -207,11 +207,11 @@ class Programs:
         return self._get(self.choose(name, 0, greedy=False))(self._draft.model.params, cache, control)
 
     def masks(self, key: Key) -> jax.ShapeDtypeStruct:
-        """Of a program `verify`: see there."""
+        """Masks of `programs.verify`."""
         return masks_of(key, self._settings, self._model.config)
 
     def _texts_there(self) -> jax.Array | None:
-        """The texts that rows look for drafts in, made when they are first needed; None if none does."""
+        """Texts in which rows look for drafts, made at first use; None if no row does."""
         if self._texts is None and (like := texts_of(self._settings, self._state)) is not None:
             self._texts = jax.device_put(np.zeros(like.shape, like.dtype), like.sharding)
         return self._texts
@@ -229,13 +229,13 @@ class Programs:
         return self._compiled[key]
 
     def _timed(self, key: Key) -> tuple[Key, float, bool]:
-        """Compiles a program; returns it, the seconds that it took and whether it was in the persistent cache."""
+        """Compiles a program; returns it, the seconds taken and whether it was in the persistent cache."""
         start, before = time.monotonic(), self._counted.from_cache
         read = self._compile(key)
         return key, time.monotonic() - start, read or self._counted.from_cache > before
 
     def _compile(self, key: Key) -> bool:
-        """Compiles a program; whether it was on the disk."""
+        """Compiles a program; returns whether it was on disk."""
         draft = self._draft if key.name in (DRAFT, FOLLOW) else None
         model = draft.model if draft else self._model
         about = model.config, shapes_alone(self._settings), key, sorted(model.kernels.items()), draft and draft.vocab
@@ -258,14 +258,14 @@ def _late(what: str) -> LateCompilation:
 
 
 def shapes_alone(settings: EngineSettings) -> EngineSettings:
-    """The settings without what changes no program."""
+    """The settings without those that change no program."""
     return replace(settings, waiting=None, strict=False, constraint_s=1.0, greedy=None)
 
 
 def compiled_before(
     model: Model, settings: EngineSettings, adapters: Params | None, draft: Model | None = None
 ) -> dict[Key, Any]:
-    """Programs that engines of the same shapes have compiled in this process, and where to put more of them."""
+    """The store of programs that engines of the same shapes have compiled in this process; more are added to it."""
     with on(model.mesh), using(**model.kernels):
         context = tracing_context()
     leaves, structure = jax.tree.flatten((model.params, adapters, draft and draft.params))
@@ -281,7 +281,7 @@ def _compiled_for(shapes: Hashable) -> dict[Key, Any]:
 
 
 def forget() -> None:
-    """Lets go of all programs but those of engines that are in use."""
+    """Drops all programs except those of engines in use."""
     _compiled_for.cache_clear()
 
 

@@ -1,7 +1,7 @@
-"""The engine's loop: plan, dispatch, and read what the dispatch before has drawn.
+"""The engine's loop: plan, dispatch, and read the tokens of the previous dispatch.
 
-One dispatch is always ahead: the device computes step k + 1 while the host reads step k, so that planning, texts and
-answers cost the device nothing. Rows end by themselves on the device; the host learns of it one step later.
+The loop stays one dispatch ahead: the device computes step k + 1 while the host reads step k, so that planning,
+detokenizing and answering cost the device nothing. Rows end on the device; the host learns of it one step later.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Drawn:
 
     Attributes:
       tokens: new ones; logprobs: of them, numpy arrays [tokens] and [tokens, n], or None.
-      prompt_logprobs: of the prompt's tokens but the first, once they are known, if they were asked for.
-      cached: how many tokens of the prompt were found in the prefix cache.
-      ending: why the sequence has ended, if it has. "failed": it has no next token; error: why not.
+      prompt_logprobs: of the prompt's tokens but the first, once known, if requested.
+      cached: prompt tokens found in the prefix cache.
+      ending: why the sequence has ended, if it has. "failed": it has no next token; error: the reason.
     """
 
     id: int
@@ -68,7 +68,7 @@ class Drawn:
 
 @dataclass
 class _Flight:
-    """A step that the device has not ended yet; rows and spans are those of `packing.Packed`."""
+    """A step in flight on the device; rows and spans are those of `packing.Packed`."""
 
     step: Step
     rows: list[tuple[int, Sequence]]
@@ -79,7 +79,7 @@ class _Flight:
 
 
 class Core:
-    """Runs sequences of token ids on one replica of a model. Not safe for threads."""
+    """Runs sequences of token ids on one replica of a model. Not thread-safe."""
 
     def __init__(
         self,
@@ -91,13 +91,13 @@ class Core:
         numbers: Iterator[int] | None = None,
         peak: Peak | None = None,
     ):
-        """An engine without sequences; programs are compiled when they are first used, or by `compile_all`.
+        """Makes an engine without sequences; programs are compiled at first use, or by `compile_all`.
 
         Args:
           model: on a mesh that does not split the batch (see `replicas`).
-          draft: a model that drafts for it (`draft_model.check_draft`); the settings have a `draft_context` then.
+          draft: a model that drafts for it (`draft_model.check_draft`); requires a `draft_context` in the settings.
           numbers: of its sequences.
-          peak: what the device can do, by which its use is told; by default what its data sheet says.
+          peak: the device's peak rates, for its utilisation; by default those of its data sheet.
         """
         assert ruled(model.mesh).ways("batch") == 1
         check_room(settings, draft)
@@ -124,7 +124,7 @@ class Core:
 
     @property
     def _state(self) -> DecodeState:
-        """Made when it is first asked for. While it compiles, XLA tries kernels out in memory that pages would take."""
+        """The state, made at first use. While compiling, XLA autotunes kernels in memory that pages would take."""
         if self._begun is None:
             self._begun = self._begin()
             small_places(tuple(self.model.devices))
@@ -135,7 +135,7 @@ class Core:
         self._begun = new
 
     def compile_all(self) -> Iterator[Compiled]:
-        """See `Programs.compile_all`. Then the engine is ready, and has its pages."""
+        """See `Programs.compile_all`. Afterwards the engine is ready and its pages are allocated."""
         yield from self.programs.compile_all()
         jax.block_until_ready(self._state)
         if self._source:
@@ -158,26 +158,26 @@ class Core:
         """Queues one continuation of a prompt; returns its number.
 
         Args:
-          params: with a seed, if it samples; `n` and `stop` are not looked at.
-          limit: tokens that it may have, those drawn before included.
-          priority: lower ones first.
+          params: with a seed, if it samples; `n` and `stop` are ignored.
+          limit: most tokens to draw, including those in `drawn`.
+          priority: lower ones run first.
           adapter: its slot, 0 for none.
-          domain: what else than the tokens its keys and values depend on, or who may share them, as (kind, value).
-          drawn: tokens that it has had already, in another core.
-          rule: on its tokens, which has taken note of those in `drawn`.
-          streamed: whether somebody reads each token as it comes.
+          domain: (kind, value) pairs that, besides the tokens, determine its keys and values or who may share them.
+          drawn: tokens drawn already, in another core.
+          rule: constraint on its tokens, which has already accepted those in `drawn`.
+          streamed: whether each token is read as it comes.
 
         Raises:
-          DoesNotFit: it never will.
+          DoesNotFit: it can never fit.
           RequestError: it has more stop ids or biases than there is room for.
-          Overloaded: too many wait already.
+          Overloaded: the queue is full.
         """
         settings, ending = self.settings, self.model.eos_token_ids
         check_widths(params, ending, stop_width=settings.stop_ids, bias_width=settings.biases)
         number = next(self._numbers)
         if adapter:
             domain = (*domain, ("adapter", adapter))
-        if self.model.config.rope.kind == "dynamic":  # its frequencies are fixed by the length of the prompt
+        if self.model.config.rope.kind == "dynamic":  # the prompt's length determines its RoPE frequencies
             domain = (*domain, ("prompt length", len(prompt)))
         sequence = Sequence(
             number,
@@ -198,12 +198,12 @@ class Core:
         return number
 
     def cancel(self, number: int) -> None:
-        """Ends a sequence, in whatever phase it is; one that has ended already is left alone."""
+        """Ends a sequence in any phase; no effect on one that has ended."""
         if self._asked.pop(number, None):
             self._finish(number)
 
     def step(self) -> list[Drawn]:
-        """Dispatches the next step, if there is one, and returns what the one before has drawn.
+        """Dispatches the next step, if there is one, and returns the previous step's news.
 
         Raises:
           LateCompilation: in a strict engine that is ready, if anything has to be compiled.
@@ -211,7 +211,7 @@ class Core:
         with self.programs:
             ended = self._decide()
             self._meter.failed += len(ended)
-            if self._flights and self.programs.coming:  # the first token need not wait for the decode step's program
+            if self._flights and self.programs.coming:  # the first token need not wait for the decode program
                 return ended + self._read(self._flights.popleft())
             step = self.scheduler.schedule()
             if step is not None:
@@ -221,30 +221,30 @@ class Core:
             return ended
 
     def computed(self, number: int) -> int:
-        """How many tokens of a sequence have been computed, or are in steps that are under way."""
+        """Tokens of a sequence that have been computed or are in dispatched steps."""
         return self._asked[number].sequence.computed
 
     @property
     def capacity(self) -> int:
-        """Tokens of a sequence, at most, with those of its prompt."""
+        """The most tokens of a sequence, prompt included."""
         return self.scheduler.limits.capacity
 
     @property
     def unfinished(self) -> int:
-        """Sequences that have not ended."""
+        """Unfinished sequences."""
         return len(self._asked)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether there is no work left."""
         return not self._asked and not self._flights
 
     def snapshot(self) -> Snapshot:
-        """The engine in numbers."""
+        """The engine's current state and counters."""
         return self._meter.snapshot(self.scheduler.counts, self.programs, self.model.cache_dtype)
 
     def _decide(self) -> list[Drawn]:
-        """Has the host say what the next step may draw; returns news of those whose constraints took too long."""
+        """Lets the host decide what the next step may draw; returns news of sequences whose constraints timed out."""
         limit_s = self.settings.constraint_s
         late = self._foresight.decide(self._asked, limit_s)
         for number in late:
@@ -260,7 +260,7 @@ class Core:
     def _dispatch(self, step: Step) -> _Flight:
         for joining in step.joining:
             asked = self._asked[joining.sequence.id]
-            if asked.cached is None:  # later it finds what it has computed itself, before it was preempted
+            if asked.cached is None:  # after a preemption it finds what it has computed itself
                 asked.cached = joining.shared
         for leaving, new in joinings(step, self._asked, self.model, self.settings):
             self._state = self.programs.join(self._state, leaving, new)
@@ -268,7 +268,7 @@ class Core:
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
         if step.chunks and (going := sum(sequence.limit - sequence.drawn > 1 for sequence in everyone)):
-            self.programs.expect("decode", going, greedy=greedy)  # compiled beside the program for the prompts
+            self.programs.expect("decode", going, greedy=greedy)  # compiled while the prompts' program compiles
         packed = pack(step, self.programs, self.settings, self._asked, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             packed.parts["pages"][: len(pages)] = pages
@@ -289,7 +289,7 @@ class Core:
         return flight
 
     def _restrict(self, flight: _Flight) -> None:
-        """Gives masks to the rows that draw under a rule."""
+        """Sends masks for the rows that draw under a rule."""
         ruled = [(sequence.row, rule) for _, sequence in flight.rows if (rule := self._asked[sequence.id].rule)]
         if ruled:
             rows, masks = [row for row, _ in ruled], [rule.ahead.masks[0] for _, rule in ruled]
@@ -312,7 +312,7 @@ class Core:
         return drawn
 
     def _taken(self, flight: _Flight, line: int, sequence: Sequence, report: list[int], logprobs: Any) -> Drawn | None:
-        """News from a row's line of a report; None if its sequence has ended meanwhile."""
+        """News from a row's entry in a report; None if its sequence has ended meanwhile."""
         flags = report[-1]
         tokens = report[: flags & (programs.DONE - 1)]
         asked = self._asked.get(sequence.id)

@@ -1,7 +1,7 @@
-"""Drafts of a second, smaller model, which reads the texts as they grow: what it takes for most likely is tried.
+"""Drafts by a second, smaller model, which follows the texts as they grow; its most likely tokens are tried.
 
-"Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192; here the draft model has no say in what
-is drawn (`drafting`). Its cache has a row for each sequence that drafts.
+"Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192; here the draft model has no influence on
+what is drawn (`drafting`). Its cache has a row for each sequence that drafts.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from llama_jax.plan.costs import read_bytes
 from llama_jax.plan.step_costs import Peak
 
 PADDING = 128
-"""Rows by which the tables of two models of one vocabulary differ, at most (Qwen2.5-0.5B and -7B: 128)."""
+"""The most rows by which the tables of two models with one vocabulary may differ (Qwen2.5-0.5B and -7B: 128)."""
 
 WAIT_S = 0.006
-"""Seconds that a step takes longer than its weights take to be read, since the host reads a draft before it sends it.
+"""Extra seconds of a step beyond reading its weights, since the host reads a draft before sending it.
 On an H200 13.4 ms for Llama-3.1-8B with four tokens of Llama-3.2-1B, whose weights take 7.0."""
 
 _ALL = np.iinfo(np.int32).max
-"""Of a row's tokens, those that stay in the cache."""
+"""Number of a row's tokens to keep in the cache: all of them."""
 
 
 def check_draft(model: Model, draft: Model) -> None:
@@ -54,7 +54,7 @@ def check_draft(model: Model, draft: Model) -> None:
 
 
 def check_room(settings: EngineSettings, draft: Model | None) -> None:
-    """Raises RequestError where there is a draft model without settings for it, or the other way round."""
+    """Raises RequestError if there is a draft model without settings for it, or vice versa."""
     if draft is not None and not settings.draft_context:
         raise RequestError(
             "a draft model, and settings that have no room for it",
@@ -77,11 +77,11 @@ def check_room(settings: EngineSettings, draft: Model | None) -> None:
 
 
 def cost_of(draft: Model, model: Model, peak: Peak | None = None) -> Cost:
-    """Cost of drafts: of a token, the ratio of the bytes that each model reads for a few tokens; of a step, what the
-    device waits for the host, by the time in which it reads the model's.
+    """Cost of drafts: per token, the ratio of the bytes that the two models read for a few tokens; per step, the
+    device's wait for the host, relative to the time to read the model's bytes.
 
     Args:
-      peak: of the device; where its bandwidth is not known, waiting counts nothing.
+      peak: of the device; if its bandwidth is unknown, waiting costs nothing.
     """
     small, large = (read_bytes(one.config, one.dtype.itemsize, 1, one.mesh) for one in (draft, model))
     waits = WAIT_S * peak.bytes_per_s / large if peak and peak.bytes_per_s else 0.0
@@ -93,11 +93,11 @@ class _Row:
     """A row of the draft model's cache.
 
     Attributes:
-      text: of the sequence that it follows or followed, which grows; `stored` tokens of it are in the cache, and
-        behind them the tokens `guessed`.
-      domain: of the sequence: another one finds its text only if it has the same.
-      draft: what was drafted last, behind `length` tokens of the text.
-      used: when.
+      text: growing text of the sequence that it follows or followed; `stored` tokens of it are in the cache,
+        followed by the tokens `guessed`.
+      domain: of the sequence: only sequences of the same domain can reuse its text.
+      draft: the last draft, after `length` tokens of the text.
+      used: time of last use.
     """
 
     number: int | None = None
@@ -115,35 +115,34 @@ class _Row:
         return _common(self.text[: self.stored], sequence.tokens) if self.domain == sequence.domain else 0
 
     def take(self, sequence: Sequence, now: int) -> None:
-        """Begins to follow a sequence."""
+        """Starts following a sequence."""
         self.stored, self.guessed, self.draft, self.length = self.shared(sequence), (), (), -1
         self.number, self.text, self.domain = sequence.id, sequence.tokens, sequence.domain
         self.prompt, self.used = sequence.prompt_length, now
 
     def settle(self) -> None:
-        """Takes guesses that have come true for stored, and leaves the last token to be computed, whose logits say what
-        is next."""
+        """Counts correct guesses as stored, but leaves the last token to compute: its logits give the next."""
         came = self.text[self.stored : self.stored + len(self.guessed)]
         self.stored = min(self.stored + _common(came, self.guessed), len(self.text) - 1)
         self.guessed = ()
 
     @property
     def gap(self) -> int:
-        """Tokens of the text that are not stored."""
+        """Number of tokens of the text that are not stored."""
         return len(self.text) - self.stored
 
 
 def _common(one: ListOf[int], other: ListOf[int]) -> int:
-    """Tokens that two texts have in common at the beginning."""
+    """Length of the common prefix of two texts."""
     n = min(len(one), len(other))
     differ = np.flatnonzero(np.asarray(one[:n], np.int64) != np.asarray(other[:n], np.int64))
     return int(differ[0]) if len(differ) else n
 
 
 class DraftModel:
-    """A `drafting.Source`: whose text each row of the draft model's cache holds, and how much of it.
+    """A `drafting.Source` that tracks whose text each row of the draft model's cache holds, and how much of it.
 
-    A row keeps its text until another sequence needs it, which begins where their texts differ: the next turn of a
+    A row keeps its text until another sequence takes the row, and starts where their texts differ: the next turn of a
     conversation is not read from its beginning.
     """
 
@@ -156,7 +155,7 @@ class DraftModel:
         run: Callable[[str, PagedCache, np.ndarray], Any],
         cost: Cost,
     ):
-        """A draft model that has read nothing.
+        """Makes a draft model that has read nothing.
 
         Args:
           run: runs a program by its name, on the cache, with its control array.
@@ -170,7 +169,7 @@ class DraftModel:
 
     @property
     def cache(self) -> PagedCache:
-        """The draft model's cache, made when it is first asked for."""
+        """The draft model's cache, made at first use."""
         if self._made is None:
             self._made = self._parts.begin()
         return self._made
@@ -190,8 +189,8 @@ class DraftModel:
                 row.number = None
 
     def propose(self, wanted: ListOf[Wanted]) -> list[tuple[int, ...]]:
-        """See `Source`. For sequences whose texts are far ahead of the cache a piece of these is computed, and nothing
-        is proposed yet."""
+        """See `Source`. For sequences whose texts are far ahead of the cache, computes a piece of the text and proposes
+        nothing yet."""
         fitting = []
         for each in wanted:
             if len(each.sequence.tokens) + self._settings.drafts > self._settings.draft_context:
@@ -213,7 +212,7 @@ class DraftModel:
         return [drafts.get(each.sequence.id, ()) for each in wanted]
 
     def _assigned(self, sequences: ListOf[Sequence]) -> list[_Row]:
-        """The rows of sequences, of which new ones get those that nobody follows, or that were not used for longest."""
+        """Rows of the sequences; new sequences get rows without one, or the least recently used."""
         self._clock += 1
         of = {row.number: row for row in self._rows if row.number is not None}
         for sequence in sequences:
@@ -228,7 +227,7 @@ class DraftModel:
         return [of[sequence.id] for sequence in sequences]
 
     def _follow(self, rows: ListOf[_Row]) -> None:
-        """Computes what rows are behind and `draft` does not take, as much as goes into one piece."""
+        """Computes tokens that rows lag behind by more than `draft` takes, up to one piece."""
         array, parts = follow_control(self._settings).new(positions=-1, rows=NO_ROW, stored=_ALL)
         at, room = 0, piece(self._settings)
         for row in rows:
@@ -244,7 +243,7 @@ class DraftModel:
             self._made = self._run(FOLLOW, self.cache, array)
 
     def _draft(self, counts: dict[_Row, int]) -> None:
-        """Drafts tokens behind the texts of rows, as many as `counts` says."""
+        """Drafts `counts` tokens after the texts of rows."""
         most = max(counts.values())
         array, parts = draft_control(self._settings).new(ids=-1, stored=_ALL, count=most)
         for row in counts:

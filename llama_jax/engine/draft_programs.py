@@ -1,7 +1,7 @@
-"""The programs of a draft model: its own model and cache, shapes that never depend on requests.
+"""The programs of a draft model, with its own parameters and cache, and shapes that never depend on requests.
 
-`follow` computes a piece of texts that its cache does not hold yet, `draft` their last tokens and those that it takes
-for the next. The host knows what a row of the cache holds (`draft_model`); each call cuts off what was drafted and not
+`follow` computes a piece of texts that its cache does not hold yet, `draft` their last tokens and its guesses of the
+next ones. The host tracks what each cache row holds (`draft_model`); each call drops drafted tokens that were not
 drawn.
 """
 
@@ -30,25 +30,25 @@ DRAFT, FOLLOW = "draft", "follow"
 """Names of the programs."""
 
 PIECE = 256
-"""Tokens of `follow`, at most: other sequences wait for as long as it takes."""
+"""The most tokens of `follow`: other sequences wait while it runs."""
 
 
 def new_cache(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -> PagedCache:
-    """The draft model's cache, empty: `draft_rows` rows with all their pages."""
+    """An empty cache for the draft model: `draft_rows` rows with all their pages."""
     rows, context = settings.draft_rows, settings.draft_context
     return PagedCache.create(config, rows, context, dtype, page_size=settings.page_size)
 
 
 def draft_control(settings: EngineSettings) -> Control:
-    """For `draft`: the last tokens of each row, filled up with -1; the tokens of its text that are stored; the length
-    of its prompt; and how many tokens to draft."""
+    """For `draft`, per row: its last tokens, padded with -1; the number of stored tokens; the length of its prompt; and
+    the number of tokens to draft."""
     rows = settings.draft_rows
     return Control(ids=(rows, settings.drafts + 1), stored=(rows,), prompts=(rows,), count=(1,))
 
 
 def follow_control(settings: EngineSettings) -> Control:
-    """For `follow`: of each token its id, position (-1: none) and row; of each row the tokens of its text that are
-    stored, and the length of its prompt."""
+    """For `follow`, per token: id, position (-1: none) and row; per row: the number of stored tokens and the length of
+    its prompt."""
     tokens, rows = piece(settings), settings.draft_rows
     return Control(**dict.fromkeys(("ids", "positions", "rows"), (tokens,)), stored=(rows,), prompts=(rows,))
 
@@ -61,13 +61,13 @@ def piece(settings: EngineSettings) -> int:
 def draft(
     params: Params, cache: PagedCache, control: jax.Array, *, config: LlamaConfig, settings: EngineSettings, vocab: int
 ) -> tuple[PagedCache, jax.Array]:
-    """Computes the last tokens of texts, and the most likely next ones one after the other.
+    """Computes the last tokens of texts, then the most likely next ones one by one.
 
     Args:
-      vocab: ids that may be drafted.
+      vocab: number of ids that may be drafted.
 
     Returns:
-      The cache, which holds the last tokens and all that were drafted but the last of them, and int32 [rows, drafts].
+      The cache, holding the last tokens and all drafted ones but the last, and the drafts int32 [rows, drafts].
     """
     given = draft_control(settings).parts(control)
     ids, stored = given["ids"], given["stored"]
@@ -103,7 +103,7 @@ def draft(
 def follow(
     params: Params, cache: PagedCache, control: jax.Array, *, config: LlamaConfig, settings: EngineSettings
 ) -> PagedCache:
-    """Computes further tokens of texts, packed in one axis."""
+    """Computes further tokens of texts, packed along one axis."""
     given = follow_control(settings).parts(control)
     _, cache = forward(
         params,
@@ -121,7 +121,7 @@ def follow(
 def draft_program(
     name: str, config: LlamaConfig, settings: EngineSettings, params: Params, cache: PagedCache, vocab: int
 ) -> Program:
-    """DRAFT or FOLLOW. Call this, and lower it, where it is to be traced: inside of `sharding.on(mesh)`.
+    """The program DRAFT or FOLLOW. Call and lower this where it is to be traced: inside `sharding.on(mesh)`.
 
     Args:
       config: of the draft model, as it computes.
@@ -156,7 +156,7 @@ class DraftParts:
 
     @classmethod
     def of(cls, draft: Model, settings: EngineSettings, vocab: int) -> Self:
-        """Compiles what makes the cache; the cache itself is not there yet."""
+        """Compiles the program that makes the cache, without running it."""
         with on(draft.mesh), using(**draft.kernels):
             begin = jax.jit(new_cache, static_argnums=(0, 1, 2))
             return cls(draft, begin.lower(draft.config, settings, draft.cache_dtype).compile(), vocab)

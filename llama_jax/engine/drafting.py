@@ -1,7 +1,7 @@
-"""Drafts: tokens that are likely to come next, guessed from the text itself or by a smaller model.
+"""Speculative decoding: likely next tokens, guessed from the text itself or by a smaller model.
 
-A draft decides nothing: the model computes all of it in one step, each token is drawn as without it, and the draft is
-kept as far as it equals the draws. Where drafts come from is a `Source`; `draft_model` is another one.
+A draft never changes the result: the model computes all of it in one step, each token is drawn as it would be without
+the draft, and the draft is kept as far as it equals the draws. Drafts come from a `Source`; `draft_model` is another.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from llama_jax.engine.lookup import LENGTHS
 from llama_jax.engine.sequence import Sequence
 
 PAUSE = 32
-"""Tokens for which a text whose drafts gain nothing is left alone; each time in a row twice as many."""
+"""Tokens without drafts after drafts gained nothing; doubles each consecutive time."""
 
 LEAST = 0.25
-"""Tokens that a draft has to gain beyond its cost in the mean of the last steps."""
+"""Tokens that a draft must gain beyond its cost, averaged over recent steps."""
 
 NEWS = 0.1
-"""Weight of a step's gain in their mean. Were it 0.25, chance would often end drafts that gain a third."""
+"""Weight of a step's gain in that average. At 0.25, chance would often end drafts that gain a third."""
 
 RECENT = 0.8
-"""Weight of what is known about a text's drafts, beside its next one, in how often they are right."""
+"""Weight of the past, against a text's next draft, in the estimate of how often its drafts are right."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of drafts, in steps of the model that draw one token of each row.
+    """Cost of drafts, in model steps that draw one token per row.
 
     Attributes:
-      token: of each token that is tried. On an H200 a step of 8 rows of Llama-3.1-8B takes 6 % longer than one of one.
-      step: of a step with drafts, besides.
+      token: per token tried. On an H200 a step of 8 rows of Llama-3.1-8B takes 6 % longer than one of one row.
+      step: extra cost per step with drafts.
     """
 
     token: float = 0.01
@@ -44,12 +44,12 @@ class Cost:
 
 
 class Pace:
-    """How many tokens to try behind a text, as long as drafts gain something there.
+    """Adapts a text's draft length, and pauses drafts that gain nothing.
 
     Attributes:
       cost: of its drafts.
-      length: tokens of the next draft, at most.
-      gain: tokens that a step gains by a draft, less its cost, in the mean of the last steps.
+      length: most tokens of the next draft.
+      gain: tokens that a step gains by a draft, less its cost, averaged over recent steps.
     """
 
     def __init__(self, most: int, cost: Cost | None = None):
@@ -62,23 +62,23 @@ class Pace:
         self._pause = PAUSE
 
     def active(self, count: int) -> bool:
-        """Whether to draft behind a text of `count` tokens."""
+        """Whether to draft after a text of `count` tokens."""
         return count >= self._resumes
 
     def drawn(self, drafted: int, count: int, text: int) -> None:
-        """Takes note of a step that drew `count` tokens where `drafted` were tried; the text has `text` tokens now."""
+        """Records a step that tried `drafted` tokens and drew `count`; the text now has `text` tokens."""
         kept = count - 1
         if drafted:
             self._right = RECENT * self._right + kept
             self._tried = RECENT * self._tried + min(kept + 1, drafted)
-            # One token more is worth its cost as long as it is likely that it comes, and all before it.
+            # One more token is worth its cost while it is likely that it and all before it are drawn.
             right, self.length = self._right / self._tried, 1
             while self.length < self._most and right ** (self.length + 1) > self.cost.token:
                 self.length += 1
         self._note(kept - self.cost.of(drafted), text)
 
     def nothing(self, text: int) -> None:
-        """Takes note that there was nothing to propose behind a text of `text` tokens."""
+        """Records that there was nothing to propose after a text of `text` tokens."""
         self._note(0, text)
 
     def _note(self, gained: float, text: int) -> None:
@@ -93,15 +93,14 @@ def worthwhile(paces: ListOf[Pace], others: int) -> bool:
     """Whether a step with drafts gains more than one without.
 
     Args:
-      paces: of rows that have a draft; others: rows without, which draw one token in either step.
+      paces: of rows that have a draft; others: number of rows without one, which draw one token in either step.
     """
     return sum(pace.gain for pace in paces) > others * max((pace.cost.of(pace.length) for pace in paces), default=0.0)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A sequence that a draft is wanted for, all of whose tokens are known; `most`: tokens of it that there is room
-    for, at least 1."""
+    """A sequence, all of whose tokens are known, that wants a draft; `most`: room for draft tokens, at least 1."""
 
     sequence: Sequence
     pace: Pace
@@ -109,34 +108,34 @@ class Wanted:
 
 
 class Source(Protocol):
-    """Where the drafts of an engine come from.
+    """Source of an engine's drafts.
 
     Attributes:
-      on_device: whether the device can find them by itself (`lookup`): then the host only says whether it is to look,
-        and proposes tokens where it has a say in them.
+      on_device: whether the device can find them by itself (`lookup`): then the host only tells it whether to look,
+        and proposes tokens only for sequences that it constrains.
     """
 
     on_device: bool
 
     def ready(self) -> None:
-        """Takes the memory that it needs; every program is compiled."""
+        """Allocates its memory; called once every program is compiled."""
         ...
 
     def begin(self) -> Pace:
-        """Paces a new sequence."""
+        """Returns the pace of a new sequence."""
         ...
 
     def propose(self, wanted: ListOf[Wanted]) -> list[tuple[int, ...]]:
-        """A draft for each, possibly none. The tokens of a sequence are those of the last call, continued."""
+        """Proposes a draft for each, possibly none. A sequence's tokens extend those of the last call."""
         ...
 
     def ended(self, number: int) -> None:
-        """Tells that a sequence has ended."""
+        """Notifies that a sequence has ended."""
         ...
 
 
 class NGrams:
-    """Drafts out of the text itself, one `Drafter` for each sequence."""
+    """Drafts from the text itself, with one `Drafter` per sequence."""
 
     on_device = True
 
@@ -164,24 +163,24 @@ class NGrams:
 
 
 class Drafter(Pace):
-    """Drafts for one sequence out of what it has had before: `lookup.find` on the host, from call to call."""
+    """Drafts for one sequence from its earlier tokens: an incremental `lookup.find` on the host."""
 
     def __init__(self, most: int):
-        """A drafter of at most `most` tokens at a time."""
+        """Makes a drafter of at most `most` tokens at a time."""
         super().__init__(most)
-        self._behind: dict[tuple[int, ...], int] = {}  # where the tokens are that followed these, the last time
+        self._behind: dict[tuple[int, ...], int] = {}  # last position of the tokens that followed each n-gram
         self._seen = 0
 
     def propose(self, tokens: ListOf[int], most: int) -> tuple[int, ...]:
-        """Proposes at most `most` tokens to follow a text, often none. The text is that of the last call, continued."""
+        """Proposes at most `most` tokens to follow a text, often none. The text extends that of the last call."""
         found = self.find(tokens, min(self.length, most))
         if not found:
             self.nothing(len(tokens))
         return found
 
     def find(self, tokens: ListOf[int], most: int) -> tuple[int, ...]:
-        """The same, however many tokens have been worth it so far."""
-        # The last tokens themselves are left out until another one follows.
+        """The same, regardless of the pace."""
+        # The last tokens themselves are not recorded until another token follows.
         for end in range(max(self._seen, 1), len(tokens)):
             for length in LENGTHS:
                 if length <= end:

@@ -1,4 +1,4 @@
-"""Small arrays of the host as one: each array that crosses to a device costs time of its own, whatever its size."""
+"""Packs small host arrays into one: each transfer to a device has a fixed cost, whatever its size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 
 def flat(tree: Any) -> np.ndarray:
-    """The leaves of a tree, numpy arrays of bools or of 32 bits an element, one behind the other, int32 [n]."""
+    """Concatenates the leaves of a tree, numpy arrays of bool or 32-bit elements, as int32 [n]."""
     leaves = (x.astype(np.int32) if x.dtype == bool else np.ascontiguousarray(x) for x in jax.tree.leaves(tree))
     return np.concatenate([x.reshape(-1).view(np.int32) for x in leaves])
 
 
 def unflat(array: jax.Array, like: Any) -> Any:
-    """The tree again, on the device.
+    """Rebuilds the tree on the device.
 
     Args:
       like: shapes and dtypes of its leaves.
@@ -29,7 +29,7 @@ def unflat(array: jax.Array, like: Any) -> Any:
 
 
 def flat_size(like: Any) -> int:
-    """The length of the array."""
+    """Length of the flat array."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(like))
 
 

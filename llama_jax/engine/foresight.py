@@ -1,5 +1,4 @@
-"""The host's part in a step before it is planned: which tokens may come next in sequences with rules, and which are
-tried as drafts."""
+"""The host's part in a step before it is planned: masks of sequences with rules, and drafts."""
 
 from __future__ import annotations
 
@@ -13,19 +12,18 @@ from llama_jax.engine.sequence import Draft, Sequence
 
 
 class Foresight:
-    """Keeps sequences out of steps as long as their constraints have not said what may come next, and gives them
-    drafts to try."""
+    """Keeps sequences out of steps until their constraints have computed a mask, and gives them drafts to try."""
 
     def __init__(self, source: Source | None = None, drafts: int = 0) -> None:
-        """Args: where drafts come from, None for no drafts; tokens of a draft, at most."""
+        """Args: source of drafts, None for no drafts; most tokens of a draft."""
         self._source, self._drafts = source, drafts
         self._undecided: set[int] = set()
 
     def prepare(self, several: Iterable[Asked], *, calm: bool = False) -> None:
-        """Has the masks of the next tokens computed of those sequences that have a rule.
+        """Starts computing the next masks of sequences with a rule.
 
         Args:
-          calm: whether a step with drafts is possible: then masks behind the tokens of a draft are computed, too.
+          calm: whether a step with drafts is possible: then masks after each draft token are computed, too.
         """
         ruled = [asked for asked in several if asked.rule]
         guesses = self._guesses([asked for asked in ruled if calm and self._tries(asked)])
@@ -36,20 +34,20 @@ class Foresight:
             self._undecided.add(asked.sequence.id)
 
     def decide(self, asked: Mapping[int, Asked], limit_s: float) -> list[int]:
-        """Waits a moment for masks. Sequences whose masks are not there are left out of the next step (`pending`).
+        """Waits briefly for masks. Sequences whose masks are not ready are left out of the next step (`pending`).
 
         Args:
-          asked: all sequences by their numbers.
-          limit_s: seconds that the constraints of a sequence may take.
+          asked: all sequences by number.
+          limit_s: time limit for the constraints of a sequence.
 
         Returns:
-          Those that have taken longer; they are to be ended.
+          Sequences that exceeded it, which are to be ended.
         """
         if not self._undecided:
             return []
         undecided = {n: rule for n in self._undecided if n in asked and (rule := asked[n].rule)}
         for rule in undecided.values():
-            rule.prepare()  # if it was cancelled
+            rule.prepare()  # it may have been cancelled
         rules.wait(undecided.values(), alone=len(undecided) == len(asked))
         self._undecided = {n for n, rule in undecided.items() if not rule.ready}
         for number in undecided:
@@ -60,12 +58,12 @@ class Foresight:
         return late
 
     def propose(self, decoding: Iterable[Asked], *, calm: bool) -> None:
-        """Gives sequences drafts for the next step. Whoever gets one from the host waits for it to know all tokens,
-        which takes longer than to have the next step planned before: where other rows would wait for it, and where
-        drafts gain nothing, nobody drafts. Those with rules wait anyway.
+        """Gives sequences drafts for the next step. A sequence with a host draft must wait until the host knows all its
+        tokens, which is slower than planning the next step ahead: nobody drafts if other rows would have to wait, or
+        if drafts gain nothing. Sequences with rules wait anyway.
 
         Args:
-          decoding: sequences of which the next step may draw.
+          decoding: sequences that the next step may draw for.
           calm: whether a step with drafts is possible.
         """
         several, trying = list(decoding), []
@@ -88,8 +86,8 @@ class Foresight:
             asked.sequence.draft = Draft.of(guesses[asked.sequence.id])
 
     def _look_up(self, asked: Asked) -> None:
-        """Has the device look for a draft, once an end of the text has occurred in it before. To give the device the
-        text, the host has to know all of it: this once the sequence waits."""
+        """Lets the device look for a draft, once a suffix of the text has occurred in it before. To send the device the
+        text, the host must know all of it: only this once does the sequence wait."""
         sequence, pace = asked.sequence, asked.pace
         assert isinstance(pace, Drafter)
         likely = sequence.remembered or bool(pace.find(sequence.tokens, 1))
@@ -103,11 +101,11 @@ class Foresight:
         return pace is not None and self._room(sequence) > 0 and pace.active(len(sequence.tokens))
 
     def _room(self, sequence: Sequence) -> int:
-        """Tokens of a draft that a sequence may have: one more than those is drawn."""
+        """Room of a sequence for draft tokens; a step draws one token more."""
         return max(0, min(self._drafts, sequence.limit - sequence.drawn - 1))
 
     def _guesses(self, trying: ListOf[Asked]) -> dict[int, tuple[int, ...]]:
-        """Drafts by the numbers of sequences."""
+        """Drafts by sequence number."""
         if self._source is None or not trying:
             return {}
         wanted = [Wanted(asked.sequence, asked.pace, self._room(asked.sequence)) for asked in trying if asked.pace]

@@ -1,4 +1,4 @@
-"""Arguments of `state.join`: a plan's decisions and a request's settings as arrays."""
+"""Builds the arguments of `state.join`: a plan's decisions and a request's settings as arrays."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _IDLE = SamplingParams(temperature=0.0, seed=0)
 
 @dataclass(eq=False, slots=True)
 class Asked:
-    """A sequence and what it was asked for with.
+    """A sequence and the request it belongs to.
 
     Attributes:
       adapter: its slot, 0 for none.
       greedy: whether a program for greedy requests serves it.
-      rule: the host's say in its tokens, if it has any.
-      pace: of its drafts, if it has any.
+      rule: the host's constraints on its tokens, if any.
+      pace: of its drafts, if any.
       scores: of its prompt so far.
-      cached: tokens of its prompt that were found in the prefix cache when it began.
+      cached: prompt tokens found in the prefix cache when it began.
     """
 
     sequence: Sequence
@@ -53,17 +53,17 @@ class Asked:
 def joinings(
     step: Step, asked: Mapping[int, Asked], model: Model, settings: EngineSettings
 ) -> Iterator[tuple[np.ndarray, Joining]]:
-    """The arguments of each call of `state.join` that a step needs: none if no row changes hands.
+    """The arguments of each `state.join` call that a step needs: none if no row changes hands.
 
     Args:
-      asked: by the numbers of sequences, those that join among them.
+      asked: sequences by number, including those that join.
     """
     leaving = np.zeros(settings.rows, bool)
     leaving[list(step.leaving)] = True
     joining, marks = list(step.joining), _marks(step, asked)
     while joining or marks or leaving.any():
         group, joining = joining[: settings.chunk_rows], joining[settings.chunk_rows :]
-        # Marks come with the last rows: those that join empty what was marked there before.
+        # Marks come with the last rows: a joining row clears its earlier marks.
         some, marks = ([], marks) if joining else (marks[:MARKED], marks[MARKED:])
         yield leaving, _arrays(step, group, asked, some, model, settings)
         leaving = np.zeros_like(leaving)
@@ -88,7 +88,7 @@ def _arrays(
             pages[line[row], index] = page
     widths = model.config.vocab_size, model.eos_token_ids, settings.stop_ids, settings.biases
     sampler = _idle(n, *widths)
-    if group:  # few join as a rule, and a first token waits for this: the rest is copied
+    if group:  # usually few rows join, and a first token waits for this: the rest is copied
         begun = _sampler([a.params for a in each], *widths)
         sampler = jax.tree.map(lambda new, idle: np.concatenate([new, idle[len(new) :]]), begun, sampler)
 
@@ -115,7 +115,7 @@ def _arrays(
 def _sampler(
     params: ListOf[SamplingParams], vocab: int, eos_token_ids: tuple[int, ...], stop_ids: int, biases: int
 ) -> SamplerState:
-    """Sampler state of rows that join, as numpy arrays."""
+    """Sampler state of joining rows, as numpy arrays."""
     made = make_sampler(
         params, [()] * len(params), vocab, eos_token_ids, profile=FULL, stop_width=stop_ids, bias_width=biases
     )
@@ -124,12 +124,12 @@ def _sampler(
 
 @functools.cache
 def _idle(rows: int, *widths: Any) -> SamplerState:
-    """The same of rows that nobody joins; not to be written to."""
+    """The same for unused rows; read-only."""
     return _sampler([_IDLE] * rows, *widths)
 
 
 def _marks(step: Step, asked: Mapping[int, Asked]) -> list[tuple[int, int, bool]]:
-    """(row, token, drawn) of what penalties need to know of the tokens so far."""
+    """(row, token, drawn) of the tokens so far that penalties need."""
     marks = []
     for joining in step.joining:
         sequence, params = joining.sequence, asked[joining.sequence.id].params

@@ -1,4 +1,4 @@
-"""Bounds of a scheduler, and its counts."""
+"""A scheduler's limits and counters."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Limits:
     """The sizes of a device's cache and steps.
 
     Attributes:
-      rows: sequences that may have pages at once.
-      pages: of `page_size` tokens each, in the cache; pages_per_row: of one row's line of the page table.
-      budget: tokens of one mixed step, at least one for each row and a chunk.
-      chunk_rows: prompts that may be under way at once, each with a chunk in a mixed step. All but one of them may be
-        prompts that do not end in that step; with 1, prompts are computed one after the other.
-      waiting: sequences that may wait, at most; None for any number.
-      steps: decode steps of one dispatch while nothing waits, at most.
-      draft_rows: rows of a step with drafts, at most; 0 for no such steps.
-      boundary: chunks end, and found prefixes are rounded down, at its multiples, so that a prompt is cut alike in any
-        company; only prompts can be found then. A multiple of `page_size`, or None.
-      apart: whether a step has rows that decode, prompts, or prompts that are scored, which different programs compute;
-        and never two of them.
+      rows: most sequences with pages at once.
+      pages: in the cache, of `page_size` tokens each; pages_per_row: entries of one row in the page table.
+      budget: tokens of one mixed step, at least one per row plus a chunk.
+      chunk_rows: prompts in progress at once, each with a chunk in a mixed step. All but one of them may be prompts
+        that do not end in that step; with 1, prompts are computed one after the other.
+      waiting: most waiting sequences; None for no limit.
+      steps: most decode steps per dispatch while nothing waits.
+      draft_rows: most rows of a step with drafts; 0 for no such steps.
+      boundary: chunks end at its multiples, and found prefixes are rounded down to them, so that a prompt is cut the
+        same way whatever runs beside it; only prompts can then be found. A multiple of `page_size`, or None.
+      apart: whether decoding rows, prompts and scored prompts, which different programs compute, are never mixed in
+        one step.
       reserve: whether a sequence starts only when there are pages for all of its tokens, so that it is never preempted.
-      prefix_cache: whether sequences use what others have computed. Without, only those of one `sequence.GROUP` do.
+      prefix_cache: whether sequences reuse what others computed. Without it, only those of one `sequence.GROUP` do.
 
     Raises:
       RequestError: a value is out of range.
@@ -72,16 +72,16 @@ class Limits:
 
     @property
     def cut(self) -> int:
-        """Tokens of which a chunk is a multiple unless its prompt ends."""
+        """Chunk lengths are multiples of this unless the prompt ends."""
         return self.boundary or 1
 
     @property
     def capacity(self) -> int:
-        """Tokens of the longest sequence that fits."""
+        """Most tokens of a sequence that fits."""
         return min(self.pages, self.pages_per_row) * self.page_size
 
     def check(self, sequence: Sequence) -> None:
-        """Refuses a sequence that can never be computed.
+        """Rejects a sequence that can never be computed.
 
         Raises:
           RequestError: it contradicts itself.
@@ -110,15 +110,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Counts:
-    """The state of a scheduler in numbers.
+    """A scheduler's state and counters.
 
     Attributes:
       running, waiting: sequences with a row, and without.
       pages_used, pages_free, pages_cached, pages_fenced: every page is one of these (see `pages.Pages`).
-      prompt_tokens: of all sequences that got a row, known at that moment; prefix_hit_tokens: those of them that were
-        found in the cache.
+      prompt_tokens: known tokens of all sequences when they got a row; prefix_hit_tokens: those of them found in the
+        cache.
       preemptions: how often a sequence lost its row to another.
-      planned_tokens: that steps compute, without padding.
+      planned_tokens: tokens that steps compute, without padding.
     """
 
     running: int

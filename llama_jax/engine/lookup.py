@@ -1,7 +1,7 @@
-"""Drafts that the device finds in the texts themselves.
+"""Prompt lookup: drafts that the device finds in the texts themselves.
 
-"Prompt lookup decoding" (https://github.com/apoorvumang/prompt-lookup-decoding): where the last tokens of a text have
-occurred before, what followed them then is likely to follow now.
+"Prompt lookup decoding" (https://github.com/apoorvumang/prompt-lookup-decoding): if the last tokens of a text have
+occurred before, the tokens that followed them then are likely to follow now.
 """
 
 from __future__ import annotations
@@ -10,23 +10,22 @@ import jax
 import jax.numpy as jnp
 
 LENGTHS = (4, 3, 2)
-"""Tokens that have to occur again, the most first."""
+"""Lengths of the n-grams to match, longest first."""
 
 
 def find(texts: jax.Array, counts: jax.Array, most: int) -> jax.Array:
-    """Tokens that are likely to follow texts: those behind the longest end of a text that has occurred in it before,
-    the last time that it has.
+    """Tokens likely to follow texts: those after the latest earlier occurrence of the text's longest repeated suffix.
 
     Args:
-      texts: int32 [rows, context], of which the first `counts` int32 [rows] tokens are a text.
-      most: tokens to find.
+      texts: int32 [rows, context]; the first `counts` int32 [rows] tokens of each row are a text.
+      most: number of tokens to find.
 
     Returns:
-      int32 [rows, most], filled up with -1.
+      int32 [rows, most], padded with -1.
     """
     place = jnp.arange(texts.shape[1], dtype=jnp.int32)
     same = jnp.ones(texts.shape, bool)
-    alike = jnp.zeros(texts.shape, jnp.int32)  # tokens before each place that are those at the end
+    alike = jnp.zeros(texts.shape, jnp.int32)  # number of tokens before each place that equal those at the end
     for back in range(1, LENGTHS[0] + 1):
         last = jnp.take_along_axis(texts, jnp.maximum(counts - back, 0)[:, None], axis=1)
         before = jnp.pad(texts, ((0, 0), (back, 0)), constant_values=-1)[:, : texts.shape[1]]
@@ -40,5 +39,5 @@ def find(texts: jax.Array, counts: jax.Array, most: int) -> jax.Array:
 
 
 def remember(texts: jax.Array, row: jax.Array, text: jax.Array) -> jax.Array:
-    """The texts int32 [rows, context] with another one, int32 [context], in a row int32 []."""
+    """The texts int32 [rows, context] with row int32 [] replaced by a text int32 [context]."""
     return texts.at[row].set(text)

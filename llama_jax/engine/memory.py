@@ -1,4 +1,4 @@
-"""Sequences' holdings in the device's cache: rows, pages, and blocks that others may share."""
+"""Sequences' holdings of the device's cache: rows, pages, and blocks that others may share."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Memory:
     """The cache of one device.
 
     Attributes:
-      newest: number of the newest planned step, which pages that are given back have to wait for.
-      leaving, entries: for the next step to tell the device (see `steps.Step`).
+      newest: number of the newest planned step, which released pages must wait for.
+      leaving, entries: changes that the next step sends to the device (see `steps.Step`).
     """
 
     def __init__(self, limits: Limits):
@@ -29,19 +29,19 @@ class Memory:
         return len(self._rows)
 
     def find(self, sequence: Sequence) -> list[Block] | None:
-        """The blocks of a waiting sequence that it need not compute; None if it should wait for more (see `awaits`).
+        """The blocks that a waiting sequence need not compute; None if it should wait for more (see `awaits`).
 
-        It waits while sequences with rows, of at least its priority, are going to compute them.
+        It waits while sequences with rows, of at least its priority, are about to compute them.
         """
         if not sequence.reuse or not self._shares(sequence):
             return []
         size = self.limits.page_size
         keys = extend_keys(sequence, size)
         root = self._prefixes.root(sequence.domain)
-        # At least one token is left to compute: the next one is drawn from its logits.
+        # At least one token must be computed: the next one is drawn from its logits.
         found, coming = find(root, keys[: (len(sequence.tokens) - 1) // size])
         root.prune()
-        for block in coming:  # they come in order, so the last of them is the one to wait for
+        for block in coming:  # they are computed in order, so wait for the last of them
             if not _awaited(sequence, block):
                 break
             sequence.awaited = block
@@ -51,7 +51,7 @@ class Memory:
         return found[: len(found) // whole * whole]
 
     def missing(self, sequence: Sequence, found: list[Block]) -> int:
-        """Pages that must be available for a sequence to start: new ones, and those found that nobody uses."""
+        """Number of pages that must be available for a sequence to start: new ones, and found ones without users."""
         total = self._pages_at_start(sequence)
         return total - len(found) + sum(not self.pages.users(block.pages[0]) for block in found)
 
@@ -59,7 +59,7 @@ class Memory:
         return -(-tokens // self.limits.page_size)
 
     def start(self, sequence: Sequence, found: list[Block]) -> None:
-        """Gives a row, and pages for all known tokens, or for all that it may have."""
+        """Gives the sequence a row, and pages for all known tokens, or for all that it may have."""
         sequence.row, sequence.blocks, sequence.awaited = self._rows.pop(), found, None
         for block in found:
             self.pages.share(block.pages[0])
@@ -69,18 +69,18 @@ class Memory:
         self._claim(sequence)
 
     def book(self, sequence: Sequence, count: int) -> None:
-        """Gives further pages, which the caller knows to be available."""
+        """Gives the sequence further pages, which the caller knows to be available."""
         for _ in range(count):
             self._enter(sequence, self.pages.take())
 
     def leave(self, sequence: Sequence, *, keep: bool = True) -> list[int]:
-        """Takes back row and pages, the last page first: the beginning is what others are likely to want.
+        """Takes back row and pages, the last page first: others are likelier to want the beginning.
 
         Args:
-          keep: False if nobody may find what it has computed itself, nor what others have computed behind it.
+          keep: False if what it computed, and what others computed after it, must not be found.
 
         Returns:
-          Pages without users whose contents nobody may read.
+          Pages without users whose contents must not be read.
         """
         bad: list[int] = []
         own = sequence.cached // self.limits.page_size
@@ -102,7 +102,7 @@ class Memory:
         return [page for page in dict.fromkeys(bad) if not self.pages.users(page)]
 
     def register(self, sequence: Sequence, stored: int) -> None:
-        """Lets others find the pages of full blocks among the first `stored` tokens, which are known."""
+        """Makes the pages of full blocks among the first `stored` tokens, which are known, findable for others."""
         full = self._findable(sequence, stored)
         if len(sequence.blocks) >= full or _is_cut(sequence):
             return
@@ -123,12 +123,12 @@ class Memory:
 
     def _pages_at_start(self, sequence: Sequence) -> int:
         tokens = len(sequence.tokens)
-        if self.limits.reserve:  # what is drawn last is not stored
+        if self.limits.reserve:  # the last drawn token is not stored
             tokens = max(tokens, sequence.prompt_length + sequence.limit - 1)
         return self.pages_for(tokens)
 
     def _findable(self, sequence: Sequence, stored: int) -> int:
-        """Full blocks among its first `stored` tokens that others may find."""
+        """Number of full blocks among its first `stored` tokens that others may find."""
         if not self._shares(sequence) or (self.limits.apart and not sequence.reuse):
             return 0
         if self.limits.boundary:
@@ -136,7 +136,7 @@ class Memory:
         return stored // self.limits.page_size
 
     def _claim(self, sequence: Sequence) -> None:
-        """Notes that it is going to compute the blocks of its tokens which it has not found."""
+        """Claims the blocks of its tokens that it has not found and will compute."""
         full = self._findable(sequence, len(sequence.tokens))
         if not full:
             return
@@ -157,7 +157,7 @@ def awaits(sequence: Sequence) -> bool:
 
 
 def _is_cut(sequence: Sequence) -> bool:
-    """Whether it computes behind something that failed."""
+    """Whether it continues a prefix that failed."""
     return bool(sequence.blocks) and sequence.blocks[-1].cut
 
 

@@ -1,4 +1,4 @@
-"""Counts and rates of what a core does, for almost nothing: what a step costs is counted when somebody asks."""
+"""A core's counters and rates, at almost no cost: the cost of a step is computed only on request."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from llama_jax.engine.compiled import Programs
 
 WINDOW_S = 1.0
-"""Over how long rates are taken."""
+"""Window over which rates are measured."""
 
 
 class _Ended(NamedTuple):
-    """One dispatch: when the device began with it and ended, and what it drew."""
+    """A finished dispatch: when the device began and ended it, and what it drew."""
 
     begun: float
     ended: float
@@ -30,11 +30,11 @@ class _Ended(NamedTuple):
 
 @dataclass(frozen=True)
 class Rates:
-    """Of the last second, or of the last step where that took longer; 0 where nothing ran.
+    """Rates of the last second, or of the last step if it took longer; 0 if nothing ran.
 
     Attributes:
       step_s: mean time of a dispatch.
-      mbu, mfu: bytes that one device moved and its FLOPs, each over the peak; None where there is none.
+      mbu, mfu: one device's bytes moved and FLOPs, each over the peak; None if there is no peak.
     """
 
     tokens_per_s: float
@@ -44,11 +44,11 @@ class Rates:
 
 
 class Meter:
-    """Counts what a core does. One thread counts, any may ask.
+    """Counts what a core does. One thread counts, any thread may read.
 
     Attributes:
-      ready_s: seconds until every program was compiled; None while they are not.
-      peak: what rates are compared with.
+      ready_s: seconds until every program was compiled; None before.
+      peak: peak rates of the device.
     """
 
     def __init__(self, costs: StepCosts, peak: Peak | None) -> None:
@@ -61,11 +61,11 @@ class Meter:
         self._ended: deque[_Ended] = deque()
 
     def ready(self) -> None:
-        """The engine is ready."""
+        """Records that the engine is ready."""
         self.ready_s = time.monotonic() - self._begun
 
     def dispatched(self, step: Step, size: int) -> None:
-        """A step was given to a program for `size` tokens."""
+        """Records a step dispatched to a program for `size` tokens."""
         drafts = [(s.computed - 1 - draft.length, 1 + draft.length, True) for s, draft in step.drafts.items()]
         load = Load(
             step.steps,
@@ -79,7 +79,7 @@ class Meter:
         self._flying.append((time.monotonic(), load))
 
     def ended(self, drawn: int) -> None:
-        """The earliest step in flight has ended, and drew N tokens."""
+        """Records that the earliest step in flight has ended, and drew N tokens."""
         self.tokens_out += drawn
         now = time.monotonic()
         begun, load = self._flying.popleft()
@@ -90,7 +90,7 @@ class Meter:
             self._ended.popleft()
 
     def snapshot(self, counts: Counts, programs: Programs, kv_dtype: str) -> Snapshot:
-        """All that a core says of itself; `kv_dtype` is its cache's."""
+        """The core's full snapshot; `kv_dtype` is its cache's."""
         rates = self.rates()
         return Snapshot(
             counts=counts,
@@ -115,9 +115,9 @@ class Meter:
         )
 
     def rates(self) -> Rates:
-        """Rates at this moment."""
+        """Current rates."""
         now, ended = time.monotonic(), list(self._ended)
-        last = ended[-1:] if self._flying else []  # a step that takes longer than the window is still news
+        last = ended[-1:] if self._flying else []  # a step longer than the window still counts
         recent = [step for step in ended if now - step.ended <= WINDOW_S] or last
         peak = self.peak or Peak(None, None)
         if not recent:

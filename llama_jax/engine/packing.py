@@ -1,4 +1,4 @@
-"""A step as the program that runs it is given it: one array of integers."""
+"""Packs a step into the one integer array that its program takes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Packed:
     """A program and its control array.
 
     Attributes:
-      parts: views of the array by name, of which "pages" is still empty; size: tokens of one step of the program.
-      rows: (line of the report, sequence) of those that draw, or that end with it.
-      masks: of the rows with rules, for `verify`; None if it has none of them.
-      spans: (first, last token of the step, sequence) of prompts that are scored.
+      parts: views of the array by name; "pages" is still empty; size: tokens of one step of the program.
+      rows: (line of the report, sequence) of those that draw, or that end with the step.
+      masks: of the rows with rules, for `verify`; None if there are none.
+      spans: (first, last token of the step, sequence) of scored prompts.
     """
 
     key: Key
@@ -41,8 +41,8 @@ def pack(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[int,
     """The smallest program for a step, and its control array.
 
     Args:
-      of: the engine's programs; asked: by the numbers of sequences.
-      greedy: whether all that draw only take the most likely token.
+      of: the engine's programs; asked: sequences by number.
+      greedy: whether all rows that draw only take the most likely token.
     """
     if step.chunks:
         return _mixed(step, of, settings, asked, greedy=greedy)
@@ -93,7 +93,7 @@ def _decode(step: Step, of: Programs, settings: EngineSettings, *, greedy: bool)
     array, parts = control.new(rows=NO_ROW, pages=NO_ROW, steps=step.steps)
     rows = [sequence.row for sequence in step.decoding]
     parts["rows"][: len(rows)] = rows
-    # The largest program computes all rows where they are.
+    # The largest program computes all rows in place.
     lines = rows if key.size == settings.rows else range(len(rows))
     return Packed(key, array, parts, key.size, list(zip(lines, step.decoding, strict=True)))
 

@@ -1,4 +1,4 @@
-"""Who uses which page of the cache: bookkeeping on the host, in place, constant time a page."""
+"""Bookkeeping of the cache's pages and their users: on the host, in place, in constant time per page."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from llama_jax.engine.prefixes import Block
 class Pages:
     """All pages of a cache; each is used, free, cached or fenced.
 
-    A page that loses its last user is fenced until the steps have ended that were planned by then, since they may still
-    write it. Then it is free, or cached: its contents can be found until it is taken for others. What can be found is
-    found behind the fence too, since steps in flight write nothing else there.
+    A page that loses its last user is fenced until all steps planned so far have ended, since they may still write it.
+    Then it is free, or cached: its contents can be found until the page is taken for others. A fenced page can be found
+    too, since steps in flight write nothing else there.
 
-    Free pages are taken first, those that have been free longest before others; then cached ones, least recently used
-    first.
+    Free pages are taken first, those free longest before others; then cached ones, least recently used first.
     """
 
     def __init__(self, count: int):
@@ -23,14 +22,14 @@ class Pages:
         self._users = [0] * count
         self._block: list[Block | None] = [None] * count
         self._free = deque(range(count))
-        # OrderedDict: the oldest entry of a plain dict is found in linear time once many before it were deleted.
+        # OrderedDict: finding a plain dict's oldest entry takes linear time once many before it were deleted.
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._fenced: OrderedDict[int, int] = OrderedDict()
         self._ended = 0
 
     @property
     def available(self) -> int:
-        """Pages that can be taken at once."""
+        """Number of pages that can be taken at once."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -50,11 +49,11 @@ class Pages:
         return self.count - len(self._free) - len(self._cached) - len(self._fenced)
 
     def users(self, page: int) -> int:
-        """How many sequences use a page."""
+        """Number of sequences that use a page."""
         return self._users[page]
 
     def take(self) -> int:
-        """A page for new contents; the caller has made sure that one is available."""
+        """Takes a page for new contents; the caller has made sure that one is available."""
         if self._free:
             page = self._free.popleft()
         else:
@@ -64,14 +63,14 @@ class Pages:
         return page
 
     def share(self, page: int) -> None:
-        """One user more of a page whose contents were found."""
+        """Adds a user to a page whose contents were found."""
         if not self._users[page]:
             self._cached.pop(page, None)
             self._fenced.pop(page, None)
         self._users[page] += 1
 
     def release(self, page: int, fence: int) -> None:
-        """One user less; without any, the page comes free when step `fence` has ended."""
+        """Removes a user; without users, the page becomes free when step `fence` has ended."""
         self._users[page] -= 1
         if not self._users[page]:
             self._fenced[page] = fence
@@ -79,7 +78,7 @@ class Pages:
                 self._open(page)
 
     def ended(self, number: int) -> None:
-        """Steps up to `number` have ended."""
+        """Records that steps up to `number` have ended."""
         self._ended = max(self._ended, number)
         while self._fenced:
             page, fence = next(iter(self._fenced.items()))
@@ -88,12 +87,12 @@ class Pages:
             self._open(page)
 
     def register(self, page: int, block: Block) -> None:
-        """The page holds, or a planned step stores in it, what the block says."""
+        """Records that the page holds the block's contents, or that a planned step stores them in it."""
         block.pages.append(page)
         self._block[page] = block
 
     def forget(self, block: Block) -> list[int]:
-        """The pages of a block that is out of the tree; those that were cached are free."""
+        """Drops the pages of a block that has left the tree; cached ones become free."""
         pages, block.pages = block.pages, []
         for page in pages:
             self._block[page] = None

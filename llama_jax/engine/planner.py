@@ -1,4 +1,4 @@
-"""One step: which rows decode, which parts of prompts are computed, who gets a row and who loses it."""
+"""Plans one step: which rows decode, which prompt chunks are computed, which sequences gain and lose rows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llama_jax.engine.sequence import Draft, Phase, Sequence
 from llama_jax.engine.steps import Chunk, Joining, Step
 
 LOOKAHEAD = 256
-"""Waiting sequences that are looked at for one step, at most."""
+"""The most waiting sequences considered for one step."""
 
 MISFITS = 32
-"""Those of them that are looked up in the cache and do not start, at most."""
+"""The most of them that are looked up in the cache without starting."""
 
 PASSES = 16
-"""Sequences that may go before one that came earlier and for which pages are missing."""
+"""The most sequences that may overtake an earlier one that lacks pages."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class _Plan:
     """A step in the making.
 
     Attributes:
-      starts: where the chunk of each prompt begins; it ends at `computed`.
+      starts: start of each prompt's chunk, which ends at `computed`.
       owed: pages that decoding rows wait for.
       ending: pages of complete sequences, once they have been counted.
     """
@@ -53,7 +53,7 @@ class _Plan:
 
 
 class Planner:
-    """Plans steps over the queues and a memory, both of which it changes."""
+    """Plans steps; changes the queues and the memory."""
 
     def __init__(self, limits: Limits, queues: Queues, memory: Memory):
         self.limits, self.queues, self.memory = limits, queues, memory
@@ -61,7 +61,7 @@ class Planner:
         self._decoded = False
 
     def plan(self) -> Step | None:
-        """The next step; None if no row can go on."""
+        """The next step; None if no row can proceed."""
         plan = _Plan()
         self._make_way(plan)
         parts = [self._decode, self._compute_prompts]
@@ -95,14 +95,14 @@ class Planner:
     # --- Rows that decode
 
     def _decode(self, plan: _Plan) -> None:
-        """Every decoding row draws for which there are pages, the most urgent first, but those that are held."""
+        """Lets every decoding row draw that has pages and is not held, the most urgent first."""
         rows = [s for s in self.queues.decoding if not s.held]
         held = sum(s.held and not s.pending for s in self.queues.decoding)
         if held > len(rows) and not len(self.queues.prompts) and not len(self.queues.waiting):
-            return  # a step without most of them would take its time all the same
+            return  # a step without most of them would take as long
         plan.steps, plan.drafts, counts, needs = self._stride(rows)
         for sequence, count, need in zip(rows, counts, needs, strict=True):
-            if sequence.phase is not Phase.DECODING:  # preempted for the sake of one before it
+            if sequence.phase is not Phase.DECODING:  # preempted in favour of an earlier one
                 continue
             if need:
                 if not self._room(sequence, need, plan):
@@ -118,8 +118,8 @@ class Planner:
                 self.queues.move(sequence, Phase.COMPLETE)
 
     def _remember(self, sequence: Sequence, plan: _Plan) -> None:
-        """Sees to it that the device has the text of a sequence whose draft it is to find. Only steps with drafts keep
-        it up to date."""
+        """Ensures that the device has the text of a sequence whose draft it is to find. Only steps with drafts keep it
+        up to date."""
         draft = plan.drafts.get(sequence)
         if draft is not None and draft.tokens is None and not sequence.remembered:
             plan.remember.append(sequence)
@@ -128,11 +128,11 @@ class Planner:
             sequence.remembered = False
 
     def _stride(self, rows: list[Sequence]) -> tuple[int, dict[Sequence, Draft], list[int], list[int]]:
-        """Decode steps of the next dispatch: several, or one with drafts, only if they keep nobody waiting, no reader
-        either, and preempt nobody.
+        """Decode steps of the next dispatch: several, or one with drafts, only if that delays no sequence or reader and
+        preempts nobody.
 
         Returns:
-          The steps, the drafts, and of each row the tokens that it draws at most and the pages that it needs for them.
+          The steps, the drafts, and per row the most tokens that it draws and the pages that it needs for them.
         """
         most = self.limits.steps
         drafts: dict[Sequence, Draft] = {}
@@ -158,11 +158,11 @@ class Planner:
         return [max(0, (s.computed + n + size - 1) // size - len(s.pages)) for s, n in zip(rows, counts, strict=True)]
 
     def _room(self, sequence: Sequence, need: int, plan: _Plan) -> bool:
-        """Whether pages are there for a decoding row, which may take them from less urgent ones."""
+        """Whether there are pages for a decoding row, which may take them from less urgent ones."""
         pages = self.memory.pages
         while pages.available < need:
             if pages.available + self._coming(plan) >= need + plan.owed:
-                return False  # a preemption would not bring them earlier
+                return False  # preemption would not free them earlier
             last = self.queues.least_urgent
             if last is None or last is sequence:
                 return False
@@ -170,7 +170,7 @@ class Planner:
         return True
 
     def _coming(self, plan: _Plan) -> int:
-        """Pages that come free when steps in flight have ended, or may, where others share them."""
+        """Pages that become free when steps in flight have ended (or may, if they are shared)."""
         if plan.ending is None:
             plan.ending = sum(len(s.pages) for s in self.queues.complete)
         return self.memory.pages.fenced + plan.ending
@@ -178,16 +178,16 @@ class Planner:
     # --- Prompts
 
     def _compute_prompts(self, plan: _Plan) -> None:
-        """Prompts under way go on, then others begin, with the tokens that decoding rows leave."""
+        """Continues started prompts, then starts others, with the tokens that decoding rows leave."""
         left = self.limits.budget - len(plan.decoding)
         for sequence in list(self.queues.prompts):
             left -= self._compute(sequence, left, plan)
         left = self._admit(left, plan)
-        for sequence in list(self.queues.prompts):  # nobody else could use what is left
+        for sequence in list(self.queues.prompts):  # no one else could use the rest
             left -= self._compute(sequence, left, plan, alone=True)
 
     def _compute(self, sequence: Sequence, left: int, plan: _Plan, *, alone: bool | None = None) -> int:
-        """Plans a chunk of a prompt, or more of its chunk; returns how many tokens."""
+        """Plans or extends a prompt's chunk; returns the number of tokens added."""
         count = self._chunk(sequence, sequence.computed, left, alone) if self._goes_with(sequence, plan) else 0
         if count:
             plan.starts.setdefault(sequence, sequence.computed)
@@ -201,8 +201,8 @@ class Planner:
         return count
 
     def _chunk(self, sequence: Sequence, computed: int, left: int, alone: bool | None = None) -> int:
-        """Tokens of a prompt's next chunk: the rest if it fits; else half of what is left, unless no other prompt
-        needs any, but not less than the smallest chunk if that fits."""
+        """Tokens of a prompt's next chunk: its rest if that fits; else half of the remaining budget, or all of it if no
+        other prompt needs any, but at least the smallest chunk if that fits."""
         if (rest := len(sequence.tokens) - computed) <= left:
             return rest
         if alone is None:
@@ -215,7 +215,7 @@ class Planner:
         return max(0, end - computed)
 
     def _admit(self, left: int, plan: _Plan) -> int:
-        """Gives rows to those whose turn it is and who fit; returns the tokens that are left."""
+        """Gives rows to sequences that fit, in turn; returns the remaining token budget."""
         queues, memory, misfits = self.queues, self.memory, 0
         passed: list[Sequence] = []
         places = self.limits.chunk_rows - len(set(queues.prompts) | plan.starts.keys())
@@ -253,17 +253,17 @@ class Planner:
         return left
 
     def _goes_with(self, sequence: Sequence, plan: _Plan) -> bool:
-        """Whether a prompt may be in the step; those that are scored compute all of it (`Sequence.reuse`)."""
+        """Whether a prompt may be in the step; scored prompts are computed in full (`Sequence.reuse`)."""
         return not self.limits.apart or all(other.reuse == sequence.reuse for other in plan.starts)
 
     @property
     def _place_for_long(self) -> bool:
-        """Whether one more prompt may need further steps: one place is for those that do not."""
+        """Whether one more prompt may need further steps: one place is reserved for prompts that do not."""
         return len(self.queues.prompts) < max(1, self.limits.chunk_rows - 1)
 
     @property
     def _spare(self) -> int:
-        """Pages that newcomers leave: each decoding row needs one, now or soon, and would take it back from them."""
+        """Pages that newcomers must leave: each decoding row needs one, now or soon, and would preempt them for it."""
         return 0 if self.limits.reserve else len(self.queues.decoding)
 
     def _start(self, sequence: Sequence, found: list[Block], plan: _Plan) -> None:
@@ -277,7 +277,7 @@ class Planner:
     # --- Preemption
 
     def _make_way(self, plan: _Plan) -> None:
-        """Preempts for the first that waits those of strictly lower priority, if it can start only then."""
+        """Preempts sequences of strictly lower priority if the first waiting one can start only then."""
         last = self.queues.least_urgent
         first = self.queues.waiting[0] if len(self.queues.waiting) and not self.limits.reserve else None
         if first is None or last is None or last.priority <= first.priority:
@@ -300,7 +300,7 @@ class Planner:
             self._preempt(victims.pop())
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes a row away. The tokens stay, and those in flight are still told; all are computed again."""
+        """Takes a row away. Its tokens are kept, those in flight are still reported; all are recomputed."""
         self.memory.leave(sequence)
         self.queues.move(sequence, Phase.WAITING)
         sequence.preemptions += 1

@@ -1,4 +1,4 @@
-"""The tree of prefixes: what the tokens in a page, and all those before them, are."""
+"""The prefix tree, which identifies a page by its tokens and all those before them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
 
 
 class Block:
-    """A full block of tokens behind those of its parents: a node of the tree.
+    """A full block of tokens after those of its parents: a node of the tree.
 
     A node is found by its parent and its own tokens, which a dict hashes (with the process's secret key) and compares.
-    So two prefixes that are not the same never share a node, whatever their hashes: a chain of digests would answer a
-    collision silently with another prompt's keys and values.
+    So different prefixes never share a node, whatever their hashes: with a chain of digests, a collision would silently
+    return another prompt's keys and values.
 
     Attributes:
-      parent: the block before; None for a root.
-      key: of `block_key`; of a root its domain.
-      pages: those that hold keys and values of these tokens behind that prefix; some may be duplicates.
-      computing: a sequence with a row that is going to compute them.
+      parent: the preceding block; None for a root.
+      key: of `block_key`; for a root its domain.
+      pages: pages with keys and values of these tokens after that prefix; some may be duplicates.
+      computing: a sequence with a row that will compute them.
       cut: whether the node was cut out of the tree (see `cut`).
     """
 
@@ -36,14 +36,14 @@ class Block:
         self.cut = False
 
     def child(self, key: Any) -> Block:
-        """The child with this key, made if there is none."""
+        """The child with this key, created if missing."""
         found = self.children.get(key)
         if found is None:
             found = self.children[key] = Block(self, key)
         return found
 
     def prune(self) -> None:
-        """Takes the node out of the tree if nothing needs it, and then its parents."""
+        """Removes the node from the tree if nothing needs it, then its parents likewise."""
         node = self
         while node.parent is not None and not node.pages and node.computing is None and not node.children:
             if node.parent.children.get(node.key) is node:
@@ -52,7 +52,7 @@ class Block:
 
 
 def cut(block: Block) -> list[Block]:
-    """Takes a block and all behind it out of the tree, whoever needs them; returns them. Nobody waits for them."""
+    """Removes a block and its subtree, even if in use, and returns them. Nobody waits for them any more."""
     taken, left = [], [block]
     while left:
         node = left.pop()
@@ -72,19 +72,19 @@ class Prefixes:
         self._top = Block(None, None)
 
     def root(self, domain: Domain) -> Block:
-        """The empty prefix of a domain. Values of different types are different, also where Python calls them equal
-        (1 and True): clients may choose them."""
+        """The empty prefix of a domain. Values of different types differ even if Python calls them equal (1 and True):
+        clients may choose them."""
         return self._top.child(tuple((kind, type(value), value) for kind, value in domain))
 
 
 def block_keys(tokens: ListOf[int], size: int) -> list[bytes]:
-    """The tokens of each full block, exactly."""
+    """The exact tokens of each full block."""
     data, width = array("i", tokens).tobytes(), size * array("i").itemsize
     return [data[start : start + width] for start in range(0, len(data) - width + 1, width)]
 
 
 def extend_keys(sequence: Sequence, size: int) -> list[bytes]:
-    """The keys of a sequence's full blocks of `size` known tokens, made for those that are new."""
+    """The keys of a sequence's full blocks of `size` known tokens, extended for new ones."""
     keys, tokens = sequence.keys, sequence.tokens
     if (len(keys) + 1) * size <= len(tokens):
         keys += block_keys(tokens[len(keys) * size :], size)
@@ -92,7 +92,7 @@ def extend_keys(sequence: Sequence, size: int) -> list[bytes]:
 
 
 def find(root: Block, keys: ListOf[bytes]) -> tuple[list[Block], list[Block]]:
-    """The blocks of a prefix: as many as pages hold, and those behind that are going to be computed."""
+    """The blocks of a prefix: those held by pages, then those about to be computed."""
     found: list[Block] = []
     coming: list[Block] = []
     node = root

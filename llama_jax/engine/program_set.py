@@ -1,4 +1,4 @@
-"""The set of an engine's programs: which there are, and each as a function of shapes."""
+"""The set of an engine's programs, each as a function of shapes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState, token
 from llama_jax.sharding import in_use
 
 START = "start"
-"""Name of the program that makes the state, which `Core` runs once; it is not of the set."""
+"""Name of the program that makes the state, which `Core` runs once; not part of the set."""
 
 MARKED = 1024
-"""Tokens that one call of `join` marks, at most."""
+"""The most tokens that one call of `join` marks."""
 
 RESTRICTED = 32
-"""Rows that one call of `restrict` gives masks to, at most."""
+"""The most rows that one call of `restrict` gives masks to."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "verify", "mixed", "scored", "join", "restrict", "scrub" or "remember"; of a draft model "draft"
-        or "follow".
+      name: "decode", "verify", "mixed", "scored", "join", "restrict", "scrub" or "remember"; for a draft model
+        "draft" or "follow".
       size: rows of "decode", "verify" and "draft", tokens of "mixed", "scored" and "follow"; else 0.
-      greedy: whether it only takes the most likely tokens. The other one of its size can do everything.
+      greedy: whether it only takes the most likely tokens. The other program of its size can do everything.
     """
 
     name: str
@@ -63,7 +63,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
 
     Args:
       greedy: whether there are programs for greedy requests alone (`EngineSettings.greedy`). A batch-invariant engine
-        has none: which of the two runs would depend on the company.
+        has none: which of the two runs would depend on the other requests.
     """
     keys = [Key("join"), Key("restrict"), Key("scrub"), Key("scored", settings.budget)]
     keys += [Key(DRAFT, settings.draft_rows), Key(FOLLOW, piece(settings))] if settings.draft_context else []
@@ -78,7 +78,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
 def program(
     key: Key, config: LlamaConfig, settings: EngineSettings, params: Params, state: DecodeState, adapters: Params | None
 ) -> Program:
-    """A program of the set. Call this, and lower it, where it is to be traced: inside of `sharding.on(mesh)`.
+    """A program of the set. Call and lower this where it is to be traced: inside `sharding.on(mesh)`.
 
     Args:
       config: as the model computes (`Model.config`).
@@ -134,7 +134,7 @@ def program(
 
 
 def texts_of(settings: EngineSettings, state: DecodeState) -> jax.ShapeDtypeStruct | None:
-    """The texts that rows look for drafts in; None if none does."""
+    """The texts in which rows look for drafts; None if no row does."""
     if not settings.looks_up:
         return None
     shape = settings.rows, settings.pages_per_row * settings.page_size
@@ -142,23 +142,23 @@ def texts_of(settings: EngineSettings, state: DecodeState) -> jax.ShapeDtypeStru
 
 
 def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.ShapeDtypeStruct:
-    """The masks that a program `verify` takes: of each row and place."""
+    """The masks that `verify` takes, per row and place."""
     words = token_mask.all_allowed(config.vocab_size).shape
     return jax.ShapeDtypeStruct((key.size, 1 + settings.drafts, *words), jnp.uint32)
 
 
 def _join(state: DecodeState, given: jax.Array, *, like: Any) -> DecodeState:
-    """`join` with its other arguments as one array."""
+    """`join` with its other arguments packed into one array."""
     return join(state, *unflat(given, like))
 
 
 def restricted(settings: EngineSettings) -> int:
-    """Rows of one call of `restrict`."""
+    """Number of rows of one `restrict` call."""
     return min(RESTRICTED, settings.rows)
 
 
 def _joining(settings: EngineSettings, state: DecodeState) -> Joining:
-    """Shapes of what `join` takes."""
+    """Shapes of the arguments of `join`."""
     n = settings.chunk_rows
 
     def like(x: Any) -> jax.ShapeDtypeStruct:

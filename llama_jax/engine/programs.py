@@ -1,9 +1,9 @@
-"""The engine's programs: few, of fixed shapes, and compiled before the first request.
+"""The engine's programs: a few, with fixed shapes, compiled before the first request.
 
-`mixed` runs the prompts' next tokens and one token of each decoding row through the model at once, packed in one axis,
-and can score the prompts; `decode` runs steps of decoding rows alone. What changes from step to step comes as one array
-of integers (`Control`), so that a dispatch sends one array to the device and fetches one. Between steps `state.join`
-prepares rows.
+`mixed` runs the prompts' next tokens and one token of each decoding row through the model together, packed along one
+axis, and can score the prompts; `decode` runs steps of decoding rows only. What changes from step to step is sent as
+one integer array (`Control`), so that a dispatch sends one array to the device and fetches one. Between steps
+`state.join` prepares rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from llama_jax.params import Params
 from llama_jax.sampling import MAX_LOGPROBS, Logprobs, SamplerProfile, token_logprobs
 
 DONE, STOPPED, FAILED = 1 << 16, 1 << 17, 1 << 18
-"""Flags beside the number of new tokens, in the last column of a report."""
+"""Flags added to the number of new tokens, in the last column of a report."""
 
 DRAFTED = 20
-"""Bits below the number of tokens that were tried, in the same column."""
+"""Bit offset of the number of tried tokens, in the same column."""
 
 SCORED_BLOCK = 128
-"""Tokens whose logits exist at once where prompts are scored."""
+"""Number of tokens whose logits exist at once when prompts are scored."""
 
 
 class Control:
@@ -44,8 +44,7 @@ class Control:
         self.size = sum(int(np.prod(shape)) for shape in shapes.values())
 
     def new(self, **fills: int) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
-        """An array for the host to fill, and its parts, which are views; each begins with its value in `fills`, or
-        0."""
+        """Makes an array for the host to fill, and views of its parts; each starts with its value in `fills`, or 0."""
         array = np.zeros(self.size, np.int32)
         parts = self.parts(array)
         for name, value in fills.items():
@@ -68,20 +67,20 @@ def decode_control(rows: int) -> Control:
 
 
 def mixed_control(tokens: int, rows: int) -> Control:
-    """For `mixed`: of each token its id (negative: the one that its row has drawn last), position, row, and the id
-    behind it, to be scored; of each row the token behind which it draws, and whether it does; and pages to book."""
+    """For `mixed`, per token: id (negative: the one that its row drew last), position, row, and the next id, to be
+    scored; per row: the token after which it draws, and whether it does; and pages to book."""
     each = dict.fromkeys(("ids", "positions", "rows", "next"), (tokens,))
     return Control(**each, at=(rows,), draws=(rows,), pages=(rows, 3))
 
 
 def verify_control(rows: int, drafts: int) -> Control:
-    """For `verify`: the rows, the draft of each, filled up with -1, or how many tokens of one to look for in the text,
-    whether it has masks of its own, and pages (row, index, page) to book."""
+    """For `verify`: the rows, the draft of each, padded with -1, or the number of draft tokens to look for in the text,
+    whether the row has its own masks, and pages (row, index, page) to book."""
     return Control(rows=(rows,), drafts=(rows, drafts), lookup=(rows,), masked=(rows,), pages=(rows, 3))
 
 
 def book(state: DecodeState, pages: jax.Array) -> DecodeState:
-    """The state with pages int32 [n, 3] (row, index, page) in the page table; a row beyond the last is padding."""
+    """Enters pages int32 [n, 3] (row, index, page) into the state's page table; a row past the last is padding."""
     row, index, page = pages.T
     cache = paged(state)
     table = cache.page_table.at[row, index].set(page, mode="drop")
@@ -99,10 +98,10 @@ def decode(
     rows: int,
     stride: int,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None]:
-    """Steps of some rows. Where the program has room for all of them, they are computed where they are.
+    """Runs steps of some rows. If the program has room for all rows, they are computed in place.
 
     Returns:
-      The state, and `report` of the rows that are given, or of all.
+      The state, and `report` of the given rows, or of all.
     """
     given = decode_control(rows).parts(control)
     state = book(state, given["pages"])
@@ -112,7 +111,7 @@ def decode(
         part = dataclasses.replace(state, done=state.done | others)
     else:
         part = take_rows(state, given["rows"])
-    if stride == 1:  # without a loop, about which a GPU would have to ask the host
+    if stride == 1:  # without a loop, for which a GPU would have to ask the host
         part, progress = decode_step(params, part, config=config, profile=profile, adapters=adapters)
     else:
         steps = given["steps"][0]
@@ -137,15 +136,15 @@ def verify(
     drafts: int,
     loops: bool,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None, jax.Array | None]:
-    """One pass over the last token and the draft of some rows. Each draws behind its last token, and goes on behind the
-    draft's tokens as long as it has drawn them: every draw is that of a decode step.
+    """Runs one pass over the last token and the draft of some rows. Each draws after its last token, and continues
+    after the draft's tokens as long as it has drawn them: every draw equals that of a decode step.
 
     Args:
-      texts: int32 [rows of the state, context], of which rows that look for their drafts have theirs up to the last
-        token; None if none does.
-      masks: uint32 [rows, drafts + 1, ceil(vocab / 32)], the tokens that a row with masks of its own may draw in each
+      texts: int32 [rows of the state, context], complete up to the last token for rows that look up their drafts; None
+        if no row does.
+      masks: uint32 [rows, drafts + 1, ceil(vocab / 32)], the tokens that a row with its own masks may draw in each
         place (`sampling.token_mask`).
-      loops: whether the device can end a loop by itself. Where it would ask the host after each draw, nothing else can
+      loops: whether the device can end a loop by itself. If it had to ask the host after each draw, nothing else could
         be dispatched meanwhile, so all draws are computed.
 
     Returns:
@@ -191,7 +190,7 @@ def verify(
         _, part, progress, _ = jax.lax.while_loop(lambda carry: (carry[0] <= drafts) & carry[3].any(), draw, start)
     else:
         _, part, progress, _ = jax.lax.fori_loop(0, drafts + 1, lambda _, carry: draw(carry), start)
-    # What was stored of a draft and not drawn is dropped.
+    # Drops draft tokens that were stored but not drawn.
     part = dataclasses.replace(part, cache=part.cache.truncate(jnp.maximum(part.positions, 0)))
     if texts is not None:
         at = jnp.where(place < progress.new[:, None], begun[:, None] + 1 + place, texts.shape[1])
@@ -202,7 +201,7 @@ def verify(
 
 
 def _masked(state: DecodeState, masks: jax.Array, rows: jax.Array) -> DecodeState:
-    """The state in which some rows, bool [batch], draw only tokens of their masks uint32 [batch, ceil(vocab / 32)]."""
+    """The state with rows bool [batch] restricted to their masks uint32 [batch, ceil(vocab / 32)]."""
     sampler = state.sampler
     assert sampler.restricted is not None and sampler.allowed is not None
     allowed = jnp.where(rows[:, None], masks, sampler.allowed)
@@ -222,14 +221,14 @@ def mixed(
     chunk_rows: int,
     scored: bool = False,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None, Logprobs | None]:
-    """One step of prompts and decoding rows together.
+    """Runs one step of prompts and decoding rows together.
 
     Args:
-      chunk_rows: prompts in it, at most.
-      scored: whether to look at the prompts' own log-probabilities.
+      chunk_rows: the most prompts in it.
+      scored: whether to compute the prompts' own log-probabilities.
 
     Returns:
-      The state, `report` of all rows, and with `scored` the log-probabilities of what follows each token [tokens], and
+      The state, `report` of all rows, and with `scored` the log-probabilities of each token's successor [tokens], and
       of the most likely ids in its place [tokens, n].
     """
     rows = len(state.done)
@@ -241,7 +240,7 @@ def mixed(
         return x.at[row].get(mode="fill", fill_value=fill)
 
     decoding = ids < 0
-    # Rows that have ended store nothing, which the host may not know yet.
+    # Ended rows store nothing; the host may not know yet that they have ended.
     last = jnp.where(own(state.done, True), -1, own(state.positions, -1))
     arguments: dict[str, Any] = {
         "tokens": jnp.where(decoding, own(state.tokens, 0), ids)[None],
@@ -271,7 +270,7 @@ def _scores(params: Params, config: LlamaConfig, hidden: jax.Array, behind: jax.
     """Log-probabilities of ids `behind` int32 [tokens].
 
     Args:
-      hidden: what the head of the model is given [tokens, hidden_size].
+      hidden: input of the model's head [tokens, hidden_size].
     """
 
     def score(block: tuple[jax.Array, jax.Array]) -> Logprobs:
@@ -285,8 +284,8 @@ def _scores(params: Params, config: LlamaConfig, hidden: jax.Array, behind: jax.
 
 
 def report(progress: Progress) -> tuple[jax.Array, Logprobs | None]:
-    """News of a dispatch for the host, int32 [rows, stride + 1]: new tokens, and in the last column how many of them
-    are new, with DONE, STOPPED and FAILED."""
+    """News of a dispatch for the host, int32 [rows, stride + 1]: new tokens, and in the last column their number, with
+    DONE, STOPPED and FAILED."""
     flags = jnp.where(progress.done, DONE, 0)
     flags |= jnp.where(progress.finished_by_stop, STOPPED, 0) | jnp.where(progress.failed, FAILED, 0)
     return jnp.concatenate([progress.tokens, (progress.new | flags)[:, None]], axis=1), progress.logprobs

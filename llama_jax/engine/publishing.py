@@ -1,8 +1,8 @@
-"""Engines that let themselves be watched, and where another process of the same user finds them.
+"""Publishing of engines, so that other processes of the same user can watch them.
 
-Such an engine answers on a Unix socket in a folder that only its user may enter: whoever connects gets one JSON object.
-It costs nothing while nobody looks, and a socket whose process has ended takes no connection, so that nothing outdated
-is ever read. Imports no jax.
+A published engine answers on a Unix socket in a folder that only its user may enter: each connection gets one JSON
+object. It costs nothing while nobody looks, and a socket whose process has ended accepts no connection, so that nothing
+outdated is ever read. Does not import jax.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from llama_jax.engine.replicas import Replicas
 
 VARIABLE = "LLAMA_JAX_PUBLISH"
-"""Set to 1, it makes the engines of a process answer."""
+"""Environment variable: set to 1, it publishes the engines of a process."""
 ANSWER_S = 3.0
-"""How long an engine may take to answer: one whose process is stopped never does."""
+"""Timeout of an engine's answer: one whose process is stopped never answers."""
 
 _numbers = itertools.count()
 
@@ -52,7 +52,7 @@ class Published:
     snapshot: Snapshot
 
     def to_json(self) -> dict[str, Any]:
-        """As an object."""
+        """The report as a JSON object."""
         return dataclasses.asdict(self) | {"version": __version__, "snapshot": self.snapshot.to_json()}
 
     @classmethod
@@ -60,14 +60,14 @@ class Published:
         """The inverse of `to_json`.
 
         Raises:
-          KeyError: it is one of another version.
+          KeyError: it is from another version.
         """
         names = [field.name for field in dataclasses.fields(cls) if field.name != "snapshot"]
         return cls(**{name: data[name] for name in names}, snapshot=Snapshot.from_json(data["snapshot"]))
 
 
 def report(engine: Replicas) -> Published:
-    """Return an engine's report of itself, at this moment."""
+    """Return an engine's current report."""
     from llama_jax.runtime import device_name
 
     model, settings = engine.cores[0].model, engine.settings
@@ -84,10 +84,10 @@ def report(engine: Replicas) -> Published:
 
 
 def publish(engine: Replicas) -> None:
-    """Makes an engine answer until it is gone, if `VARIABLE` asks for it.
+    """Publishes an engine for its lifetime, if `VARIABLE` is set.
 
     Raises:
-      StorageError: the folder is not this user's alone, or a socket cannot be made there.
+      StorageError: the folder is not private to this user, or a socket cannot be made there.
     """
     if os.environ.get(VARIABLE, "0") in ("", "0"):
         return
@@ -101,11 +101,11 @@ def publish(engine: Replicas) -> None:
 
 
 def published() -> list[Published]:
-    """The engines of this user on this machine that answer, those of other versions left out; removes sockets of
-    processes that have ended.
+    """This user's engines on this machine that answer, except those of other versions; removes sockets of ended
+    processes.
 
     Raises:
-      StorageError: the folder is not this user's alone.
+      StorageError: the folder is not private to this user.
     """
     engines = []
     for path in sorted(_folder(make=False).glob("*.sock")):
@@ -139,7 +139,7 @@ class _Socket:
         threading.Thread(target=self._serve, name="llama_jax publishing", daemon=True).start()
 
     def _listen(self) -> None:
-        new = self._path.with_suffix(".new")  # what refuses connections under its last name counts as left behind
+        new = self._path.with_suffix(".new")  # a socket that refuses connections under its final name counts as stale
         with storage_errors(self._path):
             new.unlink(missing_ok=True)
             try:
@@ -150,7 +150,7 @@ class _Socket:
                     raise StorageError(f"the name of the socket {self._path} is too long", hint=hint) from None
                 raise
             self._listening.listen()
-            new.rename(self._path)  # where one may be left of an earlier process with this number
+            new.rename(self._path)  # an earlier process with this id may have left one there
 
     def _serve(self) -> None:
         while True:
@@ -172,7 +172,7 @@ class _Socket:
 
 
 def _folder(*, make: bool) -> Path:
-    """Where the sockets are. Nobody else may put one there, or see them."""
+    """The folder of the sockets. Nobody else may put one there, or see them."""
     folder = runtime_dir() / "engines"
     if make:
         with storage_errors(folder):

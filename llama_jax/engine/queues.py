@@ -9,17 +9,17 @@ from llama_jax.engine.sequence import Phase, Sequence
 
 
 def urgency(sequence: Sequence) -> tuple[int, int]:
-    """The order of those that have rows, most urgent first."""
+    """Sort key of sequences with rows, most urgent first."""
     return sequence.priority, sequence.arrival
 
 
 def turn(sequence: Sequence) -> tuple[int, bool, int]:
-    """The order of those that wait: within a priority, those that had a row before go first."""
+    """Sort key of waiting sequences: within a priority, those that had a row before go first."""
     return sequence.priority, not sequence.started, sequence.arrival
 
 
 class Queue:
-    """Sequences in the order of a key, which is different for each and constant while it is here."""
+    """Sequences ordered by a key that is unique, and constant while a sequence is in the queue."""
 
     def __init__(self, key: Callable[[Sequence], tuple[int, ...]]):
         self._key = key
@@ -42,7 +42,7 @@ class Queue:
 
 
 class Queues:
-    """All sequences that have not ended."""
+    """All unfinished sequences."""
 
     def __init__(self) -> None:
         self.waiting = Queue(turn)
@@ -67,6 +67,6 @@ class Queues:
 
     @property
     def least_urgent(self) -> Sequence | None:
-        """Of those that have a row and tokens to compute."""
+        """The least urgent sequence that has a row and tokens to compute."""
         last = [queue[-1] for queue in (self.decoding, self.prompts) if len(queue)]
         return max(last, key=urgency, default=None)

@@ -1,4 +1,4 @@
-"""Several copies of a model behind one door: a core for each part of the mesh that computes its own rows."""
+"""Data parallelism: several replicas of a model behind one interface, a core for each part of the mesh."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from llama_jax.sharding import RuledMesh, ruled
 
 
 def replicas(model: Model) -> list[Model]:
-    """The model once for each part of its mesh among which rows are split; where they are not, the model itself.
+    """One model for each part of the mesh over which rows are split; the model itself if they are not.
 
-    Weights stay where they are: each replica's are made of the parts that its devices hold already.
+    Weights are not copied: each replica uses the shards that its devices already hold.
     """
     if model.mesh is None or ruled(model.mesh).ways("batch") == 1:
         return [model]
@@ -43,7 +43,7 @@ def replicas(model: Model) -> list[Model]:
 
 
 def _on(tree: Any, mesh: RuledMesh) -> Any:
-    """Arrays of a larger mesh as a part of its devices holds them; others are copied to each device."""
+    """Arrays of a larger mesh restricted to some of its devices; other arrays are copied to each device."""
     devices = set(mesh.devices.flat)
 
     def part(x: jax.Array) -> jax.Array:
@@ -56,9 +56,9 @@ def _on(tree: Any, mesh: RuledMesh) -> Any:
 
 
 class Replicas:
-    """Cores that share the work, each with rows and pages of its own. Not safe for threads.
+    """Cores that share the work, each with its own rows and pages. Not thread-safe.
 
-    Each replica runs its steps while the host looks after the others. A request's continuations go to one replica,
+    Each replica runs its steps while the host serves the others. A request's continuations go to one replica,
     where they share the pages of the prompt.
 
     Attributes:
@@ -74,8 +74,8 @@ class Replicas:
         drafts: list[Model] | None = None,
         peak: Peak | None = None,
     ):
-        """Replicas without sequences, each with these settings; `drafts`: the draft model of each; `peak`: of each
-        device."""
+        """Makes replicas without sequences, each with these settings; `drafts`: the draft model of each; `peak`: peak
+        rates of each device."""
         count = len(models)
         self.cores = [
             Core(
@@ -90,23 +90,23 @@ class Replicas:
         ]
 
     def compile_all(self) -> Iterator[Compiled]:
-        """Compiles what is missing, one replica after the other; yields news of each program when it is done."""
+        """Compiles missing programs, one replica after the other; yields progress as each is done."""
         began, done, total = time.monotonic(), 0, sum(len(core.programs.missing) for core in self.cores)
         for core in self.cores:
             for news in core.compile_all():
                 done += 1
-                here = done - news.done + news.total  # behind this replica
+                here = done - news.done + news.total  # after this replica
                 left_s = news.left_s + (time.monotonic() - began + news.left_s) * (total - here) / here
                 yield replace(news, done=done, total=total, left_s=left_s)
 
     @property
     def settings(self) -> EngineSettings:
-        """Of each replica."""
+        """Settings of each replica."""
         return self.cores[0].settings
 
     @property
     def next(self) -> Core:
-        """The replica that has least to do."""
+        """The least busy replica."""
         return min(self.cores, key=lambda core: core.unfinished)
 
     def of(self, number: int) -> Core:
@@ -114,14 +114,14 @@ class Replicas:
         return self.cores[number % len(self.cores)]
 
     def step(self) -> list[Drawn]:
-        """A step of each replica that has something to do."""
+        """Runs a step of each replica that has work."""
         return [drawn for core in self.cores if not core.idle for drawn in core.step()]
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether there is no work left."""
         return all(core.idle for core in self.cores)
 
     def snapshot(self) -> Snapshot:
-        """All of them in numbers."""
+        """The state and counters of all replicas together."""
         return Snapshot.of([core.snapshot() for core in self.cores])

@@ -1,4 +1,4 @@
-"""The host's say in what a sequence draws: its constraints as masks of its next tokens."""
+"""Host-side constraints of a sequence, as masks of its next tokens."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import numpy as np
 from llama_jax.sampling import Constraint, Forkable, SamplingParams, token_mask
 
 PATIENCE_S = 0.002
-"""How long other sequences wait for each mask. Most take less than that, and a step without its row costs more."""
+"""Time that other sequences wait for each mask. Most masks take less, and a step without its row costs more."""
 
 ALONE_S = 0.02
-"""How long at once where there are no others: the caller may have more to do than to wait."""
+"""Longest wait at once if there are no other sequences: the caller may have other work."""
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """The host's say in the next tokens of a sequence.
+    """Constraints on the next tokens of a sequence.
 
     Attributes:
-      masks: tokens that may come next, and behind each of the draft, uint32 [1 + draft, ceil(vocab / 32)]
+      masks: tokens that may come next, and after each draft token, uint32 [1 + draft, ceil(vocab / 32)]
         (`sampling.token_mask`).
-      draft: tokens that are likely to come next, each of them allowed and none of them the last of the text.
+      draft: likely next tokens, each of them allowed and none of them ending the text.
     """
 
     masks: np.ndarray
@@ -38,17 +38,17 @@ class Ahead:
 
 
 class Rule:
-    """The constraints of one sequence, and `allowed_token_ids`, over the tokens that it has drawn.
+    """The constraints and `allowed_token_ids` of one sequence, given the tokens that it has drawn.
 
-    What constraints raise becomes `error`: it must not harm other sequences.
+    Exceptions of constraints become `error`: they must not harm other sequences.
 
     Attributes:
       ended: whether nothing may follow.
-      error: why nothing can follow, once a mask has shown it: one that allows no token.
+      error: why nothing can follow, once a mask allows no token.
     """
 
     def __init__(self, constraints: Sequence[Constraint], params: SamplingParams, vocab_size: int):
-        """Args: the constraints, of this sequence alone, and what else `params` allow."""
+        """Args: the constraints, of this sequence alone, and `params`, which may allow only some tokens."""
         self._constraints = constraints
         ids = params.allowed_token_ids
         self._allowed = _whole(vocab_size) if ids is None else token_mask.only(ids, vocab_size)
@@ -60,7 +60,7 @@ class Rule:
         self._begun_at: float | None = None
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Takes note of tokens that were drawn, after `ahead`."""
+        """Records drawn tokens, after `ahead`."""
         self._next = None
         try:
             for token in tokens:
@@ -71,11 +71,11 @@ class Rule:
             self.error = _told(error)
 
     def prepare(self, guess: Sequence[int] = (), most: int = 0) -> None:
-        """Has the next masks computed, in a thread, unless they are already.
+        """Starts computing the next masks in a thread, unless that has been done.
 
         Args:
-          guess: tokens that may follow, to be tried where the constraints force none.
-          most: tokens of a draft; 0 for the next mask alone.
+          guess: tokens that may follow, tried if the constraints force none.
+          most: the most tokens of a draft; 0 for the next mask only.
         """
         if self._next is None:
             self._asked_for, self._asked_at = (guess, most), time.monotonic()
@@ -85,7 +85,7 @@ class Rule:
         try:
             with _changing:
                 self._next = _pool().submit(self._compute, *self._asked_for)
-        except RuntimeError as error:  # the system gives no more threads
+        except RuntimeError as error:  # the system is out of threads
             self.error = self.error or _told(error)
             self._next = Future()
             self._next.set_result(Ahead(np.zeros_like(self._allowed)[None]))
@@ -102,12 +102,12 @@ class Rule:
 
     @property
     def took_s(self) -> float:
-        """Seconds since a thread has begun to compute `ahead`."""
+        """Seconds since a thread began to compute `ahead`."""
         return 0.0 if self._begun_at is None else time.monotonic() - self._begun_at
 
     @property
     def ahead(self) -> Ahead:
-        """The next masks and draft; blocks until they are computed."""
+        """The next masks and draft; blocks until computed."""
         self.prepare()
         assert self._next is not None
         return self._next.result()
@@ -122,8 +122,8 @@ class Rule:
         return Ahead(np.stack([mask, *masks]), tuple(draft))
 
     def _look_ahead(self, mask: np.ndarray, guess: Sequence[int], most: int) -> tuple[list[int], list[np.ndarray]]:
-        """A draft behind a mask, and the masks behind its tokens. What goes wrong here ends the draft before it: it is
-        told when it has come to that."""
+        """A draft after a mask, and the masks after its tokens. A failure here only cuts the draft short; it is
+        reported once the text gets there."""
         draft: list[int] = []
         masks: list[np.ndarray] = []
         if not most:
@@ -153,7 +153,7 @@ class Rule:
         return draft, masks
 
     def _mask(self, constraints: Sequence[Constraint]) -> tuple[np.ndarray, str | None]:
-        """The mask that constraints give together, and why nothing can follow, if so."""
+        """The combined mask of all constraints, and the reason if nothing can follow."""
         mask = self._allowed.copy()
         try:
             for constraint in constraints:
@@ -165,8 +165,8 @@ class Rule:
 
 
 def wait(rules: Collection[Rule], *, alone: bool) -> None:
-    """Waits for masks that are being computed, but for none longer than other sequences do. If there are no others, it
-    waits a while until the first of them is there."""
+    """Waits for masks that are being computed, but no longer than other sequences may be delayed. If there are no
+    others, waits a while for the first mask."""
     left_s = {rule: PATIENCE_S * len(rules) - rule.waited_s for rule in rules}
     futures = {rule: rule._next for rule in rules if rule._next is not None}
     patient = [future for rule, future in futures.items() if left_s[rule] > 0]
@@ -177,8 +177,8 @@ def wait(rules: Collection[Rule], *, alone: bool) -> None:
 
 
 def abandon_threads() -> None:
-    """Leaves the threads to what they compute, which may never end: others take over. Masks that nobody has begun to
-    compute have to be prepared again."""
+    """Abandons the threads, whose work may never end, for new ones. Masks whose computation has not begun must be
+    prepared again."""
     with _changing:
         pool = _pool()
         _pool.cache_clear()
@@ -190,7 +190,7 @@ def _told(error: Exception) -> str:
 
 
 _changing = threading.Lock()
-"""Held while a pool is asked for and used: several engines may run in one process."""
+"""Held while a pool is obtained and used: several engines may run in one process."""
 
 
 @cache
@@ -200,5 +200,5 @@ def _pool() -> ThreadPoolExecutor:
 
 @cache
 def _whole(vocab_size: int) -> np.ndarray:
-    """The mask of the vocabulary and nothing else."""
+    """The mask that allows exactly the vocabulary."""
     return token_mask.only(range(vocab_size), vocab_size)

@@ -1,7 +1,7 @@
-"""Continuous batching under a budget of tokens, in pages that sequences share.
+"""Continuous batching under a token budget, with pages that sequences share.
 
-Pure host code: values in, decisions out; neither time nor chance decides. The caller dispatches each step that it gets,
-in order, and tells what steps that have ended drew; several may be under way.
+Pure host code: values in, decisions out; independent of time and chance. The caller dispatches each step in order, and
+reports the tokens of finished steps; several may be in flight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Counts", "Limits", "Scheduler"]
 
 
 class Scheduler:
-    """Sequences that wait or run, and what they hold of the cache. Not safe for threads."""
+    """Waiting and running sequences, and what they hold of the cache. Not thread-safe."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -36,8 +36,8 @@ class Scheduler:
 
         Raises:
           RequestError: it contradicts itself, or its id is in use.
-          DoesNotFit: it never will.
-          Overloaded: too many wait already.
+          DoesNotFit: it can never fit.
+          Overloaded: the queue is full.
         """
         self.limits.check(sequence)
         if sequence.id in self._sequences:
@@ -54,14 +54,14 @@ class Scheduler:
         self._queues.add(sequence)
 
     def schedule(self) -> Step | None:
-        """The next step; None if there is nothing to do, or nothing but to wait for steps in flight."""
+        """The next step; None if there is nothing to do until steps in flight have ended, or at all."""
         return self._planner.plan()
 
     def drawn(self, id: int, tokens: ListOf[int], draft: Draft | None = None) -> None:
-        """Tells tokens that a step has drawn which has ended. Those of a sequence that has ended are left alone.
+        """Reports tokens drawn by a finished step. Those of an ended sequence are ignored.
 
         Args:
-          draft: what the step has tried in this sequence.
+          draft: the draft that the step tried in this sequence.
         """
         sequence = self._sequences.get(id)
         if sequence is None:
@@ -72,8 +72,8 @@ class Scheduler:
         if draft is not None:
             self._take_back(sequence, 1 + draft.length - len(tokens))
         if sequence.row >= 0:
-            # A token is drawn when all before it are stored. Storing the last one is for the next step, which does not
-            # do it in a row that the device has ended.
+            # A token is drawn once all before it are stored. The last one is stored by the next step, but not in a row
+            # that the device has ended.
             self._memory.register(sequence, len(sequence.tokens) - 1)
 
     @property
@@ -85,12 +85,12 @@ class Scheduler:
 
     @property
     def decoding(self) -> list[Sequence]:
-        """Sequences of which the next step may draw."""
+        """Sequences that the next step may draw for."""
         return list(self._queues.decoding)
 
     def _take_back(self, sequence: Sequence, missing: int) -> None:
-        """Takes back what was planned for the tokens of a draft that were not drawn. Steps in flight that were planned
-        behind them go on behind those that were: where a row is, the device knows."""
+        """Undoes the plan for draft tokens that were not drawn. Steps in flight that were planned after them continue
+        after the drawn ones: the device knows the position of each row."""
         sequence.drawn -= missing
         if sequence.row >= 0:
             sequence.computed -= missing
@@ -98,13 +98,13 @@ class Scheduler:
                 self._queues.move(sequence, Phase.DECODING)
 
     def finish(self, id: int, *, keep: bool = True) -> list[int]:
-        """Ends a sequence in whatever phase it is, if it has not ended yet; steps in flight may still draw for it.
+        """Ends a sequence in any phase, if it has not ended yet; steps in flight may still draw for it.
 
         Args:
-          keep: False if what it has computed must not serve others; what it got from others stays.
+          keep: False if others must not reuse what it computed; what it got from others stays.
 
         Returns:
-          Pages to clear: they hold what must not serve others, and are free once the steps in flight have ended.
+          Pages to clear: others must not reuse their contents; they are free once the steps in flight have ended.
         """
         sequence = self._sequences.pop(id, None)
         if sequence is None:
@@ -113,12 +113,12 @@ class Scheduler:
         return self._memory.leave(sequence, keep=keep) if sequence.row >= 0 else []
 
     def ended(self, number: int) -> None:
-        """Tells that steps up to `number` have ended: their rows write nothing any more."""
+        """Reports that steps up to `number` have ended: their rows no longer write."""
         self._memory.pages.ended(number)
 
     @property
     def counts(self) -> Counts:
-        """The state in numbers."""
+        """The current counts."""
         pages = self._memory.pages
         return Counts(
             running=len(self._sequences) - len(self._queues.waiting),

@@ -11,32 +11,32 @@ if TYPE_CHECKING:
     from llama_jax.engine.prefixes import Block
 
 Domain = tuple[tuple[str, Hashable], ...]
-"""(kind, value) pairs of all but the tokens that keys and values depend on, or that says who may share them."""
+"""(kind, value) pairs that, besides the tokens, determine keys and values or who may share them."""
 
 GROUP = "group"
-"""The kind of a domain's pair whose sequences share pages even without a prefix cache: copies of one request."""
+"""Kind of the pair whose sequences share pages even without a prefix cache: copies of one request."""
 
 
 class Phase(enum.Enum):
-    """Where a sequence is."""
+    """Phase of a sequence."""
 
     WAITING = enum.auto()
     """Has no row."""
     PROMPT = enum.auto()
-    """Has a row, and known tokens that no planned step computes."""
+    """Has a row, and known tokens not yet in a planned step."""
     DECODING = enum.auto()
     """Draws a token in each step."""
     COMPLETE = enum.auto()
-    """Planned steps draw all that it may; it keeps its row until it is finished."""
+    """Planned steps draw all tokens up to its limit; it keeps its row until it is finished."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Tokens to try behind a text.
+    """Tokens to try after a text.
 
     Attributes:
-      length: how many, at most.
-      tokens: the tokens; None where the device finds them in the text itself (`lookup`).
+      length: the most tokens.
+      tokens: the tokens; None if the device finds them in the text itself (`lookup`).
     """
 
     length: int
@@ -59,31 +59,31 @@ class Sequence:
     """One continuation of one prompt.
 
     Attributes:
-      id: unique among all sequences of a scheduler, also those that have ended: steps in flight may still name them.
+      id: unique among all sequences of a scheduler, including ended ones: steps in flight may still name them.
       tokens: the prompt, then drawn tokens as they become known to the host.
-      prompt_length: how many of them are the prompt.
-      limit: tokens that it may draw, those in `tokens` included; 0 to compute the prompt only.
-      priority: lower ones first.
-      domain: sequences share pages only within one.
-      draft: what may follow, for the next step to try; only if its tokens are all known, or `remembered` by the device,
-        which then finds the draft itself.
-      paced: whether the next token is drawn only when the host knows all before: it has a say in them.
-      pending: whether the host has not decided yet what may come next: no step draws for it.
-      streamed: whether somebody reads each token as it comes: a dispatch draws no more than one.
+      prompt_length: number of prompt tokens among them.
+      limit: most tokens to draw, including those in `tokens`; 0 to compute the prompt only.
+      priority: lower ones run first.
+      domain: sequences share pages only within one domain.
+      draft: tokens for the next step to try; only if its tokens are all known, or `remembered` by the device, which
+        then finds the draft itself.
+      paced: whether the next token is drawn only once the host knows all before it, since the host constrains them.
+      pending: whether the host has yet to decide what may come next: no step draws for it.
+      streamed: whether each token is read as it comes: a dispatch then draws no more than one.
       reuse: False computes the whole prompt, as its log-probabilities need; its pages may still serve others.
 
     The scheduler's own:
-      phase, row, pages: where it is; row -1 and no pages while it waits.
+      phase, row, pages: its current ones; row -1 and no pages while it waits.
       computed: positions whose keys and values planned steps store.
-      drawn: tokens that planned steps draw, known or not; at most, and so is `computed`, until steps with drafts have
+      drawn: tokens that planned steps draw, known or not; an upper bound, like `computed`, until steps with drafts have
         ended.
-      remembered: whether the device has its text, the tokens that planned steps draw included.
-      cached: tokens that were found in the prefix cache when it got its row.
-      preemptions: how often it lost its row; started: whether it ever had one; passed: how many went before it while
-        it did not fit.
+      remembered: whether the device has its text, including tokens that planned steps draw.
+      cached: tokens found in the prefix cache when it got its row.
+      preemptions: how often it lost its row; started: whether it ever had one; passed: how many overtook it while it
+        did not fit.
       arrival: its turn among all that were added.
-      keys: of its full blocks; blocks: those of them in the tree of prefixes that its pages hold; claims: blocks that
-        others may wait for it to compute; awaited: the last block that it waits for itself.
+      keys: of its full blocks; blocks: those in the prefix tree that its pages hold; claims: blocks that others may
+        wait for it to compute; awaited: the last block that it waits for.
     """
 
     id: int
@@ -115,7 +115,7 @@ class Sequence:
 
     @property
     def held(self) -> bool:
-        """Whether it waits for the host to know its tokens, or what may follow them."""
+        """Whether it waits for the host to learn its tokens, or to decide what may follow."""
         return self.pending or (self.paced and not self.known)
 
     @property

@@ -1,4 +1,4 @@
-"""How large an engine is: everything that decides the shapes of its programs."""
+"""Sizes of an engine: everything that determines the shapes of its programs."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from llama_jax.kernels.attention.decode import MAX_QUERIES
 from llama_jax.kernels.attention.packed import block_multiple
 
 STOP_IDS, BIASES = 64, 1024
-"""Room for a request's, unless settings say otherwise."""
+"""Default room for a request's stop ids and biases."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """The shapes of an engine's programs, and what its scheduler may do.
+    """The shapes of an engine's programs, and options of its scheduler.
 
     Attributes:
       rows: sequences that run at once.
-      context: tokens of a sequence, at most; rounded up to whole pages.
+      context: most tokens of a sequence; rounded up to whole pages.
       pages: of the cache, of `page_size` tokens each.
       decode_rows: sizes of decode steps, ascending; the last is `rows`.
-      mixed_tokens: sizes of steps that have prompts in them, in tokens, ascending; the last is the token budget.
-      chunk_rows: prompts of one such step, at most.
-      steps: decode steps of one dispatch while nothing waits, and nobody reads token by token, at most.
-      waiting: requests that may wait; None for any number.
-      prefix_cache: whether prompts use what others have computed.
-      stop_ids, biases: of a request, at most.
-      drafts: tokens of a row's draft (`drafting`), at most; 0 for no drafts. draft_rows: rows of a step with drafts.
-      draft_context: tokens of a text that a draft model reads, at most; 0 without a draft model.
-      batch_invariant: whether what a request gets is the same to the bit, whatever runs beside it, whenever it arrives
-        and whatever the prefix cache holds. There is one size of each program then, and a sequence starts when there
-        are pages for all of its tokens.
-      constraint_s: seconds that the constraints of a sequence may take for what may come next; it ends with an error if
-        they take longer.
-      greedy: whether there are programs for greedy requests alone. By default on a GPU, where they save what the full
-        sampler costs; on a CPU they save less than it takes to compile them, unless all requests are greedy.
-      strict: whether it is an error to compile anything once the engine is ready. All programs are compiled before.
+      mixed_tokens: sizes of steps with prompts, in tokens, ascending; the last is the token budget.
+      chunk_rows: most prompts of one such step.
+      steps: most decode steps per dispatch while nothing waits and nobody reads token by token.
+      waiting: most waiting requests; None for no limit.
+      prefix_cache: whether prompts reuse what others computed.
+      stop_ids, biases: the most of each per request.
+      drafts: most tokens of a row's draft (`drafting`); 0 for no drafts. draft_rows: rows of a step with drafts.
+      draft_context: most tokens of a text that a draft model reads; 0 without a draft model.
+      batch_invariant: whether a request's results are bitwise identical whatever runs beside it, whenever it arrives
+        and whatever the prefix cache holds. There is then one size of each program, and a sequence starts only when
+        there are pages for all of its tokens.
+      constraint_s: time limit in seconds for a sequence's constraints to decide what may come next; beyond it the
+        sequence ends with an error.
+      greedy: whether there are separate programs for greedy requests. By default on a GPU, where they save the cost of
+        the full sampler; on a CPU they save less than their compilation takes, unless all requests are greedy.
+      strict: whether compiling anything once the engine is ready is an error. All programs are compiled before.
     """
 
     rows: int
@@ -118,7 +118,7 @@ class EngineSettings:
 
     @property
     def boundary(self) -> int | None:
-        """Tokens of which chunks of prompts, and found prefixes, are a multiple; None for any number."""
+        """Chunks of prompts and found prefixes are multiples of this many tokens; None for no constraint."""
         if not self.batch_invariant:
             return None
         return max(self.page_size, block_multiple(self.budget, self.chunk_rows))
@@ -130,7 +130,7 @@ class EngineSettings:
 
     @property
     def pages_per_row(self) -> int:
-        """Entries of a row's line in the page table."""
+        """Entries of a row in the page table."""
         return -(-self.context // self.page_size)
 
     @property
@@ -140,12 +140,12 @@ class EngineSettings:
 
     @property
     def capacity(self) -> int:
-        """Tokens of the longest sequence that fits."""
+        """Most tokens of a sequence that fits."""
         return self.limits.capacity
 
     @property
     def limits(self) -> Limits:
-        """Bounds of the scheduler."""
+        """Limits of the scheduler."""
         return Limits(
             rows=self.rows,
             pages=self.pages,

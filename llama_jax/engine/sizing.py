@@ -1,4 +1,4 @@
-"""How large an engine is made when nobody says: by the model, its context and the memory that is free."""
+"""Default sizes of an engine, from the model, its context and the free memory."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from llama_jax.targets import of_device
 GPU_ROWS, CPU_ROWS = 256, 8
 GPU_TOKENS, CPU_TOKENS = (128, 256, 512, 1024, 2048), (32, 128)
 GPU_DECODE_ROWS = (1, 8, 16, 32, 64, 96, 128, 192)
-"""And all rows. Up to 8 rows a step takes the time to read the weights; beyond 64, arithmetic makes larger steps
-longer, and finer sizes worth their compilation."""
+"""Sizes of decode steps besides all rows. Up to 8 rows, reading the weights bounds a step; beyond 64, arithmetic makes
+larger steps longer, and finer sizes worth compiling."""
 GPU_ONE_SIZE, CPU_ONE_SIZE, ONE_SIZE_ROWS = 512, 64, 8
-"""Tokens of a step with prompts where there is one size, and its prompts. Every prompt that begins costs a whole step:
-as few tokens as a device is busy with."""
+"""Tokens, and prompts, of a step with prompts if there is one size. Every new prompt costs a whole step, so these are
+as few tokens as keep the device busy."""
 CPU_CONTEXT = 4096
 CPU_START, GPU_START = 1024, 8192
 CPU_EACH = 512
-"""Tokens for which a CPU's rows have pages on average; rows that need more find them while others need less."""
+"""Tokens per row, on average, that a CPU has pages for; rows that need more use those of rows that need less."""
 CHUNK_ROWS = 16
 STEPS = 8
-"""Decode steps of one dispatch on a device that loops by itself, where nobody reads token by token. A step of 64 rows
-of Llama-3.1-8B takes an H200 6.45 ms so; with a dispatch for each, 7.0."""
+"""Decode steps per dispatch on a device that loops by itself, if nobody reads token by token. This way a step of 64
+rows of Llama-3.1-8B takes 6.45 ms on an H200; with one dispatch per step, 7.0."""
 DRAFT_ROWS = 8
 DRAFT_SHARE = 8
 """A draft model's cache takes at most 1/N of the memory for both caches; this is N."""
@@ -44,13 +44,13 @@ DRAFT_SHARE = 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """Settings of an engine by its longest sequence, prompt and answer.
+    """Settings of an engine by the length of its longest sequence, prompt and answer.
 
-    The context is a power of two, at least 1024 tokens on a CPU and 8192 on a GPU, and at most the model's: a table of
-    pages as wide as the model's context would cost every step, and many devices have no room for one such sequence.
+    The context is a power of two, at least 1024 tokens on a CPU and 8192 on a GPU, and at most the model's: a page
+    table as wide as the model's context would slow every step, and many devices have no room for one such sequence.
 
     Attributes:
-      options: of `default_settings`; a context in them fixes it.
+      options: of `default_settings`; with a context in them the engine does not grow.
       fixed: settings for any length.
     """
 
@@ -60,7 +60,7 @@ class Sizes:
 
     @property
     def longest(self) -> int:
-        """The longest sequence that there are settings for, as far as memory allows."""
+        """The longest sequence that there are settings for, memory permitting."""
         if self.fixed is not None:
             return self.fixed.context
         if context := self.options.get("context"):
@@ -70,11 +70,11 @@ class Sizes:
 
     @property
     def _grows(self) -> bool:
-        """Whether there are settings of several lengths. Programs for another length might round differently."""
+        """Whether there are settings for several lengths. Programs for another length might round differently."""
         return not (self.fixed or self.options.get("context") or self.options.get("batch_invariant"))
 
     def __call__(self, length: int) -> EngineSettings:
-        """Settings for sequences of that length, or `longest` where this is less.
+        """Settings for sequences of that length, or of `longest` if that is less.
 
         Raises:
           DoesNotFit: there is no memory for one of them.
@@ -108,22 +108,22 @@ def default_settings(
     strict: bool = False,
     reserve: int = 0,
 ) -> EngineSettings:
-    """Settings for a model on the devices that it is on.
+    """Settings for a model on its devices.
 
     Args:
       rows: sequences that run at once.
       context: tokens of one, prompt and answer together; by default what the model can take, on a CPU up to 4096.
-      least: tokens of one that will do where there is no memory for more; by default the context.
-      pages: by default, on a GPU, all that its free memory has room for beside a step's activations; on a CPU enough
-        for rows of 512 tokens, and for one of the context's length.
+      least: acceptable context if memory is short; by default the full context.
+      pages: by default, on a GPU, all that fit into free memory besides a step's activations; on a CPU enough for rows
+        of 512 tokens, and for one of the context's length.
       decode_rows: by default few on a CPU, more on a GPU.
       draft: the draft model, whose cache takes some of the memory; only with `drafts`.
-      batch_invariant: see `EngineSettings`; one size of each program. An `LLM` does not grow then.
+      batch_invariant: see `EngineSettings`; one size of each program. An `LLM` then does not grow.
       steps: by default 8 where the device loops by itself (a CPU; an NVIDIA GPU that holds the whole model), else 1.
-      reserve: bytes of each device's free memory that are left alone.
+      reserve: bytes of each device's free memory to leave unused.
 
     Raises:
-      DoesNotFit: a sequence of that length has no room in memory.
+      DoesNotFit: a sequence of that length does not fit into memory.
       RequestError: the context is longer than the model's.
     """
     on_cpu = model.device.platform == "cpu"
@@ -177,14 +177,14 @@ def settings_for(
     more_memory: str = "",
     **options: Any,
 ) -> EngineSettings:
-    """`default_settings`, of a model that need not be there.
+    """`default_settings` for a model that need not be loaded.
 
     Args:
-      config: on a mesh, with key/value heads repeated as `load` does it.
-      free: bytes of each device beside the weights; None where that is not known.
+      config: on a mesh, with key/value heads repeated as `load` does.
+      free: bytes of each device besides the weights; None if unknown.
       kv_dtype: of the cache; None for `dtype`.
       draft: a draft model's config on the same mesh, its dtype and the `kv_dtype` of its cache.
-      more_memory: what would make them more, for the error's hint.
+      more_memory: how to get more memory, for the error's hint.
       options: other fields of `EngineSettings`.
     """
     longest = config.context_length
@@ -207,7 +207,7 @@ def settings_for(
     if pages is None:
         pages = max(each, rows * -(-min(context, CPU_EACH) // page_size)) if on_cpu else rows * each
         if room is not None:
-            from llama_jax.kernels.pallas import MAX_ELEMENTS  # Pallas takes a while to import, and a CPU has no need
+            from llama_jax.kernels.pallas import MAX_ELEMENTS  # Pallas is slow to import, and a CPU does not need it
 
             pages = min(pages, MAX_ELEMENTS // (local_heads(config, mesh)[1] * config.head_dim * page_size))
             pages = min(pages, room // cache_bytes(config, mesh, jnp.dtype(dtype).itemsize, page_size, kv_dtype))
@@ -225,7 +225,7 @@ def settings_for(
     tokens = [*(CPU_TOKENS if on_cpu else GPU_TOKENS)]
     if tokens[-1] <= rows:
         tokens.append(2 * rows)
-    if batch_invariant:  # one size of each
+    if batch_invariant:  # one size of each program
         chunk_rows, buckets = ONE_SIZE_ROWS, (rows,)
         tokens = [max(CPU_ONE_SIZE if on_cpu else GPU_ONE_SIZE, page_size, 1 << rows.bit_length())]
     return EngineSettings(
@@ -254,8 +254,8 @@ def least_settings(
     page_size: int = DEFAULT_PAGE_SIZE,
     rows: int | None = None,
 ) -> tuple[EngineSettings, int]:
-    """Settings of the smallest engine that `default_settings` makes where memory is short, and the bytes of each device
-    that it takes besides weights and pages. Arguments and errors as for `settings_for`."""
+    """Settings of the smallest engine that `default_settings` makes if memory is short, and its bytes on each device
+    besides weights and pages. Arguments and errors as for `settings_for`."""
     if pages is None and not on_cpu:
         pages = -(-(context or config.context_length) // page_size)
     settings = settings_for(
@@ -269,30 +269,30 @@ def _default_context(config: LlamaConfig, *, on_cpu: bool) -> int:
 
 
 def default_rows(model: Model) -> int:
-    """Sequences that run at once when nobody says."""
+    """Default number of sequences that run at once."""
     return CPU_ROWS if model.device.platform == "cpu" else GPU_ROWS
 
 
 def rows_for(model: Model, sequences: int) -> int:
-    """Sequences that run at once where there are no more than `sequences`: one of few sizes, at most `default_rows`."""
+    """Number of rows for at most `sequences` sequences: one of a few sizes, at most `default_rows`."""
     sizes = _decode_rows(default_rows(model), on_cpu=model.device.platform == "cpu")
     return next((rows for rows in sizes if rows >= sequences), sizes[-1])
 
 
 def free_memory(model: Model) -> int | None:
-    """Bytes that are free on each of a model's devices; None where that is not known (`plan.device_memory`)."""
+    """Free bytes on each of a model's devices; None if unknown (`plan.device_memory`)."""
     return free_bytes(model.devices, of_device(model.device))
 
 
 def _decode_rows(rows: int, *, on_cpu: bool) -> tuple[int, ...]:
-    """Sizes of decode steps. A CPU takes seconds to compile one, and gains little by many."""
+    """Sizes of decode steps. On a CPU each takes seconds to compile, and many gain little."""
     if on_cpu:
         return tuple(sorted({1, rows}))
     return tuple(sorted({*(n for n in GPU_DECODE_ROWS if n < rows), rows}))
 
 
 def _beside_pages(config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh) -> int:
-    """Bytes of each device that the largest step needs besides weights and pages, or XLA to compile it: it tries out
+    """Bytes of each device that the largest step, or its compilation, needs besides weights and pages: XLA autotunes
     kernels on copies of their operands, the largest of which is the head's matrix."""
     width = max((layer.mlp if isinstance(layer.mlp, int) else 0) for layer in config.layers) // ruled(mesh).ways("mlp")
     tokens = GPU_TOKENS[-1]

@@ -1,4 +1,4 @@
-"""The engine in numbers, at one moment."""
+"""A snapshot of an engine's state and counters."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from llama_jax.engine.limits import Counts
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An engine's present state and its counts since the start.
+    """An engine's current state and its counts since the start.
 
     Attributes:
       counts: of the scheduler.
       tokens_in, tokens_out: prompt tokens computed or found, and tokens drawn, since the start.
-      computed_tokens, padding_tokens: that steps have computed, and besides to fill up their shapes.
+      computed_tokens, padding_tokens: computed by steps; and in addition, only to fill their shapes.
       steps: dispatched since the start.
-      late_compilations: what was compiled after the engine was ready: programs of its set, and whatever else jax
+      late_compilations: compilations after the engine was ready: programs of its set, and anything else that jax
         compiled in its steps.
-      drafted_tokens, accepted_tokens: of drafts, tried and drawn.
-      failed: sequences without a next token: their logits were no numbers, or their constraints allowed none.
-      programs, programs_from_cache: compiled, and those of them that were in jax's persistent cache.
-      ready_s: seconds until all were compiled; None in an engine that compiles them as they are needed.
+      drafted_tokens, accepted_tokens: draft tokens tried, and drawn.
+      failed: sequences without a next token: their logits were not numbers, or their constraints allowed none.
+      programs, programs_from_cache: compiled, and those of them found in jax's persistent cache.
+      ready_s: seconds until all were compiled; None in an engine that compiles on demand.
       tokens_per_s: drawn, over the last second (or the last step, if that took longer).
       step_s: mean time of a step over the last second; 0 if there was none.
-      mbu, mfu: over the last second, weights and cache that one device had to read and write, and FLOPs that it had to
-        do, over its peak; None where that is not known. peak: "measured", "data sheet" or None.
+      mbu, mfu: over the last second, one device's necessary reads and writes of weights and cache, and necessary FLOPs,
+        over its peak; None if that is unknown. peak: "measured", "data sheet" or None.
       kv_dtype: of keys and values in the cache.
     """
 
@@ -54,19 +54,19 @@ class Snapshot:
 
     @property
     def padding_share(self) -> float:
-        """Of the tokens that steps computed, those that only filled up their shapes."""
+        """Share of the computed tokens that only filled the steps' shapes."""
         return self.padding_tokens / max(1, self.computed_tokens + self.padding_tokens)
 
     @property
     def cache_use(self) -> float:
-        """Part of the pages that running requests hold; what is only kept for later ones does not count."""
+        """Share of the pages that running requests hold; pages only kept for later requests do not count."""
         counts = self.counts
         pages = counts.pages_used + counts.pages_free + counts.pages_cached + counts.pages_fenced
         return counts.pages_used / max(1, pages)
 
     @classmethod
     def of(cls, parts: Sequence[Snapshot]) -> Snapshot:
-        """Several engines as one: sums, means of shares and times, and the longest start."""
+        """Several engines merged into one: sums, means of shares and times, and the longest start."""
         if len(parts) == 1:
             return parts[0]
         fields = [field.name for field in dataclasses.fields(cls)]
@@ -93,7 +93,7 @@ class Snapshot:
         """The inverse of `to_json`.
 
         Raises:
-          KeyError: a number is missing, as in that of another version.
+          KeyError: a number is missing, as in a snapshot of another version.
         """
         counts = Counts(**{field.name: data[field.name] for field in dataclasses.fields(Counts)})
         names = (field.name for field in dataclasses.fields(cls) if field.name != "counts")
@@ -105,6 +105,6 @@ def _sums(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _known(values: Sequence[float | None]) -> list[float]:
-    """The values, or none of them if one is not known."""
+    """The values, or none of them if any is unknown."""
     known = [value for value in values if value is not None]
     return known if len(known) == len(values) else []

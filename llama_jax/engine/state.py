@@ -1,7 +1,7 @@
 """The engine's state on the device, and the pure functions that change it between steps.
 
 The state is a `DecodeState` over a `PagedCache` with a fixed number of rows. Its shapes never change, so that every
-program is compiled once. Which sequence is in which row, only the host knows.
+program is compiled once. Only the host knows which sequence is in which row.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from llama_jax.sampling import FULL, SamplerState, SamplingParams, make_sampler
 
 
 def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -> DecodeState:
-    """Rows none of which has begun, and pages none of which is booked; `dtype` is the cache's."""
+    """Makes a state in which no row has begun and no page is booked; `dtype` is the cache's."""
     cache = PagedCache.create(
         config, settings.rows, settings.context, dtype, page_size=settings.page_size, pages=settings.pages
     )
-    # Of one row, and repeated on the device: arrays over rows and vocabulary would be constants of the program.
+    # For one row, repeated on the device: arrays over rows and vocabulary would be constants of the program.
     _, idle = make_sampler(
         [SamplingParams(temperature=0.0, seed=0)],
         [()],
@@ -39,7 +39,7 @@ def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -
 
 
 def shapes_of(begin: Any) -> Any:
-    """Shapes, dtypes and shardings of what a compiled program makes, such as `new_state`."""
+    """Shapes, dtypes and shardings of a compiled program's outputs, such as those of `new_state`."""
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         begin.out_info,
@@ -54,7 +54,7 @@ class Marked:
 
     Attributes:
       rows: int32, the row of each token; NO_ROW is padding.
-      tokens: int32. drawn: bool, whether it was drawn, before the row was preempted, or is of the prompt.
+      tokens: int32. drawn: bool, whether it was drawn (before a preemption) rather than part of the prompt.
     """
 
     rows: Any
@@ -65,16 +65,16 @@ class Marked:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Joining:
-    """Sequences that begin in idle rows, or go on there after they were preempted; arrays [n] unless said otherwise.
+    """Sequences that begin in idle rows, or resume there after preemption; arrays [n] unless noted.
 
     Attributes:
       rows: int32, the row of each; NO_ROW is padding.
-      pages: int32 [n, pages_per_row], the row's line of the page table.
-      shared: int32, tokens that are in these pages already.
-      length: int32, tokens to compute before one is drawn.
-      limit: int32, tokens that may be drawn, those drawn before included (`sampler.count`).
+      pages: int32 [n, pages_per_row], the row's entries in the page table.
+      shared: int32, number of tokens already in these pages.
+      length: int32, number of tokens to compute before one is drawn.
+      limit: int32, the most tokens to draw, including those drawn before (`sampler.count`).
       rope_lengths, adapter_ids: int32, see `DecodeState`.
-      sampler: of these rows; without the arrays over the vocabulary, which begin empty.
+      sampler: of these rows; without the arrays over the vocabulary, which start empty.
       marked: tokens that they have had, for penalties.
     """
 
@@ -90,8 +90,8 @@ class Joining:
 
 
 def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
-    """The state after rows `leaving` bool [rows] were emptied, and others have begun; with or without its keys and
-    values (`rows_alone`)."""
+    """Empties rows `leaving` bool [rows] of the state and begins others; with or without its keys and values
+    (`rows_alone`)."""
     cache = paged(state).release(leaving).book(new.rows, new.pages, new.shared)
     begun = {
         "tokens": jnp.zeros_like(new.length),
@@ -115,22 +115,22 @@ def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
 
 
 def rows_alone(state: DecodeState) -> DecodeState:
-    """The state without keys and values. `join` and `restrict` need none of them, and each array that a program is
-    given costs the host time."""
+    """The state without keys and values. `join` and `restrict` do not need them, and each array passed to a program
+    costs host time."""
     none: dict[str, Any] = dict.fromkeys(stored.FIELDS, ())
     return dataclasses.replace(state, cache=dataclasses.replace(paged(state), **none))
 
 
 def with_rows(state: DecodeState, rows: DecodeState) -> DecodeState:
-    """The state with what `rows_alone` leaves of it in place of its own."""
+    """The state with its rows replaced by those of a `rows_alone` state."""
     slots = {name: getattr(paged(state), name) for name in stored.FIELDS}
     return dataclasses.replace(rows, cache=dataclasses.replace(paged(rows), **slots))
 
 
 def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
-    """The state with zeros in pages int32 [n]; numbers that are no page are padding.
+    """Zeroes pages int32 [n] of the state; numbers of no page are padding.
 
-    Attention gives no weight to what is left in a page behind its row's last token, but NaN times nothing is NaN.
+    Attention gives zero weight to leftovers in a page past its row's last token, but NaN times zero is NaN.
     """
     cache = paged(state)
     cleared = stored.changed(cache, lambda x: x.at[pages].set(0, mode="drop"))
@@ -138,7 +138,7 @@ def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
 
 
 def restrict(state: DecodeState, rows: jax.Array, masks: jax.Array) -> DecodeState:
-    """The state, with or without its keys and values, in which rows int32 [n] draw only tokens of their masks uint32
+    """Restricts rows int32 [n] of the state, with or without its keys and values, to the tokens of their masks uint32
     [n, ceil(vocab / 32)]; NO_ROW is padding."""
     sampler = state.sampler
     assert sampler.restricted is not None and sampler.allowed is not None
@@ -150,13 +150,13 @@ def restrict(state: DecodeState, rows: jax.Array, masks: jax.Array) -> DecodeSta
 
 
 def paged(state: DecodeState) -> PagedCache:
-    """The cache of a state that `new_state` has made."""
+    """The cache of a state from `new_state`."""
     assert isinstance(state.cache, PagedCache)
     return state.cache
 
 
 def _marked(sampler: dict[str, Any], marked: Marked) -> dict[str, Any]:
-    """Arrays of a sampler that knows of these tokens."""
+    """The sampler's arrays over the vocabulary, with these tokens marked."""
     rows, drawn = marked.rows, marked.drawn
     seen = sampler["seen"].at[jnp.where(drawn, rows, NO_ROW), marked.tokens].add(1, mode="drop")
     of_prompt = sampler["in_prompt"].at[jnp.where(drawn, NO_ROW, rows), marked.tokens].set(True, mode="drop")
@@ -164,7 +164,7 @@ def _marked(sampler: dict[str, Any], marked: Marked) -> dict[str, Any]:
 
 
 def take_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
-    """Rows int32 [n] as a state of their own; NO_ROW is a row that has ended."""
+    """Extracts rows int32 [n] as a separate state; NO_ROW is a row that has ended."""
     part: dict[str, Any] = {
         name: jax.tree.map(lambda x, empty=int(name == "done"): protocol.take_rows(x, rows, empty), value)
         for name, value in _but_cache(state).items()
@@ -173,7 +173,7 @@ def take_rows(state: DecodeState, rows: jax.Array) -> DecodeState:
 
 
 def put_rows(state: DecodeState, rows: jax.Array, part: DecodeState) -> DecodeState:
-    """The state with what `take_rows` has taken put back."""
+    """Puts the rows of `take_rows` back into the state."""
     written: dict[str, Any] = jax.tree.map(
         lambda into, x: protocol.put_rows(into, rows, x), _but_cache(state), _but_cache(part)
     )
@@ -181,5 +181,5 @@ def put_rows(state: DecodeState, rows: jax.Array, part: DecodeState) -> DecodeSt
 
 
 def _but_cache(state: DecodeState) -> dict[str, Any]:
-    """Everything with a line for each row; the cache takes its own rows out."""
+    """Everything with an entry per row; the cache extracts its own rows."""
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "cache"}

@@ -1,4 +1,4 @@
-"""Orders of the scheduler to the device: one dispatch as a value."""
+"""Steps that the scheduler orders from the device: one dispatch as a value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Joining:
     """A sequence gets a row.
 
     Attributes:
-      shared: tokens whose keys and values are there already, a multiple of the page size and fewer than it has.
+      shared: tokens whose keys and values already exist, a multiple of the page size and fewer than it has.
     """
 
     row: int
@@ -26,7 +26,7 @@ class Chunk:
     """Tokens start .. start + count of `sequence.tokens`.
 
     Attributes:
-      draws: whether the next token is drawn behind the last of them.
+      draws: whether the next token is drawn after the last of them.
     """
 
     sequence: Sequence
@@ -38,21 +38,21 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """One dispatch. With chunks it is a mixed step, in which a decoding row has one token; without, a decode step.
+    """One dispatch. With chunks it is a mixed step, in which a decoding row has one token; without them, a decode step.
 
     Attributes:
       number: 1, 2, ...
-      leaving: rows to empty before anything else; one of them may have a new sequence in the same step.
+      leaving: rows to empty before anything else; one of them may get a new sequence in the same step.
       joining: sequences that get a row.
-      pages: (row, index in the row's line, page), to be written into the page table before the step, those of joining
-        rows too, shared ones included. A row that does not join has at most ceil(steps / page_size) entries.
-      chunks: parts of prompts; several in one step may read what another one stores in it.
-      decoding: sequences whose rows compute the token that they have drawn last, which the host may not know yet, and
-        draw the next.
-      steps: how often they do so; a row that has drawn its limit ends before.
-      drafts: of decoding sequences. In a step with any, each row computes its draft behind the token drawn last, and
-        draws one token more than it finds in the draft, in one pass. A row has at most one entry in `pages`.
-      remember: sequences whose texts, all of whose tokens are known, the device is given before the step.
+      pages: (row, index in the row, page), written into the page table before the step, including those of joining rows
+        and shared ones. A row that does not join has at most ceil(steps / page_size) entries.
+      chunks: parts of prompts; chunks may read what another chunk of the same step stores.
+      decoding: sequences whose rows compute the token they drew last, which the host may not know yet, and draw the
+        next.
+      steps: how often they do so; a row that reaches its limit ends earlier.
+      drafts: of decoding sequences. In a step with any, each row computes its draft after the last drawn token, and
+        draws one token more than it accepts of the draft, in one pass. A row has at most one entry in `pages`.
+      remember: sequences with fully known texts, which are sent to the device before the step.
     """
 
     number: int
@@ -67,6 +67,6 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one of its steps."""
+        """Number of tokens of one of its steps."""
         drafted = sum(draft.length for draft in self.drafts.values())
         return sum(chunk.count for chunk in self.chunks) + len(self.decoding) + drafted

@@ -1,4 +1,4 @@
-"""Text from text: requests, the session that runs them, and what comes back."""
+"""Text generation: requests, the session that runs them, and their outputs."""
 
 from __future__ import annotations
 

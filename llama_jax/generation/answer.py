@@ -1,4 +1,4 @@
-"""A request's answer: texts, log-probabilities, and the output that the caller gets."""
+"""A request's answer: texts, log-probabilities and the caller's output."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Answer:
     """The continuations of one prompt as they grow.
 
     Attributes:
-      rows: the text of each; logprobs: of its tokens, where they were asked for; errors: why it ended, if by one.
-      left: how many have not ended.
+      rows: the text of each; logprobs: of its tokens, if requested; errors: the error that ended it, if any.
+      left: number of continuations that have not ended.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class Answer:
         self._first: float | None = None
 
     def take(self, copy: int, drawn: Drawn) -> str:
-        """Takes over new tokens of one continuation; returns the text that is now certain."""
+        """Adds new tokens of one continuation; returns the text that is now certain."""
         row = self.rows[copy]
-        if copy == 0 and self._cached is None:  # the others find what the first has computed
+        if copy == 0 and self._cached is None:  # the others reuse what the first has computed
             self._cached = drawn.cached
         self._last = time.perf_counter()
         if self._first is None:
@@ -49,23 +49,23 @@ class Answer:
             self._of_prompt = drawn.prompt_logprobs
         added = ""
         for i, token in enumerate(drawn.tokens):
-            if row.finish_reason:  # a stop string ended it; these came behind
+            if row.finish_reason:  # a stop string ended it; these came after
                 break
             added += row.add(token, limit=self.limit)
             if drawn.logprobs is not None and self.params.logprobs is not None:
                 self.logprobs[copy].append(TokenLogprob.of(drawn.logprobs, i, token, self.params.logprobs))
-        # Where the engine has no more room, the answer resumes in a larger one.
+        # If the engine runs out of room, the answer resumes in a larger one.
         outgrown = drawn.ending == "length" and len(row.token_ids) < self.limit
         if drawn.ending and not outgrown:
             added += row.end("error" if drawn.ending == "failed" else drawn.ending)
-            if drawn.ending == "stop":  # of a grammar, with the last token that there may be
+            if drawn.ending == "stop":  # a grammar's end may coincide with the limit
                 row.finish_reason = "stop"
             self.errors[copy] = drawn.error
         self.left -= row.finish_reason is not None
         return added
 
     def timing(self) -> Timing:
-        """Of this request alone."""
+        """Timing of this request alone."""
         first = self._last if self._first is None else self._first
         ttft, decoding = first - self._asked, self._last - first
         behind = sum(max(len(row.token_ids) - 1, 0) for row in self.rows)
@@ -76,7 +76,7 @@ class Answer:
         )
 
     def stream_output(self, text: str, tokens: int) -> StreamOutput:
-        """News of the only continuation: its new text, and how many tokens are new."""
+        """Progress of the only continuation: its new text and the number of new tokens."""
         (row,), (logprobs,), timing = self.rows, self.logprobs, self.timing()
         return StreamOutput(
             text=text,
@@ -93,7 +93,7 @@ class Answer:
         )
 
     def output(self) -> RequestOutput:
-        """The output for the caller, once it has ended."""
+        """The caller's output, once the request has ended."""
         completions = []
         for index, row in enumerate(self.rows):
             assert row.finish_reason is not None

@@ -35,10 +35,10 @@ def generate(
 
     Args:
       tokenizer: None for token ids in, token ids out.
-      prompt: text, continued as it stands, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
-      params: how to sample. Without it decoding is greedy.
-      page_size: tokens of a page of the cache, 16, 32, 64, 128 or 256; the answer is the same.
-      kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default what the model says.
+      prompt: text, continued verbatim, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
+      params: sampling parameters. Without them decoding is greedy.
+      page_size: tokens per cache page: 16, 32, 64, 128 or 256; the answer is the same.
+      kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default the model's own.
       adapters: slots of low-rank adapters (`llama_jax.model.adapters`); adapter_ids: the slot to use, 0 for none.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.
 
@@ -71,7 +71,7 @@ def stream_generate(
     adapter_ids: int = 0,
     **fields: Any,
 ) -> Iterator[StreamOutput]:
-    """Continues one prompt token by token. Closing the generator ends the work.
+    """Continues one prompt token by token. Closing the generator stops generation.
 
     Arguments and errors as for `generate`; n must be 1, and max_tokens not 0. Errors are raised here, not at the first
     token.
@@ -93,16 +93,16 @@ def batch_generate(
     adapter_ids: int | Sequence[int] = 0,
     **fields: Any,
 ) -> list[RequestOutput]:
-    """Continues several prompts at once, all as one batch on the device.
+    """Continues several prompts as one batch on the device.
 
     With `max_tokens=0` and `prompt_logprobs` it only scores them: no token is drawn, and no decode step compiled.
 
     Args:
       prompts: texts or lists of token ids.
-      params: one for all or one for each.
+      params: one for all prompts, or one for each.
       page_size, kv_dtype, adapters: as for `generate`.
       adapter_ids: one slot for all prompts, or one for each.
-      fields: fields of SamplingParams for all, in place of `params` or changing it.
+      fields: fields of SamplingParams for all prompts, instead of `params` or overriding them.
 
     Returns:
       One output per prompt, in order.
@@ -116,7 +116,7 @@ def batch_generate(
 
 
 def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int, kv_dtype: str | None) -> LLM:
-    """An engine for these requests. It runs the programs of earlier calls whose sizes are about the same."""
+    """An engine for these requests, which reuses the programs of earlier calls of similar size."""
     rows = rows_for(model, -(-len(requests.rows) // ruled(model.mesh).ways("batch")))
     stop_ids, biases = widths(requests.params, model.eos_token_ids)
     return LLM(

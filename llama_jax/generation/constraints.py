@@ -22,8 +22,8 @@ def constraints_of(
     """New constraints for one continuation of a prompt; none for most requests.
 
     Raises:
-      RequestError: llguidance refuses the grammar, the model cannot write a bad word, there is no such processor or it
-        refuses the request, or there is no tokenizer for them.
+      RequestError: llguidance rejects the grammar, the vocabulary cannot spell a bad word, a processor is unknown or
+        rejects the request, or they need a tokenizer and there is none.
     """
     made: list[Constraint] = []
     if params.bad_words:
@@ -39,7 +39,7 @@ def constraints_of(
             made.append(_processor(name)(tokenizer, tuple(prompt), params))
         except LlamaJaxError:
             raise
-        except Exception as error:  # other people's code: anything may come
+        except Exception as error:  # third-party code may raise anything
             message = f"the logits processor {name!r} failed: {type(error).__name__}: {error}"
             raise _bad_processor(message, "ask whoever made it") from error
     return tuple(made)

@@ -1,4 +1,4 @@
-"""Draft models as a caller names them, and whether they are for the model."""
+"""Draft models as callers specify them, and whether they match the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llama_jax.text.tokenizer import Tokenizer
 def opened_draft(
     draft: Model | str | Path | None, model: Model, tokenizer: Tokenizer | None, **options: Any
 ) -> Model | None:
-    """A draft model for a model as it is given, or loaded by a name onto the same devices.
+    """The draft model as given, or loaded by name onto the model's devices.
 
     Args:
       options: of `load`.
@@ -35,7 +35,7 @@ def opened_draft(
 
 
 def check_vocabularies(tokenizer: Tokenizer, other: Tokenizer) -> None:
-    """Raises RequestError where the tokens of a draft model mean something else than the model's."""
+    """Raises RequestError if the draft model's token ids mean other tokens than the model's."""
     ids = range(min(tokenizer.vocab_size, other.vocab_size))
     differ = [i for i in ids if tokenizer.token(i) != other.token(i)]
     if len(differ) > PADDING:

@@ -1,4 +1,4 @@
-"""`Engine`: one model for many callers at once, each of whom reads a stream of its own."""
+"""`Engine`: one model serving many concurrent callers, each reading its own stream."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llama_jax.text.tokenizer import Tokenizer
 
 
 class Engine:
-    """A model behind an engine that runs in a thread of its own.
+    """A model behind an engine that runs in its own thread.
 
         async with lj.Engine("org/model") as engine:
             async for piece in engine.stream(lj.Request("The capital of France is")):
@@ -56,11 +56,11 @@ class Engine:
         restarts: Restarts | None = None,
         **options: Any,
     ):
-        """Loads the model, if it is a name, and makes the engine; arguments and errors as for `LLM`.
+        """Loads the model if given by name, and makes the engine; arguments and errors as for `LLM`.
 
         Args:
           compiling: called in another thread.
-          restarts: when the engine is made anew after a failure of the device; each time it is compiled again.
+          restarts: when to rebuild the engine after a device failure; each time it is compiled again.
         """
         self.model, self.tokenizer = opened(model, tokenizer, kv_dtype)
         self._draft = opened_draft(draft, self.model, self.tokenizer)
@@ -89,7 +89,7 @@ class Engine:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Ends every request and the thread."""
+        """Cancels every request and ends the thread."""
         self._closing = True
         self._wake.set()
         if self._thread is not None:
@@ -101,12 +101,12 @@ class Engine:
         return self._settings
 
     def stream(self, request: Request) -> AsyncIterator[Piece]:
-        """The pieces of a request's answer, as they come.
+        """Yields the pieces of a request's answer as they arrive.
 
         Raises:
-          RequestError: the request is wrong, or exceeds the model's context.
-          DoesNotFit: it exceeds the engine's.
-          Overloaded: too many wait already.
+          RequestError: the request is invalid, or exceeds the model's context.
+          DoesNotFit: it exceeds the engine's context.
+          Overloaded: the queue is full.
           EngineFailed: the device has failed, or the engine is closed.
         """
         return self._pieces(request, streamed=True)
@@ -121,7 +121,7 @@ class Engine:
     async def _pieces(self, request: Request, *, streamed: bool) -> AsyncIterator[Piece]:
         self._check_open()
         prompts, params = [request.prompt], [request.params]
-        # In a thread: tokenizers and grammars of other callers' texts must not hold up the event loop.
+        # In a thread: tokenizing and compiling grammars for one caller must not block the event loop for others.
         requests = await asyncio.to_thread(
             prepare,
             self.model,
@@ -143,7 +143,7 @@ class Engine:
             self._post(self._end, stream)
 
     def snapshot(self) -> Snapshot:
-        """The engine in numbers, at this moment.
+        """The engine's current state and counters.
 
         Raises:
           EngineFailed: it has failed, or restarts after a fault, or is not running.
@@ -151,7 +151,7 @@ class Engine:
         return self._present().snapshot()
 
     def published(self) -> Published:
-        """What `llama-jax top` shows of the engine; errors as for `snapshot`."""
+        """The report that `llama-jax top` shows; errors as for `snapshot`."""
         return report(self._present())
 
     def _present(self) -> Replicas:
@@ -163,29 +163,29 @@ class Engine:
         return jobs.engine
 
     def progress(self, request: Request) -> tuple[int, int] | None:
-        """How many tokens of a request's prompt have been computed, and how many there are; None before it has been
-        taken, and once it has ended."""
+        """Prompt tokens of a request computed so far, and in total; None before the engine has taken it and after its
+        end."""
         jobs, streams = self._jobs, list(self._streams.items())  # the engine's thread changes both
         answer = next((answer for answer, stream in streams if stream.request is request), None)
         if jobs is None or answer is None:
             return None
-        with contextlib.suppress(KeyError):  # it ends at this moment
+        with contextlib.suppress(KeyError):  # it is just ending
             return jobs.computed(answer), len(answer.prompt)
         return None
 
     @property
     def restarting(self) -> bool:
-        """Whether it has failed and will be made anew."""
+        """Whether it has failed and will be rebuilt."""
         return self._failed is None and not self._closing and self._thread is not None and self._jobs is None
 
     @property
     def step_age_s(self) -> float:
-        """Seconds since the present step began; 0 between steps. A device that hangs never ends one."""
+        """Seconds since the current step began; 0 between steps. On a hung device a step never ends."""
         began = self._stepping
         return 0.0 if began is None else time.monotonic() - began
 
     def give_up(self, error: EngineFailed) -> None:
-        """Tells whoever waits, and whoever comes, of an error, where the engine's thread cannot: it hangs in a step."""
+        """Raises an error in all current and future callers when the engine's thread hangs in a step and cannot."""
         self._failed, self._closing = error, True
         self._drop(error)
 
@@ -212,7 +212,7 @@ class Engine:
                 self._stepping = time.monotonic()
                 deliver(filter(None, map(self._told, self._jobs.step())))
                 self._stepping = None
-            except Exception as error:  # of the device, or a fault of ours: whoever waits has to learn of it
+            except Exception as error:  # a device failure or a bug of ours: callers must be told
                 self._fail(error)
         self._drop(self._why_ended)
 
@@ -235,7 +235,7 @@ class Engine:
             self._jobs.cancel(answer)
 
     def _told(self, news: News) -> tuple[Stream, Piece] | None:
-        """The piece that tells a caller of its news; None where nobody waits for it."""
+        """The piece that carries news to a caller; None if nobody waits for it."""
         stream, answer = self._streams.get(news.answer), news.answer
         if stream is None:
             return None
@@ -249,16 +249,16 @@ class Engine:
         return stream, Piece(news.copy, news.text, news.tokens, logprobs, row.finish_reason, output, row.stop_reason)
 
     def _fail(self, error: Exception) -> None:
-        """Ends every request with a typed error, and begins afresh, as often as `restarts` says."""
+        """Ends every request with a typed error, and restarts as often as `restarts` allows."""
         self._stepping = None
-        # The frames hold the old engine. Cleared before a caller raises the error again, which adds frames of its own.
+        # The frames hold the old engine. Cleared before a caller re-raises the error, which adds more frames.
         traceback.clear_frames(error.__traceback__)
         if isinstance(error, EngineFailed):
             failed = error
         else:
             failed = EngineFailed(f"the engine's device failed: {error}", hint="send the request again")
             failed.__cause__ = error
-        self._jobs = None  # the arrays of the old one make room; and nobody who is told finds it ready
+        self._jobs = None  # frees the old one's arrays; and no caller that is told finds it ready
         self._drop(failed)
         self._why_restarts = str(error)
         while self._jobs is None and not self._closing:
@@ -273,7 +273,7 @@ class Engine:
                 self._restart()
 
     def _rested(self, seconds: float) -> bool:
-        """Lets time pass, in which requests are refused; whether the engine is still wanted."""
+        """Waits while requests are refused; returns whether the engine is still wanted."""
         self._resting = EngineFailed(
             f"the engine restarts in {seconds:.3g} s (attempt {self.restarts.row} of {self.restarts.attempts}): "
             f"{self._why_restarts}",
@@ -290,14 +290,14 @@ class Engine:
     def _restart(self) -> None:
         try:
             self._jobs = self._made()
-        except Exception as error:  # of the device; the next attempt may fare better
+        except Exception as error:  # a device failure; the next attempt may succeed
             traceback.clear_frames(error.__traceback__)
             self._why_restarts = str(error)
         else:
             self.restarts.made(time.monotonic())
 
     def _drop(self, error: EngineFailed) -> None:
-        """Everybody who waits gets the error."""
+        """Raises the error in every waiting caller."""
         with self._posting:
             posted = list(self._inbox)
             self._inbox.clear()

@@ -1,4 +1,4 @@
-"""Requests on an engine's replicas: prompts in, news of their texts out."""
+"""Requests on an engine's replicas: prompts in, updates of their texts out."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
 FORESEEN = 512
-"""Tokens of an answer that an engine makes room for before it begins, at most. Few answers are as long as they may
-become, and an engine that grows makes room for those when they are."""
+"""The most answer tokens that an engine reserves room for at the start. Few answers reach their limit, and an engine
+that grows makes room for those that do."""
 
 Progress = Callable[[Compiled], None]
-"""Told of each program that is compiled before an engine is ready."""
+"""Called for each program that is compiled before an engine is ready."""
 
 
 def opened(
     model: Model | str | Path | None, tokenizer: Tokenizer | None, kv_dtype: str | None = None
 ) -> tuple[Model, Tokenizer | None]:
-    """A model and its tokenizer as they are given, or loaded by a name; None is the default model.
+    """A model and its tokenizer as given, or loaded by name; None is the default model.
 
     Args:
-      kv_dtype: of the model's caches, in place of what it says itself.
+      kv_dtype: of the model's caches, overriding the model's own.
     """
     if isinstance(model, Model):
         return (model if kv_dtype is None else replace(model, kv_dtype=kv_dtype)), tokenizer
@@ -55,9 +55,9 @@ class News:
     """News of one continuation.
 
     Attributes:
-      copy: which continuation of the request; text: what is new and certain of it.
-      tokens: new ones, without those that were drawn behind its end.
-      last: whether nothing follows for the request.
+      copy: index of the continuation in the request; text: its new, certain text.
+      tokens: new ones, without those drawn past its end.
+      last: whether this is the last news of the request.
     """
 
     answer: Answer
@@ -69,7 +69,7 @@ class News:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """One continuation: what a replica was asked for, and may be asked again."""
+    """One continuation: what a replica was asked for, kept so that it can be asked again."""
 
     answer: Answer
     copy: int
@@ -85,15 +85,15 @@ class _Job:
 
     @property
     def foreseen(self) -> int:
-        """Tokens, with those of the prompt, that room is made for."""
+        """Tokens, prompt included, that room is made for."""
         return len(self.answer.prompt) + len(self.drawn) + min(self.limit - len(self.drawn), FORESEEN)
 
 
 class Jobs:
-    """Answers that an engine is working on. Not safe for threads.
+    """Answers that an engine is working on. Not thread-safe.
 
-    Where a sequence outgrows the engine, and there are sizes with more room, the engine is made anew; what was under
-    way is computed again up to where it was, and resumes there.
+    When a sequence outgrows the engine and larger sizes exist, the engine is rebuilt; unfinished answers are recomputed
+    up to where they were, and resume there.
     """
 
     def __init__(
@@ -108,13 +108,13 @@ class Jobs:
         peak: Peak | None = None,
         **options: Any,
     ):
-        """An engine without requests.
+        """Makes an engine without requests.
 
         Args:
-          settings: of each replica; without them it grows as requests need it, from one with `room` tokens.
+          settings: of each replica; without them the engine starts with `room` tokens and grows as needed.
           draft: the draft model, on the devices of the model.
-          peak: of each device, by which its use is told.
-          options: without `settings`: of `default_settings`. A context among them fixes it.
+          peak: peak rates of each device, for its utilisation.
+          options: without `settings`, those of `default_settings`. With a context among them it does not grow.
         """
         self._models, self._tokenizer, self._adapters = replicas(model), tokenizer, adapters
         self._drafts = None if draft is None else replicas(draft)
@@ -126,7 +126,7 @@ class Jobs:
         self._engine = self._made(self._sizes(room))
 
     def make_ready(self, progress: Progress | None = None, *, ahead: bool = True) -> None:
-        """Compiles every program, if that is wanted `ahead` or the engine is strict."""
+        """Compiles every program if `ahead` or the engine is strict."""
         if ahead or self._engine.settings.strict:
             for news in self._engine.compile_all():
                 if progress is not None:
@@ -134,7 +134,7 @@ class Jobs:
 
     @property
     def engine(self) -> Replicas:
-        """The present engine."""
+        """The current engine."""
         return self._engine
 
     def add(
@@ -149,15 +149,15 @@ class Jobs:
         """Queues one of the requests with all of its continuations.
 
         Args:
-          streamed: whether somebody reads each token as it comes; else a dispatch may draw several.
+          streamed: whether each token is read as it comes; otherwise a dispatch may draw several.
 
         Raises:
-          DoesNotFit: it never will.
+          DoesNotFit: it can never fit.
           RequestError: it has more stop ids or biases than there is room for.
-          Overloaded: too many wait already.
+          Overloaded: the queue is full.
           EngineFailed: this process is a fork of the one that made the engine.
         """
-        if os.getpid() != self._process:  # jax's threads stayed there, and a step would never end
+        if os.getpid() != self._process:  # jax's threads do not survive a fork, and a step would never end
             raise EngineFailed(
                 "an engine cannot be used in a forked process",
                 hint='start processes with multiprocessing.get_context("spawn"), and make the engine there',
@@ -165,7 +165,7 @@ class Jobs:
         prompt, params = requests.prompts[index], requests.params[index]
         rows = requests.continuations[index]
         answer = Answer(self._tokenizer, prompt, params, rows[0].limit, self._models[0].eos_token_ids)
-        if not self._engine.settings.prefix_cache:  # continuations of one prompt share its pages all the same
+        if not self._engine.settings.prefix_cache:  # continuations of one prompt share its pages anyway
             domain = (*domain, (GROUP, secrets.token_hex(8)))
         options = {"priority": priority, "adapter": requests.adapter_ids[index], "domain": domain, "streamed": streamed}
         jobs = []
@@ -182,7 +182,7 @@ class Jobs:
         return answer
 
     def cancel(self, answer: Answer) -> None:
-        """Ends what is left of a request; one that has ended is left alone."""
+        """Ends the rest of a request; no effect on one that has ended."""
         for number in self._numbers(answer):
             del self._of[number]
             self._engine.of(number).cancel(number)
@@ -198,9 +198,9 @@ class Jobs:
             tokens = tuple(row.token_ids[known:])
             news.append(News(job.answer, job.copy, text, tokens, job.answer.left == 0))
             if row.finish_reason:
-                self._engine.of(drawn.id).cancel(drawn.id)  # a stop string, of which the device knows nothing
+                self._engine.of(drawn.id).cancel(drawn.id)  # a stop string, which the device does not know about
                 del self._of[drawn.id]
-            elif drawn.ending:  # the room in the engine has come to an end, and not the answer
+            elif drawn.ending:  # the engine's room has run out, not the answer
                 longer.append(self._of.pop(drawn.id))
         if longer:
             self._make_room(max(job.foreseen for job in longer))
@@ -215,13 +215,13 @@ class Jobs:
         before: Callable[[Iterable[Answer]], bool] = lambda _: False,
         **options: Any,
     ) -> Iterator[tuple[K, News]]:
-        """News of requests until all have ended. Closing the iterator, or an exception in it, ends what is left.
+        """Yields news of requests until all have ended. Closing the iterator, or an exception in it, cancels the rest.
 
         Args:
-          asked: (key, requests, which one of them); taken as there is room.
-          ahead: those that run or wait at once, at most; None for all.
-          before: called before each step with the answers under way. Once it says True, those that have begun are
-            brought to an end, and the others are left.
+          asked: (key, requests, index of the request), taken as room allows.
+          ahead: the most running or waiting at once; None for no limit.
+          before: called before each step with the unfinished answers. Once it returns True, started ones are finished
+            and the others are skipped.
           options: of `add`.
         """
         source, under_way, more = iter(asked), dict[Answer, K](), True
@@ -248,26 +248,26 @@ class Jobs:
                 self.cancel(answer)
 
     def computed(self, answer: Answer) -> int:
-        """How many tokens of a request's prompt have been computed, or are in steps that are under way. Another
-        thread may ask, and gets a KeyError if it ends meanwhile."""
+        """Prompt tokens of a request that have been computed or are in dispatched steps. May be called from another
+        thread, which gets a KeyError if the request ends meanwhile."""
         done = (self._engine.of(number).computed(number) for number in self._numbers(answer))
         return min(len(answer.prompt), *done)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is left to do, for nobody."""
+        """Whether there is no work left for any request."""
         return not self._of and self._engine.idle
 
     def _numbers(self, answer: Answer) -> list[int]:
         return [number for number, job in list(self._of.items()) if job.answer is answer]
 
     def _begin(self, jobs: Sequence[_Job]) -> None:
-        """Gives continuations to the replica with least to do: those of one prompt share its pages."""
+        """Gives continuations to the least busy replica: those of one prompt share its pages."""
         core = self._engine.next
         for job in jobs:
             prompt = job.answer.prompt
             limit = job.limit
-            if self._sizes.longest > core.capacity:  # it may come back for more
+            if self._sizes.longest > core.capacity:  # it may be continued
                 limit = min(limit, core.capacity - len(prompt))
             number = core.add(prompt, job.params, limit, drawn=job.drawn, rule=job.rule, **job.options)
             self._of[number] = job
@@ -278,10 +278,10 @@ class Jobs:
         return engine
 
     def _make_room(self, length: int) -> None:
-        """Replaces an engine that has no room for a sequence of that length, if there are larger ones.
+        """Replaces an engine without room for a sequence of that length by a larger one, if sizes allow.
 
         Raises:
-          DoesNotFit: there is no memory for it. Everything under way has ended then.
+          DoesNotFit: there is no memory for it. All unfinished requests have been ended by then.
           LateCompilation: the engine is strict, and a larger one would have to be compiled.
         """
         settings = self._engine.settings
@@ -293,7 +293,7 @@ class Jobs:
                 hint=f"give the engine a context; it has {settings.context} tokens",
             )
         jobs, self._of = list(self._of.values()), {}
-        del self._engine  # the arrays of the old one make room
+        del self._engine  # frees the old one's arrays
         gc.collect()
         try:
             larger = self._sizes(min(length, self._sizes.longest))

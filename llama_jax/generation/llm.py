@@ -27,7 +27,7 @@ from llama_jax.text.tokenizer import Tokenizer
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Says in our words that the device's memory is too small."""
+    """Turns the device's out-of-memory errors into DoesNotFit."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -40,14 +40,13 @@ def memory_errors() -> Iterator[None]:
 
 
 class LLM:
-    """A model behind an engine: prompts are batched continuously, whatever their lengths, and prefixes that several
-    have in common are computed once.
+    """A model behind an engine: prompts of any length are batched continuously, and shared prefixes are computed once.
 
         llm = lj.LLM("org/model")
         for output in llm.generate(["The capital of France is", "2 + 2 ="], max_tokens=8):
             print(output.text)
 
-    Not safe for threads.
+    Not thread-safe.
 
     Attributes:
       model, tokenizer: the tokenizer is None for token ids in, token ids out.
@@ -68,25 +67,26 @@ class LLM:
         compiling: Progress | None = None,
         **options: Any,
     ):
-        """Makes the engine; a name is loaded first.
+        """Makes the engine, after loading the model if it is given by name.
 
         Args:
           model: a loaded model, or a name or folder as `load` takes it; None for the default model.
-          settings: sizes of the engine; of each replica on a mesh that splits the batch.
+          settings: sizes of the engine, or of each replica on a mesh that splits the batch.
           adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
-          draft: a smaller model of the same vocabulary, on the same devices, whose guesses are tried (`drafts=`, how
-            many tokens at a time); or its name.
-          kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default what the model says.
-          ahead: compile every program now. Otherwise each is compiled when it is first used.
-          room: tokens of a sequence that there is room for at first, or a few more, where no context is given.
-          peak: what the device can do, for `mbu` and `mfu` of `snapshot`; by default what its data sheet says.
-          compiling: told of each program that is compiled now.
-          options: without `settings`: of `default_settings` (rows, context, pages, steps, strict, ...). Without a
-            context the engine begins with a short one, and is made anew with a longer one where a request needs it.
+          draft: a smaller model with the same vocabulary, on the same devices, for speculative decoding (`drafts=` is
+            the number of tokens per draft); or its name.
+          kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default the model's own.
+          ahead: compile every program now; otherwise each is compiled at its first use.
+          room: initial capacity of a sequence in tokens (possibly rounded up) if no context is given.
+          peak: the device's peak rates, for `mbu` and `mfu` of `snapshot`; by default those of its data sheet.
+          compiling: called for each program that is compiled now.
+          options: without `settings`, those of `default_settings` (rows, context, pages, steps, strict, ...).
+            Without a context the engine starts with a short one, and is rebuilt with a longer one when a request
+            needs it.
 
         Raises:
-          DoesNotFit: there is no memory for one sequence of the context's length.
-          RequestError: options that contradict each other, or a draft model that is not for this model.
+          DoesNotFit: one sequence of the context's length does not fit into memory.
+          RequestError: options contradict each other, or the draft model does not match this model.
         """
         self.model, self.tokenizer = opened(model, tokenizer, kv_dtype)
         small = opened_draft(draft, self.model, self.tokenizer)
@@ -100,11 +100,11 @@ class LLM:
 
     @property
     def settings(self) -> EngineSettings:
-        """Sizes of the engine, at this moment."""
+        """The engine's current sizes."""
         return self._jobs.engine.settings
 
     def snapshot(self) -> Snapshot:
-        """The engine in numbers, at this moment."""
+        """The engine's current state and counters."""
         return self._jobs.engine.snapshot()
 
     def generate(
@@ -116,9 +116,9 @@ class LLM:
         priority: int = 0,
         **fields: Any,
     ) -> list[RequestOutput]:
-        """Continues prompts, and returns one output for each, in order.
+        """Continues prompts and returns one output for each, in order.
 
-        Arguments and errors as for `batch_generate`; prompts with a lower `priority` are first.
+        Arguments and errors as for `batch_generate`; prompts with a lower `priority` run first.
         """
         done = dict(self.each(prompts, params, adapter_ids=adapter_ids, priority=priority, **fields))
         return [done[i] for i in range(len(prompts))]
@@ -149,11 +149,11 @@ class LLM:
         progress: Callable[[int, int, str], None] | None = None,
         **fields: Any,
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """Like `generate`, but yields (number of the prompt, output) as they end. Closing the iterator, or an
-        exception in it, ends what is left.
+        """Like `generate`, but yields (index of the prompt, output) as each finishes. Closing the iterator, or an
+        exception in it, cancels the rest.
 
         Args:
-          progress: called with a prompt's number, the continuation's and its new text, for each token or several.
+          progress: called with the indices of prompt and continuation and the new text, after one or more tokens.
         """
         check_prompts(prompts)
         requests = prepare(self.model, self.tokenizer, prompts, sampling(params, fields), self._adapters, adapter_ids)
@@ -162,9 +162,9 @@ class LLM:
     def each_of(
         self, requests: Requests, *, priority: int = 0, progress: Callable[[int, int, str], None] | None = None
     ) -> Iterator[tuple[int, RequestOutput]]:
-        """`each`, of requests that are prepared."""
+        """`each` for prepared requests."""
         limits = [rows[0].limit for rows in requests.continuations]
-        # The longest first: what is left at the end of a batch is short.
+        # Longest first, so that only short ones remain at the end of a batch.
         order = sorted(range(len(limits)), key=lambda i: limits[i], reverse=True)
         with self._alone():
             for i, news in self._jobs.run(((i, requests, i) for i in order), priority=priority):
@@ -176,15 +176,15 @@ class LLM:
     def serve[K](
         self, asked: Iterable[tuple[K, Requests]], *, ahead: int | None = None, stop: Callable[[], bool] = lambda: False
     ) -> Iterator[tuple[K, int, RequestOutput]]:
-        """Like `each`, for requests that are made while others run.
+        """Like `each`, for requests that arrive while others run.
 
         Args:
-          asked: (key, requests), taken as there is room.
-          ahead: prompts that run or wait at once, at most; None for all.
-          stop: asked at every step. Once it holds, prompts that have begun to answer end, and the others are left.
+          asked: (key, requests), taken as room allows.
+          ahead: the most prompts running or waiting at once; None for no limit.
+          stop: called at every step. Once it returns True, started answers are finished and the others are skipped.
 
         Yields:
-          (key, number of the prompt in its requests, output), as they end.
+          (key, index of the prompt in its requests, output), as each finishes.
         """
         each = (((key, i), requests, i) for key, requests in asked for i in range(len(requests.prompts)))
         with self._alone():
@@ -201,13 +201,13 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
         **fields: Any,
     ) -> Iterator[StreamOutput]:
-        """Continues one prompt token by token. Closing the iterator, or an exception in `progress`, ends the work.
+        """Continues one prompt token by token. Closing the iterator, or an exception in `progress`, stops it.
 
         Arguments and errors as for `stream_generate`.
 
         Args:
-          progress: called before each step that computes a part of the prompt, with how many of its tokens are done,
-            and how many there are.
+          progress: called before each step that computes a part of the prompt, with the numbers of its tokens computed
+            so far and in total.
         """
         requests = prepare(self.model, self.tokenizer, [prompt], sampling(params, fields), self._adapters, adapter_id)
         check_stream(requests)
@@ -216,7 +216,7 @@ class LLM:
     def stream_of(
         self, requests: Requests, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[StreamOutput]:
-        """`stream`, of a request that is prepared."""
+        """`stream` for a prepared request."""
 
         def show(answers: Iterable[Answer]) -> bool:
             for answer in answers:
@@ -231,7 +231,7 @@ class LLM:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Whoever comes meanwhile is refused."""
+        """Refuses other calls meanwhile."""
         if self._busy:
             raise RequestError(
                 "this LLM is answering another call, whose results have not all been read",

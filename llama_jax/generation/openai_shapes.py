@@ -12,11 +12,11 @@ from llama_jax.generation.outputs import TokenLogprob
 from llama_jax.text.tokenizer import Tokenizer
 
 LEAST = -9999.0
-"""In place of minus infinity, which JSON has not; as vLLM does."""
+"""Stands for minus infinity, which JSON lacks; as in vLLM."""
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """Return a token as OpenAI spells it: its text, or its bytes where they are a part of a character."""
+    """Return a token as OpenAI spells it: its text, or its bytes if they are only part of a character."""
     data = tokenizer.bytes_of(token_id)
     try:
         return data.decode()
@@ -39,20 +39,20 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob], most: i
 
 
 class CompletionLogprobs:
-    """The "logprobs" of a completion's choice, of one run of tokens after the other."""
+    """The "logprobs" of a completion's choice, built from consecutive runs of tokens."""
 
     def __init__(self, tokenizer: Tokenizer, most: int, before: Sequence[int] = (), offset: int = 0):
-        """Make those of no tokens yet.
+        """Start without tokens.
 
         Args:
           most: likeliest tokens to name in the place of each; 0 for none.
-          before: ids that the tokens follow; offset: where the tokens' text begins in the choice's text.
+          before: ids that precede the tokens; offset: where the tokens' text begins in the choice's text.
         """
         self._tokenizer, self._most, self._at = tokenizer, most, offset
         self._stream = tokenizer.detokenizer(prompt_ids=before)
 
     def __call__(self, ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> dict[str, Any]:
-        """Return what is said of the next tokens. A part of a character begins where the character does."""
+        """Return the entries of the next tokens. A part of a character has the offset of the whole character."""
         offsets = []
         for token_id in ids:
             offsets.append(self._at)

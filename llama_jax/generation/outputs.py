@@ -1,4 +1,4 @@
-"""What generation returns, and how a row's token ids become its text."""
+"""Outputs of generation, and the detokenization of a row with stop strings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TokenLogprob:
 
     @classmethod
     def of(cls, logprobs: Logprobs, at: Any, token: int, n: int) -> TokenLogprob:
-        """Of a token, with the n most likely ones, at index `at` of numpy arrays."""
+        """The entry of a token, with the n most likely ones, at index `at` of numpy arrays."""
         value = float(logprobs.token[at])
         top = {int(i): float(v) for i, v in zip(logprobs.top_ids[at][:n], logprobs.top[at][:n], strict=True)}
         return cls(token, value, {**top, token: value} if n else {token: value})
@@ -36,10 +36,10 @@ class CompletionOutput:
     """One continuation of a prompt.
 
     Attributes:
-      token_ids: what was generated; the id that ended the text, if one did, is the last.
-      text: without stop strings and, unless they were asked for, control tokens.
-      finish_reason: "stop" (end of text, stop id or stop string, or nothing may follow by the grammar), "length", or
-        "error" (there was no next token); error: why not.
+      token_ids: generated ids; the last is the id that ended the text, if one did.
+      text: without stop strings and, unless requested, control tokens.
+      finish_reason: "stop" (end of text, stop id or stop string, or the grammar allows nothing more), "length", or
+        "error" (there was no next token); error: the reason.
       stop_reason: the string of `stop`, or the id of `stop_token_ids`, that ended the text.
     """
 
@@ -57,8 +57,8 @@ class Timing:
     """Seconds and rates of the batch that a request ran in.
 
     Attributes:
-      ttft_s: from the call to the first token on the host, compilation included if there was any; where no token is
-        asked for, to the end of the prompts.
+      ttft_s: from the call to the first token on the host, including compilation if any; if no token is requested,
+        to the end of the prompts.
       prompt_tps: prompt tokens of the batch per second of prefill.
       generation_tps: tokens of the batch per second of decoding, after the first and without compilation.
     """
@@ -70,11 +70,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """All that came of one prompt.
+    """Everything generated for one prompt.
 
     Attributes:
       prompt_logprobs: one entry per prompt token; None for the first, which nothing predicts.
-      cached_tokens: of the prompt, that an engine had computed for others before.
+      cached_tokens: prompt tokens that the engine had already computed for other requests.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -94,11 +94,11 @@ class StreamOutput:
     """One step of `stream_generate`; field names as in mlx-lm.
 
     Attributes:
-      text: what this token adds to the text: often empty while a character or a possible stop string is incomplete.
-      token: its id; -1 where the logits of the first one were no numbers.
+      text: the text that this token adds; often empty while a character or a possible stop string is incomplete.
+      token: its id; -1 if the logits of the first one were not numbers.
       finish_reason: set on the last one only.
-      new_logprobs: of all tokens that came with this step, of which there are several with drafts.
-      cached_tokens: of the prompt, that the engine had computed before.
+      new_logprobs: of all tokens of this step; there may be several with drafts.
+      cached_tokens: prompt tokens that the engine had already computed.
     """
 
     text: str
@@ -141,11 +141,11 @@ class RowText:
         self._pending = ""
 
     def add(self, token_id: int, *, limit: int) -> str:
-        """Takes the next token, the last one if it makes `limit` tokens; returns the text that is now certain."""
+        """Adds the next token, which is the last one if it reaches `limit`; returns the text that is now certain."""
         self.token_ids.append(token_id)
         ended = token_id in self.stop_ids and len(self.token_ids) >= self.params.min_tokens
         last = ended or len(self.token_ids) >= limit
-        # Some models' vocabularies are padded beyond their tokenizer's: such an id has no text.
+        # Some models pad the vocabulary beyond the tokenizer's: such an id has no text.
         if self._detokenizer and not ended and token_id < self._known_ids:
             self._pending += self._detokenizer.add(token_id)
         if last:
@@ -164,7 +164,7 @@ class RowText:
         return self._certain(len(self._pending) - held)
 
     def end(self, reason: FinishReason) -> str:
-        """Ends the text behind its last token, unless it has ended; returns what was held back."""
+        """Ends the text after its last token, unless it has ended; returns the text held back."""
         if self.finish_reason is None:
             self._complete(reason)
         return self._certain(len(self._pending))
@@ -181,7 +181,7 @@ class RowText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that a stop string could start with."""
+    """Length of the longest suffix of `text` that is a prefix of a stop string."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-n:]):
             return n

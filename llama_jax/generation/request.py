@@ -28,10 +28,10 @@ class Row:
     """One continuation of a prompt.
 
     Attributes:
-      prompt: number of the prompt.
-      params: how to sample; with its own seed where the request has one.
-      limit: tokens that it may have.
-      constraints: of this continuation alone, at its start.
+      prompt: index of the prompt.
+      params: sampling parameters, with the row's own seed if the request has one.
+      limit: most tokens to generate.
+      constraints: of this continuation alone, in their initial state.
     """
 
     prompt: int
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def greedy(self) -> bool:
-        """Whether it takes the most likely tokens, and nothing changes which these are."""
+        """Whether it takes the most likely tokens and nothing modifies the logits."""
         return not self.constraints and SamplerProfile.of([self.params]) == GREEDY
 
 
@@ -51,7 +51,7 @@ class Requests:
 
     Attributes:
       prompts: token ids; params: of each prompt.
-      rows: the continuations, those of one prompt side by side.
+      rows: the continuations, those of one prompt adjacent.
       adapters: slots of adapters (`model.adapters`), or None; adapter_ids: the slot of each prompt.
     """
 
@@ -67,12 +67,12 @@ class Requests:
         return tuple(tuple(rows) for _, rows in itertools.groupby(self.rows, key=lambda row: row.prompt))
 
     def prompt_of(self, row: int) -> list[int]:
-        """Token ids that a row continues."""
+        """Prompt token ids of a row."""
         return self.prompts[self.rows[row].prompt]
 
 
 def check_prompts(prompts: Any) -> None:
-    """Raises RequestError for a single text in place of several prompts: it would be taken apart silently."""
+    """Raises RequestError for a single text in place of several prompts: it would silently be split into characters."""
     if isinstance(prompts, str | bytes):
         raise RequestError(
             "prompts must be a list of prompts, not a single text",
@@ -82,14 +82,14 @@ def check_prompts(prompts: Any) -> None:
 
 
 def check_stream(requests: Requests) -> None:
-    """Raises RequestError where a stream would not be one text that grows."""
+    """Raises RequestError if a stream would not be a single growing text."""
     if len(requests.rows) != 1:
         raise RequestError("a stream has one continuation: n must be 1", param="n", hint="use batch_generate")
     requests.params[0].check_generates("a stream")
 
 
 def sampling(params: Any, fields: Mapping[str, Any]) -> Any:
-    """Sampling parameters, one for all or one for each, with some fields changed; greedy ones by default."""
+    """Sampling parameters, one for all or one for each, with some fields replaced; greedy by default."""
     base = SamplingParams(temperature=0.0) if params is None else params
     if isinstance(base, SamplingParams):
         return dataclasses.replace(base, **fields) if fields else base
@@ -107,7 +107,7 @@ def prepare(
     """Checks everything that can be checked before a device is used.
 
     Raises:
-      RequestError: a prompt, a parameter or an adapter's slot is wrong, or exceeds the model's context.
+      RequestError: a prompt, a parameter or an adapter's slot is invalid, or a prompt exceeds the model's context.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
@@ -164,7 +164,7 @@ def _with_seed(params: SamplingParams, copy: int) -> SamplingParams:
 
 
 def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, BOS included if the model wants one; ids are returned as they are."""
+    """Token ids of a prompt, with BOS if the model wants one; ids are returned unchanged."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError(
@@ -182,7 +182,7 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
             )
         given: Any = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         ids = list(given)
-        if not set(map(type, ids)) <= {int}:  # a long prompt of plain integers is looked through in no time
+        if not set(map(type, ids)) <= {int}:  # fast for a long prompt of plain integers
             for token in ids:
                 if not isinstance(token, int | np.integer) or isinstance(token, bool):
                     raise RequestError(
@@ -197,9 +197,9 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
 
 
 def token_limit(config: LlamaConfig, prompt_length: int, max_tokens: int | None) -> int:
-    """How many tokens may follow a prompt; the model's context bounds both together.
+    """The most tokens that may follow a prompt; the model's context bounds both together.
 
-    A prompt that fills the context has room for none, and is taken only where none is asked for (`max_tokens=0`).
+    A prompt that fills the context leaves room for none, and is accepted only with `max_tokens=0`.
 
     Raises:
       RequestError: the prompt, or prompt and max_tokens, exceed the context.

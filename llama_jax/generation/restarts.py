@@ -1,4 +1,4 @@
-"""Policy of restarts: when a failed engine is made anew, and when it is given up."""
+"""Restart policy: when to rebuild a failed engine, and when to give up."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Restarts:
-    """Restarts at once after a first failure, then after pauses that double, until there were too many in a row.
+    """Restarts at once after a first failure, then with exponential backoff, until too many have failed in a row.
 
     Attributes:
-      attempts: to make it anew, in a row.
-      pause_s: before the second of them; longest_s: of all pauses.
-      sound_s: an engine that has worked for so long is sound: its next failure is the first in a row.
+      attempts: most consecutive attempts.
+      pause_s: before the second attempt; longest_s: cap of all pauses.
+      sound_s: an engine that has worked for this long is sound: its next failure is the first in a row.
       total: attempts so far.
     """
 
@@ -25,11 +25,11 @@ class Restarts:
     _made: float | None = field(default=None, init=False)
 
     def failed(self, now: float) -> float | None:
-        """Take note of a failure, of the engine or of an attempt; return the seconds until the next attempt, None if
-        there is none.
+        """Record a failure of the engine or of an attempt; return the seconds until the next attempt, None if there is
+        none.
 
         Args:
-          now: by a clock that never goes back.
+          now: by a monotonic clock.
         """
         if self._made is not None and now - self._made >= self.sound_s:
             self._row = 0
@@ -41,10 +41,10 @@ class Restarts:
         return min(self.pause_s * 2 ** (self._row - 2), self.longest_s) if self._row > 1 else 0.0
 
     def made(self, now: float) -> None:
-        """Take note that it works again."""
+        """Record that it works again."""
         self._made = now
 
     @property
     def row(self) -> int:
-        """Attempts since it has last worked soundly."""
+        """Attempts since it last worked soundly."""
         return self._row

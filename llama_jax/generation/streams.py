@@ -1,4 +1,4 @@
-"""Requests of an engine's callers, and the pieces that they get."""
+"""Requests of an engine's callers, and the pieces they receive."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llama_jax.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt for an engine, and how to continue it.
+    """A prompt for an engine, with its sampling parameters.
 
     Attributes:
       prompt: text or token ids; for a conversation `encode_chat(tokenizer, messages)`.
-      priority: lower ones first.
+      priority: lower ones run first.
       adapter_id: slot of the adapter, 0 for none.
-      tenant: requests share what they have computed of a common prefix only with those of the same tenant.
+      tenant: requests share a cached prefix only with those of the same tenant.
     """
 
     prompt: Prompt
@@ -38,10 +38,10 @@ class Piece:
 
     Attributes:
       index: of the continuation.
-      text: what is new; often empty while a character or a possible stop string is incomplete.
-      token_ids: new ones; logprobs: of them, if they were asked for.
-      finish_reason, stop_reason: of its last piece, as in `CompletionOutput`.
-      output: of the whole request, with its very last piece.
+      text: new text; often empty while a character or a possible stop string is incomplete.
+      token_ids: new ones; logprobs: of them, if requested.
+      finish_reason, stop_reason: on its last piece, as in `CompletionOutput`.
+      output: of the whole request, on its very last piece.
     """
 
     index: int
@@ -53,7 +53,7 @@ class Piece:
     stop_reason: int | str | None = None
 
     def __add__(self, later: Piece) -> Piece:
-        """Both in one: what came first, and behind it what came later of the same continuation."""
+        """Joins this piece and a later one of the same continuation."""
         logprobs = None
         if self.logprobs is not None or later.logprobs is not None:
             logprobs = (*(self.logprobs or ()), *(later.logprobs or ()))
@@ -63,9 +63,9 @@ class Piece:
 
 @dataclass(eq=False)
 class Stream:
-    """A caller: where its pieces go, and what its request has become.
+    """A caller: the destination of its pieces, and the state of its request.
 
-    Pieces that nobody has taken yet become one, so that a slow reader gets fewer and larger ones, and is no queue.
+    Pieces not yet taken are merged into one, so that a slow reader gets fewer, larger ones and no queue builds up.
     """
 
     requests: Requests
@@ -77,19 +77,19 @@ class Stream:
     _came: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     def put(self, piece: Piece | BaseException) -> None:
-        """Keeps a piece, or the error that ends the stream, until it is taken. Within the caller's event loop."""
+        """Keeps a piece, or the error that ends the stream, until it is taken. Runs in the caller's event loop."""
         index = -1 if isinstance(piece, BaseException) else piece.index
         earlier = self._kept.pop(index, None)
         if isinstance(earlier, Piece) and isinstance(piece, Piece):
             piece = earlier + piece
-        self._kept[index] = piece  # behind all others: it may be the last of the request
+        self._kept[index] = piece  # after all others: it may be the last of the request
         self._came.set()
 
     async def take(self) -> Piece:
-        """The next piece; waits for one.
+        """Waits for the next piece and returns it.
 
         Raises:
-          BaseException: the one that the stream has ended in.
+          BaseException: the error that ended the stream.
         """
         while not self._kept:
             self._came.clear()
@@ -101,13 +101,13 @@ class Stream:
 
 
 News = tuple[Stream, Piece | BaseException]
-"""A piece, or the error that ends a stream, and whose it is."""
+"""A stream, and its next piece or the error that ends it."""
 
 
 def deliver(news: Iterable[News]) -> None:
-    """Hands pieces to their callers' event loops; one that has been closed wants none.
+    """Hands pieces to their callers' event loops; closed loops are skipped.
 
-    A loop is woken once for all of its pieces: it takes the interpreter's lock from the thread that wakes it.
+    Each loop is woken once for all of its pieces, since it takes the interpreter's lock from the waking thread.
     """
     by_loop = defaultdict[asyncio.AbstractEventLoop, list[News]](list)
     for one in news:

@@ -1,6 +1,6 @@
-"""How fast generation is, and how near to what the device can do.
+"""Speed of generation, and how close it is to the device's limits.
 
-Times are of static batches with random token ids (`static`), after one warm-up run per shape; medians over the
+Times are for static batches with random token ids (`static`), after one warm-up run per shape; medians over the
 repeats. Ceilings are measured in the same process: sequential reads, and a large matrix product.
 """
 
@@ -40,14 +40,14 @@ from llama_jax.sharding import DeviceMesh, on
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reached: bytes/s of reads, FLOP/s of a square matrix product in the model's dtype."""
+    """Measured ceilings: bytes/s of reads, FLOP/s of a square matrix product in the model's dtype."""
 
     read_bytes_per_s: float
     matmul_flops_per_s: float
 
     @property
     def peak(self) -> Peak:
-        """The peak that an engine's rates are compared with."""
+        """The ceilings as the peak for an engine's rates."""
         return Peak(self.read_bytes_per_s, self.matmul_flops_per_s)
 
     def __str__(self) -> str:
@@ -66,8 +66,8 @@ class BenchResult:
       mbu: bytes that each device must read in a step (weights, and the cache at its mean length) per second, over the
         read ceiling of one device.
       mfu: FLOPs of prefill per second and device, over the matrix product's.
-      void: which of `mbu` and `mfu` came out above 1 and is None: its ceiling was measured too low, by noise or by what
-        else ran, and no share of it means anything.
+      void: which of `mbu` and `mfu` came out above 1 and is None: its ceiling was measured too low, because of noise or
+        other processes, so the share is meaningless.
       spread: (slowest - fastest) / median of the decode times.
     """
 
@@ -85,7 +85,7 @@ class BenchResult:
 
 
 def environment(dtype: DTypeLike, mesh: DeviceMesh | None = None) -> dict[str, Any]:
-    """What a number depends on besides the code."""
+    """Environment that a number depends on besides the code."""
     from importlib.metadata import version
 
     import llama_jax
@@ -110,7 +110,7 @@ def random_model(
     activations: str | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Model:
-    """A preset's shape with random weights made on the device or devices, fused as `load` does it; `mesh`, `weights`,
+    """A preset's shape with random weights made on the device or devices, fused as by `load`; `mesh`, `weights`,
     `kv_dtype`, `activations` and `notify` are those of `load`."""
     check_kv_dtype(kv_dtype)
     wanted, config = requested(weights), preset(name)
@@ -121,7 +121,7 @@ def random_model(
         check(held, mesh)
     config = split_config(config, mesh)
     key = jax.random.key(0)
-    # Leaves of one shape and place share one program.
+    # Leaves of one shape and placement share one program.
     makers: dict[Any, Any] = {}
 
     def make(spec: ParamSpec, index: int) -> jax.Array:
@@ -141,10 +141,10 @@ def random_model(
 
 
 def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10, side: int | None = None) -> Ceilings:
-    """Reads of 2 GiB on a GPU (256 MiB on a CPU) at a time, and a matrix product of 8192 x 8192 (2048 x 2048).
+    """Measures reads of 2 GiB on a GPU (256 MiB on a CPU), and a matrix product of 8192 x 8192 (2048 x 2048).
 
     Args:
-      side: of the matrices, instead; a read is then of 32 * side**2 bytes. At least 32.
+      side: overrides the side of the matrices; a read is then 32 * side**2 bytes. At least 32.
     """
     dtype = jnp.dtype(dtype)
     cpu = jax.default_backend() == "cpu"
@@ -154,12 +154,12 @@ def measure_ceilings(dtype: DTypeLike, *, repeats: int = 10, side: int | None = 
         size, side = (1 << 28, 2048) if cpu else (1 << 31, 8192)
     key = jax.random.key(0)
     shape = (size // dtype.itemsize // 1024, 1024)
-    # Several arrays in turn, so that no cache holds what is read.
+    # Several arrays in turn, so that reads never hit a cache.
     arrays = [jax.random.normal(jax.random.fold_in(key, i), shape, dtype) for i in range(3)]
     x = jnp.ones((1024,), dtype)
 
     def read(a: jax.Array) -> jax.Array:
-        # Each byte once with next to no arithmetic, written so that either compiler reads at full speed.
+        # Each byte once with almost no arithmetic, written so that either compiler reads at full speed.
         return a @ x if cpu else jnp.sum(a.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
 
     seconds = _per_call(jax.jit(read), [(a,) for a in arrays], repeats)
@@ -196,7 +196,7 @@ def bench(
     """Times prefill and decode of `batch` random prompts; every run draws fresh tokens.
 
     Args:
-      page_size: tokens of a page; None for a dense cache.
+      page_size: tokens per page; None for a dense cache.
     """
     rng = np.random.default_rng(seed)
     prefills, decodes = [], []
@@ -230,14 +230,14 @@ def bench(
 
 
 def sound_share(share: float) -> float | None:
-    """A share of a ceiling; None if it came out above 1, see `BenchResult.void`."""
+    """A share of a ceiling; None if it is above 1, see `BenchResult.void`."""
     return share if share <= 1 else None
 
 
 def profile_generation(
     model: Model, *, batch: int, prompt: int, new: int, seed: int = 0, page_size: int | None = None
 ) -> tuple[ProgramTime, ...]:
-    """One more run of what `bench` has timed, under the profiler: the kernels of prefill and of decode steps.
+    """Runs `bench`'s workload once more under the profiler: the kernels of prefill and of decode steps.
 
     Raises:
       NoDevice: there is no GPU whose kernels the profiler sees.

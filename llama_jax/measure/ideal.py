@@ -1,8 +1,8 @@
-"""The ideal schedule of a job: what static batches of this device would need if no row ever waited for another.
+"""The ideal schedule of a job: the time of static batches on this device if no row ever waited for another.
 
     ideal = prompt tokens / prefill rate + sum over k = 1, 2, ... of step(n_k)
 
-n_k is how many requests have more than k output tokens, so how many rows are unfinished at decode step k if all start
+n_k is the number of requests with more than k output tokens, i.e. of rows unfinished at decode step k if all start
 together (prompts draw the first token). step(n) is the measured time of a static decode step of n rows, interpolated
 between the sizes that were measured. More rows than the largest of them, M, take turns: step(n) = n / M * step(M).
 """
@@ -22,12 +22,12 @@ from llama_jax.model.loaded import Model
 from llama_jax.plan.memory import cache_bytes
 
 NEW = 32
-"""Decode steps that are timed."""
+"""Number of timed decode steps."""
 
 
 @dataclass(frozen=True)
 class Steady:
-    """Static batches of the functional loop, as measured.
+    """Measured static batches of the functional loop.
 
     Attributes:
       results: by ascending batch.
@@ -37,7 +37,7 @@ class Steady:
 
     @property
     def prefill_tps(self) -> float:
-        """Prompt tokens a second: the best of all sizes."""
+        """Prompt tokens per second: the best of all sizes."""
         return max(result.prefill_tps for result in self.results)
 
     def step_s(self, rows: int) -> float:
@@ -47,14 +47,14 @@ class Steady:
         return turns * float(np.interp(rows, batches, [result.step_s for result in self.results]))
 
     def decode_tps(self, rows: int) -> float:
-        """Tokens a second of steady decoding."""
+        """Tokens per second of steady decoding."""
         return rows / self.step_s(rows)
 
     def ideal_s(self, prompt_tokens: int, outputs: Sequence[int]) -> float:
         """Seconds of the ideal schedule.
 
         Args:
-          prompt_tokens: that have to be computed.
+          prompt_tokens: number of tokens to compute.
           outputs: tokens of each request.
         """
         return prompt_tokens / self.prefill_tps + sum(self.step_s(rows) for rows in unfinished(outputs))
@@ -69,10 +69,10 @@ def unfinished(outputs: Sequence[int]) -> list[int]:
 def measure_steady(
     model: Model, ceilings: Ceilings, works: Sequence[Work], sizes: Iterable[int], *, repeats: int = 3
 ) -> Steady:
-    """Times static batches whose cache is as long as that of the requests' decode steps in the mean.
+    """Times static batches whose cache is as long as the mean over the requests' decode steps.
 
     Args:
-      sizes: of batches, ascending; those for which there is no memory are left out.
+      sizes: of batches, ascending; those that do not fit into memory are skipped.
     """
     new = min(NEW, model.config.context_length // 2)
     cached = _cached(works)
@@ -85,13 +85,12 @@ def measure_steady(
 
 
 def every_other(sizes: Sequence[int]) -> list[int]:
-    """The largest of ascending sizes, the next but one below it, and so on; and the smallest. Each costs two
-    programs."""
+    """Every other one of ascending sizes, counted from the largest, and the smallest. Each costs two programs."""
     return sorted({sizes[0], *sizes[::-2]})
 
 
 def _cached(works: Sequence[Work]) -> int:
-    """Tokens in the cache of a row, in the mean over all decode steps."""
+    """Mean number of tokens in a row's cache over all decode steps."""
     steps = sum(work.output_tokens - 1 for work in works)
     if not steps:
         return sum(len(work.prompt) for work in works) // len(works)
@@ -100,12 +99,12 @@ def _cached(works: Sequence[Work]) -> int:
 
 
 def _nearest_bucket(length: int) -> int:
-    """A length that prefill does not pad, near to the one given."""
+    """A length close to the given one that prefill does not pad."""
     return min(prompt_bucket(length), prompt_bucket(max(1, length * 2 // 3)), key=lambda size: abs(size - length))
 
 
 def _that_fit(model: Model, sizes: Iterable[int], length: int) -> list[int]:
-    """Batches whose dense caches take no more than half of the memory that is free; the smallest in any case."""
+    """Batches whose dense caches take at most half of the free memory; the smallest in any case."""
     free = free_memory(model)
     smallest, *larger = sizes
     each = cache_bytes(model.config, model.mesh, model.dtype.itemsize, length, model.kv_dtype)

@@ -1,4 +1,4 @@
-"""One request at a time through an engine: the rows that llama-bench has, and what a caller waits for."""
+"""Latency of one request at a time through an engine: the rows of llama-bench, and a caller's waiting times."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Row:
 
     Attributes:
       test: "pp512", a prompt of 512 tokens; "tg128 @ d4096", 128 tokens after a prompt of 4096 (without "@ d0": of 1).
-      tokens_per_second: of the prompt until its first token, or of the output behind its first token.
-      ttft_ms: to the first token; itl_ms: between news of two tokens, the median; None for "pp".
+      tokens_per_second: of the prompt until its first token, or of the output after its first token.
+      ttft_ms: to the first token; itl_ms: median between updates; None for "pp".
       share: of the measured ceiling: MFU for "pp", MBU for "tg"; None if it came out above 1.
       spread: (slowest - fastest) / median.
     """
@@ -46,7 +46,7 @@ def latency_rows(
     rounds: int = 5,
     seed: int = 0,
 ) -> Iterator[Row]:
-    """Times prompts of each length, and `new` >= 2 tokens behind each depth; every request has other random ids.
+    """Times prompts of each length, and `new` >= 2 tokens after each depth; every request has new random ids.
 
     Raises:
       DoesNotFit: a request is longer than the engine's context.
@@ -79,7 +79,7 @@ def latency_rows(
 
 
 def _times(llm: LLM, work: Work) -> list[float]:
-    """Seconds from the call to each news of tokens."""
+    """Seconds from the call to each update."""
     start, times = time.perf_counter(), []
 
     for _ in llm.stream(list(work.prompt), asked(work)):

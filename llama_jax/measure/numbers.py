@@ -1,4 +1,4 @@
-"""A model's numbers as the kernels' cases take them; `llama_jax.kernels` knows no model."""
+"""A model's dimensions for the kernels' cases; `llama_jax.kernels` does not know models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _JOINT = {part: joint for joint, parts in JOINT.items() for part in parts}
 
 
 def numbers_of(config: LlamaConfig) -> dict[str, Any]:
-    """A model's numbers, as the cases of operations take them."""
+    """A model's dimensions, as the cases of operations take them."""
     moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
     numbers: dict[str, Any] = {
         "heads": config.num_heads,
@@ -30,7 +30,7 @@ def numbers_of(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _products(config: LlamaConfig) -> tuple[tuple[int, int], ...]:
-    """[out, in] of the first layer's projections, joint ones as one."""
+    """[out, in] of the first layer's projections, fused ones as one."""
     sizes: dict[str, tuple[int, int]] = {}
     for spec in canonical_specs(config):
         projection = spec.path[:2] == ("layers", "0") and spec.path[-1] == "weight" and len(spec.shape) == 2

@@ -1,4 +1,4 @@
-"""Where the time of a run goes on a GPU: kernels by program, from JAX's own profiler."""
+"""Profile of a run on a GPU: kernel times by program, from JAX's own profiler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax
 from llama_jax.errors import NoDevice
 
 KINDS = ("product", "attention", "experts", "communication", "copy", "other")
-"""What kernels do; by `kind` of their names."""
+"""Kinds of kernels, derived from their names by `kind`."""
 
 _SIGNS = {
     "communication": ("nccl", "rccl", "allreduce", "all-reduce", "all_reduce", "all-gather", "all_gather"),
@@ -27,7 +27,7 @@ _SIGNS = {
 
 @dataclass(frozen=True)
 class KernelTime:
-    """All runs of one kernel: their number, and seconds together."""
+    """All runs of one kernel: their number and total seconds."""
 
     name: str
     calls: int
@@ -35,19 +35,19 @@ class KernelTime:
 
     @property
     def kind(self) -> str:
-        """One of KINDS."""
+        """The kernel's kind, one of KINDS."""
         name = self.name.lower()
         return next((kind for kind, signs in _SIGNS.items() if any(sign in name for sign in signs)), "other")
 
 
 @dataclass(frozen=True)
 class ProgramTime:
-    """What one device did for one compiled program.
+    """One device's work for one compiled program.
 
     Attributes:
       program: the name of the jitted function.
-      busy_s: seconds in which at least one kernel ran. span_s: from the first kernel's start to the last one's end.
-      kernels: the longest first.
+      busy_s: seconds during which at least one kernel ran. span_s: from the first kernel's start to the last one's end.
+      kernels: longest first.
     """
 
     device: str
@@ -68,7 +68,7 @@ def profile(run: Callable[[], Any]) -> tuple[ProgramTime, ...]:
     """Runs a function once under the profiler.
 
     Args:
-      run: has been run before, so that nothing is compiled now; waits for the device itself.
+      run: must have been run before, so that nothing is compiled now; waits for the device itself.
 
     Raises:
       NoDevice: the profiler saw no kernel of a GPU.
@@ -77,7 +77,7 @@ def profile(run: Callable[[], Any]) -> tuple[ProgramTime, ...]:
 
 
 def calls_of(run: Callable[[], Any]) -> dict[str, dict[str, list[float]]]:
-    """Runs a function once under the profiler: the seconds of each call of each kernel, by program.
+    """Runs a function once under the profiler; returns the seconds of each call of each kernel, by program.
 
     Raises:
       NoDevice: as `profile` does.

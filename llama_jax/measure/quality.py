@@ -1,8 +1,8 @@
-"""How far a quantised model's predictions are from those of the model that it was made of, over a text.
+"""Quality of a quantised model: divergence of its predictions from those of the original model, over a text.
 
-The protocol is llama.cpp's (tools/perplexity): windows of the text stand alone, and of each the second half is scored,
-so that every prediction has seen at least half a window. Of the reference only the last hidden states are kept, from
-which its logits are computed again beside the other model's; its log-probabilities would take a hundred times as much.
+The protocol is llama.cpp's (tools/perplexity): windows of the text are independent, and the second half of each is
+scored, so that every prediction has seen at least half a window. Only the reference's last hidden states are kept, from
+which its logits are recomputed beside the other model's; its log-probabilities would take a hundred times as much.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from llama_jax.sharding import on
 WINDOW = 512
 """Tokens of one window."""
 ROWS = 4
-"""Windows that are computed together."""
+"""Number of windows that are computed together."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """A model's predictions beside those of its reference.
+    """A model's predictions compared with those of its reference.
 
-    Standard errors take windows, not tokens, as independent of each other.
+    Standard errors treat windows, not tokens, as independent.
 
     Attributes:
-      tokens: that were predicted.
+      tokens: number of predicted tokens.
       perplexity, reference_perplexity: exp of the mean negative log-probability of the text's own tokens.
       log_ratio: log(perplexity / reference_perplexity), and `log_ratio_error`, its standard error.
-      kl: mean Kullback-Leibler divergence of the model from its reference, in nats a token; `kl_error`: its standard
-        error.
+      kl: mean Kullback-Leibler divergence of the model from its reference, in nats per token; `kl_error`: its
+        standard error.
       same_top: share of the predictions whose likeliest token is the reference's.
     """
 
@@ -56,12 +56,12 @@ class Quality:
 
 @dataclass(frozen=True)
 class Reference:
-    """A model over a text, for other models to be compared with.
+    """A reference model's run over a text, to compare other models with.
 
     Attributes:
       model: in the precision that counts as exact.
       windows: int32 [windows, length], the text's tokens.
-      hidden: [windows, scored, hidden_size], what the model's logits are made of.
+      hidden: [windows, scored, hidden_size], from which the model's logits are computed.
     """
 
     model: Model
@@ -70,7 +70,7 @@ class Reference:
 
 
 def windows(tokens: list[int] | np.ndarray, length: int = WINDOW) -> np.ndarray:
-    """A text's tokens in windows that stand alone: int32 [windows, length]; what is left at the end is left out.
+    """A text's tokens in independent windows: int32 [windows, length]; the remainder is dropped.
 
     Raises:
       RequestError: there are not enough for two windows, which a standard error needs.
@@ -89,8 +89,8 @@ def refer(model: Model, text: np.ndarray, progress: Progress | None = None) -> R
     """Runs the reference once.
 
     Args:
-      text: int32 [windows, length], as `windows` gives it.
-      progress: called after each group of windows, with tokens.
+      text: int32 [windows, length], from `windows`.
+      progress: called after each group of windows, with the number of tokens.
     """
     return Reference(model, text, np.concatenate([_hidden(model, part) for part in _parts(text, progress)]))
 
@@ -126,14 +126,14 @@ def _parts(text: np.ndarray, progress: Progress | None) -> Iterator[np.ndarray]:
 
 
 def _hidden(model: Model, rows: np.ndarray) -> np.ndarray:
-    """The hidden states that the logits of each row's second half are made of: [rows, length / 2, hidden_size]."""
+    """The hidden states for the logits of each row's second half: [rows, length / 2, hidden_size]."""
     with on(model.mesh):
         return np.asarray(_last_hidden(model.params, model.config, jnp.asarray(rows)))
 
 
 @partial(jax.jit, static_argnums=1)
 def _last_hidden(params: Params, config: LlamaConfig, rows: jax.Array) -> jax.Array:
-    # The last token predicts what is in another window.
+    # The last token predicts a token of another window.
     scored = jnp.arange(rows.shape[1] // 2 - 1, rows.shape[1] - 1, dtype=jnp.int32)
     at = jnp.broadcast_to(scored, (len(rows), len(scored)))
     _, _, seen = forward(params, config, rows, logits_at=at, capture=("final_norm",))
@@ -152,7 +152,7 @@ def _unembed(params: Params, config: LlamaConfig, hidden: jax.Array) -> jax.Arra
 
 @jax.jit
 def compared(ours: jax.Array, theirs: jax.Array, text: jax.Array) -> dict[str, jax.Array]:
-    """Means over the predictions of a window, from logits [scored, vocab] and the tokens that came [scored]."""
+    """Means over the predictions of a window, from logits [scored, vocab] and the actual tokens [scored]."""
     ours, theirs = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
     came = text[:, None]
     return {
@@ -165,7 +165,7 @@ def compared(ours: jax.Array, theirs: jax.Array, text: jax.Array) -> dict[str, j
 
 
 def summary(found: Mapping[str, np.ndarray]) -> Quality:
-    """Figures of a text from those of its windows, as `compared` gives them, stacked."""
+    """Figures of a text from those of its windows, as returned by `compared`, stacked."""
     loss, reference, kl = (found[name].astype(np.float64) for name in ("loss", "reference_loss", "kl"))
 
     def error(of_windows: np.ndarray) -> float:

@@ -1,5 +1,5 @@
-"""Requests that arrive over time, at an engine of this process or at a server: each caller's waiting times, in the
-field names of vLLM's benchmark."""
+"""Serving benchmark: requests that arrive over time, at an engine of this process or at a server. Reports each caller's
+waiting times, with the field names of vLLM's benchmark."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ TIMES = {
     "itl": ("Inter-token Latency", "ITL"),
     "e2el": ("End-to-end Latency", "E2EL"),
 }
-"""Times in milliseconds, with the names that vLLM prints: to the first token, per token behind it, between news of
-tokens, to the last token."""
+"""Times in milliseconds, with the names that vLLM prints: to the first token, per token after it, between updates,
+to the last token."""
 LIMITED = ("ttft", "tpot", "e2el")
-"""Those that a request has one of, so that goodput can be counted by them."""
+"""Times that a request has only one of, so that goodput can be based on them."""
 PERCENTILES = (50, 95, 99)
 _START_S, _LEAD_S = 120.0, 0.5
-"""Until processes of callers are there, at most; until the first request of a run is sent."""
+"""Longest wait for calling processes to start; delay before the first request of a run."""
 _COUNTS = {
     "completed": "Successful requests:",
     "failed": "Failed requests:",
@@ -58,9 +58,9 @@ class Record:
     """History of one request; times in seconds on one clock.
 
     Attributes:
-      sent: when it was handed over; news: when tokens arrived, several of them at once perhaps.
-      tokens: that it got in all.
-      refused: why it got no answer, if it got none: there was no room in the queue, its logits were no numbers, ...
+      sent: when it was sent; news: when tokens arrived, possibly several at once.
+      tokens: total number received.
+      refused: why it got no answer, if so: the queue was full, its logits were not numbers, ...
     """
 
     prompt_tokens: int
@@ -70,7 +70,7 @@ class Record:
     refused: str | None = None
 
     def times_ms(self) -> dict[str, list[float]]:
-        """Each of `TIMES`; a request has one or none, but of `itl` many."""
+        """Each of `TIMES`; a request has at most one, but many of `itl`."""
         first, last = self.news[0], self.news[-1]
         each = [(last - first) / (self.tokens - 1)] if self.tokens > 1 else []
         gaps = np.diff(self.news).tolist()
@@ -79,7 +79,7 @@ class Record:
 
 
 def check_limits(limits: Mapping[str, float]) -> None:
-    """Refuses limits that no request can be held to.
+    """Refuses invalid limits.
 
     Raises:
       RequestError: a name is unknown, or a limit is not positive.
@@ -94,15 +94,15 @@ def check_limits(limits: Mapping[str, float]) -> None:
 
 
 def summary(records: Sequence[Record], duration: float, limits: Mapping[str, float]) -> dict[str, Any]:
-    """A run in the field names of vLLM's `bench serve`.
+    """Summary of a run, with the field names of vLLM's `bench serve`.
 
     Args:
       duration: seconds of the whole run.
-      limits: milliseconds by name (`LIMITED`): a request that keeps all of them counts for goodput.
+      limits: milliseconds by name (`LIMITED`): a request that meets all of them counts for goodput.
 
     Returns:
       Counts and rates, and of each of `TIMES` mean_*_ms, median_*_ms, std_*_ms and the percentiles p50_*_ms, ...; None
-      where no request has such a time. request_goodput is None without limits.
+      if no request has that time. request_goodput is None without limits.
     """
     done = [record for record in records if record.news and record.refused is None]
     times = [record.times_ms() for record in done]
@@ -148,8 +148,8 @@ class Served:
     """One run.
 
     Attributes:
-      ready_s: seconds until the engine could take requests; the same for all runs of one engine. None of a server.
-      counts: what the engine did meanwhile (`throughput.meanwhile`); None of a server.
+      ready_s: seconds until the engine could take requests; the same for all runs of one engine. None for a server.
+      counts: the engine's counts during the run (`throughput.meanwhile`); None for a server.
     """
 
     summary: dict[str, Any]
@@ -164,10 +164,10 @@ def serve(
     limits: Mapping[str, float],
     **options: Any,
 ) -> list[Served]:
-    """Sends requests to an `Engine` in this process at their times of arrival, and reads all streams to their ends.
+    """Sends requests to an `Engine` in this process at their arrival times, and reads all streams to their ends.
 
     Args:
-      rounds: the requests of one run after the other, through one engine.
+      rounds: the requests of consecutive runs, through one engine.
       options: of `Engine`.
 
     Raises:
@@ -196,7 +196,7 @@ async def warm(engine: Engine) -> None:
 
 
 async def measured(engine: Engine, works: Sequence[Work], limits: Mapping[str, float]) -> dict[str, Any]:
-    """One run of `serve`, as `summary` gives it, through an engine that is running already.
+    """One run of `serve` through a running engine; returns its `summary`.
 
     Raises:
       EngineFailed: no request was answered.
@@ -222,15 +222,15 @@ def serve_remote(
     *,
     processes: int = 1,
 ) -> list[Served]:
-    """`serve` for a server with OpenAI's completions: token ids in, the likeliest tokens out, ends of texts ignored.
+    """`serve` for a server with OpenAI's completions: token ids in, greedy tokens out, end-of-text ignored.
 
     Args:
-      model: the server's name of it.
-      processes: that requests are sent from, in turn. Besides this one, which then sends none.
+      model: its name on the server.
+      processes: number of processes that send requests in turn, besides this one, which then sends none.
 
     Raises:
       NetworkError: the server cannot be reached.
-      RequestError: it refuses the first request, which is sent once before the others.
+      RequestError: it rejects the first request, which is sent once before the others.
       EngineFailed: it answers no request of a run.
     """
     check_limits(limits)
@@ -246,7 +246,7 @@ def serve_remote(
 
 @contextmanager
 def _callers(processes: int) -> Iterator[Executor]:
-    """Processes that requests can be sent from, all of them started; a thread for one."""
+    """Started processes to send requests from; a thread if there is only one."""
     if processes == 1:
         with ThreadPoolExecutor(1) as thread:
             yield thread
@@ -254,7 +254,7 @@ def _callers(processes: int) -> Iterator[Executor]:
     context = multiprocessing.get_context("spawn")
     started = context.Barrier(processes + 1)
     with ProcessPoolExecutor(processes, context, _started, (started,)) as pool:
-        for _ in range(processes):  # each task starts one, as long as none is idle
+        for _ in range(processes):  # each task starts one while none is idle
             pool.submit(int)
         started.wait(_START_S)
         yield pool
@@ -301,11 +301,11 @@ async def _ask_remote(remote: Remote, model: str, work: Work, record: Record) ->
 
 
 type Ask = Callable[[Work, Record], Awaitable[None]]
-"""Sends a request, and notes its news as they come."""
+"""Sends a request, and records its updates as they come."""
 
 
 def _summed(records: Sequence[Record], start: float, limits: Mapping[str, float]) -> dict[str, Any]:
-    """A run that has just ended, as `summary` gives it."""
+    """The `summary` of a run that has just ended."""
     found = summary(records, time.perf_counter() - start, limits)
     if not found["completed"]:
         why = next(filter(None, (record.refused for record in records)), "no token came")
@@ -319,8 +319,8 @@ async def _send(
     """Sends requests at their times.
 
     Args:
-      lost: errors that lose one request; others end the run.
-      start: from which their times count, by `time.perf_counter`; now, if it is None.
+      lost: errors that cost only one request; others end the run.
+      start: origin of their times, by `time.perf_counter`; None for now.
     """
     begun = time.perf_counter() if start is None else start
 

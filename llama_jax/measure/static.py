@@ -1,4 +1,4 @@
-"""Static batches: rows that begin together, and wait for the longest of them, in the functional loop
+"""Static batches: rows that start together and wait for the longest of them, in the functional loop
 (`llama_jax.decode`)."""
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from llama_jax.sampling import SamplingParams, make_sampler
 from llama_jax.sharding import on
 
 STRIDE = 64
-"""Decode steps of one dispatch."""
+"""Decode steps per dispatch."""
 
 
 def time_static(
     model: Model, prompts: Sequence[Sequence[int]], new: Sequence[int], page_size: int | None = None
 ) -> tuple[float, float]:
-    """Draws the likeliest tokens after prompts, whatever ends a text.
+    """Draws the most likely tokens after prompts, ignoring end-of-text.
 
     Args:
       new: tokens of each row, at least 1.
-      page_size: tokens of a page; None for a dense cache.
+      page_size: tokens per page; None for a dense cache.
 
     Returns:
-      Seconds to the first tokens, and from there to the last ones. Of the programs that are missing, the decode step is
-      compiled in neither.
+      Seconds to the first tokens, and from there to the last ones. Compilation of a missing decode step counts in
+      neither.
     """
     padded, longest = buckets.prompt_bucket(max(map(len, prompts))), max(new)
     capacity, *larger = buckets.capacities(padded, longest)

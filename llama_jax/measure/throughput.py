@@ -1,4 +1,4 @@
-"""All requests at once: how long an engine takes, and what it did meanwhile."""
+"""Throughput of an engine with all requests at once, and its counts during the run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from llama_jax.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Run:
-    """A job in numbers.
+    """Figures of a job.
 
     Attributes:
       elapsed_time: seconds from the call to the last answer.
       tokens_per_second: of prompts and answers.
-      prefix_hit_tokens: of prompts, that were found in the cache.
-      padding_share: of the tokens that steps computed, those that only filled up their shapes.
-      late_compilations: programs that were compiled meanwhile.
+      prefix_hit_tokens: prompt tokens found in the cache.
+      padding_share: share of the computed tokens that only filled the steps' shapes.
+      late_compilations: programs compiled during the run.
     """
 
     elapsed_time: float
@@ -51,7 +51,7 @@ class Run:
 
 
 def asked(work: Work) -> SamplingParams:
-    """Greedy, and exactly as long as the request says."""
+    """Sampling parameters of a request: greedy, and exactly as long as it says."""
     return SamplingParams(temperature=0.0, max_tokens=work.output_tokens, ignore_eos=True)
 
 
@@ -62,15 +62,15 @@ def make_ready(
     compiling: Progress | None = None,
     draft: Model | None = None,
 ) -> tuple[LLM, float]:
-    """An engine whose programs are all compiled and have run, and the seconds until it could take requests (those of
-    the first runs not counted).
+    """An engine whose programs are all compiled and have run once, and the seconds until it could take requests
+    (without those first runs).
 
     Args:
-      ceilings: what it is compared with while it runs (`Snapshot.mbu`).
-      compiling: told of each program that is compiled.
+      ceilings: peak rates for its utilisation (`Snapshot.mbu`).
+      compiling: called for each program that is compiled.
       draft: the draft model, if the settings have one.
     """
-    gc.collect()  # what was measured before may still hold memory
+    gc.collect()  # earlier measurements may still hold memory
     start = time.perf_counter()
     llm = LLM(model, settings=settings, draft=draft, ahead=True, peak=ceilings.peak, compiling=compiling)
     ready_s = time.perf_counter() - start
@@ -80,10 +80,10 @@ def make_ready(
 
 
 def run_job(llm: LLM, works: Sequence[Work]) -> Run:
-    """Hands all requests over at once and waits for all answers.
+    """Submits all requests at once and waits for all answers.
 
     Raises:
-      EngineFailed: an answer is shorter than it was asked for.
+      EngineFailed: an answer is shorter than requested.
     """
     before, start = llm.snapshot(), time.perf_counter()
     outputs = _answered(llm, works)
@@ -93,8 +93,8 @@ def run_job(llm: LLM, works: Sequence[Work]) -> Run:
 
 
 def run_static(model: Model, works: Sequence[Work], batch: int) -> Run:
-    """The same in static batches of `batch` requests, one batch after the other in the order of the requests. Runs
-    twice; the first one compiles."""
+    """The same in static batches of `batch` requests, batch by batch in the order of the requests. Runs twice; the
+    first run compiles."""
     for _ in range(2):
         elapsed = 0.0
         for first in range(0, len(works), batch):
@@ -109,7 +109,7 @@ def median(runs: Sequence[Run]) -> Run:
 
 
 def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The medians of several mappings, name by name; counts stay whole numbers, and what one of them lacks is None."""
+    """The medians of several mappings, name by name; counts stay whole numbers, and missing values give None."""
     found = {}
     for name, first in runs[0].items():
         values = [run[name] for run in runs]
@@ -118,12 +118,12 @@ def medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def shares(run: Run, works: Iterable[Work], steady: Steady, rows: int) -> dict[str, float]:
-    """A run beside what static batches allow.
+    """Compares a run with static batches.
 
     Returns:
-      ideal_s: seconds of the ideal schedule, without prompt tokens that were found in the cache; ideal_share: of it the
-      run reached. steady_tps: tokens a second of steady decoding with `rows` rows; steady_share: what the run's prompt
-      and output tokens a second are of that; steady_output_share: its output tokens alone.
+      ideal_s: seconds of the ideal schedule, without cached prompt tokens; ideal_share: share of it that the run
+      reached. steady_tps: tokens per second of steady decoding with `rows` rows; steady_share: the run's prompt and
+      output tokens per second as a share of that; steady_output_share: its output tokens alone.
     """
     computed = max(0, run.total_input_tokens - run.prefix_hit_tokens)
     ideal, decode = steady.ideal_s(computed, [work.output_tokens for work in works]), steady.decode_tps(rows)
@@ -137,7 +137,7 @@ def shares(run: Run, works: Iterable[Work], steady: Steady, rows: int) -> dict[s
 
 
 def meanwhile(before: Snapshot, after: Snapshot) -> dict[str, Any]:
-    """Counts of an engine between two moments, those of `Run`."""
+    """Counts of an engine between two snapshots, those of `Run`."""
     computed, padding = (getattr(after, name) - getattr(before, name) for name in ("computed_tokens", "padding_tokens"))
     return {
         "prefix_hit_tokens": after.counts.prefix_hit_tokens - before.counts.prefix_hit_tokens,

@@ -1,6 +1,6 @@
-"""Comparing a checkpoint's numbers with those of another program: logits and greedy tokens, in float32.
+"""Comparison of a checkpoint with another program: logits and greedy tokens, in float32.
 
-The other program's numbers stand in an npz file: `input_ids` and `attention_mask` [batch, seq], `logits`
+The other program's numbers are in an npz file: `input_ids` and `attention_mask` [batch, seq], `logits`
 [batch, seq, vocab], `greedy` [batch, n]. `compute` sees only the first two and the number n; `compare` reads the rest.
 """
 
@@ -36,14 +36,14 @@ from llama_jax.sharding import DeviceMesh, on, ways
 TOLERANCE = 5e-5
 """Largest difference of a logit, as a share of the largest absolute logit."""
 CHUNK = 512
-"""Tokens of one prefill call: bounds the logits that are on the device at a time."""
+"""Tokens per prefill call: bounds the logits on the device at a time."""
 GREEDY_TO_SAVE = 16
-"""Greedy tokens of a file that asks for none."""
+"""Number of greedy tokens to save if the file requests none."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model is run on.
+    """Inputs of the model.
 
     Attributes:
       tokens: int32 [batch, seq].
@@ -58,11 +58,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Computed:
-    """What the model made of the inputs.
+    """Outputs of the model.
 
     Attributes:
       logits: float32 [batch, seq, vocab], zero where the mask is False.
-      greedy: int32 [batch, n], the likeliest tokens after each row.
+      greedy: int32 [batch, n], the most likely tokens after each row.
     """
 
     logits: np.ndarray
@@ -71,14 +71,14 @@ class Computed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far computed and expected numbers are apart.
+    """Differences between computed and expected numbers.
 
     Attributes:
       max_abs_diff: largest difference of a logit where the mask is True; None if one of them is NaN or infinite, or if
         there are none to compare.
       max_rel_diff: the same as a share of the largest expected absolute logit.
       greedy_match: whether all tokens are equal; None if there are none to compare.
-      reasons: one sentence for each thing that is wrong.
+      reasons: one sentence per problem.
     """
 
     max_abs_diff: float | None
@@ -127,13 +127,13 @@ def load_float32(
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Model:
-    """A checkpoint, whose digests have been checked before, for `compute`: canonical, all of it decoded to float32.
+    """Loads a checkpoint with verified digests for `compute`: canonical, fully decoded to float32.
 
     Args:
       mesh, progress, notify: those of `load`.
 
     Raises:
-      RequestError, DoesNotFit: the mesh is of no use, or there is none that the model fits.
+      RequestError, DoesNotFit: the mesh is unsuitable, or the model fits none.
     """
     decoded = config.replace(schemes=())
     devices = resolve_mesh(mesh, decoded, jnp.float32, notify)
@@ -152,14 +152,14 @@ def compute(params: Params, config: LlamaConfig, inputs: Inputs, mesh: DeviceMes
 
     Args:
       params: parameter tree, in float32 for comparable numbers.
-      mesh: the devices that it is spread over; None for one. The rows are filled up to a multiple of "data".
+      mesh: the devices to use; None for one. The rows are padded to a multiple of "data".
 
     Raises:
-      VerificationError: a token is outside of the model's vocabulary.
+      VerificationError: a token is outside the model's vocabulary.
     """
     batch = len(inputs.tokens)
     with on(mesh):
-        # The first rows once more: every row has to show a token.
+        # The first rows again: every row must have an unmasked token.
         rows = np.arange(-(-batch // ways("batch")) * ways("batch")) % batch
         computed = _compute(params, config, Inputs(inputs.tokens[rows], inputs.mask[rows], inputs.greedy))
     return Computed(computed.logits[:batch], computed.greedy[:batch])
@@ -174,7 +174,7 @@ def _compute(params: Params, config: LlamaConfig, inputs: Inputs) -> Computed:
         )
     batch, length = inputs.tokens.shape
     tokens = np.where(inputs.mask, inputs.tokens, 0).astype(np.int32)
-    # Padding may stand anywhere: a token's position counts only the tokens that are shown.
+    # Padding may be anywhere: a token's position counts only unmasked tokens.
     positions = np.where(inputs.mask, np.cumsum(inputs.mask, axis=1) - 1, -1).astype(np.int32)
     lengths = inputs.mask.sum(axis=1).astype(np.int32)
 
@@ -206,7 +206,7 @@ def _prefill(
 def _greedy(
     params: Params, config: LlamaConfig, cache: DenseCache, logits: np.ndarray, lengths: np.ndarray, n: int
 ) -> np.ndarray:
-    """The n likeliest tokens after each row, by the decode step that `generate` runs; int32 [batch, n]."""
+    """The n most likely tokens after each row, by the decode step of `generate`; int32 [batch, n]."""
     batch = len(lengths)
     if n == 0:
         return np.empty((batch, 0), np.int32)
@@ -223,7 +223,7 @@ def compare(computed: Computed, inputs: Inputs, path: str | Path) -> Comparison:
 
     Raises:
       RequestError: the file holds neither.
-      VerificationError: the expected arrays have other shapes than the computed ones.
+      VerificationError: the shapes of expected and computed arrays differ.
     """
     with _Npz(path) as file:
         logits, greedy = file.array("logits"), file.array("greedy")
@@ -279,7 +279,7 @@ def save(path: str | Path, inputs: Inputs, computed: Computed) -> None:
 
 
 class _Npz:
-    """An opened npz file; arrays are read when asked for, and pickled objects never."""
+    """An open npz file; arrays are read on demand, pickled objects never."""
 
     def __init__(self, path: str | Path):
         self._path = path
@@ -296,14 +296,14 @@ class _Npz:
         self._zip.close()
 
     def array(self, name: str) -> np.ndarray | None:
-        """The array, or None if the file has none of this name."""
+        """The array, or None if the file has none with this name."""
         value = self._read(name, partial(np.lib.format.read_array, allow_pickle=False))
         if value is not None and value.dtype.kind not in "iufb":
             raise _unusable(f"{self._path}: {name} holds {value.dtype}")
         return value
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """The array's shape, from its header alone."""
+        """The array's shape, read only from its header."""
         return self._read(name, _read_shape)
 
     def _read[T](self, name: str, read: Callable[[IO[bytes]], T]) -> T | None:

@@ -1,4 +1,4 @@
-"""Requests to an engine before it is measured: each of its programs for greedy requests runs once."""
+"""Warm-up of an engine before it is measured: runs each of its programs for greedy requests once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from llama_jax.measure.workloads import FIRST_ID, Work
 
 
 def warm_up(settings: EngineSettings, vocab: int) -> Iterator[list[Work]]:
-    """Groups of requests, each to be answered before the next: prompts of the size of each mixed step, and as many
-    short requests as each decode step has rows."""
+    """Groups of requests, each to be answered before the next: prompts that fill each mixed step, and as many short
+    requests as each decode step has rows."""
     rng = np.random.default_rng(0)
     longest = settings.context
 
     def work(number: int, length: int, new: int) -> Work:
-        # Random ids: prompts that had a beginning in common would share it, and make smaller steps.
+        # Random ids: prompts with a common prefix would share it, and make smaller steps.
         return Work(number, 0.0, tuple(rng.integers(FIRST_ID, vocab, length).tolist()), new)
 
     for tokens in settings.mixed_tokens:
         whole, rest = divmod(tokens, longest - 1)
         yield [work(i, length, 1) for i, length in enumerate([longest - 1] * whole + [rest] * bool(rest))]
     for rows in settings.decode_rows:
-        # Some prompts begin in each step; the rows of the first ones have to last until the others are there.
+        # Some prompts begin in each step; the first rows must last until the others have begun.
         new = -(-rows // settings.chunk_rows) + 4 * settings.steps
         yield [work(i, 1, min(new, longest - 1)) for i in range(rows)]

@@ -1,7 +1,7 @@
-"""Seeded mixes of requests: what engines are measured on.
+"""Workloads for measuring engines: seeded mixes of requests.
 
-Lengths, ids and arrivals follow from the mix, the seed and the request's number alone, so that the first N requests of
-a longer run are those of a shorter one, and every engine that is compared gets the same.
+Lengths, ids and arrivals depend only on the mix, the seed and the request's number, so that the first N requests of a
+longer run are those of a shorter one, and all compared engines get the same requests.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from llama_jax.errors import RequestError
 
 FIRST_ID, MOST_IDS = 10, 128_000
-"""Ids below the first are control tokens in many vocabularies, and larger vocabularies have them behind the last."""
+"""Ids below the first are control tokens in many vocabularies, and larger vocabularies have them after the last."""
 
 SIGMA = 1.0
-"""Of the logarithm of log-normal lengths, whose mean is exp(mu + sigma^2 / 2)."""
+"""Standard deviation of the logarithm of log-normal lengths, whose mean is exp(mu + sigma^2 / 2)."""
 
 PREFIXES = 8
 
@@ -30,7 +30,7 @@ class Work:
 
     Attributes:
       arrival_s: seconds after the start.
-      prompt: token ids; output_tokens: how many are to follow them, whatever they are.
+      prompt: token ids; output_tokens: number of tokens to generate, whatever they are.
     """
 
     id: int
@@ -40,7 +40,7 @@ class Work:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and output."""
+        """Number of tokens of prompt and output."""
         return len(self.prompt) + self.output_tokens
 
 
@@ -64,7 +64,7 @@ class _Dice:
         return self._rng.integers(FIRST_ID, self._vocab, n).tolist()
 
     def prefix(self) -> _Dice:
-        """Those of one of the prefixes, which are the same for every request that gets it."""
+        """Random numbers of one prefix, the same for every request with that prefix."""
         return _Dice(self._seed, 10**9 + int(self._rng.integers(PREFIXES)), self._vocab)
 
 
@@ -106,9 +106,9 @@ class Mix:
     """A distribution of requests.
 
     Attributes:
-      requests: how many, unless somebody says.
-      shared: whether prompts have prefixes in common, so that the same requests again tell something.
-      steady_target: the share of steady decoding that a job of this mix should reach, where there is a target.
+      requests: default number of requests.
+      shared: whether prompts share prefixes, so that repeating the same requests is informative.
+      steady_target: the share of steady decoding that a job of this mix should reach, if there is a target.
     """
 
     about: str
@@ -141,9 +141,9 @@ def workload(
 
     Args:
       vocab: size of the vocabulary; ids are below it.
-      requests: how many; by default as many as the mix names.
-      rate: arrivals a second, Poisson; infinite: all at once.
-      scale: factor on all lengths, for small models: prompts and prefixes are cut, outputs shortened, to no less than a
+      requests: their number; by default that of the mix.
+      rate: arrivals per second, Poisson; infinite: all at once.
+      scale: factor on all lengths, for small models: prompts, prefixes and outputs are shortened to at least one
         token each.
 
     Raises:
@@ -169,8 +169,8 @@ def _scaled(n: int, scale: float) -> int:
 
 
 def renamed(works: Sequence[Work], by: int, vocab: int) -> list[Work]:
-    """The same requests in other ids, each moved on by `by`: what they have in common stays so, and nothing that was
-    computed for the others can be used."""
+    """The same requests with all ids shifted by `by`: common prefixes are kept, and nothing computed for the original
+    requests can be reused."""
     ids = min(vocab, MOST_IDS) - FIRST_ID
     return [
         dataclasses.replace(work, prompt=tuple((id - FIRST_ID + by) % ids + FIRST_ID for id in work.prompt))

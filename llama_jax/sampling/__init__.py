@@ -1,9 +1,9 @@
-"""Sampling: what a request asks for (`SamplingParams`), and the pure sampler that turns logits into tokens.
+"""Sampling: a request's parameters (`SamplingParams`), and the pure sampler that turns logits into tokens.
 
 Field names, defaults and order are vLLM's: log-probabilities of the raw logits; then min_tokens, logit_bias, penalties,
 masks of allowed tokens, temperature, min_p, top_k, top_p. Every row draws from its own key, so a row's tokens do not
-depend on its batch. On several devices each keeps its part of the vocabulary; only a few candidates of each row are
-sent (`sharding.reductions`).
+depend on its batch. On several devices each keeps its part of the vocabulary; only a few candidates per row are
+exchanged (`sharding.reductions`).
 """
 
 from __future__ import annotations

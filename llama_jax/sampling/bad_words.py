@@ -14,9 +14,9 @@ from llama_jax.sampling.token_mask import forbid
 
 
 class BadWords:
-    """A `Constraint`: the last token of a bad word is forbidden where the generated text ends with those before it.
+    """A `Constraint` that forbids the last token of a bad word when the generated text ends with its other tokens.
 
-    A prompt's tokens do not count, nor do other ways of cutting the same letters into tokens.
+    Prompt tokens do not count, nor do other tokenizations of the same letters.
     """
 
     ended = False
@@ -29,13 +29,13 @@ class BadWords:
 
     @classmethod
     def of(cls, words: Iterable[str], encode: Callable[[str], Sequence[int]], vocab_size: int) -> BadWords:
-        """Bad words as a request names them.
+        """Bad words from a request.
 
         Args:
           encode: token ids of a text, without special tokens.
 
         Raises:
-          RequestError: a word is no text, or has no tokens, or one outside of the vocabulary.
+          RequestError: a word is not text, has no tokens, or has one outside the vocabulary.
         """
         return cls([ids for word in words for ids in _spellings(word, encode, vocab_size)])
 
@@ -58,10 +58,10 @@ class BadWords:
 
 
 def _spellings(word: str, encode: Callable[[str], Sequence[int]], vocab_size: int) -> list[list[int]]:
-    """Token ids of the word at the beginning of a text, and within one, behind a space.
+    """Token ids of the word at the beginning of a text, and within one, after a space.
 
-    As in vLLM, the latter counts only if it has as many tokens and another first one: a space that is a token of its
-    own leaves the word's tokens as they are.
+    As in vLLM, the latter counts only if it has the same number of tokens and a different first one: a space that is a
+    separate token leaves the word's tokens unchanged.
     """
     if not isinstance(word, str) or not word.strip():
         raise _bad(f"bad_words must be texts of more than spaces; got {word!r}")

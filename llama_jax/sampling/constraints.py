@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 class Constraint(Protocol):
-    """The tokens that may come next in one text, given what has been generated of it."""
+    """The tokens that may come next in one text, given its generated tokens."""
 
     def mask(self, out: np.ndarray) -> None:
         """Clears the bits of forbidden next tokens in `out`, a mask of `sampling.token_mask`; sets none.
 
-        Other constraints may have cleared bits before.
+        Other constraints may already have cleared bits.
         """
 
     def accept(self, token: int) -> None:
-        """Takes note of the token that was drawn."""
+        """Records the token that was drawn."""
 
     @property
     def ended(self) -> bool:
@@ -30,18 +30,18 @@ class Constraint(Protocol):
 
     @property
     def error(self) -> str | None:
-        """Why the constraint cannot go on, for people; None as long as it can."""
+        """The reason, for people, why the constraint cannot continue; None while it can."""
 
 
 @runtime_checkable
 class Forkable(Constraint, Protocol):
-    """A constraint that can look ahead. Where all of a text's are, drafts are tried under them."""
+    """A constraint that can look ahead. If all of a text's constraints can, drafts are tried under them."""
 
     def fork(self) -> Self:
-        """A constraint in the same state, which what happens to this one does not change, nor the other way round."""
+        """An independent constraint in the same state."""
 
     def forced(self) -> Sequence[int]:
-        """Tokens that must come next, as far as is known; a hint, which `mask` need not confirm."""
+        """Tokens that must come next, as far as known; a hint, which `mask` need not confirm."""
 
 
 class LogitsProcessor(Protocol):
@@ -55,12 +55,12 @@ class LogitsProcessor(Protocol):
           prompt: its token ids.
 
         Raises:
-          RequestError: the request is not for it.
+          RequestError: it cannot serve the request.
         """
 
 
 def plugin_problem(plugin: Plugin, earlier: Sequence[Plugin]) -> str:
-    """What is wrong with a plugin of the group; "" if nothing."""
+    """The problem with a plugin of the group; "" if none."""
     if not callable(plugin.value):
         return f"it is {type(plugin.value).__name__}, and not a function that makes a constraint"
     if any(plugin.name == other.name for other in earlier):

@@ -1,4 +1,4 @@
-"""The form that a text must have, as a request names it."""
+"""The required form of a text, as requests specify it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Kind = Literal["json_schema", "regex", "lark"]
 class Grammar:
     """A JSON schema, a regular expression or a Lark grammar, in the dialects of llguidance.
 
-    https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md, and json_schema.md beside it
+    https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md, and json_schema.md in the same folder
 
     Attributes:
       text: the schema as JSON, the expression, or the grammar.
@@ -33,13 +33,13 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Self:
-        """JSON of a schema, with the properties in its order and without spaces between its parts.
+        """JSON that matches a schema, with properties in the schema's order and without whitespace between parts.
 
         Args:
           schema: an object, or the text of one.
 
         Raises:
-          RequestError: it is no JSON.
+          RequestError: it is not JSON.
         """
         if isinstance(schema, Mapping):
             try:
@@ -65,14 +65,14 @@ class Grammar:
 
     @property
     def request(self) -> dict[str, Any]:
-        """The `response_format` that asks for it (see `of`)."""
+        """The `response_format` of this grammar (see `of`)."""
         if self.kind == "json_schema":
             return {"type": "json_schema", "json_schema": {"name": "answer", "schema": json.loads(self.text)}}
         return {"type": "grammar", "syntax": self.kind, "definition": self.text}
 
     @classmethod
     def of(cls, response_format: Any) -> Self | None:
-        """What a `response_format` asks for, in OpenAI's shapes; None for any text.
+        """The grammar of a `response_format` in OpenAI's shapes; None for any text.
 
         `{"type": "text"}`, `{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": {...}}}`, and
         as for OpenAI's custom tools `{"type": "grammar", "syntax": "regex" or "lark", "definition": "..."}`.

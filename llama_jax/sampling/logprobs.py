@@ -14,7 +14,7 @@ from llama_jax.sharding import MeshAxes, local, reductions, split_over
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Logprobs:
-    """Of one token per row: its log-probability [batch], and the most likely ids and theirs [batch, n]."""
+    """Log-probabilities of one token per row [batch], and the most likely ids with theirs [batch, n]."""
 
     token: jax.Array
     top_ids: jax.Array
@@ -30,7 +30,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, n: int) -> Logprobs:
 
 
 def _token_logprobs(logits: jax.Array, tokens: jax.Array, *, n: int, axis: MeshAxes | None) -> Logprobs:
-    # Of the few numbers that are asked for, instead of a second array as wide as the vocabulary.
+    # Only for the few requested ids, instead of a second array as wide as the vocabulary.
     best = reductions.largest(logits, axis)
     log_sum = jnp.log(reductions.total(jnp.exp(logits - best[:, None]), axis))
     top, top_ids = reductions.top_k(logits, n, axis)

@@ -1,4 +1,4 @@
-"""What a request asks for, with vLLM's field names."""
+"""Sampling parameters of a request, with vLLM's field names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue one prompt; vLLM's names, meanings and defaults.
+    """Parameters for continuing one prompt, with vLLM's names, meanings and defaults.
 
     Attributes:
       n: number of continuations.
@@ -29,24 +29,23 @@ class SamplingParams:
       top_p: smallest set of tokens whose probabilities reach top_p; 1 keeps all.
       top_k: only the k most likely tokens; 0 or -1 keeps all.
       min_p: only tokens at least min_p times as likely as the most likely one.
-      presence_penalty, frequency_penalty: subtracted once, or per occurrence, for tokens already generated.
-      repetition_penalty: divides (multiplies, if negative) the logits of tokens in prompt or output; 1 is none.
+      presence_penalty, frequency_penalty: subtracted once, or once per occurrence, from logits of generated tokens.
+      repetition_penalty: divides positive (multiplies negative) logits of tokens in prompt or output; 1 is none.
       logit_bias: token id to a number in [-100, 100] added to its logit.
-      allowed_token_ids: ids that alone may be generated; the ids that end a text are not among them unless named.
-      bad_words: words that the text must not contain, as they are cut into tokens at the start of a text and behind a
-        space.
-      response_format: the form of the text: a `Grammar`, or an object as for OpenAI's `response_format`; None for any.
-      logits_processors: names of plugins that say which tokens may come next (docs/plugins.md).
-      seed: makes the tokens reproducible; None draws one.
+      allowed_token_ids: the only ids that may be generated; ids that end a text must be listed too.
+      bad_words: words that the text must not contain, as tokenized at the start of a text and after a space.
+      response_format: required form of the text: a `Grammar`, or OpenAI's `response_format` object; None for any.
+      logits_processors: names of plugins that restrict the next tokens (docs/plugins.md).
+      seed: makes the tokens reproducible; None draws a random one.
       stop: strings that end the text; they are not part of it.
-      stop_token_ids: ids that end the text, besides the model's own end-of-text ids.
-      min_tokens: no end before this many tokens.
-      max_tokens: end after this many; None is the rest of the model's context, 0 generates nothing: for the prompt's
-        own log-probabilities.
+      stop_token_ids: ids that end the text, in addition to the model's own end-of-text ids.
+      min_tokens: least number of tokens before the text may end.
+      max_tokens: most tokens to generate; None is the rest of the model's context, 0 generates nothing and is for the
+        prompt's own log-probabilities.
       logprobs: number of most likely tokens to report per generated token (the chosen one is always among them).
       prompt_logprobs: likewise for each prompt token.
-      ignore_eos: go on after end-of-text ids.
-      skip_special_tokens: leave control tokens out of the text.
+      ignore_eos: continue after end-of-text ids.
+      skip_special_tokens: omit control tokens from the text.
     """
 
     n: int = 1
@@ -125,7 +124,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken every time."""
+        """Whether the most likely token is always taken."""
         return self.temperature < GREEDY_BELOW
 
     @property
@@ -138,7 +137,7 @@ class SamplingParams:
         return frozenset({*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids})
 
     def check_generates(self, what: str) -> None:
-        """Raises RequestError if nothing is to be generated, where `what` is about new text."""
+        """Raises RequestError if nothing is to be generated, since `what` concerns new text."""
         if self.max_tokens == 0:
             raise RequestError(
                 f"{what} needs at least one new token; got max_tokens=0",
@@ -147,7 +146,7 @@ class SamplingParams:
             )
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises RequestError if a token id lies outside of the vocabulary."""
+        """Raises RequestError if a token id is outside the vocabulary."""
         for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
             for token in getattr(self, name) or ():
                 if token >= vocab_size:
@@ -155,7 +154,7 @@ class SamplingParams:
 
 
 def _items(values: Any, name: str, want: str) -> tuple[Any, ...]:
-    """The items of a list; None has none. A text is no list: it would be taken apart silently."""
+    """The items of a list; none for None. A string is refused: it would silently be split into characters."""
     if values is None:
         return ()
     if not isinstance(values, Sequence | np.ndarray) or isinstance(values, str | bytes):
@@ -177,7 +176,7 @@ def _bad(name: str, value: Any, want: str) -> RequestError:
 
 def _check_number(p: SamplingParams, name: str, low: float, high: float, *, open_low: bool = False) -> None:
     value = getattr(p, name)
-    # Of the size of a float32, as which the device sees it: 1e39 would be infinite there. Compared as Python numbers,
+    # Within float32, the device's type: 1e39 would be infinite there. Compared as Python numbers,
     # since an integer may be too large for any float.
     ok = _is_number(value) and low <= value <= high and abs(value) <= _LARGEST and not (open_low and value == low)
     if not ok:

@@ -17,7 +17,7 @@ from llama_jax.sampling.truncation import truncate
 from llama_jax.sharding import Axes, MeshAxes, constrain, local, reductions, split_over
 
 _UNLIKELY = -1e30
-"""A logit that is drawn only where nothing else may be, and still takes part in arithmetic."""
+"""A finite logit so low that its token is drawn only if no other is allowed."""
 _ROWS, _WIDE = ("batch",), ("batch", "vocab")
 
 
@@ -26,24 +26,24 @@ def sample(
 ) -> tuple[jax.Array, SamplerState, Logprobs | None]:
     """Draws each row's next token.
 
-    A token that a row's mask forbids is never drawn as long as the mask allows another; `failed` says which rows have
-    no next token.
+    A token that a row's mask forbids is never drawn if the mask allows another; `failed` tells which rows have no next
+    token.
 
     Args:
       logits: float32 [batch, vocab].
-      drawing: bool [batch], rows whose token counts; the state of others stays as it is. All by default.
+      drawing: bool [batch], rows whose token counts; the state of others is unchanged. All by default.
 
     Returns:
-      tokens int32 [batch], the state after the draw, and the log-probabilities if the profile has them: zeros where no
-      row asks for any.
+      tokens int32 [batch], the state after the draw, and the log-probabilities if the profile has them: zeros if no
+      row requests any.
     """
     drawing = jnp.ones(len(logits), bool) if drawing is None else drawing
     vocab = logits.shape[1]
     noisy = state.temperature >= GREEDY_BELOW
     limited = noisy & ((state.top_p < 1) | (state.top_k < vocab) | (state.min_p > 0))
 
-    # What no row needs is not computed. Branches give tokens, not logits: those would be copied where nothing changes.
-    # One switch for three ways, since on some GPUs the host waits at each.
+    # Skips what no row needs. Branches return tokens, not logits: logits would be copied even if nothing changes.
+    # One switch with three branches, since on some GPUs the host waits at each switch.
     ways = (_draw_greedy, partial(_draw, state=state, limited=False), partial(_draw, state=state, limited=True))
     way = jnp.any(noisy).astype(jnp.int32) + jnp.any(limited)
 
@@ -64,7 +64,7 @@ def sample(
 
 
 def _reported(logits: jax.Array, tokens: jax.Array, state: SamplerState) -> Logprobs:
-    """Log-probabilities, if a row asks for any."""
+    """Log-probabilities, if a row requests any."""
 
     def report() -> Logprobs:
         return token_logprobs(logits, tokens, MAX_LOGPROBS)
@@ -75,7 +75,7 @@ def _reported(logits: jax.Array, tokens: jax.Array, state: SamplerState) -> Logp
 
 
 def failed(logits: jax.Array, state: SamplerState) -> jax.Array:
-    """Which rows have no next token, bool [batch]: what `sample` draws for them means nothing.
+    """Rows without a next token, bool [batch]: the draws of `sample` for them are meaningless.
 
     Their logits, float32 [batch, vocab], hold NaN or infinity or are all minus infinity, or their mask allows no token.
     """
@@ -86,7 +86,7 @@ def failed(logits: jax.Array, state: SamplerState) -> jax.Array:
 
 
 def _on_parts(run: Any, out: Axes, **arguments: Any) -> jax.Array:
-    """`run(**arguments, axis=)` on every device with its rows and its part of the vocabulary."""
+    """Runs `run(**arguments, axis=)` on every device with its rows and its part of the vocabulary."""
     wide = arguments["logits" if "logits" in arguments else "seen"]
     known: dict[str, Any] = {"logits": _WIDE, "noise": _WIDE, "seen": _WIDE, "tokens": _ROWS}
     axes = {name: known.get(name) or sampler_axes(value) for name, value in arguments.items()}
@@ -99,13 +99,13 @@ def _draw_greedy(logits: jax.Array) -> jax.Array:
 
 
 def _draw(logits: jax.Array, *, state: SamplerState, limited: bool) -> jax.Array:
-    # Made outside: noise has the same numbers however the vocabulary is split.
+    # Made outside: the noise must not depend on how the vocabulary is split.
     noise = constrain(_noise(state, logits.shape[1]), _WIDE)
     return _on_parts(partial(_draw_part, limited=limited), _ROWS, logits=logits, state=state, noise=noise)
 
 
 def _noise(state: SamplerState, vocab: int) -> jax.Array:
-    """Gumbel noise float32 [batch, vocab] of each row's next draw, from its own key."""
+    """Gumbel noise float32 [batch, vocab] for each row's next draw, from the row's own key."""
 
     def gumbel(seed: jax.Array, count: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
@@ -132,7 +132,7 @@ def _penalised(state: SamplerState) -> jax.Array:
 
 
 def _changed(state: SamplerState) -> jax.Array:
-    """bool [batch], the rows that do not draw from the logits as they are."""
+    """Rows, bool [batch], that do not draw from the unmodified logits."""
     assert state.bias_ids is not None and state.restricted is not None
     biased = jnp.any(state.bias_ids >= 0, axis=1)
     return biased | _early(state) | _penalised(state) | state.restricted
@@ -149,16 +149,16 @@ def _change_part(logits: jax.Array, state: SamplerState, *, axis: MeshAxes | Non
     row = jnp.arange(len(logits))[:, None]
 
     def columns(ids: jax.Array) -> jax.Array:
-        """Of this device; the width where the id is of another one, or none."""
+        """Columns on this device; `width` if the id is on another device, or is none."""
         return jnp.where((ids >= 0) & (ids >= first), ids - first, width)
 
-    # Scattered into an array of its own: the logits would be copied first, whether a row changes or not.
+    # Scattered into a separate array: otherwise the logits would be copied even if no row changes.
     barred = jnp.where(_early(state)[:, None], state.stop_ids, -1)
     added = jnp.zeros_like(logits).at[row, columns(state.bias_ids)].add(state.bias, mode="drop")
     added = added.at[row, columns(barred)].set(-jnp.inf, mode="drop")
     logits = jnp.where(added == -jnp.inf, _UNLIKELY, logits + added)
     logits = jax.lax.cond(jnp.any(_penalised(state)), lambda: _penalize(logits, state), lambda: logits)
-    # A token that is allowed comes before all that are not, were it impossible by its logit.
+    # An allowed token beats every forbidden one, even if its own logit makes it impossible.
     masked = jnp.where(token_mask.columns(state.allowed, first, width), jnp.maximum(logits, _UNLIKELY), -jnp.inf)
     return jnp.where(state.restricted[:, None], masked, logits)
 
@@ -168,7 +168,7 @@ def _penalize(logits: jax.Array, state: SamplerState) -> jax.Array:
     assert state.seen is not None and state.in_prompt is not None
     generated = state.seen > 0
     factor = jnp.where(generated | state.in_prompt, state.repetition[:, None], 1.0)
-    # Clipped, so that an extreme penalty makes no infinity or NaN.
+    # Clipped, so that an extreme penalty cannot make infinity or NaN.
     repeated = jnp.clip(jnp.where(logits > 0, logits / factor, logits * factor), _UNLIKELY, -_UNLIKELY)
     logits = jnp.where(factor == 1, logits, repeated)
     return logits - state.frequency[:, None] * state.seen - state.presence[:, None] * generated
@@ -181,5 +181,5 @@ def _count(seen: jax.Array, tokens: jax.Array, *, axis: MeshAxes | None) -> jax.
 
 
 def _not_finite(logits: jax.Array, *, axis: MeshAxes | None) -> jax.Array:
-    # NaN becomes infinity first: not every device's maximum keeps a NaN.
+    # NaN becomes infinity first: not every device's maximum propagates NaN.
     return ~jnp.isfinite(reductions.largest(jnp.where(jnp.isnan(logits), jnp.inf, logits), axis))

@@ -1,4 +1,4 @@
-"""Wishes of a sampler's rows: compiled in (`SamplerProfile`), and as arrays (`SamplerState`)."""
+"""Settings of a sampler's rows: compiled in (`SamplerProfile`), and as arrays (`SamplerState`)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from llama_jax.sampling.params import SamplingParams
 _KINDS = ("greedy", "sampling", "full")
 
 LEAST_WIDTH = 16
-"""Stop ids, and biases, that every row has room for; a batch with more has room for a power of two."""
+"""Least room of every row for stop ids, and for biases; a batch with more has room for a power of two."""
 
 
 @dataclass(frozen=True)
 class SamplerProfile:
-    """Abilities of a compiled sampler. There are six, so that a new mix of requests compiles nothing.
+    """Capabilities of a compiled sampler. There are only six, so that a new mix of requests compiles nothing.
 
     Attributes:
-      kind: "greedy"; "sampling", with temperature, top_p, top_k and min_p; "full", with logit_bias, penalties,
-        min_tokens and masks of allowed tokens besides. Each can do what the ones before it can.
-      logprobs: whether it reports log-probabilities, of the chosen token and of the `MAX_LOGPROBS` most likely.
+      kind: "greedy"; "sampling", with temperature, top_p, top_k and min_p; "full", which adds logit_bias, penalties,
+        min_tokens and masks of allowed tokens. Each includes the ones before it.
+      logprobs: whether it reports log-probabilities of the chosen token and of the `MAX_LOGPROBS` most likely.
     """
 
     kind: Literal["greedy", "sampling", "full"] = "greedy"
@@ -36,7 +36,7 @@ class SamplerProfile:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams]) -> SamplerProfile:
-        """The least profile that serves all of them."""
+        """The smallest profile that serves all of them."""
         full = any(
             p.logit_bias
             or p.constrained
@@ -58,7 +58,7 @@ FULL = SamplerProfile("full", logprobs=True)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplerState:
-    """The numbers of each row, arrays [batch] unless said otherwise; None where the profile needs none.
+    """The parameters of each row, arrays [batch] unless noted; None if the profile does not need them.
 
     Every array has a row for each row of the batch, so that tree maps take rows out and put them back.
 
@@ -66,8 +66,8 @@ class SamplerState:
       seed: uint32 [batch, 2], the high and low half of each row's seed.
       count: int32 [batch], tokens drawn so far. Seed and count alone decide a row's random numbers.
       stop_ids: int32 [batch, k], ids that end the row, -1 for none.
-      reports: bool [batch], whether the row asks for log-probabilities.
-      bias_ids: int32 [batch, k], ids to whose logits the numbers in bias, float32 [batch, k], are added; -1 for none.
+      reports: bool [batch], whether the row requests log-probabilities.
+      bias_ids: int32 [batch, k], ids whose logits get the numbers in bias, float32 [batch, k], added; -1 for none.
       restricted: bool [batch], whether the row may draw only tokens of its mask.
       allowed: uint32 [batch, ceil(vocab / 32)], the masks (`sampling.token_mask`).
       in_prompt: bool [batch, vocab], tokens of the prompt.
@@ -97,7 +97,7 @@ class SamplerState:
 def sampler_axes(state: SamplerState) -> SamplerState:
     """The logical axes of every array of a sampler's state, for `llama_jax.sharding`.
 
-    Masks stay whole on each device of a split vocabulary, whose parts may begin within a word.
+    Masks are replicated when the vocabulary is split, since its parts may begin within a word.
     """
     rows: Any = jax.tree.map(lambda _: ("batch",), state)
     wide = {name: ("batch", "vocab") for name in ("in_prompt", "seen") if getattr(state, name) is not None}
@@ -114,16 +114,16 @@ def make_sampler(
     stop_width: int | None = None,
     bias_width: int | None = None,
 ) -> tuple[SamplerProfile, SamplerState]:
-    """The sampler of some rows, one entry of `params` and `prompts` (token ids) per row.
+    """Makes the sampler of some rows, with one entry of `params` and `prompts` (token ids) per row.
 
-    Rows whose seed is None draw one here.
+    Rows whose seed is None get a random one here.
 
     Args:
-      profile: one that serves all of them; by default the least.
-      stop_width, bias_width: stop ids and biases that each row has room for; by default a power of two that is enough.
+      profile: one that serves all of them; by default the smallest.
+      stop_width, bias_width: each row's room for stop ids and biases; by default a sufficient power of two.
 
     Raises:
-      RequestError: the profile lacks what a row asks for, or a row has no room for its stop ids or biases.
+      RequestError: the profile does not serve a row, or a row has no room for its stop ids or biases.
     """
     for p in params:
         p.check_vocab(vocab_size)
@@ -139,7 +139,7 @@ def make_sampler(
     stop_ids = [sorted(p.ending_ids(eos_token_ids)) for p in params]
     full = _full_fields(params, prompts, vocab_size, bias_width) if profile.kind == "full" else {}
 
-    # numpy arrays: they go to the device with the program that uses them.
+    # numpy arrays: they are sent to the device with the program that uses them.
     def floats(name: str) -> Any:
         return np.asarray([getattr(p, name) for p in params], np.float32)
 
@@ -162,13 +162,13 @@ def make_sampler(
 
 
 def check_widths(params: SamplingParams, eos_token_ids: Sequence[int], *, stop_width: int, bias_width: int) -> None:
-    """Raises RequestError where a row of these widths (see `make_sampler`) has no room for a request."""
+    """Raises RequestError if a row of these widths (see `make_sampler`) has no room for a request."""
     _width([params.ending_ids(eos_token_ids)], stop_width, "stop_token_ids")
     _width([params.logit_bias], bias_width, "logit_bias")
 
 
 def widths(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> tuple[int, int]:
-    """Room that these requests need for stop ids, and for biases: what `make_sampler` gives them by itself."""
+    """Room that these requests need for stop ids, and for biases: the default of `make_sampler`."""
     return (
         _width([p.ending_ids(eos_token_ids) for p in params], None, "stop_token_ids"),
         _width([p.logit_bias for p in params], None, "logit_bias"),
@@ -178,7 +178,7 @@ def widths(params: Sequence[SamplingParams], eos_token_ids: Sequence[int]) -> tu
 def _full_fields(
     params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int, bias_width: int | None
 ) -> Mapping[str, np.ndarray]:
-    """The arrays that only the full profile has."""
+    """Arrays that only the full profile has."""
     biases = [p.logit_bias for p in params]
     width = _width(biases, bias_width, "logit_bias")
     in_prompt = np.zeros((len(params), vocab_size), bool)
@@ -198,7 +198,7 @@ def _full_fields(
 
 
 def _width(rows: Sequence[Any], width: int | None, param: str) -> int:
-    """Columns for what each row has of `param`."""
+    """Columns needed for each row's items of `param`."""
     most = max(map(len, rows), default=0)
     if width is None:
         return max(LEAST_WIDTH, 1 << max(most - 1, 0).bit_length())

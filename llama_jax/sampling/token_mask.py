@@ -1,7 +1,7 @@
-"""Sets of tokens as bits, in llguidance's layout: token t is bit t % 32 of word t // 32, 1 where it is allowed.
+"""Token sets as bitmasks, in llguidance's layout: token t is bit t % 32 of word t // 32, set if it is allowed.
 
-On the host uint32 [ceil(vocab / 32)] of one row, on the device uint32 [batch, ceil(vocab / 32)]. Bits behind the last
-token of the vocabulary mean nothing.
+On the host uint32 [ceil(vocab / 32)] for one row, on the device uint32 [batch, ceil(vocab / 32)]. Bits past the last
+token of the vocabulary are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def all_allowed(vocab_size: int) -> np.ndarray:
 
 
 def only(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
-    """The mask that allows these tokens alone."""
+    """The mask that allows only these tokens."""
     mask = np.zeros_like(all_allowed(vocab_size))
     ids = np.fromiter(tokens, np.int64)
     np.bitwise_or.at(mask, ids // WORD, np.uint32(1) << (ids % WORD).astype(np.uint32))
@@ -34,12 +34,12 @@ def forbid(mask: np.ndarray, token: int) -> None:
 
 
 def allows(mask: np.ndarray, token: int) -> bool:
-    """Whether a token's bit is set; those of no vocabulary are not."""
+    """Whether a token's bit is set; False outside the vocabulary."""
     return 0 <= token < WORD * len(mask) and bool(mask[token // WORD] >> np.uint32(token % WORD) & 1)
 
 
 def columns(mask: jax.Array, first: jax.Array | int, width: int) -> jax.Array:
-    """bool [batch, width]: whether the tokens from `first` on are allowed."""
+    """Unpacks a mask to bool [batch, width]: whether each token from `first` on is allowed."""
     token = first + jnp.arange(width, dtype=jnp.int32)
     return (jnp.take(mask, token // WORD, axis=1) >> (token % WORD).astype(jnp.uint32)) & 1 != 0
 

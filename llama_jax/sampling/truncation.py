@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from llama_jax.sharding import MeshAxes, reductions
 
 CANDIDATES = 128
-"""Of each device's part of a row, so many of the largest logits are compared with those of the other devices."""
+"""This many of the largest logits of each device's part of a row are compared with those of the other devices."""
 
 
 class Limits(Protocol):
-    """What a row may be drawn from: float32 [batch], int32 [batch] for `top_k` (the vocabulary's size keeps all)."""
+    """Truncation limits of each row: float32 [batch], int32 [batch] for `top_k` (the vocabulary's size keeps all)."""
 
     @property
     def min_p(self) -> jax.Array: ...
@@ -26,17 +26,17 @@ class Limits(Protocol):
 
 
 def truncate(logits: jax.Array, limits: Limits, axis: MeshAxes | None = None) -> jax.Array:
-    """Forbids the tokens that min_p, top_k and top_p leave out, in this order.
+    """Forbids the tokens that min_p, top_k and top_p exclude, applied in this order.
 
-    Instead of sorting the vocabulary, bisects for the smallest logit that is kept: 32 halvings of the ordered integers
-    behind the floats find it exactly.
+    Instead of sorting the vocabulary, bisects for the smallest logit to keep: 32 halvings of the order-preserving
+    integers of the floats find it exactly.
 
     Args:
-      logits: float32 [batch, vocab], over the temperature; a part of the vocabulary inside of `sharding.local`.
-      axis: the axis of the mesh that the vocabulary is split over, None for whole rows.
+      logits: float32 [batch, vocab], divided by temperature; a part of the vocabulary inside `sharding.local`.
+      axis: the mesh axis over which the vocabulary is split, None for whole rows.
 
     Returns:
-      The logits, -inf where a token is forbidden.
+      The logits, with -inf for forbidden tokens.
     """
     best = reductions.largest(logits, axis)[:, None]
     logits = jnp.where(logits - best < jnp.log(limits.min_p)[:, None], -jnp.inf, logits)
@@ -45,13 +45,13 @@ def truncate(logits: jax.Array, limits: Limits, axis: MeshAxes | None = None) ->
 
 
 def _exact_cut(logits: jax.Array, best: jax.Array, limits: Limits, axis: MeshAxes | None) -> jax.Array:
-    """uint32 [batch], `_ordered` of the smallest logit that top_k and top_p keep."""
+    """`_ordered` of the smallest logit that top_k and top_p keep, uint32 [batch]."""
     order = _ordered(logits)
     kth = _kth(order, limits.top_k, axis)
-    # Relative to the best token's, so that the sum is exact enough whatever the vocabulary.
+    # Relative to the best token's, so that the sum is accurate enough for any vocabulary.
     weights = jnp.where(order >= kth[:, None], jnp.exp(logits - best), 0.0)
     nucleus = _nucleus(order, weights, limits.top_p * reductions.total(weights, axis), axis)
-    # A top_p that is zero in float32 would leave nothing.
+    # A top_p that is zero in float32 would keep nothing.
     nucleus = jnp.minimum(nucleus, reductions.largest(order, axis))
     return jnp.maximum(kth, jnp.where(limits.top_p >= 1.0, jnp.uint32(0), nucleus))
 
@@ -59,15 +59,15 @@ def _exact_cut(logits: jax.Array, best: jax.Array, limits: Limits, axis: MeshAxe
 def _cut_of_parts(logits: jax.Array, best: jax.Array, limits: Limits, axis: MeshAxes) -> jax.Array:
     """`_exact_cut` of a split row, from the largest logits of every part.
 
-    No logit above `floor` is missing among these candidates. So a cut at or above it is the row's own: above it the
-    candidates' counts and sums are the row's, and what they reach at `floor` itself the row reaches too. Where the cut
-    lies lower (a flat distribution with a top_p near 1, or a large top_k), the bisection runs over the whole row,
-    with a message for each halving.
+    The candidates include every logit above `floor`, so a cut at or above it is exact: above it, counts and sums of the
+    candidates are those of the row, and a threshold reached at `floor` by the candidates is reached by the row too. If
+    the cut is lower (a flat distribution with a top_p near 1, or a large top_k), the bisection runs over the whole row,
+    with one message per halving.
     """
     own, _ = jax.lax.top_k(logits, min(CANDIDATES, logits.shape[1]))
     gathered = jax.lax.all_gather(own, axis, axis=1)  # [batch, parts, candidates]
     candidates = gathered.reshape(gathered.shape[0], -1)
-    # A part that is among the candidates as a whole misses nothing.
+    # A part that is entirely among the candidates misses nothing.
     complete = own.shape[1] == logits.shape[1]
     lowest = jnp.full(gathered.shape[:1], -jnp.inf) if complete else jnp.max(gathered[:, :, -1], axis=1)
     floor, order = _ordered(lowest), _ordered(candidates)
@@ -88,20 +88,20 @@ def _cut_of_parts(logits: jax.Array, best: jax.Array, limits: Limits, axis: Mesh
 
 
 def _kth(order: jax.Array, k: jax.Array, axis: MeshAxes | None) -> jax.Array:
-    """The k-th largest number of each row of `order`; 0 if there are fewer."""
+    """The k-th largest number in each row of `order`; 0 if there are fewer."""
     return _bisect(lambda cut: reductions.total(order >= cut[:, None], axis) >= k, order.shape[0])
 
 
 def _nucleus(order: jax.Array, weights: jax.Array, enough: jax.Array, axis: MeshAxes | None) -> jax.Array:
-    """The largest cut at which the weights of numbers no smaller add up to `enough`; 0 if they never do."""
+    """The largest cut at which the weights of numbers at or above it sum to `enough`; 0 if they never do."""
     return _bisect(
         lambda cut: reductions.total(jnp.where(order >= cut[:, None], weights, 0.0), axis) >= enough, order.shape[0]
     )
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 of the same order as the float32 x."""
-    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0.0 is no less than 0.0
+    """Maps float32 x to uint32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0.0 equals 0.0
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits & sign, ~bits, bits | sign)
 

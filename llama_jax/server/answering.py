@@ -1,4 +1,4 @@
-"""Answers from what the engine draws: one object, or a stream of them."""
+"""Answers made from the engine's output: one object, or a stream of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_jax.server.served import Served
 
 
 def requests_of(asked: Asked, tenant: str) -> list[Request]:
-    """Return what the engine is asked, a request for each prompt; `tenant`: whose prefixes they may share."""
+    """Return one engine request per prompt; `tenant`: whose prefixes they may share."""
     return [Request(prompt, asked.params, tenant=tenant) for prompt in asked.prompts]
 
 
@@ -29,7 +29,7 @@ async def answer(served: Served, asked: Asked, name: str, requests: Sequence[Req
       name: of the answer, its "id"; requests: of `requests_of`.
 
     Raises:
-      LlamaJaxError: as `Engine.generate`, and where a continuation has ended in an error.
+      LlamaJaxError: as `Engine.generate`, and if a continuation has ended in an error.
     """
     made = [_generated(served, request) for request in requests]
     outputs = [await made[0]] if len(made) == 1 else await _gathered(made)
@@ -48,7 +48,7 @@ async def answer(served: Served, asked: Asked, name: str, requests: Sequence[Req
 async def chunks(
     served: Served, asked: Asked, name: str, requests: Sequence[Request]
 ) -> AsyncGenerator[dict[str, Any]]:
-    """The answer as the chunks of a stream; errors as for `answer`."""
+    """Yields the answer as stream chunks; errors as for `answer`."""
     head = _head(served, asked, name, suffix=".chunk" * (asked.endpoint.prefix == "chatcmpl"))
     if asked.usage:
         head["usage"] = None
@@ -71,7 +71,7 @@ async def chunks(
 
 
 def usage(served: Served, asked: Asked, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Return the counts of tokens; those that were found in the cache are counted as the prompt's, too."""
+    """Return the token counts; cached tokens are also counted as prompt tokens."""
     thought = sum(_reasoning(served, asked, completion) for output in outputs for completion in output.outputs)
     read = sum(len(output.prompt_token_ids) for output in outputs)
     written = sum(len(completion.token_ids) for output in outputs for completion in output.outputs)
@@ -85,8 +85,8 @@ def usage(served: Served, asked: Asked, outputs: Sequence[RequestOutput]) -> dic
 
 
 def timings(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Return how long the tokens of a single prompt took, with llama.cpp's names: milliseconds and tokens a second. Of
-    several prompts nothing is said, since they run at the same time."""
+    """Return the timings of a single prompt, with llama.cpp's names: milliseconds and tokens per second. There are none
+    for several prompts, since they run at the same time."""
     if len(outputs) != 1:
         return {}
     (output,) = outputs
@@ -146,7 +146,7 @@ async def _generated(served: Served, request: Request) -> RequestOutput:
 
 
 async def _gathered[T](made: Sequence[Any]) -> list[T]:
-    """The results of several calls; where one fails, the others end."""
+    """The results of several calls; if one fails, the others are cancelled."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in made]
@@ -156,7 +156,7 @@ async def _gathered[T](made: Sequence[Any]) -> list[T]:
 
 
 async def _pieces(served: Served, request: Request) -> AsyncGenerator[Piece]:
-    """Pieces of the engine, whose times are taken."""
+    """Yields the engine's pieces and records their times."""
     with served.metrics.request() as times:
         stream: Any = served.engine.stream(request)
         async with aclosing(stream):
@@ -166,7 +166,7 @@ async def _pieces(served: Served, request: Request) -> AsyncGenerator[Piece]:
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
-    """Pieces of several streams with the stream's number, as they come."""
+    """Yields pieces of several streams with the stream's index, as they arrive."""
     if len(streams) == 1:
         async with aclosing(streams[0]) as stream:
             async for piece in stream:

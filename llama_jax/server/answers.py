@@ -1,5 +1,5 @@
-"""Answers as /openapi.json describes them. Those of generation are put together elsewhere, and tests hold them to what
-stands here."""
+"""Answers as described in /openapi.json. Those of generation are assembled elsewhere, and tests check them against
+these types."""
 
 from __future__ import annotations
 

@@ -35,12 +35,12 @@ OPERATIONS = (
 
 
 def operations() -> tuple[Operation, ...]:
-    """Return the operations of this server, and behind them those of other packages."""
+    """Return the operations of this server, followed by those of other packages."""
     return (*OPERATIONS, *extra.operations())
 
 
 def application(server: ServerState) -> ASGIApp:
-    """Return the server as an ASGI application; its engines are running."""
+    """Return the server as an ASGI application; its engines must be running."""
 
     def route(operation: Operation) -> Route:
         return Route(operation.path, _endpoint(server, operation), methods=[operation.method])

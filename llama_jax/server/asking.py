@@ -1,4 +1,4 @@
-"""Translation of bodies into what the engine is asked: sampling parameters and token ids. Long prompts take long."""
+"""Translation of bodies into engine requests: sampling parameters and token ids. Slow for long prompts."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from llama_jax.text.chat import encode_chat, render_chat, select_template
 from llama_jax.text.tools import place_of
 
 _TAIL = 16
-"""Tokens of a prompt's end that say whether the answer begins within reasoning."""
+"""Tokens at a prompt's end that tell whether the answer begins within reasoning."""
 
 _SHRINKING = 4
-"""How many times shorter a tokenizer may make a text before it cuts it into tokens: Unicode's NFC makes it 3 times."""
+"""Factor by which normalisation may shorten a text before tokenization: 3 for Unicode's NFC."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Wishes of a client.
+    """A translated request of a client.
 
     Attributes:
-      endpoint: how the choices look; prompts: token ids of each.
-      reader: makes what reads a chat's answer.
-      streamed: whether it reads as the text comes; usage: whether a stream ends with the counts of tokens.
-      ignored: fields that were given and have no effect; a header of the answer names them.
+      endpoint: shape of the choices; prompts: token ids of each.
+      reader: makes the reader of a chat's answer.
+      streamed: whether the answer is streamed; usage: whether a stream ends with the token counts.
+      ignored: given fields without effect; a header of the answer names them.
     """
 
     endpoint: Chat | Completions
@@ -50,7 +50,7 @@ class Asked:
 
 
 def asked(served: Served, body: ChatBody | CompletionBody) -> Asked:
-    """Return what a body asks for.
+    """Translate a body.
 
     Raises:
       RequestError, Refused: a value is out of range, or too long for the model; names the field.
@@ -89,7 +89,7 @@ def chat_ids(served: Served, fields: Mapping[str, Any], offer: Offer, **options:
 
 
 def chat_text(served: Served, fields: Mapping[str, Any], offer: Offer, **options: Any) -> str:
-    """Return what the chat template makes of a conversation, for people: control tokens that a message spells out look
+    """Return a conversation rendered by the chat template, for people: control tokens spelled out in a message look
     like the template's own. Arguments and errors are those of `chat_ids`."""
     variables = template_variables(served, fields.get("chat_template_kwargs", {}))
     template = select_template(served.tokenizer.chat_templates, None, has_tools=offer.shown is not None)
@@ -148,7 +148,7 @@ def _check_limits(fields: Mapping[str, Any], limits: Limits) -> None:
 
 
 def _check_size(served: Served, texts: Iterable[str]) -> None:
-    """Refuses a prompt that is too long by its characters alone: to encode megabytes takes seconds."""
+    """Refuses a prompt with too many characters: encoding megabytes takes seconds."""
     size = sum(map(len, texts))
     if size <= _SHRINKING * served.capacity:
         return
@@ -168,7 +168,7 @@ def _too_many(param: str, count: int, most: int, what: str) -> RequestError:
 
 
 def _within(served: Served, longest: int, params: SamplingParams, *, limited: bool) -> SamplingParams:
-    """The parameters with a limit that there is room for behind the longest prompt."""
+    """The parameters with a limit that fits after the longest prompt."""
     room = served.capacity - longest
     wanted = params.max_tokens or 0 if limited or params.max_tokens == 0 else 1
     if wanted > room:

@@ -1,4 +1,4 @@
-"""Bodies of requests: their fields and types. The meaning of values, and which are in range, is for others to say."""
+"""Bodies of requests: their fields and types. The meaning and range of values is checked elsewhere."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Sampling(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     skip_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Sent by clients, and without effect here:
+    # Sent by clients, without effect here:
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -119,13 +119,13 @@ class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def decoded[T](kind: type[T], data: bytes, depth: int) -> T:
-    """Return a body as what it has to be. Of a key that comes twice the last value counts.
+    """Decode a body. If a key comes twice, the last value counts.
 
     Args:
-      depth: how deep values may be nested.
+      depth: the most levels of nested values.
 
     Raises:
-      RequestError: it is no JSON, has a field that is not known, or one of another type; names the field.
+      RequestError: it is not JSON, or has an unknown field or one of another type; names the field.
     """
     try:
         body = msgspec.json.decode(data, type=kind)
@@ -145,7 +145,7 @@ def decoded[T](kind: type[T], data: bytes, depth: int) -> T:
 
 
 def given(body: msgspec.Struct) -> dict[str, Any]:
-    """Return the fields that were given."""
+    """Return the given fields."""
     return {name: value for name in body.__struct_fields__ if (value := getattr(body, name)) is not None}
 
 

@@ -1,4 +1,4 @@
-"""What several models take of the memory of one server's devices."""
+"""Memory budget of several models on one server's devices."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llama_jax.targets import default_device, of_device
 from llama_jax.targets.hardware import memory_limit
 
 Free = Callable[[], int | None]
-"""Bytes that are free now on each device, by the one that has least; None where that is not known."""
+"""Returns the free bytes on the device with the least; None if unknown."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a model takes of each device at least.
+    """The least memory that a model needs on each device.
 
     Attributes:
       nbytes: of weights while they are loaded, of the largest step, and of the cache of one sequence.
@@ -38,10 +38,10 @@ class Footprint:
 def footprint(
     config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh = None, *, kv_dtype: str | None = None, **options: Any
 ) -> Footprint:
-    """Return what a model takes.
+    """Return a model's footprint.
 
     Args:
-      config: with the schemes in which its weights are held; dtype: that it computes in.
+      config: with the schemes of its weights; dtype: in which it computes.
       options: of the engine: rows, context, pages, page_size.
 
     Raises:
@@ -55,13 +55,13 @@ def footprint(
 
 
 def reserve(free: int, need: int, others: Iterable[int]) -> int:
-    """Return the bytes that a model leaves free for others, which are to be loaded beside it.
+    """Return the bytes that a model must leave free for others to be loaded beside it.
 
-    Models whose needs fit together share what is left over evenly, so that each has the cache of many sequences. One
-    for which there is no room beside this one and those before it is left out: it will have to wait for room.
+    Models whose needs fit together share the rest evenly, so that each can cache many sequences. A model that does not
+    fit beside this one and those before it is left out: it will have to wait for room.
 
     Args:
-      free: bytes; need: of the model that is loaded now; others: needs of those that are not, by precedence.
+      free: bytes; need: of the model being loaded; others: needs of those not loaded, by precedence.
     """
     left, kept, sharers = free - need, 0, 1
     for other in others:
@@ -71,7 +71,7 @@ def reserve(free: int, need: int, others: Iterable[int]) -> int:
 
 
 def free_here() -> int | None:
-    """Return the bytes that are free on each of the devices that jax would use; of a CPU those of the host."""
+    """Return the free bytes on each device that jax would use; for a CPU those of the host."""
     device = default_device()
     alike = [one for one in device.client.local_devices() if one.device_kind == device.device_kind]
     free = free_bytes(alike, of_device(device))

@@ -13,18 +13,18 @@ from llama_jax.server.reading import ChatReader
 from llama_jax.text.tokenizer import Tokenizer
 
 Chunks = Callable[[int, Piece], Iterator[dict[str, Any]]]
-"""From a prompt's number and a piece to the choices that tell of it."""
+"""Maps a prompt's index and a piece to choices."""
 
 
 def chunks_of(tokenizer: Tokenizer, asked: Asked) -> Chunks:
-    """Return what makes the choices of one stream."""
+    """Return the maker of one stream's choices."""
     of = _CompletionChunks if isinstance(asked.endpoint, Completions) else _ChatChunks
     return of(tokenizer, asked)
 
 
 class _ChatChunks:
-    """The role comes first, once for each choice; why a text has ended, last and by itself. Log-probabilities come with
-    the first of what their tokens say, or with an empty content."""
+    """The role comes first, once per choice; the finish reason last, in its own choice. Log-probabilities come with the
+    first delta of their tokens, or with empty content."""
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked):
         self._tokenizer, self._asked = tokenizer, asked
@@ -51,7 +51,7 @@ class _ChatChunks:
 
 
 class _CompletionChunks:
-    """The choices of one prompt follow those of the one before; with `echo` each begins with its prompt's text."""
+    """The choices of one prompt follow those of the previous one; with `echo` each begins with its prompt's text."""
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked):
         self._tokenizer, self._asked = tokenizer, asked

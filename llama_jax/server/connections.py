@@ -1,4 +1,4 @@
-"""Connections of clients that send or read too slowly, which uvicorn waits for as long as they like."""
+"""Deadlines for clients that send or read too slowly, which uvicorn lacks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:
-    """Return uvicorn's protocol for HTTP by h11, with deadlines for headers and for readers."""
+    """Return uvicorn's h11 protocol, with deadlines for headers and for readers."""
 
     class Impatient(H11Protocol):
-        """Closes a connection whose headers do not come, and one that takes too little of what is sent."""
+        """Closes connections whose headers do not arrive, or that read too slowly."""
 
         _headers: asyncio.TimerHandle | None = None
         _reader: asyncio.TimerHandle | None = None
@@ -26,7 +26,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            transport.set_write_buffer_limits(high=0)  # to learn of every byte that the client leaves there
+            transport.set_write_buffer_limits(high=0)  # to learn of every byte that the client does not read
             self._await_headers()
 
         def data_received(self, data: bytes) -> None:
@@ -47,14 +47,14 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             self._forget_reader()
 
         def _await_reader(self) -> None:
-            """The client has to take all that is there, or `reader_rate`, in each of these times."""
+            """In each of these periods the client must read everything, or at least `reader_rate`."""
             self._left = self.transport.get_write_buffer_size()
             self._reader = self.loop.call_later(limits.stalled_s, self._check_reader)
 
         def _check_reader(self) -> None:
             taken = self._left - self.transport.get_write_buffer_size()
             if taken < limits.reader_rate * limits.stalled_s:
-                # Else the kernel keeps what it has not sent, megabytes of it, for as long as the client is there.
+                # Otherwise the kernel keeps megabytes of unsent data for as long as the client is connected.
                 self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
                 self.transport.abort()
             else:

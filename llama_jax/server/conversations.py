@@ -1,4 +1,4 @@
-"""Messages of a request, checked, as chat templates know them."""
+"""Checked messages of a request, in the form that chat templates expect."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llama_jax.text.chat import check_messages
 
 
 def text_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages as templates know them.
+    """Return messages in the form that templates expect.
 
-    Content that came in parts is one text, a developer is the system, the arguments of calls are objects, and their
-    results have the names of the tools.
+    Joins content parts into one text, turns developer messages into system ones, arguments of calls into objects, and
+    adds the tools' names to their results.
 
     Raises:
-      RequestError: it is no conversation, has parts that are no text, or results of calls that there were not.
+      RequestError: it is not a conversation, has parts other than text, or results of calls that were never made.
     """
     check_messages(messages)
     plain, names = [], dict[str, str]()
@@ -53,7 +53,7 @@ def _text(part: Any, message: int) -> str:
 
 
 def _calls(calls: Any, message: int) -> list[dict[str, Any]]:
-    """The calls of an assistant's message."""
+    """Tool calls of an assistant's message."""
     made: list[dict[str, Any]] = []
     if calls is None:
         return made

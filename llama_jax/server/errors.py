@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients know them: a status, and {"error": {"message", "type", "param", "code"}}."""
+"""Errors in OpenAI's format: a status, and {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ STATUSES: tuple[tuple[type[LlamaJaxError], int, str], ...] = (
     (EngineFailed, 503, "overloaded_error"),
     (LlamaJaxError, 500, "server_error"),
 )
-"""The status and type of an error: of the first class here that it belongs to."""
+"""Status and type by error class; the first matching class counts."""
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "overloaded_error"}
 
 
 class Refused(LlamaJaxError):
-    """A request that was turned away before the engine saw it; `status` is HTTP's, `code` a word for programs."""
+    """A request rejected before it reached the engine; `status` is HTTP's, `code` is for programs."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """The answer that tells of an error. Of one that is not ours it tells nothing: its text may quote anybody."""
+        """The answer for an error. It reveals nothing of errors that are not ours: their texts may quote anybody."""
         if isinstance(error, Refused):
             kind = _KINDS.get(error.status, "invalid_request_error")
             return cls(error.status, _body(error, kind, error.param, error.code), error.headers)
@@ -79,11 +79,11 @@ _ANTHROPIC_KINDS = {413: "request_too_large", 500: "api_error"}
 
 
 def anthropic_body(failure: Failure) -> dict[str, Any]:
-    """Return what tells of a failure as Anthropic's clients know it, with OpenAI's param and code."""
+    """Return a failure's body in Anthropic's format, with OpenAI's param and code."""
     error = failure.body["error"]
     return {"type": "error", "error": {**error, "type": _ANTHROPIC_KINDS.get(failure.status, error["type"])}}
 
 
 def body_of(failure: Failure, path: str) -> Mapping[str, Any]:
-    """Return what tells of a failure to clients of the API that a path belongs to."""
+    """Return a failure's body in the format of the path's API."""
     return anthropic_body(failure) if path.startswith("/v1/messages") else failure.body

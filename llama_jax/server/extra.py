@@ -1,4 +1,4 @@
-"""Routes of the server that other packages add: the group `llama_jax.endpoints` of `llama_jax.plugins`."""
+"""Server routes added by other packages: the group `llama_jax.endpoints` of `llama_jax.plugins`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llama_jax.server.operations import Operation
 
 
 def operations() -> tuple[Operation, ...]:
-    """Return what sound plugins add."""
+    """Return the operations of sound plugins."""
     return tuple(operation for plugin in plugins.sound(plugins.ENDPOINTS) for operation in _of(plugin.value))
 
 
 def plugin_problem(plugin: Plugin, earlier: Sequence[Plugin]) -> str:
-    """Return what is wrong with a plugin of the group; "" if nothing."""
+    """Return the problem with a plugin of the group; "" if none."""
     made = _of(plugin.value)
     if not isinstance(made, tuple | list) or not all(isinstance(one, Operation) for one in made):
         return "it is neither a llama_jax.server.operations.Operation nor a tuple of them"
@@ -37,7 +37,7 @@ def _of(value: Any) -> Any:
 
 
 def _problem(operation: Operation, others: Iterable[Operation]) -> str:
-    """Whatever would make it fail at its first request, or take requests from another route."""
+    """The problem that would make it fail at its first request, or take requests from another route."""
     path = operation.path
     if operation.method not in ("GET", "POST"):
         return f"the method of {path} is {operation.method!r}, and neither GET nor POST"
@@ -50,7 +50,7 @@ def _problem(operation: Operation, others: Iterable[Operation]) -> str:
     for kind in (operation.body, operation.answer):
         try:
             msgspec.json.schema_components([] if kind is None else [kind])
-        except Exception as error:  # whatever the types of others' fields come to
+        except Exception as error:  # third-party field types may raise anything
             return f"{kind} cannot be described: {error}"
     if taken := next((core for core in _core_paths() if _meet(path, core)), None):
         return f"the route {path} meets {taken}, which is the server's own"
@@ -61,18 +61,18 @@ def _problem(operation: Operation, others: Iterable[Operation]) -> str:
 
 def _core_paths() -> list[str]:
     from llama_jax.server import page
-    from llama_jax.server.app import OPERATIONS  # which the application puts in front of these
+    from llama_jax.server.app import OPERATIONS  # which the application places before these
 
     return [*(operation.path for operation in OPERATIONS), *page.FILES]
 
 
 def _meet(one: str, other: str) -> bool:
-    """Whether there is a path that both routes take, as far as one example of each tells."""
+    """Whether both routes match a common path, judging by one example of each."""
     (this, this_example), (that, that_example) = _route(one), _route(other)
     return bool(this.match(that_example) or that.match(this_example))
 
 
 def _route(path: str) -> tuple[Any, str]:
-    """A route's pattern, and a path that it takes."""
+    """A route's pattern, and a path that it matches."""
     pattern, form, convertors = compile_path(path)
     return pattern, form.format(**dict.fromkeys(convertors, "0"))

@@ -1,5 +1,5 @@
-"""Types of fields of bodies, with what /openapi.json says of their values. The values are checked elsewhere, by those
-who can say what is wrong; tests hold both to each other."""
+"""Types of body fields, with their value ranges for /openapi.json. Values are checked elsewhere, with precise errors;
+tests ensure that both agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ JSON = dict[str, Any]
 
 
 def _within(least: float | None = None, most: float | None = None, *, above: float | None = None) -> Meta:
-    """Bounds of a number, of which `above` is not one itself."""
+    """Bounds of a number; `above` is exclusive."""
     bounds = {"minimum": least, "maximum": most, "exclusiveMinimum": above}
     return Meta(extra_json_schema={name: bound for name, bound in bounds.items() if bound is not None})
 

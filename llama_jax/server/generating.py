@@ -45,7 +45,7 @@ def _handler(dialect: Dialect[Any]) -> Handler:
 
 
 def _progress(slot: Slot, requests: Sequence[EngineRequest]) -> str:
-    """How far a stream is that has nothing else to say: its model is loaded, or its prompts are read."""
+    """Progress of a stream that has no events yet: loading of its model, or reading of its prompts."""
     if slot.served is None:
         return slot.progress
     found = [one for request in requests if (one := slot.served.engine.progress(request))]
@@ -61,7 +61,7 @@ async def _events(
     headers: MutableHeaders,
     requests: list[EngineRequest],
 ) -> AsyncGenerator[bytes]:
-    """The events of a stream; closing it ends the request. `headers` and `requests` are filled in."""
+    """Yields the events of a stream; closing it cancels the request. `headers` and `requests` are filled in."""
     async with server.models.use(body.model) as served:
         wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
         headers.update(_told(wanted))
@@ -75,7 +75,7 @@ async def _events(
 
 
 def _told(wanted: Asked) -> dict[str, str]:
-    """The header that names fields without effect."""
+    """The header that names ignored fields."""
     return {IGNORED_HEADER: ", ".join(wanted.ignored)} if wanted.ignored else {}
 
 

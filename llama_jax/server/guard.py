@@ -1,6 +1,6 @@
-"""Checks in front of every route, of who asks and how much; neither uvicorn nor starlette makes them.
+"""Checks before every route, of who asks and how much, which neither uvicorn nor starlette makes.
 
-A route is behind the key unless it is in `OPEN`, so that a new one cannot be forgotten.
+Every route needs the key unless it is in `OPEN`, so that new routes are protected by default.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama_jax.server.settings import Limits, ServerSettings
 from llama_jax.server.state import ServerState
 
 OPEN = frozenset({"/health/live", "/health/ready", *page.FILES})
-"""Paths that need no key: they say nothing of anybody's requests, and answer while the server drains."""
+"""Paths that need no key: they reveal nothing about requests, and answer while the server drains."""
 WHILE_DRAINING = OPEN | {"/metrics"}
 
 _ONCE = (b"host", b"origin", b"authorization", b"x-api-key", b"content-length", b"content-type", b"transfer-encoding")
@@ -39,7 +39,7 @@ class Guard:
     """An ASGI application around another one."""
 
     def __init__(self, app: ASGIApp, server: ServerState, paths: Mapping[Any, str]):
-        """Around an application that puts the endpoint of a request into its scope.
+        """Wrap an application that puts the endpoint of a request into its scope.
 
         Args:
           paths: the path of each endpoint, as metrics name it.
@@ -48,7 +48,7 @@ class Guard:
         self._salt = secrets.token_bytes(16)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or have it answered. Other kinds of connections get none."""
+        """Answer a request or pass it on. Other kinds of connections are not answered."""
         if scope["type"] != "http":
             return
         settings, life, began = self._server.settings, self._server.life, time.perf_counter()
@@ -83,17 +83,17 @@ class Guard:
         except Refused as error:
             await refuse(error)
         except Exception as error:
-            # Neither the text of the error nor its traceback's: both may quote the prompt.
+            # Logs neither the error's text nor its traceback: both may quote the prompt.
             error_log.error("request %s: %s at %s", request_id.decode(), type(error).__name__, _place(error))
             if status == 0:
                 await refuse(error)
-            # Else the answer stays incomplete, and uvicorn closes the connection.
+            # Otherwise the answer stays incomplete, and uvicorn closes the connection.
         finally:
             life.active -= counted
             self._log(scope, status, request_id, time.perf_counter() - began)
 
     def _tenant(self, key: str) -> str:
-        """Name of those whose prefixes a request shares: all with its key."""
+        """The tenant that a request shares prefixes with: all users of its key."""
         return hmac.digest(self._salt, key.encode(), "sha256").hex()[:16] if key else ""
 
     def _log(self, scope: Scope, status: int, request_id: bytes, seconds: float) -> None:
@@ -113,10 +113,10 @@ class Guard:
 
 
 def check_headers(scope: Scope, settings: ServerSettings) -> str:
-    """Check all of a request but its body; returns the key that it came with, "" if it needs none.
+    """Check all of a request but its body; return its key, "" if it needs none.
 
     Raises:
-      Refused: it is turned away.
+      Refused: it is rejected.
     """
     headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
     _check_sizes(headers, settings.limits)
@@ -133,10 +133,10 @@ def check_headers(scope: Scope, settings: ServerSettings) -> str:
 
 
 def check_key(headers: dict[bytes, bytes], keys: Sequence[str]) -> str:
-    """Check the key of a request and return it; "" where the server has none. Takes as long for a wrong one as for any.
+    """Check the key of a request and return it; "" if the server has none. Takes constant time, also for wrong keys.
 
     Raises:
-      Refused: there is none, or a wrong one.
+      Refused: it is missing or wrong.
     """
     if not keys:
         return ""
@@ -172,8 +172,8 @@ def _check_sizes(headers: Sequence[tuple[bytes, bytes]], limits: Limits) -> None
 
 
 def _check_names(headers: dict[bytes, bytes], settings: ServerSettings) -> None:
-    """Refuses what a web page elsewhere has made a browser send. A proxy may have taken https off, so that an origin's
-    scheme tells nothing."""
+    """Refuses requests sent by web pages of other sites. The origin's scheme is ignored, since a proxy may have
+    terminated https."""
     host = headers.get(b"host", b"").decode("latin-1")
     if not settings.serves(host):
         raise Refused(403, "the Host header does not name this server", code="wrong_host", hint="see --allowed-host")
@@ -199,10 +199,10 @@ def _too_large(most: int) -> Refused:
 
 
 def limited(receive: Receive, limits: Limits) -> Receive:
-    """Return `receive` for a body that may be neither larger nor slower than the limits.
+    """Wrap `receive` to enforce the limits on a body's size and time.
 
     Raises:
-      Refused: it is; raised by what is returned.
+      Refused: it exceeds them; raised by the returned function.
     """
     clock: Callable[[], float] = asyncio.get_running_loop().time
     deadline, size, complete = clock() + limits.body_s, 0, False
@@ -229,7 +229,7 @@ def limited(receive: Receive, limits: Limits) -> Receive:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of an error, without what stands there."""
+    """The place of an error's innermost line, without the line's text."""
     at = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next

@@ -1,4 +1,4 @@
-"""Prometheus metrics: numbers that the engine is asked for, and the times that requests took for their clients."""
+"""Prometheus metrics: numbers read from the engine, and the times of requests as clients see them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_jax.generation.streams import Piece
 
 PREFIX = "llama_jax_"
 BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 20, 50, 100, 300)
-"""Seconds. A dashboard can tell no less than the first."""
+"""Seconds. A dashboard cannot resolve less than the first."""
 TOKENS = tuple(mantissa * 10**power for power in range(6) for mantissa in (1, 2, 5))
 """Numbers of tokens."""
 
@@ -51,10 +51,10 @@ _COUNTERS: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
 
 @dataclass(frozen=True)
 class Naming:
-    """How metrics are called.
+    """Naming scheme of metrics.
 
     Attributes:
-      names: in place of `PREFIX` and ours; labels: that each metric has besides its own.
+      names: full names that replace `PREFIX` and ours; labels: extra labels of each metric.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -84,7 +84,7 @@ NAMINGS = {
     "llama_jax": Naming(),
     "vllm": Naming({ours: f"vllm:{theirs}" for ours, theirs in _VLLM.items()}, {"engine": "0"}),
 }
-"""By the names that `serve --metrics-names` takes. What vLLM has no metric for keeps our name
+"""Naming schemes by the names that `serve --metrics-names` takes. Metrics that vLLM lacks keep our names
 (https://docs.vllm.ai/en/latest/usage/metrics/)."""
 
 
@@ -92,7 +92,7 @@ class Metrics:
     """The metrics of one server."""
 
     def __init__(self, naming: Naming = NAMINGS["llama_jax"]):
-        """Make the metrics of no request yet."""
+        """Start without requests."""
         self.naming, self._registry = naming, CollectorRegistry()
         self._engines: dict[str, _Engine] = {}
         self.first = self._histogram("time_to_first_token_seconds", "From a request to its first token.")
@@ -123,7 +123,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def answered(self, route: str, status: int, model: str = "") -> None:
-        """Count an answer; `model`: the one that was asked, if one was."""
+        """Count an answer; `model`: the requested one, if any."""
         self._answers.labels(model, *self.naming.labels.values(), route, str(status)).inc()
 
     def loaded(self, model: str, outcome: str) -> None:
@@ -131,18 +131,18 @@ class Metrics:
         self._loads.labels(model, *self.naming.labels.values(), outcome).inc()
 
     def of(self, model: str, snapshot: Callable[[], Snapshot], restarts: Callable[[], int]) -> ModelMetrics:
-        """Return the metrics of a model's requests; those of its engine are read off it from now on.
+        """Return the metrics of a model's requests; its engine's metrics are read from now on.
 
         Args:
           model: the label "model_name" of each.
-          snapshot: of the engine; raises EngineFailed where it is dead.
-          restarts: how often it has been made anew.
+          snapshot: of the engine; raises EngineFailed if it is dead.
+          restarts: number of times it was rebuilt.
         """
         self._engines[model] = _Engine(snapshot, restarts)
         return ModelMetrics(self, model)
 
     def forget(self, model: str) -> None:
-        """Ask the engine of a model no more."""
+        """Stop reading the metrics of a model's engine."""
         self._engines.pop(model, None)
 
 
@@ -163,7 +163,7 @@ class ModelMetrics:
 
     @contextmanager
     def request(self) -> Iterator[Times]:
-        """The times of a request of the engine; one whose client leaves before its end counts as cancelled."""
+        """Record the times of an engine request; if the client leaves before its end, it counts as cancelled."""
         try:
             yield Times(self)
         except (asyncio.CancelledError, GeneratorExit):
@@ -179,12 +179,12 @@ class Times:
         self._last: dict[int, float] = {}
 
     def piece(self, piece: Piece) -> None:
-        """Take the time of a piece of a stream."""
+        """Record the time of a stream's piece."""
         now = time.perf_counter()
         if piece.token_ids:
             if not self._last:
                 self._metrics.first.observe(now - self._begun)
-            if piece.index in self._last:  # a piece of several tokens, as of a slow reader, has one time for each
+            if piece.index in self._last:  # a piece of several tokens, as slow readers get, counts once per token
                 for _ in piece.token_ids:
                     self._metrics.between.observe((now - self._last[piece.index]) / len(piece.token_ids))
             self._last[piece.index] = now
@@ -192,7 +192,7 @@ class Times:
             self._end(piece.output, now)
 
     def output(self, output: RequestOutput) -> None:
-        """Take the times of a whole answer."""
+        """Record the times of a whole answer."""
         self._metrics.first.observe(output.timing.ttft_s)
         self._end(output, time.perf_counter())
 
@@ -217,17 +217,17 @@ class _Engine:
 
 
 class _OfEngines(Collector):
-    """Metrics that are read off the engines when somebody asks."""
+    """Metrics read from the engines on request."""
 
     def __init__(self, naming: Naming, engines: Mapping[str, _Engine]):
         self._naming, self._engines = naming, engines
 
     def describe(self) -> list[Metric]:
-        """Nothing: the registry would ask the engines for it."""
+        """Return nothing: otherwise the registry would query the engines."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics of snapshots; of a dead engine only that it is dead, and how often it was made anew."""
+        """Yield the metrics of snapshots; for a dead engine only that it is dead, and its number of restarts."""
         gauges, counters = dict[str, GaugeMetricFamily](), dict[str, CounterMetricFamily]()
         names = ["model_name", *self._naming.labels]
 

@@ -1,4 +1,4 @@
-"""The models of a server: those that are loaded, and those that are loaded when somebody asks for them."""
+"""The models of a server: those loaded, and those loaded on demand."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ log = logging.getLogger("llama_jax.server")
 class Models:
     """The models of a server; a context manager within which the first is loaded.
 
-    Another is loaded when a request names it. One for which there is no room has those that no request uses unloaded,
-    the one that was used longest ago first.
+    Another is loaded when a request names it. If there is no room for it, unused models are unloaded, least recently
+    used first.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Models:
         free: Free = free_here,
         settle: Callable[[], object] = gc.collect,
     ):
-        """Take the models, of which there is at least one.
+        """Take the models; there must be at least one.
 
         Args:
-          free: bytes of each device that are free.
-          settle: called when a model has come or gone; collects what the latter has left.
+          free: returns the free bytes of each device.
+          settle: called when a model was loaded or unloaded; collects garbage of the latter.
 
         Raises:
-          RequestError: two models have one name.
+          RequestError: two models have the same name.
         """
         self.slots = tuple(slots)
         self._by_name: dict[str, Slot] = {}
@@ -68,7 +68,7 @@ class Models:
 
     @property
     def loaded(self) -> list[Served]:
-        """Those that are loaded."""
+        """The loaded models."""
         return [slot.served for slot in self.slots if slot.served is not None]
 
     @property
@@ -94,7 +94,7 @@ class Models:
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Served]:
-        """A model that stays loaded inside; it is loaded first, if need be.
+        """Keep a model loaded within the context; loads it first if necessary.
 
         Raises:
           Refused: there is none of that name, no room for it, or it cannot be loaded.
@@ -124,7 +124,7 @@ class Models:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """End every engine, and tell those who wait for a model."""
+        """End every engine, and notify requests that wait for a model."""
         for slot in self.slots:
             if slot.loading is not None and not slot.loading.done():
                 slot.loading.set_exception(EngineFailed("the server has ended", hint="send the request again later"))
@@ -135,12 +135,12 @@ class Models:
     # --- Loading
 
     async def _load(self, slot: Slot) -> None:
-        """Waits until a model is loaded, for which the first who waits begins. It is loaded even if they all leave."""
+        """Waits until a model is loaded; the first waiter starts loading, which continues even if all leave."""
         if slot.failure and (left := slot.retry - time.monotonic()) > 0:
             raise slot.refused(left)
         if slot.loading is None:
             slot.loading = asyncio.get_running_loop().create_future()
-            slot.loading.add_done_callback(asyncio.Future.exception)  # somebody has seen it
+            slot.loading.add_done_callback(asyncio.Future.exception)  # marks the exception as retrieved
             task = asyncio.create_task(self._loaded(slot, slot.loading))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -157,7 +157,7 @@ class Models:
         except Refused as refused:
             self._metrics.loaded(name, refused.code)
             error = refused
-        except Exception as fault:  # of the device, of files: it concerns those who asked for this model alone
+        except Exception as fault:  # a device or file error: it concerns only requests for this model
             error = self._failed(slot, fault)
             await asyncio.to_thread(self._settle)
         slot.loading, slot.progress = None, ""
@@ -169,17 +169,17 @@ class Models:
             done.set_exception(error)
 
     def _failed(self, slot: Slot, error: Exception) -> Refused:
-        """Takes note of a failure; the next attempt is made after a pause."""
+        """Records a failure; the next attempt is made after a pause."""
         slot.failure, now = type(error).__name__, time.monotonic()
         pause = slot.attempts.failed(now)
         slot.retry = now + (slot.attempts.longest_s if pause is None else pause)
         log.error("%s cannot be loaded: %s: %s", slot.names[0], slot.failure, error)
         self._metrics.loaded(slot.names[0], slot.failure)
-        traceback.clear_frames(error.__traceback__)  # they hold what was loaded
+        traceback.clear_frames(error.__traceback__)  # its frames hold what was loaded
         return slot.refused(slot.retry - now)
 
     async def _fill(self, slot: Slot) -> None:
-        """Loads a model, with room made for it."""
+        """Loads a model after making room for it."""
         assert slot.source is not None
         need, before = await self._room(slot, slot.source) if len(self.slots) > 1 else (0, None)
         while True:
@@ -189,7 +189,7 @@ class Models:
                 engine, tokenizer = await asyncio.to_thread(slot.source.open, kept, slot.told)
                 await engine.__aenter__()
                 break
-            except DoesNotFit:  # what was planned was too little
+            except DoesNotFit:  # the estimate was too low
                 if not await self._unload_one(slot):
                     raise
                 before = None if before is None else self._free()
@@ -203,13 +203,13 @@ class Models:
         await asyncio.to_thread(self._settle)
 
     async def _room(self, slot: Slot, source: Source) -> tuple[int, int | None]:
-        """Makes room for a model: the bytes of each device that it needs, and that are free; None if that is not known.
+        """Makes room for a model; returns the bytes of each device that it needs, and that are free; None if unknown.
 
         Raises:
-          DoesNotFit: it would need more than there is without other models.
-          Refused: it needs more than there is beside those that are in use.
+          DoesNotFit: it would not fit even without other models.
+          Refused: it does not fit beside the models in use.
         """
-        await asyncio.to_thread(source.fetch)  # before anything is unloaded for a model that is not there
+        await asyncio.to_thread(source.fetch)  # before anything is unloaded for a missing model
         slot.outline = await asyncio.to_thread(source.outline)
         need = 0 if slot.outline is None else slot.outline.nbytes
         if self._budget is not None and need > self._budget:
@@ -229,11 +229,11 @@ class Models:
         return need, free
 
     def _idle(self, wanting: Slot) -> list[Slot]:
-        """Models that can be unloaded for another."""
+        """Models that may be unloaded for another."""
         return [slot for slot in self.slots if slot.served and not slot.users and slot.source and slot is not wanting]
 
     async def _unload_one(self, wanting: Slot) -> bool:
-        """Unloads the idle model that was used longest ago; whether there was one."""
+        """Unloads the least recently used idle model; returns whether there was one."""
         if not (idle := self._idle(wanting)):
             return False
         slot = min(idle, key=lambda slot: slot.used)

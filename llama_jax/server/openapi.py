@@ -23,7 +23,7 @@ def document(operations: Sequence[Operation], names: Sequence[str], *, keys: boo
     """Return the description of operations.
 
     Args:
-      names: of the models; keys: whether the server asks for a key.
+      names: of the models; keys: whether the server requires a key.
     """
     kinds: set[type] = {kind for each in operations for kind in (each.body, each.answer) if kind is not None}
     ordered = sorted({*kinds, ErrorAnswer}, key=lambda kind: kind.__name__)
@@ -44,7 +44,7 @@ def document(operations: Sequence[Operation], names: Sequence[str], *, keys: boo
 
 
 def _variable(name: str, models: Sequence[str]) -> dict[str, Any]:
-    """A part of a path; `name` is that of a model."""
+    """A path parameter; `name` is that of a model."""
     schema: dict[str, Any] = {"enum": [*models]} if name == "name" else {"type": "string"}
     return {"name": name, "in": "path", "required": True, "schema": schema}
 

@@ -22,12 +22,12 @@ Handler = Callable[[ServerState, Request], Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Operation:
-    """A route, by whose method and path clients ask.
+    """A route with its method and path.
 
     Attributes:
-      path: as starlette writes it; summary: in a few words.
-      handler: what answers.
-      body, answer: types of both; no answer is one in plain text.
+      path: in starlette's syntax; summary: in a few words.
+      handler: function that answers.
+      body, answer: types of both; no answer type means plain text.
       streams: whether the answer may come as server-sent events.
     """
 
@@ -41,11 +41,11 @@ class Operation:
 
 
 async def read[T](server: ServerState, request: Request, kind: type[T]) -> T:
-    """Return the body of a request. A web page elsewhere cannot send what is called JSON without being asked about it.
+    """Return the body of a request. A cross-origin web page cannot send the JSON content type without a preflight.
 
     Raises:
-      Refused: it is not called JSON.
-      RequestError: it is none of that kind.
+      Refused: its content type is not JSON.
+      RequestError: it is not a valid body of this type.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(
@@ -56,7 +56,7 @@ async def read[T](server: ServerState, request: Request, kind: type[T]) -> T:
 
 @asynccontextmanager
 async def asked_model(server: ServerState, request: Request, name: str | None) -> AsyncIterator[Served]:
-    """The model that a request names, loaded inside as long as its client waits. The body must have been read.
+    """Keep the model that a request names loaded while its client waits. The body must have been read.
 
     Raises:
       Refused: as `Models.use`.

@@ -1,6 +1,6 @@
-"""The web page: files that `scripts/ui_build.py` has built from `ui/`, served as they are and to anybody.
+"""The web page: files that `scripts/ui_build.py` builds from `ui/`, served unchanged to anybody.
 
-They hold nothing of this server; what the page asks for needs the key that its reader enters.
+They contain nothing of this server; the page's requests need the key that the user enters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILES = {
     for path in sorted(FOLDER.rglob("*"))
     if path.is_file()
 }
-"""Path of each URL."""
+"""File path by URL."""
 
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".txt": "text/plain"}
 
@@ -34,7 +34,7 @@ POLICY = {
     "base-uri": "'none'",
     "form-action": "'none'",
     "frame-ancestors": "'none'",
-    # No text becomes HTML but through the sanitiser, which alone may make trusted types.
+    # Text becomes HTML only through the sanitiser, which alone may create trusted types.
     "require-trusted-types-for": "'script'",
     "trusted-types": "dompurify",
 }
@@ -45,7 +45,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
-    # Kept, but asked for each time: the files of two versions never mix.
+    # Cached, but revalidated each time, so that files of two versions never mix.
     "cache-control": "no-cache",
     "vary": "accept-encoding",
 }

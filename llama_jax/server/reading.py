@@ -1,4 +1,4 @@
-"""The message that the text of an answer is: content, reasoning and calls of tools, in OpenAI's shapes."""
+"""Parses an answer's text into a message: content, reasoning and tool calls, in OpenAI's shapes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REASONING = "reasoning_content"
 
 
 class ChatReader:
-    """Reads one answer, in whatever pieces it comes."""
+    """Reads one answer incrementally."""
 
     def __init__(
         self,
@@ -27,17 +27,17 @@ class ChatReader:
         """Begin at the start of an answer.
 
         Args:
-          reasoning, tools: what reads them, if the answer can have any.
-          several: whether calls behind the first count.
+          reasoning, tools: their parsers, if the answer can have any.
+          several: whether calls after the first count.
         """
         self._reasoning, self._tools, self._call_id, self._several = reasoning, tools, call_id, several
         self._calls, self._arguments = 0, ""
 
     def reasoning_tokens(self, texts: Iterable[str]) -> int:
-        """Return how many of an answer's tokens are reasoning, with its marks.
+        """Return the number of an answer's tokens that are reasoning, including its marks.
 
         Args:
-          texts: what each token adds to the answer, which this reader has not read.
+          texts: the text that each token adds to the answer, which this reader must not have read.
         """
         parser, count = self._reasoning, 0
         if parser is None:
@@ -54,12 +54,12 @@ class ChatReader:
         return self._messages(self._reasoning.feed(text) if self._reasoning else [Text(text)])
 
     def finish(self) -> list[dict[str, Any]]:
-        """Return what is left at the end of the text."""
+        """Return the remaining deltas at the end of the text."""
         made = self._messages(self._reasoning.finish()) if self._reasoning else []
         return [*made, *self._shaped(self._tools.finish())] if self._tools else made
 
     def reason(self, finish_reason: str | None) -> str | None:
-        """Return why the answer has ended, as its reader needs to know it: by calls only where the last is complete."""
+        """Return the finish reason for the client: tool calls only if the last call is complete."""
         if finish_reason != "stop" or not self._calls:
             return finish_reason
         try:
@@ -96,7 +96,7 @@ class ChatReader:
 
 
 def message_of(deltas: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the whole message of an answer; without content only where there are calls."""
+    """Return the whole message of an answer; it lacks content only if there are calls."""
     texts = {"content": "", REASONING: ""}
     calls: list[dict[str, Any]] = []
     for delta in deltas:

@@ -1,4 +1,4 @@
-"""Ways to send answers, and to notice that nobody waits for them any more."""
+"""Sending of answers, and detection of clients that have left."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from llama_jax.server.sse import KEEP_ALIVE, comment
 
 
 def json_response(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return an answer in JSON."""
+    """Return a JSON answer."""
     return Response(msgspec.json.encode(data), status, dict(headers or {}), "application/json")
 
 
 def failure_response(failure: Failure, path: str) -> Response:
-    """Return an answer that tells of an error to whoever has asked for a path."""
+    """Return the answer for an error, in the format of the path's API."""
     return json_response(body_of(failure, path), failure.status, failure.headers)
 
 
 @asynccontextmanager
 async def until_gone(receive: Receive) -> AsyncIterator[None]:
-    """Cancels what runs inside once the client has left. The body must have been read.
+    """Cancels the enclosed work once the client has left. The body must have been read.
 
     Raises:
       ClientDisconnect: it has left.
@@ -56,8 +56,8 @@ async def until_gone(receive: Receive) -> AsyncIterator[None]:
 
 
 class EventStream(Response):
-    """Server-sent events. The status follows from how they begin: an error before the first is an answer of its own,
-    a later one is an event."""
+    """Server-sent events. An error before the first event becomes an ordinary error answer with its status, a later one
+    an event."""
 
     def __init__(
         self,
@@ -66,13 +66,13 @@ class EventStream(Response):
         failed: Callable[[Failure, int], bytes],
         progress: Callable[[], str] = str,
     ):
-        """Make an answer of events.
+        """Make an answer from events.
 
         Args:
-          events: gets the headers, which count until the first event or comment.
-          failed: makes the events that tell of an error, after a number of others.
-          keep_alive_s: after which a comment is sent where there is no event: proxies give up on a silent connection.
-          progress: what the comment says, if there is anything to say.
+          events: called with the headers, which it may change until the first event or comment.
+          failed: makes the events for an error, after a number of others.
+          keep_alive_s: a comment is sent after this time without events, since proxies drop silent connections.
+          progress: returns the comment's text, if any.
         """
         super().__init__(headers={"x-accel-buffering": "no"}, media_type="text/event-stream")
         del self.headers["content-length"]
@@ -84,8 +84,8 @@ class EventStream(Response):
         """Send the events until they end or the client leaves; either closes the generator.
 
         Raises:
-          LlamaJaxError: of the events, where none has been sent.
-          ClientDisconnect: it has left before the first.
+          LlamaJaxError: from the events, if none has been sent.
+          ClientDisconnect: the client left before the first.
         """
         try:
             async with aclosing(self._events), until_gone(receive):

@@ -1,4 +1,4 @@
-"""The life of a server: it listens, answers, and ends well."""
+"""Life cycle of a server: listening, answering, graceful shutdown."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.05
 _INTERRUPTED = 130
 _SEND_BUFFER = 64 << 10
-"""Bytes that the kernel keeps for a client that does not read; without a bound up to 4 MB, and nobody learns of it."""
+"""Bytes that the kernel buffers for a client that does not read; without a bound up to 4 MB, unnoticed."""
 _THREADS = 32
-"""That encode prompts and compile grammars; some wait for seconds."""
+"""Threads for encoding prompts and compiling grammars; some wait for seconds."""
 
 log = logging.getLogger("llama_jax.server")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server without its signals, behind which it would end the process by the signal."""
+    """uvicorn's server without its signal handlers, which would end the process by the signal."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -41,10 +41,10 @@ class _Server(uvicorn.Server):
 
 
 def bound_socket(settings: ServerSettings) -> socket.socket:
-    """Return a socket at the server's address, before anything takes long.
+    """Return a socket at the server's address, before any slow work.
 
     Raises:
-      RequestError: the address is in use, or not of this machine.
+      RequestError: the address is in use, or not on this machine.
     """
     try:
         family, kind, number, _, address = socket.getaddrinfo(
@@ -55,7 +55,7 @@ def bound_socket(settings: ServerSettings) -> socket.socket:
         raise RequestError(f"there is no address {settings.host!r}: {error}", param="host", hint="see --host") from None
     try:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # of each connection
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # inherited by each connection
         made.bind(address)
     except OSError as error:
         made.close()
@@ -78,11 +78,11 @@ async def run(
 ) -> None:
     """Load the first model and run the server until SIGINT, SIGTERM or, unless it is ignored (nohup), SIGHUP.
 
-    Then new requests are turned away (503) while those under way have `drain_s` to end; what is left ends in an error
-    that its client is told. A second signal cuts this short.
+    Then new requests are rejected (503) while those in progress have `drain_s` to finish; the rest end in an error
+    that is sent to their clients. A second signal cuts this short.
 
     Args:
-      ready: called once it answers.
+      ready: called once the server answers.
 
     Raises:
       RequestError: a certificate or key cannot be used.
@@ -135,7 +135,7 @@ async def run(
 
 
 class _Asked(asyncio.Semaphore):
-    """Released by each signal. One that comes before the server has started ends the process: what compiles cannot be
+    """Released by each signal. A signal before the server has started ends the process, since compilation cannot be
     stopped otherwise."""
 
     started = False
@@ -161,7 +161,7 @@ async def _signals() -> AsyncIterator[_Asked]:
 
 
 async def _drained(state: ServerState, asked: _Asked) -> None:
-    """Waits until no request is under way, time is up, or there is another signal."""
+    """Waits until no request is in progress, time is up, or another signal arrives."""
     state.life.draining = True
     log.info("ending: %d requests are under way and have %g s", state.life.active, state.settings.drain_s)
     again = asyncio.create_task(asked.acquire())
@@ -173,7 +173,7 @@ async def _drained(state: ServerState, asked: _Asked) -> None:
 
 
 async def _ended(models: AsyncExitStack) -> None:
-    """Ends the engines, which tell whoever waits; a device that hangs does not keep the process."""
+    """Ends the engines, which notify waiting callers; a hung device does not keep the process alive."""
     closing = asyncio.create_task(models.aclose())
     await asyncio.wait({closing}, timeout=LAST_WORDS_S)
     if not closing.done():

@@ -1,4 +1,4 @@
-"""A model that a server serves, and what every route needs of it."""
+"""A served model, and what every route needs of it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llama_jax.text.tools import ToolFormat, format_named, format_of, reasoning_
 
 @dataclass(frozen=True)
 class Served:
-    """An engine, and how clients know it.
+    """An engine, and its identity for clients.
 
     Attributes:
-      names: of the model, the first of which answers carry.
+      names: of the model; answers carry the first.
       created: when it was loaded, in seconds of Unix time.
-      tool_parser: name of the model's `ToolFormat`; "" is what its chat template says.
+      tool_parser: name of the model's `ToolFormat`; "" derives it from the chat template.
     """
 
     engine: Engine
@@ -36,15 +36,15 @@ class Served:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a prompt and its continuation may have together."""
+        """The most tokens of a prompt and its continuation together."""
         return min(self.engine.settings.capacity, self.engine.model.config.context_length)
 
     @cached_property
     def tool_format(self) -> ToolFormat | None:
-        """Spelling of the model's calls of tools; None if it is not known, or there are none.
+        """Format of the model's tool calls; None if unknown, or if it has none.
 
         Raises:
-          RequestError: there is no format of the name `tool_parser`.
+          RequestError: there is no format named `tool_parser`.
         """
         if self.tool_parser:
             return format_named(self.tool_parser)
@@ -52,7 +52,7 @@ class Served:
 
     @cached_property
     def shows_tools(self) -> bool:
-        """Whether the chat template tells the model of tools."""
+        """Whether the chat template shows tools to the model."""
         return "tools" in self._template(tools=True)
 
     @cached_property
@@ -61,7 +61,7 @@ class Served:
         return reasoning_of(self._template(tools=False))
 
     def spelled(self, mark: str) -> str:
-        """Return how a Lark grammar spells a mark: a control token by its id."""
+        """Return a mark as spelled in a Lark grammar: a control token by its id."""
         number = self.tokenizer.special_tokens.get(mark)
         return json.dumps(mark, ensure_ascii=False) if number is None else f"<[{number}]>"
 
@@ -71,6 +71,6 @@ class Served:
 
 
 def served_name(model: str) -> str:
-    """Return the name of a model for clients: of a file or folder only its own name, and not where it is."""
+    """Return the name of a model for clients: for a file or folder only its base name, without its location."""
     path = Path(model)
     return path.resolve().name if path.exists() else model

@@ -1,4 +1,4 @@
-"""Settings of a server: where it listens, whom it answers, and how much it takes from them."""
+"""Settings of a server: address, admission, and limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_jax.errors import RequestError
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request, and of a client's time.
+    """Limits on one request, and on a client's time.
 
     Attributes:
       body: bytes; header_count, header_bytes: of all headers.
@@ -21,9 +21,9 @@ class Limits:
       prompts: of one request; n: continuations of each; stops: strings that end a text, of `stop_chars` characters.
       header_s, body_s: until the headers, and the body, are complete.
       idle_s: between two requests of a connection.
-      stalled_s: until a client that does not read what is sent is cut off; reader_rate: bytes a second that it has to
-        take of an answer that does not fit into the buffers between it and the server.
-      keep_alive_s: between comments in a stream that has nothing else to say.
+      stalled_s: until a client that does not read is disconnected; reader_rate: bytes per second that it must read of
+        an answer that exceeds the buffers between it and the server.
+      keep_alive_s: between comments in a stream without events.
       step_s: that a step of the engine may take before it counts as stalled; hung_s: before the process ends.
       connections: at once.
     """
@@ -55,12 +55,12 @@ class ServerSettings:
 
     Attributes:
       host, port: to listen at; port 0 takes a free one.
-      keys: any of which admits; none admits everybody, which only a loopback address may.
-      hosts: names that clients call the server by, besides its addresses.
-      drain_s: how long answers may go on once the server is to end.
+      keys: any of which admits a client; without keys everybody is admitted, which requires a loopback address.
+      hosts: names of the server for clients, besides its addresses.
+      drain_s: how long answers may continue once the server is to shut down.
 
     Raises:
-      RequestError: another address than loopback, and no key; or a key that no header can hold.
+      RequestError: there is no key and the address is not loopback; or a key cannot be sent in a header.
     """
 
     host: str = "127.0.0.1"
@@ -88,8 +88,8 @@ class ServerSettings:
     def serves(self, host: str) -> bool:
         """Whether a Host header names this server.
 
-        A page elsewhere whose name is made to resolve to this machine (DNS rebinding) sends its own name. Addresses
-        cannot be rebound: a server for all of a machine's addresses takes each of them.
+        A foreign page whose name is made to resolve to this machine (DNS rebinding) sends its own name. Addresses
+        cannot be rebound: a server that listens on all addresses accepts each of them.
         """
         name = _without_port(host).lower()
         if name in self.hosts or name == self.host.lower():
@@ -103,7 +103,7 @@ class ServerSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach an address."""
+    """Return whether an address is reachable only from this machine."""
     address = _address(host)
     return host.lower() == "localhost" if address is None else address.is_loopback
 

@@ -1,4 +1,4 @@
-"""A model that a server has, loaded or not, and where it comes from."""
+"""A server's model, loaded or not, and its source."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from llama_jax.text.tokenizer import Tokenizer
 
 
 class Source(Protocol):
-    """Where a model comes from. Its methods take long and are called in a thread."""
+    """Source of a model. Its methods are slow and are called in a thread."""
 
     def outline(self) -> Footprint | None:
-        """Return what the model takes; None where that cannot be told before it is downloaded."""
+        """Return what the model needs; None if that is unknown before it is downloaded."""
         ...
 
     def fetch(self) -> None:
-        """Bring what has to be downloaded or converted onto this machine.
+        """Download and convert the model if necessary.
 
         Raises:
           LlamaJaxError: as `llama_jax.load`.
@@ -31,10 +31,10 @@ class Source(Protocol):
         ...
 
     def open(self, kept: int, progress: Callable[[str], None]) -> tuple[Engine, Tokenizer]:
-        """Load the model and make its engine, which is not started.
+        """Load the model and make its engine without starting it.
 
         Args:
-          kept: bytes of each device to leave free for other models; progress: told in a few words how far it is.
+          kept: bytes of each device to leave free for other models; progress: called with short progress texts.
 
         Raises:
           LlamaJaxError: as `llama_jax.load` and `Engine`.
@@ -47,14 +47,14 @@ class Slot:
     """One of a server's models.
 
     Attributes:
-      names: by which clients ask for it, the first of which answers carry.
-      source: None for a model that was loaded before the server, and stays.
+      names: for clients; answers carry the first.
+      source: None for a model that was loaded before the server and stays loaded.
       tool_parser: see `Served`.
-      served: the model, while it is loaded; held: bytes of each device that it takes then.
-      loading: done when it is loaded, or cannot be; progress: how far that is.
-      outline: what it takes at least, once that is known.
-      users: requests that use it or wait for it; used: when the last of them ended.
-      failure: the kind of error by which it could not be loaded; retry: when it is tried again.
+      served: the model, while loaded; held: bytes of each device that it then takes.
+      loading: done when it is loaded or has failed; progress: of loading.
+      outline: the least that it needs, once known.
+      users: number of requests that use it or wait for it; used: when the last of them ended.
+      failure: kind of the error of the last attempt to load; retry: time of the next attempt.
     """
 
     names: tuple[str, ...]
@@ -73,7 +73,7 @@ class Slot:
 
     @property
     def status(self) -> Literal["loaded", "loading", "failed", "unloaded"]:
-        """Where it is."""
+        """Its loading status."""
         if self.served is not None:
             return "loaded"
         if self.loading is not None:
@@ -82,18 +82,17 @@ class Slot:
 
     @property
     def context(self) -> int | None:
-        """Tokens of a sequence, where that is known."""
+        """Tokens of a sequence, if known."""
         if self.served is not None:
             return self.served.capacity
         return None if self.outline is None else self.outline.context
 
     def told(self, progress: str) -> None:
-        """Take note of how far loading is."""
+        """Record the progress of loading."""
         self.progress = progress
 
     def refused(self, pause: float) -> Refused:
-        """Return what those are told who ask for it before it is tried again, `pause` seconds from now: nothing of this
-        machine's files."""
+        """Return the error until the next attempt, in `pause` seconds; it reveals nothing of local files."""
         return Refused(
             503,
             f"the model {self.names[0]!r} cannot be loaded: {self.failure}",

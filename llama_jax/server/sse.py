@@ -11,10 +11,10 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(data: Any, name: str = "") -> bytes:
-    """Return one event with data in JSON, and with a name if it has one."""
+    """Return one event with JSON data, and a name if given."""
     return (f"event: {name}\n".encode() if name else b"") + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def comment(text: str) -> bytes:
-    """Return a comment of one line, which clients pass over."""
+    """Return a one-line comment, which clients ignore."""
     return f": {' '.join(text.split())}\n\n".encode()

@@ -1,4 +1,4 @@
-"""A server: its settings, its models, its metrics, and where in its life it is."""
+"""State of a server: its settings, models, metrics and life cycle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Life:
     """State of a server between its start and its end.
 
     Attributes:
-      active: requests under way, without those of `guard.OPEN`; draining: whether new ones are turned away.
+      active: requests in progress, except those of `guard.OPEN`; draining: whether new ones are rejected.
     """
 
     active: int = 0
@@ -28,7 +28,7 @@ class Life:
 
 @dataclass(frozen=True)
 class ServerState:
-    """All that routes answer from."""
+    """Everything that routes need to answer."""
 
     settings: ServerSettings
     models: Models
@@ -37,7 +37,7 @@ class ServerState:
 
     @classmethod
     def of(cls, engine: Engine, tokenizer: Tokenizer, names: tuple[str, ...], settings: ServerSettings) -> Self:
-        """Return a server of one engine that has been made, but not started."""
+        """Return a server of one engine that has been made but not started."""
         metrics = Metrics()
         of_model = metrics.of(names[0], engine.snapshot, lambda: engine.restarts.total)
         slot = Slot(names, None, served=Served(engine, tokenizer, names, settings, of_model))

@@ -1,4 +1,4 @@
-"""Operations that tell of the server itself."""
+"""Operations that report on the server itself."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _STARTED = int(time.time())
 
 
 def readiness(server: ServerState) -> StatusAnswer:
-    """Return what the server is; with a reason where it takes no requests.
+    """Return the server's status; with a reason if it accepts no requests.
 
-    It takes them as long as a model does: where several are served, one that has failed concerns its own requests.
+    It accepts them as long as any model does: if several are served, a failed one affects only its own requests.
     """
     if server.life.draining:
         return StatusAnswer("draining", "the server is about to end")
@@ -42,7 +42,7 @@ def readiness(server: ServerState) -> StatusAnswer:
 
 
 def _problem(served: Served) -> tuple[Literal["restarting", "failed", "stalled"], str] | None:
-    """Why an engine takes no requests, if it does not."""
+    """The reason why an engine accepts no requests, if it does not."""
     try:
         served.engine.snapshot()
     except EngineFailed as error:

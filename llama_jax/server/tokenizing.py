@@ -83,7 +83,7 @@ async def _info(server: ServerState, request: Request) -> Response:
 
 
 def _told(served: Served, body: ChatBody | TokenizeBody | TemplateBody) -> tuple[dict[str, Any], Offer]:
-    """The fields that a chat template is told of, and the tools among them."""
+    """The fields passed to a chat template, and the tools among them."""
     fields = given(body)
     return fields, offer_of(served, fields)
 

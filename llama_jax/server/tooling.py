@@ -1,4 +1,4 @@
-"""Tools that a request offers: what the template is told of them, what the answer is held to, and how it is read."""
+"""Tools that a request offers: how the template shows them, constraints on the answer, and its parsing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_jax.text.tools.grammars import OPENING, amid, answered
 _RESERVED = frozenset(
     {"tokenizer", "messages", "add_generation_prompt", "tools", "documents", "chat_template", "strftime_now"}
 )
-"""Variables of a template that `chat_template_kwargs` cannot set."""
+"""Template variables that `chat_template_kwargs` cannot set."""
 
 
 type Tools = tuple[Tool, ...]
@@ -25,14 +25,14 @@ type Tools = tuple[Tool, ...]
 
 @dataclass(frozen=True)
 class Offer:
-    """Tools that a model may call, or must.
+    """Tools that a model may or must call.
 
     Attributes:
-      shown: as the template gets them; None for none.
+      shown: as passed to the template; None for none.
       tools: those that may be called; builtin: names of tools that only the template knows.
-      choice: "required" where the answer has to be a call of one of `tools`.
-      several: whether it may be more than one call.
-      strict: whether a tool asks that its arguments meet its schema even where no call is asked for.
+      choice: "required" if the answer must be a call of one of `tools`.
+      several: whether there may be more than one call.
+      strict: whether a tool requires arguments that meet its schema even if no call is required.
     """
 
     format: ToolFormat | None = None
@@ -50,10 +50,10 @@ class Offer:
 
 
 def offer_of(served: Served, fields: dict[str, Any]) -> Offer:
-    """Return what a request offers; takes its fields about tools out of `fields`.
+    """Return a request's offer; removes its fields about tools from `fields`.
 
     Raises:
-      RequestError: a tool or the choice is wrong, or this model cannot call tools.
+      RequestError: a tool or the choice is invalid, or this model cannot call tools.
     """
     given, choice = fields.pop("tools", None) or [], fields.pop("tool_choice", None) or "auto"
     several = fields.pop("parallel_tool_calls", True)
@@ -82,7 +82,7 @@ def offer_of(served: Served, fields: dict[str, Any]) -> Offer:
 
 
 def _chosen(choice: Any, tools: tuple[Tool, ...]) -> tuple[Literal["auto", "none", "required", "named"], Tools]:
-    """Whether a tool must be called, and which may be. The model is told of all of them, whichever these are."""
+    """Whether a tool must be called, and which may be. The model is shown all of them in any case."""
     match choice:
         case "auto" | "none":
             return choice, tools
@@ -115,10 +115,10 @@ def _named(names: Sequence[str | None], tools: Tools) -> Tools:
 
 
 def template_variables(served: Served, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return variables of the template that a request sets.
+    """Return the template variables that a request sets.
 
     Raises:
-      RequestError: one is not for requests to set.
+      RequestError: requests may not set one of them.
     """
     own = _RESERVED | served.tokenizer.special_tokens_map.keys()
     if reserved := next((name for name in given if name in own), None):
@@ -129,15 +129,15 @@ def template_variables(served: Served, given: Mapping[str, Any]) -> dict[str, An
 
 
 def form_of(served: Served, offer: Offer, form: Grammar | None, place: Place) -> tuple[Grammar | None, Place]:
-    """Return the form that the answer must have, and where in its reasoning it begins then.
+    """Return the required form of the answer, and where in the reasoning it then begins.
 
-    A JSON schema, and calls that must be made, come behind the reasoning. Other forms are those of the whole text.
+    A JSON schema and required calls apply after the reasoning. Other forms apply to the whole text.
 
     Args:
-      form: of the answer's text, as the request has it; place: where the prompt ends.
+      form: requested form of the answer's text; place: where the prompt ends.
 
     Raises:
-      RequestError: of `tools`: the grammar cannot be made; of `response_format`: both cannot be held at once.
+      RequestError: of `tools`: the grammar cannot be made; of `response_format`: the two cannot be combined.
     """
     answer = ""
     if offer.choice != "required":
@@ -161,7 +161,7 @@ def form_of(served: Served, offer: Offer, form: Grammar | None, place: Place) ->
 
 
 def _amid(served: Served, offer: Offer, place: Place) -> Grammar | None:
-    """The form of a text that may hold calls, if a tool is strict and the format has a mark to tell them by."""
+    """The form of a text that may contain calls, if a tool is strict and the format marks calls."""
     format = offer.format
     if format is None or not offer.strict or not format.opening:
         return None
@@ -176,7 +176,7 @@ def _amid(served: Served, offer: Offer, place: Place) -> Grammar | None:
 
 
 def _compiled(served: Served, grammar: Grammar, param: str) -> Grammar:
-    """A grammar that can be used; compiled ones are kept."""
+    """A checked grammar; compiled ones are cached."""
     model = served.engine.model
     try:
         GrammarMatcher.of(grammar, served.tokenizer, model.config.vocab_size, model.eos_token_ids)
@@ -188,7 +188,7 @@ def _compiled(served: Served, grammar: Grammar, param: str) -> Grammar:
 
 
 def reader_of(served: Served, offer: Offer, place: Place) -> ChatReader:
-    """Return what reads one answer, from where in its reasoning it begins."""
+    """Return the reader of one answer that begins at this place of its reasoning."""
     marks = served.reasoning
     reasoning = ReasoningParser(marks, inside=place == "inside") if marks and place != "behind" else None
     if offer.format is None:
@@ -197,6 +197,6 @@ def reader_of(served: Served, offer: Offer, place: Place) -> ChatReader:
 
 
 def shows_control(served: Served, offer: Offer) -> bool:
-    """Return whether the answer can only be read with its control tokens."""
+    """Return whether the answer can be read only with its control tokens."""
     marks: Sequence[str] = (*(served.reasoning or ()), *(offer.format.control if offer.format else ()))
     return any(mark in served.tokenizer.special_tokens for mark in marks)

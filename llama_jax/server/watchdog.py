@@ -1,4 +1,4 @@
-"""Ends a process whose device, or whose event loop, hangs: nothing in it can be restarted, so its supervisor has to."""
+"""Ends a process whose device or event loop hangs: nothing in it can be restarted, so its supervisor must."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from llama_jax.server.state import ServerState
 FAULT = 70
 """The exit code (EX_SOFTWARE of sysexits.h)."""
 LAST_WORDS_S = 5.0
-"""For the answers of those who are told."""
+"""Time for the last answers to waiting clients."""
 _CHECKS = 10
-"""In the time that a step may take."""
+"""Checks within the time limit of a step."""
 
 log = logging.getLogger("llama_jax.server")
 
 
 @asynccontextmanager
 async def watched(server: ServerState) -> AsyncIterator[None]:
-    """Ends the process once a step has taken `hung_s`, and once this event loop has not run for as long.
+    """Ends the process once a step has taken `hung_s`, or this event loop has not run for that long.
 
-    Who waits for the engine is told before. Where the loop does not run there is nobody to tell them: a thread that
-    needs no interpreter writes the stack of every thread to standard error and ends the process with 1.
+    Clients that wait for the engine are told first. If the loop hangs, they cannot be told: a thread that does not need
+    the interpreter writes the stack of every thread to standard error and ends the process with 1.
     """
     watching = asyncio.create_task(_watch(server))
     try:

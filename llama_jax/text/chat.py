@@ -1,4 +1,4 @@
-"""Chat templates: messages to the text, and the token ids, that a model was trained on.
+"""Chat templates: from messages to the text and token ids in the format a model was trained on.
 
 Templates are Jinja programs that come with a model. They run in jinja2's sandbox, in the environment that transformers
 gives them, so they render the same text. That text mixes what the template wrote with what the messages say; only the
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 
 EXAMPLE = 'a conversation is a list such as [{"role": "user", "content": "…"}]'
-"""Hint for what is no conversation."""
+"""Hint for values that are not a conversation."""
 ROLES = frozenset(
     {"system", "user", "assistant", "tool", "function", "developer", "ipython", "model", "environment", "context"}
 )
-"""Roles that a conversation of unknown origin may have."""
+"""Roles allowed in a conversation of unknown origin."""
 _MAX_DEPTH = 64
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _RESERVED = frozenset({"messages", "tokenize", "raise_exception", "strftime_now", "namespace", "dict", "range"})
@@ -45,7 +45,7 @@ def render_chat(
     """Render messages as `transformers.apply_chat_template(tokenize=False)` does.
 
     Args:
-      messages: objects with "role" and "content" (and what else the template reads). Keys whose value is None count as
+      messages: objects with "role" and "content" (and others the template reads). Keys whose value is None count as
         missing, and "thinking", "reasoning" and "reasoning_content" are names for the same thing.
       template: the Jinja source.
       add_generation_prompt: end with the header of the assistant's answer.
@@ -55,8 +55,8 @@ def render_chat(
       kwargs: other variables of the template, such as date_string or enable_thinking.
 
     Raises:
-      TemplateError: the template is malformed, refused the messages, or wrote far more than they hold.
-      RequestError: messages, tools or a variable are not what a template can take.
+      TemplateError: the template is malformed, refused the messages, or wrote far more than they contain.
+      RequestError: messages, tools or a variable are not valid template inputs.
     """
     values = _template_values(messages, tools, documents, kwargs)
     return _render(template, special_tokens or {}, add_generation_prompt, values, datetime.datetime.now())
@@ -72,19 +72,19 @@ def encode_chat(
     chat_template: str | None = None,
     **template_kwargs: Any,
 ) -> list[int]:
-    """Token ids of a conversation, in the format that the model was trained on.
+    """Encode a conversation as token ids, in the format the model was trained on.
 
     The ids are those of `transformers.apply_chat_template`, except that control tokens spelled out in the messages,
-    tools, documents or template variables become plain text. Nothing is added to what the template writes: BOS stands
-    there if the template writes it.
+    tools, documents or template variables become plain text. Nothing is added to the template's text: BOS is
+    present only if the template writes it.
 
     Args:
       chat_template: Jinja source, or the name of one of the model's templates. By default the model's "tool_use"
-        template if there are tools and it has one, else its default.
+        template if there are tools and it has one, otherwise its default.
 
     Raises:
-      TemplateError: no template, a malformed one, one that refused the messages, or one that treats control tokens
-        in the messages in a way that cannot be made safe.
+      TemplateError: the template is missing, malformed, refused the messages, or handles control tokens in the messages
+        in a way that cannot be made safe.
       RequestError: as `render_chat`.
       TokenizerError: the text cannot be encoded.
     """
@@ -106,13 +106,13 @@ def encode_chat(
 
 
 def check_messages(messages: Any) -> None:
-    """Refuses what came from a file and is no conversation, before any template sees it.
+    """Refuses values from a file that are not a conversation, before any template sees them.
 
-    Most templates write any role, and the model, never trained on it, answers all the same. Whoever has a template with
-    roles of its own renders it with `render_chat` or `encode_chat`, which take them all.
+    Most templates write any role, and the model answers even if it was never trained on it. For a template with its own
+    roles use `render_chat` or `encode_chat`, which accept any role.
 
     Raises:
-      RequestError: it is no list of messages, or a message has no role, or one that chats do not have.
+      RequestError: it is not a list of messages, or a message has no role or an unknown one.
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError("this is no list of messages, or an empty one", param="messages", hint=EXAMPLE)
@@ -131,10 +131,10 @@ def check_messages(messages: Any) -> None:
 
 
 def select_template(templates: Mapping[str, str], chosen: str | None, *, has_tools: bool) -> str:
-    """The template to use: source or name that was asked for, else "tool_use" when there are tools, else "default".
+    """The template to use: the given source or name, else "tool_use" if there are tools, else "default".
 
     Raises:
-      TemplateError: the model has none that fits.
+      TemplateError: the model has no suitable one.
     """
     if chosen is not None:
         return templates.get(chosen, chosen)
@@ -151,7 +151,7 @@ def select_template(templates: Mapping[str, str], chosen: str | None, *, has_too
 
 
 def _protect(text: str, guard: ControlGuard, literals: Sequence[str]) -> str:
-    """A string of the messages in which, and from which, no control token can arise.
+    """Protects a string of the messages, so that neither it nor its surroundings can form a control token.
 
     Some templates build tokens, as in '<|' + role + '|>'. A string that would complete one there is broken up too,
     unless it is the name of a role.
@@ -181,7 +181,7 @@ def _template_values(
     documents: Sequence[Mapping[str, Any]] | None,
     kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything a template sees besides the model's own tokens, as a fresh tree of plain JSON values."""
+    """All template inputs except the model's own tokens, as a fresh tree of plain JSON values."""
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise RequestError(
             "messages must be a list with at least one message",
@@ -216,7 +216,7 @@ def _template_values(
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy made of plain JSON types only, since methods of other objects are outside the sandbox's knowledge.
+    """A copy made only of plain JSON types, since the sandbox does not know the methods of other objects.
 
     Raises:
       RequestError: a value is of another type, or nested too deeply.
@@ -228,7 +228,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return str.__str__(value)  # a plain string also from a subclass, such as an enum
+        return str.__str__(value)  # a plain string even from a subclass, such as an enum
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
@@ -241,7 +241,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
-    """A copy of a JSON tree with a function applied to every string in it, keys included."""
+    """A copy of a JSON tree with a function applied to every string, including keys."""
     if isinstance(value, str):
         return function(value)
     if isinstance(value, dict):
@@ -252,7 +252,7 @@ def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
 
 
 def _size(value: Any) -> int:
-    """Characters in all strings of a JSON tree."""
+    """Total number of characters in the strings of a JSON tree."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -267,7 +267,7 @@ def _render(
     values: Mapping[str, Any],
     now: datetime.datetime,
 ) -> str:
-    """Run a template and bound what it writes."""
+    """Run a template and limit its output."""
     import jinja2
 
     compiled = compile_template(template)

@@ -1,4 +1,4 @@
-"""Grammars over a model's tokens, by llguidance (https://github.com/guidance-ai/llguidance)."""
+"""Grammars over a model's tokens, using llguidance (https://github.com/guidance-ai/llguidance)."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _TEXT_ENDS = ("NotStopped", "NoExtension", "NoExtensionBias", "EndOfSentence")
-"""Why a matcher may stop without a fault."""
+"""Reasons for a matcher to stop that are not faults."""
 
 DEADLINE_S = 10.0
-"""How long a grammar may compile. Most take a millisecond, very large schemas a second."""
+"""Time limit for compiling a grammar. Most take a millisecond, very large schemas a second."""
 
 LONGEST, STACK_BYTES = 250_000, 512 << 20
-"""Characters of a grammar, at most, and the stack on which it is compiled: enough for a chain of rules of that length,
-at some 8 kB a rule. Only what is used of it becomes memory."""
+"""The most characters of a grammar, and the stack for compiling it: enough for a chain of rules of that length, at some
+8 kB per rule. Only the used part of the stack takes memory."""
 
 _starting = threading.Lock()
-"""Held while the size of new threads' stacks is another one, which is of the whole process."""
+"""Held while the stack size of new threads is changed, since that is process-wide."""
 
 
 class GrammarMatcher:
-    """A `Constraint`: the tokens that keep a text within a grammar. Ids that end a text are among them exactly where
-    the grammar has a whole text; where nothing else may follow it has ended, with or without such an id.
+    """A `Constraint` that keeps a text within a grammar. Ids that end a text are allowed exactly where the text is
+    complete; if nothing else may follow it has ended, with or without such an id.
     """
 
     def __init__(self, matcher: LLMatcher):
@@ -50,7 +50,7 @@ class GrammarMatcher:
           eos_token_ids: ids that end a text.
 
         Raises:
-          RequestError: llguidance refuses the grammar; the message is its own.
+          RequestError: llguidance rejects the grammar, with its own message.
         """
         # A copy takes 9 µs, compiling 1 ms.
         return cls(_compiled(grammar, tokenizer, vocab_size, tuple(eos_token_ids)).deep_copy())
@@ -78,7 +78,7 @@ class GrammarMatcher:
 
 
 def _error(matcher: LLMatcher) -> str | None:
-    """Why a matcher cannot go on; None as long as it can. It raises nothing, and its masks then allow an end."""
+    """The reason why a matcher cannot continue; None while it can. It never raises; its masks then allow an end."""
     if matcher.is_error():
         return matcher.get_error().removesuffix("<non-verbose/>").strip() or "the grammar has failed"
     reason = matcher.stop_reason()
@@ -87,12 +87,12 @@ def _error(matcher: LLMatcher) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLMatcher:
-    """A matcher to copy. llguidance limits the size of a grammar and what its parser may do, but neither the time nor
-    the depth, for which it uses the stack: a chain of 5000 rules would end the process.
+    """A matcher to copy. llguidance limits the size of a grammar and its parser's work, but neither compile time nor
+    recursion depth: a chain of 5000 rules would overflow the stack and end the process.
 
     Raises:
-      RequestError: it is refused, or longer than `LONGEST`, or takes longer than `DEADLINE_S`.
-      LlamaJaxError: the system gives no thread for it.
+      RequestError: it is rejected, longer than `LONGEST`, or takes longer than `DEADLINE_S`.
+      LlamaJaxError: no thread can be started for it.
     """
     if len(grammar.text) > LONGEST:
         raise _refused(grammar, f"it has {len(grammar.text)} characters, and may have {LONGEST}")
@@ -105,7 +105,7 @@ def _compiled(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int, eos_token
         except BaseException as error:
             made.set_exception(error)
 
-    # A thread of its own, which nobody waits for at the end: it cannot be stopped.
+    # A daemon thread, since it cannot be stopped.
     with _starting:
         before = threading.stack_size(STACK_BYTES)
         try:
@@ -128,7 +128,7 @@ def _compile(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
 
     try:
         match grammar.kind:
-            case "json_schema":  # spaces between parts cost tokens, and a model may write nothing else for ever
+            case "json_schema":  # spaces between parts cost tokens, and a model may write them for ever
                 text = LLMatcher.grammar_from_json_schema(grammar.text, overrides={"whitespace_flexible": False})
             case "regex":
                 text = LLMatcher.grammar_from_regex(grammar.text)
@@ -137,7 +137,7 @@ def _compile(grammar: Grammar, vocabulary: LLTokenizer) -> LLMatcher:
         matcher = LLMatcher(vocabulary, text, log_level=0, limits=LLParserLimits(verbose_errors=False))
     except ValueError as error:
         raise _refused(grammar, str(error)) from None
-    matcher.compute_bitmask()  # some faults appear only now
+    matcher.compute_bitmask()  # some errors appear only now
     if problem := _error(matcher):
         raise _refused(grammar, problem)
     return matcher
@@ -152,7 +152,7 @@ def _refused(grammar: Grammar, why: str) -> RequestError:
 
 
 class _Vocabulary:
-    """A tokenizer as `LLTokenizer` asks for it, with an entry for each id of the model."""
+    """A tokenizer as `LLTokenizer` needs it, with an entry for each id of the model."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -172,7 +172,7 @@ class _Vocabulary:
 def _vocabulary(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]) -> LLTokenizer:
     from llguidance import LLTokenizer
 
-    # Without an id that ends a text, one beyond the model's stands for the end: it is never drawn.
+    # Without an id that ends a text, one past the model's represents the end: it is never drawn.
     ends = [*eos_token_ids] or [vocab_size]
     size = max(vocab_size, *(end + 1 for end in ends))
     vocabulary: Any = _Vocabulary(tokenizer, size, ends)

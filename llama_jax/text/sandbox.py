@@ -1,4 +1,4 @@
-"""The Jinja environment in which chat templates run: transformers' own, and a few bounds."""
+"""The Jinja environment of chat templates: that of transformers, with a few limits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import jinja2
 
 MAX_OUTPUT = 1 << 20
-"""Characters that a template may write beyond four times what its messages hold."""
+"""Characters that a template may write beyond four times the size of its messages."""
 
 
 @functools.lru_cache(maxsize=16)
 def compile_template(template: str) -> jinja2.Template:
-    """Compile a template, once.
+    """Compile a template, with caching.
 
     Raises:
       TemplateError: it has a syntax error; the message gives the line.
@@ -44,24 +44,24 @@ def environment() -> jinja2.Environment:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """`{% generation %}` marks the assistant's text for training; here that text is written as it is."""
+        """`{% generation %}` marks the assistant's text for training; here that text is written unchanged."""
 
         tags = {"generation"}  # noqa: RUF012 (as its base class declares it)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            # A call block, as in transformers: what the body sets stays inside it.
+            # A call block, as in transformers: variables set in the body are local to it.
             return jinja2.nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
 
         def _write(self, caller: Callable[[], str]) -> str:
             return caller()
 
     class SafeNamespace(Namespace):
-        """A namespace without underscore names, which would reach Python's internals."""
+        """A namespace without underscore names, which would expose Python's internals."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
-            self, *rest = args  # so that a template may name an attribute "self"
+            self, *rest = args  # allows an attribute named "self"
             attributes = dict(*rest, **kwargs)
             for name in attributes:
                 SafeNamespace.check(name)
@@ -77,7 +77,7 @@ def environment() -> jinja2.Environment:
                 raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        """Also refuses products and powers that would fill the memory, such as 'a' * 10**9."""
+        """A sandbox that also refuses products and powers that would exhaust memory, such as 'a' * 10**9."""
 
         intercepted_binops = frozenset({"*", "**"})
 
@@ -120,7 +120,7 @@ def environment() -> jinja2.Environment:
 
 @functools.lru_cache(maxsize=16)
 def template_literals(template: str) -> tuple[str, ...]:
-    """Every piece of text that a template itself can write: its raw text and its string constants.
+    """All text literals of a template: its raw text and its string constants.
 
     Raises:
       TemplateError: the template has a syntax error.

@@ -1,4 +1,4 @@
-"""The APIs in which answers can be asked for, each translated into OpenAI's chats and completions and back."""
+"""The supported APIs, each translated into OpenAI's chats and completions and back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ DIALECTS: dict[str, Dialect[Any]] = {
     "/v1/messages": Messages(),
     "/v1/responses": Responses(),
 }
-"""By their routes."""
+"""The APIs by route."""
 
 __all__ = ["DIALECTS", "Dialect"]

@@ -46,10 +46,10 @@ class MessagesBody(CountBody, kw_only=True):
 
 
 def chat_of(body: CountBody) -> ChatBody:
-    """Return the chat that a body asks for.
+    """Return the chat for a body.
 
     Raises:
-      RequestError: OpenAI's API has no such thing, or this server has not.
+      RequestError: OpenAI's API, or this server, has no equivalent.
     """
     chat = ChatBody(model=body.model, messages=_messages(body))
     if body.tools:
@@ -94,9 +94,9 @@ class Messages:
     async def events(
         self, body: MessagesBody, asked: Asked, chunks: AsyncIterator[dict[str, Any]]
     ) -> AsyncGenerator[bytes]:
-        """See `Dialect`. How many tokens of the prompt were cached is known at the end only."""
+        """See `Dialect`. The number of cached prompt tokens is known only at the end."""
         index, end = -1, End()
-        first = await anext(chunks)  # of the role alone
+        first = await anext(chunks)  # the role only
         message = _message(first, []) | {"stop_reason": None, "stop_sequence": None}
         counts = {"input_tokens": len(asked.prompts[0]), "output_tokens": 0}
         yield _event("message_start", message=message | {"usage": counts})
@@ -145,9 +145,9 @@ def _block(part: Part) -> dict[str, Any]:
         return {"type": "text", "text": part.text}
     if part.kind == "reasoning":
         return {"type": "thinking", "thinking": part.text, "signature": ""}
-    try:  # values stay the text that they are
+    try:  # values are kept as text
         values: Any = msgspec.json.decode(part.text, type=dict[str, msgspec.Raw])
-    except msgspec.DecodeError:  # it was cut, as stop_reason says
+    except msgspec.DecodeError:  # it was cut off, as stop_reason tells
         values = {}
     return {"type": "tool_use", "id": part.call_id, "name": part.name, "input": values}
 
@@ -160,7 +160,7 @@ def _ending(end: End) -> dict[str, Any]:
 
 
 def _usage(end: End) -> dict[str, int]:
-    """Counts of tokens; those that were cached are no input here."""
+    """Token counts; cached tokens do not count as input here."""
     cached = end.usage["prompt_tokens_details"]["cached_tokens"]
     return {
         "input_tokens": end.usage["prompt_tokens"] - cached,
@@ -195,7 +195,7 @@ def _messages(body: CountBody) -> list[dict[str, Any]]:
 
 
 def _of_user(blocks: Sequence[Mapping[str, Any]], number: int) -> Iterator[dict[str, Any]]:
-    """The messages that blocks of the user are: each result of a call is one of its own."""
+    """Messages for the user's blocks: each tool result becomes a separate one."""
     text: list[Mapping[str, Any]] = []
     for block in blocks:
         if block.get("type") == "tool_result":
@@ -217,7 +217,7 @@ def _of_assistant(blocks: Sequence[Mapping[str, Any]], number: int) -> dict[str,
             case {"type": "thinking", "thinking": str(thought)}:
                 thinking += thought
             case {"type": "redacted_thinking"}:
-                pass  # of another model
+                pass  # from another model
             case _:
                 text.append(block)
     made: dict[str, Any] = {"role": "assistant", "content": _text(text, f"message {number}")}

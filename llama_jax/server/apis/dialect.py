@@ -1,4 +1,4 @@
-"""The protocol of an API: how its requests become those of OpenAI's chats and completions, and the answers its own."""
+"""The protocol of an API: translates its requests into OpenAI's chats and completions, and their answers back."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Dialect[Body: msgspec.Struct](Protocol):
     answer: type[msgspec.Struct]
 
     def asking(self, body: Body) -> ChatBody | CompletionBody:
-        """Return what a body means to OpenAI's API. Raises RequestError where it means nothing there."""
+        """Translate a body into OpenAI's API. Raises RequestError if it has no equivalent there."""
         ...
 
     def whole(self, body: Body, answer: dict[str, Any]) -> dict[str, Any]:
-        """Return an answer of OpenAI's API as this one has it."""
+        """Translate an answer of OpenAI's API into this one."""
         ...
 
     def events(self, body: Body, asked: Asked, chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes]:
-        """Return the server-sent events for the chunks of an answer, whose last one has the counts of tokens if they
-        were asked for."""
+        """Return the server-sent events for the chunks of an answer, the last of which has the token counts if
+        requested."""
         ...
 
     def failed(self, failure: Failure, sent: int) -> bytes:
-        """Return the events that end a stream by an error, after `sent` others."""
+        """Return the events that end a stream with an error, after `sent` others."""
         ...

@@ -1,4 +1,4 @@
-"""Answers as a sequence of parts: reasoning, text, calls of tools; as other APIs than OpenAI's chats have them."""
+"""Answers as a sequence of parts (reasoning, text, tool calls), as in APIs other than OpenAI's chats."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llama_jax.server.reading import REASONING
 
 @dataclass
 class Part:
-    """One part as far as it has come.
+    """One part, possibly incomplete.
 
     Attributes:
-      text: of a call its arguments; call_id, name: of a call.
+      text: for a call its arguments; call_id, name: of a call.
     """
 
     kind: Literal["reasoning", "text", "call"]
@@ -26,7 +26,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Change:
-    """News of a part: that it begins, has more text, or ends."""
+    """Change of a part: it begins, has more text, or ends."""
 
     kind: Literal["begin", "more", "end"]
     part: Part
@@ -35,7 +35,7 @@ class Change:
 
 @dataclass
 class End:
-    """The end of an answer, known once it is there."""
+    """The end of an answer, filled in once it is known."""
 
     finish_reason: str = ""
     stop_reason: Any = None
@@ -46,11 +46,11 @@ def text_of(content: Any, kinds: Container[str], where: str, param: str) -> str:
     """Return the text of a request's content: a string, or a list of blocks of text.
 
     Args:
-      kinds: types of blocks that are text.
+      kinds: types of text blocks.
       where: what has this content; param: the field of the request; both for the error.
 
     Raises:
-      RequestError: there is something else in it.
+      RequestError: it contains something else.
     """
     if isinstance(content, str):
         return content
@@ -81,7 +81,7 @@ def end_of(answer: dict[str, Any]) -> End:
 
 
 async def changes(chunks: AsyncIterator[dict[str, Any]], end: End) -> AsyncGenerator[Change]:
-    """Yield what the chunks of a stream say of its parts, one after the other; `end` is filled in."""
+    """Yield the changes of parts in a stream's chunks, in order; fills in `end`."""
     part: Part | None = None
     async for chunk in chunks:
         end.usage = chunk.get("usage") or end.usage
@@ -102,7 +102,7 @@ async def changes(chunks: AsyncIterator[dict[str, Any]], end: End) -> AsyncGener
 
 
 def _of_delta(delta: dict[str, Any]) -> Iterator[tuple[Literal["reasoning", "text", "call"], str, dict[str, Any]]]:
-    """Kind and text of what a delta holds, and the call that begins with it."""
+    """Kind and text of a delta, and the call that begins with it."""
     if delta.get(REASONING):
         yield "reasoning", delta[REASONING], {}
     if delta.get("content"):

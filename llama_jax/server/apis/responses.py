@@ -1,5 +1,5 @@
-"""OpenAI's Responses API (https://platform.openai.com/docs/api-reference/responses), without a memory: nothing is kept
-between two requests, so each has the whole conversation."""
+"""OpenAI's Responses API (https://platform.openai.com/docs/api-reference/responses), stateless: nothing is kept
+between requests, so each has the whole conversation."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Responses:
     ) -> AsyncGenerator[bytes]:
         """See `Dialect`."""
         end, sent, items = End(), 0, list[dict[str, Any]]()
-        first = await anext(chunks)  # of the role alone
+        first = await anext(chunks)  # the role only
         output = _Output(first["id"])
 
         def made(name: str, /, **data: Any) -> bytes:
@@ -130,7 +130,7 @@ class _Output:
         self._name = name.partition("-")[2]
 
     def item(self, part: Part, number: int, status: str) -> dict[str, Any]:
-        """An item of the output, with what its part holds."""
+        """An output item, with the contents of its part."""
         prefix = {"text": "msg", "reasoning": "rs", "call": "fc"}[part.kind]
         head = {"id": f"{prefix}_{self._name}{number:04d}", "status": status}
         if part.kind == "call":
@@ -142,7 +142,7 @@ class _Output:
         return {"type": "message", **head, "role": "assistant", "content": content}
 
     def told(self, change: Change, number: int) -> list[tuple[str, dict[str, Any]]]:
-        """Events, by name and data, that tell of a change."""
+        """Events, by name and data, for a change."""
         part = change.part
         open_item = self.item(Part(part.kind, "", part.call_id, part.name), number, "in_progress")
         where: dict[str, Any] = {"item_id": open_item["id"], "output_index": number}
@@ -258,7 +258,7 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
 
 
 def _assistant(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The assistant's message at the end, which reasoning, text and calls of one answer are together."""
+    """The assistant's last message, into which reasoning, text and calls of one answer are merged."""
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None})
     return messages[-1]
@@ -278,7 +278,7 @@ def _tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _function(name: Any) -> dict[str, Any]:
-    """A tool, as chats name one."""
+    """A tool in the format of chats."""
     return {"type": "function", "function": {"name": name}}
 
 

@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     import tokenizers
 
 MAX_ADDED_TOKENS = 100_000
-"""Many times what any model adds to its vocabulary; each costs time in every later step."""
+"""Many times more than any model adds to its vocabulary; each one slows down every later step."""
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass
 class Wanted:
-    """A token that the configuration names.
+    """A token named in the configuration.
 
     Attributes:
-      flags: those that it states.
-      token_id, file: its id and the file that gives it; None where no file does.
+      flags: as given there.
+      token_id, file: its id and the file that gives it; None if no file does.
     """
 
     flags: dict[str, bool] = field(default_factory=dict)
@@ -34,14 +34,14 @@ class Wanted:
 
 
 def content(token: object) -> str | None:
-    """The string of a token that a configuration gives as a string or as an object."""
+    """The string of a token given as a string or an object."""
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
 def check_added(count: int, folder: Path) -> None:
-    """Raises TokenizerError for more added tokens than any model has."""
+    """Raises TokenizerError if there are more added tokens than any model has."""
     if count > MAX_ADDED_TOKENS:
         raise TokenizerError(
             f"{folder}: the tokenizer adds {count:,} tokens to its vocabulary, {MAX_ADDED_TOKENS:,} at most are read",
@@ -52,11 +52,11 @@ def check_added(count: int, folder: Path) -> None:
 def wanted_tokens(
     config: Mapping[str, Any], older: Mapping[str, Any], names: Mapping[str, str], folder: Path
 ) -> dict[str, Wanted]:
-    """The tokens of a configuration in the order of their ids, then those without one.
+    """The tokens of a configuration ordered by id, then those without an id.
 
     Args:
       config: contents of tokenizer_config.json.
-      older: of added_tokens.json, token to id, which says no flags: special are the tokens that `config` names.
+      older: contents of added_tokens.json, token to id, which has no flags: tokens that `config` names are special.
       names: strings of named tokens, which are special.
 
     Raises:
@@ -76,7 +76,7 @@ def wanted_tokens(
 
 
 def _decoder(config: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, Wanted]]:
-    """The tokens of tokenizer_config.json's added_tokens_decoder, by id, since ids are given in order."""
+    """The tokens of tokenizer_config.json's added_tokens_decoder, by id, since ids are assigned in order."""
     name, listed = "tokenizer_config.json", config.get("added_tokens_decoder") or {}
     try:
         for token_id, token in sorted(listed.items(), key=lambda item: int(item[0])):
@@ -101,10 +101,10 @@ def _ids(older: Mapping[str, Any], folder: Path) -> list[tuple[str, int]]:
 def add_tokens(backend: tokenizers.Tokenizer, wanted: Mapping[str, Wanted], *, raw: bool, folder: Path) -> None:
     """Adds tokens, and makes every control token match before normalisation.
 
-    Adding a token that is there already changes only its flags.
+    Adding an existing token changes only its flags.
 
     Args:
-      raw: whether all of them match before normalisation, which puts a space before a text.
+      raw: whether all of them match before normalisation, which prepends a space.
 
     Raises:
       TokenizerError: a token does not get the id that the configuration gives it.

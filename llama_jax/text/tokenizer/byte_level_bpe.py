@@ -7,26 +7,26 @@ from typing import Any
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PUNCTUATION_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-"""Parts of the expressions by which many models cut text before merging."""
+"""Parts of the pre-tokenization expressions of many models."""
 
 
 DIGITS: Mapping[str, Any] = {"type": "Digits", "individual_digits": True}
-"""Sets every digit apart (Unicode's category N)."""
+"""Isolates every digit (Unicode's category N)."""
 
 
 def split(pattern: str) -> dict[str, Any]:
-    """Cuts text into what a regular expression matches and what lies between."""
+    """Splits text into the matches of a regular expression and the text between them."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def pre_tokenizer(*steps: Mapping[str, Any], gpt2: bool = False) -> dict[str, Any]:
-    """Cuts text step by step, then, if `gpt2`, by GPT-2's expression, and spells it in the byte alphabet."""
+    """Splits text step by step, then, if `gpt2`, by GPT-2's expression, and spells it in the byte alphabet."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": gpt2}
     return {"type": "Sequence", "pretokenizers": [*steps, byte_level]} if steps else byte_level
 
 
 def around(bos: str | None, eos: str | None, ids: Mapping[str, int]) -> dict[str, Any] | None:
-    """The "post_processor" that puts tokens around a text; None if there are none.
+    """The "post_processor" that adds tokens around a text; None if there are none.
 
     Args:
       bos, eos: the tokens before and after; None for none.
@@ -65,9 +65,9 @@ def tokenizer_json(
       vocab: token in the byte alphabet -> id.
       merges: pairs of such tokens, the first to be joined first.
       added: tokens that are matched whole in a text (`sentencepiece_bpe.added_tokens`).
-      pre_tokenizer: how text is cut before merging.
-      post_processor: what is put around the ids, if anything.
-      ignore_merges: whether a piece that is a token as a whole is taken as it is.
+      pre_tokenizer: splits text before merging.
+      post_processor: adds tokens around the ids, if any.
+      ignore_merges: whether a piece that is itself a token is used without merging.
     """
     return {
         "version": "1.0",

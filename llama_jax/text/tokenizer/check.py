@@ -1,12 +1,12 @@
-"""Trying a tokenizer out in a child process before it is trusted: `check_tokenizer`.
+"""Trial of a tokenizer in a child process before it is trusted: `check_tokenizer`.
 
-tokenizer.json is a program of sorts: it holds regular expressions, and its library panics, aborts or takes all memory
+tokenizer.json is a program of sorts: it contains regular expressions, and its library panics, aborts or exhausts memory
 for some contents. So before a model is converted into the cache, its tokenizer is loaded and run on a few texts in a
-process that has a deadline and a limit of memory. A tokenizer that merely does not load passes: `load_tokenizer` says
-so, and the weights can be of use without it.
+process with a deadline and a memory limit. A tokenizer that merely fails to load passes: `load_tokenizer` reports it,
+and the weights can be useful without it.
 
-Not covered: an expression that is slow only for texts unlike these. The library gives up on one after ten million steps
-at a place in a text, which is a `TokenizerError`, but one that stays below that can take long for a long text.
+Not covered: an expression that is slow only for other kinds of texts. The library gives up on one after ten million
+steps at one place of a text, which is a `TokenizerError`, but one that stays below that can be slow on a long text.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 from llama_jax.errors import LlamaJaxError, TokenizerError
 
 SECONDS = 30
-"""Of processor time; ten times what the largest tokenizers take. Of wall time, four times as much is allowed."""
+"""Limit of CPU time, ten times what the largest tokenizers take; wall time may be four times as much."""
 MEMORY_BYTES = 4 << 30
-"""Of address space; the largest tokenizers stay below a quarter of it."""
+"""Limit of address space; the largest tokenizers stay below a quarter of it."""
 
 _PROBES = (
     "Hello, world! 1234567890 It's 3.14 €.",
@@ -36,9 +36,9 @@ _PROBES = (
     "né 中文字 Привет \U0001f600\u200d\U0001f680 مرحبا " * 64,
     "=" * 2048 + "\t" * 512 + "ab" * 1024 + "\0",
 )
-"""Texts on which patterns that backtrack without end show it: long runs of one kind, and an end that does not fit."""
+"""Texts that expose catastrophic backtracking: long runs of one kind with a mismatching end."""
 
-# The child finds its modules where this process does, and nowhere else.
+# The child imports modules from the same places as this process, and nowhere else.
 _PROGRAM = """\
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -56,15 +56,15 @@ def check_tokenizer(
     """Loads and runs a model's tokenizer in a child process.
 
     Args:
-      files: the model's small files, name to content; passes at once where no tokenizer is among them.
+      files: the model's small files, name to content; passes at once if they contain no tokenizer.
       rows: of the model's embedding.
       seconds, memory_bytes: the limits.
 
     Returns:
-      What to warn of (`Tokenizer.without_rows`), or None.
+      A warning (`Tokenizer.without_rows`), or None.
 
     Raises:
-      TokenizerError: it takes too long or too much memory, its library crashes or panics, or its ids leap.
+      TokenizerError: it takes too long or too much memory, its library crashes or panics, or its ids have large gaps.
     """
     if not any(name in files for name in _FILES):
         return None
@@ -90,7 +90,7 @@ def _reason(done: subprocess.CompletedProcess[bytes], seconds: int, memory_bytes
     with contextlib.suppress(ValueError):
         return str(json.loads(done.stdout))
     said = done.stderr.decode(errors="replace")
-    # The kernel ends a process that has used its time by SIGXCPU (24), or SIGKILL (9) a second later.
+    # The kernel ends a process that has used up its time with SIGXCPU (24), or SIGKILL (9) a second later.
     if done.returncode in (-24, -9):
         return f"the tokenizer took more than {seconds} s"
     if "memory" in said.lower():
@@ -100,8 +100,8 @@ def _reason(done: subprocess.CompletedProcess[bytes], seconds: int, memory_bytes
 
 
 def child(folder: str, seconds: int, memory_bytes: int, rows: int) -> int:
-    """Runs in the child process, which limits itself. Returns its exit status, and prints what to warn of, or, unless
-    the status is 0, a reason."""
+    """Runs in the child process, which limits itself. Returns its exit status, and prints a warning, if any, or the
+    reason for a nonzero status."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -110,7 +110,7 @@ def child(folder: str, seconds: int, memory_bytes: int, rows: int) -> int:
     try:
         tokenizer = load_tokenizer(folder)
     except LlamaJaxError as e:
-        # Damaged or of an unknown kind: harmless, unless the library broke over it.
+        # Damaged or of an unknown kind: harmless unless it broke the library.
         cause = e.__cause__
         if isinstance(cause, MemoryError):
             return _refuse(f"the tokenizer needs more than {memory_bytes >> 20} MiB of memory")

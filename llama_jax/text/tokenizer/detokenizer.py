@@ -1,8 +1,8 @@
-"""Token ids to text, piece by piece, without ever showing half a character.
+"""Incremental detokenization: token ids to text, without ever showing half a character.
 
-Every token stands for bytes. The bytes of a stream of tokens pass through one incremental UTF-8 decoder, so the text of
-a stream is that of the whole, and each token costs the same however long the text already is. Bytes that are no UTF-8
-become U+FFFD, one for each maximal ill-formed part (Unicode 17, section 3.9, as in `str.decode(errors="replace")`).
+Every token represents bytes. The bytes of a token stream pass through one incremental UTF-8 decoder, so the streamed
+text equals that of the whole, and each token costs the same however long the text already is. Invalid UTF-8
+becomes U+FFFD, one for each maximal ill-formed part (Unicode 17, section 3.9, as in `str.decode(errors="replace")`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
+    """The printable character for each byte in a byte-level vocabulary (GPT-2's `bytes_to_unicode`)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
@@ -28,15 +28,15 @@ def byte_alphabet() -> dict[str, int]:
 
 @dataclass(frozen=True)
 class TokenBytes:
-    """How the tokens of one vocabulary turn into bytes.
+    """Conversion of one vocabulary's tokens to bytes.
 
     Attributes:
       byte_level: token strings spell bytes in GPT-2's alphabet.
       replace: (from, to) pairs applied to every token string.
-      byte_fallback: tokens such as "<0x0A>" stand for a byte.
-      strip_start: how many spaces are taken off the start of the whole text.
-      first_drops: a character that the first token loses (the Metaspace decoder).
-      separator: what stands between two tokens.
+      byte_fallback: tokens such as "<0x0A>" represent a byte.
+      strip_start: number of spaces removed from the start of the whole text.
+      first_drops: a character removed from the first token (the Metaspace decoder).
+      separator: text between two tokens.
     """
 
     byte_level: bool = False
@@ -51,11 +51,11 @@ class TokenBytes:
         return byte_alphabet()
 
     def __call__(self, token: str, *, first: bool) -> bytes:
-        """Bytes of one token; `first` says whether it starts the text."""
+        """Bytes of one token; `first`: whether it starts the text."""
         if self.byte_level:
             try:
                 return bytes([self._alphabet[char] for char in token])
-            except KeyError:  # an added token is spelled as it is
+            except KeyError:  # an added token is spelled verbatim
                 return token.encode()
         if first and self.first_drops:
             token = token.replace(self.first_drops, "")
@@ -107,7 +107,7 @@ class Detokenizer:
 
     Args:
       to_bytes: bytes of one token id, or None for a token that is not shown.
-      strip_start: how many spaces are taken off the start of the whole text.
+      strip_start: number of spaces removed from the start of the whole text.
     """
 
     def __init__(self, to_bytes: Callable[[int, bool], bytes | None], *, strip_start: int = 0):
@@ -117,7 +117,7 @@ class Detokenizer:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        """Text that this token completes; empty while a character is unfinished.
+        """Adds a token; returns the text it completes, empty while a character is unfinished.
 
         Raises:
           TokenizerError: the id is out of range.
@@ -135,5 +135,5 @@ class Detokenizer:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD if the last character never got complete."""
+        """The rest of the text at the end: U+FFFD if the last character is incomplete."""
         return self._utf8.decode(b"", final=True)

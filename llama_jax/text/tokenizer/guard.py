@@ -1,12 +1,12 @@
-"""Text that must never become a control token.
+"""Protection of text that must never become a control token.
 
 A tokenizer matches its control tokens ("<|im_end|>") anywhere in a text, no matter who wrote it. To encode such a
-string as plain text, one sentinel character is put inside it, so that it no longer matches. The tokenizer carries a
-first normaliser that takes the sentinel out again; control tokens are matched before normalisation, so what remains is
-encoded as ordinary text, with the same merges across its edges as any other text.
+string as plain text, a sentinel character is inserted, so that it no longer matches. The tokenizer's first normaliser
+removes the sentinel again; control tokens are matched before normalisation, so the rest is encoded as ordinary text,
+with the same merges across its edges as any other text.
 
 The sentinel is U+FDD0, one of the 66 code points that Unicode reserves for internal use by programs (Unicode 17,
-section 23.7). One that stands in the text itself is escaped, with U+FDD1; the same normaliser undoes that.
+section 23.7). A sentinel in the text itself is escaped with U+FDD1; the same normaliser undoes that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESTORED = ((SENTINEL, ""), (_ESCAPE + "0", SENTINEL), (_ESCAPE + "1", _ESCAPE))
 
 
 def escape(text: str) -> str:
-    """Escape the sentinels that belong to the text itself; none is left in the result."""
+    """Escape sentinels in the text itself; the result contains none."""
     return text.replace(_ESCAPE, _ESCAPE + "1").replace(SENTINEL, _ESCAPE + "0")
 
 
@@ -43,11 +43,11 @@ def _alternation(strings: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class ControlGuard:
-    """Breaks up control tokens in text that is not allowed to contain any.
+    """Breaks up control tokens in text that must not contain any.
 
     Attributes:
       controls: the control tokens' strings.
-      others: added tokens that are not control tokens ("<think>"); they are left whole.
+      others: added tokens that are not control tokens ("<think>"), which are left whole.
     """
 
     controls: frozenset[str]
@@ -59,10 +59,10 @@ class ControlGuard:
 
     @cached_property
     def _breaks(self) -> re.Pattern[str]:
-        """Matches (empty) inside every first and last two characters of a control token.
+        """Pattern that matches (empty) inside the first two and the last two characters of any control token.
 
-        Breaking fragments and not only whole tokens keeps two strings that a template joins from forming one: of two
-        pieces of a token of three or more characters, one holds its first two or its last two.
+        Breaking fragments, not only whole tokens, prevents two strings that a template joins from forming a token: of
+        two pieces of a token of three or more characters, one contains its first two or its last two.
         """
         followers: dict[str, set[str]] = {}
         for token in self.controls:
@@ -76,12 +76,12 @@ class ControlGuard:
         return re.compile("|".join([whole, *pairs]))
 
     def protect(self, text: str) -> str:
-        """The same text, such that no control token stands in it nor can arise at its edges.
+        """The same text, such that it contains no control token and none can form at its edges.
 
         `strip_sentinels(protect(text)) == text`.
 
         Raises:
-          TokenizerError: the text holds a control token of a single character, which nothing can break up.
+          TokenizerError: the text contains a control token of a single character, which cannot be broken up.
         """
         for token in self.controls:
             if len(token) == 1 and token in text:
@@ -108,5 +108,5 @@ class ControlGuard:
         return frozenset(token[-1] for token in self.controls)
 
     def count(self, text: str) -> int:
-        """How many control tokens the tokenizer will find in a text."""
+        """Number of control tokens that the tokenizer will find in a text."""
         return sum(match[0] in self.controls for match in self._matcher.finditer(text))

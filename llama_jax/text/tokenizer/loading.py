@@ -30,7 +30,7 @@ _FILES = (
 )
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_FILE_BYTES = 256 << 20
-"""Several times what the largest tokenizer.json takes."""
+"""Several times the size of the largest tokenizer.json."""
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -52,11 +52,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def tokenizer_from_files(files: Mapping[str, bytes | str], folder: Path) -> Tokenizer:
-    """As `load_tokenizer`, from files in memory.
+    """Like `load_tokenizer`, from files in memory.
 
     Args:
-      files: contents by file name; more than are needed may be among them.
-      folder: where they come from, for the messages of errors.
+      files: contents by file name; unneeded ones are ignored.
+      folder: their origin, for error messages.
     """
 
     def made() -> Tokenizer:
@@ -70,7 +70,7 @@ def tokenizer_from_files(files: Mapping[str, bytes | str], folder: Path) -> Toke
             prefix=read.prefix,
         )
 
-    # All of it hands contents of these files to the tokenizers library, which panics over some.
+    # All of it passes contents of these files to the tokenizers library, which panics on some.
     return call_backend(f"{folder}: the tokenizer cannot be loaded", made)
 
 
@@ -82,7 +82,7 @@ class Described:
       backend: the `tokenizers` library's tokenizer.
       names: the strings of named tokens ("bos_token").
       templates: chat templates by name.
-      model: the tokenizer.model that it comes from; None for a tokenizer.json.
+      model: the tokenizer.model that it was made from; None for a tokenizer.json.
     """
 
     backend: tokenizers.Tokenizer
@@ -92,12 +92,12 @@ class Described:
 
     @property
     def prefix(self) -> str:
-        """What goes before a text and is not the backend's affair."""
+        """Text to prepend that the backend does not add itself."""
         return SPACE if self.model is not None and self.model.prefix == "first" else ""
 
 
 def read_tokenizer(folder: str | Path) -> Described:
-    """Reads what `load_tokenizer` does, for programs that write it in another format.
+    """Reads the same files as `load_tokenizer`, for programs that write them in another format.
 
     Raises:
       TokenizerError, UnsupportedModel: as `load_tokenizer`.
@@ -109,7 +109,7 @@ def read_tokenizer(folder: str | Path) -> Described:
 def _described(files: Mapping[str, bytes | str], folder: Path) -> Described:
     config = _json_object(files, "tokenizer_config.json", folder)
     older: dict[str, Any] = {}
-    if config.get("added_tokens_decoder") is None:  # as transformers 5, which reads both only then
+    if config.get("added_tokens_decoder") is None:  # like transformers 5, which reads both only then
         config |= _json_object(files, "special_tokens_map.json", folder)
         older = _json_object(files, "added_tokens.json", folder)
     if "tokenizer.json" in files:
@@ -130,7 +130,7 @@ def _described(files: Mapping[str, bytes | str], folder: Path) -> Described:
         )
     names = {name: text for name in _NAMED_TOKENS if (text := content(config.get(name))) is not None}
     add_tokens(read.backend, wanted_tokens(config, older, names, folder), raw=read.model is not None, folder=folder)
-    if read.model is not None:  # a tokenizer.json has its own, and these flags count for nothing there
+    if read.model is not None:  # a tokenizer.json has its own, and ignores these flags
         _set_post_processor(read.backend, config, names)
     read.backend.no_truncation()
     read.backend.no_padding()
@@ -138,7 +138,7 @@ def _described(files: Mapping[str, bytes | str], folder: Path) -> Described:
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
-    """The files of a folder that a tokenizer is made from, by their names in it."""
+    """The files of a folder that a tokenizer is made from, by name."""
     names = [*_FILES, *(f"{_TEMPLATES}/{path.name}" for path in sorted((folder / _TEMPLATES).glob("*.jinja")))]
     files = {}
     for name in names:
@@ -189,7 +189,7 @@ def _json_object(files: Mapping[str, bytes | str], name: str, folder: Path) -> d
 
 
 def _set_post_processor(backend: tokenizers.Tokenizer, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Lets add_bos_token and add_eos_token settle what is put around a text."""
+    """Applies add_bos_token and add_eos_token to the tokens around a text."""
     from tokenizers.processors import TemplateProcessing
 
     bos = names.get("bos_token") if config.get("add_bos_token") else None
@@ -213,8 +213,8 @@ def _install_sentinel(backend: tokenizers.Tokenizer) -> None:
 def _without_control_merges(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """Drop BPE merges that build a control token out of plain text.
 
-    Some vocabularies list "<s>" like any other piece. The tokenizer is rebuilt only if one of its control tokens does
-    come out of plain text.
+    Some vocabularies list "<s>" like any other piece. The tokenizer is rebuilt only if plain text does yield one of its
+    control tokens.
     """
     unknown = getattr(backend.model, "unk_token", None)
     special = {
@@ -231,7 +231,7 @@ def _without_control_merges(backend: tokenizers.Tokenizer) -> tokenizers.Tokeniz
         return backend
     content = json.loads(backend.to_str())
     if content["model"]["type"] != "BPE":
-        return backend  # `Tokenizer.encode_guarded` refuses what comes out
+        return backend  # `Tokenizer.encode_guarded` refuses the result
     content["model"]["merges"] = [
         merge
         for merge in content["model"]["merges"]

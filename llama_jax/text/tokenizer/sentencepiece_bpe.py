@@ -1,7 +1,7 @@
 """SentencePiece BPE vocabularies (tokenizer.model, and "llama" in GGUF files) as the content of a tokenizer.json.
 
-One encoder then serves every model, and its ids are those of the sentencepiece library. A SentencePiece BPE joins,
-again and again, the two neighbours whose union has the best score; a list of merges ordered by that score says the same
+One encoder then serves every model, and its ids equal those of the sentencepiece library. A SentencePiece BPE
+repeatedly joins the two neighbours whose union has the best score; a list of merges ordered by score is equivalent
 (Kudo and Richardson 2018, arXiv:1808.06226).
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SPACE = "▁"  # U+2581, SentencePiece's spelling of a space
 
-# Nothing looks like a control token, since the library never finds those in a text.
+# Nothing looks like a control token, since the library never finds them in text.
 PROBE = """\
   The quick brown fox jumps over the lazy dog; isn't it 3.14159 or 1,234,567?
 def f(x_y):\n    return  x_y ** 2   # two  and   three spaces\t\ttabs
@@ -46,7 +46,7 @@ class PieceType(IntEnum):
 
 
 def merges_by_score(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every way to build a piece from two others, best score first.
+    """All merges that build a piece from two others, best score first.
 
     Args:
       vocab: piece -> id, of the pieces that plain text may yield.
@@ -57,13 +57,13 @@ def merges_by_score(vocab: Mapping[str, int], scores: Mapping[str, float]) -> li
         splits = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in vocab and piece[i:] in vocab]
         splits.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
         merges += [(scores[piece], len(left), len(right), left, right) for left, right in splits]
-    # Ties go to longer parts first and then keep their order (a stable sort), as in transformers' conversion.
+    # Ties: longer parts first, then in their order (a stable sort), as in transformers' conversion.
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     return [(left, right) for *_, left, right in merges]
 
 
 Prefix = Literal["always", "first", "never"]
-"""Where a space is put: before every stretch of text between added tokens, before the text alone, or nowhere."""
+"""Where a space is added: before every stretch of text between added tokens, before the text only, or nowhere."""
 
 
 def bpe_tokenizer_json(
@@ -79,17 +79,17 @@ def bpe_tokenizer_json(
 ) -> dict[str, Any]:
     """A tokenizer.json for a SentencePiece BPE vocabulary.
 
-    A tokenizer.json cannot say "first" for texts that begin with a space themselves: there it means that the caller
-    puts a space before the text (`Tokenizer`), and the content takes one off again.
+    A tokenizer.json cannot express "first" for texts that begin with a space themselves: it then means that the caller
+    prepends a space (`Tokenizer`), and the tokenizer.json removes one again.
 
     Args:
       pieces: the vocabulary in the order of its ids.
       types: the `PieceType` of each.
       merges: in the order of their priority.
-      unk_token: what text outside the vocabulary becomes.
+      unk_token: token for text outside the vocabulary.
       byte_fallback: spell characters outside the vocabulary by its 256 pieces for bytes.
-      whole: pieces that are taken whole wherever they are in the text, the prefix included.
-      normalizers: what is done to a text before the prefix.
+      whole: pieces that are matched whole anywhere in the text, including the prefix.
+      normalizers: applied to a text before the prefix.
     """
     strip = [] if prefix == "never" else [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     prepend = [{"type": "Prepend", "prepend": SPACE}] if prefix == "always" else []
@@ -125,7 +125,7 @@ def bpe_tokenizer_json(
 
 
 def added_tokens(pieces: Sequence[str], types: Sequence[int]) -> list[dict[str, Any]]:
-    """The tokens matched whole in a text: control tokens, the unknown token and user-defined ones."""
+    """Tokens matched whole in a text: control tokens, the unknown token and user-defined ones."""
     kinds = {PieceType.CONTROL: True, PieceType.UNKNOWN: True, PieceType.USER_DEFINED: False}
     return [
         {
@@ -143,20 +143,20 @@ def added_tokens(pieces: Sequence[str], types: Sequence[int]) -> list[dict[str, 
 
 
 def mergeable(pieces: Sequence[str], types: Sequence[int]) -> dict[str, int]:
-    """The pieces that plain text may be merged into: a control token never is one, whatever its score."""
+    """The pieces that plain text may be merged into; never a control token, whatever its score."""
     allowed = (PieceType.NORMAL, PieceType.USER_DEFINED)
     return {piece: i for i, (piece, kind) in enumerate(zip(pieces, types, strict=True)) if kind in allowed}
 
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """A tokenizer.model, read.
+    """A parsed tokenizer.model.
 
     Attributes:
       backend: encodes with its vocabulary.
       defaults: configuration that tokenizer_config.json overrides.
-      prefix: where it puts a space; "first" is left to the caller.
-      whole: its user-defined symbols, which are taken whole wherever they are in a text.
+      prefix: where it adds a space; "first" is left to the caller.
+      whole: its user-defined symbols, which are matched whole anywhere in a text.
     """
 
     backend: tokenizers.Tokenizer
@@ -168,18 +168,18 @@ class SentencePieceModel:
 def load_model(data: bytes, *, name: str, legacy: bool = False, add_prefix_space: bool = True) -> SentencePieceModel:
     """Load a tokenizer.model.
 
-    The sentencepiece library reads and validates the file. Its vocabulary then moves to the encoder of every other
-    model, which knows added tokens; that both encode `PROBE` alike is checked each time.
+    The sentencepiece library reads and validates the file. Its vocabulary then moves to the encoder of all other
+    models, which supports added tokens; each load checks that both encode `PROBE` identically.
 
     Args:
       data: the file, a serialised ModelProto of sentencepiece_model.proto.
-      name: what to call it in errors.
+      name: its name in errors.
       legacy: whether text after an added token gets a space too ("legacy" of tokenizer_config.json).
       add_prefix_space: False for no space at all, whatever the file says.
 
     Raises:
       TokenizerError: the file is damaged, or the two encoders disagree.
-      UnsupportedModel: it is no BPE, or marks spaces in a way that no Llama-like model does.
+      UnsupportedModel: it is not a BPE, or marks spaces in a way that no Llama-like model does.
     """
     from tokenizers import Tokenizer as Backend
 
@@ -190,7 +190,7 @@ def load_model(data: bytes, *, name: str, legacy: bool = False, add_prefix_space
         raise TokenizerError(f"{name} is damaged: the piece {broken[0]} is not UTF-8", hint="fetch the file again")
     types = [PieceType(piece.type) for piece in model.pieces]
     whole = [piece for piece, kind in zip(pieces, types, strict=True) if kind == PieceType.USER_DEFINED]
-    # They are found after normalisation, so they are no added tokens, which are found before; nothing merges into one.
+    # Unlike added tokens, they are matched after normalisation, not before; nothing merges into one.
     types = [PieceType.UNUSED if kind == PieceType.USER_DEFINED else kind for kind in types]
     scores = {piece.piece: piece.score for piece in model.pieces}
     ids = {"unk_token": processor.unk_id(), "bos_token": processor.bos_id(), "eos_token": processor.eos_id()}
@@ -220,8 +220,8 @@ def load_model(data: bytes, *, name: str, legacy: bool = False, add_prefix_space
 
 
 def _normalizers(spec: Any, prefix: Prefix) -> list[dict[str, Any]]:
-    """What a NormalizerSpec does to a text before the prefix, or behind one that the caller has put there. White space
-    other than spaces it leaves alone."""
+    """The normalisation of a NormalizerSpec, applied before the prefix, or after one that the caller has added. Leaves
+    white space other than spaces alone."""
     steps: list[dict[str, Any]] = []
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
@@ -234,7 +234,7 @@ def _normalizers(spec: Any, prefix: Prefix) -> list[dict[str, Any]]:
 
 
 def _read(data: bytes, name: str) -> tuple[Any, Any]:
-    """The library's processor and the ModelProto, which holds what the processor does not tell.
+    """The library's processor, and the ModelProto for data that the processor does not expose.
 
     Raises:
       TokenizerError: the file is damaged, or the protobuf package does not fit the sentencepiece package.
@@ -250,14 +250,14 @@ def _read(data: bytes, name: str) -> tuple[Any, Any]:
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
-    except RuntimeError as error:  # the library reports every damage as one
+    except RuntimeError as error:  # the library reports any damage as one
         raise TokenizerError(f"{name} is damaged: {error}", hint="fetch the file again") from error
     # The class is made when the module is imported, where mypy does not see it.
     return processor, messages.ModelProto.FromString(processor.serialized_model_proto())  # type: ignore[attr-defined]
 
 
 def _check_supported(model: Any, name: str) -> None:
-    """Refuse a ModelProto whose settings the encoder cannot follow.
+    """Refuse a ModelProto with settings that the encoder does not support.
 
     Raises:
       UnsupportedModel: see the message.

@@ -1,4 +1,4 @@
-"""`Tokenizer`: one model's text encoding, as its own files describe it."""
+"""`Tokenizer`: a model's text encoding, as described by its own files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def call_backend[T](what: str, function: Callable[..., T], *args: object, **kwargs: object) -> T:
-    """Call the `tokenizers` library and turn whatever it raises into a `TokenizerError`; errors of ours pass.
+    """Call the `tokenizers` library and turn anything it raises into a `TokenizerError`; our own errors pass.
 
-    It raises bare `Exception`s, and its Rust panics arrive as a `PanicException`, which is no `Exception`.
+    It raises bare `Exception`s, and its Rust panics arrive as a `PanicException`, which is not an `Exception`.
     """
     try:
         return function(*args, **kwargs)
@@ -33,7 +33,7 @@ def call_backend[T](what: str, function: Callable[..., T], *args: object, **kwar
 
 
 class Tokenizer:
-    """Encodes text as token ids and decodes ids as text. Made by `load_tokenizer`; safe to share between threads.
+    """Encodes text as token ids and decodes ids to text. Made by `load_tokenizer`; thread-safe.
 
     Attributes:
       vocab_size: one more than the largest token id.
@@ -44,8 +44,8 @@ class Tokenizer:
       bos_token, eos_token: the strings, or None.
       bos_token_id, eos_token_id, pad_token_id: the ids, or None.
       chat_templates: named Jinja templates; "default" is the one that `chat_template` returns.
-      guard: breaks up control tokens in text that may not contain any.
-      rows: of the model's embedding, where the model is known (`for_model`): ids from `vocab_size` on have no text, and
+      guard: breaks up control tokens in text that must not contain any.
+      rows: of the model's embedding, if the model is known (`for_model`): ids from `vocab_size` on have no text, and
         tokens from `rows` on cannot be used.
     """
 
@@ -59,7 +59,7 @@ class Tokenizer:
     ):
         """
         Args:
-          prefix: what is put before a text, unless an added token begins it.
+          prefix: text to prepend, unless the text begins with an added token.
         """
         self._backend = backend
         self._prefix = prefix
@@ -100,21 +100,21 @@ class Tokenizer:
 
     @cached_property
     def _unknown_id(self) -> int | None:
-        """The id that text outside the vocabulary gets; the one control id that plain text may yield."""
+        """The id of text outside the vocabulary; the only control id that plain text may yield."""
         token = getattr(self._backend.model, "unk_token", None)
         return None if token is None else self._backend.token_to_id(token)
 
     @property
     def largest_id(self) -> int:
-        """The largest id that the tokenizer can give; `vocab_size - 1` unless its ids leap. Reads all of them."""
+        """The largest id that the tokenizer can yield; `vocab_size - 1` unless ids have gaps. Reads all of them."""
         return max(self._backend.get_vocab().values(), default=-1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.
 
         Args:
-          add_special_tokens: add what the tokenizer's own post-processor adds (usually BOS, or nothing). A text that
-            already starts with BOS does not get a second one.
+          add_special_tokens: add the special tokens of the tokenizer's post-processor (usually BOS, or nothing). A text
+            that already starts with BOS does not get a second one.
           parse_special: whether control tokens spelled out in the text become control ids, or plain text.
 
         Raises:
@@ -128,12 +128,12 @@ class Tokenizer:
         return ids
 
     def encode_guarded(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text whose untrusted parts went through `guard.protect`.
+        """Token ids of a text whose untrusted parts were protected by `guard.protect`.
 
         Raises:
           TokenizerError: the text is not valid Unicode, or a control id appears that the text does not spell.
         """
-        # At the start it protects nothing, and would hide the start from a prefix-space rule.
+        # At the start a sentinel protects nothing, and would hide the start from a prefix-space rule.
         text = text.removeprefix(SENTINEL)
         ids = self._encode(_valid(text), add_special_tokens)
         found = sum(i in self.special_ids and i != self._unknown_id for i in ids)
@@ -174,13 +174,13 @@ class Tokenizer:
             )
 
     def for_model(self, rows: int) -> Tokenizer:
-        """The tokenizer of a model whose embedding has that many rows."""
+        """The tokenizer for a model whose embedding has this many rows."""
         made = copy.copy(self)
         made.rows = rows
         return made
 
     def without_rows(self, rows: int) -> str | None:
-        """A sentence about the added tokens that an embedding of that many rows has none for; None if it has all."""
+        """A sentence about added tokens that an embedding of this many rows lacks; None if it has all."""
         beyond = {i: token for i, token in sorted(self._added.items()) if i >= rows}
         if not beyond:
             return None
@@ -201,7 +201,7 @@ class Tokenizer:
         return "".join([stream.add(i) for i in ids]) + stream.finish()
 
     def detokenizer(self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """An incremental decoder for the tokens that follow `prompt_ids`, whose own text it does not repeat."""
+        """An incremental decoder for tokens that follow `prompt_ids`; it does not repeat their text."""
 
         def to_bytes(token_id: int, first: bool) -> bytes | None:
             token = self.token(token_id)
@@ -215,8 +215,7 @@ class Tokenizer:
         return stream
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's own spelling of a token; empty for an id that the vocabulary skips, or that only the model
-        has.
+        """The vocabulary's spelling of a token; empty for an id that the vocabulary skips, or that only the model has.
 
         Raises:
           TokenizerError: the id is out of range.
@@ -234,7 +233,7 @@ class Tokenizer:
         return self._added.get(index) or self._backend.id_to_token(index) or ""
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What a token adds to a text, other than at its start; nothing for an id beyond the vocabulary."""
+        """Bytes that a token adds to a text, except at its start; none for an id outside the vocabulary."""
         return self._bytes_of(self.token(token_id), first=False) if token_id < self.vocab_size else b""
 
     @cached_property
@@ -243,12 +242,12 @@ class Tokenizer:
         return max(len(self.bytes_of(token_id)) for token_id in range(self.vocab_size))
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token in the vocabulary's own spelling, or None."""
+        """The id of a token in the vocabulary's spelling, or None."""
         return self._backend.token_to_id(_valid(token))
 
 
 def _valid(text: str) -> str:
-    """Refuse what is not Unicode text, such as a lone surrogate from a broken JSON escape."""
+    """Refuse invalid Unicode, such as a lone surrogate from a broken JSON escape."""
     if not isinstance(text, str):
         raise TokenizerError(f"text must be a string, got {type(text).__name__}", hint="pass a str")
     try:

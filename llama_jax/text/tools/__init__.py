@@ -1,7 +1,7 @@
-"""Calls of tools, and reasoning, in the text that a model writes: how each kind of model spells them.
+"""Tool calls and reasoning in a model's text, in the formats of different model families.
 
-`formats` holds one `ToolFormat` for each spelling: the parser that reads it as the text comes, and the grammar that
-holds a text to it. The model's own chat template says which one it is; other packages can add more (docs/plugins.md).
+`formats` holds one `ToolFormat` per format: its incremental parser, and the grammar that constrains a text to it. The
+model's own chat template determines the format; other packages can add more (docs/plugins.md).
 """
 
 from __future__ import annotations

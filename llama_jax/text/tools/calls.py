@@ -1,7 +1,7 @@
-"""Single calls in JSON, in each of the ways in which models write them.
+"""Single calls in JSON, in all variants that models write.
 
-A call is read by an `Attempt`, which begins where a call may begin. What it has read stays undecided until it is known
-to be a call of one of the tools; then `Call` and parts of the arguments come as they are read.
+A call is read by an `Attempt`, which starts where a call may begin. The text read stays undecided until it is known to
+be a call of one of the tools; then `Call` and parts of the arguments are emitted as they are read.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from llama_jax.text.tools.json_object import JsonObject
 State = Literal["open", "done", "broken"]
 NAME = re.compile(r"[\w.-]{1,128}")
 LONGEST_HEAD = 512
-"""Characters between a mark that begins a call and its arguments."""
+"""The most characters between a mark that begins a call and its arguments."""
 
 
 class Attempt(Protocol):
     """A call that may have begun.
 
     Attributes:
-      state: "open" while more may come; "broken" if the text is no call, or none any more.
-      committed: whether a `Call` has been given out, so that what was read is no text.
+      state: "open" while more may come; "broken" if the text is not, or no longer, a call.
+      committed: whether a `Call` has been emitted, so that the text read is not plain text.
     """
 
     state: State
     committed: bool
 
     def feed(self, text: str) -> tuple[int, list[Delta]]:
-        """Return how many characters belong to the call, and what they say: all of them while the state is "open"."""
+        """Return the number of characters that belong to the call (all while the state is "open"), and their deltas."""
         ...
 
     def finish(self) -> list[Delta]:
-        """Return what the end of the text says. A state that is "open" then is that of an incomplete call."""
+        """Return the deltas at the end of the text. If the state is then "open", the call is incomplete."""
         ...
 
 
 Begin = Callable[[Collection[str]], Attempt]
-"""From the names of the tools to an attempt."""
+"""Makes an attempt from the names of the tools."""
 
 
 class Reading:
@@ -57,7 +57,7 @@ class Reading:
 
 
 class ArgumentsObject(Reading):
-    """A JSON object that is the arguments of a tool whose name came before."""
+    """A JSON object with the arguments of a tool named before it."""
 
     def __init__(self, names: Collection[str], name: str):
         super().__init__(names)
@@ -80,7 +80,7 @@ class ArgumentsObject(Reading):
 class NamedObject(Reading):
     """A JSON object with the tool's name and its arguments, as in {"name": "f", "arguments": {"a": 1}}.
 
-    The arguments may be called parameters, be missing, or be a string that holds the object.
+    The arguments may be called parameters, be missing, or be a string that contains the object.
     """
 
     _ARGUMENTS = frozenset({"arguments", "parameters"})
@@ -135,7 +135,7 @@ class NamedObject(Reading):
 
 
 def _inner(value: str) -> str:
-    """The object that a JSON value means where arguments are expected: "" if none."""
+    """The object that a JSON value represents as arguments; "" if none."""
     if value == "null":
         return "{}"
     inner = json.loads(value) if value.startswith('"') else ""
@@ -146,9 +146,9 @@ def _inner(value: str) -> str:
 
 
 class Headed(Reading):
-    """A JSON object behind a mark, with a head between the two.
+    """A JSON object after a mark, with a head between the two.
 
-    `pattern` matches the whole head; its group "name" is the tool's, and without one the object says the name itself.
+    `pattern` matches the whole head; its group "name" is the tool's; without the group the object contains the name.
     """
 
     def __init__(self, names: Collection[str], pattern: re.Pattern[str]):

@@ -1,4 +1,4 @@
-"""Pieces of what the text of a model turns out to be."""
+"""Pieces into which a model's text is parsed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Reasoning:
-    """More of what precedes the answer."""
+    """More of the reasoning before the answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Call:
-    """The beginning of a call of the tool `name`; calls follow one another, none is inside of another."""
+    """The beginning of a call of the tool `name`; calls follow one another and are never nested."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""The ways in which models write calls of tools, and which of them a model has learnt."""
+"""Formats of tool calls, and detection of a model's format."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from llama_jax.text.tools.parser import Mark, ToolParser
 
 
 class Parser(Protocol):
-    """Reads one answer, in pieces; what it gives out must not depend on how the text is cut into them."""
+    """Reads one answer in pieces; its output must not depend on how the text is split into them."""
 
     def feed(self, text: str) -> Sequence[Delta]:
         """Take more of the text; return what is certain now."""
         ...
 
     def finish(self) -> Sequence[Delta]:
-        """Return what is left at the end of the text."""
+        """Return the remaining deltas at the end of the text."""
         ...
 
 
@@ -43,14 +43,14 @@ def short_id() -> str:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """A way to write calls of tools.
+    """A format of tool calls.
 
     Attributes:
-      fits: from the source of a model's chat template to whether the model writes so.
-      parser: makes what reads one answer, from the names of the tools.
-      grammar: of texts that are calls and nothing else.
-      control: control tokens of the tokenizer that the parser has to see.
-      opening: the mark with which every call of the grammar begins, if all do and nothing else does.
+      fits: tells from the source of a model's chat template whether the model uses this format.
+      parser: makes the parser of one answer from the names of the tools.
+      grammar: of texts that consist only of calls.
+      control: control tokens of the tokenizer that the parser must see.
+      opening: the mark with which every call of the grammar, and nothing else, begins, if there is one.
       call_id: makes the id of a call.
     """
 
@@ -63,7 +63,7 @@ class ToolFormat:
 
 
 _PYTHONIC = re.compile(r"\[\w+\(\w+=")
-"""In the instructions of a template: the example of a call."""
+"""Matches the example of a call in a template's instructions."""
 _LLAMA_MARKS = (
     Mark("<|python_tag|>", python_calls.LlamaTagged),
     Mark("<|python_start|>"),
@@ -110,7 +110,7 @@ FORMATS: dict[str, ToolFormat] = {
         short_id,
         opening="[TOOL_CALLS]",
     ),
-    # Every Llama writes both forms at times, so both are read.
+    # Every Llama sometimes writes either form, so both are read.
     "llama_pythonic": ToolFormat(
         lambda template: _PYTHONIC.search(template) is not None,
         functools.partial(ToolParser, _LLAMA_MARKS),
@@ -124,7 +124,7 @@ FORMATS: dict[str, ToolFormat] = {
         _LLAMA_CONTROL,
     ),
 }
-"""By the names that `llama-jax serve --tool-parser` takes."""
+"""Formats by the names that `llama-jax serve --tool-parser` takes."""
 
 
 def formats() -> dict[str, ToolFormat]:
@@ -133,7 +133,7 @@ def formats() -> dict[str, ToolFormat]:
 
 
 def format_of(template: str) -> ToolFormat | None:
-    """Return the format of a model with this chat template; None if it is none that is known."""
+    """Return the format of a model with this chat template; None if unknown."""
     return next((made for made in formats().values() if made.fits(template)), None)
 
 
@@ -153,7 +153,7 @@ def format_named(name: str) -> ToolFormat:
 
 
 def plugin_problem(plugin: Plugin, earlier: Sequence[Plugin]) -> str:
-    """Return what is wrong with a plugin of the group; "" if nothing."""
+    """Return the problem with a plugin of the group; "" if none."""
     value: Any = plugin.value
     if not isinstance(value, ToolFormat):
         return f"it is {type(value).__name__}, and not a ToolFormat"

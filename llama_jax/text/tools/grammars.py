@@ -1,4 +1,4 @@
-"""Lark grammars of texts that are nothing but calls of tools (https://github.com/guidance-ai/llguidance)."""
+"""Lark grammars of texts that consist only of tool calls (https://github.com/guidance-ai/llguidance)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llama_jax.errors import RequestError
 from llama_jax.text.tools.tool import Tool
 
 Spelled = Callable[[str], str]
-"""From a mark to how a grammar spells it: as a token where it is a control token, else as text."""
+"""Maps a mark to its spelling in a grammar: as a token if it is a control token, else as text."""
 ToolGrammar = Callable[[Sequence[Tool], bool, Spelled], str]
-"""From the tools that may be called, whether several calls may be made, and the spelling of marks to a Lark grammar."""
+"""Makes a Lark grammar from the callable tools, whether several calls are allowed, and the spelling of marks."""
 
 _GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as models have learnt it, and as json.dumps writes it."""
 _ANYTHING = r"ANYTHING: /(.|\n)+/"
-_SPACES = r"SPACES: /[ \n]{0,4}/"  # some may write nothing else for ever
+_SPACES = r"SPACES: /[ \n]{0,4}/"  # some models may write whitespace for ever
 OPENING = "opening"
 """The rule that `amid` adds to a grammar of calls."""
 _DEFINITIONS = ("$defs", "definitions")
@@ -84,11 +84,11 @@ def answered(
 
 
 def amid(calls: str, opening: str, *, several: bool, reasoning_end: str = "") -> str:
-    """Return the grammar of any text, in which nothing but a call follows the mark that opens one.
+    """Return the grammar of any text in which only a call follows the opening mark of calls.
 
     Args:
-      calls: a grammar of calls, in which `OPENING` stands for the mark.
-      opening: the mark; reasoning_end: what ends the reasoning within which the text begins. Both are spelled already.
+      calls: a grammar of calls, in which `OPENING` is the rule for the mark.
+      opening: the mark; reasoning_end: the end mark of the reasoning in which the text begins. Both already spelled.
     """
     first = "reasoning SPACES " if reasoning_end else ""
     rules = [f"start: {first}calls{'*' if several else '?'} ANYTHING?", calls.replace("start:", "calls:", 1)]
@@ -100,7 +100,7 @@ def amid(calls: str, opening: str, *, several: bool, reasoning_end: str = "") ->
 
 def _up_to(rule: str, mark: str) -> str:
     """The rule of any text that ends with the first mark."""
-    if mark.startswith("<["):  # a control token, which no text holds
+    if mark.startswith("<["):  # a control token, which no text contains
         return f"{rule}: ANYTHING? {mark}"
     return f"{rule}[suffix={mark}]: /(.|\\n)*/"
 
@@ -116,7 +116,7 @@ def _objects(tools: Sequence[Tool], key: str) -> str:
 
 
 def _python_call(tool: Tool, rule: str) -> list[str]:
-    """Rules of one call: arguments that are required come first, and a comma before each but the first."""
+    """Rules of one call: required arguments come first, with a comma before each but the first."""
     properties: Mapping[str, Any] = tool.parameters.get("properties") or {}
     required = [name for name in properties if name in (tool.parameters.get("required") or ())]
     optional = [name for name in properties if name not in required]
@@ -147,8 +147,7 @@ def _own(schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
-    """A schema as llguidance takes it, with the definitions of the schema that it is a part of: "#/$defs/..." names
-    them."""
+    """A schema for llguidance, with the definitions of the enclosing schema, which "#/$defs/..." refers to."""
     definitions = {key: root[key] for key in _DEFINITIONS if key in root}
     try:
         return json.dumps({"x-guidance": _GUIDANCE, **schema, **definitions}, allow_nan=False, ensure_ascii=False)

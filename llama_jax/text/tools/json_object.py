@@ -1,4 +1,4 @@
-"""One JSON object, checked and cut into its members while its text is still coming."""
+"""Incremental parser of one JSON object, which checks it and splits it into members."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from typing import Literal
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?|true|false|null")
 _WORD = frozenset("+-.0123456789abcdefghijklmnopqrstuvwxyzE")
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
-"""Characters of strings that mean nothing but themselves."""
+"""Literal characters of strings."""
 _SPACE = frozenset(" \t\n\r")
 _ESCAPED = frozenset('"\\/bfnrt')
 _HEX = frozenset("0123456789abcdefABCDEF")
 _CLOSES = {"}": "{", "]": "["}
 
 LONGEST_NUMBER = 400
-"""Characters; more than any double has, and less than Python's limit for integers."""
+"""The most characters of a number: more than any double has, less than Python's limit for integers."""
 
 
 @dataclass
 class Member:
-    """The value of one key: it begins at `start` of the object's text, and ends before `end` once that is known."""
+    """The value of one key, from `start` of the object's text to before `end`, once that is known."""
 
     start: int
     end: int | None = None
 
 
 class JsonObject:
-    """An object of JSON (RFC 8259) as its text comes.
+    """A JSON object (RFC 8259), read incrementally.
 
     Attributes:
-      text: what has been taken.
-      members: of the object itself, by their keys.
-      state: "open" until its last brace is there; "broken" if what came next cannot belong to it, or a key came twice.
+      text: the text read so far.
+      members: of the object itself, by key.
+      state: "open" until its last brace; "broken" if the next text cannot belong to it, or a key came twice.
     """
 
     def __init__(self, depth: int = 64):
         """Begin before its first brace.
 
         Args:
-          depth: of nested objects and arrays, at most.
+          depth: the most levels of nested objects and arrays.
         """
         self.text = ""
         self.members: dict[str, Member] = {}
@@ -49,15 +49,15 @@ class JsonObject:
         self._depth, self._open = depth, [""]
         self._wants: Literal["object", "key", "key or end", "colon", "value", "value or end", "comma or end"] = "object"
         self._word = ""
-        self._string = ""  # "", "text", "escape", or the hexadecimal digits that are still to come: "xxxx"
+        self._string = ""  # "", "text", "escape", or the missing hexadecimal digits: "xxxx"
         self._key = False
         self._began = 0
-        self._member: Member | None = None  # whose key is there and whose value is not
+        self._member: Member | None = None  # has a key but no value yet
         self._events = 0
 
     def feed(self, text: str) -> int:
-        """Take over some of a text and return how many characters: up to the next beginning or end of a member, to the
-        object's end, or to what breaks it."""
+        """Consume part of a text and return the number of characters: up to the next beginning or end of a member, the
+        object's end, or an error."""
         start = len(self.text)
         self.text += text
         before, n = self._events, 0
@@ -76,7 +76,7 @@ class JsonObject:
         return n
 
     def value(self, key: str) -> str | None:
-        """The text of a member's value, as far as it has come; None without such a member."""
+        """The text of a member's value so far; None without such a member."""
         member = self.members.get(key)
         return None if member is None else self.text[member.start : member.end]
 
@@ -136,7 +136,7 @@ class JsonObject:
         return len(self._open) - 1 <= self._depth
 
     def _ended(self, end: int) -> None:
-        """A value has ended before `end`."""
+        """Records that a value has ended before `end`."""
         self._wants = "comma or end"
         if len(self._open) <= 2:
             self._events += 1
@@ -161,7 +161,7 @@ class JsonObject:
         return char in _HEX
 
     def _named(self, at: int) -> bool:
-        """A key has ended with the quote at `at`."""
+        """Records that a key has ended with the quote at `at`."""
         self._wants = "colon"
         if len(self._open) != 2:
             return True

@@ -1,4 +1,4 @@
-"""From the text of an answer, in whatever pieces it comes, to what it says and which tools it calls."""
+"""Incremental parser of an answer: its text and its tool calls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Mark:
     """Text at which a call may begin.
 
     Attributes:
-      begin: makes the attempt to read it; None for a mark that only is no part of the answer.
+      begin: makes the attempt to read it; None for a mark that is merely dropped from the answer.
       kept: whether the mark itself is the first text of the call.
-      behind: whether it counts only directly behind another call, with at most spaces between.
+      behind: whether it counts only directly after another call, with at most spaces between.
     """
 
     text: str
@@ -27,16 +27,16 @@ class Mark:
 
 
 class ToolParser:
-    """Reads one answer. What it gives out does not depend on how the text is cut into pieces.
+    """Reads one answer. Its output does not depend on how the text is split into pieces.
 
-    What turns out to be no call of a tool that there is remains text, unchanged. Spaces around calls are dropped.
+    Text that turns out not to be a call of an existing tool is kept unchanged. Spaces around calls are dropped.
     """
 
     def __init__(self, marks: Sequence[Mark], names: Collection[str]):
         """Begin at the start of an answer.
 
         Args:
-          marks: none of which begins like another; names: of the tools that there are.
+          marks: no two of which share a beginning; names: of the tools.
         """
         self._marks, self._names = marks, frozenset(names)
         anywhere = [mark.text for mark in marks if not mark.behind]
@@ -55,7 +55,7 @@ class ToolParser:
         return joined(deltas)
 
     def finish(self) -> list[Delta]:
-        """Return what is left at the end of the text. A call that is incomplete stays so."""
+        """Return the remaining deltas at the end of the text. An incomplete call stays so."""
         deltas: list[Delta] = []
         if self._attempt is not None:
             deltas += self._attempt.finish()
@@ -69,7 +69,7 @@ class ToolParser:
         return joined(deltas)
 
     def _step(self, deltas: list[Delta]) -> bool:
-        """Takes what can be decided; whether there may be more."""
+        """Processes what can be decided; returns whether there may be more."""
         if self._attempt is not None:
             return self._read_on(self._attempt, deltas)
         return self._behind_call() if self._behind else self._in_text(deltas)
@@ -118,7 +118,7 @@ class ToolParser:
         return True
 
     def _begin(self, mark: Mark, at: int) -> None:
-        """Leaves the text before a mark."""
+        """Ends the text before a mark."""
         rest = self._pending[at:]
         self._pending = rest if mark.kept else rest[len(mark.text) :]
         if mark.begin is not None:
@@ -126,7 +126,7 @@ class ToolParser:
             self._attempt, self._behind = mark.begin(self._names), False
 
     def _say(self, text: str, deltas: list[Delta]) -> None:
-        """Gives out text but for the spaces at its end, which a call may follow."""
+        """Emits text except for trailing spaces, which a call may follow."""
         text = self._spaces + text
         said = text.rstrip()
         self._spaces = text[len(said) :]
@@ -135,7 +135,7 @@ class ToolParser:
 
 
 def _beginning(text: str) -> str:
-    """A pattern of the beginnings of a text, of at least one character: a(b(c)?)? of "abc"."""
+    """A pattern of the nonempty prefixes of a text: a(b(c)?)? for "abc"."""
     pattern = ""
     for char in reversed(text):
         pattern = re.escape(char) + (f"(?:{pattern})?" if pattern else "")
@@ -143,7 +143,7 @@ def _beginning(text: str) -> str:
 
 
 def joined(deltas: Sequence[Delta]) -> list[Delta]:
-    """Return deltas without neighbours of the same kind."""
+    """Return deltas with neighbours of the same kind merged."""
     made: list[Delta] = []
     for delta in deltas:
         last = made[-1] if made else None

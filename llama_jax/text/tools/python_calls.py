@@ -1,4 +1,4 @@
-"""Calls in Python's syntax, and what Llama 3 writes for its built-in tools."""
+"""Calls in Python's syntax, and Llama 3's calls of its built-in tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama_jax.text.tools.python_literal import keywords
 
 
 class PythonCall(Reading):
-    """A call as Python has it, f(a=1, b="x"), once it is complete; the values are literals of Python or JSON.
+    """A call in Python's syntax, f(a=1, b="x"), emitted once complete; the values are literals of Python or JSON.
 
     Names of tools and of arguments end at `(` and `=`.
     """
@@ -21,7 +21,7 @@ class PythonCall(Reading):
         """Begin before the name.
 
         Args:
-          method: what stands between the name and the parenthesis, such as ".call".
+          method: text between the name and the parenthesis, such as ".call".
         """
         super().__init__(names)
         self._method, self._name, self._text = method, "", ""
@@ -75,7 +75,7 @@ class PythonCall(Reading):
 
 
 class PythonCalls(Reading):
-    """Calls in a list of Python, [f(a=1), g()], each of which is given out once it is complete."""
+    """Calls in a Python list, [f(a=1), g()], each emitted once complete."""
 
     def __init__(self, names: Collection[str]):
         super().__init__(names)
@@ -110,8 +110,8 @@ class PythonCalls(Reading):
 
 
 class LlamaTagged(Reading):
-    """Text behind <|python_tag|> of Llama 3: a JSON object; a call of a built-in tool, as in
-    brave_search.call(query="x"); or, where there is a tool `code_interpreter`, a program, which is all that follows."""
+    """Text after Llama 3's <|python_tag|>: a JSON object; a call of a built-in tool, as in
+    brave_search.call(query="x"); or, if there is a tool `code_interpreter`, a program, which is all that follows."""
 
     CODE = "code_interpreter"
 

@@ -1,4 +1,4 @@
-"""Literals of Python and of JSON, as models mix them in the arguments of a call. Nothing is evaluated."""
+"""Parser of Python and JSON literals, which models mix in the arguments of a call. Nothing is evaluated."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _DEPTH = 32
 
 
 def keywords(text: str) -> dict[str, Any]:
-    """Return what stands between the parentheses of a call: names with literals, a=1, b="x".
+    """Return the arguments between the parentheses of a call: names with literals, a=1, b="x".
 
     Raises:
-      ValueError: it is no list of such, a name comes twice, or JSON has no such value.
+      ValueError: it is not a list of these, a name comes twice, or JSON has no such value.
     """
     made: dict[str, Any] = {}
     at = _skip(text, 0)
@@ -34,7 +34,7 @@ def keywords(text: str) -> dict[str, Any]:
 
 
 def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
-    """The value that begins behind spaces, and where it ends."""
+    """The value after optional spaces, and its end."""
     at = _skip(text, at)
     char = text[at : at + 1]
     if depth == 0:
@@ -79,7 +79,7 @@ def _pairs(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
 
 
 def _separated(text: str, at: int, end: str) -> int:
-    """Where the next value begins, or `end` stands."""
+    """Position of the next value, or of `end`."""
     at = _skip(text, at)
     if text[at : at + 1] == ",":
         return _skip(text, at + 1)
@@ -95,7 +95,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _unescaped(text: str) -> str:
-    """A string's content. An escape that Python does not know stays as it is, and surrogates become characters."""
+    """A string's content. Escapes unknown to Python stay unchanged, and surrogate pairs become characters."""
 
     def meant(found: re.Match[str]) -> str:
         of = found[1]

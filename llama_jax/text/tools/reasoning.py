@@ -1,4 +1,4 @@
-"""Reasoning before an answer, where a model's family has marks for it."""
+"""Reasoning before an answer, for model families that mark it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Literal
 from llama_jax.text.tools.deltas import Delta, Reasoning, Text
 
 MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
-"""Between which a model thinks: Qwen3, SmolLM3, DeepSeek's distillations; Magistral."""
+"""Marks around reasoning: Qwen3, SmolLM3, DeepSeek's distillations; Magistral."""
 
 
 Place = Literal["before", "inside", "behind"]
-"""Of the start of an answer: there may be reasoning, it has begun, or there is none."""
+"""Place of an answer's start: reasoning may follow, it has begun, or there is none."""
 
 
 def reasoning_of(template: str) -> tuple[str, str] | None:
@@ -23,7 +23,7 @@ def place_of(marks: tuple[str, str] | None, prompt: str) -> Place:
     """Return where in its reasoning an answer begins.
 
     Args:
-      marks: around reasoning, if the model has any; prompt: what precedes the answer, or its end.
+      marks: around reasoning, if the model has any; prompt: the text before the answer, or its end.
     """
     prompt = prompt.rstrip()
     if marks is None or prompt.endswith(marks[1]):
@@ -32,13 +32,13 @@ def place_of(marks: tuple[str, str] | None, prompt: str) -> Place:
 
 
 class ReasoningParser:
-    """Tells the reasoning from the answer behind it. What it gives out does not depend on how the text is cut.
+    """Separates the reasoning from the answer after it. Its output does not depend on how the text is split.
 
-    Reasoning stands at the start of an answer, or nowhere. Spaces around both of its marks are dropped.
+    Reasoning is at the start of an answer, or nowhere. Spaces around both of its marks are dropped.
     """
 
     def __init__(self, marks: tuple[str, str], *, inside: bool = False):
-        """Begin at the start of an answer, or, where its template has begun the reasoning, `inside` of it."""
+        """Begin at the start of an answer, or `inside` the reasoning if the template has begun it."""
         self._begin, self._end = marks
         self._state = "inside" if inside else "start"
         self._pending, self._thought = "", False
@@ -50,7 +50,7 @@ class ReasoningParser:
 
     @property
     def ended(self) -> bool:
-        """Whether no more of it can come."""
+        """Whether no more reasoning can come."""
         return self._state in ("behind", "outside")
 
     def feed(self, text: str) -> list[Delta]:
@@ -73,7 +73,7 @@ class ReasoningParser:
         return deltas
 
     def finish(self) -> list[Delta]:
-        """Return what is left at the end of the text."""
+        """Return the remaining deltas at the end of the text."""
         left, self._pending = self._pending, ""
         if self._state == "inside":
             return [Reasoning(left)] if left.strip() else []

@@ -18,7 +18,7 @@ class Tool:
     """A function that the client can call.
 
     Attributes:
-      parameters: the JSON schema of its arguments, which are an object.
+      parameters: the JSON schema of its arguments object.
     """
 
     name: str
@@ -29,7 +29,7 @@ def tools_of(given: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
     """Return the tools of a request: `{"type": "function", "function": {"name", "description", "parameters"}}` each.
 
     Raises:
-      RequestError: one has another shape, no sound name, or the name of another.
+      RequestError: one has another shape, an invalid name, or the name of another.
     """
     made: dict[str, Tool] = {}
     for i, tool in enumerate(given):
