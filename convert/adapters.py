@@ -32,7 +32,7 @@ def merge_hint(folder: Path | str) -> str:
 
 
 def is_adapter(names: Iterable[str]) -> bool:
-    """Whether files of these names, which hold no model, are an adapter."""
+    """Returns whether files of these names, which hold no model, are an adapter."""
     return any(_FILE.fullmatch(name) for name in names)
 
 

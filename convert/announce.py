@@ -15,7 +15,7 @@ from llama_jax.params import ParamSpec
 from llama_jax.schemes import PLAIN
 
 LARGER = 2
-"""How many times the size of its source a checkpoint may have before a warning says what helps."""
+"""Ratio of a checkpoint's size to its source's above which a warning says what helps."""
 
 
 def announce(

@@ -83,7 +83,7 @@ def model_in(path: Path) -> Path:
 
 
 def has_weights(path: Path) -> bool:
-    """Whether a folder holds the weights of a Hugging Face model, or the index of their files."""
+    """Returns whether a folder holds the weights of a Hugging Face model, or the index of their files."""
     return any((path / name).exists() for layout in LAYOUTS for name in layout)
 
 
@@ -135,7 +135,7 @@ def no_model(path: Path) -> LlamaJaxError:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is to be read as GGUF, by its name or its first bytes."""
+    """Returns whether a file is to be read as GGUF, by its name or its first bytes."""
     return path.suffix.lower() == ".gguf" or (read_head(path)[0].startswith(GGUF) and not _PIECE.fullmatch(path.name))
 
 

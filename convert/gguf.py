@@ -161,7 +161,7 @@ _HINT = "the file is damaged, or the model has parts that are not supported; try
 
 
 def rotated_heads(leaf: str, config: LlamaConfig) -> int | None:
-    """How many heads stand one below the other in a projection whose output is rotated; None for other leaves."""
+    """The number of heads stacked in a projection whose output is rotated; None for other leaves."""
     if leaf.endswith(".attn.q_proj"):
         return config.num_heads
     return config.num_kv_heads if leaf.endswith(".attn.k_proj") else None

@@ -57,7 +57,7 @@ LLAMA4: Mapping[str, str] = {
     "interleave_moe_layer_step": "interleave_moe_layer_step",
     "expert_count": "num_local_experts",
 }
-"""What Llama 4 has besides, or under another name."""
+"""Keys that Llama 4 has in addition, or under another name."""
 HEAD_DIM_KEYS = ("attention.key_length", "rope.dimension_count", "attention.value_length")
 """Keys that all hold the size of a head in the models that are supported."""
 EOS_KEYS = ("eos", "eot", "eom")
@@ -274,7 +274,7 @@ the second high_freq_factor."""
 
 
 def llama3_factors(theta: float, size: int, factor: float, high: float, original: int) -> np.ndarray:
-    """What "llama3" scaling divides each rope frequency by.
+    """Divisors of the rope frequencies under "llama3" scaling.
 
     Args:
       theta: base of the frequencies.

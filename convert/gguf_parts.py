@@ -64,7 +64,7 @@ class GgufParts:
         return self._where[name].dtype(name)
 
     def stored(self, name: str) -> SourceTensor:
-        """Which file holds a tensor, and where."""
+        """The file that holds a tensor, and the tensor's place in it."""
         tensor = self.tensors[name]
         return SourceTensor(name, self._where[name].path, tensor.offset, tensor.nbytes)
 

@@ -1,4 +1,4 @@
-"""How text is cut before merging, by the names that GGUF files give it (tokenizer.ggml.pre).
+"""Pre-tokenizers, which split text before merging, by their names in GGUF files (tokenizer.ggml.pre).
 
 The expressions are those of each family's own tokenizer.json; which name means which, and what else a name implies, is
 that of llama.cpp (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp), whose expressions for

@@ -163,7 +163,7 @@ def _byte_level(
 
 
 def _pre_tokenizer(name: object) -> PreTokenizer:
-    """How text is split before merging, for a value of tokenizer.ggml.pre."""
+    """The pre-tokenizer, which splits text before merging, for a value of tokenizer.ggml.pre."""
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise UnsupportedModel(
             f"the GGUF pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known",

@@ -122,7 +122,7 @@ class HuggingFaceFolder:
         return out
 
     def has_rows(self, spec: ParamSpec) -> bool:
-        """Whether the leaf is a tensor of the file as it is; see `checkpoint.source.RowSource`."""
+        """Returns whether the leaf is a tensor of the file as it is; see `checkpoint.source.RowSource`."""
         made = self._recipe(spec)
         plain = isinstance(self._weights[made.sources[0]], PlainWeight)
         return plain and len(made.sources) == 1 and made.part is None and not made.transposed
@@ -133,7 +133,7 @@ class HuggingFaceFolder:
         weight.read_into(out, row=start)
 
     def _recipe(self, spec: ParamSpec) -> Recipe:
-        """How a leaf is made, or the leaf that this is a member of."""
+        """The recipe for a leaf, or for the leaf that this is a member of."""
         return self._recipes[spec.name if spec.scheme == PLAIN.name else f"{spec.leaf}.weight"]
 
     def _keep(self) -> None:

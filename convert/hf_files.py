@@ -103,7 +103,7 @@ def licence(path: Path) -> str | None:
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a folder looks like a Hugging Face model."""
+    """Returns whether a folder looks like a Hugging Face model."""
     return (path / CONFIG).is_file()
 
 

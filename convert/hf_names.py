@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face checkpoint make up each canonical leaf, in all layouts in use.
+"""Maps each canonical leaf to the tensors of a Hugging Face checkpoint that make it up, in all layouts in use.
 
 Mixtures of experts come in three: a tensor per expert and projection, as saved by transformers (`w1`, `w3`, `w2`) or by
 quantisers (`gate_proj`, `up_proj`, `down_proj`); all experts' gate and up projections in one, `gate_up_proj`
@@ -22,7 +22,7 @@ _SHORT = {"gate": "w1", "up": "w3", "down": "w2"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one leaf is made.
+    """The recipe for one leaf.
 
     Attributes:
       sources: the tensor that holds the leaf, or one for each expert.
@@ -38,7 +38,7 @@ class Recipe:
 
 
 def recipe(spec: ParamSpec, names: Container[str], *, extra_embeddings: int = 0) -> Recipe:
-    """How to make a leaf from the tensors called `names`; where several layouts fit none, that of `spec.hf`.
+    """Finds how to make a leaf from the tensors called `names`; if no layout fits, that of `spec.hf`.
 
     Args:
       spec: the leaf.
@@ -95,7 +95,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
 @dataclass(frozen=True)
 class Names:
-    """How the tensors of one checkpoint are called.
+    """The tensor names of one checkpoint.
 
     Attributes:
       multimodal: whether the text model is a part of it.

@@ -82,9 +82,9 @@ class PlainWeight:
         self.file.read_into(self.name, out, skip * out.itemsize)
 
     def equals(self, other: PlainWeight) -> bool:
-        """Whether both hold the same bytes, dtype and shape."""
+        """Returns whether both hold the same bytes, dtype and shape."""
         return same_tensor(self.file, self.name, other.file, other.name)
 
     def all_zero(self) -> bool:
-        """Whether every byte is 0."""
+        """Returns whether every byte is 0."""
         return not any(block.any() for block in blocks(self.file, self.name))

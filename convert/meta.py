@@ -59,7 +59,7 @@ _NAMES: Mapping[str, tuple[str, int | None]] = {
 # Frequencies that old checkpoints carry although they follow from params.json.
 _BUFFERS = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
 _BLOCK_BYTES = 16 << 20
-"""What is read at one time of a matrix that is cut along its columns."""
+"""Bytes read at a time from a matrix that is split along its columns."""
 
 
 class MetaFolder:
@@ -214,7 +214,7 @@ _MATCH = f"{PARAMS} and the weights do not belong together, or a file is missing
 
 
 def is_meta(path: Path) -> bool:
-    """Whether a folder looks like one of Meta's checkpoints."""
+    """Returns whether a folder looks like one of Meta's checkpoints."""
     return (path / PARAMS).is_file() and not (path / "config.json").is_file()
 
 

@@ -28,7 +28,7 @@ from llama_jax.text.tokenizer.byte_level_bpe import (
 from llama_jax.text.tokenizer.detokenizer import byte_alphabet
 
 LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{PUNCTUATION_AND_SPACE}"
-"""How text is cut before merging (`Tokenizer.pat_str`)."""
+"""Pattern that splits text before merging (`Tokenizer.pat_str`)."""
 MAX_BYTES = 8 << 20
 """Llama 3's file has 2 MiB."""
 _MAX_TOKEN_BYTES = 256
@@ -52,7 +52,7 @@ _NAMED: Mapping[bool, dict[int, str]] = {
 
 
 def is_rank_file(data: bytes) -> bool:
-    """Whether a tokenizer.model is such a list, not a message of SentencePiece."""
+    """Returns whether a tokenizer.model is such a list, not a message of SentencePiece."""
     return _LINE.fullmatch(data[: 2 * _MAX_TOKEN_BYTES].split(b"\n", 1)[0].rstrip()) is not None
 
 

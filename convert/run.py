@@ -189,7 +189,7 @@ def _opened(
 
 
 def _errors(model: ModelSource, batch: Sequence[Leaf]) -> dict[str, float]:
-    """How far the leaves of a batch are from what they were before they were quantised."""
+    """Measures the quantisation error of each leaf of a batch."""
     found: Mapping[str, float] = getattr(model, "errors", {})
     return {leaf.spec.leaf: found[leaf.spec.leaf] for leaf in batch if leaf.spec.leaf in found}
 
@@ -230,7 +230,7 @@ def locked_files(sha256: Mapping[Path, str]) -> tuple[SourceFile, ...]:
 
 
 def origins(model: ModelSource, specs: Iterable[ParamSpec], digests: Mapping[str, str]) -> dict[str, Origin]:
-    """What each leaf was made from, for model.lock.json.
+    """The origin of each leaf, for model.lock.json.
 
     Args:
       digests: of the leaves' values before any cast.

@@ -29,7 +29,7 @@ _MAX_SPREAD = 8
 _SPREAD_BYTES = 1 << 20
 
 _Place = tuple[int, int]
-"""Where a storage begins in the file and how many bytes it has."""
+"""Offset of a storage in the file, and its size in bytes."""
 
 
 @dataclass(frozen=True)

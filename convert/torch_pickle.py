@@ -44,7 +44,7 @@ _NAMES = (_DICT, _TENSOR, _OLD_TENSOR, _PARAMETER)
 
 
 class PickleError(ValueError):
-    """What is wrong with a pickle, as a part of a sentence."""
+    """A fault of a pickle, worded as part of a sentence."""
 
 
 @dataclass(frozen=True)

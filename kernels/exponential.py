@@ -18,7 +18,7 @@ from jax.interpreters import mlir
 from jaxlib.triton import dialect as triton
 
 AMD_INTRINSIC = "llvm.amdgcn.exp2.f32"
-"""What LLVM calls v_exp_f32. An intrinsic, not assembly: LLVM must see it to keep the waits that follow it."""
+"""LLVM's name of v_exp_f32. An intrinsic, not assembly: LLVM must see it to keep the waits that follow it."""
 NVIDIA_ASSEMBLY = "ex2.approx.ftz.f32 $0, $1;"
 
 _exp2_p = Primitive("hardware_exp2")

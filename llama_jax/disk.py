@@ -19,7 +19,7 @@ SPARE_BYTES = 64 << 20
 UNFINISHED = "unfinished.llama_jax"
 """Stands in a folder that is being written, so that no other folder of that name is ever cleared away."""
 PARTIAL, ASIDE, LOCK = ".partial", ".llama_jax-old", ".lock"
-"""What is added to a checkpoint's name for the folder it is written in, for the checkpoint that it replaces (where two
+"""Suffixes of a checkpoint's name for the folder it is written in, for the checkpoint that it replaces (where two
 folders cannot change their names in one step), and for the file that writers lock."""
 
 _TMP = ".tmp"
@@ -112,7 +112,7 @@ def file_lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is what a writer of this program has begun: only such a one is ever cleared away."""
+    """Returns whether a folder is what a writer of this program has begun: only such a one is ever cleared away."""
     if not folder.is_dir():
         return False
     # The second: what is left of a writer that was stopped before it had even put its mark.
@@ -125,7 +125,7 @@ def lock_of(path: Path) -> Path:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a file; False where there is no such file."""
+    """Returns whether a process holds the lock of a file; False where there is no such file."""
     try:
         fd = os.open(path, os.O_RDWR)
     except OSError:

@@ -1,4 +1,4 @@
-"""Where this package keeps what it can make again (converted models, compiled programs, measurements of kernels), and
+"""Folders for data that this package can recreate (converted models, compiled programs, measurements of kernels), and
 where its processes meet."""
 
 from __future__ import annotations

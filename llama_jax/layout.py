@@ -18,7 +18,7 @@ from llama_jax.sharding.axes import refuse_unused
 
 
 def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> PartitionSpec:
-    """How one canonical parameter is split by the mesh's rules.
+    """The split of one canonical parameter by the mesh's rules.
 
     A dimension that does not divide stays whole. Heads are split whole: what has to divide is their number too, not
     only the rows that hold them.
@@ -36,7 +36,7 @@ def local_heads(config: LlamaConfig, mesh: AnyMesh) -> tuple[int, int]:
 
 
 def local_size(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> int:
-    """How many of a parameter's numbers each device holds."""
+    """The number of a parameter's elements that each device holds."""
     parts = map(ruled(mesh).ways, spec.axes, _units(spec, config))
     return spec.size // math.prod(parts)
 
@@ -73,7 +73,7 @@ def split_config(config: LlamaConfig, mesh: AnyMesh) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Split:
-    """What became of one logical axis.
+    """The placement of one logical axis.
 
     Attributes:
       axis: its name, with what it belongs to where that differs between layers.
@@ -98,7 +98,7 @@ class Split:
 
 
 def explain(config: LlamaConfig, mesh: AnyMesh) -> tuple[Split, ...]:
-    """What is split over which axes of the mesh, what stays whole, and why; axes of one device are left out."""
+    """The dimensions split over each axis of the mesh, those left whole, and why; axes of one device are left out."""
     by, splits = ruled(mesh), []
     for axis, size in _split_sizes(config):
         name = axis.split()[0]

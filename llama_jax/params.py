@@ -49,7 +49,7 @@ PROJECTION_AXES: Mapping[str, Axes] = MappingProxyType(
 JOINT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 )
-"""What each joint projection is made of."""
+"""The parts of each joint projection."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _schemes(config: LlamaConfig) -> dict[str, str]:
 
 
 def _scheme(spec: ParamSpec, schemes: Mapping[str, str]) -> Scheme | None:
-    """What stores a leaf of the canonical table; None for a plain one, and for a bias."""
+    """The scheme that stores a leaf of the canonical table; None for a plain one, and for a bias."""
     return scheme_named(schemes[spec.leaf]) if spec.leaf in schemes and spec.path[-1] == "weight" else None
 
 

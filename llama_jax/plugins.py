@@ -1,4 +1,4 @@
-"""What other packages can add, by entry points: the groups, and how they are loaded and checked (docs/plugins.md).
+"""Extension by other packages, through entry points: the groups, and how they are loaded and checked (docs/plugins.md).
 
 https://packaging.python.org/en/latest/specifications/entry-points/
 
@@ -31,7 +31,7 @@ class Group:
     check: str
 
     def problem(self, plugin: Plugin, earlier: Sequence[Plugin]) -> str:
-        """What is wrong with a plugin; "" if nothing."""
+        """The fault of a plugin; "" if none."""
         module, _, function = self.check.partition(":")
         check: Callable[[Plugin, Sequence[Plugin]], str] = getattr(importlib.import_module(module), function)
         return check(plugin, earlier)
@@ -112,5 +112,5 @@ def sound(group: Group) -> tuple[Plugin, ...]:
 
 
 def reports(group: Group) -> str:
-    """What is wrong with the broken plugins of a group, to be added to a hint; "" if nothing."""
+    """The faults of a group's broken plugins, to be added to a hint; "" if none."""
     return "".join(f"; {plugin.report}" for plugin in load(group) if plugin.problem)

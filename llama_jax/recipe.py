@@ -23,7 +23,7 @@ NEAREST = "rtn"
 STORED, FLOAT = "stored", "float"
 """Forms of a quantised model's weights on devices: as they are stored, or decoded."""
 ACTIVATIONS = ("int8",)
-"""What inputs of quantised weights may be rounded to, each token by itself (`llama_jax.kernels.integer_matmul`)."""
+"""Dtypes that inputs of quantised weights may be rounded to, token by token (`llama_jax.kernels.integer_matmul`)."""
 
 
 def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool, activations: str | None = None) -> str:
@@ -215,7 +215,7 @@ def _named(name: str, param: str) -> Layout:
 
 
 def schemes(config: LlamaConfig, wanted: Recipe) -> tuple[tuple[str, str], ...]:
-    """Which leaf of a model is stored by which scheme, for `LlamaConfig.schemes`.
+    """The scheme of each leaf of a model, for `LlamaConfig.schemes`.
 
     Raises:
       RequestError: rows of a leaf do not divide into groups, a pattern fits no leaf, or the model is quantised.

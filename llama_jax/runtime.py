@@ -26,7 +26,7 @@ def default_dtype() -> jnp.dtype:
 
 
 def device_name(device: jax.Device | None = None, mesh: DeviceMesh | None = None) -> str:
-    """How a device, or a mesh, is shown to people, e.g. "cpu (TFRT_CPU_0)", "4 x cpu (data=2, tensor=2)"."""
+    """The display name of a device or a mesh, e.g. "cpu (TFRT_CPU_0)", "4 x cpu (data=2, tensor=2)"."""
     if mesh is not None:
         kinds = " and ".join(sorted({d.device_kind for d in mesh.devices.flat}))
         return f"{mesh.size} x {kinds} ({', '.join(f'{name}={size}' for name, size in mesh.shape.items())})"
@@ -61,7 +61,7 @@ def programs_dir(platform: str) -> Path | None:
 
 
 class Compilations(threading.local):
-    """What jax has compiled on this thread since `count_compilations` was called first.
+    """Programs that jax has compiled on this thread since the first call of `count_compilations`.
 
     Attributes:
       count: programs, those from the persistent cache included; from_cache: those.

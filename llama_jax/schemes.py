@@ -1,4 +1,4 @@
-"""How a weight is stored: plainly, by a layout of `llama_jax.quantized`, or by a scheme that another package registers.
+"""Storage of a weight: plain, by a layout of `llama_jax.quantized`, or by a scheme that another package registers.
 
 A leaf of the parameter tree is a dict of members: {"weight"} of a plain one, and "bias" beside the weight if the
 projection has one. A scheme has other members in place of "weight" (values and their scales, say), each with a dtype,

@@ -171,7 +171,7 @@ def _write(writer: GgufWriter, name: str, array: np.ndarray, kind: Kind, source:
 
 
 def _is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, or the empty beginning of one."""
+    """Returns whether a path is a GGUF file, or the empty beginning of one."""
     if not path.is_file() or path.is_symlink():
         return False
     with path.open("rb") as file:

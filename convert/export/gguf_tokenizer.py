@@ -147,7 +147,7 @@ def _sentencepiece(
 
 
 def _adds_space(read: Described, content: Mapping[str, Any], notes: list[str], folder: Path) -> bool:
-    """Whether a space goes before a text; refuses whatever else the tokenizer does before it encodes."""
+    """Returns whether a space goes before a text; refuses whatever else the tokenizer does before it encodes."""
     pre, normalizer = content["pre_tokenizer"], content["normalizer"]
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

@@ -19,7 +19,7 @@ ALIGNMENT = 32
 """Bytes; what the format assumes when "general.alignment" does not say otherwise."""
 
 Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
-"""What metadata may hold: integers are written as uint32, in arrays as int32; floats as float32, as llama.cpp does."""
+"""Types of metadata: integers are written as uint32, in arrays as int32; floats as float32, as llama.cpp does."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from llama_jax.quantized import stored_layout
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
       path: the folder or file.

@@ -22,7 +22,7 @@ __all__ = ["Scheme", "scheme_from_hf"]
 
 
 def scheme_from_hf(hf: Mapping[str, Any]) -> Scheme | None:
-    """How the weights beside a config.json are quantised; None if they are not.
+    """The quantisation scheme that a config.json describes; None if its weights are not quantised.
 
     Args:
       hf: the parsed file. Its `quantization_config` counts, or that of its `text_config`.

@@ -1,4 +1,4 @@
-"""What quantisation configs of several methods have in common: lists of modules, and values that must be neutral."""
+"""Settings shared by the quantisation configs of several methods: lists of modules, and values that must be neutral."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class Field(NamedTuple):
 
 
 FIELDS = {"int8": (Field(0xFF, 1, 128, 0x80),), "uint8": (Field(0x0F, 2, 15), Field(0xF0, 2 / 16, 15))}
-"""What a byte of codes holds, by dtype: one number, or those of the two halves of a head."""
+"""Contents of a byte of codes, by dtype: one number, or one of each half of a head."""
 
 
 def numbers(codes: jax.Array) -> list[jax.Array]:

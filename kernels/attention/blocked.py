@@ -27,7 +27,7 @@ BLOCK = 256
 def unsupported(
     target: Target, q: jax.Array, kv: KeysValues, places: Places, rule: Rule, *, sinks: jax.Array | None = None
 ) -> str | None:
-    """Why it cannot compute these arguments, or None."""
+    """The reason it cannot compute these arguments, or None."""
     if kv.page_table is None:
         return "it takes pages"
     return beyond_kernels(kv, places, rule)

@@ -1,4 +1,4 @@
-"""What kind of attention a call is, for the tables, and small cases that show a wrong mask, scale or head mapping."""
+"""Kinds of attention calls, for the tables, and small cases that expose a wrong mask, scale or head mapping."""
 
 from __future__ import annotations
 

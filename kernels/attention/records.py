@@ -39,7 +39,7 @@ SCHEMES = {"int8": ("int8", "int8"), "k8v4": ("int8", "int4"), "int4": ("int4", 
 
 
 def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """What codes [..., bytes] stand for, without their scales: [..., head_dim], exact in every dtype.
+    """Decodes codes [..., bytes] without their scales: [..., head_dim], exact in every dtype.
 
     Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, stand for
     2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, of which as many are below 0 as above.
@@ -52,7 +52,7 @@ def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which positions a query sees: its own and earlier ones, unless the kind is "all".
+    """The positions a query sees: its own and earlier ones, unless the kind is "all".
 
     Attributes:
       kind: "full"; "sliding", the last `window` positions, its own included; "chunked", those of its own chunk of
@@ -100,7 +100,7 @@ def batch_invariant(wanted: bool = True) -> Iterator[None]:
 
 
 def is_batch_invariant() -> bool:
-    """Whether this is within `batch_invariant`."""
+    """Returns whether this is within `batch_invariant`."""
     return bool(_batch_invariant.value)
 
 

@@ -17,7 +17,7 @@ MASKED = -(2.0**100)
 
 
 def sees(q_position: jax.Array, kv_position: jax.Array, visibility: Visibility) -> jax.Array:
-    """Whether a query at one position sees the slot of another one, element by element."""
+    """Returns whether a query at one position sees the slot of another one, element by element."""
     if visibility.kind == "all":
         return jnp.broadcast_to(kv_position >= 0, jnp.broadcast_shapes(q_position.shape, kv_position.shape))
     see = (kv_position >= 0) & (kv_position <= q_position)

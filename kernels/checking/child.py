@@ -35,7 +35,7 @@ report_checks(json.loads(sys.argv[1]), at_once=sys.argv[2] == "at once")
 
 @dataclass(frozen=True)
 class Numerics:
-    """What was found.
+    """The findings.
 
     Attributes:
       checks: one dict a check, the fields of `llama_jax.kernels.checking.compare.Check`.
@@ -54,7 +54,7 @@ class Numerics:
 
 @dataclass
 class _Run:
-    """What one child has said.
+    """The messages of one child.
 
     Attributes:
       prepared, compiled: how many checks have begun to be traced and compiled together, and how many are ready.

@@ -137,7 +137,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Begun:
-    """What is traced and on its way through the compiler."""
+    """Work that is traced and being compiled."""
 
     traced: Traced
     compiling: tuple[Future[jax.stages.Compiled], ...]

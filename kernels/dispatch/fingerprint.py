@@ -1,4 +1,4 @@
-"""What measurements and checks of an operation's kernels depend on: their source, and the versions beneath them."""
+"""Fingerprints of what measurements and checks of kernels depend on: their source, and the versions beneath them."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def unsupported(
     target: Target, x: jax.Array, delta: jax.Array, weight: jax.Array, *, interpret: bool = False, **options: Any
 ) -> str | None:
-    """Why this backend cannot run a call on `target`, or None."""
+    """The reason this backend cannot run a call on `target`, or None."""
     if target.vendor == "cpu" and not interpret:
         return "Pallas-Triton compiles for GPUs only; pallas_interpret runs the same kernel"
     if not x.size:

@@ -29,7 +29,7 @@ _LARGE = {"bfloat16": (0x43084308, 128 + 8), "float16": (0x64086408, 1024 + 8)}
 
 @dataclass(frozen=True)
 class Unpack:
-    """How a target does it.
+    """A target's way to unpack.
 
     Attributes:
       whole: takes codes int8 [cols, codes] and a 16-bit dtype: the codes in it.

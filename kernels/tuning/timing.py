@@ -1,4 +1,4 @@
-"""How long a call takes on the device."""
+"""Measures how long a call takes on the device."""
 
 from __future__ import annotations
 

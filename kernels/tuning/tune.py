@@ -48,7 +48,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What came of a candidate.
+    """The result of a candidate.
 
     Attributes:
       dtype, shape: as in the tables.
@@ -84,7 +84,7 @@ class Tuning:
 def candidates(
     operations: Sequence[Operation], target: Target, numbers: Mapping[str, Any] | None, most: int
 ) -> tuple[Candidate, ...]:
-    """What there is to measure: for each case the reference, and at most `most` tiles of each other backend that can
+    """Lists what to measure: for each case the reference, and at most `most` tiles of each other backend that can
     run it. A case that only the reference can run is left out."""
     found: list[Candidate] = []
     for op in operations:
@@ -179,7 +179,7 @@ class _Session:
         )
 
     def _wrong(self, candidate: Candidate) -> str:
-        """What is wrong with a candidate's numbers: against the reference's on this case, or, where the reference needs
+        """Errors in a candidate's numbers: against the reference's on this case, or, where the reference needs
         more memory than there is, on the small cases."""
         if candidate.backend == REFERENCE:
             self._expected = jax.block_until_ready(jax.jit(_call(candidate))(**self._arrays))

@@ -84,7 +84,7 @@ class Compilation:
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
-        """What devices exchange, those that move most first."""
+        """The collectives between devices, largest first."""
         return hlo.collectives(self.compiled.as_text() or "", self.devices) if self.devices > 1 else ()
 
     @cached_property

@@ -73,7 +73,7 @@ def compile_stored(
 def _path(
     folder: Path, program: Program, about: Iterable[Any], devices: Sequence[jax.Device], mesh: AnyMesh
 ) -> Path | None:
-    """Where a program lies, or would; None if it cannot be told from others."""
+    """The path of a stored program, existing or not; None if it cannot be told from others."""
     if plugins.load(plugins.KERNELS) or jax.process_count() > 1:
         return None
     leaves, structure = jax.tree.flatten((program.args, dict(program.static)))

@@ -23,7 +23,7 @@ pool of its own."""
 
 
 class PagedSlots(NamedTuple):
-    """Where new tokens go, int32 [batch, len]: the page, and the slot in it. The page of padding, and of tokens for
+    """Places for new tokens, int32 [batch, len]: the page, and the slot in it. The page of padding, and of tokens for
     which no page is booked, does not exist, so that a write there is dropped. No two tokens go to one place: a GPU
     writes places that are known to be unique in a fifth of the time."""
 

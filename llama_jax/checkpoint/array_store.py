@@ -207,7 +207,7 @@ def _sizes(value: list[int]) -> tuple[int, ...]:
 
 
 def _trailer(codecs: list[dict[str, Any]], chunk_shape: tuple[int, ...], nbytes: int) -> bytes | None:
-    """What follows a chunk's elements, if these stand in order and little-endian; None if they are encoded otherwise.
+    """The bytes after a chunk's elements, if these are in order and little-endian; None if encoded otherwise.
 
     Orbax wraps each chunk into a shard of its own (zarr's codec "sharding_indexed"), which ends in an index: offset and
     size of the only inner chunk, 64 bits each, and the CRC-32C of both.

@@ -1,4 +1,4 @@
-"""What stands in a checkpoint folder, and opening one: reads three small JSON files and no tensor."""
+"""The contents of a checkpoint folder, and opening one: reads three small JSON files and no tensor."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from.
+    """The origin of the weights.
 
     Attributes:
       kind: "huggingface", "meta", "gguf" or "arrays".
@@ -140,7 +140,7 @@ def digest(data: Any) -> str:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a folder holds a finished checkpoint of this format (of any version)."""
+    """Returns whether a folder holds a finished checkpoint of this format (of any version)."""
     return (Path(path) / MARKER).is_file()
 
 
@@ -254,7 +254,7 @@ def parse_source(value: Mapping[str, Any]) -> Source:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether a name is that of a file in the checkpoint's folder, and no path that leads out of it."""
+    """Returns whether a name is that of a file in the checkpoint's folder, and no path that leads out of it."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -307,7 +307,7 @@ def _schemes(tensors: Mapping[str, TensorInfo], path: Path) -> tuple[tuple[str, 
 
 
 def custom_metadata(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """What is written into the Orbax checkpoint beside the arrays; read by `open_checkpoint`."""
+    """The metadata written into the Orbax checkpoint beside the arrays; read by `open_checkpoint`."""
     return {
         "format_version": FORMAT_VERSION,
         "digests": {name: t.digest for name, t in tensors.items()},

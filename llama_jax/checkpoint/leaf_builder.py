@@ -21,7 +21,7 @@ from llama_jax.checkpoint.read import empty_aligned
 from llama_jax.params import ParamSpec
 
 type LeafSharding = jax.sharding.Sharding | jax.Device
-"""Where a leaf goes."""
+"""The destination of a leaf."""
 type Shardings = LeafSharding | Callable[[ParamSpec], LeafSharding] | None
 """One place for all leaves, or a function of the leaf; None is the default device."""
 
@@ -149,7 +149,7 @@ class LeafBuilder:
         return [_Shard(box, devices, self._step(box, devices)) for box, devices in boxes.items()]
 
     def _step(self, box: tuple[tuple[int, int], ...], devices: list[jax.Device | None]) -> int:
-        """How many rows of a shard are sent together."""
+        """The number of a shard's rows that are sent together."""
         cast = self._dtype is not None and self._dtype.name != self._info.dtype
         on_cpu = all((d.platform if d is not None else jax.default_backend()) == "cpu" for d in devices)
         whole = max(1, box[0][1] - box[0][0])

@@ -1,4 +1,4 @@
-"""What writers of checkpoints that were stopped have left, for people to remove."""
+"""Leftovers of interrupted checkpoint writers, for people to remove."""
 
 from __future__ import annotations
 

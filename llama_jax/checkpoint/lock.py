@@ -41,7 +41,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """What one tensor was made from.
+    """The origin of one tensor.
 
     Attributes:
       tensors: the source's tensors, each as its name and the name of its file.
@@ -67,7 +67,7 @@ class Lock:
 
 
 def contents(lock: Lock, store: Mapping[str, str]) -> dict[str, Any]:
-    """What is written into the file."""
+    """The contents of the file."""
     tensors: dict[str, Any] = {}
     for name, digest in lock.tensors.items():
         tensors[name] = {"digest": digest}

@@ -94,7 +94,7 @@ class TensorReader:
             raise self._unreadable(name, _first_line(e)) from e
 
     def _find(self, name: str) -> ChunkedArray:
-        """Where a tensor lies, if the store has it in the shape and dtype of the checkpoint's list."""
+        """The location of a tensor, if the store has it in the shape and dtype of the checkpoint's list."""
         info = self._checkpoint.tensors[name]
         try:
             array = self._arrays.get(name)
@@ -215,7 +215,7 @@ def for_each_tensor[T](
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found.
+    """The findings of `verify`.
 
     Attributes:
       tensors, bytes: how many tensors were read, and their size.

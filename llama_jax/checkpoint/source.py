@@ -125,7 +125,7 @@ class RowSource(Protocol):
     """A source that can read some rows of a leaf, where the leaf stands in its file as it is."""
 
     def has_rows(self, spec: ParamSpec) -> bool:
-        """Whether `read_rows` can read this leaf; if not, only `read` can."""
+        """Returns whether `read_rows` can read this leaf; if not, only `read` can."""
         ...
 
     def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> None:
@@ -148,7 +148,7 @@ DTYPES_BY_NAME: Mapping[str, np.dtype] = {
     "bfloat16": BFLOAT16,
     "float16": np.dtype(np.float16),
 }
-"""What a `LlamaConfig.dtype` may be."""
+"""Possible values of `LlamaConfig.dtype`."""
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

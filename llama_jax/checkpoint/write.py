@@ -252,7 +252,7 @@ class CheckpointWriter:
 
 
 def _worth_another_try(e: BaseException) -> bool:
-    """Whether the same call may succeed later: not if the source or the request is at fault."""
+    """Returns whether the same call may succeed later: not if the source or the request is at fault."""
     if isinstance(e, CheckpointError) and isinstance(e.__cause__, OSError):
         return True  # a source that could not be read just now
     return not isinstance(e, CheckpointError | RequestError | UnsupportedModel)

@@ -184,7 +184,7 @@ def _layers(f: Fields, family: Family) -> tuple[LayerSpec, ...]:
 
 
 def _rope_layers(f: Fields, n: int) -> list[bool]:
-    """Which layers rotate; in no_rope_layers a 1 means that the layer does, in spite of the name."""
+    """The layers that use rope; in no_rope_layers a 1 means that the layer does, in spite of the name."""
     flags = f.integers("no_rope_layers", low=0, high=1)
     if flags:
         if len(flags) < n:

@@ -1,4 +1,4 @@
-"""What a Llama-shaped model is, as data: `LlamaConfig` and the specs it is made of.
+"""The description of a Llama-shaped model as data: `LlamaConfig` and the specs it consists of.
 
 Nothing here knows a model family. A family is a way to fill in these fields (`llama_jax.config.hf`); the model reads
 only these fields.

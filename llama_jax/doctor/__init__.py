@@ -1,4 +1,4 @@
-"""What this machine and this installation can do, what is missing, and the command that fixes it.
+"""Reports what this machine and this installation can do, what is missing, and the command that fixes it.
 
 One module a subject. JAX is asked in a child process with a deadline, so that a driver that hangs cannot hang the one
 who asks; this package imports neither jax nor numpy.

@@ -146,7 +146,7 @@ def _some(pairs: list[tuple[int, int]]) -> str:
 
 
 def _summary(pairs: Pairs) -> str:
-    """How many pairs have which link."""
+    """The number of pairs with each kind of link."""
     kinds = {kind: sum(link == kind for link in pairs.values()) for kind in dict.fromkeys(pairs.values())}
     each = ", ".join(f"{number} over {kind.upper() if kind == 'xgmi' else kind}" for kind, number in kinds.items())
     return f"pairs of GPUs: {each}"

@@ -1,4 +1,4 @@
-"""What is installed, and whether it goes together."""
+"""Checks which packages are installed, and whether they fit together."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ PACKAGES = (
     "prometheus-client",
     "httpx2",
 )
-"""What this package imports."""
+"""Packages that this package imports."""
 CUDA = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 PLUGINS = (*CUDA, *rocm.PACKAGES)
-"""What jax needs for a GPU."""
+"""Packages that jax needs for a GPU."""
 
 
 def installed_versions() -> dict[str, str | None]:

@@ -49,7 +49,7 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Probe:
-    """What jax answered: either `result` or the reason why there is none; `kernels` has "choices", "graphs" and, on a
+    """The answer of jax: either `result` or the reason why there is none; `kernels` has "choices", "graphs" and, on a
     CPU, "native", or "error"."""
 
     result: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What `doctor` gives back."""
+"""The report that `doctor` returns."""
 
 from __future__ import annotations
 

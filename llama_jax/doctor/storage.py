@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> Check:
 
 
 def check_default_model(cache: Path) -> Check:
-    """Whether the default model can be used without the network."""
+    """Returns whether the default model can be used without the network."""
     model = next(m for m in list_models() if m.name == DEFAULT_MODEL)
     if model.error:
         return Check("model", "warning", f"{DEFAULT_MODEL}: {model.error}", f"remove {model.path}; it is made again")

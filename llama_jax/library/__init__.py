@@ -54,7 +54,7 @@ _MAX_NAME = 4096
 
 @dataclass(frozen=True)
 class Pulled:
-    """What `pull` brought.
+    """The result of `pull`.
 
     Attributes:
       name: what was asked for.
@@ -77,7 +77,7 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Found:
-    """Where a model stands.
+    """The location of a model.
 
     Attributes:
       path: a checkpoint of this package, or a source in another format.
@@ -291,7 +291,7 @@ def _local(path: Path) -> Found:
 
 
 def _source_in(path: Path) -> Path:
-    """What is to be converted of a path; see `llama_jax.convert.folders.model_in`."""
+    """The part of a path that is to be converted; see `llama_jax.convert.folders.model_in`."""
     from llama_jax.convert.folders import model_in
 
     return model_in(path)

@@ -103,7 +103,7 @@ def fetch(cache: Path, notify: Callable[[str], None], *, ask: bool = True) -> Pa
 
 
 def downloads_dir(cache: Path) -> Path:
-    """Where `fetch` keeps the file."""
+    """The path where `fetch` keeps the file."""
     return cache / "downloads"
 
 
@@ -113,7 +113,7 @@ def lock_path(cache: Path) -> Path:
 
 
 def leftovers(cache: Path) -> list[Path]:
-    """What a `fetch` that was killed left."""
+    """Leftovers of a `fetch` that was killed."""
     return sorted(downloads_dir(cache).glob(f"{_UNFINISHED}*"))
 
 

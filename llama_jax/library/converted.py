@@ -40,17 +40,17 @@ def models_dir() -> Path:
 
 
 def default_path() -> Path:
-    """Where the default model's checkpoint lies once it has been converted."""
+    """The path of the default model's checkpoint once it has been converted."""
     return models_dir() / f"{bundled.NAME}-{bundled.VERSION}-{MADE_AS}"
 
 
 def hub_path(repo: str, commit: str) -> Path:
-    """Where the checkpoint of a hub model at a commit lies once it has been converted."""
+    """The path of a hub model's checkpoint, at a commit, once it has been converted."""
     return models_dir() / f"{_hub_stem(repo)}-{commit[:12]}-{MADE_AS}"
 
 
 def local_path(source: Path) -> Path:
-    """Where the checkpoint of a local folder or file lies: another place as soon as a file of the source changes."""
+    """The path of a local folder's or file's checkpoint; it changes when a file of the source changes."""
     if source.is_file():
         files = [source]
     else:

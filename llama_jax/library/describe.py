@@ -1,4 +1,4 @@
-"""What a model is, from its metadata alone: `describe` reads no weights and converts nothing."""
+"""Describes a model from its metadata alone: `describe` reads no weights and converts nothing."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def _shapes(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _weights(config: LlamaConfig) -> list[str]:
-    """How weights are stored: each way, with its share of all of them, the most frequent first."""
+    """The ways weights are stored, each with its share of all weights, the most frequent first."""
     from llama_jax.params import canonical_specs
     from llama_jax.quantized import stored_layout
 

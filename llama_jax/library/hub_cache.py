@@ -121,7 +121,7 @@ def _snapshot(repo: str, path: Path, refs: Sequence[str]) -> Snapshot:
 
 
 def is_supported(path: Path) -> bool:
-    """Whether a snapshot is of a family that this package computes, as far as its config.json says."""
+    """Returns whether a snapshot is of a family that this package computes, as far as its config.json says."""
     from llama_jax.config import config_from_hf
 
     try:

@@ -1,4 +1,4 @@
-"""What an error of huggingface_hub, or of the HTTP library below it, means to a user."""
+"""Translates errors of huggingface_hub, or of the HTTP library below it, for users."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the network may be used: never under LLAMA_JAX_OFFLINE; for the default model once somebody has said yes."""
+"""Permission to use the network: never under LLAMA_JAX_OFFLINE; for the default model once somebody has said yes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ PAUSE_S = 1.0
 """Seconds before the second attempt; doubled before each further one."""
 
 _CHUNK_BYTES = 1 << 16
-"""What a break can cost."""
+"""Bytes that an interruption can cost."""
 _REPORT_EVERY_S = 0.2
 
 
@@ -51,7 +51,7 @@ class RemoteFile:
 
 
 def partial_path(blobs: Path, file: RemoteFile) -> Path:
-    """Where an unfinished download of a file lies."""
+    """The path of a file's unfinished download."""
     return blobs / f"{file.sha256}.incomplete"
 
 

@@ -25,7 +25,7 @@ from llama_jax.schemes import PLAIN, Members, Scheme, scheme_of
 from llama_jax.sharding import in_use, local, split_over
 
 FEW_ROWS = 16
-"""Up to so many rows a product on the CPU puts the weight first."""
+"""On the CPU, products of at most this many rows multiply as weight @ x."""
 
 
 def product(x: jax.Array, weight: jax.Array, *, dtype: DTypeLike = jnp.float32) -> jax.Array:

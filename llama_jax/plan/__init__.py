@@ -1,4 +1,4 @@
-"""Whether a model fits a number of devices, and how fast it could be there, from shapes and data sheets alone.
+"""Predicts whether a model fits a number of devices, and how fast it could be, from shapes and data sheets alone.
 
     plan = make_plan(preset("llama-3.1-70b"), find("mi300x"), {"tensor": 8}, Workload(batch=32, context=8192))
     print(plan.fits, plan.needs.peak, plan.tokens_per_s)

@@ -38,7 +38,7 @@ class AutoMesh:
     prompt: int | None = None
 
     def workload(self, config: LlamaConfig, dtype: str, devices: int, kv_dtype: str | None = None) -> Workload:
-        """What is planned for.
+        """The workload that is planned for.
 
         Raises:
           RequestError: a number is not positive, or the prompt is longer than the context.
@@ -52,7 +52,7 @@ class AutoMesh:
 
 
 type MeshRequest = DeviceMesh | AutoMesh | Literal["auto"] | None
-"""What `load` takes: the devices themselves, or the wish that they be chosen."""
+"""The `devices` that `load` takes: the devices themselves, or a request to choose them."""
 
 
 def resolve_mesh(

@@ -1,4 +1,4 @@
-"""What a model costs to run, counted from its shapes: weights and keys that are read, and arithmetic.
+"""The costs of running a model, counted from its shapes: weights and keys that are read, and arithmetic.
 
 Everything is counted for one device of a mesh, the one that has most to do; without a mesh, for one device. Key/value
 heads are those of `config`: on a mesh give `layout.split_config`.
@@ -130,7 +130,7 @@ def last_token_params(config: LlamaConfig, mesh: AnyMesh = None) -> float:
 
 
 def _of_last_token(spec: ParamSpec, config: LlamaConfig) -> bool:
-    """Whether prefill multiplies with a parameter for the last token alone."""
+    """Returns whether prefill multiplies with a parameter for the last token alone."""
     if spec.path[0] != "layers":
         return True
     before = ("attn_norm", "q_proj", "k_proj", "v_proj")

@@ -76,7 +76,7 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
 def _in_registers(
     spec: ParamSpec, layout: Layout, schemes: Mapping[str, str], itemsize: int, target: Target, tokens: int
 ) -> bool:
-    """Whether products with a weight are computed by a kernel that decodes its tiles while it multiplies."""
+    """Returns whether products with a weight are computed by a kernel that decodes its tiles while it multiplies."""
     from llama_jax.kernels.quantized_matmul.pallas_triton import MOST_ROWS
 
     dtype = "bfloat16" if itemsize == 2 else "float32"

@@ -62,7 +62,7 @@ def cache_bytes(config: LlamaConfig, mesh: AnyMesh, itemsize: int, slots: int, k
 
 @dataclass(frozen=True)
 class DeviceShare:
-    """What one device of a mesh holds of a model.
+    """The share of a model that one device of a mesh holds.
 
     Attributes:
       model: as it is read.
@@ -83,7 +83,7 @@ class DeviceShare:
         return split_config(self.model, self.mesh)
 
     def of(self, axis: str, size: int) -> int:
-        """How much of a dimension one device has."""
+        """The size of one device's part of a dimension."""
         return ruled(self.mesh).share(axis, size)
 
     @cached_property

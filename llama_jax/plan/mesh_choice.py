@@ -38,7 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class MeshChoice:
-    """What was chosen, and what against.
+    """The choice, and the alternatives.
 
     Attributes:
       chosen: the first mesh that fits, or the last that was possible.

@@ -1,4 +1,4 @@
-"""What would make a model fit: each proposal is one change to a plan, and fits by the same rule."""
+"""Proposals that would make a model fit: each is one change to a plan, and fits by the same rule."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Floor:
 
     @property
     def bound(self) -> str | None:
-        """Which of the three takes longest: "memory", "arithmetic" or "links"."""
+        """The bottleneck, which takes longest: "memory", "arithmetic" or "links"."""
         times = {"memory": self.memory_s, "arithmetic": self.compute_s, "links": self.links_s}
         known = {name: time for name, time in times.items() if time is not None}
         return max(known, key=lambda name: known[name]) if len(known) == len(times) else None
@@ -129,7 +129,7 @@ def prefill_floor(
 def collectives(
     config: LlamaConfig, mesh: AnyMesh, *, rows: int, tokens: int, itemsize: int, greedy: bool = False
 ) -> tuple[Collective, ...]:
-    """What the rules of sharding make devices exchange: after each block that is split one sum of its output
+    """The communication that the sharding rules imply: after each block that is split one all-reduce of its output
     and one for the embedding, of each piece where prefill runs in pieces; with `greedy` sampling the best token
     of each device's part of the vocabulary.
 

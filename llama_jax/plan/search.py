@@ -23,7 +23,7 @@ _MOST_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What a workload comes to on a mesh of devices.
+    """The cost of a workload on a mesh of devices.
 
     Attributes:
       mesh: what was given; sizes: of its axes by name, empty for one device.

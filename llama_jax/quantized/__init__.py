@@ -1,4 +1,4 @@
-"""Weights in few bits: how they are laid out (`layout`), what is computed with them (`codes`), how they are made
+"""Quantised weights: how they are laid out (`layout`), what is computed with them (`codes`), how they are made
 (`nearest`).
 
 Pure functions of arrays, which know neither the model nor its parameters. `llama_jax.schemes` makes a scheme of every

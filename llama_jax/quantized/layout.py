@@ -1,4 +1,4 @@
-"""How a matrix lies in memory in few bits: what its codes are, which of them share a scale, and where 0 is."""
+"""Memory layouts of quantised matrices: what the codes are, which of them share a scale, and where 0 is."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Layout:
         return SCALES[self.scales]
 
     def fits(self, columns: int) -> bool:
-        """Whether rows of so many numbers can be stored."""
+        """Returns whether rows of this many numbers can be stored."""
         return columns % (self.group or 1) == 0 and columns % self.per_byte == 0
 
     @property

@@ -1,4 +1,4 @@
-"""Where every array of a model lives on several devices, as data: axes of a mesh, and rules.
+"""The placement of a model's arrays on several devices, as data: axes of a mesh, and rules.
 
 A mesh has named axes (`MESH_AXES`). Every dimension of a parameter, a cache or an activation has a logical name
 ("mlp", "kv_heads", "batch", ...), and rules say over which axes of the mesh a name is split: `RULES`, or those that a

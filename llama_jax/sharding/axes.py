@@ -89,7 +89,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def requested_axes(mesh: str | None, tp: int | None) -> dict[str, int] | None:
-    """What the options `--mesh` and `--tp` ask for, or None.
+    """The mesh that the options `--mesh` and `--tp` request, or None.
 
     Raises:
       RequestError: both are given, or one is malformed.

@@ -45,7 +45,7 @@ def current() -> RuledMesh:
 
 
 def in_use() -> bool:
-    """Whether the program is traced for several devices, and the compiler deals it out to them."""
+    """Returns whether the program is traced for several devices, and the compiler deals it out to them."""
     return current() is not _ONE_DEVICE
 
 
@@ -55,12 +55,12 @@ def ways(axis: str) -> int:
 
 
 def share(axis: str, size: int) -> int:
-    """How much of a dimension of this name and size each device of the mesh in use holds."""
+    """The size of each device's part of a dimension of this name and size, on the mesh in use."""
     return current().share(axis, size)
 
 
 def split_over(axis: str, size: int) -> MeshAxes | None:
-    """What a dimension of this name and size is split over on the mesh in use, as collectives take it; None if it is
+    """The axes of the mesh in use that a dimension of this name and size is split over, as collectives take it; None if it is
     whole."""
     return spec_entry(current().over(axis, size))
 

@@ -77,11 +77,11 @@ class RuledMesh:
         return self._product(self.over(axis, size))
 
     def share(self, axis: str | None, size: int) -> int:
-        """How much of a dimension of this name and size each device holds."""
+        """The size of each device's part of a dimension of this name and size."""
         return size // self.ways(axis, size)
 
     def spec(self, axes: Axes, shape: Sequence[int], what: str = "") -> PartitionSpec:
-        """How an array is split; a dimension that does not divide stays whole.
+        """The partition of an array; a dimension that does not divide stays whole.
 
         Args:
           axes: logical names of the dimensions, of which those at the end may be left out.

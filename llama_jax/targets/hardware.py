@@ -1,4 +1,4 @@
-"""What this machine has, read from the kernel's own files: no driver library is loaded, and jax is
+"""The hardware of this machine, read from the kernel's own files: no driver library is loaded, and jax is
 imported only where a function says so.
 
 The files are those of Linux (https://docs.kernel.org/gpu/amdgpu; AMD's compute driver: `targets.kfd`). Where they are

@@ -50,11 +50,11 @@ class Plugin:
 
     @property
     def module(self) -> str:
-        """What `pjrt` installs."""
+        """The version of `pjrt` to install."""
         return f"jax_plugins.xla_rocm{self.generation}"
 
     def compiler(self, jaxlib: str) -> tuple[str, ...]:
-        """What it takes to compile without a GPU, for pip: the compiler for this jaxlib, or where there is none, also
+        """Requirements, for pip, to compile without a GPU: the compiler for this jaxlib, or where there is none, also
         the jax that is tested most."""
         if release(jaxlib) in self.built_with:
             return (f"{self.pjrt}=={release(jaxlib)}",)
@@ -73,7 +73,7 @@ PLUGINS = (
 """By generation, the newest last. `.ci/run` compiles with each and executes the result on an emulated GPU."""
 
 NEWEST = PLUGINS[-1]
-"""What the extras `rocm` and `rocm-aot` install."""
+"""The plugin that the extras `rocm` and `rocm-aot` install."""
 
 PACKAGES = tuple(package for plugin in PLUGINS for package in (plugin.plugin, plugin.pjrt))
 
@@ -103,5 +103,5 @@ def release(version: str) -> str:
 
 
 def fits(plugin: str, jaxlib: str) -> bool:
-    """Whether a plugin of this version goes with a jaxlib of that one."""
+    """Returns whether a plugin of this version goes with a jaxlib of that one."""
     return release(plugin) == release(jaxlib)

@@ -23,7 +23,7 @@ def added_targets() -> tuple[Target, ...]:
 
 
 def plugin_problem(plugin: plugins.Plugin, earlier: Sequence[plugins.Plugin]) -> str:
-    """What is wrong with a plugin that is to add targets; "" if nothing."""
+    """The fault of a plugin that is to add targets; "" if none."""
     targets = _as_tuple(plugin.value)
     if not isinstance(targets, tuple | list) or not all(isinstance(target, Target) for target in targets):
         return "it is neither a llama_jax.targets.Target nor a tuple of them"

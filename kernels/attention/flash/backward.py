@@ -32,7 +32,7 @@ from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, na
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs; k and v are rows, not pages.
+    """The inputs of the backward pass; k and v are rows, not pages.
 
     Attributes:
       q, out_grad: [batch, q_len, q_heads, head_dim]. k, v: [batch, kv_heads, kv_len, head_dim].

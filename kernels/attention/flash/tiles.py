@@ -13,7 +13,7 @@ from llama_jax.targets import Target
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut up. Block sizes are powers of two, at least 16.
+    """The tiling of the work. Block sizes are powers of two, at least 16.
 
     Attributes:
       block_q: query rows of a tile in the forward kernel; block_k: key/value slots that it takes a step.

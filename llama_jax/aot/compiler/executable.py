@@ -1,4 +1,4 @@
-"""What is inside a serialised XLA executable for AMD GPUs: its kernels with their resources, and its library calls.
+"""Contents of a serialised XLA executable for AMD GPUs: its kernels with their resources, and its library calls.
 
 Two nested Riegeli files of protocol buffers, `xla/pjrt/proto` around xla/backends/gpu/runtime's GpuExecutableProto, in
 pieces as xla/util/split_proto writes them. The numbers of fields are those of jaxlib 0.11.2:
@@ -171,7 +171,7 @@ def kernels(exe: Fields) -> tuple[Kernel, ...]:
 
 
 def library_calls(exe: Fields) -> Counter[str]:
-    """What an executable runs that is no kernel of its own, and how often it stands there: libraries, collectives."""
+    """Operations of an executable other than its own kernels, with their counts: library calls, collectives."""
     calls: Counter[str] = Counter()
     for number, value in _of_thunks(exe.get(_THUNKS, [])):
         if number == _CUSTOM_CALL and isinstance(value, bytes):
