@@ -1,4 +1,4 @@
-"""Folders and files that hold an adapter (LoRA and its kin), which is no model without its base.
+"""Folders and files that hold an adapter (LoRA and similar), which is not a model without its base.
 
 Formats: https://huggingface.co/docs/peft/developer_guides/checkpoint and mlx-lm's LORA.md.
 """

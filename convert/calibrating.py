@@ -1,4 +1,4 @@
-"""Sources whose weights are quantised with a calibration text, layer by layer, while they are read."""
+"""Sources that quantise weights with a calibration text, layer by layer, while they are read."""
 
 from __future__ import annotations
 

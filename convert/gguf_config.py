@@ -26,7 +26,7 @@ ARCHITECTURES = {
     "qwen3": ("qwen3",),
     "smollm3": ("smollm3",),
 }
-"""llama.cpp's architectures, each with the model types that it stands for; the first where nothing says otherwise."""
+"""llama.cpp's architectures, each with the model types it covers; the first unless something says otherwise."""
 PERMUTED = frozenset(("llama", "smollm3"))
 """Architectures whose query and key rows llama.cpp stores in the order of interleaved rope."""
 BIASES: Mapping[str, tuple[str, ...]] = {
@@ -61,7 +61,7 @@ LLAMA4: Mapping[str, str] = {
 HEAD_DIM_KEYS = ("attention.key_length", "rope.dimension_count", "attention.value_length")
 """Keys that all hold the size of a head in the models that are supported."""
 EOS_KEYS = ("eos", "eot", "eom")
-"""Ids that end a text stand in `tokenizer.ggml.<key>_token_id`."""
+"""Keys of ids that end a text: `tokenizer.ggml.<key>_token_id`."""
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 """Named tokens of config.json, and what GGUF keys call them."""
 ROPE: Mapping[str, str] = {

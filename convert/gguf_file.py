@@ -1,8 +1,8 @@
 """Reading GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), versions 2 and 3, little-endian.
 
 Every length is checked against the file's size before it is used, so a damaged file ends in an error and never in a
-long loop or a large allocation. Data is read with `pread` and not mapped, since a file that is cut short while it is
-mapped kills the process. The quantised formats themselves are decoded by the `gguf` package of llama.cpp.
+long loop or a large allocation. Data is read with `pread` and not mapped, since truncating a mapped file kills the
+process. The quantised formats themselves are decoded by the `gguf` package of llama.cpp.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ CACHE_SCALE = re.compile(
     r"(?:(?:kv|[qkv]|prob|output|prob_output)(?:_cache)?_(?:scale|scale_inv|global_scale|zero_point))"
 )
 """Scales of queries, keys, values and weights of attention for a cache kept in FP8 or INT8; vLLM, llm-compressor, Quark
-and ModelOpt each have names of their own (`maybe_remap_kv_scale_name` in vLLM's model_loader/weight_utils.py)."""
+and ModelOpt each have their own names (`maybe_remap_kv_scale_name` in vLLM's model_loader/weight_utils.py)."""
 _OTHER_TOWERS = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline)\b.*")
 _TEXT_PREFIXES = (
     ("language_model.model.", "model."),

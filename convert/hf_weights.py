@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder as the model has them, however they are stored."""
+"""The weights of a Hugging Face folder in the model's form, however they are stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Members of quantised leaves, which are made together and asked for one by one."""
+"""Members of quantised leaves, which are made together and requested one by one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Reading Meta's own checkpoints: params.json, tokenizer.model, and consolidated.00.pth, consolidated.01.pth, ...
 
-A model in several files was cut for model parallelism: each holds a part of every matrix. Which way a matrix is cut
+A model in several files was split for model parallelism: each holds a part of every matrix. How a matrix is split
 follows from the layers in https://github.com/meta-llama/llama-models, models/llama3/model.py: `ColumnParallelLinear`
-and `VocabParallelEmbedding` cut the rows, `RowParallelLinear` and the embedding of Llama 1 and 2 (`ParallelEmbedding`)
-the columns. Norms stand in every file in full.
+and `VocabParallelEmbedding` split the rows, `RowParallelLinear` and the embedding of Llama 1 and 2
+(`ParallelEmbedding`) the columns. Every file has all norms in full.
 """
 
 from __future__ import annotations

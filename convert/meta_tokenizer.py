@@ -1,10 +1,10 @@
 """Llama 3's tokenizer.model as the files that a Hugging Face folder would hold.
 
 It is a list of tokens in the format of tiktoken (https://github.com/openai/tiktoken, `load_tiktoken_bpe`): a line for
-each, its bytes in base64 and its rank, which is its id. How text is cut, and the control tokens, stand in Meta's code:
+each, its bytes in base64 and its rank, which is its id. How text is split, and the control tokens, are in Meta's code:
 https://github.com/meta-llama/llama-models, models/llama3/tokenizer.py.
 
-tiktoken joins the two neighbours whose union has the lowest rank, again and again. As a list of merges that is every
+tiktoken repeatedly joins the two neighbours whose union has the lowest rank. The equivalent list of merges has every
 way to make a token out of two others, in the order of the token's rank.
 """
 

@@ -1,4 +1,4 @@
-"""Sources whose weights are quantised while they are read, or the other way round, leaf by leaf."""
+"""Sources that quantise or dequantise weights while they are read, leaf by leaf."""
 
 from __future__ import annotations
 

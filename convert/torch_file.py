@@ -1,7 +1,7 @@
 """Reading the files of `torch.save` (.bin, .pth, .pt) without torch, and without running the pickle inside.
 
 Since torch 1.6 such a file is a zip archive: `data.pkl` describes the tensors, `data/0`, `data/1`, ... hold the
-numbers. Before, it was a sequence of pickles with the numbers behind them. Formats: `_save` and `_legacy_save` in
+numbers. Older files are a sequence of pickles followed by the numbers. Formats: `_save` and `_legacy_save` in
 https://github.com/pytorch/pytorch/blob/main/torch/serialization.py.
 """
 

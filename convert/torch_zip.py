@@ -1,6 +1,6 @@
 """The directory of a zip archive, as `torch.save` writes them since torch 1.6.
 
-Only what such files hold is read: members that are stored, not compressed, so that a member never is larger than the
+Only members that are stored, not compressed, are read, as such files have them, so a member is never larger than the
 file. Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.7 to 4.3.16.
 """
 

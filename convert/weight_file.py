@@ -138,7 +138,7 @@ def read_at(fd: int, view: memoryview, offset: int, path: Path, what: str) -> No
 
 
 def same_tensor(a: WeightFile, a_name: str, b: WeightFile, b_name: str) -> bool:
-    """Whether two tensors are equal, bit for bit; reads them in blocks, unless they are one place in one file."""
+    """Returns whether two tensors are bitwise equal; reads them in blocks, unless they are one place in one file."""
     x, y = a.entries[a_name], b.entries[b_name]
     if a is b and x == y:
         return True

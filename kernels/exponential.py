@@ -3,7 +3,7 @@
 JAX lowers `exp2` to the functions of libdevice and ocml, which also give results below 2^-126 exactly: a comparison,
 two selections, an addition and a scaling around the instruction. Weights of a softmax that small are nothing.
 
-Pallas has no such function, so this is a primitive of its own, with the one lowering rule that Pallas lacks.
+Pallas has no such function, so this is a separate primitive, with the one lowering rule that Pallas lacks.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Folders for data that this package can recreate (converted models, compiled programs, measurements of kernels), and
-where its processes meet."""
+for communication between its processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layout of a model's parameters on a mesh by the rules, and why."""
+"""Layout of a model's parameters on a mesh under the rules, with the reasons."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def load(
       kv_dtype: "int8" quantises keys and values when they are stored, with a scale for each token and head: a cache of
         about half the size. "k8v4" stores values in four bits, "int4" keys too (docs/quantization.md). By default they
         are kept in `dtype`.
-      activations: "int8" rounds the inputs of quantised weights too, each token with scales of its own, and multiplies
+      activations: "int8" rounds the inputs of quantised weights too, each token with its own scales, and multiplies
         whole numbers; on a CPU by a kernel that is compiled once (docs/quantization.md). Weights are then kept as they
         are stored, unless `weights` says otherwise. By default they are not rounded.
       mesh: devices to spread the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):

@@ -2,7 +2,7 @@
 
 https://packaging.python.org/en/latest/specifications/entry-points/
 
-A plugin that is broken is reported, once as a warning and in `llama-jax plugins`, and takes nothing else with it.
+A broken plugin is reported, once as a warning and in `llama-jax plugins`, and affects nothing else.
 """
 
 from __future__ import annotations

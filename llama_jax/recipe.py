@@ -1,4 +1,4 @@
-"""Requests to quantise a model, and the scheme of each leaf that a request means for a model."""
+"""Requests to quantise a model, and the scheme that a request implies for each leaf."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers with OpenAI's API, from the client's side."""
+"""A client for servers with OpenAI's API."""
 
 from __future__ import annotations
 

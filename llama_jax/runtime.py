@@ -95,7 +95,7 @@ def freeze_live_objects() -> None:
     """Takes all that is alive now out of Python's search for garbage, which would hold up an engine now and then for
     several steps: 0.1 s for the 100,000 objects that jax brings along.
 
-    For a process that does nothing but run engines: what is alive now and becomes garbage in circles is kept until the
+    For a process that only runs engines: what is alive now and becomes garbage in circles is kept until the
     next call.
     """
     gc.unfreeze()

@@ -1,12 +1,12 @@
 """Storage of a weight: plain, by a layout of `llama_jax.quantized`, or by a scheme that another package registers.
 
 A leaf of the parameter tree is a dict of members: {"weight"} of a plain one, and "bias" beside the weight if the
-projection has one. A scheme has other members in place of "weight" (values and their scales, say), each with a dtype,
-a shape and logical axes of its own. Which scheme a leaf has is told by the names of its members alone, so that a tree
+projection has one. A scheme has other members in place of "weight" (values and their scales, say), each with its own
+dtype, shape and logical axes. The scheme of a leaf follows from the names of its members alone, so that a tree
 says what it is; members that no scheme has are an error.
 
 Every name of a layout is that of a scheme, e.g. "int4_g64_min", whose members are {"int4_g64_min", "scales", "minima"}.
-With "_ordered" behind it, it is that of a scheme with one member more, the order in which columns are stored.
+The suffix "_ordered" names a scheme with one more member, the order in which columns are stored.
 
     def rows(dimensions):
         return dimensions[:-1]
@@ -140,7 +140,7 @@ def scheme_named(name: str) -> Scheme:
 
 
 def scheme_of(members: Iterable[str]) -> Scheme:
-    """The scheme of a leaf with these members, of which "bias" may be one.
+    """The scheme of a leaf with these members, which may include "bias".
 
     Raises:
       RequestError: no scheme has exactly these.

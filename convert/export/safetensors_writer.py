@@ -1,7 +1,7 @@
 """Writing a safetensors file tensor by tensor (https://huggingface.co/docs/safetensors).
 
 The safetensors library needs all tensors of a file in memory. But the header needs only their names, dtypes and shapes,
-so it can be written first, and every tensor, or a piece of one, goes to its place when it is there.
+so it can be written first, and every tensor, or a piece of one, at its offset as soon as it is available.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Quantised matrices in memory: codes, scales, and the floats they stand for."""
+"""Quantised matrices in memory: codes, scales, and the floats they represent."""
 
 from __future__ import annotations
 

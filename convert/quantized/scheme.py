@@ -80,7 +80,7 @@ class Part:
 
 
 class Bundle:
-    """The tensors that stand for one quantised weight.
+    """The tensors that represent one quantised weight.
 
     Attributes:
       weight: name that the weight would have if it were not quantised.
@@ -118,7 +118,7 @@ class Bundle:
         return CheckpointError(f"{self.path}: quantised weight {self.weight} lacks its tensor {part!r}", hint=DAMAGED)
 
     def check_groups(self, part: str, index: np.ndarray, count: int) -> None:
-        """Raises CheckpointError unless a tensor holds numbers of groups, of which there are `count`."""
+        """Raises CheckpointError unless a tensor holds group numbers from 0 to `count` - 1."""
         if index.min() < 0 or index.max() >= count:
             raise CheckpointError(
                 f"{self.where(part)} holds groups from {index.min()} to {index.max()}, there are {count}",

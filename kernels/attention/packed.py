@@ -87,7 +87,7 @@ def most_blocks(tokens: int, size: int, rows: int, *, several: bool = True) -> i
 
 
 def block_size(tokens: int, rows: int) -> int:
-    """Queries of a block, a power of two: so many that not much more than twice the tokens are computed if every one of
+    """Queries of a block, a power of two: enough that not much more than twice the tokens are computed if every one of
     `rows` rows leaves its last block almost empty."""
     each = max(tokens // max(min(rows, tokens // 2), 1), 1)
     return min(max(1 << (each.bit_length() - 1), MAX_QUERIES), MAX_BLOCK)

@@ -23,7 +23,7 @@ class Codes(NamedTuple):
     Attributes:
       dtype: of the array that holds the codes.
       per_byte: codes in one number of it.
-      largest: the largest number that a code stands for (`numbers`).
+      largest: the largest number that a code represents (`numbers`).
     """
 
     dtype: str
@@ -41,8 +41,8 @@ SCHEMES = {"int8": ("int8", "int8"), "k8v4": ("int8", "int4"), "int4": ("int4", 
 def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Decodes codes [..., bytes] without their scales: [..., head_dim], exact in every dtype.
 
-    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, stand for
-    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, of which as many are below 0 as above.
+    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, represent
+    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, as many below 0 as above.
     """
     if codes.dtype == jnp.uint8:
         halves = jnp.concatenate([codes & 15, codes >> 4], axis=-1)

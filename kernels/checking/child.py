@@ -22,7 +22,7 @@ DEADLINE_S = 120.0
 """Seconds without a word from the child: one check, compiling included, may take as long."""
 _TRIES = 20
 _TOLD = 8
-"""Every so many compiled checks there is a line."""
+"""Number of compiled checks between progress lines."""
 
 _CHILD = """
 import json, sys

@@ -194,8 +194,8 @@ def _check_named(op: Operation, target: Target, name: str, who: str, /, *args: A
 
 
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """The reason a kernel that XLA cannot split must not run: the arrays may be split over the axes of a mesh. Inside of
-    `jax.shard_map` they are whole on each device. XLA splits references, as plain operations, by itself."""
+    """The reason a kernel that XLA cannot split must not run: the arrays may be split over the axes of a mesh. Inside
+    `jax.shard_map` they are whole on each device. XLA splits references, which are plain operations, by itself."""
     for x in _leaves(args, kwargs):
         array = isinstance(x, jax.Array)
         mesh = getattr(jax.typeof(x).sharding if array else getattr(x, "sharding", None), "mesh", None)

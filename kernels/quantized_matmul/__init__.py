@@ -35,7 +35,7 @@ def quantized_matmul(
     dtype: DTypeLike | None = None,
     backend: str = "auto",
 ) -> jax.Array:
-    """x times the weight that `members` stand for, accumulated in float32.
+    """x times the weight that `members` represent, accumulated in float32.
 
     Differentiable by x.
 

@@ -1,6 +1,6 @@
 """Measures the kernels on this device and writes the user's table, which then wins over the shipped one.
 
-What has been measured is kept in a journal line by line, so that a run that was stopped goes on where it was.
+Measurements are kept in a journal line by line, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def tune(
 
     Args:
       found: of `candidates`.
-      rounds: the medians are of so many.
+      rounds: number of rounds that medians are taken over.
       progress: called with the number of candidates done, of all, and the last measurement.
       measure: takes a function of arrays, arrays and `rounds`; seconds of one call.
 

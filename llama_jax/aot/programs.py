@@ -1,5 +1,5 @@
-"""The programs that `generate` runs, as functions with the shapes of their arguments: to compile them, or to count what
-they take, without a model.
+"""The programs that `generate` runs, as functions with the shapes of their arguments: to compile them, or to count
+their costs, without a model.
 
     program = decode_program(config, mesh, batch=8, capacity=4096, dtype="bfloat16")
     with on(mesh):

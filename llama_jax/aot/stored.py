@@ -1,9 +1,9 @@
-"""Compiled programs on disk that are found without being traced.
+"""Compiled programs on disk that are found without tracing.
 
-jax looks into its own cache with a program that has been traced and lowered. For the programs of an engine that takes
-longer than everything else: 20 seconds of Python for Llama-3.1-8B. Here a program is found by what its tracing
-depends on: this package's files, the versions and flags beneath it, the devices, and the shapes of its arguments. Any
-other value of one of them is another program. Where that cannot be known, because other packages add kernels, nothing
+jax looks up its own cache by a program that has been traced and lowered. For the programs of an engine tracing takes
+longer than everything else: 20 seconds of Python for Llama-3.1-8B. Here the key of a program is all that its tracing
+depends on: this package's files, the versions and flags beneath it, the devices, and the shapes of its arguments. If
+one of them changes, so does the key. Where they cannot be known, because other packages add kernels, nothing
 is stored.
 """
 
@@ -99,7 +99,7 @@ def _path(
 
 
 def _private(folder: Path) -> bool:
-    """Whether nobody else can have written there: a stored program is code. A folder that is not there is made so."""
+    """Returns whether only this user can write there: a stored program is code. A missing folder is created so."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()

@@ -1,4 +1,4 @@
-"""A cache of one array a layer, with as many slots for every row."""
+"""A cache of one array per layer, with the same number of slots for every row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache of pages: rows of different lengths share one store, and a row takes what its own tokens need.
+"""A paged cache: rows of different lengths share one store, and each row takes only the pages that its tokens need.
 
 "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
 """
@@ -30,7 +30,7 @@ _EMPTY_ROW = {"page_table": NO_PAGE, "positions": -1, "lengths": 0, "shared": 0}
 
 
 def check_page_size(page_size: int) -> None:
-    """Raises RequestError unless a page can have so many slots."""
+    """Raises RequestError unless a page can have this many slots."""
     if page_size not in PAGE_SIZES:
         raise RequestError(
             f"a page cannot have {page_size!r} slots",
@@ -47,7 +47,7 @@ class PagedCache:
     `create` books pages for every slot. Whoever hands out pages by need (`PagePool`) books them (`book`) before the
     tokens come. Rows may have pages in common at their beginning; `extend` never writes there.
 
-    On a mesh that splits rows over several replicas, each replica has a pool of its own, and numbers in the page table
+    On a mesh that splits rows over several replicas, each replica has its own pool, and numbers in the page table
     count the pages of the row's replica.
 
     Attributes:
@@ -191,7 +191,7 @@ class PagedCache:
         return dataclasses.replace(self, **stored.of_views(views))
 
     def select(self, rows: jax.Array) -> PagedCache:
-        """See `KVCache`; the part has the same pages, of which nothing is copied."""
+        """See `KVCache`; the part shares the same pages, without a copy."""
         self._check_one_pool()
         return self._by_row(lambda x, empty: take_rows(x, rows, empty))
 

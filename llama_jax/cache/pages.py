@@ -18,8 +18,8 @@ NO_PAGE = -1
 """In the page table where no page is booked."""
 
 PAGE_AXES = ("batch", "kv_heads")
-"""Logical axes of pages [pages, kv_heads, page_size, head_dim], and of their scales: each replica of the model has a
-pool of its own."""
+"""Logical axes of pages [pages, kv_heads, page_size, head_dim], and of their scales: each replica of the model has
+its own pool."""
 
 
 class PagedSlots(NamedTuple):

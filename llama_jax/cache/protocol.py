@@ -1,4 +1,4 @@
-"""The protocol between a key/value cache and its users; its layout in memory is the cache's own affair. Also
+"""The protocol between a key/value cache and its users; the memory layout is private to the cache. Also
 functions that the caches of this package share.
 
 The model books slots for its tokens once (`extend`), then gives each layer's new keys and values to that layer's view

@@ -1,11 +1,11 @@
 """Keys and values as caches store them: as numbers, or as codes with a scale for each token and head.
 
-Codes depend on their token alone, however it came into the cache, and are the nearest for the scale as it is stored:
-its rounding to bfloat16 adds nothing to their error of half a step.
+Codes depend only on their token, however it came into the cache, and are the nearest for the scale as it is stored:
+rounding the scale to bfloat16 adds nothing to their error of half a step.
 
-Some numbers of a key are often much larger than its others, and set their step. So keys are rotated first, and queries
-with them, by a Hadamard matrix, which spreads every number over all of its head ("QuaRot", arXiv:2404.00456). Values
-are rotated where they have four bits, and what attention makes of them is turned back.
+A key often has a few numbers much larger than the others, which set the step for all. So keys are first rotated, and
+queries with them, by a Hadamard matrix, which spreads every number over its whole head ("QuaRot", arXiv:2404.00456).
+Values are rotated if they have four bits, and attention's output is rotated back.
 """
 
 from __future__ import annotations

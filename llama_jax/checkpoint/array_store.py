@@ -3,7 +3,7 @@
 Orbax keeps arrays as zarr v3 (https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html) in an OCDBT database
 (https://google.github.io/tensorstore/kvstore/ocdbt/index.html). Reading them through tensorstore means a whole chunk,
 up to 256 MiB, for a single row, and a second copy of it in memory. The chunks of our checkpoints are not compressed, so
-tensorstore is only asked where they are, and their bytes are read with `pread` straight to where they are wanted, which
+tensorstore only locates them, and their bytes are read with `pread` straight to their destination, which
 is twice as fast.
 """
 

@@ -44,7 +44,7 @@ def load_params(
 
     Args:
       path: checkpoint folder.
-      dtype: dtype of the leaves; that on disk when None. What a scheme stores in a dtype of its own keeps it.
+      dtype: dtype of the leaves; that on disk when None. A scheme's members with a fixed dtype keep it.
       sharding: where the leaves go: one place for all, or a function of the leaf (see `llama_jax.sharding`); the
         default device when None.
       only, without: dotted names of the leaves to load or to leave out, with `*`, `?` and `[...]` as in file names,

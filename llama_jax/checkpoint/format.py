@@ -81,7 +81,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder; nothing but metadata has been read.
+    """An opened checkpoint folder; only metadata has been read.
 
     Attributes:
       path: the folder.

@@ -1,4 +1,4 @@
-"""Builds a leaf on its devices from consecutive rows, without ever holding more of it than is needed.
+"""Builds a leaf on its devices from consecutive rows, holding no more of it than necessary.
 
 The rows of a tensor pass once through the host's memory. What a device keeps goes to that device; copies of the same
 shard on several devices come from one read. On the CPU the buffer that the rows are read into becomes the device's own.
@@ -186,7 +186,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def host_bytes(nbytes: int) -> int:
-    """The host's memory that building a leaf of so many bytes takes, beside what stays resident."""
+    """Host memory that building a leaf of this many bytes takes, beside what stays resident."""
     return min(nbytes, 2 * BLOCK_BYTES)
 
 

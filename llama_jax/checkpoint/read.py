@@ -235,7 +235,7 @@ class VerifyReport:
 def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Reads every tensor and every small file of a checkpoint and compares their digests with those that it records.
 
-    Those stand in three places, which have to agree: the array store's metadata, llama_jax.json and model.lock.json.
+    They are in three places, which must agree: the array store's metadata, llama_jax.json and model.lock.json.
 
     Args:
       path: checkpoint folder.

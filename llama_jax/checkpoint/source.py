@@ -122,7 +122,7 @@ def weight_files(model: ModelSource, specs: Iterable[ParamSpec]) -> tuple[Path, 
 
 @runtime_checkable
 class RowSource(Protocol):
-    """A source that can read some rows of a leaf, where the leaf stands in its file as it is."""
+    """A source that can read some rows of a leaf, if its file stores the leaf unchanged."""
 
     def has_rows(self, spec: ParamSpec) -> bool:
         """Returns whether `read_rows` can read this leaf; if not, only `read` can."""

@@ -1,4 +1,4 @@
-"""Checks of tensors' values: what only a damaged file holds, and what is rare enough to be told."""
+"""Checks of tensors' values: those that only a damaged file holds, and those rare enough for a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing checkpoints in batches of tensors, so that a writer that was stopped can go on with the next batch."""
+"""Writing checkpoints in batches of tensors, so that an interrupted writer can resume with the next batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CheckpointWriter:
 
     Everything is written below `<path>.partial` (see `checkpoint.journal`) and gets its name at the end, in one step.
     What is left when the context ends early, or the process, depends on `identity`: with one, the batches that were
-    written stay, and the next writer with the same identity goes on behind them. Errors that another try cannot help
+    written stay, and the next writer with the same identity resumes after them. Errors that another try cannot help
     (a damaged source, say) remove them.
 
     Args:
@@ -81,7 +81,7 @@ class CheckpointWriter:
 
     @property
     def notes(self) -> Sequence[Mapping[str, Any]]:
-        """The notes given to `write`, by this writer and by those that it goes on for."""
+        """The notes given to `write`, by this writer and by those that it continues."""
         return [part.note for part in self._parts]
 
     def read(self, name: str) -> np.ndarray | None:

@@ -1,6 +1,6 @@
 """Identifies files that are not what their names promise: a Git LFS pointer, a web page, an empty file, another format.
 
-A parser would call all of these damaged, and getting such a file again in the same way gives the same file again.
+A parser would call all of these damaged, but downloading such a file again would give the same file.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def not_supported(what: str, supported: str, file: str = "config.json") -> Unsup
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object and where it stands in config.json (or another file); a key that is null counts as absent.
+    """A JSON object and its place in config.json (or another file); a key that is null counts as absent.
 
     Every reader takes a key and what to return when it is absent (nothing: the key is required), and raises
     `UnsupportedModel` naming the key when the value has another type or is out of range.

@@ -174,7 +174,7 @@ def _layers(f: Fields, family: Family) -> tuple[LayerSpec, ...]:
             attention=kind,
             window=window,
             rope=rotated,
-            # The learned norm stands in every layer, the unlearned one only beside rope.
+            # Every layer has the learned norm; only those with rope have the unlearned one.
             qk_norm=qk_norm if rotated or qk_norm == "rms" else "none",
             query_scale=None if rotated else scale,
             mlp=mlp,

@@ -1,4 +1,4 @@
-"""Everything looked at in turn."""
+"""Runs all checks in turn."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _system(
 
 
 def _memory(root: Path) -> tuple[int | None, int | None]:
-    """Bytes in all and available to this process; None where psutil is missing, which is a finding of its own."""
+    """Bytes in all and available to this process; None where psutil is missing, which is a separate finding."""
     try:
         import psutil
     except ImportError:

@@ -1,4 +1,4 @@
-"""Checks of the ways between GPUs: by links (AMD's compute driver, `nvidia-smi topo -m`), else by shared memory."""
+"""Checks of the paths between GPUs: by links (AMD's compute driver, `nvidia-smi topo -m`), else by shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""jax asked for its devices, in a child process with a deadline: a driver that hangs cannot hang the one who asks."""
+"""Queries jax for its devices, in a child process with a deadline: a driver that hangs cannot hang the caller."""
 
 from __future__ import annotations
 

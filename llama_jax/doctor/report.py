@@ -8,7 +8,7 @@ from typing import Any, Literal
 Status = Literal["ok", "warning", "problem"]
 
 INTERNAL = 70
-"""Exit code of a problem without one of its own."""
+"""Exit code of a problem without a specific one."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Check:
     Attributes:
       detail: what was found.
       fix: a command or a sentence; empty if there is nothing to fix.
-      exit_code: of `llama-jax doctor` if this is the first problem; 0 for one without a code of its own.
+      exit_code: of `llama-jax doctor` if this is the first problem; 0 for one without a specific code.
     """
 
     name: str

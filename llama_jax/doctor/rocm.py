@@ -1,4 +1,4 @@
-"""ROCm as it is found, the plugin of jax that goes with it, and what AMD tells its users to set."""
+"""Checks the installed ROCm, the jax plugin that matches it, and the settings that AMD recommends."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from llama_jax.library import DEFAULT_MODEL, bundled, cache_dir, list_models
 
 
 def known_cache() -> Path | None:
-    """The cache folder; None where the package that knows it is missing, which is a finding of its own."""
+    """The cache folder; None where the package that knows it is missing, which is a separate finding."""
     try:
         return cache_dir()
     except StorageError:

@@ -1,4 +1,4 @@
-"""Model names: what a user may say for a model, and the cache of converted checkpoints behind it.
+"""Model names: the ways a user may name a model, and the cache of converted checkpoints behind them.
 
 A model is a folder of this package's own format, a Hugging Face folder, a GGUF file, `org/name` of the Hugging Face hub
 (with `@revision`), or the name of the default model. All but the first are converted once, into the cache. The network

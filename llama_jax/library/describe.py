@@ -50,7 +50,7 @@ def describe(path: Path, name: str, axes: Mapping[str, int] | None = None) -> di
 
 
 def describe_preset(config: LlamaConfig, name: str, axes: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """The same facts about a published shape, of which there are no files: None where only they could say."""
+    """The same facts about a published shape, which has no files: None where only files could tell."""
     from llama_jax.params import param_specs
 
     specs = param_specs(config)

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: from its cache on this machine if they are complete there, else from the network."""
+"""Models from the Hugging Face hub: from its cache on this machine if complete there, else from the network."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _check_space(offered: Offer, missing: Sequence[RemoteFile], blobs: Path, *, 
 
 @contextlib.contextmanager
 def _storage_hint() -> Iterator[None]:
-    """The hub's cache has variables of its own."""
+    """The hub's cache has its own variables."""
     try:
         yield
     except StorageError as e:

@@ -80,7 +80,7 @@ def translated(e: BaseException, repo: str, revision: str | None) -> LlamaJaxErr
 
 
 def is_transient(e: BaseException) -> bool:
-    """Whether a request may succeed if it is made again: the connection broke, or the server had a fault of its own."""
+    """Returns whether a retry of a request may succeed: the connection broke, or the server was at fault."""
     from huggingface_hub import errors
 
     if type(e).__name__ == "ProxyError" or isinstance(e, errors.OfflineModeIsEnabled):

@@ -1,4 +1,4 @@
-"""Removing models: only what lies in the caches, is ours, and is not being written."""
+"""Removes models: only files in the caches that are ours and are not being written."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Downloading large files so that nothing is lost: parallel, continued after a break, and checked by their hash.
+"""Downloads large files so that nothing is lost: in parallel, resumed after an interruption, and checked by their hash.
 
-huggingface_hub throws a file away that it could not finish. Here it stays as `<sha256>.incomplete` in the hub's cache,
-and the next attempt asks for the bytes that are missing (RFC 9110, section 14). A file gets its name in the cache
+huggingface_hub discards a file that it could not finish. Here it stays as `<sha256>.incomplete` in the hub's cache,
+and the next attempt requests the missing bytes (RFC 9110, section 14). A file gets its name in the cache
 (`blobs/<sha256>`, https://huggingface.co/docs/huggingface_hub/guides/manage-cache) once its hash is right.
 """
 
@@ -40,7 +40,7 @@ class RemoteFile:
       size: in bytes.
       sha256: of its content, where the hub states it (files in large-file storage), else None.
       git_sha1: git's hash of its content, for all others.
-      xet: whether it lies in Xet storage, which has a protocol of its own.
+      xet: whether it is in Xet storage, which has its own protocol.
     """
 
     name: str

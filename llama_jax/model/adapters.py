@@ -5,8 +5,8 @@
     forward(params, config, tokens, adapters=slots, adapter_ids=jnp.array([[1], [0]]))
 
 A tree of slots is shaped like the canonical parameters, with {"a" [slots, rank, in], "b" [slots, out, rank], "scale"
-[slots]} in place of a projection's members; it goes with canonical and fused parameters alike. Slot 0 is no adapter,
-whatever lies in it. Any projection can have slots, also those of a shared expert, but routed experts cannot.
+[slots]} in place of a projection's members; it works with both canonical and fused parameters. Slot 0 means no
+adapter, whatever it contains. Any projection can have slots, also those of a shared expert, but not routed experts.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
     compiled anew.
 
     Args:
-      slots: of `empty_slots`. Their arrays are used up: go on with those that are returned.
+      slots: from `empty_slots`. Their arrays are donated: use the returned ones from here on.
       slot: 1 or higher.
       adapter: a tree shaped like the canonical parameters, with {"a" [r, in], "b" [out, r], "scale" scalar} in place of
         projections; r may be smaller than the slots' rank, and may differ. Projections that it lacks get none. On a

@@ -1,7 +1,7 @@
-"""Quantising with a calibration text, layer by layer: each layer is given what the quantised layers before it make.
+"""Quantises with a calibration text, layer by layer: each layer gets the outputs of the quantised layers before it.
 
-One layer at a time is needed, and the hidden states of the text between two layers, which stay on the host. Pure
-functions of one layer; `quantize_params` and `convert.calibrating` go through the layers with them.
+Memory holds one layer at a time, and the hidden states of the text between two layers, which stay on the host. Pure
+functions of one layer; `quantize_params` and `convert.calibrating` apply them to each layer in turn.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ INPUTS: Mapping[str, str] = MappingProxyType(
 _BEFORE = MappingProxyType({"attn_in": "attn_norm", "mlp_in": "mlp_norm"})
 """The norm that makes an activation."""
 _ROWS_BEFORE = MappingProxyType({"attn_heads": "attn.v_proj", "mlp_hidden": "mlp.up_proj"})
-"""The projection whose outputs' scales are an activation's, since nothing but sums and products with others follows."""
+"""The projection whose outputs' scales are an activation's, since only sums and products with others follow."""
 
 Leaves = dict[str, dict[str, jax.Array]]
 """The leaves of one layer by their dotted names within it, e.g. "attn.q_proj"."""

@@ -1,6 +1,6 @@
 """The pieces of a transformer block, as pure functions of arrays and specs.
 
-Numbers that need it are float32 whatever the compute dtype: norms, rope, softmax, router and logits.
+Norms, rope, softmax, router and logits are computed in float32 whatever the compute dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Parameters in few bits, and back: `quantize` of a model, and the pure functions over trees behind it."""
+"""Quantised parameters, and their dequantisation: `quantize` for a model, and the pure functions on trees behind it."""
 
 from __future__ import annotations
 

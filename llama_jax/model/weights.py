@@ -1,7 +1,7 @@
-"""The one door to the weights: only these functions read the leaves of the parameter tree.
+"""The only access to the weights: no other functions read the leaves of the parameter tree.
 
-What a leaf is, plain or stored by a scheme, with a bias or without, with adapters or without, is known here and nowhere
-else in the model. A leaf with members that no scheme has is refused, whatever uses it.
+Only this module knows whether a leaf is plain or stored by a scheme, with or without a bias, with or without
+adapters. A leaf with members that no scheme has is refused, whatever uses it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in] times weight [*out, in], accumulated in float32, in x's dtype.
 
     The product itself is in that dtype: a float32 one would be written out, read and rounded by a second kernel (a
-    tenth of a long prefill of bfloat16 on an H100), and its sum over devices would send twice the bytes.
+    tenth of a long prefill of bfloat16 on an H100), and its all-reduce would send twice the bytes.
     """
     return product(x, weight, dtype=x.dtype)
 

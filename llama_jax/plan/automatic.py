@@ -1,4 +1,4 @@
-"""`mesh="auto"`: the devices that are here, and how a model is spread over them."""
+"""`mesh="auto"`: the devices of this machine, and how a model is split over them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The costs of running a model, counted from its shapes: weights and keys that are read, and arithmetic.
 
-Everything is counted for one device of a mesh, the one that has most to do; without a mesh, for one device. Key/value
+Everything is counted for the busiest device of a mesh; without a mesh, for one device. Key/value
 heads are those of `config`: on a mesh give `layout.split_config`.
 """
 

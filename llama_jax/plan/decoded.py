@@ -1,4 +1,4 @@
-"""Quantised weights that are decoded to memory before they are multiplied with, by XLA or by a kernel."""
+"""Quantised weights that XLA or a kernel decodes to memory before the product."""
 
 from __future__ import annotations
 

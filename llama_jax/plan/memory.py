@@ -1,8 +1,8 @@
-"""Bytes of one device: what the programs take and give, and what they need besides while they run.
+"""Bytes of one device: arguments and results of the programs, and the temporary memory they need while they run.
 
-Arguments and results follow from the table of parameters, the rules of sharding and the cache's layout, to the byte but
-for a few scalars. Temporary memory is what XLA's buffer assignment comes to (jaxlib 0.11.2, looked up for the shapes in
-`tests/test_plan.py`): at any moment one block runs, so it is the largest of a block's intermediate results, and
+Arguments and results follow from the table of parameters, the sharding rules and the cache's layout, to the byte except
+for a few scalars. Temporary memory models XLA's buffer assignment (jaxlib 0.11.2, checked for the shapes in
+`tests/test_plan.py`): at any moment one block runs, so it is the largest of a block's intermediate results, plus
 activations that live across them.
 """
 
@@ -67,7 +67,7 @@ class DeviceShare:
     Attributes:
       model: as it is read.
       mesh: its sizes and rules; devices are not asked for.
-      itemsize: bytes of a number of activations, weights, of which a scheme may give some others, and cache, unless it
+      itemsize: bytes of a number of activations, weights, unless a scheme gives some others, and cache, unless it
         is in `kv_dtype`.
     """
 

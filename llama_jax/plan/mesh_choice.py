@@ -1,4 +1,4 @@
-"""The mesh that a workload gets when nobody names one: the rule behind `mesh="auto"` and `--mesh auto`."""
+"""The default mesh of a workload: the rule behind `mesh="auto"` and `--mesh auto`."""
 
 from __future__ import annotations
 

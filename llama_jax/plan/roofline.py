@@ -1,9 +1,9 @@
-"""The least time of prefill and of a decode step: peak rates of the data sheet, and nothing else.
+"""Lower bounds on the time of prefill and of a decode step, from the data sheet's peak rates alone.
 
 What a program reads, computes and sends is counted from shapes (`costs`); a device reads and computes at the same time,
-but the sums over devices have to be there before the next product starts, unless there is another piece of the prompts
-to compute ("Roofline", doi:10.1145/1498765.1498785). So these are predictions that nothing can beat: launches,
-latencies and everything below the peak come on top.
+but all-reduces must finish before the next product starts, unless there is another piece of the prompts
+to compute ("Roofline", doi:10.1145/1498765.1498785). So these predictions are bounds that nothing can beat: launches,
+latencies and rates below the peak add to them.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def collectives(
     by = ruled(mesh)
     heads, vocab = by.ways("kv_heads", config.num_kv_heads), by.ways("vocab", config.vocab_size)
     count = pieces(rows, tokens, by.ways("mlp"))
-    # How many sums there are over so many devices, of so many tokens a row.
+    # The number of all-reduces over this many devices, of this many tokens a row.
     sums = Counter({(vocab, tokens // count): count})
     for i, layer in enumerate(config.layers):
         if isinstance(layer.mlp, MoeSpec):

@@ -1,4 +1,4 @@
-"""AWQ: inputs scaled so that the weights of large ones are rounded more finely (Lin et al., arXiv:2306.00978)."""
+"""AWQ: scales inputs so that the weights of large inputs are rounded more finely (Lin et al., arXiv:2306.00978)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ: codes that make up for each other's errors (Frantar et al., arXiv:2210.17323)."""
+"""GPTQ: codes that compensate each other's errors (Frantar et al., arXiv:2210.17323)."""
 
 from __future__ import annotations
 

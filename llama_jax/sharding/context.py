@@ -1,4 +1,4 @@
-"""Activations and caches while a program is traced. Without a mesh in use (`on`, `jax.set_mesh`) nothing happens."""
+"""Sharding of activations and caches while a program is traced. Without a mesh in use (`on`, `jax.set_mesh`), a no-op."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def share(axis: str, size: int) -> int:
 
 
 def split_over(axis: str, size: int) -> MeshAxes | None:
-    """The axes of the mesh in use that a dimension of this name and size is split over, as collectives take it; None if it is
-    whole."""
+    """The axes of the mesh in use that a dimension of this name and size is split over, as collectives take them; None
+    if it is whole."""
     return spec_entry(current().over(axis, size))
 
 
@@ -70,7 +70,7 @@ def constrain[Tree](x: Tree, axes: Any) -> Tree:
 
     Args:
       x: an array, or a tree of arrays.
-      axes: the logical name of each dimension, of which those at the end may be left out; or a tree of these, of the
+      axes: the logical name of each dimension; trailing ones may be left out; or a tree of these, of the
         structure of `x` or a shorter one.
 
     Raises:

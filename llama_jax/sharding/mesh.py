@@ -1,4 +1,4 @@
-"""Meshes: making them, and how much of an array each of their devices holds by the rules."""
+"""Meshes: making them, and the part of an array that each device holds under the rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_jax.targets import of_device
 
 @dataclass(frozen=True)
 class RuledMesh:
-    """A mesh with rules of its own. It is taken wherever a mesh is; a mesh alone stands for one with `RULES`.
+    """A mesh with its own rules. It is accepted wherever a mesh is; a plain mesh means one with `RULES`.
 
     Everything about how arrays are split is asked of it: programs, parameters, explanations and costs cannot differ.
 
@@ -84,7 +84,7 @@ class RuledMesh:
         """The partition of an array; a dimension that does not divide stays whole.
 
         Args:
-          axes: logical names of the dimensions, of which those at the end may be left out.
+          axes: logical names of the dimensions; trailing ones may be left out.
           shape: of the array; for a dimension of which only whole units may be split, the number of these.
           what: the array's name, for the error.
 
@@ -147,7 +147,7 @@ def make_mesh(
 
     Args:
       axes, sizes: sizes by axis of `MESH_AXES`, in either way; axes that are not named are left out.
-      devices: by default those of jax, of which the first are taken if the mesh is smaller.
+      devices: by default those of jax; the first ones if the mesh is smaller.
       rules: what is split over which axes, instead of `RULES`; they stay with the mesh.
 
     Raises:

@@ -1,11 +1,11 @@
 """jax's plugins for AMD GPUs: the packages for each generation of ROCm, and the jax that they go with.
 
-This table is the only one. The extras of pyproject.toml, compilation without hardware, `llama-jax doctor` and
-docs/targets.md follow it, and tests hold them to it. Nothing here loads a plugin.
+This is the single source of truth. The extras of pyproject.toml, compilation without hardware, `llama-jax doctor` and
+docs/targets.md follow it, and tests check that they do. Nothing here loads a plugin.
 
-A plugin goes with the jaxlib of its release, the first three numbers of a version; what follows them is a repair of
-either side. jax itself asks for `jax-rocm7-plugin==0.11.2.*` (its extra `rocm7-local`), and jaxlib compares no versions
-of ROCm plugins while it runs (jaxlib/plugin_support.py), as it does for CUDA's, to the last number.
+A plugin matches the jaxlib of its release, the first three numbers of a version; further numbers are fixes of
+either side. jax itself requires `jax-rocm7-plugin==0.11.2.*` (its extra `rocm7-local`), and at run time jaxlib does not
+compare versions of ROCm plugins (jaxlib/plugin_support.py), while it compares those of CUDA's to the last number.
 """
 
 from __future__ import annotations

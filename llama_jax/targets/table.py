@@ -14,7 +14,7 @@ from llama_jax.targets.target import Target
 CPU = Target("cpu", "cpu", "cpu", 0, 0, 0)
 
 TARGETS = (*amd.TARGETS, *nvidia.TARGETS, CPU)
-"""Every target of this package. Of several with one architecture the first stands for it."""
+"""Every target of this package. The first of several with one architecture represents it."""
 
 
 def added_targets() -> tuple[Target, ...]:

@@ -62,7 +62,7 @@ class _Rows:
         return self.piece(0, 1) if self.held is None else self.held
 
     def piece(self, i: int, pieces: int) -> jax.Array:
-        """The i-th of so many pieces of the columns."""
+        """The i-th of this many pieces of the columns."""
         width = tile_width(self.ref.shape[-1]) // pieces
         return load_tile(self.ref, self.index, width, self.valid, first=i * width)
 

@@ -56,7 +56,7 @@ class Kernel:
     """A GPU kernel of an executable.
 
     Attributes:
-      launches: how often it stands in the program; a loop's body counts once.
+      launches: how often it occurs in the program; a loop's body counts once.
       grid, block: work-groups, and threads of each.
       vgpr: vector registers of a lane; on CDNA 2 and later with the `agpr` accumulation registers among them.
       sgpr: scalar registers of a wave.
