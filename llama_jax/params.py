@@ -64,8 +64,8 @@ class ParamSpec:
       init: "normal" (standard deviation `fan_in ** -0.5`), "ones" or "zeros".
       hf: name in a Hugging Face checkpoint; "{e}" stands for the expert where experts are separate tensors.
       gguf: name in a GGUF file, where experts are always stacked.
-      dtype: numpy name of the only dtype that it can have; None is the one that the model computes in.
-      scheme: what stores the weight that it is a member of.
+      dtype: numpy name of its fixed dtype; None means the compute dtype.
+      scheme: the scheme of the weight that it is a member of.
     """
 
     name: str
@@ -108,7 +108,7 @@ def param_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
 
 
 def canonical_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
-    """The table as if every weight was stored plainly: what counts for arithmetic and for other formats."""
+    """The table as if every weight were stored plainly, as arithmetic and other formats see it."""
     return tuple(_specs(config))
 
 
@@ -275,7 +275,7 @@ def init_leaf(spec: ParamSpec, key: jax.Array, dtype: Any) -> jax.Array:
 
 
 def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = None) -> Params:
-    """Random parameters, each leaf from a key that its name gives, so that adding a leaf changes no other."""
+    """Random parameters, each leaf from a key derived from its name, so that adding a leaf changes no other."""
     dtype = jnp.dtype(dtype or config.dtype)
 
     schemes, flat = _schemes(config), {}

@@ -57,13 +57,13 @@ class Pulled:
     """The result of `pull`.
 
     Attributes:
-      name: what was asked for.
+      name: the name that was requested.
       source: folder or file of the source, as it was downloaded.
-      checkpoint: what was made of it, None where that was not asked for.
+      checkpoint: the converted checkpoint, None if no conversion was requested.
       revision: commit (hub), or digest of the file (default model).
-      licence: as its source states it.
+      licence: as stated by its source.
       nbytes: of the source's files.
-      fresh: whether the hub was asked; False where it could not be reached and a copy on this machine is used.
+      fresh: whether the hub was asked; False if it could not be reached and a copy on this machine is used.
     """
 
     name: str
@@ -81,8 +81,8 @@ class Found:
 
     Attributes:
       path: a checkpoint of this package, or a source in another format.
-      converted: folder for the source's conversion, there or not; None if `path` is a checkpoint.
-      name, revision: of the source, where they are known better than by its path.
+      converted: folder for the source's conversion, existing or not; None if `path` is a checkpoint.
+      name, revision: of the source, if more is known of them than its path.
     """
 
     path: Path
@@ -94,7 +94,7 @@ class Found:
 def resolve(
     name: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, notify: Notify | None = None
 ) -> Path:
-    """Finds a model and makes sure that it can be loaded, converting it into the cache if need be.
+    """Finds a model and makes sure that it can be loaded, converting it into the cache if necessary.
 
     Args:
       name: a path, `org/name[@revision]` of the hub, the default model's name, or a name that `list_models` gives.
@@ -118,7 +118,7 @@ def resolve(
 
 
 def find(name: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, notify: Notify | None = None) -> Found:
-    """Finds a model, downloading it if need be, and converts nothing.
+    """Finds a model, downloading it if necessary; converts nothing.
 
     Args, Raises: as `resolve`.
     """
@@ -140,7 +140,7 @@ def find(name: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, 
 
 
 def fetch_source(name: str, *, progress: Progress | None = None, notify: Notify | None = None) -> tuple[Path, str]:
-    """The folder or file of a hub model or of the default model, downloaded if need be, and its commit or digest.
+    """The folder or file of a hub model or the default model, downloaded if necessary, and its commit or digest.
 
     Raises:
       ModelNotFound: it is neither.
@@ -186,7 +186,7 @@ def locate(name: str | Path = DEFAULT_MODEL) -> Path:
 
 
 def check_name(name: str) -> None:
-    """Check that a name could be a model's: of one that is on this machine, or of the hub, which is not asked.
+    """Checks that a name could be a model's, on this machine or on the hub, which is not asked.
 
     Raises:
       RequestError: it is empty, too long, or holds a NUL.

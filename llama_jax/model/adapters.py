@@ -102,8 +102,8 @@ def empty_slots(
 
 
 def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
-    """Puts one adapter into a slot, in place of what was there. All shapes stay, so nothing that uses the slots is
-    compiled anew.
+    """Puts one adapter into a slot, replacing its contents. All shapes stay the same, so nothing that uses the slots
+    is recompiled.
 
     Args:
       slots: from `empty_slots`. Their arrays are donated: use the returned ones from here on.
@@ -148,7 +148,7 @@ def _put(slots: Params, adapter: Params, slot: jax.Array) -> Params:
 
 
 def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig, batch: int, length: int) -> Adapters:
-    """The adapters of a forward pass, once it is sure that each of them will be used, and that all shapes fit.
+    """Checks that each adapter of a forward pass will be used and that all shapes fit, and returns them.
 
     Raises:
       RequestError: names what does not fit.

@@ -25,7 +25,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class AutoMesh:
-    """Asks for the mesh that `choose_mesh` chooses for the devices of this process; "auto" is short for `AutoMesh()`.
+    """Requests the mesh that `choose_mesh` picks for the devices of this process; "auto" is short for `AutoMesh()`.
 
     Attributes:
       batch: rows at a time; by default as many as there are devices.
@@ -63,7 +63,7 @@ def resolve_mesh(
     *,
     kv_dtype: str | None = None,
 ) -> DeviceMesh | None:
-    """The mesh that was asked for, with automatic axes; None for one device.
+    """The requested mesh, with automatic axes; None for one device.
 
     Args:
       dtype: of weights, activations and, without `kv_dtype`, the cache.
@@ -119,7 +119,7 @@ def _devices() -> tuple[Target, list[jax.Device], list[jax.Device]]:
 
 
 def explain_choice(choice: MeshChoice, workload: Workload, kind: str, devices: int) -> str:
-    """One line: what was chosen, of what, and why."""
+    """One line: the choice, the alternatives, and the reason."""
     chosen = choice.chosen
     here = f"{chosen.devices} of {devices} x {kind}" if devices > 1 else kind
     reasons = [_memory(choice)]
