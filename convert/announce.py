@@ -27,7 +27,7 @@ def announce(
     *,
     warn_larger: bool,
 ) -> None:
-    """Tells `notify` what a source becomes and where, after a warning if that is much larger than the source.
+    """Tells `notify` the result and destination of a conversion, after a warning if it is much larger than the source.
 
     Args:
       dtypes: of each leaf in the checkpoint.

@@ -157,5 +157,5 @@ def first_part(path: Path) -> Path:
 
 
 def models_of(files: Iterable[Path]) -> list[Path]:
-    """One path for each model among GGUF files: parts that belong together count once."""
+    """One path for each model among GGUF files: parts of one model count once."""
     return sorted({first_part(path) for path in files})

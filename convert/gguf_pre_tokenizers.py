@@ -86,7 +86,7 @@ def pre_tokenizer_name(content: Mapping[str, Any] | None, *, ignores_merges: boo
 
 
 def _without_offsets(content: Any) -> Any:
-    """Drops what says only which characters a token counts as its own."""
+    """Drops keys that only say which characters a token covers."""
     if isinstance(content, Mapping):
         return {key: _without_offsets(value) for key, value in content.items() if key != "trim_offsets"}
     return [_without_offsets(item) for item in content] if isinstance(content, list) else content

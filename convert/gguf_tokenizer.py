@@ -30,7 +30,7 @@ NAMED_IDS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-"""Named tokens, and where their ids stand below "tokenizer.ggml."."""
+"""Named tokens, and the keys of their ids below "tokenizer.ggml."."""
 NO_TOKENIZER = "none"
 """The value of tokenizer.ggml.model in files that hold weights only."""
 _DAMAGED = "the GGUF file is damaged; fetch it again"

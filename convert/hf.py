@@ -168,7 +168,7 @@ class HuggingFaceFolder:
         }
 
     def _read_experts(self, made: Recipe, out: np.ndarray) -> None:
-        """Takes a stack of experts apart, one by one, so that no second copy of it is ever in memory."""
+        """Splits a stack of experts, one by one, so that no second copy of it is ever in memory."""
         weight, width = self._weights[made.sources[0]], out.shape[1]
         first = (made.part or 0) * width
         buffer = np.empty(made.shape[1:], out.dtype) if made.transposed else None
@@ -212,7 +212,7 @@ class HuggingFaceFolder:
                     del self._weights[name]
 
     def _tie(self, *, certain: bool) -> None:
-        """Decides whether the embedding is the output projection as well.
+        """Decides whether the embedding is also the output projection.
 
         A tied model may still carry lm_head.weight: fine if it is the embedding, or stands for it. The config.json of
         a multimodal model often does not say, or says it wrongly; then the weights decide, as in transformers.

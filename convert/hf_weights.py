@@ -18,7 +18,7 @@ MISMATCH = "config.json and the weights do not belong together, or the download 
 
 
 class Weight(Protocol):
-    """One weight: known to be there, not read yet.
+    """One weight: known to exist, not read yet.
 
     Attributes:
       path: the file that holds it.

@@ -54,7 +54,7 @@ def stored_dtype(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) ->
 
 
 def memory(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) -> int:
-    """Bytes of host memory that reading a leaf takes: what is read and, where it is cast, what becomes of it."""
+    """Bytes of host memory that reading a leaf takes: the data read and, if it is cast, the result."""
     found, stored = model.dtype(spec), stored_dtype(model, spec, dtype)
     return spec.size * (found.itemsize + (stored.itemsize if stored != found else 0))
 

@@ -10,7 +10,7 @@ import numpy as np
 from llama_jax.params import ParamSpec
 
 _KEPT = 8
-"""Leaves whose members wait to be asked for, when some never are."""
+"""Number of leaves whose members are kept for later requests, as some are never requested."""
 
 
 class Members:

@@ -195,7 +195,7 @@ def _errors(model: ModelSource, batch: Sequence[Leaf]) -> dict[str, float]:
 
 
 def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes, errors: Mapping[str, float]) -> None:
-    """Writes leaves, with what model.lock.json will need of them. Keeps none of them alive."""
+    """Writes leaves, and records what model.lock.json needs. Keeps no reference to them."""
     note = {
         "source_digests": {leaf.spec.name: leaf.source_digest for leaf in batch},
         "zeros": [leaf.spec.name for leaf in batch if leaf.zero],
@@ -206,12 +206,12 @@ def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes, 
 
 
 def _zeros(writer: CheckpointWriter) -> list[str]:
-    """The matrices of zeros among what has been written, by earlier conversions too."""
+    """The all-zero matrices written so far, also by earlier conversions."""
     return [name for note in writer.notes for name in note.get("zeros", ())]
 
 
 def _stamps(files: Sequence[Path]) -> list[list[Any]]:
-    """Name, size and time of the last change of each file: what tells a resumed conversion that they are the same."""
+    """Name, size and modification time of each file, by which a resumed conversion recognises the same files."""
     stats = [(file.name, file.stat()) for file in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

@@ -74,7 +74,7 @@ class TorchFile(WeightFile):
             self._gather(name, entry, flat, skip)
 
     def _gather(self, name: str, entry: TorchEntry, flat: np.ndarray, skip: int) -> None:
-        """Reads the part of the file in which the wanted rows (of the first dimension) lie, and picks them out."""
+        """Reads the part of the file that holds the wanted rows (of the first dimension), and extracts them."""
         row = entry.nbytes // entry.shape[0]
         first, last = skip // row, -(-(skip + len(flat)) // row)
         shape = (last - first, *entry.shape[1:])

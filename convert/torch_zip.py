@@ -30,7 +30,7 @@ _IN_EXTRA = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Member:
-    """One file of an archive: where its own header stands, and its size in bytes."""
+    """One file of an archive: the offset of its own header, and its size in bytes."""
 
     header: int
     size: int

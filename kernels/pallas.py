@@ -20,8 +20,8 @@ MAX_ELEMENTS = 2**31 - 1
 """The most elements of an array that a kernel addresses: Pallas-Triton computes offsets in 32 bits."""
 
 MIN_CONTRACTION = 16
-"""The least numbers that a product of tiles may sum over. Of shorter sums of 16-bit numbers Triton makes wrong results
-on NVIDIA GPUs, without a word (seen on an H100); one rule holds for all dtypes and targets."""
+"""The fewest numbers that a product of tiles may sum over. For shorter 16-bit sums Triton silently gives wrong results
+on NVIDIA GPUs (seen on an H100); one rule holds for all dtypes and targets."""
 
 Index = tuple[int | jax.Array, ...]
 """Indices of a tile's rows in all axes but the last: numbers, and vectors with one number per row."""

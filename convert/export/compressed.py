@@ -30,7 +30,7 @@ from llama_jax.quantized import Layout, stored_layout
 
 FORMAT = "pack-quantized"
 _WORD = 8
-"""Codes of four bits in a word of 32."""
+"""Four-bit codes per 32-bit word."""
 
 
 def export_compressed(

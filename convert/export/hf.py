@@ -88,7 +88,7 @@ def export_hf(
 
 @dataclass
 class _Step:
-    """Leaves that are read together, and what becomes of them."""
+    """Leaves that are read together, and the tensors made from them."""
 
     made: Recipe
     specs: list[ParamSpec] = field(default_factory=list)

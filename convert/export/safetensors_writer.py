@@ -56,7 +56,7 @@ class SafetensorsWriter:
             self._put(header, 0)
 
     def write(self, name: str, array: np.ndarray, skip: int = 0) -> None:
-        """Writes bytes of a tensor, from `skip` bytes behind its beginning on. The last byte of all closes the file.
+        """Writes bytes of a tensor, from byte `skip` of it on. The last byte of all closes the file.
 
         Args:
           array: C-contiguous; every byte of every tensor has to be written once.

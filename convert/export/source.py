@@ -35,7 +35,7 @@ class Exported:
 
 
 class PlainSource:
-    """A checkpoint to export: all of its weights are plain, those that it stores in few bits are decoded.
+    """A checkpoint to export: all of its weights are plain, quantised ones are decoded.
 
     Attributes:
       checkpoint: its metadata.

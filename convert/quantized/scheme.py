@@ -36,7 +36,7 @@ DAMAGED = "config.json and the weights do not belong together, or the download i
 
 
 def unsupported(key: str, value: object, supported: str = "") -> UnsupportedModel:
-    """The error for a value of quantization_config that changes the weights in a way that is not known here."""
+    """The error for a value of quantization_config that changes the weights in an unsupported way."""
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return UnsupportedModel(
@@ -57,7 +57,7 @@ class PartName(NamedTuple):
 
 IGNORED = PartName(None, None)
 SAME = "weight"
-"""The part that is called like the weight itself."""
+"""The part with the name of the weight itself."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Scheme(ABC):
         return IGNORED if self.activations and self.activations.fullmatch(tensor) else None
 
     def ignores(self, module: str) -> bool:
-        """Returns whether config.json names a module, or one that it is in, among those that are not quantised."""
+        """Returns whether config.json lists a module, or one that contains it, as not quantised."""
         parts = module.split(".")
         return any(".".join(parts[:n]) in self.ignored for n in range(2, len(parts) + 1))
 
@@ -208,7 +208,7 @@ class Scheme(ABC):
         """
 
     def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
-        """The layout that holds the codes of a weight as they are; None if there is none, so that it is decoded.
+        """The layout that can hold the codes of a weight unchanged; None if there is none, so that it is decoded.
 
         Args:
           bundle, shape: as for `parts`, which has been found to agree.

@@ -141,7 +141,7 @@ class KeysValues:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Places:
-    """Positions of queries and slots, and what groups them. Segments and spans are given of both or of neither.
+    """Positions of queries and slots, and their grouping. Segments and spans are given for both or for neither.
 
     Attributes:
       q_positions: int32 [batch, q_len], the position of each query in its text; negative for padding.

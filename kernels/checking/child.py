@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 DEADLINE_S = 120.0
-"""Seconds without a word from the child: one check, compiling included, may take as long."""
+"""Time limit in seconds without a message from the child: one check, compiling included, may take this long."""
 _TRIES = 20
 _TOLD = 8
 """Number of compiled checks between progress lines."""
@@ -54,7 +54,7 @@ class Numerics:
 
 @dataclass
 class _Run:
-    """The messages of one child.
+    """The state of one child, by its messages.
 
     Attributes:
       prepared, compiled: how many checks have begun to be traced and compiled together, and how many are ready.

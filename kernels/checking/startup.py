@@ -27,7 +27,7 @@ from llama_jax.kernels.registry import OPERATIONS, operation
 from llama_jax.targets import current
 
 SWITCH = "LLAMA_JAX_SELF_CHECK"
-"""0 leaves the check out, and runs what an earlier one has disabled."""
+"""0 skips the check, and enables what an earlier one has disabled."""
 KEPT = 32
 """Devices and versions whose results are kept."""
 
@@ -99,7 +99,7 @@ def failures_of(checks: tuple[Check, ...]) -> dict[str, str]:
 
 
 def apply(failures: Mapping[str, str], say: Notify) -> None:
-    """Disables what has failed."""
+    """Disables the backends that have failed."""
     for name, problem in sorted(failures.items()):
         op, _, backend = name.partition("/")
         if jax.process_count() > 1:

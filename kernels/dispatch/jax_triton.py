@@ -19,7 +19,7 @@ import jax
 from llama_jax.targets import Target, current
 
 OLDEST_TRITON = (3, 7)
-"""The version of triton that jax-triton 0.4 requires; it fails midway with the older ones that PyTorch installs."""
+"""The oldest triton that jax-triton 0.4 works with; it fails midway with the older ones that PyTorch installs."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def using(**backends: str) -> Iterator[None]:
 
 
 def disable(operation: str, backend: str, reason: str) -> None:
-    """Keeps a backend from being chosen in this process: by `auto` it is passed over, by name it raises."""
+    """Disables a backend in this process: `auto` skips it, choosing it by name raises."""
     _disabled.set_global(tuple(sorted({**disabled(), (operation, backend): reason}.items())))
 
 

@@ -27,7 +27,7 @@ __all__ = ["Tiles", "run", "unsupported"]
 
 DTYPES = ("bfloat16", "float16")
 MOST_ROWS = 128
-"""Rows above which each code would be decoded so often that it pays to decode the weight once, to memory."""
+"""Number of rows above which codes would be decoded so often that decoding the weight once, to memory, is faster."""
 GROUPS = (32, 64, 128, 256, 512, 1024)
 
 

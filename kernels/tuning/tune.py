@@ -259,7 +259,7 @@ def best_rules(measurements: Sequence[Measurement], device: str) -> dict[str, tu
 
 
 def write_table(path: Path, target: Target, device: str, rules: Mapping[str, Sequence[Rule]]) -> None:
-    """Puts a table in the place of the one before, in one step."""
+    """Replaces the previous table atomically."""
     data = {
         "arch": target.arch,
         "device": device,

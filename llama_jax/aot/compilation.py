@@ -124,7 +124,7 @@ class Compilation:
 
     @property
     def bytes_accessed(self) -> float:
-        """Bytes that the kernels of one device read and write, by XLA's count, as if no cache held any."""
+        """Bytes that the kernels of one device read and write, by XLA's count, ignoring caches."""
         return self._cost.get("bytes accessed", 0.0)
 
 

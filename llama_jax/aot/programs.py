@@ -33,7 +33,7 @@ from llama_jax.sharding import AnyMesh, Axes, ruled
 
 @dataclass(frozen=True)
 class Program:
-    """A jitted function with everything that it takes to compile it.
+    """A jitted function with everything needed to compile it.
 
     Attributes:
       args: trees of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.

@@ -36,7 +36,7 @@ from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import current
 
 KEPT = 256
-"""Programs; the ones that were not used for longest go first. One of Llama-3.1-8B takes some 3 MB."""
+"""Number of programs; the least recently used are removed first. One of Llama-3.1-8B takes some 3 MB."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "LLAMA_JAX_KERNELS", "LLAMA_JAX_ROCM")
 _NO_MATTER = ("cache", "log", "traceback", "profiler", "debug_dir", "dump")
@@ -46,7 +46,7 @@ _NO_MATTER = ("cache", "log", "traceback", "profiler", "debug_dir", "dump")
 def compile_stored(
     program: Program, about: Iterable[Any], devices: Sequence[jax.Device], mesh: AnyMesh = None
 ) -> tuple[Any, bool]:
-    """Compiles a program, or reads it from the disk. On a mesh: inside of `sharding.on(mesh)`.
+    """Compiles a program, or reads it from disk. On a mesh: inside of `sharding.on(mesh)`.
 
     Args:
       about: everything that the program's function has been made for; what has the same `repr` is the same.

@@ -15,7 +15,7 @@ from llama_jax.kernels.attention.packed import packed_rows, ranks
 from llama_jax.sharding import local
 
 NO_PAGE = -1
-"""In the page table where no page is booked."""
+"""Marks a place in the page table where no page is booked."""
 
 PAGE_AXES = ("batch", "kv_heads")
 """Logical axes of pages [pages, kv_heads, page_size, head_dim], and of their scales: each replica of the model has
@@ -95,7 +95,7 @@ def book(
     page_size: int,
     pages: int,
 ) -> tuple[jax.Array, ...]:
-    """Slots for new tokens, in their order, behind those of their rows.
+    """Slots for new tokens, in their order, after those of their rows.
 
     Args:
       page_table, slot_positions, lengths, shared: of a `PagedCache`.

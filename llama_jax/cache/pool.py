@@ -45,7 +45,7 @@ class PagePool:
         return found, self._counted(found, 1)
 
     def share(self, pages: Sequence[int] | np.ndarray) -> PagePool:
-        """One user more for pages in use: rows with the same beginning may have it in common.
+        """Adds a user to pages in use: rows with the same beginning may share them.
 
         Raises:
           RequestError: one of them is free, or is no page.
@@ -53,7 +53,7 @@ class PagePool:
         return self._counted(self._used(pages), 1)
 
     def release(self, pages: Sequence[int] | np.ndarray) -> PagePool:
-        """One user less; pages without any are free again.
+        """Removes a user; pages without any are free again.
 
         Raises:
           RequestError: one of them is free, or is no page.

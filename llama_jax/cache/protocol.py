@@ -94,7 +94,7 @@ class KVCache(Protocol):
         ...
 
     def select(self, rows: jax.Array) -> Self:
-        """The rows `rows` int32 [n] as a cache of their own, to be changed and put back; each row at most once."""
+        """The rows `rows` int32 [n] as a separate cache, to be changed and put back; each row at most once."""
         ...
 
     def put(self, rows: jax.Array, part: Self) -> Self:
@@ -107,7 +107,7 @@ class KVCache(Protocol):
         ...
 
     def truncate(self, lengths: jax.Array) -> Self:
-        """The cache with only the first `lengths` int32 [batch] tokens of each row; longer than a row is changes
+        """The cache with only the first `lengths` int32 [batch] tokens of each row; a length beyond a row's changes
         nothing."""
         ...
 

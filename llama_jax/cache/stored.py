@@ -24,7 +24,7 @@ from llama_jax.kernels.attention.records import CODES, SCHEMES, KeysValues
 from llama_jax.kernels.precision import matmul_precision
 
 KV_DTYPES = tuple(SCHEMES)
-"""Names of what caches store keys and values in, besides the model's own dtype."""
+"""Names of the formats of keys and values in caches, besides the model's own dtype."""
 
 SCALES = jnp.dtype(jnp.bfloat16)
 
@@ -34,7 +34,7 @@ A whole cache has tuples of these."""
 
 
 def check_kv_dtype(kv_dtype: str | None) -> None:
-    """Raises RequestError unless caches can store that dtype; None stands for the model's."""
+    """Raises RequestError unless caches can store that dtype; None means the model's."""
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise RequestError(
             f"a cache cannot store {kv_dtype!r}",
@@ -89,7 +89,7 @@ def _name(dtype: DTypeLike) -> str:
 
 
 def new_slots(shape: Sequence[int], dtype: DTypeLike, layers: int) -> dict[str, tuple[Any, ...]]:
-    """Empty arrays of `shapes` for each layer. They have buffers of their own, since donated arrays must not alias one
+    """Empty arrays of `shapes` for each layer. They have separate buffers, since donated arrays must not alias one
     another."""
     return {
         name: tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for _ in range(layers))
@@ -165,7 +165,7 @@ def _hadamard(x: jax.Array) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def quantise(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
-    """Codes of vectors [..., n], and scales [...] of the largest magnitude in each. What is no number gives a scale
+    """Codes of vectors [..., n], and scales [...] of the largest magnitude in each. A NaN or infinity gives a scale
     that is none.
 
     Args:

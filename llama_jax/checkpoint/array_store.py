@@ -85,7 +85,7 @@ class ChunkedArray:
             out[(slice(a - start, b - start), *inner)] = part[(slice(None), *box)]
 
     def _check_trailer(self, where: Location, skip: int) -> None:
-        """Of no use here, but other readers stumble over a damaged one, so it must not pass for sound."""
+        """Not used here, but other readers fail on a damaged one, so it must not pass for sound."""
         found = np.empty(len(self.trailer), np.uint8)
         _read(where, skip, found)
         if found.tobytes() != self.trailer:

@@ -33,7 +33,7 @@ def load_params(
     progress: Progress | None = None,
     config: LlamaConfig | None = None,
 ) -> Params:
-    """Loads tensors, each straight to its place: a device only ever holds its own part of a leaf.
+    """Loads tensors, each straight to its devices: a device only ever holds its own part of a leaf.
 
     Rows are read, checked and sent in blocks; beside the parameters themselves the host holds at most 1 GiB. On the CPU
     the buffers are used in place, without a copy. A cast is done by the device that keeps the part.
@@ -165,7 +165,7 @@ def weights_dtype(dtype: Any) -> np.dtype | None:
 def select(
     specs: Sequence[ParamSpec], only: str | Sequence[str] | None, without: str | Sequence[str]
 ) -> list[ParamSpec]:
-    """The leaves that the patterns of `load_params` choose.
+    """The leaves selected by the patterns of `load_params`.
 
     Raises:
       RequestError: a pattern fits no leaf, or no leaf is left.

@@ -114,7 +114,7 @@ class Checkpoint:
 
 
 class Digest:
-    """A digest of bytes that come piece by piece: xxh3_128, which runs at memory speed and sees every flipped bit.
+    """An incremental digest of bytes: xxh3_128, which runs at memory speed and detects every flipped bit.
 
     It guards against faults of disks and transfers, not against an attacker, who could write a fitting digest as well.
     """
@@ -195,9 +195,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
 UPGRADE = "upgrade llama-jax, or convert the model again with this version"
 CORRECT = "correct the file, or get it again from where the model came"
-"""The hint where a file of a source, which people edit, cannot be parsed."""
+"""The hint if a file of a source, which people edit, cannot be parsed."""
 _MAX_JSON_BYTES = 32 << 20
-"""Some times the largest index of a published model; parsed JSON takes up to 25 times the memory of its text."""
+"""Several times the largest index of a published model; parsed JSON takes up to 25 times the memory of its text."""
 
 
 def read_json(path: Path, *, hint: str = DAMAGED) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def parse_source(value: Mapping[str, Any]) -> Source:
 
 
 def _is_file_name(name: str) -> bool:
-    """Returns whether a name is that of a file in the checkpoint's folder, and no path that leads out of it."""
+    """Returns whether a name is that of a file in the checkpoint's folder, and not a path out of it."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:

@@ -131,7 +131,7 @@ def _failures_told_once() -> Iterator[None]:
 
 
 def read_parts(folder: Path) -> list[Part]:
-    """The parts in a folder that are whole, in order; everything else there is removed."""
+    """The complete parts in a folder, in order; everything else there is removed."""
     parts = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:

@@ -26,9 +26,9 @@ type Shardings = LeafSharding | Callable[[ParamSpec], LeafSharding] | None
 """One place for all leaves, or a function of the leaf; None is the default device."""
 
 BLOCK_BYTES = 64 << 20
-"""Rows that are gathered on the host before they are sent to a device."""
+"""Bytes of rows that are gathered on the host before they are sent to a device."""
 READ_BYTES = 8 << 20
-"""Rows that are read at one time: small enough to stay in a processor's cache for the digest."""
+"""Bytes of rows that are read at a time: small enough to stay in a processor's cache for the digest."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class LeafBuilder:
         self._shards = self._find_shards()
 
     def blocks(self) -> Iterator[Block]:
-        """Every row of the tensor, in order; a block has been taken when the next one is asked for."""
+        """Every row of the tensor, in order; a block has been consumed when the next one is requested."""
         cuts = sorted({0, self._info.shape[0]}.union(*(shard.cuts() for shard in self._shards)))
         step = max(1, READ_BYTES // max(self._row_bytes, 1))
         scratch: np.ndarray | None = None

@@ -144,7 +144,7 @@ def _first_line(e: BaseException) -> str:
 
 
 def empty_aligned(info: TensorInfo) -> np.ndarray:
-    """An uninitialised array whose first byte stands at a multiple of ALIGNMENT."""
+    """An uninitialised array whose address is a multiple of ALIGNMENT."""
     raw = np.empty(info.nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     # The names of small floats are known to numpy once ml_dtypes is imported.
@@ -166,14 +166,14 @@ class Budget:
             self._used += n
 
     def give_back(self, n: int) -> None:
-        """Ends what `take` began."""
+        """Releases what `take` acquired."""
         with self._changed:
             self._used -= n
             self._changed.notify_all()
 
     @contextmanager
     def hold(self, n: int) -> Iterator[None]:
-        """Takes n bytes for the length of a block."""
+        """Holds n bytes for the duration of a block."""
         self.take(n)
         try:
             yield

@@ -18,7 +18,7 @@ from llama_jax.params import ParamSpec, param_specs
 
 
 class ModelSource(Protocol):
-    """An opened model: all of its tensors are known to be there and of the right shape, none has been read.
+    """An opened model: all of its tensors are known to exist with the right shape, none has been read.
 
     Checkpoints implement it (`checkpoint.checkpoint_source`), and every format of `llama_jax.convert`. Conversion and
     `checkpoint.build.load_source` read models through it alone.
@@ -51,7 +51,7 @@ class ModelSource(Protocol):
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of a source, and where its bytes stand.
+    """A tensor of a source, and the place of its bytes.
 
     Attributes:
       name: what the source calls it.
@@ -76,7 +76,7 @@ class HasProvenance(Protocol):
 
 @runtime_checkable
 class HasNotes(Protocol):
-    """A source that has something to say about what becomes of it."""
+    """A source with notes for the user about its conversion."""
 
     @property
     def notes(self) -> Sequence[str]:
@@ -86,7 +86,7 @@ class HasNotes(Protocol):
 
 @runtime_checkable
 class InOrder(Protocol):
-    """A source that makes one layer after the other: leaves have to be asked for in the order of `param_specs`."""
+    """A source that makes one layer after the other: leaves must be requested in the order of `param_specs`."""
 
     def resume(self, written: Callable[[str], np.ndarray | None]) -> None:
         """Says how to read what was made of it before: an array by its dotted name, None where there is none."""
@@ -94,7 +94,7 @@ class InOrder(Protocol):
 
 
 def tell_notes(model: ModelSource, notify: Callable[[str], None] | None) -> None:
-    """Tells `notify` what a source has to say."""
+    """Passes a source's notes to `notify`."""
     if notify is not None and isinstance(model, HasNotes):
         for note in model.notes:
             notify(note)
@@ -167,7 +167,7 @@ def check_names(
     asks: str = CONFIG,
     holder: Callable[[str], Path] | None = None,
 ) -> None:
-    """Raises CheckpointError unless the tensors `found` are exactly those that are `wanted`.
+    """Raises CheckpointError unless the tensors `found` are exactly those `wanted`.
 
     Args:
       path: the model's file or folder, for messages.
@@ -236,7 +236,7 @@ def _largest_piece(files: Mapping[str, bytes | str]) -> object:
 
 
 def check_dtypes(tensors: Mapping[str, TensorInfo], config: LlamaConfig, path: Path) -> None:
-    """Raises CheckpointError unless every tensor has a dtype, and is of the scheme, that the config asks for."""
+    """Raises CheckpointError unless every tensor has the dtype and scheme that the config requires."""
     for spec in param_specs(config):
         found, allowed = tensors[spec.name], DTYPES if spec.dtype is None else (spec.dtype,)
         if found.dtype not in allowed or found.scheme != spec.scheme:

@@ -31,7 +31,7 @@ _MISMATCH = "check that the tensors and the config belong together"
 
 
 class CheckpointWriter:
-    """Writes one checkpoint; a context manager. Nothing stands at `path` before `commit` has returned.
+    """Writes one checkpoint; a context manager. Nothing exists at `path` before `commit` has returned.
 
     Everything is written below `<path>.partial` (see `checkpoint.journal`) and gets its name at the end, in one step.
     What is left when the context ends early, or the process, depends on `identity`: with one, the batches that were
@@ -85,7 +85,7 @@ class CheckpointWriter:
         return [part.note for part in self._parts]
 
     def read(self, name: str) -> np.ndarray | None:
-        """A tensor that was written, by an earlier writer too; None for any other."""
+        """A tensor that was written, also by an earlier writer; None for any other."""
         for part in self._parts:
             if name in part.tensors:
                 return TensorReader(part).read(name)
@@ -128,7 +128,7 @@ class CheckpointWriter:
             )
 
     def _go_on_or_begin(self) -> None:
-        """Takes over what a writer of the same tensors has left, or clears away what another one has."""
+        """Takes over the files left by a writer of the same tensors, or removes those of another one."""
         left, marker = self._partial, self._partial / disk.UNFINISHED
         identity = json.dumps(self._identity, sort_keys=True).encode()
         if self._identity is None or not marker.exists() or marker.read_bytes() != identity:
@@ -160,7 +160,7 @@ class CheckpointWriter:
             self._say(f"Stopped: {again}")
 
     def _discard(self) -> None:
-        """Removes all that was written, the marker that it may be removed last."""
+        """Removes all that was written; the marker that permits the removal goes last."""
         with contextlib.suppress(OSError):
             for path in self._partial.iterdir():
                 if path.name != disk.UNFINISHED:

@@ -100,7 +100,7 @@ class Fields:
         return number
 
     def boolean(self, key: str, default: bool, *, integers: bool = False) -> bool:
-        """true or false; with `integers`, numbers count as in C (published files hold such)."""
+        """true or false; with `integers`, numbers count as in C (some published files have them)."""
         value = self.get(key, default)
         if isinstance(value, bool) or (integers and isinstance(value, int)):
             return bool(value)

@@ -139,7 +139,7 @@ def _from_text(given: Fields, *, extra_architecture: str | None) -> LlamaConfig:
 
 
 def _refuse_variants(f: Fields, architectures: tuple[str, ...]) -> None:
-    """Refuses what would change the numbers or the weights, rather than computing something else."""
+    """Refuses keys that would change the numbers or the weights, rather than computing something else."""
     if f.get("per_layer_config"):
         raise f.not_supported(f.name("per_layer_config"), "one set of sizes for all layers")
     named = f.get("architectures", [])

@@ -176,7 +176,7 @@ class LlamaConfig:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model can look back on; "dynamic" rope stretches what it was trained for."""
+        """Tokens that the model can attend to; "dynamic" rope extends its trained length."""
         stretch = self.rope.factor if self.rope.kind == "dynamic" else 1.0
         return int(self.max_position_embeddings * stretch)
 

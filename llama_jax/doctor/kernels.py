@@ -25,7 +25,7 @@ def check_choices(kernels: Mapping[str, Any]) -> list[Check]:
 
 
 def check_native(native: Mapping[str, Any] | None) -> list[Check]:
-    """By what int8 activations are multiplied on a CPU (`kernels.integer_matmul.library.status`); nothing on a GPU."""
+    """The code for int8 activations on a CPU (`kernels.integer_matmul.library.status`); nothing on a GPU."""
     if native is None:
         return []
     name = "int8 activations"

@@ -105,7 +105,7 @@ def _nvidia(environ: Mapping[str, str], deadline_s: float) -> list[Check]:
 
 
 def check_nvidia_links(pairs: Pairs) -> list[Check]:
-    """NVLink and PCIe are fine; pairs in two sockets of the host talk through both processors."""
+    """NVLink and PCIe are fine; pairs on different sockets of the host communicate through both processors."""
     across = [pair for pair, link in pairs.items() if link == "SYS"]
     if not across:
         return [Check(_NAME, "ok", _summary(pairs))]

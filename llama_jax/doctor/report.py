@@ -13,7 +13,7 @@ INTERNAL = 70
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
       detail: what was found.
@@ -30,7 +30,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found.
+    """The results of all checks.
 
     Attributes:
       checks: in the order of looking.

@@ -61,7 +61,7 @@ def is_complete(plugin: Plugin, versions: Mapping[str, str | None]) -> bool:
 
 
 def _pip(plugin: Plugin, versions: Mapping[str, str | None]) -> str:
-    """The line for the jax that is installed, where there is a plugin for it, else for the one that is tested most."""
+    """The command for the installed jax, if there is a plugin for it, else for the version that is tested most."""
     jax, jaxlib = versions.get("jax"), versions.get("jaxlib") or ""
     known = jax == jaxlib and release(jaxlib) in plugin.built_with
     requirements = plugin.requirements(release(jaxlib), jax) if known else plugin.requirements(JAX)

@@ -27,7 +27,7 @@ def check_cache() -> list[Check]:
 
 
 def check_folder(folder: Path) -> Check:
-    """The cache folder has to be writable, with room for a model."""
+    """Checks that the cache folder is writable, with room for a model."""
     parent = existing_parent(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         fix = "export LLAMA_JAX_CACHE=FOLDER, one that you may write to"

@@ -209,7 +209,7 @@ def _mlp(layer: LayerSpec) -> str:
 
 
 def _parameters(config: LlamaConfig) -> tuple[int, int]:
-    """Number of parameters, and of those that one token passes through."""
+    """Number of parameters, and of those active for one token."""
     from llama_jax.params import canonical_specs
 
     total = active = 0

@@ -69,7 +69,7 @@ def snapshot(repo: str, revision: str | None, notify: Notify, progress: Progress
 def pull(
     repo: str, revision: str | None, notify: Notify, progress: Progress | None = None, *, convert: bool = True
 ) -> tuple[Path, Offer | None]:
-    """Like `snapshot`, but asks the hub for the revision's present commit, and checks every file that is here already.
+    """Like `snapshot`, but asks the hub for the revision's current commit, and checks every file that is here already.
 
     Returns:
       The folder, and what the hub offered; None if the hub cannot be reached and a copy on this machine is used, which
@@ -188,6 +188,6 @@ def _storage_hint() -> Iterator[None]:
 
 
 def not_here(repo: str, revision: str | None) -> ModelNotFound:
-    """The error for what may exist on the hub, but not on this machine."""
+    """The error for a model that may exist on the hub, but is not on this machine."""
     name = f"{repo}@{revision}" if revision else repo
     return ModelNotFound(f"{name} is not on this machine", hint=f"run `llama-jax pull {name}`")

@@ -14,7 +14,7 @@ _HTTP_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urlli
 
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Lets errors of huggingface_hub leave as those of this package."""
+    """Converts errors of huggingface_hub that leave a block into those of this package."""
     try:
         yield
     except Exception as e:
@@ -24,7 +24,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def translated(e: BaseException, repo: str, revision: str | None) -> LlamaJaxError | None:
-    """The error of this package that says what an error of huggingface_hub means; None if it is no error of the hub."""
+    """The error of this package that corresponds to one of huggingface_hub; None if it is not an error of the hub."""
     from huggingface_hub import errors
 
     where = f"{repo}@{revision}" if revision else repo

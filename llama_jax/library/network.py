@@ -8,7 +8,7 @@ import sys
 from llama_jax.errors import ModelNotFound, NetworkError
 
 OFFLINE = "LLAMA_JAX_OFFLINE"
-"""Set to 1, nothing is fetched, from the hub or from a package index."""
+"""If set to 1, nothing is downloaded, from the hub or from a package index."""
 YES = "LLAMA_JAX_YES"
 """Set to 1, as the command line's `--yes` does, nobody is asked before the default model is fetched."""
 
@@ -27,7 +27,7 @@ def check_online(what: str, *, otherwise: str) -> None:
 
 
 def confirm(what: str, question: str, *, otherwise: str) -> None:
-    """Asks in the terminal before something is fetched that nobody named.
+    """Asks in the terminal before downloading something that the user did not name.
 
     Args:
       what: what would be fetched.

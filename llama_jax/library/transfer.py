@@ -20,9 +20,9 @@ from llama_jax.errors import CheckpointError
 from llama_jax.library.hub_errors import is_transient
 
 WORKERS = 4
-"""Files that are downloaded at one time."""
+"""Number of files that are downloaded at a time."""
 ATTEMPTS = 5
-"""Attempts in a row that may bring no byte before a download is given up."""
+"""Attempts in a row without a single byte after which a download is given up."""
 PAUSE_S = 1.0
 """Seconds before the second attempt; doubled before each further one."""
 
@@ -142,7 +142,7 @@ def _fetch_one(file: RemoteFile, blobs: Path, url: str, done: _Counter, stop: th
 
 
 def _append(out: BinaryIO, url: str, file: RemoteFile, done: _Counter, stop: threading.Event) -> None:
-    """Asks for the bytes of a file that are missing and appends what comes."""
+    """Requests the missing bytes of a file and appends them."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 

@@ -70,7 +70,7 @@ def adapter_axes(projection: str) -> dict[str, Axes]:
 def empty_slots(
     config: LlamaConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None, dtype: DTypeLike | None = None
 ) -> Params:
-    """Slots that hold nothing, in memory; with a mesh in use (`sharding.on`), laid out like the projections.
+    """Empty slots, in memory; with a mesh in use (`sharding.on`), laid out like the projections.
 
     Args:
       config: the model's, on a mesh as `load` gives it.
@@ -203,7 +203,7 @@ def _by_projection(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _targeted(config: LlamaConfig, targets: Sequence[str] | None) -> dict[str, tuple[int, int]]:
-    """out and in of the projections that are meant, by dotted name."""
+    """out and in of the targeted projections, by dotted name."""
     shapes = {spec.leaf: spec.shape for spec in canonical_specs(config) if spec.path[-1] == "weight"}
     names = projection_names(config)
     known = {*names, *(name.rpartition(".")[2] for name in names)}

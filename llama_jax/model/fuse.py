@@ -86,7 +86,7 @@ def _stack(gate: jax.Array, up: jax.Array, *, axes: Axes) -> jax.Array:
 def arrange(
     params: Params, config: LlamaConfig, mesh: DeviceMesh | None, *, fuse: bool = True, donate: bool = False
 ) -> tuple[Params, LlamaConfig]:
-    """Canonical parameters in the layout in which a mesh computes with them.
+    """Canonical parameters in the layout that a mesh computes with.
 
     Args:
       params: on the devices of `mesh`, as `layout.param_sharding` places them; anywhere if it is None.

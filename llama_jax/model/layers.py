@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Dims(NamedTuple):
-    """Fields of the config that every block needs besides its own spec; equal layers thus share one trace."""
+    """Fields of the config that every block needs besides its own spec; so equal layers share one trace."""
 
     head_dim: int
     rms_norm_eps: float

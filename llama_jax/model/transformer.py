@@ -31,7 +31,7 @@ a mixture of experts has none of the latter."""
 
 
 def activation_names(config: LlamaConfig) -> tuple[str, ...]:
-    """Every name that `capture=` understands, in the order of the forward pass."""
+    """Every name that `capture=` accepts, in the order of the forward pass."""
     layers = (
         f"layers.{i}.{name}"
         for i, spec in enumerate(config.layers)
@@ -328,7 +328,7 @@ def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, eps: float) -
 
 
 def _checked_names(config: LlamaConfig, names: Sequence[str]) -> frozenset[str]:
-    """The activations that are asked for, once it is sure that there are such."""
+    """Checks the requested activations and returns their names."""
     known = set(activation_names(config))
     for name in names:
         if name not in known:

@@ -89,7 +89,7 @@ def _times(x: jax.Array, scheme: Scheme, members: Members, dtype: DTypeLike, act
 
 
 def compute_dtype(params: Params) -> jnp.dtype:
-    """The dtype that a model computes in: that of its embedding, or, where a scheme stores that, of its last norm."""
+    """The compute dtype of a model: that of its embedding, or, if a scheme stores that, of its last norm."""
     plain = scheme_of(params["embed"]) is PLAIN
     return params["embed" if plain else "final_norm"]["weight"].dtype
 

@@ -26,7 +26,7 @@ def held_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh = None) -> int:
 
 
 def local_rows(batch: int, mesh: AnyMesh) -> int:
-    """Rows of a batch that one device works on: the most that any has."""
+    """Rows of a batch on one device: the most that any has."""
     return -(-batch // ruled(mesh).ways("batch"))
 
 
@@ -54,7 +54,7 @@ def read_bytes(config: LlamaConfig, itemsize: int, tokens: int, mesh: AnyMesh = 
 
 
 def attended(layer: LayerSpec, length: int) -> int:
-    """Tokens that the last of `length` tokens sees at most."""
+    """The most tokens that the last of `length` tokens sees."""
     return length if layer.attention == "full" else min(length, layer.window or length)
 
 
@@ -155,7 +155,7 @@ def least_s(
 
 
 def exchange_s(collectives: Iterable[Collective], target: Target, *, latency_s: float = 0.0) -> float | None:
-    """The least time in which the devices of one host can exchange what they have to; None if the rate is not known.
+    """The least time for the communication between the devices of one host; None if the rate is not known.
 
     Args:
       latency_s: seconds that each collective takes besides what its bytes take.

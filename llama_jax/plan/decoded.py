@@ -25,7 +25,7 @@ _JOINT = {part: joint for joint, parts in JOINT.items() for part in parts}
 
 
 def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Target, tokens: int) -> Mapping[str, int]:
-    """Bytes on each device of the decoded weights of "attn", "mlp", "moe" and "head" that are there at one time.
+    """Bytes on each device of decoded weights of "attn", "mlp", "moe" and "head" that exist at one time.
 
     The largest of a block, which decodes one after the other; of many tokens and several devices of AMD's CDNA all of a
     block's, which XLA puts ahead of the sums between devices. Of a layer's stacks of routed

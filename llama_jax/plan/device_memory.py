@@ -16,7 +16,7 @@ MEMORY_FRACTION = 0.75
 rest."""
 
 ENGINE_FRACTION = 0.9
-"""The fraction taken by a command that runs an engine, and nothing else, on a GPU."""
+"""The fraction taken by a command that runs only an engine on a GPU."""
 
 _FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
@@ -35,7 +35,7 @@ def claim_memory(environment: MutableMapping[str, str], *, started: bool) -> boo
 
 
 def more_memory_hint(fraction: float) -> str:
-    """A hint at more room for an engine, where jax may use less of a GPU's memory than it could; else empty."""
+    """A hint about more room for an engine, if jax may use less of a GPU's memory than it could; else empty."""
     if fraction >= ENGINE_FRACTION:
         return ""
     return (

@@ -132,7 +132,7 @@ class DeviceShare:
         return self.cache(rows, capacity) + rows * (4 * capacity + _STATE_ROW) + _STATE_SCALARS
 
     def _last_keys(self, rows: int, capacity: int) -> int:
-        """Bytes that XLA's CPU compiler lends to other arrays until the last layer's keys are written there."""
+        """Bytes that XLA's CPU compiler uses for other arrays until the last layer's keys are written there."""
         if self.target.vendor != "cpu":
             return 0
         return self.cache(rows, capacity) // (2 * self.config.num_layers)
@@ -218,7 +218,7 @@ class Needs:
 
     @property
     def peak(self) -> int:
-        """Of the phase that needs most."""
+        """Bytes of the phase that needs most."""
         return max(self.phases.values())
 
     @property

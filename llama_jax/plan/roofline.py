@@ -31,7 +31,7 @@ from llama_jax.targets import Collective, Target
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time of one run on the device that has most to do.
+    """The least time of one run on the busiest device.
 
     Attributes:
       read_bytes: weights that the tokens use, and keys and values that they see.

@@ -43,7 +43,7 @@ class Workload:
         return jnp.dtype(self.dtype).itemsize
 
     def check(self, config: LlamaConfig) -> None:
-        """Raises RequestError for sizes that are not positive, or do not go together, and a cache that there is not."""
+        """Raises RequestError for sizes that are not positive or contradict each other, or an unknown kind of cache."""
         check_kv_dtype(self.kv_dtype)
         for name in ("batch", "context", "prompt"):
             if getattr(self, name) < 1:

@@ -50,7 +50,7 @@ class Plugin:
 
     @property
     def module(self) -> str:
-        """The version of `pjrt` to install."""
+        """The module that `pjrt` installs."""
         return f"jax_plugins.xla_rocm{self.generation}"
 
     def compiler(self, jaxlib: str) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def fixed_length(slots: int, block_k: int) -> int:
 def visible_slots(
     q_positions: jax.Array, kv_positions: jax.Array, visibility: Visibility
 ) -> tuple[jax.Array, jax.Array]:
-    """The slots [first, end) of each row, int32 [batch], among which is everything that any of its queries sees.
+    """The slots [first, end) of each row, int32 [batch], that contain everything any of its queries sees.
 
     Depends on positions only, so that the layers of a model share one computation, and is one reduction.
     """

@@ -9,7 +9,7 @@ from llama_jax.kernels.pallas import next_power_of_2, tile_width
 from llama_jax.targets import Target
 
 MIN_ROWS = 16
-"""Rows of a matrix instruction: fewer query rows are filled up to it."""
+"""Rows of a matrix instruction: fewer query rows are padded to it."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ NOTHING_SEEN = -MASKED
 
 @dataclass(frozen=True, kw_only=True)
 class Program(Rule):
-    """The rule of a call, and how the work is cut up."""
+    """The rule of a call, and the tiling of the work."""
 
     tiles: Tiles
     interpret: bool

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llama_jax.kernels.attention.records import Places, Visibility
 
 EMPTY = 2**30
-"""Beyond every position: where a slot stands that no query sees."""
+"""Beyond every position: the position of a slot that no query sees."""
 
 
 def visible_from(positions: jax.Array, visibility: Visibility) -> jax.Array:

@@ -100,7 +100,7 @@ _FLOAT32_RDNA = _tiles((16, 16, 8), (16, 16, 4, 4), (16, 16, 4, 4))
 
 
 def pieces_of(head_dim: int, wanted: int) -> int:
-    """Into how many pieces a head_dim is cut: fewer than wanted where a product would sum over too few columns."""
+    """The number of pieces to split head_dim into: fewer than wanted if a product would sum over too few columns."""
     return min(wanted, tile_width(head_dim) // MIN_CONTRACTION)
 
 
