@@ -39,7 +39,7 @@ class HuggingFaceFolder:
 
     Raises:
       CheckpointError: a file or tensor is missing, unknown, damaged or of the wrong shape; names it.
-      UnsupportedModel: config.json or a dtype asks for something that is not supported, a way of quantising among it.
+      UnsupportedModel: config.json or a dtype requires something unsupported, such as a way of quantising.
     """
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = True):

@@ -42,7 +42,7 @@ def recipe(spec: ParamSpec, names: Container[str], *, extra_embeddings: int = 0)
 
     Args:
       spec: the leaf.
-      names: of the tensors that there are, in the style of text-only models (`Names.plain`).
+      names: of the existing tensors, in the style of text-only models (`Names.plain`).
       extra_embeddings: rows of the embedding's tensor behind those of the leaf.
     """
     match = _EXPERTS.fullmatch(spec.name)

@@ -94,8 +94,8 @@ def read_ahead[T, R](
       limit: bytes that may be read and not used up yet; a larger item is read when nothing else is held.
 
     Yields:
-      An iterator of the batches' results. A batch counts as used up when the next one is asked for; its list is emptied
-      then. An error of `read` is raised there.
+      An iterator of the batches' results. A batch counts as consumed when the next one is requested; its list is
+      emptied then. An error of `read` is raised there.
     """
     budget, ready = Budget(limit), queue.SimpleQueue[list[R] | BaseException | None]()
     stop = threading.Event()

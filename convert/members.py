@@ -14,9 +14,9 @@ _KEPT = 8
 
 
 class Members:
-    """Makes the members of a leaf when the first is asked for, and keeps the others until they are.
+    """Makes the members of a leaf when the first is requested, and keeps the others until they are.
 
-    May be used from several threads at once, which wait for one another where they ask for the same leaf.
+    May be used from several threads at once, which wait for one another if they request the same leaf.
 
     Args:
       make: of a leaf's dotted name, all of its members.

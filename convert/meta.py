@@ -68,7 +68,7 @@ class MetaFolder:
     Raises:
       CheckpointError: a file or tensor is missing, unknown, damaged or of the wrong shape; names it.
       TokenizerError: tokenizer.model is missing, damaged, or of another model.
-      UnsupportedModel: params.json or a dtype asks for something that is not supported.
+      UnsupportedModel: params.json or a dtype requires something unsupported.
     """
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):

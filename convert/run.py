@@ -48,7 +48,7 @@ def convert(
 
     Tensors pass one by one, in the order of the source's files: the host holds the largest of them or 768 MiB, whatever
     the model's size. Nothing stands at `dst` before all is done. A conversion that was stopped, in whatever way, leaves
-    what it has written in `<dst>.partial`; the same call goes on there, after checking every tensor's digest, and gives
+    what it has written in `<dst>.partial`; the same call resumes there, after checking every tensor's digest, and gives
     the same result. A second conversion to the same place waits for the first.
 
     Args:
@@ -59,7 +59,7 @@ def convert(
         (with a recipe bfloat16; of a GGUF file's quantised tensors that are decoded, float32).
       dequantize: whether to decode weights that the source has quantised. By default they keep their precision, where
         a layout of `llama_jax.quantized` can hold it.
-      recipe: quantises weights (those of a quantised source anew).
+      recipe: quantises weights (those of a quantised source again).
       calibration: a text, for a recipe whose method needs one.
       overwrite: whether a checkpoint at `dst` may be replaced; it stays until the new one is complete.
       allow_nonfinite: whether weights may have any values: NaN, infinite, subnormal, zero in most of the matrices.
@@ -68,7 +68,7 @@ def convert(
       revision: the source's commit or digest, for the metadata.
       progress: called after each tensor.
       notify: called with a sentence before it begins (sizes and free space) and before a wait, about what was left out
-        or looks strange, and when something is left for the same call to go on with.
+        or looks strange, and when something is left for the same call to resume from.
       quantised: called at the end for each leaf that the recipe quantised, with the size of its error (the root of the
         mean square), as a share of the weight's; of its outputs' over the text, where it was calibrated.
 
@@ -77,7 +77,7 @@ def convert(
 
     Raises:
       ModelNotFound: nothing stands at `src`.
-      UnsupportedModel: the model asks for something that this package does not compute.
+      UnsupportedModel: the model needs something that this package does not compute.
       RequestError: an unknown dtype, the recipe does not fit the model, or its method the calibration text.
       CheckpointError: the source is damaged or incomplete, changes meanwhile, or holds NaN; names file and tensor.
       StorageError, DoesNotFit: `dst` exists or cannot be written, or the disk is too small.

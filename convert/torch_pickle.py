@@ -92,7 +92,7 @@ def unpickle(data: bytes, start: int = 0) -> tuple[Any, int]:
       where it ends in `data`.
 
     Raises:
-      PickleError: it is malformed, too large, or asks for anything else.
+      PickleError: it is malformed, too large, or needs anything else.
     """
     machine = _Machine(data, start)
     try:

@@ -73,7 +73,7 @@ class WeightFile(ABC):
         read_at(self._fd, memoryview(flat), self.entries[name].offset + skip, self.path, f"tensor {name}")
 
     def _bad(self, what: str) -> CheckpointError:
-        """The error for a file that is not what its format asks for."""
+        """The error for a file that violates its format."""
         return CheckpointError(f"{self.path}: {what}", hint=AGAIN)
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """All operations by name, and the backends that other packages add to them.
 
-Nothing here imports jax before an operation is asked for, so that the command line can check names cheaply.
+Nothing here imports jax before an operation is requested, so that the command line can check names cheaply.
 """
 
 from __future__ import annotations

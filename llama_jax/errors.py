@@ -70,7 +70,7 @@ class ModelNotFound(LlamaJaxError):
 
 
 class GatedModel(ModelNotFound):
-    """The model exists, but its owner asks for a licence to be accepted or a token."""
+    """The model exists, but its owner requires an accepted licence or a token."""
 
 
 class UnsupportedModel(LlamaJaxError):

@@ -46,7 +46,7 @@ FAMILIES = Group("llama_jax.families", "llama_jax.config.families:plugin_problem
 """Architectures: each entry point has the `model_type` of a config.json as its name, and is a
 `llama_jax.config.families.Family`."""
 LOGITS_PROCESSORS = Group("llama_jax.logits_processors", "llama_jax.sampling.constraints:plugin_problem")
-"""Constraints on what may come next: each entry point has the name by which requests ask for it, and is a
+"""Constraints on the next token: each entry point has the name that requests use, and is a
 `llama_jax.sampling.constraints.LogitsProcessor`."""
 TOOL_PARSERS = Group("llama_jax.tool_parsers", "llama_jax.text.tools.formats:plugin_problem")
 """Ways in which models write calls of tools: each entry point has the name that `serve --tool-parser` takes, and is a

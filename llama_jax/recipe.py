@@ -15,10 +15,10 @@ from llama_jax.quantized.methods import METHODS
 PLAIN = "bfloat16"
 """The name of what is not quantised, and what it is stored in."""
 GROUPS = {"int4": 64}
-"""Numbers that share a scale where nobody says; of other kinds, a whole row does."""
+"""Numbers that share a scale by default; for other kinds, a whole row does."""
 WHOLE_ROWS = -1
 NEAREST = "rtn"
-"""The method where nobody names one, and that of embeddings and heads where the method is calibrated on a text."""
+"""The default method, and that of embeddings and heads if the method is calibrated on a text."""
 
 STORED, FLOAT = "stored", "float"
 """Forms of a quantised model's weights on devices: as they are stored, or decoded."""

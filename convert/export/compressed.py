@@ -38,7 +38,7 @@ def export_compressed(
 ) -> Exported:
     """Writes a quantised checkpoint without changing a code.
 
-    An embedding in few bits is decoded, also one that the output projection is tied to, since the format's readers take
+    A quantised embedding is decoded, also one that the output projection is tied to, since the format's readers take
     few bits of linear layers only. Leaves pass one by one.
 
     Args:

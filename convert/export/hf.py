@@ -174,7 +174,7 @@ def _write_tensors(
 
 
 def is_export(path: Path) -> bool:
-    """Returns whether a folder is an export of this program, or empty: what nobody minds losing to --overwrite."""
+    """Returns whether a folder is an export of this program, or empty, so that --overwrite may replace it."""
     if not path.is_dir() or path.is_symlink():
         return False
     found = sorted(path.glob("*.safetensors"))

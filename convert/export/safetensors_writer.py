@@ -19,7 +19,7 @@ from llama_jax.convert.safetensors_file import DTYPES
 from llama_jax.convert.weight_file import closed_on_error
 
 _WRITTEN = {**DTYPES, "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
-"""Floats of plain weights, and what packed codes lie in."""
+"""Dtypes: floats of plain weights, and integers of packed codes."""
 _NAMES = {dtype.name: name for name, dtype in _WRITTEN.items()}
 _ALIGNMENT = 8
 
@@ -42,7 +42,7 @@ class SafetensorsWriter:
     Args:
       path: the file; it must not exist.
       plan: name to dtype and shape of every tensor.
-      metadata: strings for the header; transformers asks for {"format": "pt"}.
+      metadata: strings for the header; transformers requires {"format": "pt"}.
 
     Raises:
       OSError: the file cannot be written.

@@ -88,7 +88,7 @@ class Rule:
     batch_invariant: bool = False
 
 
-# Part of jit's cache key: programs traced within are traced anew.
+# Part of jit's cache key: programs traced within are traced again.
 _batch_invariant = jax.make_user_context(False)
 
 

@@ -1,7 +1,7 @@
 """Checks every kernel on this machine's device, in a child process: one that crashes or hangs takes nothing along.
 
 The child compiles everything at once, in threads, and then runs one check after the other. A crash while one runs is
-due to that one. A crash while several are compiled could be due to any of them: then nobody is blamed, and the next
+due to that one. A crash while several are compiled could be due to any of them: then none is blamed, and the next
 child takes one after the other from its tracing to its result.
 """
 

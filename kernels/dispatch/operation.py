@@ -77,7 +77,7 @@ class Operation:
         return {**extra().backends.get(self.name, {}), **self.backends}
 
 
-# Both are part of jit's cache key: programs traced under another choice are traced anew.
+# Both are part of jit's cache key: programs traced under another choice are traced again.
 _preferred = jax.make_user_context(())
 _disabled = jax.make_user_context(())
 

@@ -72,7 +72,7 @@ def _rows(
         if tiles.rows > 1:
             row = first + jnp.arange(tiles.rows, dtype=jnp.int32)
             index, valid = (row,), row < rows if rows % tiles.rows else None
-        # All is asked for before anything is waited for.
+        # All loads are issued before the first wait.
         term, other = load_tile(x_ref, index, width, valid), load_tile(delta_ref, index, width, valid)
         weight = load_tile(weight_ref, (0,), width)
         # A sum or product of two 16-bit floats, rounded to float32 before, is what rounding it once gives.

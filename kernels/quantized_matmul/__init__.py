@@ -1,4 +1,4 @@
-"""Products with weights in few bits, which are decoded where they are multiplied."""
+"""Products with quantised weights, which are decoded inside the product."""
 
 from __future__ import annotations
 

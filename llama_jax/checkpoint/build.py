@@ -57,7 +57,7 @@ def load_params(
       The parameter tree of `llama_jax.params`.
 
     Raises:
-      CheckpointError: a tensor is missing, unknown, damaged, or of another shape than the config asks for.
+      CheckpointError: a tensor is missing, unknown, damaged, or of another shape than the config requires.
       RequestError: weights cannot be of this dtype, or a pattern fits no tensor.
     """
     source = CheckpointSource(path, config=config)

@@ -150,7 +150,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
       ModelNotFound: no such folder.
       CheckpointError: not a finished checkpoint, of a newer format, or its metadata is damaged; names the file.
-      UnsupportedModel: config.json asks for something that is not supported.
+      UnsupportedModel: config.json requires something unsupported.
     """
     path = Path(path)
     if not path.is_dir():

@@ -1,6 +1,6 @@
 """model.lock.json: what a checkpoint was made from, byte for byte, and what it consists of.
 
-    lock_version, tool, dtype      the file's own version, the program that wrote it, the dtype that was asked for
+    lock_version, tool, dtype      the file's own version, the program that wrote it, the requested dtype
     method                         how weights were quantised here, where that is not rounding to the nearest
     source                         kind, name, revision, licence
     source_files                   name, size and sha256 of every weight file that was read

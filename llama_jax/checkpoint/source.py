@@ -171,7 +171,7 @@ def check_names(
 
     Args:
       path: the model's file or folder, for messages.
-      asks: what it is that asks for tensors.
+      asks: the file that requires the tensors, for messages.
       holder: the file of a tensor that was found, where that is not `path`.
     """
     found, wanted = set(found), set(wanted)

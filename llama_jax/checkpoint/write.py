@@ -213,7 +213,7 @@ class CheckpointWriter:
           source_files, origins, dtype, method: for model.lock.json; see `checkpoint.lock`.
 
         Raises:
-          CheckpointError: the tensors that were written are not those that the config asks for.
+          CheckpointError: the tensors that were written are not those that the config requires.
           UnsupportedModel: a config.json cannot express the config.
         """
         written = self.written

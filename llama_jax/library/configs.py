@@ -27,7 +27,7 @@ def find_config(name: str) -> LlamaConfig:
 
     Raises:
       ModelNotFound: there is no such model on this machine, and no such preset.
-      CheckpointError, UnsupportedModel: it is damaged, or asks for something that is not supported.
+      CheckpointError, UnsupportedModel: it is damaged, or requires something unsupported.
     """
     if (found := find_preset(name)) is not None:
         return found

@@ -23,7 +23,7 @@ Notify = Callable[[str], None]
 
 MADE_AS = f"v{FORMAT_VERSION}.2"
 """Ending of names in the cache. The last number rises when a source comes to be read in another way, so that what was
-converted before is made anew."""
+converted before is converted again."""
 REMOVED = ".llama_jax-removed"
 """Ending of a checkpoint whose removal has begun."""
 UNFINISHED = (".partial", ".llama_jax-old", REMOVED)

@@ -54,7 +54,7 @@ def snapshot(repo: str, revision: str | None, notify: Notify, progress: Progress
       progress: called during a download.
 
     Raises:
-      GatedModel: the owner asks for a licence to be accepted, or for a login.
+      GatedModel: the owner requires that a licence is accepted, or a login.
       ModelNotFound: the hub knows no such model or revision.
       NetworkError: it is not on this machine, and the hub cannot be reached or answers with an error.
       CheckpointError: a file is not what the hub announces.

@@ -10,7 +10,7 @@ from llama_jax.errors import ModelNotFound, NetworkError
 OFFLINE = "LLAMA_JAX_OFFLINE"
 """If set to 1, nothing is downloaded, from the hub or from a package index."""
 YES = "LLAMA_JAX_YES"
-"""Set to 1, as the command line's `--yes` does, nobody is asked before the default model is fetched."""
+"""If set to 1, as by the command line's `--yes`, the default model is downloaded without asking."""
 
 
 def check_online(what: str, *, otherwise: str) -> None:

@@ -31,7 +31,7 @@ class Offer:
     """The model that the hub has under a name: what a download would fetch.
 
     Attributes:
-      repo, revision: what was asked for; the revision is None for the main branch.
+      repo, revision: as requested; the revision is None for the main branch.
       commit: what the revision is at present.
       licence: as the model card states it.
       files: what is needed of the repository.

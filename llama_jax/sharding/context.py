@@ -14,7 +14,7 @@ from llama_jax.errors import RequestError
 from llama_jax.sharding.axes import RULES, Axes, MeshAxes
 from llama_jax.sharding.mesh import AnyMesh, RuledMesh, ruled, spec_entry
 
-# Part of jit's cache key, as the mesh in use is: programs traced under other rules are traced anew.
+# Part of jit's cache key, as the mesh in use is: programs traced under other rules are traced again.
 _rules = jax.make_user_context(RULES)
 
 _ONE_DEVICE = RuledMesh({})

@@ -101,7 +101,7 @@ def names(found: Iterable[Gpu]) -> str:
 
 
 def unused_gpu_warning(root: Path = ROOT) -> str | None:
-    """One line if this machine has a GPU while jax computes on the CPU and nobody asked for that, else None.
+    """One line if this machine has a GPU while jax computes on the CPU without being told to, else None.
 
     Cheap enough for every start: reads a few files of the kernel. Imports jax.
     """

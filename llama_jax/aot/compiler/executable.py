@@ -141,7 +141,7 @@ def kernels(exe: Fields) -> tuple[Kernel, ...]:
             metadata, elf = shared[launch.name]
         code = code_object.code(elf, launch.name)
         x, y, z = launch.block
-        # What a launch asks for; the code object alone states only what is static.
+        # The launch's request; the code object states only the static part.
         lds_bytes = launch.lds_bytes + metadata[".group_segment_fixed_size"]
         vgpr, sgpr, wave_size = metadata[".vgpr_count"], metadata[".sgpr_count"], metadata[".wavefront_size"]
         found.append(
