@@ -1,4 +1,4 @@
-"""Conversion of checkpoints from other formats and back: Hugging Face folders, folders of Meta, GGUF files."""
+"""Conversion of checkpoints from and export to other formats: Hugging Face folders, folders of Meta, GGUF files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders and files that hold an adapter (LoRA and its kin), which is no model without its base.
+"""Folders and files that hold an adapter (LoRA and similar), which is not a model without its base.
 
 Formats: https://huggingface.co/docs/peft/developer_guides/checkpoint and mlx-lm's LORA.md.
 """
@@ -32,7 +32,7 @@ def merge_hint(folder: Path | str) -> str:
 
 
 def is_adapter(names: Iterable[str]) -> bool:
-    """Whether files of these names, which hold no model, are an adapter."""
+    """Returns whether files of these names, which hold no model, are an adapter."""
     return any(_FILE.fullmatch(name) for name in names)
 
 

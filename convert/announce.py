@@ -15,7 +15,7 @@ from llama_jax.params import ParamSpec
 from llama_jax.schemes import PLAIN
 
 LARGER = 2
-"""How many times the size of its source a checkpoint may have before a warning says what helps."""
+"""Ratio of a checkpoint's size to its source's above which a warning says what helps."""
 
 
 def announce(
@@ -27,7 +27,7 @@ def announce(
     *,
     warn_larger: bool,
 ) -> None:
-    """Tells `notify` what a source becomes and where, after a warning if that is much larger than the source.
+    """Tells `notify` the result and destination of a conversion, after a warning if it is much larger than the source.
 
     Args:
       dtypes: of each leaf in the checkpoint.

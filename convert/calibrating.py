@@ -1,4 +1,4 @@
-"""Sources whose weights are quantised with a calibration text, layer by layer, while they are read."""
+"""Sources that quantise weights with a calibration text, layer by layer, while they are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WINDOW, WINDOWS = 512, 64
 hardly falls with more, and their hidden states are kept on the host."""
 
 Written = Callable[[str], np.ndarray | None]
-"""Gives what an earlier conversion has written of a tensor; None where it has not."""
+"""Returns a tensor that an earlier conversion has written; None if it has not."""
 
 
 def rows_of_text(source: ModelSource, text: str) -> np.ndarray:
@@ -45,7 +45,7 @@ def rows_of_text(source: ModelSource, text: str) -> np.ndarray:
 
 
 class CalibratedSource(Wrapped):
-    """A source with its weights quantised by a method that is given a text; see `checkpoint.source.InOrder`.
+    """A source with its weights quantised by a calibrated method; see `checkpoint.source.InOrder`.
 
     Memory holds one layer in float32, and the text's hidden states before it. Embedding and head are rounded to the
     nearest.
@@ -79,7 +79,7 @@ class CalibratedSource(Wrapped):
         self._hidden: Hidden = ()
 
     def resume(self, written: Written) -> None:
-        """Takes the layers that were written before from there, as long as whole ones are."""
+        """Reuses the layers that were written before, as long as they are complete."""
         self._written = written
 
     def dtype(self, spec: ParamSpec) -> np.dtype:
@@ -103,7 +103,7 @@ class CalibratedSource(Wrapped):
         return cast(name, np.ascontiguousarray(array), self._dtype, self.path)
 
     def _go_to(self, index: int) -> None:
-        """Has a layer ready, and all before it gone through."""
+        """Prepares a layer, after computing all layers before it."""
         if index < self._index:
             raise ValueError(f"layer {index} was asked for behind layer {self._index}")
         if not self._layer:

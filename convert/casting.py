@@ -28,7 +28,7 @@ _BLOCK_BYTES = 32 << 20
 
 
 def row_blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Takes a tensor apart, so that what is made of it is in memory by blocks only.
+    """Splits a tensor, so that results derived from it are in memory only block by block.
 
     Args:
       array: [..., columns], C-contiguous.

@@ -1,4 +1,4 @@
-"""sha256 of source files while they are converted: right behind the reader, where the bytes are still in memory."""
+"""sha256 of source files during a conversion: right behind the reader, while the bytes are still in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK_BYTES = 4 << 20
 
 
 class FileHashes:
-    """Hashes files on a thread of its own; a context manager.
+    """Hashes files on its own thread; a context manager.
 
     Args:
       files: all files, in the order in which they will be read.

@@ -15,7 +15,7 @@ from llama_jax.errors import CheckpointError, LlamaJaxError, ModelNotFound, Unsu
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
-"""One file of weights, or the index of several, by format; the first that is there wins."""
+"""One file of weights, or the index of several, by format; the first that exists wins."""
 META = "params.json"
 
 MISSING = "get what is missing from where the other files came"
@@ -83,7 +83,7 @@ def model_in(path: Path) -> Path:
 
 
 def has_weights(path: Path) -> bool:
-    """Whether a folder holds the weights of a Hugging Face model, or the index of their files."""
+    """Returns whether a folder holds the weights of a Hugging Face model, or the index of their files."""
     return any((path / name).exists() for layout in LAYOUTS for name in layout)
 
 
@@ -135,12 +135,12 @@ def no_model(path: Path) -> LlamaJaxError:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is to be read as GGUF, by its name or its first bytes."""
+    """Returns whether a file should be read as GGUF, by its name or its first bytes."""
     return path.suffix.lower() == ".gguf" or (read_head(path)[0].startswith(GGUF) and not _PIECE.fullmatch(path.name))
 
 
 def no_model_file(path: Path) -> LlamaJaxError:
-    """The error for a file that is given as a model, and is no GGUF file."""
+    """The error for a file that is given as a model but is not a GGUF file."""
     if (error := _piece_error(path)) is not None:
         return error
     if path.suffix in _WEIGHTS or path.name in (CONFIG, META, INDEX):
@@ -184,7 +184,7 @@ def _holds_some(path: Path) -> bool:
 
 
 def _numbered(path: Path) -> list[str]:
-    """Order of names with numbers in them: checkpoint-1000 comes after checkpoint-500."""
+    """Sort key for names with numbers in them: checkpoint-1000 comes after checkpoint-500."""
     return [part.zfill(20) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 

@@ -161,14 +161,14 @@ _HINT = "the file is damaged, or the model has parts that are not supported; try
 
 
 def rotated_heads(leaf: str, config: LlamaConfig) -> int | None:
-    """How many heads stand one below the other in a projection whose output is rotated; None for other leaves."""
+    """The number of heads stacked in a projection whose output is rotated; None for other leaves."""
     if leaf.endswith(".attn.q_proj"):
         return config.num_heads
     return config.num_kv_heads if leaf.endswith(".attn.k_proj") else None
 
 
 def half_rotation(array: np.ndarray, heads: int) -> np.ndarray:
-    """Puts the rows of a query or key projection into the order in which rope rotates halves.
+    """Permutes the rows of a query or key projection to the order in which rope rotates halves.
 
     llama.cpp stores them for interleaved rope: row 2i of a head is our row i, row 2i + 1 is our row head_dim / 2 + i
     (`LlamaModel.permute` in its convert_hf_to_gguf.py; `_reverse_permute_weights` in transformers).

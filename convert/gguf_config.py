@@ -26,14 +26,14 @@ ARCHITECTURES = {
     "qwen3": ("qwen3",),
     "smollm3": ("smollm3",),
 }
-"""llama.cpp's architectures, each with the model types that it stands for; the first where nothing says otherwise."""
+"""llama.cpp's architectures, each with the model types it covers; the first unless something says otherwise."""
 PERMUTED = frozenset(("llama", "smollm3"))
 """Architectures whose query and key rows llama.cpp stores in the order of interleaved rope."""
 BIASES: Mapping[str, tuple[str, ...]] = {
     "llama": ("qkv_bias", "o_bias", "mlp_bias"),
     **dict.fromkeys(("llama4", "qwen2", "qwen3", "smollm3"), ("qkv_bias",)),
 }
-"""Biases (fields of LlamaConfig) that llama.cpp knows in each architecture: `load_arch_tensors` in its src/models."""
+"""Biases (fields of LlamaConfig) that llama.cpp has in each architecture: `load_arch_tensors` in its src/models."""
 
 REQUIRED: Mapping[str, str] = {
     "context_length": "max_position_embeddings",
@@ -43,7 +43,7 @@ REQUIRED: Mapping[str, str] = {
     "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
-"""Keys that every model has (below its architecture's name), and what config.json calls them."""
+"""Keys that every model has (below its architecture's name), and their names in config.json."""
 OPTIONAL: Mapping[str, str] = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.sliding_window": "sliding_window",
@@ -57,19 +57,19 @@ LLAMA4: Mapping[str, str] = {
     "interleave_moe_layer_step": "interleave_moe_layer_step",
     "expert_count": "num_local_experts",
 }
-"""What Llama 4 has besides, or under another name."""
+"""Keys that Llama 4 has in addition, or under another name."""
 HEAD_DIM_KEYS = ("attention.key_length", "rope.dimension_count", "attention.value_length")
 """Keys that all hold the size of a head in the models that are supported."""
 EOS_KEYS = ("eos", "eot", "eom")
-"""Ids that end a text stand in `tokenizer.ggml.<key>_token_id`."""
+"""Keys of ids that end a text: `tokenizer.ggml.<key>_token_id`."""
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
-"""Named tokens of config.json, and what GGUF keys call them."""
+"""Named tokens of config.json, and their names in GGUF keys."""
 ROPE: Mapping[str, str] = {
     "rope.freq_base": "rope_theta",
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
-"""Keys of every kind of rope, and what `rope_parameters` in config.json calls them."""
+"""Keys of every kind of rope, and their names in `rope_parameters` of config.json."""
 YARN_BETAS: Mapping[str, str] = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 
 NO_ID = (-1, 0xFFFFFFFF)
@@ -100,7 +100,7 @@ _NEUTRAL: Mapping[str, Any] = {
     "embedding_scale": 1.0,
     "use_parallel_residual": False,
 }
-"""Keys that are not read, with the only value that changes nothing."""
+"""Keys that are not read, with the only value that has no effect."""
 _SAFETENSORS = "use the safetensors weights"
 NO_MODEL = "this is no whole language model; use another GGUF file, or the model's safetensors weights"
 _OTHER_KINDS = {
@@ -112,7 +112,7 @@ _OTHER_KINDS = {
     "imatrix": ("an importance matrix for quantising", "give the GGUF file of the model itself"),
     "vocab": ("a vocabulary without weights", "give the GGUF file of the model itself"),
 }
-"""Values of general.type, of what is no model: what it is, and what to do."""
+"""Values of general.type of files that are not models: what they are, and what to do."""
 
 
 def config_dict(
@@ -274,7 +274,7 @@ the second high_freq_factor."""
 
 
 def llama3_factors(theta: float, size: int, factor: float, high: float, original: int) -> np.ndarray:
-    """What "llama3" scaling divides each rope frequency by.
+    """Divisors of the rope frequencies under "llama3" scaling.
 
     Args:
       theta: base of the frequencies.

@@ -1,8 +1,8 @@
 """Reading GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), versions 2 and 3, little-endian.
 
 Every length is checked against the file's size before it is used, so a damaged file ends in an error and never in a
-long loop or a large allocation. Data is read with `pread` and not mapped, since a file that is cut short while it is
-mapped kills the process. The quantised formats themselves are decoded by the `gguf` package of llama.cpp.
+long loop or a large allocation. Data is read with `pread` and not mapped, since truncating a mapped file kills the
+process. The quantised formats themselves are decoded by the `gguf` package of llama.cpp.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_HEADER_BYTES = 64 << 20
 _MAX_NAME = 65_535
 _MAX_DIMS = 4
 _BLOCK_ELEMENTS = 2 << 20
-"""Numbers that are decoded at one time; the decoders need some ten times the memory of their result."""
+"""Numbers that are decoded at a time; the decoders need about ten times the memory of their result."""
 _PLAIN = {0: np.dtype("<f4"), 1: np.dtype("<f2"), 30: BFLOAT16}
 """GGML types that are kept as they are: F32, F16, BF16."""
 _REQUANTISE = "quantise the model again from its original weights, or use a GGUF file of another type, e.g. Q4_K_M"
@@ -40,7 +40,7 @@ _REMOVED = {
     **{i: (f"Q4_0_{shape}", _REPACKED.format("Q4_0")) for i, shape in ((31, "4_4"), (32, "4_8"), (33, "8_8"))},
     **{i: (f"IQ4_NL_{shape}", _REPACKED.format("IQ4_NL")) for i, shape in ((36, "4_4"), (37, "4_8"), (38, "8_8"))},
 }
-"""Types that llama.cpp no longer has (`enum ggml_type` of ggml/include/ggml.h): number to name and what to do."""
+"""Types that llama.cpp has removed (`enum ggml_type` of ggml/include/ggml.h): number to name and what to do."""
 _MAX_KIND = 1023
 """No type of llama.cpp or of its forks has a larger number."""
 
@@ -290,5 +290,5 @@ class GgufFile:
 
 
 def _shortest(value: np.float32) -> float:
-    """The float64 that a person would have written for this float32."""
+    """The float64 of the shortest decimal number that rounds to this float32."""
     return float(str(value))

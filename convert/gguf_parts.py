@@ -64,7 +64,7 @@ class GgufParts:
         return self._where[name].dtype(name)
 
     def stored(self, name: str) -> SourceTensor:
-        """Which file holds a tensor, and where."""
+        """The file that holds a tensor, and the tensor's place in it."""
         tensor = self.tensors[name]
         return SourceTensor(name, self._where[name].path, tensor.offset, tensor.nbytes)
 
@@ -157,5 +157,5 @@ def first_part(path: Path) -> Path:
 
 
 def models_of(files: Iterable[Path]) -> list[Path]:
-    """One path for each model among GGUF files: parts that belong together count once."""
+    """One path for each model among GGUF files: parts of one model count once."""
     return sorted({first_part(path) for path in files})

@@ -1,4 +1,4 @@
-"""How text is cut before merging, by the names that GGUF files give it (tokenizer.ggml.pre).
+"""Pre-tokenizers, which split text before merging, by their names in GGUF files (tokenizer.ggml.pre).
 
 The expressions are those of each family's own tokenizer.json; which name means which, and what else a name implies, is
 that of llama.cpp (https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp), whose expressions for
@@ -86,7 +86,7 @@ def pre_tokenizer_name(content: Mapping[str, Any] | None, *, ignores_merges: boo
 
 
 def _without_offsets(content: Any) -> Any:
-    """Drops what says only which characters a token counts as its own."""
+    """Drops keys that only say which characters a token covers."""
     if isinstance(content, Mapping):
         return {key: _without_offsets(value) for key, value in content.items() if key != "trim_offsets"}
     return [_without_offsets(item) for item in content] if isinstance(content, list) else content

@@ -30,7 +30,7 @@ NAMED_IDS = {
     "unk_token": "unknown_token_id",
     "pad_token": "padding_token_id",
 }
-"""Named tokens, and where their ids stand below "tokenizer.ggml."."""
+"""Named tokens, and the keys of their ids below "tokenizer.ggml."."""
 NO_TOKENIZER = "none"
 """The value of tokenizer.ggml.model in files that hold weights only."""
 _DAMAGED = "the GGUF file is damaged; fetch it again"
@@ -163,7 +163,7 @@ def _byte_level(
 
 
 def _pre_tokenizer(name: object) -> PreTokenizer:
-    """How text is split before merging, for a value of tokenizer.ggml.pre."""
+    """The pre-tokenizer, which splits text before merging, for a value of tokenizer.ggml.pre."""
     if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise UnsupportedModel(
             f"the GGUF pre-tokenizer {name!r} (tokenizer.ggml.pre) is not known",

@@ -39,7 +39,7 @@ class HuggingFaceFolder:
 
     Raises:
       CheckpointError: a file or tensor is missing, unknown, damaged or of the wrong shape; names it.
-      UnsupportedModel: config.json or a dtype asks for something that is not supported, a way of quantising among it.
+      UnsupportedModel: config.json or a dtype requires something unsupported, such as a way of quantising.
     """
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = True):
@@ -122,7 +122,7 @@ class HuggingFaceFolder:
         return out
 
     def has_rows(self, spec: ParamSpec) -> bool:
-        """Whether the leaf is a tensor of the file as it is; see `checkpoint.source.RowSource`."""
+        """Returns whether the leaf is a tensor of the file as it is; see `checkpoint.source.RowSource`."""
         made = self._recipe(spec)
         plain = isinstance(self._weights[made.sources[0]], PlainWeight)
         return plain and len(made.sources) == 1 and made.part is None and not made.transposed
@@ -133,7 +133,7 @@ class HuggingFaceFolder:
         weight.read_into(out, row=start)
 
     def _recipe(self, spec: ParamSpec) -> Recipe:
-        """How a leaf is made, or the leaf that this is a member of."""
+        """The recipe for a leaf, or for the leaf that this is a member of."""
         return self._recipes[spec.name if spec.scheme == PLAIN.name else f"{spec.leaf}.weight"]
 
     def _keep(self) -> None:
@@ -168,7 +168,7 @@ class HuggingFaceFolder:
         }
 
     def _read_experts(self, made: Recipe, out: np.ndarray) -> None:
-        """Takes a stack of experts apart, one by one, so that no second copy of it is ever in memory."""
+        """Splits a stack of experts, one by one, so that no second copy of it is ever in memory."""
         weight, width = self._weights[made.sources[0]], out.shape[1]
         first = (made.part or 0) * width
         buffer = np.empty(made.shape[1:], out.dtype) if made.transposed else None
@@ -212,7 +212,7 @@ class HuggingFaceFolder:
                     del self._weights[name]
 
     def _tie(self, *, certain: bool) -> None:
-        """Decides whether the embedding is the output projection as well.
+        """Decides whether the embedding is also the output projection.
 
         A tied model may still carry lm_head.weight: fine if it is the embedding, or stands for it. The config.json of
         a multimodal model often does not say, or says it wrongly; then the weights decide, as in transformers.

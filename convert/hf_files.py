@@ -62,7 +62,7 @@ def check_promised(path: Path, promised: set[str], found: Set[str], shards: Mapp
 
 
 def inside(folder: Path, name: str, more: str = "") -> Path:
-    """A file of the folder. Refuses names and links that lead out of it.
+    """A file of the folder. Refuses names and links that point outside it.
 
     In the cache of huggingface_hub the files of a snapshot are links to `blobs` of the same model, which is fine; so is
     the store of contents that its models share.
@@ -103,12 +103,12 @@ def licence(path: Path) -> str | None:
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a folder looks like a Hugging Face model."""
+    """Returns whether a folder looks like a Hugging Face model."""
     return (path / CONFIG).is_file()
 
 
 def required_files(path: Path) -> list[Path]:
-    """The weight files of a folder, there or not; of use to see whether a download is complete."""
+    """The weight files of a folder, existing or not; used to check whether a download is complete."""
     try:
         return [path / name for name in weight_shards(path)]
     except LlamaJaxError:

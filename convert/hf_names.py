@@ -1,4 +1,4 @@
-"""Which tensors of a Hugging Face checkpoint make up each canonical leaf, in all layouts in use.
+"""Maps each canonical leaf to the tensors of a Hugging Face checkpoint that make it up, in all layouts in use.
 
 Mixtures of experts come in three: a tensor per expert and projection, as saved by transformers (`w1`, `w3`, `w2`) or by
 quantisers (`gate_proj`, `up_proj`, `down_proj`); all experts' gate and up projections in one, `gate_up_proj`
@@ -22,7 +22,7 @@ _SHORT = {"gate": "w1", "up": "w3", "down": "w2"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one leaf is made.
+    """The recipe for one leaf.
 
     Attributes:
       sources: the tensor that holds the leaf, or one for each expert.
@@ -38,11 +38,11 @@ class Recipe:
 
 
 def recipe(spec: ParamSpec, names: Container[str], *, extra_embeddings: int = 0) -> Recipe:
-    """How to make a leaf from the tensors called `names`; where several layouts fit none, that of `spec.hf`.
+    """Finds how to make a leaf from the tensors called `names`; if no layout fits, that of `spec.hf`.
 
     Args:
       spec: the leaf.
-      names: of the tensors that there are, in the style of text-only models (`Names.plain`).
+      names: of the existing tensors, in the style of text-only models (`Names.plain`).
       extra_embeddings: rows of the embedding's tensor behind those of the leaf.
     """
     match = _EXPERTS.fullmatch(spec.name)
@@ -83,7 +83,7 @@ CACHE_SCALE = re.compile(
     r"(?:(?:kv|[qkv]|prob|output|prob_output)(?:_cache)?_(?:scale|scale_inv|global_scale|zero_point))"
 )
 """Scales of queries, keys, values and weights of attention for a cache kept in FP8 or INT8; vLLM, llm-compressor, Quark
-and ModelOpt each have names of their own (`maybe_remap_kv_scale_name` in vLLM's model_loader/weight_utils.py)."""
+and ModelOpt each have their own names (`maybe_remap_kv_scale_name` in vLLM's model_loader/weight_utils.py)."""
 _OTHER_TOWERS = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector|image_newline)\b.*")
 _TEXT_PREFIXES = (
     ("language_model.model.", "model."),
@@ -95,7 +95,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 
 @dataclass(frozen=True)
 class Names:
-    """How the tensors of one checkpoint are called.
+    """The tensor names of one checkpoint.
 
     Attributes:
       multimodal: whether the text model is a part of it.

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder as the model has them, however they are stored."""
+"""The weights of a Hugging Face folder in the model's form, however they are stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MISMATCH = "config.json and the weights do not belong together, or the download 
 
 
 class Weight(Protocol):
-    """One weight: known to be there, not read yet.
+    """One weight: known to exist, not read yet.
 
     Attributes:
       path: the file that holds it.
@@ -82,9 +82,9 @@ class PlainWeight:
         self.file.read_into(self.name, out, skip * out.itemsize)
 
     def equals(self, other: PlainWeight) -> bool:
-        """Whether both hold the same bytes, dtype and shape."""
+        """Returns whether both hold the same bytes, dtype and shape."""
         return same_tensor(self.file, self.name, other.file, other.name)
 
     def all_zero(self) -> bool:
-        """Whether every byte is 0."""
+        """Returns whether every byte is 0."""
         return not any(block.any() for block in blocks(self.file, self.name))

@@ -54,7 +54,7 @@ def stored_dtype(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) ->
 
 
 def memory(model: ModelSource, spec: ParamSpec, dtype: np.dtype | None) -> int:
-    """Bytes of host memory that reading a leaf takes: what is read and, where it is cast, what becomes of it."""
+    """Bytes of host memory that reading a leaf takes: the data read and, if it is cast, the result."""
     found, stored = model.dtype(spec), stored_dtype(model, spec, dtype)
     return spec.size * (found.itemsize + (stored.itemsize if stored != found else 0))
 
@@ -94,8 +94,8 @@ def read_ahead[T, R](
       limit: bytes that may be read and not used up yet; a larger item is read when nothing else is held.
 
     Yields:
-      An iterator of the batches' results. A batch counts as used up when the next one is asked for; its list is emptied
-      then. An error of `read` is raised there.
+      An iterator of the batches' results. A batch counts as consumed when the next one is requested; its list is
+      emptied then. An error of `read` is raised there.
     """
     budget, ready = Budget(limit), queue.SimpleQueue[list[R] | BaseException | None]()
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""Members of quantised leaves, which are made together and asked for one by one."""
+"""Members of quantised leaves, which are made together and requested one by one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from llama_jax.params import ParamSpec
 
 _KEPT = 8
-"""Leaves whose members wait to be asked for, when some never are."""
+"""Number of leaves whose members are kept for later requests, as some are never requested."""
 
 
 class Members:
-    """Makes the members of a leaf when the first is asked for, and keeps the others until they are.
+    """Makes the members of a leaf when the first is requested, and keeps the others until they are.
 
-    May be used from several threads at once, which wait for one another where they ask for the same leaf.
+    May be used from several threads at once, which wait for one another if they request the same leaf.
 
     Args:
       make: of a leaf's dotted name, all of its members.

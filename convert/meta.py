@@ -1,9 +1,9 @@
 """Reading Meta's own checkpoints: params.json, tokenizer.model, and consolidated.00.pth, consolidated.01.pth, ...
 
-A model in several files was cut for model parallelism: each holds a part of every matrix. Which way a matrix is cut
+A model in several files was split for model parallelism: each holds a part of every matrix. How a matrix is split
 follows from the layers in https://github.com/meta-llama/llama-models, models/llama3/model.py: `ColumnParallelLinear`
-and `VocabParallelEmbedding` cut the rows, `RowParallelLinear` and the embedding of Llama 1 and 2 (`ParallelEmbedding`)
-the columns. Norms stand in every file in full.
+and `VocabParallelEmbedding` split the rows, `RowParallelLinear` and the embedding of Llama 1 and 2
+(`ParallelEmbedding`) the columns. Every file has all norms in full.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _NAMES: Mapping[str, tuple[str, int | None]] = {
 # Frequencies that old checkpoints carry although they follow from params.json.
 _BUFFERS = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")
 _BLOCK_BYTES = 16 << 20
-"""What is read at one time of a matrix that is cut along its columns."""
+"""Bytes read at a time from a matrix that is split along its columns."""
 
 
 class MetaFolder:
@@ -68,7 +68,7 @@ class MetaFolder:
     Raises:
       CheckpointError: a file or tensor is missing, unknown, damaged or of the wrong shape; names it.
       TokenizerError: tokenizer.model is missing, damaged, or of another model.
-      UnsupportedModel: params.json or a dtype asks for something that is not supported.
+      UnsupportedModel: params.json or a dtype requires something unsupported.
     """
 
     def __init__(self, path: Path, *, name: str | None = None, revision: str | None = None):
@@ -214,7 +214,7 @@ _MATCH = f"{PARAMS} and the weights do not belong together, or a file is missing
 
 
 def is_meta(path: Path) -> bool:
-    """Whether a folder looks like one of Meta's checkpoints."""
+    """Returns whether a folder looks like one of Meta's checkpoints."""
     return (path / PARAMS).is_file() and not (path / "config.json").is_file()
 
 

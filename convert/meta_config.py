@@ -46,7 +46,7 @@ NAMES: Mapping[str, str] = {
 }
 """The names in params.json of the keys of config.json, for messages."""
 _IGNORED = {"max_batch_size", "max_seq_len"}
-"""How Meta's own program is run; says nothing about the model."""
+"""Keys about running Meta's own program, not about the model."""
 _VISION = "use the model's Hugging Face weights; vision models are not supported in Meta's own format"
 _HINTS: Mapping[str, str] = {
     "moe_args": "Llama 4 is not supported in Meta's own format; use its Hugging Face weights",

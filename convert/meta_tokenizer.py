@@ -1,10 +1,10 @@
 """Llama 3's tokenizer.model as the files that a Hugging Face folder would hold.
 
 It is a list of tokens in the format of tiktoken (https://github.com/openai/tiktoken, `load_tiktoken_bpe`): a line for
-each, its bytes in base64 and its rank, which is its id. How text is cut, and the control tokens, stand in Meta's code:
+each, its bytes in base64 and its rank, which is its id. How text is split, and the control tokens, are in Meta's code:
 https://github.com/meta-llama/llama-models, models/llama3/tokenizer.py.
 
-tiktoken joins the two neighbours whose union has the lowest rank, again and again. As a list of merges that is every
+tiktoken repeatedly joins the two neighbours whose union has the lowest rank. The equivalent list of merges has every
 way to make a token out of two others, in the order of the token's rank.
 """
 
@@ -28,7 +28,7 @@ from llama_jax.text.tokenizer.byte_level_bpe import (
 from llama_jax.text.tokenizer.detokenizer import byte_alphabet
 
 LLAMA3_SPLIT = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{PUNCTUATION_AND_SPACE}"
-"""How text is cut before merging (`Tokenizer.pat_str`)."""
+"""Pattern that splits text before merging (`Tokenizer.pat_str`)."""
 MAX_BYTES = 8 << 20
 """Llama 3's file has 2 MiB."""
 _MAX_TOKEN_BYTES = 256
@@ -52,7 +52,7 @@ _NAMED: Mapping[bool, dict[int, str]] = {
 
 
 def is_rank_file(data: bytes) -> bool:
-    """Whether a tokenizer.model is such a list, not a message of SentencePiece."""
+    """Returns whether a tokenizer.model is such a list, not a message of SentencePiece."""
     return _LINE.fullmatch(data[: 2 * _MAX_TOKEN_BYTES].split(b"\n", 1)[0].rstrip()) is not None
 
 

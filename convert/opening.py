@@ -14,7 +14,7 @@ from llama_jax.errors import CheckpointError, ModelNotFound, UnsupportedModel
 def open_source(
     path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = True
 ) -> ModelSource:
-    """Opens whatever stands at `path` for conversion.
+    """Opens the model at `path` for conversion, in whatever format it is.
 
     Args:
       dequantize: whether quantised weights are read as floats; False keeps those in their own precision that a layout
@@ -67,7 +67,7 @@ def open_model(
 def opened(
     path: Path, *, name: str | None = None, revision: str | None = None, dequantize: bool = False
 ) -> Iterator[ModelSource]:
-    """Opens a checkpoint or a source for as long as it is loaded; a context manager.
+    """Opens a checkpoint or a source while it is loaded; a context manager.
 
     Not every format has digests, so a file that is replaced or written to while it is read is noticed by its size and
     time.

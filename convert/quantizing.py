@@ -1,4 +1,4 @@
-"""Sources whose weights are quantised while they are read, or the other way round, leaf by leaf."""
+"""Sources that quantise or dequantise weights while they are read, leaf by leaf."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llama_jax.schemes import PLAIN, scheme_named
 
 
 class Wrapped:
-    """A source over another one, whose weights it gives in another form."""
+    """A wrapper of a source that returns its weights in another form."""
 
     def __init__(self, source: ModelSource):
         self._inner = source
@@ -47,7 +47,7 @@ class Wrapped:
 
 
 class QuantizedSource(Wrapped):
-    """A source with its weights in few bits, by a method that needs no data; see `checkpoint.source.ModelSource`.
+    """A source with its weights quantised by a method that needs no data; see `checkpoint.source.ModelSource`.
 
     A leaf is encoded by blocks of its rows on jax's default device, so that the largest leaf bounds the memory that it
     takes, in whatever way it is stored.
@@ -108,7 +108,7 @@ class QuantizedSource(Wrapped):
 
 @jax.jit
 def _squares(weight: jax.Array, stored: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums of squares: of what differs, and of the weight."""
+    """Sums of squares: of the difference, and of the weight."""
     weight = weight.astype(jnp.float32)
     return jnp.sum(jnp.square(weight - stored)), jnp.sum(jnp.square(weight))
 

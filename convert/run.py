@@ -48,7 +48,7 @@ def convert(
 
     Tensors pass one by one, in the order of the source's files: the host holds the largest of them or 768 MiB, whatever
     the model's size. Nothing stands at `dst` before all is done. A conversion that was stopped, in whatever way, leaves
-    what it has written in `<dst>.partial`; the same call goes on there, after checking every tensor's digest, and gives
+    what it has written in `<dst>.partial`; the same call resumes there, after checking every tensor's digest, and gives
     the same result. A second conversion to the same place waits for the first.
 
     Args:
@@ -59,7 +59,7 @@ def convert(
         (with a recipe bfloat16; of a GGUF file's quantised tensors that are decoded, float32).
       dequantize: whether to decode weights that the source has quantised. By default they keep their precision, where
         a layout of `llama_jax.quantized` can hold it.
-      recipe: quantises weights (those of a quantised source anew).
+      recipe: quantises weights (those of a quantised source again).
       calibration: a text, for a recipe whose method needs one.
       overwrite: whether a checkpoint at `dst` may be replaced; it stays until the new one is complete.
       allow_nonfinite: whether weights may have any values: NaN, infinite, subnormal, zero in most of the matrices.
@@ -68,7 +68,7 @@ def convert(
       revision: the source's commit or digest, for the metadata.
       progress: called after each tensor.
       notify: called with a sentence before it begins (sizes and free space) and before a wait, about what was left out
-        or looks strange, and when something is left for the same call to go on with.
+        or looks strange, and when something is left for the same call to resume from.
       quantised: called at the end for each leaf that the recipe quantised, with the size of its error (the root of the
         mean square), as a share of the weight's; of its outputs' over the text, where it was calibrated.
 
@@ -77,7 +77,7 @@ def convert(
 
     Raises:
       ModelNotFound: nothing stands at `src`.
-      UnsupportedModel: the model asks for something that this package does not compute.
+      UnsupportedModel: the model needs something that this package does not compute.
       RequestError: an unknown dtype, the recipe does not fit the model, or its method the calibration text.
       CheckpointError: the source is damaged or incomplete, changes meanwhile, or holds NaN; names file and tensor.
       StorageError, DoesNotFit: `dst` exists or cannot be written, or the disk is too small.
@@ -189,13 +189,13 @@ def _opened(
 
 
 def _errors(model: ModelSource, batch: Sequence[Leaf]) -> dict[str, float]:
-    """How far the leaves of a batch are from what they were before they were quantised."""
+    """Measures the quantisation error of each leaf of a batch."""
     found: Mapping[str, float] = getattr(model, "errors", {})
     return {leaf.spec.leaf: found[leaf.spec.leaf] for leaf in batch if leaf.spec.leaf in found}
 
 
 def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes, errors: Mapping[str, float]) -> None:
-    """Writes leaves, with what model.lock.json will need of them. Keeps none of them alive."""
+    """Writes leaves, and records what model.lock.json needs. Keeps no reference to them."""
     note = {
         "source_digests": {leaf.spec.name: leaf.source_digest for leaf in batch},
         "zeros": [leaf.spec.name for leaf in batch if leaf.zero],
@@ -206,12 +206,12 @@ def _write(writer: CheckpointWriter, batch: Sequence[Leaf], hashes: FileHashes, 
 
 
 def _zeros(writer: CheckpointWriter) -> list[str]:
-    """The matrices of zeros among what has been written, by earlier conversions too."""
+    """The all-zero matrices written so far, also by earlier conversions."""
     return [name for note in writer.notes for name in note.get("zeros", ())]
 
 
 def _stamps(files: Sequence[Path]) -> list[list[Any]]:
-    """Name, size and time of the last change of each file: what tells a resumed conversion that they are the same."""
+    """Name, size and modification time of each file, by which a resumed conversion recognises the same files."""
     stats = [(file.name, file.stat()) for file in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
@@ -230,7 +230,7 @@ def locked_files(sha256: Mapping[Path, str]) -> tuple[SourceFile, ...]:
 
 
 def origins(model: ModelSource, specs: Iterable[ParamSpec], digests: Mapping[str, str]) -> dict[str, Origin]:
-    """What each leaf was made from, for model.lock.json.
+    """The origin of each leaf, for model.lock.json.
 
     Args:
       digests: of the leaves' values before any cast.

@@ -1,7 +1,7 @@
 """Reading safetensors files (https://huggingface.co/docs/safetensors): eight bytes of length, a JSON header, the data.
 
-The header is checked before anything is trusted: bounds, overlaps, gaps, sizes, doubled names. Data is read with
-`pread` and not mapped, since a file that is cut short while it is mapped kills the process.
+The header is checked before anything is trusted: bounds, overlaps, gaps, sizes, duplicate names. Data is read with
+`pread` and not mapped, since truncating a mapped file kills the process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reading the files of `torch.save` (.bin, .pth, .pt) without torch, and without running the pickle inside.
 
 Since torch 1.6 such a file is a zip archive: `data.pkl` describes the tensors, `data/0`, `data/1`, ... hold the
-numbers. Before, it was a sequence of pickles with the numbers behind them. Formats: `_save` and `_legacy_save` in
+numbers. Older files are a sequence of pickles followed by the numbers. Formats: `_save` and `_legacy_save` in
 https://github.com/pytorch/pytorch/blob/main/torch/serialization.py.
 """
 
@@ -29,7 +29,7 @@ _MAX_SPREAD = 8
 _SPREAD_BYTES = 1 << 20
 
 _Place = tuple[int, int]
-"""Where a storage begins in the file and how many bytes it has."""
+"""Offset of a storage in the file, and its size in bytes."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class TorchFile(WeightFile):
             self._gather(name, entry, flat, skip)
 
     def _gather(self, name: str, entry: TorchEntry, flat: np.ndarray, skip: int) -> None:
-        """Reads the part of the file in which the wanted rows (of the first dimension) lie, and picks them out."""
+        """Reads the part of the file that holds the wanted rows (of the first dimension), and extracts them."""
         row = entry.nbytes // entry.shape[0]
         first, last = skip // row, -(-(skip + len(flat)) // row)
         shape = (last - first, *entry.shape[1:])

@@ -1,10 +1,10 @@
 """Reading the pickles of `torch.save` as data.
 
 A pickle is a program: it names functions and calls them. Python's own `Unpickler`, even with a `find_class` that allows
-a few names, runs that program: it calls what was found, sets attributes, and believes sizes and memo indices, which
-cost memory before the first check. So the few instructions that a state dict needs are interpreted here, on plain
-values: nothing is imported, no name from the file is looked up anywhere but in the tables below, and every other
-instruction or name ends in an error. Instructions: `pickletools` of the standard library documents each.
+a few names, runs that program: it calls what was found, sets attributes, and trusts sizes and memo indices, which
+cost memory before the first check. So this module interprets the few instructions that a state dict needs, on plain
+values: nothing is imported, names from the file are looked up only in the tables below, and every other
+instruction or name is an error. Instructions: `pickletools` of the standard library documents each.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NAMES = (_DICT, _TENSOR, _OLD_TENSOR, _PARAMETER)
 
 
 class PickleError(ValueError):
-    """What is wrong with a pickle, as a part of a sentence."""
+    """A fault of a pickle, worded as part of a sentence."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def unpickle(data: bytes, start: int = 0) -> tuple[Any, int]:
       where it ends in `data`.
 
     Raises:
-      PickleError: it is malformed, too large, or asks for anything else.
+      PickleError: it is malformed, too large, or needs anything else.
     """
     machine = _Machine(data, start)
     try:

@@ -1,6 +1,6 @@
 """The directory of a zip archive, as `torch.save` writes them since torch 1.6.
 
-Only what such files hold is read: members that are stored, not compressed, so that a member never is larger than the
+Only members that are stored, not compressed, are read, as such files have them, so a member is never larger than the
 file. Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, sections 4.3.7 to 4.3.16.
 """
 
@@ -30,7 +30,7 @@ _IN_EXTRA = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Member:
-    """One file of an archive: where its own header stands, and its size in bytes."""
+    """One file of an archive: the offset of its own header, and its size in bytes."""
 
     header: int
     size: int
@@ -55,7 +55,7 @@ class ZipDirectory:
             raise self._bad(f"the zip directory is malformed ({e})") from e
 
     def place(self, name: str) -> tuple[int, int]:
-        """Where a member's data begins in the file, and how many bytes it has.
+        """Offset of a member's data in the file, and its size in bytes.
 
         Raises:
           CheckpointError: there is no such member, it is compressed, or it does not lie within the file.
@@ -78,7 +78,7 @@ class ZipDirectory:
         return CheckpointError(f"{self._path}: {what}", hint=AGAIN)
 
     def _find(self) -> tuple[int, int]:
-        """Where the directory stands, and its size in bytes."""
+        """Offset of the directory, and its size in bytes."""
         start = max(0, self._size - _END.size - _MAX_COMMENT)
         tail = os.pread(self._fd, self._size - start, start)
         at = tail.rfind(b"PK\x05\x06")

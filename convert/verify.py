@@ -1,4 +1,4 @@
-"""Whether a checkpoint still is what its source would give."""
+"""Checks that a checkpoint still equals what its source would give."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class WeightFile(ABC):
             self._fd = -1
 
     def read_into(self, name: str, out: np.ndarray, skip: int = 0) -> None:
-        """Fills a C-contiguous array with bytes of a tensor (in C order), from `skip` bytes behind its beginning on.
+        """Fills a C-contiguous array with bytes of a tensor (in C order), from byte `skip` of it on.
 
         Raises:
           CheckpointError: the file ends too early or cannot be read.
@@ -73,7 +73,7 @@ class WeightFile(ABC):
         read_at(self._fd, memoryview(flat), self.entries[name].offset + skip, self.path, f"tensor {name}")
 
     def _bad(self, what: str) -> CheckpointError:
-        """The error for a file that is not what its format asks for."""
+        """The error for a file that violates its format."""
         return CheckpointError(f"{self.path}: {what}", hint=AGAIN)
 
     @abstractmethod
@@ -81,7 +81,7 @@ class WeightFile(ABC):
 
 
 def refuse_other(path: Path, magic: bytes, cause: BaseException | None = None) -> None:
-    """Raises CheckpointError if a file of weights, which its parser refuses, is something else; says what.
+    """Raises CheckpointError if a file of weights that its parser refuses is something else; says what.
 
     Args:
       magic: the first bytes of the format that it should be.
@@ -108,7 +108,7 @@ def source_tensor(file: WeightFile, name: str) -> SourceTensor:
 
 
 def open_file(path: Path) -> int:
-    """A descriptor for reading; CheckpointError if there is none to be had."""
+    """A descriptor for reading; raises CheckpointError if the file cannot be opened."""
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as e:
@@ -138,7 +138,7 @@ def read_at(fd: int, view: memoryview, offset: int, path: Path, what: str) -> No
 
 
 def same_tensor(a: WeightFile, a_name: str, b: WeightFile, b_name: str) -> bool:
-    """Whether two tensors are equal, bit for bit; reads them in blocks, unless they are one place in one file."""
+    """Returns whether two tensors are bitwise equal; reads them in blocks, unless they are one place in one file."""
     x, y = a.entries[a_name], b.entries[b_name]
     if a is b and x == y:
         return True

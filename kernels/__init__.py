@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def report() -> dict[Choice, int]:
-    """Which backend each operation got in the programs traced by this process, why, and how often; imports jax."""
+    """The backend of each operation in the programs traced by this process, why, and how often; imports jax."""
     from llama_jax.kernels.dispatch.operation import recorder
 
     return recorder.counts()
 
 
 def choices() -> tuple[Choice, ...]:
-    """What `auto` would choose on this device for the small cases of every operation; imports jax, computes nothing."""
+    """The choices of `auto` on this device for the small cases of every operation; imports jax, computes nothing."""
     from llama_jax.kernels.dispatch.operation import choose
     from llama_jax.kernels.registry import OPERATIONS, operation
     from llama_jax.targets import current

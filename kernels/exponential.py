@@ -3,7 +3,7 @@
 JAX lowers `exp2` to the functions of libdevice and ocml, which also give results below 2^-126 exactly: a comparison,
 two selections, an addition and a scaling around the instruction. Weights of a softmax that small are nothing.
 
-Pallas has no such function, so this is a primitive of its own, with the one lowering rule that Pallas lacks.
+Pallas has no such function, so this is a separate primitive, with the one lowering rule that Pallas lacks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.interpreters import mlir
 from jaxlib.triton import dialect as triton
 
 AMD_INTRINSIC = "llvm.amdgcn.exp2.f32"
-"""What LLVM calls v_exp_f32. An intrinsic, not assembly: LLVM must see it to keep the waits that follow it."""
+"""LLVM's name of v_exp_f32. An intrinsic, not assembly: LLVM must see it to keep the waits that follow it."""
 NVIDIA_ASSEMBLY = "ex2.approx.ftz.f32 $0, $1;"
 
 _exp2_p = Primitive("hardware_exp2")

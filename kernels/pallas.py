@@ -1,4 +1,4 @@
-"""What every Pallas-Triton kernel shares: one way to launch, tiles addressed by rows and columns, powers of two."""
+"""Helpers of all Pallas-Triton kernels: one way to launch, tiles addressed by rows and columns, powers of two."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MAX_ELEMENTS = 2**31 - 1
 """The most elements of an array that a kernel addresses: Pallas-Triton computes offsets in 32 bits."""
 
 MIN_CONTRACTION = 16
-"""The least numbers that a product of tiles may sum over. Of shorter sums of 16-bit numbers Triton makes wrong results
-on NVIDIA GPUs, without a word (seen on an H100); one rule holds for all dtypes and targets."""
+"""The fewest numbers that a product of tiles may sum over. For shorter 16-bit sums Triton silently gives wrong results
+on NVIDIA GPUs (seen on an H100); one rule holds for all dtypes and targets."""
 
 Index = tuple[int | jax.Array, ...]
-"""Where the rows of a tile stand in all axes but the last: numbers, and vectors with one number a row."""
+"""Indices of a tile's rows in all axes but the last: numbers, and vectors with one number per row."""
 
 
 def next_power_of_2(n: int) -> int:
@@ -88,7 +88,7 @@ def store_tile(ref: Any, index: Index, tile: jax.Array, valid: jax.Array | None 
 
 
 def rounds_to_bfloat16(target: Target) -> bool:
-    """Whether one instruction rounds float32 to bfloat16 there. CDNA 3 and older, and RDNA, take five."""
+    """Returns whether one instruction rounds float32 to bfloat16 there. CDNA 3 and older, and RDNA, take five."""
     return target.vendor == "nvidia" or target.arch == "gfx950"
 
 

@@ -1,6 +1,6 @@
 """All operations by name, and the backends that other packages add to them.
 
-Nothing here imports jax before an operation is asked for, so that the command line can check names cheaply.
+Nothing here imports jax before an operation is requested, so that the command line can check names cheaply.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OPERATIONS = {
     "integer_matmul": "llama_jax.kernels.integer_matmul:integer_matmul_op",
     "add_rms_norm": "llama_jax.kernels.norm:add_rms_norm_op",
 }
-"""Name of each operation and where it stands."""
+"""Name of each operation, and its module."""
 
 VARIABLE = "LLAMA_JAX_KERNELS"
 """Names the backend of operations for a whole process: "flash_attention=reference,moe=pallas_triton"."""

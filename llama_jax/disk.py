@@ -1,4 +1,4 @@
-"""Writing safely: disk space, typed errors, one writer at a time, lasting files, and replacing a folder as one step."""
+"""Safe writing: disk space, typed errors, one writer at a time, durable files, and atomic replacement of a folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPARE_BYTES = 64 << 20
 UNFINISHED = "unfinished.llama_jax"
 """Stands in a folder that is being written, so that no other folder of that name is ever cleared away."""
 PARTIAL, ASIDE, LOCK = ".partial", ".llama_jax-old", ".lock"
-"""What is added to a checkpoint's name for the folder it is written in, for the checkpoint that it replaces (where two
+"""Suffixes of a checkpoint's name for the folder it is written in, for the checkpoint that it replaces (where two
 folders cannot change their names in one step), and for the file that writers lock."""
 
 _TMP = ".tmp"
@@ -112,7 +112,7 @@ def file_lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder is what a writer of this program has begun: only such a one is ever cleared away."""
+    """Returns whether a folder was begun by a writer of this program: only such folders are ever removed."""
     if not folder.is_dir():
         return False
     # The second: what is left of a writer that was stopped before it had even put its mark.
@@ -125,7 +125,7 @@ def lock_of(path: Path) -> Path:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a file; False where there is no such file."""
+    """Returns whether a process holds the lock of a file; False where there is no such file."""
     try:
         fd = os.open(path, os.O_RDWR)
     except OSError:
@@ -200,7 +200,7 @@ def forget(fd: int, start: int, length: int) -> None:
 
 
 def fits_file_cache(nbytes: int) -> bool:
-    """Whether files of this size may stay in the system's memory: they take up half of what is available at most.
+    """Returns whether files of this size may stay in the page cache: they take at most half of what is available.
 
     Larger ones would drive out what other programs need and, in the end, themselves before they are read again.
     """

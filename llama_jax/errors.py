@@ -36,7 +36,7 @@ class LlamaJaxError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str], sign: str = "") -> str:
-    """The beginning of a hint for a name that is not known: the known ones that are close; "" if none is.
+    """The beginning of a hint for an unknown name: the known names close to it; "" if none is.
 
     Args:
       sign: put before each of them.
@@ -70,11 +70,11 @@ class ModelNotFound(LlamaJaxError):
 
 
 class GatedModel(ModelNotFound):
-    """The model exists, but its owner asks for a licence to be accepted or a token."""
+    """The model exists, but its owner requires an accepted licence or a token."""
 
 
 class UnsupportedModel(LlamaJaxError):
-    """The model asks for something this package does not compute; the message names it."""
+    """The model needs something this package does not compute; the message names it."""
 
     exit_code = 3
 
@@ -104,7 +104,7 @@ class VerificationError(LlamaJaxError):
 
 
 class NoDevice(LlamaJaxError):
-    """The device that was asked for cannot be used."""
+    """The requested device cannot be used."""
 
     exit_code = 5
 
@@ -126,7 +126,7 @@ class NetworkError(LlamaJaxError):
 
 
 class KernelError(LlamaJaxError):
-    """A kernel backend that was asked for by name cannot run here; the message says why."""
+    """A kernel backend requested by name cannot run here; the message says why."""
 
 
 class StorageError(LlamaJaxError):
@@ -136,7 +136,7 @@ class StorageError(LlamaJaxError):
 
 
 class Overloaded(LlamaJaxError):
-    """More requests wait than may; the same one may be taken later."""
+    """The queue is full; the same request may succeed later."""
 
     exit_code = 75
 
@@ -146,10 +146,10 @@ class EngineFailed(LlamaJaxError):
 
 
 class LateCompilation(EngineFailed):
-    """A strict engine compiled something, or would have had to, when it was ready already."""
+    """A strict engine compiled something, or would have had to, after it was ready."""
 
 
 class EngineNotFound(LlamaJaxError):
-    """No engine runs on this machine that lets itself be watched."""
+    """No engine on this machine publishes itself."""
 
     exit_code = 3

@@ -1,5 +1,5 @@
-"""Where this package keeps what it can make again (converted models, compiled programs, measurements of kernels), and
-where its processes meet."""
+"""Folders for data that this package can recreate (converted models, compiled programs, measurements of kernels), and
+for communication between its processes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Silences one message of jax: that AMD's plugin is installed on a machine without an AMD GPU.
 
 The plugin is installed there on purpose: it is the compiler (`llama_jax.targets.compile_for`). Its `initialize` raises
-a ValueError where it finds no GPU, and jax logs that with a traceback at its start. Neither CPU nor NVIDIA GPUs are
-disturbed by it, and with an AMD GPU nothing is raised.
+a ValueError where it finds no GPU, and jax logs that with a traceback at start-up. It affects neither CPU nor NVIDIA
+GPUs, and with an AMD GPU nothing is raised.
 """
 
 from __future__ import annotations

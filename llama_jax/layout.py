@@ -1,4 +1,4 @@
-"""Layout of a model's parameters on a mesh by the rules, and why."""
+"""Layout of a model's parameters on a mesh under the rules, with the reasons."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llama_jax.sharding.axes import refuse_unused
 
 
 def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> PartitionSpec:
-    """How one canonical parameter is split by the mesh's rules.
+    """The split of one canonical parameter by the mesh's rules.
 
-    A dimension that does not divide stays whole. Heads are split whole: what has to divide is their number too, not
+    A dimension that does not divide stays whole. Heads are never cut: their number must divide too, not
     only the rows that hold them.
 
     Raises:
@@ -30,13 +30,13 @@ def partition_spec(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> Parti
 
 
 def local_heads(config: LlamaConfig, mesh: AnyMesh) -> tuple[int, int]:
-    """Query heads and key/value heads of one device: split together, or not at all."""
+    """The query heads and key/value heads of one device: both are split, or neither is."""
     ways = ruled(mesh).ways("kv_heads", config.num_kv_heads)
     return config.num_heads // ways, config.num_kv_heads // ways
 
 
 def local_size(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> int:
-    """How many of a parameter's numbers each device holds."""
+    """The number of a parameter's elements that each device holds."""
     parts = map(ruled(mesh).ways, spec.axes, _units(spec, config))
     return spec.size // math.prod(parts)
 
@@ -58,11 +58,10 @@ def param_sharding(config: LlamaConfig, mesh: AnyMesh) -> Callable[[ParamSpec], 
 
 
 def split_config(config: LlamaConfig, mesh: AnyMesh) -> LlamaConfig:
-    """The model as it is computed on a mesh: with more key/value heads where there are fewer than devices.
+    """The config of the model as computed on a mesh: with more key/value heads where there are fewer than devices.
 
-    Each key/value head is repeated for the query heads that use it, until every device has what its own query heads
-    need. The repeated model computes the same numbers. Heads that divide, and query heads that do not, leave the model
-    as it is.
+    Key/value heads are repeated until every device has those that its own query heads need. The repeated model
+    computes the same numbers. If key/value heads divide, or query heads do not, the model stays as it is.
     """
     ways = ruled(mesh).ways("kv_heads")
     if config.num_heads % ways:
@@ -73,14 +72,14 @@ def split_config(config: LlamaConfig, mesh: AnyMesh) -> LlamaConfig:
 
 @dataclass(frozen=True)
 class Split:
-    """What became of one logical axis.
+    """The placement of one logical axis.
 
     Attributes:
       axis: its name, with what it belongs to where that differs between layers.
       size: of the model; None for the rows of a batch.
       over: axes of the mesh.
       ways: the product of their sizes, and how they make it up, e.g. "tensor=8" or "data=2 x tensor=4".
-      parts: into how many parts it is split: all of `ways`, or 1, which is whole.
+      parts: number of parts it is split into: all of `ways`, or 1, which is whole.
       note: why it is not simply split, or "".
     """
 
@@ -98,7 +97,7 @@ class Split:
 
 
 def explain(config: LlamaConfig, mesh: AnyMesh) -> tuple[Split, ...]:
-    """What is split over which axes of the mesh, what stays whole, and why; axes of one device are left out."""
+    """The dimensions split over each axis of the mesh, those left whole, and why; axes of one device are left out."""
     by, splits = ruled(mesh), []
     for axis, size in _split_sizes(config):
         name = axis.split()[0]
@@ -133,7 +132,7 @@ def _split_sizes(config: LlamaConfig) -> list[tuple[str, int | None]]:
 
 
 def check(config: LlamaConfig, mesh: AnyMesh) -> None:
-    """Refuses a mesh with an axis over which nothing of the model can be split, and rules that programs cannot follow.
+    """Refuses a mesh with an axis that splits nothing of the model, and rules that programs cannot follow.
 
     Raises:
       RequestError: with the numbers, or the rules.
@@ -156,7 +155,7 @@ def check(config: LlamaConfig, mesh: AnyMesh) -> None:
 
 
 def check_groups(config: LlamaConfig, mesh: AnyMesh) -> None:
-    """Refuses a mesh that would cut a weight where what stores it cannot be cut: through groups that share a scale.
+    """Refuses a mesh that would split a weight through groups that share a scale.
 
     Raises:
       RequestError: with the numbers.

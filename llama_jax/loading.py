@@ -49,8 +49,8 @@ def load(
 ) -> tuple[Model, Tokenizer]:
     """Loads a model, converting it into the cache first if it is not an Orbax checkpoint yet.
 
-    On a GPU the kernels are compared with their references first, once a device and version; one that computes
-    something else is not chosen. LLAMA_JAX_SELF_CHECK=0 leaves that out.
+    On a GPU the kernels are first compared with their references, once per device and version; those that differ
+    are disabled. LLAMA_JAX_SELF_CHECK=0 skips the check.
 
     Args:
       model: the default model's name, a folder (Orbax checkpoint, Hugging Face or Meta), a GGUF file, or "org/name" on
@@ -64,34 +64,34 @@ def load(
       kv_dtype: "int8" quantises keys and values when they are stored, with a scale for each token and head: a cache of
         about half the size. "k8v4" stores values in four bits, "int4" keys too (docs/quantization.md). By default they
         are kept in `dtype`.
-      activations: "int8" rounds the inputs of quantised weights too, each token with scales of its own, and multiplies
+      activations: "int8" rounds the inputs of quantised weights too, each token with its own scales, and multiplies
         whole numbers; on a CPU by a kernel that is compiled once (docs/quantization.md). Weights are then kept as they
         are stored, unless `weights` says otherwise. By default they are not rounded.
-      mesh: devices to spread the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):
-        heads, hidden units and the vocabulary over its axis "tensor", rows of a batch over "data". A mesh without
-        "tensor" holds a copy of the parameters on every device. What is not simply split is told to `notify`. "auto"
-        chooses, from the devices that are here and their free memory: as few devices for a copy of the model as hold it
-        with as many rows as there are devices, of 4096 tokens, and the others for further copies
-        (`llama_jax.plan.AutoMesh` states other numbers). What it has chosen, and why, is told to `notify`, and stands
-        in the model's `mesh`, None for one device.
-      convert: False reads a source in another format as it is and puts no converted copy on the disk: the same tree,
-        though there are no digests to check.
+      mesh: devices to split the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):
+        heads, hidden units and the vocabulary over its axis "tensor", rows of a batch over "data". Without "tensor"
+        every device holds a copy of the parameters. `notify` is told of dimensions that are not simply split. "auto"
+        chooses a mesh by the devices of this machine and their free memory: the fewest devices that hold a copy of the
+        model with one row of 4096 tokens per device of the machine, the other devices holding further copies
+        (`llama_jax.plan.AutoMesh` sets other numbers). The choice, with its reason, goes to `notify`, and is
+        the model's `mesh`, None for one device.
+      convert: False reads a source in another format directly and writes no converted copy to disk: the same tree,
+        but without digests to check.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
         it holds neither NaN nor infinity.
       fuse: whether to join projections that share their input (`llama_jax.model.fuse`), which is faster; False keeps
         the canonical tree, for training or for `Llama`.
       kernels: the backend of operations in the programs that generate with this model, by name:
-        {"flash_attention": "reference"} or "flash_attention=reference,moe=pallas_triton". Others are chosen as ever, by
-        LLAMA_JAX_KERNELS first.
+        {"flash_attention": "reference"} or "flash_attention=reference,moe=pallas_triton". Others are chosen as usual,
+        by LLAMA_JAX_KERNELS first.
       progress: called while converting and loading.
       notify: called with one line of text before anything that takes long or uses the network. Before the default model
-        is fetched, where its package is not installed, the terminal asks; LLAMA_JAX_YES=1 agrees beforehand.
+        is downloaded, if its package is missing, you are asked in the terminal; LLAMA_JAX_YES=1 agrees beforehand.
 
     Raises:
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`. DoesNotFit: "auto" finds no mesh.
         RequestError, KernelError: `kernels` names an operation or a backend that does not exist; nothing was loaded.
-        RequestError: `weights`, `kv_dtype` or `activations` names nothing that is known, a mesh would cut through
-        groups of weights, or no weight has codes that int8 activations could be multiplied with.
+        RequestError: `weights`, `kv_dtype` or `activations` is unknown, a mesh would split groups of weights, or no
+        weight has codes that int8 activations could be multiplied with.
     """
     runtime.enable_compilation_cache()
     named = checked_backends(kernels)
@@ -130,13 +130,13 @@ def load(
 def held_config(
     config: LlamaConfig, weights: str | None, *, split: bool, activations: str | None = None
 ) -> LlamaConfig:
-    """The configuration of a model as `load` keeps its weights: the schemes in it are those of the arrays.
+    """The configuration of a model as loaded: its schemes are those of the arrays.
 
     Args:
       config: of its files; weights, activations: see `load`; split: whether it is spread over several devices.
 
     Raises:
-      RequestError: `weights` or `activations` names nothing that is known, or does not fit the model.
+      RequestError: `weights` or `activations` is unknown, or does not fit the model.
     """
     if (wanted := requested(weights)) is not None:
         held = config.replace(schemes=schemes(config.replace(schemes=()), wanted))

@@ -49,7 +49,7 @@ PROJECTION_AXES: Mapping[str, Axes] = MappingProxyType(
 JOINT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 )
-"""What each joint projection is made of."""
+"""The parts of each joint projection."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class ParamSpec:
       init: "normal" (standard deviation `fan_in ** -0.5`), "ones" or "zeros".
       hf: name in a Hugging Face checkpoint; "{e}" stands for the expert where experts are separate tensors.
       gguf: name in a GGUF file, where experts are always stacked.
-      dtype: numpy name of the only dtype that it can have; None is the one that the model computes in.
-      scheme: what stores the weight that it is a member of.
+      dtype: numpy name of its fixed dtype; None means the compute dtype.
+      scheme: the scheme of the weight that it is a member of.
     """
 
     name: str
@@ -108,7 +108,7 @@ def param_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
 
 
 def canonical_specs(config: LlamaConfig) -> tuple[ParamSpec, ...]:
-    """The table as if every weight was stored plainly: what counts for arithmetic and for other formats."""
+    """The table as if every weight were stored plainly, as arithmetic and other formats see it."""
     return tuple(_specs(config))
 
 
@@ -130,7 +130,7 @@ def _schemes(config: LlamaConfig) -> dict[str, str]:
 
 
 def _scheme(spec: ParamSpec, schemes: Mapping[str, str]) -> Scheme | None:
-    """What stores a leaf of the canonical table; None for a plain one, and for a bias."""
+    """The scheme that stores a leaf of the canonical table; None for a plain one, and for a bias."""
     return scheme_named(schemes[spec.leaf]) if spec.leaf in schemes and spec.path[-1] == "weight" else None
 
 
@@ -275,7 +275,7 @@ def init_leaf(spec: ParamSpec, key: jax.Array, dtype: Any) -> jax.Array:
 
 
 def init_params(config: LlamaConfig, key: jax.Array, dtype: Any = None) -> Params:
-    """Random parameters, each leaf from a key that its name gives, so that adding a leaf changes no other."""
+    """Random parameters, each leaf from a key derived from its name, so that adding a leaf changes no other."""
     dtype = jnp.dtype(dtype or config.dtype)
 
     schemes, flat = _schemes(config), {}

@@ -1,8 +1,8 @@
-"""What other packages can add, by entry points: the groups, and how they are loaded and checked (docs/plugins.md).
+"""Extension by other packages, through entry points: the groups, and how they are loaded and checked (docs/plugins.md).
 
 https://packaging.python.org/en/latest/specifications/entry-points/
 
-A plugin that is broken is reported, once as a warning and in `llama-jax plugins`, and takes nothing else with it.
+A broken plugin is reported, once as a warning and in `llama-jax plugins`, and affects nothing else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Group:
     check: str
 
     def problem(self, plugin: Plugin, earlier: Sequence[Plugin]) -> str:
-        """What is wrong with a plugin; "" if nothing."""
+        """The fault of a plugin; "" if none."""
         module, _, function = self.check.partition(":")
         check: Callable[[Plugin, Sequence[Plugin]], str] = getattr(importlib.import_module(module), function)
         return check(plugin, earlier)
@@ -46,7 +46,7 @@ FAMILIES = Group("llama_jax.families", "llama_jax.config.families:plugin_problem
 """Architectures: each entry point has the `model_type` of a config.json as its name, and is a
 `llama_jax.config.families.Family`."""
 LOGITS_PROCESSORS = Group("llama_jax.logits_processors", "llama_jax.sampling.constraints:plugin_problem")
-"""Constraints on what may come next: each entry point has the name by which requests ask for it, and is a
+"""Constraints on the next token: each entry point has the name that requests use, and is a
 `llama_jax.sampling.constraints.LogitsProcessor`."""
 TOOL_PARSERS = Group("llama_jax.tool_parsers", "llama_jax.text.tools.formats:plugin_problem")
 """Ways in which models write calls of tools: each entry point has the name that `serve --tool-parser` takes, and is a
@@ -112,5 +112,5 @@ def sound(group: Group) -> tuple[Plugin, ...]:
 
 
 def reports(group: Group) -> str:
-    """What is wrong with the broken plugins of a group, to be added to a hint; "" if nothing."""
+    """The faults of a group's broken plugins, to be added to a hint; "" if none."""
     return "".join(f"; {plugin.report}" for plugin in load(group) if plugin.problem)

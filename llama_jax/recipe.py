@@ -1,4 +1,4 @@
-"""Requests to quantise a model, and the scheme of each leaf that a request means for a model."""
+"""Requests to quantise a model, and the scheme that a request implies for each leaf."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from llama_jax.quantized.methods import METHODS
 PLAIN = "bfloat16"
 """The name of what is not quantised, and what it is stored in."""
 GROUPS = {"int4": 64}
-"""Numbers that share a scale where nobody says; of other kinds, a whole row does."""
+"""Numbers that share a scale by default; for other kinds, a whole row does."""
 WHOLE_ROWS = -1
 NEAREST = "rtn"
-"""The method where nobody names one, and that of embeddings and heads where the method is calibrated on a text."""
+"""The default method, and that of embeddings and heads if the method is calibrated on a text."""
 
 STORED, FLOAT = "stored", "float"
 """Forms of a quantised model's weights on devices: as they are stored, or decoded."""
 ACTIVATIONS = ("int8",)
-"""What inputs of quantised weights may be rounded to, each token by itself (`llama_jax.kernels.integer_matmul`)."""
+"""Dtypes that inputs of quantised weights may be rounded to, token by token (`llama_jax.kernels.integer_matmul`)."""
 
 
 def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool, activations: str | None = None) -> str:
-    """The form where nobody names one (docs/quantization.md has the measurements).
+    """The default form (docs/quantization.md has the measurements).
 
-    On a CPU, decoding takes longer than reading fewer bytes saves. On AMD GPUs weights stay as they are stored. On
-    NVIDIA's they do where kernels or XLA read the codes: integers, but not those of routed experts, on one device,
-    since XLA splits no kernel.
+    On a CPU, decoding costs more time than reading fewer bytes saves. On AMD GPUs weights stay as they are stored. On
+    NVIDIA GPUs they do if kernels or XLA read the codes: integers, but not those of routed experts, on one device,
+    since XLA cannot partition kernels.
 
     Args:
       stored: leaves and their schemes, as `LlamaConfig.schemes`.
@@ -49,12 +49,12 @@ def usual_form(vendor: str, stored: Iterable[tuple[str, str]], *, split: bool, a
 
 @dataclass(frozen=True)
 class Recipe:
-    """Layouts of the parts of a model that is quantised. Norms, biases and routers stay as they are.
+    """The layouts of a quantised model's parts. Norms, biases and routers stay as they are.
 
     Attributes:
       weights: of all projections and experts.
       lm_head: of the output projection, or of the embedding that it is tied to; None leaves it as it is.
-      embed: of an embedding by itself, of which a token reads one row.
+      embed: of an untied embedding, of which a token reads one row.
       ignore: patterns of leaves that stay as they are, with `*`, `?` and `[...]` as in file names.
       method: how codes are found, a key of `METHODS`.
     """
@@ -98,13 +98,13 @@ def recipe(
       weights: "int8", "int4" or "fp8", which `group` and `symmetric` complete, or the full name of a layout, such as
         "int4_g128_zero".
       group: neighbours in a row that share a scale, -1 for the whole row. By default 64 in int4, else the whole row.
-      symmetric: whether code 0 stands for 0, so that no minima are stored. By default not in int4, else always.
+      symmetric: whether code 0 represents 0, so that no minima are stored. By default False in int4, else True.
       lm_head, embed: name of a layout, or "bfloat16".
       ignore: patterns of leaves, e.g. "layers.0.*" or "*.down_proj".
       method: how codes are found. "rtn": each is the nearest; "hqq" also needs no data; "gptq" and "awq" take a text.
 
     Raises:
-      RequestError: one of them is not known, or they do not go together.
+      RequestError: one of them is unknown, or they contradict each other.
     """
     if weights in CODES:
         layout = _layout(weights, group, symmetric)
@@ -139,7 +139,7 @@ def _check_method(method: str, wanted: Recipe) -> None:
 
 
 def requested(form: str | None) -> Recipe | None:
-    """The recipe that the name of a form asks for; None for a form of weights as they are.
+    """The recipe that a form's name requests; None for a form that leaves weights as they are.
 
     Raises:
       RequestError: it is neither a form nor the name of a layout.
@@ -148,15 +148,15 @@ def requested(form: str | None) -> Recipe | None:
 
 
 def check_activations(config: LlamaConfig, activations: str | None, *, split: bool) -> None:
-    """Checks that products with a model's weights can take such activations; None are those of the model's dtype.
+    """Checks that a model's products can take these activations; None means those of the model's dtype.
 
     Args:
       config: with the schemes that weights have on the devices.
       split: whether the model is spread over several devices.
 
     Raises:
-      RequestError: they are not known, no weight of the model has codes that are whole numbers, or such a model with
-        groups is split: of a long prompt each device would hold the sums of every group.
+      RequestError: they are unknown, no weight of the model has integer codes, or a model with groups is
+        split: for a long prompt each device would hold the sums of every group.
     """
     if activations is None:
         return
@@ -215,10 +215,10 @@ def _named(name: str, param: str) -> Layout:
 
 
 def schemes(config: LlamaConfig, wanted: Recipe) -> tuple[tuple[str, str], ...]:
-    """Which leaf of a model is stored by which scheme, for `LlamaConfig.schemes`.
+    """The scheme of each leaf of a model, for `LlamaConfig.schemes`.
 
     Raises:
-      RequestError: rows of a leaf do not divide into groups, a pattern fits no leaf, or the model is quantised.
+      RequestError: rows of a leaf do not divide into groups, a pattern matches no leaf, or the model is quantised.
     """
     if config.schemes:
         names = sorted({scheme for _, scheme in config.schemes})

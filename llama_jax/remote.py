@@ -1,4 +1,4 @@
-"""Servers with OpenAI's API, from the client's side."""
+"""A client for servers with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_jax.errors import (
 )
 
 CONNECT_S, READ_S = 10.0, 600.0
-"""How long a connection, and the next piece of an answer, may take."""
+"""Time limit for a connection, and for the next piece of an answer."""
 
 
 class Remote:
@@ -76,7 +76,7 @@ class Remote:
         return found
 
     async def get(self, path: str) -> Any:
-        """What a route answers, in JSON; errors as for `events`."""
+        """The answer of a route, in JSON; errors as for `events`."""
         return await self._json("GET", path)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def default_dtype() -> jnp.dtype:
-    """Compute dtype when nobody names one: float32 on a CPU, bfloat16 on a GPU."""
+    """Default compute dtype: float32 on a CPU, bfloat16 on a GPU."""
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def device_name(device: jax.Device | None = None, mesh: DeviceMesh | None = None) -> str:
-    """How a device, or a mesh, is shown to people, e.g. "cpu (TFRT_CPU_0)", "4 x cpu (data=2, tensor=2)"."""
+    """The display name of a device or a mesh, e.g. "cpu (TFRT_CPU_0)", "4 x cpu (data=2, tensor=2)"."""
     if mesh is not None:
         kinds = " and ".join(sorted({d.device_kind for d in mesh.devices.flat}))
         return f"{mesh.size} x {kinds} ({', '.join(f'{name}={size}' for name, size in mesh.shape.items())})"
@@ -35,7 +35,7 @@ def device_name(device: jax.Device | None = None, mesh: DeviceMesh | None = None
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the next process does not compile them again.
+    """Keeps compiled programs on disk, so that the next process need not compile them again.
 
     A folder that the user has chosen (JAX_COMPILATION_CACHE_DIR or jax.config) is left alone; setting
     JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
@@ -48,8 +48,8 @@ def enable_compilation_cache() -> None:
 
 
 def programs_dir(platform: str) -> Path | None:
-    """The folder of programs that are found without tracing (`aot.stored`), beside jax's own; None where jax keeps none
-    either.
+    """The folder of programs that are found without tracing (`aot.stored`), beside jax's own; None if jax's cache is
+    off.
 
     Args:
       platform: of the devices; on a CPU there is none unless LLAMA_JAX_STORED_PROGRAMS=1, elsewhere unless it is 0.
@@ -61,7 +61,7 @@ def programs_dir(platform: str) -> Path | None:
 
 
 class Compilations(threading.local):
-    """What jax has compiled on this thread since `count_compilations` was called first.
+    """Programs that jax has compiled on this thread since the first call of `count_compilations`.
 
     Attributes:
       count: programs, those from the persistent cache included; from_cache: those.
@@ -75,7 +75,7 @@ class Compilations(threading.local):
 
 @functools.cache
 def count_compilations() -> Compilations:
-    """Begins to count, once for the process; a thread reads its own counts."""
+    """Starts counting, once for the process; a thread reads its own counts."""
     found = Compilations()
 
     def compiled(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -92,10 +92,10 @@ def count_compilations() -> Compilations:
 
 
 def freeze_live_objects() -> None:
-    """Takes all that is alive now out of Python's search for garbage, which would hold up an engine now and then for
-    several steps: 0.1 s for the 100,000 objects that jax brings along.
+    """Excludes all live objects from Python's garbage collection, which would now and then delay an engine for
+    several steps: 0.1 s for the 100,000 objects that jax creates.
 
-    For a process that does nothing but run engines: what is alive now and becomes garbage in circles is kept until the
+    For a process that only runs engines: objects alive now that become cyclic garbage are kept until the
     next call.
     """
     gc.unfreeze()

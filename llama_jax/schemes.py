@@ -1,12 +1,12 @@
-"""How a weight is stored: plainly, by a layout of `llama_jax.quantized`, or by a scheme that another package registers.
+"""Storage of a weight: plain, by a layout of `llama_jax.quantized`, or by a scheme that another package registers.
 
 A leaf of the parameter tree is a dict of members: {"weight"} of a plain one, and "bias" beside the weight if the
-projection has one. A scheme has other members in place of "weight" (values and their scales, say), each with a dtype,
-a shape and logical axes of its own. Which scheme a leaf has is told by the names of its members alone, so that a tree
+projection has one. A scheme has other members in place of "weight" (values and their scales, say), each with its own
+dtype, shape and logical axes. The scheme of a leaf follows from the names of its members alone, so that a tree
 says what it is; members that no scheme has are an error.
 
 Every name of a layout is that of a scheme, e.g. "int4_g64_min", whose members are {"int4_g64_min", "scales", "minima"}.
-With "_ordered" behind it, it is that of a scheme with one member more, the order in which columns are stored.
+The suffix "_ordered" names a scheme with one more member, the order in which columns are stored.
 
     def rows(dimensions):
         return dimensions[:-1]
@@ -42,13 +42,13 @@ def _same[T](x: T) -> T:
 
 @dataclass(frozen=True)
 class Member:
-    """One array that a scheme stores of a weight.
+    """One of the arrays that a scheme stores for a weight.
 
     Attributes:
-      dtype: numpy name, one of `checkpoint.format.ITEMSIZES`; None is the dtype that the model computes in.
-      shape: gives its shape, of at least one dimension, from the weight's canonical shape ([out, in], or
-        [expert, out, in]).
-      axes: gives its logical axes from the weight's. Where all members begin with the weight's first axis, projections
+      dtype: numpy name, one of `checkpoint.format.ITEMSIZES`; None means the compute dtype.
+      shape: maps the weight's canonical shape ([out, in], or [expert, out, in]) to its shape, of at least one
+        dimension.
+      axes: maps the weight's logical axes to its own. Where all members begin with the weight's first axis, projections
         are fused: the dimension `out` then becomes several, in this member too.
     """
 
@@ -59,7 +59,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to store weights. Its functions are pure, traceable, and blind to meshes.
+    """A way to store weights. Its functions are pure, traceable, and independent of meshes.
 
     Attributes:
       name: as checkpoints record it.
@@ -93,7 +93,7 @@ _registered: dict[str, Scheme] = {PLAIN.name: PLAIN}
 
 
 def register_scheme(scheme: Scheme) -> None:
-    """Makes a scheme known to this process, once and for all.
+    """Registers a scheme for the lifetime of this process.
 
     Raises:
       RequestError: another scheme has its name or the names of its members, or a member is called "bias".
@@ -140,7 +140,7 @@ def scheme_named(name: str) -> Scheme:
 
 
 def scheme_of(members: Iterable[str]) -> Scheme:
-    """The scheme of a leaf with these members, of which "bias" may be one.
+    """The scheme of a leaf with these members, which may include "bias".
 
     Raises:
       RequestError: no scheme has exactly these.
@@ -167,7 +167,7 @@ def leaf_axes(members: Iterable[str], weight: Axes) -> dict[str, Axes]:
 
 @functools.cache
 def quantised(layout: Layout, *, ordered: bool = False) -> Scheme:
-    """The scheme that stores weights in a layout, or with `ordered` their columns in an order that it stores, too."""
+    """The scheme that stores weights in a layout; with `ordered`, with reordered columns and their order."""
 
     def packed(shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[:-1], shape[-1] // layout.per_byte)

@@ -1,4 +1,4 @@
-"""Checkpoints to other programs' formats: Hugging Face folders (safetensors), plain or quantised, and GGUF files."""
+"""Export of checkpoints to other formats: Hugging Face folders (safetensors), plain or quantised, and GGUF files."""
 
 from __future__ import annotations
 

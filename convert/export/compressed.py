@@ -30,7 +30,7 @@ from llama_jax.quantized import Layout, stored_layout
 
 FORMAT = "pack-quantized"
 _WORD = 8
-"""Codes of four bits in a word of 32."""
+"""Four-bit codes per 32-bit word."""
 
 
 def export_compressed(
@@ -38,7 +38,7 @@ def export_compressed(
 ) -> Exported:
     """Writes a quantised checkpoint without changing a code.
 
-    An embedding in few bits is decoded, also one that the output projection is tied to, since the format's readers take
+    A quantised embedding is decoded, also one that the output projection is tied to, since the format's readers take
     few bits of linear layers only. Leaves pass one by one.
 
     Args:

@@ -51,7 +51,7 @@ def export_gguf(
 ) -> Exported:
     """Writes a checkpoint as a GGUF file, with its tokenizer and chat template.
 
-    Matrices are stored in the type asked for; norms, biases and routers in float32, which llama.cpp needs; embedding
+    Matrices are stored in the requested type; norms, biases and routers in float32, which llama.cpp needs; embedding
     and output projection in q8_0 at least, since four bits do them the most harm. Without a type they keep their dtype,
     so that no number changes. Tensors pass one by one, so that memory is needed for the
     largest tensor only. Nothing stands at `dst` before all is done.
@@ -171,7 +171,7 @@ def _write(writer: GgufWriter, name: str, array: np.ndarray, kind: Kind, source:
 
 
 def _is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file, or the empty beginning of one."""
+    """Returns whether a path is a GGUF file, or the empty beginning of one."""
     if not path.is_file() or path.is_symlink():
         return False
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""What a GGUF file says about a model besides its weights: the keys that llama.cpp's convert_hf_to_gguf.py writes.
+"""The metadata of a GGUF file besides its weights: the keys that llama.cpp's convert_hf_to_gguf.py writes.
 
 Key names are those of llama.cpp's gguf-py/gguf/constants.py, through the tables of `convert.gguf_config`.
 """

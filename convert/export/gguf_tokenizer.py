@@ -1,8 +1,8 @@
 """A model's tokenizer as the metadata of a GGUF file; the inverse of `convert.gguf_tokenizer`.
 
 llama.cpp has two kinds that Llama-like models use: "gpt2", a byte-level BPE whose split of the text it knows by name,
-and "llama", a SentencePiece BPE that joins by score. What is written is read back and compared on a probe text, so that
-a tokenizer that GGUF cannot say is refused instead of giving other ids.
+and "llama", a SentencePiece BPE that joins by score. The result is read back and compared on a probe text, so that
+a tokenizer that GGUF cannot express is refused instead of giving other ids.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _sentencepiece(
 
 
 def _adds_space(read: Described, content: Mapping[str, Any], notes: list[str], folder: Path) -> bool:
-    """Whether a space goes before a text; refuses whatever else the tokenizer does before it encodes."""
+    """Returns whether a space goes before a text; refuses whatever else the tokenizer does before it encodes."""
     pre, normalizer = content["pre_tokenizer"], content["normalizer"]
     steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

@@ -19,7 +19,7 @@ ALIGNMENT = 32
 """Bytes; what the format assumes when "general.alignment" does not say otherwise."""
 
 Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
-"""What metadata may hold: integers are written as uint32, in arrays as int32; floats as float32, as llama.cpp does."""
+"""Types of metadata: integers are written as uint32, in arrays as int32; floats as float32, as llama.cpp does."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class GgufWriter:
         self._file.write(memoryview(data.reshape(-1).view(np.uint8)))
 
     def end_tensor(self) -> None:
-        """Fills up to where the next tensor begins."""
+        """Pads up to the next tensor."""
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
 
 
 def data_bytes(plan: Mapping[str, GgufPlan]) -> int:
-    """Size of all tensors in the file, each filled up to the alignment."""
+    """Size of all tensors in the file, each padded to the alignment."""
     return sum(_aligned(tensor.nbytes) for tensor in plan.values())
 
 

@@ -88,7 +88,7 @@ def export_hf(
 
 @dataclass
 class _Step:
-    """Leaves that are read together, and what becomes of them."""
+    """Leaves that are read together, and the tensors made from them."""
 
     made: Recipe
     specs: list[ParamSpec] = field(default_factory=list)
@@ -174,7 +174,7 @@ def _write_tensors(
 
 
 def is_export(path: Path) -> bool:
-    """Whether a folder is an export of this program, or empty: what nobody minds losing to --overwrite."""
+    """Returns whether a folder is an export of this program, or empty, so that --overwrite may replace it."""
     if not path.is_dir() or path.is_symlink():
         return False
     found = sorted(path.glob("*.safetensors"))

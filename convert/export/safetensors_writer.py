@@ -1,7 +1,7 @@
 """Writing a safetensors file tensor by tensor (https://huggingface.co/docs/safetensors).
 
 The safetensors library needs all tensors of a file in memory. But the header needs only their names, dtypes and shapes,
-so it can be written first, and every tensor, or a piece of one, goes to its place when it is there.
+so it can be written first, and every tensor, or a piece of one, at its offset as soon as it is available.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llama_jax.convert.safetensors_file import DTYPES
 from llama_jax.convert.weight_file import closed_on_error
 
 _WRITTEN = {**DTYPES, "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
-"""Floats of plain weights, and what packed codes lie in."""
+"""Dtypes: floats of plain weights, and integers of packed codes."""
 _NAMES = {dtype.name: name for name, dtype in _WRITTEN.items()}
 _ALIGNMENT = 8
 
@@ -42,7 +42,7 @@ class SafetensorsWriter:
     Args:
       path: the file; it must not exist.
       plan: name to dtype and shape of every tensor.
-      metadata: strings for the header; transformers asks for {"format": "pt"}.
+      metadata: strings for the header; transformers requires {"format": "pt"}.
 
     Raises:
       OSError: the file cannot be written.
@@ -56,7 +56,7 @@ class SafetensorsWriter:
             self._put(header, 0)
 
     def write(self, name: str, array: np.ndarray, skip: int = 0) -> None:
-        """Writes bytes of a tensor, from `skip` bytes behind its beginning on. The last byte of all closes the file.
+        """Writes bytes of a tensor, from byte `skip` of it on. The last byte of all closes the file.
 
         Args:
           array: C-contiguous; every byte of every tensor has to be written once.

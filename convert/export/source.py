@@ -16,7 +16,7 @@ from llama_jax.quantized import stored_layout
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
       path: the folder or file.
@@ -35,7 +35,7 @@ class Exported:
 
 
 class PlainSource:
-    """A checkpoint to export: all of its weights are plain, those that it stores in few bits are decoded.
+    """A checkpoint to export: all of its weights are plain, quantised ones are decoded.
 
     Attributes:
       checkpoint: its metadata.

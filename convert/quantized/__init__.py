@@ -1,8 +1,8 @@
 """Weights that other programs have quantised: which scheme a checkpoint uses, and the floats behind its codes.
 
-A scheme (`scheme.Scheme`) says which tensors stand for one weight and what they must look like, before any of them is
+A scheme (`scheme.Scheme`) says which tensors represent one weight and what they must look like, before any of them is
 read, and turns them into `codes.Codes`: the integers or small floats, and their scales. `Codes.dequantize_into`
-multiplies them out, in float32. A consumer that computes with the codes themselves needs nothing but the first half.
+decodes them to float32. A consumer that computes with the codes themselves needs only the first half.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Scheme", "scheme_from_hf"]
 
 
 def scheme_from_hf(hf: Mapping[str, Any]) -> Scheme | None:
-    """How the weights beside a config.json are quantised; None if they are not.
+    """The quantisation scheme that a config.json describes; None if its weights are not quantised.
 
     Args:
       hf: the parsed file. Its `quantization_config` counts, or that of its `text_config`.

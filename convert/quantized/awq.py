@@ -20,7 +20,7 @@ from llama_jax.convert.quantized.scheme import FLOATS, Bundle, Part, Scheme, cdi
 from llama_jax.quantized import Layout
 
 _POSITION = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in its word each of eight neighbouring outputs stands."""
+"""Position of each of eight neighbouring outputs in its word."""
 _BITS = 4
 
 

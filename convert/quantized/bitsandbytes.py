@@ -28,7 +28,7 @@ _MAX_STATE_BYTES = 4096
 
 @dataclass(frozen=True)
 class _State:
-    """What `quant_state` says of one weight."""
+    """The `quant_state` of one weight."""
 
     block: int
     nested_block: int

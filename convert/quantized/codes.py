@@ -1,4 +1,4 @@
-"""Quantised matrices in memory: codes, scales, and the floats they stand for."""
+"""Quantised matrices in memory: codes, scales, and the floats they represent."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 _BLOCK_ELEMENTS = 1 << 18
-"""Floats that are computed at one time: 1 MiB, which stays in a processor's cache."""
+"""Floats that are computed at a time: 1 MiB, which stays in a processor's cache."""
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A matrix in few bits: element [i, j] is (code[i, j] - zero) * scale, with the zero and scale of its block.
+    """A quantised matrix: element [i, j] is (code[i, j] - zero) * scale, with the zero and scale of its block.
 
     Attributes:
       values: [rows, cols], integers or 8-bit floats.
@@ -75,7 +75,7 @@ def packed_words(bits: int, count: int) -> tuple[int, int]:
 
 
 def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Takes unsigned integers of a few bits out of 32-bit words, along the last axis.
+    """Unpacks unsigned integers of a few bits from 32-bit words, along the last axis.
 
     The words are one stream of bits, lowest bits first; a number may begin in one word and end in the next. Where there
     are as many words as numbers take that are not cut (`packed_words`), the last bits of each word stand for nothing.

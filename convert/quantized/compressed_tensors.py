@@ -29,7 +29,7 @@ _STRATEGIES = ("tensor", "channel", "group", "block")
 
 @dataclass(frozen=True)
 class Weights:
-    """How the weights of one config group are quantised."""
+    """The quantisation of the weights of one config group."""
 
     targets: tuple[str, ...]
     packed: bool

@@ -10,7 +10,7 @@ from llama_jax.quantized.layout import ORDER, pack_codes
 
 
 def members(codes: Codes, layout: Layout, order: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Members of a matrix in a layout that holds its codes: they stand for the same numbers, to the bit.
+    """Members of a matrix in a layout that holds its codes: they decode to bitwise the same numbers.
 
     Unsigned codes and their zeros are taken less half of the layout's range, or less the zero of all of them where the
     layout stores none. Scales of blocks of several rows are repeated.

@@ -1,4 +1,4 @@
-"""What a quantisation scheme is, and the tensors of one quantised weight."""
+"""Quantisation schemes, and the tensors of one quantised weight."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DAMAGED = "config.json and the weights do not belong together, or the download i
 
 
 def unsupported(key: str, value: object, supported: str = "") -> UnsupportedModel:
-    """The error for a value of quantization_config that changes the weights in a way that is not known here."""
+    """The error for a value of quantization_config that changes the weights in an unsupported way."""
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return UnsupportedModel(
@@ -46,7 +46,7 @@ def unsupported(key: str, value: object, supported: str = "") -> UnsupportedMode
 
 
 class PartName(NamedTuple):
-    """What the name of a tensor says: it is a `part` of what is quantised as `weight`.
+    """The meaning of a tensor's name: it is a `part` of the quantised `weight`.
 
     A tensor that says nothing about weights, such as the scale of an activation, has None for both.
     """
@@ -57,12 +57,12 @@ class PartName(NamedTuple):
 
 IGNORED = PartName(None, None)
 SAME = "weight"
-"""The part that is called like the weight itself."""
+"""The part with the name of the weight itself."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one tensor of a quantised weight must be.
+    """The requirements on one tensor of a quantised weight.
 
     Attributes:
       dtypes: safetensors names of the dtypes it may have.
@@ -80,7 +80,7 @@ class Part:
 
 
 class Bundle:
-    """The tensors that stand for one quantised weight.
+    """The tensors that represent one quantised weight.
 
     Attributes:
       weight: name that the weight would have if it were not quantised.
@@ -118,7 +118,7 @@ class Bundle:
         return CheckpointError(f"{self.path}: quantised weight {self.weight} lacks its tensor {part!r}", hint=DAMAGED)
 
     def check_groups(self, part: str, index: np.ndarray, count: int) -> None:
-        """Raises CheckpointError unless a tensor holds numbers of groups, of which there are `count`."""
+        """Raises CheckpointError unless a tensor holds group numbers from 0 to `count` - 1."""
         if index.min() < 0 or index.max() >= count:
             raise CheckpointError(
                 f"{self.where(part)} holds groups from {index.min()} to {index.max()}, there are {count}",
@@ -132,7 +132,7 @@ class Bundle:
         return None if (index[1:] >= index[:-1]).all() else np.argsort(index, kind="stable").astype(np.int32)
 
     def even(self, part: str, group: int) -> bool:
-        """Whether every group has this many columns, by that tensor."""
+        """Returns whether every group has this many columns, by that tensor."""
         index = self.read(part) if part in self.tensors else np.full(1, -1)
         return bool((index == -1).all() or (np.bincount(index.clip(0)) == group).all())
 
@@ -188,19 +188,19 @@ class Scheme(ABC):
         """Name and parameters in a few words, for people."""
 
     def part(self, tensor: str) -> PartName | None:
-        """What a tensor is by its name; None if this scheme knows no such name."""
+        """Interprets a tensor's name; None if this scheme has no such name."""
         if found := self.names.fullmatch(tensor):
             return PartName(found[1] + self.suffix, found[2])
         return IGNORED if self.activations and self.activations.fullmatch(tensor) else None
 
     def ignores(self, module: str) -> bool:
-        """Whether config.json names a module, or one that it is in, among those that are not quantised."""
+        """Returns whether config.json lists a module, or one that contains it, as not quantised."""
         parts = module.split(".")
         return any(".".join(parts[:n]) in self.ignored for n in range(2, len(parts) + 1))
 
     @abstractmethod
     def parts(self, bundle: Bundle, shape: tuple[int, ...]) -> Mapping[str, Part]:
-        """What the tensors of a weight of this shape must be; [expert, rows, cols] where experts are stacked.
+        """Requirements on the tensors of a weight of this shape; [expert, rows, cols] where experts are stacked.
 
         Raises:
           CheckpointError, UnsupportedModel: a small tensor that describes the others is damaged, or asks for more than
@@ -208,7 +208,7 @@ class Scheme(ABC):
         """
 
     def layout(self, bundle: Bundle, shape: tuple[int, ...]) -> Layout | None:
-        """The layout that holds the codes of a weight as they are; None if there is none, so that it is decoded.
+        """The layout that can hold the codes of a weight unchanged; None if there is none, so that it is decoded.
 
         Args:
           bundle, shape: as for `parts`, which has been found to agree.

@@ -1,4 +1,4 @@
-"""What quantisation configs of several methods have in common: lists of modules, and values that must be neutral."""
+"""Settings shared by the quantisation configs of several methods: lists of modules, and values that must be neutral."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def names(f: Fields, key: str) -> tuple[str, ...]:
 
 
 def one_of(f: Fields, key: str, allowed: Collection[Any], default: Any) -> Any:
-    """A value out of a few.
+    """One of a few allowed values.
 
     Raises:
       UnsupportedModel: it is another one; names key and value.

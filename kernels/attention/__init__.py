@@ -52,7 +52,7 @@ def attention(
     sinks: jax.Array | None = None,
     backend: str = "auto",
 ) -> jax.Array:
-    """Attention of `q` over the visible ones of `kv`.
+    """Attention of `q` over the visible slots of `kv`.
 
     Args:
       q: [batch, q_len, q_heads, head_dim].

@@ -1,12 +1,12 @@
 """Codes in the dtype of a product by NVIDIA's instructions, one for two numbers, in registers as they were loaded.
 
-A byte in the last bits of a bfloat16 is a subnormal number, `BYTE` times what it counts: a fused multiply and add makes
-of it, exactly, the number that it stands for, divided by `UNIT`.
+A byte in the last bits of a bfloat16 is a subnormal number, `BYTE` times its value: a fused multiply-add turns
+it, exactly, into the number that it represents, divided by `UNIT`.
 
-Triton moves conversions behind the exchange of a tile between threads if it may. Of values that is the worst order:
+Triton moves conversions behind the exchange of a tile between threads if it may. For values that is the worst order:
 each thread then reads from local memory byte by byte, which takes twice the time of the whole kernel. So these
-instructions count as having side effects, which nothing is moved over. Pallas has no such function, hence a primitive
-of its own.
+instructions are marked as having side effects, which nothing is moved across. Pallas has no such function, hence the
+separate primitive.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Field(NamedTuple):
 
 
 FIELDS = {"int8": (Field(0xFF, 1, 128, 0x80),), "uint8": (Field(0x0F, 2, 15), Field(0xF0, 2 / 16, 15))}
-"""What a byte of codes holds, by dtype: one number, or those of the two halves of a head."""
+"""Contents of a byte of codes, by dtype: one number, or one of each half of a head."""
 
 
 def numbers(codes: jax.Array) -> list[jax.Array]:

@@ -27,7 +27,7 @@ BLOCK = 256
 def unsupported(
     target: Target, q: jax.Array, kv: KeysValues, places: Places, rule: Rule, *, sinks: jax.Array | None = None
 ) -> str | None:
-    """Why it cannot compute these arguments, or None."""
+    """The reason it cannot compute these arguments, or None."""
     if kv.page_table is None:
         return "it takes pages"
     return beyond_kernels(kv, places, rule)
@@ -68,7 +68,7 @@ def _attend(rule: Rule, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, p
             kv_positions=slots(places.kv_positions, start, -1),
             kv_segments=slots(places.kv_segments, start, -1),
         )
-        # Nothing is known of what lies in slots without a token, and even NaN must weigh nothing.
+        # Slots without a token may hold anything, and even NaN must have no weight.
         stored = at.kv_positions >= 0
         if v_scale is None:
             v = jnp.where(stored[:, None, :, None], v, 0)

@@ -1,4 +1,4 @@
-"""What kind of attention a call is, for the tables, and small cases that show a wrong mask, scale or head mapping."""
+"""Kinds of attention calls, for the tables, and small cases that expose a wrong mask, scale or head mapping."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from llama_jax.kernels.dispatch.cases import Arrays, Case, neighbours
 from llama_jax.targets import Target
 
 STAGES = {"amd": (1, 2), "nvidia": (2, 3, 4), "cpu": ()}
-"""Steps of a loop that may overlap, by vendor."""
+"""Pipeline stages of a loop, by vendor."""
 LONG = 1024
-"""Queries of a prefill that is worth large tiles."""
+"""Number of queries from which a prefill is worth large tiles."""
 SPLIT = 8192
 """Slots from which splitting a row's keys over several groups pays most."""
 

@@ -72,7 +72,7 @@ def _parts(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
 
 @dataclass(frozen=True)
 class Decoder:
-    """How a kernel makes numbers of codes, and factors of their scales.
+    """The way a kernel decodes codes to numbers, and scales to factors.
 
     Attributes:
       dtype: of products.

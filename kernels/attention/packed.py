@@ -24,7 +24,7 @@ from llama_jax.targets import current
 MAX_BLOCK = 256
 """The most queries of a block: a tile of a kernel has no more."""
 LOOPED_BLOCK = 32
-"""Queries of a block that the reference computes alone: their logits over a few thousand slots stay in a cache."""
+"""Queries of a block that the reference computes at a time: their logits over a few thousand slots stay in a cache."""
 
 
 def packed_rows(rows: jax.Array, positions: jax.Array, count: int) -> jax.Array:
@@ -87,7 +87,7 @@ def most_blocks(tokens: int, size: int, rows: int, *, several: bool = True) -> i
 
 
 def block_size(tokens: int, rows: int) -> int:
-    """Queries of a block, a power of two: so many that not much more than twice the tokens are computed if every one of
+    """Queries of a block, a power of two: enough that not much more than twice the tokens are computed if every one of
     `rows` rows leaves its last block almost empty."""
     each = max(tokens // max(min(rows, tokens // 2), 1), 1)
     return min(max(1 << (each.bit_length() - 1), MAX_QUERIES), MAX_BLOCK)
@@ -121,7 +121,7 @@ def blocks(row: jax.Array, of: Ranks, size: int, most: int, *, least: int = 2, p
 
 
 def _inverse(place: jax.Array, places: int) -> jax.Array:
-    """The token at each place, int32 [places]; as many as there are tokens where there is none."""
+    """The token at each place, int32 [places]; the number of tokens where there is none."""
     n = place.shape[0]
     return jnp.full((places,), n, jnp.int32).at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
 

@@ -23,7 +23,7 @@ class Codes(NamedTuple):
     Attributes:
       dtype: of the array that holds the codes.
       per_byte: codes in one number of it.
-      largest: the largest number that a code stands for (`numbers`).
+      largest: the largest number that a code represents (`numbers`).
     """
 
     dtype: str
@@ -39,10 +39,10 @@ SCHEMES = {"int8": ("int8", "int8"), "k8v4": ("int8", "int4"), "int4": ("int4", 
 
 
 def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """What codes [..., bytes] stand for, without their scales: [..., head_dim], exact in every dtype.
+    """Decodes codes [..., bytes] without their scales: [..., head_dim], exact in every dtype.
 
-    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, stand for
-    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, of which as many are below 0 as above.
+    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, represent
+    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, as many below 0 as above.
     """
     if codes.dtype == jnp.uint8:
         halves = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
@@ -52,7 +52,7 @@ def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which positions a query sees: its own and earlier ones, unless the kind is "all".
+    """The positions a query sees: its own and earlier ones, unless the kind is "all".
 
     Attributes:
       kind: "full"; "sliding", the last `window` positions, its own included; "chunked", those of its own chunk of
@@ -88,7 +88,7 @@ class Rule:
     batch_invariant: bool = False
 
 
-# Part of jit's cache key: programs traced within are traced anew.
+# Part of jit's cache key: programs traced within are traced again.
 _batch_invariant = jax.make_user_context(False)
 
 
@@ -100,7 +100,7 @@ def batch_invariant(wanted: bool = True) -> Iterator[None]:
 
 
 def is_batch_invariant() -> bool:
-    """Whether this is within `batch_invariant`."""
+    """Returns whether this is within `batch_invariant`."""
     return bool(_batch_invariant.value)
 
 
@@ -141,7 +141,7 @@ class KeysValues:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Places:
-    """Positions of queries and slots, and what groups them. Segments and spans are given of both or of neither.
+    """Positions of queries and slots, and their grouping. Segments and spans are given for both or for neither.
 
     Attributes:
       q_positions: int32 [batch, q_len], the position of each query in its text; negative for padding.

@@ -17,7 +17,7 @@ MASKED = -(2.0**100)
 
 
 def sees(q_position: jax.Array, kv_position: jax.Array, visibility: Visibility) -> jax.Array:
-    """Whether a query at one position sees the slot of another one, element by element."""
+    """Returns whether a query at one position sees the slot of another one, element by element."""
     if visibility.kind == "all":
         return jnp.broadcast_to(kv_position >= 0, jnp.broadcast_shapes(q_position.shape, kv_position.shape))
     see = (kv_position >= 0) & (kv_position <= q_position)
@@ -73,7 +73,7 @@ def attention_reference(
         kv = jax.tree.map(partial(gather_pages, page_table=kv.page_table), replace(kv, page_table=None))
     k, v = _dequantised(kv.k, kv.k_scale, q.dtype), _dequantised(kv.v, kv.v_scale, q.dtype)
     if paged:
-        # Nothing is known of what lies in slots without a token, and even NaN must weigh nothing.
+        # Slots without a token may hold anything, and even NaN must have no weight.
         v = jnp.where((jnp.asarray(places.kv_positions) >= 0)[:, None, :, None], v, 0)
     batch, q_len, _, head_dim = q.shape
     kv_heads = k.shape[1]

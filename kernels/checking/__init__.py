@@ -1,1 +1,1 @@
-"""Backends compared with their references: `compare` what, `startup` when, `child` in a process of its own."""
+"""Comparison of backends with their references: `compare` says what, `startup` when, `child` in a separate process."""

@@ -1,7 +1,7 @@
 """Checks every kernel on this machine's device, in a child process: one that crashes or hangs takes nothing along.
 
 The child compiles everything at once, in threads, and then runs one check after the other. A crash while one runs is
-due to that one. A crash while several are compiled could be due to any of them: then nobody is blamed, and the next
+due to that one. A crash while several are compiled could be due to any of them: then none is blamed, and the next
 child takes one after the other from its tracing to its result.
 """
 
@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 DEADLINE_S = 120.0
-"""Seconds without a word from the child: one check, compiling included, may take as long."""
+"""Time limit in seconds without a message from the child: one check, compiling included, may take this long."""
 _TRIES = 20
 _TOLD = 8
-"""Every so many compiled checks there is a line."""
+"""Number of compiled checks between progress lines."""
 
 _CHILD = """
 import json, sys
@@ -35,7 +35,7 @@ report_checks(json.loads(sys.argv[1]), at_once=sys.argv[2] == "at once")
 
 @dataclass(frozen=True)
 class Numerics:
-    """What was found.
+    """The findings.
 
     Attributes:
       checks: one dict a check, the fields of `llama_jax.kernels.checking.compare.Check`.
@@ -54,7 +54,7 @@ class Numerics:
 
 @dataclass
 class _Run:
-    """What one child has said.
+    """The state of one child, by its messages.
 
     Attributes:
       prepared, compiled: how many checks have begun to be traced and compiled together, and how many are ready.

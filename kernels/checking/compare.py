@@ -137,14 +137,14 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Begun:
-    """What is traced and on its way through the compiler."""
+    """Work that is traced and being compiled."""
 
     traced: Traced
     compiling: tuple[Future[jax.stages.Compiled], ...]
 
 
 def _parts(operations: Mapping[str, Operation], quick: bool) -> Iterator[_Part]:
-    """The reference of each case, and behind it what is compared with it."""
+    """The reference of each case, followed by the backends compared with it."""
     target = current()
     for op in operations.values():
         for case in op.cases():
@@ -191,7 +191,7 @@ def reference(op: Operation, case: Case, arrays: Arrays, *, gradients: bool) -> 
 def check(
     op: Operation, name: str, case: Case, arrays: Arrays, expected: list[np.ndarray], *, gradients: bool, **options: Any
 ) -> Check:
-    """Runs one backend and compares; what it raises becomes the problem.
+    """Runs one backend and compares; an exception becomes the problem.
 
     Args:
       expected: what `reference` gives.

@@ -59,7 +59,7 @@ def trace(run: Callable[..., Any], case: Case, arrays: Arrays, *, gradients: boo
     """
 
     def outputs(arrays: Arrays) -> list[jax.Array]:
-        """With what is not meaningful set to zero."""
+        """The outputs with meaningless values set to zero."""
         found = jax.tree.leaves(run(**case.arguments(arrays)))
         return [out if case.meaningful is None else jnp.where(case.meaningful(arrays), out, 0) for out in found]
 

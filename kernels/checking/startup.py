@@ -27,7 +27,7 @@ from llama_jax.kernels.registry import OPERATIONS, operation
 from llama_jax.targets import current
 
 SWITCH = "LLAMA_JAX_SELF_CHECK"
-"""0 leaves the check out, and runs what an earlier one has disabled."""
+"""0 skips the check, and enables what an earlier one has disabled."""
 KEPT = 32
 """Devices and versions whose results are kept."""
 
@@ -35,7 +35,7 @@ Notify = Callable[[str], None]
 
 
 def results_path() -> Path:
-    """Where results are kept."""
+    """The place where results are kept."""
     return cache_dir() / "kernels" / "numerics.json"
 
 
@@ -99,7 +99,7 @@ def failures_of(checks: tuple[Check, ...]) -> dict[str, str]:
 
 
 def apply(failures: Mapping[str, str], say: Notify) -> None:
-    """Disables what has failed."""
+    """Disables the backends that have failed."""
     for name, problem in sorted(failures.items()):
         op, _, backend = name.partition("/")
         if jax.process_count() > 1:
@@ -112,7 +112,7 @@ def apply(failures: Mapping[str, str], say: Notify) -> None:
 
 
 def stored_failures() -> dict[str, str] | None:
-    """What an earlier check of this device and these versions found; None if there was none."""
+    """The result of an earlier check of this device and these versions; None if there was none."""
     return _stored().get(device_key())
 
 
@@ -140,7 +140,7 @@ def _stored() -> dict[str, dict[str, str]]:
 
 
 def device_key() -> str:
-    """What a result holds for: the device, its driver, every version, and the kernels' source."""
+    """The conditions of a result: the device, its driver, every version, and the kernels' source."""
     device = jax.devices()[0]
     facts: dict[str, Any] = {
         "device": device.device_kind,

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs. A backend named by the caller works or raises; nothing falls back unseen.
+"""Chooses the implementation of an operation. A backend named by the caller works or raises; no silent fallback.
 
 The choice is made while a program is traced, from shapes, dtypes and the target (`llama_jax.targets.current`), so a
 compiled program holds one implementation and costs nothing to choose. Who decides, the first that speaks: the argument

@@ -1,4 +1,4 @@
-"""What an implementation of an operation is."""
+"""The interface of an operation's implementations."""
 
 from __future__ import annotations
 

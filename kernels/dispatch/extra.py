@@ -12,7 +12,7 @@ from llama_jax.plugins import KERNELS, Plugin, load, sound
 
 @dataclass(frozen=True)
 class Extra:
-    """What the plugins gave.
+    """The kernel backends that plugins provide, and problems with them.
 
     Attributes:
       backends: operation to backends by name.

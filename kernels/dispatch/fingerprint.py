@@ -1,4 +1,4 @@
-"""What measurements and checks of an operation's kernels depend on: their source, and the versions beneath them."""
+"""Fingerprints of what measurements and checks of kernels depend on: their source, and the versions beneath them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER
 
 
 def sources(operation: str) -> list[Path]:
-    """The files that an operation's kernels are made of: its folder, and what stands beside it and above it.
+    """The files that an operation's kernels are made of: its folder, and the files beside it and above it.
 
     The choice among backends (`kernels/dispatch`, `registry.py`, `cases.py`) and the cutting of packed tokens
     (`packed.py`) change no kernel and are not among them.

@@ -1,4 +1,4 @@
-"""What the backends `jax_triton` share: where they run, and the call.
+"""Code shared by the backends `jax_triton`: where they run, and the call.
 
 JAX has deprecated Pallas-Triton; this is the road once it is gone, for kernels in Triton's own language. It needs the
 extra `triton`.
@@ -19,12 +19,12 @@ import jax
 from llama_jax.targets import Target, current
 
 OLDEST_TRITON = (3, 7)
-"""What jax-triton 0.4 asks of triton; PyTorch brings older ones, with which it fails in the middle."""
+"""The oldest triton that jax-triton 0.4 works with; it fails midway with the older ones that PyTorch installs."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a kernel is called with.
+    """The arguments of a kernel's call.
 
     Attributes:
       arrays: in the order of the kernel's parameters, before its results.
@@ -45,13 +45,13 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the kernel is compiled with."""
+        """The options that the kernel is compiled with."""
         # Said always: Triton fuses by default up to 3.9 only.
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fused}
 
 
 def unsupported(target: Target) -> str | None:
-    """Why no kernel can run on `target` through jax-triton, or None."""
+    """The reason no kernel can run on `target` through jax-triton, or None."""
     if target.vendor == "cpu":
         return "it needs a GPU"
     if find_spec("jax_triton") is None or find_spec("triton") is None:

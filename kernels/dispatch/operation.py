@@ -26,7 +26,7 @@ from llama_jax.targets import Target, current
 REFERENCE = "reference"
 
 recorder = Recorder()
-"""What was chosen in this process; only reports read it."""
+"""The choices made in this process; only reports read it."""
 
 
 def _no_cases() -> Sequence[Case]:
@@ -77,7 +77,7 @@ class Operation:
         return {**extra().backends.get(self.name, {}), **self.backends}
 
 
-# Both are part of jit's cache key: programs traced under another choice are traced anew.
+# Both are part of jit's cache key: programs traced under another choice are traced again.
 _preferred = jax.make_user_context(())
 _disabled = jax.make_user_context(())
 
@@ -91,7 +91,7 @@ def using(**backends: str) -> Iterator[None]:
 
 
 def disable(operation: str, backend: str, reason: str) -> None:
-    """Keeps a backend from being chosen in this process: by `auto` it is passed over, by name it raises."""
+    """Disables a backend in this process: `auto` skips it, choosing it by name raises."""
     _disabled.set_global(tuple(sorted({**disabled(), (operation, backend): reason}.items())))
 
 
@@ -110,7 +110,7 @@ def runner(op: Operation, backend: str, tiles: Mapping[str, int]) -> Callable[..
 
 
 def choose(op: Operation, target: Target, name: str, /, *args: Any, **kwargs: Any) -> Choice:
-    """What to run on `target` for these arguments, which may be shapes alone.
+    """Chooses what to run on `target` for these arguments, which may be shapes only.
 
     Args:
       name: a backend's name, or "auto": the one that `using` or LLAMA_JAX_KERNELS names, else the first rule of the
@@ -194,8 +194,8 @@ def _check_named(op: Operation, target: Target, name: str, who: str, /, *args: A
 
 
 def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
-    """Why a kernel that XLA cannot split must not run: the arrays may be split over the axes of a mesh. Inside of
-    `jax.shard_map` they are whole on each device. XLA splits references, as plain operations, by itself."""
+    """The reason a kernel that XLA cannot split must not run: the arrays may be split over the axes of a mesh. Inside
+    `jax.shard_map` they are whole on each device. XLA splits references, which are plain operations, by itself."""
     for x in _leaves(args, kwargs):
         array = isinstance(x, jax.Array)
         mesh = getattr(jax.typeof(x).sharding if array else getattr(x, "sharding", None), "mesh", None)
@@ -210,7 +210,7 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
 
 
 def _cannot(op: Operation, target: Target, rule: Rule, /, *args: Any, **kwargs: Any) -> str | None:
-    """Why the backend of a rule cannot be taken; None if it can."""
+    """The reason the backend of a rule cannot be taken; None if it can."""
     backend = op.all_backends().get(rule.backend)
     if backend is None:
         return "there is no such backend here"

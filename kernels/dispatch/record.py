@@ -1,4 +1,4 @@
-"""What was chosen, and why: written while programs are traced, read by reports alone."""
+"""Record of what was chosen, and why: written while programs are traced, read only by reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backend an operation got for arguments of one kind.
+    """The backend of an operation for arguments of one kind.
 
     Attributes:
       operation, target: names.

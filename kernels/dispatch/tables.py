@@ -1,7 +1,7 @@
 """Tables of which backend and tiles an operation gets on a target: shipped ones, and the user's own from tuning.
 
 The shipped ones are in `llama_jax/kernels/table`: a JSON file an architecture ("gfx942.json"), and one a vendor for
-architectures without a file of their own ("amd.json"). A file holds, for each operation, rules in the order in which
+architectures without their own file ("amd.json"). A file holds, for each operation, rules in the order in which
 they are tried:
 
     {"arch": "gfx942", "rules": {"flash_attention": [
@@ -50,7 +50,7 @@ class Rule:
         return fnmatch.fnmatchcase(dtype, self.dtype) and fnmatch.fnmatchcase(shape, self.shape)
 
     def to_json(self) -> dict[str, Any]:
-        """The rule as it stands in a file."""
+        """The rule as it is written in a file."""
         data: dict[str, Any] = {"dtype": self.dtype, "shape": self.shape, "backend": self.backend}
         if self.tiles:
             data["tiles"] = dict(self.tiles)

@@ -18,7 +18,7 @@ from llama_jax.targets import Target
 
 
 def path_of(target: Target) -> Path:
-    """Where the user's table for a target lies, whether it exists or not."""
+    """The path of the user's table for a target, whether it exists or not."""
     return cache_dir() / "kernels" / f"{target.name}.json"
 
 

@@ -36,7 +36,7 @@ def integer_matmul(
     dtype: DTypeLike | None = None,
     backend: str = "auto",
 ) -> jax.Array:
-    """x, rounded to int8, times the weight that `members` stand for.
+    """x, rounded to int8, times the weight that `members` represent.
 
     Each row of x, or each part of it that meets a group of the weight, is rounded with a scale of its own
     (`reference.quantize`). Products of codes are summed in int32 within a group, and over groups in float32. The

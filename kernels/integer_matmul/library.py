@@ -40,7 +40,7 @@ _loading = threading.Lock()
 
 
 def missing() -> str | None:
-    """Why there is no library for this process; None if there is one, which is then loaded."""
+    """The reason there is no library for this process; None if there is one, which is then loaded."""
     if _loaded:
         return None
     with _loading, contextlib.suppress(LlamaJaxError, OSError):
@@ -96,7 +96,7 @@ def compiler() -> str | None:
 
 
 def path() -> Path:
-    """Where it is kept: a file for each version of its sources and of jaxlib, and each kind of processor.
+    """The library's path: a file for each version of its sources and of jaxlib, and each kind of processor.
 
     Raises:
       StorageError: there is no cache folder.
@@ -142,7 +142,7 @@ def _build(say: Callable[[str], None]) -> None:
 
 
 def _wrong() -> str | None:
-    """What the loaded library computes wrong; it is then not chosen."""
+    """Wrong results of the loaded library; if there are any, it is not chosen."""
     from llama_jax.kernels.checking.compare import run_checks
     from llama_jax.kernels.dispatch.operation import disable
     from llama_jax.kernels.registry import operation

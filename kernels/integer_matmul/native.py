@@ -23,7 +23,7 @@ BLOCK = 32
 def unsupported(
     target: Target, x: jax.Array, members: Mapping[str, jax.Array], *, layout: Layout, **kwargs: Any
 ) -> str | None:
-    """Why this backend cannot run a call on `target`, or None."""
+    """The reason this backend cannot run a call on `target`, or None."""
     if target.vendor != "cpu":
         return "it runs on CPUs only"
     width = x.shape[-1]

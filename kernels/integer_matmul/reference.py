@@ -21,7 +21,7 @@ FEW_ROWS = 16
 
 
 def multiplies(layout: Layout) -> bool:
-    """Whether codes of a layout are whole numbers."""
+    """Returns whether codes of a layout are whole numbers."""
     return layout.kind in ("int8", "int4")
 
 

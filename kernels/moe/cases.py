@@ -1,4 +1,4 @@
-"""What kind of call of the routed experts it is, for the tables, and small cases that show a wrong row or scale."""
+"""Kinds of calls of the routed experts, for the tables, and small cases that expose a wrong row or scale."""
 
 from __future__ import annotations
 

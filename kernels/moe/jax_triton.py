@@ -31,7 +31,7 @@ def unsupported(
     tiles: Tiles | None = None,
     **scales: Any,
 ) -> str | None:
-    """Why this backend cannot run a call on `target`, or None."""
+    """The reason this backend cannot run a call on `target`, or None."""
     if reason := jax_triton.unsupported(target):
         return reason
     if reason := products.unsupported(target, x, expert_ids, gate, up, down):
@@ -53,7 +53,7 @@ def launch(
     scale: jax.Array | None,
     cut: Cut,
 ) -> jax_triton.Launch:
-    """What `triton_kernel.moe_grouped` is called with."""
+    """Arguments of `triton_kernel.moe_grouped`."""
     pairs = schedule.order.shape[0]
     _, columns, inner = weights[0].shape
     steps = -(-inner // (cut.inner * cut.splits))

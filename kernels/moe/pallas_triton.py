@@ -38,7 +38,7 @@ def unsupported(
     interpret: bool = False,
     **scales: Any,
 ) -> str | None:
-    """Why this backend cannot run a call on `target`, or None."""
+    """The reason this backend cannot run a call on `target`, or None."""
     if target.vendor == "cpu" and not interpret:
         return "it needs a GPU"
     if (reason := products.unsupported(target, x, expert_ids, gate, up, down)) or interpret:

@@ -50,7 +50,7 @@ class GroupedProduct(Protocol):
 
 
 def unsupported(target: Target, x: jax.Array, expert_ids: jax.Array, *weights: jax.Array, **options: Any) -> str | None:
-    """Why grouped products cannot compute a call anywhere, or None."""
+    """The reason grouped products cannot compute a call anywhere, or None."""
     if expert_ids.size == 0:
         return "there are no tokens"
     if x.dtype not in DTYPES or any(weight.dtype != x.dtype for weight in weights):
@@ -124,7 +124,7 @@ def _forward(
 def _backward(
     product: GroupedProduct, activation: Activation, tiles: Tiles, args: tuple[Any, ...], gradient: jax.Array
 ) -> tuple[Any, ...]:
-    """That of the reference, which computes the products once more, with `jax.lax.ragged_dot`."""
+    """The gradient of the reference, which computes the products again, with `jax.lax.ragged_dot`."""
     x, expert_ids, gate, up, down, input_scale, output_scale = args
 
     def reference(x: jax.Array, weights: tuple[jax.Array, ...], scales: tuple[Any, Any]) -> jax.Array:

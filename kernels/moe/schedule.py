@@ -1,4 +1,4 @@
-"""Which rows a program of a grouped product computes: ragged groups cut into tiles of one expert each."""
+"""The rows that each program of a grouped product computes: ragged groups split into tiles of one expert each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the two grouped products of the routed experts are cut into programs, and what suits a target."""
+"""The tiling of the routed experts' two grouped products into programs, and what suits a target."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Tiles:
         return buffers * max(up, down) * itemsize
 
     def fits(self, target: Target, itemsize: int) -> bool:
-        """Whether the target has that much; a CPU, which only interprets, has no limit."""
+        """Returns whether the target has that much; a CPU, which only interprets, has no limit."""
         return not target.lds_bytes or self.lds_bytes(target, itemsize) <= target.lds_bytes
 
 

@@ -1,4 +1,4 @@
-"""What kind of call a sum and norm is, for the tables, and small cases that show a wrong row, column or rounding."""
+"""Kinds of calls of a sum and norm, for the tables, and small cases that expose a wrong row, column or rounding."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def unsupported(
     target: Target, x: jax.Array, delta: jax.Array, weight: jax.Array, *, interpret: bool = False, **options: Any
 ) -> str | None:
-    """Why this backend cannot run a call on `target`, or None."""
+    """The reason this backend cannot run a call on `target`, or None."""
     if target.vendor == "cpu" and not interpret:
         return "Pallas-Triton compiles for GPUs only; pallas_interpret runs the same kernel"
     if not x.size:
@@ -72,7 +72,7 @@ def _rows(
         if tiles.rows > 1:
             row = first + jnp.arange(tiles.rows, dtype=jnp.int32)
             index, valid = (row,), row < rows if rows % tiles.rows else None
-        # All is asked for before anything is waited for.
+        # All loads are issued before the first wait.
         term, other = load_tile(x_ref, index, width, valid), load_tile(delta_ref, index, width, valid)
         weight = load_tile(weight_ref, (0,), width)
         # A sum or product of two 16-bit floats, rounded to float32 before, is what rounding it once gives.

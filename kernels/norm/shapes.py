@@ -53,4 +53,4 @@ SHAPES = (
     NormShape(64, 4096, "float32"),
     NormShape(4096, 4096, "float32"),
 )
-"""What the kernel is compiled for."""
+"""The shapes that the kernel is compiled for."""

@@ -1,4 +1,4 @@
-"""How rows are dealt out to programs, for each kind of device."""
+"""The assignment of rows to programs, for each kind of device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_NUMBERS = 64
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut.
+    """The tiling of the work.
 
     Attributes:
       rows: that a program computes, a power of two.
@@ -28,7 +28,7 @@ class Tiles:
     num_warps: int
 
     def fits(self, target: Target, hidden: int) -> bool:
-        """Whether a program has threads enough for its rows, and no more than there can be."""
+        """Returns whether a program has threads enough for its rows, and no more than there can be."""
         threads = self.num_warps * (target.wave_size or 32)
         return threads <= MOST_THREADS and self.rows * next_power_of_2(hidden) <= MOST_NUMBERS * threads
 

@@ -1,4 +1,4 @@
-"""Products with weights in few bits, which are decoded where they are multiplied."""
+"""Products with quantised weights, which are decoded inside the product."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def quantized_matmul(
     dtype: DTypeLike | None = None,
     backend: str = "auto",
 ) -> jax.Array:
-    """x times the weight that `members` stand for, accumulated in float32.
+    """x times the weight that `members` represent, accumulated in float32.
 
     Differentiable by x.
 

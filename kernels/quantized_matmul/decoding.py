@@ -1,4 +1,4 @@
-"""The kernel that decodes a weight once, for products with so many rows that a library should compute them."""
+"""The kernel that decodes a weight once, for products with enough rows that a library should compute them."""
 
 from __future__ import annotations
 

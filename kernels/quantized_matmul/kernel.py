@@ -27,7 +27,7 @@ def product(
     float32, and offsets the sums of the input. Both are loaded a step ahead: matrix units do not take them, so the
     compiler would wait for them in every step.
 
-    A step is cut into pieces that are not longer than a group, each with a product of its own. Where groups are small,
+    A step is split into pieces no longer than a group, each with its own product. Where groups are small,
     a single row has the rows of the tile to itself: each holds the numbers of one group and zeros elsewhere, so that
     one product gives the sums of all groups of a step.
 

@@ -27,7 +27,7 @@ __all__ = ["Tiles", "run", "unsupported"]
 
 DTYPES = ("bfloat16", "float16")
 MOST_ROWS = 128
-"""Rows above which each code would be decoded so often that it pays to decode the weight once, to memory."""
+"""Number of rows above which codes would be decoded so often that decoding the weight once, to memory, is faster."""
 GROUPS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -40,7 +40,7 @@ def unsupported(
     dtype: DTypeLike | None = None,
     interpret: bool = False,
 ) -> str | None:
-    """Why this backend cannot run a call on `target`, or None."""
+    """The reason this backend cannot run a call on `target`, or None."""
     if target.vendor == "cpu" and not interpret:
         return "Pallas-Triton compiles for GPUs only; pallas_interpret runs the same kernels"
     rows, codes = math.prod(x.shape[:-1]), members[layout.name]
@@ -118,7 +118,7 @@ def _forward(call: _Call, x: jax.Array, members: dict[str, jax.Array]) -> tuple[
 
 
 def _backward(call: _Call, saved: tuple[Any, ...], gradient: jax.Array) -> tuple[Any, None]:
-    """That of the reference, by x alone: weights in few bits are not trained."""
+    """The gradient of the reference, with respect to x only: quantised weights are not trained."""
     x, members = saved
     _, pull = jax.vjp(partial(quantized_matmul_reference, members=members, layout=call.layout, dtype=call.dtype), x)
     return *pull(gradient), None

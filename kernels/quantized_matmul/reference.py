@@ -15,7 +15,7 @@ from llama_jax.sharding import in_use
 
 
 def reads_codes(layout: Layout) -> bool:
-    """Whether XLA's GPU compiler reads codes in the kernel of the product; if not, it first writes the decoded weight.
+    """Returns whether XLA's GPU compiler reads codes in the product's kernel, or first writes the decoded weight.
 
     So it is with the flags that XLA has by default, with which prompts are computed; `decode.weights_read` has integers
     in groups read, too, by decode steps. No AMD GPU before gfx950 converts float8_e4m3fn by itself.

@@ -1,4 +1,4 @@
-"""How a product with a quantised weight is cut into programs, for each kind of device."""
+"""The tiling of a product with a quantised weight into programs, for each kind of device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHUNK = 16
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut; powers of two, but for `num_stages`.
+    """The tiling of the work; powers of two, except for `num_stages`.
 
     Attributes:
       rows: of the input that a program multiplies.

@@ -29,7 +29,7 @@ _LARGE = {"bfloat16": (0x43084308, 128 + 8), "float16": (0x64086408, 1024 + 8)}
 
 @dataclass(frozen=True)
 class Unpack:
-    """How a target does it.
+    """A target's way to unpack.
 
     Attributes:
       whole: takes codes int8 [cols, codes] and a 16-bit dtype: the codes in it.
@@ -112,7 +112,7 @@ def _assembly(asm: str, words: jax.Array) -> jax.Array:
 
 
 def _masked_at_once(words: jax.Array, a: int, b: int) -> jax.Array:
-    """One instruction, which NVIDIA's assembler does not find: not both numbers may stand in the instruction."""
+    """One instruction, which NVIDIA's assembler does not find: only one of the numbers may be an immediate."""
     return _assembly(f"{{ .reg .b32 b; mov.b32 b, {b:#x}; lop3.b32 $0, $1, {a:#x}, b, 0x6a; }}", words)
 
 
@@ -130,7 +130,7 @@ HAS_BFLOAT16_SUB = ("sm_90", "sm_100", "sm_103", "sm_120")
 
 
 def unpack_for(target: Target, rows: int, *, interpret: bool) -> Unpack:
-    """The way that takes the fewest instructions on a target, for tiles of so many rows of the input.
+    """The way that takes the fewest instructions on a target, for tiles of this many input rows.
 
     Where numbers stay larger, a second product gives the sums of the input: little for few rows, half of all arithmetic
     for many.

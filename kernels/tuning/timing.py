@@ -1,4 +1,4 @@
-"""How long a call takes on the device."""
+"""Measures how long a call takes on the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_CALLS = 500
 def seconds_per_call(run: Callable[..., Any], arrays: Arrays, rounds: int) -> float:
     """The median over `rounds` of the time of one call, in seconds.
 
-    Many calls stand in one compiled loop, each waiting for the one before, so that neither Python nor the start of a
+    Many calls run in one compiled loop, each waiting for the one before, so that neither Python nor the start of a
     program is measured. All calls read the same arrays: what fits into a cache is read from there.
     """
     calls = 1

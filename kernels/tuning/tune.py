@@ -1,6 +1,6 @@
 """Measures the kernels on this device and writes the user's table, which then wins over the shipped one.
 
-What has been measured is kept in a journal line by line, so that a run that was stopped goes on where it was.
+Measurements are kept in a journal line by line, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What came of a candidate.
+    """The result of a candidate.
 
     Attributes:
       dtype, shape: as in the tables.
@@ -84,7 +84,7 @@ class Tuning:
 def candidates(
     operations: Sequence[Operation], target: Target, numbers: Mapping[str, Any] | None, most: int
 ) -> tuple[Candidate, ...]:
-    """What there is to measure: for each case the reference, and at most `most` tiles of each other backend that can
+    """Lists what to measure: for each case the reference, and at most `most` tiles of each other backend that can
     run it. A case that only the reference can run is left out."""
     found: list[Candidate] = []
     for op in operations:
@@ -113,7 +113,7 @@ def tune(
 
     Args:
       found: of `candidates`.
-      rounds: the medians are of so many.
+      rounds: number of rounds that medians are taken over.
       progress: called with the number of candidates done, of all, and the last measurement.
       measure: takes a function of arrays, arrays and `rounds`; seconds of one call.
 
@@ -179,7 +179,7 @@ class _Session:
         )
 
     def _wrong(self, candidate: Candidate) -> str:
-        """What is wrong with a candidate's numbers: against the reference's on this case, or, where the reference needs
+        """Errors in a candidate's numbers: against the reference's on this case, or, where the reference needs
         more memory than there is, on the small cases."""
         if candidate.backend == REFERENCE:
             self._expected = jax.block_until_ready(jax.jit(_call(candidate))(**self._arrays))
@@ -259,7 +259,7 @@ def best_rules(measurements: Sequence[Measurement], device: str) -> dict[str, tu
 
 
 def write_table(path: Path, target: Target, device: str, rules: Mapping[str, Sequence[Rule]]) -> None:
-    """Puts a table in the place of the one before, in one step."""
+    """Replaces the previous table atomically."""
     data = {
         "arch": target.arch,
         "device": device,

@@ -1,4 +1,4 @@
-"""Compilation for devices that are not here: AMD GPUs from any x86-64 Linux machine.
+"""Compilation for devices that this machine lacks: AMD GPUs from any x86-64 Linux machine.
 
 compiled = compile_for(find("mi300x"), f, (jax.ShapeDtypeStruct((8, 4096), "bfloat16"),))
 print(compiled.memory, compiled.kernels)

@@ -84,7 +84,7 @@ class Compilation:
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
-        """What devices exchange, those that move most first."""
+        """The collectives between devices, largest first."""
         return hlo.collectives(self.compiled.as_text() or "", self.devices) if self.devices > 1 else ()
 
     @cached_property
@@ -124,7 +124,7 @@ class Compilation:
 
     @property
     def bytes_accessed(self) -> float:
-        """Bytes that the kernels of one device read and write, by XLA's count, as if no cache held any."""
+        """Bytes that the kernels of one device read and write, by XLA's count, ignoring caches."""
         return self._cost.get("bytes accessed", 0.0)
 
 

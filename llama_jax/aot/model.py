@@ -1,5 +1,5 @@
-"""A whole model compiled for AMD GPUs that this machine does not have: does it fit, what do the devices exchange, which
-kernels run, and how fast could it be.
+"""A whole model compiled for AMD GPUs that this machine lacks: whether it fits, what the devices exchange, which
+kernels run, and how fast it could be.
 
 Prefill and the decode step are the programs that `generate` runs, with parameters laid out and split as `load` does it.
 """

@@ -1,5 +1,5 @@
-"""The programs that `generate` runs, as functions with the shapes of their arguments: to compile them, or to count what
-they take, without a model.
+"""The programs that `generate` runs, as functions with the shapes of their arguments: to compile them, or to count
+their costs, without a model.
 
     program = decode_program(config, mesh, batch=8, capacity=4096, dtype="bfloat16")
     with on(mesh):
@@ -33,7 +33,7 @@ from llama_jax.sharding import AnyMesh, Axes, ruled
 
 @dataclass(frozen=True)
 class Program:
-    """A jitted function with everything that it takes to compile it.
+    """A jitted function with everything needed to compile it.
 
     Attributes:
       args: trees of `jax.ShapeDtypeStruct`, with shardings where there is a mesh.

@@ -1,9 +1,9 @@
-"""Compiled programs on disk that are found without being traced.
+"""Compiled programs on disk that are found without tracing.
 
-jax looks into its own cache with a program that has been traced and lowered. For the programs of an engine that takes
-longer than everything else: 20 seconds of Python for Llama-3.1-8B. Here a program is found by what its tracing
-depends on: this package's files, the versions and flags beneath it, the devices, and the shapes of its arguments. Any
-other value of one of them is another program. Where that cannot be known, because other packages add kernels, nothing
+jax looks up its own cache by a program that has been traced and lowered. For the programs of an engine tracing takes
+longer than everything else: 20 seconds of Python for Llama-3.1-8B. Here the key of a program is all that its tracing
+depends on: this package's files, the versions and flags beneath it, the devices, and the shapes of its arguments. If
+one of them changes, so does the key. Where they cannot be known, because other packages add kernels, nothing
 is stored.
 """
 
@@ -36,7 +36,7 @@ from llama_jax.sharding import AnyMesh, ruled
 from llama_jax.targets import current
 
 KEPT = 256
-"""Programs; the ones that were not used for longest go first. One of Llama-3.1-8B takes some 3 MB."""
+"""Number of programs; the least recently used are removed first. One of Llama-3.1-8B takes some 3 MB."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "LLAMA_JAX_KERNELS", "LLAMA_JAX_ROCM")
 _NO_MATTER = ("cache", "log", "traceback", "profiler", "debug_dir", "dump")
@@ -46,7 +46,7 @@ _NO_MATTER = ("cache", "log", "traceback", "profiler", "debug_dir", "dump")
 def compile_stored(
     program: Program, about: Iterable[Any], devices: Sequence[jax.Device], mesh: AnyMesh = None
 ) -> tuple[Any, bool]:
-    """Compiles a program, or reads it from the disk. On a mesh: inside of `sharding.on(mesh)`.
+    """Compiles a program, or reads it from disk. On a mesh: inside of `sharding.on(mesh)`.
 
     Args:
       about: everything that the program's function has been made for; what has the same `repr` is the same.
@@ -73,7 +73,7 @@ def compile_stored(
 def _path(
     folder: Path, program: Program, about: Iterable[Any], devices: Sequence[jax.Device], mesh: AnyMesh
 ) -> Path | None:
-    """Where a program lies, or would; None if it cannot be told from others."""
+    """The path of a stored program, existing or not; None if it cannot be told from others."""
     if plugins.load(plugins.KERNELS) or jax.process_count() > 1:
         return None
     leaves, structure = jax.tree.flatten((program.args, dict(program.static)))
@@ -99,7 +99,7 @@ def _path(
 
 
 def _private(folder: Path) -> bool:
-    """Whether nobody else can have written there: a stored program is code. A folder that is not there is made so."""
+    """Returns whether only this user can write there: a stored program is code. A missing folder is created so."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()

@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class NewCache:
-    """A cache that is still to be made: prefill makes it within its first program.
+    """A deferred cache: prefill makes it within its first program.
 
     Attributes:
       rows, capacity: of the cache; dtype: of keys and values, or a name of `KV_DTYPES`.

@@ -1,4 +1,4 @@
-"""A cache of one array a layer, with as many slots for every row."""
+"""A cache of one array per layer, with the same number of slots for every row."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class DenseLayer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseCache:
-    """Every row has `capacity` slots; the tokens of one call take the same slots in every row.
+    """Every row has `capacity` slots; the tokens of a call occupy the same slots in every row.
 
     Each slot remembers its token's position, and attention asks only for positions: so left- and right-padded rows,
     several prefill chunks and single decode steps are all the same to it. A row that has nothing to store still uses up
@@ -122,7 +122,7 @@ class DenseCache:
         return dataclasses.replace(self, **stored.of_views(views))
 
     def grow(self, capacity: int) -> DenseCache:
-        """The same cache with more slots.
+        """The same cache with more slots per row.
 
         Raises:
           RequestError: `capacity` is smaller than it is now.
@@ -139,7 +139,7 @@ class DenseCache:
         return self._with(lambda x: take_rows(x, rows, 0), take_rows(self.positions, rows, -1))
 
     def put(self, rows: jax.Array, part: DenseCache) -> DenseCache:
-        """See `KVCache`. Other rows have nothing in the slots that the part has taken meanwhile."""
+        """See `KVCache`. Other rows have nothing in the slots that the part has used meanwhile."""
 
         def write(into: jax.Array, new: jax.Array) -> jax.Array:
             return put_rows(into, rows, new)
@@ -163,11 +163,11 @@ class DenseCache:
         return dataclasses.replace(self, positions=jnp.where(rows[:, None], -1, self.positions))
 
     def _with(self, change: Callable[[jax.Array], jax.Array], positions: jax.Array) -> DenseCache:
-        """Keys, values and scales changed in one way."""
+        """Applies one change to keys, values and scales."""
         return dataclasses.replace(self, **stored.changed(self, change), positions=positions)._laid_out()
 
     def _laid_out(self) -> DenseCache:
-        """Over a mesh alike after every change, so that no program is compiled twice."""
+        """Keeps the same sharding after every change, so that no program is compiled twice."""
         return dataclasses.replace(
             self,
             **stored.changed(self, lambda x: constrain(x, DENSE_AXES)),

@@ -1,4 +1,4 @@
-"""A cache of pages: rows of different lengths share one store, and a row takes what its own tokens need.
+"""A paged cache: rows of different lengths share one store, and each row takes only the pages that its tokens need.
 
 "Efficient Memory Management for Large Language Model Serving with PagedAttention", arXiv:2309.06180.
 """
@@ -26,11 +26,11 @@ DEFAULT_PAGE_SIZE = 64
 PAGE_SIZES = (16, 32, 64, 128, 256)
 
 _EMPTY_ROW = {"page_table": NO_PAGE, "positions": -1, "lengths": 0, "shared": 0}
-"""Arrays of a `PagedCache` with a line for each row, and what a row without a text has there."""
+"""Arrays of a `PagedCache` with a line for each row, and their values for a row without a text."""
 
 
 def check_page_size(page_size: int) -> None:
-    """Raises RequestError unless a page can have so many slots."""
+    """Raises RequestError unless a page can have this many slots."""
     if page_size not in PAGE_SIZES:
         raise RequestError(
             f"a page cannot have {page_size!r} slots",
@@ -47,7 +47,7 @@ class PagedCache:
     `create` books pages for every slot. Whoever hands out pages by need (`PagePool`) books them (`book`) before the
     tokens come. Rows may have pages in common at their beginning; `extend` never writes there.
 
-    On a mesh that splits rows over several replicas, each replica has a pool of its own, and numbers in the page table
+    On a mesh that splits rows over several replicas, each replica has its own pool, and numbers in the page table
     count the pages of the row's replica.
 
     Attributes:
@@ -191,7 +191,7 @@ class PagedCache:
         return dataclasses.replace(self, **stored.of_views(views))
 
     def select(self, rows: jax.Array) -> PagedCache:
-        """See `KVCache`; the part has the same pages, of which nothing is copied."""
+        """See `KVCache`; the part shares the same pages, without a copy."""
         self._check_one_pool()
         return self._by_row(lambda x, empty: take_rows(x, rows, empty))
 
@@ -245,12 +245,12 @@ class PagedCache:
         return dataclasses.replace(self, positions=jnp.where(keep, self.positions, -1), lengths=lengths)
 
     def release(self, rows: jax.Array) -> PagedCache:
-        """See `KVCache`. The rows have no pages any more: `book` gives them some for the next text."""
+        """See `KVCache`. The rows then have no pages: `book` gives them some for the next text."""
         line = rows[:, None]
         return self._by_row(lambda x, empty: jnp.where(line if x.ndim > 1 else rows, empty, x))
 
     def grow(self, capacity: int) -> PagedCache:
-        """See `KVCache`; every row gets new pages for the new slots, added to the store behind the old ones."""
+        """See `KVCache`; every row gets new pages for the new slots, appended to the store."""
         check_grows(self.capacity, capacity)
         batch, per_row = self.page_table.shape
         more = -(-capacity // self.page_size) - per_row
@@ -271,11 +271,11 @@ class PagedCache:
         return grown._laid_out()
 
     def _laid_out(self) -> PagedCache:
-        """Rows over a mesh, with the pages that `PAGE_AXES` lay out, so that no program is compiled twice."""
+        """Shards rows over a mesh, and pages by `PAGE_AXES`, so that no program is compiled twice."""
         return self._by_row(lambda x, _: constrain(x, ("batch",)))
 
     def _by_row(self, change: Callable[[jax.Array, int], jax.Array]) -> PagedCache:
-        """The arrays of `_EMPTY_ROW` changed in one way, which is told what an empty row has."""
+        """Applies one change, which is given an empty row's value, to the arrays of `_EMPTY_ROW`."""
         changed: dict[str, Any] = {name: change(getattr(self, name), empty) for name, empty in _EMPTY_ROW.items()}
         return dataclasses.replace(self, **changed)
 
@@ -290,7 +290,7 @@ class PagedCache:
             self._check_one_pool()
 
     def _check_one_pool(self) -> None:
-        """Rows of different replicas have no page in common, so tokens and rows are not moved among them."""
+        """Rows of different replicas share no pages, so tokens and rows are not moved between them."""
         if self.replicas > 1:
             raise RequestError(
                 f"rows of a paged cache with {self.replicas} pools cannot be selected, forked or packed",

@@ -15,15 +15,15 @@ from llama_jax.kernels.attention.packed import packed_rows, ranks
 from llama_jax.sharding import local
 
 NO_PAGE = -1
-"""In the page table where no page is booked."""
+"""Marks a place in the page table where no page is booked."""
 
 PAGE_AXES = ("batch", "kv_heads")
-"""Logical axes of pages [pages, kv_heads, page_size, head_dim], and of their scales: each replica of the model has a
-pool of its own."""
+"""Logical axes of pages [pages, kv_heads, page_size, head_dim], and of their scales: each replica of the model has
+its own pool."""
 
 
 class PagedSlots(NamedTuple):
-    """Where new tokens go, int32 [batch, len]: the page, and the slot in it. The page of padding, and of tokens for
+    """Places for new tokens, int32 [batch, len]: the page, and the slot in it. The page of padding, and of tokens for
     which no page is booked, does not exist, so that a write there is dropped. No two tokens go to one place: a GPU
     writes places that are known to be unique in a fifth of the time."""
 
@@ -95,7 +95,7 @@ def book(
     page_size: int,
     pages: int,
 ) -> tuple[jax.Array, ...]:
-    """Slots for new tokens, in their order, behind those of their rows.
+    """Slots for new tokens, in their order, after those of their rows.
 
     Args:
       page_table, slot_positions, lengths, shared: of a `PagedCache`.

@@ -1,4 +1,4 @@
-"""Which pages of a `PagedCache` are free: bookkeeping on the host, without side effects."""
+"""Tracks the free pages of a `PagedCache`: bookkeeping on the host, without side effects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama_jax.errors import DoesNotFit, RequestError
 
 @dataclass(frozen=True, eq=False)
 class PagePool:
-    """How many rows use each page; every operation returns a new pool.
+    """The number of rows that use each page; every operation returns a new pool.
 
     Attributes:
       users: int32 [pages], 0 for free pages.
@@ -27,7 +27,7 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """How many pages nobody uses."""
+        """The number of free pages."""
         return int(np.count_nonzero(self.users == 0))
 
     def take(self, count: int) -> tuple[np.ndarray, PagePool]:
@@ -45,7 +45,7 @@ class PagePool:
         return found, self._counted(found, 1)
 
     def share(self, pages: Sequence[int] | np.ndarray) -> PagePool:
-        """One user more for pages in use: rows with the same beginning may have it in common.
+        """Adds a user to pages in use: rows with the same beginning may share them.
 
         Raises:
           RequestError: one of them is free, or is no page.
@@ -53,7 +53,7 @@ class PagePool:
         return self._counted(self._used(pages), 1)
 
     def release(self, pages: Sequence[int] | np.ndarray) -> PagePool:
-        """One user less; pages without any are free again.
+        """Removes a user; pages without any are free again.
 
         Raises:
           RequestError: one of them is free, or is no page.

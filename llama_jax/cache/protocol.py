@@ -1,4 +1,4 @@
-"""The protocol between a key/value cache and its users; its layout in memory is the cache's own affair. Also
+"""The protocol between a key/value cache and its users; the memory layout is private to the cache. Also
 functions that the caches of this package share.
 
 The model books slots for its tokens once (`extend`), then gives each layer's new keys and values to that layer's view
@@ -94,7 +94,7 @@ class KVCache(Protocol):
         ...
 
     def select(self, rows: jax.Array) -> Self:
-        """The rows `rows` int32 [n] as a cache of their own, to be changed and put back; each row at most once."""
+        """The rows `rows` int32 [n] as a separate cache, to be changed and put back; each row at most once."""
         ...
 
     def put(self, rows: jax.Array, part: Self) -> Self:
@@ -107,7 +107,7 @@ class KVCache(Protocol):
         ...
 
     def truncate(self, lengths: jax.Array) -> Self:
-        """The cache with only the first `lengths` int32 [batch] tokens of each row; longer than a row is changes
+        """The cache with only the first `lengths` int32 [batch] tokens of each row; a length beyond a row's changes
         nothing."""
         ...
 

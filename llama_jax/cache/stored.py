@@ -1,11 +1,11 @@
 """Keys and values as caches store them: as numbers, or as codes with a scale for each token and head.
 
-Codes depend on their token alone, however it came into the cache, and are the nearest for the scale as it is stored:
-its rounding to bfloat16 adds nothing to their error of half a step.
+Codes depend only on their token, however it came into the cache, and are the nearest for the scale as it is stored:
+rounding the scale to bfloat16 adds nothing to their error of half a step.
 
-Some numbers of a key are often much larger than its others, and set their step. So keys are rotated first, and queries
-with them, by a Hadamard matrix, which spreads every number over all of its head ("QuaRot", arXiv:2404.00456). Values
-are rotated where they have four bits, and what attention makes of them is turned back.
+A key often has a few numbers much larger than the others, which set the step for all. So keys are first rotated, and
+queries with them, by a Hadamard matrix, which spreads every number over its whole head ("QuaRot", arXiv:2404.00456).
+Values are rotated if they have four bits, and attention's output is rotated back.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llama_jax.kernels.attention.records import CODES, SCHEMES, KeysValues
 from llama_jax.kernels.precision import matmul_precision
 
 KV_DTYPES = tuple(SCHEMES)
-"""Names of what caches store keys and values in, besides the model's own dtype."""
+"""Names of the formats of keys and values in caches, besides the model's own dtype."""
 
 SCALES = jnp.dtype(jnp.bfloat16)
 
@@ -34,7 +34,7 @@ A whole cache has tuples of these."""
 
 
 def check_kv_dtype(kv_dtype: str | None) -> None:
-    """Raises RequestError unless caches can store that dtype; None stands for the model's."""
+    """Raises RequestError unless caches can store that dtype; None means the model's."""
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise RequestError(
             f"a cache cannot store {kv_dtype!r}",
@@ -89,7 +89,7 @@ def _name(dtype: DTypeLike) -> str:
 
 
 def new_slots(shape: Sequence[int], dtype: DTypeLike, layers: int) -> dict[str, tuple[Any, ...]]:
-    """Empty arrays of `shapes` for each layer. They have buffers of their own, since donated arrays must not alias one
+    """Empty arrays of `shapes` for each layer. They have separate buffers, since donated arrays must not alias one
     another."""
     return {
         name: tuple(None if x is None else jnp.zeros(x.shape, x.dtype) for _ in range(layers))
@@ -165,7 +165,7 @@ def _hadamard(x: jax.Array) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def quantise(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
-    """Codes of vectors [..., n], and scales [...] of the largest magnitude in each. What is no number gives a scale
+    """Codes of vectors [..., n], and scales [...] of the largest magnitude in each. A NaN or infinity gives a scale
     that is none.
 
     Args:

@@ -3,7 +3,7 @@
 Orbax keeps arrays as zarr v3 (https://zarr-specs.readthedocs.io/en/latest/v3/core/index.html) in an OCDBT database
 (https://google.github.io/tensorstore/kvstore/ocdbt/index.html). Reading them through tensorstore means a whole chunk,
 up to 256 MiB, for a single row, and a second copy of it in memory. The chunks of our checkpoints are not compressed, so
-tensorstore is only asked where they are, and their bytes are read with `pread` straight to where they are wanted, which
+tensorstore only locates them, and their bytes are read with `pread` straight to their destination, which
 is twice as fast.
 """
 
@@ -85,7 +85,7 @@ class ChunkedArray:
             out[(slice(a - start, b - start), *inner)] = part[(slice(None), *box)]
 
     def _check_trailer(self, where: Location, skip: int) -> None:
-        """Of no use here, but other readers stumble over a damaged one, so it must not pass for sound."""
+        """Not used here, but other readers fail on a damaged one, so it must not pass for sound."""
         found = np.empty(len(self.trailer), np.uint8)
         _read(where, skip, found)
         if found.tobytes() != self.trailer:
@@ -207,7 +207,7 @@ def _sizes(value: list[int]) -> tuple[int, ...]:
 
 
 def _trailer(codecs: list[dict[str, Any]], chunk_shape: tuple[int, ...], nbytes: int) -> bytes | None:
-    """What follows a chunk's elements, if these stand in order and little-endian; None if they are encoded otherwise.
+    """The bytes after a chunk's elements, if these are in order and little-endian; None if encoded otherwise.
 
     Orbax wraps each chunk into a shard of its own (zarr's codec "sharding_indexed"), which ends in an index: offset and
     size of the only inner chunk, 64 bits each, and the CRC-32C of both.

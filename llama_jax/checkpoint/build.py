@@ -33,7 +33,7 @@ def load_params(
     progress: Progress | None = None,
     config: LlamaConfig | None = None,
 ) -> Params:
-    """Loads tensors, each straight to its place: a device only ever holds its own part of a leaf.
+    """Loads tensors, each straight to its devices: a device only ever holds its own part of a leaf.
 
     Rows are read, checked and sent in blocks; beside the parameters themselves the host holds at most 1 GiB. On the CPU
     the buffers are used in place, without a copy. A cast is done by the device that keeps the part.
@@ -44,7 +44,7 @@ def load_params(
 
     Args:
       path: checkpoint folder.
-      dtype: dtype of the leaves; that on disk when None. What a scheme stores in a dtype of its own keeps it.
+      dtype: dtype of the leaves; that on disk when None. A scheme's members with a fixed dtype keep it.
       sharding: where the leaves go: one place for all, or a function of the leaf (see `llama_jax.sharding`); the
         default device when None.
       only, without: dotted names of the leaves to load or to leave out, with `*`, `?` and `[...]` as in file names,
@@ -57,7 +57,7 @@ def load_params(
       The parameter tree of `llama_jax.params`.
 
     Raises:
-      CheckpointError: a tensor is missing, unknown, damaged, or of another shape than the config asks for.
+      CheckpointError: a tensor is missing, unknown, damaged, or of another shape than the config requires.
       RequestError: weights cannot be of this dtype, or a pattern fits no tensor.
     """
     source = CheckpointSource(path, config=config)
@@ -165,7 +165,7 @@ def weights_dtype(dtype: Any) -> np.dtype | None:
 def select(
     specs: Sequence[ParamSpec], only: str | Sequence[str] | None, without: str | Sequence[str]
 ) -> list[ParamSpec]:
-    """The leaves that the patterns of `load_params` choose.
+    """The leaves selected by the patterns of `load_params`.
 
     Raises:
       RequestError: a pattern fits no leaf, or no leaf is left.

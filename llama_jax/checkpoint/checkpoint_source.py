@@ -18,7 +18,7 @@ from llama_jax.params import ParamSpec, param_specs
 
 
 class CheckpointSource:
-    """An opened checkpoint whose tensors are those that a config asks for; see `checkpoint.source.ModelSource`.
+    """An opened checkpoint with the tensors that its config requires; see `checkpoint.source.ModelSource`.
 
     Args:
       path: the checkpoint's folder.

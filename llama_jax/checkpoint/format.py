@@ -1,4 +1,4 @@
-"""What stands in a checkpoint folder, and opening one: reads three small JSON files and no tensor."""
+"""The contents of a checkpoint folder, and opening one: reads three small JSON files and no tensor."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights came from.
+    """The origin of the weights.
 
     Attributes:
       kind: "huggingface", "meta", "gguf" or "arrays".
@@ -81,7 +81,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder; nothing but metadata has been read.
+    """An opened checkpoint folder; only metadata has been read.
 
     Attributes:
       path: the folder.
@@ -114,7 +114,7 @@ class Checkpoint:
 
 
 class Digest:
-    """A digest of bytes that come piece by piece: xxh3_128, which runs at memory speed and sees every flipped bit.
+    """An incremental digest of bytes: xxh3_128, which runs at memory speed and detects every flipped bit.
 
     It guards against faults of disks and transfers, not against an attacker, who could write a fitting digest as well.
     """
@@ -140,7 +140,7 @@ def digest(data: Any) -> str:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a folder holds a finished checkpoint of this format (of any version)."""
+    """Returns whether a folder holds a finished checkpoint of this format (of any version)."""
     return (Path(path) / MARKER).is_file()
 
 
@@ -150,7 +150,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
       ModelNotFound: no such folder.
       CheckpointError: not a finished checkpoint, of a newer format, or its metadata is damaged; names the file.
-      UnsupportedModel: config.json asks for something that is not supported.
+      UnsupportedModel: config.json requires something unsupported.
     """
     path = Path(path)
     if not path.is_dir():
@@ -195,9 +195,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 DAMAGED = "the checkpoint is damaged; convert it again, or copy it again from where it came"
 UPGRADE = "upgrade llama-jax, or convert the model again with this version"
 CORRECT = "correct the file, or get it again from where the model came"
-"""The hint where a file of a source, which people edit, cannot be parsed."""
+"""The hint if a file of a source, which people edit, cannot be parsed."""
 _MAX_JSON_BYTES = 32 << 20
-"""Some times the largest index of a published model; parsed JSON takes up to 25 times the memory of its text."""
+"""Several times the largest index of a published model; parsed JSON takes up to 25 times the memory of its text."""
 
 
 def read_json(path: Path, *, hint: str = DAMAGED) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def parse_source(value: Mapping[str, Any]) -> Source:
 
 
 def _is_file_name(name: str) -> bool:
-    """Whether a name is that of a file in the checkpoint's folder, and no path that leads out of it."""
+    """Returns whether a name is that of a file in the checkpoint's folder, and not a path out of it."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -307,7 +307,7 @@ def _schemes(tensors: Mapping[str, TensorInfo], path: Path) -> tuple[tuple[str, 
 
 
 def custom_metadata(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """What is written into the Orbax checkpoint beside the arrays; read by `open_checkpoint`."""
+    """The metadata written into the Orbax checkpoint beside the arrays; read by `open_checkpoint`."""
     return {
         "format_version": FORMAT_VERSION,
         "digests": {name: t.digest for name, t in tensors.items()},

@@ -6,8 +6,8 @@
       parts/000000/part.json              its tensors and their digests; written last: the part is whole if it is there
       checkpoint/                         the checkpoint that is made of the parts in the end
 
-Each part is a partial save of its own, since one that was killed in its middle leaves a folder that Orbax neither
-continues nor clears away. `orbax.checkpoint.v1.partial.finalize` moves the files of its parts about and cannot be
+Each part is a separate partial save, since one that was killed midway leaves a folder that Orbax neither
+resumes nor cleans up. `orbax.checkpoint.v1.partial.finalize` moves the files of its parts about and cannot be
 repeated if it is stopped, so it is given links to them.
 """
 
@@ -131,7 +131,7 @@ def _failures_told_once() -> Iterator[None]:
 
 
 def read_parts(folder: Path) -> list[Part]:
-    """The parts in a folder that are whole, in order; everything else there is removed."""
+    """The complete parts in a folder, in order; everything else there is removed."""
     parts = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:

@@ -1,4 +1,4 @@
-"""Builds a leaf on its devices from consecutive rows, without ever holding more of it than is needed.
+"""Builds a leaf on its devices from consecutive rows, holding no more of it than necessary.
 
 The rows of a tensor pass once through the host's memory. What a device keeps goes to that device; copies of the same
 shard on several devices come from one read. On the CPU the buffer that the rows are read into becomes the device's own.
@@ -21,14 +21,14 @@ from llama_jax.checkpoint.read import empty_aligned
 from llama_jax.params import ParamSpec
 
 type LeafSharding = jax.sharding.Sharding | jax.Device
-"""Where a leaf goes."""
+"""The destination of a leaf."""
 type Shardings = LeafSharding | Callable[[ParamSpec], LeafSharding] | None
 """One place for all leaves, or a function of the leaf; None is the default device."""
 
 BLOCK_BYTES = 64 << 20
-"""Rows that are gathered on the host before they are sent to a device."""
+"""Bytes of rows that are gathered on the host before they are sent to a device."""
 READ_BYTES = 8 << 20
-"""Rows that are read at one time: small enough to stay in a processor's cache for the digest."""
+"""Bytes of rows that are read at a time: small enough to stay in a processor's cache for the digest."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class LeafBuilder:
         self._shards = self._find_shards()
 
     def blocks(self) -> Iterator[Block]:
-        """Every row of the tensor, in order; a block has been taken when the next one is asked for."""
+        """Every row of the tensor, in order; a block has been consumed when the next one is requested."""
         cuts = sorted({0, self._info.shape[0]}.union(*(shard.cuts() for shard in self._shards)))
         step = max(1, READ_BYTES // max(self._row_bytes, 1))
         scratch: np.ndarray | None = None
@@ -149,7 +149,7 @@ class LeafBuilder:
         return [_Shard(box, devices, self._step(box, devices)) for box, devices in boxes.items()]
 
     def _step(self, box: tuple[tuple[int, int], ...], devices: list[jax.Device | None]) -> int:
-        """How many rows of a shard are sent together."""
+        """The number of a shard's rows that are sent together."""
         cast = self._dtype is not None and self._dtype.name != self._info.dtype
         on_cpu = all((d.platform if d is not None else jax.default_backend()) == "cpu" for d in devices)
         whole = max(1, box[0][1] - box[0][0])
@@ -186,7 +186,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def host_bytes(nbytes: int) -> int:
-    """The host's memory that building a leaf of so many bytes takes, beside what stays resident."""
+    """Host memory that building a leaf of this many bytes takes, beside what stays resident."""
     return min(nbytes, 2 * BLOCK_BYTES)
 
 

@@ -1,4 +1,4 @@
-"""What writers of checkpoints that were stopped have left, for people to remove."""
+"""Leftovers of interrupted checkpoint writers, for people to remove."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llama_jax import disk
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """The folders and empty files that stopped writers of checkpoints have left directly in a folder, by name.
+    """The folders and empty files that interrupted writers of checkpoints left directly in a folder, by name.
 
     Nothing that a running process is writing, and nothing of another program. A replaced checkpoint that stands alone
     (its successor never got the name) is no leftover: the next conversion to its place puts it back.

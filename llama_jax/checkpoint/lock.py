@@ -1,6 +1,6 @@
 """model.lock.json: what a checkpoint was made from, byte for byte, and what it consists of.
 
-    lock_version, tool, dtype      the file's own version, the program that wrote it, the dtype that was asked for
+    lock_version, tool, dtype      the file's own version, the program that wrote it, the requested dtype
     method                         how weights were quantised here, where that is not rounding to the nearest
     source                         kind, name, revision, licence
     source_files                   name, size and sha256 of every weight file that was read
@@ -41,7 +41,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """What one tensor was made from.
+    """The origin of one tensor.
 
     Attributes:
       tensors: the source's tensors, each as its name and the name of its file.
@@ -67,7 +67,7 @@ class Lock:
 
 
 def contents(lock: Lock, store: Mapping[str, str]) -> dict[str, Any]:
-    """What is written into the file."""
+    """The contents of the file."""
     tensors: dict[str, Any] = {}
     for name, digest in lock.tensors.items():
         tensors[name] = {"digest": digest}

@@ -94,7 +94,7 @@ class TensorReader:
             raise self._unreadable(name, _first_line(e)) from e
 
     def _find(self, name: str) -> ChunkedArray:
-        """Where a tensor lies, if the store has it in the shape and dtype of the checkpoint's list."""
+        """The location of a tensor, if the store has it in the shape and dtype of the checkpoint's list."""
         info = self._checkpoint.tensors[name]
         try:
             array = self._arrays.get(name)
@@ -144,7 +144,7 @@ def _first_line(e: BaseException) -> str:
 
 
 def empty_aligned(info: TensorInfo) -> np.ndarray:
-    """An uninitialised array whose first byte stands at a multiple of ALIGNMENT."""
+    """An uninitialised array whose address is a multiple of ALIGNMENT."""
     raw = np.empty(info.nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     # The names of small floats are known to numpy once ml_dtypes is imported.
@@ -166,14 +166,14 @@ class Budget:
             self._used += n
 
     def give_back(self, n: int) -> None:
-        """Ends what `take` began."""
+        """Releases what `take` acquired."""
         with self._changed:
             self._used -= n
             self._changed.notify_all()
 
     @contextmanager
     def hold(self, n: int) -> Iterator[None]:
-        """Takes n bytes for the length of a block."""
+        """Holds n bytes for the duration of a block."""
         self.take(n)
         try:
             yield
@@ -215,7 +215,7 @@ def for_each_tensor[T](
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found.
+    """The findings of `verify`.
 
     Attributes:
       tensors, bytes: how many tensors were read, and their size.
@@ -235,7 +235,7 @@ class VerifyReport:
 def verify(path: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Reads every tensor and every small file of a checkpoint and compares their digests with those that it records.
 
-    Those stand in three places, which have to agree: the array store's metadata, llama_jax.json and model.lock.json.
+    They are in three places, which must agree: the array store's metadata, llama_jax.json and model.lock.json.
 
     Args:
       path: checkpoint folder.

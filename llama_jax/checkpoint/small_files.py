@@ -20,7 +20,7 @@ COPIED = re.compile(
     r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|"
     r"merges\.txt|chat_template\.(jinja|json)|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(md|txt))?"
 )
-"""Files that go from a model's folder into a checkpoint as they are."""
+"""Files that are copied unchanged from a model's folder into a checkpoint."""
 MAX_COPIED_BYTES = 512 << 20
 """More than any tokenizer file has."""
 

@@ -18,7 +18,7 @@ from llama_jax.params import ParamSpec, param_specs
 
 
 class ModelSource(Protocol):
-    """An opened model: all of its tensors are known to be there and of the right shape, none has been read.
+    """An opened model: all of its tensors are known to exist with the right shape, none has been read.
 
     Checkpoints implement it (`checkpoint.checkpoint_source`), and every format of `llama_jax.convert`. Conversion and
     `checkpoint.build.load_source` read models through it alone.
@@ -51,7 +51,7 @@ class ModelSource(Protocol):
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of a source, and where its bytes stand.
+    """A tensor of a source, and the place of its bytes.
 
     Attributes:
       name: what the source calls it.
@@ -76,7 +76,7 @@ class HasProvenance(Protocol):
 
 @runtime_checkable
 class HasNotes(Protocol):
-    """A source that has something to say about what becomes of it."""
+    """A source with notes for the user about its conversion."""
 
     @property
     def notes(self) -> Sequence[str]:
@@ -86,7 +86,7 @@ class HasNotes(Protocol):
 
 @runtime_checkable
 class InOrder(Protocol):
-    """A source that makes one layer after the other: leaves have to be asked for in the order of `param_specs`."""
+    """A source that makes one layer after the other: leaves must be requested in the order of `param_specs`."""
 
     def resume(self, written: Callable[[str], np.ndarray | None]) -> None:
         """Says how to read what was made of it before: an array by its dotted name, None where there is none."""
@@ -94,7 +94,7 @@ class InOrder(Protocol):
 
 
 def tell_notes(model: ModelSource, notify: Callable[[str], None] | None) -> None:
-    """Tells `notify` what a source has to say."""
+    """Passes a source's notes to `notify`."""
     if notify is not None and isinstance(model, HasNotes):
         for note in model.notes:
             notify(note)
@@ -122,10 +122,10 @@ def weight_files(model: ModelSource, specs: Iterable[ParamSpec]) -> tuple[Path, 
 
 @runtime_checkable
 class RowSource(Protocol):
-    """A source that can read some rows of a leaf, where the leaf stands in its file as it is."""
+    """A source that can read some rows of a leaf, if its file stores the leaf unchanged."""
 
     def has_rows(self, spec: ParamSpec) -> bool:
-        """Whether `read_rows` can read this leaf; if not, only `read` can."""
+        """Returns whether `read_rows` can read this leaf; if not, only `read` can."""
         ...
 
     def read_rows(self, spec: ParamSpec, start: int, out: np.ndarray) -> None:
@@ -148,7 +148,7 @@ DTYPES_BY_NAME: Mapping[str, np.dtype] = {
     "bfloat16": BFLOAT16,
     "float16": np.dtype(np.float16),
 }
-"""What a `LlamaConfig.dtype` may be."""
+"""Possible values of `LlamaConfig.dtype`."""
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
@@ -167,11 +167,11 @@ def check_names(
     asks: str = CONFIG,
     holder: Callable[[str], Path] | None = None,
 ) -> None:
-    """Raises CheckpointError unless the tensors `found` are exactly those that are `wanted`.
+    """Raises CheckpointError unless the tensors `found` are exactly those `wanted`.
 
     Args:
       path: the model's file or folder, for messages.
-      asks: what it is that asks for tensors.
+      asks: the file that requires the tensors, for messages.
       holder: the file of a tensor that was found, where that is not `path`.
     """
     found, wanted = set(found), set(wanted)
@@ -236,7 +236,7 @@ def _largest_piece(files: Mapping[str, bytes | str]) -> object:
 
 
 def check_dtypes(tensors: Mapping[str, TensorInfo], config: LlamaConfig, path: Path) -> None:
-    """Raises CheckpointError unless every tensor has a dtype, and is of the scheme, that the config asks for."""
+    """Raises CheckpointError unless every tensor has the dtype and scheme that the config requires."""
     for spec in param_specs(config):
         found, allowed = tensors[spec.name], DTYPES if spec.dtype is None else (spec.dtype,)
         if found.dtype not in allowed or found.scheme != spec.scheme:

@@ -1,4 +1,4 @@
-"""Checks of tensors' values: what only a damaged file holds, and what is rare enough to be told."""
+"""Checks of tensors' values: those that only a damaged file holds, and those rare enough for a warning."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llama_jax.params import ParamSpec
 from llama_jax.schemes import PLAIN
 
 _FINITE_BLOCK = 1 << 17
-"""Elements that are looked at together: they and what is made of them stay in the processor's cache."""
+"""Elements that are checked together: they and their intermediate results stay in the processor's cache."""
 _SAMPLE = 1 << 14
 
 
 def count_nonfinite(array: np.ndarray) -> int:
-    """How many elements are NaN or infinite: those whose exponent bits are all ones, and in float8_e4m3fn, which has no
-    infinity, all bits but the sign. Needs no memory to speak of; integers always are finite."""
+    """Counts NaN and infinite elements: those whose exponent bits are all ones, and in float8_e4m3fn, which has no
+    infinity, all bits but the sign. Needs hardly any memory; integers are always finite."""
     exponents_of: Mapping[str, np.unsignedinteger[Any]] = {
         "float32": np.uint32(0x7F800000),
         "bfloat16": np.uint16(0x7F80),
@@ -62,12 +62,12 @@ def refuse_nonfinite(name: str, bad: int, size: int, path: Path) -> None:
 
 
 def is_matrix(spec: ParamSpec) -> bool:
-    """Whether a leaf is one of the model's matrices, or stands for one: of a scheme's members the scales do."""
+    """Returns whether a leaf is one of the model's matrices, or represents one, as a scheme's scales do."""
     return len(spec.shape) > 1 if spec.scheme == PLAIN.name else spec.path[-1] == "scales"
 
 
 def is_zero(array: np.ndarray) -> bool:
-    """Whether an array of floats holds nothing but zeros; looks at a few numbers of any other."""
+    """Returns whether an array of floats is all zeros; for any other it reads only a few numbers."""
     unsigned = np.dtype(f"u{array.itemsize}")
     but_sign = unsigned.type(np.iinfo(unsigned).max >> 1)
     flat = np.ascontiguousarray(array).reshape(-1).view(unsigned)
@@ -75,7 +75,7 @@ def is_zero(array: np.ndarray) -> bool:
 
 
 def zeros_warning(zeros: Collection[str], matrices: int, path: Path, *, refuse: bool = True) -> str | None:
-    """What is to be told of the matrices that hold nothing but zeros; None where there are none.
+    """A warning about matrices that hold only zeros; None where there are none.
 
     A few of them are no fault: layers that were inserted into a model (LLaMA Pro, mergekit's passthrough) have an
     output projection of zeros, so that they pass on what they are given until they are trained.
@@ -105,7 +105,7 @@ def _unsound(path: Path, what: str) -> CheckpointError:
 
 
 def _count_subnormal(array: np.ndarray) -> int:
-    """How many elements are smaller than the smallest normal number, but not 0; 0 if a sample shows less than half.
+    """Counts elements smaller than the smallest normal number, but not 0; 0 if a sample shows less than half.
 
     float16 has too narrow a range for this to say anything.
     """

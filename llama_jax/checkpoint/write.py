@@ -1,4 +1,4 @@
-"""Writing checkpoints in batches of tensors, so that a writer that was stopped can go on with the next batch."""
+"""Writing checkpoints in batches of tensors, so that an interrupted writer can resume with the next batch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _MISMATCH = "check that the tensors and the config belong together"
 
 
 class CheckpointWriter:
-    """Writes one checkpoint; a context manager. Nothing stands at `path` before `commit` has returned.
+    """Writes one checkpoint; a context manager. Nothing exists at `path` before `commit` has returned.
 
     Everything is written below `<path>.partial` (see `checkpoint.journal`) and gets its name at the end, in one step.
     What is left when the context ends early, or the process, depends on `identity`: with one, the batches that were
-    written stay, and the next writer with the same identity goes on behind them. Errors that another try cannot help
+    written stay, and the next writer with the same identity resumes after them. Errors that another try cannot help
     (a damaged source, say) remove them.
 
     Args:
@@ -81,11 +81,11 @@ class CheckpointWriter:
 
     @property
     def notes(self) -> Sequence[Mapping[str, Any]]:
-        """The notes given to `write`, by this writer and by those that it goes on for."""
+        """The notes given to `write`, by this writer and by those that it continues."""
         return [part.note for part in self._parts]
 
     def read(self, name: str) -> np.ndarray | None:
-        """A tensor that was written, by an earlier writer too; None for any other."""
+        """A tensor that was written, also by an earlier writer; None for any other."""
         for part in self._parts:
             if name in part.tensors:
                 return TensorReader(part).read(name)
@@ -128,7 +128,7 @@ class CheckpointWriter:
             )
 
     def _go_on_or_begin(self) -> None:
-        """Takes over what a writer of the same tensors has left, or clears away what another one has."""
+        """Takes over the files left by a writer of the same tensors, or removes those of another one."""
         left, marker = self._partial, self._partial / disk.UNFINISHED
         identity = json.dumps(self._identity, sort_keys=True).encode()
         if self._identity is None or not marker.exists() or marker.read_bytes() != identity:
@@ -160,7 +160,7 @@ class CheckpointWriter:
             self._say(f"Stopped: {again}")
 
     def _discard(self) -> None:
-        """Removes all that was written, the marker that it may be removed last."""
+        """Removes all that was written; the marker that permits the removal goes last."""
         with contextlib.suppress(OSError):
             for path in self._partial.iterdir():
                 if path.name != disk.UNFINISHED:
@@ -213,7 +213,7 @@ class CheckpointWriter:
           source_files, origins, dtype, method: for model.lock.json; see `checkpoint.lock`.
 
         Raises:
-          CheckpointError: the tensors that were written are not those that the config asks for.
+          CheckpointError: the tensors that were written are not those that the config requires.
           UnsupportedModel: a config.json cannot express the config.
         """
         written = self.written
@@ -252,7 +252,7 @@ class CheckpointWriter:
 
 
 def _worth_another_try(e: BaseException) -> bool:
-    """Whether the same call may succeed later: not if the source or the request is at fault."""
+    """Returns whether the same call may succeed later: not if the source or the request is at fault."""
     if isinstance(e, CheckpointError) and isinstance(e.__cause__, OSError):
         return True  # a source that could not be read just now
     return not isinstance(e, CheckpointError | RequestError | UnsupportedModel)

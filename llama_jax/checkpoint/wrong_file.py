@@ -1,6 +1,6 @@
-"""What a file is that is not what its name promises: a Git LFS pointer, a web page, an empty file, another format.
+"""Identifies files that are not what their names promise: a Git LFS pointer, a web page, an empty file, another format.
 
-A parser would call all of these damaged, and getting such a file again in the same way gives the same file again.
+A parser would call all of these damaged, but downloading such a file again would give the same file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ GGUF = b"GGUF"
 _HEAD_BYTES = 1024
 
 type Kind = Literal["binary", "json", "any"]
-"""What a file should be: weights, in which words are out of place; JSON, where a byte order mark is; something else."""
+"""Expected contents: weights, in which words are out of place; JSON, where a byte order mark is; something else."""
 
 
 class WrongFile(NamedTuple):
-    """What a file is, to follow its name in a message, and what to do."""
+    """A description of a file, to follow its name in a message, and what to do."""
 
     what: str
     hint: str
@@ -59,7 +59,7 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
 
 
 def wrong_file(head: bytes, size: int, kind: Kind) -> WrongFile | None:
-    """What a file is in place of a model's; None where its first bytes say nothing of the kind.
+    """Identifies a file that is not a model's; None where its first bytes show nothing of the kind.
 
     Args:
       head: its first bytes, 1024 of them or all.

@@ -1,4 +1,4 @@
-"""What a model is: `LlamaConfig`, how Hugging Face's config.json becomes one and back, and named presets."""
+"""The description of a model: `LlamaConfig`, conversion from and to Hugging Face's config.json, named presets."""
 
 from __future__ import annotations
 

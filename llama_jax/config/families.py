@@ -1,4 +1,4 @@
-"""The model families, as data: what an absent key of config.json means in each, and how its tensors are called.
+"""The model families, as data: the meaning of absent keys of config.json, and the names of tensors.
 
 Source of every default: `models/<family>/configuration_<family>.py` of transformers 5.23.
 """

@@ -29,7 +29,7 @@ def not_supported(what: str, supported: str, file: str = "config.json") -> Unsup
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object and where it stands in config.json (or another file); a key that is null counts as absent.
+    """A JSON object and its place in config.json (or another file); a key that is null counts as absent.
 
     Every reader takes a key and what to return when it is absent (nothing: the key is required), and raises
     `UnsupportedModel` naming the key when the value has another type or is out of range.
@@ -100,7 +100,7 @@ class Fields:
         return number
 
     def boolean(self, key: str, default: bool, *, integers: bool = False) -> bool:
-        """true or false; with `integers`, numbers count as in C (published files hold such)."""
+        """true or false; with `integers`, numbers count as in C (some published files have them)."""
         value = self.get(key, default)
         if isinstance(value, bool) or (integers and isinstance(value, int)):
             return bool(value)

@@ -139,7 +139,7 @@ def _from_text(given: Fields, *, extra_architecture: str | None) -> LlamaConfig:
 
 
 def _refuse_variants(f: Fields, architectures: tuple[str, ...]) -> None:
-    """Refuses what would change the numbers or the weights, rather than computing something else."""
+    """Refuses keys that would change the numbers or the weights, rather than computing something else."""
     if f.get("per_layer_config"):
         raise f.not_supported(f.name("per_layer_config"), "one set of sizes for all layers")
     named = f.get("architectures", [])
@@ -174,7 +174,7 @@ def _layers(f: Fields, family: Family) -> tuple[LayerSpec, ...]:
             attention=kind,
             window=window,
             rope=rotated,
-            # The learned norm stands in every layer, the unlearned one only beside rope.
+            # Every layer has the learned norm; only those with rope have the unlearned one.
             qk_norm=qk_norm if rotated or qk_norm == "rms" else "none",
             query_scale=None if rotated else scale,
             mlp=mlp,
@@ -184,7 +184,7 @@ def _layers(f: Fields, family: Family) -> tuple[LayerSpec, ...]:
 
 
 def _rope_layers(f: Fields, n: int) -> list[bool]:
-    """Which layers rotate; in no_rope_layers a 1 means that the layer does, in spite of the name."""
+    """The layers that use rope; in no_rope_layers a 1 means that the layer does, in spite of the name."""
     flags = f.integers("no_rope_layers", low=0, high=1)
     if flags:
         if len(flags) < n:

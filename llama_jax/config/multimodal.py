@@ -27,7 +27,7 @@ class Wrapper:
       fixed: keys that its text model does not read, and what it does instead.
       own_text_type: name of a text model that exists inside this one alone; it is read as `text_type`.
       cross_attention: `cross_attention_layers` when `text_config` lacks it; None if it has no such layers.
-      extra_embeddings: rows of the embedding behind the vocabulary, for tokens that stand for an image.
+      extra_embeddings: rows of the embedding after the vocabulary, for tokens that represent an image.
     """
 
     architecture: str

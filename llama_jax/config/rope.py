@@ -1,4 +1,4 @@
-"""Rotary embedding parameters in config.json: the old style, the new one, and back.
+"""Rotary embedding parameters in config.json: reading the old and the new style, and writing them.
 
 Old: `rope_theta` beside `rope_scaling: {"type" | "rope_type": ..., "factor": ...}`. New (transformers 5): everything in
 `rope_parameters`. The rules of precedence are those of `RotaryEmbeddingConfigMixin` in transformers'

@@ -1,4 +1,4 @@
-"""What a Llama-shaped model is, as data: `LlamaConfig` and the specs it is made of.
+"""The description of a Llama-shaped model as data: `LlamaConfig` and the specs it consists of.
 
 Nothing here knows a model family. A family is a way to fill in these fields (`llama_jax.config.hf`); the model reads
 only these fields.
@@ -176,7 +176,7 @@ class LlamaConfig:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model can look back on; "dynamic" rope stretches what it was trained for."""
+        """Tokens that the model can attend to; "dynamic" rope extends its trained length."""
         stretch = self.rope.factor if self.rope.kind == "dynamic" else 1.0
         return int(self.max_position_embeddings * stretch)
 

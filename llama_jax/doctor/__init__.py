@@ -1,7 +1,7 @@
-"""What this machine and this installation can do, what is missing, and the command that fixes it.
+"""Reports what this machine and this installation can do, what is missing, and the command that fixes it.
 
-One module a subject. JAX is asked in a child process with a deadline, so that a driver that hangs cannot hang the one
-who asks; this package imports neither jax nor numpy.
+One module per subject. JAX runs in a child process with a deadline, so that a driver that hangs cannot hang the
+caller; this package imports neither jax nor numpy.
 """
 
 from __future__ import annotations

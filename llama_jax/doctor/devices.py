@@ -1,4 +1,4 @@
-"""What jax computes on, against what the machine has."""
+"""The devices jax computes on, compared with those of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_devices(
     root: Path = hardware.ROOT,
     rocm: hardware.Rocm | None = None,
 ) -> list[Check]:
-    """What jax computes on, against what the machine has.
+    """The devices jax computes on, compared with those of the machine.
 
     Args:
       root: where the kernel's files are.

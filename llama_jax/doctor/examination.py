@@ -1,4 +1,4 @@
-"""Everything looked at in turn."""
+"""Runs all checks in turn."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _system(
 
 
 def _memory(root: Path) -> tuple[int | None, int | None]:
-    """Bytes in all and available to this process; None where psutil is missing, which is a finding of its own."""
+    """Bytes in all and available to this process; None where psutil is missing, which is a separate finding."""
     try:
         import psutil
     except ImportError:
@@ -119,7 +119,7 @@ def gpus_in_use(found: tuple[hardware.Gpu, ...], probe: Probe) -> int:
 def check_several(
     environ: Mapping[str, str], found: tuple[hardware.Gpu, ...], probe: Probe, root: Path = hardware.ROOT
 ) -> list[Check]:
-    """What a machine with several GPUs needs besides; nothing to say on others."""
+    """Additional checks for a machine with several GPUs; nothing to say on others."""
     if gpus_in_use(found, probe) < 2:
         return []
     return [*check_shared_memory(root), *check_links(environ, found, root)]

@@ -11,7 +11,7 @@ from llama_jax.kernels.checking.child import Numerics
 
 
 def check_choices(kernels: Mapping[str, Any]) -> list[Check]:
-    """What `auto` chooses here; a kernel that is disabled, or a choice that cannot be made, is a finding."""
+    """The choices of `auto` here; a kernel that is disabled, or a choice that cannot be made, is a finding."""
     if error := kernels.get("error"):
         return [Check("kernels", "problem", error, kernels["hint"])]
     backends: dict[str, list[str]] = {}
@@ -25,7 +25,7 @@ def check_choices(kernels: Mapping[str, Any]) -> list[Check]:
 
 
 def check_native(native: Mapping[str, Any] | None) -> list[Check]:
-    """By what int8 activations are multiplied on a CPU (`kernels.integer_matmul.library.status`); nothing on a GPU."""
+    """The code for int8 activations on a CPU (`kernels.integer_matmul.library.status`); nothing on a GPU."""
     if native is None:
         return []
     name = "int8 activations"
@@ -38,7 +38,7 @@ def check_native(native: Mapping[str, Any] | None) -> list[Check]:
 
 
 def check_numerics(found: Numerics) -> list[Check]:
-    """Whether the kernels compute what the reference does."""
+    """Returns whether the kernels compute what the reference does."""
     if found.error:
         fix = "see the message; LLAMA_JAX_KERNELS names other kernels"
         return [Check("numerics", "problem", f"the kernels could not be checked: {found.error}", fix)]

@@ -1,4 +1,4 @@
-"""Checks of the ways between GPUs: by links (AMD's compute driver, `nvidia-smi topo -m`), else by shared memory."""
+"""Checks of the paths between GPUs: by links (AMD's compute driver, `nvidia-smi topo -m`), else by shared memory."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _nvidia(environ: Mapping[str, str], deadline_s: float) -> list[Check]:
 
 
 def check_nvidia_links(pairs: Pairs) -> list[Check]:
-    """NVLink and PCIe are fine; pairs in two sockets of the host talk through both processors."""
+    """NVLink and PCIe are fine; pairs on different sockets of the host communicate through both processors."""
     across = [pair for pair, link in pairs.items() if link == "SYS"]
     if not across:
         return [Check(_NAME, "ok", _summary(pairs))]
@@ -146,7 +146,7 @@ def _some(pairs: list[tuple[int, int]]) -> str:
 
 
 def _summary(pairs: Pairs) -> str:
-    """How many pairs have which link."""
+    """The number of pairs with each kind of link."""
     kinds = {kind: sum(link == kind for link in pairs.values()) for kind in dict.fromkeys(pairs.values())}
     each = ", ".join(f"{number} over {kind.upper() if kind == 'xgmi' else kind}" for kind, number in kinds.items())
     return f"pairs of GPUs: {each}"

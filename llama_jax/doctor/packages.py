@@ -1,4 +1,4 @@
-"""What is installed, and whether it goes together."""
+"""Checks which packages are installed, and whether they fit together."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ PACKAGES = (
     "prometheus-client",
     "httpx2",
 )
-"""What this package imports."""
+"""Packages that this package imports."""
 CUDA = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 PLUGINS = (*CUDA, *rocm.PACKAGES)
-"""What jax needs for a GPU."""
+"""Packages that jax needs for a GPU."""
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -58,7 +58,7 @@ def _version(name: str) -> str | None:
 
 
 def check_packages(versions: Mapping[str, str | None]) -> list[Check]:
-    """Everything that this package imports has to be installed."""
+    """Checks that everything this package imports is installed."""
     missing = [name for name in PACKAGES if versions.get(name) is None]
     if not missing:
         return [Check("packages", "ok", f"all {len(PACKAGES)} are installed")]
@@ -82,7 +82,7 @@ def _normal(name: str) -> str:
 
 
 def check_plugins(versions: Mapping[str, str | None]) -> list[Check]:
-    """jax, jaxlib and the GPU plugins are built for one another.
+    """Checks that jax, jaxlib and the GPU plugins match: they are built for one another.
 
     jax takes no jaxlib that is newer (`jax/_src/lib`), jaxlib a CUDA plugin of its very version, and a ROCm plugin of
     its release (`targets.rocm`).

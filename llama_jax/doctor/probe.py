@@ -1,4 +1,4 @@
-"""jax asked for its devices, in a child process with a deadline: a driver that hangs cannot hang the one who asks."""
+"""Queries jax for its devices, in a child process with a deadline: a driver that hangs cannot hang the caller."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ except ImportError as error:
 
 @dataclass(frozen=True)
 class Probe:
-    """What jax answered: either `result` or the reason why there is none; `kernels` has "choices", "graphs" and, on a
+    """The answer of jax: either `result` or the reason why there is none; `kernels` has "choices", "graphs" and, on a
     CPU, "native", or "error"."""
 
     result: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What `doctor` gives back."""
+"""The report that `doctor` returns."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, Literal
 Status = Literal["ok", "warning", "problem"]
 
 INTERNAL = 70
-"""Exit code of a problem without one of its own."""
+"""Exit code of a problem without a specific one."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
       detail: what was found.
       fix: a command or a sentence; empty if there is nothing to fix.
-      exit_code: of `llama-jax doctor` if this is the first problem; 0 for one without a code of its own.
+      exit_code: of `llama-jax doctor` if this is the first problem; 0 for one without a specific code.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found.
+    """The results of all checks.
 
     Attributes:
       checks: in the order of looking.

@@ -1,4 +1,4 @@
-"""ROCm as it is found, the plugin of jax that goes with it, and what AMD tells its users to set."""
+"""Checks the installed ROCm, the jax plugin that matches it, and the settings that AMD recommends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_jax.targets.rocm import DOCS, JAX, NEWEST, PLUGINS, Plugin, fits, of_
 
 
 def check_rocm(found: tuple[hardware.Gpu, ...], rocm: Rocm | None, versions: Mapping[str, str | None]) -> list[Check]:
-    """Whether there is an AMD GPU, and one plugin, of the generation of the ROCm that is installed."""
+    """Returns whether there is an AMD GPU, and one plugin, of the generation of the ROCm that is installed."""
     plugins = [plugin for plugin in PLUGINS if versions.get(plugin.pjrt)]
     if not any(gpu.vendor == "amd" for gpu in found):
         detail = "no AMD GPU was found" + (f", though ROCm {rocm.version} is installed" if rocm else "")
@@ -55,13 +55,13 @@ def install_fix(rocm: Rocm | None, versions: Mapping[str, str | None]) -> str:
 
 
 def is_complete(plugin: Plugin, versions: Mapping[str, str | None]) -> bool:
-    """Whether both packages of a plugin are installed, of jaxlib's release."""
+    """Returns whether both packages of a plugin are installed, of jaxlib's release."""
     jaxlib = versions.get("jaxlib") or ""
     return all((v := versions.get(name)) is not None and fits(v, jaxlib) for name in (plugin.plugin, plugin.pjrt))
 
 
 def _pip(plugin: Plugin, versions: Mapping[str, str | None]) -> str:
-    """The line for the jax that is installed, where there is a plugin for it, else for the one that is tested most."""
+    """The command for the installed jax, if there is a plugin for it, else for the version that is tested most."""
     jax, jaxlib = versions.get("jax"), versions.get("jaxlib") or ""
     known = jax == jaxlib and release(jaxlib) in plugin.built_with
     requirements = plugin.requirements(release(jaxlib), jax) if known else plugin.requirements(JAX)
@@ -104,7 +104,7 @@ def check_workarounds(
 
 
 def _needed(architectures: set[str], probe: Probe, rocm: Rocm | None) -> Iterator[Workaround]:
-    """What AMD's documents and jax's issues name, for these AMD GPUs."""
+    """Advice from AMD's documents and jax's issues for these AMD GPUs."""
     failed = probe.result is None
     version, of = (rocm.number, f"ROCm {rocm.version}") if rocm else (None, "an older ROCm")
     # https://github.com/ROCm/jax/issues/800: minutes without a word; ROCm's compiler shares its symbols with XLA's.

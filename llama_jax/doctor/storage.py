@@ -13,7 +13,7 @@ from llama_jax.library import DEFAULT_MODEL, bundled, cache_dir, list_models
 
 
 def known_cache() -> Path | None:
-    """The cache folder; None where the package that knows it is missing, which is a finding of its own."""
+    """The cache folder; None where the package that knows it is missing, which is a separate finding."""
     try:
         return cache_dir()
     except StorageError:
@@ -27,7 +27,7 @@ def check_cache() -> list[Check]:
 
 
 def check_folder(folder: Path) -> Check:
-    """The cache folder has to be writable, with room for a model."""
+    """Checks that the cache folder is writable, with room for a model."""
     parent = existing_parent(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         fix = "export LLAMA_JAX_CACHE=FOLDER, one that you may write to"
@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> Check:
 
 
 def check_default_model(cache: Path) -> Check:
-    """Whether the default model can be used without the network."""
+    """Returns whether the default model can be used without the network."""
     model = next(m for m in list_models() if m.name == DEFAULT_MODEL)
     if model.error:
         return Check("model", "warning", f"{DEFAULT_MODEL}: {model.error}", f"remove {model.path}; it is made again")

@@ -1,4 +1,4 @@
-"""Variables that hide GPUs from a program: what they leave, and where they contradict one another.
+"""Variables that hide GPUs from a program: the GPUs they leave, and contradictions between them.
 
 NVIDIA: https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cuda-environment-variables; AMD:
 https://rocm.docs.amd.com/en/latest/conceptual/gpu-isolation.html.
@@ -38,7 +38,7 @@ def check_visibility(environ: Mapping[str, str], found: tuple[hardware.Gpu, ...]
 
 
 def _check_one(name: str, value: str, there: int) -> Check:
-    """One variable: a list of numbers from 0, or of ids, of which the first that does not exist ends the list."""
+    """One variable: a list of numbers from 0, or of ids; the first that does not exist ends the list."""
     items = [item.strip() for item in value.split(",")]
     wrong = [item for item in items if _beyond(item, there)]
     kept = items[: items.index(wrong[0])] if wrong else items

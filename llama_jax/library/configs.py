@@ -27,7 +27,7 @@ def find_config(name: str) -> LlamaConfig:
 
     Raises:
       ModelNotFound: there is no such model on this machine, and no such preset.
-      CheckpointError, UnsupportedModel: it is damaged, or asks for something that is not supported.
+      CheckpointError, UnsupportedModel: it is damaged, or requires something unsupported.
     """
     if (found := find_preset(name)) is not None:
         return found
@@ -49,7 +49,7 @@ def find_config(name: str) -> LlamaConfig:
 
 
 def quantised(hf: Mapping[str, Any]) -> bool:
-    """Whether a config.json says how its weights are quantised."""
+    """Returns whether a config.json says how its weights are quantised."""
     text = hf.get("text_config")
     places = (hf, text if isinstance(text, Mapping) else {})
     return any(place.get(key) for place in places for key in ("quantization_config", "compression_config"))

@@ -11,7 +11,7 @@ from llama_jax.library.converted import Notify
 
 
 def check_source(source: Path, say: Notify) -> None:
-    """Tries out the tokenizer of a folder or file that is to be converted.
+    """Tests the tokenizer of a folder or file before its conversion.
 
     Args:
       say: told of tokens that the model has no embedding for.
@@ -38,7 +38,7 @@ def convert_once(
     name: str | None = None,
     revision: str | None = None,
 ) -> Path:
-    """Converts a source to its place in the cache, unless that has been done.
+    """Converts a source to its place in the cache, unless it is already there.
 
     Args:
       source: folder or file.

@@ -1,9 +1,9 @@
-"""The cache of converted models: where it is, and what a model is called in it.
+"""The cache of converted models: its location, and the names of models in it.
 
     <cache>/models/<name>/      one checkpoint a model; writers put `<name>.partial` and `<name>.lock` beside it
     <cache>/downloads/          the default model's file, where its package is not installed
 
-What comes from the Hugging Face hub lies in the hub's own cache (`llama_jax.library.hub_cache`), which other programs
+Downloads from the Hugging Face hub are in the hub's own cache (`llama_jax.library.hub_cache`), which other programs
 share.
 """
 
@@ -23,7 +23,7 @@ Notify = Callable[[str], None]
 
 MADE_AS = f"v{FORMAT_VERSION}.2"
 """Ending of names in the cache. The last number rises when a source comes to be read in another way, so that what was
-converted before is made anew."""
+converted before is converted again."""
 REMOVED = ".llama_jax-removed"
 """Ending of a checkpoint whose removal has begun."""
 UNFINISHED = (".partial", ".llama_jax-old", REMOVED)
@@ -40,17 +40,17 @@ def models_dir() -> Path:
 
 
 def default_path() -> Path:
-    """Where the default model's checkpoint lies once it has been converted."""
+    """The path of the default model's checkpoint once it has been converted."""
     return models_dir() / f"{bundled.NAME}-{bundled.VERSION}-{MADE_AS}"
 
 
 def hub_path(repo: str, commit: str) -> Path:
-    """Where the checkpoint of a hub model at a commit lies once it has been converted."""
+    """The path of a hub model's checkpoint, at a commit, once it has been converted."""
     return models_dir() / f"{_hub_stem(repo)}-{commit[:12]}-{MADE_AS}"
 
 
 def local_path(source: Path) -> Path:
-    """Where the checkpoint of a local folder or file lies: another place as soon as a file of the source changes."""
+    """The path of a local folder's or file's checkpoint; it changes when a file of the source changes."""
     if source.is_file():
         files = [source]
     else:

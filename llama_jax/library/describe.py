@@ -1,4 +1,4 @@
-"""What a model is, from its metadata alone: `describe` reads no weights and converts nothing."""
+"""Describes a model from its metadata alone: `describe` reads no weights and converts nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def describe(path: Path, name: str, axes: Mapping[str, int] | None = None) -> di
 
 
 def describe_preset(config: LlamaConfig, name: str, axes: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """The same facts about a published shape, of which there are no files: None where only they could say."""
+    """The same facts about a published shape, which has no files: None where only files could tell."""
     from llama_jax.params import param_specs
 
     specs = param_specs(config)
@@ -182,7 +182,7 @@ def _shapes(config: LlamaConfig) -> dict[str, Any]:
 
 
 def _weights(config: LlamaConfig) -> list[str]:
-    """How weights are stored: each way, with its share of all of them, the most frequent first."""
+    """The ways weights are stored, each with its share of all weights, the most frequent first."""
     from llama_jax.params import canonical_specs
     from llama_jax.quantized import stored_layout
 
@@ -209,7 +209,7 @@ def _mlp(layer: LayerSpec) -> str:
 
 
 def _parameters(config: LlamaConfig) -> tuple[int, int]:
-    """Number of parameters, and of those that one token passes through."""
+    """Number of parameters, and of those active for one token."""
     from llama_jax.params import canonical_specs
 
     total = active = 0

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: from its cache on this machine if they are complete there, else from the network."""
+"""Models from the Hugging Face hub: from its cache on this machine if complete there, else from the network."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def snapshot(repo: str, revision: str | None, notify: Notify, progress: Progress
       progress: called during a download.
 
     Raises:
-      GatedModel: the owner asks for a licence to be accepted, or for a login.
+      GatedModel: the owner requires that a licence is accepted, or a login.
       ModelNotFound: the hub knows no such model or revision.
       NetworkError: it is not on this machine, and the hub cannot be reached or answers with an error.
       CheckpointError: a file is not what the hub announces.
@@ -69,7 +69,7 @@ def snapshot(repo: str, revision: str | None, notify: Notify, progress: Progress
 def pull(
     repo: str, revision: str | None, notify: Notify, progress: Progress | None = None, *, convert: bool = True
 ) -> tuple[Path, Offer | None]:
-    """Like `snapshot`, but asks the hub for the revision's present commit, and checks every file that is here already.
+    """Like `snapshot`, but asks the hub for the revision's current commit, and checks every file that is here already.
 
     Returns:
       The folder, and what the hub offered; None if the hub cannot be reached and a copy on this machine is used, which
@@ -180,7 +180,7 @@ def _check_space(offered: Offer, missing: Sequence[RemoteFile], blobs: Path, *, 
 
 @contextlib.contextmanager
 def _storage_hint() -> Iterator[None]:
-    """The hub's cache has variables of its own."""
+    """The hub's cache has its own variables."""
     try:
         yield
     except StorageError as e:
@@ -188,6 +188,6 @@ def _storage_hint() -> Iterator[None]:
 
 
 def not_here(repo: str, revision: str | None) -> ModelNotFound:
-    """The error for what may exist on the hub, but not on this machine."""
+    """The error for a model that may exist on the hub, but is not on this machine."""
     name = f"{repo}@{revision}" if revision else repo
     return ModelNotFound(f"{name} is not on this machine", hint=f"run `llama-jax pull {name}`")

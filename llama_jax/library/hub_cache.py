@@ -1,4 +1,4 @@
-"""The Hugging Face hub's cache on this machine, which other programs share: what is in it, and taking a model out.
+"""The Hugging Face hub's cache on this machine, which other programs share: listing its contents, and removing a model.
 
 Its layout: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
 """
@@ -67,7 +67,7 @@ def complete_snapshot(repo: str, revision: str | None = None) -> Path | None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a snapshot can be converted: no weights are missing, and all that goes with them came before them."""
+    """Returns whether a snapshot can be converted: no weights are missing, and all other files came before them."""
     from llama_jax.convert.gguf_parts import parts_by_name
     from llama_jax.convert.hf_files import is_huggingface, required_files
 
@@ -121,7 +121,7 @@ def _snapshot(repo: str, path: Path, refs: Sequence[str]) -> Snapshot:
 
 
 def is_supported(path: Path) -> bool:
-    """Whether a snapshot is of a family that this package computes, as far as its config.json says."""
+    """Returns whether a snapshot is of a family that this package computes, as far as its config.json says."""
     from llama_jax.config import config_from_hf
 
     try:

@@ -1,4 +1,4 @@
-"""What an error of huggingface_hub, or of the HTTP library below it, means to a user."""
+"""Translates errors of huggingface_hub, or of the HTTP library below it, for users."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HTTP_PACKAGES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urlli
 
 @contextlib.contextmanager
 def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Lets errors of huggingface_hub leave as those of this package."""
+    """Converts errors of huggingface_hub that leave a block into those of this package."""
     try:
         yield
     except Exception as e:
@@ -24,7 +24,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def translated(e: BaseException, repo: str, revision: str | None) -> LlamaJaxError | None:
-    """The error of this package that says what an error of huggingface_hub means; None if it is no error of the hub."""
+    """The error of this package that corresponds to one of huggingface_hub; None if it is not an error of the hub."""
     from huggingface_hub import errors
 
     where = f"{repo}@{revision}" if revision else repo
@@ -80,7 +80,7 @@ def translated(e: BaseException, repo: str, revision: str | None) -> LlamaJaxErr
 
 
 def is_transient(e: BaseException) -> bool:
-    """Whether a request may succeed if it is made again: the connection broke, or the server had a fault of its own."""
+    """Returns whether a retry of a request may succeed: the connection broke, or the server was at fault."""
     from huggingface_hub import errors
 
     if type(e).__name__ == "ProxyError" or isinstance(e, errors.OfflineModeIsEnabled):

@@ -1,4 +1,4 @@
-"""What is on this machine: converted models, and downloads of the hub."""
+"""Lists the models on this machine: converted ones, and downloads from the hub."""
 
 from __future__ import annotations
 

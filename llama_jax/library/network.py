@@ -1,4 +1,4 @@
-"""When the network may be used: never under LLAMA_JAX_OFFLINE; for the default model once somebody has said yes."""
+"""Permission to use the network: never under LLAMA_JAX_OFFLINE; for the default model once somebody has said yes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 from llama_jax.errors import ModelNotFound, NetworkError
 
 OFFLINE = "LLAMA_JAX_OFFLINE"
-"""Set to 1, nothing is fetched, from the hub or from a package index."""
+"""If set to 1, nothing is downloaded, from the hub or from a package index."""
 YES = "LLAMA_JAX_YES"
-"""Set to 1, as the command line's `--yes` does, nobody is asked before the default model is fetched."""
+"""If set to 1, as by the command line's `--yes`, the default model is downloaded without asking."""
 
 
 def is_offline() -> bool:
@@ -32,7 +32,7 @@ def check_online(what: str, *, otherwise: str) -> None:
 
 
 def confirm(what: str, question: str, *, otherwise: str) -> None:
-    """Asks in the terminal before something is fetched that nobody named.
+    """Asks in the terminal before downloading something that the user did not name.
 
     Args:
       what: what would be fetched.

@@ -1,4 +1,4 @@
-"""What the Hugging Face hub has under a name, and which of its files are needed."""
+"""Looks up a name on the Hugging Face hub, and which of its files are needed."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ WEIGHTS = (
 
 @dataclass(frozen=True)
 class Offer:
-    """What the hub has under a name: what a download would bring.
+    """The model that the hub has under a name: what a download would fetch.
 
     Attributes:
-      repo, revision: what was asked for; the revision is None for the main branch.
+      repo, revision: as requested; the revision is None for the main branch.
       commit: what the revision is at present.
       licence: as the model card states it.
       files: what is needed of the repository.

@@ -1,4 +1,4 @@
-"""Removing models: only what lies in the caches, is ours, and is not being written."""
+"""Removes models: only files in the caches that are ours and are not being written."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Removable:
 
 
 def find_models(name: str, *, downloads: bool = False) -> list[Removable]:
-    """What removing a model means.
+    """The effects of removing a model.
 
     Args:
       name: a name from `list_models`, or `org/name[@revision]` for all that was made of it.
@@ -103,7 +103,7 @@ def _downloads(repo: str, revision: str | None) -> list[Removable]:
 
 
 def find_leftovers() -> list[Removable]:
-    """What stopped conversions, downloads and removals left in the cache, and nobody is working on."""
+    """Leftovers in the cache of interrupted conversions, downloads and removals that no process is working on."""
     paths = leftovers(models_dir())
     with contextlib.suppress(OSError):
         paths += [path for path in models_dir().iterdir() if path.name.endswith(REMOVED)]

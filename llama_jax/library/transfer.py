@@ -1,7 +1,7 @@
-"""Downloading large files so that nothing is lost: parallel, continued after a break, and checked by their hash.
+"""Downloads large files so that nothing is lost: in parallel, resumed after an interruption, and checked by their hash.
 
-huggingface_hub throws a file away that it could not finish. Here it stays as `<sha256>.incomplete` in the hub's cache,
-and the next attempt asks for the bytes that are missing (RFC 9110, section 14). A file gets its name in the cache
+huggingface_hub discards a file that it could not finish. Here it stays as `<sha256>.incomplete` in the hub's cache,
+and the next attempt requests the missing bytes (RFC 9110, section 14). A file gets its name in the cache
 (`blobs/<sha256>`, https://huggingface.co/docs/huggingface_hub/guides/manage-cache) once its hash is right.
 """
 
@@ -20,14 +20,14 @@ from llama_jax.errors import CheckpointError
 from llama_jax.library.hub_errors import is_transient
 
 WORKERS = 4
-"""Files that are downloaded at one time."""
+"""Number of files that are downloaded at a time."""
 ATTEMPTS = 5
-"""Attempts in a row that may bring no byte before a download is given up."""
+"""Attempts in a row without a single byte after which a download is given up."""
 PAUSE_S = 1.0
 """Seconds before the second attempt; doubled before each further one."""
 
 _CHUNK_BYTES = 1 << 16
-"""What a break can cost."""
+"""Bytes that an interruption can cost."""
 _REPORT_EVERY_S = 0.2
 
 
@@ -40,7 +40,7 @@ class RemoteFile:
       size: in bytes.
       sha256: of its content, where the hub states it (files in large-file storage), else None.
       git_sha1: git's hash of its content, for all others.
-      xet: whether it lies in Xet storage, which has a protocol of its own.
+      xet: whether it is in Xet storage, which has its own protocol.
     """
 
     name: str
@@ -51,7 +51,7 @@ class RemoteFile:
 
 
 def partial_path(blobs: Path, file: RemoteFile) -> Path:
-    """Where an unfinished download of a file lies."""
+    """The path of a file's unfinished download."""
     return blobs / f"{file.sha256}.incomplete"
 
 
@@ -142,7 +142,7 @@ def _fetch_one(file: RemoteFile, blobs: Path, url: str, done: _Counter, stop: th
 
 
 def _append(out: BinaryIO, url: str, file: RemoteFile, done: _Counter, stop: threading.Event) -> None:
-    """Asks for the bytes of a file that are missing and appends what comes."""
+    """Requests the missing bytes of a file and appends them."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 

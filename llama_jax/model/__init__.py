@@ -1,7 +1,7 @@
-"""The model: `forward`, a pure function for training, prefill and decode, and what it is made of.
+"""The model: `forward`, a pure function for training, prefill and decode, and its parts.
 
-`transformer` is the forward pass, `layers` are the parts of a block, `head` is what follows the last one, `rope` the
-rotations, `fuse` the load-time layouts, `flax_module` the Linen face, `loaded` a model as `load` gives it.
+`transformer` is the forward pass, `layers` are the parts of a block, `head` follows the last block, `rope` has the
+rotations, `fuse` the load-time layouts, `flax_module` the Linen module, `loaded` the model that `load` returns.
 """
 
 from __future__ import annotations

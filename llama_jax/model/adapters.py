@@ -5,8 +5,8 @@
     forward(params, config, tokens, adapters=slots, adapter_ids=jnp.array([[1], [0]]))
 
 A tree of slots is shaped like the canonical parameters, with {"a" [slots, rank, in], "b" [slots, out, rank], "scale"
-[slots]} in place of a projection's members; it goes with canonical and fused parameters alike. Slot 0 is no adapter,
-whatever lies in it. Any projection can have slots, also those of a shared expert, but routed experts cannot.
+[slots]} in place of a projection's members; it works with both canonical and fused parameters. Slot 0 means no
+adapter, whatever it contains. Any projection can have slots, also those of a shared expert, but not routed experts.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def adapter_axes(projection: str) -> dict[str, Axes]:
 def empty_slots(
     config: LlamaConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None, dtype: DTypeLike | None = None
 ) -> Params:
-    """Slots that hold nothing, in memory; with a mesh in use (`sharding.on`), laid out like the projections.
+    """Empty slots, in memory; with a mesh in use (`sharding.on`), laid out like the projections.
 
     Args:
       config: the model's, on a mesh as `load` gives it.
@@ -102,11 +102,11 @@ def empty_slots(
 
 
 def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
-    """Puts one adapter into a slot, in place of what was there. All shapes stay, so nothing that uses the slots is
-    compiled anew.
+    """Puts one adapter into a slot, replacing its contents. All shapes stay the same, so nothing that uses the slots
+    is recompiled.
 
     Args:
-      slots: of `empty_slots`. Their arrays are used up: go on with those that are returned.
+      slots: from `empty_slots`. Their arrays are donated: use the returned ones from here on.
       slot: 1 or higher.
       adapter: a tree shaped like the canonical parameters, with {"a" [r, in], "b" [out, r], "scale" scalar} in place of
         projections; r may be smaller than the slots' rank, and may differ. Projections that it lacks get none. On a
@@ -148,7 +148,7 @@ def _put(slots: Params, adapter: Params, slot: jax.Array) -> Params:
 
 
 def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig, batch: int, length: int) -> Adapters:
-    """The adapters of a forward pass, once it is sure that each of them will be used, and that all shapes fit.
+    """Checks that each adapter of a forward pass will be used and that all shapes fit, and returns them.
 
     Raises:
       RequestError: names what does not fit.
@@ -203,7 +203,7 @@ def _by_projection(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _targeted(config: LlamaConfig, targets: Sequence[str] | None) -> dict[str, tuple[int, int]]:
-    """out and in of the projections that are meant, by dotted name."""
+    """out and in of the targeted projections, by dotted name."""
     shapes = {spec.leaf: spec.shape for spec in canonical_specs(config) if spec.path[-1] == "weight"}
     names = projection_names(config)
     known = {*names, *(name.rpartition(".")[2] for name in names)}

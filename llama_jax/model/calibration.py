@@ -1,7 +1,7 @@
-"""Quantising with a calibration text, layer by layer: each layer is given what the quantised layers before it make.
+"""Quantises with a calibration text, layer by layer: each layer gets the outputs of the quantised layers before it.
 
-One layer at a time is needed, and the hidden states of the text between two layers, which stay on the host. Pure
-functions of one layer; `quantize_params` and `convert.calibrating` go through the layers with them.
+Memory holds one layer at a time, and the hidden states of the text between two layers, which stay on the host. Pure
+functions of one layer; `quantize_params` and `convert.calibrating` apply them to each layer in turn.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ INPUTS: Mapping[str, str] = MappingProxyType(
         "mlp.down_proj": "mlp_hidden",
     }
 )
-"""The projections that can be calibrated, each with the activation (`forward(capture=)`) that it is given."""
+"""The projections that can be calibrated, each with its input activation (`forward(capture=)`)."""
 _BEFORE = MappingProxyType({"attn_in": "attn_norm", "mlp_in": "mlp_norm"})
 """The norm that makes an activation."""
 _ROWS_BEFORE = MappingProxyType({"attn_heads": "attn.v_proj", "mlp_hidden": "mlp.up_proj"})
-"""The projection whose outputs' scales are an activation's, since nothing but sums and products with others follows."""
+"""The projection whose outputs' scales are an activation's, since only sums and products with others follow."""
 
 Leaves = dict[str, dict[str, jax.Array]]
 """The leaves of one layer by their dotted names within it, e.g. "attn.q_proj"."""
 
 
 def check_calibration(config: LlamaConfig, tokens: np.ndarray) -> None:
-    """Refuses what a model cannot be calibrated with.
+    """Refuses requests that the model cannot be calibrated with.
 
     Args:
       config: with the schemes that leaves are to have.
@@ -78,7 +78,7 @@ def check_calibration(config: LlamaConfig, tokens: np.ndarray) -> None:
 
 
 def calibrated_params(params: Params, config: LlamaConfig, method: Method, tokens: np.ndarray) -> Params:
-    """Parameters quantised by a method that is calibrated; embedding and head are rounded to the nearest.
+    """Parameters quantised by a calibrated method; embedding and head are rounded to nearest.
 
     Args:
       params: plain and canonical; they stay as they are.
@@ -123,7 +123,7 @@ def advanced(layer: Params, config: LlamaConfig, index: int, hidden: Hidden) -> 
 def quantised_layer(
     layer: Params, config: LlamaConfig, index: int, hidden: Hidden, method: Method
 ) -> tuple[Params, dict[str, float]]:
-    """One layer with its weights in few bits.
+    """One layer with its weights quantised.
 
     Args:
       layer: canonical, its weights plain.
@@ -166,7 +166,7 @@ def _layouts(config: LlamaConfig, index: int) -> dict[str, Layout]:
 
 
 def _alike(layouts: Mapping[str, Layout]) -> dict[tuple[str, Layout], list[str]]:
-    """Leaves that are given the same activation and get the same layout, which a method so works on but once."""
+    """Leaves with the same input activation and layout, which a method handles together."""
     found: dict[tuple[str, Layout], list[str]] = {}
     for leaf, layout in layouts.items():
         found.setdefault((INPUTS[leaf], layout), []).append(leaf)
@@ -229,7 +229,7 @@ def _plain(members: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 @partial(jax.jit, static_argnums=(1, 3))
 def _run(params: Params, config: LlamaConfig, x: jax.Array, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """A model of one layer between any embedding and head: its logits are asked for by nobody."""
+    """A model of one layer between an arbitrary embedding and head: its logits are not used."""
     width = x.shape[-1]
     ends = {"embed": {"weight": jnp.zeros((1, width))}, "final_norm": {"weight": jnp.ones(width)}}
     _, _, seen = forward(params | ends, config, None, inputs_embeds=x, capture=names)
@@ -239,7 +239,7 @@ def _run(params: Params, config: LlamaConfig, x: jax.Array, names: tuple[str, ..
 def _with_scaled_inputs(
     leaves: Leaves, layouts: Mapping[str, Layout], grams: Mapping[str, jax.Array], config: LlamaConfig
 ) -> tuple[Leaves, dict[str, jax.Array]]:
-    """The same layer, computing the same, with inputs of projections divided by scales that their weights have instead.
+    """The equivalent layer with inputs of projections divided by scales that multiply their weights instead.
 
     Projections' rows first, since norms are followed by what these become.
     """

@@ -1,11 +1,11 @@
-"""`Llama` as a Flax Linen module: a thin face on `param_specs` and `forward`, with no layer of its own.
+"""`Llama` as a Flax Linen module: a thin wrapper of `param_specs` and `forward`, without any layers.
 
     model = Llama(config)
     variables = model.init(jax.random.key(0), tokens)
     logits, cache = model.apply(variables, tokens)
 
-`variables["params"]` is the same tree that `init_params`, checkpoints and `forward` use, so weights move freely between
-the functional and the module style.
+`variables["params"]` is the same tree that `init_params`, checkpoints and `forward` use, so weights can be used in
+the functional and the module style alike.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Layouts of the parameters that are made while loading; `forward` takes each of them.
+"""Parameter layouts made on load; `forward` accepts each of them.
 
-`fuse_params` joins projections that share their input, for fewer and larger matrix products. `repeat_kv_heads` gives a
-model more key/value heads, where there are fewer of them than devices. `arrange` is both, as `load` needs them. None of
-them changes the tree that it is given.
+`fuse_params` joins projections that share their input, for fewer and larger matrix products. `repeat_kv_heads` repeats
+key/value heads where there are fewer of them than devices. `arrange` does both, as `load` needs them. None of
+them modifies its input tree.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _stack(gate: jax.Array, up: jax.Array, *, axes: Axes) -> jax.Array:
 def arrange(
     params: Params, config: LlamaConfig, mesh: DeviceMesh | None, *, fuse: bool = True, donate: bool = False
 ) -> tuple[Params, LlamaConfig]:
-    """Canonical parameters in the layout in which a mesh computes with them.
+    """Canonical parameters in the layout that a mesh computes with.
 
     Args:
       params: on the devices of `mesh`, as `layout.param_sharding` places them; anywhere if it is None.

@@ -1,4 +1,4 @@
-"""From hidden states to logits: the last step of `forward`, by itself."""
+"""From hidden states to logits: the last step of `forward`, on its own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The pieces of a transformer block, as pure functions of arrays and specs.
 
-Numbers that need it are float32 whatever the compute dtype: norms, rope, softmax, router and logits.
+Norms, rope, softmax, router and logits are computed in float32 whatever the compute dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Dims(NamedTuple):
-    """Fields of the config that every block needs besides its own spec; equal layers thus share one trace."""
+    """Fields of the config that every block needs besides its own spec; so equal layers share one trace."""
 
     head_dim: int
     rms_norm_eps: float

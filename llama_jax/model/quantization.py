@@ -1,4 +1,4 @@
-"""Parameters in few bits, and back: `quantize` of a model, and the pure functions over trees behind it."""
+"""Quantised parameters, and their dequantisation: `quantize` for a model, and the pure functions on trees behind it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def quantize(
     method: str = recipes.NEAREST,
     calibration: np.ndarray | None = None,
 ) -> Model:
-    """The model with weights in few bits, by default each rounded to the nearest; `model` stays as it is.
+    """The quantised model, by default with each weight rounded to nearest; `model` is not changed.
 
     Args:
       model: with weights in floating point, fused or not, on a mesh or not.
@@ -74,7 +74,7 @@ def quantize_params(
     calibration: np.ndarray | None = None,
     donate: bool = False,
 ) -> tuple[Params, LlamaConfig]:
-    """Parameters with weights in few bits; others are the same arrays, but for norms where the method scales inputs.
+    """Quantised parameters; other leaves are the same arrays, except norms if the method scales inputs.
 
     Args:
       params: plain, canonical or fused (canonical for a method that is calibrated).
@@ -113,7 +113,7 @@ def quantize_params(
 def dequantize_params(
     params: Params, config: LlamaConfig, dtype: DTypeLike, *, donate: bool = False
 ) -> tuple[Params, LlamaConfig]:
-    """Parameters with every weight plain, in `dtype`; what is plain already is the same array.
+    """Parameters with every weight plain, in `dtype`; leaves that are already plain are the same arrays.
 
     Args:
       params: canonical or fused.
@@ -154,7 +154,7 @@ def _frozen(axes: Mapping[str, Axes]) -> tuple[tuple[str, Axes], ...]:
 
 
 def _each_leaf(params: Params, change: Callable[[str, Members], Members]) -> Params:
-    """The tree with every leaf, a dict of members, put through `change` together with its dotted name."""
+    """The tree with `change` applied to every leaf, a dict of members, and its dotted name."""
     leaves: dict[str, dict[str, jax.Array]] = {}
     for name, array in flatten(params).items():
         leaf, _, member = name.rpartition(".")
@@ -172,7 +172,7 @@ def _axes(leaf: str) -> Axes:
 
 
 def _scheme_of_leaf(leaf: str, schemes: Mapping[str, str]) -> str | None:
-    """The scheme that a leaf is to have; None for a plain one.
+    """The target scheme of a leaf; None for a plain one.
 
     Raises:
       RequestError: it is a joint projection whose parts have different ones.

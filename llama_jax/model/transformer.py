@@ -24,14 +24,14 @@ from llama_jax.params import Params
 from llama_jax.sharding import constrain
 
 ACTIVATION_AXES = ("batch", "length", "embed")
-"""Of what passes from block to block: each device has all of its rows, so that a block ends in one sum over devices."""
+"""Axes of the hidden states between blocks: each device has all rows, so that a block ends in one all-reduce."""
 LAYER_ACTIVATIONS = ("attn_in", "q", "k", "v", "attn_heads", "attn_out", "mlp_in", "mlp_hidden", "mlp_out", "out")
 """Of a block: what comes out of its norms and projections. "attn_heads" goes into o_proj, "mlp_hidden" into down_proj;
 a mixture of experts has none of the latter."""
 
 
 def activation_names(config: LlamaConfig) -> tuple[str, ...]:
-    """Every name that `capture=` understands, in the order of the forward pass."""
+    """Every name that `capture=` accepts, in the order of the forward pass."""
     layers = (
         f"layers.{i}.{name}"
         for i, spec in enumerate(config.layers)
@@ -245,7 +245,7 @@ def _rope_lengths(
     return jnp.max(jnp.where(same, positions[:, None, :], -1), axis=2).astype(jnp.int32) + 1
 
 
-# A jitted function of its own: equal layers are traced and lowered once, not once each. XLA inlines the calls.
+# A separate jitted function: equal layers are traced and lowered once, not once each. XLA inlines the calls.
 @partial(jax.jit, static_argnames=("spec", "dims", "capture", "in_order", "chunk_rows"))
 def _layer(
     x: jax.Array,
@@ -328,7 +328,7 @@ def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, eps: float) -
 
 
 def _checked_names(config: LlamaConfig, names: Sequence[str]) -> frozenset[str]:
-    """The activations that are asked for, once it is sure that there are such."""
+    """Checks the requested activations and returns their names."""
     known = set(activation_names(config))
     for name in names:
         if name not in known:

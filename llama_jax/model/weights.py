@@ -1,7 +1,7 @@
-"""The one door to the weights: only these functions read the leaves of the parameter tree.
+"""The only access to the weights: no other functions read the leaves of the parameter tree.
 
-What a leaf is, plain or stored by a scheme, with a bias or without, with adapters or without, is known here and nowhere
-else in the model. A leaf with members that no scheme has is refused, whatever uses it.
+Only this module knows whether a leaf is plain or stored by a scheme, with or without a bias, with or without
+adapters. A leaf with members that no scheme has is refused, whatever uses it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llama_jax.schemes import PLAIN, Members, Scheme, scheme_of
 from llama_jax.sharding import in_use, local, split_over
 
 FEW_ROWS = 16
-"""Up to so many rows a product on the CPU puts the weight first."""
+"""On the CPU, products of at most this many rows multiply as weight @ x."""
 
 
 def product(x: jax.Array, weight: jax.Array, *, dtype: DTypeLike = jnp.float32) -> jax.Array:
@@ -57,7 +57,7 @@ def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in] times weight [*out, in], accumulated in float32, in x's dtype.
 
     The product itself is in that dtype: a float32 one would be written out, read and rounded by a second kernel (a
-    tenth of a long prefill of bfloat16 on an H100), and its sum over devices would send twice the bytes.
+    tenth of a long prefill of bfloat16 on an H100), and its all-reduce would send twice the bytes.
     """
     return product(x, weight, dtype=x.dtype)
 
@@ -89,7 +89,7 @@ def _times(x: jax.Array, scheme: Scheme, members: Members, dtype: DTypeLike, act
 
 
 def compute_dtype(params: Params) -> jnp.dtype:
-    """The dtype that a model computes in: that of its embedding, or, where a scheme stores that, of its last norm."""
+    """The compute dtype of a model: that of its embedding, or, if a scheme stores that, of its last norm."""
     plain = scheme_of(params["embed"]) is PLAIN
     return params["embed" if plain else "final_norm"]["weight"].dtype
 

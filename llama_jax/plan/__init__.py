@@ -1,10 +1,10 @@
-"""Whether a model fits a number of devices, and how fast it could be there, from shapes and data sheets alone.
+"""Predicts whether a model fits a number of devices, and how fast it could be, from shapes and data sheets alone.
 
     plan = make_plan(preset("llama-3.1-70b"), find("mi300x"), {"tensor": 8}, Workload(batch=32, context=8192))
     print(plan.fits, plan.needs.peak, plan.tokens_per_s)
 
-Nothing is downloaded, compiled or run. No device is started but by `resolve_mesh`, which `load` calls for
-`mesh="auto"`. Bytes of weights and cache are exact, temporary ones a stated formula (`plan.memory`); times are
+Nothing is downloaded, compiled or run. Only `resolve_mesh`, which `load` calls for `mesh="auto"`, starts a
+device. Bytes of weights and cache are exact, temporary ones a stated formula (`plan.memory`); times are
 predictions from peak rates (`plan.roofline`). `docs/plan.md` explains every line of the report.
 """
 

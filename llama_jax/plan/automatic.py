@@ -1,4 +1,4 @@
-"""`mesh="auto"`: the devices that are here, and how a model is spread over them."""
+"""`mesh="auto"`: the devices of this machine, and how a model is split over them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class AutoMesh:
-    """Asks for the mesh that `choose_mesh` chooses for the devices of this process; "auto" is short for `AutoMesh()`.
+    """Requests the mesh that `choose_mesh` picks for the devices of this process; "auto" is short for `AutoMesh()`.
 
     Attributes:
       batch: rows at a time; by default as many as there are devices.
@@ -38,7 +38,7 @@ class AutoMesh:
     prompt: int | None = None
 
     def workload(self, config: LlamaConfig, dtype: str, devices: int, kv_dtype: str | None = None) -> Workload:
-        """What is planned for.
+        """The workload that is planned for.
 
         Raises:
           RequestError: a number is not positive, or the prompt is longer than the context.
@@ -52,7 +52,7 @@ class AutoMesh:
 
 
 type MeshRequest = DeviceMesh | AutoMesh | Literal["auto"] | None
-"""What `load` takes: the devices themselves, or the wish that they be chosen."""
+"""The `devices` that `load` takes: the devices themselves, or a request to choose them."""
 
 
 def resolve_mesh(
@@ -63,7 +63,7 @@ def resolve_mesh(
     *,
     kv_dtype: str | None = None,
 ) -> DeviceMesh | None:
-    """The mesh that was asked for, with automatic axes; None for one device.
+    """The requested mesh, with automatic axes; None for one device.
 
     Args:
       dtype: of weights, activations and, without `kv_dtype`, the cache.
@@ -119,7 +119,7 @@ def _devices() -> tuple[Target, list[jax.Device], list[jax.Device]]:
 
 
 def explain_choice(choice: MeshChoice, workload: Workload, kind: str, devices: int) -> str:
-    """One line: what was chosen, of what, and why."""
+    """One line: the choice, the alternatives, and the reason."""
     chosen = choice.chosen
     here = f"{chosen.devices} of {devices} x {kind}" if devices > 1 else kind
     reasons = [_memory(choice)]

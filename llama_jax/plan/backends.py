@@ -1,4 +1,4 @@
-"""Which implementation of attention and of routed experts a program would hold, asked of the dispatch itself."""
+"""The implementations of attention and routed experts that a program would use, by the dispatch itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def backends(
     capacity: int,
     kv_dtype: str | None = None,
 ) -> Backends:
-    """What "auto" stands for on one device of a target, for `tokens` tokens in each of `rows` rows.
+    """The meaning of "auto" on one device of a target, for `tokens` tokens in each of `rows` rows.
 
     Args:
       config: as `layout.split_config` gives it for the mesh.

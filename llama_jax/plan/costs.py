@@ -1,6 +1,6 @@
-"""What a model costs to run, counted from its shapes: weights and keys that are read, and arithmetic.
+"""The costs of running a model, counted from its shapes: weights and keys that are read, and arithmetic.
 
-Everything is counted for one device of a mesh, the one that has most to do; without a mesh, for one device. Key/value
+Everything is counted for the busiest device of a mesh; without a mesh, for one device. Key/value
 heads are those of `config`: on a mesh give `layout.split_config`.
 """
 
@@ -26,7 +26,7 @@ def held_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh = None) -> int:
 
 
 def local_rows(batch: int, mesh: AnyMesh) -> int:
-    """Rows of a batch that one device works on: the most that any has."""
+    """Rows of a batch on one device: the most that any has."""
     return -(-batch // ruled(mesh).ways("batch"))
 
 
@@ -54,7 +54,7 @@ def read_bytes(config: LlamaConfig, itemsize: int, tokens: int, mesh: AnyMesh = 
 
 
 def attended(layer: LayerSpec, length: int) -> int:
-    """Tokens that the last of `length` tokens sees at most."""
+    """The most tokens that the last of `length` tokens sees."""
     return length if layer.attention == "full" else min(length, layer.window or length)
 
 
@@ -130,7 +130,7 @@ def last_token_params(config: LlamaConfig, mesh: AnyMesh = None) -> float:
 
 
 def _of_last_token(spec: ParamSpec, config: LlamaConfig) -> bool:
-    """Whether prefill multiplies with a parameter for the last token alone."""
+    """Returns whether prefill multiplies with a parameter for the last token alone."""
     if spec.path[0] != "layers":
         return True
     before = ("attn_norm", "q_proj", "k_proj", "v_proj")
@@ -155,7 +155,7 @@ def least_s(
 
 
 def exchange_s(collectives: Iterable[Collective], target: Target, *, latency_s: float = 0.0) -> float | None:
-    """The least time in which the devices of one host can exchange what they have to; None if the rate is not known.
+    """The least time for the communication between the devices of one host; None if the rate is not known.
 
     Args:
       latency_s: seconds that each collective takes besides what its bytes take.

@@ -1,4 +1,4 @@
-"""Quantised weights that are decoded to memory before they are multiplied with, by XLA or by a kernel."""
+"""Quantised weights that XLA or a kernel decodes to memory before the product."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _JOINT = {part: joint for joint, parts in JOINT.items() for part in parts}
 
 
 def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Target, tokens: int) -> Mapping[str, int]:
-    """Bytes on each device of the decoded weights of "attn", "mlp", "moe" and "head" that are there at one time.
+    """Bytes on each device of decoded weights of "attn", "mlp", "moe" and "head" that exist at one time.
 
     The largest of a block, which decodes one after the other; of many tokens and several devices of AMD's CDNA all of a
     block's, which XLA puts ahead of the sums between devices. Of a layer's stacks of routed
@@ -76,7 +76,7 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
 def _in_registers(
     spec: ParamSpec, layout: Layout, schemes: Mapping[str, str], itemsize: int, target: Target, tokens: int
 ) -> bool:
-    """Whether products with a weight are computed by a kernel that decodes its tiles while it multiplies."""
+    """Returns whether products with a weight are computed by a kernel that decodes its tiles while it multiplies."""
     from llama_jax.kernels.quantized_matmul.pallas_triton import MOST_ROWS
 
     dtype = "bfloat16" if itemsize == 2 else "float32"

@@ -1,4 +1,4 @@
-"""How much of a device's memory a model may use: what jax says of it, or a share of what the table says."""
+"""The memory of a device that a model may use: as jax reports it, or a share of the table's figure."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llama_jax.errors import RequestError
 from llama_jax.targets import Target
 
 MEMORY_FRACTION = 0.75
-"""What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+"""Share of a GPU's memory that jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 (https://docs.jax.dev/en/latest/gpu_memory_allocation.html). Code, the libraries' own buffers and the display have the
 rest."""
 
 ENGINE_FRACTION = 0.9
-"""The fraction taken by a command that runs an engine, and nothing else, on a GPU."""
+"""The fraction taken by a command that runs only an engine on a GPU."""
 
 _FRACTION_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
@@ -35,7 +35,7 @@ def claim_memory(environment: MutableMapping[str, str], *, started: bool) -> boo
 
 
 def more_memory_hint(fraction: float) -> str:
-    """A hint at more room for an engine, where jax may use less of a GPU's memory than it could; else empty."""
+    """A hint about more room for an engine, if jax may use less of a GPU's memory than it could; else empty."""
     if fraction >= ENGINE_FRACTION:
         return ""
     return (
@@ -45,7 +45,7 @@ def more_memory_hint(fraction: float) -> str:
 
 
 def memory_fraction(default: float = MEMORY_FRACTION) -> float:
-    """What the environment says, or jax's default.
+    """The fraction from the environment, or jax's default.
 
     Raises:
       RequestError: the variable holds no number.

@@ -1,8 +1,8 @@
-"""Bytes of one device: what the programs take and give, and what they need besides while they run.
+"""Bytes of one device: arguments and results of the programs, and the temporary memory they need while they run.
 
-Arguments and results follow from the table of parameters, the rules of sharding and the cache's layout, to the byte but
-for a few scalars. Temporary memory is what XLA's buffer assignment comes to (jaxlib 0.11.2, looked up for the shapes in
-`tests/test_plan.py`): at any moment one block runs, so it is the largest of a block's intermediate results, and
+Arguments and results follow from the table of parameters, the sharding rules and the cache's layout, to the byte except
+for a few scalars. Temporary memory models XLA's buffer assignment (jaxlib 0.11.2, checked for the shapes in
+`tests/test_plan.py`): at any moment one block runs, so it is the largest of a block's intermediate results, plus
 activations that live across them.
 """
 
@@ -62,12 +62,12 @@ def cache_bytes(config: LlamaConfig, mesh: AnyMesh, itemsize: int, slots: int, k
 
 @dataclass(frozen=True)
 class DeviceShare:
-    """What one device of a mesh holds of a model.
+    """The share of a model that one device of a mesh holds.
 
     Attributes:
       model: as it is read.
       mesh: its sizes and rules; devices are not asked for.
-      itemsize: bytes of a number of activations, weights, of which a scheme may give some others, and cache, unless it
+      itemsize: bytes of a number of activations, weights, unless a scheme gives some others, and cache, unless it
         is in `kv_dtype`.
     """
 
@@ -83,7 +83,7 @@ class DeviceShare:
         return split_config(self.model, self.mesh)
 
     def of(self, axis: str, size: int) -> int:
-        """How much of a dimension one device has."""
+        """The size of one device's part of a dimension."""
         return ruled(self.mesh).share(axis, size)
 
     @cached_property
@@ -132,7 +132,7 @@ class DeviceShare:
         return self.cache(rows, capacity) + rows * (4 * capacity + _STATE_ROW) + _STATE_SCALARS
 
     def _last_keys(self, rows: int, capacity: int) -> int:
-        """Bytes that XLA's CPU compiler lends to other arrays until the last layer's keys are written there."""
+        """Bytes that XLA's CPU compiler uses for other arrays until the last layer's keys are written there."""
         if self.target.vendor != "cpu":
             return 0
         return self.cache(rows, capacity) // (2 * self.config.num_layers)
@@ -218,7 +218,7 @@ class Needs:
 
     @property
     def peak(self) -> int:
-        """Of the phase that needs most."""
+        """Bytes of the phase that needs most."""
         return max(self.phases.values())
 
     @property

@@ -1,4 +1,4 @@
-"""The mesh that a workload gets when nobody names one: the rule behind `mesh="auto"` and `--mesh auto`."""
+"""The default mesh of a workload: the rule behind `mesh="auto"` and `--mesh auto`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_jax.targets import Target
 
 @dataclass(frozen=True)
 class Candidate:
-    """A mesh that was looked at.
+    """A mesh that was considered.
 
     Attributes:
       sizes: of its axes by name; empty for one device.
@@ -32,13 +32,13 @@ class Candidate:
         return math.prod(self.sizes.values())
 
     def fits(self, usable: int | None) -> bool | None:
-        """None where what is needed or what there is is not known."""
+        """None if the memory needed or available is not known."""
         return None if usable is None or self.peak is None else self.peak <= usable
 
 
 @dataclass(frozen=True)
 class MeshChoice:
-    """What was chosen, and what against.
+    """The choice, and the alternatives.
 
     Attributes:
       chosen: the first mesh that fits, or the last that was possible.
@@ -58,7 +58,7 @@ class MeshChoice:
 def choose_mesh(
     config: LlamaConfig, target: Target, workload: Workload, *, devices: int | None = None, usable: int | None = None
 ) -> MeshChoice:
-    """The smallest "tensor" with which a workload fits: what a device holds whole it need not ask others for.
+    """The smallest "tensor" with which a workload fits: less splitting means less communication.
 
     The devices that "tensor" leaves hold further copies of the model and share the batch as "data", as many as it has
     rows (filled up to a power of two, as `generate` does it). What is left then has nothing to do.
@@ -88,7 +88,7 @@ def smallest_mesh(
     devices: int | None = None,
     memory_fraction: float = MEMORY_FRACTION,
 ) -> dict[str, int]:
-    """Sizes of the mesh that `choose_mesh` chooses for devices of a target that are not here.
+    """Sizes of the mesh that `choose_mesh` chooses for a target's devices, which this machine may lack.
 
     Args:
       memory_fraction: of each device's memory that jax may use.

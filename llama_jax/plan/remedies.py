@@ -1,4 +1,4 @@
-"""What would make a model fit: each proposal is one change to a plan, and fits by the same rule."""
+"""Proposals that would make a model fit: each is one change to a plan, and fits by the same rule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama_jax.plan.mesh_choice import choose_mesh
 from llama_jax.plan.search import Plan, make_plan
 
 _FRACTIONS = (0.9, 0.95)
-"""Of a device's memory: the most that leaves room for code and libraries."""
+"""Largest fraction of a device's memory that leaves room for code and libraries."""
 
 
 def remedies(config: LlamaConfig, plan: Plan) -> tuple[str, ...]:

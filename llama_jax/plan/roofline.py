@@ -1,9 +1,9 @@
-"""The least time of prefill and of a decode step: peak rates of the data sheet, and nothing else.
+"""Lower bounds on the time of prefill and of a decode step, from the data sheet's peak rates alone.
 
 What a program reads, computes and sends is counted from shapes (`costs`); a device reads and computes at the same time,
-but the sums over devices have to be there before the next product starts, unless there is another piece of the prompts
-to compute ("Roofline", doi:10.1145/1498765.1498785). So these are predictions that nothing can beat: launches,
-latencies and everything below the peak come on top.
+but all-reduces must finish before the next product starts, unless there is another piece of the prompts
+to compute ("Roofline", doi:10.1145/1498765.1498785). So these predictions are bounds that nothing can beat: launches,
+latencies and rates below the peak add to them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from llama_jax.targets import Collective, Target
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time of one run on the device that has most to do.
+    """The least time of one run on the busiest device.
 
     Attributes:
       read_bytes: weights that the tokens use, and keys and values that they see.
@@ -79,7 +79,7 @@ class Floor:
 
     @property
     def bound(self) -> str | None:
-        """Which of the three takes longest: "memory", "arithmetic" or "links"."""
+        """The bottleneck, which takes longest: "memory", "arithmetic" or "links"."""
         times = {"memory": self.memory_s, "arithmetic": self.compute_s, "links": self.links_s}
         known = {name: time for name, time in times.items() if time is not None}
         return max(known, key=lambda name: known[name]) if len(known) == len(times) else None
@@ -129,7 +129,7 @@ def prefill_floor(
 def collectives(
     config: LlamaConfig, mesh: AnyMesh, *, rows: int, tokens: int, itemsize: int, greedy: bool = False
 ) -> tuple[Collective, ...]:
-    """What the rules of sharding make devices exchange: after each block that is split one sum of its output
+    """The communication that the sharding rules imply: after each block that is split one all-reduce of its output
     and one for the embedding, of each piece where prefill runs in pieces; with `greedy` sampling the best token
     of each device's part of the vocabulary.
 
@@ -139,7 +139,7 @@ def collectives(
     by = ruled(mesh)
     heads, vocab = by.ways("kv_heads", config.num_kv_heads), by.ways("vocab", config.vocab_size)
     count = pieces(rows, tokens, by.ways("mlp"))
-    # How many sums there are over so many devices, of so many tokens a row.
+    # The number of all-reduces over this many devices, of this many tokens a row.
     sums = Counter({(vocab, tokens // count): count})
     for i, layer in enumerate(config.layers):
         if isinstance(layer.mlp, MoeSpec):

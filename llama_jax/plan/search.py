@@ -23,7 +23,7 @@ _MOST_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What a workload comes to on a mesh of devices.
+    """The cost of a workload on a mesh of devices.
 
     Attributes:
       mesh: what was given; sizes: of its axes by name, empty for one device.
@@ -65,12 +65,12 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Predicted best of all rows together."""
+        """Predicted upper bound for all rows together."""
         return None if self.decode.seconds is None else self.workload.batch / self.decode.seconds
 
     @property
     def first_token_s(self) -> float | None:
-        """Predicted best time until every row has its first token."""
+        """Predicted lower bound on the time until every row has its first token."""
         return self.prefill.seconds
 
 
@@ -140,7 +140,7 @@ def make_plan(
 
 
 def _largest_batch(fits: Callable[[int], bool]) -> int:
-    """Batches are filled up to powers of two, so no others need to be tried."""
+    """Batches are padded to powers of two, so no others need to be tried."""
     rows = 0
     while rows < _MOST_ROWS and fits(2 * rows or 1):
         rows = 2 * rows or 1

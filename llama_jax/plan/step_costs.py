@@ -61,10 +61,10 @@ class Load:
 
 
 class StepCosts:
-    """Sums over a model's parameters and layers, made once, so that what was in a step is all that is left to count."""
+    """Sums over a model's parameters and layers, computed once, so that only a step's contents remain to be counted."""
 
     def __init__(self, config: LlamaConfig, dtype: DTypeLike, mesh: AnyMesh = None, kv_dtype: str | None = None):
-        """Counts for the device that has most to do.
+        """Counts for the busiest device.
 
         Args:
           config: as `layout.split_config` gives it for the mesh.

@@ -1,4 +1,4 @@
-"""Whether what a device needs is there: one rule, for plans and for compiled programs."""
+"""Decides whether a device has enough memory: one rule, for plans and for compiled programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_jax.targets import Target
 
 @dataclass(frozen=True)
 class Verdict:
-    """What each phase needs on a device, beside what jax may use of it.
+    """The memory each phase needs on a device, beside what jax may use of it.
 
     Attributes:
       phases: bytes by the names of `Needs.phases`; a model fits if the largest of them does.

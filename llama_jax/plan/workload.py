@@ -1,4 +1,4 @@
-"""What is asked of a model, and the shapes of the programs that `generate` runs for it."""
+"""The workload of a model, and the shapes of the programs that `generate` runs for it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Workload:
         return jnp.dtype(self.dtype).itemsize
 
     def check(self, config: LlamaConfig) -> None:
-        """Raises RequestError for sizes that are not positive, or do not go together, and a cache that there is not."""
+        """Raises RequestError for sizes that are not positive or contradict each other, or an unknown kind of cache."""
         check_kv_dtype(self.kv_dtype)
         for name in ("batch", "context", "prompt"):
             if getattr(self, name) < 1:
@@ -71,7 +71,7 @@ def default_workload(
     prompt: int | None = None,
     kv_dtype: str | None = None,
 ) -> Workload:
-    """What a plan is for when nobody says more: texts of 4096 tokens, 512 of them the prompt's, or as many as the model
+    """The default workload of a plan: texts of 4096 tokens, 512 of them the prompt's, or as many as the model
     can take."""
     context = min(DEFAULT_CONTEXT, config.context_length) if context is None else context
     return Workload(batch, context, min(DEFAULT_PROMPT, context) if prompt is None else prompt, dtype, kv_dtype)
@@ -94,7 +94,7 @@ class Calls:
 
 
 def calls(config: LlamaConfig, target: Target, mesh: AnyMesh, workload: Workload) -> Calls:
-    """What `generate` calls on a mesh of a target's devices.
+    """The programs that `generate` calls on a mesh of a target's devices.
 
     Args:
       config: as `layout.split_config` gives it for that mesh.

@@ -1,8 +1,8 @@
-"""Weights in few bits: how they are laid out (`layout`), what is computed with them (`codes`), how they are made
+"""Quantised weights: their memory layout (`layout`), computations with them (`codes`), and making them
 (`nearest`).
 
-Pure functions of arrays, which know neither the model nor its parameters. `llama_jax.schemes` makes a scheme of every
-layout, and so the parameter tree, checkpoints, plans and the model take them.
+Pure functions of arrays, which know neither the model nor its parameters. `llama_jax.schemes` turns every
+layout into a scheme, which the parameter tree, checkpoints, plans and the model accept.
 """
 
 from llama_jax.quantized.layout import CODES, Layout, layout_named, stored_layout

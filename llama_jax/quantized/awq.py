@@ -1,4 +1,4 @@
-"""AWQ: inputs scaled so that the weights of large ones are rounded more finely (Lin et al., arXiv:2306.00978)."""
+"""AWQ: scales inputs so that the weights of large inputs are rounded more finely (Lin et al., arXiv:2306.00978)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama_jax.quantized.layout import Layout
 from llama_jax.quantized.searched import searched
 
 EXPONENTS = tuple(i / 20 for i in range(20))
-"""Exponents of the inputs' sizes that are tried; 0 scales nothing."""
+"""Exponents of the inputs' sizes to try; 0 means no scaling."""
 
 
 @partial(jax.jit, static_argnums=0)
@@ -26,7 +26,7 @@ def encode(layout: Layout, weight: jax.Array, gram: jax.Array) -> dict[str, jax.
 def input_scales(
     layouts: tuple[Layout, ...], weights: tuple[jax.Array, ...], gram: jax.Array, sizes: jax.Array
 ) -> jax.Array:
-    """Scales s [in] of the inputs that some weights share, such that weights * s suffer least from being rounded.
+    """Scales s [in] of the inputs that some weights share, such that weights * s lose least by rounding.
 
     s is a power of the inputs' sizes, the one with the least error of the products, s undone, over the given inputs.
 

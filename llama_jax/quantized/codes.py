@@ -1,4 +1,4 @@
-"""Computations with weights in few bits: the weights themselves, and rows of a table. Products with them are an
+"""Computations with quantised weights: the weights themselves, and rows of a table. Products with them are an
 operation, `llama_jax.kernels.quantized_matmul`.
 
 Members of a weight [*out, in] in the layout `layout`: codes under the layout's name [*out, in] (int4: [*out, in / 2]),

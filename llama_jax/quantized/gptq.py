@@ -1,4 +1,4 @@
-"""GPTQ: codes that make up for each other's errors (Frantar et al., arXiv:2210.17323)."""
+"""GPTQ: codes that compensate each other's errors (Frantar et al., arXiv:2210.17323)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llama_jax.quantized.searched import searched
 DAMPING = 0.01
 """Share of the mean square of an input that is added to each input's, so that the Gram matrix can be inverted."""
 BLOCK = 64
-"""Columns whose errors are carried to all columns behind them at once, by one product."""
+"""Columns whose errors are propagated to all later columns at once, by one product."""
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Grids: the numbers that a row's or a group's codes can stand for, and the code of each number on one.
+"""Grids: the numbers that a row's or a group's codes can represent, and the code of each number on one.
 
 A grid is what a layout stores beside the codes, {"scales"} and perhaps "minima" or "zeros" [*out, groups], in their own
 dtypes. Functions take numbers by groups [*out, groups, group]; a single column [*out, 1], with what the grid has for
@@ -58,7 +58,7 @@ def nearest(layout: Layout, grid: Grid, grouped: jax.Array) -> jax.Array:
 
 
 def numbers(layout: Layout, grid: Grid, codes: jax.Array) -> jax.Array:
-    """The numbers that codes stand for, computed as `quantized.codes.decode` does."""
+    """The numbers that codes represent, computed as `quantized.codes.decode` does."""
     scales = grid["scales"].astype(jnp.float32)[..., None]
     if layout.offset == "zero":
         return (codes - grid["zeros"].astype(jnp.float32)[..., None]) * scales

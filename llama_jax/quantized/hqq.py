@@ -67,5 +67,5 @@ def _fitted(layout: Layout, grid: Grid, codes: jax.Array, wanted: jax.Array) -> 
 
 
 def takes(layout: Layout) -> bool:
-    """Whether a layout has what is fitted: minima, or scales of whole numbers that stand around 0."""
+    """Returns whether a layout has what is fitted: minima, or scales of whole numbers that stand around 0."""
     return layout.offset == "min" or (layout.symmetric and layout.kind != "fp8")

@@ -1,4 +1,4 @@
-"""How a matrix lies in memory in few bits: what its codes are, which of them share a scale, and where 0 is."""
+"""Memory layouts of quantised matrices: what the codes are, which of them share a scale, and where 0 is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to store weights [..., in], of which each row, or each group of neighbours in a row, has a scale.
+    """One way to store weights [..., in] with a scale for each row, or each group of neighbours in a row.
 
     Attributes:
       kind: of the codes, a key of `CODES`.
@@ -67,7 +67,7 @@ class Layout:
 
     @property
     def largest(self) -> int:
-        """The largest code; in a symmetric layout it stands for the largest magnitude."""
+        """The largest code; in a symmetric layout it represents the largest magnitude."""
         return {"int8": 127, "int4": 7, "fp8": 448}[self.kind]
 
     @property
@@ -86,7 +86,7 @@ class Layout:
         return SCALES[self.scales]
 
     def fits(self, columns: int) -> bool:
-        """Whether rows of so many numbers can be stored."""
+        """Returns whether rows of this many numbers can be stored."""
         return columns % (self.group or 1) == 0 and columns % self.per_byte == 0
 
     @property
@@ -118,7 +118,7 @@ _ORDERED = "_ordered"
 
 
 def stored_name(layout: Layout, *, ordered: bool = False) -> str:
-    """The name of a layout, or of the same with columns in an order of their own."""
+    """The name of a layout, or of its variant with reordered columns."""
     return layout.name + (_ORDERED if ordered else "")
 
 

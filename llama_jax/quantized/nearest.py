@@ -15,7 +15,7 @@ def encode(layout: Layout, weight: jax.Array) -> dict[str, jax.Array]:
     """The members (`quantized.codes`) of a weight [*out, in] in floating point; every code is the nearest.
 
     Scales reach from the largest magnitude of a row or group, or from its smallest to its largest number, and codes are
-    those of the scales as they are stored. What lies on such a grid, as GGUF's Q8_0 and Q4_1 do, comes out as it was.
+    those of the scales as they are stored. Weights on such a grid, as GGUF's Q8_0 and Q4_1, come out unchanged.
     A group of zeros has the scale 0. A weight that is not finite, or too large for the scales' dtype, gives scales that
     are not.
     """

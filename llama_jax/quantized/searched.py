@@ -1,4 +1,4 @@
-"""Grids that are searched for: each group's covers the share of its range with which its numbers are nearest."""
+"""Grid search: each group's grid covers the share of its range that minimises the rounding error."""
 
 from __future__ import annotations
 

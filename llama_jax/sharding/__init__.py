@@ -1,9 +1,9 @@
-"""Where every array of a model lives on several devices, as data: axes of a mesh, and rules.
+"""The placement of a model's arrays on several devices, as data: axes of a mesh, and rules.
 
 A mesh has named axes (`MESH_AXES`). Every dimension of a parameter, a cache or an activation has a logical name
 ("mlp", "kv_heads", "batch", ...), and rules say over which axes of the mesh a name is split: `RULES`, or those that a
-`RuledMesh` carries. `RuledMesh.over` and `share` are the only code that reads them. What they come to for a model is in
-`llama_jax.layout`. XLA makes the communication from that; no other part of the code knows how many devices there are.
+`RuledMesh` carries. Only `RuledMesh.over` and `share` read them. `llama_jax.layout` shows the result for a model.
+XLA derives the communication; no other part of the code knows how many devices there are.
 
     mesh = make_mesh(tensor=8)
     model, tokenizer = load("org/name", mesh=mesh)

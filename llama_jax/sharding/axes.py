@@ -89,7 +89,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def requested_axes(mesh: str | None, tp: int | None) -> dict[str, int] | None:
-    """What the options `--mesh` and `--tp` ask for, or None.
+    """The mesh that the options `--mesh` and `--tp` request, or None.
 
     Raises:
       RequestError: both are given, or one is malformed.
@@ -112,7 +112,7 @@ def requested_axes(mesh: str | None, tp: int | None) -> dict[str, int] | None:
 
 
 def checked_sizes(sizes: Mapping[str, int], rules: Rules = RULES) -> dict[str, int]:
-    """The sizes, once it is sure that the rules split something over every axis of more than one device.
+    """Checks that the rules split something over every axis of more than one device, and returns the sizes.
 
     Raises:
       RequestError: a size is not positive, an axis is unknown, or nothing is split over it.

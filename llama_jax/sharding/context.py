@@ -1,4 +1,4 @@
-"""Activations and caches while a program is traced. Without a mesh in use (`on`, `jax.set_mesh`) nothing happens."""
+"""Sharding of activations and caches at trace time. Without a mesh in use (`on`, `jax.set_mesh`) nothing happens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama_jax.errors import RequestError
 from llama_jax.sharding.axes import RULES, Axes, MeshAxes
 from llama_jax.sharding.mesh import AnyMesh, RuledMesh, ruled, spec_entry
 
-# Part of jit's cache key, as the mesh in use is: programs traced under other rules are traced anew.
+# Part of jit's cache key, as the mesh in use is: programs traced under other rules are traced again.
 _rules = jax.make_user_context(RULES)
 
 _ONE_DEVICE = RuledMesh({})
@@ -22,9 +22,9 @@ _ONE_DEVICE = RuledMesh({})
 
 @contextlib.contextmanager
 def on(mesh: AnyMesh) -> Iterator[None]:
-    """Everything that is traced inside is sharded over `mesh` by its rules; None changes nothing.
+    """Shards everything traced inside over `mesh` by its rules; None changes nothing.
 
-    A mesh of sizes alone serves to ask for shapes (`ways`, `share`) where there are no such devices.
+    A mesh of sizes only is enough to query shapes (`ways`, `share`) where there are no such devices.
     """
     if mesh is None:
         yield
@@ -45,23 +45,23 @@ def current() -> RuledMesh:
 
 
 def in_use() -> bool:
-    """Whether the program is traced for several devices, and the compiler deals it out to them."""
+    """Returns whether the program is traced for several devices, and the compiler partitions it over them."""
     return current() is not _ONE_DEVICE
 
 
 def ways(axis: str) -> int:
-    """Into how many parts a logical axis is split on the mesh in use, if its size divides."""
+    """The number of parts that a logical axis is split into on the mesh in use, if its size divides."""
     return current().ways(axis)
 
 
 def share(axis: str, size: int) -> int:
-    """How much of a dimension of this name and size each device of the mesh in use holds."""
+    """The size of each device's part of a dimension of this name and size, on the mesh in use."""
     return current().share(axis, size)
 
 
 def split_over(axis: str, size: int) -> MeshAxes | None:
-    """What a dimension of this name and size is split over on the mesh in use, as collectives take it; None if it is
-    whole."""
+    """The axes of the mesh in use that a dimension of this name and size is split over, as collectives take them; None
+    if it is whole."""
     return spec_entry(current().over(axis, size))
 
 
@@ -70,7 +70,7 @@ def constrain[Tree](x: Tree, axes: Any) -> Tree:
 
     Args:
       x: an array, or a tree of arrays.
-      axes: the logical name of each dimension, of which those at the end may be left out; or a tree of these, of the
+      axes: the logical name of each dimension; trailing ones may be left out; or a tree of these, of the
         structure of `x` or a shorter one.
 
     Raises:
@@ -91,14 +91,14 @@ def local(
 ) -> Any:
     """Calls `run(**arguments)`; on a mesh, on every device with its own parts of the arguments.
 
-    What the compiler cannot deal out by itself, such as a Pallas kernel, runs so. A logical axis is split only if all
-    dimensions of that name divide.
+    This is for what the compiler cannot partition by itself, such as a Pallas kernel. A logical axis is split only if
+    all dimensions of that name divide.
 
     Args:
       arguments: trees of arrays.
       axes: for each argument a tree of the same shape, or of a shorter one, that holds `Axes`.
       out: likewise for what `run` returns.
-      summed: the logical axis over whose parts the results have to be added up.
+      summed: the logical axis over which the results must be all-reduced.
 
     Raises:
       RequestError: the rules split two logical axes over the same axis of the mesh, so that no device has every

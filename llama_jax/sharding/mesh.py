@@ -1,4 +1,4 @@
-"""Meshes: making them, and how much of an array each of their devices holds by the rules."""
+"""Meshes: making them, and the part of an array that each device holds under the rules."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llama_jax.targets import of_device
 
 @dataclass(frozen=True)
 class RuledMesh:
-    """A mesh with rules of its own. It is taken wherever a mesh is; a mesh alone stands for one with `RULES`.
+    """A mesh with its own rules. It is accepted wherever a mesh is; a plain mesh means one with `RULES`.
 
-    Everything about how arrays are split is asked of it: programs, parameters, explanations and costs cannot differ.
+    It alone decides how arrays are split, so programs, parameters, explanations and costs cannot differ.
 
     Attributes:
-      mesh: of devices, or of sizes alone, by axis: what is only counted needs no devices.
+      mesh: of devices, or of sizes only, by axis: counting needs no devices.
       rules: of logical axes to axes of the mesh.
     """
 
@@ -73,19 +73,19 @@ class RuledMesh:
         return axes if size is None or size % self._product(axes) == 0 else ()
 
     def ways(self, axis: str | None, size: int | None = None) -> int:
-        """Into how many parts a dimension is split; arguments as of `over`."""
+        """The number of parts that a dimension is split into; arguments as for `over`."""
         return self._product(self.over(axis, size))
 
     def share(self, axis: str | None, size: int) -> int:
-        """How much of a dimension of this name and size each device holds."""
+        """The size of each device's part of a dimension of this name and size."""
         return size // self.ways(axis, size)
 
     def spec(self, axes: Axes, shape: Sequence[int], what: str = "") -> PartitionSpec:
-        """How an array is split; a dimension that does not divide stays whole.
+        """The partition of an array; a dimension that does not divide stays whole.
 
         Args:
-          axes: logical names of the dimensions, of which those at the end may be left out.
-          shape: of the array; for a dimension of which only whole units may be split, the number of these.
+          axes: logical names of the dimensions; trailing ones may be left out.
+          shape: of the array; for a dimension that may be split only between units, the number of units.
           what: the array's name, for the error.
 
         Raises:
@@ -147,7 +147,7 @@ def make_mesh(
 
     Args:
       axes, sizes: sizes by axis of `MESH_AXES`, in either way; axes that are not named are left out.
-      devices: by default those of jax, of which the first are taken if the mesh is smaller.
+      devices: by default those of jax; the first ones if the mesh is smaller.
       rules: what is split over which axes, instead of `RULES`; they stay with the mesh.
 
     Raises:
@@ -178,15 +178,15 @@ def make_mesh(
 
 
 def _prepare_nccl(device: jax.Device) -> None:
-    """NCCL reads its variables when it first connects GPUs. By default it guards every sum in a graph against sums that
-    run beside the graph, with two events that cost 2 µs; XLA runs one program at a time on a device, and waits for its
-    sums before the next. RCCL knows the variable as well; there nothing has been measured."""
+    """NCCL reads its variables when it first connects GPUs. By default it guards every collective in a graph against
+    those outside the graph, with two events that cost 2 µs; XLA runs one program at a time on a device, and waits for
+    its collectives before the next. RCCL has the variable as well; nothing has been measured there."""
     if of_device(device).vendor == "nvidia":
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
 
 
 def automatic_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The same devices, axes and rules, with axes that the compiler shards over by itself.
+    """The same devices, axes and rules, with axes of jax's automatic kind, over which the compiler shards by itself.
 
     Raises:
       RequestError: the mesh has sizes and no devices.

@@ -1,7 +1,7 @@
-"""Rows [batch, n] of numbers of which every device may hold a part: what it takes to choose from them.
+"""Reductions over rows [batch, n] that may be split over devices, as sampling from them needs.
 
-`axis` is what the rows are split over, an axis of the mesh or several, inside of `sharding.local`; None where they are
-whole. Each function sends a few numbers a row, never the rows themselves, and gives what `jnp` gives for whole rows.
+`axis` is the mesh axis, or several, that the rows are split over, inside `sharding.local`; None where they are
+whole. Each function sends a few numbers per row, never the rows themselves, and returns what `jnp` does for whole rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a device is: the numbers that kernels, plans and reports are made from.
+"""Device models: the numbers that kernels, plans and reports are made from.
 
     target = find("mi300x")
     print(target.memory_bytes, target.lds_bytes)

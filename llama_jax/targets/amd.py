@@ -45,7 +45,7 @@ MI210 = _cdna(
 )
 
 MI250X = replace(
-    # One of its two dies: each is a device of its own, with half of the memory.
+    # One of its two dies: each is a separate device, with half of the memory.
     MI210,
     name="mi250x",
     label="AMD Instinct MI250X",

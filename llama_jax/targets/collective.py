@@ -1,4 +1,4 @@
-"""What the devices of a program send one another."""
+"""Communication between the devices of a program."""
 
 from __future__ import annotations
 

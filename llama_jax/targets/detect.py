@@ -1,4 +1,4 @@
-"""Which target a program is traced for, and which targets this machine has.
+"""Finds the target a program is traced for, and the targets of this machine.
 
 Devices are told apart by their product name, and where that is missing or new by architecture, number of compute units
 and memory: gfx942 alone may be an MI300X, an MI325X or an MI300A.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a device says of itself; "" or 0 where it does not.
+    """A device's description of itself; "" or 0 where it gives none.
 
     Attributes:
       name: product name, e.g. "AMD Instinct MI300X".
@@ -55,7 +55,7 @@ def current() -> Target:
 
 
 def default_device() -> jax.Device:
-    """Where jax puts what nobody places. Imports jax, and starts its backend."""
+    """The device where jax puts arrays by default. Imports jax, and starts its backend."""
     import jax
 
     chosen: Any = jax.config.jax_default_device
@@ -136,7 +136,7 @@ def identify(facts: Facts) -> Target:
 
 
 def _names(label: str, name: str) -> bool:
-    """Whether a device's name holds a product's label as whole words, makers and series left out."""
+    """Returns whether a device's name holds a product's label as whole words, makers and series left out."""
     makers = {"amd", "nvidia", "instinct", "radeon", "geforce", "pro"}
     wanted, given = ([w for w in re.findall("[a-z0-9]+", s.lower()) if w not in makers] for s in (label, name))
     return bool(wanted) and any(given[i : i + len(wanted)] == wanted for i in range(len(given)))

@@ -1,4 +1,4 @@
-"""What this machine has, read from the kernel's own files: no driver library is loaded, and jax is
+"""The hardware of this machine, read from the kernel's own files: no driver library is loaded, and jax is
 imported only where a function says so.
 
 The files are those of Linux (https://docs.kernel.org/gpu/amdgpu; AMD's compute driver: `targets.kfd`). Where they are
@@ -101,7 +101,7 @@ def names(found: Iterable[Gpu]) -> str:
 
 
 def unused_gpu_warning(root: Path = ROOT) -> str | None:
-    """One line if this machine has a GPU while jax computes on the CPU and nobody asked for that, else None.
+    """One line if this machine has a GPU while jax computes on the CPU without being told to, else None.
 
     Cheap enough for every start: reads a few files of the kernel. Imports jax.
     """

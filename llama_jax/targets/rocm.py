@@ -1,11 +1,11 @@
 """jax's plugins for AMD GPUs: the packages for each generation of ROCm, and the jax that they go with.
 
-This table is the only one. The extras of pyproject.toml, compilation without hardware, `llama-jax doctor` and
-docs/targets.md follow it, and tests hold them to it. Nothing here loads a plugin.
+This is the single source of truth. The extras of pyproject.toml, compilation without hardware, `llama-jax doctor` and
+docs/targets.md follow it, and tests check that they do. Nothing here loads a plugin.
 
-A plugin goes with the jaxlib of its release, the first three numbers of a version; what follows them is a repair of
-either side. jax itself asks for `jax-rocm7-plugin==0.11.2.*` (its extra `rocm7-local`), and jaxlib compares no versions
-of ROCm plugins while it runs (jaxlib/plugin_support.py), as it does for CUDA's, to the last number.
+A plugin matches the jaxlib of its release, the first three numbers of a version; further numbers are fixes of
+either side. jax itself requires `jax-rocm7-plugin==0.11.2.*` (its extra `rocm7-local`), and at run time jaxlib does not
+compare versions of ROCm plugins (jaxlib/plugin_support.py), while it compares those of CUDA's to the last number.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Plugin:
 
     @property
     def module(self) -> str:
-        """What `pjrt` installs."""
+        """The module that `pjrt` installs."""
         return f"jax_plugins.xla_rocm{self.generation}"
 
     def compiler(self, jaxlib: str) -> tuple[str, ...]:
-        """What it takes to compile without a GPU, for pip: the compiler for this jaxlib, or where there is none, also
+        """Requirements, for pip, to compile without a GPU: the compiler for this jaxlib, or where there is none, also
         the jax that is tested most."""
         if release(jaxlib) in self.built_with:
             return (f"{self.pjrt}=={release(jaxlib)}",)
@@ -73,7 +73,7 @@ PLUGINS = (
 """By generation, the newest last. `.ci/run` compiles with each and executes the result on an emulated GPU."""
 
 NEWEST = PLUGINS[-1]
-"""What the extras `rocm` and `rocm-aot` install."""
+"""The plugin that the extras `rocm` and `rocm-aot` install."""
 
 PACKAGES = tuple(package for plugin in PLUGINS for package in (plugin.plugin, plugin.pjrt))
 
@@ -103,5 +103,5 @@ def release(version: str) -> str:
 
 
 def fits(plugin: str, jaxlib: str) -> bool:
-    """Whether a plugin of this version goes with a jaxlib of that one."""
+    """Returns whether a plugin of this version goes with a jaxlib of that one."""
     return release(plugin) == release(jaxlib)

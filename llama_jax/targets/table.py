@@ -14,7 +14,7 @@ from llama_jax.targets.target import Target
 CPU = Target("cpu", "cpu", "cpu", 0, 0, 0)
 
 TARGETS = (*amd.TARGETS, *nvidia.TARGETS, CPU)
-"""Every target of this package. Of several with one architecture the first stands for it."""
+"""Every target of this package. The first of several with one architecture represents it."""
 
 
 def added_targets() -> tuple[Target, ...]:
@@ -23,7 +23,7 @@ def added_targets() -> tuple[Target, ...]:
 
 
 def plugin_problem(plugin: plugins.Plugin, earlier: Sequence[plugins.Plugin]) -> str:
-    """What is wrong with a plugin that is to add targets; "" if nothing."""
+    """The fault of a plugin that is to add targets; "" if none."""
     targets = _as_tuple(plugin.value)
     if not isinstance(targets, tuple | list) or not all(isinstance(target, Target) for target in targets):
         return "it is neither a llama_jax.targets.Target nor a tuple of them"

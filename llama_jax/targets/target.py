@@ -1,4 +1,4 @@
-"""What the table of targets says about a device model."""
+"""The entry of a device model in the table of targets."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Links:
-    """How devices of one host reach one another.
+    """The links between the devices of one host.
 
     Attributes:
       count: links of one device to the others.
@@ -82,7 +82,7 @@ class Links:
 
 @dataclass(frozen=True)
 class Source:
-    """Where figures come from: `fields` of a `Target`, separated by spaces, and a document's address."""
+    """The source of figures: `fields` of a `Target`, separated by spaces, and a document's address."""
 
     fields: str
     document: str

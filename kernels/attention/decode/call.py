@@ -26,7 +26,7 @@ COMBINED = 32
 
 @dataclass(frozen=True)
 class Call:
-    """What is known of a call when it is compiled.
+    """The static part of a call, known when it is compiled.
 
     Attributes:
       group: query heads of one key/value head.
@@ -121,7 +121,7 @@ class Program:
 def unsupported(
     q: jax.Array, kv: KeysValues, places: Places, rule: Rule, *, sinks: jax.Array | None = None
 ) -> str | None:
-    """Why no kernel can run these arguments on any target, or None."""
+    """The reason no kernel can run these arguments on any target, or None."""
     if not 0 < q.shape[1] <= MAX_QUERIES:
         return f"{q.shape[1]} queries a row, it takes 1 to {MAX_QUERIES}"
     if q.shape[3] > MAX_HEAD_DIM:

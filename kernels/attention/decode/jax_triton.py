@@ -20,7 +20,7 @@ __all__ = ["Tiles", "run", "unsupported"]
 
 
 def unsupported(target: Target, q: jax.Array, kv: KeysValues, *args: Any, **arguments: Any) -> str | None:
-    """Why the kernels cannot run these arguments on that target, or None."""
+    """The reason the kernels cannot run these arguments on that target, or None."""
     if "int4" in SCHEMES.get(kv.scheme, ()):
         return "it takes no codes of four bits"
     return jax_triton.unsupported(target) or calls.unsupported(q, kv, *args, **arguments)
@@ -65,7 +65,7 @@ def combine(
 
 
 def shares_launch(call: Call, cut: Shares, q: jax.Array, kv: KeysValues, places: Places) -> Launch:
-    """What `triton_kernel.decode_attention_shares` is called with."""
+    """Arguments of `triton_kernel.decode_attention_shares`."""
     # The kernel has a fixed number of arguments: positions stand in for those that it will not read.
     optional = (kv.k_scale, kv.v_scale, kv.page_table, places.q_segments, places.kv_segments)
     *scales, table, q_segments, kv_segments = (places.q_positions if x is None else x for x in optional)
@@ -103,7 +103,7 @@ def combine_launch(
     sinks: jax.Array | None,
     out: jax.ShapeDtypeStruct,
 ) -> Launch:
-    """What `triton_kernel.decode_attention_combine` is called with."""
+    """Arguments of `triton_kernel.decode_attention_combine`."""
     kv_heads = lse.shape[1]
     constants = _constants(call, kv_heads) | {"AT_A_TIME": call.combined, "SINKS": sinks is not None}
     arrays = (cut.first, cut.end, part, lse, lse if sinks is None else sinks)
@@ -111,7 +111,7 @@ def combine_launch(
 
 
 def _constants(call: Call, kv_heads: int) -> dict[str, Any]:
-    """What both kernels take."""
+    """Arguments that both kernels take."""
     return {
         "QUERIES": call.queries,
         "GROUP": call.group,

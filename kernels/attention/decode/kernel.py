@@ -90,7 +90,7 @@ def shares(
                 at = (page_of(table_ref, row, begin), head, jax.lax.rem(begin, call.page_size) + lane)
             else:
                 at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
-            # All is asked for before anything is waited for: a barrier of the products holds up what is behind it.
+            # All loads are issued before the first wait: a barrier of the products delays everything after it.
             kv_position = plgpu.load(kv_positions_ref.at[row, slot])
             k, v = load_tile(k_ref, at, of_k.width), load_tile(v_ref, at, of_v.width)
             k_scales, v_scales = decoder.scales(k_scale_ref, at, None), decoder.scales(v_scale_ref, at, None)

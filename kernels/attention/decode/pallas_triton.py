@@ -23,7 +23,7 @@ WIDE_BYTES = 2**32
 def unsupported(
     target: Target, q: jax.Array, kv: KeysValues, *args: Any, interpret: bool = False, **arguments: Any
 ) -> str | None:
-    """Why the kernels cannot run these arguments on that target, or None."""
+    """The reason the kernels cannot run these arguments on that target, or None."""
     if target.vendor == "cpu" and not interpret:
         return "Pallas-Triton compiles for GPUs only; pallas_interpret runs the same kernels"
     if not interpret and target.vendor == "amd" and target.wave_size == 32 and q.dtype == "float32":

@@ -1,4 +1,4 @@
-"""Which part of the cache each program of the decode kernels reads.
+"""The part of the cache that each program of the decode kernels reads.
 
 The slots of a row that any of its queries may see lie in a range of blocks of `block_k` slots. These ranges, over all
 rows of the batch, are cut into shares of equal length, one for each program of a key/value head: however different the
@@ -23,7 +23,7 @@ LEAST_FIXED, MOST_FIXED = 512, 32
 
 @dataclass(frozen=True)
 class Cut:
-    """How the rows' slots are cut into shares.
+    """The split of the rows' slots into shares.
 
     Attributes:
       block_k: slots of a block.
@@ -52,7 +52,7 @@ def fixed_length(slots: int, block_k: int) -> int:
 def visible_slots(
     q_positions: jax.Array, kv_positions: jax.Array, visibility: Visibility
 ) -> tuple[jax.Array, jax.Array]:
-    """The slots [first, end) of each row, int32 [batch], among which is everything that any of its queries sees.
+    """The slots [first, end) of each row, int32 [batch], that contain everything any of its queries sees.
 
     Depends on positions only, so that the layers of a model share one computation, and is one reduction.
     """

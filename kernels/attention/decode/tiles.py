@@ -1,4 +1,4 @@
-"""How the work of decode attention is cut, for each kind of device."""
+"""The tiling of decode attention, for each kind of device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from llama_jax.kernels.pallas import next_power_of_2, tile_width
 from llama_jax.targets import Target
 
 MIN_ROWS = 16
-"""Rows of a matrix instruction: fewer query rows are filled up to it."""
+"""Rows of a matrix instruction: fewer query rows are padded to it."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut.
+    """The tiling of the work.
 
     Attributes:
       block_rows: the most query rows of a program; more rows that share a head are several programs.
@@ -60,7 +60,7 @@ def default_tiles(target: Target, *, rows: int, head_dim: int, itemsize: int, co
     waves = block_rows // MIN_ROWS
 
     def slots(tile: int, most: int) -> int:
-        """How many slots have `tile` bytes of keys."""
+        """The number of slots whose keys take `tile` bytes."""
         return min(max(tile // row_bytes, MIN_ROWS), most)
 
     if target.vendor == "nvidia":

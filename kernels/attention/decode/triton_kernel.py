@@ -97,7 +97,7 @@ def decode_attention_shares(
             page = tl.minimum(tl.maximum(page, 0), PAGES - 1)
             base, within = (page * KV_HEADS + head).to(tl.int64) * PAGE, in_page
         at = base * HEAD_DIM + within * HEAD_DIM
-        # All is asked for before anything is waited for.
+        # All loads are issued before the first wait.
         kv_position = tl.load(kv_positions + row * SLOTS + slot)
         keys = load_rows(k, at, columns, HEAD_DIM)
         values = load_rows(v, at, columns, HEAD_DIM)

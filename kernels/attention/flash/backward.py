@@ -32,7 +32,7 @@ from llama_jax.kernels.pallas import Index, dot, launch, load_row, load_tile, na
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs; k and v are rows, not pages.
+    """The inputs of the backward pass; k and v are rows, not pages.
 
     Attributes:
       q, out_grad: [batch, q_len, q_heads, head_dim]. k, v: [batch, kv_heads, kv_len, head_dim].
@@ -62,7 +62,7 @@ class _Rows:
         return self.piece(0, 1) if self.held is None else self.held
 
     def piece(self, i: int, pieces: int) -> jax.Array:
-        """The i-th of so many pieces of the columns."""
+        """The i-th of this many pieces of the columns."""
         width = tile_width(self.ref.shape[-1]) // pieces
         return load_tile(self.ref, self.index, width, self.valid, first=i * width)
 

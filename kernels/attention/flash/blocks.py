@@ -1,4 +1,4 @@
-"""What the forward and the backward kernels do to one pair of blocks."""
+"""The computation of one pair of blocks, shared by the forward and backward kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTHING_SEEN = -MASKED
 
 @dataclass(frozen=True, kw_only=True)
 class Program(Rule):
-    """The rule of a call, and how the work is cut up."""
+    """The rule of a call, and the tiling of the work."""
 
     tiles: Tiles
     interpret: bool
@@ -90,7 +90,7 @@ def sees(queries: Queries, slots: Slots) -> jax.Array:
 
 
 def slot_index(table: Any, row: jax.Array, head: jax.Array, start: jax.Array, block: int, page_size: int) -> Index:
-    """Where slots start .. start + block - 1 of a row lie in k and v, which are pages if there is a page table."""
+    """Places of slots start .. start + block - 1 of a row in k and v, which are pages if there is a page table."""
     offsets = jnp.arange(block, dtype=jnp.int32)
     if table is None:
         return row, head, start + offsets

@@ -31,7 +31,7 @@ def run(q: jax.Array, kv: KeysValues, places: Places, rule: Rule, *, sinks: jax.
 def unsupported(
     target: Target, q: jax.Array, kv: KeysValues, places: Places, rule: Rule, *, sinks: jax.Array | None = None
 ) -> str | None:
-    """Why cuDNN cannot run these arguments on that target, or None."""
+    """The reason cuDNN cannot run these arguments on that target, or None."""
     if target.vendor != "nvidia":
         return "cuDNN is for NVIDIA GPUs"
     if not rule.in_order:

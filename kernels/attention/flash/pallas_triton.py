@@ -76,7 +76,7 @@ def unsupported(
     sinks: jax.Array | None = None,
     interpret: bool = False,
 ) -> str | None:
-    """Why the kernels cannot run these arguments on that target, or None."""
+    """The reason the kernels cannot run these arguments on that target, or None."""
     if target.vendor == "cpu" and not interpret:
         return "it compiles for GPUs only"
     if not kv.quantised and not q.dtype == kv.k.dtype == kv.v.dtype:

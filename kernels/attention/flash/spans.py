@@ -1,4 +1,4 @@
-"""Which blocks of slots a block of queries needs: causal order, windows, padding and packing as one rule.
+"""The blocks of slots that a block of queries needs: causal order, windows, padding and packing as one rule.
 
 What a query sees is an interval of positions, `visible_from(position) .. position`. From the least and the greatest
 position in each block follows, for each pair of blocks, whether any query sees any slot, and whether every query sees
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from llama_jax.kernels.attention.records import Places, Visibility
 
 EMPTY = 2**30
-"""Beyond every position: where a slot stands that no query sees."""
+"""Beyond every position: the position of a slot that no query sees."""
 
 
 def visible_from(positions: jax.Array, visibility: Visibility) -> jax.Array:
@@ -32,7 +32,7 @@ def _in_blocks(x: jax.Array, block: int) -> jax.Array:
 
 
 def block_pairs(places: Places, visibility: Visibility, block_q: int, block_k: int) -> tuple[jax.Array, jax.Array]:
-    """Whether some query of a block may see some slot of a block, and whether all queries see all of its slots.
+    """Returns whether some query of a block may see some slot of a block, and whether all queries see all of its slots.
 
     "Some" errs on the side of yes. Padding queries and queries beyond the last are left out of account: they may see
     anything. A block that reaches beyond the last slot is never seen whole.

@@ -13,7 +13,7 @@ from llama_jax.targets import Target
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut up. Block sizes are powers of two, at least 16.
+    """The tiling of the work. Block sizes are powers of two, at least 16.
 
     Attributes:
       block_q: query rows of a tile in the forward kernel; block_k: key/value slots that it takes a step.
@@ -100,7 +100,7 @@ _FLOAT32_RDNA = _tiles((16, 16, 8), (16, 16, 4, 4), (16, 16, 4, 4))
 
 
 def pieces_of(head_dim: int, wanted: int) -> int:
-    """Into how many pieces a head_dim is cut: fewer than wanted where a product would sum over too few columns."""
+    """The number of pieces to split head_dim into: fewer than wanted if a product would sum over too few columns."""
     return min(wanted, tile_width(head_dim) // MIN_CONTRACTION)
 
 

@@ -1,1 +1,1 @@
-"""Reading what XLA's compiler for AMD GPUs made, and loading it where there is neither a GPU nor ROCm."""
+"""Reading the output of XLA's compiler for AMD GPUs, and loading that compiler without a GPU or ROCm."""

@@ -1,4 +1,4 @@
-"""What is inside a serialised XLA executable for AMD GPUs: its kernels with their resources, and its library calls.
+"""Contents of a serialised XLA executable for AMD GPUs: its kernels with their resources, and its library calls.
 
 Two nested Riegeli files of protocol buffers, `xla/pjrt/proto` around xla/backends/gpu/runtime's GpuExecutableProto, in
 pieces as xla/util/split_proto writes them. The numbers of fields are those of jaxlib 0.11.2:
@@ -56,7 +56,7 @@ class Kernel:
     """A GPU kernel of an executable.
 
     Attributes:
-      launches: how often it stands in the program; a loop's body counts once.
+      launches: how often it occurs in the program; a loop's body counts once.
       grid, block: work-groups, and threads of each.
       vgpr: vector registers of a lane; on CDNA 2 and later with the `agpr` accumulation registers among them.
       sgpr: scalar registers of a wave.
@@ -141,7 +141,7 @@ def kernels(exe: Fields) -> tuple[Kernel, ...]:
             metadata, elf = shared[launch.name]
         code = code_object.code(elf, launch.name)
         x, y, z = launch.block
-        # What a launch asks for; the code object alone states only what is static.
+        # The launch's request; the code object states only the static part.
         lds_bytes = launch.lds_bytes + metadata[".group_segment_fixed_size"]
         vgpr, sgpr, wave_size = metadata[".vgpr_count"], metadata[".sgpr_count"], metadata[".wavefront_size"]
         found.append(
@@ -171,7 +171,7 @@ def kernels(exe: Fields) -> tuple[Kernel, ...]:
 
 
 def library_calls(exe: Fields) -> Counter[str]:
-    """What an executable runs that is no kernel of its own, and how often it stands there: libraries, collectives."""
+    """Operations of an executable other than its own kernels, with their counts: library calls, collectives."""
     calls: Counter[str] = Counter()
     for number, value in _of_thunks(exe.get(_THUNKS, [])):
         if number == _CUSTOM_CALL and isinstance(value, bytes):

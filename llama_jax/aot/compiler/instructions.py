@@ -93,7 +93,7 @@ def _is_branch_gfx9(word: int) -> bool:
 
 
 def _offset(word: int) -> int:
-    """Words that a branch jumps, counted from the instruction behind it."""
+    """Words that a branch jumps, counted from the next instruction."""
     return (word & 0xFFFF) - (word >> 15 & 1) * 0x10000
 
 

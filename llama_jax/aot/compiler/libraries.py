@@ -1,4 +1,4 @@
-"""Loads a shared library whose own libraries are not installed, by giving it empty ones in their place.
+"""Loads a shared library whose dependencies are not installed, by substituting empty libraries for them.
 
 XLA's plugin for ROCm is linked against the HIP runtime and a dozen ROCm libraries, which it does not call while it
 compiles. Where they are missing, libraries with the same names are made in memory: their functions return

@@ -1,4 +1,4 @@
-"""How many waves of a kernel fit on a SIMD, from its registers and its local memory.
+"""The number of a kernel's waves that fit on a SIMD, from its registers and local memory.
 
 Sources: LLVM, llvm/lib/Target/AMDGPU/Utils/AMDGPUBaseInfo.cpp (`getNumWavesPerEUWithNumVGPRs`, `getTotalNumVGPRs`,
 `getVGPRAllocGranule`, `getMaxWavesPerEU`, `getOccupancyWithNumSGPRs`) and AMDGPUSubtarget.cpp

@@ -29,7 +29,7 @@ _FEATURES = {"gfx90a": ":sramecc+:xnack-", "gfx942": ":sramecc+:xnack-", "gfx950
 
 
 def devices(target: Target, count: int = 1) -> list[jax.Device]:
-    """Devices of an AMD target, all on one host, that programs can be compiled for and that nothing can run on.
+    """Devices of an AMD target, all on one host, for which programs can be compiled but not run.
 
     Raises:
       CompilerUnavailable: the plugin is missing, does not load, or refuses the target.

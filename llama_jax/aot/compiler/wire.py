@@ -15,7 +15,7 @@ _BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 1 << 16, 24, 40
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number at an offset, and the offset behind it."""
+    """A number at an offset, and the offset after it."""
     value = shift = 0
     while True:
         byte = data[at]
