@@ -508,10 +508,11 @@ def test_every_program_of_an_engine() -> None:
     result = compile_engine(config, find("mi300x"), settings=settings)
     assert list(result.programs) == program_set(settings, greedy=True)
     assert_within_budgets(result)
-    state = result.start.memory.outputs
+    state, pages = result.start.memory.outputs, 2 * 2 * settings.pages * 8 * 64 * 128 * 2
     for key, compilation in result.programs.items():
-        # The state is changed where it lies.
-        assert compilation.memory.aliased == pytest.approx(state, rel=1e-3), key
+        # The state is changed where it lies, all of it or the rows alone.
+        rows = key.name in ("join", "restrict")
+        assert compilation.memory.aliased == pytest.approx(state - rows * pages, rel=1e-3), key
         assert result.verdict.phases[key.name] >= compilation.memory.total
         if key.size:
             expected = {"decode_attention", "add_rms_norm"} | ({"flash_attention"} if key.name != "decode" else set())

@@ -390,12 +390,14 @@ def test_pallas_is_loaded_by_what_runs_it() -> None:
 @pytest.mark.slow
 def test_a_model_on_a_cpu_runs_without_pallas() -> None:
     code = """if True:
-        import sys, jax, llama_jax as lj
+        import dataclasses, sys, jax, llama_jax as lj
         from helpers import TINY
         from llama_jax.kernels import report
         config = TINY["sigmoid-moe"]
         model = lj.Model(lj.init_params(config, jax.random.key(0)), config)
-        for each in (model, lj.quantize(model, "int8")):
+        quantised = lj.quantize(model, "int8")
+        whole = dataclasses.replace(quantised, config=quantised.config.replace(activations="int8"))
+        for each in (model, quantised, whole):
             lj.generate(each, None, [1, 2, 3], max_tokens=3)
         print(*sorted({choice.operation for choice in report()}), "jax.experimental.pallas" in sys.modules)
     """

@@ -290,7 +290,7 @@ def cli_run(*args: str) -> Result:
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     # The compilation cache would stay in this test's folder for the rest of the process.
     monkeypatch.setattr(runtime, "enable_compilation_cache", lambda: None)
-    assert "nothing to measure" in cli_run("--model", "llama-3.1-8b").stdout
+    assert "nothing to measure" in cli_run("--op", "add_rms_norm", "--model", "llama-3.1-8b").stdout
     monkeypatch.setattr(registry, "operation", lambda name: OP)
     dry = cli_run("--op", "moe", "--dry-run", "--most", "1")
     assert "moe, a: fast block=16\n" in dry.stdout
