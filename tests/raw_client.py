@@ -32,7 +32,11 @@ class Raw:
         if buffer:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
         made.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(made, (host, int(port)))
+        try:
+            await asyncio.get_running_loop().sock_connect(made, (host, int(port)))
+        except OSError:
+            made.close()
+            raise
         return cls(*await asyncio.open_connection(sock=made, limit=buffer or 1 << 20))
 
     def send(self, data: bytes) -> None:
