@@ -40,7 +40,7 @@ from llama_jax.targets import current
 
 HEAD = (128256, 4096)
 READ_BYTES = 200e6
-"""What the buffers of one program hold together, at least: four times the largest second-level cache."""
+"""Least total size of one program's buffers: four times the largest L2 cache."""
 MOST_BUFFERS = 24
 
 

@@ -64,7 +64,7 @@ class Raw:
 
     @property
     def state(self) -> int:
-        """What the kernel says of the connection (`TCP_INFO`)."""
+        """The connection's state according to the kernel (`TCP_INFO`)."""
         return int(self.writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0])
 
     def leave(self) -> None:
@@ -109,7 +109,7 @@ async def unused(url: str) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Held:
-    """What a process holds: bytes of memory, open files, threads."""
+    """Resources of a process: bytes of memory, open files, threads."""
 
     memory: int
     files: int

@@ -9,7 +9,7 @@ _PART = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])|([\s\S])")
 
 
 class TerminalScreen:
-    """What is to be seen after some output. Lines that leave the screen at its top can no longer be written to.
+    """Text on the screen after some output. Lines that leave the screen at its top can no longer be written to.
 
     Attributes:
       colours: how many escape sequences set colours.

@@ -1,4 +1,4 @@
-"""What has gone wrong with quantised weights elsewhere, case by case.
+"""Failures of quantised weights in other projects, case by case.
 
 Other modules hold these:
 
@@ -66,7 +66,7 @@ def change_tensors(folder: Path, **changes: Any) -> dict[str, np.ndarray]:
 
 
 def kept_and_decoded(source: Path) -> tuple[dict[str, str], dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What a source keeps, and its weights as they are decoded from that and without it."""
+    """Schemes that a source keeps, and its weights decoded from them and read directly."""
     with closing(open_source(source)) as plain, closing(open_source(source, dequantize=False)) as kept:
         return dict(kept.config.schemes), decoded(kept), decoded(plain)
 
@@ -206,6 +206,14 @@ def as_whole(codes: np.ndarray, bits: int) -> np.ndarray:
     return words.view(np.int32)
 
 
+def assert_computes_as_decoded(path: Path) -> None:
+    """Logits of a checkpoint's quantised weights are those of the decoded ones."""
+    params, stored = load_params(path, dtype="float32"), open_checkpoint(path).config
+    plain, floats = dequantize_params(params, stored, jnp.float32)
+    tokens = random_tokens(stored, 1, 4)
+    assert error(run(params, stored, tokens)[0], run(plain, floats, tokens)[0]) < 2e-5
+
+
 def test_09_a_head_of_its_own(tmp_path: Path) -> None:
     """Quantised like any other layer, with its scales, and multiplied so."""
     folder = copy_case(tmp_path, "gptq-int4")
@@ -217,11 +225,7 @@ def test_09_a_head_of_its_own(tmp_path: Path) -> None:
     tensors["model.embed_tokens.weight"] = np.tile(tensors["model.embed_tokens.weight"], (2, 1))
     save_file(tensors, folder / "model.safetensors")
     assert assert_same(folder)["lm_head"].startswith("int4_g32_zero")
-    path = convert(folder, tmp_path / "m")
-    params, stored = load_params(path, dtype="float32"), open_checkpoint(path).config
-    plain, floats = dequantize_params(params, stored, jnp.float32)
-    tokens = random_tokens(stored, 1, 4)
-    assert error(run(params, stored, tokens)[0], run(plain, floats, tokens)[0]) < 2e-5
+    assert_computes_as_decoded(convert(folder, tmp_path / "m"))
 
 
 @pytest.mark.parametrize("case", ["twice", "differs"])
@@ -255,11 +259,7 @@ def test_10_a_quantised_embedding(tmp_path: Path) -> None:
     tensors["model.embed_tokens.weight_scale"] = scale.astype(tensors[f"{Q}.weight_scale"].dtype)
     save_file(tensors, folder / "model.safetensors")
     assert assert_same(folder)["embed"].startswith("int8")
-    path = convert(folder, tmp_path / "m")
-    params, stored = load_params(path, dtype="float32"), open_checkpoint(path).config
-    plain, decoded_config = dequantize_params(params, stored, jnp.float32)
-    tokens = random_tokens(stored, 1, 4)
-    assert error(run(params, stored, tokens)[0], run(plain, decoded_config, tokens)[0]) < 2e-5
+    assert_computes_as_decoded(convert(folder, tmp_path / "m"))
 
 
 @pytest.mark.parametrize("case", ["fbgemm-row", "fbgemm-column", "blocks"])

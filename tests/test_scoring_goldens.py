@@ -128,7 +128,7 @@ def test_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_adapter(smollm2: tuple[Model, Tokenizer]) -> None:
-    """What lm-eval asks a model for, by its own requests."""
+    """Answers to lm-eval's own requests to a model."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model

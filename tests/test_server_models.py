@@ -245,7 +245,7 @@ def test_a_model_that_cannot_be_loaded(
 
 
 def test_a_plan_that_was_too_small(runner: asyncio.Runner, model: Any) -> None:
-    """What does not fit when it is loaded has idle models unloaded, too."""
+    """Idle models are also unloaded for a model that turns out not to fit while it loads."""
     with Several(runner, model, 50, 20, 20) as server:
         opening = server.sources["b"].open
 

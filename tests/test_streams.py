@@ -1,4 +1,4 @@
-"""What an engine's callers get: pieces that nobody has taken yet become one; nothing is lost or out of place."""
+"""Streams of an engine's callers: pieces not yet taken are merged; nothing is lost or reordered."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import click
 
 from llama_jax.cli.options import (
     LoadOptions,
+    batch_tokens_option,
     claim_memory,
     examples,
     json_option,
@@ -43,7 +44,7 @@ from llama_jax.disk import storage_errors
 @click.option("--system-instruction", metavar="TEXT", help="What the system message says; with a chat template.")
 @click.option("--gen-kwargs", metavar="K=V,...", help="Settings of answers that change those of the tasks.")
 @click.option("--max-length", type=int, metavar="N", help="Tokens that the model sees, at most. [default: its context]")
-@click.option("--batch-tokens", type=int, metavar="N", help="Tokens at once. [default: 16384 on a GPU, 2048 on a CPU]")
+@batch_tokens_option
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of everything that lm-eval draws.")
 @click.option(
     "--output",

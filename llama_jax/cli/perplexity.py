@@ -7,6 +7,7 @@ import click
 from llama_jax.cli.inputs import read_text
 from llama_jax.cli.options import (
     LoadOptions,
+    batch_tokens_option,
     examples,
     json_option,
     load_options,
@@ -37,7 +38,7 @@ from llama_jax.cli.terminal import print_json
     metavar="N",
     help="Tokens that a window repeats of the one before: more context for each prediction, and more work.",
 )
-@click.option("--batch-tokens", type=int, metavar="N", help="Tokens at once. [default: 16384 on a GPU, 2048 on a CPU]")
+@batch_tokens_option
 @load_options
 @quiet_option
 @json_option

@@ -68,18 +68,20 @@ class Foresight:
         """
         several, trying = list(decoding), []
         free = [asked for asked in several if not asked.rule]
-        paces = [asked.pace for asked in free if asked.pace and calm and self._tries(asked)]
-        worth = worthwhile(paces, len(several) - len(paces))
+        drafting = [asked for asked in free if calm and self._tries(asked)]
+        if not worthwhile([asked.pace for asked in drafting if asked.pace], len(several) - len(drafting)):
+            drafting = []
         for asked in several:
             asked.sequence.draft = None
             if asked.rule and calm and asked.sequence.known and asked.rule.ready:
                 asked.sequence.draft = Draft.of(asked.rule.ahead.draft)
         for asked in free:
-            sequence = asked.sequence
-            sequence.paced = calm and worth and self._tries(asked)
-            if sequence.paced and self._source and self._source.on_device:
+            asked.sequence.paced = False
+        for asked in drafting:
+            asked.sequence.paced = True
+            if self._source and self._source.on_device:
                 self._look_up(asked)
-            elif sequence.paced and sequence.known:
+            elif asked.sequence.known:
                 trying.append(asked)
         guesses = self._guesses(trying)
         for asked in trying:

@@ -133,14 +133,14 @@ class LlamaJaxLM(LM):
         return ids[-room:], params
 
     def _kept[T](self, kind: str, requests: list[Instance], found: list[T]) -> list[T]:
-        """What was found, put into lm-eval's cache of answers, too."""
+        """Returns what was found, after putting it into lm-eval's cache of answers."""
         for request, one in zip(requests, found, strict=True):
             self.cache_hook.add_partial(kind, request.args, one)
         return found
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm-eval's caches of prompts tell models apart by."""
+        """The name by which lm-eval's prompt caches tell models apart."""
         return self.model.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -179,5 +179,5 @@ class LlamaJaxLM(LM):
         return text[: text.rindex(last) + len(last)]
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results."""
+        """Model details that lm-eval writes beside its results."""
         return {"model_name": self.model.name, "model_dtype": self.model.dtype.name, "max_length": self.max_length}
