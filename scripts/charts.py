@@ -1,4 +1,4 @@
-"""Charts of measurements, drawn from docs/measured: docs/charts/*.svg, of the engine and of quantised weights.
+"""Charts of measurements, drawn from docs/measured: docs/charts/*.svg, each for a light and a dark page.
 
     uv run --group docs python scripts/charts.py
     uv run --group docs python scripts/charts.py --check
@@ -25,7 +25,9 @@ from matplotlib.axes import Axes
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED, CHARTS = DOCS / "measured", DOCS / "charts"
 DEVICE, RATES = "h200", (4, 8, 16)
-DARK, LIGHT, GREY = "#1f5a94", "#9cc3e6", "#b8b8b8"
+DARK, LIGHT, GREY, AMBER = "#3d7ab8", "#9cc3e6", "#a0a0a0", "#e0a030"
+INKS = {"": "#1c1c1c", "-dark": "#e4e4e4"}
+"""Colours of text and lines, by the suffix of the file's name."""
 
 matplotlib.rcParams.update(
     {
@@ -44,6 +46,43 @@ def measured(name: str) -> dict[str, Any]:
     """A result of the engine's benchmarks."""
     found: dict[str, Any] = json.loads((MEASURED / f"{DEVICE}-engine-{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+def static() -> None:
+    """Decode rate over that of PyTorch, and the rate of a prompt batch, beside other engines."""
+    found = json.loads((MEASURED / "h100-static.json").read_text(encoding="utf-8"))
+    engines = found["engines"]
+    figure, (decode, prefill) = plt.subplots(1, 2, figsize=(6.4, 2.7), width_ratios=[4, 1.4])
+    colors = dict(zip((engine["name"] for engine in engines), (DARK, LIGHT, AMBER, GREY), strict=True))
+    batches = list(engines[0]["decode_tok_s"])
+    for i, engine in enumerate(engines):
+        # Steps are bound by reading: rates are compared as bytes a step over what the card of the run reads.
+        shares = [_mbu(engine, batch) for batch in batches]
+        places = [x + 0.2 * (i - 1.5) for x in range(len(batches))]
+        bars = decode.bar(places, shares, 0.19, color=colors[engine["name"]], label=engine["name"])
+        decode.bar_label(bars, [f"{share:.2f}"[1:] for share in shares], padding=1, fontsize=7)
+        rate = engine["prefill_tok_s"]["8x512"]
+        label = prefill.bar([i], [rate / 1000], 0.8, color=colors[engine["name"]])
+        prefill.bar_label(label, [f"{rate / 1000:.1f}"], padding=1, fontsize=7)
+    decode.set_xticks(range(len(batches)), batches)
+    decode.set_xlabel("batch")
+    decode.set_ylabel("decode: share of bandwidth (MBU)")
+    decode.set_ylim(0, 1.18)
+    decode.legend(frameon=False, ncols=4, fontsize=7, loc="upper left", columnspacing=1, handlelength=1)
+    prefill.set_xticks([])
+    prefill.set_ylabel("prefill 8 x 512: 1000 tok/s")
+    figure.suptitle(_title({**found, "device": found["device"]}), x=0.01, ha="left", fontsize=9)
+
+
+def _mbu(engine: dict[str, Any], batch: str, prompt: int = 512, new: int = 64) -> float:
+    """Bytes of a step of an 8B model in bfloat16 over what the card reads in its time.
+
+    Read are the weights without the embedding (7.505e9 parameters) and keys and values of 32 layers with 8 heads of 128.
+    """
+    cache = 2 * 32 * 8 * 128 * 2 * (prompt + new / 2) * int(batch)
+    seconds = int(batch) / engine["decode_tok_s"][batch]
+    share: float = (2 * 7.505e9 + cache) / seconds / (engine["read_tb_s"] * 1e12)
+    return share
 
 
 def throughput() -> None:
@@ -92,7 +131,7 @@ def quality() -> None:
     """The rise of log-perplexity over the bytes of the weights, a line a method."""
     found = json.loads((MEASURED / "quality-smollm2-135m.json").read_text(encoding="utf-8"))
     _, axes = plt.subplots(figsize=(6.4, 3.0))
-    colors = {"rtn": GREY, "hqq": LIGHT, "awq": "#e0a030", "gptq": DARK}
+    colors = {"rtn": GREY, "hqq": LIGHT, "awq": AMBER, "gptq": DARK}
     rows = [row for row in found["schemes"] if row["weights"] != "int4_g32_min"]  # the model's own grid
     for method, color in colors.items():
         points = [row for row in rows if row["method"] == method]
@@ -115,18 +154,22 @@ def _title(run: dict[str, Any]) -> str:
 
 
 DRAWN: dict[str, Callable[[], None]] = {
-    "engine-throughput.svg": throughput,
-    "engine-chat.svg": chat,
-    "quality.svg": quality,
+    "static": static,
+    "engine-throughput": throughput,
+    "engine-chat": chat,
+    "quality": quality,
 }
 
 
 def draw(folder: Path) -> None:
     """Draws every chart into a folder."""
     for name, chart in DRAWN.items():
-        chart()
-        plt.savefig(folder / name, metadata={"Date": None, "Creator": None})
-        plt.close()
+        for suffix, ink in INKS.items():
+            colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
+            with matplotlib.rc_context(colors):
+                chart()
+                plt.savefig(folder / f"{name}{suffix}.svg", transparent=True, metadata={"Date": None, "Creator": None})
+                plt.close()
 
 
 def main() -> None:
