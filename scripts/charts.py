@@ -1,4 +1,4 @@
-"""Charts of measurements, drawn from docs/measured: docs/charts/*.svg, each for a light and a dark page.
+"""Draws docs/charts/*.svg, each for a light and a dark page: measurements of docs/measured, and the structure.
 
     uv run --group docs python scripts/charts.py
     uv run --group docs python scripts/charts.py --check
@@ -20,6 +20,7 @@ import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+import pictures
 from matplotlib.axes import Axes
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -77,7 +78,7 @@ def static() -> None:
 def _mbu(engine: dict[str, Any], batch: str, prompt: int = 512, new: int = 64) -> float:
     """Bytes of a step of an 8B model in bfloat16 over what the card reads in its time.
 
-    Read are the weights without the embedding (7.505e9 parameters) and keys and values of 32 layers with 8 heads of 128.
+    Reads the weights without the embedding (7.505e9 parameters), and keys and values of 32 layers with 8 heads of 128.
     """
     cache = 2 * 32 * 8 * 128 * 2 * (prompt + new / 2) * int(batch)
     seconds = int(batch) / engine["decode_tok_s"][batch]
@@ -158,6 +159,9 @@ DRAWN: dict[str, Callable[[], None]] = {
     "engine-throughput": throughput,
     "engine-chat": chat,
     "quality": quality,
+    "rooms": pictures.rooms,
+    "request": pictures.request,
+    "tensor": pictures.tensor,
 }
 
 
@@ -165,11 +169,18 @@ def draw(folder: Path) -> None:
     """Draws every chart into a folder."""
     for name, chart in DRAWN.items():
         for suffix, ink in INKS.items():
-            colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
-            with matplotlib.rc_context(colors):
-                chart()
-                plt.savefig(folder / f"{name}{suffix}.svg", transparent=True, metadata={"Date": None, "Creator": None})
-                plt.close()
+            matplotlib.rcParams.update(
+                {
+                    "text.color": ink,
+                    "axes.labelcolor": ink,
+                    "axes.edgecolor": ink,
+                    "xtick.color": ink,
+                    "ytick.color": ink,
+                }
+            )
+            chart()
+            plt.savefig(folder / f"{name}{suffix}.svg", transparent=True, metadata={"Date": None, "Creator": None})
+            plt.close()
 
 
 def main() -> None:

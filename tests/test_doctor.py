@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 from click.testing import CliRunner
 
 import llama_jax.doctor as doctoring
 from llama_jax.cli import cli
-from llama_jax.doctor import Check, Report, doctor, examination, packages, storage
+from llama_jax.doctor import Check, Report, bundle, doctor, examination, packages, storage
 from llama_jax.doctor.devices import check_devices
 from llama_jax.doctor.environment import check_environment
 from llama_jax.doctor.packages import PACKAGES, PLUGINS, check_packages, check_plugins
@@ -364,3 +366,33 @@ def test_unused_gpu_warning(tmp_path: Path) -> None:
         assert hardware.unused_gpu_warning(root) is None
     finally:
         jax.config.update("jax_platforms", chosen)
+
+
+# --- Bundles ----------------------------------------------------------------------------------------------------------
+
+
+def test_bundle_has_what_a_report_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home folder is left out, also of other programs' output; those that are missing, hang or fail do no harm."""
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "cache/kernels/mi300x.json", "{}")
+    monkeypatch.setattr(bundle, "TOOL_DEADLINE_S", 0.2)
+    tools = [("echo", str(Path.home() / "secret")), ("sleep", "9"), ("false",), ("no-such-program",)]
+    report = Report((Check("device", "problem", f"{Path.home()}/x is missing"),))
+    bundle.write_bundle(tmp_path / "out.zip", report, os.environ, tools=tools)
+    with zipfile.ZipFile(tmp_path / "out.zip") as files:
+        found = {name: files.read(name).decode() for name in files.namelist()}
+    assert set(found) == {"report.json", "packages.txt", "echo.txt", "sleep.txt", "kernels/mi300x.json"}
+    assert found["echo.txt"] == "~/secret\n"
+    assert found["sleep.txt"] == "no answer within 0.2 s\n"
+    assert json.loads(found["report.json"])["checks"][0]["detail"] == "~/x is missing"
+    assert f"jax=={jax.__version__}" in found["packages.txt"].splitlines()
+
+
+def test_bundle_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = Report((Check("device", "ok", "fine"),))
+    monkeypatch.setattr("llama_jax.doctor.doctor", lambda **_: report)
+    result = CliRunner().invoke(cli, ["doctor", "--json", "--bundle", str(tmp_path / "b.zip")])
+    assert result.exit_code == 0
+    assert zipfile.is_zipfile(tmp_path / "b.zip")
+    refused = CliRunner().invoke(cli, ["doctor", "--json", "--bundle", str(tmp_path / "none/b.zip")])
+    assert refused.exit_code == 73

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -18,14 +20,20 @@ _SIGNS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
 
 @click.command(
     name="doctor",
-    epilog=examples("llama-jax doctor", "llama-jax doctor --numerics", "llama-jax doctor --json > report.json"),
+    epilog=examples("llama-jax doctor", "llama-jax doctor --numerics", "llama-jax doctor --bundle report.zip"),
 )
 @click.option(
     "--timeout", type=click.FloatRange(min=0.1), default=90, show_default=True, help="Seconds to wait for the devices."
 )
 @click.option("--numerics", is_flag=True, help="Compare every kernel with its reference on the device. Takes minutes.")
+@click.option(
+    "--bundle",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE.zip",
+    help="Also write the report, all packages, what the driver's tools say and tuned kernels here, for a bug report.",
+)
 @json_option
-def command(timeout: float, numerics: bool, as_json: bool) -> None:
+def command(timeout: float, numerics: bool, bundle: Path | None, as_json: bool) -> None:
     """Look at devices, versions, drivers and folders, and say what is missing and which command fixes it.
 
     Exits with 0 if there is no problem, 5 if jax cannot use a device that is there, 4 if a kernel computes
@@ -44,6 +52,11 @@ def command(timeout: float, numerics: bool, as_json: bool) -> None:
         print_json(dataclasses.asdict(report) | {"ok": report.ok})
     else:
         click.echo(printable(_text(report)))
+    if bundle is not None:
+        from llama_jax.doctor.bundle import write_bundle
+
+        write_bundle(bundle, report, os.environ)
+        progress(f"wrote {bundle}; look at it before you send it to anybody")
     raise click.exceptions.Exit(report.exit_code)
 
 
