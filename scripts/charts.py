@@ -2,6 +2,7 @@
 
     uv run --group docs python scripts/charts.py
     uv run --group docs python scripts/charts.py --check
+    uv run --group docs python scripts/charts.py --measured FOLDER
 
 `--check` draws them elsewhere, and fails where a stored chart is another: the data has changed since, or the drawing.
 """
@@ -12,7 +13,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from matplotlib.axes import Axes
 
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED, CHARTS = DOCS / "measured", DOCS / "charts"
-DEVICE, RATES = "h200", (4, 8, 16)
+DEVICE = "h200"
 DARK, LIGHT, GREY, AMBER = "#3d7ab8", "#9cc3e6", "#a0a0a0", "#e0a030"
 INKS = {"": "#1c1c1c", "-dark": "#e4e4e4"}
 """Colours of text and lines, by the suffix of the file's name."""
@@ -43,15 +45,15 @@ matplotlib.rcParams.update(
 )
 
 
-def measured(name: str) -> dict[str, Any]:
-    """A result of the engine's benchmarks."""
-    found: dict[str, Any] = json.loads((MEASURED / f"{DEVICE}-engine-{name}.json").read_text(encoding="utf-8"))
+def read(path: Path) -> dict[str, Any]:
+    """A result of the benchmarks."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
 def static() -> None:
     """Decode rate over that of PyTorch, and the rate of a prompt batch, beside other engines."""
-    found = json.loads((MEASURED / "h100-static.json").read_text(encoding="utf-8"))
+    found = read(MEASURED / "h100-static.json")
     engines = found["engines"]
     figure, (decode, prefill) = plt.subplots(1, 2, figsize=(6.4, 2.7), width_ratios=[4, 1.4])
     colors = dict(zip((engine["name"] for engine in engines), (DARK, LIGHT, AMBER, GREY), strict=True))
@@ -72,7 +74,7 @@ def static() -> None:
     decode.legend(frameon=False, ncols=4, fontsize=7, loc="upper left", columnspacing=1, handlelength=1)
     prefill.set_xticks([])
     prefill.set_ylabel("prefill 8 x 512: 1000 tok/s")
-    figure.suptitle(_title({**found, "device": found["device"]}), x=0.01, ha="left", fontsize=9)
+    figure.suptitle(_title(found), x=0.01, ha="left", fontsize=9)
 
 
 def _mbu(engine: dict[str, Any], batch: str, prompt: int = 512, new: int = 64) -> float:
@@ -86,9 +88,8 @@ def _mbu(engine: dict[str, Any], batch: str, prompt: int = 512, new: int = 64) -
     return share
 
 
-def throughput() -> None:
+def throughput(job: dict[str, Any], static: dict[str, Any]) -> None:
     """Output tokens a second of one job: static batches, the engine, the ideal schedule."""
-    job, static = measured("sharegpt"), measured("static")
     same = ("mix", "requests", "seed", "scale")
     if [job["workload"][name] for name in same] != [static["workload"][name] for name in same]:
         raise SystemExit("the static batches are of other requests than the engine's")
@@ -106,16 +107,15 @@ def throughput() -> None:
     axes.set_title(_title(job), loc="left", fontsize=9)
 
 
-def chat() -> None:
+def chat(*runs: dict[str, Any]) -> None:
     """Time to the first token, and between tokens, at several arrival rates."""
-    runs = [measured(f"chat-{rate}") for rate in RATES]
     figure, (first, between) = plt.subplots(1, 2, figsize=(6.4, 2.5))
     _pairs(first, runs, "ttft", ("p50", "p99"), "first token, ms")
     _pairs(between, runs, "itl", ("p50", "p95"), "between tokens, ms")
     figure.suptitle(_title(runs[0]), x=0.01, ha="left", fontsize=9)
 
 
-def _pairs(axes: Axes, runs: list[dict[str, Any]], time: str, numbers: tuple[str, str], label: str) -> None:
+def _pairs(axes: Axes, runs: Sequence[dict[str, Any]], time: str, numbers: tuple[str, str], label: str) -> None:
     """Two percentiles of a time at each rate."""
     for shift, number, color in zip((-0.2, 0.2), numbers, (DARK, LIGHT), strict=True):
         values = [run[f"{number}_{time}_ms"] for run in runs]
@@ -130,7 +130,7 @@ def _pairs(axes: Axes, runs: list[dict[str, Any]], time: str, numbers: tuple[str
 
 def quality() -> None:
     """The rise of log-perplexity over the bytes of the weights, a line a method."""
-    found = json.loads((MEASURED / "quality-smollm2-135m.json").read_text(encoding="utf-8"))
+    found = read(MEASURED / "quality-smollm2-135m.json")
     _, axes = plt.subplots(figsize=(6.4, 3.0))
     colors = {"rtn": GREY, "hqq": LIGHT, "awq": AMBER, "gptq": DARK}
     rows = [row for row in found["schemes"] if row["weights"] != "int4_g32_min"]  # the model's own grid
@@ -154,10 +154,13 @@ def _title(run: dict[str, Any]) -> str:
     return f"{run['device'].partition(' (')[0]}, {run['model']}, {run['dtype']}, random weights, jax {run['jax']}"
 
 
-DRAWN: dict[str, Callable[[], None]] = {
+ENGINE: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
+    "engine-throughput": (throughput, ("engine-sharegpt", "engine-static")),
+    "engine-chat": (chat, ("engine-chat-4", "engine-chat-8", "engine-chat-16")),
+}
+"""Charts of one device's engine, and the files that they are drawn from."""
+OTHER: dict[str, Callable[[], None]] = {
     "static": static,
-    "engine-throughput": throughput,
-    "engine-chat": chat,
     "quality": quality,
     "rooms": pictures.rooms,
     "request": pictures.request,
@@ -165,9 +168,20 @@ DRAWN: dict[str, Callable[[], None]] = {
 }
 
 
-def draw(folder: Path) -> None:
-    """Draws every chart into a folder."""
-    for name, chart in DRAWN.items():
+def charts(measured: Path, prefix: str = "") -> dict[str, Callable[[], None]]:
+    """The engine's charts that can be drawn from the files in a folder."""
+    found: dict[str, Callable[[], None]] = {}
+    for name, (chart, sources) in ENGINE.items():
+        paths = [measured / f"{prefix}{source}.json" for source in sources]
+        if all(path.exists() for path in paths):
+            found[name] = partial(chart, *map(read, paths))
+    return found
+
+
+def draw(drawn: dict[str, Callable[[], None]], folder: Path) -> None:
+    """Draws charts into a folder, each in both inks."""
+    folder.mkdir(exist_ok=True)
+    for name, chart in drawn.items():
         for suffix, ink in INKS.items():
             matplotlib.rcParams.update(
                 {
@@ -187,12 +201,17 @@ def main() -> None:
     """Draws the charts, or checks those that are stored."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare with what is stored, and change nothing")
-    if not parser.parse_args().check:
-        CHARTS.mkdir(exist_ok=True)
-        draw(CHARTS)
+    parser.add_argument("--measured", type=Path, metavar="FOLDER", help="draw the charts of reproduce.py's files there")
+    args = parser.parse_args()
+    if args.measured:
+        draw(charts(args.measured), args.measured)
+        return
+    everything = charts(MEASURED, f"{DEVICE}-") | OTHER
+    if not args.check:
+        draw(everything, CHARTS)
         return
     with tempfile.TemporaryDirectory() as folder:
-        draw(Path(folder))
+        draw(everything, Path(folder))
         stored = {path.name: path.read_bytes() for path in CHARTS.glob("*.svg")}
         if stored != {path.name: path.read_bytes() for path in Path(folder).iterdir()}:
             sys.exit("docs/charts is not what scripts/charts.py draws; run it and commit what it draws")
