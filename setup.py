@@ -1,4 +1,4 @@
-"""Checks the two links before setuptools builds; everything else stands in pyproject.toml."""
+"""Checks the two links before setuptools builds; everything else is in pyproject.toml."""
 
 from pathlib import Path
 

@@ -44,7 +44,7 @@ def contents(dist: Path) -> list[str]:
 
 
 def problems(names: list[str], expected: set[str], *, wheel: bool) -> list[str]:
-    """What is wrong with a distribution that holds the files `names`."""
+    """Problems of a distribution that holds the files `names`."""
     if wheel:
         expected = {n for n in expected if not n.startswith(SDIST_ONLY)}
     package = {n for n in names if n.startswith("llama_jax/")}

@@ -17,7 +17,7 @@ from llama_jax.errors import DoesNotFit, StorageError
 SPARE_BYTES = 64 << 20
 """Free space wanted beyond the tensors themselves, for metadata and the small files."""
 UNFINISHED = "unfinished.llama_jax"
-"""Stands in a folder that is being written, so that no other folder of that name is ever cleared away."""
+"""Marks a folder that is being written, so that no other folder of that name is ever cleared away."""
 PARTIAL, ASIDE, LOCK = ".partial", ".llama_jax-old", ".lock"
 """Suffixes of a checkpoint's name for the folder it is written in, for the checkpoint that it replaces (where two
 folders cannot change their names in one step), and for the file that writers lock."""

@@ -59,7 +59,7 @@ def variants(op: Operation) -> Iterator[tuple[str, Case, bool]]:
 
 
 def compile_case(op: Operation, case: Case, gradients: bool, target: Target) -> Entry:
-    """What the kernels of one case need: {"kernels": [...]}, or {"unsupported": reason}."""
+    """Resources of the kernels of one case: {"kernels": [...]}, or {"unsupported": reason}."""
     arguments = case.arguments()
     if reason := op.backends[BACKEND].unsupported(target, **arguments):
         return {"unsupported": reason}
@@ -130,7 +130,7 @@ def inner_jaxprs(equation: Any) -> Iterator[Any]:
 
 
 def describe(kernel: Kernel, multiplies: bool) -> Entry:
-    """What stands in the results for a kernel.
+    """An entry of the results: one kernel.
 
     Args:
       multiplies: whether it has products that the hardware has matrix instructions for.
@@ -186,7 +186,7 @@ def load(arch: str) -> dict[str, Any]:
 
 
 def made_with(op: str) -> dict[str, str]:
-    """What results hold for."""
+    """The sources and versions that results hold for."""
     return {"sources": source_hash(op), "jax": jax.__version__, "compiler": topology.compiler()[1]}
 
 
@@ -197,7 +197,7 @@ def dump(results: dict[str, Any]) -> None:
     depth = 0
     for line in text.splitlines():
         stripped = line.strip()
-        # A kernel's entry, and what stands in it, goes on one line.
+        # A kernel's entry goes on one line.
         if depth or (stripped == "{" and lines and lines[-1].rstrip().endswith(("[", "},"))):
             lines = [*lines, line.rstrip()] if not depth else [*lines[:-1], f"{lines[-1]} {stripped}"]
             depth += stripped.count("{") - stripped.count("}")
@@ -229,7 +229,7 @@ def sweep(arch: str, names: list[str], everything: bool) -> list[str]:
 
 
 def problems_of(arch: str, name: str, results: dict[str, Any], target: Target) -> list[str]:
-    """What exceeds a budget in the results of one operation."""
+    """Values above a budget in the results of one operation."""
     return [
         f"{arch} {name}, {label}: {problem}"
         for label, entry in results["cases"].items()

@@ -131,7 +131,7 @@ Found = tuple[str, bool, dict[str, Any]]
 
 
 def measure_torch(cases: Sequence[AttentionShape], args: argparse.Namespace) -> list[list[Found]]:
-    """What PyTorch takes for each case, by those of its backends that were asked for."""
+    """Times of PyTorch for each case, by those of its backends that were asked for."""
     options = {"calls": args.calls, "repeats": args.repeats, "checked": CHECKED_QUERIES}
     found: list[list[Found]] = [[] for _ in cases]
     for backend in peers.BACKENDS:
@@ -170,7 +170,7 @@ def is_plain(case: AttentionShape) -> bool:
 
 
 def measure(case: AttentionShape, args: argparse.Namespace, limits: Ceilings) -> Iterator[Found]:
-    """What JAX takes for a case, by each backend, and by each tile of a sweep."""
+    """Times of JAX for a case, by each backend, and by each tile of a sweep."""
     arrays = case.example(jax.random.key(time.time_ns() % 2**32))
     expected, index = sampled(case, arrays)
     layers = 1 if is_prefill(case) else LAYERS
@@ -231,7 +231,7 @@ def floor_seconds(case: AttentionShape, limits: Ceilings, *, backward: bool = Fa
 def row(
     case: AttentionShape, backend: str, found: dict[str, Any], limits: Ceilings, *, backward: bool
 ) -> dict[str, Any]:
-    """What is printed and written of one measurement."""
+    """The line and the entry of one measurement."""
     name = OPERATIONS[0 if is_prefill(case) else 1]
     result: dict[str, Any] = {"operation": name, "case": case.name, "dtype": case.dtype}
     result |= {"backend": backend, "backward": backward}
@@ -341,7 +341,7 @@ def gradients(call: Callable[..., jax.Array], calls: int) -> Callable[..., Any]:
 
 
 def logits_bytes(case: AttentionShape) -> int:
-    """What the reference needs, logits and weights in float32."""
+    """Bytes that the reference needs: logits and weights in float32."""
     return 8 * case.batch * case.q_heads * case.q_len * case.kv_len
 
 

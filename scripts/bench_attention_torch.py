@@ -24,7 +24,7 @@ SDPA = {"torch_flash": "FLASH_ATTENTION", "torch_cudnn": "CUDNN_ATTENTION"}
 FLEX = "torch_flex"
 BACKENDS = (*SDPA, FLEX)
 SIZES = ("batch", "q_len", "kv_len", "q_heads", "kv_heads", "head_dim", "dtype")
-"""What of a case the process is told, besides "backward"."""
+"""Fields of a case that the process is told, besides "backward"."""
 CALL_BY_CALL, GRAPH = "call by call", "CUDA graph"
 RESULT = "result: "
 """Begins the lines that are results: libraries may print lines of their own."""
@@ -38,7 +38,7 @@ WARM_UP = 5
 
 
 def results(backend: str, cases: Sequence[Mapping[str, Any]], python: str, **options: Any) -> list[dict[str, Any]]:
-    """What a process with torch measures of the cases, one result for each.
+    """Measures the cases in a process with torch, one result for each.
 
     Args:
       cases: the SIZES of each, and whether gradients are timed too ("backward").

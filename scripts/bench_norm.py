@@ -3,7 +3,7 @@
 
 For each shape and backend: first fresh random inputs against float32; then the time of a call, the median of several
 programs that each make many calls. Each call's delta is the norm before, and its x the sum before, so that no call can
-begin before the last has ended; a product stands in no program, so that XLA fuses the reference as it likes. Each
+begin before the last has ended; no program has a product, so that XLA fuses the reference as it likes. Each
 program's loop is unrolled by UNROLL calls: starting a step of a loop takes longer than such a kernel.
 
     python scripts/bench_norm.py --json norm.json

@@ -1,4 +1,4 @@
-"""What the benchmarks of kernels share: the ceilings of the device, the time of a program, and the file of results."""
+"""Shared by the benchmarks of kernels: the ceilings of the device, the time of a program, and the file of results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNTUNED = {"xla_gpu_autotune_level": 0}
 
 @cache
 def ceilings(dtype: str, side: int | None) -> Ceilings:
-    """What the device reaches in that dtype, measured once a run as `llama-jax bench` does it, and printed."""
+    """Ceilings of the device in that dtype, measured once a run as `llama-jax bench` does it, and printed."""
     found = measure_ceilings(dtype, side=side)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {dtype}: {found}", flush=True)
     return found

@@ -39,7 +39,7 @@ READ_SHARE = 0.8
 """Of the peak bandwidth, assumed for kernels that are bound by reading: the share that they aim at."""
 Row = tuple[object, ...]
 Report = dict[str, Any]
-"""What a benchmark wrote."""
+"""Results that a benchmark wrote."""
 NOTHING = "Not measured yet."
 NOT_YET, FAILED, NO_SUCH_CALL = "", "failed", "–"
 KERNEL = "pallas_triton"
@@ -168,7 +168,7 @@ def fastest(rows: Sequence[dict[str, Any]], op: str, case: str, dtype: str) -> s
 
 
 def beside(op: str, reports: Sequence[Report]) -> str:
-    """What was measured with, and a table of rates and shares of every backend and peer, the fastest in bold.
+    """The versions measured with, and a table of rates and shares of every backend and peer, the fastest in bold.
 
     Cases that have not been measured are left out.
     """
@@ -200,7 +200,7 @@ def _rate(row: dict[str, Any] | None, best: float) -> str:
 
 
 def origin(reports: Sequence[Report], rows: Sequence[dict[str, Any]]) -> str:
-    """What rows were measured with and are shares of: a sentence for each run and dtype."""
+    """The versions and ceilings of rows: a sentence for each run and dtype."""
     runs = [
         f"Measured on {report['device']} with jax {report['jax']}"
         + (f" and torch {report['torch']}" if "torch" in report else "")

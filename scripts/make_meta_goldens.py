@@ -210,7 +210,7 @@ def transformers_model(case: Case, weights: dict[str, torch.Tensor]) -> LlamaFor
 
 
 def shard(case: Case, weights: dict[str, torch.Tensor], rank: int, n: int) -> dict[str, torch.Tensor]:
-    """What the process `rank` of `n` holds."""
+    """The part that process `rank` of `n` holds."""
     rows = ("wq", "wk", "wv", "w1", "w3", "output")
     part = collections.OrderedDict()
     for name, weight in weights.items():

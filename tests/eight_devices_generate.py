@@ -441,7 +441,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_load_and_generate(folder: Path) -> None:
-    """What stays whole or is repeated is said; fused and canonical trees give the same text."""
+    """Leaves that stay whole or are repeated are reported; fused and canonical trees give the same text."""
     plain, tokenizer = load(folder)
     want = generate(plain, tokenizer, "The quick", max_tokens=6)
     for fuse in (True, False):

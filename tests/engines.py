@@ -55,7 +55,7 @@ def tiny_model(seed: int = 0) -> Model:
 
 @dataclass(frozen=True)
 class Alone:
-    """What a request comes to that runs alone: its tokens, their log-probabilities, why it ended, and those of the
+    """The result of a request that runs alone: its tokens, their log-probabilities, why it ended, and those of the
     prompt's tokens but the first."""
 
     tokens: tuple[int, ...]

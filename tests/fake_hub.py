@@ -33,12 +33,12 @@ def git_sha1(data: bytes) -> str:
 
 @dataclass
 class FakeHub:
-    """What the hub serves, what goes wrong, and what was asked of it.
+    """A hub's files, its faults, and a record of its requests.
 
     Attributes:
       files: name to content, of the one repository.
       fail: kind of request ("info", "tree", "resolve", "cdn") to status and headers of the answer.
-      cut_after: the CDN resets the connection after so many bytes of an answer, once for each entry.
+      cut_after: the CDN resets the connection after this many bytes of an answer, once for each entry.
       ends_early: the CDN ends such an answer properly instead.
       pace: seconds that the CDN waits between pieces of 16 KiB.
       hang: the CDN never answers.

@@ -1,4 +1,4 @@
-"""What the tests of the model core share: golden cases, tiny configurations, random weights."""
+"""Shared by the tests of the model core: golden cases, tiny configurations, random weights."""
 
 from __future__ import annotations
 

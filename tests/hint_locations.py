@@ -42,7 +42,7 @@ def _of(node: ast.AST, file: Path, names: tuple[str, ...], function: ast.AST | N
 
 
 def _texts(value: ast.expr, file: Path, function: ast.AST | None) -> list[str]:
-    """What an expression may say."""
+    """All values of an expression."""
     match value:
         case ast.Constant(value=str(text)):
             return [text]

@@ -161,7 +161,7 @@ def at_tensor(name: str, skip: int, fmt: str, value: int) -> Callable[[Path], No
 
 
 def doubled(folder: Path) -> None:
-    """A tensor of the first part stands in the second as well."""
+    """A tensor of the first part is in the second as well."""
     one, two = (folder / f"model-{n:05}-of-00002.safetensors" for n in (1, 2))
     save_file(load_file(two) | dict([next(iter(load_file(one).items()))]), two)
 

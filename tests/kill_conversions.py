@@ -50,7 +50,7 @@ def forked(src: Path, dst: Path, *, overwrite: bool, kill_after: float | None = 
 
 
 def state(path: Path) -> Any:
-    """What stands at a name: None, "bad", or the checkpoint's digests.
+    """The state of a name: None, "bad", or the checkpoint's digests.
 
     Looked at in a child process, since the array store must not be used before a fork.
     """

@@ -17,7 +17,7 @@ def host(ahead: int = 1, **changes: Any) -> Host:
 
 
 def sequence(id: int, prompt: int | list[int], limit: int = 4, **changes: Any) -> Sequence:
-    """With a prompt of so many tokens, different from those of other sequences."""
+    """With a prompt of that many tokens, different from those of other sequences."""
     tokens = [id + 100] * prompt if isinstance(prompt, int) else list(prompt)
     return Sequence(id, tokens, len(tokens), limit, **changes)
 

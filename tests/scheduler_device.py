@@ -56,7 +56,7 @@ class Dispatch:
 
 @dataclass(frozen=True)
 class Report:
-    """What a row has drawn in a step, and whether it has ended by itself."""
+    """The tokens that a row has drawn in a step, and whether it has ended by itself."""
 
     id: int
     tokens: list[int]

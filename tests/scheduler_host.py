@@ -1,4 +1,4 @@
-"""What an engine does around the scheduler, on the model of the device, with everything checked that can be."""
+"""An engine around the scheduler, on the model of the device, with every invariant checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said before a conversion begins: sizes, free space, and what helps where the result is far larger."""
+"""Announcements before a conversion begins: sizes, free space, and what helps where the result is far larger."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_on_eight_devices() -> None:
     ],
 )
 def test_sizes(name: str, batch: int, devices: int, sizes: dict[str, int]) -> None:
-    """What is chosen fits by the plan's own account, and what was passed over does not."""
+    """The chosen mesh fits by the plan's own account, and those passed over do not."""
     workload = Workload(batch, 4096, 512)
     choice = choose_mesh(preset(name), MI300X, workload, devices=devices, usable=USABLE)
     assert choice.chosen.sizes == sizes

@@ -349,7 +349,7 @@ def tiny() -> LlamaConfig:
 
 @pytest.fixture(scope="module")
 def said() -> list[str]:
-    """What was said while `on_one` was made."""
+    """Messages from while `on_one` was made."""
     return []
 
 
@@ -663,7 +663,7 @@ def test_find_config(tiny: LlamaConfig, folder: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[Any]:
-    """What the command asks to be compiled; it gets what has been compiled already."""
+    """Records the command's compilations, and answers with programs that exist already."""
     calls: list[Any] = []
 
     def compiled(config: LlamaConfig, target: Target, mesh_shape: dict[str, int], **options: Any) -> ModelCompilation:

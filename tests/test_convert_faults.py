@@ -575,7 +575,7 @@ def test_every_bit_of_the_marker_counts(checkpoint: Path, restored: None) -> Non
 
 
 def test_temporary_folders_do_no_harm(checkpoint: Path, tmp_path: Path) -> None:
-    """What a copying or a killed program leaves beside or in a checkpoint is not taken for a part of it."""
+    """Leftovers of a copying or a killed program, beside or in a checkpoint, are not taken for a part of it."""
     path = shutil.copytree(checkpoint, tmp_path / "out")
     (path / "params" / "state.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "out.orbax-checkpoint-tmp" / "params").mkdir(parents=True)

@@ -25,7 +25,7 @@ WIDE = LLAMA | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 PLAIN = {Kind.F32, Kind.F16, Kind.BF16}
 INTEGERS = {Kind.I8, Kind.I16, Kind.I32, Kind.I64, Kind.F64}
 NOT_DECODED = {Kind.Q8_1, Kind.Q8_K} | {Kind[name] for name in ("Q1_0",) if name in Kind.__members__}
-"""What llama.cpp computes with in between, or its package cannot decode."""
+"""Types that llama.cpp uses for intermediate results, or that its package cannot decode."""
 QUANTISED = [kind for kind in Kind if kind not in PLAIN | INTEGERS | NOT_DECODED]
 
 

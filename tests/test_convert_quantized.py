@@ -541,7 +541,7 @@ JSON = st.recursive(
 
 @given(st.sampled_from(sorted(LABELS)), st.data())
 def test_any_config_is_read_or_refused(case: str, data: st.DataObject) -> None:
-    """No exception but ours, whatever stands in quantization_config or in its first group's weights."""
+    """No exception but ours, whatever is in quantization_config or in its first group's weights."""
     config = json.loads((DATA / case / "config.json").read_text())["quantization_config"]
     place = config
     if case.startswith("ct-") and data.draw(st.booleans()):

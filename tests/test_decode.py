@@ -86,7 +86,7 @@ def test_prompt_buckets_are_whole_chunks(n: int) -> None:
 def test_chunks_divide_the_prompt_and_bound_the_memory(
     length: int, batch: int, room: int, heads: int, target: str
 ) -> None:
-    """What the reference writes is bounded; kernels write nothing, so their chunks are as long as any."""
+    """The reference's intermediate results are bounded; kernels write nothing, so their chunks are as long as any."""
     config = tiny_config(num_heads=heads, num_kv_heads=heads, head_dim=64)
     prompt = buckets.prompt_bucket(length)
     shape = {"batch": batch, "prompt": prompt, "capacity": buckets.cache_bucket(prompt + room)}

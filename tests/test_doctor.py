@@ -1,4 +1,4 @@
-"""What `doctor` finds on machines of all kinds: their kernel's files are written into a folder."""
+"""Reports of `doctor` on machines of all kinds: their kernel's files are written into a folder."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_plugins_of_another_version() -> None:
     ],
 )
 def test_repaired_versions(versions: dict[str, str], fix: str | None) -> None:
-    """What follows the third number of a version matters to CUDA's plugins, and not to ROCm's."""
+    """A fourth number of a version matters to CUDA's plugins, and not to ROCm's."""
     assert [check.fix for check in check_plugins(NO_PLUGINS | versions)] == ([fix] if fix else [])
 
 

@@ -1,4 +1,4 @@
-"""What `doctor` says of machines with several GPUs: shared memory, links, and variables."""
+"""Reports of `doctor` on machines with several GPUs: shared memory, links, and variables."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_no_shared_memory(tmp_path: Path) -> None:
 
 
 def test_one_gpu_needs_none(tmp_path: Path) -> None:
-    """What counts is what jax sees: one of eight is one."""
+    """GPUs count as jax sees them: one of eight is one."""
     root = amd_machine(tmp_path, 90402, 90402)
     found = hardware.gpus(root)
     assert gpus_in_use(found, ON_CPU) == gpus_in_use(found, Probe(error="hangs")) == 2

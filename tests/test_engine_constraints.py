@@ -168,7 +168,7 @@ class _Broken(Listed):
     ids=["no token", "error", "mask", "accept", "ended", "property"],
 )
 def test_a_dead_end_ends_its_sequence_alone(rule: Constraint, says: str) -> None:
-    """What it had drawn stays; the others go on; the same prompt is computed as if nothing had been."""
+    """Tokens that it had drawn stay; the others continue; the same prompt is computed as if nothing had been."""
     model = tiny_model()
     core = Core(model, small_settings())
     params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)

@@ -32,7 +32,7 @@ def test_what_followed_the_last_time_is_proposed() -> None:
 
 @hypothesis.given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 7))
 def test_text_by_text_or_at_once(text: list[int], most: int) -> None:
-    """What is proposed depends on the text alone, and has followed its last tokens before."""
+    """A draft depends on the text alone, and has followed the text's last tokens before."""
     grown = Drafter(7)
     for end in range(1, len(text)):
         grown.propose(text[:end], 7)

@@ -1,4 +1,4 @@
-"""What went wrong in the schedulers of others, case by case; each names the public report."""
+"""Faults of other schedulers, case by case; each names the public report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine tells of itself: compilations, strictness, rates, and who may watch it from outside."""
+"""An engine's reports on itself: compilations, strictness, rates, and who may watch it from outside."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_what_jax_compiles_besides_is_counted(lenient: LLM, monkeypatch: pytest.
 
 
 def strict_engine(spoil: Any) -> BaseException:
-    """What a caller gets of a strict engine that is spoiled once it is ready."""
+    """A caller of a strict engine that compiles after it was ready gets an error."""
 
     async def caller() -> BaseException:
         async with Engine(tiny_model(), settings=small_settings(**{**vars(SMALL), "strict": True})) as engine:
@@ -415,7 +415,7 @@ def test_looking_while_it_works(meeting: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_an_engine_that_starts_again_leaves_nothing(meeting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the old one held is free before the new one is made: both would not fit on a device."""
+    """The old one's memory is free before the new one is made: both would not fit on a device."""
     monkeypatch.setenv(VARIABLE, "1")
 
     async def caller() -> None:

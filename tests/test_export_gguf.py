@@ -32,7 +32,7 @@ DATA = Path(__file__).parent / "data"
 TOKENIZERS = DATA / "tokenizer"
 EXPECTED = json.loads((TOKENIZERS / "expected_small.json").read_text())
 REFERENCE = json.loads((DATA / "gguf_reference.json").read_text())
-"""What llama.cpp's convert_hf_to_gguf.py makes of the goldens (scripts/make_gguf_reference.py)."""
+"""The goldens as converted by llama.cpp's convert_hf_to_gguf.py (scripts/make_gguf_reference.py)."""
 REFUSED = {
     "llama-gelu": "activation",
     "llama-rope-dynamic": "rope",

@@ -1,4 +1,4 @@
-"""What fuzzing found stays fixed, random damage to sound files ends in typed errors, and the fuzzer itself works."""
+"""Faults that fuzzing found stay fixed, random damage to sound files ends in typed errors, and the fuzzer works."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def packed_call(
 
     Args:
       page_size: 0 for rows of slots.
-      shuffled: tokens stand in any order, padding among them.
+      shuffled: tokens are in any order, padding among them.
       extras: sinks, segments of rows, and spans.
     """
     rng, rows = np.random.default_rng(seed), len(new)

@@ -368,7 +368,7 @@ print(*(name for name in sys.modules if name.startswith({!r})))
 
 
 def loaded(modules: str, *prefixes: str) -> list[str]:
-    """What a new process has loaded, of modules that begin with one of the prefixes, once it imported some others."""
+    """Modules beginning with one of the prefixes that a new process has loaded once it imported some others."""
     code = LOADED.format(modules, prefixes)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 

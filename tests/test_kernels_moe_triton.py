@@ -73,7 +73,7 @@ def test_compiled_programs_must_not_be_kept_on_amd(monkeypatch: pytest.MonkeyPat
 
 
 class Buffer:
-    """What Triton's interpreter asks of a tensor, around an array."""
+    """A tensor as Triton's interpreter needs it, around an array."""
 
     def __init__(self, array: np.ndarray):
         self.array = array

@@ -93,7 +93,7 @@ def test_lock_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     lock = read_lock(path)
     (file,) = lock.source_files
     assert (file.name, file.sha256) == ("m.gguf", sha256(tmp_path / "m.gguf"))
-    # The digest is of the leaf as it is computed with: the file's rows stand in another order.
+    # The digest is of the leaf as it is computed with: the file's rows are in another order.
     name = "layers.0.attn.q_proj.weight"
     assert lock.origins[name].digest == lock.tensors[name] == xxh3(leaves[name])
     assert lock.origins[name].tensors == (("blk.0.attn_q.weight", "m.gguf"),)

@@ -268,7 +268,7 @@ def test_fetching_fails(cache: Path, monkeypatch: pytest.MonkeyPatch, output: st
 
 @pytest.fixture
 def fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What installers that would fetch the default model were called with; none of them finds anything."""
+    """Calls of installers that would fetch the default model; none of them finds anything."""
     without_package(monkeypatch)
     calls: list[str] = []
 

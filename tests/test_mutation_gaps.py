@@ -1,4 +1,4 @@
-"""What other tests left room for: each test here fails under a mutation that the tests of its module let pass."""
+"""Gaps that other tests left: each test here fails under a mutation that the tests of its module let pass."""
 
 from __future__ import annotations
 

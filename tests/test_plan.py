@@ -60,7 +60,7 @@ MODELS = {
 
 
 def compiled(program: Program) -> Bytes:
-    """What XLA's CPU compiler reports."""
+    """The memory that XLA's CPU compiler reports."""
     return reported(program.lower().compile().memory_analysis())
 
 

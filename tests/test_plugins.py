@@ -1,4 +1,4 @@
-"""What other packages add: an example package that is really installed, and packages that are broken."""
+"""Plugins of other packages: an example package that is really installed, and packages that are broken."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ print(json.dumps({"called": called,
 
 
 def theirs(name: str) -> str:
-    """What the example's checkpoints call one of Llama's tensors; written out again, apart from the package."""
+    """The name of one of Llama's tensors in the example's checkpoints; written out again, apart from the package."""
     for old, new in (
         (r"^model\.embed_tokens\.", "transformer.wte."),
         (r"^model\.layers\.(\d+)\.input_layernorm\.", r"transformer.h.\1.norm_1."),

@@ -75,7 +75,7 @@ def test_releases() -> None:
 
 @pytest.mark.parametrize("plugin", rocm.PLUGINS, ids=lambda p: p.extra)
 def test_jaxlib_knows_the_plugin_and_checks_no_version(plugin: rocm.Plugin) -> None:
-    """What `fits` relies on; CUDA's plugins are checked to the last number."""
+    """The rule that `fits` relies on; CUDA's plugins are checked to the last number."""
     module = plugin.plugin.replace("-", "_")
     assert module in plugin_support._PLUGIN_MODULE_NAMES["rocm"]
     assert plugin_support.check_plugin_version(module, "0.12.0.1", "0.12.0")

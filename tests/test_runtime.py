@@ -18,7 +18,7 @@ ENABLE = "from llama_jax.runtime import enable_compilation_cache as enable; enab
 
 
 def run(code: str, tmp_path: Path, **variables: str) -> list[str]:
-    """What a fresh process prints, without the cache settings of the tests themselves."""
+    """The output of a fresh process, without the cache settings of the tests themselves."""
     clean = {
         k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMPILATION", "JAX_PERSISTENT", "JAX_ENABLE"))
     }

@@ -1,4 +1,4 @@
-"""What a request may ask for: every field of SamplingParams, and how it reaches the sampler."""
+"""Options of a request: every field of SamplingParams, and how it reaches the sampler."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def test_a_fault_of_the_server_tells_nothing(server: Server, monkeypatch: pytest
 
 
 def test_draining(model: Any, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is under way goes on, new requests are turned away, and readiness says so."""
+    """Requests under way continue, new ones are refused, and readiness says so."""
     with Server(*model, runner) as server:
         slow_steps(server, monkeypatch, 0.01)
 

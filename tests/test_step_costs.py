@@ -1,4 +1,4 @@
-"""What steps cost is what the plan says of decode steps and prompts, and adds up however a prompt is cut."""
+"""Costs of steps equal the plan's costs of decode steps and prompts, and add up however a prompt is cut."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MEASURES = {name: StepCosts(config, jnp.bfloat16) for name, config in CONFIGS.it
 
 
 def stored(config: LlamaConfig, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens."""
+    """Bytes of the keys and values of that many tokens."""
     return 2 * config.num_layers * tokens * config.num_kv_heads * config.head_dim * 2
 
 

@@ -301,7 +301,7 @@ def test_functions_take_them_too() -> None:
 
 @pytest.mark.slow
 def test_texts_survive_an_engine_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was drawn in the smaller one counts, and no mask is computed by two at once."""
+    """Tokens drawn in the smaller one count, and no mask is computed by two at once."""
     monkeypatch.setattr(sizing, "CPU_START", 32)
     monkeypatch.setattr(jobs, "FORESEEN", 4)
     llm = LLM(spelling_model(), spelling_tokenizer(), rows=3)

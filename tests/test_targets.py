@@ -215,7 +215,7 @@ def test_unknown_devices(facts: Facts, name: str, wave_size: int, lds: int) -> N
 
 
 class Device:
-    """What a GPU backend of jax says of a device."""
+    """A device as a GPU backend of jax describes it."""
 
     def __init__(self, **facts: Any):
         self.platform = "gpu"

@@ -362,7 +362,7 @@ def test_other_sentencepiece_models_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_normaliser_and_symbols_are_those_of_the_library(options: dict[str, Any], legacy: bool, tmp_path: Path) -> None:
-    """What a tokenizer.model says of white space, characters and symbols of its own decides the ids."""
+    """A tokenizer.model's own rules for white space, characters and symbols decide the ids."""
     library = train(tmp_path, byte_fallback=True, vocab_size=360, **options)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"legacy": legacy}))
     tokenizer = load_tokenizer(tmp_path)

@@ -28,7 +28,7 @@ TYPES = {"int8": "*i8", "bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp
 
 
 def compile_launch(kernel: Any, how: Launch, arch: str) -> Any:
-    """What `triton.compile` makes of a launch, as jax-triton calls it."""
+    """The result of `triton.compile` for a launch, as jax-triton calls it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -10,7 +10,7 @@ from llama_jax import disk
 from llama_jax.errors import StorageError
 
 UNFINISHED = "unfinished-export.llama_jax"
-"""Stands in a folder that is being written, so that no other folder of that name is ever cleared away."""
+"""Marks a folder that is being written, so that no other folder of that name is ever cleared away."""
 
 
 @contextlib.contextmanager

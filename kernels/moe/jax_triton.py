@@ -57,7 +57,7 @@ def launch(
     pairs = schedule.order.shape[0]
     _, columns, inner = weights[0].shape
     steps = -(-inner // (cut.inner * cut.splits))
-    # The kernel has a fixed number of arguments: x stands in for those that it will not read.
+    # The kernel has a fixed number of arguments: x takes the place of those that it will not read.
     arrays = (*schedule, x, weights[0], weights[-1], x if scale is None else scale)
     constants = {
         "PAIRS": pairs,

@@ -24,7 +24,7 @@ COMPILER_OPTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What ran.
+    """A record of what ran.
 
     Attributes:
       launches: every launch in order.

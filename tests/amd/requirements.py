@@ -1,4 +1,4 @@
-"""What the tests of this folder need besides the usual packages, and whether doing without is an error."""
+"""Requirements of the tests in this folder besides the usual packages, and whether their absence is an error."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_packed_16_bit_halves_can_be_swapped() -> None:
 
 
 def test_bit_operation_by_table() -> None:
-    """V_BITOP3: the table's bits stand in omod, abs and neg."""
+    """V_BITOP3: the table's bits are in omod, abs and neg."""
     table = 0b1011_0010
     got = run("v_bitop3_b32", WORDS, omod=table >> 6, abs=table >> 3 & 7, neg=table & 7)[0]
     for lane in range(64):

@@ -28,7 +28,7 @@ _FUZZ = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Finding:
-    """What a reader did that it must not do.
+    """A forbidden act of a reader.
 
     Attributes:
       kind: type of the exception, "TooSlow", "TooLong" (a message) or "Unprintable" (a message).

@@ -43,7 +43,7 @@ class _Atom:
     fmt: str
     value: int | float | bytes
     length: int | None = None
-    """What the file says about the length of a text, where that is not true."""
+    """Lengths of texts that the file states wrongly."""
 
     def pack(self) -> bytes:
         if isinstance(self.value, bytes):

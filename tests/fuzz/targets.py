@@ -1,4 +1,4 @@
-"""What is fuzzed: one row of TARGETS a reader.
+"""Targets of the fuzzer: one row of TARGETS a reader.
 
 A row is a folder of sound files, the one among them that is replaced by fuzzed bytes, the function that reads the
 folder, and how to make new bytes out of old ones. Readers check what they are promised: `assert` in them is a finding.
@@ -183,7 +183,7 @@ def read_zarr(folder: Path) -> None:
 
 
 def check_config(config: LlamaConfig) -> None:
-    """What is accepted can be hashed, counted and written, and reads the same again."""
+    """An accepted input can be hashed, counted and written, and reads the same again."""
     hash(config)
     assert config.context_length > 0
     count_params(config)
@@ -191,7 +191,7 @@ def check_config(config: LlamaConfig) -> None:
 
 
 def check_generation_config(config: LlamaConfig, values: Mapping[str, Any]) -> None:
-    """What chat and generate ask of it."""
+    """The questions of chat and generate."""
     ids = Model({}, config, generation_config=values).eos_token_ids
     assert all(type(i) is int for i in ids)
     default_sampling(values, {})

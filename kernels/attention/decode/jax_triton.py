@@ -66,7 +66,7 @@ def combine(
 
 def shares_launch(call: Call, cut: Shares, q: jax.Array, kv: KeysValues, places: Places) -> Launch:
     """Arguments of `triton_kernel.decode_attention_shares`."""
-    # The kernel has a fixed number of arguments: positions stand in for those that it will not read.
+    # The kernel has a fixed number of arguments: positions take the place of those that it will not read.
     optional = (kv.k_scale, kv.v_scale, kv.page_table, places.q_segments, places.kv_segments)
     *scales, table, q_segments, kv_segments = (places.q_positions if x is None else x for x in optional)
     kv_heads = kv.k.shape[1]

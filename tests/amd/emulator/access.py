@@ -1,4 +1,4 @@
-"""What the names of memory instructions say, shared by those of global memory, scratch and LDS."""
+"""Meaning of the names of memory instructions, shared by those of global memory, scratch and LDS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an AMDGPU code object (an ELF file) says about a kernel.
+"""A kernel's description in an AMDGPU code object (an ELF file).
 
 Layout of the kernel descriptor: LLVM, "User Guide for AMDGPU Backend", section "Kernel Descriptor".
 """

@@ -138,7 +138,7 @@ def _fits(name: str, word: int) -> bool:
 
 
 def _suffix(name: str, word: int) -> str:
-    """What the operand fields say about the words that follow."""
+    """The words that follow, as the operand fields announce them."""
     if name in ("VOP1", "VOP2", "VOPC"):
         variants = {_LITERAL: "_LIT", _DPP: "_DPP16", _SDWA: "_SDWA_SDST" if name == "VOPC" else "_SDWA"}
         return variants.get(word & 511, "")

@@ -57,7 +57,7 @@ FROM: dict[str, Callable[[Array], Array]] = {
     "I": lambda x: x.view(U64),
     "d": lambda x: np.asarray(x, F64).view(U64),
 }
-"""The way back."""
+"""The inverse."""
 
 WIDE = "UId"
 

@@ -42,7 +42,7 @@ _PACKED: dict[str, tuple[Callable[..., Any], str]] = {
     "FMA_F32": (fma, "fff>f"),
 }
 PACKED: dict[str, Op] = {f"V_PK_{name}": row(entry) for name, entry in _PACKED.items()}
-"""What each half of a packed operation computes."""
+"""Functions of each half of a packed operation."""
 
 
 def vop3p(x: Instruction, registers: Registers, arch: str) -> Step:

@@ -135,7 +135,7 @@ class Program:
 
 
 def step_of(x: Instruction, registers: Registers, arch: str) -> Step | None:
-    """What an instruction does, None for nothing.
+    """The function of an instruction, None if it does nothing.
 
     Raises:
       NotModelled: nobody has written it yet.

@@ -264,7 +264,7 @@ def smem(x: Instruction) -> Step | None:
     count = int(words.removeprefix("X") or 1)
     base, d = scalar(x.field("sbase") * 2, "U"), x.field("sdata")
     immediate = x.signed("offset") if x.field("imm") else 0
-    # An offset register stands beside the immediate (soffset_en) or in its place.
+    # An offset register comes beside the immediate (soffset_en) or in its place.
     register = x.field("soffset") if x.field("soffset_en") else None if x.field("imm") else x.field("offset") & 127
     writes = [write_scalar(d + k) for k in range(count)]
     span = 4 * np.arange(count)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from amd.emulator.memory import Memory
 
 POISON = 0x7FC07FC0
-"""What fresh registers and fresh memory hold: NaN as float32 and as two bfloat16 or float16, and no valid address.
+"""Content of fresh registers and fresh memory: NaN as float32 and as two bfloat16 or float16, and no valid address.
 What nobody wrote then shows in the results."""
 
 SCALARS = 128
