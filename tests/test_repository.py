@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import llama_jax
 from llama_jax.targets import rocm
 
 ROOT = Path(__file__).parents[1]
