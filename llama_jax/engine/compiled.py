@@ -90,11 +90,10 @@ class Programs:
     def compile_all(self) -> Iterator[Compiled]:
         """Compiles missing programs, several at a time and the largest first; yields progress as each is done.
 
-        Tracing holds the GIL, but XLA's compilation, which takes most of the time, does not. Programs for greedy
-        requests come last: XLA autotunes the products of a size, and would do so twice if two programs of that size
-        were compiled concurrently.
+        Programs are traced one by one (`Program.lower`), while XLA compiles those before. Those of a size that another
+        has come last: XLA autotunes the products of a size, and would do so twice if two were compiled concurrently.
         """
-        missing = sorted(self.missing, key=lambda key: (key.greedy, -key.size))
+        missing = sorted(self.missing, key=lambda key: (key.greedy or key.name == "scored", -key.size))
         began, total, spent = time.monotonic(), len(missing), 0.0
         with ThreadPoolExecutor(THREADS) as pool:
             for done, future in enumerate(as_completed([pool.submit(self._timed, key) for key in missing]), 1):

@@ -123,7 +123,7 @@ def program(
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
-        function, options = partial(traced(programs.mixed), **static), {}
+        function, options = partial(traced(programs.mixed), **static), weight_options(config, key.size)
     verifies = key.name == "verify"
     told: list[Any] = [None] * (2 if key.name in ("decode", "verify") else 3)
     told += [texts and where.tokens] if verifies else []
