@@ -31,7 +31,6 @@ from llama_jax.sampling import SamplingParams, make_sampler
 from llama_jax.schemes import leaf_axes
 from llama_jax.sharding import AnyMesh, Axes, ruled
 
-
 _tracing = threading.RLock()
 """Tracing and lowering are Python. Threads that trace at once only slow one another, and no program would reach XLA,
 which compiles without the GIL, before all are traced: 16 threads took 31 s on an H200's host until the first did."""
