@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -73,6 +73,13 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
         keys += [Key("verify", settings.draft_rows, only)] if settings.drafts else []
     return keys
+
+
+def sufficient(keys: Iterable[Key]) -> list[Key]:
+    """Programs that any request can be answered with, if not as fast, unless its prompt is scored: the largest of each
+    name."""
+    largest = {key.name: key.size for key in sorted(keys, key=lambda key: key.size)}
+    return [key for key in keys if key.size == largest[key.name] and not key.greedy and key.name != "scored"]
 
 
 def program(
