@@ -154,8 +154,8 @@ class Programs:
                 raise _late(f"jax compiled {self._counted.last or 'something'}, which is not of the engine's programs,")
 
     def choose(self, name: str, least: int, *, greedy: bool) -> Key:
-        """The smallest program of that name for at least `least` rows or tokens; while it is compiled in the background,
-        another that can do the same."""
+        """The smallest program of that name for at least `least` rows or tokens, or while that is compiled in the
+        background another that can do the same."""
         able = [key for key in self.keys if key.name == name and key.size >= least and key.greedy <= greedy]
         best = min(able, key=_cost)
         if self._ready and best not in self._compiled:
