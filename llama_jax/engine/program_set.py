@@ -14,7 +14,7 @@ from llama_jax.aot.programs import Program
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
-from llama_jax.decode.weights_read import weight_options
+from llama_jax.decode.weights_read import PROMPT_ROWS, weight_options
 from llama_jax.engine import programs
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, piece
 from llama_jax.engine.flat import flat_size, unflat
@@ -130,7 +130,8 @@ def program(
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
-        function, options = partial(traced(programs.mixed), **static), weight_options(config, key.size)
+        function = partial(traced(programs.mixed), **static)
+        options = weight_options(config, key.size, library=PROMPT_ROWS)
     verifies = key.name == "verify"
     told: list[Any] = [None] * (2 if key.name in ("decode", "verify") else 3)
     told += [texts and where.tokens] if verifies else []
