@@ -123,7 +123,12 @@ class Programs:
     @property
     def behind(self) -> int:
         """Number of programs that are still compiled in the background of an engine that is ready."""
-        return len(self.awaited()) if self._ready else 0
+        return sum(not future.done() for future in self._coming.values()) if self._ready else 0
+
+    def leave_behind(self) -> None:
+        """Gives up the programs that the background has not begun."""
+        for future in list(self._coming.values()):
+            future.cancel()
 
     def expect(self, name: str, least: int, *, greedy: bool) -> None:
         """Starts compiling the program that `choose` returns in a thread, unless that has been done."""

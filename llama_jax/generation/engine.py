@@ -98,6 +98,9 @@ class Engine:
         self._wake.set()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        if self._jobs is not None:
+            for core in self._jobs.engine.cores:
+                core.programs.leave_behind()
 
     @property
     def settings(self) -> EngineSettings:
