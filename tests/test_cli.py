@@ -749,3 +749,31 @@ def test_commands_are_in_the_table() -> None:
         f"{name}_{part}" for name, group in groups.items() if isinstance(group, click.Group) for part in group.commands
     }
     assert modules == {*commands, *parts}
+
+
+# --- Limits of the process -------------------------------------------------------------------------------------------
+
+UNDER_LIMIT = """
+import resource, sys
+resource.setrlimit(getattr(resource, sys.argv[1]), 2 * (int(sys.argv[2]),))
+from llama_jax.cli import main
+sys.argv[1:] = sys.argv[3:]
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited by Linux's ways")
+@pytest.mark.parametrize(
+    ("limit", "value", "code", "says"),
+    [("RLIMIT_NOFILE", 64, 0, ""), ("RLIMIT_AS", 256 << 20, 6, "ulimit -v")],
+)
+def test_limits_of_the_process(model: Path, limit: str, value: int, code: int, says: str) -> None:
+    """Few files are enough; too little address space is one clear error."""
+    command = [sys.executable, "-c", UNDER_LIMIT, limit, str(value)]
+    command += ["generate", "-m", str(model), "a", "--max-tokens", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not code or done.stderr.startswith("error: out of memory")

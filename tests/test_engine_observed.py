@@ -331,7 +331,7 @@ def test_a_mixed_step_counts_its_chunks() -> None:
 
 COUNTS = Counts(3, 12, 34, 50, 10, 6, 500, 120, 2, 900)
 SNAPSHOT = Snapshot(
-    COUNTS, 500, 90, 900, 100, 60, 0, 0, 0, 1, 5, 1, 2.5, 312.54, 0.0066, 0.71, None, "measured", "bfloat16"
+    COUNTS, 500, 90, 900, 100, 60, 0, 0, 0, 1, 5, 1, 0, 2.5, 312.54, 0.0066, 0.71, None, "measured", "bfloat16"
 )
 
 

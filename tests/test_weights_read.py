@@ -1,4 +1,4 @@
-"""Compiler options with which decode steps read quantised weights as they are stored."""
+"""Compiler options of products with a model's weights: how they are decoded, and who computes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helpers import tiny_config
 from llama_jax import recipe as recipes
 from llama_jax.config import LlamaConfig
 from llama_jax.decode import weights_read
-from llama_jax.decode.weights_read import MOST_ROWS, weight_options
+from llama_jax.decode.weights_read import DECODED_ROWS, MOST_ROWS, PROMPT_ROWS, weight_options
 from llama_jax.kernels.quantized_matmul import quantized_matmul_reference
 from llama_jax.quantized import layout_named
 from llama_jax.quantized.nearest import encode
@@ -38,6 +38,20 @@ def test_options_are_for_few_rows_and_integers_in_groups(target: str, monkeypatc
         assert weight_options(whole_rows, 1) == {}
     monkeypatch.setenv("XLA_FLAGS", f"--{flag}=false")
     assert weight_options(grouped, 1) == {}
+
+
+def test_the_library_alone_computes_products_of_many_rows_on_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    plain = tiny_config()
+    assert weight_options(plain, 4096) == {}  # a CPU
+    monkeypatch.setattr(weights_read, "current", lambda: find("h200"))
+    assert weight_options(plain, DECODED_ROWS - 1) == weight_options(plain, 512, library=PROMPT_ROWS) == {}
+    (flag,) = weight_options(plain, DECODED_ROWS)
+    assert weight_options(plain, PROMPT_ROWS, library=PROMPT_ROWS) == {flag: False}
+    assert jax.jit(lambda x: x + 1, compiler_options={flag: False})(1) == 2  # this jaxlib has it
+    assert weight_options(quantised("int8"), 4096) == {}  # Triton decodes within the product
+    monkeypatch.setattr(weights_read, "current", lambda: find("mi300x"))
+    assert weight_options(plain, 4096) == {}
 
 
 @pytest.mark.amd

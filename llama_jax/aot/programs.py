@@ -9,6 +9,7 @@ their costs, without a model.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,10 @@ from llama_jax.sampling import SamplingParams, make_sampler
 from llama_jax.schemes import leaf_axes
 from llama_jax.sharding import AnyMesh, Axes, ruled
 
+_tracing = threading.RLock()
+"""Tracing and lowering are Python. Threads that trace at once only slow one another, and no program would reach XLA,
+which compiles without the GIL, before all are traced: 16 threads took 31 s on an H200's host until the first did."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -46,8 +51,10 @@ class Program:
     static: Mapping[str, Any]
 
     def lower(self) -> jax.stages.Lowered:
-        """For the devices of its arguments' mesh, or the default device. On a mesh: inside of `sharding.on(mesh)`."""
-        return self.function.lower(*self.args, **self.static)
+        """For the devices of its arguments' mesh, or the default device; one program of the process at a time. On a
+        mesh: inside of `sharding.on(mesh)`."""
+        with _tracing:
+            return self.function.lower(*self.args, **self.static)
 
 
 _decode_step = partial(jax.jit, static_argnames=("config", "profile"), donate_argnames=("state",))(decode_step)

@@ -59,6 +59,7 @@ def engine_block(engine: Published) -> list[str]:
         "programs": [
             f"{snapshot.programs}",
             f"{snapshot.programs_from_cache} from the cache",
+            *([f"{snapshot.programs_behind} compiling"] if snapshot.programs_behind else []),
             "not all compiled" if snapshot.ready_s is None else f"ready in {snapshot.ready_s:.1f} s",
             f"{snapshot.late_compilations} late compilations",
         ],

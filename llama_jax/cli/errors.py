@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import traceback
 from collections.abc import Mapping
 
@@ -67,6 +68,12 @@ def _typed(error: BaseException) -> BaseException:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
         reason = f": {text.splitlines()[0][:300]}" if text else ""
         return DoesNotFit(f"out of memory{reason}", hint="use a smaller model, a shorter context or a 16-bit --dtype")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if isinstance(error, ImportError) and "failed to map segment" in text and limit != resource.RLIM_INFINITY:
+        return DoesNotFit(
+            f"out of memory: this process may take {limit / 1e6:.0f} MB of address space, too little for its libraries",
+            hint="raise the limit (ulimit -v unlimited)",
+        )
     if isinstance(error, RuntimeError) and "nable to initialize backend" in text:
         return NoDevice(
             text.splitlines()[0][:500], hint="see `llama-jax doctor`; JAX_PLATFORMS=cpu runs on the processor"

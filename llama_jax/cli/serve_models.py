@@ -128,7 +128,10 @@ class FromName:
         devices = requested_mesh(self.loading.mesh, self.loading.tp, batch=rows or 1, context=context)
         loaded, tokenizer = self.loading.load(self.model, devices, told)
         self.reporter.notify("Compiling the engine's programs")
-        engine = Engine(loaded, tokenizer, reserve=kept, compiling=told.compiled, **self.sizes, **self.options)
+        # On a GPU XLA times kernels as it compiles, which requests would disturb, and which would delay them.
+        early = loaded.device.platform == "cpu"
+        options = self.sizes | self.options
+        engine = Engine(loaded, tokenizer, reserve=kept, compiling=told.compiled, early=early, **options)
         return engine, tokenizer
 
 

@@ -20,7 +20,7 @@ from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts
 from llama_jax.engine.flat import flat
-from llama_jax.engine.program_set import Key, masks_of, program, program_set, restricted, texts_of
+from llama_jax.engine.program_set import Key, masks_of, program, program_set, restricted, sufficient, texts_of
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, rows_alone, with_rows
 from llama_jax.errors import LateCompilation
@@ -87,14 +87,16 @@ class Programs:
         on_gpu = model.device.platform != "cpu"
         self.keys = program_set(settings, greedy=on_gpu if settings.greedy is None else settings.greedy)
 
-    def compile_all(self) -> Iterator[Compiled]:
+    def compile_all(self, *, early: bool = False) -> Iterator[Compiled]:
         """Compiles missing programs, several at a time and the largest first; yields progress as each is done.
 
-        Tracing holds the GIL, but XLA's compilation, which takes most of the time, does not. Programs for greedy
-        requests come last: XLA autotunes the products of a size, and would do so twice if two programs of that size
-        were compiled concurrently.
+        Programs are traced one by one (`Program.lower`), while XLA compiles those before. Those of a size that another
+        has come last: XLA autotunes the products of a size, and would do so twice if two were compiled concurrently.
+
+        Args:
+          early: whether to end with those that are `sufficient`; the others are then compiled in the background.
         """
-        missing = sorted(self.missing, key=lambda key: (key.greedy, -key.size))
+        missing = self.awaited(early=early)
         began, total, spent = time.monotonic(), len(missing), 0.0
         with ThreadPoolExecutor(THREADS) as pool:
             for done, future in enumerate(as_completed([pool.submit(self._timed, key) for key in missing]), 1):
@@ -104,17 +106,29 @@ class Programs:
                 expected = spent / done * total / min(THREADS, total)
                 left_s = max(0.0, began + expected - time.monotonic()) if done < total else 0.0
                 yield Compiled(key, seconds, from_cache, done, total, left_s)
+        self._coming |= {key: _in_background().submit(self._compile, key) for key in self.awaited()}
         self._ready = True
 
-    @property
-    def missing(self) -> list[Key]:
-        """Programs of the set that are not compiled yet."""
-        return [key for key in self.keys if key not in self._compiled]
+    def awaited(self, *, early: bool = False) -> list[Key]:
+        """Missing programs that `compile_all` waits for, in the order of their compilation."""
+        wanted = sufficient(self.keys) if early else self.keys
+        missing = [key for key in wanted if key not in self._compiled]
+        return sorted(missing, key=lambda key: (key.greedy or key.name == "scored", -key.size))
 
     @property
     def count(self) -> int:
         """Number of compiled programs."""
-        return len(self.keys) - len(self.missing)
+        return len(self.keys) - len(self.awaited())
+
+    @property
+    def behind(self) -> int:
+        """Number of programs that are still compiled in the background of an engine that is ready."""
+        return sum(not future.done() for future in self._coming.values()) if self._ready else 0
+
+    def leave_behind(self) -> None:
+        """Gives up the programs that the background has not begun."""
+        for future in list(self._coming.values()):
+            future.cancel()
 
     def expect(self, name: str, least: int, *, greedy: bool) -> None:
         """Starts compiling the program that `choose` returns in a thread, unless that has been done."""
@@ -126,8 +140,8 @@ class Programs:
 
     @property
     def coming(self) -> bool:
-        """Whether an expected program is still being compiled."""
-        return any(not future.done() for future in self._coming.values())
+        """Whether an expected program is still being compiled, and the engine has no other for it."""
+        return not self._ready and any(not future.done() for future in self._coming.values())
 
     def __enter__(self) -> None:
         """Counts jax's compilations on this thread until the end of the block."""
@@ -145,10 +159,13 @@ class Programs:
                 raise _late(f"jax compiled {self._counted.last or 'something'}, which is not of the engine's programs,")
 
     def choose(self, name: str, least: int, *, greedy: bool) -> Key:
-        """The smallest program of that name for at least `least` rows or tokens."""
-        sizes = [key.size for key in self.keys if key.name == name and key.size >= least]
-        key = Key(name, min(sizes), greedy)
-        return key if key in self.keys else Key(name, key.size)
+        """The smallest program of that name for at least `least` rows or tokens, or while that is compiled in the
+        background another that can do the same."""
+        able = [key for key in self.keys if key.name == name and key.size >= least and key.greedy <= greedy]
+        best = min(able, key=_cost)
+        if self._ready and best not in self._compiled:
+            best = min((key for key in able if key in self._compiled), key=_cost, default=best)
+        return best
 
     def join(self, state: DecodeState, leaving: np.ndarray, new: Joining) -> DecodeState:
         """See `state.join`."""
@@ -218,13 +235,14 @@ class Programs:
 
     def _get(self, key: Key) -> Any:
         if key not in self._compiled:
-            if self._ready and self._settings.strict:
+            if self._ready and self._settings.strict and key not in self._coming:
                 raise _late(f"the program {str(key)!r} would have to be compiled")
-            if expected := self._coming.pop(key, None):
-                expected.result()
-            else:
+            expected = self._coming.pop(key, None)
+            if expected is None or expected.cancel():
                 self._compile(key)
-            self.late += self._ready
+            else:
+                expected.result()
+            self.late += self._ready and expected is None
             self._before = self._counted.count
         return self._compiled[key]
 
@@ -248,6 +266,11 @@ class Programs:
         with self._lock:
             self._compiled[key] = compiled
         return read
+
+
+def _cost(key: Key) -> tuple[int, bool]:
+    """Orders programs by what a step costs."""
+    return key.size, not key.greedy
 
 
 def _late(what: str) -> LateCompilation:

@@ -134,9 +134,9 @@ class Core:
     def _state(self, new: DecodeState) -> None:
         self._begun = new
 
-    def compile_all(self) -> Iterator[Compiled]:
+    def compile_all(self, *, early: bool = False) -> Iterator[Compiled]:
         """See `Programs.compile_all`. Afterwards the engine is ready and its pages are allocated."""
-        yield from self.programs.compile_all()
+        yield from self.programs.compile_all(early=early)
         jax.block_until_ready(self._state)
         if self._source:
             self._source.ready()

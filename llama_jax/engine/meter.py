@@ -105,6 +105,7 @@ class Meter:
             failed=self.failed,
             programs=programs.count,
             programs_from_cache=programs.from_cache,
+            programs_behind=programs.behind,
             ready_s=self.ready_s,
             tokens_per_s=rates.tokens_per_s,
             step_s=rates.step_s,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from llama_jax.aot.programs import Program
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.loop import DecodeState
-from llama_jax.decode.weights_read import weight_options
+from llama_jax.decode.weights_read import PROMPT_ROWS, weight_options
 from llama_jax.engine import programs
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, piece
 from llama_jax.engine.flat import flat_size, unflat
@@ -75,6 +75,13 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
     return keys
 
 
+def sufficient(keys: Iterable[Key]) -> list[Key]:
+    """Programs that any request can be answered with, if not as fast, unless its prompt is scored: the largest of each
+    name."""
+    largest = {key.name: key.size for key in sorted(keys, key=lambda key: key.size)}
+    return [key for key in keys if key.size == largest[key.name] and not key.greedy and key.name != "scored"]
+
+
 def program(
     key: Key, config: LlamaConfig, settings: EngineSettings, params: Params, state: DecodeState, adapters: Params | None
 ) -> Program:
@@ -123,7 +130,8 @@ def program(
     else:
         control = programs.mixed_control(key.size, settings.rows)
         static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
-        function, options = partial(traced(programs.mixed), **static), {}
+        function = partial(traced(programs.mixed), **static)
+        options = weight_options(config, key.size, library=PROMPT_ROWS)
     verifies = key.name == "verify"
     told: list[Any] = [None] * (2 if key.name in ("decode", "verify") else 3)
     told += [texts and where.tokens] if verifies else []

@@ -89,11 +89,13 @@ class Replicas:
             for i, model in enumerate(models)
         ]
 
-    def compile_all(self) -> Iterator[Compiled]:
-        """Compiles missing programs, one replica after the other; yields progress as each is done."""
-        began, done, total = time.monotonic(), 0, sum(len(core.programs.missing) for core in self.cores)
+    def compile_all(self, *, early: bool = False) -> Iterator[Compiled]:
+        """Compiles missing programs, one replica after the other (`Programs.compile_all`); yields progress as each is
+        done."""
+        total = sum(len(core.programs.awaited(early=early)) for core in self.cores)
+        began, done = time.monotonic(), 0
         for core in self.cores:
-            for news in core.compile_all():
+            for news in core.compile_all(early=early):
                 done += 1
                 here = done - news.done + news.total  # after this replica
                 left_s = news.left_s + (time.monotonic() - began + news.left_s) * (total - here) / here

@@ -23,8 +23,9 @@ class Snapshot:
         compiled in its steps.
       drafted_tokens, accepted_tokens: draft tokens tried, and drawn.
       failed: sequences without a next token: their logits were not numbers, or their constraints allowed none.
-      programs, programs_from_cache: compiled, and those of them found in jax's persistent cache.
-      ready_s: seconds until all were compiled; None in an engine that compiles on demand.
+      programs, programs_from_cache: compiled, and those of them found in jax's persistent cache before the engine was
+        ready. programs_behind: still being compiled in the background of an engine that was ready early.
+      ready_s: seconds until it was ready; None in an engine that compiles on demand.
       tokens_per_s: drawn, over the last second (or the last step, if that took longer).
       step_s: mean time of a step over the last second; 0 if there was none.
       mbu, mfu: over the last second, one device's necessary reads and writes of weights and cache, and necessary FLOPs,
@@ -44,6 +45,7 @@ class Snapshot:
     failed: int
     programs: int
     programs_from_cache: int
+    programs_behind: int
     ready_s: float | None
     tokens_per_s: float
     step_s: float

@@ -51,6 +51,7 @@ class Engine:
         draft: Model | str | Path | None = None,
         kv_dtype: str | None = None,
         ahead: bool = True,
+        early: bool = False,
         peak: Peak | None = None,
         compiling: Progress | None = None,
         restarts: Restarts | None = None,
@@ -59,6 +60,8 @@ class Engine:
         """Loads the model if given by name, and makes the engine; arguments and errors as for `LLM`.
 
         Args:
+          early: whether to start once a few programs can answer any request, and to compile the others meanwhile.
+            Ignored if strict.
           compiling: called in another thread.
           restarts: when to rebuild the engine after a device failure; each time it is compiled again.
         """
@@ -67,7 +70,8 @@ class Engine:
         if self._draft is not None:
             options["draft"] = replicas(self._draft)[0]
         self._settings = settings or default_settings(replicas(self.model)[0], **options)
-        self._adapters, self._ahead, self._peak, self._compiling = adapters, ahead, peak, compiling
+        self._adapters, self._peak, self._compiling = adapters, peak, compiling
+        self._ahead, self._early = ahead, early
         self._jobs: Jobs | None = None
         self.restarts = restarts or Restarts()
         self._failed: EngineFailed | None = None
@@ -94,6 +98,9 @@ class Engine:
         self._wake.set()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        if self._jobs is not None:
+            for core in self._jobs.engine.cores:
+                core.programs.leave_behind()
 
     @property
     def settings(self) -> EngineSettings:
@@ -179,6 +186,12 @@ class Engine:
         return self._failed is None and not self._closing and self._thread is not None and self._jobs is None
 
     @property
+    def compiling(self) -> bool:
+        """Whether programs are still compiled in the background (`early`), which cannot be stopped."""
+        jobs = self._jobs
+        return jobs is not None and any(core.programs.behind for core in jobs.engine.cores)
+
+    @property
     def step_age_s(self) -> float:
         """Seconds since the current step began; 0 between steps. On a hung device a step never ends."""
         began = self._stepping
@@ -193,7 +206,7 @@ class Engine:
 
     def _made(self) -> Jobs:
         jobs = Jobs(self.model, self.tokenizer, self._settings, self._adapters, draft=self._draft, peak=self._peak)
-        jobs.make_ready(self._compiling, ahead=self._ahead)
+        jobs.make_ready(self._compiling, ahead=self._ahead, early=self._early)
         return jobs
 
     def _run(self) -> None:

@@ -125,10 +125,12 @@ class Jobs:
         self._peak, self._process = peak, os.getpid()
         self._engine = self._made(self._sizes(room))
 
-    def make_ready(self, progress: Progress | None = None, *, ahead: bool = True) -> None:
-        """Compiles every program if `ahead` or the engine is strict."""
-        if ahead or self._engine.settings.strict:
-            for news in self._engine.compile_all():
+    def make_ready(self, progress: Progress | None = None, *, ahead: bool = True, early: bool = False) -> None:
+        """Compiles every program if `ahead` or the engine is strict; see `Programs.compile_all` for `early`, which a
+        strict engine ignores."""
+        strict = self._engine.settings.strict
+        if ahead or strict:
+            for news in self._engine.compile_all(early=early and not strict):
                 if progress is not None:
                     progress(news)
 

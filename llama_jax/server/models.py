@@ -73,8 +73,8 @@ class Models:
 
     @property
     def busy(self) -> bool:
-        """Whether a model is being loaded, which cannot be stopped."""
-        return bool(self._tasks)
+        """Whether a model is being loaded or compiled, which cannot be stopped."""
+        return bool(self._tasks) or any(served.engine.compiling for served in self.loaded)
 
     def find(self, name: str | None) -> Slot:
         """Return a model by a name; without one, the first.

@@ -130,7 +130,7 @@ async def run(
         ending.cancel()
         await serving
     if state.models.busy:  # a thread that loads or compiles cannot be stopped, and the process would wait for it
-        log.info("a model was being loaded")
+        log.info("a model was being loaded or compiled")
         os._exit(0)
 
 
