@@ -169,7 +169,8 @@ def flash_candidates(
         (x.shape[1] for x in (places.q_positions, places.kv_positions)),
         q.shape[2] // kv.k.shape[1],
     )
-    tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, q_len=q_len, kv_len=kv_len, group=group)
+    sizes = {"q_len": q_len, "kv_len": kv_len, "group": group, "text": q.shape[1]}
+    tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, **sizes)
     return neighbours(
         tiles,
         block_k=[n for n in (2 * tiles.block_k, tiles.block_k // 2) if n >= 16],

@@ -120,6 +120,18 @@ def blocks(row: jax.Array, of: Ranks, size: int, most: int, *, least: int = 2, p
     return Pieces(place, _inverse(place, most * size).reshape(most, size), of_row)
 
 
+def longest_first(pieces: Pieces, positions: jax.Array) -> Pieces:
+    """The pieces in the order of how many slots they may see, most first: a GPU starts them in this order, and would
+    otherwise wait for the last ones of a causal text. Where a token lies among them (`place`) is no longer known.
+
+    Args:
+      positions: int32 [n], of the tokens.
+    """
+    last = positions.at[pieces.token].get(mode="fill", fill_value=-1).max(axis=1)
+    order = jnp.argsort(-last, stable=True)
+    return Pieces(pieces.place, pieces.token[order], pieces.row[order])
+
+
 def _inverse(place: jax.Array, places: int) -> jax.Array:
     """The token at each place, int32 [places]; the number of tokens where there is none."""
     n = place.shape[0]
@@ -215,6 +227,8 @@ def packed_attention(
     out = jnp.zeros(q.shape[1:], q.dtype)
     if most := most_blocks(n, size, chunk_rows, several=not alike):
         pieces = blocks(row, of, size, most + indexed, least=1 if alike else 2, padding=indexed)
+        if indexed:
+            pieces = longest_first(pieces, places.q_positions[0])
         out = attend(op, pieces.token, pieces.row, indexed=indexed, looped=looped)
         if indexed:
             out = out[0]

@@ -19,10 +19,9 @@ from llama_jax.cache import PagedCache
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts
-from llama_jax.engine.flat import flat
 from llama_jax.engine.program_set import Key, masks_of, program, program_set, restricted, sufficient, texts_of
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining, rows_alone, with_rows
+from llama_jax.engine.state import rows_alone, with_rows
 from llama_jax.errors import LateCompilation
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
@@ -167,9 +166,9 @@ class Programs:
             best = min((key for key in able if key in self._compiled), key=_cost, default=best)
         return best
 
-    def join(self, state: DecodeState, leaving: np.ndarray, new: Joining) -> DecodeState:
-        """See `state.join`."""
-        return with_rows(state, self._get(Key("join"))(rows_alone(state), flat((leaving, new))))
+    def join(self, state: DecodeState, given: np.ndarray) -> DecodeState:
+        """See `state.join`; `given` are its other arguments as `joining.joinings` makes them."""
+        return with_rows(state, self._get(Key("join"))(rows_alone(state), given))
 
     def restrict(self, state: DecodeState, rows: list[int], masks: list[np.ndarray]) -> DecodeState:
         """See `state.restrict`."""

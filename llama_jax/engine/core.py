@@ -39,7 +39,7 @@ from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak, StepCosts
-from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams, check_widths
+from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams, check_widths, token_mask
 from llama_jax.sharding import on, ruled
 from llama_jax.targets import of_device
 
@@ -262,8 +262,10 @@ class Core:
             asked = self._asked[joining.sequence.id]
             if asked.cached is None:  # after a preemption it finds what it has computed itself
                 asked.cached = joining.shared
-        for leaving, new in joinings(step, self._asked, self.model, self.settings):
-            self._state = self.programs.join(self._state, leaving, new)
+        for given in joinings(step, self._asked, self.model, self.settings):
+            self._state = self.programs.join(self._state, given)
+        masks = ((joining.row, self._mask(joining.sequence)) for joining in step.joining)
+        self._restrict([(row, mask) for row, mask in masks if mask is not None])
         joined = {joining.row for joining in step.joining}
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
@@ -276,7 +278,8 @@ class Core:
             self.programs.remember(sequence.row, sequence.tokens)
         flight = _Flight(step, packed.rows, packed.spans)
         if not greedy and packed.masks is None:
-            self._restrict(flight)
+            ruled = ((sequence.row, self._asked[sequence.id].rule) for _, sequence in flight.rows)
+            self._restrict([(row, rule.ahead.masks[0]) for row, rule in ruled if rule])
         self._meter.dispatched(step, packed.size)
         self._state, flight.report, logprobs, *scores = self.programs.step(
             packed.key, self._state, packed.control, packed.masks
@@ -288,12 +291,15 @@ class Core:
             array.copy_to_host_async()
         return flight
 
-    def _restrict(self, flight: _Flight) -> None:
-        """Sends masks for the rows that draw under a rule."""
-        ruled = [(sequence.row, rule) for _, sequence in flight.rows if (rule := self._asked[sequence.id].rule)]
-        if ruled:
-            rows, masks = [row for row, _ in ruled], [rule.ahead.masks[0] for _, rule in ruled]
-            self._state = self.programs.restrict(self._state, rows, masks)
+    def _restrict(self, masks: ListOf[tuple[int, np.ndarray]]) -> None:
+        """Sends masks of rows."""
+        if masks:
+            self._state = self.programs.restrict(self._state, *map(list, zip(*masks, strict=True)))
+
+    def _mask(self, sequence: Sequence) -> np.ndarray | None:
+        """The tokens that a request allows; None for all."""
+        ids = self._params(sequence).allowed_token_ids
+        return None if ids is None else token_mask.only(ids, self.model.config.vocab_size)
 
     # --- From the device
 

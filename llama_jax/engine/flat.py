@@ -16,6 +16,21 @@ def flat(tree: Any) -> np.ndarray:
     return np.concatenate([x.reshape(-1).view(np.int32) for x in leaves])
 
 
+def views(array: np.ndarray, like: Any) -> Any:
+    """The tree as views of the flat array, to be written to; those of bool are int32.
+
+    Args:
+      like: arrays of the shapes and dtypes of its leaves.
+    """
+    leaves, structure = jax.tree.flatten(like)
+    parts, start = [], 0
+    for x in leaves:
+        part = array[start : start + x.size].reshape(x.shape)
+        parts.append(part if x.dtype == bool else part.view(x.dtype))
+        start += x.size
+    return jax.tree.unflatten(structure, parts)
+
+
 def unflat(array: jax.Array, like: Any) -> Any:
     """Rebuilds the tree on the device.
 

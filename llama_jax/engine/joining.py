@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as ListOf
@@ -14,7 +13,9 @@ import numpy as np
 
 from llama_jax.cache import NO_PAGE
 from llama_jax.decode.prefill import NO_ROW
+from llama_jax.engine.compiled import KEPT, shapes_alone
 from llama_jax.engine.drafting import Pace
+from llama_jax.engine.flat import flat, views
 from llama_jax.engine.program_set import MARKED, without_vocabulary
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import Sequence
@@ -50,66 +51,75 @@ class Asked:
     cached: int | None = None
 
 
-def joinings(
-    step: Step, asked: Mapping[int, Asked], model: Model, settings: EngineSettings
-) -> Iterator[tuple[np.ndarray, Joining]]:
-    """The arguments of each `state.join` call that a step needs: none if no row changes hands.
+def joinings(step: Step, asked: Mapping[int, Asked], model: Model, settings: EngineSettings) -> Iterator[np.ndarray]:
+    """The argument of each `state.join` call that a step needs (`flat`): none if no row changes hands.
 
     Args:
       asked: sequences by number, including those that join.
     """
-    leaving = np.zeros(settings.rows, bool)
-    leaving[list(step.leaving)] = True
-    joining, marks = list(step.joining), _marks(step, asked)
-    while joining or marks or leaving.any():
-        group, joining = joining[: settings.chunk_rows], joining[settings.chunk_rows :]
-        # Marks come with the last rows: a joining row clears its earlier marks.
-        some, marks = ([], marks) if joining else (marks[:MARKED], marks[MARKED:])
-        yield leaving, _arrays(step, group, asked, some, model, settings)
-        leaving = np.zeros_like(leaving)
-
-
-def _arrays(
-    step: Step,
-    group: ListOf[Any],
-    asked: Mapping[int, Asked],
-    marks: ListOf[tuple[int, int, bool]],
-    model: Model,
-    settings: EngineSettings,
-) -> Joining:
-    n = settings.chunk_rows
-    sequences = [joining.sequence for joining in group]
-    each = [asked[sequence.id] for sequence in sequences]
-    spare = n - len(group)
-    pages = np.full((n, settings.pages_per_row), NO_PAGE, np.int32)
-    line = {joining.row: i for i, joining in enumerate(group)}
-    for row, index, page in step.pages:
-        if row in line:
-            pages[line[row], index] = page
     widths = model.config.vocab_size, model.eos_token_ids, settings.stop_ids, settings.biases
-    sampler = _idle(n, *widths)
-    if group:  # usually few rows join, and a first token waits for this: the rest is copied
-        begun = _sampler([a.params for a in each], *widths)
-        sampler = jax.tree.map(lambda new, idle: np.concatenate([new, idle[len(new) :]]), begun, sampler)
+    like, idle = _idle(shapes_alone(settings), *widths)
+    joining, marks, leaves = list(step.joining), _marks(step, asked), bool(step.leaving)
+    while joining or marks or leaves:
+        # A first token waits for this: what is not used is copied.
+        array = idle.copy()
+        leaving, new = views(array, like)
+        if leaves:
+            leaving[list(step.leaving)] = True
+        group, joining, leaves = joining[: settings.chunk_rows], joining[settings.chunk_rows :], False
+        _begin(new, group, step.pages, [asked[each.sequence.id] for each in group], widths)
+        if not joining:  # marks come with the last rows: a joining row clears its earlier marks
+            some, marks = marks[:MARKED], marks[MARKED:]
+            for i, mark in enumerate(some):
+                new.marked.rows[i], new.marked.tokens[i], new.marked.drawn[i] = mark
+        yield array
 
-    def ints(values: Iterable[int], fill: int = 0) -> np.ndarray:
-        return np.asarray([*values, *[fill] * spare], np.int32)
 
-    drawn: Any = ints(len(s.tokens) - s.prompt_length for s in sequences)
-    rows, tokens, of_output = np.full(MARKED, NO_ROW, np.int32), np.zeros(MARKED, np.int32), np.zeros(MARKED, bool)
-    if marks:
-        rows[: len(marks)], tokens[: len(marks)], of_output[: len(marks)] = zip(*marks, strict=True)
-    return Joining(
-        rows=ints((joining.row for joining in group), NO_ROW),
-        pages=pages,
-        shared=ints(joining.shared for joining in group),
-        length=ints(len(s.tokens) for s in sequences),
-        limit=ints(s.limit for s in sequences),
-        rope_lengths=ints((s.prompt_length for s in sequences), 1),
-        adapter_ids=ints(a.adapter for a in each),
-        sampler=dataclasses.replace(sampler, count=drawn),
-        marked=Marked(rows, tokens, of_output),
+def _begin(
+    new: Joining, group: ListOf[Any], pages: Iterable[tuple[int, int, int]], each: ListOf[Asked], widths: Any
+) -> None:
+    """Fills in the rows that begin.
+
+    Args:
+      group: `steps.Joining` of each; pages: `Step.pages`.
+    """
+    line = {joining.row: i for i, joining in enumerate(group)}
+    for row, index, page in pages:
+        if row in line:
+            new.pages[line[row], index] = page
+    if group:
+        begun = _sampler([asked.params for asked in each], *widths)
+        for into, value in zip(jax.tree.leaves(new.sampler), jax.tree.leaves(begun), strict=True):
+            into[: len(group)] = value
+    for i, (joining, asked) in enumerate(zip(group, each, strict=True)):
+        sequence = joining.sequence
+        new.rows[i], new.shared[i] = joining.row, joining.shared
+        new.length[i], new.limit[i] = len(sequence.tokens), sequence.limit
+        new.rope_lengths[i], new.adapter_ids[i] = sequence.prompt_length, asked.adapter
+        new.sampler.count[i] = len(sequence.tokens) - sequence.prompt_length
+
+
+@functools.lru_cache(maxsize=KEPT)
+def _idle(settings: EngineSettings, *widths: Any) -> tuple[Any, np.ndarray]:
+    """The arguments of a `state.join` call that changes nothing, and as they are sent; read-only."""
+    n = settings.chunk_rows
+
+    def ints(*shape: int, fill: int = 0) -> np.ndarray:
+        return np.full(shape, fill, np.int32)
+
+    like = Joining(
+        rows=ints(n, fill=NO_ROW),
+        pages=ints(n, settings.pages_per_row, fill=NO_PAGE),
+        shared=ints(n),
+        length=ints(n),
+        limit=ints(n),
+        rope_lengths=ints(n, fill=1),
+        adapter_ids=ints(n),
+        sampler=_sampler([_IDLE] * n, *widths),
+        marked=Marked(ints(MARKED, fill=NO_ROW), ints(MARKED), np.zeros(MARKED, bool)),
     )
+    given = np.zeros(settings.rows, bool), like
+    return given, flat(given)
 
 
 def _sampler(
@@ -120,12 +130,6 @@ def _sampler(
         params, [()] * len(params), vocab, eos_token_ids, profile=FULL, stop_width=stop_ids, bias_width=biases
     )
     return without_vocabulary(made[1])
-
-
-@functools.cache
-def _idle(rows: int, *widths: Any) -> SamplerState:
-    """The same for unused rows; read-only."""
-    return _sampler([_IDLE] * rows, *widths)
 
 
 def _marks(step: Step, asked: Mapping[int, Asked]) -> list[tuple[int, int, bool]]:

@@ -190,7 +190,7 @@ def _joining(settings: EngineSettings, state: DecodeState) -> Joining:
 
 def without_vocabulary(sampler: SamplerState) -> SamplerState:
     """A sampler's state as rows join with it: see `Joining.sampler`."""
-    return replace(sampler, in_prompt=None, seen=None)
+    return replace(sampler, allowed=None, in_prompt=None, seen=None)
 
 
 def profile_of(key: Key) -> SamplerProfile:

@@ -22,6 +22,7 @@ from llama_jax.kernels.attention.flash.blocks import (
     visit,
 )
 from llama_jax.kernels.attention.flash.spans import block_pairs, spans
+from llama_jax.kernels.attention.flash.weights import weights
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED
 from llama_jax.kernels.exponential import exp2
@@ -101,12 +102,12 @@ def forward(
                 see = sees(query_rows, load_slots(at, row, slots, there))
                 logits = jnp.where(see, logits, MASKED)
             new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
-            weights = exp2(logits * rule.factor - (new_peak * rule.factor)[:, None])
+            now = weights(logits, new_peak, rule.factor)
             shrink = exp2((peak - new_peak) * rule.factor)
-            total = total * shrink + jnp.sum(weights, axis=1)
+            total = total * shrink + jnp.sum(now, axis=1)
             values = decoder.numbers(load_tile(v_ref, index, of_v.width, there), j)
-            weights = scaled(weights, decoder.scales(v_scale_ref, index, there))
-            narrowed = narrow(weights, q.dtype, by_hand=rule.round_by_hand)
+            now = scaled(now, decoder.scales(v_scale_ref, index, there))
+            narrowed = narrow(now, q.dtype, by_hand=rule.round_by_hand)
             acc = [x * shrink[:, None] + dot(narrowed, part) for x, part in zip(acc, values, strict=True)]
             return _Softmax(acc, new_peak, total)
 

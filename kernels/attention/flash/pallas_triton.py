@@ -47,7 +47,8 @@ def run(
     target, group = current(), q.shape[2] // kv.k.shape[1]
     if tiles is None:
         q_len, kv_len = places.q_positions.shape[1], places.kv_positions.shape[1]
-        tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, q_len=q_len, kv_len=kv_len, group=group)
+        sizes = {"q_len": q_len, "kv_len": kv_len, "group": group, "text": q.shape[1]}
+        tiles = default_tiles(target, head_dim=q.shape[3], dtype=q.dtype, **sizes)
     if group % tiles.heads:
         raise KernelError(
             f"tiles of {tiles.heads} heads do not divide groups of {group} query heads",

@@ -93,7 +93,7 @@ _BY_WIDTH: dict[str, dict[int, Tiles]] = {
     },
 }
 _SHORT, _SHORT_TEXT = 1024, 4096
-"""Queries and slots of a row, at most, where prompts are short."""
+"""Queries of a text and slots of a row, at most, where prompts are short."""
 # float32 is for tests: RDNA has no matrix instruction for it, and everything takes twice the registers.
 _FLOAT32 = _tiles((32, 16, 4), (32, 16, 4, 4), (16, 32, 4, 4))
 _FLOAT32_RDNA = _tiles((16, 16, 8), (16, 16, 4, 4), (16, 16, 4, 4))
@@ -104,10 +104,10 @@ def pieces_of(head_dim: int, wanted: int) -> int:
     return min(wanted, tile_width(head_dim) // MIN_CONTRACTION)
 
 
-def _families(target: Target, q_len: int, kv_len: int) -> tuple[str, ...]:
+def _families(target: Target, text: int, kv_len: int) -> tuple[str, ...]:
     """Names in `_BY_WIDTH`; the first that has a width counts."""
     if target.arch == "sm_90":
-        return ("hopper, short prompts", "hopper") if q_len <= _SHORT and kv_len <= _SHORT_TEXT else ("hopper",)
+        return ("hopper, short prompts", "hopper") if text <= _SHORT and kv_len <= _SHORT_TEXT else ("hopper",)
     if target.vendor == "nvidia":
         return ("nvidia",)
     if target.arch.startswith("gfx11"):
@@ -117,18 +117,22 @@ def _families(target: Target, q_len: int, kv_len: int) -> tuple[str, ...]:
     return ("cdna4" if target.arch == "gfx950" else "cdna",)
 
 
-def default_tiles(target: Target, *, head_dim: int, dtype: DTypeLike, q_len: int, kv_len: int, group: int) -> Tiles:
+def default_tiles(
+    target: Target, *, head_dim: int, dtype: DTypeLike, q_len: int, kv_len: int, group: int, text: int = 0
+) -> Tiles:
     """The best tiles known for a target (interpreted on a CPU, those of CDNA).
 
     Args:
       q_len, kv_len: queries and slots of a row.
+      text: queries that a text may have, if a row is a piece of one.
       group: query heads of a key/value head.
     """
     width = max(64, tile_width(head_dim))
     if jnp.dtype(dtype) == jnp.float32:
         tiles = _FLOAT32_RDNA if target.wave_size == 32 and target.vendor == "amd" else _FLOAT32
     else:
-        tiles = next(_BY_WIDTH[name][width] for name in _families(target, q_len, kv_len) if width in _BY_WIDTH[name])
+        families = _families(target, max(q_len, text), kv_len)
+        tiles = next(_BY_WIDTH[name][width] for name in families if width in _BY_WIDTH[name])
     # A few queries do not fill a tile: then heads that read the same keys share one.
     heads = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * q_len <= tiles.block_q))
     return replace(tiles, heads=heads)
