@@ -18,6 +18,7 @@ from llama_jax.kernels.norm import add_rms_norm, rms_norm
 from llama_jax.model.adapters import Adapters, checked
 from llama_jax.model.head import unembed
 from llama_jax.model.layers import Dims, mlp, moe, position_queries_and_keys, project_qkv
+from llama_jax.model.remat import rematerialised
 from llama_jax.model.rope import rope_angles
 from llama_jax.model.weights import compute_dtype, linear, lookup, norm_weight
 from llama_jax.params import Params
@@ -57,6 +58,7 @@ def forward[MaybeCache: KVCache | None](
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
+    remat: str = "none",
     capture: None = None,
 ) -> tuple[jax.Array, MaybeCache]: ...
 
@@ -77,6 +79,7 @@ def forward[MaybeCache: KVCache | None](
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
+    remat: str = "none",
     capture: Sequence[str],
 ) -> tuple[jax.Array, MaybeCache, dict[str, jax.Array]]: ...
 
@@ -96,6 +99,7 @@ def forward(
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
+    remat: str = "none",
     capture: Sequence[str] | None = None,
 ) -> Any:
     """Runs the model over tokens, after those that a cache already holds.
@@ -122,6 +126,7 @@ def forward(
       adapter_ids: int32 [batch, len], the slot that each token uses, or [batch, 1] for whole rows; 0 is none.
       logits_at: int32 [batch, n], the indices in 0..len-1 (with `rows` too: [1, n]) to compute logits for; all of them
         by default. The others go through the last layer no further than its keys and values.
+      remat: what gradients keep of each layer and what they compute again, a name in `remat.REMAT`.
       capture: names from `activation_names(config)`; the activations come back as a third result.
 
     Returns:
@@ -129,8 +134,8 @@ def forward(
       `capture` a dict of the named activations.
 
     Raises:
-      RequestError: arguments that contradict each other, adapters that do not fit, an unknown name in `capture` or
-        `adapters`, or a leaf of `params` with members that no scheme has.
+      RequestError: arguments that contradict each other, adapters that do not fit, an unknown name in `capture`,
+        `adapters` or `remat`, or a leaf of `params` with members that no scheme has.
     """
     x = _embed(params, tokens, inputs_embeds)
     if rows is not None and (cache is None or rows.shape != x.shape[:2] or len(rows) != 1):
@@ -159,7 +164,15 @@ def forward(
     for i, spec in enumerate(config.layers):
         # Around the call and not within: what names the layer must not keep equal layers from sharing a trace.
         with jax.named_scope(f"layers.{i}"):
-            x, delta, view, activations = _layer(
+            layer = partial(
+                _layer,
+                spec=spec,
+                dims=Dims.of(config),
+                capture=of_layer[i],
+                in_order=in_order,
+                chunk_rows=chunk_rows,
+            )
+            x, delta, view, activations = rematerialised(layer, remat)(
                 x,
                 delta,
                 params["layers"][str(i)],
@@ -169,11 +182,6 @@ def forward(
                 angles,
                 of_layers.of(str(i)),
                 logits_at if only_last and i == config.num_layers - 1 else None,
-                spec=spec,
-                dims=Dims.of(config),
-                capture=of_layer[i],
-                in_order=in_order,
-                chunk_rows=chunk_rows,
             )
         views.append(view)
         seen |= {f"layers.{i}.{name}": value for name, value in activations.items()}
