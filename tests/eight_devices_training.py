@@ -32,7 +32,7 @@ def losses(config: LlamaConfig, axes: str | None, parts: int = 1) -> list[float]
         params = unflatten({s.name: jax.device_put(flatten(params)[s.name], place(s)) for s in param_specs(config)})
     transformation = OPTIMIZER.transformation(STEPS)
     state = initial_state(params, transformation, mesh=mesh)
-    step = make_step(config, full(jnp.float32), transformation, state, mesh=mesh, remat="products")
+    step = make_step(full(config, jnp.float32), transformation, state, mesh=mesh, remat="products")
     found = []
     rng = np.random.default_rng(0)
     for _ in range(STEPS):

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from llama_jax.adapters import Adapter, attach
 from llama_jax.config import LlamaConfig
 from llama_jax.params import Params
 from llama_jax.sharding import DeviceMesh, on
 from llama_jax.training.batch import Batch, targets
 from llama_jax.training.loss import LOGITS, loss
 
-type Combine = Callable[[Any, Any], dict[str, Any]]
-"""What is trained and what is frozen to the arguments of `forward` that they make up: "params", and perhaps others."""
+type Combine = Callable[[Any, Any], tuple[Params, LlamaConfig]]
+"""What is trained and what is frozen to the parameters that they make up, and the config of these."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +38,20 @@ class State:
     optimizer: Any
 
 
-def full(dtype: DTypeLike) -> Combine:
-    """Trains all parameters, and computes with them in `dtype`."""
+def full(config: LlamaConfig, dtype: DTypeLike) -> Combine:
+    """Trains all parameters, and computes with them in `dtype`; nothing is frozen."""
 
-    def combine(trained: Params, frozen: None) -> dict[str, Any]:
-        return {"params": jax.tree.map(lambda x: x.astype(dtype), trained)}
+    def combine(trained: Params, frozen: None) -> tuple[Params, LlamaConfig]:
+        return jax.tree.map(lambda x: x.astype(dtype), trained), config
+
+    return combine
+
+
+def low_rank(config: LlamaConfig) -> Combine:
+    """Trains an `Adapter` of frozen parameters, which may be quantised, and computes in their dtype."""
+
+    def combine(trained: Adapter, frozen: Params) -> tuple[Params, LlamaConfig]:
+        return attach(frozen, config, trained)
 
     return combine
 
@@ -71,7 +81,6 @@ def _device_mesh(trained: Any) -> jax.sharding.Mesh:
 
 
 def gradients(
-    config: LlamaConfig,
     combine: Combine,
     trained: Any,
     frozen: Any,
@@ -93,7 +102,8 @@ def gradients(
     scale = 1 / jnp.maximum(count, 1)
 
     def part_loss(trained: Any, part: Batch) -> jax.Array:
-        return loss(config=config, batch=part, remat=remat, logits=logits, **combine(trained, frozen))[0] * scale
+        params, config = combine(trained, frozen)
+        return loss(params, config, part, remat=remat, logits=logits)[0] * scale
 
     def add(carry: Any, part: Batch) -> tuple[Any, None]:
         total, gradient = jax.value_and_grad(part_loss)(trained, part)
@@ -108,7 +118,6 @@ def gradients(
 
 
 def make_step(
-    config: LlamaConfig,
     combine: Combine,
     transformation: optax.GradientTransformation,
     state: State,
@@ -129,7 +138,7 @@ def make_step(
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         total, count, gradient = gradients(
-            config, combine, state.trained, frozen, batch, remat=remat, logits=logits
+            combine, state.trained, frozen, batch, remat=remat, logits=logits
         )
         if placed is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, placed.trained)
