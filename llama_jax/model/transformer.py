@@ -15,12 +15,12 @@ from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention, is_batch_invariant
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
-from llama_jax.model.adapters import Adapters, checked
+from llama_jax.model.adapters import Adapters, adapters_of
 from llama_jax.model.head import unembed
 from llama_jax.model.layers import Dims, mlp, moe, position_queries_and_keys, project_qkv
 from llama_jax.model.remat import rematerialised
 from llama_jax.model.rope import rope_angles
-from llama_jax.model.weights import compute_dtype, linear, lookup, norm_weight
+from llama_jax.model.weights import compute_dtype, embedding, linear, norm_weight
 from llama_jax.params import Params
 from llama_jax.sharding import constrain
 
@@ -107,7 +107,8 @@ def forward(
     Pure and differentiable in `params`, `inputs_embeds` and `adapters`. It computes in `weights.compute_dtype(params)`.
 
     Args:
-      params: parameter tree (`llama_jax.params`), canonical or fused.
+      params: parameter tree (`llama_jax.params`), canonical or fused; with an adapter for all tokens, if one is
+        attached (`llama_jax.adapters.attach`).
       tokens: int32 [batch, len], or None with `inputs_embeds`.
       positions: int32 [batch, len], each token's position in its own text; negative marks padding, which no other
         token sees. Default: 0, 1, 2, ... (from the start of each segment with `segment_ids`).
@@ -156,7 +157,7 @@ def forward(
     if cache is not None:
         cache, slots = cache.extend(positions, rows)
 
-    of_layers = checked(adapters, adapter_ids, config, *x.shape[:2]).of("layers")
+    of_layers = adapters_of(params, adapters, adapter_ids, config, *x.shape[:2]).of("layers")
     views = []
     delta = None
     # Behind the keys and values of the last layer nothing is needed of the other tokens.
@@ -207,7 +208,7 @@ def _embed(params: Params, tokens: jax.Array | None, inputs_embeds: jax.Array | 
     if tokens is None:
         assert inputs_embeds is not None
         return constrain(inputs_embeds.astype(dtype), ACTIVATION_AXES)
-    return constrain(lookup(params["embed"], tokens, dtype), ACTIVATION_AXES)
+    return constrain(embedding(params, tokens, dtype), ACTIVATION_AXES)
 
 
 def _positions(x: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Any) -> jax.Array:
