@@ -213,11 +213,13 @@ def lookup(leaf: Params, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     return local(own, arguments, {"table": axes, "tokens": ("batch",)}, ("batch",), summed="vocab")
 
 
-def logits(x: jax.Array, params: Params, *, tied: bool, activations: str | None = None) -> jax.Array:
-    """x [..., hidden] -> float32 [..., vocab], by the output projection, or by the embedding that it is tied to."""
-    out = _times(x, *_unbiased(params["embed" if tied else "lm_head"]), jnp.float32, activations)
+def logits(
+    x: jax.Array, params: Params, *, tied: bool, activations: str | None = None, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """x [..., hidden] -> [..., vocab], by the output projection, or by the embedding that it is tied to."""
+    out = _times(x, *_unbiased(params["embed" if tied else "lm_head"]), dtype, activations)
     adapter = Adapters(params.get(ATTACHED, {}), None).of("lm_head")
-    return _adapted(out, x, adapter).astype(jnp.float32) if adapter.tree else out
+    return _adapted(out, x, adapter).astype(dtype) if adapter.tree else out
 
 
 def router(x: jax.Array, leaf: Params) -> jax.Array:
