@@ -40,4 +40,3 @@ def targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
     if batch.segments is not None:
         learned &= jnp.roll(batch.segments, -1, axis=1) == batch.segments
     return jnp.where(learned, following, 0).astype(jnp.int32), learned
-

@@ -77,9 +77,11 @@ def step_memory(
     tokens = -(-rows // by.ways("batch")) * length
     numbers = 0
     for layer in config.layers:
-        width = layer.mlp.top_k * layer.mlp.intermediate_size + layer.mlp.shared_intermediate_size if isinstance(
-            layer.mlp, MoeSpec
-        ) else layer.mlp
+        width = (
+            layer.mlp.top_k * layer.mlp.intermediate_size + layer.mlp.shared_intermediate_size
+            if isinstance(layer.mlp, MoeSpec)
+            else layer.mlp
+        )
         q, kv, mlp = config.q_dim // heads, config.kv_dim // heads, width // by.ways("mlp", width)
         enters = 2 * config.hidden_size  # of the residual stream and what the last block adds to it
         kernels = q + 2 * heads  # attention's result, and a float32 for each head

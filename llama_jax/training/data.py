@@ -88,7 +88,9 @@ def read_texts(
                 if "text" in line:
                     _add_text(found, _text_ids(line["text"], tokenizer, eos), length)
                 else:
-                    _add_chat(found, *chat_tokens(tokenizer, line["messages"], learned, line.get("tools"), template), length)
+                    _add_chat(
+                        found, *chat_tokens(tokenizer, line["messages"], learned, line.get("tools"), template), length
+                    )
             except LlamaJaxError as error:
                 raise DataError(f"{path}, line {number}: {error.message}", hint=error.hint) from error
     if progress is not None:

@@ -59,9 +59,7 @@ def _head(params: Params) -> Params:
 
 def last_hidden(params: Params, config: LlamaConfig, batch: Batch, **forwarded: Any) -> jax.Array:
     """Hidden states [batch, len, hidden] that logits are made of."""
-    _, _, seen = forward(
-        params, config, batch.tokens, segment_ids=batch.segments, capture=("final_norm",), **forwarded
-    )
+    _, _, seen = forward(params, config, batch.tokens, segment_ids=batch.segments, capture=("final_norm",), **forwarded)
     return seen["final_norm"]
 
 

@@ -76,7 +76,9 @@ class Rows:
             raise RequestError("the data holds no text to learn", param="data", hint="give a file with lines")
         if (longest := max(len(text.tokens) for text in texts)) > length:
             raise RequestError(
-                f"a text has {longest} tokens, and rows have {length}", param="length", hint="cut it up, or raise length"
+                f"a text has {longest} tokens, and rows have {length}",
+                param="length",
+                hint="cut it up, or raise length",
             )
         self._texts, self._length, self._rows, self._seed, self._pack = texts, length, rows, seed, pack
         self._epoch: tuple[int, list[list[int]]] = (-1, [])

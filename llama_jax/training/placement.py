@@ -7,18 +7,17 @@ and sends each device the sum of its own part of the gradient ("ZeRO", arXiv:191
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
-from llama_jax.layout import param_sharding, split_config
-from llama_jax.model.adapters import adapter_axes
-from llama_jax.params import canonical_specs, flatten, unflatten
+from llama_jax.layout import split_config
 from llama_jax.sharding import RULES, DeviceMesh, RuledMesh, Rules, make_mesh, ruled
+from llama_jax.training.batch import Batch
 
 COMPUTED = Rules({**RULES, "batch": ("data", "fsdp")})
 """How what is computed is split."""
@@ -48,3 +47,19 @@ def check_mesh(config: LlamaConfig, mesh: DeviceMesh | None) -> None:
             param="mesh",
             hint="choose tensor=N that divides the key/value heads; fsdp=N splits weights too, at any number of heads",
         )
+
+
+def place_batch(batch: Batch, parts: int, mesh: DeviceMesh | None) -> Batch:
+    """Rows [batch, len] on the devices as [parts, batch // parts, len], each part split over the devices.
+
+    Rows that are one text each lose their segments, so that kernels which know none can be chosen.
+    """
+    arrays = jax.tree.map(lambda x: x.reshape(parts, -1, x.shape[-1]), batch)
+    if batch.segments is not None and not batch.segments.any():
+        arrays = dataclasses.replace(arrays, segments=None)
+    if mesh is None:
+        return jax.device_put(arrays)
+    by = ruled(mesh)
+    return jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(by.automatic, by.spec((None, "batch"), x.shape))), arrays
+    )

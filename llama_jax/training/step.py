@@ -137,9 +137,7 @@ def make_step(
     """
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        total, count, gradient = gradients(
-            combine, state.trained, frozen, batch, remat=remat, logits=logits
-        )
+        total, count, gradient = gradients(combine, state.trained, frozen, batch, remat=remat, logits=logits)
         if placed is not None:
             gradient = jax.lax.with_sharding_constraint(gradient, placed.trained)
         updates, optimizer = transformation.update(gradient, state.optimizer, state.trained)
