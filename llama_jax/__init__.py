@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.jax_log import silence_missing_amd_gpu
 
 if TYPE_CHECKING:
+    from llama_jax import training
     from llama_jax.cache import DenseCache, PagedCache
     from llama_jax.checkpoint import load_params, open_checkpoint, save, verify
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
@@ -104,12 +105,15 @@ __all__ = [
     "score",
     "score_rolling",
     "stream_generate",
+    "training",
     "unembed",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "training":
+        return importlib.import_module("llama_jax.training")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"llama_jax.{_MODULE_OF[name]}"), name)

@@ -24,6 +24,7 @@ COMMANDS = {
     "quality": "Compare a quantised model's predictions with the original's.",
     "perplexity": "Find how well a model predicts a text.",
     "eval": "Run lm-eval's tasks.",
+    "train": "Fine-tune a model: all weights, or an adapter.",
     "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
     "verify": "Check a checkpoint's digests and its numbers.",
     "show": "Show what a model is: shapes, size, dtype, licence.",

@@ -18,6 +18,7 @@ from llama_jax.errors import CheckpointError, RequestError
 from llama_jax.training.step import State
 
 _STEP = re.compile(r"\d{8}")
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _NOTE = "llama_jax"
 
 
@@ -44,8 +45,9 @@ def save(folder: Path, state: State, about: Mapping[str, Any], *, keep: int) -> 
         folder.mkdir(parents=True, exist_ok=True)
         disk.check_space(path, sum(x.nbytes for x in arrays.values()))
         ocp.save(path.absolute(), arrays, overwrite=True, custom_metadata={_NOTE: json.dumps(note)})
-        for step in sorted(_steps(folder))[:-keep]:
-            disk.remove(folder / f"{step:08}")
+        stale = [f"{step:08}" for step in sorted(_steps(folder))[:-keep]]
+        for name in stale + [name for name in os.listdir(folder) if _UNFINISHED in name]:
+            disk.remove(folder / name)
     return path
 
 
@@ -82,8 +84,7 @@ def restore(folder: Path, step: int, like: State, about: Mapping[str, Any]) -> S
             f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}",
             hint="remove it, and the run resumes from the one before",
         ) from error
-    leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [found[name] for name in arrays])
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in arrays])
 
 
 def _arrays(state: State) -> dict[str, Any]:

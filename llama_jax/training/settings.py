@@ -130,11 +130,11 @@ class Settings:
     epochs: int = 1
     steps: int | None = None
     seed: int = 0
-    rows: Rows = Rows()
-    lora: Lora = Lora()
-    optimizer: Optimizer = Optimizer()
-    compute: Compute = Compute()
-    saving: Saving = Saving()
+    rows: Rows = field(default_factory=Rows)
+    lora: Lora = field(default_factory=Lora)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    compute: Compute = field(default_factory=Compute)
+    saving: Saving = field(default_factory=Saving)
 
     def __post_init__(self) -> None:
         choices = {
