@@ -10,12 +10,16 @@ import jax
 
 from llama_jax.errors import RequestError, did_you_mean
 
-KERNELS = ("pallas_call", "dot_product_attention_fwd", "ragged_dot")
-"""Beginnings of the names of primitives whose results take long to make: attention and routed experts."""
+KEPT = ("dot_product_attention_fwd", "ragged_dot")
+"""Beginnings of the names of primitives whose results take long to make, besides kernels in Pallas."""
+CHEAP = "add_rms_norm"
+"""The kernel that only reads and writes: its result is as large as what it is made from."""
 
 
-def _kernels(primitive: Any, *_: Any, **__: Any) -> bool:
-    return primitive.name.startswith(KERNELS)
+def _kernels(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    if primitive.name == "pallas_call":
+        return parameters["jaxpr"].debug_info.func_name != CHEAP
+    return primitive.name.startswith(KEPT)
 
 
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

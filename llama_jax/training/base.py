@@ -62,8 +62,10 @@ class Base:
         target = jnp.dtype("float32") if learned else self.dtype
         sharding = None if mesh is None else param_sharding(config, mesh)
         params = load_source(self.source, dtype=target, sharding=sharding, progress=progress, notify=notify)
-        held = config.replace(schemes=()) if learned else held_config(
-            config, self.settings.compute.weights, split=mesh is not None
+        held = (
+            config.replace(schemes=())
+            if learned
+            else held_config(config, self.settings.compute.weights, split=mesh is not None)
         )
         if config.schemes and not held.schemes:
             with on(mesh):

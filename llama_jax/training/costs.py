@@ -83,15 +83,14 @@ def step_memory(
             else layer.mlp
         )
         q, kv, mlp = config.q_dim // heads, config.kv_dim // heads, width // by.ways("mlp", width)
-        enters = 2 * config.hidden_size  # of the residual stream and what the last block adds to it
-        kernels = q + 2 * heads  # attention's result, and a float32 for each head
-        products = q + 2 * kv + 2 * mlp + 2 * config.hidden_size
-        again = 3 * config.hidden_size + q + kv + 2 * mlp  # norms, rope, the activation and its product
+        hidden = config.hidden_size
+        enters = 2 * hidden  # the residual stream, and what the last block adds to it
+        kernels = q + 2 * heads  # what attention gives, and a float32 for each head
         numbers += {
             "full": enters,
             "kernels": enters + kernels,
-            "products": enters + kernels + products,
-            "none": enters + kernels + products + again,
+            "products": enters + kernels + q + 2 * kv + hidden + 2 * mlp,
+            "none": 4 * hidden + kernels + q + 2 * kv + 3 * mlp,  # both sums and norms; gate, up and their product
         }[remat]
     computed = trained * itemsize if not frozen else 0
     return Memory(
