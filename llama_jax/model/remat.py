@@ -26,7 +26,7 @@ _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 def _products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    return _kernels(primitive) or bool(_dots(primitive, *arguments, **parameters))
+    return _kernels(primitive, *arguments, **parameters) or bool(_dots(primitive, *arguments, **parameters))
 
 
 REMAT: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
