@@ -3,8 +3,8 @@
 
 Random weights of a preset's shape; rows of random tokens, packed with texts of many lengths (log-normal, median 512) or
 one text each. The first step compiles and is left out; the rest are dispatched one after the other and timed together.
-MFU: FLOPs that a step needs (`llama_jax.training.costs.step_flops`: what remat computes again counts nothing, weights that
-are frozen have no gradient) over the rate of a large matrix product, measured in the same run.
+MFU: FLOPs that a step needs (`llama_jax.training.costs.step_flops`: what remat computes again counts nothing, frozen
+weights have no gradient) over the rate of a large matrix product, measured in the same run.
 
     python scripts/bench_training.py --preset llama-3.2-1b --method full --rows 8 --length 4096
     python scripts/bench_training.py --preset llama-3.1-8b --method lora --rows 2 --length 4096 --torch

@@ -1,8 +1,8 @@
 """Steps of training by PyTorch, for `scripts/bench_training.py --torch`, which starts this in a process of its own.
 
-A compact Llama: fused projections, `scaled_dot_product_attention`, `torch.compile`, AdamW's fused kernel, cross entropy of
-512 tokens of each row at a time, whose logits are computed again for the gradient. Weights that are trained are float32
-and computed with in bfloat16; rows of one text each. Needs torch alone; reads its sizes as JSON from standard input.
+A compact Llama: fused projections, `scaled_dot_product_attention`, `torch.compile`, AdamW's fused kernel, cross entropy
+of 512 tokens of each row at a time, whose logits are computed again for the gradient. Weights that are trained are
+float32 and computed with in bfloat16; rows of one text each. Needs torch alone; reads its sizes as JSON from standard input.
 """
 
 from __future__ import annotations

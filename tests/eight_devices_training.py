@@ -7,12 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from helpers import tiny_config
 
 from llama_jax.config import LlamaConfig
 from llama_jax.layout import param_sharding
-from llama_jax.params import abstract_params, flatten, init_params, param_specs, unflatten
+from llama_jax.params import flatten, init_params, param_specs, unflatten
 from llama_jax.training import Batch, Optimizer, full, initial_state, make_step, training_mesh
 from llama_jax.training.placement import kept
 

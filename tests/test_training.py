@@ -1,4 +1,4 @@
-"""Training: losses and gradients against plain formulas, steps against peft's. `eight_devices_training.py` runs on eight
+"""Training: losses and gradients against plain formulas, steps against peft's; `eight_devices_training.py` on eight
 simulated devices."""
 
 from __future__ import annotations

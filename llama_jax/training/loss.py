@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-
 from jax.typing import DTypeLike
 
 from llama_jax.config import LlamaConfig
