@@ -2,7 +2,8 @@
 
 A compact Llama: fused projections, `scaled_dot_product_attention`, `torch.compile`, AdamW's fused kernel, cross entropy
 of 512 tokens of each row at a time, whose logits are computed again for the gradient. Weights that are trained are
-float32 and computed with in bfloat16; rows of one text each. Needs torch alone; reads its sizes as JSON from standard input.
+float32 and computed with in bfloat16; rows of one text each. Needs torch alone; reads its sizes as JSON from standard
+input.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ CHUNK = 512
 
 
 def model_of(sizes: dict[str, Any], torch: Any) -> Any:
-    nn, functional = torch.nn, torch.nn.functional
+    nn: Any = torch.nn
+    functional = nn.functional
     hidden, heads, kv, dim = (sizes[n] for n in ("hidden_size", "num_heads", "num_kv_heads", "head_dim"))
     lora = sizes["method"] == "lora"
     base = torch.bfloat16 if lora else torch.float32
 
-    class Linear(nn.Module):
+    class Linear(nn.Module):  # type: ignore[misc, unused-ignore]
         def __init__(self, into: int, out: int):
             super().__init__()
             self.weight = nn.Parameter(torch.randn(out, into, device="cuda", dtype=base) * into**-0.5, not lora)
@@ -35,7 +37,7 @@ def model_of(sizes: dict[str, Any], torch: Any) -> Any:
                 out = out + 2 * functional.linear(functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
             return out
 
-    class Norm(nn.Module):
+    class Norm(nn.Module):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(hidden, device="cuda", dtype=base), not lora)
@@ -47,7 +49,7 @@ def model_of(sizes: dict[str, Any], torch: Any) -> Any:
         one, two = x.float().chunk(2, dim=-1)
         return torch.cat([one * cos - two * sin, two * cos + one * sin], dim=-1).to(x.dtype)
 
-    class Layer(nn.Module):
+    class Layer(nn.Module):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             super().__init__()
             self.norms = nn.ModuleList([Norm(), Norm()])
@@ -63,7 +65,7 @@ def model_of(sizes: dict[str, Any], torch: Any) -> Any:
             gate, up = self.gate_up(self.norms[1](x)).chunk(2, dim=-1)
             return x + self.down(functional.silu(gate) * up)
 
-    class Llama(nn.Module):
+    class Llama(nn.Module):  # type: ignore[misc, unused-ignore]
         def __init__(self) -> None:
             super().__init__()
             table = torch.randn(sizes["vocab_size"], hidden, device="cuda", dtype=base) * hidden**-0.5

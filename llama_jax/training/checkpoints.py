@@ -81,7 +81,7 @@ def restore(folder: Path, step: int, like: State, about: Mapping[str, Any]) -> S
             raise ValueError(f"the digest of {wrong[0]} differs")
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else error!r}",
+            f"{path} cannot be read: {(str(error) or repr(error)).splitlines()[0]}",
             hint="remove it, and the run resumes from the one before",
         ) from error
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in arrays])

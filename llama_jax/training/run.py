@@ -116,8 +116,8 @@ class _Run:
                 template=settings.data.template,
                 progress=counted,
             )
-            sizes = {"length": settings.rows.length, "rows": settings.rows.rows, "pack": settings.rows.pack}
-            return texts, Rows(texts.texts, seed=settings.seed, **sizes)
+            own = settings.rows
+            return texts, Rows(texts.texts, length=own.length, rows=own.rows, seed=settings.seed, pack=own.pack)
 
         texts, rows = read(settings.data.files)
         say(f"{texts.lines} lines: {rows.packing()}; {texts.cut} cut, {texts.dropped} with nothing learned")

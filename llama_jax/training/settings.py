@@ -158,8 +158,8 @@ class Settings:
             "saving.every": self.saving.every,
             "saving.keep": self.saving.keep,
         }
-        for name, value in positive.items():
-            if value < 1:
+        for name, number in positive.items():
+            if number < 1:
                 raise RequestError(f"{name} is too small", param=name, hint="give a positive number")
         if self.rows.rows % self.rows.parts:
             raise RequestError(
