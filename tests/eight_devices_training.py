@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import tiny_config
+from tiny_chat_model import write_chat_model
 
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import RequestError
 from llama_jax.layout import param_sharding
 from llama_jax.params import flatten, init_params, param_specs, unflatten
-from llama_jax.training import Batch, Optimizer, full, initial_state, make_step, training_mesh
+from llama_jax.training import Batch, Optimizer, full, initial_state, make_step, settings_from, train, training_mesh
 from llama_jax.training.placement import kept
 
 STEPS = 4
@@ -51,3 +56,34 @@ def test_meshes_have_the_losses_of_one_device() -> None:
     alone = losses(config, None)
     for axes in ("fsdp=8", "data=8", "data=2,tensor=4", "data=2,fsdp=2,tensor=2"):
         np.testing.assert_allclose(losses(config, axes), alone, rtol=1e-5, err_msg=axes)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_whole_runs_on_meshes(method: str, tmp_path: Path) -> None:
+    """From the same files, to files that every mesh and device loads, with checkpoints that another mesh resumes."""
+    write_chat_model(tmp_path / "hf", layers=2)
+    texts = [" ".join(["the cat sat on a mat"] * n) for n in (1, 2, 3, 4)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts * 4))
+
+    def losses(mesh: str | None, output: str, stop_after: int = 99) -> list[float]:
+        values = {
+            "model": str(tmp_path / "hf"),
+            "output": str(tmp_path / output),
+            "method": method,
+            "steps": 4,
+            "data": {"files": [str(tmp_path / "train.jsonl")]},
+            "rows": {"length": 32, "rows": 16, "parts": 2},
+            "optimizer": {"learning_rate": 0.01},
+            "compute": {} if mesh is None else {"mesh": mesh},
+        }
+        told: list[float] = []
+        train(settings_from(values), told=lambda m: told.append(m.loss), stop=lambda: len(told) >= stop_after)
+        return told
+
+    alone = losses(None, "alone")
+    for mesh in ("fsdp=8", "fsdp=4,tensor=2"):
+        np.testing.assert_allclose(losses(mesh, mesh), alone, rtol=1e-5, err_msg=mesh)
+    first = losses("fsdp=8", "moved", stop_after=1)
+    np.testing.assert_allclose(first + losses("data=4,tensor=2", "moved"), alone, rtol=1e-5)
+    with pytest.raises(RequestError, match="4 devices of the axis tensor for 2 key/value heads"):
+        losses("tensor=4", "refused")

@@ -51,11 +51,16 @@ def save(folder: Path, state: State, about: Mapping[str, Any], *, keep: int) -> 
     return path
 
 
+def abstract(state: State) -> State:
+    """Shapes, dtypes and placement of a state's arrays, which need not exist any more."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+
+
 def restore(folder: Path, step: int, like: State, about: Mapping[str, Any]) -> State:
     """The state of a checkpoint.
 
     Args:
-      like: a state of the same shapes, placed as the result will be.
+      like: the `abstract` of a state of the same shapes, placed as the result will be.
       about: as it was given to `save`.
 
     Raises:
@@ -66,7 +71,6 @@ def restore(folder: Path, step: int, like: State, about: Mapping[str, Any]) -> S
 
     path = folder / f"{step:08}"
     arrays = _arrays(like)
-    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in arrays.items()}
     try:
         note = json.loads(ocp.metadata(path.absolute()).custom_metadata[_NOTE])
         if note["about"] != about:
@@ -76,7 +80,7 @@ def restore(folder: Path, step: int, like: State, about: Mapping[str, Any]) -> S
                 param="output",
                 hint="choose another folder for output, or remove this one",
             )
-        found = ocp.load(path.absolute(), abstract)
+        found = ocp.load(path.absolute(), arrays)
         if wrong := [name for name, x in found.items() if _digest(x) != note["digests"].get(name)]:
             raise ValueError(f"the digest of {wrong[0]} differs")
     except (ValueError, KeyError, TypeError, OSError) as error:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from llama_jax import disk
+from llama_jax.measure.bench import sound_share
 
 
 @dataclass(frozen=True)
@@ -65,4 +71,61 @@ class MetricsFile:
         with disk.storage_errors(self._path), self._path.open("ab") as file:
             file.write(json.dumps(value).encode() + b"\n")
             file.flush()
-            os.fsync(file.fileno())
+
+
+class Watch:
+    """Measures steps and tells of each once the next one has been dispatched, so that the device never waits.
+
+    Args:
+      steps: of the run; rate: the learning rate of each.
+      share: seconds and the lengths of a step's texts to its MFU.
+      told: called with each step, in order.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        rate: Callable[[int], Any],
+        share: Callable[[float, list[int]], float],
+        told: Callable[[Measured], None],
+    ):
+        self._steps, self._rate, self._share, self._told = steps, rate, share, told
+        self._pending: tuple[int, Mapping[str, jax.Array], list[int]] | None = None
+        self._times: deque[float] = deque(maxlen=50)
+        self.loss: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins the next step's time now."""
+        self._began = time.perf_counter()
+
+    def dispatched(self, number: int, found: Mapping[str, jax.Array], lengths: list[int]) -> None:
+        """Takes what a step, counted from 0, will have measured; waits for the one before."""
+        self.finish()
+        self._pending = number, found, lengths
+
+    def finish(self) -> None:
+        """Waits for the step that was dispatched last, and tells of it."""
+        if self._pending is None:
+            return
+        (number, found, lengths), self._pending = self._pending, None
+        values = {name: float(x) for name, x in jax.device_get(found).items()}
+        now = time.perf_counter()
+        seconds, self._began = now - self._began, now
+        self._times.append(seconds)
+        self.loss = values["loss"]
+        self._told(
+            Measured(
+                step=number + 1,
+                steps=self._steps,
+                loss=values["loss"],
+                learned=int(values["tokens"]),
+                tokens=sum(lengths),
+                grad_norm=values["grad_norm"],
+                learning_rate=float(self._rate(number)),
+                seconds=seconds,
+                tokens_per_s=sum(lengths) / seconds,
+                mfu=sound_share(self._share(seconds, lengths)),
+                left_s=statistics.median(self._times) * (self._steps - number - 1),
+            )
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +11,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from llama_jax import disk
 from llama_jax.adapters import Adapter, LoraConfig, new_adapter, save_adapter
 from llama_jax.checkpoint import Progress, Source, save
 from llama_jax.config import LlamaConfig
-from llama_jax.measure.bench import measure_ceilings, sound_share
+from llama_jax.measure.bench import measure_ceilings
 from llama_jax.params import flatten, unflatten
 from llama_jax.plan.costs import held_bytes
 from llama_jax.sharding import on
 from llama_jax.training import checkpoints
 from llama_jax.training.base import Base, Notify, opened_base
+from llama_jax.training.batch import Batch
 from llama_jax.training.costs import step_flops, step_memory
 from llama_jax.training.data import Texts, read_texts
-from llama_jax.training.loss import loss
-from llama_jax.training.metrics import Measured, MetricsFile
+from llama_jax.training.metrics import Measured, MetricsFile, Watch
 from llama_jax.training.packing import Rows
 from llama_jax.training.placement import place_batch, training_mesh
 from llama_jax.training.settings import Settings
-from llama_jax.training.step import Combine, State, full, initial_state, low_rank, make_step
+from llama_jax.training.step import Combine, State, full, initial_state, low_rank, make_evaluation, make_step
 
-CHECKPOINTS, METRICS, MODEL, ADAPTER, LOCK = "checkpoints", "metrics.jsonl", "model", "adapter", "run.lock"
+CHECKPOINTS, METRICS, SETTINGS = "checkpoints", "metrics.jsonl", "settings.json"
+MODEL, ADAPTER, LOCK = "model", "adapter", "run.lock"
 """Names in a run's folder."""
 
 
@@ -127,77 +126,65 @@ class _Run:
     def finish(
         self, params: Any, config: LlamaConfig, rate: float, told: Callable[[Measured], None], stop: Callable[[], bool]
     ) -> Trained:
-        settings, mesh = self.base.settings, self.base.mesh
+        settings, mesh, compute = self.base.settings, self.base.mesh, self.base.settings.compute
         combine, trained, frozen, learned = self._method(params, config)
         del params
+        self._say_memory(config, trained, frozen)
         steps = settings.steps or self.rows.steps(settings.epochs)
         transformation = settings.optimizer.transformation(steps)
-        schedule = settings.optimizer.rate(steps)
-        state = initial_state(trained, transformation, mesh=mesh)
-        self._say_memory(config, trained, frozen)
+        state = self._resumed(initial_state(trained, transformation, mesh=mesh), steps)
         del trained
-        about = {"settings": settings.digest, "data": self.texts.digest}
-        folder = self.output / CHECKPOINTS
-        if (last := checkpoints.latest(folder)) is not None:
-            state = checkpoints.restore(folder, last, state, about)
-            self.say(f"Resuming after step {last} of {steps}")
-        done = int(state.step)
-        with disk.storage_errors(self.output):
-            disk.write_file(self.output / "settings.json", json.dumps(dataclasses.asdict(settings), indent=1).encode())
-        metrics = MetricsFile(self.output / METRICS, done)
-        compute = settings.compute
+        done, metrics = int(state.step), MetricsFile(self.output / METRICS, int(state.step))
         step = make_step(combine, transformation, state, mesh=mesh, remat=compute.remat, logits=compute.logits)
-        devices = 1 if mesh is None else mesh.size
-        pending: tuple[int, Any, list[int]] | None = None
-        began = time.perf_counter()
-        spent: list[float] = []
-        loss_now = None
+        evaluation = make_evaluation(combine, mesh=mesh, logits=compute.logits)
+        full_rate = rate * (1 if mesh is None else mesh.size)
 
-        def report() -> None:
-            nonlocal pending, began, loss_now
-            if pending is None:
-                return
-            number, found, lengths = pending
-            pending = None
-            values = {name: float(x) for name, x in jax.device_get(found).items()}
-            now = time.perf_counter()
-            seconds, began = now - began, now
-            spent.append(seconds)
-            typical = float(np.median(spent[-50:]))
-            flops = step_flops(config, lengths, learned) / seconds / rate / devices
-            loss_now = values["loss"]
-            measured = Measured(
-                step=number + 1,
-                steps=steps,
-                loss=values["loss"],
-                learned=int(values["tokens"]),
-                tokens=sum(lengths),
-                grad_norm=values["grad_norm"],
-                learning_rate=float(schedule(number)),
-                seconds=seconds,
-                tokens_per_s=sum(lengths) / seconds,
-                mfu=sound_share(flops),
-                left_s=typical * (steps - number - 1),
-            )
+        def tell(measured: Measured) -> None:
             metrics.add(measured)
             told(measured)
 
-        stopped = False
+        watch = Watch(
+            steps,
+            settings.optimizer.rate(steps),
+            lambda seconds, lengths: step_flops(config, lengths, learned) / seconds / full_rate,
+            tell,
+        )
         for number in range(done, steps):
             batch, lengths = self.rows.batch(number)
             state, found = step(state, frozen, place_batch(batch, settings.rows.parts, mesh))
-            report()  # of the step before, while the device computes
-            pending = number, found, lengths
+            watch.dispatched(number, found, lengths)
             stopped = stop()
             if stopped or (number + 1) % settings.saving.every == 0 or number + 1 == steps:
-                report()
-                checkpoints.save(folder, state, about, keep=settings.saving.keep)
+                watch.finish()
                 if self.validation is not None:
-                    metrics.validated(number + 1, self._validate(combine, state, frozen))
-                began = time.perf_counter()
+                    parts = (self._placed(self.validation, i) for i in range(self.validation.steps(1)))
+                    sums = [jax.device_get(evaluation(state.trained, frozen, part)) for part in parts]
+                    metrics.validated(number + 1, float(sum(s for s, _ in sums) / sum(n for _, n in sums)))
+                checkpoints.save(self.output / CHECKPOINTS, state, self._about, keep=settings.saving.keep)
+                watch.restart()
             if stopped and number + 1 < steps:
-                return Trained(number + 1, steps, loss_now, None)
-        return Trained(steps, steps, loss_now, self._export(state, config))
+                return Trained(number + 1, steps, watch.loss, None)
+        return Trained(steps, steps, watch.loss, self._export(state, config))
+
+    @property
+    def _about(self) -> dict[str, str]:
+        return {"settings": self.base.settings.digest, "data": self.texts.digest}
+
+    def _placed(self, rows: Rows, number: int) -> Batch:
+        return place_batch(rows.batch(number)[0], self.base.settings.rows.parts, self.base.mesh)
+
+    def _resumed(self, state: State, steps: int) -> State:
+        """The state of the last checkpoint, or the given one if there is none."""
+        folder = self.output / CHECKPOINTS
+        if (last := checkpoints.latest(folder)) is not None:
+            like = checkpoints.abstract(state)
+            jax.tree.map(lambda x: x.delete(), state)  # makes room
+            state = checkpoints.restore(folder, last, like, self._about)
+            self.say(f"Resuming after step {last} of {steps}")
+        with disk.storage_errors(self.output):
+            text = json.dumps(dataclasses.asdict(self.base.settings), indent=1)
+            disk.write_file(self.output / SETTINGS, text.encode())
+        return state
 
     def _method(self, params: Any, config: LlamaConfig) -> tuple[Combine, Any, Any, float | None]:
         """What the parameters become, what is trained, what is frozen, and how many weights an adapter multiplies."""
@@ -236,24 +223,6 @@ class _Run:
             mesh=self.base.mesh,
         )
         self.say(f"{count:,} numbers are trained; a step takes about {disk.size_text(memory.total)} on each device")
-
-    def _validate(self, combine: Combine, state: State, frozen: Any) -> float:
-        """Mean loss of the validation files."""
-        assert self.validation is not None
-        compute, mesh = self.base.settings.compute, self.base.mesh
-
-        @jax.jit
-        def both(trained: Any, frozen: Any, batch: Any) -> Any:
-            params, config = combine(trained, frozen)
-            return loss(params, config, jax.tree.map(lambda x: x[0], batch), logits=compute.logits)
-
-        total = count = 0.0
-        with on(mesh):
-            for number in range(self.validation.steps(1)):
-                batch = place_batch(self.validation.batch(number)[0], 1, mesh)
-                some, learned = jax.device_get(both(state.trained, frozen, batch))
-                total, count = total + float(some), count + float(learned)
-        return total / count
 
     def _export(self, state: State, config: LlamaConfig) -> Path:
         """Writes the result; what is there of an earlier call is replaced."""

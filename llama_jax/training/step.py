@@ -153,3 +153,22 @@ def make_step(
             return compiled(state, frozen, batch)
 
     return run
+
+
+def make_evaluation(
+    combine: Combine, *, mesh: DeviceMesh | None = None, logits: int = LOGITS
+) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """Compiles the `loss` of a batch [parts, batch, len]: what is trained, what is frozen and the batch to the sum and
+    the number of learned tokens."""
+
+    @jax.jit
+    def compiled(trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        params, config = combine(trained, frozen)
+        found = jax.lax.map(lambda part: loss(params, config, part, logits=logits), batch)
+        return jnp.sum(found[0]), jnp.sum(found[1])
+
+    def run(trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        with on(mesh):
+            return compiled(trained, frozen, batch)
+
+    return run
