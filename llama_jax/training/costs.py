@@ -97,5 +97,5 @@ def step_memory(
         weights=(frozen + computed) // parts,
         state=trained * 4 * (2 + moments) // parts,
         activations=tokens * numbers * itemsize,
-        logits=min(logits, tokens * config.vocab_size) * (4 + 4 + itemsize) // by.ways("vocab", config.vocab_size),
+        logits=min(logits, tokens * by.share("vocab", config.vocab_size)) * (4 + 4 + itemsize),
     )

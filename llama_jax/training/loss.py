@@ -13,11 +13,11 @@ from llama_jax.config import LlamaConfig
 from llama_jax.model import forward, weights
 from llama_jax.model.adapters import ATTACHED
 from llama_jax.params import Params
-from llama_jax.sharding import constrain
+from llama_jax.sharding import constrain, share
 from llama_jax.training.batch import Batch, targets
 
 LOGITS = 2**28
-"""Logits that exist at once, at most: 1 GiB."""
+"""Logits that exist at once on a device, at most: 1 GiB."""
 
 
 def loss(
@@ -37,7 +37,7 @@ def loss(
     Args:
       params: parameter tree, canonical or fused.
       remat: what gradients keep of each layer, a name in `llama_jax.model.remat.REMAT`.
-      logits: logits that exist at once, at most, on all devices together.
+      logits: logits that exist at once on a device, at most.
       forwarded: further arguments of `forward`, such as `adapters` and `adapter_ids`.
 
     Returns:
@@ -130,7 +130,8 @@ def _logits(config: LlamaConfig, head: Params, hidden: jax.Array, dtype: DTypeLi
 
 def _length(config: LlamaConfig, logits: int, hidden: jax.Array) -> int:
     """Tokens of each row whose logits exist at once."""
-    return max(1, min(hidden.shape[1], logits // (config.vocab_size * len(hidden))))
+    of_token = share("vocab", config.vocab_size) * share("batch", len(hidden))
+    return max(1, min(hidden.shape[1], logits // of_token))
 
 
 def _cut(hidden: jax.Array, wanted: jax.Array, learned: jax.Array, length: int) -> tuple[jax.Array, ...]:

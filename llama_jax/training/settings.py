@@ -85,7 +85,7 @@ class Compute:
       weights: the form of frozen weights, as `load` takes it: "stored", "float", or a layout such as "int8" or "int4",
         which quantises them (QLoRA).
       remat: what gradients keep of each layer (`llama_jax.model.remat.REMAT`).
-      logits: logits that exist at once, at most.
+      logits: logits that exist at once on a device, at most.
       mesh: devices, such as "fsdp=8" or "data=2,tensor=4".
     """
 

@@ -59,7 +59,10 @@ def low_rank(config: LlamaConfig) -> Combine:
 def initial_state(
     trained: Any, transformation: optax.GradientTransformation, *, mesh: DeviceMesh | None = None
 ) -> State:
-    """The state before the first step; the optimiser's arrays are placed as those that they belong to."""
+    """The state before the first step; the optimiser's arrays are placed as those that they belong to.
+
+    What is trained becomes a part of the state, and steps donate that: use the state's from here on.
+    """
     shapes = jax.eval_shape(transformation.init, trained)
     if mesh is None:
         return State(jnp.int32(0), trained, jax.jit(transformation.init)(trained))
@@ -88,12 +91,15 @@ def gradients(
     *,
     remat: str = "none",
     logits: int = LOGITS,
+    placed: Any = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """The loss of a batch and its gradient.
 
     Args:
       batch: of arrays [parts, batch, len]: the gradients of the parts are added up in float32, one after the other. The
         loss is the mean over the learned tokens of all of them, so that parts are no different from one large batch.
+      remat, logits: see `loss`.
+      placed: the sharding of each array of the gradient; None leaves it to the compiler.
 
     Returns:
       The loss, the number of learned tokens, and the gradient in float32.
@@ -105,12 +111,15 @@ def gradients(
         params, config = combine(trained, frozen)
         return loss(params, config, part, remat=remat, logits=logits)[0] * scale
 
-    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+    def of_part(part: Batch) -> tuple[jax.Array, Any]:
         total, gradient = jax.value_and_grad(part_loss)(trained, part)
-        return jax.tree.map(jnp.add, carry, (total, gradient)), None
+        return total, gradient if placed is None else jax.lax.with_sharding_constraint(gradient, placed)
+
+    def add(carry: Any, part: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, of_part(part)), None
 
     if len(batch.tokens) == 1:
-        total, gradient = jax.value_and_grad(part_loss)(trained, jax.tree.map(lambda x: x[0], batch))
+        total, gradient = of_part(jax.tree.map(lambda x: x[0], batch))
     else:
         zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trained))
         (total, gradient), _ = jax.lax.scan(add, zeros, batch)
@@ -137,9 +146,10 @@ def make_step(
     """
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        total, count, gradient = gradients(combine, state.trained, frozen, batch, remat=remat, logits=logits)
-        if placed is not None:
-            gradient = jax.lax.with_sharding_constraint(gradient, placed.trained)
+        where = None if placed is None else placed.trained
+        total, count, gradient = gradients(
+            combine, state.trained, frozen, batch, remat=remat, logits=logits, placed=where
+        )
         updates, optimizer = transformation.update(gradient, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         found = {"loss": total, "tokens": count, "grad_norm": optax.tree.norm(gradient)}
