@@ -149,6 +149,8 @@ class _Run:
             lambda seconds, lengths: step_flops(config, lengths, learned) / seconds / full_rate,
             tell,
         )
+        if done < steps:
+            self.say("Compiling the step")
         for number in range(done, steps):
             batch, lengths = self.rows.batch(number)
             state, found = step(state, frozen, place_batch(batch, settings.rows.parts, mesh))
