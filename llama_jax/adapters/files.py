@@ -195,3 +195,9 @@ def _checked(
 
 def _text(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{member} {list(shape)}" for member, shape in shapes.items())
+
+
+def adapters_digest(adapters: str | Mapping[str, str], config: LlamaConfig) -> str:
+    """A digest of an adapter, or of several by name. Errors as for `load_adapter`."""
+    named = {"": adapters} if isinstance(adapters, str) else adapters
+    return ", ".join(f"{name} {load_adapter(folder, config).digest}" for name, folder in sorted(named.items()))
