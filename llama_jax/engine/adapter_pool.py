@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from llama_jax.adapters import Adapter
+import numpy as np
+
+from llama_jax.adapters import About, Adapter
 from llama_jax.adapters.adapter import by_leaf
 from llama_jax.adapters.attaching import low_rank_of
 from llama_jax.errors import Overloaded, RequestError, did_you_mean
 from llama_jax.model.adapters import ATTACHED, MORE_MEMBERS, empty_slots, put_adapter
 from llama_jax.model.loaded import Model
-from llama_jax.params import Params, flatten
+from llama_jax.params import Params, flatten, unflatten
 from llama_jax.sharding import on
 
 LEAST_RANK = 16
@@ -87,6 +90,9 @@ class AdapterPool:
         self._more = tuple(m for m in MORE_MEMBERS if m in members)
         self.slots = [AdapterSlots(self._empty(model, most + 1)) for model in models]
         self._most, self._held, self._numbers = most, dict[str, Held](), itertools.count(1)
+        if not adapters:  # compiles what later ones need
+            self.put("none", self.prepare("none", self._nothing()), ())
+            self.drop("none")
         for name, adapter in adapters.items():
             self.put(name, self.prepare(name, adapter), ())
 
@@ -133,7 +139,7 @@ class AdapterPool:
         prepared = []
         for model, slots in zip(self._models, self.slots, strict=True):
             with on(model.mesh):
-                tree = low_rank_of(model.params, model.config, adapter)
+                tree = low_rank_of(model.params, model.config, _padded(adapter, self.rank))
             known = {path.rpartition(".")[0] for path in flatten(slots.tree)}
             if others := sorted({path.rpartition(".")[0] for path in flatten(tree)} - known):
                 raise RequestError(
@@ -176,11 +182,33 @@ class AdapterPool:
         self.of(name)
         del self._held[name]
 
+    def _nothing(self) -> Adapter:
+        """An adapter for every slot that changes nothing."""
+        flat = {
+            name: np.zeros(x.shape[1:], np.float32)
+            for name, x in flatten(self.slots[0].tree).items()
+            if name.endswith((".a", ".b"))
+        }
+        return Adapter(unflatten(flat), {}, About(tuple((name[:-2], 0.0) for name in flat if name.endswith(".a"))))
+
     def _empty(self, model: Model, slots: int) -> Params:
         with on(model.mesh):
             return empty_slots(
                 model.config, slots=slots, rank=self.rank, targets=self._targets, dtype=model.dtype, more=self._more
             )
+
+
+def _padded(adapter: Adapter, rank: int) -> Adapter:
+    """The adapter with the rank of the slots, so that one program prepares all."""
+
+    def pad(path: str, x: Any) -> Any:
+        axis = {"a": 0, "b": 1}.get(path.rpartition(".")[2])
+        if axis is None or x.shape[axis] == rank:
+            return x
+        width = [(0, rank - x.shape[axis]) if i == axis else (0, 0) for i in range(x.ndim)]
+        return np.pad(np.asarray(x), width)
+
+    return replace(adapter, low_rank=unflatten({path: pad(path, x) for path, x in flatten(adapter.low_rank).items()}))
 
 
 def _changed(adapter: Adapter) -> set[str]:

@@ -8,7 +8,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from llama_jax.errors import RequestError
+from llama_jax.errors import CheckpointError, RequestError, UnsupportedModel
 from llama_jax.server.errors import Refused
 from llama_jax.server.operations import Operation, asked_model, read
 from llama_jax.server.state import ServerState
@@ -38,7 +38,10 @@ async def _load(server: ServerState, request: Request) -> Response:
             hint="unload it first, or take another name",
         )
     async with asked_model(server, request, body.model) as served:
-        await served.engine.load_adapter(body.lora_name, folder)
+        try:
+            await served.engine.load_adapter(body.lora_name, folder)
+        except (CheckpointError, UnsupportedModel) as error:  # the client's choice of a folder, not our fault
+            raise Refused(400, error.message, code="bad_adapter", param="lora_path", hint=error.hint) from error
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
