@@ -47,8 +47,8 @@ def adapter_error(folder: Path) -> UnsupportedModel:
     hint = merge_hint(folder)
     if kind == "LoRA":
         hint = (
-            f"give it with its base (-m BASE --adapter {folder}), or merge it (llama-jax merge-lora BASE {folder} DST; "
-            "peft: merge_and_unload())"
+            f"give it with its base (-m BASE --adapter {str(folder)!r}), or merge it "
+            f"(llama-jax merge-lora BASE {str(folder)!r} DST; peft: merge_and_unload())"
         )
     if kind.upper() in _NOT_MERGED:
         hint = "an adapter of this kind cannot be merged into weights; use it with peft"

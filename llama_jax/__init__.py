@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.jax_log import silence_missing_amd_gpu
 
 if TYPE_CHECKING:
+    from llama_jax.adapters import Adapter, load_adapter, save_adapter
     from llama_jax.cache import DenseCache, PagedCache
     from llama_jax.checkpoint import load_params, open_checkpoint, save, verify
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 silence_missing_amd_gpu()
 
 _HOME = {
+    "adapters": ("Adapter", "load_adapter", "save_adapter"),
     "cache": ("DenseCache", "PagedCache"),
     "text.chat": ("encode_chat", "render_chat"),
     "checkpoint": ("load_params", "open_checkpoint", "save", "verify"),
@@ -67,6 +69,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "LLM",
+    "Adapter",
     "DenseCache",
     "Engine",
     "Grammar",
@@ -90,6 +93,7 @@ __all__ = [
     "generate",
     "init_params",
     "load",
+    "load_adapter",
     "load_params",
     "load_tokenizer",
     "make_mesh",
@@ -101,6 +105,7 @@ __all__ = [
     "render_chat",
     "sample",
     "save",
+    "save_adapter",
     "score",
     "score_rolling",
     "stream_generate",
