@@ -15,6 +15,7 @@ from llama_jax.adapters.attaching import attach, merge, unmerge
 from llama_jax.adapters.files import load_adapter
 from llama_jax.adapters.initial import new_adapter
 from llama_jax.adapters.lora_config import LoraConfig
+from llama_jax.adapters.models import with_adapter
 from llama_jax.adapters.saving import save_adapter
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "new_adapter",
     "save_adapter",
     "unmerge",
+    "with_adapter",
 ]

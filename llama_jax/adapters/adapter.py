@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
+from llama_jax.checkpoint.format import Digest
 from llama_jax.config import LlamaConfig
 from llama_jax.params import Params, canonical_specs, flatten
 
@@ -61,6 +63,17 @@ class Adapter:
     def leaves(self) -> dict[str, dict[str, Any]]:
         """The members of each low-rank leaf, by dotted name."""
         return by_leaf(self.low_rank)
+
+    @property
+    def digest(self) -> str:
+        """A digest of its arrays and factors."""
+        found = Digest()
+        found.update(repr(self.about.scales).encode())
+        for path, x in sorted({**flatten(self.low_rank), **flatten(self.whole)}.items()):
+            array = np.ascontiguousarray(x)
+            found.update(repr((path, array.shape, array.dtype.name)).encode())
+            found.update(array.reshape(-1).view(np.uint8))
+        return str(found)
 
     def __repr__(self) -> str:
         return f"Adapter({self.about.name or 'unnamed'}, rank {self.rank}, {len(self.about.scales)} low-rank weights)"

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.adapters.adapter import Adapter, by_leaf
 from llama_jax.config import LlamaConfig
@@ -95,7 +96,7 @@ def low_rank_of(params: Params, config: LlamaConfig, adapter: Adapter) -> Params
         else:
             base = tuple(base_members(params, leaf).values()) if "magnitude" in members else ()
             repeated = {m: _rows(leaf, x, config) if m != "a" else x for m, x in members.items()}
-            made = _made(repeated, base, scale=scales[leaf], dtype=dtype, name=leaf.rpartition(".")[2])
+            made = _made(repeated, base, np.float32(scales[leaf]), dtype=dtype, name=leaf.rpartition(".")[2])
         flat |= {f"{leaf}.{member}": x for member, x in made.items()}
     for path, new in flatten(adapter.whole).items():
         leaf, _, member = path.rpartition(".")
@@ -110,9 +111,9 @@ def low_rank_of(params: Params, config: LlamaConfig, adapter: Adapter) -> Params
     return unflatten(flat)
 
 
-@partial(jax.jit, static_argnames=("scale", "dtype", "name"))
+@partial(jax.jit, static_argnames=("dtype", "name"))
 def _made(
-    members: Mapping[str, jax.Array], base: tuple[jax.Array, ...], *, scale: float, dtype: Any, name: str
+    members: Mapping[str, jax.Array], base: tuple[jax.Array, ...], scale: jax.Array, *, dtype: Any, name: str
 ) -> dict[str, jax.Array]:
     """The members of a projection as `forward` takes them.
 
@@ -120,7 +121,7 @@ def _made(
       base: its weight [out, in], and its bias if it has one, for magnitudes; else nothing.
     """
     a, b = (jnp.asarray(members[m]) for m in ("a", "b"))
-    made = {"a": a.astype(dtype), "b": b.astype(dtype), "scale": jnp.float32(scale)}
+    made = {"a": a.astype(dtype), "b": b.astype(dtype), "scale": scale}
     gain: jax.Array | float = 1.0
     if "magnitude" in members:
         weight, *bias = (x.astype(jnp.float32) for x in base)

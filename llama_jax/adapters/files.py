@@ -40,7 +40,7 @@ _ALIASES = (
     ("language_model.lm_head", "lm_head"),
     (".modules_to_save.default.", "."),
 )
-_AGAIN = "the adapter was made for another model, or its file is damaged; load it with its own base"
+_OWN_BASE = "load the adapter with the base that it was trained on, and its folder as peft wrote it"
 
 
 def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
@@ -62,7 +62,7 @@ def load_adapter(folder: str | Path, config: LlamaConfig) -> Adapter:
             f"{folder} has no {WEIGHTS}",
             hint=f"{others[0]} is not read; save the adapter with safe_serialization=True"
             if others
-            else "the folder is incomplete; get the adapter again",
+            else "copy the adapter's whole folder, as peft's save_pretrained wrote it",
         )
     file = SafetensorsFile(path)
     try:
@@ -83,7 +83,7 @@ def _read(file: SafetensorsFile, name: str) -> np.ndarray:
     if not np.isfinite(out.astype(np.float32)).all():
         raise CheckpointError(
             f"{file.path}: tensor {name} has numbers that are NaN or infinite",
-            hint="training has diverged, or the file is damaged; use an earlier adapter",
+            hint="training has diverged; use an earlier state of the adapter",
         )
     return out
 
@@ -94,7 +94,7 @@ def _made(tensors: Mapping[str, np.ndarray], lora: LoraConfig, config: LlamaConf
     whole: dict[str, np.ndarray] = {}
     for name, x in tensors.items():
         if not name.startswith(PREFIX):
-            raise CheckpointError(f"{path}: tensor {name} does not begin with {PREFIX}", hint=_AGAIN)
+            raise CheckpointError(f"{path}: tensor {name} does not begin with {PREFIX}", hint=_OWN_BASE)
         if match := _LOW_RANK.fullmatch(_usual(name.removeprefix(PREFIX))):
             wrapped.setdefault(match["module"], {})[_MEMBERS[match["member"]]] = x
         else:
@@ -105,7 +105,7 @@ def _made(tensors: Mapping[str, np.ndarray], lora: LoraConfig, config: LlamaConf
         if leaf not in wanted:
             raise CheckpointError(
                 f"{path}: {module} has low-rank weights, but is no module of this model that {CONFIG} targets",
-                hint=_AGAIN,
+                hint=_OWN_BASE,
             )
         low_rank[leaf] = _checked(leaf, members, lora, wanted[leaf], config, path)
     if missing := wanted.keys() - low_rank.keys():
@@ -116,7 +116,7 @@ def _made(tensors: Mapping[str, np.ndarray], lora: LoraConfig, config: LlamaConf
     for name in lora.modules_to_save:
         saved = {leaf for module, leaf in known.whole.items() if module == name or module.endswith(f".{name}")}
         if not saved or not all(f"{leaf}.weight" in whole for leaf in saved):
-            raise CheckpointError(f"{path} lacks {name}, which {CONFIG} lists in modules_to_save", hint=_AGAIN)
+            raise CheckpointError(f"{path} lacks {name}, which {CONFIG} lists in modules_to_save", hint=_OWN_BASE)
     flat = {f"{leaf}.{member}": x for leaf in wanted for member, x in low_rank[leaf].items()}
     scales = tuple((leaf, lora.scale_of(module)) for leaf, module in wanted.items())
     return Adapter(unflatten(flat), unflatten(whole), About(scales, lora.json(), str(path.parent)))
@@ -137,9 +137,9 @@ def _whole(name: str, x: np.ndarray, known: Modules, lora: LoraConfig, config: L
     shapes = {spec.name: spec.shape for spec in canonical_specs(config)}
     shapes.setdefault("lm_head.weight", (config.vocab_size, config.hidden_size))
     if target not in shapes or (member == "bias" and lora.bias == "none"):
-        raise CheckpointError(f"{path}: tensor {name} is of no module of this model", hint=_AGAIN)
+        raise CheckpointError(f"{path}: tensor {name} is of no module of this model", hint=_OWN_BASE)
     if x.shape != shapes[target]:
-        hint = _AGAIN
+        hint = _OWN_BASE
         if leaf in ("embed", "lm_head"):
             hint = "the adapter extends the vocabulary; merge it into its base with peft, and convert the result"
         raise CheckpointError(
@@ -184,7 +184,7 @@ def _checked(
         raise CheckpointError(
             f"{path}: the low-rank weights of {module} have the shapes {_text(found)}; "
             f"the base model and {CONFIG} want {_text(shapes)}",
-            hint=_AGAIN,
+            hint=_OWN_BASE,
         )
     if not stack:
         return dict(members)
@@ -195,3 +195,9 @@ def _checked(
 
 def _text(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{member} {list(shape)}" for member, shape in shapes.items())
+
+
+def adapters_digest(adapters: str | Mapping[str, str], config: LlamaConfig) -> str:
+    """A digest of an adapter, or of several by name. Errors as for `load_adapter`."""
+    named = {"": adapters} if isinstance(adapters, str) else adapters
+    return ", ".join(f"{name} {load_adapter(folder, config).digest}" for name, folder in sorted(named.items()))

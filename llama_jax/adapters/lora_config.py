@@ -19,6 +19,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 _MAX_BYTES = 1 << 24
+_ANEW = "copy the adapter's folder anew, as peft's save_pretrained wrote it"
 
 _READ = frozenset(
     [
@@ -149,9 +150,9 @@ def read_config(folder: Path) -> LoraConfig:
     except OSError as e:
         raise CheckpointError(f"{path} cannot be read: {e.strerror}", hint="check the path and its permissions") from e
     except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path} is not valid JSON ({e})", hint="get the adapter again") from e
+        raise CheckpointError(f"{path} is not valid JSON ({e})", hint=_ANEW) from e
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object", hint="get the adapter again")
+        raise CheckpointError(f"{path} holds no JSON object", hint=_ANEW)
     return parse_config(found, path)
 
 
@@ -164,13 +165,13 @@ def parse_config(found: Mapping[str, Any], path: Path | str = CONFIG) -> LoraCon
         if value is None:
             return default
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise CheckpointError(f"{path}: {key} is {value!r:.100}", hint="get the adapter again")
+            raise CheckpointError(f"{path}: {key} is {value!r:.100}", hint=_ANEW)
         return value
 
     def names(key: str) -> tuple[str, ...]:
         values = typed(key, (list, tuple), ())
         if not all(isinstance(value, str) for value in values):
-            raise CheckpointError(f"{path}: {key} is {values!r:.100}, no list of names", hint="get the adapter again")
+            raise CheckpointError(f"{path}: {key} is {values!r:.100}, no list of names", hint=_ANEW)
         return tuple(values)
 
     def names_or_pattern(key: str) -> tuple[str, ...] | str:
@@ -253,7 +254,7 @@ def _check_pattern(pattern: str, key: str, path: Path | str) -> None:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as e:
         raise CheckpointError(
-            f"{path}: {key} has {pattern!r:.100}, which is no regular expression ({e})", hint="get the adapter again"
+            f"{path}: {key} has {pattern!r:.100}, which is no regular expression ({e})", hint=_ANEW
         ) from e
 
 

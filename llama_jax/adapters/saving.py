@@ -14,7 +14,7 @@ from llama_jax.adapters.files import PREFIX
 from llama_jax.adapters.lora_config import CONFIG, WEIGHTS
 from llama_jax.adapters.targets import modules
 from llama_jax.config import LlamaConfig
-from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
+from llama_jax.convert.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.disk import storage_errors, write_file
 from llama_jax.params import flatten
 

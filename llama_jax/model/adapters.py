@@ -33,7 +33,8 @@ from llama_jax.sharding import Axes, constrain
 
 MEMBERS = ("a", "b", "scale")
 """Members of every adapted projection."""
-MORE_MEMBERS = ("gain", "shift")
+_NONE = {"gain": 1.0, "shift": 0.0}
+MORE_MEMBERS = tuple(_NONE)
 """Members that it can have besides."""
 ATTACHED = "adapter"
 """Where a parameter tree holds the adapter that all tokens use."""
@@ -94,7 +95,13 @@ def adapter_axes(projection: str, members: Iterable[str] = MEMBERS, *, slots: bo
 
 
 def empty_slots(
-    config: LlamaConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None, dtype: DTypeLike | None = None
+    config: LlamaConfig,
+    *,
+    slots: int,
+    rank: int,
+    targets: Sequence[str] | None = None,
+    dtype: DTypeLike | None = None,
+    more: Sequence[str] = (),
 ) -> Params:
     """Empty slots, in memory; with a mesh in use (`sharding.on`), laid out like the projections.
 
@@ -105,6 +112,7 @@ def empty_slots(
       targets: the projections that have slots: "q_proj" (of all layers) or "layers.0.attn.q_proj". Default: all of
         `params.projection_names`.
       dtype: of `a` and `b`; the config's by default. The model's own is best, since they are cast to it.
+      more: members besides: "gain", "shift".
 
     Raises:
       RequestError: there is no such projection, or no room for an adapter.
@@ -118,10 +126,12 @@ def empty_slots(
     def make() -> Params:
         made = {}
         for name, (out, into) in projections.items():
-            axes = adapter_axes(name.rpartition(".")[2])
+            axes = adapter_axes(name.rpartition(".")[2], (*MEMBERS, *more))
             made[f"{name}.a"] = constrain(jnp.zeros((slots, rank, into), dtype), axes["a"])
             made[f"{name}.b"] = constrain(jnp.zeros((slots, out, rank), dtype), axes["b"])
             made[f"{name}.scale"] = constrain(jnp.zeros((slots,), jnp.float32), axes["scale"])
+            for member in more:
+                made[f"{name}.{member}"] = constrain(jnp.full((slots, out), _NONE[member], jnp.float32), axes[member])
         return unflatten(made)
 
     return jax.jit(make)()
@@ -135,8 +145,9 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
       slots: from `empty_slots`. Their arrays are donated: use the returned ones from here on.
       slot: 1 or higher.
       adapter: a tree shaped like the canonical parameters, with {"a" [r, in], "b" [out, r], "scale" scalar} in place of
-        projections; r may be smaller than the slots' rank, and may differ. Projections that it lacks get none. On a
-        mesh that repeats key/value heads, give it through `fuse.repeat_kv_heads` first.
+        projections, and "gain" and "shift" [out] if the slots have them; r may be smaller than the slots' rank, and may
+        differ. Projections that it lacks get none. On a mesh that repeats key/value heads, give it through
+        `fuse.repeat_kv_heads` first.
 
     Raises:
       RequestError: there is no such slot, a projection has no slots, or a shape does not fit; names it.
@@ -145,9 +156,9 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
     number = next(iter(into.values())).shape[0]
     if not 0 < slot < number:
         raise RequestError(f"slot {slot} of {number}", param="slot", hint=f"give 1 to {number - 1}; slot 0 is none")
-    full = {name: np.zeros(x.shape[1:], x.dtype) for name, x in into.items()}
+    full = {name: np.full(x.shape[1:], _NONE.get(name.rpartition(".")[2], 0), x.dtype) for name, x in into.items()}
     for name, members in _by_projection(adapter).items():
-        if f"{name}.a" not in into or members.keys() != set(MEMBERS):
+        if not members.keys() >= set(MEMBERS) or any(f"{name}.{member}" not in into for member in members):
             raise RequestError(
                 f"the adapter holds {name}, which has no slots, or not {{'a', 'b', 'scale'}}",
                 param="adapter",
@@ -165,6 +176,8 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
                 hint="make slots of a higher rank, or load an adapter that was made for this model",
             )
         full[f"{name}.a"][:rank], full[f"{name}.b"][:, :rank], full[f"{name}.scale"][...] = a, b, scale
+        for member in members.keys() - set(MEMBERS):
+            full[f"{name}.{member}"][...] = np.asarray(members[member])
     return _put(slots, unflatten(full), slot)
 
 
