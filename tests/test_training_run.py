@@ -105,6 +105,8 @@ def test_an_adapter_is_trained_and_saved_as_peft_does(folder: Path, tmp_path: Pa
     assert all(np.abs(x["b"]).max() > 0 for x in adapter.leaves.values())
     about = json.loads((done.path / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == str(folder / "hf")
+    adapted, tokenizer = lj.load(folder / "hf", adapter=done.path)
+    assert lj.perplexity(adapted, tokenizer, "the cat sat") < 0.9 * lj.perplexity(model, tokenizer, "the cat sat")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     validated = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert len(validated) == 2
