@@ -45,6 +45,11 @@ def adapter_error(folder: Path) -> UnsupportedModel:
     base = about.get("base_model_name_or_path") or about.get("model")
     of = f"of {base:.200}" if isinstance(base, str) else "whose base model it does not name"
     hint = merge_hint(folder)
+    if kind == "LoRA":
+        hint = (
+            f"give it with its base (-m BASE --adapter {str(folder)!r}), or merge it "
+            f"(llama-jax merge-lora BASE {str(folder)!r} DST; peft: merge_and_unload())"
+        )
     if kind.upper() in _NOT_MERGED:
         hint = "an adapter of this kind cannot be merged into weights; use it with peft"
     elif mlx:

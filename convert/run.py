@@ -43,6 +43,7 @@ def convert(
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
     quantised: Callable[[str, float], None] | None = None,
+    wrap: Callable[[ModelSource], ModelSource] | None = None,
 ) -> Path:
     """Converts a model to a checkpoint of this package.
 
@@ -53,7 +54,7 @@ def convert(
 
     Args:
       src: a Hugging Face folder (config.json and safetensors or .bin), a folder of Meta (params.json and
-        consolidated.*.pth) or a GGUF file; with a recipe also a checkpoint.
+        consolidated.*.pth) or a GGUF file; with a recipe or `wrap` also a checkpoint.
       dst: the checkpoint's folder.
       dtype: stores all tensors that are not quantised as float32, bfloat16 or float16; their own dtype when None
         (with a recipe bfloat16; of a GGUF file's quantised tensors that are decoded, float32).
@@ -71,6 +72,8 @@ def convert(
         or looks strange, and when something is left for the same call to resume from.
       quantised: called at the end for each leaf that the recipe quantised, with the size of its error (the root of the
         mean square), as a share of the weight's; of its outputs' over the text, where it was calibrated.
+      wrap: makes another source of the opened one, whose weights are stored; its attribute `change` says what it did,
+        by which the same conversion is recognised when it resumes.
 
     Returns:
       `dst`, absolute.
@@ -93,7 +96,7 @@ def convert(
 
     dtype = "bfloat16" if dtype is None and recipe is not None else dtype
     wanted = None if dtype is None else storage_dtype(dtype)
-    with closing(_opened(Path(src), name, revision, dequantize, recipe, calibration, wanted)) as model:
+    with closing(_opened(Path(src), name, revision, dequantize, recipe, calibration, wanted, wrap)) as model:
         in_order = isinstance(model, InOrder)
         ordered = param_specs(model.config) if in_order else in_file_order(model, param_specs(model.config))
         specs = {spec.name: spec for spec in ordered}
@@ -105,6 +108,7 @@ def convert(
             "config": digest(repr(model.config).encode()),
             "options": [dtype, allow_nonfinite],
             "weights": "as they are" if recipe is None else METHODS[recipe.method].described,
+            **({"change": change} if (change := getattr(model, "change", "")) else {}),
             "calibration": None if calibration is None else digest(calibration.encode()),
         }
         dtypes = {spec: stored_dtype(model, spec, wanted) for spec in specs.values()}
@@ -172,7 +176,12 @@ def _opened(
     recipe: Recipe | None,
     calibration: str | None,
     dtype: np.dtype | None,
+    wrap: Callable[[ModelSource], ModelSource] | None,
 ) -> ModelSource:
+    if wrap is not None:
+        source = open_model(src, name=name, revision=revision, dequantize=dequantize)
+        with closed_on_error(source.close):
+            return wrap(source)
     if recipe is None:
         return open_source(src, name=name, revision=revision, dequantize=dequantize)
     from llama_jax.convert.calibrating import CalibratedSource, rows_of_text

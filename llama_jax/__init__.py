@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.jax_log import silence_missing_amd_gpu
 
 if TYPE_CHECKING:
+    from llama_jax import training
+    from llama_jax.adapters import Adapter, load_adapter, save_adapter
     from llama_jax.cache import DenseCache, PagedCache
     from llama_jax.checkpoint import load_params, open_checkpoint, save, verify
     from llama_jax.config import LlamaConfig, config_from_hf, config_to_hf, preset
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 silence_missing_amd_gpu()
 
 _HOME = {
+    "adapters": ("Adapter", "load_adapter", "save_adapter"),
     "cache": ("DenseCache", "PagedCache"),
     "text.chat": ("encode_chat", "render_chat"),
     "checkpoint": ("load_params", "open_checkpoint", "save", "verify"),
@@ -67,6 +70,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "LLM",
+    "Adapter",
     "DenseCache",
     "Engine",
     "Grammar",
@@ -90,6 +94,7 @@ __all__ = [
     "generate",
     "init_params",
     "load",
+    "load_adapter",
     "load_params",
     "load_tokenizer",
     "make_mesh",
@@ -101,15 +106,19 @@ __all__ = [
     "render_chat",
     "sample",
     "save",
+    "save_adapter",
     "score",
     "score_rolling",
     "stream_generate",
+    "training",
     "unembed",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "training":
+        return importlib.import_module("llama_jax.training")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'llama_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(f"llama_jax.{_MODULE_OF[name]}"), name)

@@ -113,6 +113,12 @@ class CompilerUnavailable(NoDevice):
     """The compiler for a target is not installed, or cannot be loaded on this machine."""
 
 
+class DataError(LlamaJaxError):
+    """Data to learn from cannot be read or used; the message names file and line."""
+
+    exit_code = 4
+
+
 class DoesNotFit(LlamaJaxError):
     """Memory or disk space is too small; the message says what is needed and what is free."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llama_jax import runtime
+from llama_jax.adapters import Adapter, load_adapter
+from llama_jax.adapters.models import AdapterLike, with_adapter
 from llama_jax.cache import check_kv_dtype
 from llama_jax.checkpoint import Progress
 from llama_jax.checkpoint.build import load_source
@@ -35,6 +38,7 @@ from llama_jax.text.tokenizer.check import check_tokenizer
 def load(
     model: str | Path = DEFAULT_MODEL,
     *,
+    adapter: AdapterLike | Mapping[str, AdapterLike] | None = None,
     dtype: DTypeLike | None = None,
     weights: str | None = None,
     kv_dtype: str | None = None,
@@ -55,6 +59,8 @@ def load(
     Args:
       model: the default model's name, a folder (Orbax checkpoint, Hugging Face or Meta), a GGUF file, or "org/name" on
         the Hugging Face hub.
+      adapter: a folder that peft wrote (LoRA and its kin), or an `Adapter`: the model computes with it. Or several by
+        name, of which requests choose: `generate(adapter=NAME)`, `LLM`, `Engine`.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
       weights: "stored" computes with quantised weights as they are stored, "float" decodes them to `dtype` first. By
         default the first on an AMD GPU, and on one NVIDIA GPU if they are integers and not those of routed experts,
@@ -107,6 +113,11 @@ def load(
     with opened(found.path, name=found.name, revision=found.revision, dequantize=wanted is not None) as source:
         if wanted is not None:
             source = QuantizedSource(source, schemes(source.config, wanted))
+        # Before anything slow: an adapter may belong to another model.
+        several = adapter if isinstance(adapter, Mapping) else {} if adapter is None else {"": adapter}
+        found_adapters = {
+            name: one if isinstance(one, Adapter) else load_adapter(one, source.config) for name, one in several.items()
+        }
         held = held_config(source.config, weights, split=mesh is not None, activations=activations)
         devices = _on_mesh(held, mesh, target, kv_dtype, notify)
         if found.converted is not None:
@@ -118,13 +129,19 @@ def load(
         sharding = None if devices is None else param_sharding(source.config, devices)
         tell_notes(source, notify)
         params = load_source(source, dtype=target, sharding=sharding, verify=verify, progress=progress, notify=notify)
-        config, generation_config = source.config, source.generation_config
+        whole = config = source.config
+        generation_config = source.generation_config
     if config.schemes and not held.schemes:
         with on(devices):
             params, config = dequantize_params(params, config, target, donate=True)
     params, config = arrange(params, config.replace(activations=activations), devices, fuse=fuse, donate=True)
     prepare_products(config, named, notify)
-    return Model(params, config, devices, generation_config, str(model), named, kv_dtype), tokenizer
+    loaded = Model(
+        params, config, devices, generation_config, str(model), named, kv_dtype, None if devices is None else whole
+    )
+    if isinstance(adapter, Mapping):
+        return replace(loaded, adapters=found_adapters), tokenizer
+    return (loaded if adapter is None else with_adapter(loaded, found_adapters[""])), tokenizer
 
 
 def held_config(

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import LlamaConfig, config_to_hf, preset
-from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
+from llama_jax.convert.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.disk import sync
 from llama_jax.params import param_specs
 

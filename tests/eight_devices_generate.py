@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from engines import small_settings
 from helpers import (
     GOLDEN_CASES,
     GOLDENS,
@@ -35,6 +37,7 @@ from tiny_chat_model import write_chat_model
 
 import llama_jax as lj
 from llama_jax import layout, sharding
+from llama_jax.adapters import LoraConfig, attach, merge, new_adapter
 from llama_jax.aot.programs import prefill_program
 from llama_jax.cache import DenseCache, NewCache
 from llama_jax.checkpoint.build import load_source
@@ -44,6 +47,7 @@ from llama_jax.decode import buckets, loop
 from llama_jax.decode import prefill as prefill_module
 from llama_jax.errors import RequestError
 from llama_jax.generation import batch_generate, generate, stream_generate
+from llama_jax.generation.llm import LLM
 from llama_jax.kernels import report
 from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention, attention_reference
 from llama_jax.kernels.dispatch import using
@@ -192,6 +196,34 @@ def test_adapters_on_a_mesh(name: str) -> None:
     split = slots["layers"]["0"]["attn"]["o_proj"]["a"]
     assert split.sharding.shard_shape(split.shape) == (3, 4, config.q_dim // 2)
     assert error(logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["biased", "tied-mqa"])
+def test_peft_adapters_on_a_mesh(name: str) -> None:
+    """Attached, merged and, of one model, in an engine's slots: magnitudes, biases and repeated key/value heads."""
+    config = TINY[name]
+    params, tokens = random_params(config), random_tokens(config, 2, 6)
+    lora = LoraConfig(2, 4, dora=True, bias="all", target_modules="all-linear", modules_to_save=("k_proj", "lm_head"))
+    fresh = new_adapter(params, config, lora, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    adapter = jax.tree.map(lambda x: np.asarray(x + 0.3 * rng.standard_normal(x.shape), np.float32), fresh)
+    expected, _ = run(*attach(params, config, adapter), tokens)
+    model = on_mesh(params, config, sharding.make_mesh("tensor=4"))
+    for change in (attach, merge):
+        with sharding.on(model.mesh):
+            changed, own = change(model.params, model.config, adapter)
+            logits, _ = run(changed, own, tokens)
+        assert error(logits, expected) < 2e-5, change.__name__
+    if name == "biased":
+        return
+    mixed = replace(adapter, whole={})
+    one = Model(params, config, adapters={"a": mixed})
+    options = {"max_tokens": 8, "ignore_eos": True, "adapter": ["", "a", "a"]}
+    prompts, settings = [[1, 2, 3], [1, 2, 3], [4, 5]], small_settings()
+    want = LLM(one, settings=settings).generate(prompts, **options)
+    found = LLM(replace(model, adapters={"a": mixed}), settings=settings).generate(prompts, **options)
+    assert [o.outputs[0].token_ids for o in found] == [o.outputs[0].token_ids for o in want]
+    assert len({o.outputs[0].token_ids for o in want}) == 3
 
 
 @pytest.mark.parametrize("heads", [(8, 4), (9, 3), (4, 2)], ids=["split", "odd", "fewer than devices"])

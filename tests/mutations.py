@@ -17,6 +17,7 @@ SAMPLING = "tests/test_sampling.py"
 DECODE = "tests/test_decode.py"
 NORM = "tests/test_kernels_norm.py"
 QUANTIZATION = "tests/test_quantization.py"
+TRAINING = "tests/test_training.py"
 QUANTISED_CACHE_TESTS = "tests/test_quantised_cache.py"
 
 
@@ -972,8 +973,33 @@ QUANTISED_CACHE: tuple[Mutation, ...] = (
     ),
 )
 
+LEARNING = (
+    Mutation(
+        "the last token of a packed text predicts the next text's first",
+        "llama_jax/training/batch.py",
+        "learned &= jnp.roll(batch.segments, -1, axis=1) == batch.segments",
+        "pass",
+        (f"{TRAINING}::test_no_text_sees_another_and_none_predicts_the_next_ones_first_token",),
+    ),
+    Mutation(
+        "tokens that are not learned have a gradient",
+        "llama_jax/training/loss.py",
+        "(exponentials / sums - own) * learned[..., None]",
+        "(exponentials / sums - own)",
+        (f"{TRAINING}::test_loss_and_gradient_are_those_of_each_text_alone[tied-mqa]",),
+    ),
+    Mutation(
+        "the loss is a mean over all tokens, learned or not",
+        "llama_jax/training/step.py",
+        "scale = 1 / jnp.maximum(count, 1)",
+        "scale = 1 / batch.tokens.size",
+        (f"{TRAINING}::test_steps_are_those_of_peft[train-llama]",),
+    ),
+)
+
 MUTATIONS: tuple[Mutation, ...] = (
     *(*ROPE, *LAYERS, *ATTENTION, *EXPERTS, *CONVERSION, *TEXT, *SAMPLER, *CONSTRAINTS),
     *QUANTISED,
     *QUANTISED_CACHE,
+    *LEARNING,
 )

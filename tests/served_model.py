@@ -41,10 +41,13 @@ class Server:
         sizes: EngineSettings = SETTINGS,
         restarts: Restarts | None = None,
         ahead: bool = False,
+        adapters: dict[str, Any] | None = None,
+        max_adapters: int | None = None,
         **settings: Any,
     ):
         sizes = dataclasses.replace(sizes, waiting=waiting)
-        self.engine = Engine(model, tokenizer, settings=sizes, ahead=ahead, restarts=restarts)
+        slots = {"adapters": adapters, "max_adapters": max_adapters}
+        self.engine = Engine(model, tokenizer, settings=sizes, ahead=ahead, restarts=restarts, **slots)
         self.state = ServerState.of(self.engine, tokenizer, (NAME,), ServerSettings(**settings))
         (self.served,) = self.state.models.loaded
         self.app, self.tokenizer, self._runner = application(self.state), tokenizer, runner

@@ -36,7 +36,15 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return blocks
 
 
-SLOW = {"README.md", "engine.md", "python.md", "scoring.md", "structured-output.md"}
+SLOW = {
+    "README.md",
+    "adapters.md",
+    "engine.md",
+    "python.md",
+    "scoring.md",
+    "structured-output.md",
+    "training.md",
+}
 """Pages whose examples compile for a while."""
 
 

@@ -30,8 +30,8 @@ from llama_jax.cli import cli
 from llama_jax.cli.export import _size
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert, export_gguf, export_hf
-from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.convert.export.staging import UNFINISHED
+from llama_jax.convert.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.errors import (
     CheckpointError,
     DoesNotFit,

@@ -25,9 +25,7 @@ from llama_jax.generation import batch_generate, generate, stream_generate
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.generation.request import encode_prompt
 from llama_jax.loading import load
-from llama_jax.model.adapters import empty_slots, put_adapter
 from llama_jax.model.loaded import Model
-from llama_jax.params import flatten, unflatten
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -568,38 +566,3 @@ def test_nothing_compiles_after_warm_up(tmp_path: Path) -> None:
         assert compiled  # and still hears
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-
-
-@pytest.mark.slow
-def test_adapters_of_one_batch(golden: Model) -> None:
-    """Three prompts with no adapter, one and another: each gets the tokens of a model with its adapter merged."""
-    rng = np.random.default_rng(0)
-    slots = empty_slots(golden.config, slots=3, rank=4, targets=("q_proj", "down_proj"))
-    merged = [golden]
-    for slot in (1, 2):
-        flat, adapter = dict(flatten(golden.params)), {}
-        for name, leaf in flatten(slots).items():
-            if name.endswith(".scale"):
-                adapter[name] = np.float32(0.5)
-                continue
-            adapter[name] = rng.standard_normal(leaf.shape[1:]).astype(np.float32)
-        for name in {n.rpartition(".")[0] for n in adapter}:
-            delta = 0.5 * adapter[f"{name}.b"] @ adapter[f"{name}.a"]
-            flat[f"{name}.weight"] = np.asarray(flat[f"{name}.weight"]) + delta
-        slots = put_adapter(slots, slot, unflatten(adapter))
-        merged.append(Model(unflatten(flat), golden.config))
-    prompts = random_prompts(golden, [7, 5, 12])
-    fields: dict[str, Any] = {"max_tokens": 6, "ignore_eos": True}
-    for page_size in (64, 16):
-        found = batch_generate(
-            golden, None, prompts, adapters=slots, adapter_ids=[0, 1, 2], page_size=page_size, **fields
-        )
-        want = [batch_generate(m, None, [p], **fields)[0] for m, p in zip(merged, prompts, strict=True)]
-        assert [ids_of(o) for o in found] == [ids_of(o) for o in want]
-    assert len({tuple(map(tuple, ids_of(o))) for o in found}) == 3
-    streamed = stream_generate(golden, None, prompts[1], adapters=slots, adapter_ids=1, **fields)
-    assert [step.token for step in streamed] == list(found[1].outputs[0].token_ids)
-    for bad in (3, -1, [0, 1]):
-        with pytest.raises(RequestError) as caught:
-            batch_generate(golden, None, prompts, adapters=slots, adapter_ids=bad, **fields)
-        assert caught.value.param == "adapter_ids"

@@ -20,10 +20,10 @@ from llama_jax.checkpoint.small_files import json_bytes
 from llama_jax.config import LlamaConfig
 from llama_jax.config.families import find_family, renamed
 from llama_jax.convert.export.hf import FILES, METADATA, is_export
-from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.convert.export.source import Exported, PlainSource, checked_files
 from llama_jax.convert.export.staging import staged, start_folder, write_file
 from llama_jax.convert.folders import SINGLE
+from llama_jax.convert.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.errors import UnsupportedModel
 from llama_jax.params import ParamSpec, canonical_specs, stored_as
 from llama_jax.quantized import Layout, stored_layout

@@ -15,12 +15,12 @@ from llama_jax.checkpoint.small_files import COPIED, json_bytes
 from llama_jax.config import config_to_hf
 from llama_jax.config.families import find_family, renamed
 from llama_jax.convert.casting import cast, row_blocks, storage_dtype
-from llama_jax.convert.export.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.convert.export.source import Exported, PlainSource, checked_files
 from llama_jax.convert.export.staging import staged, start_folder, write_file
 from llama_jax.convert.folders import INDEX, SINGLE
 from llama_jax.convert.hf_names import Recipe, recipe
 from llama_jax.convert.safetensors_file import SafetensorsFile
+from llama_jax.convert.safetensors_writer import SafetensorsWriter, TensorPlan
 from llama_jax.errors import CheckpointError, RequestError, UnsupportedModel
 from llama_jax.params import ParamSpec
 

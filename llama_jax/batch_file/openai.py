@@ -87,7 +87,7 @@ class OpenAILine:
                 "id": f"{self.endpoint.prefix}-{self.index}",
                 "object": self.endpoint.object,
                 "created": int(time.time()),
-                "model": model.name,
+                "model": request.adapter(model) or model.name,
                 "choices": [
                     {"index": i, **self.endpoint.choice(output, completion, request.params, tokenizer)}
                     for i, (output, completion) in enumerate(made)

@@ -16,13 +16,13 @@ from llama_jax.text.tokenizer import Tokenizer
 
 SOURCES = ("prompt", "messages", "token_ids")
 _EXTRAS = ("tools", "documents")
-_KNOWN = {*SOURCES, *_EXTRAS, *FIELDS, "id"}
+_KNOWN = {*SOURCES, *_EXTRAS, *FIELDS, "id", "model"}
 
 
 @dataclass(frozen=True)
 class OwnLine:
-    """A line with one of "prompt" (text), "messages" (a conversation) or "token_ids"; optionally "id", fields of
-    SamplingParams, and "tools" or "documents" for the chat template.
+    """A line with one of "prompt" (text), "messages" (a conversation) or "token_ids"; optionally "id", "model"
+    (the name of an adapter), fields of SamplingParams, and "tools" or "documents" for the chat template.
 
     Attributes:
       head: first fields of its output line: "index", and "id" if it has one.
@@ -70,7 +70,10 @@ class OwnLine:
             raise RequestError("token_ids must be a list of integers", param=source, hint="e.g. [1, 450, 7483]")
         params = sampling(content, base, self.index)
         prompts = conversation(value, params, **extras) if source == "messages" else (value,)
-        return Draft(self, prompts, params, limited="max_tokens" in content)
+        model = content.get("model")
+        if model is not None and not isinstance(model, str):
+            raise RequestError(f"model is {type(model).__name__}, not text", param="model", hint="name an adapter")
+        return Draft(self, prompts, params, limited="max_tokens" in content, model=model)
 
     def refused(self, error: LlamaJaxError) -> Record:
         """See `request.Line`."""

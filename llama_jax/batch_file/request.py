@@ -98,16 +98,21 @@ class Draft:
             room = token_limit(config, longest, None)
             params = dataclasses.replace(params, max_tokens=min(room, params.max_tokens or room))
         params.check_vocab(config.vocab_size)
-        return Request(self.line, tuple(ids), params)
+        return Request(self.line, tuple(ids), params, self.model)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A line that can be generated; `prompts` are token ids."""
+    """A line that can be generated; `prompts` are token ids, `model` is what the line names, if it does."""
 
     line: Line
     prompts: tuple[list[int], ...]
     params: SamplingParams
+    model: str | None = None
+
+    def adapter(self, model: Model) -> str:
+        """The model's adapter that the line names; "" if it names none."""
+        return self.model if self.model is not None and self.model in model.adapters else ""
 
     @property
     def longest(self) -> int:

@@ -239,7 +239,7 @@ class BatchFile:
                 # often begin alike.
                 requests = [r for r in read if isinstance(r, Request)]
                 for r in sorted(requests, key=lambda r: r.params.max_tokens or 0, reverse=True):
-                    yield r, prepare(model, tokenizer, r.prompts, r.params)
+                    yield r, prepare(model, tokenizer, r.prompts, r.params, r.adapter(model))
 
         outputs: dict[int, dict[int, RequestOutput]] = {}  # of lines with several prompts, until all are there
         try:

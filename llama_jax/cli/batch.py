@@ -12,6 +12,7 @@ import click
 
 from llama_jax.cli.errors import INTERRUPTED
 from llama_jax.cli.options import (
+    adapter_option,
     batch_invariant_option,
     check_drafts,
     claim_memory,
@@ -19,6 +20,7 @@ from llama_jax.cli.options import (
     drafts_option,
     dtype_option,
     given,
+    given_adapter,
     kv_dtype_option,
     mesh_options,
     model_option,
@@ -55,7 +57,8 @@ the order of IN.
 Lines of OpenAI's Batch API are answered in its format:
   {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": […]}}
   {"custom_id": "2", "method": "POST", "url": "/v1/completions", "body": {"prompt": …}}
---model answers them all, whatever model they name, and what a body does not say is taken from the options.
+--model answers them all, whatever model they name, but for those that name an adapter (--adapter NAME=FOLDER), and what
+a body does not say is taken from the options.
 
 \b
 The exit code is 0 if every line was generated, 1 if some lines have an error, 130 if the run was interrupted;
@@ -97,6 +100,7 @@ Run the same command again after an interruption: it resumes.
 @batch_invariant_option
 @dtype_option
 @kv_dtype_option
+@adapter_option
 @mesh_options
 @click.option("--strict", is_flag=True, help="Refuse IN if a line is bad or ids are equal; nothing is generated then.")
 @click.option("--overwrite", is_flag=True, help="Start afresh, whatever OUT holds.")
@@ -113,6 +117,7 @@ def command(
     batch_invariant: bool,
     dtype: str | None,
     kv_dtype: str | None,
+    adapters: tuple[str, ...],
     mesh: str | None,
     tp: int | None,
     strict: bool,
@@ -132,6 +137,7 @@ def command(
     if as_json and str(target) == "-":
         raise click.UsageError("--json prints the summary to standard output, where OUT - puts the lines")
     check_drafts(drafts, draft_model)
+    adapter = given_adapter(adapters, named=True)
 
     # Imported here: --help and usage errors do not need jax.
     from llama_jax.sampling import SamplingParams
@@ -140,6 +146,7 @@ def command(
 
     import dataclasses
 
+    from llama_jax.adapters.files import adapters_digest
     from llama_jax.batch_file import BatchFile
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.checkpoint.format import digest
@@ -166,16 +173,20 @@ def command(
     )
     with batch:
         if not quiet:
-            _report_findings(batch.findings, model)
+            _report_findings(batch.findings, {model, *(adapter if isinstance(adapter, dict) else ())}, model)
         with Reporter(quiet=quiet) as reporter:
             folder = resolve(model, progress=reporter.progress, notify=reporter.notify)
             checkpoint = open_checkpoint(folder)
             # Identifies weights, tokenizer and chat template regardless of their names.
             digests = [f"{name} {t.digest}" for name, t in checkpoint.tensors.items()]
             parts = sorted([*digests, *checkpoint.file_digests.values()])
-            batch.open(load_tokenizer(folder), checkpoint.config, {"model": digest("\n".join(parts).encode())})
+            identity = {"model": digest("\n".join(parts).encode())}
+            if adapter is not None:
+                identity["adapters"] = adapters_digest(adapter, checkpoint.config)
+            batch.open(load_tokenizer(folder), checkpoint.config, identity)
             loaded, tokenizer = load(
                 folder,
+                adapter=adapter,
                 dtype=dtype,
                 kv_dtype=kv_dtype,
                 mesh=devices,
@@ -202,14 +213,14 @@ def command(
     return INTERRUPTED if summary.interrupted else SOME_FAILED if summary.errors else 0
 
 
-def _report_findings(found: Findings, model: str) -> None:
+def _report_findings(found: Findings, known: set[str], model: str) -> None:
     """Reports oddities of the input before any slow work."""
     if found.first_bad is not None:
         first = f"line {found.first_bad.line.index + 1}: {found.first_bad.error.message}"
         click.echo(printable(f"{found.bad} of {found.total} lines cannot be generated; the first is {first}"), err=True)
     if found.equal:
         click.echo(printable(f"warning: {found.equal_ids()}"), err=True)
-    if others := sorted(found.models - {model}):
+    if others := sorted(found.models - known):
         named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         click.echo(printable(f"lines name the model {named:.200}; {model} answers them"), err=True)
 

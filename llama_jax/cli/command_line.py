@@ -21,9 +21,11 @@ COMMANDS = {
     "pull": "Download a model from the Hugging Face hub.",
     "convert": "Convert a model to a checkpoint.",
     "quantize": "Store a model's weights in few bits.",
+    "merge-lora": "Merge an adapter into a model.",
     "quality": "Compare a quantised model's predictions with the original's.",
     "perplexity": "Find how well a model predicts a text.",
     "eval": "Run lm-eval's tasks.",
+    "train": "Fine-tune a model: all weights, or an adapter.",
     "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
     "verify": "Check a checkpoint's digests and its numbers.",
     "show": "Show what a model is: shapes, size, dtype, licence.",
@@ -79,7 +81,7 @@ class CommandLine(Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"llama_jax.cli.{cmd_name}").command
+        return importlib.import_module(f"llama_jax.cli.{cmd_name.replace('-', '_')}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -128,7 +130,7 @@ def _flags(args: Sequence[str]) -> dict[str, str]:
     """The options of the command that `args` name, by the names of their values."""
     if not args or args[0] not in COMMANDS:
         return {}
-    command = importlib.import_module(f"llama_jax.cli.{args[0]}").command
+    command = importlib.import_module(f"llama_jax.cli.{args[0].replace('-', '_')}").command
     if isinstance(command, click.Group) and len(args) > 1:
         command = command.commands.get(args[1], command)
     options = command.params

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -124,6 +125,14 @@ activations_option: Decorator = click.option(
     help="Round the inputs of quantised weights too, each token by itself, and multiply whole numbers. "
     "[default: not rounded]",
 )
+adapter_option: Decorator = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="[NAME=]FOLDER",
+    help="An adapter (LoRA and its kin) in a folder that peft wrote, which the model computes with. By NAME=FOLDER, "
+    "which may be repeated, for requests that name it.",
+)
 convert_option: Decorator = click.option(
     "--convert/--no-convert",
     default=True,
@@ -225,6 +234,36 @@ class Told(Protocol):
         ...
 
 
+def split_name(text: str) -> tuple[str, str]:
+    """Name and value of NAME=VALUE; the name is empty if there is none, as for a path that contains "="."""
+    name, sign, value = text.partition("=")
+    if not sign or Path(text).exists():
+        return "", text
+    if not name or not value:
+        raise click.UsageError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def given_adapter(adapters: Sequence[str], *, named: bool = False) -> str | dict[str, str] | None:
+    """The values of `--adapter` as `load` takes them: one folder, or several by name.
+
+    Args:
+      named: whether requests can choose one by name.
+
+    Raises:
+      UsageError: they cannot, or there are several without names.
+    """
+    pairs = [split_name(text) for text in adapters]
+    names = [name for name, _ in pairs]
+    if not pairs or names == [""]:
+        return pairs[0][1] if pairs else None
+    if not named:
+        raise click.UsageError("--adapter takes one FOLDER here; several NAME=FOLDER are for serve and batch")
+    if "" in names or len(set(names)) < len(names):
+        raise click.UsageError("of several adapters each needs a name of its own: --adapter NAME=FOLDER")
+    return dict(pairs)
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """Command-line options for loading a model; see `load_options`."""
@@ -237,6 +276,7 @@ class LoadOptions:
     mesh: str | None
     tp: int | None
     kernels: dict[str, str]
+    adapters: tuple[str, ...] = ()
 
     def load_draft(self, name: str | None, model: Model, tokenizer: Tokenizer | None, reporter: Told) -> Model | None:
         """Loads the draft model, if requested, onto the model's devices.
@@ -248,12 +288,17 @@ class LoadOptions:
 
         return opened_draft(name, model, tokenizer, **self._options(reporter))
 
-    def load(self, model: str, devices: MeshRequest, reporter: Told) -> tuple[Model, Tokenizer]:
-        """Loads a model on the devices that `requested_mesh` gives for `mesh` and `tp`."""
+    def load(self, model: str, devices: MeshRequest, reporter: Told, *, named: bool = False) -> tuple[Model, Tokenizer]:
+        """Loads a model on the devices that `requested_mesh` gives for `mesh` and `tp`.
+
+        Args:
+          named: see `given_adapter`.
+        """
         from llama_jax.loading import load
 
         return load(
             model,
+            adapter=given_adapter(self.adapters, named=named),
             dtype=self.dtype,
             mesh=devices,
             kv_dtype=self.kv_dtype,
@@ -296,9 +341,10 @@ load_options = gathered(
     convert_option,
     mesh_options,
     kernels_option,
+    adapter_option,
 )
-"""`--dtype`, `--weights`, `--kv-dtype`, `--activations`, `--convert`, `--tp`, `--mesh` and `--kernels`: a command's
-argument `loading`, of `LoadOptions`."""
+"""`--dtype`, `--weights`, `--kv-dtype`, `--activations`, `--convert`, `--tp`, `--mesh`, `--kernels` and `--adapter`: a
+command's argument `loading`, of `LoadOptions`."""
 
 
 sampling_options = _together(

@@ -77,7 +77,7 @@ class Reporter:
 
         def line(seconds: float, before: int) -> str:
             rest = (total - done) * seconds / (done - before) if done > before else 0.0
-            return f"{done} of {total} {name}" + (f", {_left(rest)}" if rest else "")
+            return f"{done} of {total} {name}" + (f", {left_text(rest)}" if rest else "")
 
         self._show(done, total, line, _count_columns)
 
@@ -88,7 +88,7 @@ class Reporter:
 
         def line(*_: object) -> str:
             took = "from the cache" if news.from_cache else f"{news.seconds:.1f} s"
-            return f"{news.done} of {news.total} programs, {_left(news.left_s)}, {news.key}: {took}"
+            return f"{news.done} of {news.total} programs, {left_text(news.left_s)}, {news.key}: {took}"
 
         self._show(news.done, news.total, line, _count_columns)
 
@@ -147,10 +147,11 @@ def _speed(seconds: float, done: int, left: int) -> str:
     if seconds <= 0 or done <= 0:
         return ""
     rate = done / seconds
-    return f", {size_text(round(rate))}/s, {_left(left / rate)}"
+    return f", {size_text(round(rate))}/s, {left_text(left / rate)}"
 
 
-def _left(seconds: float) -> str:
+def left_text(seconds: float) -> str:
+    """Formats the time that is left."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{f'{minutes} min ' if minutes else ''}{rest} s left"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from llama_jax.cli.options import (
@@ -14,10 +16,12 @@ from llama_jax.cli.options import (
     quiet_option,
     yes_option,
 )
-from llama_jax.cli.serve_models import FromName, check_mesh, named_models
+from llama_jax.cli.serve_models import FromName, check_adapters, check_mesh, named_models
 from llama_jax.cli.terminal import print_json
 
 KEY = "LLAMA_JAX_API_KEY"
+DEFAULT_ADAPTERS = 8
+"""Slots of adapters, where clients may load some."""
 
 
 @click.command(
@@ -26,6 +30,7 @@ KEY = "LLAMA_JAX_API_KEY"
         "llama-jax serve",
         "llama-jax serve meta-llama/Llama-3.1-8B-Instruct --tp 2 --served-model-name llama",
         "llama-jax serve --model chat=meta-llama/Llama-3.1-8B-Instruct --model big=/models/llama-3.1-70b",
+        "llama-jax serve meta-llama/Llama-3.1-8B-Instruct --adapter sql=./sql-lora --adapter chat=./chat-lora",
         f"{KEY}=... llama-jax serve --host 0.0.0.0 --ssl-certfile cert.pem --ssl-keyfile key.pem",
         "curl http://127.0.0.1:8000/v1/models",
     ),
@@ -87,6 +92,24 @@ KEY = "LLAMA_JAX_API_KEY"
     metavar="N",
     help="Sequences that may wait; more are turned away (429).",
 )
+@click.option(
+    "--max-adapters",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Adapters at once. [default: those of --adapter; 8 with --adapters-from]",
+)
+@click.option(
+    "--max-adapter-rank",
+    type=click.IntRange(1),
+    metavar="R",
+    help="Their largest rank. [default: that of those given, and 16 at least if others may come]",
+)
+@click.option(
+    "--adapters-from",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Let clients, with a key, load adapters from folders in DIR, and unload them.",
+)
 @click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True)
 @load_options
 @click.option("--max-body", type=click.IntRange(1), default=8 << 20, show_default=True, metavar="BYTES")
@@ -141,6 +164,9 @@ def command(
     pages: int | None,
     page_size: int,
     waiting: int,
+    max_adapters: int | None,
+    max_adapter_rank: int | None,
+    adapters_from: Path | None,
     prefix_cache: bool,
     loading: LoadOptions,
     max_body: int,
@@ -166,9 +192,13 @@ def command(
     if ssl_keyfile and not ssl_certfile:
         raise click.UsageError("--ssl-keyfile needs --ssl-certfile")
     lower = tuple(name.lower() for name in hosts)
-    settings = ServerSettings(host, port, keys, lower, drain_s, Limits(body=max_body, hung_s=hung_s))
+    limits = Limits(body=max_body, hung_s=hung_s)
+    settings = ServerSettings(host, port, keys, lower, drain_s, limits, adapters_from)
     served = named_models(model, models, names, parsers)
     check_mesh(loading, served)
+    if adapters_from is not None and max_adapters is None:
+        max_adapters = DEFAULT_ADAPTERS
+    check_adapters(loading, served, slots=max_adapters is not None)
 
     import asyncio
     import logging
@@ -193,7 +223,13 @@ def command(
 
         def slot(index: int) -> Slot:
             one = served[index]
-            options = {"waiting": waiting, "prefix_cache": prefix_cache, "restarts": Restarts(restarts)}
+            options = {
+                "waiting": waiting,
+                "prefix_cache": prefix_cache,
+                "restarts": Restarts(restarts),
+                "max_adapters": max_adapters,
+                "max_adapter_rank": max_adapter_rank,
+            }
             return Slot(one.names, FromName(one.model, loading, reporter, sizes, options), one.tool_parser)
 
         models_here = Models(map(slot, range(len(served))), settings, metrics, settle=runtime.freeze_live_objects)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llama_jax.cli.options import LoadOptions, is_auto, requested_mesh
+from llama_jax.cli.options import LoadOptions, given_adapter, is_auto, requested_mesh, split_name
 from llama_jax.errors import ModelNotFound
 from llama_jax.library import DEFAULT_MODEL, check_name
 
@@ -47,11 +46,11 @@ def named_models(
     from llama_jax.server.served import served_name
     from llama_jax.text.tools import format_named
 
-    given = [*([] if argument is None else [("", argument)]), *map(_split, options)] or [("", DEFAULT_MODEL)]
+    given = [*([] if argument is None else [("", argument)]), *map(split_name, options)] or [("", DEFAULT_MODEL)]
     if names and len(given) > 1:
         raise click.UsageError("--served-model-name is for one model; of several give --model NAME=MODEL")
     known = [names or (name or served_name(model),) for name, model in given]
-    of = dict(_split(parser) for parser in parsers)
+    of = dict(split_name(parser) for parser in parsers)
     for parser in of.values():
         format_named(parser)
     if unknown := of.keys() - {"", *(name for each in known for name in each)}:
@@ -64,16 +63,6 @@ def named_models(
         return next((of[name] for name in names if name in of), of.get("", ""))
 
     return [Named(model, tuple(each), parser_of(each)) for (_, model), each in zip(given, known, strict=True)]
-
-
-def _split(text: str) -> tuple[str, str]:
-    """Name and value of NAME=VALUE; the name is empty if there is none, as for a path that contains "="."""
-    name, sign, value = text.partition("=")
-    if not sign or Path(text).exists():
-        return "", text
-    if not name or not value:
-        raise click.UsageError(f"{text!r} is not NAME=VALUE")
-    return name, value
 
 
 @dataclass(frozen=True)
@@ -126,7 +115,7 @@ class FromName:
         told = _Both(self.reporter, progress)
         rows, context = self.sizes["rows"], self.sizes["context"]
         devices = requested_mesh(self.loading.mesh, self.loading.tp, batch=rows or 1, context=context)
-        loaded, tokenizer = self.loading.load(self.model, devices, told)
+        loaded, tokenizer = self.loading.load(self.model, devices, told, named=True)
         self.reporter.notify("Compiling the engine's programs")
         # On a GPU XLA times kernels as it compiles, which requests would disturb, and which would delay them.
         early = loaded.device.platform == "cpu"
@@ -161,3 +150,14 @@ def check_mesh(loading: LoadOptions, models: Sequence[Named]) -> None:
     """Raises UsageError if a mesh would be chosen by memory that several models share."""
     if len(models) > 1 and is_auto(loading.mesh, loading.tp):
         raise click.UsageError("--mesh auto chooses by the memory that is free; with several models give --tp")
+
+
+def check_adapters(loading: LoadOptions, models: Sequence[Named], *, slots: bool) -> None:
+    """Raises UsageError if adapters are for several models, or named like one."""
+    named = given_adapter(loading.adapters, named=True)
+    if len(models) > 1 and (named is not None or slots):
+        raise click.UsageError("adapters are of one model: serve it alone")
+    if isinstance(named, dict) and (same := named.keys() & set(models[0].names)):
+        raise click.UsageError(f"--adapter {min(same)}=...: the model is called so")
+    if isinstance(named, str) and slots:
+        raise click.UsageError("--adapter FOLDER changes the whole model; give NAME=FOLDER for one of several")

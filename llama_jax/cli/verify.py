@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from llama_jax.cli.options import examples, json_option, mesh_options, quiet_option, requested_mesh, yes_option
+from llama_jax.cli.options import (
+    adapter_option,
+    examples,
+    given_adapter,
+    json_option,
+    mesh_options,
+    quiet_option,
+    requested_mesh,
+    yes_option,
+)
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json, printable, size_text
 from llama_jax.errors import CheckpointError, VerificationError
@@ -25,12 +34,14 @@ if TYPE_CHECKING:
         "llama-jax verify my-checkpoint --source ./Llama-3.2-1B-Instruct",
         "llama-jax verify my-checkpoint --expected expected.npz",
         "llama-jax verify my-checkpoint --expected expected.npz --save-logits ours.npz",
+        "llama-jax verify my-checkpoint --adapter ./my-lora --expected expected.npz",
     ),
 )
 @click.argument("checkpoint", metavar="CHECKPOINT")
 @click.option("--source", metavar="PATH", help="Also compare with the folder or file that it was converted from.")
 @click.option("--expected", metavar="FILE.npz", help="Also run the model and compare with this file.")
 @click.option("--save-logits", metavar="OUT.npz", help="Write what was computed, for others to compare.")
+@adapter_option
 @mesh_options
 @yes_option
 @quiet_option
@@ -40,6 +51,7 @@ def command(
     source: str | None,
     expected: str | None,
     save_logits: str | None,
+    adapters: tuple[str, ...],
     mesh: str | None,
     tp: int | None,
     quiet: bool,
@@ -52,12 +64,15 @@ def command(
     With --expected, also run it in float32 on the file's input_ids and attention_mask, compare logits where the mask is
     1, then decode greedily as many tokens as `greedy` has and compare them. Prints one JSON line: max_abs_diff,
     max_rel_diff (as a share of the largest expected logit), greedy_match, ok. --tp and --mesh run it on
-    several devices.
+    several devices, --adapter with an adapter, attached and not merged.
 
     Exits with 4 if anything is damaged, a logit differs by more than 5e-5 of the largest one, or a token differs.
     """
     if save_logits and not expected:
         raise click.UsageError("--save-logits needs --expected, whose input_ids the model is run on")
+    adapter = given_adapter(adapters)
+    if expected is None and adapter is not None:
+        raise click.UsageError("--adapter needs --expected: without it no model is run")
     if expected is None and (mesh is not None or tp is not None):
         raise click.UsageError("--tp and --mesh need --expected: without it no model is run")
     inputs = devices = None
@@ -72,7 +87,7 @@ def command(
     with Reporter(quiet=quiet, label="Verifying") as reporter:
         path = _check_digests(checkpoint, source, reporter, as_json=as_json, print_report=expected is None)
         if expected is not None and inputs is not None:
-            _check_numbers(path, expected, inputs, devices, save_logits, reporter, quiet=quiet)
+            _check_numbers(path, expected, inputs, devices, adapter, save_logits, reporter, quiet=quiet)
 
 
 def _check_digests(
@@ -109,6 +124,7 @@ def _check_numbers(
     expected: str,
     inputs: Inputs,
     mesh: MeshRequest,
+    adapter: str | dict[str, str] | None,
     save_logits: str | None,
     reporter: Reporter,
     *,
@@ -120,7 +136,10 @@ def _check_numbers(
 
     runtime.enable_compilation_cache()
     config = open_checkpoint(path).config
-    model = verification.load_float32(path, config, mesh, progress=reporter.progress, notify=reporter.notify)
+    assert not isinstance(adapter, dict)  # `given_adapter` without names
+    model = verification.load_float32(
+        path, config, mesh, adapter=adapter, progress=reporter.progress, notify=reporter.notify
+    )
     reporter.warn_of_unused_gpu()
     try:
         computed = verification.compute(model.params, model.config, inputs, model.mesh)

@@ -14,6 +14,7 @@ PACKAGES = (
     "jax",
     "jaxlib",
     "flax",
+    "optax",
     "orbax-checkpoint",
     "tensorstore",
     "numpy",

@@ -18,6 +18,7 @@ from llama_jax.aot.stored import compile_stored, tracing_context
 from llama_jax.cache import PagedCache
 from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
+from llama_jax.engine.adapter_pool import AdapterSlots
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts
 from llama_jax.engine.program_set import Key, masks_of, program, program_set, restricted, sufficient, texts_of
 from llama_jax.engine.settings import EngineSettings
@@ -68,7 +69,7 @@ class Programs:
         model: Model,
         settings: EngineSettings,
         state: DecodeState,
-        adapters: Params | None,
+        adapters: AdapterSlots | None,
         compiled: dict[Key, Any],
         draft: DraftParts | None = None,
     ):
@@ -107,6 +108,10 @@ class Programs:
                 yield Compiled(key, seconds, from_cache, done, total, left_s)
         self._coming |= {key: _in_background().submit(self._compile, key) for key in self.awaited()}
         self._ready = True
+
+    @property
+    def _slots(self) -> Params | None:
+        return None if self._adapters is None else self._adapters.tree
 
     def awaited(self, *, early: bool = False) -> list[Key]:
         """Missing programs that `compile_all` waits for, in the order of their compilation."""
@@ -207,7 +212,7 @@ class Programs:
         Args:
           masks: of `verify`; None if no row has any.
         """
-        arguments = (self._model.params, state, control, self._adapters)
+        arguments = (self._model.params, state, control, self._slots)
         run = self._get(key)
         if key.name != "verify":
             return run(*arguments)
@@ -260,7 +265,7 @@ class Programs:
             if draft:
                 made = draft.program(key.name, self._settings)
             else:
-                made = program(key, model.config, self._settings, model.params, self._state, self._adapters)
+                made = program(key, model.config, self._settings, model.params, self._state, self._slots)
             compiled, read = compile_stored(made, about, model.devices, model.mesh)
         with self._lock:
             self._compiled[key] = compiled

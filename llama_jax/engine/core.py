@@ -19,6 +19,7 @@ import numpy as np
 from llama_jax.decode.graphs import small_places
 from llama_jax.decode.loop import DecodeState
 from llama_jax.engine import programs
+from llama_jax.engine.adapter_pool import AdapterSlots
 from llama_jax.engine.compiled import Compiled, Programs, compiled_before
 from llama_jax.engine.draft_model import DraftModel, check_room, cost_of
 from llama_jax.engine.draft_programs import DraftParts
@@ -37,7 +38,6 @@ from llama_jax.engine.state import new_state, shapes_of
 from llama_jax.engine.steps import Step
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
-from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak, StepCosts
 from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams, check_widths, token_mask
 from llama_jax.sharding import on, ruled
@@ -86,7 +86,7 @@ class Core:
         model: Model,
         settings: EngineSettings,
         *,
-        adapters: Params | None = None,
+        adapters: AdapterSlots | None = None,
         draft: Model | None = None,
         numbers: Iterator[int] | None = None,
         peak: Peak | None = None,
@@ -95,6 +95,7 @@ class Core:
 
         Args:
           model: on a mesh that does not split the batch (see `replicas`).
+          adapters: its slots of adapters.
           draft: a model that drafts for it (`draft_model.check_draft`); requires a `draft_context` in the settings.
           numbers: of its sequences.
           peak: the device's peak rates, for its utilisation; by default those of its data sheet.
@@ -105,7 +106,8 @@ class Core:
         peak = peak or Peak.of(of_device(model.device), model.dtype.name)
         self._meter = Meter(StepCosts(model.config, model.dtype, model.mesh, model.kv_dtype), peak)
         self.scheduler = Scheduler(settings.limits)
-        compiled, start = compiled_before(model, settings, adapters, draft), Key(START)
+        tree = None if adapters is None else adapters.tree
+        compiled, start = compiled_before(model, settings, tree, draft), Key(START)
         if start not in compiled:
             with on(model.mesh), using(**model.kernels):
                 begin = jax.jit(new_state, static_argnums=(0, 1, 2))
@@ -162,7 +164,8 @@ class Core:
           limit: most tokens to draw, including those in `drawn`.
           priority: lower ones run first.
           adapter: its slot, 0 for none.
-          domain: (kind, value) pairs that, besides the tokens, determine its keys and values or who may share them.
+          domain: (kind, value) pairs that, besides the tokens, determine its keys and values, as an adapter does, or
+            who may share them.
           drawn: tokens drawn already, in another core.
           rule: constraint on its tokens, which has already accepted those in `drawn`.
           streamed: whether each token is read as it comes.
@@ -175,8 +178,6 @@ class Core:
         settings, ending = self.settings, self.model.eos_token_ids
         check_widths(params, ending, stop_width=settings.stop_ids, bias_width=settings.biases)
         number = next(self._numbers)
-        if adapter:
-            domain = (*domain, ("adapter", adapter))
         if self.model.config.rope.kind == "dynamic":  # the prompt's length determines its RoPE frequencies
             domain = (*domain, ("prompt length", len(prompt)))
         sequence = Sequence(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llama_jax.engine.adapter_pool import AdapterSlots
 from llama_jax.engine.compiled import Compiled
 from llama_jax.engine.core import Core, Drawn
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.model.loaded import Model
-from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak
 from llama_jax.sharding import RuledMesh, ruled
 
@@ -69,19 +69,19 @@ class Replicas:
         self,
         models: list[Model],
         settings: EngineSettings,
-        adapters: Params | None,
+        adapters: Sequence[AdapterSlots] | None,
         *,
         drafts: list[Model] | None = None,
         peak: Peak | None = None,
     ):
-        """Makes replicas without sequences, each with these settings; `drafts`: the draft model of each; `peak`: peak
-        rates of each device."""
+        """Makes replicas without sequences, each with these settings; `adapters`: the slots of each; `drafts`: the
+        draft model of each; `peak`: peak rates of each device."""
         count = len(models)
         self.cores = [
             Core(
                 model,
                 settings,
-                adapters=adapters if count == 1 else _on(adapters, ruled(model.mesh)),
+                adapters=None if adapters is None else adapters[i],
                 draft=None if drafts is None else drafts[i],
                 numbers=itertools.count(i, count),
                 peak=peak,

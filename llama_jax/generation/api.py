@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+from llama_jax.adapters import Adapter
+from llama_jax.adapters.models import AdapterLike, open_adapter, with_adapter
 from llama_jax.cache import DEFAULT_PAGE_SIZE
 from llama_jax.engine.settings import BIASES, STOP_IDS
 from llama_jax.engine.sizing import rows_for
@@ -13,7 +16,6 @@ from llama_jax.generation.llm import LLM
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
 from llama_jax.generation.request import Prompt, Requests, check_prompts, check_stream, prepare, sampling
 from llama_jax.model.loaded import Model
-from llama_jax.params import Params
 from llama_jax.sampling import SamplingParams, widths
 from llama_jax.sharding import ruled
 from llama_jax.text.tokenizer import Tokenizer
@@ -27,8 +29,7 @@ def generate(
     *,
     page_size: int = DEFAULT_PAGE_SIZE,
     kv_dtype: str | None = None,
-    adapters: Params | None = None,
-    adapter_ids: int = 0,
+    adapter: AdapterLike | None = None,
     **fields: Any,
 ) -> str:
     """Continues one prompt and returns the new text.
@@ -39,7 +40,7 @@ def generate(
       params: sampling parameters. Without them decoding is greedy.
       page_size: tokens per cache page: 16, 32, 64, 128 or 256; the answer is the same.
       kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default the model's own.
-      adapters: slots of low-rank adapters (`llama_jax.model.adapters`); adapter_ids: the slot to use, 0 for none.
+      adapter: name of one of the model's adapters (`load`), a folder, or an `Adapter`.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.
 
     Raises:
@@ -52,8 +53,7 @@ def generate(
         params,
         page_size=page_size,
         kv_dtype=kv_dtype,
-        adapters=adapters,
-        adapter_ids=adapter_ids,
+        adapter=adapter,
         **fields,
     )
     return outputs[0].text
@@ -67,8 +67,7 @@ def stream_generate(
     *,
     page_size: int = DEFAULT_PAGE_SIZE,
     kv_dtype: str | None = None,
-    adapters: Params | None = None,
-    adapter_ids: int = 0,
+    adapter: AdapterLike | None = None,
     **fields: Any,
 ) -> Iterator[StreamOutput]:
     """Continues one prompt token by token. Closing the generator stops generation.
@@ -76,7 +75,8 @@ def stream_generate(
     Arguments and errors as for `generate`; n must be 1, and max_tokens not 0. Errors are raised here, not at the first
     token.
     """
-    requests = prepare(model, tokenizer, [prompt], sampling(params, fields), adapters, adapter_ids)
+    requests = prepare(model, tokenizer, [prompt], sampling(params, fields))
+    model = model if adapter is None else with_adapter(model, adapter)
     check_stream(requests)
     return _llm(model, tokenizer, requests, page_size, kv_dtype).stream_of(requests)
 
@@ -89,8 +89,7 @@ def batch_generate(
     *,
     page_size: int = DEFAULT_PAGE_SIZE,
     kv_dtype: str | None = None,
-    adapters: Params | None = None,
-    adapter_ids: int | Sequence[int] = 0,
+    adapter: AdapterLike | Sequence[AdapterLike | None] | None = None,
     **fields: Any,
 ) -> list[RequestOutput]:
     """Continues several prompts as one batch on the device.
@@ -100,8 +99,8 @@ def batch_generate(
     Args:
       prompts: texts or lists of token ids.
       params: one for all prompts, or one for each.
-      page_size, kv_dtype, adapters: as for `generate`.
-      adapter_ids: one slot for all prompts, or one for each.
+      page_size, kv_dtype: as for `generate`.
+      adapter: as for `generate`, of all prompts, or one for each, None for none.
       fields: fields of SamplingParams for all prompts, instead of `params` or overriding them.
 
     Returns:
@@ -110,9 +109,19 @@ def batch_generate(
     check_prompts(prompts)
     if not len(prompts):
         return []
-    requests = prepare(model, tokenizer, prompts, sampling(params, fields), adapters, adapter_ids)
+    names: str | list[str] = ""
+    if isinstance(adapter, Sequence) and not isinstance(adapter, str):
+        named = {_name(one): open_adapter(model, one) for one in adapter if one is not None}
+        model, names = replace(model, adapters=named), ["" if one is None else _name(one) for one in adapter]
+    else:
+        model = replace(model, adapters={}) if adapter is None else with_adapter(model, adapter)
+    requests = prepare(model, tokenizer, prompts, sampling(params, fields), names)
     outputs = dict(_llm(model, tokenizer, requests, page_size, kv_dtype).each_of(requests))
     return [outputs[i] for i in range(len(prompts))]
+
+
+def _name(adapter: AdapterLike) -> str:
+    return str(id(adapter)) if isinstance(adapter, Adapter) else str(adapter)
 
 
 def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_size: int, kv_dtype: str | None) -> LLM:
@@ -122,7 +131,6 @@ def _llm(model: Model, tokenizer: Tokenizer | None, requests: Requests, page_siz
     return LLM(
         model,
         tokenizer,
-        adapters=requests.adapters,
         room=max(len(requests.prompt_of(i)) + min(row.limit, FORESEEN) for i, row in enumerate(requests.rows)),
         rows=rows,
         decode_rows=(rows,),

@@ -8,10 +8,11 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from llama_jax.adapters.models import AdapterLike, open_adapter
 from llama_jax.engine.publishing import Published, report
 from llama_jax.engine.replicas import Replicas, replicas
 from llama_jax.engine.settings import EngineSettings
@@ -20,15 +21,32 @@ from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed, LlamaJaxError
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.draft import opened_draft
-from llama_jax.generation.jobs import Jobs, News, Progress, opened
+from llama_jax.generation.jobs import Jobs, News, Progress, no_slots, opened, opened_pool
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.generation.request import prepare
 from llama_jax.generation.restarts import Restarts
 from llama_jax.generation.streams import Piece, Request, Stream, deliver
 from llama_jax.model.loaded import Model
-from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak
 from llama_jax.text.tokenizer import Tokenizer
+
+
+class _Change:
+    """Something to do between two steps, for a caller in an event loop that waits for `done`."""
+
+    def __init__(self, run: Callable[[Jobs], None], loop: asyncio.AbstractEventLoop):
+        self.run, self.done, self._loop = run, loop.create_future(), loop
+
+    def end(self, error: LlamaJaxError | None) -> None:
+        """Tells the caller; from any thread. Nobody is told whose loop is closed."""
+
+        def tell() -> None:
+            if self.done.done():  # its caller has left
+                return
+            self.done.set_result(None) if error is None else self.done.set_exception(error)
+
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(tell)
 
 
 class Engine:
@@ -47,7 +65,9 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         settings: EngineSettings | None = None,
-        adapters: Params | None = None,
+        adapters: Mapping[str, AdapterLike] | None = None,
+        max_adapters: int | None = None,
+        max_adapter_rank: int | None = None,
         draft: Model | str | Path | None = None,
         kv_dtype: str | None = None,
         ahead: bool = True,
@@ -69,8 +89,9 @@ class Engine:
         self._draft = opened_draft(draft, self.model, self.tokenizer)
         if self._draft is not None:
             options["draft"] = replicas(self._draft)[0]
+        self._pool = opened_pool(self.model, adapters, max_adapters, max_adapter_rank)
         self._settings = settings or default_settings(replicas(self.model)[0], **options)
-        self._adapters, self._peak, self._compiling = adapters, peak, compiling
+        self._peak, self._compiling = peak, compiling
         self._ahead, self._early = ahead, early
         self._jobs: Jobs | None = None
         self.restarts = restarts or Restarts()
@@ -78,7 +99,7 @@ class Engine:
         self._resting: EngineFailed | None = None
         self._why_restarts = ""
         self._streams: dict[Answer, Stream] = {}
-        self._inbox: deque[tuple[Callable[[Stream], None], Stream]] = deque()
+        self._inbox: deque[tuple[Callable[[Any], None], Stream | _Change]] = deque()
         self._wake = threading.Event()
         self._posting = threading.Lock()
         self._closing = self._ended = False
@@ -125,6 +146,38 @@ class Engine:
                 return piece.output
         raise EngineFailed("the engine has ended", hint="make a new one")
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests can choose, in the order they were loaded."""
+        return () if self._pool is None else self._pool.names
+
+    async def load_adapter(self, name: str, adapter: AdapterLike) -> None:
+        """Loads an adapter for later requests to name, between two steps; nothing is compiled.
+
+        Raises:
+          RequestError: the engine has no slots of adapters, or the adapter does not fit them.
+          Overloaded: no slot is free.
+          EngineFailed: the engine is not running.
+          LlamaJaxError: as for `adapters.load_adapter`.
+        """
+        self._check_open()
+        if (pool := self._pool) is None:
+            raise no_slots()
+        prepared = await asyncio.to_thread(lambda: pool.prepare(name, open_adapter(self.model, adapter)))
+        await self._changed(lambda jobs: jobs.put_adapter(name, prepared))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter: requests that have begun with it end with it, then its slot is free. Errors as for
+        `load_adapter`."""
+        self._check_open()
+        await self._changed(lambda jobs: jobs.pool.drop(name))
+
+    async def _changed(self, run: Callable[[Jobs], None]) -> None:
+        """Runs something between two steps."""
+        change = _Change(run, asyncio.get_running_loop())
+        self._post(self._apply, change)
+        await change.done
+
     async def _pieces(self, request: Request, *, streamed: bool) -> AsyncIterator[Piece]:
         self._check_open()
         prompts, params = [request.prompt], [request.params]
@@ -135,8 +188,7 @@ class Engine:
             self.tokenizer,
             prompts,
             params,
-            adapters=self._adapters,
-            adapter_ids=[request.adapter_id],
+            adapter=request.adapter,
         )
         stream = Stream(requests, request, streamed, asyncio.get_running_loop())
         self._post(self._begin, stream)
@@ -205,7 +257,7 @@ class Engine:
     # --- The engine's thread
 
     def _made(self) -> Jobs:
-        jobs = Jobs(self.model, self.tokenizer, self._settings, self._adapters, draft=self._draft, peak=self._peak)
+        jobs = Jobs(self.model, self.tokenizer, self._settings, self._pool, draft=self._draft, peak=self._peak)
         jobs.make_ready(self._compiling, ahead=self._ahead, early=self._early)
         return jobs
 
@@ -228,6 +280,15 @@ class Engine:
             except Exception as error:  # a device failure or a bug of ours: callers must be told
                 self._fail(error)
         self._drop(self._why_ended)
+
+    def _apply(self, change: _Change) -> None:
+        assert self._jobs is not None
+        try:
+            change.run(self._jobs)
+        except LlamaJaxError as error:
+            change.end(error)
+        else:
+            change.end(None)
 
     def _begin(self, stream: Stream) -> None:
         assert self._jobs is not None
@@ -315,15 +376,21 @@ class Engine:
             posted = list(self._inbox)
             self._inbox.clear()
             self._ended = self._closing
-        streams = [*self._streams.values(), *(stream for do, stream in posted if do == self._begin)]
+        for _, change in posted:
+            if isinstance(change, _Change):
+                change.end(error)
+        begun = [stream for do, stream in posted if do == self._begin and isinstance(stream, Stream)]
+        streams = [*self._streams.values(), *begun]
         self._streams.clear()
         deliver((stream, error) for stream in streams)
 
-    def _post(self, do: Callable[[Stream], None], stream: Stream) -> None:
+    def _post(self, do: Callable[[Any], None], stream: Stream | _Change) -> None:
         with self._posting:
             if not self._ended:
                 self._inbox.append((do, stream))
                 self._wake.set()
+            elif isinstance(stream, _Change):
+                stream.end(self._why_ended)
             elif do == self._begin:
                 deliver([(stream, self._why_ended)])
 

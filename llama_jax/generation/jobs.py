@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llama_jax.adapters.models import AdapterLike, open_adapters
+from llama_jax.engine.adapter_pool import AdapterPool
 from llama_jax.engine.compiled import Compiled
 from llama_jax.engine.publishing import publish
 from llama_jax.engine.replicas import Replicas, replicas
@@ -18,7 +20,7 @@ from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import GROUP
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.sizing import Sizes
-from llama_jax.errors import DoesNotFit, EngineFailed, LateCompilation
+from llama_jax.errors import DoesNotFit, EngineFailed, LateCompilation, RequestError
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.request import Requests
 from llama_jax.library import DEFAULT_MODEL
@@ -48,6 +50,25 @@ def opened(
     if isinstance(model, Model):
         return (model if kv_dtype is None else replace(model, kv_dtype=kv_dtype)), tokenizer
     return load(DEFAULT_MODEL if model is None else model, kv_dtype=kv_dtype)
+
+
+def opened_pool(
+    model: Model, adapters: Mapping[str, AdapterLike] | None, count: int | None, rank: int | None
+) -> AdapterPool | None:
+    """Slots for adapters, by default those of the model; None without any.
+
+    Raises:
+      RequestError: see `AdapterPool`.
+    """
+    given = open_adapters(model, model.adapters if adapters is None else adapters)
+    return AdapterPool(replicas(model), given, count=count, rank=rank) if given or count is not None else None
+
+
+def no_slots() -> RequestError:
+    """The error for an engine that was made without slots for adapters."""
+    return RequestError(
+        "the engine has no adapters", param="adapter", hint="give it some by name, or max_adapters (--max-adapters)"
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,7 @@ class Jobs:
         model: Model,
         tokenizer: Tokenizer | None,
         settings: EngineSettings | None = None,
-        adapters: Params | None = None,
+        adapters: AdapterPool | None = None,
         *,
         room: int = 0,
         draft: Model | None = None,
@@ -112,6 +133,7 @@ class Jobs:
 
         Args:
           settings: of each replica; without them the engine starts with `room` tokens and grows as needed.
+          adapters: those of its replicas.
           draft: the draft model, on the devices of the model.
           peak: peak rates of each device, for its utilisation.
           options: without `settings`, those of `default_settings`. With a context among them it does not grow.
@@ -155,7 +177,7 @@ class Jobs:
 
         Raises:
           DoesNotFit: it can never fit.
-          RequestError: it has more stop ids or biases than there is room for.
+          RequestError: it has more stop ids or biases than there is room for, or there is no adapter of its name.
           Overloaded: the queue is full.
           EngineFailed: this process is a fork of the one that made the engine.
         """
@@ -169,7 +191,11 @@ class Jobs:
         answer = Answer(self._tokenizer, prompt, params, rows[0].limit, self._models[0].eos_token_ids)
         if not self._engine.settings.prefix_cache:  # continuations of one prompt share its pages anyway
             domain = (*domain, (GROUP, secrets.token_hex(8)))
-        options = {"priority": priority, "adapter": requests.adapter_ids[index], "domain": domain, "streamed": streamed}
+        slot = 0
+        if name := requests.adapters[index]:
+            held = self.pool.of(name)
+            slot, domain = held.slot, (*domain, ("adapter", str(held.number)))
+        options = {"priority": priority, "adapter": slot, "domain": domain, "streamed": streamed}
         jobs = []
         for copy, row in enumerate(rows):
             seed = secrets.randbits(64) if row.params.seed is None else row.params.seed
@@ -182,6 +208,21 @@ class Jobs:
             self.cancel(answer)
             raise
         return answer
+
+    @property
+    def pool(self) -> AdapterPool:
+        """The adapters.
+
+        Raises:
+          RequestError: the engine has no slots for any.
+        """
+        if self._adapters is None:
+            raise no_slots()
+        return self._adapters
+
+    def put_adapter(self, name: str, prepared: Sequence[Params]) -> None:
+        """See `AdapterPool.put`."""
+        self.pool.put(name, prepared, {job.options["adapter"] for job in self._of.values()})
 
     def cancel(self, answer: Answer) -> None:
         """Ends the rest of a request; no effect on one that has ended."""
@@ -275,7 +316,8 @@ class Jobs:
             self._of[number] = job
 
     def _made(self, settings: EngineSettings) -> Replicas:
-        engine = Replicas(self._models, settings, self._adapters, drafts=self._drafts, peak=self._peak)
+        slots = None if self._adapters is None else self._adapters.slots
+        engine = Replicas(self._models, settings, slots, drafts=self._drafts, peak=self._peak)
         publish(engine)
         return engine
 

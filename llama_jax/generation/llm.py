@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from llama_jax.adapters.models import AdapterLike, open_adapter
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import DoesNotFit, RequestError
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.draft import opened_draft
-from llama_jax.generation.jobs import Jobs, Progress, opened
+from llama_jax.generation.jobs import Jobs, Progress, opened, opened_pool
 from llama_jax.generation.outputs import RequestOutput, StreamOutput
 from llama_jax.generation.request import Prompt, Requests, check_prompts, check_stream, prepare, sampling
 from llama_jax.model.loaded import Model
-from llama_jax.params import Params
 from llama_jax.plan.step_costs import Peak
 from llama_jax.sampling import SamplingParams
 from llama_jax.text.chat import Message, encode_chat
@@ -58,7 +58,9 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         *,
         settings: EngineSettings | None = None,
-        adapters: Params | None = None,
+        adapters: Mapping[str, AdapterLike] | None = None,
+        max_adapters: int | None = None,
+        max_adapter_rank: int | None = None,
         draft: Model | str | Path | None = None,
         ahead: bool = False,
         kv_dtype: str | None = None,
@@ -72,7 +74,9 @@ class LLM:
         Args:
           model: a loaded model, or a name or folder as `load` takes it; None for the default model.
           settings: sizes of the engine, or of each replica on a mesh that splits the batch.
-          adapters: slots of low-rank adapters (`llama_jax.model.adapters`).
+          adapters: by name, of which each request chooses one or none; by default those of the model.
+          max_adapters: the most at once, for some that are loaded later (`load_adapter`); by default only those given.
+          max_adapter_rank: the largest rank; by default that of the given ones, and at least 16 with `max_adapters`.
           draft: a smaller model with the same vocabulary, on the same devices, for speculative decoding (`drafts=` is
             the number of tokens per draft); or its name.
           kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default the model's own.
@@ -90,10 +94,10 @@ class LLM:
         """
         self.model, self.tokenizer = opened(model, tokenizer, kv_dtype)
         small = opened_draft(draft, self.model, self.tokenizer)
-        self._adapters = adapters
         with memory_errors():
+            self._adapters = opened_pool(self.model, adapters, max_adapters, max_adapter_rank)
             self._jobs = Jobs(
-                self.model, self.tokenizer, settings, adapters, room=room, draft=small, peak=peak, **options
+                self.model, self.tokenizer, settings, self._adapters, room=room, draft=small, peak=peak, **options
             )
             self._jobs.make_ready(compiling, ahead=ahead)
         self._busy = False
@@ -107,20 +111,37 @@ class LLM:
         """The engine's current state and counters."""
         return self._jobs.engine.snapshot()
 
+    def load_adapter(self, name: str, adapter: AdapterLike) -> None:
+        """Loads an adapter for later requests to name; nothing is compiled.
+
+        Raises:
+          RequestError: the engine has no slots of adapters, or the adapter does not fit them.
+          Overloaded: no slot is free.
+          LlamaJaxError: as for `adapters.load_adapter`.
+        """
+        self._jobs.put_adapter(name, self._jobs.pool.prepare(name, open_adapter(self.model, adapter)))
+
+    def unload_adapter(self, name: str) -> None:
+        """Frees the slot of an adapter. Errors as for `load_adapter`."""
+        self._jobs.pool.drop(name)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter_ids: int | Sequence[int] = 0,
+        adapter: str | Sequence[str] = "",
         priority: int = 0,
         **fields: Any,
     ) -> list[RequestOutput]:
         """Continues prompts and returns one output for each, in order.
 
         Arguments and errors as for `batch_generate`; prompts with a lower `priority` run first.
+
+        Args:
+          adapter: name of one of the engine's adapters for all prompts, or of one for each; "" is none.
         """
-        done = dict(self.each(prompts, params, adapter_ids=adapter_ids, priority=priority, **fields))
+        done = dict(self.each(prompts, params, adapter=adapter, priority=priority, **fields))
         return [done[i] for i in range(len(prompts))]
 
     def chat(
@@ -144,7 +165,7 @@ class LLM:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter_ids: int | Sequence[int] = 0,
+        adapter: str | Sequence[str] = "",
         priority: int = 0,
         progress: Callable[[int, int, str], None] | None = None,
         **fields: Any,
@@ -156,7 +177,7 @@ class LLM:
           progress: called with the indices of prompt and continuation and the new text, after one or more tokens.
         """
         check_prompts(prompts)
-        requests = prepare(self.model, self.tokenizer, prompts, sampling(params, fields), self._adapters, adapter_ids)
+        requests = prepare(self.model, self.tokenizer, prompts, sampling(params, fields), adapter)
         return self.each_of(requests, priority=priority, progress=progress)
 
     def each_of(
@@ -197,7 +218,7 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
-        adapter_id: int = 0,
+        adapter: str = "",
         progress: Callable[[int, int], None] | None = None,
         **fields: Any,
     ) -> Iterator[StreamOutput]:
@@ -209,7 +230,7 @@ class LLM:
           progress: called before each step that computes a part of the prompt, with the numbers of its tokens computed
             so far and in total.
         """
-        requests = prepare(self.model, self.tokenizer, [prompt], sampling(params, fields), self._adapters, adapter_id)
+        requests = prepare(self.model, self.tokenizer, [prompt], sampling(params, fields), adapter)
         check_stream(requests)
         return self.stream_of(requests, progress)
 

@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.generation.constraints import constraints_of
 from llama_jax.model.loaded import Model
-from llama_jax.params import Params
 from llama_jax.sampling import GREEDY, Constraint, SamplerProfile, SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -52,14 +50,13 @@ class Requests:
     Attributes:
       prompts: token ids; params: of each prompt.
       rows: the continuations, those of one prompt adjacent.
-      adapters: slots of adapters (`model.adapters`), or None; adapter_ids: the slot of each prompt.
+      adapters: name of the adapter of each prompt, "" for none.
     """
 
     prompts: tuple[list[int], ...]
     params: tuple[SamplingParams, ...]
     rows: tuple[Row, ...]
-    adapters: Params | None
-    adapter_ids: tuple[int, ...]
+    adapters: tuple[str, ...]
 
     @functools.cached_property
     def continuations(self) -> tuple[tuple[Row, ...], ...]:
@@ -101,13 +98,12 @@ def prepare(
     tokenizer: Tokenizer | None,
     prompts: Sequence[Prompt],
     params: SamplingParams | Sequence[SamplingParams],
-    adapters: Params | None = None,
-    adapter_ids: int | Sequence[int] = 0,
+    adapter: str | Sequence[str] = "",
 ) -> Requests:
     """Checks everything that can be checked before a device is used.
 
     Raises:
-      RequestError: a prompt, a parameter or an adapter's slot is invalid, or a prompt exceeds the model's context.
+      RequestError: a prompt or a parameter is invalid, or a prompt exceeds the model's context.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
@@ -140,20 +136,18 @@ def prepare(
         for i, p in enumerate(each)
         for copy in range(p.n)
     ]
-    slots = _adapter_slots(adapters, adapter_ids, len(ids))
-    return Requests(tuple(ids), tuple(each), tuple(rows), adapters, slots)
+    return Requests(tuple(ids), tuple(each), tuple(rows), _adapter_names(adapter, len(ids)))
 
 
-def _adapter_slots(adapters: Params | None, ids: int | Sequence[int], prompts: int) -> tuple[int, ...]:
-    ids = [ids] * prompts if isinstance(ids, int) else ids
-    slots = min((leaf.shape[0] for leaf in jax.tree.leaves(adapters)), default=1)
-    if len(ids) != prompts or any(not 0 <= i < slots for i in ids):
+def _adapter_names(names: str | Sequence[str], prompts: int) -> tuple[str, ...]:
+    each = [names] * prompts if isinstance(names, str) else list(names)
+    if len(each) != prompts or not all(isinstance(name, str) for name in each):
         raise RequestError(
-            f"adapter_ids {list(ids)} for {prompts} prompts and {slots} slots",
-            param="adapter_ids",
-            hint="give one slot for all prompts or one for each, 0 for none; slots come from adapters=",
+            f"{len(each)} names of adapters for {prompts} prompts",
+            param="adapter",
+            hint="give one name for all prompts or one for each, '' for none",
         )
-    return tuple(int(i) for i in ids)
+    return tuple(each)
 
 
 def _with_seed(params: SamplingParams, copy: int) -> SamplingParams:

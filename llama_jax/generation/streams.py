@@ -21,14 +21,14 @@ class Request:
     Attributes:
       prompt: text or token ids; for a conversation `encode_chat(tokenizer, messages)`.
       priority: lower ones run first.
-      adapter_id: slot of the adapter, 0 for none.
+      adapter: name of an adapter of the engine, "" for none.
       tenant: requests share a cached prefix only with those of the same tenant.
     """
 
     prompt: Prompt
     params: SamplingParams = field(default_factory=SamplingParams)
     priority: int = 0
-    adapter_id: int = 0
+    adapter: str = ""
     tenant: str = ""
 
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax.adapters import load_adapter
+from llama_jax.adapters.models import AdapterLike, with_adapter
 from llama_jax.cache import DenseCache
 from llama_jax.checkpoint import Progress, load_params
 from llama_jax.config import LlamaConfig
@@ -124,18 +126,20 @@ def load_float32(
     config: LlamaConfig,
     mesh: MeshRequest = None,
     *,
+    adapter: AdapterLike | None = None,
     progress: Progress | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Model:
     """Loads a checkpoint with verified digests for `compute`: canonical, fully decoded to float32.
 
     Args:
-      mesh, progress, notify: those of `load`.
+      mesh, adapter, progress, notify: those of `load`; one adapter.
 
     Raises:
       RequestError, DoesNotFit: the mesh is unsuitable, or the model fits none.
     """
     decoded = config.replace(schemes=())
+    opened = load_adapter(adapter, decoded) if isinstance(adapter, str | Path) else adapter
     devices = resolve_mesh(mesh, decoded, jnp.float32, notify)
     if devices is not None:
         check(decoded, devices)
@@ -144,7 +148,8 @@ def load_float32(
     with on(devices):
         params, config = dequantize_params(params, config, jnp.float32, donate=True)
     params, config = arrange(params, config, devices, fuse=False, donate=True)
-    return Model(params, config, devices, name=str(path))
+    model = Model(params, config, devices, name=str(path))
+    return model if opened is None else with_adapter(model, opened)
 
 
 def compute(params: Params, config: LlamaConfig, inputs: Inputs, mesh: DeviceMesh | None = None) -> Computed:

@@ -1,4 +1,4 @@
-"""Low-rank adapters in slots: several of them on the device at once, and each token uses one, or none.
+"""Low-rank adapters in `forward`: one for all tokens, or several in slots, of which each token uses one, or none.
 
     slots = empty_slots(config, slots=8, rank=16, targets=("q_proj", "v_proj"))
     slots = put_adapter(slots, 1, adapter)          # compiled once, whatever adapter goes into whichever slot
@@ -7,12 +7,17 @@
 A tree of slots is shaped like the canonical parameters, with {"a" [slots, rank, in], "b" [slots, out, rank], "scale"
 [slots]} in place of a projection's members; it works with both canonical and fused parameters. Slot 0 means no
 adapter, whatever it contains. Any projection can have slots, also those of a shared expert, but not routed experts.
+The result of a projection is gain * (x W^T + bias + scale * x a^T b^T) + shift, where "gain" and "shift" [slots, out]
+may be left out: a gain is DoRA's (arXiv:2402.09353), a shift what an adapter adds to biases.
+
+One adapter for all tokens is a tree without the axis of slots under params["adapter"] (`llama_jax.adapters.attach`);
+"embed" and "lm_head" can then have low-rank members too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,16 +32,23 @@ from llama_jax.params import PROJECTION_AXES, Params, canonical_specs, flatten, 
 from llama_jax.sharding import Axes, constrain
 
 MEMBERS = ("a", "b", "scale")
+"""Members of every adapted projection."""
+_NONE = {"gain": 1.0, "shift": 0.0}
+MORE_MEMBERS = tuple(_NONE)
+"""Members that it can have besides."""
+ATTACHED = "adapter"
+"""Where a parameter tree holds the adapter that all tokens use."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["tree", "ids"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """The slots of one part of the model, and the slot that each token uses.
+    """The adapter or the slots of one part of the model, and the slot that each token uses.
 
     Attributes:
-      tree: slots, shaped like that part of the parameters; empty without any.
-      ids: int32 [batch, len], or [batch, 1] for whole rows; None without slots. Ids that are no slot are as 0.
+      tree: shaped like that part of the parameters; empty without any.
+      ids: int32 [batch, len], or [batch, 1] for whole rows; None if there are no slots and one adapter is of all
+        tokens. Ids that are no slot are as 0.
     """
 
     tree: Params
@@ -57,18 +69,39 @@ class Adapters:
         """For tokens [batch, len] that were put into one axis."""
         return self if self.ids is None else Adapters(self.tree, jnp.broadcast_to(self.ids, shape).reshape(-1))
 
+    def own(self, member: str, none: float) -> jax.Array:
+        """A member [slots, ...] of each token's slot, `none` for tokens without an adapter: [batch, len, ...]; without
+        slots the member itself."""
+        x = self.tree[member]
+        if self.ids is None:
+            return x
+        used = ((self.ids > 0) & (self.ids < len(x)))[..., None]
+        return jnp.where(used, x.at[self.ids].get(mode="clip"), none)
+
+    @property
+    def axes(self) -> dict[str, dict[str, Axes]]:
+        """Logical axes of the tree of a block: of the members of each projection."""
+        return {name: adapter_axes(name, members, slots=self.ids is not None) for name, members in self.tree.items()}
+
 
 NO_ADAPTERS = Adapters({}, None)
 
 
-def adapter_axes(projection: str) -> dict[str, Axes]:
-    """Logical axes of the members of a projection's slots."""
-    out, into = PROJECTION_AXES[projection]
-    return {"a": (None, None, into), "b": (None, out, None), "scale": (None,)}
+def adapter_axes(projection: str, members: Iterable[str] = MEMBERS, *, slots: bool = True) -> dict[str, Axes]:
+    """Logical axes of members of an adapted projection, or of its slots."""
+    out, into = ("vocab", "embed") if projection == "lm_head" else PROJECTION_AXES[projection]
+    axes: dict[str, Axes] = {"a": (None, into), "b": (out, None), "scale": (), "gain": (out,), "shift": (out,)}
+    return {name: (None, *axes[name]) if slots else axes[name] for name in members}
 
 
 def empty_slots(
-    config: LlamaConfig, *, slots: int, rank: int, targets: Sequence[str] | None = None, dtype: DTypeLike | None = None
+    config: LlamaConfig,
+    *,
+    slots: int,
+    rank: int,
+    targets: Sequence[str] | None = None,
+    dtype: DTypeLike | None = None,
+    more: Sequence[str] = (),
 ) -> Params:
     """Empty slots, in memory; with a mesh in use (`sharding.on`), laid out like the projections.
 
@@ -79,6 +112,7 @@ def empty_slots(
       targets: the projections that have slots: "q_proj" (of all layers) or "layers.0.attn.q_proj". Default: all of
         `params.projection_names`.
       dtype: of `a` and `b`; the config's by default. The model's own is best, since they are cast to it.
+      more: members besides: "gain", "shift".
 
     Raises:
       RequestError: there is no such projection, or no room for an adapter.
@@ -92,10 +126,12 @@ def empty_slots(
     def make() -> Params:
         made = {}
         for name, (out, into) in projections.items():
-            axes = adapter_axes(name.rpartition(".")[2])
+            axes = adapter_axes(name.rpartition(".")[2], (*MEMBERS, *more))
             made[f"{name}.a"] = constrain(jnp.zeros((slots, rank, into), dtype), axes["a"])
             made[f"{name}.b"] = constrain(jnp.zeros((slots, out, rank), dtype), axes["b"])
             made[f"{name}.scale"] = constrain(jnp.zeros((slots,), jnp.float32), axes["scale"])
+            for member in more:
+                made[f"{name}.{member}"] = constrain(jnp.full((slots, out), _NONE[member], jnp.float32), axes[member])
         return unflatten(made)
 
     return jax.jit(make)()
@@ -109,8 +145,9 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
       slots: from `empty_slots`. Their arrays are donated: use the returned ones from here on.
       slot: 1 or higher.
       adapter: a tree shaped like the canonical parameters, with {"a" [r, in], "b" [out, r], "scale" scalar} in place of
-        projections; r may be smaller than the slots' rank, and may differ. Projections that it lacks get none. On a
-        mesh that repeats key/value heads, give it through `fuse.repeat_kv_heads` first.
+        projections, and "gain" and "shift" [out] if the slots have them; r may be smaller than the slots' rank, and may
+        differ. Projections that it lacks get none. On a mesh that repeats key/value heads, give it through
+        `fuse.repeat_kv_heads` first.
 
     Raises:
       RequestError: there is no such slot, a projection has no slots, or a shape does not fit; names it.
@@ -119,9 +156,9 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
     number = next(iter(into.values())).shape[0]
     if not 0 < slot < number:
         raise RequestError(f"slot {slot} of {number}", param="slot", hint=f"give 1 to {number - 1}; slot 0 is none")
-    full = {name: np.zeros(x.shape[1:], x.dtype) for name, x in into.items()}
+    full = {name: np.full(x.shape[1:], _NONE.get(name.rpartition(".")[2], 0), x.dtype) for name, x in into.items()}
     for name, members in _by_projection(adapter).items():
-        if f"{name}.a" not in into or members.keys() != set(MEMBERS):
+        if not members.keys() >= set(MEMBERS) or any(f"{name}.{member}" not in into for member in members):
             raise RequestError(
                 f"the adapter holds {name}, which has no slots, or not {{'a', 'b', 'scale'}}",
                 param="adapter",
@@ -139,12 +176,34 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
                 hint="make slots of a higher rank, or load an adapter that was made for this model",
             )
         full[f"{name}.a"][:rank], full[f"{name}.b"][:, :rank], full[f"{name}.scale"][...] = a, b, scale
+        for member in members.keys() - set(MEMBERS):
+            full[f"{name}.{member}"][...] = np.asarray(members[member])
     return _put(slots, unflatten(full), slot)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _put(slots: Params, adapter: Params, slot: jax.Array) -> Params:
     return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, slot, 0), slots, adapter)
+
+
+def adapters_of(
+    params: Params, adapters: Params | None, ids: jax.Array | None, config: LlamaConfig, batch: int, length: int
+) -> Adapters:
+    """The adapter that `params` hold, or the slots that are given; errors as for `checked`.
+
+    Raises:
+      RequestError: there are both.
+    """
+    attached = params.get(ATTACHED)
+    if attached is None:
+        return checked(adapters, ids, config, batch, length)
+    if adapters is not None:
+        raise RequestError(
+            "the parameters have an adapter for all tokens, and adapters in slots were given besides",
+            param="adapters",
+            hint="put it into a slot too, or load the model without it",
+        )
+    return Adapters(attached, None)
 
 
 def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig, batch: int, length: int) -> Adapters:
@@ -171,7 +230,7 @@ def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig,
     slots = {x.shape[0] for members in given.values() for x in members.values() if x.ndim}
     for name, members in given.items():
         for member in members:
-            if name not in shapes or member not in MEMBERS:
+            if name not in shapes or member not in (*MEMBERS, *MORE_MEMBERS):
                 raise RequestError(
                     f"adapters hold {name}.{member}, which belongs to no projection",
                     param="adapters",
@@ -180,10 +239,11 @@ def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig,
                 )
     for name, members in given.items():
         out, into = shapes[name]
-        found = {member: members[member].shape for member in MEMBERS if member in members}
+        found = {member: x.shape for member, x in members.items()}
         rank = found["a"][1] if len(found.get("a", ())) == 3 else 0
         number = min(slots, default=0)
         wanted = {"a": (number, rank, into), "b": (number, out, rank), "scale": (number,)}
+        wanted |= {member: (number, out) for member in MORE_MEMBERS if member in members}
         if found != wanted or len(slots) != 1:
             raise RequestError(
                 f"the adapters of {name} have the shapes {found}",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.layout import split_config
-from llama_jax.model.adapters import MEMBERS
+from llama_jax.model.adapters import MEMBERS, adapter_axes
 from llama_jax.params import JOINT, PROJECTION_AXES, Params
 from llama_jax.schemes import leaf_axes
 from llama_jax.sharding import Axes, DeviceMesh, constrain, on
@@ -50,6 +50,27 @@ def fuse_layer(layer: Params, config: LlamaConfig) -> Params:
     elif "shared" in layer["moe"]:
         fused["moe"] = {**layer["moe"], "shared": _fuse_mlp(layer["moe"]["shared"])}
     return fused
+
+
+def split_joint(name: str, x: jax.Array) -> tuple[jax.Array, ...]:
+    """The parts `JOINT[name]` of a member of a joint projection, each [out, ...]."""
+    if name == "gate_up_proj":
+        return x[0], x[1]
+    parts = (x[:, :-2], x[:, -2], x[:, -1])
+    sizes = (part.shape[0] * (part.shape[1] if i == 0 else 1) * x.shape[2] for i, part in enumerate(parts))
+    return tuple(part.reshape(size, *x.shape[3:]) for part, size in zip(parts, sizes, strict=True))
+
+
+def split_layer(layer: Params) -> Params:
+    """One layer with every joint projection taken apart again: the inverse of `fuse_layer`."""
+    apart: Params = {}
+    for name, value in layer.items():
+        if name in JOINT:
+            members = {member: split_joint(name, x) for member, x in value.items()}
+            apart |= {part: {m: x[i] for m, x in members.items()} for i, part in enumerate(JOINT[name])}
+        else:
+            apart[name] = split_layer(value) if isinstance(value, dict) else value
+    return apart
 
 
 def _fuse_mlp(mlp: Params) -> Params:
@@ -130,7 +151,8 @@ def _repeat_layer(layer: Params, config: LlamaConfig, repeated: LlamaConfig) -> 
 
     def repeat(name: str, leaf: Params) -> Params:
         weight = PROJECTION_AXES[name]
-        axes = {"b": weight} if leaf.keys() == set(MEMBERS) else leaf_axes(leaf, weight)
+        adapted = leaf.keys() >= set(MEMBERS)
+        axes = adapter_axes(name, leaf, slots=False) if adapted else leaf_axes(leaf, weight)
         by_head = [member for member, names in axes.items() if names[:1] == weight[:1]]
         if any(leaf[member].shape[0] % heads for member in by_head):
             raise RequestError(

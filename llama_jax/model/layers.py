@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.norm import rms_norm
-from llama_jax.model.adapters import NO_ADAPTERS, Adapters, adapter_axes
+from llama_jax.model.adapters import NO_ADAPTERS, Adapters
 from llama_jax.model.rope import rotate
 from llama_jax.model.weights import experts, joint, linear, norm_weight, router
 from llama_jax.params import PROJECTION_AXES, Params
@@ -143,7 +143,7 @@ def moe(x: jax.Array, params: Params, dims: Dims, spec: MoeSpec, adapters: Adapt
         "scales": ("batch",),
         "routed": {n: leaf_axes(leaf, ("expert", *PROJECTION_AXES[n])) for n, leaf in params["experts"].items()},
         "shared": None if apart or not shared else {n: leaf_axes(x, PROJECTION_AXES[n]) for n, x in shared.items()},
-        "adapters": {n: adapter_axes(n) for n in within.tree},
+        "adapters": within.axes,
         "adapter_ids": ("batch",),
     }
     out = local(mixture, arguments, axes, ("batch",), summed="mlp").reshape(x.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from llama_jax.model.weights import compute_dtype
 from llama_jax.params import Params, count_params
 from llama_jax.runtime import device_name
 from llama_jax.sharding import DeviceMesh
+
+if TYPE_CHECKING:
+    from llama_jax.adapters import Adapter
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,6 +32,8 @@ class Model:
       generation_config: contents of the model's generation_config.json.
       name: what it was loaded from.
       kv_dtype: what caches keep keys and values in, one of `cache.KV_DTYPES`; None for the dtype.
+      source_config: on a mesh the config as the model's files have it; None if `config` is that.
+      adapters: those that requests can name (`llama_jax.adapters`); none of them is in `params`.
       kernels: the backend of operations in the programs that compute with it, by name (`kernels.dispatch.using`).
     """
 
@@ -39,6 +44,8 @@ class Model:
     name: str = ""
     kernels: Mapping[str, str] = field(default_factory=dict)
     kv_dtype: str | None = None
+    source_config: LlamaConfig | None = None
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_kv_dtype(self.kv_dtype)

@@ -15,11 +15,12 @@ from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention, is_batch_invariant
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
-from llama_jax.model.adapters import Adapters, checked
+from llama_jax.model.adapters import Adapters, adapters_of
 from llama_jax.model.head import unembed
 from llama_jax.model.layers import Dims, mlp, moe, position_queries_and_keys, project_qkv
+from llama_jax.model.remat import rematerialised
 from llama_jax.model.rope import rope_angles
-from llama_jax.model.weights import compute_dtype, linear, lookup, norm_weight
+from llama_jax.model.weights import compute_dtype, embedding, linear, norm_weight
 from llama_jax.params import Params
 from llama_jax.sharding import constrain
 
@@ -57,6 +58,7 @@ def forward[MaybeCache: KVCache | None](
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
+    remat: str = "none",
     capture: None = None,
 ) -> tuple[jax.Array, MaybeCache]: ...
 
@@ -77,6 +79,7 @@ def forward[MaybeCache: KVCache | None](
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
+    remat: str = "none",
     capture: Sequence[str],
 ) -> tuple[jax.Array, MaybeCache, dict[str, jax.Array]]: ...
 
@@ -96,6 +99,7 @@ def forward(
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
+    remat: str = "none",
     capture: Sequence[str] | None = None,
 ) -> Any:
     """Runs the model over tokens, after those that a cache already holds.
@@ -103,7 +107,8 @@ def forward(
     Pure and differentiable in `params`, `inputs_embeds` and `adapters`. It computes in `weights.compute_dtype(params)`.
 
     Args:
-      params: parameter tree (`llama_jax.params`), canonical or fused.
+      params: parameter tree (`llama_jax.params`), canonical or fused; with an adapter for all tokens, if one is
+        attached (`llama_jax.adapters.attach`).
       tokens: int32 [batch, len], or None with `inputs_embeds`.
       positions: int32 [batch, len], each token's position in its own text; negative marks padding, which no other
         token sees. Default: 0, 1, 2, ... (from the start of each segment with `segment_ids`).
@@ -122,6 +127,7 @@ def forward(
       adapter_ids: int32 [batch, len], the slot that each token uses, or [batch, 1] for whole rows; 0 is none.
       logits_at: int32 [batch, n], the indices in 0..len-1 (with `rows` too: [1, n]) to compute logits for; all of them
         by default. The others go through the last layer no further than its keys and values.
+      remat: what gradients keep of each layer and what they compute again, a name in `remat.REMAT`.
       capture: names from `activation_names(config)`; the activations come back as a third result.
 
     Returns:
@@ -129,8 +135,8 @@ def forward(
       `capture` a dict of the named activations.
 
     Raises:
-      RequestError: arguments that contradict each other, adapters that do not fit, an unknown name in `capture` or
-        `adapters`, or a leaf of `params` with members that no scheme has.
+      RequestError: arguments that contradict each other, adapters that do not fit, an unknown name in `capture`,
+        `adapters` or `remat`, or a leaf of `params` with members that no scheme has.
     """
     x = _embed(params, tokens, inputs_embeds)
     if rows is not None and (cache is None or rows.shape != x.shape[:2] or len(rows) != 1):
@@ -151,7 +157,7 @@ def forward(
     if cache is not None:
         cache, slots = cache.extend(positions, rows)
 
-    of_layers = checked(adapters, adapter_ids, config, *x.shape[:2]).of("layers")
+    of_layers = adapters_of(params, adapters, adapter_ids, config, *x.shape[:2]).of("layers")
     views = []
     delta = None
     # Behind the keys and values of the last layer nothing is needed of the other tokens.
@@ -159,7 +165,15 @@ def forward(
     for i, spec in enumerate(config.layers):
         # Around the call and not within: what names the layer must not keep equal layers from sharing a trace.
         with jax.named_scope(f"layers.{i}"):
-            x, delta, view, activations = _layer(
+            layer = partial(
+                _layer,
+                spec=spec,
+                dims=Dims.of(config),
+                capture=of_layer[i],
+                in_order=in_order,
+                chunk_rows=chunk_rows,
+            )
+            x, delta, view, activations = rematerialised(layer, remat)(
                 x,
                 delta,
                 params["layers"][str(i)],
@@ -169,11 +183,6 @@ def forward(
                 angles,
                 of_layers.of(str(i)),
                 logits_at if only_last and i == config.num_layers - 1 else None,
-                spec=spec,
-                dims=Dims.of(config),
-                capture=of_layer[i],
-                in_order=in_order,
-                chunk_rows=chunk_rows,
             )
         views.append(view)
         seen |= {f"layers.{i}.{name}": value for name, value in activations.items()}
@@ -199,7 +208,7 @@ def _embed(params: Params, tokens: jax.Array | None, inputs_embeds: jax.Array | 
     if tokens is None:
         assert inputs_embeds is not None
         return constrain(inputs_embeds.astype(dtype), ACTIVATION_AXES)
-    return constrain(lookup(params["embed"], tokens, dtype), ACTIVATION_AXES)
+    return constrain(embedding(params, tokens, dtype), ACTIVATION_AXES)
 
 
 def _positions(x: jax.Array, positions: jax.Array | None, segment_ids: jax.Array | None, cache: Any) -> jax.Array:

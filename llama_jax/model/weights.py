@@ -18,7 +18,7 @@ from llama_jax.kernels.moe import routed_experts
 from llama_jax.kernels.moe.reference import Activation
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.kernels.quantized_matmul import quantized_matmul
-from llama_jax.model.adapters import NO_ADAPTERS, Adapters
+from llama_jax.model.adapters import ATTACHED, NO_ADAPTERS, Adapters
 from llama_jax.params import JOINT, Params
 from llama_jax.quantized.codes import in_order
 from llama_jax.schemes import PLAIN, Members, Scheme, scheme_of
@@ -132,12 +132,18 @@ def joint(
 
 
 def _adapted(out: jax.Array, x: jax.Array, adapters: Adapters) -> jax.Array:
-    """`out` [..., out] of a projection of `x` [..., in], with what the adapters add."""
-    return (out + lora(x, adapters) if adapters.tree else out).astype(x.dtype)
+    """`out` [..., out] of a projection of `x` [..., in], as adapters change it (`model.adapters`)."""
+    if adapters.tree:
+        out = out + lora(x, adapters)
+        if "gain" in adapters.tree:
+            out = out * adapters.own("gain", 1.0)
+        if "shift" in adapters.tree:
+            out = out + adapters.own("shift", 0.0)
+    return out.astype(x.dtype)
 
 
 def lora(x: jax.Array, adapters: Adapters) -> jax.Array:
-    """Low-rank adapters (arXiv:2106.09685) of one projection: of each token's slot scale * x a^T b^T.
+    """Low-rank adapters (arXiv:2106.09685) of one projection: scale * x a^T b^T, of each token's slot.
 
     Where each row of a large set of slots has one, its slot is gathered: read, written and read again. Otherwise `x` is
     multiplied with `a` of all slots at once, and what is not the token's own is zeroed before `b`: that takes
@@ -146,15 +152,17 @@ def lora(x: jax.Array, adapters: Adapters) -> jax.Array:
 
     Args:
       x: [batch, len, in], or [tokens, in] with an id for each token.
-      adapters: of this projection: {"a" [slots, rank, in], "b" [slots, out, rank], "scale" [slots]}, and ids.
+      adapters: of this projection: {"a" [slots, rank, in], "b" [slots, out, rank], "scale" [slots]}, and ids; without
+        ids one adapter, without the axis of slots.
 
     Returns:
       [..., out] in x's dtype, exactly 0 for slot 0 and for ids that are none.
     """
     a, b = (adapters.tree[name].astype(x.dtype) for name in ("a", "b"))
-    scale, ids = adapters.tree["scale"], adapters.ids
-    assert ids is not None
-    slots, precision = len(scale), matmul_precision(x.dtype)
+    scale, ids, precision = adapters.tree["scale"], adapters.ids, matmul_precision(x.dtype)
+    if ids is None:
+        return matmul((matmul(x, a) * scale).astype(x.dtype), b)
+    slots = len(scale)
     if ids.size == len(x) and 3 * len(x) <= slots:
         ids = ids.reshape(len(x))
         used = (ids > 0) & (ids < slots)
@@ -166,6 +174,16 @@ def lora(x: jax.Array, adapters: Adapters) -> jax.Array:
     used = (ids[..., None] == jnp.arange(slots)) & (ids[..., None] > 0)
     inner = jnp.where(used[..., None], matmul(x, a) * scale[:, None], 0).astype(x.dtype)  # [..., slots, rank]
     return jnp.einsum("...sr,sor->...o", inner, b, precision=precision)
+
+
+def embedding(params: Params, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Embeddings of tokens int32 [batch, len]: [batch, len, hidden]."""
+    out = lookup(params["embed"], tokens, dtype)
+    adapter = params.get(ATTACHED, {}).get("embed")
+    if adapter is None:
+        return out
+    inner = jnp.moveaxis(adapter["a"][:, tokens], 0, -1) * adapter["scale"]
+    return out + matmul(inner.astype(dtype), adapter["b"].astype(dtype))
 
 
 def lookup(leaf: Params, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -195,9 +213,13 @@ def lookup(leaf: Params, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     return local(own, arguments, {"table": axes, "tokens": ("batch",)}, ("batch",), summed="vocab")
 
 
-def logits(x: jax.Array, params: Params, *, tied: bool, activations: str | None = None) -> jax.Array:
-    """x [..., hidden] -> float32 [..., vocab], by the output projection, or by the embedding that it is tied to."""
-    return _times(x, *_unbiased(params["embed" if tied else "lm_head"]), jnp.float32, activations)
+def logits(
+    x: jax.Array, params: Params, *, tied: bool, activations: str | None = None, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """x [..., hidden] -> [..., vocab], by the output projection, or by the embedding that it is tied to."""
+    out = _times(x, *_unbiased(params["embed" if tied else "lm_head"]), dtype, activations)
+    adapter = Adapters(params.get(ATTACHED, {}), None).of("lm_head")
+    return _adapted(out, x, adapter).astype(dtype) if adapter.tree else out
 
 
 def router(x: jax.Array, leaf: Params) -> jax.Array:

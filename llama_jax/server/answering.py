@@ -17,9 +17,9 @@ from llama_jax.server.reading import message_of
 from llama_jax.server.served import Served
 
 
-def requests_of(asked: Asked, tenant: str) -> list[Request]:
+def requests_of(served: Served, asked: Asked, tenant: str) -> list[Request]:
     """Return one engine request per prompt; `tenant`: whose prefixes they may share."""
-    return [Request(prompt, asked.params, tenant=tenant) for prompt in asked.prompts]
+    return [Request(prompt, asked.params, tenant=tenant, adapter=served.adapter) for prompt in asked.prompts]
 
 
 async def answer(served: Served, asked: Asked, name: str, requests: Sequence[Request]) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class ModelStatus(msgspec.Struct):
 
 
 class ModelAnswer(msgspec.Struct):
-    """A model by one of its names; `max_model_len` is null as long as it is not known."""
+    """A model by one of its names, or an adapter of it, whose `parent` is the model; `max_model_len` is null as long as
+    it is not known."""
 
     id: str
     object: Literal["model"]
@@ -41,6 +42,7 @@ class ModelAnswer(msgspec.Struct):
     root: str
     max_model_len: int | None
     status: ModelStatus
+    parent: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelsAnswer(msgspec.Struct):

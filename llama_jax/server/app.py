@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from llama_jax.errors import LlamaJaxError
-from llama_jax.server import extra, generating, page, status, tokenizing
+from llama_jax.server import adapting, extra, generating, page, status, tokenizing
 from llama_jax.server.answers import OpenApiAnswer
 from llama_jax.server.errors import Failure, Refused
 from llama_jax.server.guard import Guard
@@ -29,6 +29,7 @@ async def _openapi(server: ServerState, request: Request) -> Response:
 OPERATIONS = (
     *generating.OPERATIONS,
     *tokenizing.OPERATIONS,
+    *adapting.OPERATIONS,
     *status.OPERATIONS,
     Operation("GET", "/openapi.json", "This description", _openapi, answer=OpenApiAnswer),
 )

@@ -38,7 +38,7 @@ def _handler(dialect: Dialect[Any]) -> Handler:
             return EventStream(events, seconds, dialect.failed, lambda: _progress(slot, requests))
         async with asked_model(server, request, body.model) as served:
             wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
-            made = await answer(served, wanted, secrets.token_hex(12), requests_of(wanted, tenant))
+            made = await answer(served, wanted, secrets.token_hex(12), requests_of(served, wanted, tenant))
         return json_response(dialect.whole(body, made), headers=_told(wanted))
 
     return generate
@@ -65,7 +65,7 @@ async def _events(
     async with server.models.use(body.model) as served:
         wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
         headers.update(_told(wanted))
-        requests += requests_of(wanted, tenant)
+        requests += requests_of(served, wanted, tenant)
         async with (
             aclosing(chunks(served, wanted, secrets.token_hex(12), requests)) as source,
             aclosing(dialect.events(body, wanted, source)) as events,

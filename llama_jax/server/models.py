@@ -63,8 +63,8 @@ class Models:
 
     @property
     def names(self) -> list[str]:
-        """All names of all models."""
-        return list(self._by_name)
+        """All names of all models, and of the adapters of those loaded."""
+        return [*self._by_name, *(name for slot in self.slots for name in slot.adapters)]
 
     @property
     def loaded(self) -> list[Served]:
@@ -77,14 +77,15 @@ class Models:
         return bool(self._tasks) or any(served.engine.compiling for served in self.loaded)
 
     def find(self, name: str | None) -> Slot:
-        """Return a model by a name; without one, the first.
+        """Return a model by a name, its own or an adapter's; without one, the first.
 
         Raises:
           Refused: there is none of that name.
         """
         if name is None:
             return self.slots[0]
-        if (found := self._by_name.get(name)) is None:
+        adapted = (slot for slot in self.slots if name in slot.adapters)
+        if (found := self._by_name.get(name) or next(adapted, None)) is None:
             known = self.names
             near = did_you_mean(name[:100], known)
             hint = near or f"there {'is' if len(known) == 1 else 'are'} {', '.join(map(repr, known))}"
@@ -94,7 +95,8 @@ class Models:
 
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Served]:
-        """Keep a model loaded within the context; loads it first if necessary.
+        """Keep a model loaded within the context; loads it first if necessary. By the name of an adapter, it is the
+        model with that.
 
         Raises:
           Refused: there is none of that name, no room for it, or it cannot be loaded.
@@ -105,7 +107,7 @@ class Models:
         try:
             while slot.served is None:
                 await self._load(slot)
-            yield slot.served
+            yield slot.served.by(name)
         finally:
             slot.users -= 1
             slot.used = time.monotonic()

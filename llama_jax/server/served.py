@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class Served:
       names: of the model; answers carry the first.
       created: when it was loaded, in seconds of Unix time.
       tool_parser: name of the model's `ToolFormat`; "" derives it from the chat template.
+      adapter: name of the engine's adapter that requests use; "" for none.
     """
 
     engine: Engine
@@ -32,7 +33,14 @@ class Served:
     settings: ServerSettings
     metrics: ModelMetrics
     tool_parser: str = ""
+    adapter: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def by(self, name: str | None) -> Served:
+        """The model as it is called: by the name of an adapter, with that adapter."""
+        if name is None or name in self.names or name not in self.engine.adapters:
+            return self
+        return replace(self, names=(name,), adapter=name)
 
     @property
     def capacity(self) -> int:

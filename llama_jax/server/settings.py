@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llama_jax.errors import RequestError
 
@@ -57,10 +58,12 @@ class ServerSettings:
       host, port: to listen at; port 0 takes a free one.
       keys: any of which admits a client; without keys everybody is admitted, which requires a loopback address.
       hosts: names of the server for clients, besides its addresses.
+      adapters_from: folder within which clients may name adapters to load; None for no loading by clients.
       drain_s: how long answers may continue once the server is to shut down.
 
     Raises:
-      RequestError: there is no key and the address is not loopback; or a key cannot be sent in a header.
+      RequestError: there is no key, and the address is not loopback or clients may load adapters; or a key cannot be
+        sent in a header.
     """
 
     host: str = "127.0.0.1"
@@ -69,6 +72,7 @@ class ServerSettings:
     hosts: tuple[str, ...] = ()
     drain_s: float = 30.0
     limits: Limits = field(default_factory=Limits)
+    adapters_from: Path | None = None
 
     def __post_init__(self) -> None:
         for key in self.keys:
@@ -78,6 +82,12 @@ class ServerSettings:
                     param="api_key",
                     hint="use letters, digits and signs of ASCII, without spaces",
                 )
+        if self.adapters_from is not None and not self.keys:
+            raise RequestError(
+                "clients may load adapters only with a key",
+                param="adapters_from",
+                hint="give --api-key or set LLAMA_JAX_API_KEY",
+            )
         if not self.keys and not is_loopback(self.host):
             raise RequestError(
                 f"{self.host} can be reached from other machines, and there is no key",

@@ -72,6 +72,11 @@ class Slot:
     attempts: Restarts = field(default_factory=Restarts)
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests can choose, while it is loaded."""
+        return () if self.served is None else self.served.engine.adapters
+
+    @property
     def status(self) -> Literal["loaded", "loading", "failed", "unloaded"]:
         """Its loading status."""
         if self.served is not None:

@@ -7,6 +7,7 @@ import dataclasses
 import time
 from typing import Literal
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -79,7 +80,9 @@ async def _engines(server: ServerState, request: Request) -> Response:
 
 async def _models(server: ServerState, request: Request) -> Response:
     return json_response(
-        ModelsAnswer("list", [_named(slot, name) for slot in server.models.slots for name in slot.names])
+        ModelsAnswer(
+            "list", [_named(slot, name) for slot in server.models.slots for name in (*slot.names, *slot.adapters)]
+        )
     )
 
 
@@ -90,7 +93,8 @@ async def _model(server: ServerState, request: Request) -> Response:
 
 def _named(slot: Slot, name: str) -> ModelAnswer:
     created = _STARTED if slot.served is None else slot.served.created
-    return ModelAnswer(name, "model", created, "llama-jax", slot.names[0], slot.context, _status(slot))
+    parent = slot.names[0] if name in slot.adapters else msgspec.UNSET
+    return ModelAnswer(name, "model", created, "llama-jax", slot.names[0], slot.context, _status(slot), parent)
 
 
 def _status(slot: Slot) -> ModelStatus:

@@ -25,6 +25,7 @@ from torch_writer import torch_save
 from fuzz.mutate_binary import gguf_mutator, safetensors_mutator
 from fuzz.mutate_json import Mutator, damaged, json_mutator
 from fuzz.mutate_torch import torch_mutator
+from llama_jax.adapters import load_adapter
 from llama_jax.checkpoint import open_checkpoint, save
 from llama_jax.checkpoint.array_store import _values, _whole, find_arrays
 from llama_jax.checkpoint.format import DTYPES, MARKER, PARAMS, read_json
@@ -333,6 +334,27 @@ def _generation_seeds(scratch: Path) -> Iterable[bytes]:
     yield b'{"eos_token_id": 2, "repetition_penalty": 1.1, "min_p": 0.05, "max_new_tokens": 10, "num_beams": 1}'
 
 
+def adapter_folder(folder: Path) -> None:
+    """An adapter with magnitudes and patterns, of every layer of its base."""
+    shutil.copytree(DATA / "lora" / "dora-llama", folder)
+
+
+def read_adapter(folder: Path) -> None:
+    """Reads it with the config of its base, and digests every array."""
+    adapter = load_adapter(folder, _ADAPTED)
+    assert adapter.digest
+    assert len(adapter.about.scales) == len(adapter.leaves)
+
+
+def _adapter_seeds(scratch: Path) -> Iterable[bytes]:
+    about = json.loads((DATA / "lora" / "dora-llama" / "adapter_config.json").read_text())
+    yield json.dumps(about | {"target_modules": "all-linear", "rank_pattern": {"q_proj": 4}}).encode()
+    pattern = r".*\.(self_attn|mlp)\.[a-z]+_proj"
+    yield json.dumps(about | {"target_modules": pattern, "layers_to_transform": [0, 1, 2], "use_rslora": True}).encode()
+
+
+_ADAPTED = config_from_hf(json.loads((DATA / "goldens" / "llama3.1-rope" / "config.json").read_text()))
+
 RANKS = DATA / "meta" / "tokenizer.model"
 PIECES = DATA / "tokenizer" / "few_pieces.model"
 QUANTIZED = ("awq", "bnb-nf4-nested", "bnb-int8", "ct-two-groups", "fp8-block", "gptq-int4-act-order")
@@ -362,6 +384,8 @@ TARGETS: Mapping[str, Target] = {
             )
             for case in ("gptq-int4-act-order", "bnb-nf4-nested")
         ),
+        Target("adapter_config", adapter_folder, "adapter_config.json", read_adapter, json_mutator, _adapter_seeds),
+        Target("adapter_weights", adapter_folder, "adapter_model.safetensors", read_adapter, safetensors_mutator),
         Target("checkpoint_lock", converted_folder, f"out/{LOCK_FILE}", read_lock, json_mutator),
         Target("checkpoint_zarr", zarr_folder, "zarr.json", read_zarr, json_mutator),
         Target("checkpoint_marker", checkpoint_folder, MARKER, read_checkpoint, json_mutator),

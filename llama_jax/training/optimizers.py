@@ -1,0 +1,95 @@
+"""Optimisers and schedules of optax, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import optax
+
+from llama_jax.errors import RequestError, did_you_mean
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Settings of an optimiser.
+
+    Attributes:
+      name: one of `OPTIMIZERS`.
+      learning_rate: the highest of the run.
+      schedule: how it falls after the warm-up: "constant", "linear" or "cosine".
+      warmup: steps over which it rises linearly, the first of which is a step of rate / warmup.
+      end: what it falls to, as a share of the highest.
+      betas: of adamw and lion.
+      eps: of adamw.
+      weight_decay: decoupled, on matrices alone: neither norms nor biases decay.
+      max_grad_norm: longer gradients are scaled to this norm; None leaves them.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 2e-4
+    schedule: str = "constant"
+    warmup: int = 0
+    end: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("name", tuple(OPTIMIZERS)), ("schedule", SCHEDULES)):
+            if (value := getattr(self, name)) not in known:
+                hint = did_you_mean(value, known) or f"there are {', '.join(known)}"
+                raise RequestError(f"no optimiser has the {name} {value!r}", param=name, hint=hint)
+        if self.learning_rate <= 0:
+            raise RequestError("the learning rate must be positive", param="learning_rate", hint="e.g. 2e-4")
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """The learning rate of each step, counted from 0, of a run of so many."""
+        peak, rest = self.learning_rate, max(1, steps - self.warmup)
+        falls: dict[str, Callable[[], optax.Schedule]] = {
+            "constant": lambda: optax.constant_schedule(peak),
+            "linear": lambda: optax.linear_schedule(peak, self.end * peak, rest),
+            "cosine": lambda: optax.cosine_decay_schedule(peak, rest, self.end),
+        }
+        fall = falls[self.schedule]()
+        if not self.warmup:
+            return fall
+        rise = optax.linear_schedule(peak / self.warmup, peak, max(1, self.warmup - 1))
+        return optax.join_schedules([rise, fall], [self.warmup])
+
+    def transformation(self, steps: int) -> optax.GradientTransformation:
+        """What optax makes of it for a run of so many steps."""
+        made = OPTIMIZERS[self.name](self, self.rate(steps))
+        return made if self.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(self.max_grad_norm), made)
+
+
+def _matrices(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.ndim > 1, tree)
+
+
+def _adamw(o: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, *o.betas, eps=o.eps, weight_decay=o.weight_decay, mask=_matrices)
+
+
+def _lion(o: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.lion(rate, *o.betas, weight_decay=o.weight_decay, mask=_matrices)
+
+
+def _adafactor(o: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adafactor(rate, weight_decay_rate=o.weight_decay or None, weight_decay_mask=_matrices)
+
+
+def _sgd(o: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(o.weight_decay, _matrices), optax.sgd(rate))
+
+
+OPTIMIZERS: Mapping[str, Callable[[Optimizer, optax.Schedule], optax.GradientTransformation]] = MappingProxyType(
+    {"adamw": _adamw, "lion": _lion, "adafactor": _adafactor, "sgd": _sgd}
+)
+"""Optimisers by name: adamw (arXiv:1711.05101), lion (arXiv:2302.06675), adafactor (arXiv:1804.04235), sgd."""

@@ -1,0 +1,243 @@
+"""A training run: from settings to checkpoints, measurements and a model or adapter in files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import disk
+from llama_jax.adapters import Adapter, LoraConfig, new_adapter, save_adapter
+from llama_jax.checkpoint import Progress, Source, save
+from llama_jax.config import LlamaConfig
+from llama_jax.measure.bench import measure_ceilings
+from llama_jax.params import flatten, unflatten
+from llama_jax.plan.costs import held_bytes
+from llama_jax.sharding import on
+from llama_jax.training import checkpoints
+from llama_jax.training.base import Base, Notify, opened_base
+from llama_jax.training.batch import Batch
+from llama_jax.training.costs import step_flops, step_memory
+from llama_jax.training.data import Texts, read_texts
+from llama_jax.training.metrics import Measured, MetricsFile, Watch
+from llama_jax.training.packing import Rows
+from llama_jax.training.placement import place_batch, training_mesh
+from llama_jax.training.settings import Settings
+from llama_jax.training.step import Combine, State, full, initial_state, low_rank, make_evaluation, make_step
+
+CHECKPOINTS, METRICS, SETTINGS = "checkpoints", "metrics.jsonl", "settings.json"
+MODEL, ADAPTER, LOCK = "model", "adapter", "run.lock"
+"""Names in a run's folder."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run has left.
+
+    Attributes:
+      step: the last one that was made; steps: of the whole run.
+      loss: of that step; None if none was left to make.
+      path: the checkpoint or the adapter's folder, None if the run was stopped before its end.
+    """
+
+    step: int
+    steps: int
+    loss: float | None
+    path: Path | None
+
+
+def train(
+    settings: Settings,
+    *,
+    told: Callable[[Measured], None] | None = None,
+    progress: Progress | None = None,
+    counted: Callable[[int, int, str], None] | None = None,
+    notify: Notify | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Trains, or resumes what an earlier call with the same settings and output has begun.
+
+    A resumed run makes the same steps with the same numbers as one that was never stopped.
+
+    Args:
+      told: called with the measurements of each step.
+      progress: called while the model is converted and loaded; counted: while data is read.
+      notify: called with a line of text before what takes long.
+      stop: asked after every step; True saves a checkpoint and returns.
+
+    Raises:
+      LlamaJaxError: as `load`; DataError: the data; RequestError: the settings, or the output is of another run.
+    """
+    say = notify or (lambda _: None)
+    output = Path(settings.output).expanduser()
+    mesh = None if settings.compute.mesh is None else training_mesh(settings.compute.mesh)
+    waiting = lambda: say(f"Waiting for another run in {output} to end")  # noqa: E731
+    with disk.file_lock(output / LOCK, waiting), opened_base(settings, mesh, progress, notify) as base:
+        run = _Run.begin(base, output, counted, say)
+        rate = measure_ceilings(base.dtype, side=512 if _on_cpu() else None).matmul_flops_per_s
+        params, config = base.load(progress, notify)
+        return run.finish(params, config, rate, told or (lambda _: None), stop)
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run whose data has been read."""
+
+    base: Base
+    output: Path
+    texts: Texts
+    rows: Rows
+    validation: Rows | None
+    say: Notify
+
+    @classmethod
+    def begin(cls, base: Base, output: Path, counted: Any, say: Notify) -> _Run:
+        settings = base.settings
+        length = min(settings.rows.length, base.config.context_length)
+
+        def read(files: tuple[str, ...]) -> tuple[Texts, Rows]:
+            texts = read_texts(
+                files,
+                base.tokenizer,
+                length=length,
+                learned=settings.data.learned,
+                eos=settings.data.eos,
+                template=settings.data.template,
+                progress=counted,
+            )
+            own = settings.rows
+            return texts, Rows(texts.texts, length=own.length, rows=own.rows, seed=settings.seed, pack=own.pack)
+
+        texts, rows = read(settings.data.files)
+        say(f"{texts.lines} lines: {rows.packing()}; {texts.cut} cut, {texts.dropped} with nothing learned")
+        validation = read(settings.data.validation)[1] if settings.data.validation else None
+        return cls(base, output, texts, rows, validation, say)
+
+    def finish(
+        self, params: Any, config: LlamaConfig, rate: float, told: Callable[[Measured], None], stop: Callable[[], bool]
+    ) -> Trained:
+        settings, mesh, compute = self.base.settings, self.base.mesh, self.base.settings.compute
+        combine, trained, frozen, learned = self._method(params, config)
+        del params
+        self._say_memory(config, trained, frozen)
+        steps = settings.steps or self.rows.steps(settings.epochs)
+        transformation = settings.optimizer.transformation(steps)
+        state = self._resumed(initial_state(trained, transformation, mesh=mesh), steps)
+        del trained
+        done, metrics = int(state.step), MetricsFile(self.output / METRICS, int(state.step))
+        step = make_step(combine, transformation, state, mesh=mesh, remat=compute.remat, logits=compute.logits)
+        evaluation = make_evaluation(combine, mesh=mesh, logits=compute.logits)
+        full_rate = rate * (1 if mesh is None else mesh.size)
+
+        def tell(measured: Measured) -> None:
+            metrics.add(measured)
+            told(measured)
+
+        watch = Watch(
+            steps,
+            settings.optimizer.rate(steps),
+            lambda seconds, lengths: step_flops(config, lengths, learned) / seconds / full_rate,
+            tell,
+        )
+        if done < steps:
+            self.say("Compiling the step")
+        for number in range(done, steps):
+            batch, lengths = self.rows.batch(number)
+            state, found = step(state, frozen, place_batch(batch, settings.rows.parts, mesh))
+            watch.dispatched(number, found, lengths)
+            stopped = stop()
+            if stopped or (number + 1) % settings.saving.every == 0 or number + 1 == steps:
+                watch.finish()
+                if self.validation is not None:
+                    parts = (self._placed(self.validation, i) for i in range(self.validation.steps(1)))
+                    sums = [jax.device_get(evaluation(state.trained, frozen, part)) for part in parts]
+                    metrics.validated(number + 1, float(sum(s for s, _ in sums) / sum(n for _, n in sums)))
+                checkpoints.save(self.output / CHECKPOINTS, state, self._about, keep=settings.saving.keep)
+                watch.restart()
+            if stopped and number + 1 < steps:
+                return Trained(number + 1, steps, watch.loss, None)
+        return Trained(steps, steps, watch.loss, self._export(state, config))
+
+    @property
+    def _about(self) -> dict[str, str]:
+        return {"settings": self.base.settings.digest, "data": self.texts.digest}
+
+    def _placed(self, rows: Rows, number: int) -> Batch:
+        return place_batch(rows.batch(number)[0], self.base.settings.rows.parts, self.base.mesh)
+
+    def _resumed(self, state: State, steps: int) -> State:
+        """The state of the last checkpoint, or the given one if there is none."""
+        folder = self.output / CHECKPOINTS
+        if (last := checkpoints.latest(folder)) is not None:
+            like = checkpoints.abstract(state)
+            jax.tree.map(lambda x: x.delete(), state)  # makes room
+            state = checkpoints.restore(folder, last, like, self._about)
+            self.say(f"Resuming after step {last} of {steps}")
+        with disk.storage_errors(self.output):
+            text = json.dumps(dataclasses.asdict(self.base.settings), indent=1)
+            disk.write_file(self.output / SETTINGS, text.encode())
+        return state
+
+    def _method(self, params: Any, config: LlamaConfig) -> tuple[Combine, Any, Any, float | None]:
+        """What the parameters become, what is trained, what is frozen, and how many weights an adapter multiplies."""
+        settings = self.base.settings
+        if settings.method == "full":
+            return full(config, self.base.dtype), params, None, None
+        own = settings.lora
+        all_linear = own.targets == ("all-linear",)
+        lora = LoraConfig(
+            rank=own.rank,
+            alpha=own.alpha,
+            rslora=own.rslora,
+            dora=own.dora,
+            target_modules="all-linear" if all_linear else own.targets,
+            extra={"base_model_name_or_path": settings.model},
+        )
+        with on(self.base.mesh):
+            adapter = new_adapter(params, config, lora, jax.random.key(settings.seed))
+        if self.base.mesh is not None:
+            whole = jax.sharding.NamedSharding(self.base.mesh.automatic, jax.sharding.PartitionSpec())
+            adapter = jax.device_put(adapter, whole)
+        return low_rank(config), adapter, params, float(sum(x.size for x in jax.tree.leaves(adapter)))
+
+    def _say_memory(self, config: LlamaConfig, trained: Any, frozen: Any) -> None:
+        settings = self.base.settings
+        count = sum(x.size for x in jax.tree.leaves(trained))
+        memory = step_memory(
+            config,
+            rows=settings.rows.rows // settings.rows.parts,
+            length=settings.rows.length,
+            trained=count,
+            frozen=0 if frozen is None else held_bytes(config, self.base.dtype.itemsize),
+            itemsize=self.base.dtype.itemsize,
+            remat=settings.compute.remat,
+            logits=settings.compute.logits,
+            mesh=self.base.mesh,
+        )
+        self.say(f"{count:,} numbers are trained; a step takes about {disk.size_text(memory.total)} on each device")
+
+    def _export(self, state: State, config: LlamaConfig) -> Path:
+        """Writes the result; what is there of an earlier call is replaced."""
+        if isinstance(state.trained, Adapter):
+            return save_adapter(self.output / ADAPTER, jax.device_get(state.trained), self.base.config)
+        dtype = jnp.dtype(config.dtype)
+        flat = {name: x if x.dtype == dtype else x.astype(dtype) for name, x in flatten(state.trained).items()}
+        return save(
+            self.output / MODEL,
+            unflatten(flat),
+            config,
+            source=Source(name=self.base.settings.model),
+            generation_config=self.base.source.generation_config,
+            files=self.base.files,
+            overwrite=True,
+        )
