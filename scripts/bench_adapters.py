@@ -1,4 +1,4 @@
-"""What adapters in slots cost a decode step: random weights of a preset, every row with one of several adapters.
+"""The cost of adapters in slots for a decode step: random weights of a preset, every row with one of several adapters.
 
     python scripts/bench_adapters.py --model llama-3.1-8b --rows 64 --adapters 8 --rank 16
 

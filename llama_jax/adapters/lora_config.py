@@ -69,7 +69,7 @@ _UNCHANGED_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What an adapter changes, and by which factors. Fields are those of peft's `LoraConfig`.
+    """The modules that an adapter changes, and by which factors. Fields are those of peft's `LoraConfig`.
 
     Attributes:
       rank, alpha: of leaves that no pattern names; the factor is alpha / rank, with rslora alpha / sqrt(rank).

@@ -1,4 +1,4 @@
-"""What a step of training takes: arithmetic, and memory of a device."""
+"""Costs of a training step: arithmetic, and memory of a device."""
 
 from __future__ import annotations
 

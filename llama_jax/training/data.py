@@ -18,12 +18,12 @@ from llama_jax.training.packing import Text
 
 FIELDS = ("messages", "text")
 LEARNED = ("assistant", "last", "all")
-"""What is learned of a conversation: all turns of the assistant, its last one, or every token."""
+"""The turns of a conversation that are learned: all turns of the assistant, its last one, or every token."""
 
 
 @dataclass
 class Texts:
-    """What files hold, in their order.
+    """The examples in files, in their order.
 
     Attributes:
       texts: to learn.

@@ -64,7 +64,7 @@ class Optimizer:
         return optax.join_schedules([rise, fall], [self.warmup])
 
     def transformation(self, steps: int) -> optax.GradientTransformation:
-        """What optax makes of it for a run of so many steps."""
+        """The optax schedule for a run of N steps."""
         made = OPTIMIZERS[self.name](self, self.rate(steps))
         return made if self.max_grad_norm is None else optax.chain(optax.clip_by_global_norm(self.max_grad_norm), made)
 

@@ -38,7 +38,7 @@ MODEL, ADAPTER, LOCK = "model", "adapter", "run.lock"
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has left.
+    """The result of a run.
 
     Attributes:
       step: the last one that was made; steps: of the whole run.
@@ -189,7 +189,7 @@ class _Run:
         return state
 
     def _method(self, params: Any, config: LlamaConfig) -> tuple[Combine, Any, Any, float | None]:
-        """What the parameters become, what is trained, what is frozen, and how many weights an adapter multiplies."""
+        """The parameters, which of them are trained and which frozen, and how many weights an adapter multiplies."""
         settings = self.base.settings
         if settings.method == "full":
             return full(config, self.base.dtype), params, None, None

@@ -23,7 +23,7 @@ METHODS = ("lora", "full")
 
 @dataclass(frozen=True)
 class Data:
-    """What is learned.
+    """The parameters that are learned.
 
     Attributes:
       files: JSON lines, each with "text" or "messages"; paths are relative to the working directory.
@@ -42,7 +42,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a step computes.
+    """The settings of a step.
 
     Attributes:
       length: tokens of a row.

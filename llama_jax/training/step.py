@@ -19,13 +19,13 @@ from llama_jax.training.batch import Batch, targets
 from llama_jax.training.loss import LOGITS, loss
 
 type Combine = Callable[[Any, Any], tuple[Params, LlamaConfig]]
-"""What is trained and what is frozen to the parameters that they make up, and the config of these."""
+"""From trained and frozen leaves to the parameters that they make up, and their config."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """What a step changes.
+    """The state that a step changes.
 
     Attributes:
       step: int32, the number of steps that have been made.
