@@ -84,7 +84,7 @@ def unmerge(params: Params, config: LlamaConfig, adapter: Adapter) -> Params:
 
 
 def low_rank_of(params: Params, config: LlamaConfig, adapter: Adapter) -> Params:
-    """The terms that an adapter adds to every projection, as `forward` takes it: {"a", "b", "scale"}, with "gain" and "shift"
+    """The terms that an adapter adds to every projection: {"a", "b", "scale"}, with "gain" and "shift"
     where there are any (`model.adapters`), shaped like the canonical parameters. Without routed experts."""
     flat: dict[str, Any] = {}
     scales, dtype = dict(adapter.about.scales), compute_dtype(params)

@@ -1,4 +1,4 @@
-"""Values that a layer's backward pass finds in memory and those that it computes again: policies of `jax.checkpoint`."""
+"""Values that a layer keeps for its backward pass, and those that it computes again: policies of `jax.checkpoint`."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ METHODS = ("lora", "full")
 
 @dataclass(frozen=True)
 class Data:
-    """The parameters that are learned.
+    """The texts to learn.
 
     Attributes:
       files: JSON lines, each with "text" or "messages"; paths are relative to the working directory.
