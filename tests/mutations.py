@@ -673,6 +673,13 @@ SAMPLER: tuple[Mutation, ...] = (
         ("tests/test_kernels_attention_packed.py::test_backends[window-pallas_interpret]",),
     ),
     Mutation(
+        "blocks are put in order, and the rows that they read are not",
+        "kernels/attention/packed.py",
+        "pieces.token[order], pieces.row[order]",
+        "pieces.token[order], pieces.row",
+        ("tests/test_kernels_attention_packed.py::test_backends[window-pallas_interpret]",),
+    ),
+    Mutation(
         "the first share of a row is read as one of the row before",
         "kernels/attention/decode/partition.py",
         "until <= index[:, None]",

@@ -95,16 +95,18 @@ def test_sizes_change_nothing(changes: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_preempted_rows_go_on_as_if_nothing_had_been() -> None:
-    """Three rows that need nine pages, of which there are six; penalties know of tokens drawn before."""
+    """Three rows that need nine pages, of which there are six; penalties know of tokens drawn before, and a mask ends
+    with its request."""
     model = tiny_model()
     core = Core(model, small_settings(pages=6))
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0, "presence_penalty": 0.7, "repetition_penalty": 1.2},
         {"temperature": 0.8, "logprobs": 2},
+        {"temperature": 1.0, "allowed_token_ids": [3, 9, 11, 30]},
     ]
     asked = [
-        ([3 + i, 4, 5 + i], SamplingParams(seed=i, max_tokens=40, ignore_eos=True, **kinds[i % 3])) for i in range(6)
+        ([3 + i, 4, 5 + i], SamplingParams(seed=i, max_tokens=40, ignore_eos=True, **kinds[i % 4])) for i in range(8)
     ]
     for request, news in zip(asked, run(core, asked), strict=True):
         assert tokens(news) == alone(model, request).tokens

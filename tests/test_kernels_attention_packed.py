@@ -137,7 +137,7 @@ KERNEL_CALLS: dict[str, tuple[dict[str, Any], Rule]] = {
         Rule(Visibility(), 0.3, chunk_rows=1),
     ),
     "window": (
-        {"new": (1, 20, 0, 1, 12), "old": (9, 30, 5, 0, 0), "length": 36, "shuffled": True},
+        {"new": (1, 20, 0, 1, 12), "old": (9, 30, 5, 0, 40), "length": 36, "shuffled": True},
         Rule(Visibility("sliding", 9), 0.3, chunk_rows=2),
     ),
     "chunked, sinks, segments, soft cap": (

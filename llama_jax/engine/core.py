@@ -25,7 +25,7 @@ from llama_jax.engine.draft_model import DraftModel, check_room, cost_of
 from llama_jax.engine.draft_programs import DraftParts
 from llama_jax.engine.drafting import NGrams, Source
 from llama_jax.engine.foresight import Foresight
-from llama_jax.engine.joining import Asked, joinings
+from llama_jax.engine.joining import Asked, joinings, masks
 from llama_jax.engine.meter import Meter
 from llama_jax.engine.packing import pack
 from llama_jax.engine.program_set import START, Key
@@ -39,7 +39,7 @@ from llama_jax.engine.steps import Step
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.plan.step_costs import Peak, StepCosts
-from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams, check_widths, token_mask
+from llama_jax.sampling import GREEDY, Logprobs, SamplerProfile, SamplingParams, check_widths
 from llama_jax.sharding import on, ruled
 from llama_jax.targets import of_device
 
@@ -265,8 +265,7 @@ class Core:
                 asked.cached = joining.shared
         for given in joinings(step, self._asked, self.model, self.settings):
             self._state = self.programs.join(self._state, given)
-        masks = ((joining.row, self._mask(joining.sequence)) for joining in step.joining)
-        self._restrict([(row, mask) for row, mask in masks if mask is not None])
+        self._restrict(masks(step, self._asked, self.model.config.vocab_size))
         joined = {joining.row for joining in step.joining}
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
@@ -292,15 +291,10 @@ class Core:
             array.copy_to_host_async()
         return flight
 
-    def _restrict(self, masks: ListOf[tuple[int, np.ndarray]]) -> None:
+    def _restrict(self, of_rows: ListOf[tuple[int, np.ndarray]]) -> None:
         """Sends masks of rows."""
-        if masks:
-            self._state = self.programs.restrict(self._state, *map(list, zip(*masks, strict=True)))
-
-    def _mask(self, sequence: Sequence) -> np.ndarray | None:
-        """The tokens that a request allows; None for all."""
-        ids = self._params(sequence).allowed_token_ids
-        return None if ids is None else token_mask.only(ids, self.model.config.vocab_size)
+        if of_rows:
+            self._state = self.programs.restrict(self._state, *map(list, zip(*of_rows, strict=True)))
 
     # --- From the device
 

@@ -23,7 +23,7 @@ from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked
 from llama_jax.engine.steps import Step
 from llama_jax.model.loaded import Model
-from llama_jax.sampling import FULL, Logprobs, SamplerState, SamplingParams, make_sampler
+from llama_jax.sampling import FULL, Logprobs, SamplerState, SamplingParams, make_sampler, token_mask
 
 _IDLE = SamplingParams(temperature=0.0, seed=0)
 
@@ -73,6 +73,12 @@ def joinings(step: Step, asked: Mapping[int, Asked], model: Model, settings: Eng
             for i, mark in enumerate(some):
                 new.marked.rows[i], new.marked.tokens[i], new.marked.drawn[i] = mark
         yield array
+
+
+def masks(step: Step, asked: Mapping[int, Asked], vocab_size: int) -> list[tuple[int, np.ndarray]]:
+    """Each joining row that may draw only some tokens, and their mask, which `joinings` leaves out."""
+    each = ((joining.row, asked[joining.sequence.id].params.allowed_token_ids) for joining in step.joining)
+    return [(row, token_mask.only(ids, vocab_size)) for row, ids in each if ids is not None]
 
 
 def _begin(

@@ -75,8 +75,9 @@ def _mixed(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[in
         parts["ids"][here] = sequence.tokens[chunk.start : end]
         parts["positions"][here] = np.arange(chunk.start, end)
         parts["rows"][here] = chunk.row
-        behind = sequence.tokens[chunk.start + 1 : end + 1]
-        parts["next"][at : at + len(behind)] = behind
+        if scored:
+            behind = sequence.tokens[chunk.start + 1 : end + 1]
+            parts["next"][at : at + len(behind)] = behind
         if chunk.draws:
             draw(chunk.row, here.stop - 1)
         if chunk.draws or (sequence.limit == 0 and end == len(sequence.tokens)):

@@ -74,7 +74,7 @@ class Joining:
       length: int32, number of tokens to compute before one is drawn.
       limit: int32, the most tokens to draw, including those drawn before (`sampler.count`).
       rope_lengths, adapter_ids: int32, see `DecodeState`.
-      sampler: of these rows; without the arrays over the vocabulary, which start empty.
+      sampler: of these rows; without the arrays over the vocabulary, which start empty (`restrict` sends masks).
       marked: tokens that they have had, for penalties.
     """
 

@@ -1,7 +1,7 @@
 """The weights of a running softmax, 2 ** (logits * factor - shift), with one multiply-add for each on NVIDIA GPUs.
 
-XLA compiles kernels for them without fusing a product with a difference: of the 750 instructions of a step of the
-forward kernel, 64 were such differences. Pallas has no multiply-add, hence the separate primitive.
+XLA compiles Pallas-Triton kernels without fusing a product and a difference. With it a step of the forward kernel, 128
+queries by 64 slots, is 687 instructions of an H200 instead of 746. Pallas has none, hence the separate primitive.
 """
 
 from __future__ import annotations
