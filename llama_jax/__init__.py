@@ -25,8 +25,17 @@ if TYPE_CHECKING:
     from llama_jax.generation.engine import Engine
     from llama_jax.generation.llm import LLM
     from llama_jax.generation.streams import Request
+    from llama_jax.interp import (
+        activation_gradients,
+        attention_maps,
+        head_outputs,
+        logit_lens,
+        open_activations,
+        patched_generate,
+        record_activations,
+    )
     from llama_jax.loading import load
-    from llama_jax.model import activation_names, forward, unembed
+    from llama_jax.model import Patch, activation_names, forward, patch, unembed
     from llama_jax.model.flax_module import Llama
     from llama_jax.model.loaded import Model
     from llama_jax.model.quantization import quantize
@@ -55,8 +64,17 @@ _HOME = {
     "generation.engine": ("Engine",),
     "generation.llm": ("LLM",),
     "generation.streams": ("Request",),
+    "interp": (
+        "activation_gradients",
+        "attention_maps",
+        "head_outputs",
+        "logit_lens",
+        "open_activations",
+        "patched_generate",
+        "record_activations",
+    ),
     "loading": ("load",),
-    "model": ("activation_names", "forward", "unembed"),
+    "model": ("Patch", "activation_names", "forward", "patch", "unembed"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
     "sampling": ("Grammar", "SamplingParams", "sample"),
     "scoring": ("perplexity", "score", "score_rolling"),
@@ -75,12 +93,15 @@ __all__ = [
     "LlamaJaxError",
     "Model",
     "PagedCache",
+    "Patch",
     "Request",
     "SamplingParams",
     "Tokenizer",
     "__version__",
     "abstract_params",
+    "activation_gradients",
     "activation_names",
+    "attention_maps",
     "batch_generate",
     "config_from_hf",
     "config_to_hf",
@@ -88,16 +109,22 @@ __all__ = [
     "encode_chat",
     "forward",
     "generate",
+    "head_outputs",
     "init_params",
     "load",
     "load_params",
     "load_tokenizer",
+    "logit_lens",
     "make_mesh",
+    "open_activations",
     "open_checkpoint",
     "param_specs",
+    "patch",
+    "patched_generate",
     "perplexity",
     "preset",
     "quantize",
+    "record_activations",
     "render_chat",
     "sample",
     "save",
