@@ -72,17 +72,17 @@ def opened(folder: Path, name: str, shape: tuple[int, ...] = (), dtype: str = ""
     """One of the folder's arrays.
 
     Args:
-      shape: of one row; dtype: of the array. Only for one that is made.
+      shape: of one row; dtype: of the array. Only used with `create`, for one that is not there.
 
     Raises:
       CheckpointError: it is missing or damaged.
     """
     spec: dict[str, Any] = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder / name)}}
-    options: dict[str, Any] = {"open": True}
+    options: dict[str, Any] = {"create": create, "open": not create}
     if create:
         size = np.dtype(ts.dtype(dtype).numpy_dtype).itemsize * int(np.prod(shape))
         rows = max(CHUNK_BYTES // max(size, 1), 1)
-        options |= {"create": True, "dtype": ts.dtype(dtype), "shape": [0, *shape]}
+        options |= {"dtype": ts.dtype(dtype), "shape": [0, *shape]}
         options["chunk_layout"] = ts.ChunkLayout(chunk_shape=[rows, *shape])
     try:
         with storage_errors(folder):

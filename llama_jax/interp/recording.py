@@ -83,7 +83,7 @@ def record_activations(
         "patched": list(patch.patterns) if patch else [],
     }
     shapes = _shapes(model, every, patch)
-    start = Description(settings, {name: list(shape) for name, shape in shapes.items()}, kept)
+    start = Description(settings, {name: list(shape) for name, shape in shapes.items()}, kept, digest=str(Digest()))
     encoded = _encoded(texts, tokenizer, config, max_length)
     with file_lock(lock_of(folder)):
         writer = _Writer.at(folder, start, encoded)
@@ -203,8 +203,11 @@ class _Writer:
                 folder.mkdir(parents=True, exist_ok=True)
         shapes = {name: (tuple(shape), start.dtype) for name, shape in start.shapes.items()}
         shapes |= {TOKEN_IDS: ((), "int32"), TEXT_ENDS: ((), "int64")}
-        arrays = {name: opened(folder, name, *kind, create=True) for name, kind in shapes.items()}
         start.write(folder)
+        arrays = {
+            name: opened(folder, name, *kind, create=not (folder / name / "zarr.json").exists())
+            for name, kind in shapes.items()
+        }
         return cls(folder, start, seen, arrays)
 
     def add(self, batch: Sequence[list[int]], activations: Any, progress: Progress | None) -> None:
