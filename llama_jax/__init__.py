@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from llama_jax.model.loaded import Model
     from llama_jax.model.quantization import quantize
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
+    from llama_jax.receipts import Receipt, read_receipt, receipt, replay
     from llama_jax.sampling import Grammar, SamplingParams, sample
     from llama_jax.scoring import perplexity, score, score_rolling
     from llama_jax.sharding import make_mesh
@@ -76,6 +77,7 @@ _HOME = {
     "loading": ("load",),
     "model": ("Patch", "activation_names", "forward", "patch", "unembed"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
+    "receipts": ("Receipt", "read_receipt", "receipt", "replay"),
     "sampling": ("Grammar", "SamplingParams", "sample"),
     "scoring": ("perplexity", "score", "score_rolling"),
     "sharding": ("make_mesh",),
@@ -94,6 +96,7 @@ __all__ = [
     "Model",
     "PagedCache",
     "Patch",
+    "Receipt",
     "Request",
     "SamplingParams",
     "Tokenizer",
@@ -124,8 +127,11 @@ __all__ = [
     "perplexity",
     "preset",
     "quantize",
+    "read_receipt",
+    "receipt",
     "record_activations",
     "render_chat",
+    "replay",
     "sample",
     "save",
     "score",

@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -318,6 +319,14 @@ sampling_options = _together(
 
 The names are those of the fields; the value of an option that was not given is None or ().
 """
+
+
+receipt_option = click.option(
+    "--receipt",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write what the run was made of to FILE, for `llama-jax replay`.",
+)
 
 
 def given(fields: dict[str, Any]) -> dict[str, Any]:
