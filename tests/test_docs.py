@@ -36,13 +36,17 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return blocks
 
 
-SLOW = {"README.md", "engine.md", "python.md", "scoring.md", "structured-output.md"}
+SLOW = {"README.md", "activations.md", "engine.md", "python.md", "scoring.md", "structured-output.md"}
 """Pages whose examples compile for a while."""
 
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.slow) if page.name in SLOW else page for page in PAGES],
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page.name in SLOW else page
+        for page in PAGES
+        if page.parent.name != "guides"  # test_guides.py
+    ],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
