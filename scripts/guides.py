@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "docs" / "guides"
-CODE = re.compile(r"^```python\n(?P<code>.*?)^```\n(?P<output>\n<!-- output -->\n```text\n(?P<text>.*?)^```\n)?", re.S | re.M)
+CODE = re.compile(
+    r"^```python\n(?P<code>.*?)^```\n(?P<output>\n<!-- output -->\n```text\n(?P<text>.*?)^```\n)?", re.S | re.M
+)
 
 
 def pages() -> list[Path]:

@@ -36,7 +36,7 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     return blocks
 
 
-SLOW = {"README.md", "activations.md", "engine.md", "python.md", "scoring.md", "structured-output.md"}
+SLOW = {"README.md", "activations.md", "engine.md", "python.md", "receipts.md", "scoring.md", "structured-output.md"}
 """Pages whose examples compile for a while."""
 
 

@@ -63,7 +63,8 @@ class Description:
             ) from e
         if found.format != FORMAT:
             raise CheckpointError(
-                f"{folder} has format {found.format}, this version reads {FORMAT}", hint="install a newer llama-jax"
+                f"{folder} has format {found.format}, this version reads {FORMAT}",
+                hint="use the version of llama-jax that wrote it",
             )
         return found
 
