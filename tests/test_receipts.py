@@ -147,3 +147,6 @@ def test_command_line(tmp_path: Path) -> None:
     source.write_text("{}\n")
     assert "has the digest" in run("replay", receipt).stderr
     assert run("batch", "-", out, "--receipt", receipt).exit_code == 2
+    nowhere = run("generate", "hello", "--receipt", tmp_path / "none" / "one.json")
+    assert nowhere.exit_code == 2
+    assert "there is no folder" in nowhere.stderr

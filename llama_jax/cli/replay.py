@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llama_jax.cli.options import LoadOptions, examples, json_option, quiet_option, requested_mesh
+from llama_jax.cli.options import LoadOptions, claim_memory, examples, json_option, quiet_option, requested_mesh
 from llama_jax.cli.progress import Reporter
 from llama_jax.cli.terminal import print_json
 from llama_jax.errors import CheckpointError, VerificationError
@@ -45,6 +45,8 @@ def command(receipt: Path, model: str | None, source: Path | None, quiet: bool, 
     from llama_jax.receipts.batch import replay_batch
 
     saved = read_receipt(receipt)
+    if saved.batch:
+        claim_memory()
     options = _options(saved, receipt)
     devices = requested_mesh(options.mesh, options.tp)
     with Reporter(quiet=quiet) as reporter:
