@@ -28,6 +28,7 @@ def record(folder: Path, texts: object = TEXTS, **options: object) -> lj.interp.
     return lj.record_activations(MODEL, None, texts, NAMES, folder, batch_tokens=64, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_what_is_read_back(tmp_path: Path) -> None:
     counts: list[int] = []
     data = record(tmp_path / "a", iter(TEXTS), progress=lambda done, *_: counts.append(done))

@@ -193,6 +193,7 @@ def test_patch_in_decoding() -> None:
     assert unchanged != lj.patched_generate(model, None, prompts, patch, **options)
 
 
+@pytest.mark.slow
 def test_gradients() -> None:
     config = TINY["sigmoid-moe"]
     params, tokens = random_params(config), random_tokens(config, 1, 5)
