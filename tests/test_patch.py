@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import GOLDEN_CASES, TINY, TOLERANCE, error, load_golden, random_params, random_tokens, run, tiny_config
-from test_model import EVERY_VISIBILITY, REPRESENTATIVE
+from test_model import EVERY_VISIBILITY
 
 import llama_jax as lj
 from llama_jax.cache import DenseCache
@@ -23,9 +23,8 @@ from llama_jax.model.fuse import fuse_params
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params, flatten, unflatten
 
-EVERY_CASE = [
-    pytest.param(case, marks=() if case in REPRESENTATIVE else pytest.mark.slow, id=case) for case in GOLDEN_CASES
-]
+FAST = {"llama4-text", "mistral-short-window"}
+EVERY_CASE = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow, id=case) for case in GOLDEN_CASES]
 
 
 def without(x: jax.Array, _: Any, index: jax.Array) -> jax.Array:
