@@ -27,12 +27,22 @@ if TYPE_CHECKING:
     from llama_jax.generation.engine import Engine
     from llama_jax.generation.llm import LLM
     from llama_jax.generation.streams import Request
+    from llama_jax.interp import (
+        activation_gradients,
+        attention_maps,
+        head_outputs,
+        logit_lens,
+        open_activations,
+        patched_generate,
+        record_activations,
+    )
     from llama_jax.loading import load
-    from llama_jax.model import activation_names, forward, unembed
+    from llama_jax.model import Patch, activation_names, forward, patch, unembed
     from llama_jax.model.flax_module import Llama
     from llama_jax.model.loaded import Model
     from llama_jax.model.quantization import quantize
     from llama_jax.params import abstract_params, count_params, init_params, param_specs
+    from llama_jax.receipts import Receipt, read_receipt, receipt, replay
     from llama_jax.sampling import Grammar, SamplingParams, sample
     from llama_jax.scoring import perplexity, score, score_rolling
     from llama_jax.sharding import make_mesh
@@ -58,9 +68,19 @@ _HOME = {
     "generation.engine": ("Engine",),
     "generation.llm": ("LLM",),
     "generation.streams": ("Request",),
+    "interp": (
+        "activation_gradients",
+        "attention_maps",
+        "head_outputs",
+        "logit_lens",
+        "open_activations",
+        "patched_generate",
+        "record_activations",
+    ),
     "loading": ("load",),
-    "model": ("activation_names", "forward", "unembed"),
+    "model": ("Patch", "activation_names", "forward", "patch", "unembed"),
     "params": ("abstract_params", "count_params", "init_params", "param_specs"),
+    "receipts": ("Receipt", "read_receipt", "receipt", "replay"),
     "sampling": ("Grammar", "SamplingParams", "sample"),
     "scoring": ("perplexity", "score", "score_rolling"),
     "sharding": ("make_mesh",),
@@ -79,12 +99,16 @@ __all__ = [
     "LlamaJaxError",
     "Model",
     "PagedCache",
+    "Patch",
+    "Receipt",
     "Request",
     "SamplingParams",
     "Tokenizer",
     "__version__",
     "abstract_params",
+    "activation_gradients",
     "activation_names",
+    "attention_maps",
     "batch_generate",
     "config_from_hf",
     "config_to_hf",
@@ -92,18 +116,27 @@ __all__ = [
     "encode_chat",
     "forward",
     "generate",
+    "head_outputs",
     "init_params",
     "load",
     "load_adapter",
     "load_params",
     "load_tokenizer",
+    "logit_lens",
     "make_mesh",
+    "open_activations",
     "open_checkpoint",
     "param_specs",
+    "patch",
+    "patched_generate",
     "perplexity",
     "preset",
     "quantize",
+    "read_receipt",
+    "receipt",
+    "record_activations",
     "render_chat",
+    "replay",
     "sample",
     "save",
     "save_adapter",

@@ -158,9 +158,30 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "captured output of a layer without what its MLP adds",
         "llama_jax/model/transformer.py",
-        'seen["out"] = x + out',
-        'seen["out"] = x',
+        'total = tap("out", x + out)',
+        'total = tap("out", x)',
         (f"{MODEL}::test_capture",),
+    ),
+    Mutation(
+        "patched output of a layer added to what it replaces",
+        "llama_jax/model/transformer.py",
+        "x, out = total, jnp.zeros_like(out)",
+        "x = total",
+        ("tests/test_patch.py::test_activations_of_another_text[plain]",),
+    ),
+    Mutation(
+        "attention maps of tokens that are not seen",
+        "llama_jax/model/attention_map.py",
+        "jnp.where(see, logits, MASKED)",
+        "logits",
+        ("tests/test_patch.py::test_attention_maps_by_hand",),
+    ),
+    Mutation(
+        "digest without the numbers",
+        "llama_jax/receipts/making.py",
+        "whole.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8))",
+        "del leaf",
+        ("tests/test_receipts.py::test_digest_is_of_all_parameters",),
     ),
     Mutation(
         "mean square over the columns of a program",
@@ -214,8 +235,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "gate and up swapped",
         "llama_jax/model/layers.py",
-        "hidden = activation(gate) * up",
-        "hidden = gate * activation(up)",
+        "tap(activation(gate) * up)",
+        "tap(gate * activation(up))",
         golden("llama2-mha"),
     ),
     Mutation(
@@ -374,7 +395,7 @@ EXPERTS: tuple[Mutation, ...] = (
     Mutation(
         "shared expert dropped",
         "llama_jax/model/layers.py",
-        "return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))[0]",
+        "return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))",
         "return out",
         golden("llama4-scout-like"),
     ),

@@ -38,9 +38,11 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
 
 SLOW = {
     "README.md",
+    "activations.md",
     "adapters.md",
     "engine.md",
     "python.md",
+    "receipts.md",
     "scoring.md",
     "structured-output.md",
     "training.md",
@@ -50,7 +52,11 @@ SLOW = {
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.slow) if page.name in SLOW else page for page in PAGES],
+    [
+        pytest.param(page, marks=pytest.mark.slow) if page.name in SLOW else page
+        for page in PAGES
+        if page.parent.name != "guides"  # test_guides.py
+    ],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

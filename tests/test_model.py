@@ -320,7 +320,8 @@ def test_capture() -> None:
         value = np.asarray(part["attn_in"]) @ np.asarray(layer["attn"]["v_proj"]["weight"]).T
         assert error(part["v"], value.reshape(part["v"].shape)) < 1e-5
         output = np.asarray(layer["attn"]["o_proj"]["weight"])
-        assert error(part["attn_out"], np.asarray(part["attn_heads"]) @ output.T) < 1e-5
+        chex.assert_shape(part["attn_heads"], (2, 6, config.num_heads, config.head_dim))
+        assert error(part["attn_out"], np.asarray(part["attn_heads"]).reshape(2, 6, -1) @ output.T) < 1e-5
         x = x + np.asarray(part["attn_out"])
         assert error(part["mlp_in"], norm(x, layer["mlp_norm"]["weight"])) < 1e-5
         assert ("mlp_hidden" in part) == ("mlp" in layer)

@@ -25,6 +25,7 @@ from llama_jax.cli.options import (
     mesh_options,
     model_option,
     quiet_option,
+    receipt_option,
     requested_mesh,
     sampling_options,
 )
@@ -105,6 +106,7 @@ Run the same command again after an interruption: it resumes.
 @click.option("--strict", is_flag=True, help="Refuse IN if a line is bad or ids are equal; nothing is generated then.")
 @click.option("--overwrite", is_flag=True, help="Start afresh, whatever OUT holds.")
 @click.option("--no-verify", is_flag=True, help="Do not check the weights' digests while loading.")
+@receipt_option
 @quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def command(
@@ -123,6 +125,7 @@ def command(
     strict: bool,
     overwrite: bool,
     no_verify: bool,
+    receipt: Path | None,
     quiet: bool,
     as_json: bool,
     **fields: Any,
@@ -132,12 +135,14 @@ def command(
     All of IN is checked before a model is loaded. A line without its own seed takes --seed (0 by default) plus its
     number, so that every run gives the same results. Ctrl-C ends the run after the lines that have begun, a second one
     at once; nothing that is done is lost. OUT.meta.json says which input and settings OUT belongs to; standard output
-    cannot be resumed.
+    cannot be resumed. --receipt is written once all lines are there.
     """
     if as_json and str(target) == "-":
         raise click.UsageError("--json prints the summary to standard output, where OUT - puts the lines")
     check_drafts(drafts, draft_model)
     adapter = given_adapter(adapters, named=True)
+    if receipt is not None and "-" in (str(source), str(target)):
+        raise click.UsageError("--receipt needs IN and OUT to be files: it is made of both")
 
     # Imported here: --help and usage errors do not need jax.
     from llama_jax.sampling import SamplingParams
@@ -210,6 +215,13 @@ def command(
         with _Display(quiet=quiet) as display, catch_interrupt(notice) as interrupted:
             summary = batch.run(loaded, tokenizer, drafts=drafts, draft=draft, progress=display.show, stop=interrupted)
     _report(summary, target, quiet=quiet, as_json=as_json)
+    if receipt is not None and not summary.interrupted:
+        from llama_jax.receipts.batch import batch_receipt
+
+        made = batch_receipt(
+            loaded, source, target, sampling=sampling, batch_size=batch_size, batch_invariant=batch_invariant
+        )
+        made.save(receipt)
     return INTERRUPTED if summary.interrupted else SOME_FAILED if summary.errors else 0
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "chat": "Talk to a model in the terminal.",
     "serve": "Answer OpenAI's clients over HTTP.",
     "batch": "Generate a file of prompts, resumable; also OpenAI's lines.",
+    "replay": "Run what a receipt records again, and compare the tokens.",
     "pull": "Download a model from the Hugging Face hub.",
     "convert": "Convert a model to a checkpoint.",
     "quantize": "Store a model's weights in few bits.",

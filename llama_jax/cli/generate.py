@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import secrets
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,6 +19,7 @@ from llama_jax.cli.options import (
     model_option,
     page_size_option,
     quiet_option,
+    receipt_option,
     requested_mesh,
     sampling_options,
 )
@@ -57,6 +61,7 @@ DEFAULT_MAX_TOKENS = 256
 @sampling_options
 @page_size_option
 @load_options
+@receipt_option
 @quiet_option
 @json_option
 def command(
@@ -65,6 +70,7 @@ def command(
     messages: str | None,
     page_size: int,
     loading: LoadOptions,
+    receipt: Path | None,
     quiet: bool,
     as_json: bool,
     **fields: Any,
@@ -73,7 +79,8 @@ def command(
 
     PROMPT "-" reads standard input. The new text goes to standard output as it comes; model, device, dtype and speed go
     to standard error. With --json there is one object at the end: text, token_ids, prompt_token_ids, finish_reason,
-    ttft_ms, prompt_tps, generation_tps, device, model, dtype.
+    ttft_ms, prompt_tps, generation_tps, device, model, dtype. With --receipt a random seed is drawn, and written down,
+    where --seed is missing.
     """
     if (prompt is None) == (messages is None):
         raise click.UsageError("give either a PROMPT or --messages FILE.json")
@@ -85,6 +92,8 @@ def command(
 
     params = SamplingParams(**{"max_tokens": None, **given(fields)})
     params.check_generates("an answer" if conversation is not None else "a continuation")
+    if receipt is not None and params.seed is None:
+        params = dataclasses.replace(params, seed=secrets.randbits(63))
     devices = requested_mesh(loading.mesh, loading.tp)
     with Reporter(quiet=quiet) as reporter:
         loaded, tokenizer = loading.load(model, devices, reporter)
@@ -100,15 +109,18 @@ def command(
         ids = encode_prompt(tokenizer, text)
     params = _limited(params, loaded, len(ids))
     if as_json:
-        _print_object(loaded, tokenizer, ids, params, page_size)
+        tokens = _print_object(loaded, tokenizer, ids, params, page_size)
     else:
-        _stream(loaded, tokenizer, ids, params, page_size, quiet=quiet)
+        tokens = _stream(loaded, tokenizer, ids, params, page_size, quiet=quiet)
+    if receipt is not None:
+        from llama_jax.receipts.making import made, request_json
+
+        load = {"weights": loading.weights, "convert": loading.convert}
+        made(loaded, [request_json(ids, params, [tokens])], load=load, run={"page_size": page_size}).save(receipt)
 
 
 def _limited(params: SamplingParams, model: Model, prompt_length: int) -> SamplingParams:
     """Without a limit of the user's: the default one, or less where the context ends sooner."""
-    import dataclasses
-
     from llama_jax.generation import token_limit
 
     if params.max_tokens is not None:
@@ -126,7 +138,8 @@ def _limited(params: SamplingParams, model: Model, prompt_length: int) -> Sampli
 
 def _stream(
     model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int, *, quiet: bool
-) -> None:
+) -> list[int]:
+    """Prints the text as it comes; returns the new token ids."""
     from llama_jax.generation import stream_generate
     from llama_jax.runtime import device_name
 
@@ -134,9 +147,11 @@ def _stream(
     if not quiet:
         click.echo(f"{model.name} on {device_name(model.device, model.mesh)} in {model.dtype.name}", err=True)
     last = None
+    tokens = []
     ended_line = True
     try:
         for last in steps:
+            tokens.append(last.token)
             if last.text:
                 write_text(last.text)
                 ended_line = last.text.endswith("\n")
@@ -151,9 +166,13 @@ def _stream(
                 f"first after {last.ttft_s * 1000:.0f} ms, end: {last.finish_reason or 'interrupted'}",
                 err=True,
             )
+    return tokens
 
 
-def _print_object(model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int) -> None:
+def _print_object(
+    model: Model, tokenizer: Tokenizer, ids: list[int], params: SamplingParams, page_size: int
+) -> list[int]:
+    """Prints the result as one object; returns the new token ids."""
     from llama_jax.generation import batch_generate
     from llama_jax.runtime import device_name
 
@@ -173,3 +192,4 @@ def _print_object(model: Model, tokenizer: Tokenizer, ids: list[int], params: Sa
             "dtype": model.dtype.name,
         }
     )
+    return list(completion.token_ids)

@@ -366,6 +366,22 @@ The names are those of the fields; the value of an option that was not given is 
 """
 
 
+def _in_a_folder(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Refuses a file that could not be written, before anything that takes long."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.absolute().parent}", ctx, param)
+    return path
+
+
+receipt_option = click.option(
+    "--receipt",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_in_a_folder,
+    metavar="FILE",
+    help="Write what the run was made of to FILE, for `llama-jax replay`.",
+)
+
+
 def given(fields: dict[str, Any]) -> dict[str, Any]:
     """The options that were given on the command line."""
     return {name: value for name, value in fields.items() if value is not None and value != ()}

@@ -21,7 +21,7 @@ from llama_jax.cache import KVCache
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.graphs import graph_options
 from llama_jax.decode.weights_read import weight_options
-from llama_jax.model import forward
+from llama_jax.model import Patch, forward
 from llama_jax.params import Params
 from llama_jax.sampling import MAX_LOGPROBS, Logprobs, SamplerProfile, SamplerState, sample, sampler_axes
 from llama_jax.sampling import failed as no_token
@@ -256,10 +256,11 @@ def decode_step(
     config: LlamaConfig,
     profile: SamplerProfile,
     adapters: Params | None = None,
+    patch: Patch | None = None,
 ) -> tuple[DecodeState, Progress]:
     """Runs the last token of every unfinished row through the model and draws the next."""
     progress = no_progress(state, 1, profile, config.vocab_size)
-    return _step(params, state, progress, 0, adapters, config=config, profile=profile)
+    return _step(params, state, progress, 0, adapters, patch, config=config, profile=profile)
 
 
 def _step(
@@ -268,6 +269,7 @@ def _step(
     progress: Progress,
     column: jax.Array | int,
     adapters: Params | None,
+    patch: Patch | None,
     *,
     config: LlamaConfig,
     profile: SamplerProfile,
@@ -283,6 +285,7 @@ def _step(
         rope_lengths=state.rope_lengths,
         adapters=adapters,
         adapter_ids=None if adapters is None else state.adapter_ids[:, None],
+        patch=patch,
     )
     return emit(logits[:, 0], dataclasses.replace(state, cache=cache), progress, column, profile)
 
@@ -296,16 +299,18 @@ def advance(
     profile: SamplerProfile,
     stride: int,
     adapters: Params | None = None,
+    patch: Patch | None = None,
 ) -> tuple[DecodeState, Progress]:
     """Runs decode steps until every row has ended or `steps` int32 [] have run. The state is donated.
 
     Args:
       stride: the most steps per dispatch; programs with more than one are compiled for many (`graph_options`).
       adapters: slots of adapters (`model.adapters`); each row keeps using the one it began with.
+      patch: functions that change activations (`model.activations.patch`).
     """
     options = (graph_options() if stride > 1 else {}) | weight_options(config, len(state.done))
     run = compiled_advance(tuple(sorted(options.items())))
-    return run(params, state, steps, adapters, config=config, profile=profile, stride=stride)
+    return run(params, state, steps, adapters, patch, config=config, profile=profile, stride=stride)
 
 
 @functools.cache
@@ -326,6 +331,7 @@ def run_steps(
     state: DecodeState,
     steps: jax.Array,
     adapters: Params | None,
+    patch: Patch | None = None,
     *,
     config: LlamaConfig,
     profile: SamplerProfile,
@@ -340,7 +346,7 @@ def run_steps(
 
     def run(carry: Carry) -> Carry:
         step, state, progress = carry
-        return step + 1, *_step(params, state, progress, step, adapters, config=config, profile=profile)
+        return step + 1, *_step(params, state, progress, step, adapters, patch, config=config, profile=profile)
 
     start = (jnp.int32(0), state, no_progress(state, stride, profile, config.vocab_size))
     _, state, progress = jax.lax.while_loop(unfinished, run, start)

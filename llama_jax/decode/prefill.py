@@ -12,7 +12,7 @@ import numpy as np
 from llama_jax.cache import KVCache, NewCache
 from llama_jax.config import LlamaConfig
 from llama_jax.decode import buckets, chunks
-from llama_jax.model import forward
+from llama_jax.model import Patch, forward
 from llama_jax.model.weights import compute_dtype
 from llama_jax.params import Params
 from llama_jax.sampling import MAX_LOGPROBS, Logprobs, token_logprobs
@@ -45,6 +45,7 @@ def prefill_chunk(
     lengths: jax.Array,
     adapters: Params | None = None,
     adapter_ids: jax.Array | None = None,
+    patch: Patch | None = None,
     *,
     config: LlamaConfig,
     new: NewCache | None = None,
@@ -55,7 +56,7 @@ def prefill_chunk(
     Args:
       new: the cache to make if there is none.
       lengths: int32 [n], of the whole prompts, which a chunk alone does not tell.
-      adapters, adapter_ids: see `forward`; int32 [n, 1].
+      adapters, adapter_ids, patch: see `forward`; int32 [n, 1].
 
     Returns:
       float32 logits [n, vocab] of the chunk's last token, the cache, and the prompt's log-probabilities if asked for.
@@ -65,7 +66,8 @@ def prefill_chunk(
         assert new is not None
         cache = new.create(config)
     part = cache if rows is None else cache.select(rows)
-    run = partial(forward, params, config, rope_lengths=lengths, adapters=adapters, adapter_ids=adapter_ids)
+    options = {"rope_lengths": lengths, "adapters": adapters, "adapter_ids": adapter_ids, "patch": patch}
+    run = partial(forward, params, config, **options)
     logprobs = None
     if prompt_logprobs:
         logits, part = run(tokens, positions, part)
@@ -89,6 +91,7 @@ def prefill(
     padded_rows: int,
     adapters: Params | None = None,
     adapter_ids: Sequence[int] | None = None,
+    patch: Patch | None = None,
     prompt_logprobs: bool = False,
 ) -> tuple[jax.Array, KVCache, Logprobs | None]:
     """Runs the prompts, chunk by chunk.
@@ -99,6 +102,7 @@ def prefill(
       rows: the cache rows for the prompts; None: the first ones of a cache with `padded_rows` rows.
       padded_rows: rows of the program, at least len(prompts).
       adapters: slots of adapters (`model.adapters`); adapter_ids: the slot of each prompt, all 0 by default.
+      patch: functions that change activations (`model.activations.patch`).
       prompt_logprobs: also report each prompt token's log-probability and the most likely tokens in its place.
 
     Returns:
@@ -143,6 +147,7 @@ def prefill(
             lengths,
             adapters,
             ids,
+            patch,
             config=config,
             new=new,
             prompt_logprobs=prompt_logprobs,

@@ -233,7 +233,7 @@ def _run(params: Params, config: LlamaConfig, x: jax.Array, names: tuple[str, ..
     width = x.shape[-1]
     ends = {"embed": {"weight": jnp.zeros((1, width))}, "final_norm": {"weight": jnp.ones(width)}}
     _, _, seen = forward(params | ends, config, None, inputs_embeds=x, capture=names)
-    return seen
+    return {name: part.reshape(*part.shape[:2], -1) for name, part in seen.items()}
 
 
 def _with_scaled_inputs(

@@ -81,12 +81,18 @@ def position_queries_and_keys(
 
 
 @jax.named_scope("mlp")
-def mlp(x: jax.Array, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> tuple[jax.Array, jax.Array]:
-    """Gated MLP: down(hidden), and hidden = activation(gate(x)) * up(x)."""
+def mlp(
+    x: jax.Array,
+    params: Params,
+    dims: Dims,
+    adapters: Adapters = NO_ADAPTERS,
+    tap: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
+) -> jax.Array:
+    """Gated MLP: down(tap(activation(gate(x)) * up(x)))."""
     activation = ACTIVATIONS[dims.activation]
     gate, up = joint(x, params, "gate_up_proj", adapters, dims.activations)
-    hidden = activation(gate) * up
-    return linear(hidden, params["down_proj"], adapters.of("down_proj"), dims.activations), hidden
+    hidden = tap(activation(gate) * up)
+    return linear(hidden, params["down_proj"], adapters.of("down_proj"), dims.activations)
 
 
 @jax.named_scope("moe")
@@ -119,7 +125,7 @@ def moe(x: jax.Array, params: Params, dims: Dims, spec: MoeSpec, adapters: Adapt
             input_scale=scales[0],
             output_scale=scales[1],
         )
-        return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))[0]
+        return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))
 
     # All of it on each device's part of every expert's width, so that there is one all-reduce. A shared
     # expert stands apart if its width divides where that of the others does not, or the other way round.
@@ -147,4 +153,4 @@ def moe(x: jax.Array, params: Params, dims: Dims, spec: MoeSpec, adapters: Adapt
         "adapter_ids": ("batch",),
     }
     out = local(mixture, arguments, axes, ("batch",), summed="mlp").reshape(x.shape)
-    return out + mlp(x, params["shared"], dims, adapters.of("shared"))[0] if apart else out
+    return out + mlp(x, params["shared"], dims, adapters.of("shared")) if apart else out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 from typing import Any, overload
 
@@ -15,7 +15,17 @@ from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention, is_batch_invariant
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
+from llama_jax.model.activations import (
+    LAYER_ACTIVATIONS,
+    NO_PATCH,
+    ON_DEMAND,
+    Patch,
+    Place,
+    Tap,
+    matching_names,
+)
 from llama_jax.model.adapters import Adapters, adapters_of
+from llama_jax.model.attention_map import attention_probs, weighted_values
 from llama_jax.model.head import unembed
 from llama_jax.model.layers import Dims, mlp, moe, position_queries_and_keys, project_qkv
 from llama_jax.model.remat import rematerialised
@@ -26,20 +36,6 @@ from llama_jax.sharding import constrain
 
 ACTIVATION_AXES = ("batch", "length", "embed")
 """Axes of the hidden states between blocks: each device has all rows, so that a block ends in one all-reduce."""
-LAYER_ACTIVATIONS = ("attn_in", "q", "k", "v", "attn_heads", "attn_out", "mlp_in", "mlp_hidden", "mlp_out", "out")
-"""Of a block: what comes out of its norms and projections. "attn_heads" goes into o_proj, "mlp_hidden" into down_proj;
-a mixture of experts has none of the latter."""
-
-
-def activation_names(config: LlamaConfig) -> tuple[str, ...]:
-    """Every name that `capture=` accepts, in the order of the forward pass."""
-    layers = (
-        f"layers.{i}.{name}"
-        for i, spec in enumerate(config.layers)
-        for name in LAYER_ACTIVATIONS
-        if name != "mlp_hidden" or not isinstance(spec.mlp, MoeSpec)
-    )
-    return ("embed", *layers, "final_norm")
 
 
 @overload
@@ -59,6 +55,7 @@ def forward[MaybeCache: KVCache | None](
     adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
     remat: str = "none",
+    patch: Patch | None = None,
     capture: None = None,
 ) -> tuple[jax.Array, MaybeCache]: ...
 
@@ -80,6 +77,7 @@ def forward[MaybeCache: KVCache | None](
     adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
     remat: str = "none",
+    patch: Patch | None = None,
     capture: Sequence[str],
 ) -> tuple[jax.Array, MaybeCache, dict[str, jax.Array]]: ...
 
@@ -100,11 +98,13 @@ def forward(
     adapter_ids: jax.Array | None = None,
     logits_at: jax.Array | None = None,
     remat: str = "none",
+    patch: Patch | None = None,
     capture: Sequence[str] | None = None,
 ) -> Any:
     """Runs the model over tokens, after those that a cache already holds.
 
-    Pure and differentiable in `params`, `inputs_embeds` and `adapters`. It computes in `weights.compute_dtype(params)`.
+    Pure and differentiable in `params`, `inputs_embeds`, `adapters` and `patch`. It computes in
+    `weights.compute_dtype(params)`.
 
     Args:
       params: parameter tree (`llama_jax.params`), canonical or fused; with an adapter for all tokens, if one is
@@ -128,7 +128,9 @@ def forward(
       logits_at: int32 [batch, n], the indices in 0..len-1 (with `rows` too: [1, n]) to compute logits for; all of them
         by default. The others go through the last layer no further than its keys and values.
       remat: what gradients keep of each layer and what they compute again, a name in `remat.REMAT`.
-      capture: names from `activation_names(config)`; the activations come back as a third result.
+      patch: functions that change activations (`model.activations.patch`).
+      capture: names from `activation_names(config)`, or patterns of them ("layers.*.out"); the activations come back as
+        a third result, as they are after a patch.
 
     Returns:
       logits float32 [batch, len or n, vocab_size], the cache with the tokens in it (None without one), and with
@@ -136,7 +138,7 @@ def forward(
 
     Raises:
       RequestError: arguments that contradict each other, adapters that do not fit, an unknown name in `capture`,
-        `adapters` or `remat`, or a leaf of `params` with members that no scheme has.
+        `patch`, `adapters` or `remat`, a patch that changes a shape, or a leaf of `params` with members that no scheme has.
     """
     x = _embed(params, tokens, inputs_embeds)
     if rows is not None and (cache is None or rows.shape != x.shape[:2] or len(rows) != 1):
@@ -147,9 +149,18 @@ def forward(
         )
     in_order = positions is None and segment_ids is None
     positions = _positions(x, positions, segment_ids, cache)
-    wanted = _checked_names(config, capture or ())
-    of_layer = [tuple(n for n in LAYER_ACTIVATIONS if f"layers.{i}.{n}" in wanted) for i in range(config.num_layers)]
-    seen = {"embed": x}
+    wanted = {name for names in matching_names(config, capture or (), param="capture").values() for name in names}
+    patches = (patch or NO_PATCH).by_name(config)
+    if cache is not None and any(name.endswith(ON_DEMAND) for name in (*wanted, *patches)):
+        raise RequestError(
+            f"{ON_DEMAND} cannot be had with a cache, which gives no attention weights",
+            param="capture",
+            hint="run the whole text without a cache",
+        )
+    captured, changed = [_of_layers(config, names) for names in (wanted, patches)]
+    outside = Tap(tuple(wanted), patches, Place(None, positions, segment_ids))
+    x = outside("embed", x)
+    seen = dict(outside.seen)
 
     lengths = _rope_lengths(config, positions, segment_ids, rows, rope_lengths, cached=cache is not None)
     angles = rope_angles(config.rope, config.head_dim, positions, lengths)
@@ -161,7 +172,7 @@ def forward(
     views = []
     delta = None
     # Behind the keys and values of the last layer nothing is needed of the other tokens.
-    only_last = logits_at is not None and not of_layer[-1]
+    only_last = logits_at is not None and not captured[-1] and not changed[-1]
     for i, spec in enumerate(config.layers):
         # Around the call and not within: what names the layer must not keep equal layers from sharing a trace.
         with jax.named_scope(f"layers.{i}"):
@@ -169,7 +180,7 @@ def forward(
                 _layer,
                 spec=spec,
                 dims=Dims.of(config),
-                capture=of_layer[i],
+                capture=captured[i],
                 in_order=in_order,
                 chunk_rows=chunk_rows,
             )
@@ -183,6 +194,8 @@ def forward(
                 angles,
                 of_layers.of(str(i)),
                 logits_at if only_last and i == config.num_layers - 1 else None,
+                {name: patches[f"layers.{i}.{name}"] for name in changed[i]},
+                jnp.int32(i) if changed[i] else None,
             )
         views.append(view)
         seen |= {f"layers.{i}.{name}": value for name, value in activations.items()}
@@ -193,11 +206,18 @@ def forward(
         x, delta = _tokens((x, delta), logits_at)
     with jax.named_scope("final_norm"):
         _, h = _add_norm(x, delta, params["final_norm"], config.rms_norm_eps)
-    seen["final_norm"] = h
+    queries = Queries(positions, None, segment_ids)
+    last = _tokens(queries, logits_at)
+    behind = Tap(tuple(wanted), patches, Place(None, last.positions, last.segments))
+    h = behind("final_norm", h)
     out = unembed(params, config, h)
-    if capture is None:
-        return out, cache
-    return out, cache, {name: value for name, value in seen.items() if name in wanted}
+    return (out, cache) if capture is None else (out, cache, seen | behind.seen)
+
+
+def _of_layers(config: LlamaConfig, names: Container[str]) -> list[tuple[str, ...]]:
+    """Those of the names that are of each layer, without its number."""
+    kinds = (*LAYER_ACTIVATIONS, ON_DEMAND)
+    return [tuple(kind for kind in kinds if f"layers.{i}.{kind}" in names) for i in range(config.num_layers)]
 
 
 @jax.named_scope("embed")
@@ -266,6 +286,8 @@ def _layer(
     angles: tuple[jax.Array, jax.Array],
     adapters: Adapters,
     at: jax.Array | None,
+    patches: dict[str, Patch],
+    index: jax.Array | None,
     *,
     spec: LayerSpec,
     dims: Dims,
@@ -279,19 +301,20 @@ def _layer(
       x, delta: what goes in is their sum, which the norm makes on the way; of the first block delta is None. What comes
         out is so too.
       at: int32 [batch, n], the tokens that are wanted of what comes out; None is all of them.
+      patches: what changes its activations; index: int32 [], the layer's, given only with patches.
       in_order: positions are 0, 1, 2, ... in every row.
       chunk_rows: of `forward`.
     """
-    seen: dict[str, jax.Array] = {}
+    tap = Tap(capture, patches, Place(index, tokens.positions, tokens.segments))
     of_attn = adapters.of("attn")
 
     with jax.named_scope("attn_norm"):
         x, h = _add_norm(x, delta, params["attn_norm"], dims.rms_norm_eps)
-    seen["attn_in"] = h
+    h = tap("attn_in", h)
     with jax.named_scope("attn"):
         q, k, v = project_qkv(h, params["attn"], dims, of_attn)
         q, k = position_queries_and_keys(q, k, params["attn"], dims, spec, tokens.positions, angles)
-        seen |= {"q": q, "k": k, "v": v}
+        q, k, v = tap("q", q), tap("k", k), tap("v", v)
         x, q, queries = _tokens((x, q, tokens), at)
         adapters, of_attn = adapters.at(at), of_attn.at(at)
         rule = Rule(
@@ -303,24 +326,30 @@ def _layer(
         )
         if cache is None:
             kv = KeysValues(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-            out = attention(q, kv, Places(queries.positions, tokens.positions, queries.segments, tokens.segments), rule)
+            places = Places(queries.positions, tokens.positions, queries.segments, tokens.segments)
+            if tap.needs(ON_DEMAND):
+                out = weighted_values(tap(ON_DEMAND, attention_probs(q, kv.k, places, rule)), kv.v)
+            else:
+                out = attention(q, kv, places, rule)
         else:
             out, cache = cache.attend(q, k, v, slots, queries, rule)
-        seen["attn_heads"] = out = out.reshape(*x.shape[:2], -1)
+        out = tap("attn_heads", out).reshape(*x.shape[:2], -1)
         out = linear(out, params["attn"]["o_proj"], of_attn.of("o_proj"), dims.activations)
-        seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
+        out = tap("attn_out", constrain(out, ACTIVATION_AXES))
 
     with jax.named_scope("mlp_norm"):
         x, h = _add_norm(x, out, params["mlp_norm"], dims.rms_norm_eps)
-    seen["mlp_in"] = h
+    h = tap("mlp_in", h)
     if isinstance(spec.mlp, MoeSpec):
         out = moe(h, params["moe"], dims, spec.mlp, adapters.of("moe"))
     else:
-        out, seen["mlp_hidden"] = mlp(h, params["mlp"], dims, adapters.of("mlp"))
-    seen["mlp_out"] = out = constrain(out, ACTIVATION_AXES)
-    if "out" in capture:
-        seen["out"] = x + out
-    return x, out, cache, {name: seen[name] for name in capture}
+        out = mlp(h, params["mlp"], dims, adapters.of("mlp"), partial(tap, "mlp_hidden"))
+    out = tap("mlp_out", constrain(out, ACTIVATION_AXES))
+    if tap.needs("out"):
+        total = tap("out", x + out)
+        if tap.changes("out"):
+            x, out = total, jnp.zeros_like(out)
+    return x, out, cache, tap.seen
 
 
 def _tokens[Tree](tree: Tree, at: jax.Array | None) -> Tree:
@@ -334,16 +363,3 @@ def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, eps: float) -
     """x + delta and its norm; without delta x itself."""
     weight = norm_weight(leaf)
     return (x, rms_norm(x, weight, eps)) if delta is None else add_rms_norm(x, delta, weight, eps=eps)
-
-
-def _checked_names(config: LlamaConfig, names: Sequence[str]) -> frozenset[str]:
-    """Checks the requested activations and returns their names."""
-    known = set(activation_names(config))
-    for name in names:
-        if name not in known:
-            raise RequestError(
-                f"unknown activation {name!r}",
-                param="capture",
-                hint="activation_names(config) lists them, e.g. embed, layers.0.attn_out, layers.0.out, final_norm",
-            )
-    return frozenset(names)
