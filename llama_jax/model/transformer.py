@@ -138,7 +138,8 @@ def forward(
 
     Raises:
       RequestError: arguments that contradict each other, adapters that do not fit, an unknown name in `capture`,
-        `patch`, `adapters` or `remat`, a patch that changes a shape, or a leaf of `params` with members that no scheme has.
+        `patch`, `adapters` or `remat`, a patch that changes a shape, or a leaf of `params` with members that no scheme
+        has.
     """
     x = _embed(params, tokens, inputs_embeds)
     if rows is not None and (cache is None or rows.shape != x.shape[:2] or len(rows) != 1):
