@@ -39,7 +39,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/unload_lora_adapter": [{"lora_name": "a"}],
 }
 CLOSED = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
-"""Routes that this server refuses, since no folder of adapters is given; `test_adapters_server` has one that does not."""
+"""Routes that this server refuses, since no folder of adapters is given; that of `test_adapters_server` has one."""
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,8 @@ def test_schemathesis(tmp_path: Path) -> None:
     may be refused for what no schema can say, such as the length of a prompt."""
     pytest.importorskip("schemathesis")
     (tmp_path / "schemathesis.toml").write_text(
-        f'[auth.openapi.key]\nbearer = "{KEY}"\n[checks.positive_data_acceptance]\nexpected-statuses = ["2xx", "400", "403"]\n'
+        f'[auth.openapi.key]\nbearer = "{KEY}"\n'
+        '[checks.positive_data_acceptance]\nexpected-statuses = ["2xx", "400", "403"]\n'
     )
     folder = write_chat_model(tmp_path / "tiny", template=TOOL_TEMPLATE)
     with serving(folder) as (process, said):
