@@ -193,9 +193,10 @@ def random_adapters(config: LlamaConfig, rank: int = 2, seed: int = 1) -> Params
 
 
 def in_slots(*adapters: Params) -> Params:
-    """The adapters in slots 1, 2, ...; slot 0 holds noise, which nothing may use."""
+    """The adapters in slots 1, 2, ..., where `b` is [rank, out]; slot 0 holds noise, which nothing may use."""
     noise = jax.tree.map(lambda x: jnp.full_like(x, 7.0), adapters[0])
-    return jax.tree.map(lambda *x: jnp.stack(x), noise, *adapters)
+    stacked = flatten(jax.tree.map(lambda *x: jnp.stack(x), noise, *adapters))
+    return unflatten({name: x.swapaxes(1, 2) if name.endswith(".b") else x for name, x in stacked.items()})
 
 
 def merge_adapters(params: Params, adapters: Params) -> Params:

@@ -393,6 +393,27 @@ EXPERTS: tuple[Mutation, ...] = (
         golden("llama4-interleaved"),
     ),
     Mutation(
+        "low-rank weights of experts read expert by expert",
+        "llama_jax/adapters/files.py",
+        'b = members["a"].reshape(count, rank, into), members["b"].reshape(out, rank, count)',
+        'b = members["a"].reshape(count, rank, into), members["b"].reshape(out, count, rank).swapaxes(1, 2)',
+        ("tests/test_adapters_peft.py::test_attached_adapters_compute_what_peft_does[experts-mixtral]",),
+    ),
+    Mutation(
+        "DoRA's norm of the base alone",
+        "llama_jax/adapters/attaching.py",
+        "jnp.linalg.norm(moved, axis=1)",
+        "jnp.linalg.norm(weight, axis=1)",
+        ("tests/test_adapters_peft.py::test_attached_adapters_compute_what_peft_does[dora-llama]",),
+    ),
+    Mutation(
+        "prefixes of one slot found by its next adapter",
+        "llama_jax/generation/jobs.py",
+        'domain = held.slot, (*domain, ("adapter", str(held.number)))',
+        'domain = held.slot, (*domain, ("adapter", str(held.slot)))',
+        ("tests/test_adapters_engine.py::test_adapters_come_and_go",),
+    ),
+    Mutation(
         "shared expert dropped",
         "llama_jax/model/layers.py",
         "return out if shared is None else out + mlp(tokens, shared, dims, Adapters(adapters, adapter_ids))",

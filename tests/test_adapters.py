@@ -78,7 +78,7 @@ def test_slots_are_filled_and_replaced_without_compiling() -> None:
     shapes = {member: (x.shape, x.dtype) for member, x in slots["layers"]["0"]["attn"]["v_proj"].items()}
     assert shapes == {
         "a": ((4, 3, CONFIG.hidden_size), jnp.dtype(CONFIG.dtype)),
-        "b": ((4, CONFIG.kv_dim, 3), jnp.dtype(CONFIG.dtype)),
+        "b": ((4, 3, CONFIG.kv_dim), jnp.dtype(CONFIG.dtype)),
         "scale": ((4,), jnp.float32),
     }
     plain, _ = run(params, CONFIG, tokens)

@@ -183,6 +183,6 @@ def test_slots_of_adapters_take_the_dtype_of_the_model() -> None:
     leaf = pool.slots[0].tree["layers"]["0"]["attn"]["q_proj"]
     assert {name: (x.shape, x.dtype.name) for name, x in leaf.items()} == {
         "a": ((4, 8, 16), "bfloat16"),
-        "b": ((4, 32, 8), "bfloat16"),
+        "b": ((4, 8, 32), "bfloat16"),
         "scale": ((4,), "float32"),
     }

@@ -19,7 +19,7 @@ from tiny_chat_model import write_chat_model
 import llama_jax as lj
 from llama_jax.adapters import LoraConfig, new_adapter, save_adapter
 from llama_jax.cli import cli
-from llama_jax.cli.options import given_adapter
+from llama_jax.cli.adapter_options import given_adapter
 from llama_jax.convert import convert
 from llama_jax.errors import RequestError
 from llama_jax.loading import load

@@ -39,7 +39,7 @@ BODIES: dict[str, list[dict[str, Any]]] = {
     "/v1/unload_lora_adapter": [{"lora_name": "a"}],
 }
 CLOSED = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
-"""Routes that this server refuses, since no folder of adapters is given; `test_adapters_server` gives one."""
+"""Routes that this server refuses, since no folder of adapters is given; that of `test_adapters_server` has one."""
 
 
 @pytest.fixture(scope="module")

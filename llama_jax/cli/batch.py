@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llama_jax.cli.adapter_options import adapter_option, given_adapter
 from llama_jax.cli.errors import INTERRUPTED
 from llama_jax.cli.options import (
-    adapter_option,
     batch_invariant_option,
     check_drafts,
     claim_memory,
@@ -20,7 +20,6 @@ from llama_jax.cli.options import (
     drafts_option,
     dtype_option,
     given,
-    given_adapter,
     kv_dtype_option,
     mesh_options,
     model_option,

@@ -55,6 +55,8 @@ def measured_model(model: str, preset: str | None, loading: LoadOptions, devices
     from llama_jax.loading import prepare_products
     from llama_jax.measure.bench import random_model
 
+    if preset is not None and loading.adapters:
+        raise click.UsageError("--adapter is for a model; --preset has random weights")
     runtime.enable_compilation_cache()
     with Reporter(quiet=quiet) as reporter:
         reporter.warn_of_unused_gpu()

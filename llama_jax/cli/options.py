@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from llama_jax.cli.adapter_options import adapter_option, given_adapter
 from llama_jax.errors import RequestError
 from llama_jax.kernels.registry import VARIABLE, parse_backends
 from llama_jax.library import DEFAULT_MODEL, network
@@ -125,14 +125,6 @@ activations_option: Decorator = click.option(
     help="Round the inputs of quantised weights too, each token by itself, and multiply whole numbers. "
     "[default: not rounded]",
 )
-adapter_option: Decorator = click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="[NAME=]FOLDER",
-    help="An adapter (LoRA and its kin) in a folder that peft wrote, which the model computes with. By NAME=FOLDER, "
-    "which may be repeated, for requests that name it.",
-)
 convert_option: Decorator = click.option(
     "--convert/--no-convert",
     default=True,
@@ -232,36 +224,6 @@ class Told(Protocol):
     def progress(self, done: int, total: int, name: str) -> None:
         """Take bytes done, bytes in all, and a tensor's name."""
         ...
-
-
-def split_name(text: str) -> tuple[str, str]:
-    """Name and value of NAME=VALUE; the name is empty if there is none, as for a path that contains "="."""
-    name, sign, value = text.partition("=")
-    if not sign or Path(text).exists():
-        return "", text
-    if not name or not value:
-        raise click.UsageError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
-def given_adapter(adapters: Sequence[str], *, named: bool = False) -> str | dict[str, str] | None:
-    """The values of `--adapter` as `load` takes them: one folder, or several by name.
-
-    Args:
-      named: whether requests can choose one by name.
-
-    Raises:
-      UsageError: they cannot, or there are several without names.
-    """
-    pairs = [split_name(text) for text in adapters]
-    names = [name for name, _ in pairs]
-    if not pairs or names == [""]:
-        return pairs[0][1] if pairs else None
-    if not named:
-        raise click.UsageError("--adapter takes one FOLDER here; several NAME=FOLDER are for serve and batch")
-    if "" in names or len(set(names)) < len(names):
-        raise click.UsageError("of several adapters each needs a name of its own: --adapter NAME=FOLDER")
-    return dict(pairs)
 
 
 @dataclass(frozen=True)

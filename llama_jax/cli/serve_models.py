@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llama_jax.cli.options import LoadOptions, given_adapter, is_auto, requested_mesh, split_name
+from llama_jax.cli.adapter_options import given_adapter, split_name
+from llama_jax.cli.options import LoadOptions, is_auto, requested_mesh
 from llama_jax.errors import ModelNotFound
 from llama_jax.library import DEFAULT_MODEL, check_name
 

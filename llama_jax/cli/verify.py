@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from llama_jax.cli.adapter_options import adapter_option, given_adapter
 from llama_jax.cli.options import (
-    adapter_option,
     examples,
-    given_adapter,
     json_option,
     mesh_options,
     quiet_option,

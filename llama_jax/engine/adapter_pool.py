@@ -185,7 +185,7 @@ class AdapterPool:
     def _nothing(self) -> Adapter:
         """An adapter for every slot that changes nothing."""
         flat = {
-            name: np.zeros(x.shape[1:], np.float32)
+            name: np.zeros(x.shape[1:] if name.endswith(".a") else x.shape[:0:-1], np.float32)
             for name, x in flatten(self.slots[0].tree).items()
             if name.endswith((".a", ".b"))
         }

@@ -20,6 +20,7 @@ from llama_jax.engine.sizing import default_settings
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed, LlamaJaxError
 from llama_jax.generation.answer import Answer
+from llama_jax.generation.changes import Change
 from llama_jax.generation.draft import opened_draft
 from llama_jax.generation.jobs import Jobs, News, Progress, no_slots, opened, opened_pool
 from llama_jax.generation.outputs import RequestOutput
@@ -29,24 +30,6 @@ from llama_jax.generation.streams import Piece, Request, Stream, deliver
 from llama_jax.model.loaded import Model
 from llama_jax.plan.step_costs import Peak
 from llama_jax.text.tokenizer import Tokenizer
-
-
-class _Change:
-    """Something to do between two steps, for a caller in an event loop that waits for `done`."""
-
-    def __init__(self, run: Callable[[Jobs], None], loop: asyncio.AbstractEventLoop):
-        self.run, self.done, self._loop = run, loop.create_future(), loop
-
-    def end(self, error: LlamaJaxError | None) -> None:
-        """Tells the caller; from any thread. Nobody is told whose loop is closed."""
-
-        def tell() -> None:
-            if self.done.done():  # its caller has left
-                return
-            self.done.set_result(None) if error is None else self.done.set_exception(error)
-
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(tell)
 
 
 class Engine:
@@ -99,7 +82,7 @@ class Engine:
         self._resting: EngineFailed | None = None
         self._why_restarts = ""
         self._streams: dict[Answer, Stream] = {}
-        self._inbox: deque[tuple[Callable[[Any], None], Stream | _Change]] = deque()
+        self._inbox: deque[tuple[Callable[[Any], None], Stream | Change]] = deque()
         self._wake = threading.Event()
         self._posting = threading.Lock()
         self._closing = self._ended = False
@@ -174,7 +157,7 @@ class Engine:
 
     async def _changed(self, run: Callable[[Jobs], None]) -> None:
         """Runs something between two steps."""
-        change = _Change(run, asyncio.get_running_loop())
+        change = Change(run, asyncio.get_running_loop())
         self._post(self._apply, change)
         await change.done
 
@@ -281,7 +264,7 @@ class Engine:
                 self._fail(error)
         self._drop(self._why_ended)
 
-    def _apply(self, change: _Change) -> None:
+    def _apply(self, change: Change) -> None:
         assert self._jobs is not None
         try:
             change.run(self._jobs)
@@ -377,19 +360,19 @@ class Engine:
             self._inbox.clear()
             self._ended = self._closing
         for _, change in posted:
-            if isinstance(change, _Change):
+            if isinstance(change, Change):
                 change.end(error)
         begun = [stream for do, stream in posted if do == self._begin and isinstance(stream, Stream)]
         streams = [*self._streams.values(), *begun]
         self._streams.clear()
         deliver((stream, error) for stream in streams)
 
-    def _post(self, do: Callable[[Any], None], stream: Stream | _Change) -> None:
+    def _post(self, do: Callable[[Any], None], stream: Stream | Change) -> None:
         with self._posting:
             if not self._ended:
                 self._inbox.append((do, stream))
                 self._wake.set()
-            elif isinstance(stream, _Change):
+            elif isinstance(stream, Change):
                 stream.end(self._why_ended)
             elif do == self._begin:
                 deliver([(stream, self._why_ended)])

@@ -4,7 +4,7 @@
     slots = put_adapter(slots, 1, adapter)          # compiled once, whatever adapter goes into whichever slot
     forward(params, config, tokens, adapters=slots, adapter_ids=jnp.array([[1], [0]]))
 
-A tree of slots is shaped like the canonical parameters, with {"a" [slots, rank, in], "b" [slots, out, rank], "scale"
+A tree of slots is shaped like the canonical parameters, with {"a" [slots, rank, in], "b" [slots, rank, out], "scale"
 [slots]} in place of a projection's members; it works with both canonical and fused parameters. Slot 0 means no
 adapter, whatever it contains. Any projection can have slots, also those of a shared expert, but not routed experts.
 The result of a projection is gain * (x W^T + bias + scale * x a^T b^T) + shift, where "gain" and "shift" [slots, out]
@@ -90,7 +90,8 @@ NO_ADAPTERS = Adapters({}, None)
 def adapter_axes(projection: str, members: Iterable[str] = MEMBERS, *, slots: bool = True) -> dict[str, Axes]:
     """Logical axes of members of an adapted projection, or of its slots."""
     out, into = ("vocab", "embed") if projection == "lm_head" else PROJECTION_AXES[projection]
-    axes: dict[str, Axes] = {"a": (None, into), "b": (out, None), "scale": (), "gain": (out,), "shift": (out,)}
+    b = (None, out) if slots else (out, None)
+    axes: dict[str, Axes] = {"a": (None, into), "b": b, "scale": (), "gain": (out,), "shift": (out,)}
     return {name: (None, *axes[name]) if slots else axes[name] for name in members}
 
 
@@ -128,7 +129,7 @@ def empty_slots(
         for name, (out, into) in projections.items():
             axes = adapter_axes(name.rpartition(".")[2], (*MEMBERS, *more))
             made[f"{name}.a"] = constrain(jnp.zeros((slots, rank, into), dtype), axes["a"])
-            made[f"{name}.b"] = constrain(jnp.zeros((slots, out, rank), dtype), axes["b"])
+            made[f"{name}.b"] = constrain(jnp.zeros((slots, rank, out), dtype), axes["b"])
             made[f"{name}.scale"] = constrain(jnp.zeros((slots,), jnp.float32), axes["scale"])
             for member in more:
                 made[f"{name}.{member}"] = constrain(jnp.full((slots, out), _NONE[member], jnp.float32), axes[member])
@@ -166,7 +167,7 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
             )
         a, b, scale = (np.asarray(part) for part in (members[m] for m in MEMBERS))
         most, width = full[f"{name}.a"].shape
-        out = full[f"{name}.b"].shape[0]
+        out = full[f"{name}.b"].shape[1]
         rank = len(a) if a.ndim else 0
         if a.shape != (rank, width) or b.shape != (out, rank) or scale.shape != () or not 0 < rank <= most:
             raise RequestError(
@@ -175,7 +176,7 @@ def put_adapter(slots: Params, slot: int, adapter: Mapping[str, Any]) -> Params:
                 param="adapter",
                 hint="make slots of a higher rank, or load an adapter that was made for this model",
             )
-        full[f"{name}.a"][:rank], full[f"{name}.b"][:, :rank], full[f"{name}.scale"][...] = a, b, scale
+        full[f"{name}.a"][:rank], full[f"{name}.b"][:rank], full[f"{name}.scale"][...] = a, b.T, scale
         for member in members.keys() - set(MEMBERS):
             full[f"{name}.{member}"][...] = np.asarray(members[member])
     return _put(slots, unflatten(full), slot)
@@ -242,13 +243,13 @@ def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig,
         found = {member: x.shape for member, x in members.items()}
         rank = found["a"][1] if len(found.get("a", ())) == 3 else 0
         number = min(slots, default=0)
-        wanted = {"a": (number, rank, into), "b": (number, out, rank), "scale": (number,)}
+        wanted = {"a": (number, rank, into), "b": (number, rank, out), "scale": (number,)}
         wanted |= {member: (number, out) for member in MORE_MEMBERS if member in members}
         if found != wanted or len(slots) != 1:
             raise RequestError(
                 f"the adapters of {name} have the shapes {found}",
                 param="adapters",
-                hint=f"give a [slots, rank, {into}], b [slots, {out}, rank], scale [slots], of one number of slots",
+                hint=f"give a [slots, rank, {into}], b [slots, rank, {out}], scale [slots], of one number of slots",
             )
     return Adapters(adapters, ids)
 

@@ -123,7 +123,7 @@ def forward(
         dynamic rope, which with a cache must stay the same from call to call. Other kinds of rope ignore it. Default
         without a cache: the length of each text.
       adapters: low-rank adapters in slots (`llama_jax.model.adapters`), a tree shaped like the canonical `params` with
-        {"a" [slots, rank, in], "b" [slots, out, rank], "scale" [slots]} in place of projections.
+        {"a" [slots, rank, in], "b" [slots, rank, out], "scale" [slots]} in place of projections.
       adapter_ids: int32 [batch, len], the slot that each token uses, or [batch, 1] for whole rows; 0 is none.
       logits_at: int32 [batch, n], the indices in 0..len-1 (with `rows` too: [1, n]) to compute logits for; all of them
         by default. The others go through the last layer no further than its keys and values.

@@ -152,7 +152,7 @@ def lora(x: jax.Array, adapters: Adapters) -> jax.Array:
 
     Args:
       x: [batch, len, in], or [tokens, in] with an id for each token.
-      adapters: of this projection: {"a" [slots, rank, in], "b" [slots, out, rank], "scale" [slots]}, and ids; without
+      adapters: of this projection: {"a" [slots, rank, in], "b" [slots, rank, out], "scale" [slots]}, and ids; without
         ids one adapter, without the axis of slots.
 
     Returns:
@@ -170,10 +170,10 @@ def lora(x: jax.Array, adapters: Adapters) -> jax.Array:
         inner = jnp.einsum("n...i,nri->n...r", x, a[ids], precision=precision)
         to_rows = (len(x),) + (1,) * (x.ndim - 1)
         inner = jnp.where(used.reshape(to_rows), inner * scale[ids].reshape(to_rows), 0).astype(x.dtype)
-        return jnp.einsum("n...r,nor->n...o", inner, b[ids], precision=precision)
+        return jnp.einsum("n...r,nro->n...o", inner, b[ids], precision=precision)
     used = (ids[..., None] == jnp.arange(slots)) & (ids[..., None] > 0)
     inner = jnp.where(used[..., None], matmul(x, a) * scale[:, None], 0).astype(x.dtype)  # [..., slots, rank]
-    return jnp.einsum("...sr,sor->...o", inner, b, precision=precision)
+    return jnp.einsum("...sr,sro->...o", inner, b, precision=precision)
 
 
 def embedding(params: Params, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
