@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from functools import partial
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -18,7 +19,11 @@ def protocol(limits: Limits) -> type[H11Protocol]:
     """Return uvicorn's h11 protocol, with deadlines for headers and for readers."""
 
     class Impatient(H11Protocol):
-        """Closes connections whose headers do not arrive, or that read too slowly."""
+        """Closes connections whose headers do not arrive, or that read too slowly.
+
+        Deadlines also pass while the process is stopped (SIGSTOP). Hence a second look, once what has arrived meanwhile
+        is read.
+        """
 
         _headers: asyncio.TimerHandle | None = None
         _reader: asyncio.TimerHandle | None = None
@@ -51,7 +56,10 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             self._left = self.transport.get_write_buffer_size()
             self._reader = self.loop.call_later(limits.stalled_s, self._check_reader)
 
-        def _check_reader(self) -> None:
+        def _check_reader(self, *, again: bool = False) -> None:
+            if not again:
+                self._reader = self.loop.call_later(0, partial(self._check_reader, again=True))
+                return
             taken = self._left - self.transport.get_write_buffer_size()
             if taken < limits.reader_rate * limits.stalled_s:
                 # Otherwise the kernel keeps megabytes of unsent data for as long as the client is connected.
@@ -77,9 +85,9 @@ def protocol(limits: Limits) -> type[H11Protocol]:
                 self._reader.cancel()
                 self._reader = None
 
-        def _close_idle(self) -> None:
-            self._headers = None
-            if self.conn.their_state is h11.IDLE:
+        def _close_idle(self, *, again: bool = False) -> None:
+            self._headers = None if again else self.loop.call_later(0, partial(self._close_idle, again=True))
+            if again and self.conn.their_state is h11.IDLE:
                 self.transport.close()
 
     return Impatient
