@@ -26,7 +26,7 @@ class _Connection:
 
 
 class Caller:
-    """Connections to a server with OpenAI's API, within `async with`; each is used again once its answer is complete."""
+    """Connections to a server with OpenAI's API, within `async with`; each is used again after a whole answer."""
 
     def __init__(self, remote: Remote):
         """Args: the server, and its key."""

@@ -19,13 +19,13 @@ _MOST_INCOMPLETE = 64 << 10
 
 
 class _Connection(h11.Connection):
-    """h11's connection, which frames the pieces of an answer in chunks without h11's bookkeeping: they do not change its
-    state, and it would take a fifth of the event loop's time for a streamed token."""
+    """Frames the pieces of an answer in chunks without h11's bookkeeping: they do not change its state, and it would
+    take a fifth of the event loop's time for a streamed token."""
 
     _chunked = False
 
-    def send(self, event: h11.Event) -> bytes | None:
-        """See h11; the bytes to write."""
+    def send(self, event: Any) -> Any:
+        """Returns the bytes to write; see h11."""
         if self._chunked and type(event) is h11.Data and event.data:
             return b"%x\r\n%b\r\n" % (len(event.data), event.data)
         data = super().send(event)
