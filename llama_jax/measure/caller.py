@@ -48,8 +48,7 @@ class Caller:
         """The events of a streamed answer, as they come; errors as for `Remote.events`."""
         data = json.dumps({**body, "stream": True}).encode()
         headers = [*self._headers.items(), ("content-length", str(len(data)))]
-        self._free = [one for one in self._free if not one.reader.at_eof()]  # the server may have closed some
-        connection = self._free.pop() if self._free else await self._opened()
+        connection = self._kept() or await self._opened()
         done = False
         try:
             state = connection.state
@@ -70,7 +69,10 @@ class Caller:
                             done = done or line.startswith(b"data: [DONE]")
             if status != 200:
                 raise refusal(status, text.decode(errors="replace"))
-        except (OSError, h11.RemoteProtocolError, json.JSONDecodeError) as error:
+        except ValueError as error:
+            what = f"{self._url} answers with what is no JSON: {error}"
+            raise NetworkError(what, hint="is it OpenAI's API?") from error
+        except (OSError, h11.RemoteProtocolError) as error:
             what = f"{self._url} does not answer: {error or type(error).__name__}"
             raise NetworkError(what, hint="is the server running?") from error
         finally:
@@ -81,6 +83,15 @@ class Caller:
                 connection.writer.close()
         if not done:
             raise NetworkError(f"{self._url} ended an answer before its end", hint="look into the server's log")
+
+    def _kept(self) -> _Connection | None:
+        """A connection that can be used again, if there is one: the server may have ended some."""
+        while self._free:
+            connection = self._free.pop()
+            if not connection.reader.at_eof():
+                return connection
+            connection.writer.close()
+        return None
 
     async def _opened(self) -> _Connection:
         try:
