@@ -25,7 +25,7 @@ class Remote:
     """A server, within `async with`.
 
     Attributes:
-      url: without the path of a route.
+      url: without the path of a route; headers: of every request.
     """
 
     def __init__(self, url: str, key: str | None = None):
@@ -33,14 +33,14 @@ class Remote:
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
             raise RequestError(f"{url!r} is no URL of a server", param="url", hint="e.g. http://127.0.0.1:8000")
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.headers = {"authorization": f"Bearer {key}"} if key else {}
 
     async def __aenter__(self) -> Self:
         import httpx2  # takes 0.1 s
 
         self._client = httpx2.AsyncClient(
             base_url=self.url,
-            headers=self._headers,
+            headers=self.headers,
             timeout=httpx2.Timeout(READ_S, connect=CONNECT_S),
             limits=httpx2.Limits(max_connections=None),
         )
@@ -87,7 +87,7 @@ class Remote:
         with _network(self.url):
             answer = await self._client.request(method, path, **options)
             if answer.status_code != 200:
-                raise _refusal(answer.status_code, answer.text)
+                raise refusal(answer.status_code, answer.text)
             return answer.json()
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any]]:
@@ -104,7 +104,7 @@ class Remote:
         with _network(self.url):
             async with self._client.stream("POST", path, json={**body, "stream": True}) as answer:
                 if answer.status_code != 200:
-                    raise _refusal(answer.status_code, (await answer.aread()).decode(errors="replace"))
+                    raise refusal(answer.status_code, (await answer.aread()).decode(errors="replace"))
                 async for event in httpx2.EventSource(answer):
                     if event.data == "[DONE]":
                         return
@@ -130,8 +130,8 @@ def _network(url: str) -> Iterator[None]:
         raise NetworkError(f"{url} answers with what is no JSON: {error}", hint="is it OpenAI's API?") from error
 
 
-def _refusal(status: int, text: str) -> LlamaJaxError:
-    """The error that a status other than 200 means."""
+def refusal(status: int, text: str) -> LlamaJaxError:
+    """The error that a status other than 200 means, with the body's text."""
     message = text[:500]
     with contextlib.suppress(ValueError):
         message = _message(json.loads(text))

@@ -20,6 +20,7 @@ from llama_jax.generation.jobs import Jobs
 from llama_jax.server.settings import Limits
 
 FAULTS: dict[str, Callable[[], Any]] = {
+    "slow": lambda: time.sleep(0.05),
     "hang": lambda: time.sleep(600),
     "hold": lambda: re.match("(a+)+b", "a" * 100),  # never lets another thread of Python's run
     "segfault": lambda: ctypes.string_at(0),

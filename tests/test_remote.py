@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -19,6 +20,7 @@ from llama_jax.cli.chat_partner import Prompt, There, _fields
 from llama_jax.cli.chat_screen import Screen
 from llama_jax.cli.chat_session import Session
 from llama_jax.errors import EngineFailed, LlamaJaxError, NetworkError, Overloaded, RequestError
+from llama_jax.measure.caller import Caller
 from llama_jax.remote import Remote
 from llama_jax.sampling import Grammar, SamplingParams
 
@@ -53,18 +55,22 @@ def events(*found: Any, end: str = "data: [DONE]\n\n") -> str:
     return "".join(f"data: {json.dumps(each)}\n\n" for each in found) + end
 
 
-def asked(url: str, key: str | None = None) -> list[dict[str, Any]]:
+CLIENTS = pytest.mark.parametrize("client", [Remote, lambda url: Caller(Remote(url))], ids=["remote", "caller"])
+
+
+def asked(client: Any, url: str) -> list[dict[str, Any]]:
     async def ask() -> list[dict[str, Any]]:
-        async with Remote(url, key) as remote:
+        async with client(url) as remote:
             return [event async for event in remote.events("/v1/completions", BODY)]
 
     return asyncio.run(ask())
 
 
-def test_events_in_order_with_comments_between() -> None:
+@CLIENTS
+def test_events_in_order_with_comments_between(client: Any) -> None:
     text = ": still there\n\n" + events({"choices": [{"text": "a"}]}, {"usage": {"completion_tokens": 1}})
     with answering(answer(text, kind="text/event-stream")) as url:
-        assert asked(f"{url}/v1/") == [{"choices": [{"text": "a"}]}, {"usage": {"completion_tokens": 1}}]
+        assert asked(client, f"{url}/v1/") == [{"choices": [{"text": "a"}]}, {"usage": {"completion_tokens": 1}}]
 
 
 @pytest.mark.parametrize(
@@ -76,16 +82,50 @@ def test_events_in_order_with_comments_between() -> None:
         (answer("<html>a proxy</html>", "502 Bad Gateway"), EngineFailed, "a proxy"),
         (answer(events({"error": {"message": "NaN"}}), kind="text/event-stream"), EngineFailed, "NaN"),
         (answer("data: {\n\n", kind="text/event-stream"), NetworkError, "no JSON"),
-        (answer("{}", kind="application/json"), NetworkError, "does not answer"),
+        (answer("{}", kind="application/json"), NetworkError, "does not answer|before its end"),
         (answer(events(BODY, end=""), kind="text/event-stream"), NetworkError, "before its end"),
         (answer(events(BODY, end=""), kind="text/event-stream", length=999), NetworkError, "does not answer"),
         (b"", NetworkError, "does not answer"),
     ],
 )
-def test_what_goes_wrong(given: bytes, error: type[LlamaJaxError], said: str) -> None:
+@CLIENTS
+def test_what_goes_wrong(client: Any, given: bytes, error: type[LlamaJaxError], said: str) -> None:
     with answering(given) as url, pytest.raises(error, match=said) as caught:
-        asked(url)
+        asked(client, url)
     assert caught.value.hint
+
+
+def test_a_caller_uses_a_connection_again_unless_it_has_ended() -> None:
+    """In chunks, and up to the connection's end."""
+    head, text = b"HTTP/1.1 200 OK\r\n", events(BODY).encode()
+    chunked = (
+        head
+        + b"transfer-encoding: chunked\r\n\r\n"
+        + b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (text[:9], text[9:]))
+    )
+
+    async def run() -> None:
+        seen: list[int] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            number = max(seen, default=0) + 1
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                while await reader.readuntil(b"}"):
+                    seen.append(number)
+                    if len(seen) == 3:
+                        writer.write(head + b"\r\n" + text)
+                        break
+                    writer.write(chunked + b"0\r\n\r\n")
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with Caller(Remote(f"http://127.0.0.1:{port}")) as caller:
+                for _ in range(4):
+                    assert [event async for event in caller.events("/v1/completions", BODY)] == [BODY]
+        assert seen == [1, 1, 1, 2]
+
+    asyncio.run(run())
 
 
 def test_nobody_there() -> None:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
+import h11
 import pytest
 import uvicorn
 
@@ -53,6 +54,43 @@ def test_headers_have_a_deadline() -> None:
                 answer = await asyncio.wait_for(reader.read(), SOON_S)
                 assert answer.count(b"200 OK") == sent.count(b"\r\n\r\n")
                 writer.close()
+
+    asyncio.run(run())
+
+
+PIECES = [b"data: 1\n\n", b"", b"x" * 70_000, b"\r\n0\r\n\r\n"]
+
+
+async def pieces(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for piece in PIECES:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+def test_pieces_are_those_that_h11_reads(version: bytes) -> None:
+    """In chunks, twice on a connection; a client of HTTP 1.0 gets no chunks, and the connection ends."""
+
+    async def run() -> None:
+        async with listening(pieces) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            ours = h11.Connection(h11.CLIENT)
+            for turn in range(2 if version == b"1.1" else 1):
+                if turn:
+                    ours.start_next_cycle()
+                asked = ours.send(h11.Request(method="GET", target="/", headers=[("host", "x")]))
+                writer.write((asked or b"").replace(b"HTTP/1.1", b"HTTP/" + version))
+                ours.send(h11.EndOfMessage())
+                read, event = b"", None
+                while not isinstance(event, h11.EndOfMessage):
+                    event = ours.next_event()
+                    if event is h11.NEED_DATA:
+                        ours.receive_data(await asyncio.wait_for(reader.read(1 << 16), SOON_S))
+                    elif isinstance(event, h11.Data):
+                        read += event.data
+                assert read == b"".join(PIECES)
+            writer.close()
 
     asyncio.run(run())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import signal
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 from faulty_server import program
+from raw_client import Raw, asked, metrics, request, unused
 from server_process import KEY, serving
 from tiny_chat_model import write_chat_model
 
@@ -53,3 +56,58 @@ def test_the_process_ends(folder: Path, tmp_path: Path, fault: str, code: int, t
         assert told in answer.text
         assert "the device has worked at one step" in log
     assert (fault == "hold") == ("Timeout (0:00:04)!" in log)
+
+
+def answer_of(answer: Any) -> Any:
+    status, _, data = answer
+    assert status == 200, data
+    return json.loads(data)["choices"]
+
+
+def test_a_process_that_is_stopped_goes_on(folder: Path, tmp_path: Path) -> None:
+    """SIGSTOP for longer than every deadline of a client: streams go on after SIGCONT, requests that came meanwhile
+    are answered, and what clients left meanwhile is cancelled."""
+    chat, stopped_s = "/v1/chat/completions", 3.0
+    limits = {"header_s": 1.0, "body_s": 1.0, "stalled_s": 1.0, "idle_s": 60.0}
+
+    async def run(process: Any, url: str) -> None:
+        whole = await asked(url, chat, BODY | {"temperature": 0})
+        before = await unused(url)
+        streams = [await Raw.open(url) for _ in range(2)]
+        for one in streams:
+            one.send(request(url, chat, BODY | {"temperature": 0, "stream": True}))
+            assert await one.status() == 200
+        half, leaver = await Raw.open(url), await Raw.open(url)
+        sent = request(url, chat, BODY | {"max_tokens": 2})
+        half.send(sent[: len(sent) // 2])
+        leaver.send(request(url, chat, BODY))
+        async with asyncio.timeout(30):
+            while (await metrics(url))["requests_waiting"] < 1:
+                await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asked(url, "/health/ready"), 0.5)
+        leaver.leave()
+        half.send(sent[len(sent) // 2 :])
+        late = await Raw.open(url)
+        late.send(sent)
+        await asyncio.sleep(stopped_s)
+        process.send_signal(signal.SIGCONT)
+        assert [await late.status(), await half.status()] == [200, 200]
+        for one in streams:
+            data = await asyncio.wait_for(one.reader.read(1 << 20), 30)
+            while b"[DONE]" not in data:
+                data += await asyncio.wait_for(one.reader.read(1 << 20), 30)
+            assert b'"finish_reason":"length"' in data
+        after = await unused(url)
+        assert after["cancelled_total"] - before["cancelled_total"] == 1
+        assert after["compiles_after_ready_total"] == 0
+        assert (await asked(url, "/health/ready"))[0] == 200
+        assert answer_of(await asked(url, chat, BODY | {"temperature": 0})) == answer_of(whole)
+        for one in (*streams, half, late):
+            one.leave()
+
+    slow = tmp_path / "fault"
+    with serving(folder, program=program(slow, **limits)) as (process, said):
+        asyncio.run(run(process, said["url"]))
+        assert process.poll() is None

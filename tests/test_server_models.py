@@ -42,7 +42,7 @@ class Tiny:
     """A source of a tiny model that takes `need` bytes of a device that is only thought of."""
 
     def __init__(self, model: Any, need: int):
-        self.model, self.need = model, need
+        self.model, self.need, self.step = model, need, 0
         self.fetching: Exception | None = None
         self.opening: Exception | None = None
         self.go = threading.Event()
@@ -51,7 +51,7 @@ class Tiny:
         self.engine: weakref.ref[Engine] | None = None
 
     def outline(self) -> Footprint:
-        return Footprint(self.need, 77)
+        return Footprint(self.need + self.step, 77, self.step)
 
     def fetch(self) -> None:
         if self.fetching:
@@ -187,6 +187,19 @@ def test_the_idle_one_that_was_used_longest_ago_makes_room(runner: asyncio.Runne
         assert server.chat("b").status == 200
         assert server.loaded == "bc"
         assert readiness(server.state).status == "ready"
+
+
+def test_steps_of_loaded_models_keep_their_room(runner: asyncio.Runner, model: Any) -> None:
+    """Between them it is free; who is loaded then must not take it, nor what a third needs."""
+    server = Several(runner, model, 100, 10, 10, 40)
+    for source in server.sources.values():
+        source.step = 15
+    with server:
+        assert server.chat("b").status == 200
+        assert server.sources["b"].opened == [15 + reserve(100 - 10 - 15, 25, [55])]
+        assert server.loaded == "ab"
+        assert server.chat("c").status == 200  # 80 are free, 30 of them only between steps
+        assert server.loaded == "bc"
 
 
 def test_a_model_in_use_is_not_unloaded(runner: asyncio.Runner, model: Any) -> None:

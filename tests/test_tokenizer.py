@@ -140,6 +140,20 @@ def test_stream_after_prompt(spm: Tokenizer) -> None:
         assert spm.decode(ids[:cut]).rstrip("\ufffd") + answer == "the model 🦙"
 
 
+@settings(deadline=None)
+@given(data=st.data(), skip=st.booleans(), text=st.text(alphabet="añ日🦙 ", max_size=8))
+def test_stream_after_any_prompt(tokenizer: Tokenizer, data: st.DataObject, skip: bool, text: str) -> None:
+    """What a prompt's tokens leave unfinished is the same, whether all of them are looked at or a few."""
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
+    ids += tokenizer.encode(text, add_special_tokens=False)
+    cut = data.draw(st.integers(0, len(ids)))
+    whole = tokenizer.detokenizer(skip_special_tokens=skip)
+    for token in ids[:cut]:
+        whole.add(token)
+    stream = tokenizer.detokenizer(skip_special_tokens=skip, prompt_ids=ids[:cut])
+    assert [*map(stream.add, ids[cut:]), stream.finish()] == [*map(whole.add, ids[cut:]), whole.finish()]
+
+
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**40, True, 1.5, "1", None])
 def test_ids_out_of_range(tokenizer: Tokenizer, bad: Any) -> None:
     with pytest.raises(TokenizerError, match="not in the vocabulary"):

@@ -173,6 +173,20 @@ def test_a_call_that_breaks_off_stays_incomplete() -> None:
     assert read("hermes", [text + " oops"]) == [Call("add"), Arguments('{"a": 1 '), Text("oops")]
 
 
+@pytest.mark.parametrize("name", ["hermes", "tool_calls", "llama_pythonic"])
+def test_a_mark_behind_a_call_that_the_token_limit_cuts(name: str) -> None:
+    """It is no text, wherever it is cut; other text that begins like it is."""
+    call, end = {
+        "hermes": ('<tool_call>{"name": "add", "arguments": {}}', "\n</tool_call>"),
+        "tool_calls": ('[TOOL_CALLS] [{"name": "add", "arguments": {}}', "]"),
+        "llama_pythonic": ("<|python_start|>[add()]", "<|python_end|>"),
+    }[name]
+    for cut in range(len(end) + 1):
+        assert said(name, call + end[:cut]) == ("", [("add", {})]), end[:cut]
+    if name == "hermes":
+        assert said(name, call + "</tool!") == ("</tool!", [("add", {})])
+
+
 PARTS = st.sampled_from(
     [part for _, text, _, _ in CASES for part in (text, text[: len(text) // 2], text[len(text) // 3 :])]
     + [*TEXTS, "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "{", "[", '"', " ", "\n", ";", "a"]

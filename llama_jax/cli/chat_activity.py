@@ -11,6 +11,7 @@ from llama_jax.cli.progress import LINE_EVERY_S, SHOW_AFTER_S
 
 TICK_S = 1.0
 """Seconds between updates of the line while nothing is reported, e.g. during compilation."""
+_COMPILING = " (programs are compiled the first time)"
 
 
 class Activity(Protocol):
@@ -38,7 +39,7 @@ class LineActivity:
     def read(self, done: int, total: int) -> None:
         """See `Activity`."""
         if done < total:
-            self._what = f"reading the prompt: {done} of {total} tokens"
+            self._what = f"reading the prompt: {done} of {total} tokens{_COMPILING if done == 0 else ''}"
             self._write()
 
     def close(self) -> None:

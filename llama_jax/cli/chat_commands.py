@@ -207,7 +207,7 @@ def _trim(session: Session, argument: str) -> None:
     session.conversation = session.conversation.without_first_turns(count)
     used = session.tokens_used(session.conversation)
     known = "" if used is None else f": {used} tokens"
-    session.screen.note(f"{count} turns dropped, {turns - count} left{known}")
+    session.screen.note(f"{count} turn{'s' * (count != 1)} dropped, {turns - count} left{known}")
 
 
 def _save(session: Session, argument: str) -> None:

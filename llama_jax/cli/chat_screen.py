@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 import termios
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ class Screen:
     def note(self, text: str) -> None:
         """Shows a remark, dimmed; in a pipe on standard error."""
         if self.interactive and not self.as_json:
-            print(f"{self._dim}{printable(text)}{self._normal}", flush=True)
+            print(f"{self._dim}{_wrapped(printable(text), self.columns)}{self._normal}", flush=True)
         elif self.interactive or not self._quiet:
             print(printable(text), file=sys.stderr, flush=True)
 
@@ -143,6 +144,12 @@ class Screen:
             raise StorageError(
                 f"cannot use {path} for the history: {error.strerror}", hint="choose another --history file"
             ) from error
+
+
+def _wrapped(text: str, columns: int) -> str:
+    """Lines that a terminal of this width does not break within words."""
+    options: dict[str, Any] = {"break_on_hyphens": False, "replace_whitespace": False}
+    return "\n".join(textwrap.fill(line, max(columns, 2), **options) for line in text.split("\n"))
 
 
 class _PlainText:

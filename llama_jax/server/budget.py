@@ -29,10 +29,12 @@ class Footprint:
     Attributes:
       nbytes: of weights while they are loaded, of the largest step, and of the cache of one sequence.
       context: tokens of a sequence.
+      step: bytes of the largest step alone, which are free between steps.
     """
 
     nbytes: int
     context: int
+    step: int = 0
 
 
 def footprint(
@@ -51,7 +53,7 @@ def footprint(
     share = DeviceShare(config, target, mesh, itemsize, kv_dtype)
     settings, beside = least_settings(share.config, dtype, mesh, on_cpu=target.vendor == "cpu", **options)
     cache = cache_bytes(share.config, mesh, itemsize, settings.pages * settings.page_size, kv_dtype)
-    return Footprint(share.loading + beside + cache, min(settings.capacity, config.context_length))
+    return Footprint(share.loading + beside + cache, min(settings.capacity, config.context_length), beside)
 
 
 def reserve(free: int, need: int, others: Iterable[int]) -> int:

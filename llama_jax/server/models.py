@@ -186,7 +186,7 @@ class Models:
         need, before = await self._room(slot, slot.source) if len(self.slots) > 1 else (0, None)
         while True:
             unloaded = [one.outline.nbytes for one in self.slots if one.outline and one is not slot and not one.served]
-            kept = 0 if before is None else reserve(before, need, unloaded)
+            kept = 0 if before is None else reserve(before, need, unloaded) + self._steps(slot)
             try:
                 engine, tokenizer = await asyncio.to_thread(slot.source.open, kept, slot.told)
                 await engine.__aenter__()
@@ -194,8 +194,8 @@ class Models:
             except DoesNotFit:  # the estimate was too low
                 if not await self._unload_one(slot):
                     raise
-                before = None if before is None else self._free()
-        after = None if before is None else self._free()
+                before = None if before is None else self._left(slot)
+        after = None if before is None else self._left(slot)
         metrics = self._metrics.of(slot.names[0], engine.snapshot, lambda: engine.restarts.total)
         slot.served = Served(engine, tokenizer, slot.names, self._settings, metrics, slot.tool_parser)
         slot.held = need if before is None or after is None else max(need, before - after)
@@ -205,7 +205,7 @@ class Models:
         await asyncio.to_thread(self._settle)
 
     async def _room(self, slot: Slot, source: Source) -> tuple[int, int | None]:
-        """Makes room for a model; returns the bytes of each device that it needs, and that are free; None if unknown.
+        """Makes room for a model; returns the bytes of each device that it needs, and that are left; None if unknown.
 
         Raises:
           DoesNotFit: it would not fit even without other models.
@@ -219,16 +219,26 @@ class Models:
                 f"{slot.names[0]} takes {size_text(need)} of each device; there are {size_text(self._budget)}",
                 hint="a smaller context (--context), weights in fewer bits (--weights), or more devices (--tp)",
             )
-        while (free := self._free()) is not None and need > free:
-            if need > free + sum(one.held for one in self._idle(slot)) or not await self._unload_one(slot):
+        while (left := self._left(slot)) is not None and need > left:
+            room = left + sum(one.held + one.step for one in self._idle(slot))
+            if need > room or not await self._unload_one(slot):
                 raise Refused(
                     503,
-                    f"{slot.names[0]!r} takes {size_text(need)}, and {size_text(free)} are free beside models in use",
+                    f"{slot.names[0]!r} takes {size_text(need)}, and {size_text(left)} are free beside models in use",
                     code="no_room",
                     hint="send the request again later",
                     headers={"retry-after": str(RETRY_S)},
                 )
-        return need, free
+        return need, left
+
+    def _steps(self, wanting: Slot) -> int:
+        """Bytes of each device that steps of the other loaded models take while they last."""
+        return sum(slot.step for slot in self.slots if slot.served and slot is not wanting)
+
+    def _left(self, wanting: Slot) -> int | None:
+        """Bytes of each device for a model, whatever the others do; None if unknown."""
+        free = self._free()
+        return None if free is None else max(free - self._steps(wanting), 0)
 
     def _idle(self, wanting: Slot) -> list[Slot]:
         """Models that may be unloaded for another."""

@@ -86,6 +86,11 @@ class Slot:
         return "failed" if self.failure else "unloaded"
 
     @property
+    def step(self) -> int:
+        """Bytes of each device that a step takes while it lasts, if known."""
+        return 0 if self.outline is None else self.outline.step
+
+    @property
     def context(self) -> int | None:
         """Tokens of a sequence, if known."""
         if self.served is not None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from llama_jax.errors import UnsupportedModel
 
+_UNFINISHED = 3
+"""The most bytes of a character that is unfinished in UTF-8."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
 
@@ -133,6 +135,26 @@ class Detokenizer:
             data = data[1:]
             self._strip -= 1
         return self._utf8.decode(data)
+
+    def skip(self, ids: Sequence[int]) -> None:
+        """Adds tokens whose text is not asked for. Only the first of them and the last ones can change what follows: a
+        character that they leave unfinished has at most three bytes.
+
+        Raises:
+          TokenizerError: one of those is out of range.
+        """
+        count = 0
+        while count < len(ids) and (not self._started or self._strip):
+            self.add(ids[count])
+            count += 1
+        first, size = len(ids), 0
+        while first > count and size < _UNFINISHED:
+            first -= 1
+            size += len(self._to_bytes(ids[first], False) or b"")
+        if size >= _UNFINISHED:
+            self._utf8.reset()
+        for token_id in ids[first:]:
+            self.add(token_id)
 
     def finish(self) -> str:
         """The rest of the text at the end: U+FFFD if the last character is incomplete."""

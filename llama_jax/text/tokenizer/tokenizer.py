@@ -210,8 +210,7 @@ class Tokenizer:
             return self._bytes_of(token, first=first)
 
         stream = Detokenizer(to_bytes, strip_start=self._bytes_of.strip_start)
-        for token_id in prompt_ids:
-            stream.add(token_id)
+        stream.skip(prompt_ids)
         return stream
 
     def token(self, token_id: int) -> str:

@@ -55,8 +55,11 @@ class ToolParser:
         return joined(deltas)
 
     def finish(self) -> list[Delta]:
-        """Return the remaining deltas at the end of the text. An incomplete call stays so."""
+        """Return the remaining deltas at the end of the text. An incomplete call stays so; a closing mark that was cut
+        off behind one is dropped, as a whole one would be."""
         deltas: list[Delta] = []
+        if self._behind and any(not mark.begin and mark.text.startswith(self._pending) for mark in self._marks):
+            self._pending = ""
         if self._attempt is not None:
             deltas += self._attempt.finish()
             if not deltas and not self._attempt.committed:
