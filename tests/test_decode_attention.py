@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_calls import flat, visible
+from helpers import error
 from tiny_models import LLAMA, random_leaves
 
 from llama_jax.config import config_from_hf
@@ -20,9 +21,12 @@ from llama_jax.kernels.attention import Visibility
 from llama_jax.kernels.attention import attention as attention_of_records
 from llama_jax.kernels.attention import attention_reference as reference_of_records
 from llama_jax.kernels.attention import decode_attention as decode_of_records
+from llama_jax.kernels.attention.assembly import BYTE, Field
 from llama_jax.kernels.attention.cases import arguments as arguments_of
-from llama_jax.kernels.attention.decode import partition
+from llama_jax.kernels.attention.codes import Decoder
+from llama_jax.kernels.attention.decode import pairs, pallas_triton, partition
 from llama_jax.kernels.attention.decode.tiles import Tiles, candidates, default_tiles, padded_rows
+from llama_jax.kernels.attention.records import SCHEMES
 from llama_jax.kernels.attention.shapes import DECODES, MEASURED_DECODES, AttentionShape
 from llama_jax.kernels.dispatch import using
 from llama_jax.model import forward
@@ -433,6 +437,28 @@ def test_what_is_not_supported() -> None:
     assert "GPUs only" in str(unsupported(find("cpu"), **arguments))
     assert "float32" in str(unsupported(find("gfx1100"), **arguments))
     assert unsupported(find("mi300x"), **arguments) is None
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_by_pairs_of_bytes(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel of NVIDIA's GPUs computes with codes, with plain operations in place of their instructions:
+    several queries, a head of 80 numbers, a last block that is not full, and pages in any order."""
+
+    def numbers(words: jax.Array, field: Field, which: str) -> jax.Array:
+        byte = words.astype(jnp.int32) >> 8 * pairs.BYTES.index(which)
+        return (((byte ^ field.flip) & field.mask) * (BYTE * field.factor) + field.added).astype(jnp.bfloat16)
+
+    monkeypatch.setattr(pairs, "_numbers", numbers)
+    monkeypatch.setattr(Decoder, "of", lambda *args, **kwargs: Decoder(jnp.bfloat16, by_assembly=True, apart=False))
+    for case in (
+        AttentionShape("", 2, 4, 80, 4, 2, 80, scheme=scheme),
+        AttentionShape("", 3, 1, 128, 4, 2, 64, page_size=16, scheme=scheme),
+    ):
+        arguments = arguments_of(**case.example(jax.random.key(0)), **case.options())
+        found = pallas_triton.run(**arguments, tiles=Tiles(16, 32, 4, 2, 1), interpret=True)
+        want = reference_of_records(**arguments | {"q": arguments["q"].astype(jnp.float32)})
+        assert error(found, want) < 1e-2
+    assert isinstance(pairs.reader(arguments["kv"], Decoder.of()), pairs.ByPairs)
 
 
 def test_cases() -> None:

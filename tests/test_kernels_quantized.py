@@ -15,13 +15,13 @@ from llama_jax.config import preset
 from llama_jax.errors import KernelError
 from llama_jax.kernels import report
 from llama_jax.kernels.dispatch import using
-from llama_jax.kernels.quantized_matmul import pallas_triton, quantized_matmul, quantized_matmul_op
+from llama_jax.kernels.quantized_matmul import kernel, pallas_triton, quantized_matmul, quantized_matmul_op, unpack
 from llama_jax.kernels.quantized_matmul.cases import product_cases, product_models, product_shape
 from llama_jax.kernels.quantized_matmul.decoding import decoded
 from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.shapes import MEASURED, SHAPES, ProductShape, layout_of
 from llama_jax.kernels.quantized_matmul.tiles import CHUNK, Tiles, candidates, default_tiles, matrix_rows
-from llama_jax.kernels.quantized_matmul.unpack import AMD, ANYWHERE, Unpack
+from llama_jax.kernels.quantized_matmul.unpack import AMD, ANYWHERE, FIELDS, FLOATS, NVIDIA, Field, Words
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.quantization import dequantize_params, quantize_params
 from llama_jax.params import init_params
@@ -73,7 +73,7 @@ def test_a_mean_is_no_error() -> None:
 @pytest.mark.parametrize("way", [ANYWHERE, AMD], ids=["anywhere", "amd"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("width", [4, 64])
-def test_codes_are_exact(way: Unpack, dtype: str, width: int) -> None:
+def test_codes_are_exact(way: Words, dtype: str, width: int) -> None:
     """All that a byte can be, in eight bits; and in four all bytes in all places of a word, less what is added."""
     stored = np.random.default_rng(0).permuted(np.tile(np.arange(256, dtype=np.uint8), (16, 1)), axis=1)
     (whole,), added = way.parts(jnp.asarray(stored.view(np.int8)), dtype)
@@ -87,6 +87,49 @@ def test_codes_are_exact(way: Unpack, dtype: str, width: int) -> None:
     for n, part in enumerate(parts):
         assert part.dtype == dtype
         np.testing.assert_array_equal(part.astype(jnp.int32) - added, codes[:, n :: len(parts)])
+
+
+@pytest.mark.parametrize("kind", FLOATS.values(), ids=FLOATS)
+@pytest.mark.parametrize("stored", FIELDS)
+def test_what_the_instructions_multiply_and_add(stored: str, kind: Any) -> None:
+    """The constants, exact in the float, make of every byte its codes."""
+    dtype = {"bf16": jnp.bfloat16, "f16": np.float16}[kind.name]
+    every = np.arange(256, dtype=np.uint8)
+    halves = [every.view(np.int8)] if stored == "int8" else [every << 4, every & 0xF0]
+    want = [half.view(np.int8).astype(np.float64) / (1 if stored == "int8" else 16) for half in halves]
+    for field, values in zip(FIELDS[stored], want, strict=True):
+        factor, zero = kind.multiply_add(field)
+        for constant in (factor, zero):
+            assert float(np.asarray(constant, dtype)) == constant
+        got = ((every & field.mask) ^ field.flip) * kind.last * factor + zero
+        np.testing.assert_array_equal(got, got.astype(dtype).astype(np.float64))
+        np.testing.assert_array_equal(got * kind.unit, values)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("layout", ["int8_g64", "int4_g64_min", "int4_g128_zero"])
+def test_by_bytes(layout: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NVIDIA's GPUs compute, with plain operations in place of their instructions."""
+
+    def numbers(codes: jax.Array, field: Field, dtype: jnp.dtype) -> jax.Array:
+        factor, zero = FLOATS[dtype.name].multiply_add(field)
+        bits = (jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.int32) & field.mask) ^ field.flip
+        return (bits * (FLOATS[dtype.name].last * factor) + zero).astype(dtype)
+
+    monkeypatch.setattr(unpack, "_numbers", numbers)
+    x, members = example(layout, rows, 40, 640)
+    tiles = Tiles(8, 32, 64, 2, 1, 3)
+    found = kernel.product(x, Weight.of(layout_of(layout), members), tiles, jnp.float32, NVIDIA, interpret=True)
+    assert error(found, exact(x, members, layout)) < 1e-4
+
+
+@pytest.mark.parametrize(("rows", "fold"), [(1, 8), (3, 2)])
+@pytest.mark.parametrize("layout", ["int8", "int4_g64_min"])
+def test_parts_of_rows_are_summed(layout: str, rows: int, fold: int) -> None:
+    """Also of columns that no tile divides, and where several programs share the parts."""
+    x, members = example(layout, rows, 44, 1024)
+    found = KERNEL(x, members, layout=layout_of(layout), tiles=Tiles(8, 32, 32, 2, 1, 3, fold))
+    assert error(found, exact(x, members, layout)) < 1e-4
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from llama_jax.errors import KernelError
 from llama_jax.kernels.pallas import dot, launch
 from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.tiles import TOGETHER_BELOW, Tiles
-from llama_jax.kernels.quantized_matmul.unpack import WORD, WORD_BYTES, Unpack, every
+from llama_jax.kernels.quantized_matmul.unpack import Unpack
 
 
 def product(
@@ -31,17 +31,24 @@ def product(
     a single row has the rows of the tile to itself: each holds the numbers of one group and zeros elsewhere, so that
     one product gives the sums of all groups of a step.
 
+    A row of the weight cut into `tiles.fold` parts is as many rows, and so is a row of the input: a part of one has its
+    own row of the tile, which few rows leave empty, and meets all parts of the other there. What parts of the same
+    place gave is summed up. So more waves share a row, without a kernel more.
+
     Raises:
       KernelError: a step has more groups than the tile has rows.
     """
+    fold, columns = tiles.fold, len(weight.codes)
+    x, weight = x.reshape(fold * len(x), -1), weight.folded(fold)
     rows, out, row_bytes = x.shape[0], *weight.codes.shape
     group, per_byte, offset = weight.layout.group, weight.layout.per_byte, weight.layout.offset
-    codes, unit = weight.codes, 1
-    if per_byte > 1:
-        codes, unit = jax.lax.bitcast_convert_type(codes.reshape(out, -1, WORD_BYTES), WORD), WORD_BYTES  # no copy
+    codes, inputs = unpack.stored(weight.codes, x)
+    # Bytes, and numbers of the input, that one number of these arrays holds; arrays of the input.
+    word, pair, arrays = row_bytes // codes.shape[1], x.shape[1] // inputs.shape[1], len(inputs) // rows
+    unit = unpack.unit(x.dtype)
     spread = rows == 1 and group is not None and group < TOGETHER_BELOW
-    piece = min(tiles.inner, group // per_byte if group and not spread else tiles.inner) // unit
-    pieces, span = tiles.inner // unit // piece, piece * unit * per_byte
+    piece = min(tiles.inner, group // per_byte if group and not spread else tiles.inner) // word
+    pieces, span = tiles.inner // word // piece, piece * word * per_byte // pair
     window = tiles.rows
     if spread and tiles.inner * per_byte > window * (group or 1):
         raise KernelError(
@@ -68,14 +75,15 @@ def product(
         def load_codes(first: jax.Array) -> jax.Array:
             return load(codes_ref, near_column, first + jnp.arange(piece, dtype=jnp.int32), None)
 
-        def load_x(first: jax.Array) -> jax.Array:
+        def load_x(first: jax.Array) -> list[jax.Array]:
             along = first + jnp.arange(span, dtype=jnp.int32)
             if spread:
                 of_group = jax.lax.rem(
-                    jax.lax.div(along, jnp.full_like(along, group or 1)), jnp.full_like(along, window)
+                    jax.lax.div(along, jnp.full_like(along, (group or 1) // pair)), jnp.full_like(along, window)
                 )
-                return load(x_ref, row * 0, along, of_group[None, :] == row[:, None])
-            return load(x_ref, row, along, (row < rows)[:, None] if rows % tiles.rows else None)
+                return [load(x_ref, row * 0, along, of_group[None, :] == row[:, None])]
+            real = (row < rows)[:, None] if rows % tiles.rows else None
+            return [load(x_ref, row + n * rows, along, real) for n in range(arrays)]
 
         def first_group(i: jax.Array) -> jax.Array:
             return i * (tiles.inner * per_byte) // group if group else i * 0
@@ -101,14 +109,14 @@ def product(
             total, *now = carry
             ahead = of_groups(i + 1, now)
             words = [load_codes((i * pieces + k) * piece) for k in range(pieces)]
-            inputs = [load_x((i * pieces + k) * span) for k in range(pieces)]
+            numbers = [load_x((i * pieces + k) * span) for k in range(pieces)]
             for k in range(pieces):
                 parts, added = unpack.parts(words[k], x.dtype)
-                factors = every(len(parts), inputs[k])
+                factors = unpack.factors(len(parts), numbers[k], x.dtype)
                 part = _products(parts, factors)
                 values = [each.astype(jnp.float32).reshape(tiles.cols, -1) for each in now[k::pieces]]
                 scale = values[0] if values else 1.0
-                total += part * scale
+                total += part * (scale * unit) if values else part
                 if offset or added:
                     sums = _products([jnp.ones_like(parts[0])] * len(parts), factors)
                     more = weight.shift(values[0], values[1]) if offset else 0.0
@@ -121,26 +129,38 @@ def product(
         carry = (jnp.zeros((tiles.cols, tiles.rows), jnp.float32), *of_groups(start, []))
         total, *_ = jax.lax.fori_loop(start, stop, step, carry)
         if group is None:
-            total = total * plgpu.load(scales_ref.at[near_column]).astype(jnp.float32)[:, None]
-        real = (column < out) if out % tiles.cols else None
+            total = total * (plgpu.load(scales_ref.at[near_column // fold]).astype(jnp.float32) * unit)[:, None]
+        if fold > 1:
+            total = _unfolded(total, column, row, fold)
+            column = pl.program_id(0) * (tiles.cols // fold) + jnp.arange(tiles.cols // fold, dtype=jnp.int32)
+            row = pl.program_id(1) * (tiles.rows // fold) + jnp.arange(tiles.rows // fold, dtype=jnp.int32)
+        real = (column < columns) if out % tiles.cols else None
         if spread:
             total, at = jnp.sum(total, axis=1), out_ref.at[part_of_row, 0, column]
         else:
             at = out_ref.at[part_of_row, row[None, :], column[:, None]]
             if out % tiles.cols or rows % tiles.rows:
-                real = (column < out)[:, None] & (row < rows)[None, :]
+                real = (column < columns)[:, None] & (row < rows // fold)[None, :]
         plgpu.store(at, total.astype(out_ref.dtype), mask=real)
 
     parts = launch(
         quantized_matmul,
-        *(x, codes, weight.scales, weight.offsets),
+        *(inputs, codes, weight.scales, weight.offsets),
         grid=(-(-out // tiles.cols), -(-rows // tiles.rows), tiles.splits),
-        out=jax.ShapeDtypeStruct((tiles.splits, rows, out), dtype if tiles.splits == 1 else jnp.float32),
+        out=jax.ShapeDtypeStruct((tiles.splits, rows // fold, columns), dtype if tiles.splits == 1 else jnp.float32),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         interpret=interpret,
     )
     return parts[0] if tiles.splits == 1 else jnp.sum(parts, axis=0).astype(dtype)
+
+
+def _unfolded(total: jax.Array, column: jax.Array, row: jax.Array, fold: int) -> jax.Array:
+    """The sums [cols / fold, rows / fold] over parts at the same place of columns and rows."""
+    cols, rows = total.shape
+    place, other = (jax.lax.rem(at, jnp.full_like(at, fold)) for at in (column, row))
+    parts = jnp.where(place[:, None] == other[None, :], total, 0.0)
+    return jnp.sum(jnp.sum(parts.reshape(cols // fold, fold, rows // fold, fold), axis=3), axis=1)
 
 
 def _products(parts: list[jax.Array], factors: list[jax.Array]) -> jax.Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
@@ -39,6 +39,17 @@ class Weight:
         by_group = 0 if layout.group is None else 1
         offsets = None if layout.offset is None else rows(OFFSETS[layout.offset], by_group)
         return cls(layout, rows(layout.name, 1), rows("scales", by_group), offsets)
+
+    def folded(self, parts: int) -> Weight:
+        """Each row as so many rows: the same memory. Scales of whole rows stay as they are."""
+
+        def cut(x: jax.Array) -> jax.Array:
+            return x.reshape(parts * len(x), -1)
+
+        if self.layout.group is None:
+            return replace(self, codes=cut(self.codes))
+        offsets = None if self.offsets is None else cut(self.offsets)
+        return replace(self, codes=cut(self.codes), scales=cut(self.scales), offsets=offsets)
 
     def shift(self, scales: jax.Array, offsets: jax.Array) -> jax.Array:
         """`quantized.codes.shift` of some of the scales and offsets."""

@@ -108,7 +108,7 @@ def _product(call: _Call, x: jax.Array, members: dict[str, jax.Array]) -> jax.Ar
     if call.tiles is None:
         out = matmul(flat, decoded(weight, x.dtype, interpret=call.interpret), call.dtype)
     else:
-        unpack = unpack_for(current(), call.tiles.rows, interpret=call.interpret)
+        unpack = unpack_for(current(), call.layout, one_row=len(flat) == 1, interpret=call.interpret)
         out = kernel.product(flat, weight, call.tiles, call.dtype, unpack, interpret=call.interpret)
     return out.reshape(*x.shape[:-1], *members[call.layout.name].shape[:-1])
 

@@ -17,10 +17,13 @@ WAVES_A_UNIT = 8
 """Waves that a compute unit should have at least, to hide how long they wait for memory and for each other."""
 WAVES_A_UNIT_NVIDIA = 6
 """The same where a wave has 32 lanes and loads several steps ahead: measured on an H200, more shares of a row cost more
-than they bring."""
+than they bring. Parts of a row that are rows of the tile cost nothing: of four bits, twice as many."""
 TOGETHER_BELOW = 128
 """Length of groups from which on a single row, too, has a product for each of them. On an H200 that took 32 us in place
 of 42 ([28672, 4096]); with groups of 64 it took 52 in place of 46, with groups of 32 111 in place of 46."""
+FOLDED_FROM = 64
+"""The same on NVIDIA's GPUs, where a row is cut into parts instead (`Tiles.fold`): on an H200 that took 38 us in place
+of 46 with groups of 64 ([28672, 4096]), and 16 in place of 10 with groups of 32 ([4096, 4096])."""
 LEAST_STEPS = 4
 """Steps that a program should have at least."""
 CHUNK = 16
@@ -38,6 +41,7 @@ class Tiles:
       splits: programs that share a row of the weight, where there would be too few.
       num_warps: waves of a program.
       num_stages: steps of the loop that overlap.
+      fold: parts of a row of the weight, and of the input, that are rows of their own: `rows` and `cols` count them.
     """
 
     rows: int
@@ -46,6 +50,7 @@ class Tiles:
     splits: int
     num_warps: int
     num_stages: int
+    fold: int = 1
 
 
 def matrix_rows(target: Target) -> int:
@@ -62,14 +67,17 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
     """
     wave, nvidia = target.wave_size or 32, target.vendor == "nvidia"
     tile = min(max(next_power_of_2(rows), matrix_rows(target)), MOST_TILE_ROWS)
-    few, stages = tile <= COLUMNS, 1
+    few, stages, fold = tile <= COLUMNS, 1, 1
     group_bytes = layout.group // layout.per_byte if layout.group else row_bytes
     # Some have the groups of a step in one tile (`kernel.product`).
-    together = tile * group_bytes if rows == 1 and (layout.group or TOGETHER_BELOW) < TOGETHER_BELOW else group_bytes
+    below = FOLDED_FROM if nvidia else TOGETHER_BELOW
+    together = tile * group_bytes if rows == 1 and (layout.group or below) < below else group_bytes
     if nvidia:
-        cols, inner, num_warps, stages = (64, 128, 2, 3) if few else (128, 64, 8, 3)
-        if few and layout.bits == 8:
+        cols, inner, num_warps, stages = (64, 128, 2, 3) if tile < MOST_TILE_ROWS else (128, 64, 4, 3)
+        if few and layout.bits == 8 and (tile == COLUMNS or layout.group):
             cols, num_warps, stages = 128, 4, 4
+        elif tile < COLUMNS and layout.bits == 4 and together == group_bytes:
+            cols, num_warps = 32, 2 if group_bytes >= inner // 2 else 1
         inner, waves = min(inner, max(together, 4 * group_bytes)), WAVES_A_UNIT_NVIDIA
     else:
         # The fewer waves share the columns, the fewer rearrange the input. Of many rows, sums fill the registers.
@@ -78,9 +86,20 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
         most = 2 if few and wave == 64 else 4
         num_warps = min(max(cols * min(inner, together) // (CHUNK * wave), 1), most)
     programs, steps, splits = -(-out // cols) * -(-rows // tile), -(-row_bytes // inner), 1
-    while programs * splits * num_warps < waves * target.compute_units and steps >= 2 * LEAST_STEPS * splits:
+    if nvidia and together == group_bytes:
+        fold = _fold(tile // next_power_of_2(rows), row_bytes, max(inner, group_bytes if layout.group else 0))
+        wanted = waves * target.compute_units * 8 // layout.bits
+        fold = min(fold, next_power_of_2(-(-wanted // (programs * num_warps))))
+    while (
+        programs * splits * fold * num_warps < waves * target.compute_units and steps >= 2 * LEAST_STEPS * splits * fold
+    ):
         splits *= 2
-    return Tiles(tile, cols, inner, splits, num_warps, stages)
+    return Tiles(tile, cols, inner, splits, num_warps, stages, fold)
+
+
+def _fold(most: int, row_bytes: int, least: int) -> int:
+    """The most parts, a power of two, of a row: each of whole times `least` bytes."""
+    return next((n for n in (8, 4, 2) if n <= most and row_bytes % (n * least) == 0), 1)
 
 
 def candidates(target: Target, *, rows: int, out: int, row_bytes: int, layout: Layout) -> Iterator[Tiles]:
@@ -89,5 +108,7 @@ def candidates(target: Target, *, rows: int, out: int, row_bytes: int, layout: L
     warps = [n for n in (best.num_warps * 2, best.num_warps // 2) if n]
     stages = (1, 2) if target.vendor == "amd" else (2, 3, 4)
     splits = [n for n in (best.splits * 2, best.splits // 2) if n]
-    found = neighbours(best, cols=(best.cols * 2, best.cols // 2), num_warps=warps, num_stages=stages, splits=splits)
+    folds = [best.fold // 2] if best.fold > 1 else []
+    choices = {"num_warps": warps, "num_stages": stages, "splits": splits, "fold": folds}
+    found = neighbours(best, cols=(best.cols * 2, best.cols // 2), **choices)
     yield from (tiles for tiles in found if tiles.cols >= COLUMNS * tiles.num_warps)

@@ -1,76 +1,100 @@
 """Codes as exact 16-bit floats, in registers, by what an instruction set is best at.
 
-Four bits are put into the last bits of a large number with one "and" and one "xor" for two of them, in 32 bits: a word
-of eight codes, shifted, holds two in the places of two 16-bit floats. What the numbers are more than the codes is not
-subtracted from each, but from the product: AMD's GPUs before gfx950 do not compute with bfloat16.
+On NVIDIA's GPUs a byte, or half of one, in the last bits of a 16-bit float is a subnormal number, and a fused
+multiply-add, for two of them at once, makes of it the code, divided by a power of two (`Bytes`). Bytes stay bytes until
+then, so the compiler reads them from shared memory in the order in which matrix units take them.
+
+AMD's GPUs before gfx950 do not compute with bfloat16. There four bits are put into the last bits of a large number with
+one "and" and one "xor" for two of them, in 32 bits: a word of eight codes, shifted, holds two in the places of two
+16-bit floats. What the numbers are more than the codes is subtracted from the product (`Words`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from llama_jax.kernels.pallas import MIN_CONTRACTION
+from llama_jax.quantized import Layout
 from llama_jax.targets import Target
 
 WORD = "int32"
 WORD_BYTES = 4
-FEW_ROWS = 8
+
+
+class Unpack(Protocol):
+    """A target's way to unpack."""
+
+    def stored(self, codes: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Codes [out, bytes] and the input [rows, in] as the kernel reads them: the same memory, or arrays of the input
+        one below the other, [arrays * rows, ...]."""
+
+    def unit(self, dtype: DTypeLike) -> int:
+        """The factor on the numbers of `parts`."""
+
+    def parts(self, codes: jax.Array, dtype: DTypeLike) -> tuple[list[jax.Array], int]:
+        """Codes of a tile [cols, n] of what is stored, as numbers of the dtype.
+
+        Returns:
+          n parts [cols, codes / n], of codes 0, n, 2n ..., of codes 1, n + 1, ...; and what numbers, times `unit`,
+          are more than the codes.
+        """
+
+    def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
+        """The numbers that as many parts are multiplied with, of a tile of each of the input's arrays."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Four-bit codes by words of eight.
+
+    Attributes:
+      whole: takes codes int8 [cols, codes] and a 16-bit dtype: the codes in it.
+    """
+
+    whole: Callable[[jax.Array, DTypeLike], jax.Array]
+
+    def stored(self, codes: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if codes.dtype == jnp.int8:
+            return codes, x
+        return jax.lax.bitcast_convert_type(codes.reshape(len(codes), -1, WORD_BYTES), WORD), x
+
+    def unit(self, dtype: DTypeLike) -> int:
+        return 1
+
+    def parts(self, codes: jax.Array, dtype: DTypeLike) -> tuple[list[jax.Array], int]:
+        if codes.dtype == jnp.int8:
+            return [self.whole(codes, dtype)], 0
+        large, added = _LARGE[jnp.dtype(dtype).name]
+        shifted = [jax.lax.shift_right_logical(codes, jnp.full_like(codes, place)) for place in (0, 4, 8, 12)]
+        parts = [_pairs(words & _MASK ^ large, dtype) for words in shifted]
+        while parts[0].shape[1] < MIN_CONTRACTION:
+            half = len(parts) // 2
+            parts = [_interleaved(*pair) for pair in zip(parts[:half], parts[half:], strict=True)]
+        return parts, added
+
+    def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
+        return _every(parts, *x)
+
+
 _MASK = 0x000F000F
 # 16-bit floats whose last bit counts 1, twice, with the sign of two's complement turned to what is counted from -8; and
 # what they are more than the code.
 _LARGE = {"bfloat16": (0x43084308, 128 + 8), "float16": (0x64086408, 1024 + 8)}
 
 
-@dataclass(frozen=True)
-class Unpack:
-    """A target's way to unpack.
-
-    Attributes:
-      whole: takes codes int8 [cols, codes] and a 16-bit dtype: the codes in it.
-      masked: takes words int32 and two numbers a and b: (words & a) ^ b.
-      exact: takes words int32 of two bfloat16 each, and such a word b: what the words have more than b. None where
-        numbers stay larger than the codes.
-    """
-
-    whole: Callable[[jax.Array, DTypeLike], jax.Array]
-    masked: Callable[[jax.Array, int, int], jax.Array]
-    exact: Callable[[jax.Array, int], jax.Array] | None = None
-
-    def parts(self, codes: jax.Array, dtype: DTypeLike) -> tuple[list[jax.Array], int]:
-        """Codes as factors of products.
-
-        Args:
-          codes: int8 [cols, codes], or int32 [cols, words] of eight codes of four bits.
-
-        Returns:
-          n parts [cols, codes / n], of codes 0, n, 2n ..., of codes 1, n + 1, ...; and what their numbers are more than
-          the codes.
-        """
-        if codes.dtype == jnp.int8:
-            return [self.whole(codes, dtype)], 0
-        large, added = _LARGE[jnp.dtype(dtype).name]
-        shifted = [jax.lax.shift_right_logical(codes, jnp.full_like(codes, place)) for place in (0, 4, 8, 12)]
-        wide = [self.masked(words, _MASK, large) for words in shifted]
-        if self.exact and jnp.dtype(dtype) == jnp.bfloat16:
-            wide, added = [self.exact(words, large) for words in wide], 0
-        parts = [_halves(words, dtype) for words in wide]
-        while parts[0].shape[1] < MIN_CONTRACTION:
-            half = len(parts) // 2
-            parts = [_interleaved(*pair) for pair in zip(parts[:half], parts[half:], strict=True)]
-        return parts, added
-
-
-def every(n: int, x: jax.Array) -> list[jax.Array]:
+def _every(n: int, x: jax.Array) -> list[jax.Array]:
     """x [rows, n * m] -> n times [rows, m]: numbers 0, n, 2n ...; 1, n + 1, ...; for n a power of two."""
     if n == 1:
         return [x]
-    halves = [every(n // 2, half) for half in jnp.unstack(x.reshape(len(x), -1, 2), axis=-1)]
+    halves = [_every(n // 2, half) for half in jnp.unstack(x.reshape(len(x), -1, 2), axis=-1)]
     return [part for parts in zip(*halves, strict=True) for part in parts]
 
 
@@ -78,12 +102,104 @@ def _interleaved(first: jax.Array, second: jax.Array) -> jax.Array:
     return jnp.stack([first, second], axis=-1).reshape(len(first), -1)
 
 
-def _halves(words: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _halves(words: jax.Array) -> list[jax.Array]:
+    """The lower and the upper halves of int32 words, int16."""
+    upper = jax.lax.shift_right_logical(words, jnp.full_like(words, 16))
+    return [words.astype(jnp.int16), upper.astype(jnp.int16)]
+
+
+def _pairs(words: jax.Array, dtype: DTypeLike) -> jax.Array:
     """int32 [cols, words] -> [cols, 2 * words], their lower and upper halves: no instruction where both stay in one
     register."""
-    upper = jax.lax.shift_right_logical(words, jnp.full_like(words, 16))
-    both = _interleaved(words.astype(jnp.int16), upper.astype(jnp.int16))
-    return jax.lax.bitcast_convert_type(both, dtype)
+    return jax.lax.bitcast_convert_type(_interleaved(*_halves(words)), dtype)
+
+
+PAIRED_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Codes by bytes, four at a time. Each half of a byte has its own numbers of the input, which is read by pairs of
+    them; of more than `PAIRED_ROWS` rows, the even and the odd numbers are copied apart first."""
+
+    def stored(self, codes: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if codes.dtype == jnp.int8:
+            return codes, x
+        pairs = x.reshape(len(x), -1, 2)
+        if len(x) > PAIRED_ROWS:
+            return codes, jnp.concatenate([pairs[..., 0], pairs[..., 1]])
+        return codes, jax.lax.bitcast_convert_type(pairs, WORD)
+
+    def unit(self, dtype: DTypeLike) -> int:
+        return FLOATS[jnp.dtype(dtype).name].unit
+
+    def parts(self, codes: jax.Array, dtype: DTypeLike) -> tuple[list[jax.Array], int]:
+        return [_numbers(codes, field, jnp.dtype(dtype)) for field in FIELDS[codes.dtype.name]], 0
+
+    def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
+        return x if parts == len(x) else [jax.lax.bitcast_convert_type(half, dtype) for half in _halves(*x)]
+
+
+class Field(NamedTuple):
+    """Some bits of a byte as a code: what they count once those of `flip` are turned, times `step`, less `zero`."""
+
+    mask: int
+    flip: int
+    step: float
+    zero: int
+
+
+FIELDS = {"int8": (Field(0xFF, 0x80, 1, 128),), "uint8": (Field(0x0F, 0x08, 1, 8), Field(0xF0, 0x80, 1 / 16, 8))}
+"""Contents of a byte, by dtype: one code; or two, the first in the lower half."""
+
+
+class Float(NamedTuple):
+    """A 16-bit float.
+
+    Attributes:
+      name: in instructions.
+      last: what the last bit of a subnormal number counts.
+      unit: numbers are codes divided by it: so the factor of the multiply-add is in the float's range.
+    """
+
+    name: str
+    last: float
+    unit: int
+
+    def multiply_add(self, field: Field) -> tuple[float, float]:
+        """The factor and the summand."""
+        return field.step / self.last / self.unit, -field.zero / self.unit
+
+
+FLOATS = {"bfloat16": Float("bf16", 2.0**-133, 128), "float16": Float("f16", 2.0**-24, 512)}
+
+_FOUR = """{{
+    .reg .b32 a, b, flip, factor, zero;
+    mov.b32 flip, {flip};
+    mov.b32 factor, {factor};
+    mov.b32 zero, {zero};
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    lop3.b32 a, a, {mask}, flip, 0x6a;
+    lop3.b32 b, b, {mask}, flip, 0x6a;
+    fma.rn.{name}x2 $0, a, factor, zero;
+    fma.rn.{name}x2 $1, b, factor, zero;
+}}"""
+# Four bytes $2 to two numbers each in $0 and $1. "lop3" is (bytes & mask) ^ flip; only one may be an immediate.
+
+
+def _numbers(codes: jax.Array, field: Field, dtype: jnp.dtype) -> jax.Array:
+    """A field of codes [cols, bytes], divided by the float's unit."""
+    kind = FLOATS[dtype.name]
+    factor, zero = (int(np.asarray(x, dtype).view(np.uint16)) for x in kind.multiply_add(field))
+    bits = {"mask": field.mask, "flip": field.flip, "factor": factor, "zero": zero}
+    asm = _FOUR.format(name=kind.name, **{name: f"{x * 0x00010001:#x}" for name, x in bits.items()})
+    out = jax.ShapeDtypeStruct(codes.shape, dtype)
+    (made,) = plgpu.elementwise_inline_asm(
+        asm, args=[codes], constraints="=r,=r,r", pack=WORD_BYTES, result_shape_dtypes=[out]
+    )
+    numbers: jax.Array = made
+    return numbers
 
 
 def _converted(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -99,42 +215,26 @@ def _through_float32(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits.astype(jnp.int16), dtype)
 
 
-def _masked(words: jax.Array, a: int, b: int) -> jax.Array:
-    return words & a ^ b
+ANYWHERE = Words(_converted)
+AMD = Words(_through_float32)
+NVIDIA = Bytes()
+
+NO_BFLOAT16 = ("sm_70", "sm_72", "sm_75")
+"""NVIDIA's architectures that do not multiply bfloat16."""
 
 
-def _assembly(asm: str, words: jax.Array) -> jax.Array:
-    """One number to an instruction of NVIDIA's; $0 is made of $1."""
-    out = jax.ShapeDtypeStruct(words.shape, words.dtype)
-    (made,) = plgpu.elementwise_inline_asm(asm, args=[words], constraints="=r,r", pack=1, result_shape_dtypes=[out])
-    result: jax.Array = made
-    return result
+LEAST_GROUP = 64
+"""Of four-bit codes: matrix units take eight bytes of a tile's row at a time, twice. With shorter products Triton moves
+numbers one by one."""
 
 
-def _masked_at_once(words: jax.Array, a: int, b: int) -> jax.Array:
-    """One instruction, which NVIDIA's assembler does not find: only one of the numbers may be an immediate."""
-    return _assembly(f"{{ .reg .b32 b; mov.b32 b, {b:#x}; lop3.b32 $0, $1, {a:#x}, b, 0x6a; }}", words)
+def unpack_for(target: Target, layout: Layout, *, one_row: bool, interpret: bool) -> Unpack:
+    """The way that takes the fewest instructions on a target.
 
-
-def _less(words: jax.Array, b: int) -> jax.Array:
-    return _assembly(f"{{ .reg .b32 b; mov.b32 b, {b:#x}; sub.rn.bf16x2 $0, $1, b; }}", words)
-
-
-ANYWHERE = Unpack(_converted, _masked)
-AMD = Unpack(_through_float32, _masked)
-NVIDIA = Unpack(_converted, _masked_at_once)
-NVIDIA_EXACT = Unpack(_converted, _masked_at_once, _less)
-
-HAS_BFLOAT16_SUB = ("sm_90", "sm_100", "sm_103", "sm_120")
-"""NVIDIA's architectures that subtract two bfloat16 in one instruction."""
-
-
-def unpack_for(target: Target, rows: int, *, interpret: bool) -> Unpack:
-    """The way that takes the fewest instructions on a target, for tiles of this many input rows.
-
-    Where numbers stay larger, a second product gives the sums of the input: little for few rows, half of all arithmetic
-    for many.
+    Args:
+      one_row: whether there is a single row of the input, with which several groups share a product.
     """
-    if target.vendor == "nvidia" and not interpret:
-        return NVIDIA_EXACT if rows > FEW_ROWS and target.arch in HAS_BFLOAT16_SUB else NVIDIA
+    short = layout.bits == 4 and (layout.group or LEAST_GROUP) < LEAST_GROUP and not one_row
+    if target.vendor == "nvidia" and target.arch not in NO_BFLOAT16 and not short and not interpret:
+        return NVIDIA
     return AMD if target.vendor == "amd" and not interpret else ANYWHERE

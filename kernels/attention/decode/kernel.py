@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention.codes import Decoder, Parts, products, scaled
+from llama_jax.kernels.attention.codes import Decoder, products, scaled
 from llama_jax.kernels.attention.decode import partition
 from llama_jax.kernels.attention.decode.call import Call
+from llama_jax.kernels.attention.decode.pairs import reader
 from llama_jax.kernels.attention.records import KeysValues, Places
 from llama_jax.kernels.attention.reference import MASKED, sees
 from llama_jax.kernels.exponential import exp2
@@ -38,14 +39,16 @@ def shares(
       MASKED where nothing is seen. What there is no share for is not written.
     """
     block_k, height = call.tiles.block_k, call.height
-    kv_heads, of_k, of_v = kv.k.shape[1], Parts.of(kv.k, call.head_dim), Parts.of(kv.v, call.head_dim)
-
     how: dict[str, Any] = {
         "num_warps": call.tiles.num_warps,
         "num_stages": call.tiles.num_stages,
         "interpret": call.interpret,
     }
     decoder = Decoder.of(kv, q.dtype, **how)
+    read = reader(kv, decoder)
+    kv_heads, of_k, of_v = kv.k.shape[1], read.parts(kv.k, call.head_dim), read.parts(kv.v, call.head_dim)
+    # Where steps overlap, Triton loads ahead only what it multiplies: scales not.
+    ahead, last = kv.quantised and call.tiles.num_stages > 1, -(-call.slots // block_k) - 1
 
     def page_of(table_ref: Any, row: jax.Array, slot: jax.Array) -> jax.Array:
         entry = jax.lax.div(slot, jnp.full_like(slot, call.page_size))
@@ -78,45 +81,58 @@ def shares(
         q = of_k.load(q_ref, of_query)
         q_position = plgpu.load(q_positions_ref.at[row, query])
 
-        def step(block: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            total, top, *acc = carry
+        def slots_of(block: jax.Array) -> tuple[jax.Array, Index]:
+            """The slots of a block, and where they are."""
             begin, lane = block * block_k, jnp.arange(block_k, dtype=jnp.int32)
             slot = begin + lane
             if call.slots % block_k:  # the last block repeats the last slot, which is then masked
                 slot = jnp.minimum(slot, call.slots - 1)
             if table_ref is None:
-                at: Index = (row, head, slot)
-            elif call.page_size % block_k == 0:
-                at = (page_of(table_ref, row, begin), head, jax.lax.rem(begin, call.page_size) + lane)
-            else:
-                at = (page_of(table_ref, row, slot), head, jax.lax.rem(slot, jnp.full_like(slot, call.page_size)))
+                return slot, (row, head, slot)
+            if call.page_size % block_k == 0:
+                return slot, (page_of(table_ref, row, begin), head, jax.lax.rem(begin, call.page_size) + lane)
+            within = jax.lax.rem(slot, jnp.full_like(slot, call.page_size))
+            return slot, (page_of(table_ref, row, slot), head, within)
+
+        def beside(slot: jax.Array, at: Index) -> list[jax.Array]:
+            """Positions of slots, and scales, if there are any, of their keys and values."""
+            refs = (k_scale_ref, v_scale_ref) if kv.quantised else ()
+            return [plgpu.load(kv_positions_ref.at[row, slot]), *(plgpu.load(ref.at[at]) for ref in refs)]
+
+        def step(block: jax.Array, carry: tuple[tuple[jax.Array, ...], ...]) -> tuple[tuple[jax.Array, ...], ...]:
+            (total, top, *acc), now = carry
+            slot, at = slots_of(block)
             # All loads are issued before the first wait: a barrier of the products delays everything after it.
-            kv_position = plgpu.load(kv_positions_ref.at[row, slot])
+            following = beside(*slots_of(jnp.minimum(block + 1, last))) if ahead else []
+            kv_position, *scales = now or beside(slot, at)
             k, v = load_tile(k_ref, at, of_k.width), load_tile(v_ref, at, of_v.width)
-            k_scales, v_scales = decoder.scales(k_scale_ref, at, None), decoder.scales(v_scale_ref, at, None)
-            keys, values = decoder.numbers(k, block), decoder.numbers(v, block)
+            k_scales, v_scales = map(read.factors, scales) if scales else (None, None)
+            keys, values = read.numbers(k, kv.k.dtype, block), read.numbers(v, kv.v.dtype, block)
             if call.slots % block_k:
-                kv_position = jnp.where(begin + lane < call.slots, kv_position, -1)
+                lane = block * block_k + jnp.arange(block_k, dtype=jnp.int32)
+                kv_position = jnp.where(lane < call.slots, kv_position, -1)
 
             see = sees(q_position[:, None], kv_position[None, :], call.rule.visibility)
             if q_segments_ref is not None:
                 q_segment = plgpu.load(q_segments_ref.at[row, query])
                 see &= q_segment[:, None] == plgpu.load(kv_segments_ref.at[row, slot])[None, :]
-            logits = scaled(products(q, keys), k_scales)
-            if call.rule.soft_cap is None:
-                logits = logits * (call.rule.scale * LOG2_E)
-            else:
-                logits = jnp.tanh(logits * (call.rule.scale / call.rule.soft_cap)) * (call.rule.soft_cap * LOG2_E)
+            cap = call.rule.soft_cap
+            factor = call.rule.scale * (LOG2_E if cap is None else 1 / cap)
+            logits = products(q, keys)
+            logits = logits * factor if k_scales is None else scaled(logits, k_scales * factor)
+            if cap is not None:
+                logits = jnp.tanh(logits) * (cap * LOG2_E)
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
             weighted = scaled(weights, v_scales).astype(q_ref.dtype)
             acc = [x * decay[:, None] + dot(weighted, of_part) for x, of_part in zip(acc, values, strict=True)]
-            return total * decay + jnp.sum(weights, axis=1), above, *acc
+            return (total * decay + jnp.sum(weights, axis=1), above, *acc), tuple(following)
 
         zero = jnp.zeros((height,), jnp.float32)
         init = (zero, zero + NONE, *(jnp.zeros((height, of_v.width), jnp.float32) for _ in range(of_v.number)))
-        total, top, *acc = jax.lax.fori_loop(start, stop, step, init)
+        first = beside(*slots_of(jnp.minimum(start, last))) if ahead else []
+        (total, top, *acc), _ = jax.lax.fori_loop(start, stop, step, (init, tuple(first)))
 
         some, real = total > 0, (flat < call.rows) & (start < stop)
         total = jnp.where(some, total, 1.0)
@@ -126,7 +142,7 @@ def shares(
     lse = jax.ShapeDtypeStruct((call.most_shares, kv_heads, call.rows), jnp.float32)
     part, lse = launch(
         decode_attention_shares,
-        *(cut.row, cut.start, cut.stop, of_k.split(q), kv.k, kv.v, kv.k_scale, kv.v_scale),
+        *(cut.row, cut.start, cut.stop, of_k.split(q), read.stored(kv.k), read.stored(kv.v), kv.k_scale, kv.v_scale),
         *(places.q_positions, places.kv_positions, kv.page_table, places.q_segments, places.kv_segments),
         grid=(-(-call.rows // height), call.most_shares, kv_heads),
         out=(jax.ShapeDtypeStruct((*lse.shape, *of_v), jnp.float32), lse),
