@@ -14,6 +14,7 @@ from llama_jax.cache.protocol import Queries, check_grows, put_rows, take_rows
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
+from llama_jax.kernels.rope import rope_and_store
 from llama_jax.sharding import constrain
 
 DENSE_AXES = ("batch", "kv_heads")
@@ -31,11 +32,24 @@ class DenseLayer:
     v_scale: jax.Array | None
     positions: jax.Array
 
+    @property
+    def appends(self) -> bool:
+        """Whether `append` can store here: not codes, which are made of keys that are turned once more."""
+        return self.k_scale is None
+
+    def append(
+        self, qkv: jax.Array, angles: tuple[jax.Array, jax.Array], slots: jax.Array, *, interleaved: bool
+    ) -> tuple[jax.Array, DenseLayer]:
+        """Rotates queries and keys and stores keys and values in the booked slots: the queries for `attend`, and the
+        view. Arguments as for `kernels.rope.rope_and_store`."""
+        q, k, v = rope_and_store(qkv, *angles, self.k, self.v, slots, interleaved=interleaved)
+        return q, dataclasses.replace(self, k=k, v=v)
+
     def attend(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
         slots: jax.Array,
         queries: Queries,
         rule: Rule,

@@ -115,8 +115,8 @@ def of_views(views: Sequence[Any]) -> dict[str, Any]:
 def attend(
     layer: Any,
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     put: Callable[[jax.Array, jax.Array], jax.Array],
     attention: Callable[[jax.Array, dict[str, Any]], jax.Array],
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -125,7 +125,7 @@ def attend(
     The barrier keeps XLA from storing twice: once for the result and once, on a copy, inside whatever reads it.
 
     Args:
-      q: [batch, queries, num_heads, head_dim]; k, v: [batch, len, kv_heads, head_dim].
+      q: [batch, queries, num_heads, head_dim]; k, v: [batch, len, kv_heads, head_dim], None where they are stored.
       put: makes of an array of the layer, and of new numbers or codes [batch, len, kv_heads, ...] or scales
         [batch, len, kv_heads] for it, what it becomes.
       attention: of queries, over `FIELDS`.
@@ -133,6 +133,9 @@ def attend(
     Returns:
       What `attention` does for the keys and values themselves, and `FIELDS` with the new ones.
     """
+    if k is None or v is None:
+        fields = jax.lax.optimization_barrier({name: getattr(layer, name) for name in FIELDS})
+        return attention(q, fields), fields
     head_dim, dtype = q.shape[-1], q.dtype
     new: tuple[jax.Array | None, ...] = (k.astype(layer.k.dtype), v.astype(layer.v.dtype), None, None)
     turned = False

@@ -17,7 +17,7 @@ from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, at
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
 from llama_jax.model.adapters import Adapters, checked
 from llama_jax.model.head import unembed
-from llama_jax.model.layers import Dims, mlp, moe, position_queries_and_keys, project_qkv
+from llama_jax.model.layers import Dims, joint_heads, mlp, moe, position_queries_and_keys, project_qkv
 from llama_jax.model.rope import rope_angles
 from llama_jax.model.weights import compute_dtype, linear, lookup, norm_weight
 from llama_jax.params import Params
@@ -280,9 +280,16 @@ def _layer(
         x, h = _add_norm(x, delta, params["attn_norm"], dims.rms_norm_eps)
     seen["attn_in"] = h
     with jax.named_scope("attn"):
-        q, k, v = project_qkv(h, params["attn"], dims, of_attn)
-        q, k = position_queries_and_keys(q, k, params["attn"], dims, spec, tokens.positions, angles)
-        seen |= {"q": q, "k": k, "v": v}
+        k: jax.Array | None = None
+        v: jax.Array | None = None
+        appends: Any = cache if getattr(cache, "appends", False) and not {"q", "k", "v"} & set(capture) else None
+        qkv = None if appends is None else joint_heads(h, params["attn"], dims, spec, of_attn)
+        if qkv is not None:
+            q, cache = appends.append(qkv, angles, slots, interleaved=dims.interleaved)
+        else:
+            q, k, v = project_qkv(h, params["attn"], dims, of_attn)
+            q, k = position_queries_and_keys(q, k, params["attn"], dims, spec, tokens.positions, angles)
+            seen |= {"q": q, "k": k, "v": v}
         x, q, queries = _tokens((x, q, tokens), at)
         adapters, of_attn = adapters.at(at), of_attn.at(at)
         rule = Rule(
@@ -293,6 +300,7 @@ def _layer(
             batch_invariant=is_batch_invariant(),
         )
         if cache is None:
+            assert k is not None and v is not None
             kv = KeysValues(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
             out = attention(q, kv, Places(queries.positions, tokens.positions, queries.segments, tokens.segments), rule)
         else:
