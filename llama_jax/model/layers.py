@@ -63,7 +63,7 @@ def joint_heads(
     rotated = spec.rope and spec.qk_norm == "none" and spec.query_scale is None
     if "qkv_proj" not in params or adapted or not rotated:
         return None
-    return linear(x, params["qkv_proj"], activations=dims.activations)
+    return linear(x, params["qkv_proj"], activations=dims.activations, axes=PROJECTION_AXES["qkv_proj"])
 
 
 def position_queries_and_keys(
@@ -98,7 +98,8 @@ def mlp(x: jax.Array, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTE
     activation = ACTIVATIONS[dims.activation]
     gate, up = joint(x, params, "gate_up_proj", adapters, dims.activations)
     hidden = activation(gate) * up
-    return linear(hidden, params["down_proj"], adapters.of("down_proj"), dims.activations), hidden
+    axes = PROJECTION_AXES["down_proj"]
+    return linear(hidden, params["down_proj"], adapters.of("down_proj"), dims.activations, axes=axes), hidden
 
 
 @jax.named_scope("moe")

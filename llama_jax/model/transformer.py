@@ -20,7 +20,7 @@ from llama_jax.model.head import unembed
 from llama_jax.model.layers import Dims, joint_heads, mlp, moe, position_queries_and_keys, project_qkv
 from llama_jax.model.rope import rope_angles
 from llama_jax.model.weights import compute_dtype, linear, lookup, norm_weight
-from llama_jax.params import Params
+from llama_jax.params import PROJECTION_AXES, Params
 from llama_jax.sharding import constrain
 
 ACTIVATION_AXES = ("batch", "length", "embed")
@@ -306,7 +306,8 @@ def _layer(
         else:
             out, cache = cache.attend(q, k, v, slots, queries, rule)
         seen["attn_heads"] = out = out.reshape(*x.shape[:2], -1)
-        out = linear(out, params["attn"]["o_proj"], of_attn.of("o_proj"), dims.activations)
+        axes = PROJECTION_AXES["o_proj"]
+        out = linear(out, params["attn"]["o_proj"], of_attn.of("o_proj"), dims.activations, axes=axes)
         seen["attn_out"] = out = constrain(out, ACTIVATION_AXES)
 
     with jax.named_scope("mlp_norm"):

@@ -14,7 +14,7 @@ from llama_jax.decode.weights_read import MOST_ROWS as FEW_ROWS
 from llama_jax.kernels.dispatch import REFERENCE, choose
 from llama_jax.kernels.quantized_matmul import quantized_matmul_op
 from llama_jax.kernels.quantized_matmul.reference import reads_codes
-from llama_jax.layout import local_size
+from llama_jax.layout import local_shape, local_size
 from llama_jax.params import JOINT, ParamSpec, canonical_specs, stored_as
 from llama_jax.quantized import Layout, stored_layout
 from llama_jax.quantized.layout import ORDER
@@ -57,7 +57,7 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
                 products["moe", where[1], "experts"] += (size + own) * used // moe.num_experts
             elif name != "down_proj" or not reads_codes(layout):
                 products["moe", where[1], "experts"] += size
-        elif not several and _in_registers(spec, layout, schemes, itemsize, target, tokens):
+        elif _in_registers(spec, layout, config, itemsize, mesh, target, tokens):
             continue
         elif where:
             products[where[2], where[1], _JOINT.get(name, name)] += size
@@ -74,14 +74,17 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
 
 
 def _in_registers(
-    spec: ParamSpec, layout: Layout, schemes: Mapping[str, str], itemsize: int, target: Target, tokens: int
+    spec: ParamSpec, layout: Layout, config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Target, tokens: int
 ) -> bool:
     """Returns whether products with a weight are computed by a kernel that decodes its tiles while it multiplies."""
     from llama_jax.kernels.quantized_matmul.pallas_triton import MOST_ROWS
 
     dtype = "bfloat16" if itemsize == 2 else "float32"
-    members = {m.path[-1]: jax.ShapeDtypeStruct(m.shape, jnp.dtype(m.dtype or dtype)) for m in stored_as(spec, schemes)}
+    members = {
+        m.path[-1]: jax.ShapeDtypeStruct(local_shape(m, config, mesh), jnp.dtype(m.dtype or dtype))
+        for m in stored_as(spec, dict(config.schemes))
+    }
     members.pop(ORDER, None)
-    x = jax.ShapeDtypeStruct((tokens, spec.shape[-1]), jnp.dtype(dtype))
+    x = jax.ShapeDtypeStruct((tokens, local_shape(spec, config, mesh)[-1]), jnp.dtype(dtype))
     chosen = choose(quantized_matmul_op, target, "auto", x, members, layout=layout)
     return chosen.backend != REFERENCE and tokens <= MOST_ROWS
