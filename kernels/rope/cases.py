@@ -65,7 +65,7 @@ def _case(
     quick: bool = False,
     differentiate: tuple[str, ...] = (),
 ) -> Case:
-    """`heads`: key/value heads, query heads of each, head_dim. Pages are given out backwards, the first token has none."""
+    """`heads`: key/value heads, query heads of each, head_dim. Pages are in reverse; the first token has none."""
     kv_heads, group, head_dim = heads
 
     def arrays(key: jax.Array) -> dict[str, Any]:

@@ -131,7 +131,9 @@ def _forward(
 
         # All loads are issued before the first wait.
         queries = of_queries(first), of_queries(second)
-        key, value = ([load(qkv_ref.at[token, head, part, c], inside) for c in (first, second)] for part in (-2, -1))
+        key, value = (
+            [load(qkv_ref.at[token, head, part, c], inside) for c in (first, second)] for part in (group, group + 1)
+        )
         c, s = load(cos_ref.at[token, column], inside), load(sin_ref.at[token, column], inside)
         if page is None:
             entry, into, there = token // length, slot_ref[0] + token % length, inside

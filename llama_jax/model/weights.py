@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,12 @@ from llama_jax.kernels.moe import routed_experts
 from llama_jax.kernels.moe.reference import Activation
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.kernels.quantized_matmul import quantized_matmul
+from llama_jax.kernels.quantized_moe import quantized_experts
+from llama_jax.kernels.quantized_moe.reference import used_experts
 from llama_jax.model.adapters import NO_ADAPTERS, Adapters
 from llama_jax.params import JOINT, PROJECTION_AXES, Params
 from llama_jax.quantized.codes import in_order
+from llama_jax.quantized.layout import ORDER
 from llama_jax.schemes import PLAIN, Members, Scheme, scheme_of
 from llama_jax.sharding import Axes, in_use, local, split_over
 
@@ -257,33 +261,18 @@ def experts(
 ) -> jax.Array:
     """Routed experts (`kernels.moe.routed_experts`) with the weights of "gate_proj", "up_proj" and "down_proj".
 
-    Of weights that are stored by a scheme only the used experts' are decoded, where a few tokens use fewer than there
-    are: then each token has its own in a stack made for the call.
+    Weights in a layout of `llama_jax.quantized` go to `kernels.quantized_moe`. Of weights that another scheme stores,
+    or whose columns have an order, only the used experts' are decoded, where a few tokens use fewer than there are.
     """
-    stored = {name: _unbiased(leaves[name]) for name in ("gate_proj", "up_proj", "down_proj")}
-    few = expert_ids.size < len(next(iter(stored["down_proj"][1].values())))
-    if few and any(scheme is not PLAIN for scheme, _ in stored.values()):
-        used = expert_ids.reshape(-1)
-        stored = {
-            name: (scheme, {member: x[used] for member, x in members.items()})
-            for name, (scheme, members) in stored.items()
-        }
-        expert_ids = jnp.arange(used.size, dtype=expert_ids.dtype).reshape(expert_ids.shape)
-
-    def weight(name: str) -> jax.Array:
-        scheme, members = stored[name]
-        return scheme.decode(members, x.dtype)
-
-    return routed_experts(
-        x,
-        expert_ids,
-        weight("gate_proj"),
-        weight("up_proj"),
-        weight("down_proj"),
-        activation=activation,
-        input_scale=input_scale,
-        output_scale=output_scale,
-    )
+    schemes, stored = zip(*(_unbiased(leaves[name]) for name in ("gate_proj", "up_proj", "down_proj")), strict=True)
+    how: dict[str, Any] = {"activation": activation, "input_scale": input_scale, "output_scale": output_scale}
+    gate, up, down = (scheme.layout for scheme in schemes)
+    if gate is not None and gate == up and down is not None and not any(ORDER in members for members in stored):
+        return quantized_experts(x, expert_ids, *stored, layouts=(gate, down), **how)
+    if any(scheme is not PLAIN for scheme in schemes):
+        expert_ids, stored = used_experts(expert_ids, *stored)
+    weights = [scheme.decode(members, x.dtype) for scheme, members in zip(schemes, stored, strict=True)]
+    return routed_experts(x, expert_ids, *weights, **how)
 
 
 def norm_weight(leaf: Params) -> jax.Array:
