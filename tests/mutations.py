@@ -941,9 +941,9 @@ QUANTISED_CACHE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "queries are not rotated",
-        "llama_jax/cache/stored.py",
-        "(_hadamard(q) / _block(head_dim)).astype(dtype), _hadamard(k)",
-        "q, _hadamard(k)",
+        "kernels/rope/coding.py",
+        "(hadamard(q) / block(q.shape[-1])).astype(q.dtype), hadamard(k)",
+        "q, hadamard(k)",
         (
             f"{QUANTISED_CACHE_TESTS}::test_packed_tokens[int8]",
             f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[dense-int8-auto]",
@@ -951,7 +951,7 @@ QUANTISED_CACHE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "one scale for all heads of a token",
-        "llama_jax/cache/stored.py",
+        "kernels/rope/coding.py",
         ").astype(SCALES)",
         ").astype(SCALES)\n    scales = jnp.broadcast_to(scales[..., :1], scales.shape)",
         (f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[dense-int8-auto]",),
@@ -959,7 +959,7 @@ QUANTISED_CACHE: tuple[Mutation, ...] = (
     Mutation(
         "what attention makes of rotated values is not turned back",
         "llama_jax/cache/stored.py",
-        "return (_hadamard(out) / _block(head_dim)).astype(dtype) if turned else out, fields",
+        "return (hadamard(out) / block(q.shape[-1])).astype(dtype) if turned else out, fields",
         "return out, fields",
         (f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[paged-int4-auto]",),
     ),

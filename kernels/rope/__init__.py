@@ -6,7 +6,7 @@ import jax
 
 from llama_jax.kernels.dispatch import Backend, Operation
 from llama_jax.kernels.rope.cases import rope_candidates, rope_cases, rope_models, rope_shape
-from llama_jax.kernels.rope.reference import rope_and_store_reference, rotate, split_heads
+from llama_jax.kernels.rope.reference import Stored, rope_and_store_reference, rotate, split_heads
 from llama_jax.sharding import local
 
 __all__ = ["rope_and_store", "rope_and_store_op", "rope_and_store_reference", "rotate", "split_heads"]
@@ -32,10 +32,12 @@ def rope_and_store(
     v: jax.Array,
     slot: jax.Array,
     page: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     interleaved: bool,
     backend: str = "auto",
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Stored:
     """Rotates queries and keys (RoFormer, arXiv:2104.09864) and stores keys and values.
 
     The rotation is computed in float32 and rounded to qkv's dtype, then to the cache's. On a mesh every device works on
@@ -49,26 +51,27 @@ def rope_and_store(
       slot: int32 [batch, len], in the page; without pages [], the slot of every row's first token.
       page: int32 [batch, len], of each token; a token whose page does not exist (>= pages) is not stored, and no two
         tokens have one place. None: token t of row b goes to slot `slot` + t of entry b.
+      k_scale, v_scale: of a quantised cache, whose k and v are codes (`kernels.attention.records`); in shape as k and v
+        without the last dimension. Queries and keys are then rotated once more (`coding`).
       interleaved: whether neighbours are rotated together, or numbers half a head apart.
       backend: "auto" or the name of one backend.
 
     Returns:
-      The queries [batch, len, kv_heads * group, head_dim] in qkv's dtype, and k and v with the new tokens.
+      The queries [batch, len, kv_heads * group, head_dim] in qkv's dtype, and k, v, k_scale and v_scale with the new
+      tokens.
 
     Raises:
       KernelError: the named backend does not exist, or cannot run this here.
     """
 
-    def run(**arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        out: tuple[jax.Array, jax.Array, jax.Array] = rope_and_store_op(
-            **arrays, interleaved=interleaved, backend=backend
-        )
+    def run(**arrays: jax.Array) -> Stored:
+        out: Stored = rope_and_store_op(**arrays, interleaved=interleaved, backend=backend)
         return out
 
     token, heads, cache = ("batch",), ("batch", None, "kv_heads"), ("batch", "kv_heads")
     arrays = {"qkv": qkv, "cos": cos, "sin": sin, "k": k, "v": v, "slot": slot, "page": page}
+    arrays |= {"k_scale": k_scale, "v_scale": v_scale}
     axes = {"qkv": heads, "cos": token, "sin": token, "k": cache, "v": cache, "page": token}
-    out: tuple[jax.Array, jax.Array, jax.Array] = local(
-        run, arrays, axes | {"slot": token if slot.ndim else ()}, (heads, cache, cache)
-    )
+    axes |= {"slot": token if slot.ndim else (), "k_scale": cache, "v_scale": cache}
+    out: Stored = local(run, arrays, axes, (heads, cache, cache, cache, cache))
     return out

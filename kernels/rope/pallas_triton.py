@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.pallas import MAX_ELEMENTS, next_power_of_2
-from llama_jax.kernels.rope.reference import rope_and_store_reference
+from llama_jax.kernels.pallas import MAX_ELEMENTS, MIN_CONTRACTION
+from llama_jax.kernels.rope import kernel
+from llama_jax.kernels.rope.coding import signs
+from llama_jax.kernels.rope.reference import Stored, rope_and_store_reference
 from llama_jax.kernels.rope.tiles import Tiles, default_tiles
 from llama_jax.targets import Target, current
 
@@ -35,6 +36,8 @@ def unsupported(
     v: jax.Array,
     slot: jax.Array,
     page: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     interleaved: bool,
     interpret: bool = False,
@@ -47,7 +50,13 @@ def unsupported(
         return "there are no queries"
     if not interpret and tokens > MOST_TOKENS:
         return f"{tokens} tokens are more than {MOST_TOKENS}"
-    if any(x.dtype.name not in DTYPES for x in (qkv, k, v)):
+    if k_scale is not None:
+        if (k.dtype.name, v.dtype.name) != ("int8", "int8"):
+            return f"codes are {k.dtype} and {v.dtype}, it takes those of eight bits"
+        head_dim = qkv.shape[-1]
+        if qkv.dtype.name not in DTYPES[:2] or head_dim < 2 * MIN_CONTRACTION or head_dim & (head_dim - 1):
+            return f"heads of {head_dim} in {qkv.dtype}: codes take a power of two from {2 * MIN_CONTRACTION}, 16 bits"
+    elif any(x.dtype.name not in DTYPES for x in (qkv, k, v)):
         return f"dtypes {qkv.dtype}, {k.dtype} and {v.dtype}, it takes {', '.join(DTYPES)}"
     if max(k.size, v.size, qkv.size) > MAX_ELEMENTS:
         return f"an array has more than {MAX_ELEMENTS} elements"
@@ -62,11 +71,13 @@ def run(
     v: jax.Array,
     slot: jax.Array,
     page: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     interleaved: bool,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Stored:
     """See `llama_jax.kernels.rope.rope_and_store`; differentiable as the reference is.
 
     Args:
@@ -85,7 +96,7 @@ def run(
         return pull(gradients)
 
     forward.defvjp(save, backward)
-    out: tuple[jax.Array, jax.Array, jax.Array] = forward(qkv, cos, sin, k, v, slot, page)
+    out: Stored = forward(qkv, cos, sin, k, v, slot, page, k_scale, v_scale)
     return out
 
 
@@ -97,82 +108,36 @@ def _forward(
     v: jax.Array,
     slot: jax.Array,
     page: jax.Array | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
     *,
     interleaved: bool,
     tiles: Tiles,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Stored:
     batch, length, kv_heads, parts, head_dim = qkv.shape
-    tokens, group, half = batch * length, parts - 2, head_dim // 2
-    entries, _, slots, _ = k.shape
-    width, rows = next_power_of_2(half), next_power_of_2(group)
+    tokens, group = batch * length, parts - 2
+    shape = kernel.Shape(length, group, head_dim, k.shape[0], k.shape[2], interleaved, page is not None, interpret)
+    caches = [k, v] if k_scale is None or v_scale is None else [k, v, k_scale, v_scale]
+    coded = len(caches) > 2
+    arguments = [qkv.reshape(tokens, kv_heads, parts, head_dim), *(x.reshape(tokens, -1) for x in (cos, sin))]
+    arguments += [slot.reshape(-1)] + ([] if page is None else [page.reshape(tokens)])
+    arguments += [signs(head_dim // 2, qkv.dtype)] if coded else []
 
-    def rope_and_store(
-        qkv_ref: Any, cos_ref: Any, sin_ref: Any, page_ref: Any, slot_ref: Any, _k: Any, _v: Any, *out: Any
-    ) -> None:
-        q_out, k_out, v_out = out
-        token, head = pl.program_id(0), pl.program_id(1)
-        column = jnp.arange(width, dtype=jnp.int32)
-        inside = None if width == half else column < half
-        first, second = (2 * column, 2 * column + 1) if interleaved else (column, column + half)
-        row = jnp.arange(rows, dtype=jnp.int32)
-        real = None if rows == group else (row < group)[:, None]
-        if inside is not None:
-            real = inside[None, :] if real is None else real & inside[None, :]
-            real = jnp.broadcast_to(real, (rows, width))
-        elif real is not None:
-            real = jnp.broadcast_to(real, (rows, width))
-
-        def load(ref: Any, mask: Any) -> jax.Array:
-            return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
-
-        def of_queries(columns: jax.Array) -> jax.Array:
-            return load(qkv_ref.at[token, head, row[:, None], columns[None, :]], real)
-
-        # All loads are issued before the first wait.
-        queries = of_queries(first), of_queries(second)
-        key, value = (
-            [load(qkv_ref.at[token, head, part, c], inside) for c in (first, second)] for part in (group, group + 1)
-        )
-        c, s = load(cos_ref.at[token, column], inside), load(sin_ref.at[token, column], inside)
-        if page is None:
-            entry, into, there = token // length, slot_ref[0] + token % length, inside
-            # As a `dynamic_update_slice` does, which never writes beyond the end.
-            into = jnp.minimum(into, slots - length + token % length)
-        else:
-            entry, into = page_ref[token], slot_ref[token]
-            stored = jnp.broadcast_to(entry < entries, column.shape)
-            there = stored if inside is None else stored & inside
-            entry = jnp.minimum(entry, entries - 1) if interpret else entry
-
-        def rotated(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-            return (a * c - b * s).astype(qkv.dtype), (b * c + a * s).astype(qkv.dtype)
-
-        for columns, numbers in zip((first, second), rotated(*queries), strict=True):
-            plgpu.store(q_out.at[token, head, row[:, None], columns[None, :]], numbers, mask=real)
-        for ref, pair in ((k_out, rotated(*key)), (v_out, value)):
-            for columns, numbers in zip((first, second), pair, strict=True):
-                plgpu.store(ref.at[entry, head, into, columns], numbers.astype(ref.dtype), mask=there)
-
+    # Said at every lowering, see `kernels.pallas.launch`.
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-    q, k, v = pl.pallas_call(
-        rope_and_store,
+    q, *stored = pl.pallas_call(
+        shape.coded() if coded else shape.plain(),
         grid=(tokens, kv_heads),
         out_shape=(
             jax.ShapeDtypeStruct((tokens, kv_heads, group, head_dim), qkv.dtype),
-            jax.ShapeDtypeStruct(k.shape, k.dtype),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches),
         ),
-        input_output_aliases={5: 1, 6: 2} if page is not None else {4: 1, 5: 2},
+        input_output_aliases={len(arguments) + i: 1 + i for i in range(len(caches))},
         compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=1),
         interpret=interpret,
-    )(
-        qkv.reshape(tokens, kv_heads, parts, head_dim),
-        *(x.reshape(tokens, half) for x in (cos, sin)),
-        None if page is None else page.reshape(tokens),
-        slot.reshape(-1),
-        k,
-        v,
-    )
-    return q.reshape(batch, length, kv_heads * group, head_dim), k, v
+    )(*arguments, *caches)
+    q = q.reshape(batch, length, kv_heads * group, head_dim)
+    if not coded:
+        return q, stored[0], stored[1], None, None
+    return q, stored[0], stored[1], stored[2], stored[3]

@@ -5,6 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llama_jax.kernels.attention.records import KeysValues
+from llama_jax.kernels.rope.coding import encoded
+
+Stored = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]
+"""Queries, keys, values, and the scales of these two, None where they are no codes."""
+
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:
     """Rotates the pairs of x [batch, len, heads, head_dim] by cos, sin [batch, len, head_dim / 2], in float32."""
@@ -34,9 +40,11 @@ def rope_and_store_reference(
     v: jax.Array,
     slot: jax.Array,
     page: jax.Array | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     *,
     interleaved: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Stored:
     """See `llama_jax.kernels.rope.rope_and_store`."""
     queries, keys, values = split_heads(qkv)
     queries, keys = (rotate(x, cos, sin, interleaved=interleaved) for x in (queries, keys))
@@ -47,4 +55,8 @@ def rope_and_store_reference(
             return jax.lax.dynamic_update_slice_in_dim(into, jnp.swapaxes(new, 1, 2), slot, axis=2)
         return into.at[page, :, slot].set(new, mode="drop", unique_indices=True)
 
-    return queries, put(k, keys), put(v, values)
+    if k_scale is None or v_scale is None:
+        return queries, put(k, keys), put(v, values), None, None
+    queries, new = encoded(queries, keys, values, KeysValues(k, v, k_scale=k_scale).scheme)
+    stored = [put(into, each) for into, each in zip((k, v, k_scale, v_scale), new, strict=True)]
+    return queries, stored[0], stored[1], stored[2], stored[3]

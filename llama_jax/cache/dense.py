@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +33,17 @@ class DenseLayer:
     v_scale: jax.Array | None
     positions: jax.Array
 
-    @property
-    def appends(self) -> bool:
-        """Whether `append` can store here: not codes, which are made of keys that are turned once more."""
-        return self.k_scale is None
-
     def append(
         self, qkv: jax.Array, angles: tuple[jax.Array, jax.Array], slots: jax.Array, *, interleaved: bool
     ) -> tuple[jax.Array, DenseLayer]:
         """Rotates queries and keys and stores keys and values in the booked slots: the queries for `attend`, and the
         view. Arguments as for `kernels.rope.rope_and_store`."""
-        q, k, v = rope_and_store(qkv, *angles, self.k, self.v, slots, interleaved=interleaved)
-        return q, dataclasses.replace(self, k=k, v=v)
+        cos, sin = angles
+        q, *fields = rope_and_store(
+            qkv, cos, sin, self.k, self.v, slots, None, self.k_scale, self.v_scale, interleaved=interleaved
+        )
+        found: dict[str, Any] = dict(zip(stored.FIELDS, fields, strict=True))
+        return q, dataclasses.replace(self, **found)
 
     def attend(
         self,

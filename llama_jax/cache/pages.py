@@ -44,18 +44,16 @@ class PagedLayer:
     page_table: jax.Array
     positions: jax.Array
 
-    @property
-    def appends(self) -> bool:
-        """See `DenseLayer`."""
-        return self.k_scale is None
-
     def append(
         self, qkv: jax.Array, angles: tuple[jax.Array, jax.Array], slots: PagedSlots, *, interleaved: bool
     ) -> tuple[jax.Array, PagedLayer]:
         """See `DenseLayer`."""
-        stored = rope_and_store(qkv, *angles, self.k, self.v, slots.offset, slots.page, interleaved=interleaved)
-        q, k, v = stored
-        return q, dataclasses.replace(self, k=k, v=v)
+        cos, sin = angles
+        q, *fields = rope_and_store(
+            qkv, cos, sin, self.k, self.v, slots.offset, slots.page, self.k_scale, self.v_scale, interleaved=interleaved
+        )
+        found: dict[str, Any] = dict(zip(stored.FIELDS, fields, strict=True))
+        return q, dataclasses.replace(self, **found)
 
     def attend(
         self,

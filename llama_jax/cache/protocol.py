@@ -34,7 +34,7 @@ class Queries(NamedTuple):
 class LayerCache(Protocol):
     """One layer's view of a cache.
 
-    It may also have `appends: bool`, and a method `append` that `appends` says can be used: see `DenseLayer`.
+    It may also have a method `append`, which rotates queries and keys and stores: see `DenseLayer`.
     """
 
     def attend(

@@ -282,10 +282,10 @@ def _layer(
     with jax.named_scope("attn"):
         k: jax.Array | None = None
         v: jax.Array | None = None
-        appends: Any = cache if getattr(cache, "appends", False) and not {"q", "k", "v"} & set(capture) else None
-        qkv = None if appends is None else joint_heads(h, params["attn"], dims, spec, of_attn)
+        append: Any = None if {"q", "k", "v"} & set(capture) else getattr(cache, "append", None)
+        qkv = None if append is None else joint_heads(h, params["attn"], dims, spec, of_attn)
         if qkv is not None:
-            q, cache = appends.append(qkv, angles, slots, interleaved=dims.interleaved)
+            q, cache = append(qkv, angles, slots, interleaved=dims.interleaved)
         else:
             q, k, v = project_qkv(h, params["attn"], dims, of_attn)
             q, k = position_queries_and_keys(q, k, params["attn"], dims, spec, tokens.positions, angles)

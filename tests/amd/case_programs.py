@@ -19,6 +19,8 @@ CASES: dict[str, tuple[Operation, str]] = {
     "rope_and_store_dense": (rope_and_store_op, "dense chunk d96 g3"),
     "rope_and_store_paged": (rope_and_store_op, "paged d128"),
     "rope_and_store_interleaved": (rope_and_store_op, "paged chunk d80 interleaved"),
+    "rope_and_store_codes": (rope_and_store_op, "codes d64"),
+    "rope_and_store_codes_paged": (rope_and_store_op, "codes paged interleaved"),
     "quantized_moe_int4_g64_min": (quantized_moe_op, "int4_g64_min e8k2h256i192, 1 tokens"),
     "quantized_moe_int8": (quantized_moe_op, "int8 e5k1h128i320, 7 tokens"),
 }
