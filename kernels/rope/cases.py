@@ -23,11 +23,12 @@ def rope_shape(qkv: jax.Array, *args: Any, page: Any = None, k_scale: Any = None
     return f"d{qkv.shape[-1]} g{qkv.shape[-2] - 2} {'dense' if found is None else 'paged'}{codes} {many}"
 
 
-def rope_candidates(target: Target, qkv: jax.Array, *args: Any, **kwargs: Any) -> Iterator[Any]:
+def rope_candidates(target: Target, qkv: jax.Array, *args: Any, k_scale: Any = None, **kwargs: Any) -> Iterator[Any]:
     """Tiles worth measuring for a call."""
     from llama_jax.kernels.rope.tiles import candidates
 
-    return candidates(target, group=qkv.shape[-2] - 2, head_dim=qkv.shape[-1])
+    coded = (args[6] if len(args) > 6 else k_scale) is not None
+    return candidates(target, group=qkv.shape[-2] - 2, head_dim=qkv.shape[-1], coded=coded)
 
 
 def rope_models(numbers: Mapping[str, Any] | None = None) -> Sequence[Case]:

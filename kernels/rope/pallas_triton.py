@@ -54,6 +54,8 @@ def unsupported(
         if (k.dtype.name, v.dtype.name) != ("int8", "int8"):
             return f"codes are {k.dtype} and {v.dtype}, it takes those of eight bits"
         head_dim = qkv.shape[-1]
+        if target.vendor == "amd" and target.wave_size == 32 and head_dim > 64:
+            return f"heads of {head_dim}: with codes RDNA's registers hold 64"
         if qkv.dtype.name not in DTYPES[:2] or head_dim < 2 * MIN_CONTRACTION or head_dim & (head_dim - 1):
             return f"heads of {head_dim} in {qkv.dtype}: codes take a power of two from {2 * MIN_CONTRACTION}, 16 bits"
     elif any(x.dtype.name not in DTYPES for x in (qkv, k, v)):
@@ -85,7 +87,8 @@ def run(
       interpret: runs as plain JAX operations, on any device.
     """
     if tiles is None:
-        tiles = default_tiles(current(), group=qkv.shape[-2] - 2, head_dim=qkv.shape[-1])
+        sizes = {"group": qkv.shape[-2] - 2, "head_dim": qkv.shape[-1]}
+        tiles = default_tiles(current(), **sizes, coded=k_scale is not None)
     forward = jax.custom_vjp(partial(_forward, interleaved=interleaved, tiles=tiles, interpret=interpret))
 
     def save(*args: Any) -> Any:
