@@ -25,7 +25,8 @@ class ExpertsShape:
     @property
     def name(self) -> str:
         """Such as "int4_g64_min e8k2h4096i14336, 1 tokens"."""
-        return f"{self.layout} {self.model.name}, {self.tokens} tokens"
+        other = "" if self.dtype == "bfloat16" else f", {self.dtype}"
+        return f"{self.layout} {self.model.name}, {self.tokens} tokens{other}"
 
     def example(self, key: jax.Array) -> dict[str, jax.Array]:
         """Random arrays for a call, the members of weights as "gate.scales"."""
