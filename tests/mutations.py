@@ -110,14 +110,14 @@ ROPE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "neighbours rotated instead of halves, and the other way round",
-        "llama_jax/model/rope.py",
+        "kernels/rope/reference.py",
         "    if interleaved:\n",
         "    if not interleaved:\n",
         golden("llama2-mha", "llama4-scout-like"),
     ),
     Mutation(
         "rotation in the wrong direction",
-        "llama_jax/model/rope.py",
+        "kernels/rope/reference.py",
         "out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)",
         "out = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)",
         ("tests/test_rope.py::test_rotation_is_multiplication_of_complex_numbers[False]",),
@@ -938,6 +938,20 @@ QUANTISED_CACHE: tuple[Mutation, ...] = (
         "for each in (cache, *others))) for name in FIELDS}",
         "for each in (cache, *others))) for name in FIELDS[:2]}",
         (f"{QUANTISED_CACHE_TESTS}::test_cleared_pages_have_no_scales",),
+    ),
+    Mutation(
+        "products of parts of columns are not added up",
+        "llama_jax/model/weights.py",
+        "(*lead, *out), summed=inner",
+        "(*lead, *out)",
+        ("tests/test_quantization.py::test_on_a_mesh",),
+    ),
+    Mutation(
+        "the kernel stores what was not rotated",
+        "kernels/rope/kernel.py",
+        "((k_out, key), (v_out, value)):",
+        "((k_out, value), (v_out, value)):",
+        ("tests/test_kernels_rope.py::test_against_complex_numbers[False-pallas_interpret]",),
     ),
     Mutation(
         "queries are not rotated",
