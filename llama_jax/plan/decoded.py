@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig, MoeSpec
-from llama_jax.decode.weights_read import MOST_ROWS as FEW_ROWS
 from llama_jax.kernels.dispatch import REFERENCE, choose
 from llama_jax.kernels.quantized_matmul import quantized_matmul_op
 from llama_jax.kernels.quantized_matmul.reference import reads_codes
@@ -20,7 +18,7 @@ from llama_jax.layout import local_shape, local_size
 from llama_jax.params import JOINT, ParamSpec, canonical_specs, stored_as
 from llama_jax.quantized import Layout, layout_named, stored_layout
 from llama_jax.quantized.layout import ORDER
-from llama_jax.sharding import AnyMesh, ruled
+from llama_jax.sharding import AnyMesh
 from llama_jax.targets import Target
 
 _JOINT = {part: joint for joint, parts in JOINT.items() for part in parts}
@@ -29,8 +27,7 @@ _JOINT = {part: joint for joint, parts in JOINT.items() for part in parts}
 def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Target, tokens: int) -> Mapping[str, int]:
     """Bytes on each device of decoded weights of "attn", "mlp", "moe" and "head" that exist at one time.
 
-    The largest of a block, which decodes one after the other; what XLA decodes of many tokens, on several devices of
-    AMD's CDNA, all at once, ahead of the sums between devices. Of a layer's stacks of routed
+    The largest of a block, which decodes one after the other. Of a layer's stacks of routed
     experts all three, or two if codes are read but for the sake of the kernel behind them; of few tokens only those of
     used experts, with a copy of their codes. What kernels decode in registers is
     nowhere.
@@ -44,10 +41,8 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
 
     schemes, products = dict(config.schemes), Counter[tuple[str, str, str]]()
     specs = {spec.leaf: spec for spec in canonical_specs(config) if spec.path[-1] == "weight"}
-    apart: set[tuple[str, str, str]] = set()
     kernels: dict[str, bool] = {}
     head = "embed" if config.tie_word_embeddings else "lm_head"
-    several = math.prod(ruled(mesh).shape.values()) > 1
     for spec in specs.values():
         layout = stored_layout(schemes.get(spec.leaf, ""))
         routed = ".moe.experts." in spec.name
@@ -70,22 +65,15 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
             elif name != "down_proj" or not reads_codes(layout):
                 products["moe", where[1], "experts"] += size
             continue
-        by_kernel = _by_kernel(spec, layout, config, itemsize, mesh, target, tokens)
-        if by_kernel and tokens <= MOST_ROWS:
+        if tokens <= MOST_ROWS and _by_kernel(spec, layout, config, itemsize, mesh, target, tokens):
             continue
-        product = (where[2], where[1], _JOINT.get(name, name)) if where else ("head", "", name)
-        if where or name == head:
-            products[product] += size
-            apart |= {product} if by_kernel else set()
-    blocks: dict[tuple[str, str], list[int]] = {}
-    ahead = several and tokens > FEW_ROWS and target.wave_size == 64
-    for (block, layer, name), size in products.items():
-        one_by_one = not ahead or (block, layer, name) in apart
-        sizes = blocks.setdefault((block, layer), [0, 0])
-        sizes[one_by_one] = max(sizes[1], size) if one_by_one else sizes[0] + size
+        if where:
+            products[where[2], where[1], _JOINT.get(name, name)] += size
+        elif name == head:
+            products["head", "", name] += size
     at_once: dict[str, int] = {}
-    for (block, _), sizes in blocks.items():
-        at_once[block] = max(at_once.get(block, 0), sum(sizes) if sizes[0] else sizes[1])
+    for (block, _, _), size in products.items():
+        at_once[block] = max(at_once.get(block, 0), size)
     return at_once
 
 
