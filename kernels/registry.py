@@ -20,7 +20,9 @@ OPERATIONS = {
     "moe": "llama_jax.kernels.moe:routed_experts_op",
     "quantized_matmul": "llama_jax.kernels.quantized_matmul:quantized_matmul_op",
     "integer_matmul": "llama_jax.kernels.integer_matmul:integer_matmul_op",
+    "quantized_moe": "llama_jax.kernels.quantized_moe:quantized_moe_op",
     "add_rms_norm": "llama_jax.kernels.norm:add_rms_norm_op",
+    "rope_and_store": "llama_jax.kernels.rope:rope_and_store_op",
 }
 """Name of each operation, and its module."""
 

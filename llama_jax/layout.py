@@ -35,10 +35,15 @@ def local_heads(config: LlamaConfig, mesh: AnyMesh) -> tuple[int, int]:
     return config.num_heads // ways, config.num_kv_heads // ways
 
 
+def local_shape(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> tuple[int, ...]:
+    """The shape of the part of a parameter that each device holds."""
+    parts = map(ruled(mesh).ways, spec.axes, _units(spec, config))
+    return tuple(size // ways for size, ways in zip(spec.shape, parts, strict=True))
+
+
 def local_size(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh) -> int:
     """The number of a parameter's elements that each device holds."""
-    parts = map(ruled(mesh).ways, spec.axes, _units(spec, config))
-    return spec.size // math.prod(parts)
+    return math.prod(local_shape(spec, config, mesh))
 
 
 def _units(spec: ParamSpec, config: LlamaConfig) -> tuple[int, ...]:

@@ -160,7 +160,7 @@ def held_config(
     else:
         form = weights or usual_form(current().vendor, config.schemes, split=split, activations=activations)
         held = config.replace(schemes=()) if form == FLOAT else config
-    check_activations(held, activations, split=split)
+    check_activations(held, activations)
     return held
 
 

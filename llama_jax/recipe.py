@@ -147,16 +147,14 @@ def requested(form: str | None) -> Recipe | None:
     return None if form in (None, STORED, FLOAT) else recipe(form)
 
 
-def check_activations(config: LlamaConfig, activations: str | None, *, split: bool) -> None:
+def check_activations(config: LlamaConfig, activations: str | None) -> None:
     """Checks that a model's products can take these activations; None means those of the model's dtype.
 
     Args:
       config: with the schemes that weights have on the devices.
-      split: whether the model is spread over several devices.
 
     Raises:
-      RequestError: they are unknown, no weight of the model has integer codes, or a model with groups is
-        split: for a long prompt each device would hold the sums of every group.
+      RequestError: they are unknown, or no weight of the model has integer codes.
     """
     if activations is None:
         return
@@ -166,14 +164,7 @@ def check_activations(config: LlamaConfig, activations: str | None, *, split: bo
             param="activations",
             hint=f"choose {' or '.join(ACTIVATIONS)}, or leave it out for the dtype of the model",
         )
-    layouts = [layout for _, name in config.schemes if (layout := layout_named(name)) and layout.kind != "fp8"]
-    if split and any(layout.group is not None for layout in layouts):
-        raise RequestError(
-            f"on several devices {activations} activations take weights with one scale a row; the model's have groups",
-            param="activations",
-            hint="quantise it by weights='int8', use one device, or leave activations as they are",
-        )
-    if not layouts:
+    if not any((layout := layout_named(name)) and layout.kind != "fp8" for _, name in config.schemes):
         raise RequestError(
             f"{activations} activations are multiplied with weights in int8 or int4, and the model has none",
             param="activations",

@@ -76,7 +76,7 @@ def probe(axes: Any, found: dict[str, Any]) -> None:
 
 
 def activation_patching(axes: Any, found: dict[str, Any]) -> None:
-    """What is restored, by token and layer."""
+    """The share that is restored, by token and layer."""
     picture = axes.imshow(found["by_place"], aspect="auto", cmap="Blues", vmin=0, vmax=1, origin="lower")
     axes.set_xticks(range(len(found["words"])), found["words"], rotation=30)
     axes.set_ylabel("layer")

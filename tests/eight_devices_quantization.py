@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import pytest
-from helpers import TINY, error, random_params, random_tokens, run
+from helpers import TINY, error, random_params, random_tokens, run, tiny_config
 from test_quantization import WANTED
 
 from llama_jax.aot.programs import fused_parameters
+from llama_jax.config import LayerSpec
+from llama_jax.kernels import report
+from llama_jax.kernels.dispatch import using
 from llama_jax.layout import check, param_sharding
 from llama_jax.model.fuse import arrange
 from llama_jax.model.loaded import Model
 from llama_jax.model.quantization import dequantize_params, quantize, quantize_params
 from llama_jax.params import canonical_specs, flatten, param_specs, unflatten
 from llama_jax.plan import costs
-from llama_jax.recipe import recipe
+from llama_jax.recipe import Recipe, recipe
 from llama_jax.schemes import scheme_named
 from llama_jax.sharding import make_mesh, on
 
@@ -90,10 +94,32 @@ def test_quantised_where_it_lies() -> None:
     assert down.sharding.shard_shape(down.shape) == (16, 6)
 
 
-def test_activations_are_rounded_as_on_one_device() -> None:
-    """Also where a row of them lies on several devices: their scale is that of the whole row."""
+@pytest.mark.parametrize("wanted", [recipe("int4", group=32), recipe("int8"), recipe("int4_g32_zero")], ids=str)
+def test_kernels_multiply_what_a_device_holds(wanted: Recipe) -> None:
+    """Rows of some weights, whole groups of columns of others, with the results of one device."""
+    heads = {"hidden_size": 256, "num_heads": 8, "num_kv_heads": 8, "head_dim": 32}
+    config, mesh = tiny_config(LayerSpec(mlp=512), dtype="bfloat16", **heads), make_mesh("tensor=8")
+    plain = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config))
+    params, stored = quantize_params(plain, config, wanted)
+    tokens = random_tokens(config, 2, 3)
+    where, flat = param_sharding(stored, mesh), flatten(params)
+    placed = unflatten({s.name: jax.device_put(flat[s.name], where(s)) for s in param_specs(stored)})
+    arranged, split = arrange(placed, stored, mesh)
+    with using(quantized_matmul="pallas_interpret"):
+        expected, _ = run(params, stored, tokens)
+        with on(mesh):
+            found, _ = run(arranged, split, tokens)
+    assert error(found, expected) < 2e-2
+    shapes = {c.shape.split(maxsplit=2)[2] for c in report() if c.backend == "pallas_interpret"}
+    # q, k and v together, the output, gate and up together, down: of an eighth of the heads and hidden units.
+    assert {"n96 k256", "n256 k32", "n128 k256", "n256 k64"} <= shapes
+
+
+@pytest.mark.parametrize("wanted", [recipe("int8"), recipe("int4", group=4)], ids=str)
+def test_activations_are_rounded_as_on_one_device(wanted: Recipe) -> None:
+    """Also where a row of them lies on several devices: their scale is that of the whole row, or of the group."""
     config, mesh = TINY["biased"], make_mesh("data=4,tensor=2")
-    params, stored = quantize_params(random_params(config), config, recipe("int8"))
+    params, stored = quantize_params(random_params(config), config, wanted)
     stored = stored.replace(activations="int8")
     tokens = random_tokens(config, 4, 6)
     expected, _ = run(params, stored, tokens)

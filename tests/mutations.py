@@ -111,14 +111,14 @@ ROPE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "neighbours rotated instead of halves, and the other way round",
-        "llama_jax/model/rope.py",
+        "kernels/rope/reference.py",
         "    if interleaved:\n",
         "    if not interleaved:\n",
         golden("llama2-mha", "llama4-scout-like"),
     ),
     Mutation(
         "rotation in the wrong direction",
-        "llama_jax/model/rope.py",
+        "kernels/rope/reference.py",
         "out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)",
         "out = jnp.concatenate([a * cos + b * sin, b * cos - a * sin], axis=-1)",
         ("tests/test_rope.py::test_rotation_is_multiplication_of_complex_numbers[False]",),
@@ -990,10 +990,24 @@ QUANTISED_CACHE: tuple[Mutation, ...] = (
         (f"{QUANTISED_CACHE_TESTS}::test_cleared_pages_have_no_scales",),
     ),
     Mutation(
+        "products of parts of columns are not added up",
+        "llama_jax/model/weights.py",
+        "(*lead, *out), summed=inner",
+        "(*lead, *out)",
+        ("tests/test_quantization.py::test_on_a_mesh",),
+    ),
+    Mutation(
+        "the kernel stores what was not rotated",
+        "kernels/rope/kernel.py",
+        "((k_out, key), (v_out, value)):",
+        "((k_out, value), (v_out, value)):",
+        ("tests/test_kernels_rope.py::test_against_complex_numbers[False-pallas_interpret]",),
+    ),
+    Mutation(
         "queries are not rotated",
-        "llama_jax/cache/stored.py",
-        "(_hadamard(q) / _block(head_dim)).astype(dtype), _hadamard(k)",
-        "q, _hadamard(k)",
+        "kernels/rope/coding.py",
+        "(hadamard(q) / block(q.shape[-1])).astype(q.dtype), hadamard(k)",
+        "q, hadamard(k)",
         (
             f"{QUANTISED_CACHE_TESTS}::test_packed_tokens[int8]",
             f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[dense-int8-auto]",
@@ -1001,7 +1015,7 @@ QUANTISED_CACHE: tuple[Mutation, ...] = (
     ),
     Mutation(
         "one scale for all heads of a token",
-        "llama_jax/cache/stored.py",
+        "kernels/rope/coding.py",
         ").astype(SCALES)",
         ").astype(SCALES)\n    scales = jnp.broadcast_to(scales[..., :1], scales.shape)",
         (f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[dense-int8-auto]",),
@@ -1009,7 +1023,7 @@ QUANTISED_CACHE: tuple[Mutation, ...] = (
     Mutation(
         "what attention makes of rotated values is not turned back",
         "llama_jax/cache/stored.py",
-        "return (_hadamard(out) / _block(head_dim)).astype(dtype) if turned else out, fields",
+        "return (hadamard(out) / block(q.shape[-1])).astype(dtype) if turned else out, fields",
         "return out, fields",
         (f"{QUANTISED_CACHE_TESTS}::test_whole_or_in_pieces[paged-int4-auto]",),
     ),

@@ -131,16 +131,14 @@ def test_a_model(weights: str, fused: bool) -> None:
 
 def test_requests() -> None:
     config = tiny_config().replace(schemes=(("layers.0.attn.q_proj", "fp8"),))
-    check_activations(config, None, split=True)
+    check_activations(config, None)
     with pytest.raises(RequestError, match="'int4' are not known"):
-        check_activations(config, "int4", split=False)
+        check_activations(config, "int4")
     for without in (config, tiny_config()):
         with pytest.raises(RequestError, match="the model has none"):
-            check_activations(without, "int8", split=False)
+            check_activations(without, "int8")
     grouped = tiny_config().replace(schemes=(("layers.0.attn.q_proj", "int4_g32"),))
-    check_activations(grouped, "int8", split=False)
-    with pytest.raises(RequestError, match="one scale a row"):
-        check_activations(grouped, "int8", split=True)
+    check_activations(grouped, "int8")
     assert not multiplies(layout_of("fp8_g128"))
     for vendor in ("cpu", "nvidia", "amd"):
         assert usual_form(vendor, config.schemes, split=False, activations="int8") == "stored"

@@ -14,9 +14,10 @@ from helpers import arange_positions, random_tokens, tiny_config
 
 from llama_jax.config import LayerSpec, MoeSpec, QueryScale, RopeSpec
 from llama_jax.kernels.norm import rms_norm
+from llama_jax.kernels.rope import rotate
 from llama_jax.model.adapters import Adapters
 from llama_jax.model.layers import ACTIVATIONS, Dims, mlp, moe, position_queries_and_keys, project_qkv
-from llama_jax.model.rope import rope_angles, rotate
+from llama_jax.model.rope import rope_angles
 from llama_jax.model.weights import linear, matmul, product
 
 RNG_SHAPE = (2, 5, 16)

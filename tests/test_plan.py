@@ -216,7 +216,7 @@ def test_quantised_weights(name: str, chip: str, ways: int, rows: int, wanted: R
         compilation = compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
         actual = reported(compilation.compiled.memory_analysis())
         assert predicted.arguments == actual.arguments
-        assert predicted.total == pytest.approx(actual.total, rel=0.08)
+        assert predicted.total == pytest.approx(actual.total, rel=0.1)
 
 
 def test_kernels_need_no_logits_in_memory() -> None:

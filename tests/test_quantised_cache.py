@@ -21,7 +21,7 @@ from test_engine import check, nothing_is_held
 import llama_jax as lj
 from llama_jax.cache import KV_DTYPES, DenseCache, PagedCache, pair_bytes, stored_dtype
 from llama_jax.cache.dense import DenseLayer
-from llama_jax.cache.stored import FIELDS, quantise, shapes
+from llama_jax.cache.stored import FIELDS, shapes
 from llama_jax.cli import cli
 from llama_jax.config import LayerSpec, preset
 from llama_jax.engine.core import Core
@@ -34,6 +34,7 @@ from llama_jax.kernels.attention.assembly import UNIT
 from llama_jax.kernels.attention.records import CODES
 from llama_jax.kernels.attention.records import numbers as codes_numbers
 from llama_jax.kernels.dispatch import using
+from llama_jax.kernels.rope.coding import quantise
 from llama_jax.measure.static import time_static
 from llama_jax.model import forward
 from llama_jax.model.loaded import Model

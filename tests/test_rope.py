@@ -21,7 +21,8 @@ from helpers import (
 from llama_jax.cache import DenseCache
 from llama_jax.config import LlamaConfig, RopeSpec
 from llama_jax.errors import RequestError
-from llama_jax.model.rope import rope_angles, rope_frequencies, rotate
+from llama_jax.kernels.rope import rotate
+from llama_jax.model.rope import rope_angles, rope_frequencies
 
 THETAS = st.floats(10.0, 5e6)
 HEAD_DIMS = st.integers(2, 64).map(lambda n: 2 * n)

@@ -143,7 +143,7 @@ def test_stream_after_prompt(spm: Tokenizer) -> None:
 @settings(deadline=None)
 @given(data=st.data(), skip=st.booleans(), text=st.text(alphabet="añ日🦙 ", max_size=8))
 def test_stream_after_any_prompt(tokenizer: Tokenizer, data: st.DataObject, skip: bool, text: str) -> None:
-    """What a prompt's tokens leave unfinished is the same, whether all of them are looked at or a few."""
+    """The unfinished end of a prompt's tokens is the same, whether all of them are looked at or a few."""
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
     ids += tokenizer.encode(text, add_special_tokens=False)
     cut = data.draw(st.integers(0, len(ids)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from llama_jax.cache.protocol import Queries, check_grows, put_rows, take_rows
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
+from llama_jax.kernels.rope import rope_and_store
 from llama_jax.sharding import constrain
 
 DENSE_AXES = ("batch", "kv_heads")
@@ -31,11 +33,23 @@ class DenseLayer:
     v_scale: jax.Array | None
     positions: jax.Array
 
+    def append(
+        self, qkv: jax.Array, angles: tuple[jax.Array, jax.Array], slots: jax.Array, *, interleaved: bool
+    ) -> tuple[jax.Array, DenseLayer]:
+        """Rotates queries and keys and stores keys and values in the booked slots: the queries for `attend`, and the
+        view. Arguments as for `kernels.rope.rope_and_store`."""
+        cos, sin = angles
+        q, *fields = rope_and_store(
+            qkv, cos, sin, self.k, self.v, slots, None, self.k_scale, self.v_scale, interleaved=interleaved
+        )
+        found: dict[str, Any] = dict(zip(stored.FIELDS, fields, strict=True))
+        return q, dataclasses.replace(self, **found)
+
     def attend(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
         slots: jax.Array,
         queries: Queries,
         rule: Rule,

@@ -12,6 +12,7 @@ from llama_jax.cache import stored
 from llama_jax.cache.protocol import Queries
 from llama_jax.kernels.attention import KeysValues, Places, Rule, attention
 from llama_jax.kernels.attention.packed import packed_rows, ranks
+from llama_jax.kernels.rope import rope_and_store
 from llama_jax.sharding import local
 
 NO_PAGE = -1
@@ -43,11 +44,22 @@ class PagedLayer:
     page_table: jax.Array
     positions: jax.Array
 
+    def append(
+        self, qkv: jax.Array, angles: tuple[jax.Array, jax.Array], slots: PagedSlots, *, interleaved: bool
+    ) -> tuple[jax.Array, PagedLayer]:
+        """See `DenseLayer`."""
+        cos, sin = angles
+        q, *fields = rope_and_store(
+            qkv, cos, sin, self.k, self.v, slots.offset, slots.page, self.k_scale, self.v_scale, interleaved=interleaved
+        )
+        found: dict[str, Any] = dict(zip(stored.FIELDS, fields, strict=True))
+        return q, dataclasses.replace(self, **found)
+
     def attend(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
         slots: PagedSlots,
         queries: Queries,
         rule: Rule,
@@ -55,7 +67,11 @@ class PagedLayer:
         """See `LayerCache`. On a mesh every replica works on its own rows and pages, without communication."""
 
         def run(
-            layer: PagedLayer, q: jax.Array, new: tuple[jax.Array, jax.Array], slots: PagedSlots, at: Queries
+            layer: PagedLayer,
+            q: jax.Array,
+            new: tuple[jax.Array | None, jax.Array | None],
+            slots: PagedSlots,
+            at: Queries,
         ) -> tuple[jax.Array, dict[str, Any]]:
             def put(into: jax.Array, new: jax.Array) -> jax.Array:
                 return into.at[slots.page, :, slots.offset].set(new, mode="drop", unique_indices=True)

@@ -32,13 +32,16 @@ class Queries(NamedTuple):
 
 
 class LayerCache(Protocol):
-    """One layer's view of a cache."""
+    """One layer's view of a cache.
+
+    It may also have a method `append`, which rotates queries and keys and stores: see `DenseLayer`.
+    """
 
     def attend(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
         slots: Any,
         queries: Queries,
         rule: Rule,
@@ -47,7 +50,8 @@ class LayerCache(Protocol):
 
         Args:
           q: [batch, queries, num_heads, head_dim].
-          k, v: [batch, len, kv_heads, head_dim] of the tokens that `slots` were booked for.
+          k, v: [batch, len, kv_heads, head_dim] of the tokens that `slots` were booked for; None if `append` has stored
+            them.
           slots: what `extend` returned.
         """
         ...

@@ -1,32 +1,24 @@
 """Keys and values as caches store them: as numbers, or as codes with a scale for each token and head.
 
 Codes depend only on their token, however it came into the cache, and are the nearest for the scale as it is stored:
-rounding the scale to bfloat16 adds nothing to their error of half a step.
-
-A key often has a few numbers much larger than the others, which set the step for all. So keys are first rotated, and
-queries with them, by a Hadamard matrix, which spreads every number over its whole head ("QuaRot", arXiv:2404.00456).
-Values are rotated if they have four bits, and attention's output is rotated back.
+rounding the scale to bfloat16 adds nothing to their error of half a step. `kernels.rope.coding` makes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention.records import CODES, SCHEMES, KeysValues
-from llama_jax.kernels.precision import matmul_precision
+from llama_jax.kernels.rope.coding import SCALES, block, encoded, hadamard, turns_values
 
 KV_DTYPES = tuple(SCHEMES)
 """Names of the formats of keys and values in caches, besides the model's own dtype."""
-
-SCALES = jnp.dtype(jnp.bfloat16)
 
 FIELDS = ("k", "v", "k_scale", "v_scale")
 """Of a cache's layer: numbers or codes [..., head_dim], or [..., head_dim / 2] of four bits, and scales [...] or None.
@@ -115,8 +107,8 @@ def of_views(views: Sequence[Any]) -> dict[str, Any]:
 def attend(
     layer: Any,
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
     put: Callable[[jax.Array, jax.Array], jax.Array],
     attention: Callable[[jax.Array, dict[str, Any]], jax.Array],
 ) -> tuple[jax.Array, dict[str, Any]]:
@@ -125,7 +117,7 @@ def attend(
     The barrier keeps XLA from storing twice: once for the result and once, on a copy, inside whatever reads it.
 
     Args:
-      q: [batch, queries, num_heads, head_dim]; k, v: [batch, len, kv_heads, head_dim].
+      q: [batch, queries, num_heads, head_dim]; k, v: [batch, len, kv_heads, head_dim], None where they are stored.
       put: makes of an array of the layer, and of new numbers or codes [batch, len, kv_heads, ...] or scales
         [batch, len, kv_heads] for it, what it becomes.
       attention: of queries, over `FIELDS`.
@@ -133,62 +125,15 @@ def attend(
     Returns:
       What `attention` does for the keys and values themselves, and `FIELDS` with the new ones.
     """
-    head_dim, dtype = q.shape[-1], q.dtype
-    new: tuple[jax.Array | None, ...] = (k.astype(layer.k.dtype), v.astype(layer.v.dtype), None, None)
-    turned = False
-    if (scheme := dtype_of(layer.k, layer.v, layer.k_scale)) in SCHEMES:
-        of_k, of_v = SCHEMES[scheme]
-        q, k, turned = (_hadamard(q) / _block(head_dim)).astype(dtype), _hadamard(k), CODES[of_v].per_byte > 1
-        codes, scales = zip(quantise(k, of_k), quantise(_hadamard(v) if turned else v, of_v), strict=True)
-        new = (*codes, *scales)
-    fields = {name: None if x is None else put(getattr(layer, name), x) for name, x in zip(FIELDS, new, strict=True)}
+    scheme, dtype = dtype_of(layer.k, layer.v, layer.k_scale), q.dtype
+    if k is None or v is None:
+        fields = {name: getattr(layer, name) for name in FIELDS}
+    else:
+        new: tuple[jax.Array | None, ...] = (k.astype(layer.k.dtype), v.astype(layer.v.dtype), None, None)
+        if scheme in SCHEMES:
+            q, new = encoded(q, k, v, scheme)
+        fields = {n: None if x is None else put(getattr(layer, n), x) for n, x in zip(FIELDS, new, strict=True)}
     fields = jax.lax.optimization_barrier(fields)
     out = attention(q, fields)
-    return (_hadamard(out) / _block(head_dim)).astype(dtype) if turned else out, fields
-
-
-def _block(head_dim: int) -> int:
-    """Numbers that are rotated together: the largest power of two that divides them."""
-    return head_dim & -head_dim
-
-
-def _hadamard(x: jax.Array) -> jax.Array:
-    """float32 products of each block of x's last axis with a Hadamard matrix of ones and minus ones, exact in 16 bits
-    too; twice gives the block times its size."""
-    size = _block(x.shape[-1])
-    index = np.arange(size)
-    signs = jnp.asarray(1 - 2 * (np.bitwise_count(index[:, None] & index) % 2).astype(np.int8), x.dtype)
-    blocks = x.reshape(*x.shape[:-1], -1, size)
-    turned = jnp.matmul(blocks, signs, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)
-    return turned.reshape(x.shape)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def quantise(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
-    """Codes of vectors [..., n], and scales [...] of the largest magnitude in each. A NaN or infinity gives a scale
-    that is none.
-
-    Args:
-      kind: of the codes, a key of `CODES`.
-
-    Returns:
-      int8 [..., n]; of four bits uint8 [..., n / 2], as `records.numbers` reads them.
-    """
-    of = CODES[kind]
-    x = x.astype(jnp.float32)
-    scales = (jnp.max(jnp.abs(x), axis=-1) / of.largest).astype(SCALES)
-    steps = scales.astype(jnp.float32)[..., None]
-    steps = x / jnp.where(steps == 0, 1, steps)
-    if of.per_byte == 1:
-        return jnp.clip(jnp.round(steps), -of.largest, of.largest).astype(of.dtype), scales
-    # Code c stands for the odd number 2c - 15, the nearest to all from 2c - 16 to 2c - 14.
-    codes = jnp.clip(jnp.floor(steps / 2) + 8, 0, 15).astype(of.dtype)
-    first, second = jnp.split(codes, 2, axis=-1)
-    return first | second << 4, scales
-
-
-@quantise.defjvp
-def _no_gradient(kind: str, primals: Any, tangents: Any) -> Any:
-    raise RequestError(
-        "a quantised cache has no gradient", param="kv_dtype", hint="differentiate with a cache in the model's dtype"
-    )
+    turned = scheme in SCHEMES and turns_values(scheme)
+    return (hadamard(out) / block(q.shape[-1])).astype(dtype) if turned else out, fields

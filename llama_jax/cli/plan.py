@@ -108,7 +108,7 @@ def command(
         config = config.replace(schemes=())
     if recipe is not None:
         config = config.replace(schemes=schemes(config, recipe))
-    check_activations(config, activations, split=several)
+    check_activations(config, activations)
     config = config.replace(activations=activations)
     dtype = dtype or ("float32" if chosen.vendor == "cpu" else "bfloat16")
     workload = default_workload(config, dtype, batch=batch, context=context, prompt=prompt, kv_dtype=kv_dtype)

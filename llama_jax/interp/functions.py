@@ -54,7 +54,7 @@ def logit_lens(
     at: jax.Array | None = None,
     patch: Patch | None = None,
 ) -> jax.Array:
-    """What the model would predict if it ended behind each layer (nostalgebraist, "interpreting GPT: the logit lens").
+    """Predictions of the model if it ended behind each layer (nostalgebraist, "interpreting GPT: the logit lens").
 
     Args:
       tokens, positions: as for `forward`.
@@ -76,7 +76,7 @@ def logit_lens(
 
 
 def head_outputs(params: Params, config: LlamaConfig, layer: int, heads: jax.Array) -> jax.Array:
-    """What each head of a layer adds to the residual stream; their sum, and a bias if there is one, is "attn_out".
+    """The contribution of each head of a layer to the residual stream; their sum, and a bias if there is one, is "attn_out".
 
     Args:
       heads: activation "layers.{layer}.attn_heads", [batch, len, num_heads, head_dim].

@@ -115,7 +115,7 @@ def random_model(
     check_kv_dtype(kv_dtype)
     wanted, config = requested(weights), preset(name)
     held = config if wanted is None else config.replace(schemes=schemes(config, wanted))
-    check_activations(held, activations, split=mesh is not None)
+    check_activations(held, activations)
     mesh = resolve_mesh(mesh, held, dtype, notify, kv_dtype=kv_dtype)
     if mesh is not None:
         check(held, mesh)

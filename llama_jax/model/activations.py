@@ -169,9 +169,9 @@ class Tap:
         self.seen: dict[str, jax.Array] = {}
         self._wanted, self._patches, self._place = wanted, patches, place
 
-    def needs(self, name: str) -> bool:
-        """Whether the activation is wanted or changed."""
-        return name in self._wanted or self.changes(name)
+    def needs(self, *names: str) -> bool:
+        """Whether one of the activations is wanted or changed."""
+        return any(name in self._wanted or self.changes(name) for name in names)
 
     def changes(self, name: str) -> bool:
         return name in self._patches

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.norm import rms_norm
+from llama_jax.kernels.rope import rotate
 from llama_jax.model.adapters import NO_ADAPTERS, Adapters
-from llama_jax.model.rope import rotate
 from llama_jax.model.weights import experts, joint, linear, norm_weight, router
-from llama_jax.params import PROJECTION_AXES, Params
+from llama_jax.params import JOINT, PROJECTION_AXES, Params
 from llama_jax.schemes import leaf_axes
 from llama_jax.sharding import local, split_over
 
@@ -52,6 +52,18 @@ def project_qkv(
     parts = joint(x, params, "qkv_proj", adapters, dims.activations)
     q, k, v = (part.reshape(*x.shape[:2], -1, dims.head_dim) for part in parts)
     return q, k, v
+
+
+def joint_heads(
+    x: jax.Array, params: Params, dims: Dims, spec: LayerSpec, adapters: Adapters = NO_ADAPTERS
+) -> jax.Array | None:
+    """`project_qkv` in one array [batch, len, kv_heads, group + 2, head_dim], as `fuse_params` joins them; None where
+    they are not joint, or where more than a rotation is done to them."""
+    adapted = any(adapters.of(part).tree for part in JOINT["qkv_proj"])
+    rotated = spec.rope and spec.qk_norm == "none" and spec.query_scale is None
+    if "qkv_proj" not in params or adapted or not rotated:
+        return None
+    return linear(x, params["qkv_proj"], activations=dims.activations, axes=PROJECTION_AXES["qkv_proj"])
 
 
 def position_queries_and_keys(
@@ -92,7 +104,8 @@ def mlp(
     activation = ACTIVATIONS[dims.activation]
     gate, up = joint(x, params, "gate_up_proj", adapters, dims.activations)
     hidden = tap(activation(gate) * up)
-    return linear(hidden, params["down_proj"], adapters.of("down_proj"), dims.activations)
+    axes = PROJECTION_AXES["down_proj"]
+    return linear(hidden, params["down_proj"], adapters.of("down_proj"), dims.activations, axes=axes)
 
 
 @jax.named_scope("moe")

@@ -1,4 +1,4 @@
-"""Rotary position embedding in all its variants: frequencies from a `RopeSpec`, and the rotation."""
+"""The angles of rotary position embedding in all its variants, from a `RopeSpec`."""
 
 from __future__ import annotations
 
@@ -103,16 +103,3 @@ def rope_angles(
         freq = 1.0 / base[..., None] ** exponents
     angles = positions.astype(jnp.float32)[..., None] * freq
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool) -> jax.Array:
-    """Rotates the pairs of x [batch, len, heads, head_dim] by cos, sin [batch, len, head_dim / 2], in float32."""
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    xf = x.astype(jnp.float32)
-    if interleaved:
-        a, b = xf[..., 0::2], xf[..., 1::2]
-        out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
-    else:
-        a, b = jnp.split(xf, 2, axis=-1)
-        out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    return out.astype(x.dtype)

@@ -27,11 +27,11 @@ from llama_jax.model.activations import (
 from llama_jax.model.adapters import Adapters, adapters_of
 from llama_jax.model.attention_map import attention_probs, weighted_values
 from llama_jax.model.head import unembed
-from llama_jax.model.layers import Dims, mlp, moe, position_queries_and_keys, project_qkv
+from llama_jax.model.layers import Dims, joint_heads, mlp, moe, position_queries_and_keys, project_qkv
 from llama_jax.model.remat import rematerialised
 from llama_jax.model.rope import rope_angles
 from llama_jax.model.weights import compute_dtype, embedding, linear, norm_weight
-from llama_jax.params import Params
+from llama_jax.params import PROJECTION_AXES, Params
 from llama_jax.sharding import constrain
 
 ACTIVATION_AXES = ("batch", "length", "embed")
@@ -313,9 +313,16 @@ def _layer(
         x, h = _add_norm(x, delta, params["attn_norm"], dims.rms_norm_eps)
     h = tap("attn_in", h)
     with jax.named_scope("attn"):
-        q, k, v = project_qkv(h, params["attn"], dims, of_attn)
-        q, k = position_queries_and_keys(q, k, params["attn"], dims, spec, tokens.positions, angles)
-        q, k, v = tap("q", q), tap("k", k), tap("v", v)
+        k: jax.Array | None = None
+        v: jax.Array | None = None
+        append: Any = None if tap.needs("q", "k", "v") else getattr(cache, "append", None)
+        qkv = None if append is None else joint_heads(h, params["attn"], dims, spec, of_attn)
+        if qkv is not None:
+            q, cache = append(qkv, angles, slots, interleaved=dims.interleaved)
+        else:
+            q, k, v = project_qkv(h, params["attn"], dims, of_attn)
+            q, k = position_queries_and_keys(q, k, params["attn"], dims, spec, tokens.positions, angles)
+            q, k, v = tap("q", q), tap("k", k), tap("v", v)
         x, q, queries = _tokens((x, q, tokens), at)
         adapters, of_attn = adapters.at(at), of_attn.at(at)
         rule = Rule(
@@ -326,6 +333,7 @@ def _layer(
             batch_invariant=is_batch_invariant(),
         )
         if cache is None:
+            assert k is not None and v is not None
             kv = KeysValues(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
             places = Places(queries.positions, tokens.positions, queries.segments, tokens.segments)
             if tap.needs(ON_DEMAND):
@@ -335,7 +343,8 @@ def _layer(
         else:
             out, cache = cache.attend(q, k, v, slots, queries, rule)
         out = tap("attn_heads", out).reshape(*x.shape[:2], -1)
-        out = linear(out, params["attn"]["o_proj"], of_attn.of("o_proj"), dims.activations)
+        axes = PROJECTION_AXES["o_proj"]
+        out = linear(out, params["attn"]["o_proj"], of_attn.of("o_proj"), dims.activations, axes=axes)
         out = tap("attn_out", constrain(out, ACTIVATION_AXES))
 
     with jax.named_scope("mlp_norm"):

@@ -7,6 +7,8 @@ adapters. A leaf with members that no scheme has is refused, whatever uses it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +20,14 @@ from llama_jax.kernels.moe import routed_experts
 from llama_jax.kernels.moe.reference import Activation
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.kernels.quantized_matmul import quantized_matmul
+from llama_jax.kernels.quantized_moe import quantized_experts
+from llama_jax.kernels.quantized_moe.reference import used_experts
 from llama_jax.model.adapters import ATTACHED, NO_ADAPTERS, Adapters
-from llama_jax.params import JOINT, Params
+from llama_jax.params import JOINT, PROJECTION_AXES, Params
 from llama_jax.quantized.codes import in_order
+from llama_jax.quantized.layout import ORDER
 from llama_jax.schemes import PLAIN, Members, Scheme, scheme_of
-from llama_jax.sharding import in_use, local, split_over
+from llama_jax.sharding import Axes, in_use, local, split_over
 
 FEW_ROWS = 16
 """On the CPU, products of at most this many rows multiply as weight @ x."""
@@ -78,14 +83,40 @@ def _unbiased(leaf: Params) -> tuple[Scheme, Members]:
     return scheme, members
 
 
-def _times(x: jax.Array, scheme: Scheme, members: Members, dtype: DTypeLike, activations: str | None) -> jax.Array:
-    if scheme.layout is not None and activations is not None and multiplies(scheme.layout):
-        return integer_matmul(x, members, layout=scheme.layout, dtype=dtype)
-    if scheme.layout is not None:
-        return quantized_matmul(in_order(x, members), members, layout=scheme.layout, dtype=dtype)
+def _times(
+    x: jax.Array, scheme: Scheme, members: Members, axes: Axes | None, dtype: DTypeLike, activations: str | None
+) -> jax.Array:
+    """x [..., in] times a weight [*out, in] with these logical axes: [..., *out] in `dtype`."""
+    if (layout := scheme.layout) is not None:
+        integers = activations is not None and multiplies(layout)
+        x = x if integers else in_order(x, members)
+
+        def multiply(x: jax.Array, members: Members) -> jax.Array:
+            operation = integer_matmul if integers else quantized_matmul
+            return operation(x, members, layout=layout, dtype=dtype)
+
+        # A row of inputs in int8 has one scale, whose number every device would have to know.
+        if axes is None or (integers and layout.group is None and split_over(axes[-1] or "", x.shape[-1])):
+            return multiply(x, members)
+        return _on_parts(multiply, x, members, scheme, axes)
     if scheme.product is not None:
         return scheme.product(x, members, dtype)
     return product(x, scheme.decode(members, x.dtype), dtype=dtype)
+
+
+def _on_parts(
+    multiply: Callable[[jax.Array, Members], jax.Array], x: jax.Array, members: Members, scheme: Scheme, axes: Axes
+) -> jax.Array:
+    """The product by each device with its part of the weight, rows or columns of it, which no kernel could be split
+    into by XLA. Parts of columns end in an all-reduce, in the dtype of the product."""
+    *out, inner = axes
+    lead = ("batch", *[None] * (x.ndim - 2)) if x.ndim > 1 else ()
+    of_members = {name: found for name, found in scheme.axes(axes).items() if name in members}
+    arguments = {"x": x, "members": dict(members)}
+    result: jax.Array = local(
+        multiply, arguments, {"x": (*lead, inner), "members": of_members}, (*lead, *out), summed=inner
+    )
+    return result
 
 
 def compute_dtype(params: Params) -> jnp.dtype:
@@ -94,7 +125,14 @@ def compute_dtype(params: Params) -> jnp.dtype:
     return params["embed" if plain else "final_norm"]["weight"].dtype
 
 
-def linear(x: jax.Array, leaf: Params, adapters: Adapters = NO_ADAPTERS, activations: str | None = None) -> jax.Array:
+def linear(
+    x: jax.Array,
+    leaf: Params,
+    adapters: Adapters = NO_ADAPTERS,
+    activations: str | None = None,
+    *,
+    axes: Axes | None = None,
+) -> jax.Array:
     """Every projection of the model: x [..., in] -> [..., out].
 
     Args:
@@ -102,9 +140,11 @@ def linear(x: jax.Array, leaf: Params, adapters: Adapters = NO_ADAPTERS, activat
         Joint projections (`llama_jax.model.fuse`) have several dimensions in place of `out`.
       adapters: of this projection.
       activations: of `LlamaConfig`.
+      axes: logical axes of the weight, for a quantised one on a mesh: each device then multiplies by its own part,
+        x being [batch, ..., in]. None leaves that to XLA.
     """
     scheme, members, bias = _taken_apart(leaf)
-    out = _times(x, scheme, members, x.dtype, activations)
+    out = _times(x, scheme, members, axes, x.dtype, activations)
     if bias is not None:
         out = out + bias.astype(x.dtype)
     return _adapted(out, x, adapters)
@@ -121,8 +161,10 @@ def joint(
     """
     parts = JOINT[name]
     if name not in params:
-        return tuple(linear(x, params[part], adapters.of(part), activations) for part in parts)
-    out, lead = linear(x, params[name], activations=activations), x.shape[:-1]
+        return tuple(
+            linear(x, params[part], adapters.of(part), activations, axes=PROJECTION_AXES[part]) for part in parts
+        )
+    out, lead = linear(x, params[name], activations=activations, axes=PROJECTION_AXES[name]), x.shape[:-1]
     split: tuple[jax.Array, ...] = (out[..., 0, :], out[..., 1, :])  # [..., 2, mlp]
     if (
         name == "qkv_proj"
@@ -217,7 +259,7 @@ def logits(
     x: jax.Array, params: Params, *, tied: bool, activations: str | None = None, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
     """x [..., hidden] -> [..., vocab], by the output projection, or by the embedding that it is tied to."""
-    out = _times(x, *_unbiased(params["embed" if tied else "lm_head"]), dtype, activations)
+    out = _times(x, *_unbiased(params["embed" if tied else "lm_head"]), ("vocab", "embed"), dtype, activations)
     adapter = Adapters(params.get(ATTACHED, {}), None).of("lm_head")
     return _adapted(out, x, adapter).astype(dtype) if adapter.tree else out
 
@@ -240,33 +282,18 @@ def experts(
 ) -> jax.Array:
     """Routed experts (`kernels.moe.routed_experts`) with the weights of "gate_proj", "up_proj" and "down_proj".
 
-    Of weights that are stored by a scheme only the used experts' are decoded, where a few tokens use fewer than there
-    are: then each token has its own in a stack made for the call.
+    Weights in a layout of `llama_jax.quantized` go to `kernels.quantized_moe`. Of weights that another scheme stores,
+    or whose columns have an order, only the used experts' are decoded, where a few tokens use fewer than there are.
     """
-    stored = {name: _unbiased(leaves[name]) for name in ("gate_proj", "up_proj", "down_proj")}
-    few = expert_ids.size < len(next(iter(stored["down_proj"][1].values())))
-    if few and any(scheme is not PLAIN for scheme, _ in stored.values()):
-        used = expert_ids.reshape(-1)
-        stored = {
-            name: (scheme, {member: x[used] for member, x in members.items()})
-            for name, (scheme, members) in stored.items()
-        }
-        expert_ids = jnp.arange(used.size, dtype=expert_ids.dtype).reshape(expert_ids.shape)
-
-    def weight(name: str) -> jax.Array:
-        scheme, members = stored[name]
-        return scheme.decode(members, x.dtype)
-
-    return routed_experts(
-        x,
-        expert_ids,
-        weight("gate_proj"),
-        weight("up_proj"),
-        weight("down_proj"),
-        activation=activation,
-        input_scale=input_scale,
-        output_scale=output_scale,
-    )
+    schemes, stored = zip(*(_unbiased(leaves[name]) for name in ("gate_proj", "up_proj", "down_proj")), strict=True)
+    how: dict[str, Any] = {"activation": activation, "input_scale": input_scale, "output_scale": output_scale}
+    gate, up, down = (scheme.layout for scheme in schemes)
+    if gate is not None and gate == up and down is not None and not any(ORDER in members for members in stored):
+        return quantized_experts(x, expert_ids, *stored, layouts=(gate, down), **how)
+    if any(scheme is not PLAIN for scheme in schemes):
+        expert_ids, stored = used_experts(expert_ids, *stored)
+    weights = [scheme.decode(members, x.dtype) for scheme, members in zip(schemes, stored, strict=True)]
+    return routed_experts(x, expert_ids, *weights, **how)
 
 
 def norm_weight(leaf: Params) -> jax.Array:

@@ -93,7 +93,7 @@ def _digest(path: Path) -> str:
 
 
 def _answers(target: Path) -> Iterator[Record]:
-    """What each line of an output was answered, without what differs between equal runs."""
+    """The answer to each line of an output, without what differs between equal runs."""
     with target.open("rb") as file:
         for raw in file:
             record = json.loads(raw)

@@ -36,7 +36,7 @@ def receipt(
     page_size: int = DEFAULT_PAGE_SIZE,
     load: Mapping[str, Any] | None = None,
 ) -> Receipt:
-    """What a run of `generate` or `batch_generate` was made of: `replay` runs it again and compares.
+    """A receipt of a run of `generate` or `batch_generate`: `replay` runs it again and compares.
 
     The model's parameters are read once, for their digest.
 

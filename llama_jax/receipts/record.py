@@ -16,7 +16,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Receipt:
-    """What the tokens of a run depend on, and the tokens.
+    """Everything that the tokens of a run depend on, and the tokens.
 
     Attributes:
       made: time, ISO 8601 in UTC.

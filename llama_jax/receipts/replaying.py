@@ -106,7 +106,7 @@ def first_difference(request: int, copy: int, was: Sequence[int], now: Sequence[
 
 
 def changed(receipt: Receipt, model: Model) -> dict[str, tuple[Any, Any]]:
-    """What else is not as it was: versions, device, flags, kernels."""
+    """Other changes since: versions, device, flags, kernels."""
     now, was = environment(model), receipt.environment
     found = {name: (was.get(name), now[name]) for name in ("device", "devices", "platform", "python")}
     for group in ("versions", "flags"):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from amd import case_programs
 from llama_jax.kernels.norm import add_rms_norm_reference, pallas_triton
 from llama_jax.kernels.norm.tiles import Tiles
 from llama_jax.kernels.quantized_matmul import pallas_triton as quantized_matmul_triton
@@ -164,6 +165,12 @@ def quantised(name: str, rows: int, run: Callable[..., Any], tolerance: float) -
     return Example(product, (normal(rows, 256), *members.values()), tolerance, decoded)
 
 
+def of_case(name: str) -> Example:
+    """A kernel on a case of its operation."""
+    run, arrays, reference = case_programs.parts(name)
+    return Example(run, arrays, 3 * ONE_STEP, reference)
+
+
 def examples() -> dict[str, Callable[[], Example]]:
     """By name; the inputs are made when an example is asked for."""
     eight_bits = partial(integers, -127, 127, dtype=np.int8)
@@ -246,6 +253,7 @@ def examples() -> dict[str, Callable[[], Example]]:
             2 * ONE_STEP,
             reference=partial(add_norm_gradients, add_rms_norm_reference),
         ),
+        **{name: partial(of_case, name) for name in case_programs.CASES},
         "scan": lambda: Example(
             blocks,
             (normal(16, 64), (normal(64, 128) / 8).astype(BF16), (normal(128, 64) / 11).astype(BF16), normal(64)),

@@ -11,7 +11,6 @@ import pytest
 from test_kernels_attention_packed import packed_call
 
 from amd.harness import compile_on
-from llama_jax.cache.stored import quantise
 from llama_jax.kernels.attention import (
     KeysValues,
     Places,
@@ -23,6 +22,7 @@ from llama_jax.kernels.attention import (
     flash_attention,
 )
 from llama_jax.kernels.attention.records import SCHEMES
+from llama_jax.kernels.rope.coding import quantise
 
 # Pallas's Triton lowering, which JAX has deprecated.
 pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")]
