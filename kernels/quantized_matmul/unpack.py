@@ -81,7 +81,7 @@ class Words:
         return parts, added
 
     def factors(self, parts: int, x: list[jax.Array], dtype: DTypeLike) -> list[jax.Array]:
-        return _every(parts, *x)
+        return every(parts, *x)
 
 
 _MASK = 0x000F000F
@@ -90,11 +90,11 @@ _MASK = 0x000F000F
 _LARGE = {"bfloat16": (0x43084308, 128 + 8), "float16": (0x64086408, 1024 + 8)}
 
 
-def _every(n: int, x: jax.Array) -> list[jax.Array]:
+def every(n: int, x: jax.Array) -> list[jax.Array]:
     """x [rows, n * m] -> n times [rows, m]: numbers 0, n, 2n ...; 1, n + 1, ...; for n a power of two."""
     if n == 1:
         return [x]
-    halves = [_every(n // 2, half) for half in jnp.unstack(x.reshape(len(x), -1, 2), axis=-1)]
+    halves = [every(n // 2, half) for half in jnp.unstack(x.reshape(len(x), -1, 2), axis=-1)]
     return [part for parts in zip(*halves, strict=True) for part in parts]
 
 
@@ -237,4 +237,9 @@ def unpack_for(target: Target, layout: Layout, *, one_row: bool, interpret: bool
     short = layout.bits == 4 and (layout.group or LEAST_GROUP) < LEAST_GROUP and not one_row
     if target.vendor == "nvidia" and target.arch not in NO_BFLOAT16 and not short and not interpret:
         return NVIDIA
+    return words_for(target, interpret=interpret)
+
+
+def words_for(target: Target, *, interpret: bool) -> Words:
+    """The way by words, for kernels that read the input as it is."""
     return AMD if target.vendor == "amd" and not interpret else ANYWHERE

@@ -16,7 +16,7 @@ from llama_jax.kernels.moe.reference import Activation
 from llama_jax.kernels.moe.schedule import Schedule
 from llama_jax.kernels.pallas import MIN_CONTRACTION, dot, launch
 from llama_jax.kernels.quantized_matmul.operands import Weight
-from llama_jax.kernels.quantized_matmul.unpack import WORD, WORD_BYTES, Unpack, every
+from llama_jax.kernels.quantized_matmul.unpack import WORD, WORD_BYTES, Words, every
 from llama_jax.kernels.quantized_moe.tiles import Tiles
 
 
@@ -52,7 +52,7 @@ def grouped_product(
     schedule: Schedule,
     scale: jax.Array | None,
     tiles: Tiles,
-    unpack: Unpack,
+    unpack: Words,
     *,
     interpret: bool,
 ) -> jax.Array:

@@ -16,7 +16,7 @@ from llama_jax.kernels.moe.reference import Activation
 from llama_jax.kernels.moe.schedule import schedule
 from llama_jax.kernels.pallas import MAX_ELEMENTS
 from llama_jax.kernels.quantized_matmul.operands import Weight
-from llama_jax.kernels.quantized_matmul.unpack import WORD_BYTES, unpack_for
+from llama_jax.kernels.quantized_matmul.unpack import WORD_BYTES, words_for
 from llama_jax.kernels.quantized_moe.kernel import Call, grouped_product, takes
 from llama_jax.kernels.quantized_moe.reference import quantized_experts_reference
 from llama_jax.kernels.quantized_moe.tiles import MOST_ROWS, Tiles, default_tiles, rows_of
@@ -125,7 +125,7 @@ def _experts(
 ) -> jax.Array:
     experts, intermediate, _ = gate[call.layouts[0].name].shape
     plan = schedule(expert_ids, experts, call.tiles.rows)
-    unpack = unpack_for(current(), call.tiles.rows, interpret=call.interpret)
+    unpack = words_for(current(), interpret=call.interpret)
 
     def product(
         name: str, x: jax.Array, layout: Layout, weights: tuple[Members, ...], columns: int, scale: jax.Array | None

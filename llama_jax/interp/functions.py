@@ -76,7 +76,7 @@ def logit_lens(
 
 
 def head_outputs(params: Params, config: LlamaConfig, layer: int, heads: jax.Array) -> jax.Array:
-    """The contribution of each head of a layer to the residual stream; their sum, and a bias if there is one, is "attn_out".
+    """The contribution of each head of a layer to the residual stream; their sum, and any bias, is "attn_out".
 
     Args:
       heads: activation "layers.{layer}.attn_heads", [batch, len, num_heads, head_dim].
