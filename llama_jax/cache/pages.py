@@ -69,7 +69,7 @@ class PagedLayer:
         def run(
             layer: PagedLayer,
             q: jax.Array,
-            new: tuple[jax.Array | None, jax.Array | None],
+            new: tuple[jax.Array, jax.Array] | None,
             slots: PagedSlots,
             at: Queries,
         ) -> tuple[jax.Array, dict[str, Any]]:
@@ -80,12 +80,13 @@ class PagedLayer:
                 places = Places(at.positions, layer.positions, rows=at.rows)
                 return attention(q, KeysValues(page_table=layer.page_table, **pages), places, rule)
 
-            return stored.attend(layer, q, *new, put, attend)
+            k, v = (None, None) if new is None else new
+            return stored.attend(layer, q, k, v, put, attend)
 
         arguments = {
             "layer": self,
             "q": q,
-            "new": (k, v),
+            "new": None if k is None or v is None else (k, v),
             "slots": slots,
             "at": queries,
         }
