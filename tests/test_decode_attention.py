@@ -441,7 +441,7 @@ def test_what_is_not_supported() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_by_pairs_of_bytes(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel of NVIDIA's GPUs computes with codes, with plain operations in place of their instructions:
+    """The computation of the kernel of NVIDIA's GPUs with codes, with plain operations in place of their instructions:
     several queries, a head of 80 numbers, a last block that is not full, and pages in any order."""
 
     def numbers(words: jax.Array, field: Field, which: str) -> jax.Array:

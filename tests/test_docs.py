@@ -42,6 +42,7 @@ SLOW = {
     "adapters.md",
     "engine.md",
     "python.md",
+    "quickstart.md",
     "receipts.md",
     "scoring.md",
     "structured-output.md",

@@ -527,8 +527,10 @@ USES = (
 
 @pytest.mark.parametrize("code", USES)
 def test_public_functions_are_not_hidden_by_modules_of_the_same_name(code: str) -> None:
-    """A submodule that is imported becomes an attribute of the package: none may have the name of a public object."""
-    check = "raise SystemExit(any(type(getattr(lj, n)).__name__ == 'module' for _ in range(2) for n in lj.__all__))"
+    """A submodule that is imported becomes an attribute of the package: none may have the name of a public object,
+    except `training`, which is one."""
+    names = "[n for _ in range(2) for n in lj.__all__ if n != 'training']"
+    check = f"raise SystemExit(any(type(getattr(lj, n)).__name__ == 'module' for n in {names}))"
     assert subprocess.run([sys.executable, "-c", f"{code}; {check}"]).returncode == 0
 
 

@@ -109,7 +109,7 @@ def test_what_the_instructions_multiply_and_add(stored: str, kind: Any) -> None:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("layout", ["int8_g64", "int4_g64_min", "int4_g128_zero"])
 def test_by_bytes(layout: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What NVIDIA's GPUs compute, with plain operations in place of their instructions."""
+    """The computation of NVIDIA's GPUs, with plain operations in place of their instructions."""
 
     def numbers(codes: jax.Array, field: Field, dtype: jnp.dtype) -> jax.Array:
         factor, zero = FLOATS[dtype.name].multiply_add(field)

@@ -37,7 +37,7 @@ def test_linear() -> None:
     np.testing.assert_allclose(linear(x, {"weight": weight}), x @ weight.T, atol=1e-5)
     np.testing.assert_allclose(linear(x, {"weight": weight, "bias": bias}), x @ weight.T + bias, atol=1e-5)
     a, b = normal(2, 16, seed=1), normal(6, 2, seed=2)
-    slots = {"a": np.stack([a, a]), "b": np.stack([b, b]), "scale": np.float32([0.25, 0.25])}
+    slots = {"a": np.stack([a, a]), "b": np.stack([b.T, b.T]), "scale": np.float32([0.25, 0.25])}
     expected = x @ (weight + 0.25 * b @ a).T + bias
     adapted = linear(x, {"weight": weight, "bias": bias}, Adapters(slots, jnp.ones((2, 1), jnp.int32)))
     np.testing.assert_allclose(adapted, expected, atol=1e-5)
@@ -119,7 +119,7 @@ def mlp64(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> 
 def test_mlp() -> None:
     x, params = normal(*RNG_SHAPE), mlp_params(16, 24)
     expected = mlp64(x, *(params[n]["weight"] for n in ("gate_proj", "up_proj", "down_proj")))
-    np.testing.assert_allclose(mlp(x, params, Dims.of(tiny_config()))[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(mlp(x, params, Dims.of(tiny_config())), expected, rtol=1e-4, atol=1e-4)
 
 
 def moe64(x: np.ndarray, params: dict, spec: MoeSpec) -> np.ndarray:

@@ -47,9 +47,9 @@ def test_table_in_the_docs() -> None:
     (table,) = re.findall(r"<!-- begin plugins -->\n(.*?)<!-- end plugins -->", page, re.DOTALL)
     rows = [f"| {p.generation} | `{p.extra}` | `{p.plugin}`, `{p.pjrt}` | {built(p)} |" for p in rocm.PLUGINS]
     assert table.splitlines()[2:] == rows
-    readme = (ROOT / "README.md").read_text()
+    guide = (ROOT / "docs/rocm.md").read_text()
     for plugin in rocm.PLUGINS:
-        assert f"`{plugin.extra}` for ROCm {plugin.generation}" in readme
+        assert f"`{plugin.extra}` for ROCm {plugin.generation}" in guide
 
 
 def built(plugin: rocm.Plugin) -> str:

@@ -41,7 +41,7 @@ class Weight:
         return cls(layout, rows(layout.name, 1), rows("scales", by_group), offsets)
 
     def folded(self, parts: int) -> Weight:
-        """Each row as so many rows: the same memory. Scales of whole rows stay as they are."""
+        """Each row as `fold` rows: the same memory. Scales of whole rows stay as they are."""
 
         def cut(x: jax.Array) -> jax.Array:
             return x.reshape(parts * len(x), -1)

@@ -57,7 +57,7 @@ def record_activations(
       texts: in a fixed order; an iterator is read as it is needed.
       names: activations or patterns of them (`activation_names`); not "attn_probs", which has no row for each token.
       dtype: to write; the model's by default, or e.g. "float32", "bfloat16", "float16".
-      max_length: longer texts are cut to so many tokens; by default they are an error if the model's context is
+      max_length: longer texts are cut to that many tokens; by default they are an error if the model's context is
         exceeded.
       batch_tokens: tokens of a batch, padding included; one text may have more.
       patch: as for `forward`; a folder is tied to the patterns it changes, but not to its functions.

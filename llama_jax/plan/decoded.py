@@ -90,7 +90,7 @@ def _by_kernel(
 
 
 def _local_members(spec: ParamSpec, config: LlamaConfig, mesh: AnyMesh, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """What each device holds of a weight's members."""
+    """The part that each device holds of a weight's members."""
     return {
         m.path[-1]: jax.ShapeDtypeStruct(local_shape(m, config, mesh), jnp.dtype(m.dtype or dtype))
         for m in stored_as(spec, dict(config.schemes))
