@@ -700,7 +700,7 @@ def test_markdown_editor_and_meter_in_a_terminal(wide: Path, tmp_path: Path) -> 
     terminal.send(f"/set response_format {form}" + ENTER)
     terminal.wait_for(r"response_format = ")
     terminal.send("hi" + ENTER)
-    seen = terminal.wait_for(r"\d+ of 1048576 tokens")
+    seen = terminal.wait_for(r"[1-9]\d* of 1048576 tokens")
     assert re.search(r"•[^*]*one[^*]*\n[^*]*•[^*]*two", seen)
     terminal.send("/set markdown off" + ENTER)
     terminal.wait_for(r"markdown = off[\s\S]*tokens")

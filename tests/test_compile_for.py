@@ -515,7 +515,9 @@ def test_every_program_of_an_engine() -> None:
         assert compilation.memory.aliased == pytest.approx(state - rows * pages, rel=1e-3), key
         assert result.verdict.phases[key.name] >= compilation.memory.total
         if key.size:
-            expected = {"decode_attention", "add_rms_norm"} | ({"flash_attention"} if key.name != "decode" else set())
+            expected = {"decode_attention", "add_rms_norm", "rope_and_store"} | (
+                {"flash_attention"} if key.name != "decode" else set()
+            )
             assert kernels_of(compilation) == expected, key
     # The greedy ones are there because they do less.
     for key in (Key("decode", 32), Key("mixed", 256)):

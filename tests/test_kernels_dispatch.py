@@ -393,11 +393,14 @@ def test_a_model_on_a_cpu_runs_without_pallas() -> None:
         import dataclasses, sys, jax, llama_jax as lj
         from helpers import TINY
         from llama_jax.kernels import report
+        from llama_jax.model.fuse import fuse_params
         config = TINY["sigmoid-moe"]
         model = lj.Model(lj.init_params(config, jax.random.key(0)), config)
         quantised = lj.quantize(model, "int8")
         whole = dataclasses.replace(quantised, config=quantised.config.replace(activations="int8"))
-        for each in (model, quantised, whole):
+        plain = TINY["tied-mqa"]
+        joint = lj.Model(fuse_params(lj.init_params(plain, jax.random.key(0)), plain), plain)
+        for each in (model, quantised, whole, joint):
             lj.generate(each, None, [1, 2, 3], max_tokens=3)
         print(*sorted({choice.operation for choice in report()}), "jax.experimental.pallas" in sys.modules)
     """

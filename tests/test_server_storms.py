@@ -38,7 +38,7 @@ Process = tuple[subprocess.Popen[str], str]
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("storms")
     made = write_chat_model(folder / "tiny", context=2048)
-    options = ("--rows", "8", "--waiting", "32")
+    options = ("--rows", "8", "--waiting", "32", "--strict")  # nothing is compiled while memory is measured
     with serving(made, *options, program=program(folder / "none", stalled_s=2.0, idle_s=2.0)) as (process, said):
         yield process, said["url"]
 
