@@ -97,6 +97,13 @@ async def metrics(url: str) -> dict[str, float]:
     return {name.removeprefix("llama_jax_").partition("{")[0]: float(value) for name, value in lines}
 
 
+async def compiled(url: str) -> None:
+    """Returns once no program is compiled in the background."""
+    async with asyncio.timeout(120):
+        while b'"programs_behind":0' not in (await asked(url, "/engines"))[2]:
+            await asyncio.sleep(0.1)
+
+
 async def unused(url: str) -> dict[str, float]:
     """The metrics once no request has a row, waits or holds a page."""
     async with asyncio.timeout(60):

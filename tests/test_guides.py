@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import guides
 
+from llama_jax import plugins
+
 NUMBER = re.compile(r"-?\d+\.\d+")
 NEEDS = {"lm-eval": "lm_eval"}
 
@@ -33,7 +35,11 @@ def test_guide(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("LLAMA_JAX_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    text, _ = guides.run(page)
+    plugins.load.cache_clear()  # a guide may install one
+    try:
+        text, _ = guides.run(page)
+    finally:
+        plugins.load.cache_clear()
     blocks = zip(guides.CODE.finditer(text), guides.CODE.finditer(page.read_text(encoding="utf-8")), strict=True)
     for now, stored in blocks:
         assert same(now["text"] or "", stored["text"] or ""), now["text"]
