@@ -725,7 +725,7 @@ def test_markdown_editor_and_meter_in_a_terminal(wide: Path, tmp_path: Path) -> 
     terminal.send(CTRL_C)
     terminal.wait_for(r"stopped[\s\S]*branch 2 of 2")
     terminal.send(f"/save {saved}" + ENTER)
-    terminal.wait_for(r"messages and 2 branches[\s\S]*saved")
+    terminal.wait_for(r"messages and 2 branches[\s\S]*saved[\s\S]*of 1048576 tokens")  # the next prompt reads again
     terminal.send(CTRL_D)
     assert terminal.end() == 0
     (conversation,) = json.loads(saved.read_text())["conversations"]
