@@ -25,6 +25,9 @@ import matplotlib.pyplot as plt
 import pictures
 from matplotlib.axes import Axes
 
+from llama_jax.config import preset
+from llama_jax.plan.costs import step_bytes
+
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED, CHARTS = DOCS / "measured", DOCS / "charts"
 DEVICE = "h200"
@@ -60,7 +63,7 @@ def static() -> None:
     batches = list(engines[0]["decode_tok_s"])
     for i, engine in enumerate(engines):
         # Steps are bound by reading: rates are compared as bytes a step over what the card of the run reads.
-        shares = [_mbu(engine, batch) for batch in batches]
+        shares = [_mbu(found, engine, batch) for batch in batches]
         places = [x + 0.2 * (i - 1.5) for x in range(len(batches))]
         bars = decode.bar(places, shares, 0.19, color=colors[engine["name"]], label=engine["name"])
         decode.bar_label(bars, [f"{share:.2f}"[1:] for share in shares], padding=1, fontsize=7)
@@ -77,14 +80,11 @@ def static() -> None:
     figure.suptitle(_title(found), x=0.01, ha="left", fontsize=9)
 
 
-def _mbu(engine: dict[str, Any], batch: str, prompt: int = 512, new: int = 64) -> float:
-    """Bytes of a step of an 8B model in bfloat16 over what the card reads in its time.
-
-    Reads the weights without the embedding (7.505e9 parameters), and keys and values of 32 layers with 8 heads of 128.
-    """
-    cache = 2 * 32 * 8 * 128 * 2 * (prompt + new / 2) * int(batch)
+def _mbu(found: dict[str, Any], engine: dict[str, Any], batch: str, new: int = 64) -> float:
+    """Bytes that a step must read, over what the card reads in its time."""
+    read = step_bytes(preset(found["model"]), 2, int(batch), found["prompt"] + new // 2)
     seconds = int(batch) / engine["decode_tok_s"][batch]
-    share: float = (2 * 7.505e9 + cache) / seconds / (engine["read_tb_s"] * 1e12)
+    share: float = read / seconds / (engine["read_tb_s"] * 1e12)
     return share
 
 

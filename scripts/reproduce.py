@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -133,7 +132,7 @@ def main() -> None:
     measured = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in results.items() if path.exists()}
     everything = {"report": dataclasses.asdict(report), "measured": measured}
     write_file(folder / "all.json", json.dumps(everything, indent=1).encode())
-    subprocess.run([sys.executable, str(SCRIPTS / "charts.py"), "--measured", str(folder)], check=True, env=os.environ)
+    subprocess.run([sys.executable, str(SCRIPTS / "charts.py"), "--measured", str(folder)], check=True)
     print(f"{len(measured)} of {len(found)} rows are in {folder / 'all.json'}, charts beside it")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

@@ -41,10 +41,10 @@ def write_bundle(
             files[f"{command[0]}.txt"] = said
     for table in sorted((cache_dir() / "kernels").glob("*.json")):
         files[f"kernels/{table.name}"] = table.read_text(encoding="utf-8", errors="replace")
-    buffer = io.BytesIO()
+    home, buffer = str(Path.home()), io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bundle:
         for name, text in files.items():
-            bundle.writestr(name, text.replace(str(Path.home()), "~"))
+            bundle.writestr(name, text.replace(home, "~") if home != "/" else text)
     with storage_errors(path):
         write_file(path, buffer.getvalue())
 
