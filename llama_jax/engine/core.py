@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import msgspec
 import numpy as np
 
 from llama_jax.decode.graphs import small_places
@@ -46,8 +47,7 @@ from llama_jax.targets import of_device
 Ending = Literal["stop", "length", "failed"]
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(msgspec.Struct, frozen=True):
     """News of one sequence.
 
     Attributes:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from llama_jax.adapters.models import AdapterLike, open_adapters
 from llama_jax.engine.adapter_pool import AdapterPool
 from llama_jax.engine.compiled import Compiled
@@ -71,8 +73,7 @@ def no_slots() -> RequestError:
     )
 
 
-@dataclass(frozen=True)
-class News:
+class News(msgspec.Struct, frozen=True):
     """News of one continuation.
 
     Attributes:

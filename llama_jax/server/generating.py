@@ -31,7 +31,7 @@ def _handler(dialect: Dialect[Any]) -> Handler:
             slot, requests = server.models.find(body.model), list[EngineRequest]()
             request.state.model = slot.names[0]
 
-            def events(headers: MutableHeaders) -> AsyncGenerator[bytes]:
+            def events(headers: MutableHeaders) -> AsyncGenerator[Sequence[bytes]]:
                 return _events(server, dialect, body, tenant, headers, requests)
 
             seconds = server.settings.limits.keep_alive_s
@@ -60,18 +60,19 @@ async def _events(
     tenant: str,
     headers: MutableHeaders,
     requests: list[EngineRequest],
-) -> AsyncGenerator[bytes]:
-    """Yields the events of a stream; closing it cancels the request. `headers` and `requests` are filled in."""
+) -> AsyncGenerator[Sequence[bytes]]:
+    """Yields the events of a stream, those made at once together; closing it cancels the request. `headers` and
+    `requests` are filled in."""
     async with server.models.use(body.model) as served:
         wanted = await asyncio.to_thread(lambda: asked(served, dialect.asking(body)))
         headers.update(_told(wanted))
         requests += requests_of(served, wanted, tenant)
-        async with (
-            aclosing(chunks(served, wanted, secrets.token_hex(12), requests)) as source,
-            aclosing(dialect.events(body, wanted, source)) as events,
-        ):
-            async for event in events:
-                yield event
+        events = dialect.events(body, wanted)
+        async with aclosing(chunks(served, wanted, secrets.token_hex(12), requests)) as source:
+            async for made in source:
+                if told := [event for chunk in made for event in events.more(chunk)]:
+                    yield told
+        yield events.end()
 
 
 def _told(wanted: Asked) -> dict[str, str]:

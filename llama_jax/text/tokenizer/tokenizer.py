@@ -84,6 +84,7 @@ class Tokenizer:
         self.guard = ControlGuard(
             frozenset(self.special_tokens), frozenset(self._added.values()) - self.special_tokens.keys()
         )
+        self._shown: dict[int, bytes] = {}
         self._bytes_of = token_bytes(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
         self._adds_bos = self.bos_token_id is not None and (
             call_backend("the tokenizer cannot encode", backend.encode, "").ids[:1] == [self.bos_token_id]
@@ -204,10 +205,15 @@ class Tokenizer:
         """An incremental decoder for tokens that follow `prompt_ids`; it does not repeat their text."""
 
         def to_bytes(token_id: int, first: bool) -> bytes | None:
+            if not first and type(token_id) is int and (known := self._shown.get(token_id)) is not None:
+                return known
             token = self.token(token_id)
-            if skip_special_tokens and token_id in self.special_ids:
-                return None
-            return self._bytes_of(token, first=first)
+            if token_id in self.special_ids:
+                return None if skip_special_tokens else self._bytes_of(token, first=first)
+            data = self._bytes_of(token, first=first)
+            if not first and token_id < self.vocab_size:  # others have a text for some models only
+                self._shown[int(token_id)] = data
+            return data
 
         stream = Detokenizer(to_bytes, strip_start=self._bytes_of.strip_start)
         stream.skip(prompt_ids)
