@@ -11,6 +11,7 @@ from typing import Any
 from llama_jax.errors import LlamaJaxError
 from llama_jax.generation.outputs import CompletionOutput, RequestOutput
 from llama_jax.generation.streams import Piece, Request
+from llama_jax.generation.threads import BRIEF, run_away
 from llama_jax.server.asking import Asked
 from llama_jax.server.chunks import chunks_of
 from llama_jax.server.reading import message_of
@@ -38,11 +39,11 @@ async def answer(served: Served, asked: Asked, name: str, requests: Sequence[Req
         if completion.finish_reason == "error":
             raise _failed(output, completion.index)
 
-    def read() -> dict[str, Any]:  # a long text takes a while
+    def read() -> dict[str, Any]:
         choices = [{"index": i, **_choice(served, asked, *each)} for i, each in enumerate(done)]
         return {"choices": choices, "usage": usage(served, asked, outputs)}
 
-    return {**_head(served, asked, name), **await asyncio.to_thread(read), **timings(outputs)}
+    return {**_head(served, asked, name), **await run_away(read, brief=_brief(outputs)), **timings(outputs)}
 
 
 async def chunks(
@@ -67,7 +68,8 @@ async def chunks(
                 yield made
     if asked.usage:
         ordered = [outputs[prompt] for prompt in sorted(outputs)]
-        yield [{**head, "choices": [], "usage": await asyncio.to_thread(usage, served, asked, ordered)}]
+        counts = await run_away(lambda: usage(served, asked, ordered), brief=_brief(ordered))
+        yield [{**head, "choices": [], "usage": counts}]
 
 
 def usage(served: Served, asked: Asked, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -113,6 +115,11 @@ def _choice(served: Served, asked: Asked, output: RequestOutput, completion: Com
         message = message_of([*reader.feed(completion.text), *reader.finish()])
         choice |= {"message": message, "finish_reason": reader.reason(completion.finish_reason)}
     return {**choice, "stop_reason": completion.stop_reason}
+
+
+def _brief(outputs: Sequence[RequestOutput]) -> bool:
+    """Whether answers are read again in no time."""
+    return sum(len(completion.token_ids) for output in outputs for completion in output.outputs) <= BRIEF
 
 
 def _reasoning(served: Served, asked: Asked, completion: CompletionOutput) -> int:
