@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from llama_jax.adapters.models import AdapterLike, open_adapters
 from llama_jax.engine.adapter_pool import AdapterPool
 from llama_jax.engine.compiled import Compiled
@@ -73,7 +71,8 @@ def no_slots() -> RequestError:
     )
 
 
-class News(msgspec.Struct, frozen=True):
+@dataclass(slots=True)  # as `Piece`
+class News:
     """News of one continuation.
 
     Attributes:
