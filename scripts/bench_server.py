@@ -43,6 +43,8 @@ from llama_jax.text.tokenizer.loading import tokenizer_from_files
 from llama_jax.text.tokenizer.tokenizer import Tokenizer
 
 SHOWN = ("p50_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p95_itl_ms", "output_throughput")
+TIMED = {"cpu_us": "", "loop_us": "MainThread", "engine_us": "llama_jax engine"}
+"""Processor times of a token: of the server's process, and of its threads by name."""
 SAMPLE_S = 0.002
 
 
@@ -87,7 +89,7 @@ def main() -> None:
             print(f"{name} {where}: {type(error).__name__}: {error}", flush=True)
             continue
         rows.append({"run": name, "through": where, **found})
-        shown = " ".join(f"{key}={found[key]:.2f}" for key in (*SHOWN, "cpu_us"))
+        shown = " ".join(f"{key}={found[key]:.2f}" for key in (*SHOWN, *TIMED))
         print(f"{name:>12} {where:>7} {shown}", flush=True)
         if args.out:
             args.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
@@ -99,7 +101,7 @@ def main() -> None:
 
 
 def one(pipe: Connection, works: list[Work], where: str, url: str, processes: int) -> dict[str, Any]:
-    """One run, with microseconds of the server's processor for each token."""
+    """One run, with the microseconds of `TIMED` for each token."""
 
     def ask(what: Any) -> Any:
         pipe.send(what)
@@ -115,7 +117,8 @@ def one(pipe: Connection, works: list[Work], where: str, url: str, processes: in
         seconds, profile = ask("end")
     if found is None:
         raise RuntimeError("the engine has answered no request")
-    return {**found, "cpu_us": 1e6 * seconds / found["total_output_tokens"], "profile": profile}
+    each = {name: 1e6 * value / found["total_output_tokens"] for name, value in seconds.items()}
+    return {**found, **each, "profile": profile}
 
 
 def connection(url: str) -> socket.socket:
@@ -140,7 +143,7 @@ def serving(pipe: Connection, name: str, rows: int | None, context: int) -> None
         freeze_live_objects()
         settings = dataclasses.asdict(engine.settings)
         pipe.send({**environment(dtype), "url": url, "ready_s": time.perf_counter() - began, "settings": settings})
-        meter = Meter(threading.get_ident())
+        meter = Meter()
         while (what := await asyncio.to_thread(pipe.recv)) is not None:
             if what in ("begin", "profile"):
                 meter.begin(profiled=what == "profile")
@@ -165,34 +168,42 @@ def serving(pipe: Connection, name: str, rows: int | None, context: int) -> None
 
 
 class Meter:
-    """Seconds of this process's processor, and the functions in which a thread was found."""
+    """Seconds of the processor, and the functions in which the main thread was found."""
 
-    def __init__(self, thread: int):
-        """Of a thread."""
-        self._thread, self._on = thread, False
+    def __init__(self) -> None:
+        """Of this process, which has all threads of `TIMED`."""
+        self._threads = {thread.name: thread.ident for thread in threading.enumerate()}
+        self._on = False
 
     def begin(self, *, profiled: bool) -> None:
         """Start; only seconds unless the thread is profiled, which takes time itself."""
-        self._seconds, self._found, self._on = time.process_time(), Counter[str](), True
+        self._began, self._found, self._on = self._seconds(), Counter[str](), True
         self._profiled = profiled
         if self._profiled:
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
 
-    def end(self) -> tuple[float, dict[str, float]]:
-        """Stop; seconds, and the parts of samples, the most frequent first."""
+    def end(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Stop; seconds by `TIMED`, and the parts of samples, the most frequent first."""
         self._on = False
         if self._profiled:
             self._sampler.join()
         count = sum(self._found.values()) or 1
-        return time.process_time() - self._seconds, {
-            name: round(n / count, 4) for name, n in self._found.most_common(40)
-        }
+        seconds = {name: now - self._began[name] for name, now in self._seconds().items()}
+        return seconds, {name: round(n / count, 4) for name, n in self._found.most_common(40)}
+
+    def _seconds(self) -> dict[str, float]:
+        def of(thread: str) -> float:
+            if not thread:
+                return time.process_time()
+            return time.clock_gettime(time.pthread_getcpuclockid(self._threads[thread] or 0))
+
+        return {name: of(thread) for name, thread in TIMED.items()}
 
     def _sample(self) -> None:
         while self._on:
             time.sleep(SAMPLE_S)
-            if (frame := sys._current_frames().get(self._thread)) is not None:
+            if (frame := sys._current_frames().get(self._threads["MainThread"] or 0)) is not None:
                 code = frame.f_code
                 self._found[f"{Path(code.co_filename).name}:{code.co_qualname}"] += 1
 

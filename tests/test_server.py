@@ -201,3 +201,29 @@ def test_metrics_count_what_was_asked(server: Server) -> None:
     assert after[f"llama_jax_engine_up{{{label}}}"] == 1
     assert after[f"llama_jax_pages_used{{{label}}}"] == 0
     assert f'llama_jax_time_to_first_token_seconds_bucket{{le="0.005",{label}}}' in after
+
+
+@pytest.mark.parametrize(
+    ("body", "threads"),
+    [
+        ({}, 0),
+        ({"stream": True, "stream_options": {"include_usage": True}}, 0),
+        ({"response_format": {"type": "json_object"}}, 2),
+        ({"messages": [{"role": "user", "content": "a" * 9000}]}, 1),
+    ],
+)
+def test_only_what_may_take_long_is_done_in_a_thread(
+    server: Server, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], threads: int
+) -> None:
+    """A grammar is checked, and compiled for the engine; a long text is encoded, and refused."""
+    to_thread, calls = asyncio.to_thread, list[Any]()
+
+    def counted(function: Any, *args: Any, **options: Any) -> Any:
+        calls.append(function)
+        return to_thread(function, *args, **options)
+
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    messages = [{"role": "user", "content": "Hi"}]
+    answer = server.post("/v1/chat/completions", **{"messages": messages, "max_tokens": 2} | body)
+    assert answer.status == (200 if threads != 1 else 400)
+    assert len(calls) == threads

@@ -13,7 +13,7 @@ import h11
 import pytest
 import uvicorn
 
-from llama_jax.server.connections import protocol
+from llama_jax.server.connections import PIECE, protocol
 from llama_jax.server.settings import Limits
 
 LIMITS = Limits(header_s=0.3, stalled_s=0.3)
@@ -61,16 +61,21 @@ def test_headers_have_a_deadline() -> None:
 PIECES = [b"data: 1\n\n", b"", b"x" * 70_000, b"\r\n0\r\n\r\n"]
 
 
-async def pieces(scope: Any, receive: Any, send: Any) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    for piece in PIECES:
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
 @pytest.mark.parametrize("version", [b"1.1", b"1.0"])
 def test_pieces_are_those_that_h11_reads(version: bytes) -> None:
-    """In chunks, twice on a connection; a client of HTTP 1.0 gets no chunks, and the connection ends."""
+    """In chunks, twice on a connection; a client of HTTP 1.0 gets no chunks, and the connection ends. Pieces take the
+    short way once the answer has begun, except an empty one, which would end it."""
+    short = list[bool]()
+
+    async def pieces(scope: Any, receive: Any, send: Any) -> None:
+        write = scope["state"][PIECE]
+        short.append(write(b"too early"))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for piece in PIECES:
+            short.append(write(piece))
+            if not short[-1]:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def run() -> None:
         async with listening(pieces) as port:
@@ -90,6 +95,8 @@ def test_pieces_are_those_that_h11_reads(version: bytes) -> None:
                     elif isinstance(event, h11.Data):
                         read += event.data
                 assert read == b"".join(PIECES)
+                assert short == ([False, True, False, True] if version == b"1.1" else [False] * 4) + short[4:]
+                short.clear()
             writer.close()
 
     asyncio.run(run())
@@ -128,8 +135,10 @@ def test_a_request_may_take_longer_than_its_headers() -> None:
     assert asyncio.run(run()).endswith(b"ok")
 
 
-def test_clients_that_read_nothing_are_cut_off() -> None:
-    """The application learns that they are gone, and others get their answers meanwhile."""
+@pytest.mark.parametrize("few", [False, True])
+def test_clients_that_read_nothing_are_cut_off(few: bool) -> None:
+    """The application learns that they are gone, and others get their answers meanwhile, whether it sends all or only
+    what `PIECE` does not write."""
     gone = []
 
     async def endless(scope: Any, receive: Any, send: Any) -> None:
@@ -139,7 +148,8 @@ def test_clients_that_read_nothing_are_cut_off() -> None:
         async def write() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": []})
             while True:
-                await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+                if not (few and scope["state"][PIECE](b"x" * 65536)):
+                    await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
                 await asyncio.sleep(0)
 
         writing = asyncio.create_task(write())

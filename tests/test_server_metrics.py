@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 from engines import small_settings, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llama_jax.engine.core import Core
@@ -99,3 +102,22 @@ def test_times_of_a_stream(monkeypatch: pytest.MonkeyPatch, snapshot: Callable[[
     assert of("request_prompt_tokens") == (1, 30)
     assert of("request_generation_tokens") == (1, 4)
     assert values(found["llama_jax_request_success"], "_total") == {"a": 1}
+
+
+@given(st.lists(st.tuples(st.floats(0, 400), st.integers(1, 5)), max_size=20))
+def test_intervals_are_the_histogram_of_the_library(observed: list[tuple[float, int]]) -> None:
+    """The same samples as `prometheus_client.Histogram` has, at the bounds of buckets too."""
+    metrics, registry = Metrics(NAMINGS["vllm"]), CollectorRegistry()
+    labels = {"model_name": "a", "engine": "0"}
+    name = "vllm:inter_token_latency_seconds"
+    theirs = Histogram(name, "Between tokens.", list(labels), buckets=module.BUCKETS, registry=registry)
+    counts, theirs = metrics.between.of(tuple(labels.values())), theirs.labels(**labels)
+    for seconds, times in (*observed, *((bound, 1) for bound in module.BUCKETS)):
+        counts.observe(seconds, times)
+        for _ in range(times):
+            theirs.observe(seconds / times)
+    exposed = generate_latest(registry).decode().partition(f"# HELP {name}_created")[0]
+    (expected,) = text_string_to_metric_families(exposed)
+    ours = families(metrics)[name]
+    assert [(s.name, s.labels) for s in ours.samples] == [(s.name, s.labels) for s in expected.samples]
+    assert [s.value for s in ours.samples] == pytest.approx([s.value for s in expected.samples])

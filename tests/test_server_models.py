@@ -420,3 +420,16 @@ def test_what_a_named_model_takes(tmp_path: Path) -> None:
     assert weights + cache <= outline.nbytes <= 2 * weights + cache
     elsewhere = FromName("org/name", loading, Reporter(quiet=True), sizes, {})
     assert elsewhere.outline() is None
+
+
+@pytest.mark.parametrize(("asked", "early"), [(None, True), (True, True), (False, False)])
+def test_a_model_answers_early_on_a_cpu_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool | None, early: bool
+) -> None:
+    made = list[dict[str, Any]]()
+    monkeypatch.setattr("llama_jax.generation.engine.Engine", lambda *_, **options: made.append(options))
+    loading = LoadOptions("float32", None, None, None, False, None, None, {})
+    sizes = {"rows": 2, "context": 128, "pages": None, "page_size": 64}
+    folder = str(write_chat_model(tmp_path / "tiny", context=256))
+    FromName(folder, loading, Reporter(quiet=True), sizes, {}, asked).open(0, lambda _: None)
+    assert [options["early"] for options in made] == [early]

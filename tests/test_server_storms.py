@@ -76,9 +76,8 @@ def test_clients_that_never_read(server: Process) -> None:
         assert statuses == [200] * 10
         assert (await unused(url))["generation_tokens_total"] - drawn == 200 * 90 + 10 * 8
         async with asyncio.timeout(2 * SOON_S):
-            while Held.by(process.pid).files > before.files + 2:
+            while Held.by(process.pid).files > before.files + 2 or any(one.state != RESET for one in stalled):
                 await asyncio.sleep(0.1)
-        assert [one.state for one in stalled] == [RESET] * 200
         for one in stalled:
             one.leave()
         await well(server)

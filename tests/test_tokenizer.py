@@ -6,6 +6,8 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,10 +156,30 @@ def test_stream_after_any_prompt(tokenizer: Tokenizer, data: st.DataObject, skip
     assert [*map(stream.add, ids[cut:]), stream.finish()] == [*map(whole.add, ids[cut:]), whole.finish()]
 
 
+def test_long_texts(tokenizer: Tokenizer) -> None:
+    """Their ids are those of their parts, and other threads run meanwhile."""
+    part, beats, done = "The quick brown fox. ", list[float](), threading.Event()
+    text = part * 6_000
+
+    def beat() -> None:
+        while not done.wait(0.001):
+            beats.append(time.perf_counter())
+
+    other = threading.Thread(target=beat)
+    other.start()
+    began = time.perf_counter()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    ended = time.perf_counter()
+    done.set()
+    other.join()
+    assert tokenizer.decode(ids) == text
+    assert sum(began < at < ended for at in beats) > 3
+
+
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**40, True, 1.5, "1", None])
 def test_ids_out_of_range(tokenizer: Tokenizer, bad: Any) -> None:
     with pytest.raises(TokenizerError, match="not in the vocabulary"):
-        tokenizer.decode([bad])
+        tokenizer.decode([1, 1, bad])
 
 
 def test_lone_surrogate(tokenizer: Tokenizer) -> None:

@@ -166,7 +166,7 @@ def sampling_fields(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_ids(value: Any) -> bool:
     """Whether a JSON value is a list of integers."""
-    return isinstance(value, list) and all(type(token) is int for token in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def _check_ids(prompt: list[int], config: LlamaConfig) -> None:

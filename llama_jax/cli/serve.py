@@ -111,6 +111,12 @@ DEFAULT_ADAPTERS = 8
     help="Let clients, with a key, load adapters from folders in DIR, and unload them.",
 )
 @click.option("--prefix-cache/--no-prefix-cache", default=True, show_default=True)
+@click.option(
+    "--early/--no-early",
+    default=None,
+    help="Answer once a few programs are compiled, at first less quickly, and compile the others meanwhile. "
+    "[default: on a CPU]",
+)
 @load_options
 @click.option("--max-body", type=click.IntRange(1), default=8 << 20, show_default=True, metavar="BYTES")
 @click.option(
@@ -168,6 +174,7 @@ def command(
     max_adapter_rank: int | None,
     adapters_from: Path | None,
     prefix_cache: bool,
+    early: bool | None,
     loading: LoadOptions,
     max_body: int,
     drain_s: float,
@@ -230,7 +237,7 @@ def command(
                 "max_adapters": max_adapters,
                 "max_adapter_rank": max_adapter_rank,
             }
-            return Slot(one.names, FromName(one.model, loading, reporter, sizes, options), one.tool_parser)
+            return Slot(one.names, FromName(one.model, loading, reporter, sizes, options, early), one.tool_parser)
 
         models_here = Models(map(slot, range(len(served))), settings, metrics, settle=runtime.freeze_live_objects)
         state = ServerState(settings, models_here, metrics)

@@ -72,6 +72,8 @@ class FromName:
 
     Attributes:
       sizes: of the engine, as the command line gives them; options: of `Engine` besides.
+      early: of `Engine`; None for a CPU alone: on a GPU XLA times kernels as it compiles, which requests would disturb,
+        and which delays them.
     """
 
     model: str
@@ -79,6 +81,7 @@ class FromName:
     reporter: Reporter
     sizes: dict[str, Any]
     options: dict[str, Any]
+    early: bool | None = None
 
     def outline(self) -> Footprint | None:
         """See `Source`."""
@@ -118,8 +121,7 @@ class FromName:
         devices = requested_mesh(self.loading.mesh, self.loading.tp, batch=rows or 1, context=context)
         loaded, tokenizer = self.loading.load(self.model, devices, told, named=True)
         self.reporter.notify("Compiling the engine's programs")
-        # On a GPU XLA times kernels as it compiles, which requests would disturb, and which would delay them.
-        early = loaded.device.platform == "cpu"
+        early = loaded.device.platform == "cpu" if self.early is None else self.early
         options = self.sizes | self.options
         engine = Engine(loaded, tokenizer, reserve=kept, compiling=told.compiled, early=early, **options)
         return engine, tokenizer

@@ -12,6 +12,11 @@ from llama_jax.text.grammar import GrammarMatcher
 from llama_jax.text.tokenizer import Tokenizer
 
 
+def has_constraints(params: SamplingParams) -> bool:
+    """Whether `constraints_of` makes any, which may take long."""
+    return bool(params.bad_words or params.logits_processors or params.response_format)
+
+
 def constraints_of(
     tokenizer: Tokenizer | None,
     prompt: Sequence[int],

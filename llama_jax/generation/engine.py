@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sized
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,12 +21,14 @@ from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed, LlamaJaxError
 from llama_jax.generation.answer import Answer
 from llama_jax.generation.changes import Change
+from llama_jax.generation.constraints import has_constraints
 from llama_jax.generation.draft import opened_draft
 from llama_jax.generation.jobs import Jobs, News, Progress, no_slots, opened, opened_pool
 from llama_jax.generation.outputs import RequestOutput
 from llama_jax.generation.request import prepare
 from llama_jax.generation.restarts import Restarts
 from llama_jax.generation.streams import Piece, Request, Stream, deliver
+from llama_jax.generation.threads import BRIEF, run_away
 from llama_jax.model.loaded import Model
 from llama_jax.plan.step_costs import Peak
 from llama_jax.text.tokenizer import Tokenizer
@@ -163,15 +165,12 @@ class Engine:
 
     async def _pieces(self, request: Request, *, streamed: bool) -> AsyncIterator[Piece]:
         self._check_open()
-        prompts, params = [request.prompt], [request.params]
-        # In a thread: tokenizing and compiling grammars for one caller must not block the event loop for others.
-        requests = await asyncio.to_thread(
-            prepare,
-            self.model,
-            self.tokenizer,
-            prompts,
-            params,
-            adapter=request.adapter,
+        asked = [request.prompt], [request.params]
+        requests = await run_away(
+            lambda: prepare(self.model, self.tokenizer, *asked, adapter=request.adapter),
+            brief=isinstance(request.prompt, Sized)
+            and len(request.prompt) <= BRIEF
+            and not has_constraints(request.params),
         )
         stream = Stream(requests, request, streamed, asyncio.get_running_loop())
         self._post(self._begin, stream)

@@ -71,7 +71,7 @@ def no_slots() -> RequestError:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # as `Piece`
 class News:
     """News of one continuation.
 

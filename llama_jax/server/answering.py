@@ -11,6 +11,7 @@ from typing import Any
 from llama_jax.errors import LlamaJaxError
 from llama_jax.generation.outputs import CompletionOutput, RequestOutput
 from llama_jax.generation.streams import Piece, Request
+from llama_jax.generation.threads import BRIEF, run_away
 from llama_jax.server.asking import Asked
 from llama_jax.server.chunks import chunks_of
 from llama_jax.server.reading import message_of
@@ -38,23 +39,23 @@ async def answer(served: Served, asked: Asked, name: str, requests: Sequence[Req
         if completion.finish_reason == "error":
             raise _failed(output, completion.index)
 
-    def read() -> dict[str, Any]:  # a long text takes a while
+    def read() -> dict[str, Any]:
         choices = [{"index": i, **_choice(served, asked, *each)} for i, each in enumerate(done)]
         return {"choices": choices, "usage": usage(served, asked, outputs)}
 
-    return {**_head(served, asked, name), **await asyncio.to_thread(read), **timings(outputs)}
+    return {**_head(served, asked, name), **await run_away(read, brief=_brief(outputs)), **timings(outputs)}
 
 
 async def chunks(
     served: Served, asked: Asked, name: str, requests: Sequence[Request]
-) -> AsyncGenerator[dict[str, Any]]:
-    """Yields the answer as stream chunks; errors as for `answer`."""
+) -> AsyncGenerator[list[dict[str, Any]]]:
+    """Yields the answer as stream chunks, those that are made at once together; errors as for `answer`."""
     head = _head(served, asked, name, suffix=".chunk" * (asked.endpoint.prefix == "chatcmpl"))
     if asked.usage:
         head["usage"] = None
     choices, outputs = chunks_of(served.tokenizer, asked), dict[int, RequestOutput]()
-    streams = [_pieces(served, request) for request in requests]
-    async with aclosing(_merged(streams)) as merged:
+    streams = [_pieces(served, number, request) for number, request in enumerate(requests)]
+    async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as merged:
         async for prompt, piece in merged:
             if piece.finish_reason == "error":
                 raise _failed(piece.output, piece.index)
@@ -63,11 +64,12 @@ async def chunks(
                 outputs[prompt] = piece.output
                 if len(streams) == 1:
                     made[-1] |= timings([piece.output])
-            for chunk in made:
-                yield chunk
+            if made:
+                yield made
     if asked.usage:
         ordered = [outputs[prompt] for prompt in sorted(outputs)]
-        yield {**head, "choices": [], "usage": await asyncio.to_thread(usage, served, asked, ordered)}
+        counts = await run_away(lambda: usage(served, asked, ordered), brief=_brief(ordered))
+        yield [{**head, "choices": [], "usage": counts}]
 
 
 def usage(served: Served, asked: Asked, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -115,6 +117,11 @@ def _choice(served: Served, asked: Asked, output: RequestOutput, completion: Com
     return {**choice, "stop_reason": completion.stop_reason}
 
 
+def _brief(outputs: Sequence[RequestOutput]) -> bool:
+    """Whether answers are read again in no time."""
+    return sum(len(completion.token_ids) for output in outputs for completion in output.outputs) <= BRIEF
+
+
 def _reasoning(served: Served, asked: Asked, completion: CompletionOutput) -> int:
     stream = served.tokenizer.detokenizer(skip_special_tokens=asked.params.skip_special_tokens)
     known = (token for token in completion.token_ids if token < served.tokenizer.vocab_size)
@@ -155,45 +162,40 @@ async def _gathered[T](made: Sequence[Any]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-async def _pieces(served: Served, request: Request) -> AsyncGenerator[Piece]:
-    """Yields the engine's pieces and records their times."""
+async def _pieces(served: Served, number: int, request: Request) -> AsyncGenerator[tuple[int, Piece]]:
+    """Yields the engine's pieces with the request's number, and records their times."""
     with served.metrics.request() as times:
         stream: Any = served.engine.stream(request)
         async with aclosing(stream):
             async for piece in stream:
                 times.piece(piece)
-                yield piece
+                yield number, piece
 
 
-async def _merged(streams: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[tuple[int, Piece]]:
-    """Yields pieces of several streams with the stream's index, as they arrive."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as stream:
-            async for piece in stream:
-                yield 0, piece
-        return
-    queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue(len(streams))
+async def _merged(streams: Sequence[AsyncGenerator[tuple[int, Piece]]]) -> AsyncGenerator[tuple[int, Piece]]:
+    """Yields pieces of several streams as they arrive."""
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(len(streams))
 
-    async def pump(number: int, stream: AsyncGenerator[Piece]) -> None:
+    async def pump(stream: AsyncGenerator[tuple[int, Piece]]) -> None:
         try:
             async with aclosing(stream):
-                async for piece in stream:
-                    await queue.put((number, piece))
-            await queue.put((number, None))
+                async for news in stream:
+                    await queue.put(news)
+            await queue.put(None)
         except Exception as error:
-            await queue.put((number, error))
+            await queue.put(error)
 
-    tasks = [asyncio.create_task(pump(i, stream)) for i, stream in enumerate(streams)]
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
     try:
         left = len(streams)
         while left:
-            number, news = await queue.get()
+            news = await queue.get()
             if isinstance(news, Exception):
                 raise news
             if news is None:
                 left -= 1
             else:
-                yield number, news
+                yield news
     finally:
         for task in tasks:
             task.cancel()

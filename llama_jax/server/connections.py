@@ -1,4 +1,4 @@
-"""Connections: deadlines for clients that send or read too slowly, which uvicorn lacks, and cheaper chunks."""
+"""Connections: deadlines for clients that send or read too slowly, which uvicorn lacks, and a short way for streams."""
 
 from __future__ import annotations
 
@@ -13,29 +13,32 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama_jax.server.settings import Limits
 
+PIECE = "piece"
+"""Name in a scope's state of a function that writes a piece of a streamed answer, past every layer that has a say only
+when an answer begins; they take as long as all the rest of a token. It returns False, and has written nothing, where
+`send` must be called: for an answer without chunks, or that has not begun, and to wait for a client that does not
+read."""
+
 _NO_LINGER = struct.pack("ii", 1, 0)
 _MOST_INCOMPLETE = 64 << 10
 """Bytes of incomplete headers, unless uvicorn is told otherwise."""
 
 
 class _Connection(h11.Connection):
-    """Frames the pieces of an answer in chunks without h11's bookkeeping: they do not change its state, and it would
-    take a fifth of the event loop's time for a streamed token."""
+    """Knows whether the current answer is sent in chunks."""
 
-    _chunked = False
+    chunked = False
 
     def send(self, event: Any) -> Any:
         """Returns the bytes to write; see h11."""
-        if self._chunked and type(event) is h11.Data and event.data:
-            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
         data = super().send(event)
         if isinstance(event, h11.Response):
-            self._chunked = b"transfer-encoding: chunked" in (data or b"").lower()
+            self.chunked = b"transfer-encoding: chunked" in (data or b"").lower()
         return data
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:
-    """Return uvicorn's h11 protocol, with deadlines for headers and for readers, and with `_Connection`."""
+    """Return uvicorn's h11 protocol, with deadlines for headers and for readers, and with `PIECE`."""
 
     class Impatient(H11Protocol):
         """Closes connections whose headers do not arrive, or that read too slowly.
@@ -50,11 +53,14 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options)
-            self.conn = _Connection(h11.SERVER, self.config.h11_max_incomplete_event_size or _MOST_INCOMPLETE)
+            self.conn: _Connection = _Connection(
+                h11.SERVER, self.config.h11_max_incomplete_event_size or _MOST_INCOMPLETE
+            )
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             transport.set_write_buffer_limits(high=0)  # to learn of every byte that the client does not read
+            self.app_state = {**self.app_state, PIECE: self._piece}
             self._await_headers()
 
         def data_received(self, data: bytes) -> None:
@@ -63,6 +69,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
+            self.app_state = {}  # which refers to the connection
             self._forget_headers()
             self._forget_reader()
 
@@ -73,6 +80,14 @@ def protocol(limits: Limits) -> type[H11Protocol]:
         def resume_writing(self) -> None:
             super().resume_writing()
             self._forget_reader()
+
+        def _piece(self, data: bytes) -> bool:
+            """Writes a piece of an answer that has begun; returns whether it could: see `PIECE`."""
+            if self.flow.write_paused or not (self.conn.chunked and self.cycle.response_started and data):
+                return False
+            if not self.transport.is_closing():
+                self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            return True
 
         def _await_reader(self) -> None:
             """In each of these periods the client must read everything, or at least `reader_rate`."""

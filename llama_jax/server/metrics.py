@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from llama_jax.engine.snapshot import Snapshot
 from llama_jax.errors import EngineFailed
@@ -20,6 +23,7 @@ from llama_jax.generation.streams import Piece
 PREFIX = "llama_jax_"
 BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 20, 50, 100, 300)
 """Seconds. A dashboard cannot resolve less than the first."""
+_BOUNDS = (*(floatToGoString(bound) for bound in BUCKETS), "+Inf")
 TOKENS = tuple(mantissa * 10**power for power in range(6) for mantissa in (1, 2, 5))
 """Numbers of tokens."""
 
@@ -96,7 +100,8 @@ class Metrics:
         self.naming, self._registry = naming, CollectorRegistry()
         self._engines: dict[str, _Engine] = {}
         self.first = self._histogram("time_to_first_token_seconds", "From a request to its first token.")
-        self.between = self._histogram("inter_token_latency_seconds", "Between tokens of a stream.")
+        self.between = _Intervals(self.naming)
+        self._registry.register(self.between)
         self.whole = self._histogram("e2e_request_latency_seconds", "From a request to its last token.")
         self.later = self._histogram("request_decode_time_seconds", "From a request's first token to its last.")
         self.each = self._histogram(
@@ -152,8 +157,9 @@ class ModelMetrics:
     def __init__(self, metrics: Metrics, model: str):
         """See `Metrics.of`."""
         labels = (model, *metrics.naming.labels.values())
-        times = (metrics.first, metrics.between, metrics.whole, metrics.later, metrics.each)
-        self.first, self.between, self.whole, self.later, self.each = (one.labels(*labels) for one in times)
+        times = (metrics.first, metrics.whole, metrics.later, metrics.each)
+        self.first, self.whole, self.later, self.each = (one.labels(*labels) for one in times)
+        self.between = metrics.between.of(labels)
         self.prompt, self.written = metrics.prompt.labels(*labels), metrics.written.labels(*labels)
         self._ended, self._labels, self._cancelled = metrics.ended, labels, metrics.cancelled.labels(*labels)
 
@@ -185,8 +191,7 @@ class Times:
             if not self._last:
                 self._metrics.first.observe(now - self._begun)
             if piece.index in self._last:  # a piece of several tokens, as slow readers get, counts once per token
-                for _ in piece.token_ids:
-                    self._metrics.between.observe((now - self._last[piece.index]) / len(piece.token_ids))
+                self._metrics.between.observe(now - self._last[piece.index], len(piece.token_ids))
             self._last[piece.index] = now
         if piece.output is not None:
             self._end(piece.output, now)
@@ -214,6 +219,39 @@ class Times:
 class _Engine:
     snapshot: Callable[[], Snapshot]
     restarts: Callable[[], int]
+
+
+class _Counts:
+    """Numbers of intervals by bucket; `Histogram.observe` takes ten times as long, and it would be called for each
+    token."""
+
+    def __init__(self) -> None:
+        self.counts, self.seconds = [0] * (len(BUCKETS) + 1), 0.0
+
+    def observe(self, seconds: float, times: int) -> None:
+        """Count some equal intervals that last this long together."""
+        self.counts[bisect_left(BUCKETS, seconds / times)] += times
+        self.seconds += seconds
+
+
+class _Intervals(Collector):
+    """The histogram of the time between tokens."""
+
+    def __init__(self, naming: Naming):
+        self._naming, self._of = naming, dict[tuple[str, ...], _Counts]()
+
+    def of(self, labels: tuple[str, ...]) -> _Counts:
+        """Return the counts of a model, for its labels."""
+        return self._of.setdefault(labels, _Counts())
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the histogram."""
+        name, about = self._naming("inter_token_latency_seconds"), "Between tokens of a stream."
+        made = HistogramMetricFamily(name, about, labels=["model_name", *self._naming.labels])
+        for labels, found in list(self._of.items()):
+            sums = map(float, accumulate(found.counts))
+            made.add_metric(labels, list(zip(_BOUNDS, sums, strict=True)), found.seconds)
+        yield made
 
 
 class _OfEngines(Collector):

@@ -51,6 +51,8 @@ class ChatReader:
 
     def feed(self, text: str) -> list[dict[str, Any]]:
         """Take more of the text; return the deltas of the message."""
+        if self._reasoning is None and self._tools is None:  # most answers, token by token
+            return [{"content": text}] if text else []
         return self._messages(self._reasoning.feed(text) if self._reasoning else [Text(text)])
 
     def finish(self) -> list[dict[str, Any]]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from llama_jax.errors import RequestError
 from llama_jax.server.answers import MessagesAnswer
-from llama_jax.server.apis.parts import Change, End, Part, changes, end_of, parts_of, text_of
+from llama_jax.server.apis.parts import Change, Changes, End, Part, end_of, parts_of, text_of
 from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, StreamOptions
 from llama_jax.server.errors import Failure, anthropic_body
@@ -91,25 +90,39 @@ class Messages:
         content = [_block(part) for part in parts_of(answer["choices"][0]["message"])]
         return _message(answer, content) | _ending(end) | {"usage": _usage(end)}
 
-    async def events(
-        self, body: MessagesBody, asked: Asked, chunks: AsyncIterator[dict[str, Any]]
-    ) -> AsyncGenerator[bytes]:
+    def events(self, body: MessagesBody, asked: Asked) -> _Events:
         """See `Dialect`. The number of cached prompt tokens is known only at the end."""
-        index, end = -1, End()
-        first = await anext(chunks)  # the role only
-        message = _message(first, []) | {"stop_reason": None, "stop_sequence": None}
-        counts = {"input_tokens": len(asked.prompts[0]), "output_tokens": 0}
-        yield _event("message_start", message=message | {"usage": counts})
-        async with aclosing(changes(chunks, end)) as news:
-            async for change in news:
-                index += change.kind == "begin"
-                yield _changed(change, index)
-        yield _event("message_delta", delta=_ending(end), usage=_usage(end))
-        yield _event("message_stop")
+        return _Events(len(asked.prompts[0]))
 
     def failed(self, failure: Failure, sent: int) -> bytes:
         """See `Dialect`."""
         return event(anthropic_body(failure), "error")
+
+
+class _Events:
+    def __init__(self, prompt_tokens: int):
+        self._prompt_tokens, self._index, self._changes, self._begun = prompt_tokens, -1, Changes(), False
+
+    def more(self, chunk: dict[str, Any]) -> Sequence[bytes]:
+        made = self._told(self._changes.more(chunk))
+        if self._begun:
+            return made
+        self._begun = True
+        message = _message(chunk, []) | {"stop_reason": None, "stop_sequence": None}
+        counts = {"input_tokens": self._prompt_tokens, "output_tokens": 0}
+        return [_event("message_start", message=message | {"usage": counts}), *made]
+
+    def end(self) -> Sequence[bytes]:
+        end = self._changes.end
+        last = _event("message_delta", delta=_ending(end), usage=_usage(end))
+        return [*self._told(self._changes.last()), last, _event("message_stop")]
+
+    def _told(self, changes: Iterable[Change]) -> list[bytes]:
+        made = []
+        for change in changes:
+            self._index += change.kind == "begin"
+            made.append(_changed(change, self._index))
+        return made
 
 
 def _changed(change: Change, index: int) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -10,6 +10,18 @@ import msgspec
 from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, CompletionBody
 from llama_jax.server.errors import Failure
+
+
+class Events(Protocol):
+    """The server-sent events of one answer."""
+
+    def more(self, chunk: dict[str, Any]) -> Sequence[bytes]:
+        """Return the events for a chunk of OpenAI's API; the last chunk has the token counts if requested."""
+        ...
+
+    def end(self) -> Sequence[bytes]:
+        """Return the events after the last chunk."""
+        ...
 
 
 class Dialect[Body: msgspec.Struct](Protocol):
@@ -31,9 +43,8 @@ class Dialect[Body: msgspec.Struct](Protocol):
         """Translate an answer of OpenAI's API into this one."""
         ...
 
-    def events(self, body: Body, asked: Asked, chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes]:
-        """Return the server-sent events for the chunks of an answer, the last of which has the token counts if
-        requested."""
+    def events(self, body: Body, asked: Asked) -> Events:
+        """Return the maker of an answer's events."""
         ...
 
     def failed(self, failure: Failure, sent: int) -> bytes:

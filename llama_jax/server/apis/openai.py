@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -11,6 +11,14 @@ from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, CompletionBody
 from llama_jax.server.errors import Failure
 from llama_jax.server.sse import DONE, event
+
+
+class _Events:
+    def more(self, chunk: dict[str, Any]) -> Sequence[bytes]:
+        return (event(chunk),)
+
+    def end(self) -> Sequence[bytes]:
+        return (DONE,)
 
 
 class OpenAI[Body: (ChatBody, CompletionBody)]:
@@ -29,11 +37,9 @@ class OpenAI[Body: (ChatBody, CompletionBody)]:
         """See `Dialect`."""
         return answer
 
-    async def events(self, body: Body, asked: Asked, chunks: AsyncIterator[dict[str, Any]]) -> AsyncGenerator[bytes]:
+    def events(self, body: Body, asked: Asked) -> _Events:
         """See `Dialect`."""
-        async for chunk in chunks:
-            yield event(chunk)
-        yield DONE
+        return _Events()
 
     def failed(self, failure: Failure, sent: int) -> bytes:
         """See `Dialect`."""

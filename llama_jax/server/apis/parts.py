@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Container, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,25 +80,37 @@ def end_of(answer: dict[str, Any]) -> End:
     return End(choice["finish_reason"], choice["stop_reason"], answer["usage"])
 
 
-async def changes(chunks: AsyncIterator[dict[str, Any]], end: End) -> AsyncGenerator[Change]:
-    """Yield the changes of parts in a stream's chunks, in order; fills in `end`."""
-    part: Part | None = None
-    async for chunk in chunks:
-        end.usage = chunk.get("usage") or end.usage
+class Changes:
+    """Reads the changes of parts in a stream's chunks, in order.
+
+    Attributes:
+      end: the end of the answer, filled in once it is known.
+    """
+
+    def __init__(self) -> None:
+        """Begin before the first part."""
+        self.end = End()
+        self._part: Part | None = None
+
+    def more(self, chunk: dict[str, Any]) -> Iterator[Change]:
+        """Yield the changes in a chunk."""
+        self.end.usage = chunk.get("usage") or self.end.usage
         for choice in chunk["choices"]:
             for kind, text, call in _of_delta(choice["delta"]):
-                if part is None or part.kind != kind or call:
-                    if part is not None:
-                        yield Change("end", part)
-                    part = Part(kind, "", call.get("id", ""), call.get("function", {}).get("name", ""))
-                    yield Change("begin", part)
+                if self._part is None or self._part.kind != kind or call:
+                    yield from self.last()
+                    self._part = Part(kind, "", call.get("id", ""), call.get("function", {}).get("name", ""))
+                    yield Change("begin", self._part)
                 if text:
-                    part.text += text
-                    yield Change("more", part, text)
+                    self._part.text += text
+                    yield Change("more", self._part, text)
             if choice["finish_reason"]:
-                end.finish_reason, end.stop_reason = choice["finish_reason"], choice["stop_reason"]
-    if part is not None:
-        yield Change("end", part)
+                self.end.finish_reason, self.end.stop_reason = choice["finish_reason"], choice["stop_reason"]
+
+    def last(self) -> Iterator[Change]:
+        """Yield the end of the part that has begun, if any."""
+        if self._part is not None:
+            yield Change("end", self._part)
 
 
 def _of_delta(delta: dict[str, Any]) -> Iterator[tuple[Literal["reasoning", "text", "call"], str, dict[str, Any]]]:

@@ -4,15 +4,14 @@ between requests, so each has the whole conversation."""
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from llama_jax.errors import RequestError
 from llama_jax.server.answers import ResponsesAnswer
-from llama_jax.server.apis.parts import Change, End, Part, changes, end_of, parts_of, text_of
+from llama_jax.server.apis.parts import Change, Changes, End, Part, end_of, parts_of, text_of
 from llama_jax.server.asking import Asked
 from llama_jax.server.bodies import ChatBody, StreamOptions
 from llama_jax.server.errors import Failure
@@ -92,35 +91,48 @@ class Responses:
         items = [output.item(part, i, _status(end)) for i, part in enumerate(parts_of(answer["choices"][0]["message"]))]
         return _response(body, answer, items, end)
 
-    async def events(
-        self, body: ResponsesBody, asked: Asked, chunks: AsyncIterator[dict[str, Any]]
-    ) -> AsyncGenerator[bytes]:
+    def events(self, body: ResponsesBody, asked: Asked) -> _Events:
         """See `Dialect`."""
-        end, sent, items = End(), 0, list[dict[str, Any]]()
-        first = await anext(chunks)  # the role only
-        output = _Output(first["id"])
-
-        def made(name: str, /, **data: Any) -> bytes:
-            nonlocal sent
-            sent += 1
-            return event({"type": name, "sequence_number": sent - 1, **data}, name)
-
-        yield made("response.created", response=_response(body, first, [], None))
-        yield made("response.in_progress", response=_response(body, first, [], None))
-        async with aclosing(changes(chunks, end)) as news:
-            async for change in news:
-                for name, data in output.told(change, len(items)):
-                    yield made(name, **data)
-                if change.kind == "end":
-                    items.append(output.item(change.part, len(items), "completed"))
-        done = _response(body, first, items, end)
-        yield made(f"response.{done['status']}", response=done)
+        return _Events(body)
 
     def failed(self, failure: Failure, sent: int) -> bytes:
         """See `Dialect`."""
         error = failure.body["error"]
         told = {name: error[name] for name in ("code", "message", "param")}
         return event({"type": "error", "sequence_number": sent, **told}, "error")
+
+
+class _Events:
+    def __init__(self, body: ResponsesBody):
+        self._body, self._changes, self._sent = body, Changes(), 0
+        self._first: dict[str, Any] = {}
+        self._items = list[dict[str, Any]]()
+
+    def more(self, chunk: dict[str, Any]) -> Sequence[bytes]:
+        changes = self._changes.more(chunk)
+        if self._first:
+            return self._told(changes)
+        self._first, self._output = chunk, _Output(chunk["id"])
+        begun = _response(self._body, chunk, [], None)
+        names = ("response.created", "response.in_progress")
+        return [*(self._event(name, response=begun) for name in names), *self._told(changes)]
+
+    def end(self) -> Sequence[bytes]:
+        last = self._told(self._changes.last())
+        done = _response(self._body, self._first, self._items, self._changes.end)
+        return [*last, self._event(f"response.{done['status']}", response=done)]
+
+    def _told(self, changes: Iterable[Change]) -> list[bytes]:
+        made = []
+        for change in changes:
+            made += [self._event(name, **data) for name, data in self._output.told(change, len(self._items))]
+            if change.kind == "end":
+                self._items.append(self._output.item(change.part, len(self._items), "completed"))
+        return made
+
+    def _event(self, name: str, /, **data: Any) -> bytes:
+        self._sent += 1
+        return event({"type": name, "sequence_number": self._sent - 1, **data}, name)
 
 
 class _Output:
