@@ -75,6 +75,7 @@ def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.M
     "changes",
     [
         pytest.param({"prefix_cache": False}, marks=pytest.mark.slow),
+        {"mixed_rows": (1, 2)},
         pytest.param({"steps": 4}, marks=pytest.mark.slow),
         pytest.param({"chunk_rows": 1, "mixed_tokens": (64,)}, marks=pytest.mark.slow),
         pytest.param({"rows": 1, "decode_rows": (1,), "chunk_rows": 1}, marks=pytest.mark.slow),

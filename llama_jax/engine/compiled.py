@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -117,7 +118,7 @@ class Programs:
         """Missing programs that `compile_all` waits for, in the order of their compilation."""
         wanted = sufficient(self.keys) if early else self.keys
         missing = [key for key in wanted if key not in self._compiled]
-        return sorted(missing, key=lambda key: (key.greedy or key.name == "scored", -key.size))
+        return sorted(missing, key=lambda key: (key.greedy or key.rows > 0 or key.name == "scored", -key.size))
 
     @property
     def count(self) -> int:
@@ -162,10 +163,18 @@ class Programs:
             if self._settings.strict and error is None:
                 raise _late(f"jax compiled {self._counted.last or 'something'}, which is not of the engine's programs,")
 
-    def choose(self, name: str, least: int, *, greedy: bool) -> Key:
+    def choose(self, name: str, least: int, *, greedy: bool, rows: int = 0) -> Key:
         """The smallest program of that name for at least `least` rows or tokens, or while that is compiled in the
-        background another that can do the same."""
-        able = [key for key in self.keys if key.name == name and key.size >= least and key.greedy <= greedy]
+        background another that can do the same.
+
+        Args:
+          rows: of a step with prompts.
+        """
+        able = [
+            key
+            for key in self.keys
+            if key.name == name and key.size >= least and key.greedy <= greedy and (not key.rows or key.rows >= rows)
+        ]
         best = min(able, key=_cost)
         if self._ready and best not in self._compiled:
             best = min((key for key in able if key in self._compiled), key=_cost, default=best)
@@ -272,9 +281,9 @@ class Programs:
         return read
 
 
-def _cost(key: Key) -> tuple[int, bool]:
+def _cost(key: Key) -> tuple[float, ...]:
     """Orders programs by what a step costs."""
-    return key.size, not key.greedy
+    return key.size, key.rows or math.inf, not key.greedy
 
 
 def _late(what: str) -> LateCompilation:

@@ -56,32 +56,38 @@ def _mixed(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[in
         return asked[sequence.id].params.prompt_logprobs is not None
 
     scored = any(scores(chunk.sequence) for chunk in step.chunks)
-    key = of.choose("scored" if scored else "mixed", step.tokens, greedy=greedy)
-    control = programs.mixed_control(key.size, settings.rows)
-    array, parts = control.new(positions=-1, rows=NO_ROW, pages=NO_ROW, at=key.size)
+    rows = [*(sequence.row for sequence in step.decoding), *(chunk.row for chunk in step.chunks)]
+    key = of.choose("scored" if scored else "mixed", step.tokens, greedy=greedy, rows=len(rows))
+    control = programs.mixed_control(key.size, key.rows or settings.rows)
+    array, parts = control.new(positions=-1, lines=NO_ROW, rows=NO_ROW, pages=NO_ROW, at=key.size)
     packed = Packed(key, array, parts, key.size, [])
+    if key.rows:
+        parts["rows"][: len(rows)] = rows
+        lines = range(len(rows))
+    else:
+        lines = rows
 
-    def draw(row: int, at: int) -> None:
-        parts["at"][row], parts["draws"][row] = at, 1
+    def draw(line: int, at: int) -> None:
+        parts["at"][line], parts["draws"][line] = at, 1
 
-    for at, sequence in enumerate(step.decoding):
-        parts["ids"][at], parts["rows"][at] = -1, sequence.row
-        draw(sequence.row, at)
-        packed.rows.append((sequence.row, sequence))
     at = len(step.decoding)
-    for chunk in step.chunks:
+    for place, (line, sequence) in enumerate(zip(lines, step.decoding)):
+        parts["ids"][place], parts["lines"][place] = -1, line
+        draw(line, place)
+        packed.rows.append((line, sequence))
+    for line, chunk in zip(lines[at:], step.chunks, strict=True):
         sequence, end = chunk.sequence, chunk.start + chunk.count
         here = slice(at, at + chunk.count)
         parts["ids"][here] = sequence.tokens[chunk.start : end]
         parts["positions"][here] = np.arange(chunk.start, end)
-        parts["rows"][here] = chunk.row
+        parts["lines"][here] = line
         if scored:
             behind = sequence.tokens[chunk.start + 1 : end + 1]
             parts["next"][at : at + len(behind)] = behind
         if chunk.draws:
-            draw(chunk.row, here.stop - 1)
+            draw(line, here.stop - 1)
         if chunk.draws or (sequence.limit == 0 and end == len(sequence.tokens)):
-            packed.rows.append((chunk.row, sequence))
+            packed.rows.append((line, sequence))
         if scores(sequence):
             packed.spans.append((at, at + min(chunk.count, sequence.prompt_length - 1 - chunk.start), sequence))
         at = here.stop

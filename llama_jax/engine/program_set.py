@@ -45,17 +45,18 @@ class Key:
         "draft" or "follow".
       size: rows of "decode", "verify" and "draft", tokens of "mixed", "scored" and "follow"; else 0.
       greedy: whether it only takes the most likely tokens. The other program of its size can do everything.
+      rows: most rows of "mixed" and "scored"; 0: all.
     """
 
     name: str
     size: int = 0
     greedy: bool = False
+    rows: int = 0
 
     def __str__(self) -> str:
-        size = (
-            f" of {self.size} {'rows' if self.name in ('decode', 'verify', DRAFT) else 'tokens'}" if self.size else ""
-        )
-        return f"{self.name}{size}{', greedy' if self.greedy else ''}"
+        unit = "rows" if self.name in ("decode", "verify", DRAFT) else "tokens"
+        size = f" of {self.size} {unit}" if self.size else ""
+        return f"{self.name}{size}{f', {self.rows} rows' if self.rows else ''}{', greedy' if self.greedy else ''}"
 
 
 def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
@@ -69,7 +70,7 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
     keys += [Key(DRAFT, settings.draft_rows), Key(FOLLOW, piece(settings))] if settings.draft_context else []
     keys += [Key("remember")] if settings.looks_up else []
     for only in (False, True) if greedy and not settings.batch_invariant else (False,):
-        keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
+        keys += [Key("mixed", tokens, only, rows) for rows in (0, *settings.mixed_rows) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
         keys += [Key("verify", settings.draft_rows, only)] if settings.drafts else []
     return keys
@@ -79,7 +80,11 @@ def sufficient(keys: Iterable[Key]) -> list[Key]:
     """Programs that any request can be answered with, if not as fast, unless its prompt is scored: the largest of each
     name."""
     largest = {key.name: key.size for key in sorted(keys, key=lambda key: key.size)}
-    return [key for key in keys if key.size == largest[key.name] and not key.greedy and key.name != "scored"]
+    return [
+        key
+        for key in keys
+        if key.size == largest[key.name] and not key.rows and not key.greedy and key.name != "scored"
+    ]
 
 
 def program(
@@ -128,8 +133,9 @@ def program(
         function = partial(traced(programs.verify), **static, rows=key.size, drafts=settings.drafts, loops=loops)
         options = (graph_options() if loops else {}) | weight_options(config, key.size * (1 + settings.drafts))
     else:
-        control = programs.mixed_control(key.size, settings.rows)
-        static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
+        rows = key.rows or settings.rows
+        control = programs.mixed_control(key.size, rows)
+        static |= {"tokens": key.size, "rows": rows, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
         function = partial(traced(programs.mixed), **static)
         options = weight_options(config, key.size, library=PROMPT_ROWS)
     verifies = key.name == "verify"

@@ -24,6 +24,7 @@ class EngineSettings:
       pages: of the cache, of `page_size` tokens each.
       decode_rows: sizes of decode steps, ascending; the last is `rows`.
       mixed_tokens: sizes of steps with prompts, in tokens, ascending; the last is the token budget.
+      mixed_rows: sizes of such a step in rows, besides all of them, ascending.
       chunk_rows: most prompts of one such step.
       steps: most decode steps per dispatch while nothing waits and nobody reads token by token.
       waiting: most waiting requests; None for no limit.
@@ -48,6 +49,7 @@ class EngineSettings:
     mixed_tokens: tuple[int, ...]
     chunk_rows: int
     page_size: int = DEFAULT_PAGE_SIZE
+    mixed_rows: tuple[int, ...] = ()
     steps: int = 1
     waiting: int | None = None
     prefix_cache: bool = True

@@ -34,6 +34,8 @@ CPU_START, GPU_START = 1024, 8192
 CPU_EACH = 512
 """Tokens per row, on average, that a CPU has pages for; rows that need more use those of rows that need less."""
 CHUNK_ROWS = 16
+GPU_MIXED_ROWS = (32,)
+"""Sizes of steps with prompts in rows, besides all rows: up to 32 rows cost next to nothing beside a prompt."""
 STEPS = 8
 """Decode steps per dispatch on a device that loops by itself, if nobody reads token by token. This way a step of 64
 rows of Llama-3.1-8B takes 6.45 ms on an H200; with one dispatch per step, 7.0."""
@@ -228,8 +230,10 @@ def settings_for(
     if batch_invariant:  # one size of each program
         chunk_rows, buckets = ONE_SIZE_ROWS, (rows,)
         tokens = [max(CPU_ONE_SIZE if on_cpu else GPU_ONE_SIZE, page_size, 1 << rows.bit_length())]
+    few = () if on_cpu or batch_invariant else tuple(n for n in GPU_MIXED_ROWS if n < rows)
     return EngineSettings(
         rows=rows,
+        mixed_rows=few,
         context=context,
         pages=pages,
         decode_rows=buckets,
