@@ -52,21 +52,19 @@ class Asked:
 
 
 def joinings(step: Step, asked: Mapping[int, Asked], model: Model, settings: EngineSettings) -> Iterator[np.ndarray]:
-    """The argument of each `state.join` call that a step needs (`flat`): none if no row changes hands.
+    """The argument of each `state.join` call that a step needs (`flat`): none if no row gets a sequence.
 
     Args:
       asked: sequences by number, including those that join.
     """
     widths = model.config.vocab_size, model.eos_token_ids, settings.stop_ids, settings.biases
     like, idle = _idle(shapes_alone(settings), *widths)
-    joining, marks, leaves = list(step.joining), _marks(step, asked), bool(step.leaving)
-    while joining or marks or leaves:
+    joining, marks = list(step.joining), _marks(step, asked)
+    while joining or marks:
         # A first token waits for this: what is not used is copied.
         array = idle.copy()
-        leaving, new = views(array, like)
-        if leaves:
-            leaving[list(step.leaving)] = True
-        group, joining, leaves = joining[: settings.chunk_rows], joining[settings.chunk_rows :], False
+        new = views(array, like)
+        group, joining = joining[: settings.chunk_rows], joining[settings.chunk_rows :]
         _begin(new, group, step.pages, [asked[each.sequence.id] for each in group], widths)
         if not joining:  # marks come with the last rows: a joining row clears its earlier marks
             some, marks = marks[:MARKED], marks[MARKED:]
@@ -124,8 +122,7 @@ def _idle(settings: EngineSettings, *widths: Any) -> tuple[Any, np.ndarray]:
         sampler=_sampler([_IDLE] * n, *widths),
         marked=Marked(ints(MARKED, fill=NO_ROW), ints(MARKED), np.zeros(MARKED, bool)),
     )
-    given = np.zeros(settings.rows, bool), like
-    return given, flat(given)
+    return like, flat(like)
 
 
 def _sampler(

@@ -112,7 +112,7 @@ def program(
         args: tuple[Any, ...]
         changed = state if key.name == "scrub" else rows_alone(state)
         if key.name == "join":
-            like = jax.ShapeDtypeStruct((settings.rows,), jnp.bool), _joining(settings, state)
+            like = _joining(settings, state)
             function, args = partial(_join, like=like), (ints(flat_size(like)),)
         elif key.name == "restrict":
             n, words = restricted(settings), token_mask.all_allowed(config.vocab_size).shape
@@ -163,7 +163,7 @@ def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.Sha
 
 def _join(state: DecodeState, given: jax.Array, *, like: Any) -> DecodeState:
     """`join` with its other arguments packed into one array."""
-    return join(state, *unflat(given, like))
+    return join(state, unflat(given, like))
 
 
 def restricted(settings: EngineSettings) -> int:

@@ -65,7 +65,7 @@ class Marked:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Joining:
-    """Sequences that begin in idle rows, or resume there after preemption; arrays [n] unless noted.
+    """Sequences that begin in rows without one, or resume there after preemption; arrays [n] unless noted.
 
     Attributes:
       rows: int32, the row of each; NO_ROW is padding.
@@ -89,10 +89,9 @@ class Joining:
     marked: Marked
 
 
-def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
-    """Empties rows `leaving` bool [rows] of the state and begins others; with or without its keys and values
-    (`rows_alone`)."""
-    cache = paged(state).release(leaving).book(new.rows, new.pages, new.shared)
+def join(state: DecodeState, new: Joining) -> DecodeState:
+    """Begins sequences in rows, whatever these held before; with or without the state's keys and values (`rows_alone`)."""
+    cache = paged(state).book(new.rows, new.pages, new.shared)
     begun = {
         "tokens": jnp.zeros_like(new.length),
         "positions": new.length - 1,
@@ -103,7 +102,6 @@ def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
         "rope_lengths": new.rope_lengths,
         "adapter_ids": new.adapter_ids,
     }
-    state = dataclasses.replace(state, done=state.done | leaving)
     rows = {name: protocol.put_rows(getattr(state, name), new.rows, value) for name, value in begun.items()}
     sampler: dict[str, Any] = {}
     for field in dataclasses.fields(state.sampler):
