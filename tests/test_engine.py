@@ -158,7 +158,7 @@ def test_an_engine_that_is_ready_early(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     core = Core(model, small_settings(decode_rows=(1, 3), mixed_tokens=(7, 24)))  # sizes that no other test has
     told = [str(news.key) for news in core.compile_all(early=True)]
-    assert sorted(told) == ["decode of 3 rows", "join", "mixed of 24 tokens", "restrict", "scrub"]
+    assert sorted(told) == ["decode of 3 rows", "mark", "mixed of 24 tokens", "scrub"]
     assert core.snapshot().ready_s is not None
 
     asked = some_requests(model, 6)

@@ -199,7 +199,7 @@ def test_a_commands_objects_are_frozen_when_all_is_compiled() -> None:
         with CliRunner().isolation():
             subject = Subject(*[None] * len(dataclasses.fields(Subject)))  # type: ignore[arg-type]
             with subject.compiling() as compiling:
-                compiling(Compiled(Key("join"), 0.1, False, 1, 2, 0.1))
+                compiling(Compiled(Key("mark"), 0.1, False, 1, 2, 0.1))
                 assert gc.get_freeze_count() == 0
                 compiling(Compiled(Key("scrub"), 0.1, False, 2, 2, 0.0))
         assert gc.get_freeze_count() > 1000
@@ -232,7 +232,7 @@ def test_a_line_for_each_program(capsys: pytest.CaptureFixture[str], monkeypatch
         "Compiling: 3 of 3 programs, 0 s left, decode of 8 rows, greedy: 2.5 s",
     ]
     with Reporter(quiet=True) as reporter:
-        reporter.compiled(Compiled(Key("join"), 2.5, False, 1, 3, 9.0))
+        reporter.compiled(Compiled(Key("mark"), 2.5, False, 1, 3, 9.0))
     assert capsys.readouterr().err == ""
 
 

@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines of programs that compile in no time."""
-    keys = [Key("join"), Key("restrict"), Key("scrub")]
+    keys = [Key("mark"), Key("scrub")]
     monkeypatch.setattr("llama_jax.engine.compiled.program_set", lambda settings, greedy: keys)
 
 
@@ -110,7 +110,7 @@ def test_what_programs_depend_on(folder: Path, monkeypatch: pytest.MonkeyPatch) 
         paths(folder, Model(model.params, model.config, kernels={"flash_attention": "reference"}), SETTINGS),
     ]
     narrow = paths(folder, Model(jax.tree.map(lambda x: x.astype("bfloat16"), model.params), model.config), SETTINGS)
-    assert len(narrow & before) == len({Key("join"), Key("restrict")})  # which see no weights, keys or values
+    assert len(narrow & before) == len({Key("mark")})  # which sees no weights, keys or values
     for name, value in (("XLA_FLAGS", "--xla_cpu_enable_fast_math=true"), ("LLAMA_JAX_KERNELS", "norm=reference")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)

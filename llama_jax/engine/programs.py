@@ -1,9 +1,9 @@
 """The engine's programs: a few, with fixed shapes, compiled before the first request.
 
-`mixed` runs the prompts' next tokens and one token of each decoding row through the model together, packed along one
-axis, and can score the prompts; `decode` runs steps of decoding rows only. What changes from step to step is sent as
-one integer array (`Control`), so that a dispatch sends one array to the device and fetches one. Between steps
-`state.join` prepares rows.
+`mixed` lets sequences begin in rows, and runs the prompts' next tokens and one token of each decoding row through the
+model together, packed along one axis; it can score the prompts. `decode` runs steps of decoding rows only. What changes
+from step to step is sent as one integer array (`Control`), so that a dispatch sends one array to the device and
+fetches one: each array, and each dispatch, costs the host time before a first token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import numpy as np
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import DecodeState, Progress, by_rows, decode_step, emit, no_progress, run_steps
 from llama_jax.engine import lookup
-from llama_jax.engine.state import paged, put_rows, take_rows
+from llama_jax.engine.flat import flat_size, unflat
+from llama_jax.engine.state import Joining, join, paged, put_rows, take_rows
 from llama_jax.model import forward
 from llama_jax.model.head import unembed
 from llama_jax.params import Params
@@ -41,7 +42,7 @@ class Control:
 
     def __init__(self, **shapes: tuple[int, ...]):
         self.shapes = shapes
-        self.size = sum(int(np.prod(shape)) for shape in shapes.values())
+        self.size = sum(math.prod(shape) for shape in shapes.values())
 
     def new(self, **fills: int) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
         """Makes an array for the host to fill, and views of its parts; each starts with its value in `fills`, or 0."""
@@ -55,7 +56,7 @@ class Control:
         """The parts of an array, of numpy or of jax."""
         parts, start = {}, 0
         for name, shape in self.shapes.items():
-            size = int(np.prod(shape))
+            size = math.prod(shape)
             parts[name] = array[start : start + size].reshape(shape)
             start += size
         return parts
@@ -66,11 +67,12 @@ def decode_control(rows: int) -> Control:
     return Control(rows=(rows,), steps=(1,), pages=(rows, 3))
 
 
-def mixed_control(tokens: int, rows: int) -> Control:
+def mixed_control(tokens: int, rows: int, joining: Joining) -> Control:
     """For `mixed`, per token: id (negative: the one that its row drew last), position, line of its row, and the next
-    id, to be scored; per line: its row, the token after which it draws, and whether it does; and pages to book."""
+    id, to be scored; per line: its row, the token after which it draws, and whether it does; pages to book; and the
+    sequences that begin (`flat`)."""
     each = dict.fromkeys(("ids", "positions", "lines", "next"), (tokens,))
-    return Control(**each, rows=(rows,), at=(rows,), draws=(rows,), pages=(rows, 3))
+    return Control(**each, rows=(rows,), at=(rows,), draws=(rows,), pages=(rows, 3), joining=(flat_size(joining),))
 
 
 def verify_control(rows: int, drafts: int) -> Control:
@@ -220,6 +222,7 @@ def mixed(
     tokens: int,
     rows: int,
     chunk_rows: int,
+    joining: Joining,
     scored: bool = False,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None, Logprobs | None]:
     """Runs one step of prompts and decoding rows together: some rows, or all in place if the program has room for them,
@@ -228,14 +231,15 @@ def mixed(
 
     Args:
       chunk_rows: the most prompts in it.
+      joining: shapes of the sequences that begin.
       scored: whether to compute the prompts' own log-probabilities.
 
     Returns:
       The state, `report` of the rows, and with `scored` the log-probabilities of each token's successor [tokens], and
       of the most likely ids in its place [tokens, n].
     """
-    given = mixed_control(tokens, rows).parts(control)
-    state = book(state, given["pages"])
+    given = mixed_control(tokens, rows, joining).parts(control)
+    state = book(join(state, unflat(given["joining"], joining)), given["pages"])
     everyone = rows == len(state.done)
     part = state if everyone else take_rows(state, given["rows"])
     line, ids, positions = given["lines"], given["ids"], given["positions"]
