@@ -77,6 +77,12 @@ class EngineSettings:
                 param="mixed_tokens",
                 hint="a step takes a token of every row that decodes, and prompts besides",
             )
+        if [*self.mixed_rows] != sorted({n for n in self.mixed_rows if 0 < n < self.rows}):
+            raise RequestError(
+                f"mixed_rows {self.mixed_rows} must ascend, and be fewer than the {self.rows} rows",
+                param="mixed_rows",
+                hint="e.g. (32,) for 256 rows; a step with prompts and more rows takes all",
+            )
         if not 1 <= self.steps <= self.page_size:
             raise RequestError(
                 f"steps must be in [1, {self.page_size}], a page's tokens; got {self.steps}",
