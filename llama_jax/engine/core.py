@@ -25,7 +25,7 @@ from llama_jax.engine.draft_model import DraftModel, check_room, cost_of
 from llama_jax.engine.draft_programs import DraftParts
 from llama_jax.engine.drafting import NGrams, Source
 from llama_jax.engine.foresight import Foresight
-from llama_jax.engine.joining import Asked, masks, penalised
+from llama_jax.engine.joining import Asked, Beginnings, masks, penalised
 from llama_jax.engine.meter import Meter
 from llama_jax.engine.packing import pack
 from llama_jax.engine.program_set import START, Key
@@ -117,6 +117,7 @@ class Core:
         parts = None if draft is None else DraftParts.of(draft, settings, model.config.vocab_size)
         self.programs = Programs(model, settings, shapes_of(self._begin), adapters, compiled, parts)
         self._asked: dict[int, Asked] = {}
+        self._beginnings = Beginnings(model, settings)
         self._source: Source | None = NGrams(settings.drafts) if settings.drafts else None
         if parts is not None:
             self._source = DraftModel(parts, settings, self.programs.draft, cost_of(parts.model, model, peak))
@@ -269,7 +270,7 @@ class Core:
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
         if step.chunks and (going := sum(sequence.limit - sequence.drawn > 1 for sequence in everyone)):
             self.programs.expect("decode", going, greedy=greedy)  # compiled while the prompts' program compiles
-        packed = pack(step, self.programs, self.model, self.settings, self._asked, greedy=greedy)
+        packed = pack(step, self.programs, self.settings, self._asked, self._beginnings, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             packed.parts["pages"][: len(pages)] = pages
         for sequence in step.remember:

@@ -51,23 +51,28 @@ class Asked:
     cached: int | None = None
 
 
-def begin(into: np.ndarray, step: Step, asked: Mapping[int, Asked], model: Model, settings: EngineSettings) -> None:
-    """Fills in the sequences that begin with a step (`flat`).
+class Beginnings:
+    """Sequences that begin with a step, as they are sent to the device.
 
-    Args:
-      into: int32, of the length of `idle`.
-      asked: sequences by number, including those that join.
+    Attributes:
+      idle: what is sent if none begins; read-only.
     """
-    like, nothing = _idle(*_shapes(model, settings))
-    into[...] = nothing
-    if step.joining:
-        each = [asked[joining.sequence.id] for joining in step.joining]
-        _begin(views(into, like), step.joining, step.pages, each, _widths(model, settings))
 
+    def __init__(self, model: Model, settings: EngineSettings):
+        self._widths = model.config.vocab_size, model.eos_token_ids, settings.stop_ids, settings.biases
+        self.idle, self._flat = _idle(shapes_alone(settings), *self._widths)
 
-def idle(model: Model, settings: EngineSettings) -> Joining:
-    """What is sent if no sequence begins; read-only."""
-    return _idle(*_shapes(model, settings))[0]
+    @property
+    def size(self) -> int:
+        """Length of the array that is sent."""
+        return len(self._flat)
+
+    def write(self, into: np.ndarray, step: Step, asked: Mapping[int, Asked]) -> None:
+        """Fills in the array int32 [size] (`flat`); `asked` are sequences by number, including those that join."""
+        into[...] = self._flat
+        if step.joining:
+            each = [asked[joining.sequence.id] for joining in step.joining]
+            _begin(views(into, self.idle), step.joining, step.pages, each, self._widths)
 
 
 def masks(step: Step, asked: Mapping[int, Asked], vocab_size: int) -> list[tuple[int, np.ndarray]]:
@@ -145,11 +150,3 @@ def penalised(step: Step, asked: Mapping[int, Asked]) -> tuple[list[int], list[t
                 for i, token in enumerate(sequence.tokens[first:], first)
             ]
     return rows, marks
-
-
-def _shapes(model: Model, settings: EngineSettings) -> tuple[Any, ...]:
-    return shapes_alone(settings), *_widths(model, settings)
-
-
-def _widths(model: Model, settings: EngineSettings) -> tuple[Any, ...]:
-    return model.config.vocab_size, model.eos_token_ids, settings.stop_ids, settings.biases

@@ -10,12 +10,11 @@ import numpy as np
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
 from llama_jax.engine.compiled import Programs
-from llama_jax.engine.joining import Asked, begin, idle
+from llama_jax.engine.joining import Asked, Beginnings
 from llama_jax.engine.program_set import Key
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.steps import Step
-from llama_jax.model.loaded import Model
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,13 @@ class Packed:
 
 
 def pack(
-    step: Step, of: Programs, model: Model, settings: EngineSettings, asked: Mapping[int, Asked], *, greedy: bool
+    step: Step,
+    of: Programs,
+    settings: EngineSettings,
+    asked: Mapping[int, Asked],
+    beginnings: Beginnings,
+    *,
+    greedy: bool,
 ) -> Packed:
     """The smallest program for a step, and its control array.
 
@@ -48,14 +53,20 @@ def pack(
       greedy: whether all rows that draw only take the most likely token.
     """
     if step.chunks:
-        return _mixed(step, of, model, settings, asked, greedy=greedy)
+        return _mixed(step, of, settings, asked, beginnings, greedy=greedy)
     if step.drafts:
         return _verify(step, of, settings, asked, greedy=greedy)
     return _decode(step, of, settings, greedy=greedy)
 
 
 def _mixed(
-    step: Step, of: Programs, model: Model, settings: EngineSettings, asked: Mapping[int, Asked], *, greedy: bool
+    step: Step,
+    of: Programs,
+    settings: EngineSettings,
+    asked: Mapping[int, Asked],
+    beginnings: Beginnings,
+    *,
+    greedy: bool,
 ) -> Packed:
     def scores(sequence: Sequence) -> bool:
         return asked[sequence.id].params.prompt_logprobs is not None
@@ -63,10 +74,10 @@ def _mixed(
     scored = any(scores(chunk.sequence) for chunk in step.chunks)
     rows = [*(sequence.row for sequence in step.decoding), *(chunk.row for chunk in step.chunks)]
     key = of.choose("scored" if scored else "mixed", step.tokens, greedy=greedy, rows=len(rows))
-    control = programs.mixed_control(key.size, key.rows or settings.rows, idle(model, settings))
+    control = programs.mixed_control(key.size, key.rows or settings.rows, beginnings.size)
     array, parts = control.new(positions=-1, lines=NO_ROW, rows=NO_ROW, pages=NO_ROW, at=key.size)
     packed = Packed(key, array, parts, key.size, [])
-    begin(parts["joining"], step, asked, model, settings)
+    beginnings.write(parts["joining"], step, asked)
     parts["rows"][: len(rows)] = rows
     lines = range(len(rows)) if key.rows else rows
 

@@ -17,6 +17,7 @@ from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.weights_read import PROMPT_ROWS, weight_options
 from llama_jax.engine import programs
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, piece
+from llama_jax.engine.flat import flat_size
 from llama_jax.engine.lookup import remember
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.engine.state import Joining, Marked, mark, scrub, wide
@@ -133,7 +134,7 @@ def program(
     else:
         rows = key.rows or settings.rows
         joining = _joining(settings, state)
-        control = programs.mixed_control(key.size, rows, joining)
+        control = programs.mixed_control(key.size, rows, flat_size(joining))
         static |= {"tokens": key.size, "rows": rows, "chunk_rows": settings.chunk_rows, "joining": joining}
         static |= {"scored": key.name == "scored"}
         function = partial(traced(programs.mixed), **static)

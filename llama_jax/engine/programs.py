@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -62,17 +63,19 @@ class Control:
         return parts
 
 
+@cache
 def decode_control(rows: int) -> Control:
     """For `decode`: the rows, the steps to run, and pages (row, index, page) to book."""
     return Control(rows=(rows,), steps=(1,), pages=(rows, 3))
 
 
-def mixed_control(tokens: int, rows: int, joining: Joining) -> Control:
+@cache
+def mixed_control(tokens: int, rows: int, joining: int) -> Control:
     """For `mixed`, per token: id (negative: the one that its row drew last), position, line of its row, and the next
     id, to be scored; per line: its row, the token after which it draws, and whether it does; pages to book; and the
-    sequences that begin (`flat`)."""
+    sequences that begin, `joining` integers (`Beginnings`)."""
     each = dict.fromkeys(("ids", "positions", "lines", "next"), (tokens,))
-    return Control(**each, rows=(rows,), at=(rows,), draws=(rows,), pages=(rows, 3), joining=(flat_size(joining),))
+    return Control(**each, rows=(rows,), at=(rows,), draws=(rows,), pages=(rows, 3), joining=(joining,))
 
 
 def verify_control(rows: int, drafts: int) -> Control:
@@ -238,7 +241,7 @@ def mixed(
       The state, `report` of the rows, and with `scored` the log-probabilities of each token's successor [tokens], and
       of the most likely ids in its place [tokens, n].
     """
-    given = mixed_control(tokens, rows, joining).parts(control)
+    given = mixed_control(tokens, rows, flat_size(joining)).parts(control)
     state = book(join(state, unflat(given["joining"], joining)), given["pages"])
     everyone = rows == len(state.done)
     part = state if everyone else take_rows(state, given["rows"])
