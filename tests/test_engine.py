@@ -75,7 +75,7 @@ def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.M
     "changes",
     [
         pytest.param({"prefix_cache": False}, marks=pytest.mark.slow),
-        pytest.param({"mixed_rows": (1, 2)}, marks=pytest.mark.slow),
+        pytest.param({"few_tokens": (8, 24), "few_rows": 2, "greedy": True}, marks=pytest.mark.slow),
         pytest.param({"steps": 4}, marks=pytest.mark.slow),
         pytest.param({"chunk_rows": 1, "mixed_tokens": (64,)}, marks=pytest.mark.slow),
         pytest.param({"rows": 1, "decode_rows": (1,), "chunk_rows": 1}, marks=pytest.mark.slow),
@@ -273,8 +273,9 @@ def test_what_never_fits_is_refused() -> None:
     [
         ({"decode_rows": (1, 2)}, "decode_rows"),
         ({"mixed_tokens": (2,)}, "mixed_tokens"),
-        ({"mixed_rows": (2, 3)}, "mixed_rows"),
-        ({"mixed_rows": (2, 1)}, "mixed_rows"),
+        ({"few_tokens": (8, 24), "few_rows": 3}, "few_tokens"),
+        ({"few_tokens": (24, 8), "few_rows": 2}, "few_tokens"),
+        ({"few_tokens": (48,), "few_rows": 2}, "few_tokens"),
         ({"steps": 17}, "steps"),
         ({"page_size": 24}, "page"),
     ],

@@ -181,7 +181,8 @@ SETTINGS = EngineSettings(
     pages=16,
     decode_rows=(1, 4),
     mixed_tokens=(8, 32),
-    mixed_rows=(2,),
+    few_tokens=(8, 32),
+    few_rows=2,
     chunk_rows=4,
     page_size=16,
 )

@@ -44,7 +44,7 @@ class Key:
       name: "decode", "verify", "mixed", "scored", "mark", "scrub" or "remember"; for a draft model "draft" or "follow".
       size: rows of "decode", "verify" and "draft", tokens of "mixed", "scored" and "follow"; else 0.
       greedy: whether it only takes the most likely tokens. The other program of its size can do everything.
-      rows: most rows of "mixed" and "scored"; 0: all.
+      rows: most rows of "mixed"; 0: all.
     """
 
     name: str
@@ -69,8 +69,9 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
     keys += [Key(DRAFT, settings.draft_rows), Key(FOLLOW, piece(settings))] if settings.draft_context else []
     keys += [Key("remember")] if settings.looks_up else []
     for only in (False, True) if greedy and not settings.batch_invariant else (False,):
-        for rows in (0, *settings.mixed_rows):
-            keys += [Key("mixed", tokens, only, rows) for tokens in settings.mixed_tokens]
+        keys += [Key("mixed", tokens, only, settings.few_rows) for tokens in settings.few_tokens]
+        if not (only and settings.few_tokens):
+            keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
         keys += [Key("verify", settings.draft_rows, only)] if settings.drafts else []
     return keys

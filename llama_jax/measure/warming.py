@@ -29,10 +29,11 @@ def warm_up(settings: EngineSettings, vocab: int) -> Iterator[list[Work]]:
         new = -(-rows // settings.chunk_rows) + 4 * settings.steps
         return [work(i, 1, min(new, longest - 1)) for i in range(rows)]
 
-    for tokens in settings.mixed_tokens:
+    for tokens in settings.few_tokens:
         yield prompts(tokens)
-        for few in settings.mixed_rows:
-            if tokens > few + 1:
-                yield [*decoding(few + 1), *prompts(tokens - few - 1)]
+    beside = settings.few_rows + 1 if settings.few_tokens else 0
+    for tokens in settings.mixed_tokens:
+        if tokens > beside:
+            yield [*decoding(beside), *prompts(tokens - beside)]
     for rows in settings.decode_rows:
         yield decoding(rows)

@@ -28,7 +28,15 @@ from llama_jax.sampling import SamplingParams
 pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")]
 
 SETTINGS = EngineSettings(
-    rows=5, context=128, pages=10, decode_rows=(5,), mixed_tokens=(32,), mixed_rows=(4,), chunk_rows=2, page_size=64
+    rows=5,
+    context=128,
+    pages=10,
+    decode_rows=(5,),
+    mixed_tokens=(32,),
+    few_tokens=(32,),
+    few_rows=4,
+    chunk_rows=2,
+    page_size=64,
 )
 
 
