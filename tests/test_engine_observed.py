@@ -249,7 +249,7 @@ class Clock:
 
 def decoding(*lengths: int) -> Step:
     sequences = tuple(Sequence(i, [1], 1, 99, computed=length) for i, length in enumerate(lengths))
-    return Step(1, (), (), (), (), sequences, 1)
+    return Step(1, (), (), (), sequences, 1)
 
 
 def test_rates_of_the_last_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_costs_of_what_ran(ready: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mixed_step_counts_its_chunks() -> None:
     sequence = Sequence(1, [1] * 30, 30, 9, computed=20)
-    step = Step(1, (), (), (), (Chunk(sequence, 0, 8, 12, draws=False),), decoding(7).decoding, 1)
+    step = Step(1, (), (), (Chunk(sequence, 0, 8, 12, draws=False),), decoding(7).decoding, 1)
     meter = Meter(StepCosts(tiny_config(), jnp.float32), None)
     meter.dispatched(step, 16)
     meter.ended(1)
