@@ -89,11 +89,11 @@ class Device:
 
     def execute(self, dispatch: Dispatch) -> list[Report]:
         step = dispatch.step
-        for row in step.leaving:
-            del self.rows[row]
-            self.table = {key: page for key, page in self.table.items() if key[0] != row}
         for joining in step.joining:
-            assert joining.row not in self.rows
+            self.table = {key: page for key, page in self.table.items() if key[0] != joining.row}
+            gone = [n for n, row in self.rows.items() if n == joining.row or row.sequence is joining.sequence]
+            for number in gone:
+                del self.rows[number]
             length = dispatch.lengths[joining.sequence.id]
             drawn = length - joining.sequence.prompt_length
             known = self.prefix(joining.sequence, joining.sequence.tokens[: joining.shared])

@@ -75,6 +75,7 @@ def test_every_family_draws_what_it_draws_alone(case: str, monkeypatch: pytest.M
     "changes",
     [
         pytest.param({"prefix_cache": False}, marks=pytest.mark.slow),
+        pytest.param({"few_tokens": (8, 24), "few_rows": 2, "greedy": True}, marks=pytest.mark.slow),
         pytest.param({"steps": 4}, marks=pytest.mark.slow),
         pytest.param({"chunk_rows": 1, "mixed_tokens": (64,)}, marks=pytest.mark.slow),
         pytest.param({"rows": 1, "decode_rows": (1,), "chunk_rows": 1}, marks=pytest.mark.slow),
@@ -157,14 +158,14 @@ def test_an_engine_that_is_ready_early(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     core = Core(model, small_settings(decode_rows=(1, 3), mixed_tokens=(7, 24)))  # sizes that no other test has
     told = [str(news.key) for news in core.compile_all(early=True)]
-    assert sorted(told) == ["decode of 3 rows", "join", "mixed of 24 tokens", "restrict", "scrub"]
+    assert sorted(told) == ["decode of 3 rows", "mark", "mixed of 24 tokens", "scrub"]
     assert core.snapshot().ready_s is not None
 
     asked = some_requests(model, 6)
     expected = [alone(model, request).tokens for request in asked]
     assert [tokens(news) for news in run(core, asked, arrivals=list(range(6)))] == expected
     snapshot = core.snapshot()
-    assert (snapshot.programs, snapshot.programs_behind, snapshot.late_compilations) == (5, 3, 0)
+    assert (snapshot.programs, snapshot.programs_behind, snapshot.late_compilations) == (4, 3, 0)
 
     scored = asked[0][0], SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=2)
     (news,) = run(core, [scored])
@@ -178,7 +179,7 @@ def test_an_engine_that_is_ready_early(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [core.programs.choose(name, 1, greedy=False).size for name in ("decode", "mixed")] == [1, 7]
     assert [tokens(news) for news in run(core, asked, arrivals=list(range(6)))] == expected
     snapshot = core.snapshot()
-    assert (snapshot.programs, snapshot.programs_behind, snapshot.late_compilations) == (8, 0, 0)
+    assert (snapshot.programs, snapshot.programs_behind, snapshot.late_compilations) == (7, 0, 0)
 
 
 def test_prompts_are_scored_the_same_with_a_warm_cache() -> None:
@@ -272,6 +273,9 @@ def test_what_never_fits_is_refused() -> None:
     [
         ({"decode_rows": (1, 2)}, "decode_rows"),
         ({"mixed_tokens": (2,)}, "mixed_tokens"),
+        ({"few_tokens": (8, 24), "few_rows": 3}, "few_tokens"),
+        ({"few_tokens": (24, 8), "few_rows": 2}, "few_tokens"),
+        ({"few_tokens": (48,), "few_rows": 2}, "few_tokens"),
         ({"steps": 17}, "steps"),
         ({"page_size": 24}, "page"),
     ],

@@ -212,7 +212,7 @@ def test_default_sizes(on_cpu: bool, rows: int, page_size: int) -> None:
     assert made.boundary % page_size == 0
     assert made.boundary <= made.budget
     names = [(key.name, key.size) for key in program_set(made, greedy=True)]
-    assert len(set(names)) == len(names) == 6
+    assert len(set(names)) == len(names) == 5
     assert settings_for(config, "bfloat16", None, **sizes).boundary is None
 
 

@@ -27,7 +27,7 @@ from llama_jax.measure import bench
 from llama_jax.measure.bench import BenchResult, Ceilings
 from llama_jax.measure.ideal import Steady, every_other, unfinished
 from llama_jax.measure.serving import Record, block, check_limits, summary
-from llama_jax.measure.throughput import Run, medians, run_job, shares
+from llama_jax.measure.throughput import Run, asked, medians, run_job, shares
 from llama_jax.measure.warming import warm_up
 from llama_jax.measure.workloads import FIRST_ID, MIXES, Work, renamed, workload
 from llama_jax.model.loaded import Model
@@ -176,7 +176,15 @@ def test_limits_that_no_request_has(limits: dict[str, float]) -> None:
 
 TINY = Model(init_params(tiny_config(), jax.random.key(0)), tiny_config(), name="tiny")
 SETTINGS = EngineSettings(
-    rows=4, context=64, pages=16, decode_rows=(1, 4), mixed_tokens=(8, 32), chunk_rows=4, page_size=16
+    rows=4,
+    context=64,
+    pages=16,
+    decode_rows=(1, 4),
+    mixed_tokens=(8, 32),
+    few_tokens=(8, 32),
+    few_rows=2,
+    chunk_rows=4,
+    page_size=16,
 )
 
 
@@ -185,10 +193,12 @@ def test_the_first_requests_run_every_program() -> None:
     llm, ran = LLM(TINY, settings=SETTINGS), set()
     programs = llm._jobs.engine.cores[0].programs
     step = programs.step
-    programs.step = lambda key, *args: (ran.add((key.name, key.size)), step(key, *args))[1]  # type: ignore[method-assign]
+    programs.step = lambda key, *args: (ran.add(key), step(key, *args))[1]  # type: ignore[method-assign]
     for works in warm_up(SETTINGS, VOCAB):
-        llm.generate([list(work.prompt) for work in works], max_tokens=works[0].output_tokens, ignore_eos=True)
-    assert ran == {("mixed", 8), ("mixed", 32), ("decode", 1), ("decode", 4)}
+        llm.generate([list(work.prompt) for work in works], [asked(work) for work in works])
+    steps = {key for key in programs.keys if key.name in ("mixed", "decode")}
+    assert ran == {key for key in steps if not key.greedy}
+    assert len(ran) == 6
 
 
 @pytest.mark.slow

@@ -224,7 +224,7 @@ def test_nothing_is_compiled_for_constraints_after_ready() -> None:
 
 @pytest.mark.slow
 def test_more_rows_than_one_call_gives_masks_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama_jax.engine.program_set.RESTRICTED", 2)
+    monkeypatch.setattr("llama_jax.engine.program_set.MASKED", 2)
     model = tiny_model()
     core = Core(model, small_settings(stop_ids=65))  # sizes that no other test has
     asked = [([3 + i], SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)) for i in range(3)]

@@ -101,7 +101,6 @@ def test_pages_of_an_ended_row_wait_for_the_steps_that_still_write_them() -> Non
     h.deliver()
     assert h.scheduler.counts.pages_free == 4
     step = planned(h.schedule())
-    assert step.leaving == (0,)
     assert [joining.row for joining in step.joining] == [0]
 
 

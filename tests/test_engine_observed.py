@@ -199,7 +199,7 @@ def test_a_commands_objects_are_frozen_when_all_is_compiled() -> None:
         with CliRunner().isolation():
             subject = Subject(*[None] * len(dataclasses.fields(Subject)))  # type: ignore[arg-type]
             with subject.compiling() as compiling:
-                compiling(Compiled(Key("join"), 0.1, False, 1, 2, 0.1))
+                compiling(Compiled(Key("mark"), 0.1, False, 1, 2, 0.1))
                 assert gc.get_freeze_count() == 0
                 compiling(Compiled(Key("scrub"), 0.1, False, 2, 2, 0.0))
         assert gc.get_freeze_count() > 1000
@@ -232,7 +232,7 @@ def test_a_line_for_each_program(capsys: pytest.CaptureFixture[str], monkeypatch
         "Compiling: 3 of 3 programs, 0 s left, decode of 8 rows, greedy: 2.5 s",
     ]
     with Reporter(quiet=True) as reporter:
-        reporter.compiled(Compiled(Key("join"), 2.5, False, 1, 3, 9.0))
+        reporter.compiled(Compiled(Key("mark"), 2.5, False, 1, 3, 9.0))
     assert capsys.readouterr().err == ""
 
 
@@ -249,7 +249,7 @@ class Clock:
 
 def decoding(*lengths: int) -> Step:
     sequences = tuple(Sequence(i, [1], 1, 99, computed=length) for i, length in enumerate(lengths))
-    return Step(1, (), (), (), (), sequences, 1)
+    return Step(1, (), (), (), sequences, 1)
 
 
 def test_rates_of_the_last_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +319,7 @@ def test_costs_of_what_ran(ready: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mixed_step_counts_its_chunks() -> None:
     sequence = Sequence(1, [1] * 30, 30, 9, computed=20)
-    step = Step(1, (), (), (), (Chunk(sequence, 0, 8, 12, draws=False),), decoding(7).decoding, 1)
+    step = Step(1, (), (), (Chunk(sequence, 0, 8, 12, draws=False),), decoding(7).decoding, 1)
     meter = Meter(StepCosts(tiny_config(), jnp.float32), None)
     meter.dispatched(step, 16)
     meter.ended(1)

@@ -91,7 +91,7 @@ def test_scoring_compiles_no_decode_step(golden: Model) -> None:
     (output,) = llm.generate(prompts_of(golden, 4)[:1], max_tokens=0, prompt_logprobs=1)
     assert output.prompt_logprobs is not None
     programs = llm._jobs.engine.cores[0].programs
-    assert {key.name for key in set(programs.keys) - set(programs.awaited())} == {"join", "scored"}
+    assert {key.name for key in set(programs.keys) - set(programs.awaited())} == {"scored"}
 
 
 def test_what_is_about_new_text_refuses_none(golden: Model) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
-import jax.numpy as jnp
 
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import Rule
@@ -130,12 +129,12 @@ class KVCache(Protocol):
 
 def take_rows(x: jax.Array, rows: jax.Array, empty: int) -> jax.Array:
     """Rows `rows` int32 [n] of an array with a row for each text; `empty` beyond the last one."""
-    return jnp.take(x, rows, axis=0, mode="fill", fill_value=empty)
+    return x.at[rows].get(mode="fill", fill_value=empty, wrap_negative_indices=False)
 
 
 def put_rows(x: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
     """The array with `new` as its rows `rows` int32 [n]; those beyond the last one are dropped."""
-    return x.at[rows].set(new, mode="drop")
+    return x.at[rows].set(new, mode="drop", wrap_negative_indices=False)
 
 
 def check_grows(old: int, new: int) -> None:

@@ -80,7 +80,7 @@ class EngineCompilation:
         state, cache = self.start.memory.outputs, self.draft_start.memory.outputs if self.draft_start else 0
         for key, compilation in ((Key(START), self.start), *self.programs.items()):
             beside = 0 if key.size else self.weights  # programs with a size take the weights as an argument
-            if key.name in ("join", "restrict"):  # they take only the rows of the state
+            if key.name == "mark":  # it takes only arrays over the vocabulary
                 beside += state - compilation.memory.aliased
             beside += self.weights + state if key.name in (DRAFT, FOLLOW) else self.draft_weights + cache
             needs = beside + compilation.memory.total - compilation.memory.code + code

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections.abc import Hashable, Iterator
+from collections.abc import Sequence as ListOf
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -20,14 +22,15 @@ from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.adapter_pool import AdapterSlots
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts
-from llama_jax.engine.program_set import Key, masks_of, program, program_set, restricted, sufficient, texts_of
+from llama_jax.engine.program_set import MARKED, Key, masked, masks_of, program, program_set, sufficient, texts_of
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import rows_alone, with_rows
+from llama_jax.engine.state import Marked, wide
 from llama_jax.errors import LateCompilation
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
 from llama_jax.runtime import count_compilations
+from llama_jax.sampling import token_mask
 from llama_jax.sharding import on
 
 KEPT = 16
@@ -83,6 +86,7 @@ class Programs:
         self._counted, self._before = count_compilations(), 0
         self._no_masks: jax.Array | None = None
         self._texts: jax.Array | None = None
+        self._words = masked(settings), token_mask.all_allowed(model.config.vocab_size).size
         self.late = self.from_cache = 0
         on_gpu = model.device.platform != "cpu"
         self.keys = program_set(settings, greedy=on_gpu if settings.greedy is None else settings.greedy)
@@ -117,7 +121,7 @@ class Programs:
         """Missing programs that `compile_all` waits for, in the order of their compilation."""
         wanted = sufficient(self.keys) if early else self.keys
         missing = [key for key in wanted if key not in self._compiled]
-        return sorted(missing, key=lambda key: (key.greedy or key.name == "scored", -key.size))
+        return sorted(missing, key=lambda key: (key.greedy or key.rows > 0 or key.name == "scored", -key.size))
 
     @property
     def count(self) -> int:
@@ -162,29 +166,44 @@ class Programs:
             if self._settings.strict and error is None:
                 raise _late(f"jax compiled {self._counted.last or 'something'}, which is not of the engine's programs,")
 
-    def choose(self, name: str, least: int, *, greedy: bool) -> Key:
+    def choose(self, name: str, least: int, *, greedy: bool, rows: int = 0) -> Key:
         """The smallest program of that name for at least `least` rows or tokens, or while that is compiled in the
-        background another that can do the same."""
-        able = [key for key in self.keys if key.name == name and key.size >= least and key.greedy <= greedy]
+        background another that can do the same.
+
+        Args:
+          rows: of a step with prompts.
+        """
+        able = [
+            key
+            for key in self.keys
+            if key.name == name and key.size >= least and key.greedy <= greedy and (not key.rows or key.rows >= rows)
+        ]
         best = min(able, key=_cost)
         if self._ready and best not in self._compiled:
             best = min((key for key in able if key in self._compiled), key=_cost, default=best)
         return best
 
-    def join(self, state: DecodeState, given: np.ndarray) -> DecodeState:
-        """See `state.join`; `given` are its other arguments as `joining.joinings` makes them."""
-        return with_rows(state, self._get(Key("join"))(rows_alone(state), given))
-
-    def restrict(self, state: DecodeState, rows: list[int], masks: list[np.ndarray]) -> DecodeState:
-        """See `state.restrict`."""
-        width = restricted(self._settings)
-        for start in range(0, len(rows), width):
-            some = slice(start, start + width)
-            padded = np.full(width, NO_ROW, np.int32)
-            padded[: len(rows[some])] = rows[some]
-            words = np.zeros((width, len(masks[0])), np.uint32)
-            words[: len(rows[some])] = masks[some]
-            state = with_rows(state, self._get(Key("restrict"))(rows_alone(state), padded, words))
+    def mark(
+        self,
+        state: DecodeState,
+        masks: ListOf[tuple[int, np.ndarray]],
+        begun: ListOf[int] = (),
+        marks: ListOf[tuple[int, int, bool]] = (),
+    ) -> DecodeState:
+        """See `state.mark`: masks by row, rows that begin, and (row, token, drawn) of each marked token."""
+        settings, width = self._settings, masked(self._settings)
+        while masks or begun or marks:
+            rows, words = np.full(width, NO_ROW, np.int32), np.zeros(self._words, np.uint32)
+            for i, (row, mask) in enumerate(masks[:width]):
+                rows[i], words[i] = row, mask
+            first = np.full(settings.chunk_rows, NO_ROW, np.int32)
+            first[: len(begun)] = begun
+            marked = Marked(np.full(MARKED, NO_ROW, np.int32), np.zeros(MARKED, np.int32), np.zeros(MARKED, bool))
+            for i, mark in enumerate(marks[:MARKED]):
+                marked.rows[i], marked.tokens[i], marked.drawn[i] = mark
+            new = self._get(Key("mark"))(wide(state.sampler), rows, words, first, marked)
+            state = replace(state, sampler=replace(state.sampler, **new))
+            masks, begun, marks = masks[width:], (), marks[MARKED:]
         return state
 
     def scrub(self, state: DecodeState, pages: list[int]) -> DecodeState:
@@ -272,9 +291,9 @@ class Programs:
         return read
 
 
-def _cost(key: Key) -> tuple[int, bool]:
+def _cost(key: Key) -> tuple[float, ...]:
     """Orders programs by what a step costs."""
-    return key.size, not key.greedy
+    return key.size, key.rows or math.inf, not key.greedy
 
 
 def _late(what: str) -> LateCompilation:

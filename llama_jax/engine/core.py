@@ -25,7 +25,7 @@ from llama_jax.engine.draft_model import DraftModel, check_room, cost_of
 from llama_jax.engine.draft_programs import DraftParts
 from llama_jax.engine.drafting import NGrams, Source
 from llama_jax.engine.foresight import Foresight
-from llama_jax.engine.joining import Asked, joinings, masks
+from llama_jax.engine.joining import Asked, Beginnings, masks, penalised
 from llama_jax.engine.meter import Meter
 from llama_jax.engine.packing import pack
 from llama_jax.engine.program_set import START, Key
@@ -117,6 +117,7 @@ class Core:
         parts = None if draft is None else DraftParts.of(draft, settings, model.config.vocab_size)
         self.programs = Programs(model, settings, shapes_of(self._begin), adapters, compiled, parts)
         self._asked: dict[int, Asked] = {}
+        self._beginnings = Beginnings(model, settings)
         self._source: Source | None = NGrams(settings.drafts) if settings.drafts else None
         if parts is not None:
             self._source = DraftModel(parts, settings, self.programs.draft, cost_of(parts.model, model, peak))
@@ -263,15 +264,13 @@ class Core:
             asked = self._asked[joining.sequence.id]
             if asked.cached is None:  # after a preemption it finds what it has computed itself
                 asked.cached = joining.shared
-        for given in joinings(step, self._asked, self.model, self.settings):
-            self._state = self.programs.join(self._state, given)
-        self._restrict(masks(step, self._asked, self.model.config.vocab_size))
+        self._mark(masks(step, self._asked, self.model.config.vocab_size), *penalised(step, self._asked))
         joined = {joining.row for joining in step.joining}
         everyone = [*(chunk.sequence for chunk in step.chunks), *step.decoding]
         greedy = all(self._asked[sequence.id].greedy for sequence in everyone)
         if step.chunks and (going := sum(sequence.limit - sequence.drawn > 1 for sequence in everyone)):
             self.programs.expect("decode", going, greedy=greedy)  # compiled while the prompts' program compiles
-        packed = pack(step, self.programs, self.settings, self._asked, greedy=greedy)
+        packed = pack(step, self.programs, self.settings, self._asked, self._beginnings, greedy=greedy)
         if pages := [entry for entry in step.pages if entry[0] not in joined]:
             packed.parts["pages"][: len(pages)] = pages
         for sequence in step.remember:
@@ -279,7 +278,7 @@ class Core:
         flight = _Flight(step, packed.rows, packed.spans)
         if not greedy and packed.masks is None:
             ruled = ((sequence.row, self._asked[sequence.id].rule) for _, sequence in flight.rows)
-            self._restrict([(row, rule.ahead.masks[0]) for row, rule in ruled if rule])
+            self._mark([(row, rule.ahead.masks[0]) for row, rule in ruled if rule])
         self._meter.dispatched(step, packed.size)
         self._state, flight.report, logprobs, *scores = self.programs.step(
             packed.key, self._state, packed.control, packed.masks
@@ -291,10 +290,10 @@ class Core:
             array.copy_to_host_async()
         return flight
 
-    def _restrict(self, of_rows: ListOf[tuple[int, np.ndarray]]) -> None:
-        """Sends masks of rows."""
-        if of_rows:
-            self._state = self.programs.restrict(self._state, *map(list, zip(*of_rows, strict=True)))
+    def _mark(self, masks: ListOf[tuple[int, np.ndarray]], *more: Any) -> None:
+        """See `Programs.mark`."""
+        if masks or any(more):
+            self._state = self.programs.mark(self._state, masks, *more)
 
     # --- From the device
 

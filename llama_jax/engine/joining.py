@@ -1,9 +1,9 @@
-"""Builds the arguments of `state.join`: a plan's decisions and a request's settings as arrays."""
+"""Builds the arguments of `state.join` and `state.mark`: a plan's decisions and a request's settings as arrays."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListOf
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +16,11 @@ from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.compiled import KEPT, shapes_alone
 from llama_jax.engine.drafting import Pace
 from llama_jax.engine.flat import flat, views
-from llama_jax.engine.program_set import MARKED, without_vocabulary
+from llama_jax.engine.program_set import without_vocabulary
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining, Marked
+from llama_jax.engine.state import Joining
 from llama_jax.engine.steps import Step
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import FULL, Logprobs, SamplerState, SamplingParams, make_sampler, token_mask
@@ -51,32 +51,32 @@ class Asked:
     cached: int | None = None
 
 
-def joinings(step: Step, asked: Mapping[int, Asked], model: Model, settings: EngineSettings) -> Iterator[np.ndarray]:
-    """The argument of each `state.join` call that a step needs (`flat`): none if no row changes hands.
+class Beginnings:
+    """Sequences that begin with a step, as they are sent to the device.
 
-    Args:
-      asked: sequences by number, including those that join.
+    Attributes:
+      idle: what is sent if none begins; read-only.
     """
-    widths = model.config.vocab_size, model.eos_token_ids, settings.stop_ids, settings.biases
-    like, idle = _idle(shapes_alone(settings), *widths)
-    joining, marks, leaves = list(step.joining), _marks(step, asked), bool(step.leaving)
-    while joining or marks or leaves:
-        # A first token waits for this: what is not used is copied.
-        array = idle.copy()
-        leaving, new = views(array, like)
-        if leaves:
-            leaving[list(step.leaving)] = True
-        group, joining, leaves = joining[: settings.chunk_rows], joining[settings.chunk_rows :], False
-        _begin(new, group, step.pages, [asked[each.sequence.id] for each in group], widths)
-        if not joining:  # marks come with the last rows: a joining row clears its earlier marks
-            some, marks = marks[:MARKED], marks[MARKED:]
-            for i, mark in enumerate(some):
-                new.marked.rows[i], new.marked.tokens[i], new.marked.drawn[i] = mark
-        yield array
+
+    def __init__(self, model: Model, settings: EngineSettings):
+        self._widths = model.config.vocab_size, model.eos_token_ids, settings.stop_ids, settings.biases
+        self.idle, self._flat = _idle(shapes_alone(settings), *self._widths)
+
+    @property
+    def size(self) -> int:
+        """Length of the array that is sent."""
+        return len(self._flat)
+
+    def write(self, into: np.ndarray, step: Step, asked: Mapping[int, Asked]) -> None:
+        """Fills in the array int32 [size] (`flat`); `asked` are sequences by number, including those that join."""
+        into[...] = self._flat
+        if step.joining:
+            each = [asked[joining.sequence.id] for joining in step.joining]
+            _begin(views(into, self.idle), step.joining, step.pages, each, self._widths)
 
 
 def masks(step: Step, asked: Mapping[int, Asked], vocab_size: int) -> list[tuple[int, np.ndarray]]:
-    """Each joining row that may draw only some tokens, and their mask, which `joinings` leaves out."""
+    """Each joining row that may draw only some tokens, and their mask."""
     each = ((joining.row, asked[joining.sequence.id].params.allowed_token_ids) for joining in step.joining)
     return [(row, token_mask.only(ids, vocab_size)) for row, ids in each if ids is not None]
 
@@ -93,10 +93,10 @@ def _begin(
     for row, index, page in pages:
         if row in line:
             new.pages[line[row], index] = page
-    if group:
-        begun = _sampler([asked.params for asked in each], *widths)
-        for into, value in zip(jax.tree.leaves(new.sampler), jax.tree.leaves(begun), strict=True):
-            into[: len(group)] = value
+    sampler: Any = _sampler([asked.params for asked in each], *widths)
+    sampler.restricted[...] |= [asked.rule is not None for asked in each]
+    for into, value in zip(jax.tree.leaves(new.sampler), jax.tree.leaves(sampler), strict=True):
+        into[: len(group)] = value
     for i, (joining, asked) in enumerate(zip(group, each, strict=True)):
         sequence = joining.sequence
         new.rows[i], new.shared[i] = joining.row, joining.shared
@@ -106,8 +106,8 @@ def _begin(
 
 
 @functools.lru_cache(maxsize=KEPT)
-def _idle(settings: EngineSettings, *widths: Any) -> tuple[Any, np.ndarray]:
-    """The arguments of a `state.join` call that changes nothing, and as they are sent; read-only."""
+def _idle(settings: EngineSettings, *widths: Any) -> tuple[Joining, np.ndarray]:
+    """Sequences of a step with which none begins, and as they are sent; read-only."""
     n = settings.chunk_rows
 
     def ints(*shape: int, fill: int = 0) -> np.ndarray:
@@ -122,10 +122,8 @@ def _idle(settings: EngineSettings, *widths: Any) -> tuple[Any, np.ndarray]:
         rope_lengths=ints(n, fill=1),
         adapter_ids=ints(n),
         sampler=_sampler([_IDLE] * n, *widths),
-        marked=Marked(ints(MARKED, fill=NO_ROW), ints(MARKED), np.zeros(MARKED, bool)),
     )
-    given = np.zeros(settings.rows, bool), like
-    return given, flat(given)
+    return like, flat(like)
 
 
 def _sampler(
@@ -138,16 +136,17 @@ def _sampler(
     return without_vocabulary(made[1])
 
 
-def _marks(step: Step, asked: Mapping[int, Asked]) -> list[tuple[int, int, bool]]:
-    """(row, token, drawn) of the tokens so far that penalties need."""
-    marks = []
+def penalised(step: Step, asked: Mapping[int, Asked]) -> tuple[list[int], list[tuple[int, int, bool]]]:
+    """Joining rows with penalties, and (row, token, drawn) of their tokens so far that these need."""
+    rows, marks = [], []
     for joining in step.joining:
         sequence, params = joining.sequence, asked[joining.sequence.id].params
         of_prompt = params.repetition_penalty != 1.0
         if of_prompt or params.presence_penalty or params.frequency_penalty:
+            rows.append(joining.row)
             first = 0 if of_prompt else sequence.prompt_length
             marks += [
                 (joining.row, token, i >= sequence.prompt_length)
                 for i, token in enumerate(sequence.tokens[first:], first)
             ]
-    return marks
+    return rows, marks

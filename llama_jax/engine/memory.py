@@ -13,13 +13,12 @@ class Memory:
 
     Attributes:
       newest: number of the newest planned step, which released pages must wait for.
-      leaving, entries: changes that the next step sends to the device (see `steps.Step`).
+      entries: pages that the next step enters into the device's page table (see `steps.Step`).
     """
 
     def __init__(self, limits: Limits):
         self.limits, self.newest = limits, 0
         self.pages = Pages(limits.pages)
-        self.leaving: list[int] = []
         self.entries: list[tuple[int, int, int]] = []
         self._rows = list(range(limits.rows))[::-1]
         self._prefixes = Prefixes()
@@ -94,7 +93,6 @@ class Memory:
                 block.prune()
         for page in reversed(sequence.pages):
             self.pages.release(page, self.newest)
-        self.leaving.append(sequence.row)
         self._rows.append(sequence.row)
         sequence.row, sequence.pages, sequence.blocks, sequence.claims = -1, [], [], []
         sequence.computed = sequence.cached = 0

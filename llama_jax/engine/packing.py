@@ -10,7 +10,7 @@ import numpy as np
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
 from llama_jax.engine.compiled import Programs
-from llama_jax.engine.joining import Asked
+from llama_jax.engine.joining import Asked, Beginnings
 from llama_jax.engine.program_set import Key
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
@@ -37,7 +37,15 @@ class Packed:
     spans: list[tuple[int, int, Sequence]] = field(default_factory=list)
 
 
-def pack(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[int, Asked], *, greedy: bool) -> Packed:
+def pack(
+    step: Step,
+    of: Programs,
+    settings: EngineSettings,
+    asked: Mapping[int, Asked],
+    beginnings: Beginnings,
+    *,
+    greedy: bool,
+) -> Packed:
     """The smallest program for a step, and its control array.
 
     Args:
@@ -45,43 +53,55 @@ def pack(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[int,
       greedy: whether all rows that draw only take the most likely token.
     """
     if step.chunks:
-        return _mixed(step, of, settings, asked, greedy=greedy)
+        return _mixed(step, of, settings, asked, beginnings, greedy=greedy)
     if step.drafts:
         return _verify(step, of, settings, asked, greedy=greedy)
     return _decode(step, of, settings, greedy=greedy)
 
 
-def _mixed(step: Step, of: Programs, settings: EngineSettings, asked: Mapping[int, Asked], *, greedy: bool) -> Packed:
+def _mixed(
+    step: Step,
+    of: Programs,
+    settings: EngineSettings,
+    asked: Mapping[int, Asked],
+    beginnings: Beginnings,
+    *,
+    greedy: bool,
+) -> Packed:
     def scores(sequence: Sequence) -> bool:
         return asked[sequence.id].params.prompt_logprobs is not None
 
     scored = any(scores(chunk.sequence) for chunk in step.chunks)
-    key = of.choose("scored" if scored else "mixed", step.tokens, greedy=greedy)
-    control = programs.mixed_control(key.size, settings.rows)
-    array, parts = control.new(positions=-1, rows=NO_ROW, pages=NO_ROW, at=key.size)
+    rows = [*(sequence.row for sequence in step.decoding), *(chunk.row for chunk in step.chunks)]
+    key = of.choose("scored" if scored else "mixed", step.tokens, greedy=greedy, rows=len(rows))
+    control = programs.mixed_control(key.size, key.rows or settings.rows, beginnings.size)
+    array, parts = control.new(positions=-1, lines=NO_ROW, rows=NO_ROW, pages=NO_ROW, at=key.size)
     packed = Packed(key, array, parts, key.size, [])
+    beginnings.write(parts["joining"], step, asked)
+    parts["rows"][: len(rows)] = rows
+    lines = range(len(rows)) if key.rows else rows
 
-    def draw(row: int, at: int) -> None:
-        parts["at"][row], parts["draws"][row] = at, 1
+    def draw(line: int, at: int) -> None:
+        parts["at"][line], parts["draws"][line] = at, 1
 
-    for at, sequence in enumerate(step.decoding):
-        parts["ids"][at], parts["rows"][at] = -1, sequence.row
-        draw(sequence.row, at)
-        packed.rows.append((sequence.row, sequence))
     at = len(step.decoding)
-    for chunk in step.chunks:
+    for place, (line, sequence) in enumerate(zip(lines[:at], step.decoding, strict=True)):
+        parts["ids"][place], parts["lines"][place] = -1, line
+        draw(line, place)
+        packed.rows.append((line, sequence))
+    for line, chunk in zip(lines[at:], step.chunks, strict=True):
         sequence, end = chunk.sequence, chunk.start + chunk.count
         here = slice(at, at + chunk.count)
         parts["ids"][here] = sequence.tokens[chunk.start : end]
         parts["positions"][here] = np.arange(chunk.start, end)
-        parts["rows"][here] = chunk.row
+        parts["lines"][here] = line
         if scored:
             behind = sequence.tokens[chunk.start + 1 : end + 1]
             parts["next"][at : at + len(behind)] = behind
         if chunk.draws:
-            draw(chunk.row, here.stop - 1)
+            draw(line, here.stop - 1)
         if chunk.draws or (sequence.limit == 0 and end == len(sequence.tokens)):
-            packed.rows.append((chunk.row, sequence))
+            packed.rows.append((line, sequence))
         if scores(sequence):
             packed.spans.append((at, at + min(chunk.count, sequence.prompt_length - 1 - chunk.start), sequence))
         at = here.stop

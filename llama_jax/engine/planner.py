@@ -80,7 +80,6 @@ class Planner:
         joining, decoding = tuple(plan.joining), tuple(plan.decoding)
         step = Step(
             memory.newest,
-            tuple(memory.leaving),
             joining,
             tuple(memory.entries),
             chunks,
@@ -89,7 +88,7 @@ class Planner:
             plan.drafts,
             tuple(plan.remember),
         )
-        memory.leaving, memory.entries = [], []
+        memory.entries = []
         return step
 
     # --- Rows that decode

@@ -17,10 +17,10 @@ from llama_jax.decode.loop import DecodeState
 from llama_jax.decode.weights_read import PROMPT_ROWS, weight_options
 from llama_jax.engine import programs
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, piece
-from llama_jax.engine.flat import flat_size, unflat
+from llama_jax.engine.flat import flat_size
 from llama_jax.engine.lookup import remember
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining, Marked, join, restrict, rows_alone, scrub
+from llama_jax.engine.state import Joining, Marked, mark, scrub, wide
 from llama_jax.kernels.attention import batch_invariant
 from llama_jax.params import Params
 from llama_jax.sampling import FULL, GREEDY, SamplerProfile, SamplerState, token_mask
@@ -30,10 +30,10 @@ START = "start"
 """Name of the program that makes the state, which `Core` runs once; not part of the set."""
 
 MARKED = 1024
-"""The most tokens that one call of `join` marks."""
+"""The most tokens that one call of `mark` marks."""
 
-RESTRICTED = 32
-"""The most rows that one call of `restrict` gives masks to."""
+MASKED = 32
+"""The most rows that one call of `mark` gives masks to."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class Key:
     """One program of the set.
 
     Attributes:
-      name: "decode", "verify", "mixed", "scored", "join", "restrict", "scrub" or "remember"; for a draft model
-        "draft" or "follow".
+      name: "decode", "verify", "mixed", "scored", "mark", "scrub" or "remember"; for a draft model "draft" or "follow".
       size: rows of "decode", "verify" and "draft", tokens of "mixed", "scored" and "follow"; else 0.
       greedy: whether it only takes the most likely tokens. The other program of its size can do everything.
+      rows: most rows of "mixed"; 0: all.
     """
 
     name: str
     size: int = 0
     greedy: bool = False
+    rows: int = 0
 
     def __str__(self) -> str:
-        size = (
-            f" of {self.size} {'rows' if self.name in ('decode', 'verify', DRAFT) else 'tokens'}" if self.size else ""
-        )
-        return f"{self.name}{size}{', greedy' if self.greedy else ''}"
+        unit = "rows" if self.name in ("decode", "verify", DRAFT) else "tokens"
+        size = f" of {self.size} {unit}" if self.size else ""
+        return f"{self.name}{size}{f', {self.rows} rows' if self.rows else ''}{', greedy' if self.greedy else ''}"
 
 
 def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
@@ -65,11 +65,13 @@ def program_set(settings: EngineSettings, *, greedy: bool) -> list[Key]:
       greedy: whether there are programs for greedy requests alone (`EngineSettings.greedy`). A batch-invariant engine
         has none: which of the two runs would depend on the other requests.
     """
-    keys = [Key("join"), Key("restrict"), Key("scrub"), Key("scored", settings.budget)]
+    keys = [Key("mark"), Key("scrub"), Key("scored", settings.budget)]
     keys += [Key(DRAFT, settings.draft_rows), Key(FOLLOW, piece(settings))] if settings.draft_context else []
     keys += [Key("remember")] if settings.looks_up else []
     for only in (False, True) if greedy and not settings.batch_invariant else (False,):
-        keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
+        keys += [Key("mixed", tokens, only, settings.few_rows) for tokens in settings.few_tokens]
+        if not (only and settings.few_tokens):
+            keys += [Key("mixed", tokens, only) for tokens in settings.mixed_tokens]
         keys += [Key("decode", rows, only) for rows in settings.decode_rows]
         keys += [Key("verify", settings.draft_rows, only)] if settings.drafts else []
     return keys
@@ -79,7 +81,11 @@ def sufficient(keys: Iterable[Key]) -> list[Key]:
     """Programs that any request can be answered with, if not as fast, unless its prompt is scored: the largest of each
     name."""
     largest = {key.name: key.size for key in sorted(keys, key=lambda key: key.size)}
-    return [key for key in keys if key.size == largest[key.name] and not key.greedy and key.name != "scored"]
+    return [
+        key
+        for key in keys
+        if key.size == largest[key.name] and not key.rows and not key.greedy and key.name != "scored"
+    ]
 
 
 def program(
@@ -103,15 +109,14 @@ def program(
         shardings = {"out_shardings": where.tokens} if in_use() else {}
         jitted = jax.jit(remember, donate_argnums=0, **shardings)
         return Program(str(key), jitted, (texts, ints(), ints(texts.shape[1])), {})
-    if key.name in ("join", "restrict", "scrub"):
+    if key.name in ("mark", "scrub"):
         args: tuple[Any, ...]
-        changed = state if key.name == "scrub" else rows_alone(state)
-        if key.name == "join":
-            like = jax.ShapeDtypeStruct((settings.rows,), jnp.bool), _joining(settings, state)
-            function, args = partial(_join, like=like), (ints(flat_size(like)),)
-        elif key.name == "restrict":
-            n, words = restricted(settings), token_mask.all_allowed(config.vocab_size).shape
-            function, args = restrict, (ints(n), jax.ShapeDtypeStruct((n, *words), jnp.uint32))
+        changed: Any = state if key.name == "scrub" else wide(state.sampler)
+        if key.name == "mark":
+            n, words = masked(settings), token_mask.all_allowed(config.vocab_size).shape
+            marks = Marked(ints(MARKED), ints(MARKED), jax.ShapeDtypeStruct((MARKED,), jnp.bool))
+            masks = jax.ShapeDtypeStruct((n, *words), jnp.uint32)
+            function, args = mark, (ints(n), masks, ints(settings.chunk_rows), marks)
         else:
             function, args = scrub, (ints(settings.pages_per_row),)
         shardings = {"out_shardings": jax.tree.map(lambda x: x.sharding, changed)} if in_use() else {}
@@ -128,8 +133,11 @@ def program(
         function = partial(traced(programs.verify), **static, rows=key.size, drafts=settings.drafts, loops=loops)
         options = (graph_options() if loops else {}) | weight_options(config, key.size * (1 + settings.drafts))
     else:
-        control = programs.mixed_control(key.size, settings.rows)
-        static |= {"tokens": key.size, "chunk_rows": settings.chunk_rows, "scored": key.name == "scored"}
+        rows = key.rows or settings.rows
+        joining = _joining(settings, state)
+        control = programs.mixed_control(key.size, rows, flat_size(joining))
+        static |= {"tokens": key.size, "rows": rows, "chunk_rows": settings.chunk_rows, "joining": joining}
+        static |= {"scored": key.name == "scored"}
         function = partial(traced(programs.mixed), **static)
         options = weight_options(config, key.size, library=PROMPT_ROWS)
     verifies = key.name == "verify"
@@ -155,14 +163,9 @@ def masks_of(key: Key, settings: EngineSettings, config: LlamaConfig) -> jax.Sha
     return jax.ShapeDtypeStruct((key.size, 1 + settings.drafts, *words), jnp.uint32)
 
 
-def _join(state: DecodeState, given: jax.Array, *, like: Any) -> DecodeState:
-    """`join` with its other arguments packed into one array."""
-    return join(state, *unflat(given, like))
-
-
-def restricted(settings: EngineSettings) -> int:
-    """Number of rows of one `restrict` call."""
-    return min(RESTRICTED, settings.rows)
+def masked(settings: EngineSettings) -> int:
+    """Number of rows that one `mark` call gives masks to."""
+    return min(MASKED, settings.rows)
 
 
 def _joining(settings: EngineSettings, state: DecodeState) -> Joining:
@@ -174,7 +177,6 @@ def _joining(settings: EngineSettings, state: DecodeState) -> Joining:
 
     numbers = jax.ShapeDtypeStruct((n,), jnp.int32)
     pages = jax.ShapeDtypeStruct((n, settings.pages_per_row), jnp.int32)
-    marks = jax.ShapeDtypeStruct((MARKED,), jnp.int32)
     return Joining(
         rows=numbers,
         pages=pages,
@@ -184,7 +186,6 @@ def _joining(settings: EngineSettings, state: DecodeState) -> Joining:
         rope_lengths=numbers,
         adapter_ids=numbers,
         sampler=jax.tree.map(like, without_vocabulary(state.sampler)),
-        marked=Marked(marks, marks, jax.ShapeDtypeStruct((MARKED,), jnp.bool)),
     )
 
 

@@ -1,9 +1,9 @@
 """The engine's programs: a few, with fixed shapes, compiled before the first request.
 
-`mixed` runs the prompts' next tokens and one token of each decoding row through the model together, packed along one
-axis, and can score the prompts; `decode` runs steps of decoding rows only. What changes from step to step is sent as
-one integer array (`Control`), so that a dispatch sends one array to the device and fetches one. Between steps
-`state.join` prepares rows.
+`mixed` lets sequences begin in rows, and runs the prompts' next tokens and one token of each decoding row through the
+model together, packed along one axis; it can score the prompts. `decode` runs steps of decoding rows only. What changes
+from step to step is sent as one integer array (`Control`), so that a dispatch sends one array to the device and
+fetches one: each array, and each dispatch, costs the host time before a first token.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ import numpy as np
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import DecodeState, Progress, by_rows, decode_step, emit, no_progress, run_steps
 from llama_jax.engine import lookup
-from llama_jax.engine.state import paged, put_rows, take_rows
+from llama_jax.engine.flat import flat_size, unflat
+from llama_jax.engine.state import Joining, join, paged, put_rows, take_rows
 from llama_jax.model import forward
 from llama_jax.model.head import unembed
 from llama_jax.params import Params
@@ -41,7 +43,7 @@ class Control:
 
     def __init__(self, **shapes: tuple[int, ...]):
         self.shapes = shapes
-        self.size = sum(int(np.prod(shape)) for shape in shapes.values())
+        self.size = sum(math.prod(shape) for shape in shapes.values())
 
     def new(self, **fills: int) -> tuple[np.ndarray, Mapping[str, np.ndarray]]:
         """Makes an array for the host to fill, and views of its parts; each starts with its value in `fills`, or 0."""
@@ -55,22 +57,25 @@ class Control:
         """The parts of an array, of numpy or of jax."""
         parts, start = {}, 0
         for name, shape in self.shapes.items():
-            size = int(np.prod(shape))
+            size = math.prod(shape)
             parts[name] = array[start : start + size].reshape(shape)
             start += size
         return parts
 
 
+@cache
 def decode_control(rows: int) -> Control:
     """For `decode`: the rows, the steps to run, and pages (row, index, page) to book."""
     return Control(rows=(rows,), steps=(1,), pages=(rows, 3))
 
 
-def mixed_control(tokens: int, rows: int) -> Control:
-    """For `mixed`, per token: id (negative: the one that its row drew last), position, row, and the next id, to be
-    scored; per row: the token after which it draws, and whether it does; and pages to book."""
-    each = dict.fromkeys(("ids", "positions", "rows", "next"), (tokens,))
-    return Control(**each, at=(rows,), draws=(rows,), pages=(rows, 3))
+@cache
+def mixed_control(tokens: int, rows: int, joining: int) -> Control:
+    """For `mixed`, per token: id (negative: the one that its row drew last), position, line of its row, and the next
+    id, to be scored; per line: its row, the token after which it draws, and whether it does; pages to book; and the
+    sequences that begin, `joining` integers (`Beginnings`)."""
+    each = dict.fromkeys(("ids", "positions", "lines", "next"), (tokens,))
+    return Control(**each, rows=(rows,), at=(rows,), draws=(rows,), pages=(rows, 3), joining=(joining,))
 
 
 def verify_control(rows: int, drafts: int) -> Control:
@@ -218,39 +223,45 @@ def mixed(
     config: LlamaConfig,
     profile: SamplerProfile,
     tokens: int,
+    rows: int,
     chunk_rows: int,
+    joining: Joining,
     scored: bool = False,
 ) -> tuple[DecodeState, jax.Array, Logprobs | None, Logprobs | None]:
-    """Runs one step of prompts and decoding rows together.
+    """Runs one step of prompts and decoding rows together: some rows, or all in place if the program has room for them,
+    where the line of a row is its number. Attention of decoding rows, the head and the sampler take as long as all of
+    the program's rows need, however few draw.
 
     Args:
       chunk_rows: the most prompts in it.
+      joining: shapes of the sequences that begin.
       scored: whether to compute the prompts' own log-probabilities.
 
     Returns:
-      The state, `report` of all rows, and with `scored` the log-probabilities of each token's successor [tokens], and
+      The state, `report` of the rows, and with `scored` the log-probabilities of each token's successor [tokens], and
       of the most likely ids in its place [tokens, n].
     """
-    rows = len(state.done)
-    given = mixed_control(tokens, rows).parts(control)
-    state = book(state, given["pages"])
-    row, ids, positions = given["rows"], given["ids"], given["positions"]
+    given = mixed_control(tokens, rows, flat_size(joining)).parts(control)
+    state = book(join(state, unflat(given["joining"], joining)), given["pages"])
+    everyone = rows == len(state.done)
+    part = state if everyone else take_rows(state, given["rows"])
+    line, ids, positions = given["lines"], given["ids"], given["positions"]
 
     def own(x: jax.Array, fill: Any) -> jax.Array:
-        return x.at[row].get(mode="fill", fill_value=fill)
+        return x.at[line].get(mode="fill", fill_value=fill)
 
     decoding = ids < 0
     # Ended rows store nothing; the host may not know yet that they have ended.
-    last = jnp.where(own(state.done, True), -1, own(state.positions, -1))
+    last = jnp.where(own(part.done, True), -1, own(part.positions, -1))
     arguments: dict[str, Any] = {
-        "tokens": jnp.where(decoding, own(state.tokens, 0), ids)[None],
+        "tokens": jnp.where(decoding, own(part.tokens, 0), ids)[None],
         "positions": jnp.where(decoding, last, positions)[None],
-        "cache": state.cache,
-        "rows": row[None],
+        "cache": part.cache,
+        "rows": line[None],
         "chunk_rows": chunk_rows,
-        "rope_lengths": state.rope_lengths,
+        "rope_lengths": part.rope_lengths,
         "adapters": adapters,
-        "adapter_ids": None if adapters is None else own(state.adapter_ids, 0)[None],
+        "adapter_ids": None if adapters is None else own(part.adapter_ids, 0)[None],
     }
     scores = None
     if scored:
@@ -260,10 +271,10 @@ def mixed(
         scores = _scores(params, config, hidden, given["next"])
     else:
         logits, cache = forward(params, config, **arguments, logits_at=given["at"][None])
-    state = dataclasses.replace(state, cache=cache)
-    progress = no_progress(state, 1, profile, config.vocab_size)
-    state, progress = emit(logits[0], state, progress, 0, profile, where=given["draws"] > 0)
-    return by_rows(state), *report(progress), scores
+    part = dataclasses.replace(part, cache=cache)
+    progress = no_progress(part, 1, profile, config.vocab_size)
+    part, progress = emit(logits[0], part, progress, 0, profile, where=given["draws"] > 0)
+    return by_rows(part) if everyone else put_rows(state, given["rows"], part), *report(progress), scores
 
 
 def _scores(params: Params, config: LlamaConfig, hidden: jax.Array, behind: jax.Array) -> Logprobs:

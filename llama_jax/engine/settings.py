@@ -24,7 +24,9 @@ class EngineSettings:
       pages: of the cache, of `page_size` tokens each.
       decode_rows: sizes of decode steps, ascending; the last is `rows`.
       mixed_tokens: sizes of steps with prompts, in tokens, ascending; the last is the token budget.
-      chunk_rows: most prompts of one such step.
+      few_tokens: further sizes, for steps of at most `few_rows` rows: with all rows the attention, the head and the
+        sampler of idle ones take their time. With any, the steps for all rows have no greedy programs.
+      chunk_rows: most prompts of a step.
       steps: most decode steps per dispatch while nothing waits and nobody reads token by token.
       waiting: most waiting requests; None for no limit.
       prefix_cache: whether prompts reuse what others computed.
@@ -48,6 +50,8 @@ class EngineSettings:
     mixed_tokens: tuple[int, ...]
     chunk_rows: int
     page_size: int = DEFAULT_PAGE_SIZE
+    few_tokens: tuple[int, ...] = ()
+    few_rows: int = 0
     steps: int = 1
     waiting: int | None = None
     prefix_cache: bool = True
@@ -74,6 +78,17 @@ class EngineSettings:
                 f"mixed_tokens {self.mixed_tokens} must ascend, and the last be more than the {self.rows} rows",
                 param="mixed_tokens",
                 hint="a step takes a token of every row that decodes, and prompts besides",
+            )
+        if self.few_tokens and not (
+            0 < self.few_rows < self.rows
+            and list(self.few_tokens) == sorted(set(self.few_tokens))
+            and self.few_tokens[-1] <= self.budget
+        ):
+            raise RequestError(
+                f"few_tokens {self.few_tokens} for {self.few_rows} of {self.rows} rows must ascend to at most "
+                f"{self.budget} tokens, and be for some of the rows",
+                param="few_tokens",
+                hint="e.g. (128, 512) with few_rows=32 for 256 rows",
             )
         if not 1 <= self.steps <= self.page_size:
             raise RequestError(

@@ -18,6 +18,7 @@ from llama_jax.decode.loop import DecodeState, by_rows, idle_state
 from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.sampling import FULL, SamplerState, SamplingParams, make_sampler
+from llama_jax.sharding import constrain
 
 
 def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -> DecodeState:
@@ -49,6 +50,64 @@ def shapes_of(begin: Any) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Joining:
+    """Sequences that begin in rows without one, or resume there after preemption; arrays [n] unless noted.
+
+    Attributes:
+      rows: int32, the row of each; NO_ROW is padding.
+      pages: int32 [n, pages_per_row], the row's entries in the page table.
+      shared: int32, number of tokens already in these pages.
+      length: int32, number of tokens to compute before one is drawn.
+      limit: int32, the most tokens to draw, including those drawn before (`sampler.count`).
+      rope_lengths, adapter_ids: int32, see `DecodeState`.
+      sampler: of these rows, without the arrays over the vocabulary, which `mark` has prepared.
+    """
+
+    rows: Any
+    pages: Any
+    shared: Any
+    length: Any
+    limit: Any
+    rope_lengths: Any
+    adapter_ids: Any
+    sampler: SamplerState
+
+
+@jax.jit
+def join(state: DecodeState, new: Joining) -> DecodeState:
+    """Begins sequences in rows, whatever these held before. Jitted, so that it is traced once for all programs."""
+    cache = paged(state).book(new.rows, new.pages, new.shared)
+    begun = {
+        "tokens": jnp.zeros_like(new.length),
+        "positions": new.length - 1,
+        "done": new.limit <= new.sampler.count,
+        "finished_by_stop": jnp.zeros_like(new.length, bool),
+        "failed": jnp.zeros_like(new.length, bool),
+        "limit": new.limit,
+        "rope_lengths": new.rope_lengths,
+        "adapter_ids": new.adapter_ids,
+    }
+    rows = {name: protocol.put_rows(getattr(state, name), new.rows, value) for name, value in begun.items()}
+    sampler: dict[str, Any] = {
+        field.name: protocol.put_rows(getattr(state.sampler, field.name), new.rows, value)
+        for field in dataclasses.fields(state.sampler)
+        if (value := getattr(new.sampler, field.name)) is not None
+    }
+    sampler_of_all = dataclasses.replace(state.sampler, **sampler)
+    return by_rows(dataclasses.replace(state, cache=cache, sampler=sampler_of_all, **rows))
+
+
+WIDE = ("allowed", "in_prompt", "seen")
+"""A sampler's arrays over the vocabulary."""
+
+
+def wide(sampler: SamplerState) -> dict[str, Any]:
+    """The arrays over the vocabulary by name. `mark` takes no others: each array passed to a program costs time."""
+    return {name: getattr(sampler, name) for name in WIDE}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Marked:
     """Tokens that rows have had; arrays [m].
 
@@ -62,69 +121,24 @@ class Marked:
     drawn: Any
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Joining:
-    """Sequences that begin in idle rows, or resume there after preemption; arrays [n] unless noted.
+def mark(arrays: dict[str, Any], rows: jax.Array, masks: jax.Array, begun: jax.Array, marked: Marked) -> dict[str, Any]:
+    """Prepares the arrays over the vocabulary (`wide`) for the next step; NO_ROW is padding among rows.
 
-    Attributes:
-      rows: int32, the row of each; NO_ROW is padding.
-      pages: int32 [n, pages_per_row], the row's entries in the page table.
-      shared: int32, number of tokens already in these pages.
-      length: int32, number of tokens to compute before one is drawn.
-      limit: int32, the most tokens to draw, including those drawn before (`sampler.count`).
-      rope_lengths, adapter_ids: int32, see `DecodeState`.
-      sampler: of these rows; without the arrays over the vocabulary, which start empty (`restrict` sends masks).
-      marked: tokens that they have had, for penalties.
+    Args:
+      rows: int32 [n], those that get masks uint32 [n, ceil(vocab / 32)]; they draw other tokens only where `restricted`
+        is off.
+      begun: int32 [m], rows whose tokens so far are forgotten, before the marked ones are counted.
     """
-
-    rows: Any
-    pages: Any
-    shared: Any
-    length: Any
-    limit: Any
-    rope_lengths: Any
-    adapter_ids: Any
-    sampler: SamplerState
-    marked: Marked
-
-
-def join(state: DecodeState, leaving: jax.Array, new: Joining) -> DecodeState:
-    """Empties rows `leaving` bool [rows] of the state and begins others; with or without its keys and values
-    (`rows_alone`)."""
-    cache = paged(state).release(leaving).book(new.rows, new.pages, new.shared)
-    begun = {
-        "tokens": jnp.zeros_like(new.length),
-        "positions": new.length - 1,
-        "done": new.limit <= new.sampler.count,
-        "finished_by_stop": jnp.zeros_like(new.length, bool),
-        "failed": jnp.zeros_like(new.length, bool),
-        "limit": new.limit,
-        "rope_lengths": new.rope_lengths,
-        "adapter_ids": new.adapter_ids,
+    in_prompt = protocol.put_rows(arrays["in_prompt"], begun, jnp.zeros((), bool))
+    seen = protocol.put_rows(arrays["seen"], begun, jnp.zeros((), jnp.int32))
+    of_prompt, drawn = (jnp.where(marked.drawn == own, marked.rows, NO_ROW) for own in (False, True))
+    changed = {
+        "allowed": protocol.put_rows(arrays["allowed"], rows, masks),
+        "in_prompt": in_prompt.at[of_prompt, marked.tokens].set(True, mode="drop"),
+        "seen": seen.at[drawn, marked.tokens].add(1, mode="drop"),
     }
-    state = dataclasses.replace(state, done=state.done | leaving)
-    rows = {name: protocol.put_rows(getattr(state, name), new.rows, value) for name, value in begun.items()}
-    sampler: dict[str, Any] = {}
-    for field in dataclasses.fields(state.sampler):
-        into, value = getattr(state.sampler, field.name), getattr(new.sampler, field.name)
-        value = jnp.zeros((), into.dtype) if value is None else value
-        sampler[field.name] = protocol.put_rows(into, new.rows, value)
-    state = dataclasses.replace(state, cache=cache, sampler=SamplerState(**_marked(sampler, new.marked)), **rows)
-    return by_rows(state)
-
-
-def rows_alone(state: DecodeState) -> DecodeState:
-    """The state without keys and values. `join` and `restrict` do not need them, and each array passed to a program
-    costs host time."""
-    none: dict[str, Any] = dict.fromkeys(stored.FIELDS, ())
-    return dataclasses.replace(state, cache=dataclasses.replace(paged(state), **none))
-
-
-def with_rows(state: DecodeState, rows: DecodeState) -> DecodeState:
-    """The state with its rows replaced by those of a `rows_alone` state."""
-    slots = {name: getattr(paged(state), name) for name in stored.FIELDS}
-    return dataclasses.replace(rows, cache=dataclasses.replace(paged(rows), **slots))
+    axes: dict[str, Any] = {name: ("batch",) if name == "allowed" else ("batch", "vocab") for name in WIDE}
+    return {name: constrain(x, axes[name]) for name, x in changed.items()}
 
 
 def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
@@ -137,30 +151,10 @@ def scrub(state: DecodeState, pages: jax.Array) -> DecodeState:
     return by_rows(dataclasses.replace(state, cache=dataclasses.replace(cache, **cleared)))
 
 
-def restrict(state: DecodeState, rows: jax.Array, masks: jax.Array) -> DecodeState:
-    """Restricts rows int32 [n] of the state, with or without its keys and values, to the tokens of their masks uint32
-    [n, ceil(vocab / 32)]; NO_ROW is padding."""
-    sampler = state.sampler
-    assert sampler.restricted is not None and sampler.allowed is not None
-    restricted = protocol.put_rows(sampler.restricted, rows, jnp.ones_like(rows, bool))
-    allowed = protocol.put_rows(sampler.allowed, rows, masks)
-    return by_rows(
-        dataclasses.replace(state, sampler=dataclasses.replace(sampler, restricted=restricted, allowed=allowed))
-    )
-
-
 def paged(state: DecodeState) -> PagedCache:
     """The cache of a state from `new_state`."""
     assert isinstance(state.cache, PagedCache)
     return state.cache
-
-
-def _marked(sampler: dict[str, Any], marked: Marked) -> dict[str, Any]:
-    """The sampler's arrays over the vocabulary, with these tokens marked."""
-    rows, drawn = marked.rows, marked.drawn
-    seen = sampler["seen"].at[jnp.where(drawn, rows, NO_ROW), marked.tokens].add(1, mode="drop")
-    of_prompt = sampler["in_prompt"].at[jnp.where(drawn, NO_ROW, rows), marked.tokens].set(True, mode="drop")
-    return sampler | {"seen": seen, "in_prompt": of_prompt}
 
 
 def take_rows(state: DecodeState, rows: jax.Array) -> DecodeState:

@@ -42,8 +42,8 @@ class Step:
 
     Attributes:
       number: 1, 2, ...
-      leaving: rows to empty before anything else; one of them may get a new sequence in the same step.
-      joining: sequences that get a row.
+      joining: sequences that get a row. Rows whose sequence has ended or left are not emptied before: no step computes
+        them.
       pages: (row, index in the row, page), written into the page table before the step, including those of joining rows
         and shared ones. A row that does not join has at most ceil(steps / page_size) entries.
       chunks: parts of prompts; chunks may read what another chunk of the same step stores.
@@ -56,7 +56,6 @@ class Step:
     """
 
     number: int
-    leaving: tuple[int, ...]
     joining: tuple[Joining, ...]
     pages: tuple[tuple[int, int, int], ...]
     chunks: tuple[Chunk, ...]

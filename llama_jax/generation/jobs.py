@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -198,9 +199,11 @@ class Jobs:
         options = {"priority": priority, "adapter": slot, "domain": domain, "streamed": streamed}
         jobs = []
         for copy, row in enumerate(rows):
-            seed = secrets.randbits(64) if row.params.seed is None else row.params.seed
             rule = Rule(row.constraints, params, self._models[0].config.vocab_size) if row.constraints else None
-            jobs.append(_Job(answer, copy, replace(row.params, seed=seed), row.limit, rule, options))
+            own = row.params
+            if own.seed is None and not own.greedy:
+                own = replace(own, seed=secrets.randbits(64))
+            jobs.append(_Job(answer, copy, own, row.limit, rule, options))
         self._make_room(jobs[0].foreseen)
         try:
             self._begin(jobs)
@@ -268,14 +271,18 @@ class Jobs:
           options: of `add`.
         """
         source, under_way, more = iter(asked), dict[Answer, K](), True
+        # The device begins once there is enough for its first step, and computes it while the others are taken.
+        enough: float = self._engine.settings.budget * len(self._engine.cores)
         try:
             while True:
-                while more and (ahead is None or len(under_way) < ahead):
+                while more and (ahead is None or len(under_way) < ahead) and enough > 0:
                     if (following := next(source, None)) is None:
                         more = False
                     else:
                         key, requests, index = following
                         under_way[self.add(requests, index, **options)] = key
+                        enough -= len(requests.prompts[index])
+                enough = math.inf
                 if before(under_way):
                     more = False
                     for answer in [a for a in under_way if not any(row.token_ids for row in a.rows)]:

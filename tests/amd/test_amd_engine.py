@@ -15,6 +15,7 @@ from amd.harness import compile_on
 from amd.test_amd_model import MODELS, TOLERANCE, assert_launched, error, named
 from llama_jax.engine import programs
 from llama_jax.engine.core import Core
+from llama_jax.engine.joining import Beginnings
 from llama_jax.engine.program_set import Key, profile_of
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.kernels.attention import decode_attention, flash_attention
@@ -27,7 +28,15 @@ from llama_jax.sampling import SamplingParams
 pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")]
 
 SETTINGS = EngineSettings(
-    rows=5, context=128, pages=10, decode_rows=(5,), mixed_tokens=(32,), chunk_rows=2, page_size=64
+    rows=5,
+    context=128,
+    pages=10,
+    decode_rows=(5,),
+    mixed_tokens=(32,),
+    few_tokens=(32,),
+    few_rows=4,
+    chunk_rows=2,
+    page_size=64,
 )
 
 
@@ -77,10 +86,17 @@ def mixed_step(core: Core) -> tuple[Key, Any, np.ndarray, Any]:
 def test_a_mixed_step_agrees_with_the_cpu() -> None:
     cfg = MODELS["dense"]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(cfg))
-    key, state, control, want = mixed_step(Core(Model(params, cfg), SETTINGS))
-    assert (key.name, key.greedy) == ("mixed", False)
+    model = Model(params, cfg)
+    key, state, control, want = mixed_step(Core(model, SETTINGS))
+    assert (key.name, key.greedy, key.rows) == ("mixed", False, 4)
     function = partial(
-        programs.mixed, config=cfg, profile=profile_of(key), tokens=key.size, chunk_rows=SETTINGS.chunk_rows
+        programs.mixed,
+        config=cfg,
+        profile=profile_of(key),
+        tokens=key.size,
+        rows=key.rows,
+        chunk_rows=SETTINGS.chunk_rows,
+        joining=Beginnings(model, SETTINGS).idle,
     )
 
     def step(params: Any, state: Any, control: Any) -> Any:
