@@ -198,11 +198,10 @@ def decode_step(
     config: LlamaConfig,
     profile: SamplerProfile,
     adapters: Params | None = None,
-    patch: Patch | None = None,
 ) -> tuple[DecodeState, Progress]:
     """Runs the last token of every unfinished row through the model and draws the next."""
     progress = no_progress(state, 1, profile, config.vocab_size)
-    return _step(params, state, progress, 0, adapters, patch, config=config, profile=profile)
+    return _step(params, state, progress, 0, adapters, None, config=config, profile=profile)
 
 
 def _step(
