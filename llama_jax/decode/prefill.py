@@ -51,14 +51,13 @@ def prefill_chunk(
       float32 logits [batch, vocab] of the chunk's last token, and the cache.
     """
     batch, length = tokens.shape
-    if isinstance(cache, NewCache):
-        cache = cache.create(config)
+    filled = cache.create(config) if isinstance(cache, NewCache) else cache
     count = buckets.pieces(share("batch", batch), length, ways("mlp"))
     last = jnp.full((batch, 1), length // count - 1, jnp.int32)
     run = partial(forward, params, config, rope_lengths=lengths, patch=patch, logits_at=last)
     for ids, at in zip(jnp.split(tokens, count, axis=1), jnp.split(positions, count, axis=1), strict=True):
-        logits, cache = run(ids, at, cache)
-    return logits[:, -1], cache
+        logits, filled = run(ids, at, filled)
+    return logits[:, -1], filled
 
 
 def prefill(
