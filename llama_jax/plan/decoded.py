@@ -28,9 +28,9 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
     """Bytes on each device of decoded weights of "attn", "mlp", "down", "moe" and "head" that exist at one time.
 
     The largest of a block, which decodes one after the other. Beside "mlp", gate and up, there is "down" already if a
-    kernel decodes it on a mesh that splits it: XLA hides that kernel behind the all-reduce of attention. Of a layer's
-    stacks of routed experts all three, or two if codes are read but for the sake of the kernel behind them; of few
-    tokens only those of used experts, with a copy of their codes. What kernels decode in registers is nowhere.
+    kernel decodes it for CDNA on a mesh that splits it, where XLA's schedule has that kernel ahead of the product. Of
+    a layer's stacks of routed experts all three, or two if codes are read but for the sake of the kernel behind them;
+    of few tokens only those of used experts, with a copy of their codes. What kernels decode in registers is nowhere.
 
     Args:
       config: as the model is computed on the mesh.
@@ -70,7 +70,7 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
             continue
         if name == "down_proj":
             products["down", where[1], name] += size
-            if by_kernel and local_shape(spec, config, mesh) != spec.shape:
+            if by_kernel and target.wave_size == 64 and local_shape(spec, config, mesh) != spec.shape:
                 products[where[2], where[1], _JOINT["gate_proj"]] += size
         elif where:
             products[where[2], where[1], _JOINT.get(name, name)] += size

@@ -146,8 +146,9 @@ class DeviceShare:
         """
         on_cpu = self.target.vendor == "cpu"
         stream = rows * tokens * self.config.hidden_size
-        # The residual and its norm; where XLA's GPU compiler computes the norm, also the sum and the norm in float32.
-        live = 2 * stream * self.itemsize + (8 * stream if backends.norm == REFERENCE and not on_cpu else 0)
+        # The residual and its norm. XLA's GPU compiler writes both in float32 too; a kernel writes others like them.
+        pair = 2 * stream * self.itemsize
+        live = pair + (8 * stream if backends.norm == REFERENCE and not on_cpu else 0)
         live = 0 if stream * self.itemsize <= unwritten else live
         *before, last = self.config.layers
         of_all, of_last = (
@@ -158,6 +159,8 @@ class DeviceShare:
         blocks += [self._mlp(layer, rows * tokens, backends, of_all, unwritten) for layer in set(before)]
         blocks += [self._mlp(last, rows, backends, of_last)]  # of the last token alone
         logits = 4 * rows * self.of("vocab", self.config.vocab_size) + of_last["head"]
+        if backends.norm != REFERENCE:
+            blocks.append(pair)
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
