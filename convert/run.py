@@ -91,7 +91,6 @@ def convert(
     from llama_jax.convert.leaves import AHEAD_BYTES, in_file_order, memory, read_ahead, read_leaf, stored_dtype
     from llama_jax.disk import fits_file_cache
     from llama_jax.params import param_specs
-    from llama_jax.quantized.methods import METHODS
     from llama_jax.recipe import NEAREST
 
     dtype = "bfloat16" if dtype is None and recipe is not None else dtype
@@ -107,7 +106,7 @@ def convert(
             "source": [model.source.kind, str(model.path.absolute()), before],
             "config": digest(repr(model.config).encode()),
             "options": [dtype, allow_nonfinite],
-            "weights": "as they are" if recipe is None else METHODS[recipe.method].described,
+            "weights": "as they are" if recipe is None else recipe.method,
             **({"change": change} if (change := getattr(model, "change", "")) else {}),
             "calibration": None if calibration is None else digest(calibration.encode()),
         }

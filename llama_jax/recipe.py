@@ -101,7 +101,7 @@ def recipe(
       symmetric: whether code 0 represents 0, so that no minima are stored. By default False in int4, else True.
       lm_head, embed: name of a layout, or "bfloat16".
       ignore: patterns of leaves, e.g. "layers.0.*" or "*.down_proj".
-      method: how codes are found. "rtn": each is the nearest; "hqq" also needs no data; "gptq" and "awq" take a text.
+      method: how codes are found. "rtn": each is the nearest; "hqq" also needs no data; the others take a text.
 
     Raises:
       RequestError: one of them is unknown, or they contradict each other.

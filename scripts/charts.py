@@ -31,7 +31,7 @@ from llama_jax.plan.costs import step_bytes
 DOCS = Path(__file__).parents[1] / "docs"
 MEASURED, CHARTS = DOCS / "measured", DOCS / "charts"
 DEVICE = "h200"
-DARK, LIGHT, GREY, AMBER = "#3d7ab8", "#9cc3e6", "#a0a0a0", "#e0a030"
+DARK, LIGHT, GREY, AMBER, GREEN = "#3d7ab8", "#9cc3e6", "#a0a0a0", "#e0a030", "#4d9a6a"
 INKS = {"": "#1c1c1c", "-dark": "#e4e4e4"}
 """Colours of text and lines, by the suffix of the file's name."""
 
@@ -132,7 +132,7 @@ def quality() -> None:
     """The rise of log-perplexity over the bytes of the weights, a line a method."""
     found = read(MEASURED / "quality-smollm2-135m.json")
     _, axes = plt.subplots(figsize=(6.4, 3.0))
-    colors = {"rtn": GREY, "hqq": LIGHT, "awq": AMBER, "gptq": DARK}
+    colors = {"rtn": GREY, "hqq": LIGHT, "awq": AMBER, "gptq": DARK, "awq+gptq": GREEN}
     rows = [row for row in found["schemes"] if row["weights"] != "int4_g32_min"]  # the model's own grid
     for method, color in colors.items():
         points = [row for row in rows if row["method"] == method]

@@ -118,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("schemes", nargs="*", metavar="LAYOUT:METHOD")
     parser.add_argument("--text", type=Path, help="what is predicted")
-    parser.add_argument("--calibration", type=Path, help="what gptq and awq see")
+    parser.add_argument("--calibration", type=Path, help="what calibrated methods see")
     parser.add_argument("--rotated", action="store_true", help="the rotated model")
     parser.add_argument("--windows", type=int, help="only the first N windows of the text")
     parser.add_argument("--docs", action="store_true", help="measure nothing, write the table")

@@ -387,7 +387,7 @@ def test_prefill_in_pieces(page_size: int | None, monkeypatch: pytest.MonkeyPatc
     with sharding.on(mesh):
         assert buckets.pieces(2, buckets.prompt_bucket(41), sharding.ways("mlp")) == 2
         cache: Any = NewCache(4, 80, jnp.dtype(jnp.float32), page_size)
-        logits, cache, _ = prefill_module.prefill(model.params, model.config, texts, cache, padded_rows=4)
+        logits, cache = prefill_module.prefill(model.params, model.config, texts, cache)
     assert [int((row >= 0).sum()) for row in cache.positions[:3]] == [3, 20, 41]
     for row, text in enumerate(texts):
         expected, _ = run(golden.params, golden.config, jnp.asarray([text]))

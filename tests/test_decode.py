@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -17,14 +15,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llama_jax import batch_generate
-from llama_jax.cache import NewCache, PagedCache
+from llama_jax.cache import NewCache
 from llama_jax.config import LayerSpec, RopeSpec
 from llama_jax.decode import buckets, chunks, loop
 from llama_jax.decode import prefill as prefill_module
 from llama_jax.errors import KernelError
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model
-from llama_jax.sampling import SamplerProfile, SamplerState, SamplingParams, make_sampler
+from llama_jax.sampling import SamplerProfile, SamplingParams, make_sampler
 from llama_jax.targets import find
 
 SIZES = st.integers(1, 1 << 20)
@@ -142,14 +140,12 @@ def prefill(
     *,
     batch: int | None = None,
     room: int = 16,
-    page_size: int | None = None,
-    **fields: Any,
 ) -> Any:
-    """Logits, cache and log-probabilities of prompts in a cache of `batch` rows with room for more tokens."""
+    """Logits and cache of prompts in a cache of `batch` rows with room for more tokens."""
     batch = batch or len(prompts)
     capacity = buckets.prompt_bucket(max(map(len, prompts))) + room
-    cache = NewCache(batch, capacity, np.dtype(np.float32), page_size)
-    return prefill_module.prefill(golden.params, golden.config, prompts, cache, padded_rows=batch, **fields)
+    cache = NewCache(batch, capacity, np.dtype(np.float32))
+    return prefill_module.prefill(golden.params, golden.config, prompts, cache)
 
 
 @pytest.mark.slow
@@ -169,7 +165,7 @@ def test_prefill_equals_forward(case: str, chunk: int | None, monkeypatch: pytes
     prompts = prompts_of(golden, [3, 41, 64])
     if chunk:
         monkeypatch.setattr(chunks, "chunk_length", lambda *_, **__: chunk)
-    logits, cache, _ = prefill(golden, prompts, batch=4)
+    logits, cache = prefill(golden, prompts, batch=4)
     assert logits.shape == (4, golden.config.vocab_size)
     assert int(cache.length) == 64
     for row, prompt in enumerate(prompts):
@@ -186,25 +182,20 @@ def test_long_prompts_run_in_chunks(
     golden: Golden, module: ModuleType, name: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = prompts_of(golden, [200, 150])
-    whole, _, whole_logprobs = prefill(golden, prompts, prompt_logprobs=True)
+    whole, _ = prefill(golden, prompts)
     calls = []
     original = prefill_module.prefill_chunk
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args[3].shape[1])
+        calls.append(args[2].shape[1])
         return original(*args, **kwargs)
 
     monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(prefill_module, "prefill_chunk", counted)
-    chunked, _, _ = prefill(golden, prompts)
-    _, _, logprobs = prefill(golden, prompts, prompt_logprobs=True)
-    assert len(calls) > 2
+    chunked, _ = prefill(golden, prompts)
+    assert len(calls) > 1
     assert max(calls) <= 128
     np.testing.assert_allclose(chunked, whole, atol=1e-4)
-    for row, prompt in enumerate(prompts):
-        own = np.arange(-(len(prompt) - 1), 0)
-        np.testing.assert_allclose(logprobs.token[row][own], whole_logprobs.token[row][own], atol=1e-4)
-        np.testing.assert_array_equal(logprobs.top_ids[row][own], whole_logprobs.top_ids[row][own])
 
 
 @pytest.mark.parametrize(
@@ -221,24 +212,10 @@ def test_dynamic_rope_knows_the_length_from_the_first_chunk(monkeypatch: pytest.
     config = tiny_config(rope=RopeSpec(kind="dynamic", factor=4.0, original_max_positions=16))
     golden = Golden(config, random_params(config), *[np.zeros(0)] * 5)
     prompt = np.random.default_rng(0).integers(0, 40, 48).tolist()
-    whole, _, _ = prefill(golden, [prompt])
+    whole, _ = prefill(golden, [prompt])
     monkeypatch.setattr(chunks, "chunk_length", lambda *_, **__: 16)
-    chunked, _, _ = prefill(golden, [prompt])
+    chunked, _ = prefill(golden, [prompt])
     np.testing.assert_allclose(chunked, whole, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_prefill_into_given_rows(golden: Golden) -> None:
-    """Two prompts into rows 3 and 1 of four, one of them in a second call; the other rows stay empty."""
-    prompts = prompts_of(golden, [9, 5, 20])
-    want, _, _ = prefill(golden, prompts)
-    for page_size in (None, 16):
-        cache: Any = NewCache(4, 64, np.dtype(np.float32), page_size)
-        run_into = partial(prefill_module.prefill, golden.params, golden.config)
-        first, cache, _ = run_into(prompts[:2], cache, rows=[3, 1], padded_rows=2)
-        second, cache, _ = run_into(prompts[2:], cache, rows=[0], padded_rows=2)  # one row of padding
-        np.testing.assert_allclose(np.concatenate([first, second[:1]]), want, atol=1e-4)
-        assert (cache.positions >= 0).sum(axis=1).tolist() == [20, 5, 0, 9]
 
 
 # The loop.
@@ -249,7 +226,7 @@ def start(
 ) -> Any:
     """State, progress and profile after the first tokens."""
     profile, sampler = make_sampler(params, prompts, golden.config.vocab_size, golden.config.eos_token_ids)
-    logits, cache, _ = prefill(golden, prompts, **fields)
+    logits, cache = prefill(golden, prompts, **fields)
     lengths, adapters = np.asarray([len(p) for p in prompts], np.int32), np.zeros(len(prompts), np.int32)
     limit = np.asarray(limits, np.int32)
     state, progress = loop.begin(logits, cache, sampler, lengths, limit, adapters, profile=profile)
@@ -263,12 +240,12 @@ class Rows:
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.logprobs: list[list[float]] = [[] for _ in range(rows)]
 
-    def add(self, progress: loop.Progress, rows: Sequence[int] | None = None) -> None:
+    def add(self, progress: loop.Progress) -> None:
         host = jax.device_get(progress)
-        for i, row in enumerate(range(len(self.tokens)) if rows is None else rows):
-            self.tokens[row] += host.tokens[i, : host.new[i]].tolist()
+        for row in range(len(self.tokens)):
+            self.tokens[row] += host.tokens[row, : host.new[row]].tolist()
             if host.logprobs is not None:
-                self.logprobs[row] += host.logprobs.token[i, : host.new[i]].tolist()
+                self.logprobs[row] += host.logprobs.token[row, : host.new[row]].tolist()
 
 
 def advance(golden: Golden, state: loop.DecodeState, steps: int, profile: SamplerProfile, stride: int = 16) -> Any:
@@ -331,15 +308,6 @@ def test_the_loop_ends_when_every_row_has(golden: Golden) -> None:
     assert int(state.cache.length) == 16 + 4
 
 
-def test_rows_that_the_host_ends(golden: Golden) -> None:
-    prompts = prompts_of(golden, [5, 9])
-    params = [SamplingParams(temperature=0.0, ignore_eos=True)] * 2
-    state, _, profile = start(golden, prompts, params, [16, 5])
-    state = loop.stop_rows(state, np.asarray([True, False]))
-    _, progress = advance(golden, state, 16, profile)
-    assert progress.new.tolist() == [0, 4]
-
-
 def test_stop_ids_end_a_row(golden: Golden) -> None:
     prompts = prompts_of(golden, [5])
     greedy = SamplingParams(temperature=0.0, ignore_eos=True)
@@ -369,87 +337,7 @@ def test_growing_keeps_everything(golden: Golden) -> None:
     np.testing.assert_allclose(rows.logprobs, want.logprobs, atol=1e-5)
 
 
-# Rows that come and go.
-
-
-SETTINGS = {
-    "greedy": SamplingParams(temperature=0.0, ignore_eos=True, logprobs=1),
-    "sampling": SamplingParams(seed=3, top_p=0.9, ignore_eos=True, logprobs=1),
-    "penalties": SamplingParams(
-        seed=5, repetition_penalty=1.3, frequency_penalty=0.4, min_tokens=3, ignore_eos=True, logprobs=1
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.slow
-def test_a_row_that_joins_and_leaves_gets_the_tokens_it_gets_alone(golden: Golden, name: str) -> None:
-    """It joins a running batch at step 7, leaves at step 19, and its neighbours do not notice."""
-    prompts = prompts_of(golden, [5, 12, 20, 9])
-    params = [SETTINGS[name], SETTINGS["greedy"], SETTINGS["sampling"], SETTINGS["penalties"]]
-    limits = [64, 30, 4, 30]
-    alone = [
-        finished(golden, [p], [s], [n], room=64, page_size=16) for p, s, n in zip(prompts, params, limits, strict=True)
-    ]
-    profile, samplers = make_sampler(params, prompts, golden.config.vocab_size)
-
-    def of_rows(*rows: int) -> SamplerState:
-        picked: SamplerState = jax.tree.map(lambda x: x[list(rows)], samplers)
-        return picked
-
-    # Row 0 idles at first. Pages of every row come from a pool, in no order.
-    cache = PagedCache.create(golden.config, 4, 96, np.float32, page_size=16, pages=24)
-    table = np.random.default_rng(0).permutation(24).reshape(4, 6).astype(np.int32)
-    cache = cache.book(np.arange(1, 4), table[1:])
-    logits, cache, _ = prefill_module.prefill(
-        golden.params, golden.config, prompts[1:], cache, rows=[1, 2, 3], padded_rows=4
-    )
-    state = jax.jit(loop.idle_state)(cache, samplers)
-    join = partial(loop.join, profile=profile)
-    none = np.zeros(1, np.int32)
-    rows = Rows(4)
-    lengths = np.asarray([len(p) for p in prompts], np.int32)
-    state, progress = join(
-        state, np.arange(1, 4), logits[:3], of_rows(1, 2, 3), lengths[1:], np.asarray(limits[1:]), np.zeros(3, np.int32)
-    )
-    rows.add(progress, [1, 2, 3])
-    for _ in range(7):
-        state, progress = advance(golden, state, 1, profile, 1)
-        rows.add(progress)
-    assert [len(t) for t in rows.tokens] == [0, 8, 4, 8]
-    ended = jax.device_get((state.cache.k, state.cache.v))
-
-    cache = state.cache.book(np.asarray([0]), table[:1])
-    logits, cache, _ = prefill_module.prefill(golden.params, golden.config, prompts[:1], cache, rows=[0], padded_rows=1)
-    state, progress = join(
-        dataclasses.replace(state, cache=cache),
-        np.asarray([0]),
-        logits,
-        of_rows(0),
-        lengths[:1],
-        np.asarray(limits[:1]),
-        none,
-    )
-    rows.add(progress, [0])
-    state, progress = advance(golden, state, 12, profile)
-    rows.add(progress)
-    state = loop.leave(state, np.asarray([True, False, False, False]))
-    left = jax.device_get((state.cache.k, state.cache.v))
-    state, progress = advance(golden, state, 64, profile, 64)
-    rows.add(progress)
-
-    assert len(rows.tokens[0]) == 13
-    assert rows.tokens[0] == alone[0].tokens[0][:13]
-    np.testing.assert_allclose(rows.logprobs[0], alone[0].logprobs[0][:13], atol=1e-5)
-    for row in (1, 2, 3):
-        assert rows.tokens[row] == alone[row].tokens[0]
-        np.testing.assert_allclose(rows.logprobs[row], alone[row].logprobs[0], atol=1e-5)
-    # Pages of a row that has ended, and of one that has left, do not change, bit for bit.
-    assert int(state.cache.lengths[2]) == 20 + 3
-    after = jax.device_get((state.cache.k, state.cache.v))
-    for before, row in ((ended, 2), (left, 0)):
-        for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-            np.testing.assert_array_equal(old[table[row]], new[table[row]])
+# Rows that end.
 
 
 def test_a_dense_row_that_has_ended_stores_nothing_visible(golden: Golden) -> None:

@@ -35,7 +35,7 @@ def test_every_stop_id_ends_a_row(place: str) -> None:
     room = len(tokens)
     capacity = buckets.cache_bucket(buckets.prompt_bucket(len(prompt)) + room)
     cache = NewCache(1, capacity, np.dtype(np.float32))
-    logits, cache, _ = prefill_module.prefill(golden.params, golden.config, [prompt], cache, padded_rows=1)
+    logits, cache = prefill_module.prefill(golden.params, golden.config, [prompt], cache)
     lengths, limits, none = (np.asarray([n], np.int32) for n in (len(prompt), room, 0))
     state, _ = loop.begin(logits, cache, sampler, lengths, limits, none, profile=profile)
     _, progress = loop.advance(golden.params, state, np.int32(room), config=golden.config, profile=profile, stride=room)

@@ -187,20 +187,18 @@ def test_arguments_on_a_mesh(name: str, kv_dtype: str | None, sizes: dict[str, i
 @pytest.mark.sampled(3)
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("name", "chip", "ways", "rows", "wanted", "kv_dtype", "within"),
+    ("name", "chip", "ways", "rows", "wanted", "kv_dtype"),
     [
-        ("llama-3.2-1b", "mi300x", 2, 4, recipe("int4"), None, 0.08),
-        ("llama-3.2-1b", "mi300x", 2, 4, recipe("fp8", lm_head="int8_g32"), None, 0.1),
-        ("mixtral-8x7b", "mi300x", 2, 4, recipe("int8"), None, 0.08),
-        ("mixtral-8x7b", "mi300x", 2, 1, recipe("int4", group=128), None, 0.08),
-        ("llama-3.1-70b", "mi300x", 2, 4, recipe("int4", embed="int8"), None, 0.08),
-        ("llama-3.1-70b", "rx7900xtx", 2, 1, recipe("int4", embed="int8"), "int8", 0.08),
-        ("llama-3.1-8b", "rx7900xtx", 1, 1, recipe("int4", embed="int8"), "int8", 0.08),
+        ("llama-3.2-1b", "mi300x", 2, 4, recipe("int4"), None),
+        ("llama-3.2-1b", "mi300x", 2, 4, recipe("fp8", lm_head="int8_g32"), None),
+        ("mixtral-8x7b", "mi300x", 2, 4, recipe("int8"), None),
+        ("mixtral-8x7b", "mi300x", 2, 1, recipe("int4", group=128), None),
+        ("llama-3.1-70b", "mi300x", 2, 4, recipe("int4", embed="int8"), None),
+        ("llama-3.1-70b", "rx7900xtx", 2, 1, recipe("int4", embed="int8"), "int8"),
+        ("llama-3.1-8b", "rx7900xtx", 1, 1, recipe("int4", embed="int8"), "int8"),
     ],
 )
-def test_quantised_weights(
-    name: str, chip: str, ways: int, rows: int, wanted: Recipe, kv_dtype: str | None, within: float
-) -> None:
+def test_quantised_weights(name: str, chip: str, ways: int, rows: int, wanted: Recipe, kv_dtype: str | None) -> None:
     """Held as they are stored, to the byte; with what XLA decodes before it multiplies."""
     config, target, sizes = preset(name), find(chip), {"tensor": ways} if ways > 1 else {}
     config = config.replace(layers=config.layers[:2])
@@ -218,7 +216,7 @@ def test_quantised_weights(
         compilation = compile_for(target, program.function, program.args, mesh=mesh, kwargs=program.static)
         actual = reported(compilation.compiled.memory_analysis())
         assert predicted.arguments == actual.arguments
-        assert predicted.total == pytest.approx(actual.total, rel=within)
+        assert predicted.total == pytest.approx(actual.total, rel=0.05)
 
 
 def test_kernels_need_no_logits_in_memory() -> None:

@@ -40,12 +40,12 @@ def absent(f: Fields, *keys: str) -> None:
             raise unsupported(f.name(key), value)
 
 
-def group_size(f: Fields, key: str = "group_size", default: Any = None) -> int | None:
+def group_size(f: Fields, default: Any = None) -> int | None:
     """Columns that share a scale; None for whole rows, which files write as -1."""
-    value = f.get(key, default)
+    value = f.get("group_size", default)
     if value is None or (type(value) is int and value == -1):
         return None
-    return f.integer(key, default)
+    return f.integer("group_size", default)
 
 
 def pattern(key: str, text: str) -> re.Pattern[str]:

@@ -79,9 +79,9 @@ def prefill_program(
     config = split_config(config, mesh)
     tokens = _array((batch, chunk), jnp.int32, ("batch",), mesh)
     lengths = _array((batch,), jnp.int32, ("batch",), mesh)
-    args = (fused_parameters(config, mesh, dtype), None, None, tokens, tokens, tokens, lengths)
-    new = NewCache(batch, capacity, stored_dtype(kv_dtype, dtype))
-    return Program("prefill", prefill_chunk, args, {"config": config, "new": new, "prompt_logprobs": False})
+    cache = NewCache(batch, capacity, stored_dtype(kv_dtype, dtype))
+    args = (fused_parameters(config, mesh, dtype), cache, tokens, tokens, lengths)
+    return Program("prefill", prefill_chunk, args, {"config": config})
 
 
 def decode_program(

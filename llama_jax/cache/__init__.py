@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 from jax.typing import DTypeLike
 
 from llama_jax.cache.dense import DENSE_AXES, DenseCache
@@ -33,9 +34,10 @@ __all__ = [
 ]
 
 
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class NewCache:
-    """A deferred cache: prefill makes it within its first program.
+    """A deferred cache: prefill makes it within its first program. A pytree without leaves.
 
     Attributes:
       rows, capacity: of the cache; dtype: of keys and values, or a name of `KV_DTYPES`.

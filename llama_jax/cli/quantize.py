@@ -30,12 +30,12 @@ from llama_jax.cli.terminal import print_json, size_text
     metavar="METHOD",
     default="rtn",
     show_default=True,
-    help="rtn rounds to the nearest; hqq, gptq and awq lose less, the last two with a text.",
+    help="rtn rounds to the nearest; hqq, gptq, awq and awq+gptq lose less, the last three with a text.",
 )
 @click.option(
     "--calibration",
     metavar="FILE",
-    help="Text for gptq and awq, in UTF-8: some ten thousand tokens like those that the model will read.",
+    help="Text for the methods that need one, in UTF-8: some ten thousand tokens like those that the model will read.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
 @yes_option
@@ -57,12 +57,12 @@ def command(
     and routers are stored in bfloat16, as is what --ignore names. Weights pass one by one, so memory is needed for the
     largest of them, not for the model. What was stopped resumes when the same command is run again.
 
-    gptq and awq go through the layers in their order, each with what the quantised ones before it make of the text;
+    With a text, layers are quantised in their order, each with what the quantised ones before it make of the text;
     memory holds one layer in float32 and the text's hidden states. Embeddings and output projections are rounded to the
     nearest.
 
-    Prints how far the weights of each layer (with gptq and awq: its outputs) are from what they were: the root of the
-    mean square of the difference, as a share of theirs, of all of the layer's and of the one that suffers most.
+    Prints how far the weights of each layer (with a text: its outputs) are from what they were: the root of the mean
+    square of the difference, as a share of theirs, of all of the layer's and of the one that suffers most.
     """
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.convert import convert

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,72 +104,16 @@ def begin(
     prompt_lengths: jax.Array,
     limit: jax.Array,
     adapter_ids: jax.Array,
-    source: jax.Array | None = None,
     *,
     profile: SamplerProfile,
 ) -> tuple[DecodeState, Progress]:
     """The state of a batch after every row's first token was drawn.
 
     Args:
-      logits: float32 [rows, vocab] of the prompts' last tokens.
+      logits: float32 [batch, vocab] of the prompts' last tokens.
       cache: holds the prompts.
       prompt_lengths, limit, adapter_ids: int32 [batch]; rows with limit 0 stay idle.
-      source: int32 [batch], the row of `logits` that each row of the batch continues; None if they are the same.
     """
-    logits = logits if source is None else logits[source]
-    return _begun(logits, cache, sampler, prompt_lengths, limit, adapter_ids, profile)
-
-
-@partial(jax.jit, static_argnames=("profile",), donate_argnames=("state",))
-def join(
-    state: DecodeState,
-    rows: jax.Array,
-    logits: jax.Array,
-    sampler: SamplerState,
-    prompt_lengths: jax.Array,
-    limit: jax.Array,
-    adapter_ids: jax.Array,
-    *,
-    profile: SamplerProfile,
-) -> tuple[DecodeState, Progress]:
-    """The state after idle rows have begun a text and their first tokens were drawn, at any step of the other rows.
-
-    Args:
-      state: its cache holds the prompts (`prefill(cache=, rows=)`).
-      rows: int32 [n], those that begin; indices past the last row are padding.
-      logits: float32 [n, vocab] of the prompts' last tokens.
-      sampler: of the n rows, of the same profile.
-      prompt_lengths, limit, adapter_ids: int32 [n].
-
-    Returns:
-      The state, and the progress of the n rows.
-    """
-    part, progress = _begun(logits, state.cache, sampler, prompt_lengths, limit, adapter_ids, profile)
-
-    def put(into: Any, new: Any) -> Any:
-        return jax.tree.map(lambda a, b: a.at[rows].set(b, mode="drop"), into, new)
-
-    fields = {f.name for f in dataclasses.fields(state)} - {"cache"}
-    joined = {name: put(getattr(state, name), getattr(part, name)) for name in fields}
-    return by_rows(dataclasses.replace(state, **joined)), progress
-
-
-@partial(jax.jit, donate_argnames=("state",))
-def leave(state: DecodeState, rows: jax.Array) -> DecodeState:
-    """Ends rows bool [batch] and empties them. Their pages are free once every earlier dispatch has ended."""
-    return dataclasses.replace(state, done=state.done | rows, cache=state.cache.release(rows))
-
-
-def _begun(
-    logits: jax.Array,
-    cache: KVCache,
-    sampler: SamplerState,
-    prompt_lengths: jax.Array,
-    limit: jax.Array,
-    adapter_ids: jax.Array,
-    profile: SamplerProfile,
-) -> tuple[DecodeState, Progress]:
-    """Rows that have begun, after their first tokens were drawn."""
     state = dataclasses.replace(
         idle_state(cache, sampler),
         positions=prompt_lengths - 1,
@@ -179,8 +122,7 @@ def _begun(
         rope_lengths=prompt_lengths,
         adapter_ids=adapter_ids,
     )
-    progress = no_progress(state, 1, profile, logits.shape[1])
-    state, progress = emit(logits, state, progress, 0, profile)
+    state, progress = emit(logits, state, no_progress(state, 1, profile, logits.shape[1]), 0, profile)
     return by_rows(state), progress
 
 
@@ -256,11 +198,10 @@ def decode_step(
     config: LlamaConfig,
     profile: SamplerProfile,
     adapters: Params | None = None,
-    patch: Patch | None = None,
 ) -> tuple[DecodeState, Progress]:
     """Runs the last token of every unfinished row through the model and draws the next."""
     progress = no_progress(state, 1, profile, config.vocab_size)
-    return _step(params, state, progress, 0, adapters, patch, config=config, profile=profile)
+    return _step(params, state, progress, 0, adapters, None, config=config, profile=profile)
 
 
 def _step(
@@ -360,12 +301,6 @@ def by_rows(state: DecodeState) -> DecodeState:
     # A cache shards itself.
     placed = {n: constrain(x, axes.get(n, ("batch",))) for n, x in fields.items() if n != "cache"}
     return dataclasses.replace(state, **placed)
-
-
-@partial(jax.jit, donate_argnames=("state",))
-def stop_rows(state: DecodeState, ended: jax.Array) -> DecodeState:
-    """Ends rows bool [batch] in which the host found a stop string."""
-    return dataclasses.replace(state, done=state.done | ended)
 
 
 @partial(jax.jit, static_argnames=("capacity",))

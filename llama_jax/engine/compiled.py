@@ -19,12 +19,11 @@ import numpy as np
 from llama_jax.aot.stored import compile_stored, tracing_context
 from llama_jax.cache import PagedCache
 from llama_jax.decode.loop import DecodeState
-from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.adapter_pool import AdapterSlots
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts
 from llama_jax.engine.program_set import MARKED, Key, masked, masks_of, program, program_set, sufficient, texts_of
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Marked, wide
+from llama_jax.engine.state import NO_ROW, Marked, wide
 from llama_jax.errors import LateCompilation
 from llama_jax.kernels.dispatch import using
 from llama_jax.model.loaded import Model

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from llama_jax.cache import PagedCache
-from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.draft_programs import DRAFT, FOLLOW, DraftParts, draft_control, follow_control, piece
 from llama_jax.engine.drafting import Cost, Pace, Wanted
 from llama_jax.engine.sequence import Domain, Sequence
 from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.state import NO_ROW
 from llama_jax.errors import RequestError
 from llama_jax.model.loaded import Model
 from llama_jax.plan.costs import read_bytes

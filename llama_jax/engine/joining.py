@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from llama_jax.cache import NO_PAGE
-from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.compiled import KEPT, shapes_alone
 from llama_jax.engine.drafting import Pace
 from llama_jax.engine.flat import flat, views
@@ -20,7 +19,7 @@ from llama_jax.engine.program_set import without_vocabulary
 from llama_jax.engine.rules import Rule
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
-from llama_jax.engine.state import Joining
+from llama_jax.engine.state import NO_ROW, Joining
 from llama_jax.engine.steps import Step
 from llama_jax.model.loaded import Model
 from llama_jax.sampling import FULL, Logprobs, SamplerState, SamplingParams, make_sampler, token_mask

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine import programs
 from llama_jax.engine.compiled import Programs
 from llama_jax.engine.joining import Asked, Beginnings
 from llama_jax.engine.program_set import Key
 from llama_jax.engine.sequence import Sequence
 from llama_jax.engine.settings import EngineSettings
+from llama_jax.engine.state import NO_ROW
 from llama_jax.engine.steps import Step
 
 

@@ -11,14 +11,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llama_jax.cache import PagedCache, protocol, stored
 from llama_jax.config import LlamaConfig
 from llama_jax.decode.loop import DecodeState, by_rows, idle_state
-from llama_jax.decode.prefill import NO_ROW
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.sampling import FULL, SamplerState, SamplingParams, make_sampler
 from llama_jax.sharding import constrain
+
+NO_ROW = np.iinfo(np.int32).max
+"""An index past the last row of every cache: padding among row indices."""
 
 
 def new_state(config: LlamaConfig, settings: EngineSettings, dtype: jnp.dtype) -> DecodeState:

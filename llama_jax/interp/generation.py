@@ -84,7 +84,7 @@ def _run(
 
     capacity = buckets.cache_bucket(buckets.prompt_bucket(max(map(len, prompts))) + max(limits))
     cache = NewCache(batch, capacity, model.cache_dtype, None)
-    logits, made, _ = prefill(model.params, config, prompts, cache, padded_rows=batch, patch=patch)
+    logits, made = prefill(model.params, config, prompts, cache, patch=patch)
     every, of_all = [*params, *[params[0]] * padding], [*prompts, *[prompts[0]] * padding]
     profile, sampler = make_sampler(every, of_all, config.vocab_size, model.eos_token_ids)
     lengths = rows([len(prompt) for prompt in prompts], 1)

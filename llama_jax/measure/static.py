@@ -51,7 +51,7 @@ def time_static(
     profile, sampler = make_sampler([params] * batch, [()] * batch, config.vocab_size)
     start = time.perf_counter()
     cache = NewCache(batch, capacity, model.cache_dtype, page_size)
-    logits, made, _ = here(prefill, model.params, config, prompts, cache, padded_rows=batch)
+    logits, made = here(prefill, model.params, config, prompts, cache)
     lengths = each([len(prompt) for prompt in prompts], 1)
     state, progress = here(
         loop.begin, logits, made, sampler, lengths, each(new, 0), each([0] * len(prompts), 0), profile=profile

@@ -42,7 +42,7 @@ def quantize(
     Args:
       model: with weights in floating point, fused or not, on a mesh or not.
       weights, group, symmetric, lm_head, embed, ignore, method: see `llama_jax.recipe.recipe`.
-      calibration: int32 [rows, length], tokens of the text that "gptq" and "awq" need; the model is then on one
+      calibration: int32 [rows, length], tokens of a text, for the methods that need one; the model is then on one
         device, and not fused.
 
     Raises:

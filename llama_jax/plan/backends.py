@@ -1,4 +1,4 @@
-"""The implementations of attention and routed experts that a program would use, by the dispatch itself."""
+"""The implementations of operations that a program would use, by the dispatch itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from llama_jax.config import LlamaConfig, MoeSpec
 from llama_jax.decode.chunks import attention_backends
 from llama_jax.kernels.dispatch import REFERENCE, choose
 from llama_jax.kernels.moe import routed_experts_op
+from llama_jax.kernels.norm import add_rms_norm_op
 from llama_jax.sharding import AnyMesh, on, ruled
 from llama_jax.targets import Target
 
@@ -22,6 +23,7 @@ class Backends:
 
     attention: tuple[str, ...] = (REFERENCE,)
     moe: str = REFERENCE
+    norm: str = REFERENCE
 
 
 def backends(
@@ -47,13 +49,15 @@ def backends(
     with on(ruled(mesh)):
         shape = {"rows": rows, "tokens": tokens, "capacity": capacity}
         attention = attention_backends(config, target, dtype, **shape, cache_dtype=stored_dtype(kv_dtype, dtype))
+    x, weight = array(rows * tokens, config.hidden_size), array(config.hidden_size)
+    norm = choose(add_rms_norm_op, target, "auto", x, x, weight, eps=config.rms_norm_eps).backend
     moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
     if moe is None:
-        return Backends(attention, "")
+        return Backends(attention, "", norm)
     up = array(moe.num_experts, moe.intermediate_size, config.hidden_size)
     down = array(moe.num_experts, config.hidden_size, moe.intermediate_size)
-    x, ids = array(rows * tokens, config.hidden_size), array(rows * tokens, moe.top_k, dtype="int32")
+    ids = array(rows * tokens, moe.top_k, dtype="int32")
     scale = array(rows * tokens, moe.top_k, dtype="float32")
     scales = {"input_scale": scale} if moe.router == "sigmoid" else {"output_scale": scale}
     experts = choose(routed_experts_op, target, "auto", x, ids, up, up, down, activation=jax.nn.silu, **scales)
-    return Backends(attention, experts.backend)
+    return Backends(attention, experts.backend, norm)

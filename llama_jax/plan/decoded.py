@@ -25,12 +25,12 @@ _JOINT = {part: joint for joint, parts in JOINT.items() for part in parts}
 
 
 def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Target, tokens: int) -> Mapping[str, int]:
-    """Bytes on each device of decoded weights of "attn", "mlp", "moe" and "head" that exist at one time.
+    """Bytes on each device of decoded weights of "attn", "mlp", "down", "moe" and "head" that exist at one time.
 
-    The largest of a block, which decodes one after the other. Of a layer's stacks of routed
-    experts all three, or two if codes are read but for the sake of the kernel behind them; of few tokens only those of
-    used experts, with a copy of their codes. What kernels decode in registers is
-    nowhere.
+    The largest of a block, which decodes one after the other. Beside "mlp", gate and up, there is "down" already if a
+    kernel decodes it for CDNA on a mesh that splits it, where XLA's schedule has that kernel ahead of the product. Of
+    a layer's stacks of routed experts all three, or two if codes are read but for the sake of the kernel behind them;
+    of few tokens only those of used experts, with a copy of their codes. What kernels decode in registers is nowhere.
 
     Args:
       config: as the model is computed on the mesh.
@@ -65,9 +65,14 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
             elif name != "down_proj" or not reads_codes(layout):
                 products["moe", where[1], "experts"] += size
             continue
-        if tokens <= MOST_ROWS and _by_kernel(spec, layout, config, itemsize, mesh, target, tokens):
+        by_kernel = _by_kernel(spec, layout, config, itemsize, mesh, target, tokens)
+        if by_kernel and tokens <= MOST_ROWS:
             continue
-        if where:
+        if name == "down_proj":
+            products["down", where[1], name] += size
+            if by_kernel and target.wave_size == 64 and local_shape(spec, config, mesh) != spec.shape:
+                products[where[2], where[1], _JOINT["gate_proj"]] += size
+        elif where:
             products[where[2], where[1], _JOINT.get(name, name)] += size
         elif name == head:
             products["head", "", name] += size

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.decode.chunks import written_bytes
+from llama_jax.kernels.dispatch import REFERENCE
 from llama_jax.layout import local_size, split_config
 from llama_jax.model.fuse import JOINED
 from llama_jax.params import param_specs
@@ -145,8 +146,9 @@ class DeviceShare:
         """
         on_cpu = self.target.vendor == "cpu"
         stream = rows * tokens * self.config.hidden_size
-        # The residual and what is added to it; on GPUs also the residual in float32, before and after a norm.
-        live = 2 * stream * self.itemsize + (0 if on_cpu else 8 * stream)
+        # The residual and its norm. XLA's GPU compiler writes both in float32 too; a kernel writes others like them.
+        pair = 2 * stream * self.itemsize
+        live = pair + (8 * stream if backends.norm == REFERENCE and not on_cpu else 0)
         live = 0 if stream * self.itemsize <= unwritten else live
         *before, last = self.config.layers
         of_all, of_last = (
@@ -154,12 +156,11 @@ class DeviceShare:
         )
         decoded = of_all if before else of_last
         blocks = [self._attention(rows, tokens if before else 1, capacity, backends) + decoded["attn"]]
-        blocks += [
-            self._mlp(layer, rows * tokens, backends, unwritten) + max(of_all["mlp"], of_all["moe"])
-            for layer in set(before)
-        ]
-        blocks += [self._mlp(last, rows, backends) + max(of_last["mlp"], of_last["moe"])]  # of the last token alone
+        blocks += [self._mlp(layer, rows * tokens, backends, of_all, unwritten) for layer in set(before)]
+        blocks += [self._mlp(last, rows, backends, of_last)]  # of the last token alone
         logits = 4 * rows * self.of("vocab", self.config.vocab_size) + of_last["head"]
+        if backends.norm != REFERENCE:
+            blocks.append(pair)
         return live + max(*blocks, logits) + (self._expert_copies(self.config.layers) if on_cpu else 0)
 
     def _attention(self, rows: int, tokens: int, capacity: int, backends: Backends) -> int:
@@ -172,18 +173,22 @@ class DeviceShare:
         decoded = rows * capacity * token_bytes(self.config, self.itemsize, self.mesh)
         return max(written, written * 4 // (4 + self.itemsize) + decoded)
 
-    def _mlp(self, layer: LayerSpec, tokens: int, backends: Backends, unwritten: int = 0) -> int:
-        """gate, up, and their product; of routed experts, for each of a token's experts, with what they are made of."""
+    def _mlp(
+        self, layer: LayerSpec, tokens: int, backends: Backends, decoded: Mapping[str, int], unwritten: int = 0
+    ) -> int:
+        """gate and up beside their decoded weight, or with their product; of routed experts, for each of a token's
+        experts, with what they are made of."""
         if not isinstance(layer.mlp, MoeSpec):
             each = tokens * self.of("mlp", layer.mlp) * self.itemsize
-            return (2 if each <= unwritten else 3) * each
+            return max(2 * each + decoded["mlp"], (2 if each <= unwritten else 3) * each + decoded["down"])
         moe = layer.mlp
         rows = tokens * moe.top_k * self.of("mlp", moe.intermediate_size) * self.itemsize
-        if backends.moe != "reference":
-            return 3 * rows
+        beside = max(decoded["mlp"], decoded["down"], decoded["moe"])
+        if backends.moe != REFERENCE:
+            return 3 * rows + beside
         # On GPUs the ragged product of the reference first transposes the experts of a layer.
         copies = 0 if self.target.vendor == "cpu" else self._expert_copies([layer])
-        return 4 * rows + copies
+        return 4 * rows + copies + beside
 
     def _expert_copies(self, layers: Iterable[LayerSpec]) -> int:
         """Every routed expert of these layers. XLA's CPU compiler transposes those of all layers before the first

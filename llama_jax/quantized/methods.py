@@ -21,14 +21,12 @@ class Method:
     """One way from a weight to its members.
 
     Attributes:
-      described: in a few words, for people.
       encode: layout, weight [*out, in] and the Gram matrix [in, in] of the layer's inputs, which it may leave unused.
       calibrated: whether it needs that matrix, and so a text.
       scales_inputs: whether inputs are scaled before (`awq.input_scales`), by the weights of what comes before.
       takes: whether it can make a layout.
     """
 
-    described: str
     encode: Callable[[Layout, jax.Array, jax.Array | None], Mapping[str, jax.Array]]
     calibrated: bool = False
     scales_inputs: bool = False
@@ -37,10 +35,11 @@ class Method:
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "rtn": Method("rounded to the nearest", lambda layout, weight, _: nearest.encode(layout, weight)),
-        "hqq": Method("HQQ", lambda layout, weight, _: hqq.encode(layout, weight), takes=hqq.takes),
-        "gptq": Method("GPTQ", gptq.encode, calibrated=True),
-        "awq": Method("AWQ", awq.encode, calibrated=True, scales_inputs=True),
+        "rtn": Method(lambda layout, weight, _: nearest.encode(layout, weight)),
+        "hqq": Method(lambda layout, weight, _: hqq.encode(layout, weight), takes=hqq.takes),
+        "gptq": Method(gptq.encode, calibrated=True),
+        "awq": Method(awq.encode, calibrated=True, scales_inputs=True),
+        "awq+gptq": Method(gptq.encode, calibrated=True, scales_inputs=True),
     }
 )
 """By the name that `llama-jax quantize --method` takes."""
