@@ -73,11 +73,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = preset(args.preset).replace(max_position_embeddings=1 << 17)
     if args.layers:
         config = config.replace(layers=config.layers[: args.layers])
-    if args.torch:  # before jax takes the device's memory
-        run_torch(config, args)
+    beside = run_torch(config, args) if args.torch else None  # before jax takes the device's memory
     limits = ceilings(args.dtype, args.ceiling_size)
     with using(**parse_backends(args.kernels, "--kernels")):
-        found = measure(config, args, limits.matmul_flops_per_s)
+        found = measure(config, args, limits.matmul_flops_per_s) | {"torch": beside}
     print(json.dumps(found), flush=True)
     if args.out:
         with args.out.open("a") as file:
@@ -85,13 +84,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return found
 
 
-def run_torch(config: LlamaConfig, args: argparse.Namespace) -> None:
+def run_torch(config: LlamaConfig, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What PyTorch gives for the same shapes and rows of one text each; None if it fails."""
     names = ("preset", "method", "rank", "rows", "length", "steps")
     fields = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "num_layers")
     sizes = {name: getattr(args, name) for name in names} | {name: getattr(config, name) for name in fields}
     sizes |= {"mlp": config.layers[0].mlp, "tied": config.tie_word_embeddings}
     script = Path(__file__).with_name("bench_training_torch.py")
-    subprocess.run([sys.executable, script], input=json.dumps(sizes), text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script], input=json.dumps(sizes), text=True, stdout=subprocess.PIPE, check=False
+    )
+    print(done.stdout, flush=True)
+    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> dict[str, Any]:
@@ -166,6 +170,7 @@ def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> dict[
         "tflop": round(flops / 1e12, 2),
         "peak_gb": round(peak / 1e9, 2),
         "estimate_gb": round(estimate.total / 1e9, 2),
+        "matmul_tflops": round(rate / 1e12, 1),
         "compile_s": round(compiled_s, 1),
         "first_loss": first,
         "last_loss": last,
