@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def run_torch(config: LlamaConfig, args: argparse.Namespace) -> dict[str, Any] | None:
-    """What PyTorch gives for the same shapes and rows of one text each; None if it fails."""
+    """The results of PyTorch for the same shapes and rows of one text each; None if it fails."""
     names = ("preset", "method", "rank", "rows", "length", "steps")
     fields = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "num_layers")
     sizes = {name: getattr(args, name) for name in names} | {name: getattr(config, name) for name in fields}
