@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_shared import UNTUNED
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.dispatch import using
@@ -49,6 +50,7 @@ FAMILIES = {
         **SIZES,
     ),
 }
+OPTIONS = UNTUNED if jax.default_backend() == "gpu" else {}
 REFERENCES = {"flash_attention": "reference", "add_rms_norm": "reference", "moe": "reference"}
 
 
@@ -66,7 +68,7 @@ def gradient(config: LlamaConfig, params: Any, batch: Batch, dtype: Any, kernels
         return total / count
 
     with using(**kernels):
-        return jax.jit(jax.value_and_grad(mean))(params)
+        return jax.jit(jax.value_and_grad(mean), compiler_options=OPTIONS)(params)
 
 
 def main() -> None:
@@ -84,10 +86,13 @@ def main() -> None:
                 for (leaf, g), w in zip(flatten(got).items(), flatten(wanted).values(), strict=True)
             }
             worst = max(errors, key=errors.__getitem__)
-            print(f"{name:8} {dtype:8} loss {abs(float(found - exact)):.2e}, gradient {errors[worst]:.2e} in {worst}")
+            print(
+                f"{name:8} {dtype:8} loss {abs(float(found - exact)):.2e}, gradient {errors[worst]:.2e} in {worst}",
+                flush=True,
+            )
     print(*sorted({f"{choice.operation}: {choice.backend}" for choice in recorder.counts()}), sep="\n")
     for name in names:
-        print(name, "two runs end with the same bits:", same_bits(FAMILIES[name]))
+        print(name, "two runs end with the same bits:", same_bits(FAMILIES[name]), flush=True)
 
 
 def same_bits(config: LlamaConfig) -> bool:

@@ -96,11 +96,10 @@ def head_outputs(params: Params, config: LlamaConfig, layer: int, heads: jax.Arr
     weight = scheme.decode({name: leaf[name] for name in scheme.members}, jnp.float32).astype(jnp.float32)
     precision = matmul_precision(jnp.float32)
     if adapter := flatten(params.get(ATTACHED, {})):
-        its = {m: adapter.get(f"layers.{layer}.attn.o_proj.{m}") for m in ("a", "b", "scale", "gain")}
-        if its["a"] is not None:
+        its = {name.rpartition(".")[2]: x for name, x in adapter.items() if f"layers.{layer}.attn.o_proj." in name}
+        if its:
             moved = jnp.matmul(*(its[m].astype(jnp.float32) for m in ("b", "a")), precision=precision)
-            weight = weight + its["scale"] * moved
-            weight = weight if its["gain"] is None else weight * its["gain"][:, None]
+            weight = (weight + its["scale"] * moved) * its.get("gain", jnp.ones(1))[:, None]
     each = weight.reshape(config.hidden_size, *heads.shape[2:])
     return jnp.einsum("blhd,ehd->blhe", heads.astype(jnp.float32), each, precision=precision)
 
