@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ from llama_jax.training.packing import Rows, Text
 from llama_jax.training.placement import kept, place_batch
 
 
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama-3.2-1b")
     parser.add_argument("--layers", type=int, help="fewer layers, to try it")
@@ -77,15 +78,13 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     beside = run_torch(config, args) if args.torch else None  # before jax takes the device's memory
     limits = ceilings(args.dtype, args.ceiling_size)
     with using(**parse_backends(args.kernels, "--kernels")):
-        found = measure(config, args, limits.matmul_flops_per_s)
-    if beside is not None:
-        found.append(beside)
-    for line in found:
-        print(json.dumps(line), flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-    return found
+        for line in itertools.chain(
+            [] if beside is None else [beside], measure(config, args, limits.matmul_flops_per_s)
+        ):
+            print(json.dumps(line), flush=True)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
 
 
 def run_torch(config: LlamaConfig, args: argparse.Namespace) -> dict[str, Any] | None:
@@ -102,7 +101,7 @@ def run_torch(config: LlamaConfig, args: argparse.Namespace) -> dict[str, Any] |
     return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
+def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> Iterator[dict[str, Any]]:
     """Times one program, with rows of each kind that is asked for."""
     dtype = jnp.dtype(args.dtype)
     mesh = None if args.mesh is None else training_mesh(args.mesh)
@@ -133,7 +132,6 @@ def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> list[
         logits=args.logits,
         mesh=mesh,
     )
-    found = []
     for packed in {"texts": (True,), "one": (False,), "both": (True, False)}[args.rows_of]:
         batches = [random_rows(config, args, packed).batch(i) for i in range(4)]
         if args.rows_of == "both":  # of one number each, which keeps the program the same
@@ -154,7 +152,7 @@ def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> list[
         flops = float(np.mean([step_flops(config, batches[i % 4][1], learned) for i in range(args.steps)]))
         tokens = float(np.mean([sum(batches[i % 4][1]) for i in range(args.steps)]))
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-        found.append(
+        yield (
             {
                 "preset": args.preset,
                 "layers": config.num_layers,
@@ -184,7 +182,6 @@ def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> list[
             print({kind: f"{s * 1e3:.1f} ms" for kind, s in program.by_kind().items()})
             for kernel in program.kernels[:25]:
                 print(f"  {kernel.seconds * 1e3:8.2f} ms {kernel.calls:5d} {kernel.name[:110]}")
-    return found
 
 
 def random_params(config: LlamaConfig, dtype: Any, mesh: Any) -> Any:

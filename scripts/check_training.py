@@ -62,6 +62,10 @@ def batch_of(config: LlamaConfig, rows: int = 2, length: int = 320) -> Batch:
     return Batch(tokens, labels, segments)
 
 
+def random(config: LlamaConfig) -> Any:
+    return jax.jit(lambda: init_params(config, jax.random.key(0), jnp.float32))()
+
+
 def gradient(config: LlamaConfig, params: Any, batch: Batch, dtype: Any, kernels: dict[str, str]) -> Any:
     def mean(params: Any) -> jax.Array:
         total, count = loss(jax.tree.map(lambda x: x.astype(dtype), params), config, batch, logits=512 * 2 * 100)
@@ -76,14 +80,15 @@ def main() -> None:
     names = sys.argv[1:] or list(FAMILIES)
     for name in names:
         config = FAMILIES[name]
-        params = init_params(config, jax.random.key(0), jnp.float32)
+        params = random(config)
         batch = batch_of(config)
         exact, wanted = gradient(config, params, batch, jnp.float32, REFERENCES)
+        wanted = flatten(jax.device_get(wanted))
         for dtype in ("float32", "bfloat16"):
             found, got = gradient(config, params, batch, jnp.dtype(dtype), {})
             errors = {
-                leaf: float(jnp.linalg.norm(g - w) / jnp.maximum(jnp.linalg.norm(w), 1e-12))
-                for (leaf, g), w in zip(flatten(got).items(), flatten(wanted).values(), strict=True)
+                leaf: float(np.linalg.norm(g - w) / max(np.linalg.norm(w), 1e-12))
+                for (leaf, g), w in zip(flatten(jax.device_get(got)).items(), wanted.values(), strict=True)
             }
             worst = max(errors, key=errors.__getitem__)
             print(
@@ -99,7 +104,7 @@ def same_bits(config: LlamaConfig) -> bool:
     ends = []
     for _ in range(2):
         transformation = Optimizer(learning_rate=1e-2).transformation(8)
-        state = initial_state(init_params(config, jax.random.key(0), jnp.float32), transformation)
+        state = initial_state(random(config), transformation)
         step = make_step(full(config, jnp.bfloat16), transformation, state)
         batch = jax.tree.map(lambda x: x[None], batch_of(config, rows=16))
         for _ in range(8):
