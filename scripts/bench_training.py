@@ -7,17 +7,19 @@ MFU: FLOPs that a step needs (`llama_jax.training.costs.step_flops`: what remat 
 weights have no gradient) over the rate of a large matrix product, measured in the same run.
 
     python scripts/bench_training.py --preset llama-3.2-1b --method full --rows 8 --length 4096
-    python scripts/bench_training.py --preset llama-3.1-8b --method lora --rows 2 --length 4096 --torch
+    python scripts/bench_training.py --preset llama-3.1-8b --method lora --rows 4 --length 4096 --rows-of both --torch
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,7 @@ from llama_jax.training.packing import Rows, Text
 from llama_jax.training.placement import kept, place_batch
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama-3.2-1b")
     parser.add_argument("--layers", type=int, help="fewer layers, to try it")
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rows", type=int, default=8, help="of a step")
     parser.add_argument("--parts", type=int, default=1, help="that the rows are computed in")
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--unpacked", action="store_true", help="rows of one text each")
+    parser.add_argument("--rows-of", choices=("texts", "one", "both"), default="texts", help="one: a text fills a row")
     parser.add_argument("--remat", default="products")
     parser.add_argument("--logits", type=int, default=2**28)
     parser.add_argument("--dtype", default="bfloat16")
@@ -73,29 +75,34 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     config = preset(args.preset).replace(max_position_embeddings=1 << 17)
     if args.layers:
         config = config.replace(layers=config.layers[: args.layers])
-    if args.torch:  # before jax takes the device's memory
-        run_torch(config, args)
+    beside = run_torch(config, args) if args.torch else None  # before jax takes the device's memory
     limits = ceilings(args.dtype, args.ceiling_size)
     with using(**parse_backends(args.kernels, "--kernels")):
-        found = measure(config, args, limits.matmul_flops_per_s)
-    print(json.dumps(found), flush=True)
-    if args.out:
-        with args.out.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-    return found
+        for line in itertools.chain(
+            [] if beside is None else [beside], measure(config, args, limits.matmul_flops_per_s)
+        ):
+            print(json.dumps(line), flush=True)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
 
 
-def run_torch(config: LlamaConfig, args: argparse.Namespace) -> None:
+def run_torch(config: LlamaConfig, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The results of PyTorch for the same shapes and rows of one text each; None if it fails."""
     names = ("preset", "method", "rank", "rows", "length", "steps")
     fields = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "num_layers")
     sizes = {name: getattr(args, name) for name in names} | {name: getattr(config, name) for name in fields}
     sizes |= {"mlp": config.layers[0].mlp, "tied": config.tie_word_embeddings}
     script = Path(__file__).with_name("bench_training_torch.py")
-    subprocess.run([sys.executable, script], input=json.dumps(sizes), text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script], input=json.dumps(sizes), text=True, stdout=subprocess.PIPE, check=False
+    )
+    print(done.stdout, flush=True)
+    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> dict[str, Any]:
-    """Times one case."""
+def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> Iterator[dict[str, Any]]:
+    """Times one program, with rows of each kind that is asked for."""
     dtype = jnp.dtype(args.dtype)
     mesh = None if args.mesh is None else training_mesh(args.mesh)
     params = random_params(config, jnp.dtype("float32") if args.method == "full" else dtype, mesh)
@@ -113,23 +120,6 @@ def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> dict[
     count = sum(x.size for x in jax.tree.leaves(trained))
     del trained, params
     step = make_step(combine, transformation, state, mesh=mesh, remat=args.remat, logits=args.logits)
-    rows = random_rows(config, args)
-    batches = [rows.batch(i) for i in range(4)]
-    placed = [place_batch(batch, args.parts, mesh) for batch, _ in batches]
-
-    began = time.perf_counter()
-    state, metrics = step(state, frozen, placed[0])
-    first = float(metrics["loss"])
-    compiled_s = time.perf_counter() - began
-    state, metrics = step(state, frozen, placed[1])
-    float(metrics["loss"])
-    began = time.perf_counter()
-    for i in range(args.steps):
-        state, metrics = step(state, frozen, placed[i % 4])
-    last = float(metrics["loss"])
-    seconds = (time.perf_counter() - began) / args.steps
-    flops = float(np.mean([step_flops(config, batches[i % 4][1], learned) for i in range(args.steps)]))
-    tokens = float(np.mean([sum(batches[i % 4][1]) for i in range(args.steps)]))
     devices = 1 if mesh is None else mesh.size
     estimate = step_memory(
         config,
@@ -142,34 +132,56 @@ def measure(config: LlamaConfig, args: argparse.Namespace, rate: float) -> dict[
         logits=args.logits,
         mesh=mesh,
     )
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    for packed in {"texts": (True,), "one": (False,), "both": (True, False)}[args.rows_of]:
+        batches = [random_rows(config, args, packed).batch(i) for i in range(4)]
+        if args.rows_of == "both":  # of one number each, which keeps the program the same
+            batches = [(dataclasses.replace(b, segments=b.segments + 1), lengths) for b, lengths in batches]
+        placed = [place_batch(batch, args.parts, mesh) for batch, _ in batches]
+        began = time.perf_counter()
+        state, metrics = step(state, frozen, placed[0])
+        first = float(metrics["loss"])
+        compiled_s = time.perf_counter() - began
+        print(f"first step {compiled_s:.1f} s", flush=True)
+        state, metrics = step(state, frozen, placed[1])
+        float(metrics["loss"])
+        began = time.perf_counter()
+        for i in range(args.steps):
+            state, metrics = step(state, frozen, placed[i % 4])
+        last = float(metrics["loss"])
+        seconds = (time.perf_counter() - began) / args.steps
+        flops = float(np.mean([step_flops(config, batches[i % 4][1], learned) for i in range(args.steps)]))
+        tokens = float(np.mean([sum(batches[i % 4][1]) for i in range(args.steps)]))
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+        yield (
+            {
+                "preset": args.preset,
+                "layers": config.num_layers,
+                "method": args.method,
+                "rows": args.rows,
+                "parts": args.parts,
+                "length": args.length,
+                "packed": packed,
+                "remat": args.remat,
+                "kernels": args.kernels,
+                "mesh": args.mesh,
+                "step_s": round(seconds, 5),
+                "tokens_per_s": round(tokens / seconds),
+                "mfu": round(flops / seconds / rate / devices, 4),
+                "tflop": round(flops / 1e12, 2),
+                "peak_gb": round(peak / 1e9, 2),
+                "estimate_gb": round(estimate.total / 1e9, 2),
+                "matmul_tflops": round(rate / 1e12, 1),
+                "compile_s": round(compiled_s, 1),
+                "first_loss": first,
+                "last_loss": last,
+            }
+        )
     if args.profile:
         for program in profile(lambda: jax.block_until_ready(step(state, frozen, placed[0]))):
             print(f"{program.program}: busy {program.busy_s * 1e3:.1f} ms of {program.span_s * 1e3:.1f}")
             print({kind: f"{s * 1e3:.1f} ms" for kind, s in program.by_kind().items()})
             for kernel in program.kernels[:25]:
                 print(f"  {kernel.seconds * 1e3:8.2f} ms {kernel.calls:5d} {kernel.name[:110]}")
-    return {
-        "preset": args.preset,
-        "layers": config.num_layers,
-        "method": args.method,
-        "rows": args.rows,
-        "parts": args.parts,
-        "length": args.length,
-        "packed": not args.unpacked,
-        "remat": args.remat,
-        "kernels": args.kernels,
-        "mesh": args.mesh,
-        "step_s": round(seconds, 5),
-        "tokens_per_s": round(tokens / seconds),
-        "mfu": round(flops / seconds / rate / devices, 4),
-        "tflop": round(flops / 1e12, 2),
-        "peak_gb": round(peak / 1e9, 2),
-        "estimate_gb": round(estimate.total / 1e9, 2),
-        "compile_s": round(compiled_s, 1),
-        "first_loss": first,
-        "last_loss": last,
-    }
 
 
 def random_params(config: LlamaConfig, dtype: Any, mesh: Any) -> Any:
@@ -186,9 +198,9 @@ def random_params(config: LlamaConfig, dtype: Any, mesh: Any) -> Any:
     return unflatten(flat)
 
 
-def random_rows(config: LlamaConfig, args: argparse.Namespace) -> Rows:
+def random_rows(config: LlamaConfig, args: argparse.Namespace, packed: bool) -> Rows:
     rng = np.random.default_rng(0)
-    if args.unpacked:
+    if not packed:
         lengths = np.full(args.rows * 4, args.length)
     else:
         lengths = np.clip(rng.lognormal(np.log(512), 1.0, args.rows * 64), 16, args.length).astype(int)

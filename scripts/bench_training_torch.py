@@ -85,6 +85,7 @@ def model_of(sizes: dict[str, Any], torch: Any) -> Any:
 
 def main() -> None:
     import torch
+    from torch.utils.checkpoint import checkpoint
 
     sizes = json.loads(sys.stdin.read())
     torch.manual_seed(0)
@@ -102,11 +103,10 @@ def main() -> None:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
 
     def step(tokens: Any) -> Any:
-        x = compiled(tokens, cos, sin)[:, :-1]
-        total = sum(
-            torch.utils.checkpoint.checkpoint(entropy, part, model.head, wanted, use_reentrant=False)
-            for part, wanted in zip(x.split(CHUNK, 1), tokens[:, 1:].split(CHUNK, 1), strict=True)
-        )
+        wanted = tokens.roll(-1, 1)
+        wanted[:, -1] = -100  # ignored; parts of one size are compiled once
+        parts = zip(compiled(tokens, cos, sin).split(CHUNK, 1), wanted.split(CHUNK, 1), strict=True)
+        total = sum(checkpoint(entropy, x, model.head, part, use_reentrant=False) for x, part in parts)
         loss = total / tokens[:, 1:].numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_shared import UNTUNED
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.dispatch import using
@@ -49,6 +50,7 @@ FAMILIES = {
         **SIZES,
     ),
 }
+OPTIONS = UNTUNED if jax.default_backend() == "gpu" else {}
 REFERENCES = {"flash_attention": "reference", "add_rms_norm": "reference", "moe": "reference"}
 
 
@@ -60,13 +62,17 @@ def batch_of(config: LlamaConfig, rows: int = 2, length: int = 320) -> Batch:
     return Batch(tokens, labels, segments)
 
 
+def random(config: LlamaConfig) -> Any:
+    return jax.jit(lambda: init_params(config, jax.random.key(0), jnp.float32))()
+
+
 def gradient(config: LlamaConfig, params: Any, batch: Batch, dtype: Any, kernels: dict[str, str]) -> Any:
     def mean(params: Any) -> jax.Array:
         total, count = loss(jax.tree.map(lambda x: x.astype(dtype), params), config, batch, logits=512 * 2 * 100)
         return total / count
 
     with using(**kernels):
-        return jax.jit(jax.value_and_grad(mean))(params)
+        return jax.jit(jax.value_and_grad(mean), compiler_options=OPTIONS)(params)
 
 
 def main() -> None:
@@ -74,27 +80,31 @@ def main() -> None:
     names = sys.argv[1:] or list(FAMILIES)
     for name in names:
         config = FAMILIES[name]
-        params = init_params(config, jax.random.key(0), jnp.float32)
+        params = random(config)
         batch = batch_of(config)
         exact, wanted = gradient(config, params, batch, jnp.float32, REFERENCES)
+        wanted = flatten(jax.device_get(wanted))
         for dtype in ("float32", "bfloat16"):
             found, got = gradient(config, params, batch, jnp.dtype(dtype), {})
             errors = {
-                leaf: float(jnp.linalg.norm(g - w) / jnp.maximum(jnp.linalg.norm(w), 1e-12))
-                for (leaf, g), w in zip(flatten(got).items(), flatten(wanted).values(), strict=True)
+                leaf: float(np.linalg.norm(g - w) / max(np.linalg.norm(w), 1e-12))
+                for (leaf, g), w in zip(flatten(jax.device_get(got)).items(), wanted.values(), strict=True)
             }
             worst = max(errors, key=errors.__getitem__)
-            print(f"{name:8} {dtype:8} loss {abs(float(found - exact)):.2e}, gradient {errors[worst]:.2e} in {worst}")
+            print(
+                f"{name:8} {dtype:8} loss {abs(float(found - exact)):.2e}, gradient {errors[worst]:.2e} in {worst}",
+                flush=True,
+            )
     print(*sorted({f"{choice.operation}: {choice.backend}" for choice in recorder.counts()}), sep="\n")
     for name in names:
-        print(name, "two runs end with the same bits:", same_bits(FAMILIES[name]))
+        print(name, "two runs end with the same bits:", same_bits(FAMILIES[name]), flush=True)
 
 
 def same_bits(config: LlamaConfig) -> bool:
     ends = []
     for _ in range(2):
         transformation = Optimizer(learning_rate=1e-2).transformation(8)
-        state = initial_state(init_params(config, jax.random.key(0), jnp.float32), transformation)
+        state = initial_state(random(config), transformation)
         step = make_step(full(config, jnp.bfloat16), transformation, state)
         batch = jax.tree.map(lambda x: x[None], batch_of(config, rows=16))
         for _ in range(8):

@@ -17,7 +17,19 @@ from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.layout import param_sharding
 from llama_jax.params import flatten, init_params, param_specs, unflatten
-from llama_jax.training import Batch, Optimizer, full, initial_state, make_step, settings_from, train, training_mesh
+from llama_jax.training import (
+    Batch,
+    Dpo,
+    Objective,
+    Optimizer,
+    full,
+    initial_state,
+    make_step,
+    settings_from,
+    train,
+    training_mesh,
+)
+from llama_jax.training.loss import CROSS_ENTROPY
 from llama_jax.training.placement import kept
 
 STEPS = 4
@@ -28,7 +40,7 @@ def config_of(**changes: Any) -> LlamaConfig:
     return tiny_config(num_heads=8, num_kv_heads=4, vocab_size=64, **changes)
 
 
-def losses(config: LlamaConfig, axes: str | None, parts: int = 1) -> list[float]:
+def losses(config: LlamaConfig, axes: str | None, parts: int = 1, objective: Objective = CROSS_ENTROPY) -> list[float]:
     params = init_params(config, jax.random.key(0), jnp.float32)
     mesh = None if axes is None else training_mesh(axes)
     if mesh is not None:
@@ -36,14 +48,15 @@ def losses(config: LlamaConfig, axes: str | None, parts: int = 1) -> list[float]
         params = unflatten({s.name: jax.device_put(flatten(params)[s.name], place(s)) for s in param_specs(config)})
     transformation = OPTIMIZER.transformation(STEPS)
     state = initial_state(params, transformation, mesh=mesh)
-    step = make_step(full(config, jnp.float32), transformation, state, mesh=mesh, remat="products")
+    step = make_step(full(config, jnp.float32), transformation, state, objective=objective, mesh=mesh, remat="products")
     found = []
     rng = np.random.default_rng(0)
     for _ in range(STEPS):
         tokens = rng.integers(0, config.vocab_size, (parts, 8 // parts, 32)).astype(np.int32)
         labels = np.where(rng.random(tokens.shape) < 0.7, tokens, -100).astype(np.int32)
-        segments = np.sort(rng.integers(0, 3, tokens.shape), axis=-1).astype(np.int32)
-        state, metrics = step(state, None, Batch(tokens, labels, segments))
+        segments = np.sort(rng.integers(0, 4, tokens.shape), axis=-1).astype(np.int32)
+        reference = rng.uniform(3, 6, tokens.shape).astype(np.float32)
+        state, metrics = step(state, None, Batch(tokens, labels, segments, reference))
         found += [float(metrics["loss"]), float(metrics["grad_norm"])]
     if mesh is not None and mesh.shape.get("fsdp", 1) > 1:
         leaf = state.optimizer[1][0].mu["layers"]["0"]["attn"]["q_proj"]["weight"]
@@ -56,6 +69,11 @@ def test_meshes_have_the_losses_of_one_device() -> None:
     alone = losses(config, None)
     for axes in ("fsdp=8", "data=8", "data=2,tensor=4", "data=2,fsdp=2,tensor=2"):
         np.testing.assert_allclose(losses(config, axes), alone, rtol=1e-5, err_msg=axes)
+
+
+def test_preferences_on_a_mesh() -> None:
+    alone = losses(config_of(), None, objective=Dpo())
+    np.testing.assert_allclose(losses(config_of(), "data=2,fsdp=2,tensor=2", objective=Dpo()), alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -1047,16 +1047,23 @@ LEARNING = (
     Mutation(
         "tokens that are not learned have a gradient",
         "llama_jax/training/loss.py",
-        "(exponentials / sums - own) * learned[..., None]",
-        "(exponentials / sums - own)",
+        "(slope * learned[..., None]).astype",
+        "slope.astype",
         (f"{TRAINING}::test_loss_and_gradient_are_those_of_each_text_alone[tied-mqa]",),
     ),
     Mutation(
         "the loss is a mean over all tokens, learned or not",
         "llama_jax/training/step.py",
-        "scale = 1 / jnp.maximum(count, 1)",
+        "scale = 1 / jnp.maximum(jnp.sum(jax.vmap(objective.count)(batch)), 1)",
         "scale = 1 / batch.tokens.size",
         (f"{TRAINING}::test_steps_are_those_of_peft[train-llama]",),
+    ),
+    Mutation(
+        "a rejected answer is preferred",
+        "llama_jax/training/preference.py",
+        "margin = chosen - rejected",
+        "margin = rejected - chosen",
+        ("tests/test_training_preference.py::test_loss_and_gradient_are_those_of_each_text_alone[plain]",),
     ),
 )
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from helpers import TINY, error, random_params, run
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import llama_jax as lj
 import llama_jax.interp
+from llama_jax.adapters import LoraConfig, new_adapter, with_adapter
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError
 from llama_jax.interp import dataset
 from llama_jax.model.loaded import Model
@@ -98,11 +100,17 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "damaged" / "description.json").write_text("{")
     (tmp_path / "file").write_text("")
     data = lj.open_activations(tmp_path / "a")
+    lora = LoraConfig(rank=1, target_modules=("q_proj",))
+    adapted = with_adapter(MODEL, new_adapter(MODEL.params, CONFIG, lora, jax.random.key(0)))
     cases: dict[str, tuple[type[LlamaJaxError], object]] = {
         "other texts": (RequestError, lambda: record(tmp_path / "a", TEXTS[1:6])),
         "holds 4 other": (RequestError, lambda: record(tmp_path / "a", TEXTS[:2])),
         "begun with dtype": (RequestError, lambda: record(tmp_path / "a", dtype="float16")),
         "begun with settings": (RequestError, lambda: record(tmp_path / "a", max_length=9)),
+        "'adapter': ": (
+            RequestError,
+            lambda: lj.record_activations(adapted, None, TEXTS[:4], NAMES, tmp_path / "a", batch_tokens=64),
+        ),
         "something else": (RequestError, lambda: record(tmp_path / "full")),
         "cut texts": (RequestError, lambda: record(tmp_path / "long", [[1] * 65])),
         "no row for each token": (

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import alone, small_settings, tiny_model
-from helpers import TINY, random_params
+from helpers import TINY, random_params, tiny_config
 
 import llama_jax as lj
-from llama_jax.adapters import Adapter, LoraConfig, merge, new_adapter
+from llama_jax.adapters import Adapter, LoraConfig, attach, merge, new_adapter
 from llama_jax.engine.adapter_pool import AdapterPool
 from llama_jax.errors import Overloaded, RequestError
 from llama_jax.generation.engine import Engine
@@ -54,6 +54,32 @@ def tokens_of(outputs: Any) -> list[tuple[int, ...]]:
 
 def expected(model: Model, adapter: Adapter | None, prompt: list[int]) -> tuple[int, ...]:
     return tuple(alone(merged(model, adapter), (prompt, GREEDY)).tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_projection_has_slots(tied: bool) -> None:
+    """In prompts, in decoding and in the log-probabilities of prompts; loaded later too."""
+    config = tiny_config(max_position_embeddings=128, tie_word_embeddings=tied)
+    model = Model(random_params(config), config, name="tiny")
+    given = {"head": an_adapter(model, 1, target_modules=("lm_head",))}
+    llm = LLM(model, settings=small_settings(), adapters=given, max_adapters=2)
+    given["all"] = an_adapter(model, 2, target_modules=("lm_head", "q_proj"))
+    llm.load_adapter("all", given["all"])
+
+    def apart(name: str) -> Model:
+        if not name or not tied:
+            return merged(model, given.get(name))
+        params, its_config = attach(model.params, config, given[name])  # merging would end the tie
+        return replace(model, params=params, config=its_config)
+
+    asked, names, scored = prompts(5), ["head", "", "all", "head", "all"], replace(GREEDY, prompt_logprobs=0)
+    for name, prompt, output in zip(names, asked, llm.generate(asked, scored, adapter=names), strict=True):
+        want = alone(apart(name), (prompt, scored))
+        assert tokens_of([output]) == [want.tokens]
+        assert output.prompt_logprobs is not None
+        found = [entry.logprob for entry in output.prompt_logprobs if entry is not None]
+        np.testing.assert_allclose(found, want.prompt_logprobs, atol=2e-4)
 
 
 @pytest.mark.slow
@@ -101,6 +127,7 @@ def test_adapters_that_cannot_share_a_batch() -> None:
     pool = AdapterPool([model], {"a": an_adapter(model, 1, target_modules=("q_proj",))})
     for fields, says in (
         ({"target_modules": ("v_proj",)}, "changes layers.0.attn.v_proj, which has no slots"),
+        ({"target_modules": ("lm_head",)}, "changes lm_head, which has no slots"),
         ({"rank": 3}, "has rank 3, the slots have 2"),
         ({"target_modules": ("q_proj",), "dora": True}, "magnitudes"),
     ):

@@ -15,6 +15,7 @@ from helpers import GOLDEN_CASES, TINY, TOLERANCE, error, load_golden, random_pa
 from test_model import EVERY_VISIBILITY
 
 import llama_jax as lj
+from llama_jax.adapters import LoraConfig, attach, new_adapter
 from llama_jax.cache import DenseCache
 from llama_jax.config import LayerSpec, MoeSpec
 from llama_jax.errors import RequestError
@@ -234,6 +235,18 @@ def test_lens_and_head_outputs() -> None:
     chex.assert_shape(each, (2, 6, config.num_heads, config.hidden_size))
     total = each.sum(2) + params["layers"]["1"]["attn"]["o_proj"]["bias"]
     chex.assert_trees_all_close(total, seen["layers.1.attn_out"], atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_heads_of_an_adapted_model(dora: bool) -> None:
+    config = tiny_config()
+    params, tokens = random_params(config), random_tokens(config, 2, 6)
+    lora = LoraConfig(rank=2, alpha=4, dora=dora, target_modules=("o_proj",))
+    adapter = jax.tree.map(lambda x: x + 0.3, new_adapter(params, config, lora, jax.random.key(0)))
+    params, config = attach(params, config, adapter)
+    _, _, seen = run(params, config, tokens, capture=("layers.*.attn_heads", "layers.*.attn_out"))
+    each = lj.head_outputs(params, config, 0, seen["layers.0.attn_heads"])
+    chex.assert_trees_all_close(each.sum(2), seen["layers.0.attn_out"], atol=1e-5)
 
 
 def test_refusals() -> None:

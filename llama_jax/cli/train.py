@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 @quiet_option
 @json_option
 def command(config: str, quiet: bool, as_json: bool) -> None:
-    """Fine-tune a model by the settings in CONFIG, a TOML file: all weights, or an adapter (LoRA, DoRA, QLoRA).
+    """Fine-tune a model by the settings in CONFIG, a TOML file: all weights, or an adapter (LoRA, DoRA, QLoRA), from
+    texts, conversations, or pairs of which one is preferred (DPO).
 
     Checkpoints, metrics.jsonl and the result go into the folder `output`: a checkpoint that every command takes, or an
     adapter as peft saves it. Ctrl-C saves before it ends. The same command resumes a run that was stopped or killed,
@@ -72,10 +73,11 @@ class _Told:
         if self._quiet or (now - self._last < LINE_EVERY_S and m.step < m.steps):
             return
         self._last = now
+        means = "".join(f", {name} {value:.3f}" for name, value in m.means.items())
         mfu = "" if m.mfu is None else f", MFU {m.mfu:.2f}"
         left = f", {left_text(m.left_s)}" if m.step < m.steps else ""
         print(
-            f"step {m.step} of {m.steps}: loss {m.loss:.4f}, {m.tokens_per_s:,.0f} tokens/s{mfu}{left}",
+            f"step {m.step} of {m.steps}: loss {m.loss:.4f}{means}, {m.tokens_per_s:,.0f} tokens/s{mfu}{left}",
             file=sys.stderr,
             flush=True,
         )

@@ -15,7 +15,7 @@ from llama_jax.adapters.attaching import low_rank_of
 from llama_jax.errors import Overloaded, RequestError, did_you_mean
 from llama_jax.model.adapters import ATTACHED, MORE_MEMBERS, empty_slots, put_adapter
 from llama_jax.model.loaded import Model
-from llama_jax.params import Params, flatten, unflatten
+from llama_jax.params import Params, flatten, projection_names, unflatten
 from llama_jax.sharding import on
 
 LEAST_RANK = 16
@@ -61,8 +61,9 @@ class AdapterPool:
 
         Args:
           models: the replicas.
-          count: the most adapters at once; by default as many as are given. With more, every projection has slots, for
-            adapters that are loaded later; else only those that one of the given has.
+          count: the most adapters at once; by default as many as are given. With it, every projection has slots, for
+            adapters that are loaded later; else only those that one of the given has. The output projection has some
+            only if one of the given changes it.
           rank: the largest of an adapter; by default that of those given, and at least 16 with a `count`.
 
         Raises:
@@ -85,7 +86,9 @@ class AdapterPool:
         ranks = [adapter.rank for adapter in adapters.values()]
         self.rank = rank or max([*ranks, 1 if count is None else LEAST_RANK])
         targets = {leaf.rpartition(".")[2] for adapter in adapters.values() for leaf in _changed(adapter)}
-        self._targets = tuple(sorted(targets)) if count is None else None
+        if count is not None:
+            targets |= {name.rpartition(".")[2] for name in projection_names(models[0].config)}
+        self._targets = tuple(sorted(targets))
         members = {m for adapter in adapters.values() for m in _members(adapter)}
         self._more = tuple(m for m in MORE_MEMBERS if m in members)
         self.slots = [AdapterSlots(self._empty(model, most + 1)) for model in models]
@@ -145,7 +148,9 @@ class AdapterPool:
                 raise RequestError(
                     f"the adapter {name!r:.100} changes {others[0]}, which has no slots",
                     param="adapter",
-                    hint="start with max_adapters (--max-adapters), which gives every projection slots",
+                    hint="give an adapter of this kind when the engine starts, or merge this one into its base"
+                    if others[0] == "lm_head"
+                    else "start with max_adapters (--max-adapters), which gives every projection slots",
                 )
             prepared.append(tree)
         return prepared
@@ -226,7 +231,7 @@ def _members(adapter: Adapter) -> set[str]:
 def _check_mixes(name: str, adapter: Adapter) -> None:
     """Raises RequestError for an adapter of which not every part can differ from row to row."""
     whole = [path for path in flatten(adapter.whole) if not path.endswith(".bias")]
-    low_rank = [leaf for leaf in adapter.leaves if leaf in ("embed", "lm_head") or ".moe.experts." in leaf]
+    low_rank = [leaf for leaf in adapter.leaves if leaf == "embed" or ".moe.experts." in leaf]
     if found := [*whole, *low_rank]:
         raise RequestError(
             f"the adapter {name!r:.100} changes {found[0].removesuffix('.weight')}, which cannot differ within a batch",

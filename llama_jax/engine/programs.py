@@ -24,6 +24,7 @@ from llama_jax.engine import lookup
 from llama_jax.engine.flat import flat_size, unflat
 from llama_jax.engine.state import Joining, join, paged, put_rows, take_rows
 from llama_jax.model import forward
+from llama_jax.model.adapters import NO_ADAPTERS, Adapters
 from llama_jax.model.head import unembed
 from llama_jax.params import Params
 from llama_jax.sampling import MAX_LOGPROBS, Logprobs, SamplerProfile, token_logprobs
@@ -267,8 +268,9 @@ def mixed(
     if scored:
         _, cache, seen = forward(params, config, **arguments, capture=("final_norm",))
         hidden = seen["final_norm"][0]
-        logits = unembed(params, config, hidden[given["at"]][None])
-        scores = _scores(params, config, hidden, given["next"])
+        head = NO_ADAPTERS if adapters is None else Adapters(adapters, arguments["adapter_ids"]).of("lm_head")
+        logits = unembed(params, config, hidden[given["at"]][None], adapters=head.at(given["at"][None]))
+        scores = _scores(params, config, hidden, given["next"], head)
     else:
         logits, cache = forward(params, config, **arguments, logits_at=given["at"][None])
     part = dataclasses.replace(part, cache=cache)
@@ -277,20 +279,23 @@ def mixed(
     return by_rows(part) if everyone else put_rows(state, given["rows"], part), *report(progress), scores
 
 
-def _scores(params: Params, config: LlamaConfig, hidden: jax.Array, behind: jax.Array) -> Logprobs:
+def _scores(params: Params, config: LlamaConfig, hidden: jax.Array, behind: jax.Array, head: Adapters) -> Logprobs:
     """Log-probabilities of ids `behind` int32 [tokens].
 
     Args:
       hidden: input of the model's head [tokens, hidden_size].
+      head: its adapters in slots, with ids [1, tokens].
     """
 
-    def score(block: tuple[jax.Array, jax.Array]) -> Logprobs:
-        h, ids = block
-        return token_logprobs(unembed(params, config, h[None])[0], ids, MAX_LOGPROBS)
+    def score(block: tuple[jax.Array, ...]) -> Logprobs:
+        h, ids, at = block
+        logits = unembed(params, config, h[None], adapters=head.at(at[None]))
+        return token_logprobs(logits[0], ids, MAX_LOGPROBS)
 
     # A block at a time: the logits of all tokens would be the largest array of the engine.
     size = math.gcd(len(behind), SCORED_BLOCK)
-    found = jax.lax.map(score, (hidden.reshape(-1, size, hidden.shape[-1]), behind.reshape(-1, size)))
+    places = jnp.arange(len(behind), dtype=jnp.int32).reshape(-1, size)
+    found = jax.lax.map(score, (hidden.reshape(-1, size, hidden.shape[-1]), behind.reshape(-1, size), places))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
 
 

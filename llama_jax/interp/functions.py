@@ -12,7 +12,8 @@ from llama_jax.errors import RequestError
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.model import Patch, forward, patch, unembed
 from llama_jax.model.activations import NO_PATCH, ON_DEMAND, matching_names
-from llama_jax.params import Params
+from llama_jax.model.adapters import ATTACHED
+from llama_jax.params import Params, flatten
 from llama_jax.schemes import scheme_of
 
 
@@ -78,6 +79,8 @@ def logit_lens(
 def head_outputs(params: Params, config: LlamaConfig, layer: int, heads: jax.Array) -> jax.Array:
     """The contribution of each head of a layer to the residual stream; their sum, and any bias, is "attn_out".
 
+    An adapter that is attached to the parameters is part of it.
+
     Args:
       heads: activation "layers.{layer}.attn_heads", [batch, len, num_heads, head_dim].
 
@@ -90,9 +93,14 @@ def head_outputs(params: Params, config: LlamaConfig, layer: int, heads: jax.Arr
     _layers(config, [layer])
     leaf = params["layers"][str(layer)]["attn"]["o_proj"]
     scheme = scheme_of(leaf)
-    weight = scheme.decode({name: leaf[name] for name in scheme.members}, jnp.float32)
-    each = weight.astype(jnp.float32).reshape(config.hidden_size, *heads.shape[2:])
+    weight = scheme.decode({name: leaf[name] for name in scheme.members}, jnp.float32).astype(jnp.float32)
     precision = matmul_precision(jnp.float32)
+    if adapter := flatten(params.get(ATTACHED, {})):
+        its = {name.rpartition(".")[2]: x for name, x in adapter.items() if f"layers.{layer}.attn.o_proj." in name}
+        if its:
+            moved = jnp.matmul(*(its[m].astype(jnp.float32) for m in ("b", "a")), precision=precision)
+            weight = (weight + its["scale"] * moved) * its.get("gain", jnp.ones(1))[:, None]
+    each = weight.reshape(config.hidden_size, *heads.shape[2:])
     return jnp.einsum("blhd,ehd->blhe", heads.astype(jnp.float32), each, precision=precision)
 
 

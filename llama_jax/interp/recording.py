@@ -25,8 +25,10 @@ from llama_jax.interp.dataset import DESCRIPTION, TEXT_ENDS, TOKEN_IDS, Activati
 from llama_jax.kernels.dispatch import using
 from llama_jax.model import Patch, forward
 from llama_jax.model.activations import ON_DEMAND, matching_names
+from llama_jax.model.adapters import ATTACHED
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
+from llama_jax.receipts import params_digest
 from llama_jax.sharding import on
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -82,6 +84,8 @@ def record_activations(
         "max_length": max_length,
         "patched": list(patch.patterns) if patch else [],
     }
+    if ATTACHED in model.params:  # the name and the configuration are those of the base
+        settings["adapter"] = params_digest(model.params[ATTACHED])
     shapes = _shapes(model, every, patch)
     start = Description(settings, {name: list(shape) for name, shape in shapes.items()}, kept, digest=str(Digest()))
     encoded = _encoded(texts, tokenizer, config, max_length)

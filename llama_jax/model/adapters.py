@@ -6,12 +6,13 @@
 
 A tree of slots is shaped like the canonical parameters, with {"a" [slots, rank, in], "b" [slots, rank, out], "scale"
 [slots]} in place of a projection's members; it works with both canonical and fused parameters. Slot 0 means no
-adapter, whatever it contains. Any projection can have slots, also those of a shared expert, but not routed experts.
+adapter, whatever it contains. Any projection can have slots, also those of a shared expert and "lm_head" (of tied
+embeddings too), but not routed experts.
 The result of a projection is gain * (x W^T + bias + scale * x a^T b^T) + shift, where "gain" and "shift" [slots, out]
 may be left out: a gain is DoRA's (arXiv:2402.09353), a shift what an adapter adds to biases.
 
 One adapter for all tokens is a tree without the axis of slots under params["adapter"] (`llama_jax.adapters.attach`);
-"embed" and "lm_head" can then have low-rank members too.
+"embed" can then have low-rank members too.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def empty_slots(
       config: the model's, on a mesh as `load` gives it.
       slots: their number, with slot 0.
       rank: the largest that an adapter can have.
-      targets: the projections that have slots: "q_proj" (of all layers) or "layers.0.attn.q_proj". Default: all of
-        `params.projection_names`.
+      targets: the projections that have slots: "q_proj" (of all layers), "layers.0.attn.q_proj" or "lm_head". Default:
+        all of `params.projection_names`.
       dtype: of `a` and `b`; the config's by default. The model's own is best, since they are cast to it.
       more: members besides: "gain", "shift".
 
@@ -227,7 +228,8 @@ def checked(adapters: Params | None, ids: jax.Array | None, config: LlamaConfig,
             param="adapter_ids",
             hint=f"give integers [{batch}, {length}], or [{batch}, 1] for whole rows",
         )
-    shapes, given = _targeted(config, None), _by_projection(adapters)
+    shapes = _targeted(config, None) | _targeted(config, ("lm_head",))
+    given = _by_projection(adapters)
     slots = {x.shape[0] for members in given.values() for x in members.values() if x.ndim}
     for name, members in given.items():
         for member in members:
@@ -266,7 +268,8 @@ def _by_projection(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _targeted(config: LlamaConfig, targets: Sequence[str] | None) -> dict[str, tuple[int, int]]:
     """out and in of the targeted projections, by dotted name."""
     shapes = {spec.leaf: spec.shape for spec in canonical_specs(config) if spec.path[-1] == "weight"}
-    names = projection_names(config)
+    shapes.setdefault("lm_head", shapes["embed"])
+    names = (*projection_names(config), "lm_head")
     known = {*names, *(name.rpartition(".")[2] for name in names)}
     if targets is not None and (not targets or not known >= set(targets)):
         raise RequestError(
@@ -277,5 +280,5 @@ def _targeted(config: LlamaConfig, targets: Sequence[str] | None) -> dict[str, t
     return {
         name: (shapes[name][0], shapes[name][1])
         for name in names
-        if targets is None or name in targets or name.rpartition(".")[2] in targets
+        if (name != "lm_head" if targets is None else name in targets or name.rpartition(".")[2] in targets)
     }

@@ -169,7 +169,8 @@ def forward(
     if cache is not None:
         cache, slots = cache.extend(positions, rows)
 
-    of_layers = adapters_of(params, adapters, adapter_ids, config, *x.shape[:2]).of("layers")
+    adapted = adapters_of(params, adapters, adapter_ids, config, *x.shape[:2])
+    of_layers = adapted.of("layers")
     views = []
     delta = None
     # Behind the keys and values of the last layer nothing is needed of the other tokens.
@@ -211,7 +212,7 @@ def forward(
     last = _tokens(queries, logits_at)
     behind = Tap(tuple(wanted), patches, Place(None, last.positions, last.segments))
     h = behind("final_norm", h)
-    out = unembed(params, config, h)
+    out = unembed(params, config, h, adapters=adapted.of("lm_head").at(logits_at))
     return (out, cache) if capture is None else (out, cache, seen | behind.seen)
 
 

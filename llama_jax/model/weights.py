@@ -256,11 +256,21 @@ def lookup(leaf: Params, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def logits(
-    x: jax.Array, params: Params, *, tied: bool, activations: str | None = None, dtype: DTypeLike = jnp.float32
+    x: jax.Array,
+    params: Params,
+    *,
+    tied: bool,
+    adapters: Adapters = NO_ADAPTERS,
+    activations: str | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """x [..., hidden] -> [..., vocab], by the output projection, or by the embedding that it is tied to."""
+    """x [..., hidden] -> [..., vocab], by the output projection, or by the embedding that it is tied to.
+
+    Args:
+      adapters: in slots, of the output projection; an adapter that `params` hold needs none.
+    """
     out = _times(x, *_unbiased(params["embed" if tied else "lm_head"]), ("vocab", "embed"), dtype, activations)
-    adapter = Adapters(params.get(ATTACHED, {}), None).of("lm_head")
+    adapter = adapters if adapters.tree else Adapters(params.get(ATTACHED, {}), None).of("lm_head")
     return _adapted(out, x, adapter).astype(dtype) if adapter.tree else out
 
 

@@ -5,19 +5,22 @@
     step = make_step(combine, transformation, state)
     state, metrics = step(state, frozen, batch)
 
-`batch` has the batches and `loss` their loss, `step` gradients and steps, `placement` devices, `optimizers` optax's
-optimisers by name. `data`, `packing`, `settings`, `checkpoints`, `metrics` and `run` make a run of them: `train`.
+`batch` has the batches, `loss` their cross entropy and `preference` the loss of pairs, `step` gradients and steps,
+`placement` devices, `optimizers` optax's optimisers by name and `objectives` losses. `data`, `packing`, `reference`,
+`settings`, `checkpoints`, `metrics` and `run` make a run of them: `train`.
 """
 
 from __future__ import annotations
 
 from llama_jax.training.batch import IGNORED, Batch, targets
 from llama_jax.training.costs import Memory, step_flops, step_memory
-from llama_jax.training.data import Texts, chat_tokens, read_texts
-from llama_jax.training.loss import loss
+from llama_jax.training.data import Texts, chat_tokens, read_pairs, read_texts
+from llama_jax.training.loss import CrossEntropy, Objective, entropies, loss, loss_of_entropies
 from llama_jax.training.optimizers import Optimizer
-from llama_jax.training.packing import Packing, Rows, Text
+from llama_jax.training.packing import Packing, Pair, Rows, Text
 from llama_jax.training.placement import place_batch, training_mesh
+from llama_jax.training.preference import Dpo
+from llama_jax.training.reference import with_reference
 from llama_jax.training.run import Trained, train
 from llama_jax.training.settings import Settings, read_settings, settings_from
 from llama_jax.training.step import State, full, gradients, initial_state, low_rank, make_step
@@ -25,9 +28,13 @@ from llama_jax.training.step import State, full, gradients, initial_state, low_r
 __all__ = [
     "IGNORED",
     "Batch",
+    "CrossEntropy",
+    "Dpo",
     "Memory",
+    "Objective",
     "Optimizer",
     "Packing",
+    "Pair",
     "Rows",
     "Settings",
     "State",
@@ -35,13 +42,16 @@ __all__ = [
     "Texts",
     "Trained",
     "chat_tokens",
+    "entropies",
     "full",
     "gradients",
     "initial_state",
     "loss",
+    "loss_of_entropies",
     "low_rank",
     "make_step",
     "place_batch",
+    "read_pairs",
     "read_settings",
     "read_texts",
     "settings_from",
@@ -50,4 +60,5 @@ __all__ = [
     "targets",
     "train",
     "training_mesh",
+    "with_reference",
 ]

@@ -23,11 +23,13 @@ class Batch:
         `IGNORED`.
       segments: int32 [batch, len], the text of the row that each token belongs to, in ascending order; texts do not see
         each other. Padding is one more, of which nothing is learned. None: each row is one text.
+      reference: float32 [batch, len], the `entropies` of another model, for losses that compare with it.
     """
 
     tokens: Any
     labels: Any
     segments: Any = None
+    reference: Any = None
 
 
 def targets(batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Data to learn from: files of JSON lines, each a text or a conversation."""
+"""Data to learn from: files of JSON lines, each a text, a conversation, or a pair of answers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from llama_jax.errors import DataError, LlamaJaxError, did_you_mean
+from llama_jax.errors import DataError, LlamaJaxError, RequestError, did_you_mean
 from llama_jax.text.chat import check_messages, encode_chat
 from llama_jax.text.tokenizer import Tokenizer
-from llama_jax.training.packing import Text
+from llama_jax.training.packing import Example, Pair, Text
 
 FIELDS = ("messages", "text")
+PAIR_FIELDS = ("prompt", "chosen", "rejected", "tools")
 LEARNED = ("assistant", "last", "all")
 """The turns of a conversation that are learned: all turns of the assistant, its last one, or every token."""
 
@@ -26,13 +27,13 @@ class Texts:
     """The examples in files, in their order.
 
     Attributes:
-      texts: to learn.
+      texts: to learn; of pairs, the pairs.
       lines: that were read.
-      cut: conversations whose end did not fit a row; dropped: those of which nothing learned did.
+      cut: conversations and pairs whose end did not fit a row; dropped: those of which nothing learned did.
       pieces: texts that come from longer ones, beyond one for each line.
     """
 
-    texts: list[Text] = field(default_factory=list)
+    texts: list[Example] = field(default_factory=list)
     lines: int = 0
     cut: int = 0
     dropped: int = 0
@@ -42,7 +43,7 @@ class Texts:
     def digest(self) -> str:
         """Of all tokens, and of which are learned."""
         hashed = xxhash.xxh3_128()
-        for text in self.texts:
+        for text in (text for example in self.texts for text in example.texts):
             hashed.update(text.tokens.tobytes())
             hashed.update(text.learned.tobytes())
         return hashed.hexdigest()
@@ -73,6 +74,70 @@ def read_texts(
     Raises:
       DataError: a file cannot be read, or a line cannot be used; names file and line.
     """
+
+    def add(found: Texts, value: Any) -> None:
+        line = _text_or_chat(value)
+        if "text" in line:
+            _add_text(found, _text_ids(line["text"], tokenizer, eos), length)
+        else:
+            _add_chat(found, *chat_tokens(tokenizer, line["messages"], learned, line.get("tools"), template), length)
+
+    return _read(paths, add, progress)
+
+
+def read_pairs(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    learned: str = "assistant",
+    eos: bool = True,
+    template: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Texts:
+    """Reads files of JSON lines, each with an answer that is preferred to another: "chosen", "rejected" and "prompt".
+
+    Either all three are text, or all are lists of messages, of which "prompt" may be left out if the other two begin
+    with the same ones. Of each the last answer is compared. A pair shares a row: if both together are longer than
+    `length`, the longer loses its end, and then both.
+
+    Args:
+      length: the most tokens of a pair.
+      learned, eos, template, progress: see `read_texts`; of conversations the last turn is learned.
+
+    Raises:
+      DataError: as for `read_texts`. RequestError: `learned` is "all".
+    """
+    if learned == "all":
+        raise RequestError("of pairs the last answers are compared", param="learned", hint='"last"')
+
+    def add(found: Texts, value: Any) -> None:
+        line = _pair(value)
+        if isinstance(line["chosen"], str):
+            sides = [_completion(line["prompt"], line[name], tokenizer, eos) for name in ("chosen", "rejected")]
+        else:
+            sides = [
+                chat_tokens(tokenizer, [*line["prompt"], *line[name]], "last", line.get("tools"), template)
+                for name in ("chosen", "rejected")
+            ]
+        sizes = [len(ids) for ids, _ in sides]
+        room = [max(length // 2, length - size) for size in reversed(sizes)]
+        found.cut += sum(sizes) > length
+        if all(mask[1:most].any() for (_, mask), most in zip(sides, room, strict=True)):
+            chosen, rejected = (Text(ids[:n], mask[:n]) for (ids, mask), n in zip(sides, room, strict=True))
+            found.texts.append(Pair(chosen, rejected))
+        else:
+            found.dropped += 1
+
+    return _read(paths, add, progress)
+
+
+def _read(
+    paths: Sequence[str | Path],
+    add: Callable[[Texts, Any], None],
+    progress: Callable[[int, int, str], None] | None,
+) -> Texts:
+    """Adds what JSON lines hold; errors are named by file and line."""
     found, done = Texts(), 0
     total = sum(_size(path) for path in paths)
     for path in paths:
@@ -84,13 +149,7 @@ def read_texts(
                 continue
             found.lines += 1
             try:
-                line = _object(raw)
-                if "text" in line:
-                    _add_text(found, _text_ids(line["text"], tokenizer, eos), length)
-                else:
-                    _add_chat(
-                        found, *chat_tokens(tokenizer, line["messages"], learned, line.get("tools"), template), length
-                    )
+                add(found, _json(raw))
             except LlamaJaxError as error:
                 raise DataError(f"{path}, line {number}: {error.message}", hint=error.hint) from error
     if progress is not None:
@@ -176,11 +235,41 @@ def _text_ids(text: Any, tokenizer: Tokenizer, eos: bool) -> np.ndarray:
     return np.asarray(ids, np.int32)
 
 
-def _object(raw: bytes) -> dict[str, Any]:
+def _completion(prompt: str, answer: str, tokenizer: Tokenizer, eos: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of a prompt with an answer, and which are the answer's: those from the first that the prompt has not."""
+    ids = _text_ids(prompt + answer, tokenizer, eos)
+    mask = np.arange(len(ids)) >= _shared(tokenizer.encode(prompt, parse_special=False), ids.tolist())
+    if not mask[1:].any():
+        raise DataError("an answer has no token to learn", hint="leave the line out")
+    return ids, mask
+
+
+def _json(raw: bytes) -> Any:
     try:
-        line = json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"it is not JSON: {error}", hint="one JSON object on each line, in UTF-8") from None
+
+
+def _pair(line: Any) -> dict[str, Any]:
+    """A line with "prompt", "chosen" and "rejected", of one kind."""
+    hint = 'e.g. {"prompt": "…", "chosen": "…", "rejected": "…"}, each a text or a list of messages'
+    names = list(line) if isinstance(line, dict) else []
+    if missing := [name for name in ("chosen", "rejected") if name not in names]:
+        near = next(
+            (near for name in names if name not in PAIR_FIELDS and (near := did_you_mean(name, PAIR_FIELDS))), ""
+        )
+        raise DataError(f'it has no "{missing[0]}"', hint=near or hint)
+    sides = [line["chosen"], line["rejected"]]
+    if all(isinstance(x, list) for x in sides) and "prompt" not in line and sides[0][:-1] == sides[1][:-1]:
+        return {**line, "prompt": []}
+    kinds = {type(line.get("prompt"))} | {type(x) for x in sides}
+    if kinds not in ({str}, {list}):
+        raise DataError('"prompt", "chosen" and "rejected" are neither all text nor all lists of messages', hint=hint)
+    return dict(line)
+
+
+def _text_or_chat(line: Any) -> dict[str, Any]:
     given = [name for name in FIELDS if isinstance(line, dict) and name in line]
     if len(given) != 1:
         names = list(line) if isinstance(line, dict) else []

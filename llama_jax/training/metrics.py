@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Measured:
       seconds: since the last step.
       mfu: FLOPs that the step needs a second, over the rate of a large matrix product; None where that is not sound.
       left_s: what the rest of the run will take.
+      means: what the loss reports besides, such as "accuracy".
     """
 
     step: int
@@ -42,6 +43,7 @@ class Measured:
     tokens_per_s: float
     mfu: float | None
     left_s: float
+    means: Mapping[str, float] = field(default_factory=dict)
 
 
 class MetricsFile:
@@ -61,11 +63,12 @@ class MetricsFile:
 
     def add(self, measured: Measured) -> None:
         """Appends a step."""
-        self._write(asdict(measured))
+        values = asdict(measured)
+        self._write(values | values.pop("means"))
 
-    def validated(self, step: int, loss: float) -> None:
-        """Appends the loss of the validation files after a step."""
-        self._write({"step": step, "validation_loss": loss})
+    def validated(self, step: int, means: Mapping[str, float]) -> None:
+        """Appends the loss of the validation files after a step, and what it reports besides."""
+        self._write({"step": step, **{f"validation_{name}": value for name, value in means.items()}})
 
     def _write(self, value: dict[str, Any]) -> None:
         with disk.storage_errors(self._path), self._path.open("ab") as file:
@@ -127,5 +130,6 @@ class Watch:
                 tokens_per_s=sum(lengths) / seconds,
                 mfu=sound_share(self._share(seconds, lengths)),
                 left_s=statistics.median(self._times) * (self._steps - number - 1),
+                means={name: value for name, value in values.items() if name not in ("loss", "tokens", "grad_norm")},
             )
         )

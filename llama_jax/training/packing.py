@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,10 +22,40 @@ class Text:
     Attributes:
       tokens: int32 [len].
       learned: bool [len], whether the model learns to predict each token.
+      reference: float32 [len], the `entropies` of the model that it is compared with, if there is one.
     """
 
     tokens: np.ndarray
     learned: np.ndarray
+    reference: np.ndarray | None = None
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two texts with the same beginning, one of which is preferred; they share a row."""
+
+    chosen: Text
+    rejected: Text
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        return (self.chosen, self.rejected)
+
+
+type Example = Text | Pair
+
+
+class Place(NamedTuple):
+    """Where a text lies in a batch: its row, its tokens there, and its number among the texts of the row."""
+
+    row: int
+    where: slice
+    segment: int
+    text: Text
 
 
 @dataclass(frozen=True)
@@ -61,8 +92,8 @@ class Rows:
     and its number alone, so that a run is resumed from any step without a state of its own.
 
     Args:
-      texts: at least one.
-      length: tokens of a row; no text is longer.
+      texts: at least one text or pair.
+      length: tokens of a row; no text is longer, and no pair.
       rows: of a step.
       seed: of the order.
       pack: False gives each text a row of its own.
@@ -71,10 +102,11 @@ class Rows:
       RequestError: there are no texts, or one is longer than a row.
     """
 
-    def __init__(self, texts: Sequence[Text], *, length: int, rows: int, seed: int = 0, pack: bool = True):
+    def __init__(self, texts: Sequence[Example], *, length: int, rows: int, seed: int = 0, pack: bool = True):
         if not texts:
             raise RequestError("the data holds no text to learn", param="data", hint="give a file with lines")
-        if (longest := max(len(text.tokens) for text in texts)) > length:
+        self._sizes = [sum(len(text.tokens) for text in example.texts) for example in texts]
+        if (longest := max(self._sizes)) > length:
             raise RequestError(
                 f"a text has {longest} tokens, and rows have {length}",
                 param="length",
@@ -86,9 +118,9 @@ class Rows:
 
     def packing(self, epoch: int = 0) -> Packing:
         """How an epoch is packed."""
-        tokens = sum(len(text.tokens) for text in self._texts)
-        learned = sum(int(text.learned[1:].sum()) for text in self._texts)
-        return Packing(len(self._texts), len(self._packed(epoch)), self._length, tokens, learned)
+        texts = [text for example in self._texts for text in example.texts]
+        learned = sum(int(text.learned[1:].sum()) for text in texts)
+        return Packing(len(texts), len(self._packed(epoch)), self._length, sum(self._sizes), learned)
 
     def steps(self, epochs: int) -> int:
         """Steps that see each text in so many epochs at least once; the last is filled up with rows of the next."""
@@ -99,19 +131,26 @@ class Rows:
         shape = (self._rows, self._length)
         tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         labels = np.full(shape, IGNORED, np.int32)
+        reference = np.zeros(shape, np.float32) if self._texts[0].texts[0].reference is not None else None
         lengths = []
+        for row, where, segment, text in self.places(step):
+            tokens[row, where], segments[row, where] = text.tokens, segment
+            segments[row, where.stop :] = segment + 1
+            labels[row, where] = np.where(text.learned, text.tokens, IGNORED)
+            if reference is not None:
+                reference[row, where] = text.reference
+            lengths.append(len(text.tokens))
+        return Batch(tokens, labels, segments, reference), lengths
+
+    def places(self, step: int) -> Iterator[Place]:
+        """Each text of a step's batch, in order."""
         for row in range(self._rows):
             at = 0
-            members = self._row(step * self._rows + row)
-            for segment, number in enumerate(members):
-                text = self._texts[number]
+            texts = (text for number in self._row(step * self._rows + row) for text in self._texts[number].texts)
+            for segment, text in enumerate(texts):
                 where = slice(at, at + len(text.tokens))
-                tokens[row, where], segments[row, where] = text.tokens, segment
-                labels[row, where] = np.where(text.learned, text.tokens, IGNORED)
+                yield Place(row, where, segment, text)
                 at = where.stop
-                lengths.append(len(text.tokens))
-            segments[row, at:] = len(members)
-        return Batch(tokens, labels, segments), lengths
 
     def _row(self, number: int) -> list[int]:
         """The texts of a row, counted from 0 through all epochs."""
@@ -138,7 +177,7 @@ class Rows:
         room: list[int] = []
         rows: list[list[int]] = []
         for number in order.tolist():
-            size = len(self._texts[number].tokens)
+            size = self._sizes[number]
             fits = [i for i, left in enumerate(room) if left >= size] if self._pack else []
             if fits:
                 best = min(fits, key=room.__getitem__)

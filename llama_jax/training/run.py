@@ -20,18 +20,28 @@ from llama_jax.measure.bench import measure_ceilings
 from llama_jax.params import flatten, unflatten
 from llama_jax.plan.costs import held_bytes
 from llama_jax.sharding import on
-from llama_jax.training import checkpoints
+from llama_jax.training import checkpoints, reference
 from llama_jax.training.base import Base, Notify, opened_base
 from llama_jax.training.batch import Batch
 from llama_jax.training.costs import step_flops, step_memory
-from llama_jax.training.data import Texts, read_texts
+from llama_jax.training.data import Texts
 from llama_jax.training.metrics import Measured, MetricsFile, Watch
+from llama_jax.training.objectives import LOSSES, Loss
 from llama_jax.training.packing import Rows
 from llama_jax.training.placement import place_batch, training_mesh
 from llama_jax.training.settings import Settings
-from llama_jax.training.step import Combine, State, full, initial_state, low_rank, make_evaluation, make_step
+from llama_jax.training.step import (
+    Combine,
+    State,
+    full,
+    initial_state,
+    low_rank,
+    make_entropies,
+    make_evaluation,
+    make_step,
+)
 
-CHECKPOINTS, METRICS, SETTINGS = "checkpoints", "metrics.jsonl", "settings.json"
+CHECKPOINTS, METRICS, SETTINGS, REFERENCE = "checkpoints", "metrics.jsonl", "settings.json", "reference.npz"
 MODEL, ADAPTER, LOCK = "model", "adapter", "run.lock"
 """Names in a run's folder."""
 
@@ -96,17 +106,25 @@ class _Run:
     base: Base
     output: Path
     texts: Texts
-    rows: Rows
-    validation: Rows | None
+    validation: Texts | None
     say: Notify
+    counted: Callable[[int, int, str], None] | None = None
+
+    @property
+    def loss(self) -> Loss:
+        return LOSSES[self.base.settings.loss]
+
+    def rows(self, texts: Texts) -> Rows:
+        own = self.base.settings.rows
+        return Rows(texts.texts, length=own.length, rows=own.rows, seed=self.base.settings.seed, pack=own.pack)
 
     @classmethod
     def begin(cls, base: Base, output: Path, counted: Any, say: Notify) -> _Run:
         settings = base.settings
         length = min(settings.rows.length, base.config.context_length)
 
-        def read(files: tuple[str, ...]) -> tuple[Texts, Rows]:
-            texts = read_texts(
+        def read(files: tuple[str, ...]) -> Texts:
+            return LOSSES[settings.loss].read(
                 files,
                 base.tokenizer,
                 length=length,
@@ -115,13 +133,13 @@ class _Run:
                 template=settings.data.template,
                 progress=counted,
             )
-            own = settings.rows
-            return texts, Rows(texts.texts, length=own.length, rows=own.rows, seed=settings.seed, pack=own.pack)
 
-        texts, rows = read(settings.data.files)
-        say(f"{texts.lines} lines: {rows.packing()}; {texts.cut} cut, {texts.dropped} with nothing learned")
-        validation = read(settings.data.validation)[1] if settings.data.validation else None
-        return cls(base, output, texts, rows, validation, say)
+        texts = read(settings.data.files)
+        validation = read(settings.data.validation) if settings.data.validation else None
+        run = cls(base, output, texts, validation, say, counted)
+        packing = run.rows(texts).packing()
+        say(f"{texts.lines} lines: {packing}; {texts.cut} cut, {texts.dropped} with nothing learned")
+        return run
 
     def finish(
         self, params: Any, config: LlamaConfig, rate: float, told: Callable[[Measured], None], stop: Callable[[], bool]
@@ -130,13 +148,16 @@ class _Run:
         combine, trained, frozen, learned = self._method(params, config)
         del params
         self._say_memory(config, trained, frozen)
-        steps = settings.steps or self.rows.steps(settings.epochs)
+        steps = settings.steps or self.rows(self.texts).steps(settings.epochs)
+        run = self._compared(combine, trained, frozen, steps) if self.loss.compared else self
+        rows, validation = run.rows(run.texts), None if run.validation is None else run.rows(run.validation)
         transformation = settings.optimizer.transformation(steps)
         state = self._resumed(initial_state(trained, transformation, mesh=mesh), steps)
         del trained
         done, metrics = int(state.step), MetricsFile(self.output / METRICS, int(state.step))
-        step = make_step(combine, transformation, state, mesh=mesh, remat=compute.remat, logits=compute.logits)
-        evaluation = make_evaluation(combine, mesh=mesh, logits=compute.logits)
+        options: dict[str, Any] = {"objective": self.loss.objective(settings), "mesh": mesh, "logits": compute.logits}
+        step = make_step(combine, transformation, state, remat=compute.remat, **options)
+        evaluation = make_evaluation(combine, **options)
         full_rate = rate * (1 if mesh is None else mesh.size)
 
         def tell(measured: Measured) -> None:
@@ -152,21 +173,50 @@ class _Run:
         if done < steps:
             self.say("Compiling the step")
         for number in range(done, steps):
-            batch, lengths = self.rows.batch(number)
+            batch, lengths = rows.batch(number)
             state, found = step(state, frozen, place_batch(batch, settings.rows.parts, mesh))
             watch.dispatched(number, found, lengths)
             stopped = stop()
             if stopped or (number + 1) % settings.saving.every == 0 or number + 1 == steps:
                 watch.finish()
-                if self.validation is not None:
-                    parts = (self._placed(self.validation, i) for i in range(self.validation.steps(1)))
-                    sums = [jax.device_get(evaluation(state.trained, frozen, part)) for part in parts]
-                    metrics.validated(number + 1, float(sum(s for s, _ in sums) / sum(n for _, n in sums)))
+                if validation is not None:
+                    parts = (self._placed(validation, i) for i in range(validation.steps(1)))
+                    each = [jax.device_get(evaluation(state.trained, frozen, part)) for part in parts]
+                    sums = {name: float(sum(x[name] for x in each)) for name in each[0]}
+                    count = sums.pop("count")
+                    metrics.validated(number + 1, {name: x / count for name, x in sums.items()})
                 checkpoints.save(self.output / CHECKPOINTS, state, self._about, keep=settings.saving.keep)
                 watch.restart()
             if stopped and number + 1 < steps:
                 return Trained(number + 1, steps, watch.loss, None)
         return Trained(steps, steps, watch.loss, self._export(state, config))
+
+    def _compared(self, combine: Combine, trained: Any, frozen: Any, steps: int) -> _Run:
+        """The run with texts that know what the model says of them before it is trained."""
+        settings, mesh = self.base.settings, self.base.mesh
+        sets = {"texts": self.texts} | ({} if self.validation is None else {"validation": self.validation})
+        about = self._about | {name: texts.digest for name, texts in sets.items()}
+        found = reference.read(self.output / REFERENCE, about)
+        if found is None:
+            self.say("Computing what the model says of the texts before it is trained")
+            entropies = make_entropies(combine, mesh=mesh, logits=settings.compute.logits)
+            found = {
+                name: reference.measure(
+                    self.rows(texts),
+                    texts.texts,
+                    steps if name == "texts" else None,
+                    lambda batch: entropies(trained, frozen, place_batch(batch, settings.rows.parts, mesh)),
+                    self.counted,
+                )
+                for name, texts in sets.items()
+            }
+            reference.write(self.output / REFERENCE, about, found)
+
+        def referring(name: str, texts: Texts) -> Texts:
+            return dataclasses.replace(texts, texts=reference.with_reference(texts.texts, found[name]))
+
+        made = {name: referring(name, texts) for name, texts in sets.items()}
+        return dataclasses.replace(self, texts=made["texts"], validation=made.get("validation"))
 
     @property
     def _about(self) -> dict[str, str]:

@@ -16,6 +16,7 @@ from llama_jax.errors import RequestError, did_you_mean
 from llama_jax.model.remat import REMAT
 from llama_jax.training.data import LEARNED
 from llama_jax.training.loss import LOGITS
+from llama_jax.training.objectives import LOSSES
 from llama_jax.training.optimizers import Optimizer
 
 METHODS = ("lora", "full")
@@ -26,7 +27,8 @@ class Data:
     """The texts to learn.
 
     Attributes:
-      files: JSON lines, each with "text" or "messages"; paths are relative to the working directory.
+      files: JSON lines, each with "text" or "messages", or what the loss reads; paths are relative to the working
+        directory.
       validation: files of the same kind, whose loss is measured and not learned.
       learned: of conversations: "assistant" (all of its turns), "last" (its last one) or "all".
       eos: whether the end-of-text token follows a "text".
@@ -77,6 +79,17 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Preference:
+    """The loss "dpo".
+
+    Attributes:
+      beta: how strongly the model is held to the one it starts from; less lets it move further.
+    """
+
+    beta: float = 0.1
+
+
+@dataclass(frozen=True)
 class Compute:
     """How it is computed; the same is learned, up to rounding.
 
@@ -118,20 +131,23 @@ class Settings:
       output: a folder for checkpoints, metrics and the result.
       data: see `Data`.
       method: "lora" (of a quantised model too) or "full".
+      loss: "cross_entropy" of each token, or "dpo", of pairs of answers.
       epochs: how often each text is seen; steps: in place of that, the number of steps.
       seed: of the order of texts and of a new adapter.
-      rows, lora, optimizer, compute, saving: see their classes.
+      rows, lora, dpo, optimizer, compute, saving: see their classes.
     """
 
     model: str
     output: str
     data: Data
     method: str = "lora"
+    loss: str = "cross_entropy"
     epochs: int = 1
     steps: int | None = None
     seed: int = 0
     rows: Rows = field(default_factory=Rows)
     lora: Lora = field(default_factory=Lora)
+    dpo: Preference = field(default_factory=Preference)
     optimizer: Optimizer = field(default_factory=Optimizer)
     compute: Compute = field(default_factory=Compute)
     saving: Saving = field(default_factory=Saving)
@@ -139,6 +155,7 @@ class Settings:
     def __post_init__(self) -> None:
         choices = {
             "method": (self.method, METHODS),
+            "loss": (self.loss, tuple(LOSSES)),
             "data.learned": (self.data.learned, LEARNED),
             "compute.remat": (self.compute.remat, tuple(REMAT)),
             "compute.dtype": (self.compute.dtype or "float32", ("float32", "bfloat16")),
@@ -167,6 +184,8 @@ class Settings:
                 param="rows.parts",
                 hint="choose a number that divides rows.rows",
             )
+        if self.dpo.beta <= 0:
+            raise RequestError("dpo.beta must be positive", param="dpo.beta", hint="e.g. 0.1")
         if not self.data.files:
             raise RequestError("data.files names no file", param="data.files", hint='e.g. files = ["train.jsonl"]')
 
@@ -212,6 +231,14 @@ def _check_keys(values: dict[str, Any], kind: Any, prefix: str) -> None:
         if name not in known:
             hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
             raise RequestError(f"{prefix}{name} is no setting", param=f"{prefix}{name}", hint=hint)
-        inner = {"data": Data, "rows": Rows, "lora": Lora, "optimizer": Optimizer, "compute": Compute, "saving": Saving}
+        inner = {
+            "data": Data,
+            "rows": Rows,
+            "lora": Lora,
+            "dpo": Preference,
+            "optimizer": Optimizer,
+            "compute": Compute,
+            "saving": Saving,
+        }
         if not prefix and name in inner and isinstance(value, dict):
             _check_keys(value, inner[name], f"{name}.")

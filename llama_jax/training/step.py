@@ -15,8 +15,8 @@ from llama_jax.adapters import Adapter, attach
 from llama_jax.config import LlamaConfig
 from llama_jax.params import Params
 from llama_jax.sharding import DeviceMesh, on
-from llama_jax.training.batch import Batch, targets
-from llama_jax.training.loss import LOGITS, loss
+from llama_jax.training.batch import Batch
+from llama_jax.training.loss import CROSS_ENTROPY, LOGITS, Objective, entropies
 
 type Combine = Callable[[Any, Any], tuple[Params, LlamaConfig]]
 """From trained and frozen leaves to the parameters that they make up, and their config."""
@@ -89,41 +89,44 @@ def gradients(
     frozen: Any,
     batch: Batch,
     *,
+    objective: Objective = CROSS_ENTROPY,
     remat: str = "none",
     logits: int = LOGITS,
     placed: Any = None,
-) -> tuple[jax.Array, jax.Array, Any]:
+) -> tuple[dict[str, jax.Array], Any]:
     """The loss of a batch and its gradient.
 
     Args:
       batch: of arrays [parts, batch, len]: the gradients of the parts are added up in float32, one after the other. The
-        loss is the mean over the learned tokens of all of them, so that parts are no different from one large batch.
+        loss is the mean over all of them, so that parts are no different from one large batch.
+      objective: the loss, by default the cross entropy of learned tokens.
       remat, logits: see `loss`.
       placed: the sharding of each array of the gradient; None leaves it to the compiler.
 
     Returns:
-      The loss, the number of learned tokens, and the gradient in float32.
+      Float32 scalars, "loss", "tokens" (those that are learned) and the means that the objective reports; and the
+      gradient in float32.
     """
-    count = jnp.sum(jax.vmap(targets)(batch)[1], dtype=jnp.float32)
-    scale = 1 / jnp.maximum(count, 1)
+    scale = 1 / jnp.maximum(jnp.sum(jax.vmap(objective.count)(batch)), 1)
 
-    def part_loss(trained: Any, part: Batch) -> jax.Array:
+    def part_loss(trained: Any, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         params, config = combine(trained, frozen)
-        return loss(params, config, part, remat=remat, logits=logits)[0] * scale
+        total, more = objective(params, config, part, remat=remat, logits=logits)
+        return total * scale, jax.tree.map(lambda x: x * scale, more)
 
-    def of_part(part: Batch) -> tuple[jax.Array, Any]:
-        total, gradient = jax.value_and_grad(part_loss)(trained, part)
-        return total, gradient if placed is None else jax.lax.with_sharding_constraint(gradient, placed)
+    def of_part(part: Batch) -> tuple[dict[str, jax.Array], Any]:
+        (total, more), gradient = jax.value_and_grad(part_loss, has_aux=True)(trained, part)
+        found = {"loss": total, "tokens": CROSS_ENTROPY.count(part), **more}
+        return found, gradient if placed is None else jax.lax.with_sharding_constraint(gradient, placed)
 
-    def add(carry: Any, part: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, carry, of_part(part)), None
+    def add(carry: Any, part: Batch) -> tuple[Any, dict[str, jax.Array]]:
+        found, gradient = of_part(part)
+        return jax.tree.map(jnp.add, carry, gradient), found
 
     if len(batch.tokens) == 1:
-        total, gradient = of_part(jax.tree.map(lambda x: x[0], batch))
-    else:
-        zeros = jax.tree.map(jnp.zeros_like, (jnp.float32(0), trained))
-        (total, gradient), _ = jax.lax.scan(add, zeros, batch)
-    return total, count, gradient
+        return of_part(jax.tree.map(lambda x: x[0], batch))
+    gradient, found = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trained), batch)
+    return jax.tree.map(jnp.sum, found), gradient
 
 
 def make_step(
@@ -131,14 +134,14 @@ def make_step(
     transformation: optax.GradientTransformation,
     state: State,
     *,
+    objective: Objective = CROSS_ENTROPY,
     mesh: DeviceMesh | None = None,
     remat: str = "none",
     logits: int = LOGITS,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """A compiled step: state, frozen parameters and a batch [parts, batch, len] to the next state and measurements.
 
-    The measurements are float32 scalars: "loss", "tokens" (those that are learned) and "grad_norm" (before clipping).
-    The state that goes in is donated.
+    The measurements are those of `gradients`, and "grad_norm" (before clipping). The state that goes in is donated.
 
     Args:
       state: of the shapes and placement that the step is for.
@@ -147,13 +150,12 @@ def make_step(
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         where = None if placed is None else placed.trained
-        total, count, gradient = gradients(
-            combine, state.trained, frozen, batch, remat=remat, logits=logits, placed=where
+        found, gradient = gradients(
+            combine, state.trained, frozen, batch, objective=objective, remat=remat, logits=logits, placed=where
         )
         updates, optimizer = transformation.update(gradient, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        found = {"loss": total, "tokens": count, "grad_norm": optax.tree.norm(gradient)}
-        return State(state.step + 1, trained, optimizer), found
+        return State(state.step + 1, trained, optimizer), found | {"grad_norm": optax.tree.norm(gradient)}
 
     placed = None if mesh is None else jax.tree.map(lambda x: x.sharding, state)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=None if placed is None else (placed, None))
@@ -166,18 +168,37 @@ def make_step(
 
 
 def make_evaluation(
+    combine: Combine, *, objective: Objective = CROSS_ENTROPY, mesh: DeviceMesh | None = None, logits: int = LOGITS
+) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+    """Compiles a loss without its gradient: what is trained, what is frozen and a batch [parts, batch, len] to sums:
+    "loss", what the objective reports, and "count", which makes means of them."""
+
+    def of_part(params: Params, config: LlamaConfig, part: Batch) -> dict[str, jax.Array]:
+        total, more = objective(params, config, part, remat="none", logits=logits)
+        return {"loss": total, **more, "count": objective.count(part)}
+
+    run = _compiled(combine, mesh, of_part)
+    return lambda *args: jax.tree.map(jnp.sum, run(*args))
+
+
+def make_entropies(
     combine: Combine, *, mesh: DeviceMesh | None = None, logits: int = LOGITS
-) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
-    """Compiles the `loss` of a batch [parts, batch, len]: what is trained, what is frozen and the batch to the sum and
-    the number of learned tokens."""
+) -> Callable[[Any, Any, Batch], jax.Array]:
+    """Compiles `entropies`: what is trained, what is frozen and a batch [parts, batch, len] to as many numbers."""
+    return _compiled(combine, mesh, lambda params, config, part: entropies(params, config, part, logits=logits))
+
+
+def _compiled(
+    combine: Combine, mesh: DeviceMesh | None, of_part: Callable[[Params, LlamaConfig, Batch], Any]
+) -> Callable[[Any, Any, Batch], Any]:
+    """Compiles a function of parameters and a part for all parts of a batch."""
 
     @jax.jit
-    def compiled(trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def compiled(trained: Any, frozen: Any, batch: Batch) -> Any:
         params, config = combine(trained, frozen)
-        found = jax.lax.map(lambda part: loss(params, config, part, logits=logits), batch)
-        return jnp.sum(found[0]), jnp.sum(found[1])
+        return jax.lax.map(lambda part: of_part(params, config, part), batch)
 
-    def run(trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def run(trained: Any, frozen: Any, batch: Batch) -> Any:
         with on(mesh):
             return compiled(trained, frozen, batch)
 
