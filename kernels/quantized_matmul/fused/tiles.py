@@ -1,0 +1,59 @@
+"""The tiling of a fused product: each program has whole sums, since only then can it do what follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from llama_jax.kernels.dispatch.cases import neighbours
+from llama_jax.kernels.pallas import next_power_of_2
+from llama_jax.kernels.quantized_matmul import tiles as plain
+from llama_jax.kernels.quantized_matmul.kernel import SQUARED
+from llama_jax.kernels.quantized_matmul.tiles import COLUMNS, Tiles, matrix_rows
+from llama_jax.quantized import Layout
+from llama_jax.targets import Target
+
+__all__ = ["Tiles", "candidates", "default_tiles"]
+
+
+def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout: Layout | None, least: int) -> Tiles:
+    """The best choice known for a target. Where there are too few programs, rows of the weight are folded; they are
+    never shared by several programs.
+
+    Args:
+      rows: of the input.
+      out: rows of the weight; row_bytes: of each, numbers without a layout.
+      least: rows of the weight that a program has at least.
+    """
+    nvidia = target.vendor == "nvidia"
+    waves = plain.WAVES_A_UNIT_NVIDIA * 8 // (layout.bits if layout else 8) if nvidia else plain.WAVES_A_UNIT
+    if layout is None:
+        tile = max(next_power_of_2(rows), matrix_rows(target))
+        best = Tiles(tile, 64, 128 if nvidia else 64, 1, 4 if nvidia else 2, 3 if nvidia else 1)
+    else:
+        best = plain.default_tiles(target, rows=rows, out=out, row_bytes=row_bytes, layout=layout)
+    group = layout.group // layout.per_byte if layout is not None and layout.group else 1
+    most = min(best.rows // next_power_of_2(rows), 8)
+    fold = next((n for n in (8, 4, 2) if n <= most and row_bytes % (n * max(best.inner, group)) == 0), 1)
+    programs = -(-out // best.cols)
+    fold = min(fold, next_power_of_2(-(-waves * target.compute_units // (programs * best.num_warps))))
+    return replace(best, splits=1, fold=fold, cols=max(best.cols, fold * least))
+
+
+def least_columns(*, gated: bool, adds: bool) -> int:
+    """Rows of the weight that a program needs."""
+    return SQUARED if adds else 2 if gated else 1
+
+
+def candidates(
+    target: Target, *, rows: int, out: int, row_bytes: int, layout: Layout | None, least: int
+) -> Iterator[Tiles]:
+    """Tiles worth measuring on a target: the default first. Arguments as for `default_tiles`."""
+    best = default_tiles(target, rows=rows, out=out, row_bytes=row_bytes, layout=layout, least=least)
+    warps = [n for n in (best.num_warps * 2, best.num_warps // 2) if n]
+    stages = (1, 2) if target.vendor == "amd" else (2, 3, 4)
+    folds = [best.fold // 2] if best.fold > 1 else []
+    cols = (best.cols * 2, best.cols // 2)
+    for tiles in neighbours(best, cols=cols, num_warps=warps, num_stages=stages, fold=folds):
+        if tiles.cols >= max(COLUMNS * tiles.num_warps, tiles.fold * least):
+            yield tiles
