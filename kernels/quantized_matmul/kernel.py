@@ -19,7 +19,6 @@ from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.tiles import TOGETHER_BELOW, Tiles
 from llama_jax.kernels.quantized_matmul.unpack import Unpack
 
-
 SQUARED = 8
 """Neighbours in a row whose squares are added to one number: the fewest columns of a program's result, where it has to
 tell the next product how long the row is."""
@@ -116,7 +115,7 @@ def fused_product(
         place = jnp.arange(tiles.cols, dtype=jnp.int32)
         row = pl.program_id(1) * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
         part_of_row = pl.program_id(2)
-        # Folded rows of one row of the weight are neighbours; so are those of the other part that it is multiplied with.
+        # Folded rows of one row of the weight are neighbours, and beside them are those of its row in the other part.
         within, of_out = (place, 0) if parts_of_out == 1 else _parted(place, fold, parts_of_out)
         near_column = pl.program_id(0) * width + within
         near_column = jnp.minimum(near_column, out - 1) if out % width else near_column

@@ -18,7 +18,6 @@ from llama_jax.kernels.quantized_matmul.fused.reference import Activation, fused
 from llama_jax.kernels.quantized_matmul.fused.tiles import Tiles, default_tiles, least_columns
 from llama_jax.kernels.quantized_matmul.kernel import SQUARED, Around
 from llama_jax.kernels.quantized_matmul.operands import Weight
-from llama_jax.kernels.quantized_matmul.tiles import CHUNK
 from llama_jax.kernels.quantized_matmul.unpack import unpack_for
 from llama_jax.quantized import Layout
 from llama_jax.targets import Target, current
