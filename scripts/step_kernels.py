@@ -25,6 +25,7 @@ from llama_jax.cache import PagedCache, stored_dtype
 from llama_jax.config import preset
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import parse_backends
+from llama_jax.recipe import recipe, schemes
 from llama_jax.targets import abstract_device, find
 
 LAYERS = 3
@@ -67,10 +68,13 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--page-size", type=int)
     parser.add_argument("--kv-dtype")
+    parser.add_argument("--weights", help="a layout, such as int4_g128")
     parser.add_argument("--kernels", default="", help="operation=backend,...")
     args = parser.parse_args(argv)
     config, target = preset(args.model), find(args.target)
     config = config.replace(layers=config.layers[:LAYERS])
+    if args.weights:
+        config = config.replace(schemes=schemes(config, recipe(args.weights)))
     with abstract_device(target), using(**parse_backends(args.kernels)):
         program = decode_program(
             config, batch=args.batch, capacity=args.context, dtype="bfloat16", kv_dtype=args.kv_dtype
