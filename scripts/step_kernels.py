@@ -43,12 +43,12 @@ def launches(text: str) -> Iterator[tuple[str, str]]:
 
 def of_layer(text: str, layer: int) -> list[str]:
     """The kernels between the first of a layer and the first of the next one: those in between that have lost their
-    names belong to it."""
+    names belong to it. What all layers share is computed by the first, whatever layer's name XLA gives it."""
     all_of = list(launches(text))
     firsts: dict[int, int] = {}
     for i, (_, line) in enumerate(all_of):
-        if named := _LAYER.search(line):
-            firsts.setdefault(int(named[1]), i)
+        if (named := _LAYER.search(line)) and (n := int(named[1])) in (0, len(firsts)):
+            firsts.setdefault(n, i)
     return [described(name, line) for name, line in all_of[firsts[layer] : firsts[layer + 1]]]
 
 

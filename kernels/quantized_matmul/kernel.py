@@ -223,6 +223,8 @@ def fused_product(
         some = some if few is None or some is None else some & few[None, :]
         plgpu.store(sums_ref.at[row[None, :], first[:, None]], sums, mask=some)
 
+    if around is not NOTHING:
+        quantized_matmul.__name__ = "fused_matmul"
     flat = rows // fold, columns
     adds = around.residual is not None
     parts, *others = launch(
