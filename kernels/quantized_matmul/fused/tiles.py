@@ -37,7 +37,10 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
     fold = next((n for n in (8, 4, 2) if n <= most and row_bytes % (n * max(best.inner, group)) == 0), 1)
     programs = -(-out // best.cols)
     fold = min(fold, next_power_of_2(-(-waves * target.compute_units // (programs * best.num_warps))))
-    return replace(best, splits=1, fold=fold, cols=max(best.cols, fold * least))
+    cols = max(best.cols, fold * least)
+    while -(-out // cols) < target.compute_units and cols // 2 >= max(COLUMNS * best.num_warps, fold * least):
+        cols //= 2
+    return replace(best, splits=1, fold=fold, cols=cols)
 
 
 def least_columns(*, gated: bool, adds: bool) -> int:
