@@ -80,7 +80,7 @@ def fused_product(
     columns = len(weight.codes) // parts_of_out
     x, weight = x.reshape(fold * len(x), -1), weight.folded(fold)
     rows, out, row_bytes = x.shape[0], *weight.codes.shape
-    group, per_byte, offset = weight.group, weight.per_byte, weight.offsets is not None
+    group, per_byte, offset = weight.layout.group, weight.layout.per_byte, weight.layout.offset
     # Columns that one of the parts of the result has, and a program of each; counted with those that are folded.
     out, width = out // parts_of_out, tiles.cols // parts_of_out
     codes, inputs = unpack.stored(weight.codes, x)
@@ -248,8 +248,8 @@ def _parted(place: jax.Array, fold: int, parts: int) -> tuple[jax.Array, jax.Arr
     """Of each place of a tile, where it is among those of its part, and which part it is of."""
 
     def by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-        n = jnp.full_like(x, n)
-        return jax.lax.div(x, n), jax.lax.rem(x, n)
+        divisor = jnp.full_like(x, n)
+        return jax.lax.div(x, divisor), jax.lax.rem(x, divisor)
 
     rows, in_row = by(place, fold)
     n, part = by(rows, parts)

@@ -94,21 +94,15 @@ def position_queries_and_keys(
 
 
 @jax.named_scope("mlp")
-def mlp(
-    x: jax.Array | Normed,
-    params: Params,
-    dims: Dims,
-    adapters: Adapters = NO_ADAPTERS,
-    tap: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
-    residual: jax.Array | None = None,
-) -> jax.Array | Pending:
-    """Gated MLP: down(tap(activation(gate(x)) * up(x))).
+def mlp(x: jax.Array, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
+    """Gated MLP: down(activation(gate(x)) * up(x))."""
+    hidden, leaf = hidden_units(x, params, dims, adapters), params["down_proj"]
+    return linear(hidden, leaf, adapters.of("down_proj"), dims.activations, axes=PROJECTION_AXES["down_proj"])
 
-    Args:
-      residual: what the result will be added to; without one it is an array.
-    """
-    hidden = tap(gated(x, params, ACTIVATIONS[dims.activation], adapters, dims.activations))
-    return project(hidden, params, "down_proj", dims, adapters, residual)
+
+def hidden_units(x: jax.Array | Normed, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
+    """Of an MLP: activation(gate(x)) * up(x)."""
+    return gated(x, params, ACTIVATIONS[dims.activation], adapters, dims.activations)
 
 
 def project(
@@ -119,7 +113,11 @@ def project(
     adapters: Adapters = NO_ADAPTERS,
     residual: jax.Array | None = None,
 ) -> jax.Array | Pending:
-    """The projection that a part of a block ends with: x [..., in] -> [..., out]. `residual` as for `mlp`."""
+    """The projection that a part of a block ends with: x [..., in] -> [..., out].
+
+    Args:
+      residual: what it will be added to; without one it is an array.
+    """
     leaf, of_leaf = params[name], adapters.of(name)
     later = None if residual is None else pending(x, leaf, residual, of_leaf, dims.activations)
     return linear(x, leaf, of_leaf, dims.activations, axes=PROJECTION_AXES[name]) if later is None else later

@@ -26,7 +26,15 @@ from llama_jax.model.activations import (
 from llama_jax.model.adapters import Adapters, adapters_of
 from llama_jax.model.attention_map import attention_probs, weighted_values
 from llama_jax.model.head import unembed
-from llama_jax.model.layers import Dims, joint_heads, mlp, moe, position_queries_and_keys, project, project_qkv
+from llama_jax.model.layers import (
+    Dims,
+    hidden_units,
+    joint_heads,
+    moe,
+    position_queries_and_keys,
+    project,
+    project_qkv,
+)
 from llama_jax.model.remat import rematerialised
 from llama_jax.model.rope import rope_angles
 from llama_jax.model.weights import Pending, add_norm, compute_dtype, embedding
@@ -343,23 +351,26 @@ def _layer(
         else:
             out, cache = cache.attend(q, k, v, slots, queries, rule)
         out = tap("attn_heads", out).reshape(*x.shape[:2], -1)
-        out = project(out, params["attn"], "o_proj", dims, of_attn, None if tapped else x)
-        out = tap("attn_out", constrain(out, ACTIVATION_AXES))
+        delta = project(out, params["attn"], "o_proj", dims, of_attn, None if tapped else x)
+        delta = tap("attn_out", constrain(delta, ACTIVATION_AXES))
 
     experts = isinstance(spec.mlp, MoeSpec)
     with jax.named_scope("mlp_norm"):
-        x, h = add_norm(x, out, params["mlp_norm"], dims.rms_norm_eps, whole=tapped or experts)
+        x, h = add_norm(x, delta, params["mlp_norm"], dims.rms_norm_eps, whole=tapped or experts)
     h = tap("mlp_in", h)
     if isinstance(spec.mlp, MoeSpec):
-        out = moe(h, params["moe"], dims, spec.mlp, adapters.of("moe"))
+        delta = moe(h, params["moe"], dims, spec.mlp, adapters.of("moe"))
     else:
-        out = mlp(h, params["mlp"], dims, adapters.of("mlp"), partial(tap, "mlp_hidden"), None if tapped else x)
-    out = tap("mlp_out", constrain(out, ACTIVATION_AXES))
+        of_mlp = adapters.of("mlp")
+        with jax.named_scope("mlp"):
+            hidden = tap("mlp_hidden", hidden_units(h, params["mlp"], dims, of_mlp))
+            delta = project(hidden, params["mlp"], "down_proj", dims, of_mlp, None if tapped else x)
+    delta = tap("mlp_out", constrain(delta, ACTIVATION_AXES))
     if tap.needs("out"):
-        total = tap("out", x + out)
+        total = tap("out", x + delta)
         if tap.changes("out"):
-            x, out = total, jnp.zeros_like(out)
-    return x, out, cache, tap.seen
+            x, delta = total, jnp.zeros_like(total)
+    return x, delta, cache, tap.seen
 
 
 def _tokens[Tree](tree: Tree, at: jax.Array | None) -> Tree:
