@@ -367,6 +367,7 @@ def _layer(
             delta = project(hidden, params["mlp"], "down_proj", dims, of_mlp, None if tapped else x)
     delta = tap("mlp_out", constrain(delta, ACTIVATION_AXES))
     if tap.needs("out"):
+        assert not isinstance(delta, Pending)  # nothing is left to others where something is watched
         total = tap("out", x + delta)
         if tap.changes("out"):
             x, delta = total, jnp.zeros_like(total)

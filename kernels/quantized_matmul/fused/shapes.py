@@ -79,7 +79,6 @@ class FusedShape:
         return sum(array.size * array.dtype.itemsize for array in made.values()) + 2 * self.rows * self.out
 
 
-ROWS = (1, 8)
 LLAMA_8B: tuple[tuple[Place, int, int], ...] = (
     ("gate", 28672, 4096),
     ("add", 4096, 14336),
@@ -95,13 +94,10 @@ LLAMA_1B: tuple[tuple[Place, int, int], ...] = (
 """The four products of a layer, of Llama 3.1 8B and Llama 3.2 1B."""
 
 SHAPES = (
-    *(
-        FusedShape(place, layout, rows, *size)
-        for layout in ("int4_g128", "int8", "plain")
-        for place, *size in LLAMA_8B
-        for rows in ROWS
-    ),
-    *(FusedShape(place, layout, 1, *size) for layout in ("int4_g64_min", "plain") for place, *size in LLAMA_1B),
+    *(FusedShape(place, layout, 1, *size) for layout in ("int4_g128", "int8", "plain") for place, *size in LLAMA_8B),
+    *(FusedShape(place, layout, 8, *size) for layout in ("int4_g128", "plain") for place, *size in LLAMA_8B[:2]),
+    *(FusedShape(place, "plain", 1, *size) for place, *size in LLAMA_1B),
+    FusedShape("gate", "int4_g64_min", 1, 28672, 4096),
     FusedShape("add", "int4_g64_min", 1, 4096, 14336),
     FusedShape("norm", "int4_g32_min", 1, 960, 576),  # SmolLM2 135M
     FusedShape("gate", "int8", 16, 28672, 4096),

@@ -9,7 +9,7 @@ from llama_jax.kernels.dispatch.cases import neighbours
 from llama_jax.kernels.pallas import next_power_of_2
 from llama_jax.kernels.quantized_matmul import tiles as plain
 from llama_jax.kernels.quantized_matmul.kernel import SQUARED
-from llama_jax.kernels.quantized_matmul.tiles import COLUMNS, Tiles, matrix_rows
+from llama_jax.kernels.quantized_matmul.tiles import CHUNK, COLUMNS, LEAST_STEPS, Tiles, matrix_rows
 from llama_jax.quantized import Layout
 from llama_jax.targets import Target
 
@@ -28,8 +28,9 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
     nvidia = target.vendor == "nvidia"
     waves = plain.WAVES_A_UNIT_NVIDIA * 8 // (layout.bits if layout else 8) if nvidia else plain.WAVES_A_UNIT
     if layout is None:
-        tile = max(next_power_of_2(rows), matrix_rows(target))
-        best = Tiles(tile, 64, 128 if nvidia else 64, 1, 4 if nvidia else 2, 3 if nvidia else 1)
+        # At least two rows of the tile for each of the input, so that rows of the weight can be folded.
+        tile = max(2 * next_power_of_2(rows), matrix_rows(target))
+        best = Tiles(tile, 64, 128, 1, 4, 3) if nvidia else Tiles(tile, 64, 64, 1, 2, 1)
     else:
         best = plain.default_tiles(target, rows=rows, out=out, row_bytes=row_bytes, layout=layout)
     group = layout.group // layout.per_byte if layout is not None and layout.group else 1
@@ -40,7 +41,11 @@ def default_tiles(target: Target, *, rows: int, out: int, row_bytes: int, layout
     cols = max(best.cols, fold * least)
     while -(-out // cols) < target.compute_units and cols // 2 >= max(COLUMNS * best.num_warps, fold * least):
         cols //= 2
-    return replace(best, splits=1, fold=fold, cols=cols)
+    inner = best.inner
+    while layout is not None and inner >= 8 * CHUNK and row_bytes < LEAST_STEPS * fold * inner:
+        inner //= 2
+    tile = max(fold * next_power_of_2(rows), matrix_rows(target))
+    return replace(best, rows=tile, splits=1, fold=fold, cols=cols, inner=inner)
 
 
 def least_columns(*, gated: bool, adds: bool) -> int:
