@@ -2,7 +2,7 @@
 
     python scripts/step_kernels.py llama-3.1-8b                                # for an MI300X
     python scripts/step_kernels.py llama-3.2-1b --target mi355x --batch 8 --page-size 64
-    python scripts/step_kernels.py llama-3.1-8b --kernels rope_and_store=reference
+    python scripts/step_kernels.py llama-3.1-8b --weights int4_g128 --kernels fused_matmul=reference
 
 Counts what the middle one of three layers launches, in order. A launch costs some 4.5 us on an MI300X (blog.kog.ai) and
 1 to 2 in a CUDA graph. XLA chooses its products without measuring them here: on the GPU itself it may split others.

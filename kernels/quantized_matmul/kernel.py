@@ -1,4 +1,4 @@
-"""The kernel: rows times a quantised weight by matrix units; tiles of the weight are decoded in registers."""
+"""The kernel: rows times a weight by matrix units; tiles of a quantised one are decoded in registers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ tell the next product how long the row is."""
 
 @dataclass(frozen=True)
 class Around:
-    """What a product does besides multiplying; None is left out.
+    """The operations around a product that its kernel does too; those that are None are left out.
 
     Attributes:
       squares: float32 [rows, n] that add up to the sum of squares of the input's rows before a norm's gain: the result
@@ -55,10 +55,10 @@ def product(
 def fused_product(
     x: jax.Array, weight: Weight, tiles: Tiles, dtype: DTypeLike, unpack: Unpack, around: Around, *, interpret: bool
 ) -> tuple[jax.Array, ...]:
-    """The product, and what is `around` it: [rows, out] in `dtype`, half of `out` behind an activation.
+    """The product and what is `around` it: [rows, out] in `dtype`; behind an activation half as many columns.
 
-    With a residual there are two more: the sum times the gain, as the first; and float32 [rows, out / SQUARED], sums of
-    squares of the sum.
+    With a residual that is the sum, and two more follow: the sum times the gain, like it; and float32
+    [rows, out / SQUARED], sums of its squares.
 
     A step of the loop reads `tiles.inner` bytes of each row of the weight. Scales of groups multiply partial sums, in
     float32, and offsets the sums of the input. Both are loaded a step ahead: matrix units do not take them, so the
