@@ -19,6 +19,7 @@ OPERATIONS = {
     "decode_attention": "llama_jax.kernels.attention.decode:decode_attention",
     "moe": "llama_jax.kernels.moe:routed_experts_op",
     "quantized_matmul": "llama_jax.kernels.quantized_matmul:quantized_matmul_op",
+    "fused_matmul": "llama_jax.kernels.quantized_matmul.fused:fused_matmul_op",
     "integer_matmul": "llama_jax.kernels.integer_matmul:integer_matmul_op",
     "quantized_moe": "llama_jax.kernels.quantized_moe:quantized_moe_op",
     "add_rms_norm": "llama_jax.kernels.norm:add_rms_norm_op",

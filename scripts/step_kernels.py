@@ -2,7 +2,7 @@
 
     python scripts/step_kernels.py llama-3.1-8b                                # for an MI300X
     python scripts/step_kernels.py llama-3.2-1b --target mi355x --batch 8 --page-size 64
-    python scripts/step_kernels.py llama-3.1-8b --kernels rope_and_store=reference
+    python scripts/step_kernels.py llama-3.1-8b --weights int4_g128 --kernels fused_matmul=reference
 
 Counts what the middle one of three layers launches, in order. A launch costs some 4.5 us on an MI300X (blog.kog.ai) and
 1 to 2 in a CUDA graph. XLA chooses its products without measuring them here: on the GPU itself it may split others.
@@ -25,6 +25,7 @@ from llama_jax.cache import PagedCache, stored_dtype
 from llama_jax.config import preset
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import parse_backends
+from llama_jax.recipe import recipe, schemes
 from llama_jax.targets import abstract_device, find
 
 LAYERS = 3
@@ -42,12 +43,12 @@ def launches(text: str) -> Iterator[tuple[str, str]]:
 
 def of_layer(text: str, layer: int) -> list[str]:
     """The kernels between the first of a layer and the first of the next one: those in between that have lost their
-    names belong to it."""
+    names belong to it. What all layers share is computed by the first, whatever layer's name XLA gives it."""
     all_of = list(launches(text))
     firsts: dict[int, int] = {}
     for i, (_, line) in enumerate(all_of):
-        if named := _LAYER.search(line):
-            firsts.setdefault(int(named[1]), i)
+        if (named := _LAYER.search(line)) and (n := int(named[1])) in (0, len(firsts)):
+            firsts.setdefault(n, i)
     return [described(name, line) for name, line in all_of[firsts[layer] : firsts[layer + 1]]]
 
 
@@ -67,10 +68,13 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--page-size", type=int)
     parser.add_argument("--kv-dtype")
+    parser.add_argument("--weights", help="a layout, such as int4_g128")
     parser.add_argument("--kernels", default="", help="operation=backend,...")
     args = parser.parse_args(argv)
     config, target = preset(args.model), find(args.target)
     config = config.replace(layers=config.layers[:LAYERS])
+    if args.weights:
+        config = config.replace(schemes=schemes(config, recipe(args.weights)))
     with abstract_device(target), using(**parse_backends(args.kernels)):
         program = decode_program(
             config, batch=args.batch, capacity=args.context, dtype="bfloat16", kv_dtype=args.kv_dtype

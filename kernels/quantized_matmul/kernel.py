@@ -1,8 +1,10 @@
-"""The kernel: rows times a quantised weight by matrix units; tiles of the weight are decoded in registers."""
+"""The kernel: rows times a weight by matrix units; tiles of a quantised one are decoded in registers."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,16 +14,51 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from llama_jax.errors import KernelError
-from llama_jax.kernels.pallas import dot, launch
+from llama_jax.kernels.pallas import dot, launch, load_tile, next_power_of_2
 from llama_jax.kernels.quantized_matmul.operands import Weight
 from llama_jax.kernels.quantized_matmul.tiles import TOGETHER_BELOW, Tiles
 from llama_jax.kernels.quantized_matmul.unpack import Unpack
+
+SQUARED = 8
+"""Neighbours in a row whose squares are added to one number: the fewest columns of a program's result, where it has to
+tell the next product how long the row is."""
+
+
+@dataclass(frozen=True)
+class Around:
+    """The operations around a product that its kernel does too; those that are None are left out.
+
+    Attributes:
+      squares: float32 [rows, n] that add up to the sum of squares of the input's rows before a norm's gain: the result
+        is divided by their root mean square, a mean over the `in` columns of the input, to which `eps` is added.
+      activation: the weight has rows of gates, and below as many others; the result is activation(gate) * other.
+      residual: [rows, out] to add. gain: [out], of the norm that follows.
+    """
+
+    squares: jax.Array | None = None
+    eps: float = 0.0
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    residual: jax.Array | None = None
+    gain: jax.Array | None = None
+
+
+NOTHING = Around()
 
 
 def product(
     x: jax.Array, weight: Weight, tiles: Tiles, dtype: DTypeLike, unpack: Unpack, *, interpret: bool
 ) -> jax.Array:
-    """x [rows, in] times the weight [out, in]: [rows, out] in `dtype`.
+    """x [rows, in] times the weight [out, in]: [rows, out] in `dtype`."""
+    return fused_product(x, weight, tiles, dtype, unpack, NOTHING, interpret=interpret)[0]
+
+
+def fused_product(
+    x: jax.Array, weight: Weight, tiles: Tiles, dtype: DTypeLike, unpack: Unpack, around: Around, *, interpret: bool
+) -> tuple[jax.Array, ...]:
+    """The product and what is `around` it: [rows, out] in `dtype`; behind an activation half as many columns.
+
+    With a residual that is the sum, and two more follow: the sum times the gain, like it; and float32
+    [rows, out / SQUARED], sums of its squares.
 
     A step of the loop reads `tiles.inner` bytes of each row of the weight. Scales of groups multiply partial sums, in
     float32, and offsets the sums of the input. Both are loaded a step ahead: matrix units do not take them, so the
@@ -38,10 +75,14 @@ def product(
     Raises:
       KernelError: a step has more groups than the tile has rows.
     """
-    fold, columns = tiles.fold, len(weight.codes)
+    fold, size = tiles.fold, x.shape[1]
+    parts_of_out = 1 if around.activation is None else 2
+    columns = len(weight.codes) // parts_of_out
     x, weight = x.reshape(fold * len(x), -1), weight.folded(fold)
     rows, out, row_bytes = x.shape[0], *weight.codes.shape
     group, per_byte, offset = weight.layout.group, weight.layout.per_byte, weight.layout.offset
+    # Columns that one of the parts of the result has, and a program of each; counted with those that are folded.
+    out, width = out // parts_of_out, tiles.cols // parts_of_out
     codes, inputs = unpack.stored(weight.codes, x)
     # Bytes, and numbers of the input, that one number of these arrays holds; arrays of the input.
     word, pair, arrays = row_bytes // codes.shape[1], x.shape[1] // inputs.shape[1], len(inputs) // rows
@@ -59,11 +100,26 @@ def product(
     share = -(-steps // tiles.splits)
     ragged = row_bytes % tiles.inner > 0
 
-    def quantized_matmul(x_ref: Any, codes_ref: Any, scales_ref: Any, offsets_ref: Any, out_ref: Any) -> None:
-        column = pl.program_id(0) * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
+    def quantized_matmul(
+        x_ref: Any,
+        codes_ref: Any,
+        scales_ref: Any,
+        offsets_ref: Any,
+        squares_ref: Any,
+        residual_ref: Any,
+        gain_ref: Any,
+        out_ref: Any,
+        gained_ref: Any,
+        sums_ref: Any,
+    ) -> None:
+        place = jnp.arange(tiles.cols, dtype=jnp.int32)
         row = pl.program_id(1) * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
         part_of_row = pl.program_id(2)
-        near_column = jnp.minimum(column, out - 1) if out % tiles.cols else column
+        # Folded rows of one row of the weight are neighbours, and beside them are those of its row in the other part.
+        within, of_out = (place, 0) if parts_of_out == 1 else _parted(place, fold, parts_of_out)
+        near_column = pl.program_id(0) * width + within
+        near_column = jnp.minimum(near_column, out - 1) if out % width else near_column
+        near_column += of_out * out
         grouped = [ref for ref in (scales_ref, offsets_ref) if ref is not None and group]
 
         def load(ref: Any, at: jax.Array, along: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -128,31 +184,83 @@ def product(
         stop = jnp.minimum(start + share, steps)
         carry = (jnp.zeros((tiles.cols, tiles.rows), jnp.float32), *of_groups(start, []))
         total, *_ = jax.lax.fori_loop(start, stop, step, carry)
-        if group is None:
+        if group is None and scales_ref is not None:
             total = total * (plgpu.load(scales_ref.at[near_column // fold]).astype(jnp.float32) * unit)[:, None]
         if fold > 1:
-            total = _unfolded(total, column, row, fold)
-            column = pl.program_id(0) * (tiles.cols // fold) + jnp.arange(tiles.cols // fold, dtype=jnp.int32)
+            total = _unfolded(total, place, row, fold)
             row = pl.program_id(1) * (tiles.rows // fold) + jnp.arange(tiles.rows // fold, dtype=jnp.int32)
-        real = (column < columns) if out % tiles.cols else None
         if spread:
-            total, at = jnp.sum(total, axis=1), out_ref.at[part_of_row, 0, column]
-        else:
-            at = out_ref.at[part_of_row, row[None, :], column[:, None]]
-            if out % tiles.cols or rows % tiles.rows:
-                real = (column < columns)[:, None] & (row < rows // fold)[None, :]
-        plgpu.store(at, total.astype(out_ref.dtype), mask=real)
+            total, row = jnp.sum(total, axis=1)[:, None], jnp.zeros(1, jnp.int32)
+        few = None if spread or rows % tiles.rows == 0 else row < rows // fold
+        if squares_ref is not None:
+            squares = load_tile(squares_ref, (row,), next_power_of_2(squares_ref.shape[1]), few)
+            total *= jax.lax.rsqrt(jnp.sum(squares, axis=1) * (1 / size) + around.eps)[None, :]
+        if around.activation is not None:
+            gate, other = _apart(total, parts_of_out)
+            total = around.activation(gate) * other
+        column = pl.program_id(0) * (width // fold) + jnp.arange(width // fold, dtype=jnp.int32)
+        real = None
+        if out % width or few is not None:
+            real = (column < columns)[:, None]
+            real = real if few is None else real & few[None, :]
 
-    parts = launch(
+        def at(ref: Any) -> Any:
+            return ref.at[row[None, :], column[:, None]]
+
+        if residual_ref is None:
+            plgpu.store(out_ref.at[part_of_row, row[None, :], column[:, None]], total.astype(out_ref.dtype), mask=real)
+            return
+        residual = plgpu.load(at(residual_ref), mask=real, other=None if real is None else 0)
+        total = (total + residual.astype(jnp.float32)).astype(out_ref.dtype)
+        plgpu.store(out_ref.at[part_of_row, row[None, :], column[:, None]], total, mask=real)
+        total = total.astype(jnp.float32)
+        gain = plgpu.load(gain_ref.at[jnp.minimum(column, columns - 1) if out % width else column])
+        plgpu.store(at(gained_ref), (total * gain.astype(jnp.float32)[:, None]).astype(gained_ref.dtype), mask=real)
+        squares = total * total if real is None else jnp.where(real, total * total, 0.0)
+        sums = jnp.sum(squares.reshape(-1, SQUARED, squares.shape[1]), axis=1)
+        first = pl.program_id(0) * len(sums) + jnp.arange(len(sums), dtype=jnp.int32)
+        some = None if real is None else (first < columns // SQUARED)[:, None]
+        some = some if few is None or some is None else some & few[None, :]
+        plgpu.store(sums_ref.at[row[None, :], first[:, None]], sums, mask=some)
+
+    if around is not NOTHING:
+        quantized_matmul.__name__ = "fused_matmul"
+    flat = rows // fold, columns
+    adds = around.residual is not None
+    parts, *others = launch(
         quantized_matmul,
-        *(inputs, codes, weight.scales, weight.offsets),
-        grid=(-(-out // tiles.cols), -(-rows // tiles.rows), tiles.splits),
-        out=jax.ShapeDtypeStruct((tiles.splits, rows // fold, columns), dtype if tiles.splits == 1 else jnp.float32),
+        *(inputs, codes, weight.scales, weight.offsets, around.squares, around.residual, around.gain),
+        grid=(-(-out // width), -(-rows // tiles.rows), tiles.splits),
+        out=(
+            jax.ShapeDtypeStruct((tiles.splits, *flat), dtype if tiles.splits == 1 else jnp.float32),
+            jax.ShapeDtypeStruct(flat, dtype) if adds else None,
+            jax.ShapeDtypeStruct((flat[0], columns // SQUARED), jnp.float32) if adds else None,
+        ),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         interpret=interpret,
     )
-    return parts[0] if tiles.splits == 1 else jnp.sum(parts, axis=0).astype(dtype)
+    total = parts[0] if tiles.splits == 1 else jnp.sum(parts, axis=0).astype(dtype)
+    return total, *others
+
+
+def _parted(place: jax.Array, fold: int, parts: int) -> tuple[jax.Array, jax.Array]:
+    """Of each place of a tile, where it is among those of its part, and which part it is of."""
+
+    def by(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+        divisor = jnp.full_like(x, n)
+        return jax.lax.div(x, divisor), jax.lax.rem(x, divisor)
+
+    rows, in_row = by(place, fold)
+    n, part = by(rows, parts)
+    return n * fold + in_row, part
+
+
+def _apart(total: jax.Array, parts: int) -> list[jax.Array]:
+    """Rows 0, parts, 2 parts ... of total; rows 1, parts + 1, ...; and so on."""
+    total = total.reshape(-1, parts, total.shape[1])
+    which = jnp.arange(parts, dtype=jnp.int32)[None, :, None]
+    return [jnp.sum(jnp.where(which == n, total, 0.0), axis=1) for n in range(parts)]
 
 
 def _unfolded(total: jax.Array, column: jax.Array, row: jax.Array, fold: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A quantised weight as kernels read it."""
+"""A weight as kernels read it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,35 @@ from llama_jax.quantized.layout import OFFSETS
 
 
 @dataclass(frozen=True)
+class Floats:
+    """The layout of a weight that is not quantised: `Layout` as far as kernels ask."""
+
+    group: int | None = None
+    per_byte: int = 1
+    offset: str | None = None
+
+
+@dataclass(frozen=True)
 class Weight:
     """The arrays of a weight [out, in], and what the layout says of them.
 
     Attributes:
-      codes: int8 [out, in], or uint8 [out, in / 2] with two codes in each.
-      scales: [out], or [out, in / group].
+      codes: int8 [out, in], or uint8 [out, in / 2] with two codes in each; of `Floats` the weight itself.
+      scales: [out], or [out, in / group]; None of `Floats`.
       offsets: "minima" or "zeros", as `scales`; None of a symmetric layout.
     """
 
-    layout: Layout
+    layout: Layout | Floats
     codes: jax.Array
-    scales: jax.Array
+    scales: jax.Array | None
     offsets: jax.Array | None
 
     @classmethod
-    def of(cls, layout: Layout, members: Mapping[str, jax.Array]) -> Weight:
-        """Of the members of a weight [*out, in]."""
+    def of(cls, layout: Layout | None, members: Mapping[str, jax.Array]) -> Weight:
+        """Of the members of a weight [*out, in]; without a layout {"weight"}."""
+        if layout is None:
+            weight = members["weight"]
+            return cls(Floats(), weight.reshape(-1, weight.shape[-1]), None, None)
 
         def rows(name: str, last: int) -> jax.Array:
             """[out, ...] with the last dimensions as they are."""
@@ -46,14 +58,14 @@ class Weight:
         def cut(x: jax.Array) -> jax.Array:
             return x.reshape(parts * len(x), -1)
 
-        if self.layout.group is None:
+        if self.layout.group is None or self.scales is None:
             return replace(self, codes=cut(self.codes))
         offsets = None if self.offsets is None else cut(self.offsets)
         return replace(self, codes=cut(self.codes), scales=cut(self.scales), offsets=offsets)
 
     def shift(self, scales: jax.Array, offsets: jax.Array) -> jax.Array:
         """`quantized.codes.shift` of some of the scales and offsets."""
-        assert self.layout.offset is not None
+        assert isinstance(self.layout, Layout) and self.layout.offset is not None
         found = shift(self.layout, {"scales": scales, OFFSETS[self.layout.offset]: offsets})
         assert found is not None
         return found

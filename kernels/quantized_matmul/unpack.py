@@ -53,16 +53,16 @@ class Unpack(Protocol):
 
 @dataclass(frozen=True)
 class Words:
-    """Four-bit codes by words of eight.
+    """Four-bit codes by words of eight; numbers of 16 bits as they are.
 
     Attributes:
-      whole: takes codes int8 [cols, codes] and a 16-bit dtype: the codes in it.
+      whole: takes codes int8, or numbers, [cols, codes] and a 16-bit dtype: the codes in it.
     """
 
     whole: Callable[[jax.Array, DTypeLike], jax.Array]
 
     def stored(self, codes: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if codes.dtype == jnp.int8:
+        if codes.dtype != jnp.uint8:
             return codes, x
         return jax.lax.bitcast_convert_type(codes.reshape(len(codes), -1, WORD_BYTES), WORD), x
 
@@ -70,7 +70,7 @@ class Words:
         return 1
 
     def parts(self, codes: jax.Array, dtype: DTypeLike) -> tuple[list[jax.Array], int]:
-        if codes.dtype == jnp.int8:
+        if codes.dtype != WORD:
             return [self.whole(codes, dtype)], 0
         large, added = _LARGE[jnp.dtype(dtype).name]
         shifted = [jax.lax.shift_right_logical(codes, jnp.full_like(codes, place)) for place in (0, 4, 8, 12)]
@@ -209,7 +209,7 @@ def _converted(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
 def _through_float32(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
     """To bfloat16 as the upper half of a float32: AMD's GPUs convert bytes to float32 in one instruction, and do not
     compute with bfloat16."""
-    if jnp.dtype(dtype) != jnp.bfloat16:
+    if jnp.dtype(dtype) != jnp.bfloat16 or codes.dtype == dtype:
         return codes.astype(dtype)
     bits = jax.lax.bitcast_convert_type(codes.astype(jnp.float32), jnp.int32) >> 16
     return jax.lax.bitcast_convert_type(bits.astype(jnp.int16), dtype)
@@ -228,12 +228,14 @@ LEAST_GROUP = 64
 numbers one by one."""
 
 
-def unpack_for(target: Target, layout: Layout, *, one_row: bool, interpret: bool) -> Unpack:
-    """The way that takes the fewest instructions on a target.
+def unpack_for(target: Target, layout: Layout | None, *, one_row: bool, interpret: bool) -> Unpack:
+    """The way that takes the fewest instructions on a target. A weight without a layout is not unpacked.
 
     Args:
       one_row: whether there is a single row of the input, with which several groups share a product.
     """
+    if layout is None:
+        return ANYWHERE
     short = layout.bits == 4 and (layout.group or LEAST_GROUP) < LEAST_GROUP and not one_row
     if target.vendor == "nvidia" and target.arch not in NO_BFLOAT16 and not short and not interpret:
         return NVIDIA

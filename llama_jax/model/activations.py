@@ -176,8 +176,8 @@ class Tap:
     def changes(self, name: str) -> bool:
         return name in self._patches
 
-    def __call__(self, name: str, x: jax.Array) -> jax.Array:
-        """The activation as the rest of the model gets it."""
+    def __call__(self, name: str, x: Any) -> Any:
+        """The activation as the rest of the model gets it: an array where it is wanted or changed, else anything."""
         if self.changes(name):
             x = self._patches[name](name, x, self._place)
         if name in self._wanted:

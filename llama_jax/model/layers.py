@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.norm import rms_norm
+from llama_jax.kernels.quantized_matmul.fused import Normed
 from llama_jax.kernels.rope import rotate
 from llama_jax.model.adapters import NO_ADAPTERS, Adapters
-from llama_jax.model.weights import experts, joint, linear, norm_weight, router
+from llama_jax.model.weights import Pending, experts, gated, joint, linear, norm_weight, pending, router
 from llama_jax.params import JOINT, PROJECTION_AXES, Params
 from llama_jax.schemes import leaf_axes
 from llama_jax.sharding import local, split_over
@@ -43,19 +44,19 @@ class Dims(NamedTuple):
 
 
 def project_qkv(
-    x: jax.Array, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS
+    x: jax.Array | Normed, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [batch, len, num_heads, head_dim], keys and values [batch, len, num_kv_heads, head_dim].
 
     Takes the canonical q, k and v projections, or the one that `fuse_params` made of them.
     """
     parts = joint(x, params, "qkv_proj", adapters, dims.activations)
-    q, k, v = (part.reshape(*x.shape[:2], -1, dims.head_dim) for part in parts)
+    q, k, v = (part.reshape(*part.shape[:2], -1, dims.head_dim) for part in parts)
     return q, k, v
 
 
 def joint_heads(
-    x: jax.Array, params: Params, dims: Dims, spec: LayerSpec, adapters: Adapters = NO_ADAPTERS
+    x: jax.Array | Normed, params: Params, dims: Dims, spec: LayerSpec, adapters: Adapters = NO_ADAPTERS
 ) -> jax.Array | None:
     """`project_qkv` in one array [batch, len, kv_heads, group + 2, head_dim], as `fuse_params` joins them; None where
     they are not joint, or where more than a rotation is done to them."""
@@ -93,19 +94,33 @@ def position_queries_and_keys(
 
 
 @jax.named_scope("mlp")
-def mlp(
+def mlp(x: jax.Array, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
+    """Gated MLP: down(activation(gate(x)) * up(x))."""
+    hidden, leaf = hidden_units(x, params, dims, adapters), params["down_proj"]
+    return linear(hidden, leaf, adapters.of("down_proj"), dims.activations, axes=PROJECTION_AXES["down_proj"])
+
+
+def hidden_units(x: jax.Array | Normed, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
+    """Of an MLP: activation(gate(x)) * up(x)."""
+    return gated(x, params, ACTIVATIONS[dims.activation], adapters, dims.activations)
+
+
+def project(
     x: jax.Array,
     params: Params,
+    name: str,
     dims: Dims,
     adapters: Adapters = NO_ADAPTERS,
-    tap: Callable[[jax.Array], jax.Array] = lambda hidden: hidden,
-) -> jax.Array:
-    """Gated MLP: down(tap(activation(gate(x)) * up(x)))."""
-    activation = ACTIVATIONS[dims.activation]
-    gate, up = joint(x, params, "gate_up_proj", adapters, dims.activations)
-    hidden = tap(activation(gate) * up)
-    axes = PROJECTION_AXES["down_proj"]
-    return linear(hidden, params["down_proj"], adapters.of("down_proj"), dims.activations, axes=axes)
+    residual: jax.Array | None = None,
+) -> jax.Array | Pending:
+    """The projection that a part of a block ends with: x [..., in] -> [..., out].
+
+    Args:
+      residual: what it will be added to; without one it is an array.
+    """
+    leaf, of_leaf = params[name], adapters.of(name)
+    later = None if residual is None else pending(x, leaf, residual, of_leaf, dims.activations)
+    return linear(x, leaf, of_leaf, dims.activations, axes=PROJECTION_AXES[name]) if later is None else later
 
 
 @jax.named_scope("moe")

@@ -14,7 +14,6 @@ from llama_jax.cache.protocol import Queries
 from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, attention, is_batch_invariant
-from llama_jax.kernels.norm import add_rms_norm, rms_norm
 from llama_jax.model.activations import (
     LAYER_ACTIVATIONS,
     NO_PATCH,
@@ -27,11 +26,19 @@ from llama_jax.model.activations import (
 from llama_jax.model.adapters import Adapters, adapters_of
 from llama_jax.model.attention_map import attention_probs, weighted_values
 from llama_jax.model.head import unembed
-from llama_jax.model.layers import Dims, joint_heads, mlp, moe, position_queries_and_keys, project_qkv
+from llama_jax.model.layers import (
+    Dims,
+    hidden_units,
+    joint_heads,
+    moe,
+    position_queries_and_keys,
+    project,
+    project_qkv,
+)
 from llama_jax.model.remat import rematerialised
 from llama_jax.model.rope import rope_angles
-from llama_jax.model.weights import compute_dtype, embedding, linear, norm_weight
-from llama_jax.params import PROJECTION_AXES, Params
+from llama_jax.model.weights import Pending, add_norm, compute_dtype, embedding
+from llama_jax.params import Params
 from llama_jax.sharding import constrain
 
 ACTIVATION_AXES = ("batch", "length", "embed")
@@ -207,7 +214,7 @@ def forward(
     if not only_last:
         x, delta = _tokens((x, delta), logits_at)
     with jax.named_scope("final_norm"):
-        _, h = _add_norm(x, delta, params["final_norm"], config.rms_norm_eps)
+        _, h = add_norm(x, delta, params["final_norm"], config.rms_norm_eps, whole=True)
     queries = Queries(positions, None, segment_ids)
     last = _tokens(queries, logits_at)
     behind = Tap(tuple(wanted), patches, Place(None, last.positions, last.segments))
@@ -280,7 +287,7 @@ def _rope_lengths(
 @partial(jax.jit, static_argnames=("spec", "dims", "capture", "in_order", "chunk_rows"))
 def _layer(
     x: jax.Array,
-    delta: jax.Array | None,
+    delta: jax.Array | Pending | None,
     params: Params,
     cache: LayerCache | None,
     slots: Any,
@@ -296,12 +303,12 @@ def _layer(
     capture: tuple[str, ...],
     in_order: bool,
     chunk_rows: int | None,
-) -> tuple[jax.Array, jax.Array, LayerCache | None, dict[str, jax.Array]]:
+) -> tuple[jax.Array, jax.Array | Pending, LayerCache | None, dict[str, jax.Array]]:
     """One block.
 
     Args:
       x, delta: what goes in is their sum, which the norm makes on the way; of the first block delta is None. What comes
-        out is so too.
+        out is so too. Delta may be a projection whose kernel adds the sum and begins the norm.
       at: int32 [batch, n], the tokens that are wanted of what comes out; None is all of them.
       patches: what changes its activations; index: int32 [], the layer's, given only with patches.
       in_order: positions are 0, 1, 2, ... in every row.
@@ -309,9 +316,10 @@ def _layer(
     """
     tap = Tap(capture, patches, Place(index, tokens.positions, tokens.segments))
     of_attn = adapters.of("attn")
+    tapped = bool(capture or patches)
 
     with jax.named_scope("attn_norm"):
-        x, h = _add_norm(x, delta, params["attn_norm"], dims.rms_norm_eps)
+        x, h = add_norm(x, delta, params["attn_norm"], dims.rms_norm_eps, whole=tapped)
     h = tap("attn_in", h)
     with jax.named_scope("attn"):
         k: jax.Array | None = None
@@ -344,23 +352,27 @@ def _layer(
         else:
             out, cache = cache.attend(q, k, v, slots, queries, rule)
         out = tap("attn_heads", out).reshape(*x.shape[:2], -1)
-        axes = PROJECTION_AXES["o_proj"]
-        out = linear(out, params["attn"]["o_proj"], of_attn.of("o_proj"), dims.activations, axes=axes)
-        out = tap("attn_out", constrain(out, ACTIVATION_AXES))
+        delta = project(out, params["attn"], "o_proj", dims, of_attn, None if tapped else x)
+        delta = tap("attn_out", constrain(delta, ACTIVATION_AXES))
 
+    experts = isinstance(spec.mlp, MoeSpec)
     with jax.named_scope("mlp_norm"):
-        x, h = _add_norm(x, out, params["mlp_norm"], dims.rms_norm_eps)
+        x, h = add_norm(x, delta, params["mlp_norm"], dims.rms_norm_eps, whole=tapped or experts)
     h = tap("mlp_in", h)
     if isinstance(spec.mlp, MoeSpec):
-        out = moe(h, params["moe"], dims, spec.mlp, adapters.of("moe"))
+        delta = moe(h, params["moe"], dims, spec.mlp, adapters.of("moe"))
     else:
-        out = mlp(h, params["mlp"], dims, adapters.of("mlp"), partial(tap, "mlp_hidden"))
-    out = tap("mlp_out", constrain(out, ACTIVATION_AXES))
+        of_mlp = adapters.of("mlp")
+        with jax.named_scope("mlp"):
+            hidden = tap("mlp_hidden", hidden_units(h, params["mlp"], dims, of_mlp))
+            delta = project(hidden, params["mlp"], "down_proj", dims, of_mlp, None if tapped else x)
+    delta = tap("mlp_out", constrain(delta, ACTIVATION_AXES))
     if tap.needs("out"):
-        total = tap("out", x + out)
+        assert not isinstance(delta, Pending)  # nothing is left to others where something is watched
+        total = tap("out", x + delta)
         if tap.changes("out"):
-            x, out = total, jnp.zeros_like(out)
-    return x, out, cache, tap.seen
+            x, delta = total, jnp.zeros_like(total)
+    return x, delta, cache, tap.seen
 
 
 def _tokens[Tree](tree: Tree, at: jax.Array | None) -> Tree:
@@ -368,9 +380,3 @@ def _tokens[Tree](tree: Tree, at: jax.Array | None) -> Tree:
     if at is None:
         return tree
     return jax.tree.map(lambda x: jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1), tree)
-
-
-def _add_norm(x: jax.Array, delta: jax.Array | None, leaf: Params, eps: float) -> tuple[jax.Array, jax.Array]:
-    """x + delta and its norm; without delta x itself."""
-    weight = norm_weight(leaf)
-    return (x, rms_norm(x, weight, eps)) if delta is None else add_rms_norm(x, delta, weight, eps=eps)

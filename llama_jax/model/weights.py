@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,8 +19,10 @@ from llama_jax.errors import RequestError
 from llama_jax.kernels.integer_matmul import integer_matmul, multiplies
 from llama_jax.kernels.moe import routed_experts
 from llama_jax.kernels.moe.reference import Activation
+from llama_jax.kernels.norm import add_rms_norm, rms_norm
 from llama_jax.kernels.precision import matmul_precision
 from llama_jax.kernels.quantized_matmul import quantized_matmul
+from llama_jax.kernels.quantized_matmul.fused import Normed, fused_matmul, is_fused
 from llama_jax.kernels.quantized_moe import quantized_experts
 from llama_jax.kernels.quantized_moe.reference import used_experts
 from llama_jax.model.adapters import ATTACHED, NO_ADAPTERS, Adapters
@@ -119,6 +122,63 @@ def _on_parts(
     return result
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pending:
+    """A projection of x [..., in] by the weight of a leaf, left to the residual sum and the norm that follow it."""
+
+    x: jax.Array
+    leaf: Params
+
+    def value(self) -> jax.Array:
+        """The projection itself: [..., out]."""
+        return linear(self.x, self.leaf)
+
+
+def pending(
+    x: jax.Array, leaf: Params, residual: jax.Array, adapters: Adapters = NO_ADAPTERS, activations: str | None = None
+) -> Pending | None:
+    """The projection of x [..., in], where a kernel computes it together with the sum with the residual [..., out] and
+    what the norm of that needs (`add_norm`); else None."""
+    gain = jax.ShapeDtypeStruct(residual.shape[-1:], residual.dtype)
+    fused = _fusible(x, leaf, adapters, activations, residual=residual, gain=gain)
+    return Pending(x, leaf) if fused else None
+
+
+def _fusible(x: jax.Array, leaf: Params, adapters: Adapters, activations: str | None, **around: Any) -> bool:
+    """Whether a kernel multiplies by the weight of a leaf and does what is `around` it (`kernels...fused`)."""
+    scheme, members, bias = _taken_apart(leaf)
+    if bias is not None or adapters.tree or in_use() or not (scheme is PLAIN or scheme.layout):
+        return False
+    if activations is not None and scheme.layout is not None and multiplies(scheme.layout):
+        return False
+    return is_fused(x, members, layout=scheme.layout, **around)
+
+
+def _fused(x: jax.Array, leaf: Params, **around: Any) -> Any:
+    scheme, members, _ = _taken_apart(leaf)
+    x = x if scheme.layout is None else in_order(x, members)
+    return fused_matmul(x, members, layout=scheme.layout, **around)
+
+
+def add_norm(
+    x: jax.Array, delta: jax.Array | Pending | None, leaf: Params, eps: float, *, whole: bool = False
+) -> tuple[jax.Array, jax.Array | Normed]:
+    """x + delta and its norm; without delta x itself.
+
+    Args:
+      leaf: of the norm.
+      whole: the norm itself is wanted, of which the product that follows would else do a part.
+    """
+    weight = norm_weight(leaf)
+    if delta is None:
+        return x, rms_norm(x, weight, eps)
+    if isinstance(delta, Pending) and not whole:
+        total, gained, squares = _fused(delta.x, delta.leaf, residual=x, gain=weight)
+        return total, Normed(gained, squares, eps)
+    return add_rms_norm(x, delta.value() if isinstance(delta, Pending) else delta, weight, eps=eps)
+
+
 def compute_dtype(params: Params) -> jnp.dtype:
     """The compute dtype of a model: that of its embedding, or, if a scheme stores that, of its last norm."""
     plain = scheme_of(params["embed"]) is PLAIN
@@ -126,7 +186,7 @@ def compute_dtype(params: Params) -> jnp.dtype:
 
 
 def linear(
-    x: jax.Array,
+    x: jax.Array | Normed,
     leaf: Params,
     adapters: Adapters = NO_ADAPTERS,
     activations: str | None = None,
@@ -143,6 +203,12 @@ def linear(
       axes: logical axes of the weight, for a quantised one on a mesh: each device then multiplies by its own part,
         x being [batch, ..., in]. None leaves that to XLA.
     """
+    if isinstance(x, Normed):
+        around = {"squares": x.squares, "eps": x.eps}
+        if _fusible(x.gained, leaf, adapters, activations, **around):
+            out: jax.Array = _fused(x.gained, leaf, **around)
+            return out
+        x = x.value()
     scheme, members, bias = _taken_apart(leaf)
     out = _times(x, scheme, members, axes, x.dtype, activations)
     if bias is not None:
@@ -150,8 +216,26 @@ def linear(
     return _adapted(out, x, adapters)
 
 
+def gated(
+    x: jax.Array | Normed,
+    params: Params,
+    activation: Activation,
+    adapters: Adapters = NO_ADAPTERS,
+    activations: str | None = None,
+) -> jax.Array:
+    """activation(gate(x)) * up(x): x [..., in] -> [..., mlp]. Arguments as for `joint`."""
+    leaf = params.get("gate_up_proj")
+    if leaf is not None and isinstance(x, Normed) and not any(adapters.of(part).tree for part in JOINT["gate_up_proj"]):
+        around = {"squares": x.squares, "eps": x.eps, "activation": activation}
+        if _fusible(x.gained, leaf, NO_ADAPTERS, activations, **around):
+            out: jax.Array = _fused(x.gained, leaf, **around)
+            return out
+    gate, up = joint(x, params, "gate_up_proj", adapters, activations)
+    return activation(gate) * up
+
+
 def joint(
-    x: jax.Array, params: Params, name: str, adapters: Adapters = NO_ADAPTERS, activations: str | None = None
+    x: jax.Array | Normed, params: Params, name: str, adapters: Adapters = NO_ADAPTERS, activations: str | None = None
 ) -> tuple[jax.Array, ...]:
     """Projections that share their input: x [..., in] -> [..., out] of each of `JOINT[name]`.
 
@@ -160,16 +244,22 @@ def joint(
       activations: of `LlamaConfig`.
     """
     parts = JOINT[name]
+    if isinstance(x, Normed) and (name not in params or any(adapters.of(part).tree for part in parts)):
+        x = x.value()
     if name not in params:
         return tuple(
             linear(x, params[part], adapters.of(part), activations, axes=PROJECTION_AXES[part]) for part in parts
         )
-    out, lead = linear(x, params[name], activations=activations, axes=PROJECTION_AXES[name]), x.shape[:-1]
+    out = linear(x, params[name], activations=activations, axes=PROJECTION_AXES[name])
     split: tuple[jax.Array, ...] = (out[..., 0, :], out[..., 1, :])  # [..., 2, mlp]
     if (
         name == "qkv_proj"
     ):  # [..., kv_heads, group + 2, head_dim]: of each key/value head its queries, its key, its value
-        split = tuple(part.reshape(*lead, -1) for part in (out[..., :-2, :], out[..., -2, :], out[..., -1, :]))
+        split = tuple(
+            part.reshape(*out.shape[:-3], -1) for part in (out[..., :-2, :], out[..., -2, :], out[..., -1, :])
+        )
+    if isinstance(x, Normed):
+        return split
     return tuple(_adapted(y, x, adapters.of(part)) for y, part in zip(split, parts, strict=True))
 
 

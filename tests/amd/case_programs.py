@@ -11,6 +11,7 @@ import numpy as np
 
 from llama_jax.kernels.dispatch.cases import Case
 from llama_jax.kernels.dispatch.operation import Operation
+from llama_jax.kernels.quantized_matmul.fused import fused_matmul_op
 from llama_jax.kernels.quantized_moe import quantized_moe_op
 from llama_jax.kernels.rope import rope_and_store_op
 
@@ -21,6 +22,9 @@ CASES: dict[str, tuple[Operation, str]] = {
     "rope_and_store_interleaved": (rope_and_store_op, "paged chunk d80 interleaved"),
     "rope_and_store_codes": (rope_and_store_op, "codes d64"),
     "rope_and_store_codes_paged": (rope_and_store_op, "codes paged interleaved"),
+    "fused_gate": (fused_matmul_op, "gate int4_g128 200x1024, 1 rows"),
+    "fused_norm": (fused_matmul_op, "norm plain 72x576, 3 rows"),
+    "fused_add": (fused_matmul_op, "add int8 136x1024, 5 rows"),
     "quantized_moe_int4_g64_min": (quantized_moe_op, "int4_g64_min e8k2h256i192, 1 tokens"),
     "quantized_moe_int8": (quantized_moe_op, "int8 e5k1h128i320, 7 tokens"),
 }
