@@ -65,12 +65,12 @@ def decoded_bytes(config: LlamaConfig, itemsize: int, mesh: AnyMesh, target: Tar
             elif name != "down_proj" or not reads_codes(layout):
                 products["moe", where[1], "experts"] += size
             continue
-        by_kernel = _by_kernel(spec, layout, config, itemsize, mesh, target, tokens)
-        if by_kernel and tokens <= MOST_ROWS:
+        if tokens <= MOST_ROWS and _by_kernel(spec, layout, config, itemsize, mesh, target, tokens):
             continue
         if name == "down_proj":
             products["down", where[1], name] += size
-            if by_kernel and target.wave_size == 64 and local_shape(spec, config, mesh) != spec.shape:
+            ahead = target.wave_size == 64 and local_shape(spec, config, mesh) != spec.shape
+            if ahead and _by_kernel(spec, layout, config, itemsize, mesh, target, tokens):
                 products[where[2], where[1], _JOINT["gate_proj"]] += size
         elif where:
             products[where[2], where[1], _JOINT.get(name, name)] += size
