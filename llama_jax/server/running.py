@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -29,10 +28,6 @@ _SEND_BUFFER = 64 << 10
 """Bytes that the kernel buffers for a client that does not read; without a bound up to 4 MB, unnoticed."""
 _THREADS = 32
 """Threads for encoding prompts and compiling grammars; some wait for seconds."""
-
-_SWITCH_S = 0.0005
-"""How long a thread keeps the interpreter's lock that another waits for. With Python's 5 ms a long conversation that is
-put into its template would hold up the engine's thread, which takes the lock several times in a step."""
 
 log = logging.getLogger("llama_jax.server")
 
@@ -117,7 +112,6 @@ async def run(
             f"the certificate or its key cannot be used: {error}", param="ssl_certfile", hint="both are PEM files"
         ) from None
     server = _Server(config)
-    sys.setswitchinterval(_SWITCH_S)
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "llama_jax server"))
     async with AsyncExitStack() as models, _signals() as asked:
         await models.enter_async_context(state.models)
