@@ -9,13 +9,9 @@
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 
-namespace llama_jax {
-
-constexpr int64_t kRoom = kSpan + 16;  // for the factors of a span, of which the last register may be filled with zeros
-
-}  // namespace llama_jax
-
 namespace llama_jax::avx2 {
+
+constexpr int64_t kRoom = kSpan + 8;  // for the factors of a span, and zeros behind them
 
 AVX2 inline __m256 eight_halves(const uint16_t* at) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
@@ -74,8 +70,7 @@ AVX2 inline __m256 dot(__m256i codes, const Input& x, int64_t b) {
   return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// Adds the products of 32 bytes of codes of each row of activations to `sums`. factors: of that block, kRoom
-// for each row.
+// Adds the products of 32 bytes of codes with each row of activations to `sums`. factors: of block `b`, kRoom for each.
 template <int kBits, int kCount>
 AVX2 inline void add_products(__m256i codes, const Input* x, int64_t b, const float* factors, __m256* sums) {
 #pragma GCC unroll 4
@@ -92,7 +87,7 @@ AVX2 inline void add_products(__m256i codes, const Input* x, int64_t b, const fl
 }
 
 // kRows rows of the weight with kCount of activations; one of both is 1, the other 1 or 4. Rows are read one after the
-// other, as memory is fastest, and summed up together.
+// other, as memory is fastest, and their sums are added up together.
 template <int kBits, int kRows, int kCount>
 AVX2 void tile(const Weight& weight, const Input* x, int64_t row, float* const* out) {
   constexpr int64_t kBlocks = kBits == 4 ? 2 : 1;  // in 32 bytes
@@ -150,108 +145,99 @@ inline void product(const Weight& weight, const Input* x, int count, int64_t fir
 
 namespace llama_jax::avx512 {
 
-// `block_factors` of a usual weight, and zeros up to a multiple of 16; what it returns, in parts.
+constexpr int64_t kSixteen = 16;  // blocks whose factors fill a register
+
+// Of 16 factors those of step `step` (4 blocks of int4, 2 of int8, in 64 bytes), each where the sums of its block are.
 template <int kBits>
-AVX512 inline __m512 usual_factors(const Weight& weight, int64_t row, const Input& x, int64_t first, int64_t count,
-                                   float* factors) {
-  __m512 rest = _mm512_setzero_ps();
-  for (int64_t b = 0; b < count; b += 16) {
-    const auto there = __mmask16((1u << std::min<int64_t>(count - b, 16)) - 1);
-    const int64_t g = first + b, at = row * weight.groups() + g;
-    const __m512 scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(weight.scales) + at));
-    _mm512_storeu_ps(factors + b, _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(there, x.scales + g)));
-    if (kBits == 4) {
-      const __m512 more =
-          weight.offset == Offset::kMinimum
-              ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(weight.offsets) + at))
-              : _mm512_mul_ps(scale, _mm512_set1_ps(-8));
-      rest = _mm512_fmadd_ps(more, _mm512_maskz_loadu_ps(there, x.sums + g), rest);
-    }
-  }
-  return rest;
+AVX512 inline __m512 spread(__m512 factors, int step) {
+  const __m512i first = kBits == 4 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
+                                   : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(first, _mm512_set1_epi32(step * (kBits == 4 ? 4 : 2))), factors);
 }
 
 // Sums of products of 64 bytes of codes, from block `b` on, with a row of activations; four codes in each.
 template <int kBits>
-AVX512 inline __m512 dot(__m512i codes, const Input& x, int64_t b) {
+AVX512 inline __m512i dot(__m512i codes, const Input& x, int64_t b) {
   if (kBits == 4) {
     const __m512i low = _mm512_set1_epi8(15), counted = _mm512_xor_si512(codes, _mm512_set1_epi8(char(0x88)));
     const __m512i even = _mm512_and_si512(counted, low), odd = _mm512_and_si512(_mm512_srli_epi16(counted, 4), low);
     const __m512i sums =
         _mm512_dpbusd_epi32(_mm512_setzero_si512(), even, _mm512_loadu_si512(x.codes + b * kBlock / 2));
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(sums, odd, _mm512_loadu_si512(x.odd + b * kBlock / 2)));
+    return _mm512_dpbusd_epi32(sums, odd, _mm512_loadu_si512(x.odd + b * kBlock / 2));
   }
   // The sign turned, a code counts 128 more.
   const __m512i counted = _mm512_xor_si512(codes, _mm512_set1_epi8(char(0x80)));
-  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(x.shifted + b * kBlock / 4), counted,
-                                                _mm512_loadu_si512(x.codes + b * kBlock)));
+  return _mm512_dpbusd_epi32(_mm512_loadu_si512(x.shifted + b * kBlock / 4), counted,
+                             _mm512_loadu_si512(x.codes + b * kBlock));
 }
 
-// Adds the products of 64 bytes of codes of each row of activations to `sums`. factors: of that block,
-// kRoom for each row.
-template <int kBits, int kCount>
-AVX512 inline void add_products(__m512i codes, const Input* x, int64_t b, const float* factors, __m512* sums) {
-  const __m512i of_block = kBits == 4 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
-                                      : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-#pragma GCC unroll 4
-  for (int n = 0; n < kCount; ++n, factors += kRoom) {
-    const __m512 here = kBits == 4 ? _mm512_broadcast_f32x4(_mm_loadu_ps(factors))
-                                   : _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(factors))));
-    const __m512 factor = _mm512_permutevar_ps(here, of_block);
-    sums[n] = _mm512_fmadd_ps(dot<kBits>(codes, x[n], b), factor, sums[n]);
+// Factors of up to 16 blocks from `b` on; what minima add goes to `sums`, or of an unusual weight to `rest`.
+template <int kBits>
+AVX512 inline __m512 factors_from(const Weight& weight, bool usual, int64_t row, int64_t b, __mmask16 there,
+                                  const Input& x, __m512& sums, float& rest) {
+  if (!usual) {
+    float factors[kSixteen] = {};
+    rest += block_factors(weight, row, x, b, std::min(kSixteen, weight.blocks() - b), factors);
+    return _mm512_loadu_ps(factors);
   }
+  const int64_t at = row * weight.groups() + b;
+  const __m512 scales =
+      _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(weight.scales) + at));
+  if (kBits == 4) {
+    const __m512 more =
+        weight.offset == Offset::kMinimum
+            ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(weight.offsets) + at))
+            : _mm512_mul_ps(scales, _mm512_set1_ps(-8));
+    sums = _mm512_fmadd_ps(more, _mm512_maskz_loadu_ps(there, x.sums + b), sums);
+  }
+  return _mm512_mul_ps(scales, _mm512_maskz_loadu_ps(there, x.scales + b));
 }
 
-// As `avx2::tile`.
-template <int kBits, int kRows, int kCount>
-AVX512 void tile(const Weight& weight, const Input* x, int64_t row, float* const* out) {
-  constexpr int64_t kBlocks = kBits == 4 ? 4 : 2;  // in 64 bytes
-  float factors[kCount][kRoom], rest[4] = {}, found[4];
-  __m256 sums[4] = {};
-  for (int r = 0; r < kRows; ++r) {
-    __m512 own[kCount] = {};
-    for (int64_t start = 0; start < weight.blocks(); start += kSpan) {
-      const int64_t blocks = std::min(kSpan, weight.blocks() - start);
-#pragma GCC unroll 4
+template <int kBits, int kCount>
+AVX512 void rows(const Weight& weight, const Input* x, int64_t first, int64_t last, float* const* out) {
+  constexpr int64_t kStepBlocks = kBits == 4 ? 4 : 2, kSteps = kSixteen / kStepBlocks;
+  const int64_t blocks = weight.blocks();
+  const bool usual = weight.usual();
+  for (int64_t row = first; row < last; ++row) {
+    __m512 sums[kCount], sixteen[kCount];
+    float rest[kCount] = {};
+    for (int n = 0; n < kCount; ++n) sums[n] = _mm512_setzero_ps();
+    const uint8_t* codes = weight.row(row);
+    int64_t b = 0;
+    for (; b + kSixteen <= blocks; b += kSixteen) {
       for (int n = 0; n < kCount; ++n) {
-        if (weight.usual()) {
-          own[n] = _mm512_add_ps(own[n], usual_factors<kBits>(weight, row + r, x[n], start, blocks, factors[n]));
-        } else {
-          rest[r * kCount + n] += block_factors(weight, row + r, x[n], start, blocks, factors[n]);
-          _mm_storeu_ps(factors[n] + blocks, _mm_setzero_ps());
+        sixteen[n] = factors_from<kBits>(weight, usual, row, b, 0xffff, x[n], sums[n], rest[n]);
+      }
+#pragma GCC unroll 8
+      for (int step = 0; step < kSteps; ++step) {
+        const int64_t at = b + step * kStepBlocks;
+        const __m512i w = _mm512_loadu_si512(codes + at * 64 / kStepBlocks);
+        for (int n = 0; n < kCount; ++n) {
+          sums[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<kBits>(w, x[n], at)), spread<kBits>(sixteen[n], step), sums[n]);
         }
       }
-      const uint8_t* codes = weight.row(row + r) + start * 64 / kBlocks;
-      int64_t b = 0;
-#pragma GCC unroll 4
-      for (; b + kBlocks <= blocks; b += kBlocks, codes += 64) {
-        add_products<kBits, kCount>(_mm512_loadu_si512(codes), x, start + b, factors[0] + b, own);
+    }
+    if (b < blocks) {
+      for (int n = 0; n < kCount; ++n) {
+        const auto there = __mmask16((1 << (blocks - b)) - 1);
+        sixteen[n] = factors_from<kBits>(weight, usual, row, b, there, x[n], sums[n], rest[n]);
       }
-      if (b < blocks) {
-        const __mmask64 there = ~uint64_t(0) >> (64 - (blocks - b) * 64 / kBlocks);
-        add_products<kBits, kCount>(_mm512_maskz_loadu_epi8(there, codes), x, start + b, factors[0] + b, own);
+      for (int step = 0; b < blocks; b += kStepBlocks, ++step) {
+        const int64_t bytes = (blocks - b < kStepBlocks ? blocks - b : kStepBlocks) * 64 / kStepBlocks;
+        const __m512i w = _mm512_maskz_loadu_epi8(~uint64_t(0) >> (64 - bytes), codes + b * 64 / kStepBlocks);
+        for (int n = 0; n < kCount; ++n) {
+          sums[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<kBits>(w, x[n], b)), spread<kBits>(sixteen[n], step), sums[n]);
+        }
       }
     }
-#pragma GCC unroll 4
-    for (int n = 0; n < kCount; ++n) {
-      sums[r * kCount + n] = _mm256_add_ps(_mm512_castps512_ps256(own[n]), _mm512_extractf32x8_ps(own[n], 1));
-    }
+    for (int n = 0; n < kCount; ++n) out[n][row] = _mm512_reduce_add_ps(sums[n]) + rest[n];
   }
-  _mm_storeu_ps(found, _mm_add_ps(avx2::sums_of(sums), _mm_loadu_ps(rest)));
-  for (int i = 0; i < kRows * kCount; ++i) out[i % kCount][row + i / kCount] = found[i];
 }
 
 template <int kBits>
 inline void product_of(const Weight& weight, const Input* x, int count, int64_t first, int64_t last, float* const* out) {
-  if (count == kInputs) {
-    for (int64_t row = first; row < last; ++row) tile<kBits, 1, kInputs>(weight, x, row, out);
-    return;
-  }
-  for (int n = 0; n < count; ++n) {
-    int64_t row = first;
-    for (; row + 4 <= last; row += 4) tile<kBits, 4, 1>(weight, x + n, row, out + n);
-    for (; row < last; ++row) tile<kBits, 1, 1>(weight, x + n, row, out + n);
-  }
+  if (count == kInputs) return rows<kBits, kInputs>(weight, x, first, last, out);
+  for (int n = 0; n < count; ++n) rows<kBits, 1>(weight, x + n, first, last, out + n);
 }
 
 inline void product(const Weight& weight, const Input* x, int count, int64_t first, int64_t last, float* const* out) {
