@@ -9,6 +9,13 @@
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 
+namespace llama_jax {
+
+// Asks for codes a page ahead: the processor's own prefetching stops at the end of a page.
+inline void prefetch(const uint8_t* codes) { _mm_prefetch(reinterpret_cast<const char*>(codes + 4096), _MM_HINT_T0); }
+
+}  // namespace llama_jax
+
 namespace llama_jax::avx2 {
 
 constexpr int64_t kRoom = kSpan + 8;  // for the factors of a span, and zeros behind them
@@ -110,6 +117,7 @@ AVX2 void tile(const Weight& weight, const Input* x, int64_t row, float* const* 
       int64_t b = 0;
 #pragma GCC unroll 4
       for (; b + kBlocks <= blocks; b += kBlocks, codes += 32) {
+        if (kCount == 1) prefetch(codes);
         add_products<kBits, kCount>(load(codes), x, start + b, factors[0] + b, own);
       }
       if (b < blocks) {
@@ -212,6 +220,7 @@ AVX512 void rows(const Weight& weight, const Input* x, int64_t first, int64_t la
       for (int step = 0; step < kSteps; ++step) {
         const int64_t at = b + step * kStepBlocks;
         const __m512i w = _mm512_loadu_si512(codes + at * 64 / kStepBlocks);
+        if (kCount == 1) prefetch(codes + at * 64 / kStepBlocks);
         for (int n = 0; n < kCount; ++n) {
           sums[n] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot<kBits>(w, x[n], at)), spread<kBits>(sixteen[n], step), sums[n]);
         }
