@@ -20,13 +20,17 @@ inline int32_t block_int4(const uint8_t* codes, const Input& x, int64_t block) {
   return sum;
 }
 
-inline void product(const Weight& weight, const Input* x, int count, int64_t first, int64_t last, float* factors,
-                    int64_t, float* const* out) {
+inline void product(const Weight& weight, const Input* x, int count, int64_t first, int64_t last, float* const* out) {
   const auto block = weight.bits == 4 ? block_int4 : block_int8;
+  float factors[kSpan];
   for (int64_t row = first; row < last; ++row) {
     for (int n = 0; n < count; ++n) {
-      float sum = block_factors(weight, row, x[n], factors);
-      for (int64_t b = 0; b < weight.blocks(); ++b) sum += factors[b] * float(block(weight.row(row), x[n], b));
+      float sum = 0;
+      for (int64_t start = 0; start < weight.blocks(); start += kSpan) {
+        const int64_t blocks = std::min(kSpan, weight.blocks() - start);
+        sum += block_factors(weight, row, x[n], start, blocks, factors);
+        for (int64_t b = 0; b < blocks; ++b) sum += factors[b] * float(block(weight.row(row), x[n], start + b));
+      }
       out[n][row] = sum;
     }
   }

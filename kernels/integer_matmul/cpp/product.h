@@ -1,13 +1,15 @@
 // What the instruction sets share: a weight in few bits, a row of int8 activations, and the product of a few of each.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 namespace llama_jax {
 
 constexpr int64_t kBlock = 32;   // codes that are multiplied with one factor
-constexpr int64_t kStep = 4;     // blocks that the widest loop takes at once; factors and activations are padded to it
+constexpr int64_t kStep = 4;     // blocks that the widest loop takes at once; activations are padded to it
+constexpr int64_t kSpan = 64;    // blocks of a row whose factors are made at once
 constexpr int kInputs = 4;       // rows of activations that one pass over a weight multiplies
 
 enum class Scales { kF32, kF16, kBF16 };
@@ -25,6 +27,8 @@ struct Weight {
 
   int64_t groups() const { return in / group; }
   int64_t blocks() const { return in / kBlock; }
+  // A block is a group, with numbers in 16 bits that processors convert.
+  bool usual() const { return group == kBlock && scale_type == Scales::kF16 && offset != Offset::kZero; }
   const uint8_t* row(int64_t i) const { return codes + i * in * bits / 8; }
 };
 
@@ -67,22 +71,23 @@ inline float added(const Weight& weight, int64_t i, float scale) {
   return -float(8 + zero) * scale;
 }
 
-// The factor of each block of a row of the weight with a row of activations. Returns what the codes do not give.
-inline float block_factors(const Weight& weight, int64_t row, const Input& x, float* factors) {
-  const int64_t groups = weight.groups(), blocks_a_group = weight.group / kBlock;
+// The factors of `count` blocks of a row of the weight, from block `first` on, with a row of activations. Returns what
+// the codes of groups that begin there do not give.
+inline float block_factors(const Weight& weight, int64_t row, const Input& x, int64_t first, int64_t count,
+                           float* factors) {
+  const int64_t blocks_a_group = weight.group / kBlock;
   float rest = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t i = row * groups + g;
+  for (int64_t b = 0; b < count;) {
+    const int64_t g = (first + b) / blocks_a_group, end = std::min((g + 1) * blocks_a_group - first, count);
+    const int64_t i = row * weight.groups() + g;
     const float scale = load_scale(weight.scales, weight.scale_type, i), factor = scale * x.scales[g];
-    rest += added(weight, i, scale) * x.sums[g];
-    for (int64_t b = 0; b < blocks_a_group; ++b) factors[g * blocks_a_group + b] = factor;
+    if (first + b == g * blocks_a_group) rest += added(weight, i, scale) * x.sums[g];
+    while (b < end) factors[b++] = factor;
   }
   return rest;
 }
 
 // The product of rows first..last of a weight with `count` rows of activations, at most kInputs: out[n][row].
-// `factors` is room for count * stride floats, of which those behind the last block are 0.
-using Product = void (*)(const Weight& weight, const Input* x, int count, int64_t first, int64_t last, float* factors,
-                         int64_t stride, float* const* out);
+using Product = void (*)(const Weight& weight, const Input* x, int count, int64_t first, int64_t last, float* const* out);
 
 }  // namespace llama_jax
