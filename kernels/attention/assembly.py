@@ -1,7 +1,7 @@
 """Codes in the dtype of a product by NVIDIA's instructions, one for two numbers, in registers as they were loaded.
 
 A byte in the last bits of a bfloat16 is a subnormal number, `BYTE` times its value: a fused multiply-add turns
-it, exactly, into the number that it represents, divided by `UNIT`.
+it, exactly, into the number that it represents, divided by `UNIT`. Eight-bit floats become float16 by one instruction.
 
 Triton moves conversions behind the exchange of a tile between threads if it may. For values that is the worst order:
 each thread then reads from local memory byte by byte, which takes twice the time of the whole kernel. So these
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.triton import lowering  # no public module has `register_lowering`
 from jax.extend.core import Primitive
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect as triton
 
@@ -36,13 +37,22 @@ _PAIRS = """{{
     fma.rn.bf16x2 $1, b, factor, zero;
 }}"""
 
+_FLOATS = """{{
+    .reg .b16 a, b;
+    mov.b32 {{a, b}}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, a;
+    cvt.rn.f16x2.e4m3x2 $1, b;
+}}""".format()
+
 _numbers_p = Primitive("numbers_of_codes")
-_numbers_p.def_abstract_eval(lambda codes, assembly: jax.core.ShapedArray(codes.shape, jnp.bfloat16))
+_numbers_p.def_abstract_eval(lambda codes, assembly: jax.core.ShapedArray(codes.shape, products(codes.dtype)))
 
 
 @lowering.register_lowering(_numbers_p)
 def _lower(ctx: Any, codes: Any, *, assembly: str) -> Any:
-    result = ir.RankedTensorType.get(ir.RankedTensorType(codes.type).shape, ir.BF16Type.get())
+    (made,) = ctx.avals_out
+    element = ir.F16Type if made.dtype == jnp.float16 else ir.BF16Type
+    result = ir.RankedTensorType.get(made.shape, element.get())
     return triton.elementwise_inline_asm(
         [result], assembly, constraints="=r,=r,r", pure=False, packed_element=4, args=[codes]
     )
@@ -77,8 +87,19 @@ FIELDS = {"int8": (Field(0xFF, 1, 128, 0x80),), "uint8": (Field(0x0F, 2, 15), Fi
 """Contents of a byte of codes, by dtype: one number, or one of each half of a head."""
 
 
+FLOAT = "float8_e4m3fn"
+
+
+def products(dtype: DTypeLike) -> Any:
+    """The dtype of products with codes of that dtype."""
+    return jnp.dtype(jnp.float16 if jnp.dtype(dtype) == FLOAT else jnp.bfloat16)
+
+
 def numbers(codes: jax.Array) -> list[jax.Array]:
-    """bfloat16 numbers of a tile of codes, divided by `UNIT`: by halves of a head where a byte holds two codes."""
+    """Numbers of a tile of codes, in the dtype of `products`: those of integers are divided by `UNIT`, and by halves
+    of a head where a byte holds two codes."""
+    if codes.dtype == FLOAT:
+        return [_numbers_p.bind(codes, assembly=_FLOATS)]
     found = []
     for field in FIELDS[codes.dtype.name]:
         bits = {"mask": f"0x{field.mask * 0x00010001:08x}", "flip": f"0x{field.flip * 0x01010101:08x}"}

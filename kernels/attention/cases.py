@@ -117,6 +117,8 @@ def flash_cases() -> Sequence[Case]:
         ),
         make("int4, window d80", head_dim=80, visibility=Visibility("sliding", 37), scheme="int4"),
         make("k8v4, packed, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64, indexed=True, scheme="k8v4"),
+        make("fp8, packed, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64, indexed=True, scheme="fp8"),
+        make("fp8, window d80", head_dim=80, visibility=Visibility("sliding", 37), scheme="fp8"),
     )
 
 
@@ -138,6 +140,8 @@ def decode_cases() -> Sequence[Case]:
         make("int4, paged d128", head_dim=128, page_size=64, scheme="int4", quick=True),
         make("k8v4, paged d64", head_dim=64, page_size=16, scheme="k8v4"),
         make("int4, 4 queries, soft cap, sinks d80", head_dim=80, q_len=4, soft_cap=9.0, sinks=True, scheme="int4"),
+        make("fp8, paged d128", head_dim=128, page_size=64, scheme="fp8", quick=True),
+        make("fp8, 4 queries, soft cap, sinks d80", head_dim=80, q_len=4, soft_cap=9.0, sinks=True, scheme="fp8"),
     )
 
 
@@ -253,6 +257,9 @@ def _case(
             "kv_positions": np.where(slot < lengths + q_len - padding, slot, -1).astype(np.int32),
         }
         for name, kind in zip("kv", (CODES[kind] for kind in SCHEMES.get(scheme, ())), strict=False):
+            if not kind.scaled:
+                made[name] = made[name].astype(kind.dtype)
+                continue
             limit = np.iinfo(kind.dtype)
             low, shape = max(limit.min, -kind.largest), (*cache, head_dim // kind.per_byte)
             scales = rng.uniform(0.2, 3, cache) * 2 / kind.largest

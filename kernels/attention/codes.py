@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llama_jax.kernels.attention import assembly
+from llama_jax.kernels.attention import assembly, float8
 from llama_jax.kernels.attention.records import KeysValues
 from llama_jax.kernels.pallas import Index, dot, load_row, load_tile, store_tile, tile_width
 from llama_jax.targets import Target, current
@@ -61,6 +61,8 @@ def _upper(x: jax.Array) -> jax.Array:
 
 def _parts(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
     """`records.numbers` of a tile, by `Parts`."""
+    if jnp.issubdtype(tile.dtype, jnp.floating):
+        return [float8.widened(tile, dtype)]
     codes = [tile]
     if tile.dtype == jnp.uint8:
         wide = tile.astype(jnp.int32)
@@ -88,10 +90,11 @@ class Decoder:
 
     @classmethod
     def of(cls, kv: KeysValues, dtype: DTypeLike, *, num_warps: int, num_stages: int, interpret: bool) -> Decoder:
-        """For a call on the current target."""
-        bits = jnp.dtype(dtype) == jnp.bfloat16
-        by_assembly = kv.quantised and bits and current().vendor == "nvidia" and not interpret
-        return cls(dtype, by_assembly, kv.quantised and not by_assembly and num_warps > 1 and num_stages == 1)
+        """For a call on the current target, and queries in `dtype`."""
+        by_assembly = kv.quantised and jnp.dtype(dtype) == jnp.bfloat16 and not interpret
+        by_assembly = by_assembly and current().vendor == "nvidia"
+        apart = kv.quantised and not by_assembly and num_warps > 1 and num_stages == 1
+        return cls(assembly.products(kv.k.dtype) if by_assembly else dtype, by_assembly, apart)
 
     def numbers(self, tile: jax.Array, block: jax.Array) -> list[jax.Array]:
         """A tile of keys or values [slots, columns] in the dtype of products, by `Parts`.
@@ -99,7 +102,7 @@ class Decoder:
         Args:
           block: a number >= 0 of which the compiler knows no more.
         """
-        if tile.dtype not in (jnp.int8, jnp.uint8):
+        if tile.dtype.itemsize > 1:
             return [tile.astype(self.dtype)]
         if self.by_assembly:
             return assembly.numbers(tile)

@@ -24,24 +24,37 @@ class Codes(NamedTuple):
       dtype: of the array that holds the codes.
       per_byte: codes in one number of it.
       largest: the largest number that a code represents (`numbers`).
+      scaled: whether codes have a scale for each token and head; floating point needs none.
     """
 
     dtype: str
     per_byte: int
     largest: int
+    scaled: bool = True
 
 
-CODES = {"int8": Codes("int8", 1, 127), "int4": Codes("uint8", 2, 15)}
-"""Kinds of codes, by name."""
+CODES = {
+    "int8": Codes("int8", 1, 127),
+    "int4": Codes("uint8", 2, 15),
+    "fp8": Codes("float8_e4m3fn", 1, 448, scaled=False),
+    "fp8_fnuz": Codes("float8_e4m3fnuz", 1, 240, scaled=False),
+}
+"""Kinds of codes, by name. Eight-bit floats are those of OCP, or of CDNA 3 ("fnuz")."""
 
-SCHEMES = {"int8": ("int8", "int8"), "k8v4": ("int8", "int4"), "int4": ("int4", "int4")}
-"""Kinds of the codes of keys and of values, by a name for both."""
+SCHEMES = {
+    "int8": ("int8", "int8"),
+    "k8v4": ("int8", "int4"),
+    "int4": ("int4", "int4"),
+    "fp8": ("fp8", "fp8"),
+    "fp8_fnuz": ("fp8_fnuz", "fp8_fnuz"),
+}
+"""Kinds of the codes of keys and of values, both with scales or both without, by a name for both."""
 
 
 def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Decodes codes [..., bytes] without their scales: [..., head_dim], exact in every dtype.
 
-    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, represent
+    Codes of eight bits, integers or floats, are the numbers. Two of four bits, c in the low half of a byte and d in the high one, represent
     2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, as many below 0 as above.
     """
     if codes.dtype == jnp.uint8:
@@ -114,7 +127,7 @@ class KeysValues:
         page table [pages, kv_heads, page_size, head_dim].
       page_table: int32 [batch, kv_len // page_size]; slot s of row b is slot s % page_size of page
         page_table[b, s // page_size]. Entries whose slots all have negative positions may hold any number.
-      k_scale, v_scale: factors on quantised keys and values, of k's or v's shape without head_dim; of both or neither.
+      k_scale, v_scale: factors on integer codes, of k's or v's shape without head_dim; of both or neither.
         A key's scale is a factor on its logits, a value's one on its weights, so that codes are multiplied as they are.
         Two codes of four bits are in a byte, so that the last axis of what has them is head_dim // 2.
     """
@@ -128,14 +141,16 @@ class KeysValues:
     @property
     def quantised(self) -> bool:
         """Whether keys and values are codes."""
-        return self.k_scale is not None
+        return self.k_scale is not None or bool(self.scheme)
 
     @property
     def scheme(self) -> str:
         """The name of what keys and values are stored in, a key of `SCHEMES`; "" where they are no codes."""
-        dtypes = [str(x.dtype) for x in (self.k, self.v)]
-        found = (name for name, kinds in SCHEMES.items() if [CODES[kind].dtype for kind in kinds] == dtypes)
-        return next(found, "") if self.quantised else ""
+        found = [(str(x.dtype), self.k_scale is not None) for x in (self.k, self.v)]
+        for name, kinds in SCHEMES.items():
+            if [(CODES[kind].dtype, CODES[kind].scaled) for kind in kinds] == found:
+                return name
+        return ""
 
 
 @jax.tree_util.register_dataclass

@@ -69,7 +69,7 @@ class AttentionShape:
             "q_positions": struct(self.batch, self.q_len),
             "kv_positions": struct(self.batch, self.kv_len),
         }
-        if self.scheme:
+        if any(kind.scaled for kind in self._kinds):
             made |= {f"{name}_scale": struct(*slots, dtype=jnp.bfloat16) for name in "kv"}
         if self.indexed:
             made["q_index"] = struct(self.batch, self.q_len)
@@ -106,7 +106,7 @@ class AttentionShape:
             elif struct.dtype == jnp.uint8:
                 made[name] = jax.random.bits(own, struct.shape, struct.dtype)
             elif jnp.issubdtype(struct.dtype, jnp.floating):
-                made[name] = jax.random.normal(own, struct.shape, struct.dtype)
+                made[name] = jax.random.normal(own, struct.shape, self.dtype).astype(struct.dtype)
             elif name in ("page_table", "q_index"):
                 made[name] = jax.random.permutation(own, math.prod(struct.shape)).reshape(struct.shape)
             else:
@@ -145,7 +145,7 @@ class AttentionShape:
         unseen = {"sliding": max(first - window + 1, 0), "chunked": first // max(window, 1) * window}
         slots = self.kv_len - unseen.get(self.visibility.kind, 0)
         row = self.head_dim * jnp.dtype(self.dtype).itemsize
-        of_cache = sum(self.head_dim // kind.per_byte + 2 for kind in self._kinds) or 2 * row
+        of_cache = sum(self.head_dim // kind.per_byte + 2 * kind.scaled for kind in self._kinds) or 2 * row
         return self.batch * (2 * self.q_len * self.q_heads * row + slots * self.kv_heads * of_cache)
 
 

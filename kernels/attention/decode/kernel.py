@@ -78,7 +78,7 @@ def shares(
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
         query = jnp.minimum(flat // call.group, call.queries - 1)
         of_query: Index = (row, query, head * call.group + flat % call.group)
-        q = of_k.load(q_ref, of_query)
+        q = [x.astype(decoder.dtype) for x in of_k.load(q_ref, of_query)]
         q_position = plgpu.load(q_positions_ref.at[row, query])
 
         def slots_of(block: jax.Array) -> tuple[jax.Array, Index]:
@@ -96,7 +96,7 @@ def shares(
 
         def beside(slot: jax.Array, at: Index) -> list[jax.Array]:
             """Positions of slots, and scales, if there are any, of their keys and values."""
-            refs = (k_scale_ref, v_scale_ref) if kv.quantised else ()
+            refs = () if k_scale_ref is None else (k_scale_ref, v_scale_ref)
             return [plgpu.load(kv_positions_ref.at[row, slot]), *(plgpu.load(ref.at[at]) for ref in refs)]
 
         def step(block: jax.Array, carry: tuple[tuple[jax.Array, ...], ...]) -> tuple[tuple[jax.Array, ...], ...]:
@@ -125,7 +125,7 @@ def shares(
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
-            weighted = scaled(weights, v_scales).astype(q_ref.dtype)
+            weighted = scaled(weights, v_scales).astype(decoder.dtype)
             acc = [x * decay[:, None] + dot(weighted, of_part) for x, of_part in zip(acc, values, strict=True)]
             return (total * decay + jnp.sum(weights, axis=1), above, *acc), tuple(following)
 

@@ -88,7 +88,7 @@ def forward(
         if at.q_index is not None:
             packed = load_row(at.q_index, (row, query), valid, q.shape[1])
             place, valid = (0, packed, head), packed < q.shape[1]
-        q_tile = of_k.load(q_ref, place, valid)
+        q_tile = [x.astype(decoder.dtype) for x in of_k.load(q_ref, place, valid)]
 
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
@@ -107,7 +107,7 @@ def forward(
             total = total * shrink + jnp.sum(now, axis=1)
             values = decoder.numbers(load_tile(v_ref, index, of_v.width, there), j)
             now = scaled(now, decoder.scales(v_scale_ref, index, there))
-            narrowed = narrow(now, q.dtype, by_hand=rule.round_by_hand)
+            narrowed = narrow(now, decoder.dtype, by_hand=rule.round_by_hand)
             acc = [x * shrink[:, None] + dot(narrowed, part) for x, part in zip(acc, values, strict=True)]
             return _Softmax(acc, new_peak, total)
 
