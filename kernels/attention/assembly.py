@@ -45,7 +45,9 @@ _FLOATS = """{{
 }}""".format()
 
 _numbers_p = Primitive("numbers_of_codes")
-_numbers_p.def_abstract_eval(lambda codes, assembly: jax.core.ShapedArray(codes.shape, products(codes.dtype)))
+_numbers_p.def_abstract_eval(
+    lambda codes, assembly: jax.core.ShapedArray(codes.shape, jnp.dtype(made_of(codes.dtype).dtype))
+)
 
 
 @lowering.register_lowering(_numbers_p)
@@ -90,14 +92,20 @@ FIELDS = {"int8": (Field(0xFF, 1, 128, 0x80),), "uint8": (Field(0x0F, 2, 15), Fi
 FLOAT = "float8_e4m3fn"
 
 
-def products(dtype: DTypeLike) -> Any:
-    """The dtype of products with codes of that dtype."""
-    return jnp.dtype(jnp.float16 if jnp.dtype(dtype) == FLOAT else jnp.bfloat16)
+class Made(NamedTuple):
+    """What codes become: numbers in a dtype, divided by a unit."""
+
+    dtype: Any
+    unit: int
+
+
+def made_of(dtype: DTypeLike) -> Made:
+    """What codes of that dtype become."""
+    return Made(jnp.float16, 1) if jnp.dtype(dtype) == FLOAT else Made(jnp.bfloat16, UNIT)
 
 
 def numbers(codes: jax.Array) -> list[jax.Array]:
-    """Numbers of a tile of codes, in the dtype of `products`: those of integers are divided by `UNIT`, and by halves
-    of a head where a byte holds two codes."""
+    """The numbers of a tile of codes, as `made_of` says: by halves of a head where a byte holds two codes."""
     if codes.dtype == FLOAT:
         return [_numbers_p.bind(codes, assembly=_FLOATS)]
     found = []

@@ -70,12 +70,10 @@ def _attend(rule: Rule, q: jax.Array, kv: KeysValues, sinks: jax.Array | None, p
         )
         # Slots without a token may hold anything, and even NaN must have no weight.
         stored = at.kv_positions >= 0
-        if kv.quantised:
-            k, v = numbers(k, q.dtype), numbers(v, q.dtype)
         if v_scale is None:
             v = jnp.where(stored[:, None, :, None], v, 0)
         else:
-            v_scale = jnp.where(stored[:, None], v_scale, 0)
+            k, v, v_scale = numbers(k, q.dtype), numbers(v, q.dtype), jnp.where(stored[:, None], v_scale, 0)
         logits = jax.lax.dot_general(
             rows, k, (((3,), (3,)), ((0, 1), (0, 1))), precision=precision, preferred_element_type=jnp.float32
         )

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llama_jax.kernels.attention import assembly, float8
+from llama_jax.kernels import float8
+from llama_jax.kernels.attention import assembly
 from llama_jax.kernels.attention.records import KeysValues
+from llama_jax.kernels.float8 import lacks_floats
 from llama_jax.kernels.pallas import Index, dot, load_row, load_tile, store_tile, tile_width
 from llama_jax.targets import Target, current
 
@@ -62,7 +64,7 @@ def _upper(x: jax.Array) -> jax.Array:
 def _parts(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
     """`records.numbers` of a tile, by `Parts`."""
     if jnp.issubdtype(tile.dtype, jnp.floating):
-        return [float8.widened(tile, dtype)]
+        return [float8.converted(tile, dtype)]
     codes = [tile]
     if tile.dtype == jnp.uint8:
         wide = tile.astype(jnp.int32)
@@ -77,7 +79,7 @@ class Decoder:
     """The way a kernel decodes codes to numbers, and scales to factors.
 
     Attributes:
-      dtype: of products.
+      dtype: of products; unit: what numbers are divided by.
       by_assembly: by NVIDIA's instructions (`assembly`).
       apart: in a loop of one turn. Triton hands codes to all waves and has each convert all of them, which doubles the
         instructions of attention. It moves nothing out of a loop: there each wave converts what it has loaded. Where
@@ -85,6 +87,7 @@ class Decoder:
     """
 
     dtype: DTypeLike
+    unit: int
     by_assembly: bool
     apart: bool
 
@@ -94,7 +97,8 @@ class Decoder:
         by_assembly = kv.quantised and jnp.dtype(dtype) == jnp.bfloat16 and not interpret
         by_assembly = by_assembly and current().vendor == "nvidia"
         apart = kv.quantised and not by_assembly and num_warps > 1 and num_stages == 1
-        return cls(assembly.products(kv.k.dtype) if by_assembly else dtype, by_assembly, apart)
+        made = assembly.made_of(kv.k.dtype) if by_assembly else assembly.Made(dtype, 1)
+        return cls(*made, by_assembly, apart)
 
     def numbers(self, tile: jax.Array, block: jax.Array) -> list[jax.Array]:
         """A tile of keys or values [slots, columns] in the dtype of products, by `Parts`.
@@ -115,8 +119,11 @@ class Decoder:
         """float32 [slots], factors on the numbers of the slots at `index`, zeros where not valid; None without any."""
         if ref is None:
             return None
-        scales = load_row(ref, index, valid, 0.0).astype(jnp.float32)
-        return scales * assembly.UNIT if self.by_assembly else scales
+        return self.factors(load_row(ref, index, valid, 0.0))
+
+    def factors(self, scales: jax.Array) -> jax.Array:
+        """Scales as float32 factors on the numbers of `numbers`."""
+        return scales.astype(jnp.float32) * self.unit
 
 
 def products(queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> jax.Array:
@@ -130,8 +137,10 @@ def scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:
     return x if scales is None else x * scales[None, :]
 
 
-def spills(kv: KeysValues, head_dim: int, target: Target) -> str | None:
-    """The reason why kernels with codes do not fit a target's registers; None if they do."""
+def lacks(kv: KeysValues, head_dim: int, target: Target) -> str | None:
+    """The reason why kernels with such codes do not fit a target; None if they do."""
+    if (lack := lacks_floats(kv.k.dtype, target)) is not None:
+        return lack
     if kv.quantised and target.arch.startswith("gfx11") and head_dim > 128:
         return f"with codes of head_dim {head_dim} {target.arch} would spill registers"
     return None

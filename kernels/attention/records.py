@@ -24,22 +24,21 @@ class Codes(NamedTuple):
       dtype: of the array that holds the codes.
       per_byte: codes in one number of it.
       largest: the largest number that a code represents (`numbers`).
-      scaled: whether codes have a scale for each token and head; floating point needs none.
     """
 
     dtype: str
     per_byte: int
     largest: int
-    scaled: bool = True
 
 
 CODES = {
     "int8": Codes("int8", 1, 127),
     "int4": Codes("uint8", 2, 15),
-    "fp8": Codes("float8_e4m3fn", 1, 448, scaled=False),
-    "fp8_fnuz": Codes("float8_e4m3fnuz", 1, 240, scaled=False),
+    "fp8": Codes("float8_e4m3fn", 1, 1),
+    "fp8_fnuz": Codes("float8_e4m3fnuz", 1, 1),
 }
-"""Kinds of codes, by name. Eight-bit floats are those of OCP, or of CDNA 3 ("fnuz")."""
+"""Kinds of codes, by name. Floats are those of the OCP, and of CDNA 3: fnuz. Up to 1 both have the same numbers from
+1/64, and steps below that are far smaller than those near 1."""
 
 SCHEMES = {
     "int8": ("int8", "int8"),
@@ -48,7 +47,7 @@ SCHEMES = {
     "fp8": ("fp8", "fp8"),
     "fp8_fnuz": ("fp8_fnuz", "fp8_fnuz"),
 }
-"""Kinds of the codes of keys and of values, both with scales or both without, by a name for both."""
+"""Kinds of the codes of keys and of values, by a name for both."""
 
 
 def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -127,7 +126,7 @@ class KeysValues:
         page table [pages, kv_heads, page_size, head_dim].
       page_table: int32 [batch, kv_len // page_size]; slot s of row b is slot s % page_size of page
         page_table[b, s // page_size]. Entries whose slots all have negative positions may hold any number.
-      k_scale, v_scale: factors on integer codes, of k's or v's shape without head_dim; of both or neither.
+      k_scale, v_scale: factors on quantised keys and values, of k's or v's shape without head_dim; of both or neither.
         A key's scale is a factor on its logits, a value's one on its weights, so that codes are multiplied as they are.
         Two codes of four bits are in a byte, so that the last axis of what has them is head_dim // 2.
     """
@@ -141,16 +140,14 @@ class KeysValues:
     @property
     def quantised(self) -> bool:
         """Whether keys and values are codes."""
-        return self.k_scale is not None or bool(self.scheme)
+        return self.k_scale is not None
 
     @property
     def scheme(self) -> str:
         """The name of what keys and values are stored in, a key of `SCHEMES`; "" where they are no codes."""
-        found = [(str(x.dtype), self.k_scale is not None) for x in (self.k, self.v)]
-        for name, kinds in SCHEMES.items():
-            if [(CODES[kind].dtype, CODES[kind].scaled) for kind in kinds] == found:
-                return name
-        return ""
+        dtypes = [str(x.dtype) for x in (self.k, self.v)]
+        found = (name for name, kinds in SCHEMES.items() if [CODES[kind].dtype for kind in kinds] == dtypes)
+        return next(found, "") if self.quantised else ""
 
 
 @jax.tree_util.register_dataclass

@@ -56,7 +56,7 @@ def gather_pages(pages: jax.Array, page_table: jax.Array) -> jax.Array:
 
 
 def _dequantised(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    return numbers(x, dtype) if scale is None else (numbers(x, jnp.float32) * scale[..., None]).astype(dtype)
+    return x if scale is None else (numbers(x, jnp.float32) * scale[..., None]).astype(dtype)
 
 
 def attention_reference(
@@ -71,9 +71,7 @@ def attention_reference(
         return jnp.zeros_like(q).at[0, index].set(out, mode="drop")
     if paged := kv.page_table is not None:
         kv = jax.tree.map(partial(gather_pages, page_table=kv.page_table), replace(kv, page_table=None))
-    k, v = kv.k, kv.v
-    if kv.quantised:
-        k, v = _dequantised(k, kv.k_scale, q.dtype), _dequantised(v, kv.v_scale, q.dtype)
+    k, v = _dequantised(kv.k, kv.k_scale, q.dtype), _dequantised(kv.v, kv.v_scale, q.dtype)
     if paged:
         # Slots without a token may hold anything, and even NaN must have no weight.
         v = jnp.where((jnp.asarray(places.kv_positions) >= 0)[:, None, :, None], v, 0)

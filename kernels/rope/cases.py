@@ -50,8 +50,10 @@ def rope_cases() -> Sequence[Case]:
         _case("dense chunk d96 g3", rows=2, length=5, heads=(3, 3, 96), differentiate=("qkv", "k", "v")),
         _case("paged chunk d80 interleaved", rows=2, length=7, heads=(1, 5, 80), paged=True, interleaved=True),
         _case("one row g1 float16", rows=1, length=1, heads=(4, 1, 128), paged=True, dtype="float16"),
-        _case("codes d64", rows=3, length=1, heads=(2, 4, 64), codes=True, quick=True),
-        _case("codes paged interleaved", rows=5, length=2, heads=(3, 1, 32), paged=True, interleaved=True, codes=True),
+        _case("codes d64", rows=3, length=1, heads=(2, 4, 64), codes="int8", quick=True),
+        _case("codes paged interleaved", rows=5, length=2, heads=(3, 1, 32), paged=True, interleaved=True, codes="int8"),
+        _case("codes fp8 paged", rows=5, length=2, heads=(2, 2, 64), paged=True, codes="float8_e4m3fn"),
+        _case("codes fp8 fnuz", rows=3, length=1, heads=(2, 2, 64), codes="float8_e4m3fnuz"),
         _case("wider cache", rows=4, length=1, heads=(2, 2, 32), dtype="bfloat16", cache="float32"),
     )
 
@@ -66,7 +68,7 @@ def _case(
     interleaved: bool = False,
     dtype: str = "bfloat16",
     cache: str = "",
-    codes: bool = False,
+    codes: str = "",
     quick: bool = False,
     differentiate: tuple[str, ...] = (),
 ) -> Case:
@@ -85,7 +87,7 @@ def _case(
 
         def rows_of_cache(key: jax.Array) -> jax.Array:
             if codes:
-                return jax.random.randint(key, stored, -127, 128, jnp.int8)
+                return jax.random.randint(key, stored, -127, 128).astype(codes)
             return jax.random.normal(key, stored, cache or dtype)
 
         scales = {n: jnp.ones(stored[:-1], jnp.bfloat16) for n in ("k_scale", "v_scale")} if codes else {}

@@ -67,13 +67,15 @@ def quantise(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
       kind: of the codes, a key of `CODES`.
 
     Returns:
-      int8 [..., n]; of four bits uint8 [..., n / 2], as `records.numbers` reads them.
+      [..., n]; of four bits [..., n / 2], as `records.numbers` reads them.
     """
     of = CODES[kind]
     x = x.astype(jnp.float32)
     scales = (jnp.max(jnp.abs(x), axis=-1) / of.largest).astype(SCALES)
     steps = scales.astype(jnp.float32)[..., None]
     steps = x / jnp.where(steps == 0, 1, steps)
+    if of.largest == 1:
+        return steps.astype(of.dtype), scales
     if of.per_byte == 1:
         return jnp.clip(jnp.round(steps), -of.largest, of.largest).astype(of.dtype), scales
     # Code c stands for the odd number 2c - 15, the nearest to all from 2c - 16 to 2c - 14.

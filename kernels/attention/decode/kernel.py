@@ -96,7 +96,7 @@ def shares(
 
         def beside(slot: jax.Array, at: Index) -> list[jax.Array]:
             """Positions of slots, and scales, if there are any, of their keys and values."""
-            refs = () if k_scale_ref is None else (k_scale_ref, v_scale_ref)
+            refs = (k_scale_ref, v_scale_ref) if kv.quantised else ()
             return [plgpu.load(kv_positions_ref.at[row, slot]), *(plgpu.load(ref.at[at]) for ref in refs)]
 
         def step(block: jax.Array, carry: tuple[tuple[jax.Array, ...], ...]) -> tuple[tuple[jax.Array, ...], ...]:
@@ -106,7 +106,7 @@ def shares(
             following = beside(*slots_of(jnp.minimum(block + 1, last))) if ahead else []
             kv_position, *scales = now or beside(slot, at)
             k, v = load_tile(k_ref, at, of_k.width), load_tile(v_ref, at, of_v.width)
-            k_scales, v_scales = map(read.factors, scales) if scales else (None, None)
+            k_scales, v_scales = map(decoder.factors, scales) if scales else (None, None)
             keys, values = read.numbers(k, kv.k.dtype, block), read.numbers(v, kv.v.dtype, block)
             if call.slots % block_k:
                 lane = block * block_k + jnp.arange(block_k, dtype=jnp.int32)

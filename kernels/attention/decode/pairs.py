@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from llama_jax.kernels.attention.assembly import FIELDS, FLOAT, UNIT, Field
+from llama_jax.kernels.attention.assembly import FIELDS, FLOAT, Field
 from llama_jax.kernels.attention.codes import Decoder, Parts
 from llama_jax.kernels.attention.records import KeysValues
 from llama_jax.kernels.pallas import Index, tile_width
@@ -91,9 +91,6 @@ class Reader(Protocol):
           block: see `Decoder.numbers`.
         """
 
-    def factors(self, scales: jax.Array) -> jax.Array:
-        """Scales as float32 factors on these numbers."""
-
 
 @dataclass(frozen=True)
 class ByNumbers:
@@ -108,14 +105,10 @@ class ByNumbers:
     def numbers(self, tile: jax.Array, dtype: DTypeLike, block: jax.Array) -> list[jax.Array]:
         return self.decoder.numbers(tile, block)
 
-    def factors(self, scales: jax.Array) -> jax.Array:
-        scales = scales.astype(jnp.float32)
-        return scales * UNIT if self.decoder.by_assembly else scales
-
 
 @dataclass(frozen=True)
 class ByPairs:
-    """Two bytes of codes at a time; numbers are bfloat16, divided by `assembly.UNIT`."""
+    """Two bytes of codes at a time; numbers are as `assembly.made_of` says."""
 
     parts = staticmethod(Pairs.of)
 
@@ -126,9 +119,6 @@ class ByPairs:
         if jnp.dtype(dtype) == FLOAT:
             return [_converted(tile, _FLOATS.format(which=which), jnp.float16) for which in "ab"]
         return [_numbers(tile, field, which) for field in FIELDS[jnp.dtype(dtype).name] for which in BYTES]
-
-    def factors(self, scales: jax.Array) -> jax.Array:
-        return scales.astype(jnp.float32) * UNIT
 
 
 def reader(kv: KeysValues, decoder: Decoder) -> Reader:
