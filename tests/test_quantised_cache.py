@@ -178,7 +178,9 @@ def test_what_is_no_number_stays_none(bad: float, kind: str) -> None:
     np.testing.assert_array_equal(np.isfinite(np.asarray(scales, np.float32)), [True, False])
 
 
-@pytest.mark.parametrize(("kv_dtype", "pair"), [("int8", 2 * 130), ("k8v4", 130 + 66), ("int4", 2 * 66), ("fp8", 2 * 130)])
+@pytest.mark.parametrize(
+    ("kv_dtype", "pair"), [("int8", 2 * 130), ("k8v4", 130 + 66), ("int4", 2 * 66), ("fp8", 2 * 130)]
+)
 def test_bytes(kv_dtype: str, pair: int) -> None:
     assert pair_bytes(128, 2) == 512
     assert pair_bytes(128, 2, kv_dtype) == pair
@@ -200,7 +202,8 @@ def test_heads_that_do_not_fill_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "flavour"), [("mi300x", "fp8_fnuz"), ("mi355x", "fp8"), ("rx9070xt", "fp8"), ("h200", "fp8"), ("cpu", "fp8")]
+    ("target", "flavour"),
+    [("mi300x", "fp8_fnuz"), ("mi355x", "fp8"), ("rx9070xt", "fp8"), ("h200", "fp8"), ("cpu", "fp8")],
 )
 def test_floats_of_the_flavour_that_a_device_has(target: str, flavour: str) -> None:
     assert stored_dtype("fp8", jnp.bfloat16, find(target)) == flavour

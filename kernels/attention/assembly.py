@@ -45,16 +45,13 @@ _FLOATS = """{{
 }}""".format()
 
 _numbers_p = Primitive("numbers_of_codes")
-_numbers_p.def_abstract_eval(
-    lambda codes, assembly: jax.core.ShapedArray(codes.shape, jnp.dtype(made_of(codes.dtype).dtype))
-)
+_numbers_p.def_abstract_eval(lambda codes, assembly, made: jax.core.ShapedArray(codes.shape, made))
 
 
 @lowering.register_lowering(_numbers_p)
-def _lower(ctx: Any, codes: Any, *, assembly: str) -> Any:
-    (made,) = ctx.avals_out
-    element = ir.F16Type if made.dtype == jnp.float16 else ir.BF16Type
-    result = ir.RankedTensorType.get(made.shape, element.get())
+def _lower(ctx: Any, codes: Any, *, assembly: str, made: Any) -> Any:
+    element = ir.F16Type if made == jnp.float16 else ir.BF16Type
+    result = ir.RankedTensorType.get(ir.RankedTensorType(codes.type).shape, element.get())
     return triton.elementwise_inline_asm(
         [result], assembly, constraints="=r,=r,r", pure=False, packed_element=4, args=[codes]
     )
@@ -104,13 +101,15 @@ def made_of(dtype: DTypeLike) -> Made:
     return Made(jnp.float16, 1) if jnp.dtype(dtype) == FLOAT else Made(jnp.bfloat16, UNIT)
 
 
-def numbers(codes: jax.Array) -> list[jax.Array]:
-    """The numbers of a tile of codes, as `made_of` says: by halves of a head where a byte holds two codes."""
-    if codes.dtype == FLOAT:
-        return [_numbers_p.bind(codes, assembly=_FLOATS)]
+def numbers(codes: jax.Array, given: DTypeLike) -> list[jax.Array]:
+    """The numbers of a tile of codes in the dtype `given`, as `made_of` says: by halves of a head where a byte holds two
+    codes."""
+    made = jnp.dtype(made_of(given).dtype)
+    if jnp.dtype(given) == FLOAT:
+        return [_numbers_p.bind(codes, assembly=_FLOATS, made=made)]
     found = []
-    for field in FIELDS[codes.dtype.name]:
+    for field in FIELDS[jnp.dtype(given).name]:
         bits = {"mask": f"0x{field.mask * 0x00010001:08x}", "flip": f"0x{field.flip * 0x01010101:08x}"}
         assembly = _PAIRS.format(**bits, factor=_twice(field.factor), zero=_twice(field.added))
-        found.append(_numbers_p.bind(codes, assembly=assembly))
+        found.append(_numbers_p.bind(codes, assembly=assembly, made=made))
     return found

@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llama_jax.kernels import float8
-from llama_jax.kernels.attention import assembly
+from llama_jax.kernels.attention import assembly, float8
 from llama_jax.kernels.attention.records import KeysValues
-from llama_jax.kernels.float8 import lacks_floats
 from llama_jax.kernels.pallas import Index, dot, load_row, load_tile, store_tile, tile_width
 from llama_jax.targets import Target, current
 
@@ -61,10 +59,10 @@ def _upper(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
 
 
-def _parts(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """`records.numbers` of a tile, by `Parts`."""
-    if jnp.issubdtype(tile.dtype, jnp.floating):
-        return [float8.converted(tile, dtype)]
+def _parts(tile: jax.Array, given: Any, dtype: DTypeLike) -> list[jax.Array]:
+    """`records.numbers` of a tile of codes in the dtype `given`, by `Parts`."""
+    if given.name in float8.FLAVOURS:
+        return [float8.widened(tile, given, dtype)]
     codes = [tile]
     if tile.dtype == jnp.uint8:
         wide = tile.astype(jnp.int32)
@@ -100,20 +98,22 @@ class Decoder:
         made = assembly.made_of(kv.k.dtype) if by_assembly else assembly.Made(dtype, 1)
         return cls(*made, by_assembly, apart)
 
-    def numbers(self, tile: jax.Array, block: jax.Array) -> list[jax.Array]:
+    def numbers(self, tile: jax.Array, given: DTypeLike, block: jax.Array) -> list[jax.Array]:
         """A tile of keys or values [slots, columns] in the dtype of products, by `Parts`.
 
         Args:
+          given: the dtype of keys or values, of which the tile has the `float8.bits`.
           block: a number >= 0 of which the compiler knows no more.
         """
-        if tile.dtype.itemsize > 1:
+        given = jnp.dtype(given)
+        if given.itemsize > 1:
             return [tile.astype(self.dtype)]
         if self.by_assembly:
-            return assembly.numbers(tile)
+            return assembly.numbers(tile, given)
         if not self.apart:
-            return _parts(tile, self.dtype)
+            return _parts(tile, given, self.dtype)
         nothing = [jnp.zeros(tile.shape, self.dtype)] * (2 if tile.dtype == jnp.uint8 else 1)
-        return jax.lax.fori_loop(0, jnp.minimum(block + 1, 1), lambda *_: _parts(tile, self.dtype), nothing)
+        return jax.lax.fori_loop(0, jnp.minimum(block + 1, 1), lambda *_: _parts(tile, given, self.dtype), nothing)
 
     def scales(self, ref: Any, index: Index, valid: jax.Array | None) -> jax.Array | None:
         """float32 [slots], factors on the numbers of the slots at `index`, zeros where not valid; None without any."""
@@ -139,7 +139,7 @@ def scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:
 
 def lacks(kv: KeysValues, head_dim: int, target: Target) -> str | None:
     """The reason why kernels with such codes do not fit a target; None if they do."""
-    if (lack := lacks_floats(kv.k.dtype, target)) is not None:
+    if (lack := float8.lacks(kv.k.dtype, target)) is not None:
         return lack
     if kv.quantised and target.arch.startswith("gfx11") and head_dim > 128:
         return f"with codes of head_dim {head_dim} {target.arch} would spill registers"

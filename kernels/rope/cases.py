@@ -51,7 +51,9 @@ def rope_cases() -> Sequence[Case]:
         _case("paged chunk d80 interleaved", rows=2, length=7, heads=(1, 5, 80), paged=True, interleaved=True),
         _case("one row g1 float16", rows=1, length=1, heads=(4, 1, 128), paged=True, dtype="float16"),
         _case("codes d64", rows=3, length=1, heads=(2, 4, 64), codes="int8", quick=True),
-        _case("codes paged interleaved", rows=5, length=2, heads=(3, 1, 32), paged=True, interleaved=True, codes="int8"),
+        _case(
+            "codes paged interleaved", rows=5, length=2, heads=(3, 1, 32), paged=True, interleaved=True, codes="int8"
+        ),
         _case("codes fp8 paged", rows=5, length=2, heads=(2, 2, 64), paged=True, codes="float8_e4m3fn"),
         _case("codes fp8 fnuz", rows=3, length=1, heads=(2, 2, 64), codes="float8_e4m3fnuz"),
         _case("wider cache", rows=4, length=1, heads=(2, 2, 32), dtype="bfloat16", cache="float32"),

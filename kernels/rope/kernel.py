@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llama_jax.kernels.attention.float8 import narrowed
 from llama_jax.kernels.attention.records import Codes
-from llama_jax.kernels.float8 import converted
 from llama_jax.kernels.pallas import MIN_CONTRACTION, dot, next_power_of_2
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -141,7 +142,7 @@ def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
 
 def _codes(steps: jax.Array, kind: Codes) -> jax.Array:
     if kind.largest == 1:
-        return converted(steps, kind.dtype)
+        return narrowed(steps, kind.dtype)
     return jnp.clip(_rounded(steps), -kind.largest, kind.largest).astype(kind.dtype)
 
 

@@ -13,8 +13,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llama_jax.kernels.attention import float8
 from llama_jax.kernels.attention.records import CODES
-from llama_jax.kernels.float8 import lacks_floats
 from llama_jax.kernels.pallas import MAX_ELEMENTS, MIN_CONTRACTION
 from llama_jax.kernels.rope import kernel
 from llama_jax.kernels.rope.coding import signs
@@ -57,7 +57,7 @@ def unsupported(
     if k_scale is not None:
         if k.dtype != v.dtype or k.dtype.name not in EIGHT_BITS:
             return f"codes are {k.dtype} and {v.dtype}, it takes those of eight bits"
-        if not interpret and (lack := lacks_floats(k.dtype, target)) is not None:
+        if not interpret and (lack := float8.lacks(k.dtype, target)) is not None:
             return lack
         head_dim = qkv.shape[-1]
         if target.vendor == "amd" and target.wave_size == 32 and head_dim > 64:

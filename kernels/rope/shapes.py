@@ -30,7 +30,11 @@ class RopeShape:
     @property
     def name(self) -> str:
         """Such as "h32 kv8 d128, 8 rows, paged"."""
-        notes = ["paged"] * bool(self.page_size) + ["interleaved"] * self.interleaved + [f"{self.codes} cache"] * bool(self.codes)
+        notes = (
+            ["paged"] * bool(self.page_size)
+            + ["interleaved"] * self.interleaved
+            + [f"{self.codes} cache"] * bool(self.codes)
+        )
         notes += [self.dtype] * (self.dtype != "bfloat16")
         return ", ".join([f"h{self.heads} kv{self.kv_heads} d{self.head_dim}", f"{self.rows} rows", *notes])
 

@@ -46,7 +46,9 @@ def backends(
 
     with on(ruled(mesh)):
         shape = {"rows": rows, "tokens": tokens, "capacity": capacity}
-        attention = attention_backends(config, target, dtype, **shape, cache_dtype=stored_dtype(kv_dtype, dtype, target))
+        attention = attention_backends(
+            config, target, dtype, **shape, cache_dtype=stored_dtype(kv_dtype, dtype, target)
+        )
     moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)
     if moe is None:
         return Backends(attention, "")

@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
+from llama_jax.kernels.attention import float8
 from llama_jax.kernels.attention.assembly import FIELDS, FLOAT, Field
 from llama_jax.kernels.attention.codes import Decoder, Parts
 from llama_jax.kernels.attention.records import KeysValues
@@ -100,10 +101,10 @@ class ByNumbers:
     parts = staticmethod(Parts.of)
 
     def stored(self, x: jax.Array) -> jax.Array:
-        return x
+        return float8.bits(x)
 
     def numbers(self, tile: jax.Array, dtype: DTypeLike, block: jax.Array) -> list[jax.Array]:
-        return self.decoder.numbers(tile, block)
+        return self.decoder.numbers(tile, dtype, block)
 
 
 @dataclass(frozen=True)
