@@ -102,8 +102,8 @@ def made_of(dtype: DTypeLike) -> Made:
 
 
 def numbers(codes: jax.Array, given: DTypeLike) -> list[jax.Array]:
-    """The numbers of a tile of codes in the dtype `given`, as `made_of` says: by halves of a head where a byte holds two
-    codes."""
+    """The numbers of a tile of codes in the dtype `given`, as `made_of` says: by halves of a head where a byte holds
+    two."""
     made = jnp.dtype(made_of(given).dtype)
     if jnp.dtype(given) == FLOAT:
         return [_numbers_p.bind(codes, assembly=_FLOATS, made=made)]

@@ -53,8 +53,9 @@ SCHEMES = {
 def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Decodes codes [..., bytes] without their scales: [..., head_dim], exact in every dtype.
 
-    Codes of eight bits, integers or floats, are the numbers. Two of four bits, c in the low half of a byte and d in the high one, represent
-    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, as many below 0 as above.
+    Codes of eight bits, integers or floats, are the numbers. Two of four bits, c in the low half of a byte and d in the
+    high one, represent 2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, as many below 0 as
+    above.
     """
     if codes.dtype == jnp.uint8:
         halves = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
