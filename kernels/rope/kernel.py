@@ -14,6 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from llama_jax.kernels.attention.float8 import narrowed
 from llama_jax.kernels.attention.records import Codes
 from llama_jax.kernels.pallas import MIN_CONTRACTION, dot, next_power_of_2
+from llama_jax.kernels.rope.coding import no_negative_zeros
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
 
 def _codes(steps: jax.Array, kind: Codes) -> jax.Array:
     if kind.largest == 1:
-        return narrowed(steps, kind.dtype)
+        return narrowed(no_negative_zeros(steps), kind.dtype)
     return jnp.clip(_rounded(steps), -kind.largest, kind.largest).astype(kind.dtype)
 
 
