@@ -16,9 +16,13 @@ MANY = 512
 
 
 def rope_shape(qkv: jax.Array, *args: Any, page: Any = None, k_scale: Any = None, **kwargs: Any) -> str:
-    """For example "d128 g4 paged codes few": head_dim, query heads of a key/value head, up to 512 tokens."""
+    """For example "d128 g4 paged codes few", "d64 g3 dense fp8 codes few": head_dim, query heads of a key/value head,
+    up to 512 tokens."""
     found = args[5] if len(args) > 5 else page
+    k = args[2] if len(args) > 2 else kwargs["k"]
     codes = " codes" if (args[6] if len(args) > 6 else k_scale) is not None else ""
+    if codes and k.dtype.name.startswith("float8"):
+        codes = " fp8 codes"
     many = "many" if qkv.shape[0] * qkv.shape[1] > MANY else "few"
     return f"d{qkv.shape[-1]} g{qkv.shape[-2] - 2} {'dense' if found is None else 'paged'}{codes} {many}"
 
