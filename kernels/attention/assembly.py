@@ -90,14 +90,14 @@ FLOAT = "float8_e4m3fn"
 
 
 class Made(NamedTuple):
-    """What codes become: numbers in a dtype, divided by a unit."""
+    """Numbers that codes become: their dtype, and the unit that they are divided by."""
 
     dtype: Any
     unit: int
 
 
 def made_of(dtype: DTypeLike) -> Made:
-    """What codes of that dtype become."""
+    """Describes the numbers that codes of a dtype become."""
     return Made(jnp.float16, 1) if jnp.dtype(dtype) == FLOAT else Made(jnp.bfloat16, UNIT)
 
 
