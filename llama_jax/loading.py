@@ -101,7 +101,7 @@ def load(
     """
     runtime.enable_compilation_cache()
     named = checked_backends(kernels)
-    check_kv_dtype(kv_dtype)
+    check_kv_dtype(kv_dtype, current())
     check_kernels_once(notify)
     target = runtime.default_dtype() if dtype is None else jnp.dtype(dtype)
     wanted = None if weights is None else requested(weights)

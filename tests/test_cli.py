@@ -413,6 +413,7 @@ def test_show_checkpoint(model: Path) -> None:
         "int8": 2 * 2 * (8 + 2),
         "k8v4": 2 * (8 + 2 + 4 + 2),
         "int4": 2 * 2 * (4 + 2),
+        "fp8": 2 * 2 * (8 + 2),
     }
     assert (facts["layers"], facts["heads"], facts["kv_heads"], facts["context"]) == (1, 4, 2, 256)
     assert (facts["dtype"], facts["chat_template"], facts["source"]) == ("float32", TEMPLATE, "huggingface hf")

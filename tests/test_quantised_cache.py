@@ -38,7 +38,9 @@ from llama_jax.kernels.rope.coding import quantise
 from llama_jax.measure.static import time_static
 from llama_jax.model import forward
 from llama_jax.model.loaded import Model
+from llama_jax.plan.search import make_plan
 from llama_jax.plan.workload import Workload
+from llama_jax.targets import find
 
 CONFIG = tiny_config(LayerSpec(mlp=24), LayerSpec("sliding", 3, mlp=24))
 PARAMS = random_params(CONFIG)
@@ -92,15 +94,19 @@ class RoundedLayer:
 
         def rounded(x: jax.Array, bits: str, *, turned: bool) -> jax.Array:
             x = x @ turn if turned else x
-            largest = {"8": 127, "4": 15}[bits]
+            largest = {"8": 127, "4": 15, "f": 1}[bits]
             step = (jnp.max(jnp.abs(x), axis=-1, keepdims=True) / largest).astype(jnp.bfloat16).astype(jnp.float32)
-            if bits == "8":
+            if bits == "f":  # four significant bits, from steps of 2 ** -9
+                x = x / step
+                unit = jnp.exp2(jnp.maximum(jnp.floor(jnp.log2(jnp.maximum(jnp.abs(x), 2.0**-9))), -6) - 3)
+                x = jnp.round(x / unit) * unit * step
+            elif bits == "8":
                 x = jnp.clip(jnp.round(x / step), -127, 127) * step
             else:
                 x = jnp.clip(2 * jnp.floor(x / step / 2) + 1, -15, 15) * step  # the nearest odd number
             return x @ turn.T / (turn @ turn.T)[0, 0] if turned else x
 
-        of_k, of_v = {"int8": "88", "k8v4": "84", "int4": "44"}[self.scheme]
+        of_k, of_v = {"int8": "88", "k8v4": "84", "int4": "44", "fp8": "ff", "fp8_fnuz": "ff"}[self.scheme]
         k, v = rounded(k, of_k, turned=True), rounded(v, of_v, turned=of_v == "4")
         out, layer = self.layer.attend(q, k, v, *rest)
         return out, RoundedLayer(layer, self.scheme)
@@ -172,7 +178,9 @@ def test_what_is_no_number_stays_none(bad: float, kind: str) -> None:
     np.testing.assert_array_equal(np.isfinite(np.asarray(scales, np.float32)), [True, False])
 
 
-@pytest.mark.parametrize(("kv_dtype", "pair"), [("int8", 2 * 130), ("k8v4", 130 + 66), ("int4", 2 * 66)])
+@pytest.mark.parametrize(
+    ("kv_dtype", "pair"), [("int8", 2 * 130), ("k8v4", 130 + 66), ("int4", 2 * 66), ("fp8", 2 * 130)]
+)
 def test_bytes(kv_dtype: str, pair: int) -> None:
     assert pair_bytes(128, 2) == 512
     assert pair_bytes(128, 2, kv_dtype) == pair
@@ -191,6 +199,40 @@ def test_heads_that_do_not_fill_bytes() -> None:
     with pytest.raises(RequestError, match="heads of 7 numbers") as caught:
         shapes((1, 2, 3, 7), "k8v4")
     assert caught.value.hint == "choose int8"
+
+
+@pytest.mark.parametrize(
+    ("target", "flavour"),
+    [("mi300x", "fp8_fnuz"), ("mi355x", "fp8"), ("rx9070xt", "fp8"), ("h200", "fp8"), ("cpu", "fp8")],
+)
+def test_floats_of_the_flavour_that_a_device_has(target: str, flavour: str) -> None:
+    assert stored_dtype("fp8", jnp.bfloat16, find(target)) == flavour
+    kind = CODES[flavour]
+    assert shapes((2, 8), flavour)["k"] == jax.ShapeDtypeStruct((2, 8), jnp.dtype(kind.dtype))
+
+
+@pytest.mark.parametrize("target", ["mi210", "rx7900xtx", "a100"])
+def test_devices_without_floats_of_eight_bits(target: str) -> None:
+    for ask in (
+        lambda: stored_dtype("fp8", jnp.bfloat16, find(target)),
+        lambda: make_plan(preset("llama-3.2-1b"), find(target), None, Workload(kv_dtype="fp8")),
+    ):
+        with pytest.raises(RequestError, match="no floats of eight bits") as caught:
+            ask()
+        assert "int8" in caught.value.hint
+    result = CliRunner().invoke(cli, ["plan", "llama-3.2-1b", "--target", target, "--kv-dtype", "fp8"])
+    assert result.exit_code == 2
+
+
+def test_floats_of_both_flavours_are_the_nearest() -> None:
+    x = np.random.default_rng(3).standard_normal((200, 64)).astype(np.float32)
+    found = {kind: [np.asarray(a, np.float32) for a in quantise(jnp.asarray(x), kind)] for kind in ("fp8", "fp8_fnuz")}
+    for codes, scales in found.values():
+        np.testing.assert_allclose(scales, np.abs(x).max(axis=-1), rtol=2**-8)
+        wrong = np.abs(codes * scales[:, None] - x) / scales[:, None]
+        assert (wrong <= np.maximum(np.abs(x / scales[:, None]) * 2**-4, 2**-10) * 1.001).all()
+    large = np.abs(found["fp8"][0]) > 1 / 64
+    np.testing.assert_array_equal(found["fp8"][0][large], found["fp8_fnuz"][0][large])
 
 
 # ---- every path computes with the same codes
@@ -222,6 +264,8 @@ SLOW = pytest.mark.slow
     [
         ("dense", "int8", "auto"),
         ("paged", "int4", "auto"),
+        ("paged", "fp8", "auto"),
+        pytest.param("dense", "fp8_fnuz", "pallas_interpret", marks=SLOW),
         pytest.param("paged", "int8", "auto", marks=SLOW),
         pytest.param("dense", "k8v4", "auto", marks=SLOW),
         pytest.param("dense", "int8", "pallas_interpret", marks=SLOW),
@@ -262,6 +306,7 @@ def test_packed_tokens(scheme: str) -> None:
     [
         ("dense", "k8v4"),
         ("paged", "int8"),
+        pytest.param("dense", "fp8", marks=SLOW),
         pytest.param("dense", "int8", marks=SLOW),
         pytest.param("paged", "int4", marks=SLOW),
     ],
@@ -351,6 +396,7 @@ def test_sizes_change_nothing(case: str, changes: dict[str, Any], scheme: str) -
         ("qwen2-bias", "int8", 0.05),
         ("llama-mqa", "k8v4", 0.2),
         ("llama-mqa", "int4", 0.2),
+        ("llama-mqa", "fp8", 0.1),
     ],
 )
 def test_logits_of_golden_models(case: str, scheme: str, most: float) -> None:
@@ -371,7 +417,7 @@ def test_only_what_caches_can_store() -> None:
         lambda: lj.load("nothing-of-this-name", kv_dtype="int2"),
         lambda: dataclasses.replace(tiny, kv_dtype="float64"),
         lambda: lj.LLM(tiny, kv_dtype="int2"),
-        lambda: lj.generate(tiny, None, [3, 4], kv_dtype="fp8"),
+        lambda: lj.generate(tiny, None, [3, 4], kv_dtype="fp8_fnuz"),
         lambda: Workload(kv_dtype="int3").check(preset("llama-3.2-1b")),
     ]
     for ask in asked:
@@ -455,4 +501,5 @@ def test_commands() -> None:
         "int8": 32 * 8 * 260,
         "k8v4": 32 * 8 * 196,
         "int4": 32 * 8 * 132,
+        "fp8": 32 * 8 * 260,
     }

@@ -117,6 +117,8 @@ def flash_cases() -> Sequence[Case]:
         ),
         make("int4, window d80", head_dim=80, visibility=Visibility("sliding", 37), scheme="int4"),
         make("k8v4, packed, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64, indexed=True, scheme="k8v4"),
+        make("fp8, packed, paged d128", head_dim=128, q_len=64, prefix=150, page_size=64, indexed=True, scheme="fp8"),
+        make("fp8_fnuz, window d80", head_dim=80, visibility=Visibility("sliding", 37), scheme="fp8_fnuz"),
     )
 
 
@@ -138,6 +140,9 @@ def decode_cases() -> Sequence[Case]:
         make("int4, paged d128", head_dim=128, page_size=64, scheme="int4", quick=True),
         make("k8v4, paged d64", head_dim=64, page_size=16, scheme="k8v4"),
         make("int4, 4 queries, soft cap, sinks d80", head_dim=80, q_len=4, soft_cap=9.0, sinks=True, scheme="int4"),
+        make("fp8, paged d128", head_dim=128, page_size=64, scheme="fp8"),
+        make("fp8, 4 queries, soft cap, sinks d80", head_dim=80, q_len=4, soft_cap=9.0, sinks=True, scheme="fp8"),
+        make("fp8_fnuz, paged d64", head_dim=64, page_size=16, scheme="fp8_fnuz"),
     )
 
 
@@ -253,10 +258,12 @@ def _case(
             "kv_positions": np.where(slot < lengths + q_len - padding, slot, -1).astype(np.int32),
         }
         for name, kind in zip("kv", (CODES[kind] for kind in SCHEMES.get(scheme, ())), strict=False):
-            limit = np.iinfo(kind.dtype)
-            low, shape = max(limit.min, -kind.largest), (*cache, head_dim // kind.per_byte)
-            scales = rng.uniform(0.2, 3, cache) * 2 / kind.largest
-            made[name] = rng.integers(low, limit.max + 1, shape, kind.dtype)
+            shape, scales = (*cache, head_dim // kind.per_byte), rng.uniform(0.2, 3, cache) * 2 / kind.largest
+            if kind.dtype.startswith("float"):
+                made[name] = rng.uniform(-1, 1, shape).astype(kind.dtype)
+            else:
+                limit = np.iinfo(kind.dtype)
+                made[name] = rng.integers(max(limit.min, -kind.largest), limit.max + 1, shape, kind.dtype)
             made[f"{name}_scale"] = scales.astype(jnp.bfloat16)
         if indexed:
             made["q_index"] = rng.permutation(batch * q_len).reshape(batch, q_len).astype(np.int32)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llama_jax.kernels.attention import assembly
+from llama_jax.kernels.attention import assembly, float8
 from llama_jax.kernels.attention.records import KeysValues
 from llama_jax.kernels.pallas import Index, dot, load_row, load_tile, store_tile, tile_width
 from llama_jax.targets import Target, current
@@ -59,8 +59,10 @@ def _upper(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(upper, jnp.bfloat16)
 
 
-def _parts(tile: jax.Array, dtype: DTypeLike) -> list[jax.Array]:
-    """`records.numbers` of a tile, by `Parts`."""
+def _parts(tile: jax.Array, given: Any, dtype: DTypeLike) -> list[jax.Array]:
+    """`records.numbers` of a tile of codes in the dtype `given`, by `Parts`."""
+    if given.name in float8.FLAVOURS:
+        return [float8.widened(tile, given, dtype)]
     codes = [tile]
     if tile.dtype == jnp.uint8:
         wide = tile.astype(jnp.int32)
@@ -75,7 +77,7 @@ class Decoder:
     """The way a kernel decodes codes to numbers, and scales to factors.
 
     Attributes:
-      dtype: of products.
+      dtype: of products; unit: what numbers are divided by.
       by_assembly: by NVIDIA's instructions (`assembly`).
       apart: in a loop of one turn. Triton hands codes to all waves and has each convert all of them, which doubles the
         instructions of attention. It moves nothing out of a loop: there each wave converts what it has loaded. Where
@@ -83,37 +85,45 @@ class Decoder:
     """
 
     dtype: DTypeLike
+    unit: int
     by_assembly: bool
     apart: bool
 
     @classmethod
     def of(cls, kv: KeysValues, dtype: DTypeLike, *, num_warps: int, num_stages: int, interpret: bool) -> Decoder:
-        """For a call on the current target."""
-        bits = jnp.dtype(dtype) == jnp.bfloat16
-        by_assembly = kv.quantised and bits and current().vendor == "nvidia" and not interpret
-        return cls(dtype, by_assembly, kv.quantised and not by_assembly and num_warps > 1 and num_stages == 1)
+        """For a call on the current target, and queries in `dtype`."""
+        by_assembly = kv.quantised and jnp.dtype(dtype) == jnp.bfloat16 and not interpret
+        by_assembly = by_assembly and current().vendor == "nvidia"
+        apart = kv.quantised and not by_assembly and num_warps > 1 and num_stages == 1
+        made = assembly.made_of(kv.k.dtype) if by_assembly else assembly.Made(dtype, 1)
+        return cls(*made, by_assembly, apart)
 
-    def numbers(self, tile: jax.Array, block: jax.Array) -> list[jax.Array]:
+    def numbers(self, tile: jax.Array, given: DTypeLike, block: jax.Array) -> list[jax.Array]:
         """A tile of keys or values [slots, columns] in the dtype of products, by `Parts`.
 
         Args:
+          given: the dtype of keys or values, of which the tile has the `float8.bits`.
           block: a number >= 0 of which the compiler knows no more.
         """
-        if tile.dtype not in (jnp.int8, jnp.uint8):
+        given = jnp.dtype(given)
+        if given.itemsize > 1:
             return [tile.astype(self.dtype)]
         if self.by_assembly:
-            return assembly.numbers(tile)
+            return assembly.numbers(tile, given)
         if not self.apart:
-            return _parts(tile, self.dtype)
+            return _parts(tile, given, self.dtype)
         nothing = [jnp.zeros(tile.shape, self.dtype)] * (2 if tile.dtype == jnp.uint8 else 1)
-        return jax.lax.fori_loop(0, jnp.minimum(block + 1, 1), lambda *_: _parts(tile, self.dtype), nothing)
+        return jax.lax.fori_loop(0, jnp.minimum(block + 1, 1), lambda *_: _parts(tile, given, self.dtype), nothing)
 
     def scales(self, ref: Any, index: Index, valid: jax.Array | None) -> jax.Array | None:
         """float32 [slots], factors on the numbers of the slots at `index`, zeros where not valid; None without any."""
         if ref is None:
             return None
-        scales = load_row(ref, index, valid, 0.0).astype(jnp.float32)
-        return scales * assembly.UNIT if self.by_assembly else scales
+        return self.factors(load_row(ref, index, valid, 0.0))
+
+    def factors(self, scales: jax.Array) -> jax.Array:
+        """Scales as float32 factors on the numbers of `numbers`."""
+        return scales.astype(jnp.float32) * self.unit
 
 
 def products(queries: Sequence[jax.Array], keys: Sequence[jax.Array]) -> jax.Array:
@@ -127,8 +137,10 @@ def scaled(x: jax.Array, scales: jax.Array | None) -> jax.Array:
     return x if scales is None else x * scales[None, :]
 
 
-def spills(kv: KeysValues, head_dim: int, target: Target) -> str | None:
-    """The reason why kernels with codes do not fit a target's registers; None if they do."""
+def lacks(kv: KeysValues, head_dim: int, target: Target) -> str | None:
+    """The reason why kernels with such codes do not fit a target; None if they do."""
+    if (lack := float8.lacks(kv.k.dtype, target)) is not None:
+        return lack
     if kv.quantised and target.arch.startswith("gfx11") and head_dim > 128:
         return f"with codes of head_dim {head_dim} {target.arch} would spill registers"
     return None

@@ -31,18 +31,31 @@ class Codes(NamedTuple):
     largest: int
 
 
-CODES = {"int8": Codes("int8", 1, 127), "int4": Codes("uint8", 2, 15)}
-"""Kinds of codes, by name."""
+CODES = {
+    "int8": Codes("int8", 1, 127),
+    "int4": Codes("uint8", 2, 15),
+    "fp8": Codes("float8_e4m3fn", 1, 1),
+    "fp8_fnuz": Codes("float8_e4m3fnuz", 1, 1),
+}
+"""Kinds of codes, by name. Floats are those of the OCP, and of CDNA 3: fnuz. Up to 1 both have the same numbers from
+1/64, and steps below that are far smaller than those near 1."""
 
-SCHEMES = {"int8": ("int8", "int8"), "k8v4": ("int8", "int4"), "int4": ("int4", "int4")}
+SCHEMES = {
+    "int8": ("int8", "int8"),
+    "k8v4": ("int8", "int4"),
+    "int4": ("int4", "int4"),
+    "fp8": ("fp8", "fp8"),
+    "fp8_fnuz": ("fp8_fnuz", "fp8_fnuz"),
+}
 """Kinds of the codes of keys and of values, by a name for both."""
 
 
 def numbers(codes: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Decodes codes [..., bytes] without their scales: [..., head_dim], exact in every dtype.
 
-    Codes of eight bits are the numbers. Two of four bits, c in the low half of a byte and d in the high one, represent
-    2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, as many below 0 as above.
+    Codes of eight bits, integers or floats, are the numbers. Two of four bits, c in the low half of a byte and d in the
+    high one, represent 2c - 15 in the first half of a head and 2d - 15 in the second: odd numbers, as many below 0 as
+    above.
     """
     if codes.dtype == jnp.uint8:
         halves = jnp.concatenate([codes & 15, codes >> 4], axis=-1)

@@ -105,6 +105,8 @@ class AttentionShape:
                 made[name] = jax.random.randint(own, struct.shape, -127, 128, struct.dtype)
             elif struct.dtype == jnp.uint8:
                 made[name] = jax.random.bits(own, struct.shape, struct.dtype)
+            elif str(struct.dtype).startswith("float8"):
+                made[name] = jax.random.uniform(own, struct.shape, jnp.bfloat16, -1, 1).astype(struct.dtype)
             elif jnp.issubdtype(struct.dtype, jnp.floating):
                 made[name] = jax.random.normal(own, struct.shape, struct.dtype)
             elif name in ("page_table", "q_index"):
@@ -184,6 +186,8 @@ PREFILLS = (
     AttentionShape(
         "llama-3.1-8b-int8-chunks-128", 31, 128, 8192, 32, 8, 128, page_size=64, indexed=True, scheme="int8"
     ),
+    AttentionShape("llama-3.1-8b-fp8-paged-64", 4, 512, 8192, 32, 8, 128, page_size=64, scheme="fp8"),
+    AttentionShape("llama-3.1-8b-fp8-fnuz-paged-64", 4, 512, 8192, 32, 8, 128, page_size=64, scheme="fp8_fnuz"),
     AttentionShape("llama-3.1-8b-int4", 4, 4096, 4096, 32, 8, 128, scheme="int4"),
     AttentionShape("llama-3.1-8b-k8v4-paged-64", 4, 512, 8192, 32, 8, 128, page_size=64, scheme="k8v4"),
     AttentionShape("llama-3.2-1b-int4-paged-16", 4, 512, 8192, 32, 8, 64, page_size=16, scheme="int4"),
@@ -262,6 +266,8 @@ DECODES = (
     AttentionShape("llama-3.1-8b-int8-drafts-8", 8, 8, 4096, 32, 8, 128, page_size=64, scheme="int8"),
     AttentionShape("llama-3.2-1b-int8-b8-s4096-paged-64", 8, 1, 4096, 32, 8, 64, page_size=64, scheme="int8"),
     AttentionShape("gemma-2-9b-heads-int8", 8, 1, 8192, 16, 8, 256, page_size=64, soft_cap=50.0, scheme="int8"),
+    AttentionShape("llama-3.1-8b-fp8-b8-s4096-paged-64", 8, 1, 4096, 32, 8, 128, page_size=64, scheme="fp8"),
+    AttentionShape("llama-3.1-8b-fp8-fnuz-b8-s4096-paged-64", 8, 1, 4096, 32, 8, 128, page_size=64, scheme="fp8_fnuz"),
     AttentionShape("llama-3.1-8b-int4-b8-s4096", 8, 1, 4096, 32, 8, 128, scheme="int4"),
     AttentionShape("llama-3.1-8b-int4-b256-s4096-paged-64", 256, 1, 4096, 32, 8, 128, page_size=64, scheme="int4"),
     AttentionShape("llama-3.1-8b-k8v4-b8-s4096-paged-64", 8, 1, 4096, 32, 8, 128, page_size=64, scheme="k8v4"),

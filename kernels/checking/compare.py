@@ -177,7 +177,7 @@ def _values(work: _Begun | Exception) -> list[np.ndarray]:
 def _trace_reference(op: Operation, case: Case, arrays: Arrays, gradients: bool) -> Traced:
     host = {name: np.asarray(x) for name, x in arrays.items()}
     wide = {
-        name: jnp.asarray(x.astype(np.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x)
+        name: jnp.asarray(x.astype(np.float32) if jnp.issubdtype(x.dtype, jnp.floating) and x.itemsize > 1 else x)
         for name, x in host.items()
     }
     return trace(op.backends[REFERENCE].run, case, wide, gradients=gradients, jointly=True)

@@ -67,19 +67,27 @@ def quantise(x: jax.Array, kind: str) -> tuple[jax.Array, jax.Array]:
       kind: of the codes, a key of `CODES`.
 
     Returns:
-      int8 [..., n]; of four bits uint8 [..., n / 2], as `records.numbers` reads them.
+      [..., n]; of four bits [..., n / 2], as `records.numbers` reads them.
     """
     of = CODES[kind]
     x = x.astype(jnp.float32)
     scales = (jnp.max(jnp.abs(x), axis=-1) / of.largest).astype(SCALES)
     steps = scales.astype(jnp.float32)[..., None]
     steps = x / jnp.where(steps == 0, 1, steps)
+    if of.largest == 1:
+        return no_negative_zeros(steps).astype(of.dtype), scales
     if of.per_byte == 1:
         return jnp.clip(jnp.round(steps), -of.largest, of.largest).astype(of.dtype), scales
     # Code c stands for the odd number 2c - 15, the nearest to all from 2c - 16 to 2c - 14.
     codes = jnp.clip(jnp.floor(steps / 2) + 8, 0, 15).astype(of.dtype)
     first, second = jnp.split(codes, 2, axis=-1)
     return first | second << 4, scales
+
+
+def no_negative_zeros(x: jax.Array) -> jax.Array:
+    """Zeros in place of what rounds to zero in eight-bit floats: the bits of -0 are a NaN in those of CDNA 3, and
+    compilers write them."""
+    return jnp.where(jnp.abs(x) <= 2.0**-11, 0.0, x)
 
 
 @quantise.defjvp

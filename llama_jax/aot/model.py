@@ -133,10 +133,12 @@ def compile_model(
     first, last = plan.shapes.capacities[0], plan.shapes.capacities[-1]
     say(f"compiling prefill of {rows} x {chunk} tokens for {mesh.size} x {target.name}")
     dtypes: dict[str, Any] = {"dtype": dtype, "kv_dtype": kv_dtype}
-    program = prefill_program(config, mesh, batch=rows, capacity=first, chunk=chunk, **dtypes)
+    with abstract_device(target, mesh):
+        program = prefill_program(config, mesh, batch=rows, capacity=first, chunk=chunk, **dtypes)
     prefill = compiled(program, rows * chunk, first, 0, overlapped=cut > 1)
     say(f"compiling a decode step of {rows} rows for {mesh.size} x {target.name}")
-    program = decode_program(config, mesh, batch=rows, capacity=last, **dtypes)
+    with abstract_device(target, mesh):
+        program = decode_program(config, mesh, batch=rows, capacity=last, **dtypes)
     read = cache_read_bytes(split, dtype.itemsize, rows, min(last, workload.context), mesh, kv_dtype)
     return ModelCompilation(
         plan=plan, batch=rows, chunk=chunk, prefill=prefill, decode=compiled(program, rows, last, read)

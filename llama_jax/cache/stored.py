@@ -16,29 +16,50 @@ from jax.typing import DTypeLike
 from llama_jax.errors import RequestError
 from llama_jax.kernels.attention.records import CODES, SCHEMES, KeysValues
 from llama_jax.kernels.rope.coding import SCALES, block, encoded, hadamard, turns_values
+from llama_jax.targets import Target, current
 
-KV_DTYPES = tuple(SCHEMES)
-"""Names of the formats of keys and values in caches, besides the model's own dtype."""
+KV_DTYPES = tuple(name for name in SCHEMES if name != "fp8_fnuz")
+"""Names of the formats of keys and values in caches, besides the model's own dtype. "fp8" is "fp8_fnuz" where a device
+has floats of eight bits of that flavour."""
 
 FIELDS = ("k", "v", "k_scale", "v_scale")
 """Of a cache's layer: numbers or codes [..., head_dim], or [..., head_dim / 2] of four bits, and scales [...] or None.
 A whole cache has tuples of these."""
 
 
-def check_kv_dtype(kv_dtype: str | None) -> None:
-    """Raises RequestError unless caches can store that dtype; None means the model's."""
+def check_kv_dtype(kv_dtype: str | None, target: Target | None = None) -> None:
+    """Raises RequestError unless caches can store that dtype, on a target if one is given; None means the model's."""
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise RequestError(
             f"a cache cannot store {kv_dtype!r}",
             param="kv_dtype",
             hint=f"choose {' or '.join(KV_DTYPES)}, or leave it out for the dtype of the model",
         )
+    if kv_dtype == "fp8" and target is not None and target.vendor != "cpu" and target.rates.fp8_flavour is None:
+        raise RequestError(
+            f"{target.label or target.name} has no floats of eight bits",
+            param="kv_dtype",
+            hint="choose int8: it takes as many bytes and is more exact",
+        )
 
 
-def stored_dtype(kv_dtype: str | None, dtype: DTypeLike) -> str:
-    """The name of what a cache stores keys and values in, for a model that computes in `dtype`: that of a dtype, or one
-    of KV_DTYPES."""
-    return jnp.dtype(dtype).name if kv_dtype is None else kv_dtype
+def stored_dtype(kv_dtype: str | None, dtype: DTypeLike, target: Target | None = None) -> str:
+    """The name of what a cache stores keys and values in, for a model that computes in `dtype`: that of a dtype, or a
+    key of `SCHEMES`.
+
+    Args:
+      target: of the cache; the current one by default.
+
+    Raises:
+      RequestError: the target has no floats of eight bits.
+    """
+    if kv_dtype is None:
+        return jnp.dtype(dtype).name
+    if kv_dtype == "fp8":
+        target = target or current()
+        check_kv_dtype(kv_dtype, target)
+        return "fp8_fnuz" if target.rates.fp8_flavour == "fnuz" else "fp8"
+    return kv_dtype
 
 
 def dtype_of(k: Any, v: Any, k_scale: Any) -> str:
@@ -57,7 +78,7 @@ def shapes(shape: Sequence[int], dtype: DTypeLike) -> dict[str, jax.ShapeDtypeSt
     """`FIELDS` of a layer with keys [*slots, head_dim], as shapes.
 
     Args:
-      dtype: one that caches can store numbers in, or a name of `KV_DTYPES`.
+      dtype: one that caches can store numbers in, or a key of `SCHEMES`.
 
     Raises:
       RequestError: the head has no such codes.

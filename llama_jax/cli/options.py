@@ -113,9 +113,9 @@ weights_option: Decorator = click.option(
 )
 kv_dtype_option: Decorator = click.option(
     "--kv-dtype",
-    type=click.Choice(("int8", "k8v4", "int4")),
-    help="Quantise the cache: to about a half (int8), 3/8 (k8v4: keys in 8 bits, values in 4) or a quarter (int4, "
-    "which changes what small models say). [default: kept in the dtype of the model]",
+    type=click.Choice(("int8", "k8v4", "int4", "fp8")),
+    help="Quantise the cache: to about a half (int8; fp8, less exact), 3/8 (k8v4: keys in 8 bits, values in 4) or a "
+    "quarter (int4, which changes what small models say). [default: kept in the dtype of the model]",
 )
 batch_tokens_option: Decorator = click.option(
     "--batch-tokens", type=int, metavar="N", help="Tokens at once. [default: 16384 on a GPU, 2048 on a CPU]"

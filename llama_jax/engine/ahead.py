@@ -126,7 +126,7 @@ def compile_engine(
     """
     say = progress or (lambda line: None)
     dtype = jnp.dtype(dtype)
-    check_kv_dtype(kv_dtype)
+    check_kv_dtype(kv_dtype, target)
     for each in (config, draft):
         if each is not None:
             check(each, mesh_shape)

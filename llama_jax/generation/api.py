@@ -39,7 +39,7 @@ def generate(
       prompt: text, continued verbatim, or token ids. For a conversation pass `encode_chat(tokenizer, messages)`.
       params: sampling parameters. Without them decoding is greedy.
       page_size: tokens per cache page: 16, 32, 64, 128 or 256; the answer is the same.
-      kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default the model's own.
+      kv_dtype: "int8", "k8v4", "int4" or "fp8" for a quantised cache (`load`); by default the model's own.
       adapter: name of one of the model's adapters (`load`), a folder, or an `Adapter`.
       fields: fields of SamplingParams, e.g. `max_tokens=128`.
 

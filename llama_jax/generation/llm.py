@@ -79,7 +79,7 @@ class LLM:
           max_adapter_rank: the largest rank; by default that of the given ones, and at least 16 with `max_adapters`.
           draft: a smaller model with the same vocabulary, on the same devices, for speculative decoding (`drafts=` is
             the number of tokens per draft); or its name.
-          kv_dtype: "int8", "k8v4" or "int4" for a quantised cache (`load`); by default the model's own.
+          kv_dtype: "int8", "k8v4", "int4" or "fp8" for a quantised cache (`load`); by default the model's own.
           ahead: compile every program now; otherwise each is compiled at its first use.
           room: initial capacity of a sequence in tokens (possibly rounded up) if no context is given.
           peak: the device's peak rates, for `mbu` and `mfu` of `snapshot`; by default those of its data sheet.

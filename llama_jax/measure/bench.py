@@ -36,6 +36,7 @@ from llama_jax.plan.costs import prefill_flops, step_bytes
 from llama_jax.plan.step_costs import Peak
 from llama_jax.recipe import check_activations, requested, schemes
 from llama_jax.sharding import DeviceMesh, on
+from llama_jax.targets import current
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def random_model(
 ) -> Model:
     """A preset's shape with random weights made on the device or devices, fused as by `load`; `mesh`, `weights`,
     `kv_dtype`, `activations` and `notify` are those of `load`."""
-    check_kv_dtype(kv_dtype)
+    check_kv_dtype(kv_dtype, current())
     wanted, config = requested(weights), preset(name)
     held = config if wanted is None else config.replace(schemes=schemes(config, wanted))
     check_activations(held, activations)

@@ -15,6 +15,7 @@ from llama_jax.model.weights import compute_dtype
 from llama_jax.params import Params, count_params
 from llama_jax.runtime import device_name
 from llama_jax.sharding import DeviceMesh
+from llama_jax.targets import current
 
 if TYPE_CHECKING:
     from llama_jax.adapters import Adapter
@@ -48,7 +49,7 @@ class Model:
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_kv_dtype(self.kv_dtype)
+        check_kv_dtype(self.kv_dtype, None if self.kv_dtype is None else current())
 
     def __repr__(self) -> str:
         """One line: `Model(smollm2-135m-instruct, 134.5M parameters, float32, cpu:0)`."""

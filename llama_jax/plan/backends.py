@@ -48,7 +48,8 @@ def backends(
 
     with on(ruled(mesh)):
         shape = {"rows": rows, "tokens": tokens, "capacity": capacity}
-        attention = attention_backends(config, target, dtype, **shape, cache_dtype=stored_dtype(kv_dtype, dtype))
+        stored = stored_dtype(kv_dtype, dtype, target)
+        attention = attention_backends(config, target, dtype, **shape, cache_dtype=stored)
     x, weight = array(rows * tokens, config.hidden_size), array(config.hidden_size)
     norm = choose(add_rms_norm_op, target, "auto", x, x, weight, eps=config.rms_norm_eps).backend
     moe = next((layer.mlp for layer in config.layers if isinstance(layer.mlp, MoeSpec)), None)

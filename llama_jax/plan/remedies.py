@@ -32,7 +32,7 @@ def _found(config: LlamaConfig, plan: Plan) -> Iterator[str]:
     if plan.largest_context and plan.largest_context > workload.prompt:
         yield f"--context {plan.largest_context}"
     if workload.kv_dtype is None:
-        for name in KV_DTYPES:
+        for name in (each for each in KV_DTYPES if each != "fp8"):  # which is as large as int8
             smaller = replace(workload, kv_dtype=name)
             if make_plan(config, target, plan.mesh, smaller, memory_fraction=plan.verdict.fraction).fits:
                 yield f"--kv-dtype {name}"

@@ -110,6 +110,6 @@ def calls(config: LlamaConfig, target: Target, mesh: AnyMesh, workload: Workload
             batch=rows,
             prompt=padded,
             capacity=slots[0],
-            cache_dtype=stored_dtype(workload.kv_dtype, workload.dtype),
+            cache_dtype=stored_dtype(workload.kv_dtype, workload.dtype, target),
         )
     return Calls(local_rows(rows, mesh), chunk, padded, slots)

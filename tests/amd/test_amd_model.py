@@ -92,6 +92,8 @@ CASES = [
         *product(("pallas_triton",), MODELS, ARCHS, ("bfloat16",)),
         ("reference", "experts", "gfx942", "bfloat16"),
         ("pallas_triton", "dense", "gfx942", "int8"),
+        ("reference", "dense", "gfx942", "fp8_fnuz"),
+        ("pallas_triton", "dense", "gfx950", "fp8"),
     ]
 ]
 
@@ -102,6 +104,8 @@ def test_prefill_and_decode(arch: str, backend: str, model: str, dtype: str) -> 
     chosen = named(backend)
     if not chosen:
         pytest.skip(f"no operation has a backend {backend}")
+    # A step of an eight-bit float is a sixteenth of it: some codes are neighbours of the CPU's.
+    tolerance = (2 if dtype.startswith("fp8") else 1) * TOLERANCE
     cfg = MODELS[model]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(cfg))
     tokens = np.random.default_rng(1).integers(0, cfg.vocab_size, (1, PROMPT + STEPS)).astype(np.int32)
@@ -121,7 +125,7 @@ def test_prefill_and_decode(arch: str, backend: str, model: str, dtype: str) -> 
         (got, cache), report = compile_on(arch, prefill, *first).run(*first)
         kernels = Counter(report.kernels)
         print(f"prefill on {arch}: {report.wave_instructions} wave instructions, {dict(report.kernels)}")
-        assert error(got, want) < TOLERANCE
+        assert error(got, want) < tolerance
         amd_step = compile_on(arch, step, params, tokens[:, :1], positions[:, :1], cache)
         for n in range(PROMPT, PROMPT + STEPS):
             now = (tokens[:, n : n + 1], positions[:, n : n + 1])
@@ -129,11 +133,11 @@ def test_prefill_and_decode(arch: str, backend: str, model: str, dtype: str) -> 
             kernels += report.kernels
             with using(**named("reference")):
                 want, want_cache = cpu_step(params, *now, want_cache)
-            assert error(got, want) < TOLERANCE
+            assert error(got, want) < tolerance
         print(f"decode step on {arch}: {report.wave_instructions} wave instructions, {dict(report.kernels)}")
     for mine, theirs in zip(numbers(cache), numbers(want_cache), strict=True):
         used = slice(0, PROMPT + STEPS)
-        assert error(mine[:, :, used], theirs[:, :, used]) < TOLERANCE
+        assert error(mine[:, :, used], theirs[:, :, used]) < tolerance
     np.testing.assert_array_equal(cache.positions, want_cache.positions)
     assert int(cache.length) == PROMPT + STEPS
     if backend != "reference":

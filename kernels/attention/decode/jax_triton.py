@@ -11,7 +11,7 @@ from llama_jax.kernels.attention.decode import call as calls
 from llama_jax.kernels.attention.decode.call import Call
 from llama_jax.kernels.attention.decode.partition import Shares
 from llama_jax.kernels.attention.decode.tiles import Tiles
-from llama_jax.kernels.attention.records import SCHEMES, KeysValues, Places, Rule
+from llama_jax.kernels.attention.records import KeysValues, Places, Rule
 from llama_jax.kernels.dispatch import jax_triton
 from llama_jax.kernels.dispatch.jax_triton import Launch
 from llama_jax.targets import Target
@@ -21,8 +21,8 @@ __all__ = ["Tiles", "run", "unsupported"]
 
 def unsupported(target: Target, q: jax.Array, kv: KeysValues, *args: Any, **arguments: Any) -> str | None:
     """The reason the kernels cannot run these arguments on that target, or None."""
-    if "int4" in SCHEMES.get(kv.scheme, ()):
-        return "it takes no codes of four bits"
+    if kv.scheme not in ("", "int8"):
+        return f"it takes codes in int8, not in {kv.scheme}"
     return jax_triton.unsupported(target) or calls.unsupported(q, kv, *args, **arguments)
 
 

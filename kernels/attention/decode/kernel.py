@@ -78,7 +78,7 @@ def shares(
         flat = row_block * height + jnp.arange(height, dtype=jnp.int32)
         query = jnp.minimum(flat // call.group, call.queries - 1)
         of_query: Index = (row, query, head * call.group + flat % call.group)
-        q = of_k.load(q_ref, of_query)
+        q = [x.astype(decoder.dtype) for x in of_k.load(q_ref, of_query)]
         q_position = plgpu.load(q_positions_ref.at[row, query])
 
         def slots_of(block: jax.Array) -> tuple[jax.Array, Index]:
@@ -103,10 +103,9 @@ def shares(
             (total, top, *acc), now = carry
             slot, at = slots_of(block)
             # All loads are issued before the first wait: a barrier of the products delays everything after it.
-            following = beside(*slots_of(jnp.minimum(block + 1, last))) if ahead else []
             kv_position, *scales = now or beside(slot, at)
             k, v = load_tile(k_ref, at, of_k.width), load_tile(v_ref, at, of_v.width)
-            k_scales, v_scales = map(read.factors, scales) if scales else (None, None)
+            k_scales, v_scales = map(decoder.factors, scales) if scales else (None, None)
             keys, values = read.numbers(k, kv.k.dtype, block), read.numbers(v, kv.v.dtype, block)
             if call.slots % block_k:
                 lane = block * block_k + jnp.arange(block_k, dtype=jnp.int32)
@@ -125,15 +124,19 @@ def shares(
             logits = jnp.where(see, logits, MASKED)
             above = jnp.maximum(top, jnp.max(logits, axis=1))
             weights, decay = exp2(logits - above[:, None]), exp2(top - above)
-            weighted = scaled(weights, v_scales).astype(q_ref.dtype)
+            weighted = scaled(weights, v_scales).astype(decoder.dtype)
+            # Behind the last use of this block's, whose registers they take: a copy at the end would wait for them.
+            following = beside(*slots_of(jnp.minimum(block + 1, last))) if ahead else []
             acc = [x * decay[:, None] + dot(weighted, of_part) for x, of_part in zip(acc, values, strict=True)]
-            return (total * decay + jnp.sum(weights, axis=1), above, *acc), tuple(following)
+            return (total * decay[:, None] + weights, above, *acc), tuple(following)
 
-        zero = jnp.zeros((height,), jnp.float32)
-        init = (zero, zero + NONE, *(jnp.zeros((height, of_v.width), jnp.float32) for _ in range(of_v.number)))
+        # Sums of weights by columns: summing up these too takes barriers, and is done once.
+        total, top = jnp.zeros((height, block_k), jnp.float32), jnp.full((height,), NONE, jnp.float32)
+        init = (total, top, *(jnp.zeros((height, of_v.width), jnp.float32) for _ in range(of_v.number)))
         first = beside(*slots_of(jnp.minimum(start, last))) if ahead else []
         (total, top, *acc), _ = jax.lax.fori_loop(start, stop, step, (init, tuple(first)))
 
+        total = jnp.sum(total, axis=1)
         some, real = total > 0, (flat < call.rows) & (start < stop)
         total = jnp.where(some, total, 1.0)
         of_v.store(out_ref, (index, head, flat), [x / total[:, None] for x in acc], real)

@@ -21,7 +21,8 @@ import numpy as np
 from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
-from llama_jax.kernels.attention.assembly import FIELDS, UNIT, Field
+from llama_jax.kernels.attention import float8
+from llama_jax.kernels.attention.assembly import FIELDS, FLOAT, Field
 from llama_jax.kernels.attention.codes import Decoder, Parts
 from llama_jax.kernels.attention.records import KeysValues
 from llama_jax.kernels.pallas import Index, tile_width
@@ -91,9 +92,6 @@ class Reader(Protocol):
           block: see `Decoder.numbers`.
         """
 
-    def factors(self, scales: jax.Array) -> jax.Array:
-        """Scales as float32 factors on these numbers."""
-
 
 @dataclass(frozen=True)
 class ByNumbers:
@@ -103,19 +101,15 @@ class ByNumbers:
     parts = staticmethod(Parts.of)
 
     def stored(self, x: jax.Array) -> jax.Array:
-        return x
+        return float8.bits(x)
 
     def numbers(self, tile: jax.Array, dtype: DTypeLike, block: jax.Array) -> list[jax.Array]:
-        return self.decoder.numbers(tile, block)
-
-    def factors(self, scales: jax.Array) -> jax.Array:
-        scales = scales.astype(jnp.float32)
-        return scales * UNIT if self.decoder.by_assembly else scales
+        return self.decoder.numbers(tile, dtype, block)
 
 
 @dataclass(frozen=True)
 class ByPairs:
-    """Two bytes of codes at a time; numbers are bfloat16, divided by `assembly.UNIT`."""
+    """Two bytes of codes at a time; numbers are as `assembly.made_of` says."""
 
     parts = staticmethod(Pairs.of)
 
@@ -123,10 +117,9 @@ class ByPairs:
         return jax.lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.int16)
 
     def numbers(self, tile: jax.Array, dtype: DTypeLike, block: jax.Array) -> list[jax.Array]:
+        if jnp.dtype(dtype) == FLOAT:
+            return [_converted(tile, _FLOATS.format(which=which), jnp.float16) for which in "ab"]
         return [_numbers(tile, field, which) for field in FIELDS[jnp.dtype(dtype).name] for which in BYTES]
-
-    def factors(self, scales: jax.Array) -> jax.Array:
-        return scales.astype(jnp.float32) * UNIT
 
 
 def reader(kv: KeysValues, decoder: Decoder) -> Reader:
@@ -149,6 +142,15 @@ _TWO = """{{
 }}"""
 
 
+_FLOATS = """{{
+    .reg .b32 w;
+    .reg .b16 a, b;
+    prmt.b32 w, $1, 0, 0x3120;
+    mov.b32 {{a, b}}, w;
+    cvt.rn.f16x2.e4m3x2 $0, {which};
+}}"""
+
+
 def _numbers(pairs: jax.Array, field: Field, which: str) -> jax.Array:
     """A field of one byte of each pair, as in `assembly`."""
     factor, zero = (int(np.asarray(x, jnp.bfloat16).view(np.uint16)) for x in (field.factor, field.added))
@@ -156,7 +158,11 @@ def _numbers(pairs: jax.Array, field: Field, which: str) -> jax.Array:
     asm = _TWO.format(
         which=which, flip=f"{field.flip * 0x01010101:#x}", **{name: f"{x * 0x00010001:#x}" for name, x in twice.items()}
     )
-    out = jax.ShapeDtypeStruct(pairs.shape, jnp.bfloat16)
+    return _converted(pairs, asm, jnp.bfloat16)
+
+
+def _converted(pairs: jax.Array, asm: str, dtype: DTypeLike) -> jax.Array:
+    out = jax.ShapeDtypeStruct(pairs.shape, dtype)
     (made,) = plgpu.elementwise_inline_asm(asm, args=[pairs], constraints="=r,r", pack=2, result_shape_dtypes=[out])
     numbers: jax.Array = made
     return numbers

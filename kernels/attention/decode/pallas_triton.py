@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from llama_jax.kernels.attention.codes import spills
+from llama_jax.kernels.attention.codes import lacks
 from llama_jax.kernels.attention.decode import call
 from llama_jax.kernels.attention.decode.kernel import combine, shares
 from llama_jax.kernels.attention.decode.tiles import Tiles
@@ -30,7 +30,7 @@ def unsupported(
         return f"{target.arch} has no matrix instruction for float32, and the kernels would spill registers"
     if any(x.size > MAX_ELEMENTS and x.size * x.dtype.itemsize <= WIDE_BYTES for x in (kv.k, kv.v)):
         return f"its offsets into an array of {kv.k.size} bytes would not be right"
-    return (None if interpret else spills(kv, q.shape[3], target)) or call.unsupported(q, kv, *args, **arguments)
+    return (None if interpret else lacks(kv, q.shape[3], target)) or call.unsupported(q, kv, *args, **arguments)
 
 
 def run(

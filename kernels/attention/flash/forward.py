@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from llama_jax.kernels.attention import float8
 from llama_jax.kernels.attention.codes import Decoder, Parts, products, scaled
 from llama_jax.kernels.attention.flash.blocks import (
     LOG2_E,
@@ -88,7 +89,7 @@ def forward(
         if at.q_index is not None:
             packed = load_row(at.q_index, (row, query), valid, q.shape[1])
             place, valid = (0, packed, head), packed < q.shape[1]
-        q_tile = of_k.load(q_ref, place, valid)
+        q_tile = [x.astype(decoder.dtype) for x in of_k.load(q_ref, place, valid)]
 
         def step(masked: bool, j: jax.Array, carry: _Softmax) -> _Softmax:
             acc, peak, total = carry
@@ -96,7 +97,7 @@ def forward(
             index = slot_index(table_ref, row, kv_head, start, tiles.block_k, page_size)
             slots = start + jnp.arange(tiles.block_k, dtype=jnp.int32)
             there = slots < kv_len if kv_len % tiles.block_k else None
-            keys = decoder.numbers(load_tile(k_ref, index, of_k.width, there), j)
+            keys = decoder.numbers(load_tile(k_ref, index, of_k.width, there), kv.k.dtype, j)
             logits = rule.logits(scaled(products(q_tile, keys), decoder.scales(k_scale_ref, index, there)))
             if masked:
                 see = sees(query_rows, load_slots(at, row, slots, there))
@@ -105,9 +106,9 @@ def forward(
             now = weights(logits, new_peak, rule.factor)
             shrink = exp2((peak - new_peak) * rule.factor)
             total = total * shrink + jnp.sum(now, axis=1)
-            values = decoder.numbers(load_tile(v_ref, index, of_v.width, there), j)
+            values = decoder.numbers(load_tile(v_ref, index, of_v.width, there), kv.v.dtype, j)
             now = scaled(now, decoder.scales(v_scale_ref, index, there))
-            narrowed = narrow(now, q.dtype, by_hand=rule.round_by_hand)
+            narrowed = narrow(now, decoder.dtype, by_hand=rule.round_by_hand)
             acc = [x * shrink[:, None] + dot(narrowed, part) for x, part in zip(acc, values, strict=True)]
             return _Softmax(acc, new_peak, total)
 
@@ -130,8 +131,8 @@ def forward(
     out, lse = launch(
         flash_attention_forward,
         of_k.split(q),
-        kv.k,
-        kv.v,
+        float8.bits(kv.k),
+        float8.bits(kv.v),
         kv.k_scale,
         kv.v_scale,
         sinks,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.errors import KernelError
-from llama_jax.kernels.attention.codes import spills
+from llama_jax.kernels.attention.codes import lacks
 from llama_jax.kernels.attention.flash.backward import Saved, backward
 from llama_jax.kernels.attention.flash.blocks import LOG2_E, Program
 from llama_jax.kernels.attention.flash.forward import forward
@@ -90,7 +90,7 @@ def unsupported(
         return f"scale {rule.scale} is not positive"
     if max(q.size, kv.k.size, kv.v.size) > MAX_ELEMENTS:
         return f"an array has more than {MAX_ELEMENTS} elements"
-    return (None if interpret else spills(kv, q.shape[3], target)) or beyond_kernels(
+    return (None if interpret else lacks(kv, q.shape[3], target)) or beyond_kernels(
         kv, replace(places, q_index=None), rule
     )
 
