@@ -29,32 +29,25 @@ def _plain(x: jax.Array, *, given: Any, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, given).astype(dtype)
 
 
-_converted_p = Primitive("float8_converted")
-_converted_p.def_abstract_eval(lambda x, given, dtype: jax.core.ShapedArray(x.shape, dtype))
+_widened_p = Primitive("float8_widened")
+_widened_p.def_abstract_eval(lambda x, given, dtype: jax.core.ShapedArray(x.shape, dtype))
 # Interpreted kernels run as plain JAX operations.
-_converted_p.def_impl(_plain)
-mlir.register_lowering(_converted_p, mlir.lower_fun(_plain, multiple_results=False))
+_widened_p.def_impl(_plain)
+mlir.register_lowering(_widened_p, mlir.lower_fun(_plain, multiple_results=False))
 
 
-@lowering.register_lowering(_converted_p)
+@lowering.register_lowering(_widened_p)
 def _lower(ctx: Any, x: Any, *, given: Any, dtype: Any) -> Any:
     shape = ctx.avals_out[0].shape
     before, after = (ir.RankedTensorType.get(shape, mlir.dtype_to_ir_type(each)) for each in (given, dtype))
     if x.type != before:
         x = triton.bitcast(before, x)
-    narrows = dtype.itemsize < given.itemsize
-    return triton.fp_to_fp(after, x, rounding=triton.RoundingMode.RTNE if narrows else None)
+    return triton.fp_to_fp(after, x)
 
 
 def widened(tile: jax.Array, given: DTypeLike, dtype: DTypeLike) -> jax.Array:
     """A tile of the `bits` of floats in the dtype `given`, as numbers in another one."""
-    out: jax.Array = _converted_p.bind(tile, given=jnp.dtype(given), dtype=jnp.dtype(dtype))
-    return out
-
-
-def narrowed(tile: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """A tile in a dtype of eight bits: the nearest, ties to even."""
-    out: jax.Array = _converted_p.bind(tile, given=tile.dtype, dtype=jnp.dtype(dtype))
+    out: jax.Array = _widened_p.bind(tile, given=jnp.dtype(given), dtype=jnp.dtype(dtype))
     return out
 
 

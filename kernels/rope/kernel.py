@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention.float8 import narrowed
-from llama_jax.kernels.attention.records import Codes
 from llama_jax.kernels.pallas import MIN_CONTRACTION, dot, next_power_of_2
-from llama_jax.kernels.rope.coding import no_negative_zeros
+
+LARGEST = 127
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Shape:
 
         return rope_and_store
 
-    def coded(self, kind: Codes) -> Callable[..., None]:
+    def coded(self) -> Callable[..., None]:
         """For a cache of codes of eight bits, as `coding.encoded` makes them.
 
         A Hadamard matrix H of n numbers is made of that of half as many, h: x H is (a h + b h, a h - b h) for the two
@@ -125,11 +124,12 @@ class Shape:
             there = None if exists is None else jnp.broadcast_to(exists, column.shape)
             for pair, out, scale_out in ((key, k_out, k_scale_out), (value, v_out, v_scale_out)):
                 largest = jnp.maximum(jnp.max(jnp.abs(pair[0])), jnp.max(jnp.abs(pair[1])))
-                scale = (largest / kind.largest).astype(scale_out.dtype)
+                scale = (largest / LARGEST).astype(scale_out.dtype)
                 step = scale.astype(jnp.float32)
                 step = jnp.where(step == 0, 1.0, step)
                 for c, numbers in zip((first, second), pair, strict=True):
-                    plgpu.store(out.at[entry, head, into, c], _codes(numbers / step, kind), mask=there)
+                    codes = jnp.clip(_rounded(numbers / step), -LARGEST, LARGEST).astype(out.dtype)
+                    plgpu.store(out.at[entry, head, into, c], codes, mask=there)
                 one = jnp.zeros((1,), jnp.int32)
                 exist = None if exists is None else jnp.broadcast_to(exists, (1,))
                 plgpu.store(scale_out.at[entry, head, into + one], jnp.broadcast_to(scale, (1,)), mask=exist)
@@ -139,12 +139,6 @@ class Shape:
 
 def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
     return plgpu.load(ref, mask=mask, other=None if mask is None else 0)
-
-
-def _codes(steps: jax.Array, kind: Codes) -> jax.Array:
-    if kind.largest == 1:
-        return narrowed(no_negative_zeros(steps), kind.dtype)
-    return jnp.clip(_rounded(steps), -kind.largest, kind.largest).astype(kind.dtype)
 
 
 def _rounded(x: jax.Array) -> jax.Array:

@@ -13,8 +13,6 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from llama_jax.kernels.attention import float8
-from llama_jax.kernels.attention.records import CODES
 from llama_jax.kernels.pallas import MAX_ELEMENTS, MIN_CONTRACTION
 from llama_jax.kernels.rope import kernel
 from llama_jax.kernels.rope.coding import signs
@@ -24,8 +22,6 @@ from llama_jax.targets import Target, current
 
 __all__ = ["Tiles", "run", "unsupported"]
 
-EIGHT_BITS = {kind.dtype: kind for kind in CODES.values() if kind.per_byte == 1}
-"""Kinds of codes, by dtype."""
 DTYPES = ("bfloat16", "float16", "float32")
 MOST_TOKENS = 512
 """Tokens of a call above which starting kernels no longer counts, and XLA's have not been beaten."""
@@ -55,10 +51,8 @@ def unsupported(
     if not interpret and tokens > MOST_TOKENS:
         return f"{tokens} tokens are more than {MOST_TOKENS}"
     if k_scale is not None:
-        if k.dtype != v.dtype or k.dtype.name not in EIGHT_BITS:
+        if (k.dtype.name, v.dtype.name) != ("int8", "int8"):
             return f"codes are {k.dtype} and {v.dtype}, it takes those of eight bits"
-        if not interpret and (lack := float8.lacks(k.dtype, target)) is not None:
-            return lack
         head_dim = qkv.shape[-1]
         if target.vendor == "amd" and target.wave_size == 32 and head_dim > 64:
             return f"heads of {head_dim}: with codes RDNA's registers hold 64"
@@ -136,7 +130,7 @@ def _forward(
     # Said at every lowering, see `kernels.pallas.launch`.
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     q, *stored = pl.pallas_call(
-        shape.coded(EIGHT_BITS[k.dtype.name]) if coded else shape.plain(),
+        shape.coded() if coded else shape.plain(),
         grid=(tokens, kv_heads),
         out_shape=(
             jax.ShapeDtypeStruct((tokens, kv_heads, group, head_dim), qkv.dtype),

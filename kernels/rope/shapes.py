@@ -15,7 +15,6 @@ class RopeShape:
 
     Attributes:
       page_size: of a paged cache; None of a dense one with 256 slots a row.
-      codes: the dtype of codes; "" for numbers.
     """
 
     rows: int
@@ -25,16 +24,12 @@ class RopeShape:
     page_size: int | None = None
     dtype: str = "bfloat16"
     interleaved: bool = False
-    codes: str = ""
+    codes: bool = False
 
     @property
     def name(self) -> str:
         """Such as "h32 kv8 d128, 8 rows, paged"."""
-        notes = (
-            ["paged"] * bool(self.page_size)
-            + ["interleaved"] * self.interleaved
-            + [f"{self.codes} cache"] * bool(self.codes)
-        )
+        notes = ["paged"] * bool(self.page_size) + ["interleaved"] * self.interleaved + ["int8 cache"] * self.codes
         notes += [self.dtype] * (self.dtype != "bfloat16")
         return ", ".join([f"h{self.heads} kv{self.kv_heads} d{self.head_dim}", f"{self.rows} rows", *notes])
 
@@ -53,8 +48,8 @@ class RopeShape:
             "qkv": jax.random.normal(keys[0], (self.rows, 1, self.kv_heads, parts, self.head_dim), self.dtype),
             "cos": jnp.cos(angles),
             "sin": jnp.sin(angles),
-            "k": cache.astype(self.codes or self.dtype),
-            "v": -cache.astype(self.codes or self.dtype),
+            "k": cache.astype(jnp.int8) if self.codes else cache,
+            "v": -cache.astype(jnp.int8) if self.codes else -cache,
             **(dict.fromkeys(("k_scale", "v_scale"), cache[..., 0]) if self.codes else {}),
             **places,
         }
@@ -70,11 +65,10 @@ MODELS = ((32, 8, 128), (32, 8, 64), (64, 8, 128))
 """Heads, key/value heads and head_dim of Llama 3.1 8B, 3.2 1B, 3.1 70B."""
 SHAPES = (
     *(RopeShape(rows, *model, page_size=size) for model in MODELS for rows in (1, 64) for size in (None, 64)),
-    *(RopeShape(rows, *MODELS[0], size, codes="int8") for rows in (1, 64) for size in (None, 64)),
-    RopeShape(1, *MODELS[1], codes="int8"),
-    RopeShape(8, 40, 8, 128, 64, interleaved=True, codes="int8"),
-    RopeShape(8, 16, 8, 256, 64, codes="int8"),
-    *(RopeShape(8, *MODELS[0], 64, codes=flavour) for flavour in ("float8_e4m3fn", "float8_e4m3fnuz")),
+    *(RopeShape(rows, *MODELS[0], size, codes=True) for rows in (1, 64) for size in (None, 64)),
+    RopeShape(1, *MODELS[1], codes=True),
+    RopeShape(8, 40, 8, 128, 64, interleaved=True, codes=True),
+    RopeShape(8, 16, 8, 256, 64, codes=True),
     RopeShape(8, 9, 3, 64),  # SmolLM2 135M
     RopeShape(8, 8, 1, 128),  # of eight devices
     RopeShape(8, 40, 8, 128, interleaved=True),  # Llama 4 Scout
