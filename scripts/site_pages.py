@@ -19,7 +19,7 @@ _PRE = re.compile(r"(<pre\b.*?</pre>)", re.DOTALL)
 _FILES = re.compile(r'<(?:script|img|link rel="(?:stylesheet|icon)")[^>]*? (?:src|href)="([^"#?:]+)(?:#only-light)?"')
 
 _NO_DEFAULT = "<code>Sentinel.UNSET</code>"
-"""What mkdocs-click makes of an option without a default."""
+"""The text of mkdocs-click for an option without a default."""
 
 
 def on_post_page(output: str, **_: Any) -> str:

@@ -30,14 +30,14 @@ _SIGNS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
     "--bundle",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.zip",
-    help="Also write the report, all packages, what the driver's tools say and tuned kernels here, for a bug report.",
+    help="Also write FILE.zip for a bug report: this report, all packages, output of the driver's tools, tuned kernels.",
 )
 @json_option
 def command(timeout: float, numerics: bool, bundle: Path | None, as_json: bool) -> None:
-    """Look at devices, versions, drivers and folders, and say what is missing and which command fixes it.
+    """Check devices, versions, drivers and folders, and print what is missing and which command fixes it.
 
-    Exits with 0 if there is no problem, 5 if jax cannot use a device that is there, 4 if a kernel computes
-    something else than the reference.
+    Exits with 0 if there is no problem, 5 if jax cannot use a device that is there, 4 if a kernel's results differ from
+    the reference.
     """
     from llama_jax.doctor import doctor
 
