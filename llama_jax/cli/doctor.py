@@ -30,7 +30,7 @@ _SIGNS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
     "--bundle",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.zip",
-    help="Also write FILE.zip for a bug report: this report, all packages, output of the driver's tools, tuned kernels.",
+    help="Also write FILE.zip for a bug report: this report, packages, output of the driver's tools, tuned kernels.",
 )
 @json_option
 def command(timeout: float, numerics: bool, bundle: Path | None, as_json: bool) -> None:
