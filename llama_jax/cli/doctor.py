@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llama_jax.cli.options import examples, json_option
-from llama_jax.cli.terminal import pairs_text, print_json, printable, size_text
+from llama_jax.cli.terminal import installing, pairs_text, print_json, printable, size_text
 
 if TYPE_CHECKING:
     from llama_jax.doctor import Report
@@ -96,5 +96,5 @@ def _text(report: Report) -> str:
     for check in report.checks:
         lines.append(f"{_SIGNS[check.status]} {check.name}: {check.detail}")
         if check.fix:
-            lines.append(f"        fix: {check.fix}")
+            lines.append(f"        fix: {installing(check.fix)}")
     return "\n".join(lines)
