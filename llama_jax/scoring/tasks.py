@@ -33,7 +33,7 @@ def adapter() -> ModuleType:
         raise RequestError(
             f"lm-eval cannot be imported: {error}",
             param="eval",
-            hint="install the extra eval: uv sync --extra eval, in a checkout",
+            hint="install the extra eval: uv sync --inexact --extra eval, in a checkout",
         ) from error
 
 
