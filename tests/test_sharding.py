@@ -57,7 +57,7 @@ def test_mesh_texts() -> None:
         ("tensor=٢", "positive size"),
         ("tensor=2,", "'' is not"),
         ("tensor=2,tensor=2", "'tensor' occurs twice"),
-        ("model=2", "'model' is no axis; there are data, fsdp"),
+        ("model=2", "'model' is not an axis; there are data, fsdp"),
         ("tensor=99999999999999999999", "positive size"),
         ("fsdp=2", "nothing is split over the axis 'fsdp'"),
         ("expert=4,tensor=2", "nothing is split over the axis 'expert'"),

@@ -37,7 +37,7 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
         try:
             limits[name] = float(limit)
         except ValueError:
-            raise click.BadParameter(f"{pair!r} is no NAME:MILLISECONDS, as in ttft:200", ctx, param) from None
+            raise click.BadParameter(f"{pair!r} is not a NAME:MILLISECONDS, as in ttft:200", ctx, param) from None
     return limits
 
 
