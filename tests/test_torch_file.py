@@ -154,7 +154,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "extension": (pickled(b"\x82\x01"), "instruction 0x82"),
     "attributes": (pickled(b"]}b"), "attributes of a list"),
     "attributes of a tensor": (pickled(tensor(storage("0", 4), 0, [4], [1]) + b"}b"), "attributes of a TensorView"),
-    "call of no function": (pickled(b"K\x01)R"), "no function"),
+    "call of no function": (pickled(b"K\x01)R"), "not a function"),
     "call without arguments": (pickled(named("torch._utils", "_rebuild_tensor_v2") + b")R"), "way that torch does not"),
     "class as a value": (pickled(named("torch", "FloatStorage") + b")R"), "way that torch does not"),
     "parameter of nothing": (pickled(called("torch._utils", "_rebuild_parameter", b"N")), "way that torch does not"),
@@ -173,9 +173,9 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "mark that is not there": (pickled(b"t"), "malformed"),
     "mark that stays": (pickled(b"N("), "values left over"),
     "empty stack": (pickled(b"\x87"), "malformed"),
-    "odd items": (pickled(b"}(Nu"), "no dict"),
-    "items of a list": (pickled(b"](NNu"), "no dict"),
-    "append to a dict": (pickled(b"}Na"), "no list"),
+    "odd items": (pickled(b"}(Nu"), "not a dict"),
+    "items of a list": (pickled(b"](NNu"), "not a dict"),
+    "append to a dict": (pickled(b"}Na"), "not a list"),
     "lying text": (pickled(b"X\xff\xff\xff\xffabc"), "announces 4294967295 bytes"),
     "lying bytes": (pickled(b"\x8d" + b"\xff" * 8), "announces 18446744073709551615 bytes"),
     "lying integer": (pickled(b"\x8b\xff\xff\xff\x7f"), "integer of 2147483647 bytes"),
@@ -186,8 +186,8 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "ends"),
     "not a dict": (pickled(b"N"), "holds a NoneType"),
     "not a tensor": (state_dict({"epoch": integer(3)}), "entry 'epoch' is a int"),
-    "number as a key": (pickled(b"}K\x01Ns"), "no name of a tensor"),
-    "long name": (state_dict({"a" * 100_000: b"N"}), "no name of a tensor"),
+    "number as a key": (pickled(b"}K\x01Ns"), "not the name of a tensor"),
+    "long name": (state_dict({"a" * 100_000: b"N"}), "not the name of a tensor"),
     "unknown storage class": (state_dict({"a": tensor(storage("0", 4, "QInt8Storage"), 0, [4], [1])}), "QInt8Storage"),
 }
 
@@ -302,7 +302,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], None], str]] = {
     "only a header": (lambda p: p.write_bytes(HEADER), "directory at its end is missing"),
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
     "git-lfs": (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
-    "plain pickle": (lambda p: p.write_bytes(pickled(called("os", "system", text("true")))), "no file of torch.save"),
+    "plain pickle": (lambda p: p.write_bytes(pickled(called("os", "system", text("true")))), "not a file of torch.save"),
 }
 
 
