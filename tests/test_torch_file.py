@@ -509,7 +509,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "safetensors in disguise": (
         lambda f: (f / "pytorch_model-00001-of-00003.bin").write_bytes(b"\x08\0\0\0\0\0\0\0{}      "),
-        "no file of torch.save",
+        "not a file of torch.save",
     ),
 }
 
