@@ -445,7 +445,10 @@ def test_a_control_token_is_spelled_as_one(tokenizer: Tokenizer) -> None:
         ([{"type": "custom"}], "tool 0 is not a function"),
         ([{"type": "function", "function": {"name": 'a"\n'}}], "tool 0 has the name"),
         ([{"type": "function", "function": {"name": "a"}}] * 2, "two tools are called 'a'"),
-        ([{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}], "not a schema of an object"),
+        (
+            [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}],
+            "not a schema of an object",
+        ),
         ([{"type": "function", "function": {"name": "a", "parameters": [1]}}], "not a schema of an object"),
     ],
 )

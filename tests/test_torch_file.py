@@ -302,7 +302,10 @@ ARCHIVES: dict[str, tuple[Callable[[Path], None], str]] = {
     "only a header": (lambda p: p.write_bytes(HEADER), "directory at its end is missing"),
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
     "git-lfs": (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
-    "plain pickle": (lambda p: p.write_bytes(pickled(called("os", "system", text("true")))), "not a file of torch.save"),
+    "plain pickle": (
+        lambda p: p.write_bytes(pickled(called("os", "system", text("true")))),
+        "not a file of torch.save",
+    ),
 }
 
 
