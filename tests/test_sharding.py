@@ -114,7 +114,7 @@ def test_more_places_than_devices() -> None:
     with pytest.raises(NoDevice, match=rf"data=2, tensor=64 needs 128 devices; there (is|are) {there} \(") as caught:
         sharding.make_mesh("data=2,tensor=64")
     assert caught.value.exit_code == 5
-    with pytest.raises(RequestError, match="no axis"):
+    with pytest.raises(RequestError, match="not an axis"):
         sharding.make_mesh(model=1)
     with pytest.raises(RequestError, match="positive size"):
         sharding.make_mesh(tensor=True)
