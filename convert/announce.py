@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llama_jax.checkpoint.format import MARKER, open_checkpoint
 from llama_jax.checkpoint.source import ModelSource
 from llama_jax.disk import existing_parent, size_text
 from llama_jax.params import ParamSpec
@@ -37,7 +38,7 @@ def announce(
     by_dtype: Counter[str] = Counter()
     for spec, dtype in dtypes.items():
         by_dtype[dtype.name if spec.scheme == PLAIN.name else spec.scheme] += spec.size * dtype.itemsize
-    before, after = sum(file.stat().st_size for file in weights), by_dtype.total()
+    before, after = sum(map(_size, weights)), by_dtype.total()
     dtype_name = by_dtype.most_common(1)[0][0]
     if warn_larger and after > LARGER * before:
         smaller, half = "", sum(s.size * (2 if s.scheme == PLAIN.name else d.itemsize) for s, d in dtypes.items())
@@ -56,3 +57,8 @@ def announce(
         f"Converting {model.path} ({size_text(before)}) to {dst} ({size_text(after)}, {dtype_name}; "
         f"{size_text(free)} are free)"
     )
+
+
+def _size(file: Path) -> int:
+    """Bytes of a source's file; of a checkpoint, which `weight_files` gives as one small file, those of its tensors."""
+    return open_checkpoint(file.parent).nbytes if file.name == MARKER else file.stat().st_size

@@ -102,7 +102,7 @@ _NEUTRAL: Mapping[str, Any] = {
 }
 """Keys that are not read, with the only value that has no effect."""
 _SAFETENSORS = "use the safetensors weights"
-NO_MODEL = "this is no whole language model; use another GGUF file, or the model's safetensors weights"
+NO_MODEL = "this is not a complete language model; use another GGUF file, or the model's safetensors weights"
 _OTHER_KINDS = {
     "adapter": (
         "a LoRA adapter",

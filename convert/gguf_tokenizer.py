@@ -108,7 +108,7 @@ def _strings(metadata: Mapping[str, object], key: str) -> list[str]:
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or not value:
         raise TokenizerError(f"{key} is missing or empty", hint=_DAMAGED)
     if not all(isinstance(item, str) for item in value):
-        raise TokenizerError(f"{key} holds something that is no string", hint=_DAMAGED)
+        raise TokenizerError(f"{key} holds something that is not a string", hint=_DAMAGED)
     return list(value)
 
 
@@ -145,7 +145,7 @@ def _merges(metadata: Mapping[str, object]) -> list[tuple[str, str]]:
         left, separator, right = merge.partition(" ")
         if not (left and separator and right) or " " in right:
             raise TokenizerError(
-                f"tokenizer.ggml.merges holds {merge!r:.80}, which is no pair", hint="the GGUF file is damaged"
+                f"tokenizer.ggml.merges holds {merge!r:.80}, which is not a pair", hint="the GGUF file is damaged"
             )
         pairs.append((left, right))
     return pairs

@@ -258,7 +258,7 @@ def _read_tokenizer(path: Path) -> bytes:
             )
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise TokenizerError(f"{file} has {file.stat().st_size:,} bytes", hint="this is no tokenizer of Llama")
+            raise TokenizerError(f"{file} has {file.stat().st_size:,} bytes", hint="this is not a tokenizer of Llama")
         return file.read_bytes()
     except OSError as e:
         raise TokenizerError(f"cannot read {file}: {e.strerror}", hint="check its permissions") from e

@@ -78,7 +78,7 @@ def read_ranks(data: bytes, *, name: str) -> list[bytes]:
                 raise ValueError
             tokens[int(rank)] = raw
         except (ValueError, binascii.Error) as e:
-            raise TokenizerError(f"{name}: line {number} is no token and its rank", hint=_AGAIN) from e
+            raise TokenizerError(f"{name}: line {number} is not a token and its rank", hint=_AGAIN) from e
     ranked = [tokens[rank] for rank in sorted(tokens)]
     if tokens.keys() != set(range(len(tokens))):
         raise TokenizerError(f"{name}: the ranks of its {len(tokens)} tokens have gaps", hint=_AGAIN)

@@ -47,39 +47,39 @@ def convert(
 ) -> Path:
     """Converts a model to a checkpoint of this package.
 
-    Tensors pass one by one, in the order of the source's files: the host holds the largest of them or 768 MiB, whatever
-    the model's size. Nothing stands at `dst` before all is done. A conversion that was stopped, in whatever way, leaves
-    what it has written in `<dst>.partial`; the same call resumes there, after checking every tensor's digest, and gives
-    the same result. A second conversion to the same place waits for the first.
+    Tensors are converted one by one, in the order of the source's files: the host holds the largest of them or 768 MiB,
+    whatever the model's size. `dst` appears only once it is complete. An interrupted conversion leaves its work in
+    `<dst>.partial`; the same call checks the digests there, resumes, and gives the same result. A second conversion to
+    the same place waits for the first.
 
     Args:
       src: a Hugging Face folder (config.json and safetensors or .bin), a folder of Meta (params.json and
         consolidated.*.pth) or a GGUF file; with a recipe or `wrap` also a checkpoint.
       dst: the checkpoint's folder.
-      dtype: stores all tensors that are not quantised as float32, bfloat16 or float16; their own dtype when None
-        (with a recipe bfloat16; of a GGUF file's quantised tensors that are decoded, float32).
-      dequantize: whether to decode weights that the source has quantised. By default they keep their precision, where
-        a layout of `llama_jax.quantized` can hold it.
-      recipe: quantises weights (those of a quantised source again).
+      dtype: float32, bfloat16 or float16 for all tensors that are not quantised. When None, their own dtype; bfloat16
+        with a recipe; float32 for decoded tensors of a GGUF file.
+      dequantize: whether to decode quantised weights. By default they keep their precision, if a layout of
+        `llama_jax.quantized` can hold it.
+      recipe: quantises weights (and requantises those of a quantised source).
       calibration: a text, for a recipe whose method needs one.
       overwrite: whether a checkpoint at `dst` may be replaced; it stays until the new one is complete.
-      allow_nonfinite: whether weights may have any values: NaN, infinite, subnormal, zero in most of the matrices.
-      warn_larger: whether to tell `notify` where the checkpoint will be more than twice as large as the source.
-      name: name of the model in the checkpoint's metadata, instead of that of the folder or file.
+      allow_nonfinite: whether to accept NaN, infinite and subnormal weights, and zeros in most of the matrices.
+      warn_larger: whether to tell `notify` if the checkpoint will be more than twice as large as the source.
+      name: the model's name in the metadata, instead of that of the folder or file.
       revision: the source's commit or digest, for the metadata.
       progress: called after each tensor.
-      notify: called with a sentence before it begins (sizes and free space) and before a wait, about what was left out
-        or looks strange, and when something is left for the same call to resume from.
-      quantised: called at the end for each leaf that the recipe quantised, with the size of its error (the root of the
-        mean square), as a share of the weight's; of its outputs' over the text, where it was calibrated.
-      wrap: makes another source of the opened one, whose weights are stored; its attribute `change` says what it did,
-        by which the same conversion is recognised when it resumes.
+      notify: called with a sentence on sizes and free space, waits, anything left out or strange, and work left to
+        resume from.
+      quantised: called at the end with each quantised leaf and its root-mean-square error relative to the weight; for a
+        calibrated leaf, that of its outputs over the text.
+      wrap: turns the opened source into another one to store; its attribute `change` identifies the change, so that an
+        interrupted conversion is recognised.
 
     Returns:
       `dst`, absolute.
 
     Raises:
-      ModelNotFound: nothing stands at `src`.
+      ModelNotFound: nothing is at `src`.
       UnsupportedModel: the model needs something that this package does not compute.
       RequestError: an unknown dtype, the recipe does not fit the model, or its method the calibration text.
       CheckpointError: the source is damaged or incomplete, changes meanwhile, or holds NaN; names file and tensor.

@@ -82,7 +82,7 @@ class SafetensorsFile(WeightFile):
             if len(value) != 3:
                 raise ValueError("it has more keys than dtype, shape and data_offsets")
             if not isinstance(shape, list) or not isinstance(value["data_offsets"], list):
-                raise TypeError("shape and data_offsets are no lists")
+                raise TypeError("shape and data_offsets are not lists")
             if len(shape) > _MAX_DIMS:
                 raise ValueError(f"{len(shape)} dimensions")
             if not all(type(n) is int and 0 <= n <= _MAX_BYTES for n in (*shape, begin, end)):
@@ -96,7 +96,7 @@ class SafetensorsFile(WeightFile):
 
 
 def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -98,7 +98,9 @@ class TorchFile(WeightFile):
             elif head == _OLD_MAGIC:
                 views, place = self._open_old()
             else:
-                raise CheckpointError(f"{self.path} is no file of torch.save: it begins with {head[:8]!r}", hint=AGAIN)
+                raise CheckpointError(
+                    f"{self.path} is not a file of torch.save: it begins with {head[:8]!r}", hint=AGAIN
+                )
         except PickleError as e:
             raise self._bad(str(e)) from e
         return {name: self._entry(name, view, place) for name, view in views.items()}
@@ -127,7 +129,7 @@ class TorchFile(WeightFile):
         archive = torch_zip.ZipDirectory(self._fd, self.path)
         roots = [name.removesuffix("data.pkl") for name in archive.members if name.endswith("/data.pkl")]
         if len(roots) != 1 or roots[0].count("/") != 1:
-            raise self._bad(f"it has {len(roots)} members called data.pkl, not one: it is no file of torch.save")
+            raise self._bad(f"it has {len(roots)} members called data.pkl, not one: it is not a file of torch.save")
         (root,) = roots
         if f"{root}byteorder" in archive.members and self._member(archive, f"{root}byteorder", 16) != b"little":
             raise self._bad("its numbers are big-endian, which is not supported")
@@ -182,7 +184,7 @@ def _state_dict(value: Any) -> dict[str, TensorView]:
         raise PickleError(f"it holds a {type(value).__name__}, not a state dict of named tensors")
     for key, tensor in value.items():
         if not isinstance(key, str) or len(key) > MAX_NAME:
-            raise PickleError("a key of its state dict is no name of a tensor")
+            raise PickleError("a key of its state dict is not the name of a tensor")
         if not isinstance(tensor, TensorView):
             raise PickleError(f"its entry {key!r:.200} is a {type(tensor).__name__}, not a tensor")
     return value

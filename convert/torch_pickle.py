@@ -164,12 +164,12 @@ class _Machine:
 
     def append(self, values: list[Any] | tuple[Any, ...]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise PickleError("its pickle appends to something that is no list")
+            raise PickleError("its pickle appends to something that is not a list")
         self.stack[-1].extend(values)
 
     def set_items(self, values: list[Any] | tuple[Any, ...]) -> None:
         if not isinstance(self.stack[-1], dict) or len(values) % 2:
-            raise PickleError("its pickle sets an item of something that is no dict")
+            raise PickleError("its pickle sets an item of something that is not a dict")
         for key, value in zip(values[::2], values[1::2], strict=True):
             # No tuples: the hash of one that holds another twice, and so on, takes time that doubles with each.
             if type(key) not in (str, int):
@@ -178,7 +178,7 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise PickleError("its pickle has a name that is no string")
+            raise PickleError("its pickle has a name that is not a string")
         if (module, name) not in _NAMES and not (module == "torch" and name in STORAGES):
             raise PickleError(f"its pickle names {module:.100}.{name:.100}, which no state dict needs; nothing was run")
         self.push(Name(module, name))
@@ -186,7 +186,7 @@ class _Machine:
     def call(self) -> None:
         function, args = self.pop(2)
         if not isinstance(function, Name) or not isinstance(args, tuple):
-            raise PickleError("its pickle calls something that is no function")
+            raise PickleError("its pickle calls something that is not a function")
         which = (function.module, function.name)
         if which == _DICT and not args:
             self.push({})

@@ -62,36 +62,28 @@ def load(
       adapter: a folder that peft wrote (LoRA and its kin), or an `Adapter`: the model computes with it. Or several by
         name, of which requests choose: `generate(adapter=NAME)`, `LLM`, `Engine`.
       dtype: compute dtype; by default float32 on a CPU and bfloat16 on a GPU.
-      weights: "stored" computes with quantised weights as they are stored, "float" decodes them to `dtype` first. By
-        default the first on an AMD GPU, and on one NVIDIA GPU if they are integers and not those of routed experts,
-        else the second (`llama_jax.recipe.usual_form`). The name of a
-        layout ("int8", "int4", "fp8", "int4_g128_zero", ...) quantises the model's weights while they are loaded, by
-        `llama_jax.recipe.recipe`; a quantised model is decoded first.
-      kv_dtype: "int8" quantises keys and values when they are stored, with a scale for each token and head: a cache of
-        about half the size. "k8v4" stores values in four bits, "int4" keys too (docs/quantization.md). By default they
+      weights: "stored" computes with quantised weights as they are, "float" decodes them to `dtype`; the default
+        depends on the device (`llama_jax.recipe.usual_form`). The name of a layout ("int8", "int4", "fp8",
+        "int4_g128_zero", ...) quantises the model while it is loaded, decoding a quantised one first.
+      kv_dtype: "int8", "k8v4" or "int4" quantises keys and values in the cache (docs/quantization.md); by default they
         are kept in `dtype`.
-      activations: "int8" rounds the inputs of quantised weights too, each token with its own scales, and multiplies
-        whole numbers; on a CPU by a kernel that is compiled once (docs/quantization.md). Weights are then kept as they
-        are stored, unless `weights` says otherwise. By default they are not rounded.
-      mesh: devices to split the model over, by the rules of `llama_jax.sharding` or its own (`make_mesh(rules=...)`):
-        heads, hidden units and the vocabulary over its axis "tensor", rows of a batch over "data". Without "tensor"
-        every device holds a copy of the parameters. `notify` is told of dimensions that are not simply split. "auto"
-        chooses a mesh by the devices of this machine and their free memory: the fewest devices that hold a copy of the
-        model with one row of 4096 tokens per device of the machine, the other devices holding further copies
-        (`llama_jax.plan.AutoMesh` sets other numbers). The choice, with its reason, goes to `notify`, and is
-        the model's `mesh`, None for one device.
+      activations: "int8" also rounds the inputs of quantised weights (docs/quantization.md), which are then kept as
+        stored, unless `weights` says otherwise. By default they are not rounded.
+      mesh: devices to split the model over, from `make_mesh`, by its own rules or those of `llama_jax.sharding`;
+        `notify` is told of dimensions that are not simply split. "auto", or a `llama_jax.plan.AutoMesh`, chooses by the
+        free memory of this machine's devices (docs/sharding.md); `notify` is told why, and the model's `mesh` is the
+        choice, None for one device.
       convert: False reads a source in another format directly and writes no converted copy to disk: the same tree,
         but without digests to check.
       verify: whether to check every tensor while loading: its digest, or, where there is none (`convert=False`), that
         it holds neither NaN nor infinity.
       fuse: whether to join projections that share their input (`llama_jax.model.fuse`), which is faster; False keeps
         the canonical tree, for training or for `Llama`.
-      kernels: the backend of operations in the programs that generate with this model, by name:
-        {"flash_attention": "reference"} or "flash_attention=reference,moe=pallas_triton". Others are chosen as usual,
-        by LLAMA_JAX_KERNELS first.
+      kernels: backends for the programs that generate with this model, {"flash_attention": "reference"} or
+        "flash_attention=reference,moe=pallas_triton". Other operations are chosen as usual.
       progress: called while converting and loading.
-      notify: called with one line of text before anything that takes long or uses the network. Before the default model
-        is downloaded, if its package is missing, you are asked in the terminal; LLAMA_JAX_YES=1 agrees beforehand.
+      notify: called with one line of text before anything that takes long or uses the network. If the default model's
+        package is missing, you are asked in the terminal before it is downloaded (LLAMA_JAX_YES=1 agrees).
 
     Raises:
       LlamaJaxError: the subclass says what is wrong; see `llama_jax.errors`. DoesNotFit: "auto" finds no mesh.

@@ -32,7 +32,7 @@ class Remote:
         """A server that is not asked anything yet; a URL that ends in /v1 is taken, too."""
         self.url = url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
-            raise RequestError(f"{url!r} is no URL of a server", param="url", hint="e.g. http://127.0.0.1:8000")
+            raise RequestError(f"{url!r} is not a URL of a server", param="url", hint="e.g. http://127.0.0.1:8000")
         self.headers = {"authorization": f"Bearer {key}"} if key else {}
 
     async def __aenter__(self) -> Self:
@@ -127,7 +127,7 @@ def _network(url: str) -> Iterator[None]:
             f"{url} does not answer: {what}", hint="is the server running, and the URL right?"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise NetworkError(f"{url} answers with what is no JSON: {error}", hint="is it OpenAI's API?") from error
+        raise NetworkError(f"{url} answers with what is not JSON: {error}", hint="is it OpenAI's API?") from error
 
 
 def refusal(status: int, text: str) -> LlamaJaxError:

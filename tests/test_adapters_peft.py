@@ -174,7 +174,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (UnsupportedModel, "which the model has none", {"target_modules": ["c_attn"]}),
         (CheckpointError, "r is 0", {"r": 0}),
         (CheckpointError, "r is 'four'", {"r": "four"}),
-        (CheckpointError, "no regular expression", {"target_modules": "(q_proj"}),
+        (CheckpointError, "not a regular expression", {"target_modules": "(q_proj"}),
         (CheckpointError, "no list of names", {"target_modules": [1]}),
         (CheckpointError, r"a \[8, 64\]", {"r": 8}),
         (CheckpointError, "lacks the low-rank weights of model.layers.0.mlp", {"target_modules": "all-linear"}),

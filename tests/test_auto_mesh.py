@@ -121,7 +121,7 @@ def test_requests() -> None:
     mesh = make_mesh(tensor=1)
     assert resolve_mesh(mesh, config, "float32") == mesh
     for wrong in ("tensor=2", 8):
-        with pytest.raises(RequestError, match="is no mesh") as caught:
+        with pytest.raises(RequestError, match="is not a mesh") as caught:
             resolve_mesh(wrong, config, "float32")  # type: ignore[arg-type]
         assert "make_mesh" in caught.value.hint
 

@@ -74,7 +74,7 @@ def completion_line(custom_id: str = "c", **body: Any) -> dict[str, Any]:
     [
         (None, [], "cannot read"),
         ([{"prompt": "a"}], ["--strict", "--out", "in.jsonl"], "same file"),
-        ([{"prompt": "a"}], ["--out", "no/folder.jsonl"], "no folder"),
+        ([{"prompt": "a"}], ["--out", "no/folder.jsonl"], "not a folder"),
         ([{"prompt": "a"}, {"prompt": 3}], ["--strict"], "line 2 of the input: prompt is int"),
         ([{"messages": [{"role": "alien", "content": "a"}]}], ["--strict"], "line 1 of the input: message 0 has the"),
         ([{"prompt": "a", "id": 7}, "", {"prompt": "b", "id": 7}], ["--strict"], "lines 1 and 3 have the same id 7"),

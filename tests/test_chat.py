@@ -82,7 +82,7 @@ def test_conversations_from_files() -> None:
         ([{"content": "x"}], "message 0 has no role", "role"),
         ([{"role": ["user"]}], "message 0 has no role", "role"),
         (["hi"], "message 0 has no role", "role"),
-        ("hi", "no list of messages", "role"),
+        ("hi", "not a list of messages", "role"),
         ([], "no list of messages", "role"),
     ):
         with pytest.raises(RequestError) as caught:

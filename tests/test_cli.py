@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from llama_jax.checkpoint import open_checkpoint
 from llama_jax.cli import COMMANDS, cli
 from llama_jax.cli.errors import report
 from llama_jax.cli.progress import Reporter
-from llama_jax.cli.terminal import printable, size_text
+from llama_jax.cli.terminal import installing, printable, size_text
 from llama_jax.convert import convert
 from llama_jax.errors import CheckpointError, NoDevice, RequestError
 
@@ -778,3 +779,11 @@ def test_limits_of_the_process(model: Path, limit: str, value: int, code: int, s
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not code or done.stderr.startswith("error: out of memory")
+
+
+@pytest.mark.parametrize(("pip", "command"), [(None, "uv pip install x"), (object(), "pip install x")])
+def test_hints_install_into_this_environment(monkeypatch: pytest.MonkeyPatch, pip: object, command: str) -> None:
+    """In one that uv made, the shell's pip is that of another Python."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: pip)
+    assert installing("missing; pip install x") == f"missing; {command}"
+    assert installing("uv pip install x") == "uv pip install x"

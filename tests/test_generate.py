@@ -505,7 +505,7 @@ def test_bad_batches() -> None:
 
 @pytest.mark.parametrize("prompt", [[1, True], [1, 2.0], [1, "2"], np.asarray([1.0]), np.asarray([True]), [[1]]])
 def test_a_prompt_is_of_integers(prompt: Any) -> None:
-    with pytest.raises(RequestError, match="which is no token id"):
+    with pytest.raises(RequestError, match="which is not a token id"):
         encode_prompt(None, prompt)
 
 

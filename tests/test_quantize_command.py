@@ -19,6 +19,7 @@ from llama_jax.cli import cli
 from llama_jax.convert import convert
 from llama_jax.convert.export import export_hf
 from llama_jax.convert.verify import verify_source
+from llama_jax.disk import size_text
 from llama_jax.errors import RequestError
 from llama_jax.layout import check
 from llama_jax.loading import load
@@ -55,6 +56,8 @@ def test_the_same_as_in_memory(folder: Path, plain: Path, tmp_path: Path) -> Non
     assert "layers.1.attn.o_proj" not in facts["errors"]
     lines = run("quantize", plain, tmp_path / "b", *args).stderr
     assert "layers.1: error 0." in lines
+    assert f"Converting {plain} ({size_text(open_checkpoint(plain).nbytes)}) to " in lines
+    assert "Warning" not in lines
     config, wanted = open_checkpoint(plain).config, recipe("int4", group=8, ignore=["*.o_proj"])
     expected, stored = quantize_params(load_params(plain), config, wanted)
     for path, source in ((tmp_path / "a", folder), (tmp_path / "b", plain)):

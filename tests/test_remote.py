@@ -81,7 +81,7 @@ def test_events_in_order_with_comments_between(client: Any) -> None:
         (answer('{"message": "no such field"}', "400 Bad Request"), RequestError, "no such field"),
         (answer("<html>a proxy</html>", "502 Bad Gateway"), EngineFailed, "a proxy"),
         (answer(events({"error": {"message": "NaN"}}), kind="text/event-stream"), EngineFailed, "NaN"),
-        (answer("data: {\n\n", kind="text/event-stream"), NetworkError, "no JSON"),
+        (answer("data: {\n\n", kind="text/event-stream"), NetworkError, "not JSON"),
         (answer("{}", kind="application/json"), NetworkError, "does not answer|before its end"),
         (answer(events(BODY, end=""), kind="text/event-stream"), NetworkError, "before its end"),
         (answer(events(BODY, end=""), kind="text/event-stream", length=999), NetworkError, "does not answer"),
@@ -139,7 +139,7 @@ def test_nobody_there() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--url", "localhost:8000"], "no URL"),
+        (["--url", "localhost:8000"], "not a URL"),
         (["--url", "http://localhost:1", "--rows", "3"], "--rows is of a model in this process"),
         (["--url", "http://localhost:1", "--preset", "llama-3.2-1b"], "--preset is of a model in this process"),
         (["--vocab", "100"], "--vocab is of a server"),

@@ -168,4 +168,4 @@ def test_eval_without_lm_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_jax.scoring.lm_eval", None)
     done = CliRunner().invoke(cli, ["eval", "smol_mc", "--json", "-m", "./no-such-model"])
     assert done.exit_code == 2
-    assert "llama-jax[eval]" in json.loads(done.stdout)["error"]["hint"]
+    assert "--extra eval" in json.loads(done.stdout)["error"]["hint"]

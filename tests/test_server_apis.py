@@ -207,7 +207,7 @@ def test_messages_of_a_schema(server: Server) -> None:
     [
         ({"messages": [*USER, {"role": "assistant", "content": "I"}]}, "the last message"),
         ({"messages": [{"role": "system", "content": "x"}]}, "role 'system'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "not text"),
         ({"messages": [{"role": "user", "content": 3}]}, "no content"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "'x'"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tool 0"),

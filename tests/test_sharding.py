@@ -57,7 +57,7 @@ def test_mesh_texts() -> None:
         ("tensor=٢", "positive size"),
         ("tensor=2,", "'' is not"),
         ("tensor=2,tensor=2", "'tensor' occurs twice"),
-        ("model=2", "'model' is no axis; there are data, fsdp"),
+        ("model=2", "'model' is not an axis; there are data, fsdp"),
         ("tensor=99999999999999999999", "positive size"),
         ("fsdp=2", "nothing is split over the axis 'fsdp'"),
         ("expert=4,tensor=2", "nothing is split over the axis 'expert'"),
@@ -114,7 +114,7 @@ def test_more_places_than_devices() -> None:
     with pytest.raises(NoDevice, match=rf"data=2, tensor=64 needs 128 devices; there (is|are) {there} \(") as caught:
         sharding.make_mesh("data=2,tensor=64")
     assert caught.value.exit_code == 5
-    with pytest.raises(RequestError, match="no axis"):
+    with pytest.raises(RequestError, match="not an axis"):
         sharding.make_mesh(model=1)
     with pytest.raises(RequestError, match="positive size"):
         sharding.make_mesh(tensor=True)

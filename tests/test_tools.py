@@ -442,11 +442,14 @@ def test_a_control_token_is_spelled_as_one(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("tools", "match"),
     [
-        ([{"type": "custom"}], "tool 0 is no function"),
+        ([{"type": "custom"}], "tool 0 is not a function"),
         ([{"type": "function", "function": {"name": 'a"\n'}}], "tool 0 has the name"),
         ([{"type": "function", "function": {"name": "a"}}] * 2, "two tools are called 'a'"),
-        ([{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}], "no schema of an object"),
-        ([{"type": "function", "function": {"name": "a", "parameters": [1]}}], "no schema of an object"),
+        (
+            [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}],
+            "not a schema of an object",
+        ),
+        ([{"type": "function", "function": {"name": "a", "parameters": [1]}}], "not a schema of an object"),
     ],
 )
 def test_tools_that_are_none(tools: list[Any], match: str) -> None:

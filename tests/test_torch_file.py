@@ -146,15 +146,15 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "reaches through torch": (pickled(called("torch", "serialization.os.system", text("touch ran"))), "names torch"),
     "loads a library": (pickled(called("torch._utils", "_import_dotted_name", text("os"))), "_import_dotted_name"),
     "name on the stack": (pickled(text("os") + text("system") + b"\x93"), r"os\.system"),
-    "number as a name": (pickled(b"K\x01K\x02\x93"), "name that is no string"),
-    "deep tuple as a name": (pickled(text("torch") + NESTED + b"\x93"), "name that is no string"),
+    "number as a name": (pickled(b"K\x01K\x02\x93"), "name that is not a string"),
+    "deep tuple as a name": (pickled(text("torch") + NESTED + b"\x93"), "name that is not a string"),
     "old-style instance": (pickled(b"(ios\nsystem\n"), "instruction 0x69"),
     "object": (pickled(b"(cos\nsystem\no"), r"names os\.system"),
     "new object": (pickled(named("collections", "OrderedDict") + b")\x81"), "instruction 0x81"),
     "extension": (pickled(b"\x82\x01"), "instruction 0x82"),
     "attributes": (pickled(b"]}b"), "attributes of a list"),
     "attributes of a tensor": (pickled(tensor(storage("0", 4), 0, [4], [1]) + b"}b"), "attributes of a TensorView"),
-    "call of no function": (pickled(b"K\x01)R"), "no function"),
+    "call of no function": (pickled(b"K\x01)R"), "not a function"),
     "call without arguments": (pickled(named("torch._utils", "_rebuild_tensor_v2") + b")R"), "way that torch does not"),
     "class as a value": (pickled(named("torch", "FloatStorage") + b")R"), "way that torch does not"),
     "parameter of nothing": (pickled(called("torch._utils", "_rebuild_parameter", b"N")), "way that torch does not"),
@@ -173,21 +173,21 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "mark that is not there": (pickled(b"t"), "malformed"),
     "mark that stays": (pickled(b"N("), "values left over"),
     "empty stack": (pickled(b"\x87"), "malformed"),
-    "odd items": (pickled(b"}(Nu"), "no dict"),
-    "items of a list": (pickled(b"](NNu"), "no dict"),
-    "append to a dict": (pickled(b"}Na"), "no list"),
+    "odd items": (pickled(b"}(Nu"), "not a dict"),
+    "items of a list": (pickled(b"](NNu"), "not a dict"),
+    "append to a dict": (pickled(b"}Na"), "not a list"),
     "lying text": (pickled(b"X\xff\xff\xff\xffabc"), "announces 4294967295 bytes"),
     "lying bytes": (pickled(b"\x8d" + b"\xff" * 8), "announces 18446744073709551615 bytes"),
     "lying integer": (pickled(b"\x8b\xff\xff\xff\x7f"), "integer of 2147483647 bytes"),
     "negative length": (pickled(b"\x8b\xff\xff\xff\xff"), "integer of -1 bytes"),
-    "text that is no text": (pickled(b"X\x01\x00\x00\x00\xff"), "malformed"),
+    "text that is not text": (pickled(b"X\x01\x00\x00\x00\xff"), "malformed"),
     "name without an end": (pickled(b"c" + b"a" * 100_000), "name without an end"),
     "no end": (b"\x80\x02N", "ends"),
     "empty": (b"", "ends"),
     "not a dict": (pickled(b"N"), "holds a NoneType"),
     "not a tensor": (state_dict({"epoch": integer(3)}), "entry 'epoch' is a int"),
-    "number as a key": (pickled(b"}K\x01Ns"), "no name of a tensor"),
-    "long name": (state_dict({"a" * 100_000: b"N"}), "no name of a tensor"),
+    "number as a key": (pickled(b"}K\x01Ns"), "not the name of a tensor"),
+    "long name": (state_dict({"a" * 100_000: b"N"}), "not the name of a tensor"),
     "unknown storage class": (state_dict({"a": tensor(storage("0", 4, "QInt8Storage"), 0, [4], [1])}), "QInt8Storage"),
 }
 
@@ -293,7 +293,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], None], str]] = {
     "huge directory": (edited(set_at(END, 12, "<I", 1 << 30)), "does not fit a file"),
     "directory elsewhere": (edited(set_at(END, 16, "<I", 3)), "directory is malformed"),
     "long name": (edited(set_at(ENTRY, 28, "<H", 0xFFFF)), "directory is malformed"),
-    "name that is no text": (edited(set_at(ENTRY, 46, "<B", 0xFF)), "directory is malformed"),
+    "name that is not text": (edited(set_at(ENTRY, 46, "<B", 0xFF)), "directory is malformed"),
     "64-bit size that is missing": (edited(set_at(ENTRY, 24, "<I", 0xFFFFFFFF)), "size beyond 32 bits is missing"),
     "no directory": (
         edited(lambda raw: raw.__delitem__(slice(raw.find(ENTRY), None))),
@@ -302,7 +302,10 @@ ARCHIVES: dict[str, tuple[Callable[[Path], None], str]] = {
     "only a header": (lambda p: p.write_bytes(HEADER), "directory at its end is missing"),
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
     "git-lfs": (lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "a pointer of Git LFS"),
-    "plain pickle": (lambda p: p.write_bytes(pickled(called("os", "system", text("true")))), "no file of torch.save"),
+    "plain pickle": (
+        lambda p: p.write_bytes(pickled(called("os", "system", text("true")))),
+        "not a file of torch.save",
+    ),
 }
 
 
@@ -509,7 +512,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "safetensors in disguise": (
         lambda f: (f / "pytorch_model-00001-of-00003.bin").write_bytes(b"\x08\0\0\0\0\0\0\0{}      "),
-        "no file of torch.save",
+        "not a file of torch.save",
     ),
 }
 

@@ -84,7 +84,7 @@ def test_templates_that_rewrite_earlier_turns_are_refused(tmp_path: Path) -> Non
         ('{"mesages": []}', 'line 3: it has neither "text" nor "messages" (hint: did you mean messages?)'),
         ('{"text": "a", "messages": []}', 'line 3: it has both "text" and "messages"'),
         ('{"text": 3}', 'line 3: "text" is int'),
-        ('{"messages": []}', "line 3: this is no list of messages"),
+        ('{"messages": []}', "line 3: this is not a list of messages"),
         ('{"messages": [{"role": "asistant", "content": "a"}]}', "line 3: message 0 has the unknown role"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 3: no token of the conversation is learned"),
     ],

@@ -54,7 +54,7 @@ def export_gguf(
     Matrices are stored in the requested type; norms, biases and routers in float32, which llama.cpp needs; embedding
     and output projection in q8_0 at least, since four bits do them the most harm. Without a type they keep their dtype,
     so that no number changes. Tensors pass one by one, so that memory is needed for the
-    largest tensor only. Nothing stands at `dst` before all is done.
+    largest tensor only. `dst` appears only once it is complete.
 
     Args:
       checkpoint: its folder.

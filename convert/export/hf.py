@@ -44,7 +44,7 @@ def export_hf(
 
     Tensors have the names and layouts that `save_pretrained` of transformers 5 gives them, and without `dtype` the very
     bytes of the checkpoint, which are those of the model it was converted from. They pass one by one, so that memory is
-    needed for the largest tensor only. Nothing stands at `dst` before all is done.
+    needed for the largest tensor only. `dst` appears only once it is complete.
 
     Args:
       checkpoint: its folder.

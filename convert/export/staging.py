@@ -22,11 +22,11 @@ def staged(path: Path, *, needed: int, overwrite: bool, replaceable: Callable[[P
     Args:
       path: the final name, absolute.
       needed: bytes that will be written, checked against the free disk space.
-      overwrite: whether what stands at `path` may be replaced; it stays until the new one is complete.
-      replaceable: whether what stands at a path is of a kind that this program writes; nothing else is ever deleted.
+      overwrite: whether what is at `path` may be replaced; it stays until the new one is complete.
+      replaceable: whether what is at a path is of a kind that this program writes; nothing else is ever deleted.
 
     Raises:
-      StorageError: something stands at `path` (and may not be replaced), or it cannot be written.
+      StorageError: something is at `path` (and may not be replaced), or it cannot be written.
       DoesNotFit: too little disk space.
     """
     partial = path.with_name(path.name + disk.PARTIAL)

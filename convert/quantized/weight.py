@@ -53,7 +53,7 @@ class QuantizedWeight:
                 f"{self.path}: {module} is quantised, but config.json lists it as not quantised", hint=DAMAGED
             )
         if len(shape) < 2:
-            raise CheckpointError(f"{self.path}: {self.name} is quantised, but is no matrix", hint=DAMAGED)
+            raise CheckpointError(f"{self.path}: {self.name} is quantised, but is not a matrix", hint=DAMAGED)
         self._shape, self._parts = shape, self._scheme.parts(self._bundle, shape)
         self._bundle.check(self._parts)
 

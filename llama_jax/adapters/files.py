@@ -104,7 +104,7 @@ def _made(tensors: Mapping[str, np.ndarray], lora: LoraConfig, config: LlamaConf
         leaf = _leaf(module, members, known, config)
         if leaf not in wanted:
             raise CheckpointError(
-                f"{path}: {module} has low-rank weights, but is no module of this model that {CONFIG} targets",
+                f"{path}: {module} has low-rank weights, but is not a module of this model that {CONFIG} targets",
                 hint=_OWN_BASE,
             )
         low_rank[leaf] = _checked(leaf, members, lora, wanted[leaf], config, path)

@@ -254,7 +254,7 @@ def _check_pattern(pattern: str, key: str, path: Path | str) -> None:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as e:
         raise CheckpointError(
-            f"{path}: {key} has {pattern!r:.100}, which is no regular expression ({e})", hint=_ANEW
+            f"{path}: {key} has {pattern!r:.100}, which is not a regular expression ({e})", hint=_ANEW
         ) from e
 
 

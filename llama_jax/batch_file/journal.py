@@ -193,7 +193,7 @@ def check_output(path: Path, settings: Mapping[str, Any], *, overwrite: bool) ->
     path = path.resolve()
     _check_file(path, overwrite=overwrite)
     if not path.parent.is_dir():
-        raise StorageError(f"cannot write {path}: {path.parent} is no folder", hint="make it, or name another file")
+        raise StorageError(f"cannot write {path}: {path.parent} is not a folder", hint="make it, or name another file")
     if not overwrite and _size(path):
         with storage_errors(path):
             raw = _meta_path(path).read_bytes()

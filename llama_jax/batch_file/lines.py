@@ -113,5 +113,5 @@ def _object(raw: bytes) -> dict[str, Any]:
             f"the line is not JSON: {error}", param="line", hint="one JSON object on each line"
         ) from None
     if not isinstance(content, dict):
-        raise RequestError("the line is no JSON object", param="line", hint='e.g. {"prompt": "Once upon"}')
+        raise RequestError("the line is not a JSON object", param="line", hint='e.g. {"prompt": "Once upon"}')
     return content

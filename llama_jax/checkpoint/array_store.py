@@ -202,7 +202,7 @@ def _array(name: str, zarr: dict[str, Any], values: Mapping[str, Location]) -> C
 
 def _sizes(value: list[int]) -> tuple[int, ...]:
     if len(value) > _MAX_DIMS or not all(type(n) is int and 0 < n < 2**63 for n in value):
-        raise ValueError(f"{value!r:.80} is no shape")
+        raise ValueError(f"{value!r:.80} is not a shape")
     return tuple(value)
 
 

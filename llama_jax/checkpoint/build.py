@@ -35,20 +35,18 @@ def load_params(
 ) -> Params:
     """Loads tensors, each straight to its devices: a device only ever holds its own part of a leaf.
 
-    Rows are read, checked and sent in blocks; beside the parameters themselves the host holds at most 1 GiB. On the CPU
-    the buffers are used in place, without a copy. A cast is done by the device that keeps the part.
+    Rows are read, checked and sent in blocks, so the host holds at most 1 GiB beside the parameters. A CPU uses the
+    buffers in place. Casts are done by the device that keeps the part.
 
-    A digest covers a whole tensor, so with `verify` every process reads every tensor that it loads to the end, once,
-    however little of it its devices keep. Without, it reads only the rows that they keep, or whole rows where they keep
-    some of the columns.
+    A digest covers a whole tensor, so with `verify` every process reads each tensor once, in full. Without, it reads
+    the rows that its devices keep (whole rows, even if they keep some columns only).
 
     Args:
       path: checkpoint folder.
-      dtype: dtype of the leaves; that on disk when None. A scheme's members with a fixed dtype keep it.
-      sharding: where the leaves go: one place for all, or a function of the leaf (see `llama_jax.sharding`); the
-        default device when None.
-      only, without: dotted names of the leaves to load or to leave out, with `*`, `?` and `[...]` as in file names,
-        e.g. only="layers.0.*", without=["lm_head.*"]. The tree that is returned lacks the others.
+      dtype: of the leaves; that on disk when None. A scheme's members with a fixed dtype keep it.
+      sharding: one for all leaves, or a function of the leaf (see `llama_jax.sharding`); the default device when None.
+      only, without: dotted names of leaves to load or to leave out, with `*`, `?` and `[...]` as in file names, e.g.
+        only="layers.0.*", without=["lm_head.*"].
       verify: whether to check the digest of every tensor (of its bytes on disk, before any cast).
       progress: called after each tensor, in the calling thread.
       config: what the tensors must fit; the checkpoint's own config when None.

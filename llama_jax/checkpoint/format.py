@@ -236,7 +236,7 @@ def read_generation_config(path: Path, *, hint: str = DAMAGED) -> dict[str, Any]
     for token in eos if isinstance(eos, list) else [] if eos is None else [eos]:
         # Old files write -1 for none.
         if type(token) is not int or not -1 <= token < 2**31:
-            raise CheckpointError(f"{path}: eos_token_id is no token id: {token!r}", hint="correct it in the file")
+            raise CheckpointError(f"{path}: eos_token_id is not a token id: {token!r}", hint="correct it in the file")
     return values
 
 
@@ -249,7 +249,7 @@ def parse_source(value: Mapping[str, Any]) -> Source:
     source = Source(**value)
     named = {key: text for key, text in asdict(source).items() if text is not None}
     if not {"kind", "name"} <= named.keys() or not all(isinstance(text, str) for text in named.values()):
-        raise ValueError("the source has values that are no texts")
+        raise ValueError("the source has values that are not texts")
     return source
 
 

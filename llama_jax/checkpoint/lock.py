@@ -134,7 +134,7 @@ def _source_file(value: Mapping[str, Any]) -> SourceFile:
     file = SourceFile(**value)
     _texts({"name": file.name, "sha256": file.sha256})
     if type(file.bytes) is not int:
-        raise TypeError("a size is no integer")
+        raise TypeError("a size is not an integer")
     return file
 
 
@@ -144,7 +144,7 @@ def _texts(value: Mapping[str, Any]) -> dict[str, str]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is no text")
+        raise TypeError(f"{value!r:.80} is not text")
     return value
 
 

@@ -38,7 +38,7 @@ def copied_files(folder: Path, inside: Callable[[Path, str], Path] = Path.joinpa
     for file in sorted(folder.iterdir()):
         if COPIED.fullmatch(file.name) and file.is_file():
             if file.stat().st_size > MAX_COPIED_BYTES:
-                raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes", hint="this is no tokenizer file")
+                raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes", hint="this is not a tokenizer file")
             try:
                 data = inside(folder, file.name).read_bytes()
             except OSError as e:
@@ -74,7 +74,7 @@ def small_files(
         contents[fmt.GENERATION_CONFIG] = json_bytes(generation_config)
     for name in contents:
         if name != Path(name).name or name in ("", ".", "..", fmt.MARKER, lock.LOCK_FILE, fmt.PARAMS):
-            raise CheckpointError(f"{name!r} is no name for a model's file", hint="this is a fault of the program")
+            raise CheckpointError(f"{name!r} is not a name for a model's file", hint="this is a fault of the program")
     return dict(sorted(contents.items()))
 
 

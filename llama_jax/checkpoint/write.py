@@ -41,7 +41,7 @@ class CheckpointWriter:
     Args:
       path: the folder to make.
       total_bytes: size of all tensors together, checked against the free disk space.
-      overwrite: whether a checkpoint that stands at `path` may be replaced; it stays until the new one is complete.
+      overwrite: whether a checkpoint at `path` may be replaced; it stays until the new one is complete.
       identity: a JSON object that is equal for writers that write the same tensors; None for one that begins afresh.
       progress: called for every tensor that an earlier writer left and that is sound.
       notify: called with a sentence before a wait, and where something is left for a later try.

@@ -12,8 +12,8 @@ adapter_option = click.option(
     "adapters",
     multiple=True,
     metavar="[NAME=]FOLDER",
-    help="An adapter (LoRA and its kin) in a folder that peft wrote, which the model computes with. By NAME=FOLDER, "
-    "which may be repeated, for requests that name it.",
+    help="An adapter (LoRA and its kin) in a folder that peft wrote, to run the model with. NAME=FOLDER, which may "
+    "be repeated, is for requests that name it.",
 )
 
 

@@ -50,7 +50,7 @@ and optionally "id", sampling fields such as "max_tokens", "temperature", "seed"
 
 \b
 Each line of OUT has "index" (the line of IN, from 0), "id", "prompt_tokens", "text", "token_ids", "finish_reason", or
-"error" for a line that cannot be generated. While the run lasts, lines come as they are done; at its end they are in
+"error" for a line that cannot be generated. During the run, lines appear as they are finished; at its end they are in
 the order of IN.
 
 \b
@@ -80,7 +80,7 @@ Run the same command again after an interruption: it resumes.
     "--batch-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Continuations at once, at most. [default: 256 on a GPU, 8 on a CPU]",
+    help="Maximum number of continuations at once. [default: 256 on a GPU, 8 on a CPU]",
 )
 @click.option(
     "--max-tokens",
@@ -88,7 +88,7 @@ Run the same command again after an interruption: it resumes.
     default=256,
     show_default=True,
     metavar="N",
-    help="New tokens a line, at most; 0 with --prompt-logprobs only scores prompts.",
+    help="Maximum number of new tokens per line; 0 with --prompt-logprobs only scores prompts.",
 )
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
@@ -102,8 +102,8 @@ Run the same command again after an interruption: it resumes.
 @kv_dtype_option
 @adapter_option
 @mesh_options
-@click.option("--strict", is_flag=True, help="Refuse IN if a line is bad or ids are equal; nothing is generated then.")
-@click.option("--overwrite", is_flag=True, help="Start afresh, whatever OUT holds.")
+@click.option("--strict", is_flag=True, help="Refuse IN if a line is bad or an id occurs twice; generate nothing then.")
+@click.option("--overwrite", is_flag=True, help="Start over, whatever OUT contains.")
 @click.option("--no-verify", is_flag=True, help="Do not check the weights' digests while loading.")
 @receipt_option
 @quiet_option
@@ -129,12 +129,12 @@ def command(
     as_json: bool,
     **fields: Any,
 ) -> int:
-    """Generate every line of IN and write the results to OUT, both JSON lines; - is standard input or output.
+    """Generate an answer to every line of IN and write it to OUT, both JSON lines; - is standard input or output.
 
     All of IN is checked before a model is loaded. A line without its own seed takes --seed (0 by default) plus its
-    number, so that every run gives the same results. Ctrl-C ends the run after the lines that have begun, a second one
-    at once; nothing that is done is lost. OUT.meta.json says which input and settings OUT belongs to; standard output
-    cannot be resumed. --receipt is written once all lines are there.
+    number, so that every run gives the same results. Ctrl-C ends the run once the lines under way are done, a second
+    Ctrl-C at once; finished lines are never lost. OUT.meta.json records which input and settings OUT belongs to; a run
+    that writes to standard output cannot be resumed. --receipt is written once all lines are done.
     """
     if as_json and str(target) == "-":
         raise click.UsageError("--json prints the summary to standard output, where OUT - puts the lines")

@@ -50,15 +50,17 @@ SHOWN_SHARE = 0.01
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 8), show_default=True)
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Prompt tokens per row.")
 @click.option("--new", type=click.IntRange(2), default=64, show_default=True, help="Generated tokens per row.")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="The medians are of these.")
+@click.option(
+    "--repeats", type=click.IntRange(1), default=5, show_default=True, help="Timed rounds, of which medians are taken."
+)
 @click.option(
     "--page-size",
     type=page_sizes,
-    help="Keep keys and values in pages of that many tokens. [default: not in pages]",
+    help="Keep keys and values in pages of this many tokens. [default: not paged]",
 )
 @load_options
 @quiet_option
-@click.option("--profile", is_flag=True, help="Also show which kernels the time goes to. Needs a GPU.")
+@click.option("--profile", is_flag=True, help="Also show how the time divides among kernels. Needs a GPU.")
 @json_option
 @click.pass_context
 def command(
@@ -77,10 +79,9 @@ def command(
 ) -> None:
     """Measure prefill and decode through the public generate functions, with random prompts.
 
-    One warm-up run per shape, then medians. MBU is what a decode step must read (weights and cache) per second, MFU
-    the arithmetic of prefill per second, as shares of the reads and the matrix product measured in the same run. On a
-    mesh both are those of one device, and the ceilings too. Further commands measure the engine; their options follow
-    their names.
+    One warm-up run per shape, then medians. MBU is the rate at which decode steps read weights and cache, MFU the rate
+    of arithmetic in prefill, as shares of the read and matrix-product rates measured in the same run. On a mesh, all of
+    these are per device. The subcommands measure the engine; their options follow their names.
     """
     if ctx.invoked_subcommand is not None:
         _refuse_options(ctx)

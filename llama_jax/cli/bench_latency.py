@@ -29,7 +29,7 @@ from llama_jax.cli.terminal import share_text
     multiple=True,
     default=(0,),
     show_default=True,
-    help="Tokens of the prompt before the new ones.",
+    help="Prompt tokens before the new ones.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @rounds_option(5)

@@ -205,12 +205,14 @@ subject_options = gathered(
     preset_option,
     click.option("--rows", type=click.IntRange(1), help="Sequences that run at once. [default: 8 on a CPU, else 256]"),
     click.option("--context", type=click.IntRange(2), help="Tokens of a sequence. [default: of the longest request]"),
-    click.option("--pages", type=click.IntRange(1), help="Of the cache. [default: what the memory has room for]"),
+    click.option(
+        "--pages", type=click.IntRange(1), help="Pages of the KV cache. [default: as many as fit into memory]"
+    ),
     page_size_option,
     click.option(
         "--steps",
         type=click.IntRange(1),
-        help="Decode steps of one dispatch while nothing waits. [default: 8 where the device loops by itself, else 1]",
+        help="Decode steps per dispatch while no request waits. [default: 8 if the device can loop on its own, else 1]",
     ),
     drafts_option,
     draft_model_option,
@@ -242,7 +244,11 @@ def counts_text(counts: Mapping[str, Any]) -> str:
 def rounds_option(default: int) -> Decorator:
     """`--rounds`, the argument `rounds`."""
     return click.option(
-        "--rounds", type=click.IntRange(1), default=default, show_default=True, help="The medians are of these."
+        "--rounds",
+        type=click.IntRange(1),
+        default=default,
+        show_default=True,
+        help="Timed rounds, of which medians are taken.",
     )
 
 
@@ -302,7 +308,7 @@ request_options = gathered(
         show_default=True,
         help="; ".join(f"{name}: {mix.about}" for name, mix in MIXES.items()) + ".",
     ),
-    click.option("--requests", type=click.IntRange(1), help="How many. [default: 256; 60 of mixed, 64 of fixed]"),
+    click.option("--requests", type=click.IntRange(1), help="Number of requests. [default: 256; mixed 60, fixed 64]"),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
     click.option(
         "--scale",

@@ -37,7 +37,7 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
         try:
             limits[name] = float(limit)
         except ValueError:
-            raise click.BadParameter(f"{pair!r} is no NAME:MILLISECONDS, as in ttft:200", ctx, param) from None
+            raise click.BadParameter(f"{pair!r} is not a NAME:MILLISECONDS, as in ttft:200", ctx, param) from None
     return limits
 
 
@@ -53,7 +53,7 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
 )
 @request_options
 @click.option(
-    "--rate", type=click.FloatRange(0, min_open=True), metavar="R", help="Arrivals a second. [default: all at once]"
+    "--rate", type=click.FloatRange(0, min_open=True), metavar="R", help="Arrivals per second. [default: all at once]"
 )
 @click.option(
     "--goodput",
@@ -61,7 +61,7 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     multiple=True,
     metavar="NAME:MS",
     callback=_limits,
-    help="Limits that a request has to keep to count as good: of ttft, tpot, e2el.",
+    help="Limits that a good request must meet, on ttft, tpot or e2el.",
 )
 @rounds_option(1)
 @server_options
@@ -70,14 +70,14 @@ def _limits(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     type=click.IntRange(FIRST_ID + 1),
     default=32_000,
     show_default=True,
-    help="The ids of prompts for a server are below it.",
+    help="Prompts for a server use token ids below this.",
 )
 @click.option(
     "--processes",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="That requests to a server are sent from: one reads some 10,000 tokens a second.",
+    help="Processes that send requests to a server; one reads some 10,000 tokens per second.",
 )
 @subject_options
 def command(
@@ -90,11 +90,11 @@ def command(
     processes: int,
     subject: Subject,
 ) -> None:
-    """Measure what callers wait for while requests arrive at random (Poisson) at an engine in this process.
+    """Measure how long callers wait while requests arrive at random (Poisson) at an engine in this process.
 
-    With --url it is a server's callers: any server with OpenAI's completions that takes token ids and ignore_eos, as
-    vLLM's and SGLang's do. Times are taken where a caller reads the tokens. The JSON object has the field names of
-    vLLM's `bench serve`, and the block that is printed is its block.
+    With --url the engine is behind a server: any with OpenAI's completions that accepts token ids and ignore_eos, such
+    as vLLM's and SGLang's. Times are taken where a caller reads the tokens. The printed block and the fields of the
+    JSON object are those of vLLM's `bench serve`.
     """
     from llama_jax.measure.serving import block, check_limits
     from llama_jax.measure.throughput import medians

@@ -31,7 +31,7 @@ from llama_jax.cli.options import examples
     ),
 )
 @request_options
-@click.option("--static", type=click.IntRange(1), metavar="N", help="Also through batch_generate, N at a time.")
+@click.option("--static", type=click.IntRange(1), metavar="N", help="Also run batch_generate, N at a time.")
 @rounds_option(3)
 @subject_options
 def command(requests: Requests, static: int | None, rounds: int, subject: Subject) -> None:

@@ -41,7 +41,12 @@ if TYPE_CHECKING:
 )
 @model_option
 @click.option("--system", metavar="TEXT", help="The system prompt.")
-@click.option("--max-tokens", type=int, metavar="N", help="Tokens of an answer at most. [default: the context's rest]")
+@click.option(
+    "--max-tokens",
+    type=int,
+    metavar="N",
+    help="Maximum number of tokens in an answer. [default: the rest of the context]",
+)
 @click.option(
     "--temperature", type=float, metavar="T", help="0 takes the likeliest token. [default: the model's own, or 0.7]"
 )
@@ -54,15 +59,15 @@ if TYPE_CHECKING:
     "--history",
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Remember what you enter in FILE, for you only. Off by default.",
+    help="Keep your input history in FILE, readable only by you. Off by default.",
 )
 @click.option(
     "--resume",
     metavar="FILE.json",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Go on with a conversation that /save wrote.",
+    help="Resume a conversation that /save wrote.",
 )
-@click.option("--plain", is_flag=True, help="Show answers as they are, not as markdown.")
+@click.option("--plain", is_flag=True, help="Show answers as plain text, without rendering markdown.")
 @quiet_option
 @click.option("--json", "as_json", is_flag=True, help="Print each answer as one JSON object on a line of its own.")
 def command(
@@ -81,7 +86,7 @@ def command(
 ) -> None:
     """Talk to a model, in this process or with --url behind any server with OpenAI's API; /help lists the commands.
 
-    Ctrl-C stops an answer, Ctrl-D leaves, Alt-Enter begins a new line. Nothing is written to disk unless you ask for it
+    Ctrl-C stops an answer, Ctrl-D quits, Alt-Enter starts a new line. Nothing is written to disk unless you ask for it
     by --history or /save. In a pipe, every line is a message (or a block between two lines of three quotes), answers go
     to standard output, and the first error ends the chat.
     """

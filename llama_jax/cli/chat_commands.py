@@ -94,7 +94,7 @@ def _show(session: Session, argument: str) -> None:
 
 def _clear(session: Session, argument: str) -> None:
     session.conversation = session.conversation.cleared()
-    session.screen.note("the conversation begins anew; the system prompt stays")
+    session.screen.note("a new conversation; the system prompt stays")
 
 
 def _undo(session: Session, argument: str) -> None:
@@ -239,16 +239,16 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Session, str], None]]] = MappingProx
         "set": ("/set NAME VALUE      set a sampling field, such as temperature 0.5, or markdown off", _set),
         "show": ("/show                the model, the settings, what the context holds", _show),
         "clear": ("/clear               forget the conversation", _clear),
-        "undo": ("/undo                take the last turn back", _undo),
+        "undo": ("/undo                undo the last turn", _undo),
         "retry": ("/retry               answer the last message again", _retry),
-        "edit": ("/edit                write the last message anew in $EDITOR", _edit),
+        "edit": ("/edit                rewrite the last message in $EDITOR", _edit),
         "branch": ("/branch [N]          list the branches that /edit and /retry have left, or go to one", _branch),
         "tokens": ("/tokens              count the tokens of each message", _tokens),
         "logprobs": ("/logprobs [on|off]   list the last answer's tokens: how likely, and what else", _logprobs),
         "model": ("/model [NAME]        show the model, or change to another of the server's", _model),
         "trim": ("/trim [N]            drop the N oldest turns, or half of the context", _trim),
         "save": ("/save FILE           write the conversation as JSON", _save),
-        "load": ("/load FILE           go on with a saved conversation", _load),
+        "load": ("/load FILE           resume a saved conversation", _load),
     }
 )
 """Name, help line, and function of each command."""

@@ -28,7 +28,7 @@ def save_conversation(conversation: Conversation, path: Path) -> None:
             load_conversation(path)
         except RequestError as error:
             raise StorageError(
-                f"{path} exists and is no conversation, so it is not replaced", hint="choose another name"
+                f"{path} exists and is not a conversation, so it is not replaced", hint="choose another name"
             ) from error
     linear = conversation.branches == (conversation.messages,)
     value: Any = conversation.all_messages if linear else _tree(conversation)
@@ -138,7 +138,7 @@ def conversation_of(value: Mapping[str, Any]) -> Conversation:
         ends = tuple(path for name, path in paths.items() if name not in children)
         return Conversation(paths[at], system, ends)
     except (AttributeError, KeyError, TypeError) as error:
-        raise _wrong("this is no conversation of the server's page", "export it again") from error
+        raise _wrong("this is not a conversation of the server's page", "export it again") from error
 
 
 def _message(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ class Session:
         if last.finish_reason is None:
             end = "stopped"
         elif last.finish_reason == "error":
-            end = "ended: the model's next logits were no numbers"
+            end = "ended: the model's next logits were not finite"
         elif last.finish_reason == "length":
             full = context is not None and used >= context
             end = "context full: /trim or /clear" if full else f"max_tokens={params.max_tokens} reached"

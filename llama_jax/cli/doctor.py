@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from llama_jax.cli.options import examples, json_option
-from llama_jax.cli.terminal import pairs_text, print_json, printable, size_text
+from llama_jax.cli.terminal import installing, pairs_text, print_json, printable, size_text
 
 if TYPE_CHECKING:
     from llama_jax.doctor import Report
@@ -30,14 +30,14 @@ _SIGNS = {"ok": "ok     ", "warning": "WARNING", "problem": "PROBLEM"}
     "--bundle",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.zip",
-    help="Also write the report, all packages, what the driver's tools say and tuned kernels here, for a bug report.",
+    help="Also write FILE.zip for a bug report: this report, packages, output of the driver's tools, tuned kernels.",
 )
 @json_option
 def command(timeout: float, numerics: bool, bundle: Path | None, as_json: bool) -> None:
-    """Look at devices, versions, drivers and folders, and say what is missing and which command fixes it.
+    """Check devices, versions, drivers and folders, and print what is missing and which command fixes it.
 
-    Exits with 0 if there is no problem, 5 if jax cannot use a device that is there, 4 if a kernel computes
-    something else than the reference.
+    Exits with 0 if there is no problem, 5 if jax cannot use a device that is there, 4 if a kernel's results differ from
+    the reference.
     """
     from llama_jax.doctor import doctor
 
@@ -96,5 +96,5 @@ def _text(report: Report) -> str:
     for check in report.checks:
         lines.append(f"{_SIGNS[check.status]} {check.name}: {check.detail}")
         if check.fix:
-            lines.append(f"        fix: {check.fix}")
+            lines.append(f"        fix: {installing(check.fix)}")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import click
 
-from llama_jax.cli.terminal import print_error, print_json
+from llama_jax.cli.terminal import installing, print_error, print_json
 from llama_jax.errors import DoesNotFit, LlamaJaxError, NoDevice
 
 INTERRUPTED = 130
@@ -29,7 +29,7 @@ def report(error: BaseException, *, as_json: bool, flags: Mapping[str, str] | No
       flags: options by the names of their values: what the library calls by a Python name is called by its option.
     """
     kind, message, hint, param, code = _described(error)
-    message, hint = (_with_flags(text, flags or {}) for text in (message, hint))
+    message, hint = (_with_flags(text, flags or {}) for text in (message, installing(hint)))
     if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
         traceback.print_exception(error)
     if as_json:

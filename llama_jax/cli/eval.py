@@ -40,19 +40,23 @@ from llama_jax.disk import storage_errors
 @click.option("--include-path", "--include_path", metavar="DIR", help="A folder of tasks besides lm-eval's own.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question.")
 @click.option("--limit", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Only the first N, or a share.")
-@click.option("--apply-chat-template", is_flag=True, help="Ask in the form of the model's conversations.")
-@click.option("--system-instruction", metavar="TEXT", help="What the system message says; with a chat template.")
-@click.option("--gen-kwargs", metavar="K=V,...", help="Settings of answers that change those of the tasks.")
-@click.option("--max-length", type=int, metavar="N", help="Tokens that the model sees, at most. [default: its context]")
+@click.option("--apply-chat-template", is_flag=True, help="Apply the model's chat template to the questions.")
+@click.option("--system-instruction", metavar="TEXT", help="The system message; with a chat template.")
+@click.option("--gen-kwargs", metavar="K=V,...", help="Generation settings that override those of the tasks.")
+@click.option(
+    "--max-length", type=int, metavar="N", help="Maximum number of tokens that the model sees. [default: its context]"
+)
 @batch_tokens_option
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of everything that lm-eval draws.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, metavar="N", help="The seed of everything random in lm-eval."
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Write all results and every item, as JSON.",
 )
-@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code which the model has written.")
+@click.option("--confirm-run-unsafe-code", is_flag=True, help="Allow tasks that run code written by the model.")
 @load_options
 @quiet_option
 @json_option
@@ -69,10 +73,10 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Run TASKS of lm-eval, several with commas, and print each metric.
+    """Run TASKS of lm-eval (comma-separated) and print each metric.
 
     Needs the extra `eval` (lm-eval 0.4.13; no torch). Tasks fetch their data from the Hugging Face hub unless it is in
-    a file; LLAMA_JAX_OFFLINE=1 forbids it. Paths in a task's file are relative to the working directory. A task's own
+    a file; LLAMA_JAX_OFFLINE=1 forbids that. Paths in a task's file are relative to the working directory. A task's own
     Python code is run.
     """
     import logging

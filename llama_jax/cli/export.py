@@ -62,10 +62,10 @@ def command(
 
     `--to hf` makes a folder that transformers loads: safetensors with the same names and, without --dtype, the same
     bytes per tensor as the model that was converted; config.json, tokenizer and licence beside them. `--to
-    compressed-tensors` makes one with weights in few bits, code for code (`pack-quantized`); the others decode them.
-    `--to gguf` makes a file for llama.cpp, DST.gguf, with the tokenizer in it.
+    compressed-tensors` makes one with the quantised weights, code for code (`pack-quantized`); the other formats decode
+    them. `--to gguf` makes a file for llama.cpp, DST.gguf, with the tokenizer in it.
 
-    Every tensor's digest is checked while it is read. Nothing is at DST before all is done.
+    Every tensor's digest is checked while it is read. DST appears only once it is complete.
     """
     for option, value, needs in (
         ("--dtype", dtype, "hf"),

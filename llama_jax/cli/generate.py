@@ -53,7 +53,7 @@ DEFAULT_MAX_TOKENS = 256
     "--max-tokens",
     type=int,
     metavar="N",
-    help=f"New tokens at most. [default: {DEFAULT_MAX_TOKENS}, or what the context leaves]",
+    help=f"Maximum number of new tokens. [default: {DEFAULT_MAX_TOKENS}, or what the context leaves]",
 )
 @click.option(
     "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
@@ -77,10 +77,9 @@ def command(
 ) -> None:
     """Continue PROMPT verbatim, or answer --messages through the model's chat template.
 
-    PROMPT "-" reads standard input. The new text goes to standard output as it comes; model, device, dtype and speed go
-    to standard error. With --json there is one object at the end: text, token_ids, prompt_token_ids, finish_reason,
-    ttft_ms, prompt_tps, generation_tps, device, model, dtype. With --receipt a random seed is drawn, and written down,
-    where --seed is missing.
+    PROMPT "-" reads standard input. New text is streamed to standard output; model, device, dtype and speed go to
+    standard error. --json prints one object at the end: text, token_ids, prompt_token_ids, finish_reason, ttft_ms,
+    prompt_tps, generation_tps, device, model, dtype. With --receipt and no --seed, a random seed is drawn and recorded.
     """
     if (prompt is None) == (messages is None):
         raise click.UsageError("give either a PROMPT or --messages FILE.json")

@@ -42,9 +42,9 @@ def command(
 ) -> None:
     """Write BASE with ADAPTER merged into its weights to a checkpoint at DST.
 
-    BASE is anything that `show` takes, a checkpoint too. ADAPTER is a folder that peft wrote. Sums are made in float32
-    and stored in the dtype of BASE, so that a model in bfloat16 loses the last bits of what the adapter adds; --dtype
-    float32 keeps them. Weights pass one by one. What was stopped resumes when the same command is run again.
+    BASE is anything that `show` takes, a checkpoint too. ADAPTER is a folder that peft wrote. Sums are computed in
+    float32 and stored in the dtype of BASE, so a bfloat16 model loses the last bits of what the adapter adds; --dtype
+    float32 keeps them. Weights are merged one by one. An interrupted run resumes when the same command runs again.
     """
     from llama_jax.adapters import load_adapter
     from llama_jax.adapters.merged_source import MergedSource

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llama_jax.targets import Target
 
 devices_option: Decorator = click.option(
-    "--devices", type=click.IntRange(1), metavar="N", help="How many there are. [default: as the mesh has]"
+    "--devices", type=click.IntRange(1), metavar="N", help="Number of devices. [default: those of the mesh]"
 )
 
 

@@ -55,7 +55,7 @@ def check_drafts(drafts: int, draft_model: str | None) -> None:
 batch_invariant_option = click.option(
     "--batch-invariant",
     is_flag=True,
-    help="The same results to the bit, whatever runs beside a request; slower.",
+    help="Bitwise identical results, whatever else is in the batch; slower.",
 )
 
 
@@ -95,7 +95,7 @@ model_option = _together(
         default=DEFAULT_MODEL,
         show_default=True,
         metavar="MODEL",
-        help="A folder, a GGUF file, org/name of the Hugging Face hub, or a name from `llama-jax list`.",
+        help="A folder, a GGUF file, org/name on the Hugging Face hub, or a name from `llama-jax list`.",
     ),
     yes_option,
 )
@@ -103,13 +103,13 @@ model_option = _together(
 dtype_option: Decorator = click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="What to compute in. [default: float32 on a CPU, bfloat16 on a GPU]",
+    help="Compute dtype. [default: float32 on a CPU, bfloat16 on a GPU]",
 )
 weights_option: Decorator = click.option(
     "--weights",
     metavar="FORM",
-    help="What weights are kept in: stored, as the model has them; float; or int8, int4, fp8 or another layout, to "
-    "quantise them while loading. [default: float on a CPU; on GPUs stored, where the codes are what is read]",
+    help="How weights are kept: stored, as in the model; float; or int8, int4, fp8 or another layout, to quantise "
+    "them while loading. [default: float on a CPU; on GPUs stored, where the codes can be read directly]",
 )
 kv_dtype_option: Decorator = click.option(
     "--kv-dtype",
@@ -123,13 +123,13 @@ batch_tokens_option: Decorator = click.option(
 activations_option: Decorator = click.option(
     "--activations",
     type=click.Choice(("int8",)),
-    help="Round the inputs of quantised weights too, each token by itself, and multiply whole numbers. "
+    help="Also round the inputs of quantised weights, each token by itself, and multiply integers. "
     "[default: not rounded]",
 )
 convert_option: Decorator = click.option(
     "--convert/--no-convert",
     default=True,
-    help="Keep a converted copy of the model in the cache, or read its files as they are each time. [default: convert]",
+    help="Keep a converted copy of the model in the cache, or read its original files each time. [default: convert]",
 )
 page_sizes = click.Choice((16, 32, 64, 128, 256))
 page_size_option: Decorator = click.option(
@@ -137,7 +137,7 @@ page_size_option: Decorator = click.option(
     type=page_sizes,
     default=64,
     show_default=True,
-    help="Tokens of a page of the cache.",
+    help="Tokens per page of the KV cache.",
 )
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -151,16 +151,16 @@ kernels_option: Decorator = click.option(
     "--kernels",
     metavar="OP=BACKEND,...",
     callback=_name_backends,
-    help=f"Which implementation runs, e.g. flash_attention=reference. [default: ${VARIABLE}, else the best one known]",
+    help=f"Choose implementations, e.g. flash_attention=reference. [default: ${VARIABLE}, else the fastest known]",
 )
 memory_fraction_option: Decorator = click.option(
     "--memory-fraction",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="F",
-    help="Of a device's memory, what jax may use. [default: XLA_CLIENT_MEM_FRACTION, or 0.75 as jax has it; 0.9 of an "
-    "engine]",
+    help="Fraction of a device's memory that jax may use. [default: XLA_CLIENT_MEM_FRACTION, or jax's 0.75; 0.9 for "
+    "an engine]",
 )
-quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Nothing but results and errors.")
+quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Print only results and errors.")
 
 mesh_options = _together(
     click.option("--tp", type=int, metavar="N", help="Split the model over N devices; short for --mesh tensor=N."),
@@ -311,17 +311,36 @@ command's argument `loading`, of `LoadOptions`."""
 
 
 sampling_options = _together(
-    click.option("--top-p", type=float, metavar="P", help="Draw from the likeliest tokens that add up to P."),
-    click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest tokens."),
-    click.option("--min-p", type=float, metavar="P", help="Draw from tokens at least P times as likely as the first."),
-    click.option("--presence-penalty", type=float, metavar="X", help="Taken off tokens that occurred, -2 to 2."),
-    click.option("--frequency-penalty", type=float, metavar="X", help="Taken off for each occurrence, -2 to 2."),
-    click.option("--repetition-penalty", type=float, metavar="X", help="Divides the logits of tokens seen; 1 is none."),
-    click.option("--seed", type=int, metavar="N", help="Makes what is drawn reproducible."),
+    click.option(
+        "--top-p", type=float, metavar="P", help="Sample from the likeliest tokens whose probabilities add up to P."
+    ),
+    click.option("--top-k", type=int, metavar="K", help="Sample from the K likeliest tokens."),
+    click.option(
+        "--min-p", type=float, metavar="P", help="Sample from tokens at least P times as likely as the likeliest."
+    ),
+    click.option(
+        "--presence-penalty",
+        type=float,
+        metavar="X",
+        help="Subtracted from the logits of tokens that have occurred, -2 to 2.",
+    ),
+    click.option(
+        "--frequency-penalty",
+        type=float,
+        metavar="X",
+        help="Subtracted from a token's logit for each occurrence, -2 to 2.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="Divides the logits of tokens seen so far; 1 has no effect.",
+    ),
+    click.option("--seed", type=int, metavar="N", help="Makes sampling reproducible."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be repeated."),
     click.option("--stop-token-ids", type=int, multiple=True, metavar="ID", help="End after this id. May be repeated."),
-    click.option("--min-tokens", type=int, metavar="N", help="No end before N tokens."),
-    click.option("--ignore-eos", is_flag=True, default=None, help="Go on after the model's end of text."),
+    click.option("--min-tokens", type=int, metavar="N", help="Do not end before N tokens."),
+    click.option("--ignore-eos", is_flag=True, default=None, help="Continue past the model's end of text."),
 )
 """The fields of SamplingParams besides temperature and max_tokens, whose defaults differ between commands.
 
@@ -341,7 +360,7 @@ receipt_option = click.option(
     type=click.Path(path_type=Path, dir_okay=False),
     callback=_in_a_folder,
     metavar="FILE",
-    help="Write what the run was made of to FILE, for `llama-jax replay`.",
+    help="Record what the run was made of in FILE, for `llama-jax replay`.",
 )
 
 

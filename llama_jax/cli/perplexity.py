@@ -29,14 +29,16 @@ from llama_jax.cli.terminal import print_json
 )
 @click.argument("file")
 @model_option
-@click.option("--window", type=int, metavar="N", help="Tokens that the model sees, at most. [default: its context]")
+@click.option(
+    "--window", type=int, metavar="N", help="Maximum number of tokens that the model sees. [default: its context]"
+)
 @click.option(
     "--overlap",
     type=int,
     default=1,
     show_default=True,
     metavar="N",
-    help="Tokens that a window repeats of the one before: more context for each prediction, and more work.",
+    help="Tokens that a window shares with the previous one: more context for each prediction, and more work.",
 )
 @batch_tokens_option
 @load_options
@@ -55,8 +57,8 @@ def command(
     """Find the perplexity of the text in FILE, in UTF-8; - is standard input.
 
     Each token is predicted once from those before it in its window, the first from BOS, as lm-eval does it
-    (loglikelihood_rolling). Perplexities of a token compare models with one tokenizer; those of a word or byte, and
-    bits per byte, compare any. `llama-jax quality` scores half of each window instead, as llama.cpp does.
+    (loglikelihood_rolling). Per-token perplexity compares models with the same tokenizer; per word or byte, and as bits
+    per byte, it compares any. `llama-jax quality` scores half of each window instead, as llama.cpp does.
     """
     text = read_text(file, param="file")
     devices = requested_mesh(loading.mesh, loading.tp)

@@ -49,8 +49,10 @@ if TYPE_CHECKING:
 @click.option(
     "--context", type=click.IntRange(1), metavar="N", help="Tokens of a text. [default: 4096, or the model's]"
 )
-@click.option("--prompt", type=click.IntRange(1), metavar="N", help="Of these, the prompt's. [default: 512, or all]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of weights and cache. [default: bfloat16; float32 on a CPU]")
+@click.option("--prompt", type=click.IntRange(1), metavar="N", help="Of these, prompt tokens. [default: 512, or all]")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), help="Dtype of weights and cache. [default: bfloat16; float32 on a CPU]"
+)
 @kv_dtype_option
 @activations_option
 @recipe_options
@@ -60,9 +62,11 @@ if TYPE_CHECKING:
     type=click.FloatRange(0),
     default=0.0,
     metavar="US",
-    help="Microseconds that each collective takes too.",
+    help="Latency added to each collective, in microseconds.",
 )
-@click.option("--compile", "compiled", is_flag=True, help="Also compile it, for AMD GPUs, and show XLA's own numbers.")
+@click.option(
+    "--compile", "compiled", is_flag=True, help="Also compile for the target (AMD GPUs) and show XLA's own numbers."
+)
 @quiet_option
 @json_option
 def command(
@@ -84,13 +88,13 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Say whether MODEL fits a number of devices, and the least time that it could take there.
+    """Predict whether MODEL fits on a number of devices, and the least time that it could take there.
 
     MODEL is a preset such as llama-3.1-8b, or anything that `show` takes; only its configuration is read. `--mesh auto`
-    takes the smallest tensor parallelism that fits, as it does in the commands that run a model. A quantised model
-    counts as `load` keeps it there, as it is stored or decoded (docs/quantization.md); --weights counts one that
-    `quantize` would make. Bytes of weights and cache are exact; times follow from data sheets: predictions that
-    nothing can beat, and no measurements.
+    takes the smallest tensor parallelism that fits, as it does in the commands that run a model. A quantised model is
+    counted as `load` would keep it there, stored or decoded (docs/quantization.md); --weights counts one that
+    `quantize` would make. Bytes of weights and cache are exact. Times follow from data sheets: they are lower bounds,
+    not measurements.
 
     Exits with 6 if it does not fit.
     """

@@ -30,7 +30,7 @@ def report(model: str, plan: Plan, remedies: Sequence[str]) -> list[str]:
         f"{model} on {plan.devices} x {target.label or target.name}{arch}, {mesh}: predicted, nothing was run",
         f"{dtypes_text(w.dtype, w.kv_dtype)}, batch {w.batch}, prompt {w.prompt}, context {w.context}",
         "",
-        f"memory of each device, which has {shapes.rows} of the rows",
+        f"memory of each device, for {shapes.rows} {'row' if shapes.rows == 1 else 'rows'} of the batch",
         f"  weights      {size_text(needs.weights)}",
         f"  KV cache     {_cache(plan)}",
         f"  temporary    {size_text(needs.prefill.temporary)} in prefill, {shapes.chunk} tokens of a row at a time "
@@ -39,7 +39,7 @@ def report(model: str, plan: Plan, remedies: Sequence[str]) -> list[str]:
         *memory_lines(plan.verdict, target),
         *verdict_lines(plan.verdict, remedies, room),
         "",
-        "least times, predicted from peak rates of the data sheet",
+        "lower bounds on times, predicted from peak rates of the data sheet",
         f"  {'':12} {'reading':>22} {'arithmetic':>24} {'exchange':>22} {'at least':>10}  bound by",
         _floor("prefill", plan.prefill),
         _floor("decode step", plan.decode),

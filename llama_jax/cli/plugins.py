@@ -15,8 +15,8 @@ _HEAD = ("GROUP", "NAME", "STATE", "ORIGIN", "PROBLEM")
 @click.command(name="plugins", epilog=examples("llama-jax plugins", "llama-jax plugins --json"))
 @json_option
 def command(as_json: bool) -> None:
-    """List what installed packages add by entry points: targets, kernels, model families, logits processors,
-    tool parsers and routes of the server.
+    """List what installed packages add through entry points: targets, kernels, model families, logits
+    processors, tool parsers and server routes.
 
     A plugin whose STATE is broken is left out everywhere else; PROBLEM says why.
     """

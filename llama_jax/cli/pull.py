@@ -27,11 +27,10 @@ from llama_jax.library import DEFAULT_MODEL
 @quiet_option
 @json_option
 def command(name: str, revision: str | None, no_convert: bool, quiet: bool, as_json: bool) -> None:
-    """Download NAME (org/name of the Hugging Face hub, or the default model), check it, and convert it into the cache.
+    """Download NAME (org/name on the Hugging Face hub, or the default model), check it, and convert it into the cache.
 
     Only one copy of the weights is downloaded (safetensors where there are some), with tokenizer, chat template,
-    licence and model card. A pull that was stopped resumes. Gated models need a token: `hf auth login`,
-    or HF_TOKEN.
+    licence and model card. An interrupted pull resumes. Gated models need a token: `hf auth login`, or HF_TOKEN.
     """
     from llama_jax.library import pull
 

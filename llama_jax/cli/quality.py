@@ -29,22 +29,24 @@ from llama_jax.cli.terminal import print_json
     ),
 )
 @click.argument("model")
-@click.option("--reference", required=True, metavar="MODEL", help="What it was made of.")
-@click.option("--text", required=True, metavar="FILE", help="Text in UTF-8 that neither was calibrated on; 100 KB do.")
+@click.option("--reference", required=True, metavar="MODEL", help="The original model.")
+@click.option(
+    "--text", required=True, metavar="FILE", help="UTF-8 text that neither model was calibrated on; 100 KB are enough."
+)
 @load_options
 @yes_option
 @quiet_option
 @json_option
 def command(model: str, reference: str, text: str, loading: LoadOptions, quiet: bool, as_json: bool) -> None:
-    """Compare what MODEL predicts with what --reference does, over a text.
+    """Compare the predictions of MODEL with those of --reference on a text.
 
-    Prints the perplexity of both, the mean Kullback-Leibler divergence of the model from its reference in nats a token,
-    and the share of tokens of which both find the same likeliest. Windows of 512 tokens are independent, and the
-    second half of each is predicted, as in llama.cpp. Standard errors follow the plus-minus signs.
+    Prints the perplexity of both, the mean Kullback-Leibler divergence of the model from its reference in nats per
+    token, and how often both rank the same token first. Windows of 512 tokens are independent, and the second half of
+    each is predicted, as in llama.cpp. Standard errors follow the plus-minus signs.
 
-    The options hold for both models, which are in memory together, but --activations for MODEL alone. On a GPU they
-    compute in bfloat16, whose own rounding is part of the divergence; --dtype float32 --weights float compares weights
-    alone.
+    The options apply to both models, which are in memory together, except --activations, which applies to MODEL only.
+    On a GPU they compute in bfloat16, whose own rounding is part of the divergence; --dtype float32 --weights float
+    compares weights alone.
     """
     from llama_jax.measure.quality import compare, refer, windows
 

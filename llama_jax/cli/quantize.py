@@ -30,12 +30,12 @@ from llama_jax.cli.terminal import print_json, size_text
     metavar="METHOD",
     default="rtn",
     show_default=True,
-    help="rtn rounds to the nearest; hqq, gptq, awq and awq+gptq lose less, the last three with a text.",
+    help="rtn rounds to nearest; hqq, gptq and awq lose less, the last two with a calibration text.",
 )
 @click.option(
     "--calibration",
     metavar="FILE",
-    help="Text for the methods that need one, in UTF-8: some ten thousand tokens like those that the model will read.",
+    help="UTF-8 text for gptq and awq: some ten thousand tokens of the kind that the model will read.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint at DST, once the new one is complete.")
 @yes_option
@@ -51,18 +51,18 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write MODEL to a checkpoint at DST with its weights in few bits.
+    """Write MODEL with quantised weights to a checkpoint at DST.
 
-    MODEL is anything that `show` takes, a checkpoint too; one that is quantised already is decoded first. Norms, biases
-    and routers are stored in bfloat16, as is what --ignore names. Weights pass one by one, so memory is needed for the
-    largest of them, not for the model. What was stopped resumes when the same command is run again.
+    MODEL is anything that `show` takes, including a checkpoint; one that is already quantised is decoded first. Norms,
+    biases, routers and the weights named by --ignore are stored in bfloat16. Weights are quantised one by one, so
+    memory is needed for the largest of them, not for the model. An interrupted run resumes when the same command runs
+    again.
 
-    With a text, layers are quantised in their order, each with what the quantised ones before it make of the text;
-    memory holds one layer in float32 and the text's hidden states. Embeddings and output projections are rounded to the
-    nearest.
+    gptq and awq process the layers in order, each with the outputs of the quantised layers before it; memory holds one
+    layer in float32 and the text's hidden states. Embeddings and output projections are rounded to nearest.
 
-    Prints how far the weights of each layer (with a text: its outputs) are from what they were: the root of the mean
-    square of the difference, as a share of theirs, of all of the layer's and of the one that suffers most.
+    Prints the error of each layer's weights (with gptq and awq: of its outputs): the root mean square of the difference
+    relative to that of the original, for the layer and for its worst weight.
     """
     from llama_jax.checkpoint import open_checkpoint
     from llama_jax.convert import convert

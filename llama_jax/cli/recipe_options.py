@@ -57,17 +57,21 @@ recipe_options = gathered(
         "--group",
         type=int,
         metavar="N",
-        help="Numbers of a row that share a scale; -1 for the whole row. [default: 64 in int4, else the whole row]",
+        help="Numbers of a row that share a scale; -1 for the whole row. [default: 64 for int4, else the whole row]",
     ),
     click.option("--symmetric", is_flag=True, help="int4 without minima: smaller, less exact."),
     click.option(
         "--lm-head",
         metavar="LAYOUT",
-        help="Of the output projection, or of the embedding that it is tied to; bf16 leaves it. [default: int8]",
+        help="Layout of the output projection, or of the embedding that it is tied to; bf16 leaves it unquantised. "
+        "[default: int8]",
     ),
-    click.option("--embed", metavar="LAYOUT", help="Of an embedding by itself. [default: bf16]"),
+    click.option("--embed", metavar="LAYOUT", help="Layout of an untied embedding. [default: bf16]"),
     click.option(
-        "--ignore", multiple=True, metavar="PATTERN", help="Leave weights as they are, e.g. 'layers.0.*'. Repeatable."
+        "--ignore",
+        multiple=True,
+        metavar="PATTERN",
+        help="Leave these weights unquantised, e.g. 'layers.0.*'. Repeatable.",
     ),
 )
 """`--weights` and what completes it: a command's argument `wanted`, of `RecipeOptions`."""

@@ -35,11 +35,11 @@ LISTED = 5
 @quiet_option
 @json_option
 def command(receipt: Path, model: str | None, source: Path | None, quiet: bool, as_json: bool) -> None:
-    """Run what RECEIPT records again (`generate --receipt`, `batch --receipt`), and compare the tokens.
+    """Repeat the run that RECEIPT records (`generate --receipt`, `batch --receipt`), and compare the tokens.
 
     The model is loaded as it was, and its parameters must have the same digest. If tokens differ, the exit code is 4,
     and what has changed since is listed: versions, device, flags, kernels. In bfloat16 another device or version may
-    well draw other tokens; in float32 on the same device they are the same.
+    well sample different tokens; in float32 on the same device they are the same.
     """
     from llama_jax.receipts import read_receipt, replay
     from llama_jax.receipts.batch import replay_batch

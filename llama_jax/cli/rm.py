@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 )
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("--downloads", is_flag=True, help="Also remove what was downloaded from the Hugging Face hub.")
-@click.option("--tmp", is_flag=True, help="Remove what stopped conversions and downloads left in the cache.")
+@click.option("--tmp", is_flag=True, help="Remove leftovers of interrupted conversions and downloads from the cache.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 @json_option
 def command(names: tuple[str, ...], downloads: bool, tmp: bool, yes: bool, as_json: bool) -> None:
     """Remove converted models, by their names in `llama-jax list` or by org/name, from the cache.
 
-    Nothing outside the cache is ever removed, and nothing that another process is writing. With --downloads the hub's
-    cache is cleared of these models as well, which other programs may use.
+    Nothing outside the cache is ever removed, nor anything that another process is writing. --downloads also removes
+    these models from the hub's cache, which other programs may use.
     """
     from llama_jax.library.removal import find_leftovers, find_models, remove
 

@@ -42,14 +42,12 @@ DEFAULT_ADAPTERS = 8
     "models",
     multiple=True,
     metavar="[NAME=]MODEL",
-    help="A model, by another name for clients if one is given. Of several, the first is loaded at once, others when a "
-    "request names them.",
+    help="A model to serve; NAME is its name for clients. The first is loaded at start-up, others when a request names "
+    "them.",
 )
 @yes_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes any that is free."
-)
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free port.")
 @click.option(
     "--api-key",
     "keys",
@@ -71,18 +69,18 @@ DEFAULT_ADAPTERS = 8
     "names",
     multiple=True,
     metavar="NAME",
-    help="The model's name for clients. May be repeated. [default: MODEL, of a path its last part]",
+    help="The model's name for clients. May be repeated. [default: MODEL; for a path, its last part]",
 )
 @click.option(
     "--tool-parser",
     "parsers",
     multiple=True,
     metavar="[NAME=]PARSER",
-    help="How models, or the one of that name, write calls of tools. [default: what its chat template says]",
+    help="How models, or the model of that name, write tool calls. [default: by the chat template]",
 )
 @click.option("--rows", type=click.IntRange(1), help="Sequences that run at once. [default: 8 on a CPU, else 256]")
 @click.option("--context", type=click.IntRange(2), help="Tokens of a sequence. [default: the model's, 4096 on a CPU]")
-@click.option("--pages", type=click.IntRange(1), help="Of the cache. [default: what the memory has room for]")
+@click.option("--pages", type=click.IntRange(1), help="Pages of the KV cache. [default: as many as fit into memory]")
 @page_size_option
 @click.option(
     "--waiting",
@@ -90,13 +88,13 @@ DEFAULT_ADAPTERS = 8
     default=512,
     show_default=True,
     metavar="N",
-    help="Sequences that may wait; more are turned away (429).",
+    help="Sequences that may wait; beyond that, requests are rejected (429).",
 )
 @click.option(
     "--max-adapters",
     type=click.IntRange(1),
     metavar="N",
-    help="Adapters at once. [default: those of --adapter; 8 with --adapters-from]",
+    help="Maximum number of adapters loaded at once. [default: those of --adapter; 8 with --adapters-from]",
 )
 @click.option(
     "--max-adapter-rank",
@@ -125,7 +123,7 @@ DEFAULT_ADAPTERS = 8
     default=30.0,
     show_default=True,
     metavar="S",
-    help="How long answers may go on after SIGTERM or Ctrl-C; a second one ends at once.",
+    help="How long answers may continue after SIGTERM or Ctrl-C; a second signal ends at once.",
 )
 @click.option(
     "--restarts",
@@ -133,7 +131,7 @@ DEFAULT_ADAPTERS = 8
     default=5,
     show_default=True,
     metavar="N",
-    help="Attempts to make the engine anew after failures of the device, in a row.",
+    help="Consecutive attempts to restart the engine after a device failure.",
 )
 @click.option(
     "--hung-s",
@@ -141,9 +139,9 @@ DEFAULT_ADAPTERS = 8
     default=300.0,
     show_default=True,
     metavar="S",
-    help="A step of the device that takes longer ends the process, for its supervisor to start it again.",
+    help="A device step that takes longer ends the process, so that its supervisor restarts it.",
 )
-@click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="A certificate, for https.")
+@click.option("--ssl-certfile", type=click.Path(exists=True, dir_okay=False), help="TLS certificate, for https.")
 @click.option("--ssl-keyfile", type=click.Path(exists=True, dir_okay=False), help="Its private key.")
 @click.option("--ssl-keyfile-password", envvar="LLAMA_JAX_SSL_KEYFILE_PASSWORD", help="Of the private key.")
 @click.option(
@@ -151,9 +149,9 @@ DEFAULT_ADAPTERS = 8
     type=click.Choice(("llama_jax", "vllm")),
     default="llama_jax",
     show_default=True,
-    help="What metrics are called: vllm for dashboards that were made for it.",
+    help="Names of the metrics; vllm is for dashboards made for vLLM.",
 )
-@click.option("--access-log", is_flag=True, help="Write a line of JSON for each request to standard error.")
+@click.option("--access-log", is_flag=True, help="Write one line of JSON per request to standard error.")
 @quiet_option
 @json_option
 def command(
@@ -188,7 +186,7 @@ def command(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Answer OpenAI's and Anthropic's clients over HTTP with MODEL, by default the bundled one.
+    """Serve MODEL, by default the bundled one, to OpenAI's and Anthropic's clients over HTTP.
 
     It answers /v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, /v1/models, /tokenize, /detokenize,
     /health/live, /health/ready, /engines, /metrics and /version. --json prints one object, with the address, once it

@@ -53,7 +53,7 @@ server_options = gathered(
     "server",
     click.option("--url", metavar="URL", help="Ask a server with OpenAI's API, and load no model."),
     click.option(
-        "--api-key", envvar=KEY, metavar="KEY", help=f"Of the server. [also: {KEY}, which other users cannot see]"
+        "--api-key", envvar=KEY, metavar="KEY", help=f"The server's key. [also: {KEY}, which other users cannot see]"
     ),
     click.option(
         "--served-model-name", "name", metavar="NAME", help="The server's name of the model. [default: its first one]"

@@ -37,8 +37,9 @@ def command(model: str, tensors: bool, template: bool, mesh: str | None, tp: int
     """Show what MODEL is (by default the default model): shapes, size, memory, tokenizer, source, licence, digests.
     A preset such as llama-3.1-8b is shown without files.
 
-    No weights are read, and nothing is converted or downloaded: a folder, a GGUF file or a download of the hub is shown
-    unchanged. With --tp or --mesh, also how it is split over this many devices; they need not be there.
+    No weights are read, and nothing is converted or downloaded: a folder, a GGUF file or a download from the hub is
+    shown as it is. With --tp or --mesh, also shows how the model would be split over this many devices, which need not
+    exist.
     """
     from llama_jax.library.configs import find_preset
     from llama_jax.library.describe import describe, describe_preset

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import re
 import signal
 import sys
 import threading
@@ -89,6 +91,12 @@ def meter(share: float, width: int) -> str:
 def share_text(share: float | None) -> str:
     """A share of a measured ceiling in five columns, "void" for None."""
     return " void" if share is None else f"{share:5.2f}"
+
+
+def installing(text: str) -> str:
+    """A hint with commands that install into this environment: one that uv made has no pip of its own, so the shell
+    would find another Python's."""
+    return text if importlib.util.find_spec("pip") else re.sub(r"(?<!uv )\bpip install\b", "uv pip install", text)
 
 
 def print_error(message: str, hint: str) -> None:

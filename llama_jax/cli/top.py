@@ -35,26 +35,26 @@ _POLL_S = 0.1
         f"{VARIABLE}=1 llama-jax bench serve --mix chat --rate 4    # an engine to watch",
     ),
 )
-@click.option("--url", metavar="URL", help="The engines of a server of llama-jax, in place of this machine's.")
+@click.option("--url", metavar="URL", help="Watch the engines of a llama-jax server instead of this machine's.")
 @click.option(
-    "--api-key", envvar=KEY, metavar="KEY", help=f"Of the server. [also: {KEY}, which other users cannot see]"
+    "--api-key", envvar=KEY, metavar="KEY", help=f"The server's key. [also: {KEY}, which other users cannot see]"
 )
-@click.option("--once", is_flag=True, help="Show the present state and leave.")
+@click.option("--once", is_flag=True, help="Print the current state and exit.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1),
     default=1.0,
     show_default=True,
     metavar="S",
-    help="Seconds between two looks.",
+    help="Seconds between updates.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at each look, on a line of its own.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per update, each on its own line.")
 def command(url: str | None, api_key: str | None, once: bool, interval: float, as_json: bool) -> None:
-    """Watch the engines that run on this machine in processes of yours, or those of a server.
+    """Watch the engines in your processes on this machine, or those of a server.
 
     An engine of this machine can be watched if its process was started with LLAMA_JAX_PUBLISH=1; those of a server of
-    llama-jax by whoever has its key. In a terminal the numbers are drawn live, and q or Ctrl-C leaves; elsewhere each
-    look is a line for each engine. Ends when the last engine does.
+    llama-jax by whoever has its key. In a terminal the numbers are updated live, and q or Ctrl-C quits; elsewhere each
+    update is a line per engine. Ends when the last engine does.
     """
     look = published if url is None else of_server(Remote(url, api_key))
     engines = look()

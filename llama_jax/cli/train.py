@@ -29,8 +29,8 @@ def command(config: str, quiet: bool, as_json: bool) -> None:
     texts, conversations, or pairs of which one is preferred (DPO).
 
     Checkpoints, metrics.jsonl and the result go into the folder `output`: a checkpoint that every command takes, or an
-    adapter as peft saves it. Ctrl-C saves before it ends. The same command resumes a run that was stopped or killed,
-    with the numbers that it would have had. docs/training.md lists the settings.
+    adapter as peft saves it. Ctrl-C saves and ends. The same command resumes a run that was stopped or killed, with the
+    results of an uninterrupted one. docs/training.md lists the settings.
     """
     from llama_jax.training.run import train
     from llama_jax.training.settings import read_settings

@@ -21,9 +21,17 @@ if TYPE_CHECKING:
 )
 @click.option("--op", "names", type=click.Choice(tuple(OPERATIONS)), multiple=True, help="Only this operation.")
 @click.option("--model", metavar="PRESET", help="Shapes of this published model. [default: of common models]")
-@click.option("--most", type=click.IntRange(1), default=16, show_default=True, help="Tiles of a kernel on one shape.")
-@click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="The medians are of these.")
-@click.option("--dry-run", is_flag=True, help="Say what would be measured.")
+@click.option(
+    "--most",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Maximum number of tilings per kernel and shape.",
+)
+@click.option(
+    "--repeats", type=click.IntRange(1), default=10, show_default=True, help="Timed rounds, of which medians are taken."
+)
+@click.option("--dry-run", is_flag=True, help="Only list what would be measured.")
 @quiet_option
 @json_option
 def command(
@@ -31,7 +39,7 @@ def command(
 ) -> None:
     """Measure every kernel that runs on this device, with several tilings, and keep the fastest.
 
-    Each is compared with the reference first. The result is a table in the cache, which wins over the shipped one until
+    Each is compared with the reference first. The result is a table in the cache, which overrides the shipped one until
     the kernels or jax change. Ctrl-C keeps what has been measured; the next run resumes from there.
     """
     from llama_jax import runtime

@@ -334,7 +334,7 @@ class Core:
         error = None
         if ending == "failed":
             self._meter.failed += 1
-            error = (asked.rule and asked.rule.error) or "its logits were no numbers"
+            error = (asked.rule and asked.rule.error) or "its logits were not finite"
         if ending:
             self._finish(sequence.id, keep=ending != "failed")
             del self._asked[sequence.id]

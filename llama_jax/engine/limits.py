@@ -58,7 +58,7 @@ class Limits:
             raise RequestError(f"waiting must not be negative, got {self.waiting}", param="waiting", hint=hint)
         if self.boundary is not None and (self.boundary < 1 or self.boundary % self.page_size):
             raise RequestError(
-                f"boundary {self.boundary} is no multiple of the page size, {self.page_size}",
+                f"boundary {self.boundary} is not a multiple of the page size, {self.page_size}",
                 param="boundary",
                 hint="prefixes are found page by page",
             )

@@ -180,7 +180,7 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: Prompt) -> list[int]:
             for token in ids:
                 if not isinstance(token, int | np.integer) or isinstance(token, bool):
                     raise RequestError(
-                        f"the prompt holds {token!r}, which is no token id",
+                        f"the prompt holds {token!r}, which is not a token id",
                         param="prompt",
                         hint="token ids are integers",
                     )

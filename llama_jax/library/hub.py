@@ -35,7 +35,7 @@ def split_name(name: str, revision: str | None = None) -> tuple[str, str | None]
     whole = f"{repo}@{revision}" if revision else name
     if not NAME.fullmatch(name) or not NAME.fullmatch(whole) or ".." in whole:
         raise RequestError(
-            f"{whole!r:.300} is no name of the Hugging Face hub",
+            f"{whole!r:.300} is not a name on the Hugging Face hub",
             param="model",
             hint="give org/name or org/name@revision",
         )

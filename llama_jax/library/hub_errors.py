@@ -101,7 +101,7 @@ def _unreachable(where: str, e: BaseException) -> NetworkError:
     elif "Timeout" in kind:
         hint = "run it again, it continues; HF_HUB_DOWNLOAD_TIMEOUT=60 waits longer for a slow network"
     else:
-        hint = "check the network, then run it again, it continues; a local path needs none"
+        hint = "check the network, then run it again: it resumes; a local path needs no network"
     reason = f"HTTP {status}" if status else f"{kind}: {_first_line(e)}".rstrip(": ")
     return NetworkError(f"{where} cannot be downloaded ({reason})", hint=hint)
 

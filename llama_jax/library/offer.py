@@ -75,7 +75,7 @@ def _remote_file(entry: Any) -> RemoteFile:
     return RemoteFile(entry.path, size, sha256, xet=bool(getattr(entry, "xet_hash", None)))
 
 
-_NO_HUB = "run it again; if it stays, what answers is no Hugging Face hub: check HF_ENDPOINT and the proxy"
+_NO_HUB = "run it again; if it stays, what answers is not a Hugging Face hub: check HF_ENDPOINT and the proxy"
 
 
 def _digits(value: object, number: int, what: str) -> str:

@@ -70,7 +70,7 @@ class Caller:
             if status != 200:
                 raise refusal(status, text.decode(errors="replace"))
         except ValueError as error:
-            what = f"{self._url} answers with what is no JSON: {error}"
+            what = f"{self._url} answers with what is not JSON: {error}"
             raise NetworkError(what, hint="is it OpenAI's API?") from error
         except (OSError, h11.RemoteProtocolError) as error:
             what = f"{self._url} does not answer: {error or type(error).__name__}"

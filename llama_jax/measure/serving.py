@@ -212,7 +212,7 @@ async def _ask(engine: Engine, work: Work, record: Record) -> None:
             record.news.append(time.perf_counter())
             record.tokens += len(piece.token_ids)
         if piece.finish_reason == "error":
-            record.refused = "its logits were no numbers"
+            record.refused = "its logits were not finite"
 
 
 def serve_remote(

@@ -158,7 +158,7 @@ def _check(works: Sequence[Work], outputs: Sequence[RequestOutput]) -> None:
     )
     if short:
         raise EngineFailed(
-            f"{short} of {len(works)} answers ended early", hint="their logits were no numbers: try --dtype float32"
+            f"{short} of {len(works)} answers ended early", hint="their logits were not finite: try --dtype float32"
         )
 
 

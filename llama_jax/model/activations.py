@@ -151,7 +151,7 @@ def patch(changes: Mapping[str, Edit], *arrays: Any) -> Patch:
     for name, function in changes.items():
         if not callable(function):
             raise RequestError(
-                f"the patch of {name!r} is no function",
+                f"the patch of {name!r} is not a function",
                 param="changes",
                 hint="give a function of (activation, place, *arrays), e.g. lambda x, place: x * 0",
             )

@@ -122,22 +122,21 @@ def forward(
       cache: a `KVCache` with room for `len` more tokens, or None.
       inputs_embeds: [batch, len, hidden_size] in place of the tokens' embeddings.
       segment_ids: int32 [batch, len] of several texts packed in one row; they do not see each other. Not with a cache.
-      rows: int32 [1, len], the row of the cache that each token belongs to: tokens of several rows packed in one axis
-        (`tokens` is [1, len]), as many of each row as it has. Only with a cache that takes packed tokens.
-      chunk_rows: a guarantee that at most N of these rows have more than one token, with which attention takes
-        less memory. Where it does not hold, logits may be NaN.
-      rope_lengths: int32 [batch], with `rows` [rows of the cache]: the text length that fixes the frequencies of
-        dynamic rope, which with a cache must stay the same from call to call. Other kinds of rope ignore it. Default
-        without a cache: the length of each text.
+      rows: int32 [1, len], the row of the cache that each token belongs to, if `tokens` [1, len] packs any number of
+        tokens of several rows. Only with a cache that takes packed tokens.
+      chunk_rows: a guarantee that at most N of these rows have more than one token, which saves memory in attention. If
+        it is broken, logits may be NaN.
+      rope_lengths: int32 [batch], or with `rows` [rows of the cache]: the text lengths that fix the frequencies of
+        dynamic rope, constant over the calls with a cache. By default, without a cache, the length of each text.
       adapters: low-rank adapters in slots (`llama_jax.model.adapters`), a tree shaped like the canonical `params` with
         {"a" [slots, rank, in], "b" [slots, rank, out], "scale" [slots]} in place of projections.
       adapter_ids: int32 [batch, len], the slot that each token uses, or [batch, 1] for whole rows; 0 is none.
-      logits_at: int32 [batch, n], the indices in 0..len-1 (with `rows` too: [1, n]) to compute logits for; all of them
-        by default. The others go through the last layer no further than its keys and values.
-      remat: what gradients keep of each layer and what they compute again, a name in `remat.REMAT`.
+      logits_at: int32 [batch, n] (with `rows` [1, n]), indices in 0..len-1 to compute logits for; by default all.
+        In the last layer, other tokens are computed up to their keys and values only.
+      remat: what gradients keep of each layer and what they recompute, a name in `remat.REMAT`.
       patch: functions that change activations (`model.activations.patch`).
-      capture: names from `activation_names(config)`, or patterns of them ("layers.*.out"); the activations come back as
-        a third result, as they are after a patch.
+      capture: names from `activation_names(config)`, or patterns of them ("layers.*.out"), of activations to return as
+        a third result, after any patch.
 
     Returns:
       logits float32 [batch, len or n, vocab_size], the cache with the tokens in it (None without one), and with

@@ -79,7 +79,7 @@ def resolve_mesh(
         return automatic_mesh(mesh)
     request = AutoMesh() if mesh == AUTO else mesh
     if not isinstance(request, AutoMesh):
-        raise RequestError(f"{mesh!r} is no mesh", param="mesh", hint='give "auto", or make_mesh("data=2,tensor=4")')
+        raise RequestError(f"{mesh!r} is not a mesh", param="mesh", hint='give "auto", or make_mesh("data=2,tensor=4")')
     return _find_mesh(request, config, jnp.dtype(dtype).name, kv_dtype, notify)
 
 

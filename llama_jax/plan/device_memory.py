@@ -56,7 +56,7 @@ def memory_fraction(default: float = MEMORY_FRACTION) -> float:
     try:
         return float(os.environ[name])
     except ValueError:
-        raise RequestError(f"{name}={os.environ[name]!r} is no number", param=name, hint="e.g. 0.9") from None
+        raise RequestError(f"{name}={os.environ[name]!r} is not a number", param=name, hint="e.g. 0.9") from None
 
 
 def usable_bytes(target: Target, fraction: float) -> int | None:

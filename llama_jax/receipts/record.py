@@ -65,10 +65,10 @@ def read_receipt(path: str | Path) -> Receipt:
             f"cannot read {path}: {e.strerror}", param="receipt", hint="give a file that --receipt wrote"
         ) from e
     except ValueError as e:
-        raise CheckpointError(f"{path} is no receipt: {e}", hint="give a file that --receipt wrote") from e
+        raise CheckpointError(f"{path} is not a receipt: {e}", hint="give a file that --receipt wrote") from e
     names = {field.name for field in fields(Receipt)}
     if not isinstance(content, dict) or content.keys() != names:
-        raise CheckpointError(f"{path} is no receipt of this version", hint="give a file that --receipt wrote")
+        raise CheckpointError(f"{path} is not a receipt of this version", hint="give a file that --receipt wrote")
     made = Receipt(**content)
     kinds = {"model": dict, "load": dict, "run": dict, "requests": list, "kernels": list, "environment": dict}
     wrong = [name for name, kind in kinds.items() if not isinstance(content[name], kind)]

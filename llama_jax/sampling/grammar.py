@@ -45,7 +45,9 @@ class Grammar:
             try:
                 schema = json.dumps(schema, allow_nan=False, ensure_ascii=False)
             except (TypeError, ValueError, RecursionError) as error:
-                raise _bad(f"the schema of response_format is no JSON: {error}", "give a dict of JSON values") from None
+                raise _bad(
+                    f"the schema of response_format is not JSON: {error}", "give a dict of JSON values"
+                ) from None
         return cls("json_schema", schema)
 
     @classmethod

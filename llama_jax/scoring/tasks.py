@@ -31,7 +31,9 @@ def adapter() -> ModuleType:
         return importlib.import_module("llama_jax.scoring.lm_eval")
     except ImportError as error:
         raise RequestError(
-            f"lm-eval cannot be imported: {error}", param="eval", hint="install it: pip install 'llama-jax[eval]'"
+            f"lm-eval cannot be imported: {error}",
+            param="eval",
+            hint="install the extra eval: uv sync --inexact --extra eval, in a checkout",
         ) from error
 
 

@@ -50,7 +50,7 @@ async def _unload(server: ServerState, request: Request) -> Response:
     _allowed(server)
     slot = server.models.find(body.lora_name)
     if body.lora_name not in slot.adapters:
-        raise RequestError(f"{body.lora_name!r:.100} is no adapter", param="lora_name", hint="models stay loaded")
+        raise RequestError(f"{body.lora_name!r:.100} is not an adapter", param="lora_name", hint="models stay loaded")
     async with asked_model(server, request, slot.names[0]) as served:
         await served.engine.unload_adapter(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -138,7 +138,7 @@ def decoded[T](kind: type[T], data: bytes, depth: int) -> T:
         raise RequestError(f"{name}{message}", param=param or "body", hint=hint) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise RequestError(f"the body is no JSON: {reason}", param="body", hint="send one JSON object") from None
+        raise RequestError(f"the body is not JSON: {reason}", param="body", hint="send one JSON object") from None
     if _too_deep(body, depth):
         raise RequestError(f"the body is nested more than {depth} deep", param="body", hint="flatten it")
     return body

@@ -49,7 +49,7 @@ def _text(part: Any, message: int) -> str:
     match part:
         case {"type": "text", "text": str(text)}:
             return text
-    raise _bad(f"message {message} has content that is no text", "this model reads text only")
+    raise _bad(f"message {message} has content that is not text", "this model reads text only")
 
 
 def _calls(calls: Any, message: int) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def _calls(calls: Any, message: int) -> list[dict[str, Any]]:
         try:
             values = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeError, RecursionError):
-            raise _bad(f"the arguments of a tool call in message {message} are no JSON object", "give one") from None
+            raise _bad(f"the arguments of a tool call in message {message} are not a JSON object", "give one") from None
         function = {"name": name, "arguments": values}
         made.append({"id": name_of_call, "type": "function", "function": function})
     return made

@@ -44,7 +44,7 @@ def _problem(operation: Operation, others: Iterable[Operation]) -> str:
     try:
         compile_path(path)
     except (AssertionError, ValueError, TypeError, AttributeError) as error:
-        return f"{path!r} is no path of a route: {error}"
+        return f"{path!r} is not a path of a route: {error}"
     if not path.startswith("/"):
         return f"the path {path!r} does not begin with a slash"
     for kind in (operation.body, operation.answer):

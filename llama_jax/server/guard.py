@@ -187,7 +187,7 @@ def _check_body(headers: dict[bytes, bytes], limits: Limits) -> None:
     if b"transfer-encoding" in headers and b"content-length" in headers:
         raise Refused(400, "a length and transfer-encoding", code="bad_header", hint="send one of them")
     if not length.isdigit() or len(length) > 15:
-        raise Refused(400, "content-length is no length", code="bad_header")
+        raise Refused(400, "content-length is not a length", code="bad_header")
     if int(length) > limits.body:
         raise _too_large(limits.body)
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":

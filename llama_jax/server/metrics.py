@@ -282,7 +282,7 @@ class _OfEngines(Collector):
             except EngineFailed:
                 snapshot = None
             gauge("engine_up", "Whether the engine works.").add_metric(labels, float(snapshot is not None))
-            restarts = counter("engine_restarts", "Attempts to make the engine anew.")
+            restarts = counter("engine_restarts", "Attempts to restart the engine.")
             restarts.add_metric(labels, engine.restarts())
             if snapshot is None:
                 continue

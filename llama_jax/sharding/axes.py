@@ -81,7 +81,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         if not equals or not re.fullmatch(r"0*[1-9][0-9]{0,8}", number):
             raise _bad(text, f"{part.strip()!r} is not NAME=SIZE with a positive size")
         if name not in MESH_AXES:
-            raise _bad(text, f"{name!r} is no axis; there are {', '.join(MESH_AXES)}")
+            raise _bad(text, f"{name!r} is not an axis; there are {', '.join(MESH_AXES)}")
         if name in sizes:
             raise _bad(text, f"{name!r} occurs twice")
         sizes[name] = int(number)
@@ -119,7 +119,9 @@ def checked_sizes(sizes: Mapping[str, int], rules: Rules = RULES) -> dict[str, i
     """
     for name, size in sizes.items():
         if name not in MESH_AXES:
-            raise RequestError(f"{name!r} is no axis of a mesh", param="mesh", hint=f"there are {', '.join(MESH_AXES)}")
+            raise RequestError(
+                f"{name!r} is not an axis of a mesh", param="mesh", hint=f"there are {', '.join(MESH_AXES)}"
+            )
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise RequestError(
                 f"axis {name} of the mesh must have a positive size; got {size!r}", param="mesh", hint="e.g. tensor=2"

@@ -1,7 +1,7 @@
 """Device models: the numbers that kernels, plans and reports are made from.
 
     target = find("mi300x")
-    print(target.memory_bytes, target.lds_bytes)
+    print(target.memory, target.lds_bytes)
 
 Importing this package does not import jax.
 """

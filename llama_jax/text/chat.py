@@ -115,7 +115,7 @@ def check_messages(messages: Any) -> None:
       RequestError: it is not a list of messages, or a message has no role or an unknown one.
     """
     if not isinstance(messages, list) or not messages:
-        raise RequestError("this is no list of messages, or an empty one", param="messages", hint=EXAMPLE)
+        raise RequestError("this is not a list of messages, or an empty one", param="messages", hint=EXAMPLE)
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, Mapping) else None
         if not isinstance(role, str):
@@ -237,7 +237,9 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
         return {_plain(k, where): _plain(v, f"{where}.{k}", depth + 1) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
-    raise RequestError(f"{where} holds {type(value).__name__}, which is no JSON value", param=where, hint="pass JSON")
+    raise RequestError(
+        f"{where} holds {type(value).__name__}, which is not a JSON value", param=where, hint="pass JSON"
+    )
 
 
 def _map_strings(value: Any, function: Callable[[str], str]) -> Any:

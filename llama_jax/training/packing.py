@@ -80,7 +80,7 @@ class Packing:
 
     def __str__(self) -> str:
         return (
-            f"{self.texts} texts, {self.tokens} tokens ({self.learned} learned) in {self.rows} rows of {self.length}, "
+            f"{self.texts} texts, {self.tokens} tokens ({self.learned} learned), rows of {self.length}: {self.rows}, "
             f"{self.filled:.1%} filled"
         )
 

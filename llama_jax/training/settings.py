@@ -230,7 +230,7 @@ def _check_keys(values: dict[str, Any], kind: Any, prefix: str) -> None:
     for name, value in values.items():
         if name not in known:
             hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
-            raise RequestError(f"{prefix}{name} is no setting", param=f"{prefix}{name}", hint=hint)
+            raise RequestError(f"{prefix}{name} is not a setting", param=f"{prefix}{name}", hint=hint)
         inner = {
             "data": Data,
             "rows": Rows,

@@ -64,7 +64,9 @@ def chat_of(body: CountBody) -> ChatBody:
         case {"type": "json_schema", "schema": dict(schema)}:
             chat.response_format = {"type": "json_schema", "json_schema": {"schema": schema}}
         case _:
-            raise RequestError("the format is no JSON schema", param="output_config", hint='give "type": "json_schema"')
+            raise RequestError(
+                "the format is not a JSON schema", param="output_config", hint='give "type": "json_schema"'
+            )
     if isinstance(body, MessagesBody):
         chat.max_tokens, chat.temperature, chat.stop = body.max_tokens, body.temperature, body.stop_sequences
         chat.top_k, chat.top_p, chat.metadata = body.top_k, body.top_p, body.metadata

@@ -61,7 +61,7 @@ def text_of(content: Any, kinds: Container[str], where: str, param: str) -> str:
                 made += text
             case _:
                 raise RequestError(
-                    f"{where} has content that is no text", param=param, hint="this model reads text only"
+                    f"{where} has content that is not text", param=param, hint="this model reads text only"
                 )
     return made
 

@@ -282,7 +282,7 @@ def _text(content: Any, item: int) -> str:
 
 def _tool(tool: Mapping[str, Any], number: int) -> dict[str, Any]:
     if tool.get("type") != "function":
-        raise _bad("tools", f"tool {number} is no function", "tools are those that the client calls")
+        raise _bad("tools", f"tool {number} is not a function", "tools are those that the client calls")
     function = {
         name: tool[name] for name in ("name", "description", "parameters", "strict") if tool.get(name) is not None
     }

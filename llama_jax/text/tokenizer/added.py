@@ -45,7 +45,7 @@ def check_added(count: int, folder: Path) -> None:
     if count > MAX_ADDED_TOKENS:
         raise TokenizerError(
             f"{folder}: the tokenizer adds {count:,} tokens to its vocabulary, {MAX_ADDED_TOKENS:,} at most are read",
-            hint="this is no sound tokenizer; get the model from where it was published",
+            hint="this is not a valid tokenizer; get the model from where it was published",
         )
 
 

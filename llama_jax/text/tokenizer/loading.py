@@ -171,7 +171,7 @@ def _check_size(size: int, path: Path) -> None:
     if size > MAX_FILE_BYTES:
         raise TokenizerError(
             f"{path} has {size:,} bytes, a tokenizer's files have {MAX_FILE_BYTES:,} at most",
-            hint="this is no sound tokenizer; get the model from where it was published",
+            hint="this is not a valid tokenizer; get the model from where it was published",
         )
 
 

@@ -152,4 +152,4 @@ def _json(schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
     try:
         return json.dumps({"x-guidance": _GUIDANCE, **schema, **definitions}, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"a tool's parameters are no JSON: {error}", param="tools", hint="give a schema") from None
+        raise RequestError(f"a tool's parameters are not JSON: {error}", param="tools", hint="give a schema") from None

@@ -37,7 +37,7 @@ def tools_of(given: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
             case {"type": "function", "function": {"name": str(name), **rest}}:
                 pass
             case _:
-                raise _bad(f"tool {i} is no function", 'give {"type": "function", "function": {"name": ...}}')
+                raise _bad(f"tool {i} is not a function", 'give {"type": "function", "function": {"name": ...}}')
         if not _NAME.fullmatch(name):
             raise _bad(f"tool {i} has the name {name!r:.100}", "use letters, digits, _, . and -, at most 128")
         if name in made:
@@ -46,7 +46,7 @@ def tools_of(given: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
         if parameters is None:
             parameters = NO_PARAMETERS
         if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
-            raise _bad(f"the parameters of {name!r} are no schema of an object", 'give {"type": "object", ...}')
+            raise _bad(f"the parameters of {name!r} are not a schema of an object", 'give {"type": "object", ...}')
         made[name] = Tool(name, parameters)
     return tuple(made.values())
 
