@@ -132,7 +132,7 @@ def quality() -> None:
     """The rise of log-perplexity over the bytes of the weights, a line a method."""
     found = read(MEASURED / "quality-smollm2-135m.json")
     _, axes = plt.subplots(figsize=(6.4, 3.0))
-    colors = {"rtn": GREY, "hqq": LIGHT, "awq": AMBER, "gptq": DARK, "awq+gptq": GREEN}
+    colors = {"rtn": GREY, "hqq": LIGHT, "awq": AMBER, "gptq": DARK}
     rows = [row for row in found["schemes"] if row["weights"] != "int4_g32_min"]  # the model's own grid
     for method, color in colors.items():
         points = [row for row in rows if row["method"] == method]

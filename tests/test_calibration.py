@@ -173,7 +173,7 @@ def test_scaled_inputs_change_nothing() -> None:
     assert error(run(params | {"layers": layers}, GROUPED, tokens)[0], expected) < 2e-5
 
 
-@pytest.mark.parametrize("method", ["gptq", *(pytest.param(m, marks=pytest.mark.slow) for m in ("awq", "awq+gptq"))])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_outputs_suffer_less(method: str) -> None:
     """Beside rounding to the nearest, of all leaves together; and layers see what is before them quantised."""
     params, tokens = random_params(GROUPED), np.asarray(random_tokens(GROUPED, 8, 16))
@@ -188,7 +188,7 @@ def test_outputs_suffer_less(method: str) -> None:
             seen = run(params, GROUPED, tokens, capture=("layers.0.out",))[2]["layers.0.out"]
             hidden = calibration.advanced(stored, config, i, hidden)
             assert 1e-3 < error(np.concatenate(hidden), seen) < 0.3
-    assert np.mean([found[leaf] / plain[leaf] for leaf in plain]) < {"gptq": 0.8, "awq": 0.95, "awq+gptq": 0.77}[method]
+    assert np.mean([found[leaf] / plain[leaf] for leaf in plain]) < {"gptq": 0.8, "awq": 0.95}[method]
 
 
 @pytest.mark.parametrize(

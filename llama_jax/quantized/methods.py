@@ -39,7 +39,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "hqq": Method(lambda layout, weight, _: hqq.encode(layout, weight), takes=hqq.takes),
         "gptq": Method(gptq.encode, calibrated=True),
         "awq": Method(awq.encode, calibrated=True, scales_inputs=True),
-        "awq+gptq": Method(gptq.encode, calibrated=True, scales_inputs=True),
     }
 )
 """By the name that `llama-jax quantize --method` takes."""
