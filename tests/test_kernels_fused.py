@@ -19,7 +19,7 @@ from llama_jax.kernels.quantized_matmul.fused import Normed, fused_matmul, fused
 from llama_jax.kernels.quantized_matmul.fused.cases import fused_cases, fused_models, fused_shape
 from llama_jax.kernels.quantized_matmul.fused.shapes import SHAPES, FusedShape, Place
 from llama_jax.kernels.quantized_matmul.fused.tiles import candidates, default_tiles
-from llama_jax.kernels.quantized_matmul.kernel import SQUARED
+from llama_jax.kernels.quantized_matmul.operands import SQUARED
 from llama_jax.kernels.quantized_matmul.tiles import COLUMNS
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.quantization import quantize_params

@@ -21,18 +21,24 @@ _SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER
 
 
 def sources(operation: str) -> list[Path]:
-    """The files that an operation's kernels are made of: its folder, and the files beside it and above it.
+    """The files that an operation's kernels are made of: its folder without those of other operations in it, and the files
+    beside it and above it.
 
     The choice among backends (`kernels/dispatch`, `registry.py`, `cases.py`) and the cutting of packed tokens
     (`packed.py`) change no kernel and are not among them.
     """
-    module = OPERATIONS[operation].partition(":")[0]
-    folder = _ROOT.joinpath(*module.split(".")[2:])
-    files = set(folder.rglob("*.py"))
+    folder = _folder(operation)
+    within = [other for other in map(_folder, OPERATIONS) if folder in other.parents]
+    files = {p for p in folder.rglob("*.py") if not any(other in p.parents for other in within)}
     while folder != _ROOT:
         folder = folder.parent
         files |= set(folder.glob("*.py"))
     return sorted(p for p in files - {_ROOT / "__init__.py", _ROOT / "registry.py"} if p.name not in _CHANGE_NO_KERNEL)
+
+
+def _folder(operation: str) -> Path:
+    module = OPERATIONS[operation].partition(":")[0]
+    return _ROOT.joinpath(*module.split(".")[2:])
 
 
 @functools.cache

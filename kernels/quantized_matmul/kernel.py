@@ -15,13 +15,9 @@ from jax.typing import DTypeLike
 
 from llama_jax.errors import KernelError
 from llama_jax.kernels.pallas import dot, launch, load_tile, next_power_of_2
-from llama_jax.kernels.quantized_matmul.operands import Weight
+from llama_jax.kernels.quantized_matmul.operands import SQUARED, Weight
 from llama_jax.kernels.quantized_matmul.tiles import TOGETHER_BELOW, Tiles
 from llama_jax.kernels.quantized_matmul.unpack import Unpack
-
-SQUARED = 8
-"""Neighbours in a row whose squares are added to one number: the fewest columns of a program's result, where it has to
-tell the next product how long the row is."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,10 @@ from llama_jax.quantized import Layout
 from llama_jax.quantized.codes import shift
 from llama_jax.quantized.layout import OFFSETS
 
+SQUARED = 8
+"""Neighbours in a row whose squares are added to one number: the fewest columns of a program's result, where it has to
+tell the next product how long the row is."""
+
 
 @dataclass(frozen=True)
 class Floats:

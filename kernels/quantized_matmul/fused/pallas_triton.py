@@ -16,8 +16,8 @@ from llama_jax.kernels.quantized_matmul import kernel
 from llama_jax.kernels.quantized_matmul import pallas_triton as plain
 from llama_jax.kernels.quantized_matmul.fused.reference import Activation, fused_matmul_reference
 from llama_jax.kernels.quantized_matmul.fused.tiles import Tiles, default_tiles, least_columns
-from llama_jax.kernels.quantized_matmul.kernel import SQUARED, Around
-from llama_jax.kernels.quantized_matmul.operands import Weight
+from llama_jax.kernels.quantized_matmul.kernel import Around
+from llama_jax.kernels.quantized_matmul.operands import SQUARED, Weight
 from llama_jax.kernels.quantized_matmul.unpack import unpack_for
 from llama_jax.quantized import Layout
 from llama_jax.targets import Target, current

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.kernels.precision import matmul_precision
-from llama_jax.kernels.quantized_matmul.kernel import SQUARED
+from llama_jax.kernels.quantized_matmul.operands import SQUARED
 from llama_jax.kernels.quantized_matmul.reference import quantized_matmul_reference
 from llama_jax.quantized import Layout
 

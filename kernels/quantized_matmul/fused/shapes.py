@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from llama_jax.kernels.quantized_matmul.kernel import SQUARED
+from llama_jax.kernels.quantized_matmul.operands import SQUARED
 from llama_jax.kernels.quantized_matmul.shapes import ProductShape, layout_of
 from llama_jax.quantized import Layout
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from llama_jax.kernels.dispatch.cases import neighbours
 from llama_jax.kernels.pallas import next_power_of_2
 from llama_jax.kernels.quantized_matmul import tiles as plain
-from llama_jax.kernels.quantized_matmul.kernel import SQUARED
+from llama_jax.kernels.quantized_matmul.operands import SQUARED
 from llama_jax.kernels.quantized_matmul.tiles import CHUNK, COLUMNS, LEAST_STEPS, Tiles, matrix_rows
 from llama_jax.quantized import Layout
 from llama_jax.targets import Target
