@@ -178,7 +178,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (CheckpointError, "no list of names", {"target_modules": [1]}),
         (CheckpointError, r"a \[8, 64\]", {"r": 8}),
         (CheckpointError, "lacks the low-rank weights of model.layers.0.mlp", {"target_modules": "all-linear"}),
-        (CheckpointError, "no module of this model that", {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
+        (CheckpointError, "not a module of this model that", {"target_modules": ["q_proj", "k_proj", "v_proj"]}),
         (CheckpointError, "lacks lm_head", {"modules_to_save": ["lm_head"]}),
         (CheckpointError, "NaN or infinite", {"tensors": lambda t: t | {Q: np.full_like(t[Q], np.nan)}}),
         (CheckpointError, r"a \[4, 63\]", {"tensors": lambda t: t | {Q: t[Q][:, 1:].copy()}}),

@@ -83,7 +83,7 @@ def test_conversations_from_files() -> None:
         ([{"role": ["user"]}], "message 0 has no role", "role"),
         (["hi"], "message 0 has no role", "role"),
         ("hi", "not a list of messages", "role"),
-        ([], "no list of messages", "role"),
+        ([], "not a list of messages", "role"),
     ):
         with pytest.raises(RequestError) as caught:
             check_messages(bad)

@@ -215,7 +215,7 @@ DIGITS = 10**4300 - 1
     [
         ("safetensors", _header([DIGITS, DIGITS]), "tensor a is malformed.*63 bits"),
         ("safetensors", _header([1] * 65), "tensor a is malformed.*65 dimensions"),
-        ("safetensors", _header({}), "tensor a is malformed.*no lists"),
+        ("safetensors", _header({}), "tensor a is malformed.*not lists"),
         ("safetensors", _header(more={"x": float("-inf")}), "-Infinity is not JSON"),
         ("safetensors", _header(more={"x": 1}), "more keys"),
         ("safetensors", _header(name="\ud800"), "not valid JSON.*surrogates"),
