@@ -705,7 +705,7 @@ SAMPLER: tuple[Mutation, ...] = (
         "llama_jax/decode/loop.py",
         "positions = jnp.where(state.done, -1, state.positions)",
         "positions = state.positions",
-        (f"{DECODE}::test_a_row_that_joins_and_leaves_gets_the_tokens_it_gets_alone[greedy]",),
+        (f"{DECODE}::test_a_dense_row_that_has_ended_stores_nothing_visible",),
     ),
     Mutation(
         "rows that do not draw go on counting",
