@@ -21,8 +21,8 @@ _SKIPPED = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER
 
 
 def sources(operation: str) -> list[Path]:
-    """The files that an operation's kernels are made of: its folder without those of other operations in it, and the files
-    beside it and above it.
+    """The files that an operation's kernels are made of: its folder without those of other operations in it, and the
+    files beside it and above it.
 
     The choice among backends (`kernels/dispatch`, `registry.py`, `cases.py`) and the cutting of packed tokens
     (`packed.py`) change no kernel and are not among them.
