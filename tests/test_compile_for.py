@@ -384,7 +384,10 @@ def test_model_on_one_device(tiny: LlamaConfig, on_one: ModelCompilation, said: 
     embedding = 2 * tiny.vocab_size * tiny.hidden_size
     assert result.decode.floor.read_bytes == weights - embedding + keys_and_values
     assert result.prefill.floor.read_bytes == weights - embedding
-    assert result.decode.compilation.flops >= 2 * 2 * (count_params(tiny) - tiny.vocab_size * tiny.hidden_size)
+    # XLA counts none of a kernel's operations, and a decode step's products are in kernels. Prefill computes one of the two
+    # layers for all of its 64 tokens.
+    layer = (count_params(tiny) - 2 * tiny.vocab_size * tiny.hidden_size) // 2
+    assert result.prefill.compilation.flops >= 2 * 64 * layer
     assert result.decode.compilation.collectives == ()
     target = result.target
     assert result.decode.floor.seconds == max(result.decode.floor.compute_s or 0, result.decode.floor.memory_s or 0)
