@@ -384,8 +384,8 @@ def test_model_on_one_device(tiny: LlamaConfig, on_one: ModelCompilation, said: 
     embedding = 2 * tiny.vocab_size * tiny.hidden_size
     assert result.decode.floor.read_bytes == weights - embedding + keys_and_values
     assert result.prefill.floor.read_bytes == weights - embedding
-    # XLA counts none of a kernel's operations, and a decode step's products are in kernels. Prefill computes one of the two
-    # layers for all of its 64 tokens.
+    # XLA counts none of a kernel's operations, and a decode step's products are in kernels. Prefill computes one of the
+    # two layers for all of its 64 tokens.
     layer = (count_params(tiny) - 2 * tiny.vocab_size * tiny.hidden_size) // 2
     assert result.prefill.compilation.flops >= 2 * 64 * layer
     assert result.decode.compilation.collectives == ()
