@@ -265,7 +265,7 @@ SLOW = pytest.mark.slow
         ("dense", "int8", "auto"),
         ("paged", "int4", "auto"),
         ("paged", "fp8", "auto"),
-        pytest.param("dense", "fp8_fnuz", "pallas_interpret", marks=SLOW),
+        pytest.param("dense", "fp8", "pallas_interpret", marks=SLOW),
         pytest.param("paged", "int8", "auto", marks=SLOW),
         pytest.param("dense", "k8v4", "auto", marks=SLOW),
         pytest.param("dense", "int8", "pallas_interpret", marks=SLOW),
