@@ -221,8 +221,8 @@ LAYERS: tuple[Mutation, ...] = (
     Mutation(
         "bias of the projection that a part of a block ends with missing",
         "llama_jax/model/layers.py",
-        "leaf, of_leaf = params[name], adapters.of(name)",
-        'leaf, of_leaf = {"weight": params[name]["weight"]}, adapters.of(name)',
+        "return linear(x, params[name], adapters.of(name)",
+        'return linear(x, {"weight": params[name]["weight"]}, adapters.of(name)',
         golden("llama-biases", "smollm3-window"),
     ),
     Mutation(

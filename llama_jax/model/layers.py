@@ -96,8 +96,7 @@ def position_queries_and_keys(
 @jax.named_scope("mlp")
 def mlp(x: jax.Array, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
     """Gated MLP: down(activation(gate(x)) * up(x))."""
-    hidden, leaf = hidden_units(x, params, dims, adapters), params["down_proj"]
-    return linear(hidden, leaf, adapters.of("down_proj"), dims.activations, axes=PROJECTION_AXES["down_proj"])
+    return _projected(hidden_units(x, params, dims, adapters), params, "down_proj", dims, adapters)
 
 
 def hidden_units(x: jax.Array | Normed, params: Params, dims: Dims, adapters: Adapters = NO_ADAPTERS) -> jax.Array:
@@ -118,9 +117,12 @@ def project(
     Args:
       residual: what it will be added to; without one it is an array.
     """
-    leaf, of_leaf = params[name], adapters.of(name)
-    later = None if residual is None else pending(x, leaf, residual, of_leaf, dims.activations)
-    return linear(x, leaf, of_leaf, dims.activations, axes=PROJECTION_AXES[name]) if later is None else later
+    later = None if residual is None else pending(x, params[name], residual, adapters.of(name), dims.activations)
+    return _projected(x, params, name, dims, adapters) if later is None else later
+
+
+def _projected(x: jax.Array, params: Params, name: str, dims: Dims, adapters: Adapters) -> jax.Array:
+    return linear(x, params[name], adapters.of(name), dims.activations, axes=PROJECTION_AXES[name])
 
 
 @jax.named_scope("moe")

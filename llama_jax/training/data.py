@@ -113,13 +113,13 @@ def read_pairs(
 
     def add(found: Texts, value: Any) -> None:
         line = _pair(value)
-        if isinstance(line["chosen"], str):
-            sides = [_completion(line["prompt"], line[name], tokenizer, eos) for name in ("chosen", "rejected")]
-        else:
-            sides = [
-                chat_tokens(tokenizer, [*line["prompt"], *line[name]], "last", line.get("tools"), template)
-                for name in ("chosen", "rejected")
-            ]
+
+        def side(answer: Any) -> tuple[np.ndarray, np.ndarray]:
+            if isinstance(answer, str):
+                return _completion(line["prompt"], answer, tokenizer, eos)
+            return chat_tokens(tokenizer, [*line["prompt"], *answer], "last", line.get("tools"), template)
+
+        sides = [side(line[name]) for name in ("chosen", "rejected")]
         sizes = [len(ids) for ids, _ in sides]
         room = [max(length // 2, length - size) for size in reversed(sizes)]
         found.cut += sum(sizes) > length
