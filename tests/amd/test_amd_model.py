@@ -26,6 +26,7 @@ from llama_jax.kernels.dispatch import Operation, using
 from llama_jax.kernels.moe import routed_experts_op
 from llama_jax.kernels.norm import add_rms_norm_op
 from llama_jax.model import forward
+from llama_jax.params import Params
 
 # Pallas's Triton lowering, which JAX has deprecated.
 pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")]
@@ -80,6 +81,21 @@ def test_the_tolerance_notices_a_window_that_is_too_wide() -> None:
     assert error(wrong, right) > 2 * TOLERANCE
 
 
+def decided_tokens(cfg: LlamaConfig, params: Params) -> np.ndarray:
+    """Token ids [1, PROMPT + STEPS] for which every router's choice is clear: near a tie, a rounding changes an expert."""
+    candidates = np.random.default_rng(1).integers(0, cfg.vocab_size, (32, PROMPT + STEPS)).astype(np.int32)
+    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    _, _, seen = run(exact, cfg, candidates, capture=("layers.*.mlp_in",))
+    gap = np.full(len(candidates), np.inf)
+    for index, layer in enumerate(cfg.layers):
+        if isinstance(layer.mlp, MoeSpec):
+            logits = seen[f"layers.{index}.mlp_in"] @ exact["layers"][str(index)]["moe"]["router"]["weight"].T
+            *_, last_in, first_out = np.moveaxis(np.asarray(jax.lax.top_k(logits, layer.mlp.top_k + 1)[0]), -1, 0)
+            gap = np.minimum(gap, (last_in - first_out).min(axis=-1))
+    assert gap.max() > 0.05
+    return candidates[[gap.argmax()]]
+
+
 def numbers(cache: DenseCache) -> list[jax.Array]:
     """Keys and values of all layers."""
     scales = [1.0 if x is None else x.astype(jnp.float32)[..., None] for x in (*cache.k_scale, *cache.v_scale)]
@@ -108,7 +124,7 @@ def test_prefill_and_decode(arch: str, backend: str, model: str, dtype: str) -> 
     tolerance = (2 if dtype.startswith("fp8") else 1) * TOLERANCE
     cfg = MODELS[model]
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(cfg))
-    tokens = np.random.default_rng(1).integers(0, cfg.vocab_size, (1, PROMPT + STEPS)).astype(np.int32)
+    tokens = decided_tokens(cfg, params)
     positions = np.arange(PROMPT + STEPS, dtype=np.int32)[None]
 
     def prefill(params, tokens, positions):  # type: ignore[no-untyped-def]
