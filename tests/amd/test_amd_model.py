@@ -82,7 +82,7 @@ def test_the_tolerance_notices_a_window_that_is_too_wide() -> None:
 
 
 def decided_tokens(cfg: LlamaConfig, params: Params) -> np.ndarray:
-    """Token ids [1, PROMPT + STEPS] for which every router's choice is clear: near a tie, a rounding changes an expert."""
+    """Token ids [1, PROMPT + STEPS] whose experts are far from a tie, where a rounding would choose another."""
     candidates = np.random.default_rng(1).integers(0, cfg.vocab_size, (32, PROMPT + STEPS)).astype(np.int32)
     exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     _, _, seen = run(exact, cfg, candidates, capture=("layers.*.mlp_in",))
