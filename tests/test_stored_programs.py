@@ -20,7 +20,7 @@ from llama_jax.engine.program_set import Key
 from llama_jax.engine.settings import EngineSettings
 from llama_jax.model.loaded import Model
 
-SETTINGS = small_settings(rows=2, decode_rows=(2,), mixed_tokens=(24,), pages=11, context=80)
+SETTINGS = small_settings(rows=7, decode_rows=(7,), mixed_tokens=(24,), pages=11, context=80)
 
 
 @pytest.fixture
