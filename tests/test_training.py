@@ -4,7 +4,8 @@ simulated devices."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from helpers import GOLDENS, TINY, on_eight_devices, random_params, random_token
 
 from llama_jax.adapters import LoraConfig, attach, load_adapter, new_adapter
 from llama_jax.checkpoint.build import load_source
-from llama_jax.config import LlamaConfig
+from llama_jax.config import LayerSpec, LlamaConfig
 from llama_jax.convert.opening import open_source
 from llama_jax.errors import RequestError
 from llama_jax.kernels.dispatch import using
@@ -148,6 +149,24 @@ def test_remat_runs_attention_once_where_it_keeps_its_result() -> None:
                     yield from kernels_in(getattr(inner, "jaxpr", inner))
 
     assert [calls(remat) for remat in ("none", "products", "kernels", "full")] == [1, 1, 1, 2]
+
+
+def test_remat_keeps_no_product_of_an_adapter_that_is_as_wide_as_the_layer() -> None:
+    """Besides what a model without an adapter keeps, only the narrow product of each projection."""
+    config, batch, rank = tiny_config(LayerSpec(mlp=96), LayerSpec(mlp=96), hidden_size=64), packed(TINY["plain"]), 2
+    params = random_params(config)
+    lora = LoraConfig(rank=rank, alpha=2 * rank, target_modules="all-linear")
+    adapter = new_adapter(params, config, lora, jax.random.key(0))
+
+    def kept(combine: Callable[[Any], tuple[Any, LlamaConfig]], trained: Any) -> int:
+        """Numbers for each token."""
+        backward = jax.eval_shape(
+            lambda x: jax.vjp(lambda x: loss(*combine(x), batch, remat="products")[0], x)[1], trained
+        )
+        return sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(backward) if x.shape[:2] == batch.tokens.shape)
+
+    plain = kept(lambda params: (params, config), params)
+    assert kept(lambda adapter: low_rank(config)(adapter, params), adapter) <= plain + 2 * 7 * rank
 
 
 def test_unknown_remat_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -22,11 +23,23 @@ def _kernels(primitive: Any, *_: Any, **parameters: Any) -> bool:
     return primitive.name.startswith(KEPT)
 
 
+WIDENED = 16
+"""A product whose result is this many times as wide as what it is made from, as an adapter's second one, is computed
+again: that takes no longer than reading the result."""
+
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
 
 def _products(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    return _kernels(primitive, *arguments, **parameters) or bool(_dots(primitive, *arguments, **parameters))
+    if _kernels(primitive, *arguments, **parameters):
+        return True
+    return bool(_dots(primitive, *arguments, **parameters)) and not _widens(*arguments, **parameters)
+
+
+def _widens(x: Any, weight: Any, *, dimension_numbers: Any, **_: Any) -> bool:
+    (_, contracted), _ = dimension_numbers
+    width = math.prod(weight.shape[i] for i in contracted)
+    return bool(weight.size >= WIDENED * width * width)
 
 
 REMAT: Mapping[str, Callable[..., bool] | None] = MappingProxyType(
