@@ -30,11 +30,15 @@ pytestmark = [pytest.mark.amd, pytest.mark.filterwarnings("ignore:.*:Deprecation
 BF16_STEP = 2.0**-8
 
 
+# Caches in fp8 are left to XLA on this chip (`llama_jax/kernels/table`).
+BY_KERNELS = [scheme for scheme in SCHEMES if not scheme.startswith("fp8")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("visibility", "scheme"),
-    [(Visibility(), ""), (Visibility("sliding", 20), ""), *((Visibility(), scheme) for scheme in SCHEMES)],
-    ids=["full", "sliding", *SCHEMES],
+    [(Visibility(), ""), (Visibility("sliding", 20), ""), *((Visibility(), scheme) for scheme in BY_KERNELS)],
+    ids=["full", "sliding", *BY_KERNELS],
 )
 def test_a_mixed_call_agrees_with_the_cpu(visibility: Visibility, scheme: str) -> None:
     """Two chunks, three rows with one token, one with none, padding; pages of 64 slots, tokens in any order."""
