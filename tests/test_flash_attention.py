@@ -391,7 +391,7 @@ def test_cases_lower_for_amd(case: AttentionShape) -> None:
     def train(*arrays: jax.Array) -> Any:
         return jax.grad(lambda *a: call(*a).astype(jnp.float32).sum(), argnums=(0, 1, 2))(*arrays)
 
-    with device("mi300x"):
+    with device("mi350x" if case.scheme == "fp8" else "mi300x"):  # the fp8 of each
         traced = jax.jit(train if case.backward else call).trace(*case.arguments().values())
         text = traced.lower(lowering_platforms=("rocm",)).as_text()
     assert "flash_attention_forward" in text
