@@ -121,7 +121,7 @@ def compile_model(
         raise DoesNotFit(
             f"the weights alone take {plan.needs.weights / 1e9:.1f} GB on each of {mesh.size} devices, and "
             f"{target.name} has {target.memory / 1e9:.1f} GB",
-            hint=f"what would fit, each alone: {'; '.join(remedies(config, plan)) or 'no one change'}",
+            hint=f"any of these makes it fit: {'; '.join(remedies(config, plan)) or 'no single change'}",
         )
 
     def compiled(program: Program, tokens: int, capacity: int, cache: int, *, overlapped: bool = False) -> Phase:

@@ -61,8 +61,8 @@ def verdict_lines(verdict: Verdict, remedies: Sequence[str], room: str = "") -> 
     sizes = f"{size_text(verdict.peak)} of the {size_text(verdict.usable)} that jax may use"
     if verdict.fits:
         return [f"fits: {sizes}{room}"]
-    would = "; ".join(remedies) or "no one change: more devices, a smaller context and a smaller batch together"
-    return [f"DOES NOT FIT: {sizes}", f"  what would, each alone: {would}"]
+    would = "; ".join(remedies) or "no single change: more devices, a smaller context and a smaller batch together"
+    return [f"DOES NOT FIT: {sizes}", f"  any of these makes it fit: {would}"]
 
 
 def verdict_facts(verdict: Verdict, remedies: Sequence[str]) -> dict[str, Any]:
