@@ -19,7 +19,7 @@ from llama_jax.config import LlamaConfig
 from llama_jax.decode.buckets import batch_bucket, pieces
 from llama_jax.errors import DoesNotFit
 from llama_jax.layout import split_config
-from llama_jax.plan import MEMORY_FRACTION, Floor, Plan, Verdict, default_workload, make_plan, remedies
+from llama_jax.plan import MEMORY_FRACTION, Floor, Plan, Verdict, default_workload, make_plan, remedies, ways_to_fit
 from llama_jax.plan.costs import cache_read_bytes, local_rows, read_bytes
 from llama_jax.sharding import ways
 from llama_jax.targets import Target, abstract_device
@@ -121,7 +121,7 @@ def compile_model(
         raise DoesNotFit(
             f"the weights alone take {plan.needs.weights / 1e9:.1f} GB on each of {mesh.size} devices, and "
             f"{target.name} has {target.memory / 1e9:.1f} GB",
-            hint=f"any of these makes it fit: {'; '.join(remedies(config, plan)) or 'no single change'}",
+            hint=ways_to_fit(remedies(config, plan)),
         )
 
     def compiled(program: Program, tokens: int, capacity: int, cache: int, *, overlapped: bool = False) -> Phase:

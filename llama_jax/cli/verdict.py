@@ -56,13 +56,14 @@ def memory_lines(verdict: Verdict, target: Target) -> list[str]:
 
 def verdict_lines(verdict: Verdict, remedies: Sequence[str], room: str = "") -> list[str]:
     """Whether it fits; `room`, or what would make it fit."""
+    from llama_jax.plan import ways_to_fit
+
     if verdict.usable is None:
         return ["whether it fits is not known"]
     sizes = f"{size_text(verdict.peak)} of the {size_text(verdict.usable)} that jax may use"
     if verdict.fits:
         return [f"fits: {sizes}{room}"]
-    would = "; ".join(remedies) or "no single change: more devices, a smaller context and a smaller batch together"
-    return [f"DOES NOT FIT: {sizes}", f"  any of these makes it fit: {would}"]
+    return [f"DOES NOT FIT: {sizes}", f"  {ways_to_fit(remedies)}"]
 
 
 def verdict_facts(verdict: Verdict, remedies: Sequence[str]) -> dict[str, Any]:

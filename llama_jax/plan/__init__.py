@@ -14,7 +14,7 @@ from llama_jax.plan.automatic import AUTO, AutoMesh, MeshRequest, resolve_mesh
 from llama_jax.plan.device_memory import ENGINE_FRACTION, MEMORY_FRACTION, memory_fraction
 from llama_jax.plan.memory import Bytes, DeviceShare, Needs
 from llama_jax.plan.mesh_choice import Candidate, MeshChoice, choose_mesh, smallest_mesh
-from llama_jax.plan.remedies import remedies
+from llama_jax.plan.remedies import remedies, ways_to_fit
 from llama_jax.plan.roofline import Floor
 from llama_jax.plan.search import Plan, make_plan
 from llama_jax.plan.verdict import Verdict
@@ -44,4 +44,5 @@ __all__ = [
     "remedies",
     "resolve_mesh",
     "smallest_mesh",
+    "ways_to_fit",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llama_jax.cache import KV_DTYPES
@@ -18,6 +18,13 @@ _FRACTIONS = (0.9, 0.95)
 def remedies(config: LlamaConfig, plan: Plan) -> tuple[str, ...]:
     """Options of `llama-jax plan` and `compile`, each of which alone makes a plan fit; none for one that fits."""
     return () if plan.fits is not False else tuple(_found(config, plan))
+
+
+def ways_to_fit(remedies: Sequence[str]) -> str:
+    """A line about them."""
+    if not remedies:
+        return "no single change makes it fit: use more devices, a smaller context and a smaller batch together"
+    return f"any of these makes it fit: {'; '.join(remedies)}"
 
 
 def _found(config: LlamaConfig, plan: Plan) -> Iterator[str]:
