@@ -54,6 +54,7 @@ Exit codes:
   7    the network is needed and cannot be reached
   70   a fault of the program
   73   a file cannot be written
+  75   a server or an engine takes no more requests at the moment
   130  interrupted
   141  the reader of the output went away
 """
