@@ -14,7 +14,7 @@ import guides
 
 from llama_jax import plugins
 
-NUMBER = re.compile(r"-?\d+\.\d+")
+NUMBER = re.compile(r" *-?\d+\.\d+")  # with the spaces before it: a zero may or may not have a sign
 NEEDS = {"lm-eval": "lm_eval"}
 
 
@@ -56,6 +56,7 @@ def test_guides_are_listed_and_have_their_pictures() -> None:
 
 def test_comparison() -> None:
     assert same("a 1.00 (0.5)", "a 1.01 (0.5)")
+    assert same("a  0.00 b", "a -0.00 b")
     assert not same("a 1.00", "a 1.10")
     assert not same("a 1.00", "b 1.00")
     assert not same("3 of 4", "4 of 4")
