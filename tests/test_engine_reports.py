@@ -81,7 +81,7 @@ def test_a_warm_cache_changes_nothing() -> None:
 
 
 def test_scores_of_a_prompt_survive_a_preemption() -> None:
-    """What was scored before it is scored again, and not told twice."""
+    """Tokens that were scored before it are scored again, and not told twice."""
     model, core = tiny_model(), with_pages(small_core(), 4)
     scored = a_prompt(60), dataclasses.replace(GREEDY, max_tokens=2, prompt_logprobs=1)
     urgent = a_prompt(20, 2), dataclasses.replace(GREEDY, max_tokens=3)

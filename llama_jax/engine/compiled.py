@@ -291,11 +291,11 @@ class Programs:
         return read
 
     def _compile_behind(self, key: Key) -> bool:
-        """The same for a program that others stand in for: nobody waits for it, so a failure must be told."""
+        """Compiles a program that others replace meanwhile: nobody waits for it, so a failure must be told."""
         try:
             return self._compile(key)
         except Exception as error:
-            text = f"the program {str(key)!r} cannot be compiled, and others stand in for it: {error}"
+            text = f"the program {str(key)!r} cannot be compiled, so that others are used in its place: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
             raise
 
