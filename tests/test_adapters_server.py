@@ -22,6 +22,7 @@ from llama_jax.cli import cli
 from llama_jax.cli.adapter_options import given_adapter
 from llama_jax.convert import convert
 from llama_jax.errors import RequestError
+from llama_jax.generation.streams import Request
 from llama_jax.loading import load
 from llama_jax.server.settings import ServerSettings
 
@@ -82,6 +83,12 @@ def said(server: Server, model: str) -> str:
 def listed(server: Server) -> dict[str, str | None]:
     data = server.call("GET", "/v1/models", headers=KEY).json["data"]
     return {one["id"]: one.get("parent") for one in data}
+
+
+def test_an_adapter_that_has_just_gone_is_not_the_model(server: Server) -> None:
+    served = server.served.by("gone")
+    with pytest.raises(RequestError, match="there is no adapter 'gone'"):
+        server.run(served.engine.generate(Request([5, 6], adapter=served.adapter)))
 
 
 @pytest.mark.slow

@@ -182,6 +182,50 @@ def test_an_engine_that_is_ready_early(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (snapshot.programs, snapshot.programs_behind, snapshot.late_compilations) == (7, 0, 0)
 
 
+def test_a_program_that_cannot_be_compiled_behind_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are answered by larger ones."""
+
+    class AtOnce:
+        def submit(self, function: Any, *args: Any) -> Future[Any]:
+            made: Future[Any] = Future()
+            try:
+                made.set_result(function(*args))
+            except RuntimeError as error:
+                made.set_exception(error)
+            return made
+
+    monkeypatch.setattr(compiled, "_in_background", AtOnce)
+    model = tiny_model()
+    core = Core(model, small_settings(decode_rows=(1, 3), mixed_tokens=(11, 24)))  # sizes that no other test has
+    real = core.programs._compile
+
+    def failing(key: Any) -> bool:
+        if key.size == 11:
+            raise RuntimeError("out of memory")
+        return real(key)
+
+    monkeypatch.setattr(core.programs, "_compile", failing)
+    with pytest.warns(RuntimeWarning, match="'mixed of 11 tokens' cannot be compiled.*out of memory"):
+        list(core.compile_all(early=True))
+    assert core.programs.choose("mixed", 1, greedy=False).size == 24
+    check(model, core, 4)
+
+
+def test_programs_are_counted_while_the_engine_takes_them() -> None:
+    """By other threads: metrics, and a server that ends."""
+    programs = Core(tiny_model(), small_settings()).programs
+
+    class Taken(Future[bool]):
+        def done(self) -> bool:
+            programs._coming.pop(key, None)
+            return super().done()
+
+    for key in programs.keys[:3]:
+        programs._coming[key] = Taken()
+    programs._ready = True
+    assert programs.behind == 3
+
+
 def test_prompts_are_scored_the_same_with_a_warm_cache() -> None:
     model = tiny_model()
     core = Core(model, small_settings())

@@ -80,6 +80,26 @@ def test_a_warm_cache_changes_nothing() -> None:
     assert core.snapshot().counts.prefix_hit_tokens == 5 * 48
 
 
+def test_scores_of_a_prompt_survive_a_preemption() -> None:
+    """Tokens that were scored before it are scored again, and not told twice."""
+    model, core = tiny_model(), with_pages(small_core(), 4)
+    scored = a_prompt(60), dataclasses.replace(GREEDY, max_tokens=2, prompt_logprobs=1)
+    urgent = a_prompt(20, 2), dataclasses.replace(GREEDY, max_tokens=3)
+    numbers = [core.add(*scored, 2, priority=1)]
+    news = core.step()
+    numbers.append(core.add(*urgent, 3))
+    while not core.idle:
+        news += core.step()
+    assert core.snapshot().counts.preemptions == 1
+    for number, request in zip(numbers, (scored, urgent), strict=True):
+        assert tokens([drawn for drawn in news if drawn.id == number]) == alone(model, request).tokens
+    (found,) = [drawn.prompt_logprobs for drawn in news if drawn.prompt_logprobs is not None]
+    expected = alone(model, scored).prompt_logprobs
+    assert found.token.shape == expected.shape
+    np.testing.assert_allclose(found.token, expected, atol=1e-5)
+    nothing_is_held(core)
+
+
 @pytest.mark.slow
 def test_drafts_are_drawn_with_all_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """vllm#42744: min_p and logit_bias did not hold where drafts were tried."""

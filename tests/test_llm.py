@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from engines import alone, small_settings, some_requests, tiny_model
 from tiny_chat_model import write_chat_model
 
 import llama_jax as lj
+from llama_jax.engine import compiled
 from llama_jax.errors import EngineFailed, Overloaded, RequestError
 from llama_jax.generation.engine import Engine
 from llama_jax.generation.llm import LLM
+from llama_jax.generation.request import prepare
 from llama_jax.generation.restarts import Restarts
 from llama_jax.generation.streams import Piece, Request
 from llama_jax.sampling import SamplingParams
@@ -243,3 +246,68 @@ def test_a_device_that_fails_ends_all_and_the_engine_starts_again(monkeypatch: p
     asyncio.run(run())
     with pytest.raises(EngineFailed, match="not running"):
         asyncio.run(Engine(model, settings=small_settings(), ahead=False).generate(Request([5], params)))
+
+
+def test_whoever_waits_is_told_of_a_fault_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is being taken, and a change that is being made: neither has a row or a stream yet."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the device is lost")
+
+    async def run() -> None:
+        async with Engine(tiny_model(), settings=small_settings(), ahead=False, max_adapters=1) as engine:
+            for name, call in (
+                ("add", lambda: engine.generate(Request([5, 6], SamplingParams(max_tokens=2)))),
+                ("put_adapter", lambda: engine._changed(lambda jobs: jobs.put_adapter("a", []))),
+            ):
+                await engine.generate(Request([5, 6], SamplingParams(max_tokens=1)))
+                monkeypatch.setattr(engine._jobs, name, fail)
+                with pytest.raises(EngineFailed, match="the device is lost"):
+                    await asyncio.wait_for(call(), 30)
+
+    asyncio.run(run())
+
+
+def test_how_far_a_request_is_that_has_just_ended(llm: LLM) -> None:
+    """Another thread may ask between the end of its last row and the news of it."""
+    jobs = llm._jobs
+    answer = jobs.add(prepare(llm.model, None, [[5, 6, 7]], SamplingParams(max_tokens=1)), 0)
+    while not jobs.idle:
+        jobs.step()
+    assert jobs.computed(answer) == 3
+
+
+def test_each_engine_counts_its_own_restarts() -> None:
+    """A model that is loaded again is a new engine with the same policy."""
+    policy = Restarts(1)
+    first, second = (Engine(tiny_model(), settings=small_settings(), restarts=policy) for _ in range(2))
+    assert [first.restarts.failed(0.0), first.restarts.failed(1.0)] == [0.0, None]
+    assert (second.restarts.failed(2.0), second.restarts.total) == (0.0, 1)
+
+
+def test_an_engine_that_fails_gives_up_what_it_was_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next engine compiles that, and not both of them."""
+    later: list[Future[bool]] = []
+
+    class Behind:
+        def submit(self, *_: Any) -> Future[bool]:
+            later.append(Future())
+            return later[-1]
+
+    monkeypatch.setattr(compiled, "_in_background", Behind)
+    settings = small_settings(decode_rows=(2, 3), mixed_tokens=(9, 24))  # sizes that no other test has
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("the device is lost")
+
+    async def run() -> None:
+        async with Engine(tiny_model(), settings=settings, early=True) as engine:
+            assert len(later) == 3
+            monkeypatch.setattr(engine._jobs, "step", fail)
+            request = Request([5, 6], SamplingParams(max_tokens=2))
+            with pytest.raises(EngineFailed, match="the device is lost"):
+                await engine.generate(request)
+            await engine.generate(request)
+            assert [future.cancelled() for future in later] == [True] * 3 + [False] * 3
+
+    asyncio.run(run())

@@ -338,6 +338,8 @@ def test_responses_with_reasoning_and_tools(server: Server) -> None:
         ({"tools": [FLAT_TOOL], "tool_choice": ALLOWED | {"tools": [{"name": "other"}]}}, "tool_choice"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
+        ({"input": [{"type": "reasoning", "content": [{"type": "reasoning_text", "text": None}]}]}, "input"),
+        ({"input": [{"type": "reasoning", "content": 5}]}, "input"),
         ({"input": []}, "messages"),
         ({"text": {"format": {"type": "xml"}}}, "text"),
         ({"background": True}, "background"),

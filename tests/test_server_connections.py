@@ -58,6 +58,30 @@ def test_headers_have_a_deadline() -> None:
     asyncio.run(run())
 
 
+def test_a_body_behind_its_answer_has_a_deadline() -> None:
+    """uvicorn reads the rest of a body that no route has read, and would wait for it for ever."""
+
+    async def run() -> None:
+        async with listening(short, dataclasses.replace(LIMITS, body_s=0.3)) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n")
+            await asyncio.wait_for(reader.readuntil(b"ok"), SOON_S)
+            writer.write(b"x")
+            assert await asyncio.wait_for(reader.read(), SOON_S) == b""
+            writer.close()
+
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)  # one that comes in time
+            writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n")
+            await asyncio.wait_for(reader.readuntil(b"ok"), SOON_S)
+            for part in (b"1234", b"56789" + HEAD + b"\r\n"):
+                writer.write(part)
+                await asyncio.sleep(LIMITS.header_s / 4)
+            assert (await asyncio.wait_for(reader.readuntil(b"ok"), SOON_S)).startswith(b"HTTP/1.1 200")
+            writer.close()
+
+    asyncio.run(run())
+
+
 PIECES = [b"data: 1\n\n", b"", b"x" * 70_000, b"\r\n0\r\n\r\n"]
 
 

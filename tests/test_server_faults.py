@@ -275,6 +275,7 @@ def test_no_next_token(model: Any, runner: asyncio.Runner, monkeypatch: pytest.M
         assert first["choices"][0]["finish_reason"] is None
         assert error == whole.json
         assert server.post("/v1/completions", prompt=[5, 6]).status == 200
+        assert cancelled(server) == 0  # no client has left
 
 
 def test_clients_that_leave_while_they_send(server: Server, caplog: pytest.LogCaptureFixture) -> None:

@@ -257,6 +257,11 @@ def test_a_model_that_cannot_be_loaded(
         assert server.chat("b").status == 200
 
 
+def test_a_client_is_not_told_to_come_too_early() -> None:
+    slot = Slot(("a",), None, failure="StorageError")
+    assert [slot.refused(pause).headers["retry-after"] for pause in (0.1, 2.0, 2.3)] == ["1", "2", "3"]
+
+
 def test_a_plan_that_was_too_small(runner: asyncio.Runner, model: Any) -> None:
     """Idle models are also unloaded for a model that turns out not to fit while it loads."""
     with Several(runner, model, 50, 20, 20) as server:

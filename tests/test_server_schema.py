@@ -90,6 +90,9 @@ def test_the_template_applied(server: Server) -> None:
     assert (
         server.post("/apply-template", messages=USER, **thinking).json["prompt"] == expected[: expected.rindex("<|im")]
     )
+    for name in ("template", "special_tokens"):
+        refused = server.post("/apply-template", messages=USER, chat_template_kwargs={name: "x"})
+        assert (refused.status, refused.json["error"]["param"]) == (400, "chat_template_kwargs")
     ids = server.post("/tokenize", prompt=expected, add_special_tokens=False).json["tokens"]
     assert ids == server.post("/tokenize", messages=USER).json["tokens"]
 

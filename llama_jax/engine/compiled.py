@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as ListOf
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -109,7 +110,7 @@ class Programs:
                 expected = spent / done * total / min(THREADS, total)
                 left_s = max(0.0, began + expected - time.monotonic()) if done < total else 0.0
                 yield Compiled(key, seconds, from_cache, done, total, left_s)
-        self._coming |= {key: _in_background().submit(self._compile, key) for key in self.awaited()}
+        self._coming |= {key: _in_background().submit(self._compile_behind, key) for key in self.awaited()}
         self._ready = True
 
     @property
@@ -129,8 +130,8 @@ class Programs:
 
     @property
     def behind(self) -> int:
-        """Number of programs that are still compiled in the background of an engine that is ready."""
-        return sum(not future.done() for future in self._coming.values()) if self._ready else 0
+        """Number of programs that are still compiled in the background of an engine that is ready; from any thread."""
+        return sum(not future.done() for future in list(self._coming.values())) if self._ready else 0
 
     def leave_behind(self) -> None:
         """Gives up the programs that the background has not begun."""
@@ -288,6 +289,15 @@ class Programs:
         with self._lock:
             self._compiled[key] = compiled
         return read
+
+    def _compile_behind(self, key: Key) -> bool:
+        """Compiles a program that others replace meanwhile: nobody waits for it, so a failure must be told."""
+        try:
+            return self._compile(key)
+        except Exception as error:
+            text = f"the program {str(key)!r} cannot be compiled, so that others are used in its place: {error}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            raise
 
 
 def _cost(key: Key) -> tuple[float, ...]:

@@ -72,7 +72,7 @@ class _Flight:
 
     step: Step
     rows: list[tuple[int, Sequence]]
-    spans: list[tuple[int, int, Sequence]]
+    spans: list[tuple[int, int, int, Sequence]]
     report: Any = None
     logprobs: Any = None
     scores: Any = None
@@ -300,8 +300,10 @@ class Core:
     def _read(self, flight: _Flight) -> list[Drawn]:
         report, logprobs, scores = jax.device_get((flight.report, flight.logprobs, flight.scores))
         self.scheduler.ended(flight.step.number)
-        for first, last, sequence in flight.spans:
+        for start, first, last, sequence in flight.spans:
             if (asked := self._asked.get(sequence.id)) and last > first:
+                if not start:  # after a preemption the prompt is computed from its beginning
+                    asked.scores = []
                 asked.scores.append(jax.tree.map(lambda x, a=first, b=last: x[a:b], scores))
         lines = report.tolist()
         news = (self._taken(flight, line, sequence, lines[line], logprobs) for line, sequence in flight.rows)

@@ -25,7 +25,7 @@ class Packed:
       parts: views of the array by name; "pages" is still empty; size: tokens of one step of the program.
       rows: (line of the report, sequence) of those that draw, or that end with the step.
       masks: of the rows with rules, for `verify`; None if there are none.
-      spans: (first, last token of the step, sequence) of scored prompts.
+      spans: (position in its text, first, last token of the step, sequence) of scored prompts.
     """
 
     key: Key
@@ -34,7 +34,7 @@ class Packed:
     size: int
     rows: list[tuple[int, Sequence]]
     masks: np.ndarray | None = None
-    spans: list[tuple[int, int, Sequence]] = field(default_factory=list)
+    spans: list[tuple[int, int, int, Sequence]] = field(default_factory=list)
 
 
 def pack(
@@ -103,7 +103,8 @@ def _mixed(
         if chunk.draws or (sequence.limit == 0 and end == len(sequence.tokens)):
             packed.rows.append((line, sequence))
         if scores(sequence):
-            packed.spans.append((at, at + min(chunk.count, sequence.prompt_length - 1 - chunk.start), sequence))
+            last = at + min(chunk.count, sequence.prompt_length - 1 - chunk.start)
+            packed.spans.append((chunk.start, at, last, sequence))
         at = here.stop
     return packed
 

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,7 +80,7 @@ class Engine:
         self._peak, self._compiling = peak, compiling
         self._ahead, self._early = ahead, early
         self._jobs: Jobs | None = None
-        self.restarts = restarts or Restarts()
+        self.restarts = replace(restarts or Restarts())  # its own counts: models are loaded again with one policy
         self._failed: EngineFailed | None = None
         self._resting: EngineFailed | None = None
         self._why_restarts = ""
@@ -104,9 +105,7 @@ class Engine:
         self._wake.set()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
-        if self._jobs is not None:
-            for core in self._jobs.engine.cores:
-                core.programs.leave_behind()
+        self._leave_behind()
 
     @property
     def settings(self) -> EngineSettings:
@@ -236,6 +235,12 @@ class Engine:
         self._failed, self._closing = error, True
         self._drop(error)
 
+    def _leave_behind(self) -> None:
+        """Gives up programs that the background has not begun; what it holds of the engine goes with them."""
+        if self._jobs is not None:
+            for core in self._jobs.engine.cores:
+                core.programs.leave_behind()
+
     # --- The engine's thread
 
     def _made(self) -> Jobs:
@@ -250,8 +255,12 @@ class Engine:
                 break
             try:
                 while self._inbox:
-                    do, stream = self._inbox.popleft()
-                    do(stream)
+                    posted = self._inbox.popleft()
+                    try:
+                        posted[0](posted[1])
+                    except Exception:
+                        self._inbox.appendleft(posted)  # its caller is told with the others
+                        raise
                 assert self._jobs is not None
                 if self._jobs.idle:
                     self._wake.wait()
@@ -314,6 +323,7 @@ class Engine:
         else:
             failed = EngineFailed(f"the engine's device failed: {error}", hint="send the request again")
             failed.__cause__ = error
+        self._leave_behind()
         self._jobs = None  # frees the old one's arrays; and no caller that is told finds it ready
         self._drop(failed)
         self._why_restarts = str(error)

@@ -301,7 +301,7 @@ class Jobs:
         """Prompt tokens of a request that have been computed or are in dispatched steps. May be called from another
         thread, which gets a KeyError if the request ends meanwhile."""
         done = (self._engine.of(number).computed(number) for number in self._numbers(answer))
-        return min(len(answer.prompt), *done)
+        return min([len(answer.prompt), *done])
 
     @property
     def idle(self) -> bool:

@@ -57,8 +57,6 @@ async def chunks(
     streams = [_pieces(served, number, request) for number, request in enumerate(requests)]
     async with aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as merged:
         async for prompt, piece in merged:
-            if piece.finish_reason == "error":
-                raise _failed(piece.output, piece.index)
             made = [{**head, "choices": [choice]} for choice in choices(prompt, piece)]
             if piece.output is not None:
                 outputs[prompt] = piece.output
@@ -163,12 +161,15 @@ async def _gathered[T](made: Sequence[Any]) -> list[T]:
 
 
 async def _pieces(served: Served, number: int, request: Request) -> AsyncGenerator[tuple[int, Piece]]:
-    """Yields the engine's pieces with the request's number, and records their times."""
+    """Yields the engine's pieces with the request's number, and records their times. Raises LlamaJaxError if a
+    continuation has ended in an error."""
     with served.metrics.request() as times:
         stream: Any = served.engine.stream(request)
         async with aclosing(stream):
             async for piece in stream:
                 times.piece(piece)
+                if piece.finish_reason == "error":
+                    raise _failed(piece.output, piece.index)
                 yield number, piece
 
 

@@ -106,12 +106,19 @@ def protocol(limits: Limits) -> type[H11Protocol]:
             else:
                 self._await_reader()
 
+        @property
+        def _incomplete(self) -> bool:
+            """Whether the next step is the client's, and no application waits for it."""
+            return self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
+
         def _await_headers(self) -> None:
-            """The time runs from the first byte of a request until its headers are complete."""
-            if self.conn.their_state is not h11.IDLE:
+            """The time runs from the first byte of a request until its headers are complete, or from the first byte of
+            a body that comes after its answer until that is."""
+            if not self._incomplete:
                 self._forget_headers()
             elif self._headers is None:
-                self._headers = self.loop.call_later(limits.header_s, self._close_idle)
+                seconds = limits.header_s if self.conn.their_state is h11.IDLE else limits.body_s
+                self._headers = self.loop.call_later(seconds, self._close_idle)
 
         def _forget_headers(self) -> None:
             if self._headers is not None:
@@ -125,7 +132,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def _close_idle(self, *, again: bool = False) -> None:
             self._headers = None if again else self.loop.call_later(0, partial(self._close_idle, again=True))
-            if again and self.conn.their_state is h11.IDLE:
+            if again and self._incomplete:
                 self.transport.close()
 
     return Impatient

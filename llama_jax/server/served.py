@@ -38,7 +38,7 @@ class Served:
 
     def by(self, name: str | None) -> Served:
         """The model as it is called: by the name of an adapter, with that adapter."""
-        if name is None or name in self.names or name not in self.engine.adapters:
+        if name is None or name in self.names:
             return self
         return replace(self, names=(name,), adapter=name)
 

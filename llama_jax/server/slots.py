@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -108,5 +109,5 @@ class Slot:
             f"the model {self.names[0]!r} cannot be loaded: {self.failure}",
             code=self.failure,
             hint="the server's log has the reason; other models are not affected",
-            headers={"retry-after": str(max(RETRY_S, round(pause)))},
+            headers={"retry-after": str(max(RETRY_S, math.ceil(pause)))},
         )

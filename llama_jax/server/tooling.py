@@ -15,7 +15,10 @@ from llama_jax.text.tools import Place, ReasoningParser, Tool, ToolFormat, tools
 from llama_jax.text.tools.grammars import OPENING, amid, answered
 
 _RESERVED = frozenset(
-    {"tokenizer", "messages", "add_generation_prompt", "tools", "documents", "chat_template", "strftime_now"}
+    {
+        *("tokenizer", "messages", "add_generation_prompt", "tools", "documents", "chat_template", "strftime_now"),
+        *("template", "special_tokens"),  # arguments of `render_chat`
+    }
 )
 """Template variables that `chat_template_kwargs` cannot set."""
 

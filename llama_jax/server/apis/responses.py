@@ -256,8 +256,7 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
             case {"type": "function_call_output", "call_id": str(called), "output": output}:
                 made.append({"role": "tool", "tool_call_id": called, "content": _text(output, i)})
             case {"type": "reasoning"}:
-                thought = "".join(part.get("text", "") for part in item.get("content") or [] if isinstance(part, dict))
-                if thought:
+                if thought := text_of(item.get("content") or "", ("reasoning_text", "text"), f"item {i}", "input"):
                     made.append({"role": "assistant", "content": "", "reasoning_content": thought})
             case {"role": "assistant", "content": content} if item.get("type", "message") == "message":
                 last = _assistant(made)
