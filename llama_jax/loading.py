@@ -65,8 +65,8 @@ def load(
       weights: "stored" computes with quantised weights as they are, "float" decodes them to `dtype`; the default
         depends on the device (`llama_jax.recipe.usual_form`). The name of a layout ("int8", "int4", "fp8",
         "int4_g128_zero", ...) quantises the model while it is loaded, decoding a quantised one first.
-      kv_dtype: "int8", "k8v4" or "int4" quantises keys and values in the cache (docs/quantization.md); by default they
-        are kept in `dtype`.
+      kv_dtype: "int8", "k8v4", "int4" or "fp8" quantises keys and values in the cache (docs/quantization.md); by
+        default they are kept in `dtype`.
       activations: "int8" also rounds the inputs of quantised weights (docs/quantization.md), which are then kept as
         stored, unless `weights` says otherwise. By default they are not rounded.
       mesh: devices to split the model over, from `make_mesh`, by its own rules or those of `llama_jax.sharding`;
