@@ -164,7 +164,7 @@ def check_activations(config: LlamaConfig, activations: str | None) -> None:
             param="activations",
             hint=f"choose {' or '.join(ACTIVATIONS)}, or leave it out for the dtype of the model",
         )
-    if not any((layout := layout_named(name)) and layout.kind != "fp8" for _, name in config.schemes):
+    if not any((layout := stored_layout(name)) and layout.kind != "fp8" for _, name in config.schemes):
         raise RequestError(
             f"{activations} activations are multiplied with weights in int8 or int4, and the model has none",
             param="activations",

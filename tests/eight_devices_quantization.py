@@ -75,6 +75,10 @@ def test_columns_in_another_order() -> None:
         assert error(run(arranged, split, tokens)[0], expected) < 2e-5
         again, _ = dequantize_params(arranged, split, "float32")
         assert error(run(again, config, tokens)[0], expected) < 2e-5
+    rounded, _ = run(unflatten(flat), stored.replace(activations="int8"), tokens)
+    assert 1e-4 < error(rounded, expected) < 0.1
+    with on(mesh):
+        assert error(run(arranged, split.replace(activations="int8"), tokens)[0], rounded) < 2e-5
 
 
 def test_quantised_where_it_lies() -> None:

@@ -97,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/cdn/"):
             kind, what = "cdn", f"{path.removeprefix('/cdn/')} {self.headers.get('Range', '')}"
         elif "/resolve/" in path:
-            kind, what = "resolve", path.rpartition("/")[2]
+            kind, what = "resolve", path.partition("/resolve/")[2].partition("/")[2]
         else:
             kind, what = ("tree" if "/tree/" in path else "info"), path
         hub.requests.append((self.command, kind, what))
@@ -120,9 +120,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, json.dumps(facts | self.hub.info).encode(), **{"Content-Type": "application/json"})
 
     def _tree(self, path: str) -> None:
-        hub = self.hub
-        entries = []
+        hub, folder = self.hub, path.partition("/tree/")[2].partition("/")[2]
+        whole = "recursive=true" in self.path.lower()
+        entries: list[dict[str, Any]] = []
         for name, data in hub.files.items():
+            place = name.rpartition("/")[0]
+            if place != folder and not whole:
+                if not folder:
+                    entries.append({"type": "directory", "path": place, "size": 0, "oid": "0" * 40})
+                continue
             entry = {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
             if hub.is_large(name):
                 entry["lfs"] = {"oid": hub.digest(name), "size": len(data), "pointerSize": 130}

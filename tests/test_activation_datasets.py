@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import llama_jax as lj
 import llama_jax.interp
 from llama_jax.adapters import LoraConfig, new_adapter, with_adapter
+from llama_jax.config import RopeSpec
 from llama_jax.errors import CheckpointError, LlamaJaxError, RequestError, StorageError
 from llama_jax.interp import dataset
 from llama_jax.model.loaded import Model
@@ -90,6 +91,26 @@ def test_stopped_runs_resume(tmp_path: Path) -> None:
     more = record(tmp_path / "part", [*TEXTS, [1, 2, 3]])
     assert len(more) == len(whole) + 3
     assert record(tmp_path / "part", [*TEXTS, [1, 2, 3]]).description == more.description
+
+
+def test_adapters_of_copied_weights_are_told_apart(tmp_path: Path) -> None:
+    lora = LoraConfig(rank=1, target_modules=(), target_parameters=("experts.down_proj",))
+    new = new_adapter(MODEL.params, CONFIG, lora, jax.random.key(0))
+    first, second = (with_adapter(MODEL, jax.tree.map(lambda x, by=by: x + by, new)) for by in (0.1, 0.2))
+    for _ in range(2):
+        lj.record_activations(first, None, TEXTS[:2], NAMES, tmp_path)
+    with pytest.raises(RequestError, match="begun with settings"):
+        lj.record_activations(second, None, TEXTS[:2], NAMES, tmp_path)
+
+
+def test_texts_may_have_the_whole_context(tmp_path: Path) -> None:
+    """Which dynamic rope makes longer than the one of the training."""
+    rope = RopeSpec(kind="dynamic", factor=2.0, original_max_positions=16)
+    config = TINY["plain"].replace(rope=rope, max_position_embeddings=16)
+    model = Model(random_params(config), config)
+    assert len(lj.record_activations(model, None, [[1] * 32], ["final_norm"], tmp_path / "a")) == 32
+    with pytest.raises(RequestError, match="33 tokens, the model's context 32"):
+        lj.record_activations(model, None, [[1] * 33], ["final_norm"], tmp_path / "b")
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -65,6 +65,21 @@ def test_slot_zero_and_ids_out_of_range_are_no_adapter(slots: int) -> None:
         np.testing.assert_array_equal(run(params, CONFIG, tokens, adapters=adapters, adapter_ids=ids)[0], expected)
 
 
+def test_logits_stay_in_float32_where_the_head_has_slots() -> None:
+    """In a model of 16 bits too: those of a token without an adapter are exactly what they are without slots."""
+    config = TINY["tied-mqa"]
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config))
+    tokens, rng = random_tokens(config, 2, 5), np.random.default_rng(0)
+    members = {"a": rng.standard_normal((2, 16)), "b": rng.standard_normal((40, 2)), "scale": 0.5}
+    slots = empty_slots(config, slots=2, rank=2, targets=("lm_head",), dtype="bfloat16")
+    slots = put_adapter(slots, 1, {"lm_head": members})
+    plain, _ = run(params, config, tokens)
+    found, _ = run(params, config, tokens, adapters=slots, adapter_ids=jnp.array([[0], [1]]))
+    np.testing.assert_array_equal(found[0], plain[0])
+    assert error(found[1], plain[1]) > 0.1
+    assert (found[1] != found[1].astype(jnp.bfloat16)).any()
+
+
 def test_slots_are_filled_and_replaced_without_compiling() -> None:
     params, tokens, traces = random_params(CONFIG), random_tokens(CONFIG, 2, 5), 0
 

@@ -23,7 +23,7 @@ from llama_jax.cli import cli
 from llama_jax.config import LayerSpec
 from llama_jax.convert import calibrating, convert
 from llama_jax.convert.verify import verify_source
-from llama_jax.errors import RequestError
+from llama_jax.errors import KernelError, RequestError
 from llama_jax.measure import quality
 from llama_jax.model import calibration
 from llama_jax.model.loaded import Model
@@ -320,6 +320,9 @@ def test_quality() -> None:
     assert other.kl == pytest.approx(kl.mean(), rel=1e-3)
     assert other.kl_error == pytest.approx(kl.mean(-1).std(ddof=1) / 6**0.5, rel=1e-2)
     assert other.same_top == (ours.argmax(-1) == theirs.argmax(-1)).mean()
+    named = Model(model.params, config, kernels={"add_rms_norm": "pallas_triton"})
+    with pytest.raises(KernelError, match="pallas_triton"):  # which no CPU has
+        quality.refer(named, text)
     wider = config.replace(vocab_size=41)
     with pytest.raises(RequestError, match="have 41 and 40"):
         quality.compare(Model(random_params(wider), wider), reference)

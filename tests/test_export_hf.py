@@ -25,13 +25,16 @@ from safetensors.numpy import load_file
 from tiny_chat_model import write_chat_model
 from tiny_models import DTYPES, LLAMA, LLAMA4, MIXTRAL, assert_equal, random_leaves, write_hf
 
-from llama_jax.checkpoint import open_checkpoint, save
+import llama_jax as lj
+from llama_jax.checkpoint import open_checkpoint, save, verify
+from llama_jax.checkpoint.format import TEMPLATES
 from llama_jax.cli import cli
 from llama_jax.cli.export import _size
 from llama_jax.config import config_from_hf
 from llama_jax.convert import convert, export_gguf, export_hf
 from llama_jax.convert.export.staging import UNFINISHED
 from llama_jax.convert.safetensors_writer import SafetensorsWriter, TensorPlan
+from llama_jax.convert.verify import verify_source
 from llama_jax.errors import (
     CheckpointError,
     DoesNotFit,
@@ -41,6 +44,7 @@ from llama_jax.errors import (
     UnsupportedModel,
 )
 from llama_jax.params import unflatten
+from llama_jax.text.tokenizer import load_tokenizer
 
 # Most are quick; together they take a while.
 pytestmark = pytest.mark.slow
@@ -68,6 +72,23 @@ def tiny(tmp_path: Path) -> Path:
     """A small converted checkpoint."""
     write_hf(tmp_path / "hf", LLAMA)
     return convert(tmp_path / "hf", tmp_path / "tiny")
+
+
+def test_chat_templates_in_their_own_folder_stay_there(tmp_path: Path) -> None:
+    source = write_chat_model(tmp_path / "hf")
+    (source / TEMPLATES).mkdir()
+    (source / TEMPLATES / "tool_use.jinja").write_text("T")
+    (source / TEMPLATES / "notes.txt").write_text("")
+    checkpoint = convert(source, tmp_path / "checkpoint")
+    assert verify_source(checkpoint, source).ok
+    templates = load_tokenizer(source).chat_templates
+    assert templates["tool_use"] == "T"
+    assert lj.load(checkpoint)[1].chat_templates == templates
+    export_hf(checkpoint, tmp_path / "out")
+    assert os.listdir(tmp_path / "out" / TEMPLATES) == ["tool_use.jinja"]
+    assert load_tokenizer(tmp_path / "out").chat_templates == templates
+    (checkpoint / TEMPLATES / "tool_use.jinja").write_text("U")
+    assert "tool_use.jinja" in verify(checkpoint).failures[0]
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES)

@@ -196,6 +196,22 @@ def test_one_copy_of_the_weights(hub: FakeHub, weights: list[str], chosen: list[
     assert [f[: len(c)] for f, c in zip(files[len(small) :], chosen, strict=True)] == chosen
 
 
+def test_chat_templates_in_their_own_folder(hub: FakeHub) -> None:
+    """They come with the model; other folders of the repository do not."""
+    hub.files |= {"additional_chat_templates/rag.jinja": b"R", "onnx/config.json": b"{}"}
+    pulled = library.pull("org/name", notify=lambda _: None)
+    assert (pulled.source / "additional_chat_templates" / "rag.jinja").read_text() == "R"
+    assert not (pulled.source / "onnx").exists()
+    assert "additional_chat_templates/rag.jinja" in open_checkpoint(pulled.checkpoint).file_digests
+    hub.commit = "f" * 40
+    hub.files["additional_chat_templates/rag.jinja"] = b"news"
+    hub.delivered["additional_chat_templates/rag.jinja"] = b"fake"
+    with pytest.raises(CheckpointError, match=r"rag\.jinja was delivered"):
+        library.pull("org/name", notify=lambda _: None)
+    hub.delivered.clear()
+    assert library.pull("org/name", notify=lambda _: None).revision == hub.commit
+
+
 @pytest.mark.parametrize("weights", [["a.gguf", "b.gguf"], ["adapter.bin"], []])
 def test_repositories_without_a_choice(hub: FakeHub, weights: list[str]) -> None:
     hub.files = dict.fromkeys(["config.json", *weights], b"x")

@@ -24,7 +24,8 @@ from llama_jax.kernels.quantized_matmul import quantized_matmul_reference
 from llama_jax.kernels.quantized_matmul.shapes import layout_of
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.quantization import quantize_params
-from llama_jax.quantized.layout import pack_codes
+from llama_jax.model.weights import linear
+from llama_jax.quantized.layout import ORDER, pack_codes
 from llama_jax.recipe import check_activations, recipe, usual_form
 
 LAYOUTS = ("int8", "int4", "int8_g32", "int4_g32", "int4_g64_min", "int4_g32_zero", "int4_g32_min_bf16")
@@ -129,6 +130,15 @@ def test_a_model(weights: str, fused: bool) -> None:
         np.testing.assert_allclose(seen["layers.0.v"].reshape(expected.shape), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["int4_g32_zero", "int8"])
+def test_columns_in_another_order(layout: str) -> None:
+    """Each input meets its own column, and is rounded with the inputs whose columns share its scale."""
+    x, members = example(layout, 3, 16, 64)
+    order = np.random.default_rng(1).permutation(64).astype(np.int32)
+    found = linear(jnp.asarray(x), members | {ORDER: order}, activations="int8")
+    assert error(found, exact(x[:, order], members, layout)) < 1e-5
+
+
 def test_requests() -> None:
     config = tiny_config().replace(schemes=(("layers.0.attn.q_proj", "fp8"),))
     check_activations(config, None)
@@ -139,6 +149,7 @@ def test_requests() -> None:
             check_activations(without, "int8")
     grouped = tiny_config().replace(schemes=(("layers.0.attn.q_proj", "int4_g32"),))
     check_activations(grouped, "int8")
+    check_activations(tiny_config().replace(schemes=(("layers.0.attn.q_proj", "int4_g32_zero_ordered"),)), "int8")
     assert not multiplies(layout_of("fp8_g128"))
     for vendor in ("cpu", "nvidia", "amd"):
         assert usual_form(vendor, config.schemes, split=False, activations="int8") == "stored"

@@ -28,6 +28,7 @@ from llama_jax.model.remat import REMAT
 from llama_jax.params import flatten
 from llama_jax.plan.costs import matmul_params
 from llama_jax.recipe import requested
+from llama_jax.sharding import RuledMesh
 from llama_jax.training import (
     Batch,
     Optimizer,
@@ -40,6 +41,8 @@ from llama_jax.training import (
     step_flops,
     targets,
 )
+from llama_jax.training.optimizers import OPTIMIZERS
+from llama_jax.training.placement import COMPUTED, check_mesh
 
 DATA = Path(__file__).parent / "data" / "training"
 INTERPRETED = {"flash_attention": "pallas_interpret", "add_rms_norm": "pallas_interpret", "moe": "pallas_interpret"}
@@ -286,6 +289,16 @@ def test_optimisers_lower_the_loss(name: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_matrices_decay_by_the_rate(name: str) -> None:
+    transformation = Optimizer(name, learning_rate=0.1, warmup=4, weight_decay=0.5).transformation(8)
+    trained = {"matrix": jnp.full((2, 3), 2.0), "norm": jnp.full(3, 2.0)}
+    gradient = jax.tree.map(jnp.zeros_like, trained)
+    updates, _ = transformation.update(gradient, transformation.init(trained), trained)
+    np.testing.assert_allclose(updates["matrix"], -0.1 / 4 * 0.5 * 2, rtol=1e-6)
+    np.testing.assert_array_equal(updates["norm"], 0)
+
+
 def test_schedules() -> None:
     def rates(**settings: Any) -> list[float]:
         rate = Optimizer(learning_rate=1.0, warmup=2, **settings).rate(6)
@@ -294,6 +307,13 @@ def test_schedules() -> None:
     assert rates() == [0.5, 1, 1, 1, 1, 1, 1]
     assert rates(schedule="linear", end=0.2) == [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2]
     assert rates(schedule="cosine") == [0.5, 1, 1, 0.8536, 0.5, 0.1464, 0]
+
+
+def test_rows_that_a_mesh_cannot_split_are_refused() -> None:
+    mesh = RuledMesh({"data": 2, "fsdp": 4}, COMPUTED)
+    check_mesh(TINY["plain"], mesh, 16)
+    with pytest.raises(RequestError, match=r"12 rows .* over 8 devices"):
+        check_mesh(TINY["plain"], mesh, 12)
 
 
 def test_flops_count_what_is_trained() -> None:

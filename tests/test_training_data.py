@@ -155,6 +155,9 @@ def test_each_epoch_has_each_text_once_in_an_order_of_the_seed(
                 else:
                     assert segment == segments.max()  # padding, behind all
     assert (seen == 2).all()
+    once = [made.once(step) for step in range(made.steps(1))]
+    measured = np.concatenate([batch.tokens[batch.labels != -100] for batch in once])
+    assert np.array_equal(np.sort(measured), np.arange(sum(lengths)))
     again = Rows(texts, length=16, rows=rows, seed=seed, pack=pack)
     for step in reversed(range(steps)):  # whatever was asked before
         assert np.array_equal(again.batch(step)[0].tokens, batches[step][0].tokens)

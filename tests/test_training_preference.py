@@ -32,7 +32,8 @@ from llama_jax.training import (
     settings_from,
     train,
 )
-from llama_jax.training.reference import measure, with_reference
+from llama_jax.training.reference import measure, with_reference, write
+from llama_jax.training.reference import read as read_numbers
 
 BETA = 0.3
 
@@ -145,8 +146,26 @@ def test_a_model_that_is_its_own_reference_has_the_loss_log_2() -> None:
     assert {place.segment % 2 for place in places if place.text in {pair.rejected for pair in pairs}} == {1}
     np.testing.assert_allclose(total / (len(places) / 2), np.log(2), rtol=1e-5)
     np.testing.assert_allclose(more["margin"], 0, atol=1e-5)
-    with pytest.raises(RequestError, match="needs segments and a reference"):
-        Dpo()(params, config, Batch(batch.tokens, batch.labels, batch.segments))
+    for lacking in (Batch(batch.tokens, batch.labels, batch.segments), Batch(batch.tokens, batch.labels)):
+        with pytest.raises(RequestError, match="needs segments and a reference"):
+            Dpo()(params, config, lacking)
+        with pytest.raises(RequestError, match="needs segments and a reference"):
+            gradients(
+                full(config, jnp.float32), params, None, jax.tree.map(lambda x: x[None], lacking), objective=Dpo()
+            )
+
+
+def test_numbers_of_the_reference_are_of_one_run(tmp_path: Path) -> None:
+    path, about = tmp_path / "reference.npz", {"data": "a"}
+    write(path, about, {"texts": np.arange(3.0)})
+    found = read_numbers(path, about)
+    assert found is not None
+    np.testing.assert_array_equal(found["texts"], np.arange(3.0))
+    assert read_numbers(path, {"data": "b"}) is None
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-20], whole[:90] + b"?" + whole[91:]):
+        path.write_bytes(damaged)
+        assert read_numbers(path, about) is None
 
 
 # --- Lines ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tiny_chat_model import write_chat_model
 import llama_jax as lj
 from llama_jax.adapters import load_adapter
 from llama_jax.errors import CheckpointError, RequestError
-from llama_jax.training import checkpoints, settings_from, train
+from llama_jax.training import Batch, checkpoints, loss, read_texts, settings_from, train
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "seven", "small", "birds"]
 COMMAND = [sys.executable, "-m", "llama_jax.cli", "train"]
@@ -111,6 +111,27 @@ def test_an_adapter_is_trained_and_saved_as_peft_does(folder: Path, tmp_path: Pa
     validated = [line["validation_loss"] for line in lines if "validation_loss" in line]
     assert len(validated) == 2
     assert validated[1] < validated[0]
+
+
+@pytest.mark.slow
+def test_validation_counts_each_text_once(folder: Path, tmp_path: Path) -> None:
+    """Though its texts do not fill whole steps."""
+    held_out, nothing = tmp_path / "held_out.jsonl", tmp_path / "nothing.jsonl"
+    held_out.write_text("".join(json.dumps({"text": " ".join(WORDS[:n])}) + "\n" for n in (2, 12, 6)))
+    nothing.write_text("\n")
+    wanted = values(folder, tmp_path / "run", steps=1, rows={"length": 64, "rows": 2, "pack": False})
+    wanted["data"] |= {"validation": [str(held_out)]}
+    done = train(settings_from(wanted))
+    model, tokenizer = lj.load(done.path)
+    texts = read_texts([held_out], tokenizer, length=64).texts
+    losses = [loss(model.params, model.config, Batch(text.tokens[None], text.tokens[None])) for text in texts]
+    total, count = np.sum(losses, axis=0)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (found,) = (line["validation_loss"] for line in lines if "validation_loss" in line)
+    np.testing.assert_allclose(found, total / count, rtol=1e-5)
+    wanted["data"] |= {"validation": [str(nothing)]}
+    with pytest.raises(RequestError, match=r"data\.validation: of 0 lines"):
+        train(settings_from(wanted))
 
 
 def toml(settings: dict[str, Any]) -> str:

@@ -70,5 +70,6 @@ def start_folder(path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Writes a small file and waits until it is on the disk."""
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     disk.sync(path)

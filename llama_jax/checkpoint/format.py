@@ -21,6 +21,8 @@ MARKER = "llama_jax.json"
 PARAMS = "params"
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+TEMPLATES = "additional_chat_templates"
+"""The one folder of small files, of Hugging Face's models with several chat templates."""
 DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes that plain tensors may have on disk, and that models compute in."""
 ITEMSIZES: Mapping[str, int] = MappingProxyType(
@@ -175,7 +177,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         tool = " ".join(marker.get("tool", {}).values())
         if not all(isinstance(digest, str) for digest in files.values()) or dtype not in DTYPES:
             raise ValueError("a value has another type than it should")
-        if strange := [name for name in files if not _is_file_name(name)]:
+        if strange := [name for name in files if not is_file_name(name)]:
             raise ValueError(f"file {strange[0]!r} leads out of the folder")
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{path / MARKER} is damaged ({type(e).__name__}: {e})", hint=DAMAGED) from e
@@ -253,13 +255,14 @@ def parse_source(value: Mapping[str, Any]) -> Source:
     return source
 
 
-def _is_file_name(name: str) -> bool:
-    """Returns whether a name is that of a file in the checkpoint's folder, and not a path out of it."""
+def is_file_name(name: str) -> bool:
+    """Returns whether a name is that of a file in the checkpoint's folder or in its `TEMPLATES`, and not a path out."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
         return False
-    return name == Path(name).name and "\0" not in name and name not in ("", "..")
+    plain = name.removeprefix(f"{TEMPLATES}/")
+    return plain == Path(plain).name and "\0" not in plain and plain not in ("", "..")
 
 
 def _version(metadata: Mapping[str, Any], path: Path) -> int:

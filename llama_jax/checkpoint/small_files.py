@@ -18,7 +18,8 @@ from llama_jax.errors import CheckpointError
 
 COPIED = re.compile(
     r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|"
-    r"merges\.txt|chat_template\.(jinja|json)|(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(md|txt))?"
+    rf"merges\.txt|chat_template\.(jinja|json)|{fmt.TEMPLATES}/[^/]+\.jinja|"
+    r"(LICENSE|LICENCE|NOTICE|USE_POLICY)(\.(md|txt))?"
 )
 """Files that are copied unchanged from a model's folder into a checkpoint."""
 MAX_COPIED_BYTES = 512 << 20
@@ -35,16 +36,17 @@ def copied_files(folder: Path, inside: Callable[[Path, str], Path] = Path.joinpa
       CheckpointError: a file is far too large, or cannot be read.
     """
     found = {}
-    for file in sorted(folder.iterdir()):
-        if COPIED.fullmatch(file.name) and file.is_file():
+    for file in sorted([*folder.iterdir(), *(folder / fmt.TEMPLATES).glob("*.jinja")]):
+        name = file.relative_to(folder).as_posix()
+        if COPIED.fullmatch(name) and file.is_file():
             if file.stat().st_size > MAX_COPIED_BYTES:
                 raise CheckpointError(f"{file} has {file.stat().st_size:,} bytes", hint="this is not a tokenizer file")
             try:
-                data = inside(folder, file.name).read_bytes()
+                data = inside(folder, name).read_bytes()
             except OSError as e:
                 raise CheckpointError(f"{file} cannot be read: {e.strerror}", hint="check its permissions") from e
-            refuse(file, wrong_small_file(file.name, data))
-            found[file.name] = data
+            refuse(file, wrong_small_file(name, data))
+            found[name] = data
     return found
 
 
@@ -73,7 +75,7 @@ def small_files(
     if generation_config:
         contents[fmt.GENERATION_CONFIG] = json_bytes(generation_config)
     for name in contents:
-        if name != Path(name).name or name in ("", ".", "..", fmt.MARKER, lock.LOCK_FILE, fmt.PARAMS):
+        if not fmt.is_file_name(name) or name in (fmt.MARKER, lock.LOCK_FILE, fmt.PARAMS):
             raise CheckpointError(f"{name!r} is not a name for a model's file", hint="this is a fault of the program")
     return dict(sorted(contents.items()))
 

@@ -230,6 +230,7 @@ class CheckpointWriter:
             fmt.set_custom_metadata(staged, tensors)
             digests = {name: fmt.digest(data) for name, data in contents.items()}
             for name, data in contents.items():
+                (staged / name).parent.mkdir(exist_ok=True)
                 (staged / name).write_bytes(data)
             locked = lock.Lock(
                 source=source,

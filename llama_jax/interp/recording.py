@@ -85,7 +85,8 @@ def record_activations(
         "patched": list(patch.patterns) if patch else [],
     }
     if ATTACHED in model.params:  # the name and the configuration are those of the base
-        settings["adapter"] = params_digest(model.params[ATTACHED])
+        # All that is trained of some is in copies of the base's own weights: whole ones, and those of routed experts.
+        settings["adapter"] = params_digest(model.params[ATTACHED] or model.params)
     shapes = _shapes(model, every, patch)
     start = Description(settings, {name: list(shape) for name, shape in shapes.items()}, kept, digest=str(Digest()))
     encoded = _encoded(texts, tokenizer, config, max_length)
@@ -107,7 +108,7 @@ def record_activations(
 def _encoded(
     texts: Iterable[Prompt], tokenizer: Tokenizer | None, config: LlamaConfig, max_length: int | None
 ) -> Iterator[list[int]]:
-    limit = config.max_position_embeddings
+    limit = config.context_length
     for number, text in enumerate(texts):
         ids = encode_prompt(tokenizer, text)[:max_length]
         if len(ids) > limit:

@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from llama_jax.checkpoint.format import TEMPLATES
 from llama_jax.errors import NetworkError, UnsupportedModel
 from llama_jax.library import network
 from llama_jax.library.hub_errors import hub_errors
 from llama_jax.library.transfer import RemoteFile
 
 SMALL = ("*.json", "*.jinja", "tokenizer.model", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "README.md")
-"""Configuration, tokenizer, template, licence and model card, at the top of the repository."""
+"""Configuration, tokenizer, templates, licence and model card, at the top of the repository or in `TEMPLATES`."""
 WEIGHTS = (
     ("model.safetensors",),
     ("model-*.safetensors",),
@@ -60,7 +61,9 @@ def offer(repo: str, revision: str | None) -> Offer:
         api = HfApi()
         info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         commit = _digits(info.sha, 40, f"commit of {repo}")
-        entries = api.list_repo_tree(repo, revision=commit)
+        entries = list(api.list_repo_tree(repo, revision=commit))
+        if any(entry.path == TEMPLATES for entry in entries):
+            entries += api.list_repo_tree(repo, TEMPLATES, revision=commit)
         files = [_remote_file(e) for e in entries if isinstance(e, RepoFile)]
     return Offer(repo, revision, commit, _licence(info), _needed(repo, files))
 
@@ -101,7 +104,7 @@ def _needed(repo: str, files: Sequence[RemoteFile]) -> tuple[RemoteFile, ...]:
     from llama_jax.convert.gguf_parts import first_part
 
     top = [file for file in files if "/" not in file.name]
-    small = [file for file in top if _matches(file, SMALL)]
+    small = [file for file in files if _matches(file, SMALL) and file.name.rpartition("/")[0] in ("", TEMPLATES)]
     for patterns in WEIGHTS:
         if weights := [file for file in top if _matches(file, patterns)]:
             return (*small, *weights)

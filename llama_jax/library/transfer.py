@@ -185,7 +185,8 @@ def verify(file: RemoteFile, path: Path) -> None:
         return
     content = path.resolve()
     path.unlink()
-    if content != path and content.parent.name == "blobs" and content.parent.parent == path.parents[2].resolve():
+    own = content.parent.parent in [parent.resolve() for parent in path.parents]
+    if content != path and content.parent.name == "blobs" and own:
         content.unlink(missing_ok=True)
     raise _wrong_content(file, found)
 

@@ -18,6 +18,7 @@ import numpy as np
 from llama_jax.checkpoint import Progress
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
+from llama_jax.kernels.dispatch import using
 from llama_jax.model import forward, unembed
 from llama_jax.model.loaded import Model
 from llama_jax.params import Params
@@ -127,7 +128,7 @@ def _parts(text: np.ndarray, progress: Progress | None) -> Iterator[np.ndarray]:
 
 def _hidden(model: Model, rows: np.ndarray) -> np.ndarray:
     """The hidden states for the logits of each row's second half: [rows, length / 2, hidden_size]."""
-    with on(model.mesh):
+    with on(model.mesh), using(**model.kernels):
         return np.asarray(_last_hidden(model.params, model.config, jnp.asarray(rows)))
 
 
@@ -141,7 +142,7 @@ def _last_hidden(params: Params, config: LlamaConfig, rows: jax.Array) -> jax.Ar
 
 
 def _logits(model: Model, hidden: np.ndarray) -> jax.Array:
-    with on(model.mesh):
+    with on(model.mesh), using(**model.kernels):
         return _unembed(model.params, model.config, jnp.asarray(hidden))
 
 

@@ -92,7 +92,7 @@ def _times(
     """x [..., in] times a weight [*out, in] with these logical axes: [..., *out] in `dtype`."""
     if (layout := scheme.layout) is not None:
         integers = activations is not None and multiplies(layout)
-        x = x if integers else in_order(x, members)
+        x, members = in_order(x, members), {name: member for name, member in members.items() if name != ORDER}
 
         def multiply(x: jax.Array, members: Members) -> jax.Array:
             operation = integer_matmul if integers else quantized_matmul
@@ -264,14 +264,15 @@ def joint(
 
 
 def _adapted(out: jax.Array, x: jax.Array, adapters: Adapters) -> jax.Array:
-    """`out` [..., out] of a projection of `x` [..., in], as adapters change it (`model.adapters`)."""
+    """`out` [..., out] of a projection of `x` [..., in], as adapters change it (`model.adapters`), in its own dtype."""
+    dtype = out.dtype
     if adapters.tree:
         out = out + lora(x, adapters)
         if "gain" in adapters.tree:
             out = out * adapters.own("gain", 1.0)
         if "shift" in adapters.tree:
             out = out + adapters.own("shift", 0.0)
-    return out.astype(x.dtype)
+    return out.astype(dtype)
 
 
 def lora(x: jax.Array, adapters: Adapters) -> jax.Array:
@@ -361,7 +362,7 @@ def logits(
     """
     out = _times(x, *_unbiased(params["embed" if tied else "lm_head"]), ("vocab", "embed"), dtype, activations)
     adapter = adapters if adapters.tree else Adapters(params.get(ATTACHED, {}), None).of("lm_head")
-    return _adapted(out, x, adapter).astype(dtype) if adapter.tree else out
+    return _adapted(out, x, adapter)
 
 
 def router(x: jax.Array, leaf: Params) -> jax.Array:

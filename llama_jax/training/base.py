@@ -88,7 +88,7 @@ def opened_base(
         source: Any = found if wanted is None else QuantizedSource(found, schemes(found.config, wanted))
         if mesh is not None:
             check(source.config, mesh)
-            check_mesh(source.config, mesh)
+            check_mesh(source.config, mesh, settings.rows.rows // settings.rows.parts)
         tokenizer = tokenizer_from_files(source.files, source.path).for_model(source.config.vocab_size)
         tell_notes(source, notify)
         yield Base(source, tokenizer, settings, mesh, dtype)

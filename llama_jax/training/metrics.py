@@ -23,7 +23,7 @@ class Measured:
 
     Attributes:
       step: counted from 1; steps: of the run.
-      loss: mean over the learned tokens, in nats; before the step changed anything.
+      loss: mean over the learned tokens in nats, or over pairs; before the step changed anything.
       learned: tokens that were learned; tokens: all but padding.
       grad_norm: before clipping.
       seconds: since the last step.

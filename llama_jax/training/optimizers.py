@@ -82,7 +82,11 @@ def _lion(o: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 def _adafactor(o: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adafactor(rate, weight_decay_rate=o.weight_decay or None, weight_decay_mask=_matrices)
+    made = optax.adafactor(rate)
+    if not o.weight_decay:
+        return made
+    # Its own decay is not multiplied by the rate, as that of the others is.
+    return optax.chain(made, optax.add_decayed_weights(lambda step: -rate(step) * o.weight_decay, _matrices))
 
 
 def _sgd(o: Optimizer, rate: optax.Schedule) -> optax.GradientTransformation:

@@ -142,6 +142,13 @@ class Rows:
             lengths.append(len(text.tokens))
         return Batch(tokens, labels, segments, reference), lengths
 
+    def once(self, step: int) -> Batch:
+        """The batch of one of the `steps(1)`, in which nothing is learned of rows of the next epoch: so these steps
+        have each text once."""
+        batch, _ = self.batch(step)
+        batch.labels[self._start(1) - step * self._rows :] = IGNORED
+        return batch
+
     def places(self, step: int) -> Iterator[Place]:
         """Each text of a step's batch, in order."""
         for row in range(self._rows):

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import RequestError
 from llama_jax.layout import split_config
-from llama_jax.sharding import RULES, DeviceMesh, RuledMesh, Rules, make_mesh, ruled
+from llama_jax.sharding import RULES, AnyMesh, DeviceMesh, RuledMesh, Rules, make_mesh, ruled
 from llama_jax.training.batch import Batch
 
 COMPUTED = Rules({**RULES, "batch": ("data", "fsdp")})
@@ -35,12 +35,22 @@ def kept(mesh: DeviceMesh) -> RuledMesh:
     return RuledMesh(ruled(mesh).mesh, KEPT)
 
 
-def check_mesh(config: LlamaConfig, mesh: DeviceMesh | None) -> None:
-    """Refuses a mesh that would hold key/value heads more than once: copies of what is trained would part.
+def check_mesh(config: LlamaConfig, mesh: AnyMesh, rows: int) -> None:
+    """Refuses a mesh that would hold key/value heads more than once, since copies of what is trained would part, or on
+    which every device would compute all rows.
+
+    Args:
+      rows: of a part of a batch.
 
     Raises:
       RequestError: with the numbers.
     """
+    if rows % (ways := ruled(mesh).ways("batch")):
+        raise RequestError(
+            f"{rows} rows that are computed together cannot be split over {ways} devices",
+            param="rows.rows",
+            hint=f"choose rows.rows and rows.parts so that their quotient is a multiple of {ways} (data x fsdp)",
+        )
     if split_config(config, mesh) != config:
         raise RequestError(
             f"{ruled(mesh).ways('kv_heads')} devices of the axis tensor for {config.num_kv_heads} key/value heads",

@@ -31,7 +31,7 @@ class Dpo:
     beta: float = 0.1
 
     def count(self, batch: Batch) -> jax.Array:
-        """The number of pairs: those with something learned in both texts."""
+        """The number of pairs: those with something learned in both texts. Errors as for a call."""
         return jnp.sum(_whole(batch), dtype=jnp.float32)
 
     def __call__(
@@ -42,12 +42,6 @@ class Dpo:
         Raises:
           RequestError: the batch has no segments or no reference.
         """
-        if batch.segments is None or batch.reference is None:
-            raise RequestError(
-                "a batch of pairs needs segments and a reference",
-                param="batch",
-                hint="Rows of Pair gives the segments, `with_reference` the other model's numbers",
-            )
         learned, whole = targets(batch)[1], _whole(batch)
 
         def of(entropies: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -63,6 +57,12 @@ class Dpo:
 
 def _whole(batch: Batch) -> jax.Array:
     """Marks the pairs of each row with something learned in both texts: bool [batch, pairs]."""
+    if batch.segments is None or batch.reference is None:
+        raise RequestError(
+            "a batch of pairs needs segments and a reference",
+            param="batch",
+            hint="Rows of Pair gives the segments, `with_reference` the other model's numbers",
+        )
     return jnp.all(_by_pair(targets(batch)[1].astype(jnp.float32), batch.segments) > 0, axis=-1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,11 @@ def write(path: Path, about: Mapping[str, str], arrays: Mapping[str, np.ndarray]
 
 
 def read(path: Path, about: Mapping[str, str]) -> dict[str, np.ndarray] | None:
-    """The arrays of a file; None if there is none, or it is of another run."""
+    """The arrays of a file; None if there is none, or it is damaged or of another run."""
     try:
-        with np.load(path) as file:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
             found = dict(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     return found if str(found.pop("about", "")) == json.dumps(dict(about), sort_keys=True) else None
 

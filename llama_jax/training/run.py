@@ -16,6 +16,7 @@ from llama_jax import disk
 from llama_jax.adapters import Adapter, LoraConfig, new_adapter, save_adapter
 from llama_jax.checkpoint import Progress, Source, save
 from llama_jax.config import LlamaConfig
+from llama_jax.errors import RequestError
 from llama_jax.measure.bench import measure_ceilings
 from llama_jax.params import flatten, unflatten
 from llama_jax.plan.costs import held_bytes
@@ -123,8 +124,8 @@ class _Run:
         settings = base.settings
         length = min(settings.rows.length, base.config.context_length)
 
-        def read(files: tuple[str, ...]) -> Texts:
-            return LOSSES[settings.loss].read(
+        def read(name: str, files: tuple[str, ...]) -> Texts:
+            found = LOSSES[settings.loss].read(
                 files,
                 base.tokenizer,
                 length=length,
@@ -133,9 +134,16 @@ class _Run:
                 template=settings.data.template,
                 progress=counted,
             )
+            if not found.texts:
+                raise RequestError(
+                    f"{name}: of {found.lines} lines nothing is learned",
+                    param=name,
+                    hint=f"give other files, or raise rows.length, of which the model can take {length}",
+                )
+            return found
 
-        texts = read(settings.data.files)
-        validation = read(settings.data.validation) if settings.data.validation else None
+        texts = read("data.files", settings.data.files)
+        validation = read("data.validation", settings.data.validation) if settings.data.validation else None
         run = cls(base, output, texts, validation, say, counted)
         packing = run.rows(texts).packing()
         say(f"{texts.lines} lines: {packing}; {texts.cut} cut, {texts.dropped} with nothing learned")
@@ -174,14 +182,14 @@ class _Run:
             self.say("Compiling the step")
         for number in range(done, steps):
             batch, lengths = rows.batch(number)
-            state, found = step(state, frozen, place_batch(batch, settings.rows.parts, mesh))
+            state, found = step(state, frozen, self._placed(batch))
             watch.dispatched(number, found, lengths)
             stopped = stop()
             if stopped or (number + 1) % settings.saving.every == 0 or number + 1 == steps:
                 watch.finish()
                 if validation is not None:
-                    parts = (self._placed(validation, i) for i in range(validation.steps(1)))
-                    each = [jax.device_get(evaluation(state.trained, frozen, part)) for part in parts]
+                    batches = (self._placed(validation.once(i)) for i in range(validation.steps(1)))
+                    each = [jax.device_get(evaluation(state.trained, frozen, batch)) for batch in batches]
                     sums = {name: float(sum(x[name] for x in each)) for name in each[0]}
                     count = sums.pop("count")
                     metrics.validated(number + 1, {name: x / count for name, x in sums.items()})
@@ -205,7 +213,7 @@ class _Run:
                     self.rows(texts),
                     texts.texts,
                     steps if name == "texts" else None,
-                    lambda batch: entropies(trained, frozen, place_batch(batch, settings.rows.parts, mesh)),
+                    lambda batch: entropies(trained, frozen, self._placed(batch)),
                     self.counted,
                 )
                 for name, texts in sets.items()
@@ -222,8 +230,8 @@ class _Run:
     def _about(self) -> dict[str, str]:
         return {"settings": self.base.settings.digest, "data": self.texts.digest}
 
-    def _placed(self, rows: Rows, number: int) -> Batch:
-        return place_batch(rows.batch(number)[0], self.base.settings.rows.parts, self.base.mesh)
+    def _placed(self, batch: Batch) -> Batch:
+        return place_batch(batch, self.base.settings.rows.parts, self.base.mesh)
 
     def _resumed(self, state: State, steps: int) -> State:
         """The state of the last checkpoint, or the given one if there is none."""

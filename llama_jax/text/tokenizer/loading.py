@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from llama_jax.checkpoint.format import TEMPLATES
 from llama_jax.checkpoint.wrong_file import wrong_small_file
 from llama_jax.errors import TokenizerError
 from llama_jax.text.tokenizer.added import add_tokens, check_added, content, wanted_tokens
@@ -18,7 +19,6 @@ from llama_jax.text.tokenizer.tokenizer import Tokenizer, call_backend
 if TYPE_CHECKING:
     import tokenizers
 
-_TEMPLATES = "additional_chat_templates"
 _FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -139,7 +139,7 @@ def _described(files: Mapping[str, bytes | str], folder: Path) -> Described:
 
 def _read_files(folder: Path) -> dict[str, bytes]:
     """The files of a folder that a tokenizer is made from, by name."""
-    names = [*_FILES, *(f"{_TEMPLATES}/{path.name}" for path in sorted((folder / _TEMPLATES).glob("*.jinja")))]
+    names = [*_FILES, *(f"{TEMPLATES}/{path.name}" for path in sorted((folder / TEMPLATES).glob("*.jinja")))]
     files = {}
     for name in names:
         if (path := folder / name).is_file():
@@ -255,7 +255,7 @@ def _templates(files: Mapping[str, bytes | str], config: Mapping[str, Any], fold
             if not (isinstance(entry, dict) and isinstance(entry.get("template"), str)):
                 raise TokenizerError(f"{folder}: chat_template holds {entry!r:.80}", hint="fetch the file again")
             templates[str(entry.get("name", "default"))] = entry["template"]
-    named = {PurePosixPath(file).stem: file for file in files if file.startswith(f"{_TEMPLATES}/")}
+    named = {PurePosixPath(file).stem: file for file in files if file.startswith(f"{TEMPLATES}/")}
     for name, file in (named | {"default": "chat_template.jinja"}).items():
         if file in files:
             try:
