@@ -274,7 +274,7 @@ def test_a_connection_that_never_lasts(one_large: FakeHub, tmp_path: Path) -> No
     with pytest.raises(NetworkError) as e:
         library.pull("org/name", notify=lambda _: None)
     assert "cannot be downloaded" in e.value.message
-    assert "it continues" in e.value.hint
+    assert "it resumes" in e.value.hint
     (part,) = (tmp_path / "hub").rglob("*.incomplete")
     assert part.stat().st_size == 100_000
     assert part.read_bytes() == one_large.files["model.safetensors"][:100_000]

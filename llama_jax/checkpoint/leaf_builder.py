@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -158,21 +159,23 @@ class LeafBuilder:
 
     def _send(self, shard: _Shard, start: int) -> None:
         first, last = shard.rows
-        made = []
-        for i, device in enumerate(shard.devices):
-            piece = jax.device_put(shard.buffer, device)
+        pieces = [jax.device_put(shard.buffer, device) for device in shard.devices]
+        dtype = self._dtype or pieces[0].dtype
+        with _ONE_AT_A_TIME:
             if shard.step >= last - first:
-                made.append(piece if self._dtype is None or piece.dtype == self._dtype else piece.astype(self._dtype))
-                continue
-            if shard.made:
-                leaf = shard.made[i]
+                made = [piece if piece.dtype == dtype else piece.astype(dtype) for piece in pieces]
             else:
                 shape = tuple(b - a for a, b in shard.box)
-                leaf = jnp.zeros(shape, self._dtype or piece.dtype, device=device)
-            made.append(_write_rows(leaf, piece, start - first))
+                leaves = shard.made or [jnp.zeros(shape, dtype, device=device) for device in shard.devices]
+                made = [_write_rows(leaf, piece, start - first) for leaf, piece in zip(leaves, pieces, strict=True)]
         # The transfer has to end before the host's buffer counts as free.
         shard.made = jax.block_until_ready(made)
         shard.buffer = None
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Held where a program is launched, and compiled the first time: when two threads compile the same small program for
+one of several devices, jax 0.11 can crash (a segmentation fault in `_gspmd_to_single_device_sharding`)."""
 
 
 @functools.partial(jax.jit, donate_argnums=0)
