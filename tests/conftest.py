@@ -7,7 +7,7 @@ Environment variables:
   LLAMA_JAX_ALL_CASES: 1 runs all cases of tests marked `sampled`, not some of them.
   LLAMA_JAX_REQUIRE_AMD: 1 (or CI) fails the tests marked `amd` where their packages are missing.
   JAX_DISABLE_MOST_OPTIMIZATIONS: 0 has XLA optimise what the tests run on the CPU, as it does for users; by default it
-    does so only for tests marked `amd`, which look at what it made.
+    does so only for tests marked `amd`, which look at what it made, or `optimized`.
   HYPOTHESIS_PROFILE: "ci" tries the same examples in every run.
 """
 
@@ -142,7 +142,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if not ON_GPU:
         import jax
 
-        unoptimized = os.environ[UNOPTIMIZED] != "0" and not item.get_closest_marker("amd")
+        unoptimized = os.environ[UNOPTIMIZED] != "0" and not any(map(item.get_closest_marker, ("amd", "optimized")))
         jax.config.update(UNOPTIMIZED.lower(), unoptimized)
 
 

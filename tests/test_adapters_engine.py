@@ -142,6 +142,7 @@ def test_adapters_that_cannot_share_a_batch() -> None:
             call()
 
 
+@pytest.mark.slow
 def test_a_slot_is_not_taken_from_a_request() -> None:
     """A dropped adapter stays for requests that have begun with it."""
     model = tiny_model()

@@ -439,6 +439,7 @@ def test_what_is_not_supported() -> None:
     assert unsupported(find("mi300x"), **arguments) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "fp8_fnuz"])  # those of NVIDIA's GPUs
 def test_by_pairs_of_bytes(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The computation of the kernel of NVIDIA's GPUs with codes, with plain operations in place of their instructions:

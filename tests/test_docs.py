@@ -40,6 +40,7 @@ SLOW = {
     "README.md",
     "activations.md",
     "adapters.md",
+    "checkpoints.md",
     "engine.md",
     "python.md",
     "quickstart.md",

@@ -96,6 +96,7 @@ def test_right_guesses_save_steps() -> None:
     assert steps[1] < 40
 
 
+@pytest.mark.slow
 def test_texts_that_repeat_themselves_now_and_then() -> None:
     """Drafts that the device finds, some of them wrong, of two rows at a time, the next step always under way before
     the last one's tokens are known; others arrive meanwhile, and steps with their prompts come between."""

@@ -119,6 +119,7 @@ def lenient(ready: LLM) -> Iterator[LLM]:
     programs._settings = strict
 
 
+@pytest.mark.slow
 def test_all_kinds_of_requests_pass_a_strict_engine(ready: LLM) -> None:
     asked = some_requests(ready.model, 6)
     ready.generate([prompt for prompt, _ in asked], [params for _, params in asked])

@@ -116,6 +116,7 @@ def test_drafts_are_drawn_with_all_that_was_asked_for(monkeypatch: pytest.Monkey
     assert core.snapshot().accepted_tokens > 5
 
 
+@pytest.mark.slow
 def test_forced_tokens_survive_a_preemption() -> None:
     """vllm#37105: forced tokens were missing from what was computed again, and nobody looked whether they end the text.
     vllm#46899: so were drafts."""
@@ -180,6 +181,7 @@ def test_the_same_again_is_the_same() -> None:
         assert np.asarray(logprobs(one)).tobytes() == np.asarray(logprobs(other)).tobytes()
 
 
+@pytest.mark.slow
 def test_the_clock_may_jump(monkeypatch: pytest.MonkeyPatch) -> None:
     """Durations and deadlines come from a clock that nobody sets."""
     core = small_core()

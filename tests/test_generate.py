@@ -149,6 +149,7 @@ def test_same_seed_same_tokens_other_seed_others(chat: Loaded) -> None:
     assert len(set(runs)) == 3
 
 
+@pytest.mark.slow
 def test_without_a_seed_every_call_differs(chat: Loaded) -> None:
     model, tokenizer = chat
     texts = {ids_of(batch_generate(model, tokenizer, ["a"], SamplingParams())[0])[0] for _ in range(4)}

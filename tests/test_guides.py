@@ -26,7 +26,8 @@ def same(found: str, expected: str) -> bool:
     return all(float(a) == pytest.approx(float(b), rel=0.03, abs=0.03) for a, b in pairs)
 
 
-@pytest.mark.timeout(1200)  # one fine-tunes a model
+@pytest.mark.timeout(1200)
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("page", guides.pages(), ids=lambda page: page.stem)
 def test_guide(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,6 +183,7 @@ def test_what_no_kernel_computes_is_left_to_the_reference() -> None:
     assert_as_by_row(replace(call, kv=KeysValues(*small, call.kv.page_table, *scales)), rule, "auto")
 
 
+@pytest.mark.slow
 def test_a_broken_guarantee_shows() -> None:
     """Three rows with 20 tokens where one row with several was promised: two blocks are made, and for indexed backends
     one that is for padding. What is lost is NaN where queries are gathered; all else is right."""

@@ -215,6 +215,7 @@ def test_what_is_not_supported() -> None:
         quantized_matmul(x, members, layout=layout_of("int8"), backend="pallas_triton")
 
 
+@pytest.mark.slow
 def test_a_model_computes_with_the_kernels() -> None:
     """All of its products, joint ones and the head's too: as near to the decoded weights as with plain operations."""
     config = preset("llama-3.2-1b").replace(hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=96)

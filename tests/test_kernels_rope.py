@@ -45,6 +45,7 @@ def test_against_complex_numbers(backend: str, interleaved: bool) -> None:
     np.testing.assert_allclose(new_v, v, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "paged", "dense int8"])
 def test_steps_of_a_model(kind: str) -> None:
     """The kernel's steps give what the reference's do, and the report names it."""

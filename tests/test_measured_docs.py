@@ -102,6 +102,7 @@ def test_backends_and_peers_beside_each_other(folder: Path) -> None:
     assert len(steps.splitlines()) == 1 + 1 + 2 + len(measured & {case.name for case in bench.MEASURED_DECODES})
 
 
+@pytest.mark.slow
 def test_the_page_without_files(tmp_path: Path) -> None:
     page = docs.PAGE.read_text(encoding="utf-8")
     filled = docs.filled(page, tmp_path)

@@ -450,6 +450,7 @@ def test_nothing_is_trained_through_it() -> None:
             jax.grad(attended)(jnp.ones((1, 4, 2, 8)))
 
 
+@pytest.mark.slow
 def test_the_answer_says_what_the_model_says() -> None:
     model = tiny_model()
     asked: Any = {"max_tokens": 5, "ignore_eos": True}
@@ -478,6 +479,7 @@ def test_pages_for_the_memory_that_there_is() -> None:
     assert "--kv-dtype int8" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_commands() -> None:
     def answer(*args: str) -> dict[str, Any]:
         result = CliRunner().invoke(cli, [*args, "--json"])

@@ -49,6 +49,7 @@ def largest_float(jaxpr: Any) -> int:
     return max(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_used_experts_alone_are_decoded(name: str) -> None:
     """Of one token two of eight; of many all; each time as with decoded weights, also where tokens share an expert."""

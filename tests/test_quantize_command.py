@@ -166,6 +166,7 @@ def test_show_and_plan(plain: Path, tmp_path: Path) -> None:
     assert refused.exit_code == 2
 
 
+@pytest.mark.slow
 def test_70b_on_two_cards_of_24_gb() -> None:
     args = ("--target", "rx7900xtx", "--devices", 2, "--weights", "int4", "--embed", "int8", "--memory-fraction", 0.9)
     facts = json.loads(run("plan", "llama-3.1-70b", *args, "--json").stdout)
@@ -176,6 +177,7 @@ def test_70b_on_two_cards_of_24_gb() -> None:
     assert facts["fits"]
 
 
+@pytest.mark.slow
 def test_8b_in_8_gb() -> None:
     """A cache of 8192 tokens in int8, and all of it; in bfloat16 the weights alone take twice as much."""
     args = ("--target", "rx7900xtx", "--context", 8192, "--memory-fraction", 8e9 / find("rx7900xtx").memory)

@@ -33,6 +33,7 @@ PARAMS = [
 ]
 
 
+@pytest.mark.slow
 def test_replay(tmp_path: Path) -> None:
     outputs = lj.batch_generate(MODEL, None, PROMPTS, PARAMS)
     receipt = lj.receipt(MODEL, outputs, PARAMS)

@@ -114,6 +114,7 @@ def test_bfloat16(smollm2: Loaded) -> None:
     assert generate(half, tokenizer, ENTRIES[0]["prompt"], max_tokens=2) == " Paris."
 
 
+@pytest.mark.slow
 def test_rounded_to_its_own_grid(smollm2: Loaded) -> None:
     """The file is in Q4_1 and Q8_0: int4 in groups of 32 with minima, and int8 in such groups, are exactly it."""
     model, _ = smollm2

@@ -170,6 +170,7 @@ def test_any_json_object(llm: LLM) -> None:
     assert ended
 
 
+@pytest.mark.slow
 def test_regular_expressions(llm: LLM) -> None:
     expressions = EXPRESSIONS * 4
     for expression, output in zip(

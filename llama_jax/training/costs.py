@@ -59,7 +59,7 @@ def step_memory(
     itemsize: int,
     remat: str,
     logits: int,
-    moments: int = 2,
+    moments: float = 2,
     mesh: AnyMesh = None,
 ) -> Memory:
     """An estimate, by shapes alone; the compiler's own count comes with the compiled step.
@@ -85,7 +85,7 @@ def step_memory(
         q, kv, mlp = config.q_dim // heads, config.kv_dim // heads, width // by.ways("mlp", width)
         hidden = config.hidden_size
         enters = 2 * hidden  # the residual stream, and what the last block adds to it
-        kernels = q + 2 * heads  # what attention gives, and a float32 for each head
+        kernels = q + 2 * config.num_heads // heads  # what attention gives, and a float32 for each head
         numbers += {
             "full": enters,
             "kernels": enters + kernels,
@@ -95,7 +95,7 @@ def step_memory(
     computed = trained * itemsize if not frozen else 0
     return Memory(
         weights=(frozen + computed) // parts,
-        state=trained * 4 * (2 + moments) // parts,
+        state=round(trained * 4 * (2 + moments)) // parts,
         activations=tokens * numbers * itemsize,
         logits=min(logits, tokens * by.share("vocab", config.vocab_size)) * (4 + 4 + itemsize),
     )

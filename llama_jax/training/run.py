@@ -270,7 +270,10 @@ class _Run:
 
     def _say_memory(self, config: LlamaConfig, trained: Any, frozen: Any) -> None:
         settings = self.base.settings
-        count = sum(x.size for x in jax.tree.leaves(trained))
+        count, kept = (
+            sum(x.size for x in jax.tree.leaves(tree))
+            for tree in (trained, jax.eval_shape(settings.optimizer.transformation(1).init, trained))
+        )
         memory = step_memory(
             config,
             rows=settings.rows.rows // settings.rows.parts,
@@ -280,6 +283,7 @@ class _Run:
             itemsize=self.base.dtype.itemsize,
             remat=settings.compute.remat,
             logits=settings.compute.logits,
+            moments=kept / count,
             mesh=self.base.mesh,
         )
         self.say(f"{count:,} numbers are trained; a step takes about {disk.size_text(memory.total)} on each device")
