@@ -487,6 +487,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [*CASES, ["llama-3.1-70b", "--target", "mi300x"], ["mixtral-8x7b", "--target", "h100"]]
 )

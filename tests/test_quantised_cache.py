@@ -259,18 +259,19 @@ MAKERS: dict[str, Callable[[int, str], Any]] = {
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "scheme", "backend"),
     [
         ("dense", "int8", "auto"),
         ("paged", "int4", "auto"),
         ("paged", "fp8", "auto"),
-        pytest.param("dense", "fp8", "pallas_interpret", marks=SLOW),
-        pytest.param("paged", "int8", "auto", marks=SLOW),
-        pytest.param("dense", "k8v4", "auto", marks=SLOW),
-        pytest.param("dense", "int8", "pallas_interpret", marks=SLOW),
-        pytest.param("paged", "k8v4", "pallas_interpret", marks=SLOW),
-        pytest.param("dense", "int4", "pallas_interpret", marks=SLOW),
+        ("dense", "fp8", "pallas_interpret"),
+        ("paged", "int8", "auto"),
+        ("dense", "k8v4", "auto"),
+        ("dense", "int8", "pallas_interpret"),
+        ("paged", "k8v4", "pallas_interpret"),
+        ("dense", "int4", "pallas_interpret"),
     ],
 )
 def test_whole_or_in_pieces(kind: str, scheme: str, backend: str) -> None:
