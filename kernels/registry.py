@@ -24,6 +24,7 @@ OPERATIONS = {
     "quantized_moe": "llama_jax.kernels.quantized_moe:quantized_moe_op",
     "add_rms_norm": "llama_jax.kernels.norm:add_rms_norm_op",
     "rope_and_store": "llama_jax.kernels.rope:rope_and_store_op",
+    "add_lora": "llama_jax.kernels.lora:add_lora_op",
 }
 """Name of each operation, and its module."""
 

@@ -80,6 +80,11 @@ class Adapters:
         return jnp.where(used, x.at[self.ids].get(mode="clip"), none)
 
     @property
+    def mixed(self) -> bool:
+        """Whether these are slots of low-rank members alone."""
+        return bool(self.tree) and self.ids is not None and self.tree.keys() == set(MEMBERS)
+
+    @property
     def axes(self) -> dict[str, dict[str, Axes]]:
         """Logical axes of the tree of a block: of the members of each projection."""
         return {name: adapter_axes(name, members, slots=self.ids is not None) for name, members in self.tree.items()}

@@ -15,8 +15,8 @@ from llama_jax.config import LayerSpec, LlamaConfig, MoeSpec
 from llama_jax.kernels.norm import rms_norm
 from llama_jax.kernels.quantized_matmul.fused import Normed
 from llama_jax.kernels.rope import rotate
-from llama_jax.model.adapters import NO_ADAPTERS, Adapters
-from llama_jax.model.weights import Pending, experts, gated, joint, linear, norm_weight, pending, router
+from llama_jax.model.adapters import MEMBERS, NO_ADAPTERS, Adapters
+from llama_jax.model.weights import Pending, experts, gated, joined, joint, linear, norm_weight, pending, router
 from llama_jax.params import JOINT, PROJECTION_AXES, Params
 from llama_jax.schemes import leaf_axes
 from llama_jax.sharding import local, split_over
@@ -60,11 +60,11 @@ def joint_heads(
 ) -> jax.Array | None:
     """`project_qkv` in one array [batch, len, kv_heads, group + 2, head_dim], as `fuse_params` joins them; None where
     they are not joint, or where more than a rotation is done to them."""
-    adapted = any(adapters.of(part).tree for part in JOINT["qkv_proj"])
+    changed = any(adapters.of(part).tree.keys() - set(MEMBERS) for part in JOINT["qkv_proj"])
     rotated = spec.rope and spec.qk_norm == "none" and spec.query_scale is None
-    if "qkv_proj" not in params or adapted or not rotated:
+    if "qkv_proj" not in params or changed or not rotated:
         return None
-    return linear(x, params["qkv_proj"], activations=dims.activations, axes=PROJECTION_AXES["qkv_proj"])
+    return joined(x, params, "qkv_proj", adapters, dims.activations)
 
 
 def position_queries_and_keys(

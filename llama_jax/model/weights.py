@@ -7,7 +7,7 @@ adapters. A leaf with members that no scheme has is refused, whatever uses it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from jax.typing import DTypeLike
 
 from llama_jax.errors import RequestError
 from llama_jax.kernels.integer_matmul import integer_matmul, multiplies
+from llama_jax.kernels.lora import add_lora
+from llama_jax.kernels.lora.reference import Part, plus
 from llama_jax.kernels.moe import routed_experts
 from llama_jax.kernels.moe.reference import Activation
 from llama_jax.kernels.norm import add_rms_norm, rms_norm
@@ -25,7 +27,7 @@ from llama_jax.kernels.quantized_matmul import quantized_matmul
 from llama_jax.kernels.quantized_matmul.fused import Normed, fused_matmul, is_fused
 from llama_jax.kernels.quantized_moe import quantized_experts
 from llama_jax.kernels.quantized_moe.reference import used_experts
-from llama_jax.model.adapters import ATTACHED, NO_ADAPTERS, Adapters
+from llama_jax.model.adapters import ATTACHED, MEMBERS, NO_ADAPTERS, Adapters
 from llama_jax.params import JOINT, PROJECTION_AXES, Params
 from llama_jax.quantized.codes import in_order
 from llama_jax.quantized.layout import ORDER
@@ -224,12 +226,14 @@ def gated(
     activations: str | None = None,
 ) -> jax.Array:
     """activation(gate(x)) * up(x): x [..., in] -> [..., mlp]. Arguments as for `joint`."""
-    leaf = params.get("gate_up_proj")
-    if leaf is not None and isinstance(x, Normed) and not any(adapters.of(part).tree for part in JOINT["gate_up_proj"]):
+    leaf, own = params.get("gate_up_proj"), [adapters.of(part) for part in JOINT["gate_up_proj"]]
+    if leaf is not None and isinstance(x, Normed) and not any(each.tree for each in own):
         around = {"squares": x.squares, "eps": x.eps, "activation": activation}
         if _fusible(x.gained, leaf, NO_ADAPTERS, activations, **around):
             out: jax.Array = _fused(x.gained, leaf, **around)
             return out
+    if leaf is not None and all(each.mixed for each in own):
+        return joined(x, params, "gate_up_proj", adapters, activations, activation=activation)
     gate, up = joint(x, params, "gate_up_proj", adapters, activations)
     return activation(gate) * up
 
@@ -244,69 +248,76 @@ def joint(
       activations: of `LlamaConfig`.
     """
     parts = JOINT[name]
-    if isinstance(x, Normed) and (name not in params or any(adapters.of(part).tree for part in parts)):
-        x = x.value()
     if name not in params:
+        x = x.value() if isinstance(x, Normed) else x
         return tuple(
             linear(x, params[part], adapters.of(part), activations, axes=PROJECTION_AXES[part]) for part in parts
         )
+    out = joined(x, params, name, adapters, activations)
+    lead = (x.gained if isinstance(x, Normed) else x).shape[:-1]
+    split = (out[..., first:last, :].reshape(*lead, -1) for first, last in _places(name, out))
+    return tuple(_changed(y, adapters.of(part)) for y, part in zip(split, parts, strict=True))
+
+
+def joined(
+    x: jax.Array | Normed,
+    params: Params,
+    name: str,
+    adapters: Adapters = NO_ADAPTERS,
+    activations: str | None = None,
+    *,
+    activation: Activation | None = None,
+) -> jax.Array:
+    """The projections of `joint` in one array, by the leaf that `llama_jax.model.fuse` made: queries, keys and values
+    [..., kv_heads, group + 2, head_dim], of each key/value head its queries, its key, its value; gate and up [..., 2,
+    mlp]. Of adapters it has the low-rank terms, neither gains nor shifts.
+
+    Args:
+      activation: for gate and up that both have slots: the result is activation(gate) * up, [..., mlp].
+    """
+    own = [adapters.of(part) for part in JOINT[name]]
+    if isinstance(x, Normed) and any(each.tree for each in own):
+        x = x.value()
     out = linear(x, params[name], activations=activations, axes=PROJECTION_AXES[name])
-    split: tuple[jax.Array, ...] = (out[..., 0, :], out[..., 1, :])  # [..., 2, mlp]
-    if (
-        name == "qkv_proj"
-    ):  # [..., kv_heads, group + 2, head_dim]: of each key/value head its queries, its key, its value
-        split = tuple(
-            part.reshape(*out.shape[:-3], -1) for part in (out[..., :-2, :], out[..., -2, :], out[..., -1, :])
-        )
     if isinstance(x, Normed):
-        return split
-    return tuple(_adapted(y, x, adapters.of(part)) for y, part in zip(split, parts, strict=True))
+        return out
+    return _with_low_rank(out, x, dict(zip(_places(name, out), own, strict=True)), activation)
+
+
+def _places(name: str, out: jax.Array) -> tuple[Part, ...]:
+    """Where on the next to last axis of `joined` the projections are."""
+    n = out.shape[-2]
+    return ((0, n - 2), (n - 2, n - 1), (n - 1, n)) if name == "qkv_proj" else ((0, 1), (1, 2))
 
 
 def _adapted(out: jax.Array, x: jax.Array, adapters: Adapters) -> jax.Array:
     """`out` [..., out] of a projection of `x` [..., in], as adapters change it (`model.adapters`), in its own dtype."""
+    return _changed(_with_low_rank(out[..., None, :], x, {(0, 1): adapters})[..., 0, :], adapters)
+
+
+def _changed(out: jax.Array, adapters: Adapters) -> jax.Array:
+    """A projection [..., out] with the gain and the shift of its adapters, in its own dtype."""
     dtype = out.dtype
-    if adapters.tree:
-        out = out + lora(x, adapters)
-        if "gain" in adapters.tree:
-            out = out * adapters.own("gain", 1.0)
-        if "shift" in adapters.tree:
-            out = out + adapters.own("shift", 0.0)
+    if "gain" in adapters.tree:
+        out = out * adapters.own("gain", 1.0)
+    if "shift" in adapters.tree:
+        out = out + adapters.own("shift", 0.0)
     return out.astype(dtype)
 
 
-def lora(x: jax.Array, adapters: Adapters) -> jax.Array:
-    """Low-rank adapters (arXiv:2106.09685) of one projection: scale * x a^T b^T, of each token's slot.
-
-    Where each row of a large set of slots has one, its slot is gathered: read, written and read again. Otherwise `x` is
-    multiplied with `a` of all slots at once, and what is not the token's own is zeroed before `b`: that takes
-    slots * rank multiplications for each number of x and of the result, beside the weight's thousands, and reads
-    every slot once, however many tokens there are.
-
-    Args:
-      x: [batch, len, in], or [tokens, in] with an id for each token.
-      adapters: of this projection: {"a" [slots, rank, in], "b" [slots, rank, out], "scale" [slots]}, and ids; without
-        ids one adapter, without the axis of slots.
-
-    Returns:
-      [..., out] in x's dtype, exactly 0 for slot 0 and for ids that are none.
-    """
-    a, b = (adapters.tree[name].astype(x.dtype) for name in ("a", "b"))
-    scale, ids, precision = adapters.tree["scale"], adapters.ids, matmul_precision(x.dtype)
-    if ids is None:
-        return matmul((matmul(x, a) * scale).astype(x.dtype), b)
-    slots = len(scale)
-    if ids.size == len(x) and 3 * len(x) <= slots:
-        ids = ids.reshape(len(x))
-        used = (ids > 0) & (ids < slots)
-        ids = jnp.where(used, ids, 0)
-        inner = jnp.einsum("n...i,nri->n...r", x, a[ids], precision=precision)
-        to_rows = (len(x),) + (1,) * (x.ndim - 1)
-        inner = jnp.where(used.reshape(to_rows), inner * scale[ids].reshape(to_rows), 0).astype(x.dtype)
-        return jnp.einsum("n...r,nro->n...o", inner, b[ids], precision=precision)
-    used = (ids[..., None] == jnp.arange(slots)) & (ids[..., None] > 0)
-    inner = jnp.where(used[..., None], matmul(x, a) * scale[:, None], 0).astype(x.dtype)  # [..., slots, rank]
-    return jnp.einsum("...sr,sro->...o", inner, b, precision=precision)
+def _with_low_rank(
+    out: jax.Array, x: jax.Array, adapters: Mapping[Part, Adapters], activation: Activation | None = None
+) -> jax.Array:
+    """Projections of `x` [..., in] in one array, with what low-rank adapters of its parts add (`kernels.lora`)."""
+    adapters = {part: each for part, each in adapters.items() if each.tree}
+    slots = tuple({name: each.tree[name] for name in MEMBERS} for each in adapters.values())
+    ids = next((each.ids for each in adapters.values()), None)
+    if ids is not None:
+        return add_lora(out, x, slots, ids, parts=tuple(adapters), activation=activation)
+    for part, one in zip(adapters, slots, strict=True):  # of all tokens, without the axis of slots
+        a, b = (one[name].astype(x.dtype) for name in ("a", "b"))
+        out = plus(out, matmul((matmul(x, a) * one["scale"]).astype(x.dtype), b), part)
+    return out
 
 
 def embedding(params: Params, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
