@@ -11,6 +11,7 @@ import numpy as np
 
 from llama_jax.kernels.dispatch.cases import Case
 from llama_jax.kernels.dispatch.operation import Operation
+from llama_jax.kernels.lora import add_lora_op
 from llama_jax.kernels.quantized_matmul.fused import fused_matmul_op
 from llama_jax.kernels.quantized_moe import quantized_moe_op
 from llama_jax.kernels.rope import rope_and_store_op
@@ -22,6 +23,9 @@ CASES: dict[str, tuple[Operation, str]] = {
     "rope_and_store_interleaved": (rope_and_store_op, "paged chunk d80 interleaved"),
     "rope_and_store_codes": (rope_and_store_op, "codes d64"),
     "rope_and_store_codes_paged": (rope_and_store_op, "codes paged interleaved"),
+    "add_lora_qkv": (add_lora_op, "qkv h6 kv2 d32x96 s3 r4, 5 rows"),
+    "add_lora_gate": (add_lora_op, "gate 72x200 s4 r8, 3 rows"),
+    "add_lora_many_slots": (add_lora_op, "one 40x96 s20 r16, 19 rows"),
     "fused_gate": (fused_matmul_op, "gate int4_g128 200x1024, 1 rows"),
     "fused_norm": (fused_matmul_op, "norm plain 72x576, 3 rows"),
     "fused_add": (fused_matmul_op, "add int8 136x1024, 5 rows"),

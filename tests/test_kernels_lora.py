@@ -1,0 +1,63 @@
+"""Low-rank adapters in slots, against numpy, and within a model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import random_params, random_tokens, tiny_config
+
+from llama_jax.config import LayerSpec
+from llama_jax.kernels import report
+from llama_jax.kernels.dispatch import using
+from llama_jax.kernels.lora import add_lora
+from llama_jax.model.adapters import MEMBERS, empty_slots
+from llama_jax.model.fuse import fuse_params
+from llama_jax.model.transformer import forward
+from llama_jax.params import flatten, unflatten
+
+
+@pytest.mark.parametrize("rows", [2, 7])
+def test_against_numpy(rows: int) -> None:
+    """Keys and values of two heads; ids of no slot, of none, and more slots than rows, which are gathered."""
+    rng, slots, rank, inner = np.random.default_rng(0), 6, 3, 20
+    out = rng.standard_normal((rows, 1, 2, 4, 8))
+    x = rng.standard_normal((rows, 1, inner))
+    a, b = rng.standard_normal((2, slots, rank, inner)), rng.standard_normal((2, slots, rank, 16))
+    scale, ids = rng.random((2, slots)), np.asarray([2, 9, 0, -1, 5, 1, 2])[:rows, None]
+    members = [
+        dict(zip(MEMBERS, (jnp.asarray(m, jnp.float32) for m in each), strict=True))
+        for each in zip(a, b, scale, strict=True)
+    ]
+    found = add_lora(*(jnp.asarray(m, jnp.float32) for m in (out, x)), members, jnp.asarray(ids), parts=((2, 3), (3, 4)))
+    for row, slot in enumerate(ids[:, 0]):
+        if 0 < slot < slots:
+            for n in range(2):
+                out[row, 0, :, 2 + n] += (scale[n, slot] * (x[row, 0] @ a[n, slot].T) @ b[n, slot]).reshape(2, 8)
+    np.testing.assert_allclose(found, out, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", [None, ("q_proj", "v_proj", "up_proj")])
+def test_logits_of_a_model(targets: tuple[str, ...] | None) -> None:
+    """The kernels with slots of every projection, and of some, against the reference; one row has no adapter."""
+    config = tiny_config(LayerSpec(mlp=96), hidden_size=64)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), fuse_params(random_params(config), config))
+    slots = flatten(empty_slots(config, slots=4, rank=4, targets=targets, dtype="bfloat16"))
+    noise = {
+        name: (jax.random.normal(jax.random.key(n), x.shape) * 0.3).astype(x.dtype)
+        for n, (name, x) in enumerate(slots.items())
+    }
+    tokens, ids = random_tokens(config, 4, 3), jnp.asarray([[3], [0], [1], [3]])
+    logits = {}
+    for backend in ("reference", "pallas_interpret"):
+        with using(add_lora=backend):
+            logits[backend] = np.asarray(
+                forward(params, config, tokens, adapters=unflatten(noise), adapter_ids=ids)[0], np.float32
+            )
+    without = np.asarray(forward(params, config, tokens)[0], np.float32)
+    difference = np.abs(logits["pallas_interpret"] - logits["reference"])
+    changed = np.abs(logits["reference"] - without).max(axis=(1, 2))
+    assert changed[1] == 0 and changed[[0, 2, 3]].min() > 10 * difference.max()
+    assert any(c.operation == "add_lora" and c.backend == "pallas_interpret" for c in report())
