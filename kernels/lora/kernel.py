@@ -1,14 +1,15 @@
 """The two kernels: from a token's numbers to the few of its adapter, and from these to what its projections get.
 
-`lora_shrink` has a program for each slot, and `lora_expand` one for a few columns of the result. Programs without a
-token that uses their slot, or any, end at once. A token's numbers are those of its own slot alone, so the first kernel
-writes `rank` numbers for each token and projection, in as many parts as programs share a sum.
+Tokens are sorted by slot, and a program has a tile of tokens of one slot (`kernels.moe.schedule`): what a step costs
+depends on the slots in use. `lora_shrink` writes `rank` numbers for each token and projection, in as many parts as
+programs share a sum. `lora_expand` adds these up and multiplies them with a few columns of b.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,58 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from llama_jax.kernels.lora.reference import Activation, Part, Slots
-from llama_jax.kernels.lora.tiles import Tiles, slots_together
+from llama_jax.kernels.lora.tiles import Tiles
+from llama_jax.kernels.moe.schedule import Schedule
 from llama_jax.kernels.pallas import dot, launch, load_row, tile_width
-
-
-def shrink(x: jax.Array, slots: Sequence[Slots], ids: jax.Array, tiles: Tiles, *, interpret: bool) -> jax.Array:
-    """x a^T of each token's slot: float32 [splits, projections, tokens, tile_width(rank)], of which the parts add up.
-
-    What belongs to tokens without an adapter is not written.
-
-    Args:
-      x: [tokens, in]; ids: int32 [tokens].
-    """
-    tokens, size = x.shape
-    number, rank, _ = slots[0]["a"].shape
-    width, row_tiles = tile_width(rank), -(-tokens // tiles.rows)
-    steps = -(-size // tiles.inner)
-    share = -(-steps // tiles.splits)
-    ragged = size % tiles.inner > 0
-
-    def lora_shrink(x_ref: Any, ids_ref: Any, *refs: Any) -> None:
-        *a_refs, inner_ref = refs
-        slot, part_of_sum = pl.program_id(0) + 1, pl.program_id(2)
-        row, real, own = _rows(ids_ref, pl.program_id(1) % row_tiles, tiles.rows, tokens)
-        mine = own == slot
-        j = jnp.arange(width, dtype=jnp.int32)
-
-        def of_projection(n: int, a_ref: Any) -> None:
-            def step(i: jax.Array, total: jax.Array) -> jax.Array:
-                k = i * tiles.inner + jnp.arange(tiles.inner, dtype=jnp.int32)
-                inside = (k < size)[None, :] if ragged else None
-                numbers = _load(x_ref.at[row[:, None], k[None, :]], _both(real, inside))
-                a = _load(a_ref.at[slot, j[:, None], k[None, :]], _both((j < rank)[:, None], inside))
-                return total + dot(numbers, a, transpose_b=True)
-
-            start = part_of_sum * share
-            stop = jnp.minimum(start + share, steps)
-            total = jax.lax.fori_loop(start, stop, step, jnp.zeros((tiles.rows, width), jnp.float32))
-            plgpu.store(inner_ref.at[part_of_sum, n, row[:, None], j[None, :]], total, mask=mine[:, None])
-
-        for n, a_ref in enumerate(a_refs):
-            _when(_any(mine) & (pl.program_id(1) // row_tiles == n), partial(of_projection, n, a_ref))
-
-    inner: jax.Array = launch(
-        lora_shrink,
-        *(x, ids, *(of_one["a"] for of_one in slots)),
-        grid=(number - 1, len(slots) * row_tiles, tiles.splits),
-        out=jax.ShapeDtypeStruct((tiles.splits, len(slots), tokens, width), jnp.float32),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        interpret=interpret,
-    )
-    return inner
 
 
 @dataclass(frozen=True)
@@ -86,10 +38,7 @@ class Places:
     def of(cls, part: Part, shape: Sequence[int]) -> Places:
         """Of a part of an array [..., n, columns]; the axes before are heads."""
         *heads, n, columns = shape
-        count = 1
-        for head in heads:
-            count *= head
-        return cls(count, part[0] * columns, (part[1] - part[0]) * columns, n * columns)
+        return cls(math.prod(heads), part[0] * columns, (part[1] - part[0]) * columns, n * columns)
 
     @property
     def size(self) -> int:
@@ -103,11 +52,86 @@ class Places:
         return jax.lax.div(column, width) * self.period + self.first + jax.lax.rem(column, width)
 
 
+@dataclass(frozen=True)
+class _Tile:
+    """A tile of tokens of one slot.
+
+    Attributes:
+      used: whether it has any.
+      place: [rows], where in the order they are.
+      real: [rows], which of these places are in the tile.
+      token: [rows]; one past the last token for places that are not.
+    """
+
+    used: jax.Array
+    slot: jax.Array
+    place: jax.Array
+    real: jax.Array
+    token: jax.Array
+
+    @classmethod
+    def read(cls, refs: Sequence[Any], tile: jax.Array, rows: int) -> _Tile:
+        order, slot, start, end = refs
+        first, last = start[tile], end[tile]
+        place = first + jnp.arange(rows, dtype=jnp.int32)
+        real = place < last
+        return cls(first < last, slot[tile], place, real, load_row(order, (place,), real, len(order)))
+
+
+def shrink(x: jax.Array, slots: Sequence[Slots], order: Schedule, tiles: Tiles, *, interpret: bool) -> jax.Array:
+    """x a^T of each token's slot: float32 [splits, projections, tokens, tile_width(rank)], of which the parts add up;
+    tokens are in order. What belongs to those without an adapter is not written.
+
+    Args:
+      x: [tokens, in].
+    """
+    tokens, size = x.shape
+    _, rank, _ = slots[0]["a"].shape
+    width, steps = tile_width(rank), -(-size // tiles.inner)
+    share = -(-steps // tiles.splits)
+    ragged = size % tiles.inner > 0
+
+    def lora_shrink(x_ref: Any, *refs: Any) -> None:
+        a_refs, inner_ref = refs[4:-1], refs[-1]
+        tile = _Tile.read(refs[:4], pl.program_id(0), tiles.rows)
+        part_of_sum = pl.program_id(2)
+        j = jnp.arange(width, dtype=jnp.int32)
+
+        def of_projection(n: int, a_ref: Any) -> None:
+            def step(i: jax.Array, total: jax.Array) -> jax.Array:
+                k = i * tiles.inner + jnp.arange(tiles.inner, dtype=jnp.int32)
+                inside = (k < size)[None, :] if ragged else None
+                numbers = _load(x_ref.at[tile.token[:, None], k[None, :]], _both(tile.real[:, None], inside))
+                a = _load(a_ref.at[tile.slot, j[:, None], k[None, :]], _both((j < rank)[:, None], inside))
+                return total + dot(numbers, a, transpose_b=True)
+
+            start = part_of_sum * share
+            stop = jnp.minimum(start + share, steps)
+            total = jax.lax.fori_loop(start, stop, step, jnp.zeros((tiles.rows, width), jnp.float32))
+            at = inner_ref.at[part_of_sum, n, tile.place[:, None], j[None, :]]
+            plgpu.store(at, total, mask=tile.real[:, None])
+
+        needed = (tile.slot > 0) & tile.used
+        for n, a_ref in enumerate(a_refs):
+            pl.when(needed & (pl.program_id(1) == n))(partial(of_projection, n, a_ref))
+
+    inner: jax.Array = launch(
+        lora_shrink,
+        *(x, *order, *(of_one["a"] for of_one in slots)),
+        grid=(len(order.expert), len(slots), tiles.splits),
+        out=jax.ShapeDtypeStruct((tiles.splits, len(slots), tokens, width), jnp.float32),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        interpret=interpret,
+    )
+    return inner
+
+
 def expand(
     out: jax.Array,
     inner: jax.Array,
     slots: Sequence[Slots],
-    ids: jax.Array,
+    order: Schedule,
     places: Sequence[Places],
     tiles: Tiles,
     *,
@@ -122,111 +146,68 @@ def expand(
       inner: of `shrink`.
     """
     tokens, columns = out.shape
-    number, rank, _ = slots[0]["b"].shape
-    together, width, dtype = slots_together(rank), tile_width(rank), slots[0]["b"].dtype
-    chunks = -(-(number - 1) // together)
+    _, rank, _ = slots[0]["b"].shape
+    width, dtype = tile_width(rank), slots[0]["b"].dtype
     programs = [-(-at.size // tiles.cols) for at in places]
     gated = activation is not None
     members = [of_one[name] for of_one in slots for name in ("b", "scale")]
 
-    def lora_expand(out_ref: Any, inner_ref: Any, ids_ref: Any, *refs: Any) -> None:
-        *member_refs, result_ref = refs
-        tile = pl.program_id(0)
-        row, real, own = _rows(ids_ref, pl.program_id(1), tiles.rows, tokens)
-        used = (own > 0) & (own < number)
+    def lora_expand(out_ref: Any, inner_ref: Any, *refs: Any) -> None:
+        member_refs, result_ref = refs[4:-1], refs[-1]
+        across = pl.program_id(0)
+        tile = _Tile.read(refs[:4], pl.program_id(1), tiles.rows)
 
-        def added(n: int, column: jax.Array, there: jax.Array | None) -> jax.Array:
-            """What is added to columns of a projection: float32 [rows, cols]."""
+        def changed(n: int, column: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Any]:
+            """Columns of a projection with what is added to them, float32 [rows, cols], and where they are."""
             b_ref, scale_ref = member_refs[2 * n : 2 * n + 2]
+            slot = jnp.maximum(tile.slot, 1)
             j = jnp.arange(width, dtype=jnp.int32)
-            parts = [
-                _load(inner_ref.at[part, n, row[:, None], j[None, :]], used[:, None]) for part in range(len(inner))
-            ]
-            scale = load_row(scale_ref, (own,), used, 0)
-            numbers = (sum(parts[1:], parts[0]) * scale.astype(jnp.float32)[:, None]).astype(dtype)
-
-            def some(i: jax.Array, total: jax.Array) -> jax.Array:
-                """Of the slots that a step sums over."""
-                first = 1 + i * together
-                slot = first + jnp.arange(together, dtype=jnp.int32)
-                wide = jnp.where((own[:, None] == slot[None, :])[:, :, None], numbers[:, None, :], 0)
-                k = jnp.arange(together * width, dtype=jnp.int32)
-                of_slot = first + jax.lax.div(k, jnp.full_like(k, width))
-                within = jax.lax.rem(k, jnp.full_like(k, width))
-                exists = ((of_slot < number) & (within < rank))[:, None]
-                b = _load(b_ref.at[of_slot[:, None], within[:, None], column[None, :]], _both(exists, there))
-                return total + dot(wide.astype(dtype).reshape(tiles.rows, together * width), b)
-
-            total = jnp.zeros((tiles.rows, tiles.cols), jnp.float32)
-            if chunks == 1:
-                return some(jnp.int32(0), total)
-
-            def step(i: jax.Array, total: jax.Array) -> jax.Array:
-                first = 1 + i * together
-                needed = _any((own >= first) & (own < first + together))
-                return jax.lax.cond(needed, lambda: some(i, total), lambda: total)
-
-            return jax.lax.fori_loop(0, chunks, step, total)
+            real = tile.real[:, None]
+            parts = [_load(inner_ref.at[part, n, tile.place[:, None], j[None, :]], real) for part in range(len(inner))]
+            there = (column < places[n].size)[None, :] if places[n].size % tiles.cols else None
+            exists = (j < rank)[:, None] if rank < width else None
+            b = _load(b_ref.at[slot, j[:, None], column[None, :]], _both(exists, there))
+            at = tile.token[:, None], places[n].at(column)[None, :]
+            before = _load(out_ref.at[at], mask)
+            scale = jnp.where(tile.slot > 0, scale_ref[slot].astype(jnp.float32), 0.0)
+            numbers = jnp.where(tile.slot > 0, sum(parts[1:], parts[0]) * scale, 0.0).astype(dtype)
+            return before.astype(jnp.float32) + dot(numbers, b), at
 
         def of_projection(n: int, began: int) -> None:
-            column = (tile - began) * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
+            column = (across - began) * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
             there = (column < places[n].size)[None, :] if places[n].size % tiles.cols else None
-            at = row[:, None], places[n].at(column)[None, :]
-            mask = _both(used[:, None], there)
-            before = _load(out_ref.at[at], mask).astype(jnp.float32)
-            plgpu.store(result_ref.at[at], (before + added(n, column, there)).astype(out.dtype), mask=mask)
+            mask = _both(tile.real[:, None], there)
+            total, at = changed(n, column, mask)
+            plgpu.store(result_ref.at[at], total.astype(out.dtype), mask=mask)
 
         def of_both(activation: Activation) -> None:
-            column = tile * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
+            column = across * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
             there = (column < places[0].size)[None, :] if places[0].size % tiles.cols else None
-            mask = _both(real, there)
-            sums = [
-                _load(out_ref.at[row[:, None], of_one.at(column)[None, :]], mask).astype(jnp.float32)
-                + added(n, column, there)
-                for n, of_one in enumerate(places)
-            ]
-            plgpu.store(
-                result_ref.at[row[:, None], column[None, :]],
-                (activation(sums[0]) * sums[1]).astype(out.dtype),
-                mask=mask,
-            )
+            mask = _both(tile.real[:, None], there)
+            (gate, _), (up, _) = (changed(n, column, mask) for n in range(2))
+            at = result_ref.at[tile.token[:, None], column[None, :]]
+            plgpu.store(at, (activation(gate) * up).astype(out.dtype), mask=mask)
 
         if activation is not None:
-            of_both(activation)
+            pl.when(tile.used)(partial(of_both, activation))
             return
         began = 0
         for n, count in enumerate(programs):
-            here = (tile >= began) & (tile < began + count)
-            _when(_any(used) & here, partial(of_projection, n, began))
+            here = (across >= began) & (across < began + count)
+            pl.when(here & (tile.slot > 0) & tile.used)(partial(of_projection, n, began))
             began += count
 
     # Said at every lowering, see `kernels.pallas.launch`.
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     result: jax.Array = pl.pallas_call(
         lora_expand,
-        grid=(programs[0] if gated else sum(programs), -(-tokens // tiles.rows)),
+        grid=(programs[0] if gated else sum(programs), len(order.expert)),
         out_shape=jax.ShapeDtypeStruct((tokens, places[0].size if gated else columns), out.dtype),
         input_output_aliases={} if gated else {0: 0},
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.num_warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.expand_warps, num_stages=1),
         interpret=interpret,
-    )(out, inner, ids, *members)
+    )(out, inner, *order, *members)
     return result
-
-
-def _rows(ids_ref: Any, tile: jax.Array, rows: int, tokens: int) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Tokens of a tile, which of them exist, [rows, 1], or None if all do, and their ids, of those that do not -1."""
-    row = tile * rows + jnp.arange(rows, dtype=jnp.int32)
-    if tokens % rows == 0:
-        return row, None, load_row(ids_ref, (row,), None, -1)
-    return row, (row < tokens)[:, None], load_row(ids_ref, (row,), row < tokens, -1)
-
-
-def _any(mask: jax.Array) -> jax.Array:
-    return jnp.max(mask.astype(jnp.int32)) > 0
-
-
-def _when(condition: jax.Array, body: Callable[[], None]) -> None:
-    pl.when(condition)(body)
 
 
 def _both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from llama_jax.kernels.lora import kernel
 from llama_jax.kernels.lora.reference import Activation, Part, Slots, add_lora_reference
 from llama_jax.kernels.lora.tiles import Tiles, default_tiles
+from llama_jax.kernels.moe.schedule import schedule
 from llama_jax.kernels.pallas import MAX_ELEMENTS
 from llama_jax.targets import Target, current
 
@@ -79,11 +80,13 @@ def run(
     def add(out: jax.Array, x: jax.Array, slots: Sequence[Slots], ids: jax.Array) -> jax.Array:
         lead = x.shape[:-1]
         flat = x.reshape(-1, x.shape[-1])
-        of_token = jnp.broadcast_to(ids, lead).reshape(-1)
+        number = slots[0]["a"].shape[0]
+        own = jnp.where((ids > 0) & (ids < number), ids, 0)
+        order = schedule(jnp.broadcast_to(own, lead).reshape(-1, 1), number, tiles.rows)
         places = [kernel.Places.of(part, out.shape[len(lead) :]) for part in parts]
-        inner = kernel.shrink(flat, slots, of_token, tiles, interpret=interpret)
+        inner = kernel.shrink(flat, slots, order, tiles, interpret=interpret)
         result = kernel.expand(
-            *(out.reshape(len(flat), -1), inner, slots, of_token, places, tiles),
+            *(out.reshape(len(flat), -1), inner, slots, order, places, tiles),
             activation=activation,
             interpret=interpret,
         )
@@ -108,4 +111,5 @@ def run(
 def sizes(x: jax.Array, slots: Sequence[Slots]) -> dict[str, int]:
     """The sizes that tiles depend on."""
     rows = math.prod(x.shape[:-1])
-    return {"rows": rows, "inner": x.shape[-1], "slots": slots[0]["a"].shape[0], "projections": len(slots)}
+    number, rank, inner = slots[0]["a"].shape
+    return {"rows": rows, "inner": inner, "slots": number, "rank": rank, "projections": len(slots)}
