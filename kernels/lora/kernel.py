@@ -94,31 +94,30 @@ def shrink(x: jax.Array, slots: Sequence[Slots], order: Schedule, tiles: Tiles, 
     def lora_shrink(x_ref: Any, *refs: Any) -> None:
         a_refs, inner_ref = refs[4:-1], refs[-1]
         tile = _Tile.read(refs[:4], pl.program_id(0), tiles.rows)
-        part_of_sum = pl.program_id(2)
+        part_of_sum = pl.program_id(1)
         j = jnp.arange(width, dtype=jnp.int32)
 
-        def of_projection(n: int, a_ref: Any) -> None:
-            def step(i: jax.Array, total: jax.Array) -> jax.Array:
-                k = i * tiles.inner + jnp.arange(tiles.inner, dtype=jnp.int32)
-                inside = (k < size)[None, :] if ragged else None
-                numbers = _load(x_ref.at[tile.token[:, None], k[None, :]], _both(tile.real[:, None], inside))
-                a = _load(a_ref.at[tile.slot, j[:, None], k[None, :]], _both((j < rank)[:, None], inside))
-                return total + dot(numbers, a, transpose_b=True)
+        def step(i: jax.Array, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            k = i * tiles.inner + jnp.arange(tiles.inner, dtype=jnp.int32)
+            inside = (k < size)[None, :] if ragged else None
+            exists = _both((j < rank)[:, None] if rank < width else None, inside)
+            numbers = _load(x_ref.at[tile.token[:, None], k[None, :]], _both(tile.real[:, None], inside))
+            every = [_load(a_ref.at[tile.slot, j[:, None], k[None, :]], exists) for a_ref in a_refs]
+            return tuple(total + dot(numbers, a, transpose_b=True) for total, a in zip(totals, every, strict=True))
 
+        @pl.when(tile.used & (tile.slot > 0))
+        def _() -> None:
             start = part_of_sum * share
-            stop = jnp.minimum(start + share, steps)
-            total = jax.lax.fori_loop(start, stop, step, jnp.zeros((tiles.rows, width), jnp.float32))
-            at = inner_ref.at[part_of_sum, n, tile.place[:, None], j[None, :]]
-            plgpu.store(at, total, mask=tile.real[:, None])
-
-        needed = (tile.slot > 0) & tile.used
-        for n, a_ref in enumerate(a_refs):
-            pl.when(needed & (pl.program_id(1) == n))(partial(of_projection, n, a_ref))
+            nothing = (jnp.zeros((tiles.rows, width), jnp.float32),) * len(a_refs)
+            totals = jax.lax.fori_loop(start, jnp.minimum(start + share, steps), step, nothing)
+            for n, total in enumerate(totals):
+                at = inner_ref.at[part_of_sum, n, tile.place[:, None], j[None, :]]
+                plgpu.store(at, total, mask=tile.real[:, None])
 
     inner: jax.Array = launch(
         lora_shrink,
         *(x, *order, *(of_one["a"] for of_one in slots)),
-        grid=(len(order.expert), len(slots), tiles.splits),
+        grid=(len(order.expert), tiles.splits),
         out=jax.ShapeDtypeStruct((tiles.splits, len(slots), tokens, width), jnp.float32),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

@@ -112,4 +112,4 @@ def sizes(x: jax.Array, slots: Sequence[Slots]) -> dict[str, int]:
     """The sizes that tiles depend on."""
     rows = math.prod(x.shape[:-1])
     number, rank, inner = slots[0]["a"].shape
-    return {"rows": rows, "inner": inner, "slots": number, "rank": rank, "projections": len(slots)}
+    return {"rows": rows, "inner": inner, "slots": number, "rank": rank}

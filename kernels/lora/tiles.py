@@ -10,7 +10,7 @@ from llama_jax.kernels.pallas import next_power_of_2, tile_width
 from llama_jax.targets import Target
 
 MOST_TILE_ROWS = 64
-MOST_SPLITS = 8
+MOST_SPLITS = 16
 """Parts of a sum: the second kernel reads them all."""
 LEAST_STEPS = 2
 """Of a part."""
@@ -40,27 +40,27 @@ class Tiles:
     expand_warps: int
 
 
-def default_tiles(target: Target, *, rows: int, inner: int, slots: int, rank: int, projections: int) -> Tiles:
+def default_tiles(target: Target, *, rows: int, inner: int, slots: int, rank: int) -> Tiles:
     """The best choice known for a target.
 
     Args:
-      rows: tokens; inner: numbers of each; slots: with slot 0; projections: of the call.
+      rows: tokens; inner: numbers of each; slots: with slot 0.
     """
     groups = min(max(slots - 1, 1), rows)
     tile = min(max(next_power_of_2(rows // groups), 16), MOST_TILE_ROWS)
-    step, stages = (256, 3) if target.vendor == "nvidia" else (128, 2)
+    nvidia, waves = target.vendor == "nvidia", 64 // (target.wave_size or 32)
+    step, stages = (256, 3) if nvidia else (128, 2)
     step = min(step, tile_width(inner))
-    programs = max(groups, -(-rows // tile)) * projections
-    splits, steps = 1, -(-inner // step)
+    splits, steps, programs = 1, -(-inner // step), max(groups, -(-rows // tile))
     while splits < MOST_SPLITS and programs * splits < target.compute_units and steps >= 2 * LEAST_STEPS * splits:
         splits *= 2
     cols = max(min(128, MOST_NUMBERS // tile_width(rank)), 16)
-    return Tiles(tile, step, splits, 4, stages, cols, 4)
+    return Tiles(tile, step, splits, waves * tile // 16, stages, cols, 2 * waves)
 
 
-def candidates(target: Target, *, rows: int, inner: int, slots: int, rank: int, projections: int) -> Iterator[Tiles]:
+def candidates(target: Target, *, rows: int, inner: int, slots: int, rank: int) -> Iterator[Tiles]:
     """Tiles worth measuring on a target: the default first. Arguments as for `default_tiles`."""
-    best = default_tiles(target, rows=rows, inner=inner, slots=slots, rank=rank, projections=projections)
+    best = default_tiles(target, rows=rows, inner=inner, slots=slots, rank=rank)
     splits = [n for n in (2 * best.splits, best.splits // 2) if n]
-    choices = {"splits": splits, "cols": (2 * best.cols, best.cols // 2), "expand_warps": (2, 8), "num_warps": (2, 8)}
+    choices = {"splits": splits, "cols": (2 * best.cols, best.cols // 2), "expand_warps": (2, 8), "num_warps": (1, 4)}
     yield from neighbours(best, **choices, inner=(best.inner // 2,))
