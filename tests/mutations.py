@@ -407,6 +407,27 @@ EXPERTS: tuple[Mutation, ...] = (
         golden("llama4-interleaved"),
     ),
     Mutation(
+        "slot 0 of adapters is used",
+        "kernels/lora/reference.py",
+        "used = (ids[..., None] == jnp.arange(len(scale))) & (ids[..., None] > 0)",
+        "used = ids[..., None] == jnp.arange(len(scale))",
+        ("tests/test_kernels_lora.py::test_against_numpy[7]",),
+    ),
+    Mutation(
+        "an adapter of a joint projection is added to the one before",
+        "kernels/lora/reference.py",
+        "[(first, out.shape[-2] - last), (0, 0)]",
+        "[(first - 1, out.shape[-2] - last + 1), (0, 0)]",
+        ("tests/test_kernels_lora.py::test_against_numpy[2]", "tests/test_kernels_lora.py::test_against_numpy[7]"),
+    ),
+    Mutation(
+        "an adapters' kernel adds up all shares of a sum but the first",
+        "kernels/lora/kernel.py",
+        "sum(parts[1:], parts[0]) * scale",
+        "sum(parts[1:]) * scale",
+        ("tests/test_kernels_lora.py::test_shares_of_a_sum",),
+    ),
+    Mutation(
         "low-rank weights of experts read expert by expert",
         "llama_jax/adapters/files.py",
         'b = members["a"].reshape(count, rank, into), members["b"].reshape(out, rank, count)',

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from helpers import random_params, random_tokens, tiny_config
 from llama_jax.config import LayerSpec
 from llama_jax.kernels import report
 from llama_jax.kernels.dispatch import using
-from llama_jax.kernels.lora import add_lora
+from llama_jax.kernels.lora import add_lora, add_lora_op, pallas_triton
 from llama_jax.model.adapters import MEMBERS, empty_slots
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.transformer import forward
@@ -38,6 +40,19 @@ def test_against_numpy(rows: int) -> None:
             for n in range(2):
                 out[row, 0, :, 2 + n] += (scale[n, slot] * (x[row, 0] @ a[n, slot].T) @ b[n, slot]).reshape(2, 8)
     np.testing.assert_allclose(found, out, atol=2e-5)
+
+
+def test_shares_of_a_sum() -> None:
+    """Three programs share a sum of seven steps, and a tile has fewer columns than heads are wide."""
+    case = next(case for case in add_lora_op.cases() if case.name.startswith("qkv h6"))
+    arguments = case.arguments(case.example())
+    tiles = pallas_triton.Tiles(rows=16, inner=16, splits=3, num_warps=1, num_stages=1, cols=16, expand_warps=1)
+    found = jax.jit(partial(pallas_triton.run, tiles=tiles, interpret=True, parts=arguments.pop("parts")))
+    arguments.pop("activation")
+    wanted = np.asarray(add_lora_op.backends["reference"].run(**arguments, parts=case.static["parts"]), np.float32)
+    difference = np.abs(np.asarray(found(**arguments), np.float32) - wanted)
+    assert difference.max() < 0.01 * np.abs(wanted).max()
+    assert np.abs(np.asarray(arguments["out"], np.float32) - wanted).max() > 0.3 * np.abs(wanted).max()
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[Operation, str]] = {
     "add_lora_qkv": (add_lora_op, "qkv h6 kv2 d32x96 s3 r4, 5 rows"),
     "add_lora_gate": (add_lora_op, "gate 72x200 s4 r8, 3 rows"),
     "add_lora_many_slots": (add_lora_op, "one 40x96 s20 r16, 19 rows"),
+    "add_lora_shares": (add_lora_op, "one 24x1100 s3 r5, 70 rows, float16"),
     "fused_gate": (fused_matmul_op, "gate int4_g128 200x1024, 1 rows"),
     "fused_norm": (fused_matmul_op, "norm plain 72x576, 3 rows"),
     "fused_add": (fused_matmul_op, "add int8 136x1024, 5 rows"),
