@@ -14,10 +14,12 @@ from llama_jax.config import LayerSpec
 from llama_jax.kernels import report
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.lora import add_lora, add_lora_op, pallas_triton
+from llama_jax.kernels.pallas import tile_width
 from llama_jax.model.adapters import MEMBERS, empty_slots
 from llama_jax.model.fuse import fuse_params
 from llama_jax.model.transformer import forward
 from llama_jax.params import flatten, unflatten
+from llama_jax.targets import find
 
 
 @pytest.mark.parametrize("rows", [2, 7])
@@ -53,6 +55,15 @@ def test_shares_of_a_sum() -> None:
     difference = np.abs(np.asarray(found(**arguments), np.float32) - wanted)
     assert difference.max() < 0.01 * np.abs(wanted).max()
     assert np.abs(np.asarray(arguments["out"], np.float32) - wanted).max() > 0.3 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64, 512])
+@pytest.mark.parametrize("rows", [1, 64, 512])
+def test_steps_fit_into_shared_memory(rank: int, rows: int) -> None:
+    target = find("h100")
+    sizes = {"rows": rows, "inner": 4096, "slots": 3, "rank": rank, "projections": 3}
+    tiles = pallas_triton.default_tiles(target, **sizes)
+    assert tiles.num_stages * (tiles.rows + 3 * tile_width(rank)) * tiles.inner * 2 < 0.9 * target.lds_bytes
 
 
 @pytest.mark.slow

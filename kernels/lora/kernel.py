@@ -156,14 +156,21 @@ def expand(
         across = pl.program_id(0)
         tile = _Tile.read(refs[:4], pl.program_id(1), tiles.rows)
 
-        def changed(n: int, column: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Any]:
+        def columns_of(n: int, first: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+            """The program's columns of a projection, [cols], which of them exist, and which numbers of the tile do."""
+            column = first + jnp.arange(tiles.cols, dtype=jnp.int32)
+            there = (column < places[n].size)[None, :] if places[n].size % tiles.cols else None
+            return column, there, tile.real[:, None] if there is None else tile.real[:, None] & there
+
+        def changed(
+            n: int, column: jax.Array, there: jax.Array | None, mask: jax.Array
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             """Columns of a projection with what is added to them, float32 [rows, cols], and where they are."""
             b_ref, scale_ref = member_refs[2 * n : 2 * n + 2]
             slot = jnp.maximum(tile.slot, 1)
             j = jnp.arange(width, dtype=jnp.int32)
             real = tile.real[:, None]
             parts = [_load(inner_ref.at[part, n, tile.place[:, None], j[None, :]], real) for part in range(len(inner))]
-            there = (column < places[n].size)[None, :] if places[n].size % tiles.cols else None
             exists = (j < rank)[:, None] if rank < width else None
             b = _load(b_ref.at[slot, j[:, None], column[None, :]], _both(exists, there))
             at = tile.token[:, None], places[n].at(column)[None, :]
@@ -173,17 +180,13 @@ def expand(
             return before.astype(jnp.float32) + dot(numbers, b), at
 
         def of_projection(n: int, began: int) -> None:
-            column = (across - began) * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
-            there = (column < places[n].size)[None, :] if places[n].size % tiles.cols else None
-            mask = _both(tile.real[:, None], there)
-            total, at = changed(n, column, mask)
+            column, there, mask = columns_of(n, (across - began) * tiles.cols)
+            total, at = changed(n, column, there, mask)
             plgpu.store(result_ref.at[at], total.astype(out.dtype), mask=mask)
 
         def of_both(activation: Activation) -> None:
-            column = across * tiles.cols + jnp.arange(tiles.cols, dtype=jnp.int32)
-            there = (column < places[0].size)[None, :] if places[0].size % tiles.cols else None
-            mask = _both(tile.real[:, None], there)
-            (gate, _), (up, _) = (changed(n, column, mask) for n in range(2))
+            column, there, mask = columns_of(0, across * tiles.cols)
+            (gate, _), (up, _) = (changed(n, column, there, mask) for n in range(2))
             at = result_ref.at[tile.token[:, None], column[None, :]]
             plgpu.store(at, (activation(gate) * up).astype(out.dtype), mask=mask)
 

@@ -20,6 +20,7 @@ from llama_jax.targets import Target, current
 __all__ = ["Tiles", "run", "unsupported"]
 
 DTYPES = ("bfloat16", "float16")
+MOST_RANK = 512
 MOST_TOKENS = 512
 """Tokens up to which kernels are so short that their number counts."""
 
@@ -45,8 +46,9 @@ def unsupported(
         return f"tokens in {x.dtype} and adapters that are not: it takes {' or '.join(DTYPES)}"
     if len({of_one["a"].shape for of_one in slots}) > 1:
         return "the slots of the projections have several ranks"
-    if slots[0]["a"].shape[0] < 2:
-        return "there is no slot"
+    number, rank, _ = slots[0]["a"].shape
+    if number < 2 or rank > MOST_RANK:
+        return f"{number} slots of rank {rank}: it takes two and more, of rank {MOST_RANK} at most"
     if max(out.size, x.size, *(of_one[name].size for of_one in slots for name in ("a", "b"))) > MAX_ELEMENTS:
         return f"an array has more than {MAX_ELEMENTS} elements"
     # Triton's dialect has no error function (gelu without the tanh approximation).
@@ -112,4 +114,4 @@ def sizes(x: jax.Array, slots: Sequence[Slots]) -> dict[str, int]:
     """The sizes that tiles depend on."""
     rows = math.prod(x.shape[:-1])
     number, rank, inner = slots[0]["a"].shape
-    return {"rows": rows, "inner": inner, "slots": number, "rank": rank}
+    return {"rows": rows, "inner": inner, "slots": number, "rank": rank, "projections": len(slots)}
