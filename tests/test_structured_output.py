@@ -360,7 +360,7 @@ def test_streams() -> None:
 def test_a_model_that_was_trained(smollm2: tuple[Any, Any]) -> None:
     """The real vocabulary, of 49,152 tokens: greedy, drawn, and beside free texts, which stay as they are."""
     model, tokenizer = smollm2
-    llm = LLM(model, tokenizer, rows=4, context=256)
+    llm = LLM(model, tokenizer, rows=8, decode_rows=(8,), context=1024, prefix_cache=False)  # sizes of `batch_generate`
     names = ["object", "enum", "tuple", "uuid", "nested", "escapes", "optional"]
     asked = [params(Grammar.json_schema(SCHEMAS[name]), i, max_tokens=100) for i, name in enumerate(names)]
     free = SamplingParams(temperature=0.0, max_tokens=12)
