@@ -86,7 +86,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("case", "mesh"), [*FAST, *SLOW])
 def test_generate_equals_transformers(case: str, mesh: str) -> None:
     """Greedy tokens through `batch_generate` and its cache; logits; and each device holds its own part alone."""
@@ -527,7 +527,9 @@ def test_bench_and_batches(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_random_models_are_made_in_their_places() -> None:
+def test_random_models_are_made_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = preset("smollm2-135m")
+    monkeypatch.setattr(bench, "preset", lambda name: config.replace(layers=config.layers[:2]))
     model = random_model("smollm2-135m", "bfloat16", sharding.make_mesh(tensor=3))
     assert model.config.num_kv_heads == 3
     leaf = model.params["layers"]["0"]["mlp"]["gate_up_proj"]["weight"]
