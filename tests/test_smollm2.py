@@ -26,8 +26,8 @@ Loaded = tuple[Model, Tokenizer]
 ENTRIES = json.loads((Path(__file__).parent / "data" / "goldens" / "smollm2-135m-instruct.json").read_text())
 NAMES = [entry.get("prompt") or entry["messages"][-1]["content"] for entry in ENTRIES]
 PADDED = 48  # one shape for all prompts
-SIZES: Any = {"rows": 8, "decode_rows": (8,), "context": 1024, "prefix_cache": False}
-"""Those of `batch_generate`: tests of this model have the same programs."""
+SIZES: Any = {"rows": len(ENTRIES), "decode_rows": (len(ENTRIES),), "context": 256}
+"""Of engines with this model, which thus have the same programs."""
 
 _forward = jax.jit(forward, static_argnames="config")
 
