@@ -36,8 +36,11 @@ ALL_CASES = os.environ.get("LLAMA_JAX_ALL_CASES", "0") not in ("", "0")
 ON_GPU = os.environ.get("LLAMA_JAX_TEST_GPU", "0") not in ("", "0")
 DATA = Path(__file__).parent / "data"
 UNOPTIMIZED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-FAST_COMPILER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-"""XLA's older emitters of CPU code, which compile small programs in half the time."""
+FAST_COMPILER = (
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
+)
+"""XLA's older emitters of CPU code, which compile small programs in half the time, and one LLVM module a program, since
+there is a process a core already."""
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50)  # the first example compiles
 hypothesis.settings.register_profile("ci", parent=hypothesis.settings.get_profile("default"), derandomize=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import cycle
@@ -53,6 +51,7 @@ from llama_jax.kernels.attention import KeysValues, Places, Rule, Visibility, at
 from llama_jax.kernels.dispatch import using
 from llama_jax.kernels.registry import OPERATIONS
 from llama_jax.loading import load
+from llama_jax.measure import bench
 from llama_jax.measure.bench import random_model
 from llama_jax.model import forward
 from llama_jax.model.adapters import empty_slots, put_adapter
@@ -87,7 +86,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(("case", "mesh"), [*FAST, *SLOW])
 def test_generate_equals_transformers(case: str, mesh: str) -> None:
     """Greedy tokens through `batch_generate` and its cache; logits; and each device holds its own part alone."""
@@ -506,29 +505,31 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_bench_and_batches(folder: Path, tmp_path: Path) -> None:
+def test_bench_and_batches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`bench` and `batch` take the same options; a file's results are those of one device."""
     from llama_jax.cli import cli
 
+    monkeypatch.setattr(bench, "measure_ceilings", lambda dtype: bench.Ceilings(1e9, 1e9))
     args = ["bench", "-m", str(folder), "--batch", "3", "--prompt", "4", "--new", "3", "--repeats", "1", "--json"]
     result = CliRunner().invoke(cli, [*args, "--mesh", "data=2,tensor=2"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["device"] == "4 x cpu (data=2, tensor=2)"
 
-    script = Path(__file__).parents[1] / "scripts" / "batch_generate.py"
     (tmp_path / "in.jsonl").write_text('{"prompt": "The"}\n{"prompt": "a", "temperature": 1}\n{"prompt": "Quick"}\n')
     results = []
     for name, more in (("one", ()), ("split", ("--mesh", "data=2,tensor=4"))):
         target = tmp_path / f"{name}.jsonl"
-        command = [sys.executable, str(script), str(tmp_path / "in.jsonl"), str(target), "-m", str(folder), *more]
-        subprocess.run([*command, "--max-tokens", "5", "--quiet"], check=True)
+        command = ["batch", str(tmp_path / "in.jsonl"), str(target), "-m", str(folder), *more]
+        result = CliRunner().invoke(cli, [*command, "--max-tokens", "5", "--quiet"])
+        assert result.exit_code == 0, result.output
         results.append(target.read_text())
     assert results[0] == results[1]
 
 
 @pytest.mark.slow
-def test_random_models_are_made_in_their_places() -> None:
+def test_random_models_are_made_in_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = preset("smollm2-135m")
+    monkeypatch.setattr(bench, "preset", lambda name: config.replace(layers=config.layers[:2]))
     model = random_model("smollm2-135m", "bfloat16", sharding.make_mesh(tensor=3))
     assert model.config.num_kv_heads == 3
     leaf = model.params["layers"]["0"]["mlp"]["gate_up_proj"]["weight"]

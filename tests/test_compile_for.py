@@ -535,7 +535,7 @@ def test_every_program_of_an_engine() -> None:
     ("name", "mesh", "layers", "key", "gigabytes"),
     [
         ("llama-3.1-8b", {}, 32, "mixed", 16.1),
-        ("llama-3.1-70b", {"tensor": 8}, 80, "decode", 17.7),
+        ("llama-3.1-70b", {"tensor": 8}, 4, "decode", 1.38),
         ("llama-3.1-70b", {"tensor": 8}, 2, "mixed", 0.95),
     ],
 )

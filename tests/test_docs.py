@@ -6,10 +6,21 @@ before a block leaves it out.
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
+from tiny_models import hf_tensors
+
+from llama_jax.config import config_from_hf
+from llama_jax.convert import convert
+from llama_jax.library import resolve
+from llama_jax.loading import load
+from llama_jax.params import flatten
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -51,6 +62,27 @@ SLOW = {
 }
 """Pages whose examples compile for a while."""
 
+WHOLE = {"README.md", "activations.md", "python.md", "scoring.md"}
+"""Slow pages that name a layer or a fact of the bundled model. The others get its first layers, which compile in a
+fraction of the time."""
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def first_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder whose bundled model has only its first layers."""
+    model, folder, cache = resolve(), tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("cache")
+    hf = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": LAYERS}
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(model / file, folder)
+    (folder / "config.json").write_text(json.dumps(hf))
+    leaves = {
+        name: np.asarray(leaf) for name, leaf in flatten(load(model, dtype="float32", fuse=False)[0].params).items()
+    }
+    save_file(hf_tensors(config_from_hf(hf), leaves), folder / "model.safetensors", metadata={"format": "pt"})
+    convert(folder, cache / "models" / model.name)
+    return cache
+
 
 @pytest.mark.parametrize(
     "page",
@@ -61,8 +93,12 @@ SLOW = {
     ],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
-def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(tmp_path)
+    if page.name in SLOW - WHOLE:
+        monkeypatch.setenv("LLAMA_JAX_CACHE", str(request.getfixturevalue("first_layers")))
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, code in python_blocks(page.read_text(encoding="utf-8")):
         # Empty lines in front make tracebacks point at the page's own lines.

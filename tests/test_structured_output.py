@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from engines import alone
 from spelling import END, EOS, spelling_llm, spelling_model, spelling_tokenizer
+from test_smollm2 import SIZES
 
 import llama_jax as lj
 from llama_jax.engine import sizing
@@ -360,7 +361,7 @@ def test_streams() -> None:
 def test_a_model_that_was_trained(smollm2: tuple[Any, Any]) -> None:
     """The real vocabulary, of 49,152 tokens: greedy, drawn, and beside free texts, which stay as they are."""
     model, tokenizer = smollm2
-    llm = LLM(model, tokenizer, rows=4, context=256)
+    llm = LLM(model, tokenizer, **SIZES)
     names = ["object", "enum", "tuple", "uuid", "nested", "escapes", "optional"]
     asked = [params(Grammar.json_schema(SCHEMAS[name]), i, max_tokens=100) for i, name in enumerate(names)]
     free = SamplingParams(temperature=0.0, max_tokens=12)
