@@ -331,7 +331,7 @@ def test_settings_that_contradict_themselves(changes: dict[str, Any], message: s
 
 @pytest.mark.slow
 def test_many_short_requests_leave_nothing_behind() -> None:
-    """20,000, of which a third are cancelled: memory, pages, programs, threads and files stay as they are."""
+    """50,000, of which a third are cancelled: memory, pages, programs, threads and files stay as they are."""
     model = tiny_model()
     core = Core(
         model,
@@ -341,7 +341,7 @@ def test_many_short_requests_leave_nothing_behind() -> None:
     )
     for _ in core.programs.compile_all():
         pass
-    rng, count = np.random.default_rng(0), 20_000
+    rng, count = np.random.default_rng(0), 50_000
     lengths, limits = rng.integers(1, 20, count).tolist(), rng.integers(1, 6, count).tolist()
     cancelled = rng.random(count) < 1 / 3
     params = [SamplingParams(temperature=0.0 if i % 2 else 1.0, seed=i, max_tokens=8) for i in range(16)]
@@ -354,7 +354,7 @@ def test_many_short_requests_leave_nothing_behind() -> None:
             number = core.add(prompt, params[added % 16], limits[added])
             running[number] = int(rng.integers(0, 4)) if cancelled[added] else -1
             added += 1
-            if added % 4_000 == 0:
+            if added % 10_000 == 0:
                 gc.collect()
                 files = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
                 seen.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, threading.active_count(), files))
@@ -373,7 +373,7 @@ def test_many_short_requests_leave_nothing_behind() -> None:
     assert core.snapshot().late_compilations == 0
     (first, threads, files), (last, threads_then, files_then) = seen[0], seen[-1]
     assert (threads, files) == (threads_then, files_then)
-    assert last - first < 12_000  # kilobytes
+    assert last - first < 30_000  # kilobytes
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def compare(
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 4])
 def test_company_changes_no_bit_in_many_batches(steps: int) -> None:
-    found = compare(model(128, 2), settings(steps=steps), range(24) if steps == 1 else range(24, 32), size=4)
+    found = compare(model(128, 2), settings(steps=steps), range(64) if steps == 1 else range(64, 72), size=4)
     assert found.different == 0
     assert found.preemptions == 0
     assert found.prefix_hits > 10 * 32

@@ -153,13 +153,13 @@ def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> No
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_numbers(folder: Path, tmp_path: Path) -> None:
-    """80 steps, with kill -9 twice and Ctrl-C once in between."""
-    changes: dict[str, Any] = {"steps": 80, "saving": {"every": 10}}
+    """200 steps, with kill -9 twice and Ctrl-C once in between."""
+    changes: dict[str, Any] = {"steps": 200, "saving": {"every": 10}}
     train(settings_from(values(folder, tmp_path / "whole", **changes)))
     output = tmp_path / "killed"
     config = tmp_path / "run.toml"
     config.write_text(toml(values(folder, output, **changes)))
-    for step, number in ((17, signal.SIGKILL), (35, signal.SIGINT), (51, signal.SIGKILL)):
+    for step, number in ((37, signal.SIGKILL), (95, signal.SIGINT), (141, signal.SIGKILL)):
         process = subprocess.Popen([*COMMAND, str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         wait_for_step(output, step, process)
         process.send_signal(number)
@@ -170,6 +170,6 @@ def test_a_killed_run_resumes_with_the_same_numbers(folder: Path, tmp_path: Path
         else:
             assert process.returncode == -signal.SIGKILL
     done = subprocess.run([*COMMAND, str(config), "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["step"] == 80
+    assert json.loads(done.stdout)["step"] == 200
     assert losses(output) == losses(tmp_path / "whole")
-    assert len(losses(output)) == 80
+    assert len(losses(output)) == 200
