@@ -255,6 +255,9 @@ def test_a_server_that_restarts_ends_at_once(
         monkeypatch.setattr(server.engine, "_made", fail)
         assert server.chat(max_tokens=2).status == 503
         server.run(server.until(lambda: "attempt 2 of 3" in str(readiness(server.state).reason)))
+        turned_away = server.chat(max_tokens=2)
+        assert turned_away.status == 503
+        assert 50 < int(turned_away.headers["retry-after"]) <= 60
         began = time.monotonic()
     assert time.monotonic() - began < 5
 
