@@ -124,6 +124,7 @@ def test_a_published_model_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("name", "ways", "rows", "kv_dtype"),
     [
+        ("llama-3.2-1b", 1, 8, None),
         ("llama-3.1-8b", 8, 8, "int8"),
         ("llama-3.1-8b", 8, 8, None),
         ("llama-3.1-70b", 8, 32, None),
@@ -156,6 +157,8 @@ def test_published_models_on_mi300x(name: str, ways: int, rows: int, kv_dtype: s
         actual = reported(compilation.compiled.memory_analysis())
         assert predicted.arguments == actual.arguments
         assert predicted.total == pytest.approx(actual.total, rel=0.05)
+        if not name.startswith("mixtral"):  # with experts the plan is an upper bound
+            assert predicted.temporary == pytest.approx(actual.temporary, rel=0.05, abs=8 << 20)
         counts = {
             kind: sum(c.count for c in compilation.collectives if c.kind == kind)
             for kind in ("all-reduce", "all-gather")
