@@ -277,7 +277,7 @@ def test_no_next_token(model: Any, runner: asyncio.Runner, monkeypatch: pytest.M
         first, *_, error = server.post("/v1/completions", **biased).events
         assert first["choices"][0]["finish_reason"] is None
         assert error == whole.json
-        assert server.post("/v1/completions", prompt=[5, 6]).status == 200
+        assert server.post("/v1/completions", prompt=[5, 6], max_tokens=1).status == 200  # it may draw token 39
         assert cancelled(server) == 0  # no client has left
 
 
